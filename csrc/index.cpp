@@ -1,0 +1,242 @@
+// The hot half of engine/data/order.py: keyed permutation, block prefix sums, batch gather. No torch.
+//
+// The definition of the sample order, and why it is what it is, stands in order.py; the numpy code there is the
+// reference and tests hold the two equal bit by bit. Here it is only fast, and safe: no input, however wrong, makes it
+// read outside the arrays it was given. Arrays are taken as they are (never converted: a conversion would copy a
+// memory-mapped index of gigabytes) and loaded bytewise, because the .idx header leaves them unaligned.
+//
+// Wrong shapes or dtypes raise ValueError, numbers that lead outside raise IndexError. The GIL is released in all loops.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
+constexpr int kRounds = 8;
+constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
+
+inline uint64_t mix64(uint64_t z) {  // the finaliser of splitmix64
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+inline uint64_t derive(uint64_t key, uint64_t word) { return mix64(key ^ mix64(word + kGolden)); }
+
+// Balanced Feistel network over the smallest domain of 2 * half bits that holds [0, n), with cycle walking.
+struct Permutation {
+  uint64_t n, mask, keys[kRounds];
+  int half = 1;
+
+  Permutation(uint64_t count, uint64_t key) : n(count) {
+    while (half < 32 && (1ull << (2 * half)) < n) ++half;
+    mask = (1ull << half) - 1;
+    for (int r = 0; r < kRounds; ++r) keys[r] = mix64(key + uint64_t(r + 1) * kGolden);
+  }
+
+  uint64_t operator()(uint64_t x) const {  // x < n, which cycle walking keeps true; terminates as it is a bijection
+    if (n == 1) return 0;
+    do {
+      uint64_t left = x >> half, right = x & mask;
+      for (int r = 0; r < kRounds; ++r) {
+        const uint64_t next = left ^ (mix64(right + keys[r]) & mask);
+        left = right;
+        right = next;
+      }
+      x = (left << half) | right;
+    } while (x >= n);
+    return x;
+  }
+};
+
+// A 1-D contiguous array of exactly T, possibly unaligned.
+template <typename T>
+struct View {
+  const char* data;
+  int64_t size;
+
+  View(const py::array& a, const char* name) {
+    if (!py::isinstance<py::array_t<T>>(a) || a.ndim() != 1 || (a.size() > 1 && a.strides(0) != sizeof(T)))
+      throw py::value_error(std::string(name) + ": expected a contiguous 1-D array of " +
+                            std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(a.dtype())) +
+                            " with " + std::to_string(a.ndim()) + " dims");
+    data = static_cast<const char*>(a.data());
+    size = a.size();
+  }
+
+  T operator[](int64_t i) const {
+    T value;
+    std::memcpy(&value, data + i * int64_t(sizeof(T)), sizeof(T));
+    return value;
+  }
+};
+
+py::array_t<int64_t> permute(uint64_t n, uint64_t key, const py::array& indices) {
+  if (n == 0 || n > uint64_t(kMax)) throw py::value_error("permute: n must be in [1, 2^63)");
+  const View<int64_t> in(indices, "indices");
+  py::array_t<int64_t> result(in.size);
+  int64_t* out = result.mutable_data();
+  py::gil_scoped_release release;
+  const Permutation p(n, key);
+  for (int64_t i = 0; i < in.size; ++i) {
+    const int64_t x = in[i];
+    if (x < 0 || uint64_t(x) >= n)
+      throw py::index_error("permute: index " + std::to_string(x) + " is not in [0, " + std::to_string(n) + ")");
+    out[i] = int64_t(p(uint64_t(x)));
+  }
+  return result;
+}
+
+// (order int64 [B], prefix int64 [B + 1]): the blocks of an epoch in their order, and the tokens before each of them.
+py::tuple block_prefix(const py::array& block_tokens, uint64_t key) {
+  const View<int64_t> tokens(block_tokens, "block_tokens");
+  py::array_t<int64_t> order(tokens.size), prefix(tokens.size + 1);
+  int64_t *o = order.mutable_data(), *p = prefix.mutable_data();
+  {
+    py::gil_scoped_release release;
+    p[0] = 0;
+    if (tokens.size > 0) {
+      const Permutation permutation(uint64_t(tokens.size), key);
+      for (int64_t b = 0; b < tokens.size; ++b) {
+        o[b] = int64_t(permutation(uint64_t(b)));
+        const int64_t count = tokens[o[b]];
+        if (count < 0 || count > kMax - p[b])
+          throw py::value_error("block_prefix: block " + std::to_string(o[b]) + " has " + std::to_string(count) +
+                                " tokens: negative, or the sum passes 2^63");
+        p[b + 1] = p[b] + count;
+      }
+    }
+  }
+  return py::make_tuple(order, prefix);
+}
+
+struct Epoch {
+  View<int32_t> lengths;   // [N] tokens
+  View<int64_t> pointers;  // [N] bytes
+  View<int64_t> order;     // [B]
+  View<int64_t> prefix;    // [B + 1]
+  uint64_t key;
+  int64_t block_documents;
+};
+
+struct Bad {
+  int64_t document = -1, offset = -1, value = 0;
+};
+
+int64_t block_of(const View<int64_t>& prefix, int64_t position) {  // the last block that starts at or before position
+  int64_t low = 0, high = prefix.size;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (prefix[middle] <= position) low = middle + 1; else high = middle;
+  }
+  return low - 1;
+}
+
+// Copies stream[position : position + count] to out; false when a token is not in [0, limit).
+template <typename T>
+bool copy_sample(const View<T>& tokens, const Epoch& e, int64_t position, int64_t count, int64_t limit, int64_t* out,
+                 Bad* bad) {
+  const int64_t num_blocks = e.order.size;
+  int64_t at = block_of(e.prefix, position);
+  if (position < 0 || at < 0 || at >= num_blocks || e.prefix[at] < 0)
+    throw py::index_error("gather: position " + std::to_string(position) + " is outside the stream");
+  int64_t skip = position - e.prefix[at], filled = 0;
+  for (; filled < count; ++at) {
+    if (at >= num_blocks) throw py::index_error("gather: position " + std::to_string(position) + " runs off the end");
+    const int64_t block = e.order[at];
+    if (block < 0 || block >= num_blocks) throw py::index_error("gather: block " + std::to_string(block));
+    const int64_t first = block * e.block_documents;
+    const int64_t documents = std::min(e.block_documents, e.lengths.size - first);
+    const Permutation permutation(uint64_t(documents), derive(e.key, uint64_t(block)));
+    for (int64_t i = 0; i < documents && filled < count; ++i) {
+      const int64_t document = first + int64_t(permutation(uint64_t(i)));
+      const int64_t length = e.lengths[document];
+      if (skip >= length && length >= 0) {
+        skip -= length;
+        continue;
+      }
+      const int64_t pointer = e.pointers[document];
+      if (length < 0 || pointer < 0 || pointer % int64_t(sizeof(T)) != 0 ||
+          pointer / int64_t(sizeof(T)) > tokens.size - length)
+        throw py::index_error("gather: document " + std::to_string(document) + " lies outside the tokens");
+      const int64_t start = pointer / int64_t(sizeof(T)) + skip, take = std::min(length - skip, count - filled);
+      bool fine = true;
+      for (int64_t k = 0; k < take; ++k) {  // no early exit: it keeps the loop vectorised
+        const int64_t value = int64_t(tokens[start + k]);
+        out[filled + k] = value;
+        fine &= uint64_t(value) < uint64_t(limit);  // a negative id is a huge unsigned one
+      }
+      if (!fine) {
+        int64_t k = 0;
+        while (uint64_t(out[filled + k]) < uint64_t(limit)) ++k;
+        *bad = Bad{document, skip + k, out[filled + k]};
+        return false;
+      }
+      filled += take;
+      skip = 0;
+    }
+  }
+  return true;
+}
+
+template <typename T>
+Bad gather_rows(const View<T>& tokens, const Epoch& e, const View<int64_t>& positions, int64_t count, int64_t limit,
+                int64_t* out) {
+  Bad bad;
+  for (int64_t row = 0; row < positions.size; ++row)
+    if (!copy_sample(tokens, e, positions[row], count, limit, out + row * count, &bad)) break;
+  return bad;
+}
+
+// (samples int64 [n, count], (document, offset, value) of the first token outside [0, limit), or (-1, -1, 0))
+py::tuple gather(const py::array& tokens, const py::array& lengths, const py::array& pointers, const py::array& order,
+                 const py::array& prefix, uint64_t key, int64_t block_documents, const py::array& positions,
+                 int64_t count, int64_t limit) {
+  const Epoch e{View<int32_t>(lengths, "lengths"), View<int64_t>(pointers, "pointers"),
+                View<int64_t>(order, "order"), View<int64_t>(prefix, "prefix"), key, block_documents};
+  const View<int64_t> at(positions, "positions");
+  const int64_t n = e.lengths.size;
+  if (count < 1 || limit < 1) throw py::value_error("gather: count and limit must be at least 1");
+  if (block_documents < 1 || e.pointers.size != n || e.prefix.size != e.order.size + 1 ||
+      e.order.size != n / block_documents + (n % block_documents != 0))
+    throw py::value_error("gather: lengths, pointers, order, prefix and block_documents do not fit each other");
+  py::array_t<int64_t> result({at.size, count});
+  int64_t* out = result.mutable_data();
+  Bad bad;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const View<T> view(tokens, "tokens");
+    py::gil_scoped_release release;
+    bad = gather_rows<T>(view, e, at, count, limit, out);
+  };
+  if (py::isinstance<py::array_t<uint16_t>>(tokens)) run(uint16_t{});
+  else if (py::isinstance<py::array_t<int32_t>>(tokens)) run(int32_t{});
+  else if (py::isinstance<py::array_t<uint8_t>>(tokens)) run(uint8_t{});
+  else if (py::isinstance<py::array_t<int8_t>>(tokens)) run(int8_t{});
+  else if (py::isinstance<py::array_t<int16_t>>(tokens)) run(int16_t{});
+  else if (py::isinstance<py::array_t<int64_t>>(tokens)) run(int64_t{});
+  else throw py::value_error("tokens: expected u8, i8, u16, i16, i32 or i64, got " +
+                             std::string(py::str(tokens.dtype())));
+  return py::make_tuple(result, py::make_tuple(bad.document, bad.offset, bad.value));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_index, m) {
+  m.doc() = "Sample order and batch gather; see engine/data/order.py for the definition.";
+  m.def("permute", &permute, py::arg("n"), py::arg("key"), py::arg("indices"));
+  m.def("block_prefix", &block_prefix, py::arg("block_tokens"), py::arg("key"));
+  m.def("gather", &gather, py::arg("tokens"), py::arg("lengths"), py::arg("pointers"), py::arg("order"),
+        py::arg("prefix"), py::arg("key"), py::arg("block_documents"), py::arg("positions"), py::arg("count"),
+        py::arg("limit"));
+}

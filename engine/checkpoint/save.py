@@ -1,0 +1,149 @@
+"""Saving: every rank writes its part in parallel; rank 0 writes the manifest and renames the folder into place.
+
+Each rectangle is written once: by a rank that counts it (`Piece.counted`), and the data ranks take turns, tensor by
+tensor. A failure on any rank is an error on all of them, and nothing is renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engine.checkpoint.format import (
+    DTYPE_NAMES,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    Slice,
+    TensorEntry,
+    complete_steps,
+    step_dir,
+    sync_dir,
+    write_safetensors,
+    write_synced,
+)
+from engine.comm import gather_json, raise_together
+from engine.context import ParallelContext
+from engine.errors import CheckpointError, EngineError
+from engine.sharding import Parameter
+
+
+def save(
+    root: Path,
+    states: Iterable[tuple[str, Parameter, Tensor]],
+    ctx: ParallelContext,
+    *,
+    step: int,
+    facts: dict[str, Any],
+    keep: int = 0,
+) -> Path:
+    """Write the checkpoint of `step` under `root` and return its folder. Collective.
+
+    states: (kind, parameter, its tensor) as from FlatAdamW.states(). facts: the manifest's remaining fields. keep:
+    how many newest checkpoints to keep, 0 for all. Raises CheckpointError on every rank when any rank fails.
+    """
+    final = step_dir(root, step)
+    temporary = root / f".{final.name}.tmp"
+    _on_rank_0(ctx, lambda: _prepare(root, temporary))
+    error: EngineError | None = None
+    mine: dict[str, Any] = {}
+    try:
+        mine = _write_part(temporary, states, ctx)
+    except OSError as fault:
+        error = _explain(fault, temporary)
+    raise_together(error, ctx.world, ctx.device)
+    parts = gather_json(mine, ctx.world, ctx.device)
+    _on_rank_0(ctx, lambda: _commit(temporary, final, _manifest(parts, ctx, step, facts)))
+    _on_rank_0(ctx, lambda: _forget_old(root, keep))
+    return final
+
+
+def _on_rank_0(ctx: ParallelContext, work: Any) -> None:
+    """Run `work` on rank 0 while the others wait; its failure is everybody's."""
+    error: EngineError | None = None
+    if ctx.rank == 0:
+        try:
+            work()
+        except OSError as fault:
+            error = _explain(fault, None)
+    raise_together(error, ctx.world, ctx.device)
+
+
+def _explain(fault: OSError, folder: Path | None) -> CheckpointError:
+    where = fault.filename or folder
+    free = ""
+    if folder is not None and folder.exists():
+        free = f", {shutil.disk_usage(folder).free} bytes free"
+    return CheckpointError(
+        f"checkpoint not saved: {where}: {fault.strerror or fault}{free}; earlier checkpoints are untouched, "
+        "make room or choose another --run.dir and start the same command again"
+    )
+
+
+def _prepare(root: Path, temporary: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    if temporary.exists():  # of a save that was killed
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+
+
+def _write_part(
+    folder: Path, states: Iterable[tuple[str, Parameter, Tensor]], ctx: ParallelContext
+) -> dict[str, Any]:
+    """Write this rank's file; returns {"file", "entry", "tensors": {kind: {name: {shape, dtype, slice}}}} as JSON."""
+    file = f"rank{ctx.rank:05d}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, dict[str, Any]] = {}
+    for number, (kind, p, x) in enumerate(states):
+        if number % ctx.data.size != ctx.data.rank:
+            continue
+        for piece in p.spec.pieces(ctx):
+            if piece.counted and 0 not in piece.shape:
+                key = f"{kind}/{piece.name}"
+                tensors[key] = piece.of(x)
+                at = Slice(file=file, key=key, offset=piece.offset, shape=piece.shape)
+                entry = TensorEntry(shape=piece.global_shape, dtype=DTYPE_NAMES[x.dtype], slices=(at,))
+                index.setdefault(kind, {})[piece.name] = entry.model_dump()
+    if not tensors:
+        return {"tensors": {}}
+    return {"file": file, "entry": write_safetensors(folder / file, tensors).model_dump(), "tensors": index}
+
+
+def _manifest(parts: list[dict[str, Any]], ctx: ParallelContext, step: int, facts: dict[str, Any]) -> Manifest:
+    """Join what the ranks wrote."""
+    tensors: dict[str, dict[str, TensorEntry]] = {}
+    for part in parts:
+        for kind, entries in part["tensors"].items():
+            table = tensors.setdefault(kind, {})
+            for name, raw in entries.items():
+                entry = TensorEntry.model_validate(raw)
+                if name in table:
+                    entry = entry.model_copy(update={"slices": table[name].slices + entry.slices})
+                table[name] = entry
+    files = {part["file"]: FileEntry.model_validate(part["entry"]) for part in parts if "file" in part}
+    layout = {axis: getattr(ctx.layout, axis) for axis in ("tensor", "pipeline", "data", "context")}
+    return Manifest(step=step, tensors=tensors, files=files, layout=layout, **facts)
+
+
+def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+    write_synced(temporary / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    sync_dir(temporary)
+    if final.exists():  # an incomplete or damaged folder of that name: a complete one is never saved again
+        os.rename(final, final.with_name(f".{final.name}.replaced"))
+    os.rename(temporary, final)
+    sync_dir(final.parent)
+    shutil.rmtree(final.with_name(f".{final.name}.replaced"), ignore_errors=True)
+
+
+def _forget_old(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints, each renamed away first so that none is ever half there."""
+    for step in complete_steps(root)[:-keep] if keep else []:
+        folder = step_dir(root, step)
+        trash = folder.with_name(f".{folder.name}.deleted")
+        os.rename(folder, trash)
+        shutil.rmtree(trash)

@@ -1,0 +1,1 @@
+"""Text to tokens to samples: tokenizer, .bin/.idx files, the sample order, the loader."""

@@ -1,0 +1,399 @@
+"""Tokenised corpora on disk in Megatron's .bin/.idx format, byte compatible in both directions.
+
+`PREFIX.bin` holds token ids back to back: no header, no padding. `PREFIX.idx` is little-endian:
+
+    0   9 bytes  magic "MMIDIDX\\0\\0"           26       u64     D = document boundaries, documents + 1
+    9   u64      version = 1                    34       i32[N]  sequence lengths, tokens
+    17  u8       dtype code of .bin             34+4N    i64[N]  byte offset of every sequence in .bin
+    18  u64      N = sequences                  34+12N   i64[D]  boundaries as sequence numbers, 0 ... N
+                                                34+12N+8D i8[N]  modes (multimodal only, optional)
+
+The format has no checksum, no token count and no tokenizer id, so a reader that trusts it trains on garbage in
+silence. Two things stand against that: everything the bytes can prove is proven at open, and our writer adds a sidecar
+`PREFIX.json` with the facts the format lacks (largest token, tokenizer digest, entropy). A corpus without the sidecar,
+written by Megatron itself, is as welcome; checking its vocabulary then costs one scan of .bin.
+
+As in Megatron's GPT code one *sequence* is one document here; the boundary array is checked, written, not used.
+Legend: N sequences, D boundaries, T tokens in all.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import struct
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+# 6 and 7 are floats, and Megatron and gpt-neox disagree on which is which; no token id is a float anyway.
+DTYPES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+SIDECAR_VERSION = 1
+UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
+MAX_SEQUENCE_TOKENS = 2**31 - 1
+_CHUNK = 1 << 22  # elements a check looks at in one go: bounds memory, whatever the size of the corpus
+
+IntArray = npt.NDArray[Any]
+
+
+def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
+    """(.bin, .idx, .json) of a prefix. Appended, not replaced: a prefix may contain dots."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype Megatron's writer picks for a vocabulary."""
+    return np.dtype("<u2") if vocab_size < UINT16_VOCAB_LIMIT else np.dtype("<i4")
+
+
+def entropy(counts: IntArray) -> float:
+    """Entropy in nats per token of a histogram int64 [V]; 0.0 for an empty one."""
+    total = int(counts.sum())
+    if total == 0:
+        return 0.0
+    p = counts[counts > 0] / total
+    return float(-(p * np.log(p)).sum()) + 0.0  # + 0.0: a single distinct token would print as -0.0
+
+
+def _damaged(path: Path, where: str, found: str, expected: str) -> DataError:
+    return DataError(
+        f"{path}: {where}: found {found}, expected {expected}. "
+        f"The file is damaged, torn or not Megatron's; write it again with `engine prepare` or copy it anew."
+    )
+
+
+def _chunks(total: int, size: int = _CHUNK) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def _map(path: Path) -> npt.NDArray[np.uint8]:
+    """The whole file as uint8 [bytes], read-only mmap. Raises DataError if it cannot be opened."""
+    try:
+        if path.stat().st_size == 0:  # mmap refuses empty files; an empty corpus is a valid one
+            return np.empty(0, np.uint8)
+        return np.memmap(path, np.uint8, mode="r")
+    except FileNotFoundError as err:
+        hint = " Give the prefix without the suffix." if path.stem.endswith((".bin", ".idx")) else ""
+        raise DataError(f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx.{hint}") from err
+    except OSError as err:
+        raise DataError(f"{path}: cannot be read: {err.strerror or err}. Check the path and its permissions.") from err
+
+
+class IndexedDataset:
+    """A .bin/.idx pair, memory mapped and proven consistent at open.
+
+    Attributes: `prefix` (str), `dtype`, `lengths` int32 [N] in tokens, `pointers` int64 [N] in bytes, `tokens` dtype
+    [T], `num_documents` (= N), `num_tokens` (= T), `vocab_size` (as given), `meta` (the sidecar or {}). The arrays are
+    views into read-only maps and `lengths`, `pointers` are not aligned (the header has 34 bytes): slice them freely,
+    but native code has to load them bytewise.
+
+    Raises DataError for anything that does not fit: see the checks, in this order, in `__init__`.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int | None = None):
+        if sys.byteorder != "little":
+            raise DataError("the .bin/.idx format is little-endian and this machine is not; use another machine")
+        self.prefix = str(prefix)
+        self.vocab_size = vocab_size
+        bin_path, idx_path, json_path = paths_of(prefix)
+        raw = _map(idx_path)
+        self.dtype, num_sequences, num_boundaries = _read_header(idx_path, raw)
+        self.lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
+        self.pointers = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
+        boundaries = np.frombuffer(raw, "<i8", num_boundaries, HEADER.size + 12 * num_sequences)
+        raw_bin = _map(bin_path)
+        _check_sequences(idx_path, bin_path, self.lengths, self.pointers, self.dtype.itemsize, raw_bin.size)
+        _check_boundaries(idx_path, boundaries, num_sequences)
+        self.tokens: IntArray = raw_bin.view(self.dtype)
+        self.num_documents = num_sequences
+        self.num_tokens = int(self.tokens.size)
+        self.meta = self._read_sidecar(json_path)
+        if vocab_size is not None:
+            self._check_vocabulary(vocab_size)
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def __getitem__(self, index: int) -> IntArray:
+        """Tokens of document `index`, dtype [length]: a view. IndexError past the end, as for a list."""
+        if not -self.num_documents <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents} in {self.prefix}")
+        start = int(self.pointers[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[index])]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(document, offset in it) of the token at `position` of .bin."""
+        byte = position * self.dtype.itemsize
+        # Right of equal pointers: of documents that start at one byte, all but the last are empty.
+        document = int(np.searchsorted(self.pointers, byte, side="right")) - 1
+        return document, (byte - int(self.pointers[document])) // self.dtype.itemsize
+
+    def refuse_token(self, document: int, offset: int, value: int) -> DataError:
+        """The error for an id outside the vocabulary, the same at open and while gathering."""
+        return DataError(
+            f"{self.prefix}.bin: document {document}, token {offset}: id {value} is not in [0, {self.vocab_size}). "
+            f"The corpus was made with another tokenizer, or is damaged: prepare it with this model's tokenizer, or "
+            f"set the model's vocab_size to that tokenizer's."
+        )
+
+    def _read_sidecar(self, path: Path) -> dict[str, Any]:
+        if not path.exists():
+            return {}
+        try:
+            meta = json.loads(path.read_bytes())
+        except (OSError, ValueError) as err:
+            raise DataError(f"{path}: not readable as JSON ({err}). Delete it (it is optional) or restore it.") from err
+        if not isinstance(meta, dict) or meta.get("version") != SIDECAR_VERSION:
+            raise DataError(f'{path}: expected a JSON object with "version": {SIDECAR_VERSION}. Delete or restore it.')
+        size = self.num_tokens * self.dtype.itemsize
+        if meta.get("num_tokens") != self.num_tokens or meta.get("bin_bytes") != size:
+            warnings.warn(
+                f"{path} describes another file ({meta.get('num_tokens')} tokens, not {self.num_tokens}); ignored",
+                stacklevel=3,
+            )
+            return {}
+        return meta
+
+    def _check_vocabulary(self, vocab_size: int) -> None:
+        max_token = self.meta.get("max_token")
+        if isinstance(max_token, int) and max_token < vocab_size:
+            return  # a sidecar that lies is caught while gathering
+        for part in _chunks(self.num_tokens):
+            tokens = self.tokens[part]
+            if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
+                first = part.start + int(np.argmax((tokens >= vocab_size) | (tokens < 0)))
+                raise self.refuse_token(*self.locate(first), int(self.tokens[first]))
+
+
+def _read_header(path: Path, raw: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
+    """(token dtype, N, D), after the magic, version, dtype code and the exact file size were checked."""
+    if raw.size < HEADER.size:
+        raise _damaged(path, "size", f"{raw.size} bytes", f"at least the {HEADER.size} of the header")
+    magic, version, code, num_sequences, num_boundaries = HEADER.unpack(raw[: HEADER.size].tobytes())
+    if magic != MAGIC:
+        raise _damaged(path, "offset 0 (magic)", repr(magic), repr(MAGIC))
+    if version != 1:
+        raise _damaged(path, "offset 9 (version)", str(version), "1")
+    if code not in DTYPES:
+        raise _damaged(path, "offset 17 (dtype code)", str(code), f"an integer type, one of {sorted(DTYPES)}")
+    if num_boundaries < 1:
+        raise _damaged(path, "offset 26 (boundaries)", "0", "documents + 1")
+    size = HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    if raw.size not in (size, size + num_sequences):  # the latter: with the multimodal modes, which we do not need
+        expected = f"{size} bytes for {num_sequences} sequences and {num_boundaries} boundaries"
+        raise _damaged(path, "size", f"{raw.size} bytes", expected)
+    return np.dtype(DTYPES[code]), num_sequences, num_boundaries
+
+
+def _check_sequences(
+    idx_path: Path, bin_path: Path, lengths: IntArray, pointers: IntArray, itemsize: int, bin_bytes: int
+) -> None:
+    """Lengths are not negative, pointers are their running sum in bytes, and the sum is the size of .bin."""
+    end = 0
+    for part in _chunks(len(lengths)):
+        bytes_ = lengths[part].astype(np.int64) * itemsize
+        if (bytes_ < 0).any():
+            i = part.start + int(np.argmax(bytes_ < 0))
+            raise _damaged(idx_path, f"offset {HEADER.size + 4 * i} (length of sequence {i})", str(lengths[i]), ">= 0")
+        starts = end + np.cumsum(bytes_) - bytes_  # 2^22 sequences of 2^34 bytes: no overflow before the check below
+        wrong = pointers[part] != starts
+        if wrong.any():
+            k = int(np.argmax(wrong))
+            i = part.start + k
+            offset = HEADER.size + 4 * len(lengths) + 8 * i
+            raise _damaged(idx_path, f"offset {offset} (pointer of sequence {i})", str(pointers[i]), str(starts[k]))
+        end = int(starts[-1] + bytes_[-1])
+        if end > bin_bytes:
+            break
+    if end != bin_bytes:
+        raise _damaged(bin_path, "size", f"{bin_bytes} bytes", f"{'>= ' if end > bin_bytes else ''}{end} by {idx_path}")
+
+
+def _check_boundaries(path: Path, boundaries: IntArray, num_sequences: int) -> None:
+    base = HEADER.size + 12 * num_sequences
+    if boundaries[0] != 0:
+        raise _damaged(path, f"offset {base} (first document boundary)", str(boundaries[0]), "0")
+    if boundaries[-1] != num_sequences:
+        offset = base + 8 * (len(boundaries) - 1)
+        raise _damaged(path, f"offset {offset} (last document boundary)", str(boundaries[-1]), str(num_sequences))
+    for part in _chunks(len(boundaries) - 1):
+        falls = boundaries[part.start + 1 : part.stop + 1] < boundaries[part]
+        if falls.any():
+            i = part.start + int(np.argmax(falls)) + 1
+            expected = f">= {boundaries[i - 1]}, the one before"
+            raise _damaged(path, f"offset {base + 8 * i} (document boundary {i})", str(boundaries[i]), expected)
+
+
+class IndexedWriter:
+    """Writes PREFIX.bin, .idx and .json; none of them exists under its name before all of them are complete.
+
+    Bytes go to temporary names beside the targets and are synced before the renames; the sidecar comes last. Leaving
+    the `with` block by an exception, or without `finish`, removes the temporaries and touches nothing else. Memory:
+    12 bytes a document and a buffer of a few MiB. `counts` int64 [vocab_size] is the histogram of the tokens written.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int):
+        if vocab_size < 1:
+            raise DataError(f"{prefix}: vocab_size = {vocab_size}: expected at least 1. Give the tokenizer's size.")
+        self.prefix = str(prefix)
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.counts = np.zeros(vocab_size, np.int64)
+        self.num_tokens = 0
+        self._targets = paths_of(prefix)
+        self._temporaries = tuple(p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in self._targets)
+        self._lengths = array.array("i")
+        self._boundaries = array.array("q", [0])
+        self._pending: list[IntArray] = []
+        self._pending_tokens = 0
+        self._finished = False
+        with self._disk(self._temporaries[0]):
+            self._targets[0].parent.mkdir(parents=True, exist_ok=True)
+            self._bin: IO[bytes] = open(self._temporaries[0], "wb")  # noqa: SIM115  (closed by finish or abort)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._finished:
+            self.abort()
+            if kind is None:
+                raise DataError(f"{self.prefix}: the writer was left without finish(meta), so nothing was written")
+
+    @property
+    def num_documents(self) -> int:
+        """Sequences so far: documents that had at least one token."""
+        return len(self._lengths)
+
+    def add(self, tokens: IntArray) -> None:
+        """Append one document, integers [length]. An empty one is a repeated boundary and no sequence, as in Megatron.
+
+        Raises DataError for an id outside [0, vocab_size), a wrong dtype or shape, or more than 2^31 - 1 tokens.
+        """
+        number = len(self._boundaries) - 1
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise DataError(
+                f"{self.prefix}: document {number}: expected integers [n], got {tokens.dtype}{tokens.shape}"
+            )
+        if tokens.size > MAX_SEQUENCE_TOKENS:
+            raise DataError(f"{self.prefix}: document {number} has {tokens.size} tokens; the format ends at 2^31 - 1")
+        if tokens.size:
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.vocab_size:
+                wrong = low if low < 0 else high
+                raise DataError(
+                    f"{self.prefix}: document {number}: id {wrong} is not in [0, {self.vocab_size}). "
+                    f"Give the writer the vocab_size of the tokenizer that made these ids."
+                )
+            self._lengths.append(tokens.size)
+            self._pending.append(tokens.astype(self.dtype))
+            self._pending_tokens += tokens.size
+            if self._pending_tokens >= _CHUNK:
+                self._flush()
+        self._boundaries.append(len(self._lengths))
+
+    def finish(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Complete and publish the three files; returns the sidecar. `meta` adds facts the tokens do not tell."""
+        self._flush()
+        used = np.flatnonzero(self.counts)
+        sidecar = {
+            **meta,
+            "version": SIDECAR_VERSION,
+            "num_documents": len(self._lengths),
+            "num_empty_documents": len(self._boundaries) - 1 - len(self._lengths),
+            "num_tokens": self.num_tokens,
+            "max_token": int(used[-1]) if used.size else -1,
+            "bin_bytes": self.num_tokens * self.dtype.itemsize,
+            "dtype": self.dtype.name,
+            "vocab_size": self.vocab_size,
+            "unigram_entropy": entropy(self.counts),
+        }
+        with self._disk(self._targets[0]):
+            _sync(self._bin)
+            self._bin.close()
+            with open(self._temporaries[1], "wb") as idx:
+                self._write_index(idx)
+                _sync(idx)
+            with open(self._temporaries[2], "wb") as out:
+                out.write(json.dumps(sidecar, indent=1).encode() + b"\n")
+                _sync(out)
+            # Over an older corpus: its .idx and sidecar go first, so that no crash leaves them beside the new .bin.
+            for target in self._targets[:0:-1]:
+                target.unlink(missing_ok=True)
+            for temporary, target in zip(self._temporaries, self._targets):
+                os.replace(temporary, target)
+            sync_folder(self._targets[0].parent)
+        self._finished = True
+        return sidecar
+
+    def abort(self) -> None:
+        """Drop everything written so far. Harmless twice."""
+        self._pending.clear()
+        with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
+            self._bin.close()
+        for path in self._temporaries:
+            path.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        """Write what is pending in one piece: per document, a bincount over the vocabulary would dominate."""
+        if not self._pending:
+            return
+        tokens = np.concatenate(self._pending)
+        with self._disk(self._temporaries[0]):
+            self._bin.write(tokens.data)
+        self.counts += np.bincount(tokens, minlength=self.vocab_size)
+        self.num_tokens += tokens.size
+        self._pending.clear()
+        self._pending_tokens = 0
+
+    def _write_index(self, out: IO[bytes]) -> None:
+        code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.dtype)
+        lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
+        out.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(self._boundaries)))
+        out.write(lengths.astype("<i4").data)
+        end = 0
+        for part in _chunks(len(lengths)):
+            ends = end + np.cumsum(lengths[part].astype(np.int64) * self.dtype.itemsize)
+            out.write(np.concatenate(([end], ends[:-1])).astype("<i8").data)
+            end = int(ends[-1])
+        out.write(np.frombuffer(self._boundaries, np.int64).astype("<i8").data)
+
+    @contextlib.contextmanager
+    def _disk(self, path: Path) -> Iterator[None]:
+        """Turns a full disk or a missing permission into a DataError that names the file."""
+        try:
+            yield
+        except OSError as err:
+            raise DataError(
+                f"{path}: cannot be written: {err.strerror or err}. Free space or choose another output; "
+                f"nothing was published and temporaries are removed."
+            ) from err
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable; a rename alone may be lost by a crash."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

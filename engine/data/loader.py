@@ -1,0 +1,162 @@
+"""From sample numbers to the micro-batches of one data-parallel rank, prefetched by one background thread.
+
+The global batch that follows `consumed` samples is the samples [consumed, consumed + global_batch_size), whatever the
+layout. Data rank r takes the r-th contiguous slice of it and cuts the slice into micro-batches, in order. So
+`consumed_samples` is all there is to resume from, also with another data-parallel size or micro-batch size.
+
+Legend: b micro_batch_size, s seq_len.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from engine.data.order import SampleOrder
+from engine.errors import DataError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward's worth of data."""
+
+    tokens: torch.Tensor  # int64 [b, s]
+    labels: torch.Tensor  # int64 [b, s], the token after each of `tokens`
+    mask: torch.Tensor  # bool [b, s], True where the label counts in the loss
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same data on a device."""
+        return MicroBatch(*(x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.mask)))
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """This rank's share of every global batch, and how to read it."""
+
+    order: SampleOrder
+    global_batch_size: int
+    micro_batch_size: int
+    data_rank: int
+    data_size: int
+
+    def read(self, consumed: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the global batch [consumed, consumed + global_batch_size)."""
+        local = self.global_batch_size // self.data_size
+        first = consumed + self.data_rank * local
+        batches = []
+        for low in range(first, first + local, self.micro_batch_size):
+            rows = torch.from_numpy(self.order.gather(np.arange(low, low + self.micro_batch_size, dtype=np.int64)))
+            tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+            batches.append(MicroBatch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool)))
+        return batches
+
+
+@dataclass(frozen=True)
+class _Pipe:
+    """Between the worker and the loader. `slots` counts batches that may still be made, so nothing ever polls."""
+
+    slots: threading.Semaphore
+    ready: queue.SimpleQueue[list[MicroBatch] | BaseException]
+    stop: threading.Event
+
+    def close(self) -> None:
+        self.stop.set()
+        self.slots.release()
+
+
+def _produce(part: _Slice, consumed: int, pipe: _Pipe) -> None:
+    """The worker. Knows no Loader, so that a forgotten Loader can be collected and end it."""
+    try:
+        while True:
+            pipe.slots.acquire()
+            if pipe.stop.is_set():
+                return
+            pipe.ready.put(part.read(consumed))
+            consumed += part.global_batch_size
+    except BaseException as err:  # whatever it is, it has to surface in the training thread
+        pipe.ready.put(err)
+
+
+class Loader:
+    """Iterator over global batches: each `next()` is this data rank's list[MicroBatch], without end.
+
+    The worker starts with the first `next()` (so a Loader may be made before a fork) and keeps up to `prefetch` batches
+    ready. Its exception is raised by `next()`, and by every later one. Raises DataError for sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        start_sample: int = 0,
+        prefetch: int = 2,
+    ):
+        if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
+            raise DataError(
+                f"global_batch_size = {global_batch_size}, micro_batch_size = {micro_batch_size}, data_size = "
+                f"{data_size}, prefetch = {prefetch}, start_sample = {start_sample}: sizes must be at least 1 and "
+                f"start_sample at least 0"
+            )
+        if not 0 <= data_rank < data_size:
+            raise DataError(f"data_rank = {data_rank}: expected to be in [0, data_size = {data_size})")
+        if global_batch_size % (micro_batch_size * data_size) != 0:
+            raise DataError(
+                f"global_batch_size = {global_batch_size} is not a multiple of micro_batch_size * data_size = "
+                f"{micro_batch_size} * {data_size} = {micro_batch_size * data_size}. Change one of the three."
+            )
+        self._part = _Slice(order, global_batch_size, micro_batch_size, data_rank, data_size)
+        self._consumed = start_sample
+        self._pipe = _Pipe(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
+        self._worker: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        weakref.finalize(self, self._pipe.close)
+
+    @property
+    def consumed_samples(self) -> int:
+        """Global samples of all batches handed out, start_sample included; batches only prefetched do not count."""
+        return self._consumed
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        if self._failure is not None:
+            raise self._failure
+        if self._pipe.stop.is_set():
+            raise DataError("the data loader is closed: make a new one with start_sample = consumed_samples")
+        if self._worker is None:
+            arguments = (self._part, self._consumed, self._pipe)
+            self._worker = threading.Thread(target=_produce, args=arguments, name="data-prefetch", daemon=True)
+            self._worker.start()
+        result = self._pipe.ready.get()
+        if isinstance(result, BaseException):
+            self._failure = result
+            raise result
+        self._pipe.slots.release()
+        self._consumed += self._part.global_batch_size
+        return result
+
+    def close(self) -> None:
+        """Stop the worker, at most one batch later. Harmless twice."""
+        self._pipe.close()
+        if self._worker is not None:
+            self._worker.join(timeout=10.0)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

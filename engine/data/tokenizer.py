@@ -1,0 +1,143 @@
+"""Text <-> token ids, around the `tokenizers` library, with the traps of a stored tokenizer.json taken out.
+
+Text is text: a document that contains the characters `<|endoftext|>` gets the ids of those characters, never the
+special id, so no document can end another one. Stored truncation and padding are switched off (they would cut or fill
+documents in silence), and so are templates that add BOS or EOS: what ends a document is decided by `prepare` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from engine.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
+# What transformers keeps beside tokenizer.json: carried along unread, but for the name of the end token.
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json")
+# Tried in this order when neither tokenizer_config.json nor special_tokens_map.json names an end token.
+_USUAL_EOD = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+
+
+class Tokenizer:
+    """A tokenizer and its identity. Make one with `load` or `train`.
+
+    Attributes: `vocab_size` (largest id + 1, added tokens included: what a model's embedding has to hold),
+    `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it).
+    """
+
+    def __init__(self, definition: str, companions: dict[str, bytes]):
+        """`definition`: text of a tokenizer.json; `companions`: name -> content of the files beside it.
+
+        Raises ValueError if `tokenizers` refuses the definition, or a companion is not JSON.
+        """
+        self._definition = definition
+        self._companions = companions
+        self._eod_token = _configured_eod(companions)
+        canonical = json.dumps(json.loads(definition), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        self.digest = hashlib.sha256(canonical.encode()).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        except Exception as err:  # the library raises bare Exception
+            raise ValueError(str(err)) from err
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # that is: encode their spelling as text
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a folder with tokenizer.json, or that file. Raises DataError if it is missing or not readable."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            definition = file.read_bytes().decode("utf-8")
+            beside = {name: file.parent / name for name in _COMPANIONS}
+            return cls(definition, {name: other.read_bytes() for name, other in beside.items() if other.is_file()})
+        except FileNotFoundError as err:
+            raise DataError(
+                f"{file}: no such file. Give a folder with a tokenizer.json (Hugging Face format), or train one."
+            ) from err
+        except (OSError, ValueError) as err:
+            raise DataError(f"{file}: not a usable tokenizer.json: {err}. Save it again with `tokenizers`.") from err
+
+    @classmethod
+    def train(cls, texts: Iterator[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
+        """A byte-level BPE: no unknown token, all 256 bytes, `<|endoftext|>` is id 0. Same texts, same result.
+
+        The result is smaller than `vocab_size` when the texts do not offer enough pairs.
+        """
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise DataError(f"vocab_size = {vocab_size}: 256 bytes and one special token need >= {MIN_VOCAB_SIZE}")
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_frequency,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        special = {"eos_token": END_OF_TEXT}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        companions = {"tokenizer_config.json": config, "special_tokens_map.json": special}
+        return cls(tokenizer.to_str(), {name: json.dumps(facts).encode() for name, facts in companions.items()})
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document. Raises DataError if the tokenizer has none."""
+        for token in (self._eod_token,) if self._eod_token is not None else _USUAL_EOD:
+            number = self._tokenizer.token_to_id(token)
+            if number is not None:
+                return int(number)
+        looked_for = self._eod_token or ", ".join(_USUAL_EOD)
+        raise DataError(
+            f"the tokenizer has no end-of-document token (looked for {looked_for}). "
+            f'Name one in its tokenizer_config.json, "eos_token": "...", or prepare with append_eod=False.'
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Ids of each text, int32 [length], on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens spelled out."""
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and the files beside it as transformers reads them; a loaded one as it was."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
+            for name, content in self._companions.items():
+                (folder / name).write_bytes(content)
+        except OSError as err:
+            raise DataError(f"{folder}: cannot write the tokenizer: {err.strerror or err}. Choose another.") from err
+
+
+def _configured_eod(companions: dict[str, bytes]) -> str | None:
+    """The "eos_token" of the files beside tokenizer.json, a string or {"content": string}."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        config = json.loads(companions.get(name, b"{}"))
+        token: Any = config.get("eos_token") if isinstance(config, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    return None

@@ -1,0 +1,65 @@
+"""Every error the engine raises on purpose, and the exit code each one ends the process with.
+
+An error says what is wrong, where, why, and what to do. A `Fault` is that sentence in four parts, so that a
+configuration with seven faults reports seven of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_ERROR = 1
+EXIT_CONFIG = 2
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: the state was saved on a signal, please start the same command again
+
+
+class EngineError(Exception):
+    """Base of all expected failures: its text is meant for a person, no traceback needed."""
+
+    exit_code = EXIT_ERROR
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a configuration: `path = value`, the relation it breaks, and the repair."""
+
+    path: str
+    value: object
+    relation: str
+    repair: str
+
+    def __str__(self) -> str:
+        return f"{self.path} = {self.value!r}: {self.relation}. {self.repair}"
+
+
+class ConfigError(EngineError):
+    """The configuration cannot be run. Carries all faults found, not only the first."""
+
+    exit_code = EXIT_CONFIG
+
+    def __init__(self, faults: Sequence[Fault]):
+        self.faults = tuple(faults)
+        count = f"{len(faults)} faults" if len(faults) != 1 else "1 fault"
+        super().__init__(f"configuration has {count}:\n" + "\n".join(f"  - {f}" for f in self.faults))
+
+
+class LayoutError(EngineError):
+    """Parallel degrees do not fit the number of ranks or the model."""
+
+
+class PlanError(EngineError):
+    """A pipeline plan is incomplete, out of order, mismatched or would deadlock."""
+
+
+class DataError(EngineError):
+    """Data on disk or text input is missing, damaged or does not fit the model."""
+
+
+class CheckpointError(EngineError):
+    """A checkpoint is missing, damaged, does not fit, or could not be written."""
+
+
+class TrainingError(EngineError):
+    """Training cannot go on: non-finite loss or gradient, or ranks that disagree."""

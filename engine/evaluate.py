@@ -1,0 +1,86 @@
+"""Validation loss, perplexity and bits per byte of a corpus, in any layout, through the same executor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from engine.comm import all_reduce_
+from engine.config import Config
+from engine.context import ParallelContext
+from engine.data.indexed import IndexedDataset
+from engine.data.loader import MicroBatch
+from engine.data.order import SampleOrder
+from engine.pipeline.executor import execute
+from engine.pipeline.schedules import build
+from engine.pipeline.stage import Stage
+
+
+@dataclass(frozen=True)
+class Score:
+    """loss: mean nats a token; ppl: exp(loss); bpb: bits per byte of text (None when the corpus does not say)."""
+
+    loss: float
+    ppl: float
+    bpb: float | None
+    tokens: int
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures that are there, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        text = f"loss {self.loss:.4f} nats/token, perplexity {self.ppl:.2f}"
+        return text + (f", {self.bpb:.4f} bits/byte" if self.bpb is not None else "") + f" over {self.tokens:,} tokens"
+
+
+class Evaluator:
+    """Scores samples of one corpus. The samples, and so the score, do not depend on the layout."""
+
+    def __init__(self, stages: Mapping[int, Stage], ctx: ParallelContext, dataset: IndexedDataset, cfg: Config):
+        self.stages, self.ctx, self.dataset, self.cfg = stages, ctx, dataset, cfg
+        self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed)
+
+    def run(self, batches: int) -> Score:
+        """Score the first `batches` global batches of the sample order, 0: all samples of the corpus once. Collective."""
+        ctx, mbs = self.ctx, self.cfg.train.micro_batch_size
+        total = self.order.samples_per_epoch
+        if batches:
+            total = min(total, batches * self.cfg.train.global_batch_size)
+        mine = np.arange(ctx.data.rank, total, ctx.data.size, dtype=np.int64)
+        per_rank = -(-total // ctx.data.size)
+        chunk = mbs * max(1, self.cfg.train.global_batch_size // (mbs * ctx.data.size))
+        sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+        for begin in range(0, per_rank, chunk):
+            sums += self._chunk(mine[begin : begin + chunk], min(chunk, per_rank - begin))
+        speaks = ctx.tensor.rank == 0 and ctx.pipeline.rank == ctx.pipeline.size - 1
+        loss, tokens = all_reduce_(sums * float(speaks), ctx.world).tolist()
+        return self._score(loss / tokens, int(tokens))
+
+    def _chunk(self, samples: np.ndarray, count: int) -> torch.Tensor:
+        """[loss sum, counted tokens] of `count` samples; where this rank has fewer, the rest counts nothing."""
+        mbs = self.cfg.train.micro_batch_size
+        padded = -(-count // mbs) * mbs
+        rows = torch.zeros(padded, self.cfg.train.seq_len + 1, dtype=torch.int64)
+        mask = torch.zeros(padded, self.cfg.train.seq_len, dtype=torch.bool)
+        if len(samples):
+            rows[: len(samples)] = torch.from_numpy(self.order.gather(samples))
+            mask[: len(samples)] = True
+        rows, mask = rows.to(self.ctx.device), mask.to(self.ctx.device)
+        parts = [slice(i, i + mbs) for i in range(0, padded, mbs)]
+        batches = [MicroBatch(rows[p, :-1].contiguous(), rows[p, 1:].contiguous(), mask[p]) for p in parts]
+        plan = build("forward_only", self.ctx.pipeline.size, 1, len(batches))
+        losses = execute(plan, self.stages, self.ctx, batches, loss_grad=0.0)
+        return torch.stack((losses.sum(), mask.sum().double()))
+
+    def _score(self, loss: float, tokens: int) -> Score:
+        meta = self.dataset.meta
+        bpb = None
+        if meta.get("text_bytes"):
+            bpb = loss / math.log(2) * self.dataset.num_tokens / meta["text_bytes"]
+        return Score(loss, math.exp(min(loss, 700.0)), bpb, tokens)
+

@@ -1,0 +1,93 @@
+"""Which rank is where: parallel degrees -> the rank grid -> the groups of every axis. Integers only.
+
+The grid is [pipeline, data, context, tensor] with tensor fastest, so that the ranks that talk most are neighbours on
+one machine. Nothing here needs torch or a process: planning 4,096 ranks costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.errors import LayoutError
+
+AXES = ("pipeline", "data", "context", "tensor")  # slowest to fastest
+
+
+class Coords(NamedTuple):
+    """Where one rank stands in the grid, by axis."""
+
+    pipeline: int
+    data: int
+    context: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism; their product is the number of ranks. Raises LayoutError when it is not."""
+
+    world: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        degrees = {axis: getattr(self, axis) for axis in AXES}
+        for axis, degree in degrees.items():
+            if degree < 1:
+                raise LayoutError(f"parallel.{axis} = {degree}: a degree is at least 1")
+        product = self.pipeline * self.data * self.context * self.tensor
+        if product != self.world:
+            terms = " x ".join(f"{axis} {degree}" for axis, degree in degrees.items())
+            raise LayoutError(f"{terms} = {product} ranks, but there are {self.world}: make the product equal")
+
+    def coords(self, rank: int) -> Coords:
+        """The grid position of a rank."""
+        if not 0 <= rank < self.world:
+            raise LayoutError(f"rank {rank} is outside 0..{self.world - 1}")
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, data = divmod(rest, self.data)
+        return Coords(pipeline, data, context, tensor)
+
+    def rank(self, coords: Coords) -> int:
+        """The rank at a grid position: the inverse of `coords`."""
+        row = (coords.pipeline * self.data + coords.data) * self.context + coords.context
+        return row * self.tensor + coords.tensor
+
+    def group(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` along `axis` only, in axis order."""
+        at = self.coords(rank)
+        return tuple(self.rank(at._replace(**{axis: i})) for i in range(getattr(self, axis)))
+
+    def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
+        """All groups of an axis; they partition the ranks."""
+        return tuple(self.group(axis, r) for r in range(self.world) if getattr(self.coords(r), axis) == 0)
+
+    def replica_group(self, rank: int, num_kv_heads: int) -> tuple[int, ...]:
+        """The tensor ranks that hold the same key/value heads as `rank`: itself alone unless heads < ranks.
+
+        With fewer KV heads than tensor ranks, head i is held by the contiguous ranks [i*t/n, (i+1)*t/n).
+        """
+        replicas = max(1, self.tensor // num_kv_heads)
+        first = self.coords(rank).tensor // replicas * replicas
+        return self.group("tensor", rank)[first : first + replicas]
+
+    def ends_group(self, rank: int) -> tuple[int, ...]:
+        """First and last pipeline stage of this rank's column (tied embeddings live on both); others stand alone."""
+        column = self.group("pipeline", rank)
+        ends = (column[0], column[-1])
+        return tuple(dict.fromkeys(ends)) if rank in ends else (rank,)
+
+    def table(self) -> str:
+        """The grid as text, one line a pipeline stage and data replica, for people."""
+        lines = []
+        for pp in range(self.pipeline):
+            for dp in range(self.data):
+                ranks = [
+                    self.rank(Coords(pp, dp, cp, tp)) for cp in range(self.context) for tp in range(self.tensor)
+                ]
+                lines.append(f"pipeline {pp:>3}  data {dp:>3}  ranks {ranks[0]}..{ranks[-1]}")
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The Transformer: the readable part. No parallel degree is ever tested here."""

@@ -1,0 +1,50 @@
+"""Grouped-query self-attention, heads cut over the tensor axis (shape legend in layers.py)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.context import ParallelContext
+from engine.model.layers import ColumnLinear, RMSNorm, RowLinear
+from engine.ops.attention import causal_attention
+from engine.ops.rope import rope
+from engine.sharding import Chunk
+
+
+class Attention(nn.Module):
+    """One fused q|k|v projection, RoPE, causal attention, output projection.
+
+    With fewer KV heads than tensor ranks, the ranks that share a head hold copies of it, and each sees the gradient
+    of its own query heads only: the k and v chunks are summed over the `kv` axis.
+    """
+
+    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, name: str, out_std: float):
+        super().__init__()
+        t, d, h = ctx.tensor.size, cfg.head_dim, cfg.hidden_size
+        kv_parts = min(cfg.num_kv_heads, t)
+        self.n, self.m, self.d = cfg.num_heads // t, cfg.num_kv_heads // kv_parts, d
+        chunks = (
+            Chunk(f"{name}.q.weight", cfg.num_heads * d, parts=t),
+            Chunk(f"{name}.k.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
+            Chunk(f"{name}.v.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
+        )
+        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx)
+        self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx)
+        self.norms: nn.ModuleList | None = None
+        if cfg.qk_norm:
+            self.norms = nn.ModuleList(
+                RMSNorm(f"{name}.{part}_norm.weight", d, cfg.norm_eps, ctx, sum_over=("tensor",)) for part in "qk"
+            )
+
+    def forward(self, x: Tensor, rope_table: Tensor) -> Tensor:
+        """x [s, b, h] -> [s, b, h]."""
+        s, b, _ = x.shape
+        heads = self.qkv(x).view(s, b, self.n + 2 * self.m, self.d)
+        q_and_k, v = heads.split([self.n + self.m, self.m], dim=2)
+        if self.norms is None:
+            q, k = rope(q_and_k, rope_table).split([self.n, self.m], dim=2)
+        else:
+            q, k = q_and_k.split([self.n, self.m], dim=2)
+            q, k = rope(self.norms[0](q), rope_table), rope(self.norms[1](k), rope_table)
+        return self.out(causal_attention(q, k, v))

@@ -1,0 +1,70 @@
+"""What a run leaves behind: config.toml, metrics.jsonl (one JSON object a line, full precision), TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from engine.config import Resolved
+from engine.evaluate import Score
+
+
+class MetricsLog:
+    """Writes on the one rank where `enabled`; elsewhere it only builds the records. A context manager.
+
+    metrics.jsonl is appended to: after a resume a step may stand there twice, the later line is the one that counts.
+    """
+
+    def __init__(self, run_dir: Path, resolved: Resolved, *, enabled: bool):
+        self.run_dir, self.resolved, self.enabled = run_dir, resolved, enabled
+        self.file: TextIO | None = None
+        self.board: Any = None
+
+    def __enter__(self) -> MetricsLog:
+        if self.enabled:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.toml").write_text(self.resolved.toml())
+            self.file = (self.run_dir / "metrics.jsonl").open("a", buffering=1)
+            if self.resolved.config.monitor.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+                self.board = SummaryWriter(str(self.run_dir / "tensorboard"))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def step(
+        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, rates: dict[str, float]
+    ) -> dict[str, float]:
+        """Record one step; `tokens` are those consumed since the beginning of the run. Returns the record."""
+        record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, **rates}
+        self._write(record, {f"train/{k}": v for k, v in record.items() if k != "step"})
+        return record
+
+    def validation(self, step: int, score: Score) -> None:
+        """Record a validation in a line of its own: {"step", "val_loss", ...}."""
+        record = {"step": step, **{f"val_{k}": v for k, v in score.as_dict().items()}}
+        self._write(record, {f"val/{k}": v for k, v in score.as_dict().items()})
+
+    def _write(self, record: dict[str, float], scalars: dict[str, float]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+        if self.board is not None:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, int(record["step"]))
+
+
+def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
+    """(training records, validation records) of a run by step; the later line of a step wins."""
+    training: dict[int, dict[str, float]] = {}
+    validation: dict[int, dict[str, float]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        (training if "loss" in record else validation)[record["step"]] = record
+    return training, validation

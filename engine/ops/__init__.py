@@ -1,0 +1,1 @@
+"""Operations: one file an op, a torch implementation each, autograd written out."""

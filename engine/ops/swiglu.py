@@ -1,0 +1,35 @@
+"""SwiGLU product (Shazeer 2020): silu(gate) * up, of a fused [.., gate | up] projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fused: Tensor) -> Tensor:
+        ctx.save_for_backward(fused)
+        gate, up = fused.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (fused,) = ctx.saved_tensors
+        gate, up = fused.chunk(2, dim=-1)
+        out = torch.empty_like(fused)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        torch.mul(grad, silu, out=grad_up)
+        # d silu / d gate = s + silu * (1 - s)
+        slope = silu.mul_(1 - sigmoid).add_(sigmoid)
+        torch.mul(slope.mul_(up), grad, out=grad_gate)
+        return out
+
+
+def swiglu(fused: Tensor) -> Tensor:
+    """fused [..., 2f] = gate | up  ->  silu(gate) * up [..., f]."""
+    return _SwiGlu.apply(fused)

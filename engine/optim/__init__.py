@@ -1,0 +1,1 @@
+"""AdamW over flat buckets, clipping from ShardSpecs, learning-rate schedules, precision."""

@@ -1,0 +1,1 @@
+"""Algorithms that move data between ranks outside the forward pass: gradient buckets."""

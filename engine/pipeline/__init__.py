@@ -1,0 +1,1 @@
+"""Pipeline schedules as data, the passes and checks over them, and the executor that runs them."""

@@ -1,0 +1,241 @@
+"""A pipeline schedule as data: actions, steps, plans, and their text form.
+
+Goal: one list that is generated, checked, drawn, simulated and run; there is no second copy of any schedule.
+
+An `Action` is one thing a rank does. A `Step` is what a rank does at once: a single computation, a single REDUCE, or
+one or more communication actions that are posted together (one batch_isend_irecv) and waited for together. A `Plan`
+holds the steps of every rank in program order, and the placement of stages on ranks: any placement of any number of
+stages per rank (chunks), so looped and V-shaped ones too, but each stage lives on exactly one rank.
+
+Text form, one header and one line per rank; `parse_plan(str(plan)) == plan`:
+
+    plan 1f1b microbatches=1 placement=0,1 backward=yes
+    rank 0: 0F0 (0SEND_F0;0RECV_B0) 0B0 0REDUCE
+    rank 1: 1RECV_F0 1F0 1B0 1REDUCE 1SEND_B0
+
+Invariant: a Plan that exists is well-formed (every stage, rank and microbatch it names exists, steps hold what steps
+may hold). Whether it is also right (complete, in order, matched, free of deadlock) is for `check.check` to prove.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from engine.errors import PlanError
+
+
+class Op(StrEnum):
+    """What an action does. B is the whole backward; I and W are its input-gradient and weight-gradient halves."""
+
+    F = "F"
+    B = "B"
+    I = "I"  # noqa: E741 - the literature's letter
+    W = "W"
+    SEND_F = "SEND_F"  # sends the output of `stage` to stage + 1
+    RECV_F = "RECV_F"  # receives the input of `stage` from stage - 1
+    SEND_B = "SEND_B"  # sends the gradient of the input of `stage` to stage - 1
+    RECV_B = "RECV_B"  # receives the gradient of the output of `stage` from stage + 1
+    REDUCE = "REDUCE"  # the gradients of `stage` are complete on this rank: start their sum over data parallel ranks
+
+
+SENDS = frozenset({Op.SEND_F, Op.SEND_B})
+RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
+COMMUNICATION = SENDS | RECEIVES
+
+# op -> (op at the other end, its stage relative to this one)
+_PARTNER = {
+    Op.SEND_F: (Op.RECV_F, +1),
+    Op.RECV_F: (Op.SEND_F, -1),
+    Op.SEND_B: (Op.RECV_B, -1),
+    Op.RECV_B: (Op.SEND_B, +1),
+}
+
+
+class Action(NamedTuple):
+    """One operation on one stage and one microbatch; `microbatch` is -1 for REDUCE, which concerns all of them."""
+
+    op: Op
+    stage: int
+    microbatch: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op}{self.microbatch if self.microbatch >= 0 else ''}"
+
+
+Step = tuple[Action, ...]
+
+# At most nine digits: no plan needs more, and int() refuses absurdly long numbers with an error of its own.
+_NUMBER = "(0|[1-9][0-9]{0,8})"
+_ACTION = re.compile(f"{_NUMBER}(SEND_F|RECV_F|SEND_B|RECV_B|REDUCE|F|B|I|W){_NUMBER}?")
+_HEADER = re.compile(rf"plan (\S+) microbatches={_NUMBER} placement=([0-9]{{1,9}}(?:,[0-9]{{1,9}})*) backward=(yes|no)")
+
+
+def parse_action(text: str) -> Action:
+    """The action that prints as `text`, such as `2F0`, `0SEND_F1` or `3REDUCE`."""
+    found = _ACTION.fullmatch(text)
+    # Exactly one of "is REDUCE" and "names a microbatch" holds.
+    if found is None or (found[2] == Op.REDUCE) == (found[3] is not None):
+        raise PlanError(
+            f"{text!r} is not an action: expected <stage><op><microbatch> with op one of "
+            f"{', '.join(op for op in Op if op is not Op.REDUCE)}, or <stage>REDUCE; for example 2F0, 0SEND_F1, 3REDUCE"
+        )
+    return Action(Op(found[2]), int(found[1]), int(found[3]) if found[3] is not None else -1)
+
+
+def partner_of(action: Action) -> Action:
+    """The action at the other end of a communication action: a send's receive, a receive's send."""
+    op, offset = _PARTNER[action.op]
+    return Action(op, action.stage + offset, action.microbatch)
+
+
+def is_communication(step: Step) -> bool:
+    """Whether the step is posted to other ranks, rather than computed or reduced."""
+    return step[0].op in COMMUNICATION
+
+
+def format_step(step: Step) -> str:
+    """`2F0` for one action, `(0SEND_F1;0RECV_B0)` for actions that are posted together."""
+    return str(step[0]) if len(step) == 1 else f"({';'.join(map(str, step))})"
+
+
+def parse_step(text: str) -> Step:
+    """The step that prints as `text`."""
+    inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    return tuple(parse_action(part) for part in inner.split(";"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every rank of one pipeline does in one optimizer step, in program order.
+
+    name: of the schedule it comes from; one word.  microbatches: count.  placement: stage -> rank.
+    programs: one per rank.  backward: False for evaluation, where there are only forwards.
+    """
+
+    name: str
+    microbatches: int
+    placement: tuple[int, ...]
+    programs: tuple[tuple[Step, ...], ...]
+    backward: bool = True
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\S+", self.name):
+            raise PlanError(f"plan name {self.name!r} must be one word: it is a field of the text form")
+        if self.microbatches < 1:
+            raise PlanError(f"plan {self.name!r} has microbatches = {self.microbatches}; at least 1 is needed")
+        if set(self.placement) != set(range(self.num_ranks)) or not self.placement:
+            raise PlanError(
+                f"plan {self.name!r} has placement {self.placement} for {self.num_ranks} programs: every stage must be "
+                f"on a rank that has a program, and every rank must hold a stage"
+            )
+        for rank, program in enumerate(self.programs):
+            for position, step in enumerate(program):
+                fault = self._fault_of(step)
+                if fault:
+                    shown = format_step(step) if step else "()"
+                    raise PlanError(f"plan {self.name!r} rank {rank} step {position} {shown}: {fault}")
+
+    def _fault_of(self, step: Step) -> str | None:
+        """Why `step` could not be part of any plan of this shape, or None."""
+        if not step:
+            return "a step holds at least one action; remove the empty one"
+        if len(step) > 1 and any(action.op not in COMMUNICATION for action in step):
+            return "only communication actions can be posted together; give the others a step each"
+        for action in step:
+            if not 0 <= action.stage < self.num_stages:
+                return f"stage {action.stage} is outside the {self.num_stages} stages"
+            if action.op is Op.REDUCE and action.microbatch != -1:
+                return "REDUCE concerns all microbatches and names none"
+            if action.op is not Op.REDUCE and not 0 <= action.microbatch < self.microbatches:
+                return f"microbatch {action.microbatch} is outside the {self.microbatches} microbatches"
+            if action.op in COMMUNICATION and not 0 <= partner_of(action).stage < self.num_stages:
+                return f"{action} has no partner: stage {action.stage} is the end of the pipeline on that side"
+        return None
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.programs)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.placement)
+
+    def rank_of(self, stage: int) -> int:
+        """The rank that holds `stage`."""
+        return self.placement[stage]
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages (chunks) on `rank`, in pipeline order."""
+        return tuple(stage for stage, holder in enumerate(self.placement) if holder == rank)
+
+    def peer_of(self, action: Action) -> int:
+        """The rank at the other end of a communication action."""
+        return self.rank_of(partner_of(action).stage)
+
+    def walk(self) -> Iterator[tuple[int, int, Action]]:
+        """Every action as (rank, position of its step, action), rank by rank in program order."""
+        for rank, program in enumerate(self.programs):
+            for position, step in enumerate(program):
+                for action in step:
+                    yield rank, position, action
+
+    def __str__(self) -> str:
+        placement = ",".join(map(str, self.placement))
+        backward = "yes" if self.backward else "no"
+        header = f"plan {self.name} microbatches={self.microbatches} placement={placement} backward={backward}"
+        lines = (" ".join([f"rank {rank}:", *map(format_step, program)]) for rank, program in enumerate(self.programs))
+        return "\n".join([header, *lines])
+
+
+def parse_plan(text: str) -> Plan:
+    """The plan that prints as `text`. Blank lines and the amount of space between steps do not matter."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    header = _HEADER.fullmatch(lines[0]) if lines else None
+    if header is None:
+        raise PlanError(
+            f"{lines[0] if lines else ''!r} is not the header of a plan: expected "
+            f"'plan <name> microbatches=<n> placement=<rank>,<rank>,... backward=yes|no'"
+        )
+    programs = []
+    for rank, line in enumerate(lines[1:]):
+        label = f"rank {rank}:"
+        if not line.startswith(label):
+            raise PlanError(f"line {line!r} of a plan should start with {label!r}: one line per rank, in order")
+        programs.append(tuple(parse_step(word) for word in line.removeprefix(label).split()))
+    placement = tuple(int(rank) for rank in header[3].split(","))
+    return Plan(header[1], int(header[2]), placement, tuple(programs), backward=header[4] == "yes")
+
+
+def grid(plan: Plan, marks: Sequence[tuple[int, int]] = (), span: int = 4, limit: int = 16) -> str:
+    """The programs as a table for error messages: a row per rank, a column per step, each (rank, step) mark in >...<.
+
+    Around the marks `span` columns and ranks are shown on either side, and never more than `limit` of either, so
+    that the message stays readable for large plans. A column is a place in the program, not a time.
+    """
+    longest = max(len(program) for program in plan.programs)
+    ranks = _window([rank for rank, _ in marks], plan.num_ranks, span, limit)
+    # A mark may lie one past the end of a program, where an action is missing.
+    steps = _window([step for _, step in marks], max([longest, *(step + 1 for _, step in marks)]), span, limit)
+    table = [["step", *map(str, steps)]]
+    for rank in ranks:
+        program, row = plan.programs[rank], [f"rank {rank}"]
+        for step in steps:
+            cell = format_step(program[step]) if step < len(program) else ""
+            row.append(f">{cell}<" if (rank, step) in marks else cell)
+        table.append(row)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+    if len(ranks) < plan.num_ranks or steps.start > 0 or steps.stop < longest:
+        lines.append(f"(part of {plan.num_ranks} ranks x {longest} steps)")
+    return "\n".join(lines)
+
+
+def _window(marks: Sequence[int], length: int, span: int, limit: int) -> range:
+    """The indices of 0..length-1 to show around `marks`."""
+    start = max(0, min(marks, default=0) - span)
+    stop = min(length, (max(marks) + span + 1) if marks else length)
+    return range(start, min(stop, start + limit))

@@ -1,0 +1,289 @@
+"""Proves that a plan is right before any rank runs it: `check(plan)` returns, or raises PlanError with the spot marked.
+
+What is proved, in this order (each proof relies on the ones before):
+
+1. Complete. Every (stage, microbatch) has exactly one F, and exactly one B or one I with one W; every edge between
+   stages on different ranks has its send and its receive; every stage has one REDUCE; nothing else is there, and
+   everything is on the rank that holds its stage. Without backward there is only the forward part of this.
+2. In order on each rank. What an action uses was made in an earlier step: RECV_F < F < SEND_F, F < B or I,
+   RECV_B < B or I < SEND_B, I < W, every B and W of a stage < its REDUCE, and between neighbouring stages on the same
+   rank, where no message stands between them, F < F of the next stage and B or I < B or I of the previous one.
+3. Matched. NCCL has no tags: the k-th send from rank a to rank b is received by the k-th receive on b from a, whatever
+   the two meant. So these two must be the same tensor of the same microbatch. Order inside a step counts.
+4. Free of deadlock with zero buffering (a send ends only when its receive has been posted, as for large messages over
+   NCCL). Dependencies between ranks need no proof of their own: they are messages, and messages wait.
+
+The model of 4. A step X has two events: posted(X), and completed(X), after which the next step of the rank is posted.
+  - posted(X) -> completed(X) -> posted(next step)
+  - for an action of X matched with an action of Y: posted(Y) -> completed(X), and posted(X) -> completed(Y)
+The plan runs to its end under every timing if and only if this graph of events has no cycle: an acyclic graph has an
+order in which each event finds what it waits for, and along a cycle each event waits for itself.
+
+With one action per step, this is the same as contracting each matched send and receive into one node, because X and Y
+complete at the same moment, when both are posted. With batches contraction is too strict. It makes all steps that
+messages connect, over any number of ranks, complete at one moment, while in truth rank 1 goes on as soon as *its*
+messages have met their partners, even if the batch of rank 0 that served it still waits for rank 2. If rank 2 needs
+what rank 1 does next, contraction reports a deadlock that cannot happen; the graph of events does not.
+
+As built, completed(X) is not stored: its only successor is posted(next step), which takes over what it waits for; and
+steps that compute are left out, as they wait for nothing but the step before. Neither makes or breaks a cycle.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from graphlib import CycleError, TopologicalSorter
+from typing import NoReturn
+
+from engine.errors import PlanError
+from engine.pipeline.actions import (
+    COMMUNICATION,
+    SENDS,
+    Action,
+    Op,
+    Plan,
+    format_step,
+    grid,
+    is_communication,
+    partner_of,
+)
+
+Spot = tuple[int, int]  # (rank, position of the step in its program)
+
+
+def check(plan: Plan) -> None:
+    """Returns if the plan can be run as it stands; otherwise raises PlanError with what, where, why and the grid."""
+    where = _check_complete(plan)
+    _check_order(plan, where)
+    partners = _check_channels(plan)
+    _check_deadlock(plan, partners)
+
+
+def peak_live(plan: Plan) -> list[int]:
+    """For each rank, the most activations alive at once, in units of one microbatch on one stage.
+
+    F makes one; B or W frees it. Without backward nothing is kept for later: one at a time is alive.
+    """
+    peaks = []
+    for program in plan.programs:
+        live = peak = 0
+        for step in program:
+            if step[0].op is Op.F:
+                live = live + 1 if plan.backward else 1
+                peak = max(peak, live)
+            elif step[0].op in (Op.B, Op.W):
+                live -= 1
+        peaks.append(peak)
+    return peaks
+
+
+def _fail(plan: Plan, what: str, spots: Sequence[Spot]) -> NoReturn:
+    """Raises the PlanError for the fault at the first spot; all spots are marked in the grid."""
+    rank, position = spots[0]
+    program = plan.programs[rank]
+    step = format_step(program[position]) if position < len(program) else "(end of program)"
+    raise PlanError(f"plan {plan.name!r} rank {rank} step {position} {step}: {what}\n{grid(plan, spots)}")
+
+
+# 1. complete
+
+
+def _check_complete(plan: Plan) -> dict[Action, Spot]:
+    """Where each action is, after proving that these are exactly the actions the plan needs."""
+    where: dict[Action, Spot] = {}
+    for rank, position, action in plan.walk():
+        holder = plan.rank_of(action.stage)
+        if holder != rank:
+            _fail(plan, f"{action} is on rank {rank}, but stage {action.stage} is on rank {holder}", [(rank, position)])
+        if action in where:
+            _fail(plan, f"{action} is there twice; it must be done exactly once", [(rank, position), where[action]])
+        where[action] = (rank, position)
+    needed = dict.fromkeys(_needed(plan, where))  # a dict keeps the order, so that the first fault is reported
+    for action in needed:
+        if action not in where:
+            _fail(plan, f"{action} is missing: {_why_needed(plan, action)}", [_nearest(plan, where, action)])
+    for action, spot in where.items():
+        if action not in needed:
+            _fail(plan, f"{action} is too much: {_why_not(plan, action)}", [spot])
+    return where
+
+
+def _needed(plan: Plan, where: dict[Action, Spot]) -> Iterator[Action]:
+    """Every action the plan must hold. A backward counts as split if any half of it is there."""
+    for stage in range(plan.num_stages):
+        for microbatch in range(plan.microbatches):
+            ops = [Op.RECV_F, Op.F, Op.SEND_F]
+            if plan.backward:
+                ops += [Op.RECV_B, *_backward_ops(where, stage, microbatch), Op.SEND_B]
+            for op in ops:
+                action = Action(op, stage, microbatch)
+                if op not in COMMUNICATION or _crosses(plan, action):
+                    yield action
+        if plan.backward:
+            yield Action(Op.REDUCE, stage)
+
+
+def _backward_ops(where: dict[Action, Spot], stage: int, microbatch: int) -> tuple[Op, ...]:
+    """(I, W) if this backward is split, else (B,); the first one uses and makes the gradients that travel."""
+    split = Action(Op.I, stage, microbatch) in where or Action(Op.W, stage, microbatch) in where
+    return (Op.I, Op.W) if split else (Op.B,)
+
+
+def _crosses(plan: Plan, action: Action) -> bool:
+    """Whether a communication action has another end, and that is on another rank."""
+    other = partner_of(action).stage
+    return 0 <= other < plan.num_stages and plan.rank_of(other) != plan.rank_of(action.stage)
+
+
+def _why_needed(plan: Plan, action: Action) -> str:
+    if action.op in COMMUNICATION:
+        partner = partner_of(action)
+        return (
+            f"stage {action.stage} is on rank {plan.rank_of(action.stage)} and stage {partner.stage} on rank "
+            f"{plan.peer_of(action)}, so {action} must meet {partner}"
+        )
+    if action.op is Op.REDUCE:
+        return "each stage needs exactly one REDUCE, after its last B or W"
+    if action.op is Op.F:
+        return "each stage needs exactly one F of each microbatch"
+    return "each stage needs of each microbatch exactly one B, or one I with one W"
+
+
+def _why_not(plan: Plan, action: Action) -> str:
+    if not plan.backward and action.op not in (Op.F, Op.SEND_F, Op.RECV_F):
+        return "the plan is without backward"
+    if action.op in COMMUNICATION:
+        return f"stages {action.stage} and {partner_of(action).stage} are on the same rank, where nothing is sent"
+    return "this backward is also split into I and W; keep B, or I with W"
+
+
+def _nearest(plan: Plan, where: dict[Action, Spot], missing: Action) -> Spot:
+    """Where to point for an action that is not there: at the last one of its kin, or past the end of the program."""
+    rank = plan.rank_of(missing.stage)
+    kin = [
+        spot
+        for action, spot in where.items()
+        if action.stage == missing.stage and missing.microbatch in (action.microbatch, -1)
+    ]
+    return max(kin, default=(rank, len(plan.programs[rank])))
+
+
+# 2. in order on each rank
+
+
+def _check_order(plan: Plan, where: dict[Action, Spot]) -> None:
+    """Proves that on each rank every action comes after the ones whose result it uses."""
+    for before, after, why in _order(plan, where):
+        # A communication action that is absent has its neighbour on the same rank, and another relation stands for it.
+        if before in where and after in where and where[before] >= where[after]:
+            _fail(plan, f"{after} must come after {before}: {why}", [where[after], where[before]])
+
+
+def _order(plan: Plan, where: dict[Action, Spot]) -> Iterator[tuple[Action, Action, str]]:
+    """Every (earlier, later, why) on a rank."""
+    for stage in range(plan.num_stages):
+        for microbatch in range(plan.microbatches):
+
+            def act(op: Op, at: int = stage, microbatch: int = microbatch) -> Action:
+                return Action(op, at, microbatch)
+
+            yield act(Op.RECV_F), act(Op.F), "it computes on what is received"
+            yield act(Op.F), act(Op.SEND_F), "it sends what is computed"
+            if stage > 0 and plan.rank_of(stage - 1) == plan.rank_of(stage):
+                yield act(Op.F, stage - 1), act(Op.F), "the previous stage, on the same rank, makes its input"
+            if not plan.backward:
+                continue
+            ops = _backward_ops(where, stage, microbatch)
+            first, last = act(ops[0]), act(ops[-1])
+            yield act(Op.F), first, "a backward uses the activations of its forward"
+            yield act(Op.RECV_B), first, "it starts from the gradient that is received"
+            yield first, act(Op.SEND_B), "it sends the gradient that is computed"
+            if last != first:
+                yield first, last, "W uses what I leaves behind"
+            yield last, Action(Op.REDUCE, stage), "REDUCE needs the gradients of all microbatches"
+            if stage + 1 < plan.num_stages and plan.rank_of(stage + 1) == plan.rank_of(stage):
+                upstream = act(_backward_ops(where, stage + 1, microbatch)[0], stage + 1)
+                yield upstream, first, "the next stage, on the same rank, makes its gradient"
+
+
+# 3. matched
+
+
+def _check_channels(plan: Plan) -> dict[Spot, list[Spot]]:
+    """For each communication step, the steps its actions meet, after proving that they are meant for each other."""
+    sends: defaultdict[tuple[int, int], list[tuple[Action, Spot]]] = defaultdict(list)
+    receives: defaultdict[tuple[int, int], list[tuple[Action, Spot]]] = defaultdict(list)
+    for rank, position, action in plan.walk():
+        if action.op in COMMUNICATION:
+            peer = plan.peer_of(action)
+            if action.op in SENDS:
+                sends[rank, peer].append((action, (rank, position)))
+            else:
+                receives[peer, rank].append((action, (rank, position)))
+    partners: defaultdict[Spot, list[Spot]] = defaultdict(list)
+    for channel, sent in sends.items():
+        # As many sends as receives: the plan is complete, and every send has its receive on the same channel.
+        for count, ((send, here), (receive, there)) in enumerate(zip(sent, receives[channel], strict=True)):
+            if partner_of(send) != receive:
+                _fail(
+                    plan,
+                    f"message {count} from rank {channel[0]} to rank {channel[1]} is sent by {send}, but received by "
+                    f"{receive} (rank {there[0]} step {there[1]}): messages are matched by their order alone, so both "
+                    f"ranks must list them in the same order",
+                    [here, there],
+                )
+            partners[here].append(there)
+            partners[there].append(here)
+    return partners
+
+
+# 4. free of deadlock
+
+
+def _check_deadlock(plan: Plan, partners: dict[Spot, list[Spot]]) -> None:
+    """Proves that the graph of posted(step) events, as the module describes it, has no cycle."""
+    waits_for: dict[Spot, list[Spot]] = {}
+    previous: dict[Spot, Spot] = {}  # the communication step before, on the same rank
+    for rank, program in enumerate(plan.programs):
+        spots = [(rank, position) for position, step in enumerate(program) if is_communication(step)]
+        previous.update(zip(spots[1:], spots))
+        for spot, before in zip(spots[1:], spots):
+            waits_for[spot] = [before, *partners[before]]
+    posted = _run(waits_for)
+    frontier: dict[int, Spot] = {}  # where each rank hangs: the first step that it never posts
+    for spot in waits_for:
+        if spot not in posted:
+            frontier.setdefault(spot[0], spot)
+    if not frontier:
+        return
+    # Each rank that hangs waits for a step of another one that hangs, so that following them must come round.
+    seen: dict[int, tuple[Spot, Spot]] = {}  # rank -> (the step it waits in, the step it waits for)
+    rank = min(frontier)
+    while rank not in seen:
+        waiting = previous[frontier[rank]]
+        needed = next(spot for spot in partners[waiting] if spot in waits_for and spot not in posted)
+        seen[rank] = (waiting, needed)
+        rank = needed[0]
+    cycle = list(seen.values())[list(seen).index(rank) :]  # the way to the cycle is not part of it
+    lines = [f"  {_name(plan, waiting)} waits for {_name(plan, needed)}" for waiting, needed in cycle]
+    what = "deadlock with zero buffering: each of these ranks waits for a step that the next one never comes to"
+    _fail(plan, "\n".join([what, *lines]), [spot for pair in cycle for spot in pair])
+
+
+def _run(waits_for: dict[Spot, list[Spot]]) -> set[Spot]:
+    """The events that happen, when each happens as soon as all that it waits for have: all of them, or up to a hang."""
+    sorter = TopologicalSorter(waits_for)
+    with suppress(CycleError):  # then the sorter still hands out what can happen; that shows where the ranks hang
+        sorter.prepare()
+    posted: set[Spot] = set()
+    while sorter.is_active():
+        ready = sorter.get_ready()
+        posted.update(ready)
+        sorter.done(*ready)
+    return posted
+
+
+def _name(plan: Plan, spot: Spot) -> str:
+    return f"rank {spot[0]} step {spot[1]} {format_step(plan.programs[spot[0]][spot[1]])}"

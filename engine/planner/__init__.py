@@ -1,0 +1,1 @@
+"""Counting before running: parameters and floating-point operations."""

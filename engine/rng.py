@@ -1,0 +1,18 @@
+"""Random numbers as a function of (seed, purpose, name), never of rank: every layout draws the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def seed_for(seed: int, purpose: str, name: str) -> int:
+    """A 63-bit seed from the run's seed, what the numbers are for, and whose they are."""
+    digest = hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(seed: int, purpose: str, name: str) -> torch.Generator:
+    """A CPU generator for one purpose and name. CPU always: the bits must not depend on the device either."""
+    return torch.Generator("cpu").manual_seed(seed_for(seed, purpose, name))

@@ -1,0 +1,170 @@
+"""ShardSpec: what a parameter is a shard of, stated once where the parameter is created.
+
+Goal: one typed fact sheet from which initialisation, gradient sums, clipping, checkpoints, Hugging Face conversion and
+memory counts all read. Invariants:
+
+* A *canonical tensor* is unfused and global: `layers.3.attention.q.weight` of shape [num_heads * head_dim, hidden].
+  A fused parameter (q|k|v, gate|up) is several chunks, each a canonical tensor, laid one after another along `dim`.
+* `pieces(ctx)` lists, for one rank, the rectangle of each canonical tensor that it holds and where in the local
+  parameter it lies. Nobody else computes an offset.
+* A chunk cut in fewer parts than there are tensor ranks is replicated: rank r holds part r * parts // ranks.
+* The last part may be short (a vocabulary that the tensor degree does not divide); the local rows beyond it are
+  padding: zero weight, zero gradient, in no checkpoint.
+* Replicas start from equal bits and receive equal gradients; where each replica sees only part of the gradient
+  (KV heads shared by ranks, QK-norms, tied embeddings) `sum_over` names the axis that adds the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.context import ParallelContext
+from engine.rng import generator
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One canonical tensor inside a parameter.
+
+    name: canonical name. size: global length along the spec's `dim`. parts: in how many parts it is cut over the
+    tensor axis. sum_over: axes whose ranks each hold only a part of the gradient of the same values.
+    """
+
+    name: str
+    size: int
+    parts: int = 1
+    sum_over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The rectangle of one canonical tensor that one rank holds.
+
+    offset, shape: in the canonical tensor. start: where it begins in the local parameter, along `dim`.
+    counted: True on exactly one of the ranks that hold these values (the one that counts and saves them).
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    dim: int
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    sum_over: tuple[str, ...]
+    counted: bool
+
+    def of(self, local: Tensor) -> Tensor:
+        """The piece as a view of the local parameter (or of a tensor of the same shape)."""
+        return local.narrow(self.dim, self.start, self.shape[self.dim])
+
+    def cut(self, canonical: Tensor) -> Tensor:
+        """The piece as a view of the whole canonical tensor."""
+        for dim, (offset, length) in enumerate(zip(self.offset, self.shape)):
+            canonical = canonical.narrow(dim, offset, length)
+        return canonical
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Shape of the other dims, chunks along `dim`, initial values and decay of one parameter.
+
+    other: length of the other dimension of a matrix, None for a vector. init_std: standard deviation of the normal
+    initial values, None for ones. decay: whether weight decay applies (not to norms and biases).
+    """
+
+    chunks: tuple[Chunk, ...]
+    dim: int = 0
+    other: int | None = None
+    init_std: float | None = None
+    decay: bool = True
+
+    def _shape(self, length: int) -> tuple[int, ...]:
+        if self.other is None:
+            return (length,)
+        return (length, self.other) if self.dim == 0 else (self.other, length)
+
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter on every rank (padding included)."""
+        return self._shape(sum(-(-c.size // c.parts) for c in self.chunks))
+
+    def pieces(self, ctx: ParallelContext) -> list[Piece]:
+        """What this rank holds, chunk by chunk in local order."""
+        pieces, start = [], 0
+        for chunk in self.chunks:
+            length = -(-chunk.size // chunk.parts)
+            replicas = ctx.tensor.size // chunk.parts
+            begin = ctx.tensor.rank // replicas * length
+            shape = self._shape(max(0, min(length, chunk.size - begin)))
+            offset = tuple(min(begin, chunk.size) if d == self.dim else 0 for d in range(len(shape)))
+            counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)
+            pieces.append(
+                Piece(chunk.name, self._shape(chunk.size), self.dim, offset, shape, start, chunk.sum_over, counted)
+            )
+            start += length
+        return pieces
+
+
+class Parameter(nn.Parameter):
+    """A parameter that knows what it is a shard of, and where its gradient goes.
+
+    spec: the facts. main_grad: a view into a flat gradient bucket (set by GradBuckets) into which every microbatch
+    is added; while it is None, gradients are ordinary autograd gradients in `.grad`. on_grad: called after each
+    addition, so that the bucket knows when it is complete.
+    """
+
+    spec: ShardSpec
+    main_grad: Tensor | None
+    on_grad: Callable[[], None] | None
+
+    def __new__(cls, data: Tensor, spec: ShardSpec) -> Parameter:
+        self = super().__new__(cls, data, True)
+        self.spec = spec
+        self.main_grad = None
+        self.on_grad = None
+        return self
+
+    def __init__(self, data: Tensor, spec: ShardSpec) -> None:
+        super().__init__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
+        raise TypeError("a sharded Parameter is not copied: build the module again from its config")
+
+    @property
+    def name(self) -> str:
+        """The canonical names it holds, for messages: `layers.0.attention.q.weight+...k.weight`."""
+        return "+".join(c.name for c in self.spec.chunks)
+
+
+def new_parameter(spec: ShardSpec, ctx: ParallelContext) -> Parameter:
+    """An uninitialised parameter of the spec's local shape, in the context's dtype and device."""
+    return Parameter(torch.empty(spec.local_shape(), dtype=ctx.dtype, device=ctx.device), spec)
+
+
+def parameters(module: nn.Module) -> list[Parameter]:
+    """The module's parameters, each once, in module order; every one of them carries a spec."""
+    found = list(module.parameters())
+    for p in found:
+        assert isinstance(p, Parameter), "every parameter of a parallel model is a sharding.Parameter"
+    return found  # type: ignore[return-value]
+
+
+def initialise_(params: Iterable[Parameter], ctx: ParallelContext, seed: int) -> None:
+    """Fill parameters in place: each canonical tensor is drawn whole, in float32, from (seed, name); pieces are kept.
+
+    So the values do not depend on layout, device or dtype. Peak extra memory: one canonical tensor.
+    """
+    with torch.no_grad():
+        for p in params:
+            p.zero_()
+            for piece in p.spec.pieces(ctx):
+                whole = torch.empty(piece.global_shape, dtype=torch.float32)
+                if p.spec.init_std is None:
+                    whole.fill_(1.0)
+                else:
+                    whole.normal_(0.0, p.spec.init_std, generator=generator(seed, "init", piece.name))
+                piece.of(p).copy_(piece.cut(whole))

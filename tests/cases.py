@@ -1,0 +1,96 @@
+"""Small configs, random batches, and assembling what ranks hold into canonical tensors. Shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import Config, Resolved, layout_of, load
+from engine.context import ParallelContext
+from engine.data.loader import MicroBatch
+from engine.sharding import Parameter
+
+MODEL = {
+    "vocab_size": 61,  # odd on purpose: every tensor degree pads it
+    "hidden_size": 32,
+    "num_layers": 4,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "ffn_size": 48,
+    "max_seq_len": 64,
+}
+
+
+def resolve(world: int = 1, **overrides: Any) -> Resolved:
+    """A resolved float64 config: MODEL and a short run, changed by overrides such as parallel_tensor=2."""
+    values: dict[str, Any] = {f"model.{k}": v for k, v in MODEL.items()}
+    values |= {
+        "train.steps": 20,
+        "train.global_batch_size": 4,
+        "train.micro_batch_size": 1,
+        "train.seq_len": 12,
+        "train.precision": "fp64",
+        "train.device": "cpu",
+        "optimizer.lr": 3e-3,
+        "schedule.warmup_steps": 2,
+        "parallel.bucket_mib": 0.01,
+        "monitor.tensorboard": False,
+    }
+    for key, value in overrides.items():
+        section, name = key.split("_", 1)
+        values[f"{section}.{name}"] = value
+    return load([], {k: str(v) for k, v in values.items()}, world=world)
+
+
+def config(world: int = 1, **overrides: Any) -> Config:
+    """`resolve`, without the sources."""
+    return resolve(world, **overrides).config
+
+
+def random_batches(cfg: Config, ctx: ParallelContext, step: int) -> list[MicroBatch]:
+    """This data rank's microbatches of a global batch with very uneven masks, a function of the step alone."""
+    g, s = cfg.train.global_batch_size, cfg.train.seq_len
+    rng = np.random.default_rng(step)
+    rows = torch.from_numpy(rng.integers(0, cfg.model.vocab_size, (g, s + 1)))
+    counted = torch.from_numpy(rng.integers(0, s + 1, g))
+    counted[step % g], counted[(step + 3) % g] = 0, s
+    mask = torch.arange(s)[None, :] < counted[:, None]
+    local, mbs = g // ctx.data.size, cfg.train.micro_batch_size
+    parts = [slice(i, i + mbs) for i in range(ctx.data.rank * local, (ctx.data.rank + 1) * local, mbs)]
+    return [MicroBatch(rows[p, :-1].contiguous(), rows[p, 1:].contiguous(), mask[p]) for p in parts]
+
+
+def pieces_of(params: Iterable[tuple[Parameter, torch.Tensor]], ctx: ParallelContext) -> list[Any]:
+    """[(name, global shape, offset, values)] of every piece this rank holds, replicas too."""
+    return [
+        (piece.name, piece.global_shape, piece.offset, piece.of(x).detach().double().numpy().copy())
+        for p, x in params
+        for piece in p.spec.pieces(ctx)
+    ]
+
+
+def assemble(ranks: list[list[Any]]) -> dict[str, np.ndarray]:
+    """Canonical tensors from all ranks' pieces; asserts full coverage and that replicas are bitwise equal."""
+    whole: dict[str, np.ndarray] = {}
+    for pieces in ranks:
+        for name, shape, offset, values in pieces:
+            target = whole.setdefault(name, np.full(shape, np.nan))
+            view = target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape))]
+            held = ~np.isnan(view)
+            assert np.array_equal(view[held], values[held]), f"replicas of {name} differ"
+            view[...] = values
+    for name, values in whole.items():
+        assert not np.isnan(values).any(), f"{name} is not covered by the ranks"
+    return whole
+
+
+def worst(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """Largest difference between two sets of tensors, relative to each tensor's largest value."""
+    assert a.keys() == b.keys()
+    return max(float(np.abs(a[k] - b[k]).max() / max(np.abs(b[k]).max(), 1e-300)) for k in b)
+
+
+__all__ = ["MODEL", "assemble", "config", "layout_of", "pieces_of", "random_batches", "resolve", "worst"]

@@ -1,0 +1,311 @@
+"""The sample order: C++ == numpy == an oracle that writes the whole stream out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.data import order as order_module
+from engine.data.indexed import IndexedDataset, IndexedWriter
+from engine.data.order import SampleOrder, derive, derive_key, permute
+from engine.errors import DataError
+
+# By presence, not by order._extension(): that one refuses a faulty extension, and the tests would skip it in silence.
+BUILT = importlib.util.find_spec("engine._index") is not None
+NATIVE = [False, pytest.param(True, marks=pytest.mark.skipif(not BUILT, reason="engine._index is not built"))]
+
+
+def corpus(prefix: Path, lengths: list[int], vocab_size: int = 60_000) -> IndexedDataset:
+    """Documents of these lengths, the tokens 1, 2, 3, ... so that each names its place."""
+    ends = np.cumsum(lengths) if lengths else []
+    with IndexedWriter(prefix, vocab_size) as writer:
+        for length, end in zip(lengths, ends):
+            writer.add(np.arange(end - length + 1, end + 1) % vocab_size)
+        writer.finish({})
+    return IndexedDataset(prefix, vocab_size)
+
+
+def raw_corpus(prefix: Path, lengths: list[int]) -> IndexedDataset:
+    """As `corpus`, but an empty document is a sequence of length 0, which other writers produce."""
+    total = sum(lengths)
+    n = len(lengths)
+    pointers = (np.cumsum(lengths) - lengths) * 4
+    idx = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, n, n + 1) + np.array(lengths, "<i4").tobytes()
+    Path(f"{prefix}.idx").write_bytes(idx + pointers.astype("<i8").tobytes() + np.arange(n + 1, dtype="<i8").tobytes())
+    Path(f"{prefix}.bin").write_bytes(np.arange(1, total + 1, dtype="<i4").tobytes())
+    return IndexedDataset(prefix)
+
+
+def permutation_oracle(n: int, key: int, x: int) -> int:
+    """One index through the Feistel network, from the definition, in Python integers."""
+    if n == 1:
+        return 0
+    bits = 2
+    while 2**bits < n:
+        bits += 2
+    half = bits // 2
+    while True:
+        left, right = divmod(x, 2**half)
+        for r in range(8):
+            mixed = order_module.mix64(
+                (right + order_module.mix64((key + (r + 1) * 0x9E3779B97F4A7C15) % 2**64)) % 2**64
+            )
+            left, right = right, left ^ (mixed % 2**half)
+        x = left * 2**half + right
+        if x < n:
+            return x
+
+
+def stream_oracle(data: IndexedDataset, seed: int, epoch: int, block: int) -> list[int]:
+    """The whole stream of an epoch as a list."""
+    num_blocks = -(-len(data) // block)
+    stream: list[int] = []
+    for at in range(num_blocks):
+        b = permutation_oracle(num_blocks, derive_key(seed, "blocks", epoch), at)
+        inside = min(block, len(data) - b * block)
+        for i in range(inside):
+            stream += data[b * block + permutation_oracle(inside, derive_key(seed, "documents", epoch, b), i)].tolist()
+    return stream
+
+
+def sample_oracle(data: IndexedDataset, seq_len: int, seed: int, sample: int, block: int) -> list[int]:
+    n = (data.num_tokens - 1) // seq_len
+    stream = stream_oracle(data, seed, sample // n, block)
+    k = permutation_oracle(n, derive_key(seed, "samples", sample // n), sample % n)
+    return stream[k * seq_len : k * seq_len + seq_len + 1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permutation_is_a_bijection_and_native_agrees(n: int, key: int) -> None:
+    index = np.arange(n, dtype=np.int64)
+    result = permute(n, key, index)
+    assert sorted(result.tolist()) == index.tolist()
+    assert result[n // 2] == permutation_oracle(n, key, n // 2)
+    if BUILT:
+        assert np.array_equal(result, order_module._extension().permute(n, key, index))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("n", [2**31 - 1, 2**32 + 1, 2**40 + 12345, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("native", NATIVE)
+def test_permutation_in_64_bits(n: int, native: bool) -> None:
+    function: Any = order_module._extension().permute if native else permute  # type: ignore[union-attr]
+    index = np.array([0, 1, n // 3, n - 2, n - 1], np.int64)
+    assert function(n, 99, index).tolist() == [permutation_oracle(n, 99, int(i)) for i in index]
+
+
+def test_permutation_is_not_far_from_uniform() -> None:
+    """All 24 orders of 4 come up about as often as each other; a missing round or key shows as orders that never do."""
+    seen = [tuple(permute(4, derive(7, i), np.arange(4)).tolist()) for i in range(4800)]
+    counts = np.array([seen.count(order) for order in set(seen)])
+    assert len(counts) == 24 and ((counts - 200) ** 2 / 200).sum() < 60  # chi-square, 23 degrees: p ~ 4e-5
+    big = permute(100_000, 3, np.arange(100_000))
+    assert abs(np.corrcoef(big[:-1], big[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(np.arange(100_000), big)[0, 1]) < 0.02
+
+
+def test_order_is_frozen(tmp_path: Path) -> None:
+    """Resuming an old run needs the old order: this digest may only change together with a new format version."""
+    data = corpus(tmp_path / "c", [(7 * i) % 23 for i in range(3000)])
+    assert SampleOrder(data, 16, 1234, native=False).digest(0, 3000) == "295a2944dce4d687e1ba917b9a5798c4"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    seq_len=st.integers(1, 12),
+    seed=st.integers(0, 2**64 - 1),
+    block=st.sampled_from([1, 3, 4, 1024]),
+)
+def test_equals_the_oracle(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, seed: int, block: int
+) -> None:
+    data = raw_corpus(tmp_path_factory.mktemp("o") / "c", lengths)
+    if data.num_tokens <= seq_len:
+        with pytest.raises(DataError, match=f"{data.num_tokens} tokens make no sample"):
+            SampleOrder(data, seq_len, seed)
+        return
+    n = (data.num_tokens - 1) // seq_len
+    samples = np.array([0, n - 1, n, 3 * n - 1, 2 * n // 3], np.int64)
+    expected = [sample_oracle(data, seq_len, seed, int(i), block) for i in samples]
+    for native in [False, True] if BUILT else [False]:
+        order = SampleOrder(data, seq_len, seed, native=native, block_documents=block)
+        assert order.samples_per_epoch == n
+        assert order.gather(samples).tolist() == expected
+
+
+@pytest.mark.parametrize("native", NATIVE)
+def test_more_documents_than_a_block(tmp_path: Path, native: bool) -> None:
+    data = corpus(tmp_path / "c", [i % 5 for i in range(2700)])
+    order = SampleOrder(data, 7, 5, native=native)
+    samples = np.array([0, 1, 100, order.samples_per_epoch, 2 * order.samples_per_epoch - 1], np.int64)
+    assert order.gather(samples).tolist() == [sample_oracle(data, 7, 5, int(i), 1024) for i in samples]
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_each_token_exactly_once_an_epoch(tmp_path: Path, native: bool, epoch: int) -> None:
+    data = corpus(tmp_path / "c", [3, 0, 5, 1, 9, 2, 30, 11, 7, 6, 4, 3])  # 81 tokens: 80 samples of 1
+    order = SampleOrder(data, 1, 3, native=native, block_documents=4)
+    n = order.samples_per_epoch
+    pairs = order.gather(np.arange(epoch * n, (epoch + 1) * n))
+    assert len({tuple(p) for p in pairs.tolist()}) == n == 80
+    assert sorted(set(pairs.ravel().tolist())) == list(range(1, 82))
+    inside = pairs[pairs[:, 1] == pairs[:, 0] + 1]
+    assert len(inside) >= 80 - 10  # a document stays in one piece: only its end is followed by something else
+
+
+def test_epochs_and_seeds_differ(tmp_path: Path) -> None:
+    data = corpus(tmp_path / "c", [20] * 50)
+    order = SampleOrder(data, 10, 3)
+    n = order.samples_per_epoch
+    digests = {order.digest(e * n, n) for e in range(4)} | {SampleOrder(data, 10, 4).digest(0, n)}
+    assert len(digests) == 5
+    assert order.digest(5, 300) == SampleOrder(data, 10, 3).digest(5, 300)  # whatever was read before
+
+
+@pytest.mark.parametrize("native", NATIVE)
+def test_positions_beyond_32_bits(tmp_path: Path, native: bool) -> None:
+    """A sparse .bin of 5e9 one-byte tokens: nothing on disk, but all offsets and sums pass 2^32."""
+    lengths = np.array([2**31 - 1, 1_500_000_000, 1_000_000_000, 352_516_353], np.int64)
+    total = int(lengths.sum())
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 1, 4, 5)
+    tail = (np.cumsum(lengths) - lengths).astype("<i8").tobytes() + np.arange(5, dtype="<i8").tobytes()
+    (tmp_path / "v.idx").write_bytes(header + lengths.astype("<i4").tobytes() + tail)
+    with open(tmp_path / "v.bin", "wb") as out:
+        out.truncate(total)
+        for document, mark in enumerate((11, 22, 33, 44)):  # one at each document's last token
+            out.seek(int(lengths[: document + 1].sum()) - 1)
+            out.write(bytes([mark]))
+    for block in (1, 4):
+        order = SampleOrder(IndexedDataset(tmp_path / "v"), 1, 8, native=native, block_documents=block)
+        state, n = order._epoch(0), order.samples_per_epoch
+        inner = permute(4, derive(state.document_key, 0), np.arange(4))
+        documents = state.order if block == 1 else inner
+        assert int(state.prefix[-1]) == total == 5_000_000_000
+        for border, document in list(zip(np.cumsum(lengths[documents]), documents))[:3]:
+            sample = _inverse(n, state.sample_key, int(border) - 1)  # the two tokens around the border
+            assert order.gather(np.array([sample])).tolist() == [[11 * (int(document) + 1), 0]]
+
+
+def _inverse(n: int, key: int, target: int) -> int:
+    """The j that the permutation takes to `target`: the rounds backwards, cycle walking backwards."""
+    half = ((n - 1).bit_length() + 1) // 2
+    x = target
+    while True:
+        left, right = divmod(x, 2**half)
+        for r in reversed(range(order_module.ROUNDS)):
+            round_key = order_module.mix64((key + (r + 1) * order_module._GOLDEN) % 2**64)
+            left, right = right ^ (order_module.mix64((left + round_key) % 2**64) % 2**half), left
+        x = left * 2**half + right
+        if x < n:
+            return x
+
+
+@pytest.mark.parametrize("native", NATIVE)
+def test_lying_sidecar_is_caught_while_gathering(tmp_path: Path, native: bool) -> None:
+    corpus(tmp_path / "c", [10] * 20, vocab_size=1000)
+    meta = json.loads((tmp_path / "c.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps({**meta, "max_token": 5}))
+    order = SampleOrder(IndexedDataset(tmp_path / "c", vocab_size=200), 8, 0, native=native)
+    with pytest.raises(DataError, match=r"c\.bin: document 19, token 9: id 200 is not in \[0, 200\)"):
+        order.gather(np.arange(order.samples_per_epoch))
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("vocab_size", [None, 100])
+def test_negative_token_is_caught_while_gathering(tmp_path: Path, native: bool, vocab_size: int | None) -> None:
+    data = raw_corpus(tmp_path / "c", [4, 3])
+    changed = data.tokens.copy()
+    changed[5] = -1  # after the checks at open
+    data.tokens, data.vocab_size = changed, vocab_size
+    with pytest.raises(DataError, match="document 1, token 1: id -1"):
+        SampleOrder(data, 6, 0, native=native).gather(np.array([0]))
+
+
+@pytest.mark.skipif(not BUILT, reason="engine._index is not built")
+def test_native_never_leaves_its_arrays() -> None:
+    index: Any = order_module._extension()
+    good: dict[str, Any] = {
+        "tokens": np.arange(10, dtype=np.uint16),
+        "lengths": np.array([4, 6], np.int32),
+        "pointers": np.array([0, 8], np.int64),
+        "order": np.array([0, 1], np.int64),
+        "prefix": np.array([0, 4, 10], np.int64),
+        "key": 1,
+        "block_documents": 1,
+        "positions": np.array([0, 7], np.int64),
+        "count": 3,
+        "limit": 100,
+    }
+    assert index.gather(**good)[0].tolist() == [[0, 1, 2], [7, 8, 9]]
+    bad: list[tuple[str, Any]] = [
+        ("positions", np.array([8])),
+        ("positions", np.array([-1])),
+        ("positions", np.array([2**62])),
+        ("pointers", np.array([0, 10])),
+        ("pointers", np.array([-2, 8])),
+        ("pointers", np.array([0, 2**62])),
+        ("pointers", np.array([0, 9])),
+        ("lengths", np.array([4, 7], np.int32)),
+        ("lengths", np.array([-4, 6], np.int32)),
+        ("lengths", np.array([4.0, 6.0])),
+        ("order", np.array([0, 5])),
+        ("order", np.array([-1, 1])),
+        ("order", np.array([0])),
+        ("prefix", np.array([0, 4])),
+        ("prefix", np.array([5, 4, 10])),
+        ("prefix", np.array([-(2**63), 2**62, 2**62])),
+        ("tokens", np.arange(10.0)),
+        ("tokens", np.arange(20, dtype=np.uint16)[::2]),
+        ("tokens", np.arange(9, dtype=np.uint16)),
+        ("tokens", np.arange(10, dtype=">u2")),
+        ("count", 0),
+        ("limit", 0),
+        ("block_documents", 0),
+        ("block_documents", 2**62),
+    ]
+    for name, value in bad:
+        with pytest.raises((ValueError, IndexError)):
+            index.gather(**{**good, name: value})
+    for n, key, at in [(0, 1, [0]), (5, 1, [5]), (5, 1, [-1]), (2**64 - 1, 1, [0])]:
+        with pytest.raises((ValueError, IndexError)):
+            index.permute(n, key, np.array(at))
+    with pytest.raises(ValueError, match="block_prefix"):
+        index.block_prefix(np.array([2**62, 2**62]), 1)
+
+
+def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = corpus(tmp_path / "c", [9] * 30)
+    expected = SampleOrder(data, 8, 1, native=False).digest(0, 100)
+    if BUILT:
+        assert SampleOrder(data, 8, 1, native=True).digest(0, 100) == expected
+    monkeypatch.setitem(sys.modules, "engine._index", None)
+    order_module._extension.cache_clear()
+    try:
+        with pytest.warns(UserWarning) as caught:
+            orders = [SampleOrder(data, 8, 1), SampleOrder(data, 8, 1)]
+        assert len(caught) == 1 and "runs in numpy" in str(caught[0].message)
+        assert not orders[0].native and orders[1].digest(0, 100) == expected
+        with pytest.raises(DataError, match="not built"):
+            SampleOrder(data, 8, 1, native=True)
+    finally:
+        order_module._extension.cache_clear()
+
+
+def test_arguments_are_checked(tmp_path: Path) -> None:
+    data = corpus(tmp_path / "c", [9] * 30)
+    for seq_len, seed in [(0, 1), (8, -1), (8, 2**64)]:
+        with pytest.raises(DataError, match="seq_len ="):
+            SampleOrder(data, seq_len, seed)
+    with pytest.raises(DataError, match="sample numbers"):
+        SampleOrder(data, 8, 1).gather(np.array([-1]))

@@ -1,0 +1,234 @@
+"""Raw text -> tokenizer -> corpora: nothing changed, nothing lost in silence, everything counted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.data.indexed import IndexedDataset
+from engine.data.prepare import ProgressEvent, prepare
+from engine.data.sources import documents, list_files
+from engine.data.tokenizer import END_OF_TEXT, Tokenizer
+from engine.errors import DataError
+
+TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # line {i % 7} of ünïcode\n" * (i % 4) for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(iter(TEXTS), 400)
+
+
+def jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
+    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def test_training_is_deterministic_and_saves(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert Tokenizer.train(iter(TEXTS), 400).digest == tokenizer.digest
+    assert Tokenizer.train(iter(TEXTS[:50]), 400).digest != tokenizer.digest
+    assert (tokenizer.eod, 257 < tokenizer.vocab_size <= 400) == (0, True)
+    tokenizer.save(tmp_path / "t")
+    for path in (tmp_path / "t", tmp_path / "t" / "tokenizer.json"):
+        loaded = Tokenizer.load(path)
+        assert (loaded.digest, loaded.eod, loaded.vocab_size) == (tokenizer.digest, 0, tokenizer.vocab_size)
+        assert loaded.encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
+    loaded.save(tmp_path / "again")
+    for file in (tmp_path / "t").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(max_size=40))
+def test_any_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    text = text.encode("utf-8", "ignore").decode("utf-8")  # hypothesis also draws lone surrogates: not text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", [END_OF_TEXT, f"a{END_OF_TEXT}b", f" {END_OF_TEXT}{END_OF_TEXT}\n"])
+def test_spelled_out_special_token_is_text(tokenizer: Tokenizer, tmp_path: Path, text: str) -> None:
+    tokenizer.save(tmp_path)
+    for chosen in (tokenizer, Tokenizer.load(tmp_path)):
+        ids = chosen.encode(text)
+        assert chosen.eod not in ids and chosen.decode(ids) == text
+        assert [list(i) for i in chosen.encode_batch([text, ""])] == [ids, []]
+
+
+def test_transformers_loads_what_we_save(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token == END_OF_TEXT and theirs.eos_token_id == 0
+    assert theirs.encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
+    assert theirs.decode(tokenizer.encode(TEXTS[3])) == TEXTS[3]
+
+
+def test_stored_truncation_padding_and_templates_are_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    stored["padding"] = {
+        "strategy": {"Fixed": 512},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": END_OF_TEXT,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode(TEXTS[3]) == tokenizer.encode(TEXTS[3]) == list(loaded.encode_batch([TEXTS[3]])[0])
+    assert loaded.digest != tokenizer.digest
+
+
+def test_bad_tokenizers_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer\.json: no such file"):
+        Tokenizer.load(tmp_path)
+    for content in ("{", "{}", '{"model": 3}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(DataError, match="not a usable"):
+            Tokenizer.load(tmp_path)
+    with pytest.raises(DataError, match="257"):
+        Tokenizer.train(iter(TEXTS), 256)
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<none>"}}')
+    with pytest.raises(DataError, match="<none>"):
+        _ = Tokenizer.load(tmp_path).eod
+
+
+def test_sources_order_and_skips(tmp_path: Path) -> None:
+    for name, content in {
+        "b/two.py": b"two",
+        "b/one.txt": b"\xef\xbb\xbfone\r\n",
+        "a.py": "ä".encode(),
+        "a.jsonl": b'{"text": "l1"}\n\n{"text": "l3\\n", "x": 1}',
+        "bad.py": b"\xff\xfe",
+        "big.py": b"x" * 50,
+        ".git/config": b"no",
+        "skip.log": b"no",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    skipped: Counter[str] = Counter()
+    include = ("*.py", "*.txt", "*.jsonl")
+    found = list(documents([tmp_path, tmp_path / "skip.log"], include, (".git",), "text", 40, skipped))
+    assert [d.text for d in found] == ["l1", "l3\n", "ä", "one\r\n", "two", "no"]
+    assert found[1].source == f"{tmp_path}/a.jsonl:3"
+    assert skipped == {"blank line in .jsonl": 1, "not UTF-8": 1, "larger than max_file_bytes = 40": 1}
+    assert len(list_files([tmp_path])) == 8
+    for name, words in {"bad.py": "Byte 0 is 0xff", "big.py": "larger than", "none": "no such file or folder"}.items():
+        with pytest.raises(DataError, match=words):
+            list(documents([tmp_path / name], max_file_bytes=40))
+
+
+@pytest.mark.parametrize(
+    "line,words",
+    [
+        ('{"text": "torn', "malformed JSON"),
+        ('{"text": "\\ud800"}', "malformed JSON"),
+        ('{"body": "x", "id": 1}', "no key 'text'. The keys here are: body, id"),
+        ('{"text": 5}', "'text' is int"),
+        ('{"text": null}', "'text' is NoneType"),
+        ('["x"]', "expected a JSON object"),
+    ],
+)
+def test_bad_jsonl_line_is_named(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(DataError) as caught:
+        list(documents([tmp_path / "d.jsonl"]))
+    assert f"{tmp_path}/d.jsonl:2: " in str(caught.value) and words in str(caught.value)
+
+
+def run(tmp_path: Path, texts: list[str], **options: Any) -> Any:
+    defaults: dict[str, Any] = {"tokenizer": tmp_path / "tok", "train_vocab_size": 300, "valid_fraction": 0.2}
+    return prepare([jsonl(tmp_path / "in.jsonl", texts)], str(tmp_path / "out"), **{**defaults, **options})
+
+
+def test_prepare_end_to_end(tmp_path: Path) -> None:
+    events: list[ProgressEvent] = []
+    report = run(tmp_path, TEXTS, progress=events.append)
+    tok = Tokenizer.load(tmp_path / "tok")
+    train, valid = (IndexedDataset(tmp_path / f"out-{s}", tok.vocab_size) for s in ("train", "valid"))
+    decoded = [[tok.decode(data[i][:-1]) for i in range(len(data))] for data in (train, valid)]
+    assert all(data[i][-1] == tok.eod for data in (train, valid) for i in range(len(data)))
+    full = [t for t in TEXTS if t]
+    assert sorted(decoded[0] + decoded[1]) == sorted(full)  # every document in exactly one split
+    assert [t for t in full if t in set(decoded[0])] == decoded[0]  # in input order
+    assert 5 < len(valid) < 45 and set(np.diff([full.index(t) for t in decoded[1]])) != {1}
+    assert report.train.text_bytes + report.valid.text_bytes == sum(len(t.encode()) for t in TEXTS)
+    assert report.train.empty_documents + report.valid.empty_documents == TEXTS.count("")
+    assert report.train.tokens == train.num_tokens and report.train.longest_document_tokens == train.lengths.max()
+    assert report.train.longest_document.startswith(f"{tmp_path}/in.jsonl:")
+    assert train.meta["tokenizer_digest"] == tok.digest == report.tokenizer_digest and train.meta["eod"] == 0
+    assert json.loads((tmp_path / "out-report.json").read_text())["train"]["tokens"] == train.num_tokens
+    assert {e.phase for e in events} == {"train tokenizer", "encode"}
+    assert events[-1].input_bytes == events[-1].input_bytes_total == (tmp_path / "in.jsonl").stat().st_size
+
+    counts, v = Counter(train.tokens.tolist()), tok.vocab_size
+    expected = (
+        -sum(math.log((counts[t] + 1) / (train.num_tokens + v)) for t in valid.tokens.tolist()) / valid.num_tokens
+    )
+    assert report.valid_unigram_cross_entropy == pytest.approx(expected, rel=1e-12)
+    shares = [c / train.num_tokens for c in counts.values()]
+    assert train.meta["unigram_entropy"] == pytest.approx(-sum(p * math.log(p) for p in shares), rel=1e-12)
+    assert report.valid_unigram_cross_entropy > report.train.unigram_entropy * 0.9
+
+
+def test_split_is_stable_when_documents_are_added(tmp_path: Path) -> None:
+    run(tmp_path, TEXTS)
+    before = IndexedDataset(tmp_path / "out-valid").tokens.tolist()
+    run(tmp_path, TEXTS + ["more text"] * 40, train_vocab_size=None, overwrite=True)
+    assert IndexedDataset(tmp_path / "out-valid").tokens.tolist()[: len(before)] == before
+    run(tmp_path, TEXTS, train_vocab_size=None, overwrite=True, seed=1)
+    assert IndexedDataset(tmp_path / "out-valid").tokens.tolist() != before
+
+
+def test_tokenizer_sees_train_documents_only(tmp_path: Path) -> None:
+    run(tmp_path, TEXTS)
+    tok = Tokenizer.load(tmp_path / "tok")
+    train = IndexedDataset(tmp_path / "out-train")
+    texts = [tok.decode(train[i][:-1]) for i in range(len(train))]
+    assert Tokenizer.train(iter(texts), 300).digest == tok.digest != Tokenizer.train(iter(TEXTS), 300).digest
+
+
+def test_nothing_is_overwritten_or_left_behind(tmp_path: Path) -> None:
+    run(tmp_path, TEXTS)
+    before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    with pytest.raises(DataError, match="already there"):
+        run(tmp_path, TEXTS, train_vocab_size=None)
+    assert {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()} == before
+    report = run(tmp_path, TEXTS, overwrite=True, valid_fraction=0.0, append_eod=False)
+    assert report.valid is None and report.valid_unigram_cross_entropy is None
+    assert not list(tmp_path.glob("out-valid*")) and report.train.documents == len([t for t in TEXTS if t])
+    assert Tokenizer.load(tmp_path / "tok").decode(IndexedDataset(tmp_path / "out-train")[0]) == TEXTS[1]
+
+
+@pytest.mark.parametrize("texts", [["only one document"], [""] * 9])
+def test_a_split_without_documents_is_refused(tmp_path: Path, texts: list[str]) -> None:
+    with pytest.raises(DataError, match=r"none with text is in the (train|valid) split"):
+        run(tmp_path, texts)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]  # no tokenizer either: the next try is not refused
+
+
+def test_bad_input_stops_cleanly(tmp_path: Path) -> None:
+    with open(jsonl(tmp_path / "bad.jsonl", TEXTS), "a") as out:
+        out.write('{"text": "torn')
+    for size in (300, None):
+        Tokenizer.train(iter(TEXTS), 300).save(tmp_path / "have")
+        where = tmp_path / ("tok" if size else "have")
+        with pytest.raises(DataError, match=r"bad\.jsonl:121: malformed JSON"):
+            prepare([tmp_path / "bad.jsonl"], str(tmp_path / "out"), tokenizer=where, train_vocab_size=size)
+        assert sorted(p.name for p in tmp_path.iterdir()) == (["bad.jsonl", "have"])
+    with pytest.raises(DataError, match="valid_fraction"):
+        run(tmp_path, TEXTS, valid_fraction=1.0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no text in"):
+        prepare([tmp_path / "empty"], str(tmp_path / "out"), tokenizer=tmp_path / "have")

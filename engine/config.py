@@ -209,8 +209,10 @@ def type_name(annotation: Any) -> str:
     return {"bool": "true|false"}.get(annotation.__name__, annotation.__name__)
 
 
-def load(files: Sequence[Path], overrides: Mapping[str, str], *, unknown: Sequence[str] = (), world: int = 1) -> Resolved:
-    """Merge, type-check and check all relations; `world` is the number of ranks the config must fit.
+def load(
+    files: Sequence[Path], overrides: Mapping[str, str], *, unknown: Sequence[str] = (), world: int | None = 1
+) -> Resolved:
+    """Merge, type-check and check all relations; `world`: ranks the config must fit, None: as many as it needs.
 
     overrides: dotted path -> text from the command line. unknown: further command-line options nobody knows.
     Raises ConfigError with every fault found.
@@ -225,12 +227,13 @@ def load(files: Sequence[Path], overrides: Mapping[str, str], *, unknown: Sequen
         _put(tree, sources, path, text, "command line", faults)
     faults += [_unknown(option.lstrip("-"), "", "command line") for option in unknown]
     _apply_preset(tree, sources, faults)
-    config = _parse(tree, faults)
-    if config is not None:
-        faults += relations(config, world)
+    config, wrong = _parse(tree, faults)
+    p = config.parallel
+    world = world or p.tensor * p.pipeline * max(1, p.data)
+    # a relation names the values it is about: what it says of a value that is wrong by itself would mislead
+    faults += [f for f in relations(config, world) if not any(path in str(f) for path in wrong)]
     if faults:
         raise ConfigError(faults)
-    assert config is not None
     config = _fill_in(config, world, sources)
     return Resolved(config, {f"{s}.{n}": sources.get(f"{s}.{n}", "default") for s, n, _ in fields()})
 
@@ -284,7 +287,9 @@ def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
             faults.append(_unknown(section, values, f"file {file}"))
 
 
-def _put(tree: dict[str, Any], sources: dict[str, str], path: str, value: Any, source: str, faults: list[Fault]) -> None:
+def _put(
+    tree: dict[str, Any], sources: dict[str, str], path: str, value: Any, source: str, faults: list[Fault]
+) -> None:
     if path not in _known_paths():
         faults.append(_unknown(path, value, source))
         return
@@ -308,18 +313,23 @@ def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], faul
             sources[f"model.{key}"] = f"preset {name}"
 
 
-def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> Config | None:
+def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config, set[str]]:
+    """The tree as a Config, and the paths of values that are wrong by themselves: those are left at their defaults."""
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree), set()
     except ValidationError as error:
         by_path = {f"{s}.{n}": f for s, n, f in fields()}
+        good = {section: dict(values) for section, values in tree.items()}
+        wrong = set()
         for item in error.errors():
-            path = ".".join(map(str, item["loc"]))
-            field = by_path[path]
-            allowed = type_name(field.annotation)
+            section, name = map(str, item["loc"])
+            field = by_path[f"{section}.{name}"]
             relation = item["msg"][0].lower() + item["msg"][1:]
-            faults.append(Fault(path, item["input"], relation, f"Give {allowed}; the default is {field.default!r}."))
-        return None
+            repair = f"Give {type_name(field.annotation)}; the default is {field.default!r}."
+            faults.append(Fault(f"{section}.{name}", item["input"], relation, repair))
+            wrong.add(f"{section}.{name}")
+            good[section].pop(name, None)
+        return Config.model_validate(good), wrong
 
 
 def _divisors_near(value: int, divisor: int) -> str:
@@ -339,7 +349,10 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
     if m.num_heads % kv:
         nearest = max(d for d in range(1, m.num_heads + 1) if m.num_heads % d == 0 and d <= kv)
         yield Fault(
-            "model.num_kv_heads", kv, f"does not divide model.num_heads = {m.num_heads}", f"Nearest that does: {nearest}."
+            "model.num_kv_heads",
+            kv,
+            f"does not divide model.num_heads = {m.num_heads}",
+            f"Nearest that does: {nearest}.",
         )
     if not m.head_dim and m.hidden_size % m.num_heads:
         yield Fault(
@@ -406,7 +419,8 @@ def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
             "parallel.pipeline",
             p.pipeline,
             f"does not divide model.num_layers = {m.num_layers}",
-            f"Use {_divisors_near(m.num_layers, p.pipeline)} layers, or pipeline {_nearest_divisor(m.num_layers, p.pipeline)}.",
+            f"Use {_divisors_near(m.num_layers, p.pipeline)} layers, "
+            f"or pipeline {_nearest_divisor(m.num_layers, p.pipeline)}.",
         )
     if p.schedule not in SCHEDULES:
         near = difflib.get_close_matches(p.schedule, SCHEDULES, n=1, cutoff=0.0)[0]

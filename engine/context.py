@@ -85,9 +85,7 @@ def make_context(
             made[ranks] = (
                 dist.group.WORLD
                 if whole
-                else dist.new_group(
-                    list(ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
-                )
+                else dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
             )
         axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, made.get(ranks))
     return ParallelContext(layout=layout, rank=rank, device=torch.device(device), dtype=dtype, **axes)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from engine.checkpoint.format import find
 from engine.comm import all_reduce_
 from engine.config import Config
 from engine.context import ParallelContext
 from engine.data.indexed import IndexedDataset
 from engine.data.loader import MicroBatch
 from engine.data.order import SampleOrder
+from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.inference import load_stage
 from engine.pipeline.executor import execute
 from engine.pipeline.schedules import build
 from engine.pipeline.stage import Stage
@@ -46,7 +50,7 @@ class Evaluator:
         self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed)
 
     def run(self, batches: int) -> Score:
-        """Score the first `batches` global batches of the sample order, 0: all samples of the corpus once. Collective."""
+        """Score the first `batches` global batches of the sample order, 0: the whole corpus once. Collective."""
         ctx, mbs = self.ctx, self.cfg.train.micro_batch_size
         total = self.order.samples_per_epoch
         if batches:
@@ -84,3 +88,19 @@ class Evaluator:
             bpb = loss / math.log(2) * self.dataset.num_tokens / meta["text_bytes"]
         return Score(loss, math.exp(min(loss, 700.0)), bpb, tokens)
 
+
+def evaluate(cfg: Config, ctx: ParallelContext, checkpoint: Path, data: str, batches: int) -> int:
+    """`engine evaluate`: score a corpus with a checkpoint and print the figures on rank 0. Collective."""
+    if not data:
+        raise ConfigError(
+            [Fault("--data", data, "no corpus given and the run had no data.valid", "Give --data PREFIX.")]
+        )
+    dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
+    model = load_stage(checkpoint, cfg, ctx)
+    stage = Stage(model, None, width=cfg.model.hidden_size, first=model.shape.first, last=model.shape.last)
+    score = Evaluator({ctx.pipeline.rank: stage}, ctx, dataset, cfg).run(batches)
+    if ctx.rank == 0:
+        print(f"{find(checkpoint)} on {data}: {score}")
+        if "unigram_entropy" in dataset.meta:
+            print(f"unigram entropy of these tokens: {dataset.meta['unigram_entropy']:.4f} nats/token")
+    return EXIT_OK

@@ -18,6 +18,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
@@ -52,7 +53,7 @@ def read_env() -> Env:
 
 
 def pick_device(wanted: str, env: Env) -> torch.device:
-    """The device of this rank for train.device auto, cpu or cuda. Raises ConfigError when a GPU is asked for in vain."""
+    """The device of this rank for train.device auto, cpu or cuda. ConfigError when a GPU is asked for in vain."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and gpus < env.local_world):
         return torch.device("cpu")
@@ -94,7 +95,7 @@ def run(
     When one rank fails, the others fail too (their peer is gone). The first cause is printed once, by the rank that
     had it; the others leave quietly. A failed rank of several ends without clean-up: that could wait for the dead.
     """
-    store: dist.Store | None = None
+    store: Store | None = None
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -123,7 +124,7 @@ def run(
     return code
 
 
-def _connect(env: Env, device: torch.device, timeout_s: float) -> dist.Store:
+def _connect(env: Env, device: torch.device, timeout_s: float) -> Store:
     if env.local_world == env.world:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = timedelta(seconds=timeout_s)
@@ -133,7 +134,7 @@ def _connect(env: Env, device: torch.device, timeout_s: float) -> dist.Store:
     return store
 
 
-def _report(error: Exception, env: Env, store: dist.Store | None) -> None:
+def _report(error: Exception, env: Env, store: Store | None) -> None:
     """Print the error unless another rank had one before; give torchrun's summary the same text."""
     expected = isinstance(error, EngineError)
     text = str(error) if expected else "".join(traceback.format_exception(error))
@@ -150,7 +151,7 @@ def _report(error: Exception, env: Env, store: dist.Store | None) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def _is_first(store: dist.Store, patience_s: float) -> bool:
+def _is_first(store: Store, patience_s: float) -> bool:
     """Whether no other rank has reported an error. A rank that merely lost its peers gives the cause time to speak."""
     try:
         deadline = time.monotonic() + patience_s

@@ -86,8 +86,6 @@ class Layout:
         lines = []
         for pp in range(self.pipeline):
             for dp in range(self.data):
-                ranks = [
-                    self.rank(Coords(pp, dp, cp, tp)) for cp in range(self.context) for tp in range(self.tensor)
-                ]
+                ranks = [self.rank(Coords(pp, dp, cp, tp)) for cp in range(self.context) for tp in range(self.tensor)]
                 lines.append(f"pipeline {pp:>3}  data {dp:>3}  ranks {ranks[0]}..{ranks[-1]}")
         return "\n".join(lines)

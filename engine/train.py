@@ -26,6 +26,7 @@ from engine.context import ParallelContext
 from engine.data.indexed import IndexedDataset
 from engine.data.loader import Loader, MicroBatch
 from engine.data.order import SampleOrder
+from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, Fault
 from engine.evaluate import Evaluator, Score
 from engine.launch import StopRequest
@@ -111,7 +112,16 @@ def train_step(state: TrainState, batches: Sequence[MicroBatch]) -> StepResult:
     norms = gradient_norms(state.params, ctx, state.names)
     if not abs(loss + norms.norm) < float("inf"):
         explain_non_finite(
-            state.plan, state.stages, state.params, ctx, batches, 1.0 / tokens, state.step + 1, loss, norms.non_finite()
+            state.plan,
+            state.stages,
+            [state.buckets],
+            state.params,
+            ctx,
+            batches,
+            1.0 / tokens,
+            state.step + 1,
+            loss,
+            norms.non_finite(),
         )
     clip_([state.buckets], norms.norm, cfg.optimizer.clip_norm)
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.schedule)
@@ -197,18 +207,15 @@ def find_resume(cfg: Config) -> Path | None:
     return find(run if wanted in ("auto", "latest") else Path(wanted))
 
 
-def open_data(prefix: str, cfg: Config) -> IndexedDataset:
-    """Open a corpus for this model; refuses one that was made with another tokenizer than data.tokenizer."""
+def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
+    """Open a corpus for this model; refuses one that was made with another tokenizer."""
     dataset = IndexedDataset(prefix, vocab_size=cfg.model.vocab_size)
-    if cfg.data.tokenizer:
-        from engine.data.tokenizer import Tokenizer
-
-        digest, made_with = Tokenizer.load(Path(cfg.data.tokenizer)).digest, dataset.meta.get("tokenizer_digest")
-        if made_with and digest != made_with:
-            raise DataError(
-                f"{prefix}: was made with the tokenizer of digest {made_with}, but data.tokenizer "
-                f"{cfg.data.tokenizer} has {digest}: give the right one, or prepare the data again"
-            )
+    made_with = dataset.meta.get("tokenizer_digest")
+    if tokenizer is not None and made_with and tokenizer.digest != made_with:
+        raise DataError(
+            f"{prefix}: was made with the tokenizer of digest {made_with}, but data.tokenizer "
+            f"{cfg.data.tokenizer} has {tokenizer.digest}: give the right one, or prepare the data again"
+        )
     return dataset
 
 
@@ -227,7 +234,8 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
     if not cfg.data.train:
         raise ConfigError([Fault("data.train", "", "no training data given", "Make some with `engine prepare`.")])
-    dataset = open_data(cfg.data.train, cfg)
+    tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
+    dataset = open_data(cfg.data.train, cfg, tokenizer)
     facts = data_facts(dataset)
     state = setup(cfg, ctx)
     source = find_resume(cfg)
@@ -235,9 +243,11 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
         resume(state, source, facts)
     evaluator = None
     if cfg.data.valid:
-        evaluator = Evaluator(state.stages, ctx, open_data(cfg.data.valid, cfg), cfg)
+        evaluator = Evaluator(state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
     console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
     console.start(state.step, source, num_parameters(cfg.model))
+    if tokenizer is not None and ctx.rank == 0:
+        tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else
     with MetricsLog(run_dir, resolved, enabled=ctx.rank == 0) as log, _loader(state, dataset) as loader, console:
         code, reason = _loop(state, loader, evaluator, log, console, stop, facts)
         if ctx.rank == 0:
@@ -277,8 +287,14 @@ def _loop(
         data_s = time.perf_counter() - begin
         result = train_step(state, batches)
         seconds = time.perf_counter() - begin
-        record = log.step(state.step, result.loss, result.norms.norm, result.lr, state.consumed_tokens,
-                          console.rates(result.tokens, seconds) | {"data_s": data_s})
+        record = log.step(
+            state.step,
+            result.loss,
+            result.norms.norm,
+            result.lr,
+            state.consumed_tokens,
+            console.rates(result.tokens, seconds) | {"data_s": data_s},
+        )
         console.step(record)
         done = state.step == cfg.train.steps
         if evaluator and (done or (cfg.train.eval_every and state.step % cfg.train.eval_every == 0)):

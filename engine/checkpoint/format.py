@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def step_dir(root: Path, step: int) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Parse and check a manifest: schema, plain file names, every file present with its size. Digests: `verify_files`."""
+    """Parse and check a manifest: schema, plain names, every file there with its size (digests: `verify_files`)."""
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_bytes())
@@ -159,7 +160,7 @@ def find(path: Path) -> Path:
 def tensor_bytes(x: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, without a copy where it is contiguous and on the CPU."""
     flat = x.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> FileEntry:
@@ -176,7 +177,8 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
     text += b" " * (-len(text) % 8)
     digest, size = xxhash.xxh3_128(), 0
     with file.open("wb") as f:
-        for block in (len(text).to_bytes(8, "little"), text, *map(tensor_bytes, tensors.values())):
+        head: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+        for block in chain(head, map(tensor_bytes, tensors.values())):
             f.write(block)
             digest.update(block)
             size += len(block)

@@ -92,9 +92,7 @@ def _prepare(root: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _write_part(
-    folder: Path, states: Iterable[tuple[str, Parameter, Tensor]], ctx: ParallelContext
-) -> dict[str, Any]:
+def _write_part(folder: Path, states: Iterable[tuple[str, Parameter, Tensor]], ctx: ParallelContext) -> dict[str, Any]:
     """Write this rank's file; returns {"file", "entry", "tensors": {kind: {name: {shape, dtype, slice}}}} as JSON."""
     file = f"rank{ctx.rank:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
@@ -141,7 +139,7 @@ def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
 
 
 def _forget_old(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, each renamed away first so that none is ever half there."""
+    """Delete all but the newest `keep` complete checkpoints, each renamed away first: none is ever half there."""
     for step in complete_steps(root)[:-keep] if keep else []:
         folder = step_dir(root, step)
         trash = folder.with_name(f".{folder.name}.deleted")

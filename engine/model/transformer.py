@@ -28,7 +28,7 @@ FINAL_NORM = "norm.weight"
 
 @dataclass(frozen=True)
 class StageShape:
-    """Which part of the model a stage is: its blocks, and whether it begins with the embedding or ends with the head."""
+    """Which part of the model a stage is: its blocks; first: the embedding too; last: the final norm and head too."""
 
     layers: range
     first: bool

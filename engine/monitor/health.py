@@ -16,6 +16,7 @@ from engine.comm import gather_json
 from engine.context import ParallelContext
 from engine.data.loader import MicroBatch
 from engine.errors import TrainingError
+from engine.parallel.buckets import GradBuckets
 from engine.pipeline.actions import Op, Plan
 from engine.pipeline.executor import execute
 from engine.pipeline.schedules import build
@@ -26,6 +27,7 @@ from engine.sharding import Parameter
 def explain_non_finite(
     plan: Plan,
     stages: Mapping[int, Stage],
+    buckets: Sequence[GradBuckets],
     params: Sequence[Parameter],
     ctx: ParallelContext,
     batches: Sequence[MicroBatch],
@@ -38,18 +40,15 @@ def explain_non_finite(
     single = build(plan.name, plan.num_ranks, plan.num_stages // plan.num_ranks, 1)
     programs = tuple(tuple(s for s in program if s[0].op is not Op.REDUCE) for program in single.programs)
     single = replace(single, programs=programs)
-    overlap = [stage.buckets.overlap for stage in stages.values()]
     mine: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
-        for stage in stages.values():
-            stage.buckets.overlap = False
-            stage.buckets.zero()
+        for bucket in buckets:
+            bucket.overlap = False  # no sums over data ranks; the run ends here, nobody needs it back
+            bucket.zero()
         losses = execute(single, stages, ctx, [batch], loss_grad)
         if not bool(torch.isfinite(losses).all()):
             mine.append({"microbatch": index, "what": f"loss {float(losses.sum())}"})
         mine += [{"microbatch": index, "what": f"gradient of {name}"} for name in _broken(params, ctx)[:1]]
-    for stage, before in zip(stages.values(), overlap):
-        stage.buckets.overlap = before
     found = [
         (finding["microbatch"], rank, finding["what"])
         for rank, findings in enumerate(gather_json(mine, ctx.world, ctx.device))
@@ -80,5 +79,5 @@ def _message(found: list[tuple[int, int, str]], step: int, loss: float, tensors:
     causes = list(dict.fromkeys(text for index, _, text in found if index == first))
     return (
         f"{what}; first in microbatch {first} of rank {', '.join(map(str, ranks))} ({'; '.join(causes[:3])}). "
-        "No weight was changed. Lower optimizer.lr, clip harder, or look at that microbatch; the last checkpoint is intact."
+        "No weight was changed and the last checkpoint is intact. Lower optimizer.lr, or look at that microbatch."
     )

@@ -26,7 +26,9 @@ class FlatAdamW:
         self.cfg = cfg
         self.steps = 0
         self.buckets: list[Bucket] = [b for stage in stages for b in stage.buckets]
-        self.masters = [b.values if b.values.dtype == b.grads.dtype else b.values.to(b.grads.dtype) for b in self.buckets]
+        self.masters = [
+            b.values if b.values.dtype == b.grads.dtype else b.values.to(b.grads.dtype) for b in self.buckets
+        ]
         self.moments = {name: [torch.zeros_like(m) for m in self.masters] for name in STATES}
 
     @torch.no_grad()

@@ -69,7 +69,9 @@ def execute(
             elif action.op is Op.B:
                 _backward(run, action, final=action == last_backward[action.stage])
             elif action.op is Op.REDUCE:
-                stages[action.stage].buckets.reduce()
+                buckets = stages[action.stage].buckets
+                assert buckets is not None, "a plan with backward runs on stages with buckets"
+                buckets.reduce()
             elif action.op in (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B):
                 _communicate(run, step)
             else:

@@ -16,12 +16,15 @@ from engine.parallel.buckets import GradBuckets
 
 
 class Stage:
-    """module(x, labels, mask); width: h of the [s, b, h] activations; first: x is tokens; last: a summed loss comes out."""
+    """module(x, labels, mask) with activations [s, b, width]; first: x is tokens; last: a summed loss comes out.
+
+    buckets: None for a stage that only runs forward.
+    """
 
     def __init__(
         self,
         module: Callable[[Tensor, Tensor, Tensor], Tensor],
-        buckets: GradBuckets,
+        buckets: GradBuckets | None,
         *,
         width: int,
         first: bool,
@@ -48,7 +51,7 @@ class Stage:
         final: no later backward of this stage in this step, so its gradient buckets may be reduced as they complete.
         """
         x, out = self.live.pop(index)
-        if final:
+        if final and self.buckets is not None:
             self.buckets.arm()
         torch.autograd.backward(out, grad)
         return None if self.first else x.grad

@@ -1,0 +1,265 @@
+"""The `engine` command: one verb a capability. Heavy imports wait until the verb needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, EngineError, Fault
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.data.prepare import PrepareReport
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a verb and exit with its code: 0 done, 1 error, 2 config error, 75 saved on a signal."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(EXIT_OK if args else EXIT_CONFIG)
+    verb = _VERBS.get(args[0])
+    if verb is None:
+        print(f"error: no verb {args[0]!r}\n\n{_overview()}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+    try:
+        code = verb(args[1:])
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _VERBS.items()]
+    return "usage: engine VERB [OPTIONS]   (engine VERB --help shows a verb's options)\n\n" + "\n".join(lines)
+
+
+def _prepare(args: list[str]) -> int:
+    """raw text -> tokenizer and memory-mapped train/valid files"""
+    import tyro
+
+    from engine.data.prepare import prepare
+    from engine.monitor.progress import prepare_progress
+    from engine.options import Prepare
+
+    o = tyro.cli(Prepare, args=args, prog="engine prepare")
+    with prepare_progress() as progress:
+        report = prepare(
+            list(o.input),
+            o.output,
+            tokenizer=o.tokenizer,
+            train_vocab_size=o.train_vocab_size or None,
+            valid_fraction=o.valid_fraction,
+            include=o.include,
+            exclude=o.exclude,
+            json_key=o.json_key,
+            append_eod=o.append_eod,
+            seed=o.seed,
+            overwrite=o.overwrite,
+            progress=progress,
+        )
+    _show_report(report)
+    return EXIT_OK
+
+
+def _show_report(report: PrepareReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("files", "documents", "text MB", "tokens", "bytes/token", "unigram entropy (nats)")
+    for split in (report.train, report.valid):
+        if split is not None:
+            figures = (f"{split.documents:,}", f"{split.text_bytes / 1e6:,.2f}", f"{split.tokens:,}")
+            table.add_row(split.prefix, *figures, f"{split.bytes_per_token:.3f}", f"{split.unigram_entropy:.4f}")
+    console = Console(highlight=False)
+    console.print(table)
+    if report.valid_unigram_cross_entropy is not None:
+        console.print(
+            f"valid tokens under the train unigrams: {report.valid_unigram_cross_entropy:.4f} nats/token: "
+            "what a model reaches that reads no context"
+        )
+    for reason, count in report.skipped.items():
+        console.print(f"left out: {count} {reason}", markup=False)
+    console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")
+
+
+def _train(args: list[str]) -> int:
+    """train a model, on one process or on many under torchrun"""
+    from engine.config import layout_of, load
+    from engine.options import parse_train
+
+    options = parse_train(args, "engine train")
+    if options.dry_run:
+        from rich.console import Console
+
+        from engine.preview import show
+
+        world = options.world_size or None
+        show(load(options.files, options.overrides, unknown=options.unknown, world=world), Console())
+        return EXIT_OK
+    from engine.launch import StopRequest, pick_device, read_env, run
+    from engine.optim.precision import PRECISIONS
+    from engine.train import train
+
+    env = read_env()
+    try:
+        resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world)
+        device = pick_device(resolved.config.train.device, env)
+    except ConfigError:
+        if env.rank == 0:  # every rank finds the same faults: one tells
+            raise
+        return EXIT_CONFIG
+    cfg = resolved.config
+    stop = StopRequest()
+    return run(
+        lambda ctx: train(resolved, ctx, stop),
+        env,
+        layout_of(cfg),
+        num_kv_heads=cfg.model.num_kv_heads,
+        dtype=PRECISIONS[cfg.train.precision].compute,
+        device=device,
+        timeout_s=cfg.parallel.timeout_s,
+    )
+
+
+def _evaluate(args: list[str]) -> int:
+    """validation loss, perplexity and bits per byte of a checkpoint"""
+    import tyro
+
+    from engine.config import layout_of, relations
+    from engine.evaluate import evaluate
+    from engine.inference import config_of
+    from engine.launch import pick_device, read_env, run
+    from engine.optim.precision import PRECISIONS
+    from engine.options import Evaluate
+
+    o = tyro.cli(Evaluate, args=args, prog="engine evaluate")
+    env = read_env()
+    cfg = config_of(o.checkpoint, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
+    if faults := relations(cfg, env.world):
+        raise ConfigError(faults)
+    return run(
+        lambda ctx: evaluate(cfg, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches),
+        env,
+        layout_of(cfg),
+        num_kv_heads=cfg.model.num_kv_heads,
+        dtype=PRECISIONS[cfg.train.precision].compute,
+        device=pick_device(cfg.train.device, env),
+        timeout_s=cfg.parallel.timeout_s,
+    )
+
+
+def _generate(args: list[str]) -> int:
+    """continue a prompt with a checkpoint"""
+    import tyro
+
+    from engine.generate import sample
+    from engine.inference import load_model, load_tokenizer
+    from engine.options import Generate
+
+    o = tyro.cli(Generate, args=args, prog="engine generate")
+    _single_process("generate")
+    model, tokenizer = load_model(o.checkpoint), load_tokenizer(o.checkpoint, o.tokenizer)
+    print(o.prompt, end="", flush=True)
+    for text in sample(
+        model,
+        tokenizer,
+        o.prompt,
+        max_tokens=o.max_tokens,
+        temperature=o.temperature,
+        top_k=o.top_k,
+        seed=o.seed,
+    ):
+        print(text, end="", flush=True)
+    print()
+    return EXIT_OK
+
+
+def _export(args: list[str]) -> int:
+    """write a checkpoint as a Hugging Face folder"""
+    import tyro
+
+    from engine.checkpoint.format import find
+    from engine.checkpoint.hf import export
+    from engine.inference import compare_with_transformers, config_of, load_tokenizer, tokenizer_folder
+    from engine.options import Export
+
+    o = tyro.cli(Export, args=args, prog="engine export")
+    _single_process("export")
+    cfg, tokenizer = config_of(o.checkpoint), load_tokenizer(o.checkpoint, o.tokenizer)
+    size = export(
+        find(o.checkpoint),
+        o.output,
+        dtype=_dtype(o.dtype or cfg.train.precision),
+        tokenizer=tokenizer_folder(o.checkpoint, o.tokenizer),
+        eod=tokenizer.eod,
+    )
+    print(f"wrote {o.output}: {size:,} bytes of weights, config.json, generation_config.json, tokenizer")
+    if o.verify:
+        difference, largest = compare_with_transformers(o.checkpoint, o.output)
+        print(f"transformers gives the same logits: largest difference {difference:.2e} (largest logit {largest:.2f})")
+    return EXIT_OK
+
+
+def _verify(args: list[str]) -> int:
+    """check every file of a checkpoint against its digest"""
+    import tyro
+
+    from engine.checkpoint.format import find, read_manifest, verify_files
+    from engine.options import Verify
+
+    folder = find(tyro.cli(Verify, args=args, prog="engine verify").checkpoint)
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    size = sum(entry.size for entry in manifest.files.values())
+    print(f"{folder}: step {manifest.step}, {len(manifest.files)} files, {size:,} bytes, every digest is right")
+    return EXIT_OK
+
+
+def _plot(args: list[str]) -> int:
+    """draw the loss curve of runs"""
+    import tyro
+
+    from engine.monitor.plot import plot_loss
+    from engine.options import Plot
+
+    o = tyro.cli(Plot, args=args, prog="engine plot")
+    plot_loss(o.runs, o.output)
+    print(f"wrote {o.output}")
+    return EXIT_OK
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    if name not in dtypes:
+        raise ConfigError([Fault("--dtype", name, f"is none of {', '.join(dtypes)}", "Choose one.")])
+    return dtypes[name]
+
+
+def _single_process(verb: str) -> None:
+    from engine.launch import read_env
+
+    world = read_env().world
+    if world > 1:
+        fault = Fault(
+            "WORLD_SIZE", world, f"{verb} runs on one process", f"Start `engine {verb} ...` without torchrun."
+        )
+        raise ConfigError([fault])
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "export": _export,
+    "verify": _verify,
+    "plot": _plot,
+}

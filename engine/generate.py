@@ -1,0 +1,56 @@
+"""Continue a prompt with a checkpoint, on one process (any layout's checkpoint loads there).
+
+The whole sequence is run again for every new token: right and simple, and fine for looking at what a model has
+learned; there is no key/value cache yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from engine.data.tokenizer import Tokenizer
+from engine.errors import ConfigError, Fault
+from engine.model.transformer import Transformer
+from engine.rng import generator
+
+
+def sample(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> Iterator[str]:
+    """Yield the continuation piece by piece until the end-of-document token or max_tokens.
+
+    temperature 0 takes the likeliest token; otherwise a draw among the top_k likeliest (0: all), a function of seed.
+    """
+    ids = tokenizer.encode(prompt) or [tokenizer.eod]
+    limit = model.cfg.max_seq_len
+    if len(ids) >= limit:
+        raise ConfigError(
+            [Fault("--prompt", f"{len(ids)} tokens", f"fills the model's {limit} positions", "Shorten the prompt.")]
+        )
+    draws = generator(seed, "sample", prompt)
+    shown = tokenizer.decode(ids)
+    for _ in range(min(max_tokens, limit - len(ids))):
+        with torch.no_grad():
+            logits = model.logits(torch.tensor([ids], device=model.ctx.device))[0, -1].double().cpu()
+        logits = logits[: tokenizer.vocab_size]
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            values, choices = logits.topk(min(top_k or len(logits), len(logits)))
+            token = int(choices[torch.multinomial((values / temperature).softmax(0), 1, generator=draws)])
+        if token == tokenizer.eod:
+            return
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+            yield text[len(shown) :]
+            shown = text

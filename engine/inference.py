@@ -1,0 +1,79 @@
+"""A checkpoint as a model to use: its config in the layout at hand, its weights, its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.format import MODEL, find, read_manifest
+from engine.checkpoint.load import Reader, load_into
+from engine.config import Config, layout_of
+from engine.context import ParallelContext, make_context
+from engine.data.tokenizer import Tokenizer
+from engine.errors import CheckpointError
+from engine.model.transformer import StageShape, Transformer
+from engine.optim.precision import PRECISIONS
+from engine.sharding import parameters
+
+
+def config_of(checkpoint: Path, *, tensor: int = 1, pipeline: int = 1, world: int = 1) -> Config:
+    """The config a checkpoint was saved with, its layout replaced; data degree: what the other two leave."""
+    config = Config.model_validate(read_manifest(find(checkpoint)).config)
+    degrees = {"tensor": tensor, "pipeline": pipeline, "data": max(1, world // (tensor * pipeline)), "context": 1}
+    data = degrees["data"]
+    batch = config.train.micro_batch_size * data
+    train = config.train.model_copy(update={"global_batch_size": -(-config.train.global_batch_size // batch) * batch})
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=degrees), "train": train})
+
+
+def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext) -> Transformer:
+    """This rank's stage of the model with the checkpoint's weights, without optimizer. Collective."""
+    shape = StageShape.of(cfg.model.num_layers, ctx.pipeline.rank, ctx.pipeline.size)
+    model = Transformer(cfg.model, ctx, shape)
+    with Reader(find(checkpoint)) as reader:
+        load_into(reader, ((MODEL, p, p.data) for p in parameters(model)), ctx)
+    return model
+
+
+def load_model(checkpoint: Path) -> Transformer:
+    """The whole model on this process, in the precision it was trained in, on the CPU."""
+    cfg = config_of(checkpoint)
+    dtype = PRECISIONS[cfg.train.precision].compute
+    return load_stage(
+        checkpoint, cfg, make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
+    )
+
+
+def tokenizer_folder(checkpoint: Path, wanted: Path | None) -> Path:
+    """`wanted`, or the copy in the run folder, or the folder the run was given."""
+    if wanted is not None:
+        return wanted
+    folder = find(checkpoint)
+    given = read_manifest(folder).config["data"]["tokenizer"]
+    for candidate in (folder.parent.parent / "tokenizer", Path(given)):
+        if given and (candidate / "tokenizer.json").exists():
+            return candidate
+    raise CheckpointError(f"{checkpoint}: the run had no tokenizer; give one with --tokenizer DIR")
+
+
+def load_tokenizer(checkpoint: Path, wanted: Path | None) -> Tokenizer:
+    """The tokenizer of `tokenizer_folder`."""
+    return Tokenizer.load(tokenizer_folder(checkpoint, wanted))
+
+
+def compare_with_transformers(checkpoint: Path, folder: Path, *, num_tokens: int = 128) -> tuple[float, float]:
+    """(largest absolute difference, largest absolute value) of logits: the engine's and transformers' of an export.
+
+    Both run in float32 on the same random tokens, from weights as exported.
+    """
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    cfg = config_of(checkpoint)
+    ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    ours = load_stage(checkpoint, cfg, ctx)
+    tokens = torch.randint(cfg.model.vocab_size, (2, min(num_tokens, cfg.model.max_seq_len)))
+    with torch.no_grad():
+        a, b = ours.logits(tokens), theirs(tokens).logits
+    return float((a - b).abs().max()), float(a.abs().max())

@@ -1,0 +1,42 @@
+"""Pictures of a run: the loss curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import DataError
+from engine.monitor.metrics import read_metrics
+
+
+def plot_loss(runs: Sequence[Path], output: Path, *, baseline: float | None = None, baseline_name: str = "") -> None:
+    """Draw training loss (line) and validation loss (dots) of each run over steps; baseline: a dashed level in nats."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
+    for number, run in enumerate(runs):
+        try:
+            training, validation = read_metrics(run)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{run}: no readable metrics.jsonl ({error}); give a run folder") from None
+        colour = f"C{number}"
+        steps = sorted(training)
+        axes.plot(steps, [training[s]["loss"] for s in steps], color=colour, lw=1.2, label=f"{run.name}: training")
+        if validation:
+            at = sorted(validation)
+            values = [validation[s]["val_loss"] for s in at]
+            axes.plot(
+                at, values, "o", color=colour, mec="black", ms=6, label=f"{run.name}: validation {values[-1]:.3f}"
+            )
+    if baseline is not None:
+        axes.axhline(baseline, color="grey", ls="--", lw=1, label=f"{baseline_name} {baseline:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    plt.close(figure)

@@ -1,0 +1,189 @@
+"""Command-line options, made by tyro from the config schema and from one small dataclass a verb.
+
+Options of the config are read as text and checked together with the TOML files (engine.config.load), so that one run
+reports every fault wherever it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from engine.config import fields, type_name
+from engine.presets import PRESETS
+
+_UNSET = "\0"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the command line of a training run says, unchecked."""
+
+    files: tuple[Path, ...]
+    overrides: Mapping[str, str]
+    unknown: tuple[str, ...]
+    dry_run: bool
+    world_size: int
+
+
+def parse_train(args: Sequence[str], prog: str) -> TrainOptions:
+    """Read `--config FILE`, `--section.name VALUE`, `--dry-run` and `--world-size N`."""
+    parsed: Any
+    parsed, rest = tyro.cli(
+        _train_type(), args=list(args), prog=prog, description=_TRAIN_TEXT, return_unknown_args=True
+    )
+    given = dataclasses.asdict(parsed)
+    overrides = {
+        f"{section}.{name}": value
+        for section, values in given.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if value != _UNSET
+    }
+    unknown = tuple(option.partition("=")[0] for option in rest if option.startswith("--"))
+    return TrainOptions(tuple(given["config"]), overrides, unknown, given["dry_run"], given["world_size"])
+
+
+_TRAIN_TEXT = (
+    "Train a model. Values: default < preset < config files (later ones win) < command line. "
+    "On several processes: torchrun --nproc-per-node N -m engine train ... with the same options."
+)
+
+
+def _train_type() -> type:
+    sections: dict[str, list[Any]] = {}
+    for section, name, field in fields():
+        text = field.description or ""
+        if name == "preset":
+            text = f"start from a named model, other model.* values override it: {', '.join(PRESETS)}"
+        kind_name = type_name(field.annotation)
+        default = json.dumps(field.default) if isinstance(field.default, str | bool) else field.default
+        note = tyro.conf.arg(
+            help=text.replace("\n", " "),
+            help_behavior_hint=f"(default: {default})",
+            metavar=kind_name if "|" in kind_name else kind_name.upper(),
+        )
+        kind: Any = Annotated[str, note]
+        sections.setdefault(section, []).append((name, kind, dataclasses.field(default=_UNSET)))
+    members: list[Any] = [
+        ("config", tyro.conf.UseAppendAction[tuple[Annotated[Path, tyro.conf.arg(metavar="FILE")], ...]], ()),
+        ("dry_run", tyro.conf.FlagCreatePairsOff[bool], False),
+        ("world_size", int, 0),
+    ]
+    texts = {
+        "config": "TOML file; may be given several times, later ones win",
+        "dry_run": "print config, layout and sizes for any world size, without processes, and stop",
+        "world_size": "number of ranks to assume in a dry run; 0: what the degrees need",
+    }
+    named: list[Any] = [
+        (name, Annotated[kind, tyro.conf.arg(help=texts[name])], dataclasses.field(default=default))
+        for name, kind, default in members
+    ]
+    for section, entries in sections.items():
+        part = dataclasses.make_dataclass(f"{section.title()}Options", entries)
+        named.append((section, part, dataclasses.field(default_factory=part)))
+    return dataclasses.make_dataclass("TrainArguments", named)
+
+
+@dataclass
+class Prepare:
+    """Turn raw text into a tokenizer and memory-mapped train and valid files."""
+
+    input: tyro.conf.UseAppendAction[tuple[Path, ...]]
+    """file or folder to read (.jsonl: one document a line; else one document a file); may be given several times"""
+    output: str
+    """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-report.json"""
+    tokenizer: Path
+    """folder of the tokenizer to use, or to make with --train-vocab-size"""
+    train_vocab_size: int = 0
+    """train a byte-level BPE of this size on the train documents first; 0: use the one that is there"""
+    valid_fraction: float = 0.0
+    """share of the documents that goes into the validation files"""
+    include: tuple[str, ...] = ()
+    """inside folders, read only names that match one of these globs, such as '*.py' '*.rst'"""
+    exclude: tuple[str, ...] = ()
+    """inside folders, leave out names and subfolders that match one of these"""
+    json_key: str = "text"
+    """key of the text in .jsonl documents"""
+    append_eod: bool = True
+    """end each document with the end-of-document token"""
+    seed: int = 0
+    """which documents are validation documents follows from it"""
+    overwrite: bool = False
+    """replace files that are there"""
+
+
+@dataclass
+class Evaluate:
+    """Validation loss, perplexity and bits per byte of a checkpoint. Under torchrun: --tensor/--pipeline ranks."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """run folder (its newest checkpoint) or step folder"""
+    data: str = ""
+    """prefix of the corpus; empty: the run's data.valid"""
+    batches: int = 0
+    """global batches to score; 0: the whole corpus"""
+    tensor: int = 1
+    """ranks that share every matrix"""
+    pipeline: int = 1
+    """ranks that share the layers; the remaining processes share the batch"""
+
+
+@dataclass
+class Generate:
+    """Continue a prompt with a checkpoint."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """run folder (its newest checkpoint) or step folder"""
+    prompt: str
+    """text to continue"""
+    max_tokens: int = 128
+    """tokens to add at most"""
+    temperature: float = 0.8
+    """0 takes the likeliest token every time"""
+    top_k: int = 50
+    """draw among so many likeliest tokens; 0: all"""
+    seed: int = 0
+    """the draws follow from it"""
+    tokenizer: Path | None = None
+    """folder with tokenizer.json; default: the copy in the run folder"""
+
+
+@dataclass
+class Export:
+    """Write a checkpoint as a Hugging Face folder."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """run folder (its newest checkpoint) or step folder"""
+    output: tyro.conf.Positional[Path]
+    """new folder for config.json, weights and tokenizer"""
+    dtype: str = ""
+    """fp32, bf16, fp16 or fp64; empty: the precision of the run"""
+    tokenizer: Path | None = None
+    """folder with tokenizer.json; default: the copy in the run folder"""
+    verify: bool = False
+    """load the result with transformers and compare its logits with the engine's"""
+
+
+@dataclass
+class Verify:
+    """Check every file of a checkpoint against the digests in its manifest."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """run folder (its newest checkpoint) or step folder"""
+
+
+@dataclass
+class Plot:
+    """Draw the loss curve of one or more runs (training and validation) from their metrics.jsonl."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders"""
+    output: Path = Path("loss.png")
+    """PNG or SVG file"""

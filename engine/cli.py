@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -94,13 +95,16 @@ def _train(args: list[str]) -> int:
     from engine.options import parse_train
 
     options = parse_train(args, "engine train")
+    if options.world_size < 0:
+        text = "is not a number of ranks"
+        raise ConfigError([Fault("--world-size", options.world_size, text, "Use 0 for what the degrees need.")])
     if options.dry_run:
+        resolved = load(options.files, options.overrides, unknown=options.unknown, world=options.world_size or None)
         from rich.console import Console
 
-        from engine.preview import show
+        from engine.preview import show  # needs torch: faults are told before
 
-        world = options.world_size or None
-        show(load(options.files, options.overrides, unknown=options.unknown, world=world), Console())
+        show(resolved, Console())
         return EXIT_OK
     from engine.launch import StopRequest, pick_device, read_env, run
     from engine.optim.precision import PRECISIONS
@@ -111,9 +115,9 @@ def _train(args: list[str]) -> int:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world)
         device = pick_device(resolved.config.train.device, env)
     except ConfigError:
-        if env.rank == 0:  # every rank finds the same faults: one tells
-            raise
-        return EXIT_CONFIG
+        if env.rank > 0:  # every rank finds the same faults: rank 0 tells them, and torchrun then ends the others
+            time.sleep(30)
+        raise
     cfg = resolved.config
     stop = StopRequest()
     return run(

@@ -8,13 +8,15 @@ docstrings below are the help texts.
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from engine.errors import ConfigError, Fault
 from engine.layout import Layout
@@ -26,6 +28,13 @@ class Section(BaseModel):
     """Base of all sections: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise PydanticCustomError("bool", "is neither a number nor a text")
+        return value
 
 
 class RunConfig(Section):
@@ -214,7 +223,7 @@ def load(
 ) -> Resolved:
     """Merge, type-check and check all relations; `world`: ranks the config must fit, None: as many as it needs.
 
-    overrides: dotted path -> text from the command line. unknown: further command-line options nobody knows.
+    overrides: dotted path -> text from the command line. unknown: further words of the command line nobody knows.
     Raises ConfigError with every fault found.
     """
     faults: list[Fault] = []
@@ -225,12 +234,16 @@ def load(
             _put(tree, sources, path, value, f"file {file}", faults)
     for path, text in overrides.items():
         _put(tree, sources, path, text, "command line", faults)
-    faults += [_unknown(option.lstrip("-"), "", "command line") for option in unknown]
+    faults += [_unknown(word[2:], "", "command line") if word.startswith("--") else _stray(word) for word in unknown]
     _apply_preset(tree, sources, faults)
     config, wrong = _parse(tree, faults)
     p = config.parallel
     world = world or p.tensor * p.pipeline * max(1, p.data)
-    # a relation names the values it is about: what it says of a value that is wrong by itself would mislead
+    # what a relation says of a value that is wrong by itself, or of what follows from it, would mislead
+    if wrong & {"parallel.tensor", "parallel.pipeline", "parallel.data"}:
+        wrong |= {"parallel = ", "train.global_batch_size"}
+    if any(fault.path == "model.preset" for fault in faults):
+        wrong.add("model.")
     faults += [f for f in relations(config, world) if not any(path in str(f) for path in wrong)]
     if faults:
         raise ConfigError(faults)
@@ -271,6 +284,11 @@ def _unknown(path: str, value: object, source: str) -> Fault:
     return Fault(path, value, f"no such setting ({source})", f"Did you mean {near}?")
 
 
+def _stray(word: str) -> Fault:
+    repair = "Options begin with two dashes." if word.startswith("-") else f"A config file is given as --config {word}."
+    return Fault("command line", word, "belongs to no option", repair)
+
+
 def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
     try:
         tree = tomllib.loads(file.read_text())
@@ -300,10 +318,10 @@ def _put(
 
 def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[Fault]) -> None:
     name = tree["model"].get("preset", "")
-    if not name:
+    if not name or not isinstance(name, str):  # the type check will say so
         return
     if name not in PRESETS:
-        near = (difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.0) or [""])[0]
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         known = ", ".join(PRESETS)
         faults.append(Fault("model.preset", name, f"is none of {known}", f"Did you mean {near}?"))
         return
@@ -370,22 +388,29 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
             "parallel.tensor",
             t,
             f"does not divide model.num_heads = {m.num_heads}",
-            f"Nearest degree that does: {_nearest_divisor(m.num_heads, t)}.",
+            f"Nearest degree that fits the model: {_nearest_tensor(m, t)}.",
         )
     if kv % t and t % kv:
         yield Fault(
             "parallel.tensor",
             t,
             f"neither divides model.num_kv_heads = {kv} nor is a multiple of it",
-            f"Nearest degree that does: {_nearest_divisor(kv, t)}.",
+            f"Nearest degree that fits the model: {_nearest_tensor(m, t)}.",
         )
     if m.ffn_size % t:
         yield Fault(
             "parallel.tensor",
             t,
             f"does not divide model.ffn_size = {m.ffn_size}",
-            f"Use model.ffn_size {_divisors_near(m.ffn_size, t)}, or tensor {_nearest_divisor(m.ffn_size, t)}.",
+            f"Use model.ffn_size {_divisors_near(m.ffn_size, t)}, or tensor {_nearest_tensor(m, t)}.",
         )
+
+
+def _nearest_tensor(m: ModelConfig, to: int) -> int:
+    """The tensor degree nearest to `to` that all three relations of the model allow."""
+    kv = m.num_kv_heads or m.num_heads
+    degrees = (d for d in range(1, m.num_heads + 1) if not m.num_heads % d and not m.ffn_size % d)
+    return min((d for d in degrees if not kv % d or not d % kv), key=lambda d: (abs(d - to), d))
 
 
 def _nearest_divisor(number: int, to: int) -> int:
@@ -448,13 +473,6 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
             f"is longer than model.max_seq_len = {cfg.model.max_seq_len}",
             f"Set model.max_seq_len to {t.seq_len} or more.",
         )
-    if s.warmup_steps > t.steps:
-        yield Fault(
-            "schedule.warmup_steps",
-            s.warmup_steps,
-            f"is more than train.steps = {t.steps}",
-            f"Use at most {t.steps}.",
-        )
     if s.kind == "wsd" and not 0 < s.decay_steps <= t.steps - s.warmup_steps:
         yield Fault(
             "schedule.decay_steps",
@@ -470,6 +488,5 @@ def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
     return repr(value)

@@ -26,11 +26,16 @@ from engine.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean nats a token; ppl: exp(loss); bpb: bits per byte of text (None when the corpus does not say)."""
+    """loss: mean nats a token; ppl: exp(loss); bpb: bits per byte of text; tokens: how many were scored.
+
+    unigram: entropy of the corpus' tokens in nats, what a model reaches that reads no context. It and bpb are None
+    when the corpus' sidecar file does not say.
+    """
 
     loss: float
     ppl: float
     bpb: float | None
+    unigram: float | None
     tokens: int
 
     def as_dict(self) -> dict[str, float]:
@@ -38,8 +43,13 @@ class Score:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        text = f"loss {self.loss:.4f} nats/token, perplexity {self.ppl:.2f}"
-        return text + (f", {self.bpb:.4f} bits/byte" if self.bpb is not None else "") + f" over {self.tokens:,} tokens"
+        text = f"loss {self.loss:.4f} nats/token"
+        if self.unigram is not None:
+            text += f" (unigram entropy {self.unigram:.4f})"
+        text += f", perplexity {self.ppl:.2f}"
+        if self.bpb is not None:
+            text += f", {self.bpb:.4f} bits/byte"
+        return f"{text} over {self.tokens:,} tokens"
 
 
 class Evaluator:
@@ -86,7 +96,7 @@ class Evaluator:
         bpb = None
         if meta.get("text_bytes"):
             bpb = loss / math.log(2) * self.dataset.num_tokens / meta["text_bytes"]
-        return Score(loss, math.exp(min(loss, 700.0)), bpb, tokens)
+        return Score(loss, math.exp(min(loss, 700.0)), bpb, meta.get("unigram_entropy"), tokens)
 
 
 def evaluate(cfg: Config, ctx: ParallelContext, checkpoint: Path, data: str, batches: int) -> int:
@@ -101,6 +111,4 @@ def evaluate(cfg: Config, ctx: ParallelContext, checkpoint: Path, data: str, bat
     score = Evaluator({ctx.pipeline.rank: stage}, ctx, dataset, cfg).run(batches)
     if ctx.rank == 0:
         print(f"{find(checkpoint)} on {data}: {score}")
-        if "unigram_entropy" in dataset.meta:
-            print(f"unigram entropy of these tokens: {dataset.meta['unigram_entropy']:.4f} nats/token")
     return EXIT_OK

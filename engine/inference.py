@@ -68,7 +68,9 @@ def compare_with_transformers(checkpoint: Path, folder: Path, *, num_tokens: int
     Both run in float32 on the same random tokens, from weights as exported.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     cfg = config_of(checkpoint)
     ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)

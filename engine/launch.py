@@ -44,12 +44,15 @@ def read_env() -> Env:
     if "RANK" not in os.environ:
         return Env()
     names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}
-    try:
-        return Env(**{field: int(os.environ[name]) for field, name in names.items()})
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            [Fault("RANK", os.environ["RANK"], f"is set, but {error} is not", "Start the ranks with torchrun.")]
-        ) from None
+    texts = {name: os.environ.get(name) for name in names.values()}
+    faults = [
+        Fault(name, text, f"is not a number, but RANK is set ({texts['RANK']!r})", "Start the ranks with torchrun.")
+        for name, text in texts.items()
+        if text is None or not text.isdecimal()
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return Env(**{field: int(os.environ[name]) for field, name in names.items()})
 
 
 def pick_device(wanted: str, env: Env) -> torch.device:

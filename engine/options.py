@@ -46,8 +46,21 @@ def parse_train(args: Sequence[str], prog: str) -> TrainOptions:
         for name, value in values.items()
         if value != _UNSET
     }
-    unknown = tuple(option.partition("=")[0] for option in rest if option.startswith("--"))
-    return TrainOptions(tuple(given["config"]), overrides, unknown, given["dry_run"], given["world_size"])
+    return TrainOptions(tuple(given["config"]), overrides, _unknown(rest), given["dry_run"], given["world_size"])
+
+
+def _unknown(rest: Sequence[str]) -> tuple[str, ...]:
+    """Options nobody knows without their values, and words that belong to no option (a file without --config)."""
+    found: list[str] = []
+    value_may_follow = False
+    for word in rest:
+        option, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            found.append(option)
+        elif not value_may_follow:
+            found.append(word)
+        value_may_follow = word.startswith("--") and not equals
+    return tuple(found)
 
 
 _TRAIN_TEXT = (

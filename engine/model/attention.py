@@ -40,11 +40,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope_table: Tensor) -> Tensor:
         """x [s, b, h] -> [s, b, h]."""
         s, b, _ = x.shape
-        heads = self.qkv(x).view(s, b, self.n + 2 * self.m, self.d)
-        q_and_k, v = heads.split([self.n + self.m, self.m], dim=2)
+        heads = self.qkv(x).view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
+        q_and_k, v = heads.split([self.n + self.m, self.m], dim=1)
         if self.norms is None:
-            q, k = rope(q_and_k, rope_table).split([self.n, self.m], dim=2)
+            q, k = rope(q_and_k, rope_table).split([self.n, self.m], dim=1)
         else:
-            q, k = q_and_k.split([self.n, self.m], dim=2)
+            q, k = q_and_k.split([self.n, self.m], dim=1)
             q, k = rope(self.norms[0](q), rope_table), rope(self.norms[1](k), rope_table)
         return self.out(causal_attention(q, k, v))

@@ -77,7 +77,7 @@ class Transformer(nn.Module):
             elif weight is None:  # the embedding lives on another stage: hold a copy under its name
                 weight = vocab_weight(EMBED, *matrix)
             self.head = VocabHead(weight, ctx)
-        self.rope: Tensor = torch.empty(2, 0, 1, 1, cfg.head_dim // 2)
+        self.rope: Tensor = torch.empty(2, 0, cfg.head_dim // 2)
 
     def _rope_for(self, seq_len: int) -> Tensor:
         if self.rope.shape[1] < seq_len:

@@ -9,14 +9,18 @@ from engine.errors import DataError
 from engine.monitor.metrics import read_metrics
 
 
-def plot_loss(runs: Sequence[Path], output: Path, *, baseline: float | None = None, baseline_name: str = "") -> None:
-    """Draw training loss (line) and validation loss (dots) of each run over steps; baseline: a dashed level in nats."""
+def plot_loss(runs: Sequence[Path], output: Path) -> None:
+    """Draw training loss (line) and validation loss (dots) of each run over steps, in nats a token.
+
+    Where the validation corpus says its unigram entropy, that is a dashed line: below it, a model reads context.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
+    drawn: set[float] = set()
     for number, run in enumerate(runs):
         try:
             training, validation = read_metrics(run)
@@ -31,8 +35,10 @@ def plot_loss(runs: Sequence[Path], output: Path, *, baseline: float | None = No
             axes.plot(
                 at, values, "o", color=colour, mec="black", ms=6, label=f"{run.name}: validation {values[-1]:.3f}"
             )
-    if baseline is not None:
-        axes.axhline(baseline, color="grey", ls="--", lw=1, label=f"{baseline_name} {baseline:.3f}")
+            unigram = validation[at[-1]].get("val_unigram")
+            if unigram is not None and unigram not in drawn:
+                drawn.add(unigram)
+                axes.axhline(unigram, color="grey", ls="--", lw=1, label=f"unigram entropy {unigram:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

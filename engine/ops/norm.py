@@ -22,17 +22,17 @@ class _RmsNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype) * weight
+        return (wide * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
+        wide_grad, wide_weight = _wide(grad), _wide(weight)
         normed = _wide(x) * scale
-        wide = _wide(grad)
-        grad_w = (wide * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        wide = wide * _wide(weight)
-        along = (wide * normed).mean(-1, keepdim=True)
-        grad_x = wide.sub_(normed.mul_(along)).mul_(scale)
+        work = wide_grad * normed
+        grad_w = work.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        along = work.mul_(wide_weight).mean(-1, keepdim=True)
+        grad_x = torch.mul(wide_grad, wide_weight, out=work).sub_(normed.mul_(along)).mul_(scale)
         return grad_x.to(x.dtype), grad_w, None
 
 

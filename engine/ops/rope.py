@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def rope_table(seq_len: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """cos and sin of position * theta^(-2i/d): [2, seq_len, 1, 1, head_dim/2].
+    """cos and sin of position * theta^(-2i/d): [2, seq_len, head_dim/2].
 
     float32 whatever the model's dtype is, as the Hugging Face models compute it, but float64 for float64 models.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.int64).to(wide) / head_dim
     angle = torch.arange(seq_len, device=device, dtype=wide)[:, None] / theta**exponent
-    return torch.stack((angle.cos(), angle.sin()))[:, :, None, None, :].to(dtype)
+    return torch.stack((angle.cos(), angle.sin())).to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,5 +43,8 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x [s, b, heads, d] by its positions 0..s-1; table from `rope_table`, cut to [2, s, 1, 1, d/2]."""
+    """Rotate x [b, heads, s, d] by its positions 0..s-1; table from `rope_table`, cut to [2, s, d/2].
+
+    The result is contiguous whatever the strides of x are: the pass that rotates also lays out for attention.
+    """
     return _Rope.apply(x, table)

@@ -1,0 +1,43 @@
+# Two commands to know: `make demo` and `make test`. `make venv` builds just the environment both use.
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help venv demo test test-all lint bench clean
+
+help:
+	@echo "make demo      raw text -> trained, resumed, evaluated, exported model on this machine's CPU (minutes)"
+	@echo "make test      lint, types and all quick tests"
+	@echo "make test-all  the long matrices too"
+	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extension built"
+	@echo "make bench     tokens/s beside a hand-written loop, start-up times (tables)"
+
+venv: .venv/ready
+
+.venv/ready: constraints.txt pyproject.toml setup.py csrc/index.cpp
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel pybind11 torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/python examples/quickstart/demo.py
+
+test: venv lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not heavy"
+
+test-all: venv lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python tools/bench/train_cpu.py
+	$(BIN)/python tools/bench/startup.py
+
+clean:
+	rm -rf .venv build demo *.egg-info engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

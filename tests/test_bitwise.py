@@ -1,0 +1,141 @@
+"""What may not change a single bit in fp32: schedule, bucket size, overlap, stopping and resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import assemble, config, layout_of, pieces_of, random_batches
+from harness import run_ranks
+
+from engine.config import Config
+from engine.context import ParallelContext
+from engine.train import TrainState, resume, save_state, setup, train_step
+
+FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+
+
+def digest(state: TrainState, ctx: ParallelContext) -> list[Any]:
+    """All canonical tensors of model and optimizer this rank holds, named kind/name."""
+    return [
+        (f"{kind}/{name}", *rest) for kind, p, x in state.optimizer.states() for name, *rest in pieces_of([(p, x)], ctx)
+    ]
+
+
+def steps(state: TrainState, ctx: ParallelContext, count: int) -> list[tuple[float, float]]:
+    results = [train_step(state, random_batches(state.cfg, ctx, state.step)) for _ in range(count)]
+    return [(r.loss, r.norms.norm) for r in results]
+
+
+def run(cfg: Config, dtype: torch.dtype = torch.float32, count: int = 4) -> tuple[Any, dict[str, np.ndarray]]:
+    def job(ctx: ParallelContext) -> Any:
+        state = setup(cfg, ctx)
+        return steps(state, ctx, count), digest(state, ctx)
+
+    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
+    return ranks[0][0], assemble([r[1] for r in ranks])
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_schedule_bucket_size_and_overlap_change_no_bit(precision: str) -> None:
+    base = {
+        "parallel_pipeline": 2,
+        "parallel_data": 2,
+        "train_global_batch_size": 8,
+        "train_precision": precision,
+        "model_tie_embeddings": True,
+    }
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    losses, state = run(config(4, **base), dtype)
+    changes = [
+        {"parallel_schedule": "gpipe"},
+        {"parallel_bucket_mib": 100},
+        {"parallel_bucket_mib": 0.001},
+        {"parallel_overlap": False},
+    ]
+    for change in changes:
+        other_losses, other = run(config(4, **{**base, **change}), dtype)
+        assert other_losses == losses and same(other, state), change
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pipeline_degree_changes_no_bit(precision: str) -> None:
+    """Cutting the layers over ranks moves activations, it does not change them."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    one = run(config(1, train_precision=precision), dtype)
+    four = run(config(4, train_precision=precision, parallel_pipeline=4), dtype)
+    assert one[0] == four[0] and same(one[1], four[1])
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_resume_in_the_same_layout_changes_no_bit(tmp_path: Path, precision: str, stop: int) -> None:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
+    cfg = config(4, parallel_tensor=2, parallel_data=2, train_precision=precision)
+
+    def through(ctx: ParallelContext) -> Any:
+        state = setup(cfg, ctx)
+        losses = steps(state, ctx, stop)
+        save_state(state, tmp_path, FACTS)
+        return losses + steps(state, ctx, 5 - stop), digest(state, ctx)
+
+    def resumed(ctx: ParallelContext) -> Any:
+        state = setup(cfg, ctx)
+        resume(state, tmp_path / f"step_{stop:08d}", FACTS)
+        assert state.consumed_samples == stop * cfg.train.global_batch_size
+        return steps(state, ctx, 5 - stop), digest(state, ctx)
+
+    kv = cfg.model.num_kv_heads
+    a = run_ranks(layout_of(cfg), through, num_kv_heads=kv, dtype=dtype)
+    b = run_ranks(layout_of(cfg), resumed, num_kv_heads=kv, dtype=dtype)
+    assert a[0][0][stop:] == b[0][0]
+    assert same(assemble([r[1] for r in a]), assemble([r[1] for r in b]))
+
+
+RESHARD = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (1, 2, 2), (2, 1, 2)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resume_in_another_layout_holds_the_same_state(tmp_path: Path, tied: bool) -> None:
+    """A checkpoint of each layout, loaded in the next one: equal state, and the losses go on in float64."""
+
+    def cfg_of(degrees: tuple[int, int, int]) -> Config:
+        tensor, pipeline, data = degrees
+        return config(
+            tensor * pipeline * data,
+            parallel_tensor=tensor,
+            parallel_pipeline=pipeline,
+            parallel_data=data,
+            model_tie_embeddings=tied,
+        )
+
+    def chain(degrees: tuple[int, int, int], step: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
+        cfg = cfg_of(degrees)
+
+        def job(ctx: ParallelContext) -> Any:
+            state = setup(cfg, ctx)
+            if step:
+                resume(state, tmp_path / f"step_{step:08d}", FACTS)
+            before = digest(state, ctx)
+            losses = steps(state, ctx, 1)
+            save_state(state, tmp_path, FACTS)
+            return before, digest(state, ctx), losses[0][0]
+
+        ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+        return assemble([r[0] for r in ranks]), assemble([r[1] for r in ranks]), ranks[0][2]
+
+    losses, after = [], None
+    for step, degrees in enumerate(RESHARD):
+        before, now, loss = chain(degrees, step)
+        assert after is None or same(before, after), degrees
+        after = now
+        losses.append(loss)
+    reference = run(cfg_of((1, 1, 1)), torch.float64, len(RESHARD))[0]
+    assert losses == pytest.approx([loss for loss, _ in reference], rel=1e-11)

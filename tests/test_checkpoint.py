@@ -1,0 +1,189 @@
+"""Damaged, torn and foreign checkpoints are refused with the file named; nothing committed is ever lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import config, layout_of, random_batches
+from harness import run_ranks
+
+import engine.checkpoint.save as save_module
+from engine.checkpoint.format import complete_steps, find, read_manifest, verify_files
+from engine.config import Config
+from engine.context import ParallelContext
+from engine.errors import CheckpointError, EngineError
+from engine.train import find_resume, resume, save_state, setup, train_step
+
+FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+TWO = config(2, parallel_tensor=2)
+
+
+def save_one(root: Path, cfg: Config = TWO, steps: int = 1) -> Path:
+    def job(ctx: ParallelContext) -> None:
+        state = setup(cfg, ctx)
+        for step in range(steps):
+            train_step(state, random_batches(cfg, ctx, step))
+            save_state(state, root, FACTS)
+
+    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    return root / f"step_{steps:08d}"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_one(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / saved.name))
+
+
+def load(folder: Path, cfg: Config = TWO, facts: dict[str, Any] = FACTS) -> None:
+    def job(ctx: ParallelContext) -> str:
+        try:
+            resume(setup(cfg, ctx), folder, facts)
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    messages = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    assert all(messages) or not any(messages), "one rank failed and another did not"
+    if messages[0]:
+        raise CheckpointError(messages[0])
+
+
+def test_a_good_one_loads(copy: Path) -> None:
+    load(copy)
+    verify_files(copy, read_manifest(copy))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", [0, 8, 500, -1])
+def test_a_flipped_bit_is_found_and_the_file_named(copy: Path, rank: int, place: int) -> None:
+    file = copy / f"rank{rank:05d}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"rank{rank:05d}.safetensors: damaged: digest"):
+        load(copy)
+
+
+def test_torn_missing_and_foreign_files_are_refused(copy: Path) -> None:
+    file = copy / "rank00001.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=r"rank00001.safetensors: \d+ bytes long, the manifest says"):
+        load(copy)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="rank00001.safetensors: missing"):
+        load(copy)
+    file.write_bytes((copy / "rank00000.safetensors").read_bytes()[: len(whole)].ljust(len(whole), b"\0"))
+    with pytest.raises(CheckpointError, match="rank00001.safetensors: damaged"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(schema_version=99), "schema version 99, this engine reads 1"),
+        (
+            lambda m: m.update(files={"../rank00000.safetensors": m["files"]["rank00000.safetensors"]}),
+            "plain file name",
+        ),
+        (lambda m: m.pop("step"), "damaged manifest"),
+        (lambda m: m.update(surprise=1), "damaged manifest"),
+        (lambda m: m["tensors"]["model"].pop("norm.weight"), "holds no model tensor norm.weight"),
+        (lambda m: m["tensors"]["model"]["embed.weight"]["slices"].pop(), r"embed.weight: \d+ of \d+ values are there"),
+        (lambda m: m["tensors"]["model"]["norm.weight"]["slices"][0].update(file="x.safetensors"), "does not list"),
+        (lambda m: m["tensors"]["model"]["norm.weight"]["slices"][0].update(shape=[31]), "has shape"),
+        (
+            lambda m: m["tensors"]["model"]["norm.weight"].update(shape=[33]),
+            r"has shape \[33\], the model wants \[32\]",
+        ),
+    ],
+)
+def test_an_edited_manifest_is_refused(copy: Path, edit: Any, message: str) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    edit(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=message):
+        load(copy)
+
+
+def test_another_model_data_or_seed_is_refused_with_a_diff(copy: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model.ffn_size: checkpoint 48, now 64(.|\n)*train.seed: .*1234, now 7"):
+        load(copy, config(2, parallel_tensor=2, model_ffn_size=64, train_seed=7))
+    with pytest.raises(CheckpointError, match="data num_tokens: checkpoint 1, now 2"):
+        load(copy, facts=FACTS | {"num_tokens": 2})
+
+
+def test_latest_is_the_newest_complete_one(saved: Path, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        shutil.copytree(saved, root / f"step_{step:08d}")
+    (root / "step_00000003/manifest.json").unlink()  # killed before the manifest
+    (root / ".step_00000004.tmp").mkdir()
+    assert complete_steps(root) == [1, 2]
+    assert find(tmp_path) == root / "step_00000002" == find(root)
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        find(root / "step_00000003")
+    with pytest.raises(CheckpointError, match="no complete checkpoint here"):
+        find(tmp_path / "elsewhere")
+
+
+def test_resume_choices(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run/checkpoints" / saved.name)
+
+    def choose(resume: str, run: str = "run") -> Path | None:
+        return find_resume(config(run_dir=tmp_path / run, checkpoint_resume=resume))
+
+    assert choose("auto") == choose("latest") == choose(str(tmp_path / "run"), "new")
+    assert choose("auto", "new") is None and choose("never", "new") is None
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        choose("latest", "new")
+    with pytest.raises(CheckpointError, match="already holds checkpoints"):
+        choose("never")
+
+
+def test_a_failed_save_is_an_error_on_all_ranks_and_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1's disk is full at step 2: nobody reports a save, step 1 is intact, and a later save works."""
+    write = save_module.write_safetensors
+
+    def job(ctx: ParallelContext) -> list[str]:
+        state = setup(TWO, ctx)
+        messages = []
+        for step in range(3):
+            train_step(state, random_batches(TWO, ctx, step))
+
+            def full(file: Path, *rest: Any) -> Any:
+                file.write_bytes(b"half a file")
+                raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+            save_module.write_safetensors = full if (step, ctx.rank) == (1, 1) else write
+            try:
+                save_state(state, tmp_path, FACTS)
+                messages.append("")
+            except EngineError as error:
+                messages.append(str(error))
+        return messages
+
+    for messages in run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads):
+        assert messages[0] == messages[2] == ""
+        assert "No space left on device" in messages[1] and "rank00001.safetensors" in messages[1]
+        assert "bytes free" in messages[1] and "earlier checkpoints are untouched" in messages[1]
+    assert complete_steps(tmp_path) == [1, 3]
+    load(tmp_path / "step_00000001")
+
+
+def test_keep_deletes_the_oldest_after_the_newest_is_there(tmp_path: Path) -> None:
+    save_one(tmp_path, config(2, parallel_tensor=2, checkpoint_keep=2), steps=4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+    load(tmp_path / "step_00000004", config(2, parallel_tensor=2))

@@ -1,0 +1,618 @@
+"""Configuration: every fault said once and in full, sources, presets, the TOML that loads back, dry run and help."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import config as config_module
+from engine.cli import main
+from engine.config import Config, ModelConfig, Resolved, fields, layout_of, load
+from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, Fault
+from engine.launch import Env, pick_device, read_env
+from engine.model.transformer import num_parameters
+from engine.presets import PRESETS
+
+# what the user gives, number of ranks, then what the one fault says: path, broken relation, repair
+RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
+    "kv heads": (
+        {"model.num_kv_heads": 3},
+        1,
+        "model.num_kv_heads",
+        "does not divide model.num_heads = 8",
+        "Nearest that does: 2.",
+    ),
+    "more kv heads than heads": (
+        {"model.num_kv_heads": 16},
+        1,
+        "model.num_kv_heads",
+        "does not divide model.num_heads = 8",
+        "Nearest that does: 8.",
+    ),
+    "width of heads": (
+        {"model.hidden_size": 260},
+        1,
+        "model.hidden_size",
+        "is not a multiple of model.num_heads = 8",
+        "Use 256 or 264, or set model.head_dim.",
+    ),
+    "odd head": ({"model.head_dim": 31}, 1, "model.head_dim", "is odd, but RoPE rotates pairs", "Use 32."),
+    "tensor and heads": (
+        {"model.num_heads": 6, "model.num_kv_heads": 2, "model.head_dim": 32, "parallel.tensor": 4},
+        4,
+        "parallel.tensor",
+        "does not divide model.num_heads = 6",
+        "Nearest degree that fits the model: 2.",
+    ),
+    "tensor and kv heads": (
+        {"model.num_heads": 12, "model.num_kv_heads": 6, "model.head_dim": 32, "parallel.tensor": 4},
+        4,
+        "parallel.tensor",
+        "neither divides model.num_kv_heads = 6 nor is a multiple of it",
+        "Nearest degree that fits the model: 2.",
+    ),
+    "tensor and ffn": (
+        {"model.ffn_size": 690, "parallel.tensor": 4},
+        4,
+        "parallel.tensor",
+        "does not divide model.ffn_size = 690",
+        "Use model.ffn_size 688 or 692, or tensor 2.",
+    ),
+    "context": ({"parallel.context": 2}, 1, "parallel.context", "context parallelism is not built yet", "Use 1."),
+    "expert": ({"parallel.expert": 2}, 1, "parallel.expert", "expert parallelism is not built yet", "Use 1."),
+    "too few ranks": (
+        {"parallel.tensor": 2, "parallel.data": 2},
+        1,
+        "parallel",
+        "needs 4 processes, but there is 1",
+        "Start `torchrun --nproc-per-node 4 -m engine train ...`, or change the degrees.",
+    ),
+    "too many ranks": ({"parallel.data": 2}, 4, "parallel", "needs 2 processes, but there are 4", "--nproc-per-node 2"),
+    "ranks left over": (
+        {"parallel.tensor": 2},
+        3,
+        "parallel",
+        "= 2 does not divide the 3 processes",
+        "Start `torchrun --nproc-per-node 4 -m engine train ...`.",
+    ),
+    "layers": (
+        {"parallel.pipeline": 3},
+        3,
+        "parallel.pipeline",
+        "does not divide model.num_layers = 4",
+        "Use 3 or 6 layers, or pipeline 2.",
+    ),
+    "schedule": ({"parallel.schedule": "1f2b"}, 1, "parallel.schedule", "is none of gpipe, 1f1b", "Did you mean 1f1b?"),
+    "global batch": (
+        {"train.global_batch_size": 9, "train.micro_batch_size": 2},
+        2,
+        "train.global_batch_size",
+        "is not a multiple of data 2 x train.micro_batch_size 2",
+        "Use 8 or 12.",
+    ),
+    "global batch smaller than one round": (
+        {"train.global_batch_size": 1},
+        4,
+        "train.global_batch_size",
+        "is not a multiple of data 4 x train.micro_batch_size 1",
+        "Use 4.",
+    ),
+    "fp16": (
+        {"train.precision": "fp16"},
+        1,
+        "train.precision",
+        "dynamic loss scaling is not built yet",
+        "Use bf16 or fp32.",
+    ),
+    "sequence": (
+        {"train.seq_len": 4096},
+        1,
+        "train.seq_len",
+        "is longer than model.max_seq_len = 2048",
+        "Set model.max_seq_len to 4096 or more.",
+    ),
+    "warm-up": (
+        {"schedule.warmup_steps": 101},
+        1,
+        "schedule.warmup_steps",
+        "is more than train.steps = 100",
+        "Use at most 100.",
+    ),
+    "wsd without decay": (
+        {"schedule.kind": "wsd"},
+        1,
+        "schedule.decay_steps",
+        "must lie in 1..90 (train.steps - warmup_steps) for wsd",
+        "A tenth of the run is usual: 10.",
+    ),
+    "decay without wsd": (
+        {"schedule.decay_steps": 5},
+        1,
+        "schedule.decay_steps",
+        "has no meaning for cosine",
+        "Leave it out, or use wsd.",
+    ),
+    "preset": (
+        {"model.preset": "llama3-8b"},
+        1,
+        "model.preset",
+        "is none of tiny, micro, llama-2-7b, llama-3-8b, mistral-7b, qwen3-8b",
+        "Did you mean llama-3-8b?",
+    ),
+    "unknown": (
+        {"model.hiden_size": 3},
+        1,
+        "model.hiden_size",
+        "no such setting (command line)",
+        "Did you mean model.hidden_size?",
+    ),
+    "not a number": (
+        {"train.steps": "ten"},
+        1,
+        "train.steps",
+        "input should be a valid integer",
+        "Give int; the default is 100.",
+    ),
+    "too small": ({"train.steps": 0}, 1, "train.steps", "greater than or equal to 1", "Give int; the default is 100."),
+    "not a choice": (
+        {"train.device": "tpu"},
+        1,
+        "train.device",
+        "input should be 'auto', 'cpu' or 'cuda'",
+        "Give auto|cpu|cuda; the default is 'auto'.",
+    ),
+    "not a bool": (
+        {"parallel.overlap": "maybe"},
+        1,
+        "parallel.overlap",
+        "input should be a valid boolean",
+        "Give true|false; the default is True.",
+    ),
+    "nan": (
+        {"optimizer.lr": "nan"},
+        1,
+        "optimizer.lr",
+        "input should be a finite number",
+        "Give float; the default is 0.001.",
+    ),
+}
+
+
+def faults_of(overrides: dict[str, Any], world: int | None = 1, files: tuple[Path, ...] = ()) -> tuple[Fault, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(files, {k: str(v) for k, v in overrides.items()}, world=world)
+    return caught.value.faults
+
+
+@pytest.mark.parametrize("case", RELATIONS)
+def test_each_fault_is_said_in_full(case: str) -> None:
+    overrides, world, path, relation, repair = RELATIONS[case]
+    (fault,) = faults_of(overrides, world)
+    assert fault.path == path
+    assert relation in fault.relation and repair in fault.repair
+    if path in overrides:
+        assert str(fault.value) == str(overrides[path])
+    assert str(fault) == f"{path} = {fault.value!r}: {fault.relation}. {fault.repair}"
+
+
+def test_every_fault_of_the_module_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A relation added to config.py without a case above fails here."""
+    seen: set[int] = set()
+
+    def note(*args: Any) -> Fault:
+        frame = sys._getframe(1)
+        seen.add(frame.f_lineno)
+        return Fault(*args)
+
+    monkeypatch.setattr(config_module, "Fault", note)
+    for overrides, world, *_ in RELATIONS.values():
+        faults_of(overrides, world)
+    (tmp_path / "bad.toml").write_text("[model\n")
+    for file in (tmp_path / "bad.toml", tmp_path / "none.toml"):
+        faults_of({}, files=(file,))
+    with pytest.raises(ConfigError):
+        load([], {}, unknown=["run.toml"])
+    calls = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(config_module)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Fault"
+    ]
+    assert len(calls) >= 20
+    assert {call.lineno for call in calls} == seen
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 6, 8, 12, 16])
+@pytest.mark.parametrize(("heads", "kv", "ffn"), [(6, 2, 688), (12, 6, 690), (8, 8, 44), (12, 4, 30)])
+def test_the_repair_of_a_tensor_degree_works(world: int, heads: int, kv: int, ffn: int) -> None:
+    """Following the advice leaves no fault about the tensor degree."""
+    model = {"model.num_heads": heads, "model.num_kv_heads": kv, "model.head_dim": 8, "model.ffn_size": ffn}
+    batch = {"train.global_batch_size": 720720}
+    try:
+        load([], {k: str(v) for k, v in {**model, **batch, "parallel.tensor": world}.items()}, world=world)
+    except ConfigError as error:
+        degrees = {re.search(r"(\d+)\.$", fault.repair).group(1) for fault in error.faults}  # type: ignore[union-attr]
+        assert len(degrees) == 1, "all faults about it give the same advice"
+        values = {k: str(v) for k, v in {**model, **batch, "parallel.tensor": degrees.pop()}.items()}
+        load([], values, world=None)
+
+
+def test_all_faults_at_once_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[train]\nsteps = 0\nsteppes = 3\n[modle]\nvocab_size = 5\n[optimizer]\nlr = "fast"\n')
+    options = ["--config", str(file), "--model.num-kv-heads", "3", "--train.precision", "fp16", "--train.sede", "1"]
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--dry-run", *options])
+    assert caught.value.code == EXIT_CONFIG == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: configuration has 7 faults:\n")
+    for text in (
+        f"train.steppes = 3: no such setting (file {file}). Did you mean train.steps?",
+        f"modle.vocab_size = 5: no such setting (file {file}). Did you mean model.vocab_size?",
+        "train.sede = '': no such setting (command line). Did you mean train.seed?",
+        "train.steps = 0: input should be greater than or equal to 1. Give int; the default is 100.",
+        "optimizer.lr = 'fast': input should be a valid number",
+        "model.num_kv_heads = 3: does not divide model.num_heads = 8. Nearest that does: 2.",
+        "train.precision = 'fp16': dynamic loss scaling is not built yet. Use bf16 or fp32.",
+    ):
+        assert err.count(text) == 1, text
+
+
+def test_a_fault_does_not_cause_others() -> None:
+    """What follows from a wrong value is not held against the user as well."""
+    assert [f.path for f in faults_of({"parallel.tensor": "two", "parallel.data": 2}, 4)] == ["parallel.tensor"]
+    assert [f.path for f in faults_of({"train.global_batch_size": 2, "parallel.pipeline": "x"}, 4)] == [
+        "parallel.pipeline"
+    ]
+    # the unknown preset might well have 32 heads and long sequences
+    unknown = {"model.preset": "llama-3b", "parallel.tensor": 16, "train.seq_len": 4096}
+    assert [f.path for f in faults_of(unknown, 16)] == ["model.preset"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[model\n", "is not valid TOML: Expected ']' at the end of a table declaration (at line 1, column 7)"),
+        ("steps = 3\n", "steps = 3: no such setting"),
+        ("[train]\nsteps = true\n", "train.steps = True: is neither a number nor a text. Give int"),
+        ("[optimizer]\nlr = true\n", "optimizer.lr = True: is neither a number nor a text. Give float"),
+        ("[train]\nsteps = 1.5\n", "train.steps = 1.5: input should be a valid integer"),
+        ("[train]\nsteps = [1]\n", "train.steps = [1]: input should be a valid integer"),
+        ("[train.steps]\na = 1\n", "train.steps = {'a': 1}: input should be a valid integer"),
+        ("[run]\ndir = 3\n", "run.dir = 3: input should be a valid string"),
+        ('[model]\npreset = ["tiny"]\n', "model.preset = ['tiny']: input should be a valid string"),
+        ("[[model]]\npreset = 1\n", "model = [{'preset': 1}]: no such setting"),
+    ],
+)
+def test_files_that_are_wrong(text: str, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    (fault,) = faults_of({}, files=(file,))
+    assert expected in str(fault)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    files = (tmp_path / "none.toml", tmp_path, binary)
+    faults = faults_of({}, files=files)
+    assert [f.value for f in faults] == [str(f) for f in files]
+    assert all(f.path == "--config" and "cannot be read" in f.relation for f in faults)
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "value"),
+    [
+        (["run.toml"], "command line", "run.toml"),
+        (["--config", "a.toml", "b.toml"], "command line", "b.toml"),
+        (["--train.stepps", "3"], "train.stepps", ""),
+        (["--train.stepps=3"], "train.stepps", ""),
+        (["--train.stepps=3", "stray"], "command line", "stray"),
+        (["-q"], "command line", "-q"),
+    ],
+)
+def test_no_word_of_the_command_line_is_dropped(
+    words: list[str], path: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.options import parse_train
+
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text("")
+    options = parse_train(words, "engine train")
+    with pytest.raises(ConfigError) as caught:
+        load(options.files, options.overrides, unknown=options.unknown)
+    assert (path, value) in [(f.path, f.value) for f in caught.value.faults]
+
+
+@pytest.mark.parametrize(("section", "name"), [(s, n) for s, n, _ in fields()])
+def test_a_misspelt_setting_names_the_right_one(section: str, name: str) -> None:
+    (fault,) = faults_of({f"{section}.{name[0]}{name.replace('_', '-')}": 1})
+    assert fault.repair == f"Did you mean {section}.{name}?"
+
+
+def test_sources_and_precedence(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.toml", tmp_path / "b.toml"
+    first.write_text("[train]\nsteps = 50\nseed = 7\n[model]\nnum_layers = 2\n")
+    second.write_text("[train]\nsteps = 60\nmicro_batch_size = 2\n")
+    overrides = {"train.micro_batch_size": "4", "model.preset": "tiny", "model.ffn_size": "512"}
+    resolved = load([first, second], overrides, world=2)
+    cfg, sources = resolved.config, resolved.sources
+    assert (cfg.train.steps, sources["train.steps"]) == (60, f"file {second}")
+    assert (cfg.train.seed, sources["train.seed"]) == (7, f"file {first}")
+    assert (cfg.train.micro_batch_size, sources["train.micro_batch_size"]) == (4, "command line")
+    assert (cfg.model.num_layers, sources["model.num_layers"]) == (2, f"file {first}")  # beats the preset
+    assert (cfg.model.ffn_size, sources["model.ffn_size"]) == (512, "command line")
+    assert (cfg.model.num_kv_heads, sources["model.num_kv_heads"]) == (4, "preset tiny")
+    assert (cfg.model.head_dim, sources["model.head_dim"]) == (32, "derived")
+    assert (cfg.parallel.data, sources["parallel.data"]) == (2, "derived")
+    assert (cfg.optimizer.lr, sources["optimizer.lr"]) == (1e-3, "default")
+    assert sources["model.rope_theta"] == "default"  # the preset says nothing about it
+    assert list(sources) == [f"{s}.{n}" for s, n, _ in fields()]
+    swapped = load([second, first], overrides, world=2)
+    assert (swapped.config.train.steps, swapped.sources["train.steps"]) == (50, f"file {first}")
+
+
+def test_config_is_frozen() -> None:
+    cfg = load([], {}).config
+    with pytest.raises(ValueError, match="frozen"):
+        cfg.train.steps = 3  # type: ignore[misc]
+
+
+def test_world_none_takes_what_the_degrees_need() -> None:
+    cfg = load([], {"parallel.tensor": "2", "parallel.pipeline": "4", "parallel.data": "8"}, world=None).config
+    layout = layout_of(cfg)
+    assert (layout.world, layout.tensor, layout.pipeline, layout.data) == (64, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-3-8b", 8_030_261_248),
+        ("mistral-7b", 7_248_023_552),
+        ("qwen3-8b", 8_190_735_360),
+        ("tiny", None),
+        ("micro", None),
+    ],
+)
+def test_presets_have_the_published_sizes(preset: str, parameters: int | None) -> None:
+    cfg = load([], {"model.preset": preset}).config
+    for key, value in PRESETS[preset].items():
+        assert getattr(cfg.model, key) == value
+    if parameters is not None:
+        assert num_parameters(cfg.model) == parameters
+        assert num_parameters(cfg.model.model_copy(update={"tie_embeddings": True})) == (
+            parameters - cfg.model.vocab_size * cfg.model.hidden_size
+        )
+
+
+def test_every_preset_is_tested_and_has_only_known_keys() -> None:
+    assert len(PRESETS) == 6
+    for values in PRESETS.values():
+        assert values.keys() <= ModelConfig.model_fields.keys()
+
+
+def reloaded(resolved: Resolved, tmp_path: Path) -> Config:
+    file = tmp_path / "config.toml"
+    file.write_text(resolved.toml())
+    return load([file], {}, world=layout_of(resolved.config).world).config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_toml_loads_back(preset: str, tmp_path: Path) -> None:
+    overrides = {
+        "model.preset": preset,
+        "parallel.tensor": "2",
+        "optimizer.lr": "1.2345678901234567e-05",
+        "optimizer.eps": "1e-30",
+        "parallel.timeout_s": "1e22",
+        "parallel.overlap": "false",
+        "run.dir": 'a "quoted" \\ name\n\t\r\x7f é €',
+    }
+    resolved = load([], overrides, world=4)
+    assert reloaded(resolved, tmp_path) == resolved.config
+    assert f'preset = "{preset}"  # command line' in resolved.toml()
+    assert "data = 2  # derived" in resolved.toml()
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(st.characters(codec="utf-8")), lr=st.floats(1e-300, 1e300))
+def test_toml_of_any_value_is_valid(text: str, lr: float) -> None:
+    resolved = load([], {"run.dir": text, "optimizer.lr": repr(lr)})
+    read = tomllib.loads(resolved.toml())
+    assert read["run"]["dir"] == text and read["optimizer"]["lr"] == lr
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run_cli(*args: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.mark.usefixtures("wide")
+def test_dry_run_for_4096_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Hand-computed figures of Llama-3-8B on 8 x 8 x 64 ranks; no process group is made for it."""
+    degrees = ["--parallel.tensor", "8", "--parallel.pipeline", "8", "--world-size", "4096"]
+    batch = ["--train.global-batch-size", "1024", "--train.seq-len", "4096", "--train.precision", "bf16"]
+    assert run_cli("train", "--dry-run", "--model.preset", "llama-3-8b", *degrees, *batch) == EXIT_OK
+    assert not torch.distributed.is_initialized()
+    out, err = capsys.readouterr()
+    assert err == ""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert ["parallel.data", "64", "derived"] in rows
+    assert ["model.num_kv_heads", "8", "preset llama-3-8b"] in rows
+    block = (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) // 8 + 2 * 4096
+    ends = 128256 * 4096 // 8
+    stages = [row for row in rows if len(row) == 5]
+    assert [row[1] for row in stages] == ["embedding, 0..3", *(f"{4 * i}..{4 * i + 3}" for i in range(1, 7))] + [
+        "28..31, head"
+    ]
+    assert [row[2] for row in stages] == [f"{512 * i}..{512 * i + 511}" for i in range(8)]
+    counts = [4 * block + ends, *[4 * block] * 6, 4 * block + ends + 4096]
+    assert [row[3] for row in stages] == [f"{count:,}" for count in counts]
+    assert [row[4] for row in stages] == [f"{18 * count / 2**30:,.3f} GiB" for count in counts]  # bf16 + 4 x fp32
+    assert "D = 64, C = 1, T = 8" in out
+    for line in (
+        "ranks: 4,096",
+        "parameters in total: 8,030,261,248",
+        "tokens per step: 4,194,304 (1024 sequences of 4096)",
+        "microbatches per step and rank: 16 of 1",
+        "model FLOPs: 48.25 GFLOP a token",
+    ):
+        assert line in out.splitlines() or line in out, line
+
+
+@pytest.mark.usefixtures("wide")
+def test_dry_run_prints_the_grid_of_a_small_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("train", "--dry-run", "--parallel.pipeline", "2", "--parallel.data", "2") == EXIT_OK
+    out = capsys.readouterr().out
+    assert "pipeline   1  data   1  ranks 3..3" in out and "ranks: 4" in out.splitlines()
+
+
+def test_help_lists_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")  # one column of boxes
+    assert run_cli("train", "--help") == EXIT_OK
+    out = capsys.readouterr().out
+    text = "".join(out.replace("│", "").split())
+    for section, name, field in fields():
+        assert f"--{section}.{name.replace('_', '-')} " in out, name
+        assert field.description, f"{section}.{name} has no help text"
+        if name != "preset":
+            assert "".join(field.description.split()) in text, name
+    for preset in PRESETS:
+        assert preset in text
+    for option in ("--config", "--dry-run", "--world-size"):
+        assert option in out
+
+
+def test_overview_and_wrong_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("--help") == EXIT_OK
+    overview = capsys.readouterr().out
+    for verb in ("prepare", "train", "evaluate", "generate", "export", "verify", "plot"):
+        assert f"\n  {verb} " in overview
+    assert run_cli() == EXIT_CONFIG
+    assert run_cli("trane") == EXIT_CONFIG
+    assert "no verb 'trane'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def bare_env(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def torchrun_env(patch: pytest.MonkeyPatch, **values: str) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **values}.items():
+        patch.setenv(name, value)
+
+
+def test_read_env(bare_env: pytest.MonkeyPatch) -> None:
+    assert read_env() == Env(rank=0, world=1, local_rank=0, local_world=1)
+    torchrun_env(bare_env, RANK="5", WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
+    assert read_env() == Env(rank=5, world=8, local_rank=1, local_world=4)
+    bare_env.delenv("WORLD_SIZE")
+    bare_env.setenv("LOCAL_RANK", "one")
+    with pytest.raises(ConfigError) as caught:
+        read_env()
+    assert [(f.path, f.value) for f in caught.value.faults] == [("WORLD_SIZE", None), ("LOCAL_RANK", "one")]
+    for fault in caught.value.faults:
+        assert fault.relation == "is not a number, but RANK is set ('5')"
+        assert fault.repair == "Start the ranks with torchrun."
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "ranks", "device"),
+    [
+        ("cpu", 8, 2, "cpu"),
+        ("auto", 0, 1, "cpu"),
+        ("auto", 1, 2, "cpu"),
+        ("auto", 2, 2, "cuda:1"),
+        ("cuda", 4, 2, "cuda:1"),
+    ],
+)
+def test_pick_device(wanted: str, gpus: int, ranks: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert str(pick_device(wanted, Env(1, ranks, 1, ranks))) == device
+
+
+def test_cuda_without_enough_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError) as caught:
+        pick_device("cuda", Env(0, 2, 0, 2))
+    assert str(caught.value.faults[0]) == "train.device = 'cuda': 1 GPUs for 2 local ranks. Use auto or cpu."
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Give back the signal handlers that `engine train` takes."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def no_data(tmp_path: Path) -> list[str]:
+    return ["train", "--run.dir", str(tmp_path / "run")]
+
+
+def no_dtype(tmp_path: Path) -> list[str]:
+    return ["train", "--world-size", "-4", "--dry-run"]
+
+
+@pytest.mark.usefixtures("bare_env", "handlers")
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (no_data, "data.train = '': no training data given. Make some with `engine prepare`."),
+        (no_dtype, "--world-size = -4: is not a number of ranks. Use 0 for what the degrees need."),
+    ],
+)
+def test_faults_found_later_end_with_2_too(
+    arguments: Callable[[Path], list[str]], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(*arguments(tmp_path)) == EXIT_CONFIG
+    assert expected in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_one_rank_speaks_of_faults_that_all_have(
+    bare_env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torchrun_env(bare_env)
+    assert run_cli("train", "--train.steps", "0") == EXIT_CONFIG
+    assert capsys.readouterr().err == ""
+    torchrun_env(bare_env, RANK="0", LOCAL_RANK="0")
+    assert run_cli("train", "--train.steps", "0") == EXIT_CONFIG
+    assert "train.steps = '0': input should be greater" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["generate", "export"])
+def test_single_process_verbs_refuse_torchrun(
+    verb: str, bare_env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torchrun_env(bare_env)
+    rest = ["--prompt", "x"] if verb == "generate" else ["out"]
+    assert run_cli(verb, "run", *rest) == EXIT_CONFIG
+    assert f"WORLD_SIZE = 2: {verb} runs on one process. Start `engine {verb} ...`" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""A non-finite loss or gradient stops all ranks at the same step, before the update, and is traced to its origin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import config, layout_of, pieces_of, random_batches
+from harness import run_ranks
+
+from engine.context import ParallelContext
+from engine.data.loader import MicroBatch
+from engine.errors import DataError, TrainingError
+from engine.train import TrainState, setup, train_step
+
+
+class Poison(torch.autograd.Function):
+    """Identity forward; the gradient becomes NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * torch.nan
+
+
+def poison(state: TrainState, target: MicroBatch, where: str) -> None:
+    """Make the module fail on one microbatch, known by its tokens: in the forward or in the backward only."""
+    stage = next(iter(state.stages.values()))
+    clean = stage.module
+
+    def module(x: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        out = clean(x, labels, mask)
+        if not torch.equal(labels, target.labels):
+            return out
+        return out * torch.nan if where == "forward" else Poison.apply(out)
+
+    stage.module = module
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("degrees", [(1, 2, 2), (2, 1, 2), (1, 1, 1)])
+def test_non_finite_names_step_rank_and_microbatch(where: str, degrees: tuple[int, int, int]) -> None:
+    tensor, pipeline, data = degrees
+    world = tensor * pipeline * data
+    cfg = config(
+        world,
+        parallel_tensor=tensor,
+        parallel_pipeline=pipeline,
+        parallel_data=data,
+        train_global_batch_size=8,
+    )
+    last = layout_of(cfg).world - 1
+
+    def job(ctx: ParallelContext) -> tuple[str, bool, int]:
+        state = setup(cfg, ctx)
+        train_step(state, random_batches(cfg, ctx, 0))
+        batches = random_batches(cfg, ctx, 1)
+        batches = [MicroBatch(b.tokens, b.labels, torch.ones_like(b.mask)) for b in batches]
+        if ctx.rank == last:
+            poison(state, batches[2], where)
+        before = pieces_of(((p, p) for p in state.params), ctx)
+        try:
+            train_step(state, batches)
+        except TrainingError as error:
+            after = pieces_of(((p, p) for p in state.params), ctx)
+            return str(error), all((a[3] == b[3]).all() for a, b in zip(before, after)), state.step
+        raise AssertionError("the step went through")
+
+    for message, unchanged, step in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads):
+        assert unchanged and step == 1
+        assert message.startswith("step 2: ") and "microbatch 2 of rank" in message
+        ranks = message.split("of rank ")[1].split(" (")[0].split(", ")
+        assert str(last) in ranks
+        data_peers = {str(r) for r in range(world) if layout_of(cfg).coords(r).data == data - 1}
+        assert set(ranks) <= data_peers, "only ranks of the poisoned data replica may be named"
+
+
+def test_a_batch_without_counted_tokens_is_refused() -> None:
+    cfg = config(1)
+
+    def job(ctx: ParallelContext) -> None:
+        state = setup(cfg, ctx)
+        batches = [MicroBatch(b.tokens, b.labels, torch.zeros_like(b.mask)) for b in random_batches(cfg, ctx, 0)]
+        with pytest.raises(DataError, match="every mask is empty"):
+            train_step(state, batches)
+
+    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)

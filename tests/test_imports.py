@@ -1,0 +1,355 @@
+"""Conduct of the source, read with `ast`: imports point down, and what must not be in the product is not there.
+
+Every rule is a function (module name, syntax tree) -> complaints. The product has none; each planted violation has one.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A module may import modules of earlier rows, and those of its own package in its own row. A package without a dot
+# stands for all its modules. No module may be missing: where it belongs is decided when it is written.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("", "errors"),  # "" is engine/__init__.py
+    ("layout", "presets", "pipeline", "pipeline.actions"),  # pipeline/__init__.py: a docstring
+    ("pipeline.passes", "pipeline.check"),
+    ("pipeline.schedules",),
+    ("config",),
+    ("planner", "options"),  # no torch up to here
+    ("rng", "context"),
+    ("comm", "sharding", "launch"),
+    ("ops", "data"),
+    ("parallel",),
+    ("model", "pipeline.stage"),
+    ("optim", "pipeline.executor"),
+    ("checkpoint",),
+    ("inference",),
+    ("evaluate",),
+    ("monitor",),
+    ("train", "generate", "preview"),
+    ("cli",),
+    ("__main__",),
+)
+_LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+_TORCH_FREE_LEVELS = 6
+
+# module -> packages it must not know, whatever the levels say
+STRANGERS = {"model": ("pipeline", "optim", "data", "checkpoint"), "pipeline": ("model",), "ops": ("data", "launch")}
+TALKERS = ("comm", "launch", "context")  # may use torch.distributed
+HOLDERS = ("pipeline.executor", "parallel.buckets")  # may name the type dist.Work, and nothing else of it
+PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+
+Rule = Callable[[str, ast.AST], Iterator[str]]
+
+
+def row(module: str) -> str | None:
+    """The entry of LEVELS that a module (without "engine.") falls under: itself, or else its package."""
+    if module in _LEVEL_OF:
+        return module
+    package = module.split(".")[0]
+    whole = package in _LEVEL_OF and not any(name.startswith(package + ".") for name in _LEVEL_OF)
+    return package if whole else None
+
+
+Aliases = dict[str, str]
+
+
+def aliases_of(tree: ast.AST) -> Aliases:
+    """Local name -> what it was imported as: `import numpy as np`, `from torch import distributed as dist`."""
+    found: Aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def dotted(node: ast.AST, aliases: Aliases | None = None) -> str:
+    """`a.b.c` of a chain of names, the first one as it was imported; "" for anything else."""
+    if isinstance(node, ast.Name):
+        return (aliases or {}).get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value, aliases)
+        return f"{base}.{node.attr}" if base else ""
+    return ""
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of everything imported, wherever in the file: `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and dotted(node.func).endswith("import_module"):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def engine_modules(tree: ast.AST) -> Iterator[str]:
+    """Modules of the package a file imports, without "engine."."""
+    for name in imported(tree):
+        if name.split(".")[0] != "engine":
+            continue
+        parts = name.split(".")[1:]
+        while parts and not is_module(parts):
+            parts = parts[:-1]  # the last part is a class or function
+        yield ".".join(parts)
+
+
+def is_module(parts: list[str]) -> bool:
+    """Whether engine.<parts> is a module or package in the tree."""
+    path = ROOT.joinpath("engine", *parts)
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imports_point_down(module: str, tree: ast.AST) -> Iterator[str]:
+    mine = row(module)
+    if mine is None:
+        yield f"{module} has no place in LEVELS"
+        return
+    for target in engine_modules(tree):
+        theirs = row(target)
+        if theirs is None:
+            yield f"{target} has no place in LEVELS"
+        elif _LEVEL_OF[theirs] > _LEVEL_OF[mine]:
+            yield f"{module} imports {target}, which stands above it"
+        elif _LEVEL_OF[theirs] == _LEVEL_OF[mine] and theirs.split(".")[0] != mine.split(".")[0] and theirs:
+            yield f"{module} imports {target}, which stands beside it"
+
+
+def imports_are_absolute(module: str, tree: ast.AST) -> Iterator[str]:
+    for name in imported(tree):
+        if name.startswith("."):
+            yield f"{module}: relative import of {name}"
+
+
+def strangers_stay_strangers(module: str, tree: ast.AST) -> Iterator[str]:
+    for target in engine_modules(tree):
+        if target.split(".")[0] in STRANGERS.get(module.split(".")[0], ()):
+            yield f"{module} must not know {target}"
+
+
+def torch_comes_late(module: str, tree: ast.AST) -> Iterator[str]:
+    mine = row(module)
+    if mine is None or _LEVEL_OF[mine] >= _TORCH_FREE_LEVELS:
+        return
+    for name in imported(tree):
+        if name.split(".")[0] == "torch":
+            yield f"{module} imports {name}; config and help must not wait for torch"
+
+
+def no_global_statement(module: str, tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            yield f"{module}:{node.lineno}: global {', '.join(node.names)}"
+
+
+def environment_in_launch_only(module: str, tree: ast.AST) -> Iterator[str]:
+    if module == "launch":
+        return
+    names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            yield f"{module}:{node.lineno}: os.{node.attr}"
+    for name in imported(tree):
+        if name.startswith("os.") and name[3:] in names:
+            yield f"{module}: imports {name}"
+
+
+def collectives_in_comm_only(module: str, tree: ast.AST) -> Iterator[str]:
+    """torch.distributed belongs to TALKERS; HOLDERS may write `dist.Work`."""
+    if module in TALKERS:
+        return
+    root, holder, aliases = "torch.distributed", module in HOLDERS, aliases_of(tree)
+    allowed = {root, f"{root}.Work"} if holder else set()
+    for name in imported(tree):
+        if name.startswith(root) and name not in allowed:
+            yield f"{module}: imports {name}"
+    for node in ast.walk(tree):
+        name = dotted(node, aliases)
+        if isinstance(node, ast.Attribute) and name.startswith(root) and name not in allowed:
+            yield f"{module}:{node.lineno}: {name}"
+
+
+def nothing_runs_what_it_reads(module: str, tree: ast.AST) -> Iterator[str]:
+    """No pickle in any dress, no eval or exec, no shell, no remote code."""
+    for name in imported(tree):
+        if name.split(".")[0] in PICKLERS or name.split(".")[-1] in ("_pickle", "pickle"):
+            yield f"{module}: imports {name}"
+        if name in ("torch.load", "torch.save", "os.system", "os.popen", "yaml.load") or name.endswith("_object_list"):
+            yield f"{module}: imports {name}"
+    aliases = aliases_of(tree)
+    for node in ast.walk(tree):
+        yield from (f"{module}:{getattr(node, 'lineno', 0)}: {text}" for text in _runs(node, aliases))
+
+
+def _runs(node: ast.AST, aliases: Aliases) -> Iterator[str]:
+    if isinstance(node, ast.Call):
+        name = dotted(node.func, aliases)
+        if name in ("eval", "exec", "builtins.eval", "builtins.exec", "__import__"):
+            yield f"{name}()"
+        for keyword in node.keywords:
+            true = not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+            if keyword.arg in ("shell", "allow_pickle") and true:
+                yield f"{keyword.arg}="
+            if keyword.arg == "trust_remote_code":
+                yield "trust_remote_code"
+    if isinstance(node, ast.Attribute):
+        name = dotted(node, aliases)
+        banned = ("torch.load", "torch.save", "torch.jit.load", "os.system", "os.popen", "yaml.load", "numpy.load")
+        if name in banned or name.startswith("yaml.unsafe"):
+            yield name
+        if node.attr.endswith(("_object_list", "gather_object")):
+            yield f".{node.attr}"
+    if isinstance(node, ast.Constant) and node.value == "trust_remote_code":
+        yield "trust_remote_code"
+
+
+STRUCTURE: tuple[Rule, ...] = (
+    imports_point_down,
+    imports_are_absolute,
+    strangers_stay_strangers,
+    torch_comes_late,
+    no_global_statement,
+    environment_in_launch_only,
+    collectives_in_comm_only,
+)
+
+
+def sources(folder: Path) -> dict[str, ast.AST]:
+    """Dotted name below `folder` -> syntax tree ("" for __init__ of the folder itself)."""
+    trees: dict[str, ast.AST] = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        trees[".".join(parts)] = ast.parse(path.read_text(), str(path))
+    return trees
+
+
+ENGINE = sources(ROOT / "engine")
+
+
+@pytest.mark.parametrize("rule", STRUCTURE, ids=lambda rule: rule.__name__)
+def test_the_engine_keeps_the_rule(rule: Rule) -> None:
+    assert len(ENGINE) > 40
+    assert [text for module, tree in ENGINE.items() for text in rule(module, tree)] == []
+
+
+def test_nothing_in_the_product_runs_what_it_reads() -> None:
+    trees = {f"engine.{k}": v for k, v in ENGINE.items()} | sources(ROOT / "tools")
+    trees["setup"] = ast.parse((ROOT / "setup.py").read_text())
+    assert [text for module, tree in trees.items() for text in nothing_runs_what_it_reads(module, tree)] == []
+
+
+def test_the_table_names_only_what_exists() -> None:
+    for name in _LEVEL_OF:
+        assert name in ENGINE, f"LEVELS names {name}, which is not in the tree"
+    for name in (*STRANGERS, *TALKERS, *HOLDERS):
+        assert name in ENGINE
+
+
+PLANTED: list[tuple[Rule, str, str]] = [
+    (imports_point_down, "comm", "from engine.train import setup"),
+    (imports_point_down, "model.layers", "from engine.pipeline.executor import execute"),
+    (imports_point_down, "layout", "import engine.config"),
+    (imports_point_down, "layout", "from engine import config"),
+    (imports_point_down, "sharding", "from engine.comm import all_reduce_"),  # beside
+    (imports_point_down, "ops.norm", "from engine.data.order import permute"),  # beside
+    (imports_point_down, "planner.cost", "def f():\n    from engine.model.transformer import Block"),
+    (imports_point_down, "errors", "import importlib\nimportlib.import_module('engine.config')"),
+    (imports_point_down, "pipeline.schedules", "from engine.pipeline.executor import execute"),
+    (imports_point_down, "newcomer", ""),
+    (imports_point_down, "pipeline.newcomer", ""),
+    (imports_are_absolute, "comm", "from . import context"),
+    (imports_are_absolute, "comm", "from .context import Axis"),
+    (strangers_stay_strangers, "model.layers", "from engine.pipeline.actions import Op"),
+    (strangers_stay_strangers, "model.mlp", "from engine.optim import lr"),
+    (strangers_stay_strangers, "model.mlp", "import engine.data.loader"),
+    (strangers_stay_strangers, "model.mlp", "from engine.checkpoint.hf import hf_name"),
+    (strangers_stay_strangers, "pipeline.stage", "from engine.model.transformer import Transformer"),
+    (torch_comes_late, "config", "import torch"),
+    (torch_comes_late, "pipeline.check", "def f():\n    from torch.nn import Module"),
+    (no_global_statement, "comm", "def f():\n    global state\n    state = 1"),
+    (environment_in_launch_only, "comm", "import os\nrank = os.environ['RANK']"),
+    (environment_in_launch_only, "comm", "import os as system\nrank = system.getenv('RANK')"),
+    (environment_in_launch_only, "comm", "from os import environ"),
+    (collectives_in_comm_only, "model.layers", "import torch.distributed as dist"),
+    (collectives_in_comm_only, "model.layers", "from torch import distributed"),
+    (collectives_in_comm_only, "model.layers", "from torch.distributed import ProcessGroup"),
+    (collectives_in_comm_only, "model.layers", "import torch\ntorch.distributed.all_reduce(x)"),
+    (collectives_in_comm_only, "model.layers", "import torch\ndef f(w: torch.distributed.Work): ..."),
+    (collectives_in_comm_only, "parallel.buckets", "import torch.distributed as dist\ndist.all_reduce(x)"),
+    (collectives_in_comm_only, "parallel.buckets", "from torch.distributed import all_reduce"),
+    (collectives_in_comm_only, "model.layers", "import torch as t\nt.distributed.barrier()"),
+    (nothing_runs_what_it_reads, "comm", "import pickle"),
+    (nothing_runs_what_it_reads, "comm", "from pickle import loads"),
+    (nothing_runs_what_it_reads, "comm", "from multiprocessing.reduction import pickle"),
+    (nothing_runs_what_it_reads, "comm", "def f(x):\n    return eval(x)"),
+    (nothing_runs_what_it_reads, "comm", "exec('x = 1')"),
+    (nothing_runs_what_it_reads, "comm", "import torch\nx = torch.load('a', weights_only=True)"),
+    (nothing_runs_what_it_reads, "comm", "from torch import load"),
+    (nothing_runs_what_it_reads, "comm", "import torch as t\nx = t.load('a')"),
+    (nothing_runs_what_it_reads, "comm", "import builtins as b\nb.eval('a')"),
+    (nothing_runs_what_it_reads, "comm", "subprocess.run('ls', shell=True)"),
+    (nothing_runs_what_it_reads, "comm", "subprocess.run('ls', shell=flag)"),
+    (nothing_runs_what_it_reads, "comm", "import os\nos.system('ls')"),
+    (nothing_runs_what_it_reads, "comm", "import yaml\nyaml.load(text)"),
+    (nothing_runs_what_it_reads, "comm", "AutoModel.from_pretrained(x, trust_remote_code=True)"),
+    (nothing_runs_what_it_reads, "comm", "AutoModel.from_pretrained(x, **{'trust_remote_code': True})"),
+    (nothing_runs_what_it_reads, "comm", "dist.broadcast_object_list(x)"),
+    (nothing_runs_what_it_reads, "comm", "dist.all_gather_object(x, y)"),
+    (nothing_runs_what_it_reads, "comm", "from torch.distributed import send_object_list"),
+    (nothing_runs_what_it_reads, "comm", "np.load('a.npy', allow_pickle=True)"),
+]
+
+
+@pytest.mark.parametrize(("rule", "module", "source"), PLANTED)
+def test_a_planted_violation_is_found(rule: Rule, module: str, source: str) -> None:
+    assert list(rule(module, ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("model.layers", "from engine.ops.norm import rms_norm\nfrom engine.sharding import Chunk"),
+        ("data.loader", "from engine.data.order import SampleOrder"),
+        ("pipeline.executor", "from engine.pipeline.stage import Stage"),
+        ("parallel.buckets", "import torch.distributed as dist\nwork: dist.Work | None = None"),
+        ("launch", "import os\nos.environ['RANK']"),
+        ("model.layers", "model.eval()\nsubprocess.run(['ls'], shell=False)\nobject_list = []"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
+    tree = ast.parse(source)
+    assert [text for rule in (*STRUCTURE, nothing_runs_what_it_reads) for text in rule(module, tree)] == []
+
+
+def test_the_light_modules_load_without_torch() -> None:
+    """Not through a third party either; and --help and the faults of a dry run come before torch is loaded."""
+    light = [m for m in ENGINE if (name := row(m)) is not None and _LEVEL_OF[name] < _TORCH_FREE_LEVELS]
+    assert {"config", "options", "planner.cost", "pipeline.schedules"} <= set(light)
+    names = [f"engine.{module}".rstrip(".") for module in light] + ["engine.cli"]
+    program = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, name
+from engine.cli import main
+for words, code in ((["--help"], 0), (["--train.steps", "0", "--dry-run"], 2)):
+    try:
+        main(["train", *words])
+    except SystemExit as end:
+        assert end.code == code, (words, end.code)
+    assert "torch" not in sys.modules, words
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,123 @@
+"""The rank grid: coordinates and ranks are inverse, every axis partitions the ranks, replicas and ends are right."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import LayoutError
+from engine.layout import AXES, Coords, Layout
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    tensor, pipeline, data, context = (draw(st.integers(1, n)) for n in (8, 5, 4, 3))
+    world = tensor * pipeline * data * context
+    return Layout(world, tensor=tensor, pipeline=pipeline, data=data, context=context)
+
+
+quick = settings(deadline=None, max_examples=60)
+
+
+@quick
+@given(layouts())
+def test_rank_and_coords_are_inverse(layout: Layout) -> None:
+    seen = [layout.coords(rank) for rank in range(layout.world)]
+    assert [layout.rank(at) for at in seen] == list(range(layout.world))
+    assert len(set(seen)) == layout.world
+    for axis in AXES:
+        assert {getattr(at, axis) for at in seen} == set(range(getattr(layout, axis)))
+    assert seen == sorted(seen)  # tensor fastest, then context, data, pipeline
+
+
+@quick
+@given(layouts())
+def test_groups_partition_the_ranks(layout: Layout) -> None:
+    for axis in AXES:
+        groups = layout.groups(axis)
+        assert sorted(chain(*groups)) == list(range(layout.world))
+        for group in groups:
+            assert len(group) == getattr(layout, axis)
+            for position, rank in enumerate(group):
+                assert layout.group(axis, rank) == group
+                at = layout.coords(rank)
+                assert getattr(at, axis) == position
+                assert at._replace(**{axis: 0}) == layout.coords(group[0])
+
+
+@quick
+@given(layouts(), st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 24]))
+def test_replica_groups_hold_the_same_heads(layout: Layout, num_kv_heads: int) -> None:
+    t, n = layout.tensor, num_kv_heads
+    if n % t and t % n:
+        return  # the config refuses it
+    for rank in range(layout.world):
+        group = layout.replica_group(rank, n)
+
+        def heads(r: int) -> range:
+            at = layout.coords(r).tensor
+            return range(at * n // t, max(at * n // t + 1, (at + 1) * n // t))
+
+        assert group == tuple(r for r in layout.group("tensor", rank) if heads(r) == heads(rank))
+        assert rank in group and len(group) == max(1, t // n)
+
+
+@quick
+@given(layouts())
+def test_ends_groups(layout: Layout) -> None:
+    for rank in range(layout.world):
+        at = layout.coords(rank)
+        group = layout.ends_group(rank)
+        if at.pipeline in (0, layout.pipeline - 1):
+            stages = [0, layout.pipeline - 1] if layout.pipeline > 1 else [0]
+            assert group == tuple(layout.rank(at._replace(pipeline=stage)) for stage in stages)
+        else:
+            assert group == (rank,)
+        assert all(layout.ends_group(other) == group for other in group)
+
+
+def test_the_ranks_that_talk_most_are_neighbours() -> None:
+    layout = Layout(16, tensor=2, pipeline=2, data=4)
+    assert layout.groups("tensor")[:2] == ((0, 1), (2, 3))
+    assert layout.group("data", 1) == (1, 3, 5, 7)
+    assert layout.group("pipeline", 1) == (1, 9)
+    assert layout.coords(11) == Coords(pipeline=1, data=1, context=0, tensor=1)
+
+
+@quick
+@given(layouts())
+def test_the_table_shows_every_rank_once(layout: Layout) -> None:
+    shown: list[int] = []
+    for line in layout.table().splitlines():
+        first, last = line.split("ranks ")[1].split("..")
+        shown += range(int(first), int(last) + 1)
+    assert shown == list(range(layout.world))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "text"),
+    [
+        ({"world": 8, "tensor": 3}, "pipeline 1 x data 1 x context 1 x tensor 3 = 3 ranks, but there are 8"),
+        ({"world": 1, "data": 2}, "= 2 ranks, but there are 1: make the product equal"),
+        ({"world": 1, "pipeline": 0}, "parallel.pipeline = 0: a degree is at least 1"),
+        ({"world": 1, "tensor": -1, "data": -1}, "a degree is at least 1"),
+    ],
+)
+def test_wrong_degrees(degrees: dict[str, int], text: str) -> None:
+    with pytest.raises(LayoutError, match=text):
+        Layout(**degrees)
+
+
+@pytest.mark.parametrize("rank", [-1, 4])
+def test_a_rank_outside(rank: int) -> None:
+    with pytest.raises(LayoutError, match=rf"rank {rank} is outside 0\.\.3"):
+        Layout(4, tensor=4).coords(rank)
+
+
+def test_4096_ranks_cost_nothing() -> None:
+    layout = Layout(4096, tensor=8, pipeline=8, data=64)
+    assert len(layout.groups("data")) == 64
+    assert layout.group("pipeline", 4095) == tuple(range(511, 4096, 512))

@@ -1,0 +1,404 @@
+"""Every op against plain torch autograd: values and gradients, odd shapes, strides, dtypes, and over tensor ranks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import run_ranks
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from engine.context import ParallelContext, make_context
+from engine.layout import Layout
+from engine.ops.attention import causal_attention
+from engine.ops.embedding import embedding
+from engine.ops.linear import linear
+from engine.ops.loss import cross_entropy
+from engine.ops.norm import rms_norm
+from engine.ops.rope import rope, rope_table
+from engine.ops.swiglu import swiglu
+from engine.sharding import Chunk, Parameter, ShardSpec
+
+CTX = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
+# largest difference allowed, relative to the largest value of the reference
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+Op = Callable[..., Tensor]
+
+
+def randn(*shape: int, seed: int = 0, layout: str = "plain") -> Tensor:
+    """float64 normal numbers; `layout` chooses strides: plain, transposed (first two dims), or every second column."""
+    gen = torch.Generator().manual_seed(seed)
+    if layout == "transposed":
+        return torch.randn(shape[1], shape[0], *shape[2:], generator=gen, dtype=torch.float64).transpose(0, 1)
+    if layout == "sliced":
+        return torch.randn(*shape[:-1], 2 * shape[-1], generator=gen, dtype=torch.float64)[..., ::2]
+    return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+
+def like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A leaf of the same values and strides in another dtype."""
+    y = torch.empty_strided(x.shape, x.stride(), dtype=dtype)
+    return y.copy_(x).requires_grad_()
+
+
+def relative(a: Tensor, b: Tensor, floor: float = 1e-300) -> float:
+    """Largest difference, relative to the largest value of `b` or to `floor`."""
+    assert a.shape == b.shape
+    assert torch.isfinite(a).all()
+    return float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max().clamp_min(floor))
+
+
+def agree(
+    op: Op,
+    reference: Op,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    grad_layout: str = "plain",
+    floor: float = 1e-300,
+) -> None:
+    """op in `dtype` and reference in float64, on the same (rounded) inputs and upstream gradient."""
+    mine = [like(x, dtype) for x in inputs]
+    theirs = [x.detach().double().requires_grad_() for x in mine]
+    before = [x.detach().clone() for x in mine]
+    out, expected = op(*mine), reference(*theirs)
+    grad = randn(*expected.shape, seed=99, layout=grad_layout).to(dtype)
+    kept = grad.clone()
+    got = torch.autograd.grad(out, mine, grad)
+    want = torch.autograd.grad(expected, theirs, grad.double())
+    assert out.dtype == dtype and all(x.dtype == dtype for x in got)
+    assert relative(out, expected) < TOLERANCE[dtype]
+    for number, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert relative(a, b, floor) < TOLERANCE[dtype], f"gradient of input {number}"
+    assert torch.equal(grad, kept), "the upstream gradient was changed"
+    assert all(torch.equal(a, b) for a, b in zip(mine, before, strict=True)), "an input was changed"
+
+
+# -- RMSNorm ----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+@pytest.mark.parametrize("shape", [(5, 1, 7), (3, 2, 33), (1, 1, 3), (2, 3, 4, 6)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    inputs = (randn(*shape, layout=layout), randn(shape[-1], seed=1))
+    agree(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), inputs, dtype, layout)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_rms_norm_of_tiny_and_huge_rows(scale: float) -> None:
+    """eps matters for the one, overflow of x^2 would for the other; a row of zeros stays zero with finite gradients."""
+    x = randn(4, 1, 8) * scale
+    x[1] = 0
+    op, reference = (functools.partial(f, eps=1e-6) for f in (rms_norm, rms_norm_reference))
+    agree(op, reference, (x, randn(8, seed=1)), torch.float32)
+
+
+def test_rms_norm_gradcheck() -> None:
+    assert gradcheck(
+        lambda x, w: rms_norm(x, w, 1e-3), (like(randn(3, 2, 5), torch.float64), like(randn(5), torch.float64))
+    )
+
+
+# -- RoPE -------------------------------------------------------------------------------------------------------------
+
+
+def rope_reference(x: Tensor, theta: float) -> Tensor:
+    """Hugging Face's rotate_half on [s, b, n, d], angles from numpy."""
+    s, _, _, d = x.shape
+    angle = np.arange(s)[:, None] / theta ** (np.arange(0, d, 2) / d)
+    angle = torch.from_numpy(np.concatenate([angle, angle], -1))[:, None, None]
+    half = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
+    return x * angle.cos() + half * angle.sin()
+
+
+def rope_op(x: Tensor, theta: float) -> Tensor:
+    table = rope_table(x.shape[0] + 3, x.shape[-1], theta, x.device, x.dtype)
+    return rope(x, table[:, : x.shape[0]])
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+@pytest.mark.parametrize("shape", [(5, 1, 3, 6), (7, 2, 1, 2), (1, 1, 1, 10)], ids=str)
+def test_rope(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    op, reference = (functools.partial(f, theta=100.0) for f in (rope_op, rope_reference))
+    agree(op, reference, (randn(*shape, layout=layout),), dtype, layout)
+
+
+def test_rope_keeps_scores_relative() -> None:
+    """The score of two rotated vectors depends on the distance of their positions only."""
+    q, k = randn(1, 1, 1, 8).expand(12, 1, 1, 8), randn(1, 1, 1, 8, seed=1).expand(12, 1, 1, 8)
+    scores = torch.einsum("sbnd,tbnd->st", rope_op(q, 50.0), rope_op(k, 50.0))
+    for distance in range(12):
+        assert relative(scores.diagonal(distance), scores[0, distance].expand(12 - distance)) < 1e-12
+    assert not torch.allclose(scores[0, 1], scores[0, 2])
+
+
+def test_rope_gradcheck() -> None:
+    assert gradcheck(lambda x: rope_op(x, 20.0), (like(randn(4, 1, 2, 4), torch.float64),))
+
+
+def test_rope_table_keeps_float32_positions_for_bf16_models() -> None:
+    table = rope_table(4096, 8, 10000.0, torch.device("cpu"), torch.bfloat16)
+    exact = torch.cos(torch.arange(4096, dtype=torch.float64))
+    assert relative(table[0, :, 0, 0, 0].float(), exact) < 5e-3  # bf16 rounds cos, it must not round the position
+
+
+# -- SwiGLU -----------------------------------------------------------------------------------------------------------
+
+
+def swiglu_reference(fused: Tensor) -> Tensor:
+    gate, up = fused.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+@pytest.mark.parametrize("shape", [(5, 1, 14), (3, 2, 2), (1, 1, 66)], ids=str)
+def test_swiglu(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    agree(swiglu, swiglu_reference, (randn(*shape, layout=layout) * 3,), dtype, layout)
+
+
+def test_swiglu_saturates_without_nan() -> None:
+    agree(swiglu, swiglu_reference, (torch.tensor([[-200.0, 200.0, -1e4, 1e4, 1.0, 2.0, 3.0, 4.0]]),), torch.float32)
+
+
+def test_swiglu_gradcheck() -> None:
+    assert gradcheck(swiglu, (like(randn(3, 1, 6), torch.float64),))
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Head by head, with the mask written out."""
+    s, b, n, d = q.shape
+    future = torch.ones(s, s, dtype=torch.bool).triu(1)
+    heads = []
+    for i in range(n):
+        j = i * k.shape[2] // n
+        scores = torch.einsum("sbd,tbd->bst", q[:, :, i], k[:, :, j]) / d**0.5
+        heads.append(torch.einsum("bst,tbd->sbd", scores.masked_fill(future, -torch.inf).softmax(-1), v[:, :, j]))
+    return torch.stack(heads, 2).reshape(s, b, n * d)
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+@pytest.mark.parametrize(
+    ("s", "b", "n", "m", "d"), [(5, 1, 4, 4, 6), (7, 2, 6, 2, 5), (1, 1, 3, 1, 8), (17, 3, 2, 1, 4)]
+)
+def test_causal_attention(s: int, b: int, n: int, m: int, d: int, layout: str, dtype: torch.dtype) -> None:
+    inputs = [randn(s, b, heads, d, seed=i, layout=layout) for i, heads in enumerate((n, m, m))]
+    agree(causal_attention, attention_reference, inputs, dtype, layout, floor=1.0)  # of one position, q has none
+
+
+def test_attention_does_not_look_ahead() -> None:
+    q, k, v = (randn(6, 1, 2, 4, seed=i) for i in range(3))
+    before = causal_attention(q, k, v)
+    k[4:] += 5
+    v[4:] -= 7
+    after = causal_attention(q, k, v)
+    assert torch.equal(before[:4], after[:4]) and not torch.equal(before[4:], after[4:])
+
+
+def test_attention_gradcheck() -> None:
+    assert gradcheck(causal_attention, tuple(like(randn(3, 1, n, 2, seed=n), torch.float64) for n in (2, 1, 1)))
+
+
+# -- linear and embedding: gradients go into the bucket ----------------------------------------------------------------
+
+
+def parameter(values: Tensor, dtype: torch.dtype = torch.float64, main: torch.dtype | None = None) -> Parameter:
+    """A parameter with, if `main` is given, a main gradient of that dtype that holds ones."""
+    p = Parameter(values.to(dtype), ShardSpec((Chunk("w", values.shape[0]),), other=values.shape[1]))
+    p.main_grad = None if main is None else torch.ones(values.shape, dtype=main)
+    return p
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+@pytest.mark.parametrize("shape", [(5, 1, 7), (3, 2, 4), (1, 1, 1), (6, 3)], ids=str)
+def test_linear_through_autograd(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    weight = parameter(randn(9, shape[-1], seed=1), dtype)
+    agree(
+        lambda x: linear(x, weight, CTX.tensor),
+        lambda x: x @ weight.double().t(),
+        (randn(*shape, layout=layout),),
+        dtype,
+    )
+    x = like(randn(*shape, layout=layout), dtype)
+    grad = randn(*shape[:-1], 9, seed=3).to(dtype)
+    linear(x, weight, CTX.tensor).backward(grad)
+    expected = torch.einsum("...o,...i->oi", grad.double(), x.detach().double())
+    assert weight.grad is not None and relative(weight.grad, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "main"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_linear_adds_into_main_grad(dtype: torch.dtype, main: torch.dtype) -> None:
+    """Two microbatches add up on top of what is there; autograd's own .grad stays empty; on_grad is called for each."""
+    weight, calls = parameter(randn(9, 7, seed=1), dtype, main), []
+    weight.on_grad = lambda: calls.append(weight.main_grad.sum().item())  # type: ignore[union-attr]
+    bucket = weight.main_grad
+    expected = torch.ones(9, 7, dtype=torch.float64)
+    for seed in (4, 5):
+        x, grad = randn(5, 2, 7, seed=seed).to(dtype), randn(5, 2, 9, seed=seed + 9).to(dtype)
+        linear(x, weight, CTX.tensor).backward(grad)  # x needs no gradient
+        expected += torch.einsum("sbo,sbi->oi", grad.double(), x.double())
+    assert weight.main_grad is bucket and weight.grad is None
+    assert relative(weight.main_grad, expected) < TOLERANCE[dtype]
+    assert len(calls) == 2 and calls[0] != calls[1]
+    assert calls[1] == weight.main_grad.sum().item(), "on_grad comes after the addition"
+
+
+def test_linear_gradcheck() -> None:
+    weight = parameter(randn(3, 4, seed=1))
+    assert gradcheck(lambda x, w: linear(x, w, CTX.tensor), (like(randn(2, 1, 4), torch.float64), weight))
+
+
+def embedding_reference(weight: Tensor, tokens: Tensor, start: int) -> Tensor:
+    inside = (tokens >= start) & (tokens < start + weight.shape[0])
+    return torch.where(inside[..., None], weight[(tokens - start).clamp(0, weight.shape[0] - 1)], 0.0)
+
+
+@DTYPES
+@pytest.mark.parametrize("start", [0, 5, 100])
+def test_embedding(start: int, dtype: torch.dtype) -> None:
+    """Ids below and beyond the slice (and its last rows) give zeros and no gradient; repeated ids add up."""
+    tokens = torch.tensor([[0, 4, 5, 6], [11, 12, 5, 5], [300, 10, 0, 11]]).t()
+    weight = parameter(randn(7, 3), dtype)
+    wide = weight.detach().double().requires_grad_()
+    out, expected = embedding(weight, tokens, start), embedding_reference(wide, tokens, start)
+    grad = randn(4, 3, 3, seed=2).to(dtype)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert out.dtype == dtype and torch.equal(out.double(), expected)
+    assert weight.grad is not None and wide.grad is not None
+    assert relative(weight.grad, wide.grad) < TOLERANCE[dtype] or start == 100
+    assert start < 100 or (not weight.grad.any() and not out.any())
+
+
+@pytest.mark.parametrize(("dtype", "main"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
+def test_embedding_adds_into_main_grad(dtype: torch.dtype, main: torch.dtype) -> None:
+    weight, calls = parameter(randn(7, 3), dtype, main), []
+    weight.on_grad = lambda: calls.append(1)
+    expected = torch.ones(7, 3, dtype=torch.float64)
+    for seed in (1, 2):
+        tokens = torch.randint(0, 12, (2, 9), generator=torch.Generator().manual_seed(seed))
+        grad = randn(2, 9, 3, seed=seed).to(dtype)
+        embedding(weight, tokens, 3).backward(grad)
+        for token, row in zip(tokens.ravel().tolist(), grad.double().view(-1, 3), strict=True):
+            if 3 <= token < 10:
+                expected[token - 3] += row
+    assert weight.grad is None and len(calls) == 2 and weight.main_grad is not None
+    assert relative(weight.main_grad, expected) < (1e-12 if main == torch.float64 else 1e-6)  # summed in main's dtype
+
+
+def test_embedding_gradcheck() -> None:
+    weight, tokens = parameter(randn(4, 2)), torch.tensor([[1, 3, 3, 9]])
+    assert gradcheck(lambda w: embedding(w, tokens, 1), (weight,))
+
+
+# -- cross entropy -----------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (7, 13), (5, 2), (1100, 1000)])
+def test_cross_entropy(tokens: int, vocab: int, dtype: torch.dtype) -> None:
+    """On one rank; the last shape is larger than the block it is worked on in."""
+    logits = (randn(tokens, vocab) * 5).to(dtype).double()
+    logits[0] += 1000  # exp of it would overflow
+    logits = logits.to(dtype).double()
+    targets = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(1))
+    grad = randn(tokens, seed=2)
+    leaf = like(logits, dtype)
+    losses = cross_entropy(leaf.clone(), targets, 0, vocab, CTX.tensor)
+    losses.backward(grad.to(losses.dtype))
+    assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = logits.requires_grad_()
+    expected = F.cross_entropy(wide, targets, reduction="none")
+    expected.backward(grad)
+    assert wide.grad is not None and leaf.grad is not None and leaf.grad.dtype == dtype
+    tolerance = TOLERANCE[losses.dtype] * 10  # the difference of logits near 1000 cancels three digits
+    assert relative(losses, expected) < tolerance or expected.abs().max() == 0
+    assert (leaf.grad.double() - wide.grad).abs().max() < max(tolerance, TOLERANCE[dtype]) * grad.abs().max()
+
+
+def parallel_loss(ctx: ParallelContext, logits: Tensor, targets: Tensor, grad: Tensor) -> tuple[Any, Any, int]:
+    """This rank's losses, its gradient of the true columns, and how many padding columns have a gradient."""
+    axis, vocab = ctx.tensor, logits.shape[1]
+    width = -(-vocab // axis.size)
+    start = min(axis.rank * width, vocab)
+    valid = max(0, min(width, vocab - start))
+    local = torch.full((logits.shape[0], width), 1e4, dtype=logits.dtype)  # what padding holds must not matter
+    local[:, :valid] = logits[:, start : start + valid]
+    local.requires_grad_()
+    losses = cross_entropy(local.clone(), targets, start, valid, axis)
+    losses.backward(grad.to(losses.dtype))
+    assert local.grad is not None
+    padding = int((local.grad[:, valid:] != 0).sum())
+    return losses.detach().double().numpy(), local.grad[:, :valid].double().numpy(), padding
+
+
+@pytest.mark.parametrize(
+    ("tensor", "vocab", "dtype"),
+    [
+        (2, 13, torch.float64),
+        (4, 13, torch.float64),
+        (4, 5, torch.float64),
+        (2, 8, torch.float32),
+        (4, 13, torch.bfloat16),
+    ],
+)
+def test_cross_entropy_over_tensor_ranks(tensor: int, vocab: int, dtype: torch.dtype) -> None:
+    """The vocabulary cut with padding; of 5 ids over 4 ranks the last rank holds none."""
+    logits = (randn(9, vocab) * 4).to(dtype)
+    logits[3] += 500
+    targets = torch.arange(9) % vocab
+    grad = randn(9, seed=2)
+    ranks = run_ranks(Layout(tensor, tensor=tensor), lambda ctx: parallel_loss(ctx, logits, targets, grad))
+    wide = logits.double().requires_grad_()
+    expected = F.cross_entropy(wide, targets, reduction="none")
+    expected.backward(grad)
+    assert wide.grad is not None
+    tolerance = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32] * 20
+    for losses, _, padding in ranks:
+        assert np.array_equal(losses, ranks[0][0]) and padding == 0
+        assert relative(torch.from_numpy(losses), expected) < tolerance
+    got = torch.from_numpy(np.concatenate([part for _, part, _ in ranks], 1))
+    assert relative(got, wide.grad) < max(tolerance, TOLERANCE[dtype])
+
+
+def parallel_linear(ctx: ParallelContext, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Any, Any, Any]:
+    """Column-parallel: this rank's rows of the weight. Returns output, gradient of x and of the rows."""
+    rows = weight.shape[0] // ctx.tensor.size
+    mine = slice(ctx.tensor.rank * rows, (ctx.tensor.rank + 1) * rows)
+    p, x = parameter(weight[mine]), x.clone().requires_grad_()
+    out = linear(x, p, ctx.tensor)
+    out.backward(grad[..., mine])
+    assert x.grad is not None and p.grad is not None
+    return out.detach().numpy(), x.grad.numpy(), p.grad.numpy()
+
+
+def test_linear_sums_the_input_gradient_over_the_ranks() -> None:
+    x, weight, grad = randn(3, 1, 5), randn(8, 5, seed=1), randn(3, 1, 8, seed=2)
+    ranks = run_ranks(Layout(2, tensor=2), lambda ctx: parallel_linear(ctx, x, weight, grad))
+    assert relative(torch.from_numpy(np.concatenate([r[0] for r in ranks], -1)), x @ weight.t()) < 1e-12
+    for _, grad_x, _ in ranks:
+        assert relative(torch.from_numpy(grad_x), grad @ weight) < 1e-12
+    expected = torch.einsum("sbo,sbi->oi", grad, x)
+    assert relative(torch.from_numpy(np.concatenate([r[2] for r in ranks])), expected) < 1e-12

@@ -6,6 +6,7 @@ command; without it there is one rank and no process group. On one machine gloo 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,12 +15,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from engine.context import ParallelContext, make_context
@@ -27,6 +28,7 @@ from engine.errors import EXIT_ERROR, ConfigError, EngineError, Fault
 from engine.layout import Layout
 
 _FIRST = "engine/first_error"
+_LINGER_S = 1.0  # torchrun names the process that ends first as the root cause: a rank with nothing to say ends later
 
 
 @dataclass(frozen=True)
@@ -140,18 +142,27 @@ def _connect(env: Env, device: torch.device, timeout_s: float) -> Store:
 def _report(error: Exception, env: Env, store: Store | None) -> None:
     """Print the error unless another rank had one before; give torchrun's summary the same text."""
     expected = isinstance(error, EngineError)
-    text = str(error) if expected else "".join(traceback.format_exception(error))
+    text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
     if store is not None:
-        get_error_handler().record_exception(error)
-        lost = not expected and any(word in text for word in ("gloo", "NCCL", "Connection", "DistBackendError"))
+        words = ("gloo", "NCCL", "Connection", "DistBackendError")
+        lost = not expected and any(word in f"{type(error).__name__} {error}" for word in words)
         if not _is_first(store, patience_s=5.0 if lost else 0.0):
+            time.sleep(_LINGER_S)
             return
         if lost:
-            text = (
-                f"lost contact with another rank, which said nothing before it went (killed? out of memory?).\n{text}"
-            )
+            what = str(error).splitlines()[0]
+            text = f"lost contact with another rank, which went without a word (killed? out of memory?): {what}"
         text = f"rank {env.rank}: {text}"
+        _tell_torchrun(text)
     print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _tell_torchrun(text: str) -> None:
+    """Leave the text where torchrun looks for the root cause (the format of torch's elastic ErrorHandler)."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
 def _is_first(store: Store, patience_s: float) -> bool:

@@ -108,8 +108,8 @@ def _train_type() -> type:
 class Prepare:
     """Turn raw text into a tokenizer and memory-mapped train and valid files."""
 
-    input: tyro.conf.UseAppendAction[tuple[Path, ...]]
-    """file or folder to read (.jsonl: one document a line; else one document a file); may be given several times"""
+    input: tuple[Path, ...]
+    """files and folders to read (.jsonl: one document a line; else one document a file)"""
     output: str
     """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-report.json"""
     tokenizer: Path

@@ -81,10 +81,10 @@ def test_torn_missing_and_foreign_files_are_refused(copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rank00001.safetensors: \d+ bytes long, the manifest says"):
         load(copy)
     file.unlink()
-    with pytest.raises(CheckpointError, match="rank00001.safetensors: missing"):
+    with pytest.raises(CheckpointError, match=r"rank00001\.safetensors: missing"):
         load(copy)
     file.write_bytes((copy / "rank00000.safetensors").read_bytes()[: len(whole)].ljust(len(whole), b"\0"))
-    with pytest.raises(CheckpointError, match="rank00001.safetensors: damaged"):
+    with pytest.raises(CheckpointError, match=r"rank00001\.safetensors: damaged"):
         load(copy)
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from engine.config import Config
 from engine.context import ParallelContext
@@ -41,8 +42,9 @@ class Progress:
     def __enter__(self) -> Progress:
         self.began = self.shown_at = time.perf_counter()
         if self.console.is_terminal and not self.console.quiet:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
-            self.bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=8), TimeRemainingColumn())
+            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True))  # cut on the right if narrow
+            self.bar = Bar(*columns, text, console=self.console)
             self.bar.add_task("train", total=self.cfg.train.steps, completed=self.first_step, text="")
             self.bar.start()
         return self
@@ -65,8 +67,8 @@ class Progress:
         step, now = int(record["step"]), time.perf_counter()
         speed = f"MFU {record['mfu']:.1%}" if "mfu" in record else f"{record['gflops_per_rank']:,.1f} GFLOP/s/rank"
         text = (
-            f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-            f"{record['tokens_per_s']:,.0f} tokens/s  {speed}"
+            f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  norm {record['grad_norm']:.3f}  "
+            f"lr {record['lr']:.2e}  {speed}"
         )
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, text=text)

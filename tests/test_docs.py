@@ -1,0 +1,40 @@
+"""The documentation does what it says: every block marked `bash test` is run, in order, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/checkpoints.md"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page(page: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```bash test\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    assert blocks, f"{page} shows no command that is tested"
+    for name in ("docs", "examples", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = "set -euo pipefail\n" + "\n".join(blocks)
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_folder_of_the_engine_is_in_the_map() -> None:
+    readme = (ROOT / "README.md").read_text()
+    folders = [p.parent.name for p in (ROOT / "engine").glob("*/__init__.py")]
+    assert folders and all(f"`engine/{name}/`" in readme for name in folders)

@@ -1,0 +1,302 @@
+"""Starting and ending ranks: one message and one exit code whatever fails, agreements between ranks, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+
+from engine import launch
+from engine.comm import all_reduce_, gather_json, raise_together
+from engine.context import ParallelContext
+from engine.errors import ConfigError, DataError, EngineError, Fault, TrainingError
+from engine.launch import Env, StopRequest, run
+from engine.layout import Layout
+
+CPU = torch.device("cpu")
+TWO = Layout(2, data=2)
+DAMAGED = "corpus.bin: 3 bytes at offset 12, expected 4: prepare it again"
+Job = Callable[[ParallelContext], int]
+
+
+def start(job: Job, env: Env, layout: Layout, timeout_s: float = 20.0) -> int:
+    """launch.run as the command line calls it."""
+    return run(job, env, layout, num_kv_heads=1, dtype=torch.float32, device=CPU, timeout_s=timeout_s)
+
+
+def last_rank_fails(ctx: ParallelContext) -> int:
+    if ctx.rank == ctx.layout.world - 1:
+        raise DataError(DAMAGED)
+    all_reduce_(torch.zeros(1), ctx.world)  # waits for a rank that will not come
+    return 0
+
+
+# -- the real thing ----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from engine.launch import read_env
+from test_launch import TWO, last_rank_fails, start
+sys.exit(start(last_rank_fails, read_env(), TWO))
+"""
+
+
+def test_one_message_under_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    begin = time.monotonic()
+    result = subprocess.run(torchrun, capture_output=True, text=True, timeout=60, check=False, env=env)
+    assert result.returncode != 0
+    assert time.monotonic() - begin < 20
+    assert result.stdout == ""
+    spoken = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert spoken == [f"error: rank 1: {DAMAGED}"], result.stderr
+    summary = result.stderr.split("Root Cause")[1]
+    assert "rank      : 1 (local_rank: 1)" in summary and f"rank 1: {DAMAGED}" in summary, result.stderr
+    assert "Connection" not in result.stderr and "in last_rank_fails" not in result.stderr, result.stderr
+
+
+# -- the same with forked ranks: the agent's store, two processes, no imports to wait for ------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quiet ranks stay for a second, for torchrun's summary; only the real torchrun needs that."""
+    monkeypatch.setattr(launch, "_LINGER_S", 0.0)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended: its exit code (negative: the signal that killed it) and what it said."""
+
+    code: int
+    text: str
+
+
+def fork(body: Callable[[], int], log: Path) -> int:
+    """Run body in a child whose output goes into `log`; its result is the exit code. Returns the process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        sys.stdout = sys.stderr = os.fdopen(fd, "w", buffering=1)
+        os._exit(body())
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    os._exit(99)
+
+
+def ended(pid: int, log: Path) -> Ended:
+    return Ended(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), log.read_text())
+
+
+def ranks(job: Job, tmp_path: Path, world: int = 2) -> list[Ended]:
+    """Run a job on forked ranks with the environment and the store that torchrun's agent gives them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def rank_body(rank: int) -> Callable[[], int]:
+        def body() -> int:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            os.environ.update({name: str(value) for name, value in names.items()})
+            os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
+            return start(job, launch.read_env(), Layout(world, data=world))
+
+        return body
+
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
+    pids = [fork(rank_body(rank), log) for rank, log in enumerate(logs)]
+    return [ended(pid, log) for pid, log in zip(pids, logs, strict=True)]
+
+
+def test_success(tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> int:
+        assert all_reduce_(torch.tensor([ctx.rank + 1.0]), ctx.data).item() == 6
+        return 75
+
+    assert ranks(job, tmp_path, world=3) == [Ended(75, "")] * 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_first_cause_is_told_once(failing: int, tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> int:
+        if ctx.rank == failing:
+            time.sleep(0.2)  # the other one waits already
+            raise DataError(DAMAGED)
+        all_reduce_(torch.zeros(1), ctx.world)
+        return 0
+
+    results = ranks(job, tmp_path)
+    assert results[failing] == Ended(1, f"error: rank {failing}: {DAMAGED}\n")
+    assert results[1 - failing] == Ended(1, "")
+
+
+def test_many_failures_are_told_once(tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> int:
+        raise TrainingError(f"loss is nan on {ctx.rank}")
+
+    results = ranks(job, tmp_path, world=4)
+    assert [r.code for r in results] == [1] * 4
+    texts = [r.text for r in results if r.text]
+    assert len(texts) == 1 and texts[0].startswith("error: rank ")
+
+
+def test_an_agreed_failure_is_told_once(tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> int:
+        raise_together(DataError(DAMAGED) if ctx.rank == 1 else None, ctx.world, CPU)
+        return 0
+
+    results = ranks(job, tmp_path)
+    assert [r.code for r in results] == [1, 1]
+    text = results[0].text + results[1].text
+    assert text.count("\n") == 1 and text.count(f"rank 1: {DAMAGED}") == 1
+
+
+def test_exit_code_is_that_of_the_error(tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> int:
+        raise ConfigError([Fault("data.train", "", "no training data given", "Make some.")])
+
+    assert [r.code for r in ranks(job, tmp_path)] == [2, 2]
+
+
+def test_a_bug_comes_with_its_traceback(tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> int:
+        if ctx.rank == 1:
+            raise ValueError("never thought of that")
+        all_reduce_(torch.zeros(1), ctx.world)
+        return 0
+
+    quiet, loud = ranks(job, tmp_path)
+    assert quiet == Ended(1, "") and loud.code == 1
+    assert loud.text.startswith("error: rank 1: Traceback") and loud.text.count("Traceback") == 1
+    assert loud.text.endswith("ValueError: never thought of that\n")
+
+
+def test_a_rank_killed_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_first = launch._is_first
+    monkeypatch.setattr(launch, "_is_first", lambda store, patience_s: is_first(store, min(patience_s, 0.3)))
+
+    def job(ctx: ParallelContext) -> int:
+        if ctx.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        all_reduce_(torch.zeros(1), ctx.world)
+        return 0
+
+    survivor, killed = ranks(job, tmp_path)
+    assert killed == Ended(-signal.SIGKILL, "")
+    assert survivor.code == 1
+    assert survivor.text.startswith(
+        "error: rank 0: lost contact with another rank, which said nothing before it went (killed? out of memory?).\n"
+    )
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+def test_one_process_needs_no_group(capsys: pytest.CaptureFixture[str]) -> None:
+    def job(ctx: ParallelContext) -> int:
+        assert ctx.world.group is None and not dist.is_initialized()
+        return 75
+
+    assert start(job, Env(), Layout()) == 75
+    assert start(last_rank_fails, Env(), Layout()) == 1
+    assert capsys.readouterr().err == f"error: {DAMAGED}\n"
+
+    def bug(ctx: ParallelContext) -> int:
+        raise KeyError("x")
+
+    assert start(bug, Env(), Layout()) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_gloo_stays_on_loopback_on_one_machine(tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> int:
+        print(os.environ["GLOO_SOCKET_IFNAME"])
+        return 0
+
+    assert ranks(job, tmp_path) == [Ended(0, "lo\n")] * 2
+
+
+# -- agreements --------------------------------------------------------------------------------------------------------
+
+
+def test_gather_json_of_different_sizes() -> None:
+    mine: list[Any] = [None, {"tensors": {"a": [1, 2.5]}, "text": "é€" * 500}, [], 0.1]
+    results = run_ranks(Layout(4, data=4), lambda ctx: gather_json(mine[ctx.rank], ctx.world, CPU))
+    assert results == [mine] * 4
+
+
+def test_gather_json_follows_the_axis() -> None:
+    layout = Layout(4, data=2, tensor=2)
+    results = run_ranks(
+        layout, lambda ctx: gather_json(ctx.rank, ctx.data, CPU) + gather_json(ctx.rank, ctx.alone, CPU)
+    )
+    assert results == [[0, 2, 0], [1, 3, 1], [0, 2, 2], [1, 3, 3]]
+
+
+def test_raise_together() -> None:
+    """A rank with an error of its own raises that; the others name the first rank that has one; none: nothing."""
+
+    def job(ctx: ParallelContext, failing: set[int]) -> tuple[str, str] | None:
+        error = DataError(f"bad {ctx.rank}") if ctx.rank in failing else None
+        try:
+            raise_together(error, ctx.data, CPU)
+        except EngineError as caught:
+            return type(caught).__name__, str(caught)
+        return None
+
+    def outcome(*failing: int) -> list[Any]:
+        return run_ranks(Layout(3, data=3), lambda ctx: job(ctx, set(failing)))
+
+    others = ("EngineError", "rank 1: bad 1")
+    assert outcome() == [None] * 3
+    assert outcome(1) == [others, ("DataError", "bad 1"), others]
+    assert outcome(2, 1) == [others, ("DataError", "bad 1"), ("DataError", "bad 2")]
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_first_signal_is_noted(number: signal.Signals, tmp_path: Path) -> None:
+    def body() -> int:
+        stop = StopRequest()
+        assert not stop and stop.signal is None
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert stop and stop.signal is number
+        return 3
+
+    log = tmp_path / "log"
+    assert ended(fork(body, log), log) == Ended(3, "")
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    def body() -> int:
+        StopRequest()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(5)
+        return 3
+
+    log, begin = tmp_path / "log", time.monotonic()
+    assert ended(fork(body, log), log) == Ended(128 + signal.SIGUSR1, "")
+    assert time.monotonic() - begin < 4

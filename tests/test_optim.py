@@ -1,0 +1,304 @@
+"""AdamW over flat buckets, the learning rate, gradient norms and clipping, and the FLOPs they are reported with."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from cases import config, layout_of
+from harness import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, load
+from engine.context import ParallelContext, make_context
+from engine.layout import Layout
+from engine.model.transformer import StageShape, Transformer, num_parameters, tensor_shapes
+from engine.optim.adamw import STATES, FlatAdamW
+from engine.optim.clip import clip_, gradient_norms, local_squared_norms
+from engine.optim.lr import learning_rate
+from engine.parallel.buckets import GradBuckets, make_buckets
+from engine.planner.cost import flops_per_token, matmul_parameters
+from engine.rng import generator
+from engine.sharding import Chunk, Parameter, ShardSpec, parameters
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+
+
+def context(dtype: torch.dtype) -> ParallelContext:
+    return make_context(Layout(), 0, num_kv_heads=1, dtype=dtype)
+
+
+def make(dtype: torch.dtype, grad_dtype: torch.dtype, values: dict[str, Tensor]) -> tuple[list[Parameter], GradBuckets]:
+    """Parameters of the given values in buckets of at least 512 bytes; vectors do not decay."""
+    ctx = context(dtype)
+    params = []
+    for name, x in values.items():
+        other = x.shape[1] if x.dim() == 2 else None
+        spec = ShardSpec((Chunk(name, x.shape[0]),), other=other, decay=other is not None)
+        params.append(Parameter(x.to(dtype, copy=True), spec))
+    return params, make_buckets(params, ctx, grad_dtype=grad_dtype, bucket_bytes=512, overlap=False)
+
+
+def values(seed: int) -> dict[str, Tensor]:
+    shapes = {"a": (7, 5), "b": (13,), "c": (3, 67), "d": (1,), "e": (9, 2)}
+    return {
+        name: torch.randn(shape, generator=generator(seed, "test", name), dtype=F64) for name, shape in shapes.items()
+    }
+
+
+def test_adamw_equals_torch() -> None:
+    """Ten steps with a changing rate, matrices with and vectors without decay, several buckets with padding between."""
+    cfg = OptimizerConfig(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.3)
+    params, buckets = make(F64, F64, values(0))
+    assert len(buckets.buckets) >= 3 and {b.decay for b in buckets.buckets} == {True, False}
+    optimizer = FlatAdamW([buckets], cfg)
+    theirs = [x.requires_grad_() for x in values(0).values()]
+    groups = [
+        {"params": [x for x in theirs if x.dim() == 2], "weight_decay": 0.3},
+        {"params": [x for x in theirs if x.dim() == 1], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-6, foreach=False)
+    for step in range(1, 11):
+        for p, x, grad in zip(params, theirs, values(step).values(), strict=True):
+            assert p.main_grad is not None
+            p.main_grad.copy_(grad)
+            x.grad = grad.clone()
+        for group in reference.param_groups:
+            group["lr"] = cfg.lr / step
+        optimizer.step(cfg.lr / step)
+        reference.step()
+    assert optimizer.steps == 10
+    for p, x in zip(params, theirs, strict=True):
+        assert torch.allclose(p, x, rtol=1e-13, atol=1e-14), p.name
+        assert not torch.allclose(p, values(0)[p.name], rtol=1e-3)
+    found = {(kind, p.name): x for kind, p, x in optimizer.states()}
+    assert len(found) == 3 * len(params)
+    for x, name in zip(theirs, values(0), strict=True):
+        for kind in STATES:
+            assert torch.allclose(found[kind, name], reference.state[x][kind], rtol=1e-13)
+        assert torch.equal(found["model", name], params[list(values(0)).index(name)])
+    for bucket in buckets.buckets:
+        used = torch.zeros_like(bucket.values, dtype=torch.bool)
+        for index in range(len(bucket.params)):
+            bucket.view(used, index).fill_(True)
+        assert not bucket.values[~used].any(), "padding between parameters moved"
+
+
+def test_wide_precisions_have_no_second_copy() -> None:
+    _, buckets = make(F32, F32, values(0))
+    optimizer = FlatAdamW([buckets], OptimizerConfig())
+    assert all(m is b.values for m, b in zip(optimizer.masters, buckets.buckets, strict=True))
+
+
+def test_bf16_does_not_lose_tiny_updates() -> None:
+    """A hundred updates of 1e-4 around 1, where bf16 has steps of 4e-3: lost singly, kept by the masters."""
+    params, buckets = make(BF16, F32, {"w": torch.ones(4, 3)})
+    optimizer = FlatAdamW([buckets], OptimizerConfig(weight_decay=0.0))
+    (p,) = params
+    assert p.dtype == BF16 and p.main_grad is not None and p.main_grad.dtype == F32
+    assert optimizer.masters[0].dtype == F32 and optimizer.moments["exp_avg"][0].dtype == F32
+    for step in range(100):
+        p.main_grad.fill_(1.0)
+        optimizer.step(1e-4)
+        if step == 0:
+            assert (p == 1).all(), "one update is too small for bf16"
+    master = next(x for kind, _, x in optimizer.states() if kind == "model")
+    assert torch.allclose(master, torch.full((4, 3), 0.99), rtol=1e-5)
+    assert torch.equal(p, master.to(BF16)) and (p < 1).all()
+
+
+# -- learning rate -----------------------------------------------------------------------------------------------------
+
+PEAK = OptimizerConfig(lr=2.0)
+
+
+def rate(step: int, kind: Any, steps: int = 110, **options: Any) -> float:
+    values = {"warmup_steps": 10, "min_lr_ratio": 0.1, **options}
+    return learning_rate(step, steps, PEAK, ScheduleConfig(kind=kind, **values))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "points"),
+    [
+        ("cosine", {}, {10: 2.0, 60: 1.1, 35: 0.2 + 1.8 * (0.5 + 2**0.5 / 4), 110: 0.2}),
+        ("linear", {}, {10: 2.0, 11: 2.0 - 0.018, 60: 1.1, 110: 0.2}),
+        ("wsd", {"decay_steps": 20}, {10: 2.0, 50: 2.0, 90: 2.0, 100: 1.1, 105: 0.65, 110: 0.2}),
+        ("constant", {}, {10: 2.0, 11: 2.0, 110: 2.0}),
+        ("cosine", {"min_lr_ratio": 0.0}, {60: 1.0, 110: 0.0}),
+        ("linear", {"min_lr_ratio": 1.0}, {60: 2.0, 110: 2.0}),
+        ("cosine", {"warmup_steps": 0}, {55: 1.1, 110: 0.2}),
+        ("linear", {"warmup_steps": 110}, {55: 1.0, 110: 2.0}),
+        ("wsd", {"warmup_steps": 100, "decay_steps": 10}, {100: 2.0, 105: 1.1, 110: 0.2}),
+    ],
+)
+def test_learning_rate_at_hand_computed_points(kind: str, options: dict[str, Any], points: dict[int, float]) -> None:
+    for step, expected in points.items():
+        assert rate(step, kind, **options) == pytest.approx(expected, rel=1e-12, abs=1e-12), step
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    kind=st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+    steps=st.integers(1, 300),
+    warmup=st.integers(0, 300),
+    decay=st.integers(1, 300),
+    floor=st.floats(0, 1),
+)
+def test_learning_rate_has_the_right_shape(kind: str, steps: int, warmup: int, decay: int, floor: float) -> None:
+    """Up by equal parts, never up again, no jump, at the floor in the end, and never 0 while there is a floor."""
+    warmup = min(warmup, steps)
+    decay = min(decay, steps - warmup)
+    if kind == "wsd" and decay == 0:
+        return  # the config refuses it
+    options = {"decay_steps": decay if kind == "wsd" else 0, "warmup_steps": warmup, "min_lr_ratio": floor}
+    rates = [rate(step, kind, steps, **options) for step in range(1, steps + 1)]
+    assert rates[:warmup] == pytest.approx([2.0 * (i + 1) / warmup for i in range(warmup)])
+    after = [2.0, *rates[warmup:]]
+    assert all(0 <= b <= a + 1e-12 for a, b in pairwise(after))
+    assert all(r >= 2.0 * floor - 1e-12 for r in after)
+    length = decay if kind == "wsd" else max(1, steps - warmup)
+    assert all(a - b <= 2.0 * math.pi / 2 / length + 1e-12 for a, b in pairwise(after)), "a jump"
+    if warmup < steps and kind != "constant":
+        assert rates[-1] == pytest.approx(2.0 * floor)
+
+
+# -- gradient norm and clipping ----------------------------------------------------------------------------------------
+
+
+def canonical_gradient(cfg: Config) -> dict[str, Tensor]:
+    return {
+        name: torch.randn(shape, generator=generator(3, "gradient", name), dtype=F64)
+        for name, shape in tensor_shapes(cfg.model).items()
+    }
+
+
+def with_gradient(cfg: Config, ctx: ParallelContext, whole: dict[str, Tensor]) -> tuple[list[Parameter], GradBuckets]:
+    """This rank's stage with its part of a gradient; the padding holds what must not be counted."""
+    model = Transformer(cfg.model, ctx, StageShape.of(cfg.model.num_layers, ctx.pipeline.rank, ctx.pipeline.size))
+    params = parameters(model)
+    buckets = make_buckets(params, ctx, grad_dtype=F64, bucket_bytes=1 << 14, overlap=False)
+    for p in params:
+        assert p.main_grad is not None
+        p.main_grad.fill_(1e6)
+        for piece in p.spec.pieces(ctx):
+            piece.of(p.main_grad).copy_(piece.cut(whole[piece.name]))
+    return params, buckets
+
+
+def laid_out(degrees: tuple[int, int, int], **model: Any) -> Config:
+    tensor, pipeline, data = degrees
+    return config(
+        tensor * pipeline * data, parallel_tensor=tensor, parallel_pipeline=pipeline, parallel_data=data, **model
+    )
+
+
+def norm_of(whole: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(x.square().sum()) for x in whole.values()))
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "tied": {"model_tie_embeddings": True},
+    "tied qk-norm": {"model_tie_embeddings": True, "model_qk_norm": True, "model_vocab_size": 5},
+}
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 4, 1), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_norm_is_that_of_the_whole_gradient(model: str, degrees: tuple[int, int, int]) -> None:
+    """Replicas and both ends of a tied embedding count once, padding not at all: summed here, without processes."""
+    cfg = laid_out(degrees, **MODELS[model])
+    layout, whole = layout_of(cfg), canonical_gradient(cfg)
+    total = torch.zeros(len(whole), dtype=F64)
+    for rank in range(layout.world):
+        ctx = make_context(layout, rank, num_kv_heads=cfg.model.num_kv_heads, dtype=F64)
+        total += local_squared_norms(with_gradient(cfg, ctx, whole)[0], ctx, list(whole))
+    for name, squared in zip(whole, total.tolist(), strict=True):
+        assert squared == pytest.approx(float(whole[name].square().sum()), rel=1e-12), name
+
+
+@pytest.mark.parametrize("degrees", [(2, 2, 1), (1, 2, 2), (4, 1, 1)], ids=str)
+def test_all_ranks_know_the_same_norm(degrees: tuple[int, int, int]) -> None:
+    cfg = laid_out(degrees, **MODELS["tied qk-norm"])
+    whole = canonical_gradient(cfg)
+
+    def job(ctx: ParallelContext) -> tuple[float, dict[str, float], float]:
+        params, buckets = with_gradient(cfg, ctx, whole)
+        found = gradient_norms(params, ctx, list(whole))
+        assert found.non_finite() == []
+        clip_([buckets], found.norm, 0.5)
+        return found.norm, found.squared, gradient_norms(params, ctx, list(whole)).norm
+
+    results = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    assert all(r == results[0] for r in results)
+    norm, squared, clipped = results[0]
+    assert norm == pytest.approx(norm_of(whole), rel=1e-12)
+    assert clipped == pytest.approx(0.5, rel=1e-12)
+    assert list(squared) == list(whole)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_non_finite_gradient_has_a_name(bad: float) -> None:
+    cfg = config(1)
+    whole = canonical_gradient(cfg)
+    for name in ("layers.1.mlp.up.weight", "layers.3.attention.k.weight", "norm.weight"):
+        broken = {**whole, name: whole[name].clone()}
+        broken[name].view(-1)[-1] = bad
+        ctx = context(F64)
+        found = gradient_norms(with_gradient(cfg, ctx, broken)[0], ctx, list(whole))
+        assert found.non_finite() == [name]
+        assert not math.isfinite(found.norm)
+
+
+@pytest.mark.parametrize(("limit", "factor"), [(0.0, 1.0), (1e9, 1.0), (None, 1.0), (0.25, None)])
+def test_clipping(limit: float | None, factor: float | None) -> None:
+    cfg, ctx = config(1), context(F64)
+    whole = canonical_gradient(cfg)
+    _, buckets = with_gradient(cfg, ctx, whole)
+    norm = norm_of(whole)
+    before = [b.grads.clone() for b in buckets.buckets]
+    clip_([buckets], norm, norm if limit is None else limit)
+    for b, old in zip(buckets.buckets, before, strict=True):
+        assert torch.allclose(b.grads, old * (factor or 0.25 / norm), rtol=1e-14, atol=0)
+
+
+# -- FLOPs -------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_of_a_small_model_by_hand() -> None:
+    cfg = ModelConfig(vocab_size=10, hidden_size=8, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4, ffn_size=6)
+    projections = 8 * 8 + 2 * 8 * 4 + 8 * 8  # q, k and v, out
+    assert matmul_parameters(cfg) == 3 * (projections + 3 * 8 * 6) + 10 * 8 == 1088
+    causal = 3 * 2 * (2 * 5 * 8) // 2  # forward and twice that backward, scores and values, half of 5 positions of 8
+    assert flops_per_token(cfg, 5) == 6 * 1088 + 3 * causal == 7248
+
+
+def test_flops_are_what_torch_counts() -> None:
+    """Matrix products of a real forward and backward, as torch's own counter sees them."""
+    cfg = config(1, model_qk_norm=True)
+    ctx = context(F64)
+    model = Transformer(cfg.model, ctx, StageShape.of(cfg.model.num_layers, 0, 1))
+    make_buckets(parameters(model), ctx, grad_dtype=F64, bucket_bytes=1 << 20, overlap=False)
+    tokens = torch.zeros(3, 12, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, torch.ones(3, 12, dtype=torch.bool)).backward()
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    products = sum(n for op, n in counted.items() if "attention" not in op)
+    assert products == 36 * 6 * matmul_parameters(cfg.model)
+
+
+@pytest.mark.parametrize("preset", ["llama-2-7b", "llama-3-8b", "mistral-7b", "qwen3-8b"])
+def test_flops_of_a_7b_are_6n(preset: str) -> None:
+    """6 a parameter, without the embedding and the norms, which are not multiplied; attention adds a few percent."""
+    cfg = load([], {"model.preset": preset}).config.model
+    per_layer = 2 * cfg.hidden_size + (2 * cfg.head_dim if cfg.qk_norm else 0)
+    norms = cfg.num_layers * per_layer + cfg.hidden_size
+    assert matmul_parameters(cfg) == num_parameters(cfg) - cfg.vocab_size * cfg.hidden_size - norms
+    assert flops_per_token(cfg, 2) == pytest.approx(6 * matmul_parameters(cfg), rel=1e-3)
+    assert 0.9 < flops_per_token(cfg, 2048) / (6 * num_parameters(cfg)) < 1.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its code: 0 done, 1 error, 2 config error, 75 saved on a signal."""
     args = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # one line, without our source text
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         sys.exit(EXIT_OK if args else EXIT_CONFIG)

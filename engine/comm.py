@@ -40,26 +40,10 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def barrier(axis: Axis, device: torch.device) -> None:
-    """Wait until every rank of the axis is here."""
-    all_reduce_(torch.zeros(1, device=device), axis)
-
-
-class _CopyTo(torch.autograd.Function):
-    """Megatron's f: identity forward, all-reduce backward (Shoeybi et al. 2019, figure 3)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None
-
-
 class _ReduceFrom(torch.autograd.Function):
-    """Megatron's g: all-reduce forward, identity backward."""
+    """Megatron's g: all-reduce forward, identity backward (Shoeybi et al. 2019, figure 3). Its mirror image f lives
+    in ops.linear, where the all-reduce of the backward overlaps the weight gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -68,11 +52,6 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """Enter a tensor-parallel region: the same `x` on every rank; its gradient is summed over the axis."""
-    return x if axis.size == 1 else _CopyTo.apply(x, axis)
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:

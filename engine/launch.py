@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -101,6 +102,8 @@ def run(
     had it; the others leave quietly. A failed rank of several ends without clean-up: that could wait for the dead.
     """
     store: Store | None = None
+    if env.rank > 0:
+        warnings.simplefilter("ignore")  # rank 0 has the same to say
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -128,3 +128,19 @@ def test_help_and_unknown_verbs(arguments: list[str]) -> None:
     assert done.returncode == (0 if known else 2)
     text = done.stdout + done.stderr
     assert "--train.global-batch-size" in text if arguments == ["train", "--help"] else "usage: engine" in text
+
+
+def test_without_the_extension_one_warning_line_and_the_same_losses(corpus: Path, tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['engine._index'] = None; from engine.cli import main; main()"
+    (tmp_path / "hidden.py").write_text(hide)
+    losses = []
+    for index, head in enumerate([["-m", "engine"], [str(tmp_path / "hidden.py")]]):
+        run = tmp_path / f"run{index}"
+        command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", *head, "train"]
+        command += ["--run.dir", str(run), "--data.train", str(corpus), "--model.preset", "micro", "--train.steps", "3"]
+        command += ["--train.seq-len", "32", "--monitor.tensorboard", "false"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout + done.stderr).count("warning: engine._index") == index
+        losses.append([r["loss"] for r in records(run)])
+    assert losses[0] == losses[1]

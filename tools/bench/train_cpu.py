@@ -5,8 +5,8 @@
 
 A noisy machine makes single runs worthless, so: rounds. A round runs every case once, each in a fresh process, in an
 order that turns from round to round; a case's ratio is taken against the hand-written loop of the same round. Medians
-and the whole range over the rounds are shown. A run that other programs disturbed is made again, a few times, and the
-least disturbed one counts. Nobody's allocator is tuned: MALLOC_* variables reach all sides alike.
+and the whole range over the rounds are shown. A step during which other programs used the processor does not count;
+more steps are made until enough were undisturbed. Nobody's allocator is tuned: MALLOC_* variables reach all alike.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 import tyro
-from machine import Others, describe, wait_until_quiet
+from machine import busy_s, describe, wait_until_quiet
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Options:
     """timed steps a run; cases with larger steps take fewer, at least 2"""
     warmup: int = 2
     """steps before the clock starts"""
-    quiet: float = 0.15
-    """others may use so many cores during a run; otherwise it is made again"""
-    tries: int = 3
-    """how often at most"""
+    quiet: float = 0.1
+    """others may use so many cores during a step that counts"""
+    tries: int = 4
+    """so many times `steps` are made at most to find undisturbed ones; then the least disturbed count"""
     patience: float = 60.0
     """seconds to wait for a quiet machine before each run"""
     json: Path | None = None
@@ -96,22 +97,34 @@ def random_batch(o: Options, sequences: int, step: int) -> tuple[torch.Tensor, t
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def timed(step: Callable[[int], float], warmup: int, steps: int) -> dict[str, Any]:
-    """Seconds of each step after the warm-up, the last loss, and what the process took from the system meanwhile."""
+def timed(o: Options, case: Case, step: Callable[[int], float], total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Seconds of each step that counts, the last loss, what the process took from the system, what others used.
+
+    total: sums a tensor over the case's ranks, so that all of them judge a step alike.
+    """
+    warmup, steps = o.steps_of(case)
     for i in range(warmup):
         step(i)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    seconds, loss = [], 0.0
-    for i in range(warmup, warmup + steps):
-        begin = time.perf_counter()
-        loss = step(i)
-        seconds.append(time.perf_counter() - begin)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    taken: list[tuple[float, float]] = []  # cores that others used, seconds
+    loss, made = 0.0, 0
+    while sum(others <= o.quiet for others, _ in taken) < steps and made < o.tries * steps:
+        busy, own, begin = busy_s(), time.process_time(), time.perf_counter()
+        loss = step(warmup + made)
+        seconds = time.perf_counter() - begin
+        spent = total(torch.tensor([time.process_time() - own, busy_s() - busy]).double())
+        others = float(spent[1] / case.processes - spent[0]) / seconds
+        taken.append((float(total(torch.tensor(others).double())) / case.processes, seconds))
+        made += 1
+    counted = sorted(taken)[:steps]
+    after = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "seconds": seconds,
+        "seconds": [seconds for _, seconds in counted],
+        "others": counted[-1][0],
+        "steps_made": made,
         "loss": loss,
-        "page_faults_per_step": (usage.ru_minflt - faults) // steps,
-        "peak_rss_mib": usage.ru_maxrss // 1024,
+        "page_faults_per_step": (after.ru_minflt - before.ru_minflt) // made,
+        "peak_rss_mib": after.ru_maxrss // 1024,
     }
 
 
@@ -147,11 +160,12 @@ def loop_worker(o: Options) -> dict[str, Any]:
         optimizer.step()
         return loss.item()
 
-    return timed(step, *o.steps_of(case))
+    return timed(o, case, step, lambda x: x)
 
 
 def engine_worker(o: Options, name: str) -> dict[str, Any] | None:
     """The engine in this process; None on all ranks but the first."""
+    from engine.comm import all_reduce_
     from engine.config import layout_of, load
     from engine.context import ParallelContext
     from engine.data.loader import MicroBatch
@@ -188,7 +202,7 @@ def engine_worker(o: Options, name: str) -> dict[str, Any] | None:
             mask = torch.ones(o.micro_batch, o.seq, dtype=torch.bool)
             return train_step(state, [MicroBatch(tokens[p], labels[p], mask) for p in parts]).loss
 
-        measured.update(timed(step, *o.steps_of(case)))
+        measured.update(timed(o, case, step, lambda x: all_reduce_(x, ctx.world)))
         return 0
 
     code = run(
@@ -230,17 +244,6 @@ def run_case(o: Options, name: str) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def quiet_run(o: Options, name: str) -> dict[str, Any]:
-    """`run_case` while nobody else computes, as far as that can be had; "others": cores used by other programs."""
-    runs: list[dict[str, Any]] = []
-    while len(runs) < o.tries and not (runs and runs[-1]["others"] <= o.quiet):
-        wait_until_quiet(o.quiet, o.patience)
-        others = Others()
-        result = run_case(o, name)
-        runs.append(result | {"others": others.cores()})
-    return min(runs, key=lambda r: r["others"])
-
-
 def spread(values: list[float], digits: int) -> str:
     """Median and whole range."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
@@ -261,7 +264,7 @@ def show(o: Options, runs: dict[str, list[dict[str, Any]]], console: Console) ->
         title=f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, fp32",
         caption=(
             f"median (range) over {o.rounds} rounds; ratio: to the loop of the same round; faults: page faults; "
-            "MiB: peak; others: most cores that other programs used during a run"
+            "MiB: peak; others: most cores that others used in a step that counts"
         ),
     )
     for name, results in runs.items():
@@ -290,13 +293,14 @@ def main() -> None:
     for number in range(o.rounds):
         turn = number % len(o.cases)
         for name in (*o.cases[turn:], *o.cases[:turn]):
-            result = quiet_run(o, name)
+            wait_until_quiet(o.quiet, o.patience)
+            result = run_case(o, name)
             tokens = CASES[name].sequences(o.micro_batch) * o.seq
             result["tokens_per_s"] = tokens / statistics.median(result["seconds"])
             runs[name].append(result)
             console.print(
                 f"round {number + 1}/{o.rounds}  {name:<9} {result['tokens_per_s']:7.1f} tokens/s  "
-                f"loss {result['loss']:.3f}  others {result['others']:.2f} cores"
+                f"loss {result['loss']:.3f}  others {result['others']:.2f} cores  {result['steps_made']} steps made"
             )
     show(o, runs, console)
     if o.json:

@@ -1,0 +1,110 @@
+"""Scores and continuations: the same in every layout, and what they say is true."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import MODEL, config, layout_of
+from harness import run_ranks
+
+from engine.context import ParallelContext, make_context
+from engine.data.indexed import IndexedDataset, IndexedWriter
+from engine.data.order import SampleOrder
+from engine.data.tokenizer import Tokenizer
+from engine.errors import ConfigError
+from engine.evaluate import Evaluator, Score
+from engine.generate import sample
+from engine.layout import Layout
+from engine.model.transformer import StageShape, Transformer
+from engine.sharding import initialise_, parameters
+from engine.train import setup
+
+TEXT_BYTES = 5000
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("corpus") / "noise"
+    rng = np.random.default_rng(0)
+    with IndexedWriter(prefix, vocab_size=MODEL["vocab_size"]) as writer:
+        for _ in range(34):
+            writer.add(rng.integers(0, MODEL["vocab_size"], rng.integers(1, 40)))
+        writer.finish({"text_bytes": TEXT_BYTES})
+    return prefix
+
+
+def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int) -> Score:
+    tensor, pipeline, data = degrees
+    cfg = config(
+        tensor * pipeline * data,
+        parallel_tensor=tensor,
+        parallel_pipeline=pipeline,
+        parallel_data=data,
+        train_micro_batch_size=mbs,
+    )
+
+    def job(ctx: ParallelContext) -> Score:
+        state = setup(cfg, ctx)
+        return Evaluator(state.stages, ctx, IndexedDataset(corpus), cfg).run(batches)
+
+    scores = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    assert all(s == scores[0] for s in scores), "all ranks report the same"
+    return scores[0]
+
+
+@pytest.mark.parametrize("batches", [0, 2])
+def test_the_score_does_not_depend_on_the_layout(corpus: Path, batches: int) -> None:
+    """The number of samples is odd: some data ranks have one fewer, and the last microbatch is not full."""
+    dataset = IndexedDataset(corpus)
+    samples = SampleOrder(dataset, 12, 1234).samples_per_epoch
+    assert samples % 2 == 1
+    one = score(corpus, (1, 1, 1), 1, batches)
+    assert one.tokens == 12 * (min(samples, 2 * 4) if batches else samples)
+    assert one.bpb == pytest.approx(one.loss / math.log(2) * dataset.num_tokens / TEXT_BYTES)
+    assert one.ppl == pytest.approx(math.exp(one.loss))
+    for degrees, mbs in [((2, 1, 1), 2), ((1, 2, 1), 4), ((1, 1, 4), 1), ((2, 2, 1), 2), ((1, 2, 2), 2)]:
+        other = score(corpus, degrees, mbs, batches)
+        assert other.tokens == one.tokens and other.loss == pytest.approx(one.loss, rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(iter(["naïve text, to learn from"] * 3), 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> Transformer:
+    cfg = config(1, model_vocab_size=tokenizer.vocab_size + 5, model_max_seq_len=24, train_seq_len=12).model
+    ctx = make_context(Layout(), 0, num_kv_heads=cfg.num_kv_heads, dtype=torch.float64)
+    made = Transformer(cfg, ctx, StageShape.of(cfg.num_layers, 0, 1))
+    initialise_(parameters(made), ctx, 0)
+    return made
+
+
+def draw(model: Transformer, tokenizer: Tokenizer, prompt: str = "text", **changes: Any) -> str:
+    options = {"max_tokens": 10, "temperature": 1.0, "top_k": 0, "seed": 1} | changes
+    return "".join(sample(model, tokenizer, prompt, **options))
+
+
+def test_greedy_takes_the_likeliest_token_each_time(model: Transformer, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("text")
+    start = len(ids)
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(model.logits(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].argmax()))
+    expected = tokenizer.decode(ids)[len(tokenizer.decode(ids[:start])) :]
+    assert draw(model, tokenizer, max_tokens=6, temperature=0.0).startswith(expected.rstrip("\ufffd"))
+    assert draw(model, tokenizer, max_tokens=6, top_k=1) == draw(model, tokenizer, max_tokens=6, temperature=0.0)
+
+
+def test_draws_follow_from_the_seed_and_stay_in_the_model(model: Transformer, tokenizer: Tokenizer) -> None:
+    assert draw(model, tokenizer) == draw(model, tokenizer) != draw(model, tokenizer, seed=2)
+    assert len(tokenizer.encode(draw(model, tokenizer, max_tokens=1000))) <= 24 * 4
+    assert draw(model, tokenizer, prompt="") != ""
+    with pytest.raises(ConfigError, match="Shorten the prompt"):
+        draw(model, tokenizer, prompt="text " * 30)

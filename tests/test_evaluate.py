@@ -32,8 +32,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = tmp_path_factory.mktemp("corpus") / "noise"
     rng = np.random.default_rng(0)
     with IndexedWriter(prefix, vocab_size=MODEL["vocab_size"]) as writer:
-        for _ in range(34):
-            writer.add(rng.integers(0, MODEL["vocab_size"], rng.integers(1, 40)))
+        lengths = [*rng.integers(1, 40, 25).tolist()]
+        for length in [*lengths, 12 * 61 + 3 - sum(lengths)]:  # 61 samples of 12 tokens, and a little more
+            writer.add(rng.integers(0, MODEL["vocab_size"], length))
         writer.finish({"text_bytes": TEXT_BYTES})
     return prefix
 

@@ -6,7 +6,7 @@ Objects cross ranks as JSON bytes only: torch's object collectives pickle, and a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,3 +95,19 @@ def raise_together(error: EngineError | None, axis: Axis, device: torch.device) 
     for index, text in enumerate(texts):
         if text is not None:
             raise EngineError(f"rank {axis.ranks[index]}: {text}")
+
+
+def on_first_rank(work: Callable[[], Any], axis: Axis, device: torch.device) -> Any:
+    """Run `work` on the first rank of the axis while the others wait; its JSON-serialisable result is everybody's.
+
+    So is its EngineError. What depends on a file system is decided this way: two ranks may see it differently.
+    """
+    error: EngineError | None = None
+    result: Any = None
+    if axis.rank == 0:
+        try:
+            result = work()
+        except EngineError as fault:
+            error = fault
+    raise_together(error, axis, device)
+    return gather_json(result, axis, device)[0]

@@ -6,7 +6,6 @@ loop around it with saving, validation, progress and the orderly stop on a signa
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import engine
 from engine.checkpoint.format import complete_steps, find, step_dir
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import save
-from engine.comm import all_reduce_
+from engine.comm import all_reduce_, on_first_rank
 from engine.config import Config, Resolved
 from engine.context import ParallelContext
 from engine.data.indexed import IndexedDataset
@@ -114,7 +113,6 @@ def train_step(state: TrainState, batches: Sequence[MicroBatch]) -> StepResult:
         explain_non_finite(
             state.plan,
             state.stages,
-            [state.buckets],
             state.params,
             ctx,
             batches,
@@ -149,7 +147,7 @@ def sum_losses(losses: torch.Tensor, ctx: ParallelContext) -> float:
 
 def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Path:
     """Save a checkpoint of the state as it is. Collective. A complete checkpoint of this step is left as it is."""
-    if state.step in complete_steps(root):
+    if on_first_rank(lambda: state.step in complete_steps(root), state.ctx.world, state.ctx.device):
         return step_dir(root, state.step)
     facts = {
         "consumed_samples": state.consumed_samples,
@@ -191,8 +189,8 @@ def _differences(old: dict[str, Any], cfg: Config, old_data: dict[str, Any], dat
     return [f"{name}: checkpoint {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b]
 
 
-def find_resume(cfg: Config) -> Path | None:
-    """The checkpoint to go on from, by checkpoint.resume; None to start anew."""
+def find_resume(cfg: Config) -> str:
+    """The checkpoint to go on from, by checkpoint.resume; empty to start anew."""
     wanted, run = cfg.checkpoint.resume, Path(cfg.run.dir)
     have = complete_steps(run / "checkpoints")
     if wanted == "never":
@@ -201,16 +199,20 @@ def find_resume(cfg: Config) -> Path | None:
                 f"{run} already holds checkpoints (newest: step {have[-1]}) and checkpoint.resume is never: "
                 "choose another --run.dir, or resume"
             )
-        return None
+        return ""
     if wanted == "auto" and not have:
-        return None
-    return find(run if wanted in ("auto", "latest") else Path(wanted))
+        return ""
+    return str(find(run if wanted in ("auto", "latest") else Path(wanted)))
 
 
 def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
     """Open a corpus for this model; refuses one that was made with another tokenizer."""
     dataset = IndexedDataset(prefix, vocab_size=cfg.model.vocab_size)
     made_with = dataset.meta.get("tokenizer_digest")
+    if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
+        relation = f"is less than the {tokenizer.vocab_size} tokens of {cfg.data.tokenizer}"
+        repair = f"Use {tokenizer.vocab_size} or more."
+        raise ConfigError([Fault("model.vocab_size", cfg.model.vocab_size, relation, repair)])
     if tokenizer is not None and made_with and tokenizer.digest != made_with:
         raise DataError(
             f"{prefix}: was made with the tokenizer of digest {made_with}, but data.tokenizer "
@@ -238,9 +240,9 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     dataset = open_data(cfg.data.train, cfg, tokenizer)
     facts = data_facts(dataset)
     state = setup(cfg, ctx)
-    source = find_resume(cfg)
-    if source is not None:
-        resume(state, source, facts)
+    source = on_first_rank(lambda: find_resume(cfg), ctx.world, ctx.device)
+    if source:
+        resume(state, Path(source), facts)
     evaluator = None
     if cfg.data.valid:
         evaluator = Evaluator(state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
@@ -248,11 +250,13 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     console.start(state.step, source, num_parameters(cfg.model))
     if tokenizer is not None and ctx.rank == 0:
         tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else
-    with MetricsLog(run_dir, resolved, enabled=ctx.rank == 0) as log, _loader(state, dataset) as loader, console:
+    with (
+        MetricsLog(run_dir, resolved, state.step, enabled=ctx.rank == 0) as log,
+        _loader(state, dataset) as loader,
+        console,
+    ):
         code, reason = _loop(state, loader, evaluator, log, console, stop, facts)
-        if ctx.rank == 0:
-            exit_facts = {"code": code, "reason": reason, "step": state.step}
-            (run_dir / "exit.json").write_text(json.dumps(exit_facts) + "\n")
+        log.exit(code, reason)
     return code
 
 
@@ -280,7 +284,6 @@ def _loop(
     facts: dict[str, Any],
 ) -> tuple[int, str]:
     cfg, ctx, root = state.cfg, state.ctx, Path(state.cfg.run.dir) / "checkpoints"
-    saved_at = state.step
     while state.step < cfg.train.steps:
         begin = time.perf_counter()
         batches = next(loader)
@@ -303,14 +306,10 @@ def _loop(
             console.note(f"step {state.step}: validation {score}")
         stopping = _agreed(bool(stop), ctx)
         if stopping or done or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
-            folder = save_state(state, root, facts)
-            saved_at = state.step
-            console.note(f"step {state.step}: saved {folder}")
+            console.note(f"step {state.step}: saved {save_state(state, root, facts)}")
         if stopping and not done:
             console.note(f"stopped on a signal after step {state.step}; the same command goes on from there")
             return EXIT_REQUEUE, "stopped on a signal"
-    if saved_at != state.step:
-        save_state(state, root, facts)
     return EXIT_OK, "done"
 
 

@@ -65,7 +65,7 @@ def test_one_process_learns_and_leaves_a_whole_run_folder(corpus: Path, tmp_path
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert events.Scalars("train/loss")[-1].step == 60 and events.Scalars("val/loss")[-1].step == 60
     again = finish(train(corpus, tmp_path / "run", 1, "--config", str(tmp_path / "run/config.toml")))
-    assert again[0] == 0 and "resuming from" in again[1], "the run is done: the same command has nothing left to do"
+    assert again[0] == 0 and "nothing left to do: step 60 of 60 is done, resuming from" in again[1], again
 
 
 @pytest.mark.parametrize("target", ["launcher", "one rank"])

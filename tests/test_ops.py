@@ -115,44 +115,51 @@ def test_rms_norm_gradcheck() -> None:
 
 
 def rope_reference(x: Tensor, theta: float) -> Tensor:
-    """Hugging Face's rotate_half on [s, b, n, d], angles from numpy."""
-    s, _, _, d = x.shape
+    """Hugging Face's rotate_half on [b, n, s, d], angles from numpy."""
+    s, d = x.shape[-2:]
     angle = np.arange(s)[:, None] / theta ** (np.arange(0, d, 2) / d)
-    angle = torch.from_numpy(np.concatenate([angle, angle], -1))[:, None, None]
+    angle = torch.from_numpy(np.concatenate([angle, angle], -1))
     half = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
     return x * angle.cos() + half * angle.sin()
 
 
 def rope_op(x: Tensor, theta: float) -> Tensor:
-    table = rope_table(x.shape[0] + 3, x.shape[-1], theta, x.device, x.dtype)
-    return rope(x, table[:, : x.shape[0]])
+    s, d = x.shape[-2:]
+    return rope(x, rope_table(s + 3, d, theta, x.device, x.dtype)[:, :s])
 
 
 @DTYPES
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
-@pytest.mark.parametrize("shape", [(5, 1, 3, 6), (7, 2, 1, 2), (1, 1, 1, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 5, 6), (2, 1, 7, 2), (1, 1, 1, 10)], ids=str)
 def test_rope(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     op, reference = (functools.partial(f, theta=100.0) for f in (rope_op, rope_reference))
     agree(op, reference, (randn(*shape, layout=layout),), dtype, layout)
 
 
+def test_rope_lays_out_for_attention() -> None:
+    """From [s, b, n, d] as the projection gives it, heads become rows that lie one after another."""
+    x = randn(5, 2, 3, 4).permute(1, 2, 0, 3)
+    assert not x.is_contiguous() and rope_op(x, 100.0).is_contiguous()
+    assert relative(rope_op(x, 100.0), rope_reference(x, 100.0)) < 1e-12
+
+
 def test_rope_keeps_scores_relative() -> None:
     """The score of two rotated vectors depends on the distance of their positions only."""
-    q, k = randn(1, 1, 1, 8).expand(12, 1, 1, 8), randn(1, 1, 1, 8, seed=1).expand(12, 1, 1, 8)
-    scores = torch.einsum("sbnd,tbnd->st", rope_op(q, 50.0), rope_op(k, 50.0))
+    q, k = randn(8).expand(1, 1, 12, 8), randn(8, seed=1).expand(1, 1, 12, 8)
+    scores = torch.einsum("bnsd,bntd->st", rope_op(q, 50.0), rope_op(k, 50.0))
     for distance in range(12):
         assert relative(scores.diagonal(distance), scores[0, distance].expand(12 - distance)) < 1e-12
     assert not torch.allclose(scores[0, 1], scores[0, 2])
 
 
 def test_rope_gradcheck() -> None:
-    assert gradcheck(lambda x: rope_op(x, 20.0), (like(randn(4, 1, 2, 4), torch.float64),))
+    assert gradcheck(lambda x: rope_op(x, 20.0), (like(randn(1, 2, 4, 4), torch.float64),))
 
 
 def test_rope_table_keeps_float32_positions_for_bf16_models() -> None:
     table = rope_table(4096, 8, 10000.0, torch.device("cpu"), torch.bfloat16)
     exact = torch.cos(torch.arange(4096, dtype=torch.float64))
-    assert relative(table[0, :, 0, 0, 0].float(), exact) < 5e-3  # bf16 rounds cos, it must not round the position
+    assert relative(table[0, :, 0].float(), exact) < 5e-3  # bf16 rounds cos, it must not round the position
 
 
 # -- SwiGLU -----------------------------------------------------------------------------------------------------------
@@ -182,38 +189,38 @@ def test_swiglu_gradcheck() -> None:
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Head by head, with the mask written out."""
-    s, b, n, d = q.shape
+    """[b, n, s, d] -> [s, b, n * d], head by head, with the mask written out."""
+    b, n, s, d = q.shape
     future = torch.ones(s, s, dtype=torch.bool).triu(1)
     heads = []
     for i in range(n):
-        j = i * k.shape[2] // n
-        scores = torch.einsum("sbd,tbd->bst", q[:, :, i], k[:, :, j]) / d**0.5
-        heads.append(torch.einsum("bst,tbd->sbd", scores.masked_fill(future, -torch.inf).softmax(-1), v[:, :, j]))
+        j = i * k.shape[1] // n
+        scores = (q[:, i] @ k[:, j].transpose(1, 2) / d**0.5).masked_fill(future, -torch.inf)
+        heads.append((scores.softmax(-1) @ v[:, j]).transpose(0, 1))
     return torch.stack(heads, 2).reshape(s, b, n * d)
 
 
 @DTYPES
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
 @pytest.mark.parametrize(
-    ("s", "b", "n", "m", "d"), [(5, 1, 4, 4, 6), (7, 2, 6, 2, 5), (1, 1, 3, 1, 8), (17, 3, 2, 1, 4)]
+    ("b", "n", "m", "s", "d"), [(1, 4, 4, 5, 6), (2, 6, 2, 7, 5), (1, 3, 1, 1, 8), (3, 2, 1, 17, 4)]
 )
-def test_causal_attention(s: int, b: int, n: int, m: int, d: int, layout: str, dtype: torch.dtype) -> None:
-    inputs = [randn(s, b, heads, d, seed=i, layout=layout) for i, heads in enumerate((n, m, m))]
+def test_causal_attention(b: int, n: int, m: int, s: int, d: int, layout: str, dtype: torch.dtype) -> None:
+    inputs = [randn(b, heads, s, d, seed=i, layout=layout) for i, heads in enumerate((n, m, m))]
     agree(causal_attention, attention_reference, inputs, dtype, layout, floor=1.0)  # of one position, q has none
 
 
 def test_attention_does_not_look_ahead() -> None:
-    q, k, v = (randn(6, 1, 2, 4, seed=i) for i in range(3))
+    q, k, v = (randn(1, 2, 6, 4, seed=i) for i in range(3))
     before = causal_attention(q, k, v)
-    k[4:] += 5
-    v[4:] -= 7
+    k[:, :, 4:] += 5
+    v[:, :, 4:] -= 7
     after = causal_attention(q, k, v)
     assert torch.equal(before[:4], after[:4]) and not torch.equal(before[4:], after[4:])
 
 
 def test_attention_gradcheck() -> None:
-    assert gradcheck(causal_attention, tuple(like(randn(3, 1, n, 2, seed=n), torch.float64) for n in (2, 1, 1)))
+    assert gradcheck(causal_attention, tuple(like(randn(1, n, 3, 2, seed=n), torch.float64) for n in (2, 1, 1)))
 
 
 # -- linear and embedding: gradients go into the bucket ----------------------------------------------------------------

@@ -14,7 +14,6 @@ No pickle anywhere.
 from __future__ import annotations
 
 import json
-import os
 import re
 from itertools import chain
 from pathlib import Path
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.files import sync_file
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -182,23 +182,5 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
             f.write(block)
             digest.update(block)
             size += len(block)
-        f.flush()
-        os.fsync(f.fileno())
+        sync_file(f)
     return FileEntry(size=size, xxh3_128=digest.hexdigest())
-
-
-def write_synced(file: Path, data: bytes) -> None:
-    """Write a small file and sync it."""
-    with file.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sync_dir(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

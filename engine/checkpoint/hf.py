@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint.format import MODEL, write_safetensors, write_synced
+from engine.checkpoint.format import MODEL, write_safetensors
 from engine.checkpoint.load import Reader
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
+from engine.files import write_synced
 
 # canonical -> Hugging Face; {} is the layer number
 LLAMA_NAMES = {

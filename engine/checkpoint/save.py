@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ from engine.checkpoint.format import (
     TensorEntry,
     complete_steps,
     step_dir,
-    sync_dir,
     write_safetensors,
-    write_synced,
 )
-from engine.comm import gather_json, raise_together
+from engine.comm import gather_json, on_first_rank, raise_together
 from engine.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
+from engine.files import sync_folder, write_synced
 from engine.sharding import Parameter
 
 
@@ -49,7 +48,7 @@ def save(
     """
     final = step_dir(root, step)
     temporary = root / f".{final.name}.tmp"
-    _on_rank_0(ctx, lambda: _prepare(root, temporary))
+    _on_rank_0(ctx, _prepare, root, temporary)
     error: EngineError | None = None
     mine: dict[str, Any] = {}
     try:
@@ -58,20 +57,21 @@ def save(
         error = _explain(fault, temporary)
     raise_together(error, ctx.world, ctx.device)
     parts = gather_json(mine, ctx.world, ctx.device)
-    _on_rank_0(ctx, lambda: _commit(temporary, final, _manifest(parts, ctx, step, facts)))
-    _on_rank_0(ctx, lambda: _forget_old(root, keep))
+    _on_rank_0(ctx, _commit, temporary, final, _manifest(parts, ctx, step, facts))
+    _on_rank_0(ctx, _forget_old, root, keep)
     return final
 
 
-def _on_rank_0(ctx: ParallelContext, work: Any) -> None:
+def _on_rank_0(ctx: ParallelContext, work: Callable[..., None], *args: Any) -> None:
     """Run `work` on rank 0 while the others wait; its failure is everybody's."""
-    error: EngineError | None = None
-    if ctx.rank == 0:
+
+    def explained() -> None:
         try:
-            work()
+            work(*args)
         except OSError as fault:
-            error = _explain(fault, None)
-    raise_together(error, ctx.world, ctx.device)
+            raise _explain(fault, None) from None
+
+    on_first_rank(explained, ctx.world, ctx.device)
 
 
 def _explain(fault: OSError, folder: Path | None) -> CheckpointError:
@@ -130,11 +130,11 @@ def _manifest(parts: list[dict[str, Any]], ctx: ParallelContext, step: int, fact
 
 def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     write_synced(temporary / MANIFEST, manifest.model_dump_json(indent=1).encode())
-    sync_dir(temporary)
+    sync_folder(temporary)
     if final.exists():  # an incomplete or damaged folder of that name: a complete one is never saved again
         os.rename(final, final.with_name(f".{final.name}.replaced"))
     os.rename(temporary, final)
-    sync_dir(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(final.with_name(f".{final.name}.replaced"), ignore_errors=True)
 
 

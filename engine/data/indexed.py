@@ -35,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import DataError
+from engine.files import sync_file, sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -324,14 +325,14 @@ class IndexedWriter:
             "unigram_entropy": entropy(self.counts),
         }
         with self._disk(self._targets[0]):
-            _sync(self._bin)
+            sync_file(self._bin)
             self._bin.close()
             with open(self._temporaries[1], "wb") as idx:
                 self._write_index(idx)
-                _sync(idx)
+                sync_file(idx)
             with open(self._temporaries[2], "wb") as out:
                 out.write(json.dumps(sidecar, indent=1).encode() + b"\n")
-                _sync(out)
+                sync_file(out)
             # Over an older corpus: its .idx and sidecar go first, so that no crash leaves them beside the new .bin.
             for target in self._targets[:0:-1]:
                 target.unlink(missing_ok=True)
@@ -383,17 +384,3 @@ class IndexedWriter:
                 f"{path}: cannot be written: {err.strerror or err}. Free space or choose another output; "
                 f"nothing was published and temporaries are removed."
             ) from err
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable; a rename alone may be lost by a crash."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,11 +24,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.indexed import IndexedWriter, paths_of, sync_folder
+from engine.data.indexed import IndexedWriter, paths_of
 from engine.data.order import derive_key
 from engine.data.sources import MAX_FILE_BYTES, Document, documents, list_files
 from engine.data.tokenizer import Tokenizer
 from engine.errors import DataError
+from engine.files import sync_folder
 
 _CHUNK_BYTES = 4 << 20  # text encoded at once: keeps all cores busy, and its encodings in tens of MiB
 _CHUNK_DOCUMENTS = 8192

@@ -16,7 +16,6 @@ from engine.comm import gather_json
 from engine.context import ParallelContext
 from engine.data.loader import MicroBatch
 from engine.errors import TrainingError
-from engine.parallel.buckets import GradBuckets
 from engine.pipeline.actions import Op, Plan
 from engine.pipeline.executor import execute
 from engine.pipeline.schedules import build
@@ -27,7 +26,6 @@ from engine.sharding import Parameter
 def explain_non_finite(
     plan: Plan,
     stages: Mapping[int, Stage],
-    buckets: Sequence[GradBuckets],
     params: Sequence[Parameter],
     ctx: ParallelContext,
     batches: Sequence[MicroBatch],
@@ -42,9 +40,10 @@ def explain_non_finite(
     single = replace(single, programs=programs)
     mine: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
-        for bucket in buckets:
-            bucket.overlap = False  # no sums over data ranks; the run ends here, nobody needs it back
-            bucket.zero()
+        for stage in stages.values():
+            assert stage.buckets is not None
+            stage.buckets.overlap = False  # no sums over data ranks; the run ends here, nobody needs it back
+            stage.buckets.zero()
         losses = execute(single, stages, ctx, [batch], loss_grad)
         if not bool(torch.isfinite(losses).all()):
             mine.append({"microbatch": index, "what": f"loss {float(losses.sum())}"})

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from engine.config import Resolved
+from engine.errors import EXIT_ERROR, EngineError
 from engine.evaluate import Score
 
 
@@ -15,34 +16,47 @@ class MetricsLog:
     """Writes on the one rank where `enabled`; elsewhere it only builds the records. A context manager.
 
     metrics.jsonl is appended to: after a resume a step may stand there twice, the later line is the one that counts.
+    exit.json says how the run ended: as told by `exit`, or by the exception that ends the `with`; none while it runs.
     """
 
-    def __init__(self, run_dir: Path, resolved: Resolved, *, enabled: bool):
+    def __init__(self, run_dir: Path, resolved: Resolved, first_step: int, *, enabled: bool):
         self.run_dir, self.resolved, self.enabled = run_dir, resolved, enabled
+        self.last_step = first_step
         self.file: TextIO | None = None
         self.board: Any = None
 
     def __enter__(self) -> MetricsLog:
         if self.enabled:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "exit.json").unlink(missing_ok=True)
             (self.run_dir / "config.toml").write_text(self.resolved.toml())
-            self.file = (self.run_dir / "metrics.jsonl").open("a", buffering=1)
+            self.file = _open_lines(self.run_dir / "metrics.jsonl")
             if self.resolved.config.monitor.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-                self.board = SummaryWriter(str(self.run_dir / "tensorboard"))
+                self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.last_step + 1)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if value is not None:
+            code = value.exit_code if isinstance(value, EngineError) else EXIT_ERROR
+            self.exit(code, (str(value).splitlines() or [type(value).__name__])[0])
         if self.file is not None:
             self.file.close()
         if self.board is not None:
             self.board.close()
 
+    def exit(self, code: int, reason: str) -> None:
+        """Write exit.json."""
+        if self.enabled:
+            facts = {"code": code, "reason": reason, "step": self.last_step}
+            (self.run_dir / "exit.json").write_text(json.dumps(facts) + "\n")
+
     def step(
         self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, rates: dict[str, float]
     ) -> dict[str, float]:
         """Record one step; `tokens` are those consumed since the beginning of the run. Returns the record."""
+        self.last_step = step
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, **rates}
         self._write(record, {f"train/{k}": v for k, v in record.items() if k != "step"})
         return record
@@ -58,6 +72,14 @@ class MetricsLog:
         if self.board is not None:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, int(record["step"]))
+
+
+def _open_lines(path: Path) -> TextIO:
+    """Open for appending, without the half line that a killed writer may have left."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    return path.open("a", buffering=1)
 
 
 def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -28,14 +27,17 @@ class Progress:
         self.first_step = self.shown_step = 0
         self.began = self.shown_at = time.perf_counter()
 
-    def start(self, step: int, source: Path | None, parameters: int) -> None:
+    def start(self, step: int, source: str, parameters: int) -> None:
         """Say what is about to run, and from where."""
         cfg, ctx = self.cfg, self.ctx
         degrees = f"tensor {ctx.tensor.size} x pipeline {ctx.pipeline.size} x data {ctx.data.size}"
         origin = f"resuming from {source}" if source else "from initial weights"
+        steps = f"steps {step + 1}..{cfg.train.steps}"
+        if step >= cfg.train.steps:
+            steps = f"nothing left to do: step {step} of {cfg.train.steps} is done"
         self.note(
             f"training {parameters:,} parameters in {cfg.train.precision} on {ctx.device.type}, {degrees}, "
-            f"{cfg.parallel.schedule}; steps {step + 1}..{cfg.train.steps}, {origin}"
+            f"{cfg.parallel.schedule}; {steps}, {origin}"
         )
         self.first_step = self.shown_step = step
 

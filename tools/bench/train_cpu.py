@@ -237,7 +237,7 @@ def run_case(o: Options, name: str) -> dict[str, Any]:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.processes}"]
         options = json.dumps(asdict(o) | {"json": None})
         command = [*launcher, __file__, "worker", name, str(out), options]
-        env = os.environ | {"OMP_NUM_THREADS": str(case.threads), "TOKENIZERS_PARALLELISM": "false"}
+        env = os.environ | {"OMP_NUM_THREADS": str(case.threads), "PYTHONFAULTHANDLER": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name} failed with code {done.returncode}:\n{done.stderr[-4000:]}")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, EngineError, Fault
+from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, ConfigError, EngineError, Fault
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = EXIT_ERROR
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
@@ -97,8 +102,12 @@ def _train(args: list[str]) -> int:
     from engine.options import parse_train
 
     options = parse_train(args, "engine train")
-    if options.world_size < 0:
-        text = "is not a number of ranks"
+    if options.world_size < 0 or (options.world_size and not options.dry_run):
+        text = (
+            "is not a number of ranks"
+            if options.world_size < 0
+            else "is for --dry-run; torchrun says how many there are"
+        )
         raise ConfigError([Fault("--world-size", options.world_size, text, "Use 0 for what the degrees need.")])
     if options.dry_run:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=options.world_size or None)
@@ -145,6 +154,9 @@ def _evaluate(args: list[str]) -> int:
     from engine.options import Evaluate
 
     o = tyro.cli(Evaluate, args=args, prog="engine evaluate")
+    degrees = {"--tensor": o.tensor, "--pipeline": o.pipeline}
+    if wrong := [Fault(k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1]:
+        raise ConfigError(wrong)
     env = read_env()
     cfg = config_of(o.checkpoint, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
     if faults := relations(cfg, env.world):

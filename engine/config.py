@@ -477,7 +477,7 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
         yield Fault(
             "schedule.decay_steps",
             s.decay_steps,
-            f"must lie in 1..{t.steps - s.warmup_steps} (train.steps - warmup_steps) for wsd",
+            f"must be at least 1 and fit in the {t.steps - s.warmup_steps} steps after the warm-up for wsd",
             f"A tenth of the run is usual: {max(1, t.steps // 10)}.",
         )
     if s.kind != "wsd" and s.decay_steps:

@@ -145,7 +145,10 @@ def _connect(env: Env, device: torch.device, timeout_s: float) -> Store:
 def _report(error: Exception, env: Env, store: Store | None) -> None:
     """Print the error unless another rank had one before; give torchrun's summary the same text."""
     expected = isinstance(error, EngineError)
-    text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
     if store is not None:
         words = ("gloo", "NCCL", "Connection", "DistBackendError")
         lost = not expected and any(word in f"{type(error).__name__} {error}" for word in words)

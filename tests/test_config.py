@@ -128,7 +128,7 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         {"schedule.kind": "wsd"},
         1,
         "schedule.decay_steps",
-        "must lie in 1..90 (train.steps - warmup_steps) for wsd",
+        "must be at least 1 and fit in the 90 steps after the warm-up for wsd",
         "A tenth of the run is usual: 10.",
     ),
     "decay without wsd": (
@@ -570,8 +570,12 @@ def no_data(tmp_path: Path) -> list[str]:
     return ["train", "--run.dir", str(tmp_path / "run")]
 
 
-def no_dtype(tmp_path: Path) -> list[str]:
+def no_ranks(tmp_path: Path) -> list[str]:
     return ["train", "--world-size", "-4", "--dry-run"]
+
+
+def no_degree(tmp_path: Path) -> list[str]:
+    return ["evaluate", str(tmp_path), "--tensor", "0", "--pipeline", "-1"]
 
 
 @pytest.mark.usefixtures("bare_env", "handlers")
@@ -579,7 +583,8 @@ def no_dtype(tmp_path: Path) -> list[str]:
     ("arguments", "expected"),
     [
         (no_data, "data.train = '': no training data given. Make some with `engine prepare`."),
-        (no_dtype, "--world-size = -4: is not a number of ranks. Use 0 for what the degrees need."),
+        (no_degree, "--pipeline = -1: a degree is at least 1. Use 1 or more."),
+        (no_ranks, "--world-size = -4: is not a number of ranks. Use 0 for what the degrees need."),
     ],
 )
 def test_faults_found_later_end_with_2_too(
@@ -612,3 +617,8 @@ def test_single_process_verbs_refuse_torchrun(
     rest = ["--prompt", "x"] if verb == "generate" else ["out"]
     assert run_cli(verb, "run", *rest) == EXIT_CONFIG
     assert f"WORLD_SIZE = 2: {verb} runs on one process. Start `engine {verb} ...`" in capsys.readouterr().err
+
+
+def test_world_size_belongs_to_the_dry_run(bare_env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("train", "--world-size", "8") == EXIT_CONFIG
+    assert "--world-size = 8: is for --dry-run" in capsys.readouterr().err

@@ -169,6 +169,14 @@ def test_the_first_cause_is_told_once(failing: int, tmp_path: Path) -> None:
     assert results[1 - failing] == Ended(1, "")
 
 
+def test_quiet_ranks_end_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun calls whoever ends first the root cause."""
+    monkeypatch.setattr(launch, "_LINGER_S", 1.5)
+    begin = time.monotonic()
+    assert [r.text != "" for r in ranks(last_rank_fails, tmp_path)] == [False, True]
+    assert time.monotonic() - begin > 1.5
+
+
 def test_many_failures_are_told_once(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
         raise TrainingError(f"loss is nan on {ctx.rank}")

@@ -213,7 +213,7 @@ def _refuse_existing(output: str, new_tokenizer: Path | None, overwrite: bool) -
         paths.append(new_tokenizer / "tokenizer.json")
     existing = [str(path) for path in paths if path.exists()]
     if existing and not overwrite:
-        raise DataError(f"{', '.join(existing)}: already there. Choose another name, delete them, or overwrite.")
+        raise DataError(f"{', '.join(existing)}: already there. Choose another name, delete them, or give --overwrite.")
 
 
 def _train_texts(reader: _Reader) -> Iterator[str]:

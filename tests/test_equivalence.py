@@ -77,6 +77,7 @@ EIGHT = [(2, 2, 2, "1f1b", 1), (1, 4, 2, "gpipe", 2), (4, 2, 1, "1f1b", 2), (8, 
 
 def check_layout(model: dict[str, Any], layout: tuple[int, int, int, str, int]) -> None:
     tensor, pipeline, data, schedule, micro_batch_size = layout
+    model = model | {"model_num_layers": max(2, pipeline)}
     cfg = config(
         tensor * pipeline * data,
         parallel_tensor=tensor,

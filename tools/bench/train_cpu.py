@@ -6,7 +6,9 @@
 A noisy machine makes single runs worthless, so: rounds. A round runs every case once, each in a fresh process, in an
 order that turns from round to round; a case's ratio is taken against the hand-written loop of the same round. Medians
 and the whole range over the rounds are shown. A step during which other programs used the processor does not count;
-more steps are made until enough were undisturbed. Nobody's allocator is tuned: MALLOC_* variables reach all alike.
+more steps are made until enough were undisturbed. Where that cannot be had, `--threads 1` and the column of processor
+seconds are what to look at: a thread that waits for its turn spends none. Nobody's allocator is tuned: MALLOC_*
+variables reach all alike.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,8 @@ class Options:
     """others may use so many cores during a step that counts"""
     tries: int = 4
     """so many times `steps` are made at most to find undisturbed ones; then the least disturbed count"""
+    threads: int = 2
+    """of the one-process cases"""
     patience: float = 60.0
     """seconds to wait for a quiet machine before each run"""
     json: Path | None = None
@@ -83,6 +87,11 @@ class Options:
     vocab: int = 32_000
     seq: int = 512
     micro_batch: int = 4
+
+    def case(self, name: str) -> Case:
+        """The case of that name with as many threads as asked for."""
+        case = CASES[name]
+        return replace(case, threads=self.threads) if case.processes == 1 else case
 
     def steps_of(self, case: Case) -> tuple[int, int]:
         """(warm-up, timed) steps, so that every case computes for about as long."""
@@ -106,20 +115,22 @@ def timed(o: Options, case: Case, step: Callable[[int], float], total: Callable[
     for i in range(warmup):
         step(i)
     before = resource.getrusage(resource.RUSAGE_SELF)
-    taken: list[tuple[float, float]] = []  # cores that others used, seconds
+    taken: list[tuple[float, float, float]] = []  # cores that others used, seconds, processor seconds of all ranks
     loss, made = 0.0, 0
-    while sum(others <= o.quiet for others, _ in taken) < steps and made < o.tries * steps:
+    while sum(others <= o.quiet for others, _, _ in taken) < steps and made < o.tries * steps:
         busy, own, begin = busy_s(), time.process_time(), time.perf_counter()
         loss = step(warmup + made)
         seconds = time.perf_counter() - begin
         spent = total(torch.tensor([time.process_time() - own, busy_s() - busy]).double())
         others = float(spent[1] / case.processes - spent[0]) / seconds
-        taken.append((float(total(torch.tensor(others).double())) / case.processes, seconds))
+        others = float(total(torch.tensor(others).double())) / case.processes
+        taken.append((others, seconds, float(spent[0])))
         made += 1
     counted = sorted(taken)[:steps]
     after = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "seconds": [seconds for _, seconds in counted],
+        "seconds": [seconds for _, seconds, _ in counted],
+        "cpu_seconds": [cpu for _, _, cpu in counted],
         "others": counted[-1][0],
         "steps_made": made,
         "loss": loss,
@@ -133,7 +144,7 @@ def loop_worker(o: Options) -> dict[str, Any]:
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    case = CASES["loop"]
+    case = o.case("loop")
     torch.set_num_threads(case.threads)
     torch.manual_seed(1)
     config = LlamaConfig(
@@ -172,7 +183,7 @@ def engine_worker(o: Options, name: str) -> dict[str, Any] | None:
     from engine.launch import read_env, run
     from engine.train import setup, train_step
 
-    case = CASES[name]
+    case = o.case(name)
     torch.set_num_threads(case.threads)
     values = {
         "model.hidden_size": o.hidden,
@@ -229,7 +240,7 @@ def worker(name: str, out: str, options: str) -> None:
 
 def run_case(o: Options, name: str) -> dict[str, Any]:
     """One run of a case in fresh processes."""
-    case = CASES[name]
+    case = o.case(name)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         launcher = [sys.executable]
@@ -258,6 +269,7 @@ def show(o: Options, runs: dict[str, list[dict[str, Any]]], console: Console) ->
         "tokens a step",
         "tokens/s",
         "ratio",
+        "CPU s a step",
         "faults a step",
         "MiB a rank",
         "others",
@@ -268,7 +280,7 @@ def show(o: Options, runs: dict[str, list[dict[str, Any]]], console: Console) ->
         ),
     )
     for name, results in runs.items():
-        case = CASES[name]
+        case = o.case(name)
         ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(results, runs.get("loop", []))]
         table.add_row(
             case.title,
@@ -276,6 +288,7 @@ def show(o: Options, runs: dict[str, list[dict[str, Any]]], console: Console) ->
             f"{case.sequences(o.micro_batch) * o.seq:,}",
             spread([r["tokens_per_s"] for r in results], 0),
             spread(ratios, 3) if ratios and name != "loop" else "",
+            spread([statistics.median(r["cpu_seconds"]) for r in results], 2),
             f"{statistics.median(r['page_faults_per_step'] for r in results):,.0f}",
             f"{statistics.median(r['peak_rss_mib'] for r in results):,.0f}",
             f"{max(r['others'] for r in results):.2f}",

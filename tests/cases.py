@@ -16,7 +16,7 @@ from engine.sharding import Parameter
 MODEL = {
     "vocab_size": 61,  # odd on purpose: every tensor degree pads it
     "hidden_size": 32,
-    "num_layers": 2,
+    "num_layers": 4,
     "num_heads": 8,
     "num_kv_heads": 2,
     "ffn_size": 48,

@@ -51,6 +51,7 @@ def test_schedule_bucket_size_and_overlap_change_no_bit(precision: str) -> None:
         "train_global_batch_size": 8,
         "train_precision": precision,
         "model_tie_embeddings": True,
+        "model_num_layers": 2,
     }
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     losses, state = run(config(4, **base), dtype)
@@ -78,7 +79,7 @@ def test_pipeline_degree_changes_no_bit(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 def test_resume_in_the_same_layout_changes_no_bit(tmp_path: Path, precision: str, stop: int) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
-    cfg = config(4, parallel_tensor=2, parallel_data=2, train_precision=precision)
+    cfg = config(4, parallel_tensor=2, parallel_data=2, train_precision=precision, model_num_layers=2)
 
     def through(ctx: ParallelContext) -> Any:
         state = setup(cfg, ctx)

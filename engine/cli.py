@@ -117,7 +117,7 @@ def _train(args: list[str]) -> int:
 
         show(resolved, Console())
         return EXIT_OK
-    from engine.launch import StopRequest, pick_device, read_env, run
+    from engine.launch import StopRequest, leave, pick_device, read_env, run
     from engine.optim.precision import PRECISIONS
     from engine.train import train
 
@@ -131,7 +131,7 @@ def _train(args: list[str]) -> int:
         raise
     cfg = resolved.config
     stop = StopRequest()
-    return run(
+    code = run(
         lambda ctx: train(resolved, ctx, stop),
         env,
         layout_of(cfg),
@@ -140,6 +140,7 @@ def _train(args: list[str]) -> int:
         device=device,
         timeout_s=cfg.parallel.timeout_s,
     )
+    return leave(code, env)
 
 
 def _evaluate(args: list[str]) -> int:
@@ -149,7 +150,7 @@ def _evaluate(args: list[str]) -> int:
     from engine.config import layout_of, relations
     from engine.evaluate import evaluate
     from engine.inference import config_of
-    from engine.launch import pick_device, read_env, run
+    from engine.launch import leave, pick_device, read_env, run
     from engine.optim.precision import PRECISIONS
     from engine.options import Evaluate
 
@@ -161,7 +162,7 @@ def _evaluate(args: list[str]) -> int:
     cfg = config_of(o.checkpoint, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
     if faults := relations(cfg, env.world):
         raise ConfigError(faults)
-    return run(
+    code = run(
         lambda ctx: evaluate(cfg, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches),
         env,
         layout_of(cfg),
@@ -170,6 +171,7 @@ def _evaluate(args: list[str]) -> int:
         device=pick_device(cfg.train.device, env),
         timeout_s=cfg.parallel.timeout_s,
     )
+    return leave(code, env)
 
 
 def _generate(args: list[str]) -> int:

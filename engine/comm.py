@@ -1,4 +1,7 @@
-"""Collectives, their autograd pairs, and small agreements between ranks. Each takes an Axis; size 1 is the identity.
+"""Collectives, their autograd pair, and small agreements between ranks. Each takes an Axis; size 1 is the identity.
+
+Every call counts the bytes this rank sends, with ring algorithms, in `axis.traffic` under (axis name, collective):
+all-reduce of X bytes over n ranks 2 X (n-1)/n, all-gather and reduce-scatter X (n-1)/n with X the full size, a send X.
 
 Objects cross ranks as JSON bytes only: torch's object collectives pickle, and a pickle from a peer is code.
 """
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,63 +20,128 @@ from torch import Tensor
 from engine.context import Axis
 from engine.errors import EngineError
 
+# torch 2.13 calls these _single and warns of the names that 2.11 has
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
+@dataclass
+class Pending:
+    """A tensor on its way. `wait()` gives it; until then neither it nor what it came from may be touched."""
+
+    value: Tensor
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        """The finished tensor; a second wait costs nothing."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.value
+
+
+def _count(axis: Axis, collective: str, num_bytes: float) -> None:
+    axis.traffic[axis.name, collective] += num_bytes
+
+
+def _ring(x: Tensor, axis: Axis) -> float:
+    """Bytes a rank sends to pass a tensor of x's size once round the ring."""
+    return x.numel() * x.element_size() * (axis.size - 1) / axis.size
+
+
+def all_reduce_start(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
+    """Start reducing `x` in place over the axis ("sum", "max", "min")."""
+    if axis.size == 1:
+        return Pending(x)
+    _count(axis, "all_reduce", 2 * _ring(x, axis))
+    return Pending(x, dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True))
+
+
 def all_reduce_(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
-    """Reduce `x` in place over the axis ("sum", "max", "min") and return it."""
-    if axis.size > 1:
-        dist.all_reduce(x, _OPS[op], group=axis.group)
-    return x
+    """Reduce `x` in place over the axis and return it."""
+    return all_reduce_start(x, axis, op).wait()
 
 
-def all_reduce_start(x: Tensor, axis: Axis) -> dist.Work | None:
-    """Start summing `x` in place over the axis; wait on the returned work before reading (None: nothing to do)."""
-    return dist.all_reduce(x, group=axis.group, async_op=True) if axis.size > 1 else None
+def all_gather_start(x: Tensor, axis: Axis) -> Pending:
+    """Start concatenating every rank's `x` (equal shapes) along the first dim, in axis order. Not differentiable."""
+    if axis.size == 1:
+        return Pending(x)
+    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
+    _count(axis, "all_gather", _ring(out, axis))
+    return Pending(out, _all_gather(out, x.contiguous(), group=axis.group, async_op=True))
 
 
-def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Concatenate every rank's `x` (equal shapes) along `dim`, in axis order. Not differentiable."""
     if axis.size == 1:
         return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
-    dist.all_gather(parts, x.contiguous(), group=axis.group)
-    return torch.cat(parts, dim)
+    return all_gather_start(x.movedim(dim, 0), axis).wait().movedim(0, dim)
 
 
-class _ReduceFrom(torch.autograd.Function):
-    """Megatron's g: all-reduce forward, identity backward (Shoeybi et al. 2019, figure 3). Its mirror image f lives
-    in ops.linear, where the all-reduce of the backward overlaps the weight gradient.
+def all_gather_into_start(x: Tensor, axis: Axis) -> Pending:
+    """Start filling flat `x` [n * axis.size] in place: every rank has put its part where it belongs."""
+    if axis.size == 1:
+        return Pending(x)
+    _count(axis, "all_gather", _ring(x, axis))
+    part = x.view(axis.size, -1)[axis.rank]
+    return Pending(x, _all_gather(x, part, group=axis.group, async_op=True))
+
+
+def reduce_scatter_start(x: Tensor, axis: Axis) -> Pending:
+    """Start summing `x` over the axis; what comes is this rank's part of the first dim. `x` itself is used up."""
+    if axis.size == 1:
+        return Pending(x)
+    if x.shape[0] % axis.size:
+        raise ValueError(f"the first dim of {list(x.shape)} is not a multiple of the {axis.size} ranks of {axis.name}")
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    _count(axis, "reduce_scatter", _ring(x, axis))
+    return Pending(out, _reduce_scatter(out, x.contiguous(), group=axis.group, async_op=True))
+
+
+def sum_start(x: Tensor, copies: Axis, sequence: Axis) -> Pending:
+    """Start summing partial results over the tensor ranks: whole on each (copies), or a part on each (sequence)."""
+    return all_reduce_start(x, copies) if sequence.size == 1 else reduce_scatter_start(all_reduce_(x, copies), sequence)
+
+
+class _SumFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, copies: Axis, sequence: Axis) -> Tensor:
+        ctx.sequence = sequence
+        return sum_start(x.clone(memory_format=torch.contiguous_format), copies, sequence).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grad, ctx.sequence), None, None
+
+
+def sum_from(x: Tensor, copies: Axis, sequence: Axis) -> Tensor:
+    """Leave a tensor-parallel region: partial sums `x` [s, ...] become their sum, whole or cut along the sequence.
+
+    Forward all-reduce, backward identity (Megatron's g: Shoeybi et al. 2019, figure 3), or forward reduce-scatter,
+    backward all-gather (Korthikanti et al. 2022, figure 5). The mirror image lives in ops.linear, where the sum of the
+    backward overlaps the weight gradient.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce_(x.clone(memory_format=torch.contiguous_format), axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def reduce_from(x: Tensor, axis: Axis) -> Tensor:
-    """Leave a tensor-parallel region: partial sums `x` become their sum; the gradient passes unchanged."""
-    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
+    return x if copies.size == sequence.size == 1 else _SumFrom.apply(x, copies, sequence)
 
 
 def post(
     sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]], axis: Axis
-) -> tuple[list[dist.Work], list[dist.Work]]:
-    """Post sends and receives together as one batch; peers are positions on the axis. Returns (sent, received) works.
+) -> tuple[list[Pending], list[Pending]]:
+    """Post sends and receives together as one batch; peers are positions on the axis. Returns (sent, received).
 
-    A tensor being sent must not change before its work is done. NCCL has no tags: the k-th send to a peer meets the
-    k-th receive there, which the pipeline plan's check has proven to be the right one. NCCL also answers a batch with
-    one work for all of it, which is then the receives' if there are any.
+    A tensor being sent must not change before it is. NCCL has no tags: the k-th send to a peer meets the k-th receive
+    there, which the pipeline plan's check has proven to be the right one. NCCL also answers a batch with one work for
+    all of it, which everything in the batch then waits for.
     """
     ops = [dist.P2POp(dist.isend, x, axis.ranks[peer], axis.group) for x, peer in sends]
     ops += [dist.P2POp(dist.irecv, x, axis.ranks[peer], axis.group) for x, peer in recvs]
+    for x, _ in sends:
+        _count(axis, "send", x.numel() * x.element_size())
     works = dist.batch_isend_irecv(ops)
-    cut = len(sends) if len(works) == len(ops) or not recvs else 0
-    return works[:cut], works[cut:]
+    works = works if len(works) == len(ops) else works * len(ops)
+    pending = [Pending(x, work) for (x, _), work in zip((*sends, *recvs), works)]
+    return pending[: len(sends)], pending[len(sends) :]
 
 
 def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
@@ -80,10 +149,10 @@ def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
     if axis.size == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    sizes = all_gather(torch.tensor([data.numel()], device=device), axis, 0).tolist()
+    sizes = all_gather(torch.tensor([data.numel()], device=device), axis).tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
     padded[: data.numel()] = data
-    rows = all_gather(padded[None], axis, 0).cpu().numpy()
+    rows = all_gather(padded[None], axis).cpu().numpy()
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 

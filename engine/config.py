@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, Fault, PlanError
 from engine.layout import Layout
-from engine.pipeline.schedules import SCHEDULES
+from engine.pipeline.actions import Plan
+from engine.pipeline.schedules import SCHEDULES, build, load_plan
 from engine.presets import PRESETS
 
 
@@ -84,12 +86,26 @@ class ParallelConfig(Section):
     """ranks that share the sequence (only 1 so far)"""
     expert: int = Field(1, ge=1)
     """ranks that share the experts (only 1 so far)"""
+    sequence: bool = True
+    """cut the sequence over the tensor ranks outside the matrices (sequence parallelism)"""
+    keep_gathered: bool = False
+    """with sequence: keep gathered inputs of column-parallel products instead of gathering again in the backward"""
     schedule: str = "1f1b"
-    """pipeline schedule, a name from engine.pipeline.schedules: 1f1b or gpipe"""
+    """pipeline schedule: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v, or a file that `engine schedule` saved"""
+    chunks: int = Field(0, ge=0)
+    """pipeline stages on each rank; 0: as the schedule has it (2 for interleaved and the V-shaped ones, else 1)"""
+    layers: str = ""
+    """blocks of each pipeline stage in order, such as 9,8,8,7; empty: equally many"""
+    zero: int = Field(1, ge=0, le=1)
+    """1: ZeRO-1, each data rank holds and updates its part of master weights and optimizer state; 0: all of it"""
+    reduce_dtype: Literal["main", "bf16"] = "main"
+    """what gradients are summed over the data ranks in; main: the dtype they are added up in (fp32)"""
     bucket_mib: float = Field(32.0, gt=0)
     """size of a gradient bucket"""
     overlap: bool = True
     """reduce each bucket over the data ranks while the rest of the backward still runs"""
+    overlap_gather: bool = True
+    """with zero: gather updated weights while the next forward already runs"""
     timeout_s: float = Field(600.0, gt=0)
     """a collective that takes longer ends the job"""
 
@@ -106,7 +122,15 @@ class TrainConfig(Section):
     seed: int = Field(1234, ge=0)
     """initial weights and sample order follow from it"""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """number format of weights and activations; bf16 keeps fp32 master weights and gradients"""
+    """number format of weights and activations; bf16 and fp16 keep fp32 master weights and gradients"""
+    loss_scale: float = Field(65536.0, gt=0)
+    """fp16: first loss scale; it is halved when a gradient overflows"""
+    loss_scale_window: int = Field(1000, ge=1)
+    """fp16: steps without overflow after which the loss scale doubles"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """what the backward computes again instead of keeping it; selective: norms, SwiGLU product, attention core"""
+    recompute_layers: int = Field(0, ge=0)
+    """recompute in so many blocks of each stage, from its first; 0: in all"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA when every local rank can have a GPU of its own, otherwise CPU; which one is printed"""
     eval_every: int = Field(0, ge=0)
@@ -169,6 +193,8 @@ class MonitorConfig(Section):
     """write TensorBoard events into the run folder"""
     peak_tflops: float = Field(0.0, ge=0)
     """peak TFLOP/s of one device, to report MFU; 0: report achieved GFLOP/s"""
+    timeline_step: int = Field(3, ge=0)
+    """of each start, the step whose pipeline timeline is written for `engine schedule --from`; 0: none"""
 
 
 class Config(Section):
@@ -258,6 +284,7 @@ def _fill_in(config: Config, world: int, sources: dict[str, str]) -> Config:
         ("model", "num_kv_heads"): model.num_kv_heads or model.num_heads,
         ("model", "head_dim"): model.head_dim or model.hidden_size // model.num_heads,
         ("parallel", "data"): parallel.data or world // (parallel.tensor * parallel.pipeline),
+        ("parallel", "chunks"): _chunks(parallel),
     }
     for (section, name), value in derived.items():
         part = getattr(config, section)
@@ -270,8 +297,51 @@ def _fill_in(config: Config, world: int, sources: dict[str, str]) -> Config:
 def layout_of(config: Config) -> Layout:
     """The layout a resolved config describes."""
     p = config.parallel
-    world = p.tensor * p.pipeline * p.data * p.context
-    return Layout(world, tensor=p.tensor, pipeline=p.pipeline, data=p.data, context=p.context)
+    return Layout(
+        p.tensor * p.pipeline * p.data * p.context,
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        data=p.data,
+        context=p.context,
+        sequence=p.sequence and p.tensor > 1,
+        tail=_placement(p)[-1],
+    )
+
+
+def microbatches_of(config: Config) -> int:
+    """Microbatches that each data rank takes through its pipeline in an optimizer step of a resolved config."""
+    return config.train.global_batch_size // (config.parallel.data * config.train.micro_batch_size)
+
+
+def pipeline_plan(config: Config) -> Plan:
+    """The checked plan that a resolved config runs. PlanError when a plan file cannot be read or does not fit."""
+    p = config.parallel
+    if p.schedule in SCHEDULES:
+        return build(p.schedule, p.pipeline, p.chunks, microbatches_of(config))
+    return load_plan(Path(p.schedule))
+
+
+def layers_of_stages(config: Config) -> list[int]:
+    """How many blocks each pipeline stage of a resolved config has, in order."""
+    p = config.parallel
+    if p.layers:
+        return [int(count) for count in p.layers.split(",")]
+    stages = p.pipeline * p.chunks
+    return [config.model.num_layers // stages] * stages
+
+
+def _chunks(p: ParallelConfig) -> int:
+    if p.chunks:
+        return p.chunks
+    if p.schedule in SCHEDULES:
+        return SCHEDULES[p.schedule].chunks or 2
+    return len(_placement(p)) // p.pipeline
+
+
+def _placement(p: ParallelConfig) -> tuple[int, ...]:
+    if p.schedule in SCHEDULES:
+        return SCHEDULES[p.schedule].placement(p.pipeline, p.chunks)
+    return load_plan(Path(p.schedule)).placement
 
 
 def _known_paths() -> list[str]:
@@ -418,7 +488,7 @@ def _nearest_divisor(number: int, to: int) -> int:
 
 
 def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
-    p, m = cfg.parallel, cfg.model
+    p = cfg.parallel
     for name in ("context", "expert"):
         degree = getattr(p, name)
         if degree > 1:
@@ -439,18 +509,7 @@ def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
             f"= {shards} does not divide the {world} processes",
             f"Start `torchrun --nproc-per-node {shards * -(-world // shards)} -m engine train ...`.",
         )
-    if m.num_layers % p.pipeline:
-        yield Fault(
-            "parallel.pipeline",
-            p.pipeline,
-            f"does not divide model.num_layers = {m.num_layers}",
-            f"Use {_divisors_near(m.num_layers, p.pipeline)} layers, "
-            f"or pipeline {_nearest_divisor(m.num_layers, p.pipeline)}.",
-        )
-    if p.schedule not in SCHEDULES:
-        near = difflib.get_close_matches(p.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
-        known = ", ".join(SCHEDULES)
-        yield Fault("parallel.schedule", p.schedule, f"is none of {known}", f"Did you mean {near}?")
+    yield from _schedule_relations(cfg, world)
     data = p.data or max(1, world // shards)
     slice_ = data * cfg.train.micro_batch_size
     if cfg.train.global_batch_size % slice_:
@@ -462,10 +521,86 @@ def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
         )
 
 
+def _schedule_relations(cfg: Config, world: int) -> Iterator[Fault]:
+    p, m = cfg.parallel, cfg.model
+    name = "parallel.schedule"
+    if p.schedule not in SCHEDULES and not Path(p.schedule).is_file():
+        near = difflib.get_close_matches(p.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
+        known = ", ".join(SCHEDULES)
+        yield Fault(name, p.schedule, f"is none of {known}, and no file", f"Did you mean {near}?")
+        return
+    if p.schedule not in SCHEDULES:
+        try:
+            plan = load_plan(Path(p.schedule))
+        except PlanError as error:
+            yield Fault(name, p.schedule, str(error), "Save it again with `engine schedule --save`.")
+            return
+        data = p.data or max(1, world // (p.tensor * p.pipeline))
+        microbatches = cfg.train.global_batch_size // (data * cfg.train.micro_batch_size)
+        if (plan.num_ranks, plan.microbatches) != (p.pipeline, microbatches):
+            have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} microbatches"
+            want = f"--ranks {p.pipeline} --microbatches {microbatches}"
+            yield Fault(name, p.schedule, have, f"This run needs `engine schedule ... {want} --save FILE`.")
+            return
+    chunks, fixed = _chunks(p), SCHEDULES[p.schedule].chunks if p.schedule in SCHEDULES else _chunks(p)
+    if fixed is not None and chunks != fixed:
+        yield Fault(
+            "parallel.chunks",
+            chunks,
+            f"does not fit {name} {p.schedule}, which places {fixed} on a rank",
+            f"Use {fixed}, or {name} interleaved.",
+        )
+        return
+    stages = p.pipeline * chunks
+    if p.layers:
+        yield from _layer_list_relations(p.layers, stages, m.num_layers)
+    elif m.num_layers % stages:
+        fits = [d for d in range(1, m.num_layers + 1) if m.num_layers % (d * chunks) == 0]
+        near_degree = f", or pipeline {min(fits, key=lambda d: (abs(d - p.pipeline), d))}" if fits else ""
+        uneven = ",".join(str(m.num_layers // stages + (i < m.num_layers % stages)) for i in range(stages))
+        yield Fault(
+            "parallel.pipeline",
+            p.pipeline,
+            (f"x {chunks} chunks = {stages} stages " if chunks > 1 else "")
+            + f"does not divide model.num_layers = {m.num_layers}",
+            f"Use {_divisors_near(m.num_layers, stages)} layers{near_degree}, or parallel.layers {uneven}.",
+        )
+
+
+def _layer_list_relations(text: str, stages: int, num_layers: int) -> Iterator[Fault]:
+    counts = text.split(",")
+    even = ",".join(str(num_layers // stages + (i < num_layers % stages)) for i in range(stages))
+    if not all(count.isdecimal() for count in counts):
+        yield Fault("parallel.layers", text, "is not a list of numbers", f"Give one for each stage, such as {even}.")
+    elif len(counts) != stages or sum(map(int, counts)) != num_layers:
+        found = f"is {sum(map(int, counts))} layers in {len(counts)} stages, not {num_layers} in {stages}"
+        yield Fault("parallel.layers", text, found, f"Such as {even}.")
+
+
 def _train_relations(cfg: Config) -> Iterator[Fault]:
     t, s = cfg.train, cfg.schedule
-    if t.precision == "fp16":
-        yield Fault("train.precision", "fp16", "dynamic loss scaling is not built yet", "Use bf16 or fp32.")
+    p = cfg.parallel
+    if p.sequence and t.seq_len % p.tensor and not cfg.model.num_heads % p.tensor:
+        yield Fault(
+            "train.seq_len",
+            t.seq_len,
+            f"is not a multiple of parallel.tensor = {p.tensor}, which cut the sequence",
+            f"Use {_divisors_near(t.seq_len, p.tensor)}, or parallel.sequence false.",
+        )
+    if p.keep_gathered and not (p.sequence and p.tensor > 1):
+        repair = "Leave it out, or use parallel.tensor 2 or more with parallel.sequence true."
+        yield Fault("parallel.keep_gathered", True, "has no meaning where the sequence is not cut", repair)
+    if p.keep_gathered and t.recompute == "selective":
+        relation = "keeps what train.recompute selective computes again"
+        yield Fault("parallel.keep_gathered", True, relation, "Set one of the two back.")
+    if t.recompute == "none" and t.recompute_layers:
+        repair = "Set train.recompute to selective or full."
+        yield Fault("train.recompute_layers", t.recompute_layers, "has no meaning without recompute", repair)
+    if t.precision == "fp64" and p.reduce_dtype == "bf16":
+        yield Fault("parallel.reduce_dtype", "bf16", "would spoil train.precision fp64", "Use main.")
+    if math.log2(t.loss_scale) % 1:
+        relation, near = "is not a power of two, so that scaling would round", 2 ** round(math.log2(t.loss_scale))
+        yield Fault("train.loss_scale", t.loss_scale, relation, f"Nearest: {near}.")
     if t.seq_len > cfg.model.max_seq_len:
         yield Fault(
             "train.seq_len",

@@ -6,7 +6,8 @@ global. Two contexts can live in one process (the tests use that).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -17,13 +18,17 @@ from engine.layout import Layout
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of the mesh as seen from one rank. `group` is None when there is nothing to talk to (size 1)."""
+    """One direction of the mesh as seen from one rank. `group` is None when there is nothing to talk to (size 1).
+
+    traffic: bytes this rank has sent, by (axis name, collective); the axes of a context share one counter.
+    """
 
     name: str
     size: int
     rank: int
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
+    traffic: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class ParallelContext:
     """A rank's place in the grid, and where and in what dtype its parameters live.
 
     tensor, pipeline, data, context: the axes of the grid. kv: the tensor ranks that hold the same KV heads.
-    ends: first and last pipeline stage (tied embeddings). world: all ranks. alone: this rank, for "nobody to sum with".
+    sequence: the tensor ranks that cut the sequence among them outside the matrices; copies: those that hold the same
+    activations there. One of the two is the tensor axis and the other this rank alone, so code takes both and asks for
+    neither. ends: the ranks of first and last stage (tied embeddings). world: all ranks. alone: this rank.
     """
 
     layout: Layout
@@ -41,6 +48,8 @@ class ParallelContext:
     data: Axis
     context: Axis
     kv: Axis
+    sequence: Axis
+    copies: Axis
     ends: Axis
     world: Axis
     alone: Axis
@@ -75,10 +84,13 @@ def make_context(
         "world": tuple(range(layout.world)),
         **{axis: layout.group(axis, rank) for axis in ("tensor", "data", "context", "pipeline")},
         "kv": layout.replica_group(rank, num_kv_heads),
+        "sequence": layout.group("tensor", rank) if layout.sequence else (rank,),
+        "copies": (rank,) if layout.sequence else layout.group("tensor", rank),
         "ends": layout.ends_group(rank),
         "alone": (rank,),
     }
-    axes = {}
+    axes: dict[str, Axis] = {}
+    traffic: dict[tuple[str, str], float] = defaultdict(float)
     for name, ranks in members.items():
         if connect and len(ranks) > 1 and ranks not in made:
             whole = len(ranks) == layout.world
@@ -87,5 +99,6 @@ def make_context(
                 if whole
                 else dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
             )
-        axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, made.get(ranks))
+        shown = "tensor" if name in ("sequence", "copies") else name
+        axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, made.get(ranks), traffic)
     return ParallelContext(layout=layout, rank=rank, device=torch.device(device), dtype=dtype, **axes)

@@ -12,15 +12,16 @@ import torch
 
 from engine.checkpoint.format import find
 from engine.comm import all_reduce_
-from engine.config import Config
+from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.indexed import IndexedDataset
 from engine.data.loader import MicroBatch
 from engine.data.order import SampleOrder
 from engine.errors import EXIT_OK, ConfigError, Fault
 from engine.inference import load_stage
+from engine.pipeline.actions import Plan
 from engine.pipeline.executor import execute
-from engine.pipeline.schedules import build
+from engine.pipeline.schedules import forward_only
 from engine.pipeline.stage import Stage
 
 
@@ -53,10 +54,15 @@ class Score:
 
 
 class Evaluator:
-    """Scores samples of one corpus. The samples, and so the score, do not depend on the layout."""
+    """Scores samples of one corpus. The samples, and so the score, do not depend on the layout.
 
-    def __init__(self, stages: Mapping[int, Stage], ctx: ParallelContext, dataset: IndexedDataset, cfg: Config):
-        self.stages, self.ctx, self.dataset, self.cfg = stages, ctx, dataset, cfg
+    plan: any that places the stages as they are.
+    """
+
+    def __init__(
+        self, plan: Plan, stages: Mapping[int, Stage], ctx: ParallelContext, dataset: IndexedDataset, cfg: Config
+    ):
+        self.plan, self.stages, self.ctx, self.dataset, self.cfg = plan, stages, ctx, dataset, cfg
         self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed)
 
     def run(self, batches: int) -> Score:
@@ -71,7 +77,7 @@ class Evaluator:
         sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
         for begin in range(0, per_rank, chunk):
             sums += self._chunk(mine[begin : begin + chunk], min(chunk, per_rank - begin))
-        speaks = ctx.tensor.rank == 0 and ctx.pipeline.rank == ctx.pipeline.size - 1
+        speaks = ctx.tensor.rank == 0 and self.plan.rank_of(self.plan.num_stages - 1) == ctx.pipeline.rank
         loss, tokens = all_reduce_(sums * float(speaks), ctx.world).tolist()
         return self._score(loss / tokens, int(tokens))
 
@@ -87,8 +93,7 @@ class Evaluator:
         rows, mask = rows.to(self.ctx.device), mask.to(self.ctx.device)
         parts = [slice(i, i + mbs) for i in range(0, padded, mbs)]
         batches = [MicroBatch(rows[p, :-1].contiguous(), rows[p, 1:].contiguous(), mask[p]) for p in parts]
-        plan = build("forward_only", self.ctx.pipeline.size, 1, len(batches))
-        losses = execute(plan, self.stages, self.ctx, batches, loss_grad=0.0)
+        losses = execute(forward_only(self.plan, len(batches)), self.stages, self.ctx, batches, loss_grad=0.0)
         return torch.stack((losses.sum(), mask.sum().double()))
 
     def _score(self, loss: float, tokens: int) -> Score:
@@ -107,8 +112,8 @@ def evaluate(cfg: Config, ctx: ParallelContext, checkpoint: Path, data: str, bat
         )
     dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
     model = load_stage(checkpoint, cfg, ctx)
-    stage = Stage(model, None, width=cfg.model.hidden_size, first=model.shape.first, last=model.shape.last)
-    score = Evaluator({ctx.pipeline.rank: stage}, ctx, dataset, cfg).run(batches)
+    stage = Stage(model, (), None, cfg.model.hidden_size, model.shape.first, model.shape.last)
+    score = Evaluator(pipeline_plan(cfg), {ctx.pipeline.rank: stage}, ctx, dataset, cfg).run(batches)
     if ctx.rank == 0:
         print(f"{find(checkpoint)} on {data}: {score}")
     return EXIT_OK

@@ -12,7 +12,8 @@ from engine.config import Config, layout_of
 from engine.context import ParallelContext, make_context
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError
-from engine.model.transformer import StageShape, Transformer
+from engine.model.transformer import Transformer, stage_shapes
+from engine.optim.adamw import Held
 from engine.optim.precision import PRECISIONS
 from engine.sharding import parameters
 
@@ -20,19 +21,30 @@ from engine.sharding import parameters
 def config_of(checkpoint: Path, *, tensor: int = 1, pipeline: int = 1, world: int = 1) -> Config:
     """The config a checkpoint was saved with, its layout replaced; data degree: what the other two leave."""
     config = Config.model_validate(read_manifest(find(checkpoint)).config)
-    degrees = {"tensor": tensor, "pipeline": pipeline, "data": max(1, world // (tensor * pipeline)), "context": 1}
-    data = degrees["data"]
+    data = max(1, world // (tensor * pipeline))
+    parallel = config.parallel.model_copy(
+        update={
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "data": data,
+            "context": 1,
+            "schedule": "1f1b",
+            "chunks": 1,
+            "layers": "",
+            "sequence": config.train.seq_len % tensor == 0,
+            "keep_gathered": False,
+        }
+    )
     batch = config.train.micro_batch_size * data
     train = config.train.model_copy(update={"global_batch_size": -(-config.train.global_batch_size // batch) * batch})
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update=degrees), "train": train})
+    return config.model_copy(update={"parallel": parallel, "train": train})
 
 
 def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext) -> Transformer:
     """This rank's stage of the model with the checkpoint's weights, without optimizer. Collective."""
-    shape = StageShape.of(cfg.model.num_layers, ctx.pipeline.rank, ctx.pipeline.size)
-    model = Transformer(cfg.model, ctx, shape)
+    model = Transformer(cfg.model, ctx, stage_shapes(cfg)[ctx.pipeline.rank])
     with Reader(find(checkpoint)) as reader:
-        load_into(reader, ((MODEL, p, p.data) for p in parameters(model)), ctx)
+        load_into(reader, (Held(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
     return model
 
 

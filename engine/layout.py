@@ -25,13 +25,19 @@ class Coords(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; their product is the number of ranks. Raises LayoutError when it is not."""
+    """Degrees of parallelism; their product is the number of ranks. Raises LayoutError when it is not.
+
+    sequence: whether the tensor ranks cut the sequence between them outside the matrices (sequence parallelism).
+    tail: the pipeline rank that holds the last stage; -1: the last one.
+    """
 
     world: int = 1
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     context: int = 1
+    sequence: bool = False
+    tail: int = -1
 
     def __post_init__(self) -> None:
         degrees = {axis: getattr(self, axis) for axis in AXES}
@@ -76,9 +82,12 @@ class Layout:
         return self.group("tensor", rank)[first : first + replicas]
 
     def ends_group(self, rank: int) -> tuple[int, ...]:
-        """First and last pipeline stage of this rank's column (tied embeddings live on both); others stand alone."""
+        """The ranks of this rank's column with the first and the last stage (tied embeddings live on both).
+
+        Others stand alone; so does the first where it holds both.
+        """
         column = self.group("pipeline", rank)
-        ends = (column[0], column[-1])
+        ends = (column[0], column[self.tail])
         return tuple(dict.fromkeys(ends)) if rank in ends else (rank,)
 
     def table(self) -> str:

@@ -16,8 +16,10 @@ memory counts all read. Invariants:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,6 +63,36 @@ class Piece:
     def of(self, local: Tensor) -> Tensor:
         """The piece as a view of the local parameter (or of a tensor of the same shape)."""
         return local.narrow(self.dim, self.start, self.shape[self.dim])
+
+    def flat_range(self) -> tuple[int, int]:
+        """Which elements [begin, end) of the local parameter, counted row by row, the piece is.
+
+        One range, because a piece is either whole rows or all of its parameter.
+        """
+        assert self.dim == 0 or self.start == 0
+        width = math.prod(self.shape[1:]) if self.dim == 0 else 1
+        begin = self.start * width
+        return begin, begin + math.prod(self.shape)
+
+    def rectangles(self, begin: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+        """The elements [begin, end) of the local parameter that lie in the piece, as rectangles of its tensor.
+
+        Each is (offset, shape, first element): end of a row, whole rows, beginning of a row, as far as they are there.
+        """
+        first, last = self.flat_range()
+        low, high, width = max(begin, first) - first, min(end, last) - first, math.prod(self.shape[1:])
+        if low >= high:
+            return []
+        whole = (-(-low // width) * width, high // width * width)  # from the first whole row to after the last
+        cuts = [low, *whole, high] if whole[0] <= whole[1] else [low, high]
+        found = []
+        for a, b in pairwise(cuts):
+            if a < b:
+                row, column = divmod(a, width)
+                shape = ((b - a) // width, *self.shape[1:]) if (b - a) % width == 0 else (1, b - a)
+                within = (row, column) if len(self.shape) == 2 else (row,)
+                found.append((tuple(o + w for o, w in zip(self.offset, within)), shape, first + a))
+        return found
 
     def cut(self, canonical: Tensor) -> Tensor:
         """The piece as a view of the whole canonical tensor."""
@@ -114,18 +146,21 @@ class Parameter(nn.Parameter):
 
     spec: the facts. main_grad: a view into a flat gradient bucket (set by GradBuckets) into which every microbatch
     is added; while it is None, gradients are ordinary autograd gradients in `.grad`. on_grad: called after each
-    addition, so that the bucket knows when it is complete.
+    addition, so that the bucket knows when it is complete. deferred: while it is a list, matmuls append their weight
+    gradients to it (ops.linear.WeightGrad) instead of computing them.
     """
 
     spec: ShardSpec
     main_grad: Tensor | None
     on_grad: Callable[[], None] | None
+    deferred: list[Any] | None
 
     def __new__(cls, data: Tensor, spec: ShardSpec) -> Parameter:
         self = super().__new__(cls, data, True)
         self.spec = spec
         self.main_grad = None
         self.on_grad = None
+        self.deferred = None
         return self
 
     def __init__(self, data: Tensor, spec: ShardSpec) -> None:

@@ -6,6 +6,7 @@ loop around it with saving, validation, progress and the orderly stop on a signa
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from engine.checkpoint.format import complete_steps, find, step_dir
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import save
 from engine.comm import all_reduce_, on_first_rank
-from engine.config import Config, Resolved
+from engine.config import Config, Resolved, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.indexed import IndexedDataset
 from engine.data.loader import Loader, MicroBatch
@@ -29,18 +30,19 @@ from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, Fault
 from engine.evaluate import Evaluator, Score
 from engine.launch import StopRequest
-from engine.model.transformer import StageShape, Transformer, num_parameters, tensor_shapes
+from engine.model.layers import Saving
+from engine.model.transformer import Transformer, num_parameters, stage_shapes, tensor_shapes
 from engine.monitor.health import explain_non_finite
 from engine.monitor.metrics import MetricsLog
 from engine.monitor.progress import Progress
+from engine.monitor.trace import write_timeline
 from engine.optim.adamw import FlatAdamW
-from engine.optim.clip import GradNorms, clip_, gradient_norms
+from engine.optim.clip import GradNorms, NormCounter, clip_factor, scale_
 from engine.optim.lr import learning_rate
-from engine.optim.precision import PRECISIONS
-from engine.parallel.buckets import GradBuckets, make_buckets
+from engine.optim.precision import PRECISIONS, LossScale
+from engine.parallel.buckets import GradBuckets, make_buckets, settle_before_use
 from engine.pipeline.actions import Plan
-from engine.pipeline.executor import execute
-from engine.pipeline.schedules import build
+from engine.pipeline.executor import Trace, execute
 from engine.pipeline.stage import Stage
 from engine.planner.cost import flops_per_token
 from engine.sharding import Parameter, initialise_, parameters
@@ -48,86 +50,120 @@ from engine.sharding import Parameter, initialise_, parameters
 
 @dataclass
 class TrainState:
-    """One rank's share of a run. step: updates done; consumed_*: over all ranks since the beginning of the run."""
+    """One rank's share of a run. step: updates done; consumed_*: over all ranks since the beginning of the run.
+
+    stages: the pipeline stages on this rank by number; params: of all of them, each once.
+    """
 
     cfg: Config
     ctx: ParallelContext
-    model: Transformer
-    params: list[Parameter]
-    buckets: GradBuckets
-    stages: dict[int, Stage]
-    optimizer: FlatAdamW
     plan: Plan
-    names: list[str]
+    stages: dict[int, Stage]
+    params: list[Parameter]
+    buckets: list[GradBuckets]
+    optimizer: FlatAdamW
+    norms: NormCounter
+    scale: LossScale
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
 
+    def settle(self) -> None:
+        """Return when all weights of this rank are there (ZeRO-1 may still gather them after a step)."""
+        for stage in self.buckets:
+            stage.settle()
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports: mean loss in nats a counted token, norms before clipping, rate, tokens."""
+    """What one optimizer step reports: mean loss in nats a counted token, norms before clipping, rate, tokens.
+
+    skipped: a gradient overflowed in fp16 and no weight was changed. trace: of the executor if asked for.
+    """
 
     loss: float
     norms: GradNorms
     lr: float
     tokens: int
+    skipped: bool = False
+    trace: Trace | None = None
 
 
 def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
-    """Model, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved."""
-    shape = StageShape.of(cfg.model.num_layers, ctx.pipeline.rank, ctx.pipeline.size)
-    model = Transformer(cfg.model, ctx, shape)
-    params = parameters(model)
-    initialise_(params, ctx, cfg.train.seed)
-    buckets = make_buckets(
-        params,
-        ctx,
-        grad_dtype=PRECISIONS[cfg.train.precision].main,
-        bucket_bytes=int(cfg.parallel.bucket_mib * 2**20),
-        overlap=cfg.parallel.overlap,
-    )
-    stage = Stage(model, buckets, width=cfg.model.hidden_size, first=shape.first, last=shape.last)
-    microbatches = cfg.train.global_batch_size // (ctx.data.size * cfg.train.micro_batch_size)
-    plan = build(cfg.parallel.schedule, ctx.pipeline.size, 1, microbatches)
-    optimizer = FlatAdamW([buckets], cfg.optimizer)
-    names = list(tensor_shapes(cfg.model))
-    return TrainState(cfg, ctx, model, params, buckets, {ctx.pipeline.rank: stage}, optimizer, plan, names)
+    """Stages, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved."""
+    plan, shapes = pipeline_plan(cfg), stage_shapes(cfg)
+    saving = Saving(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
+    stages: dict[int, Stage] = {}
+    params: list[Parameter] = []
+    tied: Parameter | None = None
+    for number in plan.stages_of(ctx.pipeline.rank):
+        model = Transformer(cfg.model, ctx, shapes[number], saving, tied)
+        if cfg.model.tie_embeddings and shapes[number].first:
+            tied = model.embed.weight
+        known = {id(p) for p in params}
+        fresh = [p for p in parameters(model) if id(p) not in known]
+        initialise_(fresh, ctx, cfg.train.seed)
+        buckets = make_buckets(
+            fresh,
+            ctx,
+            grad_dtype=PRECISIONS[cfg.train.precision].main,
+            bucket_bytes=int(cfg.parallel.bucket_mib * 2**20),
+            overlap=cfg.parallel.overlap,
+            zero=cfg.parallel.zero == 1,
+            reduce_dtype=torch.bfloat16 if cfg.parallel.reduce_dtype == "bf16" else None,
+        )
+        shape = shapes[number]
+        stages[number] = Stage(model, parameters(model), buckets, cfg.model.hidden_size, shape.first, shape.last)
+        params += fresh
+    all_buckets = [stage.buckets for stage in stages.values() if stage.buckets is not None]
+    settle_before_use([stage.module for stage in stages.values() if isinstance(stage.module, Transformer)], all_buckets)
+    optimizer = FlatAdamW(all_buckets, cfg.optimizer, overlap=cfg.parallel.overlap_gather)
+    norms = NormCounter(all_buckets, ctx, list(tensor_shapes(cfg.model)))
+    fp16 = cfg.train.precision == "fp16"
+    scale = LossScale(cfg.train.loss_scale, cfg.train.loss_scale_window) if fp16 else LossScale()
+    return TrainState(cfg, ctx, plan, stages, params, all_buckets, optimizer, norms, scale)
 
 
-def train_step(state: TrainState, batches: Sequence[MicroBatch]) -> StepResult:
+def train_step(state: TrainState, batches: Sequence[MicroBatch], *, traced: bool = False) -> StepResult:
     """One optimizer step on this data rank's microbatches; identical results on all ranks.
 
     The loss is sum of token losses / counted tokens over the whole global batch, and the count is known before the
-    backward. A non-finite loss or gradient raises TrainingError on every rank before any weight has changed.
+    backward. A non-finite loss or gradient raises TrainingError on every rank before any weight has changed; in fp16 a
+    non-finite gradient only leaves this update out and halves the loss scale.
     """
-    cfg, ctx = state.cfg, state.ctx
+    cfg, ctx, scale = state.cfg, state.ctx, state.scale.value
     batches = [b.to(ctx.device) for b in batches]
     tokens = count_tokens(batches, ctx)
-    state.buckets.zero()
-    losses = execute(state.plan, state.stages, ctx, batches, 1.0 / tokens)
-    state.buckets.wait()
+    for stage in state.buckets:
+        stage.zero_grad()
+    trace = Trace(ctx.device) if traced else None
+    losses = execute(state.plan, state.stages, ctx, batches, scale / tokens, trace)
+    for stage in state.buckets:
+        stage.wait()
     loss = sum_losses(losses, ctx) / tokens
-    norms = gradient_norms(state.params, ctx, state.names)
-    if not abs(loss + norms.norm) < float("inf"):
+    norms = state.norms(scale)
+    finite = math.isfinite(norms.norm)
+    state.scale.update(finite)
+    if not math.isfinite(loss) or not (finite or (state.scale.window and state.scale.value >= 1)):
         explain_non_finite(
             state.plan,
             state.stages,
             state.params,
             ctx,
             batches,
-            1.0 / tokens,
+            scale / tokens,
             state.step + 1,
             loss,
             norms.non_finite(),
         )
-    clip_([state.buckets], norms.norm, cfg.optimizer.clip_norm)
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.schedule)
-    state.optimizer.step(lr)
+    if finite:
+        scale_(state.buckets, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
+        state.optimizer.step(lr)
     state.step += 1
     state.consumed_samples += cfg.train.global_batch_size
     state.consumed_tokens += cfg.train.global_batch_size * cfg.train.seq_len
-    return StepResult(loss, norms, lr, tokens)
+    return StepResult(loss, norms, lr, tokens, not finite, trace)
 
 
 def count_tokens(batches: Sequence[MicroBatch], ctx: ParallelContext) -> int:
@@ -140,9 +176,11 @@ def count_tokens(batches: Sequence[MicroBatch], ctx: ParallelContext) -> int:
 
 
 def sum_losses(losses: torch.Tensor, ctx: ParallelContext) -> float:
-    """The sum of all microbatches' losses over all data ranks; only one tensor rank of the last stage speaks."""
-    speaks = ctx.tensor.rank == 0 and ctx.pipeline.rank == ctx.pipeline.size - 1
-    return float(all_reduce_(losses.sum() * float(speaks), ctx.world).item())
+    """The sum of all microbatches' losses over all data ranks; they are zero off the last stage.
+
+    Of the tensor ranks, which all have them, one speaks.
+    """
+    return float(all_reduce_(losses.sum() * float(ctx.tensor.rank == 0), ctx.world).item())
 
 
 def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Path:
@@ -152,12 +190,17 @@ def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Pat
     facts = {
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
+        "optimizer": {
+            "steps": state.optimizer.steps,
+            "loss_scale": state.scale.value,
+            "good_steps": state.scale.good,
+        },
         "config": state.cfg.model_dump(),
         "data": data_facts,
         "versions": {"engine": engine.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     keep = state.cfg.checkpoint.keep
-    return save(root, state.optimizer.states(), state.ctx, step=state.step, facts=facts, keep=keep)
+    return save(root, state.optimizer.states(owned=True), state.ctx, step=state.step, facts=facts, keep=keep)
 
 
 def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
@@ -177,7 +220,10 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
             )
         load_into(reader, state.optimizer.states(), state.ctx)
     state.optimizer.publish()
-    state.optimizer.steps = state.step = manifest.step
+    state.step = manifest.step
+    state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))
+    if state.scale.window and "loss_scale" in manifest.optimizer:
+        state.scale.value, state.scale.good = manifest.optimizer["loss_scale"], int(manifest.optimizer["good_steps"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
 
 
@@ -245,7 +291,7 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
         resume(state, Path(source), facts)
     evaluator = None
     if cfg.data.valid:
-        evaluator = Evaluator(state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
+        evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
     console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
     console.start(state.step, source, num_parameters(cfg.model))
     if tokenizer is not None and ctx.rank == 0:
@@ -284,11 +330,13 @@ def _loop(
     facts: dict[str, Any],
 ) -> tuple[int, str]:
     cfg, ctx, root = state.cfg, state.ctx, Path(state.cfg.run.dir) / "checkpoints"
+    timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
     while state.step < cfg.train.steps:
         begin = time.perf_counter()
         batches = next(loader)
         data_s = time.perf_counter() - begin
-        result = train_step(state, batches)
+        sent = dict(ctx.world.traffic)
+        result = train_step(state, batches, traced=state.step + 1 == timeline_step)
         seconds = time.perf_counter() - begin
         record = log.step(
             state.step,
@@ -296,9 +344,13 @@ def _loop(
             result.norms.norm,
             result.lr,
             state.consumed_tokens,
-            console.rates(result.tokens, seconds) | {"data_s": data_s},
+            console.rates(result.tokens, seconds) | {"data_s": data_s} | _sent_since(sent, ctx) | _scale(state, result),
         )
         console.step(record)
+        if result.skipped:
+            console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
+        if result.trace is not None:
+            write_timeline(Path(cfg.run.dir), state.plan, result.trace, ctx, state.step)
         done = state.step == cfg.train.steps
         if evaluator and (done or (cfg.train.eval_every and state.step % cfg.train.eval_every == 0)):
             score: Score = evaluator.run(0 if done else cfg.train.eval_batches)
@@ -311,6 +363,17 @@ def _loop(
             console.note(f"stopped on a signal after step {state.step}; the same command goes on from there")
             return EXIT_REQUEUE, "stopped on a signal"
     return EXIT_OK, "done"
+
+
+def _sent_since(before: dict[tuple[str, str], float], ctx: ParallelContext) -> dict[str, float]:
+    """Bytes that this rank has sent since, as `bytes_<axis>_<collective>` (engine.comm says how they are counted)."""
+    sent = {key: total - before.get(key, 0.0) for key, total in ctx.world.traffic.items()}
+    return {f"bytes_{axis}_{collective}": count for (axis, collective), count in sorted(sent.items())}
+
+
+def _scale(state: TrainState, result: StepResult) -> dict[str, float]:
+    """fp16: the loss scale after the step, and whether its update was left out."""
+    return {"loss_scale": state.scale.value, "skipped": float(result.skipped)} if state.scale.window else {}
 
 
 def _agreed(flag: bool, ctx: ParallelContext) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from engine.config import Config, Resolved, layout_of, load
 from engine.context import ParallelContext
 from engine.data.loader import MicroBatch
+from engine.optim.adamw import Held
 from engine.sharding import Parameter
+from engine.train import TrainState
 
 MODEL = {
     "vocab_size": 61,  # odd on purpose: every tensor degree pads it
@@ -31,7 +34,7 @@ def resolve(world: int = 1, **overrides: Any) -> Resolved:
         "train.steps": 20,
         "train.global_batch_size": 4,
         "train.micro_batch_size": 1,
-        "train.seq_len": 12,
+        "train.seq_len": 16,
         "train.precision": "fp64",
         "train.device": "cpu",
         "optimizer.lr": 3e-3,
@@ -72,6 +75,36 @@ def pieces_of(params: Iterable[tuple[Parameter, torch.Tensor]], ctx: ParallelCon
     ]
 
 
+def weights_of(state: TrainState) -> list[Any]:
+    """`pieces_of` the weights of all stages on this rank."""
+    state.settle()
+    return pieces_of(((p, p) for p in state.params), state.ctx)
+
+
+def held_pieces(held: Iterable[Held], ctx: ParallelContext) -> list[Any]:
+    """[(kind/name, global shape, offset, values)] of flat ranges of parameters, such as optimizer state."""
+    found = []
+    for part in held:
+        for piece in part.param.spec.pieces(ctx):
+            for offset, shape, first in piece.rectangles(part.begin, part.begin + len(part.flat)):
+                values = part.flat[first - part.begin :][: math.prod(shape)].view(shape)
+                name = f"{part.kind}/{piece.name}"
+                found.append((name, piece.global_shape, offset, values.detach().double().numpy().copy()))
+    return found
+
+
+def gradients_of(state: TrainState, factor: float = 1.0) -> list[Any]:
+    """`held_pieces` of the reduced gradients this rank holds, times a factor."""
+    held = []
+    for bucket in (b for stage in state.buckets for b in stage.buckets):
+        for index, p in enumerate(bucket.params):
+            begin, end = bucket.overlap(index, bucket.held)
+            if begin < end:
+                start = bucket.starts[index]
+                held.append(Held("grad", p, begin, bucket.grads[start + begin : start + end] * factor))
+    return held_pieces(held, state.ctx)
+
+
 def assemble(ranks: list[list[Any]]) -> dict[str, np.ndarray]:
     """Canonical tensors from all ranks' pieces; asserts full coverage and that replicas are bitwise equal."""
     whole: dict[str, np.ndarray] = {}
@@ -93,4 +126,16 @@ def worst(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return max(float(np.abs(a[k] - b[k]).max() / max(np.abs(b[k]).max(), 1e-300)) for k in b)
 
 
-__all__ = ["MODEL", "assemble", "config", "layout_of", "pieces_of", "random_batches", "resolve", "worst"]
+__all__ = [
+    "MODEL",
+    "assemble",
+    "config",
+    "gradients_of",
+    "held_pieces",
+    "layout_of",
+    "pieces_of",
+    "random_batches",
+    "resolve",
+    "weights_of",
+    "worst",
+]

@@ -1,4 +1,4 @@
-"""What may not change a single bit in fp32: schedule, bucket size, overlap, stopping and resuming."""
+"""What may not change a single bit: schedule, recomputation, ZeRO-1, bucket size, overlap, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assemble, config, layout_of, pieces_of, random_batches
+from cases import assemble, config, held_pieces, layout_of, random_batches
 from harness import run_ranks
 
 from engine.config import Config
@@ -20,9 +20,7 @@ FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest":
 
 def digest(state: TrainState, ctx: ParallelContext) -> list[Any]:
     """All canonical tensors of model and optimizer this rank holds, named kind/name."""
-    return [
-        (f"{kind}/{name}", *rest) for kind, p, x in state.optimizer.states() for name, *rest in pieces_of([(p, x)], ctx)
-    ]
+    return held_pieces(state.optimizer.states(), ctx)
 
 
 def steps(state: TrainState, ctx: ParallelContext, count: int) -> list[tuple[float, float]]:
@@ -43,24 +41,51 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
+# what each is to change, and the base it is changed in
+PIPELINE = {"parallel_pipeline": 2, "parallel_data": 2, "model_num_layers": 4}
+TENSOR = {"parallel_tensor": 2, "parallel_data": 2, "model_num_layers": 2, "model_qk_norm": True}
+TIED = {"parallel_pipeline": 2, "parallel_data": 2, "model_num_layers": 2, "model_tie_embeddings": True}
+CHANGES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
+    (
+        PIPELINE,
+        [
+            {"parallel_schedule": "interleaved"},
+            {"parallel_schedule": "zb-h1"},
+            {"parallel_schedule": "zb-h1", "train_recompute": "full"},
+            {"parallel_schedule": "zb-v", "train_recompute": "selective"},
+            {"parallel_schedule": "dualpipe-v", "parallel_overlap": False},
+        ],
+    ),
+    (
+        TENSOR,
+        [
+            {"train_recompute": "selective"},
+            {"train_recompute": "full", "train_recompute_layers": 1},
+            {"parallel_keep_gathered": True},
+            {"parallel_zero": 0},
+            {"parallel_overlap_gather": False},
+        ],
+    ),
+    (
+        TIED,
+        [
+            {"parallel_schedule": "gpipe"},
+            {"parallel_schedule": "zb-h1"},
+            {"parallel_bucket_mib": 100},
+            {"parallel_bucket_mib": 0.001, "parallel_zero": 0},
+            {"parallel_overlap": False},
+        ],
+    ),
+]
+
+
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.heavy)])
-def test_schedule_bucket_size_and_overlap_change_no_bit(precision: str) -> None:
-    base = {
-        "parallel_pipeline": 2,
-        "parallel_data": 2,
-        "train_global_batch_size": 8,
-        "train_precision": precision,
-        "model_tie_embeddings": True,
-        "model_num_layers": 2,
-    }
+@pytest.mark.parametrize(("base", "changes"), CHANGES, ids=["pipeline", "tensor", "tied"])
+def test_what_may_change_no_bit(base: dict[str, Any], changes: list[dict[str, Any]], precision: str) -> None:
+    """Schedule, recomputation, ZeRO-1, bucket size, overlaps: all move work and bytes, none changes arithmetic."""
+    base = {**base, "train_global_batch_size": 8, "train_precision": precision}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     losses, state = run(config(4, **base), dtype)
-    changes = [
-        {"parallel_schedule": "gpipe"},
-        {"parallel_bucket_mib": 100},
-        {"parallel_bucket_mib": 0.001},
-        {"parallel_overlap": False},
-    ]
     for change in changes:
         other_losses, other = run(config(4, **{**base, **change}), dtype)
         assert other_losses == losses and same(other, state), change

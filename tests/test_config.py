@@ -24,6 +24,7 @@ from engine.config import Config, ModelConfig, Resolved, fields, layout_of, load
 from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, Fault
 from engine.launch import Env, pick_device, read_env
 from engine.model.transformer import num_parameters
+from engine.pipeline.schedules import build
 from engine.presets import PRESETS
 
 # what the user gives, number of ranks, then what the one fault says: path, broken relation, repair
@@ -93,9 +94,99 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         3,
         "parallel.pipeline",
         "does not divide model.num_layers = 4",
-        "Use 3 or 6 layers, or pipeline 2.",
+        "Use 3 or 6 layers, or pipeline 2, or parallel.layers 2,1,1.",
     ),
-    "schedule": ({"parallel.schedule": "1f2b"}, 1, "parallel.schedule", "is none of gpipe, 1f1b", "Did you mean 1f1b?"),
+    "layers and chunks": (
+        {"parallel.pipeline": 4, "parallel.schedule": "zb-v"},
+        4,
+        "parallel.pipeline",
+        "x 2 chunks = 8 stages does not divide model.num_layers = 4",
+        "Use 8 layers, or pipeline 2, or parallel.layers 1,1,1,1,0,0,0,0.",
+    ),
+    "list of layers": (
+        {"parallel.pipeline": 2, "parallel.layers": "3;1"},
+        2,
+        "parallel.layers",
+        "is not a list of numbers",
+        "Give one for each stage, such as 2,2.",
+    ),
+    "sum of layers": (
+        {"parallel.pipeline": 2, "parallel.layers": "3,2"},
+        2,
+        "parallel.layers",
+        "is 5 layers in 2 stages, not 4 in 2",
+        "Such as 2,2.",
+    ),
+    "schedule": (
+        {"parallel.schedule": "1f2b"},
+        1,
+        "parallel.schedule",
+        "is none of gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v, and no file",
+        "Did you mean 1f1b?",
+    ),
+    "chunks": (
+        {"parallel.chunks": 2},
+        1,
+        "parallel.chunks",
+        "does not fit parallel.schedule 1f1b, which places 1 on a rank",
+        "Use 1, or parallel.schedule interleaved.",
+    ),
+    "plan that is none": (
+        {"parallel.schedule": "none.plan"},
+        1,
+        "parallel.schedule",
+        "is not the header of a plan",
+        "Save it again with `engine schedule --save`.",
+    ),
+    "plan of another size": (
+        {"parallel.schedule": "two.plan"},
+        1,
+        "parallel.schedule",
+        "is a plan for 2 ranks and 3 microbatches",
+        "This run needs `engine schedule ... --ranks 1 --microbatches 8 --save FILE`.",
+    ),
+    "cut sequence": (
+        {"train.seq_len": 255, "parallel.tensor": 2},
+        2,
+        "train.seq_len",
+        "is not a multiple of parallel.tensor = 2, which cut the sequence",
+        "Use 254 or 256, or parallel.sequence false.",
+    ),
+    "gathered inputs without a cut": (
+        {"parallel.keep_gathered": True},
+        1,
+        "parallel.keep_gathered",
+        "has no meaning where the sequence is not cut",
+        "Leave it out, or use parallel.tensor 2 or more with parallel.sequence true.",
+    ),
+    "gathered inputs recomputed": (
+        {"parallel.keep_gathered": True, "parallel.tensor": 2, "train.recompute": "selective"},
+        2,
+        "parallel.keep_gathered",
+        "keeps what train.recompute selective computes again",
+        "Set one of the two back.",
+    ),
+    "layers of no recompute": (
+        {"train.recompute_layers": 1},
+        1,
+        "train.recompute_layers",
+        "has no meaning without recompute",
+        "Set train.recompute to selective or full.",
+    ),
+    "proof in bf16": (
+        {"train.precision": "fp64", "parallel.reduce_dtype": "bf16"},
+        1,
+        "parallel.reduce_dtype",
+        "would spoil train.precision fp64",
+        "Use main.",
+    ),
+    "loss scale": (
+        {"train.loss_scale": 60000.0},
+        1,
+        "train.loss_scale",
+        "is not a power of two, so that scaling would round",
+        "Nearest: 65536.",
+    ),
     "global batch": (
         {"train.global_batch_size": 9, "train.micro_batch_size": 2},
         2,
@@ -109,13 +200,6 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "train.global_batch_size",
         "is not a multiple of data 4 x train.micro_batch_size 1",
         "Use 4.",
-    ),
-    "fp16": (
-        {"train.precision": "fp16"},
-        1,
-        "train.precision",
-        "dynamic loss scaling is not built yet",
-        "Use bf16 or fp32.",
     ),
     "sequence": (
         {"train.seq_len": 4096},
@@ -184,12 +268,22 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
 }
 
 
+@pytest.fixture
+def plans(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan files that a parallel.schedule can name."""
+    folder = tmp_path_factory.mktemp("plans")
+    (folder / "none.plan").write_text("rank 0: 0F0\n")
+    (folder / "two.plan").write_text(str(build("1f1b", 2, 1, 3)))
+    monkeypatch.chdir(folder)
+
+
 def faults_of(overrides: dict[str, Any], world: int | None = 1, files: tuple[Path, ...] = ()) -> tuple[Fault, ...]:
     with pytest.raises(ConfigError) as caught:
         load(files, {k: str(v) for k, v in overrides.items()}, world=world)
     return caught.value.faults
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("case", RELATIONS)
 def test_each_fault_is_said_in_full(case: str) -> None:
     overrides, world, path, relation, repair = RELATIONS[case]
@@ -201,6 +295,7 @@ def test_each_fault_is_said_in_full(case: str) -> None:
     assert str(fault) == f"{path} = {fault.value!r}: {fault.relation}. {fault.repair}"
 
 
+@pytest.mark.usefixtures("plans")
 def test_every_fault_of_the_module_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A relation added to config.py without a case above fails here."""
     seen: set[int] = set()
@@ -232,7 +327,7 @@ def test_every_fault_of_the_module_has_a_case(monkeypatch: pytest.MonkeyPatch, t
 def test_the_repair_of_a_tensor_degree_works(world: int, heads: int, kv: int, ffn: int) -> None:
     """Following the advice leaves no fault about the tensor degree."""
     model = {"model.num_heads": heads, "model.num_kv_heads": kv, "model.head_dim": 8, "model.ffn_size": ffn}
-    batch = {"train.global_batch_size": 720720}
+    batch = {"train.global_batch_size": 720720, "train.seq_len": 48}
     try:
         load([], {k: str(v) for k, v in {**model, **batch, "parallel.tensor": world}.items()}, world=world)
     except ConfigError as error:
@@ -245,7 +340,7 @@ def test_the_repair_of_a_tensor_degree_works(world: int, heads: int, kv: int, ff
 def test_all_faults_at_once_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[train]\nsteps = 0\nsteppes = 3\n[modle]\nvocab_size = 5\n[optimizer]\nlr = "fast"\n')
-    options = ["--config", str(file), "--model.num-kv-heads", "3", "--train.precision", "fp16", "--train.sede", "1"]
+    options = ["--config", str(file), "--model.num-kv-heads", "3", "--train.loss-scale", "3", "--train.sede", "1"]
     with pytest.raises(SystemExit) as caught:
         main(["train", "--dry-run", *options])
     assert caught.value.code == EXIT_CONFIG == 2
@@ -259,7 +354,7 @@ def test_all_faults_at_once_and_exit_code_2(capsys: pytest.CaptureFixture[str], 
         "train.steps = 0: input should be greater than or equal to 1. Give int; the default is 100.",
         "optimizer.lr = 'fast': input should be a valid number",
         "model.num_kv_heads = 3: does not divide model.num_heads = 8. Nearest that does: 2.",
-        "train.precision = 'fp16': dynamic loss scaling is not built yet. Use bf16 or fp32.",
+        "train.loss_scale = 3.0: is not a power of two, so that scaling would round. Nearest: 4.",
     ):
         assert err.count(text) == 1, text
 
@@ -455,20 +550,22 @@ def test_dry_run_for_4096_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["model.num_kv_heads", "8", "preset llama-3-8b"] in rows
     block = (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) // 8 + 2 * 4096
     ends = 128256 * 4096 // 8
-    stages = [row for row in rows if len(row) == 5]
-    assert [row[1] for row in stages] == ["embedding, 0..3", *(f"{4 * i}..{4 * i + 3}" for i in range(1, 7))] + [
-        "28..31, head"
-    ]
-    assert [row[2] for row in stages] == [f"{512 * i}..{512 * i + 511}" for i in range(8)]
+    stages = [row for row in rows if len(row) == 4]
+    middle = [f"layers {4 * i}..{4 * i + 3}" for i in range(1, 7)]
+    assert [row[1] for row in stages] == ["embedding, layers 0..3", *middle, "layers 28..31, head"]
+    assert [row[0] for row in stages] == [f"{512 * i}..{512 * i + 511}" for i in range(8)]
     counts = [4 * block + ends, *[4 * block] * 6, 4 * block + ends + 4096]
-    assert [row[3] for row in stages] == [f"{count:,}" for count in counts]
-    assert [row[4] for row in stages] == [f"{18 * count / 2**30:,.3f} GiB" for count in counts]  # bf16 + 4 x fp32
+    assert [row[2] for row in stages] == [f"{count:,}" for count in counts]
+    bytes_each = 2 + 4 + 12 / 64  # bf16 weight, fp32 gradient, and of master weight and two moments a 64th (ZeRO-1)
+    assert [row[3] for row in stages] == [f"{bytes_each * count / 2**30:,.3f} GiB" for count in counts]
     assert "D = 64, C = 1, T = 8" in out
     for line in (
         "ranks: 4,096",
         "parameters in total: 8,030,261,248",
         "tokens per step: 4,194,304 (1024 sequences of 4096)",
         "microbatches per step and rank: 16 of 1",
+        "pipeline: 1f1b, bubble 30.4% if F, I and W cost the same on all stages",
+        "activations kept on a rank: of 8 microbatches of a stage at most",
         "model FLOPs: 48.25 GFLOP a token",
     ):
         assert line in out.splitlines() or line in out, line

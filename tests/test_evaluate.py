@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     with IndexedWriter(prefix, vocab_size=MODEL["vocab_size"]) as writer:
         lengths = [*rng.integers(1, 40, 25).tolist()]
-        for length in [*lengths, 12 * 61 + 3 - sum(lengths)]:  # 61 samples of 12 tokens, and a little more
+        for length in [*lengths, 16 * 61 + 3 - sum(lengths)]:  # 61 samples of 16 tokens, and a little more
             writer.add(rng.integers(0, MODEL["vocab_size"], length))
         writer.finish({"text_bytes": TEXT_BYTES})
     return prefix
@@ -51,7 +51,7 @@ def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int) -
 
     def job(ctx: ParallelContext) -> Score:
         state = setup(cfg, ctx)
-        return Evaluator(state.stages, ctx, IndexedDataset(corpus), cfg).run(batches)
+        return Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg).run(batches)
 
     scores = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert all(s == scores[0] for s in scores), "all ranks report the same"
@@ -62,10 +62,10 @@ def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int) -
 def test_the_score_does_not_depend_on_the_layout(corpus: Path, batches: int) -> None:
     """The number of samples is odd: some data ranks have one fewer, and the last microbatch is not full."""
     dataset = IndexedDataset(corpus)
-    samples = SampleOrder(dataset, 12, 1234).samples_per_epoch
+    samples = SampleOrder(dataset, 16, 1234).samples_per_epoch
     assert samples % 2 == 1
     one = score(corpus, (1, 1, 1), 1, batches)
-    assert one.tokens == 12 * (min(samples, 2 * 4) if batches else samples)
+    assert one.tokens == 16 * (min(samples, 2 * 4) if batches else samples)
     assert one.bpb == pytest.approx(one.loss / math.log(2) * dataset.num_tokens / TEXT_BYTES)
     assert one.ppl == pytest.approx(math.exp(one.loss))
     for degrees, mbs in [((2, 1, 1), 2), ((1, 2, 1), 4), ((1, 1, 4), 1), ((2, 2, 1), 2), ((1, 2, 2), 2)]:
@@ -80,9 +80,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> Transformer:
-    cfg = config(1, model_vocab_size=tokenizer.vocab_size + 5, model_max_seq_len=24, train_seq_len=12).model
+    cfg = config(1, model_vocab_size=tokenizer.vocab_size + 5, model_max_seq_len=24, train_seq_len=16).model
     ctx = make_context(Layout(), 0, num_kv_heads=cfg.num_kv_heads, dtype=torch.float64)
-    made = Transformer(cfg, ctx, StageShape.of(cfg.num_layers, 0, 1))
+    made = Transformer(cfg, ctx, StageShape(range(cfg.num_layers), True, True))
     initialise_(parameters(made), ctx, 0)
     return made
 

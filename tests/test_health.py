@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, layout_of, pieces_of, random_batches
+from cases import config, layout_of, random_batches, weights_of
 from harness import run_ranks
 
 from engine.context import ParallelContext
@@ -62,11 +62,11 @@ def test_non_finite_names_step_rank_and_microbatch(where: str, degrees: tuple[in
         batches = [MicroBatch(b.tokens, b.labels, torch.ones_like(b.mask)) for b in batches]
         if ctx.rank == last:
             poison(state, batches[2], where)
-        before = pieces_of(((p, p) for p in state.params), ctx)
+        before = weights_of(state)
         try:
             train_step(state, batches)
         except TrainingError as error:
-            after = pieces_of(((p, p) for p in state.params), ctx)
+            after = weights_of(state)
             return str(error), all((a[3] == b[3]).all() for a, b in zip(before, after)), state.step
         raise AssertionError("the step went through")
 

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, load
 from engine.context import ParallelContext, make_context
 from engine.layout import Layout
-from engine.model.transformer import StageShape, Transformer, num_parameters, tensor_shapes
+from engine.model.transformer import StageShape, Transformer, num_parameters, stage_shapes, tensor_shapes
 from engine.optim.adamw import STATES, FlatAdamW
-from engine.optim.clip import clip_, gradient_norms, local_squared_norms
+from engine.optim.clip import NormCounter, clip_factor, scale_
 from engine.optim.lr import learning_rate
 from engine.parallel.buckets import GradBuckets, make_buckets
 from engine.planner.cost import flops_per_token, matmul_parameters
@@ -77,7 +77,7 @@ def test_adamw_equals_torch() -> None:
     for p, x in zip(params, theirs, strict=True):
         assert torch.allclose(p, x, rtol=1e-13, atol=1e-14), p.name
         assert not torch.allclose(p, values(0)[p.name], rtol=1e-3)
-    found = {(kind, p.name): x for kind, p, x in optimizer.states()}
+    found = {(held.kind, held.param.name): held.flat.view(held.param.shape) for held in optimizer.states()}
     assert len(found) == 3 * len(params)
     for x, name in zip(theirs, values(0), strict=True):
         for kind in STATES:
@@ -93,7 +93,7 @@ def test_adamw_equals_torch() -> None:
 def test_wide_precisions_have_no_second_copy() -> None:
     _, buckets = make(F32, F32, values(0))
     optimizer = FlatAdamW([buckets], OptimizerConfig())
-    assert all(m is b.values for m, b in zip(optimizer.masters, buckets.buckets, strict=True))
+    assert all(m.data_ptr() == b.values.data_ptr() for m, b in zip(optimizer.masters, buckets.buckets, strict=True))
 
 
 def test_bf16_does_not_lose_tiny_updates() -> None:
@@ -108,7 +108,7 @@ def test_bf16_does_not_lose_tiny_updates() -> None:
         optimizer.step(1e-4)
         if step == 0:
             assert (p == 1).all(), "one update is too small for bf16"
-    master = next(x for kind, _, x in optimizer.states() if kind == "model")
+    master = next(held.flat.view(4, 3) for held in optimizer.states() if held.kind == "model")
     assert torch.allclose(master, torch.full((4, 3), 0.99), rtol=1e-5)
     assert torch.equal(p, master.to(BF16)) and (p < 1).all()
 
@@ -180,7 +180,7 @@ def canonical_gradient(cfg: Config) -> dict[str, Tensor]:
 
 def with_gradient(cfg: Config, ctx: ParallelContext, whole: dict[str, Tensor]) -> tuple[list[Parameter], GradBuckets]:
     """This rank's stage with its part of a gradient; the padding holds what must not be counted."""
-    model = Transformer(cfg.model, ctx, StageShape.of(cfg.model.num_layers, ctx.pipeline.rank, ctx.pipeline.size))
+    model = Transformer(cfg.model, ctx, stage_shapes(cfg)[ctx.pipeline.rank])
     params = parameters(model)
     buckets = make_buckets(params, ctx, grad_dtype=F64, bucket_bytes=1 << 14, overlap=False)
     for p in params:
@@ -218,7 +218,7 @@ def test_the_norm_is_that_of_the_whole_gradient(model: str, degrees: tuple[int, 
     total = torch.zeros(len(whole), dtype=F64)
     for rank in range(layout.world):
         ctx = make_context(layout, rank, num_kv_heads=cfg.model.num_kv_heads, dtype=F64)
-        total += local_squared_norms(with_gradient(cfg, ctx, whole)[0], ctx, list(whole))
+        total += NormCounter([with_gradient(cfg, ctx, whole)[1]], ctx, list(whole)).local()
     for name, squared in zip(whole, total.tolist(), strict=True):
         assert squared == pytest.approx(float(whole[name].square().sum()), rel=1e-12), name
 
@@ -229,11 +229,12 @@ def test_all_ranks_know_the_same_norm(degrees: tuple[int, int, int]) -> None:
     whole = canonical_gradient(cfg)
 
     def job(ctx: ParallelContext) -> tuple[float, dict[str, float], float]:
-        params, buckets = with_gradient(cfg, ctx, whole)
-        found = gradient_norms(params, ctx, list(whole))
-        assert found.non_finite() == []
-        clip_([buckets], found.norm, 0.5)
-        return found.norm, found.squared, gradient_norms(params, ctx, list(whole)).norm
+        _, buckets = with_gradient(cfg, ctx, whole)
+        count = NormCounter([buckets], ctx, list(whole))
+        found = count()
+        assert found.non_finite() == [] and count(scale=4.0).norm == found.norm / 4
+        scale_([buckets], clip_factor(found.norm, 0.5))
+        return found.norm, found.squared, count().norm
 
     results = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert all(r == results[0] for r in results)
@@ -251,7 +252,7 @@ def test_a_non_finite_gradient_has_a_name(bad: float) -> None:
         broken = {**whole, name: whole[name].clone()}
         broken[name].view(-1)[-1] = bad
         ctx = context(F64)
-        found = gradient_norms(with_gradient(cfg, ctx, broken)[0], ctx, list(whole))
+        found = NormCounter([with_gradient(cfg, ctx, broken)[1]], ctx, list(whole))()
         assert found.non_finite() == [name]
         assert not math.isfinite(found.norm)
 
@@ -263,7 +264,7 @@ def test_clipping(limit: float | None, factor: float | None) -> None:
     _, buckets = with_gradient(cfg, ctx, whole)
     norm = norm_of(whole)
     before = [b.grads.clone() for b in buckets.buckets]
-    clip_([buckets], norm, norm if limit is None else limit)
+    scale_([buckets], clip_factor(norm, norm if limit is None else limit))
     for b, old in zip(buckets.buckets, before, strict=True):
         assert torch.allclose(b.grads, old * (factor or 0.25 / norm), rtol=1e-14, atol=0)
 
@@ -283,7 +284,7 @@ def test_flops_are_what_torch_counts() -> None:
     """Matrix products of a real forward and backward, as torch's own counter sees them."""
     cfg = config(1, model_qk_norm=True)
     ctx = context(F64)
-    model = Transformer(cfg.model, ctx, StageShape.of(cfg.model.num_layers, 0, 1))
+    model = Transformer(cfg.model, ctx, StageShape(range(cfg.model.num_layers), True, True))
     make_buckets(parameters(model), ctx, grad_dtype=F64, bucket_bytes=1 << 20, overlap=False)
     tokens = torch.zeros(3, 12, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:

@@ -1,36 +1,49 @@
 """Schedules, passes and the proof of plans.
 
-The second opinion is `simulate` below: it runs a plan rank by rank with rendezvous messages (no buffering at all) and
-shares no code with check.py. What it says and what `check` says must agree, on right plans and on broken ones.
+The second opinion is `rendezvous` below: it runs a plan rank by rank with messages that nobody buffers and shares no
+code with check.py. What it says and what `check` says must agree, on right plans and on broken ones.
 """
 
 from __future__ import annotations
 
 import random
+import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import PlanError
 from engine.pipeline import check as check_module
 from engine.pipeline.actions import Action, Op, Plan, Step, grid, parse_action, parse_plan, parse_step, partner_of
-from engine.pipeline.check import check, peak_live
-from engine.pipeline.passes import add_communication, add_reduce, batch_communication, complete
-from engine.pipeline.schedules import SCHEDULES, build, forward_only, gpipe, one_f_one_b
+from engine.pipeline.check import check
+from engine.pipeline.passes import add_communication, add_reduce, complete, compute_only
+from engine.pipeline.schedules import (
+    SCHEDULES,
+    Schedule,
+    build,
+    find_schedule,
+    forward_only,
+    gpipe,
+    looped,
+    one_f_one_b,
+)
+from engine.pipeline.schedules import single as first_microbatch
+from engine.pipeline.simulate import peak_memory, simulate
 
-# --- a simulator of its own ------------------------------------------------------------------------------------------
+# --- a second opinion -------------------------------------------------------------------------------------------------
 
 
 class Broken(Exception):
     """Why a plan does not run to a right end."""
 
 
-class Simulator:
+class Rendezvous:
     """Runs a plan with rendezvous messages: a step that posts messages ends when all of them have met their partner."""
 
     def __init__(self, plan: Plan):
@@ -140,17 +153,54 @@ def other(key: tuple[str, int, int]) -> tuple[str, int, int]:
     return ("receive" if key[0] == "send" else "send", *key[1:])
 
 
-def simulate(plan: Plan) -> str:
-    return Simulator(plan).run()
+def rendezvous(plan: Plan) -> str:
+    """ "ok", or why the plan does not run to a right end."""
+    return Rendezvous(plan).run()
 
 
 def verdict(plan: Plan) -> str:
-    """check's answer: "ok", or the first line of its error without the place."""
+    """check's answer: "ok", or the first line of its error, after a look at whether the grid shows the place."""
     try:
         check(plan)
     except PlanError as error:
-        return str(error).splitlines()[0]
+        lines = str(error).splitlines()
+        table = lines[next(i for i, line in enumerate(lines) if line.startswith("step ")) :]
+        assert any(re.search(r">.*<", line) for line in table), str(error)
+        return lines[0]
     return "ok"
+
+
+# --- communication as others place it: an independent second way ------------------------------------------------------
+
+
+def late(plan: Plan, *, batched: bool) -> Plan:
+    """Each receive right before its use and each send right after its tensor is made, a step each as in Megatron.
+
+    batched: those that follow each other directly are posted together.
+    """
+
+    def message(op: Op, action: Action, other: int) -> list[Step]:
+        apart = 0 <= other < plan.num_stages and plan.placement[other] != plan.placement[action.stage]
+        return [(Action(op, action.stage, action.microbatch),)] if apart else []
+
+    def surrounded(action: Action) -> list[Step]:
+        above, below = action.stage - 1, action.stage + 1
+        if action.op is Op.F:
+            return [*message(Op.RECV_F, action, above), (action,), *message(Op.SEND_F, action, below)]
+        if action.op is Op.W:
+            return [(action,)]
+        return [*message(Op.RECV_B, action, below), (action,), *message(Op.SEND_B, action, above)]
+
+    programs: list[tuple[Step, ...]] = []
+    for program in plan.programs:
+        steps: list[Step] = []
+        for step in (new for (action,) in program for new in surrounded(action)):
+            if batched and steps and all("_" in action.op for action in (*steps[-1], *step)):
+                steps[-1] += step
+            else:
+                steps.append(step)
+        programs.append(tuple(steps))
+    return replace(plan, programs=tuple(programs))
 
 
 # --- plans written by hand -------------------------------------------------------------------------------------------
@@ -176,74 +226,201 @@ rank 2: 2F0
 """)
 
 
-def test_gpipe_as_text() -> None:
-    assert str(gpipe(2, 1, 3)) == (
-        "plan gpipe microbatches=3 placement=0,1 backward=yes\n"
-        "rank 0: 0F0 0F1 0F2 0B0 0B1 0B2\n"
-        "rank 1: 1F0 1F1 1F2 1B0 1B1 1B2"
+GOLDEN = {
+    ("gpipe", 2, 1, 3): """
+plan gpipe microbatches=3 placement=0,1 backward=yes
+rank 0: 0F0 0F1 0F2 0B0 0B1 0B2
+rank 1: 1F0 1F1 1F2 1B0 1B1 1B2
+""",
+    ("1f1b", 4, 1, 4): """
+plan 1f1b microbatches=4 placement=0,1,2,3 backward=yes
+rank 0: 0F0 0F1 0F2 0F3 0B0 0B1 0B2 0B3
+rank 1: 1F0 1F1 1F2 1B0 1F3 1B1 1B2 1B3
+rank 2: 2F0 2F1 2B0 2F2 2B1 2F3 2B2 2B3
+rank 3: 3F0 3B0 3F1 3B1 3F2 3B2 3F3 3B3
+""",
+    ("interleaved", 2, 2, 4): """
+plan interleaved microbatches=4 placement=0,1,0,1 backward=yes
+rank 0: 0F0 0F1 2F0 2F1 0F2 2B0 0F3 2B1 2F2 0B0 2F3 0B1 2B2 2B3 0B2 0B3
+rank 1: 1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1F3 1B1 3F2 3B2 3F3 3B3 1B2 1B3
+""",
+    ("interleaved", 2, 2, 1): """
+plan interleaved microbatches=1 placement=0,1,0,1 backward=yes
+rank 0: 0F0 2F0 2B0 0B0
+rank 1: 1F0 3F0 3B0 1B0
+""",
+    ("zb-h1", 3, 1, 4): """
+plan zb-h1 microbatches=4 placement=0,1,2 backward=yes
+rank 0: 0F0 0F1 0F2 0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3
+rank 1: 1F0 1F1 1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3
+rank 2: 2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3
+""",
+    ("zb-v", 2, 2, 4): """
+plan zb-v microbatches=4 placement=0,1,1,0 backward=yes
+rank 0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0F3 0I0 0W0 3F2 3I2 3W2 0I1 0W1 3F3 3I3 3W3 0I2 0W2 0I3 0W3
+rank 1: 1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1F3 1I1 1W1 2F3 2I2 2W2 1I2 2I3 1I3 1W2 2W3 1W3
+""",
+    ("dualpipe-v", 2, 2, 5): """
+plan dualpipe-v microbatches=5 placement=0,1,1,0 backward=yes
+rank 0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 0F3 3B1 3F2 0B0 0F4 3B2 3F3 0B1 3B3 3F4 0B2 3B4 0I3 0W3 0I4 0W4
+rank 1: 1F0 2F0 1F1 2F1 1F2 2B0 2F2 1B0 1F3 2B1 2F3 1B1 1F4 2B2 2F4 1B2 2B3 1B3 2I4 1I4 2W4 1W4
+""",
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case[0])
+def test_schedule_as_text(case: tuple[str, int, int, int]) -> None:
+    name, *sizes = case
+    assert str(SCHEDULES[name].make(*sizes)) == GOLDEN[case].strip()
+    assert compute_only(build(*case)) == SCHEDULES[name].make(*sizes)  # the passes move no computation
+
+
+def test_plans_as_text() -> None:
+    """Both ends of a message come after the computations that run while it is made, in one batch where they can."""
+    plan = build("1f1b", 3, 1, 3)
+    assert str(plan) == (
+        "plan 1f1b microbatches=3 placement=0,1,2 backward=yes\n"
+        "rank 0: 0F0 0SEND_F0 0F1 0SEND_F1 0F2 0SEND_F2 0RECV_B0 0B0 0RECV_B1 0B1 0RECV_B2 0B2 0REDUCE\n"
+        "rank 1: 1RECV_F0 1F0 (1RECV_F1;1SEND_F0) 1F1 (1RECV_F2;1SEND_F1) 1RECV_B0 1B0 1SEND_B0 1F2"
+        " (1SEND_F2;1RECV_B1) 1B1 1SEND_B1 1RECV_B2 1B2 1REDUCE 1SEND_B2\n"
+        "rank 2: 2RECV_F0 2F0 2RECV_F1 2B0 2SEND_B0 2F1 2B1 (2RECV_F2;2SEND_B1) 2F2 2B2 2REDUCE 2SEND_B2"
+    )
+    assert str(first_microbatch(plan)) == (
+        "plan 1f1b microbatches=1 placement=0,1,2 backward=yes\n"
+        "rank 0: 0F0 0SEND_F0 0RECV_B0 0B0\n"
+        "rank 1: 1RECV_F0 1F0 1SEND_F0 1RECV_B0 1B0 1SEND_B0\n"
+        "rank 2: 2RECV_F0 2F0 2B0 2SEND_B0"
+    )
+    check(add_reduce(first_microbatch(build("zb-v", 3, 2, 4))))
+    plan = build("zb-v", 2, 2, 3)
+    assert str(plan).splitlines()[2] == (  # nothing is sent between stages 1 and 2; gradients leave after I, not W
+        "rank 1: 1RECV_F0 1F0 1RECV_F1 2F0 (1RECV_F2;2SEND_F0) 1F1 2F1 (2RECV_B0;2SEND_F1) 2I0 2W0 1F2 2RECV_B1 1I0"
+        " 1SEND_B0 1W0 2F2 2SEND_F2 2I1 2W1 2RECV_B2 1I1 1SEND_B1 2I2 1I2 1SEND_B2 1W1 2W2 2REDUCE 1W2 1REDUCE"
+    )
+    assert str(forward_only(plan, 3)) == (  # in groups of two, so that no more than two wait between chunks
+        "plan forward_only microbatches=3 placement=0,1,1,0 backward=no\n"
+        "rank 0: 0F0 0SEND_F0 0F1 0SEND_F1 3RECV_F0 3F0 3RECV_F1 3F1 0F2 0SEND_F2 3RECV_F2 3F2\n"
+        "rank 1: 1RECV_F0 1F0 1RECV_F1 1F1 2F0 2SEND_F0 2F1 2SEND_F1 1RECV_F2 1F2 2F2 2SEND_F2"
     )
 
 
-def test_1f1b_as_text() -> None:
-    assert str(one_f_one_b(4, 1, 4)) == (
-        "plan 1f1b microbatches=4 placement=0,1,2,3 backward=yes\n"
-        "rank 0: 0F0 0F1 0F2 0F3 0B0 0B1 0B2 0B3\n"
-        "rank 1: 1F0 1F1 1F2 1B0 1F3 1B1 1B2 1B3\n"
-        "rank 2: 2F0 2F1 2B0 2F2 2B1 2F3 2B2 2B3\n"
-        "rank 3: 3F0 3B0 3F1 3B1 3F2 3B2 3F3 3B3"
-    )
-    assert str(build("1f1b", 4, 1, 4)) == (
-        "plan 1f1b microbatches=4 placement=0,1,2,3 backward=yes\n"
-        "rank 0: 0F0 0SEND_F0 0F1 0SEND_F1 0F2 0SEND_F2 0F3 (0SEND_F3;0RECV_B0) 0B0 0RECV_B1 0B1 0RECV_B2 0B2"
-        " 0RECV_B3 0B3 0REDUCE\n"
-        "rank 1: 1RECV_F0 1F0 (1SEND_F0;1RECV_F1) 1F1 (1SEND_F1;1RECV_F2) 1F2 (1SEND_F2;1RECV_B0) 1B0"
-        " (1SEND_B0;1RECV_F3) 1F3 (1SEND_F3;1RECV_B1) 1B1 (1SEND_B1;1RECV_B2) 1B2 (1SEND_B2;1RECV_B3) 1B3 1REDUCE"
-        " 1SEND_B3\n"
-        "rank 2: 2RECV_F0 2F0 (2SEND_F0;2RECV_F1) 2F1 (2SEND_F1;2RECV_B0) 2B0 (2SEND_B0;2RECV_F2) 2F2"
-        " (2SEND_F2;2RECV_B1) 2B1 (2SEND_B1;2RECV_F3) 2F3 (2SEND_F3;2RECV_B2) 2B2 (2SEND_B2;2RECV_B3) 2B3 2REDUCE"
-        " 2SEND_B3\n"
-        "rank 3: 3RECV_F0 3F0 3B0 (3SEND_B0;3RECV_F1) 3F1 3B1 (3SEND_B1;3RECV_F2) 3F2 3B2 (3SEND_B2;3RECV_F3) 3F3 3B3"
-        " 3REDUCE 3SEND_B3"
-    )
+# --- every size, against the formulas of the papers -------------------------------------------------------------------
+
+FAMILIES = [(name, chunks) for name, s in SCHEDULES.items() for chunks in ([s.chunks] if s.chunks else (1, 2, 3, 4))]
+# F, I and W of one chunk take 1 each. What dualpipe-v has here is half of its authors' (p - 1)(F&B + B - 3W): that
+# is for pairs which begin and end as one; here the parts come one after another, and what each makes leaves at once.
+IDLE: dict[str, Callable[[int], int]] = {
+    "gpipe": lambda p: 3 * (p - 1),  # (p - 1)(F + B)
+    "1f1b": lambda p: 3 * (p - 1),
+    "interleaved": lambda p: 3 * (p - 1),  # of a chunk, so 1 / chunks of that of 1F1B
+    "zb-h1": lambda p: p - 1,  # (p - 1)(F + I - W)
+    "zb-v": lambda p: p - 1,  # none but the start, which the barrier before the optimizer makes everyone wait for
+    "dualpipe-v": lambda p: p - 1,
+}
+# (ranks, chunks, microbatches, rank) -> microbatches of one chunk alive at the peak, and on the worst rank
+PEAK: dict[str, Callable[[int, int, int, int], int]] = {
+    "gpipe": lambda p, v, m, r: m,
+    "1f1b": lambda p, v, m, r: p - r,
+    "interleaved": lambda p, v, m, r: p * v + p - 1 - 2 * r,  # p + (p - 1) / v full stages on rank 0
+    "zb-h1": lambda p, v, m, r: p,
+    "zb-v": lambda p, v, m, r: 2 * p,
+    "dualpipe-v": lambda p, v, m, r: 2 * p + 1,
+}
 
 
-@pytest.mark.parametrize("name", [*SCHEDULES, "forward_only"])
-def test_every_size_is_right(name: str) -> None:
+def fills(name: str, ranks: int, microbatches: int) -> bool:
+    """Whether the formulas hold: with fewer microbatches there are not enough to fill the pattern."""
+    return {
+        "gpipe": True,
+        "1f1b": microbatches >= ranks,
+        "interleaved": microbatches % ranks == 0 and microbatches >= 2 * ranks,
+        "zb-h1": microbatches >= ranks,
+    }.get(name, microbatches >= 2 * ranks)
+
+
+@pytest.mark.parametrize(("name", "chunks"), FAMILIES)
+def test_every_size_is_right(name: str, chunks: int) -> None:
     for ranks in range(1, 9):
         for microbatches in range(1, 17):
-            plan = build(name, ranks, 1, microbatches)  # build checks
-            assert simulate(plan) == "ok", (ranks, microbatches)
-            expected = {
-                "gpipe": [microbatches] * ranks,
-                "1f1b": [min(microbatches, ranks - rank) for rank in range(ranks)],
-                "forward_only": [1] * ranks,
-            }[name]
-            assert peak_live(plan) == expected
-            for rank in range(ranks):  # same order of backwards everywhere: gradients sum to the same bits
-                backwards = [a.microbatch for r, _, a in plan.walk() if r == rank and a.op is Op.B]
-                assert backwards == list(range(microbatches)) * plan.backward
+            sizes = (ranks, chunks, microbatches)
+            plan = build(name, *sizes)  # build checks
+            if (3 * ranks + microbatches) % 7 == 0 or microbatches == 1:
+                assert rendezvous(plan) == "ok", sizes
+            weights: dict[int, list[int]] = {stage: [] for stage in range(plan.num_stages)}
+            for _, _, (op, stage, microbatch) in plan.walk():
+                if op in (Op.B, Op.W):
+                    weights[stage].append(microbatch)
+            # The same order everywhere: gradients sum to the same bits.
+            assert all(order == list(range(microbatches)) for order in weights.values()), sizes
+            peaks = peak_memory(plan)
+            expected = [PEAK[name](*sizes, rank) for rank in range(ranks)]
+            assert max(peaks) <= max(expected), sizes
+            if fills(name, ranks, microbatches):
+                assert simulate(plan).idle == (IDLE[name](ranks),) * ranks, sizes
+                assert peaks == expected if name in ("gpipe", "1f1b", "interleaved") else max(peaks) == max(expected)
+            elif name == "1f1b":
+                assert peaks == [min(microbatches, ranks - rank) for rank in range(ranks)]
+
+
+def test_more_chunks_less_idle() -> None:
+    """In units of what a rank holds, at equal numbers of layers: the reason for each schedule after the first two."""
+    idle = {(name, v): simulate(build(name, 4, v, 16)).idle[0] / v for name, v in FAMILIES}
+    assert idle["gpipe", 1] == idle["1f1b", 1] == 9 and idle["interleaved", 2] == 4.5 and idle["interleaved", 4] == 2.25
+    assert idle["interleaved", 3] == idle["zb-h1", 1] == 3 and idle["zb-v", 2] == idle["dualpipe-v", 2] == 1.5
+
+
+@pytest.mark.parametrize(("name", "chunks"), FAMILIES)
+def test_forwards_alone_on_every_placement(name: str, chunks: int) -> None:
+    for ranks, microbatches in [(1, 1), (2, 5), (3, 3), (5, 7), (8, 1), (8, 12)]:
+        plan = forward_only(build(name, ranks, chunks, 1), microbatches)
+        assert rendezvous(plan) == "ok"
+        assert peak_memory(plan) == [1.0] * ranks
+
+
+def test_plans_of_a_thousand_gpus_are_quick() -> None:
+    """Seconds, not minutes: a plan is made and proved before a run starts, and on every rank."""
+    start = time.process_time()
+    build("interleaved", 16, 4, 64)
+    assert time.process_time() - start < 10
 
 
 def test_v_shaped_placement() -> None:
     plan = complete(V_SHAPED)
     check(plan)
-    assert simulate(plan) == "ok"
+    assert rendezvous(plan) == "ok"
     assert str(plan).splitlines()[2] == (  # nothing is sent between stages 1 and 2, both on rank 1
-        "rank 1: 1RECV_F0 1F0 2F0 (2SEND_F0;1RECV_F1) 1F1 2F1 (2SEND_F1;2RECV_B0) 2B0 1B0 (1SEND_B0;2RECV_B1) 2B1 "
+        "rank 1: 1RECV_F0 1F0 1RECV_F1 2F0 2SEND_F0 1F1 2F1 (2RECV_B0;2SEND_F1) 2B0 1B0 (2RECV_B1;1SEND_B0) 2B1 "
         "2REDUCE 1B1 1REDUCE 1SEND_B1"
     )
     assert plan.stages_of(0) == (0, 3) and plan.stages_of(1) == (1, 2) and plan.num_stages == 4
-    assert peak_live(plan) == [3, 4]
+    assert peak_memory(plan) == [3, 4]
 
 
 def test_split_backward() -> None:
     plan = complete(ZERO_BUBBLE)
     check(plan)
-    assert simulate(plan) == "ok"
-    assert str(plan).splitlines()[1] == (  # the gradient leaves after I, and REDUCE waits for the last W
-        "rank 0: 0F0 0SEND_F0 0F1 (0SEND_F1;0RECV_B0) 0I0 0F2 (0SEND_F2;0RECV_B1) 0I1 0W0 0RECV_B2 0I2 0W1 0W2 0REDUCE"
+    assert rendezvous(plan) == "ok"
+    assert str(plan).splitlines()[1] == (  # REDUCE waits for the last W
+        "rank 0: 0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0I0 0F2 (0SEND_F2;0RECV_B1) 0I1 0W0 0RECV_B2 0I2 0W1 0W2 0REDUCE"
     )
-    assert peak_live(plan) == [3, 2]  # an activation lives until W, not I
+    assert peak_memory(plan) == [3, 2]  # an activation lives until W, not I
+    assert peak_memory(plan, kept_for_w=0.0) == [2, 1]
+
+
+def test_memory_cap() -> None:
+    for name, chunks in FAMILIES:
+        plan = build(name, 3, chunks, 7)
+        peak = max(peak_memory(plan))
+        check(plan, memory_cap=peak)
+        with pytest.raises(PlanError, match=f"microbatches of one stage are alive .* memory_cap = {peak - 1:g}"):
+            check(plan, memory_cap=peak - 1)
+    with pytest.raises(PlanError) as error:
+        check(build("1f1b", 2, 1, 4), memory_cap=1)
+    assert str(error.value).splitlines()[0] == (
+        "plan '1f1b' rank 0 step 2 0F1: 2 microbatches of one stage are alive on rank 0 here, and 2 at its peak, but "
+        "memory_cap = 1: choose a schedule that keeps fewer, or raise the cap"
+    )
+    assert ">0F1<" in str(error.value)
 
 
 # --- deadlock --------------------------------------------------------------------------------------------------------
@@ -251,9 +428,9 @@ def test_split_backward() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_unbatched_1f1b_deadlocks(ranks: int) -> None:
-    """Each message posted and waited for alone, as torch.distributed.pipelining's lowering has it."""
-    plan = add_reduce(add_communication(one_f_one_b(ranks, 1, 4)))
-    assert simulate(plan) == "deadlock"
+    """Each message posted and waited for alone, right where it is needed: the reason for the slots of the pass."""
+    plan = add_reduce(late(one_f_one_b(ranks, 1, 4), batched=False))
+    assert rendezvous(plan) == "deadlock"
     with pytest.raises(PlanError, match="deadlock with zero buffering") as error:
         check(plan)
     if ranks == 2:
@@ -292,12 +469,18 @@ def contracted_is_acyclic(plan: Plan) -> bool:
 
 
 def test_no_false_alarm_for_batches() -> None:
-    plan = complete(LOOP)
+    plan = late(LOOP, batched=True)
     assert "(0SEND_F0;3RECV_F0)" in str(plan)
     assert not contracted_is_acyclic(plan)
-    assert simulate(plan) == "ok"
+    assert rendezvous(plan) == "ok"
     check(plan)
-    assert contracted_is_acyclic(build("1f1b", 4, 1, 4))  # the criterion itself is not simply wrong
+
+
+@pytest.mark.parametrize(("name", "chunks"), FAMILIES)
+def test_plans_pass_the_stricter_criterion_too(name: str, chunks: int) -> None:
+    """A batch waits only for batches of its slot, so even if each slot ended everywhere at once nobody would hang."""
+    for ranks, microbatches in [(2, 3), (3, 7), (5, 4)]:
+        assert contracted_is_acyclic(build(name, ranks, chunks, microbatches))
 
 
 def random_plan(rng: random.Random) -> Plan:
@@ -327,10 +510,9 @@ def random_plan(rng: random.Random) -> Plan:
         del after[pick]
         for needs in after.values():
             needs.discard(pick)
-    plan = add_communication(Plan("random", microbatches, tuple(placement), tuple(map(tuple, programs))))
-    if rng.random() < 0.5:
-        plan = batch_communication(plan)
-    plan = add_reduce(plan)
+    plan = Plan("random", microbatches, tuple(placement), tuple(map(tuple, programs)))
+    how = rng.choice(["alone", "batched", "slots"])
+    plan = add_reduce(add_communication(plan) if how == "slots" else late(plan, batched=how == "batched"))
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
         plan = swap(plan, rng.randrange(ranks), rng.randrange(1000), None)
     return plan
@@ -350,28 +532,29 @@ def with_program(plan: Plan, rank: int, program: list[Step]) -> Plan:
 
 
 def assert_agreement(plan: Plan) -> str:
-    """check and the simulator agree; returns what check says. Only on deadlock must both give the same reason: order
-    and matching are properties of the text for check, while the simulator may hang before it comes to them."""
-    said, happened = verdict(plan), simulate(plan)
+    """check and the second opinion agree; returns what check says. Only on deadlock must both give the same reason:
+    order and matching are properties of the text for check, while `rendezvous` may hang before it comes to them."""
+    said, happened = verdict(plan), rendezvous(plan)
     assert (said == "ok") == (happened == "ok"), (said, happened, str(plan))
     if "deadlock" in said:
         assert happened == "deadlock", (said, str(plan))
     return said
 
 
-def test_check_agrees_with_simulation_on_random_plans() -> None:
+def test_check_agrees_with_the_second_opinion_on_random_plans() -> None:
     rng = random.Random(20240607)
     seen: Counter[str] = Counter()
-    for _ in range(1500):
+    for _ in range(1000):
         said = assert_agreement(random_plan(rng))
         seen[next(word for word in ("ok", "deadlock", "message", "must come after") if word in said)] += 1
-    assert min(seen.values()) > 60 and len(seen) == 4, seen  # each kind of answer was put to the test
+    assert min(seen.values()) > 40 and len(seen) == 4, seen  # each kind of answer was put to the test
 
 
 # --- broken plans ----------------------------------------------------------------------------------------------------
 
-RIGHT = [build(name, p, 1, m) for name in (*SCHEDULES, "forward_only") for p, m in [(1, 2), (2, 1), (2, 3), (3, 4)]]
-RIGHT += [complete(V_SHAPED), complete(ZERO_BUBBLE), complete(LOOP)]
+RIGHT = [build(name, p, chunks, m) for name, chunks in FAMILIES for p, m in [(1, 2), (2, 1), (2, 3), (3, 4), (4, 3)]]
+RIGHT += [forward_only(plan, m) for plan in RIGHT[1::5] for m in (1, 3)]
+RIGHT += [complete(V_SHAPED), complete(ZERO_BUBBLE), complete(LOOP), late(LOOP, batched=True)]
 
 spots = st.sampled_from(RIGHT).flatmap(
     lambda plan: st.integers(0, plan.num_ranks - 1).flatmap(
@@ -380,24 +563,40 @@ spots = st.sampled_from(RIGHT).flatmap(
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(spots)
-def test_any_drop_is_refused(spot: tuple[Plan, int, int]) -> None:
+@settings(max_examples=200, deadline=None)
+@given(spots, st.integers(0, 100))
+def test_any_drop_is_refused(spot: tuple[Plan, int, int], which: int) -> None:
     plan, rank, position = spot
     program = list(plan.programs[rank])
-    del program[position]
-    with pytest.raises(PlanError, match="is missing"):
-        check(with_program(plan, rank, program))
+    step = list(program[position])
+    dropped = step.pop(which % len(step))
+    program[position : position + 1] = [tuple(step)] if step else []
+    broken = with_program(plan, rank, program)
+    said = assert_agreement(broken)
+    assert re.search(r"\w+ is missing", said) and (str(dropped) in said or dropped.op in (Op.I, Op.W)), said
 
 
-@settings(max_examples=150, deadline=None)
-@given(spots, st.integers(0, 1000))
-def test_any_duplicate_is_refused(spot: tuple[Plan, int, int], target: int) -> None:
+@settings(max_examples=200, deadline=None)
+@given(spots, st.integers(0, 1000), st.integers(0, 1000))
+def test_any_duplicate_is_refused(spot: tuple[Plan, int, int], which: int, target: int) -> None:
     plan, rank, position = spot
     program = list(plan.programs[rank])
-    program.insert(target % (len(program) + 1), program[position])
-    with pytest.raises(PlanError, match="is there twice"):
-        check(with_program(plan, rank, program))
+    action = program[position][which % len(program[position])]
+    program.insert(target % (len(program) + 1), (action,))
+    assert f"{action} is there twice" in verdict(with_program(plan, rank, program))
+
+
+@settings(max_examples=200, deadline=None)
+@given(spots, st.data())
+def test_trading_actions_between_ranks_is_refused(spot: tuple[Plan, int, int], data: st.DataObject) -> None:
+    plan, rank, position = spot
+    other = data.draw(st.integers(0, plan.num_ranks - 1))
+    assume(other != rank)
+    there = data.draw(st.integers(0, len(plan.programs[other]) - 1))
+    programs = [list(program) for program in plan.programs]
+    programs[rank][position], programs[other][there] = programs[other][there], programs[rank][position]
+    said = verdict(replace(plan, programs=tuple(map(tuple, programs))))
+    assert re.search(r"\w+ is on rank \d, but stage \d+ is on rank \d", said)
 
 
 @settings(max_examples=400, deadline=None)
@@ -430,12 +629,18 @@ def test_order_inside_a_batch_is_matched() -> None:
 
 # --- every refusal, with its words -----------------------------------------------------------------------------------
 
-PAIR = str(build("1f1b", 2, 1, 1))
+PAIR = """plan 1f1b microbatches=1 placement=0,1 backward=yes
+rank 0: 0F0 (0SEND_F0;0RECV_B0) 0B0 0REDUCE
+rank 1: 1RECV_F0 1F0 1B0 1REDUCE 1SEND_B0"""
 PAIR_SPLIT = PAIR.replace("0B0", "0I0 0W0").replace("1B0", "1I0 1W0")
 ONE_RANK = """plan local microbatches=1 placement=0,0 backward=yes
 rank 0: 0F0 1F0 1B0 1REDUCE 0B0 0REDUCE"""
 ONE_RANK_SPLIT = """plan local microbatches=1 placement=0,0 backward=yes
 rank 0: 0F0 1F0 1I0 0I0 1W0 1REDUCE 0W0 0REDUCE"""
+
+STUCK = """plan stuck microbatches=1 placement=0,1 backward=yes
+rank 0: 0F0 0B0
+rank 1: 1B0 1F0"""
 
 CHECK_ERRORS = [
     # plan text, what is replaced, by what, what the error says
@@ -471,12 +676,14 @@ def test_what_check_says(text: str, old: str, new: str, message: str) -> None:
     with pytest.raises(PlanError, match=message) as error:
         check(plan)
     assert ">" in str(error.value).splitlines()[-1] or ">" in str(error.value).splitlines()[-2]  # the spot is marked
-    assert simulate(plan) != "ok" or "too much" in message
+    assert rendezvous(plan) != "ok" or "too much" in message
 
 
 def test_what_check_says_on_a_mismatch() -> None:
-    plan = parse_plan(str(build("gpipe", 2, 1, 2)).replace("1RECV_F0 1F0 1RECV_F1 1F1", "1RECV_F1 1F1 1RECV_F0 1F0"))
-    assert simulate(plan) == "mismatch"
+    right = add_reduce(late(gpipe(2, 1, 2), batched=True))
+    check(right)
+    plan = parse_plan(str(right).replace("1RECV_F0 1F0 1RECV_F1 1F1", "1RECV_F1 1F1 1RECV_F0 1F0"))
+    assert rendezvous(plan) == "mismatch"
     with pytest.raises(PlanError) as error:
         check(plan)
     assert str(error.value) == (
@@ -523,12 +730,25 @@ def steps(*texts: str) -> tuple[tuple[Step, ...], ...]:
         (lambda: parse_plan("plan x microbatches=1"), "'plan x microbatches=1' is not the header of a plan"),
         (lambda: parse_plan(PAIR.replace("rank 1", "rank 2")), "should start with 'rank 1:': one line per rank"),
         (lambda: add_communication(complete(one_f_one_b(2, 1, 1))), "step 1: 0SEND_F0 is already there; add_comm"),
-        (lambda: add_reduce(complete(one_f_one_b(2, 1, 1))), "step 3: 0REDUCE is already there; add_reduce takes"),
-        (lambda: build("1f1b", 0, 1, 4), "schedule '1f1b' with ranks = 0, microbatches = 4: both must be >= 1"),
-        (lambda: gpipe(2, 1, 0), "schedule 'gpipe' with ranks = 2, microbatches = 0: both must be >= 1"),
-        (lambda: forward_only(2, 2, 1), "schedule 'forward_only' with chunks = 2: it places exactly one stage on each"),
-        (lambda: build("1f1b", 2, 3, 4), "chunks = 3: .*Set chunks to 1, or choose a schedule for several chunks"),
-        (lambda: build("1F1B", 2, 1, 4), "unknown schedule '1F1B': did you mean '1f1b'\\? Known: gpipe, 1f1b, forward"),
+        (lambda: add_reduce(complete(one_f_one_b(2, 1, 1))), "step 4: 0REDUCE is already there; add_reduce takes"),
+        (
+            lambda: complete(parse_plan(STUCK)),
+            "0B0 waits for 1B0 on rank 1\n  rank 1 step 0 1B0 waits for 1F0 on rank 1",
+        ),
+        (lambda: complete(parse_plan(STUCK.replace("0F0 ", ""))), "rank 0 step 0 0B0 waits for 0F0 on rank 0"),
+        (lambda: simulate(parse_plan(STUCK)), "plan 'stuck': its computations cannot be ordered; `check` says where"),
+        (lambda: build("1f1b", 0, 1, 4), "schedule '1f1b': ranks 0, chunks 1, microbatches 4 must be >= 1"),
+        (lambda: build("interleaved", 2, 0, 4), "schedule 'interleaved': ranks 2, chunks 0, microbatches 4 must be"),
+        (
+            lambda: build("1f1b", 2, 3, 4),
+            r"chunks = 3: it places 1 stage\(s\) on each rank. Set chunks to 1, or choose",
+        ),
+        (
+            lambda: build("zb-v", 2, 1, 4),
+            r"chunks = 1: it places 2 stage\(s\) on each rank. Set chunks to 2, or choose",
+        ),
+        (lambda: build("1F1B", 2, 1, 4), "unknown schedule '1F1B': did you mean '1f1b'\\? Known: gpipe, 1f1b, interl"),
+        (lambda: find_schedule("zbv"), "unknown schedule 'zbv': did you mean 'zb-v'"),
         (lambda: build("gpip", 2, 1, 4), "unknown schedule 'gpip': did you mean 'gpipe'"),
     ],
 )
@@ -542,8 +762,8 @@ def test_build_refuses_a_wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None
         plan = gpipe(ranks, chunks, microbatches)
         return with_program(plan, 0, list(reversed(plan.programs[0])))
 
-    monkeypatch.setitem(SCHEDULES, "wrong", wrong)
-    with pytest.raises(PlanError, match="must come after"):
+    monkeypatch.setitem(SCHEDULES, "wrong", Schedule(wrong, looped, 1))
+    with pytest.raises(PlanError, match="cannot be ordered"):
         build("wrong", 2, 1, 2)
 
 
@@ -603,7 +823,7 @@ def test_grid() -> None:
 
 
 def test_a_fault_in_the_check_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the deadlock proof the comparison with the simulator must fail, or it compares nothing."""
+    """Without the deadlock proof the comparison with `rendezvous` must fail, or it compares nothing."""
     monkeypatch.setattr(check_module, "_check_deadlock", lambda plan, partners: None)
     with pytest.raises(AssertionError):
-        test_check_agrees_with_simulation_on_random_plans()
+        test_check_agrees_with_the_second_opinion_on_random_plans()

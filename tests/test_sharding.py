@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine.config import Config, layout_of
 from engine.context import ParallelContext, make_context
 from engine.layout import Layout
-from engine.model.transformer import StageShape, Transformer, tensor_shapes
+from engine.model.transformer import Transformer, stage_shapes, tensor_shapes
 from engine.sharding import Chunk, Parameter, ShardSpec, initialise_, new_parameter, parameters
 
 
@@ -143,7 +143,7 @@ DEGREES = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 4, 1), (4, 2, 1), (2,
 
 
 def model_on(cfg: Config, ctx: ParallelContext) -> Transformer:
-    return Transformer(cfg.model, ctx, StageShape.of(cfg.model.num_layers, ctx.pipeline.rank, ctx.pipeline.size))
+    return Transformer(cfg.model, ctx, stage_shapes(cfg)[ctx.pipeline.rank])
 
 
 def laid_out(degrees: tuple[int, int, int], **model: Any) -> Config:

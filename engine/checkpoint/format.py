@@ -67,12 +67,16 @@ class FileEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """Everything a checkpoint is; see the module text. `data` identifies corpus and tokenizer."""
+    """Everything a checkpoint is; see the module text. `data` identifies corpus and tokenizer.
+
+    optimizer: "steps", updates done (fewer than `step` where fp16 left some out), and the state of the loss scale.
+    """
 
     schema_version: int = SCHEMA
     step: int
     consumed_samples: int
     consumed_tokens: int
+    optimizer: dict[str, float] = {}
     config: dict[str, Any]
     data: dict[str, Any]
     layout: dict[str, int]

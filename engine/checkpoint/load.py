@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,8 @@ from engine.checkpoint.format import DTYPES, Manifest, read_manifest, verify_fil
 from engine.comm import raise_together
 from engine.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
-from engine.sharding import Parameter
+from engine.optim.adamw import Held
+from engine.sharding import Piece
 
 
 class Reader:
@@ -86,9 +88,7 @@ class Reader:
             raise CheckpointError(f"{self.folder / file}: {key}: {error}; take another checkpoint") from None
 
 
-def load_into(
-    reader: Reader, states: Iterable[tuple[str, Parameter, Tensor]], ctx: ParallelContext, *, verify: bool = True
-) -> None:
+def load_into(reader: Reader, states: Iterable[Held], ctx: ParallelContext, *, verify: bool = True) -> None:
     """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all.
 
     verify: compare file digests first, the ranks sharing the files among them.
@@ -98,16 +98,22 @@ def load_into(
         if verify:
             verify_files(reader.folder, reader.manifest, part=ctx.rank, parts=ctx.world.size)
         with torch.no_grad():
-            for kind, p, x in states:
-                x.zero_()  # padding rows are in no checkpoint
-                for piece in p.spec.pieces(ctx):
-                    have = reader.names(kind).get(piece.name)
-                    if have is not None and have != piece.global_shape:
-                        raise CheckpointError(
-                            f"{reader.folder}: {piece.name} has shape {list(have)}, the model wants "
-                            f"{list(piece.global_shape)}; it is of another model"
-                        )
-                    piece.of(x).copy_(reader.read(kind, piece.name, piece.offset, piece.shape))
+            for held in states:
+                held.flat.zero_()  # padding rows are in no checkpoint
+                for piece in held.param.spec.pieces(ctx):
+                    _fill(reader, held, piece)
     except EngineError as fault:
         error = fault
     raise_together(error, ctx.world, ctx.device)
+
+
+def _fill(reader: Reader, held: Held, piece: Piece) -> None:
+    have = reader.names(held.kind).get(piece.name)
+    if have is not None and have != piece.global_shape:
+        raise CheckpointError(
+            f"{reader.folder}: {piece.name} has shape {list(have)}, the model wants "
+            f"{list(piece.global_shape)}; it is of another model"
+        )
+    for offset, shape, first in piece.rectangles(held.begin, held.begin + len(held.flat)):
+        begin = first - held.begin
+        held.flat[begin : begin + math.prod(shape)].view(shape).copy_(reader.read(held.kind, piece.name, offset, shape))

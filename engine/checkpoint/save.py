@@ -1,11 +1,13 @@
 """Saving: every rank writes its part in parallel; rank 0 writes the manifest and renames the folder into place.
 
-Each rectangle is written once: by a rank that counts it (`Piece.counted`), and the data ranks take turns, tensor by
-tensor. A failure on any rank is an error on all of them, and nothing is renamed.
+Each value is written once: by a rank that counts it (`Piece.counted`), and of the data ranks by the owner of its flat
+range, which is at most three rectangles of a tensor. A failure on any rank is an error on all of them, and nothing is
+renamed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -29,12 +31,12 @@ from engine.comm import gather_json, on_first_rank, raise_together
 from engine.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
 from engine.files import sync_folder, write_synced
-from engine.sharding import Parameter
+from engine.optim.adamw import Held
 
 
 def save(
     root: Path,
-    states: Iterable[tuple[str, Parameter, Tensor]],
+    states: Iterable[Held],
     ctx: ParallelContext,
     *,
     step: int,
@@ -43,7 +45,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` under `root` and return its folder. Collective.
 
-    states: (kind, parameter, its tensor) as from FlatAdamW.states(). facts: the manifest's remaining fields. keep:
+    states: what this rank is to write, FlatAdamW.states(owned=True). facts: the manifest's remaining fields. keep:
     how many newest checkpoints to keep, 0 for all. Raises CheckpointError on every rank when any rank fails.
     """
     final = step_dir(root, step)
@@ -92,21 +94,25 @@ def _prepare(root: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _write_part(folder: Path, states: Iterable[tuple[str, Parameter, Tensor]], ctx: ParallelContext) -> dict[str, Any]:
-    """Write this rank's file; returns {"file", "entry", "tensors": {kind: {name: {shape, dtype, slice}}}} as JSON."""
+def _write_part(folder: Path, states: Iterable[Held], ctx: ParallelContext) -> dict[str, Any]:
+    """Write this rank's file; returns {"file", "entry", "tensors": {kind: {name: {shape, dtype, slices}}}} as JSON."""
     file = f"rank{ctx.rank:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     index: dict[str, dict[str, Any]] = {}
-    for number, (kind, p, x) in enumerate(states):
-        if number % ctx.data.size != ctx.data.rank:
-            continue
-        for piece in p.spec.pieces(ctx):
-            if piece.counted and 0 not in piece.shape:
-                key = f"{kind}/{piece.name}"
-                tensors[key] = piece.of(x)
-                at = Slice(file=file, key=key, offset=piece.offset, shape=piece.shape)
-                entry = TensorEntry(shape=piece.global_shape, dtype=DTYPE_NAMES[x.dtype], slices=(at,))
-                index.setdefault(kind, {})[piece.name] = entry.model_dump()
+    for held in states:
+        for piece in held.param.spec.pieces(ctx):
+            if not piece.counted:
+                continue
+            slices: list[Slice] = []
+            for offset, shape, first in piece.rectangles(held.begin, held.begin + len(held.flat)):
+                key = f"{held.kind}/{piece.name}" + (f"#{len(slices)}" if slices else "")
+                begin = first - held.begin
+                tensors[key] = held.flat[begin : begin + math.prod(shape)].view(shape)
+                slices.append(Slice(file=file, key=key, offset=offset, shape=shape))
+            if slices:
+                dtype = DTYPE_NAMES[held.flat.dtype]
+                entry = TensorEntry(shape=piece.global_shape, dtype=dtype, slices=tuple(slices))
+                index.setdefault(held.kind, {})[piece.name] = entry.model_dump()
     if not tensors:
         return {"tensors": {}}
     return {"file": file, "entry": write_safetensors(folder / file, tensors).model_dump(), "tensors": index}

@@ -8,6 +8,8 @@ from engine.config import ModelConfig
 from engine.context import ParallelContext
 from engine.model.layers import ColumnLinear, RMSNorm, RowLinear
 from engine.ops.attention import causal_attention
+from engine.ops.linear import Remake
+from engine.ops.recompute import recompute
 from engine.ops.rope import rope
 from engine.sharding import Chunk
 
@@ -19,7 +21,7 @@ class Attention(nn.Module):
     of its own query heads only: the k and v chunks are summed over the `kv` axis.
     """
 
-    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, name: str, out_std: float):
+    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, name: str, out_std: float, keep_gathered: bool):
         super().__init__()
         t, d, h = ctx.tensor.size, cfg.head_dim, cfg.hidden_size
         kv_parts = min(cfg.num_kv_heads, t)
@@ -29,22 +31,27 @@ class Attention(nn.Module):
             Chunk(f"{name}.k.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
             Chunk(f"{name}.v.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
         )
-        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx)
+        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx, keep_gathered)
         self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx)
         self.norms: nn.ModuleList | None = None
         if cfg.qk_norm:
             self.norms = nn.ModuleList(
-                RMSNorm(f"{name}.{part}_norm.weight", d, cfg.norm_eps, ctx, sum_over=("tensor",)) for part in "qk"
+                RMSNorm(f"{name}.{part}_norm.weight", d, cfg.norm_eps, ctx, sum_over="tensor") for part in "qk"
             )
 
-    def forward(self, x: Tensor, rope_table: Tensor) -> Tensor:
-        """x [s, b, h] -> [s, b, h]."""
-        s, b, _ = x.shape
-        heads = self.qkv(x).view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
+    def forward(self, x: Tensor, rope_table: Tensor, remake: Remake | None = None) -> Tensor:
+        """x [s, b, h] -> [s, b, h]. remake: how to get x again instead of keeping it; the core is then recomputed."""
+        fused = self.qkv(x, remake)
+        return self.out(recompute(self._core, fused, rope_table) if remake else self._core(fused, rope_table))
+
+    def _core(self, fused: Tensor, rope_table: Tensor) -> Tensor:
+        """q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""
+        s, b, _ = fused.shape
+        heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
         q_and_k, v = heads.split([self.n + self.m, self.m], dim=1)
         if self.norms is None:
             q, k = rope(q_and_k, rope_table).split([self.n, self.m], dim=1)
         else:
             q, k = q_and_k.split([self.n, self.m], dim=1)
             q, k = rope(self.norms[0](q), rope_table), rope(self.norms[1](k), rope_table)
-        return self.out(causal_attention(q, k, v))
+        return causal_attention(q, k, v)

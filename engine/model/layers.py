@@ -4,62 +4,100 @@ Shape legend (all files of the model):
     s  sequence     b  micro-batch     h  hidden     t  ranks of the tensor axis
     n  local query heads (num_heads / t)     m  local KV heads     d  head_dim
     f  local inner width (ffn_size / t)      v  local vocabulary (vocab_size / t, rounded up)
-Activations between blocks are [s, b, h], the same on every tensor rank.
+Activations between blocks are [s, b, h] on the axis `ctx.copies`: the same on every tensor rank. Under sequence
+parallelism they are [s / t, b, h], a part on each rank of `ctx.sequence`; s below stands for either. One of the two
+axes has one rank, where every collective is the identity, so no layer asks which.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from engine.comm import all_gather, reduce_from
+from engine.comm import all_gather, sum_from
 from engine.context import ParallelContext
 from engine.ops.embedding import embedding
-from engine.ops.linear import linear
+from engine.ops.linear import Remake, linear
 from engine.ops.loss import cross_entropy
 from engine.ops.norm import rms_norm
 from engine.sharding import Chunk, Parameter, ShardSpec, new_parameter
 
 
-class ColumnLinear(nn.Module):
-    """[..., h] -> [..., local out]: rows of the weight (output features) are cut over the tensor axis."""
+@dataclass(frozen=True)
+class Saving:
+    """What a block keeps for its backward (docs/training.md has the bytes).
 
-    def __init__(self, chunks: tuple[Chunk, ...], in_size: int, init_std: float, ctx: ParallelContext):
+    recompute: "none"; "selective": norms, SwiGLU product and attention core are computed again; "full": the block is,
+    from its input. layers: in how many blocks of a stage, from its first; 0: all. keep_gathered: the inputs of
+    column-parallel products, whole instead of a part of the sequence each.
+    """
+
+    recompute: str = "none"
+    layers: int = 0
+    keep_gathered: bool = False
+
+    def of(self, index: int) -> str:
+        """What the block number `index` of a stage recomputes."""
+        return self.recompute if not self.layers or index < self.layers else "none"
+
+
+class ColumnLinear(nn.Module):
+    """[s, b, h] -> [s, b, local out]: rows of the weight (output features) are cut over the tensor axis.
+
+    Takes a part of the sequence where it is cut, gives all of it.
+    """
+
+    def __init__(
+        self, chunks: tuple[Chunk, ...], in_size: int, init_std: float, ctx: ParallelContext, keep_gathered: bool
+    ):
         super().__init__()
-        self.axis = ctx.tensor
+        self.copies, self.sequence, self.keep_gathered = ctx.copies, ctx.sequence, keep_gathered
         self.weight = new_parameter(ShardSpec(chunks, dim=0, other=in_size, init_std=init_std), ctx)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, reduce_input_grad=self.axis)
+    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
+        """remake: how to get x again instead of keeping it."""
+        return linear(x, self.weight, self.copies, self.sequence, keep_gathered=self.keep_gathered, remake=remake)
 
 
 class RowLinear(nn.Module):
-    """[..., local in] -> [..., h]: columns of the weight (input features) are cut; partial outputs are summed."""
+    """[s, b, local in] -> [s, b, h]: columns of the weight (input features) are cut; partial outputs are summed.
+
+    Gives a part of the sequence where it is cut.
+    """
 
     def __init__(self, name: str, in_size: int, out_size: int, init_std: float, ctx: ParallelContext):
         super().__init__()
-        self.axis, self.alone = ctx.tensor, ctx.alone
+        self.copies, self.sequence, self.alone = ctx.copies, ctx.sequence, ctx.alone
         chunk = Chunk(name, in_size, parts=ctx.tensor.size)
         self.weight = new_parameter(ShardSpec((chunk,), dim=1, other=out_size, init_std=init_std), ctx)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return reduce_from(linear(x, self.weight, reduce_input_grad=self.alone), self.axis)
+    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
+        """remake: how to get x again instead of keeping it."""
+        partial_sums = linear(x, self.weight, self.alone, self.alone, remake=remake)
+        return sum_from(partial_sums, self.copies, self.sequence)
 
 
 class RMSNorm(nn.Module):
     """RMSNorm over the last dim; the weight is whole on every tensor rank.
 
-    sum_over names the axis whose ranks each see only part of the weight's gradient ("tensor" for the QK-norms: a rank
-    normalises only its own heads).
+    sum_over names the axis whose ranks each see only part of the weight's gradient: "sequence" where a rank normalises
+    its part of the sequence, "tensor" where it normalises its own heads (QK-norms).
     """
 
-    def __init__(self, name: str, size: int, eps: float, ctx: ParallelContext, sum_over: tuple[str, ...] = ()):
+    def __init__(self, name: str, size: int, eps: float, ctx: ParallelContext, sum_over: str = "sequence"):
         super().__init__()
         self.eps = eps
-        self.weight = new_parameter(ShardSpec((Chunk(name, size, sum_over=sum_over),), decay=False), ctx)
+        self.weight = new_parameter(ShardSpec((Chunk(name, size, sum_over=(sum_over,)),), decay=False), ctx)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def remake(self, x: Tensor) -> Remake:
+        """How to get `self(x)` again from x, which the norm keeps anyway."""
+        return Remake(partial(rms_norm, eps=self.eps), (x, self.weight))
 
 
 def vocab_weight(name: str, vocab_size: int, hidden: int, std: float, tied: bool, ctx: ParallelContext) -> Parameter:
@@ -73,25 +111,26 @@ class VocabEmbedding(nn.Module):
 
     def __init__(self, weight: Parameter, ctx: ParallelContext):
         super().__init__()
-        self.axis, self.weight = ctx.tensor, weight
+        self.copies, self.sequence, self.weight = ctx.copies, ctx.sequence, weight
         self.start = weight.spec.pieces(ctx)[0].offset[0]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return reduce_from(embedding(self.weight, tokens.t().contiguous(), self.start), self.axis)
+        return sum_from(embedding(self.weight, tokens.t().contiguous(), self.start), self.copies, self.sequence)
 
 
 class VocabHead(nn.Module):
     """Output projection and loss over the sliced vocabulary."""
 
-    def __init__(self, weight: Parameter, ctx: ParallelContext):
+    def __init__(self, weight: Parameter, ctx: ParallelContext, keep_gathered: bool):
         super().__init__()
-        self.axis, self.weight = ctx.tensor, weight
+        self.axis, self.copies, self.sequence = ctx.tensor, ctx.copies, ctx.sequence
+        self.weight, self.keep_gathered = weight, keep_gathered
         piece = weight.spec.pieces(ctx)[0]
         self.start, self.valid, self.vocab_size = piece.offset[0], piece.shape[0], piece.global_shape[0]
 
-    def loss(self, x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """x [s, b, h], labels and mask [b, s] -> the sum of the counted tokens' losses in nats (a scalar)."""
-        logits = linear(x, self.weight, reduce_input_grad=self.axis)
+        logits = linear(x, self.weight, self.copies, self.sequence, keep_gathered=self.keep_gathered)
         losses = cross_entropy(
             logits.view(-1, logits.shape[-1]), labels.t().reshape(-1), self.start, self.valid, self.axis
         )
@@ -100,5 +139,5 @@ class VocabHead(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> logits over the whole vocabulary [s, b, vocab_size], on every tensor rank; no gradient."""
         with torch.no_grad():
-            local = x @ self.weight.t()
+            local = all_gather(x, self.sequence) @ self.weight.t()
             return all_gather(local, self.axis, dim=-1)[..., : self.vocab_size]

@@ -12,18 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.config import ModelConfig
+from engine.config import Config, ModelConfig, layers_of_stages
 from engine.context import ParallelContext, make_context
 from engine.layout import Layout
 from engine.model.attention import Attention
-from engine.model.layers import RMSNorm, VocabEmbedding, VocabHead, vocab_weight
+from engine.model.layers import RMSNorm, Saving, VocabEmbedding, VocabHead, vocab_weight
 from engine.model.mlp import MLP
+from engine.ops.recompute import recompute
 from engine.ops.rope import rope_table
-from engine.sharding import parameters
+from engine.sharding import Parameter, parameters
 
 EMBED = "embed.weight"
 HEAD = "head.weight"
 FINAL_NORM = "norm.weight"
+KEEP_ALL = Saving()
 
 
 @dataclass(frozen=True)
@@ -34,49 +36,74 @@ class StageShape:
     first: bool
     last: bool
 
-    @classmethod
-    def of(cls, num_layers: int, stage: int, num_stages: int) -> StageShape:
-        """Stage number `stage` of `num_stages` equal ones (the config has checked that they are equal)."""
-        each = num_layers // num_stages
-        return cls(range(stage * each, (stage + 1) * each), stage == 0, stage == num_stages - 1)
+
+def stage_shapes(cfg: Config) -> list[StageShape]:
+    """Every stage of a resolved config's pipeline, in order."""
+    shapes, begin = [], 0
+    counts = layers_of_stages(cfg)
+    for stage, count in enumerate(counts):
+        shapes.append(StageShape(range(begin, begin + count), stage == 0, stage == len(counts) - 1))
+        begin += count
+    return shapes
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): [s, b, h] -> [s, b, h]."""
 
-    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, layer: int):
+    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, layer: int, saving: Saving, recompute: str):
         super().__init__()
-        name = f"layers.{layer}"
+        name, keep = f"layers.{layer}", saving.keep_gathered
+        self.recompute = recompute
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # GPT-2: residual sums keep their variance with depth
         self.attention_norm = RMSNorm(f"{name}.attention_norm.weight", cfg.hidden_size, cfg.norm_eps, ctx)
-        self.attention = Attention(cfg, ctx, f"{name}.attention", out_std)
+        self.attention = Attention(cfg, ctx, f"{name}.attention", out_std, keep)
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm.weight", cfg.hidden_size, cfg.norm_eps, ctx)
-        self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std)
+        self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std, keep)
 
     def forward(self, x: Tensor, rope_table: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope_table)
-        return x + self.mlp(self.mlp_norm(x))
+        if self.recompute == "full":
+            return recompute(self._compute, x, rope_table)
+        return self._compute(x, rope_table)
+
+    def _compute(self, x: Tensor, rope_table: Tensor) -> Tensor:
+        again = self.recompute == "selective"
+        x = x + self.attention(
+            self.attention_norm(x), rope_table, remake=self.attention_norm.remake(x) if again else None
+        )
+        return x + self.mlp(self.mlp_norm(x), remake=self.mlp_norm.remake(x) if again else None)
 
 
 class Transformer(nn.Module):
-    """The blocks of one stage; on the first stage tokens come in, on the last a loss (or logits) comes out."""
+    """The blocks of one stage; on the first stage tokens come in, on the last a loss (or logits) comes out.
 
-    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, shape: StageShape):
+    tied: the embedding matrix where another stage on this rank holds it already.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        ctx: ParallelContext,
+        shape: StageShape,
+        saving: Saving = KEEP_ALL,
+        tied: Parameter | None = None,
+    ):
         super().__init__()
         self.cfg, self.ctx, self.shape = cfg, ctx, shape
         matrix = (cfg.vocab_size, cfg.hidden_size, cfg.init_std, cfg.tie_embeddings, ctx)
-        weight = None
+        weight = tied
         if shape.first:
             weight = vocab_weight(EMBED, *matrix)
             self.embed = VocabEmbedding(weight, ctx)
-        self.layers = nn.ModuleDict({str(i): Block(cfg, ctx, i) for i in shape.layers})
+        self.layers = nn.ModuleDict(
+            {str(layer): Block(cfg, ctx, layer, saving, saving.of(i)) for i, layer in enumerate(shape.layers)}
+        )
         if shape.last:
             self.norm = RMSNorm(FINAL_NORM, cfg.hidden_size, cfg.norm_eps, ctx)
             if not cfg.tie_embeddings:
                 weight = vocab_weight(HEAD, *matrix)
-            elif weight is None:  # the embedding lives on another stage: hold a copy under its name
+            elif weight is None:  # the embedding lives on another rank: hold a copy under its name
                 weight = vocab_weight(EMBED, *matrix)
-            self.head = VocabHead(weight, ctx)
+            self.head = VocabHead(weight, ctx, saving.keep_gathered)
         self.rope: Tensor = torch.empty(2, 0, cfg.head_dim // 2)
 
     def _rope_for(self, seq_len: int) -> Tensor:
@@ -88,7 +115,7 @@ class Transformer(nn.Module):
         """tokens [b, s] on the first stage, [s, b, h] on others -> [s, b, h] (normed on the last stage)."""
         if self.shape.first:
             x = self.embed(x)
-        table = self._rope_for(x.shape[0])
+        table = self._rope_for(x.shape[0] * self.ctx.sequence.size)
         for block in self.layers.values():
             x = block(x, table)
         return self.norm(x) if self.shape.last else x
@@ -96,7 +123,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """`hidden`, and on the last stage the summed loss of the counted tokens (labels, mask [b, s])."""
         x = self.hidden(x)
-        return self.head.loss(x, labels, mask) if self.shape.last else x
+        return self.head(x, labels, mask) if self.shape.last else x
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] -> [b, s, vocab_size]; needs the whole model on this pipeline rank."""
@@ -106,7 +133,7 @@ class Transformer(nn.Module):
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name -> global shape of every tensor of a model, in canonical order. Costs no memory."""
     ctx = make_context(Layout(), 0, num_kv_heads=cfg.num_kv_heads, dtype=torch.float32, device="meta")
-    whole = Transformer(cfg, ctx, StageShape.of(cfg.num_layers, 0, 1))
+    whole = Transformer(cfg, ctx, StageShape(range(cfg.num_layers), True, True))
     return {piece.name: piece.global_shape for p in parameters(whole) for piece in p.spec.pieces(ctx)}
 
 

@@ -7,7 +7,6 @@ reports the microbatches in which its losses or gradients are not finite, and al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from engine.comm import gather_json
 from engine.context import ParallelContext
 from engine.data.loader import MicroBatch
 from engine.errors import TrainingError
-from engine.pipeline.actions import Op, Plan
+from engine.pipeline.actions import Plan
 from engine.pipeline.executor import execute
-from engine.pipeline.schedules import build
+from engine.pipeline.schedules import single
 from engine.pipeline.stage import Stage
 from engine.sharding import Parameter
 
@@ -35,16 +34,14 @@ def explain_non_finite(
     tensors: Sequence[str],
 ) -> None:
     """Raise TrainingError on every rank, naming step, rank, microbatch and tensor. Collective."""
-    single = build(plan.name, plan.num_ranks, plan.num_stages // plan.num_ranks, 1)
-    programs = tuple(tuple(s for s in program if s[0].op is not Op.REDUCE) for program in single.programs)
-    single = replace(single, programs=programs)
+    alone = single(plan)
     mine: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
         for stage in stages.values():
             assert stage.buckets is not None
             stage.buckets.overlap = False  # no sums over data ranks; the run ends here, nobody needs it back
-            stage.buckets.zero()
-        losses = execute(single, stages, ctx, [batch], loss_grad)
+            stage.buckets.zero_grad()
+        losses = execute(alone, stages, ctx, [batch], loss_grad)
         if not bool(torch.isfinite(losses).all()):
             mine.append({"microbatch": index, "what": f"loss {float(losses.sum())}"})
         mine += [{"microbatch": index, "what": f"gradient of {name}"} for name in _broken(params, ctx)[:1]]

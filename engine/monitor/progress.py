@@ -72,6 +72,10 @@ class Progress:
             f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  norm {record['grad_norm']:.3f}  "
             f"lr {record['lr']:.2e}  {speed}"
         )
+        if sent := sum(value for name, value in record.items() if name.startswith("bytes_")):
+            text += f"  sent {sent / 1e6:,.1f} MB"
+        if "loss_scale" in record:
+            text += f"  scale {record['loss_scale']:g}"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, text=text)
             return

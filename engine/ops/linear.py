@@ -1,46 +1,103 @@
-"""y = x W^T with the weight gradient added straight into the flat gradient bucket.
+"""y = x W^T, its collectives, and its weight gradient as data.
 
 The usual autograd path makes a temporary of the weight's size for every microbatch and adds it afterwards; here the
-GEMM itself accumulates (beta = 1). The input gradient's all-reduce over the tensor axis runs while the weight gradient
-is computed, as in Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication.
+GEMM itself accumulates (beta = 1) into the flat gradient bucket, at once or, when the pipeline splits the backward in
+I and W, later (`WeightGrad`).
+
+Under sequence parallelism x is cut along the sequence and gathered for the product. What is kept for the weight
+gradient of a column-parallel product is then a choice: the shard, gathered again in the backward (2 s b h / t bytes
+kept in bf16, one more all-gather of s b h), or the gathered input (2 s b h bytes, no more traffic). The gather of the
+one and the sum of the input gradient run beside the two products of the backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.comm import all_reduce_start
+from engine.comm import Pending, all_gather, all_gather_start, sum_start
 from engine.context import Axis
 from engine.sharding import Parameter
 
 
+@dataclass(frozen=True)
+class Remake:
+    """Another way to a product's input: function(*tensors) gives it again, to the bit, so that it need not be kept."""
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class WeightGrad:
+    """A weight gradient that is still to be computed: grad [.., out] and what its input is got back from."""
+
+    weight: Parameter
+    grad: Tensor
+    restore: Callable[[], Pending]
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Add it to the weight's main gradient."""
+        accumulate(self.weight, self.grad, self.restore().wait())
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Parameter, reduce_input_grad: Axis) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.axis = weight, reduce_input_grad
-        return torch.matmul(x, weight.t())
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Parameter,
+        copies: Axis,
+        sequence: Axis,
+        keep_gathered: bool,
+        function: Callable[..., Tensor] | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        full = all_gather(x, sequence)
+        ctx.weight, ctx.copies, ctx.sequence, ctx.keep_gathered, ctx.function = (
+            weight,
+            copies,
+            sequence,
+            keep_gathered,
+            function,
+        )
+        ctx.save_for_backward(*(tensors if function else (full if keep_gathered else x,)))
+        return torch.matmul(full, weight.t())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x,) = ctx.saved_tensors
-        weight: Parameter = ctx.weight
-        grad_x = work = None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, weight, sequence, function = ctx.saved_tensors, ctx.weight, ctx.sequence, ctx.function
+        keep_gathered = ctx.keep_gathered
+
+        def restore() -> Pending:
+            if function is not None:
+                with torch.no_grad():
+                    return all_gather_start(function(*saved), sequence)
+            return Pending(saved[0]) if keep_gathered else all_gather_start(saved[0], sequence)
+
+        deferred = weight.deferred
+        now = ctx.needs_input_grad[1] and deferred is None
+        full = restore() if now else None
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.matmul(grad, weight)
-            work = all_reduce_start(grad_x, ctx.axis)
-        rows_grad, rows_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_w = accumulate(weight, rows_grad, rows_x) if ctx.needs_input_grad[1] else None
-        if work is not None:
-            work.wait()
-        return grad_x, grad_w, None
+            grad_x = sum_start(torch.matmul(grad, weight), ctx.copies, sequence)
+        grad_w = None
+        if full is not None:
+            grad_w = accumulate(weight, grad, full.wait())
+        elif deferred is not None:
+            deferred.append(WeightGrad(weight, grad, restore))
+        nothing = (None,) * (4 + (function is not None) * len(saved))
+        return (None if grad_x is None else grad_x.wait(), grad_w, *nothing)
 
 
-def accumulate(weight: Parameter, rows_grad: Tensor, rows_x: Tensor) -> Tensor | None:
-    """Add rows_grad^T rows_x to the weight's main gradient; without a bucket, return it for autograd instead."""
+def accumulate(weight: Parameter, grad: Tensor, x: Tensor) -> Tensor | None:
+    """Add grad^T x, over all rows, to the weight's main gradient; without a bucket, return it for autograd instead."""
+    rows_grad, rows_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     main = weight.main_grad
     if main is None:
         return rows_grad.t() @ rows_x
@@ -53,6 +110,19 @@ def accumulate(weight: Parameter, rows_grad: Tensor, rows_x: Tensor) -> Tensor |
     return None
 
 
-def linear(x: Tensor, weight: Parameter, reduce_input_grad: Axis) -> Tensor:
-    """x [..., in] times weight [out, in] -> [..., out]; the gradient of x is summed over `reduce_input_grad`."""
-    return _Linear.apply(x, weight, reduce_input_grad)
+def linear(
+    x: Tensor,
+    weight: Parameter,
+    copies: Axis,
+    sequence: Axis,
+    *,
+    keep_gathered: bool = False,
+    remake: Remake | None = None,
+) -> Tensor:
+    """x [s, ..., in] times weight [out, in] -> [s * sequence.size, ..., out].
+
+    x is gathered over `sequence` along its first dim; its gradient is summed over `copies` and reduce-scattered over
+    `sequence`. keep_gathered, remake: what is kept for the weight gradient; see the module text.
+    """
+    function, tensors = (remake.function, remake.tensors) if remake else (None, ())
+    return _Linear.apply(x, weight, copies, sequence, keep_gathered, function, *tensors)

@@ -1,12 +1,14 @@
 """AdamW (Loshchilov & Hutter 2019) over flat buckets: one fused pass a bucket.
 
-Master weights: in fp32 and fp64 they are the bucket's own values; in bf16 a float32 copy that the bf16 values are
-rounded from after each update. Moments have the dtype of the masters.
+Master weights: in fp32 and fp64 they are the bucket's own values; in bf16 and fp16 a float32 copy that those values are
+rounded from after each update. Moments have the dtype of the masters. Under ZeRO-1 a rank has masters and moments of
+its own range of each bucket only, and the weights are gathered after the update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,17 +21,36 @@ from engine.sharding import Parameter
 STATES = ("exp_avg", "exp_avg_sq")
 
 
-class FlatAdamW:
-    """Optimizer state of the buckets of all stages on this rank. `steps` counts updates done."""
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds of one state of one parameter: its elements [begin, begin + len(flat)), row by row.
 
-    def __init__(self, stages: Sequence[GradBuckets], cfg: OptimizerConfig):
-        self.cfg = cfg
+    kind: "model" (the master weights), "exp_avg" or "exp_avg_sq".
+    """
+
+    kind: str
+    param: Parameter
+    begin: int
+    flat: Tensor
+
+
+class FlatAdamW:
+    """Optimizer state of the buckets of all stages on this rank. `steps` counts updates done.
+
+    overlap: let the gathers of ZeRO-1 run on after `step`.
+    """
+
+    def __init__(self, stages: Sequence[GradBuckets], cfg: OptimizerConfig, *, overlap: bool = True):
+        self.stages, self.cfg, self.overlap = stages, cfg, overlap
         self.steps = 0
         self.buckets: list[Bucket] = [b for stage in stages for b in stage.buckets]
-        self.masters = [
-            b.values if b.values.dtype == b.grads.dtype else b.values.to(b.grads.dtype) for b in self.buckets
-        ]
+        self.masters = [self._master(b) for b in self.buckets]
         self.moments = {name: [torch.zeros_like(m) for m in self.masters] for name in STATES}
+
+    @staticmethod
+    def _master(bucket: Bucket) -> Tensor:
+        values = bucket.part(bucket.values, bucket.held)
+        return values if values.dtype == bucket.grads.dtype else values.to(bucket.grads.dtype)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -39,7 +60,7 @@ class FlatAdamW:
         for i, (bucket, master) in enumerate(zip(self.buckets, self.masters)):
             adamw(
                 [master],
-                [bucket.grads],
+                [bucket.part(bucket.grads, bucket.held)],
                 [self.moments["exp_avg"][i]],
                 [self.moments["exp_avg_sq"][i]],
                 [],
@@ -56,15 +77,22 @@ class FlatAdamW:
         self.publish()
 
     def publish(self) -> None:
-        """Round the masters into the model's values (nothing to do where they are the same tensor)."""
+        """Round the masters into the model's values (where they are another tensor) and send them to other ranks."""
         for bucket, master in zip(self.buckets, self.masters):
-            if master is not bucket.values:
-                bucket.values.copy_(master)
+            values = bucket.part(bucket.values, bucket.held)
+            if master.dtype != values.dtype:
+                values.copy_(master)
+        for stage in self.stages:
+            stage.gather(overlap=self.overlap)
 
-    def states(self) -> Iterator[tuple[str, Parameter, Tensor]]:
-        """(kind, parameter, tensor of its shape) for everything a checkpoint holds; kind "model" is the master."""
+    def states(self, *, owned: bool = False) -> Iterator[Held]:
+        """All that this rank holds; owned: only what it, and no other data rank, writes to a checkpoint."""
         for i, bucket in enumerate(self.buckets):
+            of = bucket.own if owned else bucket.held
             for j, p in enumerate(bucket.params):
-                yield "model", p, bucket.view(self.masters[i], j)
-                for name in STATES:
-                    yield name, p, bucket.view(self.moments[name][i], j)
+                begin, end = bucket.overlap(j, of)
+                if begin >= end:
+                    continue
+                at = bucket.starts[j] + begin - bucket.held.start
+                for kind, flats in (("model", self.masters), *self.moments.items()):
+                    yield Held(kind, p, begin, flats[i][at : at + end - begin])

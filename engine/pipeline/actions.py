@@ -92,11 +92,6 @@ def partner_of(action: Action) -> Action:
     return Action(op, action.stage + offset, action.microbatch)
 
 
-def is_communication(step: Step) -> bool:
-    """Whether the step is posted to other ranks, rather than computed or reduced."""
-    return step[0].op in COMMUNICATION
-
-
 def format_step(step: Step) -> str:
     """`2F0` for one action, `(0SEND_F1;0RECV_B0)` for actions that are posted together."""
     return str(step[0]) if len(step) == 1 else f"({';'.join(map(str, step))})"
@@ -145,15 +140,17 @@ class Plan:
             return "a step holds at least one action; remove the empty one"
         if len(step) > 1 and any(action.op not in COMMUNICATION for action in step):
             return "only communication actions can be posted together; give the others a step each"
-        for action in step:
-            if not 0 <= action.stage < self.num_stages:
-                return f"stage {action.stage} is outside the {self.num_stages} stages"
-            if action.op is Op.REDUCE and action.microbatch != -1:
-                return "REDUCE concerns all microbatches and names none"
-            if action.op is not Op.REDUCE and not 0 <= action.microbatch < self.microbatches:
-                return f"microbatch {action.microbatch} is outside the {self.microbatches} microbatches"
-            if action.op in COMMUNICATION and not 0 <= partner_of(action).stage < self.num_stages:
-                return f"{action} has no partner: stage {action.stage} is the end of the pipeline on that side"
+        num_stages, microbatches = len(self.placement), self.microbatches
+        for op, stage, microbatch in step:
+            if not 0 <= stage < num_stages:
+                return f"stage {stage} is outside the {num_stages} stages"
+            if op is Op.REDUCE:
+                if microbatch != -1:
+                    return "REDUCE concerns all microbatches and names none"
+            elif not 0 <= microbatch < microbatches:
+                return f"microbatch {microbatch} is outside the {microbatches} microbatches"
+            elif op in _PARTNER and not 0 <= stage + _PARTNER[op][1] < num_stages:
+                return f"{stage}{op}{microbatch} has no partner: stage {stage} is the end of the pipeline on that side"
         return None
 
     @property
@@ -174,7 +171,7 @@ class Plan:
 
     def peer_of(self, action: Action) -> int:
         """The rank at the other end of a communication action."""
-        return self.rank_of(partner_of(action).stage)
+        return self.placement[action.stage + _PARTNER[action.op][1]]
 
     def walk(self) -> Iterator[tuple[int, int, Action]]:
         """Every action as (rank, position of its step, action), rank by rank in program order."""

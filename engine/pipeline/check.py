@@ -12,6 +12,18 @@ What is proved, in this order (each proof relies on the ones before):
    the two meant. So these two must be the same tensor of the same microbatch. Order inside a step counts.
 4. Free of deadlock with zero buffering (a send ends only when its receive has been posted, as for large messages over
    NCCL). Dependencies between ranks need no proof of their own: they are messages, and messages wait.
+5. Within memory, if a cap is given: no rank keeps more activations alive than that (inputs that wait are not counted).
+
+From these follows what the end of a step needs: a rank that comes to the end of its program has nothing in flight.
+Every message it sent is received and every one meant for it has arrived (1, 3), its gradients are complete and their
+sums started (1, 2). So whatever comes next may start there, after waiting for those sums, and the next step finds all
+channels empty. Plans that run on into the next step (ZB-H2 without its barrier) cannot be written in this form.
+
+Collectives need no proof. Those inside F, B, I and W (tensor, context and expert parallel) and the sums that REDUCE
+starts (data parallel) are over ranks that hold the same stages and run the same program. So all members of a group
+issue the same sequence by construction, whatever order of stages the program has. Nor can they close a circle with the
+messages, even if REDUCE waited for its sum: all replicas of the pipeline have the same graph of events; if it has no
+cycle, they can go through it side by side in one order, in which the members of a group come to a collective together.
 
 The model of 4. A step X has two events: posted(X), and completed(X), after which the next step of the rank is posted.
   - posted(X) -> completed(X) -> posted(next step)
@@ -25,16 +37,14 @@ messages connect, over any number of ranks, complete at one moment, while in tru
 messages have met their partners, even if the batch of rank 0 that served it still waits for rank 2. If rank 2 needs
 what rank 1 does next, contraction reports a deadlock that cannot happen; the graph of events does not.
 
-As built, completed(X) is not stored: its only successor is posted(next step), which takes over what it waits for; and
-steps that compute are left out, as they wait for nothing but the step before. Neither makes or breaks a cycle.
+As built, the graph is not stored: a plan that has no other faults is run, which visits the events in such an order or
+stops at a cycle; completed(X) is the moment at which the rank goes on to its next step.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from graphlib import CycleError, TopologicalSorter
 from typing import NoReturn
 
 from engine.errors import PlanError
@@ -46,37 +56,24 @@ from engine.pipeline.actions import (
     Plan,
     format_step,
     grid,
-    is_communication,
     partner_of,
 )
+from engine.pipeline.simulate import live_memory
 
 Spot = tuple[int, int]  # (rank, position of the step in its program)
 
 
-def check(plan: Plan) -> None:
-    """Returns if the plan can be run as it stands; otherwise raises PlanError with what, where, why and the grid."""
+def check(plan: Plan, memory_cap: float | None = None) -> None:
+    """Returns if the plan can be run as it stands; otherwise raises PlanError with what, where, why and the grid.
+
+    memory_cap: the most activations that a rank may keep alive, in microbatches of one stage.
+    """
     where = _check_complete(plan)
     _check_order(plan, where)
     partners = _check_channels(plan)
     _check_deadlock(plan, partners)
-
-
-def peak_live(plan: Plan) -> list[int]:
-    """For each rank, the most activations alive at once, in units of one microbatch on one stage.
-
-    F makes one; B or W frees it. Without backward nothing is kept for later: one at a time is alive.
-    """
-    peaks = []
-    for program in plan.programs:
-        live = peak = 0
-        for step in program:
-            if step[0].op is Op.F:
-                live = live + 1 if plan.backward else 1
-                peak = max(peak, live)
-            elif step[0].op in (Op.B, Op.W):
-                live -= 1
-        peaks.append(peak)
-    return peaks
+    if memory_cap is not None:
+        _check_memory(plan, memory_cap)
 
 
 def _fail(plan: Plan, what: str, spots: Sequence[Spot]) -> NoReturn:
@@ -100,10 +97,11 @@ def _check_complete(plan: Plan) -> dict[Action, Spot]:
         if action in where:
             _fail(plan, f"{action} is there twice; it must be done exactly once", [(rank, position), where[action]])
         where[action] = (rank, position)
-    needed = dict.fromkeys(_needed(plan, where))  # a dict keeps the order, so that the first fault is reported
-    for action in needed:
+    needed: set[Action] = set()
+    for action in _needed(plan, where):
         if action not in where:
             _fail(plan, f"{action} is missing: {_why_needed(plan, action)}", [_nearest(plan, where, action)])
+        needed.add(action)
     for action, spot in where.items():
         if action not in needed:
             _fail(plan, f"{action} is too much: {_why_not(plan, action)}", [spot])
@@ -113,14 +111,13 @@ def _check_complete(plan: Plan) -> dict[Action, Spot]:
 def _needed(plan: Plan, where: dict[Action, Spot]) -> Iterator[Action]:
     """Every action the plan must hold. A backward counts as split if any half of it is there."""
     for stage in range(plan.num_stages):
+        above, below = _apart(plan, stage - 1, stage), _apart(plan, stage, stage + 1)
         for microbatch in range(plan.microbatches):
-            ops = [Op.RECV_F, Op.F, Op.SEND_F]
+            ops = [Op.RECV_F] * above + [Op.F] + [Op.SEND_F] * below
             if plan.backward:
-                ops += [Op.RECV_B, *_backward_ops(where, stage, microbatch), Op.SEND_B]
+                ops += [Op.RECV_B] * below + [*_backward_ops(where, stage, microbatch)] + [Op.SEND_B] * above
             for op in ops:
-                action = Action(op, stage, microbatch)
-                if op not in COMMUNICATION or _crosses(plan, action):
-                    yield action
+                yield Action(op, stage, microbatch)
         if plan.backward:
             yield Action(Op.REDUCE, stage)
 
@@ -131,10 +128,9 @@ def _backward_ops(where: dict[Action, Spot], stage: int, microbatch: int) -> tup
     return (Op.I, Op.W) if split else (Op.B,)
 
 
-def _crosses(plan: Plan, action: Action) -> bool:
-    """Whether a communication action has another end, and that is on another rank."""
-    other = partner_of(action).stage
-    return 0 <= other < plan.num_stages and plan.rank_of(other) != plan.rank_of(action.stage)
+def _apart(plan: Plan, stage: int, following: int) -> bool:
+    """Whether both stages exist and are on different ranks, so that messages pass between them."""
+    return stage >= 0 and following < plan.num_stages and plan.placement[stage] != plan.placement[following]
 
 
 def _why_needed(plan: Plan, action: Action) -> str:
@@ -176,35 +172,36 @@ def _nearest(plan: Plan, where: dict[Action, Spot], missing: Action) -> Spot:
 def _check_order(plan: Plan, where: dict[Action, Spot]) -> None:
     """Proves that on each rank every action comes after the ones whose result it uses."""
     for before, after, why in _order(plan, where):
+        early, late = where.get(before), where.get(after)
         # A communication action that is absent has its neighbour on the same rank, and another relation stands for it.
-        if before in where and after in where and where[before] >= where[after]:
-            _fail(plan, f"{after} must come after {before}: {why}", [where[after], where[before]])
+        if early is not None and late is not None and early >= late:
+            _fail(plan, f"{after} must come after {before}: {why}", [late, early])
 
 
 def _order(plan: Plan, where: dict[Action, Spot]) -> Iterator[tuple[Action, Action, str]]:
     """Every (earlier, later, why) on a rank."""
     for stage in range(plan.num_stages):
-        for microbatch in range(plan.microbatches):
-
-            def act(op: Op, at: int = stage, microbatch: int = microbatch) -> Action:
-                return Action(op, at, microbatch)
-
-            yield act(Op.RECV_F), act(Op.F), "it computes on what is received"
-            yield act(Op.F), act(Op.SEND_F), "it sends what is computed"
-            if stage > 0 and plan.rank_of(stage - 1) == plan.rank_of(stage):
-                yield act(Op.F, stage - 1), act(Op.F), "the previous stage, on the same rank, makes its input"
+        local_above = stage > 0 and plan.rank_of(stage - 1) == plan.rank_of(stage)
+        local_below = stage + 1 < plan.num_stages and plan.rank_of(stage + 1) == plan.rank_of(stage)
+        reduce = Action(Op.REDUCE, stage)
+        for mb in range(plan.microbatches):
+            forward = Action(Op.F, stage, mb)
+            yield Action(Op.RECV_F, stage, mb), forward, "it computes on what is received"
+            yield forward, Action(Op.SEND_F, stage, mb), "it sends what is computed"
+            if local_above:
+                yield Action(Op.F, stage - 1, mb), forward, "the previous stage, on the same rank, makes its input"
             if not plan.backward:
                 continue
-            ops = _backward_ops(where, stage, microbatch)
-            first, last = act(ops[0]), act(ops[-1])
-            yield act(Op.F), first, "a backward uses the activations of its forward"
-            yield act(Op.RECV_B), first, "it starts from the gradient that is received"
-            yield first, act(Op.SEND_B), "it sends the gradient that is computed"
+            ops = _backward_ops(where, stage, mb)
+            first, last = Action(ops[0], stage, mb), Action(ops[-1], stage, mb)
+            yield forward, first, "a backward uses the activations of its forward"
+            yield Action(Op.RECV_B, stage, mb), first, "it starts from the gradient that is received"
+            yield first, Action(Op.SEND_B, stage, mb), "it sends the gradient that is computed"
             if last != first:
                 yield first, last, "W uses what I leaves behind"
-            yield last, Action(Op.REDUCE, stage), "REDUCE needs the gradients of all microbatches"
-            if stage + 1 < plan.num_stages and plan.rank_of(stage + 1) == plan.rank_of(stage):
-                upstream = act(_backward_ops(where, stage + 1, microbatch)[0], stage + 1)
+            yield last, reduce, "REDUCE needs the gradients of all microbatches"
+            if local_below:
+                upstream = Action(_backward_ops(where, stage + 1, mb)[0], stage + 1, mb)
                 yield upstream, first, "the next stage, on the same rank, makes its gradient"
 
 
@@ -243,28 +240,29 @@ def _check_channels(plan: Plan) -> dict[Spot, list[Spot]]:
 
 
 def _check_deadlock(plan: Plan, partners: dict[Spot, list[Spot]]) -> None:
-    """Proves that the graph of posted(step) events, as the module describes it, has no cycle."""
-    waits_for: dict[Spot, list[Spot]] = {}
-    previous: dict[Spot, Spot] = {}  # the communication step before, on the same rank
-    for rank, program in enumerate(plan.programs):
-        spots = [(rank, position) for position, step in enumerate(program) if is_communication(step)]
-        previous.update(zip(spots[1:], spots))
-        for spot, before in zip(spots[1:], spots):
-            waits_for[spot] = [before, *partners[before]]
-    posted = _run(waits_for)
-    frontier: dict[int, Spot] = {}  # where each rank hangs: the first step that it never posts
-    for spot in waits_for:
-        if spot not in posted:
-            frontier.setdefault(spot[0], spot)
-    if not frontier:
+    """Proves that the graph of posted(step) events, as the module describes it, has no cycle.
+
+    By letting them happen: a rank goes on from a step when every step that this one meets has been posted. What can
+    happen does, in whatever order it is tried; where ranks are left that cannot go on, there is a cycle.
+    """
+    at = [0] * plan.num_ranks  # the step that each rank has posted last; the end of its program when it is through
+    moving = True
+    while moving:
+        moving = False
+        for rank, program in enumerate(plan.programs):
+            start = at[rank]
+            while at[rank] < len(program) and not _awaited(partners, (rank, at[rank]), at):
+                at[rank] += 1
+            moving = moving or at[rank] > start
+    hanging = [rank for rank, program in enumerate(plan.programs) if at[rank] < len(program)]
+    if not hanging:
         return
     # Each rank that hangs waits for a step of another one that hangs, so that following them must come round.
     seen: dict[int, tuple[Spot, Spot]] = {}  # rank -> (the step it waits in, the step it waits for)
-    rank = min(frontier)
+    rank = hanging[0]
     while rank not in seen:
-        waiting = previous[frontier[rank]]
-        needed = next(spot for spot in partners[waiting] if spot in waits_for and spot not in posted)
-        seen[rank] = (waiting, needed)
+        needed = _awaited(partners, (rank, at[rank]), at)[0]
+        seen[rank] = ((rank, at[rank]), needed)
         rank = needed[0]
     cycle = list(seen.values())[list(seen).index(rank) :]  # the way to the cycle is not part of it
     lines = [f"  {_name(plan, waiting)} waits for {_name(plan, needed)}" for waiting, needed in cycle]
@@ -272,18 +270,26 @@ def _check_deadlock(plan: Plan, partners: dict[Spot, list[Spot]]) -> None:
     _fail(plan, "\n".join([what, *lines]), [spot for pair in cycle for spot in pair])
 
 
-def _run(waits_for: dict[Spot, list[Spot]]) -> set[Spot]:
-    """The events that happen, when each happens as soon as all that it waits for have: all of them, or up to a hang."""
-    sorter = TopologicalSorter(waits_for)
-    with suppress(CycleError):  # then the sorter still hands out what can happen; that shows where the ranks hang
-        sorter.prepare()
-    posted: set[Spot] = set()
-    while sorter.is_active():
-        ready = sorter.get_ready()
-        posted.update(ready)
-        sorter.done(*ready)
-    return posted
+def _awaited(partners: dict[Spot, list[Spot]], spot: Spot, at: Sequence[int]) -> list[Spot]:
+    """Of the steps that the one at `spot` meets, those that have not been posted."""
+    return [(rank, position) for rank, position in partners.get(spot, ()) if at[rank] < position]
 
 
 def _name(plan: Plan, spot: Spot) -> str:
     return f"rank {spot[0]} step {spot[1]} {format_step(plan.programs[spot[0]][spot[1]])}"
+
+
+# 5. within memory
+
+
+def _check_memory(plan: Plan, memory_cap: float) -> None:
+    """Proves that no rank keeps more than `memory_cap` activations alive."""
+    for rank, alive in enumerate(live_memory(plan)):
+        for position, live in enumerate(alive):
+            if live > memory_cap:
+                _fail(
+                    plan,
+                    f"{live:g} microbatches of one stage are alive on rank {rank} here, and {max(alive):g} at its "
+                    f"peak, but memory_cap = {memory_cap:g}: choose a schedule that keeps fewer, or raise the cap",
+                    [(rank, position)],
+                )

@@ -1,27 +1,64 @@
 """Runs a checked plan, action by action: the list that was proven is the list that runs.
 
-Receives of a communication step are waited for at once, its sends before the next communication step: later than the
-zero-buffering model of `check` assumes, hence never a deadlock that it did not see, and at most one step's sends are
-kept alive.
+The messages of a step are posted together. A receive is waited for when its tensor is used, a send before the next
+messages are posted: later than the zero-buffering model of `check` assumes, hence never a deadlock that it did not see,
+and at most one step's sends are kept alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from engine.comm import post
+from engine.comm import Pending, post
 from engine.context import ParallelContext
 from engine.data.loader import MicroBatch
 from engine.errors import PlanError
-from engine.pipeline.actions import Action, Op, Plan, Step
+from engine.pipeline.actions import COMMUNICATION, SENDS, Action, Op, Plan, Step
 from engine.pipeline.stage import Stage
 
 _TO_NEXT = (Op.SEND_F, Op.RECV_F)
+
+
+class Trace:
+    """When each computation of an execution began and ended on this rank, in seconds of time.perf_counter.
+
+    On a GPU the times are those of the device, from events in its queue; `events` waits for it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self._spans: list[tuple[Action, Callable[[], float], Callable[[], float]]] = []
+        if self.cuda:
+            torch.cuda.synchronize(device)
+            self._begin, self._zero = torch.cuda.Event(enable_timing=True), time.perf_counter()
+            self._begin.record()
+
+    def _now(self) -> Callable[[], float]:
+        if not self.cuda:
+            now = time.perf_counter()
+            return lambda: now
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return lambda: self._zero + self._begin.elapsed_time(event) / 1000
+
+    @contextmanager
+    def span(self, action: Action) -> Iterator[None]:
+        """Note the time from here to the end of the `with`."""
+        start = self._now()
+        yield
+        self._spans.append((action, start, self._now()))
+
+    def events(self) -> list[tuple[Action, float, float]]:
+        """(action, start, end) in program order."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return [(action, start(), end()) for action, start, end in self._spans]
 
 
 @dataclass
@@ -38,9 +75,19 @@ class Run:
     batches: Sequence[MicroBatch]
     loss_grad: float
     losses: Tensor
-    inbox: dict[tuple[Op, int, int], Tensor]
-    outbox: dict[tuple[Op, int, int], Tensor]
-    sending: list[dist.Work]
+    trace: Trace | None
+    inbox: dict[tuple[Op, int, int], Pending] = field(default_factory=dict)
+    outbox: dict[tuple[Op, int, int], Tensor] = field(default_factory=dict)
+    sending: list[Pending] = field(default_factory=list)
+
+    @contextmanager
+    def span(self, action: Action) -> Iterator[None]:
+        """Trace a computation if that is wanted."""
+        if self.trace is None:
+            yield
+        else:
+            with self.trace.span(action):
+                yield
 
 
 def execute(
@@ -49,48 +96,54 @@ def execute(
     ctx: ParallelContext,
     batches: Sequence[MicroBatch],
     loss_grad: float,
+    trace: Trace | None = None,
 ) -> Tensor:
     """Run this rank's program of the plan over its microbatches; returns `Run.losses`.
 
     loss_grad: gradient of the objective with respect to every summed loss, 1 / (counted tokens of the global batch).
-    Activations between stages are [s, b, h] in the context's dtype. A plan without backward runs under no_grad.
+    Activations between stages are [s, b, h] in the context's dtype (s: this rank's part where the sequence is cut). A
+    plan without backward runs under no_grad.
     """
     if len(batches) != plan.microbatches:
         raise PlanError(f"the plan is for {plan.microbatches} microbatches, {len(batches)} were given")
     losses = torch.zeros(plan.microbatches, dtype=torch.float64, device=ctx.device)
-    run = Run(plan, stages, ctx, batches, loss_grad, losses, {}, {}, [])
+    run = Run(plan, stages, ctx, batches, loss_grad, losses, trace)
     program = plan.programs[ctx.pipeline.rank]
-    last_backward = {a.stage: a for step in program for a in step if a.op is Op.B}
+    final = {step[0].stage: step[0] for step in program if step[0].op in (Op.B, Op.W)}
     with torch.set_grad_enabled(plan.backward):
         for step in program:
             action = step[0]
             if action.op is Op.F:
                 _forward(run, action)
-            elif action.op is Op.B:
-                _backward(run, action, final=action == last_backward[action.stage])
-            elif action.op is Op.REDUCE:
+            elif action.op in (Op.B, Op.I):
+                _backward(run, action, final=action == final[action.stage])
+            elif action.op is Op.W:
+                with run.span(action):
+                    stages[action.stage].weight_backward(action.microbatch, final=action == final[action.stage])
+            elif action.op in COMMUNICATION:
+                _communicate(run, step)
+            else:
                 buckets = stages[action.stage].buckets
                 assert buckets is not None, "a plan with backward runs on stages with buckets"
                 buckets.reduce()
-            elif action.op in (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B):
-                _communicate(run, step)
-            else:
-                raise PlanError(f"{action}: the executor runs whole backwards (B), not {action.op}")
-    for work in run.sending:
-        work.wait()
+    for sent in run.sending:
+        sent.wait()
     return losses
 
 
 def _deliver(run: Run, op: Op, stage: int, index: int, x: Tensor) -> None:
     """Hand a result to the action (op, stage) that consumes it: directly when it is on this rank, else by a send."""
-    here = run.plan.rank_of(stage) == run.ctx.pipeline.rank
-    (run.inbox if here else run.outbox)[op, stage, index] = x
+    if run.plan.rank_of(stage) == run.ctx.pipeline.rank:
+        run.inbox[op, stage, index] = Pending(x)
+    else:
+        run.outbox[op, stage, index] = x
 
 
 def _forward(run: Run, action: Action) -> None:
     stage = run.stages[action.stage]
-    x = run.inbox.pop((Op.F, action.stage, action.microbatch), None)
-    out = stage.forward(action.microbatch, x, run.batches[action.microbatch])
+    x = None if stage.first else run.inbox.pop((Op.F, action.stage, action.microbatch)).wait()
+    with run.span(action):
+        out = stage.forward(action.microbatch, x, run.batches[action.microbatch])
     if stage.last:
         run.losses[action.microbatch] = out
     else:
@@ -98,35 +151,37 @@ def _forward(run: Run, action: Action) -> None:
 
 
 def _backward(run: Run, action: Action, *, final: bool) -> None:
+    """B, or I, which is B without the gradients of matrices."""
     stage = run.stages[action.stage]
     if stage.last:
         out = stage.live[action.microbatch][1]
         grad = torch.full_like(out, run.loss_grad)
     else:
-        grad = run.inbox.pop((Op.B, action.stage, action.microbatch))
-    grad_x = stage.backward(action.microbatch, grad, final=final)
+        grad = run.inbox.pop((Op.B, action.stage, action.microbatch)).wait()
+    with run.span(action):
+        if action.op is Op.B:
+            grad_x = stage.backward(action.microbatch, grad, final=final)
+        else:
+            grad_x = stage.input_backward(action.microbatch, grad)
     if grad_x is not None:
         _deliver(run, Op.B, action.stage - 1, action.microbatch, grad_x)
 
 
 def _communicate(run: Run, step: Step) -> None:
     """Post a step's sends and receives together; see the module text for when each is waited for."""
-    for work in run.sending:
-        work.wait()
-    sends, recvs = [], []
-    for op, stage, index in step:
-        forward = op in _TO_NEXT
-        sending = op in (Op.SEND_F, Op.SEND_B)
-        other = stage + (1 if forward == sending else -1)
-        peer = run.plan.rank_of(other)
-        consumer = (Op.F if forward else Op.B, other if sending else stage, index)
-        if sending:
+    for sent in run.sending:
+        sent.wait()
+    sends, recvs, keys = [], [], []
+    for action in step:
+        op, stage, index = action
+        forward, peer = op in _TO_NEXT, run.plan.peer_of(action)
+        if op in SENDS:
+            consumer = (Op.F if forward else Op.B, stage + 1 if forward else stage - 1, index)
             sends.append((run.outbox.pop(consumer).contiguous(), peer))
         else:
             b, s = run.batches[index].tokens.shape
-            x = torch.empty(s, b, run.stages[stage].width, dtype=run.ctx.dtype, device=run.ctx.device)
-            recvs.append((x, peer))
-            run.inbox[consumer] = x
+            shape = (s // run.ctx.sequence.size, b, run.stages[stage].width)
+            recvs.append((torch.empty(shape, dtype=run.ctx.dtype, device=run.ctx.device), peer))
+            keys.append((Op.F if forward else Op.B, stage, index))
     run.sending, received = post(sends, recvs, run.ctx.pipeline)
-    for work in received:
-        work.wait()
+    run.inbox.update(zip(keys, received))

@@ -1,15 +1,10 @@
 """Passes: pure functions plan -> plan that turn a compute-only schedule into a plan that can be run.
 
-Order, and why:
-
-1. `add_communication` puts every receive right before, and every send right after, the computation it serves.
-2. `batch_communication` joins what then stands side by side into one step that is posted together. Without it 1F1B
-   deadlocks under zero buffering: rank r waits in SEND_F for r+1, which waits in SEND_B for r.
-3. `add_reduce` comes last: a REDUCE between a send and a receive would split their batch and bring the deadlock back.
-
-Known limit: a receive right before its use is late for interleaved 1F1B (chunks > 1, microbatches > ranks), where the
-last rank would wait in a send to the first while that waits for it; `check` refuses such a plan. Those schedules need
-their receives placed where the sender makes the message.
+`add_communication` runs the computations of all ranks in lockstep, one unit of time each, and posts both ends of every
+message at the end of the slot in which it is made: on the sender and on the receiver in the same batch number. So any
+schedule whose computations can be ordered at all gets a plan that is free of deadlock even without buffers: a batch
+waits only for the batches of the same slot. Receiving right before the use instead is too late for schedules with
+several stages on a rank: the last rank would wait in a send to the first, which waits for it.
 
 A schedule writes none of this. No pass proves anything: `check.check` does, on the result.
 """
@@ -19,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.errors import PlanError
-from engine.pipeline.actions import COMMUNICATION, Action, Op, Plan, Step, is_communication
+from engine.pipeline.actions import COMMUNICATION, Action, Op, Plan, Step, grid, partner_of
 
 _BACKWARD_START = frozenset({Op.B, Op.I})  # needs the gradient of the stage's output, makes that of its input
 _WEIGHT_GRADIENT = frozenset({Op.B, Op.W})  # adds to the gradients of the stage's weights
@@ -27,57 +22,93 @@ _WEIGHT_GRADIENT = frozenset({Op.B, Op.W})  # adds to the gradients of the stage
 
 def complete(plan: Plan) -> Plan:
     """All passes in their order: a compute-only plan becomes one that can be checked and run."""
-    return add_reduce(batch_communication(add_communication(plan)))
+    plan = add_communication(plan)
+    return add_reduce(plan) if plan.backward else plan
+
+
+def compute_only(plan: Plan, microbatches: int | None = None) -> Plan:
+    """The computations of a plan, of its first `microbatches` only if given: what the passes start from."""
+    kept = plan.microbatches if microbatches is None else microbatches
+
+    def keep(step: Step) -> bool:
+        return step[0].op not in COMMUNICATION and 0 <= step[0].microbatch < kept
+
+    return replace(plan, microbatches=kept, programs=tuple(tuple(filter(keep, p)) for p in plan.programs))
 
 
 def add_communication(plan: Plan) -> Plan:
-    """Adds RECV_F before and SEND_F after each F, RECV_B before and SEND_B after each B or I, each as its own step.
+    """Adds SEND_F and RECV_F for each F, SEND_B and RECV_B for each B or I whose neighbour is on another rank.
 
-    Only where the neighbouring stage is on another rank: between stages on the same rank the tensor just stays there.
+    Between stages on the same rank the tensor just stays there. Raises PlanError when the computations of the ranks
+    wait for each other in a circle, or for one that is not there.
     """
     for rank, position, action in plan.walk():
-        if action.op in COMMUNICATION:
+        if action.op in COMMUNICATION or action.op is Op.REDUCE:
             raise PlanError(
                 f"plan {plan.name!r} rank {rank} step {position}: {action} is already there; add_communication takes "
                 f"a compute-only plan"
             )
+    programs: list[list[Step]] = [[] for _ in plan.programs]
+    cursor = [0] * plan.num_ranks
+    made: set[tuple[bool, int, int]] = set()  # (is forward, stage, microbatch)
+    left = sum(map(len, plan.programs))
+    while left:
+        slot = [
+            (rank, program[at][0])
+            for rank, (program, at) in enumerate(zip(plan.programs, cursor))
+            if at < len(program) and all(need in made for need in _needs(plan, program[at][0]))
+        ]
+        if not slot:
+            raise _stuck(plan, cursor, made)
+        batches: dict[int, list[Action]] = {}
+        for rank, action in slot:
+            programs[rank].append((action,))
+            cursor[rank] += 1
+            made.add((action.op is Op.F, action.stage, action.microbatch))
+            for send in _messages(plan, action):
+                batches.setdefault(rank, []).append(send)
+                batches.setdefault(plan.peer_of(send), []).append(partner_of(send))
+        for rank, batch in batches.items():
+            programs[rank].append(tuple(batch))
+        left -= len(slot)
+    return replace(plan, programs=tuple(map(tuple, programs)))
 
-    def surround(step: Step) -> list[Step]:
-        op, stage, microbatch = step[0]
-        if op is Op.F:
-            receive, send = Op.RECV_F, Op.SEND_F
-            source, target = stage - 1, stage + 1
-        elif op in _BACKWARD_START:
-            receive, send = Op.RECV_B, Op.SEND_B
-            source, target = stage + 1, stage - 1
-        else:
-            return [step]
-        before: list[Step] = [(Action(receive, stage, microbatch),)] if _is_remote(plan, stage, source) else []
-        after: list[Step] = [(Action(send, stage, microbatch),)] if _is_remote(plan, stage, target) else []
-        return [*before, step, *after]
 
-    programs = tuple(tuple(new for step in program for new in surround(step)) for program in plan.programs)
-    return replace(plan, programs=programs)
+def _needs(plan: Plan, action: Action) -> list[tuple[bool, int, int]]:
+    """What must be made, on whatever rank, before the action can run (W follows its I on the same rank anyway)."""
+    op, stage, microbatch = action
+    if op is Op.F:
+        return [(True, stage - 1, microbatch)] if stage else []
+    needs = [(True, stage, microbatch)]
+    if op in _BACKWARD_START and stage + 1 < plan.num_stages:
+        needs.append((False, stage + 1, microbatch))
+    return needs
 
 
-def _is_remote(plan: Plan, stage: int, neighbour: int) -> bool:
-    """Whether `neighbour` exists and is on another rank than `stage`."""
-    return 0 <= neighbour < plan.num_stages and plan.rank_of(neighbour) != plan.rank_of(stage)
+def _messages(plan: Plan, action: Action) -> list[Action]:
+    """The send that follows a computation, if its neighbour exists and is on another rank."""
+    op, stage, microbatch = action
+    if op is Op.W:
+        return []
+    neighbour = stage + 1 if op is Op.F else stage - 1
+    if not 0 <= neighbour < plan.num_stages or plan.rank_of(neighbour) == plan.rank_of(stage):
+        return []
+    return [Action(Op.SEND_F if op is Op.F else Op.SEND_B, stage, microbatch)]
 
 
-def batch_communication(plan: Plan) -> Plan:
-    """Joins communication steps that follow each other directly into one step, in the order in which they stand."""
-
-    def join(program: tuple[Step, ...]) -> tuple[Step, ...]:
-        steps: list[Step] = []
-        for step in program:
-            if steps and is_communication(step) and is_communication(steps[-1]):
-                steps[-1] += step
-            else:
-                steps.append(step)
-        return tuple(steps)
-
-    return replace(plan, programs=tuple(join(program) for program in plan.programs))
+def _stuck(plan: Plan, cursor: list[int], made: set[tuple[bool, int, int]]) -> PlanError:
+    """The error for computations that cannot be ordered: what each rank waits for."""
+    spots, lines = [], []
+    for rank, (program, at) in enumerate(zip(plan.programs, cursor)):
+        if at < len(program):
+            forward, stage, microbatch = next(n for n in _needs(plan, program[at][0]) if n not in made)
+            wanted = Action(Op.F if forward else Op.B, stage, microbatch)
+            spots.append((rank, at))
+            lines.append(f"  rank {rank} step {at} {program[at][0]} waits for {wanted} on rank {plan.rank_of(stage)}")
+    rank, at = spots[0]
+    what = "the computations cannot be ordered: each rank waits for one that comes later or is not there"
+    text = "\n".join([f"plan {plan.name!r} rank {rank} step {at}: {what}", *lines, grid(plan, spots)])
+    return PlanError(text)
 
 
 def add_reduce(plan: Plan) -> Plan:

@@ -3,28 +3,43 @@
 To add one: write the function, add its entry to SCHEDULES. Communication, batching and REDUCE come from passes.py;
 `build` has check.py prove the result, so a wrong schedule never reaches a rank.
 
-Every schedule runs the backwards of a stage in the order of the microbatches. Gradients are summed in that order, so
-a change of schedule changes no bit of the result.
+Every schedule runs the backwards of a stage (its W where they are split) in the order of the microbatches. Gradients
+are summed in that order, so a change of schedule changes no bit of the result.
+
+None asks for a number of microbatches that fills its pattern: the pattern is written for the next larger number that
+does and the microbatches that are not there are left out of it. What is left still is in order, because actions of
+different microbatches do not need each other.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from engine.errors import PlanError
-from engine.pipeline.actions import Action, Op, Plan, Step
+from engine.pipeline.actions import Action, Op, Plan, Step, parse_plan
 from engine.pipeline.check import check
-from engine.pipeline.passes import complete
+from engine.pipeline.passes import complete, compute_only
 
-Schedule = Callable[[int, int, int], Plan]  # (ranks, chunks, microbatches): chunks = stages per rank
+Placement = tuple[int, ...]  # stage -> rank
+
+
+def looped(ranks: int, chunks: int) -> Placement:
+    """Stage s on rank s mod ranks: the pipeline goes round `chunks` times."""
+    return tuple(range(ranks)) * chunks
+
+
+def v_shaped(ranks: int, chunks: int) -> Placement:
+    """Down the ranks and back up: rank 0 holds the first and the last stage."""
+    return (*range(ranks), *reversed(range(ranks)))
 
 
 def gpipe(ranks: int, chunks: int, microbatches: int) -> Plan:
-    """All forwards, then all backwards. The simplest, and it keeps all `microbatches` alive."""
-    _require_one_chunk("gpipe", ranks, chunks, microbatches)
+    """All forwards, then all backwards (Huang et al. 2019). The simplest, and it keeps all `microbatches` alive."""
     programs = [_ops(Op.F, rank, range(microbatches)) + _ops(Op.B, rank, range(microbatches)) for rank in range(ranks)]
-    return Plan("gpipe", microbatches, tuple(range(ranks)), tuple(programs))
+    return Plan("gpipe", microbatches, looped(ranks, chunks), tuple(programs))
 
 
 def one_f_one_b(ranks: int, chunks: int, microbatches: int) -> Plan:
@@ -33,35 +48,166 @@ def one_f_one_b(ranks: int, chunks: int, microbatches: int) -> Plan:
     Warm-up: as many forwards as there are ranks below, so that the first gradient comes back just when it is needed.
     Then one forward, one backward in turn, then the backwards that are left.
     """
-    _require_one_chunk("1f1b", ranks, chunks, microbatches)
     programs = []
     for rank in range(ranks):
-        warm_up = min(microbatches, ranks - rank - 1)
-        program = _ops(Op.F, rank, range(warm_up))
-        for done in range(microbatches - warm_up):
-            program += _ops(Op.F, rank, [warm_up + done]) + _ops(Op.B, rank, [done])
-        programs.append(program + _ops(Op.B, rank, range(microbatches - warm_up, microbatches)))
-    return Plan("1f1b", microbatches, tuple(range(ranks)), tuple(programs))
+        forwards, backwards = _ops(Op.F, rank, range(microbatches)), _ops(Op.B, rank, range(microbatches))
+        programs.append(_alternate(forwards, backwards, warm_up=ranks - rank - 1))
+    return Plan("1f1b", microbatches, looped(ranks, chunks), tuple(programs))
 
 
-def forward_only(ranks: int, chunks: int, microbatches: int) -> Plan:
-    """Forwards without backwards, for evaluation."""
-    _require_one_chunk("forward_only", ranks, chunks, microbatches)
-    programs = tuple(_ops(Op.F, rank, range(microbatches)) for rank in range(ranks))
-    return Plan("forward_only", microbatches, tuple(range(ranks)), programs, backward=False)
+def interleaved(ranks: int, chunks: int, microbatches: int) -> Plan:
+    """Interleaved 1F1B (Narayanan et al. 2021): 1 / chunks of the bubble of 1F1B, for chunks times the messages.
+
+    Microbatches go through in groups of `ranks`: a group through the first chunk of a rank, then the same group through
+    the second, ... and backwards in the opposite order of chunks. Warm-up: all chunks but the last for one group, and
+    two forwards for each rank below.
+    """
+    full = -(-microbatches // ranks) * ranks
+    programs = []
+    for rank in range(ranks):
+        order = [(chunk, group + i) for group in range(0, full, ranks) for chunk in range(chunks) for i in range(ranks)]
+        forwards = tuple((Action(Op.F, chunk * ranks + rank, m),) for chunk, m in order)
+        backwards = tuple((Action(Op.B, (chunks - 1 - chunk) * ranks + rank, m),) for chunk, m in order)
+        programs.append(_alternate(forwards, backwards, warm_up=2 * (ranks - rank - 1) + (chunks - 1) * ranks))
+    return compute_only(Plan("interleaved", full, looped(ranks, chunks), tuple(programs)), microbatches)
 
 
-SCHEDULES: dict[str, Schedule] = {"gpipe": gpipe, "1f1b": one_f_one_b}  # what a training run can choose from
+def zb_h1(ranks: int, chunks: int, microbatches: int) -> Plan:
+    """ZB-H1 (Qi et al. 2023): 1F1B with the backward split, a third of its bubble when F, I and W cost the same.
+
+    I is on the way to the rank above, W is not: rank r puts off up to r weight gradients and does them where it would
+    wait. Rank r holds ranks - r microbatches for their backward and r for their W, so no rank holds more than 1F1B.
+    """
+    programs = []
+    for rank in range(ranks):
+        forward, done, weights = min(microbatches, ranks - rank - 1), 0, 0
+        program = list(_ops(Op.F, rank, range(forward)))
+        while weights < microbatches:
+            if forward < microbatches:
+                program += _ops(Op.F, rank, [forward])
+                forward += 1
+            if done < microbatches:
+                program += _ops(Op.I, rank, [done])
+                done += 1
+            if done - weights > rank or done == microbatches:
+                program += _ops(Op.W, rank, [weights])
+                weights += 1
+        programs.append(tuple(program))
+    return Plan("zb-h1", microbatches, looped(ranks, chunks), tuple(programs))
+
+
+def zb_v(ranks: int, chunks: int, microbatches: int) -> Plan:
+    """ZB-V (Qi et al. 2024): two chunks on a V, no bubble when F, I and W cost the same, the memory of 1F1B.
+
+    Written as phases of rank r with F, I and W of the way down (stage r) and the way up (u). Warm-up: forwards down
+    until the first comes up again; then in turn up and down; then up forwards with their whole backward. Steady: one
+    of each. Cool-down: I of both ways while others wait for them, the W last.
+    """
+    full = max(microbatches, 2 * ranks - 1)
+    programs = []
+    for rank in range(ranks):
+        below = ranks - rank
+        phases = [("F", 2 * below - 1), ("f F", rank), ("f i W", below), ("F I W f i W", full - 2 * below - rank + 1)]
+        phases += [("I W f i W", below - 1), ("I i", rank), ("I W", below)]
+        programs.append(_phases(phases, rank, ranks))
+    return compute_only(Plan("zb-v", full, v_shaped(ranks, chunks), tuple(programs)), microbatches)
+
+
+def dualpipe_v(ranks: int, chunks: int, microbatches: int) -> Plan:
+    """DualPipeV (DeepSeek 2025): two chunks on a V, forwards of one way beside backwards of the other.
+
+    Its pairs F and B lie next to each other, so that communication inside the one can hide behind the other. Backwards
+    are split only in the warm-up and the cool-down, where W fills what would be bubble.
+    """
+    full = max(microbatches, 2 * ranks)
+    programs = []
+    for rank in range(ranks):
+        above, below = rank + 1, ranks - rank - 1
+        phases = [("F", 2 * below), ("F f", above), ("i W f", below), ("F b f B", full - 2 * ranks + above)]
+        phases += [("b f B", below), ("b B", above // 2), ("b I", above % 2), ("i I", above // 2), ("W I", below)]
+        programs.append(_phases(phases, rank, ranks))
+    return compute_only(Plan("dualpipe-v", full, v_shaped(ranks, chunks), tuple(programs)), microbatches)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a run can choose. make: (ranks, chunks, microbatches) -> compute-only plan.
+
+    chunks: how many stages a rank may hold (None: any number). placement: (ranks, chunks) -> rank of each stage.
+    """
+
+    make: Callable[[int, int, int], Plan]
+    placement: Callable[[int, int], Placement]
+    chunks: int | None
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "gpipe": Schedule(gpipe, looped, 1),
+    "1f1b": Schedule(one_f_one_b, looped, 1),
+    "interleaved": Schedule(interleaved, looped, None),
+    "zb-h1": Schedule(zb_h1, looped, 1),
+    "zb-v": Schedule(zb_v, v_shaped, 2),
+    "dualpipe-v": Schedule(dualpipe_v, v_shaped, 2),
+}
+
+
+def find_schedule(name: str) -> Schedule:
+    """The schedule of that name; PlanError with the nearest one if there is none."""
+    if name not in SCHEDULES:
+        near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.0)
+        raise PlanError(f"unknown schedule {name!r}: did you mean {near[0]!r}? Known: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
 
 
 def build(name: str, ranks: int, chunks: int, microbatches: int) -> Plan:
-    """The plan of schedule `name` (of SCHEDULES, or "forward_only"), with communication, proved and ready to run."""
-    known = {**SCHEDULES, "forward_only": forward_only}
-    schedule = known.get(name)
-    if schedule is None:
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
-        raise PlanError(f"unknown schedule {name!r}: did you mean {near[0]!r}? Known: {', '.join(known)}")
-    plan = complete(schedule(ranks, chunks, microbatches))
+    """The plan of schedule `name`, with communication, proved and ready to run."""
+    schedule = find_schedule(name)
+    if min(ranks, chunks, microbatches) < 1:
+        raise PlanError(f"schedule {name!r}: ranks {ranks}, chunks {chunks}, microbatches {microbatches} must be >= 1")
+    if schedule.chunks is not None and chunks != schedule.chunks:
+        raise PlanError(
+            f"schedule {name!r} with chunks = {chunks}: it places {schedule.chunks} stage(s) on each rank. Set chunks "
+            f"to {schedule.chunks}, or choose interleaved, which takes any number"
+        )
+    return prove(schedule.make(ranks, chunks, microbatches))
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan from its text form in a file, with or without communication, proved. PlanError if anything is wrong."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read ({error})") from None
+    return prove(compute_only(parse_plan(text)))
+
+
+def forward_only(like: Plan, microbatches: int) -> Plan:
+    """Forwards without backwards on the placement of a plan, for evaluation, proved and ready to run.
+
+    Microbatches go in groups of one a rank through the stages of each rank, so that no more than a group waits.
+    """
+    programs = tuple(
+        tuple(
+            (Action(Op.F, stage, m),)
+            for group in range(0, microbatches, like.num_ranks)
+            for stage in like.stages_of(rank)
+            for m in range(group, min(group + like.num_ranks, microbatches))
+        )
+        for rank in range(like.num_ranks)
+    )
+    return prove(Plan("forward_only", microbatches, like.placement, programs, backward=False))
+
+
+def single(like: Plan) -> Plan:
+    """The plan for the first of its microbatches alone, without REDUCE: for looking at microbatches one by one."""
+    plan = complete(compute_only(like, 1))
+    programs = tuple(tuple(step for step in program if step[0].op is not Op.REDUCE) for program in plan.programs)
+    return replace(plan, programs=programs)
+
+
+def prove(plan: Plan) -> Plan:
+    """A compute-only plan with communication, after `check` has found nothing wrong with it."""
+    plan = complete(plan)
     check(plan)
     return plan
 
@@ -71,12 +217,31 @@ def _ops(op: Op, stage: int, microbatches: Iterable[int]) -> tuple[Step, ...]:
     return tuple((Action(op, stage, microbatch),) for microbatch in microbatches)
 
 
-def _require_one_chunk(name: str, ranks: int, chunks: int, microbatches: int) -> None:
-    """Refuses sizes that a schedule with one stage per rank cannot have."""
-    if ranks < 1 or microbatches < 1:
-        raise PlanError(f"schedule {name!r} with ranks = {ranks}, microbatches = {microbatches}: both must be >= 1")
-    if chunks != 1:
-        raise PlanError(
-            f"schedule {name!r} with chunks = {chunks}: it places exactly one stage on each rank. Set chunks to 1, or "
-            f"choose a schedule for several chunks"
-        )
+def _alternate(forwards: tuple[Step, ...], backwards: tuple[Step, ...], *, warm_up: int) -> tuple[Step, ...]:
+    """`warm_up` forwards, then one forward and one backward in turn, then the backwards that are left."""
+    warm_up = min(warm_up, len(forwards))
+    pairs = (step for pair in zip(forwards[warm_up:], backwards) for step in pair)
+    return (*forwards[:warm_up], *pairs, *backwards[len(forwards) - warm_up :])
+
+
+def _phases(phases: list[tuple[str, int]], rank: int, ranks: int) -> tuple[Step, ...]:
+    """The program of a rank on a V, from (letters, times): F I B on its stage down, f i b on the one up.
+
+    Each takes the next microbatch of its kind; W is the oldest weight gradient that an I of either way has left.
+    """
+    stages = {True: rank, False: 2 * ranks - 1 - rank}
+    forwards, backwards = {True: 0, False: 0}, {True: 0, False: 0}
+    waiting: list[Action] = []
+    steps: list[Step] = []
+    for letters, times in phases:
+        for letter in letters.split() * max(0, times):
+            op, down = Op(letter.upper()), letter.isupper()
+            if op is Op.W:
+                steps.append((waiting.pop(0),))
+                continue
+            count = forwards if op is Op.F else backwards
+            steps.append((Action(op, stages[down], count[down]),))
+            if op is Op.I:
+                waiting.append(Action(Op.W, stages[down], count[down]))
+            count[down] += 1
+    return (*steps, *((weight,) for weight in waiting))

@@ -6,32 +6,34 @@ summed loss, will do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine.data.loader import MicroBatch
+from engine.ops.linear import WeightGrad
 from engine.parallel.buckets import GradBuckets
+from engine.sharding import Parameter
 
 
+@dataclass
 class Stage:
     """module(x, labels, mask) with activations [s, b, width]; first: x is tokens; last: a summed loss comes out.
 
-    buckets: None for a stage that only runs forward.
+    params: of the module, each of which may defer its gradient. buckets: None for a stage that only runs forward.
+    live: microbatch -> (input, output) from F to its backward. deferred: microbatch -> weight gradients from I to W.
     """
 
-    def __init__(
-        self,
-        module: Callable[[Tensor, Tensor, Tensor], Tensor],
-        buckets: GradBuckets | None,
-        *,
-        width: int,
-        first: bool,
-        last: bool,
-    ):
-        self.module, self.buckets, self.width, self.first, self.last = module, buckets, width, first, last
-        self.live: dict[int, tuple[Tensor, Tensor]] = {}
+    module: Callable[[Tensor, Tensor, Tensor], Tensor]
+    params: Sequence[Parameter]
+    buckets: GradBuckets | None
+    width: int
+    first: bool
+    last: bool
+    live: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    deferred: dict[int, list[WeightGrad]] = field(default_factory=dict)
 
     def forward(self, index: int, x: Tensor | None, batch: MicroBatch) -> Tensor:
         """Run microbatch number `index` on received x (None on the first stage); keeps what its backward needs."""
@@ -46,12 +48,38 @@ class Stage:
         return out.detach()
 
     def backward(self, index: int, grad: Tensor, *, final: bool) -> Tensor | None:
-        """Back-propagate `grad` of the forward's result; returns the gradient of x (None on the first stage).
+        """B: back-propagate `grad` of the forward's result; returns the gradient of x (None on the first stage).
 
         final: no later backward of this stage in this step, so its gradient buckets may be reduced as they complete.
         """
-        x, out = self.live.pop(index)
         if final and self.buckets is not None:
-            self.buckets.arm()
+            self.buckets.arm(self.params)
+        return self._propagate(index, grad)
+
+    def input_backward(self, index: int, grad: Tensor) -> Tensor | None:
+        """I: `backward` with the gradients of matrices put off to `weight_backward`.
+
+        Those of embeddings and norms, a few numbers a token, are computed at once: they would keep more than they cost.
+        """
+        queue: list[WeightGrad] = []
+        for p in self.params:
+            p.deferred = queue
+        grad_x = self._propagate(index, grad)
+        for p in self.params:
+            p.deferred = None
+        self.deferred[index] = queue
+        return grad_x
+
+    def weight_backward(self, index: int, *, final: bool) -> None:
+        """W: the gradients that `input_backward` has put off. final: as for `backward`."""
+        queue = self.deferred.pop(index)
+        if final and self.buckets is not None:
+            self.buckets.arm([entry.weight for entry in queue])
+        queue.reverse()
+        while queue:  # taken off one by one: what each has kept is freed as soon as it is used
+            queue.pop().run()
+
+    def _propagate(self, index: int, grad: Tensor) -> Tensor | None:
+        x, out = self.live.pop(index)
         torch.autograd.backward(out, grad)
         return None if self.first else x.grad

@@ -1,0 +1,35 @@
+"""Run a function again in the backward instead of keeping what lies between its inputs and its output.
+
+Activation recomputation (Chen et al. 2016). Its inputs are all that is kept. The same operations on the same values
+give the same bits, so nothing changes but time and memory. The engine draws no random numbers in a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        inputs = [x.detach().requires_grad_(wants) for x, wants in zip(ctx.saved_tensors, wanted)]
+        with torch.enable_grad():
+            out = ctx.function(*inputs)
+        torch.autograd.backward(out, grad)
+        return (None, *(x.grad for x in inputs))
+
+
+def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), keeping only the inputs. Gradients reach them and the parameters that the function uses."""
+    return _Recompute.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)

@@ -1,0 +1,144 @@
+"""What `engine schedule` shows: plans by name, from files or from runs, as a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import PlanError
+from engine.pipeline.actions import COMMUNICATION, Plan, parse_plan
+from engine.pipeline.check import check
+from engine.pipeline.passes import compute_only
+from engine.pipeline.schedules import SCHEDULES, build, prove
+from engine.pipeline.search import lower_bound, search, share_costs, share_memory
+from engine.pipeline.simulate import Costs, Event, Timeline, simulate
+from engine.pipeline.timeline import measured_costs, read_timeline
+from engine.pipeline.torch_csv import read_torch_csv
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SEARCHED = "searched"
+NAMES = (*SCHEDULES, SEARCHED)
+_DEFAULT_CHUNKS = 2  # of the schedules that take any number
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: a timeline, what it is called, and the time that no plan on its placement can beat."""
+
+    label: str
+    timeline: Timeline
+    bound: float
+
+    @property
+    def plan(self) -> Plan:
+        return self.timeline.plan
+
+    def title(self, unit: str) -> str:
+        """What stands above its picture."""
+        timeline = self.timeline
+        time = f"{timeline.time:.4g}{f' {unit}' if unit else ''}"
+        return (
+            f"{self.label}: time {time}, bubble {timeline.bubble:.1%}, peak memory {max(share_memory(self.plan)):.3g}"
+        )
+
+
+def plan_of(
+    name: str,
+    ranks: int,
+    microbatches: int,
+    chunks: int | None,
+    costs: Costs,
+    *,
+    memory_cap: float | None = None,
+    seed: int = 0,
+    iterations: int | None = None,
+) -> Plan:
+    """The plan of one of NAMES. `chunks` counts where the schedule leaves the choice."""
+    if name == SEARCHED:
+        return search(
+            ranks, microbatches, costs, chunks=chunks, memory_cap=memory_cap, seed=seed, iterations=iterations
+        )
+    return build(name, ranks, SCHEDULES[name].chunks or chunks or _DEFAULT_CHUNKS, microbatches)
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from a torch CSV (.csv) or from our text form, proved, with the messages of the file if it has any."""
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError:
+        raise PlanError(
+            f"{path}: not a text file; give a plan as `engine schedule --save` writes it, or a .csv"
+        ) from None
+    try:
+        if path.suffix == ".csv":
+            plan = read_torch_csv(text, path.stem)
+            check(plan)
+            return plan
+        plan = parse_plan(text)
+        if not any(action.op in COMMUNICATION for _, _, action in plan.walk()):
+            return prove(compute_only(plan))
+        check(plan)
+        return plan
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def simulated(label: str, plan: Plan, costs: Costs) -> Entry:
+    """The entry of a plan under costs of a rank's share of the model (search.share_costs)."""
+    stage_costs = share_costs(costs, plan.num_ranks, plan.num_stages)
+    return Entry(label, simulate(plan, stage_costs), lower_bound(plan, stage_costs))
+
+
+def measured(run: Path) -> tuple[list[Entry], Costs]:
+    """The step that a run has measured, the same plan simulated with the costs measured in it, and these; in ms."""
+    seconds, step = read_timeline(run)
+    lanes = tuple(tuple(Event(e.action, e.start * 1e3, e.end * 1e3) for e in lane) for lane in seconds.lanes)
+    timeline = replace(seconds, lanes=lanes)
+    costs, name = measured_costs(timeline), timeline.plan.name
+    bound = lower_bound(timeline.plan, costs)
+    entries = [
+        Entry(f"{name}, step {step} measured", timeline, bound),
+        Entry(f"{name} simulated with its costs", simulate(timeline.plan, costs), bound),
+    ]
+    return entries, costs
+
+
+def show(entries: Sequence[Entry], console: Console, unit: str = "", memory_cap: float | None = None) -> None:
+    """The table: time, bubble and memory of each entry."""
+    from rich.table import Table
+
+    table = Table("schedule", "ranks x stages", f"time{f' ({unit})' if unit else ''}", "lower bound", "bubble")
+    table.add_column("peak memory of each rank")
+    for entry in entries:
+        peaks = share_memory(entry.plan)
+        memory = " ".join(f"{peak:.3g}" for peak in peaks)
+        if len(peaks) > 8:
+            memory = f"{min(peaks):.3g} to {max(peaks):.3g}"
+        if memory_cap is not None and max(peaks) > memory_cap * (1 + 1e-9):
+            memory += f" (above the cap {memory_cap:g})"
+        timeline = entry.timeline
+        shape = f"{entry.plan.num_ranks} x {entry.plan.num_stages / entry.plan.num_ranks:.3g}"
+        table.add_row(
+            entry.label, shape, f"{timeline.time:.4g}", f"{entry.bound:.4g}", f"{timeline.bubble:.1%}", memory
+        )
+    console.print(table)
+
+
+def save(plan: Plan, path: Path) -> None:
+    """Writes the plan's text, with its communication."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{plan}\n")
+
+
+def picture(entries: Sequence[Entry], output: Path, unit: str = "") -> tuple[Path, Path]:
+    """Draws the entries to a PNG and an SVG file of that name; returns both paths."""
+    from engine.pipeline.draw import draw
+
+    paths = (output.with_suffix(".png"), output.with_suffix(".svg"))
+    for path in paths:
+        draw([(entry.title(unit), entry.timeline) for entry in entries], path, unit)
+    return paths

@@ -1,0 +1,106 @@
+"""fp16: the loss scale, updates that are left out on all ranks alike, and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import assemble, config, held_pieces, layout_of, random_batches, worst
+from harness import run_ranks
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.context import ParallelContext
+from engine.errors import TrainingError
+from engine.optim.precision import LossScale
+from engine.train import resume, save_state, setup, train_step
+
+FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 7))
+def test_the_scale_follows_the_overflows(finite: list[bool], window: int) -> None:
+    scale = LossScale(1024.0, window)
+    for good in finite:
+        before = scale.value
+        scale.update(good)
+        assert scale.value in ((before, 2 * before) if good else (before / 2,))
+    run = len(finite) - 1 - max((i for i, good in enumerate(finite) if not good), default=-1)
+    assert scale.good == run % window
+
+
+def test_other_precisions_have_no_scale() -> None:
+    scale = LossScale()
+    scale.update(False)
+    assert scale.value == 1.0
+
+
+def fp16(**change: Any) -> Any:
+    base = {"parallel_tensor": 2, "parallel_data": 2, "train_precision": "fp16", "optimizer_lr": 1e-3}
+    return config(4, **{**base, **change})
+
+
+def run(cfg: Any, job: Any) -> list[Any]:
+    return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float16)
+
+
+def test_fp16_learns_what_fp32_learns() -> None:
+    cfg = fp16()
+
+    def losses(ctx: ParallelContext) -> list[float]:
+        state = setup(cfg, ctx)
+        return [train_step(state, random_batches(cfg, ctx, 0)).loss for _ in range(12)]
+
+    half = run(cfg, losses)
+    assert all(r == half[0] for r in half)
+    cfg = fp16(train_precision="fp32")
+    whole = run_ranks(layout_of(cfg), losses, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    assert half[0] == pytest.approx(whole[0], rel=5e-3) and half[0][-1] < half[0][0] - 0.2
+
+
+def test_an_overflow_leaves_out_the_update_on_all_ranks_and_survives_a_restart(tmp_path: Path) -> None:
+    """The first scale is far too large: updates are left out until it fits; weights and optimizer stay as they were."""
+    cfg = fp16(train_loss_scale=2.0**40, train_loss_scale_window=3)
+
+    def job(ctx: ParallelContext) -> Any:
+        state = setup(cfg, ctx)
+        start = held_pieces(state.optimizer.states(), ctx)
+        seen = []
+        for step in range(100):
+            result = train_step(state, random_batches(cfg, ctx, step))
+            seen.append((result.skipped, state.scale.value, state.optimizer.steps))
+            if not result.skipped:
+                break
+            same = held_pieces(state.optimizer.states(), ctx)
+            assert all((a[3] == b[3]).all() for a, b in zip(start, same)) and state.step == step + 1
+        save_state(state, tmp_path, FACTS)
+        again = setup(cfg, ctx)
+        resume(again, tmp_path / f"step_{state.step:08d}", FACTS)
+        assert (again.scale, again.optimizer.steps, again.step) == (state.scale, state.optimizer.steps, state.step)
+        return seen, held_pieces(again.optimizer.states(), ctx), held_pieces(state.optimizer.states(), ctx)
+
+    ranks = run(cfg, job)
+    assert all(r[0] == ranks[0][0] for r in ranks)
+    seen = ranks[0][0]
+    assert len(seen) > 3 and not seen[-1][0] and seen[-1][2] == 1
+    assert [value for _, value, _ in seen[:-1]] == [2.0 ** (39 - i) for i in range(len(seen) - 1)]
+    assert worst(assemble([r[1] for r in ranks]), assemble([r[2] for r in ranks])) == 0
+
+
+def test_a_scale_that_falls_below_one_is_an_error() -> None:
+    cfg = fp16(train_loss_scale=1.0)
+
+    def job(ctx: ParallelContext) -> str:
+        state = setup(cfg, ctx)
+        for p in state.params:  # a gradient that no scale can help
+            p.register_hook(lambda grad: None if grad is None else grad * torch.inf)
+        try:
+            train_step(state, random_batches(cfg, ctx, 0))
+        except TrainingError as error:
+            return str(error)
+        return ""
+
+    for text in run(cfg, job):
+        assert "step 1" in text and "non-finite gradient of" in text and "No weight was changed" in text

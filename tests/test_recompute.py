@@ -1,0 +1,82 @@
+"""Recomputation: what a microbatch keeps from its forward to its backward, counted tensor by tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import config, layout_of
+from harness import run_ranks
+
+from engine.context import ParallelContext
+from engine.data.loader import MicroBatch
+from engine.train import setup
+
+S, B, H, F, LAYERS = 32, 2, 64, 192, 4
+SIZES: dict[str, Any] = {
+    "model_hidden_size": H,
+    "model_num_heads": 4,
+    "model_num_kv_heads": 4,
+    "model_ffn_size": F,
+    "model_num_layers": LAYERS,
+    "model_vocab_size": 64,
+    "train_seq_len": S,
+    "train_micro_batch_size": B,
+    "train_global_batch_size": B,
+}
+
+
+def kept_bytes(tensor: int = 1, **change: Any) -> int:
+    """Bytes of all distinct storages that autograd keeps for one microbatch, weights and the loss's own left out."""
+    cfg = config(tensor, parallel_tensor=tensor, **SIZES, **change)
+
+    def job(ctx: ParallelContext) -> int:
+        state = setup(cfg, ctx)
+        (stage,) = state.stages.values()
+        weights = {p.untyped_storage().data_ptr() for p in state.params}
+        tokens = torch.zeros(B, S, dtype=torch.int64)
+        batch = MicroBatch(tokens, tokens, torch.ones(B, S, dtype=torch.bool))
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            if x.is_floating_point() and storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage  # held here, so that no address is used twice
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            stage.forward(0, None, batch)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0]
+
+
+def test_each_step_up_keeps_less() -> None:
+    none, selective, full = (kept_bytes(train_recompute=mode) for mode in ("none", "selective", "full"))
+    activation = S * B * H * 8
+    assert full < selective < none
+    # what full gives up is nearly all: of each block only its input stays
+    head = kept_bytes(train_recompute="full") - LAYERS * activation
+    assert none - full > 0.85 * (none - head)
+    # selective gives up both normed inputs, the product of the MLP and the core's own output; it keeps q|k|v as
+    # projected instead of as rotated
+    product = S * B * F * 8
+    assert none - selective >= LAYERS * (2 * activation + product + activation)
+
+
+def test_layers_are_counted() -> None:
+    kept = [kept_bytes(train_recompute="full", train_recompute_layers=n) for n in range(1, LAYERS + 1)]
+    assert kept[-1] == kept_bytes(train_recompute="full")
+    steps = [a - b for a, b in zip([kept_bytes(), *kept], kept)]
+    assert min(steps) > 0.98 * max(steps)  # the first one still keeps the table of rotations
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_sequence_parallelism_divides_what_is_kept_between_matrices(mode: str) -> None:
+    whole, cut = (kept_bytes(2, parallel_sequence=cut, train_recompute=mode) for cut in (False, True))
+    gathered = kept_bytes(2, train_recompute=mode, parallel_keep_gathered=True)
+    half = S // 2 * B * H * 8
+    per_block = {"none": 4, "full": 1}[mode]  # both residuals and both normed inputs; the input of the block
+    assert whole - cut >= LAYERS * per_block * half
+    assert gathered - cut == {"none": 2 * LAYERS * half, "full": 0}[mode] + half  # the head's input too

@@ -43,6 +43,7 @@ from engine.optim.precision import PRECISIONS, LossScale
 from engine.parallel.buckets import GradBuckets, make_buckets, settle_before_use
 from engine.pipeline.actions import Plan
 from engine.pipeline.executor import Trace, execute
+from engine.pipeline.simulate import simulate
 from engine.pipeline.stage import Stage
 from engine.planner.cost import flops_per_token
 from engine.sharding import Parameter, initialise_, parameters
@@ -294,6 +295,12 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
     console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
     console.start(state.step, source, num_parameters(cfg.model))
+    if state.plan.microbatches < ctx.pipeline.size:
+        enough = ctx.pipeline.size * ctx.data.size * cfg.train.micro_batch_size
+        console.note(
+            f"{state.plan.microbatches} microbatches for {ctx.pipeline.size} pipeline ranks leave a bubble of "
+            f"{simulate(state.plan).bubble:.0%}; train.global_batch_size {enough} would give each rank one"
+        )
     if tokenizer is not None and ctx.rank == 0:
         tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else
     with (

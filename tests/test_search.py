@@ -65,7 +65,8 @@ def test_is_never_worse_than_the_best_named_schedule_within_the_cap(problem: dic
     assert cap is None or max(memory(plan)) <= cap + 1e-9
     time = time_of(plan, costs)
     assert time <= best_named(ranks, microbatches, costs, cap, chunks) * (1 + 1e-8)
-    assert time >= lower_bound(plan, share_costs(costs, ranks, plan.num_stages)) * (1 - 1e-9)
+    bound = lower_bound(plan.placement, microbatches, share_costs(costs, ranks, plan.num_stages))
+    assert time >= bound * (1 - 1e-9)
     assert plan.placement in placements(ranks, chunks)
 
 
@@ -126,6 +127,13 @@ def test_costs_of_a_share_are_spread_over_its_stages() -> None:
         f("f=nan", 2, 2)
     with pytest.raises(PlanError, match="none below 0"):
         f("f=-1", 2, 2)
+
+
+def test_the_lower_bound_is_the_way_and_the_work_of_a_rank() -> None:
+    costs = Costs(f=(1, 1, 2), comm=0.5)
+    assert lower_bound((0, 1, 2), 4, costs) == 2 * 1 + 2 * 0.5 + 4 * 4  # the last rank: two messages, 2 + 1 + 1 each
+    assert lower_bound((0, 1, 2), 4, costs, backward=False) == 3 + 4 * 2
+    assert lower_bound((0, 1, 1, 0), 4, Costs(f=(1, 1, 1, 9))) == 4 * 14  # rank 0 starts at once
 
 
 def test_memory_is_in_microbatches_of_a_share() -> None:

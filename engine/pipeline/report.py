@@ -90,7 +90,11 @@ def read_plan(path: Path) -> Plan:
 def simulated(label: str, plan: Plan, costs: Costs) -> Entry:
     """The entry of a plan under costs of a rank's share of the model (search.share_costs)."""
     stage_costs = share_costs(costs, plan.num_ranks, plan.num_stages)
-    return Entry(label, simulate(plan, stage_costs), lower_bound(plan, stage_costs))
+    return Entry(label, simulate(plan, stage_costs), _bound(plan, stage_costs))
+
+
+def _bound(plan: Plan, stage_costs: Costs) -> float:
+    return lower_bound(plan.placement, plan.microbatches, stage_costs, plan.backward)
 
 
 def measured(run: Path) -> tuple[list[Entry], Costs]:
@@ -99,7 +103,7 @@ def measured(run: Path) -> tuple[list[Entry], Costs]:
     lanes = tuple(tuple(Event(e.action, e.start * 1e3, e.end * 1e3) for e in lane) for lane in seconds.lanes)
     timeline = replace(seconds, lanes=lanes)
     costs, name = measured_costs(timeline), timeline.plan.name
-    bound = lower_bound(timeline.plan, costs)
+    bound = _bound(timeline.plan, costs)
     entries = [
         Entry(f"{name}, step {step} measured", timeline, bound),
         Entry(f"{name} simulated with its costs", simulate(timeline.plan, costs), bound),

@@ -58,22 +58,24 @@ def search(
     if min(ranks, microbatches, chunks or 1) < 1:
         raise PlanError(f"search: ranks {ranks}, microbatches {microbatches}, chunks {chunks} must be >= 1")
     share_costs(costs, ranks, ranks)  # complains about costs that do not fit before any work
+    wheres = placements(ranks, chunks, placement)
+    bound = min(lower_bound(where, microbatches, share_costs(costs, ranks, len(where))) for where in wheres)
     plans = [*named(ranks, microbatches, chunks, placement)]
-    if not any(_fits(plan, memory_cap) and _at_bound(plan, costs, ranks, chunks, placement) for plan in plans):
-        for where in placements(ranks, chunks, placement):
+    if not any(_fits(plan, memory_cap) and _time(plan, costs) <= bound * (1 + _ROUNDING) for plan in plans):
+        for where in wheres:
             plans += _list_schedules(where, ranks, microbatches, costs, memory_cap)
     fitting = [plan for plan in plans if _fits(plan, memory_cap)]
     if not fitting:
         least = min(max(share_memory(plan)) for plan in plans)
         raise PlanError(
             f"no schedule of {microbatches} microbatches on {ranks} ranks fits a memory cap of {memory_cap:g} "
-            f"microbatches of one rank's share; the least that is known is {least:g}. "
-            f"Set the cap to that or more"
+            f"microbatches of one rank's share; the least that is known is {least:g}. Set the cap to that or more"
         )
     # Sorting is stable: of equals the first stays first, and the named ones come first.
     ranked = sorted(fitting, key=lambda plan: _time(plan, costs))
     chooser = random.Random(seed)
-    improved = [_improve(compute_only(p), costs, memory_cap, chooser, iterations) for p in _distinct(ranked)[:_STARTS]]
+    starts = _distinct(ranked)[:_STARTS] if _time(ranked[0], costs) > bound * (1 + _ROUNDING) else []
+    improved = [_improve(compute_only(plan), costs, memory_cap, chooser, iterations) for plan in starts]
     best = min((ranked[0], *improved), key=lambda plan: _time(plan, costs) * (1 + _ROUNDING * (plan is not ranked[0])))
     if best is not ranked[0] or best.name == "list":
         best = _merge(best, costs)
@@ -139,35 +141,25 @@ def share_memory(plan: Plan) -> list[float]:
     return peak_memory(plan, (plan.num_ranks / plan.num_stages,))
 
 
-def lower_bound(plan: Plan, costs: Costs) -> float:
+def lower_bound(placement: Placement, microbatches: int, costs: Costs, backward: bool = True) -> float:
     """A time that no plan on this placement can beat: of the ranks, the longest way to its first forward and its work.
 
     At least the time that the busiest rank computes. `costs` are those of the stages.
     """
-    bound = 0.0
-    for rank in range(plan.num_ranks):
-        ops = (Op.F, Op.I, Op.W) if plan.backward else (Op.F,)
-        work = sum(costs.of(Action(op, stage, 0)) for op in ops for stage in plan.stages_of(rank))
-        above = range(plan.stages_of(rank)[0])
-        way = sum(costs.of(Action(Op.F, stage, 0)) for stage in above)
-        way += costs.comm * sum(plan.rank_of(stage) != plan.rank_of(stage + 1) for stage in above)
-        bound = max(bound, way + work * plan.microbatches)
+    ops = _OPS if backward else (Op.F,)
+    bound = way = 0.0  # way: until the first microbatch can be at the stage
+    for stage, rank in enumerate(placement):
+        if rank not in placement[:stage]:
+            held = [s for s, holder in enumerate(placement) if holder == rank]
+            work = sum(costs.of(Action(op, s, 0)) for op in ops for s in held)
+            bound = max(bound, way + work * microbatches)
+        away = placement[stage + 1 : stage + 2] != (rank,)
+        way += costs.of(Action(Op.F, stage, 0)) + costs.comm * away
     return bound
 
 
 def _time(plan: Plan, costs: Costs) -> float:
     return simulate(plan, share_costs(costs, plan.num_ranks, plan.num_stages)).time
-
-
-def _at_bound(plan: Plan, costs: Costs, ranks: int, chunks: int | None, placement: str | None) -> bool:
-    """Whether no plan on any of the placements can be faster."""
-    wheres = placements(ranks, chunks, placement)
-    empty: tuple[tuple[Step, ...], ...] = ((),) * ranks
-    bounds = (
-        lower_bound(replace(plan, placement=where, programs=empty), share_costs(costs, ranks, len(where)))
-        for where in wheres
-    )
-    return _time(plan, costs) <= min(bounds) * (1 + _ROUNDING)
 
 
 def _fits(plan: Plan, memory_cap: float | None) -> bool:
@@ -302,7 +294,7 @@ class _Board:
     """
 
     def __init__(self, plan: Plan, costs: Costs, memory_cap: float | None):
-        self.plan, self.bound = plan, lower_bound(plan, costs)
+        self.plan, self.bound = plan, lower_bound(plan.placement, plan.microbatches, costs)
         self.per_op = plan.num_stages * plan.microbatches
         chunks = plan.num_stages / plan.num_ranks
         self.room = math.inf if memory_cap is None else memory_cap * chunks * (1 + _ROUNDING)

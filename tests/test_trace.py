@@ -1,0 +1,47 @@
+"""The measured timeline: clocks of ranks that differ are aligned, and the file says what ran when."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cases import config, layout_of, random_batches
+from harness import run_ranks
+
+import engine.monitor.trace as trace_module
+import engine.pipeline.executor as executor_module
+from engine.context import ParallelContext
+from engine.monitor.trace import clock_offset, write_timeline
+from engine.pipeline.actions import Op
+from engine.pipeline.timeline import read_timeline
+from engine.train import setup, train_step
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_ranks_with_wrong_clocks_are_drawn_on_one(schedule: str, tmp_path: Path) -> None:
+    """Rank r's clock is 1,000 r seconds ahead; on the common one every F still begins after the one before it ended."""
+    cfg = config(4, parallel_pipeline=2, parallel_tensor=2, parallel_schedule=schedule)
+
+    def job(ctx: ParallelContext) -> Any:
+        wrong = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1000.0 * ctx.pipeline.rank)
+        trace_module.time = executor_module.time = wrong  # type: ignore[assignment]
+        state = setup(cfg, ctx)
+        assert train_step(state, random_batches(cfg, ctx, 0)).trace is None
+        trace = train_step(state, random_batches(cfg, ctx, 1), traced=True).trace
+        assert trace is not None
+        write_timeline(tmp_path, state.plan, trace, ctx, step=2)
+        return clock_offset(ctx)
+
+    offsets = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    assert offsets[:2] == [0.0, 0.0]
+    assert offsets[2:] == pytest.approx([1000.0, 1000.0], abs=0.05)
+    timeline, step = read_timeline(tmp_path)  # looks at the order on each rank itself
+    assert step == 2 and 0 < timeline.time < 30
+    ends = {event.action: event.end for lane in timeline.lanes for event in lane}
+    starts = {event.action: event.start for lane in timeline.lanes for event in lane}
+    for action, start in starts.items():
+        if action.op is Op.F and action.stage:
+            assert start > ends[action._replace(stage=action.stage - 1)] - 0.05

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/checkpoints.md"]
+PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/checkpoints.md", "docs/multinode.md"]
 
 
 @pytest.mark.timeout(300)

@@ -372,10 +372,11 @@ def test_the_same_signal_passed_on_by_the_launcher_is_one_request(
             os.kill(os.getpid(), signal.SIGTERM)
         monkeypatch.setattr(launch, "_SAME_REQUEST_S", 0.0)
         assert stop.signal is signal.SIGTERM
+        print("still here")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
         return 3
 
     log = tmp_path / "log"
     with forked(body, log) as pid:
-        assert ended(pid, log) == Ended(128 + signal.SIGTERM, "")
+        assert ended(pid, log) == Ended(128 + signal.SIGTERM, "still here\n")

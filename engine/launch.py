@@ -1,23 +1,31 @@
 """From environment variables to a ParallelContext, and from an exception to one message and one exit code.
 
 The only reader of os.environ and the only caller of init_process_group. Under torchrun every rank runs the same
-command; without it there is one rank and no process group. On one machine gloo is bound to the loopback interface.
+command; without it there is one rank and no process group. On one machine gloo is bound to the loopback interface, on
+several to the one that leads to the master. Every wait on the way out is bounded: the store may be gone with its host.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import signal
+import socket
+import struct
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,10 +33,28 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from engine.context import ParallelContext, make_context
-from engine.errors import EXIT_ERROR, ConfigError, EngineError, Fault
+from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, EngineError, Fault
 from engine.layout import Layout
 
+T = TypeVar("T")
+
 _FIRST = "engine/first_error"
+_STARTED, _ALL_STARTED = "engine/started", "engine/all_started"
+_LEAVING, _ALL_LEAVE = "engine/leaving", "engine/all_leave"
+_START_S = 120.0  # a start may take this long, even where parallel.timeout_s is for quick steps
+_PATIENCE_S = 5.0  # a rank that merely lost its peers waits so long for the one that knows the cause
+_STORE_S = 2.0  # an answer of the store that takes longer will not come
+_LOST = (
+    "gloo",
+    "NCCL",
+    "Connection",
+    "DistBackendError",
+    "Application timeout",
+    "Timed out",
+)  # words of torch's errors
+_SILENT = ("Application timeout", "Timed out", "timed out", "timeout")
+_SAME_REQUEST_S = 2.0
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
 _LINGER_S = 1.0  # torchrun names the process that ends first as the root cause: a rank with nothing to say ends later
 
 
@@ -70,17 +96,25 @@ def pick_device(wanted: str, env: Env) -> torch.device:
 
 
 class StopRequest:
-    """SIGTERM or SIGUSR1 asks for a save and an orderly stop; a second one stops at once."""
+    """SIGTERM or SIGUSR1 asks for a save and an orderly stop; a second one stops at once.
+
+    The same signal again within two seconds is the same request: Slurm or a shell signals a whole process group, and
+    torchrun or a script passes on what it got as well.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._since = 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal == number and now - self._since < _SAME_REQUEST_S:
+            return
         if self.signal is not None:
             os._exit(128 + number)
-        self.signal = signal.Signals(number)
+        self.signal, self._since = signal.Signals(number), now
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -108,7 +142,8 @@ def run(
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if env.world > 1:
-            store = _connect(env, device, timeout_s)
+            store = _open_store(timeout_s)
+            _join(store, env, device, timeout_s)
         ctx = make_context(
             layout,
             env.rank,
@@ -119,9 +154,11 @@ def run(
             timeout_s=timeout_s,
         )
         code = main(ctx)
+        if store is not None and code != EXIT_OK:
+            _leave_together(store, env)
     except Exception as error:
         code = error.exit_code if isinstance(error, EngineError) else EXIT_ERROR
-        _report(error, env, store)
+        _report(error, env, store, timeout_s)
         if store is not None:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -145,17 +182,95 @@ def leave(code: int, env: Env) -> int:
     return code
 
 
-def _connect(env: Env, device: torch.device, timeout_s: float) -> Store:
-    if env.local_world == env.world:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    timeout = timedelta(seconds=timeout_s)
-    store, rank, world = next(rendezvous("env://", timeout=timeout))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+def _open_store(timeout_s: float) -> Store:
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     return store
 
 
-def _report(error: Exception, env: Env, store: Store | None) -> None:
+def _join(store: Store, env: Env, device: torch.device, timeout_s: float) -> None:
+    _choose_interface(env, device)
+    _meet(store, env, max(timeout_s, _START_S))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world, timeout=timeout)
+
+
+def _meet(store: Store, env: Env, limit_s: float) -> None:
+    """Wait until every rank has come this far: imports from a busy file system may take longer than any step does."""
+    if store.add(_STARTED, 1) == env.world:
+        store.set(_ALL_STARTED, "1")
+    try:
+        store.wait([_ALL_STARTED], timedelta(seconds=limit_s))
+    except dist.DistStoreError:
+        came = _bounded(lambda: store.add(_STARTED, 0), _STORE_S)
+        raise EngineError(
+            f"only {came if came else 'some'} of {env.world} ranks have started within {limit_s:g} s: look at what the "
+            "other nodes say, and that each was started with the same number of ranks"
+        ) from None
+
+
+def _choose_interface(env: Env, device: torch.device) -> None:
+    """Name the network interface for gloo, unless the user has: loopback on one machine, else the way to the master.
+
+    Left alone, gloo binds to the address that the host's own name resolves to. On many systems that is 127.0.1.1 (a
+    line in /etc/hosts), which no other host can reach, or one of several networks that the other hosts are not on. The
+    way to MASTER_ADDR is known to work: the store has just been reached over it. NCCL looks at all interfaces itself.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if env.local_world == env.world:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        return
+    if device.type == "cuda":
+        return
+    master = os.environ.get("MASTER_ADDR", "")
+    local = _address_towards(master)
+    if local.startswith("127.") and master != "localhost" and not master.startswith("127."):
+        relation = f"is {local} on its own host {socket.gethostname()}: no other host reaches it there"
+        repair = "Give torchrun the address that the others use (--master-addr; --local-addr with c10d)."
+        raise ConfigError([Fault("MASTER_ADDR", master, relation, repair)])
+    if name := _interface_of(local):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _address_towards(host: str) -> str:
+    """This host's IPv4 address on the way to `host`; empty when there is no such way (gloo then does as it likes)."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing: for a datagram socket the kernel only picks the route
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def _interface_of(address: str) -> str:
+    """The network interface whose first IPv4 address this is; empty for none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("40s", name.encode()))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return ""
+
+
+def _leave_together(store: Store, env: Env) -> None:
+    """Wait until all ranks are about to leave with a code other than 0: torchrun ends the others when one has left.
+
+    Rank 0 may still be writing down how the run ended. Bounded: all is saved, a missing rank is no reason to stay.
+    """
+
+    def wait() -> None:
+        if store.add(_LEAVING, 1) == env.world:
+            store.set(_ALL_LEAVE, "1")
+        store.wait([_ALL_LEAVE], timedelta(seconds=_PATIENCE_S))
+
+    _bounded(wait, _PATIENCE_S + _STORE_S)
+
+
+def _report(error: Exception, env: Env, store: Store | None, timeout_s: float) -> None:
     """Print the error unless another rank had one before; give torchrun's summary the same text."""
     expected = isinstance(error, EngineError)
     if isinstance(error, OSError) and error.filename is not None:
@@ -163,17 +278,37 @@ def _report(error: Exception, env: Env, store: Store | None) -> None:
     else:
         text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
     if store is not None:
-        words = ("gloo", "NCCL", "Connection", "DistBackendError")
-        lost = not expected and any(word in f"{type(error).__name__} {error}" for word in words)
-        if not _is_first(store, patience_s=5.0 if lost else 0.0):
+        what = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # without the place in gloo's source
+        lost = not expected and any(word in f"{type(error).__name__} {error}" for word in _LOST)
+        silent = lost and any(word in what for word in _SILENT)  # for timeout_s already: a cause would have been told
+        first = _is_first(store, patience_s=0.0 if not lost else _LINGER_S if silent else _PATIENCE_S)
+        # Without the store nobody knows who was first. All ranks of this host have lost the same peers: one speaks.
+        if first is False or (first is None and lost and env.local_rank > 0):
             time.sleep(_LINGER_S)
             return
         if lost:
-            what = str(error).splitlines()[0]
-            text = f"lost contact with another rank, which went without a word (killed? out of memory?): {what}"
+            text = _lost_contact(what, timeout_s if silent else None, store_gone=first is None)
         text = f"rank {env.rank}: {text}"
         _tell_torchrun(text)
     print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _lost_contact(what: str, silent_s: float | None, *, store_gone: bool) -> str:
+    """What a rank can say that lost its peers, or waited for them in vain for `silent_s`."""
+    here, master = socket.gethostname(), os.environ.get("MASTER_ADDR")
+    if store_gone:
+        text = f"lost contact with other ranks and with the first node, {master}: that host or the network is down"
+    elif silent_s is not None:
+        text = (
+            f"no word from another rank for {silent_s:g} s (parallel.timeout_s): its host or the network is down, "
+            "or it hangs"
+        )
+    else:
+        text = "lost contact with another rank, which went without a word (killed? out of memory?)"
+    return (
+        f"{text}: {what}\n  Look at the network of {here} and at what the other nodes say, then start the same command "
+        "again: it goes on from the last checkpoint."
+    )
 
 
 def _tell_torchrun(text: str) -> None:
@@ -184,12 +319,35 @@ def _tell_torchrun(text: str) -> None:
         Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
-def _is_first(store: Store, patience_s: float) -> bool:
-    """Whether no other rank has reported an error. A rank that merely lost its peers gives the cause time to speak."""
-    try:
+def _is_first(store: Store, patience_s: float) -> bool | None:
+    """Whether no other rank has reported an error; None when the store is gone, as with its host.
+
+    A rank that merely lost its peers gives the cause time to speak.
+    """
+
+    def ask() -> bool:
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline and store.add(_FIRST, 0) == 0:
             time.sleep(0.1)
         return store.add(_FIRST, 1) == 1
-    except Exception:  # the store died with its host: then everybody speaks
-        return True
+
+    answers = _bounded(lambda: store.add(_FIRST, 0), _STORE_S)
+    return None if answers is None else _bounded(ask, patience_s + _STORE_S)
+
+
+def _bounded(work: Callable[[], T], limit_s: float) -> T | None:
+    """The result of `work`, or None when it raises or takes longer than `limit_s`.
+
+    A store's client has no time-out of its own for an answer: on a cut line it waits until TCP gives up, a quarter of
+    an hour. The thread is left behind; the caller is about to end the process.
+    """
+    results: list[T] = []
+
+    def try_it() -> None:
+        with suppress(Exception):
+            results.append(work())
+
+    thread = threading.Thread(target=try_it, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return results[0] if results else None

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/checkpoints.md", "docs/schedules.md"]
+PAGES = [
+    "README.md",
+    "docs/data.md",
+    "docs/training.md",
+    "docs/parallelism.md",
+    "docs/schedules.md",
+    "docs/multinode.md",
+    "docs/checkpoints.md",
+]
 
 
 @pytest.mark.timeout(300)

@@ -155,6 +155,38 @@ def test_success(tmp_path: Path) -> None:
     assert ranks(job, tmp_path, world=3) == [Ended(75, "")] * 3
 
 
+def test_nobody_leaves_with_a_code_before_all_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun ends the others when one has left: rank 0 would have no time to write exit.json."""
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: print(time.monotonic()))
+
+    def job(ctx: ParallelContext) -> int:
+        if ctx.rank == 0:
+            time.sleep(0.5)
+            print(time.monotonic())
+        return 75
+
+    late, early = ranks(job, tmp_path)
+    assert float(early.text) > float(late.text.split()[0])
+
+
+def test_a_rank_that_never_starts_is_missed() -> None:
+    store = dist.HashStore()
+    with pytest.raises(EngineError, match=r"only 1 of 2 ranks have started within 0\.1 s"):
+        launch._meet(store, Env(0, 2, 0, 1), 0.1)
+    launch._meet(store, Env(1, 2, 0, 1), 0.1)
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
+    class Dead:
+        def add(self, key: str, amount: int) -> int:
+            time.sleep(60)
+            return 0
+
+    begin = time.monotonic()
+    assert launch._is_first(Dead(), patience_s=5.0) is None  # type: ignore[arg-type]
+    assert time.monotonic() - begin < 5
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_the_first_cause_is_told_once(failing: int, tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
@@ -329,3 +361,22 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with forked(body, log) as pid:
         assert ended(pid, log) == Ended(128 + signal.SIGUSR1, "")
     assert time.monotonic() - begin < 4
+
+
+def test_the_same_signal_passed_on_by_the_launcher_is_one_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body() -> int:
+        stop = StopRequest()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(launch, "_SAME_REQUEST_S", 0.0)
+        assert stop.signal is signal.SIGTERM
+        print("still here")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return 3
+
+    log = tmp_path / "log"
+    with forked(body, log) as pid:
+        assert ended(pid, log) == Ended(128 + signal.SIGTERM, "still here\n")

@@ -264,6 +264,7 @@ def _schedule(args: list[str]) -> int:
 
     from engine.options import Schedule
     from engine.pipeline import report
+    from engine.pipeline.schedules import load_plan
     from engine.pipeline.simulate import Costs
 
     o = tyro.cli(Schedule, args=args, prog="engine schedule")
@@ -277,7 +278,7 @@ def _schedule(args: list[str]) -> int:
         ranks, microbatches = entries[0].plan.num_ranks, entries[0].plan.microbatches
     plan_of = functools.partial(report.plan_of, memory_cap=o.memory_cap, seed=o.seed, iterations=o.iterations)
     plans = [plan_of(name, ranks, microbatches, o.chunks or None, costs) for name in names]
-    plans += [report.read_plan(o.plan)] if o.plan else []
+    plans += [load_plan(o.plan)] if o.plan else []
     entries += [report.simulated(plan.name, plan, costs) for plan in plans]
     report.show(entries, Console(highlight=False), unit, o.memory_cap)
     if o.text:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assemble, config, held_pieces, layout_of, random_batches, worst
+from cases import assemble, config, gradients_of, held_pieces, layout_of, random_batches, worst
 from harness import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,3 +104,19 @@ def test_a_scale_that_falls_below_one_is_an_error() -> None:
 
     for text in run(cfg, job):
         assert "step 1" in text and "non-finite gradient of" in text and "No weight was changed" in text
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(zero: int) -> None:
+    def grads(reduce_dtype: str) -> dict[str, Any]:
+        cfg = config(2, parallel_data=2, train_precision="fp32", parallel_zero=zero, parallel_reduce_dtype=reduce_dtype)
+
+        def job(ctx: ParallelContext) -> Any:
+            state = setup(cfg, ctx)
+            norm = train_step(state, random_batches(cfg, ctx, 0)).norms.norm
+            return gradients_of(state, max(1.0, norm / cfg.optimizer.clip_norm))
+
+        return assemble(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
+
+    difference = worst(grads("bf16"), grads("main"))
+    assert 1e-5 < difference < 3 * 2**-8  # each part and their sum are rounded to eight bits

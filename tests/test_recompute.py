@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, layout_of
+from cases import config, layout_of, random_batches
 from harness import run_ranks
 
 from engine.context import ParallelContext
 from engine.data.loader import MicroBatch
-from engine.train import setup
+from engine.model.transformer import Block
+from engine.train import setup, train_step
 
 S, B, H, F, LAYERS = 32, 2, 64, 192, 4
 SIZES: dict[str, Any] = {
@@ -80,3 +81,19 @@ def test_sequence_parallelism_divides_what_is_kept_between_matrices(mode: str) -
     per_block = {"none": 4, "full": 1}[mode]  # both residuals and both normed inputs; the input of the block
     assert whole - cut >= LAYERS * per_block * half
     assert gathered - cut == {"none": 2 * LAYERS * half, "full": 0}[mode] + half  # the head's input too
+
+
+def test_split_backwards_recompute_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under I and W a block is computed twice in all, in F and in I, not once more for W."""
+    change = {"parallel_schedule": "zb-h1", "parallel_pipeline": 2, "train_micro_batch_size": 1}
+    cfg = config(2, **{**SIZES, **change}, train_recompute="full")
+    calls = []
+    compute = Block._compute
+    monkeypatch.setattr(Block, "_compute", lambda self, *args: calls.append(1) or compute(self, *args))
+
+    def job(ctx: ParallelContext) -> int:
+        train_step(setup(cfg, ctx), random_batches(cfg, ctx, 0))
+        return len(calls)
+
+    blocks = B * LAYERS // 2  # microbatches times blocks of a stage
+    assert run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads) == [2 * blocks, 2 * blocks]

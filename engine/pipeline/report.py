@@ -7,15 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import PlanError
-from engine.pipeline.actions import COMMUNICATION, Plan, parse_plan
-from engine.pipeline.check import check
-from engine.pipeline.passes import compute_only
-from engine.pipeline.schedules import SCHEDULES, build, prove
+from engine.pipeline.actions import Plan
+from engine.pipeline.schedules import SCHEDULES, build
 from engine.pipeline.search import lower_bound, search, share_costs, share_memory
 from engine.pipeline.simulate import Costs, Event, Timeline, simulate
 from engine.pipeline.timeline import measured_costs, read_timeline
-from engine.pipeline.torch_csv import read_torch_csv
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,28 +59,6 @@ def plan_of(
             ranks, microbatches, costs, chunks=chunks, memory_cap=memory_cap, seed=seed, iterations=iterations
         )
     return build(name, ranks, SCHEDULES[name].chunks or chunks or _DEFAULT_CHUNKS, microbatches)
-
-
-def read_plan(path: Path) -> Plan:
-    """A plan from a torch CSV (.csv) or from our text form, proved, with the messages of the file if it has any."""
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError:
-        raise PlanError(
-            f"{path}: not a text file; give a plan as `engine schedule --save` writes it, or a .csv"
-        ) from None
-    try:
-        if path.suffix == ".csv":
-            plan = read_torch_csv(text, path.stem)
-            check(plan)
-            return plan
-        plan = parse_plan(text)
-        if not any(action.op in COMMUNICATION for _, _, action in plan.walk()):
-            return prove(compute_only(plan))
-        check(plan)
-        return plan
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from None
 
 
 def simulated(label: str, plan: Plan, costs: Costs) -> Entry:

@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import PlanError
-from engine.pipeline.actions import Action, Op, Plan, Step, parse_plan
+from engine.pipeline.actions import COMMUNICATION, Action, Op, Plan, Step, parse_plan
 from engine.pipeline.check import check
 from engine.pipeline.passes import complete, compute_only
+from engine.pipeline.torch_csv import read_torch_csv
 
 Placement = tuple[int, ...]  # stage -> rank
 
@@ -173,12 +174,24 @@ def build(name: str, ranks: int, chunks: int, microbatches: int) -> Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """A plan from its text form in a file, with or without communication, proved. PlanError if anything is wrong."""
+    """A plan from a torch CSV (.csv) or from our text form, proved, with the messages of the file if it has any.
+
+    Raises PlanError that names the file.
+    """
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: cannot be read ({error})") from None
-    return prove(compute_only(parse_plan(text)))
+        raise PlanError(
+            f"{path}: cannot be read ({error}); give a plan as `engine schedule --save` writes it, or a .csv"
+        ) from None
+    try:
+        plan = read_torch_csv(text, path.stem) if path.suffix == ".csv" else parse_plan(text)
+        if not any(action.op in COMMUNICATION for _, _, action in plan.walk()):
+            return prove(compute_only(plan))
+        check(plan)
+        return plan
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
 
 
 def forward_only(like: Plan, microbatches: int) -> Plan:

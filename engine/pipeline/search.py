@@ -129,8 +129,6 @@ def share_costs(costs: Costs, ranks: int, stages: int) -> Costs:
         pieces = [values[x // stages] / stages for x in range(parts * stages)]
         return tuple(sum(pieces[s * parts : (s + 1) * parts]) for s in range(stages))
 
-    if not all(map(math.isfinite, (*costs.f, *costs.i, *costs.w, costs.comm))):
-        raise PlanError(f"costs {costs} are not all finite numbers")
     costs = Costs(spread("f", costs.f), spread("i", costs.i), spread("w", costs.w), costs.comm)
     costs.check(stages)
     return costs

@@ -7,6 +7,7 @@ That no rank waits for another to *take* a message is for `check` to see to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -37,10 +38,10 @@ class Costs:
         for field in fields(self):
             values = getattr(self, field.name)
             values = values if isinstance(values, tuple) else (values,)
-            if len(values) not in (1, num_stages) or min(values) < 0:
+            if len(values) not in (1, num_stages) or not all(0 <= value < math.inf for value in values):
                 raise PlanError(
                     f"cost {field.name} = {':'.join(map(str, values))}: give one number for all stages or one for each "
-                    f"of the {num_stages}, none below 0"
+                    f"of the {num_stages}, finite and none below 0"
                 )
 
     @classmethod

@@ -139,7 +139,7 @@ def figures(case: Case) -> dict[str, float]:
 
 
 def quick(case: Case) -> bool:
-    """Whether `make test` runs it too, not only `make test-all`: the first ones, which show most pairs, and one of 8."""
+    """Whether `make test` runs it too, not only `make test-all`: the first, which show most pairs, and one of 8."""
     eight = [c for c in CASES if c["tensor"] * c["pipeline"] * c["data"] == 8]
     return case in CASES[:15] or case == eight[0]
 

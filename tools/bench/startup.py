@@ -87,7 +87,7 @@ def worker(out: str, *arguments: str) -> None:
     import engine.train
 
     stamps["import engine"] = [stamps["import torch"][1], time.time()]
-    noting(stamps, engine.launch, "_connect")
+    noting(stamps, engine.launch, "_join")
     noting(stamps, engine.launch, "make_context")
     noting(stamps, engine.train, "setup")
     noting(stamps, engine.train.MetricsLog, "__enter__")
@@ -103,8 +103,8 @@ PHASES = {  # title -> (phase whose end begins it, phase, whose end ends it); No
     "torchrun, until rank 0's first line": (None, "interpreter"),
     "import torch": ("interpreter", "import torch"),
     "import the engine": ("import torch", "import engine"),
-    "options, rendezvous, process group": ("import engine", "_connect"),
-    "groups of the axes": ("_connect", "make_context"),
+    "options, rendezvous, process group": ("import engine", "_join"),
+    "groups of the axes": ("_join", "make_context"),
     "data, model, buckets, optimizer": ("make_context", "setup"),
     "run folder, TensorBoard": ("setup", "__enter__"),
     "first step": ("__enter__", "train_step"),

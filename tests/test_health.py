@@ -32,8 +32,8 @@ def poison(state: TrainState, target: MicroBatch, where: str) -> None:
     stage = next(iter(state.stages.values()))
     clean = stage.module
 
-    def module(x: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        out = clean(x, labels, mask)
+    def module(x: torch.Tensor, labels: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out = clean(x, labels, *rest)
         if not torch.equal(labels, target.labels):
             return out
         return out * torch.nan if where == "forward" else Poison.apply(out)

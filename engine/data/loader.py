@@ -30,10 +30,18 @@ class MicroBatch:
     tokens: torch.Tensor  # int64 [b, s]
     labels: torch.Tensor  # int64 [b, s], the token after each of `tokens`
     mask: torch.Tensor  # bool [b, s], True where the label counts in the loss
+    documents: torch.Tensor | None = None  # int64 [b, s], which document of its row each token is of; None: all one
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same data on a device."""
-        return MicroBatch(*(x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.mask)))
+        parts = (self.tokens, self.labels, self.mask, self.documents)
+        return MicroBatch(*(None if x is None else x.to(device, non_blocking=True) for x in parts))  # type: ignore[arg-type]
+
+
+def number_documents(tokens: torch.Tensor, eod: int) -> torch.Tensor:
+    """int64 [b, s] like `tokens`: documents of the row that have ended before each token, by their `eod`."""
+    ends = (tokens == eod).long()
+    return ends.cumsum(1) - ends
 
 
 @dataclass(frozen=True)

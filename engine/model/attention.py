@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
@@ -39,12 +41,17 @@ class Attention(nn.Module):
                 RMSNorm(f"{name}.{part}_norm.weight", d, cfg.norm_eps, ctx, sum_over="tensor") for part in "qk"
             )
 
-    def forward(self, x: Tensor, rope_table: Tensor, remake: Remake | None = None) -> Tensor:
-        """x [s, b, h] -> [s, b, h]. remake: how to get x again instead of keeping it; the core is then recomputed."""
-        fused = self.qkv(x, remake)
-        return self.out(recompute(self._core, fused, rope_table) if remake else self._core(fused, rope_table))
+    def forward(
+        self, x: Tensor, rope_table: Tensor, mask: Tensor | None = None, remake: Remake | None = None
+    ) -> Tensor:
+        """x [s, b, h] -> [s, b, h]. mask: of ops.attention.
 
-    def _core(self, fused: Tensor, rope_table: Tensor) -> Tensor:
+        remake: how to get x again instead of keeping it; the core is then recomputed.
+        """
+        fused, core = self.qkv(x, remake), partial(self._core, mask=mask)
+        return self.out(recompute(core, fused, rope_table) if remake else core(fused, rope_table))
+
+    def _core(self, fused: Tensor, rope_table: Tensor, mask: Tensor | None) -> Tensor:
         """q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""
         s, b, _ = fused.shape
         heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
@@ -54,4 +61,4 @@ class Attention(nn.Module):
         else:
             q, k = q_and_k.split([self.n, self.m], dim=1)
             q, k = rope(self.norms[0](q), rope_table), rope(self.norms[1](k), rope_table)
-        return causal_attention(q, k, v)
+        return causal_attention(q, k, v, mask)

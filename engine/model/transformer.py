@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from engine.layout import Layout
 from engine.model.attention import Attention
 from engine.model.layers import RMSNorm, Saving, VocabEmbedding, VocabHead, vocab_weight
 from engine.model.mlp import MLP
+from engine.ops.attention import document_mask
 from engine.ops.recompute import recompute
 from engine.ops.rope import rope_table
 from engine.sharding import Parameter, parameters
@@ -60,15 +62,14 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm.weight", cfg.hidden_size, cfg.norm_eps, ctx)
         self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std, keep)
 
-    def forward(self, x: Tensor, rope_table: Tensor) -> Tensor:
-        if self.recompute == "full":
-            return recompute(self._compute, x, rope_table)
-        return self._compute(x, rope_table)
+    def forward(self, x: Tensor, rope_table: Tensor, mask: Tensor | None = None) -> Tensor:
+        compute = partial(self._compute, mask=mask)
+        return recompute(compute, x, rope_table) if self.recompute == "full" else compute(x, rope_table)
 
-    def _compute(self, x: Tensor, rope_table: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, rope_table: Tensor, mask: Tensor | None) -> Tensor:
         again = self.recompute == "selective"
         x = x + self.attention(
-            self.attention_norm(x), rope_table, remake=self.attention_norm.remake(x) if again else None
+            self.attention_norm(x), rope_table, mask, remake=self.attention_norm.remake(x) if again else None
         )
         return x + self.mlp(self.mlp_norm(x), remake=self.mlp_norm.remake(x) if again else None)
 
@@ -111,18 +112,22 @@ class Transformer(nn.Module):
             self.rope = rope_table(seq_len, self.cfg.head_dim, self.cfg.rope_theta, self.ctx.device, self.ctx.dtype)
         return self.rope[:, :seq_len]
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """tokens [b, s] on the first stage, [s, b, h] on others -> [s, b, h] (normed on the last stage)."""
+    def hidden(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        """tokens [b, s] on the first stage, [s, b, h] on others -> [s, b, h] (normed on the last stage).
+
+        documents [b, s]: the number of each position's document, which attention then does not leave.
+        """
         if self.shape.first:
             x = self.embed(x)
         table = self._rope_for(x.shape[0] * self.ctx.sequence.size)
+        mask = None if documents is None else document_mask(documents)
         for block in self.layers.values():
-            x = block(x, table)
+            x = block(x, table, mask)
         return self.norm(x) if self.shape.last else x
 
-    def forward(self, x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor, mask: Tensor, documents: Tensor | None = None) -> Tensor:
         """`hidden`, and on the last stage the summed loss of the counted tokens (labels, mask [b, s])."""
-        x = self.hidden(x)
+        x = self.hidden(x, documents)
         return self.head(x, labels, mask) if self.shape.last else x
 
     def logits(self, tokens: Tensor) -> Tensor:

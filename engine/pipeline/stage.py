@@ -1,7 +1,7 @@
 """One pipeline stage on one rank: runs a module forward and backward by microbatch and keeps what lies between.
 
-It does not know what the module is: anything that maps (x, labels, mask) to an activation, or on the last stage to a
-summed loss, will do.
+It does not know what the module is: anything that maps (x, labels, mask, documents) to an activation, or on the last
+stage to a summed loss, will do.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from engine.sharding import Parameter
 
 @dataclass
 class Stage:
-    """module(x, labels, mask) with activations [s, b, width]; first: x is tokens; last: a summed loss comes out.
+    """module(x, labels, mask, documents) with activations [s, b, width]; first: x is tokens; last: out is a summed loss.
 
     params: of the module, each of which may defer its gradient. buckets: None for a stage that only runs forward.
     live: microbatch -> (input, output) from F to its backward. deferred: microbatch -> weight gradients from I to W.
     """
 
-    module: Callable[[Tensor, Tensor, Tensor], Tensor]
+    module: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     params: Sequence[Parameter]
     buckets: GradBuckets | None
     width: int
@@ -42,7 +42,7 @@ class Stage:
         else:
             assert x is not None
             x.requires_grad_(torch.is_grad_enabled())
-        out = self.module(x, batch.labels, batch.mask)
+        out = self.module(x, batch.labels, batch.mask, batch.documents)
         if torch.is_grad_enabled():
             self.live[index] = (x, out)
         return out.detach()

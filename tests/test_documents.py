@@ -1,0 +1,97 @@
+"""Documents that share a sequence and are kept apart: as exact as sequences of their own, in any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import assemble, config, gradients_of, layout_of, worst
+from harness import run_ranks
+
+from engine.config import Config
+from engine.context import ParallelContext
+from engine.data.loader import MicroBatch, number_documents
+from engine.train import setup, train_step
+
+S, EOD = 16, 60
+LENGTHS = [[5, 11], [16], [1, 1, 14], [7, 8, 1]]  # of the documents of each row, the closing token included
+
+
+def rows() -> torch.Tensor:
+    """int64 [4, S + 1]: documents end with EOD, which is nowhere else."""
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, EOD, (len(LENGTHS), S + 1), generator=generator)
+    for row, lengths in zip(tokens, LENGTHS):
+        row[torch.tensor(lengths).cumsum(0) - 1] = EOD
+    return tokens
+
+
+def packed(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
+    """The rows with their documents numbered; a document's last token does not predict the next one's first."""
+    whole = rows()
+    tokens, labels = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+    mask = tokens != EOD
+    local, mbs = len(LENGTHS) // ctx.data.size, cfg.train.micro_batch_size
+    begin = ctx.data.rank * local
+    parts = [slice(i, i + mbs) for i in range(begin, begin + local, mbs)]
+    return [MicroBatch(tokens[p], labels[p], mask[p], number_documents(tokens[p], EOD)) for p in parts]
+
+
+def apart(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
+    """Every document in a row of its own, filled up with what does not count."""
+    batches = []
+    for row, lengths in zip(rows(), LENGTHS):
+        begin = 0
+        for length in lengths:
+            tokens = torch.full((1, S + 1), 3)
+            tokens[0, :length] = row[begin : begin + length]
+            mask = (torch.arange(S) < length - 1)[None]
+            batches.append(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask))
+            begin += length
+    return batches
+
+
+def result(cfg: Config, batches: Any) -> tuple[float, dict[str, Any]]:
+    def job(ctx: ParallelContext) -> Any:
+        state = setup(cfg, ctx)
+        found = train_step(state, batches(cfg, ctx))
+        return found.loss, gradients_of(state, max(1.0, found.norms.norm / cfg.optimizer.clip_norm))
+
+    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    return ranks[0][0], assemble([r[1] for r in ranks])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"parallel_tensor": 2, "train_micro_batch_size": 2, "train_recompute": "selective"},
+        {"parallel_pipeline": 2, "train_recompute": "full", "parallel_schedule": "zb-h1"},
+        {"parallel_tensor": 2, "parallel_data": 2, "train_micro_batch_size": 2, "model_qk_norm": True},
+    ],
+    ids=str,
+)
+def test_packed_documents_learn_as_if_alone(layout: dict[str, Any]) -> None:
+    world = layout.get("parallel_tensor", 1) * layout.get("parallel_pipeline", 1) * layout.get("parallel_data", 1)
+    model = {"model_qk_norm": layout.get("model_qk_norm", False)}
+    count = sum(map(len, LENGTHS))
+    alone, grads_alone = result(config(1, train_global_batch_size=count, **model), apart)
+    loss, grads = result(config(world, **layout), packed)
+    assert loss == pytest.approx(alone, rel=1e-12)
+    assert worst(grads, grads_alone) < 1e-11
+
+
+def test_without_numbers_documents_see_each_other() -> None:
+    """The check above can fail."""
+
+    def crossing(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
+        return [MicroBatch(b.tokens, b.labels, b.mask) for b in packed(cfg, ctx)]
+
+    loss, _ = result(config(1), crossing)
+    assert abs(loss / result(config(1), packed)[0] - 1) > 1e-6
+
+
+def test_documents_are_numbered_after_their_last_token() -> None:
+    tokens = torch.tensor([[1, EOD, 2, 3, EOD, EOD, 4], [5, 5, 5, 5, 5, 5, 5]])
+    assert number_documents(tokens, EOD).tolist() == [[0, 0, 1, 1, 1, 2, 3], [0] * 7]

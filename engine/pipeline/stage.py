@@ -20,7 +20,7 @@ from engine.sharding import Parameter
 
 @dataclass
 class Stage:
-    """module(x, labels, mask, documents) with activations [s, b, width]; first: x is tokens; last: out is a summed loss.
+    """module(x, labels, mask, documents) with activations [s, b, width]; first: x is tokens; last: a summed loss comes.
 
     params: of the module, each of which may defer its gradient. buckets: None for a stage that only runs forward.
     live: microbatch -> (input, output) from F to its backward. deferred: microbatch -> weight gradients from I to W.

@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo      raw text -> trained, resumed, evaluated, exported model on this machine's CPU (minutes)"
 	@echo "make test      lint, types and all quick tests"
-	@echo "make test-all  the long matrices too"
+	@echo "make test-all  the long matrices and the mutations too"
 	@echo "make test-mutations  puts in faults that other engines had, one at a time, and sees each caught"
 	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extension built"
 	@echo "make bench     tokens/s beside a hand-written loop, start-up times (tables)"
@@ -30,6 +30,7 @@ test: venv lint
 
 test-all: venv lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python tests/mutations.py
 
 test-mutations: venv
 	$(BIN)/python tests/mutations.py

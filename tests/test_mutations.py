@@ -38,11 +38,13 @@ import mutations as m
 known = {x.name: x for x in m.MUTATIONS}["bf16_without_masters"]
 tried = [known, *(replace(known, name=new, new=new) for new in (known.old, "values.copy_(", "no_such_name(master)"))]
 tried.append(replace(known, name="old", old="no such text"))
+m.WARM = "torch hypothesis torch.utils.flop_counter"
 m.warm()
 json.dump({x.name: [x.caught, x.by] for x in m.attempt(tried)}, sys.stdout)
 """
 
 
+@pytest.mark.timeout(300)
 def test_a_fault_is_caught_and_told_from_survivors_and_broken_ones() -> None:
     """In a process of its own: the runner forks, and must not have the engine imported when it does."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT / "tests", capture_output=True, text=True)

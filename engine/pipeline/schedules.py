@@ -62,8 +62,8 @@ def interleaved(ranks: int, chunks: int, microbatches: int) -> Plan:
 
     Microbatches go through in groups of `ranks`: a group through the first chunk of a rank, then the same group through
     the second, ... and backwards in the opposite order of chunks. Warm-up: all chunks but the last for one group, and
-    two forwards for each rank below. Where `ranks` does not divide the microbatches the groups are made a little larger,
-    as equal as they can be: the bubble stays what it is, and a group's activations are what that costs.
+    two forwards for each rank below. Where `ranks` does not divide the microbatches, groups are a little larger, as
+    equal as they can be: the bubble stays what it is, and the activations of the larger groups are the price.
     """
     groups = max(1, microbatches // ranks)
     bounds = [group * microbatches // groups for group in range(groups + 1)]

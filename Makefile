@@ -3,12 +3,13 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help venv demo test test-all lint bench clean
+.PHONY: help venv demo test test-all test-mutations lint bench clean
 
 help:
 	@echo "make demo      raw text -> trained, resumed, evaluated, exported model on this machine's CPU (minutes)"
 	@echo "make test      lint, types and all quick tests"
-	@echo "make test-all  the long matrices too"
+	@echo "make test-all  the long matrices and the mutations too"
+	@echo "make test-mutations  puts in faults that other engines had, one at a time, and sees each caught"
 	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extension built"
 	@echo "make bench     tokens/s beside a hand-written loop, start-up times (tables)"
 
@@ -29,6 +30,10 @@ test: venv lint
 
 test-all: venv lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python tests/mutations.py
+
+test-mutations: venv
+	$(BIN)/python tests/mutations.py
 
 lint: venv
 	$(BIN)/ruff check .

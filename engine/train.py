@@ -375,7 +375,7 @@ def _loop(
 def _sent_since(before: dict[tuple[str, str], float], ctx: ParallelContext) -> dict[str, float]:
     """Bytes that this rank has sent since, as `bytes_<axis>_<collective>` (engine.comm says how they are counted)."""
     sent = {key: total - before.get(key, 0.0) for key, total in ctx.world.traffic.items()}
-    return {f"bytes_{axis}_{collective}": count for (axis, collective), count in sorted(sent.items())}
+    return {f"bytes_{axis}_{collective}": count for (axis, collective), count in sorted(sent.items()) if count}
 
 
 def _scale(state: TrainState, result: StepResult) -> dict[str, float]:

@@ -18,6 +18,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import sympy  # noqa: F401  torch imports it in its first backward: a second in each rank unless it is here before the fork
 import torch
 import torch.distributed as dist
 

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
 from harness import run_ranks
+from test_ops import attention_reference, rms_norm_reference, rope_reference, swiglu_reference
 
-from engine.config import Config
-from engine.context import ParallelContext
+import engine.parallel.buckets as buckets_module
+from engine.comm import all_gather_into_start, all_reduce_start, reduce_scatter_start
+from engine.config import Config, ModelConfig
+from engine.context import Axis, ParallelContext, make_context
+from engine.layout import Layout
+from engine.optim.lr import learning_rate
 from engine.train import setup, train_step
 
 STEPS = 20
@@ -184,6 +190,127 @@ def test_special_layouts_equal_one_process(overrides: dict[str, Any]) -> None:
     assert many["losses"][0] == pytest.approx(one["losses"][0], rel=1e-11)
     assert worst(many["grads"], one["grads"]) < 1e-11
     assert worst(many["weights"], one["weights"]) < 1e-9
+
+
+# -- two ranks and two steps: one small case for each way to cut, quick enough for tests/mutations.py ------------------
+
+TINY: dict[str, Any] = {"model_num_layers": 2, "model_hidden_size": 16, "model_num_heads": 4, "model_ffn_size": 24}
+TINY |= {"train_seq_len": 8, "optimizer_clip_norm": 0.05, "model_tie_embeddings": True, "model_qk_norm": True}
+SMALL: dict[str, dict[str, Any]] = {
+    "sequence": {"parallel_tensor": 2, "model_num_kv_heads": 1},
+    "copies": {"parallel_tensor": 2, "model_num_kv_heads": 1, "parallel_sequence": False, "train_recompute": "full"},
+    "pipeline": {"parallel_pipeline": 2},
+    "split": {"parallel_pipeline": 2, "parallel_schedule": "zb-h1", "train_recompute": "full"},
+    "interleaved": {"parallel_pipeline": 2, "parallel_schedule": "interleaved", "model_num_layers": 4},
+    "zero": {"parallel_data": 2},
+    "data": {"parallel_data": 2, "parallel_zero": 0, "parallel_overlap": False},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_two_ranks_equal_one(name: str) -> None:
+    cut = TINY | SMALL[name]
+    model = {key: value for key, value in cut.items() if not key.startswith("parallel") and key != "train_recompute"}
+    one, many = run(config(1, **model), 2), run(config(2, **cut), 2)
+    assert worst(many["init"], one["init"]) == 0
+    assert many["losses"] == pytest.approx(one["losses"], rel=1e-11)
+    assert many["norms"] == pytest.approx(one["norms"], rel=1e-11)
+    assert worst(many["grads"], one["grads"]) < 1e-11
+    assert worst(many["weights"], one["weights"]) < 1e-9
+
+
+def test_a_step_leaves_its_batches_as_they_were() -> None:
+    """A mask that a forward changes is another mask when the same tensor comes again."""
+    cfg = config(1, **TINY)
+
+    def job(ctx: ParallelContext) -> bool:
+        batches, again = random_batches(cfg, ctx, 0), random_batches(cfg, ctx, 0)
+        train_step(setup(cfg, ctx), batches)
+        return all(
+            torch.equal(x, y) for a, b in zip(batches, again) for x, y in zip(vars(a).values(), vars(b).values())
+        )
+
+    assert run_ranks(layout_of(cfg), job) == [True]
+
+
+class Late:
+    """A collective on the slowest of all networks: nothing has moved before it is waited for."""
+
+    def __init__(self, start: Any, x: torch.Tensor, axis: Axis):
+        self.start, self.x, self.axis = start, x, axis
+        apart = start is reduce_scatter_start  # its result is another tensor, which nobody has written yet
+        self.value = x.new_full((len(x) // axis.size,), torch.nan) if apart else x
+
+    def wait(self) -> torch.Tensor:
+        return self.start(self.x, self.axis).wait()
+
+
+@pytest.mark.parametrize("zero", [1, 0])
+def test_what_is_on_its_way_is_waited_for(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum or a gather that nobody waits for may well be there in time on a quiet machine; here it never is."""
+    cfg = config(2, **TINY, parallel_data=2, parallel_zero=zero)
+    expected = run(cfg, 3)
+    for start in (all_gather_into_start, all_reduce_start, reduce_scatter_start):
+        late = lambda x, axis, start=start: Late(start, x, axis)  # noqa: E731
+        monkeypatch.setattr(buckets_module, start.__name__, late)
+    found = run(cfg, 3)
+    assert found["losses"] == expected["losses"] and found["norms"] == expected["norms"]
+    assert worst(found["weights"], expected["weights"]) == 0
+
+
+# -- one process against plain torch: what is wrong in every layout alike ---------------------------------------------
+
+
+def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:
+    """The summed loss of the counted tokens, with torch's autograd and nothing of the engine."""
+    b, s = batch.tokens.shape
+    norm = lambda x, name: rms_norm_reference(x, w[f"{name}.weight"], cfg.norm_eps)  # noqa: E731
+    x = w["embed.weight"][batch.tokens.t()]
+    for layer in range(cfg.num_layers):
+        at = f"layers.{layer}"
+        y = norm(x, f"{at}.attention_norm")
+        q, k, v = ((y @ w[f"{at}.attention.{part}.weight"].t()).view(s, b, -1, cfg.head_dim) for part in "qkv")
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
+        if cfg.qk_norm:
+            q, k = norm(q, f"{at}.attention.q_norm"), norm(k, f"{at}.attention.k_norm")
+        heads = attention_reference(rope_reference(q, cfg.rope_theta), rope_reference(k, cfg.rope_theta), v)
+        x = x + heads @ w[f"{at}.attention.out.weight"].t()
+        y = norm(x, f"{at}.mlp_norm")
+        fused = torch.cat([y @ w[f"{at}.mlp.{part}.weight"].t() for part in ("gate", "up")], -1)
+        x = x + swiglu_reference(fused) @ w[f"{at}.mlp.down.weight"].t()
+    logits = norm(x, "norm") @ w["embed.weight" if cfg.tie_embeddings else "head.weight"].t()
+    losses = torch.nn.functional.cross_entropy(logits.permute(1, 2, 0), batch.labels, reduction="none")
+    return (losses * batch.mask).sum()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_process_equals_plain_torch(tied: bool) -> None:
+    """Accumulation over microbatches, uneven masks, clipping, AdamW and decay: the reference of all other tests."""
+    cfg = config(1, **TINY | {"model_tie_embeddings": tied}, optimizer_weight_decay=0.3)
+    found = run(cfg, 3)
+    w = {name: torch.from_numpy(x.copy()).requires_grad_() for name, x in found["init"].items()}
+    groups: list[dict[str, Any]] = [
+        {"params": [x for x in w.values() if x.dim() == 2], "weight_decay": 0.3},
+        {"params": [x for x in w.values() if x.dim() == 1], "weight_decay": 0.0},
+    ]
+    o = cfg.optimizer
+    optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
+    for step in range(3):
+        batches = random_batches(cfg, ctx, step)
+        loss = sum(plain_loss(cfg.model, w, b) for b in batches) / sum(int(b.mask.sum()) for b in batches)
+        optimizer.zero_grad()
+        loss.backward()
+        grads = {f"grad/{name}": x.grad.numpy().copy() for name, x in w.items()}
+        norm = float(torch.nn.utils.clip_grad_norm_(w.values(), o.clip_norm))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step + 1, cfg.train.steps, o, cfg.schedule)
+        optimizer.step()
+        assert found["losses"][step] == pytest.approx(loss.item(), rel=1e-11)
+        assert found["norms"][step] == pytest.approx(norm, rel=1e-10)
+        if step == 0:
+            assert worst(found["grads"], grads) < 1e-10
+    assert worst(found["weights"], {name: x.detach().numpy() for name, x in w.items()}) < 1e-7
 
 
 def write_table(path: Path) -> None:

@@ -73,6 +73,25 @@ def test_the_score_does_not_depend_on_the_layout(corpus: Path, batches: int) -> 
         assert other.tokens == one.tokens and other.loss == pytest.approx(one.loss, rel=1e-12)
 
 
+def test_logits_do_not_depend_on_the_layout() -> None:
+    """The slices of the vocabulary come together in order, without the padding: 61 ids over two ranks."""
+    tokens = torch.arange(12).view(2, 6) * 5
+
+    def logits(tensor: int) -> list[Any]:
+        cfg = config(tensor, parallel_tensor=tensor, model_num_layers=1)
+
+        def job(ctx: ParallelContext) -> Any:
+            with torch.no_grad():
+                return setup(cfg, ctx).stages[0].module.logits(tokens).numpy()  # type: ignore[attr-defined]
+
+        return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+
+    (one,), two = logits(1), logits(2)
+    assert one.shape == (2, 6, 61)
+    for rank in two:
+        assert np.abs(rank - one).max() < 1e-12
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(iter(["naïve text, to learn from"] * 3), 300)

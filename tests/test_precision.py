@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from engine.context import ParallelContext
 from engine.errors import TrainingError
+from engine.optim.lr import learning_rate
 from engine.optim.precision import LossScale
 from engine.train import resume, save_state, setup, train_step
 
@@ -71,6 +72,7 @@ def test_an_overflow_leaves_out_the_update_on_all_ranks_and_survives_a_restart(t
         for step in range(100):
             result = train_step(state, random_batches(cfg, ctx, step))
             seen.append((result.skipped, state.scale.value, state.optimizer.steps))
+            assert result.lr == learning_rate(step + 1, cfg.train.steps, cfg.optimizer, cfg.schedule)
             if not result.skipped:
                 break
             same = held_pieces(state.optimizer.states(), ctx)
@@ -120,3 +122,41 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(zero: int) -> None:
 
     difference = worst(grads("bf16"), grads("main"))
     assert 1e-5 < difference < 3 * 2**-8  # each part and their sum are rounded to eight bits
+
+
+def test_the_scale_is_undone_to_the_bit() -> None:
+    """In float64 a power of two rounds nothing: AdamW hardly sees the scale of a gradient, so look at everything."""
+
+    def states(scale: LossScale) -> Any:
+        cfg = config(1, model_num_layers=1, optimizer_clip_norm=0.05)
+
+        def job(ctx: ParallelContext) -> Any:
+            state = setup(cfg, ctx)
+            state.scale = scale
+            results = [train_step(state, random_batches(cfg, ctx, step)) for step in range(2)]
+            return [(r.loss, r.norms) for r in results], held_pieces(state.optimizer.states(), ctx)
+
+        return run_ranks(layout_of(cfg), job)[0]
+
+    plain, scaled = states(LossScale()), states(LossScale(2.0**16, 1))
+    assert plain[0] == scaled[0] and worst(assemble([plain[1]]), assemble([scaled[1]])) == 0
+
+
+def test_an_overflow_on_one_rank_is_one_on_all() -> None:
+    """Only tensor rank 1 holds the gradient that overflows."""
+    cfg = config(2, model_num_layers=1, parallel_tensor=2, train_precision="fp16")
+
+    def job(ctx: ParallelContext) -> Any:
+        state = setup(cfg, ctx)
+        fill = state.buckets[0].wait
+
+        def wait() -> None:
+            fill()
+            if ctx.rank == 1:
+                next(p for p in state.params if "out" in p.name).main_grad[0, 0] = torch.inf
+
+        state.buckets[0].wait = wait  # type: ignore[method-assign]
+        result = train_step(state, random_batches(cfg, ctx, 0))
+        return result.skipped, state.scale.value, state.optimizer.steps
+
+    assert run(cfg, job) == [(True, cfg.train.loss_scale / 2, 0)] * 2

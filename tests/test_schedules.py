@@ -321,7 +321,8 @@ IDLE: dict[str, Callable[[int], int]] = {
 PEAK: dict[str, Callable[[int, int, int, int], int]] = {
     "gpipe": lambda p, v, m, r: m,
     "1f1b": lambda p, v, m, r: p - r,
-    "interleaved": lambda p, v, m, r: p * v + p - 1 - 2 * r,  # p + (p - 1) / v full stages on rank 0
+    # p + (p - 1) / v full stages on rank 0; groups are larger than p where p does not divide m
+    "interleaved": lambda p, v, m, r: min(m * v, (v - 1) * -(-m // max(1, m // p)) + 2 * p - 1 - 2 * r),
     "zb-h1": lambda p, v, m, r: p,
     "zb-v": lambda p, v, m, r: 2 * p,
     "dualpipe-v": lambda p, v, m, r: 2 * p + 1,
@@ -333,7 +334,7 @@ def fills(name: str, ranks: int, microbatches: int) -> bool:
     return {
         "gpipe": True,
         "1f1b": microbatches >= ranks,
-        "interleaved": microbatches % ranks == 0 and microbatches >= 2 * ranks,
+        "interleaved": microbatches >= ranks,
         "zb-h1": microbatches >= ranks,
     }.get(name, microbatches >= 2 * ranks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -68,7 +69,8 @@ class MetricsLog:
 
     def _write(self, record: dict[str, float], scalars: dict[str, float]) -> None:
         if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+            self.file.write(json.dumps(finite) + "\n")  # JSON knows no NaN: the norm of a skipped step is null
         if self.board is not None:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, int(record["step"]))

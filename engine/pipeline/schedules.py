@@ -6,9 +6,9 @@ To add one: write the function, add its entry to SCHEDULES. Communication, batch
 Every schedule runs the backwards of a stage (its W where they are split) in the order of the microbatches. Gradients
 are summed in that order, so a change of schedule changes no bit of the result.
 
-None asks for a number of microbatches that fills its pattern: the pattern is written for the next larger number that
-does and the microbatches that are not there are left out of it. What is left still is in order, because actions of
-different microbatches do not need each other.
+None asks for a number of microbatches that fills its pattern: where that needs more, the pattern is written for more
+and the microbatches that are not there are left out of it. What is left still is in order, because actions of different
+microbatches do not need each other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from engine.errors import PlanError
@@ -61,16 +62,19 @@ def interleaved(ranks: int, chunks: int, microbatches: int) -> Plan:
 
     Microbatches go through in groups of `ranks`: a group through the first chunk of a rank, then the same group through
     the second, ... and backwards in the opposite order of chunks. Warm-up: all chunks but the last for one group, and
-    two forwards for each rank below.
+    two forwards for each rank below. Where `ranks` does not divide the microbatches, groups are a little larger, as
+    equal as they can be: the bubble stays what it is, and the activations of the larger groups are the price.
     """
-    full = -(-microbatches // ranks) * ranks
+    groups = max(1, microbatches // ranks)
+    bounds = [group * microbatches // groups for group in range(groups + 1)]
+    order = [(chunk, m) for begin, end in pairwise(bounds) for chunk in range(chunks) for m in range(begin, end)]
+    largest = max(end - begin for begin, end in pairwise(bounds))
     programs = []
     for rank in range(ranks):
-        order = [(chunk, group + i) for group in range(0, full, ranks) for chunk in range(chunks) for i in range(ranks)]
         forwards = tuple((Action(Op.F, chunk * ranks + rank, m),) for chunk, m in order)
         backwards = tuple((Action(Op.B, (chunks - 1 - chunk) * ranks + rank, m),) for chunk, m in order)
-        programs.append(_alternate(forwards, backwards, warm_up=2 * (ranks - rank - 1) + (chunks - 1) * ranks))
-    return compute_only(Plan("interleaved", full, looped(ranks, chunks), tuple(programs)), microbatches)
+        programs.append(_alternate(forwards, backwards, warm_up=2 * (ranks - rank - 1) + (chunks - 1) * largest))
+    return Plan("interleaved", microbatches, looped(ranks, chunks), tuple(programs))
 
 
 def zb_h1(ranks: int, chunks: int, microbatches: int) -> Plan:

@@ -1,0 +1,713 @@
+"""Mutations: faults that peers really had, put in one at a time by a small patch, each to be caught by a test.
+
+    python tests/mutations.py                        # all of them (`make test-mutations`)
+    python tests/mutations.py --only tied_gradient_counted_twice
+
+A test that cannot fail proves nothing; this is the figure for how good the tests are. Every mutation is a textual
+replacement that fits exactly once, so that it says so when the code has moved on. It is applied to a copy of the
+repository in a temporary folder, where the named tests must pass without it and fail by an assertion with it: a
+mutation that cannot be imported, or that stops in an error of its own, counts as broken, and so does a silent hang.
+Tests run in a fork of this process, which has imported everything but the engine: a mutation costs what its test does.
+The issues are those that the faults come from; where none is given, the fault is a classic that has many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Column, Table
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_S = 400.0
+WARM = "torch torch.distributed torch.utils.flop_counter torch.utils.tensorboard sympy numpy hypothesis.strategies"
+WARM += " pydantic tyro safetensors tokenizers matplotlib.figure"
+# errors that a mutation makes of its own, instead of being caught by a test
+OWN_ERRORS = re.compile(
+    r"^(?:E +)?(?:NameError|ImportError|SyntaxError|AttributeError|UnboundLocalError)\b", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault. why: what went wrong and where; old -> new in `file`; tests: pytest node ids, one of which fails."""
+
+    name: str
+    why: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def apply(self, root: Path) -> None:
+        """Put the fault into the copy of the repository at `root`."""
+        path = root / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise LookupError(
+                f"mutation {self.name}: its text occurs {text.count(self.old)} times in {self.file}, not once; "
+                "the code has moved on: write it anew"
+            )
+        path.write_text(text.replace(self.old, self.new))
+
+
+def small(*names: str) -> tuple[str, ...]:
+    """The two-rank cases of test_equivalence.SMALL."""
+    return tuple(f"tests/test_equivalence.py::test_two_ranks_equal_one[{name}]" for name in names)
+
+
+PLAIN = ("tests/test_equivalence.py::test_one_process_equals_plain_torch[True]",)
+LATE = ("tests/test_equivalence.py::test_what_is_on_its_way_is_waited_for[1]",)
+RESUME = ("tests/test_bitwise.py::test_resume_in_the_same_layout_changes_no_bit[fp64-1]",)
+RESUME_BF16 = ("tests/test_bitwise.py::test_resume_in_the_same_layout_changes_no_bit[bf16-1]",)
+OVERFLOW = ("tests/test_precision.py::test_an_overflow_leaves_out_the_update_on_all_ranks_and_survives_a_restart",)
+UNDONE = ("tests/test_precision.py::test_the_scale_is_undone_to_the_bit",)
+LOADER = ("tests/test_data.py::test_layout_and_restarts_do_not_change_the_samples",)
+
+
+def norms(*cases: str) -> tuple[str, ...]:
+    """Cases of the test that gives every layout a known gradient."""
+    return tuple(f"tests/test_optim.py::test_the_norm_is_that_of_the_whole_gradient[{case}]" for case in cases)
+
+
+COUNTED = 'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)'
+SUMMED = "if self.ctx.axis(name).size > 1:"
+LOSS_GRAD = "losses = execute(state.plan, state.stages, ctx, batches, scale / tokens, trace)"
+COUNT = "counted = torch.stack([b.mask.sum() for b in batches]).sum()"
+
+TIED_AND_NORM = [
+    Mutation(
+        "tied_gradient_counted_twice",
+        "the tied weight is in the norm once for each pipeline end: 40 instead of 28.28 (Megatron#7227)",
+        "engine/sharding.py",
+        COUNTED,
+        "counted = ctx.tensor.rank % replicas == 0",
+        norms("tied-(1, 4, 1)"),
+    ),
+    Mutation(
+        "norm_counts_replicas",
+        "weights that tensor ranks hold alike are counted by each of them (ROCm/TransformerEngine#715)",
+        "engine/sharding.py",
+        COUNTED,
+        'counted = "ends" not in chunk.sum_over or ctx.ends.rank == 0',
+        norms("gqa-(2, 1, 1)"),
+    ),
+    Mutation(
+        "norm_misses_tensor_shards",
+        "only the first tensor rank's shards are counted (Megatron#5916)",
+        "engine/sharding.py",
+        COUNTED,
+        'counted = ctx.tensor.rank == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)',
+        norms("gqa-(2, 1, 1)"),
+    ),
+    Mutation(
+        "norm_counts_padding",
+        "whatever lies in the padding of the vocabulary enters the norm",
+        "engine/optim/clip.py",
+        "begin, end = piece.flat_range()",
+        "begin, end = piece.flat_range() if len(p.spec.chunks) > 1 else (0, p.numel())",
+        norms("gqa-(2, 1, 1)"),
+    ),
+    Mutation(
+        "norm_of_one_stage",
+        "each pipeline stage clips by its own norm (Megatron#7227, torchtitan#771)",
+        "engine/optim/clip.py",
+        "all_reduce_(self.local(), self.ctx.world)",
+        "all_reduce_(self.local(), self.ctx.tensor)",
+        small("pipeline"),
+    ),
+    Mutation(
+        "clip_on_the_first_tensor_rank_only",
+        "the other tensor ranks are not clipped (BLOOM's chronicles)",
+        "engine/train.py",
+        "scale_(state.buckets, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)",
+        "scale_(state.buckets, 1.0 if ctx.tensor.rank else clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)",
+        small("copies"),
+    ),
+    Mutation(
+        "tied_gradient_not_summed_over_the_ends",
+        "each end of the pipeline trains its copy with its own part of the gradient (Megatron#656)",
+        "engine/parallel/buckets.py",
+        SUMMED,
+        'if name != "ends" and self.ctx.axis(name).size > 1:',
+        small("pipeline"),
+    ),
+    Mutation(
+        "tied_copies_diverge",
+        "the two copies are treated differently by the optimizer (Megatron#4641, Megatron-Bridge#5380)",
+        "engine/optim/adamw.py",
+        "weight_decay=self.cfg.weight_decay if bucket.decay else 0.0,",
+        "weight_decay=self.cfg.weight_decay if bucket.decay and not self.stages[0].ctx.ends.rank else 0.0,",
+        small("pipeline"),
+    ),
+]
+
+REPLICAS = [
+    Mutation(
+        "norm_weight_not_summed_under_sequence_parallelism",
+        "each tensor rank keeps the gradient of its part of the sequence (Megatron#1446, apex#1686)",
+        "engine/model/layers.py",
+        'ctx: ParallelContext, sum_over: str = "sequence"):',
+        'ctx: ParallelContext, sum_over: str = "alone"):',
+        small("sequence"),
+    ),
+    Mutation(
+        "qk_norm_not_summed",
+        "each tensor rank keeps the gradient of its own heads (NeMo-RL#3716)",
+        "engine/model/attention.py",
+        'ctx, sum_over="tensor")',
+        'ctx, sum_over="alone")',
+        small("copies"),
+    ),
+    Mutation(
+        "kv_replicas_not_summed",
+        "the ranks that share a KV head each keep the gradient of their own queries (bigcode Megatron-LM#35)",
+        "engine/parallel/buckets.py",
+        SUMMED,
+        'if name != "kv" and self.ctx.axis(name).size > 1:',
+        small("copies"),
+    ),
+    Mutation(
+        "sequence_gradient_not_gathered",
+        "backward of the reduce-scatter repeats the rank's own part instead of gathering all (Megatron#7452)",
+        "engine/comm.py",
+        "return all_gather(grad, ctx.sequence), None, None",
+        "return torch.cat([grad] * ctx.sequence.size), None, None",
+        small("sequence"),
+    ),
+    Mutation(
+        "reduce_scatter_takes_its_own_part",
+        "the partial sums are cut but not added (Megatron#7452)",
+        "engine/comm.py",
+        "reduce_scatter_start(all_reduce_(x, copies), sequence)",
+        "Pending(all_reduce_(x, copies).chunk(sequence.size)[sequence.rank].clone())",
+        small("sequence"),
+    ),
+    Mutation(
+        "input_gradient_not_summed",
+        "the mirror of the row-parallel sum is missing: each tensor rank passes on its part",
+        "engine/ops/linear.py",
+        "grad_x = sum_start(torch.matmul(grad, weight), ctx.copies, sequence)",
+        "grad_x = Pending(torch.matmul(grad, weight).chunk(sequence.size)[sequence.rank].contiguous())",
+        small("copies"),
+    ),
+    Mutation(
+        "gather_along_the_wrong_dim",
+        "what was gathered along the first dim is not moved back: logits of the wrong tokens",
+        "engine/comm.py",
+        "return all_gather_start(x.movedim(dim, 0), axis).wait().movedim(0, dim)",
+        "return all_gather_start(x.movedim(dim, 0), axis).wait().reshape(*x.shape[:dim], -1, *x.shape[dim:][1:])",
+        ("tests/test_evaluate.py::test_logits_do_not_depend_on_the_layout",),
+    ),
+]
+
+LOSS = [
+    Mutation(
+        "loss_is_a_mean_of_microbatch_means",
+        "accumulated microbatches weigh the same however few tokens they count (transformers#24725, #34191)",
+        "engine/pipeline/executor.py",
+        "grad = torch.full_like(out, run.loss_grad)",
+        "grad = torch.full_like(out, 1 / len(run.batches) / max(1, int(run.batches[action.microbatch].mask.sum())))",
+        PLAIN,
+    ),
+    Mutation(
+        "loss_is_a_mean_of_data_rank_means",
+        "each data rank divides by its own count of tokens (torchtune#1875, Fast-LLM#426)",
+        "engine/train.py",
+        "total = int(all_reduce_(counted, ctx.data).item())",
+        "total = int(counted.item()) * ctx.data.size",
+        small("data"),
+    ),
+    Mutation(
+        "loss_counts_masked_tokens",
+        "divided by the length of the sequences instead of the tokens that count (nanochat#59)",
+        "engine/train.py",
+        COUNT,
+        "counted = torch.tensor(sum(b.mask.numel() for b in batches))",
+        PLAIN,
+    ),
+    Mutation(
+        "mask_aliased",
+        "a forward changes the mask it was given (Megatron#1298: it shrinks in every iteration)",
+        "engine/model/layers.py",
+        "return (losses * mask.t().reshape(-1)).sum()",
+        "total = (losses * mask.t().reshape(-1)).sum()\n        mask[:, -1] = False\n        return total",
+        ("tests/test_equivalence.py::test_a_step_leaves_its_batches_as_they_were",),
+    ),
+    Mutation(
+        "loss_reported_by_every_tensor_rank",
+        "the reported loss is added up over ranks that all have it",
+        "engine/train.py",
+        "losses.sum() * float(ctx.tensor.rank == 0)",
+        "losses.sum()",
+        small("copies"),
+    ),
+    Mutation(
+        "pipeline_gradient_scaled_by_tokens",
+        "with a pipeline the division by the global token count is lost (torchtitan#2972)",
+        "engine/train.py",
+        LOSS_GRAD,
+        LOSS_GRAD.replace("scale / tokens", "scale if ctx.pipeline.size > 1 else scale / tokens"),
+        small("pipeline"),
+    ),
+    Mutation(
+        "pipeline_gradient_averaged_over_microbatches",
+        "with a pipeline the gradient is divided by the number of microbatches once more (torchtitan#1733, #1759)",
+        "engine/train.py",
+        LOSS_GRAD,
+        LOSS_GRAD.replace("scale / tokens", "scale / tokens / (len(batches) if ctx.pipeline.size > 1 else 1)"),
+        small("pipeline"),
+    ),
+    Mutation(
+        "gradient_averaged_over_data_ranks",
+        "divided by the data degree although the loss is already global (Megatron#673, #906)",
+        "engine/parallel/buckets.py",
+        "x = bucket.grads.to(self.reduce_dtype)",
+        "x = bucket.grads.to(self.reduce_dtype) / self.ctx.data.size",
+        small("data"),
+    ),
+    Mutation(
+        "only_the_last_microbatch_trained",
+        "a microbatch overwrites the gradient of those before it: the loss looks fine (Automodel#3530)",
+        "engine/ops/linear.py",
+        "torch.addmm(main, rows_grad.t(), rows_x, out=main)",
+        "torch.mm(rows_grad.t(), rows_x, out=main)",
+        PLAIN,
+    ),
+    Mutation(
+        "gradient_is_a_moving_average",
+        "what is accumulated is scaled down by each microbatch (torchtitan#1733)",
+        "engine/ops/linear.py",
+        "torch.addmm(main, rows_grad.t(), rows_x, out=main)",
+        "torch.addmm(main, rows_grad.t(), rows_x, beta=0.5, out=main)",
+        PLAIN,
+    ),
+    Mutation(
+        "repeated_tokens_do_not_add_up",
+        "of a token that comes twice, the embedding keeps one gradient",
+        "engine/ops/embedding.py",
+        "target.index_add_(0, local.reshape(-1), grad.to(target.dtype))",
+        "target[local.reshape(-1)] += grad.to(target.dtype)",
+        PLAIN,
+    ),
+    Mutation(
+        "vocabulary_padding_in_the_softmax",
+        "the columns beyond the vocabulary take part in the sum",
+        "engine/ops/loss.py",
+        "logits[:, valid:] = -torch.inf",
+        "logits[:, valid:] = 0.0",
+        small("copies"),
+    ),
+    Mutation(
+        "validation_loss_depends_on_accumulation",
+        "the reported score is divided by the accumulation steps (torchtitan#1759)",
+        "engine/evaluate.py",
+        "return self._score(loss / tokens, int(tokens))",
+        "return self._score(loss / tokens / (chunk // mbs), int(tokens))",
+        ("tests/test_evaluate.py::test_the_score_does_not_depend_on_the_layout[2]",),
+    ),
+]
+
+ZERO = [
+    Mutation(
+        "zero_gather_forgotten",
+        "after the update nobody sends its weights: data ranks drift apart (nanotron#242)",
+        "engine/parallel/buckets.py",
+        "if self.zero:\n            for b in reversed",
+        "if self.zero and overlap is None:\n            for b in reversed",
+        small("zero"),
+    ),
+    Mutation(
+        "embedding_stale_under_zero",
+        "the tied embedding is left out of the gather (Megatron#844)",
+        "engine/parallel/buckets.py",
+        "for b in reversed(self.buckets):",
+        "for b in reversed([b for b in self.buckets if not b.late]):",
+        small("zero"),
+    ),
+    Mutation(
+        "zero_gather_not_waited_for",
+        "a forward reads weights that are still on their way (DeepSpeed#5545, #7188)",
+        "engine/parallel/buckets.py",
+        "part.register_forward_pre_hook(_settler(holder[id(p)]))",
+        "holder[id(p)].gathering = None",
+        LATE,
+    ),
+    Mutation(
+        "gradient_sum_not_waited_for",
+        "the optimizer reads gradients that are still being summed (DeepSpeed#8061, #6351)",
+        "engine/parallel/buckets.py",
+        "total, target = b.reducing.wait(), b.part(b.grads, b.held)",
+        "total, target = b.reducing.value, b.part(b.grads, b.held)",
+        LATE,
+    ),
+    Mutation(
+        "zero_gather_sends_the_wrong_range",
+        "a rank sends a range that it has not updated (DeepSpeed#4298)",
+        "engine/comm.py",
+        "part = x.view(axis.size, -1)[axis.rank]",
+        "part = x.view(axis.size, -1)[0]",
+        small("zero"),
+    ),
+    Mutation(
+        "reduce_before_the_last_microbatch",
+        "buckets are summed after the first microbatch, the rest stays local (DeepSpeed#7188)",
+        "engine/pipeline/executor.py",
+        "for step in program if step[0].op in (Op.B, Op.W)}",
+        "for step in reversed(program) if step[0].op in (Op.B, Op.W)}",
+        small("zero"),
+    ),
+]
+
+BACKWARD = [
+    Mutation(
+        "weight_gradient_twice",
+        "W of a split backward is run twice",
+        "engine/pipeline/stage.py",
+        "queue.pop().run()",
+        "(queue[-1].run(), queue.pop().run())",
+        small("split"),
+    ),
+    Mutation(
+        "weight_gradient_dropped",
+        "the oldest entry of a split backward is never run",
+        "engine/pipeline/stage.py",
+        "queue.reverse()",
+        "queue.reverse(), queue.pop()",
+        small("split"),
+    ),
+    Mutation(
+        "recomputed_gradient_twice",
+        "a recomputed block adds its gradients twice",
+        "engine/ops/recompute.py",
+        "torch.autograd.backward(out, grad)",
+        "torch.autograd.backward(out, grad, retain_graph=True), torch.autograd.backward(out, grad)",
+        small("copies"),
+    ),
+    Mutation(
+        "receive_buffer_reused",
+        "the next activation is received over the one whose backward is still to come (gpt-neox#1004)",
+        "engine/pipeline/executor.py",
+        "torch.empty(shape, dtype=run.ctx.dtype, device=run.ctx.device), peer",
+        "run.__dict__.setdefault('buffer', torch.empty(shape, dtype=run.ctx.dtype)).detach(), peer",
+        small("pipeline"),
+    ),
+]
+
+START = [
+    Mutation(
+        "initial_values_by_rank",
+        "each rank draws from its own generator (pytorch#168058, Megatron-Bridge#5396)",
+        "engine/sharding.py",
+        'generator(seed, "init", piece.name)',
+        'generator(seed + ctx.rank, "init", piece.name)',
+        small("copies"),
+    ),
+    Mutation(
+        "layers_initialised_identically",
+        "layers of interleaved chunks start from equal values (OLMo-core's changelog)",
+        "engine/sharding.py",
+        'generator(seed, "init", piece.name)',
+        'generator(seed, "init", piece.name.partition("layers.")[2].lstrip("0123456789") or piece.name)',
+        ("tests/test_sharding.py::test_initial_values_are_what_the_config_says",),
+    ),
+    Mutation(
+        "samples_depend_on_the_data_degree",
+        "a data rank takes samples of another (Megatron-Bridge#3503, bigscience Megatron-DeepSpeed#276)",
+        "engine/data/loader.py",
+        "first = consumed + self.data_rank * local",
+        "first = consumed + self.data_rank",
+        LOADER,
+    ),
+    Mutation(
+        "data_restarts_at_sample_0",
+        "after a resume the first samples come again (Megatron-Bridge#3503, accelerate#2016)",
+        "engine/data/loader.py",
+        "self._consumed = start_sample",
+        "self._consumed = 0",
+        LOADER,
+    ),
+]
+
+OPTIMIZER = [
+    Mutation(
+        "weight_decay_on_norms",
+        "norm weights decay like matrices",
+        "engine/model/layers.py",
+        "sum_over=(sum_over,)),), decay=False)",
+        "sum_over=(sum_over,)),))",
+        PLAIN,
+    ),
+    Mutation(
+        "bias_correction_one_step_late",
+        "AdamW's correction uses the count of the wrong step (NVRx#376: step 2 with the weights of step 1)",
+        "engine/optim/adamw.py",
+        "count = torch.tensor(float(self.steps))",
+        "count = torch.tensor(float(self.steps + 1))",
+        PLAIN,
+    ),
+    Mutation(
+        "bf16_without_masters",
+        "updates are rounded to bf16 each time, small ones are lost (DeepSpeed#7786)",
+        "engine/optim/adamw.py",
+        "values.copy_(master)",
+        "master.copy_(values.copy_(master))",
+        ("tests/test_optim.py::test_bf16_does_not_lose_tiny_updates",),
+    ),
+    Mutation(
+        "loss_scale_in_the_norm",
+        "clipping looks at gradients that are still scaled",
+        "engine/train.py",
+        "norms = state.norms(scale)",
+        "norms = state.norms()",
+        UNDONE,
+    ),
+    Mutation(
+        "loss_scale_not_undone",
+        "AdamW gets scaled gradients and hardly shows it",
+        "engine/train.py",
+        "clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)",
+        "clip_factor(norms.norm, cfg.optimizer.clip_norm))",
+        UNDONE,
+    ),
+    Mutation(
+        "overflow_decided_by_each_rank",
+        "only the rank that holds the overflow leaves the update out",
+        "engine/train.py",
+        "finite = math.isfinite(norms.norm)",
+        "finite = bool(torch.isfinite(state.norms.local()).all())",
+        ("tests/test_precision.py::test_an_overflow_on_one_rank_is_one_on_all",),
+    ),
+    Mutation(
+        "skipped_update_counted_by_adam",
+        "an update that was left out moves the bias correction (OLMo-core's SkipStep)",
+        "engine/train.py",
+        "state.step += 1",
+        "state.step += 1\n    state.optimizer.steps += not finite",
+        OVERFLOW,
+    ),
+    Mutation(
+        "skipped_update_stops_the_schedule",
+        "the learning rate counts updates instead of steps (OLMo-core's SkipStep)",
+        "engine/train.py",
+        "lr = learning_rate(state.step + 1,",
+        "lr = learning_rate(state.optimizer.steps + 1,",
+        OVERFLOW,
+    ),
+]
+
+RESUMED = [
+    Mutation(
+        "moments_not_loaded",
+        "weights come from the checkpoint, the optimizer starts anew (DeepSpeed#7786)",
+        "engine/train.py",
+        "load_into(reader, state.optimizer.states(), state.ctx)",
+        'load_into(reader, (held for held in state.optimizer.states() if held.kind == "model"), state.ctx)',
+        RESUME,
+    ),
+    Mutation(
+        "moments_of_the_wrong_range",
+        "ZeRO's moments are written from, and read into, the beginning of the range (Megatron-Bridge#5637)",
+        "engine/optim/adamw.py",
+        "flats[i][at : at + end - begin]",
+        'flats[i][at : at + end - begin] if kind == "model" else flats[i][: end - begin]',
+        RESUME,
+    ),
+    Mutation(
+        "data_rank_missing_in_the_checkpoint",
+        "only the first data rank writes its range of the optimizer (Megatron-Bridge#5637, torchtitan#811)",
+        "engine/checkpoint/save.py",
+        "mine = _write_part(temporary, states, ctx)",
+        'mine = {"tensors": {}} if ctx.data.rank else _write_part(temporary, states, ctx)',
+        RESUME,
+    ),
+    Mutation(
+        "masters_loaded_but_not_published",
+        "the model computes with what it had before the load (DeepSpeed#762)",
+        "engine/train.py",
+        "    state.optimizer.publish()\n    state.step = manifest.step",
+        "    state.step = manifest.step",
+        RESUME_BF16,
+    ),
+    Mutation(
+        "adam_step_lost",
+        "after a resume the bias correction starts anew (Automodel#3882)",
+        "engine/train.py",
+        'state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))',
+        "state.optimizer.steps = 0",
+        RESUME,
+    ),
+    Mutation(
+        "schedule_restarts_at_resume",
+        "the learning rate counts the steps since the process began (gpt-neox#1029, Megatron#7468)",
+        "engine/train.py",
+        "lr = learning_rate(state.step + 1,",
+        'lr = learning_rate(state.step + 1 - state.__dict__.setdefault("begun", state.step),',
+        RESUME,
+    ),
+]
+
+MUTATIONS = [*TIED_AND_NORM, *REPLICAS, *LOSS, *ZERO, *BACKWARD, *START, *OPTIMIZER, *RESUMED]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a mutation. caught: a test failed as it should; by: that test, or what went wrong instead."""
+
+    name: str
+    caught: bool
+    by: str
+    seconds: float
+
+
+def copy_repository(to: Path) -> None:
+    """What the tests need, with the built extension if there is one."""
+    for folder in ("engine", "tests"):
+        shutil.copytree(ROOT / folder, to / folder)
+    shutil.copy2(ROOT / "pyproject.toml", to)
+
+
+def run_tests(root: Path, tests: Iterable[str]) -> None:
+    """In a fork: pytest in the copy of the repository at `root`, its exit code as the process's."""
+    os.chdir(root)
+    log = os.open(root / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.path[:] = [str(root)] + [entry for entry in sys.path if ROOT not in (Path(entry), Path(entry).parent)]
+    os.environ["PYTHONPATH"] = str(root)
+    engine = importlib.import_module("engine")
+    assert Path(engine.__file__ or "").parent == root / "engine", "the copy is not what is tested"
+    code = pytest.main(["-x", "--tb=short", "-p", "no:xdist", *tests])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def judge(code: int | None, output: str) -> tuple[bool, str]:
+    """Whether a test failed by an assertion, and which; else what happened."""
+    if code is None:
+        return False, f"HANG of {TIMEOUT_S:.0f} s without a word from the harness"
+    if code == 0:
+        return False, "SURVIVED"
+    failed = re.search(r"^FAILED tests/(\S+?::\S+(?: [^-]*\])?)", output, re.MULTILINE)
+    if code != 1 or failed is None:
+        return False, f"BROKEN: pytest exit code {code}: {output.strip()[-500:]}"
+    own = OWN_ERRORS.search(output)
+    return (False, f"BROKEN: {own.group()} in {failed.group(1)}") if own else (True, failed.group(1))
+
+
+@dataclass
+class Attempt:
+    """One mutation (None: none at all) on its way, in its own copy of the repository."""
+
+    mutation: Mutation | None
+    tests: Iterable[str]
+
+    def start(self) -> None:
+        """Copy, mutate, fork. Raises LookupError when the mutation does not fit."""
+        self.begin = time.monotonic()
+        self.folder = tempfile.TemporaryDirectory(prefix="mutation_")
+        root = Path(self.folder.name).resolve()
+        copy_repository(root)
+        if self.mutation is not None:
+            self.mutation.apply(root)
+        self.process: BaseProcess = multiprocessing.get_context("fork").Process(
+            target=run_tests, args=(root, tuple(self.tests))
+        )
+        self.process.start()
+
+    def overdue(self) -> bool:
+        return time.monotonic() - self.begin > TIMEOUT_S
+
+    def finish(self) -> tuple[int | None, str]:
+        """pytest's exit code (None: it hung and was killed) and output."""
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+        self.process.join()
+        output = (Path(self.folder.name) / "log").read_text(errors="replace")
+        self.folder.cleanup()
+        return code, output
+
+
+def attempt(mutations: Iterable[Mutation], jobs: int = 2) -> Iterator[Outcome]:
+    """Try the mutations, `jobs` at a time, each on a fresh copy; outcomes as they come."""
+    waiting = [Attempt(m, m.tests) for m in mutations]
+    running: list[Attempt] = []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            new = waiting.pop(0)
+            assert new.mutation is not None
+            try:
+                new.start()
+                running.append(new)
+            except LookupError as error:
+                yield Outcome(new.mutation.name, False, f"BROKEN: {error.args[0]}", 0.0)
+        wait([a.process.sentinel for a in running], 1.0)
+        for a in [a for a in running if a.process.exitcode is not None or a.overdue()]:
+            running.remove(a)
+            assert a.mutation is not None
+            seconds = time.monotonic() - a.begin
+            yield Outcome(a.mutation.name, *judge(*a.finish()), seconds)
+
+
+def healthy(mutations: Iterable[Mutation]) -> str:
+    """Run the tests of all mutations without any of them; empty when they pass, else pytest's output."""
+    one = Attempt(None, dict.fromkeys(test for mutation in mutations for test in mutation.tests))
+    one.start()
+    one.process.join(TIMEOUT_S)
+    code, output = one.finish()
+    return "" if code == 0 else output or "hung"
+
+
+def warm() -> None:
+    """Import what takes long, once; never the engine or a test."""
+    for name in WARM.split():
+        importlib.import_module(name)
+
+
+def main() -> int:
+    """Run the suite; the exit code says whether every mutation was caught."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these mutations only")
+    parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
+    args = parser.parse_args()
+    unknown = set(args.only or ()) - {m.name for m in MUTATIONS}
+    if unknown:
+        parser.error(f"no mutation named {', '.join(sorted(unknown))}")
+    chosen = [m for m in MUTATIONS if not args.only or m.name in args.only]
+    console, begin = Console(), time.monotonic()
+    warm()
+    if output := healthy(chosen):
+        console.print(output, markup=False)
+        console.print("the tests fail without any mutation: repair them first", style="bold red")
+        return 1
+    table = Table("mutation", Column("caught by", overflow="fold"), "s", title=f"{len(chosen)} mutations")
+    outcomes = []
+    for outcome in attempt(chosen, args.jobs):
+        outcomes.append(outcome)
+        console.print(f"{'caught' if outcome.caught else outcome.by}: {outcome.name}", markup=False, highlight=False)
+    for outcome in outcomes:
+        style = "" if outcome.caught else "bold red"
+        table.add_row(outcome.name, outcome.by.replace("[", r"\["), f"{outcome.seconds:.0f}", style=style)
+    console.print(table)
+    caught = sum(outcome.caught for outcome in outcomes)
+    console.print(f"{caught} of {len(chosen)} caught in {time.monotonic() - begin:.0f} s")
+    return int(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

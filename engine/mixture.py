@@ -16,6 +16,7 @@ mix.toml                                         the same as a file, with names,
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -125,7 +126,7 @@ def _read_file(path: str) -> Mixture:
         raise ConfigError(faults)
     faults = [fault for number, source in enumerate(sources, 1) for fault in _source_faults(path, number, source)]
     kinds = list(dict.fromkeys(key for source in sources for key in source if key in KINDS))
-    if len(kinds) > 1:
+    if len(kinds) > 1 and not faults:
         faults.append(_fault(path, f"mixes {' and '.join(kinds)}", "Use one kind for all sources."))
     if changes and "weight" not in kinds:
         faults.append(_fault(path, f"has changes beside {' and '.join(kinds)}", "Changes go with weights."))
@@ -136,7 +137,11 @@ def _read_file(path: str) -> Mixture:
     names = [source.get("name", short[k]) for k, source in enumerate(sources)]
     faults = [
         *_repeated(prefixes, "stands twice", "Give it once."),
-        *_repeated(names, "is the name of two sources", 'Give each a name = "..." of its own.'),
+        *_repeated(
+            names if len(set(prefixes)) == len(prefixes) else [],
+            "is the name of two sources",
+            'Give each a name = "..." of its own.',
+        ),
         *(fault for number, change in enumerate(changes, 1) for fault in _change_faults(path, number, change, names)),
     ]
     if faults:
@@ -183,7 +188,7 @@ def _change_faults(path: str, number: int, change: dict[str, Any], names: list[s
 def _changes(path: str, first: dict[str, Fraction], changes: list[dict[str, Any]]) -> tuple[Change, ...]:
     """The amounts in force from step 0 and from each change on."""
     steps, amounts, result = [0, *(change["step"] for change in changes)], dict(first), []
-    if any(a >= b for a, b in zip(steps, steps[1:])):
+    if any(a >= b for a, b in itertools.pairwise(steps)):
         raise ConfigError([_fault(path, f"has changes at steps {steps[1:]}", "Order them by rising steps.")])
     for step, change in zip(steps, [{"weights": {}}, *changes]):
         amounts |= {name: _amount(value) or Fraction(0) for name, value in change["weights"].items()}

@@ -31,6 +31,7 @@ Memory: two blocks. Time: a block is some microseconds to milliseconds; nothing 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ class BlendedOrder:
 
     def __init__(self, orders: Sequence[SampleOrder], phases: Sequence[Phase], *, native: bool | None = None):
         starts = [phase.start for phase in phases]
-        if not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:])):
+        if not starts or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
             raise DataError(f"phases of a blend: they start at samples {starts}, expected 0 and then rising numbers")
         if any(len(phase.weights) != len(orders) for phase in phases):
             raise DataError(f"phases of a blend: expected one weight for each of {len(orders)} sources")

@@ -15,12 +15,25 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from engine.data.order import SampleOrder
+from engine.data.order import Int64Array
 from engine.errors import DataError
+
+
+class Order(Protocol):
+    """Samples by global number: a SampleOrder or a BlendedOrder."""
+
+    seq_len: int
+
+    def gather(self, samples: Int64Array) -> Int64Array:
+        """Tokens of samples int64 [n]; int64 [n, seq_len + 1]."""
+
+    def sources(self, samples: Int64Array) -> Int64Array:
+        """Which source of a blend each of samples int64 [n] comes from."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +43,19 @@ class MicroBatch:
     tokens: torch.Tensor  # int64 [b, s]
     labels: torch.Tensor  # int64 [b, s], the token after each of `tokens`
     mask: torch.Tensor  # bool [b, s], True where the label counts in the loss
+    sources: torch.Tensor | None = None  # int64 [b], where each sample comes from in a blend
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same data on a device."""
-        return MicroBatch(*(x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.mask)))
+        parts = (self.tokens, self.labels, self.mask, self.sources)
+        return MicroBatch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class _Slice:
     """This rank's share of every global batch, and how to read it."""
 
-    order: SampleOrder
+    order: Order
     global_batch_size: int
     micro_batch_size: int
     data_rank: int
@@ -52,9 +67,11 @@ class _Slice:
         first = consumed + self.data_rank * local
         batches = []
         for low in range(first, first + local, self.micro_batch_size):
-            rows = torch.from_numpy(self.order.gather(np.arange(low, low + self.micro_batch_size, dtype=np.int64)))
+            samples = np.arange(low, low + self.micro_batch_size, dtype=np.int64)
+            rows, sources = torch.from_numpy(self.order.gather(samples)), self.order.sources(samples)
             tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            batches.append(MicroBatch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool)))
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources)))
         return batches
 
 
@@ -93,7 +110,7 @@ class Loader:
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: Order,
         *,
         global_batch_size: int,
         micro_batch_size: int,

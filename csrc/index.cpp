@@ -28,6 +28,7 @@ namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
 constexpr int kRounds = 8;
+constexpr int kTableHalf = 5;  // 2 * 5 bits hold a block of documents
 constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
 
 inline uint64_t mix64(uint64_t z) {  // the finaliser of splitmix64
@@ -42,11 +43,17 @@ inline uint64_t derive(uint64_t key, uint64_t word) { return mix64(key ^ mix64(w
 struct Permutation {
   uint64_t n, mask, keys[kRounds];
   int half = 1;
+  bool tabled = false;
+  uint8_t table[kRounds][1 << kTableHalf];  // what a round adds: 256 mixes instead of 8 for each document of a block
 
-  Permutation(uint64_t count, uint64_t key) : n(count) {
+  Permutation(uint64_t count, uint64_t key, bool many = false) : n(count) {
     while (half < 32 && (1ull << (2 * half)) < n) ++half;
     mask = (1ull << half) - 1;
     for (int r = 0; r < kRounds; ++r) keys[r] = mix64(key + uint64_t(r + 1) * kGolden);
+    tabled = many && half <= kTableHalf;
+    if (tabled)
+      for (int r = 0; r < kRounds; ++r)
+        for (uint64_t right = 0; right <= mask; ++right) table[r][right] = uint8_t(mix64(right + keys[r]) & mask);
   }
 
   uint64_t operator()(uint64_t x) const {  // x < n, which cycle walking keeps true; terminates as it is a bijection
@@ -54,7 +61,7 @@ struct Permutation {
     do {
       uint64_t left = x >> half, right = x & mask;
       for (int r = 0; r < kRounds; ++r) {
-        const uint64_t next = left ^ (mix64(right + keys[r]) & mask);
+        const uint64_t next = left ^ (tabled ? uint64_t(table[r][right]) : mix64(right + keys[r]) & mask);
         left = right;
         right = next;
       }
@@ -125,6 +132,43 @@ py::tuple block_prefix(const py::array& block_tokens, uint64_t key) {
   return py::make_tuple(order, prefix);
 }
 
+// (sequence, expected): the first sequence with a negative length, expected -1, or whose pointer is not the sum of the
+// bytes before it, which is `expected`; or (-1, bytes of all). Stops soon after the sum passes `most` bytes.
+py::tuple check_sequences(const py::array& length_array, const py::array& pointer_array, int64_t itemsize,
+                          int64_t most) {
+  const View<int32_t> lengths(length_array, "lengths");
+  const View<int64_t> pointers(pointer_array, "pointers");
+  if (lengths.size != pointers.size || itemsize < 1 || itemsize > 8 || most < 0)
+    throw py::value_error("check_sequences: lengths and pointers differ in number, or a size makes no sense");
+  int64_t end = 0, wrong = -1, expected = 0;
+  {
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < lengths.size && end <= most; ++i) {
+      const int64_t length = lengths[i];
+      if (length < 0 || pointers[i] != end) {
+        wrong = i;
+        expected = length < 0 ? -1 : end;
+        break;
+      }
+      if (length > (kMax - end) / itemsize) {  // no file is as long: as good as past `most`
+        end = kMax;
+        break;
+      }
+      end += length * itemsize;
+    }
+  }
+  return py::make_tuple(wrong, wrong < 0 ? end : expected);
+}
+
+// The first boundary that is less than the one before it, or -1.
+int64_t check_rising(const py::array& boundaries) {
+  const View<int64_t> view(boundaries, "boundaries");
+  py::gil_scoped_release release;
+  for (int64_t i = 1; i < view.size; ++i)
+    if (view[i] < view[i - 1]) return i;
+  return -1;
+}
+
 struct Epoch {
   View<int32_t> lengths;   // [N] tokens
   View<int64_t> pointers;  // [N] bytes
@@ -162,7 +206,7 @@ bool copy_sample(const View<T>& tokens, const Epoch& e, int64_t position, int64_
     if (block < 0 || block >= num_blocks) throw py::index_error("gather: block " + std::to_string(block));
     const int64_t first = block * e.block_documents;
     const int64_t documents = std::min(e.block_documents, e.lengths.size - first);
-    const Permutation permutation(uint64_t(documents), derive(e.key, uint64_t(block)));
+    const Permutation permutation(uint64_t(documents), derive(e.key, uint64_t(block)), true);
     for (int64_t i = 0; i < documents && filled < count; ++i) {
       const int64_t document = first + int64_t(permutation(uint64_t(i)));
       const int64_t length = e.lengths[document];
@@ -342,5 +386,8 @@ PYBIND11_MODULE(_index, m) {
   m.def("gather", &gather, py::arg("tokens"), py::arg("lengths"), py::arg("pointers"), py::arg("order"),
         py::arg("prefix"), py::arg("key"), py::arg("block_documents"), py::arg("positions"), py::arg("count"),
         py::arg("limit"));
+  m.def("check_sequences", &check_sequences, py::arg("lengths"), py::arg("pointers"), py::arg("itemsize"),
+        py::arg("most"));
+  m.def("check_rising", &check_rising, py::arg("boundaries"));
   m.def("blend_block", &blend_block, py::arg("weights"), py::arg("start"), py::arg("length"));
 }

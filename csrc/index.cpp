@@ -27,7 +27,7 @@ namespace py = pybind11;
 namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
-constexpr int kRounds = 8;
+constexpr int kRounds = 8;  // even: two are done at a time
 constexpr int kTableHalf = 5;  // 2 * 5 bits hold a block of documents
 constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
 
@@ -60,10 +60,16 @@ struct Permutation {
     if (n == 1) return 0;
     do {
       uint64_t left = x >> half, right = x & mask;
-      for (int r = 0; r < kRounds; ++r) {
-        const uint64_t next = left ^ (tabled ? uint64_t(table[r][right]) : mix64(right + keys[r]) & mask);
-        left = right;
-        right = next;
+      if (tabled) {
+        for (int r = 0; r < kRounds; r += 2) {
+          left ^= table[r][right];
+          right ^= table[r + 1][left];
+        }
+      } else {
+        for (int r = 0; r < kRounds; r += 2) {
+          left ^= mix64(right + keys[r]) & mask;
+          right ^= mix64(left + keys[r + 1]) & mask;
+        }
       }
       x = (left << half) | right;
     } while (x >= n);

@@ -240,12 +240,34 @@ class SampleOrder:
         samples = np.ascontiguousarray(samples, dtype=np.int64)
         if samples.ndim != 1 or (samples < 0).any():
             raise DataError(f"sample numbers: expected int64 [n], each >= 0, got shape {samples.shape}: {samples}")
-        out = np.empty((len(samples), self.seq_len + 1), np.int64)
         epochs = samples // self.samples_per_epoch
+        if len(samples) and epochs.min() == epochs.max():  # nearly always: nothing to copy together
+            return self._gather_epoch(int(epochs[0]), samples % self.samples_per_epoch)
+        out = np.empty((len(samples), self.seq_len + 1), np.int64)
         for epoch in np.unique(epochs):
             rows = np.flatnonzero(epochs == epoch)
             out[rows] = self._gather_epoch(int(epoch), samples[rows] % self.samples_per_epoch)
         return out
+
+    def parts(self, sample: int) -> list[tuple[int, int, int]]:
+        """What a global sample is made of: (document, offset in it, tokens taken) in order. To look at, not fast."""
+        state = self._epoch(sample // self.samples_per_epoch)
+        index = np.array([sample % self.samples_per_epoch], np.int64)
+        position = int(self._permute(self.samples_per_epoch, state.sample_key, index)[0]) * self.seq_len
+        at = int(np.searchsorted(state.prefix, position, side="right")) - 1
+        skip, left, parts = position - int(state.prefix[at]), self.seq_len + 1, []
+        while left:
+            first = int(state.order[at]) * self._block_documents
+            inside = min(self._block_documents, len(self.dataset) - first)
+            key = derive(state.document_key, int(state.order[at]))
+            for document in (first + permute(inside, key, np.arange(inside, dtype=np.int64))).tolist():
+                length = int(self.dataset.lengths[document])
+                take = min(max(0, length - skip), left)
+                if take:
+                    parts.append((document, skip, take))
+                skip, left = max(0, skip - length), left - take
+            at += 1
+        return parts
 
     def sources(self, samples: Int64Array) -> Int64Array:
         """Which source each of samples int64 [n] comes from: there is one here; int64 [n]."""

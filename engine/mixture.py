@@ -35,7 +35,7 @@ _LARGEST = Fraction(10) ** 18
 
 @dataclass(frozen=True)
 class Change:
-    """From the first sample of optimizer step `step` (counted from 0) on, source k has amounts[k] >= 0."""
+    """After `step` optimizer steps source k has amounts[k] >= 0."""
 
     step: int
     amounts: tuple[Fraction, ...]
@@ -174,7 +174,7 @@ def _change_faults(path: str, number: int, change: dict[str, Any], names: list[s
             yield _fault(where, f"has {key!r}, which is not known", "Known: step, weights.")
     step, weights = change.get("step"), change.get("weights")
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-        yield _fault(where, f"has step = {step!r}, not a number of at least 1", "Steps are counted from 0.")
+        yield _fault(where, f"has step = {step!r}, not a number of at least 1", "It is the number of steps before it.")
     if not isinstance(weights, dict):
         yield _fault(where, f"has weights = {weights!r}", "Write weights = { NAME = NUMBER, ... }.")
         return

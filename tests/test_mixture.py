@@ -109,8 +109,16 @@ A, B = '[[source]]\nprefix = "a"\nweight = 1\n', '[[source]]\nprefix = "b"\nweig
         (A + A, "stands twice", "Give it once."),
         (A + B + 'name = "a"\n', "is the name of two sources", 'Give each a name = "..." of its own.'),
         (A + "[[change]]\nstep = 1\nweights = {}\nx = 1\n", "has 'x', which is not known", "Known: step, weights."),
-        (A + "[[change]]\nweights = {}\n", "has step = None, not a number of at least 1", "Steps are counted from 0."),
-        (A + "[[change]]\nstep = 0\nweights = {}\n", "has step = 0, not a number of at least 1", "counted from 0."),
+        (
+            A + "[[change]]\nweights = {}\n",
+            "has step = None, not a number of at least 1",
+            "It is the number of steps before it.",
+        ),
+        (
+            A + "[[change]]\nstep = 0\nweights = {}\n",
+            "has step = 0, not a number of at least 1",
+            "number of steps before it.",
+        ),
         (A + "[[change]]\nstep = 1\n", "has weights = None", "Write weights = { NAME = NUMBER, ... }."),
         (A + "[[change]]\nstep = 1\nweights = { c = 1 }\n", "names 'c', which is no source", "There are a."),
         (A + "[[change]]\nstep = 1\nweights = { a = -1 }\n", "has a = -1, not a number of at least 0", "Such as 0.5."),

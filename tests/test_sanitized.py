@@ -1,4 +1,4 @@
-"""csrc/index.cpp built with the address and undefined-behaviour sanitizers, under the tests of order, blends and fuzz."""
+"""csrc/index.cpp built with the address and undefined-behaviour sanitizers, under the tests of what it does."""
 
 from __future__ import annotations
 

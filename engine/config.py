@@ -174,6 +174,8 @@ class DataConfig(Section):
     """prefix of the validation .bin/.idx; empty: no validation"""
     tokenizer: str = ""
     """folder with tokenizer.json; copied into exports, its digest is compared with the data's"""
+    mask_eod: bool = False
+    """leave the token after an end of document out of the loss: nothing before it tells what the next one is about"""
     prefetch: int = Field(2, ge=1)
     """global batches prepared ahead by the loader thread"""
 

@@ -332,6 +332,7 @@ def _loader(state: TrainState, data: TrainingData) -> Loader:
         data_size=ctx.data.size,
         start_sample=state.consumed_samples,
         prefetch=cfg.data.prefetch,
+        eod=data.eod,
     )
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_cli import finish, train
 
 from engine.config import load
 from engine.data.indexed import IndexedDataset, IndexedWriter
+from engine.data.loader import Loader
 from engine.data.training import TrainingData, open_training
 from engine.errors import ConfigError, DataError, Fault
 from engine.mixture import read_mixture
@@ -200,6 +202,28 @@ def test_what_does_not_fit_together_is_refused(corpora: Path) -> None:
         opened(f"1 {corpora}/web 1e-7 {corpora}/small")
     with pytest.raises(DataError, match=r"none\.idx: no such file"):
         opened(f"1 {corpora}/web 1 {corpora}/none")
+
+
+def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp_path: Path) -> None:
+    for name, eod in (("a", 5), ("b", 6)):
+        with IndexedWriter(tmp_path / name, vocab_size=97) as writer:
+            for length in range(1, 60):
+                writer.add(np.append(np.arange(7, 7 + length), eod))
+            writer.finish({"eod": eod})
+    data = opened(str(tmp_path / "a"), **{"data.mask_eod": "true"})
+    assert (data.eod, data.facts["mask_eod"]) == (5, 5) and opened(str(tmp_path / "a")).eod is None
+    sizes = {"global_batch_size": 20, "micro_batch_size": 20, "data_rank": 0, "data_size": 1}
+    with Loader(data.order, **sizes, eod=data.eod) as loader, Loader(data.order, **sizes) as plain:
+        (masked,), (whole,) = next(loader), next(plain)
+    assert torch.equal(masked.tokens, whole.tokens) and torch.equal(masked.labels, whole.labels) and whole.mask.all()
+    assert torch.equal(masked.mask, masked.tokens != 5) and not masked.mask.all()
+    assert masked.mask[masked.labels == 5].all()  # the end itself is learned, what follows it is not
+    with pytest.raises(
+        ConfigError, match=r"data.mask_eod = True: needs the end-of-document token, and .*web\.json names"
+    ):
+        opened(str(corpora / "web"), **{"data.mask_eod": "true"})
+    with pytest.raises(ConfigError, match="finds several"):
+        opened(f"1 {tmp_path}/a 1 {tmp_path}/b", **{"data.mask_eod": "true"})
 
 
 def run(corpora: Path, folder: Path, mix: str, steps: int, *options: str) -> tuple[int, str, str]:

@@ -22,13 +22,14 @@ _MOST_NOTES = 12
 class TrainingData:
     """order: the samples. names: of the sources of a blend, () for one corpus. facts: what a checkpoint remembers.
 
-    notes: what to tell the user about the blend.
+    notes: what to tell the user about the blend. eod: the token that data.mask_eod is about, None without.
     """
 
     order: SampleOrder | BlendedOrder
     names: tuple[str, ...]
     facts: dict[str, Any]
     notes: tuple[str, ...]
+    eod: int | None = None
 
 
 def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
@@ -52,9 +53,11 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     mixture = read_mixture(cfg.data.train)
     datasets = [open_data(prefix, cfg, tokenizer) for prefix in mixture.prefixes]
     _refuse_two_tokenizers(datasets)
-    facts = data_facts(cfg.data.train, datasets)
+    facts, eod = data_facts(cfg.data.train, datasets), _eod(datasets) if cfg.data.mask_eod else None
+    if eod is not None:
+        facts["mask_eod"] = eod
     if len(datasets) == 1:
-        return TrainingData(SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed), (), facts, ())
+        return TrainingData(SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed), (), facts, (), eod)
     orders = [
         SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
         for k, dataset in enumerate(datasets)
@@ -65,7 +68,7 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     for phase in phases:
         facts[f"{MIXED_FROM}{phase.start}"] = ", ".join(f"{n} {w}" for n, w in zip(mixture.names, phase.weights))
     order = BlendedOrder(orders, phases)
-    return TrainingData(order, mixture.names, facts, tuple(_notes(mixture, order, cfg)))
+    return TrainingData(order, mixture.names, facts, tuple(_notes(mixture, order, cfg)), eod)
 
 
 def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
@@ -76,6 +79,19 @@ def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
         "num_tokens": sum(dataset.num_tokens for dataset in datasets),
         "tokenizer_digest": next(filter(None, (d.meta.get("tokenizer_digest") for d in datasets)), None),
     }
+
+
+def _eod(datasets: list[IndexedDataset]) -> int:
+    """The end-of-document token of all corpora, as their sidecars have it."""
+    found = {dataset.prefix: dataset.meta.get("eod") for dataset in datasets}
+    for prefix, eod in found.items():
+        if not isinstance(eod, int):
+            relation = f"needs the end-of-document token, and {prefix}.json names none"
+            repair = "Leave it out, or prepare the data with --append-eod."
+            raise ConfigError([Fault("data.mask_eod", True, relation, repair)])
+    if len(set(found.values())) > 1:
+        raise ConfigError([Fault("data.mask_eod", True, f"finds several: {found}", "Prepare with one tokenizer.")])
+    return int(next(iter(found.values())) or 0)
 
 
 def _refuse_two_tokenizers(datasets: list[IndexedDataset]) -> None:

@@ -1,7 +1,8 @@
-// The hot half of engine/data/order.py: keyed permutation, block prefix sums, batch gather. No torch.
+// The hot half of engine/data/order.py (keyed permutation, block prefix sums, batch gather) and of engine/data/blend.py
+// (whose turn it is). No torch.
 //
-// The definition of the sample order, and why it is what it is, stands in order.py; the numpy code there is the
-// reference and tests hold the two equal bit by bit. Here it is only fast, and safe: no input, however wrong, makes it
+// The definitions, and why they are what they are, stand in those files; the Python code there is the reference and
+// tests hold the two equal bit by bit. Here it is only fast, and safe: no input, however wrong, makes it
 // read outside the arrays it was given. Arrays are taken as they are (never converted: a conversion would copy a
 // memory-mapped index of gigabytes) and loaded bytewise, because the .idx header leaves them unaligned.
 //
@@ -13,16 +14,21 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <queue>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace py = pybind11;
 
 namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
-constexpr int kRounds = 8;
+constexpr int kRounds = 8;  // even: two are done at a time
+constexpr int kTableHalf = 5;  // 2 * 5 bits hold a block of documents
 constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
 
 inline uint64_t mix64(uint64_t z) {  // the finaliser of splitmix64
@@ -37,21 +43,33 @@ inline uint64_t derive(uint64_t key, uint64_t word) { return mix64(key ^ mix64(w
 struct Permutation {
   uint64_t n, mask, keys[kRounds];
   int half = 1;
+  bool tabled = false;
+  uint8_t table[kRounds][1 << kTableHalf];  // what a round adds: 256 mixes instead of 8 for each document of a block
 
-  Permutation(uint64_t count, uint64_t key) : n(count) {
+  Permutation(uint64_t count, uint64_t key, bool many = false) : n(count) {
     while (half < 32 && (1ull << (2 * half)) < n) ++half;
     mask = (1ull << half) - 1;
     for (int r = 0; r < kRounds; ++r) keys[r] = mix64(key + uint64_t(r + 1) * kGolden);
+    tabled = many && half <= kTableHalf;
+    if (tabled)
+      for (int r = 0; r < kRounds; ++r)
+        for (uint64_t right = 0; right <= mask; ++right) table[r][right] = uint8_t(mix64(right + keys[r]) & mask);
   }
 
   uint64_t operator()(uint64_t x) const {  // x < n, which cycle walking keeps true; terminates as it is a bijection
     if (n == 1) return 0;
     do {
       uint64_t left = x >> half, right = x & mask;
-      for (int r = 0; r < kRounds; ++r) {
-        const uint64_t next = left ^ (mix64(right + keys[r]) & mask);
-        left = right;
-        right = next;
+      if (tabled) {
+        for (int r = 0; r < kRounds; r += 2) {
+          left ^= table[r][right];
+          right ^= table[r + 1][left];
+        }
+      } else {
+        for (int r = 0; r < kRounds; r += 2) {
+          left ^= mix64(right + keys[r]) & mask;
+          right ^= mix64(left + keys[r + 1]) & mask;
+        }
       }
       x = (left << half) | right;
     } while (x >= n);
@@ -120,6 +138,43 @@ py::tuple block_prefix(const py::array& block_tokens, uint64_t key) {
   return py::make_tuple(order, prefix);
 }
 
+// (sequence, expected): the first sequence with a negative length, expected -1, or whose pointer is not the sum of the
+// bytes before it, which is `expected`; or (-1, bytes of all). Stops soon after the sum passes `most` bytes.
+py::tuple check_sequences(const py::array& length_array, const py::array& pointer_array, int64_t itemsize,
+                          int64_t most) {
+  const View<int32_t> lengths(length_array, "lengths");
+  const View<int64_t> pointers(pointer_array, "pointers");
+  if (lengths.size != pointers.size || itemsize < 1 || itemsize > 8 || most < 0)
+    throw py::value_error("check_sequences: lengths and pointers differ in number, or a size makes no sense");
+  int64_t end = 0, wrong = -1, expected = 0;
+  {
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < lengths.size && end <= most; ++i) {
+      const int64_t length = lengths[i];
+      if (length < 0 || pointers[i] != end) {
+        wrong = i;
+        expected = length < 0 ? -1 : end;
+        break;
+      }
+      if (length > (kMax - end) / itemsize) {  // no file is as long: as good as past `most`
+        end = kMax;
+        break;
+      }
+      end += length * itemsize;
+    }
+  }
+  return py::make_tuple(wrong, wrong < 0 ? end : expected);
+}
+
+// The first boundary that is less than the one before it, or -1.
+int64_t check_rising(const py::array& boundaries) {
+  const View<int64_t> view(boundaries, "boundaries");
+  py::gil_scoped_release release;
+  for (int64_t i = 1; i < view.size; ++i)
+    if (view[i] < view[i - 1]) return i;
+  return -1;
+}
+
 struct Epoch {
   View<int32_t> lengths;   // [N] tokens
   View<int64_t> pointers;  // [N] bytes
@@ -157,7 +212,7 @@ bool copy_sample(const View<T>& tokens, const Epoch& e, int64_t position, int64_
     if (block < 0 || block >= num_blocks) throw py::index_error("gather: block " + std::to_string(block));
     const int64_t first = block * e.block_documents;
     const int64_t documents = std::min(e.block_documents, e.lengths.size - first);
-    const Permutation permutation(uint64_t(documents), derive(e.key, uint64_t(block)));
+    const Permutation permutation(uint64_t(documents), derive(e.key, uint64_t(block)), true);
     for (int64_t i = 0; i < documents && filled < count; ++i) {
       const int64_t document = first + int64_t(permutation(uint64_t(i)));
       const int64_t length = e.lengths[document];
@@ -230,13 +285,115 @@ py::tuple gather(const py::array& tokens, const py::array& lengths, const py::ar
   return py::make_tuple(result, py::make_tuple(bad.document, bad.offset, bad.value));
 }
 
+// ---- blends: engine/data/blend.py ----
+
+constexpr int64_t kMaxTotal = int64_t(1) << 40;   // of weights; with kMaxBlock all products below stay under 2^63
+constexpr int64_t kMaxBlock = int64_t(1) << 22;   // slots
+constexpr int64_t kMaxSources = int64_t(1) << 20;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a >= 0, b > 0
+
+using Due = std::pair<int64_t, int64_t>;  // (deadline, source)
+using Heap = std::priority_queue<Due, std::vector<Due>, std::greater<Due>>;
+
+struct Border {                  // of a block, at global sample n
+  std::vector<int64_t> counts;   // [K] samples of each source before n
+  std::vector<int64_t> part;     // [K] n * weight mod total: how far the job under way is, times total
+  std::vector<char> ahead;       // [K] is the job under way already done
+};
+
+Border border_at(const std::vector<int64_t>& weights, int64_t total, int64_t n) {
+  const int64_t k = int64_t(weights.size());
+  Border at{std::vector<int64_t>(k), std::vector<int64_t>(k), std::vector<char>(k)};
+  std::vector<std::pair<int64_t, int64_t>> under_way;  // (-slots since its release, source)
+  for (int64_t s = 0; s < k; ++s) {
+    const auto product = static_cast<unsigned __int128>(n) * static_cast<unsigned __int128>(weights[s]);
+    at.counts[s] = int64_t(product / uint64_t(total));
+    at.part[s] = int64_t(product % uint64_t(total));
+    if (at.part[s] > 0) under_way.emplace_back(-ceil_div(at.part[s], weights[s]), s);
+  }
+  std::sort(under_way.begin(), under_way.end());
+  Heap candidates;
+  int64_t sum = 0, chosen = 0;
+  for (const auto& [release, s] : under_way) {
+    candidates.emplace(ceil_div(total - at.part[s], weights[s]), s);
+    sum += at.part[s];
+    if (sum / total > chosen) {
+      const int64_t next = candidates.top().second;
+      candidates.pop();
+      at.ahead[next] = 1;
+      ++at.counts[next];
+      ++chosen;
+    }
+  }
+  return at;
+}
+
+// (counts int64 [K] before start, sources int32 [length], ordinals int32 [length]): slot i of the block is sample
+// counts[sources[i]] + ordinals[i] of source sources[i].
+py::tuple blend_block(const py::array& weight_array, int64_t start, int64_t length) {
+  const View<int64_t> view(weight_array, "weights");
+  if (view.size < 1 || view.size > kMaxSources || length < 1 || length > kMaxBlock || start < 0 ||
+      start > (kMax >> 1) - length)
+    throw py::value_error("blend_block: expected 1 to 2^20 weights, 1 <= length <= 2^22, 0 <= start < 2^62");
+  std::vector<int64_t> weights(view.size);
+  int64_t total = 0;
+  for (int64_t s = 0; s < view.size; ++s) {
+    weights[s] = view[s];
+    if (weights[s] < 1 || weights[s] > kMaxTotal - total)
+      throw py::value_error("blend_block: weights have to be at least 1 and sum to at most 2^40");
+    total += weights[s];
+  }
+  py::array_t<int64_t> counts(view.size);
+  py::array_t<int32_t> sources(length), ordinals(length);
+  int64_t* count_out = counts.mutable_data();
+  int32_t *source_out = sources.mutable_data(), *ordinal_out = ordinals.mutable_data();
+  {
+    py::gil_scoped_release release_gil;
+    const Border first = border_at(weights, total, start), last = border_at(weights, total, start + length);
+    const int64_t k = view.size;
+    std::vector<int64_t> head(length, -1), next(k, -1), made(k, 0);  // lists of the sources whose job begins at a slot
+    const auto file = [&](int64_t s, int64_t not_before) {           // the next job of source s, unless it has none
+      if (first.counts[s] + made[s] >= last.counts[s]) return;
+      const int64_t job = first.ahead[s] + made[s], reached = job * total - first.part[s];
+      const int64_t slot = std::max(not_before, reached > 0 ? reached / weights[s] : 0);
+      if (slot >= length) throw py::value_error("blend_block: a share is too small for this block length");
+      next[s] = head[slot];
+      head[slot] = s;
+    };
+    for (int64_t s = 0; s < k; ++s) {
+      count_out[s] = first.counts[s];
+      file(s, 0);
+    }
+    Heap waiting;
+    for (int64_t i = 0; i < length; ++i) {
+      for (int64_t s = head[i]; s >= 0; s = next[s]) {
+        const int64_t end = (first.ahead[s] + made[s] + 1) * total - first.part[s];
+        waiting.emplace(std::min(ceil_div(end, weights[s]), length), s);
+      }
+      if (waiting.empty() || waiting.top().first <= i)
+        throw py::value_error("blend_block: a share is too small for this block length");
+      const int64_t s = waiting.top().second;
+      waiting.pop();
+      source_out[i] = int32_t(s);
+      ordinal_out[i] = int32_t(made[s]++);
+      file(s, i + 1);
+    }
+  }
+  return py::make_tuple(counts, sources, ordinals);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_index, m) {
-  m.doc() = "Sample order and batch gather; see engine/data/order.py for the definition.";
+  m.doc() = "Sample order, batch gather and blends; see engine/data/order.py and blend.py for the definitions.";
   m.def("permute", &permute, py::arg("n"), py::arg("key"), py::arg("indices"));
   m.def("block_prefix", &block_prefix, py::arg("block_tokens"), py::arg("key"));
   m.def("gather", &gather, py::arg("tokens"), py::arg("lengths"), py::arg("pointers"), py::arg("order"),
         py::arg("prefix"), py::arg("key"), py::arg("block_documents"), py::arg("positions"), py::arg("count"),
         py::arg("limit"));
+  m.def("check_sequences", &check_sequences, py::arg("lengths"), py::arg("pointers"), py::arg("itemsize"),
+        py::arg("most"));
+  m.def("check_rising", &check_rising, py::arg("boundaries"));
+  m.def("blend_block", &blend_block, py::arg("weights"), py::arg("start"), py::arg("length"));
 }

@@ -97,6 +97,47 @@ def _show_report(report: PrepareReport) -> None:
     console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")
 
 
+def _inspect(args: list[str]) -> int:
+    """counts, lengths, decoded samples and a whole check of a corpus"""
+    import tyro
+    from rich.console import Console
+
+    from engine.data import inspect
+    from engine.data.indexed import IndexedDataset
+    from engine.data.tokenizer import Tokenizer
+    from engine.monitor.plot import plot_lengths
+    from engine.options import Inspect
+
+    o = tyro.cli(Inspect, args=args, prog="engine inspect")
+    least = {"--samples": (o.samples, 0), "--seq-len": (o.seq_len, 1), "--seed": (o.seed, 0)}
+    faults = [Fault(k, v, f"is below {n}", f"Use {n} or more.") for k, (v, n) in least.items() if v < n]
+    if o.output.suffix not in (".png", ".svg"):
+        faults.append(Fault("--output", str(o.output), "is neither a .png nor a .svg file", "End it in .png."))
+    if faults:
+        raise ConfigError(faults)
+    dataset = IndexedDataset(o.data)
+    folder = inspect.find_tokenizer(o.data, o.tokenizer)
+    tokenizer = Tokenizer.load(folder) if folder else None
+    c, console = inspect.count(dataset), Console(highlight=False, soft_wrap=True)
+    for line in (
+        f"{o.data}: {c.documents:,} documents, {c.tokens:,} tokens, {c.bytes:,} bytes of {c.dtype}",
+        f"tokens a document: {c.shortest:,} to {c.longest:,} (document {c.longest_document}), median {c.median:,}, "
+        f"mean {c.mean:,.1f}",
+        *([f"bytes of text a token: {c.text_bytes / max(1, c.tokens):.3f}"] if c.text_bytes else []),
+        f"tokenizer: {folder or 'none given and none beside the corpus: samples are not decoded'}",
+    ):
+        console.print(line, markup=False)
+    if o.verify:
+        for line in inspect.verify(dataset, tokenizer):
+            console.print(f"right: {line}", markup=False)
+    if tokenizer is not None and o.samples:
+        for text in inspect.decoded_samples(dataset, tokenizer, o.seq_len, o.samples, o.seed):
+            console.print(text, markup=False)
+    plot_lengths(*inspect.histogram(dataset), o.data, o.output)
+    console.print(f"wrote {o.output}", markup=False)
+    return EXIT_OK
+
+
 def _train(args: list[str]) -> int:
     """train a model, on one process or on many under torchrun"""
     from engine.config import layout_of, load
@@ -354,6 +395,7 @@ def _single_process(verb: str) -> None:
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
+    "inspect": _inspect,
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,

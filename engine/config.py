@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.errors import ConfigError, Fault, PlanError
 from engine.layout import Layout
+from engine.mixture import read_mixture
 from engine.pipeline.actions import Plan
 from engine.pipeline.schedules import SCHEDULES, build, load_plan
 from engine.presets import PRESETS
@@ -167,11 +168,14 @@ class ScheduleConfig(Section):
 
 class DataConfig(Section):
     train: str = ""
-    """prefix of the training .bin/.idx"""
+    """prefix of the training .bin/.idx; or a blend, weights and prefixes in turn such as "0.7 a/web 0.3 b/code"; or a
+    .toml file with [[source]] prefix, weight | tokens | epochs, name, and [[change]] step, weights (docs/data.md)"""
     valid: str = ""
     """prefix of the validation .bin/.idx; empty: no validation"""
     tokenizer: str = ""
     """folder with tokenizer.json; copied into exports, its digest is compared with the data's"""
+    mask_eod: bool = False
+    """leave the token after an end of document out of the loss: nothing before it tells what the next one is about"""
     prefetch: int = Field(2, ge=1)
     """global batches prepared ahead by the loader thread"""
 
@@ -271,10 +275,21 @@ def load(
     if any(fault.path == "model.preset" for fault in faults):
         wrong.add("model.")
     faults += [f for f in relations(config, world) if not any(path in str(f) for path in wrong)]
+    faults += _data_faults(config)
     if faults:
         raise ConfigError(faults)
     config = _fill_in(config, world, sources)
     return Resolved(config, {f"{s}.{n}": sources.get(f"{s}.{n}", "default") for s, n, _ in fields()})
+
+
+def _data_faults(config: Config) -> Sequence[Fault]:
+    """What is wrong with data.train as a text. Not a relation: a checkpoint's may name a file that is gone."""
+    try:
+        if config.data.train:
+            read_mixture(config.data.train)
+    except ConfigError as error:
+        return error.faults
+    return ()
 
 
 def _fill_in(config: Config, world: int, sources: dict[str, str]) -> Config:

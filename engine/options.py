@@ -133,6 +133,26 @@ class Prepare:
 
 
 @dataclass
+class Inspect:
+    """Look at a corpus: counts, a picture of its lengths, random samples as training sees them, a whole check."""
+
+    data: tyro.conf.Positional[str]
+    """prefix of the .bin/.idx"""
+    tokenizer: Path | None = None
+    """folder with tokenizer.json; left out: PREFIX-tokenizer, or tokenizer beside the corpus"""
+    samples: int = 3
+    """samples to draw and decode; 0: none"""
+    seq_len: int = 256
+    """tokens a sample"""
+    seed: int = 0
+    """which samples are drawn follows from it"""
+    output: Path = Path("lengths.png")
+    """picture of the lengths of documents, PNG or SVG"""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """read the whole file: every token, and what the sidecar says of it"""
+
+
+@dataclass
 class Evaluate:
     """Validation loss, perplexity and bits per byte of a checkpoint. Under torchrun: --tensor/--pipeline ranks."""
 

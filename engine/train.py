@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from engine.checkpoint.save import save
 from engine.comm import all_reduce_, on_first_rank
 from engine.config import Config, Resolved, pipeline_plan
 from engine.context import ParallelContext
-from engine.data.indexed import IndexedDataset
 from engine.data.loader import Loader, MicroBatch
-from engine.data.order import SampleOrder
 from engine.data.tokenizer import Tokenizer
+from engine.data.training import MIXED_FROM, TrainingData, open_data, open_training
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, Fault
 from engine.evaluate import Evaluator, Score
 from engine.launch import StopRequest
@@ -80,6 +79,7 @@ class StepResult:
     """What one optimizer step reports: mean loss in nats a counted token, norms before clipping, rate, tokens.
 
     skipped: a gradient overflowed in fp16 and no weight was changed. trace: of the executor if asked for.
+    by_source: source of a blend -> its mean loss, of those that had a counted token in this step.
     """
 
     loss: float
@@ -88,6 +88,7 @@ class StepResult:
     tokens: int
     skipped: bool = False
     trace: Trace | None = None
+    by_source: dict[int, float] = field(default_factory=dict)
 
 
 def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
@@ -125,8 +126,12 @@ def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     return TrainState(cfg, ctx, plan, stages, params, all_buckets, optimizer, norms, scale)
 
 
-def train_step(state: TrainState, batches: Sequence[MicroBatch], *, traced: bool = False) -> StepResult:
+def train_step(
+    state: TrainState, batches: Sequence[MicroBatch], *, traced: bool = False, num_sources: int = 0
+) -> StepResult:
     """One optimizer step on this data rank's microbatches; identical results on all ranks.
+
+    num_sources: of a blend, to tell their losses apart.
 
     The loss is sum of token losses / counted tokens over the whole global batch, and the count is known before the
     backward. A non-finite loss or gradient raises TrainingError on every rank before any weight has changed; in fp16 a
@@ -164,7 +169,8 @@ def train_step(state: TrainState, batches: Sequence[MicroBatch], *, traced: bool
     state.step += 1
     state.consumed_samples += cfg.train.global_batch_size
     state.consumed_tokens += cfg.train.global_batch_size * cfg.train.seq_len
-    return StepResult(loss, norms, lr, tokens, not finite, trace)
+    by_source = losses_by_source(losses, batches, state, num_sources) if num_sources else {}
+    return StepResult(loss, norms, lr, tokens, not finite, trace, by_source)
 
 
 def count_tokens(batches: Sequence[MicroBatch], ctx: ParallelContext) -> int:
@@ -182,6 +188,22 @@ def sum_losses(losses: torch.Tensor, ctx: ParallelContext) -> float:
     Of the tensor ranks, which all have them, one speaks.
     """
     return float(all_reduce_(losses.sum() * float(ctx.tensor.rank == 0), ctx.world).item())
+
+
+def losses_by_source(
+    losses: torch.Tensor, batches: Sequence[MicroBatch], state: TrainState, num_sources: int
+) -> dict[int, float]:
+    """Source -> sum of its token losses / its counted tokens, over the whole global batch. Collective."""
+    ctx = state.ctx
+    sums = torch.zeros(2, num_sources, dtype=torch.float64, device=ctx.device)
+    last = state.plan.rank_of(state.plan.num_stages - 1)
+    if ctx.tensor.rank == 0 and ctx.pipeline.rank == last:
+        for row, batch in zip(losses, batches):
+            assert batch.sources is not None
+            sums[0].index_add_(0, batch.sources, row)
+            sums[1].index_add_(0, batch.sources, batch.mask.sum(1).double())
+    total, counted = all_reduce_(sums, ctx.world).tolist()
+    return {k: total[k] / counted[k] for k in range(num_sources) if counted[k]}
 
 
 def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Path:
@@ -212,7 +234,10 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
     """
     with Reader(folder) as reader:
         manifest = reader.manifest
-        differing = _differences(manifest.config, state.cfg, manifest.data, data_facts)
+        consumed = manifest.consumed_samples
+        differing = _differences(
+            manifest.config, state.cfg, _past(manifest.data, consumed), _past(data_facts, consumed)
+        )
         if differing:
             raise CheckpointError(
                 f"{folder} belongs to another run:\n"
@@ -228,11 +253,20 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
 
 
+def _past(facts: dict[str, Any], consumed: int) -> dict[str, Any]:
+    """The facts without those about samples that are still to come: a blend's later changes may be changed."""
+    return {
+        name: value
+        for name, value in facts.items()
+        if not name.startswith(MIXED_FROM) or int(name.removeprefix(MIXED_FROM)) < max(1, consumed)
+    }
+
+
 def _differences(old: dict[str, Any], cfg: Config, old_data: dict[str, Any], data: dict[str, Any]) -> list[str]:
     now = cfg.model_dump()
     pairs = {f"model.{k}": (old["model"].get(k), v) for k, v in now["model"].items() if k != "preset"}
     pairs |= {f"train.{k}": (old["train"].get(k), now["train"][k]) for k in ("seq_len", "seed")}
-    pairs |= {f"data {k}": (old_data.get(k), v) for k, v in data.items() if k != "prefix"}
+    pairs |= {f"data {k}": (old_data.get(k), data.get(k)) for k in (old_data | data) if k != "prefix"}
     return [f"{name}: checkpoint {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b]
 
 
@@ -252,49 +286,24 @@ def find_resume(cfg: Config) -> str:
     return str(find(run if wanted in ("auto", "latest") else Path(wanted)))
 
 
-def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
-    """Open a corpus for this model; refuses one that was made with another tokenizer."""
-    dataset = IndexedDataset(prefix, vocab_size=cfg.model.vocab_size)
-    made_with = dataset.meta.get("tokenizer_digest")
-    if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
-        relation = f"is less than the {tokenizer.vocab_size} tokens of {cfg.data.tokenizer}"
-        repair = f"Use {tokenizer.vocab_size} or more."
-        raise ConfigError([Fault("model.vocab_size", cfg.model.vocab_size, relation, repair)])
-    if tokenizer is not None and made_with and tokenizer.digest != made_with:
-        raise DataError(
-            f"{prefix}: was made with the tokenizer of digest {made_with}, but data.tokenizer "
-            f"{cfg.data.tokenizer} has {tokenizer.digest}: give the right one, or prepare the data again"
-        )
-    return dataset
-
-
-def data_facts(dataset: IndexedDataset) -> dict[str, Any]:
-    """What a checkpoint remembers of its corpus."""
-    return {
-        "prefix": str(dataset.prefix),
-        "num_documents": dataset.num_documents,
-        "num_tokens": dataset.num_tokens,
-        "tokenizer_digest": dataset.meta.get("tokenizer_digest"),
-    }
-
-
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     """The whole run on one rank; returns the exit code (0 done, 75 saved on a signal)."""
     cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
     if not cfg.data.train:
         raise ConfigError([Fault("data.train", "", "no training data given", "Make some with `engine prepare`.")])
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
-    dataset = open_data(cfg.data.train, cfg, tokenizer)
-    facts = data_facts(dataset)
+    data = open_training(cfg, tokenizer)
     state = setup(cfg, ctx)
     source = on_first_rank(lambda: find_resume(cfg), ctx.world, ctx.device)
     if source:
-        resume(state, Path(source), facts)
+        resume(state, Path(source), data.facts)
     evaluator = None
     if cfg.data.valid:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
     console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
     console.start(state.step, source, num_parameters(cfg.model))
+    for note in data.notes:
+        console.note(note)
     if state.plan.microbatches < ctx.pipeline.size:
         enough = ctx.pipeline.size * ctx.data.size * cfg.train.micro_batch_size
         console.note(
@@ -305,25 +314,25 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
         tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else
     with (
         MetricsLog(run_dir, resolved, state.step, enabled=ctx.rank == 0) as log,
-        _loader(state, dataset) as loader,
+        _loader(state, data) as loader,
         console,
     ):
-        code, reason = _loop(state, loader, evaluator, log, console, stop, facts)
+        code, reason = _loop(state, loader, evaluator, log, console, stop, data)
         log.exit(code, reason)
     return code
 
 
-def _loader(state: TrainState, dataset: IndexedDataset) -> Loader:
+def _loader(state: TrainState, data: TrainingData) -> Loader:
     cfg, ctx = state.cfg, state.ctx
-    order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed)
     return Loader(
-        order,
+        data.order,
         global_batch_size=cfg.train.global_batch_size,
         micro_batch_size=cfg.train.micro_batch_size,
         data_rank=ctx.data.rank,
         data_size=ctx.data.size,
         start_sample=state.consumed_samples,
         prefetch=cfg.data.prefetch,
+        eod=data.eod,
     )
 
 
@@ -334,7 +343,7 @@ def _loop(
     log: MetricsLog,
     console: Progress,
     stop: StopRequest,
-    facts: dict[str, Any],
+    data: TrainingData,
 ) -> tuple[int, str]:
     cfg, ctx, root = state.cfg, state.ctx, Path(state.cfg.run.dir) / "checkpoints"
     timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
@@ -343,7 +352,7 @@ def _loop(
         batches = next(loader)
         data_s = time.perf_counter() - begin
         sent = dict(ctx.world.traffic)
-        result = train_step(state, batches, traced=state.step + 1 == timeline_step)
+        result = train_step(state, batches, traced=state.step + 1 == timeline_step, num_sources=len(data.names))
         seconds = time.perf_counter() - begin
         record = log.step(
             state.step,
@@ -351,7 +360,11 @@ def _loop(
             result.norms.norm,
             result.lr,
             state.consumed_tokens,
-            console.rates(result.tokens, seconds) | {"data_s": data_s} | _sent_since(sent, ctx) | _scale(state, result),
+            console.rates(result.tokens, seconds)
+            | {"data_s": data_s}
+            | {f"loss_{data.names[k]}": loss for k, loss in result.by_source.items()}
+            | _sent_since(sent, ctx)
+            | _scale(state, result),
         )
         console.step(record)
         if result.skipped:
@@ -365,7 +378,7 @@ def _loop(
             console.note(f"step {state.step}: validation {score}")
         stopping = _agreed(bool(stop), ctx)
         if stopping or done or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
-            console.note(f"step {state.step}: saved {save_state(state, root, facts)}")
+            console.note(f"step {state.step}: saved {save_state(state, root, data.facts)}")
         if stopping and not done:
             console.note(f"stopped on a signal after step {state.step}; the same command goes on from there")
             return EXIT_REQUEUE, "stopped on a signal"

@@ -62,6 +62,9 @@ class FakeOrder:
             raise DataError("torn at sample 4")
         return np.zeros((len(samples), 5), np.int64)
 
+    def sources(self, samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.zeros(len(samples), np.int64)
+
 
 @pytest.mark.parametrize("sizes", [(6, 4, 0, 1), (8, 2, 0, 3), (8, 2, 2, 2), (8, 2, -1, 2), (8, 0, 0, 1)])
 def test_sizes_that_do_not_fit_are_refused(sizes: tuple[int, ...]) -> None:

@@ -35,7 +35,7 @@ def packed(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
     local, mbs = len(LENGTHS) // ctx.data.size, cfg.train.micro_batch_size
     begin = ctx.data.rank * local
     parts = [slice(i, i + mbs) for i in range(begin, begin + local, mbs)]
-    return [MicroBatch(tokens[p], labels[p], mask[p], number_documents(tokens[p], EOD)) for p in parts]
+    return [MicroBatch(tokens[p], labels[p], mask[p], documents=number_documents(tokens[p], EOD)) for p in parts]
 
 
 def apart(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:

@@ -15,12 +15,25 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from engine.data.order import SampleOrder
+from engine.data.order import Int64Array
 from engine.errors import DataError
+
+
+class Order(Protocol):
+    """Samples by global number: a SampleOrder or a BlendedOrder."""
+
+    seq_len: int
+
+    def gather(self, samples: Int64Array) -> Int64Array:
+        """Tokens of samples int64 [n]; int64 [n, seq_len + 1]."""
+
+    def sources(self, samples: Int64Array) -> Int64Array:
+        """Which source of a blend each of samples int64 [n] comes from."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +43,13 @@ class MicroBatch:
     tokens: torch.Tensor  # int64 [b, s]
     labels: torch.Tensor  # int64 [b, s], the token after each of `tokens`
     mask: torch.Tensor  # bool [b, s], True where the label counts in the loss
+    sources: torch.Tensor | None = None  # int64 [b], where each sample comes from in a blend
     documents: torch.Tensor | None = None  # int64 [b, s], which document of its row each token is of; None: all one
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same data on a device."""
-        parts = (self.tokens, self.labels, self.mask, self.documents)
-        return MicroBatch(*(None if x is None else x.to(device, non_blocking=True) for x in parts))  # type: ignore[arg-type]
+        parts = (self.tokens, self.labels, self.mask, self.sources, self.documents)
+        return MicroBatch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))  # type: ignore[arg-type]
 
 
 def number_documents(tokens: torch.Tensor, eod: int) -> torch.Tensor:
@@ -48,11 +62,12 @@ def number_documents(tokens: torch.Tensor, eod: int) -> torch.Tensor:
 class _Slice:
     """This rank's share of every global batch, and how to read it."""
 
-    order: SampleOrder
+    order: Order
     global_batch_size: int
     micro_batch_size: int
     data_rank: int
     data_size: int
+    eod: int | None = None
 
     def read(self, consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch [consumed, consumed + global_batch_size)."""
@@ -60,9 +75,11 @@ class _Slice:
         first = consumed + self.data_rank * local
         batches = []
         for low in range(first, first + local, self.micro_batch_size):
-            rows = torch.from_numpy(self.order.gather(np.arange(low, low + self.micro_batch_size, dtype=np.int64)))
+            samples = np.arange(low, low + self.micro_batch_size, dtype=np.int64)
+            rows, sources = torch.from_numpy(self.order.gather(samples)), self.order.sources(samples)
             tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            batches.append(MicroBatch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool)))
+            mask = torch.ones_like(tokens, dtype=torch.bool) if self.eod is None else tokens != self.eod
+            batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources)))
         return batches
 
 
@@ -96,12 +113,13 @@ class Loader:
     """Iterator over global batches: each `next()` is this data rank's list[MicroBatch], without end.
 
     The worker starts with the first `next()` (so a Loader may be made before a fork) and keeps up to `prefetch` batches
-    ready. Its exception is raised by `next()`, and by every later one. Raises DataError for sizes that do not divide.
+    ready. `eod`: leave labels that follow this token out of the loss. The worker's exception is raised by `next()`, and
+    by every later one. Raises DataError for sizes that do not divide.
     """
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: Order,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -109,6 +127,7 @@ class Loader:
         data_size: int,
         start_sample: int = 0,
         prefetch: int = 2,
+        eod: int | None = None,
     ):
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
             raise DataError(
@@ -123,7 +142,7 @@ class Loader:
                 f"global_batch_size = {global_batch_size} is not a multiple of micro_batch_size * data_size = "
                 f"{micro_batch_size} * {data_size} = {micro_batch_size * data_size}. Change one of the three."
             )
-        self._part = _Slice(order, global_batch_size, micro_batch_size, data_rank, data_size)
+        self._part = _Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, eod)
         self._consumed = start_sample
         self._pipe = _Pipe(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
         self._worker: threading.Thread | None = None

@@ -52,8 +52,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _MAX_INT64 = (1 << 63) - 1
-# Purposes separate the streams of keys drawn from one seed; "split" is used by prepare.
-PURPOSES = {"blocks": 1, "documents": 2, "samples": 3, "split": 4}
+# Purposes separate the streams of keys drawn from one seed; "split" is used by prepare, "source" for blends.
+PURPOSES = {"blocks": 1, "documents": 2, "samples": 3, "split": 4, "source": 5}
 _DIGEST_SAMPLES = 256  # samples gathered at a time by digest(): bounds its memory
 
 Int64Array = npt.NDArray[np.int64]
@@ -163,7 +163,8 @@ def _extension() -> ModuleType | None:
     try:
         module = importlib.import_module("engine._index")
         index = np.arange(100, dtype=np.int64)
-        if not np.array_equal(module.permute(1000, 42, index), permute(1000, 42, index)):
+        same = np.array_equal(module.permute(1000, 42, index), permute(1000, 42, index))
+        if not same or not hasattr(module, "blend_block"):
             raise ImportError("it was built from another version of csrc/index.cpp")
     except (ImportError, AttributeError, TypeError) as err:
         warnings.warn(
@@ -172,6 +173,14 @@ def _extension() -> ModuleType | None:
             stacklevel=3,
         )
         return None
+    return module
+
+
+def extension(native: bool | None) -> ModuleType | None:
+    """The C++ module: None takes it if it is there, True insists (DataError), False refuses it."""
+    module = None if native is False else _extension()
+    if native and module is None:
+        raise DataError("engine._index is required but not built: pip install --no-build-isolation --no-deps -e .")
     return module
 
 
@@ -204,9 +213,7 @@ class SampleOrder:
     ):
         if seq_len < 1 or not 0 <= seed <= _MASK64 or block_documents < 1:
             raise DataError(f"seq_len = {seq_len}, seed = {seed}: expected seq_len >= 1 and 0 <= seed < 2^64")
-        module = None if native is False else _extension()
-        if native and module is None:
-            raise DataError("engine._index is required but not built: pip install --no-build-isolation --no-deps -e .")
+        module = extension(native)
         self.dataset = dataset
         self.seq_len = seq_len
         self.seed = seed
@@ -233,12 +240,38 @@ class SampleOrder:
         samples = np.ascontiguousarray(samples, dtype=np.int64)
         if samples.ndim != 1 or (samples < 0).any():
             raise DataError(f"sample numbers: expected int64 [n], each >= 0, got shape {samples.shape}: {samples}")
-        out = np.empty((len(samples), self.seq_len + 1), np.int64)
         epochs = samples // self.samples_per_epoch
+        if len(samples) and epochs.min() == epochs.max():  # nearly always: nothing to copy together
+            return self._gather_epoch(int(epochs[0]), samples % self.samples_per_epoch)
+        out = np.empty((len(samples), self.seq_len + 1), np.int64)
         for epoch in np.unique(epochs):
             rows = np.flatnonzero(epochs == epoch)
             out[rows] = self._gather_epoch(int(epoch), samples[rows] % self.samples_per_epoch)
         return out
+
+    def parts(self, sample: int) -> list[tuple[int, int, int]]:
+        """What a global sample is made of: (document, offset in it, tokens taken) in order. To look at, not fast."""
+        state = self._epoch(sample // self.samples_per_epoch)
+        index = np.array([sample % self.samples_per_epoch], np.int64)
+        position = int(self._permute(self.samples_per_epoch, state.sample_key, index)[0]) * self.seq_len
+        at = int(np.searchsorted(state.prefix, position, side="right")) - 1
+        skip, left, parts = position - int(state.prefix[at]), self.seq_len + 1, []
+        while left:
+            first = int(state.order[at]) * self._block_documents
+            inside = min(self._block_documents, len(self.dataset) - first)
+            key = derive(state.document_key, int(state.order[at]))
+            for document in (first + permute(inside, key, np.arange(inside, dtype=np.int64))).tolist():
+                length = int(self.dataset.lengths[document])
+                take = min(max(0, length - skip), left)
+                if take:
+                    parts.append((document, skip, take))
+                skip, left = max(0, skip - length), left - take
+            at += 1
+        return parts
+
+    def sources(self, samples: Int64Array) -> Int64Array:
+        """Which source each of samples int64 [n] comes from: there is one here; int64 [n]."""
+        return np.zeros(len(samples), np.int64)
 
     def digest(self, start: int, count: int) -> str:
         """xxh3-128 hex of the tokens of samples [start, start + count), as little-endian int64 in order."""

@@ -129,12 +129,12 @@ class VocabHead(nn.Module):
         self.start, self.valid, self.vocab_size = piece.offset[0], piece.shape[0], piece.global_shape[0]
 
     def forward(self, x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """x [s, b, h], labels and mask [b, s] -> the sum of the counted tokens' losses in nats (a scalar)."""
+        """x [s, b, h], labels and mask [b, s] -> the sum of the counted tokens' losses in nats by sample [b]."""
         logits = linear(x, self.weight, self.copies, self.sequence, keep_gathered=self.keep_gathered)
         losses = cross_entropy(
             logits.view(-1, logits.shape[-1]), labels.t().reshape(-1), self.start, self.valid, self.axis
         )
-        return (losses * mask.t().reshape(-1)).sum()
+        return (losses.view(mask.shape[::-1]) * mask.t()).sum(0)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> logits over the whole vocabulary [s, b, vocab_size], on every tensor rank; no gradient."""

@@ -126,7 +126,7 @@ class Transformer(nn.Module):
         return self.norm(x) if self.shape.last else x
 
     def forward(self, x: Tensor, labels: Tensor, mask: Tensor, documents: Tensor | None = None) -> Tensor:
-        """`hidden`, and on the last stage the summed loss of the counted tokens (labels, mask [b, s])."""
+        """`hidden`, and on the last stage each sample's summed loss [b] of the counted tokens (labels, mask [b, s])."""
         x = self.hidden(x, documents)
         return self.head(x, labels, mask) if self.shape.last else x
 

@@ -1,9 +1,12 @@
-"""Pictures of a run: the loss curve."""
+"""Pictures of a run, the loss curve, and of a corpus, the lengths of its documents."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from engine.errors import DataError
 from engine.monitor.metrics import read_metrics
@@ -41,6 +44,34 @@ def plot_loss(runs: Sequence[Path], output: Path) -> None:
                 axes.axhline(unigram, color="grey", ls="--", lw=1, label=f"unigram entropy {unigram:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
     axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    plt.close(figure)
+
+
+def plot_lengths(
+    edges: npt.NDArray[np.int64],
+    documents: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.int64],
+    name: str,
+    output: Path,
+) -> None:
+    """Draw how many documents, and how many of the tokens, are in documents of edges[i] to edges[i + 1] - 1 tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
+    places = np.arange(len(documents))
+    axes.bar(places - 0.2, documents / max(1, documents.sum()), 0.4, label="of the documents")
+    axes.bar(places + 0.2, tokens / max(1, tokens.sum()), 0.4, label="of the tokens")
+    labels = [str(a) if b - a == 1 else f"{a:,}-{b - 1:,}" for a, b in zip(edges.tolist(), edges[1:].tolist())]
+    axes.set_xticks(places, labels, rotation=45, ha="right", fontsize=7)
+    axes.set(xlabel="tokens of a document", ylabel="share", title=f"Lengths of documents: {name}")
+    axes.grid(alpha=0.3, axis="y")
     axes.legend(frameon=False)
     figure.tight_layout()
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,8 @@ class Trace:
 
 @dataclass
 class Run:
-    """The state of one execution of a plan on one rank. `losses` [microbatches]: float64 sums, zero off the last stage.
+    """The state of one execution of a plan on one rank. `losses` [microbatches, b]: float64 sums of each sample's
+    token losses, zero off the last stage.
 
     inbox: (Op.F or Op.B, stage, microbatch) -> activation or gradient that the action of that name consumes.
     outbox: the same key -> what the action of that name has produced for a neighbour.
@@ -106,7 +107,7 @@ def execute(
     """
     if len(batches) != plan.microbatches:
         raise PlanError(f"the plan is for {plan.microbatches} microbatches, {len(batches)} were given")
-    losses = torch.zeros(plan.microbatches, dtype=torch.float64, device=ctx.device)
+    losses = torch.zeros(plan.microbatches, len(batches[0].tokens), dtype=torch.float64, device=ctx.device)
     run = Run(plan, stages, ctx, batches, loss_grad, losses, trace)
     program = plan.programs[ctx.pipeline.rank]
     final = {step[0].stage: step[0] for step in program if step[0].op in (Op.B, Op.W)}

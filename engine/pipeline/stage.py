@@ -1,7 +1,7 @@
 """One pipeline stage on one rank: runs a module forward and backward by microbatch and keeps what lies between.
 
 It does not know what the module is: anything that maps (x, labels, mask, documents) to an activation, or on the last
-stage to a summed loss, will do.
+stage to a summed loss of each sample, will do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.sharding import Parameter
 
 @dataclass
 class Stage:
-    """module(x, labels, mask, documents) with activations [s, b, width]; first: x is tokens; last: a summed loss comes.
+    """module(x, labels, mask, documents) with activations [s, b, width]; first: x is tokens; last: losses come out.
 
     params: of the module, each of which may defer its gradient. buckets: None for a stage that only runs forward.
     live: microbatch -> (input, output) from F to its backward. deferred: microbatch -> weight gradients from I to W.

@@ -1,0 +1,144 @@
+"""Looking at a corpus: counts, lengths of documents, decoded samples with document borders, and a whole check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.indexed import IndexedDataset, entropy, paths_of
+from engine.data.order import SampleOrder
+from engine.data.tokenizer import Tokenizer
+from engine.errors import DataError
+
+_CHUNK = 1 << 22  # elements at a time: bounds memory
+BORDER = "⟦document {}⟧"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """documents with tokens; lengths are in tokens. text_bytes: of the sidecar, None without."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    dtype: str
+    shortest: int
+    median: int
+    mean: float
+    longest: int
+    longest_document: int
+    text_bytes: int | None
+
+
+def count(dataset: IndexedDataset) -> Counts:
+    """The figures of a corpus. Raises DataError for one without documents."""
+    if not dataset.num_documents:
+        raise DataError(f"{dataset.prefix}: there are no documents in it")
+    lengths = dataset.lengths
+    text_bytes = dataset.meta.get("text_bytes")
+    return Counts(
+        documents=dataset.num_documents,
+        tokens=dataset.num_tokens,
+        bytes=dataset.num_tokens * dataset.dtype.itemsize,
+        dtype=dataset.dtype.name,
+        shortest=int(lengths.min()),
+        median=int(np.median(lengths)),
+        mean=dataset.num_tokens / dataset.num_documents,
+        longest=int(lengths.max()),
+        longest_document=int(np.argmax(lengths)),
+        text_bytes=text_bytes if isinstance(text_bytes, int) else None,
+    )
+
+
+def histogram(dataset: IndexedDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(edges [n + 1], documents [n], their tokens [n]) in classes that double: 0, 1, 2-3, 4-7, ... tokens."""
+    bits = math.ceil(math.log2(int(dataset.lengths.max()) + 1)) if dataset.num_documents else 0
+    edges = np.array([0, *(1 << b for b in range(bits + 1))], np.int64)
+    documents, tokens = np.zeros(len(edges) - 1, np.int64), np.zeros(len(edges) - 1, np.int64)
+    for low in range(0, dataset.num_documents, _CHUNK):
+        lengths = dataset.lengths[low : low + _CHUNK].astype(np.int64)
+        at = np.searchsorted(edges, lengths, side="right") - 1
+        documents += np.bincount(at, minlength=len(documents))
+        tokens += np.bincount(at, weights=lengths, minlength=len(tokens)).astype(np.int64)
+    return edges, documents, tokens
+
+
+def decoded_samples(
+    dataset: IndexedDataset, tokenizer: Tokenizer, seq_len: int, count: int, seed: int
+) -> Iterator[str]:
+    """Samples as training sees them, drawn by `seed`: text with a mark where each document begins or goes on."""
+    order = SampleOrder(dataset, seq_len, seed)
+    picked = np.random.default_rng(seed).integers(0, order.samples_per_epoch, count)
+    for sample in picked.tolist():
+        parts = []
+        for document, offset, length in order.parts(sample):
+            text = tokenizer.decode(dataset[document][offset : offset + length].tolist())
+            mark = f"{document}" if not offset else f"{document} from token {offset}"
+            parts.append(BORDER.format(mark) + text)
+        yield f"sample {sample}: " + "".join(parts)
+
+
+def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
+    """Check what opening has not: every token, and the sidecar's facts. Returns what was found right.
+
+    Raises DataError with all that is wrong. What the format proves by itself (sizes, pointers, boundaries) was checked
+    when the corpus was opened.
+    """
+    bin_path, idx_path, json_path = paths_of(dataset.prefix)
+    meta = dataset.meta
+    limit = dataset.vocab_size or meta.get("vocab_size") or (tokenizer.vocab_size if tokenizer else 0)
+    counts = np.zeros(max(1, limit), np.int64)
+    largest = -1
+    for low in range(0, dataset.num_tokens, _CHUNK):
+        tokens = dataset.tokens[low : low + _CHUNK].astype(np.int64)
+        wrong = (tokens < 0) | (tokens >= limit) if limit else tokens < 0
+        if wrong.any():
+            k = int(np.argmax(wrong))
+            document, offset = dataset.locate(low + k)
+            raise DataError(
+                f"{bin_path}: offset {(low + k) * dataset.dtype.itemsize} (document {document}, token {offset}): id "
+                f"{tokens[k]} is not in [0, {limit or 'any'}). The file is damaged, or was made with another tokenizer."
+            )
+        largest = max(largest, int(tokens.max()))
+        if limit:
+            counts += np.bincount(tokens, minlength=limit)
+    right = [
+        f"{idx_path}: {dataset.num_documents:,} lengths, pointers and boundaries fit each other and the size of .bin",
+        f"{bin_path}: {dataset.num_tokens:,} tokens are in [0, {limit:,})" if limit else f"{bin_path}: no token < 0",
+    ]
+    if not meta:
+        return [*right, f"{json_path}: not there or of another file; the tokenizer is not known"]
+    facts: dict[str, Any] = {"num_documents": dataset.num_documents, "max_token": largest, "dtype": dataset.dtype.name}
+    if limit and limit == meta.get("vocab_size"):
+        facts["unigram_entropy"] = entropy(counts)
+    if tokenizer is not None:
+        facts["tokenizer_digest"] = tokenizer.digest
+    wrong_facts = [
+        f"{name} is {meta[name]!r}, but the files have {value!r}"
+        for name, value in facts.items()
+        if name in meta and not _same(meta[name], value)
+    ]
+    if wrong_facts:
+        raise DataError(f"{json_path}: {'; '.join(wrong_facts)}. Write the corpus again, or restore the file.")
+    return [*right, f"{json_path}: {', '.join(name for name in facts if name in meta)} are as it says"]
+
+
+def _same(said: Any, found: Any) -> bool:
+    if isinstance(found, float):
+        return isinstance(said, int | float) and math.isclose(said, found, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(said == found)
+
+
+def find_tokenizer(prefix: str, given: Path | None) -> Path | None:
+    """The folder given, or the one beside the corpus: PREFIX-tokenizer, or tokenizer or . in the same folder."""
+    if given is not None:
+        return given
+    folder = Path(prefix).parent
+    places = (Path(f"{prefix}-tokenizer"), folder / "tokenizer", folder)
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)

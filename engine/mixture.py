@@ -1,0 +1,198 @@
+"""What `data.train` says: one corpus, or several with weights, token budgets or epochs. Text only, no file of data.
+
+corpus/web-train                                 one corpus
+0.7 corpus/web-train 0.3 corpus/code-train       weights and prefixes in turn
+mix.toml                                         the same as a file, with names, budgets and changes:
+
+    [[source]]
+    prefix = "corpus/web-train"
+    weight = 0.7                # or tokens = 2_000_000_000, or epochs = 1.5: one kind for all sources
+    name = "web"                # in metrics; left out: the last part of the prefix
+
+    [[change]]                  # only with weights: from this optimizer step on
+    step = 1000
+    weights = { web = 0.2 }     # those not named keep theirs; 0: none of it
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError, Fault
+
+KINDS = ("weight", "tokens", "epochs")
+PATH = "data.train"
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?")
+_LARGEST = Fraction(10) ** 18
+
+
+@dataclass(frozen=True)
+class Change:
+    """After `step` optimizer steps source k has amounts[k] >= 0."""
+
+    step: int
+    amounts: tuple[Fraction, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources by name and prefix; `kind` says what the amounts are. The first change is at step 0."""
+
+    names: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    kind: str
+    changes: tuple[Change, ...]
+
+
+def read_mixture(text: str) -> Mixture:
+    """Understand `data.train`. Raises ConfigError with every fault found."""
+    words = text.split()
+    if text.endswith(".toml"):
+        return _read_file(text)
+    if len(words) == 1 or Path(f"{text}.idx").exists():  # a prefix may have spaces in it
+        return Mixture((_name(text),), (text,), "weight", (Change(0, (Fraction(1),)),))
+    weights = [(word, _amount(word)) for word in words[::2]]
+    faults = [
+        _fault(word, "is not a weight above 0", "Write WEIGHT PREFIX WEIGHT PREFIX ...") for word, n in weights if not n
+    ]
+    if len(words) % 2:
+        faults.append(_fault(text, "is not weights and prefixes in turn", "Write WEIGHT PREFIX WEIGHT PREFIX ..."))
+    if not faults:
+        faults = list(_repeated(words[1::2], "stands twice", "Add up its weights."))
+    if faults:
+        raise ConfigError(faults)
+    names = _names(words[1::2])
+    return Mixture(names, tuple(words[1::2]), "weight", (Change(0, tuple(n for _, n in weights if n)),))
+
+
+def _fault(value: object, relation: str, repair: str) -> Fault:
+    return Fault(PATH, value, relation, repair)
+
+
+def _name(prefix: str) -> str:
+    return Path(prefix).name
+
+
+def _names(prefixes: list[str]) -> tuple[str, ...]:
+    """The last parts of the prefixes, or where two are the same the prefixes."""
+    short = tuple(map(_name, prefixes))
+    return short if len(set(short)) == len(short) else tuple(prefixes)
+
+
+def _amount(value: object) -> Fraction | None:
+    """An exact number from text or TOML; None for anything else, and for what no run could need."""
+    text = repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not _NUMBER.fullmatch(text) or len(text) > 40:
+        return None
+    exponent = text.lower().partition("e")[2]
+    if exponent and abs(int(exponent)) > 30:  # Fraction would write the power of ten out
+        return None
+    number = Fraction(text)
+    return number if number <= _LARGEST else None
+
+
+def _repeated(values: list[str], relation: str, repair: str) -> Iterator[Fault]:
+    for value in dict.fromkeys(value for value in values if values.count(value) > 1):
+        yield _fault(value, relation, repair)
+
+
+def _read_file(path: str) -> Mixture:
+    try:
+        tree = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([_fault(path, f"cannot be read ({error})", "Give the path of a TOML file.")]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([_fault(path, f"is not valid TOML: {error}", "Mend that line.")]) from None
+    faults = [
+        _fault(path, f"has {key!r}, which is not known", "There are [[source]] and [[change]].")
+        for key in tree
+        if key not in ("source", "change")
+    ]
+    sources, changes = tree.get("source", []), tree.get("change", [])
+    if not all(isinstance(part, list) and all(isinstance(x, dict) for x in part) for part in (sources, changes)):
+        faults.append(
+            _fault(path, "has [source] or [change] once", "Write [[source]] and [[change]], in two brackets.")
+        )
+    elif not sources:
+        faults.append(_fault(path, "names no source", 'Write [[source]], prefix = "...", weight = 1.'))
+    if faults:
+        raise ConfigError(faults)
+    faults = [fault for number, source in enumerate(sources, 1) for fault in _source_faults(path, number, source)]
+    kinds = list(dict.fromkeys(key for source in sources for key in source if key in KINDS))
+    if len(kinds) > 1 and not faults:
+        faults.append(_fault(path, f"mixes {' and '.join(kinds)}", "Use one kind for all sources."))
+    if changes and "weight" not in kinds:
+        faults.append(_fault(path, f"has changes beside {' and '.join(kinds)}", "Changes go with weights."))
+    if faults:
+        raise ConfigError(faults)
+    kind, prefixes = kinds[0], [source["prefix"] for source in sources]
+    short = _names(prefixes)
+    names = [source.get("name", short[k]) for k, source in enumerate(sources)]
+    faults = [
+        *_repeated(prefixes, "stands twice", "Give it once."),
+        *_repeated(
+            names if len(set(prefixes)) == len(prefixes) else [],
+            "is the name of two sources",
+            'Give each a name = "..." of its own.',
+        ),
+        *(fault for number, change in enumerate(changes, 1) for fault in _change_faults(path, number, change, names)),
+    ]
+    if faults:
+        raise ConfigError(faults)
+    first = {name: _amount(source[kind]) or Fraction(0) for name, source in zip(names, sources)}
+    return Mixture(tuple(names), tuple(prefixes), kind, _changes(path, first, changes))
+
+
+def _source_faults(path: str, number: int, source: dict[str, Any]) -> Iterator[Fault]:
+    where = f"{path}: source {number}"
+    for key in source:
+        if key not in ("prefix", "name", *KINDS):
+            yield _fault(where, f"has {key!r}, which is not known", f"Known: prefix, name, {', '.join(KINDS)}.")
+    for key in ("prefix", "name"):
+        if not (isinstance(source.get(key, "-"), str) and source.get(key, "-")) or (key == "prefix" not in source):
+            yield _fault(where, f"has no {key} that is a text", f'Write {key} = "...".')
+    given = [key for key in KINDS if key in source]
+    if len(given) != 1:
+        yield _fault(where, f"has {' and '.join(given) or 'no amount'}", "Give one of weight, tokens, epochs.")
+    for key in given:
+        amount = _amount(source[key])
+        if amount is None or (amount == 0 and key != "weight"):
+            yield _fault(where, f"has {key} = {source[key]!r}, not a number above 0", "Such as 0.5.")
+
+
+def _change_faults(path: str, number: int, change: dict[str, Any], names: list[str]) -> Iterator[Fault]:
+    where = f"{path}: change {number}"
+    for key in change:
+        if key not in ("step", "weights"):
+            yield _fault(where, f"has {key!r}, which is not known", "Known: step, weights.")
+    step, weights = change.get("step"), change.get("weights")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        yield _fault(where, f"has step = {step!r}, not a number of at least 1", "It is the number of steps before it.")
+    if not isinstance(weights, dict):
+        yield _fault(where, f"has weights = {weights!r}", "Write weights = { NAME = NUMBER, ... }.")
+        return
+    for name, value in weights.items():
+        if name not in names:
+            yield _fault(where, f"names {name!r}, which is no source", f"There are {', '.join(names[:20])}.")
+        elif _amount(value) is None:
+            yield _fault(where, f"has {name} = {value!r}, not a number of at least 0", "Such as 0.5.")
+
+
+def _changes(path: str, first: dict[str, Fraction], changes: list[dict[str, Any]]) -> tuple[Change, ...]:
+    """The amounts in force from step 0 and from each change on."""
+    steps, amounts, result = [0, *(change["step"] for change in changes)], dict(first), []
+    if any(a >= b for a, b in itertools.pairwise(steps)):
+        raise ConfigError([_fault(path, f"has changes at steps {steps[1:]}", "Order them by rising steps.")])
+    for step, change in zip(steps, [{"weights": {}}, *changes]):
+        amounts |= {name: _amount(value) or Fraction(0) for name, value in change["weights"].items()}
+        if not any(amounts.values()):
+            raise ConfigError([_fault(path, f"leaves no source from step {step} on", "Give one a weight above 0.")])
+        result.append(Change(step, tuple(amounts.values())))
+    return tuple(result)

@@ -1,0 +1,117 @@
+"""`engine inspect`: what it prints is true, and --verify finds what opening cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_order import corpus
+
+from engine.cli import main
+from engine.data.indexed import IndexedDataset, IndexedWriter
+from engine.data.inspect import count, decoded_samples, find_tokenizer, histogram, verify
+from engine.data.order import SampleOrder
+from engine.data.tokenizer import Tokenizer
+from engine.errors import DataError
+
+TEXTS = ["one short text", "another text, a little longer than that", "x", "ends here [not a mark] naïve"] * 30
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(iter(TEXTS), 300)
+
+
+@pytest.fixture
+def prefix(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    tokenizer.save(tmp_path / "tokenizer")
+    with IndexedWriter(tmp_path / "texts", tokenizer.vocab_size) as writer:
+        for text in TEXTS:
+            writer.add(np.array(tokenizer.encode(text)))
+        writer.finish({"tokenizer_digest": tokenizer.digest, "text_bytes": sum(len(t.encode()) for t in TEXTS)})
+    return tmp_path / "texts"
+
+
+def run(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", *map(str, arguments)])
+    return int(end.value.code or 0)
+
+
+def test_the_command(prefix: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "pictures/lengths.png"
+    assert run(prefix, "--output", picture, "--verify", "--samples", 2, "--seq-len", 40) == 0
+    out = capsys.readouterr().out
+    data = IndexedDataset(prefix)
+    assert f"120 documents, {data.num_tokens:,} tokens, {2 * data.num_tokens:,} bytes of uint16" in out
+    assert out.count("right: ") == 3 and "tokenizer_digest are as it says" in out
+    assert out.count("\nsample ") == 2 and "⟦document " in out and "[not a mark] naïve" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run(prefix, "--output", "x.jpg", "--samples", -1, "--seq-len", 0) == 2
+    assert "configuration has 3 faults" in capsys.readouterr().err
+    assert run(tmp_path / "none") == 1
+
+
+def test_counts_and_histogram(tmp_path: Path) -> None:
+    data = corpus(tmp_path / "c", [1, 1, 2, 3, 4, 7, 8, 100])
+    c = count(data)
+    assert (c.documents, c.tokens, c.shortest, c.median, c.longest, c.longest_document) == (8, 126, 1, 3, 100, 7)
+    edges, documents, tokens = histogram(data)
+    assert edges.tolist() == [0, 1, 2, 4, 8, 16, 32, 64, 128]
+    assert documents.tolist() == [0, 2, 2, 2, 1, 0, 0, 1] and tokens.tolist() == [0, 2, 5, 11, 8, 0, 0, 100]
+    with pytest.raises(DataError, match="no documents"):
+        count(corpus(tmp_path / "e", []))
+
+
+def test_the_parts_of_a_sample_are_its_tokens(tmp_path: Path) -> None:
+    data = corpus(tmp_path / "c", [i % 5 for i in range(2700)])
+    order = SampleOrder(data, 7, 5)
+    for sample in (0, 1, 100, order.samples_per_epoch, 2 * order.samples_per_epoch - 1):
+        parts = [data[document][offset : offset + length] for document, offset, length in order.parts(sample)]
+        assert np.concatenate(parts).tolist() == order.gather(np.array([sample]))[0].tolist()
+
+
+def test_samples_show_borders(prefix: Path, tokenizer: Tokenizer) -> None:
+    data = IndexedDataset(prefix)
+    (text,) = decoded_samples(data, tokenizer, 60, 1, 4)
+    marks = text.count("⟦document ")
+    assert marks >= 3 and " from token " in text
+    sample = int(text.split()[1].rstrip(":"))
+    assert [document for document, _, _ in SampleOrder(data, 60, 4).parts(sample)] == [
+        int(part.split("⟧")[0].split()[0]) for part in text.split("⟦document ")[1:]
+    ]
+
+
+def test_the_tokenizer_is_found_beside_the_corpus(prefix: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert find_tokenizer(str(prefix), None) == tmp_path / "tokenizer"
+    assert find_tokenizer(str(prefix), Path("given")) == Path("given")
+    tokenizer.save(tmp_path / "texts-tokenizer")
+    assert find_tokenizer(str(prefix), None) == tmp_path / "texts-tokenizer"
+    assert find_tokenizer(str(tmp_path / "elsewhere/texts"), None) is None
+
+
+def test_verify_finds_a_token_outside(prefix: Path) -> None:
+    raw = bytearray(Path(f"{prefix}.bin").read_bytes())
+    raw[20:22] = b"\xff\xff"
+    Path(f"{prefix}.bin").write_bytes(raw)
+    with pytest.raises(DataError, match=r"texts\.bin: offset 20 \(document \d+, token \d+\): id 65535 is not in \[0, "):
+        verify(IndexedDataset(prefix), None)
+
+
+def test_verify_finds_a_changed_token_and_another_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
+    assert len(verify(IndexedDataset(prefix), tokenizer)) == 3
+    raw = bytearray(Path(f"{prefix}.bin").read_bytes())
+    raw[20:22], raw[22:24] = b"\x00\x00", b"\x00\x00"
+    Path(f"{prefix}.bin").write_bytes(raw)
+    with pytest.raises(DataError, match=r"unigram_entropy is .* but the files have"):
+        verify(IndexedDataset(prefix), None)
+    meta = json.loads(Path(f"{prefix}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps({**meta, "tokenizer_digest": "other", "unigram_entropy": 0}))
+    with pytest.raises(DataError, match=r"unigram_entropy is 0, .*; tokenizer_digest is 'other'"):
+        verify(IndexedDataset(prefix), tokenizer)
+    Path(f"{prefix}.json").unlink()
+    assert "the tokenizer is not known" in verify(IndexedDataset(prefix), tokenizer)[-1]
+    assert "no token < 0" in verify(IndexedDataset(prefix), None)[1]

@@ -1,0 +1,264 @@
+"""What data.train may say: weights, budgets, epochs, changes; every fault in full; runs that go on, or are refused."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_cli import finish, train
+
+from engine.config import load
+from engine.data.indexed import IndexedDataset, IndexedWriter
+from engine.data.loader import Loader
+from engine.data.training import TrainingData, open_training
+from engine.errors import ConfigError, DataError, Fault
+from engine.mixture import read_mixture
+
+
+def faults_of(text: str) -> tuple[Fault, ...]:
+    with pytest.raises(ConfigError) as caught:
+        read_mixture(text)
+    assert all(fault.path == "data.train" for fault in caught.value.faults)
+    return caught.value.faults
+
+
+def write(folder: Path, text: str) -> str:
+    (folder / "mix.toml").write_text(text)
+    return str(folder / "mix.toml")
+
+
+def test_one_corpus_and_weights_in_a_line(tmp_path: Path) -> None:
+    assert read_mixture("corpus/web").prefixes == ("corpus/web",)
+    mixture = read_mixture("0.7 corpus/web 3e-1 other/code")
+    assert (mixture.names, mixture.prefixes) == (("web", "code"), ("corpus/web", "other/code"))
+    assert [(c.step, c.amounts) for c in mixture.changes] == [(0, (Fraction(7, 10), Fraction(3, 10)))]
+    assert read_mixture("1 a/web 1 b/web").names == ("a/web", "b/web")
+    (tmp_path / "2 of 3.idx").touch()
+    assert read_mixture(str(tmp_path / "2 of 3")).prefixes == (str(tmp_path / "2 of 3"),)
+
+
+def test_a_file_with_names_and_changes(tmp_path: Path) -> None:
+    text = """
+    [[source]]
+    prefix = "a b/web"
+    weight = 3
+    [[source]]
+    prefix = "code"
+    name = "source code"
+    weight = 0
+    [[change]]
+    step = 10
+    weights = { "source code" = 1.5 }
+    [[change]]
+    step = 20
+    weights = { web = 0 }
+    """
+    mixture = read_mixture(write(tmp_path, text))
+    assert mixture.names == ("web", "source code") and mixture.prefixes == ("a b/web", "code")
+    assert [(c.step, *map(float, c.amounts)) for c in mixture.changes] == [(0, 3, 0), (10, 3, 1.5), (20, 0, 1.5)]
+    for kind in ("tokens", "epochs"):
+        mixture = read_mixture(write(tmp_path, f'[[source]]\nprefix = "a"\n{kind} = 2_000_000_000\n'))
+        assert (mixture.kind, mixture.changes[0].amounts) == (kind, (2_000_000_000,))
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "relation", "repair"),
+    [
+        ("0.7 a 0.3", "0.7 a 0.3", "is not weights and prefixes in turn", "Write WEIGHT PREFIX"),
+        ("a 0.7 b 0.3", "a", "is not a weight above 0", "Write WEIGHT PREFIX"),
+        ("0 a 1 b", "0", "is not a weight above 0", "Write WEIGHT PREFIX"),
+        ("1e999999999 a 1 b", "1e999999999", "is not a weight above 0", "Write WEIGHT PREFIX"),
+        ("1e19 a 1 b", "1e19", "is not a weight above 0", "Write WEIGHT PREFIX"),
+        ("-1 a 1 b", "-1", "is not a weight above 0", "Write WEIGHT PREFIX"),
+        ("nan a 1 b", "nan", "is not a weight above 0", "Write WEIGHT PREFIX"),
+        ("1 a 2 a", "a", "stands twice", "Add up its weights."),
+        ("none.toml", "none.toml", "cannot be read", "Give the path of a TOML file."),
+    ],
+)
+def test_faults_of_a_line(text: str, value: str, relation: str, repair: str) -> None:
+    fault = faults_of(text)[0]
+    assert fault.value == value and relation in fault.relation and repair in fault.repair
+
+
+A, B = '[[source]]\nprefix = "a"\nweight = 1\n', '[[source]]\nprefix = "b"\nweight = 1\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "relation", "repair"),
+    [
+        ("[[source]\n", "is not valid TOML", "Mend that line."),
+        ("[run]\n" + A, "has 'run', which is not known", "There are [[source]] and [[change]]."),
+        ("", "names no source", "Write [[source]]"),
+        ('[source]\nprefix = "a"\n', "has [source] or [change] once", "in two brackets"),
+        ("source = [1]\n", "has [source] or [change] once", "in two brackets"),
+        (A + "wait = 1\n", "has 'wait', which is not known", "Known: prefix, name, weight, tokens, epochs."),
+        ("[[source]]\nweight = 1\n", "has no prefix that is a text", 'Write prefix = "..."'),
+        ("[[source]]\nprefix = 3\nweight = 1\n", "has no prefix that is a text", 'Write prefix = "..."'),
+        (A + 'name = ""\n', "has no name that is a text", 'Write name = "..."'),
+        ('[[source]]\nprefix = "a"\n', "has no amount", "Give one of weight, tokens, epochs."),
+        (A + "tokens = 5\n", "has weight and tokens", "Give one of weight, tokens, epochs."),
+        ('[[source]]\nprefix = "a"\nepochs = 0\n', "has epochs = 0, not a number above 0", "Such as 0.5."),
+        ('[[source]]\nprefix = "a"\nweight = "x"\n', "has weight = 'x', not a number above 0", "Such as 0.5."),
+        ('[[source]]\nprefix = "a"\nweight = true\n', "has weight = True, not a number above 0", "Such as 0.5."),
+        ('[[source]]\nprefix = "a"\nweight = inf\n', "has weight = inf, not a number above 0", "Such as 0.5."),
+        (A + '[[source]]\nprefix = "b"\ntokens = 5\n', "mixes weight and tokens", "Use one kind for all sources."),
+        ('[[source]]\nprefix = "a"\ntokens = 1\n[[change]]\nstep = 1\n', "has changes beside tokens", "with weights."),
+        (A + A, "stands twice", "Give it once."),
+        (A + B + 'name = "a"\n', "is the name of two sources", 'Give each a name = "..." of its own.'),
+        (A + "[[change]]\nstep = 1\nweights = {}\nx = 1\n", "has 'x', which is not known", "Known: step, weights."),
+        (
+            A + "[[change]]\nweights = {}\n",
+            "has step = None, not a number of at least 1",
+            "It is the number of steps before it.",
+        ),
+        (
+            A + "[[change]]\nstep = 0\nweights = {}\n",
+            "has step = 0, not a number of at least 1",
+            "number of steps before it.",
+        ),
+        (A + "[[change]]\nstep = 1\n", "has weights = None", "Write weights = { NAME = NUMBER, ... }."),
+        (A + "[[change]]\nstep = 1\nweights = { c = 1 }\n", "names 'c', which is no source", "There are a."),
+        (A + "[[change]]\nstep = 1\nweights = { a = -1 }\n", "has a = -1, not a number of at least 0", "Such as 0.5."),
+        (A + "[[change]]\nstep = 1\nweights = { a = 0 }\n", "leaves no source from step 1 on", "a weight above 0."),
+        (
+            A + "[[change]]\nstep = 5\nweights = {}\n[[change]]\nstep = 5\nweights = {}\n",
+            "has changes at steps [5, 5]",
+            "Order them by rising steps.",
+        ),
+    ],
+)
+def test_faults_of_a_file(text: str, relation: str, repair: str, tmp_path: Path) -> None:
+    (fault,) = faults_of(write(tmp_path, text))
+    assert relation in fault.relation and repair in fault.repair
+
+
+def test_all_faults_come_at_once_with_those_of_the_config(tmp_path: Path) -> None:
+    assert len(faults_of("a b c d -1")) == 4
+    with pytest.raises(ConfigError) as caught:
+        load([], {"data.train": "x a y b", "train.steps": "0"})
+    assert [f.path for f in caught.value.faults] == ["train.steps", "data.train", "data.train"]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """web (counts upwards), code (counts downwards), small (a few tokens), other (made with another tokenizer)."""
+    folder = tmp_path_factory.mktemp("corpora")
+    rng = np.random.default_rng(0)
+    for name, count, sign, digest in (
+        ("web", 150, 1, "t1"),
+        ("code", 60, -1, "t1"),
+        ("small", 2, 1, None),
+        ("other", 9, 1, "t2"),
+    ):
+        with IndexedWriter(folder / name, vocab_size=97) as writer:
+            for _ in range(count):
+                writer.add((rng.integers(97) + sign * np.arange(rng.integers(40, 200))) % 97)
+            writer.finish({"tokenizer_digest": digest} if digest else {})
+    return folder
+
+
+def opened(text: str, **options: Any) -> TrainingData:
+    values = {"data.train": text, "model.vocab_size": "97", "train.seq_len": "32", "train.steps": "10"}
+    return open_training(load([], {**values, **options}).config, None)
+
+
+def test_tokens_and_epochs_become_shares(corpora: Path, tmp_path: Path) -> None:
+    def mix(kind: str, web: float, code: float) -> str:
+        lines = [f'[[source]]\nprefix = "{corpora / n}"\n{kind} = {a}\n' for n, a in (("web", web), ("code", code))]
+        return write(tmp_path, "".join(lines))
+
+    data = opened(mix("tokens", 96_000, 32_000), **{"train.steps": "500"})  # 4,000 samples of 32
+    assert data.order.counts(4000).tolist() == [3000, 1000] and data.names == ("web", "code")  # type: ignore[union-attr]
+    assert data.notes[0].startswith("source web: 3,000 of 4,000 samples (75.00%), ") and len(data.notes) == 2
+    data = opened(mix("epochs", 1, 4))
+    web, code = (one.samples_per_epoch for one in data.order.orders)  # type: ignore[union-attr]
+    assert data.order.counts(web + 4 * code).tolist() == [web, 4 * code]  # type: ignore[union-attr]
+    assert f"make {round((web + 4 * code) / 8):,} steps, the run has 10: each source gets" in data.notes[2]
+
+
+def test_one_corpus_stays_as_it_was(corpora: Path) -> None:
+    data = opened(str(corpora / "web"))
+    dataset = IndexedDataset(corpora / "web")
+    assert (data.names, data.notes) == ((), ())
+    assert data.facts == {
+        "prefix": str(corpora / "web"),
+        "num_documents": 150,
+        "num_tokens": dataset.num_tokens,
+        "tokenizer_digest": "t1",
+    }
+
+
+def test_what_does_not_fit_together_is_refused(corpora: Path) -> None:
+    with pytest.raises(DataError, match=r"digest t1, .*other with t2: the same id means two things"):
+        opened(f"1 {corpora}/web 1 {corpora}/other")
+    with pytest.raises(
+        ConfigError, match=r"data.train = 'small': has a share of 1.0e-07, less than one sample in 2\^21"
+    ):
+        opened(f"1 {corpora}/web 1e-7 {corpora}/small")
+    with pytest.raises(DataError, match=r"none\.idx: no such file"):
+        opened(f"1 {corpora}/web 1 {corpora}/none")
+
+
+def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp_path: Path) -> None:
+    for name, eod in (("a", 5), ("b", 6)):
+        with IndexedWriter(tmp_path / name, vocab_size=97) as writer:
+            for length in range(1, 60):
+                writer.add(np.append(np.arange(7, 7 + length), eod))
+            writer.finish({"eod": eod})
+    data = opened(str(tmp_path / "a"), **{"data.mask_eod": "true"})
+    assert (data.eod, data.facts["mask_eod"]) == (5, 5) and opened(str(tmp_path / "a")).eod is None
+    sizes = {"global_batch_size": 20, "micro_batch_size": 20, "data_rank": 0, "data_size": 1}
+    with Loader(data.order, **sizes, eod=data.eod) as loader, Loader(data.order, **sizes) as plain:
+        (masked,), (whole,) = next(loader), next(plain)
+    assert torch.equal(masked.tokens, whole.tokens) and torch.equal(masked.labels, whole.labels) and whole.mask.all()
+    assert torch.equal(masked.mask, masked.tokens != 5) and not masked.mask.all()
+    assert masked.mask[masked.labels == 5].all()  # the end itself is learned, what follows it is not
+    with pytest.raises(
+        ConfigError, match=r"data.mask_eod = True: needs the end-of-document token, and .*web\.json names"
+    ):
+        opened(str(corpora / "web"), **{"data.mask_eod": "true"})
+    with pytest.raises(ConfigError, match="finds several"):
+        opened(f"1 {tmp_path}/a 1 {tmp_path}/b", **{"data.mask_eod": "true"})
+
+
+def run(corpora: Path, folder: Path, mix: str, steps: int, *options: str) -> tuple[int, str, str]:
+    return finish(train(Path(mix), folder, 1, "--train.steps", str(steps), "--schedule.kind", "constant", *options))
+
+
+def records(folder: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines}
+
+
+def test_a_blend_trains_resumes_bit_by_bit_and_refuses_another(corpora: Path, tmp_path: Path) -> None:
+    text = "".join(f'[[source]]\nprefix = "{corpora / n}"\nweight = {w}\n' for n, w in (("web", 3), ("code", 1)))
+    later = "[[change]]\nstep = 6\nweights = { code = 9 }\n"
+    mix = write(tmp_path, text + later)
+    code, out, err = run(corpora, tmp_path / "whole", mix, 8)
+    assert code == 0 and "source web: 40 of 64 samples" in out, err  # 36 of 48, then 4 of 16
+    whole = records(tmp_path / "whole")
+    assert all({"loss_web", "loss_code"} <= set(record) for record in whole.values())
+    assert all(
+        min(r["loss_web"], r["loss_code"]) <= r["loss"] <= max(r["loss_web"], r["loss_code"]) for r in whole.values()
+    )
+    assert run(corpora, tmp_path / "parts", write(tmp_path, text), 5)[0] == 0
+    assert run(corpora, tmp_path / "parts", write(tmp_path, text + later), 8)[0] == 0  # the change is still to come
+    parts = records(tmp_path / "parts")
+    for step in range(6, 9):
+        assert all(whole[step][k] == parts[step][k] for k in ("loss", "loss_web", "loss_code", "grad_norm"))
+
+    def refused(folder: str, mix: str, *lines: str) -> None:
+        code, _, err = run(corpora, tmp_path / folder, mix, 12)
+        assert code == 1 and all(line in err for line in lines), err
+
+    other = write(tmp_path, text.replace("weight = 3", "weight = 2") + later)
+    refused("whole", other, "data mixture from sample 0: checkpoint 'web 3, code 1', now 'web 2, code 1'")
+    refused("whole", write(tmp_path, text), "data mixture from sample 48: checkpoint 'web 1, code 3', now None")
+    refused("whole", str(corpora / "web"), "data source 1, code: checkpoint '60 documents, ", "now None")
+    assert run(corpora, tmp_path / "one", str(corpora / "web"), 2)[0] == 0
+    refused("one", write(tmp_path, text), "data source 0, web: checkpoint None, now '150 documents")

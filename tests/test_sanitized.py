@@ -1,0 +1,79 @@
+"""csrc/index.cpp built with the address and undefined-behaviour sanitizers, under the tests of what it does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+SUITE = ["tests/test_order.py", "tests/test_blend.py", "tests/test_fuzz.py", "tests/test_indexed.py"]
+# Memory that Python itself keeps to the end is no leak of ours; forks and time limits say nothing under a sanitizer.
+LEFT_OUT = "not heavy and not fork and not layout and not at_once and not fallback"
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A copy of the package with the sanitized extension, and the environment to run it in."""
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("sanitized")
+    shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns("_index*", "__pycache__"))
+    for name in ("tests", "pyproject.toml", "README.md", "setup.py", "tools", "csrc"):
+        (folder / name).symlink_to(ROOT / name)
+    target = folder / "engine" / f"_index{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    command = [
+        "g++",
+        *FLAGS,
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        *includes,
+        str(ROOT / "csrc/index.cpp"),
+        "-o",
+        str(target),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")  # the last: else throw is not intercepted
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
+    return folder, environment
+
+
+def in_it(sanitized: tuple[Path, dict[str, str]], *words: str) -> subprocess.CompletedProcess[str]:
+    folder, environment = sanitized
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=800, check=False
+    )
+
+
+def test_order_blends_and_fuzz_are_clean(sanitized: tuple[Path, dict[str, str]]) -> None:
+    done = in_it(sanitized, "-m", "pytest", "-q", "-x", "-k", LEFT_OUT, "-m", "not heavy", "--timeout", "600", *SUITE)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout or "100%" in done.stdout
+
+
+def test_it_is_the_sanitized_build_that_runs(sanitized: tuple[Path, dict[str, str]]) -> None:
+    """A clean run proves nothing if another build was loaded: this one has the sanitizer's symbols."""
+    done = in_it(sanitized, "-c", "import engine._index as m; print(m.__file__)")
+    assert done.stdout.startswith(str(sanitized[0])), done.stderr
+    assert b"__asan_init" in Path(done.stdout.strip()).read_bytes()

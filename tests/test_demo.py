@@ -12,7 +12,7 @@ import pytest
 DEMO = Path(__file__).resolve().parent.parent / "examples/quickstart/demo.py"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_the_demo(tmp_path: Path) -> None:
     command = [sys.executable, str(DEMO), "--short", "--folder", str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -22,7 +22,7 @@ PAGES = [
 ]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page(page: str, tmp_path: Path) -> None:
     blocks = re.findall(r"^```bash test\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)

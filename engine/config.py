@@ -176,6 +176,8 @@ class DataConfig(Section):
     """folder with tokenizer.json; copied into exports, its digest is compared with the data's"""
     mask_eod: bool = False
     """leave the token after an end of document out of the loss: nothing before it tells what the next one is about"""
+    separate_documents: bool = False
+    """attention does not cross the end of a document, in training and validation"""
     prefetch: int = Field(2, ge=1)
     """global batches prepared ahead by the loader thread"""
 

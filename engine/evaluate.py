@@ -15,8 +15,9 @@ from engine.comm import all_reduce_
 from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.indexed import IndexedDataset
-from engine.data.loader import MicroBatch
+from engine.data.loader import MicroBatch, number_documents
 from engine.data.order import SampleOrder
+from engine.data.training import end_of_document
 from engine.errors import EXIT_OK, ConfigError, Fault
 from engine.inference import load_stage
 from engine.pipeline.actions import Plan
@@ -64,6 +65,7 @@ class Evaluator:
     ):
         self.plan, self.stages, self.ctx, self.dataset, self.cfg = plan, stages, ctx, dataset, cfg
         self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed)
+        self.eod = end_of_document([dataset], "separate_documents") if cfg.data.separate_documents else None
 
     def run(self, batches: int) -> Score:
         """Score the first `batches` global batches of the sample order, 0: the whole corpus once. Collective."""
@@ -92,9 +94,14 @@ class Evaluator:
             mask[: len(samples)] = True
         rows, mask = rows.to(self.ctx.device), mask.to(self.ctx.device)
         parts = [slice(i, i + mbs) for i in range(0, padded, mbs)]
-        batches = [MicroBatch(rows[p, :-1].contiguous(), rows[p, 1:].contiguous(), mask[p]) for p in parts]
+        batches = [self._batch(rows[p], mask[p]) for p in parts]
         losses = execute(forward_only(self.plan, len(batches)), self.stages, self.ctx, batches, loss_grad=0.0)
         return torch.stack((losses.sum(), mask.sum().double()))
+
+    def _batch(self, rows: torch.Tensor, mask: torch.Tensor) -> MicroBatch:
+        tokens = rows[:, :-1].contiguous()
+        documents = None if self.eod is None else number_documents(tokens, self.eod)
+        return MicroBatch(tokens, rows[:, 1:].contiguous(), mask, documents=documents)
 
     def _score(self, loss: float, tokens: int) -> Score:
         meta = self.dataset.meta

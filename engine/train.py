@@ -332,7 +332,8 @@ def _loader(state: TrainState, data: TrainingData) -> Loader:
         data_size=ctx.data.size,
         start_sample=state.consumed_samples,
         prefetch=cfg.data.prefetch,
-        eod=data.eod,
+        mask_eod=data.mask_eod,
+        separate_eod=data.separate_eod,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import assemble, config, gradients_of, layout_of, worst
@@ -11,7 +13,10 @@ from harness import run_ranks
 
 from engine.config import Config
 from engine.context import ParallelContext
-from engine.data.loader import MicroBatch, number_documents
+from engine.data.indexed import IndexedDataset, IndexedWriter
+from engine.data.loader import Loader, MicroBatch, number_documents
+from engine.data.training import open_training
+from engine.evaluate import Evaluator
 from engine.train import setup, train_step
 
 S, EOD = 16, 60
@@ -90,6 +95,37 @@ def test_without_numbers_documents_see_each_other() -> None:
 
     loss, _ = result(config(1), crossing)
     assert abs(loss / result(config(1), packed)[0] - 1) > 1e-6
+
+
+def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
+    """The option reaches both; the score is that of the same rows with their documents numbered by hand."""
+    with IndexedWriter(tmp_path / "packed", vocab_size=61) as writer:
+        for row, lengths in zip(rows(), LENGTHS):
+            for part in row[:S].split(lengths):
+                writer.add(part.numpy())
+        writer.finish({"eod": EOD})
+    cfg = config(1, data_train=str(tmp_path / "packed"), data_separate_documents=True)
+    data = open_training(cfg, None)
+    assert data.separate_eod == EOD and data.facts["separate_documents"] == EOD
+    sizes = {"global_batch_size": 2, "micro_batch_size": 2, "data_rank": 0, "data_size": 1}
+    with Loader(data.order, **sizes, separate_eod=data.separate_eod) as loader:
+        (batch,) = next(loader)
+    assert batch.documents is not None and torch.equal(batch.documents, number_documents(batch.tokens, EOD))
+
+    def job(ctx: ParallelContext) -> tuple[float, float]:
+        state = setup(cfg, ctx)
+        dataset = IndexedDataset(tmp_path / "packed")
+        score = Evaluator(state.plan, state.stages, ctx, dataset, cfg).run(0)
+        count = data.order.samples_per_epoch
+        whole = torch.from_numpy(data.order.gather(np.arange(count)))
+        tokens, labels = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+        (stage,) = state.stages.values()
+        with torch.no_grad():
+            losses = stage.module(tokens, labels, torch.ones_like(tokens), number_documents(tokens, EOD))
+        return score.loss, float(losses.sum()) / tokens.numel()
+
+    ((score, by_hand),) = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    assert score == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_documents_are_numbered_after_their_last_token() -> None:

@@ -67,7 +67,8 @@ class _Slice:
     micro_batch_size: int
     data_rank: int
     data_size: int
-    eod: int | None = None
+    mask_eod: int | None = None
+    separate_eod: int | None = None
 
     def read(self, consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch [consumed, consumed + global_batch_size)."""
@@ -78,8 +79,9 @@ class _Slice:
             samples = np.arange(low, low + self.micro_batch_size, dtype=np.int64)
             rows, sources = torch.from_numpy(self.order.gather(samples)), self.order.sources(samples)
             tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            mask = torch.ones_like(tokens, dtype=torch.bool) if self.eod is None else tokens != self.eod
-            batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources)))
+            mask = torch.ones_like(tokens, dtype=torch.bool) if self.mask_eod is None else tokens != self.mask_eod
+            documents = None if self.separate_eod is None else number_documents(tokens, self.separate_eod)
+            batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources), documents))
         return batches
 
 
@@ -113,7 +115,8 @@ class Loader:
     """Iterator over global batches: each `next()` is this data rank's list[MicroBatch], without end.
 
     The worker starts with the first `next()` (so a Loader may be made before a fork) and keeps up to `prefetch` batches
-    ready. `eod`: leave labels that follow this token out of the loss. The worker's exception is raised by `next()`, and
+    ready. `mask_eod`: leave labels that follow this token out of the loss; `separate_eod`: number the documents
+    that it ends. The worker's exception is raised by `next()`, and
     by every later one. Raises DataError for sizes that do not divide.
     """
 
@@ -127,7 +130,8 @@ class Loader:
         data_size: int,
         start_sample: int = 0,
         prefetch: int = 2,
-        eod: int | None = None,
+        mask_eod: int | None = None,
+        separate_eod: int | None = None,
     ):
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
             raise DataError(
@@ -142,7 +146,7 @@ class Loader:
                 f"global_batch_size = {global_batch_size} is not a multiple of micro_batch_size * data_size = "
                 f"{micro_batch_size} * {data_size} = {micro_batch_size * data_size}. Change one of the three."
             )
-        self._part = _Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, eod)
+        self._part = _Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, mask_eod, separate_eod)
         self._consumed = start_sample
         self._pipe = _Pipe(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
         self._worker: threading.Thread | None = None

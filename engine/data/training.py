@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -22,14 +23,16 @@ _MOST_NOTES = 12
 class TrainingData:
     """order: the samples. names: of the sources of a blend, () for one corpus. facts: what a checkpoint remembers.
 
-    notes: what to tell the user about the blend. eod: the token that data.mask_eod is about, None without.
+    notes: what to tell the user about the blend. mask_eod, separate_eod: the end-of-document token for
+    data.mask_eod and for data.separate_documents, None without.
     """
 
     order: SampleOrder | BlendedOrder
     names: tuple[str, ...]
     facts: dict[str, Any]
     notes: tuple[str, ...]
-    eod: int | None = None
+    mask_eod: int | None = None
+    separate_eod: int | None = None
 
 
 def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
@@ -53,11 +56,14 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     mixture = read_mixture(cfg.data.train)
     datasets = [open_data(prefix, cfg, tokenizer) for prefix in mixture.prefixes]
     _refuse_two_tokenizers(datasets)
-    facts, eod = data_facts(cfg.data.train, datasets), _eod(datasets) if cfg.data.mask_eod else None
-    if eod is not None:
-        facts["mask_eod"] = eod
+    facts = data_facts(cfg.data.train, datasets)
+    eods = {
+        name: end_of_document(datasets, name) for name in ("mask_eod", "separate_documents") if getattr(cfg.data, name)
+    }
+    facts |= eods
+    ends = eods.get("mask_eod"), eods.get("separate_documents")
     if len(datasets) == 1:
-        return TrainingData(SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed), (), facts, (), eod)
+        return TrainingData(SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed), (), facts, (), *ends)
     orders = [
         SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
         for k, dataset in enumerate(datasets)
@@ -68,7 +74,7 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     for phase in phases:
         facts[f"{MIXED_FROM}{phase.start}"] = ", ".join(f"{n} {w}" for n, w in zip(mixture.names, phase.weights))
     order = BlendedOrder(orders, phases)
-    return TrainingData(order, mixture.names, facts, tuple(_notes(mixture, order, cfg)), eod)
+    return TrainingData(order, mixture.names, facts, tuple(_notes(mixture, order, cfg)), *ends)
 
 
 def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
@@ -81,16 +87,16 @@ def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
     }
 
 
-def _eod(datasets: list[IndexedDataset]) -> int:
-    """The end-of-document token of all corpora, as their sidecars have it."""
+def end_of_document(datasets: Sequence[IndexedDataset], option: str) -> int:
+    """The end-of-document token of all corpora, as their sidecars have it; `option` of [data] is what needs it."""
     found = {dataset.prefix: dataset.meta.get("eod") for dataset in datasets}
     for prefix, eod in found.items():
         if not isinstance(eod, int):
             relation = f"needs the end-of-document token, and {prefix}.json names none"
             repair = "Leave it out, or prepare the data with --append-eod."
-            raise ConfigError([Fault("data.mask_eod", True, relation, repair)])
+            raise ConfigError([Fault(f"data.{option}", True, relation, repair)])
     if len(set(found.values())) > 1:
-        raise ConfigError([Fault("data.mask_eod", True, f"finds several: {found}", "Prepare with one tokenizer.")])
+        raise ConfigError([Fault(f"data.{option}", True, f"finds several: {found}", "Prepare with one tokenizer.")])
     return int(next(iter(found.values())) or 0)
 
 

@@ -25,7 +25,7 @@ from engine.errors import DataError
 
 STDIN = "-"
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-_FRAME_BYTES = 4096  # of zstd fed at once: the worst case unfolds it 32,768 times
+_FRAME_BYTES = 2048  # of zstd fed at once: the worst case unfolds it 32,768 times
 
 
 class BadStream(Exception):

@@ -68,6 +68,9 @@ class Cursor:
     digest: str = ""
 
 
+START = Cursor()
+
+
 @dataclass
 class Batch:
     """Texts in input order, (file number, record) of each, drops met on the way, and where the next batch begins."""
@@ -75,7 +78,7 @@ class Batch:
     texts: list[str] = field(default_factory=list)
     where: list[tuple[int, int]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
-    cursor: Cursor = Cursor()
+    cursor: Cursor = START
     consumed: int = 0  # stored bytes of all inputs up to the end of this batch
     num_chars: int = 0
 
@@ -98,13 +101,16 @@ class Source:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     @classmethod
-    def of(cls, inputs: Sequence[str | Path], include: Sequence[str] = (), exclude: Sequence[str] = (), **how: Any) -> Source:
+    def of(
+        cls, inputs: Sequence[str | Path], include: Sequence[str] = (), exclude: Sequence[str] = (), **how: Any
+    ) -> Source:
+        """Of what list_inputs finds; `how`: the other fields."""
         return cls(tuple(list_inputs(inputs, include, exclude)), **how)
 
     def format_of(self, file: InputFile) -> str:
         return self.format or ("jsonl" if file.name == STDIN else FORMATS.get(file.suffix, "text"))
 
-    def batches(self, start: Cursor = Cursor()) -> Iterator[Batch]:
+    def batches(self, start: Cursor = START) -> Iterator[Batch]:
         """All batches from `start` on. Where one ends is a detail; their content one after the other is not."""
         before = sum(file.num_bytes for file in self.files[: start.file])
         batch = Batch(cursor=start, consumed=before)
@@ -197,11 +203,11 @@ class _FileReader:
             return self._drop(batch, "missing key", detail)
         try:
             text = "\n".join(text_of(value[key], repr(key)) for key in self.keys)
-            text.isascii() or text.encode()
+            text.encode()
         except TypeError as err:
             return self._drop(batch, "wrong type", f"{err}. Choose another --json-key.")
         except UnicodeEncodeError as err:
-            return self._drop(batch, "not UTF-8", f"character {err.start} is half of a surrogate pair, which is no text.")
+            return self._drop(batch, "not UTF-8", f"character {err.start} is half of a surrogate pair: no text.")
         return self._add(batch, text)
 
     def _text(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:

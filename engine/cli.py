@@ -121,6 +121,39 @@ def _show_report(report: PrepareReport) -> None:
     console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")
 
 
+def _tokenizer(args: list[str]) -> int:
+    """train a tokenizer: engine tokenizer train ..."""
+    import tyro
+
+    from engine.data.training import train_tokenizer
+    from engine.monitor.progress import prepare_progress
+    from engine.options import TokenizerTrain
+
+    if args[:1] not in (["train"], ["-h"], ["--help"]):
+        raise ConfigError([Fault("engine tokenizer", " ".join(args[:1]), "is not train", "engine tokenizer train ...")])
+    o = tyro.cli(TokenizerTrain, args=args[args[:1] == ["train"] :], prog="engine tokenizer train")
+    with prepare_progress() as progress:
+        tokenizer, dropped = train_tokenizer(
+            o.input,
+            o.output,
+            o.vocab_size,
+            kind=o.kind,
+            special_tokens=o.special_tokens,
+            max_bytes=o.max_bytes,
+            include=o.include,
+            exclude=o.exclude,
+            json_key=o.json_key,
+            format=o.format,
+            on_error=o.on_error,
+            overwrite=o.overwrite,
+            progress=progress,
+        )
+    for reason, count in sorted(dropped.items()):
+        print(f"dropped: {count:,} {reason}")
+    print(f"tokenizer {o.output}: {o.kind}, {tokenizer.vocab_size:,} tokens, digest {tokenizer.digest[:16]}")
+    return EXIT_OK
+
+
 def _train(args: list[str]) -> int:
     """train a model, on one process or on many under torchrun"""
     from engine.config import layout_of, load
@@ -377,6 +410,7 @@ def _single_process(verb: str) -> None:
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
+    "tokenizer": _tokenizer,
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,

@@ -153,6 +153,37 @@ class Prepare:
 
 
 @dataclass
+class TokenizerTrain:
+    """Train a tokenizer and write it as a Hugging Face folder."""
+
+    input: tuple[str, ...]
+    """files, folders, globs, URLs or -, as for `engine prepare`"""
+    vocab_size: int
+    """tokens in all, special ones included; fewer if the text does not offer enough"""
+    output: Path
+    """folder to write"""
+    kind: Literal["bpe", "unigram", "wordpiece"] = "bpe"
+    """bpe and unigram work on bytes and can express any text; wordpiece is as BERT's, with [UNK]. Only bpe gives the
+    same tokenizer whenever it is trained on the same text"""
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    """special tokens, ids from 0; the first ends documents"""
+    max_bytes: int = 0
+    """stop reading after so much text; 0: read everything (memory grows with the number of different words)"""
+    include: tuple[str, ...] = ()
+    """inside folders, read only names that match one of these globs"""
+    exclude: tuple[str, ...] = ()
+    """inside folders, leave out names and subfolders that match one of these"""
+    json_key: tuple[str, ...] = ("text",)
+    """key or column of the text; several are joined by a newline"""
+    format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
+    """what the inputs are, whatever their names"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """stop at bad input with file and line, or leave it out and count it"""
+    overwrite: bool = False
+    """replace the tokenizer that is there"""
+
+
+@dataclass
 class Evaluate:
     """Validation loss, perplexity and bits per byte of a checkpoint. Under torchrun: --tensor/--pipeline ranks."""
 

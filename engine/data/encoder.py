@@ -15,22 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from engine.data.foreign import AWKWARD
 from engine.data.tokenizer import Tokenizer
 
 _SAMPLES, _SAMPLE_CHARS = 4, 512  # of a batch: a millisecond of the reference
-# White space runs, digits, contractions, scripts without spaces, combining marks, emoji, controls, odd bytes as text.
-_AWKWARD = (
-    " ",
-    "\n\n\n  \n\t\t x  y   z    \r\n \u00a0\u3000\u2028 end ",
-    "don't DON'T I'll we’ve it'S 'tis",
-    "1234567890 3.14159 1,000,000 ٣٤٥ ½ ² x1y22z333",
-    "naïve café e\u0301 ﬁ ǅ İstanbul ẞ ſ K Å",
-    "今天天气很好。我们去公园吧！コンピュータ 한국어 ภาษาไทย हिन्दी العربية עברית",
-    "👩‍👩‍👧‍👦 🇨🇭 ☕️ 🏳️‍🌈 \u200b\u200d\ufeff\ufffd\x00\x01\x7f\x85",
-    "def f(x):\n    return x**2  # comment\n\n\nclass A(B): pass\n",
-    "https://example.org/a?b=c&d=%20 user@example.org <|endoftext|></s><s>[INST] <unk> ▁a ▁▁ Ġ Ċ",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa --------------------------------====",
-)
 
 
 class Mismatch(Exception):
@@ -47,7 +35,7 @@ class Encoder:
         self._fast: Any = self._load_fast() if fast else None
         if self._fast is not None:
             try:
-                self.check((*_AWKWARD, *tokenizer.special_tokens), whole=True)
+                self.check((*AWKWARD, "\x00\x01\x7f\x85\ufeff", *tokenizer.special_tokens), whole=True)
             except Mismatch as err:
                 self._fast, self.note = None, str(err)
             else:

@@ -264,7 +264,7 @@ def _train_texts(job: Job) -> Iterator[str]:
 def _stop_at_errors(job: Job, batch: Batch) -> None:
     for drop in batch.drops:
         if drop.stops and not job.skip_errors:
-            raise DataError(f"{drop} (--on-error skip leaves such documents out, and counts and lists them.)")
+            raise drop.refuse()
 
 
 class _Work:

@@ -22,6 +22,7 @@ import xxhash
 
 from engine.data.formats import BadRecord, arrow_rows, csv_rows, json_values, parquet_rows
 from engine.data.inputs import STDIN, BadStream, ByteStream, InputFile, list_inputs
+from engine.errors import DataError
 
 MAX_DOCUMENT_BYTES = 1 << 26  # beyond it a file or line is a dump of something, not a text
 FORMATS = {
@@ -55,6 +56,10 @@ class Drop:
 
     def __str__(self) -> str:
         return f"{self.file}{f':{self.record}' if self.record else ''}: {self.reason}: {self.detail}"
+
+    def refuse(self) -> DataError:
+        """The error that stops at this fault."""
+        return DataError(f"{self} (--on-error skip leaves such documents out, and counts and lists them.)")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, ConfigError, EngineE
 if TYPE_CHECKING:
     import torch
 
-    from engine.data.report import PrepareReport
     from engine.options import Schedule
 
 
@@ -53,7 +52,7 @@ def _prepare(args: list[str]) -> int:
     import tyro
 
     from engine.data.prepare import prepare
-    from engine.monitor.progress import prepare_progress
+    from engine.monitor.progress import prepare_progress, show_prepared
     from engine.options import Prepare
 
     o = tyro.cli(Prepare, args=args, prog="engine prepare")
@@ -85,40 +84,8 @@ def _prepare(args: list[str]) -> int:
             progress=progress,
             note=print,
         )
-    _show_report(report)
+    show_prepared(report)
     return EXIT_OK
-
-
-def _show_report(report: PrepareReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = ("documents", "empty", "text MB", "tokens", "bytes/token", "longest document", "unknown bytes")
-    table = Table("files", *columns, "unigram entropy (nats)")
-    for split in (report.train, report.valid):
-        if split is not None:
-            counts = (f"{split.documents:,}", f"{split.empty_documents:,}", f"{split.text_bytes / 1e6:,.2f}")
-            figures = (f"{split.tokens:,}", f"{split.bytes_per_token:.3f}", f"{split.longest_document_tokens:,} tokens")
-            table.add_row(split.prefix, *counts, *figures, f"{split.unknown_bytes:,}", f"{split.unigram_entropy:.4f}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    if report.valid_unigram_cross_entropy is not None:
-        console.print(
-            f"valid tokens under the train unigrams: {report.valid_unigram_cross_entropy:.4f} nats/token: "
-            "what a model reaches that reads no context"
-        )
-    dropped = sum(report.dropped.values())
-    rate = report.bytes_in / 1e6 / max(report.elapsed_s, 1e-9)
-    console.print(
-        f"in: {report.documents_in + dropped:,} documents, {report.bytes_in / 1e6:,.2f} MB; "
-        f"kept {report.documents_in:,}, dropped {dropped:,}; "
-        f"{report.elapsed_s:.1f} s, {rate:,.2f} MB/s with {report.encoder}"
-        + (f" ({report.encoder_note})" if report.encoder_note else ""),
-        markup=False,
-    )
-    for reason, count in report.dropped.items():
-        console.print(f"dropped: {count:,} {reason}", markup=False)
-    console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")
 
 
 def _tokenizer(args: list[str]) -> int:

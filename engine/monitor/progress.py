@@ -10,11 +10,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Column
+from rich.table import Column, Table
 
 from engine.config import Config
 from engine.context import ParallelContext
-from engine.data.report import ProgressEvent
+from engine.data.report import PrepareReport, ProgressEvent
 
 
 class Progress:
@@ -114,3 +114,33 @@ def prepare_progress(every_s: float = 5.0) -> Iterator[Callable[[ProgressEvent],
                 console.print(f"{event.phase}: {done:.0%}, {text}, left {left:.0f} s")
 
         yield show
+
+
+def show_prepared(report: PrepareReport) -> None:
+    """Print a table of what `prepare` wrote, and what it left out."""
+    columns = ("documents", "empty", "text MB", "tokens", "bytes/token", "longest document", "unknown bytes")
+    table = Table("files", *columns, "unigram entropy (nats)")
+    for split in (report.train, report.valid):
+        if split is not None:
+            counts = (f"{split.documents:,}", f"{split.empty_documents:,}", f"{split.text_bytes / 1e6:,.2f}")
+            figures = (f"{split.tokens:,}", f"{split.bytes_per_token:.3f}", f"{split.longest_document_tokens:,} tokens")
+            table.add_row(split.prefix, *counts, *figures, f"{split.unknown_bytes:,}", f"{split.unigram_entropy:.4f}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    if report.valid_unigram_cross_entropy is not None:
+        console.print(
+            f"valid tokens under the train unigrams: {report.valid_unigram_cross_entropy:.4f} nats/token: "
+            "what a model reaches that reads no context"
+        )
+    dropped = sum(report.dropped.values())
+    rate = report.bytes_in / 1e6 / max(report.elapsed_s, 1e-9)
+    console.print(
+        f"in: {report.documents_in + dropped:,} documents, {report.bytes_in / 1e6:,.2f} MB; "
+        f"kept {report.documents_in:,}, dropped {dropped:,}; "
+        f"{report.elapsed_s:.1f} s, {rate:,.2f} MB/s with {report.encoder}"
+        + (f" ({report.encoder_note})" if report.encoder_note else ""),
+        markup=False,
+    )
+    for reason, count in report.dropped.items():
+        console.print(f"dropped: {count:,} {reason}", markup=False)
+    console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -300,6 +301,27 @@ def test_a_difference_falls_back_loudly_and_for_all_text(tmp_path: Path, tokeniz
         report = run(tmp_path, tokenizer)
     assert report.encoder.startswith("tokenizers ") and "differs" in report.encoder_note and lying[0] > 8
     assert (tmp_path / "out-train.bin").read_bytes() == whole_by_reference(tmp_path, tokenizer)
+
+
+def test_standard_input_cannot_fall_back(
+    tmp_path: Path, tokenizer: Path, lying: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(corpus(tmp_path).read_bytes())))
+    with pytest.raises(DataError, match="cannot be read again: give it again with --encoder tokenizers"):
+        prepare(["-"], str(tmp_path / "out"), tokenizer=tokenizer)
+    assert lying[0] > 8 and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_the_tokenizer_travels_with_the_data(tmp_path: Path, tokenizer: Path) -> None:
+    corpus(tmp_path)
+    run(tmp_path, tokenizer)
+    assert Tokenizer.load(tmp_path / "out-tokenizer").digest == Tokenizer.load(tokenizer).digest
+    for path in tmp_path.glob("out*.*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"out-tokenizer/tokenizer\.json.*already there"):
+        run(tmp_path, tokenizer)
+    run(tmp_path, tmp_path / "out-tokenizer")  # itself: it stays
+    assert Tokenizer.load(tmp_path / "out-tokenizer").digest == Tokenizer.load(tokenizer).digest
 
 
 def whole_by_reference(folder: Path, tokenizer: Path) -> bytes:

@@ -196,9 +196,10 @@ class ByteStream:
 
     def skip(self, size: int, seen: Callable[[bytes], None] | None = None) -> None:
         """Go on `size` bytes; `seen` gets them. A plain file is not read for it, a compressed one has to be."""
-        if seen is None and not self._ahead and not self.file.compression and self.file.name != STDIN:
-            self._raw.seek(size, io.SEEK_CUR)
+        if seen is None and not self.file.compression and self.file.name != STDIN:
             self.offset += size
+            self._raw.seek(self.offset)
+            self._ahead = b""
             return
         while size:
             data = self.read(min(size, 1 << 20))

@@ -25,11 +25,12 @@ import numpy.typing as npt
 from engine.data.ahead import read_ahead
 from engine.data.encoder import Encoder, Mismatch
 from engine.data.indexed import paths_of
+from engine.data.inputs import STDIN
 from engine.data.order import derive_key
 from engine.data.parts import Parts, publish, read_json
 from engine.data.report import PrepareReport, ProgressEvent, SplitReport, SplitTotals, Totals
 from engine.data.sources import MAX_DOCUMENT_BYTES, Batch, Drop, Source
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import FILES, Tokenizer
 from engine.errors import DataError
 from engine.files import sync_folder, write_synced
 
@@ -81,10 +82,21 @@ class Job:
         hashes = (derive_key(self.seed, "split", number) for number in range(first, first + count))
         return np.fromiter((value < threshold for value in hashes), np.bool_, count)
 
+    @property
+    def reads_stdin(self) -> bool:
+        return any(file.name == STDIN for file in self.source.files)
+
+    @property
+    def tokenizer_copy(self) -> Path | None:
+        """The folder beside the data for the tokenizer's files; None if they are there anyway."""
+        beside = Path(f"{self.output}-tokenizer")
+        return None if beside.resolve() == self.tokenizer.resolve() else beside
+
     def targets(self) -> list[Path]:
         """Everything that is written, whatever the options."""
         corpora = [path for split in ("train", "valid") for path in paths_of(self.prefix(split))]
-        return [*corpora, Path(f"{self.output}-skipped.jsonl"), Path(f"{self.output}-report.json")]
+        copy = [self.tokenizer_copy / name for name in FILES] if self.tokenizer_copy is not None else []
+        return [*copy, *corpora, Path(f"{self.output}-skipped.jsonl"), Path(f"{self.output}-report.json")]
 
 
 def prepare(
@@ -123,7 +135,7 @@ def prepare(
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
     how = {"keys": keys, "format": format, "max_document_bytes": max_document_bytes}
     source = Source.of(inputs, include, exclude, **how)
-    if train_vocab_size is not None and any(file.name == "-" for file in source.files):
+    if train_vocab_size is not None and any(file.name == STDIN for file in source.files):
         raise DataError("standard input (-) can be read only once: train the tokenizer on a file, or give one")
     job = Job(
         source,
@@ -142,7 +154,7 @@ def prepare(
         progress,
         note,
     )
-    if not job.total and not any(file.name == "-" for file in source.files):
+    if not job.total and not job.reads_stdin:
         raise DataError(
             f"no text in {', '.join(map(str, inputs)) or 'no inputs'} (include {include}, exclude {exclude})"
         )
@@ -280,32 +292,42 @@ class _Work:
         if parts.state is not None:
             done = f"{self.totals.documents:,} documents in {parts.num_shards} shards"
             job.note(f"going on with {job.parts}: {done} are done")
-        self.encoder = Encoder(tokenizer, fast=job.fast and self.totals.fast, parallel=job.parallel)
+        self.encoder = Encoder(tokenizer, fast=job.fast and not self.totals.fallback, parallel=job.parallel)
+        self.encoder.note = self.totals.fallback or self.encoder.note
         parts.bytes_needed = self._bytes_needed
 
     def _start(self) -> Totals:
         if self.parts.state is not None:
             return Totals.of(self.parts.state)
-        return Totals(splits={split: SplitTotals() for split in self.job.splits}, fast=self.job.fast)
+        return Totals(splits={split: SplitTotals() for split in self.job.splits})
 
     def run(self) -> dict[str, Any]:
         """Encode what is left; returns what is to be published."""
         try:
             self._encode()
         except Mismatch as err:
-            warnings.warn(
-                f"{err}. All of it is encoded anew by the slower `tokenizers`, which is right; please report this text "
-                f"to gigatoken.",
-                stacklevel=2,
-            )
-            self.parts.restart()
-            self.totals = self._start()
-            self.totals.fast = False
-            self.encoder = Encoder(self.tokenizer, fast=False)
-            self.encoder.note = str(err)
+            self._fall_back(str(err))
             self._encode()
         self._refuse_empty()
         return self._finish()
+
+    def _fall_back(self, difference: str) -> None:
+        """Begin again with the reference: what gigatoken gave so far may be wrong too."""
+        self.parts.restart()
+        if self.job.reads_stdin:
+            raise DataError(
+                f"{difference}. All has to be encoded anew, and standard input cannot be read again: "
+                f"give it again with --encoder tokenizers."
+            )
+        warnings.warn(
+            f"{difference}. All of it is encoded anew by the slower `tokenizers`, which is right; please report this "
+            f"text to gigatoken.",
+            stacklevel=3,
+        )
+        self.totals = self._start()
+        self.totals.fallback = difference
+        self.encoder = Encoder(self.tokenizer, fast=False)
+        self.encoder.note = difference
 
     def _encode(self) -> None:
         began, before = time.monotonic(), self.totals.elapsed_s
@@ -434,8 +456,9 @@ class _Work:
         )
         self.tokenizer.save(parts.folder / "tokenizer")
         write_synced(parts.folder / "report.json", json.dumps(dataclasses.asdict(report), indent=1).encode() + b"\n")
-        beside = Path(f"{output}-tokenizer")
-        moves = [(f"tokenizer/{path.name}", beside / path.name) for path in (parts.folder / "tokenizer").iterdir()]
+        moves: list[tuple[str, Path]] = []
+        if (beside := job.tokenizer_copy) is not None:
+            moves += [(f"tokenizer/{path.name}", beside / path.name) for path in (parts.folder / "tokenizer").iterdir()]
         for split in job.splits:
             names = (f"{split}.bin", f"{split}.idx", f"{split}.json")
             moves += zip(names, paths_of(job.prefix(split)))

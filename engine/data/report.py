@@ -48,7 +48,7 @@ class Totals:
     documents: int = 0  # that could be read, empty ones too: the number of the next one
     dropped: dict[str, int] = field(default_factory=dict)
     splits: dict[str, SplitTotals] = field(default_factory=dict)
-    fast: bool = True
+    fallback: str = ""  # why gigatoken was given up
     elapsed_s: float = 0.0
 
     @classmethod

@@ -23,6 +23,7 @@ from engine.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 # What transformers keeps beside tokenizer.json: carried along unread, but for the name of the end token.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json")
+FILES = ("tokenizer.json", *_COMPANIONS)
 # Tried in this order when neither tokenizer_config.json nor special_tokens_map.json names an end token.
 _USUAL_EOD = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 

@@ -52,7 +52,7 @@ def _prepare(args: list[str]) -> int:
     import tyro
 
     from engine.data.prepare import prepare
-    from engine.monitor.progress import prepare_progress, show_prepared
+    from engine.monitor.prepared import prepare_progress, show_prepared
     from engine.options import Prepare
 
     o = tyro.cli(Prepare, args=args, prog="engine prepare")
@@ -93,7 +93,7 @@ def _tokenizer(args: list[str]) -> int:
     import tyro
 
     from engine.data.training import train_tokenizer
-    from engine.monitor.progress import prepare_progress
+    from engine.monitor.prepared import prepare_progress
     from engine.options import TokenizerTrain
 
     if args[:1] not in (["train"], ["-h"], ["--help"]):

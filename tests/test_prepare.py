@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -189,3 +191,9 @@ def test_bad_input_stops_cleanly(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no text in"):
         prepare([tmp_path / "empty"], str(tmp_path / "out"), tokenizer=tmp_path / "have")
+
+
+def test_preparing_starts_without_torch() -> None:
+    program = "import sys, engine.data.prepare, engine.data.training, engine.monitor.prepared, engine.cli\n"
+    done = subprocess.run([sys.executable, "-c", program + "assert 'torch' not in sys.modules"], timeout=60)
+    assert done.returncode == 0

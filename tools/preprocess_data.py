@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.data.prepare import prepare
 from engine.errors import EXIT_OK, ConfigError, EngineError, Fault
-from engine.monitor.progress import prepare_progress, show_prepared
+from engine.monitor.prepared import prepare_progress, show_prepared
 
 TOKENIZER_TYPES = (
     "HuggingFaceTokenizer",

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Column, Table
+from rich.table import Column
 
 from engine.config import Config
 from engine.context import ParallelContext
-from engine.data.report import PrepareReport, ProgressEvent
 
 
 class Progress:
@@ -88,59 +85,3 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line beside the progress."""
         self.console.print(text, markup=False)
-
-
-@contextmanager
-def prepare_progress(every_s: float = 5.0) -> Iterator[Callable[[ProgressEvent], None]]:
-    """A callback for data.prepare: a bar on a terminal, otherwise a line every few seconds."""
-    console = Console(highlight=False, soft_wrap=True)
-    shown = {"at": time.perf_counter()}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(event: ProgressEvent) -> None:
-            elapsed = max(event.elapsed_s, 1e-9)
-            rate = event.input_bytes_here / elapsed
-            text = f"{event.documents:,} documents, {event.tokens:,} tokens, {rate / 1e6:.2f} MB/s"
-            text += f", {event.tokens_here / elapsed:,.0f} tokens/s" if event.tokens else ""
-            if event.phase not in tasks:
-                tasks[event.phase] = bar.add_task(event.phase, total=event.input_bytes_total, text="")
-            bar.update(tasks[event.phase], completed=event.input_bytes, text=text)
-            if not console.is_terminal and time.perf_counter() - shown["at"] >= every_s:
-                shown["at"] = time.perf_counter()
-                done = event.input_bytes / max(1, event.input_bytes_total)
-                left = (event.input_bytes_total - event.input_bytes) / max(rate, 1e-9)
-                console.print(f"{event.phase}: {done:.0%}, {text}, left {left:.0f} s")
-
-        yield show
-
-
-def show_prepared(report: PrepareReport) -> None:
-    """Print a table of what `prepare` wrote, and what it left out."""
-    columns = ("documents", "empty", "text MB", "tokens", "bytes/token", "longest document", "unknown bytes")
-    table = Table("files", *columns, "unigram entropy (nats)")
-    for split in (report.train, report.valid):
-        if split is not None:
-            counts = (f"{split.documents:,}", f"{split.empty_documents:,}", f"{split.text_bytes / 1e6:,.2f}")
-            figures = (f"{split.tokens:,}", f"{split.bytes_per_token:.3f}", f"{split.longest_document_tokens:,} tokens")
-            table.add_row(split.prefix, *counts, *figures, f"{split.unknown_bytes:,}", f"{split.unigram_entropy:.4f}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    if report.valid_unigram_cross_entropy is not None:
-        console.print(
-            f"valid tokens under the train unigrams: {report.valid_unigram_cross_entropy:.4f} nats/token: "
-            "what a model reaches that reads no context"
-        )
-    dropped = sum(report.dropped.values())
-    rate = report.bytes_in / 1e6 / max(report.elapsed_s, 1e-9)
-    console.print(
-        f"in: {report.documents_in + dropped:,} documents, {report.bytes_in / 1e6:,.2f} MB; "
-        f"kept {report.documents_in:,}, dropped {dropped:,}; "
-        f"{report.elapsed_s:.1f} s, {rate:,.2f} MB/s with {report.encoder}"
-        + (f" ({report.encoder_note})" if report.encoder_note else ""),
-        markup=False,
-    )
-    for reason, count in report.dropped.items():
-        console.print(f"dropped: {count:,} {reason}", markup=False)
-    console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")

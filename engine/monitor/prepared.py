@@ -11,7 +11,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from engine.data.report import PrepareReport, ProgressEvent
+from engine.data.report import PrepareReport, ProgressEvent, SplitReport
 
 
 @contextmanager
@@ -42,13 +42,20 @@ def prepare_progress(every_s: float = 5.0) -> Iterator[Callable[[ProgressEvent],
 
 def show_prepared(report: PrepareReport) -> None:
     """Print a table of what `prepare` wrote, and what it left out."""
-    columns = ("documents", "empty", "text MB", "tokens", "bytes/token", "longest document", "unknown bytes")
-    table = Table("files", *columns, "unigram entropy (nats)")
-    for split in (report.train, report.valid):
-        if split is not None:
-            counts = (f"{split.documents:,}", f"{split.empty_documents:,}", f"{split.text_bytes / 1e6:,.2f}")
-            figures = (f"{split.tokens:,}", f"{split.bytes_per_token:.3f}", f"{split.longest_document_tokens:,} tokens")
-            table.add_row(split.prefix, *counts, *figures, f"{split.unknown_bytes:,}", f"{split.unigram_entropy:.4f}")
+    splits = [split for split in (report.train, report.valid) if split is not None]
+    table = Table("", *(split.prefix for split in splits))
+    rows: dict[str, Callable[[SplitReport], str]] = {
+        "documents": lambda split: f"{split.documents:,}",
+        "empty documents, left out": lambda split: f"{split.empty_documents:,}",
+        "text MB": lambda split: f"{split.text_bytes / 1e6:,.2f}",
+        "tokens": lambda split: f"{split.tokens:,}",
+        "bytes/token": lambda split: f"{split.bytes_per_token:.3f}",
+        "longest document": lambda split: f"{split.longest_document_tokens:,} tokens",
+        "unknown bytes": lambda split: f"{split.unknown_bytes:,}",
+        "unigram entropy (nats)": lambda split: f"{split.unigram_entropy:.4f}",
+    }
+    for what, figure in rows.items():
+        table.add_row(what, *map(figure, splits))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     if report.valid_unigram_cross_entropy is not None:

@@ -10,7 +10,7 @@ help:
 	@echo "make test      lint, types and all quick tests"
 	@echo "make test-all  the long matrices too"
 	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extension built"
-	@echo "make bench     tokens/s beside a hand-written loop, start-up times (tables)"
+	@echo "make bench     tokens/s and MB/s of text beside hand-written loops, start-up times (tables)"
 
 venv: .venv/ready
 
@@ -38,6 +38,7 @@ lint: venv
 bench: venv
 	$(BIN)/python tools/bench/train_cpu.py
 	$(BIN)/python tools/bench/startup.py
+	$(BIN)/python tools/bench/prepare.py
 
 clean:
 	rm -rf .venv build demo *.egg-info engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

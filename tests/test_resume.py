@@ -346,7 +346,9 @@ def test_both_encoders_give_the_same_and_the_order_is_kept(tmp_path: Path, token
 @pytest.mark.parametrize("fast", [True, False])
 def test_special_tokens_are_text_unless_asked(tmp_path: Path, tokenizer: Path, fast: bool) -> None:
     corpus(tmp_path, ["one<|endoftext|>two"])
-    plain = run(tmp_path, tokenizer, valid_fraction=0.0, fast=fast).train.tokens
+    report = run(tmp_path, tokenizer, valid_fraction=0.0, fast=fast)
+    plain = report.train.tokens
+    assert report.encoder.startswith("gigatoken" if fast else "tokenizers")
     tokens = IndexedDataset(tmp_path / "out-train").tokens.tolist()
     assert tokens.count(0) == 1 and tokens[-1] == 0
     parsed = run(tmp_path, tokenizer, valid_fraction=0.0, fast=fast, parse_special=True, overwrite=True)

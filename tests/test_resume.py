@@ -358,3 +358,18 @@ def test_special_tokens_are_text_unless_asked(tmp_path: Path, tokenizer: Path, f
         and parsed.train.tokens < plain
         and parsed.encoder.startswith("gigatoken" if fast else "tokenizers")
     )
+
+
+def test_the_command_reads_standard_input_on_any_number_of_workers(tmp_path: Path, tokenizer: Path) -> None:
+    data = corpus(tmp_path).read_bytes()
+    run(tmp_path, tokenizer, valid_fraction=0.0)
+    run_one = prepare([tmp_path / "in.jsonl"], str(tmp_path / "one"), tokenizer=tokenizer, parallel=False)
+    command = [sys.executable, "-m", "engine", "prepare", "--input", "-", "--tokenizer", str(tokenizer)]
+    command += ["--output", str(tmp_path / "piped"), "--workers", "3"]
+    done = subprocess.run(command, input=data, capture_output=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 0 and run_one.encoder.encode() in done.stdout, done.stderr
+    for name in ("one", "piped"):
+        for suffix in ("bin", "idx"):
+            assert (tmp_path / f"{name}-train.{suffix}").read_bytes() == (tmp_path / f"out-train.{suffix}").read_bytes()
+    wrong = subprocess.run([*command[:-1], "-1"], input=b"", capture_output=True, timeout=100, cwd=ROOT)
+    assert wrong.returncode == 2 and b"--workers = -1: is below 0" in wrong.stderr

@@ -242,6 +242,16 @@ def test_two_at_once_are_kept_apart(tmp_path: Path, tokenizer: Path) -> None:
         run(tmp_path, tokenizer)
 
 
+@pytest.mark.parametrize("wrong", [-1, 400, 2**31 - 1])
+def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> None:
+    with parts.Parts(tmp_path / "p", ["train"]) as folder:
+        folder.begin({})
+        folder.open(400)
+        folder.add("train", np.array([0, 399], np.int32), np.array([2], np.int32))
+        with pytest.raises(DataError, match=rf"gave id {wrong}, not in \[0, 400\)"):
+            folder.add("train", np.array([1, wrong], np.int32), np.array([2], np.int32))
+
+
 def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus(tmp_path)
 

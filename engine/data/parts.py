@@ -154,8 +154,8 @@ class Parts:
         """Append documents: their tokens one after the other, int32 [T], and lengths int32 [documents]."""
         counts = self.counts[split]
         if tokens.size:
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= len(counts):
+            if int(tokens.view(np.uint32).max()) >= len(counts):  # negative ones are large here: one pass for both
+                low, high = int(tokens.min()), int(tokens.max())
                 raise DataError(f"the tokenizer gave id {low if low < 0 else high}, not in [0, {len(counts)})")
             counts += np.bincount(tokens, minlength=len(counts))
         self._append(f"{split}.bin", tokens.astype(self.dtype).data)

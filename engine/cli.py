@@ -13,7 +13,6 @@ from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, ConfigError, EngineE
 if TYPE_CHECKING:
     import torch
 
-    from engine.data.prepare import PrepareReport
     from engine.options import Schedule
 
 
@@ -53,10 +52,16 @@ def _prepare(args: list[str]) -> int:
     import tyro
 
     from engine.data.prepare import prepare
-    from engine.monitor.progress import prepare_progress
+    from engine.monitor.prepared import prepare_progress, show_prepared
     from engine.options import Prepare
 
     o = tyro.cli(Prepare, args=args, prog="engine prepare")
+    if o.workers < 0:
+        raise ConfigError([Fault("--workers", o.workers, "is below 0", "Use 0 for one a core.")])
+    if o.workers:
+        from engine.launch import limit_encoder_threads
+
+        limit_encoder_threads(o.workers)
     with prepare_progress() as progress:
         report = prepare(
             list(o.input),
@@ -67,34 +72,53 @@ def _prepare(args: list[str]) -> int:
             include=o.include,
             exclude=o.exclude,
             json_key=o.json_key,
+            format=o.format,
+            on_error=o.on_error,
+            max_document_bytes=o.max_document_bytes,
             append_eod=o.append_eod,
+            parse_special=o.parse_special,
+            fast=o.encoder == "auto",
+            parallel=False if o.workers == 1 else None,
             seed=o.seed,
             overwrite=o.overwrite,
             progress=progress,
+            note=print,
         )
-    _show_report(report)
+    show_prepared(report)
     return EXIT_OK
 
 
-def _show_report(report: PrepareReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _tokenizer(args: list[str]) -> int:
+    """train a tokenizer: engine tokenizer train ..."""
+    import tyro
 
-    table = Table("files", "documents", "text MB", "tokens", "bytes/token", "unigram entropy (nats)")
-    for split in (report.train, report.valid):
-        if split is not None:
-            figures = (f"{split.documents:,}", f"{split.text_bytes / 1e6:,.2f}", f"{split.tokens:,}")
-            table.add_row(split.prefix, *figures, f"{split.bytes_per_token:.3f}", f"{split.unigram_entropy:.4f}")
-    console = Console(highlight=False)
-    console.print(table)
-    if report.valid_unigram_cross_entropy is not None:
-        console.print(
-            f"valid tokens under the train unigrams: {report.valid_unigram_cross_entropy:.4f} nats/token: "
-            "what a model reaches that reads no context"
+    from engine.data.training import train_tokenizer
+    from engine.monitor.prepared import prepare_progress
+    from engine.options import TokenizerTrain
+
+    if args[:1] not in (["train"], ["-h"], ["--help"]):
+        raise ConfigError([Fault("engine tokenizer", " ".join(args[:1]), "is not train", "engine tokenizer train ...")])
+    o = tyro.cli(TokenizerTrain, args=args[args[:1] == ["train"] :], prog="engine tokenizer train")
+    with prepare_progress() as progress:
+        tokenizer, dropped = train_tokenizer(
+            o.input,
+            o.output,
+            o.vocab_size,
+            kind=o.kind,
+            special_tokens=o.special_tokens,
+            max_bytes=o.max_bytes,
+            include=o.include,
+            exclude=o.exclude,
+            json_key=o.json_key,
+            format=o.format,
+            on_error=o.on_error,
+            overwrite=o.overwrite,
+            progress=progress,
         )
-    for reason, count in report.skipped.items():
-        console.print(f"left out: {count} {reason}", markup=False)
-    console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")
+    for reason, count in sorted(dropped.items()):
+        print(f"dropped: {count:,} {reason}")
+    print(f"tokenizer {o.output}: {o.kind}, {tokenizer.vocab_size:,} tokens, digest {tokenizer.digest[:16]}")
+    return EXIT_OK
 
 
 def _inspect(args: list[str]) -> int:
@@ -395,6 +419,7 @@ def _single_process(verb: str) -> None:
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
+    "tokenizer": _tokenizer,
     "inspect": _inspect,
     "train": _train,
     "evaluate": _evaluate,

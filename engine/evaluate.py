@@ -14,10 +14,10 @@ from engine.checkpoint.format import find
 from engine.comm import all_reduce_
 from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
+from engine.data.corpora import end_of_document
 from engine.data.indexed import IndexedDataset
 from engine.data.loader import MicroBatch, number_documents
 from engine.data.order import SampleOrder
-from engine.data.training import end_of_document
 from engine.errors import EXIT_OK, ConfigError, Fault
 from engine.inference import load_stage
 from engine.pipeline.actions import Plan

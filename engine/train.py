@@ -23,9 +23,9 @@ from engine.checkpoint.save import save
 from engine.comm import all_reduce_, on_first_rank
 from engine.config import Config, Resolved, pipeline_plan
 from engine.context import ParallelContext
+from engine.data.corpora import MIXED_FROM, TrainingData, open_data, open_training
 from engine.data.loader import Loader, MicroBatch
 from engine.data.tokenizer import Tokenizer
-from engine.data.training import MIXED_FROM, TrainingData, open_data, open_training
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, Fault
 from engine.evaluate import Evaluator, Score
 from engine.launch import StopRequest

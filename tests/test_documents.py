@@ -13,9 +13,9 @@ from harness import run_ranks
 
 from engine.config import Config
 from engine.context import ParallelContext
+from engine.data.corpora import open_training
 from engine.data.indexed import IndexedDataset, IndexedWriter
 from engine.data.loader import Loader, MicroBatch, number_documents
-from engine.data.training import open_training
 from engine.evaluate import Evaluator
 from engine.train import setup, train_step
 

@@ -13,9 +13,9 @@ import torch
 from test_cli import finish, train
 
 from engine.config import load
+from engine.data.corpora import TrainingData, open_training
 from engine.data.indexed import IndexedDataset, IndexedWriter
 from engine.data.loader import Loader
-from engine.data.training import TrainingData, open_training
 from engine.errors import ConfigError, DataError, Fault
 from engine.mixture import read_mixture
 

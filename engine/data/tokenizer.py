@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from engine.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
 # What transformers keeps beside tokenizer.json: carried along unread, but for the name of the end token.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json")
+FILES = ("tokenizer.json", *_COMPANIONS)
 # Tried in this order when neither tokenizer_config.json nor special_tokens_map.json names an end token.
 _USUAL_EOD = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
@@ -32,12 +32,14 @@ class Tokenizer:
     """A tokenizer and its identity. Make one with `load` or `train`.
 
     Attributes: `vocab_size` (largest id + 1, added tokens included: what a model's embedding has to hold),
-    `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it).
+    `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it), `unknown` (id of
+    what the vocabulary cannot express, None if there is none), `special_tokens` (their spellings).
     """
 
-    def __init__(self, definition: str, companions: dict[str, bytes]):
+    def __init__(self, definition: str, companions: dict[str, bytes], parse_special: bool = False):
         """`definition`: text of a tokenizer.json; `companions`: name -> content of the files beside it.
 
+        `parse_special`: a special token spelled out in a text is that token, not its characters.
         Raises ValueError if `tokenizers` refuses the definition, or a companion is not JSON.
         """
         self._definition = definition
@@ -51,18 +53,33 @@ class Tokenizer:
             raise ValueError(str(err)) from err
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # that is: encode their spelling as text
+        self._parse_special = parse_special
+        self._tokenizer.encode_special_tokens = not parse_special  # True: encode their spelling as text
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        model = json.loads(definition)["model"]
+        unknown = model.get("unk_token")
+        self.unknown = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
+        self.special_tokens = tuple(
+            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
+        )
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """From a folder with tokenizer.json, or that file. Raises DataError if it is missing or not readable."""
+    def load(cls, path: str | Path, parse_special: bool = False) -> Tokenizer:
+        """From a folder with tokenizer.json, that file, a sentencepiece .model or a .tiktoken file.
+
+        Raises DataError if it is missing or not readable.
+        """
         path = Path(path)
+        if path.suffix in (".model", ".tiktoken") and not path.is_dir():
+            from engine.data.foreign import from_sentencepiece, from_tiktoken
+
+            return cls(*(from_sentencepiece if path.suffix == ".model" else from_tiktoken)(path), parse_special)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             definition = file.read_bytes().decode("utf-8")
             beside = {name: file.parent / name for name in _COMPANIONS}
-            return cls(definition, {name: other.read_bytes() for name, other in beside.items() if other.is_file()})
+            companions = {name: other.read_bytes() for name, other in beside.items() if other.is_file()}
+            return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
             raise DataError(
                 f"{file}: no such file. Give a folder with a tokenizer.json (Hugging Face format), or train one."
@@ -71,25 +88,33 @@ class Tokenizer:
             raise DataError(f"{file}: not a usable tokenizer.json: {err}. Save it again with `tokenizers`.") from err
 
     @classmethod
-    def train(cls, texts: Iterator[str], vocab_size: int, *, min_frequency: int = 2) -> Tokenizer:
-        """A byte-level BPE: no unknown token, all 256 bytes, `<|endoftext|>` is id 0. Same texts, same result.
+    def train(
+        cls,
+        texts: Iterator[str],
+        vocab_size: int,
+        *,
+        kind: str = "bpe",
+        special_tokens: Sequence[str] = (END_OF_TEXT,),
+        min_frequency: int = 2,
+    ) -> Tokenizer:
+        """A tokenizer made from texts; the first special token ends documents. Of `bpe`, the same texts give the same.
 
-        The result is smaller than `vocab_size` when the texts do not offer enough pairs.
+        `bpe` and `unigram` work on bytes: all 256, no unknown token, any text survives. `wordpiece` is as BERT's: it
+        drops white space and has [UNK]. The result is smaller than `vocab_size` when the texts do not offer enough.
         """
-        if vocab_size < MIN_VOCAB_SIZE:
-            raise DataError(f"vocab_size = {vocab_size}: 256 bytes and one special token need >= {MIN_VOCAB_SIZE}")
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=min_frequency,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
+        if kind not in KINDS:
+            raise DataError(f"kind = {kind!r}: is none of {', '.join(KINDS)}")
+        if not special_tokens or len(set(special_tokens)) < len(special_tokens) or "" in special_tokens:
+            raise DataError(
+                f"special_tokens = {list(special_tokens)}: expected at least one, all different, none empty"
+            )
+        least = len(special_tokens) + (256 if kind != "wordpiece" else 1)
+        if vocab_size < least:
+            what = "256 bytes" if kind != "wordpiece" else "[UNK]"
+            raise DataError(f"vocab_size = {vocab_size}: {what} and {len(special_tokens)} special need >= {least}")
+        tokenizer, trainer = KINDS[kind](vocab_size, list(special_tokens), min_frequency)
         tokenizer.train_from_iterator(texts, trainer)
-        special = {"eos_token": END_OF_TEXT}
+        special = {"eos_token": special_tokens[0]}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
         companions = {"tokenizer_config.json": config, "special_tokens_map.json": special}
         return cls(tokenizer.to_str(), {name: json.dumps(facts).encode() for name, facts in companions.items()})
@@ -106,6 +131,21 @@ class Tokenizer:
             f"the tokenizer has no end-of-document token (looked for {looked_for}). "
             f'Name one in its tokenizer_config.json, "eos_token": "...", or prepare with append_eod=False.'
         )
+
+    def unknown_bytes(self, text: str) -> int:
+        """UTF-8 bytes of `text` that become the unknown token."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = {span for number, span in zip(encoding.ids, encoding.offsets) if number == self.unknown}
+        return sum(len(text[begin:end].encode()) for begin, end in spans)
+
+    def text_only_definition(self) -> str:
+        """tokenizer.json for a library that always parses special tokens: without them, unless they are wanted."""
+        definition = json.loads(self._definition)
+        definition.update(truncation=None, padding=None)
+        if not self._parse_special:
+            added = definition.get("added_tokens") or []
+            definition["added_tokens"] = [token for token in added if not token.get("special")]
+        return json.dumps(definition)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
@@ -130,6 +170,57 @@ class Tokenizer:
                 (folder / name).write_bytes(content)
         except OSError as err:
             raise DataError(f"{folder}: cannot write the tokenizer: {err.strerror or err}. Choose another.") from err
+
+
+_Untrained = tuple[tokenizers.Tokenizer, Any]
+
+
+def _bpe(vocab_size: int, special_tokens: list[str], min_frequency: int) -> _Untrained:
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special_tokens,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    return _byte_level(models.BPE()), trainer
+
+
+def _unigram(vocab_size: int, special_tokens: list[str], min_frequency: int) -> _Untrained:
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    return _byte_level(models.Unigram()), trainer
+
+
+def _byte_level(model: Any) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _wordpiece(vocab_size: int, special_tokens: list[str], min_frequency: int) -> _Untrained:
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[*special_tokens, "[UNK]"],
+        show_progress=False,
+    )
+    return tokenizer, trainer
+
+
+KINDS: dict[str, Callable[[int, list[str], int], _Untrained]] = {
+    "bpe": _bpe,
+    "unigram": _unigram,
+    "wordpiece": _wordpiece,
+}
 
 
 def _configured_eod(companions: dict[str, bytes]) -> str | None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
 from engine.config import Config
 from engine.context import ParallelContext
-from engine.data.prepare import ProgressEvent
 
 
 class Progress:
@@ -88,26 +85,3 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line beside the progress."""
         self.console.print(text, markup=False)
-
-
-@contextmanager
-def prepare_progress(every_s: float = 5.0) -> Iterator[Callable[[ProgressEvent], None]]:
-    """A callback for data.prepare: a bar on a terminal, otherwise a line every few seconds."""
-    console = Console(highlight=False, soft_wrap=True)
-    shown = {"at": time.perf_counter()}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(event: ProgressEvent) -> None:
-            rate = event.input_bytes / 1e6 / max(event.elapsed_s, 1e-9)
-            text = f"{event.documents:,} documents, {event.tokens:,} tokens, {rate:.2f} MB/s"
-            if event.phase not in tasks:
-                tasks[event.phase] = bar.add_task(event.phase, total=event.input_bytes_total, text="")
-            bar.update(tasks[event.phase], completed=event.input_bytes, text=text)
-            if not console.is_terminal and time.perf_counter() - shown["at"] >= every_s:
-                shown["at"] = time.perf_counter()
-                done = event.input_bytes / max(1, event.input_bytes_total)
-                console.print(f"{event.phase}: {done:.0%}, {text}")
-
-        yield show

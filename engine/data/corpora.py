@@ -1,0 +1,162 @@
+"""What a training run reads: the corpora that `data.train` names, as one order of samples, with their facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from engine.config import Config
+from engine.data.blend import BlendedOrder, Phase, integer_weights, smallest_share
+from engine.data.indexed import IndexedDataset
+from engine.data.order import SampleOrder, derive_key
+from engine.data.tokenizer import Tokenizer
+from engine.errors import ConfigError, DataError, Fault
+from engine.mixture import PATH, Mixture, read_mixture
+
+MIXED_FROM = "mixture from sample "  # a fact about what comes from that sample on, and says nothing about the past
+_MOST_NOTES = 12
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """order: the samples. names: of the sources of a blend, () for one corpus. facts: what a checkpoint remembers.
+
+    notes: what to tell the user about the blend. mask_eod, separate_eod: the end-of-document token for
+    data.mask_eod and for data.separate_documents, None without.
+    """
+
+    order: SampleOrder | BlendedOrder
+    names: tuple[str, ...]
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+    mask_eod: int | None = None
+    separate_eod: int | None = None
+
+
+def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
+    """Open a corpus for this model; refuses one that was made with another tokenizer."""
+    dataset = IndexedDataset(prefix, vocab_size=cfg.model.vocab_size)
+    made_with = dataset.meta.get("tokenizer_digest")
+    if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
+        relation = f"is less than the {tokenizer.vocab_size} tokens of {cfg.data.tokenizer}"
+        repair = f"Use {tokenizer.vocab_size} or more."
+        raise ConfigError([Fault("model.vocab_size", cfg.model.vocab_size, relation, repair)])
+    if tokenizer is not None and made_with and tokenizer.digest != made_with:
+        raise DataError(
+            f"{prefix}: was made with the tokenizer of digest {made_with}, but data.tokenizer "
+            f"{cfg.data.tokenizer} has {tokenizer.digest}: give the right one, or prepare the data again"
+        )
+    return dataset
+
+
+def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
+    """Open everything `data.train` names. Raises ConfigError or DataError when something does not fit."""
+    mixture = read_mixture(cfg.data.train)
+    datasets = [open_data(prefix, cfg, tokenizer) for prefix in mixture.prefixes]
+    _refuse_two_tokenizers(datasets)
+    facts = data_facts(cfg.data.train, datasets)
+    eods = {
+        name: end_of_document(datasets, name) for name in ("mask_eod", "separate_documents") if getattr(cfg.data, name)
+    }
+    facts |= eods
+    ends = eods.get("mask_eod"), eods.get("separate_documents")
+    if len(datasets) == 1:
+        return TrainingData(SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed), (), facts, (), *ends)
+    orders = [
+        SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
+        for k, dataset in enumerate(datasets)
+    ]
+    phases = _phases(mixture, orders, cfg.train.global_batch_size)
+    for k, (name, dataset) in enumerate(zip(mixture.names, datasets)):
+        facts[f"source {k}, {name}"] = f"{dataset.num_documents} documents, {dataset.num_tokens} tokens"
+    for phase in phases:
+        facts[f"{MIXED_FROM}{phase.start}"] = ", ".join(f"{n} {w}" for n, w in zip(mixture.names, phase.weights))
+    order = BlendedOrder(orders, phases)
+    return TrainingData(order, mixture.names, facts, tuple(_notes(mixture, order, cfg)), *ends)
+
+
+def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
+    """What a checkpoint remembers of its corpora, over all of them."""
+    return {
+        "prefix": prefix,
+        "num_documents": sum(dataset.num_documents for dataset in datasets),
+        "num_tokens": sum(dataset.num_tokens for dataset in datasets),
+        "tokenizer_digest": next(filter(None, (d.meta.get("tokenizer_digest") for d in datasets)), None),
+    }
+
+
+def end_of_document(datasets: Sequence[IndexedDataset], option: str) -> int:
+    """The end-of-document token of all corpora, as their sidecars have it; `option` of [data] is what needs it."""
+    found = {dataset.prefix: dataset.meta.get("eod") for dataset in datasets}
+    for prefix, eod in found.items():
+        if not isinstance(eod, int):
+            relation = f"needs the end-of-document token, and {prefix}.json names none"
+            repair = "Leave it out, or prepare the data with --append-eod."
+            raise ConfigError([Fault(f"data.{option}", True, relation, repair)])
+    if len(set(found.values())) > 1:
+        raise ConfigError([Fault(f"data.{option}", True, f"finds several: {found}", "Prepare with one tokenizer.")])
+    return int(next(iter(found.values())) or 0)
+
+
+def _refuse_two_tokenizers(datasets: list[IndexedDataset]) -> None:
+    known = [dataset for dataset in datasets if dataset.meta.get("tokenizer_digest")]
+    for dataset in known[1:]:
+        a, b = known[0].meta["tokenizer_digest"], dataset.meta["tokenizer_digest"]
+        if a != b:
+            raise DataError(
+                f"{known[0].prefix} was made with the tokenizer of digest {a}, {dataset.prefix} with {b}: the same id "
+                f"means two things. Prepare both with one tokenizer."
+            )
+
+
+def _phases(mixture: Mixture, orders: list[SampleOrder], global_batch_size: int) -> list[Phase]:
+    phases = []
+    for change in mixture.changes:
+        shares = dict(enumerate(change.amounts))
+        if mixture.kind == "epochs":
+            shares = {k: amount * orders[k].samples_per_epoch for k, amount in shares.items()}
+        shares = {k: share for k, share in shares.items() if share}
+        least = smallest_share(list(shares.values()))
+        faults = [
+            Fault(
+                PATH,
+                mixture.names[k],
+                f"has a share of {float(share / sum(shares.values())):.1e}, less than one sample in 2^21",
+                "Give it more, or merge it with another source.",
+            )
+            for k, share in shares.items()
+            if share < least
+        ]
+        if faults:
+            raise ConfigError(faults)
+        weights = dict(zip(shares, integer_weights(list(shares.values()))))
+        phases.append(Phase(change.step * global_batch_size, tuple(weights.get(k, 0) for k in range(len(orders)))))
+    return phases
+
+
+def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config) -> list[str]:
+    """How often the run reads each source, and whether budgets fit its length."""
+    total = cfg.train.steps * cfg.train.global_batch_size
+    counts = order.counts(total).tolist()
+    notes = [
+        f"source {name}: {count:,} of {total:,} samples ({count / total:.2%}), "
+        f"{count / one.samples_per_epoch:.3g} epochs"
+        for name, count, one in zip(mixture.names, counts, order.orders[:_MOST_NOTES])
+    ]
+    if len(counts) > _MOST_NOTES:
+        notes.append(f"... and {len(counts) - _MOST_NOTES} more sources")
+    if mixture.kind != "weight":
+        amounts = mixture.changes[0].amounts
+        each = [Fraction(cfg.train.seq_len)] * len(counts)
+        if mixture.kind == "epochs":
+            each = [Fraction(1, one.samples_per_epoch) for one in order.orders]
+        wanted = float(sum(amount / part for amount, part in zip(amounts, each)))
+        if abs(total - wanted) > max(1.0, 0.001 * wanted):
+            steps = round(wanted / cfg.train.global_batch_size)
+            notes.append(
+                f"the {mixture.kind} asked for make {steps:,} steps, the run has {cfg.train.steps:,}: each source gets "
+                f"{total / wanted:.3g} times its amount"
+            )
+    return notes

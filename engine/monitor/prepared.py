@@ -1,0 +1,77 @@
+"""Progress and report of `engine prepare` for people; without torch, which would double the time to start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from engine.data.report import PrepareReport, ProgressEvent, SplitReport
+
+
+@contextmanager
+def prepare_progress(every_s: float = 5.0) -> Iterator[Callable[[ProgressEvent], None]]:
+    """A callback for data.prepare: a bar on a terminal, otherwise a line every few seconds."""
+    console = Console(highlight=False, soft_wrap=True)
+    shown = {"at": time.perf_counter()}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(event: ProgressEvent) -> None:
+            elapsed = max(event.elapsed_s, 1e-9)
+            rate = event.input_bytes_here / elapsed
+            text = f"{event.documents:,} documents, {event.tokens:,} tokens, {rate / 1e6:.2f} MB/s"
+            text += f", {event.tokens_here / elapsed:,.0f} tokens/s" if event.tokens else ""
+            if event.phase not in tasks:
+                tasks[event.phase] = bar.add_task(event.phase, total=event.input_bytes_total, text="")
+            bar.update(tasks[event.phase], completed=event.input_bytes, text=text)
+            if not console.is_terminal and time.perf_counter() - shown["at"] >= every_s:
+                shown["at"] = time.perf_counter()
+                done = event.input_bytes / max(1, event.input_bytes_total)
+                left = (event.input_bytes_total - event.input_bytes) / max(rate, 1e-9)
+                console.print(f"{event.phase}: {done:.0%}, {text}, left {left:.0f} s")
+
+        yield show
+
+
+def show_prepared(report: PrepareReport) -> None:
+    """Print a table of what `prepare` wrote, and what it left out."""
+    splits = [split for split in (report.train, report.valid) if split is not None]
+    table = Table("", *(split.prefix for split in splits))
+    rows: dict[str, Callable[[SplitReport], str]] = {
+        "documents": lambda split: f"{split.documents:,}",
+        "empty documents, left out": lambda split: f"{split.empty_documents:,}",
+        "text MB": lambda split: f"{split.text_bytes / 1e6:,.2f}",
+        "tokens": lambda split: f"{split.tokens:,}",
+        "bytes/token": lambda split: f"{split.bytes_per_token:.3f}",
+        "longest document": lambda split: f"{split.longest_document_tokens:,} tokens",
+        "unknown bytes": lambda split: f"{split.unknown_bytes:,}",
+        "unigram entropy (nats)": lambda split: f"{split.unigram_entropy:.4f}",
+    }
+    for what, figure in rows.items():
+        table.add_row(what, *map(figure, splits))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    if report.valid_unigram_cross_entropy is not None:
+        console.print(
+            f"valid tokens under the train unigrams: {report.valid_unigram_cross_entropy:.4f} nats/token: "
+            "what a model reaches that reads no context"
+        )
+    dropped = sum(report.dropped.values())
+    rate = report.bytes_in / 1e6 / max(report.elapsed_s, 1e-9)
+    console.print(
+        f"in: {report.documents_in + dropped:,} documents, {report.bytes_in / 1e6:,.2f} MB; "
+        f"kept {report.documents_in:,}, dropped {dropped:,}; "
+        f"{report.elapsed_s:.1f} s, {rate:,.2f} MB/s with {report.encoder}"
+        + (f" ({report.encoder_note})" if report.encoder_note else ""),
+        markup=False,
+    )
+    for reason, count in report.dropped.items():
+        console.print(f"dropped: {count:,} {reason}", markup=False)
+    console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")

@@ -1,0 +1,134 @@
+"""Tokenizers of other makers behind the one class, and tokenizers trained here."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tiktoken
+
+import engine.data.foreign as foreign
+from engine.data.encoder import Encoder
+from engine.data.foreign import AWKWARD
+from engine.data.tokenizer import Tokenizer
+from engine.data.training import train_tokenizer
+from engine.errors import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
+
+
+def piece_model(folder: Path, kind: str, **options: object) -> Path:
+    (folder / "text").write_text("\n".join(TEXTS))
+    facts = {"model_type": kind, "vocab_size": 600, "byte_fallback": True, "minloglevel": 3, **options}
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / kind), **facts)
+    return folder / f"{kind}.model"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("like", ["llama", "default"])
+def test_sentencepiece_models_give_their_own_ids(tmp_path: Path, kind: str, like: str) -> None:
+    options: dict[str, object] = {"user_defined_symbols": ["<sep>"]}
+    if like == "llama":
+        options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    path = piece_model(tmp_path, kind, **options)
+    chosen, original = Tokenizer.load(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert (chosen.vocab_size, chosen.unknown, chosen.eod) == (600, 0, 2)
+    for text in (*TEXTS, *AWKWARD):
+        assert chosen.encode(text) == original.encode(text)
+    assert not {0, 1, 2} & set(chosen.encode("<unk><s></s>")) and 2 in Tokenizer.load(path, True).encode("</s>")
+    if like == "llama":
+        assert chosen.decode(chosen.encode(TEXTS[0])) == TEXTS[0]
+    chosen.save(tmp_path / "folder")
+    again = Tokenizer.load(tmp_path / "folder")
+    assert (again.digest, again.eod, again.encode(TEXTS[0])) == (chosen.digest, 2, chosen.encode(TEXTS[0]))
+
+
+def rank_file(folder: Path, name: str = "mine") -> dict[bytes, int]:
+    """A .tiktoken file made of a trained BPE."""
+    definition = json.loads(Tokenizer.train(iter(TEXTS), 900)._definition)
+    byte_of = {letter: byte for byte, letter in enumerate(foreign._byte_letters())}
+    tokens = [bytes(byte_of[c] for c in token) for token in definition["model"]["vocab"] if token != "<|endoftext|>"]
+    order = {token: number for number, token in enumerate(sorted(tokens, key=len))}
+    (folder / f"{name}.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % n for t, n in order.items()))
+    return order
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base", "r50k_base"])
+def test_tiktoken_files_give_their_own_ids(tmp_path: Path, name: str) -> None:
+    ranks, (pattern, _) = rank_file(tmp_path), foreign._ENCODINGS[name]
+    special = {"<|endoftext|>": len(ranks) + 7}  # a gap before it, as in cl100k_base
+    (tmp_path / "mine.json").write_text(json.dumps({"pattern": pattern, "special_tokens": special}))
+    chosen = Tokenizer.load(tmp_path / "mine.tiktoken")
+    theirs = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    assert chosen.eod == len(ranks) + 7 == chosen.vocab_size - 1
+    for text in (*TEXTS, *AWKWARD, "<|endoftext|>"):
+        assert chosen.encode(text) == theirs.encode_ordinary(text)
+        assert chosen.decode(chosen.encode(text)) == text
+    assert chosen.eod in Tokenizer.load(tmp_path / "mine.tiktoken", True).encode("a<|endoftext|>")
+
+
+def test_foreign_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, words: str, content: bytes | None = None) -> None:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            Tokenizer.load(tmp_path / name)
+
+    refuse("none.model", "no such file")
+    refuse("bad.model", "not a sentencepiece model", b"nothing")
+    refuse("none.tiktoken", "cannot be read")
+    refuse("bad.tiktoken", "base64 token and a rank", b"one two three\n")
+    rank_file(tmp_path)
+    refuse("mine.tiktoken", r"mine is none of r50k_base.*Write them to .*mine\.json")
+    (tmp_path / "mine.json").write_text('{"pattern": 5}')
+    refuse("mine.tiktoken", r"mine\.json: expected")
+    path = piece_model(tmp_path, "bpe", normalization_rule_name="identity")
+    monkeypatch.setattr(foreign, "_piece_normalizer", lambda spec: foreign.normalizers.Replace(" ", "▁"))
+    refuse(path.name, "cannot be converted exactly")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    refuse(path.name, r"pip install 'trident-engine\[formats\]'")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
+def test_trained_tokenizers(tmp_path: Path, kind: str) -> None:
+    special = ("<eot>", "<pad>")
+    train_tokenizer([ROOT / "docs"], tmp_path, 700, kind=kind, special_tokens=special, include=["*.md"])
+    chosen = Tokenizer.load(tmp_path)
+    assert (chosen.eod, chosen.vocab_size, chosen.special_tokens[:2]) == (0, 700, special)
+    assert not {0, 1} & set(chosen.encode("<eot> <pad>"))
+    ids, lengths = Encoder(chosen).encode(["wörd ☕", "", "the"])
+    if kind == "wordpiece":
+        assert chosen.unknown == 2 and Encoder(chosen).unknown_bytes(["the ☕", "", "the"], ids, lengths) > 0
+        assert chosen.unknown_bytes("the ☕ ") == 3
+    else:
+        assert chosen.unknown is None and all(chosen.decode(chosen.encode(text)) == text for text in AWKWARD)
+    with pytest.raises(DataError, match="already there"):
+        train_tokenizer([ROOT / "docs"], tmp_path, 700)
+
+
+def test_training_by_command_and_its_faults(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "some words and some more"}\n{"text": 5}\n')
+    command = [sys.executable, "-m", "engine", "tokenizer", "train", "--input", str(tmp_path / "a.jsonl")]
+    command += ["--vocab-size", "270", "--output", str(tmp_path / "t"), "--json-key", "body", "--on-error", "skip"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 0 and "dropped: 1 missing key" in done.stdout and "digest" in done.stdout, done.stderr
+    with pytest.raises(DataError, match=r"a\.jsonl:2: missing key"):
+        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "u", 270, json_key=["body"])
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="no text in"):
+        train_tokenizer([tmp_path / "empty.txt"], tmp_path / "u", 270)
+    for size, options, words in (
+        (257, {"special_tokens": ("a", "b")}, "need >= 258"),
+        (300, {"special_tokens": ()}, "at least one"),
+        (300, {"special_tokens": ("a", "a")}, "all different"),
+        (300, {"kind": "word"}, "none of bpe, unigram, wordpiece"),
+    ):
+        with pytest.raises(DataError, match=words):
+            Tokenizer.train(iter(TEXTS), size, **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "u").exists()

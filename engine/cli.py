@@ -13,7 +13,7 @@ from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, ConfigError, EngineE
 if TYPE_CHECKING:
     import torch
 
-    from engine.data.prepare import PrepareReport
+    from engine.data.report import PrepareReport
     from engine.options import Schedule
 
 
@@ -57,6 +57,12 @@ def _prepare(args: list[str]) -> int:
     from engine.options import Prepare
 
     o = tyro.cli(Prepare, args=args, prog="engine prepare")
+    if o.workers < 0:
+        raise ConfigError([Fault("--workers", o.workers, "is below 0", "Use 0 for one a core.")])
+    if o.workers:
+        from engine.launch import limit_encoder_threads
+
+        limit_encoder_threads(o.workers)
     with prepare_progress() as progress:
         report = prepare(
             list(o.input),
@@ -67,10 +73,17 @@ def _prepare(args: list[str]) -> int:
             include=o.include,
             exclude=o.exclude,
             json_key=o.json_key,
+            format=o.format,
+            on_error=o.on_error,
+            max_document_bytes=o.max_document_bytes,
             append_eod=o.append_eod,
+            parse_special=o.parse_special,
+            fast=o.encoder == "auto",
+            parallel=False if o.workers == 1 else None,
             seed=o.seed,
             overwrite=o.overwrite,
             progress=progress,
+            note=print,
         )
     _show_report(report)
     return EXIT_OK
@@ -80,20 +93,31 @@ def _show_report(report: PrepareReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("files", "documents", "text MB", "tokens", "bytes/token", "unigram entropy (nats)")
+    columns = ("documents", "empty", "text MB", "tokens", "bytes/token", "longest document", "unknown bytes")
+    table = Table("files", *columns, "unigram entropy (nats)")
     for split in (report.train, report.valid):
         if split is not None:
-            figures = (f"{split.documents:,}", f"{split.text_bytes / 1e6:,.2f}", f"{split.tokens:,}")
-            table.add_row(split.prefix, *figures, f"{split.bytes_per_token:.3f}", f"{split.unigram_entropy:.4f}")
-    console = Console(highlight=False)
+            counts = (f"{split.documents:,}", f"{split.empty_documents:,}", f"{split.text_bytes / 1e6:,.2f}")
+            figures = (f"{split.tokens:,}", f"{split.bytes_per_token:.3f}", f"{split.longest_document_tokens:,} tokens")
+            table.add_row(split.prefix, *counts, *figures, f"{split.unknown_bytes:,}", f"{split.unigram_entropy:.4f}")
+    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     if report.valid_unigram_cross_entropy is not None:
         console.print(
             f"valid tokens under the train unigrams: {report.valid_unigram_cross_entropy:.4f} nats/token: "
             "what a model reaches that reads no context"
         )
-    for reason, count in report.skipped.items():
-        console.print(f"left out: {count} {reason}", markup=False)
+    dropped = sum(report.dropped.values())
+    rate = report.bytes_in / 1e6 / max(report.elapsed_s, 1e-9)
+    console.print(
+        f"in: {report.documents_in + dropped:,} documents, {report.bytes_in / 1e6:,.2f} MB; "
+        f"kept {report.documents_in:,}, dropped {dropped:,}; "
+        f"{report.elapsed_s:.1f} s, {rate:,.2f} MB/s with {report.encoder}"
+        + (f" ({report.encoder_note})" if report.encoder_note else ""),
+        markup=False,
+    )
+    for reason, count in report.dropped.items():
+        console.print(f"dropped: {count:,} {reason}", markup=False)
     console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")
 
 

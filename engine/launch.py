@@ -68,6 +68,11 @@ class Env:
     local_world: int = 1
 
 
+def limit_encoder_threads(count: int) -> None:
+    """How many threads tokenizer libraries may use. They read it once, at their first batch."""
+    os.environ["RAYON_NUM_THREADS"] = str(count)
+
+
 def read_env() -> Env:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, as torchrun sets them."""
     if "RANK" not in os.environ:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -106,14 +106,20 @@ def _train_type() -> type:
 
 @dataclass
 class Prepare:
-    """Turn raw text into a tokenizer and memory-mapped train and valid files."""
+    """Turn raw text into a tokenizer and memory-mapped train and valid files.
 
-    input: tuple[Path, ...]
-    """files and folders to read (.jsonl: one document a line; else one document a file)"""
+    Killed at any moment, the same command goes on where it was (its work is in OUTPUT.parts until it is done).
+    """
+
+    input: tuple[str, ...]
+    """files, folders, globs, URLs (s3://..., of fsspec) or - for standard input, plain or .gz .zst .bz2 .xz;
+    .jsonl: a document a line, .json: an array or one after the other, .csv .tsv .parquet .arrow: a row; else a file"""
     output: str
-    """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-report.json"""
+    """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-tokenizer, OUTPUT-report.json,
+    and OUTPUT-skipped.jsonl if something was left out"""
     tokenizer: Path
-    """folder of the tokenizer to use, or to make with --train-vocab-size"""
+    """tokenizer to use (folder with tokenizer.json, sentencepiece .model, .tiktoken file), or folder of the one to make
+    with --train-vocab-size"""
     train_vocab_size: int = 0
     """train a byte-level BPE of this size on the train documents first; 0: use the one that is there"""
     valid_fraction: float = 0.0
@@ -122,14 +128,28 @@ class Prepare:
     """inside folders, read only names that match one of these globs, such as '*.py' '*.rst'"""
     exclude: tuple[str, ...] = ()
     """inside folders, leave out names and subfolders that match one of these"""
-    json_key: str = "text"
-    """key of the text in .jsonl documents"""
+    json_key: tuple[str, ...] = ("text",)
+    """key or column of the text; several are joined by a newline to one document. The value may be a list of strings
+    (joined by newlines) or of messages {"role", "content"} (written as "role: content")"""
+    format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
+    """what the inputs are, whatever their names; empty: by the name, and standard input is jsonl"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """malformed JSON, missing key, wrong type, not UTF-8, too large, damaged archive: stop with file and line, or leave
+    the document out, count it, and list it in OUTPUT-skipped.jsonl"""
+    max_document_bytes: int = 1 << 26
+    """longer documents (lines, files) are an error; memory grows with this"""
     append_eod: bool = True
     """end each document with the end-of-document token"""
+    parse_special: bool = False
+    """a special token spelled out in a document, such as <|endoftext|>, is that token; otherwise text is text"""
+    encoder: Literal["auto", "tokenizers"] = "auto"
+    """auto: gigatoken where it supports the tokenizer, checked against `tokenizers` on samples; or only `tokenizers`"""
+    workers: int = 0
+    """threads that encode; 0: one a core. The output does not depend on it"""
     seed: int = 0
     """which documents are validation documents follows from it"""
     overwrite: bool = False
-    """replace files that are there"""
+    """replace files that are there, and the unfinished work of another call"""
 
 
 @dataclass

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.indexed import IndexedDataset
-from engine.data.prepare import ProgressEvent, prepare
-from engine.data.sources import documents, list_files
+from engine.data.prepare import prepare
+from engine.data.report import ProgressEvent
 from engine.data.tokenizer import END_OF_TEXT, Tokenizer
 from engine.errors import DataError
 
@@ -102,49 +102,6 @@ def test_bad_tokenizers_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> Non
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<none>"}}')
     with pytest.raises(DataError, match="<none>"):
         _ = Tokenizer.load(tmp_path).eod
-
-
-def test_sources_order_and_skips(tmp_path: Path) -> None:
-    for name, content in {
-        "b/two.py": b"two",
-        "b/one.txt": b"\xef\xbb\xbfone\r\n",
-        "a.py": "ä".encode(),
-        "a.jsonl": b'{"text": "l1"}\n\n{"text": "l3\\n", "x": 1}',
-        "bad.py": b"\xff\xfe",
-        "big.py": b"x" * 50,
-        ".git/config": b"no",
-        "skip.log": b"no",
-    }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    skipped: Counter[str] = Counter()
-    include = ("*.py", "*.txt", "*.jsonl")
-    found = list(documents([tmp_path, tmp_path / "skip.log"], include, (".git",), "text", 40, skipped))
-    assert [d.text for d in found] == ["l1", "l3\n", "ä", "one\r\n", "two", "no"]
-    assert found[1].source == f"{tmp_path}/a.jsonl:3"
-    assert skipped == {"blank line in .jsonl": 1, "not UTF-8": 1, "larger than max_file_bytes = 40": 1}
-    assert len(list_files([tmp_path])) == 8
-    for name, words in {"bad.py": "Byte 0 is 0xff", "big.py": "larger than", "none": "no such file or folder"}.items():
-        with pytest.raises(DataError, match=words):
-            list(documents([tmp_path / name], max_file_bytes=40))
-
-
-@pytest.mark.parametrize(
-    "line,words",
-    [
-        ('{"text": "torn', "malformed JSON"),
-        ('{"text": "\\ud800"}', "malformed JSON"),
-        ('{"body": "x", "id": 1}', "no key 'text'. The keys here are: body, id"),
-        ('{"text": 5}', "'text' is int"),
-        ('{"text": null}', "'text' is NoneType"),
-        ('["x"]', "expected a JSON object"),
-    ],
-)
-def test_bad_jsonl_line_is_named(tmp_path: Path, line: str, words: str) -> None:
-    (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n' + line)
-    with pytest.raises(DataError) as caught:
-        list(documents([tmp_path / "d.jsonl"]))
-    assert f"{tmp_path}/d.jsonl:2: " in str(caught.value) and words in str(caught.value)
 
 
 def run(tmp_path: Path, texts: list[str], **options: Any) -> Any:

@@ -238,12 +238,59 @@ def _check_boundaries(path: Path, boundaries: IntArray, num_sequences: int) -> N
             raise _damaged(path, f"offset {base + 8 * i} (document boundary {i})", str(boundaries[i]), expected)
 
 
+def write_index(out: IO[bytes], dtype: np.dtype[Any], lengths: IntArray) -> None:
+    """Write an .idx for documents of `lengths` int32 [documents] in tokens; 0 is an empty one, which is no sequence.
+
+    Streams: `lengths` may be a map of a file larger than memory.
+    """
+    code = next(code for code, name in DTYPES.items() if np.dtype(name) == dtype)
+    num_sequences = sum(int(np.count_nonzero(lengths[part])) for part in _chunks(len(lengths)))
+    out.write(HEADER.pack(MAGIC, 1, code, num_sequences, len(lengths) + 1))
+    for part in _chunks(len(lengths)):
+        out.write(lengths[part][lengths[part] > 0].astype("<i4").data)
+    end = 0
+    for part in _chunks(len(lengths)):
+        sizes = lengths[part][lengths[part] > 0].astype(np.int64) * dtype.itemsize
+        out.write((end + np.cumsum(sizes) - sizes).astype("<i8").data)
+        end += int(sizes.sum())
+    boundary = 0
+    out.write(np.zeros(1, "<i8").data)
+    for part in _chunks(len(lengths)):
+        boundaries = boundary + np.cumsum(lengths[part] > 0)
+        out.write(boundaries.astype("<i8").data)
+        boundary = int(boundaries[-1])
+
+
+def sidecar_of(
+    meta: dict[str, Any], dtype: np.dtype[Any], counts: IntArray, documents: int, empty: int
+) -> dict[str, Any]:
+    """The facts that .bin/.idx lack: `meta`, and those that follow from the histogram `counts` int64 [vocab_size]."""
+    used = np.flatnonzero(counts)
+    num_tokens = int(counts.sum())
+    return {
+        **meta,
+        "version": SIDECAR_VERSION,
+        "num_documents": documents,
+        "num_empty_documents": empty,
+        "num_tokens": num_tokens,
+        "max_token": int(used[-1]) if used.size else -1,
+        "bin_bytes": num_tokens * dtype.itemsize,
+        "dtype": dtype.name,
+        "vocab_size": len(counts),
+        "unigram_entropy": entropy(counts),
+    }
+
+
+def sidecar_bytes(sidecar: dict[str, Any]) -> bytes:
+    return json.dumps(sidecar, indent=1).encode() + b"\n"
+
+
 class IndexedWriter:
     """Writes PREFIX.bin, .idx and .json; none of them exists under its name before all of them are complete.
 
     Bytes go to temporary names beside the targets and are synced before the renames; the sidecar comes last. Leaving
     the `with` block by an exception, or without `finish`, removes the temporaries and touches nothing else. Memory:
-    12 bytes a document and a buffer of a few MiB. `counts` int64 [vocab_size] is the histogram of the tokens written.
+    4 bytes a document and a buffer of a few MiB. `counts` int64 [vocab_size] is the histogram of the tokens written.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int):
@@ -257,7 +304,7 @@ class IndexedWriter:
         self._targets = paths_of(prefix)
         self._temporaries = tuple(p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in self._targets)
         self._lengths = array.array("i")
-        self._boundaries = array.array("q", [0])
+        self._num_empty = 0
         self._pending: list[IntArray] = []
         self._pending_tokens = 0
         self._finished = False
@@ -279,14 +326,14 @@ class IndexedWriter:
     @property
     def num_documents(self) -> int:
         """Sequences so far: documents that had at least one token."""
-        return len(self._lengths)
+        return len(self._lengths) - self._num_empty
 
     def add(self, tokens: IntArray) -> None:
         """Append one document, integers [length]. An empty one is a repeated boundary and no sequence, as in Megatron.
 
         Raises DataError for an id outside [0, vocab_size), a wrong dtype or shape, or more than 2^31 - 1 tokens.
         """
-        number = len(self._boundaries) - 1
+        number = len(self._lengths)
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
             raise DataError(
                 f"{self.prefix}: document {number}: expected integers [n], got {tokens.dtype}{tokens.shape}"
@@ -301,37 +348,27 @@ class IndexedWriter:
                     f"{self.prefix}: document {number}: id {wrong} is not in [0, {self.vocab_size}). "
                     f"Give the writer the vocab_size of the tokenizer that made these ids."
                 )
-            self._lengths.append(tokens.size)
             self._pending.append(tokens.astype(self.dtype))
             self._pending_tokens += tokens.size
             if self._pending_tokens >= _CHUNK:
                 self._flush()
-        self._boundaries.append(len(self._lengths))
+        else:
+            self._num_empty += 1
+        self._lengths.append(tokens.size)
 
     def finish(self, meta: dict[str, Any]) -> dict[str, Any]:
         """Complete and publish the three files; returns the sidecar. `meta` adds facts the tokens do not tell."""
         self._flush()
-        used = np.flatnonzero(self.counts)
-        sidecar = {
-            **meta,
-            "version": SIDECAR_VERSION,
-            "num_documents": len(self._lengths),
-            "num_empty_documents": len(self._boundaries) - 1 - len(self._lengths),
-            "num_tokens": self.num_tokens,
-            "max_token": int(used[-1]) if used.size else -1,
-            "bin_bytes": self.num_tokens * self.dtype.itemsize,
-            "dtype": self.dtype.name,
-            "vocab_size": self.vocab_size,
-            "unigram_entropy": entropy(self.counts),
-        }
+        sidecar = sidecar_of(meta, self.dtype, self.counts, self.num_documents, self._num_empty)
         with self._disk(self._targets[0]):
             sync_file(self._bin)
             self._bin.close()
             with open(self._temporaries[1], "wb") as idx:
-                self._write_index(idx)
+                lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
+                write_index(idx, self.dtype, lengths)
                 sync_file(idx)
             with open(self._temporaries[2], "wb") as out:
-                out.write(json.dumps(sidecar, indent=1).encode() + b"\n")
+                out.write(sidecar_bytes(sidecar))
                 sync_file(out)
             # Over an older corpus: its .idx and sidecar go first, so that no crash leaves them beside the new .bin.
             for target in self._targets[:0:-1]:
@@ -361,18 +398,6 @@ class IndexedWriter:
         self.num_tokens += tokens.size
         self._pending.clear()
         self._pending_tokens = 0
-
-    def _write_index(self, out: IO[bytes]) -> None:
-        code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.dtype)
-        lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
-        out.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(self._boundaries)))
-        out.write(lengths.astype("<i4").data)
-        end = 0
-        for part in _chunks(len(lengths)):
-            ends = end + np.cumsum(lengths[part].astype(np.int64) * self.dtype.itemsize)
-            out.write(np.concatenate(([end], ends[:-1])).astype("<i8").data)
-            end = int(ends[-1])
-        out.write(np.frombuffer(self._boundaries, np.int64).astype("<i8").data)
 
     @contextlib.contextmanager
     def _disk(self, path: Path) -> Iterator[None]:

@@ -1,147 +1,361 @@
-"""Documents from files and folders, in an order that is the same everywhere: as given, folders sorted.
+"""Documents from inputs, in input order, as batches: the texts, what was left out and why, and where to go on.
 
-`.jsonl` is one document a line; any other file is one document, UTF-8. A file somebody named has to be readable; in a
-folder, what is not text is skipped, and counted under its reason, so that nothing disappears in silence.
+`.jsonl` is one document a line, `.json` an array of documents or one after the other, `.csv .tsv .parquet .arrow` one a
+row; any other file is one document, UTF-8. A document's text is the value of a key (of several keys: joined by a
+newline). A value may be a list: of strings, which are joined by newlines, or of messages {"role", "content"}, each
+written as "role: content".
+
+Nothing disappears in silence: whatever is not handed out is handed out as a `Drop`. Memory is a batch, or the largest
+document, whichever is more: what is longer than `max_document_bytes` is dropped without being held.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import orjson
+import xxhash
 
-from engine.errors import DataError
+from engine.data.formats import BadRecord, arrow_rows, csv_rows, json_values, parquet_rows
+from engine.data.inputs import STDIN, BadStream, ByteStream, InputFile, list_inputs
 
-MAX_FILE_BYTES = 1 << 28  # of one document: beyond it a file is a dump of something, not a text
+MAX_DOCUMENT_BYTES = 1 << 26  # beyond it a file or line is a dump of something, not a text
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_BATCH_BYTES = 4 << 20
+_BATCH_DOCUMENTS = 8192
+_BLOCK_BYTES = 1 << 20  # bytes read at once
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text, where it is from (path, or path:line) and the bytes of input it took."""
+class Drop:
+    """Something that was not handed out: `record` is its line, row or element (0: the file), counted from 1.
 
-    text: str
-    source: str
-    input_bytes: int
+    `stops`: it is a fault of the input, so `--on-error stop` stops there; the others are by design (blank lines, files
+    of a folder that are not text) and only counted.
+    """
+
+    file: str
+    record: int
+    reason: str
+    detail: str
+    stops: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.file}{f':{self.record}' if self.record else ''}: {self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A file to read. `explicit`: named by the user, so it may not be skipped."""
+class Cursor:
+    """Where reading goes on: file number, unpacked bytes or records of it that are done, records of it, and for
+    standard input the digest of those bytes, as nothing else tells whether it is the same input again."""
 
-    path: Path
-    explicit: bool
-    num_bytes: int
-
-
-def list_files(inputs: Sequence[Path], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[SourceFile]:
-    """The files of `inputs` in reading order. `include`: globs on file names; `exclude`: on any part of the path.
-
-    Both apply within folders only; an empty `include` takes all. Raises DataError for an input that does not exist.
-    """
-    files: list[SourceFile] = []
-    for given in inputs:
-        if given.is_dir():
-            files.extend(_walk(given, include, exclude))
-        elif given.is_file():
-            files.append(SourceFile(given, True, given.stat().st_size))
-        else:
-            raise DataError(f"{given}: no such file or folder. Check the path of this input.")
-    return files
+    file: int = 0
+    offset: int = 0
+    record: int = 0
+    digest: str = ""
 
 
-def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> Iterator[SourceFile]:
-    def fail(err: OSError) -> None:
-        raise DataError(f"{err.filename}: cannot list this folder: {err.strerror}. Exclude it or fix its permissions.")
-
-    for root, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not _matches(name, exclude))
-        for name in sorted(names):
-            path = Path(root) / name
-            if (not include or _matches(name, include)) and not _matches(name, exclude) and path.is_file():
-                yield SourceFile(path, False, path.stat().st_size)
+START = Cursor()
 
 
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+@dataclass
+class Batch:
+    """Texts in input order, (file number, record) of each, drops met on the way, and where the next batch begins."""
+
+    texts: list[str] = field(default_factory=list)
+    where: list[tuple[int, int]] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
+    cursor: Cursor = START
+    consumed: int = 0  # stored bytes of all inputs up to the end of this batch
+    num_chars: int = 0
+
+    def extend(self, block: Batch) -> None:
+        """Append what follows."""
+        self.texts += block.texts
+        self.where += block.where
+        self.drops += block.drops
+        self.cursor = block.cursor
+        self.num_chars += block.num_chars
 
 
-def documents(
-    inputs: Sequence[Path],
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    json_key: str = "text",
-    max_file_bytes: int = MAX_FILE_BYTES,
-    skipped: Counter[str] | None = None,
-) -> Iterator[Document]:
-    """Every document of `inputs`; adds to `skipped` one for each file or line left out, by reason.
+@dataclass(frozen=True)
+class Source:
+    """What to read and how."""
 
-    Raises DataError, with file and line and a repair, for malformed JSON, a missing `json_key`, a value that is not a
-    string, and a file named explicitly that is not UTF-8 or exceeds `max_file_bytes`.
-    """
-    skipped = Counter() if skipped is None else skipped
-    for file in list_files(inputs, include, exclude):
-        if file.path.suffix == ".jsonl":
-            yield from _lines(file.path, json_key, max_file_bytes, skipped)
-        else:
-            document = _whole(file, max_file_bytes, skipped)
-            if document is not None:
-                yield document
+    files: Sequence[InputFile]
+    keys: Sequence[str] = ("text",)
+    format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""  # "": by the file's name
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
+    @classmethod
+    def of(
+        cls, inputs: Sequence[str | Path], include: Sequence[str] = (), exclude: Sequence[str] = (), **how: Any
+    ) -> Source:
+        """Of what list_inputs finds; `how`: the other fields."""
+        return cls(tuple(list_inputs(inputs, include, exclude)), **how)
 
-def _lines(path: Path, key: str, max_bytes: int, skipped: Counter[str]) -> Iterator[Document]:
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                body = line.removeprefix(_BOM) if number == 1 else line
-                if not body.strip():
-                    skipped["blank line in .jsonl"] += 1
-                    continue
-                if len(line) > max_bytes:
-                    raise DataError(f"{path}:{number}: line of {len(line)} bytes; raise max_file_bytes = {max_bytes}")
-                yield Document(_parse(body, f"{path}:{number}", key), f"{path}:{number}", len(line))
-    except OSError as err:
-        raise DataError(f"{path}: cannot be read: {err.strerror or err}. Check its permissions.") from err
+    def format_of(self, file: InputFile) -> str:
+        return self.format or ("jsonl" if file.name == STDIN else FORMATS.get(file.suffix, "text"))
+
+    def batches(self, start: Cursor = START) -> Iterator[Batch]:
+        """All batches from `start` on. Where one ends is a detail; their content one after the other is not."""
+        before = sum(file.num_bytes for file in self.files[: start.file])
+        batch = Batch(cursor=start, consumed=before)
+        for number in range(start.file, len(self.files)):
+            begin = start if number == start.file else Cursor(number)
+            for block in _FileReader(self, number).read(begin):
+                batch.extend(block)
+                batch.consumed = before + block.consumed
+                if batch.num_chars >= _BATCH_BYTES or len(batch.texts) + len(batch.drops) >= _BATCH_DOCUMENTS:
+                    yield batch
+                    batch = Batch(cursor=batch.cursor, consumed=batch.consumed)
+            before += self.files[number].num_bytes
+            batch.cursor, batch.consumed = Cursor(number + 1), before
+        yield batch
 
 
-def _parse(line: bytes, where: str, key: str) -> str:
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as err:
-        raise DataError(
-            f"{where}: malformed JSON: {err}. Every line has to be one complete JSON object in UTF-8; "
-            f"repair or delete this line (the last one is often torn by an interrupted copy)."
-        ) from err
-    if not isinstance(value, dict):
-        raise DataError(f'{where}: expected a JSON object like {{"{key}": "..."}}, found {type(value).__name__}.')
-    if key not in value:
-        keys = ", ".join(sorted(value)[:8]) or "none"
-        raise DataError(f"{where}: no key {key!r}. The keys here are: {keys}; choose one of them as json_key.")
-    text = value[key]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {key!r} is {type(text).__name__}, expected a string. Choose another json_key.")
-    return text
+def text_of(value: Any, where: str) -> str:
+    """A document's text from a JSON value. Raises TypeError, with what it is, for a value that is no text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "\n".join(_piece(piece, f"{where}[{i}]") for i, piece in enumerate(value))
+    raise TypeError(f"{where} is {type(value).__name__}, expected a string, or a list of strings or messages")
 
 
-def _whole(file: SourceFile, max_bytes: int, skipped: Counter[str]) -> Document | None:
-    """The file as a document, or None when it was skipped and counted."""
-    if file.num_bytes > max_bytes:
-        reason, repair = f"larger than max_file_bytes = {max_bytes}", "Raise it, or convert the file to .jsonl."
-    else:
+def _piece(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str):
+        return f"{value['role']}: {value['content']}"
+    found = f"an object with the keys {', '.join(sorted(value))}" if isinstance(value, dict) else type(value).__name__
+    raise TypeError(f'{where} is {found}, expected a string or {{"role": "...", "content": "..."}}')
+
+
+class _FileReader:
+    """Reads one file as a sequence of small batches, whose `consumed` counts this file alone."""
+
+    def __init__(self, source: Source, number: int):
+        self.file, self.number = source.files[number], number
+        self.keys, self.limit = tuple(source.keys), source.max_document_bytes
+        self.format = source.format_of(self.file)
+        self.record = 0  # the last one looked at
+
+    def read(self, begin: Cursor) -> Iterator[Batch]:
+        """From `begin` to the end of the file, or to where it cannot be read any further."""
+        readers: dict[str, Callable[[ByteStream, Cursor], Iterator[Batch]]] = {
+            "jsonl": self._jsonl,
+            "json": self._json,
+            "csv": self._csv,
+            "parquet": self._parquet,
+            "arrow": self._arrow,
+            "text": self._text,
+        }
+        self.record = begin.record
         try:
-            raw = file.path.read_bytes()
+            with ByteStream(self.file) as stream:
+                yield from readers[self.format](stream, begin)
+        except BadStream as err:
+            stops = self.file.explicit or self.format != "text"
+            yield self._dropped("cannot be read", str(err), self.record + 1 if self.record else 0, stops)
+
+    def _dropped(self, reason: str, detail: str, record: int, stops: bool = True) -> Batch:
+        """A batch of nothing but this drop, which ends the file."""
+        drop = Drop(self.file.name, record, reason, detail, stops)
+        return Batch(drops=[drop], cursor=Cursor(self.number + 1), consumed=self.file.num_bytes)
+
+    def _drop(self, batch: Batch, reason: str, detail: str, stops: bool = True) -> None:
+        batch.drops.append(Drop(self.file.name, self.record, reason, detail, stops))
+
+    def _add(self, batch: Batch, text: str) -> None:
+        if len(text) > self.limit:
+            self._drop(batch, "too large", self._too_large(len(text)))
+            return
+        batch.texts.append(text)
+        batch.where.append((self.number, self.record))
+        batch.num_chars += len(text)
+
+    def _too_large(self, size: int) -> str:
+        return f"more than max_document_bytes = {self.limit:,} ({size:,} or more). Raise it, or split the document."
+
+    def _add_record(self, batch: Batch, value: Any) -> None:
+        """The text of a JSON object, or the drop that says why there is none."""
+        if not isinstance(value, dict):
+            wanted = f'expected a JSON object like {{"{self.keys[0]}": "..."}}'
+            return self._drop(batch, "wrong type", f"{wanted}, found {type(value).__name__}.")
+        missing = [key for key in self.keys if key not in value]
+        if missing:
+            keys = ", ".join(sorted(value)[:8]) or "none"
+            detail = f"no key {missing[0]!r}. The keys here are: {keys}; choose among them with --json-key."
+            return self._drop(batch, "missing key", detail)
+        try:
+            text = "\n".join(text_of(value[key], repr(key)) for key in self.keys)
+            text.encode()
+        except TypeError as err:
+            return self._drop(batch, "wrong type", f"{err}. Choose another --json-key.")
+        except UnicodeEncodeError as err:
+            return self._drop(batch, "not UTF-8", f"character {err.start} is half of a surrogate pair: no text.")
+        return self._add(batch, text)
+
+    def _text(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
+        """The file as one document. A file found in a folder may be no text: that is counted and does not stop."""
+        explicit = self.file.explicit
+        raw = _read_up_to(stream, self.limit + 1)
+        if len(raw) > self.limit:
+            detail = f"{self._too_large(len(raw))} Or convert the file to .jsonl."
+            yield self._dropped("too large", detail, 0, explicit)
+            return
+        batch = Batch(cursor=Cursor(self.number + 1), consumed=stream.consumed())
+        try:
             # A byte order mark says how the text is stored; it is not part of it.
-            return Document(raw.removeprefix(_BOM).decode("utf-8"), str(file.path), len(raw))
+            self._add(batch, raw.removeprefix(_BOM).decode("utf-8"))
         except UnicodeDecodeError as err:
-            reason, repair = "not UTF-8", f"Byte {err.start} is {err.object[err.start]:#04x}; convert or unpack it."
-        except OSError as err:
-            reason, repair = "cannot be read", f"{err.strerror or err}; check its permissions."
-    if file.explicit:
-        raise DataError(f"{file.path}: {reason}. {repair}")
-    skipped[reason] += 1
-    return None
+            detail = f"Byte {err.start} is {err.object[err.start]:#04x}; convert or unpack it."
+            self._drop(batch, "not UTF-8", detail, explicit)
+        yield batch
+
+    def _jsonl(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
+        digest = xxhash.xxh3_128() if self.file.name == STDIN else None
+        stream.skip(begin.offset, digest.update if digest else None)
+        if digest and begin.digest and digest.hexdigest() != begin.digest:
+            raise BadStream("is not the input that the work began with; give the same again, or --overwrite")
+        offset, carry, ended, lost = begin.offset, b"", False, 0  # lost: bytes so far of a line that is too long
+        while not ended:
+            data = stream.read(_BLOCK_BYTES)
+            ended = not data
+            batch = Batch()
+            if lost:
+                rest, newline, data = data.partition(b"\n")
+                lost += len(rest) + len(newline)
+                if digest:
+                    digest.update(rest + newline)
+                if not newline and not ended:
+                    continue
+                self.record += 1
+                self._drop(batch, "too large", f"a line of {lost:,} bytes, {self._too_large(lost)}")
+                offset, lost = offset + lost, 0
+            head, newline, tail = data.rpartition(b"\n")
+            block = carry + head if newline else carry if ended else b""
+            carry = tail if newline else carry + tail
+            if block or newline:
+                self._lines(batch, block)
+                offset += len(block) + len(newline)
+                if digest:
+                    digest.update(block + newline)
+            batch.cursor = Cursor(self.number, offset, self.record, digest.hexdigest() if digest else "")
+            batch.consumed = stream.consumed()
+            if len(carry) > self.limit + 1:  # nothing of it is handed out, so it need not be held to its end
+                lost = len(carry)
+                if digest:
+                    digest.update(carry)
+                carry = b""
+            if batch.texts or batch.drops or newline:
+                yield batch
+
+    def _lines(self, batch: Batch, block: bytes) -> None:
+        """Every line of `block`. The plain case stays in this loop: it decides the speed of reading."""
+        loads, key = orjson.loads, self.keys[0] if len(self.keys) == 1 else None
+        texts, where, number, limit = batch.texts, batch.where, self.number, self.limit
+        record, chars = self.record, 0
+        for record, line in enumerate(block.split(b"\n"), self.record + 1):
+            try:
+                text = loads(line)[key]
+                if type(text) is str and len(text) <= limit:
+                    texts.append(text)
+                    where.append((number, record))
+                    chars += len(text)
+                    continue
+            except (ValueError, TypeError, LookupError):
+                pass
+            self.record = record
+            self._line(batch, line)
+        self.record = record
+        batch.num_chars += chars
+
+    def _line(self, batch: Batch, line: bytes) -> None:
+        """A line that is not the plain case."""
+        line = line.removeprefix(_BOM) if self.record == 1 else line
+        if not line.strip():
+            return self._drop(batch, "blank line", "", stops=False)
+        if len(line) > self.limit:
+            return self._drop(batch, "too large", f"a line of {len(line):,} bytes, {self._too_large(len(line))}")
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError as err:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as wrong:
+                detail = f"byte {wrong.start} of the line is {line[wrong.start]:#04x}. Convert the file to UTF-8."
+                return self._drop(batch, "not UTF-8", detail)
+            detail = (
+                f"{err}. Every line has to be one complete JSON object in UTF-8; "
+                f"repair or delete this line (the last one is often torn by an interrupted copy)."
+            )
+            return self._drop(batch, "malformed JSON", detail)
+        return self._add_record(batch, value)
+
+    def _rows(self, rows: Iterator[tuple[Any, int]], begin: Cursor, size: int = 256) -> Iterator[Batch]:
+        """Batches of (row, bytes consumed): objects, or a string that says why a row could not be read."""
+        batch, consumed = Batch(), 0
+        for value, consumed in rows:
+            self.record += 1
+            if isinstance(value, BadRecord):
+                self._drop(batch, value.reason, value.detail)
+            else:
+                self._add_record(batch, value)
+            if len(batch.texts) + len(batch.drops) >= size or batch.num_chars >= _BLOCK_BYTES:
+                batch.cursor, batch.consumed = Cursor(self.number, self.record, self.record), consumed
+                yield batch
+                batch = Batch()
+        batch.cursor, batch.consumed = Cursor(self.number, self.record, self.record), consumed
+        yield batch
+
+    def _json(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
+        line, newline, _ = stream.peek(_BLOCK_BYTES).partition(b"\n")
+        if newline and _is_object(line.removeprefix(_BOM)):  # JSON lines under the name that Megatron's users give them
+            yield from self._jsonl(stream, begin)
+            return
+        yield from self._rows(_after(json_values(stream, self.limit), begin), begin)
+
+    def _csv(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
+        separator = "\t" if self.file.suffix == ".tsv" else ","
+        yield from self._rows(_after(csv_rows(stream, separator, self.limit), begin), begin)
+
+    def _parquet(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
+        yield from self._rows(parquet_rows(stream, self.keys, begin.offset), begin)
+
+    def _arrow(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
+        yield from self._rows(arrow_rows(stream, self.keys, begin.offset), begin)
+
+
+def _after(rows: Iterator[tuple[Any, int]], begin: Cursor) -> Iterator[tuple[Any, int]]:
+    """The rows behind those that are done; these are read again, as nothing says where a row starts."""
+    return itertools.islice(rows, begin.offset, None)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def _read_up_to(stream: ByteStream, size: int) -> bytes:
+    pieces: list[bytes] = []
+    while size > 0 and (data := stream.read(min(size, _BLOCK_BYTES))):
+        pieces.append(data)
+        size -= len(data)
+    return b"".join(pieces)

@@ -32,12 +32,14 @@ class Tokenizer:
     """A tokenizer and its identity. Make one with `load` or `train`.
 
     Attributes: `vocab_size` (largest id + 1, added tokens included: what a model's embedding has to hold),
-    `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it).
+    `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it), `unknown` (id of
+    what the vocabulary cannot express, None if there is none), `special_tokens` (their spellings).
     """
 
-    def __init__(self, definition: str, companions: dict[str, bytes]):
+    def __init__(self, definition: str, companions: dict[str, bytes], parse_special: bool = False):
         """`definition`: text of a tokenizer.json; `companions`: name -> content of the files beside it.
 
+        `parse_special`: a special token spelled out in a text is that token, not its characters.
         Raises ValueError if `tokenizers` refuses the definition, or a companion is not JSON.
         """
         self._definition = definition
@@ -51,18 +53,26 @@ class Tokenizer:
             raise ValueError(str(err)) from err
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # that is: encode their spelling as text
+        self._parse_special = parse_special
+        self._tokenizer.encode_special_tokens = not parse_special  # True: encode their spelling as text
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        model = json.loads(definition)["model"]
+        unknown = model.get("unk_token")
+        self.unknown = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
+        self.special_tokens = tuple(
+            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
+        )
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, parse_special: bool = False) -> Tokenizer:
         """From a folder with tokenizer.json, or that file. Raises DataError if it is missing or not readable."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             definition = file.read_bytes().decode("utf-8")
             beside = {name: file.parent / name for name in _COMPANIONS}
-            return cls(definition, {name: other.read_bytes() for name, other in beside.items() if other.is_file()})
+            companions = {name: other.read_bytes() for name, other in beside.items() if other.is_file()}
+            return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
             raise DataError(
                 f"{file}: no such file. Give a folder with a tokenizer.json (Hugging Face format), or train one."
@@ -106,6 +116,21 @@ class Tokenizer:
             f"the tokenizer has no end-of-document token (looked for {looked_for}). "
             f'Name one in its tokenizer_config.json, "eos_token": "...", or prepare with append_eod=False.'
         )
+
+    def unknown_bytes(self, text: str) -> int:
+        """UTF-8 bytes of `text` that become the unknown token."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = {span for number, span in zip(encoding.ids, encoding.offsets) if number == self.unknown}
+        return sum(len(text[begin:end].encode()) for begin, end in spans)
+
+    def text_only_definition(self) -> str:
+        """tokenizer.json for a library that always parses special tokens: without them, unless they are wanted."""
+        definition = json.loads(self._definition)
+        definition.update(truncation=None, padding=None)
+        if not self._parse_special:
+            added = definition.get("added_tokens") or []
+            definition["added_tokens"] = [token for token in added if not token.get("special")]
+        return json.dumps(definition)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""

@@ -14,7 +14,7 @@ from rich.table import Column
 
 from engine.config import Config
 from engine.context import ParallelContext
-from engine.data.prepare import ProgressEvent
+from engine.data.report import ProgressEvent
 
 
 class Progress:
@@ -100,14 +100,17 @@ def prepare_progress(every_s: float = 5.0) -> Iterator[Callable[[ProgressEvent],
         tasks: dict[str, TaskID] = {}
 
         def show(event: ProgressEvent) -> None:
-            rate = event.input_bytes / 1e6 / max(event.elapsed_s, 1e-9)
-            text = f"{event.documents:,} documents, {event.tokens:,} tokens, {rate:.2f} MB/s"
+            elapsed = max(event.elapsed_s, 1e-9)
+            rate = event.input_bytes_here / elapsed
+            text = f"{event.documents:,} documents, {event.tokens:,} tokens, {rate / 1e6:.2f} MB/s"
+            text += f", {event.tokens_here / elapsed:,.0f} tokens/s" if event.tokens else ""
             if event.phase not in tasks:
                 tasks[event.phase] = bar.add_task(event.phase, total=event.input_bytes_total, text="")
             bar.update(tasks[event.phase], completed=event.input_bytes, text=text)
             if not console.is_terminal and time.perf_counter() - shown["at"] >= every_s:
                 shown["at"] = time.perf_counter()
                 done = event.input_bytes / max(1, event.input_bytes_total)
-                console.print(f"{event.phase}: {done:.0%}, {text}")
+                left = (event.input_bytes_total - event.input_bytes) / max(rate, 1e-9)
+                console.print(f"{event.phase}: {done:.0%}, {text}, left {left:.0f} s")
 
         yield show

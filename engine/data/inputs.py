@@ -1,0 +1,278 @@
+"""Which files are read, and their bytes: paths, folders, globs, URLs and standard input, plain or compressed.
+
+The order is the same everywhere: inputs as given, folders and globs sorted. A stream is read in pieces of a bounded
+size, whatever a compressed file unfolds to, and an archive that ends too early raises `BadStream` instead of looking
+like the end of the text.
+"""
+
+from __future__ import annotations
+
+import bz2
+import fnmatch
+import glob
+import gzip
+import io
+import lzma
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from engine.errors import DataError
+
+STDIN = "-"
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_FRAME_BYTES = 2048  # of zstd fed at once: the worst case unfolds it 32,768 times
+
+
+class BadStream(Exception):
+    """The stored bytes cannot be unpacked any further; the text says how."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read. `explicit`: named by the user, so it may not be left out. `stamp` changes with the content."""
+
+    name: str
+    explicit: bool
+    num_bytes: int  # as stored; 0 for standard input
+    stamp: str = ""
+
+    @property
+    def compression(self) -> str:
+        suffix = PurePosixPath(self.name).suffix.lower()
+        return suffix if suffix in COMPRESSIONS else ""
+
+    @property
+    def suffix(self) -> str:
+        """What the content is, compression aside: ".jsonl" of "a.jsonl.zst"."""
+        name = PurePosixPath(self.name)
+        return PurePosixPath(name.stem if self.compression else name.name).suffix.lower()
+
+
+def list_inputs(
+    inputs: Sequence[str | Path], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[InputFile]:
+    """The files of `inputs` in reading order. `include`: globs on file names; `exclude`: on any part of the path.
+
+    Both apply within folders only; an empty `include` takes all. Raises DataError for an input that does not exist.
+    """
+    files: list[InputFile] = []
+    for given in map(str, inputs):
+        if given == STDIN:
+            files.append(InputFile(STDIN, True, 0))
+        elif "://" in given:
+            files.extend(_remote(given, include, exclude))
+        elif os.path.isdir(given):
+            files.extend(_walk(given, include, exclude))
+        elif os.path.isfile(given):
+            files.append(_local(given, True))
+        elif glob.has_magic(given) and (found := sorted(glob.glob(given, recursive=True))):
+            files.extend(_local(path, True) for path in found if os.path.isfile(path))
+        else:
+            kind = "no file matches this glob" if glob.has_magic(given) else "no such file or folder"
+            raise DataError(f"{given}: {kind}. Check the path of this input.")
+    if sum(file.name == STDIN for file in files) > 1:
+        raise DataError("standard input (-) is given more than once; it can be read only once")
+    return files
+
+
+def _local(path: str, explicit: bool) -> InputFile:
+    stat = os.stat(path)
+    return InputFile(path, explicit, stat.st_size, str(stat.st_mtime_ns))
+
+
+def _walk(folder: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[InputFile]:
+    def fail(err: OSError) -> None:
+        raise DataError(f"{err.filename}: cannot list this folder: {err.strerror}. Exclude it or fix its permissions.")
+
+    for root, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not _matches(name, exclude))
+        for name in sorted(names):
+            path = os.path.join(root, name)
+            if (not include or _matches(name, include)) and not _matches(name, exclude) and os.path.isfile(path):
+                yield _local(path, False)
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in globs)
+
+
+def _remote(url: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[InputFile]:
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        if glob.has_magic(path):
+            facts, explicit = system.glob(path, detail=True), True
+        elif system.isdir(path):
+            facts, explicit = system.find(path, detail=True), False
+        else:
+            facts, explicit = {path: system.info(path)}, True
+    except ImportError as err:
+        raise DataError(f"{url}: {err}. Install the package that fsspec names for this kind of URL.") from err
+    except FileNotFoundError as err:
+        raise DataError(f"{url}: no such file or folder. Check the URL of this input.") from err
+    except Exception as err:  # every storage library has errors of its own
+        raise DataError(f"{url}: cannot be listed: {type(err).__name__}: {err}. Check the URL and access.") from err
+    if not facts:
+        raise DataError(f"{url}: no file there. Check the URL of this input.")
+    for found in sorted(facts):
+        info = facts[found]
+        parts = PurePosixPath(found.removeprefix(path)).parts
+        wanted = explicit or (
+            (not include or _matches(parts[-1], include)) and not any(_matches(part, exclude) for part in parts)
+        )
+        if wanted and info.get("type", "file") == "file":
+            stamp = next((info[key] for key in ("ETag", "mtime", "LastModified", "updated") if info.get(key)), "")
+            yield InputFile(system.unstrip_protocol(found), explicit, int(info.get("size") or 0), str(stamp))
+
+
+class ByteStream:
+    """Unpacked bytes of one input. Use as a context manager; `offset` counts what was read."""
+
+    def __init__(self, file: InputFile):
+        self.file = file
+        self.offset = 0
+        self._ahead = b""
+        self._broken: BadStream | None = None
+        try:
+            self._raw = _open(file)
+        except OSError as err:
+            raise BadStream(f"{err.strerror or err}; check its permissions") from err
+        self._unpacked: Any = _unpack(self._raw, file.compression)
+
+    def __enter__(self) -> ByteStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file.name != STDIN:
+            self._raw.close()
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, b"" at the end. Raises BadStream for a damaged or truncated archive.
+
+        What can be unpacked before the damage is given first: only what is lost is reported as lost.
+        """
+        if self._ahead:
+            data, self._ahead = self._ahead[:size], self._ahead[size:]
+            self.offset += len(data)
+            return data
+        if self._broken is not None:
+            raise self._broken
+        pieces: list[bytes] = []
+        missing = size
+        try:
+            while missing and (piece := self._piece(missing)):
+                pieces.append(piece)
+                missing -= len(piece)
+        except BadStream as err:
+            self._broken = err
+            if not pieces:
+                raise
+        self.offset += size - missing
+        return b"".join(pieces)
+
+    def peek(self, size: int) -> bytes:
+        """What `read` will give next."""
+        if not self._ahead:
+            self._ahead = self.read(size)
+            self.offset -= len(self._ahead)
+        return self._ahead
+
+    def _piece(self, size: int) -> bytes:
+        done = f"after {self.offset:,} unpacked bytes"
+        try:
+            return self._unpacked.read1(size) if self.file.compression else self._unpacked.read(size)
+        except EOFError as err:
+            raise BadStream(f"the archive ends too early, {done} or a little later") from err
+        except (zlib.error, lzma.LZMAError) as err:
+            raise BadStream(f"the archive is damaged, {done} or a little later: {err}") from err
+        except OSError as err:
+            raise BadStream(f"{err.strerror or err}, {done} or a little later") from err
+
+    def skip(self, size: int, seen: Callable[[bytes], None] | None = None) -> None:
+        """Go on `size` bytes; `seen` gets them. A plain file is not read for it, a compressed one has to be."""
+        if seen is None and not self._ahead and not self.file.compression and self.file.name != STDIN:
+            self._raw.seek(size, io.SEEK_CUR)
+            self.offset += size
+            return
+        while size:
+            data = self.read(min(size, 1 << 20))
+            if not data:
+                raise BadStream("is shorter than it was when the work began")
+            size -= len(data)
+            if seen is not None:
+                seen(data)
+
+    def seekable(self) -> IO[bytes]:
+        """The file itself, for formats that are read from their end."""
+        if self.file.compression or self.file.name == STDIN:
+            raise BadStream("this format has to be read from a file that is not compressed as a whole")
+        return self._raw
+
+    def consumed(self) -> int:
+        """Stored bytes read so far, for progress."""
+        return self.offset if self.file.name == STDIN else self._raw.tell()
+
+
+def _open(file: InputFile) -> IO[bytes]:
+    if file.name == STDIN:
+        return sys.stdin.buffer
+    if "://" in file.name:
+        import fsspec
+
+        try:
+            return fsspec.open(file.name, "rb").open()
+        except OSError:
+            raise
+        except Exception as err:
+            raise OSError(f"{type(err).__name__}: {err}") from err
+    return open(file.name, "rb")
+
+
+def _unpack(raw: IO[bytes], compression: str) -> IO[bytes]:
+    unpackers: dict[str, Callable[[IO[bytes]], Any]] = {
+        ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+        ".bz2": bz2.BZ2File,
+        ".xz": lzma.LZMAFile,
+        ".zst": lambda raw: io.BufferedReader(_Zstd(raw), 1 << 18),
+    }
+    return unpackers[compression](raw) if compression else raw
+
+
+class _Zstd(io.RawIOBase):
+    """Frames of zstd, one after the other. The library's own reader takes a torn frame for the end of the text."""
+
+    def __init__(self, raw: IO[bytes]):
+        import zstandard
+
+        self._raw, self._library = raw, zstandard
+        self._frame: Any = None
+        self._input, self._output = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            data = self._input or self._raw.read(_FRAME_BYTES)
+            self._input = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError
+                return 0
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._output = memoryview(self._frame.decompress(data))
+            except self._library.ZstdError as err:
+                raise zlib.error(str(err)) from err
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size

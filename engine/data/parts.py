@@ -1,0 +1,298 @@
+"""Work in progress of `prepare`: a folder from which it goes on after a kill, and never anything half-written.
+
+`PREFIX.parts/` holds data files that only grow, `settings.json`, and one small `NNNNNNNN.json` for each finished shard:
+how far every data file goes and the digest of the bytes added, the caller's state (where reading goes on, all counts).
+
+Order of a commit, which is what makes it safe: data files synced; shard file written under another name, synced,
+renamed; folder synced. So bytes count only if a shard file says so. On resuming, every shard is checked by its digests,
+what lies behind the last good one is cut off, and the work goes on there, with the same bytes as if never disturbed.
+
+When all is written, `publish.json` lists what is renamed to where; renaming is repeated until nothing is left of it.
+Another process in the same folder is kept out by a lock that the kernel drops when its holder dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from engine.data.indexed import sidecar_bytes, sidecar_of, token_dtype, write_index
+from engine.errors import DataError
+from engine.files import sync_file, sync_folder, write_synced
+
+_CHECK_BYTES = 8 << 20
+_SKIPPED = "skipped.jsonl"
+
+
+class _Grown:
+    """A data file: what was committed, and what was added since with its digest."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.committed = self.end = 0
+        self.digest = xxhash.xxh3_128()
+        self.file: IO[bytes] = open(path, "ab")  # noqa: SIM115  (closed by Parts.close)
+
+    def write(self, data: memoryview | bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.end += memoryview(data).nbytes
+
+    def reset(self, committed: int) -> None:
+        """Go back to what is committed."""
+        self.file.close()
+        os.truncate(self.path, committed)
+        self.file = open(self.path, "ab")  # noqa: SIM115
+        self.committed = self.end = committed
+        self.digest = xxhash.xxh3_128()
+
+
+class Parts:
+    """The open folder. `state`: what the last commit kept, None at the start; `warnings`: shards that were not good.
+
+    `counts[split]` int64 [vocab_size]: histogram of the tokens so far. Use as a context manager.
+    """
+
+    def __init__(self, folder: Path, splits: Sequence[str]):
+        self.folder, self.splits = folder, tuple(splits)
+        self.warnings: list[str] = []
+        self.state: dict[str, Any] | None = None
+        self.num_shards = 0
+        self.bytes_needed: Callable[[], int] = lambda: 0  # an estimate to the end, for the message of a full disk
+        self._files: dict[str, _Grown] = {}
+        with self._disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / "lock", "wb")  # noqa: SIM115  (closed by close)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            self._lock.close()
+            raise DataError(f"{folder}: another `engine prepare` is writing here. Wait for it, or end it.") from err
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for grown in self._files.values():
+            with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
+                grown.file.close()
+        self._files.clear()
+        self._lock.close()
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ---- settings ----
+
+    def settings(self) -> dict[str, Any] | None:
+        """What the work here was begun with, None for a new folder."""
+        return read_json(self.folder / "settings.json")
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Start with nothing."""
+        for name in ("publish.json", "settings.json"):  # first, so that no kill leaves them beside half of the rest
+            (self.folder / name).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.write_json("settings.json", settings)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """A small file, there as a whole or not at all."""
+        with self._disk(self.folder / name):
+            write_synced(self.folder / f"{name}.tmp", json.dumps(value, indent=1).encode() + b"\n")
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+            sync_folder(self.folder)
+
+    # ---- data ----
+
+    def open(self, vocab_size: int) -> None:
+        """Open the data files behind the last good shard."""
+        self.dtype = token_dtype(vocab_size)
+        names = [f"{split}.{kind}" for split in self.splits for kind in ("bin", "lengths")] + [_SKIPPED]
+        with self._disk(self.folder):
+            self._files = {name: _Grown(self.folder / name) for name in names}
+        self.counts = {split: np.zeros(vocab_size, np.int64) for split in self.splits}
+        while self._take_shard():
+            pass
+        behind = sorted((path for path in self._shard_files() if int(path.stem) > self.num_shards), reverse=True)
+        for path in behind:
+            path.unlink()
+        if behind:
+            self.warnings.append(f"{self.folder}: everything from shard {self.num_shards + 1} on is made again")
+        for grown in self._files.values():
+            grown.reset(grown.committed)
+
+    def restart(self) -> None:
+        """Forget all shards: what they hold is not to be trusted."""
+        for path in sorted(self._shard_files(), reverse=True):  # from the end: a kill leaves a shorter, whole beginning
+            path.unlink()
+        sync_folder(self.folder)
+        for grown in self._files.values():
+            grown.reset(0)
+        for counts in self.counts.values():
+            counts[:] = 0
+        self.state, self.num_shards = None, 0
+
+    def add(self, split: str, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> None:
+        """Append documents: their tokens one after the other, int32 [T], and lengths int32 [documents]."""
+        counts = self.counts[split]
+        if tokens.size:
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= len(counts):
+                raise DataError(f"the tokenizer gave id {low if low < 0 else high}, not in [0, {len(counts)})")
+            counts += np.bincount(tokens, minlength=len(counts))
+        self._append(f"{split}.bin", tokens.astype(self.dtype).data)
+        self._append(f"{split}.lengths", lengths.astype("<i4").data)
+
+    def skip(self, line: bytes) -> None:
+        """Append a line to the list of what was left out."""
+        self._append(_SKIPPED, line)
+
+    def _append(self, name: str, data: memoryview | bytes) -> None:
+        with self._disk(self.folder / name):
+            self._files[name].write(data)
+
+    @property
+    def uncommitted_bytes(self) -> int:
+        return sum(grown.end - grown.committed for grown in self._files.values())
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(grown.end for grown in self._files.values())
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """Make everything added so far, and `state`, last."""
+        with self._disk(self.folder):
+            for grown in self._files.values():
+                if grown.end > grown.committed:
+                    sync_file(grown.file)
+        ranges = {name: [g.committed, g.end, g.digest.hexdigest()] for name, g in self._files.items()}
+        self.write_json(f"{self.num_shards + 1:08d}.json", {"files": ranges, "state": state})
+        self.num_shards += 1
+        self.state = state
+        for grown in self._files.values():
+            grown.committed, grown.digest = grown.end, xxhash.xxh3_128()
+
+    def _shard_files(self) -> list[Path]:
+        return [path for path in self.folder.glob("*.json") if path.stem.isdigit()]
+
+    def _take_shard(self) -> bool:
+        """Check the next shard by its digests and count its tokens. False: there is none, or it is not good."""
+        path = self.folder / f"{self.num_shards + 1:08d}.json"
+        try:
+            shard = read_json(path)
+        except DataError as err:
+            self.warnings.append(str(err))
+            return False
+        if shard is None:
+            return False
+        found = {name: self._digest(name, begin, end) for name, (begin, end, _) in shard["files"].items()}
+        wrong = [name for name, (begin, _, digest) in shard["files"].items() if found[name][0] != digest]
+        wrong += [name for name, (begin, _, _) in shard["files"].items() if begin != self._files[name].committed]
+        if wrong:
+            self.warnings.append(f"{path}: {', '.join(wrong)} is not what was written")
+            return False
+        for name, (_, end, _) in shard["files"].items():
+            self._files[name].committed = end
+            if found[name][1] is not None:
+                self.counts[name.removesuffix(".bin")] += found[name][1]
+        self.state, self.num_shards = shard["state"], self.num_shards + 1
+        return True
+
+    def _digest(self, name: str, begin: int, end: int) -> tuple[str, Any]:
+        """Digest of bytes of a data file, and for tokens their histogram."""
+        digest = xxhash.xxh3_128()
+        counts = np.zeros_like(self.counts[name.removesuffix(".bin")]) if name.endswith(".bin") else None
+        with open(self.folder / name, "rb") as file:
+            file.seek(begin)
+            while begin < end and (data := file.read(min(_CHECK_BYTES, end - begin))):
+                begin += len(data)
+                digest.update(data)
+                if counts is not None and len(data) % self.dtype.itemsize == 0:
+                    tokens = np.frombuffer(data, self.dtype)
+                    if int(tokens.min()) < 0 or int(tokens.max()) >= len(counts):
+                        return "no token ids", None
+                    counts += np.bincount(tokens, minlength=len(counts))
+        return digest.hexdigest(), counts
+
+    # ---- the end ----
+
+    def write_corpus(self, split: str, meta: dict[str, Any], documents: int, empty: int) -> dict[str, Any]:
+        """Write .idx and sidecar of a split beside its .bin; returns the sidecar."""
+        sidecar = sidecar_of(meta, self.dtype, self.counts[split], documents, empty)
+        lengths_path = self.folder / f"{split}.lengths"
+        lengths = np.memmap(lengths_path, "<i4", "r") if lengths_path.stat().st_size else np.empty(0, np.int32)
+        with self._disk(self.folder / f"{split}.idx"):
+            with open(self.folder / f"{split}.idx", "wb") as out:
+                write_index(out, self.dtype, lengths)
+                sync_file(out)
+            write_synced(self.folder / f"{split}.json", sidecar_bytes(sidecar))
+        return sidecar
+
+    @contextlib.contextmanager
+    def _disk(self, path: Path) -> Iterator[None]:
+        """Turns a full disk or a missing permission into a DataError that says how to go on."""
+        try:
+            yield
+        except OSError as err:
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(f"{path}: cannot be written: {err.strerror or err}. Choose another output.") from err
+            free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+            raise DataError(
+                f"{path}: the disk is full: about {self.bytes_needed():,} more bytes are needed and {free:,} are free. "
+                f"Make room and give the same command again: it goes on after the last finished shard "
+                f"({self.num_shards} are finished)."
+            ) from err
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as err:
+        raise DataError(f"{path}: not readable ({err}). Delete the folder {path.parent} to start anew.") from err
+    return value if isinstance(value, dict) else None
+
+
+def publish(folder: Path, stale: Sequence[Path], moves: Sequence[tuple[Path, Path]]) -> None:
+    """Rename what is complete to where it belongs; harmless to repeat after a kill.
+
+    Targets are removed from the end first, so that no crash leaves an old index or sidecar beside a new .bin.
+    """
+    waiting = [(source, target) for source, target in moves if source.exists()]
+    try:
+        for target in [*stale, *(target for _, target in reversed(waiting))]:
+            target.unlink(missing_ok=True)
+        for source, target in waiting:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+        for parent in sorted({target.parent for _, target in moves}):
+            sync_folder(parent)
+        for path in folder.iterdir():
+            if path.name not in ("publish.json", "settings.json", "lock"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in ("settings.json", "publish.json", "lock"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError as err:
+        text = f"{err.filename or folder}: cannot be published: {err.strerror or err}."
+        raise DataError(f"{text} Give the same command again; nothing is lost.") from err

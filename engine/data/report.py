@@ -1,0 +1,93 @@
+"""What `prepare` counts: running totals, which a shard keeps, progress events, and the report at the end.
+
+The report holds what makes the first losses of a run judgeable: ln(vocab_size) is where it starts, the cross entropy
+of the valid tokens under the train unigram distribution is what a model reaches without reading any context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.data.sources import START, Cursor
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """How far a phase is. `input_bytes` of `input_bytes_total` is the fraction done; `_here`: by this process."""
+
+    phase: Literal["train tokenizer", "encode"]
+    input_bytes: int
+    input_bytes_total: int
+    documents: int
+    tokens: int
+    elapsed_s: float
+    input_bytes_here: int
+    tokens_here: int
+
+
+@dataclass
+class SplitTotals:
+    """Running counts of one split. `documents` counts those with text."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    unknown_bytes: int = 0
+    longest_document_tokens: int = 0
+    longest_document: str = ""
+
+
+@dataclass
+class Totals:
+    """All counts, and where reading goes on: what a shard keeps."""
+
+    cursor: Cursor = START
+    consumed: int = 0
+    documents: int = 0  # that could be read, empty ones too: the number of the next one
+    dropped: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, SplitTotals] = field(default_factory=dict)
+    fast: bool = True
+    elapsed_s: float = 0.0
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Totals:
+        splits = {name: SplitTotals(**facts) for name, facts in state["splits"].items()}
+        return cls(**{**state, "cursor": Cursor(**state["cursor"]), "splits": splits})
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One written corpus. `documents` counts those with text, `unigram_entropy` is in nats per token."""
+
+    prefix: str
+    documents: int
+    empty_documents: int
+    text_bytes: int
+    tokens: int
+    bytes_per_token: float
+    longest_document_tokens: int
+    longest_document: str
+    unknown_bytes: int
+    unigram_entropy: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` did; also written to PREFIX-report.json. `dropped`: left-out files or lines by reason, each of
+    them with its place in PREFIX-skipped.jsonl."""
+
+    train: SplitReport
+    valid: SplitReport | None
+    valid_unigram_cross_entropy: float | None  # nats per valid token under the train unigrams, add-one smoothed
+    tokenizer: str
+    tokenizer_digest: str
+    vocab_size: int
+    documents_in: int
+    bytes_in: int
+    dropped: dict[str, int]
+    encoder: str
+    encoder_note: str
+    elapsed_s: float

@@ -1,0 +1,336 @@
+"""`prepare` killed anywhere goes on to the same bytes; what is damaged, different or full is told and never used."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import engine.data.prepare as module
+from engine.data import parts, sources
+from engine.data.encoder import Encoder
+from engine.data.indexed import IndexedDataset
+from engine.data.prepare import prepare
+from engine.data.report import PrepareReport
+from engine.data.tokenizer import Tokenizer
+from engine.errors import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # line {i % 7} of ünïcode\n" * (i % 4) for i in range(300)]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the product may catch it."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train(iter(TEXTS), 400).save(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(sources, "_BATCH_DOCUMENTS", 40)
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 2000)
+
+
+def corpus(folder: Path, texts: list[str] = TEXTS) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def run(folder: Path, tokenizer: Path, **options: Any) -> PrepareReport:
+    options = {"valid_fraction": 0.2, "tokenizer": tokenizer, "on_error": "skip", **options}
+    return prepare([folder / "in.jsonl"], str(folder / "out"), **options)
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """Every written file by name, the report without its time."""
+    found = {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.glob("out*/*")) + sorted(folder.glob("out*.*"))
+        if p.is_file()
+    }
+    facts = json.loads(found.pop("out-report.json").replace(str(folder).encode(), b""))
+    return {**found, "report": json.dumps({**facts, "elapsed_s": 0, "tokenizer": ""}).encode()} | {
+        name: data.replace(str(folder).encode(), b"") for name, data in found.items() if "skipped" in name
+    }
+
+
+def killing(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
+    """Make the `at`-th call that changes the disk the last one, half of them before and half after it happened."""
+    calls = [0]
+
+    def hooked(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == at and at % 2:
+                raise Killed
+            result = real(*args, **kwargs)
+            if calls[0] == at:
+                raise Killed
+            return result
+
+        return call
+
+    for name in ("replace", "fsync", "truncate", "unlink", "mkdir", "rmdir", "rename"):
+        monkeypatch.setattr(os, name, hooked(getattr(os, name)))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_BATCH_DOCUMENTS", 40)
+        corpus(folder, [*TEXTS[:90], "BAD", *TEXTS[90:]])
+        spoil(folder)
+        run(folder, tokenizer)
+    return outputs(folder)
+
+
+def spoil(folder: Path) -> None:
+    path = folder / "in.jsonl"
+    path.write_text(path.read_text().replace('{"text": "BAD"}', '{"text": 5}'))
+
+
+def test_killed_at_every_change_of_the_disk(
+    tmp_path: Path, tokenizer: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, resumed = 1, 0
+    while True:
+        folder = tmp_path / str(at)
+        corpus(folder, [*TEXTS[:90], "BAD", *TEXTS[90:]])
+        spoil(folder)
+        with monkeypatch.context() as patch:
+            calls = killing(patch, at)
+            with contextlib.suppress(Killed):
+                run(folder, tokenizer)
+        if calls[0] < at:
+            break
+        notes: list[str] = []
+        try:
+            run(folder, tokenizer, note=notes.append)
+        except DataError as err:
+            assert "so this is done" in str(err)  # killed after the last file was in its place
+        resumed += bool(notes)
+        assert outputs(folder) == undisturbed, at
+        assert not (folder / "out.parts").exists(), at
+        at += 1 if at < 12 else 3  # all kinds of moments, at both parities, in a bearable time
+    assert at > 40 and resumed > 5
+
+
+def test_killed_with_the_tokenizer_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus(tmp_path)
+    for at in (3, 9, 20, 31):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killing(patch, at)
+            run(tmp_path, tmp_path / "new", train_vocab_size=300)
+    run(tmp_path, tmp_path / "new", train_vocab_size=300)
+    corpus(tmp_path / "other")
+    run(tmp_path / "other", tmp_path / "other/new", train_vocab_size=300)
+    for name in ("out-train.bin", "out-valid.idx", "new/tokenizer.json", "out-tokenizer/tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+PROGRAM = """
+import os, sys, threading, time
+import engine.data.parts as parts, engine.data.prepare as prepare, engine.data.sources as sources
+prepare.SHARD_BYTES, sources._BATCH_DOCUMENTS, sources._BLOCK_BYTES = 20000, 100, 5000
+delay, real = float(sys.argv.pop(1)), parts.Parts.commit
+def commit(self, state):
+    real(self, state)
+    if delay and self.num_shards == 3:
+        threading.Timer(delay, os.kill, (os.getpid(), 9)).start()
+    if delay and self.num_shards == 20:
+        time.sleep(60)  # a slow machine: the signal is on its way
+parts.Parts.commit = commit
+import engine.cli
+engine.cli.main(["prepare", *sys.argv[1:]])
+"""
+
+
+def test_sigkill_of_the_command(tmp_path: Path, tokenizer: Path) -> None:
+    corpus(tmp_path, TEXTS * 40)
+    options = ["--input", tmp_path / "in.jsonl", "--tokenizer", tokenizer, "--output", tmp_path / "out"]
+    for delay, code in ((0.01, -signal.SIGKILL), (0, 0)):
+        command = [sys.executable, "-c", PROGRAM, str(delay), *map(str, options)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+        assert done.returncode == code, done.stderr
+    assert "going on with" in done.stdout
+    prepare([tmp_path / "in.jsonl"], str(tmp_path / "whole"), tokenizer=tokenizer)
+    for suffix in ("bin", "idx", "json"):
+        assert (tmp_path / f"out-train.{suffix}").read_bytes() == (tmp_path / f"whole-train.{suffix}").read_bytes()
+
+
+def begun(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, at: int = 42, **options: Any) -> Path:
+    """A run that was killed after a few shards; its folder of parts."""
+    corpus(folder)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killing(patch, at)
+        run(folder, tokenizer, **options)
+    assert len(list((folder / "out.parts").glob("0*.json"))) >= 3
+    return folder / "out.parts"
+
+
+def whole(folder: Path, tokenizer: Path) -> dict[str, bytes]:
+    corpus(folder / "whole")
+    run(folder / "whole", tokenizer)
+    return outputs(folder / "whole")
+
+
+@pytest.mark.parametrize("damage", ["bin", "lengths", "shorter", "shard", "no shard", "longer"])
+def test_damaged_parts_are_made_again(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, damage: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = begun(tmp_path, tokenizer, monkeypatch)
+    path = folder / {"lengths": "train.lengths", "shard": "00000002.json", "no shard": "00000002.json"}.get(
+        damage, "train.bin"
+    )
+    data = path.read_bytes()
+    if damage == "no shard":
+        path.unlink()
+    elif damage in ("bin", "lengths"):
+        path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    else:
+        path.write_bytes(data + b"torn" if damage == "longer" else data[:-5])
+    run(tmp_path, tokenizer)
+    told = [str(warning.message) for warning in recwarn if "made again" in str(warning.message)]
+    assert bool(told) == (damage != "longer"), told
+    assert outputs(tmp_path) == whole(tmp_path, tokenizer)
+
+
+def test_other_settings_or_inputs_are_refused_with_the_difference(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begun(tmp_path, tokenizer, monkeypatch)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(DataError, match=r"append_eod: then True, now False\n  seed: then 0, now 7\nGive the same"):
+        run(tmp_path, tokenizer, append_eod=False, seed=7)
+    Tokenizer.train(iter(TEXTS), 300).save(tmp_path / "another")
+    with pytest.raises(DataError, match=r"tokenizer: then .*digest.*, now .*digest"):
+        run(tmp_path, tmp_path / "another")
+    os.utime(tmp_path / "in.jsonl", ns=(0, 0))
+    with pytest.raises(DataError, match=r"in\.jsonl: .* bytes, as it was then .*\n.*as it is now"):
+        run(tmp_path, tokenizer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    run(tmp_path, tokenizer, overwrite=True)
+    assert outputs(tmp_path) == whole(tmp_path, tokenizer)
+    with pytest.raises(DataError, match="so this is done"):
+        run(tmp_path, tokenizer)
+
+
+def test_two_at_once_are_kept_apart(tmp_path: Path, tokenizer: Path) -> None:
+    corpus(tmp_path)
+    with parts.Parts(tmp_path / "out.parts", ["train"]), pytest.raises(DataError, match="another `engine prepare`"):
+        run(tmp_path, tokenizer)
+
+
+def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus(tmp_path)
+
+    def full(self: Any, data: memoryview, limit: list[int] = [9000]) -> None:  # noqa: B006  (shared on purpose)
+        limit[0] -= len(data)
+        if limit[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, data)
+
+    real = parts._Grown.write
+    with monkeypatch.context() as patch:
+        patch.setattr(parts._Grown, "write", full)
+        with pytest.raises(
+            DataError, match=r"out\.parts/.*disk is full: about [\d,]+ more bytes are needed and [\d,]+"
+        ):
+            run(tmp_path, tokenizer)
+    notes: list[str] = []
+    run(tmp_path, tokenizer, note=notes.append)
+    assert "going on with" in notes[0] and outputs(tmp_path) == whole(tmp_path, tokenizer)
+
+
+def test_skip_goes_on_where_stop_stopped(tmp_path: Path, tokenizer: Path) -> None:
+    corpus(tmp_path, [*TEXTS, "BAD", *TEXTS])
+    spoil(tmp_path)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"in\.jsonl:301: wrong type: 'text' is int.*--on-error skip"):
+            run(tmp_path, tokenizer, on_error="stop")
+    notes: list[str] = []
+    report = run(tmp_path, tokenizer, note=notes.append)
+    assert "going on with" in notes[0] and report.dropped == {"wrong type": 1}
+    assert (
+        report.documents_in
+        == 600
+        == sum(split.documents + split.empty_documents for split in (report.train, report.valid) if split)
+    )
+    (line,) = map(json.loads, (tmp_path / "out-skipped.jsonl").read_text().splitlines())
+    assert (line["record"], line["reason"]) == (301, "wrong type") and line["file"].endswith("in.jsonl")
+
+
+@pytest.fixture
+def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """gigatoken gives a wrong id from its n-th batch on."""
+    calls, real = [0], Encoder._encode_fast
+
+    def wrong(self: Encoder, texts: list[str]) -> Any:
+        ids, lengths = real(self, texts)
+        calls[0] += 1
+        return (np.roll(ids, 1) if calls[0] > 8 else ids), lengths
+
+    monkeypatch.setattr(Encoder, "_encode_fast", wrong)
+    yield calls
+
+
+def test_a_difference_falls_back_loudly_and_for_all_text(tmp_path: Path, tokenizer: Path, lying: list[int]) -> None:
+    corpus(tmp_path)
+    with pytest.warns(UserWarning, match="differs from tokenizers at token .* is encoded anew"):
+        report = run(tmp_path, tokenizer)
+    assert report.encoder.startswith("tokenizers ") and "differs" in report.encoder_note and lying[0] > 8
+    assert (tmp_path / "out-train.bin").read_bytes() == whole_by_reference(tmp_path, tokenizer)
+
+
+def whole_by_reference(folder: Path, tokenizer: Path) -> bytes:
+    corpus(folder / "reference")
+    report = run(folder / "reference", tokenizer, fast=False)
+    assert report.encoder.startswith("tokenizers ") and report.encoder_note == "as asked"
+    return (folder / "reference/out-train.bin").read_bytes()
+
+
+def test_both_encoders_give_the_same_and_the_order_is_kept(tmp_path: Path, tokenizer: Path) -> None:
+    corpus(tmp_path)
+    report = run(tmp_path, tokenizer, valid_fraction=0.0)
+    assert report.encoder.startswith("gigatoken ")
+    data, chosen = IndexedDataset(tmp_path / "out-train"), Tokenizer.load(tokenizer)
+    assert [chosen.decode(data[i][:-1]) for i in range(len(data))] == [text for text in TEXTS if text]
+    slow = run(tmp_path, tokenizer, valid_fraction=0.0, fast=False, overwrite=True)
+    assert slow.train.tokens == report.train.tokens and IndexedDataset(tmp_path / "out-train").tokens.tolist() == list(
+        data.tokens
+    )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_special_tokens_are_text_unless_asked(tmp_path: Path, tokenizer: Path, fast: bool) -> None:
+    corpus(tmp_path, ["one<|endoftext|>two"])
+    plain = run(tmp_path, tokenizer, valid_fraction=0.0, fast=fast).train.tokens
+    tokens = IndexedDataset(tmp_path / "out-train").tokens.tolist()
+    assert tokens.count(0) == 1 and tokens[-1] == 0
+    parsed = run(tmp_path, tokenizer, valid_fraction=0.0, fast=fast, parse_special=True, overwrite=True)
+    tokens = IndexedDataset(tmp_path / "out-train").tokens.tolist()
+    assert (
+        tokens.count(0) == 2
+        and parsed.train.tokens < plain
+        and parsed.encoder.startswith("gigatoken" if fast else "tokenizers")
+    )

@@ -1,0 +1,264 @@
+"""Documents from every kind of input: the same texts in the same order, and whatever is left out is told."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import inspect
+import io
+import json
+import lzma
+import sys
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+import engine.data.sources as module
+from engine.data.inputs import list_inputs
+from engine.data.sources import MAX_DOCUMENT_BYTES, START, Cursor, Drop, Source
+from engine.errors import DataError
+from engine.options import Prepare
+
+TEXTS = [f"document {i}\n\n" + 'ünïcode 今天, "quoted"\t' * (i % 9) for i in range(700)]
+
+
+def read(*inputs: str | Path, start: Cursor = START, **how: Any) -> tuple[list[str], list[Drop]]:
+    batches = list(Source.of(list(inputs), **how).batches(start))
+    return [text for batch in batches for text in batch.texts], [drop for batch in batches for drop in batch.drops]
+
+
+def zstd_frames(data: bytes) -> bytes:
+    pack = zstandard.ZstdCompressor().compress
+    return pack(data[:1000]) + pack(data[1000:])
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": lambda data: gzip.compress(data[:77]) + gzip.compress(data[77:]),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd_frames,
+}
+
+
+def lines(texts: list[str] = TEXTS) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+
+
+def as_csv(separator: str) -> bytes:
+    out = io.StringIO(newline="")
+    csv.writer(out, delimiter=separator).writerows([("id", "text"), *((i, text) for i, text in enumerate(TEXTS))])
+    return out.getvalue().encode()
+
+
+def write(folder: Path, name: str) -> Path:
+    """A file of TEXTS, in the format and compression that the name says."""
+    path, table = folder / name, pa.table({"text": TEXTS, "id": range(len(TEXTS))})
+    if name.endswith(".parquet"):
+        pq.write_table(table, path, row_group_size=300)
+    elif name.endswith(".arrow"):
+        kind = pa.ipc.new_file if "file" in name else pa.ipc.new_stream
+        with kind(str(path), table.schema) as out:
+            out.write_table(table, max_chunksize=300)
+    else:
+        suffix = "." + name.split(".")[1]
+        data = {
+            ".jsonl": lines,
+            ".ndjson": lambda: lines().replace(b"\n", b"\r\n").rstrip(),
+            ".json": lambda: json.dumps([{"text": text} for text in TEXTS], indent=1, ensure_ascii=False).encode(),
+            ".csv": lambda: as_csv(","),
+            ".tsv": lambda: as_csv("\t"),
+        }[suffix]()
+        path.write_bytes(PACKERS[path.suffix if path.suffix in PACKERS else ""](data))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"a.jsonl{packing}" for packing in PACKERS]
+    + ["a.ndjson", "a.json", "a.json.zst", "a.csv", "a.csv.gz", "a.tsv", "a.parquet", "file.arrow", "stream.arrow"],
+)
+def test_every_format_gives_the_same_documents_from_any_point(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, name)
+    assert read(path) == (TEXTS, [])
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 100)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4000)
+    batches = list(Source.of([path]).batches())
+    assert len(batches) > 2 and [text for batch in batches for text in batch.texts] == TEXTS
+    assert batches[-1].consumed == path.stat().st_size
+    for number, batch in enumerate(batches):
+        rest, _ = read(path, start=batch.cursor)
+        assert [text for done in batches[: number + 1] for text in done.texts] + rest == TEXTS
+
+
+def test_json_of_all_shapes(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for content, texts in {
+        lines(["a", "b"]): ["a", "b"],  # JSON lines under the name that Megatron's users give them
+        b'\xef\xbb\xbf{\n "text": "a"\n}\n{"text":\n"b"}': ["a", "b"],
+        b' [ {"text": "a"} , {"text": "b"} ] \n': ["a", "b"],
+        b"[]": [],
+        b"": [],
+    }.items():
+        file.write_bytes(content)
+        assert read(file) == (texts, []), content
+    for content, words in {
+        b'[{"text": "a"}, {"text": "b"}': "the array has no end",
+        b'[{"text": "a"}, {"text": "b"': "malformed JSON",
+        b'[{"text": "a"}] x': "after the end of the array",
+        b'{\n"text": "a"} 5': "found int",
+        b'[{"text": "\\ud800"}]': "surrogate",
+        b'[{"text": "\xff"}]': "not UTF-8",
+    }.items():
+        file.write_bytes(content)
+        assert words in str(read(file)[1][-1]), content
+
+
+def test_folders_globs_urls_and_their_order(tmp_path: Path) -> None:
+    for name in ("b/two.py", "b/one.txt", "a.md", "c.jsonl", ".git/x.py", "skip.log"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(lines([name]) if name.endswith("jsonl") else name.encode())
+    how = {"include": ("*.py", "*.txt", "*.md", "*.jsonl"), "exclude": (".git",)}
+    wanted = ["a.md", "c.jsonl", "b/one.txt", "b/two.py"]
+    assert read(tmp_path, **how)[0] == wanted
+    assert sorted(read(f"file://{tmp_path}", **how)[0]) == sorted(wanted)
+    assert read(tmp_path / "skip.log", f"{tmp_path}/**/*.py")[0] == ["skip.log", "b/two.py"]
+    memory = fsspec.filesystem("memory")
+    for name in ("2.txt", "1.jsonl.gz"):
+        memory.pipe(f"/corpus/{name}", gzip.compress(lines([name])) if name.endswith("gz") else name.encode())
+    assert read("memory://corpus")[0] == read("memory://corpus/*")[0] == ["1.jsonl.gz", "2.txt"]
+    assert read("memory://corpus/2.txt", "memory://corpus/1.jsonl.gz")[0] == ["2.txt", "1.jsonl.gz"]
+    for missing in (tmp_path / "none", f"{tmp_path}/*.none", "memory://none", "memory://corpus/*.none", "nosuch://x"):
+        with pytest.raises(DataError, match=str(missing).replace("*", r"\*")):
+            list_inputs([missing])
+    with pytest.raises(DataError, match="more than once"):
+        list_inputs(["-", "-"])
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def feed(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 100)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4000)
+    feed(lines())
+    batches = list(Source.of(["-"]).batches())
+    assert [text for batch in batches for text in batch.texts] == TEXTS
+    feed(lines())
+    assert read("-", start=batches[1].cursor)[0] == [text for batch in batches[2:] for text in batch.texts]
+    feed(lines().replace(b"document 3", b"document 4"))
+    texts, drops = read("-", start=batches[1].cursor)
+    assert texts == [] and "is not the input that the work began with" in str(drops[0])
+    feed(b"one document")
+    assert read("-", format="text")[0] == ["one document"]
+
+
+def test_keys_lists_and_messages(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    records = [{"t": "title", "b": ["one", "two"]}, {"t": "", "b": chat}, {"t": "x", "b": [{"role": "user"}]}]
+    file.write_text("\n".join(map(json.dumps, records)))
+    texts, drops = read(file, keys=("t", "b"))
+    assert texts == ["title\none\ntwo", "\nuser: hi\nassistant: hello"]
+    assert "a.jsonl:3: wrong type: 'b'[0] is an object with the keys role, expected a string or" in str(drops[0])
+    pq.write_table(pa.table({"b": [chat, [*chat, *chat]]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", keys=("b",))[0][0] == "user: hi\nassistant: hello"
+
+
+@pytest.mark.parametrize(
+    "line,words",
+    [
+        (b'{"text": "torn', "malformed JSON"),
+        (b'{"text": "\\ud800"}', "malformed JSON"),
+        (b'{"body": "x", "id": 1}', "missing key: no key 'text'. The keys here are: body, id"),
+        (b'{"text": 5}', "wrong type: 'text' is int"),
+        (b'{"text": null}', "wrong type: 'text' is NoneType"),
+        (b'["x"]', "wrong type: expected a JSON object"),
+        (b'{"text": "\xff"}', "not UTF-8: byte 10 of the line is 0xff"),
+        (b'{"text": "' + b"x" * 3000 + b'"}', "too large: a line of 3,013 bytes"),
+        (b'{"text": "' + b"x" * 30000 + b'"}', "too large: a line of 30,013 bytes"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_others_are_read(
+    tmp_path: Path, line: bytes, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(lines(["fine"]) + line + b"\n" + lines(["also", "fine"]))
+    texts, drops = read(file, max_document_bytes=2000)
+    assert texts == ["fine", "also", "fine"] and len(drops) == 1 and drops[0].stops
+    assert f"{file}:2: {words}" in str(drops[0])
+    file.write_bytes(lines(["fine"]) + line)
+    texts, drops = read(file, max_document_bytes=2000)
+    assert texts == ["fine"] and f"{file}:2: " in str(drops[0])
+
+
+@pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst"])
+def test_damaged_archives(tmp_path: Path, packing: str) -> None:
+    whole = write(tmp_path, f"a.jsonl{packing}").read_bytes()
+    torn, damaged, none = (tmp_path / f"{name}.jsonl{packing}" for name in ("torn", "bad", "none"))
+    torn.write_bytes(whole[: len(whole) * 2 // 3])
+    texts, drops = read(torn)
+    assert texts == TEXTS[: len(texts)] and len(texts) < len(TEXTS)
+    assert len(drops) == 1 and drops[0].reason == "cannot be read" and "ends too early" in drops[0].detail
+    damaged.write_bytes(whole[:60] + bytes(b ^ 0x55 for b in whole[60:120]) + whole[120:])
+    texts, drops = read(damaged)
+    assert texts == TEXTS[: len(texts)] and drops and all(drop.stops for drop in drops)
+    none.write_bytes(b"this is no archive at all")
+    assert read(none)[0] == [] and read(none)[1][0].reason == "cannot be read"
+
+
+def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'id,text\n1,a\n2\n3,"b\nc"\n4,\xff\n5,' + b"x" * 99 + b"\n6,e\n")
+    texts, drops = read(file, max_document_bytes=50)
+    assert texts == ["a", "b\nc", "e"]
+    assert [drop.reason for drop in drops] == ["malformed CSV", "not UTF-8", "too large"]
+    assert "line 3: 1 fields, expected 2" in drops[0].detail and drops[0].record == 2
+    column = pa.array([b"good", b"\xff", b"too"], pa.binary())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    texts, drops = read(tmp_path / "a.parquet")
+    assert texts == ["good", "too"] and [(d.record, d.reason) for d in drops] == [(2, "not UTF-8")]
+    assert "no column 'body'. The columns here are: text" in str(read(tmp_path / "a.parquet", keys=("body",))[1][0])
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
+    (tmp_path / "b.arrow").write_bytes(b"nothing")
+    for name in ("b.parquet", "b.arrow"):
+        assert "not readable as" in str(read(tmp_path / name)[1][0])
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    for name, content in {"bad.py": b"\xff\xfe", "big.py": b"x" * 50, "good.py": b"\xef\xbb\xbf\xc3\xa4"}.items():
+        (tmp_path / name).write_bytes(content)
+    texts, drops = read(tmp_path, max_document_bytes=40)
+    assert texts == ["ä"] and not any(drop.stops for drop in drops)  # a folder was named, not these files
+    assert Counter(drop.reason for drop in drops) == {"not UTF-8": 1, "too large": 1}
+    for name, words in {"bad.py": "Byte 0 is 0xff", "big.py": "more than max_document_bytes = 40"}.items():
+        (drop,) = read(tmp_path / name, max_document_bytes=40)[1]
+        assert drop.stops and words in str(drop)
+
+
+def test_memory_is_bounded_by_the_limit_not_by_the_line_or_the_archive(tmp_path: Path) -> None:
+    bomb = zstandard.ZstdCompressor().compress(b"x" * (300 << 20))
+    line = zstandard.ZstdCompressor().compress(b'\n{"text": "after"}\n')
+    (tmp_path / "bomb.jsonl.zst").write_bytes(bomb + line)
+    tracemalloc.start()
+    texts, drops = read(tmp_path / "bomb.jsonl.zst", max_document_bytes=1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == ["after"] and "a line of 314,572,801 bytes" in str(drops[0])
+    assert peak < 160 << 20
+
+
+def test_the_limit_of_the_command_line_is_that_of_the_library() -> None:
+    assert inspect.signature(Prepare).parameters["max_document_bytes"].default == MAX_DOCUMENT_BYTES

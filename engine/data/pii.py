@@ -9,6 +9,7 @@ Order decides overlaps: a kind that is listed earlier in `KINDS` takes the chara
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import ipaddress
 import math
@@ -35,11 +36,9 @@ def find(text: str, kinds: Sequence[str] = ()) -> list[Finding]:
     """All findings in order, none overlapping. `kinds`: a subset of KINDS, empty: all."""
     taken: list[Finding] = []
     for kind, search in KINDS.items():
-        if kinds and kind not in kinds:
-            continue
-        found = [Finding(kind, *span) for span in search(text)]
-        if found:
-            taken = _without_overlaps(taken + found) if taken else _without_overlaps(found)
+        if not kinds or kind in kinds:
+            for begin, end in search(text):
+                _take(taken, Finding(kind, begin, end))
     return taken
 
 
@@ -57,19 +56,13 @@ def hint(value: str) -> str:
     return value[:2] + "*" * min(12, max(1, len(value) - 4)) + value[-2:] if len(value) > 5 else "*" * len(value)
 
 
-def _without_overlaps(findings: Sequence[Finding]) -> list[Finding]:
-    """In order of text; of two that overlap, the one that was listed first."""
-    kept: list[Finding] = []
-    ranked = sorted(enumerate(findings), key=lambda item: (item[1].begin, item[0]))
-    ranks: list[int] = []
-    for rank, finding in ranked:
-        while kept and kept[-1].end > finding.begin and rank < ranks[-1]:
-            kept.pop()
-            ranks.pop()
-        if not kept or kept[-1].end <= finding.begin:
-            kept.append(finding)
-            ranks.append(rank)
-    return kept
+def _take(taken: list[Finding], finding: Finding) -> None:
+    """Insert it in order of text, unless something there overlaps it."""
+    at = bisect.bisect_left(taken, finding.begin, key=lambda other: other.begin)
+    after_last = at == 0 or taken[at - 1].end <= finding.begin
+    before_next = at == len(taken) or finding.end <= taken[at].begin
+    if after_last and before_next:
+        taken.insert(at, finding)
 
 
 def _windows(text: str, gate: re.Pattern[str], before: int = 0, after: int = 4) -> Iterator[tuple[int, int]]:

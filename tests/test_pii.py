@@ -62,7 +62,13 @@ def test_masking_replaces_just_the_findings() -> None:
 
 def test_of_two_overlapping_findings_the_first_one_stays() -> None:
     taken: list[Finding] = []
-    for finding in (Finding("a", 5, 20), Finding("b", 0, 8), Finding("c", 0, 5), Finding("d", 19, 30), Finding("e", 20, 21)):
+    for finding in (
+        Finding("a", 5, 20),
+        Finding("b", 0, 8),
+        Finding("c", 0, 5),
+        Finding("d", 19, 30),
+        Finding("e", 20, 21),
+    ):
         _take(taken, finding)
     assert [f.kind for f in taken] == ["c", "a", "e"]
 

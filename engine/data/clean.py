@@ -152,7 +152,9 @@ def _open_work(job: Job, overwrite: bool) -> None:
     path = job.work / "settings.json"
     same = path.exists() and path.read_bytes() == settings
     if job.work.exists() and not same:
-        if not (overwrite or not any(job.work.iterdir())):
+        if not path.exists() and any(job.work.iterdir()):
+            raise DataError(f"{job.work} is needed for the work and holds other files. Choose another output.")
+        if any(job.work.glob("part-?????")) and not overwrite:
             raise DataError(f"{job.work} holds the unfinished work of another call. Remove it, or --overwrite.")
         shutil.rmtree(job.work)
     if any(file.name == STDIN for file in job.source.files) and job.work.exists():

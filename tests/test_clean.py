@@ -120,7 +120,7 @@ def test_words_and_their_hashes() -> None:
 
 def near(draw: random.Random, shingles: int, share: float) -> tuple[str, str]:
     """Two texts of so many words whose 5-word shingles have about this Jaccard index."""
-    common = round(2 * shingles * share / (1 + share))
+    common = round(2 * shingles * share / (1 + share)) + 4 if share else 0  # words: 4 more than shingles
     base = [f"w{draw.randrange(10**9)}" for _ in range(shingles + 4)]
     other = base[:common] + [f"v{draw.randrange(10**9)}" for _ in range(shingles + 4 - common)]
     return " ".join(base), " ".join(other)
@@ -278,6 +278,37 @@ def test_datatrove_runs_the_tasks(corpus: list[str], tmp_path: Path) -> None:
     clean(corpus, str(tmp_path / "here.jsonl"), Rules())
     clean(corpus, str(tmp_path / "local.jsonl"), Rules(), tasks=3, executor="local", executor_options={"workers": 2})
     assert outputs(tmp_path, "local") == outputs(tmp_path, "here")
+
+
+@needs_extra
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("executor", "options", "text"),
+    [
+        ("slurm", {"partition": "p", "time": "1:00:00"}, "--executor slurm: FileNotFoundError.*sbatch"),
+        ("ray", {}, "--executor ray.*ray"),
+    ],
+)
+def test_an_executor_that_cannot_start_says_so(
+    executor: Any,
+    options: dict[str, Any],
+    text: str,
+    corpus: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=text):
+        clean(corpus, str(tmp_path / "out.jsonl"), Rules(), tasks=2, executor=executor, executor_options=options)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@needs_extra
+@pytest.mark.timeout(300)
+def test_a_fault_in_a_task_elsewhere_is_told_as_it_is(corpus: list[str], tmp_path: Path) -> None:
+    Path(corpus[3]).write_text("{")
+    with pytest.raises(DataError, match=r"3\.jsonl:1: malformed JSON"):
+        clean(corpus, str(tmp_path / "o.jsonl"), Rules(), tasks=2, executor="local", executor_options={"workers": 2})
 
 
 def test_a_killed_run_goes_on(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,12 +117,11 @@ def clean(
     Cleaner(rules)  # a missing package or evaluation file is told before any work
     with _disk(job.work):
         _open_work(job, overwrite)
-        _run_tasks(job, executor, executor_options or {}, progress)
-        missing = [task for task in range(tasks) if not job.part(task).is_dir()]
-        if missing:
-            return None
-        report = _merge(job, progress, began)
-    return report
+    _run_tasks(job, executor, executor_options or {}, progress)
+    if not all(job.part(task).is_dir() for task in range(tasks)):
+        return None
+    with _disk(job.work):
+        return _merge(job, progress, began)
 
 
 def _check(job: Job, executor: str, overwrite: bool) -> None:
@@ -176,7 +175,12 @@ def _run_tasks(
     module = need(f"datatrove.executor.{executor}", f"--executor {executor}")
     kind = getattr(module, f"{executor.title()}PipelineExecutor")
     log = str(job.work / f"logs-{time.time_ns()}")
-    kind(pipeline=[Task(job)], tasks=job.tasks, logging_dir=log, skip_completed=False, **options).run()
+    try:
+        kind(pipeline=[Task(job)], tasks=job.tasks, logging_dir=log, skip_completed=False, **options).run()
+    except DataError:
+        raise  # of a task
+    except Exception as err:  # whatever a cluster's software throws
+        raise DataError(f"--executor {executor}: {type(err).__name__}: {err}. Logs are in {log}.") from err
 
 
 # ---- a task ----

@@ -237,6 +237,12 @@ def test_personal_data_is_reported_masked_or_dropped(tmp_path: Path) -> None:
         assert report["pii"]["findings"] == ({} if mode == "off" else {"email": 1, "ip": 1, "phone": 1})
         written = (tmp_path / "out-report.json").read_text()
         assert "tom@gmail.com" not in written and "1234-5678" not in written
+    kept, report = run(tmp_path, texts * 2, Rules())
+    assert report["samples"]["dropped: exact duplicate"][0]["text"] == "write to [EMAIL] or [IP]"
+    body = "\n".join("Zk7" + "Qx9" * 20 for _ in range(40))
+    secret = f"-----BEGIN PRIVATE KEY-----\n{body}\n-----END PRIVATE KEY-----"
+    run(tmp_path, [secret, secret], Rules())
+    assert "Qx9" not in (tmp_path / "out-report.json").read_text()
     kept, report = run(tmp_path, texts, Rules(pii="drop", pii_kinds=("ip",)))
     assert kept == texts[1:] and report["dropped"] == {"personal data": 1}
 
@@ -355,9 +361,12 @@ def test_tasks_elsewhere_that_are_not_done_give_no_output(
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_outputs_are_packed_by_name_and_always_the_same(suffix: str, corpus: list[str], tmp_path: Path) -> None:
+def test_outputs_are_packed_by_name_and_always_the_same(
+    suffix: str, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = []
     for name in ("a", "b"):
+        monkeypatch.setattr(gzip.time, "time", lambda name=name: 1e9 + ord(name))  # type: ignore[attr-defined]
         clean(corpus, str(tmp_path / f"{name}{suffix}"), Rules())
         data.append((tmp_path / f"{name}{suffix}").read_bytes())
     assert data[0] == data[1]

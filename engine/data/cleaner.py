@@ -85,19 +85,19 @@ class Counts:
         """Count a document that goes, with a sample."""
         self.dropped[reason] += 1
         self.dropped_bytes[reason] += size
-        self.sample(f"dropped: {reason}", place, detail=detail, text=excerpt(text))
+        self.sample(f"dropped: {reason}", place, detail, text)
 
-    def sample(self, kind: str, place: Place, **facts: str) -> None:
-        """Keep it if it is among the first of its kind."""
+    def sample(self, kind: str, place: Place, detail: str = "", text: str = "") -> None:
+        """Keep it if it is among the first of its kind. Of the text only an excerpt is shown."""
         here = self.samples.setdefault(kind, [])
         if len(here) < SAMPLES:
+            facts = {"detail": detail, "text": excerpt(text)}
             here.append({"file": place.file, "record": place.record, **{k: v for k, v in facts.items() if v}})
 
 
 def excerpt(text: str) -> str:
     """The beginning of a text, for people; personal data is masked in it whatever the options."""
-    begin = text[: 4 * _EXCERPT]
-    return pii.mask(begin, pii.find(begin))[:_EXCERPT]
+    return pii.mask(text, pii.find(text))[:_EXCERPT]  # of the whole: a private key may go on far behind the excerpt
 
 
 def text_size(text: str) -> int:
@@ -133,7 +133,7 @@ class Cleaner:
         rules, counts = self.rules, self.counts
         if self.fix is not None and (fixed := self.fix(text)) != text:
             counts.changed["mojibake"] += 1
-            counts.sample("changed: mojibake", place, text=excerpt(fixed))
+            counts.sample("changed: mojibake", place, text=fixed)
             text = fixed
         if rules.normalise:
             text, changes = normalise(text)
@@ -161,7 +161,7 @@ class Cleaner:
         counts.pii_findings.update(kinds)
         counts.pii_documents.update(kinds.keys())
         for finding in findings:
-            counts.sample(f"pii: {finding.kind}", place, text=pii.hint(text[finding.begin : finding.end]))
+            counts.sample(f"pii: {finding.kind}", place, pii.hint(text[finding.begin : finding.end]))
         if rules.pii == "drop":
             return text, "personal data", ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
         if rules.pii == "mask":

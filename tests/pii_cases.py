@@ -189,6 +189,7 @@ def ips(draw: random.Random) -> Iterator[str]:
         "版本 23.45.67.89 发布",
         "固件版本：11.22.33.44",
         "ratio 1:2:3",
+        "multicast group 224.0.0.251",
         "第 1.2.3.4 节",
     )
 
@@ -268,6 +269,7 @@ def phones(draw: random.Random) -> Iterator[str]:
         "coordinates +37.77493, -122.41942",
         "tel aviv 2019",
         "in 1998-1999-2000",
+        "offset +35236450.6 seconds",
     )
 
 

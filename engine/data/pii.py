@@ -211,7 +211,8 @@ def _ips(text: str) -> Iterator[tuple[int, int]]:
 
 def _is_public(value: str) -> bool:
     try:
-        return ipaddress.ip_address(value).is_global
+        address = ipaddress.ip_address(value)
+        return address.is_global and not address.is_multicast
     except ValueError:
         return False
 
@@ -334,7 +335,8 @@ def _phones(text: str) -> Iterator[tuple[int, int]]:
                 yield match.span()
     for match in _within(text, _WORLD, _DIGITS):
         digits = re.sub("[^0-9]", "", match[0])
-        if _is_world_number(digits):
+        decimal = re.fullmatch(r"\+[0-9]+\.[0-9]+", match[0]) is not None
+        if not decimal and _is_world_number(digits):
             yield match.span()
     for match in _within(text, _LABELLED, _DIGITS):
         digits = re.sub("[^0-9]", "", match[0])

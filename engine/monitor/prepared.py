@@ -26,8 +26,9 @@ def prepare_progress(every_s: float = 5.0) -> Iterator[Callable[[ProgressEvent],
         def show(event: ProgressEvent) -> None:
             elapsed = max(event.elapsed_s, 1e-9)
             rate = event.input_bytes_here / elapsed
-            text = f"{event.documents:,} documents, {event.tokens:,} tokens, {rate / 1e6:.2f} MB/s"
-            text += f", {event.tokens_here / elapsed:,.0f} tokens/s" if event.tokens else ""
+            text = f"{event.documents:,} documents, {rate / 1e6:.2f} MB/s"
+            if event.tokens:
+                text += f", {event.tokens:,} tokens, {event.tokens_here / elapsed:,.0f} tokens/s"
             if event.phase not in tasks:
                 tasks[event.phase] = bar.add_task(event.phase, total=event.input_bytes_total, text="")
             bar.update(tasks[event.phase], completed=event.input_bytes, text=text)

@@ -1,0 +1,425 @@
+"""Raw text to cleaned JSONL: the rules document by document, then duplicates among what they leave.
+
+The input files are cut into `tasks` runs of about the same size. A task (here, or in a process, Slurm job or Ray worker
+that datatrove starts) writes a part: its documents with the keys that duplicates are found by, what it dropped, and its
+counts. When all parts are there, one pass over the keys finds the duplicates and one over the documents writes the
+output. Order and content do not depend on the number of tasks, nor on where they ran. Memory: a batch of documents,
+and one number a document while duplicates are looked for.
+
+OUTPUT.work/ holds the parts; a part appears under its name only when it is complete, so the same command goes on after
+a kill with the parts that are missing. Outputs are written there too and renamed at the end, the report last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import gzip
+import io
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import xxhash
+import zstandard
+
+from engine.data.cleaner import Cleaner, Counts, Place, Rules, text_size
+from engine.data.contamination import Evaluations, files_of
+from engine.data.duplicates import earliest
+from engine.data.filters import need
+from engine.data.inputs import STDIN, list_inputs
+from engine.data.report import ProgressEvent
+from engine.data.sources import Batch, Drop, Source
+from engine.errors import DataError
+from engine.files import sync_file, sync_folder, write_synced
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+EXECUTORS = ("here", "local", "slurm", "ray")
+_VERSION = 1  # of the parts; changes when a rule's code gives another result
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do, as a task needs it."""
+
+    source: Source
+    output: str
+    rules: Rules
+    tasks: int
+    skip_errors: bool
+    dropped_text: bool
+
+    @property
+    def work(self) -> Path:
+        return Path(f"{self.output}.work")
+
+    @property
+    def suffix(self) -> str:
+        return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if self.output.endswith(s)), "")
+
+    def target(self, name: str) -> Path:
+        """corpus/clean.jsonl.zst -> corpus/clean-NAME."""
+        return Path(f"{self.output.removesuffix(self.suffix)}-{name}")
+
+    def part(self, task: int) -> Path:
+        return self.work / f"part-{task:05d}"
+
+    def files(self, task: int) -> tuple[int, int]:
+        """The input files of a task: first and one behind the last. Every file is in one task."""
+        weights = [file.num_bytes + 1 for file in self.source.files]
+        ends = itertools.accumulate(weights)
+        total = sum(weights)
+        mine = [i for i, (end, size) in enumerate(zip(ends, weights)) if (end - size) * self.tasks // total == task]
+        return (mine[0], mine[-1] + 1) if mine else (0, 0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Job and number as datatrove's executors call them."""
+
+    job: Job
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        run_task(self.job, rank)
+
+
+def clean(
+    inputs: Sequence[str | Path],
+    output: str,
+    rules: Rules,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    json_key: Sequence[str] = ("text",),
+    on_error: str = "stop",
+    tasks: int = 1,
+    executor: Literal["here", "local", "slurm", "ray"] = "here",
+    executor_options: dict[str, Any] | None = None,
+    dropped_text: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[ProgressEvent], None] | None = None,
+) -> dict[str, Any] | None:
+    """Clean `inputs` into `output`; returns the report, or None if the tasks are still running elsewhere."""
+    began = time.monotonic()
+    source = Source.of(inputs, include, exclude, keys=tuple(json_key))
+    job = Job(source, output, rules, tasks, on_error == "skip", dropped_text)
+    _check(job, executor, overwrite)
+    Cleaner(rules)  # a missing package or evaluation file is told before any work
+    with _disk(job.work):
+        _open_work(job, overwrite)
+    _run_tasks(job, executor, executor_options or {}, progress)
+    if not all(job.part(task).is_dir() for task in range(tasks)):
+        return None
+    with _disk(job.work):
+        return _merge(job, progress, began)
+
+
+def _check(job: Job, executor: str, overwrite: bool) -> None:
+    if not job.suffix:
+        raise DataError(f"{job.output}: the output has to end in {', '.join(SUFFIXES)}. Choose such a name.")
+    if job.tasks < 1:
+        raise DataError(f"tasks = {job.tasks}: at least 1 is needed.")
+    if not job.source.files:
+        raise DataError("no file to read: all inputs are empty folders, or --include and --exclude leave nothing.")
+    names = {os.path.realpath(file.name) for file in job.source.files}
+    targets = [Path(job.output), job.target("dropped.jsonl"), job.target("report.json")]
+    if mine := [path for path in targets if os.path.realpath(path) in names]:
+        raise DataError(f"{mine[0]} is an input and would be written too. Choose an output outside the inputs.")
+    there = [path for path in targets if path.exists()]
+    if there and not overwrite:
+        raise DataError(f"{there[0]} is there already. Choose another output, or --overwrite.")
+    if executor != "here" and any(file.name == STDIN for file in job.source.files):
+        raise DataError(f"standard input cannot be read by tasks of executor {executor}. Give files.")
+    files_of(job.rules.decontaminate)
+
+
+def _open_work(job: Job, overwrite: bool) -> None:
+    """Make OUTPUT.work/, or go on in the one that the same call left."""
+    facts = {"version": _VERSION, **dataclasses.asdict(job)}
+    facts["evaluations"] = [dataclasses.asdict(file) for file in list_inputs(job.rules.decontaminate)]
+    settings = json.dumps(facts, sort_keys=True).encode()
+    path = job.work / "settings.json"
+    same = path.exists() and path.read_bytes() == settings
+    if job.work.exists() and not same:
+        if not path.exists() and any(job.work.iterdir()):
+            raise DataError(f"{job.work} is needed for the work and holds other files. Choose another output.")
+        if any(job.work.glob("part-?????")) and not overwrite:
+            raise DataError(f"{job.work} holds the unfinished work of another call. Remove it, or --overwrite.")
+        shutil.rmtree(job.work)
+    if any(file.name == STDIN for file in job.source.files) and job.work.exists():
+        shutil.rmtree(job.work)  # nothing tells whether it is the same input
+    job.work.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_synced(path, settings)
+
+
+def _run_tasks(
+    job: Job, executor: str, options: dict[str, Any], progress: Callable[[ProgressEvent], None] | None
+) -> None:
+    if executor == "here":
+        for task in range(job.tasks):
+            run_task(job, task, progress)
+        return
+    if all(job.part(task).is_dir() for task in range(job.tasks)):
+        return
+    module = need(f"datatrove.executor.{executor}", f"--executor {executor}")
+    kind = getattr(module, f"{executor.title()}PipelineExecutor")
+    log = str(job.work / f"logs-{time.time_ns()}")
+    try:
+        kind(pipeline=[Task(job)], tasks=job.tasks, logging_dir=log, skip_completed=False, **options).run()
+    except DataError:
+        raise  # of a task
+    except Exception as err:  # whatever a cluster's software throws
+        raise DataError(f"--executor {executor}: {type(err).__name__}: {err}. Logs are in {log}.") from err
+
+
+# ---- a task ----
+
+
+class _PartWriter:
+    """The files of a part. `kept.jsonl.zst` has the output's lines; the key files have a row for each of them."""
+
+    def __init__(self, folder: Path, job: Job):
+        self.job, self.stack = job, contextlib.ExitStack()
+        raw = self._open(folder / "kept.jsonl.zst")
+        self.kept = self.stack.enter_context(zstandard.ZstdCompressor(level=1).stream_writer(raw, closefd=False))
+        self.dropped, self.exact, self.places = (
+            self._open(folder / name) for name in ("dropped.jsonl", "exact", "places")
+        )
+        self.bands = [self._open(folder / f"band-{band:02d}") for band in range(job.rules.minhash.bands)]
+
+    def _open(self, path: Path) -> IO[bytes]:
+        return self.stack.enter_context(path.open("wb"))
+
+    def __enter__(self) -> _PartWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def keep(self, text: str, place: Place, file: int) -> None:
+        self.kept.write(orjson.dumps({"text": text, "file": place.file, "record": place.record}) + b"\n")
+        data = text.encode()
+        self.exact.write(np.frombuffer(xxhash.xxh3_128_digest(data), "<u8").tobytes())
+        self.places.write(np.array([file, place.record, len(data)], "<i8").tobytes())
+        if self.bands:
+            for out, key in zip(self.bands, self.job.rules.minhash.keys(text).astype("<u8")):
+                out.write(key.tobytes())
+
+    def drop(self, reason: str, detail: str, place: Place, text: str) -> None:
+        self.dropped.write(drop_line(reason, detail, place, text if self.job.dropped_text else ""))
+
+
+def drop_line(reason: str, detail: str, place: Place, text: str) -> bytes:
+    """A line of OUTPUT-dropped.jsonl."""
+    facts = {"file": place.file, "record": place.record, "reason": reason, "detail": detail, "text": text}
+    return orjson.dumps({key: value for key, value in facts.items() if value or key in ("file", "record")}) + b"\n"
+
+
+def run_task(job: Job, task: int, progress: Callable[[ProgressEvent], None] | None = None) -> None:
+    """Write one part, unless it is there."""
+    if job.part(task).is_dir():
+        return
+    folder = job.work / f"{job.part(task).name}.{os.getpid()}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    first, last = job.files(task)
+    source = dataclasses.replace(job.source, files=job.source.files[first:last])
+    cleaner, began = Cleaner(job.rules), time.monotonic()
+    before = sum(file.num_bytes for file in job.source.files[:first])
+    total = sum(file.num_bytes for file in job.source.files)
+    with _disk(folder):
+        with _PartWriter(folder, job) as part:
+            for batch in source.batches():
+                _clean_batch(job, batch, source, first, cleaner, part)
+                if progress is not None:
+                    done, elapsed = before + batch.consumed, time.monotonic() - began
+                    event = ProgressEvent(
+                        "clean", done, max(total, done), cleaner.counts.documents, 0, elapsed, batch.consumed, 0
+                    )
+                    progress(event)
+        (folder / "counts.json").write_bytes(orjson.dumps(vars(cleaner.counts)))
+        if job.part(task).is_dir():  # another process of the same job was faster
+            shutil.rmtree(folder)
+        else:
+            os.replace(folder, job.part(task))
+
+
+def _clean_batch(job: Job, batch: Batch, source: Source, first: int, cleaner: Cleaner, part: _PartWriter) -> None:
+    for drop in batch.drops:
+        if drop.stops and not job.skip_errors:
+            raise DataError(f"{drop} Repair the input, or leave such documents out with --on-error skip.")
+        _count_drop(drop, cleaner.counts, part)
+    for text, (number, record) in zip(batch.texts, batch.where):
+        place = Place(source.files[number].name, record)
+        cleaned, reason, detail = cleaner.clean(text, place)
+        if reason:
+            part.drop(reason, detail, place, text)
+        else:
+            part.keep(cleaned, place, first + number)
+
+
+def _count_drop(drop: Drop, counts: Counts, part: _PartWriter) -> None:
+    """Something that could not be read: it is no document, but it is not lost in silence either."""
+    counts.dropped[f"input: {drop.reason}"] += 1
+    if drop.reason != "blank line":
+        place = Place(drop.file, drop.record)
+        counts.sample(f"dropped: input: {drop.reason}", place, detail=drop.detail)
+        part.drop(f"input: {drop.reason}", drop.detail, place, "")
+
+
+# ---- all parts ----
+
+
+def _merge(job: Job, progress: Callable[[ProgressEvent], None] | None, began: float) -> dict[str, Any]:
+    parts = [job.part(task) for task in range(job.tasks)]
+    counts = Counts()
+    for part in parts:
+        counts.add(Counts.of(orjson.loads((part / "counts.json").read_bytes())))
+    sizes = [(part / "places").stat().st_size // 24 for part in parts]
+    exact = earliest([[part / "exact" for part in parts]] if job.rules.exact else [], sum(sizes), 2)
+    bands = [[part / f"band-{band:02d}" for part in parts] for band in range(job.rules.minhash.bands)]
+    near = earliest(bands, sum(sizes), 1)
+    outputs = {Path(job.output): job.work / f"output{job.suffix}", job.target("dropped.jsonl"): job.work / "dropped"}
+    with open(outputs[job.target("dropped.jsonl")], "wb") as dropped:
+        for part in parts:
+            with open(part / "dropped.jsonl", "rb") as file:
+                shutil.copyfileobj(file, dropped)
+        with _output(outputs[Path(job.output)], job.suffix) as out:
+            kept = _write_kept(job, parts, sizes, exact, near, out, dropped, counts, progress)
+        sync_file(dropped)
+    report = _report(job, counts, kept, time.monotonic() - began)
+    outputs[job.target("report.json")] = job.work / "report"
+    write_synced(job.work / "report", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
+    for target in reversed(outputs):  # a crash leaves no old report beside a new output
+        target.unlink(missing_ok=True)
+    for target, source in outputs.items():
+        os.replace(source, target)
+    sync_folder(Path(job.output).parent)
+    shutil.rmtree(job.work)
+    return report
+
+
+def _write_kept(
+    job: Job,
+    parts: Sequence[Path],
+    sizes: Sequence[int],
+    exact: npt.NDArray[np.int64],
+    near: npt.NDArray[np.int64],
+    out: IO[bytes],
+    dropped: IO[bytes],
+    counts: Counts,
+    progress: Callable[[ProgressEvent], None] | None,
+) -> tuple[int, int]:
+    """Copy what is no duplicate; returns its documents and bytes of text."""
+    began, number, kept, starts = time.monotonic(), 0, 0, np.cumsum([0, *sizes])
+    tables = [_map(part / "places").reshape(-1, 3) for part in parts]
+
+    def place_of(document: int) -> Place:
+        part = int(np.searchsorted(starts, document, "right")) - 1
+        file, record, _ = tables[part][document - starts[part]]
+        return Place(job.source.files[int(file)].name, int(record))
+
+    for part in parts:
+        for line in _lines(part / "kept.jsonl.zst"):
+            reason = "exact duplicate" if exact[number] < number else "near duplicate" if near[number] < number else ""
+            if reason:
+                text = orjson.loads(line)["text"]
+                place, original = place_of(number), place_of(int(exact[number] if reason[0] == "e" else near[number]))
+                counts.drop(reason, place, text_size(text), text, f"of {original}")
+                dropped.write(drop_line(reason, f"of {original}", place, text if job.dropped_text else ""))
+            else:
+                out.write(line)
+                kept += 1
+            number += 1
+            if progress is not None and number % 4096 == 0:
+                elapsed = time.monotonic() - began
+                progress(ProgressEvent("write", number, sum(sizes), number, 0, elapsed, number, 0))
+    sizes_of = sum(int(table[:, 2].sum()) for table in tables)
+    kept_bytes = sizes_of - sum(counts.dropped_bytes[reason] for reason in ("exact duplicate", "near duplicate"))
+    return kept, kept_bytes
+
+
+def _map(path: Path) -> npt.NDArray[np.int64]:
+    return np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)  # an empty file has no map
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+        yield from io.BufferedReader(stream, 1 << 20)
+
+
+@contextlib.contextmanager
+def _output(path: Path, suffix: str) -> Iterator[IO[bytes]]:
+    """The output file, packed as its name says; the same documents give the same bytes."""
+    with open(path, "wb") as raw:
+        if suffix.endswith(".zst"):
+            with zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as packed:
+                yield packed
+        elif suffix.endswith(".gz"):
+            with gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed_gz:
+                yield cast(IO[bytes], packed_gz)
+        else:
+            yield raw
+        sync_file(raw)
+
+
+def _report(job: Job, counts: Counts, kept: tuple[int, int], elapsed_s: float) -> dict[str, Any]:
+    rules = job.rules
+    evaluations = Evaluations.read(rules.decontaminate, rules.decontaminate_keys, rules.decontaminate_words)
+    return {
+        "output": job.output,
+        "files_in": len(job.source.files),
+        "documents_in": counts.documents,
+        "text_bytes_in": counts.text_bytes,
+        "documents_kept": kept[0],
+        "text_bytes_kept": kept[1],
+        "dropped": dict(sorted(counts.dropped.items())),
+        "dropped_text_bytes": dict(sorted(counts.dropped_bytes.items())),
+        "changed": dict(sorted(counts.changed.items())),
+        "pii": {
+            "mode": job.rules.pii,
+            "findings": dict(sorted(counts.pii_findings.items())),
+            "documents": dict(sorted(counts.pii_documents.items())),
+        },
+        "evaluations": [
+            {
+                "file": name,
+                "items": items,
+                "too_short_to_look_for": short,
+                "documents_dropped": counts.contaminated[name],
+            }
+            for name, items, short in zip(evaluations.files, evaluations.items, evaluations.short_items)
+        ],
+        "samples": dict(sorted(counts.samples.items())),
+        "rules": dataclasses.asdict(job.rules),
+        "tasks": job.tasks,
+        "elapsed_s": elapsed_s,
+    }
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turns a full disk or a missing permission into an error that says how to go on."""
+    try:
+        yield
+    except OSError as err:
+        where = err.filename or path
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{where}: cannot be written: {err.strerror or err}. Choose another output.") from err
+        folder = path if path.is_dir() else path.parent
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        raise DataError(
+            f"{where}: the disk is full ({free:,} bytes are free). Make room and give the same command again: "
+            f"the parts that are complete are kept."
+        ) from err

@@ -1,0 +1,170 @@
+"""What happens to one document of `engine clean`, and what is counted on the way.
+
+Order: mojibake, normalise, language, quality, decontamination, personal data. Cheap rules and those that look at the
+text as it was written come first; masks come last, so that no other rule sees them. Duplicates are found afterwards
+among what is kept (engine/data/duplicates.py), as that needs all documents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.data import pii
+from engine.data.contamination import Evaluations
+from engine.data.filters import language_filter, mojibake_fixer, quality_filter
+from engine.data.ngrams import MinHash
+from engine.data.normalise import normalise
+
+SAMPLES = 5  # kept of each kind, the first ones in input order
+_EXCERPT = 160
+_PLAIN = ("documents", "text_bytes", "samples")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is done to documents."""
+
+    normalise: bool = True
+    fix_mojibake: bool = False
+    languages: tuple[str, ...] = ()
+    language_threshold: float = 0.65
+    quality: tuple[str, ...] = ()
+    decontaminate: tuple[str, ...] = ()
+    decontaminate_keys: tuple[str, ...] = ("text",)
+    decontaminate_words: int = 13
+    pii: Literal["off", "report", "mask", "drop"] = "report"
+    pii_kinds: tuple[str, ...] = ()
+    exact: bool = True
+    minhash: MinHash = field(default_factory=MinHash)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a document is from."""
+
+    file: str
+    record: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.record}" if self.record else self.file
+
+
+@dataclass
+class Counts:
+    """Everything counted; the sum of the parts' counts is the count of the whole, whatever the parts."""
+
+    documents: int = 0  # read
+    text_bytes: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # documents by reason
+    dropped_bytes: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)  # documents by what was done to them
+    pii_findings: Counter[str] = field(default_factory=Counter)
+    pii_documents: Counter[str] = field(default_factory=Counter)
+    contaminated: Counter[str] = field(default_factory=Counter)  # documents by evaluation file
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Counts:
+        """From JSON."""
+        values: dict[str, Any] = {k: Counter(v) if k not in _PLAIN else v for k, v in facts.items()}
+        return cls(**values)
+
+    def add(self, other: Counts) -> None:
+        """Add what follows in input order."""
+        self.documents += other.documents
+        self.text_bytes += other.text_bytes
+        for name in ("dropped", "dropped_bytes", "changed", "pii_findings", "pii_documents", "contaminated"):
+            getattr(self, name).update(getattr(other, name))
+        for kind, samples in other.samples.items():
+            here = self.samples.setdefault(kind, [])
+            here += samples[: SAMPLES - len(here)]
+
+    def drop(self, reason: str, place: Place, size: int, text: str, detail: str) -> None:
+        """Count a document that goes, with a sample."""
+        self.dropped[reason] += 1
+        self.dropped_bytes[reason] += size
+        self.sample(f"dropped: {reason}", place, detail, text)
+
+    def sample(self, kind: str, place: Place, detail: str = "", text: str = "") -> None:
+        """Keep it if it is among the first of its kind. Of the text only an excerpt is shown."""
+        here = self.samples.setdefault(kind, [])
+        if len(here) < SAMPLES:
+            facts = {"detail": detail, "text": excerpt(text)}
+            here.append({"file": place.file, "record": place.record, **{k: v for k, v in facts.items() if v}})
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text, for people; personal data is masked in it whatever the options."""
+    return pii.mask(text, pii.find(text))[:_EXCERPT]  # of the whole: a private key may go on far behind the excerpt
+
+
+def text_size(text: str) -> int:
+    """Bytes of UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+class Cleaner:
+    """Applies rules to one document after the other."""
+
+    def __init__(self, rules: Rules):
+        self.rules, self.counts = rules, Counts()
+        self.fix = mojibake_fixer() if rules.fix_mojibake else None
+        self.filters = [language_filter(rules.languages, rules.language_threshold)] if rules.languages else []
+        self.filters += [quality_filter(name) for name in rules.quality]
+        self.evaluations = (
+            Evaluations.read(rules.decontaminate, rules.decontaminate_keys, rules.decontaminate_words)
+            if rules.decontaminate
+            else None
+        )
+
+    def clean(self, text: str, place: Place) -> tuple[str, str, str]:
+        """The text as it is now, why it goes ("" if it stays), and what shows that."""
+        counts, size = self.counts, text_size(text)
+        counts.documents += 1
+        counts.text_bytes += size
+        text, reason, detail = self._rules(text, place)
+        if reason:
+            counts.drop(reason, place, size, text, detail)
+        return text, reason, detail
+
+    def _rules(self, text: str, place: Place) -> tuple[str, str, str]:
+        rules, counts = self.rules, self.counts
+        if self.fix is not None and (fixed := self.fix(text)) != text:
+            counts.changed["mojibake"] += 1
+            counts.sample("changed: mojibake", place, text=fixed)
+            text = fixed
+        if rules.normalise:
+            text, changes = normalise(text)
+            counts.changed.update(changes)
+        if not text.strip():
+            return text, "empty", ""
+        for look in self.filters:
+            before = text
+            text, reason = look(text)
+            if reason:
+                return text, reason, ""
+            if text != before:
+                counts.changed["lines taken out by a quality filter"] += 1
+        if self.evaluations is not None and (hit := self.evaluations.look(text)) is not None:
+            counts.contaminated[hit[0]] += 1
+            return text, "contaminated", f"{hit[0]}: {hit[1]}"
+        return self._personal(text, place) if rules.pii != "off" else (text, "", "")
+
+    def _personal(self, text: str, place: Place) -> tuple[str, str, str]:
+        rules, counts = self.rules, self.counts
+        findings = pii.find(text, rules.pii_kinds)
+        if not findings:
+            return text, "", ""
+        kinds = Counter(finding.kind for finding in findings)
+        counts.pii_findings.update(kinds)
+        counts.pii_documents.update(kinds.keys())
+        for finding in findings:
+            counts.sample(f"pii: {finding.kind}", place, pii.hint(text[finding.begin : finding.end]))
+        if rules.pii == "drop":
+            return text, "personal data", ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+        if rules.pii == "mask":
+            counts.changed["personal data masked"] += 1
+            text = pii.mask(text, findings)
+        return text, "", ""

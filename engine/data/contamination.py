@@ -1,0 +1,79 @@
+"""Documents that hold questions of an evaluation: found by a run of n words in common.
+
+The n-grams of the evaluation files are held as sorted hashes (8 bytes each). An item shorter than n words cannot be
+found this way; it is counted, so that nobody takes silence for cleanliness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.ngrams import U64, ngram_hashes, words_of
+from engine.data.sources import Source
+from engine.errors import DataError
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What must not be in the training data. `origin`: which file each hash is from."""
+
+    files: tuple[str, ...]
+    words: int
+    hashes: U64  # ascending
+    origin: npt.NDArray[np.int32]  # int32 [len(hashes)]
+    items: tuple[int, ...]  # of each file
+    short_items: tuple[int, ...]  # of each file: shorter than `words`, not looked for
+
+    @classmethod
+    def read(cls, files: Sequence[str], keys: Sequence[str], words: int) -> Evaluations:
+        """Read evaluation files; any fault in them stops, as what is not read would not be looked for."""
+        hashes, origins = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
+        names: list[str] = []
+        items: list[int] = []
+        short: list[int] = []
+        for source in (Source.of([name], keys=tuple(keys)) for name in files):
+            for file in source.files:
+                found, count, missed = [np.empty(0, np.uint64)], 0, 0
+                for batch in Source((file,), tuple(keys)).batches():
+                    for drop in batch.drops:
+                        if drop.stops:
+                            raise DataError(f"evaluation file {drop}")
+                    for text in batch.texts:
+                        grams = ngram_hashes(words_of(text), words)
+                        count, missed = count + 1, missed + (not grams.size)
+                        found.append(grams)
+                if not count:
+                    raise DataError(f"{file.name}: this evaluation file has no items, so nothing can be looked for.")
+                hashes.append(np.concatenate(found))
+                origins.append(np.full(hashes[-1].size, len(names), np.int32))
+                names, items, short = [*names, file.name], [*items, count], [*short, missed]
+        every, index = np.unique(np.concatenate(hashes), return_index=True)
+        return cls(tuple(names), words, every, np.concatenate(origins)[index], tuple(items), tuple(short))
+
+    def look(self, text: str) -> tuple[str, str] | None:
+        """The evaluation file, and the words that it has in common with the text; None if there are none."""
+        if not self.hashes.size:
+            return None
+        words = words_of(text)
+        grams = ngram_hashes(words, self.words)
+        if not grams.size:
+            return None
+        at = np.minimum(np.searchsorted(self.hashes, grams), self.hashes.size - 1)
+        hits = np.flatnonzero(self.hashes[at] == grams)
+        if not hits.size:
+            return None
+        first = int(hits[0])
+        return self.files[int(self.origin[at[first]])], " ".join(words[first : first + self.words])
+
+
+def files_of(given: Sequence[str]) -> list[str]:
+    """Names as given; a missing one is told before any work is done."""
+    for name in given:
+        if "://" not in name and not Path(name).exists():
+            raise DataError(f"{name}: no such evaluation file. Check --decontaminate.")
+    return list(given)

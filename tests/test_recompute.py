@@ -89,7 +89,7 @@ def test_split_backwards_recompute_once(monkeypatch: pytest.MonkeyPatch) -> None
     cfg = config(2, **{**SIZES, **change}, train_recompute="full")
     calls = []
     compute = Block._compute
-    monkeypatch.setattr(Block, "_compute", lambda self, *args: calls.append(1) or compute(self, *args))
+    monkeypatch.setattr(Block, "_compute", lambda self, *args, **kw: calls.append(1) or compute(self, *args, **kw))
 
     def job(ctx: ParallelContext) -> int:
         train_step(setup(cfg, ctx), random_batches(cfg, ctx, 0))

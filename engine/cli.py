@@ -166,7 +166,7 @@ def _tokenizer(args: list[str]) -> int:
     """train a tokenizer: engine tokenizer train ..."""
     import tyro
 
-    from engine.data.training import train_tokenizer
+    from engine.data.train_tokenizer import train_tokenizer
     from engine.monitor.prepared import prepare_progress
     from engine.options import TokenizerTrain
 

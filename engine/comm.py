@@ -89,7 +89,7 @@ def all_gather_into_start(x: Tensor, axis: Axis) -> Pending:
 
 
 def reduce_scatter_start(x: Tensor, axis: Axis) -> Pending:
-    """Start summing `x` over the axis; what comes is this rank's part of the first dim. `x` itself is used up."""
+    """Start summing `x` over the axis; what comes is this rank's part of the first dim, a new tensor."""
     if axis.size == 1:
         return Pending(x)
     if x.shape[0] % axis.size:
@@ -108,7 +108,9 @@ class _SumFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, copies: Axis, sequence: Axis) -> Tensor:
         ctx.sequence = sequence
-        return sum_start(x.clone(memory_format=torch.contiguous_format), copies, sequence).wait()
+        if copies.size > 1:  # summed in place, and x is not ours; a reduce-scatter has a result of its own
+            x = x.clone(memory_format=torch.contiguous_format)
+        return sum_start(x, copies, sequence).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -8,12 +8,11 @@ from rich.table import Table
 from engine.config import Resolved, layout_of, pipeline_plan
 from engine.context import make_context
 from engine.layout import Coords, Layout
-from engine.model.transformer import Transformer, num_parameters, stage_shapes
+from engine.model.transformer import build_stages, num_parameters
 from engine.optim.precision import PRECISIONS
 from engine.pipeline.actions import Plan
 from engine.pipeline.simulate import peak_memory, simulate
 from engine.planner.cost import flops_per_token
-from engine.sharding import parameters
 
 _MAX_GRID_RANKS = 64
 
@@ -57,7 +56,7 @@ def show(resolved: Resolved, console: Console) -> None:
 
 def _stages(resolved: Resolved, layout: Layout, plan: Plan) -> Table:
     cfg = resolved.config
-    precision, shapes = PRECISIONS[cfg.train.precision], stage_shapes(cfg)
+    precision = PRECISIONS[cfg.train.precision]
     state = 2 * precision.main.itemsize  # moments
     if precision.compute != precision.main:
         state += precision.main.itemsize  # master weights
@@ -70,9 +69,9 @@ def _stages(resolved: Resolved, layout: Layout, plan: Plan) -> Table:
         last = first + layout.world // layout.pipeline - 1
         ctx = make_context(layout, first, num_kv_heads=cfg.model.num_kv_heads, dtype=precision.compute, device="meta")
         count, texts = 0, []
-        for stage in plan.stages_of(rank):
-            shape = shapes[stage]
-            count += sum(p.numel() for p in parameters(Transformer(cfg.model, ctx, shape)))
+        for _, model, params in build_stages(cfg, ctx, plan.stages_of(rank)):
+            shape = model.shape
+            count += sum(p.numel() for p in params)
             layers = f"layers {shape.layers.start}..{shape.layers.stop - 1}" if shape.layers else "no layers"
             texts.append(("embedding, " if shape.first else "") + layers + (", head" if shape.last else ""))
         size = f"{count * per_parameter / 2**30:,.3f} GiB"

@@ -29,8 +29,7 @@ from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, Fault
 from engine.evaluate import Evaluator, Score
 from engine.launch import StopRequest
-from engine.model.layers import Saving
-from engine.model.transformer import Transformer, num_parameters, stage_shapes, tensor_shapes
+from engine.model.transformer import Transformer, build_stages, num_parameters, tensor_shapes
 from engine.monitor.health import explain_non_finite
 from engine.monitor.metrics import MetricsLog
 from engine.monitor.progress import Progress
@@ -93,17 +92,10 @@ class StepResult:
 
 def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     """Stages, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved."""
-    plan, shapes = pipeline_plan(cfg), stage_shapes(cfg)
-    saving = Saving(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
+    plan = pipeline_plan(cfg)
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
-    tied: Parameter | None = None
-    for number in plan.stages_of(ctx.pipeline.rank):
-        model = Transformer(cfg.model, ctx, shapes[number], saving, tied)
-        if cfg.model.tie_embeddings and shapes[number].first:
-            tied = model.embed.weight
-        known = {id(p) for p in params}
-        fresh = [p for p in parameters(model) if id(p) not in known]
+    for number, model, fresh in build_stages(cfg, ctx, plan.stages_of(ctx.pipeline.rank)):
         initialise_(fresh, ctx, cfg.train.seed)
         buckets = make_buckets(
             fresh,
@@ -114,7 +106,7 @@ def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
             zero=cfg.parallel.zero == 1,
             reduce_dtype=torch.bfloat16 if cfg.parallel.reduce_dtype == "bf16" else None,
         )
-        shape = shapes[number]
+        shape = model.shape
         stages[number] = Stage(model, parameters(model), buckets, cfg.model.hidden_size, shape.first, shape.last)
         params += fresh
     all_buckets = [stage.buckets for stage in stages.values() if stage.buckets is not None]

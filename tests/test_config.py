@@ -578,6 +578,16 @@ def test_dry_run_prints_the_grid_of_a_small_layout(capsys: pytest.CaptureFixture
     assert "pipeline   1  data   1  ranks 3..3" in out and "ranks: 4" in out.splitlines()
 
 
+@pytest.mark.usefixtures("wide")
+def test_dry_run_counts_a_tied_embedding_once_where_both_ends_are_on_a_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    degrees = ["--parallel.pipeline", "2", "--parallel.schedule", "zb-v", "--model.tie-embeddings", "true"]
+    assert run_cli("train", "--dry-run", *degrees) == EXIT_OK
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    counts = [int(row[2].replace(",", "")) for row in rows if len(row) == 4]
+    assert len(counts) == 2 and f"parameters in total: {sum(counts):,}" in out
+
+
 def test_help_lists_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "110")  # one column of boxes
     assert run_cli("train", "--help") == EXIT_OK

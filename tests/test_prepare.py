@@ -194,6 +194,6 @@ def test_bad_input_stops_cleanly(tmp_path: Path) -> None:
 
 
 def test_preparing_starts_without_torch() -> None:
-    program = "import sys, engine.data.prepare, engine.data.training, engine.monitor.prepared, engine.cli\n"
+    program = "import sys, engine.data.prepare, engine.data.train_tokenizer, engine.monitor.prepared, engine.cli\n"
     done = subprocess.run([sys.executable, "-c", program + "assert 'torch' not in sys.modules"], timeout=60)
     assert done.returncode == 0

@@ -16,7 +16,7 @@ import engine.data.foreign as foreign
 from engine.data.encoder import Encoder
 from engine.data.foreign import AWKWARD
 from engine.data.tokenizer import Tokenizer
-from engine.data.training import train_tokenizer
+from engine.data.train_tokenizer import train_tokenizer
 from engine.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,6 +7,7 @@ on the layout.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -133,6 +134,24 @@ class Transformer(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] -> [b, s, vocab_size]; needs the whole model on this pipeline rank."""
         return self.head.logits(self.hidden(tokens)).transpose(0, 1)
+
+
+def build_stages(
+    cfg: Config, ctx: ParallelContext, numbers: Iterable[int]
+) -> Iterator[tuple[int, Transformer, list[Parameter]]]:
+    """The pipeline stages of these numbers, in rising order, on one rank: (number, model, its parameters).
+
+    A parameter is listed with the first stage that has it: a tied embedding is held once where both ends are here.
+    """
+    saving = Saving(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
+    shapes, tied, known = stage_shapes(cfg), None, set()
+    for number in numbers:
+        model = Transformer(cfg.model, ctx, shapes[number], saving, tied)
+        if cfg.model.tie_embeddings and shapes[number].first:
+            tied = model.embed.weight
+        fresh = [p for p in parameters(model) if id(p) not in known]
+        known |= {id(p) for p in fresh}
+        yield number, model, fresh
 
 
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -38,7 +38,7 @@ from engine.data.tokenizer import Tokenizer
 
 _TORN = 3  # tokens that a torn character leaves at most: 3 of its 4 bytes
 _LOST = "\ufffd"
-_PROBE = ("if a:\n    b", " = c(d)  # e\n")
+_PROBE = ("if A:\n    b", " = c(d)  # e\n")
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,13 @@ class FillInTheMiddle:
         return readable
 
     def _trim(self, row: Int64Array, segment: _Segment, text: str) -> str:
-        """Take torn characters off both ends; the text of what is left."""
-        while text.startswith(_LOST) and segment.head < _TORN:
-            segment.head += 1
-            (text,) = self._pieces.decode([row[segment.begin + segment.head : segment.end]])
-        while text.endswith(_LOST) and segment.tail < _TORN:
-            segment.tail += 1
-            (text,) = self._pieces.decode([row[segment.begin + segment.head : segment.end - segment.tail]])
+        """Take torn characters off the ends, as few tokens as will do; the text of the rest, or as it was."""
+        ends = sorted(((h, t) for h in range(_TORN + 1) for t in range(_TORN + 1)), key=sum)
+        texts = self._pieces.decode([row[segment.begin + h : segment.end - t] for h, t in ends])
+        for (h, t), rest in zip(ends, texts):
+            if _LOST not in rest:
+                segment.head, segment.tail = h, t
+                return rest
         return text
 
     def _write(

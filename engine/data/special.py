@@ -67,7 +67,7 @@ def _spellings(data: DataConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
     """Three spellings, () where there are none."""
     if data.fim_tokens:
         return tuple(data.fim_tokens.split())
-    there = (family for family in FAMILIES if all(tokenizer.token_id(token) is not None for token in family))
+    there = (family for family in FAMILIES if all(token in tokenizer.added_tokens for token in family))
     return next(there, ())
 
 
@@ -96,7 +96,8 @@ def _fim_faults(data: DataConfig, tokenizer: Tokenizer) -> Iterator[Fault]:
 def _unknown(path: str, text: str, data: DataConfig, tokenizer: Tokenizer) -> Iterator[Fault]:
     known = list(tokenizer.added_tokens)
     for token in text.split():
-        if tokenizer.token_id(token) is None:
+        if token not in known and (path == "data.fim_tokens" or tokenizer.token_id(token) is None):
+            what = "no token" if tokenizer.token_id(token) is None else "an ordinary token, which texts have"
             near = difflib.get_close_matches(token, known, n=3, cutoff=0.0)
             repair = f"Nearest special tokens: {', '.join(near)}." if near else "It has no special tokens at all."
-            yield Fault(path, token, f"is no token of {data.tokenizer}", repair)
+            yield Fault(path, token, f"is {what}, in {data.tokenizer}", repair)

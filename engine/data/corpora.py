@@ -90,7 +90,7 @@ def _reading(
     eods = {name: end_of_document(datasets, name, getattr(data, name)) for name in needed}
     facts: dict[str, Any] = {name: eod for name, eod in eods.items() if name != "fim_rate"}
     labels: tuple[int, ...] = ()
-    assert tokenizer is not None or not (data.mask_tokens or data.fim_rate)  # the config's check
+    assert tokenizer is not None or not (data.mask_tokens or data.fim_rate)  # a config fault
     if data.mask_tokens and tokenizer is not None:
         labels = masked_labels(data, tokenizer)
         facts["mask_tokens"] = list(labels)

@@ -241,11 +241,9 @@ def _inspect(args: list[str]) -> int:
 
 
 def _inspect_checkpoint(o: Inspect) -> int:
-    import math
     from pathlib import Path
 
     from rich.console import Console
-    from rich.table import Table
 
     from engine.checkpoint.format import find, verify_files
     from engine.checkpoint.inspect import summary, tensor_facts
@@ -258,11 +256,13 @@ def _inspect_checkpoint(o: Inspect) -> int:
         if o.verify:
             verify_files(reader.folder, reader.manifest)
             console.print("every digest is right")
-        table = Table("kind", "tensor", "shape", "dtype", "files", "norm", box=None)
+        width = max(map(len, (name for names in reader.manifest.tensors.values() for name in names)), default=0)
         for t in tensor_facts(reader, norms=o.norms):
-            norm = "" if math.isnan(t.norm) and not o.norms else f"{t.norm:.6g}"
-            table.add_row(t.kind, t.name, " x ".join(map(str, t.shape)), t.dtype, str(t.files), norm)
-        console.print(table)
+            norm = f"  norm {t.norm:.6g}" if o.norms else ""
+            shape = " x ".join(map(str, t.shape))
+            console.print(
+                f"{t.kind:10}  {t.name:{width}}  {t.dtype:4}  {shape:14}  {t.files} files{norm}", markup=False
+            )
     return EXIT_OK
 
 

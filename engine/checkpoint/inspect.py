@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,12 +41,17 @@ def summary(reader: Reader) -> Iterator[str]:
 
 
 def tensor_facts(reader: Reader, *, norms: bool) -> Iterator[TensorFacts]:
-    """Every tensor of every kind. norms: the L2 norm of each in float64, which reads it, a rectangle at a time."""
+    """Every tensor of every kind, layers in order. norms: the L2 norm of each in float64, which reads it, a rectangle at a time."""
     for kind, entries in reader.manifest.tensors.items():
-        for name, entry in entries.items():
+        for name, entry in sorted(entries.items(), key=lambda item: _natural(item[0])):
             norm = math.nan
             if norms:
                 parts = (reader.read(kind, name, part.offset, part.shape) for part in entry.slices)
                 norm = math.sqrt(sum(float(part.double().square_().sum()) for part in parts))
             files = len({part.file for part in entry.slices})
             yield TensorFacts(kind, name, entry.shape, entry.dtype, files, norm)
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts layers.2 before layers.10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

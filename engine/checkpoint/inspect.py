@@ -41,7 +41,10 @@ def summary(reader: Reader) -> Iterator[str]:
 
 
 def tensor_facts(reader: Reader, *, norms: bool) -> Iterator[TensorFacts]:
-    """Every tensor of every kind, layers in order. norms: the L2 norm of each in float64, which reads it, a rectangle at a time."""
+    """Every tensor of every kind, layers in order.
+
+    norms: the L2 norm of each, in float64, which reads it, a rectangle at a time.
+    """
     for kind, entries in reader.manifest.tensors.items():
         for name, entry in sorted(entries.items(), key=lambda item: _natural(item[0])):
             norm = math.nan

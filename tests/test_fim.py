@@ -396,9 +396,9 @@ def test_a_run_goes_on_bit_by_bit_and_refuses_another_setting(corpora: Path, tmp
         == losses[1][0].split('"grad_norm"')[0].split('"loss"')[1]
     )
     code, _, err = run("parts", 6, 0.25)
-    assert code == 1 and "data fim: checkpoint 'rate 0.5, of that SPM 0.5, tokens 1 2 3', now 'rate 0.25" in err
+    assert code == 1 and "data.fim: checkpoint 'rate 0.5, of that SPM 0.5, tokens 1 2 3', now 'rate 0.25" in err
     code, _, err = run("parts", 6, 0.5, "--data.mask-tokens", "<|fim_prefix|>")
-    assert code == 1 and "data mask_tokens: checkpoint None, now [1]" in err
+    assert code == 1 and "data.mask_tokens: checkpoint None, now [1]" in err
 
 
 def test_inspect_shows_what_training_sees(corpora: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,10 @@ def test_faults_of_the_config_are_told_before_anything_starts(corpora: Path, tmp
         ("data.fim_tokens", "<|fim_sufix|>", "is no token, in", "Nearest special tokens: <|fim_suffix|>"),
         ("data.fim_tokens", "x", "is an ordinary token, which texts have, in", "Nearest special tokens: <|endoftext|>"),
     ]
+    with pytest.raises(ConfigError, match=r"data\.fim_tokens = .* has the token that ends documents in it"):
+        opened(corpora, data__fim_tokens="<|fim_prefix|> <|fim_suffix|> <|endoftext|>")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = .* cannot be used \(.*no such file"):
+        check(load([], options(corpora, data__tokenizer=tmp_path / "none")).config)
     for kind, relation in (("bpe", "looked for <|fim_prefix|> "), ("wordpiece", "does not give texts back")):
         tokens = (END_OF_TEXT,) if kind == "bpe" else SPECIAL
         Tokenizer.train(iter(CODE), 300, kind=kind, special_tokens=tokens).save(tmp_path / kind)
@@ -382,23 +387,15 @@ def test_a_run_goes_on_bit_by_bit_and_refuses_another_setting(corpora: Path, tmp
     code, out, err = run("whole", 4, 0.5, "--data.valid", str(corpora / "code"))
     assert code == 0 and "fill-in-the-middle: rate 0.5, of that SPM 0.5, tokens 1 2 3" in out, err
     assert run("parts", 2, 0.5)[0] == 0 and run("parts", 4, 0.5)[0] == 0
-    losses = [
-        [
-            line
-            for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
-            if '"step": 4' in line or '"step":4' in line
-        ]
+    whole, parts = (
+        [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()][3]
         for folder in ("whole", "parts")
-    ]
-    assert (
-        losses[0]
-        and losses[0][0].split('"grad_norm"')[0].split('"loss"')[1]
-        == losses[1][0].split('"grad_norm"')[0].split('"loss"')[1]
     )
-    code, _, err = run("parts", 6, 0.25)
+    assert whole["step"] == parts["step"] == 4
+    assert (whole["loss"], whole["grad_norm"]) == (parts["loss"], parts["grad_norm"])
+    code, _, err = run("parts", 6, 0.25, "--data.mask-tokens", "<|fim_prefix|>")
     assert code == 1 and "data.fim: checkpoint 'rate 0.5, of that SPM 0.5, tokens 1 2 3', now 'rate 0.25" in err
-    code, _, err = run("parts", 6, 0.5, "--data.mask-tokens", "<|fim_prefix|>")
-    assert code == 1 and "data.mask_tokens: checkpoint None, now [1]" in err
+    assert "data.mask_tokens: checkpoint None, now [1]" in err
 
 
 def test_inspect_shows_what_training_sees(corpora: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.config import Config, DataConfig
 from engine.data.fim import FillInTheMiddle, Pieces, Sentinels
 from engine.data.tokenizer import Tokenizer
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, DataError, Fault
 
 # prefix, suffix, middle
 FAMILIES = (
@@ -24,9 +24,14 @@ _MAKE = "engine tokenizer train --special-tokens '<|endoftext|>' " + " ".join(f"
 
 
 def check(cfg: Config) -> None:
-    """Everything about data.fim_* and data.mask_tokens that needs only the tokenizer. Raises ConfigError, DataError."""
+    """Everything about data.fim_* and data.mask_tokens that needs only the tokenizer. Raises ConfigError."""
     if cfg.data.tokenizer and (cfg.data.fim_rate or cfg.data.mask_tokens):
-        tokenizer = Tokenizer.load(Path(cfg.data.tokenizer))
+        try:
+            tokenizer = Tokenizer.load(Path(cfg.data.tokenizer))
+        except DataError as error:
+            relation = f"cannot be used ({error})"
+            repair = "It is needed for data.fim_rate and data.mask_tokens."
+            raise ConfigError([Fault("data.tokenizer", cfg.data.tokenizer, relation, repair)]) from None
         if faults := [*_mask_faults(cfg.data, tokenizer), *_fim_faults(cfg.data, tokenizer)]:
             raise ConfigError(faults)
 
@@ -43,9 +48,13 @@ def fill_in_the_middle(
     data: DataConfig, tokenizer: Tokenizer, eod: int, seed: int, active: Sequence[bool] = (True,)
 ) -> FillInTheMiddle:
     """What data.fim_* ask for; `seed` is train.seed. Raises ConfigError where the tokenizer does not fit."""
+    found = sentinels(data, tokenizer)
+    if eod in (found.prefix, found.suffix, found.middle):
+        relation, repair = "has the token that ends documents in it", "Name three tokens that are nothing else."
+        raise ConfigError([Fault("data.fim_tokens", data.fim_tokens, relation, repair)])
     return FillInTheMiddle(
         tokenizer,
-        sentinels(data, tokenizer),
+        found,
         eod,
         rate=data.fim_rate,
         spm_rate=data.fim_spm_rate,

@@ -53,7 +53,7 @@ _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _MAX_INT64 = (1 << 63) - 1
 # Purposes separate the streams of keys drawn from one seed; "split" is used by prepare, "source" for blends.
-PURPOSES = {"blocks": 1, "documents": 2, "samples": 3, "split": 4, "source": 5}
+PURPOSES = {"blocks": 1, "documents": 2, "samples": 3, "split": 4, "source": 5, "fim": 6}
 _DIGEST_SAMPLES = 256  # samples gathered at a time by digest(): bounds its memory
 
 Int64Array = npt.NDArray[np.int64]

@@ -303,16 +303,36 @@ int64_t block_of(const View<int64_t>& prefix, int64_t position) {  // the last b
   return low - 1;
 }
 
-// Copies stream[position : position + count] to out; false when a token is not in [0, limit).
-template <typename T>
-bool copy_sample(const View<T>& tokens, const Epoch& e, int64_t position, int64_t count, int64_t limit, int64_t* out,
-                 Bad* bad) {
-  const int64_t num_blocks = e.order.size;
-  int64_t at = block_of(e.prefix, position);
-  if (position < 0 || at < 0 || at >= num_blocks || e.prefix[at] < 0)
+struct Piece {  // of a sample: `take` tokens of a document from its token `offset` on, which is tokens[start]
+  int64_t document, offset, start, take;
+};
+
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+inline void prefetch(const char* from, int64_t bytes) {
+#ifdef __GNUC__
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at);
+#endif
+}
+
+// Where stream[position] begins, and its lengths on their way into the cache.
+int64_t find_block(const Epoch& e, int64_t position) {
+  const int64_t at = block_of(e.prefix, position);
+  if (position < 0 || at < 0 || at >= e.order.size || e.prefix[at] < 0)
     throw py::index_error("gather: position " + std::to_string(position) + " is outside the stream");
+  const int64_t first = e.order[at] * e.block_documents;
+  if (first >= 0 && first < e.lengths.size)
+    prefetch(e.lengths.data + first * 4, std::min(e.block_documents, e.lengths.size - first) * 4);
+  return at;
+}
+
+// Fills `pieces` with those of stream[position : position + count], which begins in the at-th block of the order.
+template <typename T>
+void find_pieces(const View<T>& tokens, const Epoch& e, int64_t at, int64_t position, int64_t count,
+                 std::vector<Piece>& pieces) {
+  const int64_t num_blocks = e.order.size;
   int64_t skip = position - e.prefix[at], filled = 0;
-  for (; filled < count; ++at) {
+  for (pieces.clear(); filled < count; ++at) {
     if (at >= num_blocks) throw py::index_error("gather: position " + std::to_string(position) + " runs off the end");
     const int64_t block = e.order[at];
     if (block < 0 || block >= num_blocks) throw py::index_error("gather: block " + std::to_string(block));
@@ -331,31 +351,50 @@ bool copy_sample(const View<T>& tokens, const Epoch& e, int64_t position, int64_
           pointer / int64_t(sizeof(T)) > tokens.size - length)
         throw py::index_error("gather: document " + std::to_string(document) + " lies outside the tokens");
       const int64_t start = pointer / int64_t(sizeof(T)) + skip, take = std::min(length - skip, count - filled);
-      uint64_t fine = ~uint64_t(0);  // the sign bit: every value >= 0 and value - limit < 0
-      for (int64_t k = 0; k < take; ++k) {  // no early exit and no comparison: it keeps the loop vectorised
-        const int64_t value = int64_t(tokens[start + k]);
-        out[filled + k] = value;
-        fine &= (uint64_t(value) - uint64_t(limit)) & ~uint64_t(value);
-      }
-      if (!(fine >> 63)) {
-        int64_t k = 0;
-        while (uint64_t(out[filled + k]) < uint64_t(limit)) ++k;
-        *bad = Bad{document, skip + k, out[filled + k]};
-        return false;
-      }
+      prefetch(tokens.data + start * int64_t(sizeof(T)), take * int64_t(sizeof(T)));
+      pieces.push_back(Piece{document, skip, start, take});
       filled += take;
       skip = 0;
     }
   }
+}
+
+// Copies the pieces to out, one after the other; false when a token is not in [0, limit).
+template <typename T>
+bool copy_pieces(const View<T>& tokens, const std::vector<Piece>& pieces, int64_t limit, int64_t* out, Bad* bad) {
+  for (const Piece piece : pieces) {  // a copy: through a reference, out might overlap it
+    uint64_t fine = ~uint64_t(0);  // the sign bit: every value >= 0 and value - limit < 0
+    for (int64_t k = 0; k < piece.take; ++k) {  // no early exit and no comparison: it keeps the loop vectorised
+      const int64_t value = int64_t(tokens[piece.start + k]);
+      out[k] = value;
+      fine &= (uint64_t(value) - uint64_t(limit)) & ~uint64_t(value);
+    }
+    if (!(fine >> 63)) {
+      int64_t k = 0;
+      while (uint64_t(out[k]) < uint64_t(limit)) ++k;
+      *bad = Bad{piece.document, piece.offset + k, out[k]};
+      return false;
+    }
+    out += piece.take;
+  }
   return true;
 }
 
+// Nearly all of a random sample's time is waiting for memory. So while a row is copied, the tokens of the next one and
+// the lengths of the one after it are on their way.
 template <typename T>
 Bad gather_rows(const View<T>& tokens, const Epoch& e, const View<int64_t>& positions, int64_t count, int64_t limit,
                 int64_t* out) {
   Bad bad;
-  for (int64_t row = 0; row < positions.size; ++row)
-    if (!copy_sample(tokens, e, positions[row], count, limit, out + row * count, &bad)) break;
+  std::vector<Piece> here, next;
+  int64_t block = 0;
+  for (int64_t row = 0; row < positions.size + 2; ++row) {
+    const int64_t found = row < positions.size ? find_block(e, positions[row]) : 0;
+    if (row > 0 && row <= positions.size) find_pieces(tokens, e, block, positions[row - 1], count, next);
+    if (row > 1 && !copy_pieces(tokens, here, limit, out + (row - 2) * count, &bad)) break;
+    std::swap(here, next);
+    block = found;
+  }
   return bad;
 }
 
@@ -493,6 +532,7 @@ py::tuple blend_block(const py::array& weight_array, int64_t start, int64_t leng
 
 PYBIND11_MODULE(_index, m) {
   m.doc() = "Sample order, batch gather and blends; see engine/data/order.py and blend.py for the definitions.";
+  m.attr("interface") = 2;  // NATIVE_INTERFACE of engine/data/indexed.py
   m.def("permute", &permute, py::arg("n"), py::arg("key"), py::arg("indices"));
   m.def("block_prefix", &block_prefix, py::arg("block_tokens"), py::arg("key"));
   m.def("gather", &gather, py::arg("tokens"), py::arg("lengths"), py::arg("pointers"), py::arg("order"),

@@ -38,7 +38,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's worth of data."""
+    """One forward's worth of data. `tokens` and `labels` may be overlapping views of one [b, s + 1]: read only."""
 
     tokens: torch.Tensor  # int64 [b, s]
     labels: torch.Tensor  # int64 [b, s], the token after each of `tokens`
@@ -78,7 +78,7 @@ class _Slice:
         for low in range(first, first + local, self.micro_batch_size):
             samples = np.arange(low, low + self.micro_batch_size, dtype=np.int64)
             rows, sources = torch.from_numpy(self.order.gather(samples)), self.order.sources(samples)
-            tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+            tokens, labels = rows[:, :-1], rows[:, 1:]
             mask = torch.ones_like(tokens, dtype=torch.bool) if self.mask_eod is None else tokens != self.mask_eod
             documents = None if self.separate_eod is None else number_documents(tokens, self.separate_eod)
             batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources), documents))

@@ -59,7 +59,7 @@ def number_documents(tokens: torch.Tensor, eod: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Slice:
+class Slice:
     """This rank's share of every global batch, and how to read it."""
 
     order: Order
@@ -98,7 +98,7 @@ class _Pipe:
         self.slots.release()
 
 
-def _produce(part: _Slice, consumed: int, pipe: _Pipe) -> None:
+def _produce(part: Slice, consumed: int, pipe: _Pipe) -> None:
     """The worker. Knows no Loader, so that a forgotten Loader can be collected and end it."""
     try:
         while True:
@@ -146,7 +146,7 @@ class Loader:
                 f"global_batch_size = {global_batch_size} is not a multiple of micro_batch_size * data_size = "
                 f"{micro_batch_size} * {data_size} = {micro_batch_size * data_size}. Change one of the three."
             )
-        self._part = _Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, mask_eod, separate_eod)
+        self._part = Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, mask_eod, separate_eod)
         self._consumed = start_sample
         self._pipe = _Pipe(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
         self._worker: threading.Thread | None = None

@@ -145,11 +145,15 @@ def test_every_place_is_looked_at(threads: int) -> None:
     pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * 2
     total = int(lengths.sum()) * 2
     assert module.check_sequences(lengths, pointers, 2, total, threads) == (-1, total)
-    for i in range(len(lengths)):
+    borders = [*range(0, 9001, 4096), *range(0, 9001, 9001 // threads + 1)]
+    for i in sorted({0, 9000, *range(0, 9001, 97), *(b + d for b in borders for d in (-2, -1, 0, 1) if b)}):
         pointers[i] += 2
         assert module.check_sequences(lengths, pointers, 2, total, threads) == (i, pointers[i] - 2)
         assert module.check_rising(pointers, threads) == (i + 1 if lengths[i : i + 1] == 0 and i < 9000 else -1)
         pointers[i] -= 2
+        pointers[i:] += 2  # a gap: whatever comes after fits again
+        assert module.check_sequences(lengths, pointers, 2, total + 2, threads) == (i, pointers[i] - 2)
+        pointers[i:] -= 2
         kept, lengths[i] = lengths[i], -1
         assert module.check_sequences(lengths, pointers, 2, total, threads) == (i, -1)
         lengths[i] = kept

@@ -175,7 +175,7 @@ def test_epochs_and_seeds_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("native", NATIVE)
 def test_positions_beyond_32_bits(tmp_path: Path, native: bool) -> None:
-    """A sparse .bin of 5e9 one-byte tokens: nothing on disk, but tokens, samples and sums pass 2^32, later epochs too."""
+    """A sparse .bin of 5e9 one-byte tokens: nothing on disk, but tokens and samples pass 2^32, in later epochs too."""
     lengths = np.array([2**31 - 1, 1_500_000_000, 1_000_000_000, 352_516_353], np.int64)
     total = int(lengths.sum())
     header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 1, 4, 5)

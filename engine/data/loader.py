@@ -39,7 +39,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's worth of data."""
+    """One forward's worth of data. `tokens` and `labels` may be overlapping views of one [b, s + 1]: read only."""
 
     tokens: torch.Tensor  # int64 [b, s]
     labels: torch.Tensor  # int64 [b, s], the token after each of `tokens`
@@ -76,7 +76,7 @@ class LossMask:
 
 
 @dataclass(frozen=True)
-class _Slice:
+class Slice:
     """This rank's share of every global batch, and how to read it."""
 
     order: Order
@@ -102,9 +102,10 @@ class _Slice:
         for low in range(0, local, self.micro_batch_size):
             part = slice(low, low + self.micro_batch_size)
             line = torch.from_numpy(rows[part])
-            tokens, labels = line[:, :-1].contiguous(), line[:, 1:].contiguous()
+            tokens, labels = line[:, :-1], line[:, 1:]
             mask = self.mask(tokens, labels)
-            mask &= torch.arange(1, line.shape[1]) < torch.from_numpy(lengths[part])[:, None]  # not the filling
+            if self.fim is not None:  # its filling does not count
+                mask &= torch.arange(1, line.shape[1]) < torch.from_numpy(lengths[part])[:, None]
             documents = None if self.separate_eod is None else number_documents(tokens, self.separate_eod)
             batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources[part]), documents))
         return batches
@@ -123,7 +124,7 @@ class _Pipe:
         self.slots.release()
 
 
-def _produce(part: _Slice, consumed: int, pipe: _Pipe) -> None:
+def _produce(part: Slice, consumed: int, pipe: _Pipe) -> None:
     """The worker. Knows no Loader, so that a forgotten Loader can be collected and end it."""
     try:
         while True:
@@ -172,7 +173,7 @@ class Loader:
                 f"global_batch_size = {global_batch_size} is not a multiple of micro_batch_size * data_size = "
                 f"{micro_batch_size} * {data_size} = {micro_batch_size * data_size}. Change one of the three."
             )
-        self._part = _Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, mask, separate_eod, fim)
+        self._part = Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, mask, separate_eod, fim)
         self._consumed = start_sample
         self._pipe = _Pipe(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
         self._worker: threading.Thread | None = None

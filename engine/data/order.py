@@ -42,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.indexed import IndexedDataset
+from engine.data.indexed import NATIVE_INTERFACE, IndexedDataset
 from engine.errors import DataError
 
 BLOCK_DOCUMENTS = 1024
@@ -164,7 +164,7 @@ def _extension() -> ModuleType | None:
         module = importlib.import_module("engine._index")
         index = np.arange(100, dtype=np.int64)
         same = np.array_equal(module.permute(1000, 42, index), permute(1000, 42, index))
-        if not same or not hasattr(module, "blend_block"):
+        if not same or getattr(module, "interface", 0) != NATIVE_INTERFACE:
             raise ImportError("it was built from another version of csrc/index.cpp")
     except (ImportError, AttributeError, TypeError) as err:
         warnings.warn(

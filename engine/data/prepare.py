@@ -4,8 +4,8 @@ The split is by document, by a keyed hash of its number: spread over the corpus 
 appended last), stable when documents are added at the end, and no document is in both. A tokenizer is trained on the
 train documents only. Everything streams: memory is a few batches of text and their encodings, not the corpus.
 
-Reading (a thread) -> encoding (all cores) -> data files in PREFIX.parts/ (engine/data/parts.py says how these outlive a
-kill) -> published under their names when all is there. The order of documents is the input order.
+Reading, encoding and adding (encoding.py) go on side by side and fill data files in PREFIX.parts/ (parts.py says how
+these outlive a kill), which are published under their names when all is there. Documents stay in input order.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ def documents() -> Iterator[str]:
     places += ["/usr/share/doc", "/usr/include", "/usr/share/perl"]
     found = (os.path.join(root, name) for place in places for root, _, names in os.walk(place) for name in names)
     seen: set[int] = set()
-    for path in sorted({path for path in found if path.endswith(SUFFIXES)}, key=lambda path: xxhash.xxh3_64_intdigest(path.encode())):
+    for path in sorted(
+        {path for path in found if path.endswith(SUFFIXES)}, key=lambda path: xxhash.xxh3_64_intdigest(path.encode())
+    ):
         try:
             data = Path(path).read_bytes()
             text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()

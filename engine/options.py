@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from engine.config import fields, type_name
 from engine.presets import PRESETS
 
 _UNSET = "\0"
@@ -70,6 +69,8 @@ _TRAIN_TEXT = (
 
 
 def _train_type() -> type:
+    from engine.config import fields, type_name  # pydantic and all checks: a tenth of a second that only training needs
+
     sections: dict[str, list[Any]] = {}
     for section, name, field in fields():
         text = field.description or ""

@@ -28,6 +28,7 @@ import numpy.typing as npt
 import xxhash
 
 from engine.data.indexed import sidecar_bytes, sidecar_of, token_dtype, write_index
+from engine.data.pack import pack
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder, write_synced
 
@@ -150,16 +151,23 @@ class Parts:
             counts[:] = 0
         self.state, self.num_shards = None, 0
 
-    def add(self, split: str, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> None:
-        """Append documents: their tokens one after the other, int32 [T], and lengths int32 [documents]."""
-        counts = self.counts[split]
-        if tokens.size:
-            if int(tokens.view(np.uint32).max()) >= len(counts):  # negative ones are large here: one pass for both
-                low, high = int(tokens.min()), int(tokens.max())
-                raise DataError(f"the tokenizer gave id {low if low < 0 else high}, not in [0, {len(counts)})")
-            counts += np.bincount(tokens, minlength=len(counts))
-        self._append(f"{split}.bin", tokens.astype(self.dtype).data)
-        self._append(f"{split}.lengths", lengths.astype("<i4").data)
+    def add(
+        self,
+        split: str,
+        tokens: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int32],
+        eod: int | None = None,
+    ) -> npt.NDArray[np.int32]:
+        """Append documents: their tokens one after the other, int32 [T], and lengths int32 [documents].
+
+        `eod` is put behind each that is not empty. Returns the lengths as written, int32 [documents].
+        """
+        packed, written, wrong = pack(tokens, lengths, eod, self.dtype, self.counts[split])
+        if wrong is not None:
+            raise DataError(f"the tokenizer gave id {wrong}, not in [0, {len(self.counts[split])})")
+        self._append(f"{split}.bin", packed.data)
+        self._append(f"{split}.lengths", written.data)
+        return written
 
     def skip(self, line: bytes) -> None:
         """Append a line to the list of what was left out."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -46,7 +47,8 @@ class Tokenizer:
         self._definition = definition
         self._companions = companions
         self._eod_token = _configured_eod(companions)
-        canonical = json.dumps(json.loads(definition), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        parsed = self._parsed = orjson.loads(definition)  # megabytes: read once
+        canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         self.digest = hashlib.sha256(canonical.encode()).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(definition)
@@ -57,7 +59,7 @@ class Tokenizer:
         self._parse_special = parse_special
         self._tokenizer.encode_special_tokens = not parse_special  # True: encode their spelling as text
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        model = json.loads(definition)["model"]
+        model = parsed["model"]
         unknown = model.get("unk_token")
         self.unknown = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -142,12 +144,11 @@ class Tokenizer:
 
     def text_only_definition(self) -> str:
         """tokenizer.json for a library that always parses special tokens: without them, unless they are wanted."""
-        definition = json.loads(self._definition)
-        definition.update(truncation=None, padding=None)
+        definition = {**self._parsed, "truncation": None, "padding": None}
         if not self._parse_special:
             added = definition.get("added_tokens") or []
             definition["added_tokens"] = [token for token in added if not token.get("special")]
-        return json.dumps(definition)
+        return orjson.dumps(definition).decode()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""

@@ -32,7 +32,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def write_fault(err: OSError, path: Path, needed_bytes: int, go_on: str) -> str:
-    """A failed write in plain words: where, why, and for a full disk bytes needed and free. `go_on`: what then helps."""
+    """A failed write in plain words: where, why, for a full disk bytes needed and free; `go_on`: what then helps."""
     where = err.filename or path
     if err.errno == errno.EFBIG:
         return f"{where}: the limit on the size of a file is reached (ulimit -f). Raise it. {go_on}"

@@ -14,7 +14,7 @@ from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, ConfigError, EngineE
 if TYPE_CHECKING:
     import torch
 
-    from engine.options import Clean, Schedule
+    from engine.options import Clean, Inspect, Schedule
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -196,7 +196,9 @@ def _tokenizer(args: list[str]) -> int:
 
 
 def _inspect(args: list[str]) -> int:
-    """counts, lengths, decoded samples and a whole check of a corpus"""
+    """look at a corpus (counts, lengths, samples) or at a checkpoint (tensors, norms, lineage)"""
+    from pathlib import Path
+
     import tyro
     from rich.console import Console
 
@@ -213,6 +215,8 @@ def _inspect(args: list[str]) -> int:
         faults.append(Fault("--output", str(o.output), "is neither a .png nor a .svg file", "End it in .png."))
     if faults:
         raise ConfigError(faults)
+    if Path(o.data).is_dir() and not Path(f"{o.data}.idx").exists():
+        return _inspect_checkpoint(o)
     dataset = IndexedDataset(o.data)
     folder = inspect.find_tokenizer(o.data, o.tokenizer)
     tokenizer = Tokenizer.load(folder) if folder else None
@@ -233,6 +237,32 @@ def _inspect(args: list[str]) -> int:
             console.print(text, markup=False)
     plot_lengths(*inspect.histogram(dataset), o.data, o.output)
     console.print(f"wrote {o.output}", markup=False)
+    return EXIT_OK
+
+
+def _inspect_checkpoint(o: Inspect) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from engine.checkpoint.format import find, verify_files
+    from engine.checkpoint.inspect import summary, tensor_facts
+    from engine.checkpoint.load import Reader
+
+    console = Console(highlight=False, soft_wrap=True)
+    with Reader(find(Path(o.data))) as reader:
+        for line in summary(reader):
+            console.print(line, markup=False)
+        if o.verify:
+            verify_files(reader.folder, reader.manifest)
+            console.print("every digest is right")
+        width = max(map(len, (name for names in reader.manifest.tensors.values() for name in names)), default=0)
+        for t in tensor_facts(reader, norms=o.norms):
+            norm = f"  norm {t.norm:.6g}" if o.norms else ""
+            shape = " x ".join(map(str, t.shape))
+            console.print(
+                f"{t.kind:10}  {t.name:{width}}  {t.dtype:4}  {shape:14}  {t.files} files{norm}", markup=False
+            )
     return EXIT_OK
 
 

@@ -190,6 +190,9 @@ class CheckpointConfig(Section):
     resume: str = "auto"
     """auto: go on from the run folder's newest checkpoint if there is one; latest: there must be one;
     never: start anew; or the path of a checkpoint"""
+    allow: str = ""
+    """fields that may differ from the checkpoint's when resuming, such as "data.num_tokens train.seq_len"; the lineage
+    of later checkpoints records it (a difference that is not named is refused, and the message names its field)"""
 
 
 class MonitorConfig(Section):

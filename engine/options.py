@@ -250,10 +250,13 @@ class TokenizerTrain:
 
 @dataclass
 class Inspect:
-    """Look at a corpus: counts, a picture of its lengths, random samples as training sees them, a whole check."""
+    """Look at a corpus (counts, a picture of its lengths, random samples as training sees them, a whole check) or at a
+    checkpoint (step, data position, lineage, and every tensor with shape, dtype and norm)."""
 
     data: tyro.conf.Positional[str]
-    """prefix of the .bin/.idx"""
+    """prefix of the .bin/.idx; or a checkpoint: run folder (its newest one) or step folder"""
+    norms: bool = True
+    """checkpoint: read every tensor and print its L2 norm"""
     tokenizer: Path | None = None
     """folder with tokenizer.json; left out: PREFIX-tokenizer, or tokenizer beside the corpus"""
     samples: int = 3
@@ -265,7 +268,7 @@ class Inspect:
     output: Path = Path("lengths.png")
     """picture of the lengths of documents, PNG or SVG"""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """read the whole file: every token, and what the sidecar says of it"""
+    """read everything: every token and what the sidecar says of it; of a checkpoint every digest"""
 
 
 @dataclass

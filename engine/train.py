@@ -7,7 +7,6 @@ loop around it with saving, validation, progress and the orderly stop on a signa
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,14 @@ from typing import Any
 
 import torch
 
-import engine
-from engine.checkpoint.format import complete_steps, find, step_dir
+from engine.checkpoint.format import Ancestor, complete_steps, find, step_dir
+from engine.checkpoint.lineage import code_versions, descend, differences, refuse
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import save
 from engine.comm import all_reduce_, on_first_rank
 from engine.config import Config, Resolved, pipeline_plan
 from engine.context import ParallelContext
-from engine.data.corpora import MIXED_FROM, TrainingData, open_data, open_training
+from engine.data.corpora import TrainingData, open_data, open_training
 from engine.data.loader import Loader, MicroBatch
 from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, Fault
@@ -66,6 +65,7 @@ class TrainState:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    lineage: tuple[Ancestor, ...] = ()
 
     def settle(self) -> None:
         """Return when all weights of this rank are there (ZeRO-1 may still gather them after a step)."""
@@ -212,7 +212,8 @@ def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Pat
         },
         "config": state.cfg.model_dump(),
         "data": data_facts,
-        "versions": {"engine": engine.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": code_versions(),
+        "lineage": state.lineage,
     }
     keep = state.cfg.checkpoint.keep
     return save(root, state.optimizer.states(owned=True), state.ctx, step=state.step, facts=facts, keep=keep)
@@ -221,21 +222,11 @@ def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Pat
 def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
     """Go on from a checkpoint of any layout: weights, optimizer, step and data position. Collective.
 
-    Refuses, with a list of old and new values, when model, data, sequence length or seed differ: the loss would go on
-    from somewhere else without a word.
+    Refuses, with a list of old and new values, when model, data, sequence length or seed differ and are not allowed to.
     """
     with Reader(folder) as reader:
         manifest = reader.manifest
-        consumed = manifest.consumed_samples
-        differing = _differences(
-            manifest.config, state.cfg, _past(manifest.data, consumed), _past(data_facts, consumed)
-        )
-        if differing:
-            raise CheckpointError(
-                f"{folder} belongs to another run:\n"
-                + "\n".join(f"  - {line}" for line in differing)
-                + "\nUse the old values, or another --run.dir for a new run."
-            )
+        allowed = refuse(folder, differences(manifest, state.cfg, data_facts), state.cfg)
         load_into(reader, state.optimizer.states(), state.ctx)
     state.optimizer.publish()
     state.step = manifest.step
@@ -243,23 +234,7 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
     if state.scale.window and "loss_scale" in manifest.optimizer:
         state.scale.value, state.scale.good = manifest.optimizer["loss_scale"], int(manifest.optimizer["good_steps"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
-
-
-def _past(facts: dict[str, Any], consumed: int) -> dict[str, Any]:
-    """The facts without those about samples that are still to come: a blend's later changes may be changed."""
-    return {
-        name: value
-        for name, value in facts.items()
-        if not name.startswith(MIXED_FROM) or int(name.removeprefix(MIXED_FROM)) < max(1, consumed)
-    }
-
-
-def _differences(old: dict[str, Any], cfg: Config, old_data: dict[str, Any], data: dict[str, Any]) -> list[str]:
-    now = cfg.model_dump()
-    pairs = {f"model.{k}": (old["model"].get(k), v) for k, v in now["model"].items() if k != "preset"}
-    pairs |= {f"train.{k}": (old["train"].get(k), now["train"][k]) for k in ("seq_len", "seed")}
-    pairs |= {f"data {k}": (old_data.get(k), data.get(k)) for k in (old_data | data) if k != "prefix"}
-    return [f"{name}: checkpoint {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b]
+    state.lineage = descend(folder, manifest, allowed)
 
 
 def find_resume(cfg: Config) -> str:

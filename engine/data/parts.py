@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.indexed import sidecar_bytes, sidecar_of, token_dtype, write_index
+from engine.data.indexed import digest_of, sidecar_bytes, sidecar_of, token_dtype, write_index
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder, write_fault, write_synced
 
@@ -235,6 +235,7 @@ class Parts:
 
     def write_corpus(self, split: str, meta: dict[str, Any], documents: int, empty: int) -> dict[str, Any]:
         """Write .idx and sidecar of a split beside its .bin; returns the sidecar."""
+        meta = {**meta, "bin_digest": digest_of(self.folder / f"{split}.bin")}
         sidecar = sidecar_of(meta, self.dtype, self.counts[split], documents, empty)
         lengths_path = self.folder / f"{split}.lengths"
         lengths = np.memmap(lengths_path, "<i4", "r") if lengths_path.stat().st_size else np.empty(0, np.int32)

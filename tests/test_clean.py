@@ -126,6 +126,15 @@ def near(draw: random.Random, shingles: int, share: float) -> tuple[str, str]:
     return " ".join(base), " ".join(other)
 
 
+def near_duplicate_table() -> dict[float, tuple[str, str]]:
+    """J -> (chance, found) of docs/cleaning.md."""
+    lines = (Path(__file__).parent.parent / "docs" / "cleaning.md").read_text().splitlines()
+    rows = {name: next(x for x in lines if x.startswith(f"| {name} |")) for name in ("J", "chance at 14 x 8", "found")}
+    cells = [row.strip("| ").split(" | ")[1:] for row in rows.values()]
+    assert len(cells[0]) == len(cells[1]) == len(cells[2]) == 5
+    return {float(share): (chance, found) for share, chance, found in zip(*cells)}
+
+
 @pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.5, 0.3, 0.0])
 def test_near_duplicates_are_found_as_often_as_documented(share: float) -> None:
     draw, minhash, pairs = random.Random(int(share * 10)), MinHash(), 200
@@ -138,6 +147,10 @@ def test_near_duplicates_are_found_as_often_as_documented(share: float) -> None:
     wanted = minhash.chance(exact_share)
     spread = 4 * (wanted * (1 - wanted) / pairs) ** 0.5 + 0.02
     assert abs(found / pairs - wanted) < spread, (found / pairs, wanted)
+    table = near_duplicate_table()
+    if share in table:  # what docs/cleaning.md says is what was found, and the chance at that J
+        digits = 3 if share < 0.5 else 2
+        assert table[share] == (f"{minhash.chance(share):.{digits}f}", f"{found / pairs:.{digits}f}")
 
 
 def test_keys_of_short_texts() -> None:

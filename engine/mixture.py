@@ -124,11 +124,13 @@ def _read_file(path: str) -> Mixture:
     if not sources:
         faults.append(_fault(path, "names no source", 'Write [[source]], prefix = "...", weight = 1.'))
     faults += [fault for number, source in enumerate(sources, 1) for fault in _source_faults(path, number, source)]
-    kinds = list(dict.fromkeys(key for source in sources for key in source if key in KINDS))
+    amounts = [[key for key in KINDS if key in source] for source in sources]
+    kinds = list(dict.fromkeys(given[0] for given in amounts if len(given) == 1))  # others are told by themselves
     if len(kinds) > 1:
         faults.append(_fault(path, f"mixes {' and '.join(kinds)}", "Use one kind for all sources."))
     if changes and kinds and "weight" not in kinds:
         faults.append(_fault(path, f"has changes beside {' and '.join(kinds)}", "Changes go with weights."))
+        changes = []
     prefixes = [str(source.get("prefix", "")) for source in sources]
     short = _names(prefixes)
     names = [str(source.get("name", short[k])) for k, source in enumerate(sources)]

@@ -279,7 +279,7 @@ class _Frame:
     def decompress(self, data: bytes, max_length: int) -> bytes:
         """All that `data` gives: it cannot be told to stop, so it is fed little at once."""
         try:
-            return cast(bytes, self._frame.decompress(data))
+            return self._frame.decompress(data)
         except self._error as err:
             raise zlib.error(str(err)) from err
 
@@ -289,7 +289,7 @@ class _Frame:
 
     @property
     def unused_data(self) -> bytes:
-        return cast(bytes, self._frame.unused_data)
+        return self._frame.unused_data
 
 
 class _Members(io.RawIOBase):

@@ -187,8 +187,11 @@ def _inspect(args: list[str]) -> int:
     import tyro
     from rich.console import Console
 
+    from engine.config import DataConfig
     from engine.data import inspect
+    from engine.data.corpora import end_of_document
     from engine.data.indexed import IndexedDataset
+    from engine.data.special import fill_in_the_middle
     from engine.data.tokenizer import Tokenizer
     from engine.monitor.plot import plot_lengths
     from engine.options import Inspect
@@ -198,12 +201,21 @@ def _inspect(args: list[str]) -> int:
     faults = [Fault(k, v, f"is below {n}", f"Use {n} or more.") for k, (v, n) in least.items() if v < n]
     if o.output.suffix not in (".png", ".svg"):
         faults.append(Fault("--output", str(o.output), "is neither a .png nor a .svg file", "End it in .png."))
+    faults += [
+        Fault(f"--{k.replace('_', '-')}", v, "is not a share", "Use a number of 0 to 1.")
+        for k, v in (("fim_rate", o.fim_rate), ("fim_spm_rate", o.fim_spm_rate))
+        if not 0 <= v <= 1
+    ]
+    if o.fim_tokens and not o.fim_rate:
+        faults.append(Fault("--fim-tokens", o.fim_tokens, "has no meaning without --fim-rate", "Such as 0.5."))
     if faults:
         raise ConfigError(faults)
     if Path(o.data).is_dir() and not Path(f"{o.data}.idx").exists():
         return _inspect_checkpoint(o)
     dataset = IndexedDataset(o.data)
     folder = inspect.find_tokenizer(o.data, o.tokenizer)
+    fim_options = {"fim_rate": o.fim_rate, "fim_spm_rate": o.fim_spm_rate, "fim_tokens": o.fim_tokens}
+    data = DataConfig(tokenizer=str(folder or ""), **fim_options)
     tokenizer = Tokenizer.load(folder) if folder else None
     c, console = inspect.count(dataset), Console(highlight=False, soft_wrap=True)
     for line in (
@@ -218,7 +230,9 @@ def _inspect(args: list[str]) -> int:
         for line in inspect.verify(dataset, tokenizer):
             console.print(f"right: {line}", markup=False)
     if tokenizer is not None and o.samples:
-        for text in inspect.decoded_samples(dataset, tokenizer, o.seq_len, o.samples, o.seed):
+        eod = end_of_document([dataset], "fim_rate", o.fim_rate) if o.fim_rate else 0
+        fim = fill_in_the_middle(data, tokenizer, eod, o.seed) if o.fim_rate else None
+        for text in inspect.decoded_samples(dataset, tokenizer, o.seq_len, o.samples, o.seed, fim):
             console.print(text, markup=False)
     plot_lengths(*inspect.histogram(dataset), o.data, o.output)
     console.print(f"wrote {o.output}", markup=False)
@@ -268,10 +282,13 @@ def _train(args: list[str]) -> int:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=options.world_size or None)
         from rich.console import Console
 
+        from engine.data.special import check
         from engine.preview import show  # needs torch: faults are told before
 
+        check(resolved.config)
         show(resolved, Console())
         return EXIT_OK
+    from engine.data.special import check
     from engine.launch import StopRequest, leave, pick_device, read_env, run
     from engine.optim.precision import PRECISIONS
     from engine.train import train
@@ -280,6 +297,7 @@ def _train(args: list[str]) -> int:
     try:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world)
         device = pick_device(resolved.config.train.device, env)
+        check(resolved.config)
     except ConfigError:
         if env.rank > 0:  # every rank finds the same faults: rank 0 tells them, and torchrun then ends the others
             time.sleep(30)

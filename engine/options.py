@@ -265,6 +265,12 @@ class Inspect:
     """tokens a sample"""
     seed: int = 0
     """which samples are drawn follows from it"""
+    fim_rate: float = 0.0
+    """show the samples after fill-in-the-middle, as a run with train.seed = --seed and this data.fim_rate sees them"""
+    fim_spm_rate: float = 0.5
+    """as data.fim_spm_rate"""
+    fim_tokens: str = ""
+    """as data.fim_tokens"""
     output: Path = Path("lengths.png")
     """picture of the lengths of documents, PNG or SVG"""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

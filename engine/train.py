@@ -299,8 +299,9 @@ def _loader(state: TrainState, data: TrainingData) -> Loader:
         data_size=ctx.data.size,
         start_sample=state.consumed_samples,
         prefetch=cfg.data.prefetch,
-        mask_eod=data.mask_eod,
+        mask=data.mask,
         separate_eod=data.separate_eod,
+        fim=data.fim,
     )
 
 

@@ -96,7 +96,7 @@ A, B = '[[source]]\nprefix = "a"\nweight = 1\n', '[[source]]\nprefix = "b"\nweig
         ("", "names no source", "Write [[source]]"),
         ('[source]\nprefix = "a"\n', "has [source] or [change] once", "in two brackets"),
         ("source = [1]\n", "has [source] or [change] once", "in two brackets"),
-        (A + "wait = 1\n", "has 'wait', which is not known", "Known: prefix, name, weight, tokens, epochs."),
+        (A + "wait = 1\n", "has 'wait', which is not known", "Known: prefix, name, weight, tokens, epochs, fim."),
         ("[[source]]\nweight = 1\n", "has no prefix that is a text", 'Write prefix = "..."'),
         ("[[source]]\nprefix = 3\nweight = 1\n", "has no prefix that is a text", 'Write prefix = "..."'),
         (A + 'name = ""\n', "has no name that is a text", 'Write name = "..."'),
@@ -212,9 +212,9 @@ def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp
                 writer.add(np.append(np.arange(7, 7 + length), eod))
             writer.finish({"eod": eod})
     data = opened(str(tmp_path / "a"), **{"data.mask_eod": "true"})
-    assert (data.mask_eod, data.facts["mask_eod"]) == (5, 5) and opened(str(tmp_path / "a")).mask_eod is None
+    assert (data.mask.after, data.facts["mask_eod"]) == ((5,), 5) and opened(str(tmp_path / "a")).mask.after == ()
     sizes = {"global_batch_size": 20, "micro_batch_size": 20, "data_rank": 0, "data_size": 1}
-    with Loader(data.order, **sizes, mask_eod=data.mask_eod) as loader, Loader(data.order, **sizes) as plain:
+    with Loader(data.order, **sizes, mask=data.mask) as loader, Loader(data.order, **sizes) as plain:
         (masked,), (whole,) = next(loader), next(plain)
     assert torch.equal(masked.tokens, whole.tokens) and torch.equal(masked.labels, whole.labels) and whole.mask.all()
     assert torch.equal(masked.mask, masked.tokens != 5) and not masked.mask.all()

@@ -113,7 +113,9 @@ DATA_FIELDS = (
     "source",
     "mixture",
     "mask_eod",
+    "mask_tokens",
     "separate_documents",
+    "fim",
 )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from engine.data.fim import FillInTheMiddle
 from engine.data.indexed import SIDECAR_DIGEST, IndexedDataset, entropy, paths_of, sidecar_digest
 from engine.data.order import SampleOrder
 from engine.data.tokenizer import Tokenizer
@@ -71,12 +72,26 @@ def histogram(dataset: IndexedDataset) -> tuple[npt.NDArray[np.int64], npt.NDArr
 
 
 def decoded_samples(
-    dataset: IndexedDataset, tokenizer: Tokenizer, seq_len: int, count: int, seed: int
+    dataset: IndexedDataset,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    count: int,
+    seed: int,
+    fim: FillInTheMiddle | None = None,
 ) -> Iterator[str]:
-    """Samples as training sees them, drawn by `seed`: text with a mark where each document begins or goes on."""
+    """Samples as training sees them, drawn by `seed`: text with a mark where each document begins or goes on.
+
+    With `fim` as they are after it: special tokens spelled out instead of the marks, and what became of the segments.
+    """
     order = SampleOrder(dataset, seq_len, seed)
     picked = np.random.default_rng(seed).integers(0, order.samples_per_epoch, count)
     for sample in picked.tolist():
+        if fim is not None:
+            one = np.array([sample], np.int64)
+            changed = fim(order.gather(one), one, order.sources(one))
+            text, fate = tokenizer.decode(changed.rows[0, : changed.lengths[0]].tolist()), sorted(changed.what.items())
+            yield f"sample {sample} ({', '.join(f'{k} {n}' for k, n in fate if n)}): {text}"
+            continue
         parts = []
         for document, offset, length in order.parts(sample):
             text = tokenizer.decode(dataset[document][offset : offset + length].tolist())
@@ -142,10 +157,12 @@ def _same(said: Any, found: Any) -> bool:
 
 
 def find_tokenizer(prefix: str, given: Path | None) -> Path | None:
-    """The folder given, or one beside the corpus: PREFIX-tokenizer (with or without -train), tokenizer, or ."""
+    """The folder given, or the one beside the corpus: PREFIX-tokenizer (as `prepare` writes it for PREFIX-train and
+    PREFIX-valid), or tokenizer or . in the same folder.
+    """
     if given is not None:
         return given
     folder = Path(prefix).parent
-    output = prefix.removesuffix("-train").removesuffix("-valid")  # as `engine prepare` names what it writes
-    places = (Path(f"{prefix}-tokenizer"), Path(f"{output}-tokenizer"), folder / "tokenizer", folder)
+    whole = prefix.removesuffix("-train").removesuffix("-valid")
+    places = (Path(f"{prefix}-tokenizer"), Path(f"{whole}-tokenizer"), folder / "tokenizer", folder)
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)

@@ -33,7 +33,8 @@ class Tokenizer:
 
     Attributes: `vocab_size` (largest id + 1, added tokens included: what a model's embedding has to hold),
     `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it), `unknown` (id of
-    what the vocabulary cannot express, None if there is none), `special_tokens` (their spellings).
+    what the vocabulary cannot express, None if there is none), `special_tokens` (their spellings), `special_ids`,
+    `added_tokens` (spelling -> id of these and of the tokens that were added to be found in texts).
     """
 
     def __init__(self, definition: str, companions: dict[str, bytes], parse_special: bool = False):
@@ -59,9 +60,10 @@ class Tokenizer:
         model = json.loads(definition)["model"]
         unknown = model.get("unk_token")
         self.unknown = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
-        self.special_tokens = tuple(
-            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
-        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.added_tokens = {token.content: number for number, token in added.items()}
+        self.special_tokens = tuple(token.content for token in added.values() if token.special)
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
 
     @classmethod
     def load(cls, path: str | Path, parse_special: bool = False) -> Tokenizer:
@@ -160,6 +162,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens spelled out."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def decode_batch(self, pieces: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of each of several, on all cores."""
+        return list(self._tokenizer.decode_batch(list(pieces), skip_special_tokens=False))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its spelling in the vocabulary, None if there is none."""
+        number = self._tokenizer.token_to_id(token)
+        return None if number is None else int(number)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and the files beside it as transformers reads them; a loaded one as it was."""

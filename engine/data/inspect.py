@@ -133,7 +133,7 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
     if not meta and json_path.exists():
         raise DataError(f"{json_path}: describes another file (the warning says how). Delete or restore it.")
     if not meta:
-        return [*right, f"{json_path}: not there; the tokenizer and the digest of the tokens are not known"]
+        return [*right, f"{json_path}: not there; the tokenizer is not known, nor the digest of the tokens"]
     facts: dict[str, Any] = {"num_documents": dataset.num_documents, "max_token": largest, "dtype": dataset.dtype.name}
     facts |= {"bin_digest": digest.hexdigest(), SIDECAR_DIGEST: sidecar_digest(meta)}
     if limit and limit == meta.get("vocab_size"):

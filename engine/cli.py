@@ -14,7 +14,7 @@ from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, ConfigError, EngineE
 if TYPE_CHECKING:
     import torch
 
-    from engine.options import Clean, Inspect, Schedule
+    from engine.options import Inspect, Schedule
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,12 +53,13 @@ def _prepare(args: list[str]) -> int:
     import tyro
 
     from engine.data.prepare import prepare
+    from engine.faults import prepare_faults
     from engine.monitor.prepared import prepare_progress, show_prepared
     from engine.options import Prepare
 
     o = tyro.cli(Prepare, args=args, prog="engine prepare")
-    if o.workers < 0:
-        raise ConfigError([Fault("--workers", o.workers, "is below 0", "Use 0 for one a core.")])
+    if faults := list(prepare_faults(o)):
+        raise ConfigError(faults)
     if o.workers:
         from engine.launch import limit_encoder_threads
 
@@ -96,12 +97,13 @@ def _clean(args: list[str]) -> int:
     from engine.data.clean import clean
     from engine.data.cleaner import Rules
     from engine.data.ngrams import MinHash
+    from engine.faults import clean_faults
     from engine.monitor.clean import show_clean_report
     from engine.monitor.prepared import prepare_progress
     from engine.options import Clean
 
     o = tyro.cli(Clean, args=args, prog="engine clean")
-    if faults := list(_clean_faults(o)):
+    if faults := list(clean_faults(o)):
         raise ConfigError(faults)
     executor_options: dict[str, Any] = {"workers": o.workers or (os.cpu_count() or 1 if o.executor == "local" else -1)}
     if o.executor == "slurm":
@@ -143,25 +145,6 @@ def _clean(args: list[str]) -> int:
     return EXIT_OK
 
 
-def _clean_faults(o: Clean) -> Iterator[Fault]:
-    """What is wrong with the options of `engine clean`."""
-    counts = {
-        "--tasks": (o.tasks, 1),
-        "--workers": (o.workers, 0),
-        "--decontaminate-words": (o.decontaminate_words, 1),
-        "--minhash-bands": (o.minhash_bands, 0),
-        "--minhash-rows": (o.minhash_rows, 1),
-        "--minhash-words": (o.minhash_words, 1),
-    }
-    for option, (value, least) in counts.items():
-        if value < least:
-            yield Fault(option, value, f"is below {least}", f"Use {least} or more.")
-    if not 0 <= o.language_threshold <= 1:
-        yield Fault("--language-threshold", o.language_threshold, "is no probability", "Use 0 to 1.")
-    if o.executor == "slurm" and not o.slurm_partition:
-        yield Fault("--slurm-partition", "", "Slurm jobs need one", "Give its name.")
-
-
 def _tokenizer(args: list[str]) -> int:
     """train a tokenizer: engine tokenizer train ..."""
     import tyro
@@ -192,6 +175,8 @@ def _tokenizer(args: list[str]) -> int:
     for reason, count in sorted(dropped.items()):
         print(f"dropped: {count:,} {reason}")
     print(f"tokenizer {o.output}: {o.kind}, {tokenizer.vocab_size:,} tokens, digest {tokenizer.digest[:16]}")
+    if tokenizer.vocab_size < o.vocab_size:
+        print(f"--vocab-size was {o.vocab_size:,}, but the text offers no more")
     return EXIT_OK
 
 

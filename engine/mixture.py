@@ -126,25 +126,25 @@ def _read_file(path: str) -> Mixture:
         faults.append(
             _fault(path, "has [source] or [change] once", "Write [[source]] and [[change]], in two brackets.")
         )
-    elif not sources:
+        raise ConfigError(faults)
+    if not sources:
         faults.append(_fault(path, "names no source", 'Write [[source]], prefix = "...", weight = 1.'))
-    if faults:
-        raise ConfigError(faults)
-    faults = [fault for number, source in enumerate(sources, 1) for fault in _source_faults(path, number, source)]
-    kinds = list(dict.fromkeys(key for source in sources for key in source if key in KINDS))
-    if len(kinds) > 1 and not faults:
+    faults += [fault for number, source in enumerate(sources, 1) for fault in _source_faults(path, number, source)]
+    amounts = [[key for key in KINDS if key in source] for source in sources]
+    kinds = list(dict.fromkeys(given[0] for given in amounts if len(given) == 1))  # others are told by themselves
+    if len(kinds) > 1:
         faults.append(_fault(path, f"mixes {' and '.join(kinds)}", "Use one kind for all sources."))
-    if changes and "weight" not in kinds:
+    if changes and kinds and "weight" not in kinds:
         faults.append(_fault(path, f"has changes beside {' and '.join(kinds)}", "Changes go with weights."))
-    if faults:
-        raise ConfigError(faults)
-    kind, prefixes = kinds[0], [source["prefix"] for source in sources]
+        changes = []
+    prefixes = [str(source.get("prefix", "")) for source in sources]
     short = _names(prefixes)
-    names = [source.get("name", short[k]) for k, source in enumerate(sources)]
-    faults = [
-        *_repeated(prefixes, "stands twice", "Give it once."),
+    names = [str(source.get("name", short[k])) for k, source in enumerate(sources)]
+    given = [prefix for prefix in prefixes if prefix]
+    faults += [
+        *_repeated(given, "stands twice", "Give it once."),
         *_repeated(
-            names if len(set(prefixes)) == len(prefixes) else [],
+            [name for name in names if name] if len(set(given)) == len(given) else [],
             "is the name of two sources",
             'Give each a name = "..." of its own.',
         ),
@@ -152,6 +152,7 @@ def _read_file(path: str) -> Mixture:
     ]
     if faults:
         raise ConfigError(faults)
+    kind = kinds[0]
     first = {name: _amount(source[kind]) or Fraction(0) for name, source in zip(names, sources)}
     fim = tuple(source.get("fim") for source in sources)
     return Mixture(tuple(names), tuple(prefixes), kind, _changes(path, first, changes), fim)

@@ -263,3 +263,17 @@ def test_a_blend_trains_resumes_bit_by_bit_and_refuses_another(corpora: Path, tm
     refused("whole", str(corpora / "web"), "data.source 1, code: checkpoint '60 documents, ", "now None")
     assert run(corpora, tmp_path / "one", str(corpora / "web"), 2)[0] == 0
     refused("one", write(tmp_path, text), "data.source 0, web: checkpoint None, now '150 documents")
+
+
+def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "mix.toml"
+    path.write_text(
+        '[[source]]\nprefix = "a"\nweight = -1\nwieght = 2\n[[source]]\nprefix = "a"\nname = "b"\ntokens = 5\n'
+        "[[source]]\nweight = 1\n[[change]]\nstep = 0\nweights = { nosuch = 1 }\n[[chnage]]\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        read_mixture(str(path))
+    text = str(error.value)
+    for part in ("chnage", "wieght", "weight = -1", "no prefix", "mixes weight and tokens", "stands twice"):
+        assert part in text
+    assert "step = 0" in text and "nosuch" in text and len(error.value.faults) == 8

@@ -270,7 +270,7 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, tokenizer: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(parts._Grown, "write", full)
         with pytest.raises(
-            DataError, match=r"out\.parts/.*disk is full: about [\d,]+ more bytes are needed and [\d,]+"
+            DataError, match=r"out\.parts/.*disk is full: about [\d,]+ bytes are needed to go on, [\d,]+"
         ):
             run(tmp_path, tokenizer)
     notes: list[str] = []

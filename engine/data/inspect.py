@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from engine.data.fim import FillInTheMiddle
-from engine.data.indexed import IndexedDataset, entropy, paths_of
+from engine.data.indexed import SIDECAR_DIGEST, IndexedDataset, entropy, paths_of, sidecar_digest
 from engine.data.order import SampleOrder
 from engine.data.tokenizer import Tokenizer
 from engine.errors import DataError
@@ -109,9 +110,11 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
     meta = dataset.meta
     limit = dataset.vocab_size or meta.get("vocab_size") or (tokenizer.vocab_size if tokenizer else 0)
     counts = np.zeros(max(1, limit), np.int64)
-    largest = -1
+    largest, digest = -1, xxhash.xxh3_128()
     for low in range(0, dataset.num_tokens, _CHUNK):
-        tokens = dataset.tokens[low : low + _CHUNK].astype(np.int64)
+        stored = dataset.tokens[low : low + _CHUNK]
+        digest.update(np.ascontiguousarray(stored).view(np.uint8).data)
+        tokens = stored.astype(np.int64)
         wrong = (tokens < 0) | (tokens >= limit) if limit else tokens < 0
         if wrong.any():
             k = int(np.argmax(wrong))
@@ -127,9 +130,12 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
         f"{idx_path}: {dataset.num_documents:,} lengths, pointers and boundaries fit each other and the size of .bin",
         f"{bin_path}: {dataset.num_tokens:,} tokens are in [0, {limit:,})" if limit else f"{bin_path}: no token < 0",
     ]
+    if not meta and json_path.exists():
+        raise DataError(f"{json_path}: describes another file (the warning says how). Delete or restore it.")
     if not meta:
-        return [*right, f"{json_path}: not there or of another file; the tokenizer is not known"]
+        return [*right, f"{json_path}: not there; the tokenizer is not known, nor the digest of the tokens"]
     facts: dict[str, Any] = {"num_documents": dataset.num_documents, "max_token": largest, "dtype": dataset.dtype.name}
+    facts |= {"bin_digest": digest.hexdigest(), SIDECAR_DIGEST: sidecar_digest(meta)}
     if limit and limit == meta.get("vocab_size"):
         facts["unigram_entropy"] = entropy(counts)
     if tokenizer is not None:

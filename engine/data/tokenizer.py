@@ -86,7 +86,8 @@ class Tokenizer:
             return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
             raise DataError(
-                f"{file}: no such file. Give a folder with a tokenizer.json (Hugging Face format), or train one."
+                f"{file}: no such file. Give a folder with a tokenizer.json (names on a hub are not downloaded: fetch "
+                f"it first), or make one with `engine tokenizer train`."
             ) from err
         except (OSError, ValueError) as err:
             raise DataError(f"{file}: not a usable tokenizer.json: {err}. Save it again with `tokenizers`.") from err

@@ -105,42 +105,12 @@ class Cipher:
     def _aes(self) -> Any:
         return _aes_gcm()(self.key)
 
-    def seal(self, blocks: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-        """The sealed file of a content that comes in blocks of any size, head first, a chunk at a time."""
-        yield self.head
-        number, pending = 0, bytearray()
-        for block in blocks:
-            view = memoryview(block).cast("B")
-            while len(view):
-                take = CHUNK_BYTES - len(pending)
-                if not pending and len(view) >= CHUNK_BYTES:  # no copy of what is whole already
-                    yield self._sealed(number, view[:CHUNK_BYTES])
-                    number, view = number + 1, view[CHUNK_BYTES:]
-                    continue
-                pending += view[:take]
-                view = view[take:]
-                if len(pending) == CHUNK_BYTES:
-                    yield self._sealed(number, pending)
-                    number, pending = number + 1, bytearray()
-        if pending:
-            yield self._sealed(number, pending)
+    def close_chunk(self, number: int, content: bytes | bytearray | memoryview) -> bytes:
+        """Chunk `number`, sealed: its bytes of content and a tag."""
+        return self._aes.encrypt(number.to_bytes(12, "little"), content, self.head)
 
-    def _sealed(self, number: int, chunk: bytes | bytearray | memoryview) -> bytes:
-        return self._aes.encrypt(number.to_bytes(12, "little"), bytes(chunk), self.head)
-
-    def open_range(self, read: Callable[[int, int], bytes], begin: int, end: int) -> bytes:
-        """Content [begin, end); `read(offset, size)` gives bytes of the sealed file. CheckpointError if it fails."""
-        if not 0 <= begin <= end <= self.content_bytes:
-            raise CheckpointError(f"{self.what}: bytes {begin} to {end} of {self.content_bytes} are wanted; damaged")
-        out = bytearray()
-        for number in range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
-            size = min(CHUNK_BYTES, self.content_bytes - number * CHUNK_BYTES)
-            raw = read(HEAD_BYTES + number * (CHUNK_BYTES + TAG_BYTES), size + TAG_BYTES)
-            out += self._opened(number, raw)
-        skip = begin - begin // CHUNK_BYTES * CHUNK_BYTES
-        return bytes(out[skip : skip + end - begin])
-
-    def _opened(self, number: int, raw: bytes) -> bytes:
+    def open_chunk(self, number: int, raw: bytes | bytearray | memoryview) -> bytes:
+        """The content of a sealed chunk. Raises CheckpointError if it is not the one that was written."""
         from cryptography.exceptions import InvalidTag
 
         try:

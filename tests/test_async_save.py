@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import config, layout_of, random_batches, resolve
@@ -166,7 +167,7 @@ def corpus(folder: Path) -> str:
     rng = random.Random(1)
     with IndexedWriter(folder / "corpus", vocab_size=61) as writer:
         for _ in range(200):
-            writer.add([rng.randrange(61) for _ in range(rng.randrange(5, 60))])
+            writer.add(np.array([rng.randrange(61) for _ in range(rng.randrange(5, 60))], np.int64))
             writer.end_document()
     return str(folder / "corpus")
 

@@ -168,7 +168,7 @@ def corpus(folder: Path) -> str:
     with IndexedWriter(folder / "corpus", vocab_size=61) as writer:
         for _ in range(200):
             writer.add(np.array([rng.randrange(61) for _ in range(rng.randrange(5, 60))], np.int64))
-            writer.end_document()
+        writer.finish({})
     return str(folder / "corpus")
 
 
@@ -184,7 +184,7 @@ def run(cfg: Any, ctx: ParallelContext, delay: float, disk_delay: float) -> tupl
     if delay and ctx.rank == ctx.world.size - 1:
         timer.start()
     try:
-        return train(cfg, ctx, stop), disk.most
+        return train(cfg, ctx, stop), disk.most if ctx.rank == 0 else 1  # rank 0 renames, so it sees the end of each
     finally:
         timer.cancel()
 

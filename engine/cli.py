@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, ConfigError, EngineError, Fault, PlanError
+from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, CheckpointError, ConfigError, EngineError, Fault, PlanError
 
 if TYPE_CHECKING:
     import torch
@@ -403,12 +403,13 @@ def _verify(args: list[str]) -> int:
     """check every file of a checkpoint against its digest"""
     import tyro
 
-    from engine.checkpoint.format import find, read_manifest, verify_files
+    from engine.checkpoint.format import damages, find, read_manifest
     from engine.options import Verify
 
     folder = find(tyro.cli(Verify, args=args, prog="engine verify").checkpoint)
     manifest = read_manifest(folder)
-    verify_files(folder, manifest)
+    if found := list(damages(folder, manifest)):
+        raise CheckpointError(f"{folder}: {len(found)} faults:\n" + "\n".join(f"  - {fault}" for fault in found))
     size = sum(entry.size for entry in manifest.files.values())
     print(f"{folder}: step {manifest.step}, {len(manifest.files)} files, {size:,} bytes, every digest is right")
     return EXIT_OK

@@ -194,7 +194,11 @@ class CheckpointConfig(Section):
     every: int = Field(0, ge=0)
     """save every so many steps; 0: only after the last step and on SIGTERM"""
     keep: int = Field(0, ge=0)
-    """how many newest checkpoints to keep; 0: all"""
+    """how many newest checkpoints to keep; 0: all. Older ones go once the newest has been read back"""
+    keep_every: int = Field(0, ge=0)
+    """with keep: besides those, keep every step that is a multiple of this, for good; 0: none"""
+    async_save: bool = True
+    """train on while a checkpoint is written, from a copy in host memory; the last one is always waited for"""
     resume: str = "auto"
     """auto: go on from the run folder's newest checkpoint if there is one; latest: there must be one;
     never: start anew; or the path of a checkpoint"""
@@ -470,7 +474,12 @@ def _divisors_near(value: int, divisor: int) -> str:
 
 def relations(cfg: Config, world: int) -> list[Fault]:
     """Everything that must hold between values, for this many ranks."""
-    return [*_model_relations(cfg), *_parallel_relations(cfg, world), *_train_relations(cfg)]
+    return [
+        *_model_relations(cfg),
+        *_parallel_relations(cfg, world),
+        *_train_relations(cfg),
+        *_checkpoint_relations(cfg.checkpoint),
+    ]
 
 
 def _model_relations(cfg: Config) -> Iterator[Fault]:
@@ -659,6 +668,15 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
         )
     if s.kind != "wsd" and s.decay_steps:
         yield Fault("schedule.decay_steps", s.decay_steps, f"has no meaning for {s.kind}", "Leave it out, or use wsd.")
+
+
+def _checkpoint_relations(c: CheckpointConfig) -> Iterator[Fault]:
+    if c.keep_every and not c.keep:
+        yield Fault("checkpoint.keep_every", c.keep_every, "checkpoint.keep is 0, so all are kept", "Set keep as well.")
+    if c.keep_every and c.every and c.keep_every % c.every:
+        near = max(1, round(c.keep_every / c.every)) * c.every
+        relation = f"is no multiple of checkpoint.every {c.every}, so few such steps are saved"
+        yield Fault("checkpoint.keep_every", c.keep_every, relation, f"Nearest: {near}.")
 
 
 def _toml_value(value: object) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.format import Ancestor, complete_steps, find, step_dir
+from engine.checkpoint.format import Ancestor, find, newest, step_dir
 from engine.checkpoint.lineage import code_versions, descend, differences, refuse
 from engine.checkpoint.load import Reader, load_into
-from engine.checkpoint.save import save
+from engine.checkpoint.save import Saved, Saver, save
 from engine.comm import all_reduce_, on_first_rank
 from engine.config import Config, Resolved, pipeline_plan
 from engine.context import ParallelContext
@@ -199,10 +199,15 @@ def losses_by_source(
 
 
 def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Path:
-    """Save a checkpoint of the state as it is. Collective. A complete checkpoint of this step is left as it is."""
-    if on_first_rank(lambda: state.step in complete_steps(root), state.ctx.world, state.ctx.device):
-        return step_dir(root, state.step)
-    facts = {
+    """Save a checkpoint of the state as it is and wait until it is there. Collective."""
+    c = state.cfg.checkpoint
+    states, facts = state.optimizer.states(owned=True), facts_of(state, data_facts)
+    return save(root, states, state.ctx, step=state.step, facts=facts, keep=c.keep, keep_every=c.keep_every)
+
+
+def facts_of(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of a state beside its tensors."""
+    return {
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
         "optimizer": {
@@ -215,8 +220,6 @@ def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Pat
         "versions": code_versions(),
         "lineage": state.lineage,
     }
-    keep = state.cfg.checkpoint.keep
-    return save(root, state.optimizer.states(owned=True), state.ctx, step=state.step, facts=facts, keep=keep)
 
 
 def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
@@ -240,17 +243,15 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
 def find_resume(cfg: Config) -> str:
     """The checkpoint to go on from, by checkpoint.resume; empty to start anew."""
     wanted, run = cfg.checkpoint.resume, Path(cfg.run.dir)
-    have = complete_steps(run / "checkpoints")
-    if wanted == "never":
-        if have:
-            raise CheckpointError(
-                f"{run} already holds checkpoints (newest: step {have[-1]}) and checkpoint.resume is never: "
-                "choose another --run.dir, or resume"
-            )
-        return ""
-    if wanted == "auto" and not have:
-        return ""
-    return str(find(run if wanted in ("auto", "latest") else Path(wanted)))
+    if wanted not in ("auto", "never"):
+        return str(find(run if wanted == "latest" else Path(wanted)))
+    have = newest(run / "checkpoints")
+    if wanted == "never" and have is not None:
+        raise CheckpointError(
+            f"{run} already holds checkpoints (newest: step {have}) and checkpoint.resume is never: "
+            "choose another --run.dir, or resume"
+        )
+    return "" if have is None else str(step_dir(run / "checkpoints", have))
 
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
@@ -282,11 +283,20 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     with (
         MetricsLog(run_dir, resolved, state.step, enabled=ctx.rank == 0) as log,
         _loader(state, data) as loader,
+        _saver(state, run_dir / "checkpoints") as saver,
         console,
     ):
-        code, reason = _loop(state, loader, evaluator, log, console, stop, data)
+        code, reason = _loop(state, loader, evaluator, log, console, stop, data, saver)
         log.exit(code, reason)
     return code
+
+
+def _saver(state: TrainState, root: Path) -> Saver:
+    c = state.cfg.checkpoint
+    saver = Saver(root, state.ctx, keep=c.keep, keep_every=c.keep_every)
+    if c.every and c.async_save:
+        saver.reserve(state.optimizer.states(owned=True))
+    return saver
 
 
 def _loader(state: TrainState, data: TrainingData) -> Loader:
@@ -313,8 +323,9 @@ def _loop(
     console: Progress,
     stop: StopRequest,
     data: TrainingData,
+    saver: Saver,
 ) -> tuple[int, str]:
-    cfg, ctx, root = state.cfg, state.ctx, Path(state.cfg.run.dir) / "checkpoints"
+    cfg, ctx = state.cfg, state.ctx
     timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
     while state.step < cfg.train.steps:
         begin = time.perf_counter()
@@ -345,9 +356,11 @@ def _loop(
             score: Score = evaluator.run(0 if done else cfg.train.eval_batches)
             log.validation(state.step, score)
             console.note(f"step {state.step}: validation {score}")
-        stopping = _agreed(bool(stop), ctx)
-        if stopping or done or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
-            console.note(f"step {state.step}: saved {save_state(state, root, data.facts)}")
+        stopping, busy, failed = _agreed((bool(stop), saver.busy, saver.failed), ctx)
+        _tell(console, saver.advance(busy, failed))
+        last = stopping or done
+        if last or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
+            _save(state, saver, data.facts, console, background=cfg.checkpoint.async_save and not last)
         if stopping and not done:
             console.note(f"stopped on a signal after step {state.step}; the same command goes on from there")
             return EXIT_REQUEUE, "stopped on a signal"
@@ -365,6 +378,26 @@ def _scale(state: TrainState, result: StepResult) -> dict[str, float]:
     return {"loss_scale": state.scale.value, "skipped": float(result.skipped)} if state.scale.window else {}
 
 
-def _agreed(flag: bool, ctx: ParallelContext) -> bool:
-    """Whether any rank has the flag set."""
-    return bool(all_reduce_(torch.tensor([float(flag)], device=ctx.device), ctx.world, "max").item())
+def _agreed(flags: tuple[bool, ...], ctx: ParallelContext) -> tuple[bool, ...]:
+    """Of each flag, whether any rank has it set."""
+    values = torch.tensor([float(flag) for flag in flags], device=ctx.device)
+    return tuple(bool(value) for value in all_reduce_(values, ctx.world, "max").tolist())
+
+
+def _save(state: TrainState, saver: Saver, data_facts: dict[str, Any], console: Progress, *, background: bool) -> None:
+    """Save this step: wait for a save that is still under way, then begin this one, and wait for it or do not."""
+    if saver.in_flight is not None:
+        _tell(console, saver.finish())
+    states, facts = state.optimizer.states(owned=True), facts_of(state, data_facts)
+    saver.start(states, step=state.step, facts=facts, background=background)
+    if background:
+        console.note(f"step {state.step}: saving in the background")
+    else:
+        _tell(console, saver.finish())
+
+
+def _tell(console: Progress, saved: Saved | None) -> None:
+    if saved is not None:
+        console.note(f"step {saved.step}: saved {saved.folder}")
+        for note in saved.notes:
+            console.note(note)

@@ -555,8 +555,8 @@ RESUMED = [
         "data_rank_missing_in_the_checkpoint",
         "only the first data rank writes its range of the optimizer (Megatron-Bridge#5637, torchtitan#811)",
         "engine/checkpoint/save.py",
-        "mine = _write_part(temporary, states, ctx)",
-        'mine = {"tensors": {}} if ctx.data.rank else _write_part(temporary, states, ctx)',
+        "            if not tensors:\n",
+        "            if not tensors or self.ctx.data.rank:\n",
         RESUME,
     ),
     Mutation(

@@ -85,6 +85,20 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "is not a multiple of model.num_heads = 8",
         "Use 256 or 264, or set model.head_dim.",
     ),
+    "keep_every alone": (
+        {"checkpoint.keep_every": 10},
+        1,
+        "checkpoint.keep_every",
+        "checkpoint.keep is 0, so all are kept",
+        "Set keep as well.",
+    ),
+    "keep_every between saves": (
+        {"checkpoint.keep": 2, "checkpoint.every": 4, "checkpoint.keep_every": 10},
+        1,
+        "checkpoint.keep_every",
+        "is no multiple of checkpoint.every 4, so few such steps are saved",
+        "Nearest: 8.",
+    ),
     "odd head": ({"model.head_dim": 31}, 1, "model.head_dim", "is odd, but RoPE rotates pairs", "Use 32."),
     "tensor and heads": (
         {"model.num_heads": 6, "model.num_kv_heads": 2, "model.head_dim": 32, "parallel.tensor": 4},

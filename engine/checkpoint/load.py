@@ -1,40 +1,68 @@
-"""Loading: any layout from any layout. A rank reads the rectangles it holds, whatever rectangles were written."""
+"""Loading: any layout from any layout. A rank reads the rectangles it holds, whatever rectangles were written.
+
+What is read proves itself: bytes come in blocks of whole rows, each compared with its digest before it is used, so that
+nothing is read twice and nothing unread is paid for. A block that is wanted whole goes straight into the tensor.
+Memory beyond the tensors to fill: one block a thread.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.format import DTYPES, Manifest, read_manifest, verify_files
+from engine.checkpoint.format import (
+    Manifest,
+    Slice,
+    TensorEntry,
+    block_rows,
+    file_damages,
+    prove,
+    read_manifest,
+    strangers,
+)
+from engine.checkpoint.storage import DISK, Storage
+from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block, tensor_bytes
 from engine.comm import raise_together
 from engine.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
 from engine.optim.adamw import Held
 from engine.sharding import Piece
 
+_THREADS = 4  # reads that are under way at once on one rank
+
 
 class Reader:
-    """Reads rectangles of canonical tensors from one checkpoint folder. A context manager; files open on first use."""
+    """Reads rectangles of canonical tensors from one checkpoint folder. A context manager; files open on first use.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
+    Raises CheckpointError for a folder whose manifest is not right or that holds files of something else.
+    """
+
+    def __init__(self, folder: Path, storage: Storage = DISK):
+        self.folder, self._storage = folder, storage
+        self.manifest: Manifest = read_manifest(folder, storage)
+        if others := strangers(folder, self.manifest, storage):
+            raise CheckpointError(
+                f"{folder / others[0]}: does not belong to this checkpoint (of {len(others)} such files the first); "
+                "move it away, or take another checkpoint"
+            )
+        self._open: dict[str, TensorFile] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._stack.close()
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
     def names(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Canonical name -> global shape of all tensors of a kind."""
@@ -43,30 +71,11 @@ class Reader:
     def read(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A rectangle of a tensor, put together from whatever rectangles hold it, in its stored dtype.
 
-        Raises CheckpointError when the tensor is not there or the rectangle is not covered exactly once.
+        Raises CheckpointError when the tensor is not there, the rectangle is not covered exactly once, or damaged.
         """
-        entry = self.manifest.tensors.get(kind, {}).get(name)
-        if entry is None:
-            raise CheckpointError(f"{self.folder}: holds no {kind} tensor {name}; it is of another model")
-        if any(o + n > size for o, n, size in zip(offset, shape, entry.shape)) or len(shape) != len(entry.shape):
-            raise CheckpointError(
-                f"{self.folder}: {name} has shape {list(entry.shape)}, but rows {offset}+{shape} are wanted; "
-                "it is of another model"
-            )
-        out = torch.empty(shape, dtype=DTYPES[entry.dtype])
-        covered = 0
-        for part in entry.slices:
-            low = [max(a, b) for a, b in zip(offset, part.offset)]
-            high = [min(a + n, b + k) for a, n, b, k in zip(offset, shape, part.offset, part.shape)]
-            if any(lo >= hi for lo, hi in zip(low, high)):
-                continue
-            source = tuple(slice(lo - b, hi - b) for lo, hi, b in zip(low, high, part.offset))
-            target = tuple(slice(lo - a, hi - a) for lo, hi, a in zip(low, high, offset))
-            block = self._slice(part.file, part.key, part.shape, source)
-            out[target] = block
-            covered += block.numel()
-        if covered != out.numel():
-            raise CheckpointError(f"{self.folder}: {kind} {name}: {covered} of {out.numel()} values are there; damaged")
+        out = torch.empty(shape, dtype=DTYPES[self._entry(kind, name).dtype])
+        for work in self.blocks(kind, name, offset, out):
+            work()
         return out
 
     def whole(self, kind: str, name: str) -> Tensor:
@@ -74,46 +83,144 @@ class Reader:
         shape = self.names(kind)[name]
         return self.read(kind, name, (0,) * len(shape), shape)
 
-    def _slice(self, file: str, key: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
+    def blocks(self, kind: str, name: str, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+        """The work of filling `out` (any dtype, any device) with the rectangle at `offset`, block by block.
+
+        The calls may be made in any order and by several threads.
+        """
+        entry, shape = self._entry(kind, name), tuple(out.shape)
+        if len(shape) != len(entry.shape) or any(o + n > size for o, n, size in zip(offset, shape, entry.shape)):
+            raise CheckpointError(
+                f"{self.folder}: {name} has shape {list(entry.shape)}, but rows {offset}+{shape} are wanted; "
+                "it is of another model"
+            )
+        found = [(part, *_common(offset, shape, part)) for part in entry.slices]
+        found = [(part, low, high) for part, low, high in found if all(a < b for a, b in zip(low, high))]
+        covered = sum(math.prod(b - a for a, b in zip(low, high)) for _, low, high in found)
+        if covered != out.numel() or _overlap([(low, high) for _, low, high in found]):
+            raise CheckpointError(f"{self.folder}: {kind} {name}: {covered} of {out.numel()} values are there; damaged")
+        size = self.manifest.block_bytes or 16 << 20
+        for part, low, high in found:
+            rows = rows_per_block(part.shape, DTYPES[entry.dtype].itemsize, size)
+            for block in range((low[0] - part.offset[0]) // rows, -(-(high[0] - part.offset[0]) // rows)):
+                yield partial(self._fill, out, offset, entry, part, low, high, block, size)
+
+    def _entry(self, kind: str, name: str) -> TensorEntry:
+        entry = self.manifest.tensors.get(kind, {}).get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.folder}: holds no {kind} tensor {name}; it is of another model")
+        return entry
+
+    def _fill(
+        self,
+        out: Tensor,
+        offset: tuple[int, ...],
+        entry: TensorEntry,
+        part: Slice,
+        low: list[int],
+        high: list[int],
+        block: int,
+        block_bytes: int,
+    ) -> None:
+        """Put what one block of a rectangle has of [low, high) (global) into `out`, which lies at `offset`."""
+        first, last, num_bytes = block_rows(part, block, entry.dtype, block_bytes)
+        begin, end = max(low[0], part.offset[0] + first), min(high[0], part.offset[0] + last)
+        target = out[
+            tuple(slice(a - o, b - o) for a, b, o in zip((begin, *low[1:]), (end, *high[1:]), offset, strict=True))
+        ]
+        dtype, file = DTYPES[entry.dtype], self._file(part, entry.dtype)
+        whole = end - begin == last - first and tuple(target.shape[1:]) == part.shape[1:]
+        if whole and target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous():
+            prove(file, part, block, entry.dtype, block_bytes, tensor_bytes(target))
+            return
+        rows = torch.empty((last - first, *part.shape[1:]), dtype=dtype)
+        prove(file, part, block, entry.dtype, block_bytes, tensor_bytes(rows)[:num_bytes])
+        within = ((begin - first, end - first), *zip(low[1:], high[1:]))
+        target.copy_(rows[tuple(slice(a - o, b - o) for (a, b), o in zip(within, part.offset))])
+
+    def _file(self, part: Slice, dtype: str) -> TensorFile:
+        path = self.folder / part.file
+        with self._lock:
+            file = self._open.get(part.file)
+            if file is None:
+                file = self._open[part.file] = self._opened(path, part)
+        if file.entries.get(part.key, ())[:2] != (dtype, part.shape):
+            have = file.entries.get(part.key)
+            raise CheckpointError(
+                f"{path}: {part.key} has {f'shape {list(have[1])} {have[0]}' if have else 'no bytes here'}, "
+                f"not {list(part.shape)} {dtype}; take another checkpoint"
+            )
+        return file
+
+    def _opened(self, path: Path, part: Slice) -> TensorFile:
+        listed = self.manifest.files.get(part.file)
+        if listed is None:
+            raise CheckpointError(f"{self.folder}: {part.key} lies in {part.file}, which the manifest does not list")
+        if self.manifest.schema_version == 1:
+            for damage in file_damages(path, self.manifest, self._storage):
+                raise CheckpointError(f"{damage}; take another checkpoint")
         try:
-            if file not in self._open:
-                if file not in self.manifest.files:
-                    raise CheckpointError(f"{self.folder}: {key} lies in {file}, which the manifest does not list")
-                self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-            view = self._open[file].get_slice(key)
-            if tuple(view.get_shape()) != shape:
-                raise CheckpointError(f"{self.folder / file}: {key} has shape {view.get_shape()}, not {list(shape)}")
-            return view[index]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / file}: {key}: {error}; take another checkpoint") from None
+            return TensorFile(path, self._storage, header=listed.header)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}; take another checkpoint") from None
 
 
-def load_into(reader: Reader, states: Iterable[Held], ctx: ParallelContext, *, verify: bool = True) -> None:
-    """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all.
+def _common(offset: tuple[int, ...], shape: tuple[int, ...], part: Slice) -> tuple[list[int], list[int]]:
+    """Where a wanted rectangle and a stored one meet: [low, high), empty where low >= high in some dim."""
+    low = [max(a, b) for a, b in zip(offset, part.offset)]
+    return low, [min(a + n, b + k) for a, n, b, k in zip(offset, shape, part.offset, part.shape)]
 
-    verify: compare file digests first, the ranks sharing the files among them.
-    """
+
+def _overlap(rectangles: list[tuple[list[int], list[int]]]) -> bool:
+    """Whether any two rectangles have a value in common."""
+    ordered = sorted(rectangles)
+    for i, (low, high) in enumerate(ordered):
+        for other_low, other_high in ordered[i + 1 :]:
+            if other_low[0] >= high[0]:
+                break
+            if all(max(a, c) < min(b, d) for a, b, c, d in zip(low, high, other_low, other_high)):
+                return True
+    return False
+
+
+def load_into(reader: Reader, states: Iterable[Held], ctx: ParallelContext) -> None:
+    """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all."""
     error: EngineError | None = None
+    pool = ThreadPoolExecutor(_THREADS, "load")
     try:
-        if verify:
-            verify_files(reader.folder, reader.manifest, part=ctx.rank, parts=ctx.world.size)
-        with torch.no_grad():
-            for held in states:
-                held.flat.zero_()  # padding rows are in no checkpoint
-                for piece in held.param.spec.pieces(ctx):
-                    _fill(reader, held, piece)
+        for done in [pool.submit(_without_grad, work) for held in states for work in _works(reader, held, ctx)]:
+            done.result()
     except EngineError as fault:
         error = fault
+    finally:
+        pool.shutdown(cancel_futures=True)
     raise_together(error, ctx.world, ctx.device)
 
 
-def _fill(reader: Reader, held: Held, piece: Piece) -> None:
-    have = reader.names(held.kind).get(piece.name)
-    if have is not None and have != piece.global_shape:
+def _without_grad(work: Callable[[], None]) -> None:
+    with torch.no_grad():  # a thread has its own mode
+        work()
+
+
+def _works(reader: Reader, held: Held, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
+    pieces = [
+        (piece, *rectangle)
+        for piece in held.param.spec.pieces(ctx)
+        for rectangle in piece.rectangles(held.begin, held.begin + len(held.flat))
+    ]
+    if sum(math.prod(shape) for _, _, shape, _ in pieces) < len(held.flat):
+        held.flat.zero_()  # padding rows are in no checkpoint
+    for piece, offset, shape, first in pieces:
+        _refuse_another_shape(reader, held, piece)
+        begin = first - held.begin
+        yield from reader.blocks(held.kind, piece.name, offset, held.flat[begin : begin + math.prod(shape)].view(shape))
+
+
+def _refuse_another_shape(reader: Reader, held: Held, piece: Piece) -> None:
+    entry = reader.manifest.tensors.get(held.kind, {}).get(piece.name)
+    have = piece.global_shape if entry is None else entry.shape  # that it is missing is told when it is read
+    if have != piece.global_shape:
         raise CheckpointError(
             f"{reader.folder}: {piece.name} has shape {list(have)}, the model wants "
             f"{list(piece.global_shape)}; it is of another model"
         )
-    for offset, shape, first in piece.rectangles(held.begin, held.begin + len(held.flat)):
-        begin = first - held.begin
-        held.flat[begin : begin + math.prod(shape)].view(shape).copy_(reader.read(held.kind, piece.name, offset, shape))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ from engine.sharding import Parameter, initialise_, parameters
 class TrainState:
     """One rank's share of a run. step: updates done; consumed_*: over all ranks since the beginning of the run.
 
-    stages: the pipeline stages on this rank by number; params: of all of them, each once.
+    stages: the pipeline stages on this rank by number; params: of all of them, each once. before_update: returns when
+    weights and moments may change (a save in the background may still be copying them).
     """
 
     cfg: Config
@@ -66,6 +67,7 @@ class TrainState:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     lineage: tuple[Ancestor, ...] = ()
+    before_update: Callable[[], None] = lambda: None
 
     def settle(self) -> None:
         """Return when all weights of this rank are there (ZeRO-1 may still gather them after a step)."""
@@ -157,6 +159,7 @@ def train_step(
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.schedule)
     if finite:
         scale_(state.buckets, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
+        state.before_update()
         state.optimizer.step(lr)
     state.step += 1
     state.consumed_samples += cfg.train.global_batch_size
@@ -296,6 +299,7 @@ def _saver(state: TrainState, root: Path) -> Saver:
     saver = Saver(root, state.ctx, keep=c.keep, keep_every=c.keep_every)
     if c.every and c.async_save:
         saver.reserve(state.optimizer.states(owned=True))
+    state.before_update = saver.copied
     return saver
 
 

@@ -18,6 +18,7 @@ import torch
 from cases import config, layout_of, random_batches, resolve
 from harness import run_ranks
 
+from engine.checkpoint import staging
 from engine.checkpoint import storage as storage_module
 from engine.checkpoint.format import complete_steps, damages, read_manifest, step_dir
 from engine.checkpoint.save import Saver
@@ -30,6 +31,9 @@ from engine.monitor.metrics import read_metrics
 from engine.train import TrainState, facts_of, setup, train, train_step
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+
+
+TWO = config(2, parallel_data=2, parallel_zero=1)
 
 
 def start(saver: Saver, state: TrainState, *, background: bool) -> None:
@@ -70,6 +74,7 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path, case: str) -> 
             for step in range(2):  # the second time the buffers are used again (NeMo-RL#3312 wrote the first for ever)
                 train_step(state, random_batches(cfg, ctx, step))
                 start(background, state, background=True)
+                background.copied()  # as train_step does before its update
                 start(waits, state, background=False)
                 waits.finish()
                 kept = (state.scale.value, state.optimizer.steps, state.step)
@@ -92,6 +97,38 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path, case: str) -> 
     assert different[0] != different[1]
 
 
+@pytest.mark.parametrize("guarded", [True, pytest.param(False, marks=pytest.mark.xfail(strict=True))])
+def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool) -> None:
+    """The copy is slow: the next step's forward and backward overtake it, its update must not (unguarded it would)."""
+    copy = staging._copy
+
+    def slowly(states: Any, copies: Any) -> None:
+        time.sleep(0.5)
+        copy(states, copies)
+
+    monkeypatch.setattr(staging, "_copy", slowly)
+
+    def job(ctx: ParallelContext) -> float:
+        state = setup(TWO, ctx)
+        with Saver(tmp_path / "waits", ctx) as waits, Saver(tmp_path / "background", ctx) as background:
+            if guarded:
+                state.before_update = background.copied
+            train_step(state, random_batches(TWO, ctx, 0))
+            start(waits, state, background=False)
+            waits.finish()
+            begin = time.monotonic()
+            start(background, state, background=True)
+            blocked = time.monotonic() - begin
+            train_step(state, random_batches(TWO, ctx, 1))
+            background.finish()
+        return blocked
+
+    assert max(run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads)) < 0.4
+    for name in os.listdir(tmp_path / "waits/step_00000001"):
+        a, b = (tmp_path / root / "step_00000001" / name for root in ("waits", "background"))
+        assert a.read_bytes() == b.read_bytes()
+
+
 class Slow(Disk):
     """Each file takes a while, so that training can overtake it; counts saves that are under way at once."""
 
@@ -111,9 +148,6 @@ class Slow(Disk):
     def rename(self, old: Path, new: Path) -> None:
         super().rename(old, new)
         self.writing.discard(old.name)
-
-
-TWO = config(2, parallel_data=2, parallel_zero=1)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -287,8 +321,9 @@ def test_the_host_memory_is_taken_once() -> None:
         with Saver(Path("/nowhere"), ctx) as saver:
             saver.reserve(state.optimizer.states(owned=True))
             before = [b.data_ptr() for b in saver._staging._buffers]
-            copies, ready = saver._staging.copy(state.optimizer.states(owned=True))
+            copies, ready, ordered = saver._staging.copy(state.optimizer.states(owned=True))
             ready()
+            assert not ordered  # on a CPU it is that call which copies
             return before == [h.flat.data_ptr() for h in copies] and sum(len(h.flat) for h in copies) > 0
 
     assert all(run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads))

@@ -36,7 +36,7 @@ from engine.errors import CheckpointError, EngineError
 from engine.optim.adamw import Held
 from engine.sharding import Piece
 
-_THREADS = 4  # reads that are under way at once on one rank
+_THREADS = 2  # reads under way at once on one rank: one waits, one digests; more disturb the kernel's reading ahead
 
 
 class Reader:

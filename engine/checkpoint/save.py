@@ -95,6 +95,7 @@ class Saver:
         self.root, self.ctx, self.keep, self.keep_every = root, ctx, keep, keep_every
         self._storage, self._block_bytes = storage, block_bytes
         self._staging = Staging()
+        self._copied = threading.Event()
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         self._token = on_first_rank(lambda: secrets.token_hex(4), ctx.world, ctx.device)
         self._count = 0
@@ -131,17 +132,26 @@ class Saver:
         """Begin to save; no other save may be in flight. Nothing here waits for a disk or another rank.
 
         states: what this rank is to write, FlatAdamW.states(owned=True). facts: the manifest's remaining fields.
-        background: copy the states first, so that they may change at once; else they may not until `finish`.
+        background: write a copy of the states, so that they may change once `copied` has returned; else they may not
+        until `finish`.
         """
         assert self._save is None, "finish() comes before the next start()"
         ready: Callable[[], None] = lambda: None  # noqa: E731
+        self._copied.clear()
         if background:
-            states, ready = self._staging.copy(states)
+            states, ready, ordered = self._staging.copy(states)
+            if ordered:
+                self._copied.set()
         self._count += 1
         temporary = self.root / f".{step_dir(self.root, step).name}.{self._token}-{self._count}.tmp"
         stop = threading.Event()
         work = self._threads.submit(self._write, list(states), ready, temporary, stop)
         self._save = _Save(step, facts, temporary, stop, work)
+
+    def copied(self) -> None:
+        """Return when the states of a save in the background may change. Call before every update. Not collective."""
+        if self._save is not None:
+            self._copied.wait()
 
     def advance(self, busy: bool, failed: bool) -> Saved | None:
         """Take the save a phase further if no rank is busy; gives what was saved once it is.
@@ -200,6 +210,10 @@ class Saver:
             if stop.is_set():
                 raise _Stopped
 
+        try:
+            ready()
+        finally:
+            self._copied.set()
         tensors, index = part_of(states, self.ctx)
         file = f"rank{self.ctx.rank:05d}.safetensors"
         wanted = sum(x.numel() * x.element_size() for x in tensors.values())
@@ -211,7 +225,6 @@ class Saver:
                 self._storage.make_folder(temporary)
             if not tensors:
                 return {"tensors": {}}
-            ready()
             part = write_part(
                 self._storage, temporary / file, tensors, index, block_bytes=self._block_bytes, proceed=proceed
             )

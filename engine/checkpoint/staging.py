@@ -27,19 +27,24 @@ class Staging:
             ]
         return [dataclasses.replace(h, flat=b) for h, b in zip(states, self._buffers)]
 
-    def copy(self, states: Iterable[Held]) -> tuple[list[Held], Callable[[], None]]:
-        """Copies of the states as they are now, and what to call before they are read.
+    def copy(self, states: Iterable[Held]) -> tuple[list[Held], Callable[[], None], bool]:
+        """Copies of the states, what another thread calls before it reads them, and whether the states may change now.
 
-        On a GPU the copies are queued behind the work of its current stream, so whatever that stream does to the states
-        later comes after them; the caller need not wait.
+        On the CPU that call does the copying, so that it runs beside the next forward and backward; states must not
+        change before it is over. On a GPU the copies are queued here, behind and ahead of the work of its current
+        stream, so that whatever that stream does to the states later comes after them, and the call waits for them.
         """
         states = list(states)
         copies = self.reserve(states)
-        with torch.no_grad():
-            for theirs, ours in zip(states, copies):
-                ours.flat.copy_(theirs.flat, non_blocking=True)
-        if not any(h.flat.device.type == "cuda" for h in states):
-            return copies, lambda: None
-        done = torch.cuda.Event()
-        done.record()
-        return copies, done.synchronize
+        if any(h.flat.device.type == "cuda" for h in states):
+            _copy(states, copies)
+            done = torch.cuda.Event()
+            done.record()
+            return copies, done.synchronize, True
+        return copies, lambda: _copy(states, copies), False
+
+
+def _copy(states: list[Held], copies: list[Held]) -> None:
+    with torch.no_grad():
+        for theirs, ours in zip(states, copies):
+            ours.flat.copy_(theirs.flat, non_blocking=True)

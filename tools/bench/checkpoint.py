@@ -2,10 +2,12 @@
 
     python tools/bench/checkpoint.py --gib 1 --ranks 1 2 --repeats 5
 
-Every repetition does all of it in turn, so that a busy disk hits all alike; a time is that of the slowest rank. Written
-files are synced by all three. Before a read the files are dropped from the page cache (posix_fadvise), so that it comes
-from the device as far as that has no cache of its own; the tensors to fill exist already. State: float32 matrices, and
-two moments for each, split over the data ranks as ZeRO-1 does. DCP has the same tensors as entries of a state dict.
+Every repetition does all of it in an order that turns, so that a busy disk hits all alike; a time is that of the slowest
+rank. Written files are synced by all three. Before a read the files are dropped from the page cache (posix_fadvise), so
+that it comes from the device as far as that has no cache of its own; the tensors to fill exist already. State: float32
+matrices, and two moments for each, split over the data ranks as ZeRO-1 does. DCP has the same tensors as entries of a
+state dict. "blocked" is how long training stands still: the call, and what is left of the copy after `step_s` seconds of
+arithmetic that stand for the next forward and backward.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ from engine.optim.adamw import Held
 from engine.sharding import Chunk, Parameter, ShardSpec
 
 ROWS, WIDTH, BLOCK = 4096, 1024, 16 << 20
+NAMES = ["plain write", "save", "async, blocked", "async, copy alone", "async, whole", "dcp save", "dcp async, blocked"]
+NAMES += ["dcp async, whole", "plain read", "load", "dcp load"]
 FACTS: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
 
 
@@ -54,6 +58,8 @@ class Options:
     """size of the state over all ranks"""
     ranks: tuple[int, ...] = (1, 2)
     repeats: int = 5
+    step_s: float = 0.5
+    """how long the forward and backward after a save in the background take, before the update may wait for its copy"""
     folder: Path = Path(tempfile.gettempdir())
     """on the disk to measure"""
     json: Path | None = None
@@ -73,8 +79,9 @@ def states(ctx: ParallelContext, gib: float) -> list[Held]:
 
 
 def plain_write(file: Path, held: list[Held]) -> None:
-    """The bytes of the state, one after another, and a sync."""
+    """The bytes of the state, one after another into room reserved for them, and a sync."""
     fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.posix_fallocate(fd, 0, sum(one.flat.nbytes for one in held))
     for one in held:
         data = tensor_bytes(one.flat)
         for begin in range(0, len(data), BLOCK):
@@ -91,6 +98,13 @@ def plain_read(file: Path, held: list[Held]) -> None:
         for begin in range(0, len(data), BLOCK):
             os.readv(fd, [data[begin : begin + BLOCK]])
     os.close(fd)
+
+
+def compute(seconds: float) -> None:
+    """Stands for a forward and backward: arithmetic on one thread for so long."""
+    end, x = time.perf_counter() + seconds, torch.randn(256, 256)
+    while time.perf_counter() < end:
+        torch.mm(x, x)
 
 
 def drop_cache(folder: Path) -> None:
@@ -149,32 +163,47 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
             drop_cache(root)
         together()
 
-    results = []
-    for _ in range(o.repeats + 1):
-        now: dict[str, float] = {}
-        fresh()
+    def plain(now: dict[str, float]) -> None:
         now["plain write"] = timed(lambda: plain_write(root / f"plain/{ctx.rank}", held))
         cold()
         now["plain read"] = timed(lambda: plain_read(root / f"plain/{ctx.rank}", held))
-        fresh()
+
+    def ours(now: dict[str, float]) -> None:
         now["save"] = timed(save)
         cold()
         now["load"] = timed(load)
-        fresh()
+
+    def ours_async(now: dict[str, float]) -> None:
         begin = time.perf_counter()
-        now["async, blocked"] = timed(lambda: start(2, True))
+        blocked = timed(lambda: start(2, True))
+        compute(o.step_s)
+        now["async, blocked"] = blocked + timed(saver.copied)
         saver.finish()
         now["async, whole"] = time.perf_counter() - begin
-        fresh()
+
+    def ours_copy(now: dict[str, float]) -> None:
+        now["async, copy alone"] = timed(lambda: (start(3, True), saver.copied()))
+        saver.finish()
+
+    def dcp_waits(now: dict[str, float]) -> None:
         now["dcp save"] = timed(lambda: dcp.save(theirs, checkpoint_id=root / "dcp", no_dist=alone))
         cold()
         now["dcp load"] = timed(lambda: dcp.load(theirs, checkpoint_id=root / "dcp", no_dist=alone))
-        fresh()
+
+    def dcp_async(now: dict[str, float]) -> None:
         begin, futures = time.perf_counter(), []
         options: dict[str, Any] = {"checkpoint_id": root / "dcp", "no_dist": alone}
-        now["dcp async, blocked"] = timed(lambda: futures.append(dcp.async_save(theirs, **options)))  # noqa: B023
+        now["dcp async, blocked"] = timed(lambda: futures.append(dcp.async_save(theirs, **options)))
+        compute(o.step_s)
         futures[0].result()
         now["dcp async, whole"] = time.perf_counter() - begin
+
+    results, order = [], [plain, ours, ours_async, ours_copy, dcp_waits, dcp_async]
+    for number in range(o.repeats + 1):
+        now: dict[str, float] = {}
+        for work in order[number % len(order) :] + order[: number % len(order)]:
+            fresh()
+            work(now)
         results.append(now)
     return results[1:]  # the first finds buffers, caches and the disk as they will be
 
@@ -190,7 +219,7 @@ def main(o: Options) -> None:
         everything[str(world)] = found
         size = round(o.gib * 2**30 / (3 * 4 * ROWS * WIDTH)) * 3 * 4 * ROWS * WIDTH
         print(f"\n{world} ranks, {size / 1e9:.2f} GB, {o.repeats} repetitions: median (range) in s, GB/s, ratio")
-        for what in found[0]:
+        for what in sorted(found[0], key=NAMES.index):
             times = [one[what] for one in found]
             base = "plain read" if "load" in what or "read" in what else "plain write"
             ratio = statistics.median(one[base] / one[what] for one in found)

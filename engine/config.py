@@ -199,6 +199,10 @@ class CheckpointConfig(Section):
     """with keep: besides those, keep every step that is a multiple of this, for good; 0: none"""
     async_save: bool = True
     """train on while a checkpoint is written, from a copy in host memory; the last one is always waited for"""
+    secret: str = ""
+    """file:PATH or env:NAME of a secret of at least 32 bytes: checkpoints are signed, and only such are resumed"""
+    encrypt: bool = False
+    """with secret: encrypt them too (AES-256-GCM)"""
     resume: str = "auto"
     """auto: go on from the run folder's newest checkpoint if there is one; latest: there must be one;
     never: start anew; or the path of a checkpoint"""
@@ -671,6 +675,11 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
 
 
 def _checkpoint_relations(c: CheckpointConfig) -> Iterator[Fault]:
+    if c.encrypt and not c.secret:
+        yield Fault("checkpoint.encrypt", True, "needs checkpoint.secret", "Such as file:/home/me/run.key.")
+    if c.secret and not c.secret.startswith(("file:", "env:")):
+        relation, repair = "is neither file:PATH nor env:NAME", "Give where the secret is, never the secret itself."
+        yield Fault("checkpoint.secret", "...", relation, repair)
     if c.keep_every and not c.keep:
         yield Fault("checkpoint.keep_every", c.keep_every, "checkpoint.keep is 0, so all are kept", "Set keep as well.")
     if c.keep_every and c.every and c.keep_every % c.every:

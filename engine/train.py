@@ -19,6 +19,8 @@ from engine.checkpoint.format import Ancestor, find, newest, step_dir
 from engine.checkpoint.lineage import code_versions, descend, differences, refuse
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import Saved, Saver, save
+from engine.checkpoint.seal import storage_of
+from engine.checkpoint.storage import DISK, Storage
 from engine.comm import all_reduce_, on_first_rank
 from engine.config import Config, Resolved, pipeline_plan
 from engine.context import ParallelContext
@@ -205,7 +207,8 @@ def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Pat
     """Save a checkpoint of the state as it is and wait until it is there. Collective."""
     c = state.cfg.checkpoint
     states, facts = state.optimizer.states(owned=True), facts_of(state, data_facts)
-    return save(root, states, state.ctx, step=state.step, facts=facts, keep=c.keep, keep_every=c.keep_every)
+    storage, step = storage_of(c.secret, encrypt=c.encrypt), state.step
+    return save(root, states, state.ctx, step=step, facts=facts, keep=c.keep, keep_every=c.keep_every, storage=storage)
 
 
 def facts_of(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
@@ -225,12 +228,12 @@ def facts_of(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
+def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage: Storage = DISK) -> None:
     """Go on from a checkpoint of any layout: weights, optimizer, step and data position. Collective.
 
     Refuses, with a list of old and new values, when model, data, sequence length or seed differ and are not allowed to.
     """
-    with Reader(folder) as reader:
+    with Reader(folder, storage) as reader:
         manifest = reader.manifest
         allowed = refuse(folder, differences(manifest, state.cfg, data_facts), state.cfg)
         load_into(reader, state.optimizer.states(), state.ctx)
@@ -246,9 +249,10 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
 def find_resume(cfg: Config) -> str:
     """The checkpoint to go on from, by checkpoint.resume; empty to start anew."""
     wanted, run = cfg.checkpoint.resume, Path(cfg.run.dir)
+    storage = storage_of(cfg.checkpoint.secret)
     if wanted not in ("auto", "never"):
-        return str(find(run if wanted == "latest" else Path(wanted)))
-    have = newest(run / "checkpoints")
+        return str(find(run if wanted == "latest" else Path(wanted), storage))
+    have = newest(run / "checkpoints", storage)
     if wanted == "never" and have is not None:
         raise CheckpointError(
             f"{run} already holds checkpoints (newest: step {have}) and checkpoint.resume is never: "
@@ -267,7 +271,7 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     state = setup(cfg, ctx)
     source = on_first_rank(lambda: find_resume(cfg), ctx.world, ctx.device)
     if source:
-        resume(state, Path(source), data.facts)
+        resume(state, Path(source), data.facts, storage_of(cfg.checkpoint.secret))
     evaluator = None
     if cfg.data.valid:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
@@ -296,7 +300,8 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
 
 def _saver(state: TrainState, root: Path) -> Saver:
     c = state.cfg.checkpoint
-    saver = Saver(root, state.ctx, keep=c.keep, keep_every=c.keep_every)
+    storage = storage_of(c.secret, encrypt=c.encrypt)
+    saver = Saver(root, state.ctx, keep=c.keep, keep_every=c.keep_every, storage=storage)
     if c.every and c.async_save:
         saver.reserve(state.optimizer.states(owned=True))
     state.before_update = saver.copied

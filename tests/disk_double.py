@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.checkpoint.storage import Status
+from engine.checkpoint.storage import DISK, Status
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class MemoryDisk:
 
     before: called with each operation that changes the disk, ahead of it; it may raise.
     """
+
+    digest_name, digest = DISK.digest_name, staticmethod(DISK.digest)
 
     def __init__(self) -> None:
         self.tree: dict[str, File | None] = {"/": None}

@@ -14,7 +14,7 @@ from cases import config, layout_of, random_batches
 from harness import run_ranks
 
 import engine.checkpoint.save as save_module
-from engine.checkpoint.format import complete_steps, damages, find, read_manifest, seal
+from engine.checkpoint.format import complete_steps, damages, find, read_manifest, with_digest
 from engine.config import Config
 from engine.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
@@ -65,7 +65,7 @@ def reseal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads(path.read_bytes())
     del manifest["xxh3_128"]
     edit(manifest)
-    path.write_bytes(seal(json.dumps(manifest).encode()))
+    path.write_bytes(with_digest(json.dumps(manifest).encode()))
 
 
 def as_step(saved: Path, root: Path, step: int) -> Path:

@@ -15,7 +15,7 @@ import torch
 from disk_double import File, MemoryDisk
 from test_crash import BLOCK, FACTS, ROOT, SHAPES, context, save_by_two_ranks, states, values
 
-from engine.checkpoint.format import MODEL, damages, find, read_manifest, seal, step_dir
+from engine.checkpoint.format import MODEL, damages, find, read_manifest, step_dir, with_digest
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.storage import DISK
@@ -271,6 +271,6 @@ def test_schema_1_still_loads(tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"rank00000\.safetensors: damaged: digest"):
         load(DISK, folder)
-    (folder / "manifest.json").write_bytes(seal(json.dumps({**manifest, "schema_version": 3}).encode()))
+    (folder / "manifest.json").write_bytes(with_digest(json.dumps({**manifest, "schema_version": 3}).encode()))
     with pytest.raises(CheckpointError, match="schema version 3, this engine reads 1 to 2"):
         load(DISK, folder)

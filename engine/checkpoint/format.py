@@ -17,6 +17,7 @@ and none for the manifest; it is still read.
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
 import warnings
@@ -27,10 +28,11 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.checkpoint.seal import SEALED, SIGNED
 from engine.checkpoint.storage import DISK, Storage, read_file
-from engine.checkpoint.tensorfile import DTYPES, TensorFile, digest, rows_per_block
+from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block
 from engine.checkpoint.tensorfile import write_safetensors as write_safetensors
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, SecretError, WrongSecretError
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -104,28 +106,36 @@ class Manifest(_Entry):
     tensors: dict[str, dict[str, TensorEntry]]
     files: dict[str, FileEntry]
 
-    def encode(self) -> bytes:
+    def encode(self, storage: Storage = DISK) -> bytes:
         """The bytes of the manifest file."""
-        return seal(self.model_dump_json(indent=1).encode())
+        return with_digest(self.model_dump_json(indent=1).encode(), storage)
 
 
-_PREFIX = b'{"xxh3_128": "'
-_DIGEST_CHARS = 32
+_FIRST_ENTRY = re.compile(rb'\{"(xxh3_128|hmac_sha256)": "([0-9a-f]*)')
 
 
-def seal(body: bytes) -> bytes:
+def with_digest(body: bytes, storage: Storage = DISK) -> bytes:
     """A JSON object's bytes with their digest put in front, as its first entry: the bytes of a manifest file."""
     assert body.startswith(b"{")
     rest = b'",' + body[1:]
-    return _PREFIX + digest(rest).encode() + rest
+    return b'{"%s": "%s' % (storage.digest_name.encode(), storage.digest(rest).encode()) + rest
 
 
-def unseal(data: bytes, path: Path) -> Any:
-    """The parsed JSON of a manifest file whose digest is right. CheckpointError or ValueError for anything else."""
-    if sealed := data.startswith(_PREFIX):
-        begin = len(_PREFIX)
-        wanted, rest = data[begin : begin + _DIGEST_CHARS].decode(errors="replace"), data[begin + _DIGEST_CHARS :]
-        if (found := digest(rest)) != wanted:
+def without_digest(data: bytes, path: Path, storage: Storage = DISK) -> Any:
+    """The parsed JSON of a manifest file whose digest is right. CheckpointError or ValueError for anything else.
+
+    Raises SecretError where the checkpoint is signed or encrypted and `storage` has no secret, or the other way round.
+    """
+    first = _FIRST_ENTRY.match(data)
+    kind = first[1].decode() if first else ""
+    if data.startswith(SEALED) or (kind == SIGNED and storage.digest_name != SIGNED):
+        what = "encrypted" if data.startswith(SEALED) else "signed"
+        raise SecretError(f"{path}: is {what}: give its secret (--checkpoint.secret in training, --secret elsewhere)")
+    if first and kind == storage.digest_name:
+        wanted, rest = first[2].decode(), data[first.end() :]
+        if not hmac.compare_digest(found := storage.digest(rest), wanted):
+            if kind == SIGNED:
+                raise WrongSecretError(f"{path}: its signature is not of this secret: another one, or it was changed")
             raise CheckpointError(
                 f"{path}: damaged manifest, or edited: its digest is {found}, it says {wanted}; take another checkpoint"
             )
@@ -135,9 +145,14 @@ def unseal(data: bytes, path: Path) -> Any:
         raise CheckpointError(
             f"{path}: schema version {version}, this engine reads 1 to {SCHEMA}: use the engine version that wrote it"
         )
-    if not sealed and (version != 1 or "xxh3_128" in raw):
+    if storage.digest_name == SIGNED and kind != SIGNED:
+        raise SecretError(
+            f"{path}: is not signed, so anybody may have written it. If you trust it, leave the secret out, or start "
+            "from its weights by --checkpoint.init"
+        )
+    if not first and (version != 1 or "xxh3_128" in raw):
         raise ValueError("it does not begin with its digest")
-    raw.pop("xxh3_128", None)
+    raw.pop(kind, None)
     return raw
 
 
@@ -150,7 +165,7 @@ def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
     """Parse and check a manifest: digest, schema, plain names, the folder's step, every file there with its size."""
     path = folder / MANIFEST
     try:
-        raw = unseal(read_file(storage, path), path)
+        raw = without_digest(read_file(storage, path), path, storage)
         manifest = Manifest.model_validate(raw)
         _check_entries(manifest)
     except FileNotFoundError:
@@ -220,6 +235,12 @@ def damages(folder: Path, manifest: Manifest, storage: Storage = DISK, *, fresh:
         yield from file_damages(folder / name, manifest, storage, fresh=fresh)
 
 
+def prove_all(folder: Path, manifest: Manifest, storage: Storage = DISK) -> None:
+    """Read everything. Raises CheckpointError with all `damages`."""
+    if found := list(damages(folder, manifest, storage)):
+        raise CheckpointError(f"{folder}: {len(found)} faults:\n" + "\n".join(f"  - {fault}" for fault in found))
+
+
 def file_damages(file: Path, manifest: Manifest, storage: Storage = DISK, *, fresh: bool = False) -> Iterator[str]:
     """What is damaged in one file of a checkpoint. fresh: read it from the device where possible."""
     entry = manifest.files[file.name]
@@ -279,7 +300,7 @@ def prove(
         raise CheckpointError(
             f"{opened.file}: {part.key}: {error.strerror or error}; take another checkpoint"
         ) from None
-    if part.digests and (found := digest(into)) != part.digests[block]:
+    if part.digests and (found := opened.digest(into)) != part.digests[block]:
         raise CheckpointError(
             f"{opened.file}: damaged: digest {found} of {part.key} rows {first}..{last - 1}, "
             f"the manifest says {part.digests[block]}; take another checkpoint"
@@ -298,33 +319,47 @@ def steps_descending(root: Path, storage: Storage = DISK) -> list[int]:
 
 def complete_steps(root: Path, storage: Storage = DISK) -> list[int]:
     """Steps of all complete checkpoints under `root`, ascending. Temporary and damaged folders do not count."""
-    return [step for step in reversed(steps_descending(root, storage)) if not _why_not(root, step, storage)]
+    return [step for step in reversed(steps_descending(root, storage)) if _complete(root, step, storage)]
 
 
 def newest(root: Path, storage: Storage = DISK) -> int | None:
-    """The highest complete step under `root`; warns of damaged ones that would be newer."""
+    """The highest complete step under `root`; warns of damaged ones that would be newer.
+
+    Raises SecretError where a newer one cannot be read without its secret, or none can with this one: a run must not
+    begin anew beside checkpoints that it cannot open.
+    """
+    refused: WrongSecretError | None = None
     for step in steps_descending(root, storage):
-        why = _why_not(root, step, storage)
-        if not why:
+        try:
+            read_manifest(step_dir(root, step), storage)
             return step
+        except WrongSecretError as error:
+            refused = refused or error
+            why = str(error)
+        except SecretError:
+            raise
+        except CheckpointError as error:
+            why = str(error)
         warnings.warn(f"left out: {why}", stacklevel=2)
+    if refused is not None:
+        raise refused
     return None
 
 
-def _why_not(root: Path, step: int, storage: Storage) -> str:
+def _complete(root: Path, step: int, storage: Storage) -> bool:
     try:
         read_manifest(step_dir(root, step), storage)
-    except CheckpointError as error:
-        return str(error)
-    return ""
+    except CheckpointError:
+        return False
+    return True
 
 
-def find(path: Path) -> Path:
+def find(path: Path, storage: Storage = DISK) -> Path:
     """The checkpoint folder meant by a path: itself, or the newest one of a run or checkpoints folder."""
     if (path / MANIFEST).exists() or _STEP_DIR.fullmatch(path.name):
-        read_manifest(path)
+        read_manifest(path, storage)
         return path
     for root in (path / "checkpoints", path):
-        if (step := newest(root)) is not None:
+        if (step := newest(root, storage)) is not None:
             return step_dir(root, step)
     raise CheckpointError(f"{path}: no complete checkpoint here; give a run folder or a step_... folder")

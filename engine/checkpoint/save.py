@@ -246,7 +246,7 @@ class Saver:
     def _commit(self, save: _Save, parts: list[dict[str, Any]]) -> list[str]:
         """Rank 0: make it a checkpoint, then clean up. Returns notes."""
         manifest = manifest_of(parts, self.ctx, save.step, save.facts, self._block_bytes)
-        data = manifest.encode()
+        data = manifest.encode(self._storage)
         final = step_dir(self.root, save.step)
         try:
             replaced = commit(self._storage, save.temporary, final, data)

@@ -2,7 +2,7 @@
 
 A tensor is digested in *blocks* of whole rows, at most `block_bytes` each unless one row is longer: a reader that wants
 some rows reads and proves the blocks they lie in and nothing else. The header has a digest of its own, so that every
-byte of a file is under exactly one digest. XXH3-128 finds damage; it is no protection against an attacker.
+byte of a file is under exactly one digest. Which kind of digest is the storage's choice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from engine.checkpoint.storage import DISK, Source, Storage
@@ -30,11 +29,6 @@ BLOCK_BYTES = 16 << 20
 Entry = tuple[str, tuple[int, ...], int, int]  # dtype name, shape, first byte in the file, byte after the last
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _IN_FLIGHT = 4  # blocks that wait for their digest while the next ones are written
-
-
-def digest(data: bytes | bytearray | memoryview) -> str:
-    """XXH3-128, hexadecimal. Releases the interpreter's lock on large data."""
-    return xxhash.xxh3_128_hexdigest(data)
 
 
 def rows_per_block(shape: tuple[int, ...], itemsize: int, block_bytes: int) -> int:
@@ -103,7 +97,7 @@ def write_safetensors(
                 for begin in range(0, len(data), max(1, step)):
                     proceed()
                     block = data[begin : begin + step]
-                    waiting.append((name, other.submit(digest, block)))
+                    waiting.append((name, other.submit(storage.digest, block)))
                     out.write(block)
                     collect(_IN_FLIGHT)
             collect(0)
@@ -111,7 +105,7 @@ def write_safetensors(
         out.sync()
     finally:
         out.close()
-    return Written(size, digest(head), {name: tuple(found) for name, found in digests.items()})
+    return Written(size, storage.digest(head), {name: tuple(found) for name, found in digests.items()})
 
 
 class TensorFile:
@@ -122,7 +116,7 @@ class TensorFile:
     """
 
     def __init__(self, file: Path, storage: Storage, *, header: str = "", fresh: bool = False):
-        self.file = file
+        self.file, self.digest = file, storage.digest
         self._source: Source = storage.open(file, fresh=fresh)
         try:
             self.entries = self._read_header(header)
@@ -149,7 +143,7 @@ class TensorFile:
         possible = 2 <= count <= min(size - 8, _MAX_HEADER_BYTES)
         text = bytearray(count if possible else 0)
         self._source.read_into(8, memoryview(text))
-        if wanted and (found := digest(length + text)) != wanted:
+        if wanted and (found := self.digest(length + text)) != wanted:
             raise self._damaged(f"digest {found} of its header, the manifest says {wanted}")
         if not possible:
             raise self._damaged(f"its header would have {count} bytes, the file has {size}")

@@ -19,7 +19,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from engine.errors import ConfigError, Fault, PlanError
+from engine.errors import CheckpointError, ConfigError, Fault, PlanError
+from engine.hf_config import facts_of
 from engine.layout import Layout
 from engine.mixture import read_mixture
 from engine.pipeline.actions import Plan
@@ -237,6 +238,9 @@ class CheckpointConfig(Section):
     resume: str = "auto"
     """auto: go on from the run folder's newest checkpoint if there is one; latest: there must be one;
     never: start anew; or the path of a checkpoint"""
+    init: str = ""
+    """start a new run from these weights: a Hugging Face folder, a checkpoint or a run folder, of any layout; model.*
+    follows from it"""
 
 
 class MonitorConfig(Section):
@@ -315,7 +319,10 @@ def load(
         _put(tree, sources, path, text, "command line", faults)
     faults += [_unknown(word[2:], "", "command line") if word.startswith("--") else _stray(word) for word in unknown]
     _apply_preset(tree, sources, faults)
+    given = set(tree["model"])
+    start = _apply_init(tree, sources, faults)
     config, wrong = _parse(tree, faults)
+    faults += _contradictions(config.model, start, given - {path.removeprefix("model.") for path in wrong}, sources)
     p = config.parallel
     world = world or p.tensor * p.pipeline * max(1, p.data)
     # what a relation says of a value that is wrong by itself, or of what follows from it, would mislead
@@ -463,6 +470,52 @@ def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], faul
         if key not in tree["model"]:
             tree["model"][key] = value
             sources[f"model.{key}"] = f"preset {name}"
+
+
+def model_config(path: Path, facts: Mapping[str, Any]) -> ModelConfig:
+    """The model that facts read from a file describe. Raises ConfigError where they are impossible."""
+    try:
+        return ModelConfig.model_validate(facts)
+    except ValidationError as error:
+        repair = "The folder is damaged, or of a model that the engine does not have."
+        raise ConfigError(
+            [Fault(f"{path}: model.{item['loc'][0]}", item["input"], item["msg"], repair) for item in error.errors()]
+        ) from None
+
+
+def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[Fault]) -> dict[str, Any]:
+    """Fill in model.* from checkpoint.init where nothing else says it; returns what the folder says."""
+    path = tree["checkpoint"].get("init")
+    if not path or not isinstance(path, str):
+        return {}
+    wanted = str(tree["model"].get("max_seq_len", ""))
+    try:
+        facts, said = facts_of(Path(path), int(wanted) if wanted.isdecimal() else None)
+        facts = model_config(Path(said), facts).model_dump(exclude={"preset"})
+    except ConfigError as error:
+        faults += error.faults
+        return {}
+    except CheckpointError as error:
+        faults.append(Fault("checkpoint.init", path, str(error), "Give a folder with weights."))
+        return {}
+    for key, value in facts.items():
+        if key not in tree["model"]:
+            tree["model"][key] = value
+            sources[f"model.{key}"] = f"file {said}"
+    return facts
+
+
+def _contradictions(
+    model: ModelConfig, start: Mapping[str, Any], given: set[str], sources: Mapping[str, str]
+) -> Iterator[Fault]:
+    """Where model.* as given is not what the weights of checkpoint.init are of."""
+    free = {"preset", "init_std", *(("max_seq_len",) if model.positions == "rope" else ())}
+    for name in sorted(given & start.keys() - free):
+        value = getattr(model, name)
+        derived = name in ("num_kv_heads", "head_dim") and value == 0
+        if value != start[name] and not derived:
+            relation = f"({sources[f'model.{name}']}), but the weights of checkpoint.init have {start[name]!r}"
+            yield Fault(f"model.{name}", value, relation, "Leave it out.")
 
 
 def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config, set[str]]:

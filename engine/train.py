@@ -17,16 +17,18 @@ from typing import Any
 import torch
 
 import engine
-from engine.checkpoint.format import complete_steps, find, step_dir
-from engine.checkpoint.load import Reader, load_into
+from engine.checkpoint.convert import copy_beside, open_source
+from engine.checkpoint.format import MODEL, complete_steps, find, step_dir
+from engine.checkpoint.hf import HfReader
+from engine.checkpoint.load import Reader, Source, load_into
 from engine.checkpoint.save import save
-from engine.comm import all_reduce_, on_first_rank
-from engine.config import Config, Resolved, pipeline_plan
+from engine.comm import all_reduce_, on_first_rank, raise_together
+from engine.config import Config, ModelConfig, Resolved, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.corpora import MIXED_FROM, TrainingData, open_data, open_training
 from engine.data.loader import Loader, MicroBatch
 from engine.data.tokenizer import Tokenizer
-from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, Fault
+from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, EngineError, Fault
 from engine.evaluate import Evaluator, Score
 from engine.launch import StopRequest
 from engine.model.transformer import Transformer, build_stages, num_parameters, tensor_shapes
@@ -96,7 +98,8 @@ def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
     for number, model, fresh in build_stages(cfg, ctx, plan.stages_of(ctx.pipeline.rank)):
-        initialise_(fresh, ctx, cfg.train.seed)
+        if not cfg.checkpoint.init:  # else `start_from` fills them
+            initialise_(fresh, ctx, cfg.train.seed)
         buckets = make_buckets(
             fresh,
             ctx,
@@ -227,6 +230,11 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
     with Reader(folder) as reader:
         manifest = reader.manifest
         consumed = manifest.consumed_samples
+        if reader.names(MODEL) and not reader.names("exp_avg"):
+            raise CheckpointError(
+                f"{folder} holds weights only, such as an import does: start a new run from it with "
+                f"--checkpoint.init {folder} and another --run.dir"
+            )
         differing = _differences(
             manifest.config, state.cfg, _past(manifest.data, consumed), _past(data_facts, consumed)
         )
@@ -245,6 +253,24 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
 
 
+def start_from(state: TrainState, path: Path) -> None:
+    """Take the weights of a Hugging Face folder or a checkpoint of any layout; the optimizer is new. Collective."""
+    ctx = state.ctx
+    error: EngineError | None = None
+    source: Source | None = None
+    try:
+        source = open_source(path, state.cfg.model.max_seq_len)
+        if ctx.rank == 0 and isinstance(source, HfReader):
+            source.check_spare_head()
+    except EngineError as fault:
+        error = fault
+    raise_together(error, ctx.world, ctx.device)
+    assert source is not None
+    with source:
+        load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
+    state.optimizer.publish()
+
+
 def _past(facts: dict[str, Any], consumed: int) -> dict[str, Any]:
     """The facts without those about samples that are still to come: a blend's later changes may be changed."""
     return {
@@ -256,7 +282,8 @@ def _past(facts: dict[str, Any], consumed: int) -> dict[str, Any]:
 
 def _differences(old: dict[str, Any], cfg: Config, old_data: dict[str, Any], data: dict[str, Any]) -> list[str]:
     now = cfg.model_dump()
-    pairs = {f"model.{k}": (old["model"].get(k), v) for k, v in now["model"].items() if k != "preset"}
+    before = ModelConfig().model_dump() | old["model"]  # facts that are newer than the checkpoint have their defaults
+    pairs = {f"model.{k}": (before.get(k), v) for k, v in now["model"].items() if k != "preset"}
     pairs |= {f"train.{k}": (old["train"].get(k), now["train"][k]) for k in ("seq_len", "seed")}
     pairs |= {f"data {k}": (old_data.get(k), data.get(k)) for k in (old_data | data) if k != "prefix"}
     return [f"{name}: checkpoint {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b]
@@ -289,6 +316,10 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     source = on_first_rank(lambda: find_resume(cfg), ctx.world, ctx.device)
     if source:
         resume(state, Path(source), data.facts)
+    elif cfg.checkpoint.init:
+        start_from(state, Path(cfg.checkpoint.init))
+        if ctx.rank == 0:
+            copy_beside(Path(cfg.checkpoint.init), run_dir)
     evaluator = None
     if cfg.data.valid:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)

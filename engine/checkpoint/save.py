@@ -50,7 +50,7 @@ def save(
     """
     final = step_dir(root, step)
     temporary = root / f".{final.name}.tmp"
-    _on_rank_0(ctx, _prepare, root, temporary)
+    _on_rank_0(ctx, prepare, root, temporary)
     error: EngineError | None = None
     mine: dict[str, Any] = {}
     try:
@@ -59,7 +59,7 @@ def save(
         error = _explain(fault, temporary)
     raise_together(error, ctx.world, ctx.device)
     parts = gather_json(mine, ctx.world, ctx.device)
-    _on_rank_0(ctx, _commit, temporary, final, _manifest(parts, ctx, step, facts))
+    _on_rank_0(ctx, commit, temporary, final, _manifest(parts, ctx, step, facts))
     _on_rank_0(ctx, _forget_old, root, keep)
     return final
 
@@ -87,7 +87,8 @@ def _explain(fault: OSError, folder: Path | None) -> CheckpointError:
     )
 
 
-def _prepare(root: Path, temporary: Path) -> None:
+def prepare(root: Path, temporary: Path) -> None:
+    """Make an empty temporary folder under `root`."""
     root.mkdir(parents=True, exist_ok=True)
     if temporary.exists():  # of a save that was killed
         shutil.rmtree(temporary)
@@ -134,7 +135,8 @@ def _manifest(parts: list[dict[str, Any]], ctx: ParallelContext, step: int, fact
     return Manifest(step=step, tensors=tensors, files=files, layout=layout, **facts)
 
 
-def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Write the manifest and rename the folder into place."""
     write_synced(temporary / MANIFEST, manifest.model_dump_json(indent=1).encode())
     sync_folder(temporary)
     if final.exists():  # an incomplete or damaged folder of that name: a complete one is never saved again

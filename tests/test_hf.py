@@ -14,7 +14,7 @@ from hf_models import MODELS, save
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.checkpoint.convert import export, import_folder
+from engine.checkpoint.convert import copy_beside, export, import_folder
 from engine.checkpoint.format import MODEL, read_manifest, verify_files
 from engine.checkpoint.hf import HfReader
 from engine.checkpoint.load import Reader
@@ -120,6 +120,7 @@ def test_starting_from_a_folder_in_any_layout_and_exporting_from_it(tmp_path: Pa
         save_state(state, tmp_path / "run/checkpoints", FACTS)
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    copy_beside(tmp_path / "hf", tmp_path / "run")  # as `train` does: Phi-3 is a Llama whose matrices are fused
     for step in (0, 1):
         folder = tmp_path / f"run/checkpoints/step_{step:08d}"
         export(folder, tmp_path / f"out{step}", dtype=torch.float32, tokenizer=None, eod=None)
@@ -190,7 +191,7 @@ def test_a_model_of_no_family_is_not_exported(tmp_path: Path) -> None:
 def test_what_lies_beside_the_weights_comes_back(tmp_path: Path) -> None:
     """Token ids, dropout rates, generation settings, tokenizer, chat template: bytes or meaning, through a run."""
     model = save("gpt2", tmp_path / "hf")
-    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.7
     model.generation_config.save_pretrained(tmp_path / "hf")
     Tokenizer.train(iter(["text to learn from"]), 300).save(tmp_path / "hf")
     (tmp_path / "hf/chat_template.jinja").write_text("{{ messages }}")

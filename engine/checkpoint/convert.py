@@ -35,12 +35,12 @@ from engine.checkpoint.format import (
 from engine.checkpoint.hf import CONFIG, INDEX, HfReader, assembled, contents, places
 from engine.checkpoint.load import Reader, Source
 from engine.checkpoint.save import commit, prepare
-from engine.config import CheckpointConfig, Config, DataConfig, ModelConfig, RunConfig, TrainConfig, relations
+from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, model_config, relations
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.families import FAMILIES, HARMLESS, Family
 from engine.files import sync_folder, write_synced
-from engine.hf_config import read_json, write_config
+from engine.hf_config import read_config, read_json, write_config
 
 MAX_SHARD_BYTES = 4 << 30
 GENERATION = "generation_config.json"
@@ -128,7 +128,6 @@ def _run_config(model: ModelConfig, out: Path, precision: str) -> Config:
             {"precision": precision, "seq_len": max(2, min(model.max_seq_len, TrainConfig().seq_len))}
         ),
         data=DataConfig(tokenizer=str(out / "tokenizer") if (out / "tokenizer").exists() else ""),
-        checkpoint=CheckpointConfig(),
     )
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"data": 1, "chunks": 1})})
     if faults := relations(config, 1):
@@ -220,21 +219,35 @@ def _describe(cfg: ModelConfig, beside: Path, eod: int | None) -> tuple[Family, 
     origin = read_json(beside / CONFIG) if (beside / CONFIG).exists() else {}
     near = [f.model_type for f in FAMILIES.values() if cfg.preset.startswith(f.preset)]
     facts, defaults = (model.model_dump(exclude={"preset"}) for model in (cfg, ModelConfig()))
-    family, config = write_config(facts, defaults, [str(origin.get("model_type")), *near])
-    tokens = {"bos_token_id": eod, "eos_token_id": eod}
-    kept = _extras(origin, family) if origin else {**tokens, "use_cache": True}
-    generation = {**tokens, "do_sample": True}
+    if origin and _says(beside / CONFIG, facts):
+        family = FAMILIES[origin["model_type"]]
+        config = {key: value for key, value in origin.items() if key not in _OF_THE_WRITER}
+    else:
+        family, config = write_config(facts, defaults, [str(origin.get("model_type")), *near])
+        config |= _extras(origin, family) if origin else {"bos_token_id": eod, "eos_token_id": eod, "use_cache": True}
+    generation = {"bos_token_id": eod, "eos_token_id": eod, "do_sample": True}
     if (beside / GENERATION).exists():
         generation = read_json(beside / GENERATION)
     elif origin:
-        generation = {key: kept[key] for key in (*tokens, "pad_token_id") if kept.get(key) is not None}
-    return family, config | kept, generation
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {key: config[key] for key in ids if config.get(key) is not None}
+    return family, config, generation
+
+
+_OF_THE_WRITER = ("auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+
+
+def _says(path: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of exactly this model."""
+    try:
+        return model_config(path, read_config(path).facts).model_dump(exclude={"preset"}) == facts
+    except ConfigError:
+        return False
 
 
 def _extras(origin: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """What a folder's config.json says beside the model: token ids, dropout rates, settings of generation."""
-    ours = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version", "_name_or_path")
-    kept = {*HARMLESS, *family.harmless, *family.dropouts}.difference(ours)
+    kept = {*HARMLESS, *family.harmless, *family.dropouts}.difference(_OF_THE_WRITER, ("architectures", "model_type"))
     return {key: value for key, value in origin.items() if key in kept}
 
 

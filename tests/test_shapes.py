@@ -15,9 +15,8 @@ import torch
 from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
 from harness import run_ranks
 
-from engine.config import Config, load
+from engine.config import Config
 from engine.context import ParallelContext
-from engine.errors import ConfigError
 from engine.model.transformer import num_parameters, tensor_shapes
 from engine.planner.cost import flops_per_token
 from engine.rng import generator
@@ -154,22 +153,3 @@ def test_counts_follow_the_facts() -> None:
     assert shapes["positions.weight"] == (64, 32) and shapes["layers.0.attention.k.bias"] == (32,)
     assert shapes["norm.bias"] == (32,) and "layers.0.mlp.gate.weight" not in shapes
     assert tensor_shapes(config(1, **SHAPES["olmo2"]).model)["layers.0.attention.k_norm.weight"] == (2 * 4,)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ({"positions": "learned", "rotary_fraction": "0.5"}, "belongs to rotary positions"),
-        ({"positions": "learned", "rope_scaling": "linear"}, "belongs to rotary positions"),
-        ({"rotary_fraction": "0.3"}, "rotates 9 values, but RoPE rotates pairs. Use 0.3125"),
-        ({"rope_factor": "8"}, "has no meaning for model.rope_scaling none"),
-        ({"rope_scaling": "linear", "rope_beta_fast": "8"}, "Leave it out, or use yarn"),
-        ({"rope_scaling": "llama3", "rope_low_freq_factor": "4"}, "is not below model.rope_high_freq_factor = 4"),
-        ({"rope_scaling": "yarn", "rope_beta_slow": "40"}, "is not below model.rope_beta_fast = 32"),
-        ({"norm": "layernorm", "norm_offset": "true"}, "has no meaning for model.norm layernorm"),
-        ({"qk_norm_span": "projection"}, "has no meaning without model.qk_norm"),
-    ],
-)
-def test_facts_that_do_not_go_together(words: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load([], {f"model.{name}": value for name, value in words.items()})

@@ -354,6 +354,8 @@ def _fill_in(config: Config, world: int, sources: dict[str, str]) -> Config:
     derived = {
         ("model", "num_kv_heads"): model.num_kv_heads or model.num_heads,
         ("model", "head_dim"): model.head_dim or model.hidden_size // model.num_heads,
+        ("model", "rope_original_seq_len"): model.rope_original_seq_len
+        or (model.max_seq_len if model.rope_scaling in _ROPE_SCALES["rope_original_seq_len"] else 0),
         ("parallel", "data"): parallel.data or world // (parallel.tensor * parallel.pipeline),
         ("parallel", "chunks"): _chunks(parallel),
     }

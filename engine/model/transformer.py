@@ -162,7 +162,7 @@ def rope_scaling_of(cfg: ModelConfig) -> RopeScaling:
     return RopeScaling(
         cfg.rope_scaling,
         cfg.rope_factor,
-        cfg.rope_original_seq_len or cfg.max_seq_len,
+        cfg.rope_original_seq_len,
         cfg.rope_low_freq_factor,
         cfg.rope_high_freq_factor,
         cfg.rope_beta_fast,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +238,45 @@ def test_embeddings_are_scaled_as_gemma_rounds_them() -> None:
         cfg = ModelConfig(hidden_size=3072, num_heads=1, num_kv_heads=1, head_dim=2, scale_embeddings=True)
         model = Transformer(cfg, ctx, StageShape(range(0), True, False))
         assert model.embed.scale == pytest.approx(scale, rel=1e-6)
+
+
+MEASURE = """
+import sys, threading, time
+from pathlib import Path
+from engine.checkpoint.convert import export, import_folder
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) << 10
+peak, done = [0], threading.Event()
+def watch():
+    while not done.wait(0.0005):
+        peak[0] = max(peak[0], anonymous())
+root = Path(sys.argv[1])
+import_folder(root / "hf", root / "warm", max_shard_bytes=1 << 20)  # what is loaded and kept once
+base = anonymous()
+threading.Thread(target=watch).start()
+folder, _ = import_folder(root / "hf", root / "run", max_shard_bytes=4 << 20)
+first, peak[0] = peak[0] - base, 0
+export(folder, root / "out", dtype=None, tokenizer=None, eod=None, max_shard_bytes=4 << 20)
+done.set()
+print(first, peak[0] - base)
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", "neox", "phi3", "gpt2"])
+def test_memory_is_a_shard_and_a_tensor(tmp_path: Path, name: str) -> None:
+    """A model of about 60 MB in float32, shards of 4 MB, largest tensors of 1 to 4 MB; measured every half millisecond."""
+    wide = {"vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 16, "intermediate_size": 1024}
+    wide |= {"n_embd": 256, "n_layer": 16, "n_inner": 1024}
+    kind, words = MODELS[name]
+    MODELS["wide"] = (kind, words | {key: value for key, value in wide.items() if key in words})
+    try:
+        whole = sum(x.numel() * 4 for x in save("wide", tmp_path / "hf", shard="100MB").state_dict().values())
+    finally:
+        del MODELS["wide"]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once, and is not counted
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert result.returncode == 0, result.stderr
+    peaks = [int(text) / 2**20 for text in result.stdout.split()]
+    print(f"{name}: {whole / 2**20:.1f} MiB; peak of import and export: {peaks[0]:.1f} and {peaks[1]:.1f} MiB")
+    assert whole > 40 << 20 and all(1 < peak < 13 for peak in peaks)

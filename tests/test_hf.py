@@ -264,7 +264,7 @@ print(first, peak[0] - base)
 
 @pytest.mark.parametrize("name", ["llama", "neox", "phi3", "gpt2"])
 def test_memory_is_a_shard_and_a_tensor(tmp_path: Path, name: str) -> None:
-    """A model of about 60 MB in float32, shards of 4 MB, largest tensors of 1 to 4 MB; measured every half millisecond."""
+    """A model of 50 or 60 MiB in float32, shards of 4 MiB, tensors of up to 2 MiB; measured every half millisecond."""
     wide = {"vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 16, "intermediate_size": 1024}
     wide |= {"n_embd": 256, "n_layer": 16, "n_inner": 1024}
     kind, words = MODELS[name]
@@ -279,4 +279,4 @@ def test_memory_is_a_shard_and_a_tensor(tmp_path: Path, name: str) -> None:
     assert result.returncode == 0, result.stderr
     peaks = [int(text) / 2**20 for text in result.stdout.split()]
     print(f"{name}: {whole / 2**20:.1f} MiB; peak of import and export: {peaks[0]:.1f} and {peaks[1]:.1f} MiB")
-    assert whole > 40 << 20 and all(1 < peak < 13 for peak in peaks)
+    assert whole > 40 << 20 and all(1 < peak < 9 for peak in peaks)

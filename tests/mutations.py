@@ -672,8 +672,8 @@ FACTS_OF_MODELS = [
         "rope_scaling_ignored",
         "a Llama 3.1 is loaded with the angles of Llama 3 (a common fault of converters)",
         "engine/model/transformer.py",
-        "rope_scaling_of(cfg)\n            )",
-        "RopeScaling()\n            )",
+        "ctx.device, ctx.dtype, rope_scaling_of(cfg))",
+        "ctx.device, ctx.dtype, RopeScaling())",
         hf("llama3-rope"),
     ),
     Mutation(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, ConfigError, EngineError, Fault, PlanError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from engine.options import Inspect, Schedule
@@ -373,30 +375,68 @@ def _generate(args: list[str]) -> int:
     return EXIT_OK
 
 
+def _import(args: list[str]) -> int:
+    """write a Hugging Face folder as a checkpoint"""
+    import tyro
+
+    from engine.checkpoint.convert import import_folder
+    from engine.options import Import
+
+    o = tyro.cli(Import, args=args, prog="engine import")
+    _single_process("import")
+    if o.max_seq_len < 0:
+        raise ConfigError([Fault("--max-seq-len", o.max_seq_len, "is below 0", "Use 0 for the folder's.")])
+    made, notes = import_folder(
+        o.folder, o.output, max_seq_len=o.max_seq_len or None, max_shard_bytes=_shard_bytes(o.shard_mib)
+    )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {made}; train from it with --checkpoint.init {o.output}")
+    return EXIT_OK
+
+
 def _export(args: list[str]) -> int:
     """write a checkpoint as a Hugging Face folder"""
     import tyro
 
-    from engine.checkpoint.format import find
-    from engine.checkpoint.hf import export
+    from engine.checkpoint.convert import export
+    from engine.checkpoint.format import find, read_manifest
     from engine.inference import compare_with_transformers, config_of, load_tokenizer, tokenizer_folder
     from engine.options import Export
 
     o = tyro.cli(Export, args=args, prog="engine export")
     _single_process("export")
-    cfg, tokenizer = config_of(o.checkpoint), load_tokenizer(o.checkpoint, o.tokenizer)
-    size = export(
-        find(o.checkpoint),
+    cfg, folder = config_of(o.checkpoint), find(o.checkpoint)
+    imported = "exp_avg" not in read_manifest(folder).tensors
+    tokenizer: Path | None = None
+    eod = None
+    try:
+        tokenizer = tokenizer_folder(o.checkpoint, o.tokenizer)
+        eod = load_tokenizer(o.checkpoint, o.tokenizer).eod
+    except EngineError as error:
+        if o.tokenizer is not None or not imported:
+            raise
+        print(f"note: {error}")
+    family, size = export(
+        folder,
         o.output,
-        dtype=_dtype(o.dtype or cfg.train.precision),
-        tokenizer=tokenizer_folder(o.checkpoint, o.tokenizer),
-        eod=tokenizer.eod,
+        dtype=None if imported and not o.dtype else _dtype(o.dtype or cfg.train.precision),
+        tokenizer=tokenizer,
+        eod=eod,
+        max_shard_bytes=_shard_bytes(o.shard_mib),
     )
-    print(f"wrote {o.output}: {size:,} bytes of weights, config.json, generation_config.json, tokenizer")
+    files = "config.json, generation_config.json" + (", tokenizer" if tokenizer else "")
+    print(f"wrote {o.output}: {family.architecture}, {size:,} bytes of weights, {files}")
     if o.verify:
         difference, largest = compare_with_transformers(o.checkpoint, o.output)
         print(f"transformers gives the same logits: largest difference {difference:.2e} (largest logit {largest:.2f})")
     return EXIT_OK
+
+
+def _shard_bytes(mib: float) -> int:
+    if not mib > 0:
+        raise ConfigError([Fault("--shard-mib", mib, "is not above 0", "The default is 4096.")])
+    return int(mib * 2**20)
 
 
 def _verify(args: list[str]) -> int:
@@ -532,6 +572,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,
+    "import": _import,
     "export": _export,
     "verify": _verify,
     "plot": _plot,

@@ -64,7 +64,7 @@ def tokenizer_folder(checkpoint: Path, wanted: Path | None) -> Path:
     folder = find(checkpoint)
     given = read_manifest(folder).config["data"]["tokenizer"]
     for candidate in (folder.parent.parent / "tokenizer", Path(given)):
-        if given and (candidate / "tokenizer.json").exists():
+        if (candidate == folder.parent.parent / "tokenizer" or given) and (candidate / "tokenizer.json").exists():
             return candidate
     raise CheckpointError(f"{checkpoint}: the run had no tokenizer; give one with --tokenizer DIR")
 

@@ -315,15 +315,35 @@ class Generate:
 
 
 @dataclass
+class Import:
+    """Write a Hugging Face folder (Llama, Mistral, Qwen2 and 3, Gemma, OLMo-2, Phi-3, GPT-2, GPT-NeoX) as a checkpoint.
+
+    On one process, streaming; the checkpoint loads in any layout. Training can start from the folder without it:
+    engine train --checkpoint.init FOLDER.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """folder with config.json and safetensors files"""
+    output: tyro.conf.Positional[Path]
+    """new run folder"""
+    max_seq_len: int = 0
+    """longest sequence of the model that is made, such as the sliding window of one that has it; 0: the folder's"""
+    shard_mib: float = 4096.0
+    """size of a file that is written, which is also what is held in memory"""
+
+
+@dataclass
 class Export:
-    """Write a checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder, of the family that is its model. On one process, streaming."""
 
     checkpoint: tyro.conf.Positional[Path]
     """run folder (its newest checkpoint) or step folder"""
     output: tyro.conf.Positional[Path]
     """new folder for config.json, weights and tokenizer"""
     dtype: str = ""
-    """fp32, bf16, fp16 or fp64; empty: the precision of the run"""
+    """fp32, bf16, fp16 or fp64; empty: the precision of the run, or as imported"""
+    shard_mib: float = 4096.0
+    """size of a file that is written, which is also what is held in memory"""
     tokenizer: Path | None = None
     """folder with tokenizer.json; default: the copy in the run folder"""
     verify: bool = False

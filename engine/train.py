@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.format import Ancestor, find, newest, step_dir
+from engine.checkpoint.convert import copy_beside, open_source
+from engine.checkpoint.format import MODEL, Ancestor, find, newest, step_dir
+from engine.checkpoint.hf import HfReader
 from engine.checkpoint.lineage import code_versions, descend, differences, refuse
-from engine.checkpoint.load import Reader, load_into
+from engine.checkpoint.load import Reader, Source, load_into
 from engine.checkpoint.save import Saved, Saver, save
 from engine.checkpoint.seal import storage_of
 from engine.checkpoint.storage import DISK, Storage
-from engine.comm import all_reduce_, on_first_rank
+from engine.comm import all_reduce_, on_first_rank, raise_together
 from engine.config import Config, Resolved, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.corpora import TrainingData, open_data, open_training
 from engine.data.loader import Loader, MicroBatch
 from engine.data.tokenizer import Tokenizer
-from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, Fault
+from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, EngineError, Fault
 from engine.evaluate import Evaluator, Score
 from engine.launch import StopRequest
 from engine.model.transformer import Transformer, build_stages, num_parameters, tensor_shapes
@@ -100,7 +102,8 @@ def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
     for number, model, fresh in build_stages(cfg, ctx, plan.stages_of(ctx.pipeline.rank)):
-        initialise_(fresh, ctx, cfg.train.seed)
+        if not cfg.checkpoint.init:  # else `start_from` fills them
+            initialise_(fresh, ctx, cfg.train.seed)
         buckets = make_buckets(
             fresh,
             ctx,
@@ -235,6 +238,11 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
     """
     with Reader(folder, storage) as reader:
         manifest = reader.manifest
+        if reader.names(MODEL) and not reader.names("exp_avg"):
+            raise CheckpointError(
+                f"{folder} holds weights only, such as an import does: start a new run from it with "
+                f"--checkpoint.init {folder} and another --run.dir"
+            )
         allowed = refuse(folder, differences(manifest, state.cfg, data_facts), state.cfg)
         load_into(reader, state.optimizer.states(), state.ctx)
     state.optimizer.publish()
@@ -244,6 +252,24 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
         state.scale.value, state.scale.good = manifest.optimizer["loss_scale"], int(manifest.optimizer["good_steps"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
     state.lineage = descend(folder, manifest, allowed)
+
+
+def start_from(state: TrainState, path: Path) -> None:
+    """Take the weights of a Hugging Face folder or a checkpoint of any layout; the optimizer is new. Collective."""
+    ctx = state.ctx
+    error: EngineError | None = None
+    source: Source[Any] | None = None
+    try:
+        source = open_source(path, state.cfg.model.max_seq_len)
+        if ctx.rank == 0 and isinstance(source, HfReader):
+            source.check_spare_head()
+    except EngineError as fault:
+        error = fault
+    raise_together(error, ctx.world, ctx.device)
+    assert source is not None
+    with source:
+        load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
+    state.optimizer.publish()
 
 
 def find_resume(cfg: Config) -> str:
@@ -272,6 +298,10 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     source = on_first_rank(lambda: find_resume(cfg), ctx.world, ctx.device)
     if source:
         resume(state, Path(source), data.facts, storage_of(cfg.checkpoint.secret))
+    elif cfg.checkpoint.init:
+        start_from(state, Path(cfg.checkpoint.init))
+        if ctx.rank == 0:
+            copy_beside(Path(cfg.checkpoint.init), run_dir)
     evaluator = None
     if cfg.data.valid:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import signal
@@ -100,6 +101,76 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "Nearest: 8.",
     ),
     "odd head": ({"model.head_dim": 31}, 1, "model.head_dim", "is odd, but RoPE rotates pairs", "Use 32."),
+    "part of a head": (
+        {"model.rotary_fraction": 0.3},
+        1,
+        "model.rotary_fraction",
+        "of head_dim 32 rotates 9 values, but RoPE rotates pairs",
+        "Use 0.3125.",
+    ),
+    "rope scaling of learned positions": (
+        {"model.positions": "learned", "model.rope_scaling": "linear"},
+        1,
+        "model.rope_scaling",
+        "belongs to rotary positions, but model.positions is learned",
+        "Leave it out.",
+    ),
+    "rope factor": (
+        {"model.rope_factor": 8.0},
+        1,
+        "model.rope_factor",
+        "has no meaning for model.rope_scaling none",
+        "Leave it out, or use linear or llama3 or yarn.",
+    ),
+    "llama3 bounds": (
+        {"model.rope_scaling": "llama3", "model.rope_low_freq_factor": 4.0},
+        1,
+        "model.rope_low_freq_factor",
+        "is not below model.rope_high_freq_factor = 4",
+        "Llama 3 has 1 and 4.",
+    ),
+    "yarn bounds": (
+        {"model.rope_scaling": "yarn", "model.rope_beta_slow": 40.0},
+        1,
+        "model.rope_beta_slow",
+        "is not below model.rope_beta_fast = 32",
+        "The usual values are 1 and 32.",
+    ),
+    "norm offset": (
+        {"model.norm": "layernorm", "model.norm_offset": True},
+        1,
+        "model.norm_offset",
+        "has no meaning for model.norm layernorm",
+        "Leave it out.",
+    ),
+    "span of qk norm": (
+        {"model.qk_norm_span": "projection"},
+        1,
+        "model.qk_norm_span",
+        "has no meaning without model.qk_norm",
+        "Leave it out, or set model.qk_norm true.",
+    ),
+    "weights of another model": (
+        {"checkpoint.init": "hf", "model.ffn_size": 64},
+        1,
+        "model.ffn_size",
+        "(command line), but the weights of checkpoint.init have 48",
+        "Leave it out.",
+    ),
+    "no weights": (
+        {"checkpoint.init": "none"},
+        1,
+        "checkpoint.init",
+        "neither a Hugging Face folder (config.json) nor a checkpoint is here",
+        "Give a folder with weights.",
+    ),
+    "weights of an impossible model": (
+        {"checkpoint.init": "bad"},
+        1,
+        "bad/config.json: model.ffn_size",
+        "Input should be greater than or equal to 1",
+        "The folder is damaged",
+    ),
     "tensor and heads": (
         {"model.num_heads": 6, "model.num_kv_heads": 2, "model.head_dim": 32, "parallel.tensor": 4},
         4,
@@ -319,12 +390,17 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
 
 @pytest.fixture
 def plans(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan files that a parallel.schedule can name, and blends for data.train."""
+    """Plan files that a parallel.schedule can name, blends for data.train, folders for checkpoint.init."""
     folder = tmp_path_factory.mktemp("plans")
     (folder / "none.plan").write_text("rank 0: 0F0\n")
     (folder / "two.plan").write_text(str(build("1f1b", 2, 1, 3)))
     for name, fim in (("plain", "false"), ("fim", "true")):
         (folder / f"{name}.toml").write_text(f'[[source]]\nprefix = "a"\nweight = 1\nfim = {fim}\n')
+    for name, ffn_size in (("hf", 48), ("bad", -48)):
+        facts: dict[str, Any] = {"hidden_size": 256, "intermediate_size": ffn_size, "num_hidden_layers": 4}
+        facts |= {"model_type": "llama", "num_attention_heads": 8, "vocab_size": 4096}
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(facts))
     monkeypatch.chdir(folder)
 
 
@@ -523,6 +599,13 @@ def test_world_none_takes_what_the_degrees_need() -> None:
         ("llama-3-8b", 8_030_261_248),
         ("mistral-7b", 7_248_023_552),
         ("qwen3-8b", 8_190_735_360),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("gemma-7b", 8_537_680_896),
+        ("olmo-2-7b", 7_298_617_344),
+        ("phi-3-mini", 3_821_079_552),
+        ("gpt2", 124_439_808),
+        ("pythia-6.9b", 6_857_302_016),
         ("tiny", None),
         ("micro", None),
     ],
@@ -533,13 +616,13 @@ def test_presets_have_the_published_sizes(preset: str, parameters: int | None) -
         assert getattr(cfg.model, key) == value
     if parameters is not None:
         assert num_parameters(cfg.model) == parameters
-        assert num_parameters(cfg.model.model_copy(update={"tie_embeddings": True})) == (
-            parameters - cfg.model.vocab_size * cfg.model.hidden_size
-        )
+        other = cfg.model.model_copy(update={"tie_embeddings": not cfg.model.tie_embeddings})
+        matrix = cfg.model.vocab_size * cfg.model.hidden_size
+        assert num_parameters(other) == parameters + (matrix if cfg.model.tie_embeddings else -matrix)
 
 
 def test_every_preset_is_tested_and_has_only_known_keys() -> None:
-    assert len(PRESETS) == 6
+    assert len(PRESETS) == 13
     for values in PRESETS.values():
         assert values.keys() <= ModelConfig.model_fields.keys()
 

@@ -31,7 +31,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.checkpoint.seal import SEALED, SIGNED
 from engine.checkpoint.storage import DISK, Storage, read_file
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block
-from engine.checkpoint.tensorfile import write_safetensors as write_safetensors
 from engine.errors import CheckpointError, SecretError, WrongSecretError
 
 SCHEMA = 2

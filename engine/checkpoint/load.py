@@ -3,17 +3,21 @@
 What is read proves itself: bytes come in blocks of whole rows, each compared with its digest before it is used, so that
 nothing is read twice and nothing unread is paid for. A block that is wanted whole goes straight into the tensor.
 Memory beyond the tensors to fill: one block a thread.
+
+A `Source` is whatever holds canonical tensors: one of our checkpoints (`Reader`), a Hugging Face folder (hf.HfReader).
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,34 +43,57 @@ from engine.sharding import Piece
 _THREADS = 2  # reads under way at once on one rank: one waits, one digests; more disturb the kernel's reading ahead
 
 
-class Reader:
-    """Reads rectangles of canonical tensors from one checkpoint folder. A context manager; files open on first use.
+class Entry(Protocol):
+    """A canonical tensor: global shape, dtype name of safetensors."""
 
-    Raises CheckpointError for a folder whose manifest is not right or that holds files of something else.
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class Rectangle(Protocol):
+    """A part of a tensor: where it begins, and its shape."""
+
+    @property
+    def offset(self) -> tuple[int, ...]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+E = TypeVar("E", bound=Entry)
+R = TypeVar("R", bound=Rectangle)
+
+
+class Source(ABC, Generic[E]):
+    """Rectangles of canonical tensors from one folder. A context manager; files open on first use.
+
+    entries: kind -> canonical name -> what is there.
     """
 
-    def __init__(self, folder: Path, storage: Storage = DISK):
-        self.folder, self._storage = folder, storage
-        self.manifest: Manifest = read_manifest(folder, storage)
-        if others := strangers(folder, self.manifest, storage):
-            raise CheckpointError(
-                f"{folder / others[0]}: does not belong to this checkpoint (of {len(others)} such files the first); "
-                "move it away, or take another checkpoint"
-            )
-        self._open: dict[str, TensorFile] = {}
-        self._lock = threading.Lock()
+    def __init__(self, folder: Path, entries: Mapping[str, Mapping[str, E]]):
+        self.folder, self.entries = folder, entries
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the files back."""
+
+    def verify(self, *, part: int = 0, parts: int = 1) -> None:
+        """Raise CheckpointError for damage that reading does not show, in files number part, part + parts, ..."""
+
+    @abstractmethod
+    def _works(self, name: str, entry: E, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+        """The work of filling `out` with a rectangle that lies inside the tensor."""
 
     def names(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Canonical name -> global shape of all tensors of a kind."""
-        return {name: entry.shape for name, entry in self.manifest.tensors.get(kind, {}).items()}
+        return {name: entry.shape for name, entry in self.entries.get(kind, {}).items()}
 
     def read(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A rectangle of a tensor, put together from whatever rectangles hold it, in its stored dtype.
@@ -80,7 +107,7 @@ class Reader:
 
     def whole(self, kind: str, name: str) -> Tensor:
         """A whole canonical tensor."""
-        shape = self.names(kind)[name]
+        shape = self._entry(kind, name).shape
         return self.read(kind, name, (0,) * len(shape), shape)
 
     def blocks(self, kind: str, name: str, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
@@ -94,22 +121,60 @@ class Reader:
                 f"{self.folder}: {name} has shape {list(entry.shape)}, but rows {offset}+{shape} are wanted; "
                 "it is of another model"
             )
-        found = [(part, *_common(offset, shape, part)) for part in entry.slices]
-        found = [(part, low, high) for part, low, high in found if all(a < b for a, b in zip(low, high))]
-        covered = sum(math.prod(b - a for a, b in zip(low, high)) for _, low, high in found)
-        if covered != out.numel() or _overlap([(low, high) for _, low, high in found]):
-            raise CheckpointError(f"{self.folder}: {kind} {name}: {covered} of {out.numel()} values are there; damaged")
-        size = self.manifest.block_bytes or 16 << 20
-        for part, low, high in found:
-            rows = rows_per_block(part.shape, DTYPES[entry.dtype].itemsize, size)
-            for block in range((low[0] - part.offset[0]) // rows, -(-(high[0] - part.offset[0]) // rows)):
-                yield partial(self._fill, out, offset, entry, part, low, high, block, size)
+        yield from self._works(f"{kind} {name}", entry, offset, out)
 
-    def _entry(self, kind: str, name: str) -> TensorEntry:
-        entry = self.manifest.tensors.get(kind, {}).get(name)
+    def _entry(self, kind: str, name: str) -> E:
+        entry = self.entries.get(kind, {}).get(name)
         if entry is None:
             raise CheckpointError(f"{self.folder}: holds no {kind} tensor {name}; it is of another model")
         return entry
+
+    def _meeting(
+        self, name: str, parts: Iterable[R], offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> list[tuple[R, list[int], list[int]]]:
+        """The parts that hold something of a wanted rectangle, and where they do: [low, high), global.
+
+        Raises CheckpointError unless every value of it is there once.
+        """
+        found = [(part, *_common(offset, shape, part)) for part in parts]
+        found = [(part, low, high) for part, low, high in found if all(a < b for a, b in zip(low, high))]
+        covered = sum(math.prod(b - a for a, b in zip(low, high)) for _, low, high in found)
+        if covered != math.prod(shape) or _overlap([(low, high) for _, low, high in found]):
+            raise CheckpointError(f"{self.folder}: {name}: {covered} of {math.prod(shape)} values are there; damaged")
+        return found
+
+
+class Reader(Source[TensorEntry]):
+    """The source that one of our checkpoints is.
+
+    Raises CheckpointError for a folder whose manifest is not right or that holds files of something else.
+    """
+
+    def __init__(self, folder: Path, storage: Storage = DISK):
+        self._storage = storage
+        self.manifest: Manifest = read_manifest(folder, storage)
+        if others := strangers(folder, self.manifest, storage):
+            raise CheckpointError(
+                f"{folder / others[0]}: does not belong to this checkpoint (of {len(others)} such files the first); "
+                "move it away, or take another checkpoint"
+            )
+        super().__init__(folder, self.manifest.tensors)
+        self._open: dict[str, TensorFile] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _works(
+        self, name: str, entry: TensorEntry, offset: tuple[int, ...], out: Tensor
+    ) -> Iterator[Callable[[], None]]:
+        size = self.manifest.block_bytes or 16 << 20
+        for part, low, high in self._meeting(name, entry.slices, offset, tuple(out.shape)):
+            rows = rows_per_block(part.shape, DTYPES[entry.dtype].itemsize, size)
+            for block in range((low[0] - part.offset[0]) // rows, -(-(high[0] - part.offset[0]) // rows)):
+                yield partial(self._fill, out, offset, entry, part, low, high, block, size)
 
     def _fill(
         self,
@@ -165,7 +230,7 @@ class Reader:
             raise CheckpointError(f"{path}: {error.strerror or error}; take another checkpoint") from None
 
 
-def _common(offset: tuple[int, ...], shape: tuple[int, ...], part: Slice) -> tuple[list[int], list[int]]:
+def _common(offset: tuple[int, ...], shape: tuple[int, ...], part: Rectangle) -> tuple[list[int], list[int]]:
     """Where a wanted rectangle and a stored one meet: [low, high), empty where low >= high in some dim."""
     low = [max(a, b) for a, b in zip(offset, part.offset)]
     return low, [min(a + n, b + k) for a, n, b, k in zip(offset, shape, part.offset, part.shape)]
@@ -183,11 +248,12 @@ def _overlap(rectangles: list[tuple[list[int], list[int]]]) -> bool:
     return False
 
 
-def load_into(reader: Reader, states: Iterable[Held], ctx: ParallelContext) -> None:
+def load_into(reader: Source[Any], states: Iterable[Held], ctx: ParallelContext) -> None:
     """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all."""
     error: EngineError | None = None
     pool = ThreadPoolExecutor(_THREADS, "load")
     try:
+        reader.verify(part=ctx.rank, parts=ctx.world.size)
         for done in [pool.submit(_without_grad, work) for held in states for work in _works(reader, held, ctx)]:
             done.result()
     except EngineError as fault:
@@ -202,7 +268,7 @@ def _without_grad(work: Callable[[], None]) -> None:
         work()
 
 
-def _works(reader: Reader, held: Held, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
+def _works(reader: Source[Any], held: Held, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
     pieces = [
         (piece, *rectangle)
         for piece in held.param.spec.pieces(ctx)
@@ -216,8 +282,8 @@ def _works(reader: Reader, held: Held, ctx: ParallelContext) -> Iterator[Callabl
         yield from reader.blocks(held.kind, piece.name, offset, held.flat[begin : begin + math.prod(shape)].view(shape))
 
 
-def _refuse_another_shape(reader: Reader, held: Held, piece: Piece) -> None:
-    entry = reader.manifest.tensors.get(held.kind, {}).get(piece.name)
+def _refuse_another_shape(reader: Source[Any], held: Held, piece: Piece) -> None:
+    entry = reader.entries.get(held.kind, {}).get(piece.name)
     have = piece.global_shape if entry is None else entry.shape  # that it is missing is told when it is read
     if have != piece.global_shape:
         raise CheckpointError(

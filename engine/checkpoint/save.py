@@ -37,15 +37,15 @@ from engine.checkpoint.format import (
     TensorEntry,
     file_damages,
     step_dir,
-    write_safetensors,
 )
 from engine.checkpoint.retention import commit, forget_old, set_aside_newer, tidy
 from engine.checkpoint.staging import Staging
 from engine.checkpoint.storage import DISK, Storage, make_folders, remove_tree
-from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES
+from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, write_safetensors
 from engine.comm import all_reduce_, gather_json, on_first_rank
 from engine.context import ParallelContext
 from engine.errors import CheckpointError
+from engine.layout import Layout
 from engine.optim.adamw import Held
 
 _LOOK_S = 0.05  # a rank that waits for its own thread looks at the others so often
@@ -236,7 +236,7 @@ class Saver:
 
     def _prove(self, part: dict[str, Any], file: Path) -> None:
         """Read the file back: older checkpoints may go only when this one is known to be good."""
-        alone = manifest_of([part], self.ctx, 0, _NO_FACTS, self._block_bytes)
+        alone = manifest_of([part], self.ctx.layout, 0, _NO_FACTS, self._block_bytes)
         for damage in file_damages(file, alone, self._storage, fresh=True):
             raise CheckpointError(
                 f"checkpoint not saved: what was written reads back differently: {damage}; the disk or the memory of "
@@ -245,7 +245,7 @@ class Saver:
 
     def _commit(self, save: _Save, parts: list[dict[str, Any]]) -> list[str]:
         """Rank 0: make it a checkpoint, then clean up. Returns notes."""
-        manifest = manifest_of(parts, self.ctx, save.step, save.facts, self._block_bytes)
+        manifest = manifest_of(parts, self.ctx.layout, save.step, save.facts, self._block_bytes)
         data = manifest.encode(self._storage)
         final = step_dir(self.root, save.step)
         try:
@@ -332,9 +332,9 @@ def write_part(
 
 
 def manifest_of(
-    parts: list[dict[str, Any]], ctx: ParallelContext, step: int, facts: dict[str, Any], block_bytes: int
+    parts: list[dict[str, Any]], layout: Layout, step: int, facts: dict[str, Any], block_bytes: int
 ) -> Manifest:
-    """Join what the ranks wrote."""
+    """Join what the ranks of a layout wrote."""
     tensors: dict[str, dict[str, TensorEntry]] = {}
     for part in parts:
         for kind, entries in part["tensors"].items():
@@ -344,5 +344,5 @@ def manifest_of(
                 before = table[name].slices if name in table else ()
                 table[name] = TensorEntry(shape=raw["shape"], dtype=raw["dtype"], slices=before + slices)
     files = {part["file"]: FileEntry(**part["entry"]) for part in parts if "file" in part}
-    layout = {axis: getattr(ctx.layout, axis) for axis in ("tensor", "pipeline", "data", "context")}
-    return Manifest(step=step, tensors=tensors, files=files, layout=layout, block_bytes=block_bytes, **facts)
+    degrees = {axis: getattr(layout, axis) for axis in ("tensor", "pipeline", "data", "context")}
+    return Manifest(step=step, tensors=tensors, files=files, layout=degrees, block_bytes=block_bytes, **facts)

@@ -61,19 +61,66 @@ class ModelConfig(Section):
     head_dim: int = Field(0, ge=0)
     """width of one head; 0: hidden_size / num_heads"""
     ffn_size: int = Field(688, ge=1)
-    """inner width of the SwiGLU MLP"""
+    """inner width of the MLP"""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    """of the MLP; gelu_tanh: GELU by its tanh formula"""
+    gated_mlp: bool = True
+    """activation(gate) * up and three matrices (with silu: SwiGLU); false: activation(up) and two"""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """layernorm has a bias"""
+    norm_eps: float = Field(1e-5, gt=0)
+    """epsilon inside the norms"""
+    norm_offset: bool = False
+    """RMSNorm scales by 1 + weight (Gemma)"""
+    norm_position: Literal["pre", "post"] = "pre"
+    """norm of what goes into attention and MLP; or of what comes out, before it is added (OLMo-2)"""
+    parallel_residual: bool = False
+    """attention and MLP of a block read the same input (GPT-NeoX)"""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys before RoPE"""
+    qk_norm_span: Literal["head", "projection"] = "head"
+    """with qk_norm: over each head (Qwen3), or over all heads together (OLMo-2)"""
+    qkv_bias: bool = False
+    """biases of the query, key and value projections"""
+    attention_out_bias: bool = False
+    """bias of the attention's output projection"""
+    mlp_bias: bool = False
+    """biases of the MLP"""
+    positions: Literal["rope", "learned"] = "rope"
+    """rotary positions, or a learned vector for each of max_seq_len positions (GPT-2)"""
     rope_theta: float = Field(10000.0, gt=0)
     """base of the rotary position angles"""
-    norm_eps: float = Field(1e-5, gt=0)
-    """epsilon inside RMSNorm"""
+    rotary_fraction: float = Field(1.0, gt=0, le=1)
+    """share of a head's width that is rotated, from its beginning (GPT-NeoX)"""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """how the angles are stretched for longer contexts"""
+    rope_factor: float = Field(1.0, ge=1)
+    """with rope_scaling: by how much"""
+    rope_original_seq_len: int = Field(0, ge=0)
+    """llama3, yarn: length of context before stretching; 0: max_seq_len"""
+    rope_low_freq_factor: float = Field(1.0, gt=0)
+    """llama3: angles that turn less often than this over the original context are stretched"""
+    rope_high_freq_factor: float = Field(4.0, gt=0)
+    """llama3: angles that turn more often than this over the original context are left alone"""
+    rope_beta_fast: float = Field(32.0, gt=0)
+    """yarn: angles that turn more often than this over the original context are left alone"""
+    rope_beta_slow: float = Field(1.0, gt=0)
+    """yarn: angles that turn less often than this over the original context are stretched"""
+    rope_attention_factor: float = Field(0.0, ge=0)
+    """yarn: queries and keys are scaled by this; 0: 0.1 ln(rope_factor) + 1"""
+    scale_embeddings: bool = False
+    """multiply embeddings by sqrt(hidden_size) (Gemma)"""
     tie_embeddings: bool = False
     """use the embedding matrix as output head too"""
-    qk_norm: bool = False
-    """RMSNorm on every query and key head before RoPE (Qwen3)"""
     init_std: float = Field(0.02, gt=0)
     """standard deviation of initial weights; projections into the residual get init_std / sqrt(2 * num_layers)"""
     max_seq_len: int = Field(2048, ge=1)
-    """longest sequence the exported model claims to handle"""
+    """longest sequence the exported model claims to handle; the number of learned positions"""
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many values of a head are rotated; 0 where positions are learned. Of a resolved config."""
+        return int(self.head_dim * self.rotary_fraction) if self.positions == "rope" else 0
 
 
 class ParallelConfig(Section):
@@ -469,9 +516,12 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
             f"is not a multiple of model.num_heads = {m.num_heads}",
             f"Use {_divisors_near(m.hidden_size, m.num_heads)}, or set model.head_dim.",
         )
-    head_dim = m.head_dim or m.hidden_size // m.num_heads
-    if head_dim % 2:
-        yield Fault("model.head_dim", head_dim, "is odd, but RoPE rotates pairs", f"Use {head_dim + 1}.")
+    yield from _position_relations(m)
+    if m.norm_offset and m.norm == "layernorm":
+        yield Fault("model.norm_offset", True, "has no meaning for model.norm layernorm", "Leave it out.")
+    if m.qk_norm_span != "head" and not m.qk_norm:
+        repair = "Leave it out, or set model.qk_norm true."
+        yield Fault("model.qk_norm_span", m.qk_norm_span, "has no meaning without model.qk_norm", repair)
     t = cfg.parallel.tensor
     if m.num_heads % t:
         yield Fault(
@@ -494,6 +544,42 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
             f"does not divide model.ffn_size = {m.ffn_size}",
             f"Use model.ffn_size {_divisors_near(m.ffn_size, t)}, or tensor {_nearest_tensor(m, t)}.",
         )
+
+
+_ROPE_SCALES = {  # what each fact of rope_scaling belongs to
+    "rope_factor": ("linear", "llama3", "yarn"),
+    "rope_original_seq_len": ("llama3", "yarn"),
+    "rope_low_freq_factor": ("llama3",),
+    "rope_high_freq_factor": ("llama3",),
+    "rope_beta_fast": ("yarn",),
+    "rope_beta_slow": ("yarn",),
+    "rope_attention_factor": ("yarn",),
+}
+
+
+def _position_relations(m: ModelConfig) -> Iterator[Fault]:
+    head_dim = m.head_dim or m.hidden_size // m.num_heads
+    if m.positions == "learned":
+        for name, of_rope in (("rope_scaling", m.rope_scaling != "none"), ("rotary_fraction", m.rotary_fraction != 1)):
+            if of_rope:
+                relation = "belongs to rotary positions, but model.positions is learned"
+                yield Fault(f"model.{name}", getattr(m, name), relation, "Leave it out.")
+    elif m.rotary_fraction == 1 and head_dim % 2:
+        yield Fault("model.head_dim", head_dim, "is odd, but RoPE rotates pairs", f"Use {head_dim + 1}.")
+    elif not (rotated := int(head_dim * m.rotary_fraction)) or rotated % 2:
+        relation = f"of head_dim {head_dim} rotates {rotated} values, but RoPE rotates pairs"
+        near = max(2, rotated + rotated % 2) / head_dim
+        yield Fault("model.rotary_fraction", m.rotary_fraction, relation, f"Use {near:g}.")
+    for name, kinds in _ROPE_SCALES.items():
+        if m.rope_scaling not in kinds and getattr(m, name) != ModelConfig.model_fields[name].default:
+            relation = f"has no meaning for model.rope_scaling {m.rope_scaling}"
+            yield Fault(f"model.{name}", getattr(m, name), relation, f"Leave it out, or use {' or '.join(kinds)}.")
+    if m.rope_scaling == "llama3" and m.rope_low_freq_factor >= m.rope_high_freq_factor:
+        relation = f"is not below model.rope_high_freq_factor = {m.rope_high_freq_factor:g}"
+        yield Fault("model.rope_low_freq_factor", m.rope_low_freq_factor, relation, "Llama 3 has 1 and 4.")
+    if m.rope_scaling == "yarn" and m.rope_beta_slow >= m.rope_beta_fast:
+        relation = f"is not below model.rope_beta_fast = {m.rope_beta_fast:g}"
+        yield Fault("model.rope_beta_slow", m.rope_beta_slow, relation, "The usual values are 1 and 32.")
 
 
 def _nearest_tensor(m: ModelConfig, to: int) -> int:

@@ -448,8 +448,8 @@ OPTIMIZER = [
         "weight_decay_on_norms",
         "norm weights decay like matrices",
         "engine/model/layers.py",
-        "sum_over=(sum_over,)),), decay=False)",
-        "sum_over=(sum_over,)),))",
+        "ShardSpec((chunk,), init_value=1.0 - offset, decay=False)",
+        "ShardSpec((chunk,), init_value=1.0 - offset)",
         PLAIN,
     ),
     Mutation(

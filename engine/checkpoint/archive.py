@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class StoredTensor:
 
 @dataclass
 class Archive:
-    """One archive: `value` is what data.pkl describes; tensors in it are calls that `tensor` turns into StoredTensors."""
+    """One archive. `value`: what data.pkl describes; tensors in it are calls, which `tensor` makes StoredTensors of."""
 
     where: str
     records: dict[str, Record]
@@ -97,12 +97,12 @@ class Archive:
     @classmethod
     def open(cls, data: memoryview, where: str) -> Archive:
         """Read an archive's table of contents and description. Raises CheckpointError."""
-        if data[:4] != b"PK\x03\x04":
+        if bytes(data[:4]) != b"PK\x03\x04":
             raise CheckpointError(
                 f"{where}: is no zip archive as torch has written since 1.6; load and save it with a newer torch first"
             )
         archive = cls(where, _records(data, where), None)
-        if (order := archive.records.get("byteorder")) is not None and order.data != b"little":
+        if (order := archive.records.get("byteorder")) is not None and bytes(order.data[:8]) != b"little":
             raise CheckpointError(f"{where}: byte order {shown(bytes(order.data[:8]))}; only little is read")
         archive.value = parse(archive.checked("data.pkl"), f"{where}: data.pkl")
         return archive
@@ -131,13 +131,15 @@ class Archive:
         if len(value.args) < 4 or not isinstance(value.args[0], Persistent):
             raise CheckpointError(f"{where}: a tensor without a storage")
         key, dtype = _storage(value.args[0].id, where)
-        offset, shape, strides = value.args[1], sizes(value.args[2], where), sizes(value.args[3], where)
+        offset: object = value.args[1]
+        shape, strides = sizes(value.args[2], where), sizes(value.args[3], where)
         if not is_count(offset) or len(shape) != len(strides):
             raise CheckpointError(f"{where}: shape {list(shape)} with strides {list(strides)} at {shown(offset)}")
         record = self.records.get(f"data/{key}")
+        number = math.prod(shape)
         have = len(record.data) // dtype.itemsize if record else 0
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
-        if record is None or math.prod(shape) > have or (math.prod(shape) and last >= have):
+        if record is None or number > have or (number and last >= have):
             raise CheckpointError(
                 f"{where}: shape {list(shape)}, strides {list(strides)}, offset {offset} needs more than the {have} "
                 f"values of storage {key}; the file is damaged: take another copy"
@@ -145,7 +147,7 @@ class Archive:
         return StoredTensor(self, f"data/{key}", dtype, offset, shape, strides)
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether a value is an integer from 0 to 2^63 - 1."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
@@ -244,5 +246,7 @@ def _member(data: memoryview, member: zipfile.ZipInfo, end: int, where: str) -> 
     if magic != b"PK\x03\x04" or local != member.orig_filename.encode():
         raise CheckpointError(f"{where}: member {name}: no such header at {at}; the archive is damaged")
     if begin + member.file_size > end:
-        raise CheckpointError(f"{where}: member {name} would reach to {begin + member.file_size}, over the end at {end}")
+        raise CheckpointError(
+            f"{where}: member {name} would reach to {begin + member.file_size}, over the end at {end}"
+        )
     return data[begin : begin + member.file_size]

@@ -1,9 +1,9 @@
-"""Checkpoints of torch.distributed.checkpoint (DCP), of which Megatron's `torch_dist` is one, without its pickle reader.
+"""Checkpoints of torch.distributed.checkpoint (DCP), Megatron's `torch_dist` among them, without its pickle reader.
 
     .metadata        a pickle: name -> global shape, dtype and chunks; (name, offset) -> file, position, length
     __R_N.distcp     blobs one after the other, each one chunk as an archive of torch (engine.checkpoint.archive)
 
-`.metadata` is read as inert nodes (engine.checkpoint.symbolic). What it says is believed only as far as it fits: plain file
+`.metadata` is read as inert nodes (engine.checkpoint.symbolic). What it says is believed as far as it fits: plain file
 names in the same folder, ranges inside the files, chunks inside the shapes, blobs of the very shape and dtype.
 """
 
@@ -45,12 +45,12 @@ class DcpFolder:
         self.folder, self.where = folder, str(folder / METADATA)
         root = parse(map_file(folder / METADATA), self.where)
         state = self._state(root, f"{_NAMES} Metadata", "the metadata")
-        self._entries = state.get("state_dict_metadata")
-        places = state.get("storage_data")
-        if not isinstance(self._entries, dict) or not isinstance(places, dict):
+        entries, places = state.get("state_dict_metadata"), state.get("storage_data")
+        if not isinstance(entries, dict) or not isinstance(places, dict):
             raise CheckpointError(f"{self.where}: lists no tensors or no places; it is damaged or not what it seems")
-        if not all(isinstance(name, str) for name in self._entries):
+        if not all(isinstance(name, str) for name in entries):
             raise CheckpointError(f"{self.where}: names a tensor by something that is no text; it is damaged")
+        self._entries: dict[str, Any] = entries
         self._places = self._index(places)
         self._files: dict[str, memoryview] = {}
         self._blobs: dict[_Range, StoredTensor] = {}

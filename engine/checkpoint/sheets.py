@@ -42,7 +42,7 @@ class Sheet:
         covered = 0
         for part in self.parts:
             if len(part.shape) != len(self.shape) or not all(
-                0 <= o and 0 < n and o + n <= size for o, n, size in zip(part.offset, part.shape, self.shape)
+                o >= 0 and n > 0 and o + n <= size for o, n, size in zip(part.offset, part.shape, self.shape)
             ):
                 raise CheckpointError(
                     f"{self.where}: a part of shape {list(part.shape)} at {list(part.offset)} lies outside its shape "

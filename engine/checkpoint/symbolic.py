@@ -1,14 +1,14 @@
 """Pickled bytes as plain data: the opcodes are interpreted here, and nothing that they name is imported or called.
 
 torch's own archives (.pt, .distcp, DCP's .metadata) describe their contents by a pickle. Unpickling runs whatever the
-file says. This reader runs nothing: `pickletools.genops` of the standard library cuts the bytes into opcodes and imports
+file says. This reader runs nothing: `pickletools.genops` of the standard library cuts the bytes into opcodes, importing
 nothing; a small stack machine turns them into numbers, texts, lists, tuples, dicts and three kinds of inert nodes:
 
     Global(module, name)        a name; never looked up
     Call(function, args)        a call or an object; never made. `state`, `items`, `entries`: what was put into it later
     Persistent(id)              a storage that lies beside the pickle
 
-Invariants: every opcode and every global is on a list below, else the file is refused; size, number of opcodes, depth of
+Invariants: every opcode and every global is on a list below, else the file is refused; size, opcodes, depth of
 the stack and length of integers are bounded, so time and memory are too. Values may share parts, or hold themselves:
 who reads them must go only where a known format leads, and show them in messages only through `shown`.
 """
@@ -262,9 +262,9 @@ class _Machine:
             target[key] = value
 
 
-_LITERALS = frozenset(
-    "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES".split()
-)
+_INTEGERS = ("BININT", "BININT1", "BININT2", "LONG1")
+_TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES")
+_LITERALS = frozenset((*_INTEGERS, *_TEXTS, "BINFLOAT"))
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,

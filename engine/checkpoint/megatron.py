@@ -25,37 +25,45 @@ from engine.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A canonical tensor: its shape, and the rows of a sheet that it is."""
+class Located:
+    """A canonical tensor: its shape, the name of its dtype, and the rows of a sheet that it is."""
 
     shape: tuple[int, ...]
+    dtype: str
     sheet: Sheet
     rows: Rows
 
 
 class MegatronSource:
-    """Canonical tensors of a checkpoint. `model`: its ModelConfig; `step`: Megatron's iteration. A context manager."""
+    """Canonical tensors of a checkpoint. `cfg`: its model; `step`: Megatron's iteration. A context manager.
 
-    def __init__(self, folder: Path, model: ModelConfig, step: int, tensors: dict[str, _Tensor]):
-        self.folder, self.model, self.step, self._tensors = folder, model, step, tensors
+    entries: kind -> canonical name -> where it is. Of the model only: optimizer state is not imported.
+    """
+
+    def __init__(self, folder: Path, cfg: ModelConfig, step: int, tensors: dict[str, Located]):
+        self.folder, self.cfg, self.step = folder, cfg, step
+        self.entries = {MODEL: tensors}
 
     def __enter__(self) -> MegatronSource:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._tensors = {}  # the maps go with the last view of them
+        self.entries = {}  # the maps go with the last view of them
+
+    def verify(self, *, part: int = 0, parts: int = 1) -> None:
+        """Compare torch's checksums of every `parts`-th storage, from number `part` on. Raises CheckpointError."""
+        sheets = [entry.sheet for entry in self.entries[MODEL].values()]
+        stored = {(id(x.archive), x.record): x for sheet in sheets for x in (p.stored() for p in sheet.parts)}
+        for tensor in list(stored.values())[part::parts]:
+            tensor.archive.checked(tensor.record)
 
     def names(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> global shape; of the model only: optimizer state is not imported."""
-        return {name: x.shape for name, x in self._tensors.items()} if kind == MODEL else {}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype a tensor is stored in."""
-        return self._tensors[name].sheet.dtype
+        """Canonical name -> global shape of all tensors of a kind."""
+        return {name: entry.shape for name, entry in self.entries.get(kind, {}).items()}
 
     def read(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A rectangle of a tensor in its stored dtype. Raises CheckpointError."""
-        tensor = self._tensors.get(name) if kind == MODEL else None
+        tensor = self.entries.get(kind, {}).get(name)
         if tensor is None:
             raise CheckpointError(f"{self.folder}: holds no {kind} tensor {name}; it is of another model")
         if len(shape) != len(tensor.shape) or any(o + n > size for o, n, size in zip(offset, shape, tensor.shape)):
@@ -89,7 +97,9 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
     facts = model_facts(stored.args, where)
     sheets = stored.sheets(gated=facts["gated_mlp"])
     embedding = sheets.get("embedding.word_embeddings.weight")
-    padded = embedding.shape[0] if embedding else 0
+    if embedding is None or not embedding.shape:
+        raise CheckpointError(f"{where}: embedding.word_embeddings.weight is missing; the folder is not whole")
+    padded = embedding.shape[0]
     facts["vocab_size"] = vocab_size or facts["vocab_size"] or padded
     try:
         model = ModelConfig.model_validate(facts)
@@ -98,11 +108,12 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
         raise CheckpointError(f"{where}: args are of no model: {text}") from None
     if not facts["vocab_size"] <= padded:
         raise CheckpointError(f"{where}: a vocabulary of {facts['vocab_size']}, but the embedding has {padded} rows")
-    if model.tie_embeddings and embedding and (copy := sheets.pop("output_layer.weight", None)):
+    if model.tie_embeddings and (copy := sheets.pop("output_layer.weight", None)):
         require_same(embedding, copy)
-    tensors = {
-        entry.canonical: _Tensor(entry.shape, _take(sheets, entry, where), entry.rows) for entry in table(model, padded)
-    }
+    tensors = {}
+    for entry in table(model, padded):
+        sheet = _take(sheets, entry, where)
+        tensors[entry.canonical] = Located(entry.shape, DTYPE_NAMES[sheet.dtype], sheet, entry.rows)
     used = {id(tensor.sheet) for tensor in tensors.values()}
     if unknown := [name for name, sheet in sheets.items() if id(sheet) not in used]:
         listed = ", ".join(shown(name) for name in unknown[:5]) + (" ..." if len(unknown) > 5 else "")

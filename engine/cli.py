@@ -249,13 +249,15 @@ def _inspect_checkpoint(o: Inspect) -> int:
     from engine.checkpoint.format import find, prove_all
     from engine.checkpoint.inspect import summary, tensor_facts
     from engine.checkpoint.load import Reader
+    from engine.checkpoint.seal import storage_of
 
     console = Console(highlight=False, soft_wrap=True)
-    with Reader(find(Path(o.data))) as reader:
+    storage = storage_of(o.secret)
+    with Reader(find(Path(o.data), storage), storage) as reader:
         for line in summary(reader):
             console.print(line, markup=False)
         if o.verify:
-            prove_all(reader.folder, reader.manifest)
+            prove_all(reader.folder, reader.manifest, storage)
             console.print("every digest is right")
         width = max(map(len, (name for names in reader.manifest.tensors.values() for name in names)), default=0)
         for t in tensor_facts(reader, norms=o.norms):
@@ -322,6 +324,7 @@ def _evaluate(args: list[str]) -> int:
     """validation loss, perplexity and bits per byte of a checkpoint"""
     import tyro
 
+    from engine.checkpoint.seal import storage_of
     from engine.config import layout_of, relations
     from engine.evaluate import evaluate
     from engine.inference import config_of
@@ -334,11 +337,12 @@ def _evaluate(args: list[str]) -> int:
     if wrong := [Fault(k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1]:
         raise ConfigError(wrong)
     env = read_env()
-    cfg = config_of(o.checkpoint, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
+    storage = storage_of(o.secret)
+    cfg = config_of(o.checkpoint, storage, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
     if faults := relations(cfg, env.world):
         raise ConfigError(faults)
     code = run(
-        lambda ctx: evaluate(cfg, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches),
+        lambda ctx: evaluate(cfg, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches, storage),
         env,
         layout_of(cfg),
         num_kv_heads=cfg.model.num_kv_heads,
@@ -353,13 +357,15 @@ def _generate(args: list[str]) -> int:
     """continue a prompt with a checkpoint"""
     import tyro
 
+    from engine.checkpoint.seal import storage_of
     from engine.generate import sample
     from engine.inference import load_model, load_tokenizer
     from engine.options import Generate
 
     o = tyro.cli(Generate, args=args, prog="engine generate")
     _single_process("generate")
-    model, tokenizer = load_model(o.checkpoint), load_tokenizer(o.checkpoint, o.tokenizer)
+    storage = storage_of(o.secret)
+    model, tokenizer = load_model(o.checkpoint, storage), load_tokenizer(o.checkpoint, o.tokenizer, storage)
     print(o.prompt, end="", flush=True)
     for text in sample(
         model,
@@ -376,18 +382,28 @@ def _generate(args: list[str]) -> int:
 
 
 def _import(args: list[str]) -> int:
-    """write a Hugging Face folder as a checkpoint"""
+    """write a Hugging Face folder or a checkpoint of Megatron-LM as a checkpoint"""
     import tyro
 
     from engine.checkpoint.convert import import_folder
+    from engine.checkpoint.seal import storage_of
     from engine.options import Import
 
     o = tyro.cli(Import, args=args, prog="engine import")
     _single_process("import")
     if o.max_seq_len < 0:
         raise ConfigError([Fault("--max-seq-len", o.max_seq_len, "is below 0", "Use 0 for the folder's.")])
+    if o.vocab_size < 0:
+        raise ConfigError([Fault("--vocab-size", o.vocab_size, "is below 0", "Use 0 for the checkpoint's.")])
+    if o.encrypt and not o.secret:
+        raise ConfigError([Fault("--encrypt", True, "needs --secret", "Such as --secret file:/home/me/run.key.")])
     made, notes = import_folder(
-        o.folder, o.output, max_seq_len=o.max_seq_len or None, max_shard_bytes=_shard_bytes(o.shard_mib)
+        o.folder,
+        o.output,
+        max_seq_len=o.max_seq_len or None,
+        vocab_size=o.vocab_size or None,
+        max_shard_bytes=_shard_bytes(o.shard_mib),
+        storage=storage_of(o.secret, encrypt=o.encrypt),
     )
     for note in notes:
         print(f"note: {note}")
@@ -401,18 +417,20 @@ def _export(args: list[str]) -> int:
 
     from engine.checkpoint.convert import export
     from engine.checkpoint.format import find, read_manifest
+    from engine.checkpoint.seal import storage_of
     from engine.inference import compare_with_transformers, config_of, load_tokenizer, tokenizer_folder
     from engine.options import Export
 
     o = tyro.cli(Export, args=args, prog="engine export")
     _single_process("export")
-    cfg, folder = config_of(o.checkpoint), find(o.checkpoint)
-    imported = "exp_avg" not in read_manifest(folder).tensors
+    storage = storage_of(o.secret)
+    cfg, folder = config_of(o.checkpoint, storage), find(o.checkpoint, storage)
+    imported = "exp_avg" not in read_manifest(folder, storage).tensors
     tokenizer: Path | None = None
     eod = None
     try:
-        tokenizer = tokenizer_folder(o.checkpoint, o.tokenizer)
-        eod = load_tokenizer(o.checkpoint, o.tokenizer).eod
+        tokenizer = tokenizer_folder(o.checkpoint, o.tokenizer, storage)
+        eod = load_tokenizer(o.checkpoint, o.tokenizer, storage).eod
     except EngineError as error:
         if o.tokenizer is not None or not imported:
             raise
@@ -424,11 +442,12 @@ def _export(args: list[str]) -> int:
         tokenizer=tokenizer,
         eod=eod,
         max_shard_bytes=_shard_bytes(o.shard_mib),
+        storage=storage,
     )
     files = "config.json, generation_config.json" + (", tokenizer" if tokenizer else "")
     print(f"wrote {o.output}: {family.architecture}, {size:,} bytes of weights, {files}")
     if o.verify:
-        difference, largest = compare_with_transformers(o.checkpoint, o.output)
+        difference, largest = compare_with_transformers(o.checkpoint, o.output, storage)
         print(f"transformers gives the same logits: largest difference {difference:.2e} (largest logit {largest:.2f})")
     return EXIT_OK
 
@@ -440,15 +459,18 @@ def _shard_bytes(mib: float) -> int:
 
 
 def _verify(args: list[str]) -> int:
-    """check every file of a checkpoint against its digest"""
+    """check every file of a checkpoint against its digests"""
     import tyro
 
     from engine.checkpoint.format import find, prove_all, read_manifest
+    from engine.checkpoint.seal import storage_of
     from engine.options import Verify
 
-    folder = find(tyro.cli(Verify, args=args, prog="engine verify").checkpoint)
-    manifest = read_manifest(folder)
-    prove_all(folder, manifest)
+    o = tyro.cli(Verify, args=args, prog="engine verify")
+    storage = storage_of(o.secret)
+    folder = find(o.checkpoint, storage)
+    manifest = read_manifest(folder, storage)
+    prove_all(folder, manifest, storage)
     size = sum(entry.size for entry in manifest.files.values())
     print(f"{folder}: step {manifest.step}, {len(manifest.files)} files, {size:,} bytes, every digest is right")
     return EXIT_OK

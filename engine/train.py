@@ -260,7 +260,7 @@ def start_from(state: TrainState, path: Path) -> None:
     error: EngineError | None = None
     source: Source[Any] | None = None
     try:
-        source = open_source(path, state.cfg.model.max_seq_len)
+        source = open_source(path, state.cfg.model.max_seq_len, storage_of(state.cfg.checkpoint.secret))
         if ctx.rank == 0 and isinstance(source, HfReader):
             source.check_spare_head()
     except EngineError as fault:

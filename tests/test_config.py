@@ -86,6 +86,20 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "is not a multiple of model.num_heads = 8",
         "Use 256 or 264, or set model.head_dim.",
     ),
+    "encryption without a secret": (
+        {"checkpoint.encrypt": True},
+        1,
+        "checkpoint.encrypt",
+        "needs checkpoint.secret",
+        "Such as file:/home/me/run.key.",
+    ),
+    "the secret itself": (
+        {"checkpoint.secret": "hunter2"},
+        1,
+        "checkpoint.secret",
+        "is neither file:PATH nor env:NAME",
+        "Give where the secret is, never the secret itself.",
+    ),
     "keep_every alone": (
         {"checkpoint.keep_every": 10},
         1,

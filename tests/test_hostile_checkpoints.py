@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from engine.checkpoint import archive, symbolic
-from engine.checkpoint.archive import Archive
-from engine.checkpoint.megatron import open_megatron
-from engine.checkpoint.symbolic import Call, Global, parse
+from engine.checkpoint.megatron.archive import Archive
+from engine.checkpoint.megatron.source import open_megatron
+from engine.checkpoint.megatron.symbolic import Call, Global, parse
 from engine.errors import CheckpointError
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.serialization import set_crc32_options
 
 from engine.checkpoint.load import load_into
-from engine.checkpoint.megatron import MegatronSource, open_megatron
+from engine.checkpoint.megatron.source import MegatronSource, open_megatron
 from engine.config import ModelConfig
 from engine.context import make_context
 from engine.errors import CheckpointError
@@ -243,5 +243,5 @@ def test_a_model_is_filled_from_it(tmp_path: Path) -> None:
     with open_megatron(tmp_path) as source:
         alone = make_context(Layout(1), 0, num_kv_heads=source.cfg.num_kv_heads, dtype=torch.float32)
         model = Transformer(source.cfg, alone, StageShape(range(4), True, True))
-        load_into(source, (Held("model", p, 0, p.data.view(-1)) for p in parameters(model)), alone, verify=False)
+        load_into(source, (Held("model", p, 0, p.data.view(-1)) for p in parameters(model)), alone)
     assert torch.equal(model.layers["3"].attention.qkv.weight[:24], wanted["layers.3.attention.q.weight"])

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: `import_folder` and `export`. CPU, one process, streaming.
+"""Weights of others in, Hugging Face folders out: `import_folder` and `export`. CPU, one process, streaming.
 
 In memory at any time: one shard of what is written and one tensor. Both write under a temporary name and rename at the
 end. What of a folder is not the model (token ids, dropout rates, generation settings) lies beside the checkpoints of a
@@ -22,13 +22,15 @@ from engine.checkpoint.format import MODEL, find, step_dir
 from engine.checkpoint.hf import CONFIG, INDEX, HfReader, assembled, contents, places
 from engine.checkpoint.lineage import code_versions
 from engine.checkpoint.load import Reader, Source
+from engine.checkpoint.megatron.files import is_megatron
+from engine.checkpoint.megatron.source import MegatronSource, open_megatron
 from engine.checkpoint.retention import commit, tidy
 from engine.checkpoint.save import manifest_of, write_part
 from engine.checkpoint.storage import DISK, Storage, make_folders
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, write_safetensors
 from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, model_config, relations
 from engine.data.tokenizer import Tokenizer
-from engine.errors import CheckpointError, ConfigError, DataError
+from engine.errors import CheckpointError, ConfigError, DataError, SecretError
 from engine.families import FAMILIES, HARMLESS, Family
 from engine.files import sync_folder, write_synced
 from engine.hf_config import read_config, read_json, write_config
@@ -51,9 +53,29 @@ TOKENIZER_FILES = (
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
+Importable = HfReader | MegatronSource
+
+
+def open_foreign(path: Path, max_seq_len: int | None = None, vocab_size: int | None = None) -> Importable:
+    """The weights of a Hugging Face folder, or of a checkpoint of Megatron-LM (vocab_size: without its padding)."""
+    if is_megatron(path):
+        return open_megatron(path, vocab_size)
+    return HfReader(path, max_seq_len)
+
+
 def open_source(path: Path, max_seq_len: int | None = None, storage: Storage = DISK) -> Source[Any]:
-    """The weights of a Hugging Face folder, or of one of our checkpoints or run folders."""
-    return HfReader(path, max_seq_len) if (path / CONFIG).exists() else Reader(find(path, storage), storage)
+    """The weights of a Hugging Face folder, or of one of our checkpoints or run folders, signed or not.
+
+    storage: with the secret of one that is signed.
+    """
+    if (path / CONFIG).exists():
+        return HfReader(path, max_seq_len)
+    try:
+        return Reader(find(path))
+    except SecretError:
+        if storage is DISK:
+            raise
+        return Reader(find(path, storage), storage)
 
 
 def copy_beside(source: Path, run: Path) -> None:
@@ -72,18 +94,22 @@ def import_folder(
     out: Path,
     *,
     max_seq_len: int | None = None,
+    vocab_size: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     storage: Storage = DISK,
 ) -> tuple[Path, list[str]]:
-    """Write a Hugging Face folder as a run folder with one checkpoint of step 0; returns that, and notes in words.
+    """Write what `open_foreign` opens as a run folder with one checkpoint of step 0; returns that, and notes in words.
 
     The tensors keep their dtypes and bits. Raises ConfigError or CheckpointError for whatever the engine does not have.
     """
     if (out / "checkpoints").exists():
         raise CheckpointError(f"{out}: holds checkpoints already; choose another folder")
-    with HfReader(folder, max_seq_len) as reader:
-        reader.check_spare_head()
-        notes = [*reader.described.notes, *_copy_tokenizer(folder, out / "tokenizer")]
+    with open_foreign(folder, max_seq_len, vocab_size) as reader:
+        reader.verify()
+        notes, architecture = _copy_tokenizer(folder, out / "tokenizer"), "megatron"
+        if isinstance(reader, HfReader):
+            reader.check_spare_head()
+            notes, architecture = [*reader.described.notes, *notes], reader.described.family.architecture
         dtypes = {entry.dtype for entry in reader.entries[MODEL].values()}
         config = _run_config(reader.cfg, out, _PRECISIONS[max(dtypes, key=lambda name: DTYPES[name].itemsize)])
         root, final = out / "checkpoints", step_dir(out / "checkpoints", 0)
@@ -99,16 +125,17 @@ def import_folder(
             "consumed_samples": 0,
             "consumed_tokens": 0,
             "config": config.model_dump(),
-            "data": {"imported_from": str(folder), "architecture": reader.described.family.architecture},
+            "data": {"imported_from": str(folder), "architecture": architecture},
             "versions": code_versions(),
         }
         manifest = manifest_of(parts, Layout(), 0, facts, BLOCK_BYTES)
-        copy_beside(folder, out)
+        if isinstance(reader, HfReader):
+            copy_beside(folder, out)
         commit(storage, temporary, final, manifest.encode(storage))
     return final, notes
 
 
-def _write_shard(reader: HfReader, storage: Storage, file: Path, names: list[str]) -> dict[str, Any]:
+def _write_shard(reader: Importable, storage: Storage, file: Path, names: list[str]) -> dict[str, Any]:
     """Write these tensors, whole, as one file of a checkpoint; what its manifest needs to know of it."""
     tensors = {f"{MODEL}/{name}": reader.whole(MODEL, name) for name in names}
     index = {

@@ -1,9 +1,9 @@
 """Checkpoints of torch.distributed.checkpoint (DCP), Megatron's `torch_dist` among them, without its pickle reader.
 
     .metadata        a pickle: name -> global shape, dtype and chunks; (name, offset) -> file, position, length
-    __R_N.distcp     blobs one after the other, each one chunk as an archive of torch (engine.checkpoint.archive)
+    __R_N.distcp     blobs one after the other, each one chunk as an archive of torch (`archive`)
 
-`.metadata` is read as inert nodes (engine.checkpoint.symbolic). What it says is believed as far as it fits: plain file
+`.metadata` is read as inert nodes (`symbolic`). What it says is believed as far as it fits: plain file
 names in the same folder, ranges inside the files, chunks inside the shapes, blobs of the very shape and dtype.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.archive import Archive, StoredTensor, is_count, map_file, sizes
-from engine.checkpoint.sheets import Part, Sheet
-from engine.checkpoint.symbolic import Call, Global, is_call, parse, shown
+from engine.checkpoint.megatron.archive import Archive, StoredTensor, is_count, map_file, sizes
+from engine.checkpoint.megatron.sheets import Part, Sheet
+from engine.checkpoint.megatron.symbolic import Call, Global, is_call, parse, shown
 from engine.errors import CheckpointError
 
 METADATA = ".metadata"

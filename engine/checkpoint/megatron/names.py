@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine.checkpoint.symbolic import shown
+from engine.checkpoint.megatron.symbolic import shown
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 

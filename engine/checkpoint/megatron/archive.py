@@ -1,6 +1,6 @@
 """torch's zip archives (.pt files, and the blobs inside .distcp files), mapped, without unpickling.
 
-An archive holds NAME/data.pkl, the description (read by engine.checkpoint.symbolic), and NAME/data/N, raw little-endian
+An archive holds NAME/data.pkl, the description (read by `symbolic`), and NAME/data/N, raw little-endian
 storages, stored uncompressed. Everything that a file claims (sizes, offsets, shapes, strides) is compared with what is
 there, in Python's integers, before a byte is read. Storages stay mapped: reading a rectangle copies that rectangle.
 Checksums: torch writes each storage's CRC-32 (0 where that was turned off) and does not look at it when it loads; here
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.symbolic import Call, Global, Persistent, is_call, parse, shown
+from engine.checkpoint.megatron.symbolic import Call, Global, Persistent, is_call, parse, shown
 from engine.errors import CheckpointError
 
 MAX_DIRECTORY_BYTES = 16 << 20  # of an archive's table of contents: some 200,000 storages

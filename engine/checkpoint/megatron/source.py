@@ -7,19 +7,22 @@ model cannot compute is refused by its name in args; so is a tensor that has no 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine.checkpoint.format import DTYPE_NAMES, MODEL
-from engine.checkpoint.megatron_files import open_stored, require_same
-from engine.checkpoint.megatron_names import Entry, Rows, model_facts, table
-from engine.checkpoint.sheets import Sheet
-from engine.checkpoint.symbolic import shown
+from engine.checkpoint.format import MODEL
+from engine.checkpoint.load import Source
+from engine.checkpoint.megatron.files import open_stored, require_same
+from engine.checkpoint.megatron.names import Entry, Rows, model_facts, table
+from engine.checkpoint.megatron.sheets import Sheet
+from engine.checkpoint.megatron.symbolic import shown
+from engine.checkpoint.tensorfile import DTYPE_NAMES
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 
@@ -34,20 +37,17 @@ class Located:
     rows: Rows
 
 
-class MegatronSource:
-    """Canonical tensors of a checkpoint. `cfg`: its model; `step`: Megatron's iteration. A context manager.
+class MegatronSource(Source[Located]):
+    """The source that one of Megatron's checkpoints is. `cfg`: its model; `step`: its iteration.
 
-    entries: kind -> canonical name -> where it is. Of the model only: optimizer state is not imported.
+    Of the model only: optimizer state is not imported.
     """
 
     def __init__(self, folder: Path, cfg: ModelConfig, step: int, tensors: dict[str, Located]):
-        self.folder, self.cfg, self.step = folder, cfg, step
-        self.entries = {MODEL: tensors}
+        super().__init__(folder, {MODEL: tensors})
+        self.cfg, self.step = cfg, step
 
-    def __enter__(self) -> MegatronSource:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def close(self) -> None:
         self.entries = {}  # the maps go with the last view of them
 
     def verify(self, *, part: int = 0, parts: int = 1) -> None:
@@ -57,32 +57,19 @@ class MegatronSource:
         for tensor in list(stored.values())[part::parts]:
             tensor.archive.checked(tensor.record)
 
-    def names(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> global shape of all tensors of a kind."""
-        return {name: entry.shape for name, entry in self.entries.get(kind, {}).items()}
-
-    def read(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A rectangle of a tensor in its stored dtype. Raises CheckpointError."""
-        tensor = self.entries.get(kind, {}).get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.folder}: holds no {kind} tensor {name}; it is of another model")
-        if len(shape) != len(tensor.shape) or any(o + n > size for o, n, size in zip(offset, shape, tensor.shape)):
-            raise CheckpointError(
-                f"{self.folder}: {name} has shape {list(tensor.shape)}, but rows {offset}+{shape} are wanted"
-            )
-        out, rows = torch.empty(shape, dtype=tensor.sheet.dtype), tensor.rows
-        done = 0
-        while done < shape[0]:
+    def _works(self, name: str, entry: Located, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+        rows, done = entry.rows, 0
+        while done < out.shape[0]:
             run, inside = divmod(offset[0] + done, rows.each)
-            number = min(rows.each - inside, shape[0] - done)
-            tensor.sheet.read_into(out[done : done + number], (run * rows.period + rows.first + inside, *offset[1:]))
+            number = min(rows.each - inside, out.shape[0] - done)
+            at = (run * rows.period + rows.first + inside, *offset[1:])
+            yield partial(self._fill, out[done : done + number], entry.sheet, at)
             done += number
-        return out
 
-    def whole(self, kind: str, name: str) -> Tensor:
-        """A whole canonical tensor."""
-        shape = self.names(kind)[name]
-        return self.read(kind, name, (0,) * len(shape), shape)
+    def _fill(self, target: Tensor, sheet: Sheet, at: tuple[int, ...]) -> None:
+        block = torch.empty(target.shape, dtype=sheet.dtype)
+        sheet.read_into(block, at)
+        target.copy_(block)
 
 
 def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:

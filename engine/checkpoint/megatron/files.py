@@ -4,7 +4,7 @@
     iter_XXXXXXX/                        `torch_dist`: a DCP folder with common.pt (args) and metadata.json
       mp_rank_TT[_PPP]/model_optim_rng.pt    legacy: one archive a rank; matrices cut over T, layers over P
 
-Both become sheets (engine.checkpoint.sheets) of global tensors, one a layer: `decoder.layers.N.mlp.linear_fc1.weight`.
+Both become sheets (`sheets`) of global tensors, one a layer: `decoder.layers.N.mlp.linear_fc1.weight`.
 A gated fc1 is all of gate, then all of up, as `torch_dist` has it; legacy files hold both halves of each tensor rank.
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.archive import Archive, StoredTensor, map_file
-from engine.checkpoint.dcp import METADATA, DcpFolder
-from engine.checkpoint.megatron_names import Values
-from engine.checkpoint.sheets import Part, Sheet
-from engine.checkpoint.symbolic import is_call, mapping, shown
+from engine.checkpoint.megatron.archive import Archive, StoredTensor, map_file
+from engine.checkpoint.megatron.dcp import METADATA, DcpFolder
+from engine.checkpoint.megatron.names import Values
+from engine.checkpoint.megatron.sheets import Part, Sheet
+from engine.checkpoint.megatron.symbolic import is_call, mapping, shown
 from engine.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -59,6 +59,11 @@ class Stored:
         if isinstance(self.source, DcpFolder):
             return _dcp_sheets(self.source)
         return _legacy_sheets(self.source, gated)
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether a folder looks like one that Megatron-LM saved."""
+    return any((path / name).exists() for name in (TRACKER, METADATA, FORMAT)) or any(path.glob("mp_rank_*"))
 
 
 def open_stored(path: Path) -> Stored:

@@ -431,7 +431,7 @@ def test_each_fault_is_said_in_full(case: str) -> None:
     (fault,) = faults_of(overrides, world)
     assert fault.path == path
     assert relation in fault.relation and repair in fault.repair
-    if path in overrides:
+    if path in overrides and fault.value != "...":  # a secret is never shown
         assert str(fault.value) == str(overrides[path])
     assert str(fault) == f"{path} = {fault.value!r}: {fault.relation}. {fault.repair}"
 

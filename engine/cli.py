@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from engine.options import Clean, Schedule
+    from engine.options import Inspect, Schedule
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,12 +55,13 @@ def _prepare(args: list[str]) -> int:
     import tyro
 
     from engine.data.prepare import prepare
+    from engine.faults import prepare_faults
     from engine.monitor.prepared import prepare_progress, show_prepared
     from engine.options import Prepare
 
     o = tyro.cli(Prepare, args=args, prog="engine prepare")
-    if o.workers < 0:
-        raise ConfigError([Fault("--workers", o.workers, "is below 0", "Use 0 for one a core.")])
+    if faults := list(prepare_faults(o)):
+        raise ConfigError(faults)
     if o.workers:
         from engine.launch import limit_encoder_threads
 
@@ -98,12 +99,13 @@ def _clean(args: list[str]) -> int:
     from engine.data.clean import clean
     from engine.data.cleaner import Rules
     from engine.data.ngrams import MinHash
+    from engine.faults import clean_faults
     from engine.monitor.clean import show_clean_report
     from engine.monitor.prepared import prepare_progress
     from engine.options import Clean
 
     o = tyro.cli(Clean, args=args, prog="engine clean")
-    if faults := list(_clean_faults(o)):
+    if faults := list(clean_faults(o)):
         raise ConfigError(faults)
     executor_options: dict[str, Any] = {"workers": o.workers or (os.cpu_count() or 1 if o.executor == "local" else -1)}
     if o.executor == "slurm":
@@ -145,25 +147,6 @@ def _clean(args: list[str]) -> int:
     return EXIT_OK
 
 
-def _clean_faults(o: Clean) -> Iterator[Fault]:
-    """What is wrong with the options of `engine clean`."""
-    counts = {
-        "--tasks": (o.tasks, 1),
-        "--workers": (o.workers, 0),
-        "--decontaminate-words": (o.decontaminate_words, 1),
-        "--minhash-bands": (o.minhash_bands, 0),
-        "--minhash-rows": (o.minhash_rows, 1),
-        "--minhash-words": (o.minhash_words, 1),
-    }
-    for option, (value, least) in counts.items():
-        if value < least:
-            yield Fault(option, value, f"is below {least}", f"Use {least} or more.")
-    if not 0 <= o.language_threshold <= 1:
-        yield Fault("--language-threshold", o.language_threshold, "is no probability", "Use 0 to 1.")
-    if o.executor == "slurm" and not o.slurm_partition:
-        yield Fault("--slurm-partition", "", "Slurm jobs need one", "Give its name.")
-
-
 def _tokenizer(args: list[str]) -> int:
     """train a tokenizer: engine tokenizer train ..."""
     import tyro
@@ -194,16 +177,23 @@ def _tokenizer(args: list[str]) -> int:
     for reason, count in sorted(dropped.items()):
         print(f"dropped: {count:,} {reason}")
     print(f"tokenizer {o.output}: {o.kind}, {tokenizer.vocab_size:,} tokens, digest {tokenizer.digest[:16]}")
+    if tokenizer.vocab_size < o.vocab_size:
+        print(f"--vocab-size was {o.vocab_size:,}, but the text offers no more")
     return EXIT_OK
 
 
 def _inspect(args: list[str]) -> int:
-    """counts, lengths, decoded samples and a whole check of a corpus"""
+    """look at a corpus (counts, lengths, samples) or at a checkpoint (tensors, norms, lineage)"""
+    from pathlib import Path
+
     import tyro
     from rich.console import Console
 
+    from engine.config import DataConfig
     from engine.data import inspect
+    from engine.data.corpora import end_of_document
     from engine.data.indexed import IndexedDataset
+    from engine.data.special import fill_in_the_middle
     from engine.data.tokenizer import Tokenizer
     from engine.monitor.plot import plot_lengths
     from engine.options import Inspect
@@ -213,10 +203,21 @@ def _inspect(args: list[str]) -> int:
     faults = [Fault(k, v, f"is below {n}", f"Use {n} or more.") for k, (v, n) in least.items() if v < n]
     if o.output.suffix not in (".png", ".svg"):
         faults.append(Fault("--output", str(o.output), "is neither a .png nor a .svg file", "End it in .png."))
+    faults += [
+        Fault(f"--{k.replace('_', '-')}", v, "is not a share", "Use a number of 0 to 1.")
+        for k, v in (("fim_rate", o.fim_rate), ("fim_spm_rate", o.fim_spm_rate))
+        if not 0 <= v <= 1
+    ]
+    if o.fim_tokens and not o.fim_rate:
+        faults.append(Fault("--fim-tokens", o.fim_tokens, "has no meaning without --fim-rate", "Such as 0.5."))
     if faults:
         raise ConfigError(faults)
+    if Path(o.data).is_dir() and not Path(f"{o.data}.idx").exists():
+        return _inspect_checkpoint(o)
     dataset = IndexedDataset(o.data)
     folder = inspect.find_tokenizer(o.data, o.tokenizer)
+    fim_options = {"fim_rate": o.fim_rate, "fim_spm_rate": o.fim_spm_rate, "fim_tokens": o.fim_tokens}
+    data = DataConfig(tokenizer=str(folder or ""), **fim_options)
     tokenizer = Tokenizer.load(folder) if folder else None
     c, console = inspect.count(dataset), Console(highlight=False, soft_wrap=True)
     for line in (
@@ -231,10 +232,38 @@ def _inspect(args: list[str]) -> int:
         for line in inspect.verify(dataset, tokenizer):
             console.print(f"right: {line}", markup=False)
     if tokenizer is not None and o.samples:
-        for text in inspect.decoded_samples(dataset, tokenizer, o.seq_len, o.samples, o.seed):
+        eod = end_of_document([dataset], "fim_rate", o.fim_rate) if o.fim_rate else 0
+        fim = fill_in_the_middle(data, tokenizer, eod, o.seed) if o.fim_rate else None
+        for text in inspect.decoded_samples(dataset, tokenizer, o.seq_len, o.samples, o.seed, fim):
             console.print(text, markup=False)
     plot_lengths(*inspect.histogram(dataset), o.data, o.output)
     console.print(f"wrote {o.output}", markup=False)
+    return EXIT_OK
+
+
+def _inspect_checkpoint(o: Inspect) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from engine.checkpoint.format import find, verify_files
+    from engine.checkpoint.inspect import summary, tensor_facts
+    from engine.checkpoint.load import Reader
+
+    console = Console(highlight=False, soft_wrap=True)
+    with Reader(find(Path(o.data))) as reader:
+        for line in summary(reader):
+            console.print(line, markup=False)
+        if o.verify:
+            verify_files(reader.folder, reader.manifest)
+            console.print("every digest is right")
+        width = max(map(len, (name for names in reader.manifest.tensors.values() for name in names)), default=0)
+        for t in tensor_facts(reader, norms=o.norms):
+            norm = f"  norm {t.norm:.6g}" if o.norms else ""
+            shape = " x ".join(map(str, t.shape))
+            console.print(
+                f"{t.kind:10}  {t.name:{width}}  {t.dtype:4}  {shape:14}  {t.files} files{norm}", markup=False
+            )
     return EXIT_OK
 
 
@@ -255,10 +284,13 @@ def _train(args: list[str]) -> int:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=options.world_size or None)
         from rich.console import Console
 
+        from engine.data.special import check
         from engine.preview import show  # needs torch: faults are told before
 
+        check(resolved.config)
         show(resolved, Console())
         return EXIT_OK
+    from engine.data.special import check
     from engine.launch import StopRequest, leave, pick_device, read_env, run
     from engine.optim.precision import PRECISIONS
     from engine.train import train
@@ -267,6 +299,7 @@ def _train(args: list[str]) -> int:
     try:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world)
         device = pick_device(resolved.config.train.device, env)
+        check(resolved.config)
     except ConfigError:
         if env.rank > 0:  # every rank finds the same faults: rank 0 tells them, and torchrun then ends the others
             time.sleep(30)

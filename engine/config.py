@@ -224,8 +224,16 @@ class DataConfig(Section):
     """folder with tokenizer.json; copied into exports, its digest is compared with the data's"""
     mask_eod: bool = False
     """leave the token after an end of document out of the loss: nothing before it tells what the next one is about"""
+    mask_tokens: str = ""
+    """leave labels that are one of these tokens out of the loss: spellings of tokens with spaces between them"""
     separate_documents: bool = False
     """attention does not cross the end of a document, in training and validation"""
+    fim_rate: float = Field(0.0, ge=0, le=1)
+    """fill-in-the-middle: the share of documents (as far as they are in a sample) that is cut in three and permuted"""
+    fim_spm_rate: float = Field(0.5, ge=0, le=1)
+    """the share of those in which the suffix comes before the prefix"""
+    fim_tokens: str = ""
+    """spellings of the prefix, suffix and middle token, with spaces; empty: those of a usual family"""
     prefetch: int = Field(2, ge=1)
     """global batches prepared ahead by the loader thread"""
 
@@ -241,6 +249,9 @@ class CheckpointConfig(Section):
     init: str = ""
     """start a new run from these weights: a Hugging Face folder, a checkpoint or a run folder, of any layout; model.*
     follows from it"""
+    allow: str = ""
+    """fields that may differ from the checkpoint's when resuming, such as "data.num_tokens train.seq_len"; the lineage
+    of later checkpoints records it (a difference that is not named is refused, and the message names its field)"""
 
 
 class MonitorConfig(Section):
@@ -339,13 +350,27 @@ def load(
 
 
 def _data_faults(config: Config) -> Sequence[Fault]:
-    """What is wrong with data.train as a text. Not a relation: a checkpoint's may name a file that is gone."""
+    """What is wrong with data as texts. Not a relation: a checkpoint's data.train may name a file that is gone."""
+    data = config.data
+    needs = {"data.fim_rate": data.fim_rate, "data.mask_tokens": data.mask_tokens}
+    repair = "Give the folder of the corpus' tokenizer."
+    faults = [Fault(k, v, "needs data.tokenizer", repair) for k, v in needs.items() if v and not data.tokenizer]
+    if data.fim_tokens and not data.fim_rate:
+        faults.append(
+            Fault("data.fim_tokens", data.fim_tokens, "has no meaning without data.fim_rate", "Leave it out.")
+        )
+    if data.fim_tokens and len(set(data.fim_tokens.split())) != 3:
+        relation, repair = "is not three different tokens", "Give the prefix, suffix and middle token, with spaces."
+        faults.append(Fault("data.fim_tokens", data.fim_tokens, relation, repair))
     try:
-        if config.data.train:
-            read_mixture(config.data.train)
+        wanted = read_mixture(data.train).fim if data.train else (None,)
     except ConfigError as error:
-        return error.faults
-    return ()
+        return [*faults, *error.faults]
+    if data.fim_rate and all(fim is False for fim in wanted):
+        faults.append(Fault("data.fim_rate", data.fim_rate, "is for no source: all say fim = false", "Set it to 0."))
+    if not data.fim_rate and any(wanted):
+        faults.append(Fault("data.train", data.train, "says fim = true, but data.fim_rate is 0", "Such as 0.5."))
+    return faults
 
 
 def _fill_in(config: Config, world: int, sources: dict[str, str]) -> Config:

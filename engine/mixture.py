@@ -8,6 +8,7 @@ mix.toml                                         the same as a file, with names,
     prefix = "corpus/web-train"
     weight = 0.7                # or tokens = 2_000_000_000, or epochs = 1.5: one kind for all sources
     name = "web"                # in metrics; left out: the last part of the prefix
+    fim = false                 # no fill-in-the-middle here, whatever data.fim_rate says for the others
 
     [[change]]                  # only with weights: from this optimizer step on
     step = 1000
@@ -43,12 +44,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources by name and prefix; `kind` says what the amounts are. The first change is at step 0."""
+    """Sources by name and prefix; `kind` says what the amounts are. The first change is at step 0.
+
+    fim: for each source, whether fill-in-the-middle is for it; None: not said.
+    """
 
     names: tuple[str, ...]
     prefixes: tuple[str, ...]
     kind: str
     changes: tuple[Change, ...]
+    fim: tuple[bool | None, ...]
 
 
 def read_mixture(text: str) -> Mixture:
@@ -57,7 +62,7 @@ def read_mixture(text: str) -> Mixture:
     if text.endswith(".toml"):
         return _read_file(text)
     if len(words) == 1 or Path(f"{text}.idx").exists():  # a prefix may have spaces in it
-        return Mixture((_name(text),), (text,), "weight", (Change(0, (Fraction(1),)),))
+        return Mixture((_name(text),), (text,), "weight", (Change(0, (Fraction(1),)),), (None,))
     weights = [(word, _amount(word)) for word in words[::2]]
     faults = [
         _fault(word, "is not a weight above 0", "Write WEIGHT PREFIX WEIGHT PREFIX ...") for word, n in weights if not n
@@ -69,7 +74,8 @@ def read_mixture(text: str) -> Mixture:
     if faults:
         raise ConfigError(faults)
     names = _names(words[1::2])
-    return Mixture(names, tuple(words[1::2]), "weight", (Change(0, tuple(n for _, n in weights if n)),))
+    changes = (Change(0, tuple(n for _, n in weights if n)),)
+    return Mixture(names, tuple(words[1::2]), "weight", changes, (None,) * len(names))
 
 
 def _fault(value: object, relation: str, repair: str) -> Fault:
@@ -120,25 +126,25 @@ def _read_file(path: str) -> Mixture:
         faults.append(
             _fault(path, "has [source] or [change] once", "Write [[source]] and [[change]], in two brackets.")
         )
-    elif not sources:
+        raise ConfigError(faults)
+    if not sources:
         faults.append(_fault(path, "names no source", 'Write [[source]], prefix = "...", weight = 1.'))
-    if faults:
-        raise ConfigError(faults)
-    faults = [fault for number, source in enumerate(sources, 1) for fault in _source_faults(path, number, source)]
-    kinds = list(dict.fromkeys(key for source in sources for key in source if key in KINDS))
-    if len(kinds) > 1 and not faults:
+    faults += [fault for number, source in enumerate(sources, 1) for fault in _source_faults(path, number, source)]
+    amounts = [[key for key in KINDS if key in source] for source in sources]
+    kinds = list(dict.fromkeys(given[0] for given in amounts if len(given) == 1))  # others are told by themselves
+    if len(kinds) > 1:
         faults.append(_fault(path, f"mixes {' and '.join(kinds)}", "Use one kind for all sources."))
-    if changes and "weight" not in kinds:
+    if changes and kinds and "weight" not in kinds:
         faults.append(_fault(path, f"has changes beside {' and '.join(kinds)}", "Changes go with weights."))
-    if faults:
-        raise ConfigError(faults)
-    kind, prefixes = kinds[0], [source["prefix"] for source in sources]
+        changes = []
+    prefixes = [str(source.get("prefix", "")) for source in sources]
     short = _names(prefixes)
-    names = [source.get("name", short[k]) for k, source in enumerate(sources)]
-    faults = [
-        *_repeated(prefixes, "stands twice", "Give it once."),
+    names = [str(source.get("name", short[k])) for k, source in enumerate(sources)]
+    given = [prefix for prefix in prefixes if prefix]
+    faults += [
+        *_repeated(given, "stands twice", "Give it once."),
         *_repeated(
-            names if len(set(prefixes)) == len(prefixes) else [],
+            [name for name in names if name] if len(set(given)) == len(given) else [],
             "is the name of two sources",
             'Give each a name = "..." of its own.',
         ),
@@ -146,15 +152,19 @@ def _read_file(path: str) -> Mixture:
     ]
     if faults:
         raise ConfigError(faults)
+    kind = kinds[0]
     first = {name: _amount(source[kind]) or Fraction(0) for name, source in zip(names, sources)}
-    return Mixture(tuple(names), tuple(prefixes), kind, _changes(path, first, changes))
+    fim = tuple(source.get("fim") for source in sources)
+    return Mixture(tuple(names), tuple(prefixes), kind, _changes(path, first, changes), fim)
 
 
 def _source_faults(path: str, number: int, source: dict[str, Any]) -> Iterator[Fault]:
     where = f"{path}: source {number}"
     for key in source:
-        if key not in ("prefix", "name", *KINDS):
-            yield _fault(where, f"has {key!r}, which is not known", f"Known: prefix, name, {', '.join(KINDS)}.")
+        if key not in ("prefix", "name", "fim", *KINDS):
+            yield _fault(where, f"has {key!r}, which is not known", f"Known: prefix, name, {', '.join(KINDS)}, fim.")
+    if not isinstance(source.get("fim", True), bool):
+        yield _fault(where, f"has fim = {source['fim']!r}", "Write fim = true or fim = false.")
     for key in ("prefix", "name"):
         if not (isinstance(source.get(key, "-"), str) and source.get(key, "-")) or (key == "prefix" not in source):
             yield _fault(where, f"has no {key} that is a text", f'Write {key} = "...".')

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from engine.config import fields, type_name
 from engine.presets import PRESETS
 
 _UNSET = "\0"
@@ -70,6 +69,8 @@ _TRAIN_TEXT = (
 
 
 def _train_type() -> type:
+    from engine.config import fields, type_name  # pydantic and all checks: a tenth of a second that only training needs
+
     sections: dict[str, list[Any]] = {}
     for section, name, field in fields():
         text = field.description or ""
@@ -250,10 +251,13 @@ class TokenizerTrain:
 
 @dataclass
 class Inspect:
-    """Look at a corpus: counts, a picture of its lengths, random samples as training sees them, a whole check."""
+    """Look at a corpus (counts, a picture of its lengths, random samples as training sees them, a whole check) or at a
+    checkpoint (step, data position, lineage, and every tensor with shape, dtype and norm)."""
 
     data: tyro.conf.Positional[str]
-    """prefix of the .bin/.idx"""
+    """prefix of the .bin/.idx; or a checkpoint: run folder (its newest one) or step folder"""
+    norms: bool = True
+    """checkpoint: read every tensor and print its L2 norm"""
     tokenizer: Path | None = None
     """folder with tokenizer.json; left out: PREFIX-tokenizer, or tokenizer beside the corpus"""
     samples: int = 3
@@ -262,10 +266,16 @@ class Inspect:
     """tokens a sample"""
     seed: int = 0
     """which samples are drawn follows from it"""
+    fim_rate: float = 0.0
+    """show the samples after fill-in-the-middle, as a run with train.seed = --seed and this data.fim_rate sees them"""
+    fim_spm_rate: float = 0.5
+    """as data.fim_spm_rate"""
+    fim_tokens: str = ""
+    """as data.fim_tokens"""
     output: Path = Path("lengths.png")
     """picture of the lengths of documents, PNG or SVG"""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """read the whole file: every token, and what the sidecar says of it"""
+    """read everything: every token and what the sidecar says of it; of a checkpoint every digest"""
 
 
 @dataclass

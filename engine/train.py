@@ -7,7 +7,6 @@ loop around it with saving, validation, progress and the orderly stop on a signa
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,16 +15,16 @@ from typing import Any
 
 import torch
 
-import engine
 from engine.checkpoint.convert import copy_beside, open_source
-from engine.checkpoint.format import MODEL, complete_steps, find, step_dir
+from engine.checkpoint.format import MODEL, Ancestor, complete_steps, find, step_dir
 from engine.checkpoint.hf import HfReader
+from engine.checkpoint.lineage import code_versions, descend, differences, refuse
 from engine.checkpoint.load import Reader, Source, load_into
 from engine.checkpoint.save import save
 from engine.comm import all_reduce_, on_first_rank, raise_together
-from engine.config import Config, ModelConfig, Resolved, pipeline_plan
+from engine.config import Config, Resolved, pipeline_plan
 from engine.context import ParallelContext
-from engine.data.corpora import MIXED_FROM, TrainingData, open_data, open_training
+from engine.data.corpora import TrainingData, open_data, open_training
 from engine.data.loader import Loader, MicroBatch
 from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, EngineError, Fault
@@ -68,6 +67,7 @@ class TrainState:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    lineage: tuple[Ancestor, ...] = ()
 
     def settle(self) -> None:
         """Return when all weights of this rank are there (ZeRO-1 may still gather them after a step)."""
@@ -215,7 +215,8 @@ def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Pat
         },
         "config": state.cfg.model_dump(),
         "data": data_facts,
-        "versions": {"engine": engine.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": code_versions(),
+        "lineage": state.lineage,
     }
     keep = state.cfg.checkpoint.keep
     return save(root, state.optimizer.states(owned=True), state.ctx, step=state.step, facts=facts, keep=keep)
@@ -224,26 +225,16 @@ def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Pat
 def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
     """Go on from a checkpoint of any layout: weights, optimizer, step and data position. Collective.
 
-    Refuses, with a list of old and new values, when model, data, sequence length or seed differ: the loss would go on
-    from somewhere else without a word.
+    Refuses, with a list of old and new values, when model, data, sequence length or seed differ and are not allowed to.
     """
     with Reader(folder) as reader:
         manifest = reader.manifest
-        consumed = manifest.consumed_samples
         if reader.names(MODEL) and not reader.names("exp_avg"):
             raise CheckpointError(
                 f"{folder} holds weights only, such as an import does: start a new run from it with "
                 f"--checkpoint.init {folder} and another --run.dir"
             )
-        differing = _differences(
-            manifest.config, state.cfg, _past(manifest.data, consumed), _past(data_facts, consumed)
-        )
-        if differing:
-            raise CheckpointError(
-                f"{folder} belongs to another run:\n"
-                + "\n".join(f"  - {line}" for line in differing)
-                + "\nUse the old values, or another --run.dir for a new run."
-            )
+        allowed = refuse(folder, differences(manifest, state.cfg, data_facts), state.cfg)
         load_into(reader, state.optimizer.states(), state.ctx)
     state.optimizer.publish()
     state.step = manifest.step
@@ -251,6 +242,7 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
     if state.scale.window and "loss_scale" in manifest.optimizer:
         state.scale.value, state.scale.good = manifest.optimizer["loss_scale"], int(manifest.optimizer["good_steps"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
+    state.lineage = descend(folder, manifest, allowed)
 
 
 def start_from(state: TrainState, path: Path) -> None:
@@ -268,25 +260,9 @@ def start_from(state: TrainState, path: Path) -> None:
     assert source is not None
     with source:
         load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
+        if isinstance(source, Reader):
+            state.lineage = descend(source.folder, source.manifest, {"optimizer state": ("there", "new")})
     state.optimizer.publish()
-
-
-def _past(facts: dict[str, Any], consumed: int) -> dict[str, Any]:
-    """The facts without those about samples that are still to come: a blend's later changes may be changed."""
-    return {
-        name: value
-        for name, value in facts.items()
-        if not name.startswith(MIXED_FROM) or int(name.removeprefix(MIXED_FROM)) < max(1, consumed)
-    }
-
-
-def _differences(old: dict[str, Any], cfg: Config, old_data: dict[str, Any], data: dict[str, Any]) -> list[str]:
-    now = cfg.model_dump()
-    before = ModelConfig().model_dump() | old["model"]  # facts that are newer than the checkpoint have their defaults
-    pairs = {f"model.{k}": (before.get(k), v) for k, v in now["model"].items() if k != "preset"}
-    pairs |= {f"train.{k}": (old["train"].get(k), now["train"][k]) for k in ("seq_len", "seed")}
-    pairs |= {f"data {k}": (old_data.get(k), data.get(k)) for k in (old_data | data) if k != "prefix"}
-    return [f"{name}: checkpoint {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b]
 
 
 def find_resume(cfg: Config) -> str:
@@ -355,8 +331,9 @@ def _loader(state: TrainState, data: TrainingData) -> Loader:
         data_size=ctx.data.size,
         start_sample=state.consumed_samples,
         prefetch=cfg.data.prefetch,
-        mask_eod=data.mask_eod,
+        mask=data.mask,
         separate_eod=data.separate_eod,
+        fim=data.fim,
     )
 
 

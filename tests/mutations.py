@@ -451,6 +451,30 @@ START = [
         "self._consumed = 0",
         LOADER,
     ),
+    Mutation(
+        "fim_in_order_of_access",
+        "fill-in-the-middle depends on who reads a sample (Megatron's GPTFIMDataset draws in the order of access)",
+        "engine/data/fim.py",
+        'derive_key(self.seed, "fim", int(sample), at)',
+        'derive_key(self.seed, "fim", number, at)',
+        ("tests/test_fim.py::test_layout_and_restarts_do_not_change_it",),
+    ),
+    Mutation(
+        "fim_turns_torn_characters_into_text",
+        "half a character at a sample's border becomes U+FFFD",
+        "engine/data/fim.py",
+        "if s.text and _LOST not in s.text]",
+        "if s.text]",
+        ("tests/test_fim.py::test_nearly_all_segments_are_changed_torn_ones_too",),
+    ),
+    Mutation(
+        "fim_filling_counts",
+        "the loss counts tokens that fill a row",
+        "engine/data/loader.py",
+        "mask &= torch.arange(1, line.shape[1]) < torch.from_numpy(lengths[part])[:, None]",
+        "mask &= torch.arange(1, line.shape[1]) < line.shape[1]",
+        ("tests/test_fim.py::test_rows_keep_their_length_and_the_filling_does_not_count",),
+    ),
 ]
 
 OPTIMIZER = [

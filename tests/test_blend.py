@@ -282,3 +282,19 @@ def per_source(cfg: Any, ctx: ParallelContext) -> tuple[float, dict[int, float]]
         batches.append(MicroBatch(rows[part, :-1].contiguous(), rows[part, 1:].contiguous(), mask[part], sources[part]))
     result = train_step(setup(cfg, ctx), batches, num_sources=3)
     return result.loss, result.by_source
+
+
+@pytest.mark.skipif(not BUILT, reason="engine._index is not built")
+def test_more_sources_and_samples_than_32_bits_or_int16_hold(tmp_path: Path) -> None:
+    """40,000 orders of one small corpus, each with its own seed: far rows are those of the source that is named."""
+    data = corpus(tmp_path / "c", [5, 9, 2, 30, 4])
+    orders = [SampleOrder(data, 6, seed) for seed in range(40_000)]
+    weights = tuple(np.random.default_rng(1).integers(1000, 9000, len(orders)).tolist())
+    blend = BlendedOrder(orders, [Phase(0, weights), Phase(2**33, weights[::-1])])
+    samples = np.array([0, 2**31, 2**33 - 1, 2**33, 2**40 + 7], np.int64)
+    sources, numbers = blend.locate(samples)
+    assert sources.max() > 32_767
+    rows = blend.gather(samples)
+    for row, source, number in zip(rows, sources, numbers):
+        assert row.tolist() == orders[source].gather(np.array([number]))[0].tolist()
+    assert blend.counts(2**40).sum() == 2**40

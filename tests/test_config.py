@@ -30,6 +30,41 @@ from engine.presets import PRESETS
 
 # what the user gives, number of ranks, then what the one fault says: path, broken relation, repair
 RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
+    "fim without tokenizer": (
+        {"data.fim_rate": 0.5},
+        1,
+        "data.fim_rate",
+        "needs data.tokenizer",
+        "Give the folder of the corpus' tokenizer.",
+    ),
+    "fim tokens alone": (
+        {"data.fim_tokens": "<p> <s> <m>"},
+        1,
+        "data.fim_tokens",
+        "has no meaning without data.fim_rate",
+        "Leave it out.",
+    ),
+    "two fim tokens": (
+        {"data.fim_rate": 0.5, "data.tokenizer": "corpus", "data.fim_tokens": "<p> <s>"},
+        1,
+        "data.fim_tokens",
+        "is not three different tokens",
+        "Give the prefix, suffix and middle token",
+    ),
+    "fim for no source": (
+        {"data.fim_rate": 0.5, "data.tokenizer": "corpus", "data.train": "plain.toml"},
+        1,
+        "data.fim_rate",
+        "is for no source",
+        "Set it to 0.",
+    ),
+    "fim for a source at rate 0": (
+        {"data.train": "fim.toml"},
+        1,
+        "data.train",
+        "says fim = true, but data.fim_rate is 0",
+        "Such as 0.5.",
+    ),
     "kv heads": (
         {"model.num_kv_heads": 3},
         1,
@@ -341,10 +376,12 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
 
 @pytest.fixture
 def plans(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan files that a parallel.schedule can name, and folders for checkpoint.init."""
+    """Plan files that a parallel.schedule can name, blends for data.train, and folders for checkpoint.init."""
     folder = tmp_path_factory.mktemp("plans")
     (folder / "none.plan").write_text("rank 0: 0F0\n")
     (folder / "two.plan").write_text(str(build("1f1b", 2, 1, 3)))
+    for name, fim in (("plain", "false"), ("fim", "true")):
+        (folder / f"{name}.toml").write_text(f'[[source]]\nprefix = "a"\nweight = 1\nfim = {fim}\n')
     for name, ffn_size in (("hf", 48), ("bad", -48)):
         facts: dict[str, Any] = {"hidden_size": 256, "intermediate_size": ffn_size, "num_hidden_layers": 4}
         facts |= {"model_type": "llama", "num_attention_heads": 8, "vocab_size": 4096}

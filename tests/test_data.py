@@ -89,10 +89,10 @@ def test_prefetch_is_bounded_and_close_is_prompt() -> None:
     assert fake.reads == 0 and loader._worker is None
     next(loader)
     deadline = time.monotonic() + 5
-    while fake.reads < 8 and time.monotonic() < deadline:
+    while fake.reads < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert fake.reads == 8 and loader.consumed_samples == 2  # one handed out and three ahead, of two reads each
+    assert fake.reads == 4 and loader.consumed_samples == 2  # one handed out and three ahead
     started = time.monotonic()
     loader.close()
     loader.close()

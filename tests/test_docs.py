@@ -48,3 +48,12 @@ def test_every_folder_of_the_engine_is_in_the_map() -> None:
     readme = (ROOT / "README.md").read_text()
     folders = [p.parent.name for p in (ROOT / "engine").glob("*/__init__.py")]
     assert folders and all(f"`engine/{name}/`" in readme for name in folders)
+
+
+def test_tables_have_as_many_cells_in_every_row() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        width = 0
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            cells = len(re.split(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+            assert not width or not cells or cells == width, f"{page.name}:{number}: {cells} cells, not {width}"
+            width = cells

@@ -108,22 +108,55 @@ def test_a_check_that_is_left_out_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     lengths=st.lists(st.one_of(st.integers(0, 5), st.integers(-2, 2**31 - 1)), max_size=8),
     itemsize=st.sampled_from([1, 2, 4, 8]),
     wrong=st.one_of(st.none(), st.tuples(st.integers(0, 7), st.sampled_from(EDGES[:8] + EDGES[12:]))),
-    most=st.one_of(st.integers(0, 60), st.just(2**40)),
+    most=st.one_of(st.integers(0, 60), st.just(2**40), st.just(2**63 - 1)),
+    threads=st.integers(1, 4),
+    many=st.booleans(),
 )
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_native_checks_say_what_the_reference_says(
-    lengths: list[int], itemsize: int, wrong: tuple[int, int] | None, most: int
+    lengths: list[int], itemsize: int, wrong: tuple[int, int] | None, most: int, threads: int, many: bool
 ) -> None:
     array = np.array(lengths, np.int32)
+    if many:  # blocks and threads have borders: 4,096 and 4,100 sequences each, with what is drawn around them
+        fill = np.arange(4094, dtype=np.int32) % 5
+        array = np.concatenate([fill, array, fill, array[:3], fill])
     pointers = (np.cumsum(array, dtype=np.int64) - array) * itemsize
-    if wrong and wrong[0] < len(pointers):
-        pointers[wrong[0]] = wrong[1]
+    at = wrong[0] + 4092 * many if wrong else 0
+    if wrong and at < len(pointers):
+        pointers[at] = wrong[1]
     module = indexed._native()
     assert module is not None
-    assert module.check_sequences(array, pointers, itemsize, most) == indexed.check_sequences(
+    assert module.check_sequences(array, pointers, itemsize, most, threads) == indexed.check_sequences(
         array, pointers, itemsize, most
     )
-    assert module.check_rising(pointers) == indexed.check_rising(pointers)
+    assert module.check_rising(pointers, threads) == indexed.check_rising(pointers)
+    boundaries = np.arange(len(array) + 1, dtype=np.int64)
+    boundaries[at % len(boundaries)] = wrong[1] if wrong else at % len(boundaries)
+    assert module.check_rising(boundaries, threads) == indexed.check_rising(boundaries)
+
+
+@pytest.mark.skipif(not BUILT, reason="engine._index is not built")
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_every_place_is_looked_at(threads: int) -> None:
+    """One wrong number anywhere, at the borders of blocks and of threads too: found, and where."""
+    module = indexed._native()
+    assert module is not None
+    lengths = (np.arange(9001) % 7).astype(np.int32)
+    pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * 2
+    total = int(lengths.sum()) * 2
+    assert module.check_sequences(lengths, pointers, 2, total, threads) == (-1, total)
+    borders = [*range(0, 9001, 4096), *range(0, 9001, 9001 // threads + 1)]
+    for i in sorted({0, 9000, *range(0, 9001, 97), *(b + d for b in borders for d in (-2, -1, 0, 1) if b)}):
+        pointers[i] += 2
+        assert module.check_sequences(lengths, pointers, 2, total, threads) == (i, pointers[i] - 2)
+        assert module.check_rising(pointers, threads) == (i + 1 if lengths[i : i + 1] == 0 and i < 9000 else -1)
+        pointers[i] -= 2
+        pointers[i:] += 2  # a gap: whatever comes after fits again
+        assert module.check_sequences(lengths, pointers, 2, total + 2, threads) == (i, pointers[i] - 2)
+        pointers[i:] -= 2
+        kept, lengths[i] = lengths[i], -1
+        assert module.check_sequences(lengths, pointers, 2, total, threads) == (i, -1)
+        lengths[i] = kept
 
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
@@ -137,6 +170,7 @@ def test_native_checks_refuse_wrong_arguments() -> None:
         (one, two[:1], 9, 0),
         (one, two[:1], 2, -1),
         (two, two, 2, 0),
+        (one, two[:1], 2, 0, 0),
     ]:
         with pytest.raises(ValueError, match=r"check_sequences|lengths"):
             module.check_sequences(*arguments)

@@ -96,7 +96,7 @@ A, B = '[[source]]\nprefix = "a"\nweight = 1\n', '[[source]]\nprefix = "b"\nweig
         ("", "names no source", "Write [[source]]"),
         ('[source]\nprefix = "a"\n', "has [source] or [change] once", "in two brackets"),
         ("source = [1]\n", "has [source] or [change] once", "in two brackets"),
-        (A + "wait = 1\n", "has 'wait', which is not known", "Known: prefix, name, weight, tokens, epochs."),
+        (A + "wait = 1\n", "has 'wait', which is not known", "Known: prefix, name, weight, tokens, epochs, fim."),
         ("[[source]]\nweight = 1\n", "has no prefix that is a text", 'Write prefix = "..."'),
         ("[[source]]\nprefix = 3\nweight = 1\n", "has no prefix that is a text", 'Write prefix = "..."'),
         (A + 'name = ""\n', "has no name that is a text", 'Write name = "..."'),
@@ -189,6 +189,7 @@ def test_one_corpus_stays_as_it_was(corpora: Path) -> None:
         "prefix": str(corpora / "web"),
         "num_documents": 150,
         "num_tokens": dataset.num_tokens,
+        "fingerprint": data.facts["fingerprint"],  # tests/test_lineage.py
         "tokenizer_digest": "t1",
     }
 
@@ -211,9 +212,9 @@ def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp
                 writer.add(np.append(np.arange(7, 7 + length), eod))
             writer.finish({"eod": eod})
     data = opened(str(tmp_path / "a"), **{"data.mask_eod": "true"})
-    assert (data.mask_eod, data.facts["mask_eod"]) == (5, 5) and opened(str(tmp_path / "a")).mask_eod is None
+    assert (data.mask.after, data.facts["mask_eod"]) == ((5,), 5) and opened(str(tmp_path / "a")).mask.after == ()
     sizes = {"global_batch_size": 20, "micro_batch_size": 20, "data_rank": 0, "data_size": 1}
-    with Loader(data.order, **sizes, mask_eod=data.mask_eod) as loader, Loader(data.order, **sizes) as plain:
+    with Loader(data.order, **sizes, mask=data.mask) as loader, Loader(data.order, **sizes) as plain:
         (masked,), (whole,) = next(loader), next(plain)
     assert torch.equal(masked.tokens, whole.tokens) and torch.equal(masked.labels, whole.labels) and whole.mask.all()
     assert torch.equal(masked.mask, masked.tokens != 5) and not masked.mask.all()
@@ -257,8 +258,22 @@ def test_a_blend_trains_resumes_bit_by_bit_and_refuses_another(corpora: Path, tm
         assert code == 1 and all(line in err for line in lines), err
 
     other = write(tmp_path, text.replace("weight = 3", "weight = 2") + later)
-    refused("whole", other, "data mixture from sample 0: checkpoint 'web 3, code 1', now 'web 2, code 1'")
-    refused("whole", write(tmp_path, text), "data mixture from sample 48: checkpoint 'web 1, code 3', now None")
-    refused("whole", str(corpora / "web"), "data source 1, code: checkpoint '60 documents, ", "now None")
+    refused("whole", other, "data.mixture from sample 0: checkpoint 'web 3, code 1', now 'web 2, code 1'")
+    refused("whole", write(tmp_path, text), "data.mixture from sample 48: checkpoint 'web 1, code 3', now None")
+    refused("whole", str(corpora / "web"), "data.source 1, code: checkpoint '60 documents, ", "now None")
     assert run(corpora, tmp_path / "one", str(corpora / "web"), 2)[0] == 0
-    refused("one", write(tmp_path, text), "data source 0, web: checkpoint None, now '150 documents")
+    refused("one", write(tmp_path, text), "data.source 0, web: checkpoint None, now '150 documents")
+
+
+def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "mix.toml"
+    path.write_text(
+        '[[source]]\nprefix = "a"\nweight = -1\nwieght = 2\n[[source]]\nprefix = "a"\nname = "b"\ntokens = 5\n'
+        "[[source]]\nweight = 1\n[[change]]\nstep = 0\nweights = { nosuch = 1 }\n[[chnage]]\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        read_mixture(str(path))
+    text = str(error.value)
+    for part in ("chnage", "wieght", "weight = -1", "no prefix", "mixes weight and tokens", "stands twice"):
+        assert part in text
+    assert "step = 0" in text and "nosuch" in text and len(error.value.faults) == 8

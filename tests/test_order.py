@@ -175,7 +175,7 @@ def test_epochs_and_seeds_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("native", NATIVE)
 def test_positions_beyond_32_bits(tmp_path: Path, native: bool) -> None:
-    """A sparse .bin of 5e9 one-byte tokens: nothing on disk, but all offsets and sums pass 2^32."""
+    """A sparse .bin of 5e9 one-byte tokens: nothing on disk, but tokens and samples pass 2^32, in later epochs too."""
     lengths = np.array([2**31 - 1, 1_500_000_000, 1_000_000_000, 352_516_353], np.int64)
     total = int(lengths.sum())
     header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 1, 4, 5)
@@ -188,13 +188,27 @@ def test_positions_beyond_32_bits(tmp_path: Path, native: bool) -> None:
             out.write(bytes([mark]))
     for block in (1, 4):
         order = SampleOrder(IndexedDataset(tmp_path / "v"), 1, 8, native=native, block_documents=block)
-        state, n = order._epoch(0), order.samples_per_epoch
-        inner = permute(4, derive(state.document_key, 0), np.arange(4))
-        documents = state.order if block == 1 else inner
-        assert int(state.prefix[-1]) == total == 5_000_000_000
-        for border, document in list(zip(np.cumsum(lengths[documents]), documents))[:3]:
-            sample = _inverse(n, state.sample_key, int(border) - 1)  # the two tokens around the border
-            assert order.gather(np.array([sample])).tolist() == [[11 * (int(document) + 1), 0]]
+        n = order.samples_per_epoch
+        assert n == total - 1 > 2**32
+        for epoch in (0, 3, 2**20):
+            state = order._epoch(epoch)
+            inner = permute(4, derive(state.document_key, 0), np.arange(4))
+            documents = state.order if block == 1 else inner
+            assert int(state.prefix[-1]) == total == 5_000_000_000
+            for border, document in list(zip(np.cumsum(lengths[documents]), documents))[:3]:
+                sample = epoch * n + _inverse(n, state.sample_key, int(border) - 1)  # the two tokens around the border
+                assert order.gather(np.array([sample])).tolist() == [[11 * (int(document) + 1), 0]]
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("documents", [1, 2, 3, 5, 16, 17, 64, 100, 255, 257, 1000, 1023, 1024, 1025, 2047])
+def test_blocks_of_every_size(tmp_path: Path, native: bool, documents: int) -> None:
+    """The last block is shorter and has another network; one document a row, so that rows name the order."""
+    data = corpus(tmp_path / "c", [4] * documents + [1])
+    order = SampleOrder(data, 4, 9, native=native)
+    stream = np.array(stream_oracle(data, 9, 0, 1024))
+    index = permute(order.samples_per_epoch, derive_key(9, "samples", 0), np.arange(order.samples_per_epoch))
+    assert np.array_equal(order.gather(np.arange(len(index))), stream[index[:, None] * 4 + np.arange(5)])
 
 
 def _inverse(n: int, key: int, target: int) -> int:

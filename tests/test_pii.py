@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pii_cases import cases, cn_id, scores, with_luhn
+from pii_cases import cases, cn_id, scores, table, with_luhn
 
 from engine.data.pii import KINDS, Finding, _take, find, hint, is_card, is_cn_id, luhn, mask
 
@@ -114,3 +115,8 @@ def _timed(text: str) -> float:
     began = time.perf_counter()
     find(text)
     return time.perf_counter() - began
+
+
+def test_the_documentation_has_these_figures() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "cleaning.md").read_text()
+    assert table(cases()) in page, "paste what `python tests/pii_cases.py` prints into docs/cleaning.md"

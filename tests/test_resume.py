@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import engine.data.prepare as module
+import engine.data.encoding as module
 from engine.data import parts, sources
 from engine.data.encoder import Encoder
 from engine.data.indexed import IndexedDataset
@@ -155,8 +155,8 @@ def test_killed_with_the_tokenizer_to_train(tmp_path: Path, monkeypatch: pytest.
 
 PROGRAM = """
 import os, sys, threading, time
-import engine.data.parts as parts, engine.data.prepare as prepare, engine.data.sources as sources
-prepare.SHARD_BYTES, sources._BATCH_DOCUMENTS, sources._BLOCK_BYTES = 20000, 100, 5000
+import engine.data.parts as parts, engine.data.encoding as encoding, engine.data.sources as sources
+encoding.SHARD_BYTES, sources._BATCH_DOCUMENTS, sources._BLOCK_BYTES = 20000, 100, 5000
 delay, real = float(sys.argv.pop(1)), parts.Parts.commit
 def commit(self, state):
     real(self, state)
@@ -270,7 +270,7 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, tokenizer: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(parts._Grown, "write", full)
         with pytest.raises(
-            DataError, match=r"out\.parts/.*disk is full: about [\d,]+ more bytes are needed and [\d,]+"
+            DataError, match=r"out\.parts/.*disk is full: about [\d,]+ bytes are needed to go on, [\d,]+"
         ):
             run(tmp_path, tokenizer)
     notes: list[str] = []

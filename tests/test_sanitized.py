@@ -13,7 +13,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
-SUITE = ["tests/test_order.py", "tests/test_blend.py", "tests/test_fuzz.py", "tests/test_indexed.py"]
+SUITE = [
+    "tests/test_order.py",
+    "tests/test_blend.py",
+    "tests/test_fuzz.py",
+    "tests/test_indexed.py",
+    "tests/test_pack.py",
+]
 # Memory that Python itself keeps to the end is no leak of ours; forks and time limits say nothing under a sanitizer.
 LEFT_OUT = "not heavy and not fork and not layout and not at_once and not fallback"
 

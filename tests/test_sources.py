@@ -262,3 +262,57 @@ def test_memory_is_bounded_by_the_limit_not_by_the_line_or_the_archive(tmp_path:
 
 def test_the_limit_of_the_command_line_is_that_of_the_library() -> None:
     assert inspect.signature(Prepare).parameters["max_document_bytes"].default == MAX_DOCUMENT_BYTES
+
+
+@pytest.mark.parametrize("name", ["torn.json", "torn.arrow"])
+def test_rows_before_a_damage_are_not_lost(name: str, tmp_path: Path) -> None:
+    rows = [{"text": f"document {i}"} for i in range(40)]
+    if name.endswith("json"):
+        data = json.dumps(rows).encode()
+    else:
+        import pyarrow
+
+        table, sink = pyarrow.Table.from_pylist(rows), pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table, 10)
+        data = sink.getvalue().to_pybytes()
+    (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
+    batches = list(Source.of([tmp_path / name]).batches())
+    texts, drops = [t for b in batches for t in b.texts], [d for b in batches for d in b.drops]
+    assert texts == [row["text"] for row in rows[: len(texts)]] and len(texts) >= 20
+    assert [(d.reason, d.record) for d in drops] == [("cannot be read", len(texts) + 1)]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_what_follows_a_stream_of_an_archive_is_a_stream_or_damage(suffix: str, tmp_path: Path) -> None:
+    line = b'{"text": "one"}\n'
+    pack: dict[str, Any] = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstandard.ZstdCompressor().compress,
+    }
+    good, torn = pack[suffix](line), bytearray(pack[suffix](line))
+    torn[0] ^= 1
+    path = tmp_path / f"a.jsonl.{suffix}"
+    for data, documents, damage in (
+        (good * 3, 3, False),
+        (good + bytes(torn), 1, True),
+        (good + b"garbage", 1, True),
+        (b"", 0, True),
+    ):
+        path.write_bytes(data)
+        batches = list(Source.of([path]).batches())
+        assert sum(len(b.texts) for b in batches) == documents
+        assert any(d.reason == "cannot be read" for b in batches for d in b.drops) is damage, data
+
+
+def test_a_table_in_an_archive(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "t.parquet", write_page_checksum=True)
+    data = (tmp_path / "t.parquet").read_bytes()
+    (tmp_path / "t.parquet.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
+    for name in ("t.parquet", "t.parquet.zst"):
+        assert [t for b in Source.of([tmp_path / name]).batches() for t in b.texts] == ["a", "b"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import engine
 from engine.checkpoint.format import (
     DTYPE_NAMES,
     DTYPES,
@@ -33,6 +31,7 @@ from engine.checkpoint.format import (
     write_safetensors,
 )
 from engine.checkpoint.hf import CONFIG, INDEX, HfReader, assembled, contents, places
+from engine.checkpoint.lineage import code_versions
 from engine.checkpoint.load import Reader, Source
 from engine.checkpoint.save import commit, prepare
 from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, model_config, relations
@@ -111,7 +110,7 @@ def import_folder(
             config=config.model_dump(),
             data={"imported_from": str(folder), "architecture": reader.described.family.architecture},
             layout={"tensor": 1, "pipeline": 1, "data": 1, "context": 1},
-            versions={"engine": engine.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            versions=code_versions(),
             tensors={MODEL: tensors},
             files=files,
         )

@@ -66,10 +66,23 @@ class FileEntry(_Entry):
     xxh3_128: str
 
 
+class Ancestor(_Entry):
+    """A checkpoint that this run went on from; `allowed`: what differed by permission, name -> (old, new)."""
+
+    checkpoint: str
+    step: int
+    consumed_samples: int
+    layout: dict[str, int]
+    versions: dict[str, str]
+    config: str
+    allowed: dict[str, tuple[str, str]] = {}
+
+
 class Manifest(_Entry):
     """Everything a checkpoint is; see the module text. `data` identifies corpus and tokenizer.
 
     optimizer: "steps", updates done (fewer than `step` where fp16 left some out), and the state of the loss scale.
+    lineage: the checkpoints that the run went on from, oldest first.
     """
 
     schema_version: int = SCHEMA
@@ -81,6 +94,7 @@ class Manifest(_Entry):
     data: dict[str, Any]
     layout: dict[str, int]
     versions: dict[str, str]
+    lineage: tuple[Ancestor, ...] = ()
     tensors: dict[str, dict[str, TensorEntry]]
     files: dict[str, FileEntry]
 

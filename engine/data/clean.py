@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
+import functools
 import gzip
 import io
 import itertools
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,10 +37,11 @@ import zstandard
 from engine.data.cleaner import Cleaner, Counts, Place, Rules, text_size
 from engine.data.contamination import Evaluations, files_of
 from engine.data.duplicates import earliest
-from engine.data.filters import need
+from engine.data.executors import run_elsewhere, slurm_is_at_work
 from engine.data.inputs import STDIN, list_inputs
 from engine.data.report import ProgressEvent
 from engine.data.sources import Batch, Drop, Source
+from engine.data.workfolder import disk, work_folder
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder, write_synced
 
@@ -71,6 +73,15 @@ class Job:
         """corpus/clean.jsonl.zst -> corpus/clean-NAME."""
         return Path(f"{self.output.removesuffix(self.suffix)}-{name}")
 
+    @property
+    def targets(self) -> list[Path]:
+        """Everything that is written."""
+        return [Path(self.output), self.target("dropped.jsonl"), self.target("report.json")]
+
+    def missing(self) -> list[int]:
+        """Tasks without a part."""
+        return [task for task in range(self.tasks) if not self.part(task).is_dir()]
+
     def part(self, task: int) -> Path:
         return self.work / f"part-{task:05d}"
 
@@ -81,16 +92,6 @@ class Job:
         total = sum(weights)
         mine = [i for i, (end, size) in enumerate(zip(ends, weights)) if (end - size) * self.tasks // total == task]
         return (mine[0], mine[-1] + 1) if mine else (0, 0)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Job and number as datatrove's executors call them."""
-
-    job: Job
-
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        run_task(self.job, rank)
 
 
 def clean(
@@ -115,12 +116,14 @@ def clean(
     job = Job(source, output, rules, tasks, on_error == "skip", dropped_text)
     _check(job, executor, overwrite)
     Cleaner(rules)  # a missing package or evaluation file is told before any work
-    with _disk(job.work):
-        _open_work(job, overwrite)
-    _run_tasks(job, executor, executor_options or {}, progress)
-    if not all(job.part(task).is_dir() for task in range(tasks)):
+    if slurm_is_at_work(job.work):
         return None
-    with _disk(job.work):
+    from_stdin = any(file.name == STDIN for file in source.files)
+    with work_folder(job.work, _facts(job), overwrite, keep=not from_stdin):
+        _refuse_existing(job, overwrite)  # another command may have ended in between
+        _run_tasks(job, executor, executor_options or {}, progress)
+        if job.missing():
+            return None
         return _merge(job, progress, began)
 
 
@@ -132,35 +135,35 @@ def _check(job: Job, executor: str, overwrite: bool) -> None:
     if not job.source.files:
         raise DataError("no file to read: all inputs are empty folders, or --include and --exclude leave nothing.")
     names = {os.path.realpath(file.name) for file in job.source.files}
-    targets = [Path(job.output), job.target("dropped.jsonl"), job.target("report.json")]
-    if mine := [path for path in targets if os.path.realpath(path) in names]:
+    if mine := [path for path in job.targets if os.path.realpath(path) in names]:
         raise DataError(f"{mine[0]} is an input and would be written too. Choose an output outside the inputs.")
-    there = [path for path in targets if path.exists()]
-    if there and not overwrite:
-        raise DataError(f"{there[0]} is there already. Choose another output, or --overwrite.")
+    _refuse_existing(job, overwrite)
     if executor != "here" and any(file.name == STDIN for file in job.source.files):
         raise DataError(f"standard input cannot be read by tasks of executor {executor}. Give files.")
     files_of(job.rules.decontaminate)
 
 
-def _open_work(job: Job, overwrite: bool) -> None:
-    """Make OUTPUT.work/, or go on in the one that the same call left."""
-    facts = {"version": _VERSION, **dataclasses.asdict(job)}
-    facts["evaluations"] = [dataclasses.asdict(file) for file in list_inputs(job.rules.decontaminate)]
-    settings = json.dumps(facts, sort_keys=True).encode()
-    path = job.work / "settings.json"
-    same = path.exists() and path.read_bytes() == settings
-    if job.work.exists() and not same:
-        if not path.exists() and any(job.work.iterdir()):
-            raise DataError(f"{job.work} is needed for the work and holds other files. Choose another output.")
-        if any(job.work.glob("part-?????")) and not overwrite:
-            raise DataError(f"{job.work} holds the unfinished work of another call. Remove it, or --overwrite.")
-        shutil.rmtree(job.work)
-    if any(file.name == STDIN for file in job.source.files) and job.work.exists():
-        shutil.rmtree(job.work)  # nothing tells whether it is the same input
-    job.work.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        write_synced(path, settings)
+def _refuse_existing(job: Job, overwrite: bool) -> None:
+    there = [str(path) for path in job.targets if path.exists()]
+    if there and not overwrite:
+        raise DataError(
+            f"{', '.join(there)}: there already, so this is done. Choose another output, delete them, or --overwrite."
+        )
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """All that the result depends on, as JSON gives it back."""
+    source, evaluations = job.source, list_inputs(job.rules.decontaminate)
+    return {
+        "version": _VERSION,
+        "inputs": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in source.files],
+        "evaluation files": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in evaluations],
+        "json keys": list(source.keys),
+        "rules": dataclasses.asdict(job.rules),
+        "tasks": job.tasks,
+        "dropped text": job.dropped_text,
+        "on error": "skip" if job.skip_errors else "stop",
+    }
 
 
 def _run_tasks(
@@ -169,18 +172,8 @@ def _run_tasks(
     if executor == "here":
         for task in range(job.tasks):
             run_task(job, task, progress)
-        return
-    if all(job.part(task).is_dir() for task in range(job.tasks)):
-        return
-    module = need(f"datatrove.executor.{executor}", f"--executor {executor}")
-    kind = getattr(module, f"{executor.title()}PipelineExecutor")
-    log = str(job.work / f"logs-{time.time_ns()}")
-    try:
-        kind(pipeline=[Task(job)], tasks=job.tasks, logging_dir=log, skip_completed=False, **options).run()
-    except DataError:
-        raise  # of a task
-    except Exception as err:  # whatever a cluster's software throws
-        raise DataError(f"--executor {executor}: {type(err).__name__}: {err}. Logs are in {log}.") from err
+    else:
+        run_elsewhere(functools.partial(run_task, job), job.work, job.tasks, job.missing, executor, options)
 
 
 # ---- a task ----
@@ -230,29 +223,55 @@ def run_task(job: Job, task: int, progress: Callable[[ProgressEvent], None] | No
     """Write one part, unless it is there."""
     if job.part(task).is_dir():
         return
-    folder = job.work / f"{job.part(task).name}.{os.getpid()}.tmp"
+    folder = job.work / f"{job.part(task).name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    cleaner, consumed, needed = Cleaner(job.rules), 0, 0
+    with disk(job.work, lambda: needed):
+        try:
+            for done in _write_part(job, task, folder, cleaner, progress):
+                consumed = done
+            if job.part(task).is_dir():  # another process of the same job was faster
+                shutil.rmtree(folder)
+            else:
+                os.replace(folder, job.part(task))
+        except BaseException:  # what is half-written would only fill the disk
+            needed = _bytes_needed(job, folder, cleaner.counts, consumed)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _write_part(
+    job: Job, task: int, folder: Path, cleaner: Cleaner, progress: Callable[[ProgressEvent], None] | None
+) -> Iterator[int]:
+    """Write the files of a part in `folder`; yields how many stored bytes of its input are done."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     first, last = job.files(task)
     source = dataclasses.replace(job.source, files=job.source.files[first:last])
-    cleaner, began = Cleaner(job.rules), time.monotonic()
-    before = sum(file.num_bytes for file in job.source.files[:first])
+    began, before = time.monotonic(), sum(file.num_bytes for file in job.source.files[:first])
     total = sum(file.num_bytes for file in job.source.files)
-    with _disk(folder):
-        with _PartWriter(folder, job) as part:
-            for batch in source.batches():
-                _clean_batch(job, batch, source, first, cleaner, part)
-                if progress is not None:
-                    done, elapsed = before + batch.consumed, time.monotonic() - began
-                    event = ProgressEvent(
-                        "clean", done, max(total, done), cleaner.counts.documents, 0, elapsed, batch.consumed, 0
-                    )
-                    progress(event)
-        (folder / "counts.json").write_bytes(orjson.dumps(vars(cleaner.counts)))
-        if job.part(task).is_dir():  # another process of the same job was faster
-            shutil.rmtree(folder)
-        else:
-            os.replace(folder, job.part(task))
+    with _PartWriter(folder, job) as part:
+        for batch in source.batches():
+            _clean_batch(job, batch, source, first, cleaner, part)
+            yield batch.consumed
+            if progress is not None:
+                done, elapsed = before + batch.consumed, time.monotonic() - began
+                documents = cleaner.counts.documents
+                progress(ProgressEvent("clean", done, max(total, done), documents, 0, elapsed, batch.consumed, 0))
+    (folder / "counts.json").write_bytes(orjson.dumps(vars(cleaner.counts)))
+
+
+def _bytes_needed(job: Job, folder: Path, counts: Counts, consumed: int) -> int:
+    """Of the parts that are missing and of the output, if the rest is like what was read."""
+    total = sum(file.num_bytes for file in job.source.files)
+    waiting = sum(f.num_bytes for task in job.missing() for f in job.source.files[slice(*job.files(task))])
+    written = sum(path.stat().st_size for path in folder.glob("*"))
+    scale = 1 / max(1, consumed)
+    return int(written * max(waiting * scale, 1)) + _output_bytes(job, counts.text_bytes * max(total * scale, 1))
+
+
+def _output_bytes(job: Job, text_bytes: float) -> int:
+    """About what the output takes: lines of JSON, and packed a third of it."""
+    return int(1.1 * text_bytes if job.suffix == ".jsonl" else 0.4 * text_bytes)
 
 
 def _clean_batch(job: Job, batch: Batch, source: Source, first: int, cleaner: Cleaner, part: _PartWriter) -> None:
@@ -291,23 +310,44 @@ def _merge(job: Job, progress: Callable[[ProgressEvent], None] | None, began: fl
     bands = [[part / f"band-{band:02d}" for part in parts] for band in range(job.rules.minhash.bands)]
     near = earliest(bands, sum(sizes), 1)
     outputs = {Path(job.output): job.work / f"output{job.suffix}", job.target("dropped.jsonl"): job.work / "dropped"}
-    with open(outputs[job.target("dropped.jsonl")], "wb") as dropped:
+    with disk(job.work, lambda: _output_bytes(job, counts.text_bytes)):
+        try:
+            kept = _write_outputs(job, parts, sizes, exact, near, list(outputs.values()), counts, progress)
+            report = _report(job, counts, kept, time.monotonic() - began)
+            outputs[job.target("report.json")] = job.work / "report"
+            write_synced(job.work / "report", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
+        except BaseException:
+            for path in outputs.values():
+                path.unlink(missing_ok=True)
+            raise
+        for target in reversed(outputs):  # a crash leaves no old report beside a new output
+            target.unlink(missing_ok=True)
+        for target, source in outputs.items():
+            os.replace(source, target)
+        sync_folder(Path(job.output).parent)
+        shutil.rmtree(job.work)
+    return report
+
+
+def _write_outputs(
+    job: Job,
+    parts: Sequence[Path],
+    sizes: Sequence[int],
+    exact: npt.NDArray[np.int64],
+    near: npt.NDArray[np.int64],
+    outputs: Sequence[Path],
+    counts: Counts,
+    progress: Callable[[ProgressEvent], None] | None,
+) -> tuple[int, int]:
+    """Write the output and the list of what was dropped; returns documents and bytes of text that stay."""
+    with open(outputs[1], "wb") as dropped:
         for part in parts:
             with open(part / "dropped.jsonl", "rb") as file:
                 shutil.copyfileobj(file, dropped)
-        with _output(outputs[Path(job.output)], job.suffix) as out:
+        with _output(outputs[0], job.suffix) as out:
             kept = _write_kept(job, parts, sizes, exact, near, out, dropped, counts, progress)
         sync_file(dropped)
-    report = _report(job, counts, kept, time.monotonic() - began)
-    outputs[job.target("report.json")] = job.work / "report"
-    write_synced(job.work / "report", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
-    for target in reversed(outputs):  # a crash leaves no old report beside a new output
-        target.unlink(missing_ok=True)
-    for target, source in outputs.items():
-        os.replace(source, target)
-    sync_folder(Path(job.output).parent)
-    shutil.rmtree(job.work)
-    return report
+    return kept
 
 
 def _write_kept(
@@ -406,20 +446,3 @@ def _report(job: Job, counts: Counts, kept: tuple[int, int], elapsed_s: float) -
         "tasks": job.tasks,
         "elapsed_s": elapsed_s,
     }
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Turns a full disk or a missing permission into an error that says how to go on."""
-    try:
-        yield
-    except OSError as err:
-        where = err.filename or path
-        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"{where}: cannot be written: {err.strerror or err}. Choose another output.") from err
-        folder = path if path.is_dir() else path.parent
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        raise DataError(
-            f"{where}: the disk is full ({free:,} bytes are free). Make room and give the same command again: "
-            f"the parts that are complete are kept."
-        ) from err

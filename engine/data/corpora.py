@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+import xxhash
+
 from engine.config import Config
 from engine.data.blend import BlendedOrder, Phase, integer_weights, smallest_share
+from engine.data.fim import FillInTheMiddle
 from engine.data.indexed import IndexedDataset
+from engine.data.loader import LossMask
 from engine.data.order import SampleOrder, derive_key
+from engine.data.special import fill_in_the_middle, masked_labels
 from engine.data.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, Fault
 from engine.mixture import PATH, Mixture, read_mixture
@@ -23,16 +29,17 @@ _MOST_NOTES = 12
 class TrainingData:
     """order: the samples. names: of the sources of a blend, () for one corpus. facts: what a checkpoint remembers.
 
-    notes: what to tell the user about the blend. mask_eod, separate_eod: the end-of-document token for
-    data.mask_eod and for data.separate_documents, None without.
+    notes: what to tell the user about the blend and fill-in-the-middle. mask: of data.mask_eod and data.mask_tokens.
+    separate_eod: the end-of-document token for data.separate_documents, None without. fim: None at data.fim_rate 0.
     """
 
     order: SampleOrder | BlendedOrder
     names: tuple[str, ...]
     facts: dict[str, Any]
     notes: tuple[str, ...]
-    mask_eod: int | None = None
-    separate_eod: int | None = None
+    mask: LossMask
+    separate_eod: int | None
+    fim: FillInTheMiddle | None
 
 
 def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
@@ -57,13 +64,13 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     datasets = [open_data(prefix, cfg, tokenizer) for prefix in mixture.prefixes]
     _refuse_two_tokenizers(datasets)
     facts = data_facts(cfg.data.train, datasets)
-    eods = {
-        name: end_of_document(datasets, name) for name in ("mask_eod", "separate_documents") if getattr(cfg.data, name)
-    }
-    facts |= eods
-    ends = eods.get("mask_eod"), eods.get("separate_documents")
+    mask, separate_eod, fim, read_facts = _reading(cfg, tokenizer, datasets, mixture)
+    facts |= read_facts
+    notes = [f"fill-in-the-middle: {read_facts['fim']}"] if fim is not None else []
+    reading = mask, separate_eod, fim
     if len(datasets) == 1:
-        return TrainingData(SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed), (), facts, (), *ends)
+        order = SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed)
+        return TrainingData(order, (), facts, tuple(notes), *reading)
     orders = [
         SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
         for k, dataset in enumerate(datasets)
@@ -73,8 +80,32 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
         facts[f"source {k}, {name}"] = f"{dataset.num_documents} documents, {dataset.num_tokens} tokens"
     for phase in phases:
         facts[f"{MIXED_FROM}{phase.start}"] = ", ".join(f"{n} {w}" for n, w in zip(mixture.names, phase.weights))
-    order = BlendedOrder(orders, phases)
-    return TrainingData(order, mixture.names, facts, tuple(_notes(mixture, order, cfg)), *ends)
+    blend = BlendedOrder(orders, phases)
+    return TrainingData(blend, mixture.names, facts, tuple(_notes(mixture, blend, cfg) + notes), *reading)
+
+
+def _reading(
+    cfg: Config, tokenizer: Tokenizer | None, datasets: Sequence[IndexedDataset], mixture: Mixture
+) -> tuple[LossMask, int | None, FillInTheMiddle | None, dict[str, Any]]:
+    """How samples are read: which labels count, how documents are kept apart, fill-in-the-middle; and as facts."""
+    data, fim = cfg.data, None
+    needed = [name for name in ("mask_eod", "separate_documents", "fim_rate") if getattr(data, name)]
+    eods = {name: end_of_document(datasets, name, getattr(data, name)) for name in needed}
+    facts: dict[str, Any] = {name: eod for name, eod in eods.items() if name != "fim_rate"}
+    labels: tuple[int, ...] = ()
+    assert tokenizer is not None or not (data.mask_tokens or data.fim_rate)  # a config fault
+    if data.mask_tokens and tokenizer is not None:
+        labels = masked_labels(data, tokenizer)
+        facts["mask_tokens"] = list(labels)
+    if data.fim_rate and tokenizer is not None:
+        active = [wanted is not False for wanted in mixture.fim]
+        fim = fill_in_the_middle(data, tokenizer, eods["fim_rate"], cfg.train.seed, active)
+        spelled = f"{fim.sentinels.prefix} {fim.sentinels.suffix} {fim.sentinels.middle}"
+        facts["fim"] = f"rate {data.fim_rate}, of that SPM {data.fim_spm_rate}, tokens {spelled}"
+        if not all(active):
+            facts["fim"] += f", in {', '.join(n for n, wanted in zip(mixture.names, active) if wanted)}"
+    after = (eods["mask_eod"],) if "mask_eod" in eods else ()
+    return LossMask(after, labels), eods.get("separate_documents"), fim, facts
 
 
 def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
@@ -83,20 +114,33 @@ def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
         "prefix": prefix,
         "num_documents": sum(dataset.num_documents for dataset in datasets),
         "num_tokens": sum(dataset.num_tokens for dataset in datasets),
+        "fingerprint": xxhash.xxh3_64("".join(map(fingerprint, datasets)).encode()).hexdigest(),
         "tokenizer_digest": next(filter(None, (d.meta.get("tokenizer_digest") for d in datasets)), None),
     }
 
 
-def end_of_document(datasets: Sequence[IndexedDataset], option: str) -> int:
+def fingerprint(dataset: IndexedDataset) -> str:
+    """XXH3-64 of a corpus' lengths and tokens at up to 256 evenly spaced places: tells another corpus of the same size.
+
+    A sample of it, so that opening stays cheap; `engine inspect --verify` reads every token.
+    """
+    digest = xxhash.xxh3_64()
+    for values, run in ((dataset.lengths, 64), (dataset.tokens, 512)):
+        for start in np.linspace(0, max(0, len(values) - run), 256, dtype=np.int64).tolist():
+            digest.update(values[start : start + run].tobytes())
+    return digest.hexdigest()
+
+
+def end_of_document(datasets: Sequence[IndexedDataset], option: str, value: object = True) -> int:
     """The end-of-document token of all corpora, as their sidecars have it; `option` of [data] is what needs it."""
     found = {dataset.prefix: dataset.meta.get("eod") for dataset in datasets}
     for prefix, eod in found.items():
         if not isinstance(eod, int):
             relation = f"needs the end-of-document token, and {prefix}.json names none"
             repair = "Leave it out, or prepare the data with --append-eod."
-            raise ConfigError([Fault(f"data.{option}", True, relation, repair)])
+            raise ConfigError([Fault(f"data.{option}", value, relation, repair)])
     if len(set(found.values())) > 1:
-        raise ConfigError([Fault(f"data.{option}", True, f"finds several: {found}", "Prepare with one tokenizer.")])
+        raise ConfigError([Fault(f"data.{option}", value, f"finds several: {found}", "Prepare with one tokenizer.")])
     return int(next(iter(found.values())) or 0)
 
 

@@ -19,6 +19,7 @@ from engine.data.foreign import AWKWARD
 from engine.data.tokenizer import Tokenizer
 
 _SAMPLES, _SAMPLE_CHARS = 4, 512  # of a batch: a millisecond of the reference
+Encoded = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 
 class Mismatch(Exception):
@@ -58,7 +59,7 @@ class Encoder:
             self.note = f"gigatoken does not take this tokenizer: {str(err).splitlines()[0]}"
             return None
 
-    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids of all texts one after the other, int32 [T], and the length of each, int32 [texts]."""
         if self._fast is not None:
             return self._encode_fast(texts)
@@ -66,7 +67,14 @@ class Encoder:
         lengths = np.array([len(piece) for piece in ids], np.int32)
         return (np.concatenate(ids) if ids else np.empty(0, np.int32)), lengths
 
-    def _encode_fast(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    def encode_checked(self, texts: Sequence[str]) -> Encoded:
+        """As `encode`, and some of `texts` are given to the reference too. Raises Mismatch."""
+        if not texts:
+            return np.empty(0, np.int32), np.empty(0, np.int32)
+        self.check(texts)
+        return self.encode(texts)
+
+    def _encode_fast(self, texts: Sequence[str]) -> Encoded:
         layout = self._fast.encode_batch(list(texts), parallel=self._parallel).layout
         offsets = np.asarray(layout.offsets.data)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]

@@ -24,14 +24,13 @@ _LANGUAGE_CHARS = 2000  # of a document that are looked at
 Verdict = tuple[str, str]  # (text, reason to drop it or "")
 
 
-def need(package: str, option: str) -> Any:
+def need(package: str, option: str, how: str = "Install the extra: pip install 'trident-engine[clean]'") -> Any:
     """The package, or an error that says how to get it."""
     try:
         return importlib.import_module(package)
     except ImportError as err:
         raise DataError(
-            f"{option} needs the package {package.partition('.')[0]}, which cannot be imported ({err}). "
-            f"Install the extra: pip install 'trident-engine[clean]'."
+            f"{option} needs the package {package.partition('.')[0]}, which cannot be imported ({err}). {how}."
         ) from err
 
 

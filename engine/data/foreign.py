@@ -198,7 +198,9 @@ def _compare(
     for text in texts:
         mine, right = tokenizer.encode(text, add_special_tokens=False).ids, list(original(text))
         if mine != right:
+            at = next((i for i, (a, b) in enumerate(zip(mine, right)) if a != b), min(len(mine), len(right)))
             raise DataError(
-                f"{path}: cannot be converted exactly: {text[:60]!r} gives {mine[:8]}... instead of {right[:8]}.... "
+                f"{path}: cannot be converted exactly: of {text[:60]!r} token {at} and those behind it are "
+                f"{mine[at : at + 4]} instead of {right[at : at + 4]}. "
                 f"Give the tokenizer.json that its makers publish."
             )

@@ -133,7 +133,9 @@ def parquet_rows(stream: ByteStream, columns: Sequence[str], start: int) -> Rows
     """Rows from number `start` on, with the given columns only."""
     arrow, parquet = _arrow("pyarrow.parquet")
     try:
-        file = parquet.ParquetFile(stream.seekable(), pre_buffer=False, buffer_size=_BLOCK_BYTES)
+        file = parquet.ParquetFile(
+            stream.seekable(), pre_buffer=False, buffer_size=_BLOCK_BYTES, page_checksum_verification=True
+        )
         wanted = _columns(file.schema_arrow, columns)
         done = 0
         for group in range(file.num_row_groups):

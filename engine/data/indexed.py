@@ -35,6 +35,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder
@@ -44,8 +45,10 @@ HEADER = struct.Struct("<9sQBQQ")
 # 6 and 7 are floats, and Megatron and gpt-neox disagree on which is which; no token id is a float anyway.
 DTYPES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 SIDECAR_VERSION = 1
+SIDECAR_DIGEST = "sidecar_digest"
 UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
 MAX_SEQUENCE_TOKENS = 2**31 - 1
+NATIVE_INTERFACE = 2  # of csrc/index.cpp, counted up when a signature changes: an older build is refused, not called
 _CHUNK = 1 << 22  # elements a check looks at in one go: bounds memory, whatever the size of the corpus
 
 IntArray = npt.NDArray[Any]
@@ -205,9 +208,10 @@ def _check_sequences(
     idx_path: Path, bin_path: Path, lengths: IntArray, pointers: IntArray, itemsize: int, bin_bytes: int
 ) -> None:
     """Lengths are not negative, pointers are their running sum in bytes, and the sum is the size of .bin."""
-    module = _native()
-    check = module.check_sequences if module else check_sequences
-    i, end = check(lengths, pointers, itemsize, bin_bytes)
+    if module := _native():
+        i, end = module.check_sequences(lengths, pointers, itemsize, bin_bytes, _threads(len(lengths)))
+    else:
+        i, end = check_sequences(lengths, pointers, itemsize, bin_bytes)
     if i >= 0 and end < 0:
         raise _damaged(idx_path, f"offset {HEADER.size + 4 * i} (length of sequence {i})", str(lengths[i]), ">= 0")
     if i >= 0:
@@ -225,7 +229,7 @@ def _check_boundaries(path: Path, boundaries: IntArray, num_sequences: int) -> N
         offset = base + 8 * (len(boundaries) - 1)
         raise _damaged(path, f"offset {offset} (last document boundary)", str(boundaries[-1]), str(num_sequences))
     module = _native()
-    i = (module.check_rising if module else check_rising)(boundaries)
+    i = module.check_rising(boundaries, _threads(len(boundaries))) if module else check_rising(boundaries)
     if i >= 0:
         expected = f">= {boundaries[i - 1]}, the one before"
         raise _damaged(path, f"offset {base + 8 * i} (document boundary {i})", str(boundaries[i]), expected)
@@ -267,7 +271,13 @@ def _native() -> ModuleType | None:
         module = importlib.import_module("engine._index")
     except ImportError:
         return None
-    return module if hasattr(module, "check_sequences") else None
+    return module if getattr(module, "interface", 0) == NATIVE_INTERFACE else None
+
+
+def _threads(count: int) -> int:
+    """For a check of so many numbers: all cores up to 4, which saturate memory, if each has a million to look at."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4, 1 + count // (1 << 20))
 
 
 def write_index(out: IO[bytes], dtype: np.dtype[Any], lengths: IntArray) -> None:
@@ -314,7 +324,22 @@ def sidecar_of(
 
 
 def sidecar_bytes(sidecar: dict[str, Any]) -> bytes:
-    return json.dumps(sidecar, indent=1).encode() + b"\n"
+    return json.dumps({**sidecar, SIDECAR_DIGEST: sidecar_digest(sidecar)}, indent=1).encode() + b"\n"
+
+
+def sidecar_digest(sidecar: dict[str, Any]) -> str:
+    """Digest of all that a sidecar says."""
+    said = {name: value for name, value in sidecar.items() if name != SIDECAR_DIGEST}
+    return xxhash.xxh3_64_hexdigest(json.dumps(said, sort_keys=True).encode())
+
+
+def digest_of(path: Path) -> str:
+    """Digest of a .bin, for `engine inspect --verify`: the same tokens in another order are other tokens."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class IndexedWriter:
@@ -391,10 +416,11 @@ class IndexedWriter:
     def finish(self, meta: dict[str, Any]) -> dict[str, Any]:
         """Complete and publish the three files; returns the sidecar. `meta` adds facts the tokens do not tell."""
         self._flush()
-        sidecar = sidecar_of(meta, self.dtype, self.counts, self.num_documents, self._num_empty)
         with self._disk(self._targets[0]):
             sync_file(self._bin)
             self._bin.close()
+            meta = {**meta, "bin_digest": digest_of(self._temporaries[0])}
+            sidecar = sidecar_of(meta, self.dtype, self.counts, self.num_documents, self._num_empty)
             with open(self._temporaries[1], "wb") as idx:
                 lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
                 write_index(idx, self.dtype, lengths)

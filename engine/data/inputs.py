@@ -15,11 +15,12 @@ import io
 import lzma
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from engine.errors import DataError
 
@@ -139,6 +140,7 @@ class ByteStream:
         self.offset = 0
         self._ahead = b""
         self._broken: BadStream | None = None
+        self._spooled: IO[bytes] | None = None
         try:
             self._raw = _open(file)
         except OSError as err:
@@ -149,6 +151,8 @@ class ByteStream:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._spooled is not None:
+            self._spooled.close()
         if self.file.name != STDIN:
             self._raw.close()
 
@@ -166,7 +170,7 @@ class ByteStream:
         pieces: list[bytes] = []
         missing = size
         try:
-            while missing and (piece := self._piece(missing)):
+            while missing and (piece := self._piece(missing, self.offset + size - missing)):
                 pieces.append(piece)
                 missing -= len(piece)
         except BadStream as err:
@@ -183,16 +187,25 @@ class ByteStream:
             self.offset -= len(self._ahead)
         return self._ahead
 
-    def _piece(self, size: int) -> bytes:
-        done = f"after {self.offset:,} unpacked bytes"
+    def _piece(self, size: int, offset: int) -> bytes:
+        if not self.file.compression:
+            try:
+                return cast(bytes, self._unpacked.read(size))
+            except OSError as err:
+                raise BadStream(f"{err.strerror or err}, after {offset:,} bytes") from err
+        done = f"after {offset:,} unpacked bytes or a little later"
         try:
-            return self._unpacked.read1(size) if self.file.compression else self._unpacked.read(size)
+            data: bytes = self._unpacked.read1(size)
         except EOFError as err:
-            raise BadStream(f"the archive ends too early, {done} or a little later") from err
+            raise BadStream(f"the archive ends too early, {done}") from err
         except (zlib.error, lzma.LZMAError) as err:
-            raise BadStream(f"the archive is damaged, {done} or a little later: {err}") from err
-        except OSError as err:
-            raise BadStream(f"{err.strerror or err}, {done} or a little later") from err
+            raise BadStream(f"the archive is damaged, {done}: {err}") from err
+        except OSError as err:  # the unpackers raise it without a number for damage
+            what = f"{err.strerror}, {done}" if err.errno else f"the archive is damaged, {done}: {err}"
+            raise BadStream(what) from err
+        if not data and not offset and not self._raw.tell():
+            raise BadStream("the archive is empty: not even its beginning is there")
+        return data
 
     def skip(self, size: int, seen: Callable[[bytes], None] | None = None) -> None:
         """Go on `size` bytes; `seen` gets them. A plain file is not read for it, a compressed one has to be."""
@@ -210,10 +223,18 @@ class ByteStream:
                 seen(data)
 
     def seekable(self) -> IO[bytes]:
-        """The file itself, for formats that are read from their end."""
-        if self.file.compression or self.file.name == STDIN:
-            raise BadStream("this format has to be read from a file that is not compressed as a whole")
-        return self._raw
+        """The file itself, for formats that are read from their end; unpacked into a temporary file if need be."""
+        if not self.file.compression and self.file.name != STDIN:
+            return self._raw
+        try:
+            if self._spooled is None:
+                self._spooled = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
+                while data := self.read(1 << 20):
+                    self._spooled.write(data)
+            self._spooled.seek(0)
+        except OSError as err:
+            raise BadStream(f"cannot be unpacked into {tempfile.gettempdir()} (TMPDIR): {err.strerror or err}") from err
+        return self._spooled
 
     def consumed(self) -> int:
         """Stored bytes read so far, for progress."""
@@ -238,21 +259,48 @@ def _open(file: InputFile) -> IO[bytes]:
 def _unpack(raw: IO[bytes], compression: str) -> IO[bytes]:
     unpackers: dict[str, Callable[[IO[bytes]], Any]] = {
         ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-        ".bz2": bz2.BZ2File,
-        ".xz": lzma.LZMAFile,
-        ".zst": lambda raw: io.BufferedReader(_Zstd(raw), 1 << 18),
+        ".bz2": lambda raw: io.BufferedReader(_Members(raw, bz2.BZ2Decompressor), 1 << 18),
+        ".xz": lambda raw: io.BufferedReader(_Members(raw, lzma.LZMADecompressor, padding=b"\0"), 1 << 18),
+        ".zst": lambda raw: io.BufferedReader(_Members(raw, _Frame, _FRAME_BYTES), 1 << 18),
     }
     return unpackers[compression](raw) if compression else raw
 
 
-class _Zstd(io.RawIOBase):
-    """Frames of zstd, one after the other. The library's own reader takes a torn frame for the end of the text."""
+class _Frame:
+    """A frame of zstd, with the methods that the standard library's decompressors have."""
 
-    def __init__(self, raw: IO[bytes]):
+    needs_input = True
+
+    def __init__(self) -> None:
         import zstandard
 
-        self._raw, self._library = raw, zstandard
-        self._frame: Any = None
+        self._error, self._frame = zstandard.ZstdError, zstandard.ZstdDecompressor().decompressobj()
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """All that `data` gives: it cannot be told to stop, so it is fed little at once."""
+        try:
+            return self._frame.decompress(data)
+        except self._error as err:
+            raise zlib.error(str(err)) from err
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._frame.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data
+
+
+class _Members(io.RawIOBase):
+    """An archive of one or more streams, one after the other.
+
+    The libraries' own readers take what follows a stream and is none, or a torn one, for the end of the text.
+    """
+
+    def __init__(self, raw: IO[bytes], new: Callable[[], Any], at_once: int = 1 << 16, padding: bytes = b""):
+        self._raw, self._new, self._at_once, self._padding = raw, new, at_once, padding
+        self._member: Any = None
         self._input, self._output = b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -260,19 +308,21 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            data = self._input or self._raw.read(_FRAME_BYTES)
-            self._input = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError
-                return 0
-            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
-            try:
-                self._output = memoryview(self._frame.decompress(data))
-            except self._library.ZstdError as err:
-                raise zlib.error(str(err)) from err
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
+            if not self._input and (self._member is None or self._member.needs_input):
+                self._input = self._raw.read(self._at_once)
+                if not self._input:
+                    if self._member is not None:
+                        raise EOFError
+                    return 0
+            if self._member is None:
+                self._input = self._input.lstrip(self._padding) if self._padding else self._input
+                if not self._input:
+                    continue
+                self._member = self._new()
+            data, self._input = self._input, b""
+            self._output = memoryview(self._member.decompress(data, 1 << 18))
+            if self._member.eof:
+                self._input, self._member = self._member.unused_data, None
         size = min(len(buffer), len(self._output))
         buffer[:size] = self._output[:size]
         self._output = self._output[size:]

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from engine.data.indexed import IndexedDataset, entropy, paths_of
+from engine.data.fim import FillInTheMiddle
+from engine.data.indexed import SIDECAR_DIGEST, IndexedDataset, entropy, paths_of, sidecar_digest
 from engine.data.order import SampleOrder
 from engine.data.tokenizer import Tokenizer
 from engine.errors import DataError
@@ -70,12 +72,26 @@ def histogram(dataset: IndexedDataset) -> tuple[npt.NDArray[np.int64], npt.NDArr
 
 
 def decoded_samples(
-    dataset: IndexedDataset, tokenizer: Tokenizer, seq_len: int, count: int, seed: int
+    dataset: IndexedDataset,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    count: int,
+    seed: int,
+    fim: FillInTheMiddle | None = None,
 ) -> Iterator[str]:
-    """Samples as training sees them, drawn by `seed`: text with a mark where each document begins or goes on."""
+    """Samples as training sees them, drawn by `seed`: text with a mark where each document begins or goes on.
+
+    With `fim` as they are after it: special tokens spelled out instead of the marks, and what became of the segments.
+    """
     order = SampleOrder(dataset, seq_len, seed)
     picked = np.random.default_rng(seed).integers(0, order.samples_per_epoch, count)
     for sample in picked.tolist():
+        if fim is not None:
+            one = np.array([sample], np.int64)
+            changed = fim(order.gather(one), one, order.sources(one))
+            text, fate = tokenizer.decode(changed.rows[0, : changed.lengths[0]].tolist()), sorted(changed.what.items())
+            yield f"sample {sample} ({', '.join(f'{k} {n}' for k, n in fate if n)}): {text}"
+            continue
         parts = []
         for document, offset, length in order.parts(sample):
             text = tokenizer.decode(dataset[document][offset : offset + length].tolist())
@@ -94,9 +110,11 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
     meta = dataset.meta
     limit = dataset.vocab_size or meta.get("vocab_size") or (tokenizer.vocab_size if tokenizer else 0)
     counts = np.zeros(max(1, limit), np.int64)
-    largest = -1
+    largest, digest = -1, xxhash.xxh3_128()
     for low in range(0, dataset.num_tokens, _CHUNK):
-        tokens = dataset.tokens[low : low + _CHUNK].astype(np.int64)
+        stored = dataset.tokens[low : low + _CHUNK]
+        digest.update(np.ascontiguousarray(stored).view(np.uint8).data)
+        tokens = stored.astype(np.int64)
         wrong = (tokens < 0) | (tokens >= limit) if limit else tokens < 0
         if wrong.any():
             k = int(np.argmax(wrong))
@@ -112,9 +130,12 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
         f"{idx_path}: {dataset.num_documents:,} lengths, pointers and boundaries fit each other and the size of .bin",
         f"{bin_path}: {dataset.num_tokens:,} tokens are in [0, {limit:,})" if limit else f"{bin_path}: no token < 0",
     ]
+    if not meta and json_path.exists():
+        raise DataError(f"{json_path}: describes another file (the warning says how). Delete or restore it.")
     if not meta:
-        return [*right, f"{json_path}: not there or of another file; the tokenizer is not known"]
+        return [*right, f"{json_path}: not there; the tokenizer is not known, nor the digest of the tokens"]
     facts: dict[str, Any] = {"num_documents": dataset.num_documents, "max_token": largest, "dtype": dataset.dtype.name}
+    facts |= {"bin_digest": digest.hexdigest(), SIDECAR_DIGEST: sidecar_digest(meta)}
     if limit and limit == meta.get("vocab_size"):
         facts["unigram_entropy"] = entropy(counts)
     if tokenizer is not None:
@@ -136,9 +157,12 @@ def _same(said: Any, found: Any) -> bool:
 
 
 def find_tokenizer(prefix: str, given: Path | None) -> Path | None:
-    """The folder given, or the one beside the corpus: PREFIX-tokenizer, or tokenizer or . in the same folder."""
+    """The folder given, or the one beside the corpus: PREFIX-tokenizer (as `prepare` writes it for PREFIX-train and
+    PREFIX-valid), or tokenizer or . in the same folder.
+    """
     if given is not None:
         return given
     folder = Path(prefix).parent
-    places = (Path(f"{prefix}-tokenizer"), folder / "tokenizer", folder)
+    whole = prefix.removesuffix("-train").removesuffix("-valid")
+    places = (Path(f"{prefix}-tokenizer"), Path(f"{whole}-tokenizer"), folder / "tokenizer", folder)
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)

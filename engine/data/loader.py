@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from engine.data.fim import FillInTheMiddle
 from engine.data.order import Int64Array
 from engine.errors import DataError
 
@@ -38,7 +39,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's worth of data."""
+    """One forward's worth of data. `tokens` and `labels` may be overlapping views of one [b, s + 1]: read only."""
 
     tokens: torch.Tensor  # int64 [b, s]
     labels: torch.Tensor  # int64 [b, s], the token after each of `tokens`
@@ -59,7 +60,23 @@ def number_documents(tokens: torch.Tensor, eod: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Slice:
+class LossMask:
+    """Which labels do not count: those that follow one of `after`, and those that are one of `labels` (token ids)."""
+
+    after: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """True where the label counts; bool [b, s] for tokens and labels int64 [b, s]."""
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        for found, numbers in ((tokens, self.after), (labels, self.labels)):
+            if numbers:
+                mask &= ~torch.isin(found, torch.tensor(numbers))
+        return mask
+
+
+@dataclass(frozen=True)
+class Slice:
     """This rank's share of every global batch, and how to read it."""
 
     order: Order
@@ -67,21 +84,30 @@ class _Slice:
     micro_batch_size: int
     data_rank: int
     data_size: int
-    mask_eod: int | None = None
+    mask: LossMask = LossMask()
     separate_eod: int | None = None
+    fim: FillInTheMiddle | None = None
 
     def read(self, consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch [consumed, consumed + global_batch_size)."""
         local = self.global_batch_size // self.data_size
         first = consumed + self.data_rank * local
+        samples = np.arange(first, first + local, dtype=np.int64)
+        rows, sources = self.order.gather(samples), self.order.sources(samples)
+        lengths = np.full(local, rows.shape[1])
+        if self.fim is not None:  # all micro-batches at once: one call of the tokenizer
+            changed = self.fim(rows, samples, sources)
+            rows, lengths = changed.rows, changed.lengths
         batches = []
-        for low in range(first, first + local, self.micro_batch_size):
-            samples = np.arange(low, low + self.micro_batch_size, dtype=np.int64)
-            rows, sources = torch.from_numpy(self.order.gather(samples)), self.order.sources(samples)
-            tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            mask = torch.ones_like(tokens, dtype=torch.bool) if self.mask_eod is None else tokens != self.mask_eod
+        for low in range(0, local, self.micro_batch_size):
+            part = slice(low, low + self.micro_batch_size)
+            line = torch.from_numpy(rows[part])
+            tokens, labels = line[:, :-1], line[:, 1:]
+            mask = self.mask(tokens, labels)
+            if self.fim is not None:  # its filling does not count
+                mask &= torch.arange(1, line.shape[1]) < torch.from_numpy(lengths[part])[:, None]
             documents = None if self.separate_eod is None else number_documents(tokens, self.separate_eod)
-            batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources), documents))
+            batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources[part]), documents))
         return batches
 
 
@@ -98,7 +124,7 @@ class _Pipe:
         self.slots.release()
 
 
-def _produce(part: _Slice, consumed: int, pipe: _Pipe) -> None:
+def _produce(part: Slice, consumed: int, pipe: _Pipe) -> None:
     """The worker. Knows no Loader, so that a forgotten Loader can be collected and end it."""
     try:
         while True:
@@ -115,9 +141,9 @@ class Loader:
     """Iterator over global batches: each `next()` is this data rank's list[MicroBatch], without end.
 
     The worker starts with the first `next()` (so a Loader may be made before a fork) and keeps up to `prefetch` batches
-    ready. `mask_eod`: leave labels that follow this token out of the loss; `separate_eod`: number the documents
-    that it ends. The worker's exception is raised by `next()`, and
-    by every later one. Raises DataError for sizes that do not divide.
+    ready. `mask`: which labels count; `separate_eod`: number the documents that it ends; `fim`: permute some of them
+    first. The worker's exception is raised by `next()`, and by every later one. Raises DataError for sizes that do not
+    divide.
     """
 
     def __init__(
@@ -130,8 +156,9 @@ class Loader:
         data_size: int,
         start_sample: int = 0,
         prefetch: int = 2,
-        mask_eod: int | None = None,
+        mask: LossMask = LossMask(),
         separate_eod: int | None = None,
+        fim: FillInTheMiddle | None = None,
     ):
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
             raise DataError(
@@ -146,7 +173,7 @@ class Loader:
                 f"global_batch_size = {global_batch_size} is not a multiple of micro_batch_size * data_size = "
                 f"{micro_batch_size} * {data_size} = {micro_batch_size * data_size}. Change one of the three."
             )
-        self._part = _Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, mask_eod, separate_eod)
+        self._part = Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, mask, separate_eod, fim)
         self._consumed = start_sample
         self._pipe = _Pipe(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
         self._worker: threading.Thread | None = None

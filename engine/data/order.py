@@ -42,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.indexed import IndexedDataset
+from engine.data.indexed import NATIVE_INTERFACE, IndexedDataset
 from engine.errors import DataError
 
 BLOCK_DOCUMENTS = 1024
@@ -53,7 +53,7 @@ _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _MAX_INT64 = (1 << 63) - 1
 # Purposes separate the streams of keys drawn from one seed; "split" is used by prepare, "source" for blends.
-PURPOSES = {"blocks": 1, "documents": 2, "samples": 3, "split": 4, "source": 5}
+PURPOSES = {"blocks": 1, "documents": 2, "samples": 3, "split": 4, "source": 5, "fim": 6}
 _DIGEST_SAMPLES = 256  # samples gathered at a time by digest(): bounds its memory
 
 Int64Array = npt.NDArray[np.int64]
@@ -164,7 +164,7 @@ def _extension() -> ModuleType | None:
         module = importlib.import_module("engine._index")
         index = np.arange(100, dtype=np.int64)
         same = np.array_equal(module.permute(1000, 42, index), permute(1000, 42, index))
-        if not same or not hasattr(module, "blend_block"):
+        if not same or getattr(module, "interface", 0) != NATIVE_INTERFACE:
             raise ImportError("it was built from another version of csrc/index.cpp")
     except (ImportError, AttributeError, TypeError) as err:
         warnings.warn(

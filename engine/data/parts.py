@@ -14,7 +14,6 @@ Another process in the same folder is kept out by a lock that the kernel drops w
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -27,9 +26,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.indexed import sidecar_bytes, sidecar_of, token_dtype, write_index
+from engine.data.indexed import digest_of, sidecar_bytes, sidecar_of, token_dtype, write_index
+from engine.data.pack import pack
 from engine.errors import DataError
-from engine.files import sync_file, sync_folder, write_synced
+from engine.files import sync_file, sync_folder, write_fault, write_synced
 
 _CHECK_BYTES = 8 << 20
 _SKIPPED = "skipped.jsonl"
@@ -150,16 +150,23 @@ class Parts:
             counts[:] = 0
         self.state, self.num_shards = None, 0
 
-    def add(self, split: str, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> None:
-        """Append documents: their tokens one after the other, int32 [T], and lengths int32 [documents]."""
-        counts = self.counts[split]
-        if tokens.size:
-            if int(tokens.view(np.uint32).max()) >= len(counts):  # negative ones are large here: one pass for both
-                low, high = int(tokens.min()), int(tokens.max())
-                raise DataError(f"the tokenizer gave id {low if low < 0 else high}, not in [0, {len(counts)})")
-            counts += np.bincount(tokens, minlength=len(counts))
-        self._append(f"{split}.bin", tokens.astype(self.dtype).data)
-        self._append(f"{split}.lengths", lengths.astype("<i4").data)
+    def add(
+        self,
+        split: str,
+        tokens: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int32],
+        eod: int | None = None,
+    ) -> npt.NDArray[np.int32]:
+        """Append documents: their tokens one after the other, int32 [T], and lengths int32 [documents].
+
+        `eod` is put behind each that is not empty. Returns the lengths as written, int32 [documents].
+        """
+        packed, written, wrong = pack(tokens, lengths, eod, self.dtype, self.counts[split])
+        if wrong is not None:
+            raise DataError(f"the tokenizer gave id {wrong}, not in [0, {len(self.counts[split])})")
+        self._append(f"{split}.bin", packed.data)
+        self._append(f"{split}.lengths", written.data)
+        return written
 
     def skip(self, line: bytes) -> None:
         """Append a line to the list of what was left out."""
@@ -236,6 +243,7 @@ class Parts:
 
     def write_corpus(self, split: str, meta: dict[str, Any], documents: int, empty: int) -> dict[str, Any]:
         """Write .idx and sidecar of a split beside its .bin; returns the sidecar."""
+        meta = {**meta, "bin_digest": digest_of(self.folder / f"{split}.bin")}
         sidecar = sidecar_of(meta, self.dtype, self.counts[split], documents, empty)
         lengths_path = self.folder / f"{split}.lengths"
         lengths = np.memmap(lengths_path, "<i4", "r") if lengths_path.stat().st_size else np.empty(0, np.int32)
@@ -252,14 +260,18 @@ class Parts:
         try:
             yield
         except OSError as err:
-            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise DataError(f"{path}: cannot be written: {err.strerror or err}. Choose another output.") from err
-            free = shutil.disk_usage(path if path.is_dir() else path.parent).free
-            raise DataError(
-                f"{path}: the disk is full: about {self.bytes_needed():,} more bytes are needed and {free:,} are free. "
-                f"Make room and give the same command again: it goes on after the last finished shard "
-                f"({self.num_shards} are finished)."
-            ) from err
+            go_on = f"Give the same command again: it goes on behind the {self.num_shards} shards that are finished."
+            needed = self.bytes_needed()
+            self._cut()
+            raise DataError(write_fault(err, path, needed, go_on)) from err
+
+    def _cut(self) -> None:
+        """Give back the room of what is not committed: it is made again, and what is then free is told."""
+        for grown in self._files.values():
+            with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
+                grown.file.close()
+            with contextlib.suppress(OSError):
+                os.truncate(grown.path, grown.committed)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -314,19 +314,24 @@ class _FileReader:
 
     def _rows(self, rows: Iterator[tuple[Any, int]], begin: Cursor, size: int = 256) -> Iterator[Batch]:
         """Batches of (row, bytes consumed): objects, or a string that says why a row could not be read."""
-        batch, consumed = Batch(), 0
-        for value, consumed in rows:
-            self.record += 1
-            if isinstance(value, BadRecord):
-                self._drop(batch, value.reason, value.detail)
-            else:
-                self._add_record(batch, value)
-            if len(batch.texts) + len(batch.drops) >= size or batch.num_chars >= _BLOCK_BYTES:
-                batch.cursor, batch.consumed = Cursor(self.number, self.record, self.record), consumed
-                yield batch
-                batch = Batch()
+        batch, consumed, broken = Batch(), 0, None
+        try:
+            for value, consumed in rows:
+                self.record += 1
+                if isinstance(value, BadRecord):
+                    self._drop(batch, value.reason, value.detail)
+                else:
+                    self._add_record(batch, value)
+                if len(batch.texts) + len(batch.drops) >= size or batch.num_chars >= _BLOCK_BYTES:
+                    batch.cursor, batch.consumed = Cursor(self.number, self.record, self.record), consumed
+                    yield batch
+                    batch = Batch()
+        except BadStream as err:  # what was read before it is not lost
+            broken = err
         batch.cursor, batch.consumed = Cursor(self.number, self.record, self.record), consumed
         yield batch
+        if broken is not None:
+            raise broken
 
     def _json(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
         line, newline, _ = stream.peek(_BLOCK_BYTES).partition(b"\n")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -33,7 +34,8 @@ class Tokenizer:
 
     Attributes: `vocab_size` (largest id + 1, added tokens included: what a model's embedding has to hold),
     `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it), `unknown` (id of
-    what the vocabulary cannot express, None if there is none), `special_tokens` (their spellings).
+    what the vocabulary cannot express, None if there is none), `special_tokens` (their spellings), `special_ids`,
+    `added_tokens` (spelling -> id of these and of the tokens that were added to be found in texts).
     """
 
     def __init__(self, definition: str, companions: dict[str, bytes], parse_special: bool = False):
@@ -45,7 +47,8 @@ class Tokenizer:
         self._definition = definition
         self._companions = companions
         self._eod_token = _configured_eod(companions)
-        canonical = json.dumps(json.loads(definition), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        parsed = self._parsed = orjson.loads(definition)  # megabytes: read once
+        canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         self.digest = hashlib.sha256(canonical.encode()).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(definition)
@@ -56,12 +59,13 @@ class Tokenizer:
         self._parse_special = parse_special
         self._tokenizer.encode_special_tokens = not parse_special  # True: encode their spelling as text
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        model = json.loads(definition)["model"]
+        model = parsed["model"]
         unknown = model.get("unk_token")
         self.unknown = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
-        self.special_tokens = tuple(
-            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
-        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.added_tokens = {token.content: number for number, token in added.items()}
+        self.special_tokens = tuple(token.content for token in added.values() if token.special)
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
 
     @classmethod
     def load(cls, path: str | Path, parse_special: bool = False) -> Tokenizer:
@@ -82,7 +86,8 @@ class Tokenizer:
             return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
             raise DataError(
-                f"{file}: no such file. Give a folder with a tokenizer.json (Hugging Face format), or train one."
+                f"{file}: no such file. Give a folder with a tokenizer.json (names on a hub are not downloaded: fetch "
+                f"it first), or make one with `engine tokenizer train`."
             ) from err
         except (OSError, ValueError) as err:
             raise DataError(f"{file}: not a usable tokenizer.json: {err}. Save it again with `tokenizers`.") from err
@@ -140,12 +145,11 @@ class Tokenizer:
 
     def text_only_definition(self) -> str:
         """tokenizer.json for a library that always parses special tokens: without them, unless they are wanted."""
-        definition = json.loads(self._definition)
-        definition.update(truncation=None, padding=None)
+        definition = {**self._parsed, "truncation": None, "padding": None}
         if not self._parse_special:
             added = definition.get("added_tokens") or []
             definition["added_tokens"] = [token for token in added if not token.get("special")]
-        return json.dumps(definition)
+        return orjson.dumps(definition).decode()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
@@ -159,6 +163,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens spelled out."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def decode_batch(self, pieces: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of each of several, on all cores."""
+        return list(self._tokenizer.decode_batch(list(pieces), skip_special_tokens=False))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its spelling in the vocabulary, None if there is none."""
+        number = self._tokenizer.token_to_id(token)
+        return None if number is None else int(number)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and the files beside it as transformers reads them; a loaded one as it was."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -38,3 +42,62 @@ def wait_until_quiet(cores: float, patience_s: float) -> None:
         time.sleep(2.0)
         if busy_s() - busy < 2.0 * cores:
             return
+
+
+# ---- what order.py and order_megatron.py measure alike ----
+
+SEQ_LEN, BATCH, SEED = 2048, 8, 1234
+SAMPLES = 4096  # read in random order; their pages are read once before
+BLEND_SAMPLES = 10**8
+
+
+def blend_weights(sources: int) -> Any:
+    """Uneven integer weights [sources]."""
+    return np.random.default_rng(0).integers(100, 10_000, sources)
+
+
+def peak_memory(work: Callable[[], Any]) -> tuple[float, float, Any]:
+    """(seconds, peak MiB of anonymous memory above the start, result) of work()."""
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    base, peak, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - started
+    peak[0] = max(peak[0], anonymous())
+    done.set()
+    thread.join()
+    return seconds, (peak[0] - base) / 1024, result
+
+
+def samples_per_s(read: Callable[[int], Any], step: int, threads: int = 1) -> dict[str, float]:
+    """Samples a wall second, and a processor second, of read(low) for low in range(0, SAMPLES, step), pages warm.
+
+    Thread t reads every threads-th step. The best of three passes, one at a time after one that brings the pages.
+    """
+
+    def part(thread: int) -> None:
+        for low in range(thread * step, SAMPLES, threads * step):
+            read(low)
+
+    best = {"rate": 0.0, "cpu_rate": 0.0}
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for trial in range(4):
+            wall, cpu = time.perf_counter(), time.process_time()
+            list(pool.map(part, range(threads)))
+            rate = {
+                "rate": SAMPLES / (time.perf_counter() - wall),
+                "cpu_rate": SAMPLES / (time.process_time() - cpu),
+            }
+            best = rate if trial and rate["rate"] > best["rate"] else best
+    return best

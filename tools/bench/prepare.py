@@ -1,29 +1,39 @@
-"""MB/s of `engine prepare` beside a bare loop of the same libraries (orjson + gigatoken + write), on the same text.
+"""MB/s of `engine prepare` beside the limit, a bare loop of the same libraries, and beside datatrove and Megatron-LM.
 
-Each run is a process of its own, whole: start-up and imports, checks, syncs and the index count for ours. Runs of the
-bare loop and of ours alternate, so that a machine that others use slows both. Peers (Megatron-LM, datatrove) are not
-run here. `python tools/bench/prepare.py --megabytes 200 --repeat 3`
+The limit: orjson, gigatoken on 32 MB at a time, write; no check, digest, sync or index, and of JSON lines whatever ours
+reads. Every run is a whole process, imports included, on the same text and tokenizer; runs take turns. Peers are given,
+not bundled: `--datatrove PYTHON` an interpreter that has it (below: how to make one),
+`--megatron PATH` a checkout, run by `--megatron-python`. Without one its row says so.
+
+`python tools/bench/prepare.py --megabytes 190 --repeat 3`
+
+An interpreter for datatrove, without a second torch:
+
+    python -m venv peers && peers/bin/pip install --no-deps datatrove dill multiprocess loguru humanize
+    python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" > shared.pth
+    mv shared.pth peers/lib/python3.*/site-packages
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from machine import busy_s, describe
 from rich.console import Console
 from rich.table import Table
-
-from engine.data.tokenizer import Tokenizer
 
 BARE = """
 import sys, json, orjson, gigatoken, numpy as np
@@ -32,107 +42,210 @@ definition = json.load(open(tokenizer + "/tokenizer.json"))
 definition["added_tokens"] = []
 encode = gigatoken.Tokenizer.from_json(json.dumps(definition)).encode_batch
 with open(source, "rb") as lines, open(target, "wb") as out:
-    while batch := lines.readlines(4 << 20):
+    while batch := lines.readlines(32 << 20):
         out.write(np.asarray(encode([orjson.loads(line)["text"] for line in batch]).layout.content.data).astype("<u2"))
 """
-Figures = tuple[float, float, float, float]
+DATATROVE = """
+import sys
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+folder, name, tokenizer, target = sys.argv[1:]
+if __name__ == "__main__":
+    write = DocumentTokenizer(target, tokenizer_name_or_path=tokenizer + "/tokenizer.json", eos_token="<|endoftext|>",
+                              shuffle_documents=False, batch_size=1000)
+    LocalPipelineExecutor([JsonlReader(folder, glob_pattern=name), write], tasks=1, workers=1,
+                          logging_dir=target + "-logs").run()
+"""
 FORMATS = ("jsonl", "jsonl.zst", "jsonl.gz", "parquet")
+LIMIT = "limit: bare loop, jsonl"
+OURS = "engine prepare, jsonl"
 
 
-def make_corpus(folder: Path, megabytes: int) -> None:
-    """Documents of the standard library's sources in pieces of 500 to 20,000 characters, and a tokenizer."""
-    texts = [
-        path.read_text(errors="replace") for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))[:1500]
-    ]
-    Tokenizer.train(iter(texts[::8]), 16000).save(folder / "tokenizer")
-    written, number = 0, 0
-    with open(folder / "in.jsonl", "wb") as out:
-        while written < megabytes * 1_000_000:
-            text = texts[number % len(texts)]
-            size = 500 + (number * 7919) % 19_500
-            start = (number * 104_729) % max(1, len(text) - size)
-            out.write(json.dumps({"id": number, "text": f"{number}\n{text[start : start + size]}"}).encode() + b"\n")
-            written, number = out.tell(), number + 1
-    pack(folder)
+@dataclass(frozen=True)
+class Run:
+    """Of one process and its children: wall and processor seconds, peak of their summed PSS, share of the machine
+    that others used meanwhile."""
+
+    seconds: float
+    cpu_s: float
+    peak_mb: float
+    others: float
 
 
-def pack(folder: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-    import zstandard
+@dataclass(frozen=True)
+class Case:
+    """What to run, and where its tokens are then; `eod`: they hold an end after every document."""
 
-    data = (folder / "in.jsonl").read_bytes()
-    (folder / "in.jsonl.gz").write_bytes(gzip.compress(data, 3))
-    (folder / "in.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
-    texts = [json.loads(line)["text"] for line in data.splitlines()]
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "in.parquet", row_group_size=10_000)
+    command: list[str]
+    tokens: Path
+    eod: bool = True
+    once: bool = False
 
 
-def measure(command: list[str]) -> Figures:
-    """(seconds, its processor seconds, peak MB, share of all processor time that others used) of a process."""
+def tree(pid: int) -> Iterator[int]:
+    """A process and all below it."""
+    yield pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            yield from tree(int(child))
+
+
+def memory_mb(pid: int) -> float:
+    """Summed proportional set size of a tree of processes."""
+    total = 0
+    try:
+        for member in tree(pid):
+            for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1])
+    except OSError:
+        return 0.0  # one has just ended
+    return total / 1e3
+
+
+def measure(case: Case) -> Run:
+    """Run it to its end."""
     before, began = busy_s(), time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(case.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    errors: list[bytes] = []
+    reader = threading.Thread(target=lambda: errors.append(process.stderr.read() if process.stderr else b""))
+    reader.start()
+    peak, done = 0.0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.1):
+            peak = max(peak, memory_mb(process.pid))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
+    done.set()
+    sampler.join()
+    reader.join()
     if status:
-        raise SystemExit(f"failed: {command}")
-    own = usage.ru_utime + usage.ru_stime
-    others = max(0.0, (busy_s() - before - own) / (seconds * (os.cpu_count() or 1)))
-    return seconds, own, usage.ru_maxrss / 1e3, others
+        raise SystemExit(f"failed: {case.command}\n{errors[0].decode(errors='replace')[-2000:]}")
+    cpu_s = usage.ru_utime + usage.ru_stime
+    others = max(0.0, (busy_s() - before - cpu_s) / (seconds * (os.cpu_count() or 1)))
+    return Run(seconds, cpu_s, max(peak, usage.ru_maxrss / 1e3), others)
+
+
+def cases(args: argparse.Namespace, folder: Path) -> dict[str, Case]:
+    """Name -> case, of what can be run here."""
+    tokenizer, source = str(folder / "tokenizer"), str(folder / "in.jsonl")
+    found = {LIMIT: Case([sys.executable, "-c", BARE, source, tokenizer, f"{folder}/bare"], folder / "bare", False)}
+    for kind in FORMATS:
+        command = [sys.executable, "-m", "engine", "prepare", "--input", str(folder / f"in.{kind}"), "--overwrite"]
+        command += ["--tokenizer", tokenizer, "--output", str(folder / f"ours-{kind}")]
+        found[f"engine prepare, {kind}"] = Case(command, folder / f"ours-{kind}-train.bin")
+    if args.datatrove:
+        script = folder / "datatrove_run.py"
+        script.write_text(DATATROVE)
+        target = folder / "datatrove"
+        command = [args.datatrove, str(script), str(folder), "in.jsonl", tokenizer, str(target)]
+        found["datatrove DocumentTokenizer, 1 task"] = Case(command, target / "00000_unshuffled.ds", once=True)
+    for name in ("preprocess_data.py", "preprocess_data_fast.py") if args.megatron else ():
+        target = folder / f"megatron-{name}"
+        command = [args.megatron_python, str(args.megatron / "tools" / name), "--input", source, "--append-eod"]
+        command += ["--output-prefix", str(target), "--tokenizer-type", "HuggingFaceTokenizer"]
+        command += ["--tokenizer-model", tokenizer] + ["--workers", "2"] * (name == "preprocess_data.py")
+        command += ["--use-gigatoken"] * (name != "preprocess_data.py")
+        found[f"Megatron {name}"] = Case(command, Path(f"{target}_text_document.bin"), once=True)
+    return found
+
+
+def compare(case: Case, folder: Path, eod: int) -> str:
+    """Whether the tokens are those of `engine prepare` from JSON lines."""
+    ours = np.fromfile(folder / "ours-jsonl-train.bin", "<u2")
+    ours = ours if case.eod else ours[ours != eod]
+    if not case.tokens.exists():
+        found = sorted(case.tokens.parent.glob("*.ds"))
+        if not found:
+            return f"no file {case.tokens.name}"
+        theirs = np.concatenate([np.fromfile(path, "<u2") for path in found])
+    else:
+        theirs = np.fromfile(case.tokens, "<u2")
+    if np.array_equal(ours, theirs):
+        return "yes"
+    first = next((int(i) for i in np.flatnonzero(ours[: len(theirs)] != theirs[: len(ours)])[:1]), len(theirs))
+    return f"no: {len(theirs) - len(ours):+,} tokens, first at {first:,}"
+
+
+def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measurements and facts, as written with --json."""
+    make = [sys.executable, str(Path(__file__).with_name("corpus.py")), str(folder), str(args.megabytes)]
+    if not (folder / "facts.json").exists():
+        subprocess.run(make, check=True)
+    known = cases(args, folder)
+    runs: dict[str, list[Run]] = {name: [] for name in known}
+    for number in range(args.repeat):
+        for name, case in known.items():
+            if not (case.once and number):
+                runs[name].append(measure(case))
+    eod = json.loads((folder / "ours-jsonl-train.json").read_text())["eod"]
+    equal = {name: compare(case, folder, eod) for name, case in known.items()}
+    facts = {**describe(), **json.loads((folder / "facts.json").read_text())}
+    return {"facts": facts, "runs": {name: [asdict(run) for run in found] for name, found in runs.items()}} | {
+        "equal": equal
+    }
+
+
+def show(result: dict[str, Any], args: argparse.Namespace) -> None:
+    facts, runs = result["facts"], result["runs"]
+    megabytes = facts["text_bytes"] / 1e6
+    title = f"{megabytes:.0f} MB of text, {facts['documents']} documents, {facts['cores']} cores, {facts['cpu']}"
+    headers = (
+        "whole process",
+        "s, median (range)",
+        "MB text/s",
+        "of the limit",
+        "ours is",
+        "CPU s",
+        "peak MB",
+        "others",
+    )
+    table = Table(*headers, "tokens equal", title=title, title_justify="left")
+    middle = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
+    for name, found in runs.items():
+        seconds = [run["seconds"] for run in found]
+        cpu, peak, others = (statistics.median(run[key] for run in found) for key in ("cpu_s", "peak_mb", "others"))
+        table.add_row(
+            name,
+            f"{middle[name]:.2f} ({min(seconds):.2f}-{max(seconds):.2f})",
+            f"{megabytes / middle[name]:.1f}",
+            f"{middle[LIMIT] / middle[name]:.2f}",
+            f"{middle[name] / middle[OURS]:.1f}x",
+            f"{cpu:.2f}",
+            f"{peak:.0f}",
+            f"{others:.0%}",
+            result["equal"][name],
+        )
+    for name, given in (("datatrove", args.datatrove), ("megatron", args.megatron)):
+        if not given:
+            table.add_row(f"{name}: not given (--{name})")
+    Console(width=160).print(table)
+    print("'others': share of the machine that others used meanwhile; above a few % this is no measurement")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--make", type=Path, help="write the corpus to this folder and stop")
+    parser.add_argument("--megabytes", type=int, default=190)
+    parser.add_argument("--repeat", type=int, default=3, help="of ours and the limit; peers run once")
+    parser.add_argument("--folder", type=Path, help="keep corpus and outputs here, and use a corpus that is there")
+    parser.add_argument("--datatrove", default="", help="a Python interpreter that has datatrove")
+    parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM")
+    parser.add_argument("--megatron-python", default=sys.executable, help="the interpreter for it")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
-    if args.make:
-        make_corpus(args.make, args.megabytes)
-        return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        # In a process of its own: what is started from a large process counts that one's memory as its own peak.
-        make = [sys.executable, __file__, "--make", name, "--megabytes", str(args.megabytes)]
-        subprocess.run(make, check=True)
-        size = (folder / "in.jsonl").stat().st_size
-        runs: dict[str, list[Figures]] = {"bare loop, jsonl": []}
-        for number in range(args.repeat):
-            bare = [
-                sys.executable,
-                "-c",
-                BARE,
-                str(folder / "in.jsonl"),
-                str(folder / "tokenizer"),
-                str(folder / "bare"),
-            ]
-            runs["bare loop, jsonl"].append(measure(bare))
-            for kind in FORMATS:
-                ours = [sys.executable, "-m", "engine", "prepare", "--input", str(folder / f"in.{kind}")]
-                ours += ["--tokenizer", str(folder / "tokenizer"), "--output", str(folder / f"out{number}{kind}")]
-                runs.setdefault(f"engine prepare, {kind}", []).append(measure(ours))
-        facts = describe()
-        title = f"{size / 1e6:.0f} MB of jsonl, {facts['cores']} cores, {facts['cpu']}; median of {args.repeat} runs"
-        table = Table(
-            "what",
-            "seconds",
-            "MB/s",
-            "of the bare loop",
-            "CPU s",
-            "peak MB",
-            "others",
-            title=title,
-            title_justify="left",
-        )
-        limit = statistics.median(run[0] for run in runs["bare loop, jsonl"])
-        for what, figures in runs.items():
-            seconds, own, peak, others = (statistics.median(column) for column in zip(*figures))
-            rate = f"{size / 1e6 / seconds:.1f}"
-            table.add_row(
-                what, f"{seconds:.2f}", rate, f"{limit / seconds:.2f}", f"{own:.2f}", f"{peak:.0f}", f"{others:.0%}"
-            )
-        Console(width=140).print(table)
-        print("'others': share of the machine that others used meanwhile; above a few % this is no measurement")
+        folder = args.folder or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = run_all(args, folder)
+    show(result, args)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

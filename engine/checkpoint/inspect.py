@@ -1,0 +1,60 @@
+"""Looking at a checkpoint: what it holds, how large its tensors are, and where it came from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.checkpoint.format import MODEL
+from engine.checkpoint.lineage import config_digest, tell
+from engine.checkpoint.load import Reader
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """A canonical tensor: its kind, name, global shape, dtype, number of files it lies in, norm (NaN: not computed)."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    files: int
+    norm: float
+
+
+def summary(reader: Reader) -> Iterator[str]:
+    """Step, data position, layout, sizes and lineage in lines for people."""
+    m = reader.manifest
+    degrees = " x ".join(f"{axis} {n}" for axis, n in m.layout.items() if n > 1) or "one process"
+    parameters = sum(math.prod(entry.shape) for entry in m.tensors.get(MODEL, {}).values())
+    size = sum(entry.size for entry in m.files.values())
+    yield f"{reader.folder}: step {m.step:,}, {parameters:,} parameters, {len(m.files)} files, {size:,} bytes"
+    yield f"data position: {m.consumed_samples:,} samples, {m.consumed_tokens:,} tokens"
+    yield f"data: {', '.join(f'{name} {value}' for name, value in m.data.items() if value is not None)}"
+    optimizer = ", ".join(f"{name} {value:g}" for name, value in m.optimizer.items())
+    yield f"optimizer: {optimizer or 'no state, weights only'}"
+    yield f"written by {degrees}: {', '.join(f'{name} {v}' for name, v in m.versions.items())}"
+    yield f"config {config_digest(m.config)}"
+    yield from tell(m.lineage) or ["no earlier checkpoint: the run began with initial weights"]
+
+
+def tensor_facts(reader: Reader, *, norms: bool) -> Iterator[TensorFacts]:
+    """Every tensor of every kind, layers in order.
+
+    norms: the L2 norm of each, in float64, which reads it, a rectangle at a time.
+    """
+    for kind, entries in reader.manifest.tensors.items():
+        for name, entry in sorted(entries.items(), key=lambda item: _natural(item[0])):
+            norm = math.nan
+            if norms:
+                parts = (reader.read(kind, name, part.offset, part.shape) for part in entry.slices)
+                norm = math.sqrt(sum(float(part.double().square_().sum()) for part in parts))
+            files = len({part.file for part in entry.slices})
+            yield TensorFacts(kind, name, entry.shape, entry.dtype, files, norm)
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts layers.2 before layers.10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,153 @@
+"""Which run a checkpoint belongs to, and where it came from.
+
+Going on from a checkpoint with another model, corpus, tokenizer, blend, sequence length or seed would go on from
+somewhere else without a word. So every such difference is refused with old and new value, unless its very field is
+named in `checkpoint.allow`; what was allowed then stands in the lineage of every later checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+import engine
+from engine.checkpoint.format import Ancestor, Manifest
+from engine.config import Config
+from engine.data.corpora import MIXED_FROM
+from engine.errors import CheckpointError, ConfigError, Fault
+
+_FREE = {"preset"}  # of the model: a name for values that are compared themselves
+_TRAIN = ("seq_len", "seed")
+
+Differences = dict[str, tuple[Any, Any]]
+
+
+@functools.cache
+def code_versions() -> dict[str, str]:
+    """Versions of engine, torch and Python, and the XXH3-128 digest of the engine's own Python source."""
+    digest, root = xxhash.xxh3_128(), Path(engine.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return {
+        "engine": engine.__version__,
+        "code": digest.hexdigest(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) -> Differences:
+    """Facts of the run that differ: name -> (checkpoint, now). What may change freely is not among them.
+
+    A blend's changes that lie behind the samples consumed so far may be changed: they say nothing about the past. A
+    field that the engine got after the checkpoint was written had its default then.
+    """
+    now = cfg.model_dump()
+    old = {name: section | manifest.config[name] for name, section in Config().model_dump().items()}
+    then, here = _past(manifest.data, manifest.consumed_samples), _past(data_facts, manifest.consumed_samples)
+    if "fingerprint" not in then:  # written before there was one
+        here.pop("fingerprint", None)
+    pairs = {f"model.{k}": (old["model"][k], v) for k, v in now["model"].items() if k not in _FREE}
+    pairs |= {f"train.{k}": (old["train"][k], now["train"][k]) for k in _TRAIN}
+    pairs |= {f"data.{k}": (then.get(k), here.get(k)) for k in (then | here) if k != "prefix"}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _past(facts: Mapping[str, Any], consumed: int) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in facts.items()
+        if not name.startswith(MIXED_FROM) or int(name.removeprefix(MIXED_FROM)) < max(1, consumed)
+    }
+
+
+def field_of(name: str) -> str:
+    """The word that allows a difference: `data.source 0, web` is field `data.source`."""
+    return name.partition(" ")[0]
+
+
+def refuse(folder: Path, found: Differences, cfg: Config) -> Differences:
+    """The differences that `checkpoint.allow` names. Raises CheckpointError if there are others.
+
+    Raises ConfigError for a word of checkpoint.allow that is no field of a run, with the nearest that is.
+    """
+    allowed = cfg.checkpoint.allow.replace(",", " ").split()
+    known = {f"model.{k}" for k in type(cfg.model).model_fields if k not in _FREE} | {f"train.{k}" for k in _TRAIN}
+    known |= {f"data.{k}" for k in DATA_FIELDS}
+    faults = [
+        Fault("checkpoint.allow", word, "is no field that resuming compares", f"Did you mean {_nearest(word, known)}?")
+        for word in allowed
+        if word not in known
+    ]
+    if faults:
+        raise ConfigError(faults)
+    refused = {name: pair for name, pair in found.items() if field_of(name) not in allowed}
+    if refused:
+        fields = " ".join(dict.fromkeys(map(field_of, refused)))
+        raise CheckpointError(
+            f"{folder} belongs to another run:\n"
+            + "\n".join(f"  - {name}: checkpoint {a!r}, now {b!r}" for name, (a, b) in refused.items())
+            + "\nUse the old values, or another --run.dir for a new run. If the change is meant, allow these very "
+            f'fields: --checkpoint.allow "{fields}"'
+        )
+    return found
+
+
+def _nearest(word: str, known: set[str]) -> str:
+    return difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.0)[0]
+
+
+# Facts of the data by their field (engine.data.corpora makes them).
+DATA_FIELDS = (
+    "num_documents",
+    "num_tokens",
+    "fingerprint",
+    "tokenizer_digest",
+    "source",
+    "mixture",
+    "mask_eod",
+    "mask_tokens",
+    "separate_documents",
+    "fim",
+)
+
+
+def descend(folder: Path, manifest: Manifest, allowed: Differences) -> tuple[Ancestor, ...]:
+    """The lineage of a run that goes on from `folder`: that of its checkpoint, and the checkpoint itself."""
+    parent = Ancestor(
+        checkpoint=str(folder),
+        step=manifest.step,
+        consumed_samples=manifest.consumed_samples,
+        layout=manifest.layout,
+        versions=manifest.versions,
+        config=config_digest(manifest.config),
+        allowed={name: (repr(a), repr(b)) for name, (a, b) in allowed.items()},
+    )
+    return (*manifest.lineage, parent)
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """XXH3-64 of a config as the manifest holds it, to tell configs apart."""
+    lines = (f"{section}.{k}={v!r}" for section, values in config.items() for k, v in values.items())
+    return xxhash.xxh3_64("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def tell(lineage: Sequence[Ancestor]) -> list[str]:
+    """The lineage in lines for people, oldest first."""
+    lines = []
+    for parent in lineage:
+        degrees = " x ".join(f"{axis} {n}" for axis, n in parent.layout.items() if n > 1) or "one process"
+        code = f"engine {parent.versions.get('engine')}, code {parent.versions.get('code', 'unknown')[:12]}"
+        lines.append(
+            f"went on from {parent.checkpoint} (step {parent.step}, {degrees}, {code}, torch "
+            f"{parent.versions.get('torch')}, config {parent.config})"
+        )
+        lines += [f"  allowed: {name}: {a} -> {b}" for name, (a, b) in parent.allowed.items()]
+    return lines

@@ -1,0 +1,233 @@
+"""The work of `prepare`: batches of documents read, encoded and appended to the parts, each in a thread of its own.
+
+Reading (orjson, unpacking), encoding (all cores) and adding (end tokens, histogram, digest, write, sync) go on at the
+same time on successive batches; queues hold one batch each, so memory is about five batches, and what happens to a
+batch happens in input order. A fault met by an earlier stage is raised where it stands in that order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.ahead import read_ahead
+from engine.data.encoder import Encoded, Encoder, Mismatch
+from engine.data.indexed import paths_of
+from engine.data.job import Job, stop_at_errors
+from engine.data.parts import Parts
+from engine.data.report import PrepareReport, ProgressEvent, SplitReport, SplitTotals, Totals
+from engine.data.sources import Batch, Drop
+from engine.data.tokenizer import Tokenizer
+from engine.errors import DataError
+from engine.files import write_synced
+
+SHARD_BYTES = 256 << 20  # of data written: what a kill can cost at most, or
+SHARD_S = 30.0  # seconds, whichever comes first
+
+
+class Work:
+    """Encoding, from wherever the parts are to the end."""
+
+    def __init__(self, job: Job, parts: Parts, tokenizer: Tokenizer):
+        self.job, self.parts, self.tokenizer = job, parts, tokenizer
+        self.eod = tokenizer.eod if job.append_eod else None
+        parts.open(tokenizer.vocab_size)
+        for text in parts.warnings:
+            warnings.warn(text, stacklevel=2)
+        self.totals = self._start()
+        if parts.state is not None:
+            done = f"{self.totals.documents:,} documents in {parts.num_shards} shards"
+            job.note(f"going on with {job.parts}: {done} are done")
+        self.encoder = Encoder(tokenizer, fast=job.fast and not self.totals.fallback, parallel=job.parallel)
+        self.encoder.note = self.totals.fallback or self.encoder.note
+        parts.bytes_needed = self._bytes_needed
+
+    def _start(self) -> Totals:
+        if self.parts.state is not None:
+            return Totals.of(self.parts.state)
+        return Totals(splits={split: SplitTotals() for split in self.job.splits})
+
+    def run(self) -> dict[str, Any]:
+        """Encode what is left; returns what is to be published."""
+        try:
+            self._encode()
+        except Mismatch as err:
+            self._fall_back(str(err))
+            self._encode()
+        self._refuse_empty()
+        return self._finish()
+
+    def _fall_back(self, difference: str) -> None:
+        """Begin again with the reference: what gigatoken gave so far may be wrong too."""
+        self.parts.restart()
+        if self.job.reads_stdin:
+            raise DataError(
+                f"{difference}. All has to be encoded anew, and standard input cannot be read again: "
+                f"give it again with --encoder tokenizers."
+            )
+        warnings.warn(
+            f"{difference}. All of it is encoded anew by the slower `tokenizers`, which is right; please report this "
+            f"text to gigatoken.",
+            stacklevel=3,
+        )
+        self.totals = self._start()
+        self.totals.fallback = difference
+        self.encoder = Encoder(self.tokenizer, fast=False)
+        self.encoder.note = difference
+
+    def _encode(self) -> None:
+        began, before = time.monotonic(), self.totals.elapsed_s
+        here = (self.totals.consumed, sum(split.tokens for split in self.totals.splits.values()))
+        committed_at = began
+        batches = read_ahead(self.job.source.batches(self.totals.cursor), depth=1)
+        for batch, encoded in read_ahead(self._encoded(batches), depth=1):
+            self._stop_at_errors(batch)
+            self._add(batch, *encoded)
+            now = time.monotonic()
+            self.totals.elapsed_s = before + now - began
+            if self.parts.uncommitted_bytes >= SHARD_BYTES or now - committed_at >= SHARD_S:
+                self.parts.commit(dataclasses.asdict(self.totals))
+                committed_at = now
+            self._report(here, now - began)
+        self.parts.commit(dataclasses.asdict(self.totals))
+
+    def _encoded(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Encoded]]:
+        """Each batch with the ids and lengths of its texts. Raises Mismatch."""
+        for batch in batches:
+            yield batch, self.encoder.encode_checked(batch.texts)
+
+    def _stop_at_errors(self, batch: Batch) -> None:
+        try:
+            stop_at_errors(self.job, batch)
+        except DataError:
+            if self.parts.num_shards:
+                self.parts.commit(dataclasses.asdict(self.totals))
+            raise
+
+    def _add(self, batch: Batch, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> None:
+        """Append an encoded batch to its splits; count everything."""
+        totals = self.totals
+        for drop in batch.drops:
+            totals.dropped[drop.reason] = totals.dropped.get(drop.reason, 0) + 1
+            if drop.reason != "blank line":
+                self.parts.skip(_drop_line(drop))
+        if batch.texts:
+            valid = self.job.is_valid(totals.documents, len(batch.texts))
+            for split, chosen in (("train", ~valid), ("valid", valid)):
+                if chosen.all():
+                    self._append(split, batch.texts, batch.where, ids, lengths)
+                elif chosen.any():
+                    numbers = np.flatnonzero(chosen)
+                    texts, where = [batch.texts[i] for i in numbers], [batch.where[i] for i in numbers]
+                    self._append(split, texts, where, ids[np.repeat(chosen, lengths)], lengths[chosen])
+        totals.documents += len(batch.texts)
+        totals.cursor, totals.consumed = batch.cursor, batch.consumed
+
+    def _append(
+        self,
+        split: str,
+        texts: Sequence[str],
+        where: Sequence[tuple[int, int]],
+        ids: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int32],
+    ) -> None:
+        totals = self.totals.splits[split]
+        totals.unknown_bytes += self.encoder.unknown_bytes(texts, ids, lengths)
+        lengths = self.parts.add(split, ids, lengths, self.eod)
+        filled = int(np.count_nonzero(lengths))
+        totals.documents += filled
+        totals.empty_documents += len(texts) - filled
+        totals.tokens += int(lengths.sum(dtype=np.int64))
+        totals.text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        longest = int(np.argmax(lengths))
+        if lengths[longest] > totals.longest_document_tokens:
+            file, record = where[longest]
+            place = f":{record}" if record else ""
+            totals.longest_document_tokens = int(lengths[longest])
+            totals.longest_document = f"{self.job.source.files[file].name}{place}"
+
+    def _report(self, start: tuple[int, int], elapsed_s: float) -> None:
+        if self.job.progress is None:
+            return
+        totals, tokens = self.totals, sum(split.tokens for split in self.totals.splits.values())
+        here = (totals.consumed - start[0], tokens - start[1])
+        total = max(self.job.total, totals.consumed)
+        self.job.progress(ProgressEvent("encode", totals.consumed, total, totals.documents, tokens, elapsed_s, *here))
+
+    def _bytes_needed(self) -> int:
+        """To the end, if the rest is like what was read; the index takes 12 bytes a document and its boundary 8."""
+        done = max(1, self.totals.consumed)
+        written = self.parts.total_bytes + 20 * self.totals.documents
+        rest = written * max(0, self.job.total - done) // done
+        return rest + self.parts.uncommitted_bytes + 20 * self.totals.documents
+
+    def _refuse_empty(self) -> None:
+        for split, totals in self.totals.splits.items():
+            if totals.documents == 0:
+                self.parts.discard()
+                raise DataError(
+                    f"{self.job.prefix(split)}: of {self.totals.documents} documents none with text is in the "
+                    f"{split} split (valid_fraction = {self.job.valid_fraction}; dropped: {self.totals.dropped}). "
+                    f"A document is never cut: give more documents, change valid_fraction (0: none) or the seed."
+                )
+
+    def _finish(self) -> dict[str, Any]:
+        """Write index files, sidecars, report and the tokenizer's copy beside the data."""
+        job, parts, output = self.job, self.parts, Path(self.job.output)
+        reports: dict[str, SplitReport] = {}
+        for split in job.splits:
+            totals = self.totals.splits[split]
+            meta = {"tokenizer_digest": self.tokenizer.digest, "eod": self.eod, "text_bytes": totals.text_bytes}
+            sidecar = parts.write_corpus(split, meta, totals.documents, totals.empty_documents)
+            reports[split] = SplitReport(
+                prefix=job.prefix(split),
+                bytes_per_token=totals.text_bytes / max(1, totals.tokens),
+                unigram_entropy=sidecar["unigram_entropy"],
+                dtype=sidecar["dtype"],
+                **dataclasses.asdict(totals),
+            )
+        valid = "valid" in reports
+        report = PrepareReport(
+            train=reports["train"],
+            valid=reports.get("valid"),
+            valid_unigram_cross_entropy=_cross_entropy(parts.counts["valid"], parts.counts["train"]) if valid else None,
+            tokenizer=str(job.tokenizer),
+            tokenizer_digest=self.tokenizer.digest,
+            vocab_size=self.tokenizer.vocab_size,
+            documents_in=self.totals.documents,
+            bytes_in=self.totals.consumed,
+            dropped=dict(sorted(self.totals.dropped.items())),
+            encoder=self.encoder.name,
+            encoder_note=self.encoder.note,
+            elapsed_s=self.totals.elapsed_s,
+        )
+        self.tokenizer.save(parts.folder / "tokenizer")
+        write_synced(parts.folder / "report.json", json.dumps(dataclasses.asdict(report), indent=1).encode() + b"\n")
+        moves: list[tuple[str, Path]] = []
+        if (beside := job.tokenizer_copy) is not None:
+            moves += [(f"tokenizer/{path.name}", beside / path.name) for path in (parts.folder / "tokenizer").iterdir()]
+        for split in job.splits:
+            names = (f"{split}.bin", f"{split}.idx", f"{split}.json")
+            moves += zip(names, paths_of(job.prefix(split)))
+        if (parts.folder / "skipped.jsonl").stat().st_size:
+            moves.append(("skipped.jsonl", Path(f"{output}-skipped.jsonl")))
+        moves.append(("report.json", Path(f"{output}-report.json")))
+        return {"moves": [[name, str(target)] for name, target in moves]}
+
+
+def _drop_line(drop: Drop) -> bytes:
+    return json.dumps(dataclasses.asdict(drop), ensure_ascii=True).encode() + b"\n"
+
+
+def _cross_entropy(counts: npt.NDArray[np.int64], train_counts: npt.NDArray[np.int64]) -> float:
+    """Nats per token of `counts` int64 [V] under the add-one smoothed unigrams of `train_counts` int64 [V]."""
+    log_p = np.log((train_counts + 1) / (train_counts.sum() + train_counts.size))
+    return float(-(counts * log_p).sum() / counts.sum())

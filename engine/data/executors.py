@@ -1,0 +1,117 @@
+"""Tasks of `engine clean` run by datatrove's executors: processes here, Slurm jobs, Ray workers.
+
+A task that fails leaves its error in the work folder, since Slurm and Ray keep it in a log only: whoever looks next
+tells it. Slurm jobs go on after the command has ended; their number is kept, so that the same command waits for them
+instead of doing the work twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data.filters import need
+from engine.errors import DataError, EngineError
+
+_SLURM_JOB = "slurm-job"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an executor calls, wherever it runs. `run`: does task number n; picklable by name."""
+
+    run: Callable[[int], None]
+    work: Path
+    folder: str  # relative paths are from here; Ray starts workers elsewhere
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        os.chdir(self.folder)
+        note = self.work / f"failed-{rank:05d}"
+        try:
+            self.run(rank)
+        except Exception as err:
+            text = str(err) if isinstance(err, EngineError) else f"{type(err).__name__}: {err}"
+            with contextlib.suppress(OSError):
+                note.write_text(text, encoding="utf-8")
+            raise
+        note.unlink(missing_ok=True)  # of an earlier try
+
+
+def run_elsewhere(
+    run: Callable[[int], None],
+    work: Path,
+    tasks: int,
+    missing: Callable[[], list[int]],
+    executor: str,
+    options: dict[str, Any],
+) -> None:
+    """Run the tasks; returns with some `missing` only if their Slurm jobs are still at work. Raises what failed."""
+    if not missing():
+        return
+    if executor == "slurm":
+        if (job := work / _SLURM_JOB).exists():
+            number, log = job.read_text().split(maxsplit=1)
+            if _queued(number):
+                return
+            job.unlink()
+            _raise_failures(work)
+            raise DataError(
+                f"Slurm job {number} has ended, but the tasks {missing()} are not done and left no error: they may "
+                f"have been killed for time or memory. Logs are in {log}. Give the same command again to run them anew."
+            )
+    elif executor == "ray":
+        need("ray", "--executor ray", "Install it: pip install ray")
+    module = need(f"datatrove.executor.{executor}", f"--executor {executor}")
+    for note in work.glob("failed-*"):
+        note.unlink()
+    log = str((work / f"logs-{time.time_ns()}").absolute())
+    pipeline = [Task(run, work, str(Path.cwd()))]
+    if executor == "slurm":  # datatrove's job for statistics waits for ever if a task fails
+        options = {**options, "sbatch_args": {"kill-on-invalid-dep": "yes"}}
+    try:
+        kind = getattr(module, f"{executor.title()}PipelineExecutor")
+        started = kind(pipeline=pipeline, tasks=tasks, logging_dir=log, skip_completed=False, **options)
+        started.run()
+    except Exception as err:  # whatever a cluster's software throws
+        _raise_failures(work)
+        raise DataError(f"--executor {executor}: {type(err).__name__}: {err}. Logs are in {log}.") from err
+    if executor == "slurm":
+        (work / _SLURM_JOB).write_text(f"{started.job_id} {log}")
+        return
+    _raise_failures(work)
+    if lost := missing():
+        raise DataError(f"--executor {executor}: the tasks {lost} ended without a result. Logs are in {log}.")
+
+
+def slurm_is_at_work(work: Path) -> bool:
+    """Whether jobs of an earlier command may be writing in the work folder."""
+    job = work / _SLURM_JOB
+    return job.exists() and _queued(job.read_text().split()[0])
+
+
+def _queued(number: str) -> bool:
+    """Whether Slurm still has a job of this number waiting or running."""
+    try:
+        done = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise DataError(f"squeue: {err}. It is needed to ask for Slurm job {number}; run this where Slurm is.") from err
+    if done.returncode and "Invalid job id" not in done.stderr:  # which it says of jobs that are long over
+        raise DataError(f"squeue --jobs {number}: {done.stderr.strip()}. Try again when Slurm answers.")
+    return done.returncode == 0 and bool(done.stdout.strip())
+
+
+def _raise_failures(work: Path) -> None:
+    """Raise the first error that a task left, and forget them all: the next command tries again."""
+    notes = sorted(work.glob("failed-*"))
+    texts = [note.read_text(encoding="utf-8") for note in notes]
+    for note in notes:
+        note.unlink()
+    if texts:
+        more = f" ({len(texts) - 1} more tasks failed.)" if len(texts) > 1 else ""
+        raise DataError(f"{texts[0]}{more}")

@@ -1,0 +1,147 @@
+"""What `prepare` is asked to do: its checked arguments, what the output depends on, and what may stand in its way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.indexed import paths_of
+from engine.data.inputs import STDIN
+from engine.data.order import derive_key
+from engine.data.parts import Parts
+from engine.data.report import ProgressEvent
+from engine.data.sources import Batch, Source
+from engine.data.tokenizer import FILES, Tokenizer
+from engine.errors import DataError
+
+_SETTINGS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do: the checked arguments of `prepare`."""
+
+    source: Source
+    output: str
+    tokenizer: Path
+    train_vocab_size: int | None
+    valid_fraction: float
+    append_eod: bool
+    parse_special: bool
+    seed: int
+    skip_errors: bool
+    fast: bool
+    parallel: bool | None
+    suffixes: tuple[str, str]
+    overwrite: bool
+    progress: Callable[[ProgressEvent], None] | None
+    note: Callable[[str], None]
+
+    @property
+    def parts(self) -> Path:
+        return Path(f"{self.output}.parts")
+
+    def prefix(self, split: str) -> str:
+        return self.output + self.suffixes[split == "valid"]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "valid") if self.valid_fraction > 0 else ("train",)
+
+    @property
+    def total(self) -> int:
+        return sum(file.num_bytes for file in self.source.files)
+
+    def is_valid(self, first: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which of the documents from number `first` on are for valid, bool [count]."""
+        if not self.valid_fraction:
+            return np.zeros(count, np.bool_)
+        threshold = int(self.valid_fraction * 2.0**64)
+        hashes = (derive_key(self.seed, "split", number) for number in range(first, first + count))
+        return np.fromiter((value < threshold for value in hashes), np.bool_, count)
+
+    @property
+    def reads_stdin(self) -> bool:
+        return any(file.name == STDIN for file in self.source.files)
+
+    @property
+    def tokenizer_copy(self) -> Path | None:
+        """The folder beside the data for the tokenizer's files; None if they are there anyway."""
+        beside = Path(f"{self.output}-tokenizer")
+        return None if beside.resolve() == self.tokenizer.resolve() else beside
+
+    def targets(self) -> list[Path]:
+        """Everything that is written, whatever the options."""
+        corpora = [path for split in ("train", "valid") for path in paths_of(self.prefix(split))]
+        copy = [self.tokenizer_copy / name for name in FILES] if self.tokenizer_copy is not None else []
+        return [*copy, *corpora, Path(f"{self.output}-skipped.jsonl"), Path(f"{self.output}-report.json")]
+
+
+def settings_of(job: Job, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """All that the output depends on, as JSON gives it back. How errors are met is not among it: `skip` may go on
+    where `stop` stopped."""
+    files = [[file.name, file.num_bytes, file.stamp] for file in job.source.files]
+    if tokenizer is None:
+        identity: dict[str, Any] = {"trained with vocab_size": job.train_vocab_size, "folder": str(job.tokenizer)}
+    else:
+        identity = {"digest": tokenizer.digest}
+    settings = {
+        "version": _SETTINGS_VERSION,
+        "files": files,
+        "json keys": list(job.source.keys),
+        "format": job.source.format,
+        "max_document_bytes": job.source.max_document_bytes,
+        "tokenizer": identity,
+        "append_eod": job.append_eod,
+        "parse_special": job.parse_special,
+        "valid_fraction": job.valid_fraction,
+        "seed": job.seed,
+        "suffixes": list(job.suffixes),
+        "fast": job.fast,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        if key == "files" and isinstance(before, list) and isinstance(now, list):
+            gone, come = [f for f in before if f not in now], [f for f in now if f not in before]
+            lines += [
+                f"  input {name}: {size:,} bytes, as it was then (stamp {stamp})" for name, size, stamp in gone[:5]
+            ]
+            lines += [f"  input {name}: {size:,} bytes, as it is now (stamp {stamp})" for name, size, stamp in come[:5]]
+            lines += ["  inputs in another order"] if not gone and not come else []
+        else:
+            lines.append(f"  {key}: then {before!r}, now {now!r}")
+    return "\n".join(lines)
+
+
+def refuse_existing(job: Job, leftover: Parts | None = None) -> None:
+    """Refuse to replace files; `leftover` is a folder of which a kill left the husk, and goes away then."""
+    paths = job.targets()
+    if job.train_vocab_size is not None:
+        paths.append(job.tokenizer / "tokenizer.json")
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not job.overwrite:
+        if leftover is not None:
+            leftover.discard()
+        raise DataError(
+            f"{', '.join(existing)}: already there, so this is done. "
+            f"Choose another name, delete them, or give --overwrite."
+        )
+
+
+def stop_at_errors(job: Job, batch: Batch) -> None:
+    for drop in batch.drops:
+        if drop.stops and not job.skip_errors:
+            raise drop.refuse()

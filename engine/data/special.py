@@ -1,0 +1,112 @@
+"""Special tokens that the config names by their spelling, looked up in the tokenizer; every fault at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from engine.config import Config, DataConfig
+from engine.data.fim import FillInTheMiddle, Pieces, Sentinels
+from engine.data.tokenizer import Tokenizer
+from engine.errors import ConfigError, DataError, Fault
+
+# prefix, suffix, middle
+FAMILIES = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
+    ("<PRE>", "<SUF>", "<MID>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
+)
+_MAKE = "engine tokenizer train --special-tokens '<|endoftext|>' " + " ".join(f"'{token}'" for token in FAMILIES[0])
+
+
+def check(cfg: Config) -> None:
+    """Everything about data.fim_* and data.mask_tokens that needs only the tokenizer. Raises ConfigError."""
+    if cfg.data.tokenizer and (cfg.data.fim_rate or cfg.data.mask_tokens):
+        try:
+            tokenizer = Tokenizer.load(Path(cfg.data.tokenizer))
+        except DataError as error:
+            relation = f"cannot be used ({error})"
+            repair = "It is needed for data.fim_rate and data.mask_tokens."
+            raise ConfigError([Fault("data.tokenizer", cfg.data.tokenizer, relation, repair)]) from None
+        if faults := [*_mask_faults(cfg.data, tokenizer), *_fim_faults(cfg.data, tokenizer)]:
+            raise ConfigError(faults)
+
+
+def masked_labels(data: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of data.mask_tokens, rising. Raises ConfigError for one that is not there."""
+    if faults := list(_mask_faults(data, tokenizer)):
+        raise ConfigError(faults)
+    found = {tokenizer.token_id(token) for token in data.mask_tokens.split()}
+    return tuple(sorted(number for number in found if number is not None))
+
+
+def fill_in_the_middle(
+    data: DataConfig, tokenizer: Tokenizer, eod: int, seed: int, active: Sequence[bool] = (True,)
+) -> FillInTheMiddle:
+    """What data.fim_* ask for; `seed` is train.seed. Raises ConfigError where the tokenizer does not fit."""
+    found = sentinels(data, tokenizer)
+    if eod in (found.prefix, found.suffix, found.middle):
+        relation, repair = "has the token that ends documents in it", "Name three tokens that are nothing else."
+        raise ConfigError([Fault("data.fim_tokens", data.fim_tokens, relation, repair)])
+    return FillInTheMiddle(
+        tokenizer,
+        found,
+        eod,
+        rate=data.fim_rate,
+        spm_rate=data.fim_spm_rate,
+        seed=seed,
+        active=active,
+    )
+
+
+def sentinels(data: DataConfig, tokenizer: Tokenizer) -> Sentinels:
+    """The three tokens of data.fim_tokens, or of the first family that the tokenizer has. Raises ConfigError."""
+    if faults := list(_fim_faults(data, tokenizer)):
+        raise ConfigError(faults)
+    prefix, suffix, middle = map(tokenizer.token_id, _spellings(data, tokenizer))
+    assert prefix is not None and suffix is not None and middle is not None  # _fim_faults has looked
+    return Sentinels(prefix, suffix, middle)
+
+
+def _spellings(data: DataConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Three spellings, () where there are none."""
+    if data.fim_tokens:
+        return tuple(data.fim_tokens.split())
+    there = (family for family in FAMILIES if all(token in tokenizer.added_tokens for token in family))
+    return next(there, ())
+
+
+def _mask_faults(data: DataConfig, tokenizer: Tokenizer) -> Iterator[Fault]:
+    yield from _unknown("data.mask_tokens", data.mask_tokens, data, tokenizer)
+
+
+def _fim_faults(data: DataConfig, tokenizer: Tokenizer) -> Iterator[Fault]:
+    yield from _unknown("data.fim_tokens", data.fim_tokens, data, tokenizer)
+    if not data.fim_rate:
+        return
+    if not _spellings(data, tokenizer):
+        looked = "; ".join(" ".join(family) for family in FAMILIES)
+        relation = f"needs three tokens that {data.tokenizer} does not have (looked for {looked})"
+        repair = f"Name others by data.fim_tokens, or make a tokenizer that has them: {_MAKE}."
+        yield Fault("data.fim_rate", data.fim_rate, relation, repair)
+    if not Pieces(tokenizer).faithful:
+        relation = (
+            f"cuts texts, and {data.tokenizer} does not give texts back as they were (case or white space is lost)"
+        )
+        yield Fault(
+            "data.fim_rate", data.fim_rate, relation, "Use a tokenizer of kind bpe or unigram, or leave it out."
+        )
+
+
+def _unknown(path: str, text: str, data: DataConfig, tokenizer: Tokenizer) -> Iterator[Fault]:
+    known = list(tokenizer.added_tokens)
+    for token in text.split():
+        if token not in known and (path == "data.fim_tokens" or tokenizer.token_id(token) is None):
+            what = "no token" if tokenizer.token_id(token) is None else "an ordinary token, which texts have"
+            near = difflib.get_close_matches(token, known, n=3, cutoff=0.0)
+            repair = f"Nearest special tokens: {', '.join(near)}." if near else "It has no special tokens at all."
+            yield Fault(path, token, f"is {what}, in {data.tokenizer}", repair)

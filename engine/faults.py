@@ -1,0 +1,49 @@
+"""What is wrong with the options of a verb, all of it at once, before any work is done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from engine.errors import Fault
+from engine.options import Clean, Prepare
+
+
+def prepare_faults(o: Prepare) -> Iterator[Fault]:
+    """What is wrong with the options of `engine prepare`."""
+    if not o.input:
+        yield Fault("--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
+    if not o.output or o.output.endswith("/"):
+        yield Fault("--output", o.output, "is no prefix of file names", "Use corpus/web for corpus/web-train.bin ...")
+    if o.workers < 0:
+        yield Fault("--workers", o.workers, "is below 0", "Use 0 for one a core.")
+    if not 0 <= o.valid_fraction < 1:
+        yield Fault("--valid-fraction", o.valid_fraction, "is not in [0, 1)", "Use 0.01 for a hundredth, 0 for none.")
+    if o.max_document_bytes < 1:
+        yield Fault("--max-document-bytes", o.max_document_bytes, "is below 1", "Leave it out for 64 MiB.")
+    if o.train_vocab_size < 0:
+        yield Fault("--train-vocab-size", o.train_vocab_size, "is below 0", "Use 0 for the tokenizer that is there.")
+
+
+def clean_faults(o: Clean) -> Iterator[Fault]:
+    """What is wrong with the options of `engine clean`."""
+    counts = {
+        "--tasks": (o.tasks, 1),
+        "--workers": (o.workers, 0),
+        "--decontaminate-words": (o.decontaminate_words, 1),
+        "--minhash-bands": (o.minhash_bands, 0),
+        "--minhash-rows": (o.minhash_rows, 1),
+        "--minhash-words": (o.minhash_words, 1),
+    }
+    for option, (value, least) in counts.items():
+        if value < least:
+            yield Fault(option, value, f"is below {least}", f"Use {least} or more.")
+    if not o.input:
+        yield Fault("--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
+    for code in o.language:
+        if not re.fullmatch("[a-z]{2,3}", code):  # any other would drop every document
+            yield Fault("--language", code, "is no ISO 639 code", "Use en, zh, ...")
+    if not 0 <= o.language_threshold <= 1:
+        yield Fault("--language-threshold", o.language_threshold, "is no probability", "Use 0 to 1.")
+    if o.executor == "slurm" and not o.slurm_partition:
+        yield Fault("--slurm-partition", "", "Slurm jobs need one", "Give its name.")

@@ -1,0 +1,212 @@
+"""engine clean on datatrove's executors: the same bytes as in this process, and every failure is told.
+
+Slurm runs here twice: with stand-ins for its commands, and for real where `sinfo` finds a node. Ray runs where it is
+installed (it is large, and not in the extra dev).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_clean import document, jsonl, needs_extra, outputs
+
+from engine.data import clean as clean_module
+from engine.data import executors
+from engine.data.clean import clean
+from engine.data.cleaner import Rules
+from engine.errors import DataError
+
+RAY = importlib.util.find_spec("ray") is not None
+STAND_INS = {
+    "sbatch": """
+        for script in "$@"; do :; done
+        array=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+        number=$(( $(cat "$SLURM_STAND_IN/number" 2>/dev/null || echo 6) + 1 )); echo $number > "$SLURM_STAND_IN/number"
+        if ! grep -q merge_stats "$script"; then
+            for i in $(seq 0 "$array"); do SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$script"; done
+        fi > "$SLURM_STAND_IN/log" 2>&1 < /dev/null
+        echo "Submitted batch job $number"
+    """,
+    "srun": 'while [ "${1#-}" != "$1" ]; do if [ "$1" = -n ]; then shift; fi; shift; done; exec "$@"',
+    "scontrol": "echo here",
+    "squeue": 'cat "$SLURM_STAND_IN/queue" 2>/dev/null || { echo "Invalid job id" >&2; exit 1; }',
+}
+
+
+def real_slurm() -> bool:
+    try:
+        found = subprocess.run(["sinfo", "-h", "-t", "idle,mixed,allocated"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return bool(found.stdout.strip())
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[str]:
+    draw = random.Random(11)
+    texts = [[document(draw, draw.randrange(5, 60)) for _ in range(count)] for count in (30, 1, 12, 40)]
+    return [jsonl(tmp_path / "in" / f"{number}.jsonl", [*t, t[0]]) for number, t in enumerate(texts)]
+
+
+@pytest.fixture(params=["stand-ins", "real"])
+def slurm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options for --executor slurm."""
+    scripts = Path(sys.executable).parent  # launch_pickled_pipeline is there
+    monkeypatch.setenv("PATH", f"{scripts}:{os.environ['PATH']}")
+    if request.param == "real":
+        if not real_slurm():
+            pytest.skip("sinfo finds no Slurm node")
+        partition = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True).stdout.split()[0]
+        return {"partition": partition, "time": "0:05:00"}
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STAND_IN", str(folder))
+    return {"partition": "p", "time": "0:05:00"}
+
+
+def finish(corpus: list[str], output: str, slurm: dict[str, Any], **options: Any) -> Any:
+    """Give the command until its Slurm jobs are over."""
+    for _ in range(200):
+        report = clean(corpus, output, Rules(), tasks=3, executor="slurm", executor_options=slurm, **options)
+        if report is not None:
+            return report
+        time.sleep(0.3)
+    raise AssertionError("Slurm took too long")
+
+
+@needs_extra
+@pytest.mark.timeout(300)
+def test_processes_of_this_machine(corpus: list[str], tmp_path: Path) -> None:
+    clean(corpus, str(tmp_path / "here.jsonl"), Rules())
+    clean(corpus, str(tmp_path / "local.jsonl"), Rules(), tasks=3, executor="local", executor_options={"workers": 2})
+    assert outputs(tmp_path, "local") == outputs(tmp_path, "here")
+    Path(corpus[3]).write_text("{")
+    with pytest.raises(DataError, match=r"3\.jsonl:1: malformed JSON"):
+        clean(corpus, str(tmp_path / "o.jsonl"), Rules(), tasks=2, executor="local", executor_options={"workers": 2})
+
+
+@needs_extra
+@pytest.mark.timeout(300)
+def test_slurm_jobs(corpus: list[str], slurm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean(corpus, str(tmp_path / "here.jsonl"), Rules())
+    monkeypatch.chdir(tmp_path)
+    output = "jobs.jsonl"  # relative, as people write it
+    assert finish(corpus, output, slurm)["documents_kept"] == 83
+    assert outputs(tmp_path, "jobs") == outputs(tmp_path, "here")
+
+
+@needs_extra
+@pytest.mark.timeout(300)
+def test_a_slurm_job_that_fails_is_told_by_the_next_command(
+    corpus: list[str], slurm: dict[str, Any], tmp_path: Path
+) -> None:
+    Path(corpus[1]).write_text("{")
+    output = str(tmp_path / "out.jsonl")
+    with pytest.raises(DataError, match=r"1\.jsonl:1: malformed JSON"):
+        finish(corpus, output, slurm)
+    kept = {path.name for path in (tmp_path / "out.jsonl.work").glob("part-?????")}
+    assert kept and len(kept) < 3
+    report = finish(corpus, output, slurm, on_error="skip")
+    assert report["dropped"]["input: malformed JSON"] == 1
+
+
+def test_slurm_jobs_at_work_are_waited_for(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without datatrove: what the command does when its number is in the queue, over, or not to be had."""
+    output, work = str(tmp_path / "out.jsonl"), tmp_path / "out.jsonl.work"
+    monkeypatch.setattr(executors, "need", lambda *_: pytest.fail("jobs were started a second time"))
+    monkeypatch.setattr(clean_module, "_run_tasks", lambda job, *_: clean_module.run_task(job, 0))
+    assert clean(corpus, output, Rules(), tasks=2) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(executors, "need", lambda *_: pytest.fail("jobs were started a second time"))
+    (work / "slurm-job").write_text("12 /some/log folder")
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    monkeypatch.setenv("PATH", str(bin_folder))
+
+    def command(text: str) -> Any:
+        (bin_folder / "squeue").write_text(f"#!/bin/sh\n{text}\n")
+        (bin_folder / "squeue").chmod(0o755)
+        return clean(corpus, output, Rules(), tasks=2, executor="slurm", executor_options={})
+
+    assert command("echo '12 p engine R 0:10'") is None
+    with pytest.raises(DataError, match=r"squeue --jobs 12: no answer\. Try again"):
+        command("echo no answer >&2; exit 1")
+    with pytest.raises(DataError, match=r"Slurm job 12 has ended.*\[1\].*killed.*/some/log folder"):
+        command("exit 0")
+    assert not (work / "slurm-job").exists() and (work / "part-00000").is_dir()
+    (work / "slurm-job").write_text("12 /some/log folder")
+    (bin_folder / "squeue").unlink()
+    with pytest.raises(DataError, match=r"squeue: .*run this where Slurm is"):
+        clean(corpus, output, Rules(), tasks=2, executor="slurm", executor_options={})
+
+
+@needs_extra
+@pytest.mark.skipif(not RAY, reason="ray is not installed")
+@pytest.mark.timeout(300)
+def test_ray_workers(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    clean(corpus, str(tmp_path / "here.jsonl"), Rules())
+    monkeypatch.chdir(tmp_path)
+    try:
+        ray.init(num_cpus=2, include_dashboard=False)
+        clean(corpus, "ray.jsonl", Rules(), tasks=3, executor="ray", executor_options={"workers": 2})
+        assert outputs(tmp_path, "ray") == outputs(tmp_path, "here")
+        Path(corpus[3]).write_text("{")
+        with pytest.raises(DataError, match=r"3\.jsonl:1: malformed JSON"):
+            clean(corpus, "o.jsonl", Rules(), tasks=3, executor="ray", executor_options={"workers": 2})
+        assert not Path("o.jsonl").exists()
+    finally:
+        ray.shutdown()
+
+
+@needs_extra
+@pytest.mark.parametrize(
+    ("executor", "options", "text"),
+    [
+        ("slurm", {"partition": "p", "time": "1:00:00"}, "--executor slurm: FileNotFoundError.*sbatch"),
+        ("ray", {}, "--executor ray needs the package ray.*pip install ray"),
+    ],
+)
+def test_an_executor_that_cannot_start_says_so(
+    executor: Any,
+    options: dict[str, Any],
+    text: str,
+    corpus: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DataError, match=text):
+        clean(corpus, str(tmp_path / "out.jsonl"), Rules(), tasks=2, executor=executor, executor_options=options)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_task_leaves_its_error(tmp_path: Path) -> None:
+    def run(rank: int) -> None:
+        raise ValueError("too bad") if rank else DataError("a.jsonl:3: torn")
+
+    task = executors.Task(run, tmp_path, str(Path.cwd()))
+    for rank in (0, 1):
+        with contextlib.suppress(ValueError, DataError):
+            task(None, rank)
+    assert (tmp_path / "failed-00001").read_text() == "ValueError: too bad"
+    with pytest.raises(DataError, match=r"^a\.jsonl:3: torn \(1 more tasks failed\.\)$"):
+        executors._raise_failures(tmp_path)
+    executors._raise_failures(tmp_path)  # told once
+    shutil.rmtree(tmp_path)

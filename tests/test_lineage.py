@@ -1,0 +1,145 @@
+"""Resuming refuses what differs, field by field, unless it is allowed, and later checkpoints remember it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import config, layout_of, random_batches
+from harness import run_ranks
+
+from engine.checkpoint.format import read_manifest
+from engine.checkpoint.inspect import summary, tensor_facts
+from engine.checkpoint.lineage import DATA_FIELDS, code_versions, field_of, tell
+from engine.checkpoint.load import Reader
+from engine.context import ParallelContext
+from engine.data.corpora import data_facts, fingerprint, open_training
+from engine.data.indexed import IndexedDataset, IndexedWriter
+from engine.train import resume, save_state, setup, train_step
+
+FACTS: dict[str, Any] = {
+    "prefix": "x",
+    "num_documents": 1,
+    "num_tokens": 1,
+    "fingerprint": "a",
+    "tokenizer_digest": "t",
+}
+
+
+def go(root: Path, facts: dict[str, Any] = FACTS, source: Path | None = None, **overrides: Any) -> Path:
+    """One step on one process, from `source` if given, then a save."""
+    cfg = config(checkpoint_keep=0, **overrides)
+
+    def job(ctx: ParallelContext) -> str:
+        state = setup(cfg, ctx)
+        if source is not None:
+            resume(state, source, facts)
+        train_step(state, random_batches(cfg, ctx, state.step))
+        return str(save_state(state, root, facts))
+
+    (folder,) = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return go(tmp_path_factory.mktemp("first"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts", "field"),
+    [
+        ({"train_seq_len": 8}, {}, "train.seq_len"),
+        ({"train_seed": 5}, {}, "train.seed"),
+        ({"model_rope_theta": 500.0}, {}, "model.rope_theta"),
+        ({"model_norm_eps": 1e-6}, {}, "model.norm_eps"),
+        ({}, {"num_tokens": 2}, "data.num_tokens"),
+        ({}, {"fingerprint": "b"}, "data.fingerprint"),
+        ({}, {"tokenizer_digest": "u"}, "data.tokenizer_digest"),
+        ({}, {"mask_eod": 0}, "data.mask_eod"),
+        ({}, {"source 0, web": "1 documents"}, "data.source"),
+        ({}, {"mixture from sample 0": "web 1"}, "data.mixture"),
+    ],
+)
+def test_each_field_is_refused_allowed_and_remembered(
+    first: Path, tmp_path: Path, overrides: dict[str, Any], facts: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s){field}.*: checkpoint .*, now .*allow \"{field}\""):
+        go(tmp_path, FACTS | facts, first, **overrides)
+    with pytest.raises(AssertionError, match=f"{field}.*: checkpoint"):
+        go(tmp_path, FACTS | facts, first, checkpoint_allow="model.qk_norm", **overrides)
+    second = go(tmp_path, FACTS | facts, first, checkpoint_allow=f"{field}, model.qk_norm", **overrides)
+    (parent,) = read_manifest(second).lineage
+    assert (parent.checkpoint, parent.step) == (str(first), 1)
+    assert [field_of(name) for name in parent.allowed] == [field] and parent.versions == code_versions()
+
+
+def test_a_changed_mixture_of_the_future_is_no_difference(first: Path, tmp_path: Path) -> None:
+    go(tmp_path, FACTS | {"mixture from sample 4": "web 2"}, first)  # the first run consumed 4 samples
+
+
+def test_an_unknown_field_to_allow_is_a_config_error(first: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"train.seqlen.*no field that resuming compares.*mean train.seq_len\?"):
+        go(tmp_path, FACTS, first, checkpoint_allow="train.seqlen")
+
+
+def test_lineage_grows_and_is_told(first: Path, tmp_path: Path) -> None:
+    second = go(tmp_path, FACTS, first)
+    third = go(tmp_path, FACTS, second, train_seq_len=8, checkpoint_allow="train.seq_len")
+    lineage = read_manifest(third).lineage
+    assert [parent.step for parent in lineage] == [1, 2]
+    told = "\n".join(tell(lineage))
+    assert str(first) in told and str(second) in told and "allowed: train.seq_len: 16 -> 8" in told
+    assert lineage[0].config == lineage[1].config
+    with Reader(third) as reader:
+        assert "step 3" in (text := "\n".join(summary(reader))) and "16 -> 8" in text
+        facts = list(tensor_facts(reader, norms=True))
+        for fact in facts:
+            whole = reader.whole(fact.kind, fact.name).double().numpy()
+            assert np.isclose(fact.norm, np.linalg.norm(whole), rtol=1e-12)
+        assert {fact.kind for fact in facts} == {"model", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_field_that_came_later_had_its_default(first: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(first)
+    del manifest.config["model"]["qk_norm"], manifest.data["fingerprint"]
+    old = tmp_path / "old"
+    old.mkdir()
+    for file in manifest.files:
+        (old / file).write_bytes((first / file).read_bytes())
+    (old / "manifest.json").write_text(manifest.model_dump_json())
+    go(tmp_path, FACTS, old)
+    with pytest.raises(AssertionError, match=r"model\.qk_norm: checkpoint False, now True"):
+        go(tmp_path, FACTS, old, model_qk_norm=True)
+
+
+def test_every_fact_of_the_data_has_a_field(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        with IndexedWriter(tmp_path / name, vocab_size=61) as writer:
+            for _ in range(9):
+                writer.add(rng.integers(0, 61, 40))
+            writer.finish({})
+    cfg = config(data_train=f"1 {tmp_path}/a 2 {tmp_path}/b")
+    facts = open_training(cfg, None).facts
+    assert {field_of(name) for name in facts} - {"prefix"} <= set(DATA_FIELDS)
+
+
+def test_the_fingerprint_tells_corpora_of_one_size_apart(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(1).integers(0, 61, (50, 700))
+    found = set()
+    for name in ("a", "again", "token", "lengths"):
+        with IndexedWriter(tmp_path / name, vocab_size=61) as writer:
+            rows = tokens.copy()
+            if name == "token":
+                rows[25] = rows[25][::-1]
+            for i, row in enumerate(rows):
+                shift = {10: -1, 11: 1}.get(i, 0) if name == "lengths" else 0
+                writer.add(np.resize(row, 700 + shift))
+            writer.finish({})
+        found.add(fingerprint(IndexedDataset(tmp_path / name)))
+    assert len(found) == 3
+    a, b = (data_facts("x", [IndexedDataset(tmp_path / name)]) for name in ("a", "lengths"))
+    assert a["num_tokens"] == b["num_tokens"] and a["fingerprint"] != b["fingerprint"]

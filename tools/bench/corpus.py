@@ -1,0 +1,70 @@
+"""A corpus of text that any machine has: Python sources, C headers, documentation, each file one document, none twice.
+
+Used by prepare.py in a process of its own: what is started from a large process counts that one's memory as its own
+peak. `python tools/bench/corpus.py FOLDER MEGABYTES`
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pyarrow
+import pyarrow.parquet
+import xxhash
+import zstandard
+
+from engine.data.tokenizer import Tokenizer
+
+SUFFIXES = (".py", ".pyi", ".h", ".hpp", ".c", ".md", ".rst", ".txt", ".html", ".pm", ".gz")
+LEAST, MOST = 200, 400_000  # bytes of a document
+VOCAB_SIZE = 32_000
+TRAINED_ON = 8_000_000  # bytes
+
+
+def documents() -> Iterator[str]:
+    """Texts in an order that mixes kinds and stays the same while the files do."""
+    places = [sysconfig.get_path("stdlib"), *(path for path in sys.path if path.endswith("site-packages"))]
+    places += ["/usr/share/doc", "/usr/include", "/usr/share/perl"]
+    found = (os.path.join(root, name) for place in places for root, _, names in os.walk(place) for name in names)
+    seen: set[int] = set()
+    for path in sorted(
+        {path for path in found if path.endswith(SUFFIXES)}, key=lambda path: xxhash.xxh3_64_intdigest(path.encode())
+    ):
+        try:
+            data = Path(path).read_bytes()
+            text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
+        except (OSError, EOFError, ValueError):
+            continue
+        digest = xxhash.xxh3_64_intdigest(text.encode())
+        if LEAST <= len(text) <= MOST and digest not in seen:
+            seen.add(digest)
+            yield text
+
+
+def make(folder: Path, megabytes: int) -> None:
+    """Write in.jsonl, .jsonl.gz, .jsonl.zst, .parquet and tokenizer/ for at most `megabytes` of text."""
+    texts, size = [], 0
+    for text in documents():
+        size += len(text.encode())
+        if size > megabytes * 1_000_000:
+            break
+        texts.append(text)
+    step = max(1, size // TRAINED_ON)
+    Tokenizer.train(iter(texts[::step]), VOCAB_SIZE).save(folder / "tokenizer")
+    lines = b"".join(orjson.dumps({"id": number, "text": text}) + b"\n" for number, text in enumerate(texts))
+    (folder / "in.jsonl").write_bytes(lines)
+    (folder / "in.jsonl.gz").write_bytes(gzip.compress(lines, 6))
+    (folder / "in.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "in.parquet", row_group_size=2_000)
+    text_bytes = sum(len(text.encode()) for text in texts)
+    (folder / "facts.json").write_bytes(orjson.dumps({"text_bytes": text_bytes, "documents": len(texts)}))
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]), int(sys.argv[2]))

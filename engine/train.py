@@ -268,6 +268,8 @@ def start_from(state: TrainState, path: Path) -> None:
     raise_together(error, ctx.world, ctx.device)
     assert source is not None
     with source:
+        if isinstance(source, Reader):
+            state.lineage = descend(source.folder, source.manifest, {"optimizer state": ("there", "new")})
         load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
     state.optimizer.publish()
 

@@ -20,6 +20,7 @@ PAGES = [
     "docs/schedules.md",
     "docs/multinode.md",
     "docs/checkpoints.md",
+    "docs/reliability.md",
 ]
 
 

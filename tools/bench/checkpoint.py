@@ -2,12 +2,12 @@
 
     python tools/bench/checkpoint.py --gib 1 --ranks 1 2 --repeats 5
 
-Every repetition does all of it in an order that turns, so that a busy disk hits all alike; a time is that of the slowest
-rank. Written files are synced by all three. Before a read the files are dropped from the page cache (posix_fadvise), so
-that it comes from the device as far as that has no cache of its own; the tensors to fill exist already. State: float32
-matrices, and two moments for each, split over the data ranks as ZeRO-1 does. DCP has the same tensors as entries of a
-state dict. "blocked" is how long training stands still: the call, and what is left of the copy after `step_s` seconds of
-arithmetic that stand for the next forward and backward.
+Every repetition does all of it in an order that turns, so that a busy disk hits all alike; a time is that of the
+slowest rank. Written files are synced by all three. Before a read the files are dropped from the page cache
+(posix_fadvise), so that it comes from the device as far as that has no cache of its own; the tensors to fill exist
+already. State: float32 matrices, and two moments for each, split over the data ranks as ZeRO-1 does. DCP has the same
+tensors as entries of a state dict. "blocked" is how long training stands still: the call, and what is left of the copy
+after `step_s` seconds of arithmetic that stand for the next forward and backward.
 """
 
 from __future__ import annotations

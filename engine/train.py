@@ -293,8 +293,12 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
 
 def _claim(run_dir: Path, stack: ExitStack) -> None:
     """Refuse a folder that another run is writing into: each would remove what the other has half written."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if holder := stack.enter_context(locked(run_dir / "lock")):
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        holder = stack.enter_context(locked(run_dir / "lock"))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; choose another --run.dir") from None
+    if holder:
         raise CheckpointError(f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir")
 
 

@@ -286,6 +286,8 @@ def find_resume(cfg: Config) -> str:
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     """The whole run on one rank; returns the exit code (0 done, 75 saved on a signal)."""
+    if not resolved.config.data.train:
+        raise ConfigError([Fault("data.train", "", "no training data given", "Make some with `engine prepare`.")])
     with ExitStack() as stack:
         on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack), ctx.world, ctx.device)
         return _train(resolved, ctx, stop)
@@ -304,8 +306,6 @@ def _claim(run_dir: Path, stack: ExitStack) -> None:
 
 def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
-    if not cfg.data.train:
-        raise ConfigError([Fault("data.train", "", "no training data given", "Make some with `engine prepare`.")])
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
     data = open_training(cfg, tokenizer)
     state = setup(cfg, ctx)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from engine.data.loader import Loader, MicroBatch
 from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, EngineError, Fault
 from engine.evaluate import Evaluator, Score
+from engine.files import locked
 from engine.launch import StopRequest
 from engine.model.transformer import Transformer, build_stages, num_parameters, tensor_shapes
 from engine.monitor.health import explain_non_finite
@@ -291,9 +293,26 @@ def find_resume(cfg: Config) -> str:
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     """The whole run on one rank; returns the exit code (0 done, 75 saved on a signal)."""
-    cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
-    if not cfg.data.train:
+    if not resolved.config.data.train:
         raise ConfigError([Fault("data.train", "", "no training data given", "Make some with `engine prepare`.")])
+    with ExitStack() as stack:
+        on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack), ctx.world, ctx.device)
+        return _train(resolved, ctx, stop)
+
+
+def _claim(run_dir: Path, stack: ExitStack) -> None:
+    """Refuse a folder that another run is writing into: each would remove what the other has half written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        holder = stack.enter_context(locked(run_dir / "lock"))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; choose another --run.dir") from None
+    if holder:
+        raise CheckpointError(f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir")
+
+
+def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
+    cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
     data = open_training(cfg, tokenizer)
     state = setup(cfg, ctx)

@@ -710,7 +710,58 @@ FACTS_OF_MODELS = [
     ),
 ]
 
-MUTATIONS = [*TIED_AND_NORM, *REPLICAS, *LOSS, *ZERO, *BACKWARD, *START, *OPTIMIZER, *RESUMED, *FACTS_OF_MODELS]
+SAVED = [
+    Mutation(
+        "error_of_the_writing_thread_swallowed",
+        "a writer thread fails and the save reports success (pytorch#191391)",
+        "engine/checkpoint/save.py",
+        "            raise self._explain(fault, temporary / file, wanted) from None",
+        '            return {"tensors": {}}',
+        ("tests/test_checkpoint.py::test_a_failed_save_is_an_error_on_all_ranks_and_leaves_the_old_one",),
+    ),
+    Mutation(
+        "host_copy_made_once",
+        "every save in the background writes the first one's values (NeMo-RL#3312)",
+        "engine/checkpoint/staging.py",
+        "            ours.flat.copy_(theirs.flat, non_blocking=True)",
+        "            if not ours.flat.any():\n                ours.flat.copy_(theirs.flat)",
+        ("tests/test_async_save.py::test_the_files_are_those_of_a_save_that_waits[tensor]",),
+    ),
+    Mutation(
+        "update_overtakes_the_copy",
+        "a save in the background writes values of a later step (pytorch#144657, NVRx#376)",
+        "engine/train.py",
+        "        state.before_update()\n",
+        "",
+        ("tests/test_async_save.py::test_an_update_waits_for_the_copy[True]",),
+    ),
+    Mutation(
+        "digests_not_compared",
+        "a flipped bit loads in silence (torch.load, safetensors: no checksum is looked at)",
+        "engine/checkpoint/format.py",
+        "if part.digests and (found",
+        "if not part.digests and (found",
+        ("tests/test_damage.py::test_no_damage_loads_in_silence_and_the_file_is_named",),
+    ),
+    Mutation(
+        "old_ones_deleted_unproven",
+        "older checkpoints are deleted though the new one cannot be read back",
+        "engine/checkpoint/save.py",
+        "            if self.keep:\n                self._prove",
+        "            if not self.keep:\n                self._prove",
+        ("tests/test_crash.py::test_nothing_is_deleted_when_the_new_one_reads_back_differently",),
+    ),
+    Mutation(
+        "rename_not_synced",
+        "what was reported as saved is gone after a power cut",
+        "engine/checkpoint/retention.py",
+        "    storage.sync_folder(final.parent)\n    return replaced",
+        "    return replaced",
+        ("tests/test_crash.py::test_a_crash_at_any_operation[one more]",),
+    ),
+]
+
+MUTATIONS = [*TIED_AND_NORM, *REPLICAS, *LOSS, *ZERO, *BACKWARD, *START, *OPTIMIZER, *RESUMED, *FACTS_OF_MODELS, *SAVED]
 
 
 @dataclass(frozen=True)

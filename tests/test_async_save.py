@@ -26,6 +26,7 @@ from engine.checkpoint.storage import Disk
 from engine.context import ParallelContext
 from engine.data.indexed import IndexedWriter
 from engine.errors import EngineError
+from engine.files import locked
 from engine.launch import StopRequest
 from engine.monitor.metrics import read_metrics
 from engine.train import TrainState, facts_of, setup, train, train_step
@@ -313,6 +314,24 @@ def test_the_next_save_waits_and_progress_says_so(tmp_path: Path, capfd: pytest.
         assert told.count(f"step {step}: saved {tmp_path}/run/checkpoints/step_0000000{step}\n") == 1
     assert told.index("step 1: saved") < told.index("step 2: saving in the background")
     assert "step 4: saving in the background" not in told, "the last one is waited for"
+
+
+def test_two_runs_in_one_folder_are_kept_apart(tmp_path: Path) -> None:
+    cfg = resolve(2, parallel_data=2, train_steps=1, data_train=corpus(tmp_path), run_dir=tmp_path / "run")
+
+    def refused(ctx: ParallelContext) -> str:
+        try:
+            train(cfg, ctx, StopRequest())
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run/lock") as holder:
+        assert not holder
+        for told in run_ranks(layout_of(cfg.config), refused, num_kv_heads=2):
+            assert f"another run (process {os.getpid()} on " in told and "choose another --run.dir" in told
+    assert run_ranks(layout_of(cfg.config), refused, num_kv_heads=2) == ["", ""]
 
 
 def test_the_host_memory_is_taken_once() -> None:

@@ -75,7 +75,7 @@ def save_by_two_ranks(disk: MemoryDisk, step: int) -> None:
         ctx = context(2, rank)
         file = temporary / f"rank{rank:05d}.safetensors"
         parts.append(write_part(disk, file, *part_of(states(step, rank, 2), ctx), block_bytes=BLOCK))
-    manifest = manifest_of(parts, context(2), step, FACTS, BLOCK)
+    manifest = manifest_of(parts, context(2).layout, step, FACTS, BLOCK)
     assert retention.commit(disk, temporary, step_dir(ROOT, step), manifest.encode()) is None
 
 

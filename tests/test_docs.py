@@ -21,6 +21,7 @@ PAGES = [
     "docs/multinode.md",
     "docs/checkpoints.md",
     "docs/huggingface.md",
+    "docs/reliability.md",
 ]
 
 

@@ -76,7 +76,7 @@ class _Save:
 
 
 class Saver:
-    """Saves checkpoints under `root`, one at a time. All public methods but the properties are collective.
+    """Saves checkpoints under `root`, one at a time. All ranks make the same calls; `advance`, `finish` are collective.
 
     keep: how many newest checkpoints to keep, 0 for all; keep_every: besides those every step that is a multiple.
     `with` gives up a save that is under way when an exception ends the block.

@@ -2,18 +2,19 @@
 
     python tools/bench/checkpoint.py --gib 1 --ranks 1 2 --repeats 5
 
-Every repetition does all of it in an order that turns, so that a busy disk hits all alike; a time is that of the
+Every repetition does all of it in another order, so that a busy disk hits all alike; a time is that of the
 slowest rank. Written files are synced by all three. Before a read the files are dropped from the page cache
 (posix_fadvise), so that it comes from the device as far as that has no cache of its own; the tensors to fill exist
 already. State: float32 matrices, and two moments for each, split over the data ranks as ZeRO-1 does. DCP has the same
-tensors as entries of a state dict. "blocked" is how long training stands still: the call, and what is left of the
-copy after `step_s` seconds of arithmetic that stand for the next forward and backward.
+tensors as entries of a state dict. "blocked" is how long training stands still: the call, and what is left of the copy
+after `step_s` seconds of arithmetic that stand for the next forward and backward.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -123,6 +124,7 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
     theirs = {f"{h.kind}/{h.param.name}/{ctx.rank}": h.flat for h in held}
     saver = Saver(root / "engine", ctx)
     saver.reserve(held)
+    group = None if alone else dist.new_group()  # DCP's thread has collectives of its own, which must not meet ours
 
     def together() -> None:
         if not alone:
@@ -192,7 +194,7 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
 
     def dcp_async(now: dict[str, float]) -> None:
         begin, futures = time.perf_counter(), []
-        options: dict[str, Any] = {"checkpoint_id": root / "dcp", "no_dist": alone}
+        options: dict[str, Any] = {"checkpoint_id": root / "dcp", "no_dist": alone, "process_group": group}
         now["dcp async, blocked"] = timed(lambda: futures.append(dcp.async_save(theirs, **options)))
         compute(o.step_s)
         futures[0].result()
@@ -201,7 +203,8 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
     results, order = [], [plain, ours, ours_async, ours_copy, dcp_waits, dcp_async]
     for number in range(o.repeats + 1):
         now: dict[str, float] = {}
-        for work in order[number % len(order) :] + order[: number % len(order)]:
+        random.Random(number).shuffle(order)  # what one deletes slows the disk for the next: no fixed neighbours
+        for work in order:
             fresh()
             work(now)
         results.append(now)

@@ -40,7 +40,7 @@ from engine.errors import CheckpointError, EngineError
 from engine.optim.adamw import Held
 from engine.sharding import Piece
 
-_THREADS = 2  # reads under way at once on one rank: one waits, one digests; more disturb the kernel's reading ahead
+_THREADS = 2  # one reads a file while the other digests what it has read
 
 
 class Entry(Protocol):

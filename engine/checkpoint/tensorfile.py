@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -117,6 +118,7 @@ class TensorFile:
 
     def __init__(self, file: Path, storage: Storage, *, header: str = "", fresh: bool = False):
         self.file, self.digest = file, storage.digest
+        self._turn = threading.Lock()  # one thread reads, others digest: the kernel reads ahead of one stream only
         self._source: Source = storage.open(file, fresh=fresh)
         try:
             self.entries = self._read_header(header)
@@ -132,7 +134,8 @@ class TensorFile:
         """Fill `into` with rows [first, last) of a key."""
         _, shape, begin, end = self.entries[key]
         row = (end - begin) // max(1, shape[0])
-        self._source.read_into(begin + first * row, into[: (last - first) * row])
+        with self._turn:
+            self._source.read_into(begin + first * row, into[: (last - first) * row])
 
     def _read_header(self, wanted: str) -> dict[str, Entry]:
         size = self._source.size

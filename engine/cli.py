@@ -271,8 +271,9 @@ def _inspect_checkpoint(o: Inspect) -> int:
 
 def _train(args: list[str]) -> int:
     """train a model, on one process or on many under torchrun"""
-    from engine.config import layout_of, load
+    from engine.config import layout_of
     from engine.options import parse_train
+    from engine.resolve import load
 
     options = parse_train(args, "engine train")
     if options.world_size < 0 or (options.world_size and not options.dry_run):
@@ -325,12 +326,13 @@ def _evaluate(args: list[str]) -> int:
     import tyro
 
     from engine.checkpoint.seal import storage_of
-    from engine.config import layout_of, relations
+    from engine.config import layout_of
     from engine.evaluate import evaluate
     from engine.inference import config_of
     from engine.launch import leave, pick_device, read_env, run
     from engine.optim.precision import PRECISIONS
     from engine.options import Evaluate
+    from engine.relations import relations
 
     o = tyro.cli(Evaluate, args=args, prog="engine evaluate")
     degrees = {"--tensor": o.tensor, "--pipeline": o.pipeline}

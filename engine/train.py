@@ -25,7 +25,7 @@ from engine.checkpoint.save import Saved, Saver, save
 from engine.checkpoint.seal import storage_of
 from engine.checkpoint.storage import DISK, Storage
 from engine.comm import all_reduce_, on_first_rank, raise_together
-from engine.config import Config, Resolved, pipeline_plan
+from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.corpora import TrainingData, open_data, open_training
 from engine.data.loader import Loader, MicroBatch
@@ -49,6 +49,7 @@ from engine.pipeline.executor import Trace, execute
 from engine.pipeline.simulate import simulate
 from engine.pipeline.stage import Stage
 from engine.planner.cost import flops_per_token
+from engine.resolve import Resolved
 from engine.sharding import Parameter, initialise_, parameters
 
 

@@ -20,13 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import config as config_module
+from engine import relations as relations_module
+from engine import resolve as resolve_module
 from engine.cli import main
-from engine.config import Config, ModelConfig, Resolved, fields, layout_of, load
+from engine.config import Config, ModelConfig, fields, layout_of
 from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, Fault
 from engine.launch import Env, pick_device, read_env
 from engine.model.transformer import num_parameters
 from engine.pipeline.schedules import build
 from engine.presets import PRESETS
+from engine.resolve import Resolved, load
 
 # what the user gives, number of ranks, then what the one fault says: path, broken relation, repair
 RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
@@ -437,16 +440,19 @@ def test_each_fault_is_said_in_full(case: str) -> None:
 
 
 @pytest.mark.usefixtures("plans")
-def test_every_fault_of_the_module_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A relation added to config.py without a case above fails here."""
-    seen: set[int] = set()
+def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fault added to one of these modules without a case above fails here."""
+    modules = (config_module, relations_module, resolve_module)
+    seen: set[tuple[str, int]] = set()
 
     def note(*args: Any) -> Fault:
         frame = sys._getframe(1)
-        seen.add(frame.f_lineno)
+        seen.add((frame.f_globals["__name__"], frame.f_lineno))
         return Fault(*args)
 
-    monkeypatch.setattr(config_module, "Fault", note)
+    for module in modules:
+        if hasattr(module, "Fault"):
+            monkeypatch.setattr(module, "Fault", note)
     for overrides, world, *_ in RELATIONS.values():
         faults_of(overrides, world)
     (tmp_path / "bad.toml").write_text("[model\n")
@@ -455,12 +461,13 @@ def test_every_fault_of_the_module_has_a_case(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(ConfigError):
         load([], {}, unknown=["run.toml"])
     calls = [
-        node
-        for node in ast.walk(ast.parse(inspect.getsource(config_module)))
+        (module.__name__, node.lineno)
+        for module in modules
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Fault"
     ]
     assert len(calls) >= 20
-    assert {call.lineno for call in calls} == seen
+    assert set(calls) == seen
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 6, 8, 12, 16])

@@ -21,13 +21,14 @@ from engine.checkpoint.convert import copy_beside, export, import_folder
 from engine.checkpoint.format import MODEL, prove_all, read_manifest
 from engine.checkpoint.hf import HfReader
 from engine.checkpoint.load import Reader
-from engine.config import ModelConfig, load
+from engine.config import ModelConfig
 from engine.context import ParallelContext, make_context
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError
 from engine.inference import compare_with_transformers, load_model
 from engine.layout import Layout
 from engine.model.transformer import StageShape, Transformer
+from engine.resolve import load
 from engine.sharding import parameters
 from engine.train import save_state, setup, start_from, train_step
 

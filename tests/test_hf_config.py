@@ -18,11 +18,12 @@ from test_hf import tensors_of
 from engine.checkpoint.convert import import_folder
 from engine.checkpoint.hf import HfReader
 from engine.cli import main
-from engine.config import ModelConfig, load, model_config
+from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.families import FAMILIES
 from engine.hf_config import read_config, write_config
 from engine.presets import PRESETS
+from engine.resolve import load, model_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

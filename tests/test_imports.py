@@ -24,6 +24,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.schedules", "pipeline.torch_csv"),
     ("pipeline.search", "pipeline.timeline", "pipeline.draw", "pipeline.report"),
     ("config",),
+    ("relations",),
+    ("resolve",),
     ("planner", "options"),
     ("faults",),  # no torch up to here
     ("rng", "context"),
@@ -41,7 +43,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 _LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-_TORCH_FREE_LEVELS = 8
+_TORCH_FREE_LEVELS = 10
 
 # module -> packages it must not know, whatever the levels say
 STRANGERS = {"model": ("pipeline", "optim", "data", "checkpoint"), "pipeline": ("model",), "ops": ("data", "launch")}

@@ -28,13 +28,15 @@ from engine.checkpoint.retention import commit, tidy
 from engine.checkpoint.save import manifest_of, write_part
 from engine.checkpoint.storage import DISK, Storage, make_folders
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, write_safetensors
-from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, model_config, relations
+from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError, SecretError
 from engine.families import FAMILIES, HARMLESS, Family
 from engine.files import sync_folder, write_synced
 from engine.hf_config import read_config, read_json, write_config
 from engine.layout import Layout
+from engine.relations import relations
+from engine.resolve import model_config
 
 MAX_SHARD_BYTES = 4 << 30
 GENERATION = "generation_config.json"

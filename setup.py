@@ -19,10 +19,11 @@ def ops() -> Extension | None:
         return None
     root = Path(torch.__file__).parent
     flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+    flags += ["-Wno-maybe-uninitialized"]  # a false alarm in gcc 12's own avx512fintrin.h
     return Extension(
         "engine._ops",
-        ["csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/gemm.cpp"],
-        depends=["csrc/kernels.h", "csrc/gemm.h"],
+        ["csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/gemm.cpp", "csrc/attention_cpu.cpp"],
+        depends=["csrc/kernels.h", "csrc/gemm.h", "csrc/tile.h", "csrc/exp.h"],
         include_dirs=[str(root / "include")],
         library_dirs=[str(root / "lib")],
         libraries=["torch_cpu", "c10"],

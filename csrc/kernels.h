@@ -61,6 +61,16 @@ template <class T>
 void rope_backward(Heads<const T> q, Heads<const T> k, Heads<const T> v, const T* cos, const T* sin, T* fused,
                    HeadShape shape, int threads);
 
+// Causal attention of float32 heads, softmax over scale * q k; out [s, b, n * d], lse [b, n, s]: log of the sums. shape.r
+// is not used. Needs AVX-512: attention_runs says whether it is there.
+bool attention_runs();
+void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, float* out, float* lse, HeadShape shape,
+               double scale, int threads);
+// grad: that of out, as heads.
+void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
+                        const float* out, const float* lse, Heads<float> gq, Heads<float> gk, Heads<float> gv,
+                        HeadShape shape, double scale, int threads);
+
 // Rows of v logits, the first `valid` of which count: stats[0][row] = max, [1] = sum exp(x - max), [2] = x[target].
 // target < 0 or >= valid: it lies with another rank, and [2] is 0.
 template <class T>

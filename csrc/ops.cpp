@@ -86,7 +86,8 @@ trident::Matrix matrix(const Tensor& x, const char* name) {
     const bool thin = x.size(0) <= 1 || x.size(1) <= 1;
     want(row == 1 || col == 1 || thin, "mm_", std::string(name) + " has no dimension of stride 1");
     want(row >= 0 && col >= 0, "mm_", std::string(name) + " has a negative stride");
-    return {x.data_ptr<float>(), row, col};
+    // The packing wants stride 1 along the other dimension of a single row or column.
+    return {x.data_ptr<float>(), x.size(0) <= 1 && col != 1 ? 1 : row, x.size(1) <= 1 && row != 1 ? 1 : col};
 }
 
 void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
@@ -231,6 +232,55 @@ Tensor rope_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Te
     return out;
 }
 
+// ---- attention
+
+trident::HeadShape want_heads(const Tensor& q, const Tensor& k, const Tensor& v, const char* op) {
+    want(q.dim() == 4 && k.dim() == 4, op, "wants [b, heads, s, d], got " + shape(q) + " and " + shape(k));
+    const int64_t b = q.size(0), n = q.size(1), s = q.size(2), d = q.size(3), m = k.size(1);
+    want(m > 0 && n % m == 0, op, "q has " + std::to_string(n) + " heads, k " + std::to_string(m));
+    want_shape(k, {b, m, s, d}, op, "k");
+    want_shape(v, {b, m, s, d}, op, "v");
+    for (const Tensor* x : {&q, &k, &v}) {
+        want(x->device().is_cpu() && (d <= 1 || x->stride(3) == 1), op, "wants CPU tensors with stride 1 along d");
+        want_type(x->scalar_type() == at::kFloat, op, std::string("wants float32, got ") + toString(x->scalar_type()));
+    }
+    want(trident::attention_runs(), op, "this processor has no AVX-512");
+    return {s, b, n, m, d, 0};
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+    const trident::HeadShape x = want_heads(q, k, v, "attention");
+    Tensor out = at::empty({x.s, x.b, x.n * x.d}, q.options()), lse = at::empty({x.b, x.n, x.s}, q.options());
+    if (out.numel() > 0)
+        trident::attention(heads<const float, float>(q), heads<const float, float>(k), heads<const float, float>(v),
+                           data<float>(out), data<float>(lse), x, scale, threads());
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                      double scale) {
+    const char* op = "attention_backward";
+    const trident::HeadShape x = want_heads(q, k, v, op);
+    for (const Tensor* y : {&grad, &out}) {
+        want_like(*y, q, op, "grad or out");
+        want_shape(*y, {x.s, x.b, x.n * x.d}, op, "grad or out");
+    }
+    want_like(lse, q, op, "lse");
+    want_shape(lse, {x.b, x.n, x.s}, op, "lse");
+    Tensor gq = at::empty({x.b, x.n, x.s, x.d}, q.options()), gk = at::empty({x.b, x.m, x.s, x.d}, q.options());
+    Tensor gv = at::empty({x.b, x.m, x.s, x.d}, q.options());
+    const trident::Heads<const float> g{data<float>(grad), x.n * x.d, x.d, x.b * x.n * x.d};
+    if (out.numel() > 0)
+        trident::attention_backward(g, heads<const float, float>(q), heads<const float, float>(k),
+                                    heads<const float, float>(v), data<float>(out), data<float>(lse),
+                                    heads<float, float>(gq), heads<float, float>(gk), heads<float, float>(gv), x, scale,
+                                    threads());
+    return {gq, gk, gv};
+}
+
+bool attention_runs() { return trident::attention_runs(); }
+
 // ---- cross entropy
 
 void want_targets(const Tensor& logits, const Tensor& target, int64_t valid, const char* op) {
@@ -335,6 +385,11 @@ TORCH_LIBRARY(trident, lib) {
     lib.def("swiglu_backward(Tensor grad, Tensor fused) -> Tensor");
     lib.def("rope(Tensor fused, Tensor table, int n, int m) -> (Tensor, Tensor, Tensor)");
     lib.def("rope_backward(Tensor q, Tensor k, Tensor v, Tensor table) -> Tensor");
+    lib.def("attention_runs() -> bool", attention_runs);
+    lib.def("attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)");
+    lib.def(
+        "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> "
+        "(Tensor, Tensor, Tensor)");
     lib.def("softmax_stats(Tensor logits, Tensor target, int valid) -> Tensor");
     lib.def("softmax_gradient_(Tensor(a!) logits, Tensor target, Tensor peak, Tensor scale, Tensor grad, int valid) -> ()");
     lib.def(
@@ -350,6 +405,8 @@ TORCH_LIBRARY_IMPL(trident, CPU, lib) {
     lib.impl("swiglu_backward", swiglu_backward);
     lib.impl("rope", rope);
     lib.impl("rope_backward", rope_backward);
+    lib.impl("attention", attention);
+    lib.impl("attention_backward", attention_backward);
     lib.impl("softmax_stats", softmax_stats);
     lib.impl("softmax_gradient_", softmax_gradient_);
     lib.impl("adamw_", adamw_);

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <vector>
 
+#include "exp.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -31,26 +33,6 @@ INLINE void put(bf16& to, float x) {  // to nearest, ties to even; NaN stays NaN
     to.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 INLINE void put(f16& to, float x) { to.bits = __builtin_bit_cast(uint16_t, _Float16(x)); }
-
-INLINE double exp_of(double x) { return std::exp(x); }
-
-// e^x to 1e-7 relative (Cephes' polynomial), 0 below -87: written without branches for the vectoriser.
-INLINE float exp_of(float x) {
-    float c = x < -87.0f ? -87.0f : x;
-    c = c > 88.7f ? 88.7f : c;
-    const float n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // to nearest
-    const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const float power = __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
-    const float e = x < -87.0f ? 0.0f : p * power;
-    return x > 88.72283f ? INFINITY : (x != x ? x : e);
-}
 
 // f(begin, end) over parts of [0, count), one a thread; tiny work stays on this thread.
 template <class F>

@@ -83,6 +83,17 @@ def _own_gemm(*matrices: Tensor) -> bool:
     return _gemm_wins() if _CHOICE.gemm is None else _CHOICE.gemm
 
 
+@functools.cache
+def _attention_runs() -> bool:
+    library = _library()
+    return library is not None and library.attention_runs()
+
+
+def own_attention(*heads: Tensor) -> bool:
+    """Whether our attention is to run: float32 on a CPU with AVX-512."""
+    return heads[0].dtype == torch.float32 and kernels(*heads) is not None and _attention_runs()
+
+
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a [..., k] times a matrix b [k, n] -> [..., n]."""
     rows = a.reshape(-1, a.shape[-1])

@@ -1,7 +1,7 @@
-"""Builds the two optional extensions, each only where what it needs is there; without them the engine runs on references.
+"""Builds the two optional extensions, each only where what it needs is there; without them references run.
 
-engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._ops (csrc/ops*.cpp, gemm.cpp):
-kernels registered with torch, no Python; needs torch at build time, so it is built with `--no-build-isolation` only.
+engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._ops (the rest of csrc):
+operators registered with torch, no Python; needs torch when it is built, hence `--no-build-isolation`.
 """
 
 import sys
@@ -15,7 +15,10 @@ def ops() -> Extension | None:
     try:
         import torch
     except ImportError:
-        print("warning: torch is not installed here, engine._ops is not built (torch's own ops take over)", file=sys.stderr)
+        print(
+            "warning: torch is not installed here, engine._ops is not built (torch's own ops take over)",
+            file=sys.stderr,
+        )
         return None
     root = Path(torch.__file__).parent
     flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ _CHOICE = _Choice()
 
 @functools.cache
 def load() -> tuple[Any, str]:
-    """(torch.ops.trident or None, what there is to say about it). Loads the extension once."""
+    """(torch.ops.trident or None, what there is to say about it). Loads the extension once per process."""
     spec = importlib.util.find_spec("engine._ops")
     if spec is None or spec.origin is None:
         return None, "engine._ops is not built"
@@ -44,7 +44,49 @@ def load() -> tuple[Any, str]:
         return None, f"engine._ops cannot be loaded: {str(err).splitlines()[0]}"
     if built_for != torch.__version__:
         return None, f"engine._ops was built for torch {built_for}, this is {torch.__version__}"
+    _register_shapes()
     return torch.ops.trident, f"engine._ops for torch {built_for}"
+
+
+def _register_shapes() -> None:
+    """Tell torch.compile and meta tensors what the operators return; those that return nothing need no telling."""
+    wide = {torch.float64: torch.float64}
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        return torch.empty_like(x), x.new_empty(rows, dtype=wide.get(x.dtype, torch.float32))
+
+    def rope(fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+        s, b, width = fused.shape
+        q, k, v = (fused.new_empty(b, heads, s, width // (n + 2 * m)) for heads in (n, m, m))
+        return q, k, v
+
+    def rope_backward(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        b, n, s, d = q.shape
+        return q.new_empty(s, b, (n + 2 * k.shape[1]) * d)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        b, n, s, d = q.shape
+        return q.new_empty(s, b, n * d), q.new_empty(b, n, s)
+
+    fakes: dict[str, Callable[..., Any]] = {
+        "mm_": lambda out, a, b, add: None,
+        "rms_norm": rms_norm,
+        "rms_norm_backward": lambda grad, x, weight, scale: (torch.empty_like(x), torch.empty_like(weight)),
+        "swiglu": lambda fused: fused.new_empty(*fused.shape[:-1], fused.shape[-1] // 2),
+        "swiglu_backward": lambda grad, fused: torch.empty_like(fused),
+        "rope": rope,
+        "rope_backward": rope_backward,
+        "attention": attention,
+        "attention_backward": lambda grad, q, k, v, out, lse, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+        "softmax_stats": lambda logits, target, valid: logits.new_empty(
+            3, len(logits), dtype=wide.get(logits.dtype, torch.float32)
+        ),
+        "softmax_gradient_": lambda logits, target, peak, scale, grad, valid: None,
+        "adamw_": lambda *_: None,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"trident::{name}", fake)
 
 
 @functools.cache
@@ -60,7 +102,7 @@ def _library() -> Any:
 
 
 def kernels(*tensors: Tensor) -> Any:
-    """torch.ops.trident if our kernels are to run on these tensors: on the CPU and all of one floating type. Else None."""
+    """torch.ops.trident if our kernels are to run on these tensors: on the CPU, all of one floating type; else None."""
     if not _CHOICE.kernels:
         return None
     first = tensors[0]

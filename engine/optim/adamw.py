@@ -59,7 +59,8 @@ class FlatAdamW:
         count = torch.tensor(float(self.steps))
         self.steps += 1
         for i, (bucket, master) in enumerate(zip(self.buckets, self.masters)):
-            grads, decay = bucket.part(bucket.grads, bucket.held), self.cfg.weight_decay if bucket.decay else 0.0
+            grads = bucket.part(bucket.grads, bucket.held)
+            decay = self.cfg.weight_decay if bucket.decay else 0.0
             first, second = (self.moments[name][i] for name in STATES)
             if own := kernels(master, grads):
                 betas = self.cfg.beta1, self.cfg.beta2

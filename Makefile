@@ -15,7 +15,7 @@ help:
 
 venv: .venv/ready
 
-.venv/ready: constraints.txt pyproject.toml setup.py csrc/index.cpp
+.venv/ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel pybind11 torch

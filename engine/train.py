@@ -39,6 +39,7 @@ from engine.monitor.health import explain_non_finite
 from engine.monitor.metrics import MetricsLog
 from engine.monitor.progress import Progress
 from engine.monitor.trace import write_timeline
+from engine.ops.native import keep_freed_memory
 from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import GradNorms, NormCounter, clip_factor, scale_
 from engine.optim.lr import learning_rate
@@ -101,6 +102,7 @@ class StepResult:
 
 def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     """Stages, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved."""
+    keep_freed_memory()
     plan = pipeline_plan(cfg)
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []

@@ -14,7 +14,7 @@ from engine.model.layers import ColumnLinear, Norm, RowLinear, SpreadRMSNorm
 from engine.ops.attention import causal_attention
 from engine.ops.linear import Remake
 from engine.ops.recompute import recompute
-from engine.ops.rope import rope
+from engine.ops.rope import rope, split_and_rope
 from engine.sharding import Chunk
 
 
@@ -63,12 +63,11 @@ class Attention(nn.Module):
         s, b, _ = fused.shape
         if self.projection_norms is not None:
             fused = self._norm_projections(fused)
-        heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
-        q_and_k, v = heads.split([self.n + self.m, self.m], dim=1)
         if self.head_norms is None:
-            q, k = rope(q_and_k, rope_table).split([self.n, self.m], dim=1)
+            q, k, v = split_and_rope(fused, rope_table, self.n, self.m)
         else:
-            q, k = q_and_k.split([self.n, self.m], dim=1)
+            heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
+            q, k, v = heads.split([self.n, self.m, self.m], dim=1)
             q, k = rope(self.head_norms[0](q), rope_table), rope(self.head_norms[1](k), rope_table)
         return causal_attention(q, k, v, mask)
 

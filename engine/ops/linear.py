@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine.comm import Pending, all_gather, all_gather_start, sum_start
 from engine.context import Axis
+from engine.ops.native import add_product_, multiply
 from engine.sharding import Parameter
 
 
@@ -68,9 +69,8 @@ class _Linear(torch.autograd.Function):
             function,
         )
         ctx.save_for_backward(*(tensors if function else (full if keep_gathered else x,)))
-        if bias is None:
-            return torch.matmul(full, weight.t())
-        return torch.nn.functional.linear(full, weight, bias)
+        out = multiply(full, weight.t())
+        return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,7 +88,7 @@ class _Linear(torch.autograd.Function):
         full = restore() if now else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = sum_start(torch.matmul(grad, weight), ctx.copies, sequence)
+            grad_x = sum_start(multiply(grad, weight), ctx.copies, sequence)
         grad_w = None
         if full is not None:
             grad_w = accumulate(weight, grad, full.wait())
@@ -107,7 +107,7 @@ def accumulate(weight: Parameter, grad: Tensor, x: Tensor) -> Tensor | None:
     if main is None:
         return rows_grad.t() @ rows_x
     if main.dtype == rows_x.dtype:
-        torch.addmm(main, rows_grad.t(), rows_x, out=main)
+        add_product_(main, rows_grad.t(), rows_x)
     else:
         main.add_(rows_grad.t() @ rows_x)
     if weight.on_grad is not None:

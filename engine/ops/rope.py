@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.ops.native import kernels
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -115,3 +117,26 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     The result is contiguous whatever the strides of x are: the pass that rotates also lays out for attention.
     """
     return _Rope.apply(x, table)
+
+
+class _FusedRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.table = table
+        return torch.ops.trident.rope(fused, table, n, m)
+
+    @staticmethod
+    def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None, None]:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        return torch.ops.trident.rope_backward(q, k, v, ctx.table), None, None, None
+
+
+def split_and_rope(fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q|k|v [s, b, (n + 2 m) d] -> q [b, n, s, d] and k [b, m, s, d], both rotated, and v [b, m, s, d]."""
+    if kernels(fused, table):
+        return _FusedRope.apply(fused.contiguous(), table.contiguous(), n, m)
+    s, b, _ = fused.shape
+    heads = fused.view(s, b, n + 2 * m, -1).permute(1, 2, 0, 3)
+    q_and_k, v = heads.split([n + m, m], dim=1)
+    q, k = rope(q_and_k, table).split([n, m], dim=1)
+    return q, k, v

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.ops.native import kernels
+
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused: Tensor) -> Tensor:
+        if own := kernels(fused):
+            fused = fused.contiguous()
+            ctx.save_for_backward(fused)
+            return own.swiglu(fused)
         ctx.save_for_backward(fused)
         gate, up = fused.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate).mul_(up)
@@ -18,6 +24,8 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (fused,) = ctx.saved_tensors
+        if own := kernels(grad, fused):
+            return own.swiglu_backward(grad.contiguous(), fused.contiguous())
         gate, up = fused.chunk(2, dim=-1)
         out = torch.empty_like(fused)
         grad_gate, grad_up = out.chunk(2, dim=-1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from engine.config import OptimizerConfig
+from engine.ops.native import kernels
 from engine.parallel.buckets import Bucket, GradBuckets
 from engine.sharding import Parameter
 
@@ -58,11 +59,18 @@ class FlatAdamW:
         count = torch.tensor(float(self.steps))
         self.steps += 1
         for i, (bucket, master) in enumerate(zip(self.buckets, self.masters)):
+            grads = bucket.part(bucket.grads, bucket.held)
+            decay = self.cfg.weight_decay if bucket.decay else 0.0
+            first, second = (self.moments[name][i] for name in STATES)
+            if own := kernels(master, grads):
+                betas = self.cfg.beta1, self.cfg.beta2
+                own.adamw_(master, grads, first, second, None, lr, *betas, self.cfg.eps, decay, 1.0, self.steps)
+                continue
             adamw(
                 [master],
-                [bucket.part(bucket.grads, bucket.held)],
-                [self.moments["exp_avg"][i]],
-                [self.moments["exp_avg_sq"][i]],
+                [grads],
+                [first],
+                [second],
                 [],
                 [count.clone().to(master.device)],
                 fused=True,
@@ -70,7 +78,7 @@ class FlatAdamW:
                 beta1=self.cfg.beta1,
                 beta2=self.cfg.beta2,
                 lr=lr,
-                weight_decay=self.cfg.weight_decay if bucket.decay else 0.0,
+                weight_decay=decay,
                 eps=self.cfg.eps,
                 maximize=False,
             )

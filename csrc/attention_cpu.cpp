@@ -1,0 +1,250 @@
+// Causal attention in float32 on tiles of tile.h, forward and backward (the recomputing backward of Dao et al. 2022).
+//
+// One task is a sample and a key/value head; its query heads come one after another, so that with grouped queries the
+// gradients of k and v are summed in one place and no k or v is repeated. Queries go by blocks of rows, few enough that
+// the block's scores over all keys stay in L2; what lies beyond the diagonal is skipped tile by tile. Sums of a row run
+// over the keys in order, one after another: nothing depends on threads, on other samples or on the length behind a row.
+
+#include "kernels.h"
+
+#include <vector>
+
+#include "exp.h"
+#include "tile.h"
+
+namespace trident {
+
+#ifdef HAVE_TILES
+
+namespace {
+
+constexpr int64_t SCORES = 64 * 1024;  // floats of a block's scores
+
+int64_t up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
+
+// Sizes and strides of one call. ld: keys rounded up to whole tiles; dd: d rounded up; rows: of a block of queries.
+struct Plan {
+    HeadShape x;
+    int64_t ld, dd, rows;
+    float scale;
+    explicit Plan(HeadShape shape, double s) : x(shape), ld(up(shape.s, NR)), dd(up(shape.d, NR)), scale(float(s)) {
+        rows = std::min(up(x.s, MR), std::max<int64_t>(1, SCORES / ld / MR) * MR);
+    }
+};
+
+// Scratch memory of one thread, by name, kept between calls.
+struct Scratch {
+    std::vector<Buffer> buffers;
+    std::vector<int64_t> sizes;
+    float* get(size_t slot, int64_t count) {
+        if (buffers.size() <= slot) buffers.resize(slot + 1), sizes.resize(slot + 1, 0);
+        if (sizes[slot] < count) buffers[slot] = allocate(count), sizes[slot] = count;
+        return buffers[slot].get();
+    }
+};
+
+enum Slot : size_t { SCORE, SLOPE, KEYS, VALUES, KEYS_BY_D, QUERY, GRAD, ROW, QUERY_BY_D, GRAD_BY_D, DELTA };
+
+TILE_TARGET_BEGIN
+
+// Panels of `lines` of x along d, as the left (W = 14) or right (W = 32) operand of a product over d.
+template <int64_t W>
+void pack_over_d(Heads<const float> x, int64_t first, int64_t lines, int64_t d, float* to) {
+    pack<W>(x.p + first * x.position, x.position, 1, lines, d, to);
+}
+
+// The right operand of a product over positions: panels [d / 32][count][32].
+void pack_over_positions(Heads<const float> x, int64_t first, int64_t count, int64_t d, float* to) {
+    pack<NR>(x.p + first * x.position, 1, x.position, d, count, to);
+}
+
+// out[14 i .. ][keys] = a b for the keys that each panel of rows sees.
+void scores(const Plan& plan, int64_t q0, int64_t rows, const float* a, const float* b, float* out) {
+    const int64_t d = plan.x.d;
+    for (int64_t i = 0; i < rows; i += MR) {
+        const int64_t seen = std::min(plan.x.s, q0 + i + MR);
+        for (int64_t j = 0; j < seen; j += NR) tile(d, a + i * d, MR, b + j * d, out + i * plan.ld + j, plan.ld, false);
+    }
+}
+
+// Row of position p: scores -> exp(scale (x - max)) up to p, zeros to `end`. Returns the sum; *peak: scale max.
+float exponentials(float* x, int64_t p, int64_t end, float scale, float* peak) {
+    float top = x[0], sum = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i <= p; i++) top = x[i] > top ? x[i] : top;
+    const float shift = top == -INFINITY ? 0.0f : top;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i <= p; i++) {
+        const float e = exp_of((x[i] - shift) * scale);
+        x[i] = e;
+        sum += e;
+    }
+    for (int64_t i = p + 1; i < end; i++) x[i] = 0;
+    *peak = top * scale;
+    return sum;
+}
+
+void forward_head(const Plan& plan, Heads<const float> q, const float* keys, const float* values, float* out,
+                  int64_t out_row, float* lse, Scratch& space) {
+    const int64_t s = plan.x.s, d = plan.x.d, ld = plan.ld;
+    float* score = space.get(SCORE, plan.rows * ld);
+    float* query = space.get(QUERY, plan.rows * d + 2);
+    float* left = space.get(ROW, MR * ld + 2);
+    float inverse[MR];
+    alignas(64) float part[MR * NR];
+    for (int64_t q0 = 0; q0 < s; q0 += plan.rows) {
+        const int64_t rows = std::min(plan.rows, s - q0);
+        pack_over_d<MR>(q, q0, rows, d, query);
+        scores(plan, q0, rows, query, keys, score);
+        for (int64_t i = 0; i < rows; i += MR) {
+            const int64_t count = std::min(MR, rows - i), seen = std::min(s, q0 + i + MR);
+            for (int64_t r = 0; r < count; r++) {
+                float peak;
+                const float sum = exponentials(score + (i + r) * ld, q0 + i + r, seen, plan.scale, &peak);
+                lse[q0 + i + r] = peak + std::log(sum);
+                inverse[r] = 1.0f / sum;
+            }
+            pack<MR>(score + i * ld, ld, 1, count, seen, left);
+            for (int64_t c = 0; c < d; c += NR) {
+                tile(seen, left, MR, values + c * s, part, NR, false);
+                const int64_t width = std::min(NR, d - c);
+                for (int64_t r = 0; r < count; r++)
+                    for (int64_t j = 0; j < width; j++)
+                        out[(q0 + i + r) * out_row + c + j] = part[r * NR + j] * inverse[r];
+            }
+        }
+    }
+}
+
+// Probabilities into p (from scores) and gradients of the scores into g (from those of the probabilities), of one row.
+void slopes(float* p, float* g, int64_t position, int64_t end, float scale, float lse, float delta) {
+#pragma omp simd
+    for (int64_t i = 0; i <= position; i++) {
+        const float e = exp_of(p[i] * scale - lse);
+        p[i] = e;
+        g[i] = e * (g[i] - delta) * scale;
+    }
+    for (int64_t i = position + 1; i < end; i++) p[i] = g[i] = 0;
+}
+
+// to[key] += sum over the block's rows of a[row][key] b[row], for all keys that some row sees.
+void add_by_keys(const Plan& plan, int64_t q0, int64_t rows, const float* a, const float* b, Heads<float> to) {
+    const int64_t s = plan.x.s, d = plan.x.d, seen = std::min(s, q0 + rows);
+    for (int64_t j = 0; j < seen; j += MR) {
+        const int64_t first = std::max<int64_t>(0, (j - q0) / MR * MR);  // rows before it do not see key j
+        for (int64_t c = 0; c < d; c += NR)
+            tile_part(rows - first, a + first * plan.ld + j, plan.ld, b + c * rows + first * NR, to.p + j * to.position + c,
+                      to.position, true, std::min(MR, s - j), d - c);
+    }
+}
+
+void backward_head(const Plan& plan, Heads<const float> q, Heads<const float> grad, const float* out, int64_t out_row,
+                   const float* lse, const float* keys, const float* values, const float* keys_by_d, Heads<float> gq,
+                   Heads<float> gk, Heads<float> gv, Scratch& space) {
+    const int64_t s = plan.x.s, d = plan.x.d, ld = plan.ld;
+    float *score = space.get(SCORE, plan.rows * ld + MR), *slope = space.get(SLOPE, plan.rows * ld + MR);
+    float *query = space.get(QUERY, plan.rows * d + 2), *gradient = space.get(GRAD, plan.rows * d + 2);
+    float *query_by_d = space.get(QUERY_BY_D, plan.rows * plan.dd);
+    float *grad_by_d = space.get(GRAD_BY_D, plan.rows * plan.dd), *left = space.get(ROW, MR * ld + 2);
+    for (int64_t q0 = 0; q0 < s; q0 += plan.rows) {
+        const int64_t rows = std::min(plan.rows, s - q0);
+        pack_over_d<MR>(q, q0, rows, d, query);
+        pack_over_d<MR>(grad, q0, rows, d, gradient);
+        pack_over_positions(q, q0, rows, d, query_by_d);
+        pack_over_positions(grad, q0, rows, d, grad_by_d);
+        scores(plan, q0, rows, query, keys, score);
+        scores(plan, q0, rows, gradient, values, slope);
+        const int64_t last = std::min(s, q0 + rows);
+        for (int64_t i = 0; i < rows; i += MR) {
+            const int64_t count = std::min(MR, rows - i), seen = std::min(s, q0 + i + MR);
+            for (int64_t r = 0; r < count; r++) {
+                const int64_t row = q0 + i + r;
+                const float *g = grad.p + row * grad.position, *o = out + row * out_row;
+                float delta = 0;
+#pragma omp simd reduction(+ : delta)
+                for (int64_t c = 0; c < d; c++) delta += g[c] * o[c];
+                const int64_t end = up(std::min(last, (q0 + i + MR)), MR);  // what a tile of keys may read
+                slopes(score + (i + r) * ld, slope + (i + r) * ld, row, std::min(end, ld), plan.scale, lse[row], delta);
+            }
+            pack<MR>(slope + i * ld, ld, 1, count, seen, left);
+            for (int64_t c = 0; c < d; c += NR)
+                tile_part(seen, left, MR, keys_by_d + c * s, gq.p + (q0 + i) * gq.position + c, gq.position, false, count,
+                          d - c);
+        }
+        add_by_keys(plan, q0, rows, score, grad_by_d, gv);
+        add_by_keys(plan, q0, rows, slope, query_by_d, gk);
+    }
+}
+
+TILE_TARGET_END
+
+template <class T>
+Heads<T> at(Heads<T> x, int64_t sample, int64_t head) {
+    return {x.p + sample * x.sample + head * x.head, x.sample, x.head, x.position};
+}
+
+Scratch& scratch() {
+    static thread_local Scratch space;
+    return space;
+}
+
+}  // namespace
+
+bool attention_runs() { return tiles_run(); }
+
+void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, float* out, float* lse, HeadShape x,
+               double scale, int threads) {
+    const Plan plan(x, scale);
+    const int64_t tasks = x.b * x.m, group = x.n / x.m, out_row = x.b * x.n * x.d;
+#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, tasks))) schedule(dynamic, 1) if (threads > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t sample = task / x.m, j = task % x.m;
+        Scratch& space = scratch();
+        float *keys = space.get(KEYS, plan.ld * x.d + 2), *values = space.get(VALUES, plan.dd * x.s);
+        pack_over_d<NR>(at(k, sample, j), 0, x.s, x.d, keys);
+        pack_over_positions(at(v, sample, j), 0, x.s, x.d, values);
+        for (int64_t h = j * group; h < (j + 1) * group; h++)
+            forward_head(plan, at(q, sample, h), keys, values, out + (sample * x.n + h) * x.d, out_row,
+                         lse + (sample * x.n + h) * x.s, space);
+    }
+}
+
+void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
+                        const float* out, const float* lse, Heads<float> gq, Heads<float> gk, Heads<float> gv, HeadShape x,
+                        double scale, int threads) {
+    const Plan plan(x, scale);
+    const int64_t tasks = x.b * x.m, group = x.n / x.m, out_row = x.b * x.n * x.d;
+#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, tasks))) schedule(dynamic, 1) if (threads > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t sample = task / x.m, j = task % x.m;
+        Scratch& space = scratch();
+        float *keys = space.get(KEYS, plan.ld * x.d + 2), *values = space.get(VALUES, plan.ld * x.d + 2);
+        float* keys_by_d = space.get(KEYS_BY_D, plan.dd * x.s);
+        pack_over_d<NR>(at(k, sample, j), 0, x.s, x.d, keys);
+        pack_over_d<NR>(at(v, sample, j), 0, x.s, x.d, values);
+        pack_over_positions(at(k, sample, j), 0, x.s, x.d, keys_by_d);
+        const Heads<float> to_k = at(gk, sample, j), to_v = at(gv, sample, j);
+        for (int64_t p = 0; p < x.s; p++) {
+            std::memset(to_k.p + p * to_k.position, 0, size_t(x.d) * sizeof(float));
+            std::memset(to_v.p + p * to_v.position, 0, size_t(x.d) * sizeof(float));
+        }
+        for (int64_t h = j * group; h < (j + 1) * group; h++)
+            backward_head(plan, at(q, sample, h), at(grad, sample, h), out + (sample * x.n + h) * x.d, out_row,
+                          lse + (sample * x.n + h) * x.s, keys, values, keys_by_d, at(gq, sample, h), to_k, to_v, space);
+    }
+}
+
+#else
+
+bool attention_runs() { return false; }
+void attention(Heads<const float>, Heads<const float>, Heads<const float>, float*, float*, HeadShape, double, int) {
+    std::abort();
+}
+void attention_backward(Heads<const float>, Heads<const float>, Heads<const float>, Heads<const float>, const float*,
+                        const float*, Heads<float>, Heads<float>, Heads<float>, HeadShape, double, int) {
+    std::abort();
+}
+
+#endif
+
+}  // namespace trident

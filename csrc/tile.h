@@ -1,0 +1,162 @@
+// What products on AVX-512 are made of: a tile of C in registers, and packing for it. For gemm.cpp and attention_cpu.cpp.
+//
+// A tile is 14 x 32: 28 accumulators, two vectors of B, one broadcast of A. The terms of each element are added in the
+// order of k, one after another: the result does not depend on where the element lies in its tile.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAVE_TILES 1
+#include <immintrin.h>
+#endif
+
+namespace trident {
+
+constexpr int64_t MR = 14, NR = 32;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Free {
+    void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+
+inline Buffer allocate(int64_t count) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 64, size_t(count) * sizeof(float)) != 0) throw std::bad_alloc();
+    return Buffer(static_cast<float*>(p));
+}
+
+#ifdef HAVE_TILES
+
+inline bool tiles_run() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
+}
+
+#define TILE_TARGET_BEGIN \
+    _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512vl,avx512dq,avx512bw,fma,avx2\")")
+#define TILE_TARGET_END _Pragma("GCC pop_options")
+
+TILE_TARGET_BEGIN
+
+typedef float v16 __attribute__((vector_size(64), aligned(64)));
+typedef float u16 __attribute__((vector_size(64), aligned(4)));  // the same, anywhere
+
+// dst[p * width + i] = src[i * line + p] for 16 p and `count` <= 16 i. Writes 16 values at each p, the last of which the
+// next p (or the next panel) writes again: there must be room for two more behind the end.
+inline __attribute__((always_inline)) void transpose(const float* src, int64_t line, int64_t count, float* dst,
+                                                     int64_t width) {
+    __m512 r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(src + (i < count ? i : 0) * line);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm512_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+            r[i + 2 * j + 1] = _mm512_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {  // r[4 q + i]: columns i, i + 4, i + 8, i + 12 of rows 4 q .. 4 q + 3
+        const __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+        const __m512 c = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+        t[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+        t[i + 8] = _mm512_shuffle_f32x4(a, b, 0xdd);
+        t[i + 4] = _mm512_shuffle_f32x4(c, d, 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(c, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) _mm512_storeu_ps(dst + i * width, t[i]);
+}
+
+// Panels of W lines (rows of A, columns of B): dst[panel][k][W]. line: stride between lines, step: along k.
+template <int64_t W>
+inline void pack(const float* src, int64_t line, int64_t step, int64_t lines, int64_t k, float* dst) {
+    if (line == 1) {  // lines lie side by side: copy runs, several panels at a time to stay within a page
+        constexpr int64_t GROUP = 8 * W;
+        for (int64_t l0 = 0; l0 < lines; l0 += GROUP) {
+            int64_t group = std::min(GROUP, lines - l0);
+            for (int64_t p = 0; p < k; p++) {
+                const float* from = src + p * step + l0;
+                for (int64_t l = 0; l < group; l += W) {
+                    float* to = dst + (l0 + l) * k + p * W;
+                    if (group - l >= W) {
+                        std::memcpy(to, from + l, W * sizeof(float));
+                    } else {
+                        for (int64_t i = 0; i < W; i++) to[i] = i < group - l ? from[l + i] : 0.0f;
+                    }
+                }
+            }
+        }
+        return;
+    }
+    for (int64_t l0 = 0; l0 < lines; l0 += W) {
+        const int64_t n = std::min(W, lines - l0);
+        float* to = dst + l0 * k;
+        const float* from = src + l0 * line;
+        int64_t p = 0;
+        if (n == W)
+            for (; p + 16 <= k; p += 16)
+                for (int64_t i = 0; i < W; i += 16) transpose(from + i * line + p, line, std::min<int64_t>(16, W - i), to + p * W + i, W);
+        for (; p < k; p++) {
+            for (int64_t i = 0; i < n; i++) to[p * W + i] = from[i * line + p];
+            for (int64_t i = n; i < W; i++) to[p * W + i] = 0.0f;
+        }
+    }
+}
+
+// c[14][32] (+)= a[k][14]^T b[k][32]; a_step: from one k of a to the next.
+inline __attribute__((always_inline)) void tile(int64_t k, const float* a, int64_t a_step, const float* b, float* c,
+                                                int64_t ldc, bool add) {
+    v16 acc[MR][2];
+    for (int i = 0; i < MR; i++) {
+        __builtin_prefetch(c + i * ldc);
+        __builtin_prefetch(c + i * ldc + 16);
+        acc[i][0] = acc[i][1] = v16{};
+    }
+    for (int64_t p = 0; p < k; p++) {
+        v16 b0 = *reinterpret_cast<const v16*>(b), b1 = *reinterpret_cast<const v16*>(b + 16);
+        __builtin_prefetch(b + 16 * NR);
+        __builtin_prefetch(b + 16 * NR + 16);
+#pragma GCC unroll 14
+        for (int i = 0; i < MR; i++) {
+            v16 x = a[i] - v16{};
+            acc[i][0] += x * b0;
+            acc[i][1] += x * b1;
+        }
+        a += a_step;
+        b += NR;
+    }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < 2; j++) {
+            u16* to = reinterpret_cast<u16*>(c + i * ldc + 16 * j);
+            *to = add ? *to + acc[i][j] : acc[i][j];
+        }
+}
+
+// The same where only rows x cols of the tile are there.
+inline void tile_part(int64_t k, const float* a, int64_t a_step, const float* b, float* c, int64_t ldc, bool add,
+                      int64_t rows, int64_t cols) {
+    if (rows >= MR && cols >= NR) return tile(k, a, a_step, b, c, ldc, add);
+    alignas(64) float full[MR * NR];
+    tile(k, a, a_step, b, full, NR, false);
+    for (int64_t i = 0; i < std::min(rows, MR); i++)
+        for (int64_t j = 0; j < std::min(cols, NR); j++)
+            c[i * ldc + j] = add ? c[i * ldc + j] + full[i * NR + j] : full[i * NR + j];
+}
+
+TILE_TARGET_END
+
+#else
+
+inline bool tiles_run() { return false; }
+
+#endif
+
+}  // namespace trident

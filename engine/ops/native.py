@@ -1,0 +1,175 @@
+"""Which implementation an op runs: our own kernels (csrc/ops.cpp) where they are built and fit, else torch's.
+
+Every op asks here and nowhere else, so there is one place that knows what is loaded. The torch code of an op is its
+reference: tests compare the two, and the engine runs on it where the extension is missing or the tensors are elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Choice:
+    """What tests may force. kernels: own kernels at all; gemm: own matrix products, None: where they are faster."""
+
+    kernels: bool = True
+    gemm: bool | None = None
+
+
+_CHOICE = _Choice()
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """(torch.ops.trident or None, what there is to say about it). Loads the extension once per process."""
+    spec = importlib.util.find_spec("engine._ops")
+    if spec is None or spec.origin is None:
+        return None, "engine._ops is not built"
+    try:
+        torch.ops.load_library(spec.origin)
+        built_for = torch.ops.trident.built_for()
+    except (OSError, RuntimeError, AttributeError) as err:
+        return None, f"engine._ops cannot be loaded: {str(err).splitlines()[0]}"
+    if built_for != torch.__version__:
+        return None, f"engine._ops was built for torch {built_for}, this is {torch.__version__}"
+    _register_shapes()
+    return torch.ops.trident, f"engine._ops for torch {built_for}"
+
+
+def _register_shapes() -> None:
+    """Tell torch.compile and meta tensors what the operators return; those that return nothing need no telling."""
+    wide = {torch.float64: torch.float64}
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        return torch.empty_like(x), x.new_empty(rows, dtype=wide.get(x.dtype, torch.float32))
+
+    def rope(fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+        s, b, width = fused.shape
+        q, k, v = (fused.new_empty(b, heads, s, width // (n + 2 * m)) for heads in (n, m, m))
+        return q, k, v
+
+    def rope_backward(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        b, n, s, d = q.shape
+        return q.new_empty(s, b, (n + 2 * k.shape[1]) * d)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        b, n, s, d = q.shape
+        return q.new_empty(s, b, n * d), q.new_empty(b, n, s)
+
+    fakes: dict[str, Callable[..., Any]] = {
+        "mm_": lambda out, a, b, add: None,
+        "rms_norm": rms_norm,
+        "rms_norm_backward": lambda grad, x, weight, scale: (torch.empty_like(x), torch.empty_like(weight)),
+        "swiglu": lambda fused: fused.new_empty(*fused.shape[:-1], fused.shape[-1] // 2),
+        "swiglu_backward": lambda grad, fused: torch.empty_like(fused),
+        "rope": rope,
+        "rope_backward": rope_backward,
+        "attention": attention,
+        "attention_backward": lambda grad, q, k, v, out, lse, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+        "softmax_stats": lambda logits, target, valid: logits.new_empty(
+            3, len(logits), dtype=wide.get(logits.dtype, torch.float32)
+        ),
+        "softmax_gradient_": lambda logits, target, peak, scale, grad, valid: None,
+        "adamw_": lambda *_: None,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"trident::{name}", fake)
+
+
+@functools.cache
+def _library() -> Any:
+    library, why = load()
+    if library is None:
+        warnings.warn(
+            f"{why}: torch's own operators run instead, slower. Build it: "
+            "pip install --no-build-isolation --no-deps -e .",
+            stacklevel=4,
+        )
+    return library
+
+
+def kernels(*tensors: Tensor) -> Any:
+    """torch.ops.trident if our kernels are to run on these tensors: on the CPU, all of one floating type; else None."""
+    if not _CHOICE.kernels:
+        return None
+    first = tensors[0]
+    if first.dtype not in _TYPES or any(x.device.type != "cpu" or x.dtype != first.dtype for x in tensors):
+        return None
+    return _library()
+
+
+@functools.cache
+def _gemm_wins() -> bool:
+    library = _library()
+    return library is not None and library.gemm_wins()
+
+
+def _own_gemm(*matrices: Tensor) -> bool:
+    if not all(x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2 for x in matrices):
+        return False
+    if not _CHOICE.kernels or not all(1 in x.stride() and min(x.stride()) >= 0 for x in matrices):
+        return False
+    return _gemm_wins() if _CHOICE.gemm is None else _CHOICE.gemm
+
+
+@functools.cache
+def _attention_runs() -> bool:
+    library = _library()
+    return library is not None and library.attention_runs()
+
+
+def own_attention(*heads: Tensor) -> bool:
+    """Whether our attention is to run: float32 on a CPU with AVX-512."""
+    return heads[0].dtype == torch.float32 and kernels(*heads) is not None and _attention_runs()
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., k] times a matrix b [k, n] -> [..., n]."""
+    rows = a.reshape(-1, a.shape[-1])
+    if not _own_gemm(rows, b):
+        return torch.matmul(a, b)
+    out = torch.empty(*a.shape[:-1], b.shape[1], dtype=a.dtype)
+    _library().mm_(out.view(-1, b.shape[1]), rows, b, False)
+    return out
+
+
+def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out [m, n] += a [m, k] b [k, n], all of one dtype."""
+    if _own_gemm(out, a, b) and out.stride(1) == 1:
+        _library().mm_(out, a, b, True)
+    else:
+        torch.addmm(out, a, b, out=out)
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory of this process for the next tensors; False where that cannot be asked for.
+
+    A step frees and takes the same large tensors again and again; by default each goes back to the system and comes
+    back as page faults.
+    """
+    library = _library()
+    return library is not None and bool(library.keep_freed_memory())
+
+
+@contextmanager
+def forced(*, kernels: bool = True, gemm: bool | None = None) -> Iterator[None]:
+    """For tests: run on the references, or with or without own matrix products, whatever is faster here."""
+    before = _CHOICE.kernels, _CHOICE.gemm
+    _CHOICE.kernels, _CHOICE.gemm = kernels, gemm
+    try:
+        yield
+    finally:
+        _CHOICE.kernels, _CHOICE.gemm = before

@@ -1,0 +1,323 @@
+"""Our CPU kernels against the float64 reference and against the torch code that they replace; their error paths.
+
+tests/test_ops.py runs every op as the engine calls it, hence on these kernels where they are built. Here: both ways
+agree, odd sizes and strides of matrices, that rows, threads and neighbours change no bit, shapes for torch.compile, and
+that a wrong call is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_ops
+import torch
+from test_ops import CTX, DTYPES, TOLERANCE, like, randn, relative
+from torch import Tensor
+
+from engine.ops import native
+from engine.ops.attention import causal_attention
+from engine.ops.loss import cross_entropy
+from engine.ops.norm import rms_norm
+from engine.ops.rope import rope_table, split_and_rope
+from engine.ops.swiglu import swiglu
+
+OPS = native.load()[0]
+pytestmark = pytest.mark.skipif(OPS is None, reason=native.load()[1])
+needs_avx512 = pytest.mark.skipif(OPS is None or not OPS.attention_runs(), reason="needs AVX-512")
+
+
+def both(op: Callable[..., Any], *inputs: Tensor) -> list[list[Tensor]]:
+    """Outputs and gradients of op, on our kernels and on the references."""
+    found = []
+    for kernels in (True, False):
+        with native.forced(kernels=kernels, gemm=kernels):
+            mine = [like(x, x.dtype) for x in inputs]
+            out = op(*mine)
+            outs = out if isinstance(out, tuple) else (out,)
+            grads = [randn(*x.shape, seed=7 + i).to(x.dtype) for i, x in enumerate(outs)]
+            found.append([*outs, *torch.autograd.grad(outs, mine, grads)])
+    return found
+
+
+def reference(*inputs: Tensor, op: Callable[..., Any]) -> list[Tensor]:
+    """Outputs and gradients of op by torch's code in float64."""
+    return both(op, *(x.double() for x in inputs))[1]
+
+
+def rotated(fused: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    d = fused.shape[2] // (n + 2 * m)
+    table = rope_table(fused.shape[0] + 2, d, 100.0, fused.device, fused.dtype)[:, : fused.shape[0]]
+    return split_and_rope(fused, table, n, m)
+
+
+CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
+    "rms_norm": (lambda x, w: rms_norm(x, w, 1e-5), [(3, 5, 33), (33,)]),
+    "rms_norm, many rows": (lambda x, w: rms_norm(x, w, 1e-5), [(517, 70), (70,)]),
+    "rms_norm, no rows": (lambda x, w: rms_norm(x, w, 1e-5), [(0, 7), (7,)]),
+    "swiglu": (swiglu, [(5, 3, 34)]),
+    "swiglu, many rows": (swiglu, [(300, 2, 258)]),
+    "swiglu, no rows": (swiglu, [(0, 2, 6)]),
+    "rope, grouped": (functools.partial(rotated, n=6, m=2), [(7, 3, 60)]),
+    "rope, one position": (functools.partial(rotated, n=1, m=1), [(1, 2, 30)]),
+    "rope, many": (functools.partial(rotated, n=4, m=4), [(40, 5, 24 * 12)]),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype) -> None:
+    """Forward and backward, each within the tolerance of its type; and as near to it as torch's own code (twofold)."""
+    op, shapes = CASES[name]
+    inputs = [randn(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    exact, (own, torchs) = reference(*inputs, op=op), both(op, *inputs)
+    for a, b, c in zip(own, torchs, exact, strict=True):
+        assert a.dtype == dtype and a.shape == c.shape
+        if c.numel() == 0 or not c.any():
+            assert not a.any()
+            continue
+        assert relative(a, c) < TOLERANCE[dtype]
+        assert relative(a, c) < 2 * relative(b, c) + 4 * torch.finfo(dtype).eps
+
+
+@needs_avx512
+@pytest.mark.parametrize(
+    ("b", "n", "m", "s", "d"),
+    [(1, 1, 1, 1, 1), (2, 4, 2, 33, 5), (1, 3, 3, 14, 32), (2, 2, 1, 300, 48), (1, 2, 2, 513, 64), (1, 6, 1, 1030, 80)],
+)
+def test_attention_equals_the_float64_reference(b: int, n: int, m: int, s: int, d: int) -> None:
+    """Sizes around those of tiles and blocks of rows; scores up to 20, so that softmax is anything but flat."""
+    inputs = [randn(b, heads, s, d, seed=i).float() * 2 for i, heads in enumerate((n, m, m))]
+    exact, (own, torchs) = reference(*inputs, op=causal_attention), both(causal_attention, *inputs)
+    for a, c, e in zip(own, torchs, exact, strict=True):
+        assert relative(a, e, floor=1.0) < max(3e-6, 3 * relative(c, e, floor=1.0))
+
+
+@needs_avx512
+def test_attention_takes_any_strides_and_no_row_depends_on_what_follows() -> None:
+    fused = randn(120, 2, 8, 40).float().permute(1, 2, 0, 3)  # as the projection lays it out
+    q, k, v = fused.split([4, 2, 2], dim=1)
+    whole = causal_attention(q, k, v)
+    assert torch.equal(whole, causal_attention(*(x.contiguous() for x in (q, k, v))))
+    assert torch.equal(whole[:50], causal_attention(*(x[:, :, :50] for x in (q, k, v))))
+    assert torch.equal(whole[:, 1:], causal_attention(q[1:], k[1:], v[1:]))
+
+
+def matrix(rows: int, cols: int, layout: str, seed: int) -> Tensor:
+    """float32, as rows, as the transpose of rows, or cut out of a larger one."""
+    if layout == "transposed":
+        return randn(cols, rows, seed=seed).float().t()
+    if layout == "cut":
+        return randn(rows + 2, cols + 3, seed=seed).float()[1:-1, 2:-1]
+    return randn(rows, cols, seed=seed).float()
+
+
+@needs_avx512
+@pytest.mark.parametrize("layout_b", ["plain", "transposed", "cut"])
+@pytest.mark.parametrize("layout_a", ["plain", "transposed", "cut"])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (14, 32, 16), (15, 33, 17), (3, 1, 600), (1, 70, 513), (29, 257, 1025), (2115, 40, 5)]
+)
+def test_matrix_product(m: int, n: int, k: int, layout_a: str, layout_b: str) -> None:
+    a, b = matrix(m, k, layout_a, 0), matrix(k, n, layout_b, 1)
+    exact = a.double() @ b.double()
+    room = torch.full((m + 2, n + 5), 7.0)
+    out = room[1:-1, 2:-3]
+    OPS.mm_(out, a, b, False)
+    assert relative(out, exact, floor=1.0) < 3e-6
+    OPS.mm_(out, a, b, True)
+    assert relative(out, 2 * exact, floor=1.0) < 3e-6
+    out.fill_(7.0)
+    assert bool((room == 7.0).all()), "it wrote beside its result"
+
+
+@needs_avx512
+def test_matrix_product_of_nothing() -> None:
+    out = torch.ones(3, 4)
+    OPS.mm_(out, torch.ones(3, 0), torch.ones(0, 4), True)
+    assert bool((out == 1).all())
+    OPS.mm_(out, torch.ones(3, 0), torch.ones(0, 4), False)
+    assert not out.any()
+    OPS.mm_(out[:0], torch.ones(0, 5), torch.ones(5, 4), False)
+
+
+@needs_avx512
+def test_rows_and_threads_change_no_bit() -> None:
+    """A row of a product, a norm or an attention is the same alone, among others, and on one thread or two."""
+    x, w = randn(200, 600, seed=1).float(), randn(70, 600, seed=2).float()
+    heads = [randn(2, 3, 90, 32, seed=i).float() for i in range(3)]
+    logits, targets = randn(40, 5000).float(), torch.arange(40)
+
+    def everything() -> list[Tensor]:
+        with native.forced(gemm=True):
+            leaf = heads[0].clone().requires_grad_()
+            out = causal_attention(leaf, *heads[1:])
+            out.backward(torch.ones_like(out))
+            losses = cross_entropy(logits.clone().requires_grad_().clone(), targets, 0, 5000, CTX.tensor)
+            assert leaf.grad is not None
+            return [native.multiply(x, w.t()), rms_norm(x, w[0], 1e-5), swiglu(x), out, leaf.grad, losses]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = everything()
+        torch.set_num_threads(3)
+        three = everything()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    with native.forced(gemm=True):
+        assert torch.equal(native.multiply(x[5:6], w.t()), one[0][5:6])
+    assert torch.equal(rms_norm(x[5:6], w[0], 1e-5), one[1][5:6]) and torch.equal(swiglu(x[7:9]), one[2][7:9])
+
+
+def test_cross_entropy_ways_agree() -> None:
+    """Huge logits, columns of minus infinity, targets of other ranks, padding."""
+    logits = randn(30, 70).float() * 10
+    logits[3] += 1000
+    logits[4, 5:] = -torch.inf
+    targets = torch.arange(30) % 66
+    targets[4] = 2
+    results = []
+    for kernels in (True, False):
+        with native.forced(kernels=kernels):
+            leaf = logits.clone().requires_grad_()
+            losses = cross_entropy(leaf.clone(), targets, 0, 66, CTX.tensor)
+            losses.backward(torch.linspace(0.1, 1, 30))
+            assert leaf.grad is not None and not leaf.grad[:, 66:].any()
+            results.append((losses.detach(), leaf.grad))
+    (a, ga), (b, gb) = results
+    assert relative(a, b) < 1e-6 and relative(ga, gb) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("low", [None, torch.bfloat16, torch.float16], ids=str)
+def test_adamw(dtype: torch.dtype, low: torch.dtype | None) -> None:
+    """Five steps as torch.optim's, gradients scaled on the way; the low-precision copy is the rounded master."""
+    if low and dtype == torch.float64:
+        return
+    n = 10_001
+    p = randn(n).to(dtype).requires_grad_()
+    mine, first, second = p.detach().clone(), torch.zeros(n, dtype=dtype), torch.zeros(n, dtype=dtype)
+    values = None if low is None else torch.empty(n, dtype=low)
+    theirs = torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(1, 6):
+        grad = randn(n, seed=step).to(dtype)
+        p.grad = grad * 0.25
+        theirs.step()
+        OPS.adamw_(mine, grad, first, second, values, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.25, step)
+    assert relative(mine, p) < (1e-13 if dtype == torch.float64 else 1e-6)
+    if values is not None:
+        assert torch.equal(values, mine.to(low))
+
+
+def test_bf16_rounds_as_torch_does() -> None:
+    x = torch.cat(
+        [randn(1000).float() * 10.0**e for e in range(-38, 38, 4)] + [torch.tensor([torch.inf, torch.nan, 0.0])]
+    )
+    for low in (torch.bfloat16, torch.float16):
+        zero, out = torch.zeros_like(x), torch.empty(len(x), dtype=low)
+        OPS.adamw_(x.clone(), zero, zero.clone(), zero.clone(), out, 0.0, 0.9, 0.9, 1.0, 0.0, 1.0, 1)
+        assert torch.equal(out.nan_to_num(123.0), x.to(low).nan_to_num(123.0))
+
+
+_x, _row = torch.ones(2, 3), torch.ones(3)
+
+WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+    (
+        "width",
+        lambda: OPS.rms_norm(_x, torch.ones(4), 1e-5),
+        ValueError,
+        r"weight is \[4\], wanted \[3\]",
+    ),
+    ("type", lambda: OPS.rms_norm(_x, _row.double(), 1e-5), TypeError, "weight is Double"),
+    ("whole numbers", lambda: OPS.swiglu(torch.ones(2, 4).long()), TypeError, "wants floating-point tensors, got Long"),
+    ("odd", lambda: OPS.swiglu(torch.ones(2, 5)), ValueError, r"fused \[2, 5\] is not gate \| up"),
+    ("strides", lambda: OPS.swiglu(torch.ones(4, 2).t()), ValueError, "is not contiguous"),
+    (
+        "scale",
+        lambda: OPS.rms_norm_backward(*[_x] * 2, _row, torch.ones(9)),
+        ValueError,
+        "scale",
+    ),
+    ("heads", lambda: OPS.rope(torch.ones(2, 1, 10), torch.ones(2, 2, 1), 3, 2), ValueError, "for n = 3, m = 2"),
+    (
+        "table",
+        lambda: OPS.rope(torch.ones(2, 1, 6), torch.ones(2, 3, 1), 1, 1),
+        ValueError,
+        r"wanted \[2, 2, at most 1\]",
+    ),
+    ("product", lambda: OPS.mm_(torch.ones(2, 2), _x, torch.ones(2, 2), False), ValueError, "times"),
+    ("matrix", lambda: OPS.mm_(torch.ones(2), _x, torch.ones(3, 2), False), ValueError, "matrices"),
+    ("out", lambda: OPS.mm_(torch.ones(2, 2).t(), *[torch.ones(2, 2)] * 2, False), ValueError, "rows of the result"),
+    ("double", lambda: OPS.mm_(*[torch.ones(2, 2).double()] * 3, False), TypeError, "wants float32"),
+    ("group", lambda: OPS.attention(torch.ones(1, 3, 4, 2), *[torch.ones(1, 2, 4, 2)] * 2, 1.0), ValueError, "3 heads"),
+    ("valid", lambda: OPS.softmax_stats(_x, torch.zeros(2).long(), 4), ValueError, "valid is 4"),
+    ("target", lambda: OPS.softmax_stats(_x, torch.zeros(2), 3), TypeError, "target is Float"),
+    ("step", lambda: OPS.adamw_(*[torch.ones(2)] * 4, None, *[0.1] * 6, 0), ValueError, "step counts from 1"),
+    ("low", lambda: OPS.adamw_(*[torch.ones(2)] * 4, torch.ones(2), *[0.1] * 6, 1), TypeError, "values are Float"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_a_wrong_call_is_an_error(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_shapes_for_compilers() -> None:
+    """Schemas tell what is written to, and shape functions what is returned (torch's own check)."""
+    q, k = torch.randn(2, 4, 9, 6), torch.randn(2, 2, 9, 6)
+    x, row = torch.randn(5, 8), torch.randn(8)
+    flat = [torch.rand(50) for _ in range(4)]
+    calls: dict[str, tuple[Any, ...]] = {
+        "rms_norm": (x, row, 1e-5),
+        "rms_norm_backward": (x, x.clone(), row, torch.rand(5)),
+        "swiglu": (x,),
+        "swiglu_backward": (torch.randn(5, 4), x),
+        "rope": (torch.randn(9, 2, 48), torch.randn(2, 9, 3), 4, 2),
+        "rope_backward": (q, k, k.clone(), torch.randn(2, 9, 3)),
+        "softmax_stats": (x, torch.arange(5), 7),
+        "softmax_gradient_": (x, torch.arange(5), torch.rand(5), torch.rand(5), torch.rand(5), 7),
+        "adamw_": (*flat, None, 0.1, 0.9, 0.9, 1e-8, 0.1, 1.0, 3),
+    }
+    if OPS.attention_runs():
+        out, lse = OPS.attention(q, k, k, 0.4)
+        calls["attention"] = (q, k, k.clone(), 0.4)
+        calls["attention_backward"] = (out.clone(), q, k, k.clone(), out, lse, 0.4)
+        calls["mm_"] = (torch.randn(5, 3), x, torch.randn(8, 3), True)
+    for name, arguments in calls.items():
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=checks)
+
+
+def test_references_run_where_kernels_are_refused() -> None:
+    """The two ways differ in their last bits, which shows that `forced` reaches the ops."""
+    x, w = randn(64, 500).float(), randn(500, seed=1).float()
+    with native.forced(kernels=False):
+        assert native.kernels(x) is None
+        slow = rms_norm(x, w, 1e-5)
+    assert native.kernels(x) is OPS and native.kernels(x, w.double()) is None and native.kernels(x.long()) is None
+    assert not torch.equal(slow, rms_norm(x, w, 1e-5)) and relative(slow, rms_norm(x, w, 1e-5)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "test",
+    [test_ops.test_rms_norm_gradcheck, test_ops.test_swiglu_gradcheck, test_ops.test_attention_gradcheck],
+    ids=lambda f: f.__name__,
+)
+def test_references_still_pass(test: Callable[[], None]) -> None:
+    with native.forced(kernels=False):
+        test()
+
+
+def test_a_missing_extension_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cached in (native._library, native._gemm_wins, native._attention_runs):
+        monkeypatch.setattr(native, cached.__name__, cached.__wrapped__)
+    monkeypatch.setattr(native, "load", lambda: (None, "engine._ops is not built"))
+    with pytest.warns(UserWarning, match="engine._ops is not built: torch's own operators run instead"):
+        assert native.kernels(torch.ones(2)) is None
+    with pytest.warns(UserWarning):
+        assert torch.equal(native.multiply(torch.eye(2), torch.ones(2, 2)), torch.ones(2, 2))

@@ -51,6 +51,7 @@ class Case:
 
 CASES = {
     "loop": Case("hand-written loop over transformers", 1, 2),
+    "compiled": Case("the same with torch.compile", 1, 2),
     "engine": Case("engine", 1, 2),
     "data": Case("engine, data=2", 2, 1, degrees=("data",)),
     "tensor": Case("engine, tensor=2", 2, 1, degrees=("tensor",)),
@@ -63,7 +64,7 @@ class Options:
     """Sizes are those of a 58 M model, which takes the engine about 3 s a step on two cores."""
 
     cases: tuple[str, ...] = tuple(CASES)
-    """which lines to measure: loop, engine, data, tensor, pipeline"""
+    """which lines to measure: loop, compiled, engine, data, tensor, pipeline"""
     rounds: int = 5
     """how often every case runs"""
     steps: int = 6
@@ -139,12 +140,12 @@ def timed(o: Options, case: Case, step: Callable[[int], float], total: Callable[
     }
 
 
-def loop_worker(o: Options) -> dict[str, Any]:
-    """The yardstick: what a careful person writes by hand in an afternoon, without compiling."""
+def loop_worker(o: Options, name: str) -> dict[str, Any]:
+    """The yardstick: what a careful person writes by hand in an afternoon; as it is, or through torch.compile."""
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    case = o.case("loop")
+    case = o.case(name)
     torch.set_num_threads(case.threads)
     torch.manual_seed(1)
     config = LlamaConfig(
@@ -160,6 +161,8 @@ def loop_worker(o: Options) -> dict[str, Any]:
         use_cache=False,
     )
     model = LlamaForCausalLM(config).train()
+    if name == "compiled":
+        model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(i: int) -> float:
@@ -234,7 +237,7 @@ def engine_worker(o: Options, name: str) -> dict[str, Any] | None:
 def worker(name: str, out: str, options: str) -> None:
     """What a fresh process does: measure one case and leave the result in a file."""
     o = Options(**json.loads(options))
-    result = loop_worker(o) if name == "loop" else engine_worker(o, name)
+    result = loop_worker(o, name) if name in ("loop", "compiled") else engine_worker(o, name)
     if result is not None:
         Path(out).write_text(json.dumps(result))
 

@@ -378,7 +378,7 @@ def test_special_tokens_are_text_unless_asked(tmp_path: Path, tokenizer: Path, f
 def test_the_command_reads_standard_input_on_any_number_of_workers(tmp_path: Path, tokenizer: Path) -> None:
     data = corpus(tmp_path).read_bytes()
     run(tmp_path, tokenizer, valid_fraction=0.0)
-    run_one = prepare([tmp_path / "in.jsonl"], str(tmp_path / "one"), tokenizer=tokenizer, parallel=False)
+    run_one = prepare([tmp_path / "in.jsonl"], str(tmp_path / "one"), tokenizer=tokenizer, workers=1)
     command = [sys.executable, "-m", "engine", "prepare", "--input", "-", "--tokenizer", str(tokenizer)]
     command += ["--output", str(tmp_path / "piped"), "--workers", "3"]
     done = subprocess.run(command, input=data, capture_output=True, timeout=100, cwd=ROOT)

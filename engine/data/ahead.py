@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -48,7 +48,7 @@ def read_ahead(source: Iterator[T], depth: int = 2) -> Iterator[T]:
         left.set()
 
 
-def map_ahead(call: Callable[[T], U], source: Iterator[T], threads: int) -> Iterator[tuple[T, U]]:
+def map_ahead(call: Callable[[T], U], source: Iterator[T], threads: int) -> Generator[tuple[T, U], None, None]:
     """(item, call(item)) in the order of `source`, worked on by `threads` threads.
 
     An exception of a call, or of `source`, is raised where it stood. Memory: `threads` + 2 items and results.

@@ -27,7 +27,7 @@ class Mismatch(Exception):
 
 
 class Encoder:
-    """Encodes for `prepare`, from any number of threads. `name`: the library at work; `note`: why it is not gigatoken."""
+    """Encodes for `prepare`, from any number of threads. `name`: the library; `note`: why it is not gigatoken."""
 
     def __init__(self, tokenizer: Tokenizer, *, fast: bool = True):
         self._tokenizer = tokenizer

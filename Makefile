@@ -11,7 +11,7 @@ help:
 	@echo "make test-all  the long matrices and the mutations too"
 	@echo "make test-mutations  puts in faults that other engines had, one at a time, and sees each caught"
 	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extension built"
-	@echo "make bench     tokens/s and MB/s of text beside hand-written loops, start-up times (tables)"
+	@echo "make bench     tokens/s and MB/s of text beside hand-written loops, start-up times, checkpoints beside plain I/O (tables)"
 
 venv: .venv/ready
 
@@ -44,6 +44,7 @@ bench: venv
 	$(BIN)/python tools/bench/train_cpu.py
 	$(BIN)/python tools/bench/startup.py
 	$(BIN)/python tools/bench/prepare.py
+	$(BIN)/python tools/bench/checkpoint.py
 
 clean:
 	rm -rf .venv build demo *.egg-info engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,30 +1,21 @@
-"""Typed, frozen configuration: TOML files, presets and dotted overrides merged, every fault reported at once.
+"""Typed, frozen configuration: every value there is, with its default, and what follows from a resolved one.
 
-Values are looked up in this order, later wins: default < preset < config files < command line. `Resolved.sources`
-remembers where each came from. Nothing here needs torch, so `--help` and config errors come at once. Field
-docstrings below are the help texts.
+Nothing here needs torch, so `--help` and config errors come at once. Field docstrings below are the help texts. Values
+are read and put together in engine.resolve; what must hold between them stands in engine.relations.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from engine.errors import ConfigError, Fault, PlanError
 from engine.layout import Layout
-from engine.mixture import read_mixture
 from engine.pipeline.actions import Plan
 from engine.pipeline.schedules import SCHEDULES, build, load_plan
-from engine.presets import PRESETS
 
 
 class Section(BaseModel):
@@ -61,19 +52,66 @@ class ModelConfig(Section):
     head_dim: int = Field(0, ge=0)
     """width of one head; 0: hidden_size / num_heads"""
     ffn_size: int = Field(688, ge=1)
-    """inner width of the SwiGLU MLP"""
+    """inner width of the MLP"""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    """of the MLP; gelu_tanh: GELU by its tanh formula"""
+    gated_mlp: bool = True
+    """activation(gate) * up and three matrices (with silu: SwiGLU); false: activation(up) and two"""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """layernorm has a bias"""
+    norm_eps: float = Field(1e-5, gt=0)
+    """epsilon inside the norms"""
+    norm_offset: bool = False
+    """RMSNorm scales by 1 + weight (Gemma)"""
+    norm_position: Literal["pre", "post"] = "pre"
+    """norm of what goes into attention and MLP; or of what comes out, before it is added (OLMo-2)"""
+    parallel_residual: bool = False
+    """attention and MLP of a block read the same input (GPT-NeoX)"""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys before RoPE"""
+    qk_norm_span: Literal["head", "projection"] = "head"
+    """with qk_norm: over each head (Qwen3), or over all heads together (OLMo-2)"""
+    qkv_bias: bool = False
+    """biases of the query, key and value projections"""
+    attention_out_bias: bool = False
+    """bias of the attention's output projection"""
+    mlp_bias: bool = False
+    """biases of the MLP"""
+    positions: Literal["rope", "learned"] = "rope"
+    """rotary positions, or a learned vector for each of max_seq_len positions (GPT-2)"""
     rope_theta: float = Field(10000.0, gt=0)
     """base of the rotary position angles"""
-    norm_eps: float = Field(1e-5, gt=0)
-    """epsilon inside RMSNorm"""
+    rotary_fraction: float = Field(1.0, gt=0, le=1)
+    """share of a head's width that is rotated, from its beginning (GPT-NeoX)"""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """how the angles are stretched for longer contexts"""
+    rope_factor: float = Field(1.0, ge=1)
+    """with rope_scaling: by how much"""
+    rope_original_seq_len: int = Field(0, ge=0)
+    """llama3, yarn: length of context before stretching; 0: max_seq_len"""
+    rope_low_freq_factor: float = Field(1.0, gt=0)
+    """llama3: angles that turn less often than this over the original context are stretched"""
+    rope_high_freq_factor: float = Field(4.0, gt=0)
+    """llama3: angles that turn more often than this over the original context are left alone"""
+    rope_beta_fast: float = Field(32.0, gt=0)
+    """yarn: angles that turn more often than this over the original context are left alone"""
+    rope_beta_slow: float = Field(1.0, gt=0)
+    """yarn: angles that turn less often than this over the original context are stretched"""
+    rope_attention_factor: float = Field(0.0, ge=0)
+    """yarn: queries and keys are scaled by this; 0: 0.1 ln(rope_factor) + 1"""
+    scale_embeddings: bool = False
+    """multiply embeddings by sqrt(hidden_size) (Gemma)"""
     tie_embeddings: bool = False
     """use the embedding matrix as output head too"""
-    qk_norm: bool = False
-    """RMSNorm on every query and key head before RoPE (Qwen3)"""
     init_std: float = Field(0.02, gt=0)
     """standard deviation of initial weights; projections into the residual get init_std / sqrt(2 * num_layers)"""
     max_seq_len: int = Field(2048, ge=1)
-    """longest sequence the exported model claims to handle"""
+    """longest sequence the exported model claims to handle; the number of learned positions"""
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many values of a head are rotated; 0 where positions are learned. Of a resolved config."""
+        return int(self.head_dim * self.rotary_fraction) if self.positions == "rope" else 0
 
 
 class ParallelConfig(Section):
@@ -194,13 +232,24 @@ class CheckpointConfig(Section):
     every: int = Field(0, ge=0)
     """save every so many steps; 0: only after the last step and on SIGTERM"""
     keep: int = Field(0, ge=0)
-    """how many newest checkpoints to keep; 0: all"""
+    """how many newest checkpoints to keep; 0: all. Older ones go once the newest has been read back"""
+    keep_every: int = Field(0, ge=0)
+    """with keep: besides those, keep every step that is a multiple of this, for good; 0: none"""
+    async_save: bool = True
+    """train on while a checkpoint is written, from a copy in host memory; the last one is always waited for"""
+    secret: str = ""
+    """file:PATH or env:NAME of a secret of at least 32 bytes: checkpoints are signed, and only such are resumed"""
+    encrypt: bool = False
+    """with secret: encrypt them too (AES-256-GCM)"""
     resume: str = "auto"
     """auto: go on from the run folder's newest checkpoint if there is one; latest: there must be one;
     never: start anew; or the path of a checkpoint"""
     allow: str = ""
     """fields that may differ from the checkpoint's when resuming, such as "data.num_tokens train.seq_len"; the lineage
     of later checkpoints records it (a difference that is not named is refused, and the message names its field)"""
+    init: str = ""
+    """start a new run from these weights: a Hugging Face folder, a checkpoint or a run folder, of any layout; model.*
+    follows from it"""
 
 
 class MonitorConfig(Section):
@@ -228,24 +277,6 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A checked config, and for each dotted path where its value came from."""
-
-    config: Config
-    sources: dict[str, str]
-
-    def toml(self) -> str:
-        """The whole config as TOML that loads back to itself, each value with its source as a comment."""
-        lines = []
-        for section, values in self.config.model_dump().items():
-            lines.append(f"[{section}]")
-            for key, value in values.items():
-                lines.append(f"{key} = {_toml_value(value)}  # {self.sources[f'{section}.{key}']}")
-            lines.append("")
-        return "\n".join(lines)
-
-
 def fields() -> Iterator[tuple[str, str, Any]]:
     """(section, name, pydantic FieldInfo) of every value there is; the command line is made from it."""
     for section, info in Config.model_fields.items():
@@ -261,81 +292,6 @@ def type_name(annotation: Any) -> str:
     return {"bool": "true|false"}.get(annotation.__name__, annotation.__name__)
 
 
-def load(
-    files: Sequence[Path], overrides: Mapping[str, str], *, unknown: Sequence[str] = (), world: int | None = 1
-) -> Resolved:
-    """Merge, type-check and check all relations; `world`: ranks the config must fit, None: as many as it needs.
-
-    overrides: dotted path -> text from the command line. unknown: further words of the command line nobody knows.
-    Raises ConfigError with every fault found.
-    """
-    faults: list[Fault] = []
-    tree: dict[str, dict[str, Any]] = {section: {} for section in Config.model_fields}
-    sources: dict[str, str] = {}
-    for file in files:
-        for path, value in _read_toml(file, faults):
-            _put(tree, sources, path, value, f"file {file}", faults)
-    for path, text in overrides.items():
-        _put(tree, sources, path, text, "command line", faults)
-    faults += [_unknown(word[2:], "", "command line") if word.startswith("--") else _stray(word) for word in unknown]
-    _apply_preset(tree, sources, faults)
-    config, wrong = _parse(tree, faults)
-    p = config.parallel
-    world = world or p.tensor * p.pipeline * max(1, p.data)
-    # what a relation says of a value that is wrong by itself, or of what follows from it, would mislead
-    if wrong & {"parallel.tensor", "parallel.pipeline", "parallel.data"}:
-        wrong |= {"parallel = ", "train.global_batch_size"}
-    if any(fault.path == "model.preset" for fault in faults):
-        wrong.add("model.")
-    faults += [f for f in relations(config, world) if not any(path in str(f) for path in wrong)]
-    faults += _data_faults(config)
-    if faults:
-        raise ConfigError(faults)
-    config = _fill_in(config, world, sources)
-    return Resolved(config, {f"{s}.{n}": sources.get(f"{s}.{n}", "default") for s, n, _ in fields()})
-
-
-def _data_faults(config: Config) -> Sequence[Fault]:
-    """What is wrong with data as texts. Not a relation: a checkpoint's data.train may name a file that is gone."""
-    data = config.data
-    needs = {"data.fim_rate": data.fim_rate, "data.mask_tokens": data.mask_tokens}
-    repair = "Give the folder of the corpus' tokenizer."
-    faults = [Fault(k, v, "needs data.tokenizer", repair) for k, v in needs.items() if v and not data.tokenizer]
-    if data.fim_tokens and not data.fim_rate:
-        faults.append(
-            Fault("data.fim_tokens", data.fim_tokens, "has no meaning without data.fim_rate", "Leave it out.")
-        )
-    if data.fim_tokens and len(set(data.fim_tokens.split())) != 3:
-        relation, repair = "is not three different tokens", "Give the prefix, suffix and middle token, with spaces."
-        faults.append(Fault("data.fim_tokens", data.fim_tokens, relation, repair))
-    try:
-        wanted = read_mixture(data.train).fim if data.train else (None,)
-    except ConfigError as error:
-        return [*faults, *error.faults]
-    if data.fim_rate and all(fim is False for fim in wanted):
-        faults.append(Fault("data.fim_rate", data.fim_rate, "is for no source: all say fim = false", "Set it to 0."))
-    if not data.fim_rate and any(wanted):
-        faults.append(Fault("data.train", data.train, "says fim = true, but data.fim_rate is 0", "Such as 0.5."))
-    return faults
-
-
-def _fill_in(config: Config, world: int, sources: dict[str, str]) -> Config:
-    """Replace the zeros that mean "work it out" by numbers, so that nobody downstream works them out again."""
-    model, parallel = config.model, config.parallel
-    derived = {
-        ("model", "num_kv_heads"): model.num_kv_heads or model.num_heads,
-        ("model", "head_dim"): model.head_dim or model.hidden_size // model.num_heads,
-        ("parallel", "data"): parallel.data or world // (parallel.tensor * parallel.pipeline),
-        ("parallel", "chunks"): _chunks(parallel),
-    }
-    for (section, name), value in derived.items():
-        part = getattr(config, section)
-        if getattr(part, name) != value:
-            config = config.model_copy(update={section: part.model_copy(update={name: value})})
-            sources[f"{section}.{name}"] = "derived"
-    return config
-
-
 def layout_of(config: Config) -> Layout:
     """The layout a resolved config describes."""
     p = config.parallel
@@ -346,7 +302,7 @@ def layout_of(config: Config) -> Layout:
         data=p.data,
         context=p.context,
         sequence=p.sequence and p.tensor > 1,
-        tail=_placement(p)[-1],
+        tail=placement_of(p)[-1],
     )
 
 
@@ -372,298 +328,15 @@ def layers_of_stages(config: Config) -> list[int]:
     return [config.model.num_layers // stages] * stages
 
 
-def _chunks(p: ParallelConfig) -> int:
+def chunks_of(p: ParallelConfig) -> int:
     if p.chunks:
         return p.chunks
     if p.schedule in SCHEDULES:
         return SCHEDULES[p.schedule].chunks or 2
-    return len(_placement(p)) // p.pipeline
+    return len(placement_of(p)) // p.pipeline
 
 
-def _placement(p: ParallelConfig) -> tuple[int, ...]:
+def placement_of(p: ParallelConfig) -> tuple[int, ...]:
     if p.schedule in SCHEDULES:
         return SCHEDULES[p.schedule].placement(p.pipeline, p.chunks)
     return load_plan(Path(p.schedule)).placement
-
-
-def _known_paths() -> list[str]:
-    return [f"{s}.{n}" for s, n, _ in fields()]
-
-
-def _unknown(path: str, value: object, source: str) -> Fault:
-    path = path.replace("-", "_")
-    near = difflib.get_close_matches(path, _known_paths(), n=1, cutoff=0.0)[0]
-    return Fault(path, value, f"no such setting ({source})", f"Did you mean {near}?")
-
-
-def _stray(word: str) -> Fault:
-    repair = "Options begin with two dashes." if word.startswith("-") else f"A config file is given as --config {word}."
-    return Fault("command line", word, "belongs to no option", repair)
-
-
-def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
-    try:
-        tree = tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        faults.append(Fault("--config", str(file), f"cannot be read ({error})", "Give the path of a TOML file."))
-        return
-    except tomllib.TOMLDecodeError as error:
-        faults.append(Fault("--config", str(file), f"is not valid TOML: {error}", "Mend that line."))
-        return
-    for section, values in tree.items():
-        if isinstance(values, dict):
-            yield from ((f"{section}.{name}", value) for name, value in values.items())
-        else:
-            faults.append(_unknown(section, values, f"file {file}"))
-
-
-def _put(
-    tree: dict[str, Any], sources: dict[str, str], path: str, value: Any, source: str, faults: list[Fault]
-) -> None:
-    if path not in _known_paths():
-        faults.append(_unknown(path, value, source))
-        return
-    section, name = path.split(".")
-    tree[section][name] = value
-    sources[path] = source
-
-
-def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[Fault]) -> None:
-    name = tree["model"].get("preset", "")
-    if not name or not isinstance(name, str):  # the type check will say so
-        return
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        known = ", ".join(PRESETS)
-        faults.append(Fault("model.preset", name, f"is none of {known}", f"Did you mean {near}?"))
-        return
-    for key, value in PRESETS[name].items():
-        if key not in tree["model"]:
-            tree["model"][key] = value
-            sources[f"model.{key}"] = f"preset {name}"
-
-
-def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config, set[str]]:
-    """The tree as a Config, and the paths of values that are wrong by themselves: those are left at their defaults."""
-    try:
-        return Config.model_validate(tree), set()
-    except ValidationError as error:
-        by_path = {f"{s}.{n}": f for s, n, f in fields()}
-        good = {section: dict(values) for section, values in tree.items()}
-        wrong = set()
-        for item in error.errors():
-            section, name = map(str, item["loc"])
-            field = by_path[f"{section}.{name}"]
-            relation = item["msg"][0].lower() + item["msg"][1:]
-            repair = f"Give {type_name(field.annotation)}; the default is {field.default!r}."
-            faults.append(Fault(f"{section}.{name}", item["input"], relation, repair))
-            wrong.add(f"{section}.{name}")
-            good[section].pop(name, None)
-        return Config.model_validate(good), wrong
-
-
-def _divisors_near(value: int, divisor: int) -> str:
-    """The multiples of `divisor` around `value`, for a repair text."""
-    low = value // divisor * divisor
-    return f"{low} or {low + divisor}" if low else f"{divisor}"
-
-
-def relations(cfg: Config, world: int) -> list[Fault]:
-    """Everything that must hold between values, for this many ranks."""
-    return [*_model_relations(cfg), *_parallel_relations(cfg, world), *_train_relations(cfg)]
-
-
-def _model_relations(cfg: Config) -> Iterator[Fault]:
-    m = cfg.model
-    kv = m.num_kv_heads or m.num_heads
-    if m.num_heads % kv:
-        nearest = max(d for d in range(1, m.num_heads + 1) if m.num_heads % d == 0 and d <= kv)
-        yield Fault(
-            "model.num_kv_heads",
-            kv,
-            f"does not divide model.num_heads = {m.num_heads}",
-            f"Nearest that does: {nearest}.",
-        )
-    if not m.head_dim and m.hidden_size % m.num_heads:
-        yield Fault(
-            "model.hidden_size",
-            m.hidden_size,
-            f"is not a multiple of model.num_heads = {m.num_heads}",
-            f"Use {_divisors_near(m.hidden_size, m.num_heads)}, or set model.head_dim.",
-        )
-    head_dim = m.head_dim or m.hidden_size // m.num_heads
-    if head_dim % 2:
-        yield Fault("model.head_dim", head_dim, "is odd, but RoPE rotates pairs", f"Use {head_dim + 1}.")
-    t = cfg.parallel.tensor
-    if m.num_heads % t:
-        yield Fault(
-            "parallel.tensor",
-            t,
-            f"does not divide model.num_heads = {m.num_heads}",
-            f"Nearest degree that fits the model: {_nearest_tensor(m, t)}.",
-        )
-    if kv % t and t % kv:
-        yield Fault(
-            "parallel.tensor",
-            t,
-            f"neither divides model.num_kv_heads = {kv} nor is a multiple of it",
-            f"Nearest degree that fits the model: {_nearest_tensor(m, t)}.",
-        )
-    if m.ffn_size % t:
-        yield Fault(
-            "parallel.tensor",
-            t,
-            f"does not divide model.ffn_size = {m.ffn_size}",
-            f"Use model.ffn_size {_divisors_near(m.ffn_size, t)}, or tensor {_nearest_tensor(m, t)}.",
-        )
-
-
-def _nearest_tensor(m: ModelConfig, to: int) -> int:
-    """The tensor degree nearest to `to` that all three relations of the model allow."""
-    kv = m.num_kv_heads or m.num_heads
-    degrees = (d for d in range(1, m.num_heads + 1) if not m.num_heads % d and not m.ffn_size % d)
-    return min((d for d in degrees if not kv % d or not d % kv), key=lambda d: (abs(d - to), d))
-
-
-def _nearest_divisor(number: int, to: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - to), d))
-
-
-def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
-    p = cfg.parallel
-    for name in ("context", "expert"):
-        degree = getattr(p, name)
-        if degree > 1:
-            yield Fault(f"parallel.{name}", degree, f"{name} parallelism is not built yet", "Use 1.")
-    shards = p.tensor * p.pipeline
-    wanted = shards * (p.data or 1)
-    if p.data and wanted != world:
-        yield Fault(
-            "parallel",
-            f"tensor {p.tensor} x pipeline {p.pipeline} x data {p.data}",
-            f"needs {wanted} processes, but there {'is 1' if world == 1 else f'are {world}'}",
-            f"Start `torchrun --nproc-per-node {wanted} -m engine train ...`, or change the degrees.",
-        )
-    elif not p.data and world % shards:
-        yield Fault(
-            "parallel",
-            f"tensor {p.tensor} x pipeline {p.pipeline}",
-            f"= {shards} does not divide the {world} processes",
-            f"Start `torchrun --nproc-per-node {shards * -(-world // shards)} -m engine train ...`.",
-        )
-    yield from _schedule_relations(cfg, world)
-    data = p.data or max(1, world // shards)
-    slice_ = data * cfg.train.micro_batch_size
-    if cfg.train.global_batch_size % slice_:
-        yield Fault(
-            "train.global_batch_size",
-            cfg.train.global_batch_size,
-            f"is not a multiple of data {data} x train.micro_batch_size {cfg.train.micro_batch_size}",
-            f"Use {_divisors_near(cfg.train.global_batch_size, slice_)}.",
-        )
-
-
-def _schedule_relations(cfg: Config, world: int) -> Iterator[Fault]:
-    p, m = cfg.parallel, cfg.model
-    name = "parallel.schedule"
-    if p.schedule not in SCHEDULES and not Path(p.schedule).is_file():
-        near = difflib.get_close_matches(p.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
-        known = ", ".join(SCHEDULES)
-        yield Fault(name, p.schedule, f"is none of {known}, and no file", f"Did you mean {near}?")
-        return
-    if p.schedule not in SCHEDULES:
-        try:
-            plan = load_plan(Path(p.schedule))
-        except PlanError as error:
-            yield Fault(name, p.schedule, str(error), "Save it again with `engine schedule --save`.")
-            return
-        data = p.data or max(1, world // (p.tensor * p.pipeline))
-        microbatches = cfg.train.global_batch_size // (data * cfg.train.micro_batch_size)
-        if (plan.num_ranks, plan.microbatches) != (p.pipeline, microbatches):
-            have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} microbatches"
-            want = f"--ranks {p.pipeline} --microbatches {microbatches}"
-            yield Fault(name, p.schedule, have, f"This run needs `engine schedule ... {want} --save FILE`.")
-            return
-    chunks, fixed = _chunks(p), SCHEDULES[p.schedule].chunks if p.schedule in SCHEDULES else _chunks(p)
-    if fixed is not None and chunks != fixed:
-        yield Fault(
-            "parallel.chunks",
-            chunks,
-            f"does not fit {name} {p.schedule}, which places {fixed} on a rank",
-            f"Use {fixed}, or {name} interleaved.",
-        )
-        return
-    stages = p.pipeline * chunks
-    if p.layers:
-        yield from _layer_list_relations(p.layers, stages, m.num_layers)
-    elif m.num_layers % stages:
-        fits = [d for d in range(1, m.num_layers + 1) if m.num_layers % (d * chunks) == 0]
-        near_degree = f", or pipeline {min(fits, key=lambda d: (abs(d - p.pipeline), d))}" if fits else ""
-        uneven = ",".join(str(m.num_layers // stages + (i < m.num_layers % stages)) for i in range(stages))
-        yield Fault(
-            "parallel.pipeline",
-            p.pipeline,
-            (f"x {chunks} chunks = {stages} stages " if chunks > 1 else "")
-            + f"does not divide model.num_layers = {m.num_layers}",
-            f"Use {_divisors_near(m.num_layers, stages)} layers{near_degree}, or parallel.layers {uneven}.",
-        )
-
-
-def _layer_list_relations(text: str, stages: int, num_layers: int) -> Iterator[Fault]:
-    counts = text.split(",")
-    even = ",".join(str(num_layers // stages + (i < num_layers % stages)) for i in range(stages))
-    if not all(count.isdecimal() for count in counts):
-        yield Fault("parallel.layers", text, "is not a list of numbers", f"Give one for each stage, such as {even}.")
-    elif len(counts) != stages or sum(map(int, counts)) != num_layers:
-        found = f"is {sum(map(int, counts))} layers in {len(counts)} stages, not {num_layers} in {stages}"
-        yield Fault("parallel.layers", text, found, f"Such as {even}.")
-
-
-def _train_relations(cfg: Config) -> Iterator[Fault]:
-    t, s = cfg.train, cfg.schedule
-    p = cfg.parallel
-    if p.sequence and t.seq_len % p.tensor and not cfg.model.num_heads % p.tensor:
-        yield Fault(
-            "train.seq_len",
-            t.seq_len,
-            f"is not a multiple of parallel.tensor = {p.tensor}, which cut the sequence",
-            f"Use {_divisors_near(t.seq_len, p.tensor)}, or parallel.sequence false.",
-        )
-    if p.keep_gathered and not (p.sequence and p.tensor > 1):
-        repair = "Leave it out, or use parallel.tensor 2 or more with parallel.sequence true."
-        yield Fault("parallel.keep_gathered", True, "has no meaning where the sequence is not cut", repair)
-    if p.keep_gathered and t.recompute == "selective":
-        relation = "keeps what train.recompute selective computes again"
-        yield Fault("parallel.keep_gathered", True, relation, "Set one of the two back.")
-    if t.recompute == "none" and t.recompute_layers:
-        repair = "Set train.recompute to selective or full."
-        yield Fault("train.recompute_layers", t.recompute_layers, "has no meaning without recompute", repair)
-    if t.precision == "fp64" and p.reduce_dtype == "bf16":
-        yield Fault("parallel.reduce_dtype", "bf16", "would spoil train.precision fp64", "Use main.")
-    if math.log2(t.loss_scale) % 1:
-        relation, near = "is not a power of two, so that scaling would round", 2 ** round(math.log2(t.loss_scale))
-        yield Fault("train.loss_scale", t.loss_scale, relation, f"Nearest: {near}.")
-    if t.seq_len > cfg.model.max_seq_len:
-        yield Fault(
-            "train.seq_len",
-            t.seq_len,
-            f"is longer than model.max_seq_len = {cfg.model.max_seq_len}",
-            f"Set model.max_seq_len to {t.seq_len} or more.",
-        )
-    if s.kind == "wsd" and not 0 < s.decay_steps <= t.steps - s.warmup_steps:
-        yield Fault(
-            "schedule.decay_steps",
-            s.decay_steps,
-            f"must be at least 1 and fit in the {t.steps - s.warmup_steps} steps after the warm-up for wsd",
-            f"A tenth of the run is usual: {max(1, t.steps // 10)}.",
-        )
-    if s.kind != "wsd" and s.decay_steps:
-        yield Fault("schedule.decay_steps", s.decay_steps, f"has no meaning for {s.kind}", "Leave it out, or use wsd.")
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
-    return repr(value)

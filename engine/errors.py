@@ -61,5 +61,13 @@ class CheckpointError(EngineError):
     """A checkpoint is missing, damaged, does not fit, or could not be written."""
 
 
+class SecretError(CheckpointError):
+    """A checkpoint that is signed or encrypted, and no secret; or a secret, and a checkpoint that is not."""
+
+
+class WrongSecretError(SecretError):
+    """A signature that is not the secret's: another secret made it, or the file was changed."""
+
+
 class TrainingError(EngineError):
     """Training cannot go on: non-finite loss or gradient, or ranks that disagree."""

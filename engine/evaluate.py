@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint.format import find
+from engine.checkpoint.storage import DISK, Storage
 from engine.comm import all_reduce_
 from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
@@ -111,16 +112,18 @@ class Evaluator:
         return Score(loss, math.exp(min(loss, 700.0)), bpb, meta.get("unigram_entropy"), tokens)
 
 
-def evaluate(cfg: Config, ctx: ParallelContext, checkpoint: Path, data: str, batches: int) -> int:
+def evaluate(
+    cfg: Config, ctx: ParallelContext, checkpoint: Path, data: str, batches: int, storage: Storage = DISK
+) -> int:
     """`engine evaluate`: score a corpus with a checkpoint and print the figures on rank 0. Collective."""
     if not data:
         raise ConfigError(
             [Fault("--data", data, "no corpus given and the run had no data.valid", "Give --data PREFIX.")]
         )
     dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
-    model = load_stage(checkpoint, cfg, ctx)
+    model = load_stage(checkpoint, cfg, ctx, storage)
     stage = Stage(model, (), None, cfg.model.hidden_size, model.shape.first, model.shape.last)
     score = Evaluator(pipeline_plan(cfg), {ctx.pipeline.rank: stage}, ctx, dataset, cfg).run(batches)
     if ctx.rank == 0:
-        print(f"{find(checkpoint)} on {data}: {score}")
+        print(f"{find(checkpoint, storage)} on {data}: {score}")
     return EXIT_OK

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -42,3 +47,26 @@ def write_fault(err: OSError, path: Path, needed_bytes: int, go_on: str) -> str:
     state = "the disk is full" if err.errno == errno.ENOSPC else "the quota of this user is used up"
     free = shutil.disk_usage(folder).free
     return f"{where}: {state}: about {needed_bytes:,} bytes are needed to go on, {free:,} are free. Make room. {go_on}"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[str]:
+    """Hold a lock file; gives who holds it ("process 12 on host"), empty when that is now this process.
+
+    The system takes the lock back when the process ends, however it ends: none is ever stale. Warns on file systems
+    that know no locks.
+    """
+    with path.open("a+b") as file:
+        holder = ""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip() or "another process"
+        except OSError as error:
+            warnings.warn(f"{path}: no lock on this file system ({error.strerror}): start no second run", stacklevel=3)
+        if not holder:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            file.flush()
+        yield holder

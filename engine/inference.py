@@ -8,6 +8,7 @@ import torch
 
 from engine.checkpoint.format import MODEL, find, read_manifest
 from engine.checkpoint.load import Reader, load_into
+from engine.checkpoint.storage import DISK, Storage
 from engine.config import Config, layout_of
 from engine.context import ParallelContext, make_context
 from engine.data.tokenizer import Tokenizer
@@ -18,9 +19,11 @@ from engine.optim.precision import PRECISIONS
 from engine.sharding import parameters
 
 
-def config_of(checkpoint: Path, *, tensor: int = 1, pipeline: int = 1, world: int = 1) -> Config:
+def config_of(
+    checkpoint: Path, storage: Storage = DISK, *, tensor: int = 1, pipeline: int = 1, world: int = 1
+) -> Config:
     """The config a checkpoint was saved with, its layout replaced; data degree: what the other two leave."""
-    config = Config.model_validate(read_manifest(find(checkpoint)).config)
+    config = Config.model_validate(read_manifest(find(checkpoint, storage), storage).config)
     data = max(1, world // (tensor * pipeline))
     parallel = config.parallel.model_copy(
         update={
@@ -40,41 +43,42 @@ def config_of(checkpoint: Path, *, tensor: int = 1, pipeline: int = 1, world: in
     return config.model_copy(update={"parallel": parallel, "train": train})
 
 
-def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext) -> Transformer:
+def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Storage = DISK) -> Transformer:
     """This rank's stage of the model with the checkpoint's weights, without optimizer. Collective."""
     model = Transformer(cfg.model, ctx, stage_shapes(cfg)[ctx.pipeline.rank])
-    with Reader(find(checkpoint)) as reader:
+    with Reader(find(checkpoint, storage), storage) as reader:
         load_into(reader, (Held(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
     return model
 
 
-def load_model(checkpoint: Path) -> Transformer:
+def load_model(checkpoint: Path, storage: Storage = DISK) -> Transformer:
     """The whole model on this process, in the precision it was trained in, on the CPU."""
-    cfg = config_of(checkpoint)
+    cfg = config_of(checkpoint, storage)
     dtype = PRECISIONS[cfg.train.precision].compute
-    return load_stage(
-        checkpoint, cfg, make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
-    )
+    ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
+    return load_stage(checkpoint, cfg, ctx, storage)
 
 
-def tokenizer_folder(checkpoint: Path, wanted: Path | None) -> Path:
+def tokenizer_folder(checkpoint: Path, wanted: Path | None, storage: Storage = DISK) -> Path:
     """`wanted`, or the copy in the run folder, or the folder the run was given."""
     if wanted is not None:
         return wanted
-    folder = find(checkpoint)
-    given = read_manifest(folder).config["data"]["tokenizer"]
+    folder = find(checkpoint, storage)
+    given = read_manifest(folder, storage).config["data"]["tokenizer"]
     for candidate in (folder.parent.parent / "tokenizer", Path(given)):
-        if given and (candidate / "tokenizer.json").exists():
+        if (candidate == folder.parent.parent / "tokenizer" or given) and (candidate / "tokenizer.json").exists():
             return candidate
     raise CheckpointError(f"{checkpoint}: the run had no tokenizer; give one with --tokenizer DIR")
 
 
-def load_tokenizer(checkpoint: Path, wanted: Path | None) -> Tokenizer:
+def load_tokenizer(checkpoint: Path, wanted: Path | None, storage: Storage = DISK) -> Tokenizer:
     """The tokenizer of `tokenizer_folder`."""
-    return Tokenizer.load(tokenizer_folder(checkpoint, wanted))
+    return Tokenizer.load(tokenizer_folder(checkpoint, wanted, storage))
 
 
-def compare_with_transformers(checkpoint: Path, folder: Path, *, num_tokens: int = 128) -> tuple[float, float]:
+def compare_with_transformers(
+    checkpoint: Path, folder: Path, storage: Storage = DISK, *, num_tokens: int = 128
+) -> tuple[float, float]:
     """(largest absolute difference, largest absolute value) of logits: the engine's and transformers' of an export.
 
     Both run in float32 on the same random tokens, from weights as exported.
@@ -84,9 +88,9 @@ def compare_with_transformers(checkpoint: Path, folder: Path, *, num_tokens: int
 
     disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    cfg = config_of(checkpoint)
+    cfg = config_of(checkpoint, storage)
     ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
-    ours = load_stage(checkpoint, cfg, ctx)
+    ours = load_stage(checkpoint, cfg, ctx, storage)
     tokens = torch.randint(cfg.model.vocab_size, (2, min(num_tokens, cfg.model.max_seq_len)))
     with torch.no_grad():
         a, b = ours.logits(tokens), theirs(tokens).logits

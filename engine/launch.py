@@ -89,6 +89,28 @@ def read_env() -> Env:
     return Env(**{field: int(os.environ[name]) for field, name in names.items()})
 
 
+def read_secret(reference: str) -> bytes:
+    """The secret that file:PATH or env:NAME refers to. It is never shown, and what is no reference is not either.
+
+    Raises ConfigError when it is not there, or in a file that others may read.
+    """
+    kind, colon, name = reference.partition(":")
+    if not colon or not name or kind not in ("file", "env"):
+        fault = Fault("secret", "...", "is neither file:PATH nor env:NAME", "Give where the secret is, not the secret.")
+        raise ConfigError([fault])
+    if kind == "env":
+        if name not in os.environ:
+            raise ConfigError([Fault("secret", reference, "is not set", "Set it to at least 32 characters.")])
+        return os.environ[name].encode()
+    try:
+        if Path(name).stat().st_mode & 0o077:
+            raise ConfigError([Fault("secret", reference, "others than its owner may read it", f"chmod 600 {name}")])
+        return Path(name).read_bytes()
+    except OSError as error:
+        relation = f"cannot be read: {error.strerror}"
+        raise ConfigError([Fault("secret", reference, relation, "Give a file of at least 32 bytes.")]) from None
+
+
 def pick_device(wanted: str, env: Env) -> torch.device:
     """The device of this rank for train.device auto, cpu or cuda. ConfigError when a GPU is asked for in vain."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

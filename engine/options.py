@@ -276,6 +276,8 @@ class Inspect:
     """picture of the lengths of documents, PNG or SVG"""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """read everything: every token and what the sidecar says of it; of a checkpoint every digest"""
+    secret: str = ""
+    """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
 
 
 @dataclass
@@ -292,6 +294,8 @@ class Evaluate:
     """ranks that share every matrix"""
     pipeline: int = 1
     """ranks that share the layers; the remaining processes share the batch"""
+    secret: str = ""
+    """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
 
 
 @dataclass
@@ -312,22 +316,52 @@ class Generate:
     """the draws follow from it"""
     tokenizer: Path | None = None
     """folder with tokenizer.json; default: the copy in the run folder"""
+    secret: str = ""
+    """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
+
+
+@dataclass
+class Import:
+    """Write a Hugging Face folder (Llama, Mistral, Qwen2 and 3, Gemma, OLMo-2, Phi-3, GPT-2, GPT-NeoX) as a checkpoint.
+
+    On one process, streaming; the checkpoint loads in any layout. Training can start from the folder without it:
+    engine train --checkpoint.init FOLDER.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """folder with config.json and safetensors files, or a checkpoint of Megatron-LM (torch_dist or legacy)"""
+    output: tyro.conf.Positional[Path]
+    """new run folder"""
+    max_seq_len: int = 0
+    """longest sequence of the model that is made, such as the sliding window of one that has it; 0: the folder's"""
+    shard_mib: float = 4096.0
+    """size of a file that is written, which is also what is held in memory"""
+    vocab_size: int = 0
+    """Megatron-LM: true size of the vocabulary, whose padding is left out; 0: as its arguments say"""
+    secret: str = ""
+    """file:PATH or env:NAME: sign what is written"""
+    encrypt: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """with --secret: encrypt it too"""
 
 
 @dataclass
 class Export:
-    """Write a checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder, of the family that is its model. On one process, streaming."""
 
     checkpoint: tyro.conf.Positional[Path]
     """run folder (its newest checkpoint) or step folder"""
     output: tyro.conf.Positional[Path]
     """new folder for config.json, weights and tokenizer"""
     dtype: str = ""
-    """fp32, bf16, fp16 or fp64; empty: the precision of the run"""
+    """fp32, bf16, fp16 or fp64; empty: the precision of the run, or as imported"""
+    shard_mib: float = 4096.0
+    """size of a file that is written, which is also what is held in memory"""
     tokenizer: Path | None = None
     """folder with tokenizer.json; default: the copy in the run folder"""
     verify: bool = False
     """load the result with transformers and compare its logits with the engine's"""
+    secret: str = ""
+    """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
 
 
 @dataclass
@@ -336,6 +370,8 @@ class Verify:
 
     checkpoint: tyro.conf.Positional[Path]
     """run folder (its newest checkpoint) or step folder"""
+    secret: str = ""
+    """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
 
 
 @dataclass

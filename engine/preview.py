@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from engine.config import Resolved, layout_of, pipeline_plan
+from engine.config import layout_of, pipeline_plan
 from engine.context import make_context
 from engine.layout import Coords, Layout
 from engine.model.transformer import build_stages, num_parameters
@@ -13,6 +13,7 @@ from engine.optim.precision import PRECISIONS
 from engine.pipeline.actions import Plan
 from engine.pipeline.simulate import peak_memory, simulate
 from engine.planner.cost import flops_per_token
+from engine.resolve import Resolved
 
 _MAX_GRID_RANKS = 64
 

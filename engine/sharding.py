@@ -106,13 +106,14 @@ class ShardSpec:
     """Shape of the other dims, chunks along `dim`, initial values and decay of one parameter.
 
     other: length of the other dimension of a matrix, None for a vector. init_std: standard deviation of the normal
-    initial values, None for ones. decay: whether weight decay applies (not to norms and biases).
+    initial values, None for `init_value` everywhere. decay: whether weight decay applies (not to norms and biases).
     """
 
     chunks: tuple[Chunk, ...]
     dim: int = 0
     other: int | None = None
     init_std: float | None = None
+    init_value: float = 1.0
     decay: bool = True
 
     def _shape(self, length: int) -> tuple[int, ...]:
@@ -199,7 +200,7 @@ def initialise_(params: Iterable[Parameter], ctx: ParallelContext, seed: int) ->
             for piece in p.spec.pieces(ctx):
                 whole = torch.empty(piece.global_shape, dtype=torch.float32)
                 if p.spec.init_std is None:
-                    whole.fill_(1.0)
+                    whole.fill_(p.spec.init_value)
                 else:
                     whole.normal_(0.0, p.spec.init_std, generator=generator(seed, "init", piece.name))
                 piece.of(p).copy_(piece.cut(whole))

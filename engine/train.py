@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.checkpoint.format import Ancestor, complete_steps, find, step_dir
+from engine.checkpoint.convert import copy_beside, open_source
+from engine.checkpoint.format import MODEL, Ancestor, find, newest, step_dir
+from engine.checkpoint.hf import HfReader
 from engine.checkpoint.lineage import code_versions, descend, differences, refuse
-from engine.checkpoint.load import Reader, load_into
-from engine.checkpoint.save import save
-from engine.comm import all_reduce_, on_first_rank
-from engine.config import Config, Resolved, pipeline_plan
+from engine.checkpoint.load import Reader, Source, load_into
+from engine.checkpoint.save import Saved, Saver, save
+from engine.checkpoint.seal import storage_of
+from engine.checkpoint.storage import DISK, Storage
+from engine.comm import all_reduce_, on_first_rank, raise_together
+from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.corpora import TrainingData, open_data, open_training
 from engine.data.loader import Loader, MicroBatch
 from engine.data.tokenizer import Tokenizer
-from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, Fault
+from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, EngineError, Fault
 from engine.evaluate import Evaluator, Score
+from engine.files import locked
 from engine.launch import StopRequest
 from engine.model.transformer import Transformer, build_stages, num_parameters, tensor_shapes
 from engine.monitor.health import explain_non_finite
@@ -43,6 +49,7 @@ from engine.pipeline.executor import Trace, execute
 from engine.pipeline.simulate import simulate
 from engine.pipeline.stage import Stage
 from engine.planner.cost import flops_per_token
+from engine.resolve import Resolved
 from engine.sharding import Parameter, initialise_, parameters
 
 
@@ -50,7 +57,8 @@ from engine.sharding import Parameter, initialise_, parameters
 class TrainState:
     """One rank's share of a run. step: updates done; consumed_*: over all ranks since the beginning of the run.
 
-    stages: the pipeline stages on this rank by number; params: of all of them, each once.
+    stages: the pipeline stages on this rank by number; params: of all of them, each once. before_update: returns when
+    weights and moments may change (a save in the background may still be copying them).
     """
 
     cfg: Config
@@ -66,6 +74,7 @@ class TrainState:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     lineage: tuple[Ancestor, ...] = ()
+    before_update: Callable[[], None] = lambda: None
 
     def settle(self) -> None:
         """Return when all weights of this rank are there (ZeRO-1 may still gather them after a step)."""
@@ -96,7 +105,8 @@ def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
     for number, model, fresh in build_stages(cfg, ctx, plan.stages_of(ctx.pipeline.rank)):
-        initialise_(fresh, ctx, cfg.train.seed)
+        if not cfg.checkpoint.init:  # else `start_from` fills them
+            initialise_(fresh, ctx, cfg.train.seed)
         buckets = make_buckets(
             fresh,
             ctx,
@@ -157,6 +167,7 @@ def train_step(
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.schedule)
     if finite:
         scale_(state.buckets, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
+        state.before_update()
         state.optimizer.step(lr)
     state.step += 1
     state.consumed_samples += cfg.train.global_batch_size
@@ -199,10 +210,16 @@ def losses_by_source(
 
 
 def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Path:
-    """Save a checkpoint of the state as it is. Collective. A complete checkpoint of this step is left as it is."""
-    if on_first_rank(lambda: state.step in complete_steps(root), state.ctx.world, state.ctx.device):
-        return step_dir(root, state.step)
-    facts = {
+    """Save a checkpoint of the state as it is and wait until it is there. Collective."""
+    c = state.cfg.checkpoint
+    states, facts = state.optimizer.states(owned=True), facts_of(state, data_facts)
+    storage, step = storage_of(c.secret, encrypt=c.encrypt), state.step
+    return save(root, states, state.ctx, step=step, facts=facts, keep=c.keep, keep_every=c.keep_every, storage=storage)
+
+
+def facts_of(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of a state beside its tensors."""
+    return {
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
         "optimizer": {
@@ -215,17 +232,20 @@ def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Pat
         "versions": code_versions(),
         "lineage": state.lineage,
     }
-    keep = state.cfg.checkpoint.keep
-    return save(root, state.optimizer.states(owned=True), state.ctx, step=state.step, facts=facts, keep=keep)
 
 
-def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
+def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage: Storage = DISK) -> None:
     """Go on from a checkpoint of any layout: weights, optimizer, step and data position. Collective.
 
     Refuses, with a list of old and new values, when model, data, sequence length or seed differ and are not allowed to.
     """
-    with Reader(folder) as reader:
+    with Reader(folder, storage) as reader:
         manifest = reader.manifest
+        if reader.names(MODEL) and not reader.names("exp_avg"):
+            raise CheckpointError(
+                f"{folder} holds weights only, such as an import does: start a new run from it with "
+                f"--checkpoint.init {folder} and another --run.dir"
+            )
         allowed = refuse(folder, differences(manifest, state.cfg, data_facts), state.cfg)
         load_into(reader, state.optimizer.states(), state.ctx)
     state.optimizer.publish()
@@ -237,33 +257,73 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any]) -> None:
     state.lineage = descend(folder, manifest, allowed)
 
 
+def start_from(state: TrainState, path: Path) -> None:
+    """Take the weights of a Hugging Face folder or a checkpoint of any layout; the optimizer is new. Collective."""
+    ctx = state.ctx
+    error: EngineError | None = None
+    source: Source[Any] | None = None
+    try:
+        source = open_source(path, state.cfg.model.max_seq_len, storage_of(state.cfg.checkpoint.secret))
+        if ctx.rank == 0 and isinstance(source, HfReader):
+            source.check_spare_head()
+    except EngineError as fault:
+        error = fault
+    raise_together(error, ctx.world, ctx.device)
+    assert source is not None
+    with source:
+        if isinstance(source, Reader):
+            state.lineage = descend(source.folder, source.manifest, {"optimizer state": ("there", "new")})
+        load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
+    state.optimizer.publish()
+
+
 def find_resume(cfg: Config) -> str:
     """The checkpoint to go on from, by checkpoint.resume; empty to start anew."""
     wanted, run = cfg.checkpoint.resume, Path(cfg.run.dir)
-    have = complete_steps(run / "checkpoints")
-    if wanted == "never":
-        if have:
-            raise CheckpointError(
-                f"{run} already holds checkpoints (newest: step {have[-1]}) and checkpoint.resume is never: "
-                "choose another --run.dir, or resume"
-            )
-        return ""
-    if wanted == "auto" and not have:
-        return ""
-    return str(find(run if wanted in ("auto", "latest") else Path(wanted)))
+    storage = storage_of(cfg.checkpoint.secret)
+    if wanted not in ("auto", "never"):
+        return str(find(run if wanted == "latest" else Path(wanted), storage))
+    have = newest(run / "checkpoints", storage)
+    if wanted == "never" and have is not None:
+        raise CheckpointError(
+            f"{run} already holds checkpoints (newest: step {have}) and checkpoint.resume is never: "
+            "choose another --run.dir, or resume"
+        )
+    return "" if have is None else str(step_dir(run / "checkpoints", have))
 
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     """The whole run on one rank; returns the exit code (0 done, 75 saved on a signal)."""
-    cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
-    if not cfg.data.train:
+    if not resolved.config.data.train:
         raise ConfigError([Fault("data.train", "", "no training data given", "Make some with `engine prepare`.")])
+    with ExitStack() as stack:
+        on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack), ctx.world, ctx.device)
+        return _train(resolved, ctx, stop)
+
+
+def _claim(run_dir: Path, stack: ExitStack) -> None:
+    """Refuse a folder that another run is writing into: each would remove what the other has half written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        holder = stack.enter_context(locked(run_dir / "lock"))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; choose another --run.dir") from None
+    if holder:
+        raise CheckpointError(f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir")
+
+
+def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
+    cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
     data = open_training(cfg, tokenizer)
     state = setup(cfg, ctx)
     source = on_first_rank(lambda: find_resume(cfg), ctx.world, ctx.device)
     if source:
-        resume(state, Path(source), data.facts)
+        resume(state, Path(source), data.facts, storage_of(cfg.checkpoint.secret))
+    elif cfg.checkpoint.init:
+        start_from(state, Path(cfg.checkpoint.init))
+        if ctx.rank == 0:
+            copy_beside(Path(cfg.checkpoint.init), run_dir)
     evaluator = None
     if cfg.data.valid:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
@@ -282,11 +342,22 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     with (
         MetricsLog(run_dir, resolved, state.step, enabled=ctx.rank == 0) as log,
         _loader(state, data) as loader,
+        _saver(state, run_dir / "checkpoints") as saver,
         console,
     ):
-        code, reason = _loop(state, loader, evaluator, log, console, stop, data)
+        code, reason = _loop(state, loader, evaluator, log, console, stop, data, saver)
         log.exit(code, reason)
     return code
+
+
+def _saver(state: TrainState, root: Path) -> Saver:
+    c = state.cfg.checkpoint
+    storage = storage_of(c.secret, encrypt=c.encrypt)
+    saver = Saver(root, state.ctx, keep=c.keep, keep_every=c.keep_every, storage=storage)
+    if c.every and c.async_save:
+        saver.reserve(state.optimizer.states(owned=True))
+    state.before_update = saver.copied
+    return saver
 
 
 def _loader(state: TrainState, data: TrainingData) -> Loader:
@@ -313,8 +384,9 @@ def _loop(
     console: Progress,
     stop: StopRequest,
     data: TrainingData,
+    saver: Saver,
 ) -> tuple[int, str]:
-    cfg, ctx, root = state.cfg, state.ctx, Path(state.cfg.run.dir) / "checkpoints"
+    cfg, ctx = state.cfg, state.ctx
     timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
     while state.step < cfg.train.steps:
         begin = time.perf_counter()
@@ -345,9 +417,11 @@ def _loop(
             score: Score = evaluator.run(0 if done else cfg.train.eval_batches)
             log.validation(state.step, score)
             console.note(f"step {state.step}: validation {score}")
-        stopping = _agreed(bool(stop), ctx)
-        if stopping or done or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
-            console.note(f"step {state.step}: saved {save_state(state, root, data.facts)}")
+        stopping, busy, failed = _agreed((bool(stop), saver.busy, saver.failed), ctx)
+        _tell(console, saver.advance(busy, failed))
+        last = stopping or done
+        if last or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
+            _save(state, saver, data.facts, console, background=cfg.checkpoint.async_save and not last)
         if stopping and not done:
             console.note(f"stopped on a signal after step {state.step}; the same command goes on from there")
             return EXIT_REQUEUE, "stopped on a signal"
@@ -365,6 +439,26 @@ def _scale(state: TrainState, result: StepResult) -> dict[str, float]:
     return {"loss_scale": state.scale.value, "skipped": float(result.skipped)} if state.scale.window else {}
 
 
-def _agreed(flag: bool, ctx: ParallelContext) -> bool:
-    """Whether any rank has the flag set."""
-    return bool(all_reduce_(torch.tensor([float(flag)], device=ctx.device), ctx.world, "max").item())
+def _agreed(flags: tuple[bool, ...], ctx: ParallelContext) -> tuple[bool, ...]:
+    """Of each flag, whether any rank has it set."""
+    values = torch.tensor([float(flag) for flag in flags], device=ctx.device)
+    return tuple(bool(value) for value in all_reduce_(values, ctx.world, "max").tolist())
+
+
+def _save(state: TrainState, saver: Saver, data_facts: dict[str, Any], console: Progress, *, background: bool) -> None:
+    """Save this step: wait for a save that is still under way, then begin this one, and wait for it or do not."""
+    if saver.in_flight is not None:
+        _tell(console, saver.finish())
+    states, facts = state.optimizer.states(owned=True), facts_of(state, data_facts)
+    saver.start(states, step=state.step, facts=facts, background=background)
+    if background:
+        console.note(f"step {state.step}: saving in the background")
+    else:
+        _tell(console, saver.finish())
+
+
+def _tell(console: Progress, saved: Saved | None) -> None:
+    if saved is not None:
+        console.note(f"step {saved.step}: saved {saved.folder}")
+        for note in saved.notes:
+            console.note(note)

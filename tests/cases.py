@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.config import Config, Resolved, layout_of, load
+from engine.config import Config, layout_of
 from engine.context import ParallelContext
 from engine.data.loader import MicroBatch
 from engine.optim.adamw import Held
+from engine.resolve import Resolved, load
 from engine.sharding import Parameter
 from engine.train import TrainState
 

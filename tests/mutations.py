@@ -70,6 +70,16 @@ def small(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/test_equivalence.py::test_two_ranks_equal_one[{name}]" for name in names)
 
 
+def shape(name: str) -> tuple[str, ...]:
+    """A family's shape in a layout."""
+    return (f"tests/test_shapes.py::test_layout_equals_one_process[{name}]",)
+
+
+def hf(name: str) -> tuple[str, ...]:
+    """A family beside transformers."""
+    return (f"tests/test_hf.py::test_import_gives_transformers_logits_and_gradients[{name}]",)
+
+
 PLAIN = ("tests/test_equivalence.py::test_one_process_equals_plain_torch[True]",)
 LATE = ("tests/test_equivalence.py::test_what_is_on_its_way_is_waited_for[1]",)
 RESUME = ("tests/test_bitwise.py::test_resume_in_the_same_layout_changes_no_bit[fp64-1]",)
@@ -472,8 +482,8 @@ OPTIMIZER = [
         "weight_decay_on_norms",
         "norm weights decay like matrices",
         "engine/model/layers.py",
-        "sum_over=(sum_over,)),), decay=False)",
-        "sum_over=(sum_over,)),))",
+        "ShardSpec((chunk,), init_value=1.0 - offset, decay=False)",
+        "ShardSpec((chunk,), init_value=1.0 - offset)",
         PLAIN,
     ),
     Mutation(
@@ -555,8 +565,8 @@ RESUMED = [
         "data_rank_missing_in_the_checkpoint",
         "only the first data rank writes its range of the optimizer (Megatron-Bridge#5637, torchtitan#811)",
         "engine/checkpoint/save.py",
-        "mine = _write_part(temporary, states, ctx)",
-        'mine = {"tensors": {}} if ctx.data.rank else _write_part(temporary, states, ctx)',
+        "            if not tensors:\n",
+        "            if not tensors or self.ctx.data.rank:\n",
         RESUME,
     ),
     Mutation(
@@ -585,7 +595,173 @@ RESUMED = [
     ),
 ]
 
-MUTATIONS = [*TIED_AND_NORM, *REPLICAS, *LOSS, *ZERO, *BACKWARD, *START, *OPTIMIZER, *RESUMED]
+FACTS_OF_MODELS = [
+    Mutation(
+        "row_bias_added_by_every_rank",
+        "the bias of a row-parallel product is in the sum once for each tensor rank (gpt-neox#1220)",
+        "engine/model/layers.py",
+        "return out if self.bias is None else out + self.bias",
+        "return out if self.bias is None else out + self.bias * max(self.copies.size, self.sequence.size)",
+        shape("gpt2-t4-copies"),
+    ),
+    Mutation(
+        "row_bias_gradient_not_summed",
+        "under sequence parallelism each rank keeps the bias gradient of its part (Megatron#1446)",
+        "engine/model/layers.py",
+        'bias_of(Chunk(name, out_size, sum_over=("sequence",)))',
+        "bias_of(Chunk(name, out_size))",
+        shape("gpt2-t4"),
+    ),
+    Mutation(
+        "kv_bias_replicas_not_summed",
+        "ranks that share a KV head each keep its bias gradient of their own queries",
+        "engine/model/layers.py",
+        'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias")',
+        'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias", sum_over=())',
+        shape("qwen2-t4-copies"),
+    ),
+    Mutation(
+        "bias_gradient_dropped",
+        "the bias of a column-parallel product is never trained",
+        "engine/ops/linear.py",
+        "grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None",
+        "torch.zeros_like(grad.reshape(-1, grad.shape[-1]).sum(0)) if ctx.needs_input_grad[2] else None",
+        shape("qwen2-t2"),
+    ),
+    Mutation(
+        "qk_norm_over_the_rank_only",
+        "a norm over all heads is computed over the heads of each tensor rank",
+        "engine/ops/norm.py",
+        "scale = all_reduce_(squares, axis).add_(eps).rsqrt_()",
+        "scale = squares.mul_(axis.size).add_(eps).rsqrt_()",
+        shape("olmo2-t2"),
+    ),
+    Mutation(
+        "qk_norm_counts_copies",
+        "copies of a KV head are in the mean square several times",
+        "engine/ops/norm.py",
+        "square_().div_(copies * ctx.count)",
+        "square_().div_(ctx.count)",
+        shape("olmo2-t4"),
+    ),
+    Mutation(
+        "qk_norm_backward_counts_copies",
+        "each copy of a KV head passes on the whole of what follows from all",
+        "engine/ops/norm.py",
+        ".div_(ctx.count * ctx.copies)",
+        ".div_(ctx.count)",
+        shape("olmo2-t4"),
+    ),
+    Mutation(
+        "positions_of_the_first_part",
+        "under sequence parallelism every rank adds the positions of the first part",
+        "engine/model/layers.py",
+        ".chunk(self.sequence.size)[self.sequence.rank]",
+        ".chunk(self.sequence.size)[0]",
+        shape("gpt2-t2"),
+    ),
+    Mutation(
+        "positions_run_on_over_documents",
+        "learned positions do not begin again with a document",
+        "engine/ops/embedding.py",
+        "return position - (position * begins).cummax(1).values",
+        "return position + 0 * (position * begins).cummax(1).values",
+        ("tests/test_documents.py::test_packed_documents_learn_as_if_alone",),
+    ),
+    Mutation(
+        "norm_weight_without_its_one",
+        "the gradient of x is that of a norm scaled by weight, not by 1 + weight",
+        "engine/ops/norm.py",
+        "            wide_weight = wide_weight + ctx.offset",
+        "            wide_weight = wide_weight + 0.0",
+        ("tests/test_ops.py::test_other_norms",),
+    ),
+    Mutation(
+        "fused_heads_taken_for_fused_matrices",
+        "query_key_value of GPT-NeoX is q of all heads, then k, then v (gpt-neox#712: gibberish)",
+        "engine/checkpoint/hf.py",
+        "groups = cfg.num_heads if stem.endswith(family.by_head) and family.by_head else 1",
+        "groups = 1",
+        hf("neox"),
+    ),
+    Mutation(
+        "rotary_convention",
+        "the wrong half of a head is rotated",
+        "engine/ops/rope.py",
+        "torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)",
+        "torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=1)",
+        hf("llama"),
+    ),
+    Mutation(
+        "rope_scaling_ignored",
+        "a Llama 3.1 is loaded with the angles of Llama 3 (a common fault of converters)",
+        "engine/model/transformer.py",
+        "ctx.device, ctx.dtype, rope_scaling_of(cfg))",
+        "ctx.device, ctx.dtype, RopeScaling())",
+        hf("llama3-rope"),
+    ),
+    Mutation(
+        "unknown_keys_ignored",
+        "a key of config.json that nobody knows is dropped without a word",
+        "engine/hf_config.py",
+        "elif value is not None and key not in known:",
+        "elif value is not None and key in LACKING:",
+        ("tests/test_hf_config.py::test_what_the_engine_does_not_have_is_refused_by_name",),
+    ),
+]
+
+SAVED = [
+    Mutation(
+        "error_of_the_writing_thread_swallowed",
+        "a writer thread fails and the save reports success (pytorch#191391)",
+        "engine/checkpoint/save.py",
+        "            raise self._explain(fault, temporary / file, wanted) from None",
+        '            return {"tensors": {}}',
+        ("tests/test_checkpoint.py::test_a_failed_save_is_an_error_on_all_ranks_and_leaves_the_old_one",),
+    ),
+    Mutation(
+        "host_copy_made_once",
+        "every save in the background writes the first one's values (NeMo-RL#3312)",
+        "engine/checkpoint/staging.py",
+        "            ours.flat.copy_(theirs.flat, non_blocking=True)",
+        "            if not ours.flat.any():\n                ours.flat.copy_(theirs.flat)",
+        ("tests/test_async_save.py::test_the_files_are_those_of_a_save_that_waits[tensor]",),
+    ),
+    Mutation(
+        "update_overtakes_the_copy",
+        "a save in the background writes values of a later step (pytorch#144657, NVRx#376)",
+        "engine/train.py",
+        "        state.before_update()\n",
+        "",
+        ("tests/test_async_save.py::test_an_update_waits_for_the_copy[True]",),
+    ),
+    Mutation(
+        "digests_not_compared",
+        "a flipped bit loads in silence (torch.load, safetensors: no checksum is looked at)",
+        "engine/checkpoint/format.py",
+        "if part.digests and (found",
+        "if not part.digests and (found",
+        ("tests/test_damage.py::test_no_damage_loads_in_silence_and_the_file_is_named",),
+    ),
+    Mutation(
+        "old_ones_deleted_unproven",
+        "older checkpoints are deleted though the new one cannot be read back",
+        "engine/checkpoint/save.py",
+        "            if self.keep:\n                self._prove",
+        "            if not self.keep:\n                self._prove",
+        ("tests/test_crash.py::test_nothing_is_deleted_when_the_new_one_reads_back_differently",),
+    ),
+    Mutation(
+        "rename_not_synced",
+        "what was reported as saved is gone after a power cut",
+        "engine/checkpoint/retention.py",
+        "    storage.sync_folder(final.parent)\n    return replaced",
+        "    return replaced",
+        ("tests/test_crash.py::test_a_crash_at_any_operation[one more]",),
+    ),
+]
+
+MUTATIONS = [*TIED_AND_NORM, *REPLICAS, *LOSS, *ZERO, *BACKWARD, *START, *OPTIMIZER, *RESUMED, *FACTS_OF_MODELS, *SAVED]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import signal
@@ -19,13 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import config as config_module
+from engine import relations as relations_module
+from engine import resolve as resolve_module
 from engine.cli import main
-from engine.config import Config, ModelConfig, Resolved, fields, layout_of, load
+from engine.config import Config, ModelConfig, fields, layout_of
 from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, Fault
 from engine.launch import Env, pick_device, read_env
 from engine.model.transformer import num_parameters
 from engine.pipeline.schedules import build
 from engine.presets import PRESETS
+from engine.resolve import Resolved, load
 
 # what the user gives, number of ranks, then what the one fault says: path, broken relation, repair
 RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
@@ -85,7 +89,105 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "is not a multiple of model.num_heads = 8",
         "Use 256 or 264, or set model.head_dim.",
     ),
+    "encryption without a secret": (
+        {"checkpoint.encrypt": True},
+        1,
+        "checkpoint.encrypt",
+        "needs checkpoint.secret",
+        "Such as file:/home/me/run.key.",
+    ),
+    "the secret itself": (
+        {"checkpoint.secret": "hunter2"},
+        1,
+        "checkpoint.secret",
+        "is neither file:PATH nor env:NAME",
+        "Give where the secret is, never the secret itself.",
+    ),
+    "keep_every alone": (
+        {"checkpoint.keep_every": 10},
+        1,
+        "checkpoint.keep_every",
+        "checkpoint.keep is 0, so all are kept",
+        "Set keep as well.",
+    ),
+    "keep_every between saves": (
+        {"checkpoint.keep": 2, "checkpoint.every": 4, "checkpoint.keep_every": 10},
+        1,
+        "checkpoint.keep_every",
+        "is no multiple of checkpoint.every 4, so few such steps are saved",
+        "Nearest: 8.",
+    ),
     "odd head": ({"model.head_dim": 31}, 1, "model.head_dim", "is odd, but RoPE rotates pairs", "Use 32."),
+    "part of a head": (
+        {"model.rotary_fraction": 0.3},
+        1,
+        "model.rotary_fraction",
+        "of head_dim 32 rotates 9 values, but RoPE rotates pairs",
+        "Use 0.3125.",
+    ),
+    "rope scaling of learned positions": (
+        {"model.positions": "learned", "model.rope_scaling": "linear"},
+        1,
+        "model.rope_scaling",
+        "belongs to rotary positions, but model.positions is learned",
+        "Leave it out.",
+    ),
+    "rope factor": (
+        {"model.rope_factor": 8.0},
+        1,
+        "model.rope_factor",
+        "has no meaning for model.rope_scaling none",
+        "Leave it out, or use linear or llama3 or yarn.",
+    ),
+    "llama3 bounds": (
+        {"model.rope_scaling": "llama3", "model.rope_low_freq_factor": 4.0},
+        1,
+        "model.rope_low_freq_factor",
+        "is not below model.rope_high_freq_factor = 4",
+        "Llama 3 has 1 and 4.",
+    ),
+    "yarn bounds": (
+        {"model.rope_scaling": "yarn", "model.rope_beta_slow": 40.0},
+        1,
+        "model.rope_beta_slow",
+        "is not below model.rope_beta_fast = 32",
+        "The usual values are 1 and 32.",
+    ),
+    "norm offset": (
+        {"model.norm": "layernorm", "model.norm_offset": True},
+        1,
+        "model.norm_offset",
+        "has no meaning for model.norm layernorm",
+        "Leave it out.",
+    ),
+    "span of qk norm": (
+        {"model.qk_norm_span": "projection"},
+        1,
+        "model.qk_norm_span",
+        "has no meaning without model.qk_norm",
+        "Leave it out, or set model.qk_norm true.",
+    ),
+    "weights of another model": (
+        {"checkpoint.init": "hf", "model.ffn_size": 64},
+        1,
+        "model.ffn_size",
+        "(command line), but the weights of checkpoint.init have 48",
+        "Leave it out.",
+    ),
+    "no weights": (
+        {"checkpoint.init": "none"},
+        1,
+        "checkpoint.init",
+        "neither a Hugging Face folder (config.json) nor a checkpoint is here",
+        "Give a folder with weights.",
+    ),
+    "weights of an impossible model": (
+        {"checkpoint.init": "bad"},
+        1,
+        "bad/config.json: model.ffn_size",
+        "Input should be greater than or equal to 1",
+        "The folder is damaged",
+    ),
     "tensor and heads": (
         {"model.num_heads": 6, "model.num_kv_heads": 2, "model.head_dim": 32, "parallel.tensor": 4},
         4,
@@ -305,12 +407,17 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
 
 @pytest.fixture
 def plans(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan files that a parallel.schedule can name, and blends for data.train."""
+    """Plan files that a parallel.schedule can name, blends for data.train, folders for checkpoint.init."""
     folder = tmp_path_factory.mktemp("plans")
     (folder / "none.plan").write_text("rank 0: 0F0\n")
     (folder / "two.plan").write_text(str(build("1f1b", 2, 1, 3)))
     for name, fim in (("plain", "false"), ("fim", "true")):
         (folder / f"{name}.toml").write_text(f'[[source]]\nprefix = "a"\nweight = 1\nfim = {fim}\n')
+    for name, ffn_size in (("hf", 48), ("bad", -48)):
+        facts: dict[str, Any] = {"hidden_size": 256, "intermediate_size": ffn_size, "num_hidden_layers": 4}
+        facts |= {"model_type": "llama", "num_attention_heads": 8, "vocab_size": 4096}
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(facts))
     monkeypatch.chdir(folder)
 
 
@@ -327,22 +434,25 @@ def test_each_fault_is_said_in_full(case: str) -> None:
     (fault,) = faults_of(overrides, world)
     assert fault.path == path
     assert relation in fault.relation and repair in fault.repair
-    if path in overrides:
+    if path in overrides and fault.value != "...":  # a secret is never shown
         assert str(fault.value) == str(overrides[path])
     assert str(fault) == f"{path} = {fault.value!r}: {fault.relation}. {fault.repair}"
 
 
 @pytest.mark.usefixtures("plans")
-def test_every_fault_of_the_module_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A relation added to config.py without a case above fails here."""
-    seen: set[int] = set()
+def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fault added to one of these modules without a case above fails here."""
+    modules = (config_module, relations_module, resolve_module)
+    seen: set[tuple[str, int]] = set()
 
     def note(*args: Any) -> Fault:
         frame = sys._getframe(1)
-        seen.add(frame.f_lineno)
+        seen.add((frame.f_globals["__name__"], frame.f_lineno))
         return Fault(*args)
 
-    monkeypatch.setattr(config_module, "Fault", note)
+    for module in modules:
+        if hasattr(module, "Fault"):
+            monkeypatch.setattr(module, "Fault", note)
     for overrides, world, *_ in RELATIONS.values():
         faults_of(overrides, world)
     (tmp_path / "bad.toml").write_text("[model\n")
@@ -351,12 +461,13 @@ def test_every_fault_of_the_module_has_a_case(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(ConfigError):
         load([], {}, unknown=["run.toml"])
     calls = [
-        node
-        for node in ast.walk(ast.parse(inspect.getsource(config_module)))
+        (module.__name__, node.lineno)
+        for module in modules
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Fault"
     ]
     assert len(calls) >= 20
-    assert {call.lineno for call in calls} == seen
+    assert set(calls) == seen
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 6, 8, 12, 16])
@@ -509,6 +620,13 @@ def test_world_none_takes_what_the_degrees_need() -> None:
         ("llama-3-8b", 8_030_261_248),
         ("mistral-7b", 7_248_023_552),
         ("qwen3-8b", 8_190_735_360),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("gemma-7b", 8_537_680_896),
+        ("olmo-2-7b", 7_298_617_344),
+        ("phi-3-mini", 3_821_079_552),
+        ("gpt2", 124_439_808),
+        ("pythia-6.9b", 6_857_302_016),
         ("tiny", None),
         ("micro", None),
     ],
@@ -519,13 +637,13 @@ def test_presets_have_the_published_sizes(preset: str, parameters: int | None) -
         assert getattr(cfg.model, key) == value
     if parameters is not None:
         assert num_parameters(cfg.model) == parameters
-        assert num_parameters(cfg.model.model_copy(update={"tie_embeddings": True})) == (
-            parameters - cfg.model.vocab_size * cfg.model.hidden_size
-        )
+        other = cfg.model.model_copy(update={"tie_embeddings": not cfg.model.tie_embeddings})
+        matrix = cfg.model.vocab_size * cfg.model.hidden_size
+        assert num_parameters(other) == parameters + (matrix if cfg.model.tie_embeddings else -matrix)
 
 
 def test_every_preset_is_tested_and_has_only_known_keys() -> None:
-    assert len(PRESETS) == 6
+    assert len(PRESETS) == 13
     for values in PRESETS.values():
         assert values.keys() <= ModelConfig.model_fields.keys()
 

@@ -20,8 +20,8 @@ VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "lm
 PREPARE = """
 import sys
 from engine import errors
-from engine.data import prepare, sources
-prepare.SHARD_BYTES = sources._BATCH_BYTES = sources._BLOCK_BYTES = 1 << 16
+from engine.data import encoding, prepare, sources
+encoding.SHARD_BYTES = sources._BATCH_BYTES = sources._BLOCK_BYTES = 1 << 16
 try:
     prepare.prepare([sys.argv[1]], sys.argv[2], tokenizer=prepare.Path(sys.argv[3]), note=print)
 except errors.DataError as err:

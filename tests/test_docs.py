@@ -20,6 +20,8 @@ PAGES = [
     "docs/schedules.md",
     "docs/multinode.md",
     "docs/checkpoints.md",
+    "docs/huggingface.md",
+    "docs/reliability.md",
 ]
 
 
@@ -28,7 +30,7 @@ PAGES = [
 def test_commands_of_a_page(page: str, tmp_path: Path) -> None:
     blocks = re.findall(r"^```bash test\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     assert blocks, f"{page} shows no command that is tested"
-    for name in ("docs", "examples", "README.md"):
+    for name in ("docs", "examples", "tools", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = "set -euo pipefail\n" + "\n".join(blocks)

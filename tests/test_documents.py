@@ -74,12 +74,15 @@ def result(cfg: Config, batches: Any) -> tuple[float, dict[str, Any]]:
         {"parallel_tensor": 2, "train_micro_batch_size": 2, "train_recompute": "selective"},
         {"parallel_pipeline": 2, "train_recompute": "full", "parallel_schedule": "zb-h1"},
         {"parallel_tensor": 2, "parallel_data": 2, "train_micro_batch_size": 2, "model_qk_norm": True},
+        {"model_positions": "learned"},
+        {"parallel_tensor": 2, "train_micro_batch_size": 2, "model_positions": "learned"},
+        {"parallel_pipeline": 2, "parallel_tensor": 2, "parallel_sequence": False, "model_positions": "learned"},
     ],
     ids=str,
 )
 def test_packed_documents_learn_as_if_alone(layout: dict[str, Any]) -> None:
     world = layout.get("parallel_tensor", 1) * layout.get("parallel_pipeline", 1) * layout.get("parallel_data", 1)
-    model = {"model_qk_norm": layout.get("model_qk_norm", False)}
+    model = {name: value for name, value in layout.items() if name.startswith("model")}
     count = sum(map(len, LENGTHS))
     alone, grads_alone = result(config(1, train_global_batch_size=count, **model), apart)
     loss, grads = result(config(world, **layout), packed)

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from test_cli import finish, train
 
 from engine.cli import main
-from engine.config import load
 from engine.context import ParallelContext
 from engine.data.corpora import TrainingData, open_training
 from engine.data.fim import FillInTheMiddle, Sentinels
@@ -30,6 +29,7 @@ from engine.data.loader import Loader, LossMask, number_documents
 from engine.data.special import FAMILIES, check, fill_in_the_middle, sentinels
 from engine.data.tokenizer import END_OF_TEXT, Tokenizer
 from engine.errors import ConfigError
+from engine.resolve import load
 from engine.train import setup, train_step
 
 SPECIAL = (END_OF_TEXT, *FAMILIES[0])

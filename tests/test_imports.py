@@ -19,11 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # stands for all its modules. No module may be missing: where it belongs is decided when it is written.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("", "errors", "files"),  # "" is engine/__init__.py
-    ("layout", "presets", "mixture", "pipeline", "pipeline.actions"),  # pipeline/__init__.py: a docstring
-    ("pipeline.passes", "pipeline.simulate", "pipeline.check"),
+    ("layout", "presets", "families", "mixture", "pipeline", "pipeline.actions"),  # pipeline/__init__.py: a docstring
+    ("pipeline.passes", "pipeline.simulate", "pipeline.check", "hf_config"),
     ("pipeline.schedules", "pipeline.torch_csv"),
     ("pipeline.search", "pipeline.timeline", "pipeline.draw", "pipeline.report"),
     ("config",),
+    ("relations",),
+    ("resolve",),
     ("planner", "options"),
     ("faults",),  # no torch up to here
     ("rng", "context"),
@@ -37,11 +39,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("evaluate",),
     ("monitor",),
     ("train", "generate", "preview"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
 _LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-_TORCH_FREE_LEVELS = 8
+_TORCH_FREE_LEVELS = 10
 
 # module -> packages it must not know, whatever the levels say
 STRANGERS = {"model": ("pipeline", "optim", "data", "checkpoint"), "pipeline": ("model",), "ops": ("data", "launch")}

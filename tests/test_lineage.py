@@ -109,7 +109,7 @@ def test_a_field_that_came_later_had_its_default(first: Path, tmp_path: Path) ->
     old.mkdir()
     for file in manifest.files:
         (old / file).write_bytes((first / file).read_bytes())
-    (old / "manifest.json").write_text(manifest.model_dump_json())
+    (old / "manifest.json").write_bytes(manifest.encode())
     go(tmp_path, FACTS, old)
     with pytest.raises(AssertionError, match=r"model\.qk_norm: checkpoint False, now True"):
         go(tmp_path, FACTS, old, model_qk_norm=True)

@@ -14,13 +14,14 @@ from harness import run_ranks
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from engine.context import ParallelContext, make_context
+from engine.context import Axis, ParallelContext, make_context
 from engine.layout import Layout
+from engine.ops.activation import activation
 from engine.ops.attention import causal_attention
 from engine.ops.embedding import embedding
 from engine.ops.linear import linear
 from engine.ops.loss import cross_entropy
-from engine.ops.norm import rms_norm
+from engine.ops.norm import layer_norm, rms_norm, spread_rms_norm
 from engine.ops.rope import rope, rope_table
 from engine.ops.swiglu import swiglu
 from engine.sharding import Chunk, Parameter, ShardSpec
@@ -105,6 +106,24 @@ def test_rms_norm_of_tiny_and_huge_rows(scale: float) -> None:
     agree(op, reference, (x, randn(8, seed=1)), torch.float32)
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", [(5, 1, 7), (2, 3, 4, 6)], ids=str)
+def test_other_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Scaled by 1 + weight; over a dim that is cut, here in one part; with mean and bias."""
+    x, w = randn(*shape), randn(shape[-1], seed=1)
+    scaled = lambda x, w: rms_norm_reference(x, 1 + w, 1e-5)  # noqa: E731
+    agree(lambda x, w: rms_norm(x, w, 1e-5, 1.0), scaled, (x, w), dtype)
+    alone = Axis("tensor", 1, 0, (0,), None)
+    spread = lambda x, w: spread_rms_norm(x, w, 1e-5, alone, 1)  # noqa: E731
+    agree(spread, lambda x, w: rms_norm_reference(x, w, 1e-5), (x, w), dtype)
+
+    def plain(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5) * w + b
+
+    agree(lambda x, w, b: layer_norm(x, w, b, 1e-5), plain, (x, w, randn(shape[-1], seed=2)), dtype)
+
+
 def test_rms_norm_gradcheck() -> None:
     assert gradcheck(
         lambda x, w: rms_norm(x, w, 1e-3), (like(randn(3, 2, 5), torch.float64), like(randn(5), torch.float64))
@@ -156,6 +175,22 @@ def test_rope_gradcheck() -> None:
     assert gradcheck(lambda x: rope_op(x, 20.0), (like(randn(1, 2, 4, 4), torch.float64),))
 
 
+@DTYPES
+@pytest.mark.parametrize("width", [0, 2, 4, 6])
+def test_part_of_a_head_is_rotated(width: int, dtype: torch.dtype) -> None:
+    """The first values; the rest stays as it is, to the bit. None of them: a copy, laid out for attention."""
+    x = randn(2, 3, 5, 6)
+
+    def op(x: Tensor) -> Tensor:
+        return rope(x, rope_table(5, width, 100.0, x.device, x.dtype))
+
+    def reference(x: Tensor) -> Tensor:
+        return torch.cat([rope_reference(x[..., :width], 100.0), x[..., width:]], -1) if width else x
+
+    agree(op, reference, (x,), dtype)
+    assert torch.equal(op(x)[..., width:], x[..., width:])
+
+
 def test_rope_table_keeps_float32_positions_for_bf16_models() -> None:
     table = rope_table(4096, 8, 10000.0, torch.device("cpu"), torch.bfloat16)
     exact = torch.cos(torch.arange(4096, dtype=torch.float64))
@@ -179,6 +214,28 @@ def test_swiglu(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None
 
 def test_swiglu_saturates_without_nan() -> None:
     agree(swiglu, swiglu_reference, (torch.tensor([[-200.0, 200.0, -1e4, 1e4, 1.0, 2.0, 3.0, 4.0]]),), torch.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+def test_activations(name: str, dtype: torch.dtype) -> None:
+    """Gated and plain, against the formulas."""
+
+    def formula(x: Tensor) -> Tensor:
+        if name == "silu":
+            return x / (1 + torch.exp(-x))
+        if name == "gelu":
+            return x * (1 + torch.erf(x / 2**0.5)) / 2
+        return x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+
+    def gated(fused: Tensor) -> Tensor:
+        gate, up = fused.chunk(2, -1)
+        return formula(gate) * up
+
+    x = randn(5, 2, 14) * 2
+    agree(activation(name, False), formula, (x,), dtype)
+    agree(activation(name, True), gated, (x,), dtype)
+    assert gradcheck(activation(name, True), (like(randn(3, 1, 6), torch.float64),))
 
 
 def test_swiglu_gradcheck() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, load
+from engine.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig
 from engine.context import ParallelContext, make_context
 from engine.layout import Layout
 from engine.model.transformer import StageShape, Transformer, num_parameters, stage_shapes, tensor_shapes
@@ -24,6 +24,7 @@ from engine.optim.clip import NormCounter, clip_factor, scale_
 from engine.optim.lr import learning_rate
 from engine.parallel.buckets import GradBuckets, make_buckets
 from engine.planner.cost import flops_per_token, matmul_parameters
+from engine.resolve import load
 from engine.rng import generator
 from engine.sharding import Chunk, Parameter, ShardSpec, parameters
 

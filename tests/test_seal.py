@@ -2,92 +2,208 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from cases import config, layout_of, random_batches
+from disk_double import MemoryDisk
+from harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import seal as module
-from engine.checkpoint.seal import HEAD_BYTES, Seal, hkdf, sealed_bytes
-from engine.errors import CheckpointError
+from engine.checkpoint.format import damages, find, newest, read_manifest
+from engine.checkpoint.load import Reader
+from engine.checkpoint.save import save
+from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, sealed_bytes, storage_of
+from engine.checkpoint.storage import DISK, read_file, write_file
+from engine.context import ParallelContext
+from engine.errors import CheckpointError, ConfigError, SecretError, WrongSecretError
+from engine.launch import read_secret
+from engine.train import facts_of, resume, setup, train_step
 
-SECRET = bytes(range(32))
+SECRET, OTHER = bytes(range(32)), bytes(range(1, 33))
+FILE = Path("/rank.safetensors")
+FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(module, "CHUNK_BYTES", 16)
+    yield
 
 
-def sealed(content: bytes, what: str = "step/file", secret: bytes = SECRET, cut: int = 5) -> bytes:
-    cipher = Seal(secret).new_cipher(what, len(content))
-    return b"".join(cipher.seal(content[i : i + cut] for i in range(0, len(content), cut)))
+def sealed(content: bytes, cut: int = 5) -> tuple[MemoryDisk, bytes]:
+    """A memory disk with the sealed file, written in pieces, and the raw bytes of it."""
+    disk = MemoryDisk()
+    writer = SecretStorage(Seal(SECRET), disk, encrypt=True).create(FILE, len(content))
+    for begin in range(0, len(content), cut):
+        writer.write(memoryview(content[begin : begin + cut]))
+    writer.sync()
+    writer.close()
+    return disk, read_file(disk, FILE)
 
 
-def reader(raw: bytes) -> Callable[[int, int], bytes]:
-    return lambda offset, size: raw[offset : offset + size]
-
-
-def opened(raw: bytes, begin: int, end: int, what: str = "step/file", secret: bytes = SECRET) -> bytes:
-    return Seal(secret).cipher_of(what, raw[:HEAD_BYTES]).open_range(reader(raw), begin, end)
+def opened(disk: MemoryDisk, begin: int, end: int, secret: bytes = SECRET, file: Path = FILE) -> bytes:
+    source = SecretStorage(Seal(secret), disk).open(file)
+    out = bytearray(end - begin)
+    source.read_into(begin, memoryview(out))
+    return bytes(out)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=100), st.integers(1, 60), st.data())
 def test_any_range_opens_to_the_content(content: bytes, cut: int, data: st.DataObject) -> None:
-    raw = sealed(content, cut=cut)
-    assert len(raw) == sealed_bytes(len(content))
-    begin = data.draw(st.integers(0, len(content)))
-    end = data.draw(st.integers(begin, len(content)))
-    assert opened(raw, begin, end) == content[begin:end]
-    assert len(content) < 8 or content[:8] not in raw[HEAD_BYTES:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK_BYTES", 16)
+        disk, raw = sealed(content, cut)
+        assert len(raw) == sealed_bytes(len(content))
+        begin = data.draw(st.integers(0, len(content)))
+        end = data.draw(st.integers(begin, len(content)))
+        assert opened(disk, begin, end) == content[begin:end]
+        assert len(content) < 8 or content[:8] not in raw[HEAD_BYTES:]
+        status = SecretStorage(Seal(SECRET), disk).stat(FILE)
+        assert status is not None and status.size == len(content)
 
 
-def test_every_change_of_every_byte_is_found() -> None:
-    raw = sealed(bytes(40))
+def test_every_change_of_every_byte_is_found(small_chunks: None) -> None:
+    disk, raw = sealed(bytes(40))
     for place in range(len(raw)):
-        changed = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
-        with pytest.raises(CheckpointError, match="step/file: "):
-            opened(changed, 0, 40)
+        write_file(disk, FILE, raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        if place < len(module.SEALED):  # a plain file then, whose digests are not those of the manifest
+            assert opened(disk, 0, 40) != bytes(40)
+            continue
+        with pytest.raises(CheckpointError, match=r"rank\.safetensors: "):
+            opened(disk, 0, 40)
 
 
-def test_another_secret_name_order_or_length_is_refused() -> None:
-    raw = sealed(bytes(64))
-    head, chunk = raw[:HEAD_BYTES], 32
-    for wrong in (
-        raw[:-1],
-        head + raw[HEAD_BYTES + chunk : HEAD_BYTES + 2 * chunk] + raw[HEAD_BYTES : HEAD_BYTES + chunk],
-    ):
-        with pytest.raises(CheckpointError, match="changed or damaged"):
-            opened(wrong, 0, 64)
+def test_another_secret_name_order_or_length_is_refused(small_chunks: None) -> None:
+    disk, raw = sealed(bytes(64))
     with pytest.raises(CheckpointError, match="secret is another one"):
-        opened(raw, 0, 64, secret=bytes(32))
-    with pytest.raises(CheckpointError, match="other/file"):
-        opened(raw, 0, 64, what="other/file")
-    with pytest.raises(CheckpointError, match="not a sealed file"):
-        opened(b"plain safetensors", 0, 1)
-    with pytest.raises(CheckpointError, match="bytes 0 to 65 of 64"):
-        opened(raw, 0, 65)
+        opened(disk, 0, 64, secret=OTHER)
+    write_file(disk, Path("/other"), raw)
+    with pytest.raises(CheckpointError, match="other: bytes 0 and on cannot be opened"):
+        opened(disk, 0, 64, file=Path("/other"))
+    head, chunk = raw[:HEAD_BYTES], 32
+    first, second = raw[HEAD_BYTES : HEAD_BYTES + chunk], raw[HEAD_BYTES + chunk : HEAD_BYTES + 2 * chunk]
+    write_file(disk, FILE, head + second + first + raw[HEAD_BYTES + 2 * chunk :])
+    with pytest.raises(CheckpointError, match="changed or damaged"):
+        opened(disk, 0, 64)
+    write_file(disk, FILE, raw[:-1])
+    with pytest.raises(CheckpointError, match=r"has 175 bytes, its head promises 176; it was cut"):
+        opened(disk, 0, 64)
 
 
 def test_no_two_files_are_alike_and_no_secret_is_shown() -> None:
-    assert sealed(bytes(64)) != sealed(bytes(64))
+    assert sealed(bytes(64))[1] != sealed(bytes(64))[1]
     seal = Seal(SECRET)
     assert SECRET.hex() not in repr(seal) and repr(SECRET) not in repr(seal)
-    assert "key" not in repr(seal.new_cipher("x", 1))
+    assert "key" not in repr(seal.new_cipher(FILE, 1))
     with pytest.raises(CheckpointError, match="has 31 bytes, at least 32"):
         Seal(bytes(31))
-
-
-def test_signatures() -> None:
-    seal = Seal(SECRET)
-    signature = seal.sign(b"manifest")
-    assert seal.is_signed(b"manifest", signature)
-    assert not seal.is_signed(b"manifesT", signature) and not seal.is_signed(b"manifest", signature[:-1] + "z")
-    assert not Seal(bytes(32)).is_signed(b"manifest", signature)
 
 
 def test_hkdf_is_that_of_rfc_5869() -> None:
     key = hkdf(b"\x0b" * 22, bytes(range(13)), bytes(range(0xF0, 0xFA)))
     assert key.hex() == "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf"
+
+
+def test_a_secret_comes_from_a_private_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(SECRET)
+    file.chmod(0o600)
+    assert read_secret(f"file:{file}") == SECRET
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"others than its owner may read it.*chmod 600"):
+        read_secret(f"file:{file}")
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_secret(f"file:{tmp_path}/none")
+    monkeypatch.setenv("MY_SECRET", "x" * 40)
+    assert read_secret("env:MY_SECRET") == b"x" * 40
+    with pytest.raises(ConfigError, match="is not set"):
+        read_secret("env:NO_SUCH_SECRET")
+    with pytest.raises(ConfigError, match=r"is neither file:PATH nor env:NAME") as error:
+        read_secret("hunter2-is-my-secret-itself")
+    assert "hunter2" not in str(error.value)
+    assert storage_of("") is DISK
+
+
+def save_in(root: Path, storage: Any, steps: int = 1) -> None:
+    """One to `steps` steps on two ranks, each saved."""
+    cfg = config(2, parallel_tensor=2)
+
+    def job(ctx: ParallelContext) -> None:
+        state = setup(cfg, ctx)
+        for step in range(steps):
+            train_step(state, random_batches(cfg, ctx, step))
+            save(root, state.optimizer.states(owned=True), ctx, step=step + 1, facts=facts_of(state, FACTS),
+                 storage=storage)  # fmt: skip
+
+    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+
+
+def resumed(folder: Path, storage: Any) -> int:
+    cfg = config(1)
+
+    def job(ctx: ParallelContext) -> int:
+        state = setup(cfg, ctx)
+        resume(state, folder, FACTS, storage)
+        return state.step
+
+    return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0]
+
+
+@pytest.mark.parametrize("encrypt", [False, True], ids=["signed", "encrypted"])
+def test_a_checkpoint_needs_its_secret_and_shows_every_change(tmp_path: Path, encrypt: bool) -> None:
+    storage = SecretStorage(Seal(SECRET), encrypt=encrypt)
+    save_in(tmp_path, storage, steps=2)
+    folder = find(tmp_path, storage)
+    assert folder.name == "step_00000002" and resumed(folder, storage) == 2
+    assert list(damages(folder, read_manifest(folder, storage), storage)) == []
+    text = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert (b"embed.weight" in text) is not encrypt and SECRET not in text and SECRET.hex().encode() not in text
+
+    with pytest.raises(SecretError, match=f"is {'encrypted' if encrypt else 'signed'}: give its secret"):
+        find(tmp_path)
+    with pytest.raises(WrongSecretError, match=r"secret is another one|not of this secret"), pytest.warns(UserWarning):
+        newest(tmp_path, SecretStorage(Seal(OTHER)))  # never None: a run would begin anew beside its checkpoints
+
+    file = folder / "rank00001.safetensors"
+    whole = file.read_bytes()
+    for place in (9, 50, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert any("rank00001" in text for text in damages(folder, read_manifest(folder, storage), storage))
+    shutil.copy(tmp_path / "step_00000001/rank00001.safetensors", file)  # a true file of another step
+    found = list(damages(folder, read_manifest(folder, storage), storage))
+    assert found and all("rank00001" in text and "digest" in text for text in found)
+    manifest = folder / "manifest.json"
+    manifest.write_bytes((tmp_path / "step_00000001/manifest.json").read_bytes())
+    with pytest.raises(CheckpointError, match="is of step 1, but its folder is named step_00000002"):
+        read_manifest(folder, storage)
+
+
+def test_an_edited_signed_manifest_is_refused(tmp_path: Path) -> None:
+    storage = SecretStorage(Seal(SECRET))
+    save_in(tmp_path, storage)
+    manifest = tmp_path / "step_00000001/manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"consumed_samples": 4', b'"consumed_samples": 8'))
+    with pytest.raises(WrongSecretError, match="its signature is not of this secret"):
+        read_manifest(manifest.parent, storage)
+
+
+def test_a_plain_checkpoint_is_refused_where_a_secret_is_given(tmp_path: Path) -> None:
+    save_in(tmp_path, DISK)
+    with pytest.raises(SecretError, match="is not signed, so anybody may have written it"):
+        newest(tmp_path, SecretStorage(Seal(SECRET)))
+
+
+def test_both_kinds_are_read_whichever_is_written_now(tmp_path: Path) -> None:
+    save_in(tmp_path, SecretStorage(Seal(SECRET)))
+    with Reader(tmp_path / "step_00000001", SecretStorage(Seal(SECRET), encrypt=True)) as reader:
+        signed = reader.whole("model", "norm.weight")
+    save_in(tmp_path / "b", SecretStorage(Seal(SECRET), encrypt=True))
+    with Reader(tmp_path / "b/step_00000001", SecretStorage(Seal(SECRET))) as reader:
+        assert reader.whole("model", "norm.weight").equal(signed)

@@ -9,30 +9,33 @@ Tensors are *canonical* (unfused, global; see engine.sharding) and of three kind
 so any layout reads any layout's checkpoint. A folder is complete when its manifest is there: it is written under a
 temporary name, synced and renamed as a whole. "Latest" is the highest complete step; there is no pointer to go stale.
 No pickle anywhere.
+
+Nothing in the folder is without a digest: the manifest begins with that of its own remaining bytes, and holds those of
+every file's header and of every rectangle's blocks (engine.checkpoint.tensorfile). Schema 1 had one for each whole file
+and none for the manifest; it is still read.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
-from itertools import chain
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
-from engine.errors import CheckpointError
-from engine.files import sync_file
+from engine.checkpoint.seal import SEALED, SIGNED
+from engine.checkpoint.storage import DISK, Storage, read_file
+from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block
+from engine.errors import CheckpointError, SecretError, WrongSecretError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 MODEL = "model"
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _STEP_DIR = re.compile(r"step_(\d{8,})")
@@ -43,12 +46,13 @@ class _Entry(BaseModel):
 
 
 class Slice(_Entry):
-    """A rectangle of a tensor: which file and key hold it, and where it belongs."""
+    """A rectangle of a tensor: which file and key hold it, where it belongs, and the digests of its blocks of rows."""
 
     file: str
     key: str
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+    digests: tuple[str, ...] = ()
 
 
 class TensorEntry(_Entry):
@@ -60,10 +64,11 @@ class TensorEntry(_Entry):
 
 
 class FileEntry(_Entry):
-    """Size in bytes and XXH3-128 digest of one file."""
+    """Size of one file in bytes and XXH3-128 of its header. xxh3_128: of the whole file, in schema 1 only."""
 
     size: int
-    xxh3_128: str
+    header: str = ""
+    xxh3_128: str = ""
 
 
 class Ancestor(_Entry):
@@ -83,6 +88,7 @@ class Manifest(_Entry):
 
     optimizer: "steps", updates done (fewer than `step` where fp16 left some out), and the state of the loss scale.
     lineage: the checkpoints that the run went on from, oldest first.
+    block_bytes: see `tensorfile.rows_per_block`.
     """
 
     schema_version: int = SCHEMA
@@ -95,8 +101,58 @@ class Manifest(_Entry):
     layout: dict[str, int]
     versions: dict[str, str]
     lineage: tuple[Ancestor, ...] = ()
+    block_bytes: int = 0
     tensors: dict[str, dict[str, TensorEntry]]
     files: dict[str, FileEntry]
+
+    def encode(self, storage: Storage = DISK) -> bytes:
+        """The bytes of the manifest file."""
+        return with_digest(self.model_dump_json(indent=1).encode(), storage)
+
+
+_FIRST_ENTRY = re.compile(rb'\{"(xxh3_128|hmac_sha256)": "([0-9a-f]*)')
+
+
+def with_digest(body: bytes, storage: Storage = DISK) -> bytes:
+    """A JSON object's bytes with their digest put in front, as its first entry: the bytes of a manifest file."""
+    assert body.startswith(b"{")
+    rest = b'",' + body[1:]
+    return b'{"%s": "%s' % (storage.digest_name.encode(), storage.digest(rest).encode()) + rest
+
+
+def without_digest(data: bytes, path: Path, storage: Storage = DISK) -> Any:
+    """The parsed JSON of a manifest file whose digest is right. CheckpointError or ValueError for anything else.
+
+    Raises SecretError where the checkpoint is signed or encrypted and `storage` has no secret, or the other way round.
+    """
+    first = _FIRST_ENTRY.match(data)
+    kind = first[1].decode() if first else ""
+    if data.startswith(SEALED) or (kind == SIGNED and storage.digest_name != SIGNED):
+        what = "encrypted" if data.startswith(SEALED) else "signed"
+        raise SecretError(f"{path}: is {what}: give its secret (--checkpoint.secret in training, --secret elsewhere)")
+    if first and kind == storage.digest_name:
+        wanted, rest = first[2].decode(), data[first.end() :]
+        if not hmac.compare_digest(found := storage.digest(rest), wanted):
+            if kind == SIGNED:
+                raise WrongSecretError(f"{path}: its signature is not of this secret: another one, or it was changed")
+            raise CheckpointError(
+                f"{path}: damaged manifest, or edited: its digest is {found}, it says {wanted}; take another checkpoint"
+            )
+    raw = json.loads(data)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and not 1 <= version <= SCHEMA:
+        raise CheckpointError(
+            f"{path}: schema version {version}, this engine reads 1 to {SCHEMA}: use the engine version that wrote it"
+        )
+    if storage.digest_name == SIGNED and kind != SIGNED:
+        raise SecretError(
+            f"{path}: is not signed, so anybody may have written it. If you trust it, leave the secret out, or start "
+            "from its weights by --checkpoint.init"
+        )
+    if not first and (version != 1 or "xxh3_128" in raw):
+        raise ValueError("it does not begin with its digest")
+    raw.pop(kind, None)
+    return raw
 
 
 def step_dir(root: Path, step: int) -> Path:
@@ -104,101 +160,205 @@ def step_dir(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Parse and check a manifest: schema, plain names, every file there with its size (digests: `verify_files`)."""
+def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
+    """Parse and check a manifest: digest, schema, plain names, the folder's step, every file there with its size."""
     path = folder / MANIFEST
     try:
-        raw = json.loads(path.read_bytes())
-        if isinstance(raw, dict) and raw.get("schema_version") != SCHEMA:
-            raise CheckpointError(
-                f"{path}: schema version {raw.get('schema_version')}, this engine reads {SCHEMA}: "
-                "use the engine version that wrote it"
-            )
+        raw = without_digest(read_file(storage, path), path, storage)
         manifest = Manifest.model_validate(raw)
+        _check_entries(manifest)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so this is not a complete checkpoint") from None
-    except (OSError, ValueError, ValidationError) as error:
+    except (OSError, ValueError, RecursionError, ValidationError) as error:
         raise CheckpointError(f"{path}: damaged manifest ({error}); take another checkpoint") from None
+    named = _STEP_DIR.fullmatch(folder.name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(
+            f"{path}: is of step {manifest.step}, but its folder is named {folder.name}; give the folder back its name"
+        )
     for name, entry in manifest.files.items():
-        if not _FILE_NAME.fullmatch(name):
+        if not _FILE_NAME.fullmatch(name) or name in (".", ".."):
             raise CheckpointError(f"{path}: {name!r} is not a plain file name; the manifest was tampered with")
-        file = folder / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry.size:
-            found = "missing" if size is None else f"{size} bytes long"
-            raise CheckpointError(f"{file}: {found}, the manifest says {entry.size} bytes; take another checkpoint")
+        status = storage.stat(folder / name)
+        if status is None or status.kind != "file" or status.size != entry.size:
+            found = "missing" if status is None else f"{status.size} bytes long"
+            found = found if status is None or status.kind == "file" else "not a regular file"
+            raise CheckpointError(
+                f"{folder / name}: {found}, the manifest says {entry.size} bytes; take another checkpoint"
+            )
     return manifest
 
 
-def file_digest(file: Path) -> str:
-    """XXH3-128 of a file's bytes, hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as f:
-        while block := f.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _check_entries(manifest: Manifest) -> None:
+    """ValueError where the parts of a manifest do not belong together, whatever its digest says."""
+    for kind, entries in manifest.tensors.items():
+        for name, entry in entries.items():
+            if entry.dtype not in DTYPES:
+                raise ValueError(f"{kind} {name}: dtype {entry.dtype!r} is none of {', '.join(DTYPES)}")
+            for part in entry.slices:
+                inside = len(part.offset) == len(part.shape) == len(entry.shape) and all(
+                    o >= 0 and n > 0 and o + n <= size for o, n, size in zip(part.offset, part.shape, entry.shape)
+                )
+                if not inside:
+                    raise ValueError(f"{kind} {name}: {part.offset}+{part.shape} is no part of {entry.shape}")
+                if manifest.schema_version > 1:
+                    rows = rows_per_block(part.shape, DTYPES[entry.dtype].itemsize, manifest.block_bytes)
+                    blocks = -(-part.shape[0] // rows)
+                    if len(part.digests) != blocks:
+                        raise ValueError(f"{kind} {name}: {len(part.digests)} digests for {blocks} blocks")
 
 
-def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:
-    """Compare the digests of every `parts`-th file, from number `part` on, with the manifest."""
-    for name in sorted(manifest.files)[part::parts]:
-        found, wanted = file_digest(folder / name), manifest.files[name].xxh3_128
-        if found != wanted:
-            raise CheckpointError(
-                f"{folder / name}: damaged: digest {found}, the manifest says {wanted}; take another checkpoint"
-            )
+def strangers(folder: Path, manifest: Manifest, storage: Storage = DISK) -> list[str]:
+    """Names in the folder that do not belong to the checkpoint; hidden ones, of file systems and tools, may."""
+    return [n for n in storage.list(folder) if n not in manifest.files and n != MANIFEST and not n.startswith(".")]
 
 
-def complete_steps(root: Path) -> list[int]:
-    """Steps of all complete checkpoints under `root`, ascending. Temporary and damaged folders do not count."""
-    steps = []
-    for folder in root.glob("step_*"):
-        match = _STEP_DIR.fullmatch(folder.name)
-        if match is None:
-            continue
+def whole_file_digest(file: Path, storage: Storage = DISK) -> str:
+    """XXH3-128 of all bytes of a file, hexadecimal: what schema 1 recorded."""
+    found = xxhash.xxh3_128()
+    source = storage.open(file)
+    try:
+        for begin in range(0, source.size, 8 << 20):
+            block = memoryview(bytearray(min(8 << 20, source.size - begin)))
+            source.read_into(begin, block)
+            found.update(block)
+    finally:
+        source.close()
+    return found.hexdigest()
+
+
+def damages(folder: Path, manifest: Manifest, storage: Storage = DISK, *, fresh: bool = False) -> Iterator[str]:
+    """Read everything and say what is not as the manifest says: each damaged file, and the tensors in it."""
+    yield from (f"{folder / name}: does not belong to this checkpoint" for name in strangers(folder, manifest, storage))
+    for name in sorted(manifest.files):
+        yield from file_damages(folder / name, manifest, storage, fresh=fresh)
+
+
+def prove_all(folder: Path, manifest: Manifest, storage: Storage = DISK) -> None:
+    """Read everything. Raises CheckpointError with all `damages`."""
+    if found := list(damages(folder, manifest, storage)):
+        raise CheckpointError(f"{folder}: {len(found)} faults:\n" + "\n".join(f"  - {fault}" for fault in found))
+
+
+def file_damages(file: Path, manifest: Manifest, storage: Storage = DISK, *, fresh: bool = False) -> Iterator[str]:
+    """What is damaged in one file of a checkpoint. fresh: read it from the device where possible."""
+    entry = manifest.files[file.name]
+    if manifest.schema_version == 1:
+        found = whole_file_digest(file, storage)
+        if found != entry.xxh3_128:
+            yield f"{file}: damaged: digest {found}, the manifest says {entry.xxh3_128}"
+        return
+    try:
+        opened = TensorFile(file, storage, header=entry.header, fresh=fresh)
+    except (OSError, CheckpointError) as error:
+        yield str(error)
+        return
+    try:
+        for kind, entries in manifest.tensors.items():
+            for name, tensor in entries.items():
+                for part in tensor.slices:
+                    if part.file == file.name:
+                        yield from _slice_damages(opened, kind, name, tensor.dtype, part, manifest.block_bytes)
+    finally:
+        opened.close()
+
+
+def _slice_damages(
+    opened: TensorFile, kind: str, name: str, dtype: str, part: Slice, block_bytes: int
+) -> Iterator[str]:
+    if opened.entries.get(part.key, ())[:2] != (dtype, part.shape):
+        yield f"{opened.file}: holds no {dtype} tensor {part.key} of shape {list(part.shape)}, as the manifest says"
+        return
+    for block in range(len(part.digests)):
         try:
-            read_manifest(folder)
-        except CheckpointError:
-            continue
-        steps.append(int(match[1]))
-    return sorted(steps)
+            prove(opened, part, block, dtype, block_bytes)
+        except CheckpointError as error:
+            yield f"{error} (tensor {kind} {name})"
 
 
-def find(path: Path) -> Path:
+def block_rows(part: Slice, block: int, dtype: str, block_bytes: int) -> tuple[int, int, int]:
+    """(first row, row after the last, bytes) of a block of a rectangle."""
+    itemsize = DTYPES[dtype].itemsize
+    rows = rows_per_block(part.shape, itemsize, block_bytes)
+    first, last = block * rows, min((block + 1) * rows, part.shape[0])
+    size = itemsize * (last - first)
+    for n in part.shape[1:]:
+        size *= n
+    return first, last, size
+
+
+def prove(
+    opened: TensorFile, part: Slice, block: int, dtype: str, block_bytes: int, into: memoryview | None = None
+) -> memoryview:
+    """Read one block of a rectangle (into `into`) and compare it with its digest. CheckpointError when it differs."""
+    first, last, size = block_rows(part, block, dtype, block_bytes)
+    into = memoryview(bytearray(size)) if into is None else into
+    try:
+        opened.read_rows(part.key, first, last, into)
+    except OSError as error:
+        raise CheckpointError(
+            f"{opened.file}: {part.key}: {error.strerror or error}; take another checkpoint"
+        ) from None
+    if part.digests and (found := opened.digest(into)) != part.digests[block]:
+        raise CheckpointError(
+            f"{opened.file}: damaged: digest {found} of {part.key} rows {first}..{last - 1}, "
+            f"the manifest says {part.digests[block]}; take another checkpoint"
+        )
+    return into
+
+
+def steps_descending(root: Path, storage: Storage = DISK) -> list[int]:
+    """Steps of all checkpoint folders under `root`, complete or not, newest first."""
+    if storage.stat(root) is None:
+        return []
+    found = [(name, _STEP_DIR.fullmatch(name)) for name in storage.list(root)]
+    steps = [int(match[1]) for name, match in found if match and name == step_dir(root, int(match[1])).name]
+    return sorted(steps, reverse=True)
+
+
+def complete_steps(root: Path, storage: Storage = DISK) -> list[int]:
+    """Steps of all complete checkpoints under `root`, ascending. Temporary and damaged folders do not count."""
+    return [step for step in reversed(steps_descending(root, storage)) if _complete(root, step, storage)]
+
+
+def newest(root: Path, storage: Storage = DISK) -> int | None:
+    """The highest complete step under `root`; warns of damaged ones that would be newer.
+
+    Raises SecretError where a newer one cannot be read without its secret, or none can with this one: a run must not
+    begin anew beside checkpoints that it cannot open.
+    """
+    refused: WrongSecretError | None = None
+    for step in steps_descending(root, storage):
+        try:
+            read_manifest(step_dir(root, step), storage)
+            return step
+        except WrongSecretError as error:
+            refused = refused or error
+            why = str(error)
+        except SecretError:
+            raise
+        except CheckpointError as error:
+            why = str(error)
+        warnings.warn(f"left out: {why}", stacklevel=2)
+    if refused is not None:
+        raise refused
+    return None
+
+
+def _complete(root: Path, step: int, storage: Storage) -> bool:
+    try:
+        read_manifest(step_dir(root, step), storage)
+    except CheckpointError:
+        return False
+    return True
+
+
+def find(path: Path, storage: Storage = DISK) -> Path:
     """The checkpoint folder meant by a path: itself, or the newest one of a run or checkpoints folder."""
     if (path / MANIFEST).exists() or _STEP_DIR.fullmatch(path.name):
-        read_manifest(path)
+        read_manifest(path, storage)
         return path
     for root in (path / "checkpoints", path):
-        if steps := complete_steps(root):
-            return step_dir(root, steps[-1])
+        if (step := newest(root, storage)) is not None:
+            return step_dir(root, step)
     raise CheckpointError(f"{path}: no complete checkpoint here; give a run folder or a step_... folder")
-
-
-def tensor_bytes(x: Tensor) -> memoryview:
-    """The raw little-endian bytes of a tensor, without a copy where it is contiguous and on the CPU."""
-    flat = x.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> FileEntry:
-    """Write a safetensors file tensor by tensor (no second copy of the whole), sync it, and return size and digest.
-
-    The library's own writer takes the whole file as one bytes object; this streams and digests in the same pass.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, x in tensors.items():
-        begin, end = end, end + x.numel() * x.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = xxhash.xxh3_128(), 0
-    with file.open("wb") as f:
-        head: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
-        for block in chain(head, map(tensor_bytes, tensors.values())):
-            f.write(block)
-            digest.update(block)
-            size += len(block)
-        sync_file(f)
-    return FileEntry(size=size, xxh3_128=digest.hexdigest())

@@ -1,149 +1,261 @@
-"""Hugging Face folders: canonical names <-> theirs, config.json, and export of a checkpoint, tensor by tensor.
+"""A Hugging Face folder as a source of canonical tensors, and back: exact rearrangements, by the tables of `families`.
 
-Canonical tensors are unfused and global already, so conversion is renaming. Memory: one shard of the output.
+Every canonical tensor is a set of rectangles of theirs: all of one, rows of a fused one, each head's rows of one that
+is fused by heads, or any of these of a transposed matrix. So a rank reads what it holds from a folder of any family, as
+it does from our own checkpoints, and no tensor is ever whole in memory that need not be. Nothing of the folder is run:
+safetensors only, file names from the index are plain names, no pickle.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.format import MODEL, write_safetensors
-from engine.checkpoint.load import Reader
+from engine.checkpoint.format import MODEL
+from engine.checkpoint.load import Source
+from engine.checkpoint.tensorfile import DTYPES
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
-from engine.files import write_synced
+from engine.families import Family
+from engine.hf_config import Described, read_config, read_json
+from engine.model.transformer import tensor_shapes
+from engine.resolve import model_config
 
-# canonical -> Hugging Face; {} is the layer number
-LLAMA_NAMES = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.attention.q.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.k.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.v.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
-    "layers.{}.attention.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
-    "layers.{}.attention.out.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.{}.mlp.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.mlp.up.weight": "model.layers.{}.mlp.up_proj.weight",
-    "layers.{}.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
-}
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
-_MAX_SHARD_BYTES = 4 << 30
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
 
 
-def hf_name(canonical: str) -> str:
-    """The Hugging Face name of a canonical tensor."""
-    number = re.search(r"\.(\d+)\.", canonical)
-    if number is None:
-        return LLAMA_NAMES[canonical]
-    return LLAMA_NAMES[canonical.replace(number[0], ".{}.", 1)].format(number[1])
+@dataclass(frozen=True)
+class Place:
+    """A rectangle of a canonical tensor, and where it is: in tensor `key` of `file` from row `start` on, all columns.
 
-
-def family(cfg: ModelConfig) -> tuple[str, str]:
-    """(architecture, model_type) that computes exactly this model."""
-    if cfg.qk_norm:
-        return "Qwen3ForCausalLM", "qwen3"
-    if cfg.preset.startswith("mistral"):
-        return "MistralForCausalLM", "mistral"
-    return "LlamaForCausalLM", "llama"
-
-
-def hf_config(cfg: ModelConfig, dtype: torch.dtype, eod: int | None) -> dict[str, Any]:
-    """config.json of the model; `eod` is the id of the end-of-document token."""
-    architecture, model_type = family(cfg)
-    facts: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.hidden_size,
-        "intermediate_size": cfg.ffn_size,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": cfg.max_seq_len,
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": cfg.init_std,
-        "bos_token_id": eod,
-        "eos_token_id": eod,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-    }
-    if model_type == "llama":
-        facts["mlp_bias"] = False
-    if model_type != "llama":
-        facts["sliding_window"] = None
-    return facts
-
-
-def export(folder: Path, out: Path, *, dtype: torch.dtype, tokenizer: Path | None, eod: int | None) -> int:
-    """Write a checkpoint as a Hugging Face folder; returns the bytes of the weights.
-
-    Writes model-*.safetensors with model.safetensors.index.json, config.json, generation_config.json, and copies the
-    tokenizer's files. Refuses a folder that holds a config.json already.
+    transposed: the tensor holds it as [columns, rows].
     """
-    if (out / "config.json").exists():
-        raise CheckpointError(f"{out}: holds a model already; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with Reader(folder) as reader:
-        cfg = ModelConfig.model_validate(reader.manifest.config["model"])
-        shards = list(_shards(reader, dtype))
-        weight_map: dict[str, str] = {}
-        total = 0
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors: dict[str, Tensor] = {hf_name(n): reader.whole(MODEL, n).to(dtype) for n in names}
-            write_safetensors(out / file, tensors, {"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file)
-            total += sum(x.numel() * x.element_size() for x in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    generation = {"bos_token_id": eod, "eos_token_id": eod, "do_sample": True}
-    for name in _TOKENIZER_FILES:
-        if tokenizer is not None and (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, out / name)
-    for name, facts in (
-        ("model.safetensors.index.json", index),
-        ("generation_config.json", generation),
-        ("config.json", hf_config(cfg, dtype, eod)),
-    ):
-        write_synced(out / name, json.dumps(facts, indent=2).encode() + b"\n")
-    return total
+
+    file: str
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    transposed: bool
+
+    def within(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """A rectangle of this one, counted from its corner -> where it is in the tensor."""
+        rows = slice(index[0].start + self.start, index[0].stop + self.start)
+        return (index[1], rows) if self.transposed else (rows, *index[1:])
 
 
-def _shards(reader: Reader, dtype: torch.dtype) -> Iterator[list[str]]:
-    """Canonical names cut in runs of at most _MAX_SHARD_BYTES."""
-    run: list[str] = []
-    size = 0
-    for name, shape in reader.names(MODEL).items():
-        each = math.prod(shape) * dtype.itemsize
-        if run and size + each > _MAX_SHARD_BYTES:
-            yield run
-            run, size = [], 0
-        run.append(name)
-        size += each
-    yield run
+@dataclass(frozen=True)
+class Located:
+    """A canonical tensor of a folder."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    slices: Sequence[Place]
+
+
+def hf_name(canonical: str, family: Family) -> str:
+    """Their name of the tensor that a canonical one lies in."""
+    stem, suffix = canonical.rsplit(".", 1)
+    number = re.search(r"\.(\d+)\.", stem)
+    if number is None:
+        return f"{family.names[stem]}.{suffix}"
+    return f"{family.names[stem.replace(number[0], '.{}.', 1)].format(number[1])}.{suffix}"
+
+
+def places(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[Place]], dict[str, tuple[int, ...]]]:
+    """Canonical name -> its places, files left empty; their name -> the shape it must have."""
+    shapes = tensor_shapes(cfg)
+    inside: dict[str, list[str]] = {}
+    for name in shapes:
+        inside.setdefault(hf_name(name, family), []).append(name)
+    found: dict[str, list[Place]] = {}
+    theirs: dict[str, tuple[int, ...]] = {}
+    for key, names in inside.items():
+        stem = key.rsplit(".", 1)[0]
+        groups = cfg.num_heads if stem.endswith(family.by_head) and family.by_head else 1
+        transposed = bool(family.transposed) and stem.endswith(family.transposed) and len(shapes[names[0]]) == 2
+        rows = sum(shapes[name][0] for name in names)
+        rest = shapes[names[0]][1:]
+        theirs[key] = (*rest, rows) if transposed else (rows, *rest)
+        before = 0
+        for name in names:
+            each = shapes[name][0] // groups
+            found[name] = [
+                Place(
+                    "",
+                    key,
+                    (group * each, *(0 for _ in rest)),
+                    (each, *rest),
+                    group * (rows // groups) + before,
+                    transposed,
+                )
+                for group in range(groups)
+            ]
+            before += each
+    return found, theirs
+
+
+class HfReader(Source[Located]):
+    """The source that a Hugging Face folder is. Raises ConfigError or CheckpointError for all that it cannot be.
+
+    max_seq_len: of the model that is made of it, where that is less than the folder's.
+    """
+
+    def __init__(self, folder: Path, max_seq_len: int | None = None):
+        super().__init__(folder, {})
+        self._stack, self._open, self._lock = ExitStack(), dict[str, Any](), threading.Lock()
+        self.described: Described = read_config(folder / CONFIG, max_seq_len)
+        self.cfg: ModelConfig = model_config(folder, self.described.facts)
+        self.spare_head = f"{self.described.family.names['head']}.weight"  # some folders of tied models hold it too
+        try:
+            files = self._files()
+            self.headers = {key: self._header(file, key) for key, file in files.items()}
+            self.entries = {MODEL: self._locate(files)}
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _file(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = self._stack.enter_context(safe_open(self.folder / name, framework="pt"))
+            return self._open[name]
+
+    def _files(self) -> dict[str, str]:
+        """Their tensor name -> file."""
+        listed: dict[str, Any] = {}
+        names = [SINGLE]
+        if (self.folder / INDEX).exists():
+            listed = read_json(self.folder / INDEX).get("weight_map") or {}
+            if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
+                raise CheckpointError(f"{self.folder / INDEX}: has no weight_map of names and files; damaged")
+            names = sorted(set(listed.values()))
+        elif not (self.folder / SINGLE).exists():
+            raise CheckpointError(self._no_weights())
+        found: dict[str, str] = {}
+        for name in names:
+            if not _PLAIN.fullmatch(name):
+                raise CheckpointError(f"{self.folder / INDEX}: {name!r} is not the plain name of a safetensors file")
+            try:
+                found |= dict.fromkeys(self._file(name).keys(), name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.folder / name}: {error}; get the file again") from None
+        for key, file in listed.items():
+            if found.get(key) != file:
+                text = f"{key} is not in {file}, where the index says it is"
+                raise CheckpointError(f"{self.folder / INDEX}: {text}; get the files again")
+        return found
+
+    def _no_weights(self) -> str:
+        pickled = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if not pickled:
+            return f"{self.folder}: neither {SINGLE} nor {INDEX} is here"
+        return (
+            f"{self.folder}: the weights are in {pickled[0]}, a pickle, which can run code when it is read; the engine "
+            "reads safetensors only. Get the model's safetensors files, or in a sandbox: AutoModelForCausalLM"
+            ".from_pretrained(DIR).save_pretrained(NEW) of transformers writes them"
+        )
+
+    def _header(self, file: str, key: str) -> tuple[tuple[int, ...], str]:
+        view = self._file(file).get_slice(key)
+        return tuple(view.get_shape()), str(view.get_dtype())
+
+    def _locate(self, files: Mapping[str, str]) -> dict[str, Located]:
+        """Check names, shapes and dtypes of all tensors and say where the canonical ones are."""
+        family = self.described.family
+        found, theirs = places(self.cfg, family)
+        headless = not any(key.startswith(family.prefix) for key in files)  # saved without its head: no prefix
+        actual = {key: key.removeprefix(family.prefix) if headless else key for key in theirs}
+        if missing := [key for key in actual.values() if key not in files]:
+            raise CheckpointError(f"{self.folder}: lacks {len(missing)} tensors of the model: {_some(missing)}")
+        known = {*actual.values(), *([self.spare_head] if self.cfg.tie_embeddings else [])}
+        extra = [key for key in files if key not in known and not key.endswith(family.buffers)]
+        if extra:
+            raise CheckpointError(
+                f"{self.folder}: holds {len(extra)} tensors that {family.architecture} with this {CONFIG} does not "
+                f"have: {_some(extra)}; the engine refuses to leave them out"
+            )
+        for key, shape in theirs.items():
+            have, dtype = self.headers[actual[key]]
+            if have != shape:
+                text = f"{actual[key]} has shape {list(have)}, {CONFIG} says {list(shape)}"
+                raise CheckpointError(f"{self.folder / files[actual[key]]}: {text}")
+            if dtype not in DTYPES:
+                text = f"{actual[key]} is {dtype}; the engine reads {', '.join(DTYPES)}, no quantised weights"
+                raise CheckpointError(f"{self.folder / files[actual[key]]}: {text}")
+        located: dict[str, Located] = {}
+        for name, shape in tensor_shapes(self.cfg).items():
+            key = actual[found[name][0].key]
+            slices = [Place(files[key], key, p.offset, p.shape, p.start, p.transposed) for p in found[name]]
+            located[name] = Located(shape, self.headers[key][1], slices)
+        return located
+
+    def _works(self, name: str, entry: Located, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+        for part, low, high in self._meeting(name, entry.slices, offset, tuple(out.shape)):
+            within = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, part.offset))
+            target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))]
+            yield partial(self._fill, target, part, within)
+
+    def _fill(self, target: Tensor, part: Place, within: tuple[slice, ...]) -> None:
+        try:
+            block: Tensor = self._file(part.file).get_slice(part.key)[part.within(within)]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / part.file}: {part.key}: {error}; get the file again") from None
+        target.copy_(block.t() if part.transposed else block)
+
+    def check_spare_head(self, rows: int = 4096) -> None:
+        """A folder of a tied model may hold the head too: then it must be the embedding. Raises CheckpointError."""
+        files = self._files()
+        if not self.cfg.tie_embeddings or self.spare_head not in files:
+            return
+        shape = self.names(MODEL)["embed.weight"]
+        head = self._file(files[self.spare_head]).get_slice(self.spare_head)
+        same = tuple(head.get_shape()) == shape
+        for begin in range(0, shape[0] if same else 0, rows):
+            count = min(rows, shape[0] - begin)
+            embedding = self.read(MODEL, "embed.weight", (begin, 0), (count, shape[1]))
+            same = same and torch.equal(embedding, head[begin : begin + count])
+        if not same:
+            raise CheckpointError(
+                f"{self.folder}: tie_word_embeddings is true, but {self.spare_head} is not the embedding matrix; "
+                "if the model has a head of its own, config.json must say tie_word_embeddings false"
+            )
+
+
+def assembled(parts: Mapping[str, Tensor], found: Mapping[str, list[Place]], shape: tuple[int, ...]) -> Tensor:
+    """Their tensor of this shape from all the canonical ones that lie in it."""
+    out = torch.empty(shape, dtype=next(iter(parts.values())).dtype)
+    for name, values in parts.items():
+        for place in found[name]:
+            rows = slice(place.offset[0], place.offset[0] + place.shape[0])
+            target = place.within(tuple(slice(0, length) for length in place.shape))
+            out[target] = values[rows].t() if place.transposed else values[rows]
+    return out
+
+
+def contents(found: Mapping[str, list[Place]]) -> dict[str, list[str]]:
+    """Their name -> the canonical tensors that lie in it, in order."""
+    inside: dict[str, list[str]] = {}
+    for name, parts in found.items():
+        inside.setdefault(parts[0].key, []).append(name)
+    return inside
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

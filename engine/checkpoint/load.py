@@ -1,119 +1,292 @@
-"""Loading: any layout from any layout. A rank reads the rectangles it holds, whatever rectangles were written."""
+"""Loading: any layout from any layout. A rank reads the rectangles it holds, whatever rectangles were written.
+
+What is read proves itself: bytes come in blocks of whole rows, each compared with its digest before it is used, so that
+nothing is read twice and nothing unread is paid for. A block that is wanted whole goes straight into the tensor.
+Memory beyond the tensors to fill: one block a thread.
+
+A `Source` is whatever holds canonical tensors: one of our checkpoints (`Reader`), a Hugging Face folder (hf.HfReader).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import ExitStack
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.format import DTYPES, Manifest, read_manifest, verify_files
+from engine.checkpoint.format import (
+    Manifest,
+    Slice,
+    TensorEntry,
+    block_rows,
+    file_damages,
+    prove,
+    read_manifest,
+    strangers,
+)
+from engine.checkpoint.storage import DISK, Storage
+from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block, tensor_bytes
 from engine.comm import raise_together
 from engine.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
 from engine.optim.adamw import Held
 from engine.sharding import Piece
 
+_THREADS = 2  # one reads a file while the other digests what it has read
 
-class Reader:
-    """Reads rectangles of canonical tensors from one checkpoint folder. A context manager; files open on first use."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
+class Entry(Protocol):
+    """A canonical tensor: global shape, dtype name of safetensors."""
 
-    def __enter__(self) -> Reader:
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class Rectangle(Protocol):
+    """A part of a tensor: where it begins, and its shape."""
+
+    @property
+    def offset(self) -> tuple[int, ...]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+E = TypeVar("E", bound=Entry)
+R = TypeVar("R", bound=Rectangle)
+
+
+class Source(ABC, Generic[E]):
+    """Rectangles of canonical tensors from one folder. A context manager; files open on first use.
+
+    entries: kind -> canonical name -> what is there.
+    """
+
+    def __init__(self, folder: Path, entries: Mapping[str, Mapping[str, E]]):
+        self.folder, self.entries = folder, entries
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._stack.close()
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the files back."""
+
+    def verify(self, *, part: int = 0, parts: int = 1) -> None:
+        """Raise CheckpointError for damage that reading does not show, in files number part, part + parts, ..."""
+
+    @abstractmethod
+    def _works(self, name: str, entry: E, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+        """The work of filling `out` with a rectangle that lies inside the tensor."""
 
     def names(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Canonical name -> global shape of all tensors of a kind."""
-        return {name: entry.shape for name, entry in self.manifest.tensors.get(kind, {}).items()}
+        return {name: entry.shape for name, entry in self.entries.get(kind, {}).items()}
 
     def read(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A rectangle of a tensor, put together from whatever rectangles hold it, in its stored dtype.
 
-        Raises CheckpointError when the tensor is not there or the rectangle is not covered exactly once.
+        Raises CheckpointError when the tensor is not there, the rectangle is not covered exactly once, or damaged.
         """
-        entry = self.manifest.tensors.get(kind, {}).get(name)
-        if entry is None:
-            raise CheckpointError(f"{self.folder}: holds no {kind} tensor {name}; it is of another model")
-        if any(o + n > size for o, n, size in zip(offset, shape, entry.shape)) or len(shape) != len(entry.shape):
-            raise CheckpointError(
-                f"{self.folder}: {name} has shape {list(entry.shape)}, but rows {offset}+{shape} are wanted; "
-                "it is of another model"
-            )
-        out = torch.empty(shape, dtype=DTYPES[entry.dtype])
-        covered = 0
-        for part in entry.slices:
-            low = [max(a, b) for a, b in zip(offset, part.offset)]
-            high = [min(a + n, b + k) for a, n, b, k in zip(offset, shape, part.offset, part.shape)]
-            if any(lo >= hi for lo, hi in zip(low, high)):
-                continue
-            source = tuple(slice(lo - b, hi - b) for lo, hi, b in zip(low, high, part.offset))
-            target = tuple(slice(lo - a, hi - a) for lo, hi, a in zip(low, high, offset))
-            block = self._slice(part.file, part.key, part.shape, source)
-            out[target] = block
-            covered += block.numel()
-        if covered != out.numel():
-            raise CheckpointError(f"{self.folder}: {kind} {name}: {covered} of {out.numel()} values are there; damaged")
+        out = torch.empty(shape, dtype=DTYPES[self._entry(kind, name).dtype])
+        for work in self.blocks(kind, name, offset, out):
+            work()
         return out
 
     def whole(self, kind: str, name: str) -> Tensor:
         """A whole canonical tensor."""
-        shape = self.names(kind)[name]
+        shape = self._entry(kind, name).shape
         return self.read(kind, name, (0,) * len(shape), shape)
 
-    def _slice(self, file: str, key: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
-        try:
-            if file not in self._open:
-                if file not in self.manifest.files:
-                    raise CheckpointError(f"{self.folder}: {key} lies in {file}, which the manifest does not list")
-                self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-            view = self._open[file].get_slice(key)
-            if tuple(view.get_shape()) != shape:
-                raise CheckpointError(f"{self.folder / file}: {key} has shape {view.get_shape()}, not {list(shape)}")
-            return view[index]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / file}: {key}: {error}; take another checkpoint") from None
+    def blocks(self, kind: str, name: str, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+        """The work of filling `out` (any dtype, any device) with the rectangle at `offset`, block by block.
+
+        The calls may be made in any order and by several threads.
+        """
+        entry, shape = self._entry(kind, name), tuple(out.shape)
+        if len(shape) != len(entry.shape) or any(o + n > size for o, n, size in zip(offset, shape, entry.shape)):
+            raise CheckpointError(
+                f"{self.folder}: {name} has shape {list(entry.shape)}, but rows {offset}+{shape} are wanted; "
+                "it is of another model"
+            )
+        yield from self._works(f"{kind} {name}", entry, offset, out)
+
+    def _entry(self, kind: str, name: str) -> E:
+        entry = self.entries.get(kind, {}).get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.folder}: holds no {kind} tensor {name}; it is of another model")
+        return entry
+
+    def _meeting(
+        self, name: str, parts: Iterable[R], offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> list[tuple[R, list[int], list[int]]]:
+        """The parts that hold something of a wanted rectangle, and where they do: [low, high), global.
+
+        Raises CheckpointError unless every value of it is there once.
+        """
+        found = [(part, *_common(offset, shape, part)) for part in parts]
+        found = [(part, low, high) for part, low, high in found if all(a < b for a, b in zip(low, high))]
+        covered = sum(math.prod(b - a for a, b in zip(low, high)) for _, low, high in found)
+        if covered != math.prod(shape) or _overlap([(low, high) for _, low, high in found]):
+            raise CheckpointError(f"{self.folder}: {name}: {covered} of {math.prod(shape)} values are there; damaged")
+        return found
 
 
-def load_into(reader: Reader, states: Iterable[Held], ctx: ParallelContext, *, verify: bool = True) -> None:
-    """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all.
+class Reader(Source[TensorEntry]):
+    """The source that one of our checkpoints is.
 
-    verify: compare file digests first, the ranks sharing the files among them.
+    Raises CheckpointError for a folder whose manifest is not right or that holds files of something else.
     """
+
+    def __init__(self, folder: Path, storage: Storage = DISK):
+        self._storage = storage
+        self.manifest: Manifest = read_manifest(folder, storage)
+        if others := strangers(folder, self.manifest, storage):
+            raise CheckpointError(
+                f"{folder / others[0]}: does not belong to this checkpoint (of {len(others)} such files the first); "
+                "move it away, or take another checkpoint"
+            )
+        super().__init__(folder, self.manifest.tensors)
+        self._open: dict[str, TensorFile] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _works(
+        self, name: str, entry: TensorEntry, offset: tuple[int, ...], out: Tensor
+    ) -> Iterator[Callable[[], None]]:
+        size = self.manifest.block_bytes or 16 << 20
+        for part, low, high in self._meeting(name, entry.slices, offset, tuple(out.shape)):
+            rows = rows_per_block(part.shape, DTYPES[entry.dtype].itemsize, size)
+            for block in range((low[0] - part.offset[0]) // rows, -(-(high[0] - part.offset[0]) // rows)):
+                yield partial(self._fill, out, offset, entry, part, low, high, block, size)
+
+    def _fill(
+        self,
+        out: Tensor,
+        offset: tuple[int, ...],
+        entry: TensorEntry,
+        part: Slice,
+        low: list[int],
+        high: list[int],
+        block: int,
+        block_bytes: int,
+    ) -> None:
+        """Put what one block of a rectangle has of [low, high) (global) into `out`, which lies at `offset`."""
+        first, last, num_bytes = block_rows(part, block, entry.dtype, block_bytes)
+        begin, end = max(low[0], part.offset[0] + first), min(high[0], part.offset[0] + last)
+        target = out[
+            tuple(slice(a - o, b - o) for a, b, o in zip((begin, *low[1:]), (end, *high[1:]), offset, strict=True))
+        ]
+        dtype, file = DTYPES[entry.dtype], self._file(part, entry.dtype)
+        whole = end - begin == last - first and tuple(target.shape[1:]) == part.shape[1:]
+        if whole and target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous():
+            prove(file, part, block, entry.dtype, block_bytes, tensor_bytes(target))
+            return
+        rows = torch.empty((last - first, *part.shape[1:]), dtype=dtype)
+        prove(file, part, block, entry.dtype, block_bytes, tensor_bytes(rows)[:num_bytes])
+        within = ((begin - first, end - first), *zip(low[1:], high[1:]))
+        target.copy_(rows[tuple(slice(a - o, b - o) for (a, b), o in zip(within, part.offset))])
+
+    def _file(self, part: Slice, dtype: str) -> TensorFile:
+        path = self.folder / part.file
+        with self._lock:
+            file = self._open.get(part.file)
+            if file is None:
+                file = self._open[part.file] = self._opened(path, part)
+        if file.entries.get(part.key, ())[:2] != (dtype, part.shape):
+            have = file.entries.get(part.key)
+            raise CheckpointError(
+                f"{path}: {part.key} has {f'shape {list(have[1])} {have[0]}' if have else 'no bytes here'}, "
+                f"not {list(part.shape)} {dtype}; take another checkpoint"
+            )
+        return file
+
+    def _opened(self, path: Path, part: Slice) -> TensorFile:
+        listed = self.manifest.files.get(part.file)
+        if listed is None:
+            raise CheckpointError(f"{self.folder}: {part.key} lies in {part.file}, which the manifest does not list")
+        if self.manifest.schema_version == 1:
+            for damage in file_damages(path, self.manifest, self._storage):
+                raise CheckpointError(f"{damage}; take another checkpoint")
+        try:
+            return TensorFile(path, self._storage, header=listed.header)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}; take another checkpoint") from None
+
+
+def _common(offset: tuple[int, ...], shape: tuple[int, ...], part: Rectangle) -> tuple[list[int], list[int]]:
+    """Where a wanted rectangle and a stored one meet: [low, high), empty where low >= high in some dim."""
+    low = [max(a, b) for a, b in zip(offset, part.offset)]
+    return low, [min(a + n, b + k) for a, n, b, k in zip(offset, shape, part.offset, part.shape)]
+
+
+def _overlap(rectangles: list[tuple[list[int], list[int]]]) -> bool:
+    """Whether any two rectangles have a value in common."""
+    ordered = sorted(rectangles)
+    for i, (low, high) in enumerate(ordered):
+        for other_low, other_high in ordered[i + 1 :]:
+            if other_low[0] >= high[0]:
+                break
+            if all(max(a, c) < min(b, d) for a, b, c, d in zip(low, high, other_low, other_high)):
+                return True
+    return False
+
+
+def load_into(reader: Source[Any], states: Iterable[Held], ctx: ParallelContext) -> None:
+    """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all."""
     error: EngineError | None = None
+    pool = ThreadPoolExecutor(_THREADS, "load")
     try:
-        if verify:
-            verify_files(reader.folder, reader.manifest, part=ctx.rank, parts=ctx.world.size)
-        with torch.no_grad():
-            for held in states:
-                held.flat.zero_()  # padding rows are in no checkpoint
-                for piece in held.param.spec.pieces(ctx):
-                    _fill(reader, held, piece)
+        reader.verify(part=ctx.rank, parts=ctx.world.size)
+        for done in [pool.submit(_without_grad, work) for held in states for work in _works(reader, held, ctx)]:
+            done.result()
     except EngineError as fault:
         error = fault
+    finally:
+        pool.shutdown(cancel_futures=True)
     raise_together(error, ctx.world, ctx.device)
 
 
-def _fill(reader: Reader, held: Held, piece: Piece) -> None:
-    have = reader.names(held.kind).get(piece.name)
-    if have is not None and have != piece.global_shape:
+def _without_grad(work: Callable[[], None]) -> None:
+    with torch.no_grad():  # a thread has its own mode
+        work()
+
+
+def _works(reader: Source[Any], held: Held, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
+    pieces = [
+        (piece, *rectangle)
+        for piece in held.param.spec.pieces(ctx)
+        for rectangle in piece.rectangles(held.begin, held.begin + len(held.flat))
+    ]
+    if sum(math.prod(shape) for _, _, shape, _ in pieces) < len(held.flat):
+        held.flat.zero_()  # padding rows are in no checkpoint
+    for piece, offset, shape, first in pieces:
+        _refuse_another_shape(reader, held, piece)
+        begin = first - held.begin
+        yield from reader.blocks(held.kind, piece.name, offset, held.flat[begin : begin + math.prod(shape)].view(shape))
+
+
+def _refuse_another_shape(reader: Source[Any], held: Held, piece: Piece) -> None:
+    entry = reader.entries.get(held.kind, {}).get(piece.name)
+    have = piece.global_shape if entry is None else entry.shape  # that it is missing is told when it is read
+    if have != piece.global_shape:
         raise CheckpointError(
             f"{reader.folder}: {piece.name} has shape {list(have)}, the model wants "
             f"{list(piece.global_shape)}; it is of another model"
         )
-    for offset, shape, first in piece.rectangles(held.begin, held.begin + len(held.flat)):
-        begin = first - held.begin
-        held.flat[begin : begin + math.prod(shape)].view(shape).copy_(reader.read(held.kind, piece.name, offset, shape))

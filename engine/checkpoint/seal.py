@@ -1,20 +1,22 @@
-"""Encryption at rest and signatures for checkpoints that are confidential: AES-256-GCM and HMAC-SHA256.
+"""Signed and encrypted checkpoints: HMAC-SHA256 and AES-256-GCM in a storage layer, for what is confidential.
 
-Goal: who has the files but not the secret can neither read weights nor change, swap, shorten or mix files unnoticed.
-One secret of at least 32 bytes serves both; keys are derived from it by HKDF-SHA256 (RFC 5869), a new one for every
-file from 32 random bytes in its head, so that no nonce is ever used twice under one key. The secret itself is in no
-config, manifest or log: `engine.launch.read_secret` reads it from a file or an environment variable.
+Goal: who has the files but not the secret cannot change, swap, shorten or mix them unnoticed (signed), nor read
+weights, names or config (encrypted). One secret of at least 32 bytes serves both; keys are derived from it by
+HKDF-SHA256 (RFC 5869). The secret itself is in no config, manifest or log: `engine.launch.read_secret` reads it.
 
-A sealed file, so that any range of it can be read without the rest:
+Signed: every digest of a checkpoint (of the manifest, of headers, of blocks) is an HMAC instead of an XXH3-128, so that
+nobody can make one without the secret. Nothing else differs, and tensors stay plain safetensors.
+
+Encrypted: signed, and each file is sealed, so that any range of it can be read without the rest:
 
     0   8 bytes  magic "TRDSEAL1"
-    8   32       salt, random: the file's key is HKDF(secret, salt, info = what the file is)
+    8   32       salt, random: the file's key is HKDF(secret, salt, info = its name), so no nonce ever serves twice
     40  u64      bytes of the content, little-endian
     48  chunks of 1 MiB of content (the last one shorter), each followed by its 16-byte tag;
         nonce: number of the chunk; authenticated with it: the head
 
-A chunk that was moved, or a file that was cut or extended, fails like a flipped bit. *Which* file it is (checkpoint and
-name) goes into the key, so that files of two checkpoints cannot be exchanged.
+A chunk that was moved, or a file that was cut or extended, fails like a flipped bit; a file of another checkpoint
+opens, and then does not have the digests of this one's manifest.
 """
 
 from __future__ import annotations
@@ -22,19 +24,28 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
+from engine.checkpoint.storage import DISK, Source, Status, Storage, Writer
+from engine.errors import CheckpointError, WrongSecretError
+from engine.launch import read_secret
 
-MAGIC = b"TRDSEAL1"
+SEALED = b"TRDSEAL1"
+SIGNED = "hmac_sha256"  # the kind of digest that signs
 SALT_BYTES, TAG_BYTES, CHUNK_BYTES = 32, 16, 1 << 20
-HEAD_BYTES = len(MAGIC) + SALT_BYTES + 8
+HEAD_BYTES = len(SEALED) + SALT_BYTES + 8
 MIN_SECRET_BYTES = 32
-_SIGN = b"trident checkpoint manifest v1"
-_SEAL = b"trident checkpoint file v1 "
+
+
+def storage_of(reference: str, *, encrypt: bool = False) -> Storage:
+    """The disk, or with a reference to a secret (file:PATH or env:NAME) a storage that signs and, if asked, encrypts.
+
+    Raises ConfigError or CheckpointError for a secret that is not there or too short.
+    """
+    return SecretStorage(Seal(read_secret(reference)), encrypt=encrypt) if reference else DISK
 
 
 def sealed_bytes(content_bytes: int) -> int:
@@ -58,43 +69,36 @@ class Seal:
         if len(self.secret) < MIN_SECRET_BYTES:
             raise CheckpointError(
                 f"the secret has {len(self.secret)} bytes, at least {MIN_SECRET_BYTES} are needed: make one with "
-                f"`head -c 32 /dev/urandom > FILE` and chmod 600 FILE"
+                f"`head -c 32 /dev/urandom > FILE` and `chmod 600 FILE`"
             )
 
     @cached_property
     def _sign_key(self) -> bytes:
-        return hkdf(self.secret, b"", _SIGN)
+        return hkdf(self.secret, b"", b"trident checkpoint digest v1")
 
-    def sign(self, text: bytes) -> str:
-        """HMAC-SHA256 of a manifest, hexadecimal."""
-        return hmac.new(self._sign_key, text, hashlib.sha256).hexdigest()
+    def sign(self, data: bytes | bytearray | memoryview) -> str:
+        """HMAC-SHA256, hexadecimal."""
+        return hmac.new(self._sign_key, data, hashlib.sha256).hexdigest()
 
-    def is_signed(self, text: bytes, signature: str) -> bool:
-        """Whether `signature` is that of `text`, in constant time."""
-        return hmac.compare_digest(self.sign(text), signature)
+    def new_cipher(self, file: Path, content_bytes: int) -> Cipher:
+        """To seal a new file."""
+        head = SEALED + secrets.token_bytes(SALT_BYTES) + content_bytes.to_bytes(8, "little")
+        return self.cipher_of(file, head)
 
-    def new_cipher(self, what: str, content_bytes: int) -> Cipher:
-        """To seal a new file; `what` says which (checkpoint and name)."""
-        salt = secrets.token_bytes(SALT_BYTES)
-        head = MAGIC + salt + content_bytes.to_bytes(8, "little")
-        return Cipher(hkdf(self.secret, salt, _SEAL + what.encode()), head, what)
-
-    def cipher_of(self, what: str, head: bytes) -> Cipher:
-        """To read a sealed file that begins with `head`. Raises CheckpointError if that is none."""
-        if len(head) < HEAD_BYTES or not head.startswith(MAGIC):
-            raise CheckpointError(f"{what}: is not a sealed file; it was replaced or damaged")
-        head = head[:HEAD_BYTES]
-        salt = head[len(MAGIC) : len(MAGIC) + SALT_BYTES]
-        return Cipher(hkdf(self.secret, salt, _SEAL + what.encode()), head, what)
+    def cipher_of(self, file: Path, head: bytes) -> Cipher:
+        """To read a sealed file that begins with `head`."""
+        salt = head[len(SEALED) : len(SEALED) + SALT_BYTES]
+        key = hkdf(self.secret, salt, b"trident checkpoint file v1 " + file.name.encode())
+        return Cipher(key, head, file)
 
 
 @dataclass(frozen=True)
 class Cipher:
-    """One sealed file: its key, its first bytes, and which file it is."""
+    """One sealed file: its key and its first bytes."""
 
     key: bytes = field(repr=False)
     head: bytes
-    what: str
+    file: Path
 
     @property
     def content_bytes(self) -> int:
@@ -103,60 +107,133 @@ class Cipher:
 
     @cached_property
     def _aes(self) -> Any:
-        return _aes_gcm()(self.key)
+        try:
+            from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+        except ImportError:
+            text = "encrypted checkpoints need the package cryptography: pip install 'trident-engine[secure]'"
+            raise CheckpointError(text) from None
+        return AESGCM(self.key)
 
-    def seal(self, blocks: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-        """The sealed file of a content that comes in blocks of any size, head first, a chunk at a time."""
-        yield self.head
-        number, pending = 0, bytearray()
-        for block in blocks:
-            view = memoryview(block).cast("B")
-            while len(view):
-                take = CHUNK_BYTES - len(pending)
-                if not pending and len(view) >= CHUNK_BYTES:  # no copy of what is whole already
-                    yield self._sealed(number, view[:CHUNK_BYTES])
-                    number, view = number + 1, view[CHUNK_BYTES:]
-                    continue
-                pending += view[:take]
-                view = view[take:]
-                if len(pending) == CHUNK_BYTES:
-                    yield self._sealed(number, pending)
-                    number, pending = number + 1, bytearray()
-        if pending:
-            yield self._sealed(number, pending)
+    def close_chunk(self, number: int, content: bytes | bytearray | memoryview) -> bytes:
+        """Chunk `number`, sealed: its bytes of content and a tag."""
+        return self._aes.encrypt(number.to_bytes(12, "little"), content, self.head)
 
-    def _sealed(self, number: int, chunk: bytes | bytearray | memoryview) -> bytes:
-        return self._aes.encrypt(number.to_bytes(12, "little"), bytes(chunk), self.head)
-
-    def open_range(self, read: Callable[[int, int], bytes], begin: int, end: int) -> bytes:
-        """Content [begin, end); `read(offset, size)` gives bytes of the sealed file. CheckpointError if it fails."""
-        if not 0 <= begin <= end <= self.content_bytes:
-            raise CheckpointError(f"{self.what}: bytes {begin} to {end} of {self.content_bytes} are wanted; damaged")
-        out = bytearray()
-        for number in range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
-            size = min(CHUNK_BYTES, self.content_bytes - number * CHUNK_BYTES)
-            raw = read(HEAD_BYTES + number * (CHUNK_BYTES + TAG_BYTES), size + TAG_BYTES)
-            out += self._opened(number, raw)
-        skip = begin - begin // CHUNK_BYTES * CHUNK_BYTES
-        return bytes(out[skip : skip + end - begin])
-
-    def _opened(self, number: int, raw: bytes) -> bytes:
+    def open_chunk(self, number: int, raw: bytes | bytearray | memoryview) -> bytes:
+        """The content of a sealed chunk. Raises WrongSecretError if it is not the one that was written."""
+        aes = self._aes
         from cryptography.exceptions import InvalidTag
 
         try:
-            return self._aes.decrypt(number.to_bytes(12, "little"), raw, self.head)
-        except (InvalidTag, ValueError):
-            raise CheckpointError(
-                f"{self.what}: bytes {number * CHUNK_BYTES} and on cannot be opened: the file was changed or damaged, "
+            return aes.decrypt(number.to_bytes(12, "little"), raw, self.head)
+        except InvalidTag:
+            raise WrongSecretError(
+                f"{self.file}: bytes {number * CHUNK_BYTES} and on cannot be opened: the file was changed or damaged, "
                 f"or the secret is another one"
             ) from None
 
 
-def _aes_gcm() -> Any:
-    try:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-    except ImportError:
-        raise CheckpointError(
-            "encrypted checkpoints need the package cryptography: pip install 'trident-engine[secure]'"
-        ) from None
-    return AESGCM
+class _SealedWriter:
+    """Seals what is written, a chunk at a time; the last one when the file is synced."""
+
+    def __init__(self, inner: Writer, cipher: Cipher):
+        self._inner, self._cipher = inner, cipher
+        self._number, self._pending = 0, bytearray()
+        inner.write(memoryview(cipher.head))
+
+    def write(self, data: memoryview) -> None:
+        data = data.cast("B")
+        while len(data):
+            if not self._pending and len(data) >= CHUNK_BYTES:  # no copy of what is whole already
+                self._put(data[:CHUNK_BYTES])
+                data = data[CHUNK_BYTES:]
+                continue
+            take = CHUNK_BYTES - len(self._pending)
+            self._pending += data[:take]
+            data = data[take:]
+            if len(self._pending) == CHUNK_BYTES:
+                self._flush()
+
+    def sync(self) -> None:
+        self._flush()
+        self._inner.sync()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._put(self._pending)
+            self._pending = bytearray()
+
+    def _put(self, chunk: bytearray | memoryview) -> None:
+        self._inner.write(memoryview(self._cipher.close_chunk(self._number, chunk)))
+        self._number += 1
+
+
+class _SealedSource:
+    """Opens ranges of a sealed file. size: of the content."""
+
+    def __init__(self, inner: Source, cipher: Cipher):
+        self._inner, self._cipher, self.size = inner, cipher, cipher.content_bytes
+        if inner.size != sealed_bytes(self.size):
+            raise CheckpointError(
+                f"{cipher.file}: has {inner.size} bytes, its head promises {sealed_bytes(self.size)}; it was cut, "
+                "extended or damaged"
+            )
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        into, filled = into.cast("B"), 0
+        while filled < len(into):
+            number, skip = divmod(offset + filled, CHUNK_BYTES)
+            size = min(CHUNK_BYTES, self.size - number * CHUNK_BYTES)
+            raw = bytearray(max(0, size) + TAG_BYTES)
+            self._inner.read_into(HEAD_BYTES + number * (CHUNK_BYTES + TAG_BYTES), memoryview(raw))
+            content = memoryview(self._cipher.open_chunk(number, raw))[skip : skip + len(into) - filled]
+            into[filled : filled + len(content)] = content
+            filled += len(content)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class SecretStorage:
+    """A storage whose digests are signatures and, with `encrypt`, whose new files are sealed; it reads both kinds."""
+
+    digest_name = SIGNED
+
+    def __init__(self, seal: Seal, inner: Storage = DISK, *, encrypt: bool = False):
+        self._seal, self._inner, self._encrypt = seal, inner, encrypt
+        self.make_folder, self.sync_folder, self.rename = inner.make_folder, inner.sync_folder, inner.rename
+        self.unlink, self.remove_folder, self.list = inner.unlink, inner.remove_folder, inner.list
+        self.free_bytes = inner.free_bytes
+
+    def digest(self, data: bytes | bytearray | memoryview) -> str:
+        return self._seal.sign(data)
+
+    def create(self, path: Path, size: int) -> Writer:
+        if not self._encrypt:
+            return self._inner.create(path, size)
+        cipher = self._seal.new_cipher(path, size)
+        return _SealedWriter(self._inner.create(path, sealed_bytes(size)), cipher)
+
+    def open(self, path: Path, *, fresh: bool = False) -> Source:
+        source = self._inner.open(path, fresh=fresh)
+        try:
+            head = bytearray(min(source.size, HEAD_BYTES))
+            source.read_into(0, memoryview(head))
+            if not head.startswith(SEALED):
+                return source
+            return _SealedSource(source, self._seal.cipher_of(path, bytes(head)))
+        except BaseException:
+            source.close()
+            raise
+
+    def stat(self, path: Path) -> Status | None:
+        status = self._inner.stat(path)
+        if status is None or status.kind != "file":
+            return status
+        source = self.open(path)
+        try:
+            return Status("file", source.size)
+        finally:
+            source.close()

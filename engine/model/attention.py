@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ParallelContext
-from engine.model.layers import ColumnLinear, RMSNorm, RowLinear
+from engine.model.layers import ColumnLinear, Norm, RowLinear, SpreadRMSNorm
 from engine.ops.attention import causal_attention
 from engine.ops.linear import Remake
 from engine.ops.recompute import recompute
@@ -33,12 +35,17 @@ class Attention(nn.Module):
             Chunk(f"{name}.k.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
             Chunk(f"{name}.v.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
         )
-        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx, keep_gathered)
-        self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx)
-        self.norms: nn.ModuleList | None = None
-        if cfg.qk_norm:
-            self.norms = nn.ModuleList(
-                RMSNorm(f"{name}.{part}_norm.weight", d, cfg.norm_eps, ctx, sum_over="tensor") for part in "qk"
+        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx, keep_gathered, cfg.qkv_bias)
+        self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx, cfg.attention_out_bias)
+        self.head_norms = self.projection_norms = None
+        if cfg.qk_norm and cfg.qk_norm_span == "head":
+            self.head_norms = nn.ModuleList(
+                Norm(f"{name}.{part}_norm", d, cfg, ctx, sum_over="tensor") for part in "qk"
+            )
+        elif cfg.qk_norm:
+            self.projection_norms = nn.ModuleList(
+                SpreadRMSNorm(replace(chunk, name=f"{name}.{part}_norm.weight"), cfg, ctx)
+                for part, chunk in zip("qk", chunks)
             )
 
     def forward(
@@ -54,11 +61,18 @@ class Attention(nn.Module):
     def _core(self, fused: Tensor, rope_table: Tensor, mask: Tensor | None) -> Tensor:
         """q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""
         s, b, _ = fused.shape
+        if self.projection_norms is not None:
+            fused = self._norm_projections(fused)
         heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
         q_and_k, v = heads.split([self.n + self.m, self.m], dim=1)
-        if self.norms is None:
+        if self.head_norms is None:
             q, k = rope(q_and_k, rope_table).split([self.n, self.m], dim=1)
         else:
             q, k = q_and_k.split([self.n, self.m], dim=1)
-            q, k = rope(self.norms[0](q), rope_table), rope(self.norms[1](k), rope_table)
+            q, k = rope(self.head_norms[0](q), rope_table), rope(self.head_norms[1](k), rope_table)
         return causal_attention(q, k, v, mask)
+
+    def _norm_projections(self, fused: Tensor) -> Tensor:
+        assert self.projection_norms is not None
+        q, k, v = fused.split([self.n * self.d, self.m * self.d, self.m * self.d], dim=-1)
+        return torch.cat((self.projection_norms[0](q), self.projection_norms[1](k), v), dim=-1)

@@ -11,18 +11,20 @@ axes has one rank, where every collective is the identity, so no layer asks whic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from engine.comm import all_gather, sum_from
+from engine.config import ModelConfig
 from engine.context import ParallelContext
-from engine.ops.embedding import embedding
+from engine.ops.embedding import embedding, positions_in_documents
 from engine.ops.linear import Remake, linear
 from engine.ops.loss import cross_entropy
-from engine.ops.norm import rms_norm
+from engine.ops.norm import layer_norm, rms_norm, spread_rms_norm
 from engine.sharding import Chunk, Parameter, ShardSpec, new_parameter
 
 
@@ -30,7 +32,7 @@ from engine.sharding import Chunk, Parameter, ShardSpec, new_parameter
 class Saving:
     """What a block keeps for its backward (docs/training.md has the bytes).
 
-    recompute: "none"; "selective": norms, SwiGLU product and attention core are computed again; "full": the block is,
+    recompute: "none"; "selective": norms, activations and attention core are computed again; "full": the block is,
     from its input. layers: in how many blocks of a stage, from its first; 0: all. keep_gathered: the inputs of
     column-parallel products, whole instead of a part of the sequence each.
     """
@@ -44,60 +46,111 @@ class Saving:
         return self.recompute if not self.layers or index < self.layers else "none"
 
 
+def bias_of(chunk: Chunk) -> Chunk:
+    """The bias that belongs to a chunk of output features, cut and summed as they are."""
+    return replace(chunk, name=chunk.name.removesuffix("weight") + "bias")
+
+
 class ColumnLinear(nn.Module):
-    """[s, b, h] -> [s, b, local out]: rows of the weight (output features) are cut over the tensor axis.
+    """[s, b, h] -> [s, b, local out]: rows of the weight (output features) are cut over the tensor axis, and the bias.
 
     Takes a part of the sequence where it is cut, gives all of it.
     """
 
     def __init__(
-        self, chunks: tuple[Chunk, ...], in_size: int, init_std: float, ctx: ParallelContext, keep_gathered: bool
+        self,
+        chunks: tuple[Chunk, ...],
+        in_size: int,
+        init_std: float,
+        ctx: ParallelContext,
+        keep_gathered: bool,
+        bias: bool = False,
     ):
         super().__init__()
         self.copies, self.sequence, self.keep_gathered = ctx.copies, ctx.sequence, keep_gathered
         self.weight = new_parameter(ShardSpec(chunks, dim=0, other=in_size, init_std=init_std), ctx)
+        self.bias: Parameter | None = None
+        if bias:
+            self.bias = new_parameter(ShardSpec(tuple(map(bias_of, chunks)), init_value=0.0, decay=False), ctx)
 
     def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
         """remake: how to get x again instead of keeping it."""
-        return linear(x, self.weight, self.copies, self.sequence, keep_gathered=self.keep_gathered, remake=remake)
+        return linear(
+            x,
+            self.weight,
+            self.copies,
+            self.sequence,
+            bias=self.bias,
+            keep_gathered=self.keep_gathered,
+            remake=remake,
+        )
 
 
 class RowLinear(nn.Module):
     """[s, b, local in] -> [s, b, h]: columns of the weight (input features) are cut; partial outputs are summed.
 
-    Gives a part of the sequence where it is cut.
+    Gives a part of the sequence where it is cut. The bias is whole on every tensor rank and added once, to the sum.
     """
 
-    def __init__(self, name: str, in_size: int, out_size: int, init_std: float, ctx: ParallelContext):
+    def __init__(
+        self, name: str, in_size: int, out_size: int, init_std: float, ctx: ParallelContext, bias: bool = False
+    ):
         super().__init__()
         self.copies, self.sequence, self.alone = ctx.copies, ctx.sequence, ctx.alone
         chunk = Chunk(name, in_size, parts=ctx.tensor.size)
         self.weight = new_parameter(ShardSpec((chunk,), dim=1, other=out_size, init_std=init_std), ctx)
+        self.bias: Parameter | None = None
+        if bias:
+            whole = bias_of(Chunk(name, out_size, sum_over=("sequence",)))
+            self.bias = new_parameter(ShardSpec((whole,), init_value=0.0, decay=False), ctx)
 
     def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
         """remake: how to get x again instead of keeping it."""
         partial_sums = linear(x, self.weight, self.alone, self.alone, remake=remake)
-        return sum_from(partial_sums, self.copies, self.sequence)
+        out = sum_from(partial_sums, self.copies, self.sequence)
+        return out if self.bias is None else out + self.bias
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dim; the weight is whole on every tensor rank.
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dim, as the config says; weight and bias are whole on every tensor rank.
 
     sum_over names the axis whose ranks each see only part of the weight's gradient: "sequence" where a rank normalises
     its part of the sequence, "tensor" where it normalises its own heads (QK-norms).
     """
 
-    def __init__(self, name: str, size: int, eps: float, ctx: ParallelContext, sum_over: str = "sequence"):
+    def __init__(self, name: str, size: int, cfg: ModelConfig, ctx: ParallelContext, sum_over: str = "sequence"):
         super().__init__()
-        self.eps = eps
-        self.weight = new_parameter(ShardSpec((Chunk(name, size, sum_over=(sum_over,)),), decay=False), ctx)
+        chunk = Chunk(f"{name}.weight", size, sum_over=(sum_over,))
+        offset = float(cfg.norm_offset)
+        self.weight = new_parameter(ShardSpec((chunk,), init_value=1.0 - offset, decay=False), ctx)
+        self.bias: Parameter | None = None
+        self.function: Callable[..., Tensor] = partial(rms_norm, eps=cfg.norm_eps, offset=offset)
+        if cfg.norm == "layernorm":
+            self.bias = new_parameter(ShardSpec((bias_of(chunk),), init_value=0.0, decay=False), ctx)
+            self.function = partial(layer_norm, eps=cfg.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.function(*self._inputs(x))
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
 
     def remake(self, x: Tensor) -> Remake:
         """How to get `self(x)` again from x, which the norm keeps anyway."""
-        return Remake(partial(rms_norm, eps=self.eps), (x, self.weight))
+        return Remake(self.function, self._inputs(x))
+
+
+class SpreadRMSNorm(nn.Module):
+    """RMSNorm over a whole projection whose features are cut over the tensor axis, as `chunk` says."""
+
+    def __init__(self, chunk: Chunk, cfg: ModelConfig, ctx: ParallelContext):
+        super().__init__()
+        self.axis, self.copies, self.eps = ctx.tensor, ctx.tensor.size // chunk.parts, cfg.norm_eps
+        self.weight = new_parameter(ShardSpec((chunk,), decay=False), ctx)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., local features] -> the same shape."""
+        return spread_rms_norm(x, self.weight, self.eps, self.axis, self.copies)
 
 
 def vocab_weight(name: str, vocab_size: int, hidden: int, std: float, tied: bool, ctx: ParallelContext) -> Parameter:
@@ -107,15 +160,34 @@ def vocab_weight(name: str, vocab_size: int, hidden: int, std: float, tied: bool
 
 
 class VocabEmbedding(nn.Module):
-    """tokens [b, s] -> [s, b, h]; each tensor rank looks up its slice of the vocabulary."""
+    """tokens [b, s] -> [s, b, h] times `scale`; each tensor rank looks up its slice of the vocabulary."""
 
-    def __init__(self, weight: Parameter, ctx: ParallelContext):
+    def __init__(self, weight: Parameter, ctx: ParallelContext, scale: float = 1.0):
         super().__init__()
         self.copies, self.sequence, self.weight = ctx.copies, ctx.sequence, weight
         self.start = weight.spec.pieces(ctx)[0].offset[0]
+        self.scale = torch.tensor(scale, dtype=ctx.dtype).item()  # Gemma: rounded as the weights are
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return sum_from(embedding(self.weight, tokens.t().contiguous(), self.start), self.copies, self.sequence)
+        x = sum_from(embedding(self.weight, tokens.t().contiguous(), self.start), self.copies, self.sequence)
+        return x if self.scale == 1 else x * self.scale
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each position; a rank looks up those of its part of the sequence."""
+
+    def __init__(self, name: str, cfg: ModelConfig, ctx: ParallelContext):
+        super().__init__()
+        self.sequence = ctx.sequence
+        chunk = Chunk(name, cfg.max_seq_len, sum_over=("sequence",))
+        self.weight = new_parameter(ShardSpec((chunk,), dim=0, other=cfg.hidden_size, init_std=cfg.init_std), ctx)
+
+    def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
+        """Add them to x [s, b, h]. documents [b, whole s]: positions start again in each."""
+        if documents is None:
+            documents = x.new_zeros((1, x.shape[0] * self.sequence.size), dtype=torch.int64)
+        position = positions_in_documents(documents).t().chunk(self.sequence.size)[self.sequence.rank]
+        return x + embedding(self.weight, position.contiguous(), 0)
 
 
 class VocabHead(nn.Module):

@@ -18,16 +18,18 @@ from engine.config import Config, ModelConfig, layers_of_stages
 from engine.context import ParallelContext, make_context
 from engine.layout import Layout
 from engine.model.attention import Attention
-from engine.model.layers import RMSNorm, Saving, VocabEmbedding, VocabHead, vocab_weight
+from engine.model.layers import Norm, PositionEmbedding, Saving, VocabEmbedding, VocabHead, vocab_weight
 from engine.model.mlp import MLP
 from engine.ops.attention import document_mask
+from engine.ops.linear import Remake
 from engine.ops.recompute import recompute
-from engine.ops.rope import rope_table
+from engine.ops.rope import RopeScaling, rope_table
 from engine.sharding import Parameter, parameters
 
 EMBED = "embed.weight"
 HEAD = "head.weight"
-FINAL_NORM = "norm.weight"
+POSITIONS = "positions.weight"
+FINAL_NORM = "norm"
 KEEP_ALL = Saving()
 
 
@@ -51,16 +53,20 @@ def stage_shapes(cfg: Config) -> list[StageShape]:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): [s, b, h] -> [s, b, h]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): [s, b, h] -> [s, b, h].
+
+    Norms may come after instead, x + norm(attention(x)), and attention and MLP may read the same x.
+    """
 
     def __init__(self, cfg: ModelConfig, ctx: ParallelContext, layer: int, saving: Saving, recompute: str):
         super().__init__()
         name, keep = f"layers.{layer}", saving.keep_gathered
         self.recompute = recompute
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # GPT-2: residual sums keep their variance with depth
-        self.attention_norm = RMSNorm(f"{name}.attention_norm.weight", cfg.hidden_size, cfg.norm_eps, ctx)
+        self.post, self.parallel = cfg.norm_position == "post", cfg.parallel_residual
+        self.attention_norm = Norm(f"{name}.attention_norm", cfg.hidden_size, cfg, ctx)
         self.attention = Attention(cfg, ctx, f"{name}.attention", out_std, keep)
-        self.mlp_norm = RMSNorm(f"{name}.mlp_norm.weight", cfg.hidden_size, cfg.norm_eps, ctx)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", cfg.hidden_size, cfg, ctx)
         self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std, keep)
 
     def forward(self, x: Tensor, rope_table: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -68,11 +74,22 @@ class Block(nn.Module):
         return recompute(compute, x, rope_table) if self.recompute == "full" else compute(x, rope_table)
 
     def _compute(self, x: Tensor, rope_table: Tensor, mask: Tensor | None) -> Tensor:
+        attended = self._branch(self.attention_norm, self.attention, x, rope_table, mask)
+        if self.parallel:
+            return x + attended + self._branch(self.mlp_norm, self.mlp, x)
+        x = x + attended
+        return x + self._branch(self.mlp_norm, self.mlp, x)
+
+    def _branch(self, norm: Norm, part: Attention | MLP, x: Tensor, *rest: Tensor | None) -> Tensor:
+        """part(norm(x)), or norm(part(x))."""
         again = self.recompute == "selective"
-        x = x + self.attention(
-            self.attention_norm(x), rope_table, mask, remake=self.attention_norm.remake(x) if again else None
-        )
-        return x + self.mlp(self.mlp_norm(x), remake=self.mlp_norm.remake(x) if again else None)
+        if self.post:
+            return norm(part(x, *rest, remake=Remake(_itself, (x,)) if again else None))
+        return part(norm(x), *rest, remake=norm.remake(x) if again else None)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class Transformer(nn.Module):
@@ -95,22 +112,24 @@ class Transformer(nn.Module):
         weight = tied
         if shape.first:
             weight = vocab_weight(EMBED, *matrix)
-            self.embed = VocabEmbedding(weight, ctx)
+            self.embed = VocabEmbedding(weight, ctx, cfg.hidden_size**0.5 if cfg.scale_embeddings else 1.0)
+            self.positions = PositionEmbedding(POSITIONS, cfg, ctx) if cfg.positions == "learned" else None
         self.layers = nn.ModuleDict(
             {str(layer): Block(cfg, ctx, layer, saving, saving.of(i)) for i, layer in enumerate(shape.layers)}
         )
         if shape.last:
-            self.norm = RMSNorm(FINAL_NORM, cfg.hidden_size, cfg.norm_eps, ctx)
+            self.norm = Norm(FINAL_NORM, cfg.hidden_size, cfg, ctx)
             if not cfg.tie_embeddings:
                 weight = vocab_weight(HEAD, *matrix)
             elif weight is None:  # the embedding lives on another rank: hold a copy under its name
                 weight = vocab_weight(EMBED, *matrix)
             self.head = VocabHead(weight, ctx, saving.keep_gathered)
-        self.rope: Tensor = torch.empty(2, 0, cfg.head_dim // 2)
+        self.rope: Tensor = torch.empty(2, 0, cfg.rotary_dim // 2)
 
     def _rope_for(self, seq_len: int) -> Tensor:
         if self.rope.shape[1] < seq_len:
-            self.rope = rope_table(seq_len, self.cfg.head_dim, self.cfg.rope_theta, self.ctx.device, self.ctx.dtype)
+            cfg, ctx = self.cfg, self.ctx
+            self.rope = rope_table(seq_len, cfg.rotary_dim, cfg.rope_theta, ctx.device, ctx.dtype, rope_scaling_of(cfg))
         return self.rope[:, :seq_len]
 
     def hidden(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -120,6 +139,8 @@ class Transformer(nn.Module):
         """
         if self.shape.first:
             x = self.embed(x)
+            if self.positions is not None:
+                x = self.positions(x, documents)
         table = self._rope_for(x.shape[0] * self.ctx.sequence.size)
         mask = None if documents is None else document_mask(documents)
         for block in self.layers.values():
@@ -134,6 +155,20 @@ class Transformer(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] -> [b, s, vocab_size]; needs the whole model on this pipeline rank."""
         return self.head.logits(self.hidden(tokens)).transpose(0, 1)
+
+
+def rope_scaling_of(cfg: ModelConfig) -> RopeScaling:
+    """The stretching of rotary angles that a config asks for."""
+    return RopeScaling(
+        cfg.rope_scaling,
+        cfg.rope_factor,
+        cfg.rope_original_seq_len,
+        cfg.rope_low_freq_factor,
+        cfg.rope_high_freq_factor,
+        cfg.rope_beta_fast,
+        cfg.rope_beta_slow,
+        cfg.rope_attention_factor,
+    )
 
 
 def build_stages(

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from engine.config import Resolved
 from engine.errors import EXIT_ERROR, EngineError
 from engine.evaluate import Score
+from engine.resolve import Resolved
 
 
 class MetricsLog:

@@ -28,7 +28,8 @@ class Progress:
         """Say what is about to run, and from where."""
         cfg, ctx = self.cfg, self.ctx
         degrees = f"tensor {ctx.tensor.size} x pipeline {ctx.pipeline.size} x data {ctx.data.size}"
-        origin = f"resuming from {source}" if source else "from initial weights"
+        start = f"from the weights of {cfg.checkpoint.init}" if cfg.checkpoint.init else "from initial weights"
+        origin = f"resuming from {source}" if source else start
         steps = f"steps {step + 1}..{cfg.train.steps}"
         if step >= cfg.train.steps:
             steps = f"nothing left to do: step {step} of {cfg.train.steps} is done"

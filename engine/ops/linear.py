@@ -1,4 +1,4 @@
-"""y = x W^T, its collectives, and its weight gradient as data.
+"""y = x W^T + b, its collectives, and its weight gradient as data.
 
 The usual autograd path makes a temporary of the weight's size for every microbatch and adds it afterwards; here the
 GEMM itself accumulates (beta = 1) into the flat gradient bucket, at once or, when the pipeline splits the backward in
@@ -52,6 +52,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Parameter,
+        bias: Parameter | None,
         copies: Axis,
         sequence: Axis,
         keep_gathered: bool,
@@ -67,7 +68,9 @@ class _Linear(torch.autograd.Function):
             function,
         )
         ctx.save_for_backward(*(tensors if function else (full if keep_gathered else x,)))
-        return torch.matmul(full, weight.t())
+        if bias is None:
+            return torch.matmul(full, weight.t())
+        return torch.nn.functional.linear(full, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,8 +94,10 @@ class _Linear(torch.autograd.Function):
             grad_w = accumulate(weight, grad, full.wait())
         elif deferred is not None:
             deferred.append(WeightGrad(weight, grad, restore))
+        # a few numbers a token: not put off with the weight's, and autograd's own way into the bucket is good enough
+        grad_b = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         nothing = (None,) * (4 + (function is not None) * len(saved))
-        return (None if grad_x is None else grad_x.wait(), grad_w, *nothing)
+        return (None if grad_x is None else grad_x.wait(), grad_w, grad_b, *nothing)
 
 
 def accumulate(weight: Parameter, grad: Tensor, x: Tensor) -> Tensor | None:
@@ -116,13 +121,14 @@ def linear(
     copies: Axis,
     sequence: Axis,
     *,
+    bias: Parameter | None = None,
     keep_gathered: bool = False,
     remake: Remake | None = None,
 ) -> Tensor:
-    """x [s, ..., in] times weight [out, in] -> [s * sequence.size, ..., out].
+    """x [s, ..., in] times weight [out, in], plus bias [out] if any -> [s * sequence.size, ..., out].
 
     x is gathered over `sequence` along its first dim; its gradient is summed over `copies` and reduce-scattered over
     `sequence`. keep_gathered, remake: what is kept for the weight gradient; see the module text.
     """
     function, tensors = (remake.function, remake.tensors) if remake else (None, ())
-    return _Linear.apply(x, weight, copies, sequence, keep_gathered, function, *tensors)
+    return _Linear.apply(x, weight, bias, copies, sequence, keep_gathered, function, *tensors)

@@ -1,6 +1,8 @@
-"""RMSNorm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * w, statistics in at least float32.
+"""RMSNorm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * w; LayerNorm (Ba et al. 2016). In float32 or wider.
 
-Saves the input and one number a row; autograd's own graph would keep four tensors of the input's size.
+RMSNorm saves the input and one number a row; autograd's own graph would keep four tensors of the input's size.
+`spread_rms_norm` is the same over a dim that is cut over an axis: the sum of squares, and its mirror in the backward,
+cross it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.comm import all_reduce_
+from engine.context import Axis
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -17,25 +22,71 @@ def _wide(x: Tensor) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         wide = _wide(x)
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
+        ctx.offset = offset
+        if offset:
+            return (wide * scale).mul_(_wide(weight) + offset).to(x.dtype)
         return (wide * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         wide_grad, wide_weight = _wide(grad), _wide(weight)
+        if ctx.offset:
+            wide_weight = wide_weight + ctx.offset
         normed = _wide(x) * scale
         work = wide_grad * normed
         grad_w = work.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         along = work.mul_(wide_weight).mean(-1, keepdim=True)
         grad_x = torch.mul(wide_grad, wide_weight, out=work).sub_(normed.mul_(along)).mul_(scale)
-        return grad_x.to(x.dtype), grad_w, None
+        return grad_x.to(x.dtype), grad_w, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dim of x [..., h] by its root mean square and scale by weight [h]."""
-    return _RmsNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Normalise the last dim of x [..., h] by its root mean square and scale by offset + weight [h].
+
+    With an offset the product is rounded to x's dtype once, at the end, as Gemma does it; without one, x is rounded
+    before it is scaled, as Llama does it.
+    """
+    return _RmsNorm.apply(x, weight, eps, offset)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Subtract the mean of the last dim of x [..., h], divide by the deviation, times weight [h], plus bias [h]."""
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+class _SpreadRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, axis: Axis, copies: int) -> Tensor:
+        wide = _wide(x)
+        ctx.axis, ctx.copies, ctx.count = axis, copies, x.shape[-1] * axis.size // copies
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(copies * ctx.count)
+        scale = all_reduce_(squares, axis).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        wide_grad, wide_weight = _wide(grad), _wide(weight)
+        normed = _wide(x) * scale
+        work = wide_grad * normed
+        grad_w = work.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        # each copy has a part of the gradient of the same values: the sum over all ranks is whole, and each copy
+        # passes on its share of what follows from it
+        along = all_reduce_(work.mul_(wide_weight).sum(-1, keepdim=True), ctx.axis).div_(ctx.count * ctx.copies)
+        grad_x = torch.mul(wide_grad, wide_weight, out=work).sub_(normed.mul_(along)).mul_(scale)
+        return grad_x.to(x.dtype), grad_w, None, None, None
+
+
+def spread_rms_norm(x: Tensor, weight: Tensor, eps: float, axis: Axis, copies: int) -> Tensor:
+    """`rms_norm` over a dim that is cut over `axis`: x [..., h * copies / axis.size], weight alike, h in all.
+
+    copies: how many ranks hold the same part, each with a part of its gradient, which add up to the whole (KV heads).
+    """
+    return _SpreadRmsNorm.apply(x, weight, eps, axis, copies)

@@ -9,7 +9,7 @@ def matmul_parameters(cfg: ModelConfig) -> int:
     """Weights that every token is multiplied with: all matrices, the output head included, the embedding not."""
     heads = cfg.num_heads + 2 * cfg.num_kv_heads
     attention = cfg.hidden_size * cfg.head_dim * (heads + cfg.num_heads)
-    mlp = 3 * cfg.hidden_size * cfg.ffn_size
+    mlp = (3 if cfg.gated_mlp else 2) * cfg.hidden_size * cfg.ffn_size
     return cfg.num_layers * (attention + mlp) + cfg.vocab_size * cfg.hidden_size
 
 

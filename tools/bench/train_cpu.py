@@ -177,10 +177,11 @@ def loop_worker(o: Options) -> dict[str, Any]:
 def engine_worker(o: Options, name: str) -> dict[str, Any] | None:
     """The engine in this process; None on all ranks but the first."""
     from engine.comm import all_reduce_
-    from engine.config import layout_of, load
+    from engine.config import layout_of
     from engine.context import ParallelContext
     from engine.data.loader import MicroBatch
     from engine.launch import read_env, run
+    from engine.resolve import load
     from engine.train import setup, train_step
 
     case = o.case(name)

@@ -1,0 +1,302 @@
+"""Weights of others in, Hugging Face folders out: `import_folder` and `export`. CPU, one process, streaming.
+
+In memory at any time: one shard of what is written and one tensor. Both write under a temporary name and rename at the
+end. What of a folder is not the model (token ids, dropout rates, generation settings) lies beside the checkpoints of a
+run in `hugging_face/` and comes back in its exports.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.format import MODEL, find, step_dir
+from engine.checkpoint.hf import CONFIG, INDEX, HfReader, assembled, contents, places
+from engine.checkpoint.lineage import code_versions
+from engine.checkpoint.load import Reader, Source
+from engine.checkpoint.megatron.files import is_megatron
+from engine.checkpoint.megatron.source import MegatronSource, open_megatron
+from engine.checkpoint.retention import commit, tidy
+from engine.checkpoint.save import manifest_of, write_part
+from engine.checkpoint.storage import DISK, Storage, make_folders
+from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, write_safetensors
+from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from engine.data.tokenizer import Tokenizer
+from engine.errors import CheckpointError, ConfigError, DataError, SecretError
+from engine.families import FAMILIES, HARMLESS, Family
+from engine.files import sync_folder, write_synced
+from engine.hf_config import read_config, read_json, write_config
+from engine.layout import Layout
+from engine.relations import relations
+from engine.resolve import model_config
+
+MAX_SHARD_BYTES = 4 << 30
+GENERATION = "generation_config.json"
+BESIDE = "hugging_face"  # folder of a run
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+Importable = HfReader | MegatronSource
+
+
+def open_foreign(path: Path, max_seq_len: int | None = None, vocab_size: int | None = None) -> Importable:
+    """The weights of a Hugging Face folder, or of a checkpoint of Megatron-LM (vocab_size: without its padding)."""
+    if is_megatron(path):
+        return open_megatron(path, vocab_size)
+    return HfReader(path, max_seq_len)
+
+
+def open_source(path: Path, max_seq_len: int | None = None, storage: Storage = DISK) -> Source[Any]:
+    """The weights of a Hugging Face folder, or of one of our checkpoints or run folders, signed or not.
+
+    storage: with the secret of one that is signed.
+    """
+    if (path / CONFIG).exists():
+        return HfReader(path, max_seq_len)
+    try:
+        return Reader(find(path))
+    except SecretError:
+        if storage is DISK:
+            raise
+        return Reader(find(path, storage), storage)
+
+
+def copy_beside(source: Path, run: Path) -> None:
+    """Keep in a run folder what an export gives back: of the Hugging Face folder, run or checkpoint it starts from."""
+    folder = source
+    if not (source / CONFIG).exists():
+        folder = find(source).parent.parent / BESIDE
+    for name in (CONFIG, GENERATION):
+        if (folder / name).is_file():
+            (run / BESIDE).mkdir(parents=True, exist_ok=True)
+            write_synced(run / BESIDE / name, (folder / name).read_bytes())
+
+
+def import_folder(
+    folder: Path,
+    out: Path,
+    *,
+    max_seq_len: int | None = None,
+    vocab_size: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    storage: Storage = DISK,
+) -> tuple[Path, list[str]]:
+    """Write what `open_foreign` opens as a run folder with one checkpoint of step 0; returns that, and notes in words.
+
+    The tensors keep their dtypes and bits. Raises ConfigError or CheckpointError for whatever the engine does not have.
+    """
+    if (out / "checkpoints").exists():
+        raise CheckpointError(f"{out}: holds checkpoints already; choose another folder")
+    with open_foreign(folder, max_seq_len, vocab_size) as reader:
+        reader.verify()
+        notes, architecture = _copy_tokenizer(folder, out / "tokenizer"), "megatron"
+        if isinstance(reader, HfReader):
+            reader.check_spare_head()
+            notes, architecture = [*reader.described.notes, *notes], reader.described.family.architecture
+        dtypes = {entry.dtype for entry in reader.entries[MODEL].values()}
+        config = _run_config(reader.cfg, out, _PRECISIONS[max(dtypes, key=lambda name: DTYPES[name].itemsize)])
+        root, final = out / "checkpoints", step_dir(out / "checkpoints", 0)
+        temporary = root / f".{final.name}.tmp"
+        tidy(storage, root, temporary)
+        make_folders(storage, temporary)
+        sizes = {name: _bytes(entry.shape, entry.dtype) for name, entry in reader.entries[MODEL].items()}
+        parts = [
+            _write_shard(reader, storage, temporary / f"model-{number:05d}.safetensors", names)
+            for number, names in enumerate(runs(sizes, max_shard_bytes), 1)
+        ]
+        facts = {
+            "consumed_samples": 0,
+            "consumed_tokens": 0,
+            "config": config.model_dump(),
+            "data": {"imported_from": str(folder), "architecture": architecture},
+            "versions": code_versions(),
+        }
+        manifest = manifest_of(parts, Layout(), 0, facts, BLOCK_BYTES)
+        if isinstance(reader, HfReader):
+            copy_beside(folder, out)
+        commit(storage, temporary, final, manifest.encode(storage))
+    return final, notes
+
+
+def _write_shard(reader: Importable, storage: Storage, file: Path, names: list[str]) -> dict[str, Any]:
+    """Write these tensors, whole, as one file of a checkpoint; what its manifest needs to know of it."""
+    tensors = {f"{MODEL}/{name}": reader.whole(MODEL, name) for name in names}
+    index = {
+        name: {
+            "shape": tuple(x.shape),
+            "dtype": DTYPE_NAMES[x.dtype],
+            "slices": [{"key": key, "offset": (0,) * x.dim(), "shape": tuple(x.shape)}],
+        }
+        for name, (key, x) in zip(names, tensors.items())
+    }
+    return write_part(storage, file, tensors, {MODEL: index})
+
+
+def _run_config(model: ModelConfig, out: Path, precision: str) -> Config:
+    config = Config(
+        run=RunConfig(dir=str(out)),
+        model=model,
+        train=TrainConfig.model_validate(
+            {"precision": precision, "seq_len": max(2, min(model.max_seq_len, TrainConfig().seq_len))}
+        ),
+        data=DataConfig(tokenizer=str(out / "tokenizer") if (out / "tokenizer").exists() else ""),
+    )
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"data": 1, "chunks": 1})})
+    if faults := relations(config, 1):
+        raise ConfigError(faults)
+    return config
+
+
+def _copy_tokenizer(folder: Path, out: Path) -> list[str]:
+    """Copy the tokenizer's files; where there is no tokenizer.json, make it from a sentencepiece model."""
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
+        return ["no tokenizer in the folder: give one with --tokenizer where it is needed"]
+    out.mkdir(parents=True, exist_ok=True)
+    for name in found:
+        write_synced(out / name, (folder / name).read_bytes())
+    if "tokenizer.json" in found:
+        return []
+    if "tokenizer.model" in found:
+        try:
+            Tokenizer.load(folder / "tokenizer.model").save(out)
+            return ["tokenizer.json made from tokenizer.model"]
+        except DataError as error:
+            return [f"no tokenizer.json in the folder, and none could be made from tokenizer.model: {error}"]
+    return ["no tokenizer.json in the folder: save it again with `AutoTokenizer...save_pretrained`"]
+
+
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None,
+    tokenizer: Path | None,
+    eod: int | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    storage: Storage = DISK,
+) -> tuple[Family, int]:
+    """Write a checkpoint as a Hugging Face folder; returns the family and the bytes of the weights.
+
+    Writes model-*.safetensors with their index, config.json, generation_config.json, and copies the tokenizer's files.
+    dtype: None for that of the checkpoint. eod: id of the end-of-document token, where no folder it came from says.
+    Raises CheckpointError when `out` is there already, or no family is this model.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: is there already; choose another folder")
+    beside = folder.parent.parent / BESIDE
+    with Reader(folder, storage) as reader:
+        cfg = ModelConfig.model_validate(reader.manifest.config["model"])
+        family, config, generation = _describe(cfg, beside, eod)
+        stored = {DTYPES[entry.dtype] for entry in reader.entries[MODEL].values()}
+        widest = max(stored, key=lambda kind: kind.itemsize)
+        config["dtype"] = config["torch_dtype"] = str(dtype or widest).removeprefix("torch.")
+        temporary = out.parent / f".{out.name}.tmp"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        temporary.mkdir()
+        total, weight_map = _write_weights(reader, cfg, family, temporary, dtype, max_shard_bytes)
+    for name in TOKENIZER_FILES:
+        if tokenizer is not None and (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, temporary / name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for name, facts in ((INDEX, index), (GENERATION, generation), (CONFIG, config)):
+        write_synced(temporary / name, json.dumps(facts, indent=2).encode() + b"\n")
+    sync_folder(temporary)
+    os.rename(temporary, out)
+    sync_folder(out.parent)
+    return family, total
+
+
+def _write_weights(
+    reader: Reader, cfg: ModelConfig, family: Family, out: Path, dtype: torch.dtype | None, max_shard_bytes: int
+) -> tuple[int, dict[str, str]]:
+    """(bytes, their name -> file): the weights in shards of at most so many bytes, a shard at a time in memory."""
+    found, theirs = places(cfg, family)
+    inside = contents(found)
+    kinds = {key: dtype or DTYPES[reader.entries[MODEL][names[0]].dtype] for key, names in inside.items()}
+    sizes = {key: math.prod(shape) * kinds[key].itemsize for key, shape in theirs.items()}
+    shards = list(runs(sizes, max_shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, keys in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard: dict[str, Tensor] = {}
+        for key in keys:
+            parts = {name: reader.whole(MODEL, name).to(kinds[key]) for name in inside[key]}
+            shard[key] = assembled(parts, found, theirs[key])
+        write_safetensors(out / file, shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(keys, file)
+    return sum(sizes.values()), weight_map
+
+
+def _describe(cfg: ModelConfig, beside: Path, eod: int | None) -> tuple[Family, dict[str, Any], dict[str, Any]]:
+    """(family, config.json, generation_config.json): what computes this model, with what is kept of its origin."""
+    origin = read_json(beside / CONFIG) if (beside / CONFIG).exists() else {}
+    near = [f.model_type for f in FAMILIES.values() if cfg.preset.startswith(f.preset)]
+    facts, defaults = (model.model_dump(exclude={"preset"}) for model in (cfg, ModelConfig()))
+    if origin and _says(beside / CONFIG, facts):
+        family = FAMILIES[origin["model_type"]]
+        config = {key: value for key, value in origin.items() if key not in _OF_THE_WRITER}
+    else:
+        family, config = write_config(facts, defaults, [str(origin.get("model_type")), *near])
+        config |= _extras(origin, family) if origin else {"bos_token_id": eod, "eos_token_id": eod, "use_cache": True}
+    generation = {"bos_token_id": eod, "eos_token_id": eod, "do_sample": True}
+    if (beside / GENERATION).exists():
+        generation = read_json(beside / GENERATION)
+    elif origin:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {key: config[key] for key in ids if config.get(key) is not None}
+    return family, config, generation
+
+
+_OF_THE_WRITER = ("auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+
+
+def _says(path: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of exactly this model."""
+    try:
+        return model_config(path, read_config(path).facts).model_dump(exclude={"preset"}) == facts
+    except ConfigError:
+        return False
+
+
+def _extras(origin: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """What a folder's config.json says beside the model: token ids, dropout rates, settings of generation."""
+    kept = {*HARMLESS, *family.harmless, *family.dropouts}.difference(_OF_THE_WRITER, ("architectures", "model_type"))
+    return {key: value for key, value in origin.items() if key in kept}
+
+
+def runs(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """Names cut in runs of at most `most` bytes, or of one name."""
+    run: list[str] = []
+    size = 0
+    for name, each in sizes.items():
+        if run and size + each > most:
+            yield run
+            run, size = [], 0
+        run.append(name)
+        size += each
+    yield run
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * DTYPES[dtype].itemsize

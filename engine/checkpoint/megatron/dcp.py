@@ -1,0 +1,137 @@
+"""Checkpoints of torch.distributed.checkpoint (DCP), Megatron's `torch_dist` among them, without its pickle reader.
+
+    .metadata        a pickle: name -> global shape, dtype and chunks; (name, offset) -> file, position, length
+    __R_N.distcp     blobs one after the other, each one chunk as an archive of torch (`archive`)
+
+`.metadata` is read as inert nodes (`symbolic`). What it says is believed as far as it fits: plain file
+names in the same folder, ranges inside the files, chunks inside the shapes, blobs of the very shape and dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint.megatron.archive import Archive, StoredTensor, is_count, map_file, sizes
+from engine.checkpoint.megatron.sheets import Part, Sheet
+from engine.checkpoint.megatron.symbolic import Call, Global, is_call, parse, shown
+from engine.errors import CheckpointError
+
+METADATA = ".metadata"
+_NAMES = "torch.distributed.checkpoint.metadata"
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+_DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Where a blob lies."""
+
+    file: str
+    offset: int
+    length: int
+
+
+class DcpFolder:
+    """The tensors of a DCP folder: `names()`, and `sheet(name)` to read one. Files are mapped on first use."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.where = folder, str(folder / METADATA)
+        root = parse(map_file(folder / METADATA), self.where)
+        state = self._state(root, f"{_NAMES} Metadata", "the metadata")
+        entries, places = state.get("state_dict_metadata"), state.get("storage_data")
+        if not isinstance(entries, dict) or not isinstance(places, dict):
+            raise CheckpointError(f"{self.where}: lists no tensors or no places; it is damaged or not what it seems")
+        if not all(isinstance(name, str) for name in entries):
+            raise CheckpointError(f"{self.where}: names a tensor by something that is no text; it is damaged")
+        self._entries: dict[str, Any] = entries
+        self._places = self._index(places)
+        self._files: dict[str, memoryview] = {}
+        self._blobs: dict[_Range, StoredTensor] = {}
+
+    def names(self) -> list[str]:
+        """Names of all tensors (byte objects left out)."""
+        return [name for name, entry in self._entries.items() if not is_call(entry, f"{_NAMES} BytesStorageMetadata")]
+
+    def sheet(self, name: str) -> Sheet:
+        """One tensor, its chunks not yet opened and not yet checked against each other. Raises CheckpointError."""
+        where = f"{self.where}: {shown(name)}"
+        state = self._state(self._entries[name], f"{_NAMES} TensorStorageMetadata", shown(name))
+        shape, chunks = sizes(state.get("size"), where), state.get("chunks")
+        properties = state.get("properties")
+        if not isinstance(properties, Call) or not isinstance(properties.state, tuple) or not isinstance(chunks, list):
+            raise CheckpointError(f"{where}: has no dtype or no chunks; the file is damaged")
+        kind = properties.state[0] if properties.state else None
+        if not isinstance(kind, Global) or kind.module != "torch" or kind.name not in _DTYPES:
+            raise CheckpointError(f"{where}: dtype {shown(kind)} is not read; only {', '.join(_DTYPES)}")
+        dtype = _DTYPES[kind.name]
+        parts = []
+        for chunk in chunks:
+            facts = self._state(chunk, f"{_NAMES} ChunkStorageMetadata", shown(name))
+            offset, size = sizes(facts.get("offsets"), where), sizes(facts.get("sizes"), where)
+            if len(offset) != len(shape) or len(size) != len(shape):
+                raise CheckpointError(f"{where}: chunk {list(size)} at {list(offset)} of shape {list(shape)}; damaged")
+            place = self._places.get((name, offset))
+            if place is None:
+                raise CheckpointError(f"{where}: the chunk at {list(offset)} lies nowhere; the file is damaged")
+            parts.append(Part(offset, size, self._opener(name, place, size, dtype), (0,) * len(shape)))
+        return Sheet(where, dtype, shape, tuple(parts))
+
+    def _opener(
+        self, name: str, place: _Range, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Callable[[], StoredTensor]:
+        return partial(self._blob, name, place, shape, dtype)
+
+    def _blob(self, name: str, place: _Range, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
+        if place not in self._blobs:
+            if place.file not in self._files:
+                self._files[place.file] = map_file(self.folder / place.file)
+            data, end = self._files[place.file], place.offset + place.length
+            where = f"{self.folder / place.file}: {shown(name)}, bytes {place.offset} to {end}"
+            if end > len(data):
+                raise CheckpointError(f"{where}: the file has {len(data)} bytes; it is cut short: take another copy")
+            archive = Archive.open(data[place.offset : end], where)
+            self._blobs[place] = archive.tensor(archive.value, "the chunk")
+        found = self._blobs[place]
+        if found.shape != shape or found.dtype != dtype:
+            raise CheckpointError(
+                f"{self.folder / place.file}: {shown(name)}: a {found.dtype} of shape {list(found.shape)}, "
+                f"but {METADATA} says {dtype} of {list(shape)}; the files do not belong together"
+            )
+        return found
+
+    def _index(self, places: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...]], _Range]:
+        """(name, offset of the chunk) -> where its blob lies; byte objects are left out."""
+        found: dict[tuple[str, tuple[int, ...]], _Range] = {}
+        for index, place in places.items():
+            key = self._state(index, f"{_NAMES} MetadataIndex", "a place")
+            info = self._state(place, "torch.distributed.checkpoint.filesystem _StorageInfo", "a place")
+            name, where = key.get("fqn"), f"{self.where}: {shown(key.get('fqn'))}"
+            if not isinstance(name, str):
+                raise CheckpointError(f"{where}: is no name; the file is damaged")
+            if key.get("offset") is None:
+                continue
+            file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
+            if not isinstance(file, str) or not _FILE.fullmatch(file):
+                raise CheckpointError(f"{where}: lies in {shown(file)}, which is no plain file name; tampered with")
+            if not is_count(offset) or not is_count(length):
+                raise CheckpointError(f"{where}: lies at {shown(offset)}, {shown(length)} bytes long; damaged")
+            if info.get("transform_descriptors"):
+                raise CheckpointError(f"{where}: is compressed or encrypted; save it without an extension")
+            at = sizes(key["offset"], where)
+            if (name, at) in found:
+                raise CheckpointError(f"{where}: the chunk at {list(at)} is listed twice; damaged")
+            found[name, at] = _Range(file, offset, length)
+        return found
+
+    def _state(self, value: object, name: str, what: str) -> dict[Any, Any]:
+        """What was put into an object of class `name`. Raises CheckpointError for anything else."""
+        if not isinstance(value, Call) or not is_call(value, name) or not isinstance(value.state, dict):
+            raise CheckpointError(f"{self.where}: {what} is {shown(value)}, not {name.split()[-1]}; damaged")
+        return value.state

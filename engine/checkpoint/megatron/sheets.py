@@ -1,0 +1,85 @@
+"""A tensor spread over stored tensors: rectangles of it, each a rectangle of one of them. Read piece by piece."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.checkpoint.megatron.archive import StoredTensor
+from engine.errors import CheckpointError
+
+MAX_PARTS = 1024  # of one sheet: a matrix of one layer is cut over tensor ranks, sometimes over data ranks too
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a sheet, and where it begins in the stored tensor (which may have leading dims of its own)."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    stored: Callable[[], StoredTensor]
+    origin: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A tensor of `shape` made of parts that cover it exactly once (`check`). `where` names it in messages."""
+
+    where: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def check(self) -> None:
+        """Raises CheckpointError unless the parts lie inside and cover every value exactly once."""
+        if not 1 <= len(self.parts) <= MAX_PARTS:
+            raise CheckpointError(f"{self.where}: in {len(self.parts)} parts; 1 to {MAX_PARTS} are read")
+        covered = 0
+        for part in self.parts:
+            if len(part.shape) != len(self.shape) or not all(
+                o >= 0 and n > 0 and o + n <= size for o, n, size in zip(part.offset, part.shape, self.shape)
+            ):
+                raise CheckpointError(
+                    f"{self.where}: a part of shape {list(part.shape)} at {list(part.offset)} lies outside its shape "
+                    f"{list(self.shape)}; damaged"
+                )
+            covered += math.prod(part.shape)
+        if covered != math.prod(self.shape):
+            raise CheckpointError(f"{self.where}: {covered} of {math.prod(self.shape)} values are there; damaged")
+        begin = np.array([part.offset for part in self.parts], np.int64)
+        end = begin + np.array([part.shape for part in self.parts], np.int64)
+        meets = ((begin[:, None] < end) & (begin < end[:, None])).all(-1)
+        if meets.sum() != len(self.parts):  # each meets itself
+            raise CheckpointError(f"{self.where}: parts overlap; damaged")
+
+    def layers(self) -> list[Sheet]:
+        """The indices of the first dim as checked sheets without that dim. Raises CheckpointError."""
+        if not self.shape or sum(part.shape[0] for part in self.parts if part.shape) > MAX_PARTS * 1000:
+            raise CheckpointError(f"{self.where}: shape {list(self.shape)} in {len(self.parts)} parts; damaged")
+        parts: list[list[Part]] = [[] for _ in range(self.shape[0])]
+        for part in self.parts:
+            for index in range(part.offset[0], min(part.offset[0] + part.shape[0], len(parts))):
+                origin = (part.origin[0] + index - part.offset[0], *part.origin[1:])
+                parts[index].append(Part(part.offset[1:], part.shape[1:], part.stored, origin))
+        sheets = [Sheet(f"{self.where}[{i}]", self.dtype, self.shape[1:], tuple(p)) for i, p in enumerate(parts)]
+        for sheet in sheets:
+            sheet.check()
+        return sheets
+
+    def read_into(self, out: Tensor, offset: tuple[int, ...]) -> None:
+        """Fill `out` with the rectangle of its shape that begins at `offset`. Raises CheckpointError."""
+        for part in self.parts:
+            low = [max(a, b) for a, b in zip(offset, part.offset)]
+            high = [min(a + n, b + k) for a, n, b, k in zip(offset, out.shape, part.offset, part.shape)]
+            if any(lo >= hi for lo, hi in zip(low, high)):
+                continue
+            lead = len(part.origin) - len(part.shape)
+            begin = tuple(o + lo - b for o, lo, b in zip(part.origin[lead:], low, part.offset))
+            shape = tuple(hi - lo for lo, hi in zip(low, high))
+            block = part.stored().read((*part.origin[:lead], *begin), (*(1,) * lead, *shape))
+            out[tuple(slice(lo - a, hi - a) for lo, hi, a in zip(low, high, offset))] = block.view(shape)

@@ -1,0 +1,306 @@
+"""Pickled bytes as plain data: the opcodes are interpreted here, and nothing that they name is imported or called.
+
+torch's own archives (.pt, .distcp, DCP's .metadata) describe their contents by a pickle. Unpickling runs whatever the
+file says. This reader runs nothing: `pickletools.genops` of the standard library cuts the bytes into opcodes, importing
+nothing; a small stack machine turns them into numbers, texts, lists, tuples, dicts and three kinds of inert nodes:
+
+    Global(module, name)        a name; never looked up
+    Call(function, args)        a call or an object; never made. `state`, `items`, `entries`: what was put into it later
+    Persistent(id)              a storage that lies beside the pickle
+
+Invariants: every opcode and every global is on a list below, else the file is refused; size, opcodes, depth of
+the stack and length of integers are bounded, so time and memory are too. Values may share parts, or hold themselves:
+who reads them must go only where a known format leads, and show them in messages only through `shown`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import CheckpointError
+
+MAX_BYTES = 64 << 20
+MAX_OPCODES = 4_000_000
+MAX_STACK = 100_000  # pickle writes containers in runs of 1,000; tuples lie on the stack whole
+MAX_INTEGER_BYTES = 256
+
+_DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2"
+_STORAGES = "Double Float Half BFloat16 Long Int Short Char Byte Bool"
+_DCP = "torch.distributed.checkpoint"
+_CORE = "megatron.core"
+
+# What Megatron's checkpoints name (megatron/core/safe_globals.py lists most), torch's tensors and DCP's metadata.
+GLOBALS = {
+    *(f"torch {name}" for name in _DTYPES.split()),
+    *(f"torch {name}Storage" for name in _STORAGES.split()),
+    *(f"torch {name}" for name in ("Size", "device", "strided")),
+    *(f"torch._utils {name}" for name in ("_rebuild_tensor_v2", "_rebuild_parameter")),
+    "torch.storage UntypedStorage",
+    "torch.serialization _get_layout",
+    *(f"torch.nn.functional {name}" for name in ("silu", "gelu", "relu")),
+    *(f"torch._C._nn {name}" for name in ("gelu", "silu")),
+    *(f"{_DCP}.metadata {name}" for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata")),
+    *(f"{_DCP}.metadata {name}" for name in ("TensorProperties", "ChunkStorageMetadata", "MetadataIndex")),
+    *(f"{_DCP}.metadata {name}" for name in ("StorageMeta", "_MEM_FORMAT_ENCODING")),
+    f"{_DCP}.filesystem _StorageInfo",
+    *(f"{_DCP}.planner {name}" for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    *(f"{_CORE}.dist_checkpointing.strategies.torch {name}" for name in ("MCoreMetadata", "MCoreSavePlan")),
+    *(f"{_CORE}.transformer.enums {name}" for name in ("AttnBackend", "CudaGraphScope", "AttnMaskType", "LayerType")),
+    f"{_CORE}.transformer.pipeline_parallel_layer_layout PipelineParallelLayerLayout",
+    f"{_CORE}.enums ModelType",
+    f"{_CORE}.optimizer OptimizerConfig",
+    f"{_CORE}.optimizer.optimizer_config OptimizerConfig",
+    *(f"{_CORE}.rerun_state_machine {name}" for name in ("RerunDiagnostic", "RerunMode", "RerunState")),
+    "argparse Namespace",
+    "types SimpleNamespace",
+    "collections OrderedDict",
+    "collections defaultdict",
+    "builtins set",
+    "__builtin__ set",
+    "pathlib PosixPath",
+    "signal Signals",
+    "io BytesIO",
+    "_codecs encode",
+    *(f"numpy.{core}.multiarray {name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    "numpy ndarray",
+    "numpy dtype",
+    "numpy.dtypes UInt32DType",
+}
+
+
+@dataclass(frozen=True)
+class Global:
+    """The name of a class or function."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class Call:
+    """A call or an object that was not made: of what, with which arguments, and what was put into it afterwards."""
+
+    function: Global
+    args: tuple[Any, ...]
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+    entries: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Persistent:
+    """A reference to something outside the pickle."""
+
+    id: Any
+
+
+def shown(value: object) -> str:
+    """A value for a message: short, and safe whatever a file put into it."""
+    if isinstance(value, (str, bytes)):
+        return ascii(value[:80]) + ("..." if len(value) > 80 else "")
+    if value is None or isinstance(value, (bool, int, float)):
+        return ascii(value)
+    if isinstance(value, Call):
+        return f"a {value.function}"
+    return str(value) if isinstance(value, Global) else f"a {type(value).__name__}"
+
+
+def parse(data: bytes | memoryview, where: str) -> Any:
+    """The value that pickled `data` describes. `where` names it in messages. Raises CheckpointError.
+
+    A dict's keys are texts, numbers, None, or nodes (told apart by identity).
+    """
+    if len(data) > MAX_BYTES:
+        raise CheckpointError(f"{where}: {len(data)} bytes of description, at most {MAX_BYTES} are read")
+    machine = _Machine()
+    position = 0
+    try:
+        for count, (opcode, argument, at) in enumerate(pickletools.genops(io.BytesIO(data))):
+            position = at or 0
+            if count >= MAX_OPCODES:
+                raise _RefusedError(f"more than {MAX_OPCODES} opcodes")
+            if opcode.name == "STOP":
+                if (rest := len(data) - position - 1) != 0:
+                    raise _RefusedError(f"{rest} bytes after the end")
+                return machine.result()
+            machine.step(opcode.name, argument)
+    except (_RefusedError, ValueError, OverflowError, EOFError, IndexError, TypeError) as error:
+        text = str(error) if isinstance(error, _RefusedError) else f"damaged ({shown(str(error))})"
+        raise CheckpointError(
+            f"{where}: offset {position}: {text}; nothing of the file was run. It is damaged or not what it seems: "
+            "take another copy"
+        ) from None
+    raise CheckpointError(f"{where}: ends in the middle")  # genops ends at STOP or raises
+
+
+class _RefusedError(Exception):
+    """Why a pickle is not read; `parse` adds where."""
+
+
+def _key(value: object) -> Any:
+    """A dict key whose hash is cheap and cannot be made to collide; tuples become nodes, told apart by identity."""
+    if isinstance(value, tuple):
+        return Call(Global("builtins", "tuple"), value)
+    small = isinstance(value, int) and abs(value) < 1 << 60
+    if small or value is None or isinstance(value, (str, bytes, float, Call, Global)):
+        return value
+    raise _RefusedError(f"{shown(value)} as the key of a dict")
+
+
+class _Machine:
+    """The stack machine. Names of opcodes are those of pickletools; what is not in the tables is refused."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def result(self) -> Any:
+        if len(self.stack) != 1 or self.marks:
+            raise _RefusedError(f"{len(self.stack)} values at the end, not one")
+        return self.stack[0]
+
+    def step(self, name: str, argument: Any) -> None:
+        """Carry out one opcode."""
+        if name in _LITERALS:
+            if isinstance(argument, int) and argument.bit_length() > 8 * MAX_INTEGER_BYTES:
+                raise _RefusedError("an integer of absurd length")
+            self.push(argument)
+        elif name in _CONSTANTS:
+            self.push(_CONSTANTS[name]())
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = self.top()
+        elif name in ("BINGET", "LONG_BINGET"):
+            if argument not in self.memo:
+                raise _RefusedError(f"memo {argument} was never filled")
+            self.push(self.memo[argument])
+        elif name in _STEPS:
+            _STEPS[name](self, argument)
+        elif name not in ("PROTO", "FRAME"):
+            raise _RefusedError(f"opcode {name} is not among those that checkpoints need")
+
+    def push(self, value: Any) -> None:
+        if len(self.stack) >= MAX_STACK:
+            raise _RefusedError(f"a stack of more than {MAX_STACK}")
+        self.stack.append(value)
+
+    def top(self) -> Any:
+        self._above_mark(1)
+        return self.stack[-1]
+
+    def pop(self) -> Any:
+        self._above_mark(1)
+        return self.stack.pop()
+
+    def pop_many(self, number: int) -> tuple[Any, ...]:
+        self._above_mark(number)
+        values = tuple(self.stack[-number:])
+        del self.stack[-number:]
+        return values
+
+    def _above_mark(self, number: int) -> None:
+        if len(self.stack) - (self.marks[-1] if self.marks else 0) < number:
+            raise _RefusedError("takes values that are not on the stack")
+
+    def pop_mark(self) -> list[Any]:
+        if not self.marks:
+            raise _RefusedError("no mark on the stack")
+        begin = self.marks.pop()
+        values = self.stack[begin:]
+        del self.stack[begin:]
+        return values
+
+    def mark(self, _: Any) -> None:
+        if len(self.marks) >= MAX_STACK:
+            raise _RefusedError(f"more than {MAX_STACK} open marks")
+        self.marks.append(len(self.stack))
+
+    def named(self, module: object, name: object) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise _RefusedError("a global whose name is no text")
+        if f"{module} {name}" not in GLOBALS:
+            raise _RefusedError(f"names {shown(f'{module}.{name}')}, which no checkpoint needs")
+        self.push(Global(module, name))
+
+    def call(self, _: Any) -> None:
+        function, args = self.pop_many(2)
+        if not isinstance(function, Global) or not isinstance(args, tuple):
+            raise _RefusedError(f"calls {shown(function)}")
+        self.push(Call(function, args))
+
+    def build(self, _: Any) -> None:
+        state = self.pop()
+        target = self.top()
+        if not isinstance(target, Call) or target.state is not None:
+            raise _RefusedError(f"sets the state of {shown(target)}")
+        target.state = state
+
+    def append(self, values: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, Call):
+            target = target.entries
+        if not isinstance(target, list):
+            raise _RefusedError(f"appends to {shown(target)}")
+        target.extend(values)
+
+    def set_items(self, values: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, Call):
+            target = target.items
+        if not isinstance(target, dict) or len(values) % 2:
+            raise _RefusedError(f"sets items of {shown(target)}")
+        for key, value in zip(values[::2], values[1::2]):
+            if (key := _key(key)) in target:
+                raise _RefusedError(f"sets {shown(key)} twice")
+            target[key] = value
+
+
+_INTEGERS = ("BININT", "BININT1", "BININT2", "LONG1")
+_TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES")
+_LITERALS = frozenset((*_INTEGERS, *_TEXTS, "BINFLOAT"))
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": list,
+}
+_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    "MARK": _Machine.mark,
+    "TUPLE": lambda m, _: m.push(tuple(m.pop_mark())),
+    "TUPLE1": lambda m, _: m.push(m.pop_many(1)),
+    "TUPLE2": lambda m, _: m.push(m.pop_many(2)),
+    "TUPLE3": lambda m, _: m.push(m.pop_many(3)),
+    "APPEND": lambda m, _: m.append([m.pop()]),
+    "APPENDS": lambda m, _: m.append(m.pop_mark()),
+    "ADDITEMS": lambda m, _: m.append(m.pop_mark()),
+    "SETITEM": lambda m, _: m.set_items(list(m.pop_many(2))),
+    "SETITEMS": lambda m, _: m.set_items(m.pop_mark()),
+    "GLOBAL": lambda m, argument: m.named(*argument.split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: m.named(*m.pop_many(2)),
+    "REDUCE": _Machine.call,
+    "NEWOBJ": _Machine.call,
+    "BUILD": _Machine.build,
+    "BINPERSID": lambda m, _: m.push(Persistent(m.pop())),
+}
+
+
+def mapping(value: object) -> dict[Any, Any] | None:
+    """The items of a dict or OrderedDict; None for anything else."""
+    if isinstance(value, Call) and value.function == Global("collections", "OrderedDict") and not value.args:
+        return value.items
+    return value if isinstance(value, dict) else None
+
+
+def is_call(value: object, name: str) -> bool:
+    """Whether a value is a call or object of `name`, written "module name"."""
+    return isinstance(value, Call) and f"{value.function.module} {value.function.name}" == name

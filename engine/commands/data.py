@@ -1,0 +1,204 @@
+"""Verbs that make and show data: prepare, clean, tokenizer, inspect."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EXIT_OK, ConfigError, Fault
+
+if TYPE_CHECKING:
+    pass
+
+
+def prepare(args: list[str]) -> int:
+    """raw text -> tokenizer and memory-mapped train/valid files"""
+    import tyro
+
+    from engine.data.prepare import prepare
+    from engine.faults import prepare_faults
+    from engine.monitor.prepared import prepare_progress, show_prepared
+    from engine.options import Prepare
+
+    o = tyro.cli(Prepare, args=args, prog="engine prepare")
+    if faults := list(prepare_faults(o)):
+        raise ConfigError(faults)
+    if o.workers:
+        from engine.launch import limit_encoder_threads
+
+        limit_encoder_threads(o.workers)
+    with prepare_progress() as progress:
+        report = prepare(
+            list(o.input),
+            o.output,
+            tokenizer=o.tokenizer,
+            train_vocab_size=o.train_vocab_size or None,
+            valid_fraction=o.valid_fraction,
+            include=o.include,
+            exclude=o.exclude,
+            json_key=o.json_key,
+            format=o.format,
+            on_error=o.on_error,
+            max_document_bytes=o.max_document_bytes,
+            append_eod=o.append_eod,
+            parse_special=o.parse_special,
+            fast=o.encoder == "auto",
+            workers=o.workers,
+            seed=o.seed,
+            overwrite=o.overwrite,
+            progress=progress,
+            note=print,
+        )
+    show_prepared(report)
+    return EXIT_OK
+
+
+def clean(args: list[str]) -> int:
+    """raw text -> cleaned text: filters, test questions, personal data, duplicates"""
+    import tyro
+
+    from engine.data.clean import clean
+    from engine.data.cleaner import Rules
+    from engine.data.ngrams import MinHash
+    from engine.faults import clean_faults
+    from engine.monitor.clean import show_clean_report
+    from engine.monitor.prepared import prepare_progress
+    from engine.options import Clean
+
+    o = tyro.cli(Clean, args=args, prog="engine clean")
+    if faults := list(clean_faults(o)):
+        raise ConfigError(faults)
+    executor_options: dict[str, Any] = {"workers": o.workers or (os.cpu_count() or 1 if o.executor == "local" else -1)}
+    if o.executor == "slurm":
+        executor_options |= {"partition": o.slurm_partition, "time": o.slurm_time}
+    rules = Rules(
+        normalise=o.normalise,
+        fix_mojibake=o.fix_mojibake,
+        languages=o.language,
+        language_threshold=o.language_threshold,
+        quality=o.quality,
+        decontaminate=o.decontaminate,
+        decontaminate_keys=o.decontaminate_key,
+        decontaminate_words=o.decontaminate_words,
+        pii=o.pii,
+        pii_kinds=o.pii_kinds,
+        exact=o.exact_duplicates,
+        minhash=MinHash(o.minhash_bands, o.minhash_rows, o.minhash_words),
+    )
+    with prepare_progress() as progress:
+        report = clean(
+            o.input,
+            o.output,
+            rules,
+            include=o.include,
+            exclude=o.exclude,
+            json_key=o.json_key,
+            on_error=o.on_error,
+            tasks=o.tasks,
+            executor=o.executor,
+            executor_options=executor_options,
+            dropped_text=o.dropped_text,
+            overwrite=o.overwrite,
+            progress=progress,
+        )
+    if report is None:
+        print(f"tasks of {o.output} are still at work; when they are done, give the same command again to finish it")
+    else:
+        show_clean_report(report)
+    return EXIT_OK
+
+
+def tokenizer(args: list[str]) -> int:
+    """train a tokenizer: engine tokenizer train ..."""
+    import tyro
+
+    from engine.data.train_tokenizer import train_tokenizer
+    from engine.monitor.prepared import prepare_progress
+    from engine.options import TokenizerTrain
+
+    if args[:1] not in (["train"], ["-h"], ["--help"]):
+        raise ConfigError([Fault("engine tokenizer", " ".join(args[:1]), "is not train", "engine tokenizer train ...")])
+    o = tyro.cli(TokenizerTrain, args=args[args[:1] == ["train"] :], prog="engine tokenizer train")
+    with prepare_progress() as progress:
+        tokenizer, dropped = train_tokenizer(
+            o.input,
+            o.output,
+            o.vocab_size,
+            kind=o.kind,
+            special_tokens=o.special_tokens,
+            max_bytes=o.max_bytes,
+            include=o.include,
+            exclude=o.exclude,
+            json_key=o.json_key,
+            format=o.format,
+            on_error=o.on_error,
+            overwrite=o.overwrite,
+            progress=progress,
+        )
+    for reason, count in sorted(dropped.items()):
+        print(f"dropped: {count:,} {reason}")
+    print(f"tokenizer {o.output}: {o.kind}, {tokenizer.vocab_size:,} tokens, digest {tokenizer.digest[:16]}")
+    if tokenizer.vocab_size < o.vocab_size:
+        print(f"--vocab-size was {o.vocab_size:,}, but the text offers no more")
+    return EXIT_OK
+
+
+def inspect(args: list[str]) -> int:
+    """look at a corpus (counts, lengths, samples) or at a checkpoint (tensors, norms, lineage)"""
+
+    import tyro
+    from rich.console import Console
+
+    from engine.config import DataConfig
+    from engine.data import inspect
+    from engine.data.corpora import end_of_document
+    from engine.data.indexed import IndexedDataset
+    from engine.data.special import fill_in_the_middle
+    from engine.data.tokenizer import Tokenizer
+    from engine.monitor.plot import plot_lengths
+    from engine.options import Inspect
+
+    o = tyro.cli(Inspect, args=args, prog="engine inspect")
+    least = {"--samples": (o.samples, 0), "--seq-len": (o.seq_len, 1), "--seed": (o.seed, 0)}
+    faults = [Fault(k, v, f"is below {n}", f"Use {n} or more.") for k, (v, n) in least.items() if v < n]
+    if o.output.suffix not in (".png", ".svg"):
+        faults.append(Fault("--output", str(o.output), "is neither a .png nor a .svg file", "End it in .png."))
+    faults += [
+        Fault(f"--{k.replace('_', '-')}", v, "is not a share", "Use a number of 0 to 1.")
+        for k, v in (("fim_rate", o.fim_rate), ("fim_spm_rate", o.fim_spm_rate))
+        if not 0 <= v <= 1
+    ]
+    if o.fim_tokens and not o.fim_rate:
+        faults.append(Fault("--fim-tokens", o.fim_tokens, "has no meaning without --fim-rate", "Such as 0.5."))
+    if faults:
+        raise ConfigError(faults)
+    if Path(o.data).is_dir() and not Path(f"{o.data}.idx").exists():
+        from engine.commands.checkpoints import inspect_checkpoint
+
+        return inspect_checkpoint(o)
+    dataset = IndexedDataset(o.data)
+    folder = inspect.find_tokenizer(o.data, o.tokenizer)
+    fim_options = {"fim_rate": o.fim_rate, "fim_spm_rate": o.fim_spm_rate, "fim_tokens": o.fim_tokens}
+    data = DataConfig(tokenizer=str(folder or ""), **fim_options)
+    tokenizer = Tokenizer.load(folder) if folder else None
+    c, console = inspect.count(dataset), Console(highlight=False, soft_wrap=True)
+    for line in (
+        f"{o.data}: {c.documents:,} documents, {c.tokens:,} tokens, {c.bytes:,} bytes of {c.dtype}",
+        f"tokens a document: {c.shortest:,} to {c.longest:,} (document {c.longest_document}), median {c.median:,}, "
+        f"mean {c.mean:,.1f}",
+        *([f"bytes of text a token: {c.text_bytes / max(1, c.tokens):.3f}"] if c.text_bytes else []),
+        f"tokenizer: {folder or 'none given and none beside the corpus: samples are not decoded'}",
+    ):
+        console.print(line, markup=False)
+    if o.verify:
+        for line in inspect.verify(dataset, tokenizer):
+            console.print(f"right: {line}", markup=False)
+    if tokenizer is not None and o.samples:
+        eod = end_of_document([dataset], "fim_rate", o.fim_rate) if o.fim_rate else 0
+        fim = fill_in_the_middle(data, tokenizer, eod, o.seed) if o.fim_rate else None
+        for text in inspect.decoded_samples(dataset, tokenizer, o.seq_len, o.samples, o.seed, fim):
+            console.print(text, markup=False)
+    plot_lengths(*inspect.histogram(dataset), o.data, o.output)
+    console.print(f"wrote {o.output}", markup=False)
+    return EXIT_OK

@@ -1,0 +1,150 @@
+"""Verbs that use a model: train, evaluate, generate; and plot."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from engine.errors import EXIT_OK, ConfigError, Fault
+
+if TYPE_CHECKING:
+    pass
+
+
+def train(args: list[str]) -> int:
+    """train a model, on one process or on many under torchrun"""
+    from engine.config import layout_of
+    from engine.options import parse_train
+    from engine.resolve import load
+
+    options = parse_train(args, "engine train")
+    if options.world_size < 0 or (options.world_size and not options.dry_run):
+        text = (
+            "is not a number of ranks"
+            if options.world_size < 0
+            else "is for --dry-run; torchrun says how many there are"
+        )
+        raise ConfigError([Fault("--world-size", options.world_size, text, "Use 0 for what the degrees need.")])
+    if options.dry_run:
+        resolved = load(options.files, options.overrides, unknown=options.unknown, world=options.world_size or None)
+        from rich.console import Console
+
+        from engine.data.special import check
+        from engine.preview import show  # needs torch: faults are told before
+
+        check(resolved.config)
+        show(resolved, Console())
+        return EXIT_OK
+    from engine.data.special import check
+    from engine.launch import StopRequest, leave, pick_device, read_env, run
+    from engine.optim.precision import PRECISIONS
+    from engine.train import train
+
+    env = read_env()
+    try:
+        resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world)
+        device = pick_device(resolved.config.train.device, env)
+        check(resolved.config)
+    except ConfigError:
+        if env.rank > 0:  # every rank finds the same faults: rank 0 tells them, and torchrun then ends the others
+            time.sleep(30)
+        raise
+    cfg = resolved.config
+    stop = StopRequest()
+    code = run(
+        lambda ctx: train(resolved, ctx, stop),
+        env,
+        layout_of(cfg),
+        num_kv_heads=cfg.model.num_kv_heads,
+        dtype=PRECISIONS[cfg.train.precision].compute,
+        device=device,
+        timeout_s=cfg.parallel.timeout_s,
+    )
+    return leave(code, env)
+
+
+def evaluate(args: list[str]) -> int:
+    """validation loss, perplexity and bits per byte of a checkpoint"""
+    import tyro
+
+    from engine.checkpoint.seal import storage_of
+    from engine.config import layout_of
+    from engine.evaluate import evaluate
+    from engine.inference import config_of
+    from engine.launch import leave, pick_device, read_env, run
+    from engine.optim.precision import PRECISIONS
+    from engine.options import Evaluate
+    from engine.relations import relations
+
+    o = tyro.cli(Evaluate, args=args, prog="engine evaluate")
+    degrees = {"--tensor": o.tensor, "--pipeline": o.pipeline}
+    if wrong := [Fault(k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1]:
+        raise ConfigError(wrong)
+    env = read_env()
+    storage = storage_of(o.secret)
+    cfg = config_of(o.checkpoint, storage, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
+    if faults := relations(cfg, env.world):
+        raise ConfigError(faults)
+    code = run(
+        lambda ctx: evaluate(cfg, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches, storage),
+        env,
+        layout_of(cfg),
+        num_kv_heads=cfg.model.num_kv_heads,
+        dtype=PRECISIONS[cfg.train.precision].compute,
+        device=pick_device(cfg.train.device, env),
+        timeout_s=cfg.parallel.timeout_s,
+    )
+    return leave(code, env)
+
+
+def generate(args: list[str]) -> int:
+    """continue a prompt with a checkpoint"""
+    import tyro
+
+    from engine.checkpoint.seal import storage_of
+    from engine.generate import sample
+    from engine.inference import load_model, load_tokenizer
+    from engine.options import Generate
+
+    o = tyro.cli(Generate, args=args, prog="engine generate")
+    single_process("generate")
+    storage = storage_of(o.secret)
+    model, tokenizer = load_model(o.checkpoint, storage), load_tokenizer(o.checkpoint, o.tokenizer, storage)
+    print(o.prompt, end="", flush=True)
+    for text in sample(
+        model,
+        tokenizer,
+        o.prompt,
+        max_tokens=o.max_tokens,
+        temperature=o.temperature,
+        top_k=o.top_k,
+        seed=o.seed,
+    ):
+        print(text, end="", flush=True)
+    print()
+    return EXIT_OK
+
+
+def plot(args: list[str]) -> int:
+    """draw the loss curve of runs"""
+    import tyro
+
+    from engine.monitor.plot import plot_loss
+    from engine.options import Plot
+
+    o = tyro.cli(Plot, args=args, prog="engine plot")
+    plot_loss(o.runs, o.output)
+    print(f"wrote {o.output}")
+    return EXIT_OK
+
+
+def single_process(verb: str) -> None:
+    """ConfigError where torchrun started several processes of a verb that runs on one."""
+    from engine.launch import read_env
+
+    world = read_env().world
+    if world > 1:
+        fault = Fault(
+            "WORLD_SIZE", world, f"{verb} runs on one process", f"Start `engine {verb} ...` without torchrun."
+        )
+        raise ConfigError([fault])

@@ -1,0 +1,319 @@
+"""Hugging Face model families, one table each: config.json <-> model.* facts, and where which tensor lies. No torch.
+
+config.json is data that describes a model. Every key of it is either a fact that `ModelConfig` has, or must have the
+value that the engine's model computes with, or is known to change nothing. Everything else is refused by name: a key
+that nobody here knows may well change the model. Reading and writing (hf_config.py) use the same table, and a model is
+exported as a family whose config.json reads back as exactly its facts: what a family cannot say is not lost in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Field:
+    """A key of config.json. facts: what it says of the model, all the same. default: what its absence or null says.
+
+    values: their words -> ours, where they differ; the first of several with one meaning is written.
+    """
+
+    facts: tuple[str, ...]
+    default: Any = None
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. See the module text.
+
+    facts: what all its models are, beside ModelConfig's defaults. fields: config.json's keys. fixed: keys with the only
+    values the engine can compute with, None among them where the key may be null; the first is written. harmless: keys
+    that say nothing of what is computed. names: canonical tensors without ".weight"/".bias" -> theirs, {} the layer;
+    several of ours with the same one of theirs lie in it one after another, or, where it is in `by_head`, so in each
+    head's rows. transposed: matrices stored as [in, out]. prefix: left out by models that were saved without head.
+    window: the key `sliding_window` if it is not there. preset: how names of presets begin.
+    """
+
+    architecture: str
+    model_type: str
+    preset: str
+    fields: Mapping[str, Field]
+    names: Mapping[str, str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
+    rope_keys: Mapping[str, str] = field(default_factory=lambda: {"rope_theta": "rope_theta"})
+    rope_defaults: Mapping[str, float] = field(default_factory=dict)
+    rope_types: tuple[str, ...] = ("none", "linear", "llama3", "yarn")
+    by_head: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    prefix: str = "model."
+    dropouts: tuple[str, ...] = ("attention_dropout",)
+    window: int | None = None
+    window_switch: str = ""
+
+
+_GELU = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", **_GELU}
+_COMMON: dict[str, Field] = {
+    "vocab_size": Field(("vocab_size",)),
+    "hidden_size": Field(("hidden_size",)),
+    "intermediate_size": Field(("ffn_size",)),
+    "num_hidden_layers": Field(("num_layers",)),
+    "num_attention_heads": Field(("num_heads",)),
+    "num_key_value_heads": Field(("num_kv_heads",), 0),
+    "head_dim": Field(("head_dim",), 0),
+    "hidden_act": Field(("activation",), "silu", _ACTIVATIONS),
+    "max_position_embeddings": Field(("max_seq_len",), 2048),
+    "initializer_range": Field(("init_std",), 0.02),
+    "rms_norm_eps": Field(("norm_eps",), 1e-6),
+    "tie_word_embeddings": Field(("tie_embeddings",), False),
+}
+_ATTENTION_BIAS = {"attention_bias": Field(("qkv_bias", "attention_out_bias"), False)}
+_LLAMA_NAMES = {
+    "embed": "model.embed_tokens",
+    "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
+    "layers.{}.attention.q": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.attention.k": "model.layers.{}.self_attn.k_proj",
+    "layers.{}.attention.v": "model.layers.{}.self_attn.v_proj",
+    "layers.{}.attention.out": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+    "layers.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    "layers.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "layers.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
+    "layers.{}.mlp.up": "model.layers.{}.mlp.up_proj",
+    "layers.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+_QKV_OF_PHI3 = dict.fromkeys(
+    ("layers.{}.attention.q", "layers.{}.attention.k", "layers.{}.attention.v"), "model.layers.{}.self_attn.qkv_proj"
+)
+_GPT2_QKV = dict.fromkeys(_QKV_OF_PHI3, "transformer.h.{}.attn.c_attn")
+_NEOX_QKV = dict.fromkeys(_QKV_OF_PHI3, "gpt_neox.layers.{}.attention.query_key_value")
+_ALL_BIASES = {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True}
+
+_TABLE = (
+    Family(
+        "LlamaForCausalLM",
+        "llama",
+        "llama-",
+        fields=_COMMON | _ATTENTION_BIAS | {"mlp_bias": Field(("mlp_bias",), False)},
+        names=_LLAMA_NAMES,
+        fixed={"rope_interleaved": (None, False), "is_llama_config": (None, True)},
+        harmless=("pretraining_tp",),  # sums in another order: rounding only
+    ),
+    Family(
+        "MistralForCausalLM",
+        "mistral",
+        "mistral-",
+        fields=_COMMON
+        | {
+            "num_key_value_heads": Field(("num_kv_heads",), 8),
+            "max_position_embeddings": Field(("max_seq_len",), 131072),
+        },
+        names=_LLAMA_NAMES,
+        window=4096,
+    ),
+    Family(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        "qwen2",
+        facts={"qkv_bias": True},
+        fields=_COMMON | {"max_position_embeddings": Field(("max_seq_len",), 32768)},
+        names=_LLAMA_NAMES,
+        fixed={"use_mrope": (None, False)},
+        harmless=("max_window_layers",),
+        window_switch="use_sliding_window",
+    ),
+    Family(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        "qwen3",
+        facts={"qk_norm": True},
+        fields=_COMMON
+        | _ATTENTION_BIAS
+        | {"head_dim": Field(("head_dim",), 128), "max_position_embeddings": Field(("max_seq_len",), 32768)},
+        names=_LLAMA_NAMES,
+        harmless=("max_window_layers",),
+        window_switch="use_sliding_window",
+    ),
+    Family(
+        "GemmaForCausalLM",
+        "gemma",
+        "gemma-",
+        facts={"norm_offset": True, "scale_embeddings": True},
+        fields=_COMMON
+        | _ATTENTION_BIAS
+        | {
+            "head_dim": Field(("head_dim",), 256),
+            # the first releases say "gelu" and mean the tanh formula, as transformers says too
+            "hidden_act": Field(
+                ("activation",), "gelu_tanh", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh", "silu": "silu"}
+            ),
+            "max_position_embeddings": Field(("max_seq_len",), 8192),
+            "tie_word_embeddings": Field(("tie_embeddings",), True),
+        },
+        names=_LLAMA_NAMES,
+        fixed={
+            "hidden_activation": (None, "gelu_pytorch_tanh"),
+            "use_bidirectional_attention": (None, False),
+        },
+    ),
+    Family(
+        "Olmo2ForCausalLM",
+        "olmo2",
+        "olmo-2",
+        facts={"norm_position": "post", "qk_norm": True, "qk_norm_span": "projection"},
+        fields=_COMMON | _ATTENTION_BIAS | {"rms_norm_eps": Field(("norm_eps",), 1e-5)},
+        names=_LLAMA_NAMES
+        | {
+            "layers.{}.attention_norm": "model.layers.{}.post_attention_layernorm",
+            "layers.{}.mlp_norm": "model.layers.{}.post_feedforward_layernorm",
+        },
+    ),
+    Family(
+        "Phi3ForCausalLM",
+        "phi3",
+        "phi-",
+        fields=_COMMON
+        | {"rms_norm_eps": Field(("norm_eps",), 1e-5), "max_position_embeddings": Field(("max_seq_len",), 4096)},
+        names=_LLAMA_NAMES
+        | _QKV_OF_PHI3
+        | dict.fromkeys(("layers.{}.mlp.gate", "layers.{}.mlp.up"), "model.layers.{}.mlp.gate_up_proj"),
+        harmless=("original_max_position_embeddings",),
+        rope_keys={"rope_theta": "rope_theta", "partial_rotary_factor": "rotary_fraction"},
+        fixed={"attention_bias": (None, False), "mlp_bias": (None, False)},
+        dropouts=("attention_dropout", "embd_pdrop", "resid_pdrop"),
+        rope_types=("none",),  # transformers takes yarn for longrope here
+    ),
+    Family(
+        "GPT2LMHeadModel",
+        "gpt2",
+        "gpt2",
+        facts={"norm": "layernorm", "positions": "learned", "gated_mlp": False, **_ALL_BIASES},
+        fields={
+            "vocab_size": Field(("vocab_size",), 50257),
+            "n_embd": Field(("hidden_size",), 768),
+            "n_layer": Field(("num_layers",), 12),
+            "n_head": Field(("num_heads",), 12),
+            "n_inner": Field(("ffn_size",), lambda facts: 4 * facts["hidden_size"]),
+            "n_positions": Field(("max_seq_len",), 1024),
+            "activation_function": Field(("activation",), "gelu_tanh", {"gelu_new": "gelu_tanh", **_ACTIVATIONS}),
+            "layer_norm_epsilon": Field(("norm_eps",), 1e-5),
+            "initializer_range": Field(("init_std",), 0.02),
+            "tie_word_embeddings": Field(("tie_embeddings",), True),
+        },
+        names={
+            "embed": "transformer.wte",
+            "positions": "transformer.wpe",
+            "layers.{}.attention_norm": "transformer.h.{}.ln_1",
+            **_GPT2_QKV,
+            "layers.{}.attention.out": "transformer.h.{}.attn.c_proj",
+            "layers.{}.mlp_norm": "transformer.h.{}.ln_2",
+            "layers.{}.mlp.up": "transformer.h.{}.mlp.c_fc",
+            "layers.{}.mlp.down": "transformer.h.{}.mlp.c_proj",
+            "norm": "transformer.ln_f",
+            "head": "lm_head",
+        },
+        fixed={
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False, None),
+            "reorder_and_upcast_attn": (False, None),
+            "add_cross_attention": (False, None),
+        },
+        harmless=(
+            "n_ctx",
+            "summary_type",
+            "summary_use_proj",
+            "summary_activation",
+            "summary_proj_to_labels",
+            "summary_first_dropout",
+        ),
+        rope_keys={},
+        dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+        rope_types=("none",),
+        transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        buffers=("attn.bias", "attn.masked_bias"),
+        prefix="transformer.",
+    ),
+    Family(
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        "pythia-",
+        facts={"norm": "layernorm", "gated_mlp": False, "mlp_bias": True},
+        fields={
+            name: _COMMON[name] for name in _COMMON if name not in ("num_key_value_heads", "head_dim", "rms_norm_eps")
+        }
+        | {
+            "attention_bias": Field(("qkv_bias", "attention_out_bias"), True),
+            "hidden_act": Field(("activation",), "gelu", _ACTIVATIONS),
+            "layer_norm_eps": Field(("norm_eps",), 1e-5),
+            "use_parallel_residual": Field(("parallel_residual",), True),
+        },
+        names={
+            "embed": "gpt_neox.embed_in",
+            "layers.{}.attention_norm": "gpt_neox.layers.{}.input_layernorm",
+            **_NEOX_QKV,
+            "layers.{}.attention.out": "gpt_neox.layers.{}.attention.dense",
+            "layers.{}.mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
+            "layers.{}.mlp.up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+            "layers.{}.mlp.down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+            "norm": "gpt_neox.final_layer_norm",
+            "head": "embed_out",
+        },
+        rope_keys={"rotary_emb_base": "rope_theta", "rotary_pct": "rotary_fraction"},
+        rope_defaults={"rotary_fraction": 0.25},
+        dropouts=("attention_dropout", "hidden_dropout"),
+        by_head=("attention.query_key_value",),
+        buffers=("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq"),
+        prefix="gpt_neox.",
+    ),
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _TABLE}
+
+# Keys of any family that say nothing of what is computed
+HARMLESS = (
+    *("architectures", "auto_map", "bos_token_id", "classifier_dropout", "dtype", "eos_token_id", "id2label"),
+    *("gradient_checkpointing", "is_decoder", "is_encoder_decoder", "label2id", "max_sequence_length", "model_type"),
+    *("num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict"),
+    *("task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unk_token_id"),
+    *("unsloth_fixed", "unsloth_version", "use_cache", "_attn_implementation", "_attn_implementation_autoset"),
+    "_name_or_path",
+)
+# Keys that are met in the wild, and what they ask for
+LACKING = {
+    "quantization_config": "quantised weights",
+    "attn_logit_softcapping": "softcapping",
+    "final_logit_softcapping": "softcapping",
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "num_nextn_predict_layers": "multi-token prediction",
+    "alibi": "ALiBi positions",
+    "clip_qkv": "clipped queries, keys and values",
+    "logit_scale": "scaled logits",
+    "query_pre_attn_scalar": "another softmax scale",
+}
+# rope_scaling's keys <-> facts, by the kind that ModelConfig calls it
+SCALING: dict[str, dict[str, str]] = {
+    "none": {},
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor",
+        "low_freq_factor": "rope_low_freq_factor",
+        "high_freq_factor": "rope_high_freq_factor",
+        "original_max_position_embeddings": "rope_original_seq_len",
+    },
+    "yarn": {
+        "factor": "rope_factor",
+        "original_max_position_embeddings": "rope_original_seq_len",
+        "beta_fast": "rope_beta_fast",
+        "beta_slow": "rope_beta_slow",
+        "attention_factor": "rope_attention_factor",
+    },
+}

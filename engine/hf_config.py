@@ -1,0 +1,240 @@
+"""config.json of Hugging Face folders, read and written by the tables of `families`. No torch.
+
+See there for what is refused, and why a model that is written is read back as the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError, ConfigError, Fault
+from engine.families import FAMILIES, HARMLESS, LACKING, SCALING, Family, Field
+
+Facts = dict[str, Any]
+_CANNOT = "The engine cannot compute this model."
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a config.json says. facts: model.* values. notes: what was left out that changes no output, in words.
+
+    extras: keys of no consequence for the model, which an export gives back.
+    """
+
+    family: Family
+    facts: Facts
+    notes: tuple[str, ...]
+    extras: Facts
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value
+
+
+def read_config(path: Path, max_seq_len: int | None = None) -> Described:
+    """What a config.json says of a model. Raises ConfigError with everything in it that the engine does not have.
+
+    max_seq_len: of the model that is made from it, where that is shorter: a sliding window may then be of no effect.
+    """
+    raw = read_json(path)
+    family = FAMILIES.get(str(raw.get("model_type")))
+    known = f"The engine knows {', '.join(f.architecture for f in FAMILIES.values())}."
+    if family is None:
+        raise ConfigError([Fault(f"{path}: model_type", raw.get("model_type"), "is no family of the engine", known)])
+    named = raw.get("architectures")
+    if named is not None and named != [family.architecture]:
+        raise ConfigError([Fault(f"{path}: architectures", named, f"is not {family.architecture}", known)])
+    facts: Facts = dict(family.facts)
+    wrong: list[tuple[str, str]] = []
+    for key, entry in family.fields.items():
+        try:
+            facts |= _read_field(raw, key, entry, facts)
+        except ValueError as error:
+            wrong.append((key, str(error)))
+    if not wrong:
+        facts["num_kv_heads"] = facts.get("num_kv_heads") or facts["num_heads"]
+        facts["head_dim"] = facts.get("head_dim") or facts["hidden_size"] // facts["num_heads"]
+    rope_facts, rope_wrong = _read_rope(raw, family)
+    facts |= rope_facts
+    if facts.get("rope_scaling") in ("llama3", "yarn"):
+        facts.setdefault("rope_original_seq_len", facts.get("max_seq_len", 0))
+    facts["max_seq_len"] = max_seq_len or facts.get("max_seq_len", 0)
+    wrong += rope_wrong + list(_wrong_keys(raw, family))
+    faults = [Fault(f"{path}: {key}", raw.get(key), text, _CANNOT) for key, text in wrong]
+    faults += _window_faults(raw, family, facts, path)
+    if faults:
+        raise ConfigError(faults)
+    notes = [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
+    if "auto_map" in raw:
+        notes.append("auto_map: left out, no code of the folder is run")
+    kept = {*HARMLESS, *family.harmless, *family.dropouts} - {"auto_map"}
+    return Described(family, facts, tuple(notes), {key: value for key, value in raw.items() if key in kept})
+
+
+def _wrong_keys(raw: Mapping[str, Any], family: Family) -> Iterator[tuple[str, str]]:
+    """(key, why) of what is there beside the family's fields."""
+    known = {*family.fields, *HARMLESS, *family.harmless, *family.dropouts, *family.rope_keys, "sliding_window"}
+    known |= {family.window_switch, *(("rope_scaling", "rope_parameters") if family.rope_keys else ())}
+    for key, value in raw.items():
+        if key == "layer_types" and isinstance(value, list):
+            if odd := sorted({str(kind) for kind in value} - {"full_attention"}):
+                yield key, f"the engine has full attention only, no {', '.join(odd)}"
+        elif key in family.fixed:
+            if value not in family.fixed[key]:
+                yield key, f"the engine computes with {family.fixed[key][0]!r}"
+        elif value is not None and key not in known:
+            if key in LACKING:
+                yield key, f"asks for {LACKING[key]}, which the engine does not have"
+            else:
+                yield key, f"is not known here, and may change what {family.architecture} computes"
+
+
+def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) -> Facts:
+    value = raw.get(key)
+    if value is None:
+        value = entry.default(facts) if callable(entry.default) else entry.default
+        if value is None:
+            raise ValueError("is missing")
+    elif entry.values:
+        if value not in entry.values:
+            raise ValueError(f"is none of {', '.join(entry.values)}")
+        value = entry.values[value]
+    elif isinstance(value, bool) != isinstance(entry.default, bool) or not isinstance(value, int | float):
+        raise ValueError("is of the wrong type")
+    return dict.fromkeys(entry.facts, value)
+
+
+_NO_CHANGE = (("truncate", True), ("partial_rotary_factor", 1), ("partial_rotary_factor", 1.0))
+
+
+def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tuple[str, str]]]:
+    """(facts, [(key, what is wrong)]) of rotary positions, in transformers' forms before and since version 5."""
+    if not family.rope_keys:
+        return {}, []
+    facts: Facts = {"rope_theta": 10000.0, **family.rope_defaults}
+    facts |= {fact: raw[key] for key, fact in family.rope_keys.items() if raw.get(key) is not None}
+    wrong: list[tuple[str, str]] = []
+    for key in ("rope_parameters", "rope_scaling"):  # where both are there, transformers takes the older form
+        inner = raw.get(key)
+        if not inner:
+            continue
+        if not isinstance(inner, dict):
+            wrong.append((key, "is no JSON object"))
+            continue
+        names = {str(inner[name]) for name in ("rope_type", "type") if inner.get(name) is not None} or {"default"}
+        kind = names.pop() if len(names) == 1 else " and ".join(sorted(names))
+        kind = "none" if kind == "default" else kind
+        if kind not in family.rope_types:
+            known = ", ".join(family.rope_types).replace("none", "default")
+            wrong.append((key, f"rope_type {kind} is none that the engine has for {family.model_type}: {known}"))
+            continue
+        facts["rope_scaling"] = kind
+        table = SCALING[kind] | {"rope_theta": "rope_theta"}
+        if "rotary_fraction" in family.rope_keys.values():
+            table["partial_rotary_factor"] = "rotary_fraction"
+        for name, value in inner.items():
+            if name in table and value is not None:
+                facts[table[name]] = value
+            elif not (value is None or name in ("type", "rope_type") or (name, value) in _NO_CHANGE):
+                wrong.append((key, f"{name} {value!r} is not known for rope_type {kind}"))
+        if "factor" in table and inner.get("factor") is None:
+            wrong.append((key, "factor is missing"))
+    numbers = {fact: value for fact, value in facts.items() if fact != "rope_scaling"}
+    odd = [fact for fact, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int | float)]
+    wrong += [("rope_parameters", f"{fact} {numbers[fact]!r} is no number") for fact in odd]
+    return facts, wrong
+
+
+def _window_faults(raw: Mapping[str, Any], family: Family, facts: Facts, path: Path) -> list[Fault]:
+    window, longest = raw.get("sliding_window", family.window), facts["max_seq_len"]
+    if window is None or (family.window_switch and not raw.get(family.window_switch, False)):
+        return []
+    if isinstance(window, int) and window >= longest:
+        return []  # nothing is ever out of the window
+    relation = f"is below the context of {longest}, and the engine attends to all of it"
+    repair = f"For sequences of at most {window} tokens the model is the same: take it with max_seq_len {window}."
+    return [Fault(f"{path}: sliding_window", window, relation, repair)]
+
+
+def write_config(facts: Facts, defaults: Facts, prefer: Sequence[str] = ()) -> tuple[Family, dict[str, Any]]:
+    """The family and the config.json that say exactly `facts`, all of ModelConfig's but the preset.
+
+    defaults: ModelConfig's own. prefer: model types to try first. Raises CheckpointError when no family can say it.
+    """
+    order = [FAMILIES[name] for name in dict.fromkeys((*prefer, *FAMILIES)) if name in FAMILIES]
+    lacking: list[tuple[list[str], Family]] = []
+    for family in order:
+        config = _write(facts, family)
+        said = {**defaults, **family.facts, **_read_rope(config, family)[0]}
+        for key, entry in family.fields.items():
+            said |= _read_field(config, key, entry, said)
+        said["num_kv_heads"] = said["num_kv_heads"] or said["num_heads"]
+        said["head_dim"] = said["head_dim"] or said["hidden_size"] // said["num_heads"]
+        differing = [name for name, value in facts.items() if said[name] != value]
+        if not differing:
+            return family, config
+        lacking.append((differing, family))
+    differing, family = min(lacking, key=lambda pair: len(pair[0]))
+    values = ", ".join(f"model.{name} = {facts[name]!r}" for name in differing)
+    raise CheckpointError(
+        f"no Hugging Face architecture that the engine knows is this model; {family.architecture} comes nearest, but "
+        f"has no {values}. A model that is to be exported starts from a preset or from a Hugging Face folder."
+    )
+
+
+def _write(facts: Facts, family: Family) -> dict[str, Any]:
+    """The family's config.json of the facts; what it cannot say, reading it back shows."""
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    for key, entry in family.fields.items():
+        value = facts[entry.facts[0]]
+        words = [word for word, ours in entry.values.items() if ours == value]
+        config[key] = words[0] if words else next(iter(entry.values), value)
+    config |= {key: values[0] for key, values in family.fixed.items() if values[0] is not None}
+    config |= dict.fromkeys(family.dropouts, 0.0)
+    if family.rope_keys:
+        kind = facts["rope_scaling"]
+        named = {"rope_type": "default" if kind == "none" else kind}
+        scaling = {key: facts[fact] for key, fact in SCALING.get(kind, {}).items() if facts[fact]}
+        inner = {"rope_theta": facts["rope_theta"]}
+        if "rotary_fraction" in family.rope_keys.values():
+            inner["partial_rotary_factor"] = facts["rotary_fraction"]
+        config |= {key: facts[fact] for key, fact in family.rope_keys.items()}
+        config["rope_parameters"] = named | inner | scaling
+        if kind != "none":
+            config["rope_scaling"] = named | inner | scaling
+    if family.window is not None or family.window_switch:
+        config["sliding_window"] = None
+    if family.window_switch:
+        config[family.window_switch] = False
+    return config
+
+
+def facts_of(path: Path, max_seq_len: int | None = None) -> tuple[Facts, str]:
+    """(model.* facts, what said so) of a Hugging Face folder, or of one of our checkpoints or run folders.
+
+    Raises ConfigError or CheckpointError.
+    """
+    if (path / "config.json").exists():
+        return read_config(path / "config.json", max_seq_len).facts, str(path / "config.json")
+    manifests = [path / "manifest.json"]
+    for root in (path / "checkpoints", path):
+        manifests += sorted(root.glob("step_*/manifest.json"), reverse=True)
+    for manifest in manifests:
+        if manifest.exists():
+            model = (read_json(manifest).get("config") or {}).get("model")
+            if isinstance(model, dict):
+                return {name: value for name, value in model.items() if name != "preset"}, str(manifest)
+    raise CheckpointError(f"{path}: neither a Hugging Face folder (config.json) nor a checkpoint is here")

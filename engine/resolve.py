@@ -1,0 +1,252 @@
+"""From TOML files, presets and dotted overrides to a checked config, every fault reported at once.
+
+Values are looked up in this order, later wins: default < preset < weights to start from < config files < command line.
+`Resolved.sources` remembers where each came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from engine.config import Config, ModelConfig, chunks_of, fields, type_name
+from engine.errors import CheckpointError, ConfigError, Fault
+from engine.hf_config import facts_of
+from engine.mixture import read_mixture
+from engine.presets import PRESETS
+from engine.relations import ROPE_SCALES, relations
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked config, and for each dotted path where its value came from."""
+
+    config: Config
+    sources: dict[str, str]
+
+    def toml(self) -> str:
+        """The whole config as TOML that loads back to itself, each value with its source as a comment."""
+        lines = []
+        for section, values in self.config.model_dump().items():
+            lines.append(f"[{section}]")
+            for key, value in values.items():
+                lines.append(f"{key} = {_toml_value(value)}  # {self.sources[f'{section}.{key}']}")
+            lines.append("")
+        return "\n".join(lines)
+
+
+def load(
+    files: Sequence[Path], overrides: Mapping[str, str], *, unknown: Sequence[str] = (), world: int | None = 1
+) -> Resolved:
+    """Merge, type-check and check all relations; `world`: ranks the config must fit, None: as many as it needs.
+
+    overrides: dotted path -> text from the command line. unknown: further words of the command line nobody knows.
+    Raises ConfigError with every fault found.
+    """
+    faults: list[Fault] = []
+    tree: dict[str, dict[str, Any]] = {section: {} for section in Config.model_fields}
+    sources: dict[str, str] = {}
+    for file in files:
+        for path, value in _read_toml(file, faults):
+            _put(tree, sources, path, value, f"file {file}", faults)
+    for path, text in overrides.items():
+        _put(tree, sources, path, text, "command line", faults)
+    faults += [_unknown(word[2:], "", "command line") if word.startswith("--") else _stray(word) for word in unknown]
+    _apply_preset(tree, sources, faults)
+    given = set(tree["model"])
+    start = _apply_init(tree, sources, faults)
+    config, wrong = _parse(tree, faults)
+    faults += _contradictions(config.model, start, given - {path.removeprefix("model.") for path in wrong}, sources)
+    p = config.parallel
+    world = world or p.tensor * p.pipeline * max(1, p.data)
+    # what a relation says of a value that is wrong by itself, or of what follows from it, would mislead
+    if wrong & {"parallel.tensor", "parallel.pipeline", "parallel.data"}:
+        wrong |= {"parallel = ", "train.global_batch_size"}
+    if any(fault.path == "model.preset" for fault in faults):
+        wrong.add("model.")
+    faults += [f for f in relations(config, world) if not any(path in str(f) for path in wrong)]
+    faults += _data_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    config = _fill_in(config, world, sources)
+    return Resolved(config, {f"{s}.{n}": sources.get(f"{s}.{n}", "default") for s, n, _ in fields()})
+
+
+def _data_faults(config: Config) -> Sequence[Fault]:
+    """What is wrong with data as texts. Not a relation: a checkpoint's data.train may name a file that is gone."""
+    data = config.data
+    needs = {"data.fim_rate": data.fim_rate, "data.mask_tokens": data.mask_tokens}
+    repair = "Give the folder of the corpus' tokenizer."
+    faults = [Fault(k, v, "needs data.tokenizer", repair) for k, v in needs.items() if v and not data.tokenizer]
+    if data.fim_tokens and not data.fim_rate:
+        faults.append(
+            Fault("data.fim_tokens", data.fim_tokens, "has no meaning without data.fim_rate", "Leave it out.")
+        )
+    if data.fim_tokens and len(set(data.fim_tokens.split())) != 3:
+        relation, repair = "is not three different tokens", "Give the prefix, suffix and middle token, with spaces."
+        faults.append(Fault("data.fim_tokens", data.fim_tokens, relation, repair))
+    try:
+        wanted = read_mixture(data.train).fim if data.train else (None,)
+    except ConfigError as error:
+        return [*faults, *error.faults]
+    if data.fim_rate and all(fim is False for fim in wanted):
+        faults.append(Fault("data.fim_rate", data.fim_rate, "is for no source: all say fim = false", "Set it to 0."))
+    if not data.fim_rate and any(wanted):
+        faults.append(Fault("data.train", data.train, "says fim = true, but data.fim_rate is 0", "Such as 0.5."))
+    return faults
+
+
+def _fill_in(config: Config, world: int, sources: dict[str, str]) -> Config:
+    """Replace the zeros that mean "work it out" by numbers, so that nobody downstream works them out again."""
+    model, parallel = config.model, config.parallel
+    derived = {
+        ("model", "num_kv_heads"): model.num_kv_heads or model.num_heads,
+        ("model", "head_dim"): model.head_dim or model.hidden_size // model.num_heads,
+        ("model", "rope_original_seq_len"): model.rope_original_seq_len
+        or (model.max_seq_len if model.rope_scaling in ROPE_SCALES["rope_original_seq_len"] else 0),
+        ("parallel", "data"): parallel.data or world // (parallel.tensor * parallel.pipeline),
+        ("parallel", "chunks"): chunks_of(parallel),
+    }
+    for (section, name), value in derived.items():
+        part = getattr(config, section)
+        if getattr(part, name) != value:
+            config = config.model_copy(update={section: part.model_copy(update={name: value})})
+            sources[f"{section}.{name}"] = "derived"
+    return config
+
+
+def _known_paths() -> list[str]:
+    return [f"{s}.{n}" for s, n, _ in fields()]
+
+
+def _unknown(path: str, value: object, source: str) -> Fault:
+    path = path.replace("-", "_")
+    near = difflib.get_close_matches(path, _known_paths(), n=1, cutoff=0.0)[0]
+    return Fault(path, value, f"no such setting ({source})", f"Did you mean {near}?")
+
+
+def _stray(word: str) -> Fault:
+    repair = "Options begin with two dashes." if word.startswith("-") else f"A config file is given as --config {word}."
+    return Fault("command line", word, "belongs to no option", repair)
+
+
+def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
+    try:
+        tree = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(Fault("--config", str(file), f"cannot be read ({error})", "Give the path of a TOML file."))
+        return
+    except tomllib.TOMLDecodeError as error:
+        faults.append(Fault("--config", str(file), f"is not valid TOML: {error}", "Mend that line."))
+        return
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            yield from ((f"{section}.{name}", value) for name, value in values.items())
+        else:
+            faults.append(_unknown(section, values, f"file {file}"))
+
+
+def _put(
+    tree: dict[str, Any], sources: dict[str, str], path: str, value: Any, source: str, faults: list[Fault]
+) -> None:
+    if path not in _known_paths():
+        faults.append(_unknown(path, value, source))
+        return
+    section, name = path.split(".")
+    tree[section][name] = value
+    sources[path] = source
+
+
+def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[Fault]) -> None:
+    name = tree["model"].get("preset", "")
+    if not name or not isinstance(name, str):  # the type check will say so
+        return
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        known = ", ".join(PRESETS)
+        faults.append(Fault("model.preset", name, f"is none of {known}", f"Did you mean {near}?"))
+        return
+    for key, value in PRESETS[name].items():
+        if key not in tree["model"]:
+            tree["model"][key] = value
+            sources[f"model.{key}"] = f"preset {name}"
+
+
+def model_config(path: Path, facts: Mapping[str, Any]) -> ModelConfig:
+    """The model that facts read from a file describe. Raises ConfigError where they are impossible."""
+    try:
+        return ModelConfig.model_validate(facts)
+    except ValidationError as error:
+        repair = "The folder is damaged, or of a model that the engine does not have."
+        raise ConfigError(
+            [Fault(f"{path}: model.{item['loc'][0]}", item["input"], item["msg"], repair) for item in error.errors()]
+        ) from None
+
+
+def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[Fault]) -> dict[str, Any]:
+    """Fill in model.* from checkpoint.init where nothing else says it; returns what the folder says."""
+    path = tree["checkpoint"].get("init")
+    if not path or not isinstance(path, str):
+        return {}
+    wanted = str(tree["model"].get("max_seq_len", ""))
+    try:
+        facts, said = facts_of(Path(path), int(wanted) if wanted.isdecimal() else None)
+        facts = model_config(Path(said), facts).model_dump(exclude={"preset"})
+    except ConfigError as error:
+        faults += error.faults
+        return {}
+    except CheckpointError as error:
+        faults.append(Fault("checkpoint.init", path, str(error), "Give a folder with weights."))
+        return {}
+    for key, value in facts.items():
+        if key not in tree["model"]:
+            tree["model"][key] = value
+            sources[f"model.{key}"] = f"file {said}"
+    return facts
+
+
+def _contradictions(
+    model: ModelConfig, start: Mapping[str, Any], given: set[str], sources: Mapping[str, str]
+) -> Iterator[Fault]:
+    """Where model.* as given is not what the weights of checkpoint.init are of."""
+    free = {"preset", "init_std", *(("max_seq_len",) if model.positions == "rope" else ())}
+    for name in sorted(given & start.keys() - free):
+        value = getattr(model, name)
+        derived = name in ("num_kv_heads", "head_dim") and value == 0
+        if value != start[name] and not derived:
+            relation = f"({sources[f'model.{name}']}), but the weights of checkpoint.init have {start[name]!r}"
+            yield Fault(f"model.{name}", value, relation, "Leave it out.")
+
+
+def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config, set[str]]:
+    """The tree as a Config, and the paths of values that are wrong by themselves: those are left at their defaults."""
+    try:
+        return Config.model_validate(tree), set()
+    except ValidationError as error:
+        by_path = {f"{s}.{n}": f for s, n, f in fields()}
+        good = {section: dict(values) for section, values in tree.items()}
+        wrong = set()
+        for item in error.errors():
+            section, name = map(str, item["loc"])
+            field = by_path[f"{section}.{name}"]
+            relation = item["msg"][0].lower() + item["msg"][1:]
+            repair = f"Give {type_name(field.annotation)}; the default is {field.default!r}."
+            faults.append(Fault(f"{section}.{name}", item["input"], relation, repair))
+            wrong.add(f"{section}.{name}")
+            good[section].pop(name, None)
+        return Config.model_validate(good), wrong
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
+    return repr(value)

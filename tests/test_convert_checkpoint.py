@@ -1,0 +1,74 @@
+"""tools/convert_checkpoint.py: Megatron's argument names, the functions of the `engine` command, a word on the rest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import save
+from megatron_cases import LLAMA, save_dist
+from test_hf import same_bits, tensors_of
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import convert_checkpoint  # noqa: E402
+
+from engine.checkpoint.format import find  # noqa: E402
+from engine.checkpoint.load import Reader  # noqa: E402
+from engine.errors import ConfigError  # noqa: E402
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    save("qwen3", tmp_path / "hf")
+    for words in (
+        ["--loader", "llama_mistral", "--load-dir", "hf", "--save-dir", "run", "--target-tensor-parallel-size", "2"],
+        ["--loader", "trident", "--saver", "hf", "--load-dir", "run", "--save-dir", "back", "--no-checking"],
+    ):
+        command = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), "--model-type", "GPT", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "has no meaning here: a checkpoint loads in any layout" in done.stdout
+    assert same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
+
+
+def test_from_megatron(tmp_path: Path) -> None:
+    """The documented command: a torch_dist checkpoint becomes a run, bit by bit, without its vocabulary's padding."""
+    wanted = save_dist(tmp_path / "core" / "iter_0000007", LLAMA)
+    (tmp_path / "core" / "latest_checkpointed_iteration.txt").write_text("7")
+    words = ["--loader", "core", "--load-dir", "core", "--save-dir", "run", "--true-vocab-size", "40"]
+    command = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), "--model-type", "GPT", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Reader(find(tmp_path / "run")) as reader:
+        assert reader.names("model").keys() == wanted.keys()
+        for name, x in wanted.items():
+            rows = x[:40] if name in ("embed.weight", "head.weight") else x
+            assert torch.equal(reader.whole("model", name), rows), name
+    done = subprocess.run([sys.executable, "-m", "engine", "verify", "run"], capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model-type", "BERT", "--loader", "hf"], "--model-type = 'BERT': is not GPT"),
+        (
+            ["--model-type", "GPT", "--loader", "hf", "--saver", "core"],
+            "--saver = 'core': Megatron-LM's formats are read",
+        ),
+        (["--model-type", "GPT", "--loader", "gguf"], "--loader = 'gguf': is none of hf"),
+        (["--model-type", "GPT", "--loader", "hf", "--saver", "hf"], "is the same side as --loader hf"),
+        (["--model-type", "GPT", "--loader", "hf", "--true-vocab-size", "3"], "is for --loader core"),
+        (["--model-type", "GPT", "--loader", "hf", "--vocab-file", "v"], "is an option of Megatron-LM that"),
+        (["--model-type", "GPT", "--loader", "hf", "--saverr", "hf"], "Did you mean --saver?"),
+        (["--model-type", "GPT", "--loader", "hf", "more"], "belongs to no option"),
+    ],
+)
+def test_what_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        convert_checkpoint.parse([*words, "--load-dir", "a", "--save-dir", "b"])
+    assert message in str(caught.value)

@@ -1,0 +1,298 @@
+"""A crash at any operation of a save, with any part of what was not synced lost: the old or the new checkpoint loads.
+
+The disk is a double in memory (tests/disk_double.py), which enumerates the states. After each: the newest checkpoint is
+the one before or the one being saved, whole, with its own values; the next save works and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from disk_double import MemoryDisk, Op, crash_states, error
+
+from engine.checkpoint import retention
+from engine.checkpoint.format import damages, newest, read_manifest, step_dir
+from engine.checkpoint.load import Reader
+from engine.checkpoint.save import Saver, manifest_of, part_of, write_part
+from engine.checkpoint.storage import make_folders
+from engine.context import ParallelContext, make_context
+from engine.errors import CheckpointError
+from engine.layout import Layout
+from engine.optim.adamw import Held
+from engine.sharding import Chunk, Parameter, ShardSpec
+
+ROOT = Path("/run/checkpoints")
+SHAPES = {"a.weight": (5, 6), "b.weight": (7,)}
+FACTS: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
+BLOCK = 100  # bytes: several blocks a tensor
+
+
+def context(world: int = 1, rank: int = 0) -> ParallelContext:
+    return make_context(Layout(world, data=world), rank, num_kv_heads=1, dtype=torch.float64)
+
+
+def values(step: int, kind: str, name: str, run: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{step} {kind} {name} {run}".encode()))
+    return torch.randn(SHAPES[name], generator=generator, dtype=torch.float64)
+
+
+def states(step: int, part: int = 0, parts: int = 1, run: int = 0) -> list[Held]:
+    """What one of several data ranks owns of a tiny model at a step; run: another one gives other values."""
+    found = []
+    for name, shape in SHAPES.items():
+        spec = ShardSpec((Chunk(name, shape[0]),), other=shape[1] if len(shape) > 1 else None)
+        p = Parameter(torch.empty(shape, dtype=torch.float64), spec)
+        begin, end = part * p.numel() // parts, (part + 1) * p.numel() // parts
+        for kind in ("model", "exp_avg", "exp_avg_sq"):
+            found.append(Held(kind, p, begin, values(step, kind, name, run).view(-1)[begin:end].clone()))
+    return found
+
+
+def save(disk: MemoryDisk, step: int, *, keep: int = 0, keep_every: int = 0, run: int = 0) -> tuple[str, ...]:
+    saver = Saver(ROOT, context(), keep=keep, keep_every=keep_every, storage=disk, block_bytes=BLOCK)
+    with saver:
+        saver.start(states(step, run=run), step=step, facts=FACTS, background=bool(step % 2))
+        return saver.finish().notes
+
+
+def save_by_two_ranks(disk: MemoryDisk, step: int) -> None:
+    """What two ranks do, in one of the orders it may happen."""
+    temporary = ROOT / f".step_{step:08d}.two-1.tmp"
+    retention.tidy(disk, ROOT, temporary)
+    make_folders(disk, ROOT)
+    disk.make_folder(temporary)
+    parts = []
+    for rank in (1, 0):
+        ctx = context(2, rank)
+        file = temporary / f"rank{rank:05d}.safetensors"
+        parts.append(write_part(disk, file, *part_of(states(step, rank, 2), ctx), block_bytes=BLOCK))
+    manifest = manifest_of(parts, context(2).layout, step, FACTS, BLOCK)
+    assert retention.commit(disk, temporary, step_dir(ROOT, step), manifest.encode()) is None
+
+
+def run_of(disk: MemoryDisk, step: int) -> int:
+    """Which run's values a checkpoint holds, all of them; AssertionError for a mix."""
+    with Reader(step_dir(ROOT, step), disk) as reader:
+        assert not list(damages(reader.folder, reader.manifest, disk))
+        for run in (0, 1):
+            same = {
+                torch.equal(reader.whole(kind, name), values(step, kind, name, run))
+                for kind in ("model", "exp_avg", "exp_avg_sq")
+                for name in SHAPES
+            }
+            assert len(same) == 1, "a mix of two saves"
+            if same == {True}:
+                return run
+    raise AssertionError("holds what nobody saved")
+
+
+def latest(disk: MemoryDisk) -> int | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of damaged ones that are left out
+        return newest(ROOT, disk)
+
+
+Action = Callable[[MemoryDisk], object]
+
+
+def killed_save(disk: MemoryDisk) -> None:
+    """Leave what a save of step 2 leaves that was killed before its manifest."""
+    dead = False
+
+    def kill(op: Op) -> None:
+        nonlocal dead
+        dead = dead or op.path.endswith("manifest.json")
+        if dead:
+            raise error(errno.EIO, op.path)
+
+    disk.before = kill
+    with pytest.raises(CheckpointError):
+        save(disk, 2, run=1)
+    disk.before = lambda op: None
+    assert any(name.endswith(".tmp") for name in disk.list(ROOT))
+
+
+def damaged(disk: MemoryDisk) -> None:
+    save(disk, 2, run=1)
+    disk.unlink(step_dir(ROOT, 2) / "rank00000.safetensors")
+
+
+# name -> (what is there before, what is saved, steps that may be the newest after a crash)
+SCENARIOS: dict[str, tuple[list[Action], list[Action], set[int | None]]] = {
+    "first": ([], [lambda d: save(d, 1)], {None, 1}),
+    "one more": ([lambda d: save(d, 1)], [lambda d: save(d, 2)], {1, 2}),
+    "two ranks": ([lambda d: save(d, 1)], [lambda d: save_by_two_ranks(d, 2)], {1, 2}),
+    "keep": ([lambda d: save(d, 1), lambda d: save(d, 2)], [lambda d: save(d, 3, keep=1)], {2, 3}),
+    "keep some": (
+        [lambda d, s=s: save(d, s) for s in (1, 2, 3)],
+        [lambda d: save(d, 4, keep=2, keep_every=2)],
+        {3, 4},
+    ),
+    "over a killed one": ([lambda d: save(d, 1), killed_save], [lambda d: save(d, 2)], {1, 2}),
+    "over a damaged one": ([lambda d: save(d, 1), damaged], [lambda d: save(d, 2, keep=2)], {1, 2}),
+    "again": ([lambda d: save(d, 1), lambda d: save(d, 2, run=1)], [lambda d: save(d, 2)], {1, 2}),
+    "back": ([lambda d, s=s: save(d, s, run=1) for s in (1, 3)], [lambda d: save(d, 2)], {1, 2, 3}),
+    "two in a row": ([lambda d: save(d, 1)], [lambda d: save(d, 2, keep=1), lambda d: save(d, 3, keep=1)], {1, 2, 3}),
+}
+
+
+def enumerate_crashes(scenario: str, samples: int) -> tuple[int, int]:
+    """Check every state; returns how many, and in how many of them something was lost."""
+    prepare, actions, allowed = SCENARIOS[scenario]
+    disk = MemoryDisk()
+    disk.make_folder(Path("/run"))
+    for action in prepare:
+        action(disk)
+    before, disk.log = disk.copy(), []
+    for action in actions:
+        action(disk)
+    log, new = list(disk.log), latest(disk)
+    states_seen, lossy = 0, 0
+    for done, state in crash_states(before, log, random.Random(scenario), samples):
+        states_seen += 1
+        now = latest(state)
+        assert now in allowed, (done, log[:done][-3:])
+        if now is not None:
+            run_of(state, now)
+        if done == len(log):
+            assert now == new, "what was reported as saved is not there"
+        lossy += {p: f and f.data for p, f in state.tree.items()} != {p: f and f.data for p, f in disk.tree.items()}
+        save(state, new or 1, keep=2)
+        assert latest(state) == (new or 1) and run_of(state, new or 1) == 0
+        assert not [name for name in state.list(ROOT) if name.startswith(".")], "left behind"
+    return states_seen, lossy
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_crash_at_any_operation(scenario: str) -> None:
+    seen, lossy = enumerate_crashes(scenario, samples=2)
+    assert seen > 60 and lossy > 50
+    print(f"crash states, {scenario}: {seen} enumerated, {lossy} of them with something lost")
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_thousands_of_crash_states() -> None:
+    counts = [enumerate_crashes(scenario, samples=25) for scenario in SCENARIOS]
+    seen, lossy = (sum(column) for column in zip(*counts))
+    print(f"crash states: {seen} enumerated, {lossy} of them with something lost; 0 wrong")
+    assert seen >= 2000 and lossy >= 2000
+
+
+# -- faults that are planted: the enumeration sees each ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lie", ["sync", "sync_folder"])
+def test_a_missing_sync_is_seen(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = MemoryDisk._do
+
+    def do(self: MemoryDisk, op: Op) -> None:
+        if op.what != lie:
+            real(self, op)
+
+    monkeypatch.setattr(MemoryDisk, "_do", do)
+    with pytest.raises(AssertionError):
+        enumerate_crashes("one more", samples=10)
+
+
+def test_deleting_before_the_new_one_is_durable_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = retention.commit
+
+    def early(disk: Any, temporary: Path, final: Path, manifest: bytes) -> Path | None:
+        if disk.stat(step_dir(ROOT, 2)) is not None:
+            disk.rename(step_dir(ROOT, 2), ROOT / ".step_00000002.deleted")
+        return real(disk, temporary, final, manifest)
+
+    monkeypatch.setattr("engine.checkpoint.save.commit", early)
+    with pytest.raises(AssertionError):
+        enumerate_crashes("keep", samples=2)
+
+
+# -- what stays, and what a disk that refuses leaves -------------------------------------------------------------------
+
+
+def test_what_is_kept() -> None:
+    disk = MemoryDisk()
+    disk.make_folder(Path("/run"))
+    for step in range(1, 12):
+        save(disk, step, keep=2, keep_every=4)
+    assert disk.list(ROOT) == [f"step_{step:08d}" for step in (4, 8, 10, 11)]
+
+
+def test_going_back_sets_later_steps_aside_and_never_deletes_the_new_one() -> None:
+    disk = MemoryDisk()
+    disk.make_folder(Path("/run"))
+    for step in (1, 5, 6):
+        save(disk, step, run=1)
+    notes = save(disk, 2, keep=2)
+    assert latest(disk) == 2 and disk.list(ROOT) == [
+        "abandoned_step_00000005",
+        "abandoned_step_00000006",
+        "step_00000001",
+        "step_00000002",
+    ]
+    assert len(notes) == 2 and "step 6 was saved before this run went back behind it" in notes[0]
+
+
+def test_nothing_is_deleted_when_the_new_one_reads_back_differently() -> None:
+    disk = MemoryDisk()
+    disk.make_folder(Path("/run"))
+    save(disk, 1)
+
+    def flip(op: Op) -> None:
+        if op.what == "sync":  # on its way to the disk
+            file = disk.tree[op.path]
+            assert file is not None
+            file.data[-1] ^= 1
+
+    disk.before = flip
+    with pytest.raises(CheckpointError, match=r"reads back differently: .*rank00000\.safetensors: damaged"):
+        save(disk, 2, keep=1)
+    assert disk.list(ROOT) == ["step_00000001"] and run_of(disk, 1) == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_an_error_at_any_operation(code: int) -> None:
+    """It is told with path, bytes wanted and free; the one before loads, nothing is left, the next save works."""
+    at, fired, told, left = 0, 0, 0, 0
+
+    def refuse(op: Op) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(code, os.strerror(code), op.path)
+
+    while True:
+        at += 1
+        disk = MemoryDisk()
+        disk.make_folder(Path("/run"))
+        save(disk, 1)
+        save(disk, 2)
+        left, disk.before, disk.free = at, refuse, 12345
+        notes: tuple[str, ...] = ()
+        try:
+            notes = save(disk, 3, keep=1)
+        except CheckpointError as error:
+            told += 1
+            assert os.strerror(code) in str(error) and "12,345 bytes free" in str(error)
+            assert "bytes wanted here" in str(error) and str(ROOT) in str(error)
+            assert latest(disk) in (2, 3) and run_of(disk, latest(disk) or 0) == 0
+        if left > 0:
+            break
+        fired += 1
+        disk.before = lambda op: None
+        if notes:
+            assert "could not be cleaned up" in notes[0] and latest(disk) == 3
+        save(disk, 3, keep=1)
+        assert disk.list(ROOT) == ["step_00000003"] and read_manifest(step_dir(ROOT, 3), disk).step == 3
+    print(f"errors injected: {fired} fired, {told} saves refused, the others only failed to clean up")
+    assert fired > 15 and told > 10

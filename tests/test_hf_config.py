@@ -1,0 +1,337 @@
+"""config.json: what is read, what is refused by name, and that what is written reads back as the same model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import MODELS, build, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from test_hf import tensors_of
+
+from engine.checkpoint.convert import import_folder
+from engine.checkpoint.hf import HfReader
+from engine.cli import main
+from engine.config import ModelConfig
+from engine.errors import CheckpointError, ConfigError
+from engine.families import FAMILIES
+from engine.hf_config import read_config, write_config
+from engine.presets import PRESETS
+from engine.resolve import load, model_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+}
+DEFAULTS = ModelConfig().model_dump(exclude={"preset"})
+
+
+def read(tmp_path: Path, facts: Any, max_seq_len: int | None = None) -> dict[str, Any]:
+    (tmp_path / "config.json").write_text(facts if isinstance(facts, str) else json.dumps(facts))
+    return read_config(tmp_path / "config.json", max_seq_len).facts
+
+
+# change of a good Llama -> what the fault says
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": (
+        {"model_type": "mamba"},
+        "model_type = 'mamba': is no family of the engine. The engine knows Llama",
+    ),
+    "no type": ({"model_type": None}, "model_type = None: is no family"),
+    "task": ({"architectures": ["LlamaForSequenceClassification"]}, "is not LlamaForCausalLM"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config .* asks for quantised weights"),
+    "experts": ({"num_local_experts": 8}, "num_local_experts = 8: asks for a mixture of experts"),
+    "softcapping": ({"final_logit_softcapping": 30.0}, "asks for softcapping"),
+    "unknown": ({"wobble": 3}, "wobble = 3: is not known here, and may change what LlamaForCausalLM computes"),
+    "unknown and off": ({"use_rope": False}, "use_rope = False: is not known here"),
+    "activation": ({"hidden_act": "relu2"}, "hidden_act = 'relu2': is none of silu"),
+    "missing": ({"hidden_size": None}, "hidden_size = None: is missing"),
+    "wrong type": ({"num_hidden_layers": "2"}, "num_hidden_layers = '2': is of the wrong type"),
+    "rope type": (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_type dynamic is none that the engine has",
+    ),
+    "longrope": ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type longrope is none"),
+    "old rope name": ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type su is none"),
+    "two rope types": ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "linear and yarn"),
+    "rope detail": ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale 0.7 is not known"),
+    "no factor": ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+    "rope list": ({"rope_scaling": [1, 2]}, "is no JSON object"),
+    "rope text": ({"rope_theta": "1e4"}, "rope_theta '1e4' is no number"),
+    "partial rotation": ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    "window": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32},
+        "max_seq_len 32",
+    ),
+    "window by default": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},
+        "sliding_window = 4096: is below the context of 8192",
+    ),
+    "window switched on": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8},
+        "sliding_window = 8: is below the context of 64",
+    ),
+    "layers of two kinds": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "the engine has full attention only, no sliding_attention",
+    ),
+    "both directions": (
+        {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "use_bidirectional_attention": True},
+        "use_bidirectional_attention = True: the engine computes with None",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_engine_does_not_have_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    change, message = REFUSED[case]
+    facts = {key: value for key, value in (LLAMA | change).items() if value is not None}
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(tmp_path, facts)
+    assert len(caught.value.faults) == 1
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_everything_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3 faults") as caught:
+        read(tmp_path, LLAMA | {"wobble": 1, "hidden_act": "x", "rope_scaling": {"type": "dynamic", "factor": 2}})
+    assert all(name in str(caught.value) for name in ("wobble", "hidden_act", "rope_scaling"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "sliding_window": None,
+            "quantization_config": None,
+            "auto_map": {"AutoModel": "x.py"},
+            "attention_dropout": 0.1,
+        },
+        {
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "pretraining_tp": 1,
+            "torch_dtype": "bfloat16",
+            "use_cache": False,
+        },
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+        {"layer_types": ["full_attention"] * 2, "num_key_value_heads": 4, "head_dim": 8, "eos_token_id": [1, 2]},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_taken(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert model_config(tmp_path, read(tmp_path, LLAMA | change)) == model_config(tmp_path, read(tmp_path, LLAMA))
+    described = read_config(tmp_path / "config.json")
+    assert not {"auto_map", "hidden_size"} & described.extras.keys()
+
+
+def test_not_json_and_not_there(tmp_path: Path) -> None:
+    for text, message in (("{", "cannot be read"), ("[1]", "is not a JSON object")):
+        with pytest.raises(CheckpointError, match=message):
+            read(tmp_path, text)
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_config(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_reads_back(tmp_path: Path, name: str) -> None:
+    """Without the folder it came from: the table alone. And transformers reads it as the same model."""
+    config = build(name).config
+    config.save_pretrained(tmp_path)
+    described = read_config(tmp_path / "config.json")
+    facts = model_config(tmp_path, described.facts).model_dump(exclude={"preset"})
+    family, written = write_config(facts, DEFAULTS, [described.family.model_type])
+    assert family is described.family
+    assert model_config(tmp_path, read(tmp_path, written)).model_dump(exclude={"preset"}) == facts
+    theirs = type(config).from_pretrained(tmp_path).to_dict()
+    derived = ("head_dim", "n_inner", "hidden_act", "partial_rotary_factor", "rope_parameters", "dtype")
+    of_the_folder = ("bos_token_id", "eos_token_id", "pad_token_id", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+    for key, value in config.to_dict().items():
+        if key not in (
+            *derived,
+            *of_the_folder,
+            "architectures",
+            "transformers_version",
+            "original_max_position_embeddings",
+        ):
+            assert theirs[key] == value, key
+
+
+ARCHITECTURES = {
+    "tiny": "Llama",
+    "micro": "Llama",
+    "llama-2-7b": "Llama",
+    "llama-3-8b": "Llama",
+    "llama-3.1-8b": "Llama",
+    "mistral-7b": "Mistral",
+    "qwen3-8b": "Qwen3",
+    "qwen2.5-7b": "Qwen2",
+    "gemma-7b": "Gemma",
+    "olmo-2-7b": "Olmo2",
+    "phi-3-mini": "Phi3",
+    "gpt2": "GPT2LMHead",
+    "pythia-6.9b": "GPTNeoX",
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_its_family(preset: str) -> None:
+    cfg = load([], {"model.preset": preset}).config.model
+    near = [family.model_type for family in FAMILIES.values() if preset.startswith(family.preset)]
+    family, _ = write_config(cfg.model_dump(exclude={"preset"}), DEFAULTS, near)
+    assert family.architecture.startswith(ARCHITECTURES[preset])
+
+
+OTHERS: dict[str, Any] = {
+    "activation": "gelu",
+    "norm": "layernorm",
+    "norm_position": "post",
+    "qk_norm_span": "projection",
+    "positions": "learned",
+    "rope_scaling": "llama3",
+    "rotary_fraction": 0.5,
+    "rope_original_seq_len": 8,
+}
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sets(st.sampled_from(sorted(ModelConfig.model_fields.keys() - {"preset"})), max_size=8))
+def test_what_no_family_can_say_is_never_lost(changed: set[str]) -> None:
+    """Any model: either a config.json that reads back as exactly it, or a refusal that names what is in the way."""
+    facts = DEFAULTS | {"num_kv_heads": 8, "head_dim": 32}
+    for name in changed:
+        value = facts[name]
+        facts[name] = OTHERS.get(name, not value if isinstance(value, bool) else value * 2)
+    if "rope_scaling" in changed:
+        facts["rope_original_seq_len"] = 8  # a resolved config has it
+    try:
+        family, config = write_config(facts, DEFAULTS)
+    except CheckpointError as error:
+        assert any(f"model.{name} = {value!r}" in str(error) for name, value in facts.items())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        described = read_config(Path(folder) / "config.json")
+    assert described.family is family
+    assert DEFAULTS | described.facts == facts
+
+
+# -- damaged and foreign folders --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save("llama-tied-biased", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """The tensors of a folder, changed, in one file."""
+    tensors = {key: x.clone() for key, x in tensors_of(folder).items()}
+    change(tensors)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(UP), f"lacks 1 tensors of the model: {UP}"),
+        (
+            lambda t: t.update(surprise=torch.ones(2)),
+            "holds 1 tensors that LlamaForCausalLM .* does not have: surprise",
+        ),
+        (lambda t: t.update({UP: t[UP].t().contiguous()}), rf"{UP} has shape \[32, 48\], config.json says \[48, 32\]"),
+        (lambda t: t.update({UP: t[UP].to(torch.int8)}), f"{UP} is I8; the engine reads"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(61, 32)}), "lm_head.weight is not the embedding matrix"),
+    ],
+)
+def test_other_tensors_than_the_model_has_are_refused(folder: Path, tmp_path: Path, change: Any, message: str) -> None:
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        import_folder(folder, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints/step_00000000").exists()
+
+
+def test_a_tied_head_that_is_the_embedding_is_taken(folder: Path, tmp_path: Path) -> None:
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    import_folder(folder, tmp_path / "run")
+
+
+def test_damaged_indexes_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for change, message in (
+        ({"weight_map": index["weight_map"] | {UP: "../../etc/passwd"}}, "is not the plain name of a safetensors file"),
+        (
+            {"weight_map": index["weight_map"] | {UP: "pytorch_model.bin"}},
+            "is not the plain name of a safetensors file",
+        ),
+        ({"weight_map": index["weight_map"] | {UP: "model-00009-of-00009.safetensors"}}, "model-00009-of-00009"),
+        ({"weight_map": index["weight_map"] | {"x": index["weight_map"][UP]}}, "x is not in .* where the index says"),
+        ({"weight_map": [1]}, "has no weight_map"),
+        ({}, "has no weight_map"),
+    ):
+        path.write_text(json.dumps(change))
+        with pytest.raises(CheckpointError, match=message):
+            HfReader(folder)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_torn_files_are_refused(folder: Path, cut: int) -> None:
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match=f"{file.name}.*get the file again"):
+        HfReader(folder)
+
+
+def test_pickles_are_refused_with_what_to_do(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        HfReader(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin, a pickle, which can run code.*save_pretrained"):
+        HfReader(folder)
+
+
+def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """import, verify, export --verify, and the faults of each."""
+
+    def engine(*words: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out + captured.err
+
+    run = tmp_path / "run"
+    code, text = engine("import", folder, run, "--shard-mib", 0.02)
+    assert code == 0 and "no tokenizer in the folder" in text and f"--checkpoint.init {run}" in text
+    assert engine("verify", run)[0] == 0
+    code, text = engine("import", folder, run)
+    assert code == 1 and "holds checkpoints already; choose another folder" in text
+    code, text = engine("export", run, tmp_path / "back", "--verify")
+    assert code == 0 and "LlamaForCausalLM" in text and "transformers gives the same logits" in text
+    assert engine("export", run, tmp_path / "back")[0] == 1
+    assert engine("import", folder, tmp_path / "x", "--shard-mib", 0)[0] == 2
+    assert engine("import", folder, tmp_path / "x", "--max-seq-len", -1)[0] == 2
+    assert engine("import", tmp_path, tmp_path / "x")[0] == 1
+    code, text = engine("train", "--run.dir", run, "--checkpoint.init", folder, "--model.ffn-size", 64, "--dry-run")
+    assert code == 2 and "the weights of checkpoint.init have 48" in text

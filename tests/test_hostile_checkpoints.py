@@ -1,0 +1,450 @@
+"""Files that want to run code, to fill the memory or to lie: refused in words, nothing run, nothing wrong read.
+
+The canary is a file that every planted call would make. Each kind of pickle is first shown to work on `pickle` itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import pickletools
+import struct
+import time
+import tracemalloc
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron_cases import LLAMA, save_dist, save_legacy
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+
+from engine.checkpoint.megatron import archive, symbolic
+from engine.checkpoint.megatron.archive import Archive
+from engine.checkpoint.megatron.source import open_megatron
+from engine.checkpoint.megatron.symbolic import Call, Global, parse
+from engine.errors import CheckpointError
+
+
+class Calls:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any):
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def canaries(path: Path) -> dict[str, bytes]:
+    """Pickles that make the file `path` when they are read by `pickle`."""
+    touch = f"touch {path}"
+    source = f"open({str(path)!r}, 'w').close()"
+    import builtins
+
+    found = {
+        "os.system": pickle.dumps(Calls(os.system, touch), 2),
+        "builtins.exec": pickle.dumps(Calls(builtins.exec, source), 4),
+        "builtins.eval": pickle.dumps({"args": [Calls(builtins.eval, source)]}, 4),
+        "open": pickle.dumps(Calls(open, str(path), "w"), 2),
+        "a key of a dict": b"\x80\x02}cos\nsystem\nX"
+        + struct.pack("<I", len(touch))
+        + touch.encode()
+        + b"\x85RK\x01s.",
+        "the old opcodes": b"cos\nsystem\n(S'" + touch.encode() + b"'\ntR.",
+        "INST": b"(S'" + touch.encode() + b"'\nios\nsystem\n.",
+        "OBJ": b"(cos\nsystem\nX" + struct.pack("<I", len(touch)) + touch.encode() + b"o.",
+        "in the state of a namespace": pickle.dumps(argparse.Namespace(a=Calls(os.system, touch)), 2),
+        "a pickle in a pickle": pickle.dumps(Calls(pickle.loads, pickle.dumps(Calls(os.system, touch))), 4),
+    }
+    return found
+
+
+def test_no_canary_sings(tmp_path: Path) -> None:
+    """In a pickle itself, as data.pkl of a legacy file and of common.pt, and as .metadata."""
+    canary = tmp_path / "canary"
+    save_dist(tmp_path / "dist", LLAMA)
+    save_legacy(tmp_path / "old", LLAMA, 1, 1)
+    legacy = tmp_path / "old/iter_0000007/mp_rank_00/model_optim_rng.pt"
+    common, metadata = tmp_path / "dist/common.pt", tmp_path / "dist/.metadata"
+    whole = metadata.read_bytes(), common.read_bytes()
+    trials = 0
+    for name, raw in canaries(canary).items():
+        pickle.loads(raw)
+        assert canary.exists(), f"{name}: the trap itself does not work"
+        canary.unlink()
+        with pytest.raises(CheckpointError, match=r"x: offset \d+: .*nothing of the file was run"):
+            parse(raw, "x")
+        repack(legacy, raw)
+        metadata.write_bytes(raw)
+        for folder in (tmp_path / "dist", tmp_path / "old"):
+            with pytest.raises(CheckpointError, match="nothing of the file was run"):
+                open_megatron(folder)
+        metadata.write_bytes(whole[0])
+        repack(common, raw)
+        with pytest.raises(CheckpointError, match="nothing of the file was run"):
+            open_megatron(tmp_path / "dist")
+        common.write_bytes(whole[1])
+        trials += 4
+    assert not canary.exists() and trials == 40
+
+
+def repack(path: Path, description: bytes) -> None:
+    """A torch archive with another data.pkl."""
+    with zipfile.ZipFile(path, "w") as out:
+        out.writestr("x/data.pkl", description)
+        out.writestr("x/byteorder", b"little")
+
+
+def test_every_global_and_opcode_off_the_list_is_refused() -> None:
+    allowed = {*symbolic._LITERALS, *symbolic._CONSTANTS, *symbolic._STEPS}
+    allowed |= {"PROTO", "FRAME", "STOP", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"}
+    names = {opcode.name for opcode in pickletools.opcodes}
+    assert allowed <= names and {"INST", "OBJ", "EXT1", "PERSID", "NEWOBJ_EX", "NEXT_BUFFER", "GET"} <= names - allowed
+    machine = symbolic._Machine()
+    for name in sorted(names - allowed):
+        with pytest.raises(Exception, match="is not among those"):
+            machine.step(name, None)
+    for module, name in [("os", "system"), ("builtins", "eval"), ("builtins", "getattr"), ("torch", "load"), ("", "")]:
+        with pytest.raises(CheckpointError, match="which no checkpoint needs"):
+            parse(f"\x80\x02c{module}\n{name}\n.".encode("latin-1"), "x")
+    dangerous = {"os", "sys", "subprocess", "posix", "nt", "importlib", "runpy", "pickle", "operator", "functools"}
+    assert not [name for name in symbolic.GLOBALS if name.split()[0].split(".")[0] in dangerous]
+
+
+def test_plain_data_and_objects() -> None:
+    value = {"a": [1, -(2**40), 1.5, True, None, "ü", b"x", (1,), (1, 2), (1, 2, 3, 4), {"b": {}}], 3: "c"}
+    for protocol in (2, 3, 4, 5):
+        found = parse(pickle.dumps(value, protocol), "x")
+        if protocol > 2:  # bytes are a call of _codecs.encode before
+            assert found == value
+    array = parse(pickle.dumps(np.arange(3), 2), "x")
+    assert isinstance(array, Call) and array.function.name == "_reconstruct"
+    node = parse(pickle.dumps(argparse.Namespace(x=torch.bfloat16), 4), "x")
+    assert node.function == Global("argparse", "Namespace") and node.state == {"x": Global("torch", "bfloat16")}
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "many opcodes": lambda: b"\x80\x02" + b"N0" * 10 + b"]" * 200_000 + b".",
+    "very many opcodes": lambda: b"\x80\x02]" + b"Na" * 2_500_000 + b".",
+    "marks": lambda: b"(" * 200_000 + b".",
+    "a text of 4 GB": lambda: b"X\xff\xff\xff\xff" + b"x" * 100 + b".",
+    "a text of 2^63 bytes": lambda: b"\x8d" + b"\xff" * 7 + b"\x7f" + b"x." * 10,
+    "a long integer": lambda: b"\x8b\xff\xff\xff\x7f" + b"1" * 100 + b".",
+    "decimal digits": lambda: b"L" + b"9" * 100_000 + b"L\n.",
+    "too large": lambda: b"\x80\x02" + b"]" * (65 << 20) + b".",
+    "a dict of itself": lambda: b"}q\x00h\x00h\x00s.",
+    "a tower of tuples as a key": lambda: b"})" + b"2" * 40 + b".",
+    "nothing": lambda: b"",
+    "only a stop": lambda: b".",
+    "two values": lambda: b"NN.",
+    "more after the stop": lambda: b"N.N.",
+    "memo out of nowhere": lambda: b"h\x05.",
+    "a pop below the mark": lambda: b"N(a.",
+    "a state for a number": lambda: b"K\x01}b.",
+    "twice the same key": lambda: b"}K\x01Ns" + b"K\x01Ns.",
+    "colliding integers": lambda: (
+        b"}" + b"".join(b"\x8a\x09" + (i * (2**61 - 1)).to_bytes(9, "little") + b"Ns" for i in range(9)) + b"."
+    ),
+    "no end": lambda: pickle.dumps({"a": 1})[:-1],
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_in_bounded_time_and_memory(name: str) -> None:
+    raw = BOMBS[name]()
+    tracemalloc.start()
+    start = time.monotonic()
+    with pytest.raises(CheckpointError) as caught:
+        parse(raw, "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(str(caught.value)) < 500 and "x: " in str(caught.value)
+    assert peak < (1 << 20) + 4 * len(raw) and peak < 400 << 20, f"{peak >> 20} MiB"
+    assert time.monotonic() - start < 60  # no measurement: a stop for what does not end
+
+
+def test_shared_parts_cost_nothing() -> None:
+    """2^40 leaves in 200 bytes, and a tower of 100,000 tuples: made, and no message walks them."""
+    doubled = b"\x80\x04)" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(40)) + b"."
+    for raw in (doubled, b"\x80\x04)" + b"\x85" * 100_000 + b"."):
+        value = parse(raw, "x")
+        assert symbolic.shown(value) == "a tuple"
+        with pytest.raises(CheckpointError, match="a tuple"):
+            Archive("x", {}, None).tensor(value, "t")
+
+
+def edited(folder: Path, change: Callable[[Metadata], None]) -> None:
+    """Change a .metadata through DCP's own classes."""
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def places(change: Callable[[_StorageInfo], None]) -> Callable[[Metadata], None]:
+    def apply(metadata: Metadata) -> None:
+        for index, info in metadata.storage_data.items():
+            if index.fqn == "output_layer.weight":
+                change(info)
+
+    return apply
+
+
+def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Callable[[Metadata], None]:
+    def apply(metadata: Metadata) -> None:
+        entry = metadata.state_dict_metadata["output_layer.weight"]
+        place = next(x for i, x in metadata.storage_data.items() if i.fqn == "output_layer.weight")
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+        metadata.storage_data[MetadataIndex("output_layer.weight", torch.Size(offsets), 9)] = place
+
+    return apply
+
+
+def resized(size: tuple[Any, ...]) -> Callable[[Metadata], None]:
+    def apply(metadata: Metadata) -> None:
+        metadata.state_dict_metadata["output_layer.weight"].size = torch.Size(size)
+
+    return apply
+
+
+LIES: dict[str, tuple[Callable[[Metadata], None], str]] = {
+    "up": (places(lambda x: setattr(x, "relative_path", "../secret")), "no plain file name"),
+    "absolute": (places(lambda x: setattr(x, "relative_path", "/etc/passwd")), "no plain file name"),
+    "hidden": (places(lambda x: setattr(x, "relative_path", ".metadata")), "no plain file name"),
+    "no such file": (places(lambda x: setattr(x, "relative_path", "__9_0.distcp")), "is missing"),
+    "a folder": (places(lambda x: setattr(x, "relative_path", "folder")), "no regular file"),
+    "a null": (places(lambda x: setattr(x, "relative_path", "a\0b")), "no plain file name"),
+    "behind the end": (places(lambda x: setattr(x, "offset", 1 << 40)), "cut short"),
+    "negative": (places(lambda x: setattr(x, "offset", -5)), "lies at -5"),
+    "one byte off": (places(lambda x: setattr(x, "offset", x.offset + 1)), "no zip archive|damaged archive|cut short"),
+    "overflow": (places(lambda x: setattr(x, "length", (1 << 64) - 1)), "lies at"),
+    "huge": (places(lambda x: setattr(x, "length", (1 << 63) - 1)), "cut short"),
+    "short": (places(lambda x: setattr(x, "length", x.length - 30)), "damaged archive"),
+    "compressed": (places(lambda x: setattr(x, "transform_descriptors", ["zstd"])), "compressed"),
+    "overlap": (chunk((0, 1), (48, 15)), "of 768 values"),
+    "outside": (chunk((0, 16), (48, 16)), "lies outside"),
+    "hole": (resized((50, 16)), "of 800 values"),
+    "huge shape": (resized((1 << 62, 16)), "values are there"),
+    "other shape": (resized((768,)), "damaged"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_metadata_that_lies_is_refused(tmp_path: Path, lie: str) -> None:
+    folder = tmp_path / "a"
+    save_dist(folder, LLAMA)
+    (tmp_path / "secret").write_bytes((folder / "__0_0.distcp").read_bytes())
+    (folder / "folder").mkdir()
+    open_megatron(folder)
+    edited(folder, LIES[lie][0])
+    with pytest.raises(CheckpointError, match=LIES[lie][1]) as caught:
+        open_megatron(folder)
+    assert str(folder) in str(caught.value)
+
+
+def tensor_file(path: Path, args: tuple[Any, ...], storage: str = "FloatStorage") -> None:
+    """An archive whose value is `_rebuild_tensor_v2` of made-up arguments on a storage of 6 floats."""
+    pickled = io.BytesIO()
+    torch.save({"x": torch.zeros(6)}, pickled)
+    made = pickle.dumps(("PERSISTENT", *args), 2)
+    identity = pickle.dumps(("storage", "KIND", "0", "cpu", 6), 2)[2:-1]
+    made = made.replace(pickle.dumps("PERSISTENT", 2)[2:-3], identity + b"Q", 1)
+    made = made.replace(pickle.dumps("KIND", 2)[2:-3], f"ctorch\n{storage}\n".encode(), 1)
+    made = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + made[2:-1] + b"R."
+    with zipfile.ZipFile(path, "w") as out:
+        out.writestr("x/data.pkl", made)
+        out.writestr("x/data/0", bytes(24))
+
+
+@pytest.mark.parametrize(
+    ("args", "good"),
+    [
+        ((0, (2, 3), (3, 1), False, None), True),
+        ((0, (3, 2), (1, 3), False, None), True),
+        ((0, (6,), (1,), False, None), True),
+        ((1, (6,), (1,), False, None), False),
+        ((0, (2, 3), (4, 1), False, None), False),
+        ((0, (1 << 40,), (0,), False, None), False),
+        ((-1, (2,), (1,), False, None), False),
+        ((0, (-2,), (1,), False, None), False),
+        ((0, (2,), (-1,), False, None), False),
+        ((0, (2,), (1, 1), False, None), False),
+        ((1 << 62, (2,), (1 << 62,), False, None), False),
+        ((0, (1,) * 9, (1,) * 9, False, None), False),
+        ((0, "ab", (1,), False, None), False),
+        ((True, (2,), (1,), False, None), False),
+        ((0,), False),
+    ],
+)
+def test_shapes_and_strides_stay_inside_the_storage(tmp_path: Path, args: tuple[Any, ...], good: bool) -> None:
+    tensor_file(tmp_path / "a.pt", args)
+    opened = Archive.open(archive.map_file(tmp_path / "a.pt"), "a.pt")
+    if good:
+        x = opened.tensor(opened.value, "t")
+        assert x.read((0,) * len(x.shape), x.shape).shape == x.shape
+        return
+    with pytest.raises(CheckpointError, match=r"a\.pt: t: "):
+        opened.tensor(opened.value, "t")
+
+
+def test_archives_that_are_not_torchs(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+
+    def refused(text: str) -> None:
+        with pytest.raises(CheckpointError, match=text):
+            Archive.open(archive.map_file(path), str(path))
+
+    good = pickle.dumps({"a": 1}, 2)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("x/data.pkl", good)
+    refused("compressed or encrypted")
+    for names in (["x/data.pkl", "y/data.pkl"], ["data.pkl"], ["x/data.pkl", "x/data.pkl"], ["x/other"]):
+        with zipfile.ZipFile(path, "w") as out:
+            for name in names:
+                out.writestr(name, good)
+        refused("out of place or there twice|holds no 'data.pkl'")
+    with zipfile.ZipFile(path, "w") as out:
+        out.writestr("x/data.pkl", good)
+        out.writestr("x/byteorder", "big")
+    refused("only little is read")
+    path.write_bytes(pickle.dumps({"a": 1}))
+    refused("no zip archive")
+    path.write_bytes(b"")
+    refused("cannot be mapped")
+    os.remove(path)
+    refused("is missing")
+    os.mkfifo(path)
+    refused("no regular file")  # and does not wait for a writer
+
+
+def changed(raw: bytes, rng: np.random.Generator) -> bytes:
+    """One to three changes: a bit, a byte, a number at any place, a cut, a repeat, a hole, rubbish."""
+    out = bytearray(raw)
+    for _ in range(int(rng.integers(1, 4))):
+        kind, at = int(rng.integers(7)), int(rng.integers(max(1, len(out))))
+        if kind == 0 and out:
+            out[at] ^= 1 << int(rng.integers(8))
+        elif kind == 1 and out:
+            out[at] = int(rng.choice([0, 1, 0x28, 0x29, 0x2E, 0x52, 0x5D, 0x62, 0x63, 0x7D, 0x85, 0x94, 0xFF]))
+        elif kind == 2:
+            size = int(rng.choice([2, 4, 8]))
+            out[at : at + size] = (int(rng.choice([0, 1, 2**15, 2**31 - 1, 2**62])) % 2 ** (8 * size)).to_bytes(
+                size, "little"
+            )
+        elif kind == 3 and rng.integers(4) == 0:
+            del out[at:]
+        elif kind == 4:
+            other = int(rng.integers(max(1, len(out))))
+            out[at:at] = out[other : other + int(rng.integers(1, 40))]
+        else:
+            out[at : at + int(rng.integers(1, 20))] = rng.bytes(int(rng.integers(0, 20)))
+    return bytes(out)
+
+
+def outcome(folder: Path, wanted: dict[str, torch.Tensor], weights_only: bool) -> str:
+    """What opening and reading all did: refused, or read; after damage to weights only, what is read is right."""
+    try:
+        with open_megatron(folder) as source:
+            found = {name: source.whole("model", name) for name in source.names("model")}
+    except CheckpointError as error:
+        assert str(folder) in str(error) and len(str(error)) < 4000
+        return "refused"
+    if weights_only:
+        assert found.keys() == wanted.keys() and all(torch.equal(x, wanted[name]) for name, x in found.items())
+    return "read"
+
+
+def fuzz(folder: Path, files: list[str], rounds: int, seed: int, wanted: dict[str, torch.Tensor]) -> Counter[str]:
+    rng, seen = np.random.default_rng(seed), Counter[str]()
+    good = {file: (folder / file).read_bytes() for file in files}
+    for _ in range(rounds):
+        file = str(rng.choice(files))
+        (folder / file).write_bytes(changed(good[file], rng))
+        weights = file.endswith(".distcp")
+        seen[("weights " if weights else "") + outcome(folder, wanted, weights)] += 1
+        (folder / file).write_bytes(good[file])
+    return seen
+
+
+FUZZ_DIST = [".metadata", ".metadata", "common.pt", "__0_0.distcp"]
+
+
+def small(args: dict[str, Any]) -> dict[str, Any]:
+    return args | {"num_layers": 1}
+
+
+def test_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_cases.LAYERS", 1)
+    wanted = save_dist(tmp_path / "dist", small(LLAMA))
+    seen = fuzz(tmp_path / "dist", FUZZ_DIST, 800, 0, wanted)
+    assert sum(seen.values()) == 800 and seen["refused"] > 250 and seen["weights refused"] > 50
+    wanted = save_legacy(tmp_path / "old", small(LLAMA), 1, 1)
+    seen = fuzz(tmp_path / "old", ["iter_0000007/mp_rank_00/model_optim_rng.pt"], 300, 1, wanted)
+    assert sum(seen.values()) == 300 and seen["refused"] > 150
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_thousands_of_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_cases.LAYERS", 1)
+    wanted = save_dist(tmp_path / "dist", small(LLAMA))
+    assert sum(fuzz(tmp_path / "dist", FUZZ_DIST, 5_000, 2, wanted).values()) == 5_000
+
+
+def test_a_checksum_that_is_not_compared_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fuzz finds the fault that torch.load has."""
+    monkeypatch.setattr("megatron_cases.LAYERS", 1)
+    monkeypatch.setattr(archive.zlib, "crc32", lambda _: 0)
+    monkeypatch.setattr(archive, "Record", lambda data, crc: Record(data, 0))
+    wanted = save_dist(tmp_path / "dist", small(LLAMA))
+    with pytest.raises(AssertionError):
+        fuzz(tmp_path / "dist", ["__0_0.distcp"], 500, 0, wanted)
+
+
+Record = archive.Record
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    st.lists(
+        st.sampled_from(
+            [bytes([opcode]) for opcode in b"N()]}abetsu.\x85\x86\x87\x81RQ\x93\x94\x88\x8f\x90q\x00h\x00K\x01"]
+        )
+        | st.sampled_from(
+            [b"ctorch\nSize\n", b"cargparse\nNamespace\n", b"\x8c\x01a", b"X\x01\0\0\0b", b"cos\nsystem\n"]
+        ),
+        max_size=40,
+    )
+)
+def test_any_run_of_opcodes_gives_a_value_or_words(opcodes: list[bytes]) -> None:
+    try:
+        symbolic.shown(parse(b"\x80\x04" + b"".join(opcodes) + b".", "x"))
+    except CheckpointError as error:
+        assert str(error).startswith("x: ")
+
+
+def test_real_optimizer_states_pass(tmp_path: Path) -> None:
+    """Random states, schedulers and Adam's moments lie in legacy files too, and are not read."""
+    import random
+
+    save_legacy(tmp_path, LLAMA, 1, 1)
+    path = tmp_path / "iter_0000007/mp_rank_00/model_optim_rng.pt"
+    top = torch.load(path, weights_only=False)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    states = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    top |= {"optimizer": optimizer.state_dict(), "rng_state": [states], "opt_param_scheduler": {"num_steps": 3}}
+    torch.save(top, path)
+    assert open_megatron(tmp_path).step == 7

@@ -1,0 +1,155 @@
+"""Models of every family's shape equal one process in every layout, and each fact of the config does what it says.
+
+Weights are drawn anew, biases and norms too: at their usual start of zeros and ones a bias that is added twice, or a
+norm that is left out, would not show.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
+from harness import run_ranks
+
+from engine.config import Config
+from engine.context import ParallelContext
+from engine.model.transformer import num_parameters, tensor_shapes
+from engine.planner.cost import flops_per_token
+from engine.rng import generator
+from engine.train import TrainState, setup, train_step
+
+STEPS = 3
+BIASES = {"model_qkv_bias": True, "model_attention_out_bias": True, "model_mlp_bias": True}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "model_num_kv_heads": 8,
+        "model_norm": "layernorm",
+        "model_positions": "learned",
+        "model_activation": "gelu_tanh",
+        "model_gated_mlp": False,
+        "model_tie_embeddings": True,
+        **BIASES,
+    },
+    "neox": {
+        "model_num_kv_heads": 8,
+        "model_norm": "layernorm",
+        "model_activation": "gelu",
+        "model_gated_mlp": False,
+        "model_rotary_fraction": 0.5,
+        "model_parallel_residual": True,
+        **BIASES,
+    },
+    "olmo2": {"model_norm_position": "post", "model_qk_norm": True, "model_qk_norm_span": "projection"},
+    "qwen2": {"model_qkv_bias": True, "model_tie_embeddings": True},
+    "gemma": {
+        "model_num_kv_heads": 1,
+        "model_head_dim": 6,
+        "model_norm_offset": True,
+        "model_scale_embeddings": True,
+        "model_activation": "gelu_tanh",
+        "model_tie_embeddings": True,
+    },
+    "llama3": {"model_rope_scaling": "llama3", "model_rope_factor": 8, "model_rope_original_seq_len": 8},
+    # what no family has together
+    "all": {
+        "model_norm": "layernorm",
+        "model_norm_position": "post",
+        "model_parallel_residual": True,
+        "model_qk_norm": True,
+        "model_activation": "gelu",
+        "model_rope_scaling": "yarn",
+        "model_rope_factor": 4,
+        "model_rope_original_seq_len": 8,
+        **BIASES,
+    },
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "t2": {"parallel_tensor": 2, "train_recompute": "selective"},
+    "t4": {"parallel_tensor": 4, "parallel_keep_gathered": True},
+    "t4-copies": {"parallel_tensor": 4, "parallel_sequence": False, "train_recompute": "selective"},
+    "p2-zb-full": {"parallel_pipeline": 2, "parallel_schedule": "zb-h1", "train_recompute": "full"},
+    "d2-t2-full": {"parallel_data": 2, "parallel_tensor": 2, "train_recompute": "full"},
+    "t2-p2-zb": {
+        "parallel_tensor": 2,
+        "parallel_pipeline": 2,
+        "parallel_schedule": "zb-h1",
+        "train_recompute": "selective",
+    },
+}
+
+
+def draw(state: TrainState) -> None:
+    """Every canonical tensor anew, from its name: around what it would start from."""
+    with torch.no_grad():
+        for p in state.params:
+            for piece in p.spec.pieces(state.ctx):
+                middle = 0.0 if p.spec.init_std is not None else p.spec.init_value
+                whole = torch.empty(piece.global_shape, dtype=torch.float64)
+                whole.normal_(middle, 0.2, generator=generator(5, "draw", piece.name))
+                piece.of(p).copy_(piece.cut(whole))
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    def job(ctx: ParallelContext) -> dict[str, Any]:
+        state = setup(cfg, ctx)
+        draw(state)
+        results = [train_step(state, random_batches(cfg, ctx, 0))]
+        grads = gradients_of(state, max(1.0, results[0].norms.norm / cfg.optimizer.clip_norm))
+        results += [train_step(state, random_batches(cfg, ctx, step)) for step in range(1, STEPS)]
+        return {"losses": [r.loss for r in results], "grads": grads, "weights": weights_of(state)}
+
+    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, timeout_s=120)
+    merged = {key: assemble([r[key] for r in ranks]) for key in ("grads", "weights")}
+    return {"losses": ranks[0]["losses"], **merged}
+
+
+@cache
+def reference(shape: str) -> dict[str, Any]:
+    return run(config(1, model_num_layers=2, **SHAPES[shape]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layout_equals_one_process(shape: str, layout: str) -> None:
+    cut = LAYOUTS[layout]
+    world = cut.get("parallel_tensor", 1) * cut.get("parallel_pipeline", 1) * cut.get("parallel_data", 1)
+    one, many = reference(shape), run(config(world, model_num_layers=2, **SHAPES[shape], **cut))
+    assert many["losses"] == pytest.approx(one["losses"], rel=1e-11)
+    if shape == "gpt2":  # without a rotation a key's bias adds the same to all scores of a query: its gradient is 0
+        biases = [found["grads"].pop(name) for found in (many, one) for name in [*found["grads"]] if "k.bias" in name]
+        assert all(np.abs(grad).max() < 1e-15 for grad in biases)
+        many["weights"] = {
+            name: x if "k.bias" not in name else one["weights"][name] for name, x in many["weights"].items()
+        }
+    assert worst(many["grads"], one["grads"]) < 1e-11
+    assert worst(many["weights"], one["weights"]) < 1e-9
+    assert all(np.abs(grad).max() > 1e-8 for grad in one["grads"].values())
+
+
+@pytest.mark.parametrize("fact", ["scale_embeddings", "parallel_residual", "qkv_bias", "mlp_bias"])
+def test_every_fact_changes_the_loss(fact: str) -> None:
+    """A fact that parses and does nothing would pass every comparison above."""
+    losses = [run(config(1, model_num_layers=2, **{f"model_{fact}": on}))["losses"][0] for on in (False, True)]
+    assert abs(losses[1] / losses[0] - 1) > 1e-6
+
+
+def test_a_norm_with_offset_is_one_whose_weights_are_less_by_one() -> None:
+    """`draw` takes them around their start, 0 or 1, so the two models are the same."""
+    one, other = (run(config(1, model_num_layers=2, model_norm_offset=on)) for on in (False, True))
+    assert other["losses"] == pytest.approx(one["losses"], rel=1e-11)
+    assert worst(other["grads"], one["grads"]) < 1e-11
+
+
+def test_counts_follow_the_facts() -> None:
+    gated, plain = (config(1, model_gated_mlp=on).model for on in (True, False))
+    matrix = gated.num_layers * gated.hidden_size * gated.ffn_size
+    assert num_parameters(gated) - num_parameters(plain) == matrix
+    assert flops_per_token(gated, 16) - flops_per_token(plain, 16) == 6 * matrix
+    shapes = tensor_shapes(config(1, **SHAPES["gpt2"]).model)
+    assert shapes["positions.weight"] == (64, 32) and shapes["layers.0.attention.k.bias"] == (32,)
+    assert shapes["norm.bias"] == (32,) and "layers.0.mlp.gate.weight" not in shapes
+    assert tensor_shapes(config(1, **SHAPES["olmo2"]).model)["layers.0.attention.k_norm.weight"] == (2 * 4,)

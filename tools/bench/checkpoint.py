@@ -1,0 +1,240 @@
+"""Saving and loading beside plain parallel write + fsync and read of the same bytes, and beside torch's DCP.
+
+    python tools/bench/checkpoint.py --gib 1 --ranks 1 2 --repeats 5
+
+Every repetition does all of it in another order, so that a busy disk hits all alike; a time is that of the
+slowest rank. Written files are synced by all three. Before a read the files are dropped from the page cache
+(posix_fadvise), so that it comes from the device as far as that has no cache of its own; the tensors to fill exist
+already. State: float32 matrices, and two moments for each, split over the data ranks as ZeRO-1 does. DCP has the same
+tensors as entries of a state dict. "blocked" is how long training stands still: the call, and what is left of the copy
+after `step_s` seconds of arithmetic that stand for the next forward and backward.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import run_ranks
+from machine import describe
+
+from engine.checkpoint.load import Reader, load_into
+from engine.checkpoint.save import Saver
+from engine.checkpoint.tensorfile import tensor_bytes
+from engine.context import ParallelContext
+from engine.layout import Layout
+from engine.optim.adamw import Held
+from engine.sharding import Chunk, Parameter, ShardSpec
+
+ROWS, WIDTH, BLOCK = 4096, 1024, 16 << 20
+NAMES = ["plain write", "save", "async, blocked", "async, copy alone", "async, whole", "dcp save", "dcp async, blocked"]
+NAMES += ["dcp async, whole", "plain read", "load", "dcp load"]
+FACTS: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    gib: float = 1.0
+    """size of the state over all ranks"""
+    ranks: tuple[int, ...] = (1, 2)
+    repeats: int = 5
+    step_s: float = 0.5
+    """how long the forward and backward after a save in the background take, before the update may wait for its copy"""
+    folder: Path = Path(tempfile.gettempdir())
+    """on the disk to measure"""
+    json: Path | None = None
+    """write every number here"""
+
+
+def states(ctx: ParallelContext, gib: float) -> list[Held]:
+    """This rank's part of matrices of 16 MiB and their moments."""
+    found = []
+    for number in range(round(gib * 2**30 / (3 * 4 * ROWS * WIDTH))):
+        spec = ShardSpec((Chunk(f"layers.{number}.weight", ROWS),), other=WIDTH)
+        p = Parameter(torch.empty(ROWS, WIDTH, device="meta"), spec)
+        begin, end = (ROWS * WIDTH * r // ctx.data.size for r in (ctx.data.rank, ctx.data.rank + 1))
+        for kind in ("model", "exp_avg", "exp_avg_sq"):
+            found.append(Held(kind, p, begin, torch.randn(end - begin)))
+    return found
+
+
+def plain_write(file: Path, held: list[Held]) -> None:
+    """The bytes of the state, one after another into room reserved for them, and a sync."""
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.posix_fallocate(fd, 0, sum(one.flat.nbytes for one in held))
+    for one in held:
+        data = tensor_bytes(one.flat)
+        for begin in range(0, len(data), BLOCK):
+            os.write(fd, data[begin : begin + BLOCK])
+    os.fsync(fd)
+    os.close(fd)
+
+
+def plain_read(file: Path, held: list[Held]) -> None:
+    """The same bytes back into the same tensors."""
+    fd = os.open(file, os.O_RDONLY)
+    for one in held:
+        data = tensor_bytes(one.flat)
+        for begin in range(0, len(data), BLOCK):
+            os.readv(fd, [data[begin : begin + BLOCK]])
+    os.close(fd)
+
+
+def compute(seconds: float) -> None:
+    """Stands for a forward and backward: arithmetic on one thread for so long."""
+    end, x = time.perf_counter() + seconds, torch.randn(256, 256)
+    while time.perf_counter() < end:
+        torch.mm(x, x)
+
+
+def drop_cache(folder: Path) -> None:
+    """Forget the pages of all files below a folder."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            fd = os.open(file, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
+    """All repetitions on one rank: [{what: seconds of the slowest rank}]."""
+    held, alone = states(ctx, o.gib), ctx.world.size == 1
+    theirs = {f"{h.kind}/{h.param.name}/{ctx.rank}": h.flat for h in held}
+    saver = Saver(root / "engine", ctx)
+    saver.reserve(held)
+    group = None if alone else dist.new_group()  # DCP's thread has collectives of its own, which must not meet ours
+
+    def together() -> None:
+        if not alone:
+            dist.barrier()
+
+    def timed(work: Callable[[], object]) -> float:
+        together()
+        begin = time.perf_counter()
+        work()
+        seconds = torch.tensor(time.perf_counter() - begin)
+        if not alone:
+            dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return float(seconds)
+
+    def start(step: int, background: bool) -> None:
+        saver.start(held, step=step, facts=FACTS, background=background)
+
+    def save() -> None:
+        start(1, False)
+        saver.finish()
+
+    def load() -> None:
+        with Reader(root / "engine/step_00000001") as reader:
+            load_into(reader, held, ctx)
+
+    def fresh() -> None:
+        together()
+        if ctx.rank == 0:
+            for folder in root.iterdir():
+                shutil.rmtree(folder)
+            (root / "plain").mkdir()
+            os.sync()
+        together()
+
+    def cold() -> None:
+        together()
+        if ctx.rank == 0:
+            drop_cache(root)
+        together()
+
+    def plain(now: dict[str, float]) -> None:
+        now["plain write"] = timed(lambda: plain_write(root / f"plain/{ctx.rank}", held))
+        cold()
+        now["plain read"] = timed(lambda: plain_read(root / f"plain/{ctx.rank}", held))
+
+    def ours(now: dict[str, float]) -> None:
+        now["save"] = timed(save)
+        cold()
+        now["load"] = timed(load)
+
+    def ours_async(now: dict[str, float]) -> None:
+        begin = time.perf_counter()
+        blocked = timed(lambda: start(2, True))
+        compute(o.step_s)
+        now["async, blocked"] = blocked + timed(saver.copied)
+        saver.finish()
+        now["async, whole"] = time.perf_counter() - begin
+
+    def ours_copy(now: dict[str, float]) -> None:
+        now["async, copy alone"] = timed(lambda: (start(3, True), saver.copied()))
+        saver.finish()
+
+    def dcp_waits(now: dict[str, float]) -> None:
+        now["dcp save"] = timed(lambda: dcp.save(theirs, checkpoint_id=root / "dcp", no_dist=alone))
+        cold()
+        now["dcp load"] = timed(lambda: dcp.load(theirs, checkpoint_id=root / "dcp", no_dist=alone))
+
+    def dcp_async(now: dict[str, float]) -> None:
+        begin, futures = time.perf_counter(), []
+        options: dict[str, Any] = {"checkpoint_id": root / "dcp", "no_dist": alone, "process_group": group}
+        now["dcp async, blocked"] = timed(lambda: futures.append(dcp.async_save(theirs, **options)))
+        compute(o.step_s)
+        futures[0].result()
+        now["dcp async, whole"] = time.perf_counter() - begin
+
+    results, order = [], [plain, ours, ours_async, ours_copy, dcp_waits, dcp_async]
+    for number in range(o.repeats + 1):
+        now: dict[str, float] = {}
+        random.Random(number).shuffle(order)  # what one deletes slows the disk for the next: no fixed neighbours
+        for work in order:
+            fresh()
+            work(now)
+        results.append(now)
+    return results[1:]  # the first finds buffers, caches and the disk as they will be
+
+
+def main(o: Options) -> None:
+    """Print a table for each number of ranks."""
+    everything: dict[str, Any] = {"machine": describe(), "options": str(o)}
+    print(json.dumps(everything["machine"]))
+    for world in o.ranks:
+        with tempfile.TemporaryDirectory(dir=o.folder) as folder:
+            root = Path(folder)
+            found = run_ranks(Layout(world, data=world), partial(job, o=o, root=root), timeout_s=900)[0]
+        everything[str(world)] = found
+        size = round(o.gib * 2**30 / (3 * 4 * ROWS * WIDTH)) * 3 * 4 * ROWS * WIDTH
+        print(f"\n{world} ranks, {size / 1e9:.2f} GB, {o.repeats} repetitions: median (range) in s, GB/s, ratio")
+        for what in sorted(found[0], key=NAMES.index):
+            times = [one[what] for one in found]
+            base = "plain read" if "load" in what or "read" in what else "plain write"
+            ratio = statistics.median(one[base] / one[what] for one in found)
+            middle = statistics.median(times)
+            spread = f"({min(times):.3f}-{max(times):.3f})"
+            print(f"  {what:20} {middle:7.3f} {spread:15} {size / 1e9 / middle:6.2f} GB/s   {ratio:5.2f} of {base}")
+        blocked = statistics.median(one["async, blocked"] / one["save"] for one in found)
+        theirs = statistics.median(one["dcp async, blocked"] / one["dcp save"] for one in found)
+        print(f"  async blocks for {blocked:.1%} of a save; dcp {theirs:.1%} of its own")
+    if o.json is not None:
+        o.json.write_text(json.dumps(everything, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -358,6 +358,7 @@ class IndexedWriter:
         self.dtype = token_dtype(vocab_size)
         self.counts = np.zeros(vocab_size, np.int64)
         self.num_tokens = 0
+        self._digest = xxhash.xxh3_128()
         self._targets = paths_of(prefix)
         self._temporaries = tuple(p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in self._targets)
         self._lengths = array.array("i")
@@ -419,7 +420,7 @@ class IndexedWriter:
         with self._disk(self._targets[0]):
             sync_file(self._bin)
             self._bin.close()
-            meta = {**meta, "bin_digest": digest_of(self._temporaries[0])}
+            meta = {**meta, "bin_digest": self._digest.hexdigest()}
             sidecar = sidecar_of(meta, self.dtype, self.counts, self.num_documents, self._num_empty)
             with open(self._temporaries[1], "wb") as idx:
                 lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
@@ -452,6 +453,7 @@ class IndexedWriter:
         tokens = np.concatenate(self._pending)
         with self._disk(self._temporaries[0]):
             self._bin.write(tokens.data)
+        self._digest.update(tokens.data)
         self.counts += np.bincount(tokens, minlength=self.vocab_size)
         self.num_tokens += tokens.size
         self._pending.clear()

@@ -147,9 +147,12 @@ def cases(args: argparse.Namespace, folder: Path) -> dict[str, Case]:
         target = folder / "datatrove"
         command = [args.datatrove, str(script), str(folder), "in.jsonl", tokenizer, str(target)]
         found["datatrove DocumentTokenizer, 1 task"] = Case(command, target / "00000_unshuffled.ds", once=True)
-    for name in ("preprocess_data.py", "preprocess_data_fast.py") if args.megatron else ():
+    tools = args.megatron / "tools" if args.megatron else None
+    for name in ("preprocess_data.py", "preprocess_data_fast.py"):
+        if tools is None or not (tools / name).exists():  # older checkouts have the first only
+            continue
         target = folder / f"megatron-{name}"
-        command = [args.megatron_python, str(args.megatron / "tools" / name), "--input", source, "--append-eod"]
+        command = [args.megatron_python, str(tools / name), "--input", source, "--append-eod"]
         command += ["--output-prefix", str(target), "--tokenizer-type", "HuggingFaceTokenizer"]
         command += ["--tokenizer-model", tokenizer] + ["--workers", "2"] * (name == "preprocess_data.py")
         command += ["--use-gigatoken"] * (name != "preprocess_data.py")

@@ -208,7 +208,7 @@ def _check_sequences(
     idx_path: Path, bin_path: Path, lengths: IntArray, pointers: IntArray, itemsize: int, bin_bytes: int
 ) -> None:
     """Lengths are not negative, pointers are their running sum in bytes, and the sum is the size of .bin."""
-    if module := _native():
+    if module := native_index():
         i, end = module.check_sequences(lengths, pointers, itemsize, bin_bytes, _threads(len(lengths)))
     else:
         i, end = check_sequences(lengths, pointers, itemsize, bin_bytes)
@@ -228,7 +228,7 @@ def _check_boundaries(path: Path, boundaries: IntArray, num_sequences: int) -> N
     if boundaries[-1] != num_sequences:
         offset = base + 8 * (len(boundaries) - 1)
         raise _damaged(path, f"offset {offset} (last document boundary)", str(boundaries[-1]), str(num_sequences))
-    module = _native()
+    module = native_index()
     i = module.check_rising(boundaries, _threads(len(boundaries))) if module else check_rising(boundaries)
     if i >= 0:
         expected = f">= {boundaries[i - 1]}, the one before"
@@ -265,8 +265,8 @@ def check_rising(boundaries: IntArray) -> int:
 
 
 @functools.cache
-def _native() -> ModuleType | None:
-    """engine._index, which checks in one pass at memory bandwidth; without it (order.py warns) numpy does the same."""
+def native_index() -> ModuleType | None:
+    """engine._index if it is of this version; without it (order.py warns) numpy does the same, more slowly."""
     try:
         module = importlib.import_module("engine._index")
     except ImportError:

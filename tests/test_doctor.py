@@ -49,25 +49,12 @@ def test_a_sound_installation() -> None:
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "" and done.stdout.splitlines()[-1] == "nothing is broken"
-    topics = (
-        "engine",
-        "python",
-        "platform",
-        "CPU",
-        "cores",
-        "memory",
-        "GPUs",
-        "backends",
-        "gloo",
-        "extension",
-        "kernels",
-    )
-    for topic in (*topics, "optional", "not installed"):
+    for topic in ("engine", "python", "platform", "CPU", "cores", "memory", "GPUs", "backends", "gloo", "extension"):
         assert re.search(rf"^{topic} +\S", done.stdout, re.M), topic
     assert f"torch {torch.__version__}" in done.stdout and re.search(r"code [0-9a-f]{32}\n", done.stdout)
-    assert "have summed a number" in done.stdout
+    assert "have summed a number" in done.stdout and re.search(r"^optional +.*matplotlib \d", done.stdout, re.M)
     for name in selftest.OPS:
-        assert re.search(rf" {name}: (own|torch); off by [0-9.e-]+, tolerance 1e-05$", done.stdout, re.M), name
+        assert re.search(rf" {name}: (own|torch); off by [0-9.e+-]+, tolerance 1e-05$", done.stdout, re.M), name
 
 
 def test_without_gloo_it_is_broken() -> None:
@@ -81,6 +68,16 @@ def test_without_gloo_it_is_broken() -> None:
 
 def test_processes_that_do_not_answer_are_not_waited_for() -> None:
     assert try_gloo(0.01) == "no answer within 0.01 s from rank 0"
+
+
+class Liar:
+    """An operator whose results are wrong by a factor; torch itself looks for `default` at this name."""
+
+    def __init__(self, true: Any, factor: float) -> None:
+        self.true, self.default, self.factor = true, true.default, factor
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.true(*inputs) * self.factor
 
 
 @needs_ops
@@ -99,8 +96,7 @@ def test_a_kernel_that_lies_is_found(
     monkeypatch: pytest.MonkeyPatch,
     examined: Callable[..., tuple[int, str]],
 ) -> None:
-    true = getattr(torch.ops.trident, kernel)
-    monkeypatch.setattr(torch.ops.trident, kernel, lambda *a: true(*a) * wrong)
+    monkeypatch.setattr(torch.ops.trident, kernel, Liar(getattr(torch.ops.trident, kernel), wrong))
     code, out = examined()
     last = out.splitlines()[-2:]
     assert code == 1 and last[0] == "broken:" and f"op on cpu: {op}: own; off by" in last[1] and "WRONG" in last[1]

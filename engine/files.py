@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+SEALED = b"TRDSEAL1"  # how an encrypted file begins (engine.checkpoint.seal)
+
 
 def sync_file(file: IO[bytes]) -> None:
     """Make what was written to an open file durable."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.errors import CheckpointError, ConfigError, Fault
 from engine.families import FAMILIES, HARMLESS, LACKING, SCALING, Family, Field
+from engine.files import SEALED
 
 Facts = dict[str, Any]
 _CANNOT = "The engine cannot compute this model."
@@ -234,6 +235,12 @@ def facts_of(path: Path, max_seq_len: int | None = None) -> tuple[Facts, str]:
         manifests += sorted(root.glob("step_*/manifest.json"), reverse=True)
     for manifest in manifests:
         if manifest.exists():
+            with manifest.open("rb") as file:
+                if file.read(len(SEALED)) == SEALED:
+                    raise CheckpointError(
+                        f"{manifest}: is encrypted, and what model it is must be known before the secret is read: "
+                        "`engine export CHECKPOINT FOLDER --secret ...`, and start from that folder"
+                    )
             model = (read_json(manifest).get("config") or {}).get("model")
             if isinstance(model, dict):
                 return {name: value for name, value in model.items() if name != "preset"}, str(manifest)

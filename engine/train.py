@@ -259,8 +259,11 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
     state.lineage = descend(folder, manifest, allowed)
 
 
-def start_from(state: TrainState, path: Path) -> None:
-    """Take the weights of a Hugging Face folder or a checkpoint of any layout; the optimizer is new. Collective."""
+def start_from(state: TrainState, path: Path) -> Path:
+    """Take the weights of a Hugging Face folder or a checkpoint of any layout; the optimizer is new. Collective.
+
+    Returns the folder they were in.
+    """
     ctx = state.ctx
     error: EngineError | None = None
     source: Source[Any] | None = None
@@ -277,6 +280,7 @@ def start_from(state: TrainState, path: Path) -> None:
             state.lineage = descend(source.folder, source.manifest, {"optimizer state": ("there", "new")})
         load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
     state.optimizer.publish()
+    return source.folder
 
 
 def find_resume(cfg: Config) -> str:
@@ -323,9 +327,9 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     if source:
         resume(state, Path(source), data.facts, storage_of(cfg.checkpoint.secret))
     elif cfg.checkpoint.init:
-        start_from(state, Path(cfg.checkpoint.init))
+        begun = start_from(state, Path(cfg.checkpoint.init))
         if ctx.rank == 0:
-            copy_beside(Path(cfg.checkpoint.init), run_dir)
+            copy_beside(begun, run_dir)
     evaluator = None
     if cfg.data.valid:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)

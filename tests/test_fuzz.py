@@ -124,7 +124,7 @@ def test_native_checks_say_what_the_reference_says(
     at = wrong[0] + 4092 * many if wrong else 0
     if wrong and at < len(pointers):
         pointers[at] = wrong[1]
-    module = indexed._native()
+    module = indexed.native_index()
     assert module is not None
     assert module.check_sequences(array, pointers, itemsize, most, threads) == indexed.check_sequences(
         array, pointers, itemsize, most
@@ -139,7 +139,7 @@ def test_native_checks_say_what_the_reference_says(
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_every_place_is_looked_at(threads: int) -> None:
     """One wrong number anywhere, at the borders of blocks and of threads too: found, and where."""
-    module = indexed._native()
+    module = indexed.native_index()
     assert module is not None
     lengths = (np.arange(9001) % 7).astype(np.int32)
     pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * 2
@@ -161,7 +161,7 @@ def test_every_place_is_looked_at(threads: int) -> None:
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_native_checks_refuse_wrong_arguments() -> None:
-    module = indexed._native()
+    module = indexed.native_index()
     assert module is not None
     one, two = np.zeros(1, np.int32), np.zeros(2, np.int64)
     for arguments in [

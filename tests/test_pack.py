@@ -70,7 +70,7 @@ def test_native_refuses_what_leads_outside(change: dict[str, Any], error: type[E
         "out": np.zeros(4, np.uint16),
         "counts": np.zeros(VOCAB_SIZE, np.int64),
     }
-    module: Any = pack_module._native()
+    module: Any = pack_module.native_index()
     assert module.pack(**arguments) is None and arguments["out"].tolist() == [1, 2, 3, 0]
     with pytest.raises(error):
         module.pack(**{**arguments, **change})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,11 @@ def test_all_pairs_in_fp16_with_masters_and_scale(tmp_path: Path) -> None:
 
 
 def resident_peak() -> int:
-    """Bytes: the most of this process' memory that was resident since the last call."""
+    """Bytes: the most of this process' memory that was resident since the last call.
+
+    Freed memory, which the engine has the C library keep, is given back first: reusing it would not be seen.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     Path("/proc/self/clear_refs").write_text("5")
     return int(peak.split()[1]) * 1024
@@ -168,6 +173,5 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
     print(
         f"state of {whole / 1e6:.0f} MB: memory grows by {grown / 1e6:.1f} MB loading, {most_saving / 1e6:.1f} saving"
     )
-    # half of it is enough to tell: on a busy machine the kernel drops pages of libraries meanwhile
-    assert whole > 80e6 and all(r[2] > 0.5 * whole for r in results), "the measurement would see a whole model"
+    assert whole > 80e6 and all(r[2] > 0.9 * whole for r in results), "the measurement would see a whole model"
     assert grown < 0.15 * whole and most_saving < 0.15 * whole

@@ -21,7 +21,7 @@ import pytest
 import engine.data.encoding as module
 from engine.data import parts, sources
 from engine.data.encoder import Encoder
-from engine.data.indexed import IndexedDataset
+from engine.data.indexed import IndexedDataset, digest_of
 from engine.data.prepare import prepare
 from engine.data.report import PrepareReport
 from engine.data.tokenizer import Tokenizer
@@ -316,6 +316,8 @@ def test_a_difference_falls_back_loudly_and_for_all_text(tmp_path: Path, tokeniz
         report = run(tmp_path, tokenizer)
     assert report.encoder.startswith("tokenizers ") and "differs" in report.encoder_note and lying[0] > 8
     assert (tmp_path / "out-train.bin").read_bytes() == whole_by_reference(tmp_path, tokenizer)
+    sidecar = json.loads((tmp_path / "out-train.json").read_bytes())
+    assert sidecar["bin_digest"] == digest_of(tmp_path / "out-train.bin")  # nothing of the first try is in it
 
 
 def test_standard_input_cannot_fall_back(
@@ -378,7 +380,7 @@ def test_special_tokens_are_text_unless_asked(tmp_path: Path, tokenizer: Path, f
 def test_the_command_reads_standard_input_on_any_number_of_workers(tmp_path: Path, tokenizer: Path) -> None:
     data = corpus(tmp_path).read_bytes()
     run(tmp_path, tokenizer, valid_fraction=0.0)
-    run_one = prepare([tmp_path / "in.jsonl"], str(tmp_path / "one"), tokenizer=tokenizer, parallel=False)
+    run_one = prepare([tmp_path / "in.jsonl"], str(tmp_path / "one"), tokenizer=tokenizer, workers=1)
     command = [sys.executable, "-m", "engine", "prepare", "--input", "-", "--tokenizer", str(tokenizer)]
     command += ["--output", str(tmp_path / "piped"), "--workers", "3"]
     done = subprocess.run(command, input=data, capture_output=True, timeout=100, cwd=ROOT)

@@ -22,8 +22,9 @@ from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, sealed
 from engine.checkpoint.storage import DISK, read_file, write_file
 from engine.context import ParallelContext
 from engine.errors import CheckpointError, ConfigError, SecretError, WrongSecretError
+from engine.files import SEALED
 from engine.launch import read_secret
-from engine.train import facts_of, resume, setup, train_step
+from engine.train import facts_of, resume, setup, start_from, train_step
 
 SECRET, OTHER = bytes(range(32)), bytes(range(1, 33))
 FILE = Path("/rank.safetensors")
@@ -73,7 +74,7 @@ def test_every_change_of_every_byte_is_found(small_chunks: None) -> None:
     disk, raw = sealed(bytes(40))
     for place in range(len(raw)):
         write_file(disk, FILE, raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
-        if place < len(module.SEALED):  # a plain file then, whose digests are not those of the manifest
+        if place < len(SEALED):  # a plain file then, whose digests are not those of the manifest
             assert opened(disk, 0, 40) != bytes(40)
             continue
         with pytest.raises(CheckpointError, match=r"rank\.safetensors: "):
@@ -207,3 +208,21 @@ def test_both_kinds_are_read_whichever_is_written_now(tmp_path: Path) -> None:
     save_in(tmp_path / "b", SecretStorage(Seal(SECRET), encrypt=True))
     with Reader(tmp_path / "b/step_00000001", SecretStorage(Seal(SECRET))) as reader:
         assert reader.whole("model", "norm.weight").equal(signed)
+
+
+def test_a_run_starts_from_a_signed_one_and_is_told_what_to_do_with_an_encrypted_one(tmp_path: Path) -> None:
+    for name, encrypt in (("signed", False), ("encrypted", True)):
+        save_in(tmp_path / name / "checkpoints", SecretStorage(Seal(SECRET), encrypt=encrypt))
+    key = tmp_path / "key"
+    key.write_bytes(SECRET)
+    key.chmod(0o600)
+    cfg = config(checkpoint_init=tmp_path / "signed", checkpoint_secret=f"file:{key}")
+
+    def job(ctx: ParallelContext) -> str:
+        state = setup(cfg, ctx)
+        folder = start_from(state, Path(cfg.checkpoint.init))
+        return f"{folder.name} {state.lineage[0].step}"
+
+    assert run_ranks(layout_of(cfg), job, num_kv_heads=2) == ["step_00000001 1"]
+    with pytest.raises(ConfigError, match=r"is encrypted, and what model it is must be known.*engine export"):
+        config(checkpoint_init=tmp_path / "encrypted", checkpoint_secret=f"file:{key}")

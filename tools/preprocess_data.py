@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     append_eod=args.append_eod,
                     json_key=(key,),
                     on_error=args.on_error,
-                    parallel=False if args.workers == 1 else None,
+                    workers=args.workers,
                     suffixes=("", "-valid"),
                     overwrite=args.overwrite,
                     progress=progress,

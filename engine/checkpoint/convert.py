@@ -81,10 +81,8 @@ def open_source(path: Path, max_seq_len: int | None = None, storage: Storage = D
 
 
 def copy_beside(source: Path, run: Path) -> None:
-    """Keep in a run folder what an export gives back: of the Hugging Face folder, run or checkpoint it starts from."""
-    folder = source
-    if not (source / CONFIG).exists():
-        folder = find(source).parent.parent / BESIDE
+    """Keep in a run folder what an export gives back, of the Hugging Face folder or the checkpoint it starts from."""
+    folder = source if (source / CONFIG).exists() else source.parent.parent / BESIDE
     for name in (CONFIG, GENERATION):
         if (folder / name).is_file():
             (run / BESIDE).mkdir(parents=True, exist_ok=True)

@@ -28,10 +28,11 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engine.checkpoint.seal import SEALED, SIGNED
+from engine.checkpoint.seal import SIGNED
 from engine.checkpoint.storage import DISK, Storage, read_file
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block
 from engine.errors import CheckpointError, SecretError, WrongSecretError
+from engine.files import SEALED
 
 SCHEMA = 2
 MANIFEST = "manifest.json"

@@ -31,9 +31,9 @@ from typing import Any
 
 from engine.checkpoint.storage import DISK, Source, Status, Storage, Writer
 from engine.errors import CheckpointError, WrongSecretError
+from engine.files import SEALED
 from engine.launch import read_secret
 
-SEALED = b"TRDSEAL1"
 SIGNED = "hmac_sha256"  # the kind of digest that signs
 SALT_BYTES, TAG_BYTES, CHUNK_BYTES = 32, 16, 1 << 20
 HEAD_BYTES = len(SEALED) + SALT_BYTES + 8

@@ -44,7 +44,7 @@ def prepare(args: list[str]) -> int:
             append_eod=o.append_eod,
             parse_special=o.parse_special,
             fast=o.encoder == "auto",
-            parallel=False if o.workers == 1 else None,
+            workers=o.workers,
             seed=o.seed,
             overwrite=o.overwrite,
             progress=progress,

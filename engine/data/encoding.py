@@ -1,24 +1,26 @@
 """The work of `prepare`: batches of documents read, encoded and appended to the parts, each in a thread of its own.
 
-Reading (orjson, unpacking), encoding (all cores) and adding (end tokens, histogram, digest, write, sync) go on at the
-same time on successive batches; queues hold one batch each, so memory is about five batches, and what happens to a
-batch happens in input order. A fault met by an earlier stage is raised where it stands in that order.
+Reading (orjson, unpacking), encoding (a batch a thread) and adding (end tokens, histogram, digest, write, sync) go on
+at the same time on successive batches; memory is about five batches more than threads, and what happens to a batch
+happens in input order. A fault met by an earlier stage is raised where it stands in that order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.ahead import read_ahead
+from engine.data.ahead import map_ahead, read_ahead
 from engine.data.encoder import Encoded, Encoder, Mismatch
 from engine.data.indexed import paths_of
 from engine.data.job import Job, stop_at_errors
@@ -31,6 +33,7 @@ from engine.files import write_synced
 
 SHARD_BYTES = 256 << 20  # of data written: what a kill can cost at most, or
 SHARD_S = 30.0  # seconds, whichever comes first
+MAX_THREADS = 8  # unless asked for: what one thread reads keeps no more of them at work, and each holds a batch
 
 
 class Work:
@@ -46,7 +49,7 @@ class Work:
         if parts.state is not None:
             done = f"{self.totals.documents:,} documents in {parts.num_shards} shards"
             job.note(f"going on with {job.parts}: {done} are done")
-        self.encoder = Encoder(tokenizer, fast=job.fast and not self.totals.fallback, parallel=job.parallel)
+        self.encoder = Encoder(tokenizer, fast=job.fast and not self.totals.fallback)
         self.encoder.note = self.totals.fallback or self.encoder.note
         parts.bytes_needed = self._bytes_needed
 
@@ -88,21 +91,28 @@ class Work:
         here = (self.totals.consumed, sum(split.tokens for split in self.totals.splits.values()))
         committed_at = began
         batches = read_ahead(self.job.source.batches(self.totals.cursor), depth=1)
-        for batch, encoded in read_ahead(self._encoded(batches), depth=1):
-            self._stop_at_errors(batch)
-            self._add(batch, *encoded)
-            now = time.monotonic()
-            self.totals.elapsed_s = before + now - began
-            if self.parts.uncommitted_bytes >= SHARD_BYTES or now - committed_at >= SHARD_S:
-                self.parts.commit(dataclasses.asdict(self.totals))
-                committed_at = now
-            self._report(here, now - began)
+        with contextlib.closing(map_ahead(self._encoded, batches, self._threads())) as encoded_batches:
+            for batch, encoded in encoded_batches:
+                self._stop_at_errors(batch)
+                self._add(batch, *encoded)
+                now = time.monotonic()
+                self.totals.elapsed_s = before + now - began
+                if self.parts.uncommitted_bytes >= SHARD_BYTES or now - committed_at >= SHARD_S:
+                    self.parts.commit(dataclasses.asdict(self.totals))
+                    committed_at = now
+                self._report(here, now - began)
         self.parts.commit(dataclasses.asdict(self.totals))
 
-    def _encoded(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Encoded]]:
-        """Each batch with the ids and lengths of its texts. Raises Mismatch."""
-        for batch in batches:
-            yield batch, self.encoder.encode_checked(batch.texts)
+    def _encoded(self, batch: Batch) -> Encoded:
+        """Ids and lengths of the texts of a batch. Raises Mismatch."""
+        return self.encoder.encode_checked(batch.texts)
+
+    def _threads(self) -> int:
+        """That encode: as asked, or one a core; `tokenizers` shares out every batch among threads of its own."""
+        if not self.encoder.is_fast:
+            return 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.job.workers or min(cores, MAX_THREADS)
 
     def _stop_at_errors(self, batch: Batch) -> None:
         try:

@@ -208,7 +208,7 @@ def _check_sequences(
     idx_path: Path, bin_path: Path, lengths: IntArray, pointers: IntArray, itemsize: int, bin_bytes: int
 ) -> None:
     """Lengths are not negative, pointers are their running sum in bytes, and the sum is the size of .bin."""
-    if module := _native():
+    if module := native_index():
         i, end = module.check_sequences(lengths, pointers, itemsize, bin_bytes, _threads(len(lengths)))
     else:
         i, end = check_sequences(lengths, pointers, itemsize, bin_bytes)
@@ -228,7 +228,7 @@ def _check_boundaries(path: Path, boundaries: IntArray, num_sequences: int) -> N
     if boundaries[-1] != num_sequences:
         offset = base + 8 * (len(boundaries) - 1)
         raise _damaged(path, f"offset {offset} (last document boundary)", str(boundaries[-1]), str(num_sequences))
-    module = _native()
+    module = native_index()
     i = module.check_rising(boundaries, _threads(len(boundaries))) if module else check_rising(boundaries)
     if i >= 0:
         expected = f">= {boundaries[i - 1]}, the one before"
@@ -265,8 +265,8 @@ def check_rising(boundaries: IntArray) -> int:
 
 
 @functools.cache
-def _native() -> ModuleType | None:
-    """engine._index, which checks in one pass at memory bandwidth; without it (order.py warns) numpy does the same."""
+def native_index() -> ModuleType | None:
+    """engine._index if it is of this version; without it (order.py warns) numpy does the same, more slowly."""
     try:
         module = importlib.import_module("engine._index")
     except ImportError:
@@ -358,6 +358,7 @@ class IndexedWriter:
         self.dtype = token_dtype(vocab_size)
         self.counts = np.zeros(vocab_size, np.int64)
         self.num_tokens = 0
+        self._digest = xxhash.xxh3_128()
         self._targets = paths_of(prefix)
         self._temporaries = tuple(p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in self._targets)
         self._lengths = array.array("i")
@@ -419,7 +420,7 @@ class IndexedWriter:
         with self._disk(self._targets[0]):
             sync_file(self._bin)
             self._bin.close()
-            meta = {**meta, "bin_digest": digest_of(self._temporaries[0])}
+            meta = {**meta, "bin_digest": self._digest.hexdigest()}
             sidecar = sidecar_of(meta, self.dtype, self.counts, self.num_documents, self._num_empty)
             with open(self._temporaries[1], "wb") as idx:
                 lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
@@ -452,6 +453,7 @@ class IndexedWriter:
         tokens = np.concatenate(self._pending)
         with self._disk(self._temporaries[0]):
             self._bin.write(tokens.data)
+        self._digest.update(tokens.data)
         self.counts += np.bincount(tokens, minlength=self.vocab_size)
         self.num_tokens += tokens.size
         self._pending.clear()

@@ -37,7 +37,7 @@ class Job:
     seed: int
     skip_errors: bool
     fast: bool
-    parallel: bool | None
+    workers: int
     suffixes: tuple[str, str]
     overwrite: bool
     progress: Callable[[ProgressEvent], None] | None

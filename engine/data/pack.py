@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from engine.data.indexed import native_index
 
 Packed = tuple[npt.NDArray[Any], npt.NDArray[np.int32], int | None]
 
@@ -26,7 +25,7 @@ def pack(
     every document that is not empty: an end after an empty one would end the one before a second time. counts: int64
     [vocab_size], to which the histogram is added (of no meaning if an id is outside).
     """
-    module = _native()
+    module = native_index()
     if module is None:
         return pack_reference(tokens, lengths, eod, dtype, counts)
     tokens, lengths = np.ascontiguousarray(tokens, np.int32), np.ascontiguousarray(lengths, np.int32)
@@ -53,13 +52,3 @@ def pack_reference(
         return tokens.astype(dtype), lengths, int(tokens[outside[0]])
     counts += np.bincount(tokens, minlength=len(counts))
     return tokens.astype(dtype), lengths, None
-
-
-@functools.cache
-def _native() -> ModuleType | None:
-    """engine._index; without it (order.py warns) numpy does the same, in four passes."""
-    try:
-        module = importlib.import_module("engine._index")
-    except ImportError:
-        return None
-    return module if hasattr(module, "pack") else None

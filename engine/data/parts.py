@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.indexed import digest_of, sidecar_bytes, sidecar_of, token_dtype, write_index
+from engine.data.indexed import sidecar_bytes, sidecar_of, token_dtype, write_index
 from engine.data.pack import pack
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder, write_fault, write_synced
@@ -41,21 +41,29 @@ class _Grown:
     def __init__(self, path: Path):
         self.path = path
         self.committed = self.end = 0
-        self.digest = xxhash.xxh3_128()
+        self.digest = xxhash.xxh3_128()  # of what was added since the last commit
+        self.whole = self.whole_committed = xxhash.xxh3_128()  # of the file to `end`, and to `committed`
         self.file: IO[bytes] = open(path, "ab")  # noqa: SIM115  (closed by Parts.close)
 
     def write(self, data: memoryview | bytes) -> None:
         self.file.write(data)
         self.digest.update(data)
+        self.whole.update(data)
         self.end += memoryview(data).nbytes
 
+    def commit(self) -> None:
+        """Everything so far is in a shard."""
+        self.committed, self.digest, self.whole_committed = self.end, xxhash.xxh3_128(), self.whole.copy()
+
     def reset(self, committed: int) -> None:
-        """Go back to what is committed."""
+        """Go back to what is committed, or to 0: nothing."""
         self.file.close()
         os.truncate(self.path, committed)
         self.file = open(self.path, "ab")  # noqa: SIM115
         self.committed = self.end = committed
         self.digest = xxhash.xxh3_128()
+        self.whole_committed = self.whole_committed if committed else xxhash.xxh3_128()
+        self.whole = self.whole_committed.copy()
 
 
 class Parts:
@@ -195,7 +203,7 @@ class Parts:
         self.num_shards += 1
         self.state = state
         for grown in self._files.values():
-            grown.committed, grown.digest = grown.end, xxhash.xxh3_128()
+            grown.commit()
 
     def _shard_files(self) -> list[Path]:
         return [path for path in self.folder.glob("*.json") if path.stem.isdigit()]
@@ -217,33 +225,34 @@ class Parts:
             self.warnings.append(f"{path}: {', '.join(wrong)} is not what was written")
             return False
         for name, (_, end, _) in shard["files"].items():
-            self._files[name].committed = end
+            self._files[name].committed, self._files[name].whole_committed = end, found[name][2]
             if found[name][1] is not None:
                 self.counts[name.removesuffix(".bin")] += found[name][1]
         self.state, self.num_shards = shard["state"], self.num_shards + 1
         return True
 
-    def _digest(self, name: str, begin: int, end: int) -> tuple[str, Any]:
-        """Digest of bytes of a data file, and for tokens their histogram."""
-        digest = xxhash.xxh3_128()
+    def _digest(self, name: str, begin: int, end: int) -> tuple[str, Any, Any]:
+        """Digest of bytes of a data file, for tokens their histogram, and the hash of the file up to their end."""
+        digest, whole = xxhash.xxh3_128(), self._files[name].whole_committed.copy()
         counts = np.zeros_like(self.counts[name.removesuffix(".bin")]) if name.endswith(".bin") else None
         with open(self.folder / name, "rb") as file:
             file.seek(begin)
             while begin < end and (data := file.read(min(_CHECK_BYTES, end - begin))):
                 begin += len(data)
                 digest.update(data)
+                whole.update(data)
                 if counts is not None and len(data) % self.dtype.itemsize == 0:
                     tokens = np.frombuffer(data, self.dtype)
                     if int(tokens.min()) < 0 or int(tokens.max()) >= len(counts):
-                        return "no token ids", None
+                        return "no token ids", None, whole
                     counts += np.bincount(tokens, minlength=len(counts))
-        return digest.hexdigest(), counts
+        return digest.hexdigest(), counts, whole
 
     # ---- the end ----
 
     def write_corpus(self, split: str, meta: dict[str, Any], documents: int, empty: int) -> dict[str, Any]:
         """Write .idx and sidecar of a split beside its .bin; returns the sidecar."""
-        meta = {**meta, "bin_digest": digest_of(self.folder / f"{split}.bin")}
+        meta = {**meta, "bin_digest": self._files[f"{split}.bin"].whole.hexdigest()}
         sidecar = sidecar_of(meta, self.dtype, self.counts[split], documents, empty)
         lengths_path = self.folder / f"{split}.lengths"
         lengths = np.memmap(lengths_path, "<i4", "r") if lengths_path.stat().st_size else np.empty(0, np.int32)

@@ -44,7 +44,7 @@ def prepare(
     seed: int = 0,
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
     fast: bool = True,
-    parallel: bool | None = None,
+    workers: int = 0,
     suffixes: tuple[str, str] = ("-train", "-valid"),
     overwrite: bool = False,
     progress: Callable[[ProgressEvent], None] | None = None,
@@ -52,6 +52,7 @@ def prepare(
 ) -> PrepareReport:
     """Tokenise `inputs` into `output`-train and, when `valid_fraction` > 0, `output`-valid.
 
+    `workers`: threads that encode, 0 for one a core (at most 8).
     `tokenizer` is what Tokenizer.load takes; with `train_vocab_size` it is created there first. Killed at any moment,
     the same call goes on where the last shard ended. Raises DataError for bad input (with `on_error` "skip" it is
     counted and listed), for outputs that exist unless `overwrite`, and for a split without documents.
@@ -76,7 +77,7 @@ def prepare(
         seed,
         on_error == "skip",
         fast,
-        parallel,
+        workers,
         suffixes,
         overwrite,
         progress,

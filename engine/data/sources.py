@@ -208,7 +208,8 @@ class _FileReader:
             return self._drop(batch, "missing key", detail)
         try:
             text = "\n".join(text_of(value[key], repr(key)) for key in self.keys)
-            text.encode()
+            if not text.isascii():
+                text.encode()
         except TypeError as err:
             return self._drop(batch, "wrong type", f"{err}. Choose another --json-key.")
         except UnicodeEncodeError as err:

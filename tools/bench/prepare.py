@@ -60,6 +60,7 @@ if __name__ == "__main__":
 FORMATS = ("jsonl", "jsonl.zst", "jsonl.gz", "parquet")
 LIMIT = "limit: bare loop, jsonl"
 OURS = "engine prepare, jsonl"
+FREE = 0.05  # share of the machine that others may use in a turn that counts
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,12 @@ def cases(args: argparse.Namespace, folder: Path) -> dict[str, Case]:
         target = folder / "datatrove"
         command = [args.datatrove, str(script), str(folder), "in.jsonl", tokenizer, str(target)]
         found["datatrove DocumentTokenizer, 1 task"] = Case(command, target / "00000_unshuffled.ds", once=True)
-    for name in ("preprocess_data.py", "preprocess_data_fast.py") if args.megatron else ():
+    tools = args.megatron / "tools" if args.megatron else None
+    for name in ("preprocess_data.py", "preprocess_data_fast.py"):
+        if tools is None or not (tools / name).exists():  # older checkouts have the first only
+            continue
         target = folder / f"megatron-{name}"
-        command = [args.megatron_python, str(args.megatron / "tools" / name), "--input", source, "--append-eod"]
+        command = [args.megatron_python, str(tools / name), "--input", source, "--append-eod"]
         command += ["--output-prefix", str(target), "--tokenizer-type", "HuggingFaceTokenizer"]
         command += ["--tokenizer-model", tokenizer] + ["--workers", "2"] * (name == "preprocess_data.py")
         command += ["--use-gigatoken"] * (name != "preprocess_data.py")
@@ -192,8 +196,18 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def free_turns(runs: dict[str, list[dict[str, float]]]) -> list[int]:
+    """The turns in which no run of what takes turns was disturbed."""
+    turns = len(runs[LIMIT])
+    taking = [found for found in runs.values() if len(found) == turns]
+    return [turn for turn in range(turns) if all(found[turn]["others"] <= FREE for found in taking)]
+
+
 def show(result: dict[str, Any], args: argparse.Namespace) -> None:
     facts, runs = result["facts"], result["runs"]
+    turns, free = len(runs[LIMIT]), free_turns(runs)
+    if free:  # what runs once is shown with what others used of it
+        runs = {name: [found[i] for i in free] if len(found) == turns else found for name, found in runs.items()}
     megabytes = facts["text_bytes"] / 1e6
     title = f"{megabytes:.0f} MB of text, {facts['documents']} documents, {facts['cores']} cores, {facts['cpu']}"
     headers = (
@@ -226,7 +240,10 @@ def show(result: dict[str, Any], args: argparse.Namespace) -> None:
         if not given:
             table.add_row(f"{name}: not given (--{name})")
     Console(width=160).print(table)
-    print("'others': share of the machine that others used meanwhile; above a few % this is no measurement")
+    what = "figures are of these" if free else "NO MEASUREMENT: all are shown, the machine was never free"
+    print(
+        f"'others': share of the machine that others used meanwhile. Undisturbed turns: {len(free)} of {turns}; {what}"
+    )
 
 
 def main() -> None:

@@ -54,4 +54,5 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "verify": checkpoints.verify,
     "plot": run.plot,
     "schedule": schedule.schedule,
+    "doctor": run.doctor,
 }

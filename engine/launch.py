@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import signal
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -23,6 +25,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -194,6 +198,65 @@ def run(
     if store is not None:
         dist.destroy_process_group()
     return code
+
+
+def backends() -> dict[str, bool]:
+    """The process-group backends that this torch is built with."""
+    return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+
+
+def try_gloo(timeout_s: float) -> str:
+    """Why two new processes on this machine cannot sum a number over gloo; empty if they can. Takes some seconds.
+
+    They meet over a file and bind to the interface that ranks of a training run on one machine would.
+    """
+    spawn = multiprocessing.get_context("spawn")  # this process may have threads, whose locks a fork would copy
+    deadline = time.monotonic() + timeout_s
+    with tempfile.TemporaryDirectory() as folder:
+        pending: dict[Connection, int] = {}
+        ranks = []
+        for rank in range(2):
+            ours, theirs = spawn.Pipe(duplex=False)
+            ranks.append(spawn.Process(target=_gloo_rank, args=(theirs, rank, f"{folder}/store", timeout_s)))
+            ranks[rank].start()
+            theirs.close()
+            pending[ours] = rank
+        try:
+            while pending:
+                ready = [p for p in wait(list(pending), max(0.0, deadline - time.monotonic())) if p in pending]
+                if not ready:
+                    return f"no answer within {timeout_s:g} s from rank {min(pending.values())}"
+                for pipe in ready:
+                    if answer := _answer(pipe, ranks[rank := pending.pop(pipe)]):
+                        return f"rank {rank}: {answer}"
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+    return ""
+
+
+def _answer(pipe: Connection, process: SpawnProcess) -> str:
+    try:
+        return pipe.recv_bytes().decode()
+    except EOFError:
+        process.join(_STORE_S)
+        return f"died without a word (exit code {process.exitcode})"
+
+
+def _gloo_rank(pipe: Connection, rank: int, file: str, timeout_s: float) -> None:
+    try:
+        env = Env(rank, 2, rank, 2)
+        _choose_interface(env, torch.device("cpu"))
+        store, _, _ = next(rendezvous(f"file://{file}", rank, 2))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=timeout_s))
+        number = torch.tensor([rank + 1.0])
+        dist.all_reduce(number)
+        answer = "" if number.item() == 3.0 else f"the sum of 1 and 2 came out as {number.item()}"
+    except Exception as error:
+        answer = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    pipe.send_bytes(answer.encode())
+    time.sleep(timeout_s)  # until it is killed: a connection that closes early can take the other's answer with it
 
 
 def leave(code: int, env: Env) -> int:

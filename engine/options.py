@@ -385,6 +385,17 @@ class Plot:
 
 
 @dataclass
+class Doctor:
+    """Say what this installation and machine are, try each op against float64 and gloo between two processes.
+
+    Exit code 0 when nothing is broken (what is merely not there is told), 1 with the faults listed last.
+    """
+
+    timeout_s: float = 60.0
+    """seconds that the two processes may take to start and to sum a number over gloo"""
+
+
+@dataclass
 class Schedule:
     """Prove, simulate and draw pipeline schedules: named, searched, read from a file, or as a run has measured them.
 

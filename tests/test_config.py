@@ -762,7 +762,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str], monkeypatch:
 def test_overview_and_wrong_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("--help") == EXIT_OK
     overview = capsys.readouterr().out
-    for verb in ("prepare", "train", "evaluate", "generate", "export", "verify", "plot"):
+    for verb in ("prepare", "train", "evaluate", "generate", "export", "verify", "plot", "doctor"):
         assert f"\n  {verb} " in overview
     assert run_cli() == EXIT_CONFIG
     assert run_cli("trane") == EXIT_CONFIG

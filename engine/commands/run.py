@@ -1,11 +1,11 @@
-"""Verbs that use a model: train, evaluate, generate; and plot."""
+"""Verbs that use a model: train, evaluate, generate; plot; and doctor."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, Fault
 
 if TYPE_CHECKING:
     pass
@@ -136,6 +136,31 @@ def plot(args: list[str]) -> int:
     plot_loss(o.runs, o.output)
     print(f"wrote {o.output}")
     return EXIT_OK
+
+
+def doctor(args: list[str]) -> int:
+    """what is installed, which kernels run here, and whether they and gloo work"""
+    import tyro
+
+    from engine.options import Doctor
+
+    o = tyro.cli(Doctor, args=args, prog="engine doctor")
+    if o.timeout_s <= 0:
+        raise ConfigError([Fault("--timeout-s", o.timeout_s, "is no time to wait", "Use a number above 0.")])
+    single_process("doctor")
+    from engine.doctor import examine  # loads torch: faults are told before
+
+    faults = []
+    for finding in examine(o.timeout_s):
+        print(f"{finding.topic:<16} {finding.text}", flush=True)  # at once: the next may end the process
+        faults += [finding] if finding.broken else []
+    if not faults:
+        print("nothing is broken")
+        return EXIT_OK
+    print("broken:")
+    for finding in faults:
+        print(f"  {finding.topic}: {finding.text}")
+    return EXIT_ERROR
 
 
 def single_process(verb: str) -> None:

@@ -157,9 +157,8 @@ def gather(
     return out, (-1, -1, 0)
 
 
-@functools.cache
-def _extension() -> ModuleType | None:
-    """engine._index, or None after one warning if it is not built or was built from another definition."""
+def load() -> tuple[ModuleType | None, str]:
+    """(engine._index or None, what there is to say about it): not built, or built from another definition."""
     try:
         module = importlib.import_module("engine._index")
         index = np.arange(100, dtype=np.int64)
@@ -167,12 +166,20 @@ def _extension() -> ModuleType | None:
         if not same or getattr(module, "interface", 0) != NATIVE_INTERFACE:
             raise ImportError("it was built from another version of csrc/index.cpp")
     except (ImportError, AttributeError, TypeError) as err:
+        return None, f"engine._index is not available ({err})"
+    return module, "engine._index, which gives the same order as numpy"
+
+
+@functools.cache
+def _extension() -> ModuleType | None:
+    """engine._index, or None after one warning."""
+    module, why = load()
+    if module is None:
         warnings.warn(
-            f"engine._index is not available ({err}): the sample order runs in numpy, the same but slower. "
+            f"{why}: the sample order runs in numpy, the same but slower. "
             f"Build it: pip install --no-build-isolation --no-deps -e .",
             stacklevel=3,
         )
-        return None
     return module
 
 

@@ -12,6 +12,7 @@ from rich.table import Column
 
 from engine.config import Config
 from engine.context import ParallelContext
+from engine.ops.native import in_words
 
 
 class Progress:
@@ -37,6 +38,8 @@ class Progress:
             f"training {parameters:,} parameters in {cfg.train.precision} on {ctx.device.type}, {degrees}, "
             f"{cfg.parallel.schedule}; {steps}, {origin}"
         )
+        if ctx.rank == 0:
+            self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}")
         self.first_step = self.shown_step = step
 
     def __enter__(self) -> Progress:

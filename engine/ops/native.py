@@ -136,6 +136,16 @@ def own_attention(*heads: Tensor) -> bool:
     return heads[0].dtype == torch.float32 and kernels(*heads) is not None and _attention_runs()
 
 
+def in_words(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs on tensors of this device and type, and why, in half a line."""
+    probe = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
+    if load()[0] is None or kernels(probe) is None:
+        why = load()[1] if device.type == "cpu" else f"own ones are for CPUs, this is {device.type}"
+        return f"torch ({why})"
+    others = {"attention": own_attention(probe), "matrix products": _own_gemm(probe[0, 0])}
+    return ", ".join([f"own ({load()[1]})", *(f"{name}: {'own' if own else 'torch'}" for name, own in others.items())])
+
+
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a [..., k] times a matrix b [k, n] -> [..., n]."""
     rows = a.reshape(-1, a.shape[-1])

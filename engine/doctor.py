@@ -1,0 +1,171 @@
+"""What an engineer wants to know before asking for help: versions, machine, kernels, and whether they work.
+
+What is optional and not there is told and is no fault; a self-test that fails is one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine import selftest
+from engine.checkpoint.lineage import code_versions
+from engine.data import order
+from engine.launch import backends, try_gloo
+from engine.ops import native
+
+_BUILD = "build it: pip install --no-build-isolation --no-deps -e ."
+
+# distribution -> (what is imported, a submodule that tells it from others of that name)
+OPTIONAL: dict[str, tuple[str, str]] = {
+    "apex": ("apex", "normalization"),  # PyPI has another apex, which is not NVIDIA's
+    "flash-attn": ("flash_attn", ""),
+    "transformers": ("transformers", ""),
+    "pyarrow": ("pyarrow", ""),
+    "sentencepiece": ("sentencepiece", ""),
+    "tiktoken": ("tiktoken", ""),
+    "datatrove": ("datatrove", ""),
+    "cryptography": ("cryptography", ""),
+    "tensorboard": ("tensorboard", ""),
+    "matplotlib": ("matplotlib", ""),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what it is about, what was found, and whether that is a fault."""
+
+    topic: str
+    text: str
+    broken: bool = False
+
+
+def examine(timeout_s: float) -> Iterator[Finding]:
+    """All findings, each as soon as it is known; timeout_s: patience with gloo's two processes."""
+    yield from _versions()
+    yield from _machine()
+    yield from _gpus()
+    yield from _communication(timeout_s)
+    yield from _extensions()
+    yield from _kernels()
+    yield from _packages()
+
+
+def _versions() -> Iterator[Finding]:
+    versions = code_versions()
+    yield Finding("engine", f"{versions['engine']}, code {versions['code']}")
+    yield Finding("python", f"{versions['python']}, torch {versions['torch']}, numpy {np.__version__}")
+    yield Finding("platform", platform.platform())
+
+
+def _machine() -> Iterator[Finding]:
+    info = dict(_pairs("/proc/cpuinfo"))
+    flags = info.get("flags", "").split()
+    widths = [f"{name} {'yes' if flag in flags else 'no'}" for name, flag in (("AVX2", "avx2"), ("AVX-512", "avx512f"))]
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding("CPU", f"{info.get('model name', platform.machine())}; {', '.join(widths)}; torch uses {capability}")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding(
+        "cores", f"{usable} for this process, of {os.cpu_count()}; torch uses {torch.get_num_threads()} threads"
+    )
+    memory = {name: int(text.split()[0]) / 2**20 for name, text in _pairs("/proc/meminfo") if text.endswith("kB")}
+    if "MemAvailable" in memory:
+        limit = _memory_limit_gib()
+        within = "" if limit is None else f"; this process's group may use {limit:.1f} GiB"
+        yield Finding("memory", f"{memory['MemAvailable']:.1f} GiB free of {memory['MemTotal']:.1f} GiB{within}")
+
+
+def _pairs(file: str) -> Iterator[tuple[str, str]]:
+    """`name : value` of each line; nothing where there is no such file (not Linux)."""
+    path = Path(file)
+    for line in path.read_text().splitlines() if path.exists() else ():
+        name, colon, value = line.partition(":")
+        if colon:
+            yield name.strip(), value.strip()
+
+
+def _memory_limit_gib() -> float | None:
+    """What a container may use (cgroup 2, else 1); None where there is no limit below the machine's memory."""
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = Path(file)
+        if path.exists() and (text := path.read_text().strip()).isdecimal() and int(text) < 1 << 60:
+            return int(text) / 2**30
+    return None
+
+
+def _gpus() -> Iterator[Finding]:
+    if torch.version.cuda is None:
+        yield Finding("GPUs", "none: this torch is built without CUDA")
+        return
+    built = f"torch is built for CUDA {torch.version.cuda}"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        yield Finding("GPUs", f"none: {built}, but: {str(error).partition(chr(10))[0]}")
+        return
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if backends()["nccl"] else "not built in"
+    yield Finding("GPUs", f"{torch.cuda.device_count()}; {built}, NCCL {nccl}")
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        memory = f"{facts.total_memory / 2**30:.1f} GiB, compute capability {facts.major}.{facts.minor}"
+        yield Finding(f"GPU {index}", f"{facts.name}, {memory}")
+
+
+def _communication(timeout_s: float) -> Iterator[Finding]:
+    built = backends()
+    yield Finding("backends", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in built.items()))
+    if not built["gloo"]:
+        yield Finding("gloo", "this torch is built without it: several processes on CPUs cannot run", broken=True)
+    elif why := try_gloo(timeout_s):
+        yield Finding("gloo", f"two processes on this machine cannot sum a number: {why}", broken=True)
+    else:
+        yield Finding("gloo", "two processes on this machine have summed a number")
+
+
+def _extensions() -> Iterator[Finding]:
+    for module, what in (order.load(), native.load()):
+        yield Finding("extension", what if module is not None else f"{what}; {_BUILD}")
+
+
+def _kernels() -> Iterator[Finding]:
+    devices = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
+    for device in devices:
+        yield Finding("kernels", f"fp32 on {device.type}: {native.in_words(device, torch.float32)}")
+        for tried in selftest.try_ops(device):
+            who = "own" if tried.own else "torch"
+            off = f"off by {tried.difference:.1e}, tolerance {selftest.TOLERANCE:.0e}"
+            text = f"{tried.name}: {who}; {tried.error or off}"
+            yield Finding(f"op on {device.type}", text + " WRONG" * tried.broken, broken=tried.broken)
+
+
+def _packages() -> Iterator[Finding]:
+    versions = {name: _version(name, *where) for name, where in OPTIONAL.items()}
+    found = [f"{name} {version}" for name, version in versions.items() if version]
+    missing = [name for name, version in versions.items() if not version]
+    yield Finding("optional", ", ".join(found) or "nothing")
+    yield Finding("not installed", ", ".join(missing) or "nothing")
+
+
+def _version(distribution: str, module: str, submodule: str) -> str:
+    """The version of an installed package, which is not imported: that may take seconds. Empty when it is not there."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ValueError:  # it is in sys.modules without one
+        return ""
+    if spec is None:
+        return ""
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if submodule and not any((folder / submodule).is_dir() for folder in folders):
+        return ""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"

@@ -1,0 +1,154 @@
+"""Each operation of a training step once, in float32, against its own reference: torch's code in float64.
+
+Small and quick: it finds a kernel that this machine miscompiles or miscomputes, not a rare shape (the tests do that).
+Which implementation ran is observed, not asked for, so there is no second opinion about who decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.config import OptimizerConfig
+from engine.context import make_context
+from engine.layout import Layout
+from engine.ops import native
+from engine.ops.activation import activation
+from engine.ops.attention import causal_attention, document_mask
+from engine.ops.embedding import embedding
+from engine.ops.loss import cross_entropy
+from engine.ops.norm import layer_norm, rms_norm
+from engine.ops.rope import rope_table, split_and_rope
+from engine.ops.swiglu import swiglu
+from engine.optim.adamw import FlatAdamW
+from engine.parallel.buckets import make_buckets
+from engine.sharding import Chunk, Parameter, ShardSpec
+
+TOLERANCE = 1e-5  # of the largest value of the reference, or of 1; float32 keeps 6e-8, and the sums here are short
+
+_ALONE = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64).alone
+_S, _B, _N, _M, _D = 40, 2, 4, 2, 16  # sequence, batch, heads, KV heads, head width
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Largest difference of an op's outputs and gradients, relative as TOLERANCE is; error: what it raised instead."""
+
+    name: str
+    own: bool
+    difference: float
+    error: str = ""
+
+    @property
+    def broken(self) -> bool:
+        """Whether it raised or is off."""
+        return bool(self.error) or self.difference > TOLERANCE
+
+
+class _Watch(TorchDispatchMode):
+    """Notes whether an operator of ours was called."""
+
+    own = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.own |= func.namespace == "trident"
+        return func(*args, **(kwargs or {}))
+
+
+def _rope(fused: Tensor) -> tuple[Tensor, ...]:
+    return split_and_rope(fused, rope_table(_S, _D, 1e4, fused.device, fused.dtype), _N, _M)
+
+
+def _documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal_attention(q, k, v, document_mask(torch.arange(_S, device=q.device).div(15).long().expand(_B, _S)))
+
+
+def _loss(logits: Tensor) -> Tensor:
+    targets = torch.arange(logits.shape[0], device=logits.device) * 7
+    return cross_entropy(logits.clone(), targets, 0, logits.shape[1] - 3, _ALONE)
+
+
+def _product(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        out = native.multiply(a, b.t())
+        total = torch.ones(a.shape[1], b.shape[0], dtype=a.dtype, device=a.device)
+        native.add_product_(total, a.t(), out)
+    return out, total
+
+
+def _embedding(weight: Tensor) -> tuple[Tensor, ...]:
+    table = Parameter(weight.detach(), ShardSpec((Chunk("table", len(weight)),), other=weight.shape[1]))
+    out = embedding(table, torch.arange(12, device=weight.device) % 5, 2)
+    out.backward(0.3 * out.detach())
+    assert table.grad is not None
+    return table.grad, out.detach()
+
+
+def _adamw(values: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=values.dtype, device=values.device)
+    weight = Parameter(values.detach().clone(), ShardSpec((Chunk("weight", len(values)),), other=values.shape[1]))
+    buckets = make_buckets([weight], ctx, grad_dtype=values.dtype, bucket_bytes=1 << 20, overlap=False)
+    optimizer = FlatAdamW([buckets], OptimizerConfig(lr=1e-2), overlap=False)
+    for gradient in gradients:
+        assert weight.main_grad is not None
+        weight.main_grad.copy_(gradient.detach())
+        optimizer.step(1e-2)
+    return weight.detach(), *(held.flat for held in optimizer.states())
+
+
+Shapes = list[tuple[int, ...]]
+_HEADS: Shapes = [(_B, _N, _S, _D), (_B, _M, _S, _D), (_B, _M, _S, _D)]
+OPS: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], Shapes]] = {
+    "RMSNorm": (lambda x, w: rms_norm(x, w, 1e-5), [(_S, _B, 70), (70,)]),
+    "LayerNorm": (lambda x, w, b: layer_norm(x, w, b, 1e-5), [(_S, _B, 70), (70,), (70,)]),
+    "RoPE": (_rope, [(_S, _B, (_N + 2 * _M) * _D)]),
+    "attention": (causal_attention, _HEADS),
+    "attention, documents kept apart": (_documents, _HEADS),
+    "SwiGLU": (swiglu, [(_S, _B, 130)]),
+    "gated GeLU": (activation("gelu_tanh", True), [(_S, _B, 130)]),
+    "matrix product": (_product, [(37, 90), (70, 90)]),
+    "embedding": (_embedding, [(8, 33)]),
+    "cross entropy": (_loss, [(30, 300)]),
+    "AdamW": (_adamw, [(33, 65)] * 4),
+}
+
+
+def try_ops(device: torch.device) -> Iterator[Tried]:
+    """Every op of OPS, on this device."""
+    for name, (op, shapes) in OPS.items():
+        draw = torch.Generator().manual_seed(1)
+        inputs = [torch.randn(shape, generator=draw).to(device) for shape in shapes]
+        watch = _Watch()
+        try:
+            with watch, native.forced(kernels=native.load()[0] is not None):
+                found = _run(op, inputs)
+            with native.forced(kernels=False):
+                exact = _run(op, [x.double() for x in inputs])
+            tried = Tried(name, watch.own, max(_difference(a, b) for a, b in zip(found, exact, strict=True)))
+        except Exception as error:  # whatever it is: the next op is to be tried too
+            tried = Tried(name, watch.own, 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        yield tried
+
+
+def _run(op: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
+    """Outputs, and gradients of the inputs where outputs have any."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = op(*leaves)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    if not outs[0].requires_grad:
+        return outs
+    upstream = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view(x.shape) for x in outs]
+    return [x.detach() for x in (*outs, *torch.autograd.grad(outs, leaves, upstream))]
+
+
+def _difference(a: Tensor, exact: Tensor) -> float:
+    if a.shape != exact.shape or not a.isfinite().all():
+        return float("inf")
+    return float((a.double() - exact).abs().max() / exact.abs().max().clamp_min(1.0))

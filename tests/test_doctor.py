@@ -1,0 +1,157 @@
+"""`engine doctor`: a sound installation, a missing extension, and each kind of fault, planted and found."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import doctor, selftest
+from engine.cli import main
+from engine.launch import try_gloo
+from engine.ops import native
+
+CPU = torch.device("cpu")
+needs_ops = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
+
+
+def run(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "engine"), "doctor"]
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME")}
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Exit code and output of the verb in this process; gloo: what its test finds."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(gloo: str = "") -> tuple[int, str]:
+        monkeypatch.setattr(doctor, "try_gloo", lambda timeout_s: gloo)
+        with pytest.raises(SystemExit) as end:
+            main(["doctor"])
+        assert isinstance(end.value.code, int)
+        return end.value.code, capsys.readouterr().out
+
+    return call
+
+
+def test_a_sound_installation() -> None:
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "" and done.stdout.splitlines()[-1] == "nothing is broken"
+    for topic in ("engine", "python", "platform", "CPU", "cores", "memory", "GPUs", "backends", "gloo", "extension"):
+        assert re.search(rf"^{topic} +\S", done.stdout, re.M), topic
+    assert f"torch {torch.__version__}" in done.stdout and re.search(r"code [0-9a-f]{32}\n", done.stdout)
+    assert "have summed a number" in done.stdout and re.search(r"^optional +.*matplotlib \d", done.stdout, re.M)
+    for name in selftest.OPS:
+        assert re.search(rf" {name}: (own|torch); off by [0-9.e+-]+, tolerance 1e-05$", done.stdout, re.M), name
+
+
+def test_without_gloo_it_is_broken() -> None:
+    """An interface that this machine does not have, named where users name theirs."""
+    done = run(GLOO_SOCKET_IFNAME="nowhere0")
+    assert done.returncode == 1, done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[-2] == "broken:" and "gloo: two processes on this machine cannot sum" in lines[-1]
+    assert "nowhere0" in lines[-1] and "nothing is broken" not in done.stdout
+
+
+def test_processes_that_do_not_answer_are_not_waited_for() -> None:
+    assert try_gloo(0.01) == "no answer within 0.01 s from rank 0"
+
+
+class Liar:
+    """An operator whose results are wrong by a factor; torch itself looks for `default` at this name."""
+
+    def __init__(self, true: Any, factor: float) -> None:
+        self.true, self.default, self.factor = true, true.default, factor
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.true(*inputs) * self.factor
+
+
+@needs_ops
+@pytest.mark.parametrize(
+    ("kernel", "op", "wrong"),
+    [
+        ("swiglu", "SwiGLU", 1.0001),
+        ("swiglu_backward", "SwiGLU", math.nan),
+        ("rope_backward", "RoPE", 0.999),
+    ],
+)
+def test_a_kernel_that_lies_is_found(
+    kernel: str,
+    op: str,
+    wrong: float,
+    monkeypatch: pytest.MonkeyPatch,
+    examined: Callable[..., tuple[int, str]],
+) -> None:
+    monkeypatch.setattr(torch.ops.trident, kernel, Liar(getattr(torch.ops.trident, kernel), wrong))
+    code, out = examined()
+    last = out.splitlines()[-2:]
+    assert code == 1 and last[0] == "broken:" and f"op on cpu: {op}: own; off by" in last[1] and "WRONG" in last[1]
+
+
+def test_an_op_that_raises_is_a_fault_and_the_others_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no such instruction\nmore")
+
+    monkeypatch.setitem(selftest.OPS, "RoPE", (fails, []))
+    tried = list(selftest.try_ops(CPU))
+    assert [t.name for t in tried] == list(selftest.OPS)
+    assert [(t.name, t.error) for t in tried if t.broken] == [("RoPE", "RuntimeError: no such instruction")]
+
+
+def test_without_extensions_it_says_so_and_nothing_is_broken(
+    monkeypatch: pytest.MonkeyPatch, examined: Callable[..., tuple[int, str]]
+) -> None:
+    monkeypatch.setitem(sys.modules, "engine._index", None)
+    monkeypatch.setattr(native, "load", lambda: (None, "engine._ops is not built"))
+    monkeypatch.setattr(native, "_library", lambda: pytest.fail("asked for what is not there"))
+    code, out = examined()
+    assert code == 0 and out.endswith("nothing is broken\n")
+    assert re.search(r"^extension +engine._index is not available \(.*; build it: pip install", out, re.M)
+    assert re.search(r"^extension +engine._ops is not built; build it: pip install", out, re.M)
+    assert "fp32 on cpu: torch (engine._ops is not built)" in out
+    assert not re.search(r"op on cpu .*: own", out) and len(re.findall(r"op on cpu .*: torch", out)) == len(
+        selftest.OPS
+    )
+
+
+@needs_ops
+def test_what_ran_is_what_was_asked_for() -> None:
+    own = {t.name for t in selftest.try_ops(CPU) if t.own}
+    assert {"RMSNorm", "RoPE", "SwiGLU", "cross entropy", "AdamW"} <= own
+    assert not own & {"LayerNorm", "gated GeLU", "embedding", "attention, documents kept apart"}
+    words = native.in_words(CPU, torch.float32)
+    assert ("attention: own" in words) == ("attention" in own)
+    assert ("matrix products: own" in words) == ("matrix product" in own)
+    assert native.in_words(CPU, torch.float64).endswith("attention: torch, matrix products: torch")
+    assert native.in_words(torch.device("meta"), torch.float32) == "torch (own ones are for CPUs, this is meta)"
+
+
+def test_an_apex_that_is_not_nvidias_is_not_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex/__init__.py").write_text("raise SystemExit('never imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert doctor._version("apex", *doctor.OPTIONAL["apex"]) == ""
+    (tmp_path / "apex/normalization").mkdir()
+    assert doctor._version("apex", *doctor.OPTIONAL["apex"]) == "of unknown version"
+
+
+@pytest.mark.parametrize(("words", "said"), [(["--timeout-s", "0"], "--timeout-s = 0.0"), (["--nonsense"], "nonsense")])
+def test_wrong_options(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", *words])
+    assert end.value.code == 2
+    assert said in "".join(capsys.readouterr())

@@ -414,7 +414,9 @@ BACKWARD = [
         "engine/pipeline/executor.py",
         "torch.empty(shape, dtype=run.ctx.dtype, device=run.ctx.device), peer",
         "run.__dict__.setdefault('buffer', torch.empty(shape, dtype=run.ctx.dtype)).detach(), peer",
-        small("pipeline"),
+        (
+            "tests/test_bitwise.py::test_what_may_change_no_bit[pipeline-fp32]",
+        ),  # gpipe: all are received before any backward
     ),
 ]
 
@@ -690,7 +692,7 @@ FACTS_OF_MODELS = [
         "engine/ops/rope.py",
         "torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)",
         "torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=1)",
-        hf("llama"),
+        hf("qwen3"),
     ),
     Mutation(
         "rope_scaling_ignored",

@@ -25,6 +25,19 @@ from engine.errors import CheckpointError, ConfigError, Fault
 
 _FREE = {"preset"}  # of the model: a name for values that are compared themselves
 _TRAIN = ("seq_len", "seed")
+# Facts of the data by their field (engine.data.corpora makes them).
+DATA_FIELDS = (
+    "num_documents",
+    "num_tokens",
+    "fingerprint",
+    "tokenizer_digest",
+    "source",
+    "mixture",
+    "mask_eod",
+    "mask_tokens",
+    "separate_documents",
+    "fim",
+)
 
 Differences = dict[str, tuple[Any, Any]]
 
@@ -102,21 +115,6 @@ def refuse(folder: Path, found: Differences, cfg: Config) -> Differences:
 
 def _nearest(word: str, known: set[str]) -> str:
     return difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.0)[0]
-
-
-# Facts of the data by their field (engine.data.corpora makes them).
-DATA_FIELDS = (
-    "num_documents",
-    "num_tokens",
-    "fingerprint",
-    "tokenizer_digest",
-    "source",
-    "mixture",
-    "mask_eod",
-    "mask_tokens",
-    "separate_documents",
-    "fim",
-)
 
 
 def descend(folder: Path, manifest: Manifest, allowed: Differences) -> tuple[Ancestor, ...]:

@@ -777,7 +777,7 @@ def test_balanced_is_resolved_and_a_run_that_would_gain_says_so(capsys: pytest.C
         (["--parallel.layers=balanced"], False),
         (["--parallel.layers=4,4,4,4,4,4,5,3"], False),
     ):
-        assert main(["train", "--dry-run", *words, *more]) == EXIT_OK
+        assert run_cli("train", "--dry-run", *words, *more) == EXIT_OK
         assert (note in " ".join(capsys.readouterr().out.split())) is told
 
 

@@ -1,6 +1,7 @@
-"""Builds the two optional extensions, each only where what it needs is there; without them references run.
+"""Builds the optional extensions, each only where what it needs is there; without them references run.
 
-engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._ops (the rest of csrc):
+engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._shared
+(csrc/shared.cpp): collectives over shared memory, likewise. engine._ops (the rest of csrc):
 operators registered with torch, no Python; needs torch when it is built, hence `--no-build-isolation`.
 """
 
@@ -46,4 +47,9 @@ except ImportError:
 else:
     index = Pybind11Extension("engine._index", ["csrc/index.cpp"], cxx_std=17, extra_compile_args=["-O3"])
     index.optional = True
-    setup(ext_modules=[index, *filter(None, [ops()])], cmdclass={"build_ext": build_ext})
+    fast = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+    shared = Pybind11Extension(
+        "engine._shared", ["csrc/shared.cpp", "csrc/reduce.cpp"], cxx_std=20, extra_compile_args=fast
+    )
+    shared.optional = True
+    setup(ext_modules=[index, shared, *filter(None, [ops()])], cmdclass={"build_ext": build_ext})

@@ -39,7 +39,10 @@ class Progress:
             f"{cfg.parallel.schedule}; {steps}, {origin}"
         )
         if ctx.rank == 0:
-            self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}")
+            self.note(
+                f"kernels: {in_words(ctx.device, ctx.dtype)}"
+                + (f"; ranks speak over {ctx.speaks()}" if ctx.world.size > 1 else "")
+            )
         self.first_step = self.shown_step = step
 
     def __enter__(self) -> Progress:

@@ -43,7 +43,7 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor
 @DTYPES
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (7, 13), (5, 2), (0, 3), (1100, 100)])
 def test_logits_as_given(tokens: int, vocab: int, dtype: torch.dtype, kernels: bool) -> None:
-    """With the identity as weight, the input is the logits to the bit; the last shape is three chunks."""
+    """With the identity as weight, the input is the logits to the bit; the last shape is two chunks."""
     logits = randn(tokens, 1, vocab) * 5
     logits[:1] += 1000  # exp of it would overflow
     leaf, head = like(logits, dtype), parameter(torch.eye(vocab), dtype)

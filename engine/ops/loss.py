@@ -32,7 +32,7 @@ from engine.sharding import Parameter
 # In rows, not bytes: each chunk reads the weight twice more and adds to its gradient once more, which is to be small
 # beside its products, 6 FLOPs a row and element of the weight. CPU: docs/performance.md has the figures. GPU: adding a
 # bf16 product to a float32 gradient moves 12 bytes an element, on an H200 the time of 2,100 FLOPs, those of 350 rows.
-_CPU_ROWS, _GPU_ROWS = 512, 4096
+_CPU_ROWS, _GPU_ROWS = 768, 4096
 _ALIGN = 64  # rows: whole tiles of matrix products
 
 

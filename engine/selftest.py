@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import OptimizerConfig
 from engine.context import make_context
+from engine.documents import Documents
 from engine.layout import Layout
 from engine.ops import native
 from engine.ops.activation import activation
-from engine.ops.attention import causal_attention, document_mask
+from engine.ops.attention import causal_attention
 from engine.ops.embedding import embedding
 from engine.ops.loss import cross_entropy
 from engine.ops.norm import layer_norm, rms_norm
@@ -67,7 +68,8 @@ def _rope(fused: Tensor) -> tuple[Tensor, ...]:
 
 
 def _documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return causal_attention(q, k, v, document_mask(torch.arange(_S, device=q.device).div(15).long().expand(_B, _S)))
+    begin = torch.arange(_S, device=q.device) // 15 * 15
+    return causal_attention(q, k, v, Documents.of(begin.expand(_B, _S)))
 
 
 def _loss(logits: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from engine.checkpoint.load import Reader, Source, load_into
 from engine.checkpoint.save import Saved, Saver, save
 from engine.checkpoint.seal import storage_of
 from engine.checkpoint.storage import DISK, Storage
-from engine.comm import all_reduce_, on_first_rank, raise_together
+from engine.comm import all_reduce_, gather_json, on_first_rank, raise_together
 from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.corpora import TrainingData, open_data, open_training
@@ -39,6 +39,8 @@ from engine.monitor.health import explain_non_finite
 from engine.monitor.metrics import MetricsLog
 from engine.monitor.progress import Progress
 from engine.monitor.trace import write_timeline
+from engine.ops.attention import chosen
+from engine.ops.fp8 import check_device
 from engine.ops.native import keep_freed_memory
 from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import GradNorms, NormCounter, clip_factor, scale_
@@ -103,6 +105,7 @@ class StepResult:
 def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     """Stages, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved."""
     keep_freed_memory()
+    check_means(cfg, ctx)
     plan = pipeline_plan(cfg)
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
@@ -128,6 +131,21 @@ def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     fp16 = cfg.train.precision == "fp16"
     scale = LossScale(cfg.train.loss_scale, cfg.train.loss_scale_window) if fp16 else LossScale()
     return TrainState(cfg, ctx, plan, stages, params, all_buckets, optimizer, norms, scale)
+
+
+def check_means(cfg: Config, ctx: ParallelContext) -> None:
+    """Whether this device can do what train.attention and train.fp8 ask for, and all ranks do the same. Collective.
+
+    ConfigError where it cannot, or where ranks would choose differently because one has a package that another lacks.
+    """
+    check_device(cfg, ctx.device)
+    apart, wanted = cfg.data.separate_documents, cfg.train.attention
+    mine = chosen(ctx.device, ctx.dtype, cfg.model.head_dim, documents=apart, wanted=wanted)
+    names = gather_json(mine, ctx.world, ctx.device)
+    if len(set(names)) > 1:
+        found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))
+        repair = f"Install the same packages everywhere, or set train.attention {sorted(set(names))[0]}."
+        raise ConfigError([Fault("train.attention", wanted, f"chooses {found}", repair)])
 
 
 def train_step(

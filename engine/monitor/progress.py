@@ -12,6 +12,7 @@ from rich.table import Column
 
 from engine.config import Config
 from engine.context import ParallelContext
+from engine.ops.attention import chosen
 from engine.ops.native import in_words
 
 
@@ -39,8 +40,14 @@ class Progress:
             f"{cfg.parallel.schedule}; {steps}, {origin}"
         )
         if ctx.rank == 0:
-            self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}")
+            self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}")
         self.first_step = self.shown_step = step
+
+    def _attention(self) -> str:
+        c = self.cfg
+        apart = c.data.separate_documents
+        name = chosen(self.ctx.device, self.ctx.dtype, c.model.head_dim, documents=apart, wanted=c.train.attention)
+        return name + ", documents kept apart" * apart
 
     def __enter__(self) -> Progress:
         self.began = self.shown_at = time.perf_counter()

@@ -265,18 +265,18 @@ def _fp8_relations(cfg: Config) -> Iterator[Fault]:
     tensor, head_dim = cfg.parallel.tensor, m.head_dim or m.hidden_size // m.num_heads
     kv_heads = m.num_kv_heads or m.num_heads
     qkv = (m.num_heads // tensor + 2 * max(1, kv_heads // tensor)) * head_dim
-    ffn, up = m.ffn_size // tensor, (2 if m.gated_mlp else 1) * m.ffn_size // tensor
-    for name, size, what in (
-        ("model.hidden_size", m.hidden_size, ""),
-        ("model.head_dim", qkv, "rows of q, k and v on a rank"),
-        ("model.head_dim", m.num_heads // tensor * head_dim, "rows of q on a rank"),
-        ("model.ffn_size", ffn, "columns of down on a rank"),
-        ("model.ffn_size", up, "rows of up on a rank"),
-        ("train.seq_len", t.micro_batch_size * t.seq_len, "tokens of a microbatch"),
+    up = (2 if m.gated_mlp else 1) * m.ffn_size // tensor
+    for name, value, size, what in (
+        ("model.hidden_size", m.hidden_size, m.hidden_size, "columns of matrices"),
+        ("model.head_dim", head_dim, qkv, "rows of q, k and v on a rank"),
+        ("model.head_dim", head_dim, m.num_heads // tensor * head_dim, "rows of q on a rank"),
+        ("model.ffn_size", m.ffn_size, m.ffn_size // tensor, "columns of down on a rank"),
+        ("model.ffn_size", m.ffn_size, up, "rows of up on a rank"),
+        ("train.seq_len", t.seq_len, t.micro_batch_size * t.seq_len, "tokens of a microbatch"),
     ):
         if size % 16:
-            relation = f"gives {what or 'matrices of'} {size}, no multiple of 16, which train.fp8 needs"
-            yield Fault(name, size, relation, "Change it, or use train.fp8 none.")
+            relation = f"gives {size} {what}, no multiple of 16, which train.fp8 needs"
+            yield Fault(name, value, relation, "Change it, or use train.fp8 none.")
 
 
 def _checkpoint_relations(c: CheckpointConfig) -> Iterator[Fault]:

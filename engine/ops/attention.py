@@ -76,8 +76,6 @@ def refusal(name: str, case: Case, absent: Mapping[str, str]) -> str:
     if name == "sdpa":
         return ""
     if name == "own":
-        if case.documents:
-            return "cannot keep documents apart (data.separate_documents)"
         return "" if case.own else "needs fp32 on a CPU with AVX-512, and engine._ops built"
     if case.device != "cuda" or case.capability < (8, 0):
         return f"needs a GPU of compute capability 8.0, this is {_device_in_words(case)}"
@@ -122,8 +120,8 @@ def choose(wanted: str, case: Case) -> str:
 class _Own(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None) -> Tensor:
-        out, lse = torch.ops.trident.attention(q, k, v, q.shape[-1] ** -0.5)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = torch.ops.trident.attention(q, k, v, begin, q.shape[-1] ** -0.5)
+        ctx.save_for_backward(q, k, v, out, lse, begin)
         return out
 
     @staticmethod

@@ -40,11 +40,6 @@ class Documents:
         begins[:, 1:] = tokens[:, :-1] == eod
         return Documents.of((position * begins).cummax(1).values)
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Documents:
-        """The same on a device."""
-        begin, borders = (x.to(device, non_blocking=non_blocking) for x in (self.begin, self.borders))
-        return Documents(begin, borders)
-
     @property
     def positions(self) -> Tensor:
         """int64 [b, s]: the position of each token in its document, from 0."""

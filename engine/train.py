@@ -160,8 +160,8 @@ def train_step(
     non-finite gradient only leaves this update out and halves the loss scale.
     """
     cfg, ctx, scale = state.cfg, state.ctx, state.scale.value
+    tokens = count_tokens(batches, ctx)  # on the host: a GPU would have to be waited for
     batches = [b.to(ctx.device) for b in batches]
-    tokens = count_tokens(batches, ctx)
     for stage in state.buckets:
         stage.zero_grad()
     trace = Trace(ctx.device) if traced else None
@@ -198,8 +198,9 @@ def train_step(
 
 def count_tokens(batches: Sequence[MicroBatch], ctx: ParallelContext) -> int:
     """Tokens that count in the loss, over the microbatches of all data ranks."""
-    counted = torch.stack([b.mask.sum() for b in batches]).sum()
-    total = int(all_reduce_(counted, ctx.data).item())
+    total = sum(int(b.mask.sum()) for b in batches)
+    if ctx.data.size > 1:
+        total = int(all_reduce_(torch.tensor(total, device=ctx.device), ctx.data).item())
     if total == 0:
         raise DataError("no token of this global batch counts in the loss: every mask is empty; look at the data")
     return total

@@ -49,9 +49,17 @@ class MicroBatch:
     documents: Documents | None = None  # of [b, s]: which document of its row each token is of; None: all one
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same data on a device."""
-        parts = (self.tokens, self.labels, self.mask, self.sources, self.documents)
-        return MicroBatch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))  # type: ignore[arg-type]
+        """The same data on a device. To a GPU by way of pinned memory: from elsewhere every copy would be waited for."""
+
+        def move(x: torch.Tensor) -> torch.Tensor:
+            pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+            return pinned.to(device, non_blocking=True)
+
+        sources = None if self.sources is None else move(self.sources)
+        apart = None
+        if self.documents is not None:
+            apart = Documents(move(self.documents.begin), move(self.documents.borders))
+        return MicroBatch(move(self.tokens), move(self.labels), move(self.mask), sources, apart)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class MicroBatch:
     documents: Documents | None = None  # of [b, s]: which document of its row each token is of; None: all one
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same data on a device. To a GPU by way of pinned memory: from elsewhere every copy would be waited for."""
+        """The same data on a device. To a GPU by pinned memory: from elsewhere every copy would be waited for."""
 
         def move(x: torch.Tensor) -> torch.Tensor:
             pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x

@@ -26,7 +26,7 @@ from engine.documents import Documents
 from engine.ops.embedding import embedding
 from engine.ops.linear import Remake, linear
 from engine.ops.loss import cross_entropy
-from engine.ops.norm import layer_norm, rms_norm, spread_rms_norm
+from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, spread_rms_norm
 from engine.ops.products import PLAIN, Products
 from engine.sharding import Chunk, Parameter, ShardSpec, new_parameter
 
@@ -161,16 +161,23 @@ class Norm(nn.Module):
         offset = float(cfg.norm_offset)
         self.weight = new_parameter(ShardSpec((chunk,), init_value=1.0 - offset, decay=False), ctx)
         self.bias: Parameter | None = None
-        self.function: Callable[..., Tensor] = partial(means.fuse(rms_norm), eps=cfg.norm_eps, offset=offset)
+        rms: dict[str, float] = {"eps": cfg.norm_eps, "offset": offset}
+        self.function: Callable[..., Tensor] = partial(means.fuse(rms_norm), **rms)
+        self.after_sum: Callable[..., tuple[Tensor, Tensor]] = partial(means.fuse(add_rms_norm), **rms)
         if cfg.norm == "layernorm":
             self.bias = new_parameter(ShardSpec((bias_of(chunk),), init_value=0.0, decay=False), ctx)
             self.function = partial(means.fuse(layer_norm), eps=cfg.norm_eps)
+            self.after_sum = partial(means.fuse(add_layer_norm), eps=cfg.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(*self._inputs(x))
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual, and the norm of it."""
+        return self.after_sum(*self._inputs(x, residual))
+
+    def _inputs(self, *x: Tensor) -> tuple[Tensor, ...]:
+        return (*x, self.weight) if self.bias is None else (*x, self.weight, self.bias)
 
     def remake(self, x: Tensor) -> Remake:
         """How to get `self(x)` again from x, which the norm keeps anyway."""

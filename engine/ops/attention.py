@@ -56,7 +56,8 @@ class Case:
 def case_of(q: Tensor, *, documents: bool) -> Case:
     """The case of queries (or anything of their device, dtype and last dim)."""
     capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
-    return Case(q.device.type, q.dtype, q.shape[-1], documents, capability, own_attention(q))
+    own = q.device.type == "cpu" and own_attention(q)
+    return Case(q.device.type, q.dtype, q.shape[-1], documents, capability, own)
 
 
 @functools.cache

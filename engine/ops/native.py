@@ -119,9 +119,14 @@ def _library() -> Any:
     return library
 
 
+def references_only() -> bool:
+    """Whether plain torch code is to run: in a test that asks for it, and in what torch.compile makes."""
+    return not _CHOICE.kernels or torch.compiler.is_compiling()
+
+
 def kernels(*tensors: Tensor) -> Any:
     """torch.ops.trident if our kernels are to run on these tensors: on the CPU, all of one floating type; else None."""
-    if not _CHOICE.kernels or torch.compiler.is_compiling():
+    if references_only():
         return None
     first = tensors[0]
     if first.dtype not in _TYPES or any(x.device.type != "cpu" or x.dtype != first.dtype for x in tensors):

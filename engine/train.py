@@ -467,6 +467,8 @@ def _scale(state: TrainState, result: StepResult) -> dict[str, float]:
 
 def _agreed(flags: tuple[bool, ...], ctx: ParallelContext) -> tuple[bool, ...]:
     """Of each flag, whether any rank has it set."""
+    if ctx.world.size == 1:
+        return flags  # a GPU would have to be waited for
     values = torch.tensor([float(flag) for flag in flags], device=ctx.device)
     return tuple(bool(value) for value in all_reduce_(values, ctx.world, "max").tolist())
 

@@ -36,16 +36,21 @@ class Plain:
     def weight_grad(self, grad: Tensor, x: Tensor, main: Tensor | None) -> Tensor | None:
         if main is None:
             return grad.t() @ x
-        if main.dtype == x.dtype:
-            add_product_(main, grad.t(), x)
-        elif main.is_cuda and _adds_wider(main.device, x.dtype):
-            torch.ops.aten.addmm.dtype_out(main, grad.t(), x, main.dtype, out=main)
-        else:
-            main.add_(grad.t() @ x)
+        add_outer_(main, grad, x)
         return None
 
 
 PLAIN = Plain()
+
+
+def add_outer_(main: Tensor, grad: Tensor, x: Tensor) -> None:
+    """main [o, i] += grad^T x of grad [t, o], x [t, i]; main may be of a wider type."""
+    if main.dtype == x.dtype:
+        add_product_(main, grad.t(), x)
+    elif main.is_cuda and main.dtype == torch.float32 and _adds_wider(main.device, x.dtype):
+        torch.ops.aten.addmm.dtype_out(main, grad.t(), x, torch.float32, out=main)
+    else:
+        main.add_(grad.t() @ x)
 
 
 @functools.cache

@@ -11,10 +11,11 @@ from gpu_measure import Session
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.config import ModelConfig
 from engine.context import make_context
 from engine.documents import Documents
 from engine.layout import Layout
-from engine.model.layers import VocabHead, vocab_weight
+from engine.model.transformer import StageShape, Transformer
 from engine.ops.activation import activation
 from engine.ops.attention import IMPLEMENTATIONS, case_of, chosen, missing, refusal
 from engine.ops.fp8 import Fp8
@@ -130,34 +131,39 @@ def _three_ways(session: Session, name: str, how: Products, x: Tensor, w: Tensor
 
 
 def head(session: Session) -> None:
-    """Output projection and loss, both ways, against its FLOPs."""
+    """Final norm, output projection and loss, both ways, against the projection's FLOPs."""
+    session.attempt("head and loss", _head, session)
 
-    def measure() -> None:
-        z = session.sizes
-        ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=session.dtype, device=session.device)
-        weight = vocab_weight("head.weight", z.vocab, z.hidden, 0.02, False, ctx)
-        weight.data.normal_(0, 0.02)
-        module = VocabHead(weight, ctx, False)
-        x = session.randn(z.tokens, 1, z.hidden, grad=True)
-        labels = torch.randint(z.vocab, (1, z.tokens), device=session.device)
-        weights = torch.full_like(labels, 1e-4, dtype=torch.float32)
 
-        def ours() -> None:
-            module(x, labels, weights).sum().backward()
-            x.grad = weight.grad = None
+def _head(session: Session) -> None:
+    z = session.sizes
+    shape = {"vocab_size": z.vocab, "hidden_size": z.hidden, "num_heads": z.heads, "num_kv_heads": z.heads}
+    cfg = ModelConfig(**shape, head_dim=z.head_dim, num_layers=1)
+    ctx = make_context(Layout(), 0, num_kv_heads=z.heads, dtype=session.dtype, device=session.device)
+    model = Transformer(cfg, ctx, StageShape(range(0), False, True))
+    weight, gain = model.head.weight, model.norm.weight
+    weight.data.normal_(0, 0.02)
+    gain.data.fill_(1)
+    x = session.randn(z.tokens, 1, z.hidden, grad=True)
+    labels = torch.randint(z.vocab, (1, z.tokens), device=session.device)
+    weights = torch.full_like(labels, 1e-4, dtype=torch.float32)
 
-        def peer() -> None:
-            loss = F.cross_entropy((x.view(-1, z.hidden) @ weight.t()).float(), labels.view(-1))
-            loss.backward()
-            x.grad = weight.grad = None
+    def forget() -> None:
+        x.grad = weight.grad = gain.grad = None
 
-        seconds, theirs = session.time_s(ours), session.time_s(peer)
-        floor = 6.0 * z.tokens * z.hidden * z.vocab / session.limit("gemm")
-        session.record(
-            "head and loss, both ways", us=seconds * 1e6, share=floor / seconds, torch_ratio=theirs / seconds
-        )
+    def ours() -> None:
+        model(x, labels, weights).sum().backward()
+        forget()
 
-    session.attempt("head and loss", measure)
+    def peer() -> None:
+        normed = F.rms_norm(x.view(-1, z.hidden), (z.hidden,), gain, 1e-5)
+        F.cross_entropy((normed @ weight.t()).float(), labels.view(-1)).backward()
+        forget()
+
+    seconds, theirs = session.time_s(ours), session.time_s(peer)
+    floor = 6.0 * z.tokens * z.hidden * z.vocab / session.limit("gemm")
+    found = {"us": seconds * 1e6, "share": floor / seconds, "torch_ratio": theirs / seconds}
+    session.record("final norm, head and loss, both ways", **found)
 
 
 def ops(session: Session) -> None:

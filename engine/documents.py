@@ -40,6 +40,10 @@ class Documents:
         begins[:, 1:] = tokens[:, :-1] == eod
         return Documents.of((position * begins).cummax(1).values)
 
+    def again(self) -> Documents:
+        """The same without what was made for it, a mask: for one forward, so that it goes with its graph."""
+        return Documents(self.begin, self.borders)
+
     @property
     def positions(self) -> Tensor:
         """int64 [b, s]: the position of each token in its document, from 0."""

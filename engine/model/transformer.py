@@ -154,6 +154,7 @@ class Transformer(nn.Module):
             if self.positions is not None:
                 x = self.positions(x, documents)
         table = self._rope_for(x.shape[0] * self.ctx.sequence.size)
+        documents = None if documents is None else documents.again()
         for block in self.layers.values():
             x = block(x, table, documents)
         return self.norm(x) if self.shape.last else x

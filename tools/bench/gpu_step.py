@@ -161,10 +161,10 @@ def variants(session: Session) -> None:
 KINDS = {
     "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),
     "products": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "mm", "trident::mm"),
-    "loss": ("softmax", "cross_entropy", "nll"),
+    "loss": ("softmax", "cross_entropy", "nll", "scatter"),
     "norm, RoPE, gated": ("norm", "rope", "gated", "silu", "gelu"),
     "optimizer": ("adam", "sum_squares"),
-    "copies and fills": ("memcpy", "memset", "copy", "fill", "cat", "zero"),
+    "copies and fills": ("memcpy", "memset", "copy", "fill", "catarray", "aten::cat", "zero"),
 }
 
 

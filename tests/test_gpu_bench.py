@@ -19,7 +19,11 @@ def test_tiny_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script, *words], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith("best: step, sequence ")
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    found = written["details"]
+    assert written["machine"]["torch"] and written["command"].endswith("curve") and written["date"]
+    units = {row["unit"] for row in written["rows"]}
+    assert units == {"tokens/s", "us"} and all(row["ours"] and row["limits"] for row in written["rows"])
     failed = [row for section in SECTIONS for row in found[section] if "failed" in row or "skipped" in row]
     assert not failed
     assert [row["layers"] for row in found["step"]] == [3] * 4 and all(row["share"] > 0 for row in found["step"])

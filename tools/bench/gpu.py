@@ -80,9 +80,8 @@ def main() -> None:
 
     device = torch.device(o.device, 0) if o.device == "cuda" else torch.device("cpu")
     out = o.out or Path(os.environ.get("OUT", ".")) / "gpu.json"
-    session = Session(device, TINY if o.tiny else Sizes(), out)
-    session.results["machine"] = describe() | {"gpu": torch.cuda.get_device_name() if o.device == "cuda" else "none"}
-    session.results["command"] = sys.argv
+    machine = describe() | {"gpu": torch.cuda.get_device_name() if o.device == "cuda" else "none"}
+    session = Session(device, TINY if o.tiny else Sizes(), out, machine)
     sections = {
         "checks": lambda: checks(session),
         "limits": lambda: measure_limits(session),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ class Session:
     device: torch.device
     sizes: Sizes
     out: Path
+    machine: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     section: str = ""
     deadline: float = 0.0
@@ -73,8 +77,10 @@ class Session:
 
     def save(self) -> None:
         """Write what is known, whole or not at all."""
+        facts = {"machine": self.machine, "command": shlex.join(sys.argv)}
+        facts["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         beside = self.out.with_suffix(".part")
-        beside.write_text(json.dumps(self.results, indent=1) + "\n")
+        beside.write_text(json.dumps(facts | {"rows": rows_of(self.results), "details": self.results}, indent=1) + "\n")
         beside.replace(self.out)
 
     def attempt(self, what: str, measure: Callable[..., None], *arguments: Any, **more: Any) -> None:
@@ -131,6 +137,32 @@ class Session:
     def limit(self, name: str) -> float:
         """A measured limit of this machine: "gemm" in FLOP/s, "copy" in bytes/s."""
         return float(self.results["limits"][0][name])
+
+
+def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures as every script of this folder writes them: ours, a peer's, the machine's limit."""
+    rows = []
+    for found in (row for section in ("step", "variants", "ops") for row in results.get(section, ())):
+        row: dict[str, Any] = {"what": found["what"], "peer": "", "peers": [], "note": ""}
+        if "tokens_per_s" in found:
+            rate = found["tokens_per_s"]
+            rates = [rate * statistics.median(found["step_s"]) / seconds for seconds in found["step_s"]]
+            limits = [rate / found["share"]]
+            row |= {"unit": "tokens/s", "ours": rates, "limit": "at the large product's FLOP/s", "limits": limits}
+            row |= {"more": True, "ratio": None, "share": found["share"]}
+        elif "us" in found:
+            row |= {
+                "unit": "us",
+                "ours": [found["us"]],
+                "limit": "bytes or FLOPs",
+                "limits": [found["us"] * found["share"]],
+            }
+            row |= {"peer": "torch", "peers": [found["us"] * found["torch_ratio"]], "more": False}
+            row |= {"ratio": found["torch_ratio"], "share": found["share"]}
+        else:
+            continue
+        rows.append(row)
+    return rows
 
 
 def measure_limits(session: Session) -> None:

@@ -143,7 +143,7 @@ def _kernels() -> Iterator[Finding]:
         yield _attention(device)
         for tried in selftest.try_ops(device):
             who = "own" if tried.own else "torch"
-            off = f"off by {tried.difference:.1e}, tolerance {selftest.TOLERANCE:.0e}"
+            off = f"off by {tried.difference:.1e}, tolerance {tried.tolerance:.0e}"
             text = f"{tried.name}: {who}; {tried.error or off}"
             yield Finding(f"op on {device.type}", text + " WRONG" * tried.broken, broken=tried.broken)
 

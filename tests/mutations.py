@@ -98,7 +98,7 @@ COUNTED = 'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.su
 SUMMED = "if self.ctx.axis(name).size > 1:"
 LOSS_GRAD = "losses = execute(state.plan, state.stages, ctx, batches, scale / tokens, trace)"
 WEIGHTS = "weights = batch.mask * torch.tensor(token_weight, dtype=torch.float64)"
-COUNT = "counted = torch.stack([b.mask.sum() for b in batches]).sum()"
+COUNT = "total = sum(int(b.mask.sum()) for b in batches)"
 
 TIED_AND_NORM = [
     Mutation(
@@ -239,8 +239,8 @@ LOSS = [
         "loss_is_a_mean_of_data_rank_means",
         "each data rank divides by its own count of tokens (torchtune#1875, Fast-LLM#426)",
         "engine/train.py",
-        "total = int(all_reduce_(counted, ctx.data).item())",
-        "total = int(counted.item()) * ctx.data.size",
+        "total = int(all_reduce_(torch.tensor(total, device=ctx.device), ctx.data).item())",
+        "total = total * ctx.data.size",
         small("data"),
     ),
     Mutation(
@@ -248,7 +248,7 @@ LOSS = [
         "divided by the length of the sequences instead of the tokens that count (nanochat#59)",
         "engine/train.py",
         COUNT,
-        "counted = torch.tensor(sum(b.mask.numel() for b in batches))",
+        "total = sum(b.mask.numel() for b in batches)",
         PLAIN,
     ),
     Mutation(

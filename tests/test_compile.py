@@ -22,8 +22,7 @@ def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
     def job(ctx: ParallelContext) -> Any:
         state = setup(cfg, ctx)
         found = [train_step(state, random_batches(cfg, ctx, step)) for step in range(2)]
-        grads = gradients_of(state, max(1.0, found[1].norms.norm / cfg.optimizer.clip_norm))
-        return [step.loss for step in found], grads, weights_of(state)
+        return [step.loss for step in found], gradients_of(state), weights_of(state)
 
     ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, timeout_s=400)
     return ranks[0][0], assemble([r[1] for r in ranks]), assemble([r[2] for r in ranks])
@@ -80,9 +79,9 @@ def test_rounding_to_fp8_compiled() -> None:
 
 
 def test_what_cannot_be_one_graph_is_an_error() -> None:
-    def asks_for_a_number(x: torch.Tensor) -> torch.Tensor:
-        return x + float(x.sum().item())
+    def asks_for_a_value(x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
 
-    with pytest.raises(Exception, match="item"):
-        compiled(asks_for_a_number)(torch.ones(3))
+    with pytest.raises(Exception, match="(?i)data-dependent"):
+        compiled(asks_for_a_value)(torch.ones(3))
     assert compiled(activation) is compiled(activation)

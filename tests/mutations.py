@@ -98,7 +98,7 @@ COUNTED = 'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.su
 SUMMED = "if self.ctx.axis(name).size > 1:"
 LOSS_GRAD = "losses = execute(state.plan, state.stages, ctx, batches, scale / tokens, trace)"
 WEIGHTS = "weights = batch.mask * torch.tensor(token_weight, dtype=torch.float64)"
-COUNT = "counted = torch.stack([b.mask.sum() for b in batches]).sum()"
+COUNT = "total = sum(int(b.mask.sum()) for b in batches)"
 
 TIED_AND_NORM = [
     Mutation(
@@ -145,8 +145,8 @@ TIED_AND_NORM = [
         "clip_on_the_first_tensor_rank_only",
         "the other tensor ranks are not clipped (BLOOM's chronicles)",
         "engine/train.py",
-        "scale_(state.buckets, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)",
-        "scale_(state.buckets, 1.0 if ctx.tensor.rank else clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)",
+        "step(lr, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)",
+        "step(lr, 1.0 if ctx.tensor.rank else clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)",
         small("copies"),
     ),
     Mutation(
@@ -172,16 +172,16 @@ REPLICAS = [
         "norm_weight_not_summed_under_sequence_parallelism",
         "each tensor rank keeps the gradient of its part of the sequence (Megatron#1446, apex#1686)",
         "engine/model/layers.py",
-        'ctx: ParallelContext, sum_over: str = "sequence"):',
-        'ctx: ParallelContext, sum_over: str = "alone"):',
+        'sum_over: str = "sequence",',
+        'sum_over: str = "alone",',
         small("sequence"),
     ),
     Mutation(
         "qk_norm_not_summed",
         "each tensor rank keeps the gradient of its own heads (NeMo-RL#3716)",
         "engine/model/attention.py",
-        'ctx, sum_over="tensor")',
-        'ctx, sum_over="alone")',
+        'means, sum_over="tensor")',
+        'means, sum_over="alone")',
         small("copies"),
     ),
     Mutation(
@@ -212,8 +212,8 @@ REPLICAS = [
         "input_gradient_not_summed",
         "the mirror of the row-parallel sum is missing: each tensor rank passes on its part",
         "engine/ops/linear.py",
-        "grad_x = sum_start(multiply(grad, weight), ctx.copies, sequence)",
-        "grad_x = Pending(multiply(grad, weight).chunk(sequence.size)[sequence.rank].contiguous())",
+        "grad_x = sum_start(products.input_grad(grad, weight), ctx.copies, sequence)",
+        "grad_x = Pending(products.input_grad(grad, weight).chunk(sequence.size)[sequence.rank].contiguous())",
         small("copies"),
     ),
     Mutation(
@@ -239,8 +239,8 @@ LOSS = [
         "loss_is_a_mean_of_data_rank_means",
         "each data rank divides by its own count of tokens (torchtune#1875, Fast-LLM#426)",
         "engine/train.py",
-        "total = int(all_reduce_(counted, ctx.data).item())",
-        "total = int(counted.item()) * ctx.data.size",
+        "total = int(all_reduce_(torch.tensor(total, device=ctx.device), ctx.data).item())",
+        "total = total * ctx.data.size",
         small("data"),
     ),
     Mutation(
@@ -248,7 +248,7 @@ LOSS = [
         "divided by the length of the sequences instead of the tokens that count (nanochat#59)",
         "engine/train.py",
         COUNT,
-        "counted = torch.tensor(sum(b.mask.numel() for b in batches))",
+        "total = sum(b.mask.numel() for b in batches)",
         PLAIN,
     ),
     Mutation(
@@ -294,7 +294,7 @@ LOSS = [
     Mutation(
         "only_the_last_microbatch_trained",
         "a microbatch overwrites the gradient of those before it: the loss looks fine (Automodel#3530)",
-        "engine/ops/linear.py",
+        "engine/ops/products.py",
         "add_product_(main, grad.t(), x)",
         "torch.mm(grad.t(), x, out=main)",
         PLAIN,
@@ -302,7 +302,7 @@ LOSS = [
     Mutation(
         "gradient_is_a_moving_average",
         "what is accumulated is scaled down by each microbatch (torchtitan#1733)",
-        "engine/ops/linear.py",
+        "engine/ops/products.py",
         "add_product_(main, grad.t(), x)",
         "torch.addmm(main, grad.t(), x, beta=0.5, out=main)",
         PLAIN,
@@ -517,16 +517,16 @@ OPTIMIZER = [
         "bias_correction_one_step_late",
         "AdamW's correction uses the count of the wrong step (NVRx#376: step 2 with the weights of step 1)",
         "engine/optim/adamw.py",
-        "decay, 1.0, self.steps)",
-        "decay, 1.0, self.steps + 1)",
+        "decay, grad_scale, self.steps)",
+        "decay, grad_scale, self.steps + 1)",
         PLAIN,
     ),
     Mutation(
         "bf16_without_masters",
         "updates are rounded to bf16 each time, small ones are lost (DeepSpeed#7786)",
         "engine/optim/adamw.py",
-        "values.copy_(master)",
-        "master.copy_(values.copy_(master))",
+        "bucket.part(bucket.grads, bucket.held), self._rounded(bucket, master)",
+        "bucket.part(bucket.grads, bucket.held), self._rounded(bucket, master.copy_(bucket.values))",
         ("tests/test_optim.py::test_bf16_does_not_lose_tiny_updates",),
     ),
     Mutation(
@@ -690,10 +690,50 @@ FACTS_OF_MODELS = [
     Mutation(
         "positions_run_on_over_documents",
         "learned positions do not begin again with a document",
-        "engine/ops/embedding.py",
-        "return position - (position * begins).cummax(1).values",
-        "return position + 0 * (position * begins).cummax(1).values",
+        "engine/documents.py",
+        "device=self.begin.device) - self.begin",
+        "device=self.begin.device) - 0 * self.begin",
         ("tests/test_documents.py::test_packed_documents_learn_as_if_alone",),
+    ),
+    Mutation(
+        "residual_gradient_dropped",
+        "the gradient that reaches the sum beside the norm is lost: the embedding hears the MLPs only",
+        "engine/ops/norm.py",
+        "grad_sum, grad = grads if ctx.summed else (None, grads[0])",
+        "grad_sum, grad = (None, grads[-1])",
+        ("tests/test_native_ops.py::test_a_norm_after_a_sum_is_the_two_in_turn",),
+    ),
+    Mutation(
+        "norm_offset_ignored_in_the_backward",
+        "Gemma's 1 + weight is weight where our kernel computes the gradient",
+        "engine/ops/norm.py",
+        "ops.rms_norm_backward(grad, grad_sum, x, weight, kept, ctx.offset)",
+        "ops.rms_norm_backward(grad, grad_sum, x, weight, kept, 0.0)",
+        ("tests/test_native_ops.py::test_kernels_equal_the_float64_reference",),
+    ),
+    Mutation(
+        "gate_of_another_kind",
+        "the backward takes a gelu for the one by tanh",
+        "engine/ops/activation.py",
+        "own.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name])",
+        'own.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name.removesuffix("_tanh")])',
+        ("tests/test_native_ops.py::test_kernels_equal_the_float64_reference",),
+    ),
+    Mutation(
+        "gradient_scale_ignored",
+        "AdamW takes the gradients as they are: nothing is clipped, and the moments are of another scale",
+        "engine/optim/adamw.py",
+        "decay, grad_scale, self.steps)",
+        "decay, 1.0, self.steps)",
+        ("tests/test_optim.py::test_a_scale_of_the_gradient_is_that_of_the_update",),
+    ),
+    Mutation(
+        "rounded_weights_not_written",
+        "the model computes with the weights it began with, the masters learn alone",
+        "engine/optim/adamw.py",
+        "own.adamw_(master, grads, first, second, low, lr,",
+        "own.adamw_(master, grads, first, second, None, lr,",
+        ("tests/test_optim.py::test_a_scale_of_the_gradient_is_that_of_the_update",),
     ),
     Mutation(
         "norm_weight_without_its_one",

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from engine.comm import Pending, all_gather, all_reduce_, sum_start
 from engine.context import Axis
-from engine.ops.linear import add_outer_
 from engine.ops.native import kernels, multiply
+from engine.ops.products import add_outer_
 from engine.sharding import Parameter
 
 # In rows, not bytes: each chunk reads the weight twice more and adds to its gradient once more, which is to be small

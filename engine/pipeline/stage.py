@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.data.loader import MicroBatch
+from engine.documents import Documents
 from engine.ops.linear import WeightGrad
 from engine.parallel.buckets import GradBuckets
 from engine.sharding import Parameter
@@ -26,7 +27,7 @@ class Stage:
     live: microbatch -> (input, output) from F to its backward. deferred: microbatch -> weight gradients from I to W.
     """
 
-    module: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    module: Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
     params: Sequence[Parameter]
     buckets: GradBuckets | None
     width: int

@@ -76,8 +76,10 @@ CASES = {column.ours: _case(column, key, "engine", False) for key, column in COL
 class Options:
     """Sizes are those of a 58 M model, which takes the engine about 3 s a step on two cores."""
 
-    cases: tuple[str, ...] = tuple(CASES)
-    """which to measure: a name, or a column's name and all in it follow: one, data, tensor, pipeline"""
+    cases: tuple[str, ...] = ()
+    """which to measure, by name; none: all of the columns"""
+    columns: tuple[str, ...] = tuple(COLUMNS)
+    """one (process), data, tensor, pipeline"""
     rounds: int = 5
     """how often every case runs"""
     steps: int = 6

@@ -152,5 +152,3 @@ def megatron(o: Options, case: Case) -> dict[str, Any]:
         dist.all_reduce(losses)
         result["losses"] = losses.tolist()
     return result
-
-

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from measure import Case, Meter, Options, mine
-from torch import Tensor
 
 
 def engine(o: Options, case: Case) -> dict[str, Any]:

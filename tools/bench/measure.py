@@ -47,17 +47,17 @@ class Column:
 
 COLUMNS = {
     "one": Column("1 process x 2 threads", "engine", 1, 2),
-    "data": Column("data=2, 1 thread each", "data", 2, 1),
-    "tensor": Column("tensor=2, 1 thread each", "tensor", 2, 1),
-    "pipeline": Column("pipeline=2, 1 thread each, 8 microbatches", "pipeline", 2, 1, 8),
+    "data": Column("data=2", "data", 2, 1),
+    "tensor": Column("tensor=2", "tensor", 2, 1),
+    "pipeline": Column("pipeline=2, 8 microbatches", "pipeline", 2, 1, 8),
 }
 PEERS = {  # peer -> title, columns it can do, and whether it runs in the peers' interpreter
-    "loop": ("hand-written loop over transformers", ("one", "data"), False),
-    "compiled": ("the same with torch.compile", ("one", "data"), False),
-    "trainer": ("HF Trainer, torch_compile", ("one", "data"), True),
-    "litgpt": ("litgpt", ("one", "data"), True),
+    "loop": ("transformers loop", ("one", "data"), False),
+    "compiled": ("transformers, compiled", ("one", "data"), False),
+    "trainer": ("HF Trainer, compiled", ("one", "data"), True),
+    "litgpt": ("litgpt, compiled", ("one", "data"), True),
     "olmo": ("OLMo-core", ("one", "data"), True),
-    "megatron": ("Megatron-core on CPU", ("one", "data", "tensor", "pipeline"), True),
+    "megatron": ("Megatron-core", ("one", "data", "tensor", "pipeline"), True),
 }
 
 

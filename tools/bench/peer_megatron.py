@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from measure import Case, Meter, Options, mine
+from peers import restart
 from torch import Tensor
 
 
@@ -31,13 +32,13 @@ def on_cpu() -> None:
 
     for name in ("tensor", "zeros", "ones", "empty"):
         setattr(torch, name, without_cuda(getattr(torch, name)))
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None
     torch.cuda.get_rng_state, torch.cuda.set_rng_state = lambda *_: torch.get_rng_state(), torch.set_rng_state
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.Tensor.cuda = lambda self, *_, **__: self
     kind = torch.Tensor.type  # asserts compare its text with "torch.cuda.FloatTensor"
-    torch.Tensor.type = lambda self, *to: kind(self, *to) if to else kind(self).replace("torch.", "torch.cuda.")  # type: ignore[assignment,method-assign]
+    torch.Tensor.type = lambda self, *to: kind(self, *to) if to else kind(self).replace("torch.", "torch.cuda.")
 
 
 def build(o: Options, case: Case) -> tuple[Any, Any, Any]:
@@ -86,6 +87,7 @@ def build(o: Options, case: Case) -> tuple[Any, Any, Any]:
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
     )
+    restart(model)
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

@@ -34,8 +34,11 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def count(model: nn.Module) -> int:
-    """Parameters, each once."""
+def restart(model: nn.Module) -> int:
+    """Give every matrix the same kind of start, so that all losses should fall alike; the number of parameters."""
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.02)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -62,11 +65,11 @@ def loop(o: Options, case: Case, compiled: bool = False) -> dict[str, Any]:
     """The yardstick: what a careful person writes by hand in an afternoon; as it is, or through torch.compile."""
     rank = connect(case)
     model = llama(o)
-    parameters = count(model)
+    parameters = restart(model)
     if case.processes > 1:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compiled:
-        model = torch.compile(model)  # type: ignore[assignment]
+        model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens, labels = mine(o, case, rank)
 
@@ -115,7 +118,7 @@ def trainer(o: Options, case: Case) -> dict[str, Any]:
                 meter.losses.append(logs["loss"])
 
     model = llama(o)
-    parameters = count(model)
+    parameters = restart(model)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -170,7 +173,7 @@ def litgpt(o: Options, case: Case) -> dict[str, Any]:
     with fabric.init_module(empty_init=True):
         model = GPT(config)
     initialize_weights(fabric, model, n_layer=o.layers, n_embd=o.hidden)
-    parameters = count(model)
+    parameters = restart(model)
     model = fabric.setup(torch.compile(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=False)
     optimizer = fabric.setup_optimizers(optimizer)
@@ -206,7 +209,6 @@ def olmo(o: Options, case: Case) -> dict[str, Any]:
         feed_forward=FeedForwardConfig(hidden_size=o.ffn, bias=False),
     )
     model = config.build(init_device="cpu")
-    parameters = count(model)
     module = TransformerTrainModule(
         model,
         AdamWConfig(lr=o.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
@@ -217,6 +219,7 @@ def olmo(o: Options, case: Case) -> dict[str, Any]:
         max_grad_norm=1.0,
         device=torch.device("cpu"),
     )
+    parameters = restart(model)  # the module has initialised it
     losses: list[Tensor] = []
     module._trainer = SimpleNamespace(  # what the module tells a trainer; the others are recorded for logs only
         record_metric=lambda *_, **__: None, record_ce_loss=lambda loss, **__: losses.append(loss)

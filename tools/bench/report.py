@@ -92,12 +92,12 @@ def show_rows(title: str, rows: Sequence[Row]) -> None:
         ranges += [row.note] if row.note else []
         ours = number(median(row.ours)) or "-"
         marks = [f"{x:.2f}" if x is not None else "" for x in (median(ratios), median(shares))]
-        lines.append((f"{row.what}, {row.unit}", ours, peer, marks[0], limit, marks[1], "; ".join(ranges)))
+        lines.append((row.what, row.unit, ours, peer, marks[0], limit, marks[1], "; ".join(ranges)))
     caption = (
         "medians; ratio: how many times as good as the peer; share: of the limit (over 1: better than it); "
         "spread: lowest and highest of the repetitions"
     )
-    show(title, ("what", "ours", "peer", "ratio", "limit", "share", "spread"), lines, caption)
+    show(title, ("what", "unit", "ours", "peer", "ratio", "limit", "share", "spread"), lines, caption)
 
 
 def header(machine: dict[str, Any]) -> str:

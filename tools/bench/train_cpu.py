@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from report import Row, finish, show, spread
 
 Result = dict[str, Any]
 SAME_LOSS = 0.3  # nats by which a peer's first loss may differ from ours
-SAME_FALL = 2.0  # and so many times as much or as little may it fall
+SAME_FALL = 1.5  # and so many times as much or as little may it fall
 
 
 def run_case(o: Options, name: str, python: Path) -> Result:
@@ -93,43 +93,42 @@ def paired(o: Options, ours: list[Result], theirs: list[Result]) -> tuple[list[i
     return (quiet, "") if quiet else (list(rounds), "disturbed")
 
 
-FIGURES = {  # of a run: what -> (key, unit, larger is better)
-    "training": ("tokens_per_s", "tokens/s", True),
-    "peak memory of all ranks": ("peak_sum_mib", "MiB", False),
-    "first step, compiling included": ("first_step_s", "s", False),
+FIGURES = {  # of a run: key -> (unit, larger is better)
+    "tokens_per_s": ("tokens/s", True),
+    "peak_sum_mib": ("peak MiB of all ranks", False),
+    "first_step_s": ("s to the first step's end", False),
 }
+
+
+def best_peer(key: str, more: bool, mine: str, runs: dict[str, list[Result]], doubts: dict[str, str]) -> str:
+    """The case of the same column that has the best median of a figure; "" if there is none."""
+    able = [
+        name
+        for name, found in runs.items()
+        if found and name != mine and name not in doubts and CASES[name].column == CASES[mine].column
+    ]
+    middle = {name: statistics.median(run[key] for run in runs[name]) for name in able}
+    return (max if more else min)(able, key=middle.__getitem__, default="")
 
 
 def rows_of(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str], gemms: list[Result]) -> list[Row]:
     """Each figure of each column: ours, the peer that is best at it, and of tokens/s the limit."""
     rows = []
-    for what, (key, unit, more) in FIGURES.items():
-        for title, column in COLUMNS.items():
+    limits = [max(one.values()) * 1e9 / o.flops_per_token() for one in gemms]
+    for key, (unit, more) in FIGURES.items():
+        for column in COLUMNS.values():
             ours = runs.get(column.ours)
             if not ours:
                 continue
-            best, best_name = None, ""
-            for name, found in runs.items():
-                if not found or CASES[name].column != title or name == column.ours or name in doubts:
-                    continue
-                value = statistics.median(run[key] for run in found)
-                if best is None or (value > best if more else value < best):
-                    best, best_name = value, name
-            chosen, note = paired(o, ours, runs[best_name] if best_name else ours)
-            limits = [max(one.values()) * 1e9 / o.flops_per_token() for one in gemms[: len(ours)]]
-            rows.append(
-                Row(
-                    f"{what}, {column_title(o, column)}",
-                    unit,
-                    [ours[i][key] for i in chosen],
-                    CASES[best_name].title if best_name else "",
-                    [runs[best_name][i][key] for i in chosen] if best_name else [],
-                    "at GEMM peak" if key == "tokens_per_s" else "",
-                    [limits[i] for i in chosen] if key == "tokens_per_s" else [],
-                    more,
-                    note,
-                )
-            )
+            speed, peer = key == "tokens_per_s", best_peer(key, more, column.ours, runs, doubts)
+            theirs = runs[peer] if peer else []
+            rounds, note = paired(o, ours, theirs or ours)
+            row = Row(f"train, {column_title(o, column)}", unit, [ours[i][key] for i in rounds], more=more)
+            if peer:
+                row = replace(row, peer=CASES[peer].title, peers=[theirs[i][key] for i in rounds])
+            if speed:
+                row = replace(row, limit="at GEMM peak", limits=[limits[i] for i in rounds])
+            rows.append(replace(row, note=note) if key != "peak_sum_mib" else row)
     return rows
 
 

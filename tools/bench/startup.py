@@ -91,11 +91,15 @@ def worker(out: str, *arguments: str) -> None:
     noting(stamps, engine.train, "setup")
     noting(stamps, engine.train.MetricsLog, "__enter__")
     noting(stamps, engine.train, "train_step")
-    try:
-        engine.cli.main(["train", *arguments])
-    finally:
-        if engine.launch.read_env().rank == 0:
+    leave = engine.launch.leave
+
+    def write(code: int, env: engine.launch.Env) -> int:
+        if env.rank == 0:
             Path(out).write_text(json.dumps(stamps))
+        return leave(code, env)
+
+    engine.launch.leave = write  # it ends the process
+    engine.cli.main(["train", *arguments])
 
 
 PHASES = {  # title -> (phase whose end begins it, phase, whose end ends it); None: the command

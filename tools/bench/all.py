@@ -1,6 +1,6 @@
 """All benchmarks of this folder, gathered into one table and one JSON: what `make bench` runs.
 
-    python tools/bench/all.py                          # hours: all peers, several rounds, on a machine left alone
+    python tools/bench/all.py                          # more than an hour, on a machine left alone
     python tools/bench/all.py --quick                  # about 3 minutes, to see the table: too few figures to quote
     python tools/bench/all.py --only train checkpoint
 
@@ -60,6 +60,8 @@ class Options:
     """small and few, without what is not installed with the engine"""
     tiny: bool = False
     """figures that mean nothing, in half a minute: to see that the scripts run"""
+    rounds: int = 3
+    """of the training rows: about 20 minutes each"""
     peers_env: Path = field(default_factory=lambda: HERE.parents[1] / "build/bench-peers")
     """folder of the peers' packages; made on first use"""
     json: Path = Path("bench.json")
@@ -71,7 +73,7 @@ def arguments(o: Options, name: str, python: Path | None) -> list[str]:
     if o.tiny or o.quick:
         return (TINY if o.tiny else QUICK)[name].split()
     if name == "train":
-        return ["--peers-env", str(o.peers_env)]
+        return ["--peers-env", str(o.peers_env), "--rounds", str(o.rounds), "--steps", "4", "--tries", "3"]
     option = {"prepare": "--datatrove", "order": "--megatron-python"}.get(name)
     return [option, str(python)] if option and python else []
 

@@ -2,8 +2,8 @@
 
     python tools/bench/order.py [--documents 1000000 10000000] [--megatron-python PYTHON] [--folder /tmp/order_bench]
 
-PYTHON runs order_megatron.py: an interpreter that has torch and megatron-core, for example a throw-away
-`python -m venv V; V/bin/pip install megatron-core`. Without it there are no rows for Megatron. Both start cold, without
+PYTHON runs order_megatron.py: an interpreter that has torch and megatron-core; `python tools/bench/peers_env.py
+build/bench-peers` makes and prints one. Without it there are no rows for Megatron. Both start cold, without
 index files, from the same .bin/.idx, each time in a fresh process; the .bin is sparse. Memory is the peak of anonymous
 pages (RssAnon): pages of mapped files belong to the page cache. Medians, and the range in brackets.
 """

@@ -2,16 +2,12 @@
 
 The limit: orjson, gigatoken on 32 MB at a time, write; no check, digest, sync or index, and of JSON lines whatever ours
 reads. Every run is a whole process, imports included, on the same text and tokenizer; runs take turns. Peers are given,
-not bundled: `--datatrove PYTHON` an interpreter that has it (below: how to make one),
-`--megatron PATH` a checkout, run by `--megatron-python`. Without one its row says so.
+not bundled: `--datatrove PYTHON` an interpreter that has it, `--megatron PATH` a checkout, run by `--megatron-python`.
+Without one its row says so.
 
 `python tools/bench/prepare.py --megabytes 190 --repeat 3`
 
-An interpreter for datatrove, without a second torch:
-
-    python -m venv peers && peers/bin/pip install --no-deps datatrove dill multiprocess loguru humanize
-    python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" > shared.pth
-    mv shared.pth peers/lib/python3.*/site-packages
+An interpreter that has datatrove: `python tools/bench/peers_env.py build/bench-peers` makes and prints one.
 """
 
 from __future__ import annotations

@@ -212,9 +212,9 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
 
 
 AGAINST = {  # ours -> (title, DCP's, the limit)
-    "save": ("save, digests included", "dcp save", "plain write"),
-    "load": ("load, digests included", "dcp load", "plain read"),
-    "async, blocked": ("save in the background: training stands still", "dcp async, blocked", ""),
+    "save": ("save", "dcp save", "plain write"),
+    "load": ("load", "dcp load", "plain read"),
+    "async, blocked": ("background save, stands still", "dcp async, blocked", ""),
 }
 
 

@@ -104,9 +104,9 @@ def prefix_of(folder: Path, documents: int) -> str:
 
 
 FIGURES = {  # what -> (key, unit, more is better)
-    "to the first batch of 8": ("seconds", "s", False),
+    "first batch": ("seconds", "s", False),
     "memory": ("memory", "MiB", False),
-    "random samples": ("rate", "samples/s", True),
+    "random": ("rate", "samples/s", True),
 }
 
 
@@ -137,14 +137,14 @@ def compare(o: argparse.Namespace) -> None:
         able = ("engine", "megatron") if documents <= 2 * 10**7 else ("engine",)  # its tables: 25 bytes a document
         commands = {n: [*p, "--prefix", prefix, "--small", small] for n, p in pythons.items() if n in able}
         details[str(documents)] = seen = repeated(commands, o.trials)
-        rows += rows_of(f"sample order, {documents:,} documents", seen)
+        rows += rows_of(f"order, {documents / 1e6:g} M documents", seen)
         cells = [("seconds", 4), ("open", 4), ("memory", 1), ("rate", 0), ("cpu_rate", 0), ("rate_2", 0)]
         lines = [(name, *(spread(one.get(key, []), digits) for key, digits in cells)) for name, one in seen.items()]
         headers = ("order", "to the first batch, s", "of it open", "MiB", "samples/s", "a cpu s", "2 threads")
         show(f"{documents:,} documents", headers, lines)
     if o.sources:
         details["blend"] = seen = repeated({n: [*p, "--blend", str(o.sources)] for n, p in pythons.items()}, o.trials)
-        rows += rows_of(f"blend of {o.sources} sources over {BLEND_SAMPLES:,} samples", seen)
+        rows += rows_of(f"blend of {o.sources}, 10^8 samples", seen)
     finish(rows, details, o.json, "Sample order", machine)
 
 

@@ -73,7 +73,9 @@ def console() -> Console:
 
 def show(title: str, headers: Sequence[str], lines: Sequence[Sequence[str]], caption: str = "") -> None:
     """Any table."""
-    table = Table(*headers, title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for number, text in enumerate(headers):
+        table.add_column(text, no_wrap=number == 0)
     for line in lines:
         table.add_row(*line)
     console().print(table)

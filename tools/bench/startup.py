@@ -167,9 +167,11 @@ def main() -> None:
             for title, seconds in torchrun(o.torchrun, corpus).items():
                 starts.setdefault(title, []).append(seconds)
     show("torchrun, part by part", ("part", "s"), [(part, spread(seconds, 3)) for part, seconds in starts.items()])
-    rows = [Row(f"fork of {n} ranks and one all-reduce", "s", seconds, more=False) for n, seconds in forks.items()]
+    show("forked ranks, one all-reduce", ("ranks", "s"), [(str(n), spread(seconds, 3)) for n, seconds in forks.items()])
+    most = max(forks)
+    rows = [Row(f"fork of {most} ranks, one all-reduce", "s", forks[most], more=False)]
     unavoidable = [a + b for a, b in zip(starts["torchrun, until rank 0's first line"], starts["import torch"])]
-    what = f"torchrun, {o.torchrun} ranks, to the end of the first step"
+    what = f"torchrun, {o.torchrun} ranks, to the first step"
     limit = "torchrun, import torch"
     rows.append(Row(what, "s", starts["command to first step"], limit=limit, limits=unavoidable, more=False))
     finish(rows, {"forked": forks, "torchrun": starts}, o.json, "Start-up", machine)

@@ -95,8 +95,8 @@ def paired(o: Options, ours: list[Result], theirs: list[Result]) -> tuple[list[i
 
 FIGURES = {  # of a run: key -> (unit, larger is better)
     "tokens_per_s": ("tokens/s", True),
-    "peak_sum_mib": ("peak MiB of all ranks", False),
-    "first_step_s": ("s to the first step's end", False),
+    "peak_sum_mib": ("peak MiB, all ranks", False),
+    "first_step_s": ("first step, s", False),
 }
 
 

@@ -39,8 +39,11 @@ SAME_LOSS = 0.3  # nats by which a peer's first loss may differ from ours
 SAME_FALL = 1.5  # and so many times as much or as little may it fall
 
 
-def run_case(o: Options, name: str, python: Path) -> Result:
-    """One run of a case in fresh processes: what was measured, or {"error": its last words}."""
+def run_case(o: Options, name: str, python: Path, compiled: Path | None = None) -> Result:
+    """One run of a case in fresh processes: what was measured, or {"error": its last words}.
+
+    compiled: folder where torch.compile keeps what it has made, for the case's next run; else its default.
+    """
     case = Case("", "one") if name == "gemm" else o.case(name)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
@@ -51,6 +54,8 @@ def run_case(o: Options, name: str, python: Path) -> Result:
         command += [str(Path(__file__).with_name("worker.py")), name, str(out), options]
         threads = o.threads if name == "gemm" else case.threads
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONFAULTHANDLER": "1"}
+        if compiled is not None:
+            env["TORCHINDUCTOR_CACHE_DIR"] = str(compiled / name)
         with open(Path(folder) / "words", "w+") as words:
             process = subprocess.Popen(command, env=env, stdout=words, stderr=words, start_new_session=True)
             try:
@@ -107,7 +112,8 @@ def best_peer(key: str, more: bool, mine: str, runs: dict[str, list[Result]], do
         for name, found in runs.items()
         if found and name != mine and name not in doubts and CASES[name].column == CASES[mine].column
     ]
-    middle = {name: statistics.median(run[key] for run in runs[name]) for name in able}
+    figures = {name: [run[key] for run in runs[name]] for name in able}
+    middle = {name: found[0] if key == "first_step_s" else statistics.median(found) for name, found in figures.items()}
     return (max if more else min)(able, key=middle.__getitem__, default="")
 
 
@@ -123,6 +129,8 @@ def rows_of(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str], g
             speed, peer = key == "tokens_per_s", best_peer(key, more, column.ours, runs, doubts)
             theirs = runs[peer] if peer else []
             rounds, note = paired(o, ours, theirs or ours)
+            if key == "first_step_s":
+                rounds = [0]  # later ones find compiled what the first has compiled
             row = Row(f"train, {column_title(o, column)}", unit, [ours[i][key] for i in rounds], more=more)
             if peer:
                 row = replace(row, peer=CASES[peer].title, peers=[theirs[i][key] for i in rounds])
@@ -161,7 +169,7 @@ def show_cases(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str]
                 f"{statistics.median(r['page_faults_per_step'] for r in found):,.0f}",
                 f"{statistics.median(r['peak_rss_mib'] for r in found):,.0f}",
                 f"{statistics.median(r['peak_sum_mib'] for r in found):,.0f}",
-                f"{statistics.median(r['first_step_s'] for r in found):.1f}",
+                f"{found[0]['first_step_s']:.1f}",
                 f"{losses[0]:.2f} > {losses[-1]:.2f}",
                 f"{max(r['others'] for r in found):.2f}" + (f"; {doubts[name]}" if name in doubts else ""),
             )
@@ -174,7 +182,8 @@ def show_cases(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str]
         + ("others",),
         lines,
         "median (range) over rounds; engine is: so many times as fast, of the same round; CPU s, page faults and peak "
-        "MiB (rank 0, sum of all): a step; others: most cores that others used in a step that counts",
+        "MiB (rank 0, sum of all): a step; first s: the first step of the first round; others: most cores that others "
+        "used in a step that counts",
     )
 
 
@@ -188,14 +197,14 @@ def chosen(o: Options) -> tuple[str, ...]:
 
 
 def one_round(
-    o: Options, number: int, names: list[str], pythons: dict[str, Path], runs: dict[str, list[Result]]
+    o: Options, number: int, pythons: dict[str, Path], compiled: Path, runs: dict[str, list[Result]]
 ) -> dict[str, str]:
     """Every case once, in an order that turns; {case: why it could not be run}."""
-    faults = {}
-    turn = number % len(names)
+    faults, names = {}, list(pythons)
+    turn = number % max(1, len(names))
     for name in (*names[turn:], *names[:turn]):
         wait_until_quiet(o.quiet, o.patience)
-        result = run_case(o, name, pythons[name])
+        result = run_case(o, name, pythons[name], compiled)
         if "error" in result:
             faults[name] = result["error"]
             print(f"round {number + 1}/{o.rounds}  {name:<18} {result['error']}", flush=True)
@@ -229,12 +238,14 @@ def main() -> None:
             doubts[name] = why
     runs: dict[str, list[Result]] = {name: [] for name in names}
     gemms: list[Result] = []
-    for number in range(o.rounds):
-        wait_until_quiet(o.quiet, o.patience)
-        gemms.append(run_case(o, "gemm", own))
-        if "error" in gemms[-1]:
-            sys.exit(f"gemm: {gemms[-1]['error']}")
-        doubts |= one_round(o, number, [name for name in pythons if name not in doubts], pythons, runs)
+    with tempfile.TemporaryDirectory() as compiled:
+        for number in range(o.rounds):
+            wait_until_quiet(o.quiet, o.patience)
+            gemms.append(run_case(o, "gemm", own))
+            if "error" in gemms[-1]:
+                sys.exit(f"gemm: {gemms[-1]['error']}")
+            able = {name: python for name, python in pythons.items() if name not in doubts}
+            doubts |= one_round(o, number, able, Path(compiled), runs)
     for name, found in runs.items():
         ours = runs.get(COLUMNS[CASES[name].column].ours)
         said = [doubt(o, run, ours[0] if ours else None) for run in found]

@@ -76,6 +76,7 @@ def test_a_peer_that_does_other_work_is_not_compared() -> None:
 def test_flops_of_the_58_m_model() -> None:
     o = Options()
     assert o.parameters() == 58_073_600 and round(o.flops_per_token() / 1e6) == 275
+    assert o.stages() == (6, 2)
 
 
 def test_a_case_that_fails_or_hangs_tells_why(tmp_path: Path) -> None:

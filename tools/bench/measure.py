@@ -133,6 +133,14 @@ class Options:
         layer = 4 * self.hidden**2 + 3 * self.hidden * self.ffn
         return 6 * (self.layers * layer + self.vocab * self.hidden) + 12 * self.layers * self.hidden * self.seq
 
+    def stages(self) -> tuple[int, int]:
+        """Layers of the two pipeline stages, as equal in FLOPs as can be, the head on the last; for all alike."""
+        layer = 6 * (4 * self.hidden**2 + 3 * self.hidden * self.ffn) + 12 * self.hidden * self.seq
+        head = 6 * self.vocab * self.hidden
+        cuts = range(1, self.layers)
+        first = min(cuts, key=lambda n: max(n * layer, (self.layers - n) * layer + head))
+        return first, self.layers - first
+
 
 def batch_of(o: Options, sequences: int) -> tuple[Tensor, Tensor]:
     """Random tokens and labels [sequences, seq]: the same for all cases of one size, and every step the same.

@@ -50,6 +50,7 @@ def build(o: Options, case: Case) -> tuple[Any, Any, Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
 
+    first, last = o.stages() if case.column == "pipeline" else (None, None)
     degrees = {case.column: case.processes} if case.processes > 1 else {}
     parallel_state.initialize_model_parallel(degrees.get("tensor", 1), degrees.get("pipeline", 1))
     states = "megatron.core.tensor_parallel.random"
@@ -63,6 +64,8 @@ def build(o: Options, case: Case) -> tuple[Any, Any, Any]:
         num_attention_heads=o.heads,
         tensor_model_parallel_size=degrees.get("tensor", 1),
         pipeline_model_parallel_size=degrees.get("pipeline", 1),
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
         pipeline_dtype=torch.float32,
         params_dtype=torch.float32,
         normalization="RMSNorm",

@@ -42,6 +42,8 @@ def engine(o: Options, case: Case) -> dict[str, Any]:
     }
     if case.column != "one":
         values[f"parallel.{case.column}"] = case.processes
+    if case.column == "pipeline":
+        values["parallel.layers"] = "{},{}".format(*o.stages())
     env = read_env()
     cfg = load([], {k: str(v) for k, v in values.items()}, world=env.world).config
     measured: dict[str, Any] = {}

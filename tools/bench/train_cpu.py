@@ -39,6 +39,16 @@ SAME_LOSS = 0.3  # nats by which a peer's first loss may differ from ours
 SAME_FALL = 1.5  # and so many times as much or as little may it fall
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """Terminate it; torchrun takes its ranks, which are sessions of their own, along unless it is killed."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def run_case(o: Options, name: str, python: Path, compiled: Path | None = None) -> Result:
     """One run of a case in fresh processes: what was measured, or {"error": its last words}.
 
@@ -57,13 +67,15 @@ def run_case(o: Options, name: str, python: Path, compiled: Path | None = None) 
         if compiled is not None:
             env["TORCHINDUCTOR_CACHE_DIR"] = str(compiled / name)
         with open(Path(folder) / "words", "w+") as words:
-            process = subprocess.Popen(command, env=env, stdout=words, stderr=words, start_new_session=True)
+            process = subprocess.Popen(command, env=env, stdout=words, stderr=words, text=True)
+            code: int | None = None
             try:
-                code: int | None = process.wait(o.timeout)
+                code = process.wait(o.timeout)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                code = None
+                pass
+            finally:  # when this program is told to stop, too
+                if code is None:
+                    end(process)
             words.seek(0)
             said = [line.strip() for line in words if line.strip()]
         if code == 0 and out.exists():
@@ -225,6 +237,7 @@ def one_round(
 
 def main() -> None:
     o = tyro.cli(Options, description=__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     names = chosen(o)
     machine = describe()
     own, doubts, pythons = Path(sys.executable), {}, {}

@@ -84,5 +84,5 @@ def test_a_case_that_fails_or_hangs_tells_why(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\necho 'ValueError: no such thing' >&2\nexit 3\n")
     python.chmod(0o755)
     assert run_case(Options(), "loop", python)["error"] == "ValueError: no such thing"
-    python.write_text("#!/bin/sh\nsleep 60\n")
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
     assert "not done after" in run_case(Options(timeout=0.2), "loop", python)["error"]

@@ -96,7 +96,7 @@ class Evaluator:
         rows, mask = rows.to(self.ctx.device), mask.to(self.ctx.device)
         parts = [slice(i, i + mbs) for i in range(0, padded, mbs)]
         batches = [self._batch(rows[p], mask[p]) for p in parts]
-        losses = execute(forward_only(self.plan, len(batches)), self.stages, self.ctx, batches, loss_grad=0.0)
+        losses = execute(forward_only(self.plan, len(batches)), self.stages, self.ctx, batches, token_weight=1.0)
         return torch.stack((losses.sum(), mask.sum().double()))
 
     def _batch(self, rows: torch.Tensor, mask: torch.Tensor) -> MicroBatch:

@@ -138,7 +138,7 @@ def train_step(
     num_sources: of a blend, to tell their losses apart.
 
     The loss is sum of token losses / counted tokens over the whole global batch, and the count is known before the
-    backward. A non-finite loss or gradient raises TrainingError on every rank before any weight has changed; in fp16 a
+    forward. A non-finite loss or gradient raises TrainingError on every rank before any weight has changed; in fp16 a
     non-finite gradient only leaves this update out and halves the loss scale.
     """
     cfg, ctx, scale = state.cfg, state.ctx, state.scale.value
@@ -150,7 +150,7 @@ def train_step(
     losses = execute(state.plan, state.stages, ctx, batches, scale / tokens, trace)
     for stage in state.buckets:
         stage.wait()
-    loss = sum_losses(losses, ctx) / tokens
+    loss = sum_losses(losses, ctx) / scale
     norms = state.norms(scale)
     finite = math.isfinite(norms.norm)
     state.scale.update(finite)
@@ -174,7 +174,7 @@ def train_step(
     state.step += 1
     state.consumed_samples += cfg.train.global_batch_size
     state.consumed_tokens += cfg.train.global_batch_size * cfg.train.seq_len
-    by_source = losses_by_source(losses, batches, state, num_sources) if num_sources else {}
+    by_source = losses_by_source(losses * (tokens / scale), batches, state, num_sources) if num_sources else {}
     return StepResult(loss, norms, lr, tokens, not finite, trace, by_source)
 
 
@@ -188,7 +188,7 @@ def count_tokens(batches: Sequence[MicroBatch], ctx: ParallelContext) -> int:
 
 
 def sum_losses(losses: torch.Tensor, ctx: ParallelContext) -> float:
-    """The sum of all microbatches' losses over all data ranks; they are zero off the last stage.
+    """The sum of all microbatches' losses over all data ranks, as weighted; they are zero off the last stage.
 
     Of the tensor ranks, which all have them, one speaks.
     """
@@ -198,7 +198,10 @@ def sum_losses(losses: torch.Tensor, ctx: ParallelContext) -> float:
 def losses_by_source(
     losses: torch.Tensor, batches: Sequence[MicroBatch], state: TrainState, num_sources: int
 ) -> dict[int, float]:
-    """Source -> sum of its token losses / its counted tokens, over the whole global batch. Collective."""
+    """Source -> sum of its token losses / its counted tokens, over the whole global batch. Collective.
+
+    losses [microbatches, b]: of each sample the sum of its token losses in nats.
+    """
     ctx = state.ctx
     sums = torch.zeros(2, num_sources, dtype=torch.float64, device=ctx.device)
     last = state.plan.rank_of(state.plan.num_stages - 1)

@@ -23,7 +23,7 @@ from engine.config import ModelConfig
 from engine.context import ParallelContext
 from engine.ops.embedding import embedding, positions_in_documents
 from engine.ops.linear import Remake, linear
-from engine.ops.loss import cross_entropy
+from engine.ops.loss import VocabSlice, linear_cross_entropy
 from engine.ops.norm import layer_norm, rms_norm, spread_rms_norm
 from engine.sharding import Chunk, Parameter, ShardSpec, new_parameter
 
@@ -193,23 +193,19 @@ class PositionEmbedding(nn.Module):
 class VocabHead(nn.Module):
     """Output projection and loss over the sliced vocabulary."""
 
-    def __init__(self, weight: Parameter, ctx: ParallelContext, keep_gathered: bool):
+    def __init__(self, weight: Parameter, ctx: ParallelContext):
         super().__init__()
-        self.axis, self.copies, self.sequence = ctx.tensor, ctx.copies, ctx.sequence
-        self.weight, self.keep_gathered = weight, keep_gathered
+        self.copies, self.sequence, self.weight = ctx.copies, ctx.sequence, weight
         piece = weight.spec.pieces(ctx)[0]
-        self.start, self.valid, self.vocab_size = piece.offset[0], piece.shape[0], piece.global_shape[0]
+        self.part, self.vocab_size = VocabSlice(piece.offset[0], piece.shape[0], ctx.tensor), piece.global_shape[0]
 
-    def forward(self, x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """x [s, b, h], labels and mask [b, s] -> the sum of the counted tokens' losses in nats by sample [b]."""
-        logits = linear(x, self.weight, self.copies, self.sequence, keep_gathered=self.keep_gathered)
-        losses = cross_entropy(
-            logits.view(-1, logits.shape[-1]), labels.t().reshape(-1), self.start, self.valid, self.axis
-        )
-        return (losses.view(mask.shape[::-1]) * mask.t()).sum(0)
+    def forward(self, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """x [s, b, h], labels and weights [b, s] -> each sample's weighted sum of its tokens' losses in nats [b]."""
+        targets, weights = labels.t(), weights.t()
+        return linear_cross_entropy(x, self.weight, targets, weights, self.part, self.copies, self.sequence).sum(0)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> logits over the whole vocabulary [s, b, vocab_size], on every tensor rank; no gradient."""
         with torch.no_grad():
             local = all_gather(x, self.sequence) @ self.weight.t()
-            return all_gather(local, self.axis, dim=-1)[..., : self.vocab_size]
+            return all_gather(local, self.part.axis, dim=-1)[..., : self.vocab_size]

@@ -123,7 +123,7 @@ class Transformer(nn.Module):
                 weight = vocab_weight(HEAD, *matrix)
             elif weight is None:  # the embedding lives on another rank: hold a copy under its name
                 weight = vocab_weight(EMBED, *matrix)
-            self.head = VocabHead(weight, ctx, saving.keep_gathered)
+            self.head = VocabHead(weight, ctx)
         self.rope: Tensor = torch.empty(2, 0, cfg.rotary_dim // 2)
 
     def _rope_for(self, seq_len: int) -> Tensor:
@@ -147,10 +147,13 @@ class Transformer(nn.Module):
             x = block(x, table, mask)
         return self.norm(x) if self.shape.last else x
 
-    def forward(self, x: Tensor, labels: Tensor, mask: Tensor, documents: Tensor | None = None) -> Tensor:
-        """`hidden`, and on the last stage each sample's summed loss [b] of the counted tokens (labels, mask [b, s])."""
+    def forward(self, x: Tensor, labels: Tensor, weights: Tensor, documents: Tensor | None = None) -> Tensor:
+        """`hidden`; on the last stage each sample's sum [b] of its tokens' losses times weights [b, s] (labels [b, s]).
+
+        The objective is the sum of these: what scales it belongs into the weights (ops.loss).
+        """
         x = self.hidden(x, documents)
-        return self.head(x, labels, mask) if self.shape.last else x
+        return self.head(x, labels, weights) if self.shape.last else x
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] -> [b, s, vocab_size]; needs the whole model on this pipeline rank."""

@@ -106,13 +106,18 @@ def accumulate(weight: Parameter, grad: Tensor, x: Tensor) -> Tensor | None:
     main = weight.main_grad
     if main is None:
         return rows_grad.t() @ rows_x
-    if main.dtype == rows_x.dtype:
-        add_product_(main, rows_grad.t(), rows_x)
-    else:
-        main.add_(rows_grad.t() @ rows_x)
+    add_outer_(main, rows_grad, rows_x)
     if weight.on_grad is not None:
         weight.on_grad()
     return None
+
+
+def add_outer_(main: Tensor, grad: Tensor, x: Tensor) -> None:
+    """main [out, in] += grad^T x of grad [n, out], x [n, in]; main may be of a wider type."""
+    if main.dtype == x.dtype:
+        add_product_(main, grad.t(), x)
+    else:
+        main.add_(grad.t() @ x)
 
 
 def linear(

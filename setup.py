@@ -5,6 +5,7 @@ operators registered with torch, no Python; needs torch when it is built, hence 
 """
 
 import sys
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,8 +26,8 @@ def ops() -> Extension | None:
     flags += ["-Wno-maybe-uninitialized"]  # a false alarm in gcc 12's own avx512fintrin.h
     return Extension(
         "engine._ops",
-        ["csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/gemm.cpp", "csrc/attention_cpu.cpp"],
-        depends=["csrc/kernels.h", "csrc/gemm.h", "csrc/tile.h", "csrc/exp.h"],
+        [*sorted(glob("csrc/ops*.cpp")), *sorted(glob("csrc/*_cpu.cpp")), "csrc/gemm.cpp"],
+        depends=sorted(glob("csrc/*.h")),
         include_dirs=[str(root / "include")],
         library_dirs=[str(root / "lib")],
         libraries=["torch_cpu", "c10"],

@@ -24,7 +24,6 @@ from engine.ops.embedding import embedding
 from engine.ops.loss import cross_entropy
 from engine.ops.norm import layer_norm, rms_norm
 from engine.ops.rope import rope_table, split_and_rope
-from engine.ops.swiglu import swiglu
 from engine.optim.adamw import FlatAdamW
 from engine.parallel.buckets import make_buckets
 from engine.sharding import Chunk, Parameter, ShardSpec
@@ -111,7 +110,7 @@ OPS: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], Shapes]] = {
     "RoPE": (_rope, [(_S, _B, (_N + 2 * _M) * _D)]),
     "attention": (causal_attention, _HEADS),
     "attention, documents kept apart": (_documents, _HEADS),
-    "SwiGLU": (swiglu, [(_S, _B, 130)]),
+    "SwiGLU": (activation("silu", True), [(_S, _B, 130)]),
     "gated GeLU": (activation("gelu_tanh", True), [(_S, _B, 130)]),
     "matrix product": (_product, [(37, 90), (70, 90)]),
     "embedding": (_embedding, [(8, 33)]),

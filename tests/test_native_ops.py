@@ -18,11 +18,11 @@ from test_ops import CTX, DTYPES, TOLERANCE, like, randn, relative
 from torch import Tensor
 
 from engine.ops import native
+from engine.ops.activation import gated
 from engine.ops.attention import causal_attention
 from engine.ops.loss import cross_entropy
-from engine.ops.norm import rms_norm
+from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from engine.ops.rope import rope_table, split_and_rope
-from engine.ops.swiglu import swiglu
 
 OPS = native.load()[0]
 pytestmark = pytest.mark.skipif(OPS is None, reason=native.load()[1])
@@ -57,9 +57,18 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-5), [(3, 5, 33), (33,)]),
     "rms_norm, many rows": (lambda x, w: rms_norm(x, w, 1e-5), [(517, 70), (70,)]),
     "rms_norm, no rows": (lambda x, w: rms_norm(x, w, 1e-5), [(0, 7), (7,)]),
-    "swiglu": (swiglu, [(5, 3, 34)]),
-    "swiglu, many rows": (swiglu, [(300, 2, 258)]),
-    "swiglu, no rows": (swiglu, [(0, 2, 6)]),
+    "rms_norm, offset": (lambda x, w: rms_norm(x, w, 1e-5, 1.0), [(3, 5, 33), (33,)]),
+    "add_rms_norm": (lambda x, r, w: add_rms_norm(x, r, w, 1e-5), [(3, 70, 33), (3, 70, 33), (33,)]),
+    "add_rms_norm, offset": (lambda x, r, w: add_rms_norm(x, r, w, 1e-5, 1.0), [(5, 17), (5, 17), (17,)]),
+    "layer_norm": (lambda x, w, b: layer_norm(x, w, b, 1e-5), [(3, 5, 33), (33,), (33,)]),
+    "layer_norm, many rows": (lambda x, w, b: layer_norm(x, w, b, 1e-5), [(517, 70), (70,), (70,)]),
+    "layer_norm, no rows": (lambda x, w, b: layer_norm(x, w, b, 1e-5), [(0, 7), (7,), (7,)]),
+    "add_layer_norm": (lambda x, r, w, b: add_layer_norm(x, r, w, b, 1e-5), [(3, 70, 33), (3, 70, 33), (33,), (33,)]),
+    "silu": (functools.partial(gated, name="silu"), [(5, 3, 34)]),
+    "silu, many rows": (functools.partial(gated, name="silu"), [(300, 2, 258)]),
+    "silu, no rows": (functools.partial(gated, name="silu"), [(0, 2, 6)]),
+    "gelu": (functools.partial(gated, name="gelu"), [(30, 2, 258)]),
+    "gelu_tanh": (functools.partial(gated, name="gelu_tanh"), [(30, 2, 258)]),
     "rope, grouped": (functools.partial(rotated, n=6, m=2), [(7, 3, 60)]),
     "rope, one position": (functools.partial(rotated, n=1, m=1), [(1, 2, 30)]),
     "rope, many": (functools.partial(rotated, n=4, m=4), [(40, 5, 24 * 12)]),
@@ -79,7 +88,8 @@ def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype) -> N
             assert not a.any()
             continue
         assert relative(a, c) < TOLERANCE[dtype]
-        assert relative(a, c) < 2 * relative(b, c) + 4 * torch.finfo(dtype).eps
+        units = 16 if dtype == torch.float64 else 4  # in float64 the reference is as inexact as what it judges
+        assert relative(a, c) < 2 * relative(b, c) + units * torch.finfo(dtype).eps
 
 
 @needs_avx512
@@ -157,7 +167,7 @@ def test_rows_and_threads_change_no_bit() -> None:
             out.backward(torch.ones_like(out))
             losses = cross_entropy(logits.clone().requires_grad_().clone(), targets, 0, 5000, CTX.tensor)
             assert leaf.grad is not None
-            return [native.multiply(x, w.t()), rms_norm(x, w[0], 1e-5), swiglu(x), out, leaf.grad, losses]
+            return [native.multiply(x, w.t()), rms_norm(x, w[0], 1e-5), gated(x, "gelu"), out, leaf.grad, losses]
 
     before = torch.get_num_threads()
     try:
@@ -170,7 +180,7 @@ def test_rows_and_threads_change_no_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
     with native.forced(gemm=True):
         assert torch.equal(native.multiply(x[5:6], w.t()), one[0][5:6])
-    assert torch.equal(rms_norm(x[5:6], w[0], 1e-5), one[1][5:6]) and torch.equal(swiglu(x[7:9]), one[2][7:9])
+    assert torch.equal(rms_norm(x[5:6], w[0], 1e-5), one[1][5:6]) and torch.equal(gated(x[7:9], "gelu"), one[2][7:9])
 
 
 def test_cross_entropy_ways_agree() -> None:
@@ -224,21 +234,27 @@ def test_bf16_rounds_as_torch_does() -> None:
 
 
 _x, _row = torch.ones(2, 3), torch.ones(3)
+_heads = lambda n: torch.ones(1, n, 4, 2)  # noqa: E731
 
 WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     (
         "width",
-        lambda: OPS.rms_norm(_x, torch.ones(4), 1e-5),
+        lambda: OPS.rms_norm(_x, torch.ones(4), 1e-5, 0.0),
         ValueError,
         r"weight is \[4\], wanted \[3\]",
     ),
-    ("type", lambda: OPS.rms_norm(_x, _row.double(), 1e-5), TypeError, "weight is Double"),
-    ("whole numbers", lambda: OPS.swiglu(torch.ones(2, 4).long()), TypeError, "wants floating-point tensors, got Long"),
-    ("odd", lambda: OPS.swiglu(torch.ones(2, 5)), ValueError, r"fused \[2, 5\] is not gate \| up"),
-    ("strides", lambda: OPS.swiglu(torch.ones(4, 2).t()), ValueError, "is not contiguous"),
+    ("type", lambda: OPS.rms_norm(_x, _row.double(), 1e-5, 0.0), TypeError, "weight is Double, wanted Float"),
+    (
+        "whole numbers",
+        lambda: OPS.gated(torch.ones(2, 4).long(), 0),
+        TypeError,
+        "wants floating-point tensors",
+    ),
+    ("odd", lambda: OPS.gated(torch.ones(2, 5), 0), ValueError, r"fused \[2, 5\] is not gate \| up"),
+    ("strides", lambda: OPS.gated(torch.ones(4, 2).t(), 0), ValueError, "is not contiguous"),
     (
         "scale",
-        lambda: OPS.rms_norm_backward(*[_x] * 2, _row, torch.ones(9)),
+        lambda: OPS.rms_norm_backward(_x, None, _x, _row, torch.ones(9), 0.0),
         ValueError,
         "scale",
     ),
@@ -250,12 +266,17 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         r"wanted \[2, 2, at most 1\]",
     ),
     ("product", lambda: OPS.mm_(torch.ones(2, 2), _x, torch.ones(2, 2), False), ValueError, "times"),
-    ("matrix", lambda: OPS.mm_(torch.ones(2), _x, torch.ones(3, 2), False), ValueError, "matrices"),
+    ("matrix", lambda: OPS.mm_(torch.ones(2), _x, torch.ones(3, 2), False), ValueError, "is not a matrix"),
     ("out", lambda: OPS.mm_(torch.ones(2, 2).t(), *[torch.ones(2, 2)] * 2, False), ValueError, "rows of the result"),
     ("double", lambda: OPS.mm_(*[torch.ones(2, 2).double()] * 3, False), TypeError, "wants float32"),
-    ("group", lambda: OPS.attention(torch.ones(1, 3, 4, 2), *[torch.ones(1, 2, 4, 2)] * 2, 1.0), ValueError, "3 heads"),
+    (
+        "group",
+        lambda: OPS.attention(_heads(3), _heads(2), _heads(2), None, 1.0),
+        ValueError,
+        "3 heads",
+    ),
     ("valid", lambda: OPS.softmax_stats(_x, torch.zeros(2).long(), 4), ValueError, "valid is 4"),
-    ("target", lambda: OPS.softmax_stats(_x, torch.zeros(2), 3), TypeError, "target is Float"),
+    ("target", lambda: OPS.softmax_stats(_x, torch.zeros(2), 3), TypeError, "target is Float, wanted Long"),
     ("step", lambda: OPS.adamw_(*[torch.ones(2)] * 4, None, *[0.1] * 6, 0), ValueError, "step counts from 1"),
     ("low", lambda: OPS.adamw_(*[torch.ones(2)] * 4, torch.ones(2), *[0.1] * 6, 1), TypeError, "values are Float"),
 ]
@@ -273,10 +294,15 @@ def test_shapes_for_compilers() -> None:
     x, row = torch.randn(5, 8), torch.randn(8)
     flat = [torch.rand(50) for _ in range(4)]
     calls: dict[str, tuple[Any, ...]] = {
-        "rms_norm": (x, row, 1e-5),
-        "rms_norm_backward": (x, x.clone(), row, torch.rand(5)),
-        "swiglu": (x,),
-        "swiglu_backward": (torch.randn(5, 4), x),
+        "rms_norm": (x, row, 1e-5, 1.0),
+        "add_rms_norm": (x, x.clone(), row, 1e-5, 0.0),
+        "rms_norm_backward": (x, x.clone(), x.clone(), row, torch.rand(5), 0.0),
+        "layer_norm": (x, row, row.clone(), 1e-5),
+        "add_layer_norm": (x, x.clone(), row, row.clone(), 1e-5),
+        "layer_norm_backward": (x, None, x.clone(), row, torch.rand(2, 5)),
+        "gated": (x, 1),
+        "gated_backward": (torch.randn(5, 4), x, 2),
+        "sum_squares": (flat[0], torch.tensor([[0, 7], [7, 50]])),
         "rope": (torch.randn(9, 2, 48), torch.randn(2, 9, 3), 4, 2),
         "rope_backward": (q, k, k.clone(), torch.randn(2, 9, 3)),
         "softmax_stats": (x, torch.arange(5), 7),
@@ -284,9 +310,10 @@ def test_shapes_for_compilers() -> None:
         "adamw_": (*flat, None, 0.1, 0.9, 0.9, 1e-8, 0.1, 1.0, 3),
     }
     if OPS.attention_runs():
-        out, lse = OPS.attention(q, k, k, 0.4)
-        calls["attention"] = (q, k, k.clone(), 0.4)
-        calls["attention_backward"] = (out.clone(), q, k, k.clone(), out, lse, 0.4)
+        begin = torch.tensor([[0, 0, 0, 3, 3, 5, 6, 6, 6]] * 2)
+        out, lse = OPS.attention(q, k, k, begin, 0.4)
+        calls["attention"] = (q, k, k.clone(), None, 0.4)
+        calls["attention_backward"] = (out.clone(), q, k, k.clone(), out, lse, begin, 0.4)
         calls["mm_"] = (torch.randn(5, 3), x, torch.randn(8, 3), True)
     for name, arguments in calls.items():
         checks = ("test_schema", "test_faketensor")
@@ -305,7 +332,7 @@ def test_references_run_where_kernels_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "test",
-    [test_ops.test_rms_norm_gradcheck, test_ops.test_swiglu_gradcheck, test_ops.test_attention_gradcheck],
+    [test_ops.test_rms_norm_gradcheck, test_ops.test_attention_gradcheck],
     ids=lambda f: f.__name__,
 )
 def test_references_still_pass(test: Callable[[], None]) -> None:

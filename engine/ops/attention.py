@@ -24,14 +24,14 @@ def document_mask(documents: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = torch.ops.trident.attention(q, k, v, q.shape[-1] ** -0.5)
+        out, lse = torch.ops.trident.attention(q, k, v, None, q.shape[-1] ** -0.5)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, *others = ctx.saved_tensors
-        return torch.ops.trident.attention_backward(grad.contiguous(), q, *others, q.shape[-1] ** -0.5)
+        return torch.ops.trident.attention_backward(grad.contiguous(), q, *others, None, q.shape[-1] ** -0.5)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -50,43 +50,61 @@ def load() -> tuple[Any, str]:
 
 def _register_shapes() -> None:
     """Tell torch.compile and meta tensors what the operators return; those that return nothing need no telling."""
-    wide = {torch.float64: torch.float64}
 
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        return torch.empty_like(x), x.new_empty(rows, dtype=wide.get(x.dtype, torch.float32))
+    def stats(x: Tensor, *sizes: int) -> Tensor:
+        return x.new_empty(*sizes, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
-    def rope(fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(x: Tensor) -> int:
+        return x.numel() // x.shape[-1] if x.shape[-1] else 0
+
+    def same(*like: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(x.shape) for x in like)
+
+    def rope(fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, ...]:
         s, b, width = fused.shape
-        q, k, v = (fused.new_empty(b, heads, s, width // (n + 2 * m)) for heads in (n, m, m))
-        return q, k, v
+        return tuple(fused.new_empty(b, heads, s, width // (n + 2 * m)) for heads in (n, m, m))
 
     def rope_backward(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         b, n, s, d = q.shape
         return q.new_empty(s, b, (n + 2 * k.shape[1]) * d)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
         b, n, s, d = q.shape
         return q.new_empty(s, b, n * d), q.new_empty(b, n, s)
 
     fakes: dict[str, Callable[..., Any]] = {
         "mm_": lambda out, a, b, add: None,
-        "rms_norm": rms_norm,
-        "rms_norm_backward": lambda grad, x, weight, scale: (torch.empty_like(x), torch.empty_like(weight)),
-        "swiglu": lambda fused: fused.new_empty(*fused.shape[:-1], fused.shape[-1] // 2),
-        "swiglu_backward": lambda grad, fused: torch.empty_like(fused),
+        "rms_norm": lambda x, weight, eps, offset: (*same(x), stats(x, rows(x))),
+        "add_rms_norm": lambda x, residual, weight, eps, offset: (*same(x, x), stats(x, rows(x))),
+        "rms_norm_backward": lambda grad, grad_sum, x, weight, scale, offset: same(x, weight),
+        "layer_norm": lambda x, weight, bias, eps: (*same(x), stats(x, 2, rows(x))),
+        "add_layer_norm": lambda x, residual, weight, bias, eps: (*same(x, x), stats(x, 2, rows(x))),
+        "layer_norm_backward": lambda grad, grad_sum, x, weight, stats: same(x, weight, weight),
+        "gated": lambda fused, kind: fused.new_empty(*fused.shape[:-1], fused.shape[-1] // 2),
+        "gated_backward": lambda grad, fused, kind: torch.empty_like(fused),
         "rope": rope,
         "rope_backward": rope_backward,
         "attention": attention,
-        "attention_backward": lambda grad, q, k, v, out, lse, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-        "softmax_stats": lambda logits, target, valid: logits.new_empty(
-            3, len(logits), dtype=wide.get(logits.dtype, torch.float32)
-        ),
+        "attention_backward": lambda grad, q, k, v, out, lse, begin, scale: same(q, k, v),
+        "softmax_stats": lambda logits, target, valid: stats(logits, 3, len(logits)),
         "softmax_gradient_": lambda logits, target, peak, scale, grad, valid: None,
         "adamw_": lambda *_: None,
+        "sum_squares": lambda flat, bounds: flat.new_empty(len(bounds), dtype=torch.float64),
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"trident::{name}", fake)
+        torch.library.register_fake(f"trident::{name}", _on_one_device(name, fake))
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernels refuse tensors of several devices; one of them being "meta" must not hide that."""
+
+    def checked(*arguments: Any) -> Any:
+        devices = sorted({str(x.device) for x in arguments if isinstance(x, Tensor)})
+        if len(devices) > 1:
+            raise ValueError(f"trident::{name}: tensors are on {' and '.join(devices)}, wanted one device")
+        return fake(*arguments)
+
+    return checked
 
 
 @functools.cache

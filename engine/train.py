@@ -41,7 +41,7 @@ from engine.monitor.progress import Progress
 from engine.monitor.trace import write_timeline
 from engine.ops.native import keep_freed_memory
 from engine.optim.adamw import FlatAdamW
-from engine.optim.clip import GradNorms, NormCounter, clip_factor, scale_
+from engine.optim.clip import GradNorms, NormCounter, clip_factor
 from engine.optim.lr import learning_rate
 from engine.optim.precision import PRECISIONS, LossScale
 from engine.parallel.buckets import GradBuckets, make_buckets, settle_before_use
@@ -168,9 +168,8 @@ def train_step(
         )
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.schedule)
     if finite:
-        scale_(state.buckets, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
         state.before_update()
-        state.optimizer.step(lr)
+        state.optimizer.step(lr, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
     state.step += 1
     state.consumed_samples += cfg.train.global_batch_size
     state.consumed_tokens += cfg.train.global_batch_size * cfg.train.seq_len

@@ -24,7 +24,7 @@ from engine.context import ParallelContext
 from engine.ops.embedding import embedding, positions_in_documents
 from engine.ops.linear import Remake, linear
 from engine.ops.loss import cross_entropy
-from engine.ops.norm import layer_norm, rms_norm, spread_rms_norm
+from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, spread_rms_norm
 from engine.sharding import Chunk, Parameter, ShardSpec, new_parameter
 
 
@@ -125,15 +125,21 @@ class Norm(nn.Module):
         self.weight = new_parameter(ShardSpec((chunk,), init_value=1.0 - offset, decay=False), ctx)
         self.bias: Parameter | None = None
         self.function: Callable[..., Tensor] = partial(rms_norm, eps=cfg.norm_eps, offset=offset)
+        self.after_sum: Callable[..., tuple[Tensor, Tensor]] = partial(add_rms_norm, eps=cfg.norm_eps, offset=offset)
         if cfg.norm == "layernorm":
             self.bias = new_parameter(ShardSpec((bias_of(chunk),), init_value=0.0, decay=False), ctx)
             self.function = partial(layer_norm, eps=cfg.norm_eps)
+            self.after_sum = partial(add_layer_norm, eps=cfg.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(*self._inputs(x))
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual, and the norm of it."""
+        return self.after_sum(*self._inputs(x, residual))
+
+    def _inputs(self, *x: Tensor) -> tuple[Tensor, ...]:
+        return (*x, self.weight) if self.bias is None else (*x, self.weight, self.bias)
 
     def remake(self, x: Tensor) -> Remake:
         """How to get `self(x)` again from x, which the norm keeps anyway."""

@@ -77,15 +77,20 @@ class Block(nn.Module):
         attended = self._branch(self.attention_norm, self.attention, x, rope_table, mask)
         if self.parallel:
             return x + attended + self._branch(self.mlp_norm, self.mlp, x)
-        x = x + attended
-        return x + self._branch(self.mlp_norm, self.mlp, x)
+        if self.post:
+            x = x + attended
+            return x + self._branch(self.mlp_norm, self.mlp, x)
+        x, normed = self.mlp_norm.of_sum(x, attended)
+        return x + self.mlp(normed, self._remake(self.mlp_norm, x))
 
     def _branch(self, norm: Norm, part: Attention | MLP, x: Tensor, *rest: Tensor | None) -> Tensor:
         """part(norm(x)), or norm(part(x))."""
-        again = self.recompute == "selective"
         if self.post:
-            return norm(part(x, *rest, remake=Remake(_itself, (x,)) if again else None))
-        return part(norm(x), *rest, remake=norm.remake(x) if again else None)
+            return norm(part(x, *rest, remake=Remake(_itself, (x,)) if self.recompute == "selective" else None))
+        return part(norm(x), *rest, remake=self._remake(norm, x))
+
+    def _remake(self, norm: Norm, x: Tensor) -> Remake | None:
+        return norm.remake(x) if self.recompute == "selective" else None
 
 
 def _itself(x: Tensor) -> Tensor:

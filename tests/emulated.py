@@ -110,8 +110,10 @@ class Memory:
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, off: int = 0) -> Tensor:
         """Room for a result; holds NaN."""
-        _, inner = self._room(shape, dtype, off)
-        return inner.fill_(torch.nan)
+        room, inner = self._room(shape, dtype, off)
+        inner.fill_(torch.nan)
+        self.rooms[-1][2].copy_(room)
+        return inner
 
     def lend(self, values: Tensor, off: int = 0) -> Tensor:
         """A copy that a kernel is to write to."""

@@ -10,6 +10,7 @@
 // joins, a lane that asks a lane outside the mask, a block barrier that some threads never reach, a launch that no GPU
 // takes, and writing beyond the shared memory asked for.
 
+#include <csetjmp>
 #include <ucontext.h>
 
 #include <memory>
@@ -49,10 +50,12 @@ constexpr size_t STACK_BYTES = 64 << 10;
 enum class State { ready, exchanging, at_barrier, done };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t begin;  // entered by this, left and entered again by jumps, which spare system calls
+    jmp_buf again;
+    bool entered = false;
     std::unique_ptr<char[]> stack;
     void* kept = nullptr;  // ASan's
-    State state;
+    State state = State::ready;
     uint3 thread;
     unsigned mask;         // of the exchange it waits in
     bool turn;             // which of the warp's two sets of values its next exchange uses
@@ -64,7 +67,7 @@ struct Warp {
 
 Fiber fibers[MAX_THREADS];
 Warp warps[MAX_THREADS / WARP];
-ucontext_t scheduler;
+jmp_buf scheduler;
 void* scheduler_kept = nullptr;
 [[maybe_unused]] const void* scheduler_stack = nullptr;
 [[maybe_unused]] size_t scheduler_bytes = 0;
@@ -76,33 +79,44 @@ std::string fault;
 
 void yield() {
     Fiber& me = fibers[running];
-    __sanitizer_start_switch_fiber(me.state == State::done ? nullptr : &me.kept, scheduler_stack, scheduler_bytes);
-    swapcontext(&me.context, &scheduler);
+    __sanitizer_start_switch_fiber(&me.kept, scheduler_stack, scheduler_bytes);
+    if (!_setjmp(me.again)) _longjmp(scheduler, 1);
     __sanitizer_finish_switch_fiber(me.kept, &scheduler_stack, &scheduler_bytes);
 }
 
+// What a fiber does, block after block.
 void enter() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_bytes);
-    (*body)();
-    fibers[running].state = State::done;
-    yield();
+    while (true) {
+        (*body)();
+        fibers[running].state = State::done;
+        yield();
+    }
 }
 
 void resume(int i) {
+    Fiber& f = fibers[i];
     running = i;
-    here.thread = fibers[i].thread;
-    __sanitizer_start_switch_fiber(&scheduler_kept, fibers[i].stack.get(), STACK_BYTES);
-    swapcontext(&scheduler, &fibers[i].context);
+    here.thread = f.thread;
+    __sanitizer_start_switch_fiber(&scheduler_kept, f.stack.get(), STACK_BYTES);
+    if (!_setjmp(scheduler)) {
+        if (f.entered) _longjmp(f.again, 1);
+        f.entered = true;
+        setcontext(&f.begin);
+    }
     __sanitizer_finish_switch_fiber(scheduler_kept, nullptr, nullptr);
 }
 
 void prepare(int i) {
     Fiber& f = fibers[i];
-    if (!f.stack) f.stack.reset(new char[STACK_BYTES]);
-    getcontext(&f.context);
-    f.context.uc_stack = {f.stack.get(), 0, STACK_BYTES};
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
+    if (f.state != State::done) {  // new, or left in the middle of a launch that failed
+        if (!f.stack) f.stack.reset(new char[STACK_BYTES]);
+        getcontext(&f.begin);
+        f.begin.uc_stack = {f.stack.get(), 0, STACK_BYTES};
+        f.begin.uc_link = nullptr;
+        makecontext(&f.begin, enter, 0);
+        f.entered = false;
+    }
     const dim3 size = here.block_size;
     f.thread = {unsigned(i) % size.x, unsigned(i) / size.x % size.y, unsigned(i) / (size.x * size.y)};
     f.state = State::ready;
@@ -195,7 +209,8 @@ uint64_t exchange(unsigned mask, uint64_t bits, int from) {
     const int lane = running % WARP;
     if (!(mask >> lane & 1) || !(mask >> from & 1)) {
         fault = name(running) + " asks a lane that is not in its mask";
-        me.state = State::done;
+        me.state = State::exchanging;
+        me.mask = 0;
         yield();
     }
     warp.values[turn][lane] = bits;

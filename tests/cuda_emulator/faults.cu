@@ -20,7 +20,7 @@ __global__ void swap_twice(float* out, bool barrier) {
     for (int round = 0; round < 2; round++) {
         numbers[threadIdx.x] = float(threadIdx.x) + 1000.0f * float(round);
         __syncthreads();
-        out[threadIdx.x] = numbers[THREADS - 1 - threadIdx.x];
+        out[threadIdx.x] += numbers[THREADS - 1 - threadIdx.x];
         if (barrier) __syncthreads();
     }
 }

@@ -65,8 +65,10 @@ def index() -> Extension | None:
 def find_nvcc(cuda: str) -> str:
     """nvcc of the same major release as `cuda`, torch's. RuntimeError says why there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc") or shutil.which(
-        "nvcc", path="/usr/local/cuda/bin"
+    nvcc = (
+        shutil.which("nvcc", path=f"{home}/bin")
+        if home
+        else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     )
     if nvcc is None:
         raise RuntimeError(f"nvcc not found in {home + '/bin' if home else 'PATH or /usr/local/cuda/bin'}")
@@ -80,7 +82,12 @@ def find_nvcc(cuda: str) -> str:
 def find_cudart(nvcc: str, torch_folder: Path) -> str:
     """The CUDA runtime that torch itself loads, else the toolkit's."""
     toolkit = Path(nvcc).resolve().parent.parent
-    folders = [*sorted(torch_folder.parent.glob("nvidia/*/lib")), torch_folder / "lib", toolkit / "lib64", toolkit / "lib"]
+    folders = [
+        *sorted(torch_folder.parent.glob("nvidia/*/lib")),
+        torch_folder / "lib",
+        toolkit / "lib64",
+        toolkit / "lib",
+    ]
     for folder in folders:
         for path in sorted(folder.glob("libcudart.so*")):
             return str(path)
@@ -98,7 +105,7 @@ def gencode(capabilities: str) -> list[str]:
 
 
 def add_cuda(extension: Extension, folder: Path) -> None:
-    """Compiles the CUDA kernels into `folder` and makes them part of engine._ops; nothing to do for a torch without CUDA."""
+    """Compiles the CUDA kernels into `folder` and makes them part of engine._ops, where torch has CUDA at all."""
     import torch
 
     if torch.version.cuda is None:

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(BLOCK) turn(Turn<T> a) {
             for (int64_t head = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; head < heads;
                  head += int64_t(gridDim.y) * blockDim.y) {
                 const bool in_q = head < x.n, in_v = head >= x.n + x.m;
-                const Heads<T>& part = in_q ? a.q : in_v ? a.v : a.k;
+                const Heads<T> part = in_q ? a.q : in_v ? a.v : a.k;
                 const int64_t number = in_q ? head : in_v ? head - x.n - x.m : head - x.n;
                 T* mine = part.p + sample * part.sample + number * part.head + position * part.position;
                 T* packed = a.fused + (row * heads + head) * x.d;

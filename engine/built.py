@@ -9,7 +9,7 @@ _NOTES = Path(__file__).with_name("_build.json")
 
 
 def why_not(what: str) -> str:
-    """Why `what` ("engine._index", "engine._ops", or "cuda" for the CUDA kernels) was not built; "" if nothing is known."""
+    """Why "engine._index", "engine._ops" or "cuda" (its CUDA kernels) was not built; "" if nothing is known."""
     try:
         notes = json.loads(_NOTES.read_text())
     except (OSError, ValueError):

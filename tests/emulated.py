@@ -18,15 +18,17 @@ EMULATOR = ROOT / "tests/cuda_emulator"
 # signed overflow, shifts, misaligned 16-byte accesses and the like end the process with a message on stderr
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 CHECKED = ["-fsanitize=alignment,signed-integer-overflow,shift,bounds", "-fno-sanitize-recover=all"]
+ALL_CHECKED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+KEEP = ROOT / "build/cuda_emulated"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def compile_emulated(csrc: Path = ROOT / "csrc", flags: Sequence[str] = CHECKED) -> Path:
-    """A library of the kernels in `csrc` and the emulator; kept in build/ under a name that follows from its sources."""
+def compile_emulated(csrc: Path = ROOT / "csrc", flags: Sequence[str] = CHECKED, keep: Path = KEEP) -> Path:
+    """A library of the kernels in `csrc` and the emulator; kept in `keep` under a name made from its sources."""
     units = [*sorted(csrc.glob("*.cu")), *sorted(EMULATOR.glob("*.c*"))]
     texts = [p.read_bytes() for p in (*units, *sorted(csrc.glob("*.h")), *sorted(EMULATOR.glob("include/*.h")))]
     key = hashlib.sha256(b"\0".join([*texts, " ".join([*FLAGS, *flags]).encode()])).hexdigest()[:16]
-    folder = ROOT / "build/cuda_emulated" / key
+    folder = keep / key
     library = folder / "kernels.so"
     if library.exists():
         return library

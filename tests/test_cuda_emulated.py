@@ -1,20 +1,24 @@
 """The CUDA kernels, run by the emulator of tests/cuda_emulator, against torch in float64.
 
 Sizes are drawn: zero rows, one value, widths that no pack divides, rows wider than what a thread keeps in registers,
-tensors that begin anywhere. Each call runs in two orders of its threads and blocks, and must give the same bits: a missing
-barrier shows there. Results of 16-bit types are those of their rounded inputs, rounded.
+tensors that begin anywhere. Each call runs in two orders of its threads and blocks, and must give the same bits: a
+missing barrier shows there. Results of 16-bit types are those of their rounded inputs, rounded.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from emulated import TYPES, Kernels, Memory, compile_emulated
+from emulated import ALL_CHECKED, CHECKED, ROOT, TYPES, Kernels, Memory, compile_emulated
 from test_ops import relative
 from torch import Tensor
 
@@ -28,7 +32,9 @@ WIDTHS = [1, 2, 7, 8, 16, 33, 64, 70, 120, 128, 200, 256, 512, 1000, 1023, 2048,
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    return Kernels(compile_emulated())
+    if mutant := os.environ.get("TRIDENT_MUTANT"):
+        return Kernels(Path(mutant))
+    return Kernels(compile_emulated(flags=ALL_CHECKED if os.environ.get("TRIDENT_SANITIZED") else CHECKED))
 
 
 class Trial:
@@ -317,3 +323,87 @@ def test_faults_are_found_and_sound_kernels_are_not_blamed(kernels: Kernels, nam
             kernels("run_fault", number, out, False)
             wrong += not torch.equal(out, want)
     assert wrong >= 9
+
+
+# -- whether these tests find what may be wrong with a kernel --------------------------------------------------------
+
+MUTATIONS: dict[str, tuple[str, str, str, str]] = {
+    "a team's sum read too soon": (
+        "device.h",
+        "    __syncthreads();\n    x = parts[0];",
+        "    x = parts[0];",
+        "rms_norm",
+    ),
+    "a team's sum overwritten": (
+        "device.h",
+        "    __syncthreads();  // what was here before has been read\n",
+        "",
+        "layer_norm",
+    ),
+    "half of a warp": ("device.h", "(team < 32 ? team : 32) / 2;", "(team < 32 ? team : 32) / 4;", "rms_norm"),
+    "column sums read too soon": (
+        "norm_cuda.cu",
+        "    __syncthreads();\n    if (threadIdx.y",
+        "    if (threadIdx.y",
+        "rms_norm",
+    ),
+    "a pack too many": ("norm_cuda.cu", "(mine[k] = i < packs)", "(mine[k] = i <= packs)", "rms_norm"),
+    "wide rows cut": (
+        "norm_cuda.cu",
+        "rest = threadIdx.x + KEEP * team",
+        "rest = threadIdx.x + 3 * team",
+        "layer_norm",
+    ),
+    "rows beyond the grid": (
+        "norm_cuda.cu",
+        "first += int64_t(gridDim.x) * blockDim.y",
+        "first += int64_t(gridDim.x) * 64 * blockDim.y",
+        "rms_norm",
+    ),
+    "misaligned packs": ("device.h", "reinterpret_cast<uintptr_t>(p) % 16 == 0", "true", "gated"),
+    "parts of another's": ("norm_cuda.cu", "parts_w + teams * a.h", "parts_w + (teams - 1) * a.h", "layer_norm"),
+    "turned the other way": ("model_cuda.cu", "BACK ? -wide(sin", "!BACK ? -wide(sin", "rope"),
+    "v turned too": ("model_cuda.cu", "if (!in_v)", "if (true)", "rope"),
+    "the rest of a head": ("model_cuda.cu", "const int64_t i = x.r + (slot", "const int64_t i = half + (slot", "rope"),
+    "sums of different peaks": ("model_cuda.cu", "sum : sum * soft_exp(peak - top)", "sum : sum", "softmax"),
+    "the row's head": ("model_cuda.cu", "head = off ? FULL<T> - off : 0", "head = 0", "softmax"),
+    "padding": ("model_cuda.cu", "begin + j >= valid ? W(0)", "begin + j > valid ? W(0)", "softmax"),
+    "the tail of a flat": ("optim_cuda.cu", "if (i < a.n - packs * N) update", "if (false) update", "adamw"),
+    "no decay": ("optim_cuda.cu", "p.at[j] * f.decay", "p.at[j]", "adamw"),
+    "both ends of a range": ("optim_cuda.cu", "if (tail + threadIdx.x < count)", "if (false)", "sum_squares"),
+    "a range twice": ("optim_cuda.cu", "i += AHEAD * step", "i += step", "sum_squares"),
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_planted_faults_are_found(name: str, tmp_path: Path) -> None:
+    file, old, new, op = MUTATIONS[name]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    text = (tmp_path / "csrc" / file).read_text()
+    assert old in text
+    (tmp_path / "csrc" / file).write_text(text.replace(old, new))
+    mutant = compile_emulated(tmp_path / "csrc", ["-fsanitize=alignment", "-fsanitize-trap=alignment"], tmp_path)
+    # in a process of its own: a wrong bound may end it
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", f"test_{op} and not float64"]
+    environment = os.environ | {"TRIDENT_MUTANT": str(mutant)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0, done.stdout
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_under_the_sanitizers() -> None:
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TRIDENT_SANITIZED": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-m", "not heavy", "-k", "not faults"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

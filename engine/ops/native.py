@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.built import why_not
+
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +38,8 @@ def load() -> tuple[Any, str]:
     """(torch.ops.trident or None, what there is to say about it). Loads the extension once per process."""
     spec = importlib.util.find_spec("engine._ops")
     if spec is None or spec.origin is None:
-        return None, "engine._ops is not built"
+        why = why_not("engine._ops")
+        return None, f"engine._ops is not built ({why})" if why else "engine._ops is not built"
     try:
         torch.ops.load_library(spec.origin)
         built_for = torch.ops.trident.built_for()
@@ -120,13 +123,43 @@ def _library() -> Any:
 
 
 def kernels(*tensors: Tensor) -> Any:
-    """torch.ops.trident if our kernels are to run on these tensors: on the CPU, all of one floating type; else None."""
+    """torch.ops.trident if our kernels are to run on these tensors, of one device and one floating type; else None.
+
+    On the CPU wherever the extension is built; on a GPU where it was built with CUDA kernels for it.
+    """
     if not _CHOICE.kernels:
         return None
     first = tensors[0]
-    if first.dtype not in _TYPES or any(x.device.type != "cpu" or x.dtype != first.dtype for x in tensors):
+    if first.dtype not in _TYPES or any(x.device != first.device or x.dtype != first.dtype for x in tensors):
         return None
-    return _library()
+    if first.device.type == "cpu":
+        return _library()
+    return _library() if first.device.type == "cuda" and not why_no_cuda(first.device) else None
+
+
+@functools.cache
+def why_no_cuda(device: torch.device) -> str:
+    """Why our CUDA kernels cannot run on this GPU; "" if they can."""
+    library, why = load()
+    if library is None:
+        return why
+    built = library.cuda_capabilities()
+    if not built:
+        return f"engine._ops has no CUDA kernels ({why_not('cuda') or 'torch had no CUDA when it was built'})"
+    own = torch.cuda.get_device_capability(device)
+    if runs_on(own, built):
+        return ""
+    return f"the CUDA kernels were built for compute capability {built}, this GPU has {own[0]}.{own[1]}"
+
+
+def runs_on(capability: tuple[int, int], built: str) -> bool:
+    """Whether code for `built` ("8.0 9.0+PTX") runs on a GPU: PTX on all later ones, else within its major number."""
+    for word in built.replace(";", " ").split():
+        number, ptx, _ = word.partition("+PTX")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if (capability[0] == major or ptx) and capability >= (major, minor):
+            return True
+    return False
 
 
 @functools.cache
@@ -151,15 +184,16 @@ def _attention_runs() -> bool:
 
 def own_attention(*heads: Tensor) -> bool:
     """Whether our attention is to run: float32 on a CPU with AVX-512."""
-    return heads[0].dtype == torch.float32 and kernels(*heads) is not None and _attention_runs()
+    fits = heads[0].device.type == "cpu" and heads[0].dtype == torch.float32
+    return fits and kernels(*heads) is not None and _attention_runs()
 
 
 def in_words(device: torch.device, dtype: torch.dtype) -> str:
     """What runs on tensors of this device and type, and why, in half a line."""
     probe = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
     if load()[0] is None or kernels(probe) is None:
-        why = load()[1] if device.type == "cpu" else f"own ones are for CPUs, this is {device.type}"
-        return f"torch ({why})"
+        why = {"cpu": lambda: load()[1], "cuda": lambda: why_no_cuda(probe.device)}.get(device.type)
+        return f"torch ({why() if why else f'own ones are for CPUs and CUDA, this is {device.type}'})"
     others = {"attention": own_attention(probe), "matrix products": _own_gemm(probe[0, 0])}
     return ", ".join([f"own ({load()[1]})", *(f"{name}: {'own' if own else 'torch'}" for name, own in others.items())])
 

@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from engine import built, doctor
 from engine.data import order
@@ -33,8 +36,6 @@ def tree(tmp_path: Path) -> Path:
 
 
 def suffix() -> str:
-    import sysconfig
-
     return str(sysconfig.get_config_var("EXT_SUFFIX"))
 
 
@@ -84,6 +85,31 @@ def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
     with pytest.warns(UserWarning, match="not built .csrc/ops.cpp:1: error: no.: torch's own operators run instead"):
         assert native._library() is None
+
+
+class Gpu:
+    """What the choice looks at of a tensor on a GPU."""
+
+    device, dtype = torch.device("cuda", 0), torch.float32
+
+
+def test_a_gpu_without_kernels_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extension without CUDA kernels, then one for other GPUs, then one for this."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cases = {"": r"no CUDA kernels \(nvcc not found in PATH\)", "8.0": "for compute capability 8.0, this GPU has 9.0"}
+    monkeypatch.setattr(native, "why_not", lambda what: "nvcc not found in PATH")
+    for built_for, said in (cases | {"8.0 9.0+PTX": ""}).items():
+        library = SimpleNamespace(cuda_capabilities=lambda words=built_for: words)
+        monkeypatch.setattr(native, "load", lambda library=library: (library, "engine._ops"))
+        native.why_no_cuda.cache_clear()
+        native._cuda_library.cache_clear()
+        if said:
+            with pytest.warns(UserWarning, match=said):
+                assert native.kernels(Gpu()) is None
+        assert native.kernels(Gpu()) is (None if said else library)  # and no second warning
+        assert native.kernels(Gpu(), torch.ones(1)) is None
+    native.why_no_cuda.cache_clear()
+    native._cuda_library.cache_clear()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"engine._ops": 3}', "{", '{"other": "x"}'])

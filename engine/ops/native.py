@@ -114,12 +114,23 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def _library() -> Any:
     library, why = load()
     if library is None:
-        warnings.warn(
-            f"{why}: torch's own operators run instead, slower. Build it: "
-            "pip install --no-build-isolation --no-deps -e .",
-            stacklevel=4,
-        )
+        _warn(why)
     return library
+
+
+@functools.cache
+def _cuda_library(device: torch.device) -> Any:
+    if why := why_no_cuda(device):
+        _warn(why)
+        return None
+    return load()[0]
+
+
+def _warn(why: str) -> None:
+    warnings.warn(
+        f"{why}: torch's own operators run instead, slower. Build it: pip install --no-build-isolation --no-deps -e .",
+        stacklevel=5,
+    )
 
 
 def kernels(*tensors: Tensor) -> Any:
@@ -132,9 +143,9 @@ def kernels(*tensors: Tensor) -> Any:
     first = tensors[0]
     if first.dtype not in _TYPES or any(x.device != first.device or x.dtype != first.dtype for x in tensors):
         return None
-    if first.device.type == "cpu":
-        return _library()
-    return _library() if first.device.type == "cuda" and not why_no_cuda(first.device) else None
+    if first.device.type == "cuda":
+        return _cuda_library(first.device)
+    return _library() if first.device.type == "cpu" else None
 
 
 @functools.cache
@@ -191,9 +202,14 @@ def own_attention(*heads: Tensor) -> bool:
 def in_words(device: torch.device, dtype: torch.dtype) -> str:
     """What runs on tensors of this device and type, and why, in half a line."""
     probe = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
-    if load()[0] is None or kernels(probe) is None:
-        why = {"cpu": lambda: load()[1], "cuda": lambda: why_no_cuda(probe.device)}.get(device.type)
-        return f"torch ({why() if why else f'own ones are for CPUs and CUDA, this is {device.type}'})"
+    if device.type == "cuda":
+        why_not_own = why_no_cuda(probe.device)
+    elif device.type == "cpu":
+        why_not_own = load()[1] if load()[0] is None else ""
+    else:
+        why_not_own = f"own ones are for CPUs and CUDA, this is {device.type}"
+    if why_not_own or kernels(probe) is None:
+        return f"torch ({why_not_own or f'own ones are not for {dtype}'})"
     others = {"attention": own_attention(probe), "matrix products": _own_gemm(probe[0, 0])}
     return ", ".join([f"own ({load()[1]})", *(f"{name}: {'own' if own else 'torch'}" for name, own in others.items())])
 

@@ -134,7 +134,8 @@ class ParallelConfig(Section):
     chunks: int = Field(0, ge=0)
     """pipeline stages on each rank; 0: as the schedule has it (2 for interleaved and the V-shaped ones, else 1)"""
     layers: str = ""
-    """blocks of each pipeline stage in order, such as 9,8,8,7; empty: equally many"""
+    """blocks of each pipeline stage in order, such as 9,8,8,7; empty: equally many; balanced: worked out so that the
+    heaviest stage, the output head being part of the last, computes as little as possible"""
     zero: int = Field(1, ge=0, le=1)
     """1: ZeRO-1, each data rank holds and updates its part of master weights and optimizer state; 0: all of it"""
     reduce_dtype: Literal["main", "bf16"] = "main"
@@ -317,6 +318,9 @@ def pipeline_plan(config: Config) -> Plan:
     if p.schedule in SCHEDULES:
         return build(p.schedule, p.pipeline, p.chunks, microbatches_of(config))
     return load_plan(Path(p.schedule))
+
+
+BALANCED = "balanced"  # parallel.layers, before it is resolved
 
 
 def layers_of_stages(config: Config) -> list[int]:

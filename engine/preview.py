@@ -12,7 +12,7 @@ from engine.model.transformer import build_stages, num_parameters
 from engine.optim.precision import PRECISIONS
 from engine.pipeline.actions import Plan
 from engine.pipeline.simulate import peak_memory, simulate
-from engine.planner.cost import flops_per_token
+from engine.planner.cost import flops_per_token, uneven_pipeline
 from engine.resolve import Resolved
 
 _MAX_GRID_RANKS = 64
@@ -53,6 +53,8 @@ def show(resolved: Resolved, console: Console) -> None:
         ("model FLOPs", f"{flops / 1e9:,.2f} GFLOP a token, {flops * tokens / 1e12:,.2f} TFLOP a step"),
     ):
         console.print(f"{label}: {value}", highlight=False)
+    if uneven := uneven_pipeline(cfg, plan):
+        console.print(f"note: {uneven}", highlight=False)
 
 
 def _stages(resolved: Resolved, layout: Layout, plan: Plan) -> Table:

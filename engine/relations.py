@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.config import CheckpointConfig, Config, ModelConfig, chunks_of
+from engine.config import BALANCED, CheckpointConfig, Config, ModelConfig, chunks_of
 from engine.errors import Fault, PlanError
 from engine.pipeline.schedules import SCHEDULES, load_plan
 
@@ -188,6 +188,8 @@ def _schedule_relations(cfg: Config, world: int) -> Iterator[Fault]:
         )
         return
     stages = p.pipeline * chunks
+    if p.layers == BALANCED:
+        return
     if p.layers:
         yield from _layer_list_relations(p.layers, stages, m.num_layers)
     elif m.num_layers % stages:
@@ -207,7 +209,8 @@ def _layer_list_relations(text: str, stages: int, num_layers: int) -> Iterator[F
     counts = text.split(",")
     even = ",".join(str(num_layers // stages + (i < num_layers % stages)) for i in range(stages))
     if not all(count.isdecimal() for count in counts):
-        yield Fault("parallel.layers", text, "is not a list of numbers", f"Give one for each stage, such as {even}.")
+        repair = f"Give one for each stage, such as {even}, or {BALANCED}."
+        yield Fault("parallel.layers", text, "is not a list of numbers", repair)
     elif len(counts) != stages or sum(map(int, counts)) != num_layers:
         found = f"is {sum(map(int, counts))} layers in {len(counts)} stages, not {num_layers} in {stages}"
         yield Fault("parallel.layers", text, found, f"Such as {even}.")

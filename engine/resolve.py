@@ -16,10 +16,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engine.config import Config, ModelConfig, chunks_of, fields, type_name
+from engine.config import BALANCED, Config, ModelConfig, chunks_of, fields, type_name
 from engine.errors import CheckpointError, ConfigError, Fault
 from engine.hf_config import facts_of
 from engine.mixture import read_mixture
+from engine.planner.cost import balanced_layers
 from engine.presets import PRESETS
 from engine.relations import ROPE_SCALES, relations
 
@@ -117,9 +118,17 @@ def _fill_in(config: Config, world: int, sources: dict[str, str]) -> Config:
     for (section, name), value in derived.items():
         part = getattr(config, section)
         if getattr(part, name) != value:
-            config = config.model_copy(update={section: part.model_copy(update={name: value})})
-            sources[f"{section}.{name}"] = "derived"
+            config = _with(config, section, name, value, sources)
+    if parallel.layers == BALANCED:
+        stages = config.parallel.pipeline * config.parallel.chunks
+        counts = balanced_layers(config.model, config.train.seq_len, stages)
+        config = _with(config, "parallel", "layers", ",".join(map(str, counts)), sources)
     return config
+
+
+def _with(config: Config, section: str, name: str, value: object, sources: dict[str, str]) -> Config:
+    sources[f"{section}.{name}"] = "derived"
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
 
 
 def _known_paths() -> list[str]:

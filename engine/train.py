@@ -49,7 +49,7 @@ from engine.pipeline.actions import Plan
 from engine.pipeline.executor import Trace, execute
 from engine.pipeline.simulate import simulate
 from engine.pipeline.stage import Stage
-from engine.planner.cost import flops_per_token
+from engine.planner.cost import flops_per_token, uneven_pipeline
 from engine.resolve import Resolved
 from engine.sharding import Parameter, initialise_, parameters
 
@@ -342,6 +342,8 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
             f"{state.plan.microbatches} microbatches for {ctx.pipeline.size} pipeline ranks leave a bubble of "
             f"{simulate(state.plan).bubble:.0%}; train.global_batch_size {enough} would give each rank one"
         )
+    if uneven := uneven_pipeline(cfg, state.plan):
+        console.note(uneven)
     if tokenizer is not None and ctx.rank == 0:
         tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, Fault
 from engine.launch import Env, pick_device, read_env
 from engine.model.transformer import num_parameters
 from engine.pipeline.schedules import build
+from engine.planner.cost import balanced_layers, flops_per_token, stage_flops
 from engine.presets import PRESETS
 from engine.resolve import Resolved, load
 
@@ -245,7 +247,7 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         2,
         "parallel.layers",
         "is not a list of numbers",
-        "Give one for each stage, such as 2,2.",
+        "Give one for each stage, such as 2,2, or balanced.",
     ),
     "sum of layers": (
         {"parallel.pipeline": 2, "parallel.layers": "3,2"},
@@ -741,6 +743,42 @@ def test_dry_run_counts_a_tied_embedding_once_where_both_ends_are_on_a_rank(caps
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     counts = [int(row[2].replace(",", "")) for row in rows if len(row) == 4]
     assert len(counts) == 2 and f"parameters in total: {sum(counts):,}" in out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.integers(1, 12),
+    stages=st.integers(1, 4),
+    vocab=st.sampled_from([1, 50, 400, 5_000]),
+    seq_len=st.integers(2, 64),
+)
+def test_balanced_stages_are_the_best_there_are(layers: int, stages: int, vocab: int, seq_len: int) -> None:
+    cfg = ModelConfig(num_layers=layers, vocab_size=vocab, hidden_size=8, num_heads=2, num_kv_heads=1, head_dim=4)
+    chosen = balanced_layers(cfg, seq_len, stages)
+    heaviest = {
+        counts: max(stage_flops(cfg, seq_len, counts))
+        for counts in itertools.product(range(layers + 1), repeat=stages)
+        if sum(counts) == layers
+    }
+    assert heaviest[tuple(chosen)] == min(heaviest.values())
+    assert sorted(chosen[:-1]) == chosen[:-1]
+    assert sum(stage_flops(cfg, seq_len, chosen)) == flops_per_token(cfg, seq_len)
+
+
+def test_balanced_is_resolved_and_a_run_that_would_gain_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"model.preset": "llama-3-8b", "parallel.pipeline": "8", "train.global_batch_size": "16"}
+    balanced = load([], sizes | {"parallel.layers": "balanced"}, world=None)
+    assert balanced.config.parallel.layers == "4,4,4,4,4,5,5,2"
+    assert balanced.sources["parallel.layers"] == "derived"
+    words = [f"--{key}={value}" for key, value in sizes.items()]
+    note = "the heaviest pipeline rank computes 1.49 times the mean; --parallel.layers balanced (4,4,4,4,4,5,5,2)"
+    for more, told in (
+        ([], True),
+        (["--parallel.layers=balanced"], False),
+        (["--parallel.layers=4,4,4,4,4,4,5,3"], False),
+    ):
+        assert run_cli("train", "--dry-run", *words, *more) == EXIT_OK
+        assert (note in " ".join(capsys.readouterr().out.split())) is told
 
 
 def test_help_lists_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

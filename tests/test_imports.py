@@ -24,9 +24,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.schedules", "pipeline.torch_csv"),
     ("pipeline.search", "pipeline.timeline", "pipeline.draw", "pipeline.report"),
     ("config",),
-    ("relations",),
+    ("relations", "planner"),
     ("resolve",),
-    ("planner", "options"),
+    ("options",),
     ("faults",),  # no torch up to here
     ("rng", "context"),
     ("comm", "sharding", "launch"),

@@ -10,6 +10,7 @@ import test_native_ops
 import test_ops
 import torch
 from test_native_ops import (  # noqa: F401
+    test_a_norm_after_a_sum_is_the_two_in_turn,
     test_adamw,
     test_bf16_rounds_as_torch_does,
     test_cross_entropy_ways_agree,

@@ -128,11 +128,11 @@ def add_cuda(extension: Extension, folder: Path) -> None:
 
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:
-            extension.extra_objects += pool.map(compiled, sorted(glob("csrc/*.cu")))
+            objects = list(pool.map(compiled, sorted(glob("csrc/*.cu"))))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         FAILED["cuda"] = str(error)
         return
-    extension.extra_objects.append(cudart)
+    extension.extra_objects += [*objects, cudart]
     extension.define_macros.append(("WITH_CUDA", f'"{capabilities}"'))
 
 
@@ -144,24 +144,31 @@ def first_errors(log: str) -> str:
 class Build(build_ext):
     """build_ext that keeps why an extension was not built, and leaves no older build of it behind."""
 
+    settings = ""  # what engine._ops is built with: another torch, or CUDA where there was none, builds it anew
+
     def run(self) -> None:
+        # while extensions are built, setuptools does not know that they will be copied into the source tree
+        self.homes = {e.name: Path(self.get_ext_fullpath(e.name)) for e in self.extensions}
+        self.notes = Path(self.get_ext_fullpath("engine._ops")).parent / "_build.json"
         super().run()
         for what, why in FAILED.items():
             print(f"warning: {what} is not built: {why}", file=sys.stderr)
-        target = Path(self.get_ext_fullpath("engine._ops")).parent / "_build.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(FAILED, indent=1) + "\n")
+        self.notes.parent.mkdir(parents=True, exist_ok=True)
+        self.notes.write_text(json.dumps({"settings": self.settings, **FAILED}, indent=1) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "engine._ops":
             add_cuda(ext, Path(self.build_temp) / "cuda")
+            self.settings = str(ext.define_macros)
+            known = self.notes.exists() and json.dumps(self.settings) in self.notes.read_text()
+            self.force = self.force or not known
         with tempfile.TemporaryFile() as log:
             stderr = os.dup(2)
             os.dup2(log.fileno(), 2)
+            error = None
             try:
                 super().build_extension(ext)
-                error = None
-            except Exception as raised:  # a compiler fails in many ways; setuptools decides what is an end
+            except Exception as raised:  # a compiler fails in many ways; setuptools decides which is the end
                 error = raised
             finally:
                 os.dup2(stderr, 2)
@@ -171,7 +178,8 @@ class Build(build_ext):
         sys.stderr.write(said)
         if error is not None:
             FAILED[ext.name] = first_errors(said) or str(error)
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            for path in (self.homes[ext.name], Path(self.get_ext_fullpath(ext.name))):
+                path.unlink(missing_ok=True)
             raise error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def build(tree: Path, **environment: str) -> tuple[dict[str, str], str, list[str
     )
     assert done.returncode == 0, done.stderr
     there = sorted(p.name.split(".")[0] for p in (tree / "engine").glob("*.so"))
-    return json.loads((tree / "engine/_build.json").read_text()), done.stderr, there
+    notes = json.loads((tree / "engine/_build.json").read_text())
+    notes.pop("settings")
+    return notes, done.stderr, there
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -69,6 +72,41 @@ def test_no_torch(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "hidden/torch.py").write_text("raise ImportError('no torch here')")
     notes, _, _ = build(tree, PYTHONPATH=str(tmp_path / "hidden"), CC="false", CXX="false")
     assert notes["engine._ops"] == "torch could not be imported when this was installed (no torch here)"
+
+
+TORCH = """
+class version: cuda = "13.0"
+__version__ = "2.11.0+cu130"
+def compiled_with_cxx11_abi(): return True
+"""
+NVCC = """#!/bin/sh
+[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V" && exit
+echo 'csrc/model_cuda.cu(3): error: this nvcc knows no C++'
+exit 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("release", "why"),
+    [
+        (None, r"nvcc not found in .*/cuda/bin"),
+        ("12.4", r".*/cuda/bin/nvcc is of CUDA 12, torch is built for 13.0"),
+        ("13.1", r"csrc/model_cuda.cu\(3\): error: this nvcc knows no C\+\+"),
+    ],
+)
+def test_without_cuda_kernels_it_is_said_why(tree: Path, release: str | None, why: str) -> None:
+    """A torch with CUDA (of which no more than setup.py asks is there), and an nvcc that will not do."""
+    for name in ("hidden", "cuda/bin", "cuda/lib64"):
+        (tree / name).mkdir(parents=True)
+    (tree / "hidden/torch.py").write_text(TORCH)
+    (tree / "cuda/lib64/libcudart.so").touch()
+    if release:
+        (tree / "cuda/bin/nvcc").write_text(NVCC.format(release=release))
+        (tree / "cuda/bin/nvcc").chmod(0o755)
+    path = {"PYTHONPATH": str(tree / "hidden"), "CUDA_HOME": str(tree / "cuda")}
+    notes, said, _ = build(tree, **path, CC="false", CXX="false")
+    assert re.fullmatch(why, notes["cuda"]) and f"warning: cuda is not built: {notes['cuda']}" in said
+    assert "engine._ops" in notes  # it was tried without them
 
 
 def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """What setup.py needs, with older builds of both extensions in place, and a kernel file that is no C++."""
+    """What setup.py needs, with older builds of both extensions in place; one file is no C++, another soon compiled."""
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "csrc/ops.cpp").write_text("int unfinished(\n")
+    (tmp_path / "csrc/index.cpp").write_text("int nothing;\n")
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine/__init__.py").touch()
     for name in ("_ops", "_index"):

@@ -151,7 +151,7 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("kernels", f"fp32 on {device.type}: {native.in_words(device, torch.float32)}")
         for tried in selftest.try_ops(device):
             who = "own" if tried.own else "torch"
-            off = f"off by {tried.difference:.1e}, tolerance {selftest.TOLERANCE:.0e}"
+            off = f"off by {tried.difference:.1e}, tolerance {tried.tolerance:.0e}"
             text = f"{tried.name}: {who}; {tried.error or off}"
             yield Finding(f"op on {device.type}", text + " WRONG" * tried.broken, broken=tried.broken)
 

@@ -55,6 +55,7 @@ def test_a_sound_installation() -> None:
     assert "have summed a number" in done.stdout and re.search(r"^optional +.*matplotlib \d", done.stdout, re.M)
     for name in selftest.OPS:
         assert re.search(rf" {name}: (own|torch); off by [0-9.e+-]+, tolerance 1e-05$", done.stdout, re.M), name
+        assert re.search(rf" {name} in bf16: (own|torch); off by [0-9.e+-]+, tolerance 2e-02$", done.stdout, re.M), name
 
 
 def test_without_gloo_it_is_broken() -> None:
@@ -110,8 +111,10 @@ def test_an_op_that_raises_is_a_fault_and_the_others_are_tried(monkeypatch: pyte
 
     monkeypatch.setitem(selftest.OPS, "RoPE", (fails, []))
     tried = list(selftest.try_ops(CPU))
-    assert [t.name for t in tried] == list(selftest.OPS)
-    assert [(t.name, t.error) for t in tried if t.broken] == [("RoPE", "RuntimeError: no such instruction")]
+    assert [t.name for t in tried] == [name + low for name in selftest.OPS for low in ("", " in bf16")]
+    assert [(t.name, t.error) for t in tried if t.broken] == [
+        (name, "RuntimeError: no such instruction") for name in ("RoPE", "RoPE in bf16")
+    ]
 
 
 def test_without_extensions_it_says_so_and_nothing_is_broken(
@@ -125,7 +128,7 @@ def test_without_extensions_it_says_so_and_nothing_is_broken(
     assert re.search(r"^extension +engine._index is not available \(.*; build it: pip install", out, re.M)
     assert re.search(r"^extension +engine._ops is not built; build it: pip install", out, re.M)
     assert "fp32 on cpu: torch (engine._ops is not built)" in out
-    assert not re.search(r"op on cpu .*: own", out) and len(re.findall(r"op on cpu .*: torch", out)) == len(
+    assert not re.search(r"op on cpu .*: own", out) and len(re.findall(r"op on cpu .*: torch", out)) == 2 * len(
         selftest.OPS
     )
 

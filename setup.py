@@ -141,6 +141,15 @@ def first_errors(log: str) -> str:
     return "; ".join([line.strip() for line in log.splitlines() if re.search(r"\berror\b", line, re.I)][:2])
 
 
+def shortly(error: BaseException) -> str:
+    """What is known of a command that failed without a word."""
+    while error.__context__ is not None and not isinstance(error, subprocess.CalledProcessError):
+        error = error.__context__
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{error.cmd[0]} ended with exit code {error.returncode}"
+    return str(error)[:200]
+
+
 class Build(build_ext):
     """build_ext that keeps why an extension was not built, and leaves no older build of it behind."""
 
@@ -177,7 +186,7 @@ class Build(build_ext):
             said = log.read().decode(errors="replace")
         sys.stderr.write(said)
         if error is not None:
-            FAILED[ext.name] = first_errors(said) or str(error)
+            FAILED[ext.name] = first_errors(said) or shortly(error)
             for path in (self.homes[ext.name], Path(self.get_ext_fullpath(ext.name))):
                 path.unlink(missing_ok=True)
             raise error

@@ -2,8 +2,9 @@
 //
 // One task is a sample and a key/value head; its query heads come one after another, so that with grouped queries the
 // gradients of k and v are summed in one place and no k or v is repeated. Queries go by blocks of rows, few enough that
-// the block's scores over all keys stay in L2; what lies beyond the diagonal is skipped tile by tile. Sums of a row run
-// over the keys in order, one after another: nothing depends on threads, on other samples or on the length behind a row.
+// the block's scores over all keys stay in L2; what lies beyond the diagonal is skipped tile by tile, and so is what lies
+// before the first key that a row sees where documents are kept apart. Sums of a row run over the keys in order, one
+// after another: nothing depends on threads, on other samples or on the length behind a row.
 
 #include "kernels.h"
 
@@ -21,6 +22,12 @@ namespace {
 constexpr int64_t SCORES = 64 * 1024;  // floats of a block's scores
 
 int64_t up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
+
+// The first key that each row of a sample sees; non-decreasing.
+struct Begin {
+    const int64_t* p;
+    int64_t operator[](int64_t row) const { return p ? p[row] : 0; }
+};
 
 // Sizes and strides of one call. ld: keys rounded up to whole tiles; dd: d rounded up; rows: of a block of queries.
 struct Plan {
@@ -58,34 +65,37 @@ void pack_over_positions(Heads<const float> x, int64_t first, int64_t count, int
     pack<NR>(x.p + first * x.position, 1, x.position, d, count, to);
 }
 
-// out[14 i .. ][keys] = a b for the keys that each panel of rows sees.
-void scores(const Plan& plan, int64_t q0, int64_t rows, const float* a, const float* b, float* out) {
+// out[14 i .. ][keys] = a b for the keys that each panel of rows sees, from a whole tile's begin on.
+void scores(const Plan& plan, Begin begin, int64_t q0, int64_t rows, const float* a, const float* b, float* out) {
     const int64_t d = plan.x.d;
     for (int64_t i = 0; i < rows; i += MR) {
         const int64_t seen = std::min(plan.x.s, q0 + i + MR);
-        for (int64_t j = 0; j < seen; j += NR) tile(d, a + i * d, MR, b + j * d, out + i * plan.ld + j, plan.ld, false);
+        for (int64_t j = begin[q0 + i] / NR * NR; j < seen; j += NR)
+            tile(d, a + i * d, MR, b + j * d, out + i * plan.ld + j, plan.ld, false);
     }
 }
 
-// Row of position p: scores -> exp(scale (x - max)) up to p, zeros to `end`. Returns the sum; *peak: scale max.
-float exponentials(float* x, int64_t p, int64_t end, float scale, float* peak) {
-    float top = x[0], sum = 0;
+// Row of position p: scores -> exp(scale (x - max)) from key `begin` to p, zeros in the rest of [low, end). Returns the
+// sum; *peak: scale max.
+float exponentials(float* x, int64_t low, int64_t begin, int64_t p, int64_t end, float scale, float* peak) {
+    float top = x[begin], sum = 0;
 #pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i <= p; i++) top = x[i] > top ? x[i] : top;
+    for (int64_t i = begin; i <= p; i++) top = x[i] > top ? x[i] : top;
     const float shift = top == -INFINITY ? 0.0f : top;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i <= p; i++) {
+    for (int64_t i = begin; i <= p; i++) {
         const float e = exp_of((x[i] - shift) * scale);
         x[i] = e;
         sum += e;
     }
-    for (int64_t i = p + 1; i < end; i++) x[i] = 0;
+    std::fill(x + low, x + begin, 0.0f);
+    std::fill(x + p + 1, x + end, 0.0f);
     *peak = top * scale;
     return sum;
 }
 
-void forward_head(const Plan& plan, Heads<const float> q, const float* keys, const float* values, float* out,
-                  int64_t out_row, float* lse, Scratch& space) {
+void forward_head(const Plan& plan, Begin begin, Heads<const float> q, const float* keys, const float* values,
+                  float* out, int64_t out_row, float* lse, Scratch& space) {
     const int64_t s = plan.x.s, d = plan.x.d, ld = plan.ld;
     float* score = space.get(SCORE, plan.rows * ld);
     float* query = space.get(QUERY, plan.rows * d + 2);
@@ -95,18 +105,19 @@ void forward_head(const Plan& plan, Heads<const float> q, const float* keys, con
     for (int64_t q0 = 0; q0 < s; q0 += plan.rows) {
         const int64_t rows = std::min(plan.rows, s - q0);
         pack_over_d<MR>(q, q0, rows, d, query);
-        scores(plan, q0, rows, query, keys, score);
+        scores(plan, begin, q0, rows, query, keys, score);
         for (int64_t i = 0; i < rows; i += MR) {
-            const int64_t count = std::min(MR, rows - i), seen = std::min(s, q0 + i + MR);
+            const int64_t count = std::min(MR, rows - i), seen = std::min(s, q0 + i + MR), low = begin[q0 + i];
             for (int64_t r = 0; r < count; r++) {
+                const int64_t row = q0 + i + r;
                 float peak;
-                const float sum = exponentials(score + (i + r) * ld, q0 + i + r, seen, plan.scale, &peak);
-                lse[q0 + i + r] = peak + std::log(sum);
+                const float sum = exponentials(score + (i + r) * ld, low, begin[row], row, seen, plan.scale, &peak);
+                lse[row] = peak + std::log(sum);
                 inverse[r] = 1.0f / sum;
             }
-            pack<MR>(score + i * ld, ld, 1, count, seen, left);
+            pack<MR>(score + i * ld + low, ld, 1, count, seen - low, left);
             for (int64_t c = 0; c < d; c += NR) {
-                tile(seen, left, MR, values + c * s, part, NR, false);
+                tile(seen - low, left, MR, values + c * s + low * NR, part, NR, false);
                 const int64_t width = std::min(NR, d - c);
                 for (int64_t r = 0; r < count; r++)
                     for (int64_t j = 0; j < width; j++)
@@ -116,31 +127,40 @@ void forward_head(const Plan& plan, Heads<const float> q, const float* keys, con
     }
 }
 
-// Probabilities into p (from scores) and gradients of the scores into g (from those of the probabilities), of one row.
-void slopes(float* p, float* g, int64_t position, int64_t end, float scale, float lse, float delta) {
+// Probabilities into p (from scores) and gradients of the scores into g (from those of the probabilities), of one row
+// that sees [begin, position]; zeros in the rest of [low, end).
+void slopes(float* p, float* g, int64_t low, int64_t begin, int64_t position, int64_t end, float scale, float lse,
+            float delta) {
 #pragma omp simd
-    for (int64_t i = 0; i <= position; i++) {
+    for (int64_t i = begin; i <= position; i++) {
         const float e = exp_of(p[i] * scale - lse);
         p[i] = e;
         g[i] = e * (g[i] - delta) * scale;
     }
-    for (int64_t i = position + 1; i < end; i++) p[i] = g[i] = 0;
-}
-
-// to[key] += sum over the block's rows of a[row][key] b[row], for all keys that some row sees.
-void add_by_keys(const Plan& plan, int64_t q0, int64_t rows, const float* a, const float* b, Heads<float> to) {
-    const int64_t s = plan.x.s, d = plan.x.d, seen = std::min(s, q0 + rows);
-    for (int64_t j = 0; j < seen; j += MR) {
-        const int64_t first = std::max<int64_t>(0, (j - q0) / MR * MR);  // rows before it do not see key j
-        for (int64_t c = 0; c < d; c += NR)
-            tile_part(rows - first, a + first * plan.ld + j, plan.ld, b + c * rows + first * NR, to.p + j * to.position + c,
-                      to.position, true, std::min(MR, s - j), d - c);
+    for (float* x : {p, g}) {
+        std::fill(x + low, x + begin, 0.0f);
+        std::fill(x + position + 1, x + end, 0.0f);
     }
 }
 
-void backward_head(const Plan& plan, Heads<const float> q, Heads<const float> grad, const float* out, int64_t out_row,
-                   const float* lse, const float* keys, const float* values, const float* keys_by_d, Heads<float> gq,
-                   Heads<float> gk, Heads<float> gv, Scratch& space) {
+// to[key] += sum over the block's rows of a[row][key] b[row], for all keys that some row sees.
+void add_by_keys(const Plan& plan, Begin begin, int64_t q0, int64_t rows, const float* a, const float* b,
+                 Heads<float> to) {
+    const int64_t s = plan.x.s, d = plan.x.d, seen = std::min(s, q0 + rows);
+    int64_t last = 0;  // rows from it on see keys after j's tile only
+    for (int64_t j = begin[q0] / MR * MR; j < seen; j += MR) {
+        const int64_t first = std::max<int64_t>(0, (j - q0) / MR * MR);  // rows before it do not see key j
+        while (last < rows && begin[q0 + last] < j + MR) last++;
+        if (last <= first) continue;
+        for (int64_t c = 0; c < d; c += NR)
+            tile_part(last - first, a + first * plan.ld + j, plan.ld, b + c * rows + first * NR,
+                      to.p + j * to.position + c, to.position, true, std::min(MR, s - j), d - c);
+    }
+}
+
+void backward_head(const Plan& plan, Begin begin, Heads<const float> q, Heads<const float> grad, const float* out,
+                   int64_t out_row, const float* lse, const float* keys, const float* values, const float* keys_by_d,
+                   Heads<float> gq, Heads<float> gk, Heads<float> gv, Scratch& space) {
     const int64_t s = plan.x.s, d = plan.x.d, ld = plan.ld;
     float *score = space.get(SCORE, plan.rows * ld + MR), *slope = space.get(SLOPE, plan.rows * ld + MR);
     float *query = space.get(QUERY, plan.rows * d + 2), *gradient = space.get(GRAD, plan.rows * d + 2);
@@ -152,27 +172,29 @@ void backward_head(const Plan& plan, Heads<const float> q, Heads<const float> gr
         pack_over_d<MR>(grad, q0, rows, d, gradient);
         pack_over_positions(q, q0, rows, d, query_by_d);
         pack_over_positions(grad, q0, rows, d, grad_by_d);
-        scores(plan, q0, rows, query, keys, score);
-        scores(plan, q0, rows, gradient, values, slope);
+        scores(plan, begin, q0, rows, query, keys, score);
+        scores(plan, begin, q0, rows, gradient, values, slope);
         const int64_t last = std::min(s, q0 + rows);
         for (int64_t i = 0; i < rows; i += MR) {
-            const int64_t count = std::min(MR, rows - i), seen = std::min(s, q0 + i + MR);
+            const int64_t count = std::min(MR, rows - i), seen = std::min(s, q0 + i + MR), low = begin[q0 + i];
             for (int64_t r = 0; r < count; r++) {
                 const int64_t row = q0 + i + r;
                 const float *g = grad.p + row * grad.position, *o = out + row * out_row;
                 float delta = 0;
 #pragma omp simd reduction(+ : delta)
                 for (int64_t c = 0; c < d; c++) delta += g[c] * o[c];
-                const int64_t end = up(std::min(last, (q0 + i + MR)), MR);  // what a tile of keys may read
-                slopes(score + (i + r) * ld, slope + (i + r) * ld, row, std::min(end, ld), plan.scale, lse[row], delta);
+                // from whole tiles of keys that may read this row
+                const int64_t from = std::min(low, begin[row] / MR * MR), end = up(std::min(last, q0 + i + MR), MR);
+                slopes(score + (i + r) * ld, slope + (i + r) * ld, from, begin[row], row, std::min(end, ld), plan.scale,
+                       lse[row], delta);
             }
-            pack<MR>(slope + i * ld, ld, 1, count, seen, left);
+            pack<MR>(slope + i * ld + low, ld, 1, count, seen - low, left);
             for (int64_t c = 0; c < d; c += NR)
-                tile_part(seen, left, MR, keys_by_d + c * s, gq.p + (q0 + i) * gq.position + c, gq.position, false, count,
-                          d - c);
+                tile_part(seen - low, left, MR, keys_by_d + c * s + low * NR, gq.p + (q0 + i) * gq.position + c,
+                          gq.position, false, count, d - c);
         }
-        add_by_keys(plan, q0, rows, score, grad_by_d, gv);
-        add_by_keys(plan, q0, rows, slope, query_by_d, gk);
+        add_by_keys(plan, begin, q0, rows, score, grad_by_d, gv);
+        add_by_keys(plan, begin, q0, rows, slope, query_by_d, gk);
     }
 }
 
@@ -183,6 +205,8 @@ Heads<T> at(Heads<T> x, int64_t sample, int64_t head) {
     return {x.p + sample * x.sample + head * x.head, x.sample, x.head, x.position};
 }
 
+Begin first_keys(const int64_t* begin, HeadShape x, int64_t sample) { return {begin ? begin + sample * x.s : begin}; }
+
 Scratch& scratch() {
     static thread_local Scratch space;
     return space;
@@ -192,8 +216,8 @@ Scratch& scratch() {
 
 bool attention_runs() { return tiles_run(); }
 
-void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, float* out, float* lse, HeadShape x,
-               double scale, int threads) {
+void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
+               float* lse, HeadShape x, double scale, int threads) {
     const Plan plan(x, scale);
     const int64_t tasks = x.b * x.m, group = x.n / x.m, out_row = x.b * x.n * x.d;
 #pragma omp parallel for num_threads(int(std::min<int64_t>(threads, tasks))) schedule(dynamic, 1) if (threads > 1)
@@ -204,14 +228,14 @@ void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v,
         pack_over_d<NR>(at(k, sample, j), 0, x.s, x.d, keys);
         pack_over_positions(at(v, sample, j), 0, x.s, x.d, values);
         for (int64_t h = j * group; h < (j + 1) * group; h++)
-            forward_head(plan, at(q, sample, h), keys, values, out + (sample * x.n + h) * x.d, out_row,
-                         lse + (sample * x.n + h) * x.s, space);
+            forward_head(plan, first_keys(begin, x, sample), at(q, sample, h), keys, values,
+                         out + (sample * x.n + h) * x.d, out_row, lse + (sample * x.n + h) * x.s, space);
     }
 }
 
 void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
-                        const float* out, const float* lse, Heads<float> gq, Heads<float> gk, Heads<float> gv, HeadShape x,
-                        double scale, int threads) {
+                        const int64_t* begin, const float* out, const float* lse, Heads<float> gq, Heads<float> gk,
+                        Heads<float> gv, HeadShape x, double scale, int threads) {
     const Plan plan(x, scale);
     const int64_t tasks = x.b * x.m, group = x.n / x.m, out_row = x.b * x.n * x.d;
 #pragma omp parallel for num_threads(int(std::min<int64_t>(threads, tasks))) schedule(dynamic, 1) if (threads > 1)
@@ -229,19 +253,21 @@ void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<con
             std::memset(to_v.p + p * to_v.position, 0, size_t(x.d) * sizeof(float));
         }
         for (int64_t h = j * group; h < (j + 1) * group; h++)
-            backward_head(plan, at(q, sample, h), at(grad, sample, h), out + (sample * x.n + h) * x.d, out_row,
-                          lse + (sample * x.n + h) * x.s, keys, values, keys_by_d, at(gq, sample, h), to_k, to_v, space);
+            backward_head(plan, first_keys(begin, x, sample), at(q, sample, h), at(grad, sample, h),
+                          out + (sample * x.n + h) * x.d, out_row, lse + (sample * x.n + h) * x.s, keys, values, keys_by_d,
+                          at(gq, sample, h), to_k, to_v, space);
     }
 }
 
 #else
 
 bool attention_runs() { return false; }
-void attention(Heads<const float>, Heads<const float>, Heads<const float>, float*, float*, HeadShape, double, int) {
+void attention(Heads<const float>, Heads<const float>, Heads<const float>, const int64_t*, float*, float*, HeadShape,
+               double, int) {
     std::abort();
 }
-void attention_backward(Heads<const float>, Heads<const float>, Heads<const float>, Heads<const float>, const float*,
-                        const float*, Heads<float>, Heads<float>, Heads<float>, HeadShape, double, int) {
+void attention_backward(Heads<const float>, Heads<const float>, Heads<const float>, Heads<const float>, const int64_t*,
+                        const float*, const float*, Heads<float>, Heads<float>, Heads<float>, HeadShape, double, int) {
     std::abort();
 }
 

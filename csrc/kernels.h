@@ -25,20 +25,35 @@ struct WideOf<double> {
 template <class T>
 using Wide = typename WideOf<T>::type;
 
-// y = x / sqrt(mean(x^2) + eps) * w over rows of h; scale[row] = 1 / sqrt(...).
+// y = x s w over rows of h, where s = scale[row] = 1 / sqrt(mean(x^2) + eps). offset 0: x s is rounded to T before it is
+// multiplied by w; else by offset + w, and rounded once. residual (may be null): sum = x + residual, rounded to T, is
+// written and takes x's place.
 template <class T>
-void rms_norm(const T* x, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h, double eps, int threads);
+void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h, double eps,
+              double offset, int threads);
 
-// gx of x, and gw[h] summed over the rows in an order that depends on their number only.
+// gx of x (of the sum, where there was one), and gw[h] summed over the rows in an order that depends on their number only.
+// grad_sum (may be null): the gradient that reaches x beside the norm, added to gx.
 template <class T>
-void rms_norm_backward(const T* grad, const T* x, const T* w, const Wide<T>* scale, T* gx, T* gw, int64_t rows, int64_t h,
-                       int threads);
+void rms_norm_backward(const T* grad, const T* grad_sum, const T* x, const T* w, const Wide<T>* scale, T* gx, T* gw,
+                       int64_t rows, int64_t h, double offset, int threads);
 
-// rows of 2 f: gate | up -> silu(gate) * up, rows of f.
+// The same with the mean taken off first and b added: y = (x - mean) s w + b, stats[0][row] = mean, stats[1][row] = s.
 template <class T>
-void swiglu(const T* fused, T* y, int64_t rows, int64_t f, int threads);
+void layer_norm(const T* x, const T* residual, T* sum, const T* w, const T* b, T* y, Wide<T>* stats, int64_t rows,
+                int64_t h, double eps, int threads);
 template <class T>
-void swiglu_backward(const T* grad, const T* fused, T* gfused, int64_t rows, int64_t f, int threads);
+void layer_norm_backward(const T* grad, const T* grad_sum, const T* x, const T* w, const Wide<T>* stats, T* gx, T* gw,
+                         T* gb, int64_t rows, int64_t h, int threads);
+
+// What gates: x sigmoid(x), x times the normal distribution's integral up to x, the same by tanh.
+enum Kind : int { SILU, GELU, GELU_TANH, KINDS };
+
+// rows of 2 f: gate | up -> act(gate) * up, rows of f.
+template <class T>
+void gated(const T* fused, T* y, int kind, int64_t rows, int64_t f, int threads);
+template <class T>
+void gated_backward(const T* grad, const T* fused, T* gfused, int kind, int64_t rows, int64_t f, int threads);
 
 // Sizes of a fused q|k|v: s positions, b samples, n query and m key/value heads of d, of which the first r are rotated.
 struct HeadShape {
@@ -62,14 +77,15 @@ void rope_backward(Heads<const T> q, Heads<const T> k, Heads<const T> v, const T
                    HeadShape shape, int threads);
 
 // Causal attention of float32 heads, softmax over scale * q k; out [s, b, n * d], lse [b, n, s]: log of the sums. shape.r
-// is not used. Needs AVX-512: attention_runs says whether it is there.
+// is not used. begin [b, s] (may be null: zeros): row i sees columns begin[i] .. i; non-decreasing along a sample.
+// Needs AVX-512: attention_runs says whether it is there.
 bool attention_runs();
-void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, float* out, float* lse, HeadShape shape,
-               double scale, int threads);
+void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
+               float* lse, HeadShape shape, double scale, int threads);
 // grad: that of out, as heads.
 void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
-                        const float* out, const float* lse, Heads<float> gq, Heads<float> gk, Heads<float> gv,
-                        HeadShape shape, double scale, int threads);
+                        const int64_t* begin, const float* out, const float* lse, Heads<float> gq, Heads<float> gk,
+                        Heads<float> gv, HeadShape shape, double scale, int threads);
 
 // Rows of v logits, the first `valid` of which count: stats[0][row] = max, [1] = sum exp(x - max), [2] = x[target].
 // target < 0 or >= valid: it lies with another rank, and [2] is 0.
@@ -90,5 +106,10 @@ struct AdamW {
 // One pass over n values: moments and masters updated, values (if not null, another type) rounded from the masters.
 template <class W, class T>
 void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how, int threads);
+
+// out[i]: the sum of squares of x[bounds[2 i]] .. x[bounds[2 i + 1]), for k ranges of the n values, added in double in an
+// order that depends on a range's length only.
+template <class T>
+void sum_squares(const T* x, int64_t n, const int64_t* bounds, double* out, int64_t k, int threads);
 
 }  // namespace trident

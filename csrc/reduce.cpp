@@ -1,42 +1,24 @@
-// The loops behind reduce.h, compiled for AVX-512, AVX2 and plain x86-64 as those of ops_cpu.cpp are.
+// The loops behind reduce.h, compiled as those of cpu.h are.
 
 #include "reduce.h"
 
-#include <algorithm>
-#include <cmath>
 #include <stdexcept>
 
-#include "kernels.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "cpu.h"
 
 namespace trident {
+
+INLINE int64_t wide(int64_t x) { return x; }
+INLINE int32_t wide(int32_t x) { return x; }
+INLINE uint8_t wide(uint8_t x) { return x; }
+
+INLINE void put(int64_t& to, int64_t x) { to = x; }
+INLINE void put(int32_t& to, int32_t x) { to = x; }
+INLINE void put(uint8_t& to, uint8_t x) { to = x; }
 
 namespace {
 
 constexpr int64_t kBlock = 1024;  // elements that are added at a time: they stay in the first-level cache
-
-template <class T>
-INLINE T wide(T x) {
-    return x;
-}
-INLINE float wide(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
-INLINE float wide(f16 x) { return float(__builtin_bit_cast(_Float16, x.bits)); }
-
-template <class T>
-INLINE void put(T& to, T x) {
-    to = x;
-}
-INLINE void put(bf16& to, float x) {  // to nearest, ties to even; NaN stays NaN
-    const uint32_t u = __builtin_bit_cast(uint32_t, x), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    to.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-INLINE void put(f16& to, float x) { to.bits = __builtin_bit_cast(uint16_t, _Float16(x)); }
 
 struct Sum {
     template <class W>

@@ -1,4 +1,4 @@
-"""Each operation of a training step once, in float32, against its own reference: torch's code in float64.
+"""Each operation of a training step once, in float32 and bf16, against its own reference: torch's code in float64.
 
 Small and quick: it finds a kernel that this machine miscompiles or miscomputes, not a rare shape (the tests do that).
 Which implementation ran is observed, not asked for, so there is no second opinion about who decides.
@@ -16,20 +16,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import OptimizerConfig
 from engine.context import make_context
+from engine.documents import Documents
 from engine.layout import Layout
 from engine.ops import native
 from engine.ops.activation import activation
-from engine.ops.attention import causal_attention, document_mask
+from engine.ops.attention import causal_attention
 from engine.ops.embedding import embedding
-from engine.ops.loss import cross_entropy
-from engine.ops.norm import layer_norm, rms_norm
+from engine.ops.loss import VocabSlice, linear_cross_entropy
+from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from engine.ops.rope import rope_table, split_and_rope
-from engine.ops.swiglu import swiglu
 from engine.optim.adamw import FlatAdamW
+from engine.optim.clip import NormCounter
 from engine.parallel.buckets import make_buckets
 from engine.sharding import Chunk, Parameter, ShardSpec
 
-TOLERANCE = 1e-5  # of the largest value of the reference, or of 1; float32 keeps 6e-8, and the sums here are short
+# of the largest value of the reference, or of 1; float32 keeps 6e-8, bf16 4e-3, and the sums here are short
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 _ALONE = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64).alone
 _S, _B, _N, _M, _D = 40, 2, 4, 2, 16  # sequence, batch, heads, KV heads, head width
@@ -43,11 +45,12 @@ class Tried:
     own: bool
     difference: float
     error: str = ""
+    tolerance: float = TOLERANCE[torch.float32]
 
     @property
     def broken(self) -> bool:
         """Whether it raised or is off."""
-        return bool(self.error) or self.difference > TOLERANCE
+        return bool(self.error) or not self.difference <= self.tolerance
 
 
 class _Watch(TorchDispatchMode):
@@ -67,12 +70,19 @@ def _rope(fused: Tensor) -> tuple[Tensor, ...]:
 
 
 def _documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return causal_attention(q, k, v, document_mask(torch.arange(_S, device=q.device).div(15).long().expand(_B, _S)))
+    begin = torch.arange(_S, device=q.device) // 15 * 15
+    return causal_attention(q, k, v, Documents.of(begin.expand(_B, _S)))
 
 
-def _loss(logits: Tensor) -> Tensor:
-    targets = torch.arange(logits.shape[0], device=logits.device) * 7
-    return cross_entropy(logits.clone(), targets, 0, logits.shape[1] - 3, _ALONE)
+def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    x = x.detach().requires_grad_()
+    head = Parameter(weight.detach(), ShardSpec((Chunk("head", len(weight)),), other=weight.shape[1]))
+    targets = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]) * 7
+    part, weights = VocabSlice(0, len(weight) - 3, _ALONE), torch.linspace(0, 1, targets.numel(), device=x.device)
+    losses = linear_cross_entropy(x, head, targets, weights.view(targets.shape), part, _ALONE, _ALONE)
+    losses.sum().backward()
+    assert x.grad is not None and head.grad is not None
+    return losses.detach(), x.grad, head.grad
 
 
 def _product(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
@@ -91,53 +101,81 @@ def _embedding(weight: Tensor) -> tuple[Tensor, ...]:
     return table.grad, out.detach()
 
 
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return add_rms_norm(x, residual, weight, 1e-5, 1.0)
+
+
+def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return add_layer_norm(x, residual, weight, bias, 1e-5)
+
+
+def _gradient_norm(values: Tensor) -> Tensor:
+    weight = Parameter(values.detach().clone(), ShardSpec((Chunk("weight", len(values)),), other=values.shape[1]))
+    ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=values.dtype, device=values.device)
+    main = torch.promote_types(values.dtype, torch.float32)
+    buckets = make_buckets([weight], ctx, grad_dtype=main, bucket_bytes=1 << 20, overlap=False)
+    assert weight.main_grad is not None
+    weight.main_grad.copy_(values.detach())
+    return NormCounter([buckets], ctx, ["weight"]).local()
+
+
 def _adamw(values: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
     ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=values.dtype, device=values.device)
     weight = Parameter(values.detach().clone(), ShardSpec((Chunk("weight", len(values)),), other=values.shape[1]))
-    buckets = make_buckets([weight], ctx, grad_dtype=values.dtype, bucket_bytes=1 << 20, overlap=False)
+    main = torch.promote_types(values.dtype, torch.float32)
+    buckets = make_buckets([weight], ctx, grad_dtype=main, bucket_bytes=1 << 20, overlap=False)
     optimizer = FlatAdamW([buckets], OptimizerConfig(lr=1e-2), overlap=False)
     for gradient in gradients:
         assert weight.main_grad is not None
         weight.main_grad.copy_(gradient.detach())
-        optimizer.step(1e-2)
+        optimizer.step(1e-2, 0.5)
     return weight.detach(), *(held.flat for held in optimizer.states())
 
 
 Shapes = list[tuple[int, ...]]
 _HEADS: Shapes = [(_B, _N, _S, _D), (_B, _M, _S, _D), (_B, _M, _S, _D)]
-OPS: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], Shapes]] = {
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+OPS: dict[str, tuple[Op, Shapes]] = {
     "RMSNorm": (lambda x, w: rms_norm(x, w, 1e-5), [(_S, _B, 70), (70,)]),
     "LayerNorm": (lambda x, w, b: layer_norm(x, w, b, 1e-5), [(_S, _B, 70), (70,), (70,)]),
+    "residual sum with RMSNorm": (_add_rms_norm, [(_S, _B, 70), (_S, _B, 70), (70,)]),
+    "residual sum with LayerNorm": (_add_layer_norm, [(_S, _B, 70), (_S, _B, 70), (70,), (70,)]),
     "RoPE": (_rope, [(_S, _B, (_N + 2 * _M) * _D)]),
     "attention": (causal_attention, _HEADS),
     "attention, documents kept apart": (_documents, _HEADS),
-    "SwiGLU": (swiglu, [(_S, _B, 130)]),
+    "SwiGLU": (activation("silu", True), [(_S, _B, 130)]),
     "gated GeLU": (activation("gelu_tanh", True), [(_S, _B, 130)]),
     "matrix product": (_product, [(37, 90), (70, 90)]),
     "embedding": (_embedding, [(8, 33)]),
-    "cross entropy": (_loss, [(30, 300)]),
+    "cross entropy": (_loss, [(15, 2, 20), (300, 20)]),
+    "gradient norm": (_gradient_norm, [(33, 65)]),
     "AdamW": (_adamw, [(33, 65)] * 4),
 }
 
 
 def try_ops(device: torch.device) -> Iterator[Tried]:
-    """Every op of OPS, on this device."""
+    """Every op of OPS, on this device, in float32 and in bf16."""
     for name, (op, shapes) in OPS.items():
-        draw = torch.Generator().manual_seed(1)
-        inputs = [torch.randn(shape, generator=draw).to(device) for shape in shapes]
-        watch = _Watch()
-        try:
-            with watch, native.forced(kernels=native.load()[0] is not None):
-                found = _run(op, inputs)
-            with native.forced(kernels=False):
-                exact = _run(op, [x.double() for x in inputs])
-            tried = Tried(name, watch.own, max(_difference(a, b) for a, b in zip(found, exact, strict=True)))
-        except Exception as error:  # whatever it is: the next op is to be tried too
-            tried = Tried(name, watch.own, 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-        yield tried
+        for dtype in TOLERANCE:
+            yield _try(name if dtype == torch.float32 else f"{name} in bf16", op, shapes, device, dtype)
 
 
-def _run(op: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
+def _try(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tried:
+    draw = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
+    watch, tolerance = _Watch(), TOLERANCE[dtype]
+    try:
+        with watch, native.forced(kernels=native.load()[0] is not None):
+            found = _run(op, inputs)
+        with native.forced(kernels=False):
+            exact = _run(op, [x.double() for x in inputs])
+        off = max(_difference(a, b) for a, b in zip(found, exact, strict=True))
+        return Tried(name, watch.own, off, tolerance=tolerance)
+    except Exception as error:  # whatever it is: the next op is to be tried too
+        return Tried(name, watch.own, 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tolerance)
+
+
+def _run(op: Op, inputs: list[Tensor]) -> list[Tensor]:
     """Outputs, and gradients of the inputs where outputs have any."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = op(*leaves)

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.built import why_not
+
 RING, PAIR_RING = (
     16 << 20,
     4 << 20,
@@ -52,7 +54,7 @@ def load() -> tuple[Any, str]:
     try:
         return importlib.import_module("engine._shared"), "engine._shared"
     except ImportError as error:
-        return None, f"engine._shared is not available ({error})"
+        return None, f"engine._shared is not available ({why_not('engine._shared') or error})"
 
 
 @dataclass(frozen=True)

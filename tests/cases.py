@@ -94,15 +94,15 @@ def held_pieces(held: Iterable[Held], ctx: ParallelContext) -> list[Any]:
     return found
 
 
-def gradients_of(state: TrainState, factor: float = 1.0) -> list[Any]:
-    """`held_pieces` of the reduced gradients this rank holds, times a factor."""
+def gradients_of(state: TrainState) -> list[Any]:
+    """`held_pieces` of the reduced gradients this rank holds; clipping is AdamW's and does not change them."""
     held = []
     for bucket in (b for stage in state.buckets for b in stage.buckets):
         for index, p in enumerate(bucket.params):
             begin, end = bucket.overlap(index, bucket.held)
             if begin < end:
                 start = bucket.starts[index]
-                held.append(Held("grad", p, begin, bucket.grads[start + begin : start + end] * factor))
+                held.append(Held("grad", p, begin, bucket.grads[start + begin : start + end].clone()))
     return held_pieces(held, state.ctx)
 
 

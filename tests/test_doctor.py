@@ -18,6 +18,7 @@ from engine import doctor, selftest
 from engine.cli import main
 from engine.launch import try_pair
 from engine.ops import native
+from engine.ops.attention import chosen
 
 CPU = torch.device("cpu")
 needs_ops = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
@@ -69,6 +70,7 @@ def test_a_sound_installation() -> None:
     )
     for name in selftest.OPS:
         assert re.search(rf" {name}: (own|torch); off by [0-9.e+-]+, tolerance 1e-05$", done.stdout, re.M), name
+        assert re.search(rf" {name} in bf16: (own|torch); off by [0-9.e+-]+, tolerance 2e-02$", done.stdout, re.M), name
 
 
 def test_without_gloo_it_is_broken() -> None:
@@ -98,8 +100,8 @@ class Liar:
 @pytest.mark.parametrize(
     ("kernel", "op", "wrong"),
     [
-        ("swiglu", "SwiGLU", 1.0001),
-        ("swiglu_backward", "SwiGLU", math.nan),
+        ("gated", "SwiGLU", 1.0001),
+        ("gated_backward", "SwiGLU", math.nan),
         ("rope_backward", "RoPE", 0.999),
     ],
 )
@@ -112,8 +114,10 @@ def test_a_kernel_that_lies_is_found(
 ) -> None:
     monkeypatch.setattr(torch.ops.trident, kernel, Liar(getattr(torch.ops.trident, kernel), wrong))
     code, out = examined()
-    last = out.splitlines()[-2:]
-    assert code == 1 and last[0] == "broken:" and f"op on cpu: {op}: own; off by" in last[1] and "WRONG" in last[1]
+    head, _, broken = out.partition("\nbroken:\n")
+    assert code == 1 and f" {op}: own; off by" in head
+    assert any(f"op on cpu: {op}: own; off by" in line and "WRONG" in line for line in broken.splitlines())
+    assert "RMSNorm" not in broken
 
 
 def test_an_op_that_raises_is_a_fault_and_the_others_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +126,10 @@ def test_an_op_that_raises_is_a_fault_and_the_others_are_tried(monkeypatch: pyte
 
     monkeypatch.setitem(selftest.OPS, "RoPE", (fails, []))
     tried = list(selftest.try_ops(CPU))
-    assert [t.name for t in tried] == list(selftest.OPS)
-    assert [(t.name, t.error) for t in tried if t.broken] == [("RoPE", "RuntimeError: no such instruction")]
+    assert [t.name for t in tried] == [name + low for name in selftest.OPS for low in ("", " in bf16")]
+    assert [(t.name, t.error) for t in tried if t.broken] == [
+        (name, "RuntimeError: no such instruction") for name in ("RoPE", "RoPE in bf16")
+    ]
 
 
 def test_without_extensions_it_says_so_and_nothing_is_broken(
@@ -137,7 +143,7 @@ def test_without_extensions_it_says_so_and_nothing_is_broken(
     assert re.search(r"^extension +engine._index is not available \(.*; build it: pip install", out, re.M)
     assert re.search(r"^extension +engine._ops is not built; build it: pip install", out, re.M)
     assert "fp32 on cpu: torch (engine._ops is not built)" in out
-    assert not re.search(r"op on cpu .*: own", out) and len(re.findall(r"op on cpu .*: torch", out)) == len(
+    assert not re.search(r"op on cpu .*: own", out) and len(re.findall(r"op on cpu .*: torch", out)) == 2 * len(
         selftest.OPS
     )
 
@@ -145,13 +151,15 @@ def test_without_extensions_it_says_so_and_nothing_is_broken(
 @needs_ops
 def test_what_ran_is_what_was_asked_for() -> None:
     own = {t.name for t in selftest.try_ops(CPU) if t.own}
-    assert {"RMSNorm", "RoPE", "SwiGLU", "cross entropy", "AdamW"} <= own
-    assert not own & {"LayerNorm", "gated GeLU", "embedding", "attention, documents kept apart"}
+    assert {"RMSNorm", "LayerNorm", "RoPE", "SwiGLU", "gated GeLU", "cross entropy", "AdamW"} <= own
+    assert "embedding" not in own and ("attention" in own) == ("attention, documents kept apart" in own)
     words = native.in_words(CPU, torch.float32)
-    assert ("attention: own" in words) == ("attention" in own)
+    assert (chosen(CPU, torch.float32, 16, documents=False) == "own") == ("attention" in own)
     assert ("matrix products: own" in words) == ("matrix product" in own)
-    assert native.in_words(CPU, torch.float64).endswith("attention: torch, matrix products: torch")
-    assert native.in_words(torch.device("meta"), torch.float32) == "torch (own ones are for CPUs, this is meta)"
+    assert native.in_words(CPU, torch.float64).endswith("matrix products: torch")
+    assert (
+        native.in_words(torch.device("meta"), torch.float32) == "torch (own ones are for CPUs and CUDA, this is meta)"
+    )
 
 
 def test_an_apex_that_is_not_nvidias_is_not_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ import json, sys
 from dataclasses import asdict, replace
 import mutations as m
 known = {x.name: x for x in m.MUTATIONS}["bf16_without_masters"]
-tried = [known, *(replace(known, name=new, new=new) for new in (known.old, "values.copy_(", "no_such_name(master)"))]
+tried = [known, *(replace(known, name=new, new=new) for new in (known.old, "bucket.part(", "no_such_name(master)"))]
 tried.append(replace(known, name="old", old="no such text"))
 m.WARM = "torch hypothesis torch.utils.flop_counter"
 m.warm()
@@ -50,9 +50,9 @@ def test_a_fault_is_caught_and_told_from_survivors_and_broken_ones() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT / "tests", capture_output=True, text=True)
     found = json.loads(done.stdout)
     assert found.pop("bf16_without_masters") == [True, "test_optim.py::test_bf16_does_not_lose_tiny_updates"]
-    assert found.pop("values.copy_(master)") == [False, "SURVIVED"]
+    assert found.pop(BY_NAME["bf16_without_masters"].old) == [False, "SURVIVED"]
     assert {name: caught for name, (caught, _) in found.items()} == dict.fromkeys(found, False)
-    assert found["values.copy_("][1].startswith("BROKEN: pytest exit code")
+    assert found["bucket.part("][1].startswith("BROKEN: pytest exit code")
     assert found["no_such_name(master)"][1].startswith("BROKEN: E")
     assert "occurs 0 times in engine/optim/adamw.py" in found["old"][1]
 

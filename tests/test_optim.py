@@ -19,8 +19,9 @@ from engine.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig
 from engine.context import ParallelContext, make_context
 from engine.layout import Layout
 from engine.model.transformer import StageShape, Transformer, num_parameters, stage_shapes, tensor_shapes
+from engine.ops import native
 from engine.optim.adamw import STATES, FlatAdamW
-from engine.optim.clip import NormCounter, clip_factor, scale_
+from engine.optim.clip import NormCounter, clip_factor, sum_squares
 from engine.optim.lr import learning_rate
 from engine.parallel.buckets import GradBuckets, make_buckets
 from engine.planner.cost import flops_per_token, matmul_parameters
@@ -229,19 +230,17 @@ def test_all_ranks_know_the_same_norm(degrees: tuple[int, int, int]) -> None:
     cfg = laid_out(degrees, **MODELS["tied qk-norm"])
     whole = canonical_gradient(cfg)
 
-    def job(ctx: ParallelContext) -> tuple[float, dict[str, float], float]:
+    def job(ctx: ParallelContext) -> tuple[float, dict[str, float]]:
         _, buckets = with_gradient(cfg, ctx, whole)
         count = NormCounter([buckets], ctx, list(whole))
         found = count()
         assert found.non_finite() == [] and count(scale=4.0).norm == found.norm / 4
-        scale_([buckets], clip_factor(found.norm, 0.5))
-        return found.norm, found.squared, count().norm
+        return found.norm, found.squared
 
     results = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert all(r == results[0] for r in results)
-    norm, squared, clipped = results[0]
+    norm, squared = results[0]
     assert norm == pytest.approx(norm_of(whole), rel=1e-12)
-    assert clipped == pytest.approx(0.5, rel=1e-12)
     assert list(squared) == list(whole)
 
 
@@ -258,16 +257,52 @@ def test_a_non_finite_gradient_has_a_name(bad: float) -> None:
         assert not math.isfinite(found.norm)
 
 
-@pytest.mark.parametrize(("limit", "factor"), [(0.0, 1.0), (1e9, 1.0), (None, 1.0), (0.25, None)])
-def test_clipping(limit: float | None, factor: float | None) -> None:
-    cfg, ctx = config(1), context(F64)
-    whole = canonical_gradient(cfg)
-    _, buckets = with_gradient(cfg, ctx, whole)
-    norm = norm_of(whole)
-    before = [b.grads.clone() for b in buckets.buckets]
-    scale_([buckets], clip_factor(norm, norm if limit is None else limit))
-    for b, old in zip(buckets.buckets, before, strict=True):
-        assert torch.allclose(b.grads, old * (factor or 0.25 / norm), rtol=1e-14, atol=0)
+@pytest.mark.parametrize(
+    ("norm", "limit", "factor"), [(4.0, 0.0, 1.0), (4.0, 1e9, 1.0), (4.0, 4.0, 1.0), (4.0, 0.5, 0.125)]
+)
+def test_clipping(norm: float, limit: float, factor: float) -> None:
+    assert clip_factor(norm, limit) == factor
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(("dtype", "main"), [(F64, F64), (F32, F32), (BF16, F32), (torch.float16, F32)], ids=str)
+def test_a_scale_of_the_gradient_is_that_of_the_update(dtype: torch.dtype, main: torch.dtype, own: bool) -> None:
+    """step(lr, c) with gradients g is step(lr) with c g, and leaves g alone; the model reads rounded masters."""
+    found = []
+    for scale in (1.0, 0.3):
+        params, buckets = make(dtype, main, values(0))
+        optimizer = FlatAdamW([buckets], OptimizerConfig(eps=1e-3))  # a coarse eps: the scale shows in every update
+        with native.forced(kernels=own):
+            for step in range(1, 4):
+                for p, grad in zip(params, values(step).values(), strict=True):
+                    assert p.main_grad is not None
+                    p.main_grad.copy_(grad * (0.3 / scale))
+                before = [b.grads.clone() for b in buckets.buckets]
+                optimizer.step(1e-2, scale)
+                assert all(torch.equal(b.grads, old) for b, old in zip(buckets.buckets, before, strict=True))
+        for bucket, master in zip(buckets.buckets, optimizer.masters, strict=True):
+            assert torch.equal(bucket.values, master.to(dtype))
+        found.append(torch.cat([m.double() for m in optimizer.masters]))
+    assert torch.allclose(*found, rtol=1e-14 if main == F64 else 2e-6, atol=1e-14 if main == F64 else 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
+def test_sums_of_squares(dtype: torch.dtype) -> None:
+    """Ranges of every size, empty and overlapping too; no bit depends on threads or on where a range lies."""
+    flat = torch.randn(70_001, generator=generator(1, "test", "squares"), dtype=F64).to(dtype)
+    ranges = [(0, 0), (0, 1), (3, 70_001), (70_001, 70_001), (5, 8197), (5, 8198), (60_000, 60_007)]
+    exact = [float(flat[a:b].double().square().sum()) for a, b in ranges]
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(torch.ops.trident.sum_squares(flat, torch.tensor(ranges)))
+    torch.set_num_threads(before)
+    assert found[0].dtype == F64 and all(torch.equal(x, found[0]) for x in found)
+    assert found[0].tolist() == pytest.approx(exact, rel=1e-14)
+    assert sum_squares(flat, ranges).tolist() == pytest.approx(exact, rel=1e-14)
+    moved = torch.cat((torch.full((13,), torch.nan, dtype=dtype), flat))
+    assert torch.equal(torch.ops.trident.sum_squares(moved, torch.tensor(ranges) + 13), found[0])
 
 
 # -- FLOPs -------------------------------------------------------------------------------------------------------------

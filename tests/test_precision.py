@@ -115,8 +115,8 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(zero: int) -> None:
 
         def job(ctx: ParallelContext) -> Any:
             state = setup(cfg, ctx)
-            norm = train_step(state, random_batches(cfg, ctx, 0)).norms.norm
-            return gradients_of(state, max(1.0, norm / cfg.optimizer.clip_norm))
+            train_step(state, random_batches(cfg, ctx, 0))
+            return gradients_of(state)
 
         return assemble(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
 

@@ -98,7 +98,7 @@ def run(cfg: Config) -> dict[str, Any]:
         state = setup(cfg, ctx)
         draw(state)
         results = [train_step(state, random_batches(cfg, ctx, 0))]
-        grads = gradients_of(state, max(1.0, results[0].norms.norm / cfg.optimizer.clip_norm))
+        grads = gradients_of(state)
         results += [train_step(state, random_batches(cfg, ctx, step)) for step in range(1, STEPS)]
         return {"losses": [r.loss for r in results], "grads": grads, "weights": weights_of(state)}
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.built import why_not
+
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +38,8 @@ def load() -> tuple[Any, str]:
     """(torch.ops.trident or None, what there is to say about it). Loads the extension once per process."""
     spec = importlib.util.find_spec("engine._ops")
     if spec is None or spec.origin is None:
-        return None, "engine._ops is not built"
+        why = why_not("engine._ops")
+        return None, f"engine._ops is not built ({why})" if why else "engine._ops is not built"
     try:
         torch.ops.load_library(spec.origin)
         built_for = torch.ops.trident.built_for()
@@ -50,65 +53,129 @@ def load() -> tuple[Any, str]:
 
 def _register_shapes() -> None:
     """Tell torch.compile and meta tensors what the operators return; those that return nothing need no telling."""
-    wide = {torch.float64: torch.float64}
 
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        return torch.empty_like(x), x.new_empty(rows, dtype=wide.get(x.dtype, torch.float32))
+    def stats(x: Tensor, *sizes: int) -> Tensor:
+        return x.new_empty(*sizes, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
-    def rope(fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(x: Tensor) -> int:
+        return x.numel() // x.shape[-1] if x.shape[-1] else 0
+
+    def same(*like: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(x.shape) for x in like)
+
+    def rope(fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, ...]:
         s, b, width = fused.shape
-        q, k, v = (fused.new_empty(b, heads, s, width // (n + 2 * m)) for heads in (n, m, m))
-        return q, k, v
+        return tuple(fused.new_empty(b, heads, s, width // (n + 2 * m)) for heads in (n, m, m))
 
     def rope_backward(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         b, n, s, d = q.shape
         return q.new_empty(s, b, (n + 2 * k.shape[1]) * d)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
         b, n, s, d = q.shape
         return q.new_empty(s, b, n * d), q.new_empty(b, n, s)
 
     fakes: dict[str, Callable[..., Any]] = {
         "mm_": lambda out, a, b, add: None,
-        "rms_norm": rms_norm,
-        "rms_norm_backward": lambda grad, x, weight, scale: (torch.empty_like(x), torch.empty_like(weight)),
-        "swiglu": lambda fused: fused.new_empty(*fused.shape[:-1], fused.shape[-1] // 2),
-        "swiglu_backward": lambda grad, fused: torch.empty_like(fused),
+        "rms_norm": lambda x, weight, eps, offset: (*same(x), stats(x, rows(x))),
+        "add_rms_norm": lambda x, residual, weight, eps, offset: (*same(x, x), stats(x, rows(x))),
+        "rms_norm_backward": lambda grad, grad_sum, x, weight, scale, offset: same(x, weight),
+        "layer_norm": lambda x, weight, bias, eps: (*same(x), stats(x, 2, rows(x))),
+        "add_layer_norm": lambda x, residual, weight, bias, eps: (*same(x, x), stats(x, 2, rows(x))),
+        "layer_norm_backward": lambda grad, grad_sum, x, weight, stats: same(x, weight, weight),
+        "gated": lambda fused, kind: fused.new_empty(*fused.shape[:-1], fused.shape[-1] // 2),
+        "gated_backward": lambda grad, fused, kind: torch.empty_like(fused),
         "rope": rope,
         "rope_backward": rope_backward,
         "attention": attention,
-        "attention_backward": lambda grad, q, k, v, out, lse, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-        "softmax_stats": lambda logits, target, valid: logits.new_empty(
-            3, len(logits), dtype=wide.get(logits.dtype, torch.float32)
-        ),
+        "attention_backward": lambda grad, q, k, v, out, lse, begin, scale: same(q, k, v),
+        "softmax_stats": lambda logits, target, valid: stats(logits, 3, len(logits)),
         "softmax_gradient_": lambda logits, target, peak, scale, grad, valid: None,
         "adamw_": lambda *_: None,
+        "sum_squares": lambda flat, bounds: flat.new_empty(len(bounds), dtype=torch.float64),
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"trident::{name}", fake)
+        torch.library.register_fake(f"trident::{name}", _on_one_device(name, fake))
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernels refuse tensors of several devices; one of them being "meta" must not hide that."""
+
+    def checked(*arguments: Any) -> Any:
+        devices = sorted({str(x.device) for x in arguments if isinstance(x, Tensor)})
+        if len(devices) > 1:
+            raise ValueError(f"trident::{name}: tensors are on {' and '.join(devices)}, wanted one device")
+        return fake(*arguments)
+
+    return checked
 
 
 @functools.cache
 def _library() -> Any:
     library, why = load()
     if library is None:
-        warnings.warn(
-            f"{why}: torch's own operators run instead, slower. Build it: "
-            "pip install --no-build-isolation --no-deps -e .",
-            stacklevel=4,
-        )
+        _warn(why)
     return library
 
 
+def references_only() -> bool:
+    """Whether plain torch code is to run: in a test that asks for it, and in what torch.compile makes."""
+    return not _CHOICE.kernels or torch.compiler.is_compiling()
+
+
+@functools.cache
+def _cuda_library(device: torch.device) -> Any:
+    if why := why_no_cuda(device):
+        _warn(why)
+        return None
+    return load()[0]
+
+
+def _warn(why: str) -> None:
+    warnings.warn(
+        f"{why}: torch's own operators run instead, slower. Build it: pip install --no-build-isolation --no-deps -e .",
+        stacklevel=5,
+    )
+
+
 def kernels(*tensors: Tensor) -> Any:
-    """torch.ops.trident if our kernels are to run on these tensors: on the CPU, all of one floating type; else None."""
-    if not _CHOICE.kernels:
+    """torch.ops.trident if our kernels are to run on these tensors, of one device and one floating type; else None.
+
+    On the CPU wherever the extension is built; on a GPU where it was built with CUDA kernels for it.
+    """
+    if references_only():
         return None
     first = tensors[0]
-    if first.dtype not in _TYPES or any(x.device.type != "cpu" or x.dtype != first.dtype for x in tensors):
+    if first.dtype not in _TYPES or any(x.device != first.device or x.dtype != first.dtype for x in tensors):
         return None
-    return _library()
+    if first.device.type == "cuda":
+        return _cuda_library(first.device)
+    return _library() if first.device.type == "cpu" else None
+
+
+@functools.cache
+def why_no_cuda(device: torch.device) -> str:
+    """Why our CUDA kernels cannot run on this GPU; "" if they can."""
+    library, why = load()
+    if library is None:
+        return why
+    built = library.cuda_capabilities()
+    if not built:
+        return f"engine._ops has no CUDA kernels ({why_not('cuda') or 'torch had no CUDA when it was built'})"
+    own = torch.cuda.get_device_capability(device)
+    if runs_on(own, built):
+        return ""
+    return f"the CUDA kernels were built for compute capability {built}, this GPU has {own[0]}.{own[1]}"
+
+
+def runs_on(capability: tuple[int, int], built: str) -> bool:
+    """Whether code for `built` ("8.0 9.0+PTX") runs on a GPU: PTX on all later ones, else within its major number."""
+    for word in built.replace(";", " ").split():
+        number, ptx, _ = word.partition("+PTX")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if (capability[0] == major or ptx) and capability >= (major, minor):
+            return True
+    return False
 
 
 @functools.cache
@@ -133,17 +200,22 @@ def _attention_runs() -> bool:
 
 def own_attention(*heads: Tensor) -> bool:
     """Whether our attention is to run: float32 on a CPU with AVX-512."""
-    return heads[0].dtype == torch.float32 and kernels(*heads) is not None and _attention_runs()
+    fits = heads[0].device.type == "cpu" and heads[0].dtype == torch.float32
+    return fits and kernels(*heads) is not None and _attention_runs()
 
 
 def in_words(device: torch.device, dtype: torch.dtype) -> str:
     """What runs on tensors of this device and type, and why, in half a line."""
     probe = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
-    if load()[0] is None or kernels(probe) is None:
-        why = load()[1] if device.type == "cpu" else f"own ones are for CPUs, this is {device.type}"
-        return f"torch ({why})"
-    others = {"attention": own_attention(probe), "matrix products": _own_gemm(probe[0, 0])}
-    return ", ".join([f"own ({load()[1]})", *(f"{name}: {'own' if own else 'torch'}" for name, own in others.items())])
+    if device.type == "cuda":
+        why_not_own = why_no_cuda(probe.device)
+    elif device.type == "cpu":
+        why_not_own = load()[1] if load()[0] is None else ""
+    else:
+        why_not_own = f"own ones are for CPUs and CUDA, this is {device.type}"
+    if why_not_own or kernels(probe) is None:
+        return f"torch ({why_not_own or f'own ones are not for {dtype}'})"
+    return f"own ({load()[1]}), matrix products: {'own' if _own_gemm(probe[0, 0]) else 'torch'}"
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """RMSNorm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * w; LayerNorm (Ba et al. 2016). In float32 or wider.
 
 RMSNorm saves the input and one number a row; autograd's own graph would keep four tensors of the input's size.
+`add_rms_norm` and `add_layer_norm` take the residual sum before the norm along: that sum is read and written once, and
+the backward adds the gradient of the residual path on its way.
 `spread_rms_norm` is the same over a dim that is cut over an axis: the sum of squares, and its mirror in the backward,
 cross it.
 """
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from engine.comm import all_reduce_
 from engine.context import Axis
-from engine.ops.native import kernels
+from engine.ops.apex import fused_norms
+from engine.ops.native import kernels, references_only
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -22,15 +25,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
+    """The reference."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        own = None if offset else kernels(x, weight)
-        ctx.own = own is not None
-        if own is not None:
-            x = x.contiguous()
-            y, scale = own.rms_norm(x, weight, eps)
-            ctx.save_for_backward(x, weight, scale)
-            return y
         wide = _wide(x)
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
@@ -43,8 +41,6 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        if ctx.own:
-            return *torch.ops.trident.rms_norm_backward(grad.contiguous(), x, weight, scale), None, None
         wide_grad, wide_weight = _wide(grad), _wide(weight)
         if ctx.offset:
             wide_weight = wide_weight + ctx.offset
@@ -56,18 +52,77 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_w, None, None
 
 
+class _Own(torch.autograd.Function):
+    """On our kernels: RMSNorm, or with a bias LayerNorm, of x -> y; with a residual, of their sum -> sum, y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, offset: float
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ops, terms = torch.ops.trident, [t.contiguous() for t in (x, residual) if t is not None]
+        if bias is None:
+            op = ops.rms_norm if residual is None else ops.add_rms_norm
+            *summed, y, kept = op(*terms, weight, eps, offset)
+        else:
+            op = ops.layer_norm if residual is None else ops.add_layer_norm
+            *summed, y, kept = op(*terms, weight, bias, eps)
+        normed = summed[0] if summed else terms[0]
+        ctx.save_for_backward(normed, weight, kept)
+        ctx.summed, ctx.centred, ctx.offset = residual is not None, bias is not None, offset
+        ctx.set_materialize_grads(False)
+        return (normed, y) if summed else y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ops, (x, weight, kept) = torch.ops.trident, ctx.saved_tensors
+        grad_sum, grad = grads if ctx.summed else (None, grads[0])
+        if grad is None:
+            return grad_sum, grad_sum, None, None, None, None
+        grad, grad_sum = grad.contiguous(), None if grad_sum is None else grad_sum.contiguous()
+        grad_b = None
+        if ctx.centred:
+            grad_x, grad_w, grad_b = ops.layer_norm_backward(grad, grad_sum, x, weight, kept)
+        else:
+            grad_x, grad_w = ops.rms_norm_backward(grad, grad_sum, x, weight, kept, ctx.offset)
+        return grad_x, grad_x if ctx.summed else None, grad_w, grad_b, None, None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Normalise the last dim of x [..., h] by its root mean square and scale by offset + weight [h].
 
     With an offset the product is rounded to x's dtype once, at the end, as Gemma does it; without one, x is rounded
     before it is scaled, as Llama does it.
     """
+    if kernels(x, weight):
+        return _Own.apply(x, None, weight, None, eps, offset)
+    if not offset and not references_only() and (apex := fused_norms(x)):
+        return apex.fused_rms_norm_affine(x, weight, weight.shape, eps)
     return _RmsNorm.apply(x, weight, eps, offset)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x + residual, and `rms_norm` of it: to the bit what the two give in turn."""
+    if kernels(x, residual, weight):
+        return _Own.apply(x, residual, weight, None, eps, offset)
+    total = x + residual
+    return total, rms_norm(total, weight, eps, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Subtract the mean of the last dim of x [..., h], divide by the deviation, times weight [h], plus bias [h]."""
+    if kernels(x, weight, bias):
+        return _Own.apply(x, None, weight, bias, eps, 0.0)
+    if not references_only() and (apex := fused_norms(x)):
+        return apex.fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
     return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, and `layer_norm` of it: to the bit what the two give in turn."""
+    if kernels(x, residual, weight, bias):
+        return _Own.apply(x, residual, weight, bias, eps, 0.0)
+    total = x + residual
+    return total, layer_norm(total, weight, bias, eps)
 
 
 class _SpreadRmsNorm(torch.autograd.Function):

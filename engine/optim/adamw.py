@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter 2019) over flat buckets: one fused pass a bucket.
 
 Master weights: in fp32 and fp64 they are the bucket's own values; in bf16 and fp16 a float32 copy that those values are
-rounded from after each update. Moments have the dtype of the masters. Under ZeRO-1 a rank has masters and moments of
+rounded from in each update. Moments have the dtype of the masters. Under ZeRO-1 a rank has masters and moments of
 its own range of each bucket only, and the weights are gathered after the update.
 """
 
@@ -54,42 +54,60 @@ class FlatAdamW:
         return values if values.dtype == bucket.grads.dtype else values.to(bucket.grads.dtype)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update all parameters from the buckets' gradients."""
-        count = torch.tensor(float(self.steps))
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
+        """Update all parameters from the buckets' gradients times grad_scale (clipping, fp16's loss scale).
+
+        The gradients stay as they are: our kernels multiply as they read.
+        """
         self.steps += 1
         for i, (bucket, master) in enumerate(zip(self.buckets, self.masters)):
-            grads = bucket.part(bucket.grads, bucket.held)
+            grads, low = bucket.part(bucket.grads, bucket.held), self._rounded(bucket, master)
             decay = self.cfg.weight_decay if bucket.decay else 0.0
             first, second = (self.moments[name][i] for name in STATES)
             if own := kernels(master, grads):
-                betas = self.cfg.beta1, self.cfg.beta2
-                own.adamw_(master, grads, first, second, None, lr, *betas, self.cfg.eps, decay, 1.0, self.steps)
+                betas, eps = (self.cfg.beta1, self.cfg.beta2), self.cfg.eps
+                own.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps)
                 continue
-            adamw(
-                [master],
-                [grads],
-                [first],
-                [second],
-                [],
-                [count.clone().to(master.device)],
-                fused=True,
-                amsgrad=False,
-                beta1=self.cfg.beta1,
-                beta2=self.cfg.beta2,
-                lr=lr,
-                weight_decay=decay,
-                eps=self.cfg.eps,
-                maximize=False,
-            )
-        self.publish()
+            if grad_scale != 1.0:
+                grads = grads * grad_scale
+            self._reference(master, grads, first, second, lr, decay)
+            if low is not None:
+                low.copy_(master)
+        self._gather()
+
+    def _reference(self, master: Tensor, grads: Tensor, first: Tensor, second: Tensor, lr: float, decay: float) -> None:
+        adamw(
+            [master],
+            [grads],
+            [first],
+            [second],
+            [],
+            [torch.tensor(float(self.steps - 1), device=master.device)],
+            fused=True,
+            amsgrad=False,
+            beta1=self.cfg.beta1,
+            beta2=self.cfg.beta2,
+            lr=lr,
+            weight_decay=decay,
+            eps=self.cfg.eps,
+            maximize=False,
+        )
+
+    @staticmethod
+    def _rounded(bucket: Bucket, master: Tensor) -> Tensor | None:
+        """What the model computes with, where that is not the masters themselves."""
+        values = bucket.part(bucket.values, bucket.held)
+        return None if values.dtype == master.dtype else values
 
     def publish(self) -> None:
-        """Round the masters into the model's values (where they are another tensor) and send them to other ranks."""
+        """The masters were written from outside: round them for the model and send them to other ranks."""
         for bucket, master in zip(self.buckets, self.masters):
-            values = bucket.part(bucket.values, bucket.held)
-            if master.dtype != values.dtype:
-                values.copy_(master)
+            low = self._rounded(bucket, master)
+            if low is not None:
+                low.copy_(master)
+        self._gather()
+
+    def _gather(self) -> None:
         for stage in self.stages:
             stage.gather(overlap=self.overlap)
 

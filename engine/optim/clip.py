@@ -10,7 +10,7 @@ float32: how the values are spread over buckets and ranks shows in the last of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from engine.comm import all_reduce_
 from engine.context import ParallelContext
-from engine.parallel.buckets import GradBuckets
+from engine.ops.native import kernels
+from engine.parallel.buckets import Bucket, GradBuckets
 
 _CPU_BLOCK, _GPU_BLOCK = 1 << 15, 1 << 24  # elements: stays in a core's cache; few launches
 
@@ -35,6 +36,48 @@ class GradNorms:
         return [name for name, value in self.squared.items() if not (value < float("inf"))]
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """Ranges [begin, end) of a bucket's flat gradients that this rank counts, and the slot of each.
+
+    bounds [k, 2] and slots [k]: int64 on the gradients' device.
+    """
+
+    grads: Tensor
+    ranges: list[tuple[int, int]]
+    bounds: Tensor
+    slots: Tensor
+
+
+def _counted(bucket: Bucket, ctx: ParallelContext, slot: Mapping[str, int]) -> _Counted:
+    ranges, slots = [], []
+    for index, p in enumerate(bucket.params):
+        low, high = bucket.overlap(index, bucket.own)
+        for piece in p.spec.pieces(ctx):
+            begin, end = piece.flat_range()
+            begin, end = max(begin, low), min(end, high)
+            if piece.counted and begin < end:
+                start = bucket.starts[index]
+                ranges.append((start + begin, start + end))
+                slots.append(slot[piece.name])
+    bounds, numbers = (torch.tensor(x, dtype=torch.int64, device=ctx.device) for x in (ranges, slots))
+    return _Counted(bucket.grads, ranges, bounds, numbers)
+
+
+def sum_squares(flat: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """float64 [k]: the sum of squares of each range [begin, end) of a flat tensor, added in float64.
+
+    Block by block: torch's own way makes a float64 copy of the whole. The reference of our kernel of the same name.
+    """
+    wide = torch.empty(_GPU_BLOCK if flat.is_cuda else _CPU_BLOCK, dtype=torch.float64, device=flat.device)
+    sums = torch.zeros(len(ranges), dtype=torch.float64, device=flat.device)
+    for total, (begin, end) in zip(sums, ranges):
+        for block in flat[begin:end].split(len(wide)):
+            part = wide[: len(block)].copy_(block)
+            total += torch.dot(part, part)
+    return sums
+
+
 class NormCounter:
     """Computes the norms of the reduced gradients over the whole model, again and again.
 
@@ -45,51 +88,23 @@ class NormCounter:
         self.ctx, self.names = ctx, names
         self.exact = any(b.grads.dtype == torch.float64 for stage in stages for b in stage.buckets)
         slot = {name: i for i, name in enumerate(names)}
-        slots: list[int] = []
-        self.segments: list[Tensor] = []  # views of what this rank counts
-        for bucket in (b for stage in stages for b in stage.buckets):
-            for index, p in enumerate(bucket.params):
-                low, high = bucket.overlap(index, bucket.own)
-                for piece in p.spec.pieces(ctx):
-                    begin, end = piece.flat_range()
-                    begin, end = max(begin, low), min(end, high)
-                    if piece.counted and begin < end:
-                        start = bucket.starts[index]
-                        self.segments.append(bucket.grads[start + begin : start + end])
-                        slots.append(slot[piece.name])
-        self.slots = torch.tensor(slots, dtype=torch.int64, device=ctx.device)
-        block = _GPU_BLOCK if ctx.device.type == "cuda" else _CPU_BLOCK
-        self.wide = torch.empty(block, dtype=torch.float64, device=ctx.device)
+        counted = (_counted(bucket, ctx, slot) for stage in stages for bucket in stage.buckets)
+        self.counted = [c for c in counted if c.ranges]
 
     def local(self) -> Tensor:
         """float64 [len(names)]: squared norms of what this rank counts; zeros elsewhere."""
         squared = torch.zeros(len(self.names), dtype=torch.float64, device=self.ctx.device)
-        if self.segments:
-            squared.index_add_(0, self.slots, torch.stack([self._square(x) for x in self.segments]))
+        for c in self.counted:
+            own = kernels(c.grads)
+            squares = own.sum_squares(c.grads, c.bounds) if own else sum_squares(c.grads, c.ranges)
+            squared.index_add_(0, c.slots, squares)
         return squared
-
-    def _square(self, x: Tensor) -> Tensor:
-        """The float64 sum of squares of flat x, block by block: torch's own way makes a float64 copy of the whole."""
-        if x.dtype == torch.float64:
-            return torch.dot(x, x)
-        total = torch.zeros((), dtype=torch.float64, device=x.device)
-        for block in x.split(len(self.wide)):
-            wide = self.wide[: len(block)].copy_(block)
-            total += torch.dot(wide, wide)
-        return total
 
     def __call__(self, scale: float = 1.0) -> GradNorms:
         """Norms of gradients / scale. Collective."""
         values = [value / scale**2 for value in all_reduce_(self.local(), self.ctx.world).tolist()]
         norm = math.fsum(values) ** 0.5 if all(map(math.isfinite, values)) else float("nan")
         return GradNorms(norm if self.exact else torch.tensor(norm).item(), dict(zip(self.names, values)))
-
-
-def scale_(stages: Sequence[GradBuckets], factor: float) -> None:
-    """Multiply all gradients that this rank holds by a factor, in place."""
-    if factor != 1.0:
-        for bucket in (b for stage in stages for b in stage.buckets):
-            bucket.part(bucket.grads, bucket.held).mul_(factor)
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

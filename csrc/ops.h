@@ -1,0 +1,154 @@
+// What the operators share: checks that raise Python errors with the operator's name, and the way from tensors to the
+// kernels of kernels.h. Below, all operators; ops.cpp has their schemas, each other file those of one concept.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+#include "where.h"
+
+namespace trident::ops {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+inline void want(bool holds, const char* op, const std::string& what) {
+    TORCH_CHECK_VALUE(holds, "trident::", op, ": ", what);
+}
+
+inline void want_type(bool holds, const char* op, const std::string& what) {
+    TORCH_CHECK_TYPE(holds, "trident::", op, ": ", what);
+}
+
+inline std::string shape(at::IntArrayRef sizes) {
+    std::string text = "[";
+    for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
+    return text + "]";
+}
+
+inline std::string shape(const Tensor& x) { return shape(x.sizes()); }
+
+// The device is one that the operator's kernels run on.
+inline void want_device(const Tensor& x, const char* op, const char* name) {
+    want(x.is_cpu() || on_gpu(x.device()), op, std::string(name) + " is on " + x.device().str() + ", wanted " + DEVICES);
+}
+
+inline void want_plain(const Tensor& x, const char* op, const char* name) {
+    want_device(x, op, name);
+    want(x.is_contiguous(), op, std::string(name) + " " + shape(x) + " is not contiguous");
+}
+
+inline void want_shape(const Tensor& x, at::IntArrayRef sizes, const char* op, const char* name) {
+    if (x.sizes() != sizes) want(false, op, std::string(name) + " is " + shape(x) + ", wanted " + shape(sizes));
+}
+
+// x is contiguous, of this type, of these sizes and where `like` is.
+inline void want_typed(const Tensor& x, at::ScalarType type, at::IntArrayRef sizes, const Tensor& like, const char* op,
+                       const char* name) {
+    want_plain(x, op, name);
+    want(x.device() == like.device(), op,
+         std::string(name) + " is on " + x.device().str() + ", the others on " + like.device().str());
+    want_type(x.scalar_type() == type, op,
+              std::string(name) + " is " + toString(x.scalar_type()) + ", wanted " + toString(type));
+    want_shape(x, sizes, op, name);
+}
+
+inline void want_like(const Tensor& x, at::IntArrayRef sizes, const Tensor& like, const char* op, const char* name) {
+    want_typed(x, like.scalar_type(), sizes, like, op, name);
+}
+
+inline at::ScalarType wide(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Calls f with a null pointer of the kernels' own type for a tensor's type, and where they run: what on_device gives.
+template <class F>
+void dispatch(const Tensor& x, const char* op, F f) {
+    on_device(x, [&](const auto& where) {
+        switch (x.scalar_type()) {
+            case at::kFloat: return f(static_cast<float*>(nullptr), where);
+            case at::kDouble: return f(static_cast<double*>(nullptr), where);
+            case at::kBFloat16: return f(static_cast<bf16*>(nullptr), where);
+            case at::kHalf: return f(static_cast<f16*>(nullptr), where);
+            default: want_type(false, op, std::string("wants floating-point tensors, got ") + toString(x.scalar_type()));
+        }
+    });
+}
+
+#define TYPE_OF(tag) std::remove_pointer_t<decltype(tag)>
+
+template <class T>
+T* data(const Tensor& x) {
+    return static_cast<T*>(x.data_ptr());
+}
+
+template <class T>
+T* data(const Optional& x) {
+    return x ? data<T>(*x) : nullptr;
+}
+
+// A tensor [b, heads, s, d] of P, read as T.
+template <class T, class P>
+Heads<T> heads(const Tensor& x) {
+    return {data<P>(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// [b, heads, s, d] of one type on one device, rows of stride 1; k and v alike.
+inline void want_heads(const Tensor& q, const Tensor& k, const Tensor& v, const char* op) {
+    want(q.dim() == 4 && k.dim() == 4, op, "wants [b, heads, s, d], got " + shape(q) + " and " + shape(k));
+    for (const auto& [x, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) {
+        want_device(*x, op, name);
+        want(x->device() == q.device(), op, "q, k and v are on different devices");
+        want_type(x->scalar_type() == q.scalar_type(), op, "q, k and v have different types");
+        want_shape(*x, {q.size(0), x == &q ? q.size(1) : k.size(1), q.size(2), q.size(3)}, op, name);
+        want(q.size(3) <= 1 || x->stride(3) == 1, op, std::string(name) + " has no stride of 1 along d");
+    }
+}
+
+inline int64_t rows_of(const Tensor& x, int64_t width) { return width ? x.numel() / width : 0; }
+
+// ---- ops_norm.cpp
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                                                double offset);
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Optional& grad_sum, const Tensor& x,
+                                             const Tensor& weight, const Tensor& scale, double offset);
+std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps);
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                  const Tensor& bias, double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Optional& grad_sum, const Tensor& x,
+                                                       const Tensor& weight, const Tensor& stats);
+
+// ---- ops_model.cpp: gated products, RoPE, cross entropy
+
+Tensor gated(const Tensor& fused, int64_t kind);
+Tensor gated_backward(const Tensor& grad, const Tensor& fused, int64_t kind);
+std::tuple<Tensor, Tensor, Tensor> rope(const Tensor& fused, const Tensor& table, int64_t n, int64_t m);
+Tensor rope_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table);
+Tensor softmax_stats(const Tensor& logits, const Tensor& target, int64_t valid);
+void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak, const Tensor& scale, const Tensor& grad,
+                       int64_t valid);
+
+// ---- ops_cpu_only.cpp: matrix product and attention, for which others have libraries
+
+void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add);
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin,
+                                     double scale);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                      const Optional& begin, double scale);
+
+// ---- ops_optim.cpp
+
+void adamw_(Tensor& master, const Tensor& grad, Tensor& exp_avg, Tensor& exp_avg_sq, const Optional& values, double lr,
+            double beta1, double beta2, double eps, double weight_decay, double grad_scale, int64_t step);
+Tensor sum_squares(const Tensor& flat, const Tensor& bounds);
+
+}  // namespace trident::ops

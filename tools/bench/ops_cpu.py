@@ -1,0 +1,113 @@
+"""Two parts of a training step on the CPU, each beside the way it was done before, in turns, in processor seconds.
+
+    python tools/bench/ops_cpu.py
+
+update: gradient norm, clipping, AdamW and zeroing over the 58 M parameters of train_cpu.py, fp32, in the engine's
+buckets. Before: a norm by torch in blocks, a pass that scales the gradients, AdamW. Now: `sum_squares`, AdamW scales.
+documents: attention over 8 documents a sequence, forward and backward, beside SDPA with a mask and one whole sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from engine.config import OptimizerConfig
+from engine.context import make_context
+from engine.layout import Layout
+from engine.ops import native
+from engine.optim.adamw import FlatAdamW
+from engine.optim.clip import NormCounter, sum_squares
+from engine.parallel.buckets import GradBuckets, make_buckets
+from engine.sharding import Chunk, Parameter, ShardSpec
+
+
+def in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> None:
+    """Median and range of the processor milliseconds of each way."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            begin = time.process_time()
+            way()
+            if turn:
+                found[name].append(1000 * (time.process_time() - begin))
+    for name, times in found.items():
+        print(f"  {name:34} {statistics.median(times):8.1f} ({min(times):.1f}-{max(times):.1f}) ms")
+
+
+def model_buckets() -> tuple[GradBuckets, NormCounter, FlatAdamW]:
+    """Matrices and norms of the 58 M model; gradients are random numbers."""
+    layer = {"qkv": (1536, 512), "out": (512, 512), "up": (2752, 512), "down": (512, 1376), "a": (512,), "b": (512,)}
+    shapes: dict[str, tuple[int, ...]] = {f"{i}.{name}": x for i in range(8) for name, x in layer.items()}
+    shapes |= {"embed": (32000, 512), "head": (32000, 512)}
+    params = []
+    for name, (rows, *columns) in shapes.items():
+        spec = ShardSpec((Chunk(name, rows),), other=columns[0] if columns else None, decay=bool(columns))
+        params.append(Parameter(torch.randn(rows, *columns) / 50, spec))
+    ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float32)
+    buckets = make_buckets(params, ctx, grad_dtype=torch.float32, bucket_bytes=64 << 20, overlap=False)
+    for bucket in buckets.buckets:
+        bucket.grads.normal_()
+    return buckets, NormCounter([buckets], ctx, list(shapes)), FlatAdamW([buckets], OptimizerConfig())
+
+
+def update(repeats: int) -> None:
+    buckets, norms, optimizer = model_buckets()
+
+    def before() -> None:
+        for counted in norms.counted:
+            sum_squares(counted.grads, counted.ranges)
+        for bucket in buckets.buckets:
+            bucket.grads.mul_(0.999)
+        optimizer.step(1e-4)
+
+    print("update of 58 M parameters")
+    ways: dict[str, Callable[[], object]] = {"before": before, "now": lambda: (norms(), optimizer.step(1e-4, 0.999))}
+    ways |= {"norm alone": norms, "AdamW alone": lambda: optimizer.step(1e-4, 0.999)}
+    in_turns(ways | {"zeroing alone": lambda: [b.grads.fill_(0.001) for b in buckets.buckets]}, repeats)
+
+
+def documents(repeats: int) -> None:
+    b, n, s, d = 4, 8, 512, 64
+    q, k, v = (torch.randn(b, n, s, d) for _ in range(3))
+    grad, scale = torch.randn(s, b, n * d), d**-0.5
+    begin = torch.arange(s).div(s // 8, rounding_mode="floor").mul(s // 8).expand(b, s).contiguous()
+    column = torch.arange(s)
+    mask = ((column >= begin[:, None, :, None]) & (column <= column[:, None])).contiguous()
+    heads_grad = grad.view(s, b, n, d).permute(1, 2, 0, 3).contiguous()
+
+    def own(begin: torch.Tensor | None) -> None:
+        out, lse = torch.ops.trident.attention(q, k, v, begin, scale)
+        torch.ops.trident.attention_backward(grad, q, k, v, out, lse, begin, scale)
+
+    def sdpa() -> None:
+        leaves = [x.requires_grad_() for x in (q.detach(), k.detach(), v.detach())]
+        torch.autograd.grad(scaled_dot_product_attention(*leaves, attn_mask=mask), leaves, heads_grad)
+
+    print(f"attention, {b} sequences of 8 documents, {n} heads, {s} x {d}, forward and backward")
+    ways = {
+        "own, documents apart": lambda: own(begin),
+        "own, one document": lambda: own(None),
+        "SDPA with a mask": sdpa,
+    }
+    in_turns(ways, repeats)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--repeats", type=int, default=9)
+    options.add_argument("--threads", type=int, default=1)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads; {native.load()[1]}")
+    update(args.repeats)
+    documents(args.repeats)
+
+
+if __name__ == "__main__":
+    main()

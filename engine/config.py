@@ -171,6 +171,14 @@ class TrainConfig(Section):
     """what the backward computes again instead of keeping it; selective: norms, SwiGLU product, attention core"""
     recompute_layers: int = Field(0, ge=0)
     """recompute in so many blocks of each stage, from its first; 0: in all"""
+    attention: Literal["auto", "own", "cudnn", "flash", "varlen", "flash-attn-3", "flash-attn-2", "sdpa"] = "auto"
+    """which implementation of attention runs (docs/training.md); auto: the fastest that can; sdpa: torch's, as it
+    chooses"""
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """with bf16: matrix products of the blocks in 8-bit floats, scaled by tensor, or by row and column; on GPUs from
+    compute capability 8.9 on, and slowly, for trying, on CPUs"""
+    compile: bool = False
+    """torch.compile what lies between matrix products, attention and collectives of a block, instead of our kernels"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA when every local rank can have a GPU of its own, otherwise CPU; which one is printed"""
     eval_every: int = Field(0, ge=0)

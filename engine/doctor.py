@@ -21,7 +21,7 @@ from engine.built import why_not
 from engine.checkpoint.lineage import code_versions
 from engine.data import order
 from engine.launch import backends, try_gloo
-from engine.ops import native
+from engine.ops import attention, native
 
 _BUILD = "build it: pip install --no-build-isolation --no-deps -e ."
 
@@ -29,6 +29,7 @@ _BUILD = "build it: pip install --no-build-isolation --no-deps -e ."
 OPTIONAL: dict[str, tuple[str, str]] = {
     "apex": ("apex", "normalization"),  # PyPI has another apex, which is not NVIDIA's
     "flash-attn": ("flash_attn", ""),
+    "flash-attn-3": ("flash_attn_interface", ""),
     "transformers": ("transformers", ""),
     "pyarrow": ("pyarrow", ""),
     "sentencepiece": ("sentencepiece", ""),
@@ -149,11 +150,21 @@ def _kernels() -> Iterator[Finding]:
     devices = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
     for device in devices:
         yield Finding("kernels", f"fp32 on {device.type}: {native.in_words(device, torch.float32)}")
+        yield _attention(device)
         for tried in selftest.try_ops(device):
             who = "own" if tried.own else "torch"
             off = f"off by {tried.difference:.1e}, tolerance {tried.tolerance:.0e}"
             text = f"{tried.name}: {who}; {tried.error or off}"
             yield Finding(f"op on {device.type}", text + " WRONG" * tried.broken, broken=tried.broken)
+
+
+def _attention(device: torch.device) -> Finding:
+    """Which attention a run takes by itself, and why what it would rather take is not there."""
+    name, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
+    with native.forced(kernels=native.load()[0] is not None):  # else it would warn of what was just said
+        alone, apart = (attention.chosen(device, dtype, 128, documents=documents) for documents in (False, True))
+    text = f"{name} on {device.type}: {alone}; documents kept apart: {apart}"
+    return Finding("attention", "; ".join([text, *(attention.missing().values() if device.type == "cuda" else ())]))
 
 
 def _packages() -> Iterator[Finding]:

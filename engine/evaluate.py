@@ -17,8 +17,9 @@ from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.corpora import end_of_document
 from engine.data.indexed import IndexedDataset
-from engine.data.loader import MicroBatch, number_documents
+from engine.data.loader import MicroBatch
 from engine.data.order import SampleOrder
+from engine.documents import Documents
 from engine.errors import EXIT_OK, ConfigError, Fault
 from engine.inference import load_stage
 from engine.pipeline.actions import Plan
@@ -93,15 +94,14 @@ class Evaluator:
         if len(samples):
             rows[: len(samples)] = torch.from_numpy(self.order.gather(samples))
             mask[: len(samples)] = True
-        rows, mask = rows.to(self.ctx.device), mask.to(self.ctx.device)
         parts = [slice(i, i + mbs) for i in range(0, padded, mbs)]
-        batches = [self._batch(rows[p], mask[p]) for p in parts]
-        losses = execute(forward_only(self.plan, len(batches)), self.stages, self.ctx, batches, loss_grad=0.0)
-        return torch.stack((losses.sum(), mask.sum().double()))
+        batches = [self._batch(rows[p], mask[p]).to(self.ctx.device) for p in parts]
+        losses = execute(forward_only(self.plan, len(batches)), self.stages, self.ctx, batches, token_weight=1.0)
+        return torch.stack((losses.sum(), mask.sum().double().to(losses.device)))
 
     def _batch(self, rows: torch.Tensor, mask: torch.Tensor) -> MicroBatch:
         tokens = rows[:, :-1].contiguous()
-        documents = None if self.eod is None else number_documents(tokens, self.eod)
+        documents = None if self.eod is None else Documents.ended_by(tokens, self.eod)
         return MicroBatch(tokens, rows[:, 1:].contiguous(), mask, documents=documents)
 
     def _score(self, loss: float, tokens: int) -> Score:

@@ -237,6 +237,7 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
         yield Fault("train.recompute_layers", t.recompute_layers, "has no meaning without recompute", repair)
     if t.precision == "fp64" and p.reduce_dtype == "bf16":
         yield Fault("parallel.reduce_dtype", "bf16", "would spoil train.precision fp64", "Use main.")
+    yield from _fp8_relations(cfg)
     if math.log2(t.loss_scale) % 1:
         relation, near = "is not a power of two, so that scaling would round", 2 ** round(math.log2(t.loss_scale))
         yield Fault("train.loss_scale", t.loss_scale, relation, f"Nearest: {near}.")
@@ -256,6 +257,29 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
         )
     if s.kind != "wsd" and s.decay_steps:
         yield Fault("schedule.decay_steps", s.decay_steps, f"has no meaning for {s.kind}", "Leave it out, or use wsd.")
+
+
+def _fp8_relations(cfg: Config) -> Iterator[Fault]:
+    t, m = cfg.train, cfg.model
+    if t.fp8 == "none":
+        return
+    if t.precision != "bf16":
+        yield Fault("train.fp8", t.fp8, f"needs train.precision bf16, not {t.precision}", "Set it, or leave fp8 out.")
+    tensor, head_dim = cfg.parallel.tensor, m.head_dim or m.hidden_size // m.num_heads
+    kv_heads = m.num_kv_heads or m.num_heads
+    qkv = (m.num_heads // tensor + 2 * max(1, kv_heads // tensor)) * head_dim
+    up = (2 if m.gated_mlp else 1) * m.ffn_size // tensor
+    for name, value, size, what in (
+        ("model.hidden_size", m.hidden_size, m.hidden_size, "columns of matrices"),
+        ("model.head_dim", head_dim, qkv, "rows of q, k and v on a rank"),
+        ("model.head_dim", head_dim, m.num_heads // tensor * head_dim, "rows of q on a rank"),
+        ("model.ffn_size", m.ffn_size, m.ffn_size // tensor, "columns of down on a rank"),
+        ("model.ffn_size", m.ffn_size, up, "rows of up on a rank"),
+        ("train.seq_len", t.seq_len, t.micro_batch_size * t.seq_len, "tokens of a microbatch"),
+    ):
+        if size % 16:
+            relation = f"gives {size} {what}, no multiple of 16, which train.fp8 needs"
+            yield Fault(name, value, relation, "Change it, or use train.fp8 none.")
 
 
 def _checkpoint_relations(c: CheckpointConfig) -> Iterator[Fault]:

@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import OptimizerConfig
 from engine.context import make_context
+from engine.documents import Documents
 from engine.layout import Layout
 from engine.ops import native
 from engine.ops.activation import activation
-from engine.ops.attention import causal_attention, document_mask
+from engine.ops.attention import causal_attention
 from engine.ops.embedding import embedding
-from engine.ops.loss import cross_entropy
+from engine.ops.loss import VocabSlice, linear_cross_entropy
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from engine.ops.rope import rope_table, split_and_rope
 from engine.optim.adamw import FlatAdamW
@@ -69,12 +70,19 @@ def _rope(fused: Tensor) -> tuple[Tensor, ...]:
 
 
 def _documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return causal_attention(q, k, v, document_mask(torch.arange(_S, device=q.device).div(15).long().expand(_B, _S)))
+    begin = torch.arange(_S, device=q.device) // 15 * 15
+    return causal_attention(q, k, v, Documents.of(begin.expand(_B, _S)))
 
 
-def _loss(logits: Tensor) -> Tensor:
-    targets = torch.arange(logits.shape[0], device=logits.device) * 7
-    return cross_entropy(logits.clone(), targets, 0, logits.shape[1] - 3, _ALONE)
+def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    x = x.detach().requires_grad_()
+    head = Parameter(weight.detach(), ShardSpec((Chunk("head", len(weight)),), other=weight.shape[1]))
+    targets = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]) * 7
+    part, weights = VocabSlice(0, len(weight) - 3, _ALONE), torch.linspace(0, 1, targets.numel(), device=x.device)
+    losses = linear_cross_entropy(x, head, targets, weights.view(targets.shape), part, _ALONE, _ALONE)
+    losses.sum().backward()
+    assert x.grad is not None and head.grad is not None
+    return losses.detach(), x.grad, head.grad
 
 
 def _product(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +147,7 @@ OPS: dict[str, tuple[Op, Shapes]] = {
     "gated GeLU": (activation("gelu_tanh", True), [(_S, _B, 130)]),
     "matrix product": (_product, [(37, 90), (70, 90)]),
     "embedding": (_embedding, [(8, 33)]),
-    "cross entropy": (_loss, [(30, 300)]),
+    "cross entropy": (_loss, [(15, 2, 20), (300, 20)]),
     "gradient norm": (_gradient_norm, [(33, 65)]),
     "AdamW": (_adamw, [(33, 65)] * 4),
 }

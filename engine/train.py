@@ -24,7 +24,7 @@ from engine.checkpoint.load import Reader, Source, load_into
 from engine.checkpoint.save import Saved, Saver, save
 from engine.checkpoint.seal import storage_of
 from engine.checkpoint.storage import DISK, Storage
-from engine.comm import all_reduce_, on_first_rank, raise_together
+from engine.comm import all_reduce_, gather_json, on_first_rank, raise_together
 from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.corpora import TrainingData, open_data, open_training
@@ -39,6 +39,8 @@ from engine.monitor.health import explain_non_finite
 from engine.monitor.metrics import MetricsLog
 from engine.monitor.progress import Progress
 from engine.monitor.trace import write_timeline
+from engine.ops.attention import chosen
+from engine.ops.fp8 import check_device
 from engine.ops.native import keep_freed_memory
 from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import GradNorms, NormCounter, clip_factor
@@ -103,6 +105,7 @@ class StepResult:
 def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     """Stages, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved."""
     keep_freed_memory()
+    check_means(cfg, ctx)
     plan = pipeline_plan(cfg)
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
@@ -130,6 +133,21 @@ def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     return TrainState(cfg, ctx, plan, stages, params, all_buckets, optimizer, norms, scale)
 
 
+def check_means(cfg: Config, ctx: ParallelContext) -> None:
+    """Whether this device can do what train.attention and train.fp8 ask for, and all ranks do the same. Collective.
+
+    ConfigError where it cannot, or where ranks would choose differently because one has a package that another lacks.
+    """
+    check_device(cfg, ctx.device)
+    apart, wanted = cfg.data.separate_documents, cfg.train.attention
+    mine = chosen(ctx.device, ctx.dtype, cfg.model.head_dim, documents=apart, wanted=wanted)
+    names = gather_json(mine, ctx.world, ctx.device)
+    if len(set(names)) > 1:
+        found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))
+        repair = f"Install the same packages everywhere, or set train.attention {sorted(set(names))[0]}."
+        raise ConfigError([Fault("train.attention", wanted, f"chooses {found}", repair)])
+
+
 def train_step(
     state: TrainState, batches: Sequence[MicroBatch], *, traced: bool = False, num_sources: int = 0
 ) -> StepResult:
@@ -138,20 +156,21 @@ def train_step(
     num_sources: of a blend, to tell their losses apart.
 
     The loss is sum of token losses / counted tokens over the whole global batch, and the count is known before the
-    backward. A non-finite loss or gradient raises TrainingError on every rank before any weight has changed; in fp16 a
+    forward. A non-finite loss or gradient raises TrainingError on every rank before any weight has changed; in fp16 a
     non-finite gradient only leaves this update out and halves the loss scale.
     """
     cfg, ctx, scale = state.cfg, state.ctx, state.scale.value
+    tokens = count_tokens(batches, ctx)  # on the host: a GPU would have to be waited for
     batches = [b.to(ctx.device) for b in batches]
-    tokens = count_tokens(batches, ctx)
     for stage in state.buckets:
         stage.zero_grad()
     trace = Trace(ctx.device) if traced else None
     losses = execute(state.plan, state.stages, ctx, batches, scale / tokens, trace)
     for stage in state.buckets:
         stage.wait()
-    loss = sum_losses(losses, ctx) / tokens
-    norms = state.norms(scale)
+    summed = sum_losses(losses, ctx)
+    norms = state.norms(scale)  # the one place where the host waits for a GPU: all that is to be read is there then
+    loss = float(summed) / scale
     finite = math.isfinite(norms.norm)
     state.scale.update(finite)
     if not math.isfinite(loss) or not (finite or (state.scale.window and state.scale.value >= 1)):
@@ -173,31 +192,35 @@ def train_step(
     state.step += 1
     state.consumed_samples += cfg.train.global_batch_size
     state.consumed_tokens += cfg.train.global_batch_size * cfg.train.seq_len
-    by_source = losses_by_source(losses, batches, state, num_sources) if num_sources else {}
+    by_source = losses_by_source(losses * (tokens / scale), batches, state, num_sources) if num_sources else {}
     return StepResult(loss, norms, lr, tokens, not finite, trace, by_source)
 
 
 def count_tokens(batches: Sequence[MicroBatch], ctx: ParallelContext) -> int:
     """Tokens that count in the loss, over the microbatches of all data ranks."""
-    counted = torch.stack([b.mask.sum() for b in batches]).sum()
-    total = int(all_reduce_(counted, ctx.data).item())
+    total = sum(int(b.mask.sum()) for b in batches)
+    if ctx.data.size > 1:
+        total = int(all_reduce_(torch.tensor(total, device=ctx.device), ctx.data).item())
     if total == 0:
         raise DataError("no token of this global batch counts in the loss: every mask is empty; look at the data")
     return total
 
 
-def sum_losses(losses: torch.Tensor, ctx: ParallelContext) -> float:
-    """The sum of all microbatches' losses over all data ranks; they are zero off the last stage.
+def sum_losses(losses: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
+    """The sum of all microbatches' losses over all data ranks, as weighted; they are zero off the last stage.
 
     Of the tensor ranks, which all have them, one speaks.
     """
-    return float(all_reduce_(losses.sum() * float(ctx.tensor.rank == 0), ctx.world).item())
+    return all_reduce_(losses.sum() * float(ctx.tensor.rank == 0), ctx.world)
 
 
 def losses_by_source(
     losses: torch.Tensor, batches: Sequence[MicroBatch], state: TrainState, num_sources: int
 ) -> dict[int, float]:
-    """Source -> sum of its token losses / its counted tokens, over the whole global batch. Collective."""
+    """Source -> sum of its token losses / its counted tokens, over the whole global batch. Collective.
+
+    losses [microbatches, b]: of each sample the sum of its token losses in nats.
+    """
     ctx = state.ctx
     sums = torch.zeros(2, num_sources, dtype=torch.float64, device=ctx.device)
     last = state.plan.rank_of(state.plan.num_stages - 1)
@@ -448,6 +471,8 @@ def _scale(state: TrainState, result: StepResult) -> dict[str, float]:
 
 def _agreed(flags: tuple[bool, ...], ctx: ParallelContext) -> tuple[bool, ...]:
     """Of each flag, whether any rank has it set."""
+    if ctx.world.size == 1:
+        return flags  # a GPU would have to be waited for
     values = torch.tensor([float(flag) for flag in flags], device=ctx.device)
     return tuple(bool(value) for value in all_reduce_(values, ctx.world, "max").tolist())
 

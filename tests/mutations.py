@@ -97,7 +97,8 @@ def norms(*cases: str) -> tuple[str, ...]:
 COUNTED = 'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)'
 SUMMED = "if self.ctx.axis(name).size > 1:"
 LOSS_GRAD = "losses = execute(state.plan, state.stages, ctx, batches, scale / tokens, trace)"
-COUNT = "counted = torch.stack([b.mask.sum() for b in batches]).sum()"
+WEIGHTS = "weights = batch.mask * torch.tensor(token_weight, dtype=torch.float64)"
+COUNT = "total = sum(int(b.mask.sum()) for b in batches)"
 
 TIED_AND_NORM = [
     Mutation(
@@ -171,16 +172,16 @@ REPLICAS = [
         "norm_weight_not_summed_under_sequence_parallelism",
         "each tensor rank keeps the gradient of its part of the sequence (Megatron#1446, apex#1686)",
         "engine/model/layers.py",
-        'ctx: ParallelContext, sum_over: str = "sequence"):',
-        'ctx: ParallelContext, sum_over: str = "alone"):',
+        'sum_over: str = "sequence",',
+        'sum_over: str = "alone",',
         small("sequence"),
     ),
     Mutation(
         "qk_norm_not_summed",
         "each tensor rank keeps the gradient of its own heads (NeMo-RL#3716)",
         "engine/model/attention.py",
-        'ctx, sum_over="tensor")',
-        'ctx, sum_over="alone")',
+        'means, sum_over="tensor")',
+        'means, sum_over="alone")',
         small("copies"),
     ),
     Mutation(
@@ -211,8 +212,8 @@ REPLICAS = [
         "input_gradient_not_summed",
         "the mirror of the row-parallel sum is missing: each tensor rank passes on its part",
         "engine/ops/linear.py",
-        "grad_x = sum_start(multiply(grad, weight), ctx.copies, sequence)",
-        "grad_x = Pending(multiply(grad, weight).chunk(sequence.size)[sequence.rank].contiguous())",
+        "grad_x = sum_start(products.input_grad(grad, weight), ctx.copies, sequence)",
+        "grad_x = Pending(products.input_grad(grad, weight).chunk(sequence.size)[sequence.rank].contiguous())",
         small("copies"),
     ),
     Mutation(
@@ -230,16 +231,16 @@ LOSS = [
         "loss_is_a_mean_of_microbatch_means",
         "accumulated microbatches weigh the same however few tokens they count (transformers#24725, #34191)",
         "engine/pipeline/executor.py",
-        "grad = torch.full_like(out, run.loss_grad)",
-        "grad = torch.full_like(out, 1 / len(run.batches) / max(1, int(run.batches[action.microbatch].mask.sum())))",
+        "run.batches[action.microbatch], run.token_weight)",
+        "b := run.batches[action.microbatch], 1 / len(run.batches) / max(1, int(b.mask.sum())))",
         PLAIN,
     ),
     Mutation(
         "loss_is_a_mean_of_data_rank_means",
         "each data rank divides by its own count of tokens (torchtune#1875, Fast-LLM#426)",
         "engine/train.py",
-        "total = int(all_reduce_(counted, ctx.data).item())",
-        "total = int(counted.item()) * ctx.data.size",
+        "total = int(all_reduce_(torch.tensor(total, device=ctx.device), ctx.data).item())",
+        "total = total * ctx.data.size",
         small("data"),
     ),
     Mutation(
@@ -247,15 +248,15 @@ LOSS = [
         "divided by the length of the sequences instead of the tokens that count (nanochat#59)",
         "engine/train.py",
         COUNT,
-        "counted = torch.tensor(sum(b.mask.numel() for b in batches))",
+        "total = sum(b.mask.numel() for b in batches)",
         PLAIN,
     ),
     Mutation(
         "mask_aliased",
         "a forward changes the mask it was given (Megatron#1298: it shrinks in every iteration)",
-        "engine/model/layers.py",
-        "return (losses.view(mask.shape[::-1]) * mask.t()).sum(0)",
-        "sums = (losses.view(mask.shape[::-1]) * mask.t()).sum(0)\n        mask[:, -1] = False\n        return sums",
+        "engine/pipeline/stage.py",
+        WEIGHTS,
+        f"{WEIGHTS}\n        batch.mask[:, -1] = False",
         ("tests/test_equivalence.py::test_a_step_leaves_its_batches_as_they_were",),
     ),
     Mutation(
@@ -293,17 +294,17 @@ LOSS = [
     Mutation(
         "only_the_last_microbatch_trained",
         "a microbatch overwrites the gradient of those before it: the loss looks fine (Automodel#3530)",
-        "engine/ops/linear.py",
-        "add_product_(main, rows_grad.t(), rows_x)",
-        "torch.mm(rows_grad.t(), rows_x, out=main)",
+        "engine/ops/products.py",
+        "add_product_(main, grad.t(), x)",
+        "torch.mm(grad.t(), x, out=main)",
         PLAIN,
     ),
     Mutation(
         "gradient_is_a_moving_average",
         "what is accumulated is scaled down by each microbatch (torchtitan#1733)",
-        "engine/ops/linear.py",
-        "add_product_(main, rows_grad.t(), rows_x)",
-        "torch.addmm(main, rows_grad.t(), rows_x, beta=0.5, out=main)",
+        "engine/ops/products.py",
+        "add_product_(main, grad.t(), x)",
+        "torch.addmm(main, grad.t(), x, beta=0.5, out=main)",
         PLAIN,
     ),
     Mutation(
@@ -318,9 +319,33 @@ LOSS = [
         "vocabulary_padding_in_the_softmax",
         "the columns beyond the vocabulary take part in the sum",
         "engine/ops/loss.py",
-        "own.softmax_stats(logits, local, valid)",
-        "own.softmax_stats(logits, local, logits.shape[1])",
+        "stats(logits, local, part.valid)",
+        "stats(logits, local, logits.shape[1])",
         small("copies"),
+    ),
+    Mutation(
+        "logits_of_two_chunks_alive",
+        "the chunk before is kept while the next one's logits are made",
+        "engine/ops/loss.py",
+        "del grad  # before the next chunk's is made",
+        "kept = grad",
+        ("tests/test_loss.py::test_logits_of_all_tokens_never_exist[own-True]",),
+    ),
+    Mutation(
+        "last_chunk_left_out_of_the_sum",
+        "the sum over the tensor ranks starts before the gradient of the last chunk is there",
+        "engine/ops/loss.py",
+        "if rows.stop == len(rows_x):",
+        "if rows.start == 0:",
+        ("tests/test_loss.py::test_tensor_ranks[2-13-dtype0-True-own]",),
+    ),
+    Mutation(
+        "head_gradient_scaled_afterwards",
+        "a factor on the loss reaches the input's gradient or none, not the weight's",
+        "engine/ops/loss.py",
+        "torch._assert_async((grad == 1).all(), _NOT_ONE)",
+        "pass",
+        ("tests/test_loss.py::test_a_gradient_other_than_one_raises[0.5]",),
     ),
     Mutation(
         "validation_loss_depends_on_accumulation",
@@ -665,9 +690,9 @@ FACTS_OF_MODELS = [
     Mutation(
         "positions_run_on_over_documents",
         "learned positions do not begin again with a document",
-        "engine/ops/embedding.py",
-        "return position - (position * begins).cummax(1).values",
-        "return position + 0 * (position * begins).cummax(1).values",
+        "engine/documents.py",
+        "device=self.begin.device) - self.begin",
+        "device=self.begin.device) - 0 * self.begin",
         ("tests/test_documents.py::test_packed_documents_learn_as_if_alone",),
     ),
     Mutation(

@@ -319,6 +319,20 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "would spoil train.precision fp64",
         "Use main.",
     ),
+    "fp8 of another precision": (
+        {"train.fp8": "rowwise"},
+        1,
+        "train.fp8",
+        "needs train.precision bf16, not fp32",
+        "Set it, or leave fp8 out.",
+    ),
+    "fp8 of odd matrices": (
+        {"train.fp8": "tensorwise", "train.precision": "bf16", "model.ffn_size": 72},
+        1,
+        "model.ffn_size",
+        "gives 72 columns of down on a rank, no multiple of 16, which train.fp8 needs",
+        "Change it, or use train.fp8 none.",
+    ),
     "loss scale": (
         {"train.loss_scale": 60000.0},
         1,

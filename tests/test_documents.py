@@ -15,7 +15,8 @@ from engine.config import Config
 from engine.context import ParallelContext
 from engine.data.corpora import open_training
 from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.loader import Loader, MicroBatch, number_documents
+from engine.data.loader import Loader, MicroBatch
+from engine.documents import Documents
 from engine.evaluate import Evaluator
 from engine.train import setup, train_step
 
@@ -40,7 +41,7 @@ def packed(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
     local, mbs = len(LENGTHS) // ctx.data.size, cfg.train.micro_batch_size
     begin = ctx.data.rank * local
     parts = [slice(i, i + mbs) for i in range(begin, begin + local, mbs)]
-    return [MicroBatch(tokens[p], labels[p], mask[p], documents=number_documents(tokens[p], EOD)) for p in parts]
+    return [MicroBatch(tokens[p], labels[p], mask[p], documents=Documents.ended_by(tokens[p], EOD)) for p in parts]
 
 
 def apart(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
@@ -113,7 +114,8 @@ def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
     sizes = {"global_batch_size": 2, "micro_batch_size": 2, "data_rank": 0, "data_size": 1}
     with Loader(data.order, **sizes, separate_eod=data.separate_eod) as loader:
         (batch,) = next(loader)
-    assert batch.documents is not None and torch.equal(batch.documents, number_documents(batch.tokens, EOD))
+    assert batch.documents is not None
+    assert torch.equal(batch.documents.begin, Documents.ended_by(batch.tokens, EOD).begin)
 
     def job(ctx: ParallelContext) -> tuple[float, float]:
         state = setup(cfg, ctx)
@@ -124,13 +126,18 @@ def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
         tokens, labels = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
         (stage,) = state.stages.values()
         with torch.no_grad():
-            losses = stage.module(tokens, labels, torch.ones_like(tokens), number_documents(tokens, EOD))
+            losses = stage.module(tokens, labels, torch.ones_like(tokens), Documents.ended_by(tokens, EOD))
         return score.loss, float(losses.sum()) / tokens.numel()
 
     ((score, by_hand),) = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert score == pytest.approx(by_hand, rel=1e-12)
 
 
-def test_documents_are_numbered_after_their_last_token() -> None:
-    tokens = torch.tensor([[1, EOD, 2, 3, EOD, EOD, 4], [5, 5, 5, 5, 5, 5, 5]])
-    assert number_documents(tokens, EOD).tolist() == [[0, 0, 1, 1, 1, 2, 3], [0] * 7]
+def test_documents_begin_after_the_last_token_of_the_one_before() -> None:
+    documents = Documents.ended_by(torch.tensor([[1, EOD, 2, 3, EOD, EOD, 4], [5, 5, 5, 5, 5, 5, 5]]), EOD)
+    assert documents.begin.tolist() == [[0, 0, 2, 2, 2, 5, 6], [0] * 7]
+    assert documents.borders.tolist() == [0, 2, 5, 6, 7, 14] and documents.borders.dtype == torch.int32
+    assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], list(range(7))]
+    seen = documents.mask[0, 0].long()
+    assert seen.sum(1).tolist() == [p + 1 for p in documents.positions[0].tolist()]
+    assert torch.equal(seen, seen.tril()) and seen[4].tolist() == [0, 0, 1, 1, 1, 0, 0]

@@ -25,9 +25,10 @@ from engine.context import ParallelContext
 from engine.data.corpora import TrainingData, open_training
 from engine.data.fim import FillInTheMiddle, Sentinels
 from engine.data.indexed import IndexedWriter
-from engine.data.loader import Loader, LossMask, number_documents
+from engine.data.loader import Loader, LossMask
 from engine.data.special import FAMILIES, check, fill_in_the_middle, sentinels
 from engine.data.tokenizer import END_OF_TEXT, Tokenizer
+from engine.documents import Documents
 from engine.errors import ConfigError
 from engine.resolve import load
 from engine.train import setup, train_step
@@ -199,7 +200,8 @@ def test_rows_keep_their_length_and_the_filling_does_not_count() -> None:
     expected = (batch.tokens != eod) & (batch.labels != fim.sentinels.middle)
     expected &= torch.arange(1, len(short))[None] < torch.from_numpy(changed.lengths)[:, None]
     assert torch.equal(batch.mask, expected) and not batch.mask[1, changed.lengths[1] - 1 :].any()
-    assert torch.equal(batch.documents, number_documents(batch.tokens, eod))  # type: ignore[arg-type]
+    assert batch.documents is not None
+    assert torch.equal(batch.documents.begin, Documents.ended_by(batch.tokens, eod).begin)
     assert (batch.labels == fim.sentinels.middle).any() and (batch.labels == fim.sentinels.prefix).any()
 
 

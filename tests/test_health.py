@@ -12,6 +12,7 @@ from harness import run_ranks
 from engine.context import ParallelContext
 from engine.data.loader import MicroBatch
 from engine.errors import DataError, TrainingError
+from engine.model.transformer import Transformer
 from engine.train import TrainState, setup, train_step
 
 
@@ -28,17 +29,22 @@ class Poison(torch.autograd.Function):
 
 
 def poison(state: TrainState, target: MicroBatch, where: str) -> None:
-    """Make the module fail on one microbatch, known by its tokens: in the forward or in the backward only."""
-    stage = next(iter(state.stages.values()))
+    """Make the final norm fail on one microbatch, known by its labels: in the forward or in the backward only."""
+    (stage,) = state.stages.values()
     clean = stage.module
+    assert isinstance(clean, Transformer)
+    hit = False
 
     def module(x: torch.Tensor, labels: torch.Tensor, *rest: Any) -> torch.Tensor:
-        out = clean(x, labels, *rest)
-        if not torch.equal(labels, target.labels):
-            return out
-        return out * torch.nan if where == "forward" else Poison.apply(out)
+        nonlocal hit
+        hit = torch.equal(labels, target.labels)
+        return clean(x, labels, *rest)  # type: ignore[no-any-return]
+
+    def spoil(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return out if not hit else out * torch.nan if where == "forward" else Poison.apply(out)
 
     stage.module = module
+    clean.norm.register_forward_hook(spoil)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -28,7 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("resolve",),
     ("options",),
     ("faults",),  # no torch up to here
-    ("rng", "context"),
+    ("rng", "context", "documents"),
     ("comm", "sharding", "launch"),
     ("ops", "data"),
     ("parallel",),

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import test_ops
 import torch
-from test_ops import CTX, DTYPES, TOLERANCE, like, randn, relative
+from test_loss import ids, whole
+from test_ops import DTYPES, TOLERANCE, like, parameter, randn, relative
 from torch import Tensor
 
+from engine.ops import loss as loss_module
 from engine.ops import native
 from engine.ops.activation import gated
 from engine.ops.attention import causal_attention
-from engine.ops.loss import cross_entropy
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from engine.ops.rope import rope_table, split_and_rope
 
@@ -241,16 +242,18 @@ def test_rows_and_threads_change_no_bit() -> None:
     """A row of a product, a norm or an attention is the same alone, among others, and on one thread or two."""
     x, w = randn(200, 600, seed=1).float(), randn(70, 600, seed=2).float()
     heads = [randn(2, 3, 90, 32, seed=i).float() for i in range(3)]
-    logits, targets = randn(40, 5000).float(), torch.arange(40)
 
     def everything() -> list[Tensor]:
         with native.forced(gemm=True):
             leaf = heads[0].clone().requires_grad_()
             out = causal_attention(leaf, *heads[1:])
             out.backward(torch.ones_like(out))
-            losses = cross_entropy(logits.clone().requires_grad_().clone(), targets, 0, 5000, CTX.tensor)
-            assert leaf.grad is not None
-            return [native.multiply(x, w.t()), rms_norm(x, w[0], 1e-5), gated(x, "gelu"), out, leaf.grad, losses]
+            tokens, head = like(x[:, None], torch.float32), parameter(randn(3000, 600, seed=3), torch.float32)
+            losses = whole(tokens, head, ids(3000, 200, 1), torch.ones(200, 1))
+            losses.sum().backward()
+            assert leaf.grad is not None and tokens.grad is not None and head.grad is not None
+            products = [native.multiply(x, w.t()), losses, tokens.grad, head.grad]
+            return [products[0], rms_norm(x, w[0], 1e-5), gated(x, "gelu"), out, leaf.grad, *products[1:]]
 
     before = torch.get_num_threads()
     try:
@@ -266,23 +269,31 @@ def test_rows_and_threads_change_no_bit() -> None:
     assert torch.equal(rms_norm(x[5:6], w[0], 1e-5), one[1][5:6]) and torch.equal(gated(x[7:9], "gelu"), one[2][7:9])
 
 
-def test_cross_entropy_ways_agree() -> None:
-    """Huge logits, columns of minus infinity, targets of other ranks, padding."""
-    logits = randn(30, 70).float() * 10
+@pytest.mark.parametrize("valid", [66, 0])
+@DTYPES
+def test_softmax_ways_agree(dtype: torch.dtype, valid: int) -> None:
+    """Huge logits, minus infinity, targets of other ranks, padding, a rank without a part of the vocabulary."""
+    logits = randn(30, 70).to(dtype) * 10
     logits[3] += 1000
     logits[4, 5:] = -torch.inf
-    targets = torch.arange(30) % 66
+    targets = torch.arange(30) * 3 - 6
     targets[4] = 2
     results = []
-    for kernels in (True, False):
-        with native.forced(kernels=kernels):
-            leaf = logits.clone().requires_grad_()
-            losses = cross_entropy(leaf.clone(), targets, 0, 66, CTX.tensor)
-            losses.backward(torch.linspace(0.1, 1, 30))
-            assert leaf.grad is not None and not leaf.grad[:, 66:].any()
-            results.append((losses.detach(), leaf.grad))
-    (a, ga), (b, gb) = results
-    assert relative(a, b) < 1e-6 and relative(ga, gb) < 1e-6
+    for stats, gradient in (
+        (OPS.softmax_stats, OPS.softmax_gradient_),
+        (loss_module._softmax_stats, loss_module._softmax_gradient_),
+    ):
+        x = logits.clone()
+        peak, total, at_target = stats(x, targets, valid)
+        grad = torch.linspace(0.1, 1, 30, dtype=peak.dtype)
+        shift = peak if valid else torch.zeros_like(peak)  # as the ranks that have a part say
+        gradient(x, targets, shift, grad / total.clamp_min(1), grad, valid)
+        inside = (targets >= 0) & (targets < valid)
+        assert torch.equal(x, logits) is False and not x[:, valid:].any()
+        results.append((peak[peak.isfinite()], total, at_target[inside], x))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b) or relative(a, b.double()) < (1e-6 if a.dtype == torch.float32 else TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

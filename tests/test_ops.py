@@ -20,7 +20,6 @@ from engine.ops.activation import activation, gated
 from engine.ops.attention import causal_attention
 from engine.ops.embedding import embedding
 from engine.ops.linear import linear
-from engine.ops.loss import cross_entropy
 from engine.ops.norm import layer_norm, rms_norm, spread_rms_norm
 from engine.ops.rope import rope, rope_table
 from engine.sharding import Chunk, Parameter, ShardSpec
@@ -373,76 +372,6 @@ def test_embedding_adds_into_main_grad(dtype: torch.dtype, main: torch.dtype) ->
 def test_embedding_gradcheck() -> None:
     weight, tokens = parameter(randn(4, 2)), torch.tensor([[1, 3, 3, 9]])
     assert gradcheck(lambda w: embedding(w, tokens, 1), (weight,))
-
-
-# -- cross entropy -----------------------------------------------------------------------------------------------------
-
-
-@DTYPES
-@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (7, 13), (5, 2), (1100, 1000)])
-def test_cross_entropy(tokens: int, vocab: int, dtype: torch.dtype) -> None:
-    """On one rank; the last shape is larger than the block it is worked on in."""
-    logits = (randn(tokens, vocab) * 5).to(dtype).double()
-    logits[0] += 1000  # exp of it would overflow
-    logits = logits.to(dtype).double()
-    targets = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(1))
-    grad = randn(tokens, seed=2)
-    leaf = like(logits, dtype)
-    losses = cross_entropy(leaf.clone(), targets, 0, vocab, CTX.tensor)
-    losses.backward(grad.to(losses.dtype))
-    assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    wide = logits.requires_grad_()
-    expected = F.cross_entropy(wide, targets, reduction="none")
-    expected.backward(grad)
-    assert wide.grad is not None and leaf.grad is not None and leaf.grad.dtype == dtype
-    tolerance = TOLERANCE[losses.dtype] * 10  # the difference of logits near 1000 cancels three digits
-    assert relative(losses, expected) < tolerance or expected.abs().max() == 0
-    assert (leaf.grad.double() - wide.grad).abs().max() < max(tolerance, TOLERANCE[dtype]) * grad.abs().max()
-
-
-def parallel_loss(ctx: ParallelContext, logits: Tensor, targets: Tensor, grad: Tensor) -> tuple[Any, Any, int]:
-    """This rank's losses, its gradient of the true columns, and how many padding columns have a gradient."""
-    axis, vocab = ctx.tensor, logits.shape[1]
-    width = -(-vocab // axis.size)
-    start = min(axis.rank * width, vocab)
-    valid = max(0, min(width, vocab - start))
-    local = torch.full((logits.shape[0], width), 1e4, dtype=logits.dtype)  # what padding holds must not matter
-    local[:, :valid] = logits[:, start : start + valid]
-    local.requires_grad_()
-    losses = cross_entropy(local.clone(), targets, start, valid, axis)
-    losses.backward(grad.to(losses.dtype))
-    assert local.grad is not None
-    padding = int((local.grad[:, valid:] != 0).sum())
-    return losses.detach().double().numpy(), local.grad[:, :valid].double().numpy(), padding
-
-
-@pytest.mark.parametrize(
-    ("tensor", "vocab", "dtype"),
-    [
-        (2, 13, torch.float64),
-        (4, 13, torch.float64),
-        (4, 5, torch.float64),
-        (2, 8, torch.float32),
-        (4, 13, torch.bfloat16),
-    ],
-)
-def test_cross_entropy_over_tensor_ranks(tensor: int, vocab: int, dtype: torch.dtype) -> None:
-    """The vocabulary cut with padding; of 5 ids over 4 ranks the last rank holds none."""
-    logits = (randn(9, vocab) * 4).to(dtype)
-    logits[3] += 500
-    targets = torch.arange(9) % vocab
-    grad = randn(9, seed=2)
-    ranks = run_ranks(Layout(tensor, tensor=tensor), lambda ctx: parallel_loss(ctx, logits, targets, grad))
-    wide = logits.double().requires_grad_()
-    expected = F.cross_entropy(wide, targets, reduction="none")
-    expected.backward(grad)
-    assert wide.grad is not None
-    tolerance = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32] * 20
-    for losses, _, padding in ranks:
-        assert np.array_equal(losses, ranks[0][0]) and padding == 0
-        assert relative(torch.from_numpy(losses), expected) < tolerance
-    got = torch.from_numpy(np.concatenate([part for _, part, _ in ranks], 1))
-    assert relative(got, wide.grad) < max(tolerance, TOLERANCE[dtype])
 
 
 def parallel_linear(ctx: ParallelContext, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Any, Any, Any]:

@@ -58,7 +58,7 @@ def tensor_bytes(cfg: Config, layers: int, *, first: bool, last: bool) -> dict[t
         passes = layers * (2 + 2 + 2 * full) + first + last
         return {("tensor", "all_reduce"): microbatches * (2 * x * passes + statistics)}
     again = not p.keep_gathered
-    gathers = layers * (2 + 2 + 2 * again + 2 * full) + first + last * (1 + again)
+    gathers = layers * (2 + 2 + 2 * again + 2 * full) + first + last
     scatters = layers * (2 + 2 + 2 * full) + first + last
     norms = 2 * (2 * layers + last) * m.hidden_size * MAIN * share  # their gradients, once a step
     return {

@@ -22,6 +22,7 @@ import torch
 
 from engine.data.fim import FillInTheMiddle
 from engine.data.order import Int64Array
+from engine.documents import Documents
 from engine.errors import DataError
 
 
@@ -45,18 +46,20 @@ class MicroBatch:
     labels: torch.Tensor  # int64 [b, s], the token after each of `tokens`
     mask: torch.Tensor  # bool [b, s], True where the label counts in the loss
     sources: torch.Tensor | None = None  # int64 [b], where each sample comes from in a blend
-    documents: torch.Tensor | None = None  # int64 [b, s], which document of its row each token is of; None: all one
+    documents: Documents | None = None  # of [b, s]: which document of its row each token is of; None: all one
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same data on a device."""
-        parts = (self.tokens, self.labels, self.mask, self.sources, self.documents)
-        return MicroBatch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))  # type: ignore[arg-type]
+        """The same data on a device. To a GPU by pinned memory: from elsewhere every copy would be waited for."""
 
+        def move(x: torch.Tensor) -> torch.Tensor:
+            pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+            return pinned.to(device, non_blocking=True)
 
-def number_documents(tokens: torch.Tensor, eod: int) -> torch.Tensor:
-    """int64 [b, s] like `tokens`: documents of the row that have ended before each token, by their `eod`."""
-    ends = (tokens == eod).long()
-    return ends.cumsum(1) - ends
+        sources = None if self.sources is None else move(self.sources)
+        apart = None
+        if self.documents is not None:
+            apart = Documents(move(self.documents.begin), move(self.documents.borders))
+        return MicroBatch(move(self.tokens), move(self.labels), move(self.mask), sources, apart)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Slice:
             mask = self.mask(tokens, labels)
             if self.fim is not None:  # its filling does not count
                 mask &= torch.arange(1, line.shape[1]) < torch.from_numpy(lengths[part])[:, None]
-            documents = None if self.separate_eod is None else number_documents(tokens, self.separate_eod)
+            documents = None if self.separate_eod is None else Documents.ended_by(tokens, self.separate_eod)
             batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources[part]), documents))
         return batches
 

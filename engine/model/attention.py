@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ParallelContext
-from engine.model.layers import ColumnLinear, Norm, RowLinear, SpreadRMSNorm
+from engine.documents import Documents
+from engine.model.layers import ColumnLinear, Means, Norm, RowLinear, SpreadRMSNorm
 from engine.ops.attention import causal_attention
 from engine.ops.linear import Remake
 from engine.ops.recompute import recompute
@@ -25,9 +26,11 @@ class Attention(nn.Module):
     of its own query heads only: the k and v chunks are summed over the `kv` axis.
     """
 
-    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, name: str, out_std: float, keep_gathered: bool):
+    def __init__(
+        self, cfg: ModelConfig, ctx: ParallelContext, name: str, out_std: float, keep_gathered: bool, means: Means
+    ):
         super().__init__()
-        t, d, h = ctx.tensor.size, cfg.head_dim, cfg.hidden_size
+        t, d, h, products = ctx.tensor.size, cfg.head_dim, cfg.hidden_size, means.products
         kv_parts = min(cfg.num_kv_heads, t)
         self.n, self.m, self.d = cfg.num_heads // t, cfg.num_kv_heads // kv_parts, d
         chunks = (
@@ -35,12 +38,14 @@ class Attention(nn.Module):
             Chunk(f"{name}.k.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
             Chunk(f"{name}.v.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
         )
-        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx, keep_gathered, cfg.qkv_bias)
-        self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx, cfg.attention_out_bias)
+        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx, keep_gathered, products, cfg.qkv_bias)
+        bias = cfg.attention_out_bias
+        self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx, products, bias)
+        self.wanted, self.rope, self.split_and_rope = means.attention, means.fuse(rope), means.fuse(split_and_rope)
         self.head_norms = self.projection_norms = None
         if cfg.qk_norm and cfg.qk_norm_span == "head":
             self.head_norms = nn.ModuleList(
-                Norm(f"{name}.{part}_norm", d, cfg, ctx, sum_over="tensor") for part in "qk"
+                Norm(f"{name}.{part}_norm", d, cfg, ctx, means, sum_over="tensor") for part in "qk"
             )
         elif cfg.qk_norm:
             self.projection_norms = nn.ModuleList(
@@ -49,27 +54,27 @@ class Attention(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, rope_table: Tensor, mask: Tensor | None = None, remake: Remake | None = None
+        self, x: Tensor, rope_table: Tensor, documents: Documents | None = None, remake: Remake | None = None
     ) -> Tensor:
-        """x [s, b, h] -> [s, b, h]. mask: of ops.attention.
+        """x [s, b, h] -> [s, b, h]. documents: those that are kept apart.
 
         remake: how to get x again instead of keeping it; the core is then recomputed.
         """
-        fused, core = self.qkv(x, remake), partial(self._core, mask=mask)
+        fused, core = self.qkv(x, remake), partial(self._core, documents=documents)
         return self.out(recompute(core, fused, rope_table) if remake else core(fused, rope_table))
 
-    def _core(self, fused: Tensor, rope_table: Tensor, mask: Tensor | None) -> Tensor:
+    def _core(self, fused: Tensor, rope_table: Tensor, documents: Documents | None) -> Tensor:
         """q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""
         s, b, _ = fused.shape
         if self.projection_norms is not None:
             fused = self._norm_projections(fused)
         if self.head_norms is None:
-            q, k, v = split_and_rope(fused, rope_table, self.n, self.m)
+            q, k, v = self.split_and_rope(fused, rope_table, self.n, self.m)
         else:
             heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
             q, k, v = heads.split([self.n, self.m, self.m], dim=1)
-            q, k = rope(self.head_norms[0](q), rope_table), rope(self.head_norms[1](k), rope_table)
-        return causal_attention(q, k, v, mask)
+            q, k = (self.rope(norm(x), rope_table) for norm, x in zip(self.head_norms, (q, k)))
+        return causal_attention(q, k, v, documents, self.wanted)
 
     def _norm_projections(self, fused: Tensor) -> Tensor:
         assert self.projection_norms is not None

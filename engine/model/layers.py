@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 from engine.comm import all_gather, sum_from
 from engine.config import ModelConfig
 from engine.context import ParallelContext
-from engine.ops.embedding import embedding, positions_in_documents
+from engine.documents import Documents
+from engine.ops.embedding import embedding
 from engine.ops.linear import Remake, linear
-from engine.ops.loss import cross_entropy
+from engine.ops.loss import VocabSlice, linear_cross_entropy
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, spread_rms_norm
+from engine.ops.products import PLAIN, Products
 from engine.sharding import Chunk, Parameter, ShardSpec, new_parameter
 
 
@@ -46,6 +49,22 @@ class Saving:
         return self.recompute if not self.layers or index < self.layers else "none"
 
 
+def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a block computes with. attention: of ops.attention. products: of its matrices.
+
+    fuse: what is done to each function between products, attention and collectives before it is used.
+    """
+
+    attention: str = "auto"
+    products: Products = PLAIN
+    fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
+
+
 def bias_of(chunk: Chunk) -> Chunk:
     """The bias that belongs to a chunk of output features, cut and summed as they are."""
     return replace(chunk, name=chunk.name.removesuffix("weight") + "bias")
@@ -64,10 +83,12 @@ class ColumnLinear(nn.Module):
         init_std: float,
         ctx: ParallelContext,
         keep_gathered: bool,
+        products: Products,
         bias: bool = False,
     ):
         super().__init__()
         self.copies, self.sequence, self.keep_gathered = ctx.copies, ctx.sequence, keep_gathered
+        self.products = products
         self.weight = new_parameter(ShardSpec(chunks, dim=0, other=in_size, init_std=init_std), ctx)
         self.bias: Parameter | None = None
         if bias:
@@ -83,6 +104,7 @@ class ColumnLinear(nn.Module):
             bias=self.bias,
             keep_gathered=self.keep_gathered,
             remake=remake,
+            products=self.products,
         )
 
 
@@ -93,10 +115,17 @@ class RowLinear(nn.Module):
     """
 
     def __init__(
-        self, name: str, in_size: int, out_size: int, init_std: float, ctx: ParallelContext, bias: bool = False
+        self,
+        name: str,
+        in_size: int,
+        out_size: int,
+        init_std: float,
+        ctx: ParallelContext,
+        products: Products,
+        bias: bool = False,
     ):
         super().__init__()
-        self.copies, self.sequence, self.alone = ctx.copies, ctx.sequence, ctx.alone
+        self.copies, self.sequence, self.alone, self.products = ctx.copies, ctx.sequence, ctx.alone, products
         chunk = Chunk(name, in_size, parts=ctx.tensor.size)
         self.weight = new_parameter(ShardSpec((chunk,), dim=1, other=out_size, init_std=init_std), ctx)
         self.bias: Parameter | None = None
@@ -106,7 +135,7 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
         """remake: how to get x again instead of keeping it."""
-        partial_sums = linear(x, self.weight, self.alone, self.alone, remake=remake)
+        partial_sums = linear(x, self.weight, self.alone, self.alone, remake=remake, products=self.products)
         out = sum_from(partial_sums, self.copies, self.sequence)
         return out if self.bias is None else out + self.bias
 
@@ -118,18 +147,27 @@ class Norm(nn.Module):
     its part of the sequence, "tensor" where it normalises its own heads (QK-norms).
     """
 
-    def __init__(self, name: str, size: int, cfg: ModelConfig, ctx: ParallelContext, sum_over: str = "sequence"):
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        cfg: ModelConfig,
+        ctx: ParallelContext,
+        means: Means = Means(),
+        sum_over: str = "sequence",
+    ):
         super().__init__()
         chunk = Chunk(f"{name}.weight", size, sum_over=(sum_over,))
         offset = float(cfg.norm_offset)
         self.weight = new_parameter(ShardSpec((chunk,), init_value=1.0 - offset, decay=False), ctx)
         self.bias: Parameter | None = None
-        self.function: Callable[..., Tensor] = partial(rms_norm, eps=cfg.norm_eps, offset=offset)
-        self.after_sum: Callable[..., tuple[Tensor, Tensor]] = partial(add_rms_norm, eps=cfg.norm_eps, offset=offset)
+        rms: dict[str, float] = {"eps": cfg.norm_eps, "offset": offset}
+        self.function: Callable[..., Tensor] = partial(means.fuse(rms_norm), **rms)
+        self.after_sum: Callable[..., tuple[Tensor, Tensor]] = partial(means.fuse(add_rms_norm), **rms)
         if cfg.norm == "layernorm":
             self.bias = new_parameter(ShardSpec((bias_of(chunk),), init_value=0.0, decay=False), ctx)
-            self.function = partial(layer_norm, eps=cfg.norm_eps)
-            self.after_sum = partial(add_layer_norm, eps=cfg.norm_eps)
+            self.function = partial(means.fuse(layer_norm), eps=cfg.norm_eps)
+            self.after_sum = partial(means.fuse(add_layer_norm), eps=cfg.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(*self._inputs(x))
@@ -188,34 +226,32 @@ class PositionEmbedding(nn.Module):
         chunk = Chunk(name, cfg.max_seq_len, sum_over=("sequence",))
         self.weight = new_parameter(ShardSpec((chunk,), dim=0, other=cfg.hidden_size, init_std=cfg.init_std), ctx)
 
-    def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
-        """Add them to x [s, b, h]. documents [b, whole s]: positions start again in each."""
+    def forward(self, x: Tensor, documents: Documents | None) -> Tensor:
+        """Add them to x [s, b, h]. documents, of the whole sequence: positions start again in each."""
         if documents is None:
-            documents = x.new_zeros((1, x.shape[0] * self.sequence.size), dtype=torch.int64)
-        position = positions_in_documents(documents).t().chunk(self.sequence.size)[self.sequence.rank]
+            positions = torch.arange(x.shape[0] * self.sequence.size, device=x.device)[None]
+        else:
+            positions = documents.positions
+        position = positions.t().chunk(self.sequence.size)[self.sequence.rank]
         return x + embedding(self.weight, position.contiguous(), 0)
 
 
 class VocabHead(nn.Module):
     """Output projection and loss over the sliced vocabulary."""
 
-    def __init__(self, weight: Parameter, ctx: ParallelContext, keep_gathered: bool):
+    def __init__(self, weight: Parameter, ctx: ParallelContext):
         super().__init__()
-        self.axis, self.copies, self.sequence = ctx.tensor, ctx.copies, ctx.sequence
-        self.weight, self.keep_gathered = weight, keep_gathered
+        self.copies, self.sequence, self.weight = ctx.copies, ctx.sequence, weight
         piece = weight.spec.pieces(ctx)[0]
-        self.start, self.valid, self.vocab_size = piece.offset[0], piece.shape[0], piece.global_shape[0]
+        self.part, self.vocab_size = VocabSlice(piece.offset[0], piece.shape[0], ctx.tensor), piece.global_shape[0]
 
-    def forward(self, x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """x [s, b, h], labels and mask [b, s] -> the sum of the counted tokens' losses in nats by sample [b]."""
-        logits = linear(x, self.weight, self.copies, self.sequence, keep_gathered=self.keep_gathered)
-        losses = cross_entropy(
-            logits.view(-1, logits.shape[-1]), labels.t().reshape(-1), self.start, self.valid, self.axis
-        )
-        return (losses.view(mask.shape[::-1]) * mask.t()).sum(0)
+    def forward(self, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """x [s, b, h], labels and weights [b, s] -> each sample's weighted sum of its tokens' losses in nats [b]."""
+        targets, weights = labels.t(), weights.t()
+        return linear_cross_entropy(x, self.weight, targets, weights, self.part, self.copies, self.sequence).sum(0)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> logits over the whole vocabulary [s, b, vocab_size], on every tensor rank; no gradient."""
         with torch.no_grad():
             local = all_gather(x, self.sequence) @ self.weight.t()
-            return all_gather(local, self.axis, dim=-1)[..., : self.vocab_size]
+            return all_gather(local, self.part.axis, dim=-1)[..., : self.vocab_size]

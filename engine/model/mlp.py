@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ParallelContext
-from engine.model.layers import ColumnLinear, RowLinear
+from engine.model.layers import ColumnLinear, Means, RowLinear
 from engine.ops.activation import activation
 from engine.ops.linear import Remake
 from engine.sharding import Chunk
@@ -15,13 +15,16 @@ from engine.sharding import Chunk
 class MLP(nn.Module):
     """One fused gate|up projection (or up alone), activation, down projection: [s, b, h] -> [s, b, h]."""
 
-    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, name: str, out_std: float, keep_gathered: bool):
+    def __init__(
+        self, cfg: ModelConfig, ctx: ParallelContext, name: str, out_std: float, keep_gathered: bool, means: Means
+    ):
         super().__init__()
         parts = ("gate", "up") if cfg.gated_mlp else ("up",)
         chunks = tuple(Chunk(f"{name}.{part}.weight", cfg.ffn_size, parts=ctx.tensor.size) for part in parts)
-        self.up = ColumnLinear(chunks, cfg.hidden_size, cfg.init_std, ctx, keep_gathered, cfg.mlp_bias)
-        self.down = RowLinear(f"{name}.down.weight", cfg.ffn_size, cfg.hidden_size, out_std, ctx, cfg.mlp_bias)
-        self.activation = activation(cfg.activation, cfg.gated_mlp)
+        products, bias = means.products, cfg.mlp_bias
+        self.up = ColumnLinear(chunks, cfg.hidden_size, cfg.init_std, ctx, keep_gathered, products, bias)
+        self.down = RowLinear(f"{name}.down.weight", cfg.ffn_size, cfg.hidden_size, out_std, ctx, products, bias)
+        self.activation = means.fuse(activation(cfg.activation, cfg.gated_mlp))
 
     def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
         """remake: how to get x again instead of keeping it; the activation is then made again too."""

@@ -10,18 +10,22 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.config import Config, ModelConfig, layers_of_stages
+from engine.config import Config, ModelConfig, TrainConfig, layers_of_stages
 from engine.context import ParallelContext, make_context
+from engine.documents import Documents
 from engine.layout import Layout
 from engine.model.attention import Attention
-from engine.model.layers import Norm, PositionEmbedding, Saving, VocabEmbedding, VocabHead, vocab_weight
+from engine.model.layers import Means, Norm, PositionEmbedding, Saving, VocabEmbedding, VocabHead, vocab_weight
 from engine.model.mlp import MLP
-from engine.ops.attention import document_mask
+from engine.ops.compiled import compiled
+from engine.ops.fp8 import Fp8
 from engine.ops.linear import Remake
+from engine.ops.products import PLAIN
 from engine.ops.recompute import recompute
 from engine.ops.rope import RopeScaling, rope_table
 from engine.sharding import Parameter, parameters
@@ -30,7 +34,7 @@ EMBED = "embed.weight"
 HEAD = "head.weight"
 POSITIONS = "positions.weight"
 FINAL_NORM = "norm"
-KEEP_ALL = Saving()
+KEEP_ALL, BY_ITSELF = Saving(), Means()
 
 
 @dataclass(frozen=True)
@@ -58,23 +62,25 @@ class Block(nn.Module):
     Norms may come after instead, x + norm(attention(x)), and attention and MLP may read the same x.
     """
 
-    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, layer: int, saving: Saving, recompute: str):
+    def __init__(
+        self, cfg: ModelConfig, ctx: ParallelContext, layer: int, saving: Saving, recompute: str, means: Means
+    ):
         super().__init__()
         name, keep = f"layers.{layer}", saving.keep_gathered
         self.recompute = recompute
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # GPT-2: residual sums keep their variance with depth
         self.post, self.parallel = cfg.norm_position == "post", cfg.parallel_residual
-        self.attention_norm = Norm(f"{name}.attention_norm", cfg.hidden_size, cfg, ctx)
-        self.attention = Attention(cfg, ctx, f"{name}.attention", out_std, keep)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", cfg.hidden_size, cfg, ctx)
-        self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std, keep)
+        self.attention_norm = Norm(f"{name}.attention_norm", cfg.hidden_size, cfg, ctx, means)
+        self.attention = Attention(cfg, ctx, f"{name}.attention", out_std, keep, means)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", cfg.hidden_size, cfg, ctx, means)
+        self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std, keep, means)
 
-    def forward(self, x: Tensor, rope_table: Tensor, mask: Tensor | None = None) -> Tensor:
-        compute = partial(self._compute, mask=mask)
+    def forward(self, x: Tensor, rope_table: Tensor, documents: Documents | None = None) -> Tensor:
+        compute = partial(self._compute, documents=documents)
         return recompute(compute, x, rope_table) if self.recompute == "full" else compute(x, rope_table)
 
-    def _compute(self, x: Tensor, rope_table: Tensor, mask: Tensor | None) -> Tensor:
-        attended = self._branch(self.attention_norm, self.attention, x, rope_table, mask)
+    def _compute(self, x: Tensor, rope_table: Tensor, documents: Documents | None) -> Tensor:
+        attended = self._branch(self.attention_norm, self.attention, x, rope_table, documents)
         if self.parallel:
             return x + attended + self._branch(self.mlp_norm, self.mlp, x)
         if self.post:
@@ -83,7 +89,7 @@ class Block(nn.Module):
         x, normed = self.mlp_norm.of_sum(x, attended)
         return x + self.mlp(normed, self._remake(self.mlp_norm, x))
 
-    def _branch(self, norm: Norm, part: Attention | MLP, x: Tensor, *rest: Tensor | None) -> Tensor:
+    def _branch(self, norm: Norm, part: Attention | MLP, x: Tensor, *rest: Any) -> Tensor:
         """part(norm(x)), or norm(part(x))."""
         if self.post:
             return norm(part(x, *rest, remake=Remake(_itself, (x,)) if self.recompute == "selective" else None))
@@ -110,6 +116,7 @@ class Transformer(nn.Module):
         shape: StageShape,
         saving: Saving = KEEP_ALL,
         tied: Parameter | None = None,
+        means: Means = BY_ITSELF,
     ):
         super().__init__()
         self.cfg, self.ctx, self.shape = cfg, ctx, shape
@@ -120,15 +127,15 @@ class Transformer(nn.Module):
             self.embed = VocabEmbedding(weight, ctx, cfg.hidden_size**0.5 if cfg.scale_embeddings else 1.0)
             self.positions = PositionEmbedding(POSITIONS, cfg, ctx) if cfg.positions == "learned" else None
         self.layers = nn.ModuleDict(
-            {str(layer): Block(cfg, ctx, layer, saving, saving.of(i)) for i, layer in enumerate(shape.layers)}
+            {str(layer): Block(cfg, ctx, layer, saving, saving.of(i), means) for i, layer in enumerate(shape.layers)}
         )
         if shape.last:
-            self.norm = Norm(FINAL_NORM, cfg.hidden_size, cfg, ctx)
+            self.norm = Norm(FINAL_NORM, cfg.hidden_size, cfg, ctx, means)
             if not cfg.tie_embeddings:
                 weight = vocab_weight(HEAD, *matrix)
             elif weight is None:  # the embedding lives on another rank: hold a copy under its name
                 weight = vocab_weight(EMBED, *matrix)
-            self.head = VocabHead(weight, ctx, saving.keep_gathered)
+            self.head = VocabHead(weight, ctx)
         self.rope: Tensor = torch.empty(2, 0, cfg.rotary_dim // 2)
 
     def _rope_for(self, seq_len: int) -> Tensor:
@@ -137,25 +144,28 @@ class Transformer(nn.Module):
             self.rope = rope_table(seq_len, cfg.rotary_dim, cfg.rope_theta, ctx.device, ctx.dtype, rope_scaling_of(cfg))
         return self.rope[:, :seq_len]
 
-    def hidden(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+    def hidden(self, x: Tensor, documents: Documents | None = None) -> Tensor:
         """tokens [b, s] on the first stage, [s, b, h] on others -> [s, b, h] (normed on the last stage).
 
-        documents [b, s]: the number of each position's document, which attention then does not leave.
+        documents: of the whole sequence, which attention then does not leave.
         """
         if self.shape.first:
             x = self.embed(x)
             if self.positions is not None:
                 x = self.positions(x, documents)
         table = self._rope_for(x.shape[0] * self.ctx.sequence.size)
-        mask = None if documents is None else document_mask(documents)
+        documents = None if documents is None else documents.again()
         for block in self.layers.values():
-            x = block(x, table, mask)
+            x = block(x, table, documents)
         return self.norm(x) if self.shape.last else x
 
-    def forward(self, x: Tensor, labels: Tensor, mask: Tensor, documents: Tensor | None = None) -> Tensor:
-        """`hidden`, and on the last stage each sample's summed loss [b] of the counted tokens (labels, mask [b, s])."""
+    def forward(self, x: Tensor, labels: Tensor, weights: Tensor, documents: Documents | None = None) -> Tensor:
+        """`hidden`; on the last stage each sample's sum [b] of its tokens' losses times weights [b, s] (labels [b, s]).
+
+        The objective is the sum of these: what scales it belongs into the weights (ops.loss).
+        """
         x = self.hidden(x, documents)
-        return self.head(x, labels, mask) if self.shape.last else x
+        return self.head(x, labels, weights) if self.shape.last else x
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] -> [b, s, vocab_size]; needs the whole model on this pipeline rank."""
@@ -176,6 +186,12 @@ def rope_scaling_of(cfg: ModelConfig) -> RopeScaling:
     )
 
 
+def means_of(train: TrainConfig) -> Means:
+    """What train.attention, train.fp8 and train.compile ask for."""
+    products = PLAIN if train.fp8 == "none" else Fp8(rowwise=train.fp8 == "rowwise", compile=train.compile)
+    return Means(train.attention, products, compiled) if train.compile else Means(train.attention, products)
+
+
 def build_stages(
     cfg: Config, ctx: ParallelContext, numbers: Iterable[int]
 ) -> Iterator[tuple[int, Transformer, list[Parameter]]]:
@@ -184,9 +200,10 @@ def build_stages(
     A parameter is listed with the first stage that has it: a tied embedding is held once where both ends are here.
     """
     saving = Saving(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
+    means = means_of(cfg.train)
     shapes, tied, known = stage_shapes(cfg), None, set()
     for number in numbers:
-        model = Transformer(cfg.model, ctx, shapes[number], saving, tied)
+        model = Transformer(cfg.model, ctx, shapes[number], saving, tied, means)
         if cfg.model.tie_embeddings and shapes[number].first:
             tied = model.embed.weight
         fresh = [p for p in parameters(model) if id(p) not in known]

@@ -28,7 +28,7 @@ def explain_non_finite(
     params: Sequence[Parameter],
     ctx: ParallelContext,
     batches: Sequence[MicroBatch],
-    loss_grad: float,
+    token_weight: float,
     step: int,
     loss: float,
     tensors: Sequence[str],
@@ -41,7 +41,7 @@ def explain_non_finite(
             assert stage.buckets is not None
             stage.buckets.overlap = False  # no sums over data ranks; the run ends here, nobody needs it back
             stage.buckets.zero_grad()
-        losses = execute(alone, stages, ctx, [batch], loss_grad)
+        losses = execute(alone, stages, ctx, [batch], token_weight)
         if not bool(torch.isfinite(losses).all()):
             mine.append({"microbatch": index, "what": f"loss {float(losses.sum())}"})
         mine += [{"microbatch": index, "what": f"gradient of {name}"} for name in _broken(params, ctx)[:1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -12,7 +13,9 @@ from rich.table import Column
 
 from engine.config import Config
 from engine.context import ParallelContext
-from engine.ops.native import in_words
+from engine.ops.apex import fused_norms
+from engine.ops.attention import chosen
+from engine.ops.native import in_words, kernels
 
 
 class Progress:
@@ -39,8 +42,18 @@ class Progress:
             f"{cfg.parallel.schedule}; {steps}, {origin}"
         )
         if ctx.rank == 0:
-            self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}")
+            self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}{self._apex()}")
         self.first_step = self.shown_step = step
+
+    def _apex(self) -> str:
+        probe = torch.empty(1, device=self.ctx.device, dtype=self.ctx.dtype)
+        return "; norms: apex" if fused_norms(probe) and not kernels(probe) else ""
+
+    def _attention(self) -> str:
+        c = self.cfg
+        apart = c.data.separate_documents
+        name = chosen(self.ctx.device, self.ctx.dtype, c.model.head_dim, documents=apart, wanted=c.train.attention)
+        return name + ", documents kept apart" * apart
 
     def __enter__(self) -> Progress:
         self.began = self.shown_at = time.perf_counter()

@@ -38,11 +38,3 @@ class _Embedding(torch.autograd.Function):
 def embedding(weight: Parameter, tokens: Tensor, start: int) -> Tensor:
     """Rows of weight [V_local, h] for tokens (any shape, int64); ids outside [start, start + V_local) give zeros."""
     return _Embedding.apply(weight, tokens, start)
-
-
-def positions_in_documents(documents: Tensor) -> Tensor:
-    """documents int64 [b, s], the number of each position's document -> int64 [b, s], positions from 0 in each."""
-    position = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return position - (position * begins).cummax(1).values

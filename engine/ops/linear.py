@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.comm import Pending, all_gather, all_gather_start, sum_start
 from engine.context import Axis
-from engine.ops.native import add_product_, multiply
+from engine.ops.products import PLAIN, Products
 from engine.sharding import Parameter
 
 
@@ -40,11 +40,12 @@ class WeightGrad:
     weight: Parameter
     grad: Tensor
     restore: Callable[[], Pending]
+    products: Products = PLAIN
 
     @torch.no_grad()
     def run(self) -> None:
         """Add it to the weight's main gradient."""
-        accumulate(self.weight, self.grad, self.restore().wait())
+        accumulate(self.weight, self.grad, self.restore().wait(), self.products)
 
 
 class _Linear(torch.autograd.Function):
@@ -57,25 +58,21 @@ class _Linear(torch.autograd.Function):
         copies: Axis,
         sequence: Axis,
         keep_gathered: bool,
+        products: Products,
         function: Callable[..., Tensor] | None,
         *tensors: Tensor,
     ) -> Tensor:
         full = all_gather(x, sequence)
-        ctx.weight, ctx.copies, ctx.sequence, ctx.keep_gathered, ctx.function = (
-            weight,
-            copies,
-            sequence,
-            keep_gathered,
-            function,
-        )
+        ctx.weight, ctx.copies, ctx.sequence, ctx.products = weight, copies, sequence, products
+        ctx.keep_gathered, ctx.function = keep_gathered, function
         ctx.save_for_backward(*(tensors if function else (full if keep_gathered else x,)))
-        out = multiply(full, weight.t())
+        out = products.forward(full, weight)
         return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, weight, sequence, function = ctx.saved_tensors, ctx.weight, ctx.sequence, ctx.function
-        keep_gathered = ctx.keep_gathered
+        keep_gathered, products = ctx.keep_gathered, ctx.products
 
         def restore() -> Pending:
             if function is not None:
@@ -88,31 +85,25 @@ class _Linear(torch.autograd.Function):
         full = restore() if now else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = sum_start(multiply(grad, weight), ctx.copies, sequence)
+            grad_x = sum_start(products.input_grad(grad, weight), ctx.copies, sequence)
         grad_w = None
         if full is not None:
-            grad_w = accumulate(weight, grad, full.wait())
+            grad_w = accumulate(weight, grad, full.wait(), products)
         elif deferred is not None:
-            deferred.append(WeightGrad(weight, grad, restore))
+            deferred.append(WeightGrad(weight, grad, restore, products))
         # a few numbers a token: not put off with the weight's, and autograd's own way into the bucket is good enough
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        nothing = (None,) * (4 + (function is not None) * len(saved))
+        nothing = (None,) * (5 + (function is not None) * len(saved))
         return (None if grad_x is None else grad_x.wait(), grad_w, grad_b, *nothing)
 
 
-def accumulate(weight: Parameter, grad: Tensor, x: Tensor) -> Tensor | None:
+def accumulate(weight: Parameter, grad: Tensor, x: Tensor, products: Products) -> Tensor | None:
     """Add grad^T x, over all rows, to the weight's main gradient; without a bucket, return it for autograd instead."""
-    rows_grad, rows_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     main = weight.main_grad
-    if main is None:
-        return rows_grad.t() @ rows_x
-    if main.dtype == rows_x.dtype:
-        add_product_(main, rows_grad.t(), rows_x)
-    else:
-        main.add_(rows_grad.t() @ rows_x)
-    if weight.on_grad is not None:
+    total = products.weight_grad(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), main)
+    if main is not None and weight.on_grad is not None:
         weight.on_grad()
-    return None
+    return total
 
 
 def linear(
@@ -124,11 +115,13 @@ def linear(
     bias: Parameter | None = None,
     keep_gathered: bool = False,
     remake: Remake | None = None,
+    products: Products = PLAIN,
 ) -> Tensor:
     """x [s, ..., in] times weight [out, in], plus bias [out] if any -> [s * sequence.size, ..., out].
 
     x is gathered over `sequence` along its first dim; its gradient is summed over `copies` and reduce-scattered over
-    `sequence`. keep_gathered, remake: what is kept for the weight gradient; see the module text.
+    `sequence`. keep_gathered, remake: what is kept for the weight gradient; see the module text. products: how they are
+    computed.
     """
     function, tensors = (remake.function, remake.tensors) if remake else (None, ())
-    return _Linear.apply(x, weight, bias, copies, sequence, keep_gathered, function, *tensors)
+    return _Linear.apply(x, weight, bias, copies, sequence, keep_gathered, products, function, *tensors)

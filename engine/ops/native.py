@@ -118,6 +118,11 @@ def _library() -> Any:
     return library
 
 
+def references_only() -> bool:
+    """Whether plain torch code is to run: in a test that asks for it, and in what torch.compile makes."""
+    return not _CHOICE.kernels or torch.compiler.is_compiling()
+
+
 @functools.cache
 def _cuda_library(device: torch.device) -> Any:
     if why := why_no_cuda(device):
@@ -138,7 +143,7 @@ def kernels(*tensors: Tensor) -> Any:
 
     On the CPU wherever the extension is built; on a GPU where it was built with CUDA kernels for it.
     """
-    if not _CHOICE.kernels:
+    if references_only():
         return None
     first = tensors[0]
     if first.dtype not in _TYPES or any(x.device != first.device or x.dtype != first.dtype for x in tensors):
@@ -210,8 +215,7 @@ def in_words(device: torch.device, dtype: torch.dtype) -> str:
         why_not_own = f"own ones are for CPUs and CUDA, this is {device.type}"
     if why_not_own or kernels(probe) is None:
         return f"torch ({why_not_own or f'own ones are not for {dtype}'})"
-    others = {"attention": own_attention(probe), "matrix products": _own_gemm(probe[0, 0])}
-    return ", ".join([f"own ({load()[1]})", *(f"{name}: {'own' if own else 'torch'}" for name, own in others.items())])
+    return f"own ({load()[1]}), matrix products: {'own' if _own_gemm(probe[0, 0]) else 'torch'}"
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:

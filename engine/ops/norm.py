@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engine.comm import all_reduce_
 from engine.context import Axis
-from engine.ops.native import kernels
+from engine.ops.apex import fused_norms
+from engine.ops.native import kernels, references_only
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -94,6 +95,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """
     if kernels(x, weight):
         return _Own.apply(x, None, weight, None, eps, offset)
+    if not offset and not references_only() and (apex := fused_norms(x)):
+        return apex.fused_rms_norm_affine(x, weight, weight.shape, eps)
     return _RmsNorm.apply(x, weight, eps, offset)
 
 
@@ -109,6 +112,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Subtract the mean of the last dim of x [..., h], divide by the deviation, times weight [h], plus bias [h]."""
     if kernels(x, weight, bias):
         return _Own.apply(x, None, weight, bias, eps, 0.0)
+    if not references_only() and (apex := fused_norms(x)):
+        return apex.fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
     return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
 
 

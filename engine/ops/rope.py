@@ -89,8 +89,11 @@ def rope_table(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     width = 2 * cos.shape[-1]
+    if torch.compiler.is_compiling():  # it makes one pass of the formula, and nothing of writing into views
+        a, b = x[..., :width].chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., width:]), dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if width < x.shape[-1]:
         out[..., width:] = x[..., width:]
     a, b = x[..., :width].chunk(2, dim=-1)

@@ -63,8 +63,8 @@ class Trace:
 
 @dataclass
 class Run:
-    """The state of one execution of a plan on one rank. `losses` [microbatches, b]: float64 sums of each sample's
-    token losses, zero off the last stage.
+    """The state of one execution of a plan on one rank. `losses` [microbatches, b]: in float64 what each
+    sample adds to the objective, zero off the last stage.
 
     inbox: (Op.F or Op.B, stage, microbatch) -> activation or gradient that the action of that name consumes.
     outbox: the same key -> what the action of that name has produced for a neighbour.
@@ -74,7 +74,7 @@ class Run:
     stages: Mapping[int, Stage]
     ctx: ParallelContext
     batches: Sequence[MicroBatch]
-    loss_grad: float
+    token_weight: float
     losses: Tensor
     trace: Trace | None
     inbox: dict[tuple[Op, int, int], Pending] = field(default_factory=dict)
@@ -96,19 +96,20 @@ def execute(
     stages: Mapping[int, Stage],
     ctx: ParallelContext,
     batches: Sequence[MicroBatch],
-    loss_grad: float,
+    token_weight: float,
     trace: Trace | None = None,
 ) -> Tensor:
     """Run this rank's program of the plan over its microbatches; returns `Run.losses`.
 
-    loss_grad: gradient of the objective with respect to every summed loss, 1 / (counted tokens of the global batch).
+    token_weight: what every counted token's loss weighs in the objective: 1 / (counted tokens of the global batch) for
+    their mean, times the loss scale.
     Activations between stages are [s, b, h] in the context's dtype (s: this rank's part where the sequence is cut). A
     plan without backward runs under no_grad.
     """
     if len(batches) != plan.microbatches:
         raise PlanError(f"the plan is for {plan.microbatches} microbatches, {len(batches)} were given")
     losses = torch.zeros(plan.microbatches, len(batches[0].tokens), dtype=torch.float64, device=ctx.device)
-    run = Run(plan, stages, ctx, batches, loss_grad, losses, trace)
+    run = Run(plan, stages, ctx, batches, token_weight, losses, trace)
     program = plan.programs[ctx.pipeline.rank]
     final = {step[0].stage: step[0] for step in program if step[0].op in (Op.B, Op.W)}
     with torch.set_grad_enabled(plan.backward):
@@ -144,7 +145,7 @@ def _forward(run: Run, action: Action) -> None:
     stage = run.stages[action.stage]
     x = None if stage.first else run.inbox.pop((Op.F, action.stage, action.microbatch)).wait()
     with run.span(action):
-        out = stage.forward(action.microbatch, x, run.batches[action.microbatch])
+        out = stage.forward(action.microbatch, x, run.batches[action.microbatch], run.token_weight)
     if stage.last:
         run.losses[action.microbatch] = out
     else:
@@ -154,11 +155,7 @@ def _forward(run: Run, action: Action) -> None:
 def _backward(run: Run, action: Action, *, final: bool) -> None:
     """B, or I, which is B without the gradients of matrices."""
     stage = run.stages[action.stage]
-    if stage.last:
-        out = stage.live[action.microbatch][1]
-        grad = torch.full_like(out, run.loss_grad)
-    else:
-        grad = run.inbox.pop((Op.B, action.stage, action.microbatch)).wait()
+    grad = None if stage.last else run.inbox.pop((Op.B, action.stage, action.microbatch)).wait()
     with run.span(action):
         if action.op is Op.B:
             grad_x = stage.backward(action.microbatch, grad, final=final)

@@ -1,0 +1,264 @@
+"""Which attention runs, as a pure function, and that every way to call one gives what the reference gives.
+
+The packages and kernels for GPUs are stood in for by fakes with the same signatures that compute the same on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import config, layout_of
+from harness import run_ranks
+from torch import Tensor
+
+from engine import train
+from engine.context import ParallelContext
+from engine.documents import Documents
+from engine.errors import ConfigError
+from engine.ops import attention
+from engine.ops.attention import IMPLEMENTATIONS, Case, causal_attention, choose, refusal
+from engine.train import setup
+
+BF16, HOPPER, AMPERE = torch.bfloat16, (9, 0), (8, 0)
+ALL_THERE: dict[str, str] = {}
+NO_PACKAGES = {"flash-attn-3": "no 3", "flash-attn-2": "no 2"}
+NOTHING = NO_PACKAGES | {"varlen": "no varlen"}
+
+
+@pytest.fixture(autouse=True)
+def _no_memory() -> Iterator[None]:
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("case", "absent", "expected"),
+    [
+        (Case("cpu", torch.float32, 64, own=True), NOTHING, "own"),
+        (Case("cpu", torch.float32, 64), ALL_THERE, "sdpa"),
+        (Case("cpu", BF16, 64, documents=True), ALL_THERE, "sdpa"),
+        (Case("cuda", BF16, 128, capability=HOPPER), ALL_THERE, "flash-attn-3"),
+        (Case("cuda", BF16, 128, capability=HOPPER), NO_PACKAGES, "cudnn"),
+        (Case("cuda", torch.float16, 256, capability=HOPPER), NO_PACKAGES, "flash"),
+        (Case("cuda", BF16, 100, capability=HOPPER), ALL_THERE, "sdpa"),
+        (Case("cuda", torch.float32, 128, capability=HOPPER), ALL_THERE, "sdpa"),
+        (Case("cuda", BF16, 128, capability=AMPERE), ALL_THERE, "flash"),
+        (Case("cuda", BF16, 128, capability=(7, 5)), ALL_THERE, "sdpa"),
+        (Case("cuda", BF16, 128, True, HOPPER), ALL_THERE, "flash-attn-3"),
+        (Case("cuda", BF16, 128, True, HOPPER), {"flash-attn-3": "no"}, "flash-attn-2"),
+        (Case("cuda", BF16, 128, True, HOPPER), NO_PACKAGES, "varlen"),
+        (Case("cuda", BF16, 128, True, (12, 0)), ALL_THERE, "flash-attn-2"),
+        (Case("cuda", BF16, 128, True, AMPERE), NOTHING, "sdpa"),
+        (Case("meta", BF16, 128), ALL_THERE, "sdpa"),
+    ],
+    ids=str,
+)
+def test_auto(case: Case, absent: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "missing", lambda: absent)
+    assert choose("auto", case) == expected
+    assert choose(expected, case) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "case", "why"),
+    [
+        ("own", Case("cuda", BF16, 128, capability=HOPPER), "needs fp32 on a CPU"),
+        ("cudnn", Case("cpu", BF16, 128), "this is cpu"),
+        ("flash", Case("cuda", BF16, 128, capability=(7, 5)), "this is cuda 7.5"),
+        ("flash", Case("cuda", torch.float32, 128, capability=HOPPER), "bf16 or fp16"),
+        ("cudnn", Case("cuda", BF16, 192, capability=HOPPER), "multiple of 8 up to 128, not 192"),
+        ("flash", Case("cuda", BF16, 260, capability=HOPPER), "multiple of 8 up to 256, not 260"),
+        ("cudnn", Case("cuda", BF16, 128, True, HOPPER), "cannot keep documents apart"),
+        ("varlen", Case("cuda", BF16, 128, False, HOPPER), "is for documents"),
+        ("flash-attn-3", Case("cuda", BF16, 128, False, AMPERE), "is written for Hopper"),
+        ("flash-attn-2", Case("cuda", BF16, 128, False, HOPPER), "no 2"),
+    ],
+    ids=str,
+)
+def test_refused_by_name(wanted: str, case: Case, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "missing", lambda: NO_PACKAGES)
+    with pytest.raises(ConfigError, match=rf"train\.attention = '{wanted}'(.|\n)*{why}(.|\n)*Use auto, which is "):
+        choose(wanted, case)
+    assert why in refusal(wanted, case, NO_PACKAGES)
+
+
+def heads(b: int, n: int, m: int, s: int, d: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(b, h, s, d, generator=draw, dtype=torch.float64).to(dtype) for h in (n, m, m))
+    return [x.requires_grad_() for x in (q, k, v)]
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    """Scores, softmax and product as the formula has them."""
+    b, n, s, d = q.shape
+    k, v = (x.repeat_interleave(n // x.shape[1], dim=1) for x in (k, v))
+    seen = torch.ones(s, s, dtype=torch.bool).tril() if documents is None else documents.mask
+    scores = (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+def rows_apart(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> Tensor:
+    """[total, n, d] with a document at a time: what a variable-length kernel computes."""
+    out = []
+    for low, high in zip(borders.tolist(), borders.tolist()[1:]):
+        part = [x[low:high].transpose(0, 1)[None] for x in (q, k, v)]
+        out.append(by_hand(*part, None).view(high - low, *q.shape[1:]))
+    return torch.cat(out)
+
+
+DOCUMENTS = Documents.of(torch.tensor([[0, 0, 2, 2, 2, 5, 6], [0] * 7]))
+
+
+def same(name: str, documents: Documents | None, m: int = 2) -> None:
+    inputs = heads(2, 4, m, 7, 8)
+    out, expected = IMPLEMENTATIONS[name](*inputs, documents), by_hand(*inputs, documents)
+    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    assert out.shape == (7, 2, 32) and torch.allclose(out, expected, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
+def test_reference(documents: Documents | None, m: int) -> None:
+    same("sdpa", documents, m)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_torch_kernels_are_restricted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right order of torch's own kernels while it is called, and grouped queries are left to it."""
+    seen: list[Any] = []
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda order, set_priority: Noted(seen, order, set_priority))
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gqa: bool) -> Tensor:
+        assert is_causal and enable_gqa == (q.shape[1] != k.shape[1]) and seen[-1] == "in"
+        return by_hand(q, k, v, None).view(7, 2, 4, 8).permute(1, 2, 0, 3)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", sdpa)
+    same(name, None)
+    same(name, None, m=4)
+    assert [b.name for b in seen[0]] == ["CUDNN_ATTENTION", "FLASH_ATTENTION"][name == "flash" :] and seen[1] is True
+
+
+class Noted:
+    """Stands in for sdpa_kernel."""
+
+    def __init__(self, seen: list[Any], *what: Any):
+        self.seen = seen
+        seen += what
+
+    def __enter__(self) -> None:
+        self.seen.append("in")
+
+    def __exit__(self, *_: object) -> None:
+        self.seen.append("out")
+
+
+def varlen_of_2_11(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, is_causal: bool
+) -> Tensor:
+    assert is_causal and key.shape == query.shape and cu_q is cu_k and cu_q.dtype == torch.int32
+    assert max_q == max_k >= int(cu_q.diff().max())
+    return rows_apart(query, key, value, cu_q)
+
+
+def varlen_of_2_12(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    assert window_size == (-1, 0) and enable_gqa == (key.shape != query.shape)
+    return rows_apart(query, key, value, cu_q)
+
+
+@pytest.mark.parametrize("function", [varlen_of_2_11, varlen_of_2_12])
+@pytest.mark.parametrize("m", [2, 4])
+def test_varlen_of_two_torches(function: Any, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+    same("varlen", DOCUMENTS, m)
+
+
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    assert causal
+    b, s, n, d = q.shape
+    return by_hand(*(x.transpose(1, 2) for x in (q, k, v)), None).view(s, b, n, d).transpose(0, 1)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    assert causal and max_seqlen_q == max_seqlen_k == 7 and cu_seqlens_q is cu_seqlens_k
+    return rows_apart(q, k, v, cu_seqlens_q)
+
+
+@pytest.mark.parametrize(("name", "module"), [("flash-attn-3", "flash_attn_interface"), ("flash-attn-2", "flash_attn")])
+@pytest.mark.parametrize("pairs", [False, True], ids=["out", "out and log-sum-exp"])
+def test_packages(name: str, module: str, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake: Any = types.ModuleType(module)
+    for function in (flash_attn_func, flash_attn_varlen_func):
+        given = (lambda *a, f=function, **k: (f(*a, **k), None)) if pairs else function
+        setattr(fake, function.__name__, given)
+    monkeypatch.setitem(sys.modules, module, fake)
+    for documents in (None, DOCUMENTS):
+        same(name, documents)
+    attention.missing.cache_clear()
+    assert name not in attention.missing()
+    attention.missing.cache_clear()
+
+
+def test_a_package_that_breaks_on_import_is_not_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    attention.missing.cache_clear()
+    assert attention.missing()["flash-attn-2"] == "flash_attn cannot be imported (undefined symbol: _ZN3c10)"
+    attention.missing.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, BF16], ids=str)
+def test_what_runs_here_keeps_documents_apart(dtype: torch.dtype) -> None:
+    inputs = heads(2, 4, 2, 7, 8, dtype)
+    for documents in (None, DOCUMENTS):
+        out = causal_attention(*inputs, documents)
+        exact = by_hand(*(x.double() for x in inputs), documents)
+        assert (out.double() - exact).abs().max() < {torch.float64: 1e-12, torch.float32: 1e-5, BF16: 3e-2}[dtype]
+
+
+def test_setup_refuses_what_cannot_run() -> None:
+    def job(ctx: ParallelContext) -> None:
+        with pytest.raises(ConfigError, match=r"train\.attention = 'flash'(.|\n)*this is cpu"):
+            setup(config(2, parallel_data=2, train_attention="flash"), ctx)
+
+    run_ranks(layout_of(config(2, parallel_data=2)), job)
+
+
+def test_ranks_that_choose_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(2, parallel_data=2)
+
+    def job(ctx: ParallelContext) -> None:
+        monkeypatch.setattr(train, "chosen", lambda *a, **k: ["varlen", "sdpa"][ctx.rank])
+        with pytest.raises(ConfigError, match=r"chooses varlen on rank 0, sdpa on rank 1(.|\n)*train.attention sdpa"):
+            setup(cfg, ctx)
+
+    run_ranks(layout_of(cfg), job)

@@ -1,0 +1,87 @@
+"""train.compile: parts of a block through torch.compile give the same training as without, in every kind of run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
+from harness import run_ranks
+
+from engine.config import Config
+from engine.context import ParallelContext
+from engine.ops.activation import activation
+from engine.ops.compiled import compiled
+from engine.train import setup, train_step
+
+
+def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
+    """Losses of two steps, the second's gradients, and the weights."""
+
+    def job(ctx: ParallelContext) -> Any:
+        state = setup(cfg, ctx)
+        found = [train_step(state, random_batches(cfg, ctx, step)) for step in range(2)]
+        return [step.loss for step in found], gradients_of(state), weights_of(state)
+
+    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, timeout_s=400)
+    return ranks[0][0], assemble([r[1] for r in ranks]), assemble([r[2] for r in ranks])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        pytest.param({"parallel_tensor": 2, "train_recompute": "selective"}, marks=pytest.mark.heavy),
+        pytest.param(
+            {"parallel_pipeline": 2, "parallel_schedule": "zb-h1", "train_recompute": "full"}, marks=pytest.mark.heavy
+        ),
+        pytest.param({"parallel_pipeline": 2, "parallel_schedule": "dualpipe-v"}, marks=pytest.mark.heavy),
+        pytest.param(
+            {"parallel_data": 2, "model_norm": "layernorm", "model_activation": "gelu", "model_qk_norm": True},
+            marks=pytest.mark.heavy,
+        ),
+        pytest.param(
+            {
+                "parallel_tensor": 2,
+                "parallel_sequence": False,
+                "model_norm_position": "post",
+                "model_norm_offset": True,
+            },
+            marks=pytest.mark.heavy,
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.timeout(600)
+def test_equal_to_what_is_not_compiled(layout: dict[str, Any]) -> None:
+    world = 2 if any(name.startswith("parallel") for name in layout) else 1
+    losses, grads, weights = trained(config(world, **layout))
+    other = trained(config(world, train_compile=True, **layout))
+    assert other[0] == pytest.approx(losses, rel=1e-12)
+    assert worst(other[1], grads) < 1e-10 and worst(other[2], weights) < 1e-10
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_rounding_to_fp8_compiled() -> None:
+    """Amax and rounding as one pass give the same numbers to a rounding of bf16."""
+    small = {"train_precision": "bf16", "model_head_dim": 16, "model_ffn_size": 64, "train_fp8": "tensorwise"}
+    losses = []
+    for compile in (False, True):
+        cfg = config(1, train_compile=compile, **small)
+
+        def job(ctx: ParallelContext, cfg: Config = cfg) -> float:
+            return train_step(setup(cfg, ctx), random_batches(cfg, ctx, 1)).loss
+
+        losses += run_ranks(layout_of(cfg), job, num_kv_heads=2, dtype=torch.bfloat16, timeout_s=400)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_what_cannot_be_one_graph_is_an_error() -> None:
+    def asks_for_a_value(x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+    with pytest.raises(Exception, match=r"(?i)data-dependent"):
+        compiled(asks_for_a_value)(torch.ones(3))
+    assert compiled(activation) is compiled(activation)

@@ -1,0 +1,181 @@
+"""What the parts of gpu.py share: the clock, a section's budget, and the results, written after every figure."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: Llama-2-7B's shapes, or tiny ones that run every line on a CPU in seconds."""
+
+    hidden: int = 4096
+    ffn: int = 11008
+    heads: int = 32
+    head_dim: int = 128
+    vocab: int = 32_000
+    tokens: int = 8192  # of a microbatch
+    step_tokens: int = 32_768  # of an optimizer step: AdamW's bytes are spread over so many
+    seqs: tuple[int, ...] = (4096, 8192)
+    gemm: int = 8192
+    copy_bytes: int = 8 << 30
+    layers: int = 32
+    few_layers: int = 8  # for comparing variants and peers
+    curve_steps: int = 150
+    curve_hidden: int = 1024
+    repeat_s: float = 0.25  # how long a timing repeats
+
+
+TINY = Sizes(64, 96, 4, 16, 128, 64, 128, (16, 32), 64, 1 << 20, 3, 2, 3, 32, 0.01)
+
+
+@dataclass
+class Session:
+    """One run of the script. results: all that is known so far, saved after every record."""
+
+    device: torch.device
+    sizes: Sizes
+    out: Path
+    machine: dict[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
+    section: str = ""
+    deadline: float = 0.0
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def begin(self, section: str, budget_s: float) -> None:
+        """A section may start new measurements for so long."""
+        self.section, self.deadline = section, time.monotonic() + budget_s
+        self.results.setdefault(section, [])
+        print(f"\n== {section}", flush=True)
+
+    def record(self, what: str, **values: Any) -> None:
+        """Keep a figure, print it, and write everything to disk."""
+        self.results[self.section].append({"what": what} | values)
+        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        print(f"{what}: {shown}", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write what is known, whole or not at all."""
+        facts = {"machine": self.machine, "command": shlex.join(sys.argv)}
+        facts["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        beside = self.out.with_suffix(".part")
+        beside.write_text(json.dumps(facts | {"rows": rows_of(self.results), "details": self.results}, indent=1) + "\n")
+        beside.replace(self.out)
+
+    def attempt(self, what: str, measure: Callable[..., None], *arguments: Any, **more: Any) -> None:
+        """Run a measurement if there is time; a fault is a result, and the next one still runs."""
+        if time.monotonic() > self.deadline:
+            self.record(what, skipped="out of time")
+            return
+        try:
+            measure(*arguments, **more)
+        except Exception as error:  # whatever it is: hours of waiting for a machine must not be lost to one kernel
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{Path(last.filename).name}:{last.lineno}"
+            self.record(what, failed=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]} ({at})")
+            self.forget()
+
+    def forget(self) -> None:
+        """Give cached memory back, so that one measurement does not starve the next."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def time_s(self, work: Callable[[], Any]) -> float:
+        """Median seconds of work(), after three calls that warm up; on a GPU by events in its queue."""
+        for _ in range(3):
+            work()
+        self.synchronize()
+        began = time.perf_counter()
+        work()
+        self.synchronize()
+        count = max(3, min(200, int(self.sizes.repeat_s / max(time.perf_counter() - began, 1e-6))))
+        if not self.cuda:
+            seconds = []
+            for _ in range(count):
+                began = time.perf_counter()
+                work()
+                seconds.append(time.perf_counter() - began)
+            return statistics.median(seconds)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            work()
+            mark.record()
+        torch.cuda.synchronize()
+        return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1000
+
+    def randn(self, *shape: int, grad: bool = False) -> torch.Tensor:
+        """Random values (zeros run faster on these machines): bf16."""
+        return torch.randn(*shape, device=self.device).to(self.dtype).requires_grad_(grad)
+
+    def limit(self, name: str) -> float:
+        """A measured limit of this machine: "gemm" in FLOP/s, "copy" in bytes/s."""
+        return float(self.results["limits"][0][name])
+
+
+def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures as every script of this folder writes them: ours, a peer's, the machine's limit."""
+    rows = []
+    for found in (row for section in ("step", "variants", "ops") for row in results.get(section, ())):
+        row: dict[str, Any] = {"what": found["what"], "peer": "", "peers": [], "note": ""}
+        if "tokens_per_s" in found:
+            rate = found["tokens_per_s"]
+            rates = [rate * statistics.median(found["step_s"]) / seconds for seconds in found["step_s"]]
+            limits = [rate / found["share"]]
+            row |= {"unit": "tokens/s", "ours": rates, "limit": "at the large product's FLOP/s", "limits": limits}
+            row |= {"more": True, "ratio": None, "share": found["share"]}
+        elif "us" in found:
+            row |= {
+                "unit": "us",
+                "ours": [found["us"]],
+                "limit": "bytes or FLOPs",
+                "limits": [found["us"] * found["share"]],
+            }
+            row |= {"peer": "torch", "peers": [found["us"] * found["torch_ratio"]], "more": False}
+            row |= {"ratio": found["torch_ratio"], "share": found["share"]}
+        else:
+            continue
+        rows.append(row)
+    return rows
+
+
+def measure_limits(session: Session) -> None:
+    """Both ceilings, of this very machine in this very call."""
+
+    def measure() -> None:
+        n = session.sizes.gemm
+        a, b = session.randn(n, n), session.randn(n, n)
+        gemm = 2 * n**3 / session.time_s(lambda: a @ b)
+        source = torch.empty(session.sizes.copy_bytes // 2, dtype=torch.uint8, device=session.device).random_()
+        target = torch.empty_like(source)
+        copy = 2 * source.numel() / session.time_s(lambda: target.copy_(source))
+        session.record(f"{n}^3 bf16 product of random values, and a copy", gemm=gemm, copy=copy)
+
+    measure()  # without them there is nothing to compare with: a fault here ends the script
+    session.forget()

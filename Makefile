@@ -11,7 +11,7 @@ help:
 	@echo "make test-all  the long matrices and the mutations too"
 	@echo "make test-mutations  puts in faults that other engines had, one at a time, and sees each caught"
 	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extension built"
-	@echo "make bench     tokens/s and MB/s of text beside hand-written loops, start-up times, checkpoints beside plain I/O (tables)"
+	@echo "make bench     the engine beside its peers and the limits of this machine: one table, bench.json (BENCH=--quick: minutes)"
 
 venv: .venv/ready
 
@@ -41,10 +41,7 @@ lint: venv
 	$(BIN)/mypy
 
 bench: venv
-	$(BIN)/python tools/bench/train_cpu.py
-	$(BIN)/python tools/bench/startup.py
-	$(BIN)/python tools/bench/prepare.py
-	$(BIN)/python tools/bench/checkpoint.py
+	$(BIN)/python tools/bench/all.py $(BENCH)
 
 clean:
 	rm -rf .venv build demo *.egg-info engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

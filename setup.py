@@ -1,33 +1,44 @@
 """Builds the two optional extensions, each only where what it needs is there; without them references run.
 
 engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._ops (the rest of csrc):
-operators registered with torch, no Python; needs torch when it is built, hence `--no-build-isolation`.
+operators registered with torch, no Python; needs torch when it is built, hence `--no-build-isolation`. Its CUDA kernels
+(csrc/*.cu) are built where torch has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for the compute
+capabilities of TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0. What cannot be built, and why, is told here and kept in
+engine/_build.json for `engine doctor`.
 """
 
+import json
+import os
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FAILED: dict[str, str] = {}  # what is not built -> why
+CAPABILITIES = "8.0 9.0+PTX"
 
 
 def ops() -> Extension | None:
     """The torch operators, or None where torch is not importable."""
     try:
         import torch
-    except ImportError:
-        print(
-            "warning: torch is not installed here, engine._ops is not built (torch's own ops take over)",
-            file=sys.stderr,
-        )
+    except ImportError as error:
+        FAILED["engine._ops"] = f"torch could not be imported when this was installed ({error})"
         return None
     root = Path(torch.__file__).parent
     flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
     flags += ["-Wno-maybe-uninitialized"]  # a false alarm in gcc 12's own avx512fintrin.h
     return Extension(
         "engine._ops",
-        [*sorted(glob("csrc/ops*.cpp")), *sorted(glob("csrc/*_cpu.cpp")), "csrc/gemm.cpp"],
-        depends=sorted(glob("csrc/*.h")),
+        [*sorted(glob("csrc/ops*.cpp")), *sorted(glob("csrc/*_cpu.cpp")), "csrc/gemm.cpp", "csrc/stream.cpp"],
+        depends=[*sorted(glob("csrc/*.h")), *sorted(glob("csrc/*.cu"))],
         include_dirs=[str(root / "include")],
         library_dirs=[str(root / "lib")],
         libraries=["torch_cpu", "c10"],
@@ -39,12 +50,146 @@ def ops() -> Extension | None:
     )
 
 
-try:
-    from pybind11.setup_helpers import Pybind11Extension, build_ext
-except ImportError:
-    print("warning: pybind11 is not installed, no extension is built (numpy and torch take over)", file=sys.stderr)
-    setup()
-else:
-    index = Pybind11Extension("engine._index", ["csrc/index.cpp"], cxx_std=17, extra_compile_args=["-O3"])
-    index.optional = True
-    setup(ext_modules=[index, *filter(None, [ops()])], cmdclass={"build_ext": build_ext})
+def index() -> Extension | None:
+    """The sample order, or None where pybind11 is missing."""
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError as error:
+        FAILED["engine._index"] = f"pybind11 could not be imported when this was installed ({error})"
+        return None
+    extension = Pybind11Extension("engine._index", ["csrc/index.cpp"], cxx_std=17, extra_compile_args=["-O3"])
+    extension.optional = True
+    return extension
+
+
+def find_nvcc(cuda: str) -> str:
+    """nvcc of the same major release as `cuda`, torch's. RuntimeError says why there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = (
+        shutil.which("nvcc", path=f"{home}/bin")
+        if home
+        else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    )
+    if nvcc is None:
+        raise RuntimeError(f"nvcc not found in {home + '/bin' if home else 'PATH or /usr/local/cuda/bin'}")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.", said)
+    if release is None or release[1] != cuda.split(".")[0]:
+        raise RuntimeError(f"{nvcc} is of CUDA {release[1] if release else '?'}, torch is built for {cuda}")
+    return nvcc
+
+
+def find_cudart(nvcc: str, torch_folder: Path) -> str:
+    """The CUDA runtime that torch itself loads, else the toolkit's."""
+    toolkit = Path(nvcc).resolve().parent.parent
+    folders = [
+        *sorted(torch_folder.parent.glob("nvidia/*/lib")),
+        torch_folder / "lib",
+        toolkit / "lib64",
+        toolkit / "lib",
+    ]
+    for folder in folders:
+        for path in sorted(folder.glob("libcudart.so*")):
+            return str(path)
+    raise RuntimeError(f"libcudart.so is in none of {', '.join(map(str, folders))}")
+
+
+def gencode(capabilities: str) -> list[str]:
+    """nvcc's options for "8.0 9.0+PTX"."""
+    flags = []
+    for word in capabilities.replace(";", " ").split():
+        number, plus, _ = word.partition("+PTX")
+        name = number.replace(".", "")
+        flags.append(f"-gencode=arch=compute_{name},code={f'[sm_{name},compute_{name}]' if plus else f'sm_{name}'}")
+    return flags
+
+
+def add_cuda(extension: Extension, folder: Path) -> None:
+    """Compiles the CUDA kernels into `folder` and makes them part of engine._ops, where torch has CUDA at all."""
+    import torch
+
+    if torch.version.cuda is None:
+        return
+    capabilities = os.environ.get("TORCH_CUDA_ARCH_LIST") or CAPABILITIES
+    try:
+        nvcc = find_nvcc(torch.version.cuda)
+        cudart = find_cudart(nvcc, Path(torch.__file__).parent)
+        flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode(capabilities)]
+
+        def compiled(source: str) -> str:
+            target = str(folder / f"{Path(source).stem}.o")
+            command = [nvcc, *flags, "-c", source, "-o", target]
+            print(" ".join(command))
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            if done.returncode:
+                print(done.stdout, file=sys.stderr)
+                raise RuntimeError(first_errors(done.stdout) or f"{nvcc} ended with exit code {done.returncode}")
+            return target
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(compiled, sorted(glob("csrc/*.cu"))))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        FAILED["cuda"] = str(error)
+        return
+    extension.extra_objects += [*objects, cudart]
+    extension.define_macros.append(("WITH_CUDA", f'"{capabilities}"'))
+
+
+def first_errors(log: str) -> str:
+    """The compiler's first two lines that tell of an error."""
+    return "; ".join([line.strip() for line in log.splitlines() if re.search(r"\berror\b", line, re.I)][:2])
+
+
+def shortly(error: BaseException) -> str:
+    """What is known of a command that failed without a word."""
+    while error.__context__ is not None and not isinstance(error, subprocess.CalledProcessError):
+        error = error.__context__
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{error.cmd[0]} ended with exit code {error.returncode}"
+    return str(error)[:200]
+
+
+class Build(build_ext):
+    """build_ext that keeps why an extension was not built, and leaves no older build of it behind."""
+
+    settings = ""  # what engine._ops is built with: another torch, or CUDA where there was none, builds it anew
+
+    def run(self) -> None:
+        # while extensions are built, setuptools does not know that they will be copied into the source tree
+        self.homes = {e.name: Path(self.get_ext_fullpath(e.name)) for e in self.extensions}
+        self.notes = Path(self.get_ext_fullpath("engine._ops")).parent / "_build.json"
+        super().run()
+        for what, why in FAILED.items():
+            print(f"warning: {what} is not built: {why}", file=sys.stderr)
+        self.notes.parent.mkdir(parents=True, exist_ok=True)
+        self.notes.write_text(json.dumps({"settings": self.settings, **FAILED}, indent=1) + "\n")
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == "engine._ops":
+            add_cuda(ext, Path(self.build_temp) / "cuda")
+            self.settings = str(ext.define_macros)
+            known = self.notes.exists() and json.dumps(self.settings) in self.notes.read_text()
+            self.force = self.force or not known
+        with tempfile.TemporaryFile() as log:
+            stderr = os.dup(2)
+            os.dup2(log.fileno(), 2)
+            error = None
+            try:
+                super().build_extension(ext)
+            except Exception as raised:  # a compiler fails in many ways; setuptools decides which is the end
+                error = raised
+            finally:
+                os.dup2(stderr, 2)
+                os.close(stderr)
+            log.seek(0)
+            said = log.read().decode(errors="replace")
+        sys.stderr.write(said)
+        if error is not None:
+            FAILED[ext.name] = first_errors(said) or shortly(error)
+            for path in (self.homes[ext.name], Path(self.get_ext_fullpath(ext.name))):
+                path.unlink(missing_ok=True)
+            raise error
+
+
+setup(ext_modules=[*filter(None, [index(), ops()])], cmdclass={"build_ext": Build})

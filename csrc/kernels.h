@@ -107,9 +107,9 @@ struct AdamW {
 template <class W, class T>
 void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how, int threads);
 
-// out[i]: the sum of squares of x[bounds[2 i]] .. x[bounds[2 i + 1]), for k ranges, added in double in an order that
-// depends on a range's length only.
+// out[i]: the sum of squares of x[bounds[2 i]] .. x[bounds[2 i + 1]), for k ranges of the n values, added in double in an
+// order that depends on a range's length only.
 template <class T>
-void sum_squares(const T* x, const int64_t* bounds, double* out, int64_t k, int threads);
+void sum_squares(const T* x, int64_t n, const int64_t* bounds, double* out, int64_t k, int threads);
 
 }  // namespace trident

@@ -18,6 +18,15 @@ namespace {
 
 std::string built_for() { return BUILT_FOR; }
 
+// The compute capabilities that the CUDA kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty: there are none.
+std::string cuda_capabilities() {
+#ifdef WITH_CUDA
+    return WITH_CUDA;
+#else
+    return "";
+#endif
+}
+
 bool gemm_wins() { return trident::sgemm_wins(); }
 
 bool attention_runs() { return trident::attention_runs(); }
@@ -35,6 +44,7 @@ bool keep_freed_memory() {
 
 TORCH_LIBRARY(trident, lib) {
     lib.def("built_for() -> str", built_for);
+    lib.def("cuda_capabilities() -> str", cuda_capabilities);
     lib.def("gemm_wins() -> bool", gemm_wins);
     lib.def("attention_runs() -> bool", attention_runs);
     lib.def("keep_freed_memory() -> bool", keep_freed_memory);
@@ -73,7 +83,10 @@ TORCH_LIBRARY(trident, lib) {
     lib.def("sum_squares(Tensor flat, Tensor bounds) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(trident, CPU, lib) {
+namespace {
+
+// The operators that run wherever tensors may be.
+void everywhere(torch::Library& lib) {
     namespace ops = trident::ops;
     lib.impl("rms_norm", ops::rms_norm);
     lib.impl("add_rms_norm", ops::add_rms_norm);
@@ -87,9 +100,19 @@ TORCH_LIBRARY_IMPL(trident, CPU, lib) {
     lib.impl("rope_backward", ops::rope_backward);
     lib.impl("softmax_stats", ops::softmax_stats);
     lib.impl("softmax_gradient_", ops::softmax_gradient_);
-    lib.impl("mm_", ops::mm_);
-    lib.impl("attention", ops::attention);
-    lib.impl("attention_backward", ops::attention_backward);
     lib.impl("adamw_", ops::adamw_);
     lib.impl("sum_squares", ops::sum_squares);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(trident, CPU, lib) {
+    everywhere(lib);
+    lib.impl("mm_", trident::ops::mm_);
+    lib.impl("attention", trident::ops::attention);
+    lib.impl("attention_backward", trident::ops::attention_backward);
+}
+
+#ifdef WITH_CUDA
+TORCH_LIBRARY_IMPL(trident, CUDA, lib) { everywhere(lib); }
+#endif

@@ -2,7 +2,6 @@
 // kernels of kernels.h. Below, all operators; ops.cpp has their schemas, each other file those of one concept.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "where.h"
 
 namespace trident::ops {
 
@@ -38,7 +38,7 @@ inline std::string shape(const Tensor& x) { return shape(x.sizes()); }
 
 // The device is one that the operator's kernels run on.
 inline void want_device(const Tensor& x, const char* op, const char* name) {
-    want(x.device().is_cpu(), op, std::string(name) + " is on " + x.device().str() + ", wanted cpu");
+    want(x.is_cpu() || on_gpu(x.device()), op, std::string(name) + " is on " + x.device().str() + ", wanted " + DEVICES);
 }
 
 inline void want_plain(const Tensor& x, const char* op, const char* name) {
@@ -67,16 +67,18 @@ inline void want_like(const Tensor& x, at::IntArrayRef sizes, const Tensor& like
 
 inline at::ScalarType wide(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Calls f with a null pointer of the kernels' own type for a tensor's type.
+// Calls f with a null pointer of the kernels' own type for a tensor's type, and where they run: what on_device gives.
 template <class F>
 void dispatch(const Tensor& x, const char* op, F f) {
-    switch (x.scalar_type()) {
-        case at::kFloat: return f(static_cast<float*>(nullptr));
-        case at::kDouble: return f(static_cast<double*>(nullptr));
-        case at::kBFloat16: return f(static_cast<bf16*>(nullptr));
-        case at::kHalf: return f(static_cast<f16*>(nullptr));
-        default: want_type(false, op, std::string("wants floating-point tensors, got ") + toString(x.scalar_type()));
-    }
+    on_device(x, [&](const auto& where) {
+        switch (x.scalar_type()) {
+            case at::kFloat: return f(static_cast<float*>(nullptr), where);
+            case at::kDouble: return f(static_cast<double*>(nullptr), where);
+            case at::kBFloat16: return f(static_cast<bf16*>(nullptr), where);
+            case at::kHalf: return f(static_cast<f16*>(nullptr), where);
+            default: want_type(false, op, std::string("wants floating-point tensors, got ") + toString(x.scalar_type()));
+        }
+    });
 }
 
 #define TYPE_OF(tag) std::remove_pointer_t<decltype(tag)>
@@ -108,8 +110,6 @@ inline void want_heads(const Tensor& q, const Tensor& k, const Tensor& v, const 
         want(q.size(3) <= 1 || x->stride(3) == 1, op, std::string(name) + " has no stride of 1 along d");
     }
 }
-
-inline int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 inline int64_t rows_of(const Tensor& x, int64_t width) { return width ? x.numel() / width : 0; }
 

@@ -35,10 +35,10 @@ void want_targets(const Tensor& logits, const Tensor& target, int64_t valid, con
 Tensor gated(const Tensor& fused, int64_t kind) {
     const char* op = "gated";
     Tensor y = at::empty(want_gated(fused, kind, op), fused.options());
-    dispatch(fused, op, [&](auto tag) {
+    dispatch(fused, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         const int64_t f = y.size(-1);
-        trident::gated<T>(data<T>(fused), data<T>(y), int(kind), rows_of(y, f), f, threads());
+        trident::gated<T>(data<T>(fused), data<T>(y), int(kind), rows_of(y, f), f, where);
     });
     return y;
 }
@@ -47,10 +47,10 @@ Tensor gated_backward(const Tensor& grad, const Tensor& fused, int64_t kind) {
     const char* op = "gated_backward";
     want_like(grad, want_gated(fused, kind, op), fused, op, "grad");
     Tensor out = at::empty_like(fused);
-    dispatch(fused, op, [&](auto tag) {
+    dispatch(fused, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         const int64_t f = grad.size(-1);
-        trident::gated_backward<T>(data<T>(grad), data<T>(fused), data<T>(out), int(kind), rows_of(grad, f), f, threads());
+        trident::gated_backward<T>(data<T>(grad), data<T>(fused), data<T>(out), int(kind), rows_of(grad, f), f, where);
     });
     return out;
 }
@@ -68,10 +68,10 @@ std::tuple<Tensor, Tensor, Tensor> rope(const Tensor& fused, const Tensor& table
     const int64_t half = table.size(2);
     Tensor q = at::empty({b, n, s, d}, fused.options()), k = at::empty({b, m, s, d}, fused.options());
     Tensor v = at::empty({b, m, s, d}, fused.options());
-    dispatch(fused, op, [&](auto tag) {
+    dispatch(fused, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         trident::rope<T>(data<T>(fused), data<T>(table), data<T>(table) + s * half, heads<T, T>(q), heads<T, T>(k),
-                         heads<T, T>(v), {s, b, n, m, d, 2 * half}, threads());
+                         heads<T, T>(v), {s, b, n, m, d, 2 * half}, where);
     });
     return {q, k, v};
 }
@@ -84,10 +84,10 @@ Tensor rope_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Te
     want_table(table, q, s, d, op);
     const int64_t half = table.size(2);
     Tensor out = at::empty({s, b, (n + 2 * m) * d}, q.options());
-    dispatch(q, op, [&](auto tag) {
+    dispatch(q, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         trident::rope_backward<T>(heads<const T, T>(q), heads<const T, T>(k), heads<const T, T>(v), data<T>(table),
-                                  data<T>(table) + s * half, data<T>(out), {s, b, n, m, d, 2 * half}, threads());
+                                  data<T>(table) + s * half, data<T>(out), {s, b, n, m, d, 2 * half}, where);
     });
     return out;
 }
@@ -98,10 +98,10 @@ Tensor softmax_stats(const Tensor& logits, const Tensor& target, int64_t valid) 
     const char* op = "softmax_stats";
     want_targets(logits, target, valid, op);
     Tensor stats = at::empty({3, logits.size(0)}, logits.options().dtype(wide(logits.scalar_type())));
-    dispatch(logits, op, [&](auto tag) {
+    dispatch(logits, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         trident::softmax_stats<T>(data<T>(logits), data<int64_t>(target), data<Wide<T>>(stats), logits.size(0),
-                                  logits.size(1), valid, threads());
+                                  logits.size(1), valid, where);
     });
     return stats;
 }
@@ -114,11 +114,11 @@ void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak,
     want_typed(peak, type, {logits.size(0)}, logits, op, "peak");
     want_typed(scale, type, {logits.size(0)}, logits, op, "scale");
     want_typed(grad, type, {logits.size(0)}, logits, op, "grad");
-    dispatch(logits, op, [&](auto tag) {
+    dispatch(logits, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         using W = Wide<T>;
         trident::softmax_gradient<T>(data<T>(logits), data<int64_t>(target), data<W>(peak), data<W>(scale), data<W>(grad),
-                                     logits.size(0), logits.size(1), valid, threads());
+                                     logits.size(0), logits.size(1), valid, where);
     });
 }
 

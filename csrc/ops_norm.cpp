@@ -28,10 +28,10 @@ std::tuple<Tensor, Tensor> rms(const Tensor& x, const Tensor* residual, const Te
     const int64_t h = want_rows(x, {{&weight, "weight"}}, op);
     if (residual) want_like(*residual, x.sizes(), x, op, "residual");
     Tensor y = at::empty_like(x), scale = at::empty({rows_of(x, h)}, x.options().dtype(wide(x.scalar_type())));
-    dispatch(x, op, [&](auto tag) {
+    dispatch(x, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         trident::rms_norm<T>(data<T>(x), residual ? data<T>(*residual) : nullptr, residual ? data<T>(sum) : nullptr,
-                             data<T>(weight), data<T>(y), data<Wide<T>>(scale), scale.numel(), h, eps, offset, threads());
+                             data<T>(weight), data<T>(y), data<Wide<T>>(scale), scale.numel(), h, eps, offset, where);
     });
     return {y, scale};
 }
@@ -41,11 +41,11 @@ std::tuple<Tensor, Tensor> layer(const Tensor& x, const Tensor* residual, const 
     const int64_t h = want_rows(x, {{&weight, "weight"}, {&bias, "bias"}}, op);
     if (residual) want_like(*residual, x.sizes(), x, op, "residual");
     Tensor y = at::empty_like(x), stats = at::empty({2, rows_of(x, h)}, x.options().dtype(wide(x.scalar_type())));
-    dispatch(x, op, [&](auto tag) {
+    dispatch(x, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         trident::layer_norm<T>(data<T>(x), residual ? data<T>(*residual) : nullptr, residual ? data<T>(sum) : nullptr,
                                data<T>(weight), data<T>(bias), data<T>(y), data<Wide<T>>(stats), stats.size(1), h, eps,
-                               threads());
+                               where);
     });
     return {y, stats};
 }
@@ -69,10 +69,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Optional&
     const int64_t h = want_rows(x, {{&weight, "weight"}}, op), rows = rows_of(x, h);
     want_gradients(grad, grad_sum, x, scale, {rows}, op, "scale");
     Tensor gx = at::empty_like(x), gw = at::empty_like(weight);
-    dispatch(x, op, [&](auto tag) {
+    dispatch(x, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         trident::rms_norm_backward<T>(data<T>(grad), data<T>(grad_sum), data<T>(x), data<T>(weight), data<Wide<T>>(scale),
-                                      data<T>(gx), data<T>(gw), rows, h, offset, threads());
+                                      data<T>(gx), data<T>(gw), rows, h, offset, where);
     });
     return {gx, gw};
 }
@@ -94,10 +94,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
     const int64_t h = want_rows(x, {{&weight, "weight"}}, op), rows = rows_of(x, h);
     want_gradients(grad, grad_sum, x, stats, {2, rows}, op, "stats");
     Tensor gx = at::empty_like(x), gw = at::empty_like(weight), gb = at::empty_like(weight);
-    dispatch(x, op, [&](auto tag) {
+    dispatch(x, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         trident::layer_norm_backward<T>(data<T>(grad), data<T>(grad_sum), data<T>(x), data<T>(weight),
-                                        data<Wide<T>>(stats), data<T>(gx), data<T>(gw), data<T>(gb), rows, h, threads());
+                                        data<Wide<T>>(stats), data<T>(gx), data<T>(gw), data<T>(gb), rows, h, where);
     });
     return {gx, gw, gb};
 }

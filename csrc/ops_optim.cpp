@@ -25,8 +25,10 @@ void adamw_(Tensor& master, const Tensor& grad, Tensor& exp_avg, Tensor& exp_avg
     const auto run = [&](auto wide_tag, auto low_tag) {
         using W = TYPE_OF(wide_tag);
         using T = TYPE_OF(low_tag);
-        trident::adamw<W, T>(data<W>(master), data<W>(grad), data<W>(exp_avg), data<W>(exp_avg_sq), data<T>(values),
-                             master.numel(), how, threads());
+        on_device(master, [&](const auto& where) {
+            trident::adamw<W, T>(data<W>(master), data<W>(grad), data<W>(exp_avg), data<W>(exp_avg_sq), data<T>(values),
+                                 master.numel(), how, where);
+        });
     };
     if (whole)
         run(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
@@ -46,14 +48,14 @@ Tensor sum_squares(const Tensor& flat, const Tensor& bounds) {
     const int64_t k = bounds.size(0), n = flat.numel();
     want_typed(bounds, at::kLong, {k, 2}, flat, op, "bounds");
     const int64_t* range = data<int64_t>(bounds);
-    for (int64_t i = 0; i < k; i++)
+    for (int64_t i = 0; i < k && bounds.is_cpu(); i++)  // a GPU would have to be waited for; its kernel looks for itself
         want(0 <= range[2 * i] && range[2 * i] <= range[2 * i + 1] && range[2 * i + 1] <= n, op,
              "bounds[" + std::to_string(i) + "] is " + shape(at::IntArrayRef(range + 2 * i, 2)) + ", wanted a range of " +
                  std::to_string(n) + " values");
     Tensor out = at::empty({k}, flat.options().dtype(at::kDouble));
-    dispatch(flat, op, [&](auto tag) {
+    dispatch(flat, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
-        trident::sum_squares<T>(data<T>(flat), range, data<double>(out), k, threads());
+        trident::sum_squares<T>(data<T>(flat), n, range, data<double>(out), k, where);
     });
     return out;
 }

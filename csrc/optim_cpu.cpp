@@ -75,7 +75,7 @@ void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how
 }
 
 template <class T>
-void sum_squares(const T* x, const int64_t* bounds, double* out, int64_t k, int threads) {
+void sum_squares(const T* x, int64_t, const int64_t* bounds, double* out, int64_t k, int threads) {
     constexpr int64_t BLOCK = 8192;  // counted from a range's own begin: its sum does not depend on its place or on threads
     std::vector<int64_t> first(size_t(k) + 1, 0);  // block number at which each range begins
     for (int64_t i = 0; i < k; i++)
@@ -100,9 +100,9 @@ template void adamw<float, float>(float*, const float*, float*, float*, float*, 
 template void adamw<float, bf16>(float*, const float*, float*, float*, bf16*, int64_t, AdamW, int);
 template void adamw<float, f16>(float*, const float*, float*, float*, f16*, int64_t, AdamW, int);
 template void adamw<double, double>(double*, const double*, double*, double*, double*, int64_t, AdamW, int);
-template void sum_squares<float>(const float*, const int64_t*, double*, int64_t, int);
-template void sum_squares<double>(const double*, const int64_t*, double*, int64_t, int);
-template void sum_squares<bf16>(const bf16*, const int64_t*, double*, int64_t, int);
-template void sum_squares<f16>(const f16*, const int64_t*, double*, int64_t, int);
+template void sum_squares<float>(const float*, int64_t, const int64_t*, double*, int64_t, int);
+template void sum_squares<double>(const double*, int64_t, const int64_t*, double*, int64_t, int);
+template void sum_squares<bf16>(const bf16*, int64_t, const int64_t*, double*, int64_t, int);
+template void sum_squares<f16>(const f16*, int64_t, const int64_t*, double*, int64_t, int);
 
 }  // namespace trident

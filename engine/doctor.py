@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine import selftest
+from engine.built import why_not
 from engine.checkpoint.lineage import code_versions
 from engine.data import order
 from engine.launch import backends, try_gloo
@@ -134,6 +135,15 @@ def _communication(timeout_s: float) -> Iterator[Finding]:
 def _extensions() -> Iterator[Finding]:
     for module, what in (order.load(), native.load()):
         yield Finding("extension", what if module is not None else f"{what}; {_BUILD}")
+    library = native.load()[0]
+    if torch.version.cuda is not None and library is not None:
+        built = library.cuda_capabilities()
+        yield Finding(
+            "extension",
+            f"CUDA kernels for compute capability {built}"
+            if built
+            else f"no CUDA kernels ({why_not('cuda') or 'nothing is known of why'}); {_BUILD}",
+        )
 
 
 def _kernels() -> Iterator[Finding]:

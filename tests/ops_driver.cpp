@@ -149,7 +149,7 @@ void squares() {
     std::vector<int64_t> bounds;
     for (int64_t i = 0; i < k; i++) bounds.push_back(pick(0, n)), bounds.push_back(pick(bounds.back(), n));
     auto out = room<double>(k);
-    sum_squares<T>(x.data(), bounds.data(), out.data(), k, threads);
+    sum_squares<T>(x.data(), int64_t(x.size()), bounds.data(), out.data(), k, threads);
     check(out, "sums of squares");
 }
 

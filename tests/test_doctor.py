@@ -143,7 +143,9 @@ def test_what_ran_is_what_was_asked_for() -> None:
     assert (chosen(CPU, torch.float32, 16, documents=False) == "own") == ("attention" in own)
     assert ("matrix products: own" in words) == ("matrix product" in own)
     assert native.in_words(CPU, torch.float64).endswith("matrix products: torch")
-    assert native.in_words(torch.device("meta"), torch.float32) == "torch (own ones are for CPUs, this is meta)"
+    assert (
+        native.in_words(torch.device("meta"), torch.float32) == "torch (own ones are for CPUs and CUDA, this is meta)"
+    )
 
 
 def test_an_apex_that_is_not_nvidias_is_not_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from engine.built import why_not
 from engine.data.indexed import NATIVE_INTERFACE, IndexedDataset
 from engine.errors import DataError
 
@@ -166,7 +167,7 @@ def load() -> tuple[ModuleType | None, str]:
         if not same or getattr(module, "interface", 0) != NATIVE_INTERFACE:
             raise ImportError("it was built from another version of csrc/index.cpp")
     except (ImportError, AttributeError, TypeError) as err:
-        return None, f"engine._index is not available ({err})"
+        return None, f"engine._index is not available ({why_not('engine._index') or err})"
     return module, "engine._index, which gives the same order as numpy"
 
 

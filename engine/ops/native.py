@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.built import why_not
+
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +38,8 @@ def load() -> tuple[Any, str]:
     """(torch.ops.trident or None, what there is to say about it). Loads the extension once per process."""
     spec = importlib.util.find_spec("engine._ops")
     if spec is None or spec.origin is None:
-        return None, "engine._ops is not built"
+        why = why_not("engine._ops")
+        return None, f"engine._ops is not built ({why})" if why else "engine._ops is not built"
     try:
         torch.ops.load_library(spec.origin)
         built_for = torch.ops.trident.built_for()
@@ -111,11 +114,7 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def _library() -> Any:
     library, why = load()
     if library is None:
-        warnings.warn(
-            f"{why}: torch's own operators run instead, slower. Build it: "
-            "pip install --no-build-isolation --no-deps -e .",
-            stacklevel=4,
-        )
+        _warn(why)
     return library
 
 
@@ -124,14 +123,59 @@ def references_only() -> bool:
     return not _CHOICE.kernels or torch.compiler.is_compiling()
 
 
+@functools.cache
+def _cuda_library(device: torch.device) -> Any:
+    if why := why_no_cuda(device):
+        _warn(why)
+        return None
+    return load()[0]
+
+
+def _warn(why: str) -> None:
+    warnings.warn(
+        f"{why}: torch's own operators run instead, slower. Build it: pip install --no-build-isolation --no-deps -e .",
+        stacklevel=5,
+    )
+
+
 def kernels(*tensors: Tensor) -> Any:
-    """torch.ops.trident if our kernels are to run on these tensors: on the CPU, all of one floating type; else None."""
+    """torch.ops.trident if our kernels are to run on these tensors, of one device and one floating type; else None.
+
+    On the CPU wherever the extension is built; on a GPU where it was built with CUDA kernels for it.
+    """
     if references_only():
         return None
     first = tensors[0]
-    if first.dtype not in _TYPES or any(x.device.type != "cpu" or x.dtype != first.dtype for x in tensors):
+    if first.dtype not in _TYPES or any(x.device != first.device or x.dtype != first.dtype for x in tensors):
         return None
-    return _library()
+    if first.device.type == "cuda":
+        return _cuda_library(first.device)
+    return _library() if first.device.type == "cpu" else None
+
+
+@functools.cache
+def why_no_cuda(device: torch.device) -> str:
+    """Why our CUDA kernels cannot run on this GPU; "" if they can."""
+    library, why = load()
+    if library is None:
+        return why
+    built = library.cuda_capabilities()
+    if not built:
+        return f"engine._ops has no CUDA kernels ({why_not('cuda') or 'torch had no CUDA when it was built'})"
+    own = torch.cuda.get_device_capability(device)
+    if runs_on(own, built):
+        return ""
+    return f"the CUDA kernels were built for compute capability {built}, this GPU has {own[0]}.{own[1]}"
+
+
+def runs_on(capability: tuple[int, int], built: str) -> bool:
+    """Whether code for `built` ("8.0 9.0+PTX") runs on a GPU: PTX on all later ones, else within its major number."""
+    for word in built.replace(";", " ").split():
+        number, ptx, _ = word.partition("+PTX")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if (capability[0] == major or ptx) and capability >= (major, minor):
+            return True
+    return False
 
 
 @functools.cache
@@ -156,15 +200,21 @@ def _attention_runs() -> bool:
 
 def own_attention(*heads: Tensor) -> bool:
     """Whether our attention is to run: float32 on a CPU with AVX-512."""
-    return heads[0].dtype == torch.float32 and kernels(*heads) is not None and _attention_runs()
+    fits = heads[0].device.type == "cpu" and heads[0].dtype == torch.float32
+    return fits and kernels(*heads) is not None and _attention_runs()
 
 
 def in_words(device: torch.device, dtype: torch.dtype) -> str:
     """What runs on tensors of this device and type, and why, in half a line."""
     probe = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
-    if load()[0] is None or kernels(probe) is None:
-        why = load()[1] if device.type == "cpu" else f"own ones are for CPUs, this is {device.type}"
-        return f"torch ({why})"
+    if device.type == "cuda":
+        why_not_own = why_no_cuda(probe.device)
+    elif device.type == "cpu":
+        why_not_own = load()[1] if load()[0] is None else ""
+    else:
+        why_not_own = f"own ones are for CPUs and CUDA, this is {device.type}"
+    if why_not_own or kernels(probe) is None:
+        return f"torch ({why_not_own or f'own ones are not for {dtype}'})"
     return f"own ({load()[1]}), matrix products: {'own' if _own_gemm(probe[0, 0]) else 'torch'}"
 
 

@@ -12,7 +12,6 @@ after `step_s` seconds of arithmetic that stand for the next forward and backwar
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -36,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import run_ranks
 from machine import describe
+from report import Row, finish, show, spread
 
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import Saver
@@ -211,29 +211,46 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
     return results[1:]  # the first finds buffers, caches and the disk as they will be
 
 
+AGAINST = {  # ours -> (title, DCP's, the limit)
+    "save": ("save", "dcp save", "plain write"),
+    "load": ("load", "dcp load", "plain read"),
+    "async, blocked": ("background save, stands still", "dcp async, blocked", ""),
+}
+
+
+def rows_of(world: int, found: list[dict[str, float]]) -> list[Row]:
+    """What training waits for, beside DCP and plain input and output."""
+    rows = []
+    for name, (title, peer, limit) in AGAINST.items():
+        ours, peers, limits = ([one[key] for one in found if key] for key in (name, peer, limit))
+        title = f"{title}, {world} rank{'s' * (world > 1)}"
+        limit = f"{limit}{' + fsync' * (limit == 'plain write')}"
+        rows.append(Row(title, "s", ours, "torch DCP", peers, limit, limits, more=False))
+    return rows
+
+
 def main(o: Options) -> None:
-    """Print a table for each number of ranks."""
-    everything: dict[str, Any] = {"machine": describe(), "options": str(o)}
-    print(json.dumps(everything["machine"]))
+    """Print a table for each number of ranks, and the rows of all."""
+    machine, details, rows = describe(), {}, []
+    size = round(o.gib * 2**30 / (3 * 4 * ROWS * WIDTH)) * 3 * 4 * ROWS * WIDTH
     for world in o.ranks:
         with tempfile.TemporaryDirectory(dir=o.folder) as folder:
             root = Path(folder)
             found = run_ranks(Layout(world, data=world), partial(job, o=o, root=root), timeout_s=900)[0]
-        everything[str(world)] = found
-        size = round(o.gib * 2**30 / (3 * 4 * ROWS * WIDTH)) * 3 * 4 * ROWS * WIDTH
-        print(f"\n{world} ranks, {size / 1e9:.2f} GB, {o.repeats} repetitions: median (range) in s, GB/s, ratio")
+        details[str(world)] = found
+        lines = []
         for what in sorted(found[0], key=NAMES.index):
             times = [one[what] for one in found]
             base = "plain read" if "load" in what or "read" in what else "plain write"
             ratio = statistics.median(one[base] / one[what] for one in found)
-            middle = statistics.median(times)
-            spread = f"({min(times):.3f}-{max(times):.3f})"
-            print(f"  {what:20} {middle:7.3f} {spread:15} {size / 1e9 / middle:6.2f} GB/s   {ratio:5.2f} of {base}")
+            speed = f"{size / 1e9 / statistics.median(times):.2f}"
+            lines.append((what, spread(times, 4), speed, f"{ratio:.2f} of {base}"))
         blocked = statistics.median(one["async, blocked"] / one["save"] for one in found)
         theirs = statistics.median(one["dcp async, blocked"] / one["dcp save"] for one in found)
-        print(f"  async blocks for {blocked:.1%} of a save; dcp {theirs:.1%} of its own")
-    if o.json is not None:
-        o.json.write_text(json.dumps(everything, indent=1))
+        note = f"async blocks for {blocked:.1%} of a save; dcp {theirs:.1%} of its own"
+        show(f"{world} ranks, {size / 1e9:.2f} GB", ("what", "s", "GB/s", "ratio"), lines, note)
+        rows += rows_of(world, found)
+    finish(rows, details, o.json, f"Checkpoints of {size / 1e9:.2f} GB", machine)
 
 
 if __name__ == "__main__":

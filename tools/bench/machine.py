@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import platform
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -14,15 +16,27 @@ import numpy as np
 import torch
 
 
+def commit() -> str:
+    """Of the tree this file is in; "unknown" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def describe() -> dict[str, Any]:
-    """CPU, cores, torch version, allocator settings and the load before we add ours."""
+    """CPU, cores, memory, versions, commit, allocator settings and the load before we add ours."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": commit(),
         "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "load": "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg()),
     }

@@ -2,8 +2,8 @@
 
     python tools/bench/order.py [--documents 1000000 10000000] [--megatron-python PYTHON] [--folder /tmp/order_bench]
 
-PYTHON runs order_megatron.py: an interpreter that has torch and megatron-core, for example a throw-away
-`python -m venv V; V/bin/pip install megatron-core`. Without it there are no rows for Megatron. Both start cold, without
+PYTHON runs order_megatron.py: an interpreter that has torch and megatron-core; `python tools/bench/peers_env.py
+build/bench-peers` makes and prints one. Without it there are no rows for Megatron. Both start cold, without
 index files, from the same .bin/.idx, each time in a fresh process; the .bin is sparse. Memory is the peak of anonymous
 pages (RssAnon): pages of mapped files belong to the page cache. Medians, and the range in brackets.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -22,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from machine import BATCH, BLEND_SAMPLES, SEED, SEQ_LEN, blend_weights, describe, peak_memory, samples_per_s
+from report import Row, finish, show, spread
 
 from engine.data.blend import Turns
 from engine.data.indexed import HEADER, MAGIC, IndexedDataset
 from engine.data.loader import Slice
 from engine.data.order import SampleOrder
 
-MEAN_TOKENS, TRIALS, SOURCES = 600, 5, 64
+MEAN_TOKENS = 600
 
 
 def make_corpus(prefix: Path, documents: int) -> None:
@@ -85,10 +85,13 @@ def blend(sources: int) -> dict[str, float]:
     return {"seconds": seconds, "memory": memory}
 
 
-def repeated(commands: dict[str, list[str]]) -> dict[str, dict[str, list[float]]]:
-    """Each command TRIALS times, in turns: its figures."""
-    seen: dict[str, dict[str, list[float]]] = {name: {} for name in commands}
-    for _ in range(TRIALS):
+Seen = dict[str, dict[str, list[float]]]  # who -> figure -> of every trial
+
+
+def repeated(commands: dict[str, list[str]], trials: int) -> Seen:
+    """Each command so many times, in turns: its figures."""
+    seen: Seen = {name: {} for name in commands}
+    for _ in range(trials):
         for name, command in commands.items():
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             for key, value in json.loads(done.stdout.splitlines()[-1]).items():
@@ -96,19 +99,30 @@ def repeated(commands: dict[str, list[str]]) -> dict[str, dict[str, list[float]]
     return seen
 
 
-def show(values: list[float] | None, digits: int) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
-
-
 def prefix_of(folder: Path, documents: int) -> str:
     return str(folder / f"documents_{documents}")
 
 
-def table(o: argparse.Namespace) -> None:
+FIGURES = {  # what -> (key, unit, more is better)
+    "first batch": ("seconds", "s", False),
+    "memory": ("memory", "MiB", False),
+    "random": ("rate", "samples/s", True),
+}
+
+
+def rows_of(title: str, seen: Seen) -> list[Row]:
+    """Ours beside Megatron's, where it was measured."""
+    theirs = seen.get("megatron", {})
+    return [
+        Row(f"{title}: {what}", unit, seen["engine"][key], "Megatron" * bool(theirs), theirs.get(key, []), more=more)
+        for what, (key, unit, more) in FIGURES.items()
+        if key in seen["engine"]
+    ]
+
+
+def compare(o: argparse.Namespace) -> None:
     """All rows, ours and Megatron's in turns."""
-    print(describe())
+    machine, details, rows = describe(), {}, []
     o.folder.mkdir(parents=True, exist_ok=True)
     small = prefix_of(o.folder, 1000)
     make_corpus(Path(small), 1000)
@@ -116,19 +130,22 @@ def table(o: argparse.Namespace) -> None:
     if o.megatron_python:
         pythons["megatron"] = [o.megatron_python, str(Path(__file__).with_name("order_megatron.py"))]
     else:
-        print("no rows for Megatron: give --megatron-python")
-    print("| documents | order | to the first batch of 8, s | of it open | MiB | samples/s | a cpu s | 2 threads |")
+        print("no peer: give --megatron-python")
     for documents in o.documents:
         prefix = prefix_of(o.folder, documents)
         make_corpus(Path(prefix), documents)
         able = ("engine", "megatron") if documents <= 2 * 10**7 else ("engine",)  # its tables: 25 bytes a document
         commands = {n: [*p, "--prefix", prefix, "--small", small] for n, p in pythons.items() if n in able}
-        for name, seen in repeated(commands).items():
-            cells = [("seconds", 4), ("open", 4), ("memory", 1), ("rate", 0), ("cpu_rate", 0), ("rate_2", 0)]
-            print(f"| {documents:,} | {name} |", " | ".join(show(seen.get(k), d) for k, d in cells), "|", flush=True)
-    print(f"| blend of {SOURCES} over {BLEND_SAMPLES:,} | s | MiB |")
-    for name, seen in repeated({n: [*p, "--blend", str(SOURCES)] for n, p in pythons.items()}).items():
-        print(f"| {name} | {show(seen['seconds'], 4)} | {show(seen['memory'], 1)} |", flush=True)
+        details[str(documents)] = seen = repeated(commands, o.trials)
+        rows += rows_of(f"order, {documents / 1e6:g} M documents", seen)
+        cells = [("seconds", 4), ("open", 4), ("memory", 1), ("rate", 0), ("cpu_rate", 0), ("rate_2", 0)]
+        lines = [(name, *(spread(one.get(key, []), digits) for key, digits in cells)) for name, one in seen.items()]
+        headers = ("order", "to the first batch, s", "of it open", "MiB", "samples/s", "a cpu s", "2 threads")
+        show(f"{documents:,} documents", headers, lines)
+    if o.sources:
+        details["blend"] = seen = repeated({n: [*p, "--blend", str(o.sources)] for n, p in pythons.items()}, o.trials)
+        rows += rows_of(f"blend of {o.sources}, 10^8 samples", seen)
+    finish(rows, details, o.json, "Sample order", machine)
 
 
 def main() -> None:
@@ -136,13 +153,16 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/order_bench"))
     parser.add_argument("--megatron-python", default="", help="an interpreter with torch and megatron-core")
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--sources", type=int, default=64, help="of the blend; 0: no blend")
+    parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--measure", action="store_true", help="one measurement, by the table's fresh processes")
     parser.add_argument("--prefix")
     parser.add_argument("--small")
     parser.add_argument("--blend", type=int)
     o = parser.parse_args()
     if not o.measure:
-        table(o)
+        compare(o)
         return
     torch.set_num_threads(1)
     result: dict[str, Any] = blend(o.blend) if o.blend else corpus(o.prefix, o.small)

@@ -2,16 +2,12 @@
 
 The limit: orjson, gigatoken on 32 MB at a time, write; no check, digest, sync or index, and of JSON lines whatever ours
 reads. Every run is a whole process, imports included, on the same text and tokenizer; runs take turns. Peers are given,
-not bundled: `--datatrove PYTHON` an interpreter that has it (below: how to make one),
-`--megatron PATH` a checkout, run by `--megatron-python`. Without one its row says so.
+not bundled: `--datatrove PYTHON` an interpreter that has it, `--megatron PATH` a checkout, run by `--megatron-python`.
+Without one its row says so.
 
 `python tools/bench/prepare.py --megabytes 190 --repeat 3`
 
-An interpreter for datatrove, without a second torch:
-
-    python -m venv peers && peers/bin/pip install --no-deps datatrove dill multiprocess loguru humanize
-    python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" > shared.pth
-    mv shared.pth peers/lib/python3.*/site-packages
+An interpreter that has datatrove: `python tools/bench/peers_env.py build/bench-peers` makes and prints one.
 """
 
 from __future__ import annotations
@@ -32,8 +28,7 @@ from typing import Any
 
 import numpy as np
 from machine import busy_s, describe
-from rich.console import Console
-from rich.table import Table
+from report import Row, finish, show, spread
 
 BARE = """
 import sys, json, orjson, gigatoken, numpy as np
@@ -190,7 +185,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 runs[name].append(measure(case))
     eod = json.loads((folder / "ours-jsonl-train.json").read_text())["eod"]
     equal = {name: compare(case, folder, eod) for name, case in known.items()}
-    facts = {**describe(), **json.loads((folder / "facts.json").read_text())}
+    facts = json.loads((folder / "facts.json").read_text())
     return {"facts": facts, "runs": {name: [asdict(run) for run in found] for name, found in runs.items()}} | {
         "equal": equal
     }
@@ -203,47 +198,37 @@ def free_turns(runs: dict[str, list[dict[str, float]]]) -> list[int]:
     return [turn for turn in range(turns) if all(found[turn]["others"] <= FREE for found in taking)]
 
 
-def show(result: dict[str, Any], args: argparse.Namespace) -> None:
+def report(result: dict[str, Any], args: argparse.Namespace, machine: dict[str, Any]) -> None:
+    """The table of whole processes, and the rows: MB of text a second."""
     facts, runs = result["facts"], result["runs"]
     turns, free = len(runs[LIMIT]), free_turns(runs)
     if free:  # what runs once is shown with what others used of it
         runs = {name: [found[i] for i in free] if len(found) == turns else found for name, found in runs.items()}
     megabytes = facts["text_bytes"] / 1e6
-    title = f"{megabytes:.0f} MB of text, {facts['documents']} documents, {facts['cores']} cores, {facts['cpu']}"
-    headers = (
-        "whole process",
-        "s, median (range)",
-        "MB text/s",
-        "of the limit",
-        "ours is",
-        "CPU s",
-        "peak MB",
-        "others",
-    )
-    table = Table(*headers, "tokens equal", title=title, title_justify="left")
-    middle = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
+    speeds = {name: [megabytes / run["seconds"] for run in found] for name, found in runs.items()}
+    lines = []
     for name, found in runs.items():
-        seconds = [run["seconds"] for run in found]
         cpu, peak, others = (statistics.median(run[key] for run in found) for key in ("cpu_s", "peak_mb", "others"))
-        table.add_row(
-            name,
-            f"{middle[name]:.2f} ({min(seconds):.2f}-{max(seconds):.2f})",
-            f"{megabytes / middle[name]:.1f}",
-            f"{middle[LIMIT] / middle[name]:.2f}",
-            f"{middle[name] / middle[OURS]:.1f}x",
-            f"{cpu:.2f}",
-            f"{peak:.0f}",
-            f"{others:.0%}",
-            result["equal"][name],
-        )
-    for name, given in (("datatrove", args.datatrove), ("megatron", args.megatron)):
+        seconds, equal = spread([run["seconds"] for run in found], 2), result["equal"][name]
+        lines.append((name, seconds, spread(speeds[name], 1), f"{cpu:.2f}", f"{peak:.0f}", f"{others:.0%}", equal))
+    for name, given in (("datatrove", args.datatrove), ("Megatron-LM", args.megatron)):
         if not given:
-            table.add_row(f"{name}: not given (--{name})")
-    Console(width=160).print(table)
+            lines.append((f"{name}: not given", *[""] * 6))
     what = "figures are of these" if free else "NO MEASUREMENT: all are shown, the machine was never free"
-    print(
-        f"'others': share of the machine that others used meanwhile. Undisturbed turns: {len(free)} of {turns}; {what}"
+    show(
+        f"{megabytes:.0f} MB of text, {facts['documents']} documents",
+        ("whole process", "s", "MB text/s", "CPU s", "peak MB", "others", "tokens equal"),
+        lines,
+        f"others: share of the machine that others used meanwhile. Undisturbed turns: {len(free)} of {turns}; {what}",
     )
+    best = max((name for name in runs if name != LIMIT and "engine" not in name), key=speeds.get, default="")
+    note, rows = "" if free else "disturbed", []
+    for kind in FORMATS:
+        name = f"engine prepare, {kind}"
+        peer = best if name == OURS else ""
+        row = Row(name, "MB text/s", speeds[name], peer, speeds.get(peer, []), "bare loop", speeds[LIMIT], note=note)
+        rows.append(row)
+    finish(rows, result, args.json, f"Preparing {megabytes:.0f} MB of text", machine)
 
 
 def main() -> None:
@@ -256,13 +241,12 @@ def main() -> None:
     parser.add_argument("--megatron-python", default=sys.executable, help="the interpreter for it")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
+    machine = describe()
     with tempfile.TemporaryDirectory() as name:
         folder = args.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         result = run_all(args, folder)
-    show(result, args)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    report(result, args, machine)
 
 
 if __name__ == "__main__":

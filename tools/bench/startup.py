@@ -10,7 +10,6 @@ ends. Times are rank 0's.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -92,11 +91,15 @@ def worker(out: str, *arguments: str) -> None:
     noting(stamps, engine.train, "setup")
     noting(stamps, engine.train.MetricsLog, "__enter__")
     noting(stamps, engine.train, "train_step")
-    try:
-        engine.cli.main(["train", *arguments])
-    finally:
-        if engine.launch.read_env().rank == 0:
+    leave = engine.launch.leave
+
+    def write(code: int, env: engine.launch.Env) -> int:
+        if env.rank == 0:
             Path(out).write_text(json.dumps(stamps))
+        return leave(code, env)
+
+    engine.launch.leave = write  # it ends the process
+    engine.cli.main(["train", *arguments])
 
 
 PHASES = {  # title -> (phase whose end begins it, phase, whose end ends it); None: the command
@@ -148,8 +151,7 @@ def make_corpus(prefix: Path) -> Path:
 def main() -> None:
     import tyro
     from machine import describe, wait_until_quiet
-    from rich.console import Console
-    from rich.table import Table
+    from report import Row, finish, show, spread
 
     o = tyro.cli(Options, description=__doc__)
     sys.path.insert(0, str(TESTS))
@@ -164,22 +166,15 @@ def main() -> None:
                 forks[n].append(forked(n))
             for title, seconds in torchrun(o.torchrun, corpus).items():
                 starts.setdefault(title, []).append(seconds)
-
-    def row(seconds: list[float]) -> str:
-        return f"{statistics.median(seconds):.3f} ({min(seconds):.3f}-{max(seconds):.3f})"
-
-    console = Console(highlight=False)
-    title = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; s, median (range) of {o.repeats}"
-    table = Table("forked ranks, one all-reduce", "s", title=title)
-    for n, seconds in forks.items():
-        table.add_row(str(n), row(seconds))
-    console.print(table)
-    table = Table(f"torchrun, {o.torchrun} ranks, engine train", "s", title=title)
-    for phase, seconds in starts.items():
-        table.add_row(phase, row(seconds))
-    console.print(table)
-    if o.json:
-        o.json.write_text(json.dumps({"machine": machine, "forked": forks, "torchrun": starts}, indent=1) + "\n")
+    show("torchrun, part by part", ("part", "s"), [(part, spread(seconds, 3)) for part, seconds in starts.items()])
+    show("forked ranks, one all-reduce", ("ranks", "s"), [(str(n), spread(seconds, 3)) for n, seconds in forks.items()])
+    most = max(forks)
+    rows = [Row(f"fork of {most} ranks, one all-reduce", "s", forks[most], more=False)]
+    unavoidable = [a + b for a, b in zip(starts["torchrun, until rank 0's first line"], starts["import torch"])]
+    what = f"torchrun, {o.torchrun} ranks, to the first step"
+    limit = "torchrun, import torch"
+    rows.append(Row(what, "s", starts["command to first step"], limit=limit, limits=unavoidable, more=False))
+    finish(rows, {"forked": forks, "torchrun": starts}, o.json, "Start-up", machine)
 
 
 if __name__ == "__main__":

@@ -1,331 +1,273 @@
-"""Tokens/s of training on this CPU: the engine against a hand-written loop, and the engine on two processes.
+"""Tokens/s of training on this CPU: the engine beside its peers, on one process and in three parallel layouts.
 
-    python tools/bench/train_cpu.py                          # the whole table, about 20 minutes on two cores
-    python tools/bench/train_cpu.py --cases loop engine      # the one-process comparison only
+    python tools/bench/train_cpu.py                                  # the whole table; hours on two cores
+    python tools/bench/train_cpu.py --columns one --rounds 3         # the one-process comparison only
+    python tools/bench/train_cpu.py --cases engine litgpt compiled   # chosen programs
 
 A noisy machine makes single runs worthless, so: rounds. A round runs every case once, each in a fresh process, in an
-order that turns from round to round; a case's ratio is taken against the hand-written loop of the same round. Medians
-and the whole range over the rounds are shown. A step during which other programs used the processor does not count;
-more steps are made until enough were undisturbed. Where that cannot be had, `--threads 1` and the column of processor
-seconds are what to look at: a thread that waits for its turn spends none. Nobody's allocator is tuned: MALLOC_*
-variables reach all alike.
+order that turns from round to round, and measures the matrix product that is the limit; a ratio is of one round. A
+step during which other programs used the processor does not count; more steps are made until enough were undisturbed.
+A round in which that could not be had for one of the two sides does not count either where there are others. Where
+nothing is undisturbed the row says so; then `--threads 1` and the column of processor seconds are what to look at: a
+thread that waits for its turn spends none. Nobody's allocator is tuned: MALLOC_* variables reach all alike.
+
+Every peer must do the same work: as many parameters, a first loss like ours, and a loss that falls as ours does over
+the same steps on the same random tokens. One that does not is shown, with the reason, and not compared.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
-from machine import busy_s, describe, wait_until_quiet
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from machine import describe, wait_until_quiet
+from measure import CASES, COLUMNS, Case, Column, Options
+from peers_env import python_of
+from report import Row, finish, show, spread
+
+Result = dict[str, Any]
+SAME_LOSS = 0.3  # nats by which a peer's first loss may differ from ours
+SAME_FALL = 1.5  # and so many times as much or as little may it fall
 
 
-@dataclass(frozen=True)
-class Case:
-    """One line of the table. micro_batches: per rank and step."""
-
-    title: str
-    processes: int
-    threads: int
-    micro_batches: int = 1
-    degrees: tuple[str, ...] = ()
-
-    def sequences(self, micro_batch: int) -> int:
-        """Sequences of one step over all ranks."""
-        return micro_batch * self.micro_batches * (self.processes if self.degrees == ("data",) else 1)
+def end(process: subprocess.Popen[str]) -> None:
+    """Terminate it; torchrun takes its ranks, which are sessions of their own, along unless it is killed."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
-CASES = {
-    "loop": Case("hand-written loop over transformers", 1, 2),
-    "compiled": Case("the same with torch.compile", 1, 2),
-    "engine": Case("engine", 1, 2),
-    "data": Case("engine, data=2", 2, 1, degrees=("data",)),
-    "tensor": Case("engine, tensor=2", 2, 1, degrees=("tensor",)),
-    "pipeline": Case("engine, pipeline=2, 8 microbatches", 2, 1, 8, degrees=("pipeline",)),
+def run_case(o: Options, name: str, python: Path, compiled: Path | None = None) -> Result:
+    """One run of a case in fresh processes: what was measured, or {"error": its last words}.
+
+    compiled: folder where torch.compile keeps what it has made, for the case's next run; else its default.
+    """
+    case = Case("", "one") if name == "gemm" else o.case(name)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [str(python)]
+        if case.processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.processes}"]
+        options = json.dumps(asdict(o) | {"json": None, "peers_env": str(o.peers_env)})
+        command += [str(Path(__file__).with_name("worker.py")), name, str(out), options]
+        threads = o.threads if name == "gemm" else case.threads
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONFAULTHANDLER": "1"}
+        if compiled is not None:
+            env["TORCHINDUCTOR_CACHE_DIR"] = str(compiled / name)
+        with open(Path(folder) / "words", "w+") as words:
+            process = subprocess.Popen(command, env=env, stdout=words, stderr=words, text=True)
+            code: int | None = None
+            try:
+                code = process.wait(o.timeout)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:  # when this program is told to stop, too
+                if code is None:
+                    end(process)
+            words.seek(0)
+            said = [line.strip() for line in words if line.strip()]
+        if code == 0 and out.exists():
+            return dict(json.loads(out.read_text()))
+        if code is None:
+            return {"error": f"not done after {o.timeout:.0f} s"}
+        said = said[: next((i for i, line in enumerate(said) if "torch/distributed/elastic" in line), None)]
+        causes = [line.split("]:")[-1].strip() for line in said if "Error: " in line or line.endswith("Error")]
+        return {"error": (causes or said[-1:] or [f"ended with code {code}"])[0], "said": said[-60:]}
+
+
+def doubt(o: Options, result: Result, ours: Result | None) -> str:
+    """Why a run is not the same work as ours, or nothing."""
+    wanted, has = o.parameters(), result["parameters"]
+    if abs(has / wanted - 1) > 0.005:
+        return f"{has:,} parameters instead of {wanted:,}"
+    losses, own = result["losses"], ours["losses"] if ours else []
+    if own and abs(losses[0] - own[0]) > SAME_LOSS:
+        return f"its first loss is {losses[0]:.2f}, ours {own[0]:.2f}"
+    last = min(len(losses), len(own)) - 1
+    if last > 0:
+        fall, our_fall = losses[0] - losses[last], own[0] - own[last]
+        if not our_fall / SAME_FALL < fall < our_fall * SAME_FALL:
+            return f"its loss falls by {fall:.3f} in {last} steps, ours by {our_fall:.3f}"
+    return ""
+
+
+def paired(o: Options, ours: list[Result], theirs: list[Result]) -> tuple[list[int], str]:
+    """Rounds to compare: those undisturbed on both sides, or else all, and then a note."""
+    rounds = range(min(len(ours), len(theirs)))
+    quiet = [i for i in rounds if max(ours[i]["others"], theirs[i]["others"]) <= o.quiet]
+    return (quiet, "") if quiet else (list(rounds), "disturbed")
+
+
+FIGURES = {  # of a run: key -> (unit, larger is better)
+    "tokens_per_s": ("tokens/s", True),
+    "peak_sum_mib": ("peak MiB, all ranks", False),
+    "first_step_s": ("first step, s", False),
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """Sizes are those of a 58 M model, which takes the engine about 3 s a step on two cores."""
-
-    cases: tuple[str, ...] = tuple(CASES)
-    """which lines to measure: loop, compiled, engine, data, tensor, pipeline"""
-    rounds: int = 5
-    """how often every case runs"""
-    steps: int = 6
-    """timed steps a run; cases with larger steps take fewer, at least 2"""
-    warmup: int = 2
-    """steps before the clock starts"""
-    quiet: float = 0.1
-    """others may use so many cores during a step that counts"""
-    tries: int = 4
-    """so many times `steps` are made at most to find undisturbed ones; then the least disturbed count"""
-    threads: int = 2
-    """of the one-process cases"""
-    patience: float = 60.0
-    """seconds to wait for a quiet machine before each run"""
-    json: Path | None = None
-    """write every number here"""
-    hidden: int = 512
-    layers: int = 8
-    heads: int = 8
-    ffn: int = 1376
-    vocab: int = 32_000
-    seq: int = 512
-    micro_batch: int = 4
-
-    def case(self, name: str) -> Case:
-        """The case of that name with as many threads as asked for."""
-        case = CASES[name]
-        return replace(case, threads=self.threads) if case.processes == 1 else case
-
-    def steps_of(self, case: Case) -> tuple[int, int]:
-        """(warm-up, timed) steps, so that every case computes for about as long."""
-        larger = case.sequences(self.micro_batch) // self.micro_batch
-        return max(1, self.warmup // larger), max(2, self.steps // larger)
+def best_peer(key: str, more: bool, mine: str, runs: dict[str, list[Result]], doubts: dict[str, str]) -> str:
+    """The case of the same column that has the best median of a figure; "" if there is none."""
+    able = [
+        name
+        for name, found in runs.items()
+        if found and name != mine and name not in doubts and CASES[name].column == CASES[mine].column
+    ]
+    figures = {name: [run[key] for run in runs[name]] for name in able}
+    middle = {name: found[0] if key == "first_step_s" else statistics.median(found) for name, found in figures.items()}
+    return (max if more else min)(able, key=middle.__getitem__, default="")
 
 
-def random_batch(o: Options, sequences: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels [sequences, seq], the same for all cases of one size."""
-    generator = torch.Generator().manual_seed(step)
-    rows = torch.randint(0, o.vocab, (sequences, o.seq + 1), generator=generator)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+def rows_of(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str], gemms: list[Result]) -> list[Row]:
+    """Each figure of each column: ours, the peer that is best at it, and of tokens/s the limit."""
+    rows = []
+    limits = [max(one.values()) * 1e9 / o.flops_per_token() for one in gemms]
+    for key, (unit, more) in FIGURES.items():
+        for column in COLUMNS.values():
+            ours = runs.get(column.ours)
+            if not ours:
+                continue
+            speed, peer = key == "tokens_per_s", best_peer(key, more, column.ours, runs, doubts)
+            theirs = runs[peer] if peer else []
+            rounds, note = paired(o, ours, theirs or ours)
+            if key == "first_step_s":
+                rounds = [0]  # later ones find compiled what the first has compiled
+            row = Row(f"train, {column_title(o, column)}", unit, [ours[i][key] for i in rounds], more=more)
+            if peer:
+                row = replace(row, peer=CASES[peer].title, peers=[theirs[i][key] for i in rounds])
+            if speed:
+                row = replace(row, limit="at GEMM peak", limits=[limits[i] for i in rounds])
+            rows.append(replace(row, note=note) if key != "peak_sum_mib" else row)
+    return rows
 
 
-def timed(o: Options, case: Case, step: Callable[[int], float], total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Seconds of each step that counts, the last loss, what the process took from the system, what others used.
-
-    total: sums a tensor over the case's ranks, so that all of them judge a step alike.
-    """
-    warmup, steps = o.steps_of(case)
-    for i in range(warmup):
-        step(i)
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    taken: list[tuple[float, float, float]] = []  # cores that others used, seconds, processor seconds of all ranks
-    loss, made = 0.0, 0
-    while sum(others <= o.quiet for others, _, _ in taken) < steps and made < o.tries * steps:
-        busy, own, begin = busy_s(), time.process_time(), time.perf_counter()
-        loss = step(warmup + made)
-        seconds = time.perf_counter() - begin
-        spent = total(torch.tensor([time.process_time() - own, busy_s() - busy]).double())
-        others = float(spent[1] / case.processes - spent[0]) / seconds
-        others = float(total(torch.tensor(others).double())) / case.processes
-        taken.append((others, seconds, float(spent[0])))
-        made += 1
-    counted = sorted(taken)[:steps]
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    return {
-        "seconds": [seconds for _, seconds, _ in counted],
-        "cpu_seconds": [cpu for _, _, cpu in counted],
-        "others": counted[-1][0],
-        "steps_made": made,
-        "loss": loss,
-        "page_faults_per_step": (after.ru_minflt - before.ru_minflt) // made,
-        "peak_rss_mib": after.ru_maxrss // 1024,
-    }
+def column_title(o: Options, column: Column) -> str:
+    """With as many threads as asked for."""
+    return column.title if column.processes > 1 else f"1 process x {o.threads} threads"
 
 
-def loop_worker(o: Options, name: str) -> dict[str, Any]:
-    """The yardstick: what a careful person writes by hand in an afternoon; as it is, or through torch.compile."""
-    from torch.nn.functional import cross_entropy
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    case = o.case(name)
-    torch.set_num_threads(case.threads)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=o.vocab,
-        hidden_size=o.hidden,
-        intermediate_size=o.ffn,
-        num_hidden_layers=o.layers,
-        num_attention_heads=o.heads,
-        num_key_value_heads=o.heads,
-        max_position_embeddings=o.seq,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config).train()
-    if name == "compiled":
-        model = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def step(i: int) -> float:
-        tokens, labels = random_batch(o, o.micro_batch, i)
-        optimizer.zero_grad()
-        loss = cross_entropy(model(tokens).logits.view(-1, o.vocab), labels.view(-1))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return loss.item()
-
-    return timed(o, case, step, lambda x: x)
-
-
-def engine_worker(o: Options, name: str) -> dict[str, Any] | None:
-    """The engine in this process; None on all ranks but the first."""
-    from engine.comm import all_reduce_
-    from engine.config import layout_of
-    from engine.context import ParallelContext
-    from engine.data.loader import MicroBatch
-    from engine.launch import read_env, run
-    from engine.resolve import load
-    from engine.train import setup, train_step
-
-    case = o.case(name)
-    torch.set_num_threads(case.threads)
-    values = {
-        "model.hidden_size": o.hidden,
-        "model.num_layers": o.layers,
-        "model.num_heads": o.heads,
-        "model.ffn_size": o.ffn,
-        "model.vocab_size": o.vocab,
-        "train.seq_len": o.seq,
-        "train.micro_batch_size": o.micro_batch,
-        "train.global_batch_size": case.sequences(o.micro_batch),
-        "train.device": "cpu",
-        "optimizer.lr": 3e-4,
-        **{f"parallel.{axis}": case.processes for axis in case.degrees},
-    }
-    env = read_env()
-    cfg = load([], {k: str(v) for k, v in values.items()}, world=env.world).config
-    measured: dict[str, Any] = {}
-
-    def main(ctx: ParallelContext) -> int:
-        state = setup(cfg, ctx)
-
-        def step(i: int) -> float:
-            tokens, labels = random_batch(o, cfg.train.global_batch_size, i)
-            per_rank = len(tokens) // ctx.data.size
-            mine = range(ctx.data.rank * per_rank, (ctx.data.rank + 1) * per_rank, o.micro_batch)
-            parts = [slice(j, j + o.micro_batch) for j in mine]
-            mask = torch.ones(o.micro_batch, o.seq, dtype=torch.bool)
-            return train_step(state, [MicroBatch(tokens[p], labels[p], mask) for p in parts]).loss
-
-        measured.update(timed(o, case, step, lambda x: all_reduce_(x, ctx.world)))
-        return 0
-
-    code = run(
-        main,
-        env,
-        layout_of(cfg),
-        num_kv_heads=cfg.model.num_kv_heads,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        timeout_s=600.0,
-    )
-    if code:
-        sys.exit(code)
-    return measured if env.rank == 0 else None
-
-
-def worker(name: str, out: str, options: str) -> None:
-    """What a fresh process does: measure one case and leave the result in a file."""
-    o = Options(**json.loads(options))
-    result = loop_worker(o, name) if name in ("loop", "compiled") else engine_worker(o, name)
-    if result is not None:
-        Path(out).write_text(json.dumps(result))
-
-
-def run_case(o: Options, name: str) -> dict[str, Any]:
-    """One run of a case in fresh processes."""
-    case = o.case(name)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        launcher = [sys.executable]
-        if case.processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.processes}"]
-        options = json.dumps(asdict(o) | {"json": None})
-        command = [*launcher, __file__, "worker", name, str(out), options]
-        env = os.environ | {"OMP_NUM_THREADS": str(case.threads), "PYTHONFAULTHANDLER": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed with code {done.returncode}:\n{done.stderr[-4000:]}")
-        return json.loads(out.read_text())
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Median and whole range."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def show(o: Options, runs: dict[str, list[dict[str, Any]]], console: Console) -> None:
-    """The table. A run's speed is the median of its steps."""
-    machine = describe()
-    table = Table(
-        "case",
-        "proc x thr",
-        "tokens a step",
-        "tokens/s",
-        "ratio",
-        "CPU s a step",
-        "faults a step",
-        "MiB a rank",
-        "others",
-        title=f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, fp32",
-        caption=(
-            f"median (range) over {o.rounds} rounds; ratio: to the loop of the same round; faults: page faults; "
-            "MiB: peak; others: most cores that others used in a step that counts"
-        ),
-    )
-    for name, results in runs.items():
+def show_cases(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str], gemms: list[Result]) -> None:
+    """All that is known of every case."""
+    lines = []
+    peak = statistics.median(max(one.values()) for one in gemms)
+    for name, found in runs.items():
         case = o.case(name)
-        ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(results, runs.get("loop", []))]
-        table.add_row(
-            case.title,
-            f"{case.processes} x {case.threads}",
-            f"{case.sequences(o.micro_batch) * o.seq:,}",
-            spread([r["tokens_per_s"] for r in results], 0),
-            spread(ratios, 3) if ratios and name != "loop" else "",
-            spread([statistics.median(r["cpu_seconds"]) for r in results], 2),
-            f"{statistics.median(r['page_faults_per_step'] for r in results):,.0f}",
-            f"{statistics.median(r['peak_rss_mib'] for r in results):,.0f}",
-            f"{max(r['others'] for r in results):.2f}",
+        ours = runs.get(COLUMNS[case.column].ours, [])
+        if not found:
+            lines.append((name, case.title, "-", "", "", "", "", "", "", "", "", doubts[name]))
+            continue
+        flops = statistics.median(r["tokens_per_s"] for r in found) * o.flops_per_token() / 1e9
+        ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(ours, found)]
+        losses = found[0]["losses"]
+        lines.append(
+            (
+                name,
+                case.title,
+                spread([r["tokens_per_s"] for r in found], 0),
+                spread(ratios, 2) if ratios and found is not ours else "",
+                f"{flops / peak:.2f}",
+                spread([statistics.median(r["cpu_seconds"]) for r in found], 2),
+                f"{statistics.median(r['page_faults_per_step'] for r in found):,.0f}",
+                f"{statistics.median(r['peak_rss_mib'] for r in found):,.0f}",
+                f"{statistics.median(r['peak_sum_mib'] for r in found):,.0f}",
+                f"{found[0]['first_step_s']:.1f}",
+                f"{losses[0]:.2f} > {losses[-1]:.2f}",
+                f"{max(r['others'] for r in found):.2f}" + (f"; {doubts[name]}" if name in doubts else ""),
+            )
         )
-    console.print(table)
+    kinds = ", ".join(f"{kind} {spread([g[kind] for g in gemms], 0)}" for kind in gemms[0])
+    show(
+        f"{o.parameters() / 1e6:.1f} M parameters, {o.flops_per_token() / 1e6:.0f} MFLOP a token, fp32; "
+        f"GFLOP/s of {o.gemm_size}^3, {o.threads} threads: {kinds}",
+        ("case", "program", "tokens/s", "engine is", "of GEMM", "CPU s", "faults", "MiB", "MiB all", "first s", "loss")
+        + ("others",),
+        lines,
+        "median (range) over rounds; engine is: so many times as fast, of the same round; CPU s, page faults and peak "
+        "MiB (rank 0, sum of all): a step; first s: the first step of the first round; others: most cores that others "
+        "used in a step that counts",
+    )
+
+
+def chosen(o: Options) -> tuple[str, ...]:
+    """Names of the cases asked for, ours of a column first."""
+    for words, known in ((o.cases, CASES), (o.columns, COLUMNS)):
+        if unknown := set(words) - set(known):
+            sys.exit(f"not known: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    names = o.cases or tuple(name for name, case in CASES.items() if case.column in o.columns)
+    return tuple(name for name in CASES if name in names and not (o.no_peers and CASES[name].peer))
+
+
+def one_round(
+    o: Options, number: int, pythons: dict[str, Path], compiled: Path, runs: dict[str, list[Result]]
+) -> dict[str, str]:
+    """Every case once, in an order that turns; {case: why it could not be run}."""
+    faults, names = {}, list(pythons)
+    turn = number % max(1, len(names))
+    for name in (*names[turn:], *names[:turn]):
+        wait_until_quiet(o.quiet, o.patience)
+        result = run_case(o, name, pythons[name], compiled)
+        if "error" in result:
+            faults[name] = result["error"]
+            print(f"round {number + 1}/{o.rounds}  {name:<18} {result['error']}", flush=True)
+            if name in (column.ours for column in COLUMNS.values()):
+                sys.exit("\n".join(result.get("said", [])))
+            continue
+        tokens = CASES[name].sequences(o.micro_batch) * o.seq
+        result["tokens_per_s"] = tokens / statistics.median(result["seconds"])
+        runs[name].append(result)
+        print(
+            f"round {number + 1}/{o.rounds}  {name:<18} {result['tokens_per_s']:7.1f} tokens/s  "
+            f"loss {result['losses'][0]:.3f} > {result['losses'][-1]:.3f}  others {result['others']:.2f} cores  "
+            f"{result['steps_made']} steps made",
+            flush=True,
+        )
+    return faults
 
 
 def main() -> None:
     o = tyro.cli(Options, description=__doc__)
-    if unknown := set(o.cases) - set(CASES):
-        sys.exit(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    names = chosen(o)
     machine = describe()
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in o.cases}
-    for number in range(o.rounds):
-        turn = number % len(o.cases)
-        for name in (*o.cases[turn:], *o.cases[:turn]):
+    own, doubts, pythons = Path(sys.executable), {}, {}
+    peers, why = python_of(o.peers_env) if any(CASES[name].peer for name in names) else (None, "")
+    for name in names:
+        if not CASES[name].peer:
+            pythons[name] = own
+        elif peers is not None:
+            pythons[name] = peers
+        else:
+            doubts[name] = why
+    runs: dict[str, list[Result]] = {name: [] for name in names}
+    gemms: list[Result] = []
+    with tempfile.TemporaryDirectory() as compiled:
+        for number in range(o.rounds):
             wait_until_quiet(o.quiet, o.patience)
-            result = run_case(o, name)
-            tokens = CASES[name].sequences(o.micro_batch) * o.seq
-            result["tokens_per_s"] = tokens / statistics.median(result["seconds"])
-            runs[name].append(result)
-            console.print(
-                f"round {number + 1}/{o.rounds}  {name:<9} {result['tokens_per_s']:7.1f} tokens/s  "
-                f"loss {result['loss']:.3f}  others {result['others']:.2f} cores  {result['steps_made']} steps made"
-            )
-    show(o, runs, console)
-    if o.json:
-        o.json.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
+            gemms.append(run_case(o, "gemm", own))
+            if "error" in gemms[-1]:
+                sys.exit(f"gemm: {gemms[-1]['error']}")
+            able = {name: python for name, python in pythons.items() if name not in doubts}
+            doubts |= one_round(o, number, able, Path(compiled), runs)
+    for name, found in runs.items():
+        ours = runs.get(COLUMNS[CASES[name].column].ours)
+        said = [doubt(o, run, ours[0] if ours else None) for run in found]
+        if name not in doubts and any(said):
+            doubts[name] = next(filter(None, said))
+    show_cases(o, runs, doubts, gemms)
+    rows = rows_of(o, runs, doubts, gemms)
+    finish(rows, {"runs": runs, "gemm": gemms, "not_compared": doubts}, o.json, "Training on this CPU", machine)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
-        worker(*sys.argv[2:])
-    else:
-        main()
+    main()

@@ -1,0 +1,88 @@
+"""The tests of the operators, the same functions, on a GPU: their random tensors are put there instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import test_native_ops
+import test_ops
+import torch
+from test_native_ops import (  # noqa: F401
+    test_a_norm_after_a_sum_is_the_two_in_turn,
+    test_adamw,
+    test_bf16_rounds_as_torch_does,
+    test_cross_entropy_ways_agree,
+    test_kernels_equal_the_float64_reference,
+    test_references_run_where_kernels_are_refused,
+)
+from test_ops import (  # noqa: F401
+    test_other_norms,
+    test_part_of_a_head_is_rotated,
+    test_rms_norm,
+    test_rms_norm_of_tiny_and_huge_rows,
+    test_rope,
+)
+
+from engine import selftest
+from engine.ops import native
+from engine.ops.norm import rms_norm
+
+GPU = torch.device("cuda", 0)
+WHY_NOT = native.why_no_cuda(GPU) if torch.cuda.is_available() else "there is no GPU"
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Numbers are drawn on the CPU, then moved; what else a test makes is made on the GPU."""
+    drawn = test_ops.randn
+
+    def moved(*shape: int, **how: Any) -> torch.Tensor:
+        with torch.device("cpu"):
+            x = drawn(*shape, **how)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU).copy_(x)
+
+    for module in (test_ops, test_native_ops):
+        monkeypatch.setattr(module, "randn", moved)
+    with GPU:
+        yield
+
+
+def test_each_op_of_the_doctor_runs_on_our_kernels() -> None:
+    tried = {t.name: t for t in selftest.try_ops(GPU)}
+    assert not [t for t in tried.values() if t.broken]
+    for name in ("RMSNorm", "RoPE", "cross entropy", "AdamW"):
+        assert tried[name].own, name
+
+
+def test_kernels_go_to_the_current_stream() -> None:
+    """A long wait before them on that stream: were they on another, they would read what is not there yet."""
+    x, w = torch.zeros(4000, 512), torch.ones(512)
+    y = torch.ops.trident.rms_norm(x, w, 1e-5, 0.0)[0]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(20_000_000)
+        x.fill_(3.0)
+        y = rms_norm(x, w, 1e-5)
+    torch.cuda.synchronize()
+    assert float((y - 1).abs().max()) < 1e-5
+
+
+def test_the_same_bits_again() -> None:
+    x, w = test_native_ops.randn(3000, 1000).float(), test_native_ops.randn(1000, seed=1).float()
+    ops = native.load()[0]
+    scale = ops.rms_norm(x, w, 1e-5, 0.0)[1]
+    one, two = (ops.rms_norm_backward(x.flip(0), None, x, w, scale, 0.0) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="weight is on cpu, the others on cuda:0"):
+        torch.ops.trident.rms_norm(torch.ones(2, 3), torch.ones(3, device="cpu"), 1e-5, 0.0)
+
+
+def test_what_only_cpus_have_is_refused_by_name() -> None:
+    with pytest.raises(NotImplementedError, match="trident::attention"):
+        torch.ops.trident.attention(*[torch.ones(1, 1, 2, 4)] * 3, None, 0.5)

@@ -1,0 +1,88 @@
+"""`make bench` at sizes that mean nothing: every script runs, and its rows reach the one table and the JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "tools/bench"
+sys.path.insert(0, str(BENCH))
+
+from measure import Options  # noqa: E402
+from report import Row, as_json, from_json  # noqa: E402
+from train_cpu import doubt, paired, rows_of, run_case  # noqa: E402
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("only", ["train", "startup prepare checkpoint order"])
+def test_one_table_and_json(only: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "all.py"), "--tiny", "--json", str(tmp_path / "bench.json")]
+    done = subprocess.run([*command, "--only", *only.split()], capture_output=True, text=True, check=False)
+    log = (tmp_path / "bench.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["machine"]["cores"] and found["machine"]["torch"] and "all.py" in found["command"] and found["date"]
+    assert set(found["details"]) == set(only.split())
+    for row in found["rows"]:
+        assert row["ours"] and row["unit"] and row["what"].split(",")[0] in done.stdout
+        assert as_json(from_json(row)) == row
+    if only == "train":
+        assert [row["peer"] for row in found["rows"]][:2] == ["transformers loop", ""]
+        assert found["rows"][0]["ratio"] and found["rows"][0]["share"]
+
+
+def test_a_script_that_fails_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    for name in ("all.py", "report.py", "machine.py", "peers_env.py"):
+        (tmp_path / "bench" / name).write_text((BENCH / name).read_text())
+    (tmp_path / "bench/order.py").write_text("raise SystemExit('no disk')")
+    command = [sys.executable, "bench/all.py", "--tiny", "--only", "order", "--json", "out.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "FAILED" in done.stdout
+    assert "no disk" in (tmp_path / "out.log").read_text()
+    assert json.loads((tmp_path / "out.json").read_text())["details"]["order"]["failed"] == 1
+
+
+def test_ratio_and_share_are_of_one_repetition() -> None:
+    row = Row("x", "tokens/s", [100.0, 300.0, 100.0], "p", [50.0, 100.0, 100.0], "l", [200.0])
+    assert row.against(row.peers) == [2.0, 3.0, 1.0] and row.against(row.limits) == [0.5]
+    seconds = Row("x", "s", [2.0], "p", [4.0], more=False)
+    assert seconds.against(seconds.peers) == [2.0] and seconds.against([]) == []
+
+
+def test_a_peer_that_does_other_work_is_not_compared() -> None:
+    o = Options(hidden=64, layers=2, heads=4, ffn=176, vocab=500)
+    ours = {"parameters": 164_672, "losses": [6.2, 6.1, 6.0]}
+    assert o.parameters() == 164_672
+    assert not doubt(o, ours, ours)
+    assert "parameters" in doubt(o, ours | {"parameters": 132_672}, ours)
+    assert "first loss" in doubt(o, ours | {"losses": [0.8, 0.7, 0.6]}, ours)
+    assert "falls by" in doubt(o, ours | {"losses": [6.2, 6.2, 6.2]}, ours)
+    assert "falls by" in doubt(o, ours | {"losses": [6.2, 5.9, 5.6]}, ours)
+
+    def run(speed: float, others: float = 0.0) -> dict[str, float]:
+        return {"tokens_per_s": speed, "others": others, "peak_sum_mib": 1.0, "first_step_s": 1.0}
+
+    runs = {"engine": [run(3.0), run(3.0, 0.5)], "loop": [run(2.0), run(1.0)], "litgpt": [run(9.0), run(9.0)]}
+    rows = rows_of(o, runs, {"litgpt": "other work"}, [{"torch": 1.0}, {"torch": 1.0}])
+    assert rows[0].peer == "transformers loop" and rows[0].ours == [3.0] and rows[0].peers == [2.0]
+    assert paired(o, runs["engine"][1:], runs["loop"][1:]) == ([0], "disturbed")
+
+
+def test_flops_of_the_58_m_model() -> None:
+    o = Options()
+    assert o.parameters() == 58_073_600 and round(o.flops_per_token() / 1e6) == 275
+    assert o.stages() == (6, 2)
+
+
+def test_a_case_that_fails_or_hangs_tells_why(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ValueError: no such thing' >&2\nexit 3\n")
+    python.chmod(0o755)
+    assert run_case(Options(), "loop", python)["error"] == "ValueError: no such thing"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    assert "not done after" in run_case(Options(timeout=0.2), "loop", python)["error"]

@@ -1,0 +1,175 @@
+"""An extension that cannot be built says why, and nothing else is hurt: setup.py run for real with broken compilers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine import built, doctor
+from engine.data import order
+from engine.ops import native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """What setup.py needs, with older builds of both extensions in place; one file is no C++, another soon compiled."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "csrc/ops.cpp").write_text("int unfinished(\n")
+    (tmp_path / "csrc/index.cpp").write_text("int nothing;\n")
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine/__init__.py").touch()
+    for name in ("_ops", "_index"):
+        (tmp_path / f"engine/{name}{suffix()}").touch()
+    return tmp_path
+
+
+def suffix() -> str:
+    return str(sysconfig.get_config_var("EXT_SUFFIX"))
+
+
+def build(tree: Path, **environment: str) -> tuple[dict[str, str], str, list[str]]:
+    """What is noted, what is said, which extensions are there."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(
+        command, cwd=tree, env=os.environ | environment, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    there = sorted(p.name.split(".")[0] for p in (tree / "engine").glob("*.so"))
+    notes = json.loads((tree / "engine/_build.json").read_text())
+    notes.pop("settings")
+    return notes, done.stderr, there
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiler_error_is_kept(tree: Path) -> None:
+    notes, said, there = build(tree)
+    assert list(notes) == ["engine._ops"] and there == ["_index"]
+    assert notes["engine._ops"].startswith("csrc/ops.cpp:") and "error:" in notes["engine._ops"]
+    assert f"warning: engine._ops is not built: {notes['engine._ops']}" in said
+
+
+def test_no_compiler(tree: Path) -> None:
+    notes, _, there = build(tree, CC="false", CXX="false")
+    assert sorted(notes) == ["engine._index", "engine._ops"] and there == []
+    assert all(why == "false ended with exit code 1" for why in notes.values())
+
+
+def test_no_torch(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/torch.py").write_text("raise ImportError('no torch here')")
+    notes, _, _ = build(tree, PYTHONPATH=str(tmp_path / "hidden"), CC="false", CXX="false")
+    assert notes["engine._ops"] == "torch could not be imported when this was installed (no torch here)"
+
+
+TORCH = """
+class version: cuda = "13.0"
+__version__ = "2.11.0+cu130"
+def compiled_with_cxx11_abi(): return True
+"""
+NVCC = """#!/bin/sh
+[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V" && exit
+echo 'csrc/model_cuda.cu(3): error: this nvcc knows no C++'
+exit 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("release", "why"),
+    [
+        (None, r"nvcc not found in .*/cuda/bin"),
+        ("12.4", r".*/cuda/bin/nvcc is of CUDA 12, torch is built for 13.0"),
+        ("13.1", r"csrc/model_cuda.cu\(3\): error: this nvcc knows no C\+\+"),
+    ],
+)
+def test_without_cuda_kernels_it_is_said_why(tree: Path, release: str | None, why: str) -> None:
+    """A torch with CUDA (of which no more than setup.py asks is there), and an nvcc that will not do."""
+    for name in ("hidden", "cuda/bin", "cuda/lib64"):
+        (tree / name).mkdir(parents=True)
+    (tree / "hidden/torch.py").write_text(TORCH)
+    (tree / "cuda/lib64/libcudart.so").touch()
+    if release:
+        (tree / "cuda/bin/nvcc").write_text(NVCC.format(release=release))
+        (tree / "cuda/bin/nvcc").chmod(0o755)
+    path = {"PYTHONPATH": str(tree / "hidden"), "CUDA_HOME": str(tree / "cuda")}
+    notes, said, _ = build(tree, **path, CC="false", CXX="false")
+    assert re.fullmatch(why, notes["cuda"]) and f"warning: cuda is not built: {notes['cuda']}" in said
+    assert "engine._ops" in notes  # it was tried without them
+
+
+def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = tmp_path / "_build.json"
+    notes.write_text(json.dumps({"engine._ops": "csrc/ops.cpp:1: error: no", "engine._index": "no compiler"}))
+    monkeypatch.setattr(built, "_NOTES", notes)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "engine._index", None)
+    monkeypatch.setattr(native, "load", native.load.__wrapped__)
+    told = [finding.text for finding in doctor._extensions()]
+    assert told[0].startswith("engine._index is not available (no compiler); build it: pip install")
+    assert told[1].startswith("engine._ops is not built (csrc/ops.cpp:1: error: no); build it: pip install")
+    assert order.load()[0] is None
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    with pytest.warns(UserWarning, match="not built .csrc/ops.cpp:1: error: no.: torch's own operators run instead"):
+        assert native._library() is None
+
+
+class Gpu:
+    """What the choice looks at of a tensor on a GPU."""
+
+    device, dtype = torch.device("cuda", 0), torch.float32
+
+
+def test_a_gpu_without_kernels_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extension without CUDA kernels, then one for other GPUs, then one for this."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cases = {"": r"no CUDA kernels \(nvcc not found in PATH\)", "8.0": "for compute capability 8.0, this GPU has 9.0"}
+    monkeypatch.setattr(native, "why_not", lambda what: "nvcc not found in PATH")
+    for built_for, said in (cases | {"8.0 9.0+PTX": ""}).items():
+        library = SimpleNamespace(cuda_capabilities=lambda words=built_for: words)
+        monkeypatch.setattr(native, "load", lambda library=library: (library, "engine._ops"))
+        native.why_no_cuda.cache_clear()
+        native._cuda_library.cache_clear()
+        if said:
+            with pytest.warns(UserWarning, match=said):
+                assert native.kernels(Gpu()) is None
+        assert native.kernels(Gpu()) is (None if said else library)  # and no second warning
+        assert native.kernels(Gpu(), torch.ones(1)) is None
+    native.why_no_cuda.cache_clear()
+    native._cuda_library.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"engine._ops": 3}', "{", '{"other": "x"}'])
+def test_notes_that_are_no_notes_say_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(built, "_NOTES", tmp_path / "_build.json")
+    assert built.why_not("engine._ops") == ""
+    (tmp_path / "_build.json").write_text(text)
+    assert built.why_not("engine._ops") == ""
+
+
+@pytest.mark.parametrize(
+    ("capability", "words", "runs"),
+    [
+        ((9, 0), "8.0 9.0+PTX", True),
+        ((8, 6), "8.0;9.0", True),
+        ((12, 0), "8.0 9.0+PTX", True),
+        ((12, 0), "8.0 9.0", False),
+        ((7, 5), "8.0 9.0+PTX", False),
+        ((8, 0), "8.6", False),
+        ((9, 0), "9.0a", True),
+    ],
+)
+def test_which_gpus_the_kernels_run_on(capability: tuple[int, int], words: str, runs: bool) -> None:
+    assert native.runs_on(capability, words) is runs

@@ -1,0 +1,73 @@
+"""What lies between torch and the CUDA kernels, without a GPU.
+
+The operators are built WITH_CUDA over the emulator, so that CPU tensors go to the CUDA kernels, and the tests of the
+operators run on them as they are. And nvcc compiles every kernel file for the GPUs we name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import FLAGS, ROOT, run
+
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
+def test_nvcc_compiles(source: str, tmp_path: Path) -> None:
+    """For sm_80 and sm_90, without a warning."""
+    gencode = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
+    command = [str(NVCC), "-std=c++17", "-O3", "-Werror", "all-warnings", *gencode, "-c"]
+    run([*command, str(ROOT / "csrc" / source), "-o", str(tmp_path / "kernels.o")])
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package whose engine._ops has the CUDA kernels, emulated, in place of the CPU's."""
+    folder = tmp_path_factory.mktemp("emulated")
+    shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns("_ops*", "__pycache__"))
+    for name in ("tests", "pyproject.toml", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    csrc, emulator = ROOT / "csrc", ROOT / "tests/cuda_emulator"
+    home = Path(torch.__file__).parent
+    units = [*csrc.glob("ops*.cpp"), *csrc.glob("*_cpu.cpp"), csrc / "gemm.cpp", emulator / "torch/stream.cpp"]
+    units += [*csrc.glob("*.cu"), emulator / "emulator.cpp"]
+    includes = [f"-I{emulator / 'include'}", f"-I{csrc}", f"-I{home / 'include'}"]
+    macros = ['-DWITH_CUDA="8.0"', f'-DBUILT_FOR="{torch.__version__}"']
+
+    def compiled(unit: Path) -> str:
+        target = str(folder / f"{unit.name}.o")
+        run(["g++", *FLAGS, "-fopenmp", *macros, *includes, "-x", "c++", "-c", str(unit), "-o", target])
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, units))
+    target = folder / "engine" / f"_ops{sysconfig.get_config_var('EXT_SUFFIX')}"
+    libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
+    run(["g++", "-shared", "-fopenmp", *objects, *libraries, "-o", str(target)])
+    return folder
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_operators_on_emulated_cuda(emulated: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(emulated), "OMP_NUM_THREADS": "1"}
+    say = "from engine.ops import native; print(native.load()[0].cuda_capabilities())"
+    done = subprocess.run(
+        [sys.executable, "-c", say], cwd=emulated, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "8.0\n", done.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "600", "-m", "not heavy"]
+    command += ["tests/test_native_ops.py", "tests/test_op_boundaries.py"]
+    done = subprocess.run(command, cwd=emulated, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,0 +1,46 @@
+"""An environment of its own for the peers: a venv that borrows the running interpreter's torch.
+
+    python tools/bench/peers_env.py build/bench-peers
+
+Peers are installed with --no-deps, so none can bring another torch; what they need besides is in peers.txt, or comes
+from the running interpreter by a .pth file. Both sides thus run the very same torch and transformers.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PINS = Path(__file__).with_name("peers.txt")
+
+
+def python_of(folder: Path) -> tuple[Path | None, str]:
+    """(interpreter with the peers, "") or (None, why it cannot be had). Installs them on first use."""
+    python, marker = folder / "bin/python", folder / "installed.txt"
+    wanted = "\n".join([sys.executable, sys.version, PINS.read_text()])
+    if marker.exists() and marker.read_text() == wanted:
+        return python, ""
+    print(f"installing the peers into {folder} (once)", file=sys.stderr, flush=True)
+    borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    site = folder / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    commands = [
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "-r", str(PINS)],
+    ]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            faults = [line for line in said if line.startswith("ERROR")] or said[-1:]
+            return None, f"peers cannot be installed: {faults[0] if faults else 'no message'}"
+    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    marker.write_text(wanted)
+    return python, ""
+
+
+if __name__ == "__main__":
+    found, why = python_of(Path(sys.argv[1]))
+    if found is None:
+        sys.exit(why)
+    print(found)

@@ -231,7 +231,13 @@ def test_own_float32_kernels_in_a_layout(norm: str) -> None:
     float32 keeps 6e-8, and some thirty sums of up to 320 follow one another: 5e-6 of a tensor's largest gradient. A
     missed sum, a swapped half or a head too many shows at 1e-2 and more.
     """
-    cut: dict[str, Any] = {"train_seq_len": 80, "model_hidden_size": 64, "model_ffn_size": 96, "model_norm": norm}
+    cut: dict[str, Any] = {
+        "train_seq_len": 80,
+        "model_max_seq_len": 80,
+        "model_hidden_size": 64,
+        "model_ffn_size": 96,
+        "model_norm": norm,
+    }
     exact = run(config(1, **cut), 2)
     with native.forced(gemm=True):
         single = {**cut, "train_precision": "fp32"}

@@ -1,10 +1,11 @@
-"""Builds the two optional extensions, each only where what it needs is there; without them references run.
+"""Builds the optional extensions, each only where what it needs is there; without them references run.
 
-engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._ops (the rest of csrc):
-operators registered with torch, no Python; needs torch when it is built, hence `--no-build-isolation`. Its CUDA kernels
-(csrc/*.cu) are built where torch has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for the compute
-capabilities of TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0. What cannot be built, and why, is told here and kept in
-engine/_build.json for `engine doctor`.
+engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._shared (csrc/shared.cpp):
+collectives over shared memory, likewise; for Linux. engine._ops (the rest of csrc): operators registered with torch, no
+Python; needs torch when it is built, hence `--no-build-isolation`. Its CUDA kernels (csrc/*.cu) are built where torch
+has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for the compute capabilities of
+TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0. What cannot be built, and why, is told here and kept in engine/_build.json
+for `engine doctor`.
 """
 
 import json
@@ -50,14 +51,16 @@ def ops() -> Extension | None:
     )
 
 
-def index() -> Extension | None:
-    """The sample order, or None where pybind11 is missing."""
+def plain(name: str, *files: str, std: int, flags: tuple[str, ...] = ()) -> Extension | None:
+    """An extension without torch, or None where pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError as error:
-        FAILED["engine._index"] = f"pybind11 could not be imported when this was installed ({error})"
+        FAILED[name] = f"pybind11 could not be imported when this was installed ({error})"
         return None
-    extension = Pybind11Extension("engine._index", ["csrc/index.cpp"], cxx_std=17, extra_compile_args=["-O3"])
+    extension = Pybind11Extension(
+        name, list(files), cxx_std=std, depends=sorted(glob("csrc/*.h")), extra_compile_args=["-O3", *flags]
+    )
     extension.optional = True
     return extension
 
@@ -192,4 +195,7 @@ class Build(build_ext):
             raise error
 
 
-setup(ext_modules=[*filter(None, [index(), ops()])], cmdclass={"build_ext": Build})
+index = plain("engine._index", "csrc/index.cpp", std=17)
+fast = ("-fno-math-errno", "-fno-trapping-math", "-g0")
+shared = plain("engine._shared", "csrc/shared.cpp", "csrc/reduce.cpp", std=20, flags=fast)
+setup(ext_modules=[*filter(None, [index, shared, ops()])], cmdclass={"build_ext": Build})

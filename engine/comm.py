@@ -1,5 +1,7 @@
 """Collectives, their autograd pair, and small agreements between ranks. Each takes an Axis; size 1 is the identity.
 
+CPU ranks of one host speak over shared memory where the axis has a link (engine/shared.py), else over the group.
+
 Every call counts the bytes this rank sends, with ring algorithms, in `axis.traffic` under (axis name, collective):
 all-reduce of X bytes over n ranks 2 X (n-1)/n, all-gather and reduce-scatter X (n-1)/n with X the full size, a send X.
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,12 +28,19 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
+class Waitable(Protocol):
+    """What was started: dist.Work, or that of a link."""
+
+    def wait(self) -> Any:
+        """Return when it is done."""
+
+
 @dataclass
 class Pending:
     """A tensor on its way. `wait()` gives it; until then neither it nor what it came from may be touched."""
 
     value: Tensor
-    work: dist.Work | None = None
+    work: Waitable | None = None
 
     def wait(self) -> Tensor:
         """The finished tensor; a second wait costs nothing."""
@@ -55,6 +64,8 @@ def all_reduce_start(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
     if axis.size == 1:
         return Pending(x)
     _count(axis, "all_reduce", 2 * _ring(x, axis))
+    if axis.link is not None:
+        return Pending(x, axis.link.all_reduce(x, op))
     return Pending(x, dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True))
 
 
@@ -69,6 +80,8 @@ def all_gather_start(x: Tensor, axis: Axis) -> Pending:
         return Pending(x)
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
     _count(axis, "all_gather", _ring(out, axis))
+    if axis.link is not None:
+        return Pending(out, axis.link.all_gather(out, x.contiguous()))
     return Pending(out, _all_gather(out, x.contiguous(), group=axis.group, async_op=True))
 
 
@@ -85,6 +98,8 @@ def all_gather_into_start(x: Tensor, axis: Axis) -> Pending:
         return Pending(x)
     _count(axis, "all_gather", _ring(x, axis))
     part = x.view(axis.size, -1)[axis.rank]
+    if axis.link is not None:
+        return Pending(x, axis.link.all_gather(x, part))
     return Pending(x, _all_gather(x, part, group=axis.group, async_op=True))
 
 
@@ -96,6 +111,8 @@ def reduce_scatter_start(x: Tensor, axis: Axis) -> Pending:
         raise ValueError(f"the first dim of {list(x.shape)} is not a multiple of the {axis.size} ranks of {axis.name}")
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     _count(axis, "reduce_scatter", _ring(x, axis))
+    if axis.link is not None:
+        return Pending(out, axis.link.reduce_scatter(out, x.contiguous()))
     return Pending(out, _reduce_scatter(out, x.contiguous(), group=axis.group, async_op=True))
 
 
@@ -136,10 +153,13 @@ def post(
     there, which the pipeline plan's check has proven to be the right one. NCCL also answers a batch with one work for
     all of it, which everything in the batch then waits for.
     """
-    ops = [dist.P2POp(dist.isend, x, axis.ranks[peer], axis.group) for x, peer in sends]
-    ops += [dist.P2POp(dist.irecv, x, axis.ranks[peer], axis.group) for x, peer in recvs]
     for x, _ in sends:
         _count(axis, "send", x.numel() * x.element_size())
+    if (link := axis.link) is not None:
+        sent = [Pending(x, link.send(x, peer)) for x, peer in sends]
+        return sent, [Pending(x, link.receive(x, peer)) for x, peer in recvs]
+    ops = [dist.P2POp(dist.isend, x, axis.ranks[peer], axis.group) for x, peer in sends]
+    ops += [dist.P2POp(dist.irecv, x, axis.ranks[peer], axis.group) for x, peer in recvs]
     works = dist.batch_isend_irecv(ops)
     works = works if len(works) == len(ops) else works * len(ops)
     pending = [Pending(x, work) for (x, _), work in zip((*sends, *recvs), works)]

@@ -148,6 +148,9 @@ class ParallelConfig(Section):
     """with zero: gather updated weights while the next forward already runs"""
     timeout_s: float = Field(600.0, gt=0)
     """a collective that takes longer ends the job"""
+    transport: Literal["auto", "shared", "gloo"] = "auto"
+    """how ranks on CPUs speak; auto: over shared memory where those of an axis are on one host, else over gloo; shared:
+    refuse to run where that cannot be (ranks on GPUs always speak over NCCL)"""
 
 
 class TrainConfig(Section):

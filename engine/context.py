@@ -13,13 +13,17 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from engine.errors import ConfigError, Fault
 from engine.layout import Layout
+from engine.shared import Link
+from engine.shared import connect as connect_shared
 
 
 @dataclass(frozen=True)
 class Axis:
     """One direction of the mesh as seen from one rank. `group` is None when there is nothing to talk to (size 1).
 
+    link: to the other ranks over shared memory where they have some; collectives and messages then go that way.
     traffic: bytes this rank has sent, by (axis name, collective); the axes of a context share one counter.
     """
 
@@ -29,6 +33,7 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
     traffic: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float), compare=False, repr=False)
+    link: Link | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,15 @@ class ParallelContext:
         assert isinstance(found, Axis), name
         return found
 
+    def speaks(self) -> str:
+        """What this rank's collectives go over, by axis where it differs."""
+        network = "NCCL" if self.device.type == "cuda" else "gloo"
+        ways: dict[str, list[str]] = {}
+        for name in ("tensor", "pipeline", "data", "world"):
+            if (axis := self.axis(name)).size > 1:
+                ways.setdefault("shared memory" if axis.link else network, []).append(name)
+        return ", ".join(f"{way} ({', '.join(names)})" if len(ways) > 1 else way for way, names in ways.items())
+
 
 def make_context(
     layout: Layout,
@@ -72,12 +86,16 @@ def make_context(
     device: torch.device | str = "cpu",
     connect: bool = False,
     timeout_s: float = 600.0,
+    transport: str = "auto",
 ) -> ParallelContext:
     """The context of one rank. With `connect`, process groups are created (collective: every rank calls it).
 
     Without `connect` the axes carry no groups: good for counting and for dry runs of any world size, and it is the
     whole truth when the world is one rank. Every rank creates the axes in the same order and each axis partitions
     the ranks, so the local synchronisation of `new_group` cannot deadlock.
+
+    transport: of ranks on CPUs. auto: shared memory on the axes whose ranks are on one host, else gloo; gloo: only
+    that; shared: ConfigError on every rank if any axis cannot have shared memory.
     """
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     members = {
@@ -91,7 +109,7 @@ def make_context(
     }
     axes: dict[str, Axis] = {}
     traffic: dict[tuple[str, str], float] = defaultdict(float)
-    for name, ranks in members.items():
+    for ranks in members.values():
         if connect and len(ranks) > 1 and ranks not in made:
             whole = len(ranks) == layout.world
             made[ranks] = (
@@ -99,6 +117,35 @@ def make_context(
                 if whole
                 else dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
             )
+    links = _share(members, rank, layout.world, torch.device(device), timeout_s, transport) if made else {}
+    for name, ranks in members.items():
         shown = "tensor" if name in ("sequence", "copies") else name
-        axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, made.get(ranks), traffic)
+        axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, made.get(ranks), traffic, links.get(ranks))
     return ParallelContext(layout=layout, rank=rank, device=torch.device(device), dtype=dtype, **axes)
+
+
+def _share(
+    members: dict[str, tuple[int, ...]],
+    rank: int,
+    world: int,
+    device: torch.device,
+    timeout_s: float,
+    transport: str,
+) -> dict[tuple[int, ...], Link]:
+    """The groups of this rank that speak over shared memory. Collective over the world."""
+
+    def gather(mine: list[int]) -> list[list[int]]:
+        rows = [torch.empty(len(mine), dtype=torch.int64) for _ in range(world)]
+        dist.all_gather(rows, torch.tensor(mine))
+        return [row.tolist() for row in rows]
+
+    if transport == "gloo":
+        return {}
+    links: dict[tuple[int, ...], Link] = {}
+    why = f"the ranks are on {device.type}"
+    if device.type == "cpu":
+        links, why = connect_shared(members, rank, world, gather, timeout_s)
+    if why and transport == "shared":
+        fault = Fault("parallel.transport", "shared", why, "Use auto, which takes gloo where it has to.")
+        raise ConfigError([fault])
+    return links

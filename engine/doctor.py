@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import selftest
+from engine import selftest, shared
 from engine.built import why_not
 from engine.checkpoint.lineage import code_versions
 from engine.data import order
-from engine.launch import backends, try_gloo
+from engine.launch import backends, try_pair
 from engine.ops import attention, native
 
 _BUILD = "build it: pip install --no-build-isolation --no-deps -e ."
@@ -126,14 +126,24 @@ def _communication(timeout_s: float) -> Iterator[Finding]:
     yield Finding("backends", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in built.items()))
     if not built["gloo"]:
         yield Finding("gloo", "this torch is built without it: several processes on CPUs cannot run", broken=True)
-    elif why := try_gloo(timeout_s):
+    elif why := try_pair("gloo", timeout_s):
         yield Finding("gloo", f"two processes on this machine cannot sum a number: {why}", broken=True)
     else:
         yield Finding("gloo", "two processes on this machine have summed a number")
+        yield _shared_memory(timeout_s)
+
+
+def _shared_memory(timeout_s: float) -> Finding:
+    module, what = shared.load()
+    if module is None:
+        return Finding("shared memory", f"{what}, gloo carries all; {_BUILD}")
+    why = try_pair("shared", timeout_s)
+    done = "two processes on this machine have summed a number"
+    return Finding("shared memory", f"cannot be had here, gloo carries all: {why}" if why else done)
 
 
 def _extensions() -> Iterator[Finding]:
-    for module, what in (order.load(), native.load()):
+    for module, what in (order.load(), shared.load(), native.load()):
         yield Finding("extension", what if module is not None else f"{what}; {_BUILD}")
     library = native.load()[0]
     if torch.version.cuda is not None and library is not None:

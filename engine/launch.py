@@ -160,6 +160,7 @@ def run(
     dtype: torch.dtype,
     device: torch.device,
     timeout_s: float,
+    transport: str = "auto",
 ) -> int:
     """Connect the ranks, call main(ctx), and return its exit code; an exception becomes a message and a code.
 
@@ -183,6 +184,7 @@ def run(
             device=device,
             connect=env.world > 1,
             timeout_s=timeout_s,
+            transport=transport,
         )
         code = main(ctx)
         if store is not None and code != EXIT_OK:
@@ -205,10 +207,11 @@ def backends() -> dict[str, bool]:
     return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
 
 
-def try_gloo(timeout_s: float) -> str:
-    """Why two new processes on this machine cannot sum a number over gloo; empty if they can. Takes some seconds.
+def try_pair(transport: str, timeout_s: float) -> str:
+    """Why two new processes on this machine cannot sum a number over gloo, or over shared memory ("shared").
 
-    They meet over a file and bind to the interface that ranks of a training run on one machine would.
+    Empty if they can. Takes some seconds. They meet over a file and gloo, bound to the interface that ranks of a
+    training run on one machine would take.
     """
     spawn = multiprocessing.get_context("spawn")  # this process may have threads, whose locks a fork would copy
     deadline = time.monotonic() + timeout_s
@@ -217,7 +220,9 @@ def try_gloo(timeout_s: float) -> str:
         ranks = []
         for rank in range(2):
             ours, theirs = spawn.Pipe(duplex=False)
-            ranks.append(spawn.Process(target=_gloo_rank, args=(theirs, rank, f"{folder}/store", timeout_s)))
+            ranks.append(
+                spawn.Process(target=_one_of_two, args=(theirs, rank, f"{folder}/store", transport, timeout_s))
+            )
             ranks[rank].start()
             theirs.close()
             pending[ours] = rank
@@ -244,14 +249,26 @@ def _answer(pipe: Connection, process: SpawnProcess) -> str:
         return f"died without a word (exit code {process.exitcode})"
 
 
-def _gloo_rank(pipe: Connection, rank: int, file: str, timeout_s: float) -> None:
+def _one_of_two(pipe: Connection, rank: int, file: str, transport: str, timeout_s: float) -> None:
     try:
         env = Env(rank, 2, rank, 2)
         _choose_interface(env, torch.device("cpu"))
         store, _, _ = next(rendezvous(f"file://{file}", rank, 2))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=timeout_s))
         number = torch.tensor([rank + 1.0])
-        dist.all_reduce(number)
+        ctx = make_context(
+            Layout(2, data=2),
+            rank,
+            num_kv_heads=1,
+            dtype=number.dtype,
+            connect=True,
+            timeout_s=timeout_s,
+            transport=transport,
+        )
+        if ctx.world.link is None:
+            dist.all_reduce(number)
+        else:
+            ctx.world.link.all_reduce(number, "sum").wait()
         answer = "" if number.item() == 3.0 else f"the sum of 1 and 2 came out as {number.item()}"
     except Exception as error:
         answer = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -1,4 +1,4 @@
-"""Run a function on N gloo ranks, forked from this process, which has imported torch already.
+"""Run a function on N ranks (gloo, and shared memory if built), forked from this process, which has imported torch.
 
 No ports (a file store), one thread a rank, a watchdog that dumps every rank's stack, and the first failing rank's
 traceback re-raised here with its rank.
@@ -36,13 +36,15 @@ def run_ranks(
     num_kv_heads: int = 1 << 20,
     dtype: torch.dtype = torch.float64,
     timeout_s: float = 60.0,
+    transport: str = "auto",
 ) -> list[Any]:
     """function(ctx) on every rank of the layout; returns the results by rank (anything picklable)."""
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(layout.world):
             ours, theirs = _FORK.Pipe(duplex=False)
-            args = (theirs, layout, rank, function, os.path.join(folder, "store"), num_kv_heads, dtype, timeout_s)
+            args = (theirs, layout, rank, function, os.path.join(folder, "store"), num_kv_heads, dtype)
+            args += (timeout_s, transport)
             process = _FORK.Process(target=_child, args=args)
             process.start()
             theirs.close()
@@ -83,6 +85,7 @@ def _child(
     num_kv_heads: int,
     dtype: torch.dtype,
     timeout_s: float,
+    transport: str,
 ) -> None:
     faulthandler.dump_traceback_later(timeout_s, exit=True)
     try:
@@ -94,7 +97,15 @@ def _child(
                 world_size=layout.world,
                 timeout=timedelta(seconds=timeout_s),
             )
-        ctx = make_context(layout, rank, num_kv_heads=num_kv_heads, dtype=dtype, connect=True, timeout_s=timeout_s)
+        ctx = make_context(
+            layout,
+            rank,
+            num_kv_heads=num_kv_heads,
+            dtype=dtype,
+            connect=True,
+            timeout_s=timeout_s,
+            transport=transport,
+        )
         message = (True, function(ctx))
     except BaseException:
         message = (False, traceback.format_exc())

@@ -29,10 +29,11 @@ def tree(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "csrc/ops.cpp").write_text("int unfinished(\n")
-    (tmp_path / "csrc/index.cpp").write_text("int nothing;\n")
+    for name in ("index", "shared", "reduce"):
+        (tmp_path / f"csrc/{name}.cpp").write_text("static int nothing;\n")
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine/__init__.py").touch()
-    for name in ("_ops", "_index"):
+    for name in ("_ops", "_index", "_shared"):
         (tmp_path / f"engine/{name}{suffix()}").touch()
     return tmp_path
 
@@ -57,14 +58,14 @@ def build(tree: Path, **environment: str) -> tuple[dict[str, str], str, list[str
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_compiler_error_is_kept(tree: Path) -> None:
     notes, said, there = build(tree)
-    assert list(notes) == ["engine._ops"] and there == ["_index"]
+    assert list(notes) == ["engine._ops"] and there == ["_index", "_shared"]
     assert notes["engine._ops"].startswith("csrc/ops.cpp:") and "error:" in notes["engine._ops"]
     assert f"warning: engine._ops is not built: {notes['engine._ops']}" in said
 
 
 def test_no_compiler(tree: Path) -> None:
     notes, _, there = build(tree, CC="false", CXX="false")
-    assert sorted(notes) == ["engine._index", "engine._ops"] and there == []
+    assert sorted(notes) == ["engine._index", "engine._ops", "engine._shared"] and there == []
     assert all(why == "false ended with exit code 1" for why in notes.values())
 
 
@@ -119,7 +120,7 @@ def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native, "load", native.load.__wrapped__)
     told = [finding.text for finding in doctor._extensions()]
     assert told[0].startswith("engine._index is not available (no compiler); build it: pip install")
-    assert told[1].startswith("engine._ops is not built (csrc/ops.cpp:1: error: no); build it: pip install")
+    assert told[-1].startswith("engine._ops is not built (csrc/ops.cpp:1: error: no); build it: pip install")
     assert order.load()[0] is None
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
     with pytest.warns(UserWarning, match="not built .csrc/ops.cpp:1: error: no.: torch's own operators run instead"):

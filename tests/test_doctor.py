@@ -16,7 +16,7 @@ import torch
 
 from engine import doctor, selftest
 from engine.cli import main
-from engine.launch import try_gloo
+from engine.launch import try_pair
 from engine.ops import native
 from engine.ops.attention import chosen
 
@@ -37,7 +37,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         monkeypatch.delenv(name, raising=False)
 
     def call(gloo: str = "") -> tuple[int, str]:
-        monkeypatch.setattr(doctor, "try_gloo", lambda timeout_s: gloo)
+        monkeypatch.setattr(doctor, "try_pair", lambda transport, timeout_s: gloo)
         with pytest.raises(SystemExit) as end:
             main(["doctor"])
         assert isinstance(end.value.code, int)
@@ -50,10 +50,24 @@ def test_a_sound_installation() -> None:
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "" and done.stdout.splitlines()[-1] == "nothing is broken"
-    for topic in ("engine", "python", "platform", "CPU", "cores", "memory", "GPUs", "backends", "gloo", "extension"):
+    for topic in (
+        "engine",
+        "python",
+        "platform",
+        "CPU",
+        "cores",
+        "memory",
+        "GPUs",
+        "backends",
+        "gloo",
+        "shared memory",
+        "extension",
+    ):
         assert re.search(rf"^{topic} +\S", done.stdout, re.M), topic
     assert f"torch {torch.__version__}" in done.stdout and re.search(r"code [0-9a-f]{32}\n", done.stdout)
-    assert "have summed a number" in done.stdout and re.search(r"^optional +.*matplotlib \d", done.stdout, re.M)
+    assert done.stdout.count("have summed a number") == 2 and re.search(
+        r"^optional +.*matplotlib \d", done.stdout, re.M
+    )
     for name in selftest.OPS:
         assert re.search(rf" {name}: (own|torch); off by [0-9.e+-]+, tolerance 1e-05$", done.stdout, re.M), name
         assert re.search(rf" {name} in bf16: (own|torch); off by [0-9.e+-]+, tolerance 2e-02$", done.stdout, re.M), name
@@ -69,7 +83,7 @@ def test_without_gloo_it_is_broken() -> None:
 
 
 def test_processes_that_do_not_answer_are_not_waited_for() -> None:
-    assert try_gloo(0.01) == "no answer within 0.01 s from rank 0"
+    assert try_pair("gloo", 0.01) == "no answer within 0.01 s from rank 0"
 
 
 class Liar:

@@ -52,6 +52,7 @@ def run(cfg: Config, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> 
         num_kv_heads=cfg.model.num_kv_heads,
         timeout_s=240,
         dtype=dtype,
+        transport=cfg.parallel.transport,
     )
     for other in ranks[1:]:
         assert other["losses"] == ranks[0]["losses"] and other["norms"] == ranks[0]["norms"]
@@ -212,8 +213,14 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_two_ranks_equal_one(name: str) -> None:
-    cut = TINY | SMALL[name]
+def test_two_ranks_equal_one_over_gloo(name: str) -> None:
+    """The others speak over shared memory where it is built."""
+    test_two_ranks_equal_one(name, parallel_transport="gloo")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_two_ranks_equal_one(name: str, **more: Any) -> None:
+    cut = TINY | SMALL[name] | more
     model = {key: value for key, value in cut.items() if not key.startswith("parallel") and key != "train_recompute"}
     one, many = run(config(1, **model), 2), run(config(2, **cut), 2)
     assert worst(many["init"], one["init"]) == 0

@@ -28,7 +28,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("resolve",),
     ("options",),
     ("faults",),  # no torch up to here
-    ("rng", "context", "documents"),
+    ("rng", "shared", "documents"),
+    ("context",),
     ("comm", "sharding", "launch"),
     ("ops", "data"),
     ("parallel",),

@@ -33,9 +33,10 @@ DAMAGED = "corpus.bin: 3 bytes at offset 12, expected 4: prepare it again"
 Job = Callable[[ParallelContext], int]
 
 
-def start(job: Job, env: Env, layout: Layout, timeout_s: float = 20.0) -> int:
+def start(job: Job, env: Env, layout: Layout, timeout_s: float = 20.0, transport: str = "auto") -> int:
     """launch.run as the command line calls it."""
-    return run(job, env, layout, num_kv_heads=1, dtype=torch.float32, device=CPU, timeout_s=timeout_s)
+    sizes = {"num_kv_heads": 1, "dtype": torch.float32, "device": CPU}
+    return run(job, env, layout, **sizes, timeout_s=timeout_s, transport=transport)  # type: ignore[arg-type]
 
 
 def last_rank_fails(ctx: ParallelContext) -> int:
@@ -117,7 +118,7 @@ def ended(pid: int, log: Path) -> Ended:
     return Ended(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), log.read_text())
 
 
-def ranks(job: Job, tmp_path: Path, world: int = 2) -> list[Ended]:
+def ranks(job: Job, tmp_path: Path, world: int = 2, transport: str = "auto") -> list[Ended]:
     """Run a job on forked ranks, with the environment that torchrun's agent gives them and its store beside them."""
     reader, writer = os.pipe()
 
@@ -132,7 +133,7 @@ def ranks(job: Job, tmp_path: Path, world: int = 2) -> list[Ended]:
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
-        return start(job, launch.read_env(), Layout(world, data=world))
+        return start(job, launch.read_env(), Layout(world, data=world), transport=transport)
 
     logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
     with ExitStack() as stack:

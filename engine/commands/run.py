@@ -59,6 +59,7 @@ def train(args: list[str]) -> int:
         dtype=PRECISIONS[cfg.train.precision].compute,
         device=device,
         timeout_s=cfg.parallel.timeout_s,
+        transport=cfg.parallel.transport,
     )
     return leave(code, env)
 
@@ -93,6 +94,7 @@ def evaluate(args: list[str]) -> int:
         dtype=PRECISIONS[cfg.train.precision].compute,
         device=pick_device(cfg.train.device, env),
         timeout_s=cfg.parallel.timeout_s,
+        transport=cfg.parallel.transport,
     )
     return leave(code, env)
 

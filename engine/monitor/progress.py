@@ -43,6 +43,8 @@ class Progress:
         )
         if ctx.rank == 0:
             self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}{self._apex()}")
+            if ctx.world.size > 1:
+                self.note(f"ranks speak over {ctx.speaks()}")
         self.first_step = self.shown_step = step
 
     def _apex(self) -> str:

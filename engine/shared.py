@@ -1,0 +1,226 @@
+"""Collectives and messages between CPU processes of one host over memory that they share (csrc/shared.cpp).
+
+A segment is a file without a name (memfd): it is in no folder, takes no room of /dev/shm, and is gone with the last
+process that maps it, however that ends. The first rank of a group makes it; the others open it through /proc by that
+rank's process id and find a random number in it: that they can proves that they are on one host, and nothing else is
+asked. Where any rank of a group cannot, the group speaks over gloo.
+
+Whoever waits looks at the others ten times a second: one that has ended, or says nothing for too long, is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.built import why_not
+
+RING, PAIR_RING = (
+    16 << 20,
+    4 << 20,
+)  # bytes of a rank's ring for collectives, and of that for messages to one other rank
+_MOST = 1 << 30  # of all rings of a group, in either use; only what was used once takes memory
+_PAGE = 4096
+_LOOK_S = 0.1
+_GROUP, _SENT, _RECEIVED = range(3)
+_ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER = 1, 2, 3
+_KINDS = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
+_KIND_OF = {dtype: number for number, dtype in enumerate(_KINDS)}
+_OP_OF = {"sum": 0, "max": 1, "min": 2}
+
+
+def load() -> tuple[Any, str]:
+    """(the extension or None, what there is to say about it)."""
+    try:
+        return importlib.import_module("engine._shared"), "engine._shared"
+    except ImportError as error:
+        return None, f"engine._shared is not available ({why_not('engine._shared') or error})"
+
+
+@dataclass(frozen=True)
+class Work:
+    """An operation that was started: number `number` of its sort. into: where its result belongs, if not in place."""
+
+    link: Link
+    sort: int
+    peer: int
+    number: int
+    into: tuple[Tensor, Tensor] | None = None
+
+    def wait(self) -> None:
+        """Return when it is complete. ConnectionError or TimeoutError when it never will be."""
+        self.link.finish(self)
+        if self.into is not None:
+            target, result = self.into
+            target.copy_(result)
+
+
+class Link:
+    """One rank's end of a group's segment. Positions of ranks are those on the axis."""
+
+    def __init__(self, channel: Any, ranks: tuple[int, ...], pids: Sequence[int], timeout_s: float):
+        self.channel, self.ranks, self.pids, self.timeout_s = channel, ranks, tuple(pids), timeout_s
+        self._ends = select.poll()  # a descriptor of a process becomes readable when that has ended
+        self._position: dict[int, int] = {}
+        for position, pid in enumerate(pids):
+            if pid != os.getpid():
+                descriptor = os.pidfd_open(pid)
+                self._position[descriptor] = position
+                self._ends.register(descriptor, select.POLLIN)
+        self._held: dict[tuple[int, int], deque[tuple[int, Tensor, Tensor]]] = {}
+
+    def __del__(self) -> None:
+        for descriptor in self._position:
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def all_reduce(self, x: Tensor, op: str) -> Work:
+        """Reduce x in place."""
+        flat = x.contiguous()
+        number = self._start(_ALL_REDUCE, flat, flat, flat.numel(), op)
+        return Work(self, _GROUP, 0, number, None if flat.data_ptr() == x.data_ptr() else (x, flat))
+
+    def all_gather(self, out: Tensor, x: Tensor) -> Work:
+        """out [ranks * ...]: every rank's x, which is contiguous and may be its part of out."""
+        return Work(self, _GROUP, 0, self._start(_ALL_GATHER, x, out, x.numel() * x.element_size()))
+
+    def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
+        """out: this rank's part of the sum of all x, which is contiguous."""
+        return Work(self, _GROUP, 0, self._start(_REDUCE_SCATTER, x, out, out.numel()))
+
+    def send(self, x: Tensor, peer: int) -> Work:
+        """Send contiguous x to a position."""
+        number = self.channel.send(x.data_ptr(), x.numel() * x.element_size(), peer)
+        return Work(self, _SENT, peer, self._hold(_SENT, peer, number, x, x))
+
+    def receive(self, x: Tensor, peer: int) -> Work:
+        """Receive contiguous x from a position."""
+        number = self.channel.receive(x.data_ptr(), x.numel() * x.element_size(), peer)
+        return Work(self, _RECEIVED, peer, self._hold(_RECEIVED, peer, number, x, x))
+
+    def _start(self, what: int, source: Tensor, out: Tensor, total: int, op: str = "sum") -> int:
+        dtype = torch.uint8 if what == _ALL_GATHER else source.dtype
+        if (kind := _KIND_OF.get(dtype)) is None:
+            raise TypeError(f"tensors of {dtype} are not reduced; there are {', '.join(map(str, _KINDS))}")
+        number = self.channel.start(what, kind, _OP_OF[op], source.data_ptr(), out.data_ptr(), total)
+        return self._hold(_GROUP, 0, number, source, out)
+
+    def _hold(self, sort: int, peer: int, number: int, source: Tensor, out: Tensor) -> int:
+        """Keep what an operation reads and writes until it is complete, even if nobody waits for it."""
+        held = self._held.setdefault((sort, peer), deque())
+        held.append((number, source, out))
+        completed = self.channel.completed(sort, peer)
+        while held and held[0][0] <= completed:
+            held.popleft()
+        return number
+
+    def finish(self, work: Work) -> None:
+        """Wait for an operation; see Work."""
+        deadline = time.monotonic() + self.timeout_s
+        what = (work.sort, work.peer)
+        while not self.channel.wait(*what, work.number, _LOOK_S):
+            self._look_for_the_dead(work)
+            if time.monotonic() > deadline:
+                missing = [self.ranks[position] for position in self.channel.missing(*what)]
+                raise TimeoutError(f"Timed out waiting {self.timeout_s:g} s for rank {', '.join(map(str, missing))}")
+
+    def _look_for_the_dead(self, work: Work) -> None:
+        ended = {self._position[descriptor] for descriptor, _ in self._ends.poll(0)}
+        if not ended or self.channel.wait(work.sort, work.peer, work.number, 0.0):  # it may have done its part before
+            return
+        for position in self.channel.missing(work.sort, work.peer):
+            if position in ended:
+                pid = self.pids[position]
+                raise ConnectionError(f"Connection lost: the process of rank {self.ranks[position]} ({pid}) has ended")
+
+
+Gather = Callable[[list[int]], list[list[int]]]
+
+
+def connect(
+    members: Mapping[str, tuple[int, ...]], rank: int, world: int, gather: Gather, timeout_s: float
+) -> tuple[dict[tuple[int, ...], Link], str]:
+    """Links of the groups of this rank that share memory, by their ranks, and why a group has none. Collective.
+
+    members: the groups by name, every name on every rank; each name's groups share no rank. gather: every rank's list
+    of integers, all of one length.
+    """
+    module, why = load()
+    names = list(members)
+    firsts = {ranks: index for index, ranks in reversed(list(enumerate(members.values())))}
+    wanted = {ranks: index for ranks, index in firsts.items() if len(ranks) > 1}
+    files: dict[int, int] = {}
+    channels: dict[tuple[int, ...], Any] = {}
+    token = secrets.randbits(48)
+    spin = world <= len(os.sched_getaffinity(0))
+
+    def channel(file: int, ranks: tuple[int, ...], number: int) -> Any:
+        ring, pair_ring = sizes(len(ranks))
+        make = ranks[0] == rank
+        return module.Channel(file, number, ranks.index(rank), len(ranks), ring, pair_ring, make, spin)
+
+    try:
+        for ranks, index in wanted.items():
+            if module is not None and ranks[0] == rank:
+                try:
+                    files[index] = os.memfd_create(f"engine-{names[index]}")
+                    channels[ranks] = channel(files[index], ranks, token + index)
+                except (OSError, RuntimeError) as error:
+                    why = f"no segment of shared memory: {error}"
+        rows = gather([os.getpid(), _namespace(), token, *(files.get(index, -1) for index in range(len(names)))])
+        for ranks, index in wanted.items():
+            pid, space, number, *theirs = rows[ranks[0]]
+            if module is None or ranks[0] == rank or theirs[index] < 0:
+                continue
+            try:
+                if space != _namespace():
+                    raise FileNotFoundError("another host, or another space of process ids")
+                file = os.open(f"/proc/{pid}/fd/{theirs[index]}", os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    channels[ranks] = channel(file, ranks, number + index)
+                finally:
+                    os.close(file)
+            except (OSError, RuntimeError) as error:
+                why = f"rank {rank} cannot open the memory of rank {ranks[0]}: {error}"
+        links: dict[tuple[int, ...], Link] = {}
+        for ranks, made in channels.items():
+            with suppress(OSError):  # a system without pidfd_open: nobody could tell who has ended
+                links[ranks] = Link(made, ranks, [rows[r][0] for r in ranks], timeout_s)
+        good = gather([int(len(ranks) == 1 or ranks in links) for ranks in members.values()])
+    finally:
+        for file in files.values():
+            os.close(file)
+    shared = {r: link for r, link in links.items() if all(good[other][wanted[r]] for other in r)}
+    everywhere = all(all(row) for row in good)
+    return shared, "" if everywhere else why if len(shared) < len(wanted) else "ranks of other groups cannot"
+
+
+def sizes(ranks: int) -> tuple[int, int]:
+    """Bytes of a ring for collectives and of one for messages, in a group of so many ranks."""
+    ring = min(RING, max(_MOST // ranks // _PAGE, 16) * _PAGE)
+    return ring, min(PAIR_RING, max(_MOST // ranks**2 // _PAGE, 16) * _PAGE)
+
+
+def _namespace() -> int:
+    """A number for the space of this process's id."""
+    return os.stat("/proc/self/ns/pid").st_ino

@@ -1,0 +1,294 @@
+"""Shared memory between ranks: what comes is what gloo gives, whatever the sizes, strides, types, order and timing.
+
+Rings are made tiny here, so that most operations are larger than a ring and all of its edges are met.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from test_launch import ranks as launched
+from torch import Tensor
+
+from engine import launch, shared
+from engine.comm import (
+    Pending,
+    all_gather_into_start,
+    all_gather_start,
+    all_reduce_,
+    all_reduce_start,
+    gather_json,
+    post,
+    reduce_scatter_start,
+)
+from engine.context import ParallelContext
+from engine.layout import Layout
+
+pytestmark = pytest.mark.skipif(shared.load()[0] is None, reason=shared.load()[1])
+
+TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
+Job = Callable[[ParallelContext], Any]
+
+
+def tensor(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype, rank: int) -> Tensor:
+    """The same on every call with the same state of `draw`, but for the rank; sometimes with strides."""
+    generator = torch.Generator().manual_seed(draw.randrange(1 << 30) * 16 + rank)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 9
+    x = x.abs().to(dtype) if dtype in (torch.uint8, torch.bool) else x.to(dtype)
+    if draw.random() < 0.3 and len(shape) > 1:  # the same values, laid out the other way round
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    return x
+
+
+def operations(ctx: ParallelContext, seed: int, count: int, sleeps: float = 0.0) -> list[Tensor]:
+    """Random collectives and messages, several at a time, waited for in random order; their results in order."""
+    draw, own, axis = random.Random(seed), random.Random(seed * 64 + ctx.rank), ctx.data
+    results: dict[int, Tensor] = {}
+    pending: list[tuple[int, Pending]] = []
+    for number in range(count):
+        dtype = draw.choice(TYPES)
+        shape = (axis.size * draw.choice([0, 1, 2, 7]), draw.choice([1, 3, 64, 1000]))
+        what = draw.choice(["reduce", "gather", "into", "scatter", "message"])
+        x = tensor(draw, shape, dtype, ctx.rank)
+        if own.random() < sleeps:
+            time.sleep(own.random() * 0.01)
+        if what == "reduce":
+            started = all_reduce_start(x, axis, draw.choice(["sum", "max", "min"]))
+        elif what == "gather":
+            started = all_gather_start(x, axis)
+        elif what == "into":
+            started = all_gather_into_start(x.contiguous().view(-1), axis)
+        elif what == "scatter":
+            started = reduce_scatter_start(x, axis)
+        else:
+            turn = draw.randrange(1, axis.size)
+            to, source = (axis.rank + turn) % axis.size, (axis.rank - turn) % axis.size
+            sent, received = post([(x.contiguous(), to)], [(torch.empty(shape, dtype=dtype), source)], axis)
+            pending += [(-1, sent[0])]
+            started = received[0]
+        pending.append((number, started))
+        while len(pending) > own.choice([0, 3, 12]):
+            which, ready = pending.pop(own.randrange(len(pending)))
+            results[which] = ready.wait()
+    for which, ready in pending:
+        results[which] = ready.wait()
+    return [results[number] for number in range(count)]
+
+
+def run(world: int, job: Job, transport: str = "shared", ring: int = 0) -> list[Any]:
+    before = shared.RING, shared.PAIR_RING
+    if ring:
+        shared.RING = shared.PAIR_RING = ring
+    try:
+        return run_ranks(Layout(world, data=world), job, transport=transport)
+    finally:
+        shared.RING, shared.PAIR_RING = before
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}[a.dtype]
+    close = torch.allclose(a.double(), b.double(), rtol=tolerance, atol=20 * tolerance, equal_nan=True)
+    return a.dtype == b.dtype and a.shape == b.shape and close
+
+
+@pytest.mark.parametrize(("world", "ring"), [(2, 4096), (2, 0), (3, 8192), (4, 4096), (8, 8192)])
+def test_results_are_those_of_gloo(world: int, ring: int) -> None:
+    seed = world * 100 + ring
+
+    def job(ctx: ParallelContext) -> list[Tensor]:
+        return operations(ctx, seed, 60)
+
+    for own, other in zip(run(world, job, ring=ring), run(world, job, "gloo"), strict=True):
+        assert all(map(same, own, other))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_stress(world: int) -> None:
+    """Ranks that come late at every corner, and more of them than cores."""
+
+    def job(ctx: ParallelContext) -> list[Tensor]:
+        return operations(ctx, 7, 150, sleeps=0.2)
+
+    for own, other in zip(run(world, job, ring=4096), run(world, job, "gloo"), strict=True):
+        assert all(map(same, own, other))
+
+
+def test_every_rank_has_the_same_bits() -> None:
+    """Also where each adds only its own part; and those of adding in the order of ranks."""
+
+    def job(ctx: ParallelContext) -> tuple[Tensor, Tensor]:
+        draw = random.Random(3)
+        parts = [tensor(draw, (300, 257), torch.float32, rank) for rank in range(5)]
+        return all_reduce_(parts[ctx.rank].clone(), ctx.data), functools.reduce(torch.add, parts)
+
+    for total, expected in run(5, job):
+        assert torch.equal(total, expected)
+
+
+def test_a_nan_is_not_lost() -> None:
+    def job(ctx: ParallelContext) -> list[Tensor]:
+        x = torch.tensor([ctx.rank, 1.0, 2.0]).index_fill(0, torch.tensor([ctx.rank]), torch.nan)
+        return [all_reduce_(x.clone().to(t), ctx.data, op) for op in ("max", "min", "sum") for t in TYPES[:4]]
+
+    for results in run(3, job):
+        assert all(bool(x.isnan().all()) for x in results)
+
+
+def test_what_nobody_waits_for_is_kept_until_it_is_done() -> None:
+    def job(ctx: ParallelContext) -> float:
+        for _ in range(20):
+            all_reduce_start(torch.full((5000,), 1.0), ctx.data)  # larger than the ring; the tensor is not held here
+            torch.full((5000,), 7.0)
+        return float(all_reduce_(torch.ones(1), ctx.data).item())
+
+    assert run(2, job, ring=4096) == [2.0, 2.0]
+
+
+def test_a_blocked_rank_serves_every_axis() -> None:
+    """Each rank first waits for what the other waits for last, on another axis: nothing here has room in its ring."""
+
+    def job(ctx: ParallelContext) -> list[float]:
+        axes = [ctx.data, ctx.tensor]
+        started = [all_reduce_start(torch.full((9000,), 1.0 + i), axis) for i, axis in enumerate(axes)]
+        order = started if ctx.rank % 2 else started[::-1]
+        for pending in order:
+            pending.wait()
+        return [float(pending.wait().sum()) for pending in started]
+
+    before = shared.RING
+    shared.RING = 4096
+    try:
+        assert run_ranks(Layout(4, data=2, tensor=2), job, transport="shared") == [[18000.0, 36000.0]] * 4
+    finally:
+        shared.RING = before
+
+
+def test_ranks_that_disagree_are_told() -> None:
+    def job(ctx: ParallelContext) -> str:
+        try:
+            if ctx.rank == 0:
+                all_reduce_(torch.ones(4), ctx.data, "max")
+            else:
+                all_gather_start(torch.ones(4), ctx.data).wait()
+        except (RuntimeError, ConnectionError) as error:
+            return str(error)
+        return ""
+
+    texts = run(2, job)
+    assert (
+        "position 1 of the group makes an all-gather of 16 x byte where position 0 makes an all-reduce of 4" in texts[0]
+    )
+    assert "float32 (max)" in texts[0] and "position 0 of the group makes" in texts[1]
+
+
+def test_a_type_that_cannot_be_added_is_refused() -> None:
+    def job(ctx: ParallelContext) -> None:
+        with pytest.raises(TypeError, match="complex64 are not reduced"):
+            all_reduce_(torch.ones(1, dtype=torch.complex64), ctx.data)
+        assert all_gather_start(torch.ones(1, dtype=torch.complex64), ctx.data).wait().shape == (2,)
+
+    run(2, job)
+
+
+def test_silence_is_an_error_that_names_the_rank() -> None:
+    def job(ctx: ParallelContext) -> str:
+        assert ctx.data.link is not None
+        ctx.data.link.timeout_s = 0.5
+        if ctx.rank == 1:
+            time.sleep(2)
+            return ""
+        with pytest.raises(TimeoutError) as error:
+            all_reduce_(torch.ones(1), ctx.data)
+        return str(error.value)
+
+    assert run(2, job)[0] == "Timed out waiting 0.5 s for rank 1"
+
+
+def test_a_rank_that_left_after_its_part_is_not_missed() -> None:
+    def job(ctx: ParallelContext) -> float:
+        started = all_reduce_start(torch.ones(3), ctx.data)
+        if ctx.rank == 0:
+            time.sleep(0.5)  # the other one has gone meanwhile
+        return float(started.wait().sum())
+
+    assert run(2, job) == [6.0, 6.0]
+
+
+def test_signal_handlers_run_while_a_rank_waits() -> None:
+    def job(ctx: ParallelContext) -> bool:
+        seen: list[int] = []
+        signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+        others = gather_json(os.getpid(), ctx.data, ctx.device)
+        if ctx.rank == 0:
+            time.sleep(0.2)
+            os.kill(others[1], signal.SIGUSR1)
+            time.sleep(0.5)
+            return all_reduce_(torch.ones(1), ctx.data).item() == 2
+        at: list[float] = []
+        signal.signal(signal.SIGUSR1, lambda number, frame: at.append(time.monotonic()))
+        all_reduce_(torch.ones(1), ctx.data)
+        return bool(at) and time.monotonic() - at[0] > 0.2
+
+    assert run(2, job) == [True, True]
+
+
+def test_where_it_cannot_be_gloo_speaks_or_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(ctx: ParallelContext) -> tuple[Any, ...]:
+        return ctx.world.link is None, ctx.speaks(), all_reduce_(torch.ones(1), ctx.data).item()
+
+    assert run(2, job) == [(False, "shared memory", 2.0)] * 2
+    assert run(2, job, "gloo") == [(True, "gloo", 2.0)] * 2
+    monkeypatch.setattr(shared, "_namespace", os.getpid)  # as of ranks in two containers
+    assert run(2, job, "auto") == [(True, "gloo", 2.0)] * 2
+    with pytest.raises(AssertionError, match=r"parallel\.transport = 'shared'"):
+        run(2, job, "shared")
+    monkeypatch.setattr(shared, "load", lambda: (None, "engine._shared is not available (of course)"))
+    assert run(2, job, "auto") == [(True, "gloo", 2.0)] * 2
+
+
+@pytest.mark.parametrize("transport", ["shared", "gloo"])
+def test_a_killed_rank_ends_the_others_with_one_message(
+    transport: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_LINGER_S", 0.0)
+    monkeypatch.setattr(launch, "_PATIENCE_S", 1.0)
+
+    def job(ctx: ParallelContext) -> int:
+        for step in range(1000):
+            if ctx.rank == 2 and step == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            started = [all_reduce_start(torch.ones(100_000), ctx.world) for _ in range(3)]
+            for pending in started:
+                pending.wait()
+        return 0
+
+    begin = time.monotonic()
+    results = launched(job, tmp_path, world=3, transport=transport)
+    told = [line for r in results for line in r.text.splitlines() if line.startswith("error: ")]
+    assert [r.code for r in results] == [1, 1, -signal.SIGKILL] and len(told) == 1, results
+    assert "lost contact with another rank, which went without a word (killed? out of memory?)" in told[0]
+    assert transport == "gloo" or "the process of rank 2 (" in told[0]
+    assert time.monotonic() - begin < 30
+
+
+def test_nothing_is_left_behind() -> None:
+    before = set(os.listdir("/dev/shm"))
+
+    def job(ctx: ParallelContext) -> int:
+        all_reduce_(torch.ones(1), ctx.data)
+        links = [entry.path for entry in os.scandir("/proc/self/fd")]
+        return sum("memfd" in os.readlink(path) for path in links if os.path.lexists(path))
+
+    assert run(2, job) == [0, 0]
+    assert set(os.listdir("/dev/shm")) - before == set()

@@ -48,9 +48,22 @@ template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load(const T* from) {
     return *reinterpret_cast<const Pack<T, N>*>(from);
 }
+// By the intrinsic for a plain store of a vector: assigned structs are often written value by value (seen in nvcc 13's PTX).
 template <int N, class T>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& x) {
-    *reinterpret_cast<Pack<T, N>*>(to) = x;
+    if constexpr (sizeof(T) == 2 && N > 1) {
+        const auto word = [&](int i) { return unsigned(x.at[2 * i].bits) | unsigned(x.at[2 * i + 1].bits) << 16; };
+        if constexpr (N == 8)
+            __stwb(reinterpret_cast<uint4*>(to), uint4{word(0), word(1), word(2), word(3)});
+        else
+            __stwb(reinterpret_cast<uint2*>(to), uint2{word(0), word(1)});
+    } else if constexpr (N == 4) {
+        __stwb(reinterpret_cast<float4*>(to), float4{x.at[0], x.at[1], x.at[2], x.at[3]});
+    } else if constexpr (N == 2) {
+        __stwb(reinterpret_cast<double2*>(to), double2{x.at[0], x.at[1]});
+    } else {
+        *to = x.at[0];
+    }
 }
 
 // Whether rows of `width` values that begin here can be read as packs: every pointer and the width are multiples.

@@ -75,7 +75,7 @@ OVER(over_u8, uint8_t)
 
 }  // namespace
 
-uint64_t size_of(Kind kind) {
+uint64_t size_of(Scalar kind) {
     constexpr uint64_t sizes[] = {4, 8, 2, 2, 8, 4, 1, 1};
     return sizes[int(kind)];
 }
@@ -90,16 +90,16 @@ const char* reduction_name(uint64_t reduction) {
     return reduction < 3 ? names[reduction] : "?";
 }
 
-void reduce(Kind kind, int reduction, const char* const* in, int n, char* to, int64_t count) {
+void reduce(Scalar kind, int reduction, const char* const* in, int n, char* to, int64_t count) {
     switch (kind) {
-        case Kind::f32: return over_f32(reduction, in, n, to, count);
-        case Kind::f64: return over_f64(reduction, in, n, to, count);
-        case Kind::bf16: return over_bf16(reduction, in, n, to, count);
-        case Kind::f16: return over_f16(reduction, in, n, to, count);
-        case Kind::i64: return over_i64(reduction, in, n, to, count);
-        case Kind::i32: return over_i32(reduction, in, n, to, count);
-        case Kind::u8: return over_u8(reduction, in, n, to, count);
-        case Kind::b8: return over_u8(reduction == kSum ? int(kMax) : reduction, in, n, to, count);
+        case Scalar::f32: return over_f32(reduction, in, n, to, count);
+        case Scalar::f64: return over_f64(reduction, in, n, to, count);
+        case Scalar::bf16: return over_bf16(reduction, in, n, to, count);
+        case Scalar::f16: return over_f16(reduction, in, n, to, count);
+        case Scalar::i64: return over_i64(reduction, in, n, to, count);
+        case Scalar::i32: return over_i32(reduction, in, n, to, count);
+        case Scalar::u8: return over_u8(reduction, in, n, to, count);
+        case Scalar::b8: return over_u8(reduction == kSum ? int(kMax) : reduction, in, n, to, count);
     }
     throw std::invalid_argument("no such type");
 }

@@ -5,16 +5,16 @@
 
 namespace trident {
 
-enum class Kind : int { f32 = 0, f64, bf16, f16, i64, i32, u8, b8 };  // b8: bytes that are 0 or 1
+enum class Scalar : int { f32 = 0, f64, bf16, f16, i64, i32, u8, b8 };  // b8: bytes that are 0 or 1
 
 enum Reduction : int { kSum = 0, kMax, kMin };
 
-uint64_t size_of(Kind kind);
+uint64_t size_of(Scalar kind);
 const char* name_of(uint64_t kind);
 const char* reduction_name(uint64_t reduction);
 
 // to[i] = in[0][i] (+) in[1][i] (+) ..., added from the left; half precision in float, rounded once. `to` may be one of
 // the arrays. Floating maxima and minima are NaN where any is; a sum of booleans is their maximum.
-void reduce(Kind kind, int reduction, const char* const* in, int n, char* to, int64_t count);
+void reduce(Scalar kind, int reduction, const char* const* in, int n, char* to, int64_t count);
 
 }  // namespace trident

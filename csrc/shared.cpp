@@ -54,7 +54,7 @@ namespace py = pybind11;
 
 namespace {
 
-using trident::Kind;
+using trident::Scalar;
 using Clock = std::chrono::steady_clock;
 using Counter = std::atomic<uint64_t>;
 static_assert(Counter::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
@@ -164,7 +164,7 @@ class Ring {
 
 struct Operation {
     What what;
-    Kind kind;
+    Scalar kind;
     int reduce;
     const char* from;
     char* to;
@@ -250,7 +250,7 @@ class Channel {
     // Starts a collective; returns its number, the first being 1.
     uint64_t start(int what, int kind, int reduce, uint64_t from, uint64_t to, uint64_t total) {
         const bool gather = what == kAllGather;
-        Operation op{What(what), gather ? Kind::u8 : Kind(kind), gather ? 0 : reduce, reinterpret_cast<const char*>(from),
+        Operation op{What(what), gather ? Scalar::u8 : Scalar(kind), gather ? 0 : reduce, reinterpret_cast<const char*>(from),
                      reinterpret_cast<char*>(to), total, 1, false};
         uint64_t chunk = std::min(kChunk, plan_.ring / 4) / op.size();
         if (what == kReduceScatter) chunk /= n_ - 1;

@@ -194,7 +194,7 @@ def connect(
                 continue
             try:
                 if space != _namespace():
-                    raise FileNotFoundError("another host, or another space of process ids")
+                    raise FileNotFoundError("another host, or another namespace of processes or network")
                 file = os.open(f"/proc/{pid}/fd/{theirs[index]}", os.O_RDWR | os.O_CLOEXEC)
                 try:
                     channels[ranks] = channel(file, ranks, number + index)
@@ -222,5 +222,6 @@ def sizes(ranks: int) -> tuple[int, int]:
 
 
 def _namespace() -> int:
-    """A number for the space of this process's id."""
-    return os.stat("/proc/self/ns/pid").st_ino
+    """A number for the space of this process's id and for its network: who was put on another is another host."""
+    processes, network = (os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "net"))
+    return processes * 1_000_003 + network

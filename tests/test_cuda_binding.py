@@ -7,6 +7,7 @@ operators run on them as they are. And nvcc compiles every kernel file for the G
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,18 @@ def test_nvcc_compiles(source: str, tmp_path: Path) -> None:
     gencode = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
     command = [str(NVCC), "-std=c++17", "-O3", "-Werror", "all-warnings", *gencode, "-c"]
     run([*command, str(ROOT / "csrc" / source), "-o", str(tmp_path / "kernels.o")])
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+def test_packs_are_read_and_written_at_once(tmp_path: Path) -> None:
+    """In PTX: every access of a kernel over packs of 8 bf16 is 16 bytes wide (nvcc has split stores of structs)."""
+    source, ptx = str(ROOT / "csrc/model_cuda.cu"), tmp_path / "model.ptx"
+    run([str(NVCC), "-std=c++17", "-O3", "-arch=sm_90", "-ptx", source, "-o", str(ptx)])
+    bodies = re.findall(r"\.entry \S*(?:turn|gate_\w+?)INS_4bf16ELi8E(.*?)^}", ptx.read_text(), re.M | re.S)
+    assert len(bodies) == 2 + 2 * 3  # turned and back; three gates, forward and backward
+    for body in bodies:
+        accesses = re.findall(r"\b(?:ld|st)\.global\.\S+", body)
+        assert len(accesses) >= 3 and all(".v4.u32" in access for access in accesses), accesses
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from test_native_ops import (  # noqa: F401
     test_a_norm_after_a_sum_is_the_two_in_turn,
     test_adamw,
     test_bf16_rounds_as_torch_does,
-    test_cross_entropy_ways_agree,
     test_kernels_equal_the_float64_reference,
     test_references_run_where_kernels_are_refused,
+    test_softmax_ways_agree,
 )
 from test_ops import (  # noqa: F401
     test_other_norms,

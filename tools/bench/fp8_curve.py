@@ -1,6 +1,6 @@
 """Losses of a small model in bf16 and in both kinds of fp8, as a picture: docs/images/fp8.png.
 
-python tools/bench/fp8_curve.py --steps 300      # on a CPU, where fp8 is emulated by rounding: minutes
+python tools/bench/fp8_curve.py --steps 200      # on a CPU, where fp8 is emulated by rounding: minutes
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Options:
-    steps: int = 300
+    steps: int = 200
     hidden: int = 128
     """width of the 4 layers; sequences of 128 bytes, 16 a step"""
     device: str = "cpu"

@@ -75,8 +75,9 @@ def main() -> None:
     import gpu_ops
     import gpu_step
     import torch
-    from gpu_measure import TINY, Session, Sizes, measure_limits
+    from gpu_measure import TINY, Session, Sizes, measure_limits, rows_of
     from machine import describe
+    from report import header, show_rows
 
     device = torch.device(o.device, 0) if o.device == "cuda" else torch.device("cpu")
     out = o.out or Path(os.environ.get("OUT", ".")) / "gpu.json"
@@ -98,7 +99,8 @@ def main() -> None:
         sections[name]()
         session.results.setdefault("seconds", {})[name] = time.monotonic() - began
         session.save()
-    print("\n" + summary(session.results), flush=True)
+    show_rows(f"{machine['gpu']}; {header(machine)}", rows_of(session.results))
+    print(summary(session.results), flush=True)
 
 
 def checks(session: Session) -> None:

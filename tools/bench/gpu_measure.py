@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import Row, as_json
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ class Session:
         """Write what is known, whole or not at all."""
         facts = {"machine": self.machine, "command": shlex.join(sys.argv)}
         facts["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        rows = [as_json(row) for row in rows_of(self.results)]
         beside = self.out.with_suffix(".part")
-        beside.write_text(json.dumps(facts | {"rows": rows_of(self.results), "details": self.results}, indent=1) + "\n")
+        beside.write_text(json.dumps(facts | {"rows": rows, "details": self.results}, indent=1) + "\n")
         beside.replace(self.out)
 
     def attempt(self, what: str, measure: Callable[..., None], *arguments: Any, **more: Any) -> None:
@@ -139,29 +141,18 @@ class Session:
         return float(self.results["limits"][0][name])
 
 
-def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures as every script of this folder writes them: ours, a peer's, the machine's limit."""
+def rows_of(results: dict[str, Any]) -> list[Row]:
+    """The figures as every script of this folder has them: ours, a peer's, the machine's limit."""
     rows = []
     for found in (row for section in ("step", "variants", "ops") for row in results.get(section, ())):
-        row: dict[str, Any] = {"what": found["what"], "peer": "", "peers": [], "note": ""}
         if "tokens_per_s" in found:
-            rate = found["tokens_per_s"]
-            rates = [rate * statistics.median(found["step_s"]) / seconds for seconds in found["step_s"]]
-            limits = [rate / found["share"]]
-            row |= {"unit": "tokens/s", "ours": rates, "limit": "at the large product's FLOP/s", "limits": limits}
-            row |= {"more": True, "ratio": None, "share": found["share"]}
+            rate, middle = found["tokens_per_s"], statistics.median(found["step_s"])
+            rates, limits = [rate * middle / seconds for seconds in found["step_s"]], [rate / found["share"]]
+            rows.append(Row(found["what"], "tokens/s", rates, limit="large product", limits=limits))
         elif "us" in found:
-            row |= {
-                "unit": "us",
-                "ours": [found["us"]],
-                "limit": "bytes or FLOPs",
-                "limits": [found["us"] * found["share"]],
-            }
-            row |= {"peer": "torch", "peers": [found["us"] * found["torch_ratio"]], "more": False}
-            row |= {"ratio": found["torch_ratio"], "share": found["share"]}
-        else:
-            continue
-        rows.append(row)
+            ours, theirs, floor = found["us"], found["us"] * found["torch_ratio"], found["us"] * found["share"]
+            limit = "bytes or FLOPs"
+            rows.append(Row(found["what"], "us", [ours], "torch", [theirs], limit, [floor], more=False))
     return rows
 
 

@@ -98,8 +98,8 @@ class Options:
     """seconds after which a run of one case is given up"""
     peers_env: Path = field(default_factory=lambda: Path(__file__).resolve().parents[2] / "build/bench-peers")
     """folder of the peers' packages; made on first use"""
-    no_peers: bool = False
-    """leave out what is not installed with the engine"""
+    peers: bool = True
+    """compare with what is not installed with the engine"""
     gemm_size: int = 4096
     """rows and columns of the matrix product whose speed is the limit"""
     json: Path | None = None

@@ -205,7 +205,7 @@ def chosen(o: Options) -> tuple[str, ...]:
         if unknown := set(words) - set(known):
             sys.exit(f"not known: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     names = o.cases or tuple(name for name, case in CASES.items() if case.column in o.columns)
-    return tuple(name for name in CASES if name in names and not (o.no_peers and CASES[name].peer))
+    return tuple(name for name in CASES if name in names and (o.peers or not CASES[name].peer))
 
 
 def one_round(

@@ -25,6 +25,18 @@
 struct uint3 {
     unsigned x, y, z;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) double2 {
+    double x, y;
+};
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -95,6 +107,10 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by) {
     return emulator::shuffle(mask, value, from < warpSize ? from : emulator::lane());
 }
 
+template <class T>
+void __stwb(T* to, T value) {
+    *to = value;
+}
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline float __expf(float x) { return std::exp(x); }
 

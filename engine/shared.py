@@ -26,10 +26,7 @@ from torch import Tensor
 
 from engine.built import why_not
 
-RING, PAIR_RING = (
-    16 << 20,
-    4 << 20,
-)  # bytes of a rank's ring for collectives, and of that for messages to one other rank
+RING, PAIR_RING = 16 << 20, 4 << 20  # bytes of a rank's ring for collectives, and of that for messages to one other
 _MOST = 1 << 30  # of all rings of a group, in either use; only what was used once takes memory
 _PAGE = 4096
 _LOOK_S = 0.1

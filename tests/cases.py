@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,16 @@ MODEL = {
     "ffn_size": 48,
     "max_seq_len": 64,
 }
+
+
+def same_bytes(a: Path, b: Path) -> None:
+    """AssertionError unless two files are equal, with the first byte that is not. (pytest, asked to compare the bytes
+    themselves, draws up their difference line by line where CI is set in the environment: minutes for a checkpoint.)"""
+    x, y = (np.frombuffer(path.read_bytes(), np.uint8) for path in (a, b))
+    if len(x) != len(y):
+        raise AssertionError(f"{a} has {len(x)} bytes, {b} has {len(y)}")
+    if (different := np.flatnonzero(x != y)).size:
+        raise AssertionError(f"{a} and {b} differ in {different.size} of {len(x)} bytes, first at {different[0]}")
 
 
 def resolve(world: int = 1, **overrides: Any) -> Resolved:

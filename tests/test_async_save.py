@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import config, layout_of, random_batches, resolve
+from cases import config, layout_of, random_batches, resolve, same_bytes
 from harness import run_ranks
 
 import engine.train as train_module
@@ -94,12 +94,14 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path, case: str) -> 
         a, b = (step_dir(tmp_path / name, step) for name in ("waits", "background"))
         assert sorted(os.listdir(a)) == sorted(os.listdir(b)) and len(os.listdir(a)) == 3
         for name in os.listdir(a):
-            assert (a / name).read_bytes() == (b / name).read_bytes(), (step, name)
+            same_bytes(a / name, b / name)
         different.append((a / "rank00000.safetensors").read_bytes())
     assert different[0] != different[1]
 
 
-@pytest.mark.parametrize("guarded", [True, pytest.param(False, marks=pytest.mark.xfail(strict=True))])
+@pytest.mark.parametrize(
+    "guarded", [True, pytest.param(False, marks=pytest.mark.xfail(strict=True, raises=AssertionError))]
+)
 def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool) -> None:
     """The copy is slow: the next step's forward and backward overtake it, its update must not (unguarded it would)."""
     copy = staging._copy
@@ -128,7 +130,7 @@ def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.Monkey
     assert max(run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads)) < 0.4
     for name in os.listdir(tmp_path / "waits/step_00000001"):
         a, b = (tmp_path / root / "step_00000001" / name for root in ("waits", "background"))
-        assert a.read_bytes() == b.read_bytes()
+        same_bytes(a, b)
 
 
 class Slow(Disk):
@@ -279,7 +281,7 @@ def test_stopped_at_random_moments(tmp_path: Path, moments: int) -> None:
     theirs, _ = read_metrics(tmp_path / "undisturbed")
     assert len(ours) == steps[-1] and [ours[s]["loss"] for s in ours] == [theirs[s]["loss"] for s in ours]
     last = step_dir(root, steps[-1]) / "rank00001.safetensors"
-    assert last.read_bytes() == (step_dir(tmp_path / "undisturbed/checkpoints", steps[-1]) / last.name).read_bytes()
+    same_bytes(last, step_dir(tmp_path / "undisturbed/checkpoints", steps[-1]) / last.name)
     print(
         f"SIGTERM at {moments} random moments: {moments} exits 75, step {steps[-1]} reached, every loss bitwise equal"
     )

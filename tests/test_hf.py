@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, layout_of, random_batches
+from cases import config, layout_of, random_batches, same_bytes
 from harness import run_ranks
 from hf_models import MODELS, save
 from safetensors import safe_open
@@ -203,7 +203,7 @@ def test_what_lies_beside_the_weights_comes_back(tmp_path: Path) -> None:
     assert any("attn_pdrop 0.1: the engine trains without dropout" in note for note in notes)
     export(folder, tmp_path / "back", dtype=None, tokenizer=tmp_path / "run/tokenizer", eod=3)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+        same_bytes(tmp_path / "back" / name, tmp_path / "hf" / name)
     assert meaning(tmp_path / "hf") == meaning(tmp_path / "back")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import same_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,7 @@ def test_training_is_deterministic_and_saves(tokenizer: Tokenizer, tmp_path: Pat
         assert loaded.encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
     loaded.save(tmp_path / "again")
     for file in (tmp_path / "t").iterdir():
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+        same_bytes(tmp_path / "again" / file.name, file)
 
 
 @settings(deadline=None, max_examples=100)

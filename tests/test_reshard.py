@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assemble, config, held_pieces, layout_of, random_batches
+from cases import assemble, config, held_pieces, layout_of, random_batches, same_bytes
 from harness import run_ranks
 
 from engine.checkpoint.format import MANIFEST, read_manifest, step_dir
@@ -105,7 +105,7 @@ def pairs(tmp_path: Path, names: list[str], dtype: torch.dtype, **overrides: Any
             compared += 1
         a, b = step_dir(tmp_path / target, STEP), step_dir(tmp_path / f"{target} again", STEP)
         for file in set(os.listdir(a)) - {MANIFEST}:  # what was loaded and saved again is the same, to the last byte
-            assert (a / file).read_bytes() == (b / file).read_bytes(), (target, file)
+            same_bytes(a / file, b / file)
         first, again = read_manifest(a), read_manifest(b)
         assert [parent.checkpoint for parent in again.lineage] == [str(a)] and not first.lineage
         assert again.model_copy(update={"lineage": ()}) == first, target

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import same_bytes
 
 import engine.data.encoding as module
 from engine.data import parts, sources
@@ -150,7 +151,7 @@ def test_killed_with_the_tokenizer_to_train(tmp_path: Path, monkeypatch: pytest.
     corpus(tmp_path / "other")
     run(tmp_path / "other", tmp_path / "other/new", train_vocab_size=300)
     for name in ("out-train.bin", "out-valid.idx", "new/tokenizer.json", "out-tokenizer/tokenizer.json"):
-        assert (tmp_path / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+        same_bytes(tmp_path / name, tmp_path / "other" / name)
 
 
 PROGRAM = """
@@ -181,7 +182,7 @@ def test_sigkill_of_the_command(tmp_path: Path, tokenizer: Path) -> None:
     assert "going on with" in done.stdout
     prepare([tmp_path / "in.jsonl"], str(tmp_path / "whole"), tokenizer=tokenizer)
     for suffix in ("bin", "idx", "json"):
-        assert (tmp_path / f"out-train.{suffix}").read_bytes() == (tmp_path / f"whole-train.{suffix}").read_bytes()
+        same_bytes(tmp_path / f"out-train.{suffix}", tmp_path / f"whole-train.{suffix}")
 
 
 def begun(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, at: int = 42, **options: Any) -> Path:
@@ -387,6 +388,6 @@ def test_the_command_reads_standard_input_on_any_number_of_workers(tmp_path: Pat
     assert done.returncode == 0 and run_one.encoder.encode() in done.stdout, done.stderr
     for name in ("one", "piped"):
         for suffix in ("bin", "idx"):
-            assert (tmp_path / f"{name}-train.{suffix}").read_bytes() == (tmp_path / f"out-train.{suffix}").read_bytes()
+            same_bytes(tmp_path / f"{name}-train.{suffix}", tmp_path / f"out-train.{suffix}")
     wrong = subprocess.run([*command[:-1], "-1"], input=b"", capture_output=True, timeout=100, cwd=ROOT)
     assert wrong.returncode == 2 and b"--workers = -1: is below 0" in wrong.stderr

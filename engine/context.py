@@ -107,8 +107,8 @@ def make_context(
         "ends": layout.ends_group(rank),
         "alone": (rank,),
     }
-    # NCCL runs what a group is asked for in turn: on GPUs an axis with all ranks has a group of its own, else each small
-    # agreement of the world would wait until that axis has gathered all weights.
+    # NCCL runs what a group is asked for in turn: on GPUs an axis with all ranks has a group of its own, else each
+    # small agreement of the world would wait until that axis has gathered all weights.
     on_gpu = torch.device(device).type == "cuda"
     groups = {name: (ranks, on_gpu and name == "world") for name, ranks in members.items()}
     axes: dict[str, Axis] = {}
@@ -125,7 +125,8 @@ def make_context(
     links = _share(members, rank, layout.world, torch.device(device), timeout_s, transport) if made else {}
     for name, ranks in members.items():
         shown = "tensor" if name in ("sequence", "copies") else name
-        axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, made.get(groups[name]), traffic, links.get(ranks))
+        group, link = made.get(groups[name]), links.get(ranks)
+        axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, group, traffic, link)
     return ParallelContext(layout=layout, rank=rank, device=torch.device(device), dtype=dtype, **axes)
 
 

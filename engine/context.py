@@ -97,7 +97,7 @@ def make_context(
     transport: of ranks on CPUs. auto: shared memory on the axes whose ranks are on one host, else gloo; gloo: only
     that; shared: ConfigError on every rank if any axis cannot have shared memory.
     """
-    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+    made: dict[tuple[tuple[int, ...], bool], dist.ProcessGroup | None] = {}
     members = {
         "world": tuple(range(layout.world)),
         **{axis: layout.group(axis, rank) for axis in ("tensor", "data", "context", "pipeline")},
@@ -107,21 +107,37 @@ def make_context(
         "ends": layout.ends_group(rank),
         "alone": (rank,),
     }
+    # NCCL runs what a group is asked for in turn: on GPUs an axis with all ranks has a group of its own, else each
+    # small agreement of the world would wait until that axis has gathered all weights.
+    on_gpu = torch.device(device).type == "cuda"
+    groups = {name: (ranks, on_gpu and name == "world") for name, ranks in members.items()}
     axes: dict[str, Axis] = {}
     traffic: dict[tuple[str, str], float] = defaultdict(float)
-    for ranks in members.values():
-        if connect and len(ranks) > 1 and ranks not in made:
-            whole = len(ranks) == layout.world
-            made[ranks] = (
+    for name, ranks in members.items():
+        if connect and len(ranks) > 1 and groups[name] not in made:
+            made[groups[name]] = (
                 dist.group.WORLD
-                if whole
+                if name == "world"
                 else dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
             )
+    if on_gpu and made:
+        _greet(list(made.values()), torch.device(device))
     links = _share(members, rank, layout.world, torch.device(device), timeout_s, transport) if made else {}
     for name, ranks in members.items():
         shown = "tensor" if name in ("sequence", "copies") else name
-        axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, made.get(ranks), traffic, links.get(ranks))
+        group, link = made.get(groups[name]), links.get(ranks)
+        axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, group, traffic, link)
     return ParallelContext(layout=layout, rank=rank, device=torch.device(device), dtype=dtype, **axes)
+
+
+def _greet(groups: list[dist.ProcessGroup | None], device: torch.device) -> None:
+    """Have NCCL connect every group now, at the same point on all ranks.
+
+    It does so in the first call, which waits on the host for all ranks of the group. In the middle of a step that could
+    meet ranks that wait for others; and a batch of messages, of two ranks of a group only, may not be the first call.
+    """
+    for group in groups:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def _share(

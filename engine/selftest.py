@@ -162,7 +162,7 @@ def try_ops(device: torch.device) -> Iterator[Tried]:
 
 def _try(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tried:
     draw = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
+    inputs = [torch.randn(shape, generator=draw, device="cpu").to(device, dtype) for shape in shapes]
     watch, tolerance = _Watch(), TOLERANCE[dtype]
     try:
         with watch, native.forced(kernels=native.load()[0] is not None):

@@ -199,8 +199,9 @@ def train_step(
 def count_tokens(batches: Sequence[MicroBatch], ctx: ParallelContext) -> int:
     """Tokens that count in the loss, over the microbatches of all data ranks."""
     total = sum(int(b.mask.sum()) for b in batches)
-    if ctx.data.size > 1:
-        total = int(all_reduce_(torch.tensor(total, device=ctx.device), ctx.data).item())
+    if ctx.data.size > 1:  # over the world: the data axis may still gather the weights of the step before
+        speaks = ctx.tensor.rank == ctx.pipeline.rank == 0
+        total = int(all_reduce_(torch.tensor(total * speaks, device=ctx.device), ctx.world).item())
     if total == 0:
         raise DataError("no token of this global batch counts in the loss: every mask is empty; look at the data")
     return total

@@ -239,7 +239,7 @@ LOSS = [
         "loss_is_a_mean_of_data_rank_means",
         "each data rank divides by its own count of tokens (torchtune#1875, Fast-LLM#426)",
         "engine/train.py",
-        "total = int(all_reduce_(torch.tensor(total, device=ctx.device), ctx.data).item())",
+        "total = int(all_reduce_(torch.tensor(total * speaks, device=ctx.device), ctx.world).item())",
         "total = total * ctx.data.size",
         small("data"),
     ),

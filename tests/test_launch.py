@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from engine import launch
+from engine import context, launch
 from engine.comm import all_reduce_, gather_json, raise_together
-from engine.context import ParallelContext
+from engine.context import ParallelContext, make_context
 from engine.errors import ConfigError, DataError, EngineError, Fault, TrainingError
 from engine.launch import Env, StopRequest, run
 from engine.layout import Layout
@@ -380,3 +380,20 @@ def test_the_same_signal_passed_on_by_the_launcher_is_one_request(
     log = tmp_path / "log"
     with forked(body, log) as pid:
         assert ended(pid, log) == Ended(128 + signal.SIGTERM, "still here\n")
+
+
+def test_on_gpus_the_world_does_not_queue_behind_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An axis with all ranks has a group of its own there, and every group is connected once, in order."""
+    greeted: list[Any] = []
+    monkeypatch.setattr(context, "_greet", lambda groups, device: greeted.extend(groups))
+
+    def job(ctx: ParallelContext) -> bool:
+        on_gpu = make_context(
+            ctx.layout, ctx.rank, num_kv_heads=1, dtype=torch.bfloat16, device="cuda:0", connect=True, timeout_s=30.0
+        )
+        assert ctx.world.group is ctx.data.group and not ctx.tensor.group
+        assert greeted == [on_gpu.world.group, on_gpu.data.group]
+        all_reduce_(torch.ones(1), ctx.world)  # the other rank may still be connecting to this one
+        return on_gpu.world.group is not on_gpu.data.group
+
+    assert run_ranks(Layout(2, data=2), job) == [True, True]

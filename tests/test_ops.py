@@ -135,7 +135,7 @@ def rope_reference(x: Tensor, theta: float) -> Tensor:
     """Hugging Face's rotate_half on [b, n, s, d], angles from numpy."""
     s, d = x.shape[-2:]
     angle = np.arange(s)[:, None] / theta ** (np.arange(0, d, 2) / d)
-    angle = torch.from_numpy(np.concatenate([angle, angle], -1))
+    angle = torch.from_numpy(np.concatenate([angle, angle], -1)).to(x.device)
     half = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
     return x * angle.cos() + half * angle.sin()
 

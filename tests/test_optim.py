@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -339,3 +341,14 @@ def test_flops_of_a_7b_are_6n(preset: str) -> None:
     assert matmul_parameters(cfg) == num_parameters(cfg) - cfg.vocab_size * cfg.hidden_size - norms
     assert flops_per_token(cfg, 2) == pytest.approx(6 * matmul_parameters(cfg), rel=1e-3)
     assert 0.9 < flops_per_token(cfg, 2048) / (6 * num_parameters(cfg)) < 1.1
+
+
+def test_a_state_that_is_done_with_is_freed() -> None:
+    """Parameters and buckets hold each other; nothing that gc does not see may hold them too."""
+    params, buckets = make(F64, F64, values(0))
+    x = params[0].sum()
+    x.backward()
+    kept = weakref.ref(buckets.buckets[0])
+    del params, buckets, x
+    gc.collect()
+    assert kept() is None

@@ -49,10 +49,13 @@ class MicroBatch:
     documents: Documents | None = None  # of [b, s]: which document of its row each token is of; None: all one
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same data on a device. To a GPU by pinned memory: from elsewhere every copy would be waited for."""
+        """The same data on a device. To a GPU by pinned memory: from elsewhere every copy would be waited for.
+
+        And from rows that lie one after another: others torch first copies to memory that is not pinned.
+        """
 
         def move(x: torch.Tensor) -> torch.Tensor:
-            pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+            pinned = x.contiguous().pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
             return pinned.to(device, non_blocking=True)
 
         sources = None if self.sources is None else move(self.sources)

@@ -237,12 +237,15 @@ def _route(p: Parameter, bucket: Bucket, index: int, owner: GradBuckets) -> None
     p.main_grad = bucket.view(bucket.grads, index)
     p.on_grad = lambda: owner._arrived(bucket)
 
-    def move(_: Tensor) -> None:
-        if p.grad is None:  # our own op has added it; torch 2.13 calls the hook all the same
-            return
-        assert p.main_grad is not None and p.on_grad is not None
-        p.main_grad.add_(p.grad)
-        p.grad = None
-        p.on_grad()
+    p.register_post_accumulate_grad_hook(_move)
 
-    p.register_post_accumulate_grad_hook(move)
+
+def _move(p: Tensor) -> None:
+    """The hook of all parameters. It holds none itself: Python cannot free what a hook holds of the tensor it is on."""
+    assert isinstance(p, Parameter)
+    if p.grad is None:  # our own op has added it; torch 2.13 calls the hook all the same
+        return
+    assert p.main_grad is not None and p.on_grad is not None
+    p.main_grad.add_(p.grad)
+    p.grad = None
+    p.on_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import shlex
@@ -96,10 +97,14 @@ class Session:
             last = traceback.extract_tb(error.__traceback__)[-1]
             at = f"{Path(last.filename).name}:{last.lineno}"
             self.record(what, failed=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]} ({at})")
-            self.forget()
+        self.forget()  # out here: the error holds what was there when it came
 
     def forget(self) -> None:
-        """Give cached memory back, so that one measurement does not starve the next."""
+        """Free what is done with, and give it back: one measurement must not starve the next.
+
+        A training state is a circle (parameters know their buckets, these their parameters): only gc frees it.
+        """
+        gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 
@@ -109,14 +114,20 @@ class Session:
             torch.cuda.synchronize()
 
     def time_s(self, work: Callable[[], Any]) -> float:
-        """Median seconds of work(), after three calls that warm up; on a GPU by events in its queue."""
+        """Median seconds of work(), after three calls that warm up.
+
+        On a GPU by events in its queue. Where the host takes longer to launch than the device to run, the queue is held
+        until it is filled: else the host would be timed.
+        """
         for _ in range(3):
             work()
         self.synchronize()
         began = time.perf_counter()
         work()
+        launch_s = time.perf_counter() - began
         self.synchronize()
-        count = max(3, min(200, int(self.sizes.repeat_s / max(time.perf_counter() - began, 1e-6))))
+        whole_s = max(time.perf_counter() - began, 1e-6)
+        count = max(3, min(200, int(self.sizes.repeat_s / whole_s)))
         if not self.cuda:
             seconds = []
             for _ in range(count):
@@ -124,7 +135,11 @@ class Session:
                 work()
                 seconds.append(time.perf_counter() - began)
             return statistics.median(seconds)
+        held = launch_s > whole_s / 2
+        count = min(count, 40) if held else count  # a queue takes about a thousand launches
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        if held:
+            torch.cuda._sleep(int(2 * launch_s * count * 2e9))  # in cycles, of which a second has less than 2e9
         marks[0].record()
         for mark in marks[1:]:
             work()

@@ -11,7 +11,8 @@ from harness import run_ranks
 
 from engine.comm import all_reduce_
 from engine.config import Config
-from engine.context import ParallelContext
+from engine.context import ParallelContext, make_context
+from engine.monitor.progress import Progress
 from engine.ops.activation import activation
 from engine.ops.compiled import compiled
 from engine.pipeline.executor import execute
@@ -91,3 +92,24 @@ def test_what_cannot_be_one_graph_is_an_error() -> None:
     with pytest.raises(Exception, match=r"(?i)data-dependent"):
         compiled(asks_for_a_value)(torch.ones(3))
     assert compiled(activation) is compiled(activation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"train_compile": True}, "; between products: torch.compile"),
+        (
+            {"train_compile": True, "train_precision": "bf16", "train_fp8": "rowwise", "model_ffn_size": 64}
+            | {"model_head_dim": 16},
+            "; products of blocks: fp8 rowwise; between products: torch.compile",
+        ),
+    ],
+    ids=["plain", "compile", "fp8"],
+)
+def test_a_run_says_what_computes(changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config(1, **changes)
+    ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float64)
+    Progress(cfg, ctx, 1).start(0, "", 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kernels: ")]
+    assert line.partition("attention: ")[2].partition(";")[0] in ("own", "sdpa") and line.endswith(said or "sdpa")

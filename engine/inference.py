@@ -39,7 +39,8 @@ def config_of(
         }
     )
     batch = config.train.micro_batch_size * data
-    train = config.train.model_copy(update={"global_batch_size": -(-config.train.global_batch_size // batch) * batch})
+    whole = -(-config.train.global_batch_size // batch) * batch
+    train = config.train.model_copy(update={"global_batch_size": whole, "fp8": "none"})
     return config.model_copy(update={"parallel": parallel, "train": train})
 
 

@@ -270,6 +270,8 @@ def _one_of_two(pipe: Connection, rank: int, file: str, transport: str, timeout_
         else:
             ctx.world.link.all_reduce(number, "sum").wait()
         answer = "" if number.item() == 3.0 else f"the sum of 1 and 2 came out as {number.item()}"
+    except ConfigError as error:
+        answer = error.faults[0].relation
     except Exception as error:
         answer = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     pipe.send_bytes(answer.encode())

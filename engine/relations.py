@@ -119,10 +119,6 @@ def _nearest_tensor(m: ModelConfig, to: int) -> int:
     return min((d for d in degrees if not kv % d or not d % kv), key=lambda d: (abs(d - to), d))
 
 
-def _nearest_divisor(number: int, to: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - to), d))
-
-
 def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
     p = cfg.parallel
     for name in ("context", "expert"):

@@ -30,6 +30,7 @@ RING, PAIR_RING = 16 << 20, 4 << 20  # bytes of a rank's ring for collectives, a
 _MOST = 1 << 30  # of all rings of a group, in either use; only what was used once takes memory
 _PAGE = 4096
 _LOOK_S = 0.1
+_WORDS = 256  # bytes of a reason that the other ranks are told
 _GROUP, _SENT, _RECEIVED = range(3)
 _ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER = 1, 2, 3
 _KINDS = (
@@ -49,9 +50,12 @@ _OP_OF = {"sum": 0, "max": 1, "min": 2}
 def load() -> tuple[Any, str]:
     """(the extension or None, what there is to say about it)."""
     try:
-        return importlib.import_module("engine._shared"), "engine._shared"
+        module = importlib.import_module("engine._shared")
     except ImportError as error:
         return None, f"engine._shared is not available ({why_not('engine._shared') or error})"
+    if missing := [name for name in ("memfd_create", "pidfd_open") if not hasattr(os, name)]:
+        return None, f"engine._shared cannot be used: this Python was built without os.{missing[0]}"
+    return module, "engine._shared"
 
 
 @dataclass(frozen=True)
@@ -157,23 +161,24 @@ Gather = Callable[[list[int]], list[list[int]]]
 def connect(
     members: Mapping[str, tuple[int, ...]], rank: int, world: int, gather: Gather, timeout_s: float
 ) -> tuple[dict[tuple[int, ...], Link], str]:
-    """Links of the groups of this rank that share memory, by their ranks, and why a group has none. Collective.
+    """Links of the groups of this rank that share memory, by their ranks, and why some group, of any rank, has none
+    (the same words on all ranks; empty where all have). Collective.
 
     members: the groups by name, every name on every rank; each name's groups share no rank. gather: every rank's list
     of integers, all of one length.
     """
     module, why = load()
+    why = "" if module is not None else why
     names = list(members)
     firsts = {ranks: index for index, ranks in reversed(list(enumerate(members.values())))}
     wanted = {ranks: index for ranks, index in firsts.items() if len(ranks) > 1}
     files: dict[int, int] = {}
     channels: dict[tuple[int, ...], Any] = {}
     token = secrets.randbits(48)
-    spin = world <= len(os.sched_getaffinity(0))
 
     def channel(file: int, ranks: tuple[int, ...], number: int) -> Any:
         ring, pair_ring = sizes(len(ranks))
-        make = ranks[0] == rank
+        make, spin = ranks[0] == rank, world <= len(os.sched_getaffinity(0))
         return module.Channel(file, number, ranks.index(rank), len(ranks), ring, pair_ring, make, spin)
 
     try:
@@ -201,15 +206,18 @@ def connect(
                 why = f"rank {rank} cannot open the memory of rank {ranks[0]}: {error}"
         links: dict[tuple[int, ...], Link] = {}
         for ranks, made in channels.items():
-            with suppress(OSError):  # a system without pidfd_open: nobody could tell who has ended
+            try:
                 links[ranks] = Link(made, ranks, [rows[r][0] for r in ranks], timeout_s)
-        good = gather([int(len(ranks) == 1 or ranks in links) for ranks in members.values()])
+            except OSError as error:  # nobody could tell who has ended
+                why = f"rank {rank} cannot watch the other processes: {error}"
+        flags = [int(len(ranks) == 1 or ranks in links) for ranks in members.values()]
+        good = gather([*flags, *why.encode()[:_WORDS].ljust(_WORDS)])
     finally:
         for file in files.values():
             os.close(file)
     shared = {r: link for r, link in links.items() if all(good[other][wanted[r]] for other in r)}
-    everywhere = all(all(row) for row in good)
-    return shared, "" if everywhere else why if len(shared) < len(wanted) else "ranks of other groups cannot"
+    told = (bytes(row[len(flags) :]).decode(errors="replace").strip() for row in good)
+    return shared, next(filter(None, told), "")
 
 
 def sizes(ranks: int) -> tuple[int, int]:

@@ -68,7 +68,10 @@ def test_a_peer_that_does_other_work_is_not_compared() -> None:
         return {"tokens_per_s": speed, "others": others, "peak_sum_mib": 1.0, "first_step_s": 1.0}
 
     runs = {"engine": [run(3.0), run(3.0, 0.5)], "loop": [run(2.0), run(1.0)], "litgpt": [run(9.0), run(9.0)]}
-    rows = rows_of(o, runs, {"litgpt": "other work"}, [{"torch": 1.0}, {"torch": 1.0}])
+    doubts = {"litgpt": "other work", "olmo": "no such package", "trainer": "no such package", "data.litgpt": "slow"}
+    rows = rows_of(o, runs, doubts, [{"torch": 1.0}, {"torch": 1.0}])
+    left_out = "litgpt, compiled (other work); OLMo-core, HF Trainer, compiled (no such package)"
+    assert rows[0].note == f"not compared: {left_out}" and rows[1].note == rows[2].note == ""
     assert rows[0].peer == "transformers loop" and rows[0].ours == [3.0] and rows[0].peers == [2.0]
     assert paired(o, runs["engine"][1:], runs["loop"][1:]) == ([0], "disturbed")
 

@@ -9,20 +9,26 @@ import torch
 from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
 from harness import run_ranks
 
+from engine.comm import all_reduce_
 from engine.config import Config
-from engine.context import ParallelContext
+from engine.context import ParallelContext, make_context
+from engine.monitor.progress import Progress
 from engine.ops.activation import activation
 from engine.ops.compiled import compiled
+from engine.pipeline.executor import execute
+from engine.pipeline.schedules import forward_only
 from engine.train import setup, train_step
 
 
 def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
-    """Losses of two steps, the second's gradients, and the weights."""
+    """Losses of two steps and of a validation, the second step's gradients, and the weights."""
 
     def job(ctx: ParallelContext) -> Any:
         state = setup(cfg, ctx)
-        found = [train_step(state, random_batches(cfg, ctx, step)) for step in range(2)]
-        return [step.loss for step in found], gradients_of(state), weights_of(state)
+        found = [train_step(state, random_batches(cfg, ctx, step)).loss for step in range(2)]
+        grads, batches = gradients_of(state), random_batches(cfg, ctx, 2)
+        scored = execute(forward_only(state.plan, len(batches)), state.stages, ctx, batches, token_weight=1.0)
+        return [*found, float(all_reduce_(scored.sum(), ctx.world))], grads, weights_of(state)
 
     ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, timeout_s=400)
     return ranks[0][0], assemble([r[1] for r in ranks]), assemble([r[2] for r in ranks])
@@ -32,6 +38,7 @@ def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
     "layout",
     [
         {},
+        {"model_qk_norm": True, "train_recompute": "selective"},
         pytest.param({"parallel_tensor": 2, "train_recompute": "selective"}, marks=pytest.mark.heavy),
         pytest.param(
             {"parallel_pipeline": 2, "parallel_schedule": "zb-h1", "train_recompute": "full"}, marks=pytest.mark.heavy
@@ -85,3 +92,24 @@ def test_what_cannot_be_one_graph_is_an_error() -> None:
     with pytest.raises(Exception, match=r"(?i)data-dependent"):
         compiled(asks_for_a_value)(torch.ones(3))
     assert compiled(activation) is compiled(activation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"train_compile": True}, "; between products: torch.compile"),
+        (
+            {"train_compile": True, "train_precision": "bf16", "train_fp8": "rowwise", "model_ffn_size": 64}
+            | {"model_head_dim": 16},
+            "; products of blocks: fp8 rowwise; between products: torch.compile",
+        ),
+    ],
+    ids=["plain", "compile", "fp8"],
+)
+def test_a_run_says_what_computes(changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config(1, **changes)
+    ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float64)
+    Progress(cfg, ctx, 1).start(0, "", 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kernels: ")]
+    assert line.partition("attention: ")[2].partition(";")[0] in ("own", "sdpa") and line.endswith(said or "sdpa")

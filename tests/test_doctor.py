@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import doctor, selftest
+from engine import doctor, launch, selftest, shared
 from engine.cli import main
 from engine.launch import try_pair
 from engine.ops import native
@@ -84,6 +85,24 @@ def test_without_gloo_it_is_broken() -> None:
 
 def test_processes_that_do_not_answer_are_not_waited_for() -> None:
     assert try_pair("gloo", 0.01) == "no answer within 0.01 s from rank 0"
+
+
+def test_why_memory_is_not_shared_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "load", lambda: (None, "no such extension"))
+    fork, answers = multiprocessing.get_context("fork"), []
+    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+    ranks = [
+        fork.Process(target=launch._one_of_two, args=(pipe[1], rank, f"{tmp_path}/store", "shared", 20.0))
+        for rank, pipe in enumerate(pipes)
+    ]
+    for process in ranks:
+        process.start()
+    for ours, _ in pipes:
+        answers.append(ours.recv_bytes().decode() if ours.poll(30) else "")
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert answers == ["no such extension"] * 2
 
 
 class Liar:

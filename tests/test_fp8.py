@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +12,14 @@ import torch
 from cases import MODEL, assemble, config, gradients_of, layout_of, random_batches, worst
 from harness import run_ranks
 
+from engine import inference
 from engine.config import Config
 from engine.context import ParallelContext
 from engine.errors import ConfigError
 from engine.ops import fp8
 from engine.ops.fp8 import E4M3, E5M2, Fp8, Scaled, _multiply, _quantize, _quantize_t
 from engine.ops.products import PLAIN
+from engine.relations import relations
 from engine.train import setup, train_step
 
 BF16 = torch.bfloat16
@@ -144,6 +148,14 @@ def test_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         config(1, train_fp8="tensorwise", **(SMALL | changes))
     assert said in str(error.value)
+
+
+def test_a_checkpoint_is_evaluated_in_bf16_and_in_layouts_that_fp8_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(1, train_fp8="tensorwise", **SMALL)
+    monkeypatch.setattr(inference, "find", lambda *_: Path())
+    monkeypatch.setattr(inference, "read_manifest", lambda *_: SimpleNamespace(config=cfg.model_dump()))
+    found = inference.config_of(Path(), tensor=8, world=8)  # 8 columns of down on a rank
+    assert found.train.fp8 == "none" and relations(found, 8) == []
 
 
 def test_an_older_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

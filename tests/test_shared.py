@@ -5,6 +5,7 @@ Rings are made tiny here, so that most operations are larger than a ring and all
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_ranks
 from test_launch import ranks as launched
 from torch import Tensor
@@ -30,7 +32,8 @@ from engine.comm import (
     post,
     reduce_scatter_start,
 )
-from engine.context import ParallelContext
+from engine.context import ParallelContext, make_context
+from engine.errors import ConfigError
 from engine.layout import Layout
 
 pytestmark = pytest.mark.skipif(shared.load()[0] is None, reason=shared.load()[1])
@@ -243,6 +246,47 @@ def test_signal_handlers_run_while_a_rank_waits() -> None:
     assert run(2, job) == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("pidfd_open", "rank 1 cannot watch the other processes: .* not implemented"),
+        ("memfd_create", "no segment of shared memory: .* not implemented"),
+    ],
+)
+def test_every_rank_knows_why(name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one that could have; and where Python has no such function, as where it was built for an old system."""
+
+    def job(ctx: ParallelContext) -> str:
+        return ctx.speaks()
+
+    def refused(_: ParallelContext) -> str:
+        with pytest.raises(ConfigError, match=f"parallel.transport = 'shared': {why}") as error:
+            make_context(
+                Layout(2, data=2),
+                dist.get_rank(),
+                connect=True,
+                num_kv_heads=1,
+                dtype=torch.float64,
+                transport="shared",
+            )
+        return str(error.value)
+
+    real = getattr(os, name)
+
+    def fails(*args: Any) -> Any:
+        if dist.get_rank() == (name == "pidfd_open"):
+            raise OSError(errno.ENOSYS, "not implemented")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, fails)
+        assert run(2, job, "auto") == ["gloo"] * 2
+        texts = run(2, refused, "gloo")
+        assert texts[0] == texts[1]
+    monkeypatch.delattr(os, name)
+    assert f"built without os.{name}" in shared.load()[1] and run(2, job, "auto") == ["gloo"] * 2
+
+
 def test_where_it_cannot_be_gloo_speaks_or_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def job(ctx: ParallelContext) -> tuple[Any, ...]:
         return ctx.world.link is None, ctx.speaks(), all_reduce_(torch.ones(1), ctx.data).item()
@@ -251,7 +295,9 @@ def test_where_it_cannot_be_gloo_speaks_or_the_run_is_refused(monkeypatch: pytes
     assert run(2, job, "gloo") == [(True, "gloo", 2.0)] * 2
     monkeypatch.setattr(shared, "_namespace", os.getpid)  # as of ranks in two containers
     assert run(2, job, "auto") == [(True, "gloo", 2.0)] * 2
-    with pytest.raises(AssertionError, match=r"parallel\.transport = 'shared'"):
+    with pytest.raises(
+        AssertionError, match=r"parallel\.transport = 'shared': rank 1 cannot open the memory of rank 0"
+    ):
         run(2, job, "shared")
     monkeypatch.setattr(shared, "load", lambda: (None, "engine._shared is not available (of course)"))
     assert run(2, job, "auto") == [(True, "gloo", 2.0)] * 2

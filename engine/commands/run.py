@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, Fault
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(args: list[str]) -> int:

@@ -42,14 +42,18 @@ class Progress:
             f"{cfg.parallel.schedule}; {steps}, {origin}"
         )
         if ctx.rank == 0:
-            self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}{self._apex()}")
+            self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}{self._besides()}")
             if ctx.world.size > 1:
                 self.note(f"ranks speak over {ctx.speaks()}")
         self.first_step = self.shown_step = step
 
-    def _apex(self) -> str:
-        probe = torch.empty(1, device=self.ctx.device, dtype=self.ctx.dtype)
-        return "; norms: apex" if fused_norms(probe) and not kernels(probe) else ""
+    def _besides(self) -> str:
+        """What else computes beside our kernels and torch's operators."""
+        train, probe = self.cfg.train, torch.empty(1, device=self.ctx.device, dtype=self.ctx.dtype)
+        text = f"; products of blocks: fp8 {train.fp8}" if train.fp8 != "none" else ""
+        if train.compile:
+            return f"{text}; between products: torch.compile"
+        return f"{text}; norms: apex" if fused_norms(probe) and not kernels(probe) else text
 
     def _attention(self) -> str:
         c = self.cfg

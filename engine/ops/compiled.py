@@ -15,9 +15,14 @@ from typing import TypeVar
 import torch
 
 F = TypeVar("F", bound=Callable[..., object])
+_VERSIONS = (
+    64  # of one function: hidden states and heads of queries and keys, with gradient, without, in a recomputation
+)
 
 
 @functools.cache
 def compiled(function: F, *, dynamic: bool = False) -> F:
     """The function as torch.compile makes it, compiled at its first call for each shape; dynamic: once for all."""
+    config = torch._dynamo.config  # with `fullgraph` its limit of 8 is an error, and validation may be what meets it
+    config.recompile_limit = max(config.recompile_limit, _VERSIONS)
     return torch.compile(function, dynamic=dynamic, fullgraph=True)  # type: ignore[return-value]

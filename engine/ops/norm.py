@@ -48,7 +48,8 @@ class _RmsNorm(torch.autograd.Function):
         work = wide_grad * normed
         grad_w = work.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         along = work.mul_(wide_weight).mean(-1, keepdim=True)
-        grad_x = torch.mul(wide_grad, wide_weight, out=work).sub_(normed.mul_(along)).mul_(scale)
+        # copy_, not out=: torch.compile refuses that for the strided heads of a QK-norm
+        grad_x = work.copy_(wide_grad).mul_(wide_weight).sub_(normed.mul_(along)).mul_(scale)
         return grad_x.to(x.dtype), grad_w, None, None
 
 

@@ -99,7 +99,8 @@ def main() -> None:
     if unknown := set(o.only) - set(SCRIPTS):
         sys.exit(f"not known: {', '.join(sorted(unknown))}; there are {', '.join(SCRIPTS)}")
     machine = describe()
-    python, why = (None, "") if o.tiny or o.quick else python_of(o.peers_env)
+    wanted = not (o.tiny or o.quick) and {"prepare", "order"} & set(o.only)  # train asks for them itself
+    python, why = python_of(o.peers_env) if wanted else (None, "")
     if why:
         print(why, file=sys.stderr)
     o.json.with_suffix(".log").write_text("")

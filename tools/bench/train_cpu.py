@@ -141,6 +141,7 @@ def rows_of(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str], g
             speed, peer = key == "tokens_per_s", best_peer(key, more, column.ours, runs, doubts)
             theirs = runs[peer] if peer else []
             rounds, note = paired(o, ours, theirs or ours)
+            notes = [note, left_out(column, doubts) if speed else ""]
             if key == "first_step_s":
                 rounds = [0]  # later ones find compiled what the first has compiled
             row = Row(f"train, {column_title(o, column)}", unit, [ours[i][key] for i in rounds], more=more)
@@ -148,8 +149,18 @@ def rows_of(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str], g
                 row = replace(row, peer=CASES[peer].title, peers=[theirs[i][key] for i in rounds])
             if speed:
                 row = replace(row, limit="at GEMM peak", limits=[limits[i] for i in rounds])
-            rows.append(replace(row, note=note) if key != "peak_sum_mib" else row)
+            rows.append(replace(row, note="; ".join(filter(None, notes))) if key != "peak_sum_mib" else row)
     return rows
+
+
+def left_out(column: Column, doubts: dict[str, str]) -> str:
+    """Who is not compared in a column, and why; a reason of several is told once."""
+    names: dict[str, list[str]] = {}
+    for name, why in doubts.items():
+        if CASES[name].column == CASES[column.ours].column:
+            names.setdefault(why, []).append(CASES[name].title)
+    told = "; ".join(f"{', '.join(titles)} ({why})" for why, titles in names.items())
+    return f"not compared: {told}" if told else ""
 
 
 def column_title(o: Options, column: Column) -> str:

@@ -36,9 +36,10 @@ def ops() -> Extension | None:
     root = Path(torch.__file__).parent
     flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
     flags += ["-Wno-maybe-uninitialized"]  # a false alarm in gcc 12's own avx512fintrin.h
+    kernels = [*sorted(glob("csrc/*_cpu.cpp")), "csrc/avx2.cpp", "csrc/avx512.cpp", "csrc/tiles.cpp"]
     return Extension(
         "engine._ops",
-        [*sorted(glob("csrc/ops*.cpp")), *sorted(glob("csrc/*_cpu.cpp")), "csrc/gemm.cpp", "csrc/stream.cpp"],
+        [*sorted(glob("csrc/ops*.cpp")), *kernels, "csrc/stream.cpp"],
         depends=[*sorted(glob("csrc/*.h")), *sorted(glob("csrc/*.cu"))],
         include_dirs=[str(root / "include")],
         library_dirs=[str(root / "lib")],

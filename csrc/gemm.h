@@ -1,4 +1,4 @@
-// Single-precision matrix products for the shapes of a training step. See gemm.cpp.
+// Single-precision matrix products for the shapes of a training step. See gemm_tiles.h.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct Matrix {
     int64_t row, col;
 };
 
-// Whether this processor can run `sgemm` at all, and whether it should: see gemm.cpp.
+// Whether this processor can run `sgemm` at all, and whether it should: see gemm_tiles.h.
 bool sgemm_runs();
 bool sgemm_wins();
 

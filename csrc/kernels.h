@@ -78,7 +78,7 @@ void rope_backward(Heads<const T> q, Heads<const T> k, Heads<const T> v, const T
 
 // Causal attention of float32 heads, softmax over scale * q k; out [s, b, n * d], lse [b, n, s]: log of the sums. shape.r
 // is not used. begin [b, s] (may be null: zeros): row i sees columns begin[i] .. i; non-decreasing along a sample.
-// Needs AVX-512: attention_runs says whether it is there.
+// Needs AVX2: attention_runs says whether it is there.
 bool attention_runs();
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
                float* lse, HeadShape shape, double scale, int threads);

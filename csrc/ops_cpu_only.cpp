@@ -30,7 +30,7 @@ HeadShape want_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
                  "begin[" + std::to_string(i / s) + ", " + std::to_string(i % s) + "] is " + std::to_string(first[i]) +
                      ": wanted from the one before (or 0) to its own position");
     }
-    want(trident::attention_runs(), op, "this processor has no AVX-512");
+    want(trident::attention_runs(), op, "this processor has no AVX2");
     return {s, b, n, m, d, 0};
 }
 
@@ -46,7 +46,7 @@ void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
     want(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1), op,
          shape(a) + " times " + shape(b) + " into " + shape(out));
     want(out.size(1) <= 1 || out.stride(1) == 1, op, "rows of the result must be contiguous");
-    want(trident::sgemm_runs(), op, "this processor has no AVX-512");
+    want(trident::sgemm_runs(), op, "this processor has no AVX2");
     trident::sgemm(out.size(0), out.size(1), a.size(1), matrix(a, "a"), matrix(b, "b"), data<float>(out), out.stride(0),
                    add, threads());
 }

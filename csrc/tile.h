@@ -1,7 +1,9 @@
-// What products on AVX-512 are made of: a tile of C in registers, and packing for it. For gemm.cpp and attention_cpu.cpp.
+// What products are made of: a tile of C in registers, and packing for it. For gemm_tiles.h and attention_tiles.h, which
+// avx512.cpp and avx2.cpp compile, each with TILES its name: the namespace that all of this then lies in.
 //
-// A tile is 14 x 32: 28 accumulators, two vectors of B, one broadcast of A. The terms of each element are added in the
-// order of k, one after another: the result does not depend on where the element lies in its tile.
+// With AVX-512 a tile is 14 x 32: 28 accumulators, two vectors of B, one broadcast of A; with AVX2 6 x 16: 12 of 16
+// registers. The terms of each element are added in the order of k, one after another: the result does not depend on
+// where the element lies in its tile.
 #pragma once
 
 #include <algorithm>
@@ -11,14 +13,11 @@
 #include <memory>
 #include <new>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAVE_TILES 1
 #include <immintrin.h>
-#endif
 
-namespace trident {
+#include "tiles.h"
 
-constexpr int64_t MR = 14, NR = 32;
+namespace trident::TILES {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,24 +32,25 @@ inline Buffer allocate(int64_t count) {
     return Buffer(static_cast<float*>(p));
 }
 
-#ifdef HAVE_TILES
-
-inline bool tiles_run() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
-}
-
+#if WITH_AVX512
+constexpr int64_t V = 16, MR = 14;  // floats of a vector; rows of a tile
 #define TILE_TARGET_BEGIN \
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512vl,avx512dq,avx512bw,fma,avx2\")")
+#else
+constexpr int64_t V = 8, MR = 6;
+#define TILE_TARGET_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"fma,avx2\")")
+#endif
 #define TILE_TARGET_END _Pragma("GCC pop_options")
+constexpr int64_t NR = 2 * V;
 
 TILE_TARGET_BEGIN
 
-typedef float v16 __attribute__((vector_size(64), aligned(64)));
-typedef float u16 __attribute__((vector_size(64), aligned(4)));  // the same, anywhere
+typedef float Vector __attribute__((vector_size(4 * V), aligned(4 * V)));
+typedef float Anywhere __attribute__((vector_size(4 * V), aligned(4)));
 
-// dst[p * width + i] = src[i * line + p] for 16 p and `count` <= 16 i. Writes 16 values at each p, the last of which the
+// dst[p * width + i] = src[i * line + p] for V p and `count` <= V i. Writes V values at each p, the last of which the
 // next p (or the next panel) writes again: there must be room for two more behind the end.
+#if WITH_AVX512
 inline __attribute__((always_inline)) void transpose(const float* src, int64_t line, int64_t count, float* dst,
                                                      int64_t width) {
     __m512 r[16], t[16];
@@ -74,6 +74,27 @@ inline __attribute__((always_inline)) void transpose(const float* src, int64_t l
     }
     for (int i = 0; i < 16; i++) _mm512_storeu_ps(dst + i * width, t[i]);
 }
+#else
+inline __attribute__((always_inline)) void transpose(const float* src, int64_t line, int64_t count, float* dst,
+                                                     int64_t width) {
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(src + (i < count ? i : 0) * line);
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+            r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {  // r[4 q + i]: columns i, i + 4 of rows 4 q .. 4 q + 3
+        t[i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+    }
+    for (int i = 0; i < 8; i++) _mm256_storeu_ps(dst + i * width, t[i]);
+}
+#endif
 
 // Panels of W lines (rows of A, columns of B): dst[panel][k][W]. line: stride between lines, step: along k.
 template <int64_t W>
@@ -102,8 +123,9 @@ inline void pack(const float* src, int64_t line, int64_t step, int64_t lines, in
         const float* from = src + l0 * line;
         int64_t p = 0;
         if (n == W)
-            for (; p + 16 <= k; p += 16)
-                for (int64_t i = 0; i < W; i += 16) transpose(from + i * line + p, line, std::min<int64_t>(16, W - i), to + p * W + i, W);
+            for (; p + V <= k; p += V)
+                for (int64_t i = 0; i < W; i += V)
+                    transpose(from + i * line + p, line, std::min(V, W - i), to + p * W + i, W);
         for (; p < k; p++) {
             for (int64_t i = 0; i < n; i++) to[p * W + i] = from[i * line + p];
             for (int64_t i = n; i < W; i++) to[p * W + i] = 0.0f;
@@ -111,22 +133,22 @@ inline void pack(const float* src, int64_t line, int64_t step, int64_t lines, in
     }
 }
 
-// c[14][32] (+)= a[k][14]^T b[k][32]; a_step: from one k of a to the next.
+// c[MR][NR] (+)= a[k][MR]^T b[k][NR]; a_step: from one k of a to the next.
 inline __attribute__((always_inline)) void tile(int64_t k, const float* a, int64_t a_step, const float* b, float* c,
                                                 int64_t ldc, bool add) {
-    v16 acc[MR][2];
+    Vector acc[MR][2];
     for (int i = 0; i < MR; i++) {
         __builtin_prefetch(c + i * ldc);
-        __builtin_prefetch(c + i * ldc + 16);
-        acc[i][0] = acc[i][1] = v16{};
+        __builtin_prefetch(c + i * ldc + V);
+        acc[i][0] = acc[i][1] = Vector{};
     }
     for (int64_t p = 0; p < k; p++) {
-        v16 b0 = *reinterpret_cast<const v16*>(b), b1 = *reinterpret_cast<const v16*>(b + 16);
+        Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + V);
         __builtin_prefetch(b + 16 * NR);
-        __builtin_prefetch(b + 16 * NR + 16);
+        __builtin_prefetch(b + 16 * NR + V);
 #pragma GCC unroll 14
         for (int i = 0; i < MR; i++) {
-            v16 x = a[i] - v16{};
+            Vector x = a[i] - Vector{};
             acc[i][0] += x * b0;
             acc[i][1] += x * b1;
         }
@@ -135,7 +157,7 @@ inline __attribute__((always_inline)) void tile(int64_t k, const float* a, int64
     }
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < 2; j++) {
-            u16* to = reinterpret_cast<u16*>(c + i * ldc + 16 * j);
+            Anywhere* to = reinterpret_cast<Anywhere*>(c + i * ldc + V * j);
             *to = add ? *to + acc[i][j] : acc[i][j];
         }
 }
@@ -153,10 +175,4 @@ inline void tile_part(int64_t k, const float* a, int64_t a_step, const float* b,
 
 TILE_TARGET_END
 
-#else
-
-inline bool tiles_run() { return false; }
-
-#endif
-
-}  // namespace trident
+}  // namespace trident::TILES

@@ -1,5 +1,6 @@
 // Every CPU kernel on random shapes, for the sanitizers (tests/test_sanitized.py): each tensor is a heap block of its
-// exact size, so that a step beside it is seen; outputs begin as NaN, and every one of them must be written.
+// exact size, so that a step beside it is seen; outputs begin as NaN, and every one of them must be written. Products and
+// attention run on all tiles that this processor has, and must agree.
 //
 //     ops_driver ROUNDS
 
@@ -8,8 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "gemm.h"
-#include "kernels.h"
+#include "tiles.h"
 
 using namespace trident;
 
@@ -69,6 +69,13 @@ View<T> view(bool fill, int64_t b, int64_t n, int64_t s, int64_t d) {
     if (kind == 1) x.heads = {p, s * n * d, d, n * d};
     if (kind == 2) x.heads = {p, n * d, d, b * n * d};
     return x;
+}
+
+template <class T>
+View<T> again(const View<T>& x) {
+    View<T> y = x;
+    y.heads.p = y.values.data();
+    return y;
 }
 
 template <class T>
@@ -156,32 +163,67 @@ void squares() {
     check(out, "sums of squares");
 }
 
+// The tiles that run here.
+std::vector<const Tiles*> all_tiles() {
+    std::vector<const Tiles*> found;
+    for (const Tiles* tiles : {avx512_tiles(), avx2_tiles()})
+        if (tiles) found.push_back(tiles);
+    return found;
+}
+
+// Numbers of about 1, which the other tiles add in the same order but round to another vector's fused products and sums.
+void same(const std::vector<float>& values, const std::vector<float>& first, const char* what) {
+    for (size_t i = 0; i < values.size(); i++)
+        if (!(std::abs(values[i] - first[i]) <= 1e-3f * (1 + std::abs(first[i]))))
+            std::fprintf(stderr, "%s depends on the tiles\n", what), std::abort();
+}
+
 void attentions() {
     const int64_t b = pick(1, 2), m = pick(1, 2), n = m * pick(1, 3), s = pick(0, 3) ? pick(1, 90) : pick(500, 640);
     const int64_t d = pick(1, 80);
     const auto q = view<float>(true, b, n, s, d), k = view<float>(true, b, m, s, d), v = view<float>(true, b, m, s, d);
-    auto gq = view<float>(false, b, n, s, d), gk = view<float>(false, b, m, s, d), gv = view<float>(false, b, m, s, d);
+    const auto empty_q = view<float>(false, b, n, s, d), empty_k = view<float>(false, b, m, s, d);
     std::vector<int64_t> begin;
     for (int64_t i = 0; i < b * s; i++)
         begin.push_back(i % s == 0 ? 0 : pick(0, 7) ? begin.back() : pick(begin.back(), i % s));
     const int64_t* documents = pick(0, 2) ? begin.data() : nullptr;
-    auto out = room<float>(s * b * n * d), lse = room<float>(b * n * s), grad = draw<float>(s * b * n * d);
+    const auto grad = draw<float>(s * b * n * d);
     const HeadShape shape{s, b, n, m, d, 0};
-    attention(constant(q), constant(k), constant(v), documents, out.data(), lse.data(), shape, 0.3, threads);
-    check(out, "attention"), check(lse, "lse");
-    attention_backward({grad.data(), n * d, d, b * n * d}, constant(q), constant(k), constant(v), documents, out.data(),
-                       lse.data(), gq.heads, gk.heads, gv.heads, shape, 0.3, threads);
-    check(gq.values, "gradient of q"), check(gk.values, "gradient of k"), check(gv.values, "gradient of v");
+    std::vector<std::vector<float>> first;
+    for (const Tiles* tiles : all_tiles()) {
+        auto gq = again(empty_q), gk = again(empty_k), gv = again(empty_k);
+        auto out = room<float>(s * b * n * d), lse = room<float>(b * n * s);
+        tiles->forward(constant(q), constant(k), constant(v), documents, out.data(), lse.data(), shape, 0.3, threads);
+        check(out, "attention"), check(lse, "lse");
+        tiles->backward({grad.data(), n * d, d, b * n * d}, constant(q), constant(k), constant(v), documents, out.data(),
+                        lse.data(), gq.heads, gk.heads, gv.heads, shape, 0.3, threads);
+        check(gq.values, "gradient of q"), check(gk.values, "gradient of k"), check(gv.values, "gradient of v");
+        if (first.empty()) first = {out, gq.values, gk.values, gv.values};
+        same(out, first[0], "attention"), same(gq.values, first[1], "gradient of q");
+        same(gk.values, first[2], "gradient of k"), same(gv.values, first[3], "gradient of v");
+    }
 }
 
 void products() {
     const int64_t m = pick(0, 90), n = pick(0, 90), k = pick(0, 3) ? pick(0, 90) : pick(500, 1100), ldc = n + pick(0, 5);
     const auto a = draw<float>(m * k), b = draw<float>(k * n);
     const bool across = pick(0, 1), down = pick(0, 1), add = pick(0, 1);
-    auto c = add ? draw<float>(m * ldc) : room<float>(m * ldc);
-    sgemm(m, n, k, {a.data(), across ? 1 : k, across ? m : 1}, {b.data(), down ? 1 : n, down ? k : 1}, c.data(), ldc, add,
-          threads);
-    for (int64_t i = 0; i < m; i++) check(std::vector<float>(c.begin() + i * ldc, c.begin() + i * ldc + n), "product");
+    const auto before = add ? draw<float>(m * ldc) : room<float>(m * ldc);
+    for (const Tiles* tiles : all_tiles()) {
+        auto c = before;
+        tiles->product(m, n, k, {a.data(), across ? 1 : k, across ? m : 1}, {b.data(), down ? 1 : n, down ? k : 1},
+                       c.data(), ldc, add, threads);
+        for (int64_t i = 0; i < m; i++) {
+            std::vector<float> row(c.begin() + i * ldc, c.begin() + i * ldc + n), plain;
+            for (int64_t j = 0; j < n; j++) {
+                double sum = add ? before[size_t(i * ldc + j)] : 0.0;
+                for (int64_t p = 0; p < k; p++)
+                    sum += double(a[size_t(across ? p * m + i : i * k + p)]) * b[size_t(down ? j * k + p : p * n + j)];
+                plain.push_back(float(sum));
+            }
+            check(row, "product"), same(row, plain, "product");
+        }
+    }
 }
 
 }  // namespace
@@ -196,8 +238,9 @@ int main(int, char** words) {
         optimizer<float, float>(false), optimizer<double, double>(false);
         optimizer<float, bf16>(true), optimizer<float, f16>(true);
         squares<float>(), squares<double>(), squares<bf16>(), squares<f16>();
-        if (attention_runs()) attentions();
-        if (sgemm_runs()) products();
+        attentions(), products();
     }
-    std::printf("%d rounds, attention %d, products %d\n", rounds, attention_runs(), sgemm_runs());
+    std::printf("%d rounds", rounds);
+    for (const Tiles* tiles : all_tiles()) std::printf(", %s", tiles->name);
+    std::printf("\n");
 }

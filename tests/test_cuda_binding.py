@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import FLAGS, ROOT, run
+from test_sanitized import KERNELS
 
 NVCC = shutil.which("nvcc")
 
@@ -52,8 +53,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     csrc, emulator = ROOT / "csrc", ROOT / "tests/cuda_emulator"
     home = Path(torch.__file__).parent
-    units = [*csrc.glob("ops*.cpp"), *csrc.glob("*_cpu.cpp"), csrc / "gemm.cpp", emulator / "torch/stream.cpp"]
-    units += [*csrc.glob("*.cu"), emulator / "emulator.cpp"]
+    units = [*csrc.glob("ops*.cpp"), *KERNELS, *csrc.glob("*.cu")]
+    units += [emulator / "torch/stream.cpp", emulator / "emulator.cpp"]
     includes = [f"-I{emulator / 'include'}", f"-I{csrc}", f"-I{home / 'include'}"]
     macros = ['-DWITH_CUDA="8.0"', f'-DBUILT_FOR="{torch.__version__}"']
 

@@ -230,7 +230,7 @@ def test_two_ranks_equal_one(name: str, **more: Any) -> None:
     assert worst(many["weights"], one["weights"]) < 1e-9
 
 
-@pytest.mark.skipif(native.load()[0] is None or not native.load()[0].attention_runs(), reason="needs AVX-512")
+@pytest.mark.skipif(native.load()[0] is None or not native.load()[0].attention_runs(), reason="needs AVX2")
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_own_float32_kernels_in_a_layout(norm: str) -> None:
     """float64 never reaches our matrix product and attention: two steps in float32 beside them, alone and cut in two.

@@ -27,7 +27,7 @@ from engine.ops.rope import rope_table, split_and_rope
 
 OPS = native.load()[0]
 pytestmark = pytest.mark.skipif(OPS is None, reason=native.load()[1])
-needs_avx512 = pytest.mark.skipif(OPS is None or not OPS.attention_runs(), reason="needs AVX-512")
+needs_tiles = pytest.mark.skipif(OPS is None or not OPS.attention_runs(), reason="needs AVX2")
 
 
 def both(op: Callable[..., Any], *inputs: Tensor) -> list[list[Tensor]]:
@@ -93,7 +93,7 @@ def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype) -> N
         assert relative(a, c) < 2 * relative(b, c) + units * torch.finfo(dtype).eps
 
 
-@needs_avx512
+@needs_tiles
 @pytest.mark.parametrize(
     ("b", "n", "m", "s", "d"),
     [(1, 1, 1, 1, 1), (2, 4, 2, 33, 5), (1, 3, 3, 14, 32), (2, 2, 1, 300, 48), (1, 2, 2, 513, 64), (1, 6, 1, 1030, 80)],
@@ -106,7 +106,7 @@ def test_attention_equals_the_float64_reference(b: int, n: int, m: int, s: int, 
         assert relative(a, e, floor=1.0) < max(3e-6, 3 * relative(c, e, floor=1.0))
 
 
-@needs_avx512
+@needs_tiles
 def test_attention_takes_any_strides_and_no_row_depends_on_what_follows() -> None:
     fused = randn(120, 2, 8, 40).float().permute(1, 2, 0, 3)  # as the projection lays it out
     q, k, v = fused.split([4, 2, 2], dim=1)
@@ -126,7 +126,7 @@ def begins(b: int, s: int, kind: str) -> Tensor:
     return (torch.arange(s) * new).cummax(1).values
 
 
-@needs_avx512
+@needs_tiles
 @pytest.mark.parametrize("kind", ["alone", "one", "short", "long"])
 @pytest.mark.parametrize(
     ("b", "n", "m", "s", "d"),
@@ -154,7 +154,7 @@ def test_attention_keeps_documents_apart(b: int, n: int, m: int, s: int, d: int,
         assert torch.equal(whole[0], out) and torch.equal(whole[1], lse)
 
 
-@needs_avx512
+@needs_tiles
 def test_attention_does_not_see_other_documents() -> None:
     """Other keys and values change no bit of a document's outputs and of its keys' gradients."""
     begin = begins(1, 200, "short")
@@ -208,7 +208,7 @@ def matrix(rows: int, cols: int, layout: str, seed: int) -> Tensor:
     return randn(rows, cols, seed=seed).float()
 
 
-@needs_avx512
+@needs_tiles
 @pytest.mark.parametrize("layout_b", ["plain", "transposed", "cut"])
 @pytest.mark.parametrize("layout_a", ["plain", "transposed", "cut"])
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_matrix_product(m: int, n: int, k: int, layout_a: str, layout_b: str) ->
     assert bool((room == 7.0).all()), "it wrote beside its result"
 
 
-@needs_avx512
+@needs_tiles
 def test_matrix_product_of_nothing() -> None:
     out = torch.ones(3, 4)
     OPS.mm_(out, torch.ones(3, 0), torch.ones(0, 4), True)
@@ -237,7 +237,7 @@ def test_matrix_product_of_nothing() -> None:
     OPS.mm_(out[:0], torch.ones(0, 5), torch.ones(5, 4), False)
 
 
-@needs_avx512
+@needs_tiles
 def test_rows_and_threads_change_no_bit() -> None:
     """A row of a product, a norm or an attention is the same alone, among others, and on one thread or two."""
     x, w = randn(200, 600, seed=1).float(), randn(70, 600, seed=2).float()

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = [*sorted((ROOT / "csrc").glob("*_cpu.cpp")), ROOT / "csrc/gemm.cpp", ROOT / "tests/ops_driver.cpp"]
+CSRC = ROOT / "csrc"
+KERNELS = [*sorted(CSRC.glob("*_cpu.cpp")), *(CSRC / f"{x}.cpp" for x in ("avx2", "avx512", "tiles"))]
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 SUITE = [
     "tests/test_order.py",
@@ -101,7 +102,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, KERNELS))
+        objects = list(pool.map(build, [*KERNELS, ROOT / "tests/ops_driver.cpp"]))
     subprocess.run(["g++", *flags, *objects, "-o", str(folder / "driver")], check=True)
     return folder / "driver"
 

@@ -199,7 +199,7 @@ def _attention_runs() -> bool:
 
 
 def own_attention(*heads: Tensor) -> bool:
-    """Whether our attention is to run: float32 on a CPU with AVX-512."""
+    """Whether our attention is to run: float32 on a CPU with AVX2."""
     fits = heads[0].device.type == "cpu" and heads[0].dtype == torch.float32
     return fits and kernels(*heads) is not None and _attention_runs()
 

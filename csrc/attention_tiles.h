@@ -5,17 +5,14 @@
 // the block's scores over all keys stay in L2; what lies beyond the diagonal is skipped tile by tile, and so is what lies
 // before the first key that a row sees where documents are kept apart. Sums of a row run over the keys in order, one
 // after another: nothing depends on threads, on other samples or on the length behind a row.
-
-#include "kernels.h"
+#pragma once
 
 #include <vector>
 
 #include "exp.h"
 #include "tile.h"
 
-namespace trident {
-
-#ifdef HAVE_TILES
+namespace trident::TILES {
 
 namespace {
 
@@ -54,18 +51,18 @@ enum Slot : size_t { SCORE, SLOPE, KEYS, VALUES, KEYS_BY_D, QUERY, GRAD, ROW, QU
 
 TILE_TARGET_BEGIN
 
-// Panels of `lines` of x along d, as the left (W = 14) or right (W = 32) operand of a product over d.
+// Panels of `lines` of x along d, as the left (W = MR) or right (W = NR) operand of a product over d.
 template <int64_t W>
 void pack_over_d(Heads<const float> x, int64_t first, int64_t lines, int64_t d, float* to) {
     pack<W>(x.p + first * x.position, x.position, 1, lines, d, to);
 }
 
-// The right operand of a product over positions: panels [d / 32][count][32].
+// The right operand of a product over positions: panels [d / NR][count][NR].
 void pack_over_positions(Heads<const float> x, int64_t first, int64_t count, int64_t d, float* to) {
     pack<NR>(x.p + first * x.position, 1, x.position, d, count, to);
 }
 
-// out[14 i .. ][keys] = a b for the keys that each panel of rows sees, from a whole tile's begin on.
+// out[MR i .. ][keys] = a b for the keys that each panel of rows sees, from a whole tile's begin on.
 void scores(const Plan& plan, Begin begin, int64_t q0, int64_t rows, const float* a, const float* b, float* out) {
     const int64_t d = plan.x.d;
     for (int64_t i = 0; i < rows; i += MR) {
@@ -214,8 +211,6 @@ Scratch& scratch() {
 
 }  // namespace
 
-bool attention_runs() { return tiles_run(); }
-
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
                float* lse, HeadShape x, double scale, int threads) {
     const Plan plan(x, scale);
@@ -259,18 +254,4 @@ void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<con
     }
 }
 
-#else
-
-bool attention_runs() { return false; }
-void attention(Heads<const float>, Heads<const float>, Heads<const float>, const int64_t*, float*, float*, HeadShape,
-               double, int) {
-    std::abort();
-}
-void attention_backward(Heads<const float>, Heads<const float>, Heads<const float>, Heads<const float>, const int64_t*,
-                        const float*, const float*, Heads<float>, Heads<float>, Heads<float>, HeadShape, double, int) {
-    std::abort();
-}
-
-#endif
-
-}  // namespace trident
+}  // namespace trident::TILES

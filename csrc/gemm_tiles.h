@@ -1,4 +1,4 @@
-// C (+)= A B in float32 for AVX-512 (Goto & van de Geijn 2008: pack blocks, keep a tile of C in registers).
+// C (+)= A B in float32 (Goto & van de Geijn 2008: pack blocks, keep a tile of C in registers).
 //
 // Why our own: MKL, which torch calls, reaches 0.82 of the FMA peak of AMD processors, this 0.92 (docs/performance.md). On
 // others `sgemm_wins` says no. And here the result of a row never depends on how many rows a call has, nor on the number
@@ -6,14 +6,11 @@
 //
 // A block of B (up to 512 x 256, 512 KiB) stays in L2 while the panels of A stream past it. Threads share C by columns or
 // rows, whichever there are more of, and pack for themselves: no barrier.
-
-#include "gemm.h"
+#pragma once
 
 #include "tile.h"
 
-namespace trident {
-
-#ifdef HAVE_TILES
+namespace trident::TILES {
 
 namespace {
 
@@ -63,9 +60,6 @@ TILE_TARGET_END
 
 }  // namespace
 
-bool sgemm_runs() { return tiles_run(); }
-bool sgemm_wins() { return sgemm_runs() && __builtin_cpu_is("amd"); }
-
 void sgemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, bool add, int threads) {
     if (m == 0 || n == 0) return;
     if (k == 0) {
@@ -87,12 +81,4 @@ void sgemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_
     }
 }
 
-#else
-
-bool sgemm_runs() { return false; }
-bool sgemm_wins() { return false; }
-void sgemm(int64_t, int64_t, int64_t, Matrix, Matrix, float*, int64_t, bool, int) { std::abort(); }
-
-#endif
-
-}  // namespace trident
+}  // namespace trident::TILES

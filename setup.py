@@ -197,5 +197,6 @@ class Build(build_ext):
 
 index = plain("engine._index", "csrc/index.cpp", std=17)
 fast = ("-fno-math-errno", "-fno-trapping-math", "-g0")
-shared = plain("engine._shared", "csrc/shared.cpp", "csrc/reduce.cpp", std=20, flags=fast)
+parts = [f"csrc/{name}.cpp" for name in ("shared", "channel", "segment", "reduce")]
+shared = plain("engine._shared", *parts, std=20, flags=fast)
 setup(ext_modules=[*filter(None, [index, shared, ops()])], cmdclass={"build_ext": Build})

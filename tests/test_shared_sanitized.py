@@ -78,7 +78,7 @@ def run(program: Path, rounds: int, prefix: Sequence[str] = ()) -> subprocess.Co
     return subprocess.run(command, env=os.environ | options, capture_output=True, text=True, timeout=500, check=False)
 
 
-@pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("rounds", [6, pytest.param(60, marks=pytest.mark.heavy)])
 def test_ranks_do_not_race(threaded: list[str], alone: list[str], tmp_path: Path, rounds: int) -> None:
     done = run(linked(threaded, THREAD, tmp_path / "driver"), rounds, alone)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{rounds} rounds\n", "")
@@ -90,7 +90,7 @@ def addressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return linked(compiled(UNITS, ADDRESS, ROOT / "csrc", folder), ADDRESS, folder / "driver")
 
 
-@pytest.mark.parametrize("rounds", [20, pytest.param(1000, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("rounds", [15, pytest.param(200, marks=pytest.mark.heavy)])
 def test_nothing_is_read_or_written_beside_a_tensor(addressed: Path, rounds: int) -> None:
     """Nor one that is gone; nor is anything leaked."""
     done = run(addressed, rounds)

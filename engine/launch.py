@@ -121,8 +121,9 @@ def pick_device(wanted: str, env: Env) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and gpus < env.local_world):
         return torch.device("cpu")
     if gpus < env.local_world:
-        fault = Fault("train.device", "cuda", f"{gpus} GPUs for {env.local_world} local ranks", "Use auto or cpu.")
-        raise ConfigError([fault])
+        relation = f"{gpus} GPUs for {env.local_world} local ranks"
+        repair = "Use auto or cpu, or let each process see all GPUs of its node."
+        raise ConfigError([Fault("train.device", "cuda", relation, repair)])
     return torch.device("cuda", env.local_rank)
 
 

@@ -87,12 +87,15 @@ void norms() {
     const T *residual = added ? r.data() : nullptr, *extra = passed ? more.data() : nullptr;
     const double offset = double(pick(0, 1));
     rms_norm<T>(x.data(), residual, sum.data(), w.data(), y.data(), scale.data(), rows, h, 1e-5, offset, threads);
-    rms_norm_backward<T>(g.data(), extra, x.data(), w.data(), scale.data(), gx.data(), gw.data(), rows, h, offset, threads);
+    const auto rms_in = added ? sum : x;
+    rms_norm_backward<T>(g.data(), extra, rms_in.data(), w.data(), scale.data(), gx.data(), gw.data(), rows, h, offset,
+                         threads);
     check(sum, "sum"), check(y, "y of RMSNorm"), check(gx, "gx"), check(gw, "gw");
     y = room<T>(n), gx = room<T>(n), gw = room<T>(h), sum = room<T>(added ? n : 0);
     layer_norm<T>(x.data(), residual, sum.data(), w.data(), b.data(), y.data(), stats.data(), rows, h, 1e-5, threads);
-    layer_norm_backward<T>(g.data(), extra, x.data(), w.data(), stats.data(), gx.data(), gw.data(), gb.data(), rows, h,
-                           threads);
+    const auto layer_in = added ? sum : x;
+    layer_norm_backward<T>(g.data(), extra, layer_in.data(), w.data(), stats.data(), gx.data(), gw.data(), gb.data(), rows,
+                           h, threads);
     check(sum, "sum"), check(y, "y of LayerNorm"), check(gx, "gx"), check(gw, "gw"), check(gb, "gb");
 }
 

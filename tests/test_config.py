@@ -868,7 +868,9 @@ def test_cuda_without_enough_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError) as caught:
         pick_device("cuda", Env(0, 2, 0, 2))
-    assert str(caught.value.faults[0]) == "train.device = 'cuda': 1 GPUs for 2 local ranks. Use auto or cpu."
+    assert str(caught.value.faults[0]) == "train.device = 'cuda': 1 GPUs for 2 local ranks. " + (
+        "Use auto or cpu, or let each process see all GPUs of its node."
+    )
 
 
 @pytest.fixture

@@ -38,9 +38,15 @@ class Staging:
         copies = self.reserve(states)
         if any(h.flat.device.type == "cuda" for h in states):
             _copy(states, copies)
-            done = torch.cuda.Event()
+            device = torch.cuda.current_device()
+            done = torch.cuda.Event(blocking=True)
             done.record()
-            return copies, done.synchronize, True
+
+            def wait() -> None:
+                with torch.cuda.device(device):  # a new thread begins on GPU 0, which is another rank's
+                    done.synchronize()
+
+            return copies, wait, True
         return copies, lambda: _copy(states, copies), False
 
 

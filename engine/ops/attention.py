@@ -177,7 +177,7 @@ def _unrowed(rows: Tensor, q: Tensor) -> Tensor:
 
 @functools.cache
 def _varlen_words(function: Callable[..., Any]) -> dict[str, Any]:
-    """How this torch's varlen_attn is told to be causal (2.11: is_causal; 2.12: a window to the left)."""
+    """How this torch's varlen_attn is told to be causal (2.11: is_causal; later ones: a window to the left)."""
     known = inspect.signature(function).parameters
     return {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
 

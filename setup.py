@@ -1,11 +1,11 @@
 """Builds the optional extensions, each only where what it needs is there; without them references run.
 
-engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._shared (csrc/shared.cpp):
-collectives over shared memory, likewise; for Linux. engine._ops (the rest of csrc): operators registered with torch, no
-Python; needs torch when it is built, hence `--no-build-isolation`. Its CUDA kernels (csrc/*.cu) are built where torch
-has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for the compute capabilities of
-TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0. What cannot be built, and why, is told here and kept in engine/_build.json
-for `engine doctor`.
+engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._shared (csrc/shared.cpp and
+the three of `parts` below): collectives over shared memory, likewise; for Linux. engine._ops (the rest of csrc):
+operators registered with torch, no Python; needs torch when it is built, hence `--no-build-isolation`. Its CUDA
+kernels (csrc/*.cu) are built where torch has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for
+the compute capabilities of TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0. What cannot be built, and why, is told here
+and kept in engine/_build.json for `engine doctor`.
 """
 
 import json
@@ -198,5 +198,6 @@ class Build(build_ext):
 
 index = plain("engine._index", "csrc/index.cpp", std=17)
 fast = ("-fno-math-errno", "-fno-trapping-math", "-g0")
-shared = plain("engine._shared", "csrc/shared.cpp", "csrc/reduce.cpp", std=20, flags=fast)
+parts = [f"csrc/{name}.cpp" for name in ("shared", "channel", "segment", "reduce")]
+shared = plain("engine._shared", *parts, std=20, flags=fast)
 setup(ext_modules=[*filter(None, [index, shared, ops()])], cmdclass={"build_ext": Build})

@@ -1,4 +1,4 @@
-// Sums, maxima and minima over n arrays, element by element, for shared.cpp. Raw pointers, no torch.
+// Sums, maxima and minima over n arrays, element by element, for channel.cpp. Raw pointers, no torch.
 #pragma once
 
 #include <cstdint>

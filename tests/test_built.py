@@ -29,7 +29,7 @@ def tree(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "csrc/ops.cpp").write_text("int unfinished(\n")
-    for name in ("index", "shared", "reduce"):
+    for name in ("index", "shared", "channel", "segment", "reduce"):
         (tmp_path / f"csrc/{name}.cpp").write_text("static int nothing;\n")
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine/__init__.py").touch()

@@ -195,6 +195,65 @@ def test_ranks_that_disagree_are_told() -> None:
     assert "float32 (max)" in texts[0] and "position 0 of the group makes" in texts[1]
 
 
+def test_ranks_that_disagree_are_refused_from_then_on() -> None:
+    """With the same words, whatever they call and on whichever link: nobody knows what the others still do."""
+
+    def job(ctx: ParallelContext) -> list[str]:
+        def said(call: Callable[[], Any]) -> str:
+            with pytest.raises(RuntimeError) as error:
+                call()
+            return str(error.value)
+
+        x, other = torch.ones(4), 1 - ctx.data.rank
+        first = said(lambda: all_reduce_start(x, ctx.data, "max" if ctx.rank == 0 else "min").wait())
+        calls: list[Callable[[], Any]] = [
+            lambda: all_reduce_start(x, ctx.data, "max"),
+            lambda: all_gather_start(x, ctx.world),
+            lambda: post([(x, other)], [], ctx.data),
+            lambda: post([], [(x, other)], ctx.data),
+        ]
+        return [first, *map(said, calls)]
+
+    for texts in run(2, job):
+        assert "ranks disagree: position" in texts[0] and set(texts) == {texts[0]}
+
+
+def test_a_fork_cannot_use_its_parents_link() -> None:
+    """It may make one of its own, and let go of the parent's; the parent's goes on."""
+
+    def in_fork(ctx: ParallelContext) -> str:
+        with pytest.raises(RuntimeError, match="belongs to the process that made it") as error:
+            all_reduce_start(torch.ones(1), ctx.data)
+        assert ctx.data.link is not None
+        del ctx.data.link.channel
+        file = os.memfd_create("own")
+        make = functools.partial(shared.load()[0].Channel, file, 5, ranks=2, ring=4096, pair_ring=4096, spin=False)
+        ends = [make(rank=0, make=True), make(rank=1, make=False)]
+        x = torch.ones(2, 5)
+        for end, part in zip(ends, x, strict=True):
+            end.start(1, 0, 0, part.data_ptr(), part.data_ptr(), 5)
+        assert all(end.wait(0, 0, 1, 1.0) for end in ends) and bool((x == 2).all())
+        return str(error.value)
+
+    def job(ctx: ParallelContext) -> tuple[float, str]:
+        started = all_reduce_start(torch.ones(9000), ctx.data)  # larger than a ring: not complete before the fork
+        reading, writing = os.pipe()
+        if (pid := os.fork()) == 0:
+            try:
+                os.write(writing, in_fork(ctx).encode())
+            except BaseException as error:
+                os.write(writing, repr(error).encode())
+            os._exit(0)
+        os.close(writing)
+        os.waitpid(pid, 0)
+        with os.fdopen(reading) as pipe:
+            text = pipe.read().replace(str(pid), "CHILD").replace(str(os.getpid()), "PARENT")
+        return float(started.wait().sum()), text
+
+    refusal = "this link of shared memory belongs to the process that made it (PARENT); its fork (CHILD) cannot use it"
+    assert run(2, job, ring=4096) == [(18000.0, refusal)] * 2
+
+
 def test_a_type_that_cannot_be_added_is_refused() -> None:
     def job(ctx: ParallelContext) -> None:
         with pytest.raises(TypeError, match="complex64 are not reduced"):

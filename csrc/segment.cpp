@@ -1,0 +1,48 @@
+// A segment's file: made or recognised, mapped, unmapped.
+
+#include "segment.h"
+
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <stdexcept>
+#include <system_error>
+
+namespace trident {
+
+namespace {
+
+[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
+
+}  // namespace
+
+Segment::Segment(int fd, uint64_t token, int ranks, uint64_t ring, uint64_t pair_ring, bool make)
+    : plan{uint64_t(ranks), ring, pair_ring} {
+    if (ranks < 2 || ring < kPage || ring % kPage || pair_ring < kPage || pair_ring % kPage)
+        throw std::invalid_argument("a segment is for two ranks or more, with rings of whole pages");
+    if (make) {
+        if (ftruncate(fd, off_t(plan.bytes()))) fail("ftruncate");
+    } else {
+        struct stat facts;
+        if (fstat(fd, &facts)) fail("fstat");
+        if (uint64_t(facts.st_size) != plan.bytes()) throw std::runtime_error("not the segment of this group");
+    }
+    void* at = mmap(nullptr, plan.bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED) fail("mmap");
+    base_ = static_cast<char*>(at);
+    Head& head = *reinterpret_cast<Head*>(base_);
+    if (make) {
+        head.token = token, head.ranks = plan.ranks, head.ring = ring, head.pair_ring = pair_ring;
+        head.magic.store(kMagic, std::memory_order_release);
+    } else if (head.magic.load(std::memory_order_acquire) != kMagic || head.token != token || head.ranks != plan.ranks ||
+               head.ring != ring || head.pair_ring != pair_ring) {
+        munmap(base_, plan.bytes());
+        throw std::runtime_error("not the segment of this group");
+    }
+}
+
+Segment::~Segment() { munmap(base_, plan.bytes()); }
+
+}  // namespace trident

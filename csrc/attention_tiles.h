@@ -2,9 +2,9 @@
 //
 // One task is a sample and a key/value head; its query heads come one after another, so that with grouped queries the
 // gradients of k and v are summed in one place and no k or v is repeated. Queries go by blocks of rows, few enough that
-// the block's scores over all keys stay in L2; what lies beyond the diagonal is skipped tile by tile, and so is what lies
-// before the first key that a row sees where documents are kept apart. Sums of a row run over the keys in order, one
-// after another: nothing depends on threads, on other samples or on the length behind a row.
+// the block's scores over all keys stay in L2, and enough that all keys are not read anew too often; what lies beyond the
+// diagonal is skipped tile by tile, and so is what lies before the first key that a row sees where documents are kept
+// apart. Sums of a row run over the keys in order, one after another: nothing depends on threads or on other samples.
 #pragma once
 
 #include <vector>
@@ -16,7 +16,8 @@ namespace trident::TILES {
 
 namespace {
 
-constexpr int64_t SCORES = 64 * 1024;  // floats of a block's scores
+constexpr int64_t SCORES = 64 * 1024;  // floats of a block's scores, if that makes
+constexpr int64_t ROWS = 192;          // so many rows: with 12, a backward over 8,192 keys takes 2.5 times as long
 
 int64_t up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
 
@@ -32,7 +33,7 @@ struct Plan {
     int64_t ld, dd, rows;
     float scale;
     explicit Plan(HeadShape shape, double s) : x(shape), ld(up(shape.s, NR)), dd(up(shape.d, NR)), scale(float(s)) {
-        rows = std::min(up(x.s, MR), std::max<int64_t>(1, SCORES / ld / MR) * MR);
+        rows = std::min(up(x.s, MR), std::max(ROWS, SCORES / ld) / MR * MR);
     }
 };
 

@@ -24,13 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """What setup.py needs, with older builds of both extensions in place; one file is no C++, another soon compiled."""
+    """What setup.py needs, with older builds of both extensions in place; one file is no C++, others soon compiled."""
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "csrc/ops.cpp").write_text("int unfinished(\n")
     for name in ("index", "shared", "channel", "segment", "reduce"):
         (tmp_path / f"csrc/{name}.cpp").write_text("static int nothing;\n")
+    for kernels in (tmp_path / "csrc").glob("*.cu"):  # a torch with CUDA beside a real nvcc compiles them: minutes
+        kernels.write_text("static int nothing;\n")
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine/__init__.py").touch()
     for name in ("_ops", "_index", "_shared"):

@@ -34,9 +34,12 @@ class _RmsNorm(torch.autograd.Function):
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         ctx.offset = offset
+        # torch.compile of 2.11 gives no gradient to what was written to, or came out of a `to` that did nothing, and is
+        # then returned (pytorch#180642)
         if offset:
-            return (wide * scale).mul_(_wide(weight) + offset).to(x.dtype)
-        return (wide * scale).to(x.dtype).mul_(weight)
+            y = wide * scale * (_wide(weight) + offset)
+            return y if y.dtype == x.dtype else y.to(x.dtype)
+        return (wide * scale).to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

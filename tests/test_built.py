@@ -68,7 +68,8 @@ def test_a_compiler_error_is_kept(tree: Path) -> None:
 def test_no_compiler(tree: Path) -> None:
     notes, _, there = build(tree, CC="false", CXX="false")
     assert sorted(notes) == ["engine._index", "engine._ops", "engine._shared"] and there == []
-    assert all(why == "false ended with exit code 1" for why in notes.values())
+    # setuptools 81, the newest that torch 2.11 takes, says where the command lies
+    assert all(re.fullmatch(r"(/.*/)?false ended with exit code 1", why) for why in notes.values())
 
 
 def test_no_torch(tree: Path, tmp_path: Path) -> None:

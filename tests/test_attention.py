@@ -162,9 +162,17 @@ class Noted:
 
 
 def varlen_of_2_11(
-    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    assert is_causal and key.shape == query.shape and cu_q is cu_k and cu_q.dtype == torch.int32
+    assert window_size == (-1, 0) and key.shape == query.shape and cu_q is cu_k and cu_q.dtype == torch.int32
     assert max_q == max_k >= int(cu_q.diff().max())
     return rows_apart(query, key, value, cu_q)
 

@@ -175,21 +175,14 @@ def _unrowed(rows: Tensor, q: Tensor) -> Tensor:
     return rows.view(b, s, n * d).transpose(0, 1).contiguous()
 
 
-@functools.cache
-def _varlen_words(function: Callable[..., Any]) -> dict[str, Any]:
-    """How this torch's varlen_attn is told to be causal (2.11: is_causal; later ones: a window to the left)."""
-    known = inspect.signature(function).parameters
-    return {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-
-
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     assert documents is not None
     function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    words = _varlen_words(function)
+    words: dict[str, Any] = {"window_size": (-1, 0)}  # causal
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in inspect.signature(function).parameters:
-            words = words | {"enable_gqa": True}
-        else:
+            words["enable_gqa"] = True
+        else:  # torch 2.11
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     borders, longest = documents.borders, q.shape[2]
     return _unrowed(function(*map(_rows, (q, k, v)), borders, borders, longest, longest, **words), q)

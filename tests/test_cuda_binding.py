@@ -21,6 +21,8 @@ from emulated import FLAGS, ROOT, run
 from test_sanitized import KERNELS
 
 NVCC = shutil.which("nvcc")
+# As setup.py builds the CPU kernels: sums that are not vectorised round more than the operators' tests allow.
+AS_BUILT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
@@ -60,7 +62,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def compiled(unit: Path) -> str:
         target = str(folder / f"{unit.name}.o")
-        run(["g++", *FLAGS, "-fopenmp", *macros, *includes, "-x", "c++", "-c", str(unit), "-o", target])
+        flags = [*FLAGS, *AS_BUILT] if unit in KERNELS else FLAGS
+        run(["g++", *flags, "-fopenmp", *macros, *includes, "-x", "c++", "-c", str(unit), "-o", target])
         return target
 
     with ThreadPoolExecutor(2) as pool:

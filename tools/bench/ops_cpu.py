@@ -1,10 +1,11 @@
-"""Two parts of a training step on the CPU, each beside the way it was done before, in turns, in processor seconds.
+"""Parts of a training step on the CPU, each beside the way it was done before, in turns, in processor seconds.
 
     python tools/bench/ops_cpu.py
 
 update: gradient norm, clipping, AdamW and zeroing over the 58 M parameters of train_cpu.py, fp32, in the engine's
 buckets. Before: a norm by torch in blocks, a pass that scales the gradients, AdamW. Now: `sum_squares`, AdamW scales.
 documents: attention over 8 documents a sequence, forward and backward, beside SDPA with a mask and one whole sequence.
+lengths: attention over whole sequences of 512 to 8,192, beside SDPA.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.config import OptimizerConfig
@@ -72,30 +74,45 @@ def update(repeats: int) -> None:
     in_turns(ways | {"zeroing alone": lambda: [b.grads.fill_(0.001) for b in buckets.buckets]}, repeats)
 
 
+class Heads:
+    """q, k, v of one shape, and ours and torch's attention over them, forward and backward."""
+
+    def __init__(self, b: int, n: int, s: int, d: int) -> None:
+        self.q, self.k, self.v = (torch.randn(b, n, s, d) for _ in range(3))
+        self.grad, self.scale = torch.randn(s, b, n * d), d**-0.5
+        self.heads_grad = self.grad.view(s, b, n, d).permute(1, 2, 0, 3).contiguous()
+
+    def own(self, begin: Tensor | None = None) -> None:
+        ops, heads = torch.ops.trident, (self.q, self.k, self.v)
+        out, lse = ops.attention(*heads, begin, self.scale)
+        ops.attention_backward(self.grad, *heads, out, lse, begin, self.scale)
+
+    def sdpa(self, mask: Tensor | None = None) -> None:
+        leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
+        out = scaled_dot_product_attention(*leaves, attn_mask=mask, is_causal=mask is None)
+        torch.autograd.grad(out, leaves, self.heads_grad)
+
+
 def documents(repeats: int) -> None:
     b, n, s, d = 4, 8, 512, 64
-    q, k, v = (torch.randn(b, n, s, d) for _ in range(3))
-    grad, scale = torch.randn(s, b, n * d), d**-0.5
+    heads = Heads(b, n, s, d)
     begin = torch.arange(s).div(s // 8, rounding_mode="floor").mul(s // 8).expand(b, s).contiguous()
     column = torch.arange(s)
     mask = ((column >= begin[:, None, :, None]) & (column <= column[:, None])).contiguous()
-    heads_grad = grad.view(s, b, n, d).permute(1, 2, 0, 3).contiguous()
-
-    def own(begin: torch.Tensor | None) -> None:
-        out, lse = torch.ops.trident.attention(q, k, v, begin, scale)
-        torch.ops.trident.attention_backward(grad, q, k, v, out, lse, begin, scale)
-
-    def sdpa() -> None:
-        leaves = [x.requires_grad_() for x in (q.detach(), k.detach(), v.detach())]
-        torch.autograd.grad(scaled_dot_product_attention(*leaves, attn_mask=mask), leaves, heads_grad)
-
     print(f"attention, {b} sequences of 8 documents, {n} heads, {s} x {d}, forward and backward")
     ways = {
-        "own, documents apart": lambda: own(begin),
-        "own, one document": lambda: own(None),
-        "SDPA with a mask": sdpa,
+        "own, documents apart": lambda: heads.own(begin),
+        "own, one document": heads.own,
+        "SDPA with a mask": lambda: heads.sdpa(mask),
     }
     in_turns(ways, repeats)
+
+
+def lengths(repeats: int) -> None:
+    for b, n, s, d in [(2, 8, 512, 64), (1, 8, 1024, 64), (1, 4, 2048, 128), (1, 2, 4096, 128), (1, 1, 8192, 128)]:
+        print(f"attention, {b} sequences, {n} heads, {s} x {d}, forward and backward")
+        heads = Heads(b, n, s, d)
+        in_turns({"own": heads.own, "SDPA": heads.sdpa}, repeats)
 
 
 def main() -> None:
@@ -107,6 +124,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.threads} threads; {native.load()[1]}")
     update(args.repeats)
     documents(args.repeats)
+    lengths(args.repeats)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 // C (+)= A B in float32 (Goto & van de Geijn 2008: pack blocks, keep a tile of C in registers).
 //
-// Why our own: MKL, which torch calls, reaches 0.82 of the FMA peak of a Zen 4, this 0.92; on a Zen 3, which has no AVX-512,
+// Why our own: MKL, which torch calls, reaches 0.82 of the FMA peak of a Zen 4, this 0.92; on a Zen 3 (no AVX-512)
 // this is 1.23 times as fast at 4096^3 (docs/performance.md). On processors that are not AMD's `sgemm_wins` says no. And
 // here the result of a row never depends on how many rows a call has, nor on the number of threads: each element is one
 // running sum over k, in blocks whose borders depend on K only.

@@ -1,44 +1,34 @@
-"""Training: setup, step, loop.
+"""Training: setup, step, and how a state is saved and resumed.
 
-`setup` builds everything a rank needs from a config and a context; `train_step` is one optimizer step; `train` is the
-loop around it with saving, validation, progress and the orderly stop on a signal.
+`setup` builds everything a rank needs from a config and a context; `train_step` is one optimizer step; the loop around
+them is engine.loop.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.checkpoint.convert import copy_beside, open_source
+from engine.checkpoint.convert import open_source
 from engine.checkpoint.format import MODEL, Ancestor, find, newest, step_dir
 from engine.checkpoint.hf import HfReader
 from engine.checkpoint.lineage import code_versions, descend, differences, refuse
 from engine.checkpoint.load import Reader, Source, load_into
-from engine.checkpoint.save import Saved, Saver, save
+from engine.checkpoint.save import save
 from engine.checkpoint.seal import storage_of
 from engine.checkpoint.storage import DISK, Storage
-from engine.comm import all_reduce_, gather_json, on_first_rank, raise_together
+from engine.comm import all_reduce_, gather_json, raise_together
 from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
-from engine.data.corpora import TrainingData, open_data, open_training
-from engine.data.loader import Loader, MicroBatch
-from engine.data.tokenizer import Tokenizer
-from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, DataError, EngineError, Fault
-from engine.evaluate import Evaluator, Score
-from engine.files import locked
-from engine.launch import StopRequest
-from engine.model.transformer import Transformer, build_stages, num_parameters, tensor_shapes
+from engine.data.loader import MicroBatch
+from engine.errors import CheckpointError, ConfigError, DataError, EngineError, Fault
+from engine.model.transformer import Transformer, build_stages, tensor_shapes
 from engine.monitor.health import explain_non_finite
-from engine.monitor.metrics import MetricsLog
-from engine.monitor.progress import Progress
-from engine.monitor.trace import write_timeline
 from engine.ops.attention import chosen
 from engine.ops.fp8 import check_device
 from engine.ops.native import keep_freed_memory
@@ -49,10 +39,7 @@ from engine.optim.precision import PRECISIONS, LossScale
 from engine.parallel.buckets import GradBuckets, make_buckets, settle_before_use
 from engine.pipeline.actions import Plan
 from engine.pipeline.executor import Trace, execute
-from engine.pipeline.simulate import simulate
 from engine.pipeline.stage import Stage
-from engine.planner.cost import flops_per_token, uneven_pipeline
-from engine.resolve import Resolved
 from engine.sharding import Parameter, initialise_, parameters
 
 
@@ -319,179 +306,3 @@ def find_resume(cfg: Config) -> str:
             "choose another --run.dir, or resume"
         )
     return "" if have is None else str(step_dir(run / "checkpoints", have))
-
-
-def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
-    """The whole run on one rank; returns the exit code (0 done, 75 saved on a signal)."""
-    if not resolved.config.data.train:
-        raise ConfigError([Fault("data.train", "", "no training data given", "Make some with `engine prepare`.")])
-    with ExitStack() as stack:
-        on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack), ctx.world, ctx.device)
-        return _train(resolved, ctx, stop)
-
-
-def _claim(run_dir: Path, stack: ExitStack) -> None:
-    """Refuse a folder that another run is writing into: each would remove what the other has half written."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        holder = stack.enter_context(locked(run_dir / "lock"))
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}; choose another --run.dir") from None
-    if holder:
-        raise CheckpointError(f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir")
-
-
-def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
-    cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
-    tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
-    data = open_training(cfg, tokenizer)
-    state = setup(cfg, ctx)
-    source = on_first_rank(lambda: find_resume(cfg), ctx.world, ctx.device)
-    if source:
-        resume(state, Path(source), data.facts, storage_of(cfg.checkpoint.secret))
-    elif cfg.checkpoint.init:
-        begun = start_from(state, Path(cfg.checkpoint.init))
-        if ctx.rank == 0:
-            copy_beside(begun, run_dir)
-    evaluator = None
-    if cfg.data.valid:
-        evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
-    console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
-    console.start(state.step, source, num_parameters(cfg.model))
-    for note in data.notes:
-        console.note(note)
-    if state.plan.microbatches < ctx.pipeline.size:
-        enough = ctx.pipeline.size * ctx.data.size * cfg.train.micro_batch_size
-        console.note(
-            f"{state.plan.microbatches} microbatches for {ctx.pipeline.size} pipeline ranks leave a bubble of "
-            f"{simulate(state.plan).bubble:.0%}; train.global_batch_size {enough} would give each rank one"
-        )
-    if uneven := uneven_pipeline(cfg, state.plan):
-        console.note(uneven)
-    if tokenizer is not None and ctx.rank == 0:
-        tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else
-    with (
-        MetricsLog(run_dir, resolved, state.step, enabled=ctx.rank == 0) as log,
-        _loader(state, data) as loader,
-        _saver(state, run_dir / "checkpoints") as saver,
-        console,
-    ):
-        code, reason = _loop(state, loader, evaluator, log, console, stop, data, saver)
-        log.exit(code, reason)
-    return code
-
-
-def _saver(state: TrainState, root: Path) -> Saver:
-    c = state.cfg.checkpoint
-    storage = storage_of(c.secret, encrypt=c.encrypt)
-    saver = Saver(root, state.ctx, keep=c.keep, keep_every=c.keep_every, storage=storage)
-    if c.every and c.async_save:
-        saver.reserve(state.optimizer.states(owned=True))
-    state.before_update = saver.copied
-    return saver
-
-
-def _loader(state: TrainState, data: TrainingData) -> Loader:
-    cfg, ctx = state.cfg, state.ctx
-    return Loader(
-        data.order,
-        global_batch_size=cfg.train.global_batch_size,
-        micro_batch_size=cfg.train.micro_batch_size,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        start_sample=state.consumed_samples,
-        prefetch=cfg.data.prefetch,
-        mask=data.mask,
-        separate_eod=data.separate_eod,
-        fim=data.fim,
-    )
-
-
-def _loop(
-    state: TrainState,
-    loader: Loader,
-    evaluator: Evaluator | None,
-    log: MetricsLog,
-    console: Progress,
-    stop: StopRequest,
-    data: TrainingData,
-    saver: Saver,
-) -> tuple[int, str]:
-    cfg, ctx = state.cfg, state.ctx
-    timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
-    while state.step < cfg.train.steps:
-        begin = time.perf_counter()
-        batches = next(loader)
-        data_s = time.perf_counter() - begin
-        sent = dict(ctx.world.traffic)
-        result = train_step(state, batches, traced=state.step + 1 == timeline_step, num_sources=len(data.names))
-        seconds = time.perf_counter() - begin
-        record = log.step(
-            state.step,
-            result.loss,
-            result.norms.norm,
-            result.lr,
-            state.consumed_tokens,
-            console.rates(result.tokens, seconds)
-            | {"data_s": data_s}
-            | {f"loss_{data.names[k]}": loss for k, loss in result.by_source.items()}
-            | _sent_since(sent, ctx)
-            | _scale(state, result),
-        )
-        console.step(record)
-        if result.skipped:
-            console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
-        if result.trace is not None:
-            write_timeline(Path(cfg.run.dir), state.plan, result.trace, ctx, state.step)
-        done = state.step == cfg.train.steps
-        if evaluator and (done or (cfg.train.eval_every and state.step % cfg.train.eval_every == 0)):
-            score: Score = evaluator.run(0 if done else cfg.train.eval_batches)
-            log.validation(state.step, score)
-            console.note(f"step {state.step}: validation {score}")
-        stopping, busy, failed = _agreed((bool(stop), saver.busy, saver.failed), ctx)
-        _tell(console, saver.advance(busy, failed))
-        last = stopping or done
-        if last or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
-            _save(state, saver, data.facts, console, background=cfg.checkpoint.async_save and not last)
-        if stopping and not done:
-            console.note(f"stopped on a signal after step {state.step}; the same command goes on from there")
-            return EXIT_REQUEUE, "stopped on a signal"
-    return EXIT_OK, "done"
-
-
-def _sent_since(before: dict[tuple[str, str], float], ctx: ParallelContext) -> dict[str, float]:
-    """Bytes that this rank has sent since, as `bytes_<axis>_<collective>` (engine.comm says how they are counted)."""
-    sent = {key: total - before.get(key, 0.0) for key, total in ctx.world.traffic.items()}
-    return {f"bytes_{axis}_{collective}": count for (axis, collective), count in sorted(sent.items()) if count}
-
-
-def _scale(state: TrainState, result: StepResult) -> dict[str, float]:
-    """fp16: the loss scale after the step, and whether its update was left out."""
-    return {"loss_scale": state.scale.value, "skipped": float(result.skipped)} if state.scale.window else {}
-
-
-def _agreed(flags: tuple[bool, ...], ctx: ParallelContext) -> tuple[bool, ...]:
-    """Of each flag, whether any rank has it set."""
-    if ctx.world.size == 1:
-        return flags  # a GPU would have to be waited for
-    values = torch.tensor([float(flag) for flag in flags], device=ctx.device)
-    return tuple(bool(value) for value in all_reduce_(values, ctx.world, "max").tolist())
-
-
-def _save(state: TrainState, saver: Saver, data_facts: dict[str, Any], console: Progress, *, background: bool) -> None:
-    """Save this step: wait for a save that is still under way, then begin this one, and wait for it or do not."""
-    if saver.in_flight is not None:
-        _tell(console, saver.finish())
-    states, facts = state.optimizer.states(owned=True), facts_of(state, data_facts)
-    saver.start(states, step=state.step, facts=facts, background=background)
-    if background:
-        console.note(f"step {state.step}: saving in the background")
-    else:
-        _tell(console, saver.finish())
-
-
-def _tell(console: Progress, saved: Saved | None) -> None:
-    if saved is not None:
-        console.note(f"step {saved.step}: saved {saved.folder}")
-        for note in saved.notes:
-            console.note(note)

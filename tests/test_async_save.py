@@ -18,7 +18,7 @@ import torch
 from cases import config, layout_of, random_batches, resolve, same_bytes
 from harness import run_ranks
 
-import engine.train as train_module
+import engine.loop as loop_module
 from engine.checkpoint import staging
 from engine.checkpoint import storage as storage_module
 from engine.checkpoint.format import complete_steps, damages, read_manifest, step_dir
@@ -29,8 +29,9 @@ from engine.data.indexed import IndexedWriter
 from engine.errors import EngineError
 from engine.files import locked
 from engine.launch import StopRequest
+from engine.loop import train
 from engine.monitor.metrics import read_metrics
-from engine.train import TrainState, facts_of, setup, train, train_step
+from engine.train import TrainState, facts_of, setup, train_step
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 
@@ -214,7 +215,7 @@ def run(cfg: Any, ctx: ParallelContext, delay: float, disk_delay: float) -> tupl
     """One training on this rank, with SIGTERM to the last rank after `delay` s; (exit code, most saves at once)."""
     disk = Slow()
     disk.delay = disk_delay
-    train_module.storage_of = lambda reference, encrypt=False: disk  # a rank of its own process: nothing to undo
+    loop_module.storage_of = lambda reference, encrypt=False: disk  # a rank of its own process: nothing to undo
     stop = StopRequest()
     timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM))
     if delay and ctx.rank == ctx.world.size - 1:

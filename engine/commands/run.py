@@ -33,8 +33,8 @@ def train(args: list[str]) -> int:
         return EXIT_OK
     from engine.data.special import check
     from engine.launch import StopRequest, leave, pick_device, read_env, run
+    from engine.loop import train
     from engine.optim.precision import PRECISIONS
-    from engine.train import train
 
     env = read_env()
     try:

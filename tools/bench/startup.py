@@ -82,15 +82,15 @@ def worker(out: str, *arguments: str) -> None:
     stamps["import torch"] = [STARTED, time.time()]
     import engine.cli
     import engine.launch
+    import engine.loop
     import engine.options
-    import engine.train
 
     stamps["import engine"] = [stamps["import torch"][1], time.time()]
     noting(stamps, engine.launch, "_join")
     noting(stamps, engine.launch, "make_context")
-    noting(stamps, engine.train, "setup")
-    noting(stamps, engine.train.MetricsLog, "__enter__")
-    noting(stamps, engine.train, "train_step")
+    noting(stamps, engine.loop, "setup")
+    noting(stamps, engine.loop.MetricsLog, "__enter__")
+    noting(stamps, engine.loop, "train_step")
     leave = engine.launch.leave
 
     def write(code: int, env: engine.launch.Env) -> int:

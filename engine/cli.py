@@ -8,32 +8,42 @@ from collections.abc import Callable, Sequence
 
 from engine.commands import checkpoints, data, run, schedule
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
+from engine.output import OutputError, watched
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a verb and exit with its code: 0 done, 1 error, 2 config error, 75 saved on a signal."""
+    """Run a verb and exit with its code: 0 done, 1 error, 2 config error, 75 saved on a signal, 141 nobody reads."""
     args = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # one line, without our source text
+    try:
+        with watched():
+            code = _run(args)
+    except OutputError as error:  # what was buffered found no room
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
-        sys.exit(EXIT_OK if args else EXIT_CONFIG)
+        return EXIT_OK if args else EXIT_CONFIG
     verb = _VERBS.get(args[0])
     if verb is None:
         print(f"error: no verb {args[0]!r}\n\n{_overview()}", file=sys.stderr)
-        sys.exit(EXIT_CONFIG)
+        return EXIT_CONFIG
     try:
-        code = verb(args[1:])
+        return verb(args[1:])
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
+        return error.exit_code
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        code = EXIT_ERROR
+        return EXIT_ERROR
     except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+        return 130
 
 
 def _overview() -> str:

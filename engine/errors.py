@@ -13,6 +13,7 @@ EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_CONFIG = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: the state was saved on a signal, please start the same command again
+EXIT_READER_GONE = 141  # 128 + SIGPIPE, as a shell says of a command whose output nobody reads any more
 
 
 class EngineError(Exception):

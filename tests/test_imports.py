@@ -19,7 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # stands for all its modules. No module may be missing: where it belongs is decided when it is written.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("", "errors", "files", "built"),  # "" is engine/__init__.py
-    ("layout", "presets", "families", "mixture", "pipeline", "pipeline.actions"),  # pipeline/__init__.py: a docstring
+    (
+        "output",
+        "layout",
+        "presets",
+        "families",
+        "mixture",
+        "pipeline",
+        "pipeline.actions",
+    ),
     ("pipeline.passes", "pipeline.simulate", "pipeline.check", "hf_config"),
     ("pipeline.schedules", "pipeline.torch_csv"),
     ("pipeline.search", "pipeline.timeline", "pipeline.draw", "pipeline.report"),

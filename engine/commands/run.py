@@ -35,7 +35,9 @@ def train(args: list[str]) -> int:
     from engine.launch import StopRequest, leave, pick_device, read_env, run
     from engine.loop import train
     from engine.optim.precision import PRECISIONS
+    from engine.output import outlive
 
+    outlive()  # a run of weeks does not end because the terminal it was started from is closed
     env = read_env()
     try:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world)

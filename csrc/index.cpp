@@ -25,6 +25,8 @@
 #include <utility>
 #include <vector>
 
+#include "guard.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)  // taken at run time, where the processor has it
 #define TRIDENT_AVX2
 #include <immintrin.h>
@@ -581,7 +583,13 @@ std::optional<int32_t> pack(const py::array& tokens, const py::array& lengths, i
 
 PYBIND11_MODULE(_index, m) {
   m.doc() = "Sample order, batch gather and blends; see engine/data/order.py and blend.py for the definitions.";
-  m.attr("interface") = 2;  // NATIVE_INTERFACE of engine/data/indexed.py
+  m.attr("interface") = 3;  // NATIVE_INTERFACE of engine/data/indexed.py
+  m.def("guard", [](const py::buffer& file) {  // token for lost and release
+    const py::buffer_info info = file.request();
+    return guard::add(info.ptr, info.size * info.itemsize);
+  });
+  m.def("lost", &guard::lost);
+  m.def("release", &guard::release);
   m.def("permute", &permute, py::arg("n"), py::arg("key"), py::arg("indices"));
   m.def("block_prefix", &block_prefix, py::arg("block_tokens"), py::arg("key"));
   m.def("gather", &gather, py::arg("tokens"), py::arg("lengths"), py::arg("pointers"), py::arg("order"),

@@ -128,6 +128,7 @@ def fingerprint(dataset: IndexedDataset) -> str:
     for values, run in ((dataset.lengths, 64), (dataset.tokens, 512)):
         for start in np.linspace(0, max(0, len(values) - run), 256, dtype=np.int64).tolist():
             digest.update(values[start : start + run].tobytes())
+    dataset.check()
     return digest.hexdigest()
 
 

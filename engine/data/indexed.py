@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from engine.data.mapped import MappedFile
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder
 
@@ -48,7 +49,7 @@ SIDECAR_VERSION = 1
 SIDECAR_DIGEST = "sidecar_digest"
 UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
 MAX_SEQUENCE_TOKENS = 2**31 - 1
-NATIVE_INTERFACE = 2  # of csrc/index.cpp, counted up when a signature changes: an older build is refused, not called
+NATIVE_INTERFACE = 3  # of csrc/index.cpp, counted up when a signature changes: an older build is refused, not called
 _CHUNK = 1 << 22  # elements a check looks at in one go: bounds memory, whatever the size of the corpus
 
 IntArray = npt.NDArray[Any]
@@ -85,26 +86,13 @@ def _chunks(total: int, size: int = _CHUNK) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def _map(path: Path) -> npt.NDArray[np.uint8]:
-    """The whole file as uint8 [bytes], read-only mmap. Raises DataError if it cannot be opened."""
-    try:
-        if path.stat().st_size == 0:  # mmap refuses empty files; an empty corpus is a valid one
-            return np.empty(0, np.uint8)
-        return np.memmap(path, np.uint8, mode="r")
-    except FileNotFoundError as err:
-        hint = " Give the prefix without the suffix." if path.stem.endswith((".bin", ".idx")) else ""
-        raise DataError(f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx.{hint}") from err
-    except OSError as err:
-        raise DataError(f"{path}: cannot be read: {err.strerror or err}. Check the path and its permissions.") from err
-
-
 class IndexedDataset:
     """A .bin/.idx pair, memory mapped and proven consistent at open.
 
     Attributes: `prefix` (str), `dtype`, `lengths` int32 [N] in tokens, `pointers` int64 [N] in bytes, `tokens` dtype
     [T], `num_documents` (= N), `num_tokens` (= T), `vocab_size` (as given), `meta` (the sidecar or {}). The arrays are
-    views into read-only maps and `lengths`, `pointers` are not aligned (the header has 34 bytes): slice them freely,
-    but native code has to load them bytewise.
+    views into read-only maps (see `check`) and `lengths`, `pointers` are not aligned (the header has 34 bytes): slice
+    them freely, but native code has to load them bytewise.
 
     Raises DataError for anything that does not fit: see the checks, in this order, in `__init__`.
     """
@@ -115,12 +103,13 @@ class IndexedDataset:
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
         bin_path, idx_path, json_path = paths_of(prefix)
-        raw = _map(idx_path)
+        native = native_index()
+        self._files = MappedFile(idx_path, native), MappedFile(bin_path, native)
+        raw, raw_bin = (file.bytes for file in self._files)
         self.dtype, num_sequences, num_boundaries = _read_header(idx_path, raw)
         self.lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
         self.pointers = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
         boundaries = np.frombuffer(raw, "<i8", num_boundaries, HEADER.size + 12 * num_sequences)
-        raw_bin = _map(bin_path)
         _check_sequences(idx_path, bin_path, self.lengths, self.pointers, self.dtype.itemsize, raw_bin.size)
         _check_boundaries(idx_path, boundaries, num_sequences)
         self.tokens: IntArray = raw_bin.view(self.dtype)
@@ -129,6 +118,12 @@ class IndexedDataset:
         self.meta = self._read_sidecar(json_path)
         if vocab_size is not None:
             self._check_vocabulary(vocab_size)
+        self.check()
+
+    def check(self) -> None:
+        """Raise DataError if a file was cut short under its readers: what they read is then not the corpus."""
+        for file in self._files:
+            file.check()
 
     def __len__(self) -> int:
         return self.num_documents

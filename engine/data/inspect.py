@@ -97,6 +97,7 @@ def decoded_samples(
             text = tokenizer.decode(dataset[document][offset : offset + length].tolist())
             mark = f"{document}" if not offset else f"{document} from token {offset}"
             parts.append(BORDER.format(mark) + text)
+        dataset.check()
         yield f"sample {sample}: " + "".join(parts)
 
 
@@ -114,6 +115,7 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
     for low in range(0, dataset.num_tokens, _CHUNK):
         stored = dataset.tokens[low : low + _CHUNK]
         digest.update(np.ascontiguousarray(stored).view(np.uint8).data)
+        dataset.check()
         tokens = stored.astype(np.int64)
         wrong = (tokens < 0) | (tokens >= limit) if limit else tokens < 0
         if wrong.any():

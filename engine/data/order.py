@@ -308,10 +308,12 @@ class SampleOrder:
                 limit,
             )
         except (IndexError, ValueError) as err:
+            data.check()
             raise DataError(
                 f"{data.prefix}: reading samples of epoch {epoch} failed: {err}. "
                 f"Did the files change after they were opened? Write them again, then restart."
             ) from err
+        data.check()
         if document >= 0:
             raise data.refuse_token(document, offset, value)
         return tokens

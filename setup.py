@@ -76,7 +76,7 @@ def find_nvcc(cuda: str) -> str:
     )
     if nvcc is None:
         raise RuntimeError(f"nvcc not found in {home + '/bin' if home else 'PATH or /usr/local/cuda/bin'}")
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([nvcc, "--version"], capture_output=True, encoding="utf-8", check=True).stdout
     release = re.search(r"release (\d+)\.", said)
     if release is None or release[1] != cuda.split(".")[0]:
         raise RuntimeError(f"{nvcc} is of CUDA {release[1] if release else '?'}, torch is built for {cuda}")
@@ -124,7 +124,14 @@ def add_cuda(extension: Extension, folder: Path) -> None:
             target = str(folder / f"{Path(source).stem}.o")
             command = [nvcc, *flags, "-c", source, "-o", target]
             print(" ".join(command))
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+                check=False,
+            )
             if done.returncode:
                 print(done.stdout, file=sys.stderr)
                 raise RuntimeError(first_errors(done.stdout) or f"{nvcc} ended with exit code {done.returncode}")
@@ -167,13 +174,13 @@ class Build(build_ext):
         for what, why in FAILED.items():
             print(f"warning: {what} is not built: {why}", file=sys.stderr)
         self.notes.parent.mkdir(parents=True, exist_ok=True)
-        self.notes.write_text(json.dumps({"settings": self.settings, **FAILED}, indent=1) + "\n")
+        self.notes.write_text(json.dumps({"settings": self.settings, **FAILED}, indent=1) + "\n", encoding="utf-8")
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "engine._ops":
             add_cuda(ext, Path(self.build_temp) / "cuda")
             self.settings = str(ext.define_macros)
-            known = self.notes.exists() and json.dumps(self.settings) in self.notes.read_text()
+            known = self.notes.exists() and json.dumps(self.settings) in self.notes.read_text(encoding="utf-8")
             self.force = self.force or not known
         with tempfile.TemporaryFile() as log:
             stderr = os.dup(2)

@@ -11,7 +11,7 @@ _NOTES = Path(__file__).with_name("_build.json")
 def why_not(what: str) -> str:
     """Why "engine._index", "engine._ops" or "cuda" (its CUDA kernels) was not built; "" if nothing is known."""
     try:
-        notes = json.loads(_NOTES.read_text())
+        notes = json.loads(_NOTES.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     why = notes.get(what, "") if isinstance(notes, dict) else ""

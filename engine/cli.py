@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from engine.output import OutputError, watched
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its code: 0 done, 1 error, 2 config error, 75 saved on a signal, 141 nobody reads."""
+    if argv is None:
+        _speak_utf8()
     args = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # one line, without our source text
     try:
@@ -44,6 +47,16 @@ def _run(args: list[str]) -> int:
         return EXIT_ERROR
     except KeyboardInterrupt:
         return 130
+
+
+def _speak_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale is another one.
+
+    Names of files, arguments and what is printed are then UTF-8 as the content of every file is: a config written under
+    one locale is read under another. (Python does so by itself for the C locale, unless it is told PYTHONUTF8=0.)
+    """
+    if sys.getfilesystemencoding() != "utf-8" and "utf8" not in sys._xoptions:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _overview() -> str:

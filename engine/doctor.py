@@ -88,7 +88,7 @@ def _machine() -> Iterator[Finding]:
 def _pairs(file: str) -> Iterator[tuple[str, str]]:
     """`name : value` of each line; nothing where there is no such file (not Linux)."""
     path = Path(file)
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         name, colon, value = line.partition(":")
         if colon:
             yield name.strip(), value.strip()
@@ -98,7 +98,7 @@ def _memory_limit_gib() -> float | None:
     """What a container may use (cgroup 2, else 1); None where there is no limit below the machine's memory."""
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         path = Path(file)
-        if path.exists() and (text := path.read_text().strip()).isdecimal() and int(text) < 1 << 60:
+        if path.exists() and (text := path.read_text(encoding="utf-8").strip()).isdecimal() and int(text) < 1 << 60:
             return int(text) / 2**30
     return None
 

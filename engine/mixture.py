@@ -111,7 +111,7 @@ def _repeated(values: list[str], relation: str, repair: str) -> Iterator[Fault]:
 
 def _read_file(path: str) -> Mixture:
     try:
-        tree = tomllib.loads(Path(path).read_text())
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([_fault(path, f"cannot be read ({error})", "Give the path of a TOML file.")]) from None
     except tomllib.TOMLDecodeError as error:

@@ -148,7 +148,7 @@ def _stray(word: str) -> Fault:
 
 def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
     try:
-        tree = tomllib.loads(file.read_text())
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         faults.append(Fault("--config", str(file), f"cannot be read ({error})", "Give the path of a TOML file."))
         return

@@ -230,6 +230,29 @@ def _runs(node: ast.AST, aliases: Aliases) -> Iterator[str]:
         yield "trust_remote_code"
 
 
+def texts_name_their_encoding(module: str, tree: ast.AST) -> Iterator[str]:
+    """A text file or a pipe without `encoding=` is read in whatever the locale says."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {word.arg: word.value for word in node.keywords}
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else dotted(node.func)
+        owner = dotted(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+        text = name in ("read_text", "write_text") or any(word in given for word in ("text", "universal_newlines"))
+        opened = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call)
+        opened = opened and dotted(node.func.value.func) == "fsspec.open"  # its mode is the other's
+        if (name == "open" and owner not in ("os", "io") and not opened) or name == "fdopen":
+            at = 0 if method and name == "open" else 1
+            mode = given.get("mode", node.args[at] if len(node.args) > at else None)
+            words = mode.value if isinstance(mode, ast.Constant) else "r" if mode is None and name == "open" else "b"
+            text = isinstance(words, str) and "b" not in words and (not method or mode is not None or not node.args)
+        if text and "encoding" not in given and not (name.startswith("add_") or name in _TEXT_IS_NO_PIPE):
+            yield f"{module}: line {node.lineno}: {name} without an encoding"
+
+
+_TEXT_IS_NO_PIPE = ("document", "sample", "update")  # calls whose argument `text` is one
+
 STRUCTURE: tuple[Rule, ...] = (
     imports_point_down,
     imports_are_absolute,
@@ -264,6 +287,12 @@ def test_nothing_in_the_product_runs_what_it_reads() -> None:
     trees = {f"engine.{k}": v for k, v in ENGINE.items()} | sources(ROOT / "tools")
     trees["setup"] = ast.parse((ROOT / "setup.py").read_text())
     assert [text for module, tree in trees.items() for text in nothing_runs_what_it_reads(module, tree)] == []
+
+
+def test_texts_are_utf8_whatever_the_locale() -> None:
+    trees = {f"engine.{k}": v for k, v in ENGINE.items()} | sources(ROOT / "tools") | sources(ROOT / "examples")
+    trees["setup"] = ast.parse((ROOT / "setup.py").read_text())
+    assert [text for module, tree in trees.items() for text in texts_name_their_encoding(module, tree)] == []
 
 
 def test_the_table_names_only_what_exists() -> None:
@@ -306,6 +335,14 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (collectives_in_comm_only, "parallel.buckets", "import torch.distributed as dist\ndist.all_reduce(x)"),
     (collectives_in_comm_only, "parallel.buckets", "from torch.distributed import all_reduce"),
     (collectives_in_comm_only, "model.layers", "import torch as t\nt.distributed.barrier()"),
+    (texts_name_their_encoding, "comm", "open(name)"),
+    (texts_name_their_encoding, "comm", "open(name, 'w')"),
+    (texts_name_their_encoding, "comm", "path.open()"),
+    (texts_name_their_encoding, "comm", "path.open('a', buffering=1)"),
+    (texts_name_their_encoding, "comm", "os.fdopen(file, 'w')"),
+    (texts_name_their_encoding, "comm", "path.read_text()"),
+    (texts_name_their_encoding, "comm", "path.write_text('x')"),
+    (texts_name_their_encoding, "comm", "subprocess.run(['ls'], text=True)"),
     (nothing_runs_what_it_reads, "comm", "import pickle"),
     (nothing_runs_what_it_reads, "comm", "from pickle import loads"),
     (nothing_runs_what_it_reads, "comm", "from multiprocessing.reduction import pickle"),
@@ -341,6 +378,7 @@ def test_a_planted_violation_is_found(rule: Rule, module: str, source: str) -> N
         ("pipeline.executor", "from engine.pipeline.stage import Stage"),
         ("parallel.buckets", "import torch.distributed as dist\nwork: dist.Work | None = None"),
         ("launch", "import os\nos.environ['RANK']"),
+        ("comm", "open(a, 'rb'); path.open('wb'); os.open(a, 0); storage.open(a); path.read_text(encoding='utf-8')"),
         ("model.layers", "model.eval()\nsubprocess.run(['ls'], shell=False)\nobject_list = []"),
     ],
 )

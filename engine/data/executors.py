@@ -56,7 +56,7 @@ def run_elsewhere(
         return
     if executor == "slurm":
         if (job := work / _SLURM_JOB).exists():
-            number, log = job.read_text().split(maxsplit=1)
+            number, log = job.read_text(encoding="utf-8").split(maxsplit=1)
             if _queued(number):
                 return
             job.unlink()
@@ -82,7 +82,7 @@ def run_elsewhere(
         _raise_failures(work)
         raise DataError(f"--executor {executor}: {type(err).__name__}: {err}. Logs are in {log}.") from err
     if executor == "slurm":
-        (work / _SLURM_JOB).write_text(f"{started.job_id} {log}")
+        (work / _SLURM_JOB).write_text(f"{started.job_id} {log}", encoding="utf-8")
         return
     _raise_failures(work)
     if lost := missing():
@@ -92,13 +92,15 @@ def run_elsewhere(
 def slurm_is_at_work(work: Path) -> bool:
     """Whether jobs of an earlier command may be writing in the work folder."""
     job = work / _SLURM_JOB
-    return job.exists() and _queued(job.read_text().split()[0])
+    return job.exists() and _queued(job.read_text(encoding="utf-8").split()[0])
 
 
 def _queued(number: str) -> bool:
     """Whether Slurm still has a job of this number waiting or running."""
     try:
-        done = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["squeue", "--noheader", "--jobs", number], capture_output=True, encoding="utf-8", timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired) as err:
         raise DataError(f"squeue: {err}. It is needed to ask for Slurm job {number}; run this where Slurm is.") from err
     if done.returncode and "Invalid job id" not in done.stderr:  # which it says of jobs that are long over

@@ -30,7 +30,7 @@ class MetricsLog:
         if self.enabled:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "exit.json").unlink(missing_ok=True)
-            (self.run_dir / "config.toml").write_text(self.resolved.toml())
+            (self.run_dir / "config.toml").write_text(self.resolved.toml(), encoding="utf-8")
             self.file = _open_lines(self.run_dir / "metrics.jsonl")
             if self.resolved.config.monitor.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
@@ -51,7 +51,7 @@ class MetricsLog:
         """Write exit.json."""
         if self.enabled:
             facts = {"code": code, "reason": reason, "step": self.last_step}
-            (self.run_dir / "exit.json").write_text(json.dumps(facts) + "\n")
+            (self.run_dir / "exit.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def step(
         self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, rates: dict[str, float]
@@ -81,14 +81,14 @@ def _open_lines(path: Path) -> TextIO:
     if path.exists():
         with path.open("r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    return path.open("a", buffering=1)
+    return path.open("a", buffering=1, encoding="utf-8")
 
 
 def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
     """(training records, validation records) of a run by step; the later line of a step wins."""
     training: dict[int, dict[str, float]] = {}
     validation: dict[int, dict[str, float]] = {}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         (training if "loss" in record else validation)[record["step"]] = record
     return training, validation

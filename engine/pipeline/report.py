@@ -109,7 +109,7 @@ def show(entries: Sequence[Entry], console: Console, unit: str = "", memory_cap:
 def save(plan: Plan, path: Path) -> None:
     """Writes the plan's text, with its communication."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{plan}\n")
+    path.write_text(f"{plan}\n", encoding="utf-8")
 
 
 def picture(entries: Sequence[Entry], output: Path, unit: str = "") -> tuple[Path, Path]:

@@ -183,7 +183,7 @@ def load_plan(path: Path) -> Plan:
     Raises PlanError that names the file.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(
             f"{path}: cannot be read ({error}); give a plan as `engine schedule --save` writes it, or a .csv"

@@ -58,7 +58,7 @@ def read_timeline(run: Path) -> tuple[Timeline, int]:
     if not path.exists():
         raise DataError(f"{run}: no {TIMELINE_FILE}; give the folder of a run that has measured a step of a pipeline")
     try:
-        return from_json(json.loads(path.read_text()))
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, DataError) as error:
         raise DataError(f"{path}: {error}") from None
 

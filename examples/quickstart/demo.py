@@ -75,7 +75,11 @@ class Demo:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)  # what a cluster does before it takes the machine away
         process.wait(timeout=120)
-        exit_facts = json.loads((self.run / "exit.json").read_text()) if (self.run / "exit.json").exists() else {}
+        exit_facts = (
+            json.loads((self.run / "exit.json").read_text(encoding="utf-8"))
+            if (self.run / "exit.json").exists()
+            else {}
+        )
         if exit_facts.get("code") != 75:
             raise Failed(f"the ranks should have saved and left with code 75, but exit.json says {exit_facts}")
         console.print(f"  stopped: {exit_facts} after {time.time() - begin:.0f} s")
@@ -111,8 +115,8 @@ class Demo:
         call(command)
 
     def summary(self, seconds: float) -> None:
-        report = json.loads((self.folder / "data/stdlib-report.json").read_text())
-        lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        report = json.loads((self.folder / "data/stdlib-report.json").read_text(encoding="utf-8"))
+        lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         scores = [line for line in lines if "val_loss" in line]
         loss, unigram = scores[-1]["val_loss"], report["valid"]["unigram_entropy"]
         goal = math.log(self.vocab_size) if self.short else unigram  # the short form has no time to learn context
@@ -170,14 +174,14 @@ def call(command: list[str]) -> None:
 
 def metrics(run: Path) -> dict[int, float]:
     """Training loss by step."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
 def last_step(run: Path) -> int:
     """The newest step in metrics.jsonl, 0 before there is one."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
         return int(json.loads(lines[-1])["step"]) if lines else 0
     except ValueError:  # the line is being written

@@ -83,14 +83,14 @@ def run(o: Options, name: str, python: Path | None, folder: Path) -> tuple[list[
     out = folder / f"{name}.json"
     command = [sys.executable, str(HERE / SCRIPTS[name]), *arguments(o, name, python), "--json", str(out)]
     begin = time.monotonic()
-    with o.json.with_suffix(".log").open("a") as log:
+    with o.json.with_suffix(".log").open("a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=log).returncode
     seconds = round(time.monotonic() - begin, 1)
     print(f"{SCRIPTS[name]}: {seconds} s" + f", ended with code {code}" * bool(code), flush=True)
     if code or not out.exists():
         note = f"{SCRIPTS[name]} ended with code {code}: see {o.json.with_suffix('.log')}"
         return [Row(name, "FAILED", [], note=note)], {"failed": code, "seconds": seconds}
-    found = json.loads(out.read_text())
+    found = json.loads(out.read_text(encoding="utf-8"))
     return [from_json(row) for row in found["rows"]], found | {"seconds": seconds}
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     python, why = python_of(o.peers_env) if wanted else (None, "")
     if why:
         print(why, file=sys.stderr)
-    o.json.with_suffix(".log").write_text("")
+    o.json.with_suffix(".log").write_text("", encoding="utf-8")
     rows: list[Row] = []
     details: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

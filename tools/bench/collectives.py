@@ -100,7 +100,7 @@ def measure(o: Options) -> Result:
 def worker(out: str, options: str) -> None:
     """One rank of one run; the first leaves the result in a file."""
     if found := measure(Options(**json.loads(options))):
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(found), encoding="utf-8")
 
 
 def run_ranks(o: Options, ranks: int, transport: str) -> Result:
@@ -109,10 +109,10 @@ def run_ranks(o: Options, ranks: int, transport: str) -> Result:
         out = Path(folder) / "result.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*launcher, __file__, "worker", transport, str(out), json.dumps(asdict(o))]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8")
         if done.returncode:
             sys.exit(f"{transport} with {ranks} ranks failed:\n{done.stderr[-4000:]}")
-        return {key: (wall, cpu) for key, (wall, cpu) in json.loads(out.read_text()).items()}
+        return {key: (wall, cpu) for key, (wall, cpu) in json.loads(out.read_text(encoding="utf-8")).items()}
 
 
 def main() -> None:

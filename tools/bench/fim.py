@@ -23,7 +23,7 @@ SEQ_LEN, BATCH, ROUNDS = 2048, 8, 25
 
 
 def main(files: list[Path]) -> None:
-    texts = [file.read_text() for file in files]
+    texts = [file.read_text(encoding="utf-8") for file in files]
     tokenizer = Tokenizer.train(iter(texts), 4096, special_tokens=(END_OF_TEXT, *FAMILIES[0]))
     with tempfile.TemporaryDirectory() as folder:
         with IndexedWriter(Path(folder) / "c", tokenizer.vocab_size) as writer:

@@ -55,7 +55,7 @@ def main() -> None:
     figure.suptitle("mean of 10 steps")
     figure.savefig(o.picture, dpi=120)
     if o.json:
-        o.json.write_text(json.dumps(curves) + "\n")
+        o.json.write_text(json.dumps(curves) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def prepare(o: argparse.Namespace) -> None:
         began = time.monotonic()
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         try:
-            built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            built = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
         except subprocess.TimeoutExpired:
             print("the extension was not built within 300 s: what follows runs without it", flush=True)
             return
@@ -119,7 +119,7 @@ def _check(session: Session, name: str, words: list[str]) -> None:
     began = time.monotonic()
     command = [sys.executable, "-m", *words]
     left = max(10.0, session.deadline - began)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=left)
     session.record(name, code=done.returncode, s=time.monotonic() - began, said=done.stdout.splitlines()[-40:])
 
 

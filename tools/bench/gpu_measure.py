@@ -83,7 +83,9 @@ class Session:
         facts["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [as_json(row) for row in rows_of(self.results)]
         beside = self.out.with_suffix(".part")
-        beside.write_text(json.dumps(facts | {"rows": rows, "details": self.results}, indent=1) + "\n")
+        beside.write_text(
+            json.dumps(facts | {"rows": rows, "details": self.results}, indent=1) + "\n", encoding="utf-8"
+        )
         beside.replace(self.out)
 
     def attempt(self, what: str, measure: Callable[..., None], *arguments: Any, **more: Any) -> None:

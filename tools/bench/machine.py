@@ -20,7 +20,7 @@ def commit() -> str:
     """Of the tree this file is in; "unknown" outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -28,7 +28,7 @@ def commit() -> str:
 def describe() -> dict[str, Any]:
     """CPU, cores, memory, versions, commit, allocator settings and the load before we add ours."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     return {
         "cpu": cpu,
@@ -44,7 +44,9 @@ def describe() -> dict[str, Any]:
 
 def busy_s() -> float:
     """Seconds of work that all processors have done since boot (Linux; time stolen by other guests counts too)."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text(encoding="utf-8").split()[1:9]
+    )
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
@@ -74,7 +76,7 @@ def peak_memory(work: Callable[[], Any]) -> tuple[float, float, Any]:
     """(seconds, peak MiB of anonymous memory above the start, result) of work()."""
 
     def anonymous() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
     base, peak, done = anonymous(), [0], threading.Event()

@@ -93,7 +93,7 @@ def repeated(commands: dict[str, list[str]], trials: int) -> Seen:
     seen: Seen = {name: {} for name in commands}
     for _ in range(trials):
         for name, command in commands.items():
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
             for key, value in json.loads(done.stdout.splitlines()[-1]).items():
                 seen[name].setdefault(key, []).append(value)
     return seen

@@ -18,8 +18,8 @@ PINS = Path(__file__).with_name("peers.txt")
 def python_of(folder: Path) -> tuple[Path | None, str]:
     """(interpreter with the peers, "") or (None, why it cannot be had). Installs them on first use."""
     python, marker = folder / "bin/python", folder / "installed.txt"
-    wanted = "\n".join([sys.executable, sys.version, PINS.read_text()])
-    if marker.exists() and marker.read_text() == wanted:
+    wanted = "\n".join([sys.executable, sys.version, PINS.read_text(encoding="utf-8")])
+    if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
         return python, ""
     print(f"installing the peers into {folder} (once)", file=sys.stderr, flush=True)
     borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
@@ -29,13 +29,13 @@ def python_of(folder: Path) -> tuple[Path | None, str]:
         [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "-r", str(PINS)],
     ]
     for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
         if done.returncode:
             said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             faults = [line for line in said if line.startswith("ERROR")] or said[-1:]
             return None, f"peers cannot be installed: {faults[0] if faults else 'no message'}"
-    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
-    marker.write_text(wanted)
+    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
+    marker.write_text(wanted, encoding="utf-8")
     return python, ""
 
 

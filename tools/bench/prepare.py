@@ -83,7 +83,7 @@ def tree(pid: int) -> Iterator[int]:
     """A process and all below it."""
     yield pid
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in path.read_text().split():
+        for child in path.read_text(encoding="utf-8").split():
             yield from tree(int(child))
 
 
@@ -92,7 +92,7 @@ def memory_mb(pid: int) -> float:
     total = 0
     try:
         for member in tree(pid):
-            for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
+            for line in Path(f"/proc/{member}/smaps_rollup").read_text(encoding="utf-8").splitlines():
                 if line.startswith("Pss:"):
                     total += int(line.split()[1])
     except OSError:
@@ -138,7 +138,7 @@ def cases(args: argparse.Namespace, folder: Path) -> dict[str, Case]:
         found[f"engine prepare, {kind}"] = Case(command, folder / f"ours-{kind}-train.bin")
     if args.datatrove:
         script = folder / "datatrove_run.py"
-        script.write_text(DATATROVE)
+        script.write_text(DATATROVE, encoding="utf-8")
         target = folder / "datatrove"
         command = [args.datatrove, str(script), str(folder), "in.jsonl", tokenizer, str(target)]
         found["datatrove DocumentTokenizer, 1 task"] = Case(command, target / "00000_unshuffled.ds", once=True)
@@ -183,9 +183,9 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for name, case in known.items():
             if not (case.once and number):
                 runs[name].append(measure(case))
-    eod = json.loads((folder / "ours-jsonl-train.json").read_text())["eod"]
+    eod = json.loads((folder / "ours-jsonl-train.json").read_text(encoding="utf-8"))["eod"]
     equal = {name: compare(case, folder, eod) for name, case in known.items()}
-    facts = json.loads((folder / "facts.json").read_text())
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     return {"facts": facts, "runs": {name: [asdict(run) for run in found] for name, found in runs.items()}} | {
         "equal": equal
     }

@@ -132,7 +132,7 @@ def finish(
             "rows": [as_json(row) for row in rows],
             "details": details,
         }
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def from_json(row: dict[str, Any]) -> Row:

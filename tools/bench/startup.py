@@ -95,7 +95,7 @@ def worker(out: str, *arguments: str) -> None:
 
     def write(code: int, env: engine.launch.Env) -> int:
         if env.rank == 0:
-            Path(out).write_text(json.dumps(stamps))
+            Path(out).write_text(json.dumps(stamps), encoding="utf-8")
         return leave(code, env)
 
     engine.launch.leave = write  # it ends the process
@@ -123,11 +123,11 @@ def torchrun(ranks: int, corpus: Path) -> dict[str, float]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         begin = time.time()
         command = [*launcher, __file__, "worker", str(out), *engine_args]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
         whole = time.time() - begin
         if done.returncode:
             sys.exit(f"torchrun failed with code {done.returncode}:\n{done.stderr[-4000:]}")
-        stamps = json.loads(out.read_text())
+        stamps = json.loads(out.read_text(encoding="utf-8"))
         ends = {None: begin} | {name: end for name, (_, end) in stamps.items()}
         seconds = {title: ends[last] - ends[first] for title, (first, last) in PHASES.items()}
         first_step = ends["train_step"] - begin

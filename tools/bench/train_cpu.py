@@ -66,8 +66,8 @@ def run_case(o: Options, name: str, python: Path, compiled: Path | None = None) 
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONFAULTHANDLER": "1"}
         if compiled is not None:
             env["TORCHINDUCTOR_CACHE_DIR"] = str(compiled / name)
-        with open(Path(folder) / "words", "w+") as words:
-            process = subprocess.Popen(command, env=env, stdout=words, stderr=words, text=True)
+        with open(Path(folder) / "words", "w+", encoding="utf-8") as words:
+            process = subprocess.Popen(command, env=env, stdout=words, stderr=words, encoding="utf-8")
             code: int | None = None
             try:
                 code = process.wait(o.timeout)
@@ -79,7 +79,7 @@ def run_case(o: Options, name: str, python: Path, compiled: Path | None = None) 
             words.seek(0)
             said = [line.strip() for line in words if line.strip()]
         if code == 0 and out.exists():
-            return dict(json.loads(out.read_text()))
+            return dict(json.loads(out.read_text(encoding="utf-8")))
         if code is None:
             return {"error": f"not done after {o.timeout:.0f} s"}
         said = said[: next((i for i, line in enumerate(said) if "torch/distributed/elastic" in line), None)]

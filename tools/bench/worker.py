@@ -111,7 +111,7 @@ def main(name: str, out: str, options: str) -> None:
 
             result = peers.run(o, case, name.rsplit(".", 1)[-1])
     if os.environ.get("RANK", "0") == "0":
-        Path(out).write_text(json.dumps(result))
+        Path(out).write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # threads of process groups may abort a process that is taken down piece by piece (engine.launch.leave)

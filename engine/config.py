@@ -68,9 +68,10 @@ class ModelConfig(Section):
     parallel_residual: bool = False
     """attention and MLP of a block read the same input (GPT-NeoX)"""
     qk_norm: bool = False
-    """RMSNorm of queries and keys before RoPE"""
+    """norm of queries and keys before RoPE"""
     qk_norm_span: Literal["head", "projection"] = "head"
-    """with qk_norm: over each head (Qwen3), or over all heads together (OLMo-2)"""
+    """with qk_norm: over each head, as model.norm says, LayerNorm with its bias too (Qwen3); or over all heads
+    together, always RMSNorm without offset (OLMo-2)"""
     qkv_bias: bool = False
     """biases of the query, key and value projections"""
     attention_out_bias: bool = False
@@ -78,7 +79,8 @@ class ModelConfig(Section):
     mlp_bias: bool = False
     """biases of the MLP"""
     positions: Literal["rope", "learned"] = "rope"
-    """rotary positions, or a learned vector for each of max_seq_len positions (GPT-2)"""
+    """rotary positions, or a learned vector for each of max_seq_len positions (GPT-2), of which training changes the
+    first train.seq_len; with data.separate_documents they begin again in each document"""
     rope_theta: float = Field(10000.0, gt=0)
     """base of the rotary position angles"""
     rotary_fraction: float = Field(1.0, gt=0, le=1)
@@ -139,7 +141,8 @@ class ParallelConfig(Section):
     zero: int = Field(1, ge=0, le=1)
     """1: ZeRO-1, each data rank holds and updates its part of master weights and optimizer state; 0: all of it"""
     reduce_dtype: Literal["main", "bf16"] = "main"
-    """what gradients are summed over the data ranks in; main: the dtype they are added up in (fp32)"""
+    """what gradients are summed over several data ranks in; main: the dtype they are added up in (fp32); bf16 rounds
+    each rank's part and every sum of parts, so that the result depends on the number of data ranks"""
     bucket_mib: float = Field(32.0, gt=0)
     """size of a gradient bucket"""
     overlap: bool = True
@@ -162,8 +165,8 @@ class TrainConfig(Section):
     """sequences in one forward pass"""
     seq_len: int = Field(256, ge=2)
     """tokens a sequence"""
-    seed: int = Field(1234, ge=0)
-    """initial weights and sample order follow from it"""
+    seed: int = Field(1234, ge=0, lt=2**63)
+    """initial weights and sample order follow from it; all its 63 bits count"""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """number format of weights and activations; bf16 and fp16 keep fp32 master weights and gradients"""
     loss_scale: float = Field(65536.0, gt=0)
@@ -200,7 +203,7 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon"""
     weight_decay: float = Field(0.1, ge=0)
-    """decoupled decay of matrices (norms and biases have none)"""
+    """decoupled decay of matrices, embeddings and learned positions too (norms and biases have none)"""
     clip_norm: float = Field(1.0, ge=0)
     """largest global gradient norm; 0: no clipping"""
 

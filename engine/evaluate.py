@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoint.format import find
+from engine.checkpoint.format import find, read_manifest
 from engine.checkpoint.storage import DISK, Storage
 from engine.comm import all_reduce_
 from engine.config import Config, pipeline_plan
@@ -59,12 +59,20 @@ class Score:
 class Evaluator:
     """Scores samples of one corpus. The samples, and so the score, do not depend on the layout.
 
-    plan: any that places the stages as they are.
+    plan: any that places the stages as they are. batch: sequences in what `run` calls a global batch; 0: as in `cfg`.
     """
 
     def __init__(
-        self, plan: Plan, stages: Mapping[int, Stage], ctx: ParallelContext, dataset: IndexedDataset, cfg: Config
+        self,
+        plan: Plan,
+        stages: Mapping[int, Stage],
+        ctx: ParallelContext,
+        dataset: IndexedDataset,
+        cfg: Config,
+        *,
+        batch: int = 0,
     ):
+        self.batch = batch or cfg.train.global_batch_size
         self.plan, self.stages, self.ctx, self.dataset, self.cfg = plan, stages, ctx, dataset, cfg
         self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed)
         self.eod = end_of_document([dataset], "separate_documents") if cfg.data.separate_documents else None
@@ -74,7 +82,7 @@ class Evaluator:
         ctx, mbs = self.ctx, self.cfg.train.micro_batch_size
         total = self.order.samples_per_epoch
         if batches:
-            total = min(total, batches * self.cfg.train.global_batch_size)
+            total = min(total, batches * self.batch)
         mine = np.arange(ctx.data.rank, total, ctx.data.size, dtype=np.int64)
         per_rank = -(-total // ctx.data.size)
         chunk = mbs * max(1, self.cfg.train.global_batch_size // (mbs * ctx.data.size))
@@ -115,7 +123,10 @@ class Evaluator:
 def evaluate(
     cfg: Config, ctx: ParallelContext, checkpoint: Path, data: str, batches: int, storage: Storage = DISK
 ) -> int:
-    """`engine evaluate`: score a corpus with a checkpoint and print the figures on rank 0. Collective."""
+    """`engine evaluate`: score a corpus with a checkpoint and print the figures on rank 0. Collective.
+
+    batches: as many samples as so many global batches of the run had, whatever this layout makes of a batch; 0: all.
+    """
     if not data:
         raise ConfigError(
             [Fault("--data", data, "no corpus given and the run had no data.valid", "Give --data PREFIX.")]
@@ -123,7 +134,9 @@ def evaluate(
     dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
     model = load_stage(checkpoint, cfg, ctx, storage)
     stage = Stage(model, (), None, cfg.model.hidden_size, model.shape.first, model.shape.last)
-    score = Evaluator(pipeline_plan(cfg), {ctx.pipeline.rank: stage}, ctx, dataset, cfg).run(batches)
+    folder = find(checkpoint, storage)
+    batch = int(read_manifest(folder, storage).config["train"]["global_batch_size"])
+    score = Evaluator(pipeline_plan(cfg), {ctx.pipeline.rank: stage}, ctx, dataset, cfg, batch=batch).run(batches)
     if ctx.rank == 0:
-        print(f"{find(checkpoint, storage)} on {data}: {score}")
+        print(f"{folder} on {data}: {score}")
     return EXIT_OK

@@ -22,7 +22,10 @@ from engine.sharding import parameters
 def config_of(
     checkpoint: Path, storage: Storage = DISK, *, tensor: int = 1, pipeline: int = 1, world: int = 1
 ) -> Config:
-    """The config a checkpoint was saved with, its layout replaced; data degree: what the other two leave."""
+    """The config a checkpoint was saved with, its layout replaced; data degree: what the other two leave.
+
+    train.global_batch_size is the next that these data ranks can share, so it says nothing about the run's own.
+    """
     config = Config.model_validate(read_manifest(find(checkpoint, storage), storage).config)
     data = max(1, world // (tensor * pipeline))
     parallel = config.parallel.model_copy(

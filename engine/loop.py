@@ -28,7 +28,17 @@ from engine.monitor.trace import write_timeline
 from engine.pipeline.simulate import simulate
 from engine.planner.cost import flops_per_token, uneven_pipeline
 from engine.resolve import Resolved
-from engine.train import StepResult, TrainState, facts_of, find_resume, resume, setup, start_from, train_step
+from engine.train import (
+    StepResult,
+    TrainState,
+    changed_since,
+    facts_of,
+    find_resume,
+    resume,
+    setup,
+    start_from,
+    train_step,
+)
 
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
@@ -68,6 +78,8 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
     console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
     console.start(state.step, source, num_parameters(cfg.model))
+    if source and (changed := state.lineage[-1].changed):
+        console.note(changed_since(changed, state.scale))
     for note in data.notes:
         console.note(note)
     if state.plan.microbatches < ctx.pipeline.size:

@@ -289,7 +289,7 @@ class Evaluate:
     data: str = ""
     """prefix of the corpus; empty: the run's data.valid"""
     batches: int = 0
-    """global batches to score; 0: the whole corpus"""
+    """score so many global batches of the run (the same samples in every layout); 0: the whole corpus"""
     tensor: int = 1
     """ranks that share every matrix"""
     pipeline: int = 1

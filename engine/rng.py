@@ -8,9 +8,12 @@ import torch
 
 
 def seed_for(seed: int, purpose: str, name: str) -> int:
-    """A 63-bit seed from the run's seed, what the numbers are for, and whose they are."""
+    """A 32-bit seed from the run's seed (all of its bits), what the numbers are for, and whose they are.
+
+    torch's CPU generator (a Mersenne Twister) takes 32 bits of a seed and drops the rest in silence.
+    """
     digest = hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest, "little") >> 1 & 0xFFFFFFFF
 
 
 def generator(seed: int, purpose: str, name: str) -> torch.Generator:

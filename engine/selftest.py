@@ -116,7 +116,7 @@ def _gradient_norm(values: Tensor) -> Tensor:
     buckets = make_buckets([weight], ctx, grad_dtype=main, bucket_bytes=1 << 20, overlap=False)
     assert weight.main_grad is not None
     weight.main_grad.copy_(values.detach())
-    return NormCounter([buckets], ctx, ["weight"]).local()
+    return NormCounter([buckets], ctx, ["weight"], main).local()
 
 
 def _adamw(values: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:

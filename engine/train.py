@@ -7,7 +7,7 @@ them is engine.loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from engine.checkpoint.convert import open_source
 from engine.checkpoint.format import MODEL, Ancestor, find, newest, step_dir
 from engine.checkpoint.hf import HfReader
-from engine.checkpoint.lineage import code_versions, descend, differences, refuse
+from engine.checkpoint.lineage import changes, code_versions, descend, differences, refuse
 from engine.checkpoint.load import Reader, Source, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.seal import storage_of
@@ -114,7 +114,7 @@ def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     all_buckets = [stage.buckets for stage in stages.values() if stage.buckets is not None]
     settle_before_use([stage.module for stage in stages.values() if isinstance(stage.module, Transformer)], all_buckets)
     optimizer = FlatAdamW(all_buckets, cfg.optimizer, overlap=cfg.parallel.overlap_gather)
-    norms = NormCounter(all_buckets, ctx, list(tensor_shapes(cfg.model)))
+    norms = NormCounter(all_buckets, ctx, list(tensor_shapes(cfg.model)), PRECISIONS[cfg.train.precision].main)
     fp16 = cfg.train.precision == "fp16"
     scale = LossScale(cfg.train.loss_scale, cfg.train.loss_scale_window) if fp16 else LossScale()
     return TrainState(cfg, ctx, plan, stages, params, all_buckets, optimizer, norms, scale)
@@ -234,11 +234,7 @@ def facts_of(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
-        "optimizer": {
-            "steps": state.optimizer.steps,
-            "loss_scale": state.scale.value,
-            "good_steps": state.scale.good,
-        },
+        "optimizer": {"steps": state.optimizer.steps, **state.scale.facts()},
         "config": state.cfg.model_dump(),
         "data": data_facts,
         "versions": code_versions(),
@@ -263,10 +259,16 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
     state.optimizer.publish()
     state.step = manifest.step
     state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))
-    if state.scale.window and "loss_scale" in manifest.optimizer:
-        state.scale.value, state.scale.good = manifest.optimizer["loss_scale"], int(manifest.optimizer["good_steps"])
+    state.scale.take(manifest.optimizer, manifest.config["train"]["precision"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
-    state.lineage = descend(folder, manifest, allowed)
+    state.lineage = descend(folder, manifest, allowed, changes(manifest, state.cfg))
+
+
+def changed_since(changed: Mapping[str, tuple[str, str]], scale: LossScale) -> str:
+    """One line of what differs from the checkpoint, name -> (old, new), though nothing refuses it."""
+    text = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+    begun = f" (the loss scale begins at {scale.value:,.0f})" if scale.window and "train.precision" in changed else ""
+    return f"changed since the checkpoint: {text}{begun}"
 
 
 def start_from(state: TrainState, path: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ from engine.data.indexed import IndexedDataset, IndexedWriter
 from engine.data.order import SampleOrder
 from engine.data.tokenizer import Tokenizer
 from engine.errors import ConfigError
-from engine.evaluate import Evaluator, Score
+from engine.evaluate import Evaluator, Score, evaluate
 from engine.generate import sample
+from engine.inference import config_of
 from engine.layout import Layout
 from engine.model.transformer import StageShape, Transformer
+from engine.relations import relations
 from engine.sharding import initialise_, parameters
-from engine.train import setup
+from engine.train import save_state, setup
 
 TEXT_BYTES = 5000
 
@@ -128,3 +132,26 @@ def test_draws_follow_from_the_seed_and_stay_in_the_model(model: Transformer, to
     assert draw(model, tokenizer, prompt="") != ""
     with pytest.raises(ConfigError, match="Shorten the prompt"):
         draw(model, tokenizer, prompt="text " * 30)
+
+
+def test_batches_are_those_of_the_run_in_every_layout(corpus: Path, tmp_path: Path) -> None:
+    """Three data ranks cannot share the 4 sequences of the run's global batch; the score is of 2 x 4 all the same."""
+    cfg = config(1)
+    made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, {})), num_kv_heads=2)[0]
+
+    def printed(tensor: int, pipeline: int, world: int, batches: int) -> str:
+        found = config_of(Path(made), tensor=tensor, pipeline=pipeline, world=world)
+        assert not relations(found, world)
+
+        def job(ctx: ParallelContext) -> str:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                evaluate(found, ctx, Path(made), str(corpus), batches)
+            return out.getvalue()
+
+        return run_ranks(layout_of(found), job, num_kv_heads=found.model.num_kv_heads)[0]
+
+    for batches in (2, 0):
+        one = printed(1, 1, 1, batches)
+        assert f"over {8 * 16 if batches else 61 * 16:,} tokens" in one
+        for layout in ((1, 1, 3), (2, 1, 2), (1, 2, 6), (1, 1, 8)):
+            assert printed(*layout, batches) == one, layout

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, layout_of
+from cases import config, layout_of, random_batches
 from harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +30,7 @@ from engine.planner.cost import flops_per_token, matmul_parameters
 from engine.resolve import load
 from engine.rng import generator
 from engine.sharding import Chunk, Parameter, ShardSpec, parameters
+from engine.train import setup, train_step
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -222,7 +223,7 @@ def test_the_norm_is_that_of_the_whole_gradient(model: str, degrees: tuple[int, 
     total = torch.zeros(len(whole), dtype=F64)
     for rank in range(layout.world):
         ctx = make_context(layout, rank, num_kv_heads=cfg.model.num_kv_heads, dtype=F64)
-        total += NormCounter([with_gradient(cfg, ctx, whole)[1]], ctx, list(whole)).local()
+        total += NormCounter([with_gradient(cfg, ctx, whole)[1]], ctx, list(whole), F64).local()
     for name, squared in zip(whole, total.tolist(), strict=True):
         assert squared == pytest.approx(float(whole[name].square().sum()), rel=1e-12), name
 
@@ -234,7 +235,7 @@ def test_all_ranks_know_the_same_norm(degrees: tuple[int, int, int]) -> None:
 
     def job(ctx: ParallelContext) -> tuple[float, dict[str, float]]:
         _, buckets = with_gradient(cfg, ctx, whole)
-        count = NormCounter([buckets], ctx, list(whole))
+        count = NormCounter([buckets], ctx, list(whole), F64)
         found = count()
         assert found.non_finite() == [] and count(scale=4.0).norm == found.norm / 4
         return found.norm, found.squared
@@ -246,6 +247,28 @@ def test_all_ranks_know_the_same_norm(degrees: tuple[int, int, int]) -> None:
     assert list(squared) == list(whole)
 
 
+def test_a_pipeline_rank_without_parameters_takes_the_same_branch() -> None:
+    """The middle stage holds no block. The norm, beyond float32, is a number or infinite for all ranks alike."""
+    cfg = config(3, parallel_pipeline=3, parallel_layers="2,0,2")
+
+    def job(ctx: ParallelContext) -> tuple[float, int, int]:
+        state = setup(cfg, ctx)
+        grown = state.buckets[0].wait if state.params else None
+        if grown is not None:
+
+            def wait() -> None:
+                grown()
+                state.params[0].main_grad.mul_(1e45)  # type: ignore[union-attr]
+
+            state.buckets[0].wait = wait  # type: ignore[method-assign]
+        result = train_step(state, random_batches(cfg, ctx, 0))
+        return result.norms.norm, state.optimizer.steps, len(state.params)
+
+    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    assert [count > 0 for *_, count in ranks] == [True, False, True]
+    assert len({(norm, steps) for norm, steps, _ in ranks}) == 1 and 1e40 < ranks[0][0] < math.inf
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_non_finite_gradient_has_a_name(bad: float) -> None:
     cfg = config(1)
@@ -254,7 +277,7 @@ def test_a_non_finite_gradient_has_a_name(bad: float) -> None:
         broken = {**whole, name: whole[name].clone()}
         broken[name].view(-1)[-1] = bad
         ctx = context(F64)
-        found = NormCounter([with_gradient(cfg, ctx, broken)[1]], ctx, list(whole))()
+        found = NormCounter([with_gradient(cfg, ctx, broken)[1]], ctx, list(whole), F64)()
         assert found.non_finite() == [name]
         assert not math.isfinite(found.norm)
 

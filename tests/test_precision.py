@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from harness import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.checkpoint.format import read_manifest
+from engine.checkpoint.lineage import tell
 from engine.context import ParallelContext
 from engine.errors import TrainingError
 from engine.optim.lr import learning_rate
-from engine.optim.precision import LossScale
-from engine.train import resume, save_state, setup, train_step
+from engine.optim.precision import PRECISIONS, LossScale
+from engine.train import changed_since, resume, save_state, setup, train_step
 
 FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 
@@ -30,6 +33,12 @@ def test_the_scale_follows_the_overflows(finite: list[bool], window: int) -> Non
         assert scale.value in ((before, 2 * before) if good else (before / 2,))
     run = len(finite) - 1 - max((i for i, good in enumerate(finite) if not good), default=-1)
     assert scale.good == run % window
+
+
+def test_a_smaller_window_after_a_resume_does_not_stop_the_growth() -> None:
+    scale = LossScale(1024.0, 3, good=7)  # of a run with window 10
+    scale.update(True)
+    assert (scale.value, scale.good) == (2048.0, 0)
 
 
 def test_other_precisions_have_no_scale() -> None:
@@ -160,3 +169,67 @@ def test_an_overflow_on_one_rank_is_one_on_all() -> None:
         return result.skipped, state.scale.value, state.optimizer.steps
 
     assert run(cfg, job) == [(True, cfg.train.loss_scale / 2, 0)] * 2
+
+
+def test_a_scale_comes_from_a_run_that_had_one_and_from_nowhere_else(tmp_path: Path) -> None:
+    """Chains of precisions, each resuming from the checkpoint before; engines up to 0.1 wrote scale 1 in them all."""
+
+    def go(precision: str, folder: Path, source: Path | None, **change: Any) -> tuple[Path, LossScale, str]:
+        cfg = config(1, model_num_layers=1, train_precision=precision, train_loss_scale=2.0**12, **change)
+
+        def job(ctx: ParallelContext) -> Any:
+            state = setup(cfg, ctx)
+            if source is not None:
+                resume(state, source, FACTS)
+            begun = LossScale(state.scale.value, state.scale.window, state.scale.good)
+            line = changed_since(state.lineage[-1].changed, state.scale) if state.lineage else ""
+            train_step(state, random_batches(cfg, ctx, state.step))
+            return str(save_state(state, folder, FACTS)), begun, line
+
+        ((made, begun, line),) = run_ranks(layout_of(cfg), job, dtype=PRECISIONS[precision].compute)
+        return Path(made), begun, line
+
+    first = {p: go(p, tmp_path / p, None)[0] for p in ("fp64", "fp32", "bf16", "fp16")}
+    for precision, folder in first.items():
+        kept = read_manifest(folder).optimizer
+        assert ("loss_scale" in kept) == ("good_steps" in kept) == (precision == "fp16")
+    for precision in ("fp64", "fp32", "bf16"):
+        for source in (first[precision], with_scale_one(first[precision], tmp_path / f"old {precision}")):
+            made, begun, line = go("fp16", tmp_path / "half", source)
+            assert begun == LossScale(2.0**12, 1000, 0)
+            assert line == (
+                f"changed since the checkpoint: train.precision {precision} -> fp16 (the loss scale begins at 4,096)"
+            )
+            parent = read_manifest(made).lineage[-1]
+            assert parent.changed == {"train.precision": (precision, "fp16")}
+            assert f"  changed: train.precision: {precision} -> fp16" in tell([parent])
+    again, begun, line = go("fp16", tmp_path / "again", first["fp16"], train_loss_scale_window=1)
+    assert begun == LossScale(2.0**12, 1, 1)  # its own
+    assert read_manifest(again).optimizer["loss_scale"] == 2.0**13 and not read_manifest(again).lineage[-1].changed
+    back, begun, line = go("bf16", tmp_path / "back", again)
+    assert begun == LossScale() and line == "changed since the checkpoint: train.precision fp16 -> bf16"
+    assert "loss_scale" not in read_manifest(back).optimizer
+    assert go("fp16", tmp_path / "last", back)[1].value == 2.0**12
+
+
+def with_scale_one(folder: Path, to: Path) -> Path:
+    """The checkpoint as older engines wrote it."""
+    shutil.copytree(folder, to / folder.name)
+    manifest = read_manifest(folder)
+    manifest.optimizer.update(loss_scale=1.0, good_steps=0)
+    (to / folder.name / "manifest.json").write_bytes(manifest.encode())
+    return to / folder.name
+
+
+def test_one_data_rank_sums_nothing_and_rounds_nothing() -> None:
+    def grads(reduce_dtype: str) -> dict[str, Any]:
+        cfg = config(2, parallel_tensor=2, train_precision="fp32", parallel_reduce_dtype=reduce_dtype)
+
+        def job(ctx: ParallelContext) -> Any:
+            state = setup(cfg, ctx)
+            train_step(state, random_batches(cfg, ctx, 0))
+            return gradients_of(state)
+
+        return assemble(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
+
+    assert worst(grads("bf16"), grads("main")) == 0

@@ -73,7 +73,10 @@ class FileEntry(_Entry):
 
 
 class Ancestor(_Entry):
-    """A checkpoint that this run went on from; `allowed`: what differed by permission, name -> (old, new)."""
+    """A checkpoint that this run went on from.
+
+    allowed: what differed by permission; changed: what may differ freely and shows in the numbers; name -> (old, new).
+    """
 
     checkpoint: str
     step: int
@@ -82,12 +85,13 @@ class Ancestor(_Entry):
     versions: dict[str, str]
     config: str
     allowed: dict[str, tuple[str, str]] = {}
+    changed: dict[str, tuple[str, str]] = {}
 
 
 class Manifest(_Entry):
     """Everything a checkpoint is; see the module text. `data` identifies corpus and tokenizer.
 
-    optimizer: "steps", updates done (fewer than `step` where fp16 left some out), and the state of the loss scale.
+    optimizer: "steps", updates done (fewer than `step` where fp16 left some out); in fp16 the state of the loss scale.
     lineage: the checkpoints that the run went on from, oldest first.
     block_bytes: see `tensorfile.rows_per_block`.
     """

@@ -2,7 +2,8 @@
 
 Going on from a checkpoint with another model, corpus, tokenizer, blend, sequence length or seed would go on from
 somewhere else without a word. So every such difference is refused with old and new value, unless its very field is
-named in `checkpoint.allow`; what was allowed then stands in the lineage of every later checkpoint.
+named in `checkpoint.allow`; what was allowed then stands in the lineage of every later checkpoint. So does what may
+change freely, such as the precision.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from engine.errors import CheckpointError, ConfigError, Fault
 
 _FREE = {"preset"}  # of the model: a name for values that are compared themselves
 _TRAIN = ("seq_len", "seed")
+_TOLD = ("train.steps", "train.global_batch_size", "train.precision", "train.fp8")  # free, and shows in the numbers
+_TOLD_SECTIONS = ("optimizer", "schedule")
 # Facts of the data by their field (engine.data.corpora makes them).
 DATA_FIELDS = (
     "num_documents",
@@ -62,8 +65,7 @@ def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) 
     A blend's changes that lie behind the samples consumed so far may be changed: they say nothing about the past. A
     field that the engine got after the checkpoint was written had its default then.
     """
-    now = cfg.model_dump()
-    old = {name: section | manifest.config[name] for name, section in Config().model_dump().items()}
+    old, now = _configs(manifest, cfg)
     then, here = _past(manifest.data, manifest.consumed_samples), _past(data_facts, manifest.consumed_samples)
     if "fingerprint" not in then:  # written before there was one
         here.pop("fingerprint", None)
@@ -71,6 +73,22 @@ def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) 
     pairs |= {f"train.{k}": (old["train"][k], now["train"][k]) for k in _TRAIN}
     pairs |= {f"data.{k}": (then.get(k), here.get(k)) for k in (then | here) if k != "prefix"}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def changes(manifest: Manifest, cfg: Config) -> Differences:
+    """What may change freely, shows in the numbers and did change: name -> (checkpoint, now)."""
+    old, now = (
+        {f"{section}.{k}": v for section, values in config.items() for k, v in values.items()}
+        for config in _configs(manifest, cfg)
+    )
+    told = [*_TOLD, *(name for name in now if name.partition(".")[0] in _TOLD_SECTIONS)]
+    return {name: (old[name], now[name]) for name in told if old[name] != now[name]}
+
+
+def _configs(manifest: Manifest, cfg: Config) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The values of the checkpoint's config, by section and name, and those of this run."""
+    old = {name: section | manifest.config[name] for name, section in Config().model_dump().items()}
+    return old, cfg.model_dump()
 
 
 def _past(facts: Mapping[str, Any], consumed: int) -> dict[str, Any]:
@@ -117,7 +135,9 @@ def _nearest(word: str, known: set[str]) -> str:
     return difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.0)[0]
 
 
-def descend(folder: Path, manifest: Manifest, allowed: Differences) -> tuple[Ancestor, ...]:
+def descend(
+    folder: Path, manifest: Manifest, allowed: Differences, changed: Differences | None = None
+) -> tuple[Ancestor, ...]:
     """The lineage of a run that goes on from `folder`: that of its checkpoint, and the checkpoint itself."""
     parent = Ancestor(
         checkpoint=str(folder),
@@ -127,6 +147,7 @@ def descend(folder: Path, manifest: Manifest, allowed: Differences) -> tuple[Anc
         versions=manifest.versions,
         config=config_digest(manifest.config),
         allowed={name: (repr(a), repr(b)) for name, (a, b) in allowed.items()},
+        changed={name: (str(a), str(b)) for name, (a, b) in (changed or {}).items()},
     )
     return (*manifest.lineage, parent)
 
@@ -148,4 +169,5 @@ def tell(lineage: Sequence[Ancestor]) -> list[str]:
             f"{parent.versions.get('torch')}, config {parent.config})"
         )
         lines += [f"  allowed: {name}: {a} -> {b}" for name, (a, b) in parent.allowed.items()]
+        lines += [f"  changed: {name}: {a} -> {b}" for name, (a, b) in parent.changed.items()]
     return lines

@@ -77,7 +77,10 @@ def evaluate(args: list[str]) -> int:
 
     o = tyro.cli(Evaluate, args=args, prog="engine evaluate")
     degrees = {"--tensor": o.tensor, "--pipeline": o.pipeline}
-    if wrong := [Fault(k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1]:
+    wrong = [Fault(k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1]
+    if o.batches < 0:
+        wrong.append(Fault("--batches", o.batches, "is below 0", "Use 0 for the whole corpus."))
+    if wrong:
         raise ConfigError(wrong)
     env = read_env()
     storage = storage_of(o.secret)

@@ -81,12 +81,12 @@ def sum_squares(flat: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
 class NormCounter:
     """Computes the norms of the reduced gradients over the whole model, again and again.
 
-    names: its canonical tensors, the same on all ranks.
+    names: its canonical tensors; dtype: of all gradients. Both are the same on all ranks, and so is what comes out: it
+    decides whether an update is made. (A pipeline rank may hold no gradient that would tell the dtype.)
     """
 
-    def __init__(self, stages: Sequence[GradBuckets], ctx: ParallelContext, names: Sequence[str]):
-        self.ctx, self.names = ctx, names
-        self.exact = any(b.grads.dtype == torch.float64 for stage in stages for b in stage.buckets)
+    def __init__(self, stages: Sequence[GradBuckets], ctx: ParallelContext, names: Sequence[str], dtype: torch.dtype):
+        self.ctx, self.names, self.dtype = ctx, names, dtype
         slot = {name: i for i, name in enumerate(names)}
         counted = (_counted(bucket, ctx, slot) for stage in stages for bucket in stage.buckets)
         self.counted = [c for c in counted if c.ranges]
@@ -104,7 +104,7 @@ class NormCounter:
         """Norms of gradients / scale. Collective."""
         values = [value / scale**2 for value in all_reduce_(self.local(), self.ctx.world).tolist()]
         norm = math.fsum(values) ** 0.5 if all(map(math.isfinite, values)) else float("nan")
-        return GradNorms(norm if self.exact else torch.tensor(norm).item(), dict(zip(self.names, values)))
+        return GradNorms(torch.tensor(norm, dtype=self.dtype).item(), dict(zip(self.names, values)))
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

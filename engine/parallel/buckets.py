@@ -176,7 +176,7 @@ def make_buckets(
     """Move parameters into flat buckets, in reverse order (the backward's), and route their gradients there.
 
     Bias- and norm-like parameters (no decay) and late ones (tied over the pipeline) get buckets of their own.
-    reduce_dtype: None for grad_dtype.
+    reduce_dtype: of sums over several data ranks; None for grad_dtype.
     """
     groups: dict[tuple[bool, bool], list[list[Parameter]]] = {}
     for p in reversed(params):
@@ -185,7 +185,9 @@ def make_buckets(
         if runs[-1] and sum(q.numel() for q in runs[-1]) * grad_dtype.itemsize >= bucket_bytes:
             runs.append([])
         runs[-1].append(p)
-    made = GradBuckets(ctx, [], overlap, zero and ctx.data.size > 1, reduce_dtype or grad_dtype)
+    if reduce_dtype is None or ctx.data.size == 1:  # alone there is nothing to sum, and so nothing to round
+        reduce_dtype = grad_dtype
+    made = GradBuckets(ctx, [], overlap, zero and ctx.data.size > 1, reduce_dtype)
     for (decay, late), runs in groups.items():
         made.buckets += [_make_bucket(run, ctx, grad_dtype, decay, late, made.zero) for run in runs]
     for bucket in made.buckets:

@@ -55,7 +55,7 @@ def model_buckets() -> tuple[GradBuckets, NormCounter, FlatAdamW]:
     buckets = make_buckets(params, ctx, grad_dtype=torch.float32, bucket_bytes=64 << 20, overlap=False)
     for bucket in buckets.buckets:
         bucket.grads.normal_()
-    return buckets, NormCounter([buckets], ctx, list(shapes)), FlatAdamW([buckets], OptimizerConfig())
+    return buckets, NormCounter([buckets], ctx, list(shapes), torch.float32), FlatAdamW([buckets], OptimizerConfig())
 
 
 def update(repeats: int) -> None:

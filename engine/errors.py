@@ -62,6 +62,10 @@ class CheckpointError(EngineError):
     """A checkpoint is missing, damaged, does not fit, or could not be written."""
 
 
+class DamageError(CheckpointError):
+    """A checkpoint is not as it was written: torn, cut, changed bytes, files missing. Another one may do."""
+
+
 class SecretError(CheckpointError):
     """A checkpoint that is signed or encrypted, and no secret; or a secret, and a checkpoint that is not."""
 

@@ -28,17 +28,7 @@ from engine.monitor.trace import write_timeline
 from engine.pipeline.simulate import simulate
 from engine.planner.cost import flops_per_token, uneven_pipeline
 from engine.resolve import Resolved
-from engine.train import (
-    StepResult,
-    TrainState,
-    changed_since,
-    facts_of,
-    find_resume,
-    resume,
-    setup,
-    start_from,
-    train_step,
-)
+from engine.train import StepResult, TrainState, changed_since, facts_of, go_on, setup, start_from, train_step
 
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
@@ -66,10 +56,8 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
     data = open_training(cfg, tokenizer)
     state = setup(cfg, ctx)
-    source = on_first_rank(lambda: find_resume(cfg), ctx.world, ctx.device)
-    if source:
-        resume(state, Path(source), data.facts, storage_of(cfg.checkpoint.secret))
-    elif cfg.checkpoint.init:
+    source = go_on(state, data.facts)
+    if not source and cfg.checkpoint.init:
         begun = start_from(state, Path(cfg.checkpoint.init))
         if ctx.rank == 0:
             copy_beside(begun, run_dir)

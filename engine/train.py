@@ -7,26 +7,28 @@ them is engine.loop.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.checkpoint.convert import open_source
-from engine.checkpoint.format import MODEL, Ancestor, find, newest, step_dir
+from engine.checkpoint.format import MODEL, Ancestor, find, newest, step_dir, steps_descending
 from engine.checkpoint.hf import HfReader
 from engine.checkpoint.lineage import changes, code_versions, descend, differences, refuse
 from engine.checkpoint.load import Reader, Source, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.seal import storage_of
 from engine.checkpoint.storage import DISK, Storage
-from engine.comm import all_reduce_, gather_json, raise_together
+from engine.comm import all_reduce_, gather_json, on_first_rank, raise_together
 from engine.config import Config, pipeline_plan
 from engine.context import ParallelContext
 from engine.data.loader import MicroBatch
-from engine.errors import CheckpointError, ConfigError, DataError, EngineError, Fault
+from engine.errors import CheckpointError, ConfigError, DamageError, DataError, EngineError, Fault, SecretError
 from engine.model.transformer import Transformer, build_stages, tensor_shapes
 from engine.monitor.health import explain_non_finite
 from engine.ops.attention import chosen
@@ -242,12 +244,34 @@ def facts_of(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def go_on(state: TrainState, data_facts: dict[str, Any]) -> str:
+    """Go on from the checkpoint that checkpoint.resume means; gives its folder, empty where a run begins. Collective.
+
+    Of a run folder's checkpoints, one that turns out to be damaged is left out, with a warning, and the one before is
+    taken. One that was asked for by its path is refused.
+    """
+    cfg, ctx = state.cfg, state.ctx
+    storage = storage_of(cfg.checkpoint.secret)
+    before: int | None = None
+    while source := on_first_rank(partial(find_resume, cfg, before), ctx.world, ctx.device):
+        try:
+            resume(state, Path(source), data_facts, storage)
+            break
+        except DamageError as error:
+            if cfg.checkpoint.resume not in ("auto", "latest"):
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            before = int(Path(source).name.removeprefix("step_"))
+    return str(source)
+
+
 def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage: Storage = DISK) -> None:
     """Go on from a checkpoint of any layout: weights, optimizer, step and data position. Collective.
 
     Refuses, with a list of old and new values, when model, data, sequence length or seed differ and are not allowed to.
+    Raises DamageError on all ranks when any finds the checkpoint damaged; weights may then be those of no step.
     """
-    with Reader(folder, storage) as reader:
+    with _opened(folder, storage, state.ctx) as reader:
         manifest = reader.manifest
         if reader.names(MODEL) and not reader.names("exp_avg"):
             raise CheckpointError(
@@ -255,7 +279,10 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
                 f"--checkpoint.init {folder} and another --run.dir"
             )
         allowed = refuse(folder, differences(manifest, state.cfg, data_facts), state.cfg)
-        load_into(reader, state.optimizer.states(), state.ctx)
+        try:
+            load_into(reader, state.optimizer.states(), state.ctx)
+        except EngineError as error:  # its model is the right one
+            raise DamageError(str(error)) from None
     state.optimizer.publish()
     state.step = manifest.step
     state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))
@@ -269,6 +296,25 @@ def changed_since(changed: Mapping[str, tuple[str, str]], scale: LossScale) -> s
     text = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
     begun = f" (the loss scale begins at {scale.value:,.0f})" if scale.window and "train.precision" in changed else ""
     return f"changed since the checkpoint: {text}{begun}"
+
+
+def _opened(folder: Path, storage: Storage, ctx: ParallelContext) -> Reader:
+    """A reader on every rank, or the same kind of error on every rank. Collective."""
+    error: EngineError | None = None
+    reader: Reader | None = None
+    try:
+        reader = Reader(folder, storage)
+    except EngineError as fault:
+        error = fault
+    secret = any(gather_json(isinstance(error, SecretError), ctx.world, ctx.device))
+    try:
+        raise_together(error, ctx.world, ctx.device)
+    except EngineError as fault:
+        if secret:
+            raise
+        raise DamageError(str(fault)) from None
+    assert reader is not None
+    return reader
 
 
 def start_from(state: TrainState, path: Path) -> Path:
@@ -295,16 +341,21 @@ def start_from(state: TrainState, path: Path) -> Path:
     return source.folder
 
 
-def find_resume(cfg: Config) -> str:
-    """The checkpoint to go on from, by checkpoint.resume; empty to start anew."""
+def find_resume(cfg: Config, before: int | None = None) -> str:
+    """The checkpoint to go on from, by checkpoint.resume; empty to start anew. before: of a step below this one."""
     wanted, run = cfg.checkpoint.resume, Path(cfg.run.dir)
-    storage = storage_of(cfg.checkpoint.secret)
-    if wanted not in ("auto", "never"):
+    storage, root = storage_of(cfg.checkpoint.secret), run / "checkpoints"
+    if wanted not in ("auto", "never") and before is None:
         return str(find(run if wanted == "latest" else Path(wanted), storage))
-    have = newest(run / "checkpoints", storage)
+    have = newest(root, storage, before)
     if wanted == "never" and have is not None:
         raise CheckpointError(
             f"{run} already holds checkpoints (newest: step {have}) and checkpoint.resume is never: "
             "choose another --run.dir, or resume"
         )
-    return "" if have is None else str(step_dir(run / "checkpoints", have))
+    if have is None and steps_descending(root, storage):
+        raise CheckpointError(
+            f"{run} holds checkpoints, but none that is whole (the warnings say why): restore one, or begin anew with "
+            "another --run.dir"
+        )
+    return "" if have is None else str(step_dir(root, have))

@@ -326,14 +326,16 @@ def complete_steps(root: Path, storage: Storage = DISK) -> list[int]:
     return [step for step in reversed(steps_descending(root, storage)) if _complete(root, step, storage)]
 
 
-def newest(root: Path, storage: Storage = DISK) -> int | None:
-    """The highest complete step under `root`; warns of damaged ones that would be newer.
+def newest(root: Path, storage: Storage = DISK, before: int | None = None) -> int | None:
+    """The highest complete step under `root` (below `before`); warns of damaged ones that would be newer.
 
     Raises SecretError where a newer one cannot be read without its secret, or none can with this one: a run must not
     begin anew beside checkpoints that it cannot open.
     """
     refused: WrongSecretError | None = None
     for step in steps_descending(root, storage):
+        if before is not None and step >= before:
+            continue
         try:
             read_manifest(step_dir(root, step), storage)
             return step

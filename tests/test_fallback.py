@@ -1,0 +1,151 @@
+"""`checkpoint.resume auto`: whatever is damaged in the newest checkpoint, the run goes on from the one before."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import config, layout_of, random_batches, weights_of
+from harness import run_ranks
+
+from engine.checkpoint.format import step_dir, steps_descending
+from engine.context import ParallelContext
+from engine.errors import CheckpointError, DamageError, EngineError
+from engine.train import TrainState, go_on, save_state, setup, train_step
+
+FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+
+
+def flip(path: Path, place: int = -100) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+FILES = "rank00000.safetensors", "rank00001.safetensors"
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "bit in a tensor of rank 0": (lambda f: flip(f / FILES[0]), f"{FILES[0]}: damaged: digest"),
+    "bit in a tensor of rank 1": (lambda f: flip(f / FILES[1]), f"rank 1: .*{FILES[1]}: damaged: digest"),
+    "bit in a header": (lambda f: flip(f / FILES[1], 20), FILES[1]),
+    "file cut": (lambda f: cut(f / FILES[0]), "the manifest says"),
+    "file missing": (lambda f: (f / FILES[1]).unlink(), f"{FILES[1]}: missing"),
+    "manifest torn": (lambda f: cut(f / "manifest.json"), "manifest"),
+    "bit in the manifest": (lambda f: flip(f / "manifest.json"), "damaged manifest"),
+    "manifest missing": (lambda f: (f / "manifest.json").unlink(), r"no manifest\.json"),
+    "a stranger's file": (lambda f: (f / "rank00002.safetensors").write_bytes(b"x"), "does not belong"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with steps 1 to 3 for each damage, which their step 3 has."""
+    folder = tmp_path_factory.mktemp("runs")
+    whole = folder / "whole"
+    cfg = config(2, parallel_tensor=2)
+
+    def job(ctx: ParallelContext) -> None:
+        state = setup(cfg, ctx)
+        for step in range(3):
+            train_step(state, random_batches(cfg, ctx, step))
+            save_state(state, whole / "checkpoints", FACTS)
+
+    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    for name, (damage, _) in DAMAGES.items():
+        shutil.copytree(whole, folder / name)
+        damage(step_dir(folder / name / "checkpoints", 3))
+    return folder
+
+
+def resumed(run: Path, ctx: ParallelContext, resume: str = "auto") -> tuple[str, list[str], TrainState]:
+    """(the folder gone on from, what was said, the state)."""
+    cfg = config(2, parallel_tensor=2, run_dir=run, checkpoint_resume=resume, checkpoint_keep=2)
+    state = setup(cfg, ctx)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        folder = go_on(state, FACTS)
+    return folder, [str(w.message) for w in said if "left out" in str(w.message)], state
+
+
+def same(a: TrainState, b: TrainState) -> bool:
+    return a.step == b.step and all(np.array_equal(x[3], y[3]) for x, y in zip(weights_of(a), weights_of(b)))
+
+
+def test_the_one_before_is_taken_and_the_damage_told(runs: Path) -> None:
+    cfg = config(2, parallel_tensor=2)
+
+    def job(ctx: ParallelContext) -> list[str]:
+        _, _, wanted = resumed(runs / "whole", ctx, str(step_dir(runs / "whole/checkpoints", 2)))
+        told = []
+        for name in DAMAGES:
+            for resume in ("auto", "latest"):
+                folder, said, state = resumed(runs / name, ctx, resume)
+                assert folder == str(step_dir(runs / name / "checkpoints", 2)), name
+                assert same(state, wanted), name
+                if ctx.rank == 0:
+                    assert len(said) == 1 and "step_00000003" in said[0], (name, said)
+            told += said
+            with pytest.raises(EngineError) as refused:  # asked for by its path
+                resumed(runs / name, ctx, str(step_dir(runs / name / "checkpoints", 3)))
+            told.append(str(refused.value))
+        return told
+
+    told, _ = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    assert len(told) == 2 * len(DAMAGES)
+    for (name, (_, words)), left_out, refused in zip(DAMAGES.items(), told[::2], told[1::2]):
+        assert left_out.startswith("left out: "), name
+        for text in (left_out, refused):
+            assert re.search(words, text), (name, text)
+
+
+def test_the_run_goes_on_over_the_damaged_one(runs: Path, tmp_path: Path) -> None:
+    """The step that was damaged is saved anew; one that is not reached yet is set aside; all damaged is an error."""
+    again, aside, nothing = tmp_path / "again", tmp_path / "aside", tmp_path / "nothing"
+    for run in (again, aside, nothing):
+        shutil.copytree(runs / "whole", run)
+    flip(step_dir(again / "checkpoints", 3) / FILES[0])
+    for step in (2, 3):
+        flip(step_dir(aside / "checkpoints", step) / FILES[1])
+    for step in (1, 2, 3):
+        flip(step_dir(nothing / "checkpoints", step) / FILES[0])
+    cfg = config(2, parallel_tensor=2)
+
+    def job(ctx: ParallelContext) -> tuple[int, str]:
+        for run, step in ((again, 2), (aside, 1)):
+            _, said, state = resumed(run, ctx)
+            assert state.step == step and (ctx.rank or len(said) == 3 - step)
+            if run == aside:
+                state.step -= 1  # the next save is of step 1: both damaged ones are later
+            train_step(state, random_batches(cfg, ctx, 2))
+            save_state(state, run / "checkpoints", FACTS)
+        _, said, state = resumed(again, ctx)
+        with pytest.raises(EngineError) as refused:
+            resumed(nothing, ctx)
+        assert not isinstance(refused.value, DamageError)
+        return state.step, str(refused.value)
+
+    for step, message in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads):
+        assert step == 3 and "holds checkpoints, but none that is whole" in message
+    assert steps_descending(again / "checkpoints") == [3, 2]  # keep 2
+    names = sorted(p.name for p in (aside / "checkpoints").iterdir())
+    assert names == ["abandoned_step_00000002", "abandoned_step_00000003", "step_00000001"]
+
+
+def test_a_broken_manifest_alone_never_begins_anew(runs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(step_dir(runs / "whole/checkpoints", 3), step_dir(run / "checkpoints", 3))
+    cut(step_dir(run / "checkpoints", 3) / "manifest.json")
+
+    def job(ctx: ParallelContext) -> None:
+        with pytest.raises((CheckpointError, EngineError), match="none that is whole"):
+            resumed(run, ctx)
+
+    run_ranks(layout_of(config(2, parallel_tensor=2)), job, num_kv_heads=2)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from engine.commands import checkpoints, data, run, schedule
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
+from engine.hints import nearest
 from engine.output import OutputError, watched
 
 
@@ -33,7 +34,9 @@ def _run(args: list[str]) -> int:
         return EXIT_OK if args else EXIT_CONFIG
     verb = _VERBS.get(args[0])
     if verb is None:
-        print(f"error: no verb {args[0]!r}\n\n{_overview()}", file=sys.stderr)
+        meant = _MEANT.get(args[0].strip("-").replace("-", "_"), "") or nearest(args[0], _VERBS)
+        hint = f". Did you mean {meant}?" if meant else ""
+        print(f"error: no verb {args[0]!r}{hint}\n\n{_overview()}", file=sys.stderr)
         return EXIT_CONFIG
     try:
         return verb(args[1:])
@@ -78,4 +81,25 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "plot": run.plot,
     "schedule": schedule.schedule,
     "doctor": run.doctor,
+}
+
+_MEANT = {  # what others call it
+    "pretrain": "train",
+    "finetune": "train",
+    "run": "train",
+    "resume": "train",
+    "eval": "evaluate",
+    "validate": "evaluate",
+    "infer": "generate",
+    "inference": "generate",
+    "chat": "generate",
+    "preprocess": "prepare",
+    "preprocess_data": "prepare",
+    "tokenize": "prepare",
+    "dedup": "clean",
+    "convert": "import or export",
+    "info": "inspect",
+    "show": "inspect",
+    "check": "verify",
+    "env": "doctor",
 }

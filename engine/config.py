@@ -38,7 +38,7 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     preset: str = ""
-    """start from a named model (see `engine presets`); other model.* values override it"""
+    """start from a named model; other model.* values override it"""
     vocab_size: int = Field(4096, ge=1)
     """rows of the embedding; at least the tokenizer's vocabulary"""
     hidden_size: int = Field(256, ge=1)

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from engine import hints
 from engine.config import BALANCED, Config, ModelConfig, chunks_of, fields, type_name
 from engine.errors import CheckpointError, ConfigError, Fault
 from engine.hf_config import facts_of
@@ -137,8 +138,12 @@ def _known_paths() -> list[str]:
 
 def _unknown(path: str, value: object, source: str) -> Fault:
     path = path.replace("-", "_")
-    near = difflib.get_close_matches(path, _known_paths(), n=1, cutoff=0.0)[0]
-    return Fault(path, value, f"no such setting ({source})", f"Did you mean {near}?")
+    relation, repair = f"no such setting ({source})", "`engine train --help` lists all there are."
+    if hint := hints.setting(path, _known_paths()):
+        relation += f"; of {hint.engine}" if hint.engine else ""
+        relation += f": {hint.remark}" if hint.remark else ""
+        repair = f"Did you mean {hint.ours}?" if hint.ours else "It has no counterpart here; docs/coming_from.md."
+    return Fault(path, value, relation, repair)
 
 
 def _stray(word: str) -> Fault:

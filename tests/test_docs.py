@@ -22,6 +22,7 @@ PAGES = [
     "docs/checkpoints.md",
     "docs/huggingface.md",
     "docs/reliability.md",
+    "docs/coming_from.md",
 ]
 
 

@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of earlier rows, and those of its own package in its own row. A package without a dot
 # stands for all its modules. No module may be missing: where it belongs is decided when it is written.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("", "errors", "files", "built"),  # "" is engine/__init__.py
+    ("", "errors", "files", "built", "peers"),  # "" is engine/__init__.py
     (
         "output",
+        "hints",
         "layout",
         "presets",
         "families",

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from engine.checkpoint.megatron.source import MegatronSource, open_megatron
 from engine.checkpoint.retention import commit, tidy
 from engine.checkpoint.save import manifest_of, write_part
 from engine.checkpoint.storage import DISK, Storage, make_folders
-from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, write_safetensors
+from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPES, Pending, write_safetensors
 from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError, SecretError
@@ -137,14 +138,18 @@ def import_folder(
 
 def _write_shard(reader: Importable, storage: Storage, file: Path, names: list[str]) -> dict[str, Any]:
     """Write these tensors, whole, as one file of a checkpoint; what its manifest needs to know of it."""
-    tensors = {f"{MODEL}/{name}": reader.whole(MODEL, name) for name in names}
+    entries = {name: reader.entries[MODEL][name] for name in names}
+    tensors = {
+        f"{MODEL}/{name}": Pending(DTYPES[entry.dtype], tuple(entry.shape), partial(reader.whole, MODEL, name))
+        for name, entry in entries.items()
+    }
     index = {
         name: {
-            "shape": tuple(x.shape),
-            "dtype": DTYPE_NAMES[x.dtype],
-            "slices": [{"key": key, "offset": (0,) * x.dim(), "shape": tuple(x.shape)}],
+            "shape": tuple(entry.shape),
+            "dtype": entry.dtype,
+            "slices": [{"key": key, "offset": (0,) * len(entry.shape), "shape": tuple(entry.shape)}],
         }
-        for name, (key, x) in zip(names, tensors.items())
+        for key, (name, entry) in zip(tensors, entries.items())
     }
     return write_part(storage, file, tensors, {MODEL: index})
 
@@ -228,19 +233,21 @@ def export(
 def _write_weights(
     reader: Reader, cfg: ModelConfig, family: Family, out: Path, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> tuple[int, dict[str, str]]:
-    """(bytes, their name -> file): the weights in shards of at most so many bytes, a shard at a time in memory."""
+    """(bytes, their name -> file): the weights in shards of at most so many bytes, three tensors in memory."""
     found, theirs = places(cfg, family)
     inside = contents(found)
     kinds = {key: dtype or DTYPES[reader.entries[MODEL][names[0]].dtype] for key, names in inside.items()}
     sizes = {key: math.prod(shape) * kinds[key].itemsize for key, shape in theirs.items()}
     shards = list(runs(sizes, max_shard_bytes))
+
+    def made(key: str) -> Tensor:
+        parts = {name: reader.whole(MODEL, name).to(kinds[key]) for name in inside[key]}
+        return assembled(parts, found, theirs[key])
+
     weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard: dict[str, Tensor] = {}
-        for key in keys:
-            parts = {name: reader.whole(MODEL, name).to(kinds[key]) for name in inside[key]}
-            shard[key] = assembled(parts, found, theirs[key])
+        shard = {key: Pending(kinds[key], theirs[key], partial(made, key)) for key in keys}
         write_safetensors(out / file, shard, {"format": "pt"})
         weight_map |= dict.fromkeys(keys, file)
     return sum(sizes.values()), weight_map

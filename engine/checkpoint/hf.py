@@ -239,7 +239,11 @@ class HfReader(Source[Located]):
 
 
 def assembled(parts: Mapping[str, Tensor], found: Mapping[str, list[Place]], shape: tuple[int, ...]) -> Tensor:
-    """Their tensor of this shape from all the canonical ones that lie in it."""
+    """Their tensor of this shape from all the canonical ones that lie in it; of one that is all of it, no copy."""
+    if len(parts) == 1:
+        [(name, values)] = parts.items()
+        if len(found[name]) == 1:
+            return values.t() if found[name][0].transposed else values
     out = torch.empty(shape, dtype=next(iter(parts.values())).dtype)
     for name, values in parts.items():
         for place in found[name]:

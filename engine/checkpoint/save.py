@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ from engine.checkpoint.format import (
 from engine.checkpoint.retention import commit, forget_old, set_aside_newer, tidy
 from engine.checkpoint.staging import Staging
 from engine.checkpoint.storage import DISK, Storage, make_folders, remove_tree
-from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, write_safetensors
+from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, Pending, write_safetensors
 from engine.comm import all_reduce_, gather_json, on_first_rank
 from engine.context import ParallelContext
 from engine.errors import CheckpointError
@@ -316,7 +316,7 @@ def part_of(states: Iterable[Held], ctx: ParallelContext) -> tuple[dict[str, Ten
 def write_part(
     storage: Storage,
     file: Path,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | Pending],
     index: dict[str, dict[str, Any]],
     *,
     block_bytes: int = BLOCK_BYTES,

@@ -11,16 +11,18 @@ import json
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from engine.checkpoint.storage import DISK, Source, Storage
+from engine.data.ahead import map_ahead
 from engine.errors import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -44,6 +46,36 @@ def tensor_bytes(x: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """A tensor that is made when its turn to be written comes, so that a file may be larger than memory.
+
+    make: gives a tensor of this dtype and shape; called once, in another thread, while the tensor before is written.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def _made(tensors: Mapping[str, Tensor | Pending]) -> Generator[tuple[str, Tensor], None, None]:
+    """Names and tensors in order. Memory: three of those that were pending."""
+    if not any(isinstance(x, Pending) for x in tensors.values()):
+        yield from cast(Mapping[str, Tensor], tensors).items()
+        return
+    with closing(map_ahead(lambda item: _make(item[1]), iter(tensors.items()), 1)) as ahead:
+        for (name, _), x in ahead:
+            yield name, x
+
+
+def _make(x: Tensor | Pending) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    made = x.make()
+    assert made.dtype == x.dtype and tuple(made.shape) == x.shape  # the header is written already
+    return made
+
+
+@dataclass(frozen=True)
 class Written:
     """What was written: size in bytes, digest of the header, and digests of each key's blocks."""
 
@@ -52,12 +84,12 @@ class Written:
     digests: dict[str, tuple[str, ...]]
 
 
-def header_of(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> tuple[bytes, int]:
+def header_of(tensors: Mapping[str, Tensor | Pending], metadata: dict[str, str] | None) -> tuple[bytes, int]:
     """The bytes before the first tensor, and the size of the whole file."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, x in tensors.items():
-        begin, end = end, end + x.numel() * x.element_size()
+        begin, end = end, end + math.prod(x.shape) * x.dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -66,7 +98,7 @@ def header_of(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> tu
 
 def write_safetensors(
     file: Path,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | Pending],
     metadata: dict[str, str] | None = None,
     *,
     storage: Storage = DISK,
@@ -76,7 +108,8 @@ def write_safetensors(
     """Write and sync a safetensors file block by block, without a copy of contiguous CPU tensors.
 
     The library's own writer takes the whole file as one bytes object; here a second thread digests each block while it
-    is being written. proceed: called before each block; what it raises ends the writing. OSError as storage raises it.
+    is being written, and a third makes the next of those tensors that are pending. proceed: called before each block;
+    what it raises ends the writing. OSError as storage raises it.
     """
     head, size = header_of(tensors, metadata)
     digests: dict[str, list[str]] = {name: [] for name in tensors}
@@ -89,9 +122,9 @@ def write_safetensors(
 
     out = storage.create(file, size)
     try:
-        with ThreadPoolExecutor(1, "digest") as other:
+        with ThreadPoolExecutor(1, "digest") as other, closing(_made(tensors)) as made:
             out.write(memoryview(head))
-            for name, x in tensors.items():
+            for name, x in made:
                 data = tensor_bytes(x)
                 row = math.prod(x.shape[1:]) * x.element_size()
                 step = rows_per_block(tuple(x.shape), x.element_size(), block_bytes) * row

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.board import Board, Waitable
 from engine.context import Axis
 from engine.errors import EngineError
 
@@ -28,24 +29,21 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
-class Waitable(Protocol):
-    """What was started: dist.Work, or that of a link."""
-
-    def wait(self) -> Any:
-        """Return when it is done."""
-
-
 @dataclass
 class Pending:
     """A tensor on its way. `wait()` gives it; until then neither it nor what it came from may be touched."""
 
     value: Tensor
     work: Waitable | None = None
+    board: Board | None = None
 
     def wait(self) -> Tensor:
         """The finished tensor; a second wait costs nothing."""
         if self.work is not None:
-            self.work.wait()
+            if self.board is None:
+                self.work.wait()
+            else:
+                self.board.wait(self.work)
             self.work = None
         return self.value
 
@@ -65,8 +63,8 @@ def all_reduce_start(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
         return Pending(x)
     _count(axis, "all_reduce", 2 * _ring(x, axis))
     if axis.link is not None:
-        return Pending(x, axis.link.all_reduce(x, op))
-    return Pending(x, dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True))
+        return Pending(x, axis.link.all_reduce(x, op), axis.board)
+    return Pending(x, dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True), axis.board)
 
 
 def all_reduce_(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
@@ -81,8 +79,8 @@ def all_gather_start(x: Tensor, axis: Axis) -> Pending:
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
     _count(axis, "all_gather", _ring(out, axis))
     if axis.link is not None:
-        return Pending(out, axis.link.all_gather(out, x.contiguous()))
-    return Pending(out, _all_gather(out, x.contiguous(), group=axis.group, async_op=True))
+        return Pending(out, axis.link.all_gather(out, x.contiguous()), axis.board)
+    return Pending(out, _all_gather(out, x.contiguous(), group=axis.group, async_op=True), axis.board)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -99,8 +97,8 @@ def all_gather_into_start(x: Tensor, axis: Axis) -> Pending:
     _count(axis, "all_gather", _ring(x, axis))
     part = x.view(axis.size, -1)[axis.rank]
     if axis.link is not None:
-        return Pending(x, axis.link.all_gather(x, part))
-    return Pending(x, _all_gather(x, part, group=axis.group, async_op=True))
+        return Pending(x, axis.link.all_gather(x, part), axis.board)
+    return Pending(x, _all_gather(x, part, group=axis.group, async_op=True), axis.board)
 
 
 def reduce_scatter_start(x: Tensor, axis: Axis) -> Pending:
@@ -112,8 +110,8 @@ def reduce_scatter_start(x: Tensor, axis: Axis) -> Pending:
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     _count(axis, "reduce_scatter", _ring(x, axis))
     if axis.link is not None:
-        return Pending(out, axis.link.reduce_scatter(out, x.contiguous()))
-    return Pending(out, _reduce_scatter(out, x.contiguous(), group=axis.group, async_op=True))
+        return Pending(out, axis.link.reduce_scatter(out, x.contiguous()), axis.board)
+    return Pending(out, _reduce_scatter(out, x.contiguous(), group=axis.group, async_op=True), axis.board)
 
 
 def sum_start(x: Tensor, copies: Axis, sequence: Axis) -> Pending:
@@ -156,13 +154,13 @@ def post(
     for x, _ in sends:
         _count(axis, "send", x.numel() * x.element_size())
     if (link := axis.link) is not None:
-        sent = [Pending(x, link.send(x, peer)) for x, peer in sends]
-        return sent, [Pending(x, link.receive(x, peer)) for x, peer in recvs]
+        sent = [Pending(x, link.send(x, peer), axis.board) for x, peer in sends]
+        return sent, [Pending(x, link.receive(x, peer), axis.board) for x, peer in recvs]
     ops = [dist.P2POp(dist.isend, x, axis.ranks[peer], axis.group) for x, peer in sends]
     ops += [dist.P2POp(dist.irecv, x, axis.ranks[peer], axis.group) for x, peer in recvs]
     works = dist.batch_isend_irecv(ops)
     works = works if len(works) == len(ops) else works * len(ops)
-    pending = [Pending(x, work) for (x, _), work in zip((*sends, *recvs), works)]
+    pending = [Pending(x, work, axis.board) for (x, _), work in zip((*sends, *recvs), works)]
     return pending[: len(sends)], pending[len(sends) :]
 
 

@@ -190,7 +190,7 @@ class TrainConfig(Section):
     eval_every: int = Field(0, ge=0)
     """validate every so many steps; 0: only after the last"""
     eval_batches: int = Field(8, ge=0)
-    """global batches per validation during training; 0: the whole validation set"""
+    """global batches per validation, the last one too; 0: the whole validation set, as `engine evaluate` scores it"""
 
 
 class OptimizerConfig(Section):

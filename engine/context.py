@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from engine.board import Board, Gather
+from engine.board import connect as connect_board
 from engine.errors import ConfigError, Fault
 from engine.layout import Layout
 from engine.shared import Link
@@ -24,6 +26,7 @@ class Axis:
     """One direction of the mesh as seen from one rank. `group` is None when there is nothing to talk to (size 1).
 
     link: to the other ranks over shared memory where they have some; collectives and messages then go that way.
+    board: where this rank says that it waits, the same on all axes; on CPUs only.
     traffic: bytes this rank has sent, by (axis name, collective); the axes of a context share one counter.
     """
 
@@ -34,6 +37,7 @@ class Axis:
     group: dist.ProcessGroup | None
     traffic: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float), compare=False, repr=False)
     link: Link | None = field(default=None, compare=False, repr=False)
+    board: Board | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,11 @@ def make_context(
     if on_gpu and made:
         _greet(list(made.values()), torch.device(device))
     links = _share(members, rank, layout.world, torch.device(device), timeout_s, transport) if made else {}
+    board = connect_board(rank, _gather(layout.world)) if made and not on_gpu else None
     for name, ranks in members.items():
         shown = "tensor" if name in ("sequence", "copies") else name
         group, link = made.get(groups[name]), links.get(ranks)
-        axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, group, traffic, link)
+        axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, group, traffic, link, board)
     return ParallelContext(layout=layout, rank=rank, device=torch.device(device), dtype=dtype, **axes)
 
 
@@ -140,6 +145,15 @@ def _greet(groups: list[dist.ProcessGroup | None], device: torch.device) -> None
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
+def _gather(world: int) -> Gather:
+    def gather(mine: list[int]) -> list[list[int]]:
+        rows = [torch.empty(len(mine), dtype=torch.int64) for _ in range(world)]
+        dist.all_gather(rows, torch.tensor(mine))
+        return [row.tolist() for row in rows]
+
+    return gather
+
+
 def _share(
     members: dict[str, tuple[int, ...]],
     rank: int,
@@ -149,18 +163,12 @@ def _share(
     transport: str,
 ) -> dict[tuple[int, ...], Link]:
     """The groups of this rank that speak over shared memory. Collective over the world."""
-
-    def gather(mine: list[int]) -> list[list[int]]:
-        rows = [torch.empty(len(mine), dtype=torch.int64) for _ in range(world)]
-        dist.all_gather(rows, torch.tensor(mine))
-        return [row.tolist() for row in rows]
-
     if transport == "gloo":
         return {}
     links: dict[tuple[int, ...], Link] = {}
     why = f"the ranks are on {device.type}"
     if device.type == "cpu":
-        links, why = connect_shared(members, rank, world, gather, timeout_s)
+        links, why = connect_shared(members, rank, world, _gather(world), timeout_s)
     if why and transport == "shared":
         fault = Fault("parallel.transport", "shared", why, "Use auto, which takes gloo where it has to.")
         raise ConfigError([fault])

@@ -20,8 +20,9 @@ from engine import selftest, shared
 from engine.built import why_not
 from engine.checkpoint.lineage import code_versions
 from engine.data import order
-from engine.launch import backends, try_pair
+from engine.launch import backends
 from engine.ops import attention, native
+from engine.pair import try_pair
 
 _BUILD = "build it: pip install --no-build-isolation --no-deps -e ."
 

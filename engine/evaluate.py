@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,6 +79,12 @@ class Evaluator:
 
     def run(self, batches: int) -> Score:
         """Score the first `batches` global batches of the sample order, 0: the whole corpus once. Collective."""
+        score = self.run_unless(lambda: False, batches)
+        assert score is not None
+        return score
+
+    def run_unless(self, stopping: Callable[[], bool], batches: int) -> Score | None:
+        """As `run`, but None once `stopping` is true: asked before each global batch, the same on all ranks."""
         ctx, mbs = self.ctx, self.cfg.train.micro_batch_size
         total = self.order.samples_per_epoch
         if batches:
@@ -88,6 +94,8 @@ class Evaluator:
         chunk = mbs * max(1, self.cfg.train.global_batch_size // (mbs * ctx.data.size))
         sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
         for begin in range(0, per_rank, chunk):
+            if stopping():
+                return None
             sums += self._chunk(mine[begin : begin + chunk], min(chunk, per_rank - begin))
         speaks = ctx.tensor.rank == 0 and self.plan.rank_of(self.plan.num_stages - 1) == ctx.pipeline.rank
         loss, tokens = all_reduce_(sums * float(speaks), ctx.world).tolist()

@@ -1,6 +1,6 @@
 """From environment variables to a ParallelContext, and from an exception to one message and one exit code.
 
-The only reader of os.environ and the only caller of init_process_group. Under torchrun every rank runs the same
+The only reader of os.environ. Under torchrun every rank runs the same
 command; without it there is one rank and no process group. On one machine gloo is bound to the loopback interface, on
 several to the one that leads to the master. Every wait on the way out is bounded: the store may be gone with its host.
 """
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
 import re
-import signal
 import socket
 import struct
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -25,10 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -36,9 +30,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from engine.board import Board, Seen
 from engine.context import ParallelContext, make_context
 from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, EngineError, Fault
 from engine.layout import Layout
+from engine.signals import LAUNCHER
 
 T = TypeVar("T")
 
@@ -57,8 +53,8 @@ _LOST = (
     "Timed out",
 )  # words of torch's errors
 _SILENT = ("Application timeout", "Timed out", "timed out", "timeout")
-_SAME_REQUEST_S = 2.0
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
+_LOOK_S = 1.0  # so often a rank looks whether torchrun is still there
 _LINGER_S = 1.0  # torchrun names the process that ends first as the root cause: a rank with nothing to say ends later
 
 
@@ -127,31 +123,6 @@ def pick_device(wanted: str, env: Env) -> torch.device:
     return torch.device("cuda", env.local_rank)
 
 
-class StopRequest:
-    """SIGTERM or SIGUSR1 asks for a save and an orderly stop; a second one stops at once.
-
-    The same signal again within two seconds is the same request: Slurm or a shell signals a whole process group, and
-    torchrun or a script passes on what it got as well.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._since = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.signal == number and now - self._since < _SAME_REQUEST_S:
-            return
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal, self._since = signal.Signals(number), now
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-
 def run(
     main: Callable[[ParallelContext], int],
     env: Env,
@@ -169,6 +140,8 @@ def run(
     had it; the others leave quietly. A failed rank of several ends without clean-up: that could wait for the dead.
     """
     store: Store | None = None
+    board: Board | None = None
+    _end_with_launcher(env)
     if env.rank > 0:
         warnings.simplefilter("ignore")  # rank 0 has the same to say
     try:
@@ -187,12 +160,14 @@ def run(
             timeout_s=timeout_s,
             transport=transport,
         )
+        if (board := ctx.world.board) is not None:
+            board.beat()
         code = main(ctx)
         if store is not None and code != EXIT_OK:
             _leave_together(store, env)
     except Exception as error:
         code = error.exit_code if isinstance(error, EngineError) else EXIT_ERROR
-        _report(error, env, store, timeout_s)
+        _report(error, env, store, timeout_s, board)
         if store is not None:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -203,80 +178,25 @@ def run(
     return code
 
 
+def _end_with_launcher(env: Env) -> None:
+    """End this rank once torchrun has, as by SIGKILL: nobody else would, and it would keep the run folder locked."""
+
+    def work() -> None:
+        while os.getppid() == LAUNCHER:
+            time.sleep(_LOOK_S)
+        with suppress(OSError):
+            if env.local_rank == 0:
+                text = f"torchrun (process {LAUNCHER}) has ended without a word (killed?), and so do its ranks"
+                print(f"error: rank {env.rank}: {text}; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(EXIT_ERROR)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=work, name="launcher", daemon=True).start()
+
+
 def backends() -> dict[str, bool]:
     """The process-group backends that this torch is built with."""
     return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
-
-
-def try_pair(transport: str, timeout_s: float) -> str:
-    """Why two new processes on this machine cannot sum a number over gloo, or over shared memory ("shared").
-
-    Empty if they can. Takes some seconds. They meet over a file and gloo, bound to the interface that ranks of a
-    training run on one machine would take.
-    """
-    spawn = multiprocessing.get_context("spawn")  # this process may have threads, whose locks a fork would copy
-    deadline = time.monotonic() + timeout_s
-    with tempfile.TemporaryDirectory() as folder:
-        pending: dict[Connection, int] = {}
-        ranks = []
-        for rank in range(2):
-            ours, theirs = spawn.Pipe(duplex=False)
-            ranks.append(
-                spawn.Process(target=_one_of_two, args=(theirs, rank, f"{folder}/store", transport, timeout_s))
-            )
-            ranks[rank].start()
-            theirs.close()
-            pending[ours] = rank
-        try:
-            while pending:
-                ready = [p for p in wait(list(pending), max(0.0, deadline - time.monotonic())) if p in pending]
-                if not ready:
-                    return f"no answer within {timeout_s:g} s from rank {min(pending.values())}"
-                for pipe in ready:
-                    if answer := _answer(pipe, ranks[rank := pending.pop(pipe)]):
-                        return f"rank {rank}: {answer}"
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
-    return ""
-
-
-def _answer(pipe: Connection, process: SpawnProcess) -> str:
-    try:
-        return pipe.recv_bytes().decode()
-    except EOFError:
-        process.join(_STORE_S)
-        return f"died without a word (exit code {process.exitcode})"
-
-
-def _one_of_two(pipe: Connection, rank: int, file: str, transport: str, timeout_s: float) -> None:
-    try:
-        env = Env(rank, 2, rank, 2)
-        _choose_interface(env, torch.device("cpu"))
-        store, _, _ = next(rendezvous(f"file://{file}", rank, 2))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=timeout_s))
-        number = torch.tensor([rank + 1.0])
-        ctx = make_context(
-            Layout(2, data=2),
-            rank,
-            num_kv_heads=1,
-            dtype=number.dtype,
-            connect=True,
-            timeout_s=timeout_s,
-            transport=transport,
-        )
-        if ctx.world.link is None:
-            dist.all_reduce(number)
-        else:
-            ctx.world.link.all_reduce(number, "sum").wait()
-        answer = "" if number.item() == 3.0 else f"the sum of 1 and 2 came out as {number.item()}"
-    except ConfigError as error:
-        answer = error.faults[0].relation
-    except Exception as error:
-        answer = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    pipe.send_bytes(answer.encode())
-    time.sleep(timeout_s)  # until it is killed: a connection that closes early can take the other's answer with it
 
 
 def leave(code: int, env: Env) -> int:
@@ -298,7 +218,7 @@ def _open_store(timeout_s: float) -> Store:
 
 
 def _join(store: Store, env: Env, device: torch.device, timeout_s: float) -> None:
-    _choose_interface(env, device)
+    choose_interface(env, device)
     _meet(store, env, max(timeout_s, _START_S))
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
@@ -319,7 +239,7 @@ def _meet(store: Store, env: Env, limit_s: float) -> None:
         ) from None
 
 
-def _choose_interface(env: Env, device: torch.device) -> None:
+def choose_interface(env: Env, device: torch.device) -> None:
     """Name the network interface for gloo, unless the user has: loopback on one machine, else the way to the master.
 
     Left alone, gloo binds to the address that the host's own name resolves to. On many systems that is 127.0.1.1 (a
@@ -380,7 +300,7 @@ def _leave_together(store: Store, env: Env) -> None:
     _bounded(wait, _PATIENCE_S + _STORE_S)
 
 
-def _report(error: Exception, env: Env, store: Store | None, timeout_s: float) -> None:
+def _report(error: Exception, env: Env, store: Store | None, timeout_s: float, board: Board | None) -> None:
     """Print the error unless another rank had one before; give torchrun's summary the same text."""
     expected = isinstance(error, EngineError)
     if isinstance(error, OSError) and error.filename is not None:
@@ -390,6 +310,7 @@ def _report(error: Exception, env: Env, store: Store | None, timeout_s: float) -
     if store is not None:
         what = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # without the place in gloo's source
         lost = not expected and any(word in f"{type(error).__name__} {error}" for word in _LOST)
+        seen = board.look(timeout_s / 2) if lost and board is not None else Seen()  # now: the others are about to end
         silent = lost and any(word in what for word in _SILENT)  # for timeout_s already: a cause would have been told
         first = _is_first(store, patience_s=0.0 if not lost else _LINGER_S if silent else _PATIENCE_S)
         # Without the store nobody knows who was first. All ranks of this host have lost the same peers: one speaks.
@@ -397,28 +318,42 @@ def _report(error: Exception, env: Env, store: Store | None, timeout_s: float) -
             time.sleep(_LINGER_S)
             return
         if lost:
-            text = _lost_contact(what, timeout_s if silent else None, store_gone=first is None)
+            text = _lost_contact(what, timeout_s if silent else None, seen, store_gone=first is None)
         text = f"rank {env.rank}: {text}"
         _tell_torchrun(text)
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def _lost_contact(what: str, silent_s: float | None, *, store_gone: bool) -> str:
+def _lost_contact(what: str, silent_s: float | None, seen: Seen, *, store_gone: bool) -> str:
     """What a rank can say that lost its peers, or waited for them in vain for `silent_s`."""
     here, master = socket.gethostname(), os.environ.get("MASTER_ADDR")
     if store_gone:
         text = f"lost contact with other ranks and with the first node, {master}: that host or the network is down"
+    elif silent_s is not None and seen.behind:
+        behind = "; ".join(f"rank {rank} is behind: {why}" for rank, why in seen.behind.items())
+        text = f"{behind}; others have waited {silent_s:g} s for it (parallel.timeout_s)"
     elif silent_s is not None:
         text = (
             f"no word from another rank for {silent_s:g} s (parallel.timeout_s): its host or the network is down, "
-            "or it hangs"
+            f"or it hangs{_heard(seen)}"
         )
     else:
-        text = "lost contact with another rank, which went without a word (killed? out of memory?)"
+        who = f"rank {_listed(seen.ended)}" if seen.ended else "another rank"
+        text = f"lost contact with {who}, which went without a word (killed? out of memory?)"
     return (
         f"{text}: {what}\n  Look at the network of {here} and at what the other nodes say, then start the same command "
         "again: it goes on from the last checkpoint."
     )
+
+
+def _heard(seen: Seen) -> str:
+    """Of whom more is known where nobody is found to be behind."""
+    waiting = f"; rank {_listed(seen.waiting)} on this host waits as well" if seen.waiting else ""
+    return waiting + (f"; what rank {_listed(seen.unknown)} does is not known here" if seen.unknown else "")
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _tell_torchrun(text: str) -> None:

@@ -10,24 +10,26 @@ from typing import Any
 import torch
 
 from engine.checkpoint.convert import copy_beside
+from engine.checkpoint.format import newest
 from engine.checkpoint.save import Saved, Saver
 from engine.checkpoint.seal import storage_of
 from engine.comm import all_reduce_, on_first_rank
+from engine.config import Config
 from engine.context import ParallelContext
 from engine.data.corpora import TrainingData, open_data, open_training
 from engine.data.loader import Loader
 from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, Fault
-from engine.evaluate import Evaluator, Score
+from engine.evaluate import Evaluator
 from engine.files import locked
-from engine.launch import StopRequest
 from engine.model.transformer import num_parameters
-from engine.monitor.metrics import MetricsLog
+from engine.monitor.metrics import MetricsLog, lacks_validation, write_exit
 from engine.monitor.progress import Progress
 from engine.monitor.trace import write_timeline
 from engine.pipeline.simulate import simulate
 from engine.planner.cost import flops_per_token, uneven_pipeline
 from engine.resolve import Resolved
+from engine.signals import StopRequest
 from engine.train import StepResult, TrainState, changed_since, facts_of, go_on, setup, start_from, train_step
 
 
@@ -53,6 +55,9 @@ def _claim(run_dir: Path, stack: ExitStack) -> None:
 
 def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
+    console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
+    if _stopped_early(stop, cfg, ctx, console):
+        return EXIT_REQUEUE
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
     data = open_training(cfg, tokenizer)
     state = setup(cfg, ctx)
@@ -61,10 +66,11 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
         begun = start_from(state, Path(cfg.checkpoint.init))
         if ctx.rank == 0:
             copy_beside(begun, run_dir)
+    if _stopped_early(stop, cfg, ctx, console):
+        return EXIT_REQUEUE
     evaluator = None
     if cfg.data.valid:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
-    console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
     console.start(state.step, source, num_parameters(cfg.model))
     if source and (changed := state.lineage[-1].changed):
         console.note(changed_since(changed, state.scale))
@@ -89,6 +95,19 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
         code, reason = _loop(state, loader, evaluator, log, console, stop, data, saver)
         log.exit(code, reason)
     return code
+
+
+def _stopped_early(stop: StopRequest, cfg: Config, ctx: ParallelContext, console: Progress) -> bool:
+    """Whether any rank was asked to stop before the first step; says so then. Collective."""
+    if not _agreed((bool(stop),), ctx)[0]:
+        return False
+    run_dir, storage = Path(cfg.run.dir), storage_of(cfg.checkpoint.secret)
+    saved = on_first_rank(lambda: newest(run_dir / "checkpoints", storage), ctx.world, ctx.device)
+    if ctx.rank == 0:
+        write_exit(run_dir, EXIT_REQUEUE, "stopped on a signal before the first step", saved or 0)
+        then = "begins anew" if saved is None else f"goes on from step {saved}"
+        console.note(f"stopped on a signal before the first step: nothing to save yet; the same command {then}")
+    return True
 
 
 def _saver(state: TrainState, root: Path) -> Saver:
@@ -128,45 +147,87 @@ def _loop(
     saver: Saver,
 ) -> tuple[int, str]:
     cfg, ctx = state.cfg, state.ctx
+    saved = state.step
+    if evaluator and _left_out(state) and not _validate(state, evaluator, log, console, stop):
+        return _stopped(state, console, "with its validation")
     timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
     while state.step < cfg.train.steps:
-        begin = time.perf_counter()
-        batches = next(loader)
-        data_s = time.perf_counter() - begin
-        sent = dict(ctx.world.traffic)
-        result = train_step(state, batches, traced=state.step + 1 == timeline_step, num_sources=len(data.names))
-        seconds = time.perf_counter() - begin
-        record = log.step(
-            state.step,
-            result.loss,
-            result.norms.norm,
-            result.lr,
-            state.consumed_tokens,
-            console.rates(result.tokens, seconds)
-            | {"data_s": data_s}
-            | {f"loss_{data.names[k]}": loss for k, loss in result.by_source.items()}
-            | _sent_since(sent, ctx)
-            | _scale(state, result),
-        )
-        console.step(record)
-        if result.skipped:
-            console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
-        if result.trace is not None:
-            write_timeline(Path(cfg.run.dir), state.plan, result.trace, ctx, state.step)
+        _step(state, loader, log, console, data, traced=state.step + 1 == timeline_step)
         done = state.step == cfg.train.steps
-        if evaluator and (done or (cfg.train.eval_every and state.step % cfg.train.eval_every == 0)):
-            score: Score = evaluator.run(0 if done else cfg.train.eval_batches)
-            log.validation(state.step, score)
-            console.note(f"step {state.step}: validation {score}")
         stopping, busy, failed = _agreed((bool(stop), saver.busy, saver.failed), ctx)
         _tell(console, saver.advance(busy, failed))
-        last = stopping or done
-        if last or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
-            _save(state, saver, data.facts, console, background=cfg.checkpoint.async_save and not last)
-        if stopping and not done:
-            console.note(f"stopped on a signal after step {state.step}; the same command goes on from there")
-            return EXIT_REQUEUE, "stopped on a signal"
+        if stopping or done or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
+            background = cfg.checkpoint.async_save and not (stopping or done)
+            _save(state, saver, data.facts, console, background=background)
+            saved = state.step
+        unvalidated = evaluator is not None and _validation_due(state)
+        if evaluator and unvalidated and not stopping:  # after the save: it may take long, and can be made later
+            unvalidated = not _validate(state, evaluator, log, console, stop)
+            stopping = unvalidated
+            if stopping and saver.in_flight == state.step:
+                _tell(console, saver.finish())
+            elif stopping and saved < state.step:
+                _save(state, saver, data.facts, console, background=False)
+        if stopping and (unvalidated or not done):
+            return _stopped(state, console, "with its validation" if unvalidated else "from there")
     return EXIT_OK, "done"
+
+
+def _stopped(state: TrainState, console: Progress, how: str) -> tuple[int, str]:
+    console.note(f"stopped on a signal after step {state.step}; the same command goes on {how}")
+    return EXIT_REQUEUE, "stopped on a signal"
+
+
+def _step(
+    state: TrainState, loader: Loader, log: MetricsLog, console: Progress, data: TrainingData, *, traced: bool
+) -> None:
+    """One step, and what is recorded and shown of it."""
+    ctx = state.ctx
+    begin = time.perf_counter()
+    batches = next(loader)
+    data_s = time.perf_counter() - begin
+    sent = dict(ctx.world.traffic)
+    result = train_step(state, batches, traced=traced, num_sources=len(data.names))
+    seconds = time.perf_counter() - begin
+    record = log.step(
+        state.step,
+        result.loss,
+        result.norms.norm,
+        result.lr,
+        state.consumed_tokens,
+        console.rates(result.tokens, seconds)
+        | {"data_s": data_s}
+        | {f"loss_{data.names[k]}": loss for k, loss in result.by_source.items()}
+        | _sent_since(sent, ctx)
+        | _scale(state, result),
+    )
+    console.step(record)
+    if result.skipped:
+        console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
+    if result.trace is not None:
+        write_timeline(Path(state.cfg.run.dir), state.plan, result.trace, ctx, state.step)
+
+
+def _validation_due(state: TrainState) -> bool:
+    """Whether a validation belongs after this step, if there is a corpus for it."""
+    train = state.cfg.train
+    return state.step == train.steps or bool(train.eval_every and state.step % train.eval_every == 0)
+
+
+def _left_out(state: TrainState) -> bool:
+    """Whether an earlier start was stopped between this step and its validation. Collective."""
+    ctx, run = state.ctx, Path(state.cfg.run.dir)
+    return _validation_due(state) and on_first_rank(lambda: lacks_validation(run, state.step), ctx.world, ctx.device)
+
+
+def _validate(state: TrainState, evaluator: Evaluator, log: MetricsLog, console: Progress, stop: StopRequest) -> bool:
+    """Score the validation corpus; False, and no record, if a signal came on any rank meanwhile. Collective."""
+    score = evaluator.run_unless(lambda: _agreed((bool(stop),), state.ctx)[0], state.cfg.train.eval_batches)
+    if score is None:
+        return False
+    log.validation(state.step, score)
+    console.note(f"step {state.step}: validation {score}")
+    return True
 
 
 def _sent_since(before: dict[tuple[str, str], float], ctx: ParallelContext) -> dict[str, float]:

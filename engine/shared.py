@@ -16,7 +16,7 @@ import secrets
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.board import Gather
+from engine.board import namespace as _namespace
 from engine.built import why_not
 
 RING, PAIR_RING = 16 << 20, 4 << 20  # bytes of a rank's ring for collectives, and of that for messages to one other
@@ -142,8 +144,7 @@ class Link:
         while not self.channel.wait(*what, work.number, _LOOK_S):
             self._look_for_the_dead(work)
             if time.monotonic() > deadline:
-                missing = [self.ranks[position] for position in self.channel.missing(*what)]
-                raise TimeoutError(f"Timed out waiting {self.timeout_s:g} s for rank {', '.join(map(str, missing))}")
+                raise TimeoutError(f"Timed out waiting {self.timeout_s:g} s in shared memory")  # for whom: engine.board
 
     def _look_for_the_dead(self, work: Work) -> None:
         ended = {self._position[descriptor] for descriptor, _ in self._ends.poll(0)}
@@ -153,9 +154,6 @@ class Link:
             if position in ended:
                 pid = self.pids[position]
                 raise ConnectionError(f"Connection lost: the process of rank {self.ranks[position]} ({pid}) has ended")
-
-
-Gather = Callable[[list[int]], list[list[int]]]
 
 
 def connect(
@@ -224,9 +222,3 @@ def sizes(ranks: int) -> tuple[int, int]:
     """Bytes of a ring for collectives and of one for messages, in a group of so many ranks."""
     ring = min(RING, max(_MOST // ranks // _PAGE, 16) * _PAGE)
     return ring, min(PAIR_RING, max(_MOST // ranks**2 // _PAGE, 16) * _PAGE)
-
-
-def _namespace() -> int:
-    """A number for the space of this process's id and for its network: who was put on another is another host."""
-    processes, network = (os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "net"))
-    return processes * 1_000_003 + network

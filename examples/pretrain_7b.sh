@@ -10,8 +10,34 @@
 #   GPUS_PER_NODE  ranks on every node (8)
 #
 # Everything else goes to `engine train` and overrides configs/llama-2-7b.toml. --dry-run shows commands and run only.
-# SIGUSR1 or SIGTERM to this script reaches every rank here: the run is saved, and the script ends with 75.
+# SIGUSR1, SIGTERM, Ctrl-C or SIGHUP to this script, from its first line on, reaches every rank here: the run is saved, and
+# the script ends with 75. A second signal, later, ends the ranks at once. A SIGHUP that nohup ignores stays ignored.
+stop='' launcher='' signals=0 passed_on=0
+noted() { # name of the signal
+    stop=$1 signals=$((signals + 1))
+    [[ -z $launcher ]] || tell_ranks
+}
+for name in USR1 TERM INT HUP; do
+    # shellcheck disable=SC2064  # the name is meant as it is now
+    trap "noted $name" "$name"
+done
 set -euo pipefail
+
+# Tells every rank once, those that torchrun has still to start as well; in a process that stays as long as torchrun does.
+tell_ranks() {
+    passed_on=$signals
+    (
+        trap '' USR1 TERM INT HUP
+        told=' '
+        while kill -0 "$launcher" 2>/dev/null; do
+            for rank in $(cat "/proc/$launcher/task/"*/children 2>/dev/null || true); do
+                [[ $told == *" $rank "* ]] || kill -s "$stop" "$rank" 2>/dev/null || true
+                told+="$rank "
+            done
+            sleep 0.2
+        done
+    ) &
+}
 
 fail() {
     printf 'error: %s\n' "$*" >&2
@@ -24,7 +50,11 @@ number() { # name, value, least
     fi
 }
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# No subshell or program before the ranks: a signal to the whole process group would end it, and this script with it.
+here=${BASH_SOURCE[0]}
+[[ $here == */* ]] || here=./$here
+here=${here%/*}
+[[ $here == /* ]] || here=$PWD/$here
 dry_run=false
 run_dir=runs/llama-2-7b
 overrides=()
@@ -78,25 +108,24 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# How the last start ended must not be taken for how this one does. Every node removes it: none begins before all have.
-rm -f "$run_dir/exit.json"
+nothing_to_save() {
+    printf 'stopped on SIG%s before the ranks had started: nothing to save yet; the same command goes on\n' "$stop" >&2
+    exit 75
+}
 
-# SIGUSR1 would end torchrun where Slurm sends it to every process of the job. Ranks listen to it.
-(
-    trap '' USR1
-    exec "${launch[@]}" "${train[@]}"
-) &
+# How the last start ended must not be taken for how this one does. Every node removes it: none begins before all have.
+rm -f "$run_dir/exit.json" || [[ -n $stop ]] || exit 1
+((nnodes > 1)) || [[ -z $stop ]] || nothing_to_save # of several nodes the others would wait for this one
+
+# Signals stay blocked in torchrun, which would end or stop the ranks in its own way where Slurm or a terminal sends them to
+# every process, and in ranks until they listen, a few seconds later: what comes before is kept for them.
+block='import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+os.execvp(sys.argv[1], sys.argv[1:])'
+python -c "$block" "${launch[@]}" "${train[@]}" &
 launcher=$!
 
-# shellcheck disable=SC2329  # traps call it
-pass_on() { # to the ranks, not to torchrun, which would end them in its own way
-    local rank
-    for rank in $(cat "/proc/$launcher/task/"*/children 2>/dev/null || true); do
-        kill -s "$1" "$rank" 2>/dev/null || true
-    done
-}
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
+((passed_on == signals)) || tell_ranks
 
 while kill -0 "$launcher" 2>/dev/null; do
     wait "$launcher" || true # also returns when a signal has come
@@ -104,8 +133,12 @@ done
 code=0
 wait "$launcher" || code=$?
 
-# torchrun says 1 whatever its ranks say; the run folder says 75 when all was saved on a signal.
+# torchrun says 1 whatever its ranks say; the run folder says 75 when all was saved on a signal, or nothing was to be.
 if ((code != 0)) && grep -qs '"code": 75' "$run_dir/exit.json"; then
     code=75
+elif [[ -n $stop ]] && ((code == 128 + $(kill -l "$stop"))); then
+    nothing_to_save # it came while the launcher was not there yet
+elif ((code != 0 && signals > 1)) && [[ ! -e $run_dir/exit.json ]]; then # the second one ended the ranks
+    code=$((128 + $(kill -l "$stop")))
 fi
 exit "$code"

@@ -28,9 +28,9 @@ from engine.context import ParallelContext
 from engine.data.indexed import IndexedWriter
 from engine.errors import EngineError
 from engine.files import locked
-from engine.launch import StopRequest
 from engine.loop import train
 from engine.monitor.metrics import read_metrics
+from engine.signals import StopRequest
 from engine.train import TrainState, facts_of, setup, train_step
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
@@ -211,15 +211,24 @@ def corpus(folder: Path) -> str:
     return str(folder / "corpus")
 
 
+LOOP = loop_module._loop
+
+
 def run(cfg: Any, ctx: ParallelContext, delay: float, disk_delay: float) -> tuple[int, int]:
-    """One training on this rank, with SIGTERM to the last rank after `delay` s; (exit code, most saves at once)."""
+    """One training on this rank; SIGTERM to the last rank `delay` s after its loop begins; (exit code, most saves at
+    once)."""
     disk = Slow()
     disk.delay = disk_delay
     loop_module.storage_of = lambda reference, encrypt=False: disk  # a rank of its own process: nothing to undo
     stop = StopRequest()
     timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM))
-    if delay and ctx.rank == ctx.world.size - 1:
-        timer.start()
+
+    def begun(*args: Any) -> tuple[int, str]:
+        if delay and ctx.rank == ctx.world.size - 1:
+            timer.start()
+        return LOOP(*args)
+
+    loop_module._loop = begun
     try:
         return train(cfg, ctx, stop), disk.most if ctx.rank == 0 else 1  # rank 0 renames, so it sees the end of each
     finally:
@@ -292,7 +301,7 @@ class _After:
     """A stop request that comes true after so many steps."""
 
     def __init__(self, steps: int):
-        self.left = steps
+        self.left = steps + 2  # the loop asks twice before the first step
 
     def __bool__(self) -> bool:
         self.left -= 1

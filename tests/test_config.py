@@ -876,7 +876,9 @@ def test_cuda_without_enough_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Give back the signal handlers that `engine train` takes."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

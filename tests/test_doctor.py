@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import doctor, launch, selftest, shared
+from engine import doctor, pair, selftest, shared
 from engine.cli import main
-from engine.launch import try_pair
 from engine.ops import native
 from engine.ops.attention import chosen
+from engine.pair import try_pair
 
 CPU = torch.device("cpu")
 needs_ops = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
@@ -92,7 +92,7 @@ def test_why_memory_is_not_shared_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     fork, answers = multiprocessing.get_context("fork"), []
     pipes = [fork.Pipe(duplex=False) for _ in range(2)]
     ranks = [
-        fork.Process(target=launch._one_of_two, args=(pipe[1], rank, f"{tmp_path}/store", "shared", 20.0))
+        fork.Process(target=pair._one_of_two, args=(pipe[1], rank, f"{tmp_path}/store", "shared", 20.0))
         for rank, pipe in enumerate(pipes)
     ]
     for process in ranks:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of earlier rows, and those of its own package in its own row. A package without a dot
 # stands for all its modules. No module may be missing: where it belongs is decided when it is written.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("", "errors", "files", "built", "peers"),  # "" is engine/__init__.py
+    ("", "errors", "files", "built", "signals", "peers"),  # "" is engine/__init__.py
     (
         "output",
         "hints",
@@ -36,11 +36,11 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("relations", "planner"),
     ("resolve",),
     ("options",),
-    ("faults",),  # no torch up to here
+    ("faults", "board"),  # no torch up to here
     ("rng", "shared", "documents"),
     ("context",),
     ("comm", "sharding", "launch"),
-    ("ops", "data"),
+    ("pair", "ops", "data"),
     ("parallel",),
     ("model", "pipeline.stage"),
     ("optim", "pipeline.executor"),
@@ -60,7 +60,7 @@ _TORCH_FREE_LEVELS = 10
 
 # module -> packages it must not know, whatever the levels say
 STRANGERS = {"model": ("pipeline", "optim", "data", "checkpoint"), "pipeline": ("model",), "ops": ("data", "launch")}
-TALKERS = ("comm", "launch", "context")  # may use torch.distributed
+TALKERS = ("comm", "launch", "context", "pair")  # may use torch.distributed
 HOLDERS = ("pipeline.executor", "parallel.buckets")  # may name the type dist.Work, and nothing else of it
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 

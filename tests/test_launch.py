@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,12 +21,14 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from engine import context, launch
+from engine import context, launch, signals
 from engine.comm import all_reduce_, gather_json, raise_together
 from engine.context import ParallelContext, make_context
 from engine.errors import ConfigError, DataError, EngineError, Fault, TrainingError
-from engine.launch import Env, StopRequest, run
+from engine.files import locked
+from engine.launch import Env, run
 from engine.layout import Layout
+from engine.signals import StopRequest
 
 CPU = torch.device("cpu")
 TWO = Layout(2, data=2)
@@ -118,8 +121,20 @@ def ended(pid: int, log: Path) -> Ended:
     return Ended(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), log.read_text())
 
 
-def ranks(job: Job, tmp_path: Path, world: int = 2, transport: str = "auto") -> list[Ended]:
-    """Run a job on forked ranks, with the environment that torchrun's agent gives them and its store beside them."""
+def ranks(
+    job: Job,
+    tmp_path: Path,
+    world: int = 2,
+    transport: str = "auto",
+    *,
+    layout: Layout | None = None,
+    timeout_s: float = 20.0,
+    stopped: int | None = None,
+) -> list[Ended]:
+    """Run a job on forked ranks, with the environment that torchrun's agent gives them and its store beside them.
+
+    stopped: a rank that does not end by itself and is killed when the others have.
+    """
     reader, writer = os.pipe()
 
     def agent() -> int:
@@ -133,14 +148,20 @@ def ranks(job: Job, tmp_path: Path, world: int = 2, transport: str = "auto") -> 
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
-        return start(job, launch.read_env(), Layout(world, data=world), transport=transport)
+        return start(job, launch.read_env(), layout or Layout(world, data=world), timeout_s, transport)
 
     logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
     with ExitStack() as stack:
         stack.enter_context(forked(agent, tmp_path / "agent.log"))
         port = os.read(reader, 20).decode()
         pids = [stack.enter_context(forked(functools.partial(body, rank, port), log)) for rank, log in enumerate(logs)]
-        results = [ended(pid, log) for pid, log in zip(pids, logs, strict=True)]
+        order = sorted(range(world), key=lambda rank: rank == stopped)
+        found = {}
+        for rank in order:
+            if rank == stopped:
+                os.kill(pids[rank], signal.SIGKILL)
+            found[rank] = ended(pids[rank], logs[rank])
+        results = [found[rank] for rank in range(world)]
     os.close(reader)
     os.close(writer)
     return results
@@ -263,7 +284,7 @@ def test_a_rank_killed_without_a_word(tmp_path: Path, monkeypatch: pytest.Monkey
     survivor, killed = ranks(job, tmp_path)
     assert killed == Ended(-signal.SIGKILL, "")
     assert survivor.code == 1
-    assert survivor.text.startswith("error: rank 0: lost contact with another rank, which ")
+    assert survivor.text.startswith("error: rank 0: lost contact with rank 1, which ")
     assert "(killed? out of memory?)" in survivor.text and survivor.text.count("error: ") == 1
 
 
@@ -334,7 +355,7 @@ def test_raise_together() -> None:
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_first_signal_is_noted(number: signal.Signals, tmp_path: Path) -> None:
     def body() -> int:
         stop = StopRequest()
@@ -370,7 +391,7 @@ def test_the_same_signal_passed_on_by_the_launcher_is_one_request(
         stop = StopRequest()
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        monkeypatch.setattr(launch, "_SAME_REQUEST_S", 0.0)
+        monkeypatch.setattr(signals, "_SAME_REQUEST_S", 0.0)
         assert stop.signal is signal.SIGTERM
         print("still here")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -380,6 +401,142 @@ def test_the_same_signal_passed_on_by_the_launcher_is_one_request(
     log = tmp_path / "log"
     with forked(body, log) as pid:
         assert ended(pid, log) == Ended(128 + signal.SIGTERM, "still here\n")
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    """Nobody waits two seconds with it, as for other signals that are passed on by several."""
+
+    def body() -> int:
+        StopRequest()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        return 3
+
+    log = tmp_path / "log"
+    with forked(body, log) as pid:
+        assert ended(pid, log) == Ended(130, "")
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    def body() -> int:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 4 if stop else 3
+
+    log = tmp_path / "log"
+    with forked(body, log) as pid:
+        assert ended(pid, log) == Ended(3, "")
+
+
+def test_what_came_while_signals_were_blocked_is_heard(tmp_path: Path) -> None:
+    def body() -> int:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return 3 if StopRequest().signal is signal.SIGUSR1 else 4
+
+    log = tmp_path / "log"
+    with forked(body, log) as pid:
+        assert ended(pid, log) == Ended(3, "")
+
+
+def test_a_released_request_lets_signals_be(tmp_path: Path) -> None:
+    def body() -> int:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.release()
+        time.sleep(5)
+        return 3
+
+    log = tmp_path / "log"
+    with forked(body, log) as pid:
+        assert ended(pid, log) == Ended(-signal.SIGTERM, "")
+
+
+# -- who is behind -----------------------------------------------------------------------------------------------------
+
+
+def neighbours_wait(ctx: ParallelContext) -> int:
+    """A sum of two ranks, then one across: only rank 1 waits for rank 3, which stops; the others wait for those."""
+    for step in range(3):
+        if ctx.rank == 3 and step == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        all_reduce_(torch.zeros(1), ctx.data)
+        all_reduce_(torch.zeros(1), ctx.tensor)
+    return 0
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+def test_a_rank_that_does_not_run_is_named(transport: str, tmp_path: Path) -> None:
+    layout = Layout(4, tensor=2, data=2)
+    results = ranks(neighbours_wait, tmp_path, 4, transport, layout=layout, timeout_s=4.0, stopped=3)
+    texts = [line for r in results for line in r.text.splitlines() if line.startswith("error: ")]
+    assert len(texts) == 1, results
+    assert re.match(
+        r"error: rank [012]: rank 3 is behind: its process \(\d+\) has not run for \d+ s \(stopped\?", texts[0]
+    )
+    assert not re.search(r"rank [012]\b", texts[0].split(": ", 2)[2]), "no other rank is blamed"
+
+
+def test_a_rank_that_is_busy_alone_is_named(tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> int:
+        if ctx.rank == 0:
+            time.sleep(8)
+            os._exit(1)
+        all_reduce_(torch.zeros(1), ctx.tensor)
+        all_reduce_(torch.zeros(1), ctx.world)
+        return 0
+
+    results = ranks(job, tmp_path, 3, "auto", timeout_s=2.0)
+    text = "".join(r.text for r in results)
+    assert re.search(
+        r"error: rank [12]: rank 0 is behind: it runs \(process \d+\), but has been busy alone for", text
+    ), text
+
+
+# -- torchrun is killed ------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_ends_when_torchrun_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    lock = tmp_path / "lock"
+
+    def rank() -> int:
+        monkeypatch.setattr(launch, "LAUNCHER", os.getppid())
+        with locked(lock) as holder:
+            launch._end_with_launcher(Env(1, 2, 0, 2))
+            print(holder or "holds it")
+            time.sleep(60)
+        return 0
+
+    def torchrun() -> int:
+        with forked(rank, tmp_path / "rank.log"):
+            time.sleep(60)
+        return 0
+
+    with forked(torchrun, tmp_path / "log") as pid:
+        rank_log = tmp_path / "rank.log"
+        assert soon(lambda: rank_log.exists() and "holds it" in rank_log.read_text(), 20)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert soon(lambda: free(lock), 10)
+    assert re.search(r"error: rank 1: torchrun \(process \d+\) has ended without a word", rank_log.read_text())
+
+
+def soon(what: Callable[[], bool], limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def free(lock: Path) -> bool:
+    with locked(lock) as holder:
+        return not holder
 
 
 def test_on_gpus_the_world_does_not_queue_behind_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ def test_the_interface_is_the_users_the_loopback_or_the_way_to_the_master(monkey
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
         if not given:
             monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-        launch._choose_interface(env, torch.device(device))
+        launch.choose_interface(env, torch.device(device))
         return os.environ.get("GLOO_SOCKET_IFNAME")
 
     assert chosen(near, "10.77.0.1") == "lo"

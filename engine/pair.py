@@ -1,0 +1,92 @@
+"""Whether two new processes on this machine can speak: what `engine doctor` tries of gloo and of shared memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from engine.context import make_context
+from engine.errors import ConfigError
+from engine.launch import Env, choose_interface
+from engine.layout import Layout
+
+_END_S = 2.0  # a process whose pipe has closed ends within this time
+
+
+def try_pair(transport: str, timeout_s: float) -> str:
+    """Why two new processes on this machine cannot sum a number over gloo, or over shared memory ("shared").
+
+    Empty if they can. Takes some seconds. They meet over a file and gloo, bound to the interface that ranks of a
+    training run on one machine would take.
+    """
+    spawn = multiprocessing.get_context("spawn")  # this process may have threads, whose locks a fork would copy
+    deadline = time.monotonic() + timeout_s
+    with tempfile.TemporaryDirectory() as folder:
+        pending: dict[Connection, int] = {}
+        ranks = []
+        for rank in range(2):
+            ours, theirs = spawn.Pipe(duplex=False)
+            ranks.append(
+                spawn.Process(target=_one_of_two, args=(theirs, rank, f"{folder}/store", transport, timeout_s))
+            )
+            ranks[rank].start()
+            theirs.close()
+            pending[ours] = rank
+        try:
+            while pending:
+                ready = [p for p in wait(list(pending), max(0.0, deadline - time.monotonic())) if p in pending]
+                if not ready:
+                    return f"no answer within {timeout_s:g} s from rank {min(pending.values())}"
+                for pipe in ready:
+                    if answer := _answer(pipe, ranks[rank := pending.pop(pipe)]):
+                        return f"rank {rank}: {answer}"
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+    return ""
+
+
+def _answer(pipe: Connection, process: SpawnProcess) -> str:
+    try:
+        return pipe.recv_bytes().decode()
+    except EOFError:
+        process.join(_END_S)
+        return f"died without a word (exit code {process.exitcode})"
+
+
+def _one_of_two(pipe: Connection, rank: int, file: str, transport: str, timeout_s: float) -> None:
+    try:
+        env = Env(rank, 2, rank, 2)
+        choose_interface(env, torch.device("cpu"))
+        store, _, _ = next(rendezvous(f"file://{file}", rank, 2))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=timeout_s))
+        number = torch.tensor([rank + 1.0])
+        ctx = make_context(
+            Layout(2, data=2),
+            rank,
+            num_kv_heads=1,
+            dtype=number.dtype,
+            connect=True,
+            timeout_s=timeout_s,
+            transport=transport,
+        )
+        if ctx.world.link is None:
+            dist.all_reduce(number)
+        else:
+            ctx.world.link.all_reduce(number, "sum").wait()
+        answer = "" if number.item() == 3.0 else f"the sum of 1 and 2 came out as {number.item()}"
+    except ConfigError as error:
+        answer = error.faults[0].relation
+    except Exception as error:
+        answer = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    pipe.send_bytes(answer.encode())
+    time.sleep(timeout_s)  # until it is killed: a connection that closes early can take the other's answer with it

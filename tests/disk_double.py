@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.checkpoint.storage import DISK, Status
+from engine.checkpoint.storage import DISK, Status, unseen
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MemoryDisk:
     before: called with each operation that changes the disk, ahead of it; it may raise.
     """
 
-    digest_name, digest = DISK.digest_name, staticmethod(DISK.digest)
+    digest_name, digest, hasher = DISK.digest_name, staticmethod(DISK.digest), staticmethod(DISK.hasher)
 
     def __init__(self) -> None:
         self.tree: dict[str, File | None] = {"/": None}
@@ -169,10 +169,11 @@ class _MemorySource:
     def __init__(self, path: Path, file: File):
         self._path, self._file, self.size = path, file, len(file.data)
 
-    def read_into(self, offset: int, into: memoryview) -> None:
+    def read_into(self, offset: int, into: memoryview, seen: Callable[[memoryview], None] = unseen) -> None:
         if offset + len(into) > len(self._file.data):
             raise error(errno.EIO, self._path)
         into[:] = self._file.data[offset : offset + len(into)]
+        seen(into)
 
     def close(self) -> None:
         pass

@@ -806,8 +806,8 @@ SAVED = [
         "digests_not_compared",
         "a flipped bit loads in silence (torch.load, safetensors: no checksum is looked at)",
         "engine/checkpoint/format.py",
-        "if part.digests and (found",
-        "if not part.digests and (found",
+        "if part.digests and found",
+        "if not part.digests and found",
         ("tests/test_damage.py::test_no_damage_loads_in_silence_and_the_file_is_named",),
     ),
     Mutation(

@@ -1,8 +1,9 @@
 """Loading: any layout from any layout. A rank reads the rectangles it holds, whatever rectangles were written.
 
 What is read proves itself: bytes come in blocks of whole rows, each compared with its digest before it is used, so that
-nothing is read twice and nothing unread is paid for. A block that is wanted whole goes straight into the tensor.
-Memory beyond the tensors to fill: one block a thread.
+nothing is read twice and nothing unread is paid for. A block that is wanted whole goes straight into the tensor, and is
+digested piece by piece as it comes, while the core's cache has it. Each thread reads a run of blocks through a handle
+of its own, so that the kernel reads ahead of each. Memory beyond the tensors to fill: one block a thread.
 
 A `Source` is whatever holds canonical tensors: one of our checkpoints (`Reader`), a Hugging Face folder (hf.HfReader).
 """
@@ -40,7 +41,7 @@ from engine.errors import CheckpointError, EngineError
 from engine.optim.adamw import Held
 from engine.sharding import Piece
 
-_THREADS = 2  # one reads a file while the other digests what it has read
+_THREADS = 2  # one digests or copies while the other waits for the disk
 
 
 class Entry(Protocol):
@@ -251,21 +252,32 @@ def _overlap(rectangles: list[tuple[list[int], list[int]]]) -> bool:
 def load_into(reader: Source[Any], states: Iterable[Held], ctx: ParallelContext) -> None:
     """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all."""
     error: EngineError | None = None
-    pool = ThreadPoolExecutor(_THREADS, "load")
+    pool, ended = ThreadPoolExecutor(_THREADS, "load"), threading.Event()
     try:
         reader.verify(part=ctx.rank, parts=ctx.world.size)
-        for done in [pool.submit(_without_grad, work) for held in states for work in _works(reader, held, ctx)]:
+        works = [work for held in states for work in _works(reader, held, ctx)]
+        runs = [works[len(works) * i // _THREADS : len(works) * (i + 1) // _THREADS] for i in range(_THREADS)]
+        for done in [pool.submit(_do, run, ended) for run in runs]:
             done.result()
     except EngineError as fault:
         error = fault
     finally:
-        pool.shutdown(cancel_futures=True)
+        ended.set()
+        pool.shutdown()
     raise_together(error, ctx.world, ctx.device)
 
 
-def _without_grad(work: Callable[[], None]) -> None:
-    with torch.no_grad():  # a thread has its own mode
-        work()
+def _do(works: list[Callable[[], None]], ended: threading.Event) -> None:
+    """One after another, until one raises, here or in another thread."""
+    try:
+        with torch.no_grad():  # a thread has its own mode
+            for work in works:
+                if ended.is_set():
+                    return
+                work()
+    except BaseException:
+        ended.set()
+        raise
 
 
 def _works(reader: Source[Any], held: Held, ctx: ParallelContext) -> Iterator[Callable[[], None]]:

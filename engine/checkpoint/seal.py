@@ -24,12 +24,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.storage import DISK, Source, Status, Storage, Writer
+from engine.checkpoint.storage import DISK, Hasher, Source, Status, Storage, Writer, unseen
 from engine.errors import CheckpointError, WrongSecretError
 from engine.files import SEALED
 from engine.launch import read_secret
@@ -76,9 +77,9 @@ class Seal:
     def _sign_key(self) -> bytes:
         return hkdf(self.secret, b"", b"trident checkpoint digest v1")
 
-    def sign(self, data: bytes | bytearray | memoryview) -> str:
-        """HMAC-SHA256, hexadecimal."""
-        return hmac.new(self._sign_key, data, hashlib.sha256).hexdigest()
+    def sign(self, data: bytes | bytearray | memoryview = b"") -> Hasher:
+        """HMAC-SHA256 of some bytes, and of those that its `update` takes in later."""
+        return hmac.new(self._sign_key, data, hashlib.sha256)
 
     def new_cipher(self, file: Path, content_bytes: int) -> Cipher:
         """To seal a new file."""
@@ -181,7 +182,7 @@ class _SealedSource:
                 "extended or damaged"
             )
 
-    def read_into(self, offset: int, into: memoryview) -> None:
+    def read_into(self, offset: int, into: memoryview, seen: Callable[[memoryview], None] = unseen) -> None:
         into, filled = into.cast("B"), 0
         while filled < len(into):
             number, skip = divmod(offset + filled, CHUNK_BYTES)
@@ -190,6 +191,7 @@ class _SealedSource:
             self._inner.read_into(HEAD_BYTES + number * (CHUNK_BYTES + TAG_BYTES), memoryview(raw))
             content = memoryview(self._cipher.open_chunk(number, raw))[skip : skip + len(into) - filled]
             into[filled : filled + len(content)] = content
+            seen(into[filled : filled + len(content)])
             filled += len(content)
 
     def close(self) -> None:
@@ -208,7 +210,10 @@ class SecretStorage:
         self.free_bytes = inner.free_bytes
 
     def digest(self, data: bytes | bytearray | memoryview) -> str:
-        return self._seal.sign(data)
+        return self._seal.sign(data).hexdigest()
+
+    def hasher(self) -> Hasher:
+        return self._seal.sign()
 
     def create(self, path: Path, size: int) -> Writer:
         if not self._encrypt:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat as stat_module
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import Protocol
 import xxhash
 
 FILE_MODE, FOLDER_MODE = 0o640, 0o750
-_MANY = 64 << 20  # bytes a single call may carry; Linux caps it at 2 GiB
+_MANY = 64 << 20  # bytes a single call may write; Linux caps it at 2 GiB
+_PIECE = 256 << 10  # bytes read and shown at a time: a core's own cache still has them when they are digested
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,30 @@ class Writer(Protocol):
         """Give the handle back."""
 
 
+class Hasher(Protocol):
+    """A digest in the making."""
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Take in the next bytes."""
+
+    def hexdigest(self) -> str:
+        """The digest of all bytes taken in, hexadecimal."""
+
+
+def unseen(piece: memoryview) -> None:
+    """For reads that nobody watches."""
+
+
 class Source(Protocol):
     """A file to read from; any number of threads may. size: in bytes."""
 
     size: int
 
-    def read_into(self, offset: int, into: memoryview) -> None:
-        """Fill `into` from byte `offset` on; OSError (EIO) where the file ends before."""
+    def read_into(self, offset: int, into: memoryview, seen: Callable[[memoryview], None] = unseen) -> None:
+        """Fill `into` from byte `offset` on; OSError (EIO) where the file ends before.
+
+        seen: shown the filled pieces of `into` one after another, each right after it was filled.
+        """
 
     def close(self) -> None:
         """Give the handle back."""
@@ -68,6 +86,9 @@ class Storage(Protocol):
 
     def digest(self, data: bytes | bytearray | memoryview) -> str:
         """The digest by which bytes are recognised, hexadecimal."""
+
+    def hasher(self) -> Hasher:
+        """The same digest of bytes that come in pieces."""
 
     def make_folder(self, path: Path) -> None:
         """Make one folder, with FOLDER_MODE; FileExistsError where the name is taken."""
@@ -150,12 +171,13 @@ class _DiskSource:
         if fresh:
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def read_into(self, offset: int, into: memoryview) -> None:
+    def read_into(self, offset: int, into: memoryview, seen: Callable[[memoryview], None] = unseen) -> None:
         with _naming(self._path):
             while into:
-                done = os.preadv(self._fd, [into[:_MANY]], offset)
+                done = os.preadv(self._fd, [into[:_PIECE]], offset)
                 if done == 0:
                     raise OSError(errno.EIO, f"ends at byte {offset}, {len(into)} more were expected")
+                seen(into[:done])
                 offset += done
                 into = into[done:]
 
@@ -170,6 +192,9 @@ class Disk:
 
     def digest(self, data: bytes | bytearray | memoryview) -> str:
         return xxhash.xxh3_128_hexdigest(data)  # releases the interpreter's lock on large data
+
+    def hasher(self) -> Hasher:
+        return xxhash.xxh3_128()
 
     def make_folder(self, path: Path) -> None:
         os.mkdir(path, FOLDER_MODE)

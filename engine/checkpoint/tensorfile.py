@@ -150,46 +150,53 @@ class TensorFile:
     """
 
     def __init__(self, file: Path, storage: Storage, *, header: str = "", fresh: bool = False):
-        self.file, self.digest = file, storage.digest
-        self._turn = threading.Lock()  # one thread reads, others digest: the kernel reads ahead of one stream only
-        self._source: Source = storage.open(file, fresh=fresh)
+        self.file, self._storage, self._fresh = file, storage, fresh
+        self._sources: dict[int, Source] = {}  # of each thread its own: the kernel reads ahead of one stream a handle
         try:
-            self.entries = self._read_header(header)
+            self.entries = self._read_header(self._source(), header)
         except BaseException:
-            self._source.close()
+            self.close()
             raise
 
     def close(self) -> None:
         """Give the file back."""
-        self._source.close()
+        for source in self._sources.values():
+            source.close()
+        self._sources.clear()
 
-    def read_rows(self, key: str, first: int, last: int, into: memoryview) -> None:
-        """Fill `into` with rows [first, last) of a key."""
+    def read_rows(self, key: str, first: int, last: int, into: memoryview) -> str:
+        """Fill `into` with rows [first, last) of a key; returns the digest of what is in it then."""
         _, shape, begin, end = self.entries[key]
-        row = (end - begin) // max(1, shape[0])
-        with self._turn:
-            self._source.read_into(begin + first * row, into[: (last - first) * row])
+        row, hasher = (end - begin) // max(1, shape[0]), self._storage.hasher()
+        self._source().read_into(begin + first * row, into[: (last - first) * row], hasher.update)
+        return hasher.hexdigest()
 
-    def _read_header(self, wanted: str) -> dict[str, Entry]:
-        size = self._source.size
+    def _source(self) -> Source:
+        thread = threading.get_ident()
+        if thread not in self._sources:
+            self._sources[thread] = self._storage.open(self.file, fresh=self._fresh)
+        return self._sources[thread]
+
+    def _read_header(self, source: Source, wanted: str) -> dict[str, Entry]:
+        size = source.size
         length = bytearray(8)
         if size >= 8:
-            self._source.read_into(0, memoryview(length))
+            source.read_into(0, memoryview(length))
         count = int.from_bytes(length, "little")
         possible = 2 <= count <= min(size - 8, _MAX_HEADER_BYTES)
         text = bytearray(count if possible else 0)
-        self._source.read_into(8, memoryview(text))
-        if wanted and (found := self.digest(length + text)) != wanted:
+        source.read_into(8, memoryview(text))
+        if wanted and (found := self._storage.digest(length + text)) != wanted:
             raise self._damaged(f"digest {found} of its header, the manifest says {wanted}")
         if not possible:
             raise self._damaged(f"its header would have {count} bytes, the file has {size}")
         try:
             table = json.loads(text)
-            return dict(self._entries(table, 8 + count))
+            return dict(self._entries(table, 8 + count, size))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._damaged(f"its header cannot be read ({type(error).__name__}: {error})") from None
 
-    def _entries(self, table: dict[str, Any], start: int) -> Iterator[tuple[str, Entry]]:
+    def _entries(self, table: dict[str, Any], start: int, size: int) -> Iterator[tuple[str, Entry]]:
         at = 0
         rows = [(name, e) for name, e in table.items() if name != "__metadata__"]
         for name, e in sorted(rows, key=lambda item: item[1]["data_offsets"][0]):
@@ -201,8 +208,8 @@ class TensorFile:
                 raise ValueError(f"{name}: bytes {begin} to {end} are not its {e['dtype']} {list(shape)} from {at} on")
             yield name, (e["dtype"], shape, start + begin, start + end)
             at = end
-        if start + at != self._source.size:
-            raise ValueError(f"tensors end at byte {start + at}, the file has {self._source.size}")
+        if start + at != size:
+            raise ValueError(f"tensors end at byte {start + at}, the file has {size}")
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.file}: damaged: {why}; take another checkpoint")

@@ -2,11 +2,15 @@
 
     python tests/mutations.py                        # all of them (`make test-mutations`)
     python tests/mutations.py --only tied_gradient_counted_twice
+    python tests/mutations.py --without-extensions   # the same where nothing is built
 
 A test that cannot fail proves nothing; this is the figure for how good the tests are. Every mutation is a textual
 replacement that fits exactly once, so that it says so when the code has moved on. It is applied to a copy of the
 repository in a temporary folder, where the named tests must pass without it and fail by an assertion with it: a
 mutation that cannot be imported, or that stops in an error of its own, counts as broken, and so does a silent hang.
+Where a kernel of ours and plain torch do the same, a fault in one is hidden while the other runs: such a mutation says
+which `path` it is on. Faults of the torch path are tried without the built extensions, always; those of the kernels'
+path with them, and where there are none they are named as not tried.
 Tests run in a fork of this process, which has imported everything but the engine: a mutation costs what its test does.
 The issues are those that the faults come from; where none is given, the fault is a classic that has many.
 """
@@ -44,7 +48,10 @@ OWN_ERRORS = re.compile(
 
 @dataclass(frozen=True)
 class Mutation:
-    """One fault. why: what went wrong and where; old -> new in `file`; tests: pytest node ids, one of which fails."""
+    """One fault. why: what went wrong and where; old -> new in `file`; tests: pytest node ids, one of which fails.
+
+    path: "both" where the fault shows with and without the extensions, "kernels" or "torch" where only that one has it.
+    """
 
     name: str
     why: str
@@ -52,6 +59,7 @@ class Mutation:
     old: str
     new: str
     tests: tuple[str, ...]
+    path: str = "both"
 
     def apply(self, root: Path) -> None:
         """Put the fault into the copy of the repository at `root`."""
@@ -742,6 +750,7 @@ FACTS_OF_MODELS = [
         "            wide_weight = wide_weight + ctx.offset",
         "            wide_weight = wide_weight + 0.0",
         ("tests/test_ops.py::test_other_norms",),
+        path="torch",
     ),
     Mutation(
         "fused_heads_taken_for_fused_matrices",
@@ -841,10 +850,16 @@ class Outcome:
     seconds: float
 
 
-def copy_repository(to: Path) -> None:
-    """What the tests need, with the built extension if there is one."""
+def built() -> bool:
+    """Whether there are extensions."""
+    return any((ROOT / "engine").rglob("*.so"))
+
+
+def copy_repository(to: Path, extensions: bool) -> None:
+    """What the tests need; extensions: with those that are built."""
+    left_out = shutil.ignore_patterns("__pycache__", *(() if extensions else ("*.so",)))
     for folder in ("engine", "tests"):
-        shutil.copytree(ROOT / folder, to / folder)
+        shutil.copytree(ROOT / folder, to / folder, ignore=left_out)
     shutil.copy2(ROOT / "pyproject.toml", to)
 
 
@@ -882,13 +897,14 @@ class Attempt:
 
     mutation: Mutation | None
     tests: Iterable[str]
+    extensions: bool
 
     def start(self) -> None:
         """Copy, mutate, fork. Raises LookupError when the mutation does not fit."""
         self.begin = time.monotonic()
         self.folder = tempfile.TemporaryDirectory(prefix="mutation_")
         root = Path(self.folder.name).resolve()
-        copy_repository(root)
+        copy_repository(root, self.extensions)
         if self.mutation is not None:
             self.mutation.apply(root)
         self.process: BaseProcess = multiprocessing.get_context("fork").Process(
@@ -910,9 +926,12 @@ class Attempt:
         return code, output
 
 
-def attempt(mutations: Iterable[Mutation], jobs: int = 2) -> Iterator[Outcome]:
-    """Try the mutations, `jobs` at a time, each on a fresh copy; outcomes as they come."""
-    waiting = [Attempt(m, m.tests) for m in mutations]
+def attempt(mutations: Iterable[Mutation], jobs: int = 2, extensions: bool = True) -> Iterator[Outcome]:
+    """Try the mutations, `jobs` at a time, each on a fresh copy; outcomes as they come.
+
+    extensions: leave the built ones in where the mutation is not one of the torch path.
+    """
+    waiting = [Attempt(m, m.tests, extensions and m.path != "torch") for m in mutations]
     running: list[Attempt] = []
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -931,13 +950,19 @@ def attempt(mutations: Iterable[Mutation], jobs: int = 2) -> Iterator[Outcome]:
             yield Outcome(a.mutation.name, *judge(*a.finish()), seconds)
 
 
-def healthy(mutations: Iterable[Mutation]) -> str:
+def healthy(mutations: Iterable[Mutation], extensions: bool) -> str:
     """Run the tests of all mutations without any of them; empty when they pass, else pytest's output."""
-    one = Attempt(None, dict.fromkeys(test for mutation in mutations for test in mutation.tests))
-    one.start()
-    one.process.join(TIMEOUT_S)
-    code, output = one.finish()
-    return "" if code == 0 else output or "hung"
+    for with_them in (True, False):
+        those = [m for m in mutations if (extensions and m.path != "torch") == with_them]
+        if not those:
+            continue
+        one = Attempt(None, dict.fromkeys(test for mutation in those for test in mutation.tests), with_them)
+        one.start()
+        one.process.join(TIMEOUT_S)
+        code, output = one.finish()
+        if code != 0:
+            return output or "hung"
+    return ""
 
 
 def warm() -> None:
@@ -951,20 +976,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these mutations only")
     parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
+    parser.add_argument("--without-extensions", action="store_true", help="run the tests as if none were built")
     args = parser.parse_args()
     unknown = set(args.only or ()) - {m.name for m in MUTATIONS}
     if unknown:
         parser.error(f"no mutation named {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTATIONS if not args.only or m.name in args.only]
     console, begin = Console(), time.monotonic()
+    extensions = built() and not args.without_extensions
+    impossible = [m.name for m in chosen if m.path == "kernels" and not extensions]
+    chosen = [m for m in chosen if m.name not in impossible]
     warm()
-    if output := healthy(chosen):
+    if output := healthy(chosen, extensions):
         console.print(output, markup=False)
         console.print("the tests fail without any mutation: repair them first", style="bold red")
         return 1
     table = Table("mutation", Column("caught by", overflow="fold"), "s", title=f"{len(chosen)} mutations")
     outcomes = []
-    for outcome in attempt(chosen, args.jobs):
+    for outcome in attempt(chosen, args.jobs, extensions):
         outcomes.append(outcome)
         console.print(f"{'caught' if outcome.caught else outcome.by}: {outcome.name}", markup=False, highlight=False)
     for outcome in outcomes:
@@ -972,7 +1001,10 @@ def main() -> int:
         table.add_row(outcome.name, outcome.by.replace("[", r"\["), f"{outcome.seconds:.0f}", style=style)
     console.print(table)
     caught = sum(outcome.caught for outcome in outcomes)
-    console.print(f"{caught} of {len(chosen)} caught in {time.monotonic() - begin:.0f} s")
+    with_what = "with the extensions" if extensions else "without extensions"
+    console.print(f"{caught} of {len(chosen)} caught {with_what} in {time.monotonic() - begin:.0f} s")
+    if impossible:
+        console.print(f"not tried, since their code runs with built extensions only: {', '.join(impossible)}")
     return int(caught < len(chosen))
 
 

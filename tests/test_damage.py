@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,23 @@ def test_verify_names_the_file_and_the_tensor(tmp_path: Path, capsys: pytest.Cap
     told = capsys.readouterr().err
     assert "3 faults" in told and "left.safetensors: does not belong to this checkpoint" in told
     assert "(tensor exp_avg_sq b.weight)" in told and "(tensor exp_avg b.weight)" not in told
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_every_handle_is_given_back_and_a_damage_stops_all_threads(tmp_path: Path, broken: bool) -> None:
+    folder = save(tmp_path, states(1), context(), step=1, facts=FACTS)
+    if broken:
+        with (folder / "rank00000.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\xff")
+    before = os.listdir("/proc/self/fd")
+    if broken:
+        with pytest.raises(CheckpointError, match="damaged"):
+            load(DISK, folder)
+    else:
+        load(DISK, folder)
+    assert os.listdir("/proc/self/fd") == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

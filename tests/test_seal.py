@@ -50,8 +50,9 @@ def sealed(content: bytes, cut: int = 5) -> tuple[MemoryDisk, bytes]:
 
 def opened(disk: MemoryDisk, begin: int, end: int, secret: bytes = SECRET, file: Path = FILE) -> bytes:
     source = SecretStorage(Seal(secret), disk).open(file)
-    out = bytearray(end - begin)
-    source.read_into(begin, memoryview(out))
+    out, seen = bytearray(end - begin), bytearray()
+    source.read_into(begin, memoryview(out), seen.extend)
+    assert seen == out, "what is digested is not what is there"
     return bytes(out)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -870,9 +871,14 @@ def run_tests(root: Path, tests: Iterable[str]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.path[:] = [str(root)] + [entry for entry in sys.path if ROOT not in (Path(entry), Path(entry).parent)]
+    # an editable install finds the submodules that a copy lacks, such as extensions left out, in the original
+    sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
     os.environ["PYTHONPATH"] = str(root)
     engine = importlib.import_module("engine")
     assert Path(engine.__file__ or "").parent == root / "engine", "the copy is not what is tested"
+    for name in ("_index", "_ops", "_shared"):
+        found = importlib.util.find_spec(f"engine.{name}")
+        assert found is None or Path(found.origin or "").parent == root / "engine", f"{name} is not of the copy"
     code = pytest.main(["-x", "--tb=short", "-p", "no:xdist", *tests])
     sys.stdout.flush()
     os._exit(code)

@@ -338,7 +338,7 @@ LOSS = [
         "engine/ops/loss.py",
         "del grad  # before the next chunk's is made",
         "kept = grad",
-        ("tests/test_loss.py::test_logits_of_all_tokens_never_exist[own-True]",),
+        tuple(f"tests/test_loss.py::test_logits_of_all_tokens_never_exist[{way}-True]" for way in ("own", "torch")),
     ),
     Mutation(
         "last_chunk_left_out_of_the_sum",
@@ -529,6 +529,16 @@ OPTIMIZER = [
         "decay, grad_scale, self.steps)",
         "decay, grad_scale, self.steps + 1)",
         PLAIN,
+        path="kernels",
+    ),
+    Mutation(
+        "bias_correction_one_step_late_in_torch",
+        "the same where torch's AdamW does it",
+        "engine/optim/adamw.py",
+        "float(self.steps - 1)",
+        "float(self.steps)",
+        PLAIN,
+        path="torch",
     ),
     Mutation(
         "bf16_without_masters",
@@ -711,6 +721,7 @@ FACTS_OF_MODELS = [
         "grad_sum, grad = grads if ctx.summed else (None, grads[0])",
         "grad_sum, grad = (None, grads[-1])",
         ("tests/test_native_ops.py::test_a_norm_after_a_sum_is_the_two_in_turn",),
+        path="kernels",
     ),
     Mutation(
         "norm_offset_ignored_in_the_backward",
@@ -719,6 +730,7 @@ FACTS_OF_MODELS = [
         "ops.rms_norm_backward(grad, grad_sum, x, weight, kept, ctx.offset)",
         "ops.rms_norm_backward(grad, grad_sum, x, weight, kept, 0.0)",
         ("tests/test_native_ops.py::test_kernels_equal_the_float64_reference",),
+        path="kernels",
     ),
     Mutation(
         "gate_of_another_kind",
@@ -727,6 +739,7 @@ FACTS_OF_MODELS = [
         "own.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name])",
         'own.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name.removesuffix("_tanh")])',
         ("tests/test_native_ops.py::test_kernels_equal_the_float64_reference",),
+        path="kernels",
     ),
     Mutation(
         "gradient_scale_ignored",
@@ -735,6 +748,16 @@ FACTS_OF_MODELS = [
         "decay, grad_scale, self.steps)",
         "decay, 1.0, self.steps)",
         ("tests/test_optim.py::test_a_scale_of_the_gradient_is_that_of_the_update",),
+        path="kernels",
+    ),
+    Mutation(
+        "gradient_scale_ignored_in_torch",
+        "the same where torch's AdamW does it",
+        "engine/optim/adamw.py",
+        "grads = grads * grad_scale",
+        "grads = grads * 1.0",
+        ("tests/test_optim.py::test_a_scale_of_the_gradient_is_that_of_the_update",),
+        path="torch",
     ),
     Mutation(
         "rounded_weights_not_written",
@@ -743,6 +766,16 @@ FACTS_OF_MODELS = [
         "own.adamw_(master, grads, first, second, low, lr,",
         "own.adamw_(master, grads, first, second, None, lr,",
         ("tests/test_optim.py::test_a_scale_of_the_gradient_is_that_of_the_update",),
+        path="kernels",
+    ),
+    Mutation(
+        "rounded_weights_not_written_in_torch",
+        "the same where torch's AdamW does it",
+        "engine/optim/adamw.py",
+        "low.copy_(master)",
+        "low.copy_(low)",
+        ("tests/test_optim.py::test_a_scale_of_the_gradient_is_that_of_the_update",),
+        path="torch",
     ),
     Mutation(
         "norm_weight_without_its_one",

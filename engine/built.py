@@ -1,11 +1,19 @@
-"""Why an extension is not there: what `setup.py` noted when the package was built."""
+"""Which extension is not there, why (`setup.py` noted it when the package was built), and the command that builds it."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
+import shlex
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-_NOTES = Path(__file__).with_name("_build.json")
+DISTRIBUTION = "trident-engine"
+EXTENSIONS = ("engine._index", "engine._shared", "engine._ops")
+_HERE = Path(__file__).parent
+_NOTES = _HERE / "_build.json"
+_TOOLS = "pip install setuptools wheel pybind11"
 
 
 def why_not(what: str) -> str:
@@ -16,3 +24,37 @@ def why_not(what: str) -> str:
         return ""
     why = notes.get(what, "") if isinstance(notes, dict) else ""
     return why if isinstance(why, str) else ""
+
+
+def missing() -> str:
+    """One line about the extensions that are not there and how to build them; "" where all are. Imports none."""
+    absent = [name for name in EXTENSIONS if importlib.util.find_spec(name) is None]
+    if not absent:
+        return ""
+    reasons = [f"{name} ({why})" if (why := why_not(name)) else name for name in absent]
+    return f"not built: {', '.join(reasons)}: what replaces it is slower; {how_to_build()}"
+
+
+def how_to_build() -> str:
+    """ "build it: COMMAND", which compiles beside the torch that is installed; a build isolated by pip has none."""
+    tree = _HERE.parent
+    if (tree / "setup.py").is_file() and (tree / "csrc").is_dir():
+        where = "." if tree == Path.cwd() else shlex.quote(str(tree))
+        return f"build it: pip install --no-build-isolation --no-deps -e {where}"
+    return f"build it: {_TOOLS} && pip install --no-build-isolation --no-deps --force-reinstall {_source()}"
+
+
+def _source() -> str:
+    """Where pip took the installed package from (direct_url.json, PEP 610); words for it where that is a wheel."""
+    try:
+        facts = json.loads(importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
+        url = str(facts.get("url", ""))
+    except (importlib.metadata.PackageNotFoundError, AttributeError, OSError, ValueError):
+        url = ""
+    if not url or url.endswith(".whl"):
+        return f"--no-binary {DISTRIBUTION} SOURCE (a folder or .tar.gz with this version's sources)"
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return shlex.quote(unquote(parts.path))
+    vcs = facts.get("vcs_info")
+    return shlex.quote(f"{vcs['vcs']}+{url}@{vcs['commit_id']}" if vcs else url)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import io
 import json
 import math
+import pathlib
+import signal
+import sys
+import tempfile
+import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -205,3 +214,32 @@ def save_legacy(
     (root / "latest_checkpointed_iteration.txt").write_text("7")
     assert math.prod((tp, pp)) == len(list((root / "iter_0000007").iterdir()))
     return c
+
+
+def oddments() -> dict[str, Any]:
+    """What args and what lies beside them may hold, whose pickled names differ by Python, numpy or protocol."""
+    return {
+        "exit_signal": signal.SIGTERM,
+        "load": pathlib.PosixPath("/a/b"),
+        "paths": [pathlib.PurePosixPath("a/b"), pathlib.PureWindowsPath("c:/b")],
+        "sets": [{1, 2}, frozenset((3,))],
+        "raw": [b"x", bytearray(b"y"), io.BytesIO(b"z")],
+        "spaces": [types.SimpleNamespace(a=1), collections.OrderedDict(a=1), collections.defaultdict(int, a=1)],
+        "scalars": [np.float64(1.5), np.float32(0.5), np.int64(3), np.bool_(True)],
+        "types": [np.dtype("int32"), torch.float8_e4m3fn, torch.Size((2, 3)), torch.device("cpu"), torch.strided],
+        "random": [np.random.RandomState(1).get_state(), np.arange(6.0).reshape(2, 3), np.asfortranarray(np.eye(2))],
+    }
+
+
+def write_sample(path: Path) -> None:
+    """A small torch_dist folder, zipped, as this Python, torch and numpy write it: tests/written_by/make.sh."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_dist(Path(folder), LLAMA | oddments(), dtype=torch.bfloat16)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+            for file in sorted(Path(folder).iterdir()):
+                out.write(file, file.name)
+
+
+if __name__ == "__main__":
+    versions = f"python{sys.version.split()[0]}-torch{torch.__version__.split('+')[0]}-numpy{np.__version__}"
+    write_sample(Path(sys.argv[1]) / f"{versions}.zip")

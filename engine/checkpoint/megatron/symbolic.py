@@ -8,6 +8,8 @@ nothing; a small stack machine turns them into numbers, texts, lists, tuples, di
     Call(function, args)        a call or an object; never made. `state`, `items`, `entries`: what was put into it later
     Persistent(id)              a storage that lies beside the pickle
 
+Pythons, numpys and protocols name one thing differently: each is known here by one name (`MOVED`, `_Machine.call`).
+
 Invariants: every opcode and every global is on a list below, else the file is refused; size, opcodes, depth of
 the stack and length of integers are bounded, so time and memory are too. Values may share parts, or hold themselves:
 who reads them must go only where a known format leads, and show them in messages only through `shown`.
@@ -30,11 +32,32 @@ MAX_INTEGER_BYTES = 256
 
 _DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2"
 _STORAGES = "Double Float Half BFloat16 Long Int Short Char Byte Bool"
+_NUMPY = "Float64 Float32 Float16 Int64 Int32 Int16 Int8 UInt64 UInt32 UInt16 UInt8 Bool"
 _DCP = "torch.distributed.checkpoint"
 _CORE = "megatron.core"
 
+# The module that a file names -> where this reader looks its names up. The modules below one move with it.
+MOVED = {
+    "__builtin__": "builtins",  # in pickles of protocol 2
+    "_io": "io",
+    "pathlib._local": "pathlib",  # Python 3.13 alone
+    "numpy.core": "numpy._core",  # numpy 1
+}
+
+# What the first releases of Python 3.11 write by name: getattr(CLASS, NAME), later CLASS(VALUE).
+ENUMS = {
+    *(f"{_CORE}.transformer.enums {name}" for name in ("AttnBackend", "CudaGraphScope", "AttnMaskType", "LayerType")),
+    f"{_CORE}.enums ModelType",
+    *(f"{_CORE}.rerun_state_machine {name}" for name in ("RerunDiagnostic", "RerunMode", "RerunState")),
+    f"{_DCP}.metadata _MEM_FORMAT_ENCODING",
+    f"{_DCP}.planner WriteItemType",
+    "signal Signals",
+}
+
 # What Megatron's checkpoints name (megatron/core/safe_globals.py lists most), torch's tensors and DCP's metadata.
 GLOBALS = {
+    *ENUMS,
+    "builtins getattr",  # of ENUMS alone: see `call`
     *(f"torch {name}" for name in _DTYPES.split()),
     *(f"torch {name}Storage" for name in _STORAGES.split()),
     *(f"torch {name}" for name in ("Size", "device", "strided")),
@@ -45,30 +68,28 @@ GLOBALS = {
     *(f"torch._C._nn {name}" for name in ("gelu", "silu")),
     *(f"{_DCP}.metadata {name}" for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata")),
     *(f"{_DCP}.metadata {name}" for name in ("TensorProperties", "ChunkStorageMetadata", "MetadataIndex")),
-    *(f"{_DCP}.metadata {name}" for name in ("StorageMeta", "_MEM_FORMAT_ENCODING")),
+    f"{_DCP}.metadata StorageMeta",
     f"{_DCP}.filesystem _StorageInfo",
-    *(f"{_DCP}.planner {name}" for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    *(f"{_DCP}.planner {name}" for name in ("SavePlan", "WriteItem", "TensorWriteData")),
     *(f"{_CORE}.dist_checkpointing.strategies.torch {name}" for name in ("MCoreMetadata", "MCoreSavePlan")),
-    *(f"{_CORE}.transformer.enums {name}" for name in ("AttnBackend", "CudaGraphScope", "AttnMaskType", "LayerType")),
     f"{_CORE}.transformer.pipeline_parallel_layer_layout PipelineParallelLayerLayout",
-    f"{_CORE}.enums ModelType",
     f"{_CORE}.optimizer OptimizerConfig",
     f"{_CORE}.optimizer.optimizer_config OptimizerConfig",
-    *(f"{_CORE}.rerun_state_machine {name}" for name in ("RerunDiagnostic", "RerunMode", "RerunState")),
     "argparse Namespace",
     "types SimpleNamespace",
     "collections OrderedDict",
     "collections defaultdict",
-    "builtins set",
-    "__builtin__ set",
-    "pathlib PosixPath",
-    "signal Signals",
+    *(f"builtins {name}" for name in ("set", "frozenset", "bytearray")),
+    *(f"builtins {name}" for name in ("int", "long", "float", "bool", "str", "unicode", "list", "dict")),  # defaultdicts'
+    *(f"pathlib {name}" for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    *(f"signal SIG{name}" for name in ("TERM", "INT", "HUP", "USR1", "USR2", "ALRM", "QUIT", "CONT", "XCPU")),
     "io BytesIO",
     "_codecs encode",
-    *(f"numpy.{core}.multiarray {name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *(f"numpy._core.multiarray {name}" for name in ("_reconstruct", "scalar")),
+    "numpy._core.numeric _frombuffer",
     "numpy ndarray",
     "numpy dtype",
-    "numpy.dtypes UInt32DType",
+    *(f"numpy.dtypes {name}DType" for name in _NUMPY.split()),
 }
 
 
@@ -154,6 +175,22 @@ def _key(value: object) -> Any:
     raise _RefusedError(f"{shown(value)} as the key of a dict")
 
 
+def _known_by(module: str) -> str:
+    """The name by which this reader knows a module."""
+    for old, new in MOVED.items():
+        if module == old or module.startswith(f"{old}."):
+            return new + module.removeprefix(old)
+    return module
+
+
+def _member(args: tuple[Any, ...]) -> tuple[Global, tuple[str]]:
+    """getattr's arguments as a call of an enum with the name of its member; anything else is refused."""
+    if len(args) == 2 and isinstance(args[0], Global) and isinstance(args[1], str):
+        if f"{args[0].module} {args[0].name}" in ENUMS:
+            return args[0], (args[1],)
+    raise _RefusedError(f"calls builtins.getattr of {shown(args[0]) if args else 'nothing'}, which is no enum")
+
+
 class _Machine:
     """The stack machine. Names of opcodes are those of pickletools; what is not in the tables is refused."""
 
@@ -165,6 +202,8 @@ class _Machine:
     def result(self) -> Any:
         if len(self.stack) != 1 or self.marks:
             raise _RefusedError(f"{len(self.stack)} values at the end, not one")
+        if isinstance(self.stack[0], Global):
+            raise _RefusedError(f"is but the name {shown(self.stack[0])}, which no checkpoint needs alone")
         return self.stack[0]
 
     def step(self, name: str, argument: Any) -> None:
@@ -225,14 +264,17 @@ class _Machine:
     def named(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise _RefusedError("a global whose name is no text")
-        if f"{module} {name}" not in GLOBALS:
+        known = _known_by(module)
+        if f"{known} {name}" not in GLOBALS:
             raise _RefusedError(f"names {shown(f'{module}.{name}')}, which no checkpoint needs")
-        self.push(Global(module, name))
+        self.push(Global(known, name))
 
     def call(self, _: Any) -> None:
         function, args = self.pop_many(2)
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise _RefusedError(f"calls {shown(function)}")
+        if function == Global("builtins", "getattr"):
+            function, args = _member(args)
         self.push(Call(function, args))
 
     def build(self, _: Any) -> None:
@@ -263,7 +305,7 @@ class _Machine:
 
 
 _INTEGERS = ("BININT", "BININT1", "BININT2", "LONG1")
-_TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES")
+_TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BYTEARRAY8")
 _LITERALS = frozenset((*_INTEGERS, *_TEXTS, "BINFLOAT"))
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -282,6 +324,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "TUPLE3": lambda m, _: m.push(m.pop_many(3)),
     "APPEND": lambda m, _: m.append([m.pop()]),
     "APPENDS": lambda m, _: m.append(m.pop_mark()),
+    "FROZENSET": lambda m, _: m.push(m.pop_mark()),
     "ADDITEMS": lambda m, _: m.append(m.pop_mark()),
     "SETITEM": lambda m, _: m.set_items(list(m.pop_many(2))),
     "SETITEMS": lambda m, _: m.set_items(m.pop_mark()),

@@ -1,0 +1,90 @@
+"""The quick suite on every Python from 3.11 on that is installed here: `make test-pythons`.
+
+For each, a copy of the working tree in build/pythons/VERSION, and there the README's second command, `make test`, which
+sets up that copy's own environment under the pins of constraints.txt. What is found and what is not is told first, the
+results last. Interpreters are looked for as pythonX.Y in PATH, and below the folders of pyenv and uv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ("3.11", "3.12", "3.13", "3.14")  # for which there are wheels of torch
+FOLDERS = (".pyenv/versions/{}.*/bin", ".local/share/uv/python/cpython-{}.*/bin")
+
+
+def find(version: str) -> Path | None:
+    """The interpreter of a version: the first in PATH that runs, else the newest below a manager's folder."""
+    found = [Path(where)] if (where := shutil.which(f"python{version}")) else []
+    for pattern in FOLDERS:
+        folders = sorted(Path.home().glob(pattern.format(version)), key=lambda p: [int(x) for x in _digits(p)])
+        found += [folder / f"python{version}" for folder in reversed(folders)]
+    wanted = f"import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != {version!r})"
+    for path in found:  # a manager's stand-in in PATH may refuse to run, and Debian's python3 may lack venv
+        if path.exists() and not subprocess.run([path, "-c", wanted], capture_output=True, check=False).returncode:
+            return path
+    return None
+
+
+def _digits(folder: Path) -> list[str]:
+    return "".join(c if c.isdigit() else " " for c in folder.parent.name).split()[:3]
+
+
+def copy(target: Path) -> None:
+    """The files of the working tree that git knows or does not ignore, as a repository of their own in `target`."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.iterdir():  # what is built stays: .venv, and what setup.py makes anew where it must
+        if old.name not in (".venv", "build"):
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():  # it may be deleted and not yet committed
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    me = ["-c", "user.name=test-pythons", "-c", "user.email=test-pythons@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], [*me, "commit", "-q", "-m", "a copy"]):
+        subprocess.run(["git", *command], cwd=target, check=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"of {', '.join(VERSIONS)}; by default all")
+    parser.add_argument("--target", default="test", help="what is made in each copy (test, demo, test-all, ...)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build/pythons", help="where the copies lie")
+    options = parser.parse_args()
+    if unknown := set(options.versions) - set(VERSIONS):
+        parser.error(f"{', '.join(sorted(unknown))}: only {', '.join(VERSIONS)} are known")
+    wanted = options.versions or list(VERSIONS)
+    found = {version: find(version) for version in wanted}
+    for version, path in found.items():
+        print(f"Python {version}: {path or 'not found'}", flush=True)
+    results, failed = [], not any(found.values())
+    for version, path in found.items():
+        if path is None:
+            results.append(f"Python {version}: not tried, for it is not installed")
+            failed = failed or bool(options.versions)  # it was asked for by name
+            continue
+        begin, target = time.monotonic(), options.folder / version
+        copy(target)
+        print(f"\n== Python {version}: make {options.target} in {target}", flush=True)
+        command = ["make", options.target, f"PYTHON={path}", f"PIP_ARGS={os.environ.get('PIP_ARGS', '')}"]
+        code = subprocess.run(command, cwd=target, check=False).returncode
+        failed = failed or code != 0
+        told = "passed" if code == 0 else f"FAILED (make ended with exit code {code})"
+        results.append(f"Python {version}: make {options.target} {told} in {(time.monotonic() - begin) / 60:.1f} min")
+    print("", *results, sep="\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,12 +3,14 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help venv demo test test-all test-mutations lint bench clean
+.PHONY: help venv demo test test-all test-mutations test-pythons test-extras lint bench clean
 
 help:
 	@echo "make demo      raw text -> trained, resumed, evaluated, exported model on this machine's CPU (minutes)"
 	@echo "make test      lint, types and all quick tests"
 	@echo "make test-all  the long matrices and the mutations too"
+	@echo "make test-pythons  make test on every Python from 3.11 on that is installed (PYTHONS='3.12 3.13': on these)"
+	@echo "make test-extras   the tests that need more than .venv has: datatrove, spaCy, ray, strace, network namespaces"
 	@echo "make test-mutations  puts in faults that other engines had, one at a time, and sees each caught"
 	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extension built"
 	@echo "make bench     the engine beside its peers and the limits of this machine: one table, bench.json (BENCH=--quick: minutes)"
@@ -34,6 +36,22 @@ test-all: venv lint
 
 test-mutations: venv
 	$(BIN)/python tests/mutations.py
+
+test-pythons:
+	PIP_ARGS="$(PIP_ARGS)" $(PYTHON) tools/pythons.py $(PYTHONS)
+
+# Where `make test` skips tests for want of something optional. What is missing still is told at the end.
+EXTRA_TESTS ?= $(addprefix tests/test_,clean.py executors.py kill.py multinode.py disk.py cuda_binding.py fp8.py)
+
+test-extras: build/extras/ready
+	@for tool in strace ip setpriv unshare sinfo; do command -v $$tool > /dev/null || echo "not installed: $$tool (apt-get install strace iproute2 util-linux slurm-wlm)"; done
+	build/extras/bin/python -m pytest -n 2 --dist worksteal -m "not heavy" $(EXTRA_TESTS)
+
+build/extras/ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv build/extras
+	build/extras/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel pybind11 torch
+	build/extras/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,clean,ray]'
+	@touch $@
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Which extension is not there, why (`setup.py` noted it when the package was built), and the command that builds it."""
+"""Which extension is not there, why (`setup.py` noted it when it built the package), and what command builds it."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+import engine
+from engine.built import missing
 from engine.commands import checkpoints, data, run, schedule
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
 from engine.hints import nearest
@@ -29,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> int:
+    if args[:1] in (["-V"], ["--version"]):
+        print(f"engine {engine.__version__}")
+        print(missing(), end="\n" * bool(missing()), file=sys.stderr)
+        return EXIT_OK
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return EXIT_OK if args else EXIT_CONFIG
@@ -64,6 +70,8 @@ def _speak_utf8() -> None:
 
 def _overview() -> str:
     lines = [f"  {name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _VERBS.items()]
+    if text := missing():
+        lines += ["", text]
     return "usage: engine VERB [OPTIONS]   (engine VERB --help shows a verb's options)\n\n" + "\n".join(lines)
 
 

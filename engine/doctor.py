@@ -17,14 +17,12 @@ import numpy as np
 import torch
 
 from engine import selftest, shared
-from engine.built import why_not
+from engine.built import how_to_build, why_not
 from engine.checkpoint.lineage import code_versions
 from engine.data import order
 from engine.launch import backends
 from engine.ops import attention, native
 from engine.pair import try_pair
-
-_BUILD = "build it: pip install --no-build-isolation --no-deps -e ."
 
 # distribution -> (what is imported, a submodule that tells it from others of that name)
 OPTIONAL: dict[str, tuple[str, str]] = {
@@ -137,7 +135,7 @@ def _communication(timeout_s: float) -> Iterator[Finding]:
 def _shared_memory(timeout_s: float) -> Finding:
     module, what = shared.load()
     if module is None:
-        return Finding("shared memory", f"{what}, gloo carries all; {_BUILD}")
+        return Finding("shared memory", f"{what}, gloo carries all; {how_to_build()}")
     why = try_pair("shared", timeout_s)
     done = "two processes on this machine have summed a number"
     return Finding("shared memory", f"cannot be had here, gloo carries all: {why}" if why else done)
@@ -145,7 +143,7 @@ def _shared_memory(timeout_s: float) -> Finding:
 
 def _extensions() -> Iterator[Finding]:
     for module, what in (order.load(), shared.load(), native.load()):
-        yield Finding("extension", what if module is not None else f"{what}; {_BUILD}")
+        yield Finding("extension", what if module is not None else f"{what}; {how_to_build()}")
     library = native.load()[0]
     if torch.version.cuda is not None and library is not None:
         built = library.cuda_capabilities()
@@ -153,7 +151,7 @@ def _extensions() -> Iterator[Finding]:
             "extension",
             f"CUDA kernels for compute capability {built}"
             if built
-            else f"no CUDA kernels ({why_not('cuda') or 'nothing is known of why'}); {_BUILD}",
+            else f"no CUDA kernels ({why_not('cuda') or 'nothing is known of why'}); {how_to_build()}",
         )
 
 

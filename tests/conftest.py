@@ -1,4 +1,19 @@
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Why tests did not run, each reason once; docs/testing.md says what makes them run."""
+    reasons: dict[str, Counter[str]] = {}
+    for report in terminalreporter.stats.get("skipped", ()):
+        file, _, reason = report.longrepr if isinstance(report.longrepr, tuple) else (report.nodeid, 0, "")
+        where = Path(report.nodeid.partition("::")[0] or file).stem
+        reasons.setdefault(reason.removeprefix("Skipped: "), Counter())[where] += 1
+    if reasons:
+        terminalreporter.write_sep("-", "not run here, and why (docs/testing.md; `make test-extras`)")
+    for reason, places in sorted(reasons.items(), key=lambda item: -item[1].total()):
+        terminalreporter.write_line(f"{places.total():>4}  {reason}  [{', '.join(sorted(places))}]")

@@ -232,7 +232,7 @@ def oddments() -> dict[str, Any]:
 
 
 def write_sample(path: Path) -> None:
-    """A small torch_dist folder, zipped, as this Python, torch and numpy write it: tests/written_by/make.sh."""
+    """A small torch_dist folder, zipped, as this Python, torch and numpy write it."""
     with tempfile.TemporaryDirectory() as folder:
         save_dist(Path(folder), LLAMA | oddments(), dtype=torch.bfloat16)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:

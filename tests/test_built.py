@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -9,13 +10,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine import built, doctor
+import engine
+from engine import built, cli, doctor
 from engine.data import order
 from engine.ops import native
 
@@ -177,3 +180,82 @@ def test_notes_that_are_no_notes_say_nothing(text: str, tmp_path: Path, monkeypa
 )
 def test_which_gpus_the_kernels_run_on(capability: tuple[int, int], words: str, runs: bool) -> None:
     assert native.runs_on(capability, words) is runs
+
+
+def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
+    """What git knows is in it, all of csrc too, where torch cannot be imported (pip builds it so)."""
+    known = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+    if known.returncode:
+        pytest.skip("this is no git checkout, nothing tells which files belong to it")
+    for name in (names := {name for name in known.stdout.split("\0") if name and (ROOT / name).exists()}):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).touch()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "engine/__init__.py"):
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    for junk in (
+        "engine/_ops.so",
+        "engine/_build.json",
+        "tests/__pycache__/a.pyc",
+        "build/lib/a.py",
+        "demo/run/a.json",
+    ):
+        (tmp_path / "tree" / junk).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / junk).touch()
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/torch.py").write_text("raise ImportError('no torch here')")
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "dist")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "hidden")}
+    done = subprocess.run(
+        command, cwd=tmp_path / "tree", env=environment, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        inside = {member.name.partition("/")[2] for member in packed if member.isfile()}
+    made = {name for name in inside if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert inside - made == names
+
+
+def test_the_command_that_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a source tree, and for a package that pip copied from a folder, an archive, a repository or a wheel."""
+    assert built.how_to_build() == f"build it: pip install --no-build-isolation --no-deps -e {ROOT}".replace(
+        str(ROOT), "." if Path.cwd() == ROOT else str(ROOT)
+    )
+    (tmp_path / "engine").mkdir()
+    monkeypatch.setattr(built, "_HERE", tmp_path / "engine")
+    commit = {"vcs": "git", "commit_id": "abc"}
+    cases: list[tuple[dict[str, object] | None, str]] = [
+        ({"url": "file:///a%20b/trident", "dir_info": {}}, "--force-reinstall '/a b/trident'"),
+        ({"url": "file:///a/trident-0.1.tar.gz"}, "--force-reinstall /a/trident-0.1.tar.gz"),
+        ({"url": "https://x/y.git", "vcs_info": commit}, "--force-reinstall git+https://x/y.git@abc"),
+        ({"url": "file:///a/trident-0.1-cp311.whl"}, "SOURCE (a folder or .tar.gz with this version's sources)"),
+        (None, "SOURCE (a folder or .tar.gz with this version's sources)"),
+    ]
+    for facts, end in cases:
+        text = None if facts is None else json.dumps(facts)
+        stand_in = SimpleNamespace(read_text=lambda name, text=text: text)
+        monkeypatch.setattr(built.importlib.metadata, "distribution", lambda name, found=stand_in: found)
+        told = built.how_to_build()
+        assert told.startswith("build it: pip install setuptools wheel pybind11 && pip install --no-build-isolation")
+        assert told.endswith(end), told
+
+
+def test_the_first_look_tells_what_is_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = tmp_path / "_build.json"
+    notes.write_text(json.dumps({"engine._ops": "torch could not be imported"}))
+    monkeypatch.setattr(built, "_NOTES", notes)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        built.importlib.util, "find_spec", lambda name: None if name == "engine._ops" else found("engine")
+    )
+    said = "not built: engine._ops (torch could not be imported): what replaces it is slower; build it: pip install"
+    for args in (["--version"], ["-V"], ["--help"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(args)
+        out, err = capsys.readouterr()
+        assert ended.value.code == 0 and said in out + err
+        assert args[0] == "--help" or out == f"engine {engine.__version__}\n"
+    monkeypatch.setattr(built.importlib.util, "find_spec", lambda name: found("engine"))
+    assert built.missing() == ""

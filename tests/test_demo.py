@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -37,5 +38,27 @@ def test_the_demo(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "demo/run/metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)), "the resumed run goes on where the first one stopped"
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and "is there already" in again.stdout
+
+
+def test_a_second_demo_starts_anew_and_removes_no_more_than_the_first_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "demo"
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    demo = importlib.import_module("demo")
+    assert demo.make_room(folder) and capsys.readouterr().out == ""
+    for name in ("data/a.bin", "run/metrics.jsonl", "loss.png", "notes.txt", "mine/a.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    assert demo.make_room(folder)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "starts anew" in said
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
+        demo.MARK,
+        "notes.txt",
+        "mine/a.bin",
+    }
+    (folder / demo.MARK).unlink()
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--short", "--folder", str(folder)])
+    assert demo.main() == 1 and "is no demo's" in capsys.readouterr().out
+    assert (folder / "mine/a.bin").exists()

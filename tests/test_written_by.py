@@ -53,7 +53,10 @@ def test_every_protocol(protocol: int) -> None:
 
 # pickle.dumps(pathlib.PosixPath("/a/b")) and of others, as the releases named wrote them
 WRITTEN = {
-    "3.11.7": (b"\x80\x02cpathlib\nPosixPath\nq\x00X\x01\x00\x00\x00/q\x01X\x01\x00\x00\x00aq\x02\x86q\x04Rq\x05.", "/"),
+    "3.11.7": (
+        b"\x80\x02cpathlib\nPosixPath\nq\x00X\x01\x00\x00\x00/q\x01X\x01\x00\x00\x00aq\x02\x86q\x04Rq\x05.",
+        "/",
+    ),
     "3.13.0": (b"\x80\x02cpathlib._local\nPosixPath\nq\x00X\x04\x00\x00\x00/a/bq\x01\x85q\x02Rq\x03.", "/a/b"),
     "3.14.2": (b"\x80\x02cpathlib\nPosixPath\nq\x00X\x04\x00\x00\x00/a/bq\x01\x85q\x02Rq\x03.", "/a/b"),
 }
@@ -85,11 +88,15 @@ def test_a_member_of_an_enum_by_name() -> None:
     for args in calls:
         with pytest.raises(CheckpointError, match=r"calls builtins\.getattr of"):
             parse(call("builtins getattr", *args), "x")
-    with pytest.raises(CheckpointError, match=r"calls builtins\.getattr of builtins.getattr"):  # no chain of them either
+    with pytest.raises(
+        CheckpointError, match=r"calls builtins\.getattr of builtins.getattr"
+    ):  # no chain of them either
         parse(call("builtins getattr", "builtins getattr", "x"), "x")
 
 
-@pytest.mark.parametrize("name", ["pathlib._localx PosixPath", "numpy.corex ndarray", "_io open", "pathlib._local Path"])
+@pytest.mark.parametrize(
+    "name", ["pathlib._localx PosixPath", "numpy.corex ndarray", "_io open", "pathlib._local Path"]
+)
 def test_no_more_than_the_names_that_moved(name: str) -> None:
     with pytest.raises(CheckpointError, match="which no checkpoint needs"):
         parse(call(name, "x"), "x")

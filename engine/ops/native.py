@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.built import why_not
+from engine.built import how_to_build, why_not
 
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -133,7 +133,7 @@ def _cuda_library(device: torch.device) -> Any:
 
 def _warn(why: str) -> None:
     warnings.warn(
-        f"{why}: torch's own operators run instead, slower. Build it: pip install --no-build-isolation --no-deps -e .",
+        f"{why}: torch's own operators run instead, slower; {how_to_build()}",
         stacklevel=5,
     )
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
 EXCLUDE = ["site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data", "encodings"]
+MADE = ("tokenizer", "data", "run", "hf", "loss.png")  # what the demo makes in its folder, and may remove from it
+MARK = ".made-by-the-demo"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -188,6 +191,19 @@ def last_step(run: Path) -> int:
         return 0
 
 
+def make_room(folder: Path) -> bool:
+    """Make the folder, or remove from it what an earlier demo made there; False where no demo made it."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / MARK).exists():
+            return False
+        console.print(f"{folder} is an earlier demo's, which starts anew: removing {', '.join(MADE)}", markup=False)
+        for path in (folder / name for name in MADE):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything is written")
@@ -195,8 +211,8 @@ def main() -> int:
         "--short", action="store_true", help="a smaller corpus and a handful of steps (the test does this)"
     )
     args = parser.parse_args()
-    if args.folder.exists() and any(args.folder.iterdir()):
-        console.print(f"error: {args.folder} is there already: remove it or choose another --folder", style="red")
+    if not make_room(args.folder):
+        console.print(f"error: {args.folder} is no demo's: remove it or choose another --folder", style="red")
         return 1
     size = {"steps": 300, "vocab_size": 4096, "include": ["*.py", "*.txt", "*.rst"]}
     if args.short:

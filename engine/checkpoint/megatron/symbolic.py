@@ -80,7 +80,9 @@ GLOBALS = {
     "collections OrderedDict",
     "collections defaultdict",
     *(f"builtins {name}" for name in ("set", "frozenset", "bytearray")),
-    *(f"builtins {name}" for name in ("int", "long", "float", "bool", "str", "unicode", "list", "dict")),  # defaultdicts'
+    *(
+        f"builtins {name}" for name in ("int", "long", "float", "bool", "str", "unicode", "list", "dict")
+    ),  # defaultdicts'
     *(f"pathlib {name}" for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
     *(f"signal SIG{name}" for name in ("TERM", "INT", "HUP", "USR1", "USR2", "ALRM", "QUIT", "CONT", "XCPU")),
     "io BytesIO",
@@ -186,8 +188,9 @@ def _known_by(module: str) -> str:
 def _member(args: tuple[Any, ...]) -> tuple[Global, tuple[str]]:
     """getattr's arguments as a call of an enum with the name of its member; anything else is refused."""
     if len(args) == 2 and isinstance(args[0], Global) and isinstance(args[1], str):
-        if f"{args[0].module} {args[0].name}" in ENUMS:
-            return args[0], (args[1],)
+        enum, name = args
+        if f"{enum.module} {enum.name}" in ENUMS:
+            return enum, (name,)
     raise _RefusedError(f"calls builtins.getattr of {shown(args[0]) if args else 'nothing'}, which is no enum")
 
 

@@ -37,22 +37,25 @@ def _digits(folder: Path) -> list[str]:
     return "".join(c if c.isdigit() else " " for c in folder.parent.name).split()[:3]
 
 
+def _listed(folder: Path, *options: str) -> list[str]:
+    done = subprocess.run(
+        ["git", "ls-files", "-z", *options], cwd=folder, capture_output=True, encoding="utf-8", check=True
+    )
+    return [name for name in done.stdout.split("\0") if name]
+
+
 def copy(target: Path) -> None:
     """The files of the working tree that git knows or does not ignore, as a repository of their own in `target`."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
     target.mkdir(parents=True, exist_ok=True)
-    for old in target.iterdir():  # what is built stays: .venv, and what setup.py makes anew where it must
-        if old.name not in (".venv", "build"):
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    for name in filter(None, listed.stdout.split("\0")):
+    subprocess.run(["git", "init", "-q"], cwd=target, check=True)
+    for old in _listed(target, "--cached"):  # what was built there stays
+        (target / old).unlink(missing_ok=True)
+    for name in _listed(ROOT, "--cached", "--others", "--exclude-standard"):
         if (ROOT / name).is_file():  # it may be deleted and not yet committed
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
     me = ["-c", "user.name=test-pythons", "-c", "user.email=test-pythons@localhost"]
-    for command in (["init", "-q"], ["add", "-A"], [*me, "commit", "-q", "-m", "a copy"]):
+    for command in (["add", "-A"], [*me, "commit", "-q", "--allow-empty", "-m", "a copy"]):
         subprocess.run(["git", *command], cwd=target, check=True)
 
 

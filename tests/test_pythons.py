@@ -1,0 +1,63 @@
+"""`make test-pythons`: which interpreters it finds, what it copies, and how it tells; with stand-ins for Pythons."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def pythons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The tool, beside a small tree, a PATH with two interpreters of which one refuses to run, and a home with one."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("pythons")
+    monkeypatch.setattr(tool, "ROOT", tmp_path / "tree")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for name, text in {
+        "tree/Makefile": "test:\n\t@$(PYTHON) --version && test ! -e fail\n",
+        "tree/.gitignore": "built/\n",
+        "tree/a/b.py": "1\n",
+        "bin/python3.11": "#!/bin/sh\necho 3.11\n",
+        "bin/python3.12": "#!/bin/sh\nexit 127\n",
+        "home/.pyenv/versions/3.13.2/bin/python3.13": "#!/bin/sh\nexit 1\n",
+        "home/.pyenv/versions/3.13.10/bin/python3.13": "#!/bin/sh\necho 3.13.10\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(["git", "init", "-q", str(tmp_path / "tree")], check=True)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(tool, "VERSIONS", ("3.11", "3.12", "3.13"))
+    return tool
+
+
+def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["pythons.py", "--folder", str(tool.ROOT / "built"), *arguments])
+    return tool.main()
+
+
+def test_those_found_are_tried_and_the_rest_is_told(
+    pythons: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = {version: pythons.find(version) for version in pythons.VERSIONS}
+    assert found["3.12"] is None and found["3.13"].parent.parent.name == "3.13.10"
+    assert run(pythons, monkeypatch) == 0
+    out = capfd.readouterr().out
+    assert "Python 3.11: make test passed" in out and "Python 3.13: make test passed" in out
+    assert "Python 3.12: not tried, for it is not installed" in out
+    copied = pythons.ROOT / "built/3.11"
+    (copied / "kept.so").touch()
+    (copied / ".git/info/exclude").write_text("kept.so\n")
+    (pythons.ROOT / "a/b.py").rename(pythons.ROOT / "a/c.py")
+    (pythons.ROOT / "fail").touch()
+    assert run(pythons, monkeypatch, "3.11") == 1, "make failed"
+    assert "Python 3.11: make test FAILED (make ended with exit code 2)" in capfd.readouterr().out
+    assert (copied / "kept.so").exists() and sorted(p.name for p in (copied / "a").iterdir()) == ["c.py"]
+    assert run(pythons, monkeypatch, "3.12") == 1, "asked for by name and not there"

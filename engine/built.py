@@ -47,7 +47,8 @@ def how_to_build() -> str:
 def _source() -> str:
     """Where pip took the installed package from (direct_url.json, PEP 610); words for it where that is a wheel."""
     try:
-        facts = json.loads(importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
+        record = importlib.metadata.distribution(DISTRIBUTION).read_text  # always as UTF-8
+        facts = json.loads(record("direct_url.json") or "{}")
         url = str(facts.get("url", ""))
     except (importlib.metadata.PackageNotFoundError, AttributeError, OSError, ValueError):
         url = ""

@@ -158,7 +158,7 @@ class ParallelConfig(Section):
 
 class TrainConfig(Section):
     steps: int = Field(100, ge=1)
-    """optimizer steps of the whole run (resumed parts included)"""
+    """optimizer steps of the whole run (resumed parts included); schedule.horizon_steps: those of the learning rate"""
     global_batch_size: int = Field(8, ge=1)
     """sequences an optimizer step learns from, over all ranks"""
     micro_batch_size: int = Field(1, ge=1)
@@ -215,8 +215,11 @@ class ScheduleConfig(Section):
     """steps of linear warm-up"""
     decay_steps: int = Field(0, ge=0)
     """wsd only: steps of the final decay"""
+    horizon_steps: int = Field(0, ge=0)
+    """step at which the decay ends; later ones keep that rate; 0: train.steps. A run that is made longer goes on with
+    the same rates if this stays (a learning rate that would jump on resume is refused)"""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """learning rate at the end, as a share of the peak"""
+    """learning rate at the end of the decay, as a share of the peak"""
 
 
 class DataConfig(Section):
@@ -260,8 +263,9 @@ class CheckpointConfig(Section):
     """auto: go on from the run folder's newest checkpoint if there is one; latest: there must be one;
     never: start anew; or the path of a checkpoint"""
     allow: str = ""
-    """fields that may differ from the checkpoint's when resuming, such as "data.num_tokens train.seq_len"; the lineage
-    of later checkpoints records it (a difference that is not named is refused, and the message names its field)"""
+    """fields that may differ from the checkpoint's when resuming, such as "data.num_tokens train.seq_len", or schedule
+    for a learning rate that jumps by more than 1 %; the lineage of later checkpoints records it (a difference that is
+    not named is refused, and the message names its field)"""
     init: str = ""
     """start a new run from these weights: a Hugging Face folder, a checkpoint or a run folder, of any layout; model.*
     follows from it"""

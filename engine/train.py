@@ -278,7 +278,7 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
                 f"{folder} holds weights only, such as an import does: start a new run from it with "
                 f"--checkpoint.init {folder} and another --run.dir"
             )
-        allowed = refuse(folder, differences(manifest, state.cfg, data_facts), state.cfg)
+        allowed = refuse(folder, manifest, differences(manifest, state.cfg, data_facts), state.cfg)
         try:
             load_into(reader, state.optimizer.states(), state.ctx)
         except EngineError as error:  # its model is the right one

@@ -368,6 +368,27 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "must be at least 1 and fit in the 90 steps after the warm-up for wsd",
         "A tenth of the run is usual: 10.",
     ),
+    "horizon of wsd": (
+        {"schedule.kind": "wsd", "schedule.decay_steps": 60, "schedule.horizon_steps": 60},
+        1,
+        "schedule.decay_steps",
+        "must be at least 1 and fit in the 50 steps after the warm-up for wsd",
+        "A tenth of the run is usual: 6.",
+    ),
+    "horizon in the warm-up": (
+        {"schedule.horizon_steps": 10},
+        1,
+        "schedule.horizon_steps",
+        "ends the decay before the warm-up of schedule.warmup_steps = 10 is over",
+        "Such as 100.",
+    ),
+    "horizon of nothing": (
+        {"schedule.horizon_steps": 50, "schedule.kind": "constant"},
+        1,
+        "schedule.horizon_steps",
+        "has no meaning for constant",
+        "Leave it out.",
+    ),
     "decay without wsd": (
         {"schedule.decay_steps": 5},
         1,

@@ -3,7 +3,8 @@
 Going on from a checkpoint with another model, corpus, tokenizer, blend, sequence length or seed would go on from
 somewhere else without a word. So every such difference is refused with old and new value, unless its very field is
 named in `checkpoint.allow`; what was allowed then stands in the lineage of every later checkpoint. So does what may
-change freely, such as the precision.
+change freely, such as the precision. Steps, optimizer and schedule are free as long as the next step's learning rate
+stays what it would have been.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ import xxhash
 
 import engine
 from engine.checkpoint.format import Ancestor, Manifest
-from engine.config import Config
+from engine.config import Config, OptimizerConfig, ScheduleConfig
 from engine.data.corpora import MIXED_FROM
 from engine.errors import CheckpointError, ConfigError, Fault
+from engine.optim.lr import learning_rate
 
 _FREE = {"preset"}  # of the model: a name for values that are compared themselves
 _TRAIN = ("seq_len", "seed")
 _TOLD = ("train.steps", "train.global_batch_size", "train.precision", "train.fp8")  # free, and shows in the numbers
 _TOLD_SECTIONS = ("optimizer", "schedule")
+_RATE = "schedule"  # allows a learning rate that jumps
+_JUMP = 0.01  # of the larger of two rates: more is one
 # Facts of the data by their field (engine.data.corpora makes them).
 DATA_FIELDS = (
     "num_documents",
@@ -72,7 +76,32 @@ def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) 
     pairs = {f"model.{k}": (old["model"][k], v) for k, v in now["model"].items() if k not in _FREE}
     pairs |= {f"train.{k}": (old["train"][k], now["train"][k]) for k in _TRAIN}
     pairs |= {f"data.{k}": (then.get(k), here.get(k)) for k in (then | here) if k != "prefix"}
+    rates = _next_rates(manifest, cfg)
+    if manifest.step < cfg.train.steps and abs(rates[0] - rates[1]) > _JUMP * max(rates):
+        pairs[f"{_RATE} (learning rate of step {manifest.step + 1})"] = rates
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _next_rates(manifest: Manifest, cfg: Config) -> tuple[float, float]:
+    """The learning rate of the step after the checkpoint: as its run would have had it, and as this one has it."""
+    old, _ = _configs(manifest, cfg)
+    before = OptimizerConfig.model_construct(**old["optimizer"]), ScheduleConfig.model_construct(**old["schedule"])
+    step = manifest.step + 1
+    return (
+        learning_rate(step, old["train"]["steps"], *before),
+        learning_rate(step, cfg.train.steps, cfg.optimizer, cfg.schedule),
+    )
+
+
+def _same_curve(manifest: Manifest, cfg: Config) -> str:
+    """How to keep the checkpoint's learning rates, where only another end of the decay changes them; else empty."""
+    old, _ = _configs(manifest, cfg)
+    horizon = old["schedule"]["horizon_steps"] or old["train"]["steps"]
+    kept = cfg.model_copy(update={"schedule": cfg.schedule.model_copy(update={"horizon_steps": horizon})})
+    then, now = _next_rates(manifest, kept)
+    if cfg.schedule.kind == "constant" or then != now:
+        return ""
+    return f" (--schedule.horizon-steps {horizon} keeps the checkpoint's learning rates, whose decay ends there.)"
 
 
 def changes(manifest: Manifest, cfg: Config) -> Differences:
@@ -104,14 +133,14 @@ def field_of(name: str) -> str:
     return name.partition(" ")[0]
 
 
-def refuse(folder: Path, found: Differences, cfg: Config) -> Differences:
-    """The differences that `checkpoint.allow` names. Raises CheckpointError if there are others.
+def refuse(folder: Path, manifest: Manifest, found: Differences, cfg: Config) -> Differences:
+    """The differences to the checkpoint that `checkpoint.allow` names. Raises CheckpointError if there are others.
 
     Raises ConfigError for a word of checkpoint.allow that is no field of a run, with the nearest that is.
     """
     allowed = cfg.checkpoint.allow.replace(",", " ").split()
     known = {f"model.{k}" for k in type(cfg.model).model_fields if k not in _FREE} | {f"train.{k}" for k in _TRAIN}
-    known |= {f"data.{k}" for k in DATA_FIELDS}
+    known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE}
     faults = [
         Fault("checkpoint.allow", word, "is no field that resuming compares", f"Did you mean {_nearest(word, known)}?")
         for word in allowed
@@ -121,14 +150,19 @@ def refuse(folder: Path, found: Differences, cfg: Config) -> Differences:
         raise ConfigError(faults)
     refused = {name: pair for name, pair in found.items() if field_of(name) not in allowed}
     if refused:
-        fields = " ".join(dict.fromkeys(map(field_of, refused)))
+        fields = list(dict.fromkeys(map(field_of, refused)))
         raise CheckpointError(
-            f"{folder} belongs to another run:\n"
-            + "\n".join(f"  - {name}: checkpoint {a!r}, now {b!r}" for name, (a, b) in refused.items())
-            + "\nUse the old values, or another --run.dir for a new run. If the change is meant, allow these very "
-            f'fields: --checkpoint.allow "{fields}"'
+            f"{folder} {'belongs to another run' if fields != [_RATE] else 'had another learning rate'}:\n"
+            + "\n".join(f"  - {name}: checkpoint {_shown(a)}, now {_shown(b)}" for name, (a, b) in refused.items())
+            + "\nUse the old values, or another --run.dir for a new run."
+            + (_same_curve(manifest, cfg) if _RATE in fields else "")
+            + f' If the change is meant, allow these very fields: --checkpoint.allow "{" ".join(fields)}"'
         )
     return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def _nearest(word: str, known: set[str]) -> str:
@@ -146,7 +180,7 @@ def descend(
         layout=manifest.layout,
         versions=manifest.versions,
         config=config_digest(manifest.config),
-        allowed={name: (repr(a), repr(b)) for name, (a, b) in allowed.items()},
+        allowed={name: (_shown(a), _shown(b)) for name, (a, b) in allowed.items()},
         changed={name: (str(a), str(b)) for name, (a, b) in (changed or {}).items()},
     )
     return (*manifest.lineage, parent)

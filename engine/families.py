@@ -12,17 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+REFUSED = object()
+
 
 @dataclass(frozen=True)
 class Field:
-    """A key of config.json. facts: what it says of the model, all the same. default: what its absence or null says.
+    """A key of config.json. facts: what it says of the model, all the same. default: what its absence says.
 
-    values: their words -> ours, where they differ; the first of several with one meaning is written.
+    values: their words -> ours, where they differ; the first of several with one meaning is written. null: what a null
+    says where that is not the default; REFUSED where transformers takes none and a guess could be wrong.
     """
 
     facts: tuple[str, ...]
     default: Any = None
     values: Mapping[str, str] = field(default_factory=dict)
+    null: Any = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Family:
     that say nothing of what is computed. names: canonical tensors without ".weight"/".bias" -> theirs, {} the layer;
     several of ours with the same one of theirs lie in it one after another, or, where it is in `by_head`, so in each
     head's rows. transposed: matrices stored as [in, out]. prefix: left out by models that were saved without head.
-    window: the key `sliding_window` if it is not there. preset: how names of presets begin.
+    windowed: `sliding_window` is read; window: what its absence says; window_switch: the key that turns it on, and with
+    it go `layer_types` and `max_window_layers`. preset: how names of presets begin.
     """
 
     architecture: str
@@ -53,6 +58,7 @@ class Family:
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     prefix: str = "model."
     dropouts: tuple[str, ...] = ("attention_dropout",)
+    windowed: bool = False
     window: int | None = None
     window_switch: str = ""
 
@@ -73,6 +79,7 @@ _COMMON: dict[str, Field] = {
     "rms_norm_eps": Field(("norm_eps",), 1e-6),
     "tie_word_embeddings": Field(("tie_embeddings",), False),
 }
+_KV_32 = {"num_key_value_heads": Field(("num_kv_heads",), 32, null=0)}
 _ATTENTION_BIAS = {"attention_bias": Field(("qkv_bias", "attention_out_bias"), False)}
 _LLAMA_NAMES = {
     "embed": "model.embed_tokens",
@@ -113,10 +120,11 @@ _TABLE = (
         "mistral-",
         fields=_COMMON
         | {
-            "num_key_value_heads": Field(("num_kv_heads",), 8),
+            "num_key_value_heads": Field(("num_kv_heads",), 8, null=REFUSED),
             "max_position_embeddings": Field(("max_seq_len",), 131072),
         },
         names=_LLAMA_NAMES,
+        windowed=True,
         window=4096,
     ),
     Family(
@@ -124,10 +132,12 @@ _TABLE = (
         "qwen2",
         "qwen2",
         facts={"qkv_bias": True},
-        fields=_COMMON | {"max_position_embeddings": Field(("max_seq_len",), 32768)},
+        fields=_COMMON | _KV_32 | {"max_position_embeddings": Field(("max_seq_len",), 32768)},
         names=_LLAMA_NAMES,
         fixed={"use_mrope": (None, False)},
         harmless=("max_window_layers",),
+        windowed=True,
+        window=4096,
         window_switch="use_sliding_window",
     ),
     Family(
@@ -136,10 +146,16 @@ _TABLE = (
         "qwen3",
         facts={"qk_norm": True},
         fields=_COMMON
+        | _KV_32
         | _ATTENTION_BIAS
-        | {"head_dim": Field(("head_dim",), 128), "max_position_embeddings": Field(("max_seq_len",), 32768)},
+        | {
+            "head_dim": Field(("head_dim",), 128, null=REFUSED),
+            "max_position_embeddings": Field(("max_seq_len",), 32768),
+        },
         names=_LLAMA_NAMES,
         harmless=("max_window_layers",),
+        windowed=True,
+        window=4096,
         window_switch="use_sliding_window",
     ),
     Family(
@@ -150,7 +166,8 @@ _TABLE = (
         fields=_COMMON
         | _ATTENTION_BIAS
         | {
-            "head_dim": Field(("head_dim",), 256),
+            "num_key_value_heads": Field(("num_kv_heads",), 16, null=REFUSED),
+            "head_dim": Field(("head_dim",), 256, null=REFUSED),
             # the first releases say "gelu" and mean the tanh formula, as transformers says too
             "hidden_act": Field(
                 ("activation",), "gelu_tanh", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh", "silu": "silu"}
@@ -190,6 +207,7 @@ _TABLE = (
         fixed={"attention_bias": (None, False), "mlp_bias": (None, False)},
         dropouts=("attention_dropout", "embd_pdrop", "resid_pdrop"),
         rope_types=("none",),  # transformers takes yarn for longrope here
+        windowed=True,
     ),
     Family(
         "GPT2LMHeadModel",
@@ -297,6 +315,8 @@ LACKING = {
     "alibi": "ALiBi positions",
     "clip_qkv": "clipped queries, keys and values",
     "logit_scale": "scaled logits",
+    "partial_rotary_factor": "a partial rotation",
+    "transformers_weights": "weights in a file of another name",
     "query_pre_attn_scalar": "another softmax scale",
 }
 # rope_scaling's keys <-> facts, by the kind that ModelConfig calls it

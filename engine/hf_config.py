@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError, ConfigError, Fault
-from engine.families import FAMILIES, HARMLESS, LACKING, SCALING, Family, Field
+from engine.families import FAMILIES, HARMLESS, LACKING, REFUSED, SCALING, Family, Field
 from engine.files import SEALED
 
 Facts = dict[str, Any]
@@ -68,30 +68,30 @@ def read_config(path: Path, max_seq_len: int | None = None) -> Described:
     if not wrong:
         facts["num_kv_heads"] = facts.get("num_kv_heads") or facts["num_heads"]
         facts["head_dim"] = facts.get("head_dim") or facts["hidden_size"] // facts["num_heads"]
-    rope_facts, rope_wrong = _read_rope(raw, family)
+    rope_facts, rope_wrong, notes = _read_rope(raw, family)
     facts |= rope_facts
     if facts.get("rope_scaling") in ("llama3", "yarn"):
         facts.setdefault("rope_original_seq_len", facts.get("max_seq_len", 0))
     facts["max_seq_len"] = max_seq_len or facts.get("max_seq_len", 0)
-    wrong += rope_wrong + list(_wrong_keys(raw, family))
+    wrong += rope_wrong + list(_wrong_keys(raw, family, facts["max_seq_len"]))
     faults = [Fault(f"{path}: {key}", raw.get(key), text, _CANNOT) for key, text in wrong]
     faults += _window_faults(raw, family, facts, path)
     if faults:
         raise ConfigError(faults)
-    notes = [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
+    notes += [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
     if "auto_map" in raw:
         notes.append("auto_map: left out, no code of the folder is run")
     kept = {*HARMLESS, *family.harmless, *family.dropouts} - {"auto_map"}
     return Described(family, facts, tuple(notes), {key: value for key, value in raw.items() if key in kept})
 
 
-def _wrong_keys(raw: Mapping[str, Any], family: Family) -> Iterator[tuple[str, str]]:
+def _wrong_keys(raw: Mapping[str, Any], family: Family, longest: int) -> Iterator[tuple[str, str]]:
     """(key, why) of what is there beside the family's fields."""
     known = {*family.fields, *HARMLESS, *family.harmless, *family.dropouts, *family.rope_keys, "sliding_window"}
     known |= {family.window_switch, *(("rope_scaling", "rope_parameters") if family.rope_keys else ())}
     for key, value in raw.items():
         if key == "layer_types" and isinstance(value, list):
-            if odd := sorted({str(kind) for kind in value} - {"full_attention"}):
+            if odd := _odd_layers(raw, family, longest):
                 yield key, f"the engine has full attention only, no {', '.join(odd)}"
         elif key in family.fixed:
             if value not in family.fixed[key]:
@@ -107,6 +107,10 @@ def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) ->
     value = raw.get(key)
     if value is None:
         value = entry.default(facts) if callable(entry.default) else entry.default
+        if key in raw and entry.null is not None:
+            value = entry.null
+        if value is REFUSED:
+            raise ValueError("is null, which is no value here")
         if value is None:
             raise ValueError("is missing")
     elif entry.values:
@@ -121,53 +125,85 @@ def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) ->
 _NO_CHANGE = (("truncate", True), ("partial_rotary_factor", 1), ("partial_rotary_factor", 1.0))
 
 
-def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tuple[str, str]]]:
-    """(facts, [(key, what is wrong)]) of rotary positions, in transformers' forms before and since version 5."""
+def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tuple[str, str]], list[str]]:
+    """(facts, [(key, what is wrong)], notes) of rotary positions, in transformers' forms before and since version 5.
+
+    As transformers 5 has it: where both forms are there, rope_scaling counts and nothing of rope_parameters; what is
+    said inside of either counts before the keys beside them.
+    """
     if not family.rope_keys:
-        return {}, []
+        return {}, [], []
     facts: Facts = {"rope_theta": 10000.0, **family.rope_defaults}
     facts |= {fact: raw[key] for key, fact in family.rope_keys.items() if raw.get(key) is not None}
-    wrong: list[tuple[str, str]] = []
-    for key in ("rope_parameters", "rope_scaling"):  # where both are there, transformers takes the older form
-        inner = raw.get(key)
-        if not inner:
-            continue
-        if not isinstance(inner, dict):
-            wrong.append((key, "is no JSON object"))
-            continue
-        names = {str(inner[name]) for name in ("rope_type", "type") if inner.get(name) is not None} or {"default"}
-        kind = names.pop() if len(names) == 1 else " and ".join(sorted(names))
-        kind = "none" if kind == "default" else kind
-        if kind not in family.rope_types:
-            known = ", ".join(family.rope_types).replace("none", "default")
-            wrong.append((key, f"rope_type {kind} is none that the engine has for {family.model_type}: {known}"))
-            continue
-        facts["rope_scaling"] = kind
-        table = SCALING[kind] | {"rope_theta": "rope_theta"}
-        if "rotary_fraction" in family.rope_keys.values():
-            table["partial_rotary_factor"] = "rotary_fraction"
-        for name, value in inner.items():
-            if name in table and value is not None:
-                facts[table[name]] = value
-            elif not (value is None or name in ("type", "rope_type") or (name, value) in _NO_CHANGE):
-                wrong.append((key, f"{name} {value!r} is not known for rope_type {kind}"))
-        if "factor" in table and inner.get("factor") is None:
-            wrong.append((key, "factor is missing"))
+    outside, notes, wrong = dict(facts), list[str](), list[tuple[str, str]]()
+    given = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
+    odd = [key for key in given if not isinstance(raw[key], dict)]
+    if odd or not given:
+        return facts, [(key, "is no JSON object") for key in odd] + _odd_numbers(facts), []
+    key, inner = given[0], raw[given[0]]
+    if len(given) > 1 and any(inner.get(name) != value for name, value in raw["rope_parameters"].items()):
+        notes.append("rope_parameters is not read: rope_scaling beside it says something else and counts")
+    names = {str(inner[name]) for name in ("rope_type", "type") if inner.get(name) is not None} or {"default"}
+    kind = names.pop() if len(names) == 1 else " and ".join(sorted(names))
+    kind = "none" if kind == "default" else kind
+    if kind not in family.rope_types:
+        known = ", ".join(family.rope_types).replace("none", "default")
+        return facts, [(key, f"rope_type {kind} is none that the engine has for {family.model_type}: {known}")], notes
+    facts["rope_scaling"] = kind
+    table = SCALING[kind] | {"rope_theta": "rope_theta"}
+    if "rotary_fraction" in family.rope_keys.values():
+        table["partial_rotary_factor"] = "rotary_fraction"
+    for name, value in inner.items():
+        if name in table and value is not None:
+            facts[table[name]] = value
+        elif not (value is None or name in ("type", "rope_type") or (name, value) in _NO_CHANGE):
+            wrong.append((key, f"{name} {value!r} is not known for rope_type {kind}"))
+    if "factor" in table and inner.get("factor") is None:
+        wrong.append((key, "factor is missing"))
+    for name, fact in family.rope_keys.items():
+        if raw.get(name) is not None and outside[fact] != facts[fact]:
+            notes.append(f"{name} {raw[name]!r} is not read: {facts[fact]!r} in {key} counts")
+    return facts, wrong + _odd_numbers(facts), notes
+
+
+def _odd_numbers(facts: Facts) -> list[tuple[str, str]]:
     numbers = {fact: value for fact, value in facts.items() if fact != "rope_scaling"}
     odd = [fact for fact, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int | float)]
-    wrong += [("rope_parameters", f"{fact} {numbers[fact]!r} is no number") for fact in odd]
-    return facts, wrong
+    return [("rope_parameters", f"{fact} {numbers[fact]!r} is no number") for fact in odd]
 
 
 def _window_faults(raw: Mapping[str, Any], family: Family, facts: Facts, path: Path) -> list[Fault]:
+    """A sliding window that would be felt: what transformers reads of it, shorter than the context."""
     window, longest = raw.get("sliding_window", family.window), facts["max_seq_len"]
-    if window is None or (family.window_switch and not raw.get(family.window_switch, False)):
+    if not family.windowed or window is None:
         return []
-    if isinstance(window, int) and window >= longest:
+    if family.window_switch:
+        if not raw.get(family.window_switch):
+            return []
+        layers, first = facts.get("num_layers", 0), raw.get("max_window_layers", 28)
+        if raw.get("layer_types") is None and isinstance(first, int) and first >= layers:
+            return []  # those layers alone have it
+        if isinstance(raw.get("layer_types"), list) and "sliding_attention" not in raw["layer_types"]:
+            return []
+    if _whole(window) and window >= longest:
         return []  # nothing is ever out of the window
     relation = f"is below the context of {longest}, and the engine attends to all of it"
     repair = f"For sequences of at most {window} tokens the model is the same: take it with max_seq_len {window}."
     return [Fault(f"{path}: sliding_window", window, relation, repair)]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _odd_layers(raw: Mapping[str, Any], family: Family, longest: int) -> list[str]:
+    """Kinds of layers that the engine does not have. One with a window that is never felt is a full one."""
+    window = raw.get("sliding_window", family.window)
+    idle = family.windowed and _whole(window) and window >= longest
+    if family.window_switch and not raw.get(family.window_switch):
+        idle = False  # transformers has no window then, and no such layer without one
+    kinds = {str(kind) for kind in raw["layer_types"]} - {"full_attention"}
+    return sorted(kinds - ({"sliding_attention"} if idle else set()))
 
 
 def write_config(facts: Facts, defaults: Facts, prefer: Sequence[str] = ()) -> tuple[Family, dict[str, Any]]:
@@ -216,7 +252,7 @@ def _write(facts: Facts, family: Family) -> dict[str, Any]:
         config["rope_parameters"] = named | inner | scaling
         if kind != "none":
             config["rope_scaling"] = named | inner | scaling
-    if family.window is not None or family.window_switch:
+    if family.windowed:
         config["sliding_window"] = None
     if family.window_switch:
         config[family.window_switch] = False

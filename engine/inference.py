@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from engine.checkpoint.format import MODEL, find, read_manifest
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
@@ -78,24 +76,3 @@ def tokenizer_folder(checkpoint: Path, wanted: Path | None, storage: Storage = D
 def load_tokenizer(checkpoint: Path, wanted: Path | None, storage: Storage = DISK) -> Tokenizer:
     """The tokenizer of `tokenizer_folder`."""
     return Tokenizer.load(tokenizer_folder(checkpoint, wanted, storage))
-
-
-def compare_with_transformers(
-    checkpoint: Path, folder: Path, storage: Storage = DISK, *, num_tokens: int = 128
-) -> tuple[float, float]:
-    """(largest absolute difference, largest absolute value) of logits: the engine's and transformers' of an export.
-
-    Both run in float32 on the same random tokens, from weights as exported.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    cfg = config_of(checkpoint, storage)
-    ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
-    ours = load_stage(checkpoint, cfg, ctx, storage)
-    tokens = torch.randint(cfg.model.vocab_size, (2, min(num_tokens, cfg.model.max_seq_len)))
-    with torch.no_grad():
-        a, b = ours.logits(tokens), theirs(tokens).logits
-    return float((a - b).abs().max()), float(a.abs().max())

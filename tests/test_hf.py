@@ -21,11 +21,12 @@ from engine.checkpoint.convert import copy_beside, export, import_folder
 from engine.checkpoint.format import MODEL, prove_all, read_manifest
 from engine.checkpoint.hf import HfReader
 from engine.checkpoint.load import Reader
+from engine.compare import compare_with_transformers
 from engine.config import ModelConfig
 from engine.context import ParallelContext, make_context
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError
-from engine.inference import compare_with_transformers, load_model
+from engine.inference import load_model
 from engine.layout import Layout
 from engine.model.transformer import StageShape, Transformer
 from engine.resolve import load
@@ -128,8 +129,8 @@ def test_starting_from_a_folder_in_any_layout_and_exporting_from_it(tmp_path: Pa
     for step in (0, 1):
         folder = tmp_path / f"run/checkpoints/step_{step:08d}"
         export(folder, tmp_path / f"out{step}", dtype=torch.float32, tokenizer=None, eod=None)
-        difference, largest = compare_with_transformers(folder, tmp_path / f"out{step}", num_tokens=64)
-        assert difference < 1e-5 and largest > 0.1
+        found = compare_with_transformers(folder, tmp_path / f"out{step}", num_tokens=64)
+        assert not found.fault and found.difference < 1e-5 and found.largest > 0.1
     assert same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "out0"))
     assert not same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "out1"))
 
@@ -170,8 +171,8 @@ def test_own_models_are_exported_with_their_tokenizer(tmp_path: Path) -> None:
     words = {"dtype": torch.float32, "tokenizer": tmp_path / "tokenizer", "eod": tokenizer.eod}
     family, _ = export(folder, tmp_path / "hf", **words)
     assert family.architecture == "MistralForCausalLM"
-    difference, largest = compare_with_transformers(tmp_path / "run", tmp_path / "hf", num_tokens=64)
-    assert difference < 1e-5 and largest > 0.1
+    found = compare_with_transformers(tmp_path / "run", tmp_path / "hf", num_tokens=64)
+    assert not found.fault and found.difference < 1e-5 and found.largest > 0.1
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")

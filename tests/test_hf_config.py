@@ -81,7 +81,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "sliding_window = 4096: is below the context of 8192",
     ),
     "window switched on": (
-        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8},
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 4}
+        | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
         "sliding_window = 8: is below the context of 64",
     ),
     "layers of two kinds": (
@@ -260,7 +261,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ),
         (lambda t: t.update({UP: t[UP].t().contiguous()}), rf"{UP} has shape \[32, 48\], config.json says \[48, 32\]"),
         (lambda t: t.update({UP: t[UP].to(torch.int8)}), f"{UP} is I8; the engine reads"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(61, 32)}), "lm_head.weight is not the embedding matrix"),
+        (
+            lambda t: t.update({"lm_head.weight": torch.ones(61, 32)}),
+            "lm_head.weight is there and is not the embedding",
+        ),
     ],
 )
 def test_other_tensors_than_the_model_has_are_refused(folder: Path, tmp_path: Path, change: Any, message: str) -> None:

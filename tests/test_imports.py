@@ -46,7 +46,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("optim", "pipeline.executor"),
     ("checkpoint",),
     ("inference",),
-    ("evaluate",),
+    ("compare", "evaluate"),
     ("monitor",),
     ("train",),
     ("loop", "generate", "preview", "selftest"),

@@ -11,8 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from engine.checkpoint.megatron.source import MegatronSource, open_megatron
 from engine.checkpoint.retention import commit, tidy
 from engine.checkpoint.save import manifest_of, write_part
 from engine.checkpoint.storage import DISK, Storage, make_folders
-from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPES, Pending, write_safetensors
+from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, Pending, write_safetensors
 from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError, SecretError
@@ -110,9 +110,8 @@ def import_folder(
         notes, architecture = _copy_tokenizer(folder, out / "tokenizer"), "megatron"
         if isinstance(reader, HfReader):
             reader.check_spare_head()
-            notes, architecture = [*reader.described.notes, *notes], reader.described.family.architecture
-        dtypes = {entry.dtype for entry in reader.entries[MODEL].values()}
-        config = _run_config(reader.cfg, out, _PRECISIONS[max(dtypes, key=lambda name: DTYPES[name].itemsize)])
+            notes, architecture = [*reader.notes, *notes], reader.described.family.architecture
+        config = _run_config(reader.cfg, out, _PRECISIONS[DTYPE_NAMES[_widest(reader)]])
         root, final = out / "checkpoints", step_dir(out / "checkpoints", 0)
         temporary = root / f".{final.name}.tmp"
         tidy(storage, root, temporary)
@@ -134,6 +133,15 @@ def import_folder(
             copy_beside(folder, out)
         commit(storage, temporary, final, manifest.encode(storage))
     return final, notes
+
+
+def widest_of(names: Iterable[str]) -> torch.dtype:
+    """The dtype that holds all of these (safetensors' names) exactly: of BF16 and F16 it is float32."""
+    return reduce(torch.promote_types, [DTYPES[name] for name in sorted(names)])
+
+
+def _widest(source: Source[Any]) -> torch.dtype:
+    return widest_of({entry.dtype for entry in source.entries[MODEL].values()})
 
 
 def _write_shard(reader: Importable, storage: Storage, file: Path, names: list[str]) -> dict[str, Any]:
@@ -210,14 +218,16 @@ def export(
     with Reader(folder, storage) as reader:
         cfg = ModelConfig.model_validate(reader.manifest.config["model"])
         family, config, generation = _describe(cfg, beside, eod)
-        stored = {DTYPES[entry.dtype] for entry in reader.entries[MODEL].values()}
-        widest = max(stored, key=lambda kind: kind.itemsize)
-        config["dtype"] = config["torch_dtype"] = str(dtype or widest).removeprefix("torch.")
+        config["dtype"] = config["torch_dtype"] = str(dtype or _widest(reader)).removeprefix("torch.")
         temporary = out.parent / f".{out.name}.tmp"
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir()
-        total, weight_map = _write_weights(reader, cfg, family, temporary, dtype, max_shard_bytes)
+        try:
+            total, weight_map = _write_weights(reader, cfg, family, temporary, dtype, max_shard_bytes)
+        except CheckpointError:
+            shutil.rmtree(temporary)
+            raise
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, temporary / name)
@@ -241,7 +251,7 @@ def _write_weights(
     shards = list(runs(sizes, max_shard_bytes))
 
     def made(key: str) -> Tensor:
-        parts = {name: reader.whole(MODEL, name).to(kinds[key]) for name in inside[key]}
+        parts = {name: _narrowed(name, reader.whole(MODEL, name), kinds[key]) for name in inside[key]}
         return assembled(parts, found, theirs[key])
 
     weight_map: dict[str, str] = {}
@@ -251,6 +261,17 @@ def _write_weights(
         write_safetensors(out / file, shard, {"format": "pt"})
         weight_map |= dict.fromkeys(keys, file)
     return sum(sizes.values()), weight_map
+
+
+def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype. Raises CheckpointError where a finite value of it is beyond that."""
+    result = tensor.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and bool(result.isinf().any()) and bool((result.isinf() & tensor.isfinite()).any()):
+        most, kind = float(tensor[tensor.isfinite()].abs().max()), str(dtype).removeprefix("torch.")
+        text = f"holds {most:.4g}, and {kind} ends at {torch.finfo(dtype).max:.4g}: it would become infinite"
+        raise CheckpointError(f"{name}: {text}. Export with --dtype bf16 or fp32")
+    return result
 
 
 def _describe(cfg: ModelConfig, beside: Path, eod: int | None) -> tuple[Family, dict[str, Any], dict[str, Any]]:

@@ -111,7 +111,8 @@ def places(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[Place]], di
 class HfReader(Source[Located]):
     """The source that a Hugging Face folder is. Raises ConfigError or CheckpointError for all that it cannot be.
 
-    max_seq_len: of the model that is made of it, where that is less than the folder's.
+    max_seq_len: of the model that is made of it, where that is less than the folder's. Attributes: `described` (its
+    config.json), `cfg` (the model), `notes` (what of the folder is not read, or is not as it says, in words).
     """
 
     def __init__(self, folder: Path, max_seq_len: int | None = None):
@@ -119,11 +120,12 @@ class HfReader(Source[Located]):
         self._stack, self._open, self._lock = ExitStack(), dict[str, Any](), threading.Lock()
         self.described: Described = read_config(folder / CONFIG, max_seq_len)
         self.cfg: ModelConfig = model_config(folder, self.described.facts)
+        self.notes: list[str] = list(self.described.notes)
         self.spare_head = f"{self.described.family.names['head']}.weight"  # some folders of tied models hold it too
         try:
-            files = self._files()
-            self.headers = {key: self._header(file, key) for key, file in files.items()}
-            self.entries = {MODEL: self._locate(files)}
+            self.files = self._files()
+            self.headers = {key: self._header(file, key) for key, file in self.files.items()}
+            self.entries = {MODEL: self._locate(self.files)}
         except BaseException:
             self.close()
             raise
@@ -138,34 +140,65 @@ class HfReader(Source[Located]):
             return self._open[name]
 
     def _files(self) -> dict[str, str]:
-        """Their tensor name -> file."""
+        """Their tensor name -> file. As in transformers a single file comes before an index."""
         listed: dict[str, Any] = {}
         names = [SINGLE]
-        if (self.folder / INDEX).exists():
+        if (self.folder / SINGLE).exists():
+            if (self.folder / INDEX).exists():
+                self.notes.append(f"{INDEX} is not read: {SINGLE} is there too and comes first, as in transformers")
+        elif (self.folder / INDEX).exists():
             listed = read_json(self.folder / INDEX).get("weight_map") or {}
             if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
                 raise CheckpointError(f"{self.folder / INDEX}: has no weight_map of names and files; damaged")
             names = sorted(set(listed.values()))
-        elif not (self.folder / SINGLE).exists():
+        else:
             raise CheckpointError(self._no_weights())
         found: dict[str, str] = {}
         for name in names:
             if not _PLAIN.fullmatch(name):
                 raise CheckpointError(f"{self.folder / INDEX}: {name!r} is not the plain name of a safetensors file")
-            try:
-                found |= dict.fromkeys(self._file(name).keys(), name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.folder / name}: {error}; get the file again") from None
-        for key, file in listed.items():
-            if found.get(key) != file:
-                text = f"{key} is not in {file}, where the index says it is"
-                raise CheckpointError(f"{self.folder / INDEX}: {text}; get the files again")
+            if not (self.folder / name).exists():
+                text = "which is not here: a shard is missing, or the index is a stale one of another save"
+                raise CheckpointError(f"{self.folder / INDEX}: names {name}, {text}; get the files again")
+            for key in self._keys(name):
+                if key in found:
+                    text = f"{key} is in {found[key]} and in {name}; the folder is a mixture of two saves"
+                    raise CheckpointError(f"{self.folder}: {text}. Remove the files of one of them")
+                found[key] = name
+        self._compare_with_index(found, listed)
+        others = {p.name for p in self.folder.glob("*.safetensors")} - set(names)
+        if others:
+            self.notes.append(f"not read: {_some(sorted(others))}, which the model's weights do not name")
+        if (self.folder / "adapter_config.json").exists():
+            self.notes.append("adapter_config.json: no adapter is read, the model is that of the weights beside it")
         return found
+
+    def _keys(self, name: str) -> list[str]:
+        try:
+            return list(self._file(name).keys())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / name}: {error}; get the file again") from None
+
+    def _compare_with_index(self, found: Mapping[str, str], listed: Mapping[str, str]) -> None:
+        """Take from a stale index what transformers takes too, with a note; refuse it where a tensor is missing."""
+        spare = {self.spare_head} if self.cfg.tie_embeddings else set()
+        missing = [key for key in listed if key not in found and key not in spare]
+        if missing:
+            text = (
+                f"{missing[0]} is not in {listed[missing[0]]}, where the index says it is, nor in another of its files"
+            )
+            raise CheckpointError(f"{self.folder / INDEX}: {text}; a stale index of another save? Get the files again")
+        moved = [key for key, file in listed.items() if found.get(key, file) != file]
+        moved += [key for key in found if listed and key not in listed]
+        if moved:
+            self.notes.append(f"{INDEX} is stale: {_some(moved)} lie elsewhere than it says, and are read there")
 
     def _no_weights(self) -> str:
         pickled = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if not pickled:
-            return f"{self.folder}: neither {SINGLE} nor {INDEX} is here"
+            others = sorted(p.name for p in self.folder.glob("*.safetensors"))
+            there = f", only {_some(others)}; rename a single whole one to {SINGLE}" if others else ""
+            return f"{self.folder}: neither {SINGLE} nor {INDEX} is here{there}"
         return (
             f"{self.folder}: the weights are in {pickled[0]}, a pickle, which can run code when it is read; the engine "
             "reads safetensors only. Get the model's safetensors files, or in a sandbox: AutoModelForCausalLM"
@@ -182,8 +215,13 @@ class HfReader(Source[Located]):
         found, theirs = places(self.cfg, family)
         headless = not any(key.startswith(family.prefix) for key in files)  # saved without its head: no prefix
         actual = {key: key.removeprefix(family.prefix) if headless else key for key in theirs}
+        embed = hf_name("embed.weight", family)
+        if self.cfg.tie_embeddings and actual[embed] not in files and self.spare_head in files:
+            actual[embed] = self.spare_head  # one matrix under two names, of which this one was saved
         if missing := [key for key in actual.values() if key not in files]:
-            raise CheckpointError(f"{self.folder}: lacks {len(missing)} tensors of the model: {_some(missing)}")
+            beside = (self.folder / SINGLE).exists() and (self.folder / INDEX).exists()
+            where = f" (only {SINGLE} was read, not {INDEX})" if beside else ""
+            raise CheckpointError(f"{self.folder}: lacks {len(missing)} tensors of the model: {_some(missing)}{where}")
         known = {*actual.values(), *([self.spare_head] if self.cfg.tie_embeddings else [])}
         extra = [key for key in files if key not in known and not key.endswith(family.buffers)]
         if extra:
@@ -221,19 +259,20 @@ class HfReader(Source[Located]):
 
     def check_spare_head(self, rows: int = 4096) -> None:
         """A folder of a tied model may hold the head too: then it must be the embedding. Raises CheckpointError."""
-        files = self._files()
-        if not self.cfg.tie_embeddings or self.spare_head not in files:
+        if not self.cfg.tie_embeddings or self.spare_head not in self.files:
             return
         shape = self.names(MODEL)["embed.weight"]
-        head = self._file(files[self.spare_head]).get_slice(self.spare_head)
+        head = self._file(self.files[self.spare_head]).get_slice(self.spare_head)
         same = tuple(head.get_shape()) == shape
         for begin in range(0, shape[0] if same else 0, rows):
             count = min(rows, shape[0] - begin)
             embedding = self.read(MODEL, "embed.weight", (begin, 0), (count, shape[1]))
-            same = same and torch.equal(embedding, head[begin : begin + count])
+            other: Tensor = head[begin : begin + count]
+            same = same and other.dtype == embedding.dtype and torch.equal(embedding, other)
         if not same:
             raise CheckpointError(
-                f"{self.folder}: tie_word_embeddings is true, but {self.spare_head} is not the embedding matrix; "
+                f"{self.folder}: tie_word_embeddings is true, but {self.spare_head} is there and "
+                f"is not the embedding matrix, {hf_name('embed.weight', self.described.family)}; "
                 "if the model has a head of its own, config.json must say tie_word_embeddings false"
             )
 

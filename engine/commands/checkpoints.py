@@ -51,11 +51,15 @@ def export(args: list[str]) -> int:
     from engine.checkpoint.convert import export
     from engine.checkpoint.format import find, read_manifest
     from engine.checkpoint.seal import storage_of
-    from engine.inference import compare_with_transformers, config_of, load_tokenizer, tokenizer_folder
+    from engine.compare import compare_with_transformers, need_transformers
+    from engine.errors import CheckpointError
+    from engine.inference import config_of, load_tokenizer, tokenizer_folder
     from engine.options import Export
 
     o = tyro.cli(Export, args=args, prog="engine export")
     single_process("export")
+    if o.verify:
+        need_transformers()
     storage = storage_of(o.secret)
     cfg, folder = config_of(o.checkpoint, storage), find(o.checkpoint, storage)
     imported = "exp_avg" not in read_manifest(folder, storage).tensors
@@ -68,10 +72,11 @@ def export(args: list[str]) -> int:
         if o.tokenizer is not None or not imported:
             raise
         print(f"note: {error}")
+    dtype = None if imported and not o.dtype else _dtype(o.dtype or cfg.train.precision)
     family, size = export(
         folder,
         o.output,
-        dtype=None if imported and not o.dtype else _dtype(o.dtype or cfg.train.precision),
+        dtype=dtype,
         tokenizer=tokenizer,
         eod=eod,
         max_shard_bytes=_shard_bytes(o.shard_mib),
@@ -80,8 +85,15 @@ def export(args: list[str]) -> int:
     files = "config.json, generation_config.json" + (", tokenizer" if tokenizer else "")
     print(f"wrote {o.output}: {family.architecture}, {size:,} bytes of weights, {files}")
     if o.verify:
-        difference, largest = compare_with_transformers(o.checkpoint, o.output, storage)
-        print(f"transformers gives the same logits: largest difference {difference:.2e} (largest logit {largest:.2f})")
+        found = compare_with_transformers(o.checkpoint, o.output, dtype, storage)
+        if found.fault:
+            raise CheckpointError(
+                f"{o.output}: transformers does not compute from it what the engine does: {found.fault}. Do not use it"
+            )
+        print(
+            f"transformers gives the same logits: largest difference {found.difference:.2e}, where rounding explains "
+            f"{found.bound:.2e} (largest logit {found.largest:.2f})"
+        )
     return EXIT_OK
 
 

@@ -1,0 +1,173 @@
+"""Whether transformers computes from an export what the engine computes from the checkpoint, layer by layer.
+
+Both compute in float32 from the weights as exported, on the same tokens, so all that may differ is how sums are
+rounded. How far that may carry is measured on the model itself: the engine computes a second time with noise at every
+layer, as large as the rounding of a sum of hidden_size terms (unit roundoff x sqrt(hidden_size) x the token's root
+mean square), and whatever the layers make of it is in the difference of the two results. transformers may differ by
+`SAFETY` times as much: sound exports of all families, 32 to 256 wide and 2 to 48 deep, stay below 2.4 times, most below
+1, while a rope_theta, an epsilon or an order of heads that is wrong is far above.
+
+An epsilon matters where activations are small. So everything is done twice, the second time with what enters the first
+layer scaled down to the size of the square root of norm_eps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint.storage import DISK, Storage
+from engine.config import layout_of
+from engine.context import make_context
+from engine.errors import CheckpointError, ConfigError, Fault
+from engine.families import FAMILIES
+from engine.hf_config import read_json
+from engine.inference import config_of, load_stage
+from engine.sharding import parameters
+
+SAFETY = 8.0
+_ROUNDOFF = 2.0**-24
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """difference: largest of the logits; bound: what rounding explains of it; largest: the largest logit.
+
+    fault: what is wrong, in words, empty for nothing.
+    """
+
+    difference: float
+    bound: float
+    largest: float
+    fault: str = ""
+
+
+def need_transformers() -> None:
+    """Raises ConfigError where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError([Fault("--verify", True, "needs transformers", "pip install transformers.")])
+
+
+def compare_with_transformers(
+    checkpoint: Path,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    storage: Storage = DISK,
+    *,
+    num_tokens: int = 128,
+) -> Compared:
+    """The engine's model of a checkpoint, its weights rounded to dtype (None: as they are), and the export of it.
+
+    Raises CheckpointError where transformers does not load the folder.
+    """
+    theirs = _load_theirs(folder)
+    cfg = config_of(checkpoint, storage)
+    ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    ours = load_stage(checkpoint, cfg, ctx, storage)
+    if dtype is not None:
+        for parameter in parameters(ours):
+            parameter.data.copy_(parameter.data.to(dtype))
+    family = FAMILIES[str(read_json(folder / "config.json")["model_type"])]
+    block = family.names["layers.{}.attention_norm"].rsplit(".", 1)[0]
+    their_layers = [theirs.get_submodule(block.format(layer)) for layer in range(cfg.model.num_layers)]
+    shape = (2, min(num_tokens, cfg.model.max_seq_len))
+    tokens = torch.randint(cfg.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    our_layers = list(ours.layers.values())
+    small = math.sqrt(cfg.model.norm_eps)
+    first: Compared | None = None
+    for shrink in (_itself, lambda x: x * (small / _size(x).mean().clamp(min=small))):
+        a = _states(our_layers, lambda: ours.logits(tokens), shrink)
+        again = _states(
+            our_layers, lambda: ours.logits(tokens), shrink, partial(_noisy, torch.Generator().manual_seed(1))
+        )
+        b = _states(their_layers, lambda: theirs(tokens, use_cache=False).logits, shrink)
+        a, again = ([x.transpose(0, 1) for x in states[:-1]] + states[-1:] for states in (a, again))
+        found = _judge(a, again, b)
+        first = first or found
+        if found.fault:
+            return found
+    assert first is not None
+    return first
+
+
+def _load_theirs(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # a library of many errors
+        raise CheckpointError(f"{folder}: transformers does not load it: {str(error)[:500]}") from error
+    model, said = loaded
+    missing = sorted(said["missing_keys"]) + sorted(said["unexpected_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: transformers misses or does not know these tensors: {', '.join(missing[:5])}")
+    return model.eval()
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _size(x: Tensor) -> Tensor:
+    """Root mean square of each token."""
+    return x.square().mean(-1, keepdim=True).sqrt()
+
+
+def _noisy(generator: torch.Generator, x: Tensor) -> Tensor:
+    uniform = torch.rand(x.shape, generator=generator) * 2 - 1
+    return x + uniform * (_ROUNDOFF * math.sqrt(x.shape[-1])) * _size(x)
+
+
+def _states(
+    layers: Sequence[nn.Module], compute: Callable[[], Tensor], shrink: Change, noise: Change = _itself
+) -> list[Tensor]:
+    """What enters the first layer, what leaves each, and the logits."""
+    states: list[Tensor] = []
+
+    def entering(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        states.append(noise(shrink(given[0])))
+        return (states[-1], *given[1:])
+
+    def leaving(module: nn.Module, given: Any, made: Any) -> Any:
+        states.append(noise(made[0] if isinstance(made, tuple) else made))
+        return (states[-1], *made[1:]) if isinstance(made, tuple) else states[-1]
+
+    with ExitStack() as stack, torch.no_grad():
+        stack.callback(layers[0].register_forward_pre_hook(entering).remove)
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(leaving).remove)
+        logits = compute()
+    return [*states, logits]
+
+
+def _judge(ours: Sequence[Tensor], again: Sequence[Tensor], theirs: Sequence[Tensor]) -> Compared:
+    names = ["the embedding", *(f"layer {number}" for number in range(len(ours) - 2)), "the final norm or the head"]
+    difference = bound = largest = 0.0
+    fault = ""
+    for name, a, noisy, b in zip(names, ours, again, theirs, strict=True):
+        difference, largest = float((a - b).abs().max()), float(a.abs().max())
+        rounding = _ROUNDOFF * math.sqrt(ours[0].shape[-1]) * largest
+        bound = SAFETY * max(float((a - noisy).abs().max()), rounding)
+        if fault:
+            continue
+        if not (math.isfinite(largest) and math.isfinite(difference)):
+            who = "the engine's own" if not math.isfinite(largest) else "transformers'"
+            fault = f"{who} values behind {name} are not finite"
+        elif not difference <= bound:
+            fault = (
+                f"{name} is the first that differs: by {difference:.2e} where values are up to {largest:.2e} and "
+                f"rounding explains {bound:.2e}"
+            )
+    return Compared(difference, bound, largest, fault)

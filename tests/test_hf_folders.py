@@ -1,0 +1,263 @@
+"""Folders that say a thing twice, or half: read as transformers reads them, or refused with both sides named.
+
+Each case is of a public report: folders saved again over an old index, both RoPE forms, one of two tied names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hf_models import save
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from test_hf import TOKENS, tensors_of
+from test_hf_config import UP, rewrite
+
+from engine.checkpoint.convert import import_folder, widest_of
+from engine.checkpoint.hf import INDEX, SINGLE, HfReader
+from engine.errors import CheckpointError, ConfigError
+from engine.families import FAMILIES
+from engine.hf_config import read_config
+from engine.inference import config_of, load_model
+
+transformers.logging.set_verbosity_error()
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"vocab_size": 97, "max_position_embeddings": 128}
+GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_positions": 128}
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tied Llama in several files."""
+    save("llama-tied-biased", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def theirs(folder: Path) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def ours(folder: Path, run: Path) -> torch.Tensor:
+    import_folder(folder, run)
+    with torch.no_grad():
+        return load_model(run).logits(TOKENS)
+
+
+def same_logits(folder: Path, run: Path) -> bool:
+    return bool((ours(folder, run) - theirs(folder)).abs().max() < 1e-5)
+
+
+def notes_of(folder: Path) -> str:
+    with HfReader(folder) as reader:
+        return "; ".join(reader.notes)
+
+
+def test_a_single_file_comes_before_an_index(folder: Path, tmp_path: Path) -> None:
+    """`save_pretrained` into a sharded folder leaves the old index; and a stray single file hides the shards."""
+    index = (folder / INDEX).read_bytes()
+    tensors = tensors_of(folder)
+    tensors[UP] = tensors[UP] * 2
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    assert "index.json is not read: model.safetensors is there too" in notes_of(folder)
+    assert "not read: model-0000" in notes_of(folder)
+    assert same_logits(folder, tmp_path / "both")
+    for file in folder.glob("model-*"):
+        file.unlink()
+    assert (folder / INDEX).read_bytes() == index and same_logits(folder, tmp_path / "saved again")
+    del tensors[UP]
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensors .*{UP} .only model.safetensors was read, not model"):
+        HfReader(folder)
+
+
+def test_stale_indexes(folder: Path, tmp_path: Path) -> None:
+    path = folder / INDEX
+    index = json.loads(path.read_text())
+    listed: dict[str, str] = index["weight_map"]
+    files = sorted(set(listed.values()))
+
+    def say(weight_map: dict[str, str]) -> None:
+        path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    other = next(name for name in files if name != listed[UP])
+    say(listed | {UP: other})  # all of the files are there, one tensor in another of them
+    assert f"is stale: {UP} lie elsewhere" in notes_of(folder) and same_logits(folder, tmp_path / "moved")
+    say({key: file for key, file in listed.items() if key != UP})  # a tensor that the index does not name
+    assert f"is stale: {UP} lie elsewhere" in notes_of(folder) and same_logits(folder, tmp_path / "unnamed")
+    say(listed | {HEAD: listed[UP]})  # a tied head that no file has: torchtitan's exports
+    assert same_logits(folder, tmp_path / "head")
+    say(listed | {UP: "model-00001-of-00099.safetensors"})
+    with pytest.raises(
+        CheckpointError, match=r"00099.safetensors, which is not here: a shard is missing, or the index"
+    ):
+        HfReader(folder)
+    say(dict.fromkeys(listed, listed[UP]))
+    with pytest.raises(
+        CheckpointError, match=r"where the index says it is, nor in another of its files; a stale index"
+    ):
+        HfReader(folder)
+    say(listed)
+    tensors = tensors_of(folder)
+    both = {key: tensors[key] for key in listed if listed[key] == other} | {UP: tensors[UP] + 1}
+    save_file(both, folder / other, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{UP} is in .* and in .*; the folder is a mixture of two saves"):
+        HfReader(folder)
+
+
+def test_weights_that_are_not_read_are_told(folder: Path) -> None:
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    assert "not read: adapter_model.safetensors" in notes_of(folder) and "no adapter is read" in notes_of(folder)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-biased", "gpt2"])
+def test_a_tied_model_may_be_saved_under_either_name(tmp_path: Path, name: str) -> None:
+    """Deduplication of shared tensors keeps one of two names; both of them with different values are refused."""
+    folder = tmp_path / "hf"
+    save(name, folder)
+    embed = EMBED if name != "gpt2" else "transformer.wte.weight"
+    rewrite(folder, lambda t: t.update({HEAD: t.pop(embed)}))
+    assert same_logits(folder, tmp_path / "run")
+    rewrite(folder, lambda t: t.update({embed: t[HEAD] + 1e-3}))
+    with pytest.raises(CheckpointError, match=f"{HEAD} is there and is not the embedding matrix, {embed}; .*false"):
+        import_folder(folder, tmp_path / "other")
+    rewrite(folder, lambda t: t.update({embed: t[HEAD].bfloat16()}))
+    with pytest.raises(CheckpointError, match="is not the embedding matrix"):
+        import_folder(folder, tmp_path / "dtype")
+
+
+def test_precision_is_a_function_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    """bfloat16 matrices with float16 norms: what holds both is float32. The hash seed decided."""
+    rewrite(folder, lambda t: t.update({k: x.half() if "norm" in k else x.bfloat16() for k, x in t.items()}))
+    import_folder(folder, tmp_path / "run")
+    assert config_of(tmp_path / "run").train.precision == "fp32"
+    for names in itertools.permutations(("F16", "BF16", "BF16")):
+        assert widest_of(names) == torch.float32
+    assert widest_of(["BF16"]) == torch.bfloat16 and widest_of(["F16", "F64", "BF16"]) == torch.float64
+
+
+# -- config.json ------------------------------------------------------------------------------------------------------
+
+
+def read(tmp_path: Path, raw: dict[str, Any]) -> Any:
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return read_config(tmp_path / "config.json")
+
+
+def sized(kind: str) -> dict[str, Any]:
+    return (GPT2 if kind == "gpt2" else SIZES) | {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALINGS: list[dict[str, Any]] = [
+    {},
+    {"rope_scaling": None},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 11.0}},
+    {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}},
+]
+PARAMETERS: list[dict[str, Any]] = [
+    {},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 13.0}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 3.0, "rope_theta": 13.0}},
+]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.rope_keys])
+def test_both_rope_forms_are_read_as_transformers_reads_them(tmp_path: Path, kind: str) -> None:
+    family, taken = FAMILIES[kind], 0
+    base = sized(kind) | ({"num_key_value_heads": 4} if "num_key_value_heads" in family.fields else {})
+    base |= {"sliding_window": None} if family.windowed else {}
+    beside = [dict.fromkeys(keys, 0.5) for n in range(len(family.rope_keys) + 1)
+              for keys in itertools.combinations(family.rope_keys, n)]  # fmt: skip
+    for outside, scaling, parameters in itertools.product(beside, SCALINGS, PARAMETERS):
+        raw = json.loads(json.dumps(base | outside | scaling | parameters))
+        try:
+            described = read(tmp_path, raw)
+        except ConfigError:
+            continue  # a kind that the family lacks
+        facts, said = described.facts, transformers.CONFIG_MAPPING[kind].from_dict(raw).rope_parameters
+        taken += 1
+        rope_type = facts.get("rope_scaling", "none").replace("none", "default")
+        assert (facts["rope_theta"], rope_type) == (said["rope_theta"], said["rope_type"]), raw
+        assert facts.get("rotary_fraction", 1.0) == said.get("partial_rotary_factor", 1.0), raw
+        if rope_type != "default":
+            assert facts["rope_factor"] == said["factor"], raw
+        if rope_type in ("llama3", "yarn"):
+            assert facts["rope_original_seq_len"] == said["original_max_position_embeddings"], raw
+        if scaling.get("rope_scaling") and parameters:
+            assert any("rope_parameters is not read" in note for note in described.notes), raw
+    assert taken >= 12
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_is_not_said_is_what_transformers_takes(tmp_path: Path, kind: str) -> None:
+    """num_key_value_heads of Qwen is 32 where it is missing and as many as heads where it is null."""
+    family = FAMILIES[kind]
+    for key, entry in family.fields.items():
+        for null in (False, True):
+            raw = {k: v for k, v in sized(kind).items() if k != key} | ({key: None} if null else {})
+            if family.windowed:
+                raw["sliding_window"] = None
+            try:
+                said = getattr(transformers.CONFIG_MAPPING[kind].from_dict(dict(raw)), key, None)
+            except (TypeError, ValueError, StrictDataclassError):
+                if key in ("num_key_value_heads", "head_dim"):
+                    with pytest.raises(ConfigError, match=f"{key} = None: is null"):
+                        read(tmp_path, raw)
+                continue
+            if entry.default is None:
+                continue  # a size, which has to be said
+            found = read(tmp_path, raw).facts[entry.facts[0]]
+            said = {"num_key_value_heads": 4, "head_dim": 16, "n_inner": 256}[key] if said is None else said
+            assert found == entry.values.get(said, said) if isinstance(said, str) else found == said, (key, null)
+
+
+IDLE: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"sliding_window": 8}),
+    ("gemma", {"sliding_window": 8}),
+    ("mistral", {"sliding_window": 128, "layer_types": ["sliding_attention"] * 2}),
+    ("phi3", {"sliding_window": 200}),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 2}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 128, "layer_types": ["sliding_attention"] * 2}),
+]
+FELT: list[tuple[str, dict[str, Any]]] = [
+    ("mistral", {"sliding_window": 127}),
+    ("mistral", {"max_position_embeddings": 8192}),
+    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 2}),
+    ("phi3", {"sliding_window": 127}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("qwen2", {"use_sliding_window": True, "max_position_embeddings": 8192, "max_window_layers": 0}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}),
+    ("mistral", {"sliding_window": "8"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "words"), IDLE + FELT, ids=str)
+def test_windows_that_are_never_felt_are_taken(tmp_path: Path, kind: str, words: dict[str, Any]) -> None:
+    raw = sized(kind) | {"num_key_value_heads": 4} | words
+    if (kind, words) in FELT:
+        with pytest.raises(ConfigError, match="sliding"):
+            read(tmp_path, raw)
+        return
+    read(tmp_path, raw)
+    raw |= {"head_dim": 8, "pad_token_id": None}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[kind].from_dict(dict(raw)))
+    with torch.no_grad():  # the last of all positions sees the first
+        tokens = torch.arange(256).view(2, 128) % 97
+        tokens[1] = tokens[0]
+        tokens[1, 0] += 1
+        a, b = model.eval()(tokens, use_cache=False).logits[:, -1]
+    assert not torch.equal(a, b)

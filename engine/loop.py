@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from engine.checkpoint.convert import copy_beside
-from engine.checkpoint.format import newest
+from engine.checkpoint.format import newest, read_manifest
 from engine.checkpoint.save import Saved, Saver
 from engine.checkpoint.seal import storage_of
 from engine.comm import all_reduce_, on_first_rank
 from engine.config import Config
 from engine.context import ParallelContext
-from engine.data.corpora import TrainingData, open_data, open_training
+from engine.data.corpora import TrainingData, follow, open_data, open_training
 from engine.data.loader import Loader
 from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, Fault
@@ -62,6 +62,9 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     data = open_training(cfg, tokenizer)
     state = setup(cfg, ctx)
     source = go_on(state, data.facts)
+    if source:
+        past = read_manifest(Path(source), storage_of(cfg.checkpoint.secret)).data
+        data = follow(data, cfg, state.step, state.consumed_samples, past)
     if not source and cfg.checkpoint.init:
         begun = start_from(state, Path(cfg.checkpoint.init))
         if ctx.rank == 0:

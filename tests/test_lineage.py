@@ -64,7 +64,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({}, {"tokenizer_digest": "u"}, "data.tokenizer_digest"),
         ({}, {"mask_eod": 0}, "data.mask_eod"),
         ({}, {"source 0, web": "1 documents"}, "data.source"),
-        ({}, {"mixture from sample 0": "web 1"}, "data.mixture"),
+        ({}, {"mixture from step 0": "web 1"}, "data.mixture"),
     ],
 )
 def test_each_field_is_refused_allowed_and_remembered(
@@ -81,7 +81,18 @@ def test_each_field_is_refused_allowed_and_remembered(
 
 
 def test_a_changed_mixture_of_the_future_is_no_difference(first: Path, tmp_path: Path) -> None:
-    go(tmp_path, FACTS | {"mixture from sample 4": "web 2"}, first)  # the first run consumed 4 samples
+    go(tmp_path, FACTS | {"mixture from step 1": "web 2"}, first)
+
+
+def test_where_the_samples_of_a_mixture_fell_is_no_difference_and_older_checkpoints_say_no_steps(
+    tmp_path: Path,
+) -> None:
+    """Checkpoints from before there were steps hold samples alone, in batches of 4 here."""
+    old = go(tmp_path, FACTS | {"mixture from sample 0": "web 1", "mixture from sample 4": "web 3"}, steps=3)
+    now = {"mixture from step 0": "web 1", "mixture from step 1": "web 3", "mixture from sample 8": "web 3"}
+    go(tmp_path / "b", FACTS | now, old)
+    with pytest.raises(AssertionError, match=r"data.mixture from step 1: checkpoint 'web 3', now 'web 4'"):
+        go(tmp_path / "b", FACTS | now | {"mixture from step 1": "web 4"}, old)
 
 
 def test_an_unknown_field_to_allow_is_a_config_error(first: Path, tmp_path: Path) -> None:

@@ -258,8 +258,8 @@ def test_a_blend_trains_resumes_bit_by_bit_and_refuses_another(corpora: Path, tm
         assert code == 1 and all(line in err for line in lines), err
 
     other = write(tmp_path, text.replace("weight = 3", "weight = 2") + later)
-    refused("whole", other, "data.mixture from sample 0: checkpoint 'web 3, code 1', now 'web 2, code 1'")
-    refused("whole", write(tmp_path, text), "data.mixture from sample 48: checkpoint 'web 1, code 3', now None")
+    refused("whole", other, "data.mixture from step 0: checkpoint 'web 3, code 1', now 'web 2, code 1'")
+    refused("whole", write(tmp_path, text), "data.mixture from step 6: checkpoint 'web 1, code 3', now None")
     refused("whole", str(corpora / "web"), "data.source 1, code: checkpoint '60 documents, ", "now None")
     assert run(corpora, tmp_path / "one", str(corpora / "web"), 2)[0] == 0
     refused("one", write(tmp_path, text), "data.source 0, web: checkpoint None, now '150 documents")

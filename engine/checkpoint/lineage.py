@@ -22,7 +22,7 @@ import xxhash
 import engine
 from engine.checkpoint.format import Ancestor, Manifest
 from engine.config import Config, OptimizerConfig, ScheduleConfig
-from engine.data.corpora import MIXED_FROM
+from engine.data.corpora import DECLARED_FROM, MIXED_FROM
 from engine.errors import CheckpointError, ConfigError, Fault
 from engine.optim.lr import learning_rate
 
@@ -66,11 +66,12 @@ def code_versions() -> dict[str, str]:
 def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) -> Differences:
     """Facts of the run that differ: name -> (checkpoint, now). What may change freely is not among them.
 
-    A blend's changes that lie behind the samples consumed so far may be changed: they say nothing about the past. A
-    field that the engine got after the checkpoint was written had its default then.
+    A blend's changes at this step and later may be changed: they say nothing about the past. A field that the engine
+    got after the checkpoint was written had its default then.
     """
     old, now = _configs(manifest, cfg)
-    then, here = _past(manifest.data, manifest.consumed_samples), _past(data_facts, manifest.consumed_samples)
+    declared = _declared(manifest.data, old["train"]["global_batch_size"])
+    then, here = _past(declared, manifest.step), _past(data_facts, manifest.step)
     if "fingerprint" not in then:  # written before there was one
         here.pop("fingerprint", None)
     pairs = {f"model.{k}": (old["model"][k], v) for k, v in now["model"].items() if k not in _FREE}
@@ -120,12 +121,26 @@ def _configs(manifest: Manifest, cfg: Config) -> tuple[dict[str, dict[str, Any]]
     return old, cfg.model_dump()
 
 
-def _past(facts: Mapping[str, Any], consumed: int) -> dict[str, Any]:
+def _past(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Facts without what data.train says of later steps, and without where its changes fell among the samples."""
     return {
         name: value
         for name, value in facts.items()
-        if not name.startswith(MIXED_FROM) or int(name.removeprefix(MIXED_FROM)) < max(1, consumed)
+        if not name.startswith(MIXED_FROM)
+        and (not name.startswith(DECLARED_FROM) or int(name.removeprefix(DECLARED_FROM)) < max(1, step))
     }
+
+
+def _declared(facts: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """A checkpoint's facts, a blend by its steps: engines that wrote no steps had one batch size for all of them."""
+    if any(name.startswith(DECLARED_FROM) for name in facts):
+        return dict(facts)
+    steps = {
+        f"{DECLARED_FROM}{int(name.removeprefix(MIXED_FROM)) // batch}": value
+        for name, value in facts.items()
+        if name.startswith(MIXED_FROM)
+    }
+    return {**facts, **steps}
 
 
 def field_of(name: str) -> str:

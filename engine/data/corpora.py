@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -21,7 +22,8 @@ from engine.data.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, Fault
 from engine.mixture import PATH, Mixture, read_mixture
 
-MIXED_FROM = "mixture from sample "  # a fact about what comes from that sample on, and says nothing about the past
+DECLARED_FROM = "mixture from step "  # what data.train says from that step on
+MIXED_FROM = "mixture from sample "  # what is drawn from that sample on: before the samples consumed, a fact for good
 _MOST_NOTES = 12
 
 
@@ -31,6 +33,7 @@ class TrainingData:
 
     notes: what to tell the user about the blend and fill-in-the-middle. mask: of data.mask_eod and data.mask_tokens.
     separate_eod: the end-of-document token for data.separate_documents, None without. fim: None at data.fim_rate 0.
+    planned: of a blend, (step, weights from there on), the first at step 0; () for one corpus.
     """
 
     order: SampleOrder | BlendedOrder
@@ -40,6 +43,8 @@ class TrainingData:
     mask: LossMask
     separate_eod: int | None
     fim: FillInTheMiddle | None
+    mixture: Mixture
+    planned: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
@@ -70,18 +75,64 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     reading = mask, separate_eod, fim
     if len(datasets) == 1:
         order = SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed)
-        return TrainingData(order, (), facts, tuple(notes), *reading)
+        return TrainingData(order, (), facts, tuple(notes), *reading, mixture)
     orders = [
         SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
         for k, dataset in enumerate(datasets)
     ]
-    phases = _phases(mixture, orders, cfg.train.global_batch_size)
+    planned = _planned(mixture, orders)
     for k, (name, dataset) in enumerate(zip(mixture.names, datasets)):
         facts[f"source {k}, {name}"] = f"{dataset.num_documents} documents, {dataset.num_tokens} tokens"
-    for phase in phases:
-        facts[f"{MIXED_FROM}{phase.start}"] = ", ".join(f"{n} {w}" for n, w in zip(mixture.names, phase.weights))
-    blend = BlendedOrder(orders, phases)
-    return TrainingData(blend, mixture.names, facts, tuple(_notes(mixture, blend, cfg) + notes), *reading)
+    for step, weights in planned:
+        facts[f"{DECLARED_FROM}{step}"] = _spelled(mixture.names, weights)
+    blend = BlendedOrder(orders, [Phase(0, planned[0][1])])
+    return follow(TrainingData(blend, mixture.names, facts, tuple(notes), *reading, mixture, planned), cfg)
+
+
+def follow(
+    data: TrainingData, cfg: Config, step: int = 0, consumed: int = 0, past: Mapping[str, Any] | None = None
+) -> TrainingData:
+    """The data as a run reads it after `step` steps and `consumed` samples, of which its checkpoint's facts are `past`.
+
+    What was drawn is what the checkpoint says, whatever batch size it was drawn with: each source goes on where it
+    stands. What data.train has for later steps begins with them, at this batch size. (Where the sources are others, and
+    that was allowed, the blend is read as if it had always been this one.)
+    """
+    if not isinstance(data.order, BlendedOrder):
+        return data
+    drawn = [phase for phase in _drawn(data.names, past or {}) if phase.start < consumed]
+    since, weights = max(change for change in data.planned if change[0] <= step)
+    phases = list(drawn)
+    if not drawn or since == step or drawn[-1].weights != weights:
+        phases.append(Phase(consumed if drawn else 0, weights))
+    batch = cfg.train.global_batch_size
+    phases += [Phase(consumed + (at - step) * batch, weights) for at, weights in data.planned if at > step]
+    facts = {name: value for name, value in data.facts.items() if not name.startswith(MIXED_FROM)}
+    facts |= {f"{MIXED_FROM}{phase.start}": _spelled(data.names, phase.weights) for phase in phases}
+    order = BlendedOrder(data.order.orders, phases)
+    total = consumed + max(0, cfg.train.steps - step) * batch
+    return replace(data, order=order, facts=facts, notes=(*_notes(data.mixture, order, cfg, total), *data.notes))
+
+
+def _spelled(names: Sequence[str], weights: Sequence[int]) -> str:
+    return ", ".join(f"{name} {weight}" for name, weight in zip(names, weights))
+
+
+def _drawn(names: Sequence[str], past: Mapping[str, Any]) -> list[Phase]:
+    """What a checkpoint says was drawn of these sources, by rising start; later names may not have been there yet.
+
+    Empty where it says nothing, or has other sources.
+    """
+    phases = []
+    for fact, text in past.items():
+        if fact.startswith(MIXED_FROM):
+            patterns = (", ".join(f"{re.escape(n)} ([0-9]+)" for n in names[:k]) for k in range(len(names), 0, -1))
+            found = next(filter(None, (re.fullmatch(pattern, str(text)) for pattern in patterns)), None)
+            if found is None:
+                return []
+            weights = [int(weight) for weight in found.groups()]
+            phases.append(Phase(int(fact.removeprefix(MIXED_FROM)), (*weights, *[0] * (len(names) - len(weights)))))
+    return sorted(phases, key=lambda phase: phase.start)
 
 
 def _reading(
@@ -156,8 +207,9 @@ def _refuse_two_tokenizers(datasets: list[IndexedDataset]) -> None:
             )
 
 
-def _phases(mixture: Mixture, orders: list[SampleOrder], global_batch_size: int) -> list[Phase]:
-    phases = []
+def _planned(mixture: Mixture, orders: list[SampleOrder]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """What data.train says: (step, integer weights from there on)."""
+    planned = []
     for change in mixture.changes:
         shares = dict(enumerate(change.amounts))
         if mixture.kind == "epochs":
@@ -177,13 +229,12 @@ def _phases(mixture: Mixture, orders: list[SampleOrder], global_batch_size: int)
         if faults:
             raise ConfigError(faults)
         weights = dict(zip(shares, integer_weights(list(shares.values()))))
-        phases.append(Phase(change.step * global_batch_size, tuple(weights.get(k, 0) for k in range(len(orders)))))
-    return phases
+        planned.append((change.step, tuple(weights.get(k, 0) for k in range(len(orders)))))
+    return tuple(planned)
 
 
-def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config) -> list[str]:
-    """How often the run reads each source, and whether budgets fit its length."""
-    total = cfg.train.steps * cfg.train.global_batch_size
+def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config, total: int) -> list[str]:
+    """How often the run reads each source in `total` samples, and whether budgets fit its length."""
     counts = order.counts(total).tolist()
     notes = [
         f"source {name}: {count:,} of {total:,} samples ({count / total:.2%}), "

@@ -1,0 +1,131 @@
+"""A blend whose changes are set in steps, in runs that resume with other batch sizes: every sample in its place."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_cli import finish, train
+
+from engine.data.blend import BlendedOrder
+from engine.data.corpora import TrainingData, follow, open_training
+from engine.data.indexed import IndexedWriter
+from engine.resolve import load
+
+NAMES = ("web", "code", "math")
+Plan = dict[int, tuple[int, int, int]]  # step -> weights from there on
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    for k, name in enumerate(NAMES):
+        rng = np.random.default_rng(k)
+        with IndexedWriter(folder / name, vocab_size=97) as writer:
+            for length in rng.integers(5, 90, 60):
+                writer.add(rng.integers(0, 97, length))
+            writer.finish({})
+    return folder
+
+
+def mix(corpora: Path, folder: Path, plan: Plan) -> Path:
+    (first, *later), path = plan.items(), folder / "mix.toml"
+    text = "".join(f'[[source]]\nprefix = "{corpora / n}"\nweight = {w}\n' for n, w in zip(NAMES, first[1]) if w >= 0)
+    for step, weights in later:
+        shares = ", ".join(f"{n} = {w}" for n, w in zip(NAMES, weights) if w >= 0)
+        text += f"[[change]]\nstep = {step}\nweights = {{ {shares} }}\n"
+    path.write_text(text)
+    return path
+
+
+class Run:
+    """A run as far as its data goes: opened, resumed, and what each step read."""
+
+    def __init__(self) -> None:
+        self.step = self.consumed = 0
+        self.facts: dict[str, Any] = {}
+        self.read: list[list[tuple[str, int]]] = []  # of each step (source, number of the sample in it)
+
+    def go(self, path: Path, batch: int, until: int) -> TrainingData:
+        values = {"data.train": str(path), "model.vocab_size": "97", "train.seq_len": "32", "train.steps": "50"}
+        cfg = load([], values | {"train.global_batch_size": str(batch)}).config
+        data = open_training(cfg, None)
+        if self.step:
+            data = follow(data, cfg, self.step, self.consumed, self.facts)
+        assert isinstance(data.order, BlendedOrder)
+        while self.step < until:
+            sources, numbers = data.order.locate(np.arange(self.consumed, self.consumed + batch))
+            self.read.append([(data.names[k], int(n)) for k, n in zip(sources, numbers)])
+            self.step, self.consumed = self.step + 1, self.consumed + batch
+        self.facts = json.loads(json.dumps(data.facts))
+        return data
+
+    def check(self, plan: Plan) -> None:
+        """By counting: no sample of a source is left out or read twice; each stretch of steps has its own weights."""
+        seen = dict.fromkeys(NAMES, 0)
+        for step, batch in enumerate(self.read):
+            if step in plan:
+                weights = dict(zip(NAMES, plan[step]))
+                drawn, since = dict.fromkeys(NAMES, 0), 0
+            for name, number in batch:
+                assert number == seen[name], (step, name)
+                seen[name], drawn[name], since = seen[name] + 1, drawn[name] + 1, since + 1
+                for k, w in weights.items():
+                    assert abs(drawn[k] - since * w / sum(weights.values())) < 1, (step, k)
+
+
+def test_every_sample_by_brute_force(corpora: Path, tmp_path: Path) -> None:
+    """Runs of 50 steps with changes of the blend at some, resumed up to 6 times with batch sizes of 1 to 16."""
+    draw = random.Random(0)
+    for _ in range(40):
+        plan: Plan = {0: (3, 1, 0)}
+        for at in sorted(draw.sample(range(1, 50), draw.randint(1, 4))):
+            plan[at] = draw.choice([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (5, 2, 1), (0, 3, 4)])
+        path, run = mix(corpora, tmp_path, plan), Run()
+        stops = [*sorted(draw.sample(range(1, 50), draw.randint(0, 6))), 50]
+        for until in stops:
+            run.go(path, draw.choice([1, 2, 3, 8, 16]), until)
+        run.check(plan)
+
+
+def test_a_resume_at_the_same_batch_size_changes_nothing(corpora: Path, tmp_path: Path) -> None:
+    plan: Plan = {0: (3, 2, 0), 7: (3, 2, 0), 20: (5, 2, 1), 33: (0, 1, 0)}
+    path, whole = mix(corpora, tmp_path, plan), Run()
+    data = whole.go(path, 8, 50)
+    assert [n for n in data.facts if n.startswith("mixture from s")] == [
+        *(f"mixture from step {n}" for n in plan),
+        *(f"mixture from sample {8 * n}" for n in plan),
+    ]
+    parts = Run()
+    for until in (1, 7, 8, 20, 21, 32, 50):
+        parts.go(path, 8, until)
+    assert parts.read == whole.read
+    total = "".join(data.notes)
+    assert "of 400 samples" in total
+
+
+def test_what_may_be_allowed_repeats_and_skips_nothing(corpora: Path, tmp_path: Path) -> None:
+    """The weights so far are said to be others, or a source is added: what was read stays read."""
+    run = Run()
+    run.go(mix(corpora, tmp_path, {0: (3, 1, -1), 10: (1, 1, -1)}), 8, 20)
+    run.go(mix(corpora, tmp_path, {0: (1, 7, 0), 30: (1, 1, 1)}), 4, 25)
+    run.go(mix(corpora, tmp_path, {0: (1, 7, 0), 30: (1, 1, 1)}), 2, 50)  # and then it is the run's own
+    run.check({0: (3, 1, 0), 10: (1, 1, 0), 20: (1, 7, 0), 30: (1, 1, 1)})
+
+
+def test_the_command_keeps_the_step_of_a_change(corpora: Path, tmp_path: Path) -> None:
+    """Batches of 8, then 4 over two data ranks, then 16: the change stays at its step, and nothing is refused."""
+    path, run = mix(corpora, tmp_path, {0: (1, 0, 0), 3: (0, 1, 0), 5: (0, 0, 1)}), tmp_path / "run"
+    for ranks, batch, steps in ((1, 8, 2), (2, 4, 4), (1, 16, 6)):
+        options = ("--train.steps", str(steps), "--train.global-batch-size", str(batch), "--schedule.kind", "constant")
+        code, _, err = finish(train(path, run, ranks, *options))
+        assert code == 0, err
+    losses = [
+        {name for name in json.loads(line) if name.startswith("loss_") and name != "loss_scale"}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert losses == [{f"loss_{name}"} for name in ("web", "web", "web", "code", "code", "math")]

@@ -76,3 +76,17 @@ class WrongSecretError(SecretError):
 
 class TrainingError(EngineError):
     """Training cannot go on: non-finite loss or gradient, or ranks that disagree."""
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to do about an error that says that memory has run out, torch's on GPUs and CPUs or Python's; else empty."""
+    text = str(error)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if not (names & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in text or "std::bad_alloc" in text):
+        return ""
+    why = next((line for line in text.splitlines() if "alloc" in line), text.partition("\n")[0])
+    return (
+        f"out of memory: {why.strip() or type(error).__name__}\n"
+        "  For activations: a smaller train.micro_batch_size, or train.recompute selective or full.\n"
+        "  For weights and optimizer: more ranks, parallel.tensor or parallel.pipeline; --dry-run says what they take."
+    )

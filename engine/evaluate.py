@@ -47,13 +47,11 @@ class Score:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        text = f"loss {self.loss:.4f} nats/token"
-        if self.unigram is not None:
-            text += f" (unigram entropy {self.unigram:.4f})"
-        text += f", perplexity {self.ppl:.2f}"
+        text = f"loss {self.loss:.4f} nats/token, perplexity {self.ppl:.2f}"
         if self.bpb is not None:
             text += f", {self.bpb:.4f} bits/byte"
-        return f"{text} over {self.tokens:,} tokens"
+        text += f" over {self.tokens:,} tokens"
+        return text if self.unigram is None else f"{text}; unigrams alone: {self.unigram:.4f}"
 
 
 class Evaluator:

@@ -32,7 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from engine.board import Board, Seen
 from engine.context import ParallelContext, make_context
-from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, EngineError, Fault
+from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, EngineError, Fault, out_of_memory
 from engine.layout import Layout
 from engine.signals import LAUNCHER
 
@@ -306,7 +306,7 @@ def _report(error: Exception, env: Env, store: Store | None, timeout_s: float, b
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:
-        text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
+        text = str(error) if expected else out_of_memory(error) or "".join(traceback.format_exception(error)).rstrip()
     if store is not None:
         what = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # without the place in gloo's source
         lost = not expected and any(word in f"{type(error).__name__} {error}" for word in _LOST)

@@ -28,6 +28,7 @@ class TrainOptions:
     overrides: Mapping[str, str]
     unknown: tuple[str, ...]
     dry_run: bool
+    full: bool
     world_size: int
 
 
@@ -45,7 +46,10 @@ def parse_train(args: Sequence[str], prog: str) -> TrainOptions:
         for name, value in values.items()
         if value != _UNSET
     }
-    return TrainOptions(tuple(given["config"]), overrides, _unknown(rest), given["dry_run"], given["world_size"])
+    unknown = _unknown(rest)
+    return TrainOptions(
+        tuple(given["config"]), overrides, unknown, given["dry_run"], given["full"], given["world_size"]
+    )
 
 
 def _unknown(rest: Sequence[str]) -> tuple[str, ...]:
@@ -88,11 +92,13 @@ def _train_type() -> type:
     members: list[Any] = [
         ("config", tyro.conf.UseAppendAction[tuple[Annotated[Path, tyro.conf.arg(metavar="FILE")], ...]], ()),
         ("dry_run", tyro.conf.FlagCreatePairsOff[bool], False),
+        ("full", tyro.conf.FlagCreatePairsOff[bool], False),
         ("world_size", int, 0),
     ]
     texts = {
         "config": "TOML file; may be given several times, later ones win",
         "dry_run": "print config, layout and sizes for any world size, without processes, and stop",
+        "full": "dry run: print the settings at their defaults too",
         "world_size": "number of ranks to assume in a dry run; 0: what the degrees need",
     }
     named: list[Any] = [

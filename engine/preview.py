@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Iterator
+from pathlib import Path
 
-from engine.config import layout_of, pipeline_plan
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from engine.config import Config, fields, layout_of, pipeline_plan
 from engine.context import make_context
 from engine.layout import Coords, Layout
+from engine.mixture import read_mixture
 from engine.model.transformer import build_stages, num_parameters
 from engine.optim.precision import PRECISIONS
 from engine.pipeline.actions import Plan
@@ -18,16 +23,12 @@ from engine.resolve import Resolved
 _MAX_GRID_RANKS = 64
 
 
-def show(resolved: Resolved, console: Console) -> None:
-    """Print the dry run of a checked config."""
+def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
+    """Print the dry run of a checked config; of settings those that differ from their defaults, or all (full)."""
     cfg, layout = resolved.config, layout_of(resolved.config)
-    table = Table("setting", "value", "from", title="Config", title_justify="left")
-    for path, source in resolved.sources.items():
-        section, name = path.split(".")
-        table.add_row(
-            path, str(getattr(getattr(cfg, section), name)), source, style="" if source != "default" else "dim"
-        )
-    console.print(table)
+    console.print(_settings(resolved, full))
+    for line in _there(cfg):
+        console.print(line, markup=False, highlight=False)
     plan = pipeline_plan(cfg)
     console.print(_stages(resolved, layout, plan))
     if layout.world <= _MAX_GRID_RANKS:
@@ -55,6 +56,50 @@ def show(resolved: Resolved, console: Console) -> None:
         console.print(f"{label}: {value}", highlight=False)
     if uneven := uneven_pipeline(cfg, plan):
         console.print(f"note: {uneven}", highlight=False)
+    if resolved.sources["train.seq_len"] == "default" and cfg.model.max_seq_len > 8 * train.seq_len:
+        text = f"train.seq_len is {train.seq_len} by default; model.max_seq_len is {cfg.model.max_seq_len}"
+        console.print(f"note: {text}", highlight=False)
+
+
+def _settings(resolved: Resolved, full: bool) -> Table:
+    defaults = {f"{section}.{name}": field.default for section, name, field in fields()}
+    table = Table(
+        Column("setting", no_wrap=True),
+        Column("value", overflow="fold"),
+        Column("from", overflow="fold"),
+        title="Config",
+    )
+    table.title_justify = "left"
+    for path, source in resolved.sources.items():
+        section, name = path.split(".")
+        value = getattr(getattr(resolved.config, section), name)
+        if source.startswith("file "):
+            source = f"file {Path(source[5:]).name}"  # the whole path would not fit beside it
+        if full or value != defaults[path]:
+            table.add_row(escape(path), escape(str(value)), escape(source), style="" if source != "default" else "dim")
+    if not full:
+        table.caption = "all other settings are at their defaults: --full lists them"
+        table.caption_justify = "left"
+    return table
+
+
+def _there(cfg: Config) -> Iterator[str]:
+    """Whether the data and the tokenizer that the config names are there."""
+    prefixes = list(read_mixture(cfg.data.train).prefixes) if cfg.data.train else []
+    if not prefixes:
+        yield "data.train: not given; `engine prepare` makes some"
+    for name, prefix in [
+        *(("data.train", p) for p in prefixes),
+        *([("data.valid", cfg.data.valid)] * bool(cfg.data.valid)),
+    ]:
+        missing = [f"{prefix}{end}" for end in (".bin", ".idx") if not Path(f"{prefix}{end}").is_file()]
+        yield f"{name}: {prefix}: {'there' if not missing else 'not there: ' + ' and '.join(missing)}"
+    if cfg.data.valid and cfg.data.valid in prefixes:
+        yield "note: validation is on the training corpus (data.valid): its loss says nothing about new text"
+    if cfg.data.tokenizer:
+        folder = Path(cfg.data.tokenizer)
+        there = (folder / "tokenizer.json").is_file() or folder.is_file()
+        yield f"data.tokenizer: {folder}: {'there' if there else 'not there'}"
 
 
 def _stages(resolved: Resolved, layout: Layout, plan: Plan) -> Table:

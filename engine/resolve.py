@@ -20,6 +20,7 @@ from engine import hints
 from engine.config import BALANCED, Config, ModelConfig, chunks_of, fields, type_name
 from engine.errors import CheckpointError, ConfigError, Fault
 from engine.hf_config import facts_of
+from engine.idle import idle
 from engine.mixture import read_mixture
 from engine.planner.cost import balanced_layers
 from engine.presets import PRESETS
@@ -33,6 +34,14 @@ class Resolved:
     config: Config
     sources: dict[str, str]
 
+    def anchored(self) -> Resolved:
+        """The same with the paths of validation data and tokenizer absolute: `engine evaluate` works in any folder."""
+        data = self.config.data
+        paths = {
+            name: str(Path(getattr(data, name)).absolute()) for name in ("valid", "tokenizer") if getattr(data, name)
+        }
+        return Resolved(self.config.model_copy(update={"data": data.model_copy(update=paths)}), self.sources)
+
     def toml(self) -> str:
         """The whole config as TOML that loads back to itself, each value with its source as a comment."""
         lines = []
@@ -45,11 +54,17 @@ class Resolved:
 
 
 def load(
-    files: Sequence[Path], overrides: Mapping[str, str], *, unknown: Sequence[str] = (), world: int | None = 1
+    files: Sequence[Path],
+    overrides: Mapping[str, str],
+    *,
+    unknown: Sequence[str] = (),
+    world: int | None = 1,
+    refuse_idle: bool = False,
 ) -> Resolved:
     """Merge, type-check and check all relations; `world`: ranks the config must fit, None: as many as it needs.
 
     overrides: dotted path -> text from the command line. unknown: further words of the command line nobody knows.
+    refuse_idle: settings that were given and have no effect are faults too (engine.idle), as a person expects.
     Raises ConfigError with every fault found.
     """
     faults: list[Fault] = []
@@ -75,6 +90,10 @@ def load(
         wrong.add("model.")
     faults += [f for f in relations(config, world) if not any(path in str(f) for path in wrong)]
     faults += _data_faults(config)
+    if refuse_idle and not wrong:
+        told = {fault.path for fault in faults}
+        given_by = {"command line", *(f"file {file}" for file in files)}
+        faults += [fault for fault in idle(config, sources, given_by=given_by) if fault.path not in told]
     if faults:
         raise ConfigError(faults)
     config = _fill_in(config, world, sources)

@@ -141,4 +141,12 @@ elif [[ -n $stop ]] && ((code == 128 + $(kill -l "$stop"))); then
 elif ((code != 0 && signals > 1)) && [[ ! -e $run_dir/exit.json ]]; then # the second one ended the ranks
     code=$((128 + $(kill -l "$stop")))
 fi
+# Nothing of a run, and a fault of the configuration: 2, so that no scheduler tries again what cannot work.
+if ((code == 1)) && [[ -z $stop && ! -e $run_dir/exit.json ]]; then
+    checked=0
+    python -m engine "${train[@]}" --dry-run --world-size "$((nnodes * gpus_per_node))" >/dev/null 2>&1 || checked=$?
+    if ((checked == 2)); then
+        code=2
+    fi
+fi
 exit "$code"

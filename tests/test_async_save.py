@@ -287,8 +287,8 @@ def test_stopped_at_random_moments(tmp_path: Path, moments: int) -> None:
         return reference(cfg, ctx, steps[-1])
 
     run_ranks(layout_of(cfg_of("stopped").config), undisturbed, num_kv_heads=2, timeout_s=500)
-    ours, _ = read_metrics(tmp_path / "stopped")
-    theirs, _ = read_metrics(tmp_path / "undisturbed")
+    ours, _, _ = read_metrics(tmp_path / "stopped")
+    theirs, _, _ = read_metrics(tmp_path / "undisturbed")
     assert len(ours) == steps[-1] and [ours[s]["loss"] for s in ours] == [theirs[s]["loss"] for s in ours]
     last = step_dir(root, steps[-1]) / "rank00001.safetensors"
     same_bytes(last, step_dir(tmp_path / "undisturbed/checkpoints", steps[-1]) / last.name)

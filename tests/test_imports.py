@@ -33,7 +33,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.schedules", "pipeline.torch_csv"),
     ("pipeline.search", "pipeline.timeline", "pipeline.draw", "pipeline.report"),
     ("config",),
-    ("relations", "planner"),
+    ("relations", "planner", "idle"),
     ("resolve",),
     ("options",),
     ("faults", "board"),  # no torch up to here

@@ -25,14 +25,15 @@ def train(args: list[str]) -> int:
         raise ConfigError([Fault("--world-size", options.world_size, text, "Use 0 for what the degrees need.")])
     if options.dry_run:
         stop.release()
-        resolved = load(options.files, options.overrides, unknown=options.unknown, world=options.world_size or None)
+        world = options.world_size or None
+        resolved = load(options.files, options.overrides, unknown=options.unknown, world=world, refuse_idle=True)
         from rich.console import Console
 
         from engine.data.special import check
         from engine.preview import show  # needs torch: faults are told before
 
         check(resolved.config)
-        show(resolved, Console())
+        show(resolved, Console(), full=options.full)
         return EXIT_OK
     from engine.data.special import check
     from engine.launch import leave, pick_device, read_env, run
@@ -43,7 +44,8 @@ def train(args: list[str]) -> int:
     outlive()  # a run of weeks does not end because the terminal it was started from is closed
     env = read_env()
     try:
-        resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world)
+        resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world, refuse_idle=True)
+        resolved = resolved.anchored()
         device = pick_device(resolved.config.train.device, env)
         check(resolved.config)
     except ConfigError:
@@ -138,7 +140,8 @@ def plot(args: list[str]) -> int:
     from engine.options import Plot
 
     o = tyro.cli(Plot, args=args, prog="engine plot")
-    plot_loss(o.runs, o.output)
+    for note in plot_loss(o.runs, o.output):
+        print(f"note: {note}")
     print(f"wrote {o.output}")
     return EXIT_OK
 

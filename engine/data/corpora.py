@@ -72,6 +72,8 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     mask, separate_eod, fim, read_facts = _reading(cfg, tokenizer, datasets, mixture)
     facts |= read_facts
     notes = [f"fill-in-the-middle: {read_facts['fim']}"] if fim is not None else []
+    if cfg.data.valid and fingerprint(open_data(cfg.data.valid, cfg, tokenizer)) in map(fingerprint, datasets):
+        notes.append("validation is on the training corpus (data.valid): its loss says nothing about new text")
     reading = mask, separate_eod, fim
     if len(datasets) == 1:
         order = SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed)

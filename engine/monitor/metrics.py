@@ -98,11 +98,14 @@ def _open_lines(path: Path) -> TextIO:
     return path.open("a", buffering=1, encoding="utf-8")
 
 
-def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
-    """(training records, validation records) of a run by step; the later line of a step wins."""
+def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]], bool]:
+    """(training records, validation records) of a run by step; the later line of a step wins. Whether its last line is
+    torn: a run that is writing it, or was killed while it did."""
     training: dict[int, dict[str, float]] = {}
     validation: dict[int, dict[str, float]] = {}
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    whole, _, rest = text.rpartition("\n")
+    for line in whole.splitlines():
         record = json.loads(line)
         (training if "loss" in record else validation)[record["step"]] = record
-    return training, validation
+    return training, validation, bool(rest)

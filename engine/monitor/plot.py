@@ -12,8 +12,8 @@ from engine.errors import DataError
 from engine.monitor.metrics import read_metrics
 
 
-def plot_loss(runs: Sequence[Path], output: Path) -> None:
-    """Draw training loss (line) and validation loss (dots) of each run over steps, in nats a token.
+def plot_loss(runs: Sequence[Path], output: Path) -> list[str]:
+    """Draw training loss (line) and validation loss (dots) of each run over steps, in nats a token; returns remarks.
 
     Where the validation corpus says its unigram entropy, that is a dashed line: below it, a model reads context.
     """
@@ -24,20 +24,20 @@ def plot_loss(runs: Sequence[Path], output: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
     drawn: set[float] = set()
-    for number, run in enumerate(runs):
+    notes: list[str] = []
+    for number, (run, name) in enumerate(zip(runs, names_apart(runs))):
         try:
-            training, validation = read_metrics(run)
-        except (OSError, ValueError) as error:
+            training, validation, torn = read_metrics(run)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{run}: no readable metrics.jsonl ({error}); give a run folder") from None
+        notes += [f"{run}: the last line of metrics.jsonl is torn and left out"] if torn else []
         colour = f"C{number}"
         steps = sorted(training)
-        axes.plot(steps, [training[s]["loss"] for s in steps], color=colour, lw=1.2, label=f"{run.name}: training")
+        axes.plot(steps, [training[s]["loss"] for s in steps], color=colour, lw=1.2, label=f"{name}: training")
         if validation:
             at = sorted(validation)
             values = [validation[s]["val_loss"] for s in at]
-            axes.plot(
-                at, values, "o", color=colour, mec="black", ms=6, label=f"{run.name}: validation {values[-1]:.3f}"
-            )
+            axes.plot(at, values, "o", color=colour, mec="black", ms=6, label=f"{name}: validation {values[-1]:.3f}")
             unigram = validation[at[-1]].get("val_unigram")
             if unigram is not None and unigram not in drawn:
                 drawn.add(unigram)
@@ -49,6 +49,17 @@ def plot_loss(runs: Sequence[Path], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     plt.close(figure)
+    return notes
+
+
+def names_apart(runs: Sequence[Path]) -> list[str]:
+    """Of each run the last parts of its path, as many as tell all apart."""
+    paths = [run.absolute().parts for run in runs]
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(run) for run in runs]
 
 
 def plot_lengths(

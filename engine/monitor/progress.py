@@ -7,8 +7,8 @@ from types import TracebackType
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.progress import TextColumn
 from rich.table import Column
 
 from engine.config import Config
@@ -64,9 +64,9 @@ class Progress:
     def __enter__(self) -> Progress:
         self.began = self.shown_at = time.perf_counter()
         if self.console.is_terminal and not self.console.quiet:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=8), TimeRemainingColumn())
-            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True))  # cut on the right if narrow
-            self.bar = Bar(*columns, text, console=self.console)
+            place = TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=5))
+            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, ratio=1))  # cut on the right
+            self.bar = Bar(place, text, console=self.console, expand=True)
             self.bar.add_task("train", total=self.cfg.train.steps, completed=self.first_step, text="")
             self.bar.start()
         return self
@@ -87,24 +87,51 @@ class Progress:
     def step(self, record: dict[str, float]) -> None:
         """Show a step's record (as from MetricsLog.step)."""
         step, now = int(record["step"]), time.perf_counter()
+        left = (self.cfg.train.steps - step) * (now - self.began) / max(1, step - self.first_step)
+        # what must be readable on 80 columns stands first
+        text = f"loss {record['loss']:.4f}  {short(record['tokens_per_s'])} tokens/s  {duration(left)} left"
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=step, text=f"{text}  {self._more(record)}")
+            return
+        edge = step == self.first_step + 1 or step == self.cfg.train.steps
+        if edge or now - self.shown_at >= self.cfg.monitor.log_every_s:
+            clock = time.strftime("%H:%M:%S")
+            self.console.print(
+                f"{clock} step {step}/{self.cfg.train.steps}  {text}  {self._more(record)}", markup=False
+            )
+            self.shown_step, self.shown_at = step, now
+
+    def _more(self, record: dict[str, float]) -> str:
         speed = f"MFU {record['mfu']:.1%}" if "mfu" in record else f"{record['gflops_per_rank']:,.1f} GFLOP/s/rank"
-        text = (
-            f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  norm {record['grad_norm']:.3f}  "
-            f"lr {record['lr']:.2e}  {speed}"
-        )
+        text = f"norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {speed}"
         if sent := sum(value for name, value in record.items() if name.startswith("bytes_")):
             text += f"  sent {sent / 1e6:,.1f} MB"
         if "loss_scale" in record:
             text += f"  scale {record['loss_scale']:g}"
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=step, text=text)
-            return
-        edge = step == self.first_step + 1 or step == self.cfg.train.steps
-        if edge or now - self.shown_at >= self.cfg.monitor.log_every_s:
-            left = (self.cfg.train.steps - step) * (now - self.began) / (step - self.first_step)
-            self.console.print(f"step {step}/{self.cfg.train.steps}  {text}  left {left:.0f} s", markup=False)
-            self.shown_step, self.shown_at = step, now
+        return text
 
     def note(self, text: str) -> None:
-        """Print a line beside the progress."""
-        self.console.print(text, markup=False)
+        """Print a line with the time of day beside the progress."""
+        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+
+
+def duration(seconds: float) -> str:
+    """A time for people, in its two largest units: 42 s, 7 min 05 s, 3 h 05 min, 2 d 15 h, 140 d."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    minutes, rest = divmod(total, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    hours, rest = divmod(round(total / 60), 60)
+    if hours < 24:
+        return f"{hours} h {rest:02} min"
+    days, rest = divmod(round(total / 3600), 24)
+    return f"{days} d {rest} h" if days < 100 else f"{days:,} d"
+
+
+def short(count: float) -> str:
+    """A number of at most six characters or so: 93,000, 1.25M, 3.40B."""
+    if count >= 999.5e6:
+        return f"{count / 1e9:,.2f}B"
+    return f"{count / 1e6:.2f}M" if count >= 999_500 else f"{count:,.0f}"

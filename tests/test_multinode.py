@@ -338,10 +338,10 @@ def test_the_script_ends_as_the_run_did(torchrun: str, code: int, tmp_path: Path
 
 
 def test_slurm_dry_run_needs_no_slurm() -> None:
-    done = bash(str(SLURM), "--dry-run", "--train.steps", "7")
+    done = bash(str(SLURM), "--dry-run", "--train.steps", "7000")
     assert done.returncode == 0, done.stderr
     assert "scontrol show hostnames" in done.stdout and "NNODES=4 GPUS_PER_NODE=8" in done.stdout
-    assert re.search(r"srun .* bash \S*examples/pretrain_7b.sh --dry-run --train.steps 7", done.stdout)
+    assert re.search(r"srun .* bash \S*examples/pretrain_7b.sh --dry-run --train.steps 7000", done.stdout)
     assert "torchrun --nnodes 4 --node-rank 0" in done.stdout and "\nranks: 32\n" in done.stdout
     done = bash(str(SLURM))
     assert done.returncode == 2 and "error: this is no Slurm job" in done.stderr

@@ -86,7 +86,7 @@ def lacks_validation(run_dir: Path, step: int) -> bool:
     """Whether metrics.jsonl has this step but no validation after it: the run was stopped between the two."""
     if not (run_dir / "metrics.jsonl").exists():
         return False
-    training, validation = read_metrics(run_dir)
+    training, validation, _ = read_metrics(run_dir)
     return step in training and step not in validation
 
 

@@ -1,6 +1,6 @@
 """Builds the optional extensions, each only where what it needs is there; without them references run.
 
-engine._index (csrc/index.cpp): sample order and batch gather, pybind11, no torch. engine._shared (csrc/shared.cpp and
+engine._index (csrc/index*.cpp): sample order and batch gather, pybind11, no torch. engine._shared (csrc/shared.cpp and
 the three of `parts` below): collectives over shared memory, likewise; for Linux. engine._ops (the rest of csrc):
 operators registered with torch, no Python; needs torch when it is built, hence `--no-build-isolation`. Its CUDA
 kernels (csrc/*.cu) are built where torch has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for
@@ -203,7 +203,7 @@ class Build(build_ext):
             raise error
 
 
-index = plain("engine._index", "csrc/index.cpp", std=17)
+index = plain("engine._index", *sorted(glob("csrc/index*.cpp")), std=17)
 fast = ("-fno-math-errno", "-fno-trapping-math", "-g0")
 parts = [f"csrc/{name}.cpp" for name in ("shared", "channel", "segment", "reduce")]
 shared = plain("engine._shared", *parts, std=20, flags=fast)

@@ -19,7 +19,7 @@ import torch
 from engine import selftest, shared
 from engine.built import how_to_build, why_not
 from engine.checkpoint.lineage import code_versions
-from engine.data import order
+from engine.data import stream
 from engine.launch import backends
 from engine.ops import attention, native
 from engine.pair import try_pair
@@ -142,7 +142,7 @@ def _shared_memory(timeout_s: float) -> Finding:
 
 
 def _extensions() -> Iterator[Finding]:
-    for module, what in (order.load(), shared.load(), native.load()):
+    for module, what in (stream.load(), shared.load(), native.load()):
         yield Finding("extension", what if module is not None else f"{what}; {how_to_build()}")
     library = native.load()[0]
     if torch.version.cuda is not None and library is not None:

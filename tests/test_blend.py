@@ -21,7 +21,8 @@ from engine.context import ParallelContext
 from engine.data import blend as blend_module
 from engine.data.blend import MAX_TOTAL, BlendedOrder, Phase, Turns, border, integer_weights, smallest_share
 from engine.data.loader import Loader
-from engine.data.order import SampleOrder, extension
+from engine.data.order import SampleOrder
+from engine.data.stream import extension
 from engine.errors import DataError
 from engine.train import setup, train_step
 

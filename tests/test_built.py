@@ -19,7 +19,7 @@ import torch
 
 import engine
 from engine import built, cli, doctor
-from engine.data import order
+from engine.data import stream
 from engine.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +127,7 @@ def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     told = [finding.text for finding in doctor._extensions()]
     assert told[0].startswith("engine._index is not available (no compiler); build it: pip install")
     assert told[-1].startswith("engine._ops is not built (csrc/ops.cpp:1: error: no); build it: pip install")
-    assert order.load()[0] is None
+    assert stream.load()[0] is None
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
     with pytest.warns(UserWarning, match="not built .csrc/ops.cpp:1: error: no.: torch's own operators run instead"):
         assert native._library() is None

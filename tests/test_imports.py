@@ -309,7 +309,7 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (imports_point_down, "layout", "import engine.config"),
     (imports_point_down, "layout", "from engine import config"),
     (imports_point_down, "sharding", "from engine.comm import all_reduce_"),  # beside
-    (imports_point_down, "ops.norm", "from engine.data.order import permute"),  # beside
+    (imports_point_down, "ops.norm", "from engine.data.keyed import permute"),  # beside
     (imports_point_down, "planner.cost", "def f():\n    from engine.model.transformer import Block"),
     (imports_point_down, "errors", "import importlib\nimportlib.import_module('engine.config')"),
     (imports_point_down, "pipeline.schedules", "from engine.pipeline.executor import execute"),

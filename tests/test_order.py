@@ -14,12 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data import order as order_module
+from engine.data import keyed
+from engine.data import stream as stream_module
 from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.order import SampleOrder, derive, derive_key, permute
+from engine.data.keyed import derive, derive_key, permute
+from engine.data.order import ORDER_VERSION, SampleOrder
+from engine.data.stream import blocks_of
 from engine.errors import DataError
 
-# By presence, not by order._extension(): that one refuses a faulty extension, and the tests would skip it in silence.
+# By presence, not by stream._extension(): that one refuses a faulty extension, and the tests would skip it in silence.
 BUILT = importlib.util.find_spec("engine._index") is not None
 NATIVE = [False, pytest.param(True, marks=pytest.mark.skipif(not BUILT, reason="engine._index is not built"))]
 
@@ -56,30 +59,44 @@ def permutation_oracle(n: int, key: int, x: int) -> int:
     while True:
         left, right = divmod(x, 2**half)
         for r in range(8):
-            mixed = order_module.mix64(
-                (right + order_module.mix64((key + (r + 1) * 0x9E3779B97F4A7C15) % 2**64)) % 2**64
-            )
+            mixed = keyed.mix64((right + keyed.mix64((key + (r + 1) * 0x9E3779B97F4A7C15) % 2**64)) % 2**64)
             left, right = right, left ^ (mixed % 2**half)
         x = left * 2**half + right
         if x < n:
             return x
 
 
-def stream_oracle(data: IndexedDataset, seed: int, epoch: int, block: int) -> list[int]:
+def document_oracle(documents: int, seed: int, epoch: int, blocks: int, group_blocks: int) -> list[int]:
+    """All documents in the order of an epoch, from the definition."""
+    keys = {purpose: derive_key(seed, purpose, epoch) for purpose in ("blocks", "documents", "rounds")}
+    at_place = {permutation_oracle(blocks, keys["blocks"], block): block for block in range(blocks)}
+    result: list[int] = []
+    for group in range(-(-blocks // group_blocks)):
+        members = []  # the documents of each block, in the order of its passes
+        for place in range(group * group_blocks, min((group + 1) * group_blocks, blocks)):
+            block = at_place[place]
+            inside = list(range(block * documents // blocks, (block + 1) * documents // blocks))
+            turn = derive(keys["documents"], block) % len(inside)
+            members.append(inside[turn:] + inside[:turn])
+        for number in range(4 * max(map(len, members))):
+            low, high = ((number % 4 + end) * len(members) // 4 for end in (0, 1))
+            key = derive(derive(keys["rounds"], group), number)
+            for i in range(high - low):
+                member = members[low + permutation_oracle(high - low, key, i)]
+                result += member[number // 4 : number // 4 + 1]
+    return result
+
+
+def stream_oracle(data: IndexedDataset, seed: int, epoch: int, blocks: int, group_blocks: int = 1024) -> list[int]:
     """The whole stream of an epoch as a list."""
-    num_blocks = -(-len(data) // block)
-    stream: list[int] = []
-    for at in range(num_blocks):
-        b = permutation_oracle(num_blocks, derive_key(seed, "blocks", epoch), at)
-        inside = min(block, len(data) - b * block)
-        for i in range(inside):
-            stream += data[b * block + permutation_oracle(inside, derive_key(seed, "documents", epoch, b), i)].tolist()
-    return stream
+    order = document_oracle(len(data), seed, epoch, blocks, group_blocks)
+    assert sorted(order) == list(range(len(data)))
+    return [token for document in order for token in data[document].tolist()]
 
 
-def sample_oracle(data: IndexedDataset, seq_len: int, seed: int, sample: int, block: int) -> list[int]:
+def sample_oracle(data: IndexedDataset, seq_len: int, seed: int, sample: int, blocks: int, group: int) -> list[int]:
     n = (data.num_tokens - 1) // seq_len
-    stream = stream_oracle(data, seed, sample // n, block)
+    stream = stream_oracle(data, seed, sample // n, blocks, group)
     k = permutation_oracle(n, derive_key(seed, "samples", sample // n), sample % n)
     return stream[k * seq_len : k * seq_len + seq_len + 1]
 
@@ -92,13 +109,13 @@ def test_permutation_is_a_bijection_and_native_agrees(n: int, key: int) -> None:
     assert sorted(result.tolist()) == index.tolist()
     assert result[n // 2] == permutation_oracle(n, key, n // 2)
     if BUILT:
-        assert np.array_equal(result, order_module._extension().permute(n, key, index))  # type: ignore[union-attr]
+        assert np.array_equal(result, stream_module._extension().permute(n, key, index))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("n", [2**31 - 1, 2**32 + 1, 2**40 + 12345, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("native", NATIVE)
 def test_permutation_in_64_bits(n: int, native: bool) -> None:
-    function: Any = order_module._extension().permute if native else permute  # type: ignore[union-attr]
+    function: Any = stream_module._extension().permute if native else permute  # type: ignore[union-attr]
     index = np.array([0, 1, n // 3, n - 2, n - 1], np.int64)
     assert function(n, 99, index).tolist() == [permutation_oracle(n, 99, int(i)) for i in index]
 
@@ -114,9 +131,12 @@ def test_permutation_is_not_far_from_uniform() -> None:
 
 
 def test_order_is_frozen(tmp_path: Path) -> None:
-    """Resuming an old run needs the old order: this digest may only change together with a new format version."""
+    """Resuming an old run needs the old order: these digests may only change together with ORDER_VERSION."""
     data = corpus(tmp_path / "c", [(7 * i) % 23 for i in range(3000)])
-    assert SampleOrder(data, 16, 1234, native=False).digest(0, 3000) == "295a2944dce4d687e1ba917b9a5798c4"
+    several = corpus(tmp_path / "d", [(7 * i) % 23 for i in range(60_000)])  # 3 or 4 documents a block
+    digests = [SampleOrder(data, 16, 1234, native=False).digest(0, 3000)]
+    digests.append(SampleOrder(several, 16, 1234, native=False).digest(0, 1000))
+    assert (ORDER_VERSION, digests) == (2, ["ad7188c7bca569e2ffb2375467586784", "60d307da72d1721584fd4ae93ceb1f09"])
 
 
 @settings(deadline=None, max_examples=60)
@@ -124,10 +144,11 @@ def test_order_is_frozen(tmp_path: Path) -> None:
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=40),
     seq_len=st.integers(1, 12),
     seed=st.integers(0, 2**64 - 1),
-    block=st.sampled_from([1, 3, 4, 1024]),
+    blocks=st.integers(1, 40),
+    group=st.sampled_from([1, 3, 4, 9, 1024]),
 )
 def test_equals_the_oracle(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, seed: int, block: int
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, seed: int, blocks: int, group: int
 ) -> None:
     data = raw_corpus(tmp_path_factory.mktemp("o") / "c", lengths)
     if data.num_tokens <= seq_len:
@@ -136,26 +157,42 @@ def test_equals_the_oracle(
         return
     n = (data.num_tokens - 1) // seq_len
     samples = np.array([0, n - 1, n, 3 * n - 1, 2 * n // 3], np.int64)
-    expected = [sample_oracle(data, seq_len, seed, int(i), block) for i in samples]
+    blocks = min(blocks, len(data))
+    expected = [sample_oracle(data, seq_len, seed, int(i), blocks, group) for i in samples]
     for native in [False, True] if BUILT else [False]:
-        order = SampleOrder(data, seq_len, seed, native=native, block_documents=block)
-        assert order.samples_per_epoch == n
+        order = SampleOrder(data, seq_len, seed, native=native, blocks=blocks, group_blocks=group)
+        assert order.samples_per_epoch == n and order.tail == data.num_tokens - 1 - n * seq_len
         assert order.gather(samples).tolist() == expected
+        for row, sample in zip(expected, samples.tolist()):
+            parts = [data[document][offset : offset + take] for document, offset, take in order.parts(sample)]
+            assert np.concatenate(parts).tolist() == row and all(len(part) for part in parts)
+        assert order.gather_tail(1).tolist() == stream_oracle(data, seed, 1, blocks, group)[n * seq_len :]
 
 
 @pytest.mark.parametrize("native", NATIVE)
-def test_more_documents_than_a_block(tmp_path: Path, native: bool) -> None:
+def test_more_documents_than_a_group(tmp_path: Path, native: bool) -> None:
+    """Blocks and groups as they are: a document each for so few, in 3 groups of up to 1,024."""
     data = corpus(tmp_path / "c", [i % 5 for i in range(2700)])
     order = SampleOrder(data, 7, 5, native=native)
     samples = np.array([0, 1, 100, order.samples_per_epoch, 2 * order.samples_per_epoch - 1], np.int64)
-    assert order.gather(samples).tolist() == [sample_oracle(data, 7, 5, int(i), 1024) for i in samples]
+    expected = [sample_oracle(data, 7, 5, int(i), len(data), 1024) for i in samples]
+    assert order.gather(samples).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("documents", "blocks"),
+    [(1, 1), (1000, 1000), (16_384, 16_384), (16_385, 16_384), (100_000, 16_384), (6_553_599, 16_384)]
+    + [(6_553_600, 65_536), (8_000_000, 65_536), (10**8, 2**18), (10**9, 2**22)],
+)
+def test_blocks_of(documents: int, blocks: int) -> None:
+    assert blocks_of(documents) == blocks
 
 
 @pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_each_token_exactly_once_an_epoch(tmp_path: Path, native: bool, epoch: int) -> None:
     data = corpus(tmp_path / "c", [3, 0, 5, 1, 9, 2, 30, 11, 7, 6, 4, 3])  # 81 tokens: 80 samples of 1
-    order = SampleOrder(data, 1, 3, native=native, block_documents=4)
+    order = SampleOrder(data, 1, 3, native=native, blocks=3, group_blocks=2)
     n = order.samples_per_epoch
     pairs = order.gather(np.arange(epoch * n, (epoch + 1) * n))
     assert len({tuple(p) for p in pairs.tolist()}) == n == 80
@@ -186,27 +223,26 @@ def test_positions_beyond_32_bits(tmp_path: Path, native: bool) -> None:
         for document, mark in enumerate((11, 22, 33, 44)):  # one at each document's last token
             out.seek(int(lengths[: document + 1].sum()) - 1)
             out.write(bytes([mark]))
-    for block in (1, 4):
-        order = SampleOrder(IndexedDataset(tmp_path / "v"), 1, 8, native=native, block_documents=block)
+    for blocks in (1, 4):
+        order = SampleOrder(IndexedDataset(tmp_path / "v"), 1, 8, native=native, blocks=blocks)
         n = order.samples_per_epoch
         assert n == total - 1 > 2**32
         for epoch in (0, 3, 2**20):
-            state = order._epoch(epoch)
-            inner = permute(4, derive(state.document_key, 0), np.arange(4))
-            documents = state.order if block == 1 else inner
-            assert int(state.prefix[-1]) == total == 5_000_000_000
+            documents = document_oracle(4, 8, epoch, blocks, 1024)
             for border, document in list(zip(np.cumsum(lengths[documents]), documents))[:3]:
-                sample = epoch * n + _inverse(n, state.sample_key, int(border) - 1)  # the two tokens around the border
-                assert order.gather(np.array([sample])).tolist() == [[11 * (int(document) + 1), 0]]
+                key = derive_key(8, "samples", epoch)
+                sample = epoch * n + _inverse(n, key, int(border) - 1)  # the two tokens around the border
+                assert order.gather(np.array([sample])).tolist() == [[11 * (document + 1), 0]]
 
 
 @pytest.mark.parametrize("native", NATIVE)
-@pytest.mark.parametrize("documents", [1, 2, 3, 5, 16, 17, 64, 100, 255, 257, 1000, 1023, 1024, 1025, 2047])
-def test_blocks_of_every_size(tmp_path: Path, native: bool, documents: int) -> None:
-    """The last block is shorter and has another network; one document a row, so that rows name the order."""
+@pytest.mark.parametrize("documents", [1, 2, 3, 5, 16, 17, 64, 255, 1000, 1023, 1024, 1025, 1300, 2047, 3000])
+def test_groups_of_every_size(tmp_path: Path, native: bool, documents: int) -> None:
+    """The last group is smaller, its quarters have other networks; one document a row, so that rows name the order."""
     data = corpus(tmp_path / "c", [4] * documents + [1])
-    order = SampleOrder(data, 4, 9, native=native)
-    stream = np.array(stream_oracle(data, 9, 0, 1024))
+    blocks = documents - documents // 3
+    order = SampleOrder(data, 4, 9, native=native, blocks=blocks)
+    stream = np.array(stream_oracle(data, 9, 0, blocks))
     index = permute(order.samples_per_epoch, derive_key(9, "samples", 0), np.arange(order.samples_per_epoch))
     assert np.array_equal(order.gather(np.arange(len(index))), stream[index[:, None] * 4 + np.arange(5)])
 
@@ -217,9 +253,9 @@ def _inverse(n: int, key: int, target: int) -> int:
     x = target
     while True:
         left, right = divmod(x, 2**half)
-        for r in reversed(range(order_module.ROUNDS)):
-            round_key = order_module.mix64((key + (r + 1) * order_module._GOLDEN) % 2**64)
-            left, right = right ^ (order_module.mix64((left + round_key) % 2**64) % 2**half), left
+        for r in reversed(range(keyed.ROUNDS)):
+            round_key = keyed.mix64((key + (r + 1) * keyed._GOLDEN) % 2**64)
+            left, right = right ^ (keyed.mix64((left + round_key) % 2**64) % 2**half), left
         x = left * 2**half + right
         if x < n:
             return x
@@ -248,54 +284,62 @@ def test_negative_token_is_caught_while_gathering(tmp_path: Path, native: bool, 
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_native_never_leaves_its_arrays() -> None:
-    index: Any = order_module._extension()
+    index: Any = stream_module._extension()
     good: dict[str, Any] = {
         "tokens": np.arange(10, dtype=np.uint16),
         "lengths": np.array([4, 6], np.int32),
         "pointers": np.array([0, 8], np.int64),
-        "order": np.array([0, 1], np.int64),
-        "prefix": np.array([0, 4, 10], np.int64),
-        "key": 1,
-        "block_documents": 1,
-        "positions": np.array([0, 7], np.int64),
-        "count": 3,
-        "limit": 100,
+        "blocks": 2,
+        "group_blocks": 1,
+        "block_key": 3,
+        "document_key": 1,
+        "round_key": 1,
     }
-    assert index.gather(**good)[0].tolist() == [[0, 1, 2], [7, 8, 9]]
+    asked: dict[str, Any] = {"positions": np.array([0, 7], np.int64), "count": 3, "limit": 100}
+    assert index.Stream(**good).gather(**asked)[0].tolist() == [[0, 1, 2], [7, 8, 9]]
     bad: list[tuple[str, Any]] = [
         ("positions", np.array([8])),
         ("positions", np.array([-1])),
+        ("positions", np.array([10])),
         ("positions", np.array([2**62])),
+        ("positions", np.array([0.0])),
         ("pointers", np.array([0, 10])),
         ("pointers", np.array([-2, 8])),
+        ("pointers", np.array([2, 8])),
         ("pointers", np.array([0, 2**62])),
+        ("pointers", np.array([0, -(2**63)])),
         ("pointers", np.array([0, 9])),
+        ("pointers", np.array([0])),
         ("lengths", np.array([4, 7], np.int32)),
         ("lengths", np.array([-4, 6], np.int32)),
         ("lengths", np.array([4.0, 6.0])),
-        ("order", np.array([0, 5])),
-        ("order", np.array([-1, 1])),
-        ("order", np.array([0])),
-        ("prefix", np.array([0, 4])),
-        ("prefix", np.array([5, 4, 10])),
-        ("prefix", np.array([-(2**63), 2**62, 2**62])),
         ("tokens", np.arange(10.0)),
         ("tokens", np.arange(20, dtype=np.uint16)[::2]),
         ("tokens", np.arange(9, dtype=np.uint16)),
         ("tokens", np.arange(10, dtype=">u2")),
         ("count", 0),
         ("limit", 0),
-        ("block_documents", 0),
-        ("block_documents", 2**62),
+        ("blocks", 0),
+        ("blocks", -1),
+        ("blocks", 3),
+        ("blocks", 2**62),
+        ("group_blocks", 0),
+        ("group_blocks", 1025),
     ]
     for name, value in bad:
         with pytest.raises((ValueError, IndexError)):
-            index.gather(**{**good, name: value})
+            changed = {**good, **asked, name: value}
+            index.Stream(**{key: changed[key] for key in good}).gather(**{key: changed[key] for key in asked})
+    for name, at, value in [("lengths", 0, -4), ("lengths", 1, 2**31 - 1), ("pointers", 1, 2**40), ("pointers", 0, -2)]:
+        there = {**good, name: good[name].copy()}
+        stream = index.Stream(**there)
+        stream.gather(**asked)
+        there[name][at] = value  # the file changes after its groups were added up
+        with pytest.raises(IndexError):
+            stream.gather(np.array([0, 0, 4, 5]), 5, 100)
     for n, key, at in [(0, 1, [0]), (5, 1, [5]), (5, 1, [-1]), (2**64 - 1, 1, [0])]:
         with pytest.raises((ValueError, IndexError)):
             index.permute(n, key, np.array(at))
-    with pytest.raises(ValueError, match="block_prefix"):
-        index.block_prefix(np.array([2**62, 2**62]), 1)
 
 
 def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +348,7 @@ def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pyt
     if BUILT:
         assert SampleOrder(data, 8, 1, native=True).digest(0, 100) == expected
     monkeypatch.setitem(sys.modules, "engine._index", None)
-    order_module._extension.cache_clear()
+    stream_module._extension.cache_clear()
     try:
         with pytest.warns(UserWarning) as caught:
             orders = [SampleOrder(data, 8, 1), SampleOrder(data, 8, 1)]
@@ -313,7 +357,7 @@ def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(DataError, match="not built"):
             SampleOrder(data, 8, 1, native=True)
     finally:
-        order_module._extension.cache_clear()
+        stream_module._extension.cache_clear()
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:

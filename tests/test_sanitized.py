@@ -1,6 +1,6 @@
 """csrc built with the address and undefined-behaviour sanitizers.
 
-index.cpp runs under the tests of what it does; the CPU kernels of the operators under a driver of their own
+index*.cpp run under the tests of what it does; the CPU kernels of the operators under a driver of their own
 (ops_driver.cpp), without Python and torch.
 """
 
@@ -50,7 +50,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
         "-fPIC",
         "-shared",
         *includes,
-        str(ROOT / "csrc/index.cpp"),
+        *map(str, sorted((ROOT / "csrc").glob("index*.cpp"))),
         "-o",
         str(target),
     ]

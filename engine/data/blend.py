@@ -22,8 +22,8 @@ Taking of each open job the fraction frac(n * w_k) satisfies both, as fractions 
 families of conditions are chains, so the fractional solution can be rounded; `border` does it by walking the open jobs
 in the order of their releases, and whenever the sum of fractions passes an integer, choosing the earliest deadline
 among those walked past, which leaves the fewest late deadlines. Hall's condition then holds on the block between two
-borders, and earliest deadline first finds the schedule. `csrc/index.cpp` does the same; tests hold the two equal and
-count every prefix.
+borders, and earliest deadline first finds the schedule. `csrc/index_blend.cpp` does the same; tests hold the two equal
+and count every prefix.
 
 Memory: two blocks. Time: a block is some microseconds to milliseconds; nothing is played from the beginning.
 """
@@ -40,7 +40,9 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.order import Int64Array, SampleOrder, extension
+from engine.data.keyed import Int64Array
+from engine.data.order import SampleOrder
+from engine.data.stream import extension
 from engine.errors import DataError
 
 MAX_TOTAL = 1 << 40  # of integer weights: what is rounded away is a sample in 10^12

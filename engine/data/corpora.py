@@ -15,8 +15,9 @@ from engine.config import Config
 from engine.data.blend import BlendedOrder, Phase, integer_weights, smallest_share
 from engine.data.fim import FillInTheMiddle
 from engine.data.indexed import IndexedDataset
+from engine.data.keyed import derive_key
 from engine.data.loader import LossMask
-from engine.data.order import SampleOrder, derive_key
+from engine.data.order import SampleOrder
 from engine.data.special import fill_in_the_middle, masked_labels
 from engine.data.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, Fault

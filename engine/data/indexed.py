@@ -49,7 +49,7 @@ SIDECAR_VERSION = 1
 SIDECAR_DIGEST = "sidecar_digest"
 UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
 MAX_SEQUENCE_TOKENS = 2**31 - 1
-NATIVE_INTERFACE = 3  # of csrc/index.cpp, counted up when a signature changes: an older build is refused, not called
+NATIVE_INTERFACE = 4  # of csrc/index.cpp, counted up when a signature changes: an older build is refused, not called
 _CHUNK = 1 << 22  # elements a check looks at in one go: bounds memory, whatever the size of the corpus
 
 IntArray = npt.NDArray[Any]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from engine.data.indexed import paths_of
 from engine.data.inputs import STDIN
-from engine.data.order import derive_key
+from engine.data.keyed import derive_key
 from engine.data.parts import Parts
 from engine.data.report import ProgressEvent
 from engine.data.sources import Batch, Source

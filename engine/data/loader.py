@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from engine.data.fim import FillInTheMiddle
-from engine.data.order import Int64Array
+from engine.data.keyed import Int64Array
 from engine.documents import Documents
 from engine.errors import DataError
 

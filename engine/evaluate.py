@@ -72,11 +72,11 @@ class Evaluator:
     ):
         self.batch = batch or cfg.train.global_batch_size
         self.plan, self.stages, self.ctx, self.dataset, self.cfg = plan, stages, ctx, dataset, cfg
-        self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed)
+        self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed, short=True)
         self.eod = end_of_document([dataset], "separate_documents") if cfg.data.separate_documents else None
 
     def run(self, batches: int) -> Score:
-        """Score the first `batches` global batches of the sample order, 0: the whole corpus once. Collective."""
+        """Score the first `batches` global batches of the order, 0: every label of the corpus once. Collective."""
         score = self.run_unless(lambda: False, batches)
         assert score is not None
         return score
@@ -84,7 +84,7 @@ class Evaluator:
     def run_unless(self, stopping: Callable[[], bool], batches: int) -> Score | None:
         """As `run`, but None once `stopping` is true: asked before each global batch, the same on all ranks."""
         ctx, mbs = self.ctx, self.cfg.train.micro_batch_size
-        total = self.order.samples_per_epoch
+        total = self.order.samples_per_epoch + (self.order.tail > 0)  # the last one is shorter
         if batches:
             total = min(total, batches * self.batch)
         mine = np.arange(ctx.data.rank, total, ctx.data.size, dtype=np.int64)
@@ -105,9 +105,13 @@ class Evaluator:
         padded = -(-count // mbs) * mbs
         rows = torch.zeros(padded, self.cfg.train.seq_len + 1, dtype=torch.int64)
         mask = torch.zeros(padded, self.cfg.train.seq_len, dtype=torch.bool)
-        if len(samples):
-            rows[: len(samples)] = torch.from_numpy(self.order.gather(samples))
-            mask[: len(samples)] = True
+        whole = samples[samples < self.order.samples_per_epoch]
+        if len(whole):
+            rows[: len(whole)] = torch.from_numpy(self.order.gather(whole))
+            mask[: len(whole)] = True
+        if len(whole) < len(samples):
+            rows[len(whole), : self.order.tail + 1] = torch.from_numpy(self.order.gather_tail())
+            mask[len(whole), : self.order.tail] = True
         parts = [slice(i, i + mbs) for i in range(0, padded, mbs)]
         batches = [self._batch(rows[p], mask[p]).to(self.ctx.device) for p in parts]
         losses = execute(forward_only(self.plan, len(batches)), self.stages, self.ctx, batches, token_weight=1.0)

@@ -65,6 +65,7 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     if source:
         past = read_manifest(Path(source), storage_of(cfg.checkpoint.secret)).data
         data = follow(data, cfg, state.step, state.consumed_samples, past)
+    data.order.begin_at(state.order_begin)
     if not source and cfg.checkpoint.init:
         begun = start_from(state, Path(cfg.checkpoint.init))
         if ctx.rank == 0:
@@ -77,6 +78,8 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
     console.start(state.step, source, num_parameters(cfg.model))
     if source and (changed := state.lineage[-1].changed):
         console.note(changed_since(changed, state.scale))
+    if state.order_begin:
+        console.note(f"the sample order is another since sample {state.order_begin:,}: epochs are counted from there")
     for note in data.notes:
         console.note(note)
     if state.plan.microbatches < ctx.pipeline.size:

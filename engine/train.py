@@ -19,7 +19,15 @@ import torch
 from engine.checkpoint.convert import open_source
 from engine.checkpoint.format import MODEL, Ancestor, find, newest, step_dir, steps_descending
 from engine.checkpoint.hf import HfReader
-from engine.checkpoint.lineage import changes, code_versions, descend, differences, refuse
+from engine.checkpoint.lineage import (
+    ORDER_BEGIN,
+    changes,
+    code_versions,
+    descend,
+    differences,
+    order_begin,
+    refuse,
+)
 from engine.checkpoint.load import Reader, Source, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.seal import storage_of
@@ -49,6 +57,7 @@ from engine.sharding import Parameter, initialise_, parameters
 class TrainState:
     """One rank's share of a run. step: updates done; consumed_*: over all ranks since the beginning of the run.
 
+    order_begin: the sample at which epoch 0 of the sample order began; above 0 where it was another order before.
     stages: the pipeline stages on this rank by number; params: of all of them, each once. before_update: returns when
     weights and moments may change (a save in the background may still be copying them).
     """
@@ -65,6 +74,7 @@ class TrainState:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    order_begin: int = 0
     lineage: tuple[Ancestor, ...] = ()
     before_update: Callable[[], None] = lambda: None
 
@@ -238,7 +248,7 @@ def facts_of(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
         "consumed_tokens": state.consumed_tokens,
         "optimizer": {"steps": state.optimizer.steps, **state.scale.facts()},
         "config": state.cfg.model_dump(),
-        "data": data_facts,
+        "data": data_facts | ({ORDER_BEGIN: state.order_begin} if state.order_begin else {}),
         "versions": code_versions(),
         "lineage": state.lineage,
     }
@@ -288,6 +298,7 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
     state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))
     state.scale.take(manifest.optimizer, manifest.config["train"]["precision"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
+    state.order_begin = order_begin(manifest, data_facts)
     state.lineage = descend(folder, manifest, allowed, changes(manifest, state.cfg))
 
 

@@ -227,6 +227,17 @@ def test_each_source_goes_through_its_own_order_across_changes(tmp_path: Path, n
     assert np.array_equal(BlendedOrder(orders, PHASES[:2]).locate(np.arange(160))[1], numbers[:160])
 
 
+def test_every_source_begins_anew_where_another_order_ended(tmp_path: Path) -> None:
+    """From sample 130 on, inside a phase: each source from its epoch 0 on, whose turn it is stays."""
+    before, blend = two_orders(tmp_path), BlendedOrder(two_orders(tmp_path), PHASES)
+    blend.begin_at(130)
+    sources, rows, seen = blend.sources(np.arange(130, 400)), blend.gather(np.arange(130, 400)), [0, 0, 0]
+    assert np.array_equal(sources, BlendedOrder(before, PHASES).sources(np.arange(130, 400))) and len(set(sources)) == 3
+    for k, row in zip(sources.tolist(), rows.tolist()):
+        assert row == before[k].gather(np.array([seen[k]]))[0].tolist()
+        seen[k] += 1
+
+
 def test_phases_are_checked(tmp_path: Path) -> None:
     orders = two_orders(tmp_path)
     for phases in ((), (Phase(1, (1, 1, 1)),), (Phase(0, (1, 1, 1)), Phase(0, (1, 2, 1)))):

@@ -69,12 +69,24 @@ def test_the_score_does_not_depend_on_the_layout(corpus: Path, batches: int) -> 
     samples = SampleOrder(dataset, 16, 1234).samples_per_epoch
     assert samples % 2 == 1
     one = score(corpus, (1, 1, 1), 1, batches)
-    assert one.tokens == 16 * (min(samples, 2 * 4) if batches else samples)
+    assert dataset.num_tokens - 1 > 16 * samples, "there is a tail, which belongs to the whole corpus"
+    assert one.tokens == (16 * 2 * 4 if batches else dataset.num_tokens - 1)
     assert one.bpb == pytest.approx(one.loss / math.log(2) * dataset.num_tokens / TEXT_BYTES)
     assert one.ppl == pytest.approx(math.exp(one.loss))
     for degrees, mbs in [((2, 1, 1), 2), ((1, 2, 1), 4), ((1, 1, 4), 1), ((2, 2, 1), 2), ((1, 2, 2), 2)]:
         other = score(corpus, degrees, mbs, batches)
         assert other.tokens == one.tokens and other.loss == pytest.approx(one.loss, rel=1e-12)
+
+
+def test_a_corpus_shorter_than_a_sample_is_scored(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "short", vocab_size=MODEL["vocab_size"]) as writer:
+        for length in (3, 4, 5):
+            writer.add(np.arange(length) * 7 % 61)
+        writer.finish({})
+    one = score(tmp_path / "short", (1, 1, 1), 1, 0)
+    assert one.tokens == 11 and 3 < one.loss < 6
+    for degrees, mbs in [((1, 1, 2), 2), ((2, 2, 1), 4)]:
+        assert score(tmp_path / "short", degrees, mbs, 0).loss == pytest.approx(one.loss, rel=1e-12)
 
 
 def test_logits_do_not_depend_on_the_layout() -> None:

@@ -76,11 +76,11 @@ def test_the_parts_of_a_sample_are_its_tokens(tmp_path: Path) -> None:
 
 def test_samples_show_borders(prefix: Path, tokenizer: Tokenizer) -> None:
     data = IndexedDataset(prefix)
-    (text,) = decoded_samples(data, tokenizer, 60, 1, 4)
+    (text,) = decoded_samples(data, tokenizer, 60, 1, 5)
     marks = text.count("⟦document ")
     assert marks >= 3 and " from token " in text
     sample = int(text.split()[1].rstrip(":"))
-    assert [document for document, _, _ in SampleOrder(data, 60, 4).parts(sample)] == [
+    assert [document for document, _, _ in SampleOrder(data, 60, 5).parts(sample)] == [
         int(part.split("⟧")[0].split()[0]) for part in text.split("⟦document ")[1:]
     ]
 

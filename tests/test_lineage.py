@@ -13,7 +13,7 @@ from harness import run_ranks
 
 from engine.checkpoint.format import read_manifest
 from engine.checkpoint.inspect import summary, tensor_facts
-from engine.checkpoint.lineage import DATA_FIELDS, code_versions, field_of, tell
+from engine.checkpoint.lineage import DATA_FIELDS, ORDER_BEGIN, code_versions, field_of, tell
 from engine.checkpoint.load import Reader
 from engine.context import ParallelContext
 from engine.data.corpora import data_facts, fingerprint, open_training
@@ -63,6 +63,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({}, {"fingerprint": "b"}, "data.fingerprint"),
         ({}, {"tokenizer_digest": "u"}, "data.tokenizer_digest"),
         ({}, {"mask_eod": 0}, "data.mask_eod"),
+        ({}, {"order": 2}, "data.order"),  # the checkpoint says none: the first
         ({}, {"source 0, web": "1 documents"}, "data.source"),
         ({}, {"mixture from step 0": "web 1"}, "data.mixture"),
     ],
@@ -78,6 +79,22 @@ def test_each_field_is_refused_allowed_and_remembered(
     (parent,) = read_manifest(second).lineage
     assert (parent.checkpoint, parent.step) == (str(first), 1)
     assert [field_of(name) for name in parent.allowed] == [field] and parent.versions == code_versions()
+
+
+def test_another_order_begins_where_it_was_allowed(first: Path, tmp_path: Path) -> None:
+    """It is said how to go on, and later saves and resumes know where epoch 0 of the new order began."""
+    with pytest.raises(AssertionError, match=r"(?s)data.order: checkpoint 1, now 2.*start of an epoch"):
+        go(tmp_path, FACTS | {"order": 2}, first)
+    second = go(tmp_path, FACTS | {"order": 2}, first, checkpoint_allow="data.order")
+    third = go(tmp_path, FACTS | {"order": 2}, second)
+    assert [read_manifest(folder).data.get(ORDER_BEGIN) for folder in (first, second, third)] == [None, 4, 4]
+    fourth = go(tmp_path, FACTS | {"order": 3}, third, checkpoint_allow="data.order")
+    assert read_manifest(fourth).data[ORDER_BEGIN] == 12
+    assert [parent.allowed for parent in read_manifest(fourth).lineage] == [
+        {"data.order": ("1", "2")},
+        {},
+        {"data.order": ("2", "3")},
+    ]
 
 
 def test_a_changed_mixture_of_the_future_is_no_difference(first: Path, tmp_path: Path) -> None:

@@ -186,6 +186,7 @@ def test_one_corpus_stays_as_it_was(corpora: Path) -> None:
     dataset = IndexedDataset(corpora / "web")
     assert (data.names, data.notes) == ((), ())
     assert data.facts == {
+        "order": 2,
         "prefix": str(corpora / "web"),
         "num_documents": 150,
         "num_tokens": dataset.num_tokens,

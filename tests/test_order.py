@@ -367,3 +367,25 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
             SampleOrder(data, seq_len, seed)
     with pytest.raises(DataError, match="sample numbers"):
         SampleOrder(data, 8, 1).gather(np.array([-1]))
+
+
+@pytest.mark.parametrize("native", NATIVE)
+def test_an_order_may_begin_later(tmp_path: Path, native: bool) -> None:
+    data = corpus(tmp_path / "c", [9] * 30)
+    order, later = (SampleOrder(data, 8, 1, native=native) for _ in range(2))
+    later.begin_at(5)
+    assert np.array_equal(later.gather(np.arange(5, 80)), order.gather(np.arange(75)))
+    assert later.parts(40) == order.parts(35)
+    with pytest.raises(DataError, match="each >= 5"):
+        later.gather(np.array([4]))
+
+
+def test_a_short_corpus_is_a_tail(tmp_path: Path) -> None:
+    data = corpus(tmp_path / "c", [3, 4])
+    order = SampleOrder(data, 16, 1, short=True)
+    assert (order.samples_per_epoch, order.tail) == (0, 6)
+    assert sorted(order.gather_tail().tolist()) == list(range(1, 8))
+    with pytest.raises(DataError, match=r"7 tokens make no sample: one needs seq_len \+ 1 = 17"):
+        SampleOrder(data, 16, 1)
+    with pytest.raises(DataError, match="1 tokens make no label: a label needs a token before it"):
+        SampleOrder(corpus(tmp_path / "d", [1]), 16, 1, short=True)

@@ -34,6 +34,7 @@ _RATE = "schedule"  # allows a learning rate that jumps
 _JUMP = 0.01  # of the larger of two rates: more is one
 # Facts of the data by their field (engine.data.corpora makes them).
 DATA_FIELDS = (
+    "order",
     "num_documents",
     "num_tokens",
     "fingerprint",
@@ -45,6 +46,13 @@ DATA_FIELDS = (
     "separate_documents",
     "fim",
 )
+
+# A fact of the place, not of the data: the sample at which epoch 0 of this order began, in runs that went over to it.
+ORDER_BEGIN = "order_begin"
+_ORDER_CHANGED = """
+data.order is the version of the sample order: at the number of samples read so far, this engine's order stands at other
+tokens. Allowed, the rest of the run reads in the new order, from the start of an epoch; to stay in the old one, go on
+with the engine that wrote the checkpoint ({engine})."""
 
 Differences = dict[str, tuple[Any, Any]]
 
@@ -74,9 +82,11 @@ def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) 
     then, here = _past(declared, manifest.step), _past(data_facts, manifest.step)
     if "fingerprint" not in then:  # written before there was one
         here.pop("fingerprint", None)
+    if "order" in here:
+        then.setdefault("order", 1)  # likewise
     pairs = {f"model.{k}": (old["model"][k], v) for k, v in now["model"].items() if k not in _FREE}
     pairs |= {f"train.{k}": (old["train"][k], now["train"][k]) for k in _TRAIN}
-    pairs |= {f"data.{k}": (then.get(k), here.get(k)) for k in (then | here) if k != "prefix"}
+    pairs |= {f"data.{k}": (then.get(k), here.get(k)) for k in (then | here) if k not in ("prefix", ORDER_BEGIN)}
     rates = _next_rates(manifest, cfg)
     if manifest.step < cfg.train.steps and abs(rates[0] - rates[1]) > _JUMP * max(rates):
         pairs[f"{_RATE} (learning rate of step {manifest.step + 1})"] = rates
@@ -143,6 +153,13 @@ def _declared(facts: Mapping[str, Any], batch: int) -> dict[str, Any]:
     return {**facts, **steps}
 
 
+def order_begin(manifest: Manifest, data_facts: Mapping[str, Any]) -> int:
+    """The sample number at which a run that goes on from this checkpoint began with epoch 0 of its order."""
+    if manifest.data.get("order", 1) == data_facts.get("order", 1):
+        return int(manifest.data.get(ORDER_BEGIN, 0))
+    return manifest.consumed_samples
+
+
 def field_of(name: str) -> str:
     """The word that allows a difference: `data.source 0, web` is field `data.source`."""
     return name.partition(" ")[0]
@@ -169,6 +186,7 @@ def refuse(folder: Path, manifest: Manifest, found: Differences, cfg: Config) ->
         raise CheckpointError(
             f"{folder} {'belongs to another run' if fields != [_RATE] else 'had another learning rate'}:\n"
             + "\n".join(f"  - {name}: checkpoint {_shown(a)}, now {_shown(b)}" for name, (a, b) in refused.items())
+            + (_ORDER_CHANGED.format(engine=manifest.versions.get("engine")) if "data.order" in refused else "")
             + "\nUse the old values, or another --run.dir for a new run."
             + (_same_curve(manifest, cfg) if _RATE in fields else "")
             + f' If the change is meant, allow these very fields: --checkpoint.allow "{" ".join(fields)}"'

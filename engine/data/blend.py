@@ -209,6 +209,11 @@ class BlendedOrder:
         counts[self._active[phase]] += self._turns[phase].counts(n - int(self._starts[phase]))
         return counts
 
+    def begin_at(self, sample: int) -> None:
+        """Let every source begin with epoch 0 at its first sample from `sample` on; there are none before it."""
+        for order, count in zip(self.orders, self.counts(sample).tolist()):
+            order.begin_at(count)
+
     def counts(self, n: int) -> Int64Array:
         """Samples of each source among the first n, int64 [sources]."""
         return self._counts(int(np.searchsorted(self._starts, n, side="right")) - 1, n)

@@ -17,7 +17,7 @@ from engine.data.fim import FillInTheMiddle
 from engine.data.indexed import IndexedDataset
 from engine.data.keyed import derive_key
 from engine.data.loader import LossMask
-from engine.data.order import SampleOrder
+from engine.data.order import ORDER_VERSION, SampleOrder
 from engine.data.special import fill_in_the_middle, masked_labels
 from engine.data.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, Fault
@@ -166,6 +166,7 @@ def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
     """What a checkpoint remembers of its corpora, over all of them."""
     return {
         "prefix": prefix,
+        "order": ORDER_VERSION,
         "num_documents": sum(dataset.num_documents for dataset in datasets),
         "num_tokens": sum(dataset.num_tokens for dataset in datasets),
         "fingerprint": xxhash.xxh3_64("".join(map(fingerprint, datasets)).encode()).hexdigest(),

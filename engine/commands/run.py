@@ -50,6 +50,7 @@ def train(args: list[str]) -> int:
         check(resolved.config)
     except ConfigError:
         if env.rank > 0:  # every rank finds the same faults: rank 0 tells them, and torchrun then ends the others
+            stop.release()  # torchrun's SIGTERM ends the wait, or all would be told twice
             time.sleep(30)
         raise
     cfg = resolved.config

@@ -259,6 +259,20 @@ def _write(facts: Facts, family: Family) -> dict[str, Any]:
     return config
 
 
+def rope_forms(facts: Facts, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of rotary positions in the forms of transformers 4 and 5, beside what `config` holds in one of them."""
+    if not family.rope_keys:
+        return {}
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = "default" if facts["rope_scaling"] == "none" else facts["rope_scaling"]
+    inner = {"rope_type": kind} | given | {"rope_theta": facts["rope_theta"]}
+    usual = {"rotary_fraction": 1.0, **family.rope_defaults}
+    outside = {
+        key: facts[fact] for key, fact in family.rope_keys.items() if key in config or facts[fact] != usual.get(fact)
+    }
+    return outside | {"rope_parameters": inner} | ({"rope_scaling": inner} if kind != "default" else {})
+
+
 def facts_of(path: Path, max_seq_len: int | None = None) -> tuple[Facts, str]:
     """(model.* facts, what said so) of a Hugging Face folder, or of one of our checkpoints or run folders.
 

@@ -202,7 +202,7 @@ def test_what_lies_beside_the_weights_comes_back(tmp_path: Path) -> None:
     (tmp_path / "hf/chat_template.jinja").write_text("{{ messages }}")
     folder, notes = import_folder(tmp_path / "hf", tmp_path / "run")
     assert any("attn_pdrop 0.1: the engine trains without dropout" in note for note in notes)
-    export(folder, tmp_path / "back", dtype=None, tokenizer=tmp_path / "run/tokenizer", eod=3)
+    export(folder, tmp_path / "back", dtype=None, tokenizer=tmp_path / "run/tokenizer", eod=0)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         same_bytes(tmp_path / "back" / name, tmp_path / "hf" / name)
     assert meaning(tmp_path / "hf") == meaning(tmp_path / "back")

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.format import MODEL, find, step_dir
-from engine.checkpoint.hf import CONFIG, INDEX, HfReader, assembled, contents, places
+from engine.checkpoint.hf import CONFIG, GENERATION, INDEX, HfReader, assembled, contents, places, token_ids
 from engine.checkpoint.lineage import code_versions
 from engine.checkpoint.load import Reader, Source
 from engine.checkpoint.megatron.files import is_megatron
@@ -34,14 +35,14 @@ from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError, SecretError
 from engine.families import FAMILIES, HARMLESS, Family
 from engine.files import sync_folder, write_synced
-from engine.hf_config import read_config, read_json, write_config
+from engine.hf_config import read_config, read_json, rope_forms, write_config
 from engine.layout import Layout
 from engine.relations import relations
 from engine.resolve import model_config
 
 MAX_SHARD_BYTES = 4 << 30
-GENERATION = "generation_config.json"
 BESIDE = "hugging_face"  # folder of a run
+TOKENIZER_FACTS = "tokenizer_facts.json"  # in it: how the folder's own tokenizer ended documents
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,6 +51,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -83,11 +87,24 @@ def open_source(path: Path, max_seq_len: int | None = None, storage: Storage = D
 
 def copy_beside(source: Path, run: Path) -> None:
     """Keep in a run folder what an export gives back, of the Hugging Face folder or the checkpoint it starts from."""
-    folder = source if (source / CONFIG).exists() else source.parent.parent / BESIDE
-    for name in (CONFIG, GENERATION):
+    foreign = (source / CONFIG).exists()
+    folder = source if foreign else source.parent.parent / BESIDE
+    for name in (CONFIG, GENERATION, TOKENIZER_FACTS):
         if (folder / name).is_file():
             (run / BESIDE).mkdir(parents=True, exist_ok=True)
             write_synced(run / BESIDE / name, (folder / name).read_bytes())
+    if foreign and (folder / "tokenizer.json").is_file():
+        with suppress(DataError):
+            facts = {"eos_token_id": Tokenizer.load(folder).eod}
+            write_synced(run / BESIDE / TOKENIZER_FACTS, json.dumps(facts).encode() + b"\n")
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of what is a tokenizer's in a folder, further chat templates too."""
+    further = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()] + [
+        f"{p.parent.name}/{p.name}" for p in further
+    ]
 
 
 def import_folder(
@@ -178,22 +195,24 @@ def _run_config(model: ModelConfig, out: Path, precision: str) -> Config:
 
 
 def _copy_tokenizer(folder: Path, out: Path) -> list[str]:
-    """Copy the tokenizer's files; where there is no tokenizer.json, make it from a sentencepiece model."""
-    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    """Copy the tokenizer's files; where there is no tokenizer.json, make it from what is there."""
+    found = tokenizer_files(folder)
     if not found:
         return ["no tokenizer in the folder: give one with --tokenizer where it is needed"]
-    out.mkdir(parents=True, exist_ok=True)
     for name in found:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_synced(out / name, (folder / name).read_bytes())
     if "tokenizer.json" in found:
         return []
-    if "tokenizer.model" in found:
-        try:
-            Tokenizer.load(folder / "tokenizer.model").save(out)
-            return ["tokenizer.json made from tokenizer.model"]
-        except DataError as error:
-            return [f"no tokenizer.json in the folder, and none could be made from tokenizer.model: {error}"]
-    return ["no tokenizer.json in the folder: save it again with `AutoTokenizer...save_pretrained`"]
+    other = "tokenizer.model" if "tokenizer.model" in found else "vocab.json"
+    if other not in found:
+        return ["no tokenizer.json in the folder: save it again with `AutoTokenizer...save_pretrained`"]
+    try:
+        made = Tokenizer.load(folder / other)
+    except DataError as error:
+        return [f"no tokenizer.json in the folder, and none could be made from {other}: {error}"]
+    made.save_definition(out)
+    return [f"tokenizer.json made from {other}"]
 
 
 def export(
@@ -205,11 +224,13 @@ def export(
     eod: int | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     storage: Storage = DISK,
+    notes: list[str] | None = None,
 ) -> tuple[Family, int]:
     """Write a checkpoint as a Hugging Face folder; returns the family and the bytes of the weights.
 
     Writes model-*.safetensors with their index, config.json, generation_config.json, and copies the tokenizer's files.
-    dtype: None for that of the checkpoint. eod: id of the end-of-document token, where no folder it came from says.
+    dtype: None for that of the checkpoint. eod: id of the tokenizer's end-of-document token. notes: what was changed
+    of the folder it came from is added, in words.
     Raises CheckpointError when `out` is there already, or no family is this model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -217,8 +238,11 @@ def export(
     beside = folder.parent.parent / BESIDE
     with Reader(folder, storage) as reader:
         cfg = ModelConfig.model_validate(reader.manifest.config["model"])
-        family, config, generation = _describe(cfg, beside, eod)
-        config["dtype"] = config["torch_dtype"] = str(dtype or _widest(reader)).removeprefix("torch.")
+        family, config, generation = _describe(cfg, beside)
+        said = _renamed_end(beside, config, generation, eod)
+        if notes is not None:
+            notes += said
+        config["dtype"] = config["torch_dtype"] = str(dtype or _stated(beside, reader)).removeprefix("torch.")
         temporary = out.parent / f".{out.name}.tmp"
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
@@ -228,8 +252,9 @@ def export(
         except CheckpointError:
             shutil.rmtree(temporary)
             raise
-    for name in TOKENIZER_FILES:
-        if tokenizer is not None and (tokenizer / name).exists():
+    if tokenizer is not None:
+        for name in tokenizer_files(tokenizer):
+            (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizer / name, temporary / name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     for name, facts in ((INDEX, index), (GENERATION, generation), (CONFIG, config)):
@@ -274,7 +299,7 @@ def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _describe(cfg: ModelConfig, beside: Path, eod: int | None) -> tuple[Family, dict[str, Any], dict[str, Any]]:
+def _describe(cfg: ModelConfig, beside: Path) -> tuple[Family, dict[str, Any], dict[str, Any]]:
     """(family, config.json, generation_config.json): what computes this model, with what is kept of its origin."""
     origin = read_json(beside / CONFIG) if (beside / CONFIG).exists() else {}
     near = [f.model_type for f in FAMILIES.values() if cfg.preset.startswith(f.preset)]
@@ -282,16 +307,46 @@ def _describe(cfg: ModelConfig, beside: Path, eod: int | None) -> tuple[Family, 
     if origin and _says(beside / CONFIG, facts):
         family = FAMILIES[origin["model_type"]]
         config = {key: value for key, value in origin.items() if key not in _OF_THE_WRITER}
+        config |= rope_forms(facts, family, config)
     else:
         family, config = write_config(facts, defaults, [str(origin.get("model_type")), *near])
-        config |= _extras(origin, family) if origin else {"bos_token_id": eod, "eos_token_id": eod, "use_cache": True}
-    generation = {"bos_token_id": eod, "eos_token_id": eod, "do_sample": True}
+        config |= _extras(origin, family) if origin else {"use_cache": True}
+    generation: dict[str, Any] = {"do_sample": True}
     if (beside / GENERATION).exists():
         generation = read_json(beside / GENERATION)
     elif origin:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config.get(key) is not None}
     return family, config, generation
+
+
+def _renamed_end(beside: Path, config: dict[str, Any], generation: dict[str, Any], eod: int | None) -> list[str]:
+    """Let the ids of both files be those of the tokenizer, where it is not the folder's any more; notes in words.
+
+    eod ends documents. What the folder says stays where it names eod too, or where its own tokenizer had the same eod.
+    Ids that were the old end (GPT-2's beginning, a padding) follow it.
+    """
+    if not (beside / CONFIG).exists():
+        for facts in (config, generation):
+            facts |= {"bos_token_id": eod, "eos_token_id": eod}
+        return []
+    old = [i for facts in (config, generation) for i in token_ids(facts.get("eos_token_id"))]
+    kept = read_json(beside / TOKENIZER_FACTS) if (beside / TOKENIZER_FACTS).exists() else {}
+    if eod is None or not old or eod in old or kept.get("eos_token_id") == eod:
+        return []
+    for facts in (config, generation):
+        facts |= {key: eod for key in ("bos_token_id", "pad_token_id") if facts.get(key) in old}
+        facts["eos_token_id"] = eod
+    return [f"eos_token_id is {eod}, the tokenizer's: the folder said {', '.join(map(str, dict.fromkeys(old)))}"]
+
+
+def _stated(beside: Path, reader: Reader) -> torch.dtype:
+    """The dtype that the folder's config.json gave its weights, if one of them has it; else what holds all of them."""
+    origin = read_json(beside / CONFIG) if (beside / CONFIG).exists() else {}
+    stored = {
+        str(DTYPES[entry.dtype]).removeprefix("torch."): DTYPES[entry.dtype] for entry in reader.entries[MODEL].values()
+    }
+    return stored.get(str(origin.get("dtype") or origin.get("torch_dtype"))) or _widest(reader)
 
 
 _OF_THE_WRITER = ("auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")

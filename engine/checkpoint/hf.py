@@ -34,6 +34,7 @@ from engine.resolve import model_config
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
 
 
@@ -122,6 +123,8 @@ class HfReader(Source[Located]):
         self.cfg: ModelConfig = model_config(folder, self.described.facts)
         self.notes: list[str] = list(self.described.notes)
         self.spare_head = f"{self.described.family.names['head']}.weight"  # some folders of tied models hold it too
+        if (folder / GENERATION).exists():
+            self.notes += _generation_notes(folder / GENERATION, self.cfg.vocab_size)
         try:
             self.files = self._files()
             self.headers = {key: self._header(file, key) for key, file in self.files.items()}
@@ -298,6 +301,27 @@ def contents(found: Mapping[str, list[Place]]) -> dict[str, list[str]]:
     for name, parts in found.items():
         inside.setdefault(parts[0].key, []).append(name)
     return inside
+
+
+def token_ids(value: Any) -> list[int]:
+    """The ids that a key such as eos_token_id holds: one, several or none. Raises ValueError for anything else."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"{value!r}"[:100] + " is no token id")
+    return list(ids)
+
+
+def _generation_notes(path: Path, vocab_size: int) -> list[str]:
+    """Check a generation_config.json now, as exports give it back; notes of ids that the model does not have."""
+    facts, notes = read_json(path), []
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        try:
+            ids = token_ids(facts.get(key))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {key} {error}; correct it, or remove the file") from None
+        if odd := [i for i in ids if i >= vocab_size]:
+            notes.append(f"{path.name}: {key} {odd[0]} is outside of the vocabulary of {vocab_size}")
+    return notes
 
 
 def _some(names: Sequence[str]) -> str:

@@ -72,6 +72,9 @@ def export(args: list[str]) -> int:
         if o.tokenizer is not None or not imported:
             raise
         print(f"note: {error}")
+        kept = folder.parent.parent / "tokenizer"
+        tokenizer = kept if kept.is_dir() else None  # what came with a folder goes out again, if it can be read or not
+    notes: list[str] = []
     dtype = None if imported and not o.dtype else _dtype(o.dtype or cfg.train.precision)
     family, size = export(
         folder,
@@ -79,9 +82,12 @@ def export(args: list[str]) -> int:
         dtype=dtype,
         tokenizer=tokenizer,
         eod=eod,
+        notes=notes,
         max_shard_bytes=_shard_bytes(o.shard_mib),
         storage=storage,
     )
+    for note in notes:
+        print(f"note: {note}")
     files = "config.json, generation_config.json" + (", tokenizer" if tokenizer else "")
     print(f"wrote {o.output}: {family.architecture}, {size:,} bytes of weights, {files}")
     if o.verify:

@@ -161,6 +161,31 @@ def from_tiktoken(path: Path) -> Converted:
     return tokenizer.to_str(), _companions("<|endoftext|>" if "<|endoftext|>" in special else None)
 
 
+def from_merges(path: Path) -> Converted:
+    """GPT-2's vocab.json with merges.txt beside it. Raises DataError for other tokenizers that have these two files."""
+    config = path.parent / "tokenizer_config.json"
+    try:
+        said = json.loads(config.read_bytes()) if config.is_file() else {}
+        kind = said.get("tokenizer_class", "GPT2Tokenizer")
+        vocab = json.loads(path.read_bytes())
+        lines = (path.parent / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [
+            (left, right) for left, right in (line.split(" ") for line in lines if line[:9] != "#version:" and line)
+        ]
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    except Exception as err:  # the library raises bare Exception
+        raise DataError(f"{path}: not a vocabulary with merges.txt: {err}. Copy both anew.") from err
+    if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast") or (path.parent / "added_tokens.json").exists():
+        raise DataError(f"{path}: how {kind} cuts texts is not known from these files. Give its tokenizer.json.")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(said.get("add_prefix_space", False)))
+    tokenizer.decoder = decoders.ByteLevel()
+    end = said.get("eos_token", "<|endoftext|>")
+    end = str(end["content"]) if isinstance(end, dict) else str(end)
+    if end in vocab:
+        tokenizer.add_special_tokens([AddedToken(end, normalized=False, special=True)])
+    return tokenizer.to_str(), _companions(end if end in vocab else None)
+
+
 def _encoding_facts(path: Path) -> tuple[str, dict[str, int]]:
     beside = path.with_suffix(".json")
     if beside.exists():

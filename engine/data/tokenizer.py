@@ -23,7 +23,11 @@ from engine.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 # What transformers keeps beside tokenizer.json: carried along unread, but for the name of the end token.
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json")
+_COMPANIONS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"),
+    *("chat_template.json", "vocab.json", "merges.txt", "tokenizer.model"),
+)
+_TEMPLATES = "additional_chat_templates"
 FILES = ("tokenizer.json", *_COMPANIONS)
 # Tried in this order when neither tokenizer_config.json nor special_tokens_map.json names an end token.
 _USUAL_EOD = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -69,11 +73,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, parse_special: bool = False) -> Tokenizer:
-        """From a folder with tokenizer.json, that file, a sentencepiece .model or a .tiktoken file.
+        """From a folder with tokenizer.json, that file, a sentencepiece .model, a .tiktoken file or GPT-2's vocab.json.
 
         Raises DataError if it is missing or not readable.
         """
         path = Path(path)
+        if path.name == "vocab.json" and (path.parent / "merges.txt").is_file():
+            from engine.data.foreign import from_merges
+
+            return cls(*from_merges(path), parse_special)
         if path.suffix in (".model", ".tiktoken") and not path.is_dir():
             from engine.data.foreign import from_sentencepiece, from_tiktoken
 
@@ -82,6 +90,7 @@ class Tokenizer:
         try:
             definition = file.read_bytes().decode("utf-8")
             beside = {name: file.parent / name for name in _COMPANIONS}
+            beside |= {f"{_TEMPLATES}/{p.name}": p for p in sorted((file.parent / _TEMPLATES).glob("*.jinja"))}
             companions = {name: other.read_bytes() for name, other in beside.items() if other.is_file()}
             return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
@@ -178,11 +187,16 @@ class Tokenizer:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
+            self.save_definition(folder)
             for name, content in self._companions.items():
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(content)
         except OSError as err:
             raise DataError(f"{folder}: cannot write the tokenizer: {err.strerror or err}. Choose another.") from err
+
+    def save_definition(self, folder: Path) -> None:
+        """Write tokenizer.json alone, beside the files that are there."""
+        (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
 
 
 _Untrained = tuple[tokenizers.Tokenizer, Any]

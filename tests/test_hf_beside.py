@@ -1,0 +1,145 @@
+"""What lies beside the weights of a Hugging Face folder comes back, and says nothing else than the export is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hf_models import ROPE3, save
+from test_hf_config import rewrite
+
+from engine.checkpoint.convert import export, import_folder
+from engine.cli import main
+from engine.data.foreign import AWKWARD
+from engine.data.tokenizer import Tokenizer
+from engine.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save("gpt2", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def engine(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert end.value.code in (0, None), captured.out + captured.err
+    return captured.out
+
+
+def said(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / name).read_text())
+    return facts
+
+
+def change(folder: Path, name: str = "config.json", **facts: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps((said(folder, name) if path.exists() else {}) | facts))
+
+
+def test_several_chat_templates_come_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Tokenizer.train(iter(["text to learn from"]), 300).save(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "{{messages}}", "tool_use": "TOOLS {{messages}}"}
+    tokenizer.save_pretrained(folder)
+    engine(capsys, "import", folder, tmp_path / "run")
+    engine(capsys, "export", tmp_path / "run", tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    Tokenizer.load(folder).save(tmp_path / "copy")  # as a run that starts from the folder does
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == tokenizer.chat_template
+
+
+def test_tokenizers_without_tokenizer_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPT-2's two files become one that gives transformers' ids; those of others are kept as they are."""
+    trained = Tokenizer.train(iter(["text to learn from, 12 words and don't"] * 9), 290)
+    trained.save(tmp_path / "trained")
+    model = said(tmp_path / "trained", "tokenizer.json")["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    change(folder, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>")
+    right = transformers.AutoTokenizer.from_pretrained(folder)
+    assert "tokenizer.json made from vocab.json" in engine(capsys, "import", folder, tmp_path / "run")
+    ours = Tokenizer.load(tmp_path / "run/tokenizer")
+    for text in (*AWKWARD[:8], AWKWARD[9]):
+        assert ours.encode(text) == right.encode(text)
+    engine(capsys, "export", tmp_path / "run", tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode(AWKWARD[2]) == right.encode(AWKWARD[2])
+
+    change(folder, "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    assert "how Qwen2Tokenizer cuts texts is not known" in engine(capsys, "import", folder, tmp_path / "other")
+    engine(capsys, "export", tmp_path / "other", tmp_path / "kept")
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        assert (tmp_path / "kept" / name).read_bytes() == (folder / name).read_bytes()
+    assert not (tmp_path / "kept/tokenizer.json").exists()
+
+
+def test_ids_follow_another_tokenizer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run with another end token: config.json and generation_config.json kept the old one."""
+    Tokenizer.train(iter(["text to learn from"]), 300).save(folder)
+    change(folder, bos_token_id=50, eos_token_id=50, pad_token_id=3)
+    change(folder, "generation_config.json", eos_token_id=[50, 51], pad_token_id=50, temperature=0.5)
+    engine(capsys, "import", folder, tmp_path / "run")
+    engine(capsys, "export", tmp_path / "run", tmp_path / "same")  # the folder's own disagreement is the folder's
+    assert said(tmp_path / "same")["eos_token_id"] == 50
+    Tokenizer.train(iter(["text"]), 300, special_tokens=("<a>", "<end>")).save(tmp_path / "new")
+    change(tmp_path / "new", "tokenizer_config.json", eos_token="<end>")
+    text = engine(capsys, "export", tmp_path / "run", tmp_path / "out", "--tokenizer", tmp_path / "new")
+    assert "note: eos_token_id is 1, the tokenizer's: the folder said 50, 51" in text
+    config, generation = said(tmp_path / "out"), said(tmp_path / "out", "generation_config.json")
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 1, 3)
+    assert (generation["eos_token_id"], generation["pad_token_id"], generation["temperature"]) == (1, 1, 0.5)
+    change(tmp_path / "run/hugging_face", "generation_config.json", eos_token_id=[1, 50])
+    engine(capsys, "export", tmp_path / "run", tmp_path / "named", "--tokenizer", tmp_path / "new")
+    assert said(tmp_path / "named")["eos_token_id"] == 50  # the end is among those that the folder has
+
+
+def test_generation_config_is_checked_at_import(folder: Path, tmp_path: Path) -> None:
+    path = folder / "generation_config.json"
+    for text, message in (
+        ("[1]", "not a JSON object"),
+        ("{", "cannot be read"),
+        ('{"eos_token_id": "2"}', "'2' is no"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            import_folder(folder, tmp_path / "run")
+    path.write_text('{"eos_token_id": [1, 61]}')
+    _, notes = import_folder(folder, tmp_path / "run")
+    assert any("eos_token_id 61 is outside of the vocabulary of 61" in note for note in notes)
+
+
+def test_dtype_is_the_folders(folder: Path, tmp_path: Path) -> None:
+    """Norms in float32 among bfloat16: what config.json says, a model of bfloat16."""
+    rewrite(folder, lambda t: t.update({k: x if "ln" in k else x.bfloat16() for k, x in t.items()}))
+    change(folder, dtype="bfloat16", torch_dtype=None)
+    checkpoint, _ = import_folder(folder, tmp_path / "run")
+    export(checkpoint, tmp_path / "out", dtype=None, tokenizer=None, eod=None)
+    assert said(tmp_path / "out")["dtype"] == said(tmp_path / "out")["torch_dtype"] == "bfloat16"
+    export(checkpoint, tmp_path / "wide", dtype=torch.float32, tokenizer=None, eod=None)
+    assert said(tmp_path / "wide")["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("form", ["new", "old", "older"])
+def test_exports_have_both_rope_forms(tmp_path: Path, form: str) -> None:
+    """transformers 4 reads rope_theta and rope_scaling, and took 10000 for folders that 5 had saved."""
+    folder = tmp_path / "hf"
+    save("llama3-rope" if form != "older" else "llama-linear", folder)
+    new = transformers.AutoConfig.from_pretrained(folder).rope_parameters
+    if form != "new":
+        change(folder, rope_parameters=None, rope_theta=new["rope_theta"])
+        scaling = {"type": "linear", "factor": 2.0} if form == "older" else ROPE3 | {"rope_theta": None}
+        change(folder, rope_scaling={key: value for key, value in scaling.items() if value is not None})
+    checkpoint, _ = import_folder(folder, tmp_path / "run")
+    export(checkpoint, tmp_path / "out", dtype=None, tokenizer=None, eod=None)
+    out = said(tmp_path / "out")
+    assert out["rope_theta"] == new["rope_theta"]
+    for key, value in new.items():
+        assert out["rope_parameters"][key] == value and out["rope_scaling"][key] == value
+    again = transformers.AutoConfig.from_pretrained(tmp_path / "out").rope_parameters
+    assert {key: value for key, value in again.items() if key != "type"} == new

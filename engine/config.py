@@ -187,6 +187,8 @@ class TrainConfig(Section):
     """torch.compile what lies between matrix products, attention and collectives of a block, instead of our kernels"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA when every local rank can have a GPU of its own, otherwise CPU; which one is printed"""
+    skip_steps: str = ""
+    """steps to leave out, such as "120 130-132": their batches are consumed and change nothing"""
     eval_every: int = Field(0, ge=0)
     """validate every so many steps; 0: only after the last"""
     eval_batches: int = Field(8, ge=0)
@@ -242,6 +244,9 @@ class DataConfig(Section):
     """the share of those in which the suffix comes before the prefix"""
     fim_tokens: str = ""
     """spellings of the prefix, suffix and middle token, with spaces; empty: those of a usual family"""
+    skip_samples: str = ""
+    """global numbers of samples to leave out, such as "5003 6000-6010", as an error or a warning names them: they count
+    nothing, every other sample keeps its number and its step"""
     prefetch: int = Field(2, ge=1)
     """global batches prepared ahead by the loader thread"""
 

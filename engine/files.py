@@ -31,9 +31,21 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def no_links(path: str, flags: int) -> int:
+    """An opener for `open` that does not follow a link: in a folder that others write to, it leads anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def replace_synced(path: Path, data: bytes) -> None:
+    """Put a small file in the place of what is there: after a crash it is the one or the other."""
+    beside = path.with_name(f".{path.name}.new")
+    write_synced(beside, data)
+    os.replace(beside, path)
+
+
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a small file and make it durable (its name too, once the folder is synced)."""
-    with path.open("wb") as file:
+    """Write a small file and make it durable (its name too, once the folder is synced). No link is followed."""
+    with open(path, "wb", opener=no_links) as file:
         file.write(data)
         sync_file(file)
 
@@ -58,7 +70,7 @@ def locked(path: Path) -> Iterator[str]:
     The system takes the lock back when the process ends, however it ends: none is ever stale. Warns on file systems
     that know no locks.
     """
-    with path.open("a+b") as file:
+    with open(path, "a+b", opener=no_links) as file:
         holder = ""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

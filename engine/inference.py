@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.checkpoint.format import MODEL, find, read_manifest
+from engine.checkpoint.links import refuse_links
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
 from engine.config import Config, layout_of
@@ -69,6 +70,8 @@ def tokenizer_folder(checkpoint: Path, wanted: Path | None, storage: Storage = D
     given = read_manifest(folder, storage).config["data"]["tokenizer"]
     for candidate in (folder.parent.parent / "tokenizer", Path(given)):
         if (candidate == folder.parent.parent / "tokenizer" or given) and (candidate / "tokenizer.json").exists():
+            if candidate == folder.parent.parent / "tokenizer":
+                refuse_links(folder.parent.parent)
             return candidate
     raise CheckpointError(f"{checkpoint}: the run had no tokenizer; give one with --tokenizer DIR")
 

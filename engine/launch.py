@@ -133,8 +133,11 @@ def run(
     device: torch.device,
     timeout_s: float,
     transport: str = "auto",
+    told: Callable[[int, str], None] = lambda code, text: None,
 ) -> int:
     """Connect the ranks, call main(ctx), and return its exit code; an exception becomes a message and a code.
+
+    told: called on the one rank that tells the cause, with the code and the message in one line.
 
     When one rank fails, the others fail too (their peer is gone). The first cause is printed once, by the rank that
     had it; the others leave quietly. A failed rank of several ends without clean-up: that could wait for the dead.
@@ -167,7 +170,8 @@ def run(
             _leave_together(store, env)
     except Exception as error:
         code = error.exit_code if isinstance(error, EngineError) else EXIT_ERROR
-        _report(error, env, store, timeout_s, board)
+        if text := _report(error, env, store, timeout_s, board):
+            told(code, text)
         if store is not None:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -300,13 +304,17 @@ def _leave_together(store: Store, env: Env) -> None:
     _bounded(wait, _PATIENCE_S + _STORE_S)
 
 
-def _report(error: Exception, env: Env, store: Store | None, timeout_s: float, board: Board | None) -> None:
-    """Print the error unless another rank had one before; give torchrun's summary the same text."""
+def _report(error: Exception, env: Env, store: Store | None, timeout_s: float, board: Board | None) -> str:
+    """Print the error unless another rank had one before; give torchrun's summary the same text.
+
+    Returns its first line, or its last where it is a traceback; empty when nothing was told.
+    """
     expected = isinstance(error, EngineError)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error) if expected else out_of_memory(error) or "".join(traceback.format_exception(error)).rstrip()
+    lost = False
     if store is not None:
         what = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # without the place in gloo's source
         lost = not expected and any(word in f"{type(error).__name__} {error}" for word in _LOST)
@@ -316,12 +324,15 @@ def _report(error: Exception, env: Env, store: Store | None, timeout_s: float, b
         # Without the store nobody knows who was first. All ranks of this host have lost the same peers: one speaks.
         if first is False or (first is None and lost and env.local_rank > 0):
             time.sleep(_LINGER_S)
-            return
+            return ""
         if lost:
             text = _lost_contact(what, timeout_s if silent else None, seen, store_gone=first is None)
         text = f"rank {env.rank}: {text}"
         _tell_torchrun(text)
     print(f"error: {text}", file=sys.stderr, flush=True)
+    if expected or lost or isinstance(error, OSError):
+        return text.partition("\n")[0]
+    return f"{f'rank {env.rank}: ' * (store is not None)}{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _lost_contact(what: str, silent_s: float | None, seen: Seen, *, store_gone: bool) -> str:

@@ -11,7 +11,8 @@ import torch
 
 from engine.checkpoint.convert import copy_beside
 from engine.checkpoint.format import newest, read_manifest
-from engine.checkpoint.save import Saved, Saver
+from engine.checkpoint.links import refuse_links
+from engine.checkpoint.save import Saved, Saver, check_room
 from engine.checkpoint.seal import storage_of
 from engine.comm import all_reduce_, on_first_rank
 from engine.config import Config
@@ -23,40 +24,63 @@ from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, F
 from engine.evaluate import Evaluator
 from engine.files import locked
 from engine.model.transformer import num_parameters
-from engine.monitor.metrics import MetricsLog, lacks_validation, write_exit
+from engine.monitor.ending import Ending
+from engine.monitor.metrics import MetricsLog, lacks_validation
 from engine.monitor.progress import Progress
+from engine.monitor.spikes import SpikeWatch
 from engine.monitor.trace import write_timeline
 from engine.pipeline.simulate import simulate
 from engine.planner.cost import flops_per_token, uneven_pipeline
 from engine.resolve import Resolved
 from engine.signals import StopRequest
-from engine.train import StepResult, TrainState, changed_since, facts_of, go_on, setup, start_from, train_step
+from engine.skips import holds, read_ranges
+from engine.train import (
+    StepResult,
+    TrainState,
+    changed_since,
+    facts_of,
+    go_on,
+    leave_behind,
+    setup,
+    start_from,
+    train_step,
+)
 
 
-def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
-    """The whole run on one rank; returns the exit code (0 done, 75 saved on a signal)."""
+def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: Ending | None = None) -> int:
+    """The whole run on one rank; returns the exit code (0 done, 75 saved on a signal).
+
+    ending: takes note of how it ends; an error is for the caller to write there.
+    """
+    ending = ending or Ending(Path(resolved.config.run.dir))
     if not resolved.config.data.train:
         raise ConfigError([Fault("data.train", "", "no training data given", "Make some with `engine prepare`.")])
     with ExitStack() as stack:
-        on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack), ctx.world, ctx.device)
-        return _train(resolved, ctx, stop)
+        on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack, ending), ctx.world, ctx.device)
+        ending.begun = True
+        return _train(resolved, ctx, stop, ending)
 
 
-def _claim(run_dir: Path, stack: ExitStack) -> None:
+def _claim(run_dir: Path, stack: ExitStack, ending: Ending) -> None:
     """Refuse a folder that another run is writing into: each would remove what the other has half written."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        refuse_links(run_dir)
         holder = stack.enter_context(locked(run_dir / "lock"))
+        if holder:
+            raise CheckpointError(
+                f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir"
+            )
+        ending.begin()
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}; choose another --run.dir") from None
-    if holder:
-        raise CheckpointError(f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir")
+        where = error.filename or run_dir
+        raise CheckpointError(f"{where}: {error.strerror}; make room, or choose another --run.dir") from None
 
 
-def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
+def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: Ending) -> int:
     cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
     console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
-    if _stopped_early(stop, cfg, ctx, console):
+    if _stopped_early(stop, cfg, ctx, console, ending):
         return EXIT_REQUEUE
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
     data = open_training(cfg, tokenizer)
@@ -70,8 +94,12 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
         begun = start_from(state, Path(cfg.checkpoint.init))
         if ctx.rank == 0:
             copy_beside(begun, run_dir)
-    if _stopped_early(stop, cfg, ctx, console):
+    if _stopped_early(stop, cfg, ctx, console, ending):
         return EXIT_REQUEUE
+    ending.step = state.step
+    if state.step < cfg.train.steps:
+        storage = storage_of(cfg.checkpoint.secret)
+        check_room(run_dir / "checkpoints", state.optimizer.states(owned=True), ctx, storage)
     evaluator = None
     if cfg.data.valid:
         evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
@@ -98,19 +126,22 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest) -> int:
         _saver(state, run_dir / "checkpoints") as saver,
         console,
     ):
-        code, reason = _loop(state, loader, evaluator, log, console, stop, data, saver)
-        log.exit(code, reason)
+        watch = SpikeWatch(run_dir, state.step) if ctx.rank == 0 else None
+        code, reason = _loop(state, loader, evaluator, log, console, stop, data, saver, watch, ending)
+    if ctx.rank == 0:
+        ending.write(code, reason)
     return code
 
 
-def _stopped_early(stop: StopRequest, cfg: Config, ctx: ParallelContext, console: Progress) -> bool:
+def _stopped_early(stop: StopRequest, cfg: Config, ctx: ParallelContext, console: Progress, ending: Ending) -> bool:
     """Whether any rank was asked to stop before the first step; says so then. Collective."""
     if not _agreed((bool(stop),), ctx)[0]:
         return False
     run_dir, storage = Path(cfg.run.dir), storage_of(cfg.checkpoint.secret)
     saved = on_first_rank(lambda: newest(run_dir / "checkpoints", storage), ctx.world, ctx.device)
     if ctx.rank == 0:
-        write_exit(run_dir, EXIT_REQUEUE, "stopped on a signal before the first step", saved or 0)
+        ending.step = saved or 0
+        ending.write(EXIT_REQUEUE, "stopped on a signal before the first step")
         then = "begins anew" if saved is None else f"goes on from step {saved}"
         console.note(f"stopped on a signal before the first step: nothing to save yet; the same command {then}")
     return True
@@ -139,6 +170,7 @@ def _loader(state: TrainState, data: TrainingData) -> Loader:
         mask=data.mask,
         separate_eod=data.separate_eod,
         fim=data.fim,
+        skip=read_ranges(cfg.data.skip_samples),
     )
 
 
@@ -151,20 +183,31 @@ def _loop(
     stop: StopRequest,
     data: TrainingData,
     saver: Saver,
+    watch: SpikeWatch | None,
+    ending: Ending,
 ) -> tuple[int, str]:
     cfg, ctx = state.cfg, state.ctx
     saved = state.step
     if evaluator and _left_out(state) and not _validate(state, evaluator, log, console, stop):
         return _stopped(state, console, "with its validation")
     timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
+    skipped = read_ranges(cfg.train.skip_steps)
     while state.step < cfg.train.steps:
-        _step(state, loader, log, console, data, traced=state.step + 1 == timeline_step)
+        if holds(skipped, state.step + 1):
+            next(loader)
+            leave_behind(state)
+            log.left_out(state.step, state.consumed_tokens)
+            console.note(f"step {state.step}: left out (train.skip_steps), its batch is consumed")
+        else:
+            traced = state.step + 1 == timeline_step
+            _step(state, loader, log, console, data, saver, watch, traced=traced)
+        ending.step = state.step
         done = state.step == cfg.train.steps
         stopping, busy, failed = _agreed((bool(stop), saver.busy, saver.failed), ctx)
         _tell(console, saver.advance(busy, failed))
         if stopping or done or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
             background = cfg.checkpoint.async_save and not (stopping or done)
-            _save(state, saver, data.facts, console, background=background)
+            _save(state, saver, data.facts, console, background=background, last=stopping or done)
             saved = state.step
         unvalidated = evaluator is not None and _validation_due(state)
         if evaluator and unvalidated and not stopping:  # after the save: it may take long, and can be made later
@@ -173,7 +216,7 @@ def _loop(
             if stopping and saver.in_flight == state.step:
                 _tell(console, saver.finish())
             elif stopping and saved < state.step:
-                _save(state, saver, data.facts, console, background=False)
+                _save(state, saver, data.facts, console, background=False, last=True)
         if stopping and (unvalidated or not done):
             return _stopped(state, console, "with its validation" if unvalidated else "from there")
     return EXIT_OK, "done"
@@ -185,16 +228,29 @@ def _stopped(state: TrainState, console: Progress, how: str) -> tuple[int, str]:
 
 
 def _step(
-    state: TrainState, loader: Loader, log: MetricsLog, console: Progress, data: TrainingData, *, traced: bool
+    state: TrainState,
+    loader: Loader,
+    log: MetricsLog,
+    console: Progress,
+    data: TrainingData,
+    saver: Saver,
+    watch: SpikeWatch | None,
+    *,
+    traced: bool,
 ) -> None:
-    """One step, and what is recorded and shown of it."""
-    ctx = state.ctx
-    begin = time.perf_counter()
+    """One optimizer step, and what is told of it."""
+    cfg, ctx = state.cfg, state.ctx
+    begin, first = time.perf_counter(), state.consumed_samples
     batches = next(loader)
     data_s = time.perf_counter() - begin
     sent = dict(ctx.world.traffic)
     result = train_step(state, batches, traced=traced, num_sources=len(data.names))
     seconds = time.perf_counter() - begin
+    spike, note = False, ""
+    if watch is not None:  # it tells of rank 0, and only that one deletes checkpoints
+        samples = f"{first}-{state.consumed_samples - 1}"
+        spike, note = watch.see(state.step, result.loss, result.norms.norm, samples)
+        saver.spike = watch.since
     record = log.step(
         state.step,
         result.loss,
@@ -204,14 +260,17 @@ def _step(
         console.rates(result.tokens, seconds)
         | {"data_s": data_s}
         | {f"loss_{data.names[k]}": loss for k, loss in result.by_source.items()}
+        | ({"spike": 1.0} if spike else {})
         | _sent_since(sent, ctx)
         | _scale(state, result),
     )
     console.step(record)
+    if note:
+        console.note(note)
     if result.skipped:
         console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
     if result.trace is not None:
-        write_timeline(Path(state.cfg.run.dir), state.plan, result.trace, ctx, state.step)
+        write_timeline(Path(cfg.run.dir), state.plan, result.trace, ctx, state.step)
 
 
 def _validation_due(state: TrainState) -> bool:
@@ -255,12 +314,14 @@ def _agreed(flags: tuple[bool, ...], ctx: ParallelContext) -> tuple[bool, ...]:
     return tuple(bool(value) for value in all_reduce_(values, ctx.world, "max").tolist())
 
 
-def _save(state: TrainState, saver: Saver, data_facts: dict[str, Any], console: Progress, *, background: bool) -> None:
+def _save(
+    state: TrainState, saver: Saver, data_facts: dict[str, Any], console: Progress, *, background: bool, last: bool
+) -> None:
     """Save this step: wait for a save that is still under way, then begin this one, and wait for it or do not."""
     if saver.in_flight is not None:
         _tell(console, saver.finish())
     states, facts = state.optimizer.states(owned=True), facts_of(state, data_facts)
-    saver.start(states, step=state.step, facts=facts, background=background)
+    saver.start(states, step=state.step, facts=facts, background=background, unproven=not (background or last))
     if background:
         console.note(f"step {state.step}: saving in the background")
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.config import BALANCED, CheckpointConfig, Config, ModelConfig, chunks_of
 from engine.errors import Fault, PlanError
 from engine.pipeline.schedules import SCHEDULES, load_plan
+from engine.skips import read_ranges
 
 
 def _divisors_near(value: int, divisor: int) -> str:
@@ -25,7 +26,16 @@ def relations(cfg: Config, world: int) -> list[Fault]:
         *_parallel_relations(cfg, world),
         *_train_relations(cfg),
         *_checkpoint_relations(cfg.checkpoint),
+        *_skip_relations(cfg),
     ]
+
+
+def _skip_relations(cfg: Config) -> Iterator[Fault]:
+    for path, value in (("train.skip_steps", cfg.train.skip_steps), ("data.skip_samples", cfg.data.skip_samples)):
+        try:
+            read_ranges(value)
+        except ValueError as error:
+            yield Fault(path, value, f"{error}", 'Write numbers and ranges with spaces, such as "7 10-12".')
 
 
 def _model_relations(cfg: Config) -> Iterator[Fault]:

@@ -183,16 +183,23 @@ def train_step(
             state.step + 1,
             loss,
             norms.non_finite(),
+            range(state.consumed_samples, state.consumed_samples + cfg.train.global_batch_size),
         )
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.schedule)
     if finite:
         state.before_update()
         state.optimizer.step(lr, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
-    state.step += 1
-    state.consumed_samples += cfg.train.global_batch_size
-    state.consumed_tokens += cfg.train.global_batch_size * cfg.train.seq_len
+    leave_behind(state)
     by_source = losses_by_source(losses * (tokens / scale), batches, state, num_sources) if num_sources else {}
     return StepResult(loss, norms, lr, tokens, not finite, trace, by_source)
+
+
+def leave_behind(state: TrainState) -> None:
+    """Count a step as done and its batch as consumed: after its update, or without one (train.skip_steps)."""
+    batch = state.cfg.train.global_batch_size
+    state.step += 1
+    state.consumed_samples += batch
+    state.consumed_tokens += batch * state.cfg.train.seq_len
 
 
 def count_tokens(batches: Sequence[MicroBatch], ctx: ParallelContext) -> int:
@@ -202,7 +209,10 @@ def count_tokens(batches: Sequence[MicroBatch], ctx: ParallelContext) -> int:
         speaks = ctx.tensor.rank == ctx.pipeline.rank == 0
         total = int(all_reduce_(torch.tensor(total * speaks, device=ctx.device), ctx.world).item())
     if total == 0:
-        raise DataError("no token of this global batch counts in the loss: every mask is empty; look at the data")
+        raise DataError(
+            "no token of this global batch counts in the loss: every mask is empty; look at the data, "
+            "or leave the step out with --train.skip_steps"
+        )
     return total
 
 
@@ -304,7 +314,7 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
 
 def changed_since(changed: Mapping[str, tuple[str, str]], scale: LossScale) -> str:
     """One line of what differs from the checkpoint, name -> (old, new), though nothing refuses it."""
-    text = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+    text = ", ".join(f"{name} {old or 'none'} -> {new or 'none'}" for name, (old, new) in changed.items())
     begun = f" (the loss scale begins at {scale.value:,.0f})" if scale.window and "train.precision" in changed else ""
     return f"changed since the checkpoint: {text}{begun}"
 

@@ -312,6 +312,13 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "has no meaning without recompute",
         "Set train.recompute to selective or full.",
     ),
+    "steps that are no numbers": (
+        {"train.skip_steps": "3 five"},
+        1,
+        "train.skip_steps",
+        "'five' is neither a number nor a range such as 10-12",
+        "Write numbers and ranges with spaces",
+    ),
     "proof in bf16": (
         {"train.precision": "fp64", "parallel.reduce_dtype": "bf16"},
         1,

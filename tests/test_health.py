@@ -82,6 +82,11 @@ def test_non_finite_names_step_rank_and_microbatch(where: str, degrees: tuple[in
         ranks = message.split("of rank ")[1].split(" (")[0].split(", ")
         assert str(last) in ranks
         data_peers = {str(r) for r in range(world) if layout_of(cfg).coords(r).data == data - 1}
+        mbs = cfg.train.micro_batch_size
+        begin = 8 + (data - 1) * (8 // data) + 2 * mbs  # 8 were consumed by the first step
+        named = str(begin) if mbs == 1 else f"{begin}-{begin + mbs - 1}"
+        assert f"in samples {named}; its samples are 8-15" in message and f'--data.skip_samples "{named}"' in message
+        assert "--train.skip_steps 2" in message
         assert set(ranks) <= data_peers, "only ranks of the poisoned data replica may be named"
 
 
@@ -95,3 +100,23 @@ def test_a_batch_without_counted_tokens_is_refused() -> None:
             train_step(state, batches)
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+
+
+def diverge(state: TrainState) -> None:
+    """Make every loss infinite: weights of no use."""
+    for p in state.params:
+        p.data.fill_(torch.nan)
+
+
+def test_diverged_weights_are_told_from_a_bad_sample() -> None:
+    cfg = config(2, parallel_data=2, train_global_batch_size=4)
+
+    def job(ctx: ParallelContext) -> str:
+        state = setup(cfg, ctx)
+        diverge(state)
+        with pytest.raises(TrainingError) as error:
+            train_step(state, random_batches(cfg, ctx, 0))
+        return str(error.value)
+
+    for message in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads):
+        assert "in samples 0-3; its samples are 0-3" in message and "the weights have diverged before it" in message

@@ -24,6 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "hints",
         "layout",
         "presets",
+        "skips",
         "families",
         "mixture",
         "pipeline",

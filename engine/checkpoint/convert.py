@@ -23,6 +23,7 @@ from torch import Tensor
 from engine.checkpoint.format import MODEL, find, step_dir
 from engine.checkpoint.hf import CONFIG, GENERATION, INDEX, HfReader, assembled, contents, places, token_ids
 from engine.checkpoint.lineage import code_versions
+from engine.checkpoint.links import refuse_links
 from engine.checkpoint.load import Reader, Source
 from engine.checkpoint.megatron.files import is_megatron
 from engine.checkpoint.megatron.source import MegatronSource, open_megatron
@@ -89,6 +90,8 @@ def copy_beside(source: Path, run: Path) -> None:
     """Keep in a run folder what an export gives back, of the Hugging Face folder or the checkpoint it starts from."""
     foreign = (source / CONFIG).exists()
     folder = source if foreign else source.parent.parent / BESIDE
+    for run_folder in (run,) if foreign else (run, source.parent.parent):
+        refuse_links(run_folder)
     for name in (CONFIG, GENERATION, TOKENIZER_FACTS):
         if (folder / name).is_file():
             (run / BESIDE).mkdir(parents=True, exist_ok=True)

@@ -314,7 +314,7 @@ def prove(
 
 def steps_descending(root: Path, storage: Storage = DISK) -> list[int]:
     """Steps of all checkpoint folders under `root`, complete or not, newest first."""
-    if storage.stat(root) is None:
+    if (there := storage.stat(root)) is None or there.kind == "file":
         return []
     found = [(name, _STEP_DIR.fullmatch(name)) for name in storage.list(root)]
     steps = [int(match[1]) for name, match in found if match and name == step_dir(root, int(match[1])).name]
@@ -337,6 +337,8 @@ def newest(root: Path, storage: Storage = DISK, before: int | None = None) -> in
         if before is not None and step >= before:
             continue
         try:
+            if (there := storage.stat(step_dir(root, step))) is not None and there.kind != "folder":
+                raise CheckpointError(f"{step_dir(root, step)}: is a link, or no folder")
             read_manifest(step_dir(root, step), storage)
             return step
         except WrongSecretError as error:

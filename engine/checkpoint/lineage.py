@@ -25,10 +25,13 @@ from engine.config import Config, OptimizerConfig, ScheduleConfig
 from engine.data.corpora import DECLARED_FROM, MIXED_FROM
 from engine.errors import CheckpointError, ConfigError, Fault
 from engine.optim.lr import learning_rate
+from engine.skips import below, read_ranges
 
 _FREE = {"preset"}  # of the model: a name for values that are compared themselves
 _TRAIN = ("seq_len", "seed")
-_TOLD = ("train.steps", "train.global_batch_size", "train.precision", "train.fp8")  # free, and shows in the numbers
+_SKIPS = ("train.skip_steps", "data.skip_samples")  # free where they speak of what is still to come
+# Free, and shows in the numbers.
+_TOLD = ("train.steps", "train.global_batch_size", "train.precision", "train.fp8", *_SKIPS)
 _TOLD_SECTIONS = ("optimizer", "schedule")
 _RATE = "schedule"  # allows a learning rate that jumps
 _JUMP = 0.01  # of the larger of two rates: more is one
@@ -74,8 +77,9 @@ def code_versions() -> dict[str, str]:
 def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) -> Differences:
     """Facts of the run that differ: name -> (checkpoint, now). What may change freely is not among them.
 
-    A blend's changes at this step and later may be changed: they say nothing about the past. A field that the engine
-    got after the checkpoint was written had its default then.
+    A blend's changes at this step and later may be changed, and so may what is left out of the steps and samples to
+    come: they say nothing about the past. A field that the engine got after the checkpoint was written had its default
+    then.
     """
     old, now = _configs(manifest, cfg)
     declared = _declared(manifest.data, old["train"]["global_batch_size"])
@@ -90,6 +94,9 @@ def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) 
     rates = _next_rates(manifest, cfg)
     if manifest.step < cfg.train.steps and abs(rates[0] - rates[1]) > _JUMP * max(rates):
         pairs[f"{_RATE} (learning rate of step {manifest.step + 1})"] = rates
+    for name, done in zip(_SKIPS, (manifest.step + 1, manifest.consumed_samples)):
+        section, key = name.split(".")
+        pairs[name] = (below(read_ranges(old[section][key]), done), below(read_ranges(now[section][key]), done))
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -172,7 +179,7 @@ def refuse(folder: Path, manifest: Manifest, found: Differences, cfg: Config) ->
     """
     allowed = cfg.checkpoint.allow.replace(",", " ").split()
     known = {f"model.{k}" for k in type(cfg.model).model_fields if k not in _FREE} | {f"train.{k}" for k in _TRAIN}
-    known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE}
+    known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE, *_SKIPS}
     faults = [
         Fault("checkpoint.allow", word, "is no field that resuming compares", f"Did you mean {_nearest(word, known)}?")
         for word in allowed

@@ -55,8 +55,11 @@ def set_aside_newer(storage: Storage, root: Path, step: int) -> list[str]:
     return notes
 
 
-def forget_old(storage: Storage, root: Path, step: int, keep: int, keep_every: int) -> None:
+def forget_old(storage: Storage, root: Path, step: int, keep: int, keep_every: int, spike: int = 0) -> None:
     """Delete all checkpoints before `step` but the newest `keep`, this one among them, and multiples of `keep_every`.
+
+    spike: a step whose loss stands out, 0 for none. The last checkpoint from before it stays as well: of two steps
+    before, as the loss of a step is that of the weights of the one before it.
 
     This one's files have been read back by the ranks that wrote them; its manifest is, here, before anything goes.
     Each is renamed away first, so that none is ever half there.
@@ -65,12 +68,13 @@ def forget_old(storage: Storage, root: Path, step: int, keep: int, keep_every: i
         return
     read_manifest(step_dir(root, step), storage)
     kept, old = 1, []
+    spared = _before_spike(storage, root, spike) if spike else None
     for older in steps_descending(root, storage):
         if older >= step:
             continue
         if kept < keep:  # a damaged one does not count, and stays as long as it might be of use
             kept += _complete(storage, step_dir(root, older))
-        elif not (keep_every and older % keep_every == 0):
+        elif older != spared and not (keep_every and older % keep_every == 0):
             old.append(step_dir(root, older))
     trash = [folder.with_name(f".{folder.name}.deleted") for folder in old]
     for folder, hidden in zip(old, trash):
@@ -81,6 +85,12 @@ def forget_old(storage: Storage, root: Path, step: int, keep: int, keep_every: i
         storage.sync_folder(root)
     for hidden in trash:
         remove_tree(storage, hidden)
+
+
+def _before_spike(storage: Storage, root: Path, spike: int) -> int | None:
+    """The newest complete step whose weights are known to be from before it; else the newest that may be."""
+    before = [s for s in steps_descending(root, storage) if s < spike and _complete(storage, step_dir(root, s))]
+    return next((s for s in before if s <= spike - 2), before[0] if before else None)
 
 
 def _complete(storage: Storage, folder: Path) -> bool:

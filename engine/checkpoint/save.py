@@ -73,12 +73,14 @@ class _Save:
     stop: threading.Event
     work: Future[Any]
     committing: bool = False
+    keep: int = 0
 
 
 class Saver:
     """Saves checkpoints under `root`, one at a time. All ranks make the same calls; `advance`, `finish` are collective.
 
     keep: how many newest checkpoints to keep, 0 for all; keep_every: besides those every step that is a multiple.
+    spike: of a step whose loss stands out, 0 for none: the last checkpoint before it is kept besides.
     `with` gives up a save that is under way when an exception ends the block.
     """
 
@@ -100,6 +102,7 @@ class Saver:
         self._token = on_first_rank(lambda: secrets.token_hex(4), ctx.world, ctx.device)
         self._count = 0
         self._save: _Save | None = None
+        self.spike = 0
 
     def __enter__(self) -> Saver:
         return self
@@ -128,12 +131,15 @@ class Saver:
         """Take the host memory that saving these states in the background needs. Not collective."""
         self._staging.reserve(states)
 
-    def start(self, states: Iterable[Held], *, step: int, facts: dict[str, Any], background: bool) -> None:
+    def start(
+        self, states: Iterable[Held], *, step: int, facts: dict[str, Any], background: bool, unproven: bool = False
+    ) -> None:
         """Begin to save; no other save may be in flight. Nothing here waits for a disk or another rank.
 
         states: what this rank is to write, FlatAdamW.states(owned=True). facts: the manifest's remaining fields.
         background: write a copy of the states, so that they may change once `copied` has returned; else they may not
         until `finish`.
+        unproven: it is committed before the loss with these weights is known, so one older is kept in any case.
         """
         assert self._save is None, "finish() comes before the next start()"
         ready: Callable[[], None] = lambda: None  # noqa: E731
@@ -147,6 +153,7 @@ class Saver:
         stop = threading.Event()
         work = self._threads.submit(self._write, list(states), ready, temporary, stop)
         self._save = _Save(step, facts, temporary, stop, work)
+        self._save.keep = max(self.keep, 2) if self.keep and unproven else self.keep
 
     def copied(self) -> None:
         """Return when the states of a save in the background may change. Call before every update. Not collective."""
@@ -254,7 +261,7 @@ class Saver:
             raise self._explain(fault, final, len(data)) from None
         try:
             notes = set_aside_newer(self._storage, self.root, save.step)
-            forget_old(self._storage, self.root, save.step, self.keep, self.keep_every)
+            forget_old(self._storage, self.root, save.step, save.keep, self.keep_every, self.spike)
             if replaced is not None:
                 remove_tree(self._storage, replaced)
         except OSError as fault:
@@ -271,6 +278,34 @@ class Saver:
             f"{free} bytes free; earlier checkpoints are untouched, make room or choose another --run.dir and start "
             "the same command again"
         )
+
+
+def check_room(root: Path, states: Iterable[Held], ctx: ParallelContext, storage: Storage = DISK) -> None:
+    """Raise CheckpointError unless a checkpoint of these states can be written under `root` now. Collective."""
+    tensors, _ = part_of(states, ctx)
+    mine = sum(x.numel() * x.element_size() for x in tensors.values())
+    needed = sum(gather_json(mine, ctx.world, ctx.device))
+
+    def look() -> None:
+        probe = root / ".step_probe"  # what a kill leaves of it, `tidy` removes
+        try:
+            make_folders(storage, root)
+            with suppress(FileExistsError):
+                storage.make_folder(probe)
+            storage.remove_folder(probe)
+            free = storage.free_bytes(root)
+        except OSError as fault:
+            raise CheckpointError(
+                f"{fault.filename or root}: {fault.strerror}: no checkpoint could be saved here. Make {root} writable, "
+                "or choose another --run.dir"
+            ) from None
+        if free < needed:
+            raise CheckpointError(
+                f"{root}: a checkpoint of this run takes {needed:,} bytes, {free:,} are free: none could be saved. "
+                "Make room, or choose another --run.dir"
+            )
+
+    on_first_rank(look, ctx.world, ctx.device)
 
 
 _NO_FACTS: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}

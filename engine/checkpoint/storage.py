@@ -276,7 +276,13 @@ def write_file(storage: Storage, path: Path, data: bytes) -> None:
 
 
 def remove_tree(storage: Storage, folder: Path) -> None:
-    """Delete a folder of files and folders. What another process deletes meanwhile is gone as well."""
+    """Delete a folder of files and folders, or the link that is there instead of one.
+
+    What another process deletes meanwhile is gone as well.
+    """
+    if (there := storage.stat(folder)) is not None and there.kind != "folder":
+        storage.unlink(folder)
+        return
     for name in storage.list(folder):
         status = storage.stat(folder / name)
         if status is not None and status.kind == "folder":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, Fault
 from engine.signals import StopRequest
@@ -38,6 +39,7 @@ def train(args: list[str]) -> int:
     from engine.data.special import check
     from engine.launch import leave, pick_device, read_env, run
     from engine.loop import train
+    from engine.monitor.ending import Ending
     from engine.optim.precision import PRECISIONS
     from engine.output import outlive
 
@@ -54,8 +56,9 @@ def train(args: list[str]) -> int:
             time.sleep(30)
         raise
     cfg = resolved.config
+    ending = Ending(Path(cfg.run.dir))
     code = run(
-        lambda ctx: train(resolved, ctx, stop),
+        lambda ctx: train(resolved, ctx, stop, ending),
         env,
         layout_of(cfg),
         num_kv_heads=cfg.model.num_kv_heads,
@@ -63,6 +66,7 @@ def train(args: list[str]) -> int:
         device=device,
         timeout_s=cfg.parallel.timeout_s,
         transport=cfg.parallel.transport,
+        told=ending.write,
     )
     return leave(code, env)
 

@@ -24,6 +24,7 @@ from engine.data.fim import FillInTheMiddle
 from engine.data.keyed import Int64Array
 from engine.documents import Documents
 from engine.errors import DataError
+from engine.skips import Ranges, holds
 
 
 class Order(Protocol):
@@ -93,6 +94,7 @@ class Slice:
     mask: LossMask = LossMask()
     separate_eod: int | None = None
     fim: FillInTheMiddle | None = None
+    skip: Ranges = ()
 
     def read(self, consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch [consumed, consumed + global_batch_size)."""
@@ -104,12 +106,14 @@ class Slice:
         if self.fim is not None:  # all micro-batches at once: one call of the tokenizer
             changed = self.fim(rows, samples, sources)
             rows, lengths = changed.rows, changed.lengths
+        skipped = np.array([holds(self.skip, sample) for sample in samples.tolist()])
+        rows[skipped] = 0  # not only masked: what makes a number infinite would do so with no weight as well
         batches = []
         for low in range(0, local, self.micro_batch_size):
             part = slice(low, low + self.micro_batch_size)
             line = torch.from_numpy(rows[part])
             tokens, labels = line[:, :-1], line[:, 1:]
-            mask = self.mask(tokens, labels)
+            mask = self.mask(tokens, labels) & ~torch.from_numpy(skipped[part])[:, None]
             if self.fim is not None:  # its filling does not count
                 mask &= torch.arange(1, line.shape[1]) < torch.from_numpy(lengths[part])[:, None]
             documents = None if self.separate_eod is None else Documents.ended_by(tokens, self.separate_eod)
@@ -148,8 +152,8 @@ class Loader:
 
     The worker starts with the first `next()` (so a Loader may be made before a fork) and keeps up to `prefetch` batches
     ready. `mask`: which labels count; `separate_eod`: number the documents that it ends; `fim`: permute some of them
-    first. The worker's exception is raised by `next()`, and by every later one. Raises DataError for sizes that do not
-    divide.
+    first; `skip`: samples that count nothing. The worker's exception is raised by `next()`, and by every later one.
+    Raises DataError for sizes that do not divide.
     """
 
     def __init__(
@@ -165,6 +169,7 @@ class Loader:
         mask: LossMask = LossMask(),
         separate_eod: int | None = None,
         fim: FillInTheMiddle | None = None,
+        skip: Ranges = (),
     ):
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
             raise DataError(
@@ -179,7 +184,9 @@ class Loader:
                 f"global_batch_size = {global_batch_size} is not a multiple of micro_batch_size * data_size = "
                 f"{micro_batch_size} * {data_size} = {micro_batch_size * data_size}. Change one of the three."
             )
-        self._part = Slice(order, global_batch_size, micro_batch_size, data_rank, data_size, mask, separate_eod, fim)
+        self._part = Slice(
+            order, global_batch_size, micro_batch_size, data_rank, data_size, mask, separate_eod, fim, skip
+        )
         self._consumed = start_sample
         self._pipe = _Pipe(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
         self._worker: threading.Thread | None = None

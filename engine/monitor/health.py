@@ -20,6 +20,7 @@ from engine.pipeline.executor import execute
 from engine.pipeline.schedules import single
 from engine.pipeline.stage import Stage
 from engine.sharding import Parameter
+from engine.skips import in_words, read_ranges
 
 
 def explain_non_finite(
@@ -32,25 +33,34 @@ def explain_non_finite(
     step: int,
     loss: float,
     tensors: Sequence[str],
+    samples: range,
 ) -> None:
-    """Raise TrainingError on every rank, naming step, rank, microbatch and tensor. Collective."""
+    """Raise TrainingError on every rank, naming step, rank, microbatch, samples and tensor. Collective.
+
+    samples: the global numbers of those of the step.
+    """
     alone = single(plan)
     mine: list[dict[str, Any]] = []
+    rows = batches[0].tokens.shape[0]
+    mine_from = samples.start + ctx.data.rank * len(batches) * rows
     for index, batch in enumerate(batches):
+        here = range(mine_from + index * rows, mine_from + (index + 1) * rows)
         for stage in stages.values():
             assert stage.buckets is not None
             stage.buckets.overlap = False  # no sums over data ranks; the run ends here, nobody needs it back
             stage.buckets.zero_grad()
         losses = execute(alone, stages, ctx, [batch], token_weight)
         if not bool(torch.isfinite(losses).all()):
-            mine.append({"microbatch": index, "what": f"loss {float(losses.sum())}"})
-        mine += [{"microbatch": index, "what": f"gradient of {name}"} for name in _broken(params, ctx)[:1]]
+            wrong = [here[k] for k in (~torch.isfinite(losses[0])).nonzero().flatten().tolist()]
+            mine.append({"microbatch": index, "what": f"loss {float(losses.sum())}", "samples": wrong})
+        for name in _broken(params, ctx)[:1]:
+            mine.append({"microbatch": index, "what": f"gradient of {name}", "samples": list(here)})
     found = [
-        (finding["microbatch"], rank, finding["what"])
+        (finding["microbatch"], rank, finding["what"], tuple(finding["samples"]))
         for rank, findings in enumerate(gather_json(mine, ctx.world, ctx.device))
         for finding in findings
     ]
-    raise TrainingError(_message(sorted(found), step, loss, tensors))
+    raise TrainingError(_message(sorted(found), step, loss, tensors, samples))
 
 
 def _broken(params: Sequence[Parameter], ctx: ParallelContext) -> list[str]:
@@ -63,17 +73,31 @@ def _broken(params: Sequence[Parameter], ctx: ParallelContext) -> list[str]:
     return names
 
 
-def _message(found: list[tuple[int, int, str]], step: int, loss: float, tensors: Sequence[str]) -> str:
+def _message(
+    found: list[tuple[int, int, str, tuple[int, ...]]], step: int, loss: float, tensors: Sequence[str], samples: range
+) -> str:
     what = f"step {step}: loss is {loss}" + (f", non-finite gradient of {', '.join(tensors[:3])}" if tensors else "")
+    of_step = f"its samples are {samples.start}-{samples.stop - 1}"
     if not found:
         return (
-            f"{what}; replaying each microbatch alone gave finite numbers everywhere: the sum overflowed or the "
-            "hardware erred once. No weight was changed; start the same command again from the last checkpoint."
+            f"{what}; {of_step}; replaying each microbatch alone gave finite numbers everywhere: the sum overflowed or "
+            "the hardware erred once. No weight was changed; start the same command again from the last checkpoint."
         )
     first = found[0][0]
-    ranks = sorted({rank for index, rank, _ in found if index == first})
-    causes = list(dict.fromkeys(text for index, _, text in found if index == first))
+    ranks = sorted({rank for index, rank, *_ in found if index == first})
+    causes = list(dict.fromkeys(text for index, _, text, _ in found if index == first))
+    by_loss = {n for _, _, text, numbers in found if text.startswith("loss") for n in numbers}
+    wrong = sorted(by_loss or {n for *_, numbers in found for n in numbers})
+    named = in_words(read_ranges(" ".join(map(str, wrong))))
+    place = f"first in microbatch {first} of rank {', '.join(map(str, ranks))} ({'; '.join(causes[:3])})"
+    text = f"{what}; {place}, in samples {named}; {of_step}. No weight was changed and the last checkpoint is intact. "
+    if len(wrong) == len(samples):
+        return (
+            f"{text}All samples of the step are hit: the weights have diverged before it. Go back to an earlier "
+            "checkpoint (--checkpoint.resume PATH) with a lower optimizer.lr, or leaving out the steps that led here "
+            f'(--train.skip_steps "A-{step}")'
+        )
     return (
-        f"{what}; first in microbatch {first} of rank {', '.join(map(str, ranks))} ({'; '.join(causes[:3])}). "
-        "No weight was changed and the last checkpoint is intact. Lower optimizer.lr, or look at that microbatch."
+        f"{text}The same command would come to the same step: lower optimizer.lr, or leave these samples out "
+        f'(--data.skip_samples "{named}") or the whole step (--train.skip_steps {step})'
     )

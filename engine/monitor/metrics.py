@@ -2,61 +2,79 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-from engine.errors import EXIT_ERROR, EngineError
 from engine.evaluate import Score
+from engine.files import no_links, replace_synced
 from engine.resolve import Resolved
+
+_CLOSE_S = 10.0  # TensorBoard may take so long to write its last events
 
 
 class MetricsLog:
     """Writes on the one rank where `enabled`; elsewhere it only builds the records. A context manager.
 
     metrics.jsonl is appended to: after a resume a step may stand there twice, the later line is the one that counts.
-    exit.json says how the run ended: as told by `exit`, or by the exception that ends the `with`; none while it runs.
+    A disk that is full costs lines and events and one warning each, never the run: checkpoints decide about that.
     """
 
     def __init__(self, run_dir: Path, resolved: Resolved, first_step: int, *, enabled: bool):
         self.run_dir, self.resolved, self.enabled = run_dir, resolved, enabled
-        self.last_step = first_step
-        self.file: TextIO | None = None
+        self.first_step = first_step
+        self.lines: _Lines | None = None
         self.board: Any = None
+        self._excepthook: Callable[[Any], Any] = threading.excepthook
 
     def __enter__(self) -> MetricsLog:
         if self.enabled:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "exit.json").unlink(missing_ok=True)
-            (self.run_dir / "config.toml").write_text(self.resolved.toml(), encoding="utf-8")
-            self.file = _open_lines(self.run_dir / "metrics.jsonl")
+            replace_synced(self.run_dir / "config.toml", self.resolved.toml().encode())
+            self.lines = _Lines(self.run_dir / "metrics.jsonl")
             if self.resolved.config.monitor.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-                self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.last_step + 1)
+                threading.excepthook = self._of_thread
+                folder = str(self.run_dir / "tensorboard")  # max_queue: a thread that has died must not block us
+                self.board = SummaryWriter(folder, purge_step=self.first_step + 1, max_queue=1 << 20)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if value is not None:
-            code = value.exit_code if isinstance(value, EngineError) else EXIT_ERROR
-            self.exit(code, (str(value).splitlines() or [type(value).__name__])[0])
-        if self.file is not None:
-            self.file.close()
+        if self.lines is not None:
+            self.lines.close()
         if self.board is not None:
-            self.board.close()
+            closing = threading.Thread(target=self._close_board, daemon=True)
+            closing.start()
+            closing.join(_CLOSE_S)
+        threading.excepthook = self._excepthook
 
-    def exit(self, code: int, reason: str) -> None:
-        """Write exit.json."""
-        if self.enabled:
-            write_exit(self.run_dir, code, reason, self.last_step)
+    def _close_board(self) -> None:
+        try:
+            self.board.close()
+        except OSError as error:
+            self._without_board(error)
+
+    def _without_board(self, error: OSError) -> None:
+        self.board = None
+        where = self.run_dir / "tensorboard"
+        warnings.warn(f"{where} cannot be written ({error.strerror}); going on without it", stacklevel=2)
+
+    def _of_thread(self, error: Any) -> None:
+        if not (isinstance(error.exc_value, OSError) and "AsyncWriter" in type(error.thread).__name__):
+            self._excepthook(error)  # else told by _write, which meets the same error
 
     def step(
         self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, rates: dict[str, float]
     ) -> dict[str, float]:
         """Record one step; `tokens` are those consumed since the beginning of the run. Returns the record."""
-        self.last_step = step
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, **rates}
         self._write(record, {f"train/{k}": v for k, v in record.items() if k != "step"})
         return record
@@ -66,20 +84,20 @@ class MetricsLog:
         record = {"step": step, **{f"val_{k}": v for k, v in score.as_dict().items()}}
         self._write(record, {f"val/{k}": v for k, v in score.as_dict().items()})
 
+    def left_out(self, step: int, tokens: int) -> None:
+        """Record a step of train.skip_steps: {"step", "left_out", "tokens"}; it has no loss."""
+        self._write({"step": step, "left_out": 1.0, "tokens": tokens}, {})
+
     def _write(self, record: dict[str, float], scalars: dict[str, float]) -> None:
-        if self.file is not None:
+        if self.lines is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-            self.file.write(json.dumps(finite) + "\n")  # JSON knows no NaN: the norm of a skipped step is null
+            self.lines.add(json.dumps(finite))  # JSON knows no NaN: the norm of a skipped step is null
         if self.board is not None:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, int(record["step"]))
-
-
-def write_exit(run_dir: Path, code: int, reason: str, step: int) -> None:
-    """Write exit.json: how a run ended, and after which step."""
-    (run_dir / "exit.json").write_text(
-        json.dumps({"code": code, "reason": reason, "step": step}) + "\n", encoding="utf-8"
-    )
+            try:
+                for name, value in scalars.items():
+                    self.board.add_scalar(name, value, int(record["step"]))
+            except OSError as error:
+                self._without_board(error)
 
 
 def lacks_validation(run_dir: Path, step: int) -> bool:
@@ -90,12 +108,36 @@ def lacks_validation(run_dir: Path, step: int) -> bool:
     return step in training and step not in validation
 
 
-def _open_lines(path: Path) -> TextIO:
-    """Open for appending, without the half line that a killed writer may have left."""
-    if path.exists():
-        with path.open("r+b") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-    return path.open("a", buffering=1, encoding="utf-8")
+class _Lines:
+    """metrics.jsonl, opened for appending without the half line that a killed writer may have left."""
+
+    def __init__(self, path: Path):
+        self.path, self.told = path, False
+        self.file = open(path, "a+b", buffering=0, opener=no_links)  # noqa: SIM115  (closed by MetricsLog)
+        self.file.seek(0)
+        self.end = self.file.read().rfind(b"\n") + 1
+        self.file.truncate(self.end)
+
+    def add(self, text: str) -> None:
+        """Append a line, whole or not at all."""
+        data = text.encode() + b"\n"
+        try:
+            if self.file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.end += len(data)
+        except OSError as error:
+            with suppress(OSError):
+                self.file.truncate(self.end)
+            if not self.told:
+                self.told = True
+                warnings.warn(
+                    f"{self.path} cannot be written ({error.strerror}); going on, steps will be missing there",
+                    stacklevel=2,
+                )
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.file.close()
 
 
 def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]], bool]:
@@ -103,9 +145,10 @@ def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, 
     torn: a run that is writing it, or was killed while it did."""
     training: dict[int, dict[str, float]] = {}
     validation: dict[int, dict[str, float]] = {}
-    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-    whole, _, rest = text.rpartition("\n")
+    with open(run_dir / "metrics.jsonl", encoding="utf-8", errors="replace", opener=no_links) as file:
+        whole, _, rest = file.read().rpartition("\n")
     for line in whole.splitlines():
         record = json.loads(line)
-        (training if "loss" in record else validation)[record["step"]] = record
+        if "left_out" not in record:
+            (training if "loss" in record else validation)[record["step"]] = record
     return training, validation, bool(rest)

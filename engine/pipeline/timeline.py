@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from engine.errors import DataError, PlanError
+from engine.files import no_links
 from engine.pipeline.actions import Action, Op, parse_action, parse_plan
 from engine.pipeline.passes import compute_only
 from engine.pipeline.simulate import Costs, Event, Timeline
@@ -58,7 +59,8 @@ def read_timeline(run: Path) -> tuple[Timeline, int]:
     if not path.exists():
         raise DataError(f"{run}: no {TIMELINE_FILE}; give the folder of a run that has measured a step of a pipeline")
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        with open(path, encoding="utf-8", opener=no_links) as file:
+            return from_json(json.load(file))
     except (ValueError, DataError) as error:
         raise DataError(f"{path}: {error}") from None
 

@@ -1,0 +1,141 @@
+"""A loss that stands out is told, recorded, and keeps the last checkpoint before it, also over a restart."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import layout_of, resolve
+from harness import run_ranks
+from test_checkpoint import as_step, save_one
+
+from engine import loop
+from engine.checkpoint.format import complete_steps
+from engine.checkpoint.retention import forget_old
+from engine.checkpoint.storage import DISK
+from engine.context import ParallelContext
+from engine.data.indexed import IndexedWriter
+from engine.errors import TrainingError
+from engine.monitor.metrics import read_metrics
+from engine.monitor.spikes import CALM, SpikeWatch
+from engine.train import StepResult, TrainState, train_step
+
+
+def feed(watch: SpikeWatch, losses: list[float], first: int = 1) -> list[int]:
+    """The steps at which it says that the loss stands out."""
+    return [first + i for i, loss in enumerate(losses) if watch.see(first + i, loss, 1.0, "0-7")[0]]
+
+
+def test_what_stands_out(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").mkdir()
+    rng = np.random.default_rng(0)
+    falling = (2 + 9 * np.exp(-np.arange(400) / 60) + rng.normal(0, 0.05, 400)).tolist()
+    assert feed(SpikeWatch(tmp_path / "b", 0), falling) == []
+    assert feed(SpikeWatch(tmp_path / "a", 0), [6.2, 2e7, 1e5]) == [2, 3]  # from the second step on
+    spiked = [*falling]
+    spiked[300] += 1.0
+    assert feed(SpikeWatch(tmp_path / "c", 0), spiked) == [301]
+    ragged = rng.uniform(1.0, 3.0, 300).tolist()  # short, different texts
+    assert feed(SpikeWatch(tmp_path / "b", 0), ragged) == []
+    watch = SpikeWatch(tmp_path / "b", 0)
+    assert feed(watch, falling) == []
+    high, note = watch.see(401, 2.0, 30.0, "3200-3207")
+    assert high and "step 401: gradient norm 30 where 1 is usual; its samples are 3200-3207" in note
+    assert watch.see(402, 2.0, math.inf, "")[0] is False  # fp16 looks for its scale
+
+
+def test_a_spike_lasts_until_the_run_has_recovered_and_survives_a_restart(tmp_path: Path) -> None:
+    def again(step: int, first: SpikeWatch) -> SpikeWatch:
+        watch = SpikeWatch(tmp_path, step)
+        watch._usual = first._usual  # as from metrics.jsonl, which the test below reads
+        return watch
+
+    watch = SpikeWatch(tmp_path, 0)
+    assert feed(watch, [2.0] * 30) == [] and watch.since == 0
+    assert feed(watch, [5.0] * 100, 31) == list(range(31, 131))  # a loss that stays up is no new usual
+    assert watch.since == 31 and json.loads((tmp_path / "spike.json").read_text())["step"] == 31
+    watch = again(130, watch)
+    assert watch.since == 31
+    assert feed(watch, [2.0] * (CALM - 1), 131) == [] and watch.since == 31
+    watch = again(28, watch)  # gone back before it
+    assert feed(watch, [2.0] * (CALM + 2), 29) == [] and watch.since == 31
+    assert feed(watch, [2.0], 31 + CALM) == [] and watch.since == 0 and not (tmp_path / "spike.json").exists()
+
+
+def test_keep_spares_the_last_before_a_spike(tmp_path: Path) -> None:
+    saved = save_one(tmp_path / "saved")
+
+    def left(keep: int, spike: int, steps: tuple[int, ...]) -> list[int]:
+        root = tmp_path / f"{keep}-{spike}-{len(steps)}"
+        for step in steps:
+            as_step(saved, root, step)
+        forget_old(DISK, root, steps[-1], keep, 0, spike)
+        return complete_steps(root)
+
+    assert left(1, 0, (2, 4, 6, 8)) == [8]
+    assert left(1, 6, (2, 4, 6, 8)) == [4, 8]  # the weights of 4 gave the loss of 5, which did not stand out
+    assert left(1, 5, (2, 4, 6, 8)) == [2, 8]  # those of 4 gave that of 5, which did
+    assert left(2, 20, (2, 4, 6, 8)) == [6, 8]
+    assert left(1, 3, (4, 6)) == [6] and left(1, 3, (2, 4, 6)) == [2, 6]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prefix = tmp_path_factory.mktemp("corpus") / "c"
+    with IndexedWriter(prefix, 61) as writer:
+        for k in range(60):
+            writer.add((np.arange(60) * 7 + k) % 61)
+        writer.finish({})
+    return str(prefix)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_of_a_run(corpus: str, tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights break at step 8, the run dies, is started again, and still has the checkpoint of step 6."""
+
+    def cfg(steps: int) -> Any:
+        return resolve(
+            2,
+            parallel_data=2,
+            data_train=corpus,
+            run_dir=tmp_path / "run",
+            train_steps=steps,
+            checkpoint_every=1,
+            checkpoint_keep=1,
+            checkpoint_async_save=background,
+            schedule_kind="constant",
+        )
+
+    def job(ctx: ParallelContext) -> list[str]:
+        def breaking(state: TrainState, *args: Any, **options: Any) -> StepResult:
+            if state.step == 13:
+                raise TrainingError("killed")
+            result = train_step(state, *args, **options)
+            if state.step == 7:
+                for stage in state.buckets:
+                    stage.settle()
+                for p in state.params:
+                    p.data.mul_(30)
+            return result
+
+        loop.train_step = breaking
+        said = []
+        for steps in (20, 16):
+            try:
+                loop.train(cfg(steps), ctx, False)  # type: ignore[arg-type]
+            except TrainingError as error:
+                said.append(str(error))
+            loop.train_step = train_step
+        return said
+
+    assert run_ranks(layout_of(cfg(20).config), job, num_kv_heads=2) == [["killed"]] * 2
+    records, _, _ = read_metrics(tmp_path / "run")
+    spikes = [step for step, record in records.items() if record.get("spike")]
+    assert spikes[0] == 8 and json.loads((tmp_path / "run/spike.json").read_text())["step"] == 8
+    assert complete_steps(tmp_path / "run/checkpoints") == [6, 16]

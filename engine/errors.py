@@ -16,6 +16,25 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL: the state was saved on a signal, please start 
 EXIT_READER_GONE = 141  # 128 + SIGPIPE, as a shell says of a command whose output nobody reads any more
 
 
+_SHOWN = 200  # characters of a value that a message has room for
+
+
+def shown(value: object) -> str:
+    """A value for a message: what stands in other people's files may be of any length and depth."""
+    if isinstance(value, str | bytes) and len(value) > _SHOWN:
+        return f"{value[:_SHOWN]!r}... ({len(value):,} in all)"
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; a whole number of thousands of digits
+        return f"a {type(value).__name__} that is too long to show"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters in all)"
+
+
+def cut(text: str, most: int = 2 * _SHOWN) -> str:
+    """The beginning of a text that should be short."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 class EngineError(Exception):
     """Base of all expected failures: its text is meant for a person, no traceback needed."""
 
@@ -32,7 +51,7 @@ class Fault:
     repair: str
 
     def __str__(self) -> str:
-        return f"{self.path} = {self.value!r}: {self.relation}. {self.repair}"
+        return f"{cut(self.path)} = {shown(self.value)}: {cut(self.relation, 1000)}. {self.repair}"
 
 
 class ConfigError(EngineError):

@@ -1,9 +1,11 @@
 """Hugging Face model families, one table each: config.json <-> model.* facts, and where which tensor lies. No torch.
 
-config.json is data that describes a model. Every key of it is either a fact that `ModelConfig` has, or must have the
-value that the engine's model computes with, or is known to change nothing. Everything else is refused by name: a key
-that nobody here knows may well change the model. Reading and writing (hf_config.py) use the same table, and a model is
-exported as a family whose config.json reads back as exactly its facts: what a family cannot say is not lost in silence.
+config.json is data that describes a model. A key that the family's class in transformers reads is either a fact that
+`ModelConfig` has, or must have the value that the engine's model computes with: a test compares the table with the
+source of transformers. A key that the class does not read changes nothing and is kept, unless it asks by name for
+something that the engine does not have (`LACKING`). Reading and writing (hf_config.py) use the same table, and a model
+is exported as a family whose config.json reads back as exactly its facts: what a family cannot say is not lost in
+silence.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Family:
     """One architecture. See the module text.
 
     facts: what all its models are, beside ModelConfig's defaults. fields: config.json's keys. fixed: keys with the only
-    values the engine can compute with, None among them where the key may be null; the first is written. harmless: keys
+    values the engine can compute with, None among them where the key may be null; the first is written (FIXED: those of
+    all families). aliases: other names of a field that transformers reads as that field. harmless: keys
     that say nothing of what is computed. names: canonical tensors without ".weight"/".bias" -> theirs, {} the layer;
     several of ours with the same one of theirs lie in it one after another, or, where it is in `by_head`, so in each
     head's rows. transposed: matrices stored as [in, out]. prefix: left out by models that were saved without head.
@@ -49,6 +52,7 @@ class Family:
     names: Mapping[str, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     harmless: tuple[str, ...] = ()
     rope_keys: Mapping[str, str] = field(default_factory=lambda: {"rope_theta": "rope_theta"})
     rope_defaults: Mapping[str, float] = field(default_factory=dict)
@@ -244,6 +248,12 @@ _TABLE = (
             "reorder_and_upcast_attn": (False, None),
             "add_cross_attention": (False, None),
         },
+        aliases={
+            "hidden_size": "n_embd",
+            "max_position_embeddings": "n_positions",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
         harmless=(
             "n_ctx",
             "summary_type",
@@ -294,6 +304,13 @@ _TABLE = (
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _TABLE}
 
+# Keys that transformers reads of a config of any family -> the values that leave the model as it is
+FIXED: dict[str, tuple[Any, ...]] = {
+    "is_causal": (None, True),
+    "attention_chunk_size": (None,),
+    "per_layer_config": (None, {}),
+    **dict.fromkeys(("text_config", "text_encoder", "decoder", "generator"), (None,)),  # a config inside counts instead
+}
 # Keys of any family that say nothing of what is computed
 HARMLESS = (
     *("architectures", "auto_map", "bos_token_id", "classifier_dropout", "dtype", "eos_token_id", "id2label"),
@@ -315,9 +332,12 @@ LACKING = {
     "alibi": "ALiBi positions",
     "clip_qkv": "clipped queries, keys and values",
     "logit_scale": "scaled logits",
-    "partial_rotary_factor": "a partial rotation",
     "transformers_weights": "weights in a file of another name",
     "query_pre_attn_scalar": "another softmax scale",
+}
+# What transformers reads in rope_scaling beside SCALING, and the engine does not have; the values that change nothing
+ROPE_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "yarn": {"truncate": (True,), "mscale": (), "mscale_all_dim": ()},
 }
 # rope_scaling's keys <-> facts, by the kind that ModelConfig calls it
 SCALING: dict[str, dict[str, str]] = {

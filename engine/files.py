@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,23 @@ def write_synced(path: Path, data: bytes) -> None:
     with open(path, "wb", opener=no_links) as file:
         file.write(data)
         sync_file(file)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes; links are followed. OSError for anything else.
+
+    A pipe would be waited for, and a device has no end.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(
+            errno.EFBIG, f"has {max(len(data), facts.st_size):,} bytes, and more than {most:,} are not read", str(path)
+        )
+    return data
 
 
 def write_fault(err: OSError, path: Path, needed_bytes: int, go_on: str) -> str:

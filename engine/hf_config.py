@@ -6,17 +6,20 @@ See there for what is refused, and why a model that is written is read back as t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, ConfigError, Fault
-from engine.families import FAMILIES, HARMLESS, LACKING, REFUSED, SCALING, Family, Field
-from engine.files import SEALED
+from engine.errors import CheckpointError, ConfigError, Fault, cut, shown
+from engine.families import FAMILIES, FIXED, HARMLESS, LACKING, REFUSED, ROPE_FIXED, SCALING, Family, Field
+from engine.files import SEALED, read_regular
 
 Facts = dict[str, Any]
 _CANNOT = "The engine cannot compute this model."
+_MOST_BYTES = 64 << 20  # of a JSON file; the index of a model of 10^5 tensors has some 10 MB
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # no model comes near; more would be worked on for long before it is refused
 
 
 @dataclass(frozen=True)
@@ -35,22 +38,25 @@ class Described:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path, _MOST_BYTES))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({cut(str(error))})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
     return value
 
 
-def read_config(path: Path, max_seq_len: int | None = None) -> Described:
+def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str] = ()) -> Described:
     """What a config.json says of a model. Raises ConfigError with everything in it that the engine does not have.
 
     max_seq_len: of the model that is made from it, where that is shorter: a sliding window may then be of no effect.
+    ignore: keys that are read as if they were not there (sliding_window: as null), because whoever asks knows better.
     """
-    raw = read_json(path)
+    raw = _without(read_json(path), ignore, path)
     family = FAMILIES.get(str(raw.get("model_type")))
     known = f"The engine knows {', '.join(f.architecture for f in FAMILIES.values())}."
     if family is None:
@@ -59,7 +65,7 @@ def read_config(path: Path, max_seq_len: int | None = None) -> Described:
     if named is not None and named != [family.architecture]:
         raise ConfigError([Fault(f"{path}: architectures", named, f"is not {family.architecture}", known)])
     facts: Facts = dict(family.facts)
-    wrong: list[tuple[str, str]] = []
+    wrong = list(_resolve_aliases(raw, family))
     for key, entry in family.fields.items():
         try:
             facts |= _read_field(raw, key, entry, facts)
@@ -74,33 +80,76 @@ def read_config(path: Path, max_seq_len: int | None = None) -> Described:
         facts.setdefault("rope_original_seq_len", facts.get("max_seq_len", 0))
     facts["max_seq_len"] = max_seq_len or facts.get("max_seq_len", 0)
     wrong += rope_wrong + list(_wrong_keys(raw, family, facts["max_seq_len"]))
-    faults = [Fault(f"{path}: {key}", raw.get(key), text, _CANNOT) for key, text in wrong]
+    faults = [Fault(f"{path}: {key}", raw.get(key), text, _repair(key, family)) for key, text in wrong]
     faults += _window_faults(raw, family, facts, path)
     if faults:
         raise ConfigError(faults)
     notes += [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
     if "auto_map" in raw:
         notes.append("auto_map: left out, no code of the folder is run")
-    kept = {*HARMLESS, *family.harmless, *family.dropouts} - {"auto_map"}
-    return Described(family, facts, tuple(notes), {key: value for key, value in raw.items() if key in kept})
+    if unread := [cut(key, 60) for key in raw if key not in known_keys(family) and not _is_lacking(raw, key)]:
+        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        notes.append(f"{family.architecture} does not read {', '.join(unread[:5])}{more}: kept for exports")
+    return Described(family, facts, tuple(notes), extras(raw, family))
+
+
+def _without(raw: dict[str, Any], ignore: Sequence[str], path: Path) -> dict[str, Any]:
+    known = "It ignores keys of config.json."
+    if odd := [Fault("--ignore-key", key, f"is no key of {path}", known) for key in ignore if key not in raw]:
+        raise ConfigError(odd)
+    return {key: value for key, value in raw.items() if key not in ignore} | (
+        {"sliding_window": None} if "sliding_window" in ignore else {}
+    )
+
+
+def _resolve_aliases(raw: dict[str, Any], family: Family) -> Iterator[tuple[str, str]]:
+    """Give fields the values that stand under another name; (key, why) of two names that differ."""
+    for alias, key in family.aliases.items():
+        if alias in raw and raw.setdefault(key, raw[alias]) != raw[alias]:
+            yield alias, f"is another name of {key}, which is {shown(raw[key])} here"
+
+
+def fixed_keys(family: Family) -> dict[str, tuple[Any, ...]]:
+    """Keys that transformers reads and whose value must be one of these."""
+    partial = "rope_theta" in family.rope_keys and "partial_rotary_factor" not in family.rope_keys
+    return {**FIXED, **family.fixed, **({"partial_rotary_factor": (None, 1)} if partial else {})}
+
+
+def known_keys(family: Family) -> set[str]:
+    """All keys whose meaning is known, be it that they have none; transformers reads no other key of this family."""
+    rope = ("rope_scaling", "rope_parameters", "original_max_position_embeddings") if family.rope_keys else ()
+    window = ("sliding_window", "layer_types", family.window_switch)
+    named = {*family.fields, *family.aliases, *fixed_keys(family), *family.rope_keys, *rope, *window}
+    return named | {*HARMLESS, *family.harmless, *family.dropouts}
+
+
+def extras(raw: Mapping[str, Any], family: Family) -> Facts:
+    """What a config.json says beside the model, which an export gives back."""
+    model = known_keys(family) - {*HARMLESS, *family.harmless, *family.dropouts}
+    return {k: v for k, v in raw.items() if k not in model and k != "auto_map" and not _is_lacking(raw, k)}
+
+
+def _is_lacking(raw: Mapping[str, Any], key: str) -> bool:
+    return key in LACKING and bool(raw[key])
+
+
+def _repair(key: str, family: Family) -> str:
+    needed = {*family.fields, *family.aliases}
+    return _CANNOT if key in needed else f"{_CANNOT} Should it change nothing here: engine import --ignore-key {key}"
 
 
 def _wrong_keys(raw: Mapping[str, Any], family: Family, longest: int) -> Iterator[tuple[str, str]]:
     """(key, why) of what is there beside the family's fields."""
-    known = {*family.fields, *HARMLESS, *family.harmless, *family.dropouts, *family.rope_keys, "sliding_window"}
-    known |= {family.window_switch, *(("rope_scaling", "rope_parameters") if family.rope_keys else ())}
+    fixed, known = fixed_keys(family), known_keys(family)
     for key, value in raw.items():
         if key == "layer_types" and isinstance(value, list):
             if odd := _odd_layers(raw, family, longest):
-                yield key, f"the engine has full attention only, no {', '.join(odd)}"
-        elif key in family.fixed:
-            if value not in family.fixed[key]:
-                yield key, f"the engine computes with {family.fixed[key][0]!r}"
-        elif value is not None and key not in known:
-            if key in LACKING:
-                yield key, f"asks for {LACKING[key]}, which the engine does not have"
-            else:
-                yield key, f"is not known here, and may change what {family.architecture} computes"
+                yield key, f"the engine has full attention only, no {cut(', '.join(odd))}"
+        elif key in fixed:
+            if value not in fixed[key]:
+                yield key, f"the engine computes with {fixed[key][0]!r}"
+        elif key not in known and _is_lacking(raw, key):
+            yield key, f"asks for {LACKING[key]}, which the engine does not have"
 
 
 def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) -> Facts:
@@ -114,15 +163,36 @@ def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) ->
         if value is None:
             raise ValueError("is missing")
     elif entry.values:
-        if value not in entry.values:
+        if not isinstance(value, str) or value not in entry.values:
             raise ValueError(f"is none of {', '.join(entry.values)}")
         value = entry.values[value]
-    elif isinstance(value, bool) != isinstance(entry.default, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or isinstance(entry.default, bool):
+        if not (isinstance(value, bool) and isinstance(entry.default, bool)):
+            raise ValueError("is of the wrong type")
+    elif isinstance(entry.default, float):
+        if not is_number(value) or value < 0:
+            raise ValueError("is no finite number of at least 0")
+    elif not isinstance(value, int):
         raise ValueError("is of the wrong type")
+    else:
+        most = _MOST_LAYERS if "num_layers" in entry.facts else _MOST
+        if not 1 <= value <= most:
+            raise ValueError(f"is not from 1 to {most:,}")
     return dict.fromkeys(entry.facts, value)
 
 
-_NO_CHANGE = (("truncate", True), ("partial_rotary_factor", 1), ("partial_rotary_factor", 1.0))
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a finite number that a double can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_idle(name: str, value: Any, kind: str) -> bool:
+    """Whether transformers computes the same without this entry of rope_scaling. One by kinds of layers has dicts."""
+    fixed = ROPE_FIXED.get(kind, {}) | {"partial_rotary_factor": (1,)}
+    return value is None or (not isinstance(value, dict) and value in fixed.get(name, (value,)))
 
 
 def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tuple[str, str]], list[str]]:
@@ -156,20 +226,22 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tupl
     for name, value in inner.items():
         if name in table and value is not None:
             facts[table[name]] = value
-        elif not (value is None or name in ("type", "rope_type") or (name, value) in _NO_CHANGE):
-            wrong.append((key, f"{name} {value!r} is not known for rope_type {kind}"))
+        elif not _is_idle(name, value, kind):
+            wrong.append((key, f"{cut(name)} {shown(value)} is not known for rope_type {kind}"))
     if "factor" in table and inner.get("factor") is None:
         wrong.append((key, "factor is missing"))
+    if "original_max_position_embeddings" in table and raw.get("original_max_position_embeddings") is not None:
+        facts["rope_original_seq_len"] = raw["original_max_position_embeddings"]  # comes first in transformers
     for name, fact in family.rope_keys.items():
         if raw.get(name) is not None and outside[fact] != facts[fact]:
-            notes.append(f"{name} {raw[name]!r} is not read: {facts[fact]!r} in {key} counts")
+            notes.append(f"{name} {shown(raw[name])} is not read: {shown(facts[fact])} in {key} counts")
     return facts, wrong + _odd_numbers(facts), notes
 
 
 def _odd_numbers(facts: Facts) -> list[tuple[str, str]]:
     numbers = {fact: value for fact, value in facts.items() if fact != "rope_scaling"}
-    odd = [fact for fact, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int | float)]
-    return [("rope_parameters", f"{fact} {numbers[fact]!r} is no number") for fact in odd]
+    odd = [fact for fact, value in numbers.items() if not is_number(value)]
+    return [("rope_parameters", f"{fact} {shown(numbers[fact])} is no number") for fact in odd]
 
 
 def _window_faults(raw: Mapping[str, Any], family: Family, facts: Facts, path: Path) -> list[Fault]:
@@ -189,6 +261,7 @@ def _window_faults(raw: Mapping[str, Any], family: Family, facts: Facts, path: P
         return []  # nothing is ever out of the window
     relation = f"is below the context of {longest}, and the engine attends to all of it"
     repair = f"For sequences of at most {window} tokens the model is the same: take it with max_seq_len {window}."
+    repair += " Should it change nothing here: engine import --ignore-key sliding_window"
     return [Fault(f"{path}: sliding_window", window, relation, repair)]
 
 

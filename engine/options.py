@@ -344,6 +344,8 @@ class Import:
     """size of a file that is written, which is also what is held in memory"""
     vocab_size: int = 0
     """Megatron-LM: true size of the vocabulary, whose padding is left out; 0: as its arguments say"""
+    ignore_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """read config.json as if it had no such key, which you know to change nothing; may be given several times"""
     secret: str = ""
     """file:PATH or env:NAME: sign what is written"""
     encrypt: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial, reduce
 from pathlib import Path
@@ -33,10 +33,10 @@ from engine.checkpoint.storage import DISK, Storage, make_folders
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, Pending, write_safetensors
 from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from engine.data.tokenizer import Tokenizer
-from engine.errors import CheckpointError, ConfigError, DataError, SecretError
-from engine.families import FAMILIES, HARMLESS, Family
+from engine.errors import CheckpointError, ConfigError, DataError, Fault, SecretError
+from engine.families import FAMILIES, Family
 from engine.files import sync_folder, write_synced
-from engine.hf_config import read_config, read_json, rope_forms, write_config
+from engine.hf_config import extras, read_config, read_json, rope_forms, write_config
 from engine.layout import Layout
 from engine.relations import relations
 from engine.resolve import model_config
@@ -64,11 +64,19 @@ _PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 Importable = HfReader | MegatronSource
 
 
-def open_foreign(path: Path, max_seq_len: int | None = None, vocab_size: int | None = None) -> Importable:
-    """The weights of a Hugging Face folder, or of a checkpoint of Megatron-LM (vocab_size: without its padding)."""
+def open_foreign(
+    path: Path, max_seq_len: int | None = None, vocab_size: int | None = None, ignore_keys: Sequence[str] = ()
+) -> Importable:
+    """The weights of a Hugging Face folder, or of a checkpoint of Megatron-LM (vocab_size: without its padding).
+
+    ignore_keys: of config.json, which are then read as if they were not there.
+    """
     if is_megatron(path):
+        if ignore_keys:
+            relation = f"is a key of config.json, and {path} is a checkpoint of Megatron-LM"
+            raise ConfigError([Fault("--ignore-key", ignore_keys[0], relation, "Leave it out.")])
         return open_megatron(path, vocab_size)
-    return HfReader(path, max_seq_len)
+    return HfReader(path, max_seq_len, ignore_keys)
 
 
 def open_source(path: Path, max_seq_len: int | None = None, storage: Storage = DISK) -> Source[Any]:
@@ -116,16 +124,18 @@ def import_folder(
     *,
     max_seq_len: int | None = None,
     vocab_size: int | None = None,
+    ignore_keys: Sequence[str] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     storage: Storage = DISK,
 ) -> tuple[Path, list[str]]:
     """Write what `open_foreign` opens as a run folder with one checkpoint of step 0; returns that, and notes in words.
 
-    The tensors keep their dtypes and bits. Raises ConfigError or CheckpointError for whatever the engine does not have.
+    The tensors keep their dtypes and bits. ignore_keys: as of `open_foreign`; the manifest names them. Raises
+    ConfigError or CheckpointError for whatever the engine does not have.
     """
     if (out / "checkpoints").exists():
         raise CheckpointError(f"{out}: holds checkpoints already; choose another folder")
-    with open_foreign(folder, max_seq_len, vocab_size) as reader:
+    with open_foreign(folder, max_seq_len, vocab_size, ignore_keys) as reader:
         reader.verify()
         notes, architecture = _copy_tokenizer(folder, out / "tokenizer"), "megatron"
         if isinstance(reader, HfReader):
@@ -145,7 +155,8 @@ def import_folder(
             "consumed_samples": 0,
             "consumed_tokens": 0,
             "config": config.model_dump(),
-            "data": {"imported_from": str(folder), "architecture": architecture},
+            "data": {"imported_from": str(folder), "architecture": architecture}
+            | ({"ignored_keys": list(ignore_keys)} if ignore_keys else {}),
             "versions": code_versions(),
         }
         manifest = manifest_of(parts, Layout(), 0, facts, BLOCK_BYTES)
@@ -365,8 +376,8 @@ def _says(path: Path, facts: Mapping[str, Any]) -> bool:
 
 def _extras(origin: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """What a folder's config.json says beside the model: token ids, dropout rates, settings of generation."""
-    kept = {*HARMLESS, *family.harmless, *family.dropouts}.difference(_OF_THE_WRITER, ("architectures", "model_type"))
-    return {key: value for key, value in origin.items() if key in kept}
+    ours = {*_OF_THE_WRITER, "architectures", "model_type"}
+    return {key: value for key, value in extras(origin, family).items() if key not in ours}
 
 
 def runs(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:

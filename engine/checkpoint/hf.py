@@ -8,6 +8,7 @@ safetensors only, file names from the index are plain names, no pickle.
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from engine.checkpoint.format import MODEL
 from engine.checkpoint.load import Source
 from engine.checkpoint.tensorfile import DTYPES
 from engine.config import ModelConfig
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, cut
 from engine.families import Family
 from engine.hf_config import Described, read_config, read_json
 from engine.model.transformer import tensor_shapes
@@ -112,14 +113,15 @@ def places(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[Place]], di
 class HfReader(Source[Located]):
     """The source that a Hugging Face folder is. Raises ConfigError or CheckpointError for all that it cannot be.
 
-    max_seq_len: of the model that is made of it, where that is less than the folder's. Attributes: `described` (its
-    config.json), `cfg` (the model), `notes` (what of the folder is not read, or is not as it says, in words).
+    max_seq_len: of the model that is made of it, where that is less than the folder's. ignore_keys: of its config.json.
+    Attributes: `described` (its config.json), `cfg` (the model), `notes` (what of the folder is not read, or is not as
+    it says, in words).
     """
 
-    def __init__(self, folder: Path, max_seq_len: int | None = None):
+    def __init__(self, folder: Path, max_seq_len: int | None = None, ignore_keys: Sequence[str] = ()):
         super().__init__(folder, {})
         self._stack, self._open, self._lock = ExitStack(), dict[str, Any](), threading.Lock()
-        self.described: Described = read_config(folder / CONFIG, max_seq_len)
+        self.described: Described = read_config(folder / CONFIG, max_seq_len, ignore_keys)
         self.cfg: ModelConfig = model_config(folder, self.described.facts)
         self.notes: list[str] = list(self.described.notes)
         self.spare_head = f"{self.described.family.names['head']}.weight"  # some folders of tied models hold it too
@@ -139,6 +141,8 @@ class HfReader(Source[Located]):
     def _file(self, name: str) -> Any:
         with self._lock:
             if name not in self._open:
+                if not (self.folder / name).is_file():  # a pipe would be waited for
+                    raise OSError(errno.EINVAL, "is not a regular file")
                 self._open[name] = self._stack.enter_context(safe_open(self.folder / name, framework="pt"))
             return self._open[name]
 
@@ -325,4 +329,4 @@ def _generation_notes(path: Path, vocab_size: int) -> list[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(cut(name, 100) for name in names[:5]) + (", ..." if len(names) > 5 else "")

@@ -35,6 +35,7 @@ def import_(args: list[str]) -> int:
         o.output,
         max_seq_len=o.max_seq_len or None,
         vocab_size=o.vocab_size or None,
+        ignore_keys=o.ignore_key,
         max_shard_bytes=_shard_bytes(o.shard_mib),
         storage=storage_of(o.secret, encrypt=o.encrypt),
     )

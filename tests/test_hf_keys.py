@@ -1,0 +1,179 @@
+"""Which keys of config.json matter: those that transformers reads. Its own source is the oracle, key by key.
+
+A key that the family's class does not read changes nothing, whatever it is called; one that it reads is in the family's
+table, so that a value which the engine cannot compute is refused. Published files met keys of both kinds.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from engine.errors import CheckpointError, ConfigError
+from engine.families import FAMILIES
+from engine.hf_config import known_keys, read_config
+
+SOURCE = Path(transformers.__file__).parent
+SHARED = ("masking_utils.py", "modeling_rope_utils.py", "cache_utils.py")
+LLAMA: dict[str, Any] = {
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "max_position_embeddings": 64},
+}
+# What the source reads of a config that is no key of a file: properties, methods, what other tasks' classes read
+NO_KEYS = {
+    *dir(transformers.PreTrainedConfig),
+    *("num_labels", "problem_type", "classifier_dropout", "_rope_type_labels", "nested_rope_parameter_keys"),
+    *("cumulative_length", "kv_sharing_modes", "crossattention", "q_attn", "summary_last_dropout", "is_heterogeneous"),
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "head_dim"),  # by any name
+}
+# Other tasks' classes read these, or a method of the family's own takes the place of the one that does
+NOT_BY_THIS_CLASS = {
+    "gpt2": {"hidden_dropout", "rope_parameters"},
+    "gpt_neox": {"rope_theta", "partial_rotary_factor"},
+}
+
+
+def reads(file: Path) -> set[str]:
+    """Attributes that a source file reads of something called config, and fields that its config class declares."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+            if owner == "config":
+                found.add(node.attr)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            of, name = node.args[:2]
+            owner = of.id if isinstance(of, ast.Name) else of.attr if isinstance(of, ast.Attribute) else ""
+            if owner in ("config", "self") and isinstance(name, ast.Constant) and "inv_freq" not in str(name.value):
+                found.add(str(name.value))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            found |= {
+                line.target.id
+                for line in node.body
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+            }
+    return found
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_key_that_transformers_reads_is_in_the_table(model_type: str) -> None:
+    family, folder = FAMILIES[model_type], SOURCE / "models" / model_type
+    read = reads(folder / f"modeling_{model_type}.py") | reads(folder / f"configuration_{model_type}.py")
+    shared = [name for name in SHARED if family.rope_keys or "rope" not in name]
+    read |= set().union(*(reads(SOURCE / name) for name in shared))
+    read |= {"decoder", "generator", "text_config", "text_encoder"}  # names in strings
+    read -= NOT_BY_THIS_CLASS.get(model_type, set())
+    read |= set(transformers.CONFIG_MAPPING[model_type].attribute_map)
+    assert len(read) > 25  # the source has been found and understood
+    unknown = read - known_keys(family) - NO_KEYS
+    assert not unknown, f"{family.architecture} reads {sorted(unknown)}, and the table does not say what they mean"
+
+
+def described(tmp_path: Path, change: dict[str, Any], **options: Any) -> Any:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | change), encoding="utf-8")
+    return read_config(tmp_path / "config.json", **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transformers.js_config": {"dtype": "q4"}},  # SmolLM2-Instruct
+        {"n_special": 0, "predict_special_tokens": True, "output_past": True},  # gpt2-medium, gpt2-xl
+        {"custom_pipelines": {"text-generation": {"impl": "a.B"}}},  # Dolly
+        {"max_length": 4096, "do_sample": True, "temperature": 0.9},  # settings of generation
+        {"chunk_size_feed_forward": 0, "pruned_heads": {}, "use_bfloat16": False},  # saved with every default
+        {"num_experts": 0, "alibi": False, "logit_scale": None},  # features that are off
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "finetuned": True}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_key_that_is_not_read_is_harmless_and_comes_back(tmp_path: Path, change: dict[str, Any]) -> None:
+    plain = described(tmp_path, {k: v for k, v in change.items() if k == "rope_scaling"})
+    with_keys = described(tmp_path, change)
+    assert with_keys.facts == plain.facts
+    extras = {key: value for key, value in change.items() if key != "rope_scaling"}
+    assert extras.items() <= with_keys.extras.items()
+    if set(extras) - {"num_experts", "alibi", "logit_scale"}:
+        assert any(next(iter(extras)) in note for note in with_keys.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"is_causal": False}, "computes with"),
+        ({"text_config": {"hidden_size": 64}}, "computes with"),
+        ({"partial_rotary_factor": 0.5}, "computes with"),
+        ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "computes with"),
+        ({"num_experts": 8}, "mixture of experts"),
+    ],
+)
+def test_a_key_that_is_read_or_asks_for_more_is_refused_unless_ignored(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    (key,) = change
+    with pytest.raises(ConfigError, match=why) as caught:
+        described(tmp_path, change)
+    assert f"--ignore-key {key}" in str(caught.value)
+    ignored = described(tmp_path, change, ignore=(key,))
+    assert ignored.facts == described(tmp_path, {}).facts
+    assert key not in ignored.extras
+    with pytest.raises(ConfigError, match="wobble"):  # a word that is no key there
+        described(tmp_path, change, ignore=(key, "wobble"))
+
+
+def test_names_of_one_thing_that_differ_are_refused(tmp_path: Path) -> None:
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}
+
+    def read(change: dict[str, Any]) -> Any:
+        (tmp_path / "config.json").write_text(json.dumps(gpt2 | change), encoding="utf-8")
+        return read_config(tmp_path / "config.json").facts
+
+    assert read({"hidden_size": 32, "num_hidden_layers": 2}) == read({})
+    with pytest.raises(ConfigError, match="n_embd"):
+        read({"hidden_size": 64})
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"num_attention_heads": value} for value in (0, -4, 4.0, "4", [4], True, 10**25)),
+        *({key: 10**18} for key in ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")),
+        {"hidden_size": 2**62},
+        {"num_hidden_layers": 100_000},
+        {"hidden_act": ["silu"]},
+        {"hidden_act": {"a": 1}},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": -1e-5},
+        {"rope_theta": float("inf")},
+        {"rope_theta": 10**400},
+        {"rope_scaling": {"type": ["linear"], "factor": 2.0}},
+        {"rope_scaling": {"type": "linear", "factor": [2.0]}},
+        {"model_type": ["llama"]},
+        {"architectures": {"a": "b"}},
+        {"layer_types": [["full_attention"]]},
+        {"vocab_size": "x" * 5_000_000},
+    ],
+    ids=lambda change: f"{next(iter(change))}-{str(next(iter(change.values())))[:20]}",
+)
+def test_malformed_values_are_short_errors(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises((ConfigError, CheckpointError)) as caught:
+        from engine.resolve import model_config
+
+        model_config(tmp_path, described(tmp_path, change).facts)
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "", "nul", "\x00" * 100, '{"a": ' + "9" * 10_000 + "}"])
+def test_what_is_no_json_is_a_short_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises((ConfigError, CheckpointError)) as caught:
+        read_config(tmp_path / "config.json")
+    assert len(str(caught.value)) < 1500

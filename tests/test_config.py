@@ -186,8 +186,8 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
     "weights of an impossible model": (
         {"checkpoint.init": "bad"},
         1,
-        "bad/config.json: model.ffn_size",
-        "Input should be greater than or equal to 1",
+        "bad/config.json: model.rope_theta",
+        "Input should be greater than 0",
         "The folder is damaged",
     ),
     "tensor and heads": (
@@ -457,8 +457,8 @@ def plans(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     (folder / "two.plan").write_text(str(build("1f1b", 2, 1, 3)))
     for name, fim in (("plain", "false"), ("fim", "true")):
         (folder / f"{name}.toml").write_text(f'[[source]]\nprefix = "a"\nweight = 1\nfim = {fim}\n')
-    for name, ffn_size in (("hf", 48), ("bad", -48)):
-        facts: dict[str, Any] = {"hidden_size": 256, "intermediate_size": ffn_size, "num_hidden_layers": 4}
+    for name, theta in (("hf", 10000.0), ("bad", -1.0)):
+        facts: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 4, "rope_theta": theta}
         facts |= {"model_type": "llama", "num_attention_heads": 8, "vocab_size": 4096}
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(facts))

@@ -458,7 +458,12 @@ def plans(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     for name, fim in (("plain", "false"), ("fim", "true")):
         (folder / f"{name}.toml").write_text(f'[[source]]\nprefix = "a"\nweight = 1\nfim = {fim}\n')
     for name, theta in (("hf", 10000.0), ("bad", -1.0)):
-        facts: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 4, "rope_theta": theta}
+        facts: dict[str, Any] = {
+            "hidden_size": 256,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "rope_theta": theta,
+        }
         facts |= {"model_type": "llama", "num_attention_heads": 8, "vocab_size": 4096}
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(facts))

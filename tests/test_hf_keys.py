@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
+from engine import cli
 from engine.errors import CheckpointError, ConfigError
 from engine.families import FAMILIES
 from engine.hf_config import known_keys, read_config
+from engine.resolve import model_config
 
 SOURCE = Path(transformers.__file__).parent
 SHARED = ("masking_utils.py", "modeling_rope_utils.py", "cache_utils.py")
@@ -165,8 +168,6 @@ DEEP = "[" * 200_000
 )
 def test_malformed_values_are_short_errors(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, CheckpointError)) as caught:
-        from engine.resolve import model_config
-
         model_config(tmp_path, described(tmp_path, change).facts)
     assert len(str(caught.value)) < 1500
 
@@ -177,3 +178,30 @@ def test_what_is_no_json_is_a_short_error(tmp_path: Path, text: str) -> None:
     with pytest.raises((ConfigError, CheckpointError)) as caught:
         read_config(tmp_path / "config.json")
     assert len(str(caught.value)) < 1500
+
+
+def test_ignored_keys_are_recorded_and_pipes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(words: list[str]) -> int:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        return int(stop.value.code or 0)
+
+    cfg = transformers.LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "architectures"})
+    transformers.LlamaForCausalLM(cfg).save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8")) | {"num_experts": 8, "x": 1}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config), encoding="utf-8")
+    words = ["import", str(tmp_path / "hf"), str(tmp_path / "run")]
+    assert main(words) == 2
+    assert "--ignore-key num_experts" in capsys.readouterr().err
+    assert main([*words, "--ignore-key", "num_experts"]) == 0
+    assert "LlamaForCausalLM does not read x: kept for exports" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert "ignored_keys ['num_experts']" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    back = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
+    assert "num_experts" not in back and back["x"] == 1
+    for name in ("model.safetensors", "config.json"):  # nobody will ever write into these pipes
+        (tmp_path / "hf" / name).unlink()
+        os.mkfifo(tmp_path / "hf" / name)
+        assert main(["import", str(tmp_path / "hf"), str(tmp_path / "run2"), "--ignore-key", "num_experts"]) == 1
+        assert "is not a regular file" in capsys.readouterr().err

@@ -118,8 +118,12 @@ def work(o: Options) -> None:
     before = time.perf_counter()
     if what == "copy":
         copy(Path(source), Path(target))
-    elif code := engine([what, source, target, "--shard-mib", str(o.shard_mib)]):
-        sys.exit(code)
+    else:
+        try:
+            engine([what, source, target, "--shard-mib", str(o.shard_mib)])
+        except SystemExit as end:
+            if end.code:
+                raise
     seconds = time.perf_counter() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"s": seconds, "mib": peak}))

@@ -811,11 +811,11 @@ FACTS_OF_MODELS = [
         hf("llama3-rope"),
     ),
     Mutation(
-        "unknown_keys_ignored",
-        "a key of config.json that nobody knows is dropped without a word",
+        "keys_that_count_ignored",
+        "a key of config.json that changes the model is dropped without a word",
         "engine/hf_config.py",
-        "elif value is not None and key not in known:",
-        "elif value is not None and key in LACKING:",
+        "if value not in fixed[key]:",
+        "if value not in family.fixed.get(key, (value,)):",
         ("tests/test_hf_config.py::test_what_the_engine_does_not_have_is_refused_by_name",),
     ),
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.convert import copy_beside
+from engine.checkpoint.beside import copy_beside
 from engine.checkpoint.format import newest, read_manifest
 from engine.checkpoint.links import refuse_links
 from engine.checkpoint.save import Saved, Saver, check_room

@@ -284,6 +284,8 @@ class Inspect:
     """read everything: every token and what the sidecar says of it; of a checkpoint every digest"""
     secret: str = ""
     """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print one JSON object instead of text"""
 
 
 @dataclass
@@ -350,6 +352,8 @@ class Import:
     """file:PATH or env:NAME: sign what is written"""
     encrypt: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """with --secret: encrypt it too"""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print one JSON object instead of text"""
 
 
 @dataclass
@@ -370,6 +374,10 @@ class Export:
     """load the result with transformers and compare its logits with the engine's"""
     secret: str = ""
     """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
+    copy_extra: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """copy the licence, the model card and other small files of the Hugging Face folder that the model came from"""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print one JSON object instead of text"""
 
 
 @dataclass
@@ -380,6 +388,8 @@ class Verify:
     """run folder (its newest checkpoint) or step folder"""
     secret: str = ""
     """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print one JSON object instead of text"""
 
 
 @dataclass

@@ -17,7 +17,8 @@ from hf_models import MODELS, save
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.checkpoint.convert import copy_beside, export, import_folder
+from engine.checkpoint.beside import copy_beside
+from engine.checkpoint.convert import export, import_folder
 from engine.checkpoint.format import MODEL, prove_all, read_manifest
 from engine.checkpoint.hf import HfReader
 from engine.checkpoint.load import Reader

@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hf_models import ROPE3, save
 from test_hf_config import rewrite
 
+from engine.checkpoint.beside import copy_beside
 from engine.checkpoint.convert import export, import_folder
 from engine.cli import main
 from engine.data.foreign import AWKWARD
+from engine.data.indexed import IndexedWriter
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError
 
@@ -143,3 +146,46 @@ def test_exports_have_both_rope_forms(tmp_path: Path, form: str) -> None:
         assert out["rope_parameters"][key] == value and out["rope_scaling"][key] == value
     again = transformers.AutoConfig.from_pretrained(tmp_path / "out").rope_parameters
     assert {key: value for key, value in again.items() if key != "type"} == new
+
+
+def test_small_files_are_copied_if_asked_and_never_dropped_in_silence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "LICENSE").write_text("free")
+    (folder / "README.md").write_text("card")
+    (folder / "large.txt").write_bytes(bytes((1 << 20) + 1))
+    (folder / "original").mkdir()
+    (tmp_path / "private").write_text("secret")
+    (folder / "link.txt").symlink_to(tmp_path / "private")
+    text = engine(capsys, "import", folder, tmp_path / "run")
+    assert "note: left out, neither read nor kept for exports: large.txt, link.txt, original" in text
+    text = engine(capsys, "export", tmp_path / "run", tmp_path / "plain")
+    assert "note: not copied: LICENSE, README.md of the folder it came from; --copy-extra takes them" in text
+    assert not (tmp_path / "plain/LICENSE").exists()
+    assert "not copied" not in engine(capsys, "export", tmp_path / "run", tmp_path / "out", "--copy-extra")
+    assert (tmp_path / "out/LICENSE").read_text() == "free" and (tmp_path / "out/README.md").read_text() == "card"
+    assert not (tmp_path / "out/link.txt").exists()
+    copy_beside(tmp_path / "run/checkpoints/step_00000000", tmp_path / "next")  # a run that starts from the import
+    assert (tmp_path / "next/hugging_face/extra/LICENSE").read_text() == "free"
+
+
+def test_every_verb_on_a_folder_speaks_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def facts(*words: object) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(engine(capsys, *words, "--json"))
+        assert found["verb"] == words[0]
+        return found
+
+    run = tmp_path / "run"
+    found = facts("import", folder, run)
+    assert found["checkpoint"] == str(run / "checkpoints/step_00000000") and "no tokenizer" in str(found["notes"])
+    assert facts("verify", run)["step"] == 0
+    found = facts("inspect", run, "--no-norms")
+    assert found["step"] == 0 and found["tensors"][0]["shape"] and found["tensors"][0]["norm"] is None
+    found = facts("export", run, tmp_path / "out", "--verify")
+    assert found["architecture"] == "GPT2LMHeadModel" and found["compared"]["difference"] < found["compared"]["bound"]
+    with IndexedWriter(tmp_path / "corpus", vocab_size=97) as writer:
+        writer.add(np.array([1, 2, 3], dtype=np.int32))
+        writer.add(np.array([4, 5], dtype=np.int32))
+        writer.finish({})
+    found = facts("inspect", tmp_path / "corpus", "--output", tmp_path / "picture.png", "--verify")
+    assert found["documents"] == 2 and found["tokens"] == 5 and found["picture"] == str(tmp_path / "picture.png")

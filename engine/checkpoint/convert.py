@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.checkpoint.beside import BESIDE, TOKENIZER_FACTS, copy_beside, copy_extra, extra_files, tokenizer_files
 from engine.checkpoint.format import MODEL, find, step_dir
 from engine.checkpoint.hf import CONFIG, GENERATION, INDEX, HfReader, assembled, contents, places, token_ids
 from engine.checkpoint.lineage import code_versions
-from engine.checkpoint.links import refuse_links
 from engine.checkpoint.load import Reader, Source
 from engine.checkpoint.megatron.files import is_megatron
 from engine.checkpoint.megatron.source import MegatronSource, open_megatron
@@ -42,22 +41,6 @@ from engine.relations import relations
 from engine.resolve import model_config
 
 MAX_SHARD_BYTES = 4 << 30
-BESIDE = "hugging_face"  # folder of a run
-TOKENIZER_FACTS = "tokenizer_facts.json"  # in it: how the folder's own tokenizer ended documents
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
@@ -92,30 +75,6 @@ def open_source(path: Path, max_seq_len: int | None = None, storage: Storage = D
         if storage is DISK:
             raise
         return Reader(find(path, storage), storage)
-
-
-def copy_beside(source: Path, run: Path) -> None:
-    """Keep in a run folder what an export gives back, of the Hugging Face folder or the checkpoint it starts from."""
-    foreign = (source / CONFIG).exists()
-    folder = source if foreign else source.parent.parent / BESIDE
-    for run_folder in (run,) if foreign else (run, source.parent.parent):
-        refuse_links(run_folder)
-    for name in (CONFIG, GENERATION, TOKENIZER_FACTS):
-        if (folder / name).is_file():
-            (run / BESIDE).mkdir(parents=True, exist_ok=True)
-            write_synced(run / BESIDE / name, (folder / name).read_bytes())
-    if foreign and (folder / "tokenizer.json").is_file():
-        with suppress(DataError):
-            facts = {"eos_token_id": Tokenizer.load(folder).eod}
-            write_synced(run / BESIDE / TOKENIZER_FACTS, json.dumps(facts).encode() + b"\n")
-
-
-def tokenizer_files(folder: Path) -> list[str]:
-    """Names of what is a tokenizer's in a folder, further chat templates too."""
-    further = sorted(folder.glob("additional_chat_templates/*.jinja"))
-    return [name for name in TOKENIZER_FILES if (folder / name).is_file()] + [
-        f"{p.parent.name}/{p.name}" for p in further
-    ]
 
 
 def import_folder(
@@ -162,6 +121,8 @@ def import_folder(
         manifest = manifest_of(parts, Layout(), 0, facts, BLOCK_BYTES)
         if isinstance(reader, HfReader):
             copy_beside(folder, out)
+            if left := extra_files(folder)[1]:
+                notes = [*notes, f"left out, neither read nor kept for exports: {', '.join(left)}"]
         commit(storage, temporary, final, manifest.encode(storage))
     return final, notes
 
@@ -239,12 +200,13 @@ def export(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     storage: Storage = DISK,
     notes: list[str] | None = None,
+    extra: bool = False,
 ) -> tuple[Family, int]:
     """Write a checkpoint as a Hugging Face folder; returns the family and the bytes of the weights.
 
     Writes model-*.safetensors with their index, config.json, generation_config.json, and copies the tokenizer's files.
     dtype: None for that of the checkpoint. eod: id of the tokenizer's end-of-document token. notes: what was changed
-    of the folder it came from is added, in words.
+    of the folder it came from is added, in words. extra: licence, model card and other small files of that folder too.
     Raises CheckpointError when `out` is there already, or no family is this model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -254,8 +216,6 @@ def export(
         cfg = ModelConfig.model_validate(reader.manifest.config["model"])
         family, config, generation = _describe(cfg, beside)
         said = _renamed_end(beside, config, generation, eod)
-        if notes is not None:
-            notes += said
         config["dtype"] = config["torch_dtype"] = str(dtype or _stated(beside, reader)).removeprefix("torch.")
         temporary = out.parent / f".{out.name}.tmp"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -270,6 +230,9 @@ def export(
         for name in tokenizer_files(tokenizer):
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizer / name, temporary / name)
+    said += copy_extra(beside, temporary if extra else None)
+    if notes is not None:
+        notes += said
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     for name, facts in ((INDEX, index), (GENERATION, generation), (CONFIG, config)):
         write_synced(temporary / name, json.dumps(facts, indent=2).encode() + b"\n")

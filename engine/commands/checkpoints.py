@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.commands.run import single_process
 from engine.errors import EXIT_OK, ConfigError, EngineError, Fault
@@ -39,9 +42,9 @@ def import_(args: list[str]) -> int:
         max_shard_bytes=_shard_bytes(o.shard_mib),
         storage=storage_of(o.secret, encrypt=o.encrypt),
     )
-    for note in notes:
-        print(f"note: {note}")
-    print(f"wrote {made}; train from it with --checkpoint.init {o.output}")
+    text = [*(f"note: {note}" for note in notes), f"wrote {made}; train from it with --checkpoint.init {o.output}"]
+    facts = {"verb": "import", "folder": str(o.folder), "run": str(o.output), "checkpoint": str(made), "notes": notes}
+    tell(text, facts if o.json else None)
     return EXIT_OK
 
 
@@ -65,17 +68,16 @@ def export(args: list[str]) -> int:
     cfg, folder = config_of(o.checkpoint, storage), find(o.checkpoint, storage)
     imported = "exp_avg" not in read_manifest(folder, storage).tensors
     tokenizer: Path | None = None
-    eod = None
+    eod, notes = None, list[str]()
     try:
         tokenizer = tokenizer_folder(o.checkpoint, o.tokenizer, storage)
         eod = load_tokenizer(o.checkpoint, o.tokenizer, storage).eod
     except EngineError as error:
         if o.tokenizer is not None or not imported:
             raise
-        print(f"note: {error}")
+        notes.append(str(error))
         kept = folder.parent.parent / "tokenizer"
         tokenizer = kept if kept.is_dir() else None  # what came with a folder goes out again, if it can be read or not
-    notes: list[str] = []
     dtype = None if imported and not o.dtype else _dtype(o.dtype or cfg.train.precision)
     family, size = export(
         folder,
@@ -84,23 +86,27 @@ def export(args: list[str]) -> int:
         tokenizer=tokenizer,
         eod=eod,
         notes=notes,
+        extra=o.copy_extra,
         max_shard_bytes=_shard_bytes(o.shard_mib),
         storage=storage,
     )
-    for note in notes:
-        print(f"note: {note}")
     files = "config.json, generation_config.json" + (", tokenizer" if tokenizer else "")
-    print(f"wrote {o.output}: {family.architecture}, {size:,} bytes of weights, {files}")
+    text = [f"note: {note}" for note in notes]
+    text.append(f"wrote {o.output}: {family.architecture}, {size:,} bytes of weights, {files}")
+    facts: dict[str, Any] = {"verb": "export", "checkpoint": str(folder), "folder": str(o.output)}
+    facts |= {"architecture": family.architecture, "weight_bytes": size, "notes": notes, "compared": None}
     if o.verify:
         found = compare_with_transformers(o.checkpoint, o.output, dtype, storage)
         if found.fault:
             raise CheckpointError(
                 f"{o.output}: transformers does not compute from it what the engine does: {found.fault}. Do not use it"
             )
-        print(
+        text.append(
             f"transformers gives the same logits: largest difference {found.difference:.2e}, where rounding explains "
             f"{found.bound:.2e} (largest logit {found.largest:.2f})"
         )
+        facts["compared"] = {key: getattr(found, key) for key in ("difference", "bound", "largest")}
+    tell(text, facts if o.json else None)
     return EXIT_OK
 
 
@@ -118,37 +124,57 @@ def verify(args: list[str]) -> int:
     manifest = read_manifest(folder, storage)
     prove_all(folder, manifest, storage)
     size = sum(entry.size for entry in manifest.files.values())
-    print(f"{folder}: step {manifest.step}, {len(manifest.files)} files, {size:,} bytes, every digest is right")
+    text = f"{folder}: step {manifest.step}, {len(manifest.files)} files, {size:,} bytes, every digest is right"
+    facts = {"verb": "verify", "checkpoint": str(folder), "step": manifest.step}
+    tell([text], facts | {"files": len(manifest.files), "bytes": size} if o.json else None)
     return EXIT_OK
 
 
 def inspect_checkpoint(o: Inspect) -> int:
     """`engine inspect` of a checkpoint."""
-    from pathlib import Path
-
-    from rich.console import Console
+    from dataclasses import asdict
 
     from engine.checkpoint.format import find, prove_all
     from engine.checkpoint.inspect import summary, tensor_facts
     from engine.checkpoint.load import Reader
     from engine.checkpoint.seal import storage_of
 
-    console = Console(highlight=False, soft_wrap=True)
     storage = storage_of(o.secret)
     with Reader(find(Path(o.data), storage), storage) as reader:
-        for line in summary(reader):
-            console.print(line, markup=False)
+        text = list(summary(reader))
+        facts: dict[str, Any] = {"verb": "inspect", "checkpoint": str(reader.folder), "step": reader.manifest.step}
+        facts |= {"summary": list(text), "digests_proven": o.verify, "tensors": []}
         if o.verify:
             prove_all(reader.folder, reader.manifest, storage)
-            console.print("every digest is right")
+            text.append("every digest is right")
         width = max(map(len, (name for names in reader.manifest.tensors.values() for name in names)), default=0)
+        if not o.json:
+            tell(text)
         for t in tensor_facts(reader, norms=o.norms):
             norm = f"  norm {t.norm:.6g}" if o.norms else ""
             shape = " x ".join(map(str, t.shape))
-            console.print(
-                f"{t.kind:10}  {t.name:{width}}  {t.dtype:4}  {shape:14}  {t.files} files{norm}", markup=False
-            )
+            facts["tensors"].append({**asdict(t), "norm": t.norm if o.norms else None})
+            if not o.json:
+                tell([f"{t.kind:10}  {t.name:{width}}  {t.dtype:4}  {shape:14}  {t.files} files{norm}"])
+    if o.json:
+        tell([], facts)
     return EXIT_OK
+
+
+def tell(text: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
+    """Print lines of text, or, where they are given, the facts as one JSON object; numbers that are none are null."""
+    for line in text if facts is None else ():
+        print(line)
+    if facts is not None:
+        print(json.dumps(_finite(facts)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shard_bytes(mib: float) -> int:

@@ -147,9 +147,12 @@ def tokenizer(args: list[str]) -> int:
 def inspect(args: list[str]) -> int:
     """look at a corpus (counts, lengths, samples) or at a checkpoint (tensors, norms, lineage)"""
 
+    from dataclasses import asdict
+
     import tyro
     from rich.console import Console
 
+    from engine.commands.checkpoints import inspect_checkpoint, tell
     from engine.config import DataConfig
     from engine.data import inspect
     from engine.data.corpora import end_of_document
@@ -174,15 +177,15 @@ def inspect(args: list[str]) -> int:
     if faults:
         raise ConfigError(faults)
     if Path(o.data).is_dir() and not Path(f"{o.data}.idx").exists():
-        from engine.commands.checkpoints import inspect_checkpoint
-
         return inspect_checkpoint(o)
     dataset = IndexedDataset(o.data)
     folder = inspect.find_tokenizer(o.data, o.tokenizer)
     fim_options = {"fim_rate": o.fim_rate, "fim_spm_rate": o.fim_spm_rate, "fim_tokens": o.fim_tokens}
     data = DataConfig(tokenizer=str(folder or ""), **fim_options)
     tokenizer = Tokenizer.load(folder) if folder else None
-    c, console = inspect.count(dataset), Console(highlight=False, soft_wrap=True)
+    c, console = inspect.count(dataset), Console(highlight=False, soft_wrap=True, quiet=o.json)
+    facts: dict[str, Any] = {"verb": "inspect", "corpus": o.data, **asdict(c), "tokenizer": str(folder or "") or None}
+    facts |= {"proven": [], "samples": [], "picture": str(o.output)}
     for line in (
         f"{o.data}: {c.documents:,} documents, {c.tokens:,} tokens, {c.bytes:,} bytes of {c.dtype}",
         f"tokens a document: {c.shortest:,} to {c.longest:,} (document {c.longest_document}), median {c.median:,}, "
@@ -194,11 +197,15 @@ def inspect(args: list[str]) -> int:
     if o.verify:
         for line in inspect.verify(dataset, tokenizer):
             console.print(f"right: {line}", markup=False)
+            facts["proven"].append(line)
     if tokenizer is not None and o.samples:
         eod = end_of_document([dataset], "fim_rate", o.fim_rate) if o.fim_rate else 0
         fim = fill_in_the_middle(data, tokenizer, eod, o.seed) if o.fim_rate else None
         for text in inspect.decoded_samples(dataset, tokenizer, o.seq_len, o.samples, o.seed, fim):
             console.print(text, markup=False)
+            facts["samples"].append(str(text))
     plot_lengths(*inspect.histogram(dataset), o.data, o.output)
     console.print(f"wrote {o.output}", markup=False)
+    if o.json:
+        tell([], facts)
     return EXIT_OK

@@ -1,0 +1,101 @@
+"""What of a Hugging Face folder is not the model, kept in a run folder and given back by its exports.
+
+config.json, generation_config.json and the end of its tokenizer lie in `hugging_face/` of the run, and in `extra/` of
+that its licence, model card and other small files, which an export takes along if it is asked to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from engine.checkpoint.hf import CONFIG, GENERATION, INDEX
+from engine.checkpoint.links import refuse_links
+from engine.data.tokenizer import Tokenizer
+from engine.errors import DataError
+from engine.files import write_synced
+
+BESIDE = "hugging_face"  # folder of a run
+TOKENIZER_FACTS = "tokenizer_facts.json"  # in it: how the folder's own tokenizer ended documents
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+EXTRA = "extra"  # folder in BESIDE
+MOST_EXTRA_BYTES = 1 << 20  # of a file
+
+
+def copy_beside(source: Path, run: Path) -> None:
+    """Keep in a run folder what an export gives back, of the Hugging Face folder or the checkpoint it starts from."""
+    foreign = (source / CONFIG).exists()
+    folder = source if foreign else source.parent.parent / BESIDE
+    for run_folder in (run,) if foreign else (run, source.parent.parent):
+        refuse_links(run_folder)
+    for name in (CONFIG, GENERATION, TOKENIZER_FACTS):
+        if (folder / name).is_file():
+            (run / BESIDE).mkdir(parents=True, exist_ok=True)
+            write_synced(run / BESIDE / name, (folder / name).read_bytes())
+    for name in extra_files(folder)[0] if foreign else _names(folder / EXTRA):
+        (run / BESIDE / EXTRA).mkdir(parents=True, exist_ok=True)
+        write_synced(run / BESIDE / EXTRA / name, (folder / name if foreign else folder / EXTRA / name).read_bytes())
+    if foreign and (folder / "tokenizer.json").is_file():
+        with suppress(DataError):
+            facts = {"eos_token_id": Tokenizer.load(folder).eod}
+            write_synced(run / BESIDE / TOKENIZER_FACTS, json.dumps(facts).encode() + b"\n")
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of what is a tokenizer's in a folder, further chat templates too."""
+    further = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()] + [
+        f"{p.parent.name}/{p.name}" for p in further
+    ]
+
+
+def extra_files(folder: Path) -> tuple[list[str], list[str]]:
+    """(names of the small files that say nothing of the model, of all else that is not read) of a folder.
+
+    A link out of the folder is not followed, but for those of a hub's cache, which keeps all files as blobs.
+    """
+    read = {CONFIG, GENERATION, INDEX, "additional_chat_templates", *tokenizer_files(folder)}
+    small: list[str] = []
+    left: list[str] = []
+    home = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if path.name in read or path.suffix == ".safetensors" or path.name.startswith("."):
+            continue
+        inside = path.resolve().parent in (home, home.parent.parent / "blobs")
+        weights = path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+        fits = path.is_file() and inside and not weights and path.stat().st_size <= MOST_EXTRA_BYTES
+        (small if fits else left).append(path.name)
+    return small, left
+
+
+def copy_extra(beside: Path, out: Path | None) -> list[str]:
+    """Copy a run's extra files into an export that has no file of that name; notes of those that are not copied."""
+    names = _names(beside / EXTRA)
+    if not names:
+        return []
+    if out is None:
+        return [f"not copied: {', '.join(names)} of the folder it came from; --copy-extra takes them along"]
+    there = [name for name in names if (out / name).exists()]
+    for name in names:
+        if name not in there:
+            shutil.copyfile(beside / EXTRA / name, out / name)
+    return [f"not copied: {', '.join(there)}, which the export writes itself"] if there else []
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

@@ -8,7 +8,10 @@ from engine.errors import CheckpointError
 
 # What a run folder holds, and in which of its folders there is more.
 _RUN_FILES = ("lock", "config.toml", "metrics.jsonl", "exit.json", ".exit.json", "spike.json", "timeline.json")
-_RUN_FOLDERS = ("checkpoints", "tensorboard", "tokenizer", "hugging_face")
+_RUN_FOLDERS = (
+    *("checkpoints", "tensorboard", "tokenizer", "tokenizer/additional_chat_templates", "hugging_face"),
+    "hugging_face/extra",
+)
 
 
 def refuse_links(run_dir: Path) -> None:

@@ -68,6 +68,13 @@ class Env:
     local_world: int = 1
 
 
+def leave_code(code: int) -> None:
+    """Write the exit code of a failed start into the file that ENGINE_EXIT_CODE_FILE names: torchrun always says 1."""
+    if file := os.environ.get("ENGINE_EXIT_CODE_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(f"{code}\n", encoding="utf-8")
+
+
 def limit_encoder_threads(count: int) -> None:
     """How many threads tokenizer libraries may use. They read it once, at their first batch."""
     os.environ["RAYON_NUM_THREADS"] = str(count)
@@ -171,6 +178,7 @@ def run(
     except Exception as error:
         code = error.exit_code if isinstance(error, EngineError) else EXIT_ERROR
         if text := _report(error, env, store, timeout_s, board):
+            leave_code(code)
             told(code, text)
         if store is not None:
             sys.stdout.flush()

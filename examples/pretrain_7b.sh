@@ -108,6 +108,10 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+ENGINE_EXIT_CODE_FILE=$(mktemp)
+export ENGINE_EXIT_CODE_FILE
+trap 'rm -f "$ENGINE_EXIT_CODE_FILE"' EXIT
+
 nothing_to_save() {
     printf 'stopped on SIG%s before the ranks had started: nothing to save yet; the same command goes on\n' "$stop" >&2
     exit 75
@@ -141,12 +145,8 @@ elif [[ -n $stop ]] && ((code == 128 + $(kill -l "$stop"))); then
 elif ((code != 0 && signals > 1)) && [[ ! -e $run_dir/exit.json ]]; then # the second one ended the ranks
     code=$((128 + $(kill -l "$stop")))
 fi
-# Nothing of a run, and a fault of the configuration: 2, so that no scheduler tries again what cannot work.
-if ((code == 1)) && [[ -z $stop && ! -e $run_dir/exit.json ]]; then
-    checked=0
-    python -m engine "${train[@]}" --dry-run --world-size "$((nnodes * gpus_per_node))" >/dev/null 2>&1 || checked=$?
-    if ((checked == 2)); then
-        code=2
-    fi
+# What no scheduler should try again: a fault of the configuration, which the rank that found it leaves there.
+if ((code == 1)) && [[ $(<"$ENGINE_EXIT_CODE_FILE") == 2 ]]; then
+    code=2
 fi
 exit "$code"

@@ -325,6 +325,7 @@ def test_what_is_missing_is_said(variables: dict[str, str], message: str) -> Non
         ("kill -USR1 $$; exit 3", 3),  # to every process of the job: torchrun is not the one to end
         ("""echo '{"code": 75, "step": 4}' > run/exit.json; exit 1""", 75),
         ("""echo '{"code": 1, "step": 4}' > run/exit.json; exit 1""", 1),
+        ("echo 2 > $ENGINE_EXIT_CODE_FILE; exit 1", 2),  # a fault of the configuration
     ],
 )
 def test_the_script_ends_as_the_run_did(torchrun: str, code: int, tmp_path: Path) -> None:

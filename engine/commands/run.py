@@ -37,7 +37,7 @@ def train(args: list[str]) -> int:
         show(resolved, Console(), full=options.full)
         return EXIT_OK
     from engine.data.special import check
-    from engine.launch import leave, pick_device, read_env, run
+    from engine.launch import leave, leave_code, pick_device, read_env, run
     from engine.loop import train
     from engine.monitor.ending import Ending
     from engine.optim.precision import PRECISIONS
@@ -50,7 +50,8 @@ def train(args: list[str]) -> int:
         resolved = resolved.anchored()
         device = pick_device(resolved.config.train.device, env)
         check(resolved.config)
-    except ConfigError:
+    except ConfigError as error:
+        leave_code(error.exit_code)
         if env.rank > 0:  # every rank finds the same faults: rank 0 tells them, and torchrun then ends the others
             stop.release()  # torchrun's SIGTERM ends the wait, or all would be told twice
             time.sleep(30)

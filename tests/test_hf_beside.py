@@ -13,7 +13,7 @@ import transformers
 from hf_models import ROPE3, save
 from test_hf_config import rewrite
 
-from engine.checkpoint.beside import copy_beside
+from engine.checkpoint.beside import content, copy_beside
 from engine.checkpoint.convert import export, import_folder
 from engine.cli import main
 from engine.data.foreign import AWKWARD
@@ -189,3 +189,20 @@ def test_every_verb_on_a_folder_speaks_json(folder: Path, tmp_path: Path, capsys
         writer.finish({})
     found = facts("inspect", tmp_path / "corpus", "--output", tmp_path / "picture.png", "--verify")
     assert found["documents"] == 2 and found["tokens"] == 5 and found["picture"] == str(tmp_path / "picture.png")
+
+
+def test_links_out_of_a_folder_are_not_copied_but_a_hub_cache_is_read(tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("secret", encoding="utf-8")
+    snapshot = tmp_path / "models--a--b/snapshots/123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b/blobs").mkdir()
+    (tmp_path / "models--a--b/blobs/abc").write_text("blob", encoding="utf-8")
+    (snapshot / "merges.txt").symlink_to("../../blobs/abc")
+    assert content(snapshot, "merges.txt") == b"blob"
+    (snapshot / "vocab.json").symlink_to(tmp_path / "private")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.jinja").write_text("secret", encoding="utf-8")
+    (snapshot / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    for name in ("vocab.json", "additional_chat_templates/a.jinja"):
+        with pytest.raises(CheckpointError, match="is a link to"):
+            content(snapshot, name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from engine.checkpoint.hf import CONFIG, GENERATION, INDEX
 from engine.checkpoint.links import refuse_links
 from engine.data.tokenizer import Tokenizer
-from engine.errors import DataError
+from engine.errors import CheckpointError, DataError
 from engine.files import write_synced
 
 BESIDE = "hugging_face"  # folder of a run
@@ -37,6 +37,21 @@ EXTRA = "extra"  # folder in BESIDE
 MOST_EXTRA_BYTES = 1 << 20  # of a file
 
 
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether a file of a folder lies in it, or in the blobs of the hub's cache that it is a snapshot of."""
+    home, target = folder.resolve(), (folder / name).resolve()
+    blobs = home.parent.parent / "blobs"
+    return target.is_relative_to(home) or (home.parent.name == "snapshots" and target.is_relative_to(blobs))
+
+
+def content(folder: Path, name: str) -> bytes:
+    """The bytes of a file that is copied as it is. CheckpointError for a link out of its folder: it may lead anywhere."""
+    if not is_inside(folder, name):
+        path = folder / name
+        raise CheckpointError(f"{path}: is a link to {path.resolve()} and not copied; put the file into the folder")
+    return (folder / name).read_bytes()
+
+
 def copy_beside(source: Path, run: Path) -> None:
     """Keep in a run folder what an export gives back, of the Hugging Face folder or the checkpoint it starts from."""
     foreign = (source / CONFIG).exists()
@@ -46,7 +61,7 @@ def copy_beside(source: Path, run: Path) -> None:
     for name in (CONFIG, GENERATION, TOKENIZER_FACTS):
         if (folder / name).is_file():
             (run / BESIDE).mkdir(parents=True, exist_ok=True)
-            write_synced(run / BESIDE / name, (folder / name).read_bytes())
+            write_synced(run / BESIDE / name, content(folder, name))
     for name in extra_files(folder)[0] if foreign else _names(folder / EXTRA):
         (run / BESIDE / EXTRA).mkdir(parents=True, exist_ok=True)
         write_synced(run / BESIDE / EXTRA / name, (folder / name if foreign else folder / EXTRA / name).read_bytes())
@@ -72,13 +87,13 @@ def extra_files(folder: Path) -> tuple[list[str], list[str]]:
     read = {CONFIG, GENERATION, INDEX, "additional_chat_templates", *tokenizer_files(folder)}
     small: list[str] = []
     left: list[str] = []
-    home = folder.resolve()
     for path in sorted(folder.iterdir()):
         if path.name in read or path.suffix == ".safetensors" or path.name.startswith("."):
             continue
-        inside = path.resolve().parent in (home, home.parent.parent / "blobs")
         weights = path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-        fits = path.is_file() and inside and not weights and path.stat().st_size <= MOST_EXTRA_BYTES
+        fits = (
+            path.is_file() and is_inside(folder, path.name) and not weights and path.stat().st_size <= MOST_EXTRA_BYTES
+        )
         (small if fits else left).append(path.name)
     return small, left
 

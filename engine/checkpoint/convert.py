@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint.beside import BESIDE, TOKENIZER_FACTS, copy_beside, copy_extra, extra_files, tokenizer_files
+from engine.checkpoint.beside import (
+    BESIDE,
+    TOKENIZER_FACTS,
+    content,
+    copy_beside,
+    copy_extra,
+    extra_files,
+    tokenizer_files,
+)
 from engine.checkpoint.format import MODEL, find, step_dir
 from engine.checkpoint.hf import CONFIG, GENERATION, INDEX, HfReader, assembled, contents, places, token_ids
 from engine.checkpoint.lineage import code_versions
@@ -176,7 +184,7 @@ def _copy_tokenizer(folder: Path, out: Path) -> list[str]:
         return ["no tokenizer in the folder: give one with --tokenizer where it is needed"]
     for name in found:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_synced(out / name, (folder / name).read_bytes())
+        write_synced(out / name, content(folder, name))
     if "tokenizer.json" in found:
         return []
     other = "tokenizer.model" if "tokenizer.model" in found else "vocab.json"

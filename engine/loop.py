@@ -91,9 +91,10 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: 
         data = follow(data, cfg, state.step, state.consumed_samples, past)
     data.order.begin_at(state.order_begin)
     if not source and cfg.checkpoint.init:
-        begun = start_from(state, Path(cfg.checkpoint.init))
-        if ctx.rank == 0:
-            copy_beside(begun, run_dir)
+        begun, notes = start_from(state, Path(cfg.checkpoint.init))
+        on_first_rank(lambda: copy_beside(begun, run_dir), ctx.world, ctx.device)
+        for note in notes:
+            console.note(note)
     if _stopped_early(stop, cfg, ctx, console, ending):
         return EXIT_REQUEUE
     ending.step = state.step

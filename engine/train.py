@@ -338,10 +338,10 @@ def _opened(folder: Path, storage: Storage, ctx: ParallelContext) -> Reader:
     return reader
 
 
-def start_from(state: TrainState, path: Path) -> Path:
+def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
     """Take the weights of a Hugging Face folder or a checkpoint of any layout; the optimizer is new. Collective.
 
-    Returns the folder they were in.
+    Returns the folder they were in, and what of it is not read or not as it says, in words.
     """
     ctx = state.ctx
     error: EngineError | None = None
@@ -359,7 +359,7 @@ def start_from(state: TrainState, path: Path) -> Path:
             state.lineage = descend(source.folder, source.manifest, {"optimizer state": ("there", "new")})
         load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
     state.optimizer.publish()
-    return source.folder
+    return source.folder, source.notes if isinstance(source, HfReader) else []
 
 
 def find_resume(cfg: Config, before: int | None = None) -> str:

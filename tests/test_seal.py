@@ -221,7 +221,7 @@ def test_a_run_starts_from_a_signed_one_and_is_told_what_to_do_with_an_encrypted
 
     def job(ctx: ParallelContext) -> str:
         state = setup(cfg, ctx)
-        folder = start_from(state, Path(cfg.checkpoint.init))
+        folder, _ = start_from(state, Path(cfg.checkpoint.init))
         return f"{folder.name} {state.lineage[0].step}"
 
     assert run_ranks(layout_of(cfg), job, num_kv_heads=2) == ["step_00000001 1"]

@@ -109,7 +109,7 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: 
         console.note(changed_since(changed, state.scale))
     if state.order_begin:
         console.note(f"the sample order is another since sample {state.order_begin:,}: epochs are counted from there")
-    for note in data.notes:
+    for note in (*data.shares, *data.notes):
         console.note(note)
     if state.plan.microbatches < ctx.pipeline.size:
         enough = ctx.pipeline.size * ctx.data.size * cfg.train.micro_batch_size

@@ -104,8 +104,19 @@ def test_a_resume_at_the_same_batch_size_changes_nothing(corpora: Path, tmp_path
     for until in (1, 7, 8, 20, 21, 32, 50):
         parts.go(path, 8, until)
     assert parts.read == whole.read
-    total = "".join(data.notes)
-    assert "of 400 samples" in total
+    assert "of 400 samples" in "".join(data.shares)
+
+
+def test_a_resume_tells_the_shares_once(corpora: Path, tmp_path: Path) -> None:
+    """Those of the whole run, with the samples that were read at another batch size."""
+    run, path = Run(), mix(corpora, tmp_path, {0: (3, 1, 0)})
+    run.go(path, 8, 10)
+    data = run.go(path, 4, 20)
+    assert [note.split(" samples")[0] for note in (*data.shares, *data.notes)] == [
+        "source web: 180 of 240",
+        "source code: 60 of 240",
+        "source math: 0 of 240",
+    ]
 
 
 def test_what_may_be_allowed_repeats_and_skips_nothing(corpora: Path, tmp_path: Path) -> None:

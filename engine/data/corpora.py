@@ -32,9 +32,10 @@ _MOST_NOTES = 12
 class TrainingData:
     """order: the samples. names: of the sources of a blend, () for one corpus. facts: what a checkpoint remembers.
 
-    notes: what to tell the user about the blend and fill-in-the-middle. mask: of data.mask_eod and data.mask_tokens.
+    notes: what to tell the user about fill-in-the-middle and validation. mask: of data.mask_eod and data.mask_tokens.
     separate_eod: the end-of-document token for data.separate_documents, None without. fim: None at data.fim_rate 0.
-    planned: of a blend, (step, weights from there on), the first at step 0; () for one corpus.
+    planned: of a blend, (step, weights from there on), the first at step 0; () for one corpus. shares: what to tell the
+    user about the blend.
     """
 
     order: SampleOrder | BlendedOrder
@@ -46,6 +47,7 @@ class TrainingData:
     fim: FillInTheMiddle | None
     mixture: Mixture
     planned: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    shares: tuple[str, ...] = ()
 
 
 def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
@@ -114,7 +116,7 @@ def follow(
     facts |= {f"{MIXED_FROM}{phase.start}": _spelled(data.names, phase.weights) for phase in phases}
     order = BlendedOrder(data.order.orders, phases)
     total = consumed + max(0, cfg.train.steps - step) * batch
-    return replace(data, order=order, facts=facts, notes=(*_notes(data.mixture, order, cfg, total), *data.notes))
+    return replace(data, order=order, facts=facts, shares=tuple(_notes(data.mixture, order, cfg, total)))
 
 
 def _spelled(names: Sequence[str], weights: Sequence[int]) -> str:

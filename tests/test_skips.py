@@ -20,7 +20,7 @@ from engine.data.loader import Loader
 from engine.data.order import SampleOrder
 from engine.errors import EngineError
 from engine.loop import train
-from engine.monitor.metrics import read_metrics
+from engine.monitor.metrics import lacks_validation, read_metrics
 from engine.relations import relations
 from engine.skips import below, holds, in_words, read_ranges
 from engine.train import leave_behind, setup, train_step
@@ -144,3 +144,20 @@ def test_a_left_out_step_consumes_its_batch_and_changes_nothing(corpus: str, tmp
     manifest = json.loads((tmp_path / "one/checkpoints/step_00000006/manifest.json").read_text())
     assert manifest["lineage"][-1]["changed"]["data.skip_samples"] == ["", "41"]
     assert manifest["config"]["train"]["skip_steps"] == "2 4 7"
+
+
+def test_a_step_that_is_left_out_later_has_no_loss_and_is_validated(tmp_path: Path) -> None:
+    """The lines of a run that went back before a spike, and of one that was stopped before a validation."""
+
+    def write(*records: dict[str, float]) -> None:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    first, second, left_out = {"step": 1, "loss": 2.0}, {"step": 2, "loss": 9e9}, {"step": 2, "left_out": 1.0}
+    validated = {"step": 2, "val_loss": 2.0}
+    write(first, second, validated, left_out)
+    assert read_metrics(tmp_path)[0] == {1: first}
+    assert lacks_validation(tmp_path, 2), "the validation was of the other step 2"
+    write(first, left_out)
+    assert lacks_validation(tmp_path, 1) and lacks_validation(tmp_path, 2)
+    write(first, left_out, validated)
+    assert not lacks_validation(tmp_path, 2) and not lacks_validation(tmp_path, 3)

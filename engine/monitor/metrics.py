@@ -104,8 +104,9 @@ def lacks_validation(run_dir: Path, step: int) -> bool:
     """Whether metrics.jsonl has this step but no validation after it: the run was stopped between the two."""
     if not (run_dir / "metrics.jsonl").exists():
         return False
-    training, validation, _ = read_metrics(run_dir)
-    return step in training and step not in validation
+    records, _ = _records(run_dir)
+    of_step = ["val_loss" in record for record in records if record["step"] == step]
+    return bool(of_step) and not of_step[-1]
 
 
 class _Lines:
@@ -141,14 +142,22 @@ class _Lines:
 
 
 def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]], bool]:
-    """(training records, validation records) of a run by step; the later line of a step wins. Whether its last line is
-    torn: a run that is writing it, or was killed while it did."""
+    """(training records, validation records) of a run by step; the later line of a step wins, also where it says that
+    the step was left out. Whether its last line is torn: a run that is writing it, or was killed while it did."""
     training: dict[int, dict[str, float]] = {}
     validation: dict[int, dict[str, float]] = {}
+    records, torn = _records(run_dir)
+    for record in records:
+        step = int(record["step"])
+        if "left_out" in record:
+            training.pop(step, None)
+        else:
+            (training if "loss" in record else validation)[step] = record
+    return training, validation, torn
+
+
+def _records(run_dir: Path) -> tuple[list[dict[str, float]], bool]:
+    """All whole lines of metrics.jsonl in order, and whether there is a torn one behind them."""
     with open(run_dir / "metrics.jsonl", encoding="utf-8", errors="replace", opener=no_links) as file:
         whole, _, rest = file.read().rpartition("\n")
-    for line in whole.splitlines():
-        record = json.loads(line)
-        if "left_out" not in record:
-            (training if "loss" in record else validation)[record["step"]] = record
-    return training, validation, bool(rest)
+    return [json.loads(line) for line in whole.splitlines()], bool(rest)

@@ -83,7 +83,9 @@ RULES: dict[str, _Rule] = {
     ),
     "model.qk_norm_span": (lambda c: c.model.qk_norm, "has no effect without model.qk_norm", "Leave it out."),
     "schedule.warmup_steps": (
-        lambda c: c.schedule.warmup_steps <= c.train.steps or c.schedule.kind == "wsd",  # wsd: in engine.relations
+        lambda c: (  # a horizon: this may be the first part of a longer run. wsd: in engine.relations
+            c.schedule.warmup_steps <= max(c.train.steps, c.schedule.horizon_steps) or c.schedule.kind == "wsd"
+        ),
         "is longer than the run (train.steps)",
         "The learning rate would never reach its peak: use a hundredth of the run, or train longer.",
     ),

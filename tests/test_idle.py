@@ -87,3 +87,8 @@ def test_a_config_that_was_written_loads_back(preset: str, tmp_path: Path) -> No
 
 def test_a_default_that_was_typed_counts() -> None:
     assert paths({"train.loss_scale": 65536.0}) == ["train.loss_scale"]
+
+
+def test_the_first_part_of_a_longer_schedule_may_end_in_its_warm_up() -> None:
+    assert paths({"train.steps": 50, "schedule.warmup_steps": 100, "schedule.horizon_steps": 1000}) == []
+    assert paths({"train.steps": 50, "schedule.warmup_steps": 100}) == ["schedule.warmup_steps"]

@@ -100,7 +100,8 @@ MEGATRON: tuple[Row, ...] = (
     ("--cross-entropy-loss-fusion --cross-entropy-fusion-impl", "", "the loss is always computed in chunks"),
     ("--calculate-per-token-loss", "", "the loss is always over the counted tokens of the global batch"),
     ("--check-for-nan-in-loss-and-grad --no-check-for-nan-in-loss-and-grad", "", "it is always checked"),
-    ("--check-for-spiky-loss --check-for-large-grads", "", "there is no such setting"),
+    ("--check-for-spiky-loss --check-for-large-grads", "", "it is always checked: a warning names the samples"),
+    ("--iterations-to-skip", "train.skip_steps", "theirs are counted from 0, ours from 1; data.skip_samples: samples"),
     ("--rerun-mode", "", "a step whose numbers are not finite is always replayed once"),
     ("--manual-gc --manual-gc-interval --empty-unused-memory-level", "", "there is no such setting"),
     (
@@ -116,6 +117,8 @@ MEGATRON: tuple[Row, ...] = (
     ("--lr", "optimizer.lr", ""),
     ("--min-lr", "schedule.min_lr_ratio", "as a share of optimizer.lr"),
     ("--lr-decay-style", "schedule.kind", "cosine, linear, wsd or constant"),
+    ("--lr-decay-iters", "schedule.horizon_steps", "0: train.steps, the default"),
+    ("--lr-decay-samples", "schedule.horizon_steps", "samples / train.global_batch_size"),
     ("--lr-warmup-iters", "schedule.warmup_steps", ""),
     ("--lr-warmup-fraction", "schedule.warmup_steps", "fraction x train.steps"),
     ("--lr-warmup-samples", "schedule.warmup_steps", "samples / train.global_batch_size"),

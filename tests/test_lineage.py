@@ -83,7 +83,7 @@ def test_each_field_is_refused_allowed_and_remembered(
 
 def test_another_order_begins_where_it_was_allowed(first: Path, tmp_path: Path) -> None:
     """It is said how to go on, and later saves and resumes know where epoch 0 of the new order began."""
-    with pytest.raises(AssertionError, match=r"(?s)data.order: checkpoint 1, now 2.*start of an epoch"):
+    with pytest.raises(AssertionError, match=r"(?s)another sample order:.*checkpoint 1, now 2.*start of an epoch"):
         go(tmp_path, FACTS | {"order": 2}, first)
     second = go(tmp_path, FACTS | {"order": 2}, first, checkpoint_allow="data.order")
     third = go(tmp_path, FACTS | {"order": 2}, second)

@@ -190,8 +190,9 @@ def refuse(folder: Path, manifest: Manifest, found: Differences, cfg: Config) ->
     refused = {name: pair for name, pair in found.items() if field_of(name) not in allowed}
     if refused:
         fields = list(dict.fromkeys(map(field_of, refused)))
+        what = {_RATE: "had another learning rate", "data.order": "was read in another sample order"}
         raise CheckpointError(
-            f"{folder} {'belongs to another run' if fields != [_RATE] else 'had another learning rate'}:\n"
+            f"{folder} {what.get(' '.join(fields), 'belongs to another run')}:\n"
             + "\n".join(f"  - {name}: checkpoint {_shown(a)}, now {_shown(b)}" for name, (a, b) in refused.items())
             + (_ORDER_CHANGED.format(engine=manifest.versions.get("engine")) if "data.order" in refused else "")
             + "\nUse the old values, or another --run.dir for a new run."

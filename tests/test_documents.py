@@ -122,12 +122,16 @@ def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
         dataset = IndexedDataset(tmp_path / "packed")
         score = Evaluator(state.plan, state.stages, ctx, dataset, cfg).run(0)
         count = data.order.samples_per_epoch
-        whole = torch.from_numpy(data.order.gather(np.arange(count)))
-        tokens, labels = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+        whole, tail = data.order.gather(np.arange(count)), data.order.gather_tail()[None]
+        assert tail.shape == (1, data.order.tail + 1) and data.order.tail > 0
         (stage,) = state.stages.values()
-        with torch.no_grad():
-            losses = stage.module(tokens, labels, torch.ones_like(tokens), Documents.ended_by(tokens, EOD))
-        return score.loss, float(losses.sum()) / tokens.numel()
+        total, number = 0.0, 0
+        for part in (torch.from_numpy(whole), torch.from_numpy(tail)):
+            tokens, labels = part[:, :-1].contiguous(), part[:, 1:].contiguous()
+            with torch.no_grad():
+                losses = stage.module(tokens, labels, torch.ones_like(tokens), Documents.ended_by(tokens, EOD))
+            total, number = total + float(losses.sum()), number + tokens.numel()
+        return score.loss, total / number
 
     ((score, by_hand),) = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert score == pytest.approx(by_hand, rel=1e-12)

@@ -380,7 +380,8 @@ def _tell_torchrun(text: str) -> None:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
+        with suppress(OSError):  # a full disk there must not hide the error
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
 
 
 def _is_first(store: Store, patience_s: float) -> bool | None:

@@ -221,6 +221,14 @@ def test_the_first_cause_is_told_once(failing: int, tmp_path: Path) -> None:
     assert results[1 - failing] == Ended(1, "")
 
 
+def test_an_error_is_told_where_torchrun_cannot_be(tmp_path: Path) -> None:
+    def job(ctx: ParallelContext) -> int:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "no such folder/error.json")  # or a full /tmp
+        return last_rank_fails(ctx)
+
+    assert ranks(job, tmp_path)[1] == Ended(1, f"error: rank 1: {DAMAGED}\n")
+
+
 def test_quiet_ranks_end_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun calls whoever ends first the root cause."""
     monkeypatch.setattr(launch, "_LINGER_S", 1.5)

@@ -142,7 +142,7 @@ if ((code != 0)) && grep -qs '"code": 75' "$run_dir/exit.json"; then
     code=75
 elif [[ -n $stop ]] && ((code == 128 + $(kill -l "$stop"))); then
     nothing_to_save # it came while the launcher was not there yet
-elif ((code != 0 && signals > 1)) && [[ ! -e $run_dir/exit.json ]]; then # the second one ended the ranks
+elif ((code != 0 && signals > 1)) && ! grep -qs '"code": [0-9]' "$run_dir/exit.json"; then # the second one ended the ranks
     code=$((128 + $(kill -l "$stop")))
 fi
 # What no scheduler should try again: a fault of the configuration, which the rank that found it leaves there.

@@ -326,6 +326,8 @@ def test_what_is_missing_is_said(variables: dict[str, str], message: str) -> Non
         ("""echo '{"code": 75, "step": 4}' > run/exit.json; exit 1""", 75),
         ("""echo '{"code": 1, "step": 4}' > run/exit.json; exit 1""", 1),
         ("echo 2 > $ENGINE_EXIT_CODE_FILE; exit 1", 2),  # a fault of the configuration
+        # a second signal ended the ranks at once: they had no time to say so
+        ("""echo '{"code": null}' > run/exit.json; for i in 1 2; do kill -USR1 $PPID; sleep 0.5; done; exit 1""", 138),
     ],
 )
 def test_the_script_ends_as_the_run_did(torchrun: str, code: int, tmp_path: Path) -> None:

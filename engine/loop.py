@@ -128,9 +128,10 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: 
         console,
     ):
         watch = SpikeWatch(run_dir, state.step) if ctx.rank == 0 else None
+        saver.spike = watch.since if watch else 0
         code, reason = _loop(state, loader, evaluator, log, console, stop, data, saver, watch, ending)
-    if ctx.rank == 0:
-        ending.write(code, reason)
+    # the others wait: torchrun ends all ranks soon after the first has left
+    on_first_rank(lambda: ending.write(code, reason), ctx.world, ctx.device)
     return code
 
 
@@ -138,13 +139,15 @@ def _stopped_early(stop: StopRequest, cfg: Config, ctx: ParallelContext, console
     """Whether any rank was asked to stop before the first step; says so then. Collective."""
     if not _agreed((bool(stop),), ctx)[0]:
         return False
-    run_dir, storage = Path(cfg.run.dir), storage_of(cfg.checkpoint.secret)
-    saved = on_first_rank(lambda: newest(run_dir / "checkpoints", storage), ctx.world, ctx.device)
-    if ctx.rank == 0:
+
+    def tell() -> None:
+        saved = newest(Path(cfg.run.dir) / "checkpoints", storage_of(cfg.checkpoint.secret))
         ending.step = saved or 0
         ending.write(EXIT_REQUEUE, "stopped on a signal before the first step")
         then = "begins anew" if saved is None else f"goes on from step {saved}"
         console.note(f"stopped on a signal before the first step: nothing to save yet; the same command {then}")
+
+    on_first_rank(tell, ctx.world, ctx.device)
     return True
 
 

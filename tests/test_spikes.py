@@ -139,3 +139,26 @@ def test_of_a_run(corpus: str, tmp_path: Path, background: bool, monkeypatch: py
     spikes = [step for step, record in records.items() if record.get("spike")]
     assert spikes[0] == 8 and json.loads((tmp_path / "run/spike.json").read_text())["step"] == 8
     assert complete_steps(tmp_path / "run/checkpoints") == [6, 16]
+
+
+def test_it_is_spared_where_the_next_start_leaves_its_first_steps_out(corpus: str, tmp_path: Path) -> None:
+    """Nothing has looked at a loss when the first checkpoint of that start deletes older ones."""
+
+    def start(steps: int, skip: str) -> None:
+        cfg = resolve(
+            1,
+            data_train=corpus,
+            run_dir=tmp_path,
+            train_steps=steps,
+            train_skip_steps=skip,
+            checkpoint_every=1,
+            checkpoint_keep=1 if skip else 0,
+            schedule_kind="constant",
+        )
+        job = lambda ctx: loop.train(cfg, ctx, False)  # type: ignore[arg-type]  # noqa: E731
+        assert run_ranks(layout_of(cfg.config), job, num_kv_heads=2) == [0]
+
+    start(4, "")
+    (tmp_path / "spike.json").write_text('{"step": 3}')
+    start(6, "5 6")
+    assert complete_steps(tmp_path / "checkpoints") == [1, 6]

@@ -26,7 +26,8 @@ from engine.context import ParallelContext
 from engine.data.indexed import IndexedWriter
 from engine.evaluate import Evaluator
 from engine.loop import train
-from engine.monitor.metrics import read_metrics
+from engine.monitor.ending import Ending
+from engine.monitor.metrics import lacks_validation, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,37 @@ def test_the_step_is_saved_before_it_is_validated(
     assert run_ranks(layout_of(cfg.config), lambda ctx: job(cfg, ctx, 0)) == [(0, 2)]
     lines = [line for line in capfd.readouterr().out.splitlines() if " saved " in line or ": validation" in line]
     assert [line.split()[2] for line in lines] == ["saved", "validation", "saved", "validation"]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_all_ranks_stay_until_exit_json_is_written(
+    early: bool, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends the others soon after one has left, and a disk may be slow."""
+    cfg = resolve(2, parallel_data=2, train_steps=1, data_train=corpus, run_dir=tmp_path / "run")
+    write = Ending.write
+
+    def slow(self: Ending, code: int, reason: str) -> None:
+        time.sleep(1)
+        write(self, code, reason)
+
+    def one(ctx: ParallelContext) -> Any:
+        code = train(cfg, ctx, early)  # type: ignore[arg-type]
+        return code, json.loads((tmp_path / "run/exit.json").read_text())["code"]
+
+    monkeypatch.setattr(Ending, "write", slow)
+    code = 75 if early else 0
+    assert run_ranks(layout_of(cfg.config), one, num_kv_heads=cfg.config.model.num_kv_heads) == [(code, code)] * 2
+
+
+def test_a_spoiled_line_of_metrics_stops_no_start(tmp_path: Path) -> None:
+    """What a power cut leaves; whether the step still lacks its validation is then not known."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 4, "loss": 1.0}\n')
+    assert lacks_validation(tmp_path, 4)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(bytes(100) + b'0}\n{"step": 6, "loss": 1.0}\n')
+    assert not lacks_validation(tmp_path, 6)
+    assert not lacks_validation(tmp_path / "none", 6)
 
 
 def test_a_signal_before_the_first_step_is_told_and_asks_for_another_start(

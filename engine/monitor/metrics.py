@@ -102,10 +102,11 @@ class MetricsLog:
 
 def lacks_validation(run_dir: Path, step: int) -> bool:
     """Whether metrics.jsonl has this step but no validation after it: the run was stopped between the two."""
-    if not (run_dir / "metrics.jsonl").exists():
+    try:
+        records, _ = _records(run_dir)
+        of_step = ["val_loss" in record for record in records if record["step"] == step]
+    except (OSError, ValueError, TypeError, KeyError):  # none, or a line that a power cut has spoiled
         return False
-    records, _ = _records(run_dir)
-    of_step = ["val_loss" in record for record in records if record["step"] == step]
     return bool(of_step) and not of_step[-1]
 
 

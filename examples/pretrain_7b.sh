@@ -108,7 +108,7 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-ENGINE_EXIT_CODE_FILE=$(mktemp)
+ENGINE_EXIT_CODE_FILE=$(mktemp) || [[ -n $stop ]] || exit 1 # a signal to the whole group ends it as well
 export ENGINE_EXIT_CODE_FILE
 trap 'rm -f "$ENGINE_EXIT_CODE_FILE"' EXIT
 
@@ -146,7 +146,7 @@ elif ((code != 0 && signals > 1)) && ! grep -qs '"code": [0-9]' "$run_dir/exit.j
     code=$((128 + $(kill -l "$stop")))
 fi
 # What no scheduler should try again: a fault of the configuration, which the rank that found it leaves there.
-if ((code == 1)) && [[ $(<"$ENGINE_EXIT_CODE_FILE") == 2 ]]; then
+if ((code == 1)) && [[ $(<"${ENGINE_EXIT_CODE_FILE:-/dev/null}") == 2 ]]; then
     code=2
 fi
 exit "$code"

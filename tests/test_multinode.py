@@ -340,6 +340,16 @@ def test_the_script_ends_as_the_run_did(torchrun: str, code: int, tmp_path: Path
     assert done.returncode == code
 
 
+def test_a_signal_to_all_processes_before_the_ranks_ends_no_script(tmp_path: Path) -> None:
+    (tmp_path / "mktemp").write_text("#!/bin/sh\nkill -USR1 $PPID\nkill -USR1 $$\n")
+    (tmp_path / "mktemp").chmod(0o755)
+    variables = environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--run.dir=run"], env=variables, cwd=tmp_path, timeout=30, capture_output=True, text=True
+    )
+    assert done.returncode == 75 and "nothing to save yet" in done.stderr
+
+
 def test_slurm_dry_run_needs_no_slurm() -> None:
     done = bash(str(SLURM), "--dry-run", "--train.steps", "7000")
     assert done.returncode == 0, done.stderr

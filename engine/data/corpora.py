@@ -100,8 +100,8 @@ def follow(
     """The data as a run reads it after `step` steps and `consumed` samples, of which its checkpoint's facts are `past`.
 
     What was drawn is what the checkpoint says, whatever batch size it was drawn with: each source goes on where it
-    stands. What data.train has for later steps begins with them, at this batch size. (Where the sources are others, and
-    that was allowed, the blend is read as if it had always been this one.)
+    stands. What data.train has for later steps begins with them, at this batch size. Where the sources are others, and
+    that was allowed, the blend is read as if it had always been this one, and a note says so.
     """
     if not isinstance(data.order, BlendedOrder):
         return data
@@ -116,7 +116,12 @@ def follow(
     facts |= {f"{MIXED_FROM}{phase.start}": _spelled(data.names, phase.weights) for phase in phases}
     order = BlendedOrder(data.order.orders, phases)
     total = consumed + max(0, cfg.train.steps - step) * batch
-    return replace(data, order=order, facts=facts, shares=tuple(_notes(data.mixture, order, cfg, total)))
+    notes = _notes(data.mixture, order, cfg, total)
+    if consumed and not drawn and any(fact.startswith(MIXED_FROM) for fact in past or {}):
+        notes.insert(
+            0, "the checkpoint's sources have other names: the blend is read as if it had always been this one"
+        )
+    return replace(data, order=order, facts=facts, shares=tuple(notes))
 
 
 def _spelled(names: Sequence[str], weights: Sequence[int]) -> str:
@@ -256,7 +261,7 @@ def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config, total: int) -> li
             each = [Fraction(1, one.samples_per_epoch) for one in order.orders]
         wanted = float(sum(amount / part for amount, part in zip(amounts, each)))
         if abs(total - wanted) > max(1.0, 0.001 * wanted):
-            steps = round(wanted / cfg.train.global_batch_size)
+            steps = cfg.train.steps - round((total - wanted) / cfg.train.global_batch_size)
             notes.append(
                 f"the {mixture.kind} asked for make {steps:,} steps, the run has {cfg.train.steps:,}: each source gets "
                 f"{total / wanted:.3g} times its amount"

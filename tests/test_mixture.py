@@ -174,11 +174,11 @@ def test_tokens_and_epochs_become_shares(corpora: Path, tmp_path: Path) -> None:
 
     data = opened(mix("tokens", 96_000, 32_000), **{"train.steps": "500"})  # 4,000 samples of 32
     assert data.order.counts(4000).tolist() == [3000, 1000] and data.names == ("web", "code")  # type: ignore[union-attr]
-    assert data.notes[0].startswith("source web: 3,000 of 4,000 samples (75.00%), ") and len(data.notes) == 2
+    assert data.shares[0].startswith("source web: 3,000 of 4,000 samples (75.00%), ") and len(data.shares) == 2
     data = opened(mix("epochs", 1, 4))
     web, code = (one.samples_per_epoch for one in data.order.orders)  # type: ignore[union-attr]
     assert data.order.counts(web + 4 * code).tolist() == [web, 4 * code]  # type: ignore[union-attr]
-    assert f"make {round((web + 4 * code) / 8):,} steps, the run has 10: each source gets" in data.notes[2]
+    assert f"make {round((web + 4 * code) / 8):,} steps, the run has 10: each source gets" in data.shares[2]
 
 
 def test_one_corpus_stays_as_it_was(corpora: Path) -> None:

@@ -382,7 +382,7 @@ def test_a_killed_rank_ends_the_others_with_one_message(
     results = launched(job, tmp_path, world=3, transport=transport)
     told = [line for r in results for line in r.text.splitlines() if line.startswith("error: ")]
     assert [r.code for r in results] == [1, 1, -signal.SIGKILL] and len(told) == 1, results
-    assert "lost contact with another rank, which went without a word (killed? out of memory?)" in told[0]
+    assert "lost contact with rank 2, which went without a word (killed? out of memory?)" in told[0]
     assert transport == "gloo" or "the process of rank 2 (" in told[0]
     assert time.monotonic() - begin < 30
 
@@ -393,7 +393,8 @@ def test_nothing_is_left_behind() -> None:
     def job(ctx: ParallelContext) -> int:
         all_reduce_(torch.ones(1), ctx.data)
         links = [entry.path for entry in os.scandir("/proc/self/fd")]
-        return sum("memfd" in os.readlink(path) for path in links if os.path.lexists(path))
+        names = [os.readlink(path) for path in links if os.path.lexists(path)]
+        return sum("memfd" in name and "engine-board" not in name for name in names)  # others read the board there
 
     assert run(2, job) == [0, 0]
     assert set(os.listdir("/dev/shm")) - before == set()

@@ -145,6 +145,8 @@ def _stopped_early(stop: StopRequest, cfg: Config, ctx: ParallelContext, console
         ending.step = saved or 0
         ending.write(EXIT_REQUEUE, "stopped on a signal before the first step")
         then = "begins anew" if saved is None else f"goes on from step {saved}"
+        if cfg.checkpoint.resume not in ("auto", "latest"):
+            then = "begins where this one did"
         console.note(f"stopped on a signal before the first step: nothing to save yet; the same command {then}")
 
     on_first_rank(tell, ctx.world, ctx.device)

@@ -301,7 +301,9 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
         allowed = refuse(folder, manifest, differences(manifest, state.cfg, data_facts), state.cfg)
         try:
             load_into(reader, state.optimizer.states(), state.ctx)
-        except EngineError as error:  # its model is the right one
+        except EngineError as error:
+            if any(name.startswith("model.") for name in allowed):  # another model was allowed: it may just not fit
+                raise
             raise DamageError(str(error)) from None
     state.optimizer.publish()
     state.step = manifest.step

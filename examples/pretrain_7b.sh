@@ -145,8 +145,9 @@ elif [[ -n $stop ]] && ((code == 128 + $(kill -l "$stop"))); then
 elif ((code != 0 && signals > 1)) && ! grep -qs '"code": [0-9]' "$run_dir/exit.json"; then # the second one ended the ranks
     code=$((128 + $(kill -l "$stop")))
 fi
-# What no scheduler should try again: a fault of the configuration, which the rank that found it leaves there.
-if ((code == 1)) && [[ $(<"${ENGINE_EXIT_CODE_FILE:-/dev/null}") == 2 ]]; then
+# What no scheduler should try again: a fault of the configuration, which the rank that found it leaves there, and of a run
+# that had begun in exit.json, for the other nodes.
+if ((code == 1)) && { [[ $(<"${ENGINE_EXIT_CODE_FILE:-/dev/null}") == 2 ]] || grep -qs '"code": 2,' "$run_dir/exit.json"; }; then
     code=2
 fi
 exit "$code"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from cases import config, layout_of, random_batches, weights_of
 from harness import run_ranks
 
 from engine.checkpoint.format import step_dir, steps_descending
+from engine.checkpoint.storage import Disk
 from engine.context import ParallelContext
 from engine.errors import CheckpointError, DamageError, EngineError
 from engine.train import TrainState, go_on, save_state, setup, train_step
@@ -149,3 +152,23 @@ def test_a_broken_manifest_alone_never_begins_anew(runs: Path, tmp_path: Path) -
             resumed(run, ctx)
 
     run_ranks(layout_of(config(2, parallel_tensor=2)), job, num_kv_heads=2)
+
+
+def test_what_is_wrong_with_the_process_is_no_damage(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files say nothing of a checkpoint: falling back on an older one would set a good one aside."""
+    cfg = config(1)
+    open_ = Disk.open
+
+    def refuse(self: Disk, path: Path, *, fresh: bool = False) -> Any:
+        if "step_00000003" in str(path) and path.suffix == ".safetensors" and not fresh:
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return open_(self, path, fresh=fresh)
+
+    def job(ctx: ParallelContext) -> str:
+        monkeypatch.setattr(Disk, "open", refuse)
+        state = setup(config(1, run_dir=runs / "whole", checkpoint_resume="auto"), ctx)
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            go_on(state, FACTS)
+        return str(caught.value)
+
+    assert "step_00000003" in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0]

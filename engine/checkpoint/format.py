@@ -29,7 +29,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.checkpoint.seal import SIGNED
-from engine.checkpoint.storage import DISK, Storage, read_file
+from engine.checkpoint.storage import DISK, OF_THE_PROCESS, Storage, read_file
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block
 from engine.errors import CheckpointError, SecretError, WrongSecretError
 from engine.files import SEALED
@@ -301,6 +301,8 @@ def prove(
     try:
         found = opened.read_rows(part.key, first, last, into)
     except OSError as error:
+        if error.errno in OF_THE_PROCESS:
+            raise
         raise CheckpointError(
             f"{opened.file}: {part.key}: {error.strerror or error}; take another checkpoint"
         ) from None

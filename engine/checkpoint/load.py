@@ -33,7 +33,7 @@ from engine.checkpoint.format import (
     read_manifest,
     strangers,
 )
-from engine.checkpoint.storage import DISK, Storage
+from engine.checkpoint.storage import DISK, OF_THE_PROCESS, Storage
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block, tensor_bytes
 from engine.comm import raise_together
 from engine.context import ParallelContext
@@ -228,6 +228,8 @@ class Reader(Source[TensorEntry]):
         try:
             return TensorFile(path, self._storage, header=listed.header)
         except OSError as error:
+            if error.errno in OF_THE_PROCESS:  # no reason to fall back on an older checkpoint
+                raise
             raise CheckpointError(f"{path}: {error.strerror or error}; take another checkpoint") from None
 
 

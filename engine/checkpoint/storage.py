@@ -121,6 +121,10 @@ class Storage(Protocol):
         """Bytes that can still be written below a folder that exists."""
 
 
+# What a failed open or read then says is of this process (open files, rights, memory), not of the file.
+OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM)
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """An OSError of an open file knows no name: add it."""

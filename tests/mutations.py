@@ -576,8 +576,8 @@ OPTIMIZER = [
         "skipped_update_counted_by_adam",
         "an update that was left out moves the bias correction (OLMo-core's SkipStep)",
         "engine/train.py",
-        "state.step += 1",
-        "state.step += 1\n    state.optimizer.steps += not finite",
+        "    if finite:\n        state.before_update()",
+        "    state.optimizer.steps += not finite\n    if finite:\n        state.before_update()",
         OVERFLOW,
     ),
     Mutation(

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import run_ranks
-from machine import describe
+from machine import describe, drop_cache
 from report import Row, finish, show, spread
 
 from engine.checkpoint.load import Reader, load_into
@@ -106,16 +106,6 @@ def compute(seconds: float) -> None:
     end, x = time.perf_counter() + seconds, torch.randn(256, 256)
     while time.perf_counter() < end:
         torch.mm(x, x)
-
-
-def drop_cache(folder: Path) -> None:
-    """Forget the pages of all files below a folder."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            fd = os.open(file, os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
 
 
 def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:

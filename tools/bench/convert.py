@@ -26,7 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machine import describe
+from machine import describe, drop_cache
 from report import Row, finish
 
 from engine.checkpoint.tensorfile import write_safetensors
@@ -129,20 +129,10 @@ def work(o: Options) -> None:
     print(json.dumps({"s": seconds, "mib": peak}))
 
 
-def forget(folder: Path) -> None:
-    """Drop the pages of all files below a folder."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            fd = os.open(file, os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
-
-
 def measure(o: Options, what: str, source: Path, target: Path) -> dict[str, float]:
     """One of the three in a process of its own."""
     shutil.rmtree(target, ignore_errors=True)
-    forget(source)
+    drop_cache(source)
     os.sync()
     command = [sys.executable, __file__, "--shard-mib", str(o.shard_mib), "--work", what, str(source), str(target)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)

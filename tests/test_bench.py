@@ -89,3 +89,13 @@ def test_a_case_that_fails_or_hangs_tells_why(tmp_path: Path) -> None:
     assert run_case(Options(), "loop", python)["error"] == "ValueError: no such thing"
     python.write_text("#!/bin/sh\nexec sleep 60\n")
     assert "not done after" in run_case(Options(timeout=0.2), "loop", python)["error"]
+
+
+@pytest.mark.heavy
+def test_conversion_is_measured_beside_a_copy() -> None:
+    sizes = ["--layers", "1", "--hidden", "64", "--ffn", "128", "--vocab", "512", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "convert.py"), *sizes], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "import" in done.stdout and "export" in done.stdout and "plain copy + fsync" in done.stdout

@@ -12,7 +12,6 @@ import errno
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,7 +119,8 @@ class HfReader(Source[Located]):
 
     def __init__(self, folder: Path, max_seq_len: int | None = None, ignore_keys: Sequence[str] = ()):
         super().__init__(folder, {})
-        self._stack, self._open, self._lock = ExitStack(), dict[str, Any](), threading.Lock()
+        self._open: tuple[str, Any] = ("", None)
+        self._lock = threading.Lock()
         self.described: Described = read_config(folder / CONFIG, max_seq_len, ignore_keys)
         self.cfg: ModelConfig = model_config(folder, self.described.facts)
         self.notes: list[str] = list(self.described.notes)
@@ -136,15 +136,16 @@ class HfReader(Source[Located]):
             raise
 
     def close(self) -> None:
-        self._stack.close()
+        self._open = ("", None)
 
     def _file(self, name: str) -> Any:
+        """A file, open. One at a time is held: a mapped file counts in this process's memory, page by page as read."""
         with self._lock:
-            if name not in self._open:
+            if self._open[0] != name:
                 if not (self.folder / name).is_file():  # a pipe would be waited for
                     raise OSError(errno.EINVAL, "is not a regular file")
-                self._open[name] = self._stack.enter_context(safe_open(self.folder / name, framework="pt"))
-            return self._open[name]
+                self._open = (name, safe_open(self.folder / name, framework="pt"))
+            return self._open[1]
 
     def _files(self) -> dict[str, str]:
         """Their tensor name -> file. As in transformers a single file comes before an index."""

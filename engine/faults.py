@@ -17,8 +17,13 @@ def prepare_faults(o: Prepare) -> Iterator[Fault]:
         yield Fault("--output", o.output, "is no prefix of file names", "Use corpus/web for corpus/web-train.bin ...")
     if o.workers < 0:
         yield Fault("--workers", o.workers, "is below 0", "Use 0 for one a core.")
-    if not 0 <= o.valid_fraction < 1:
-        yield Fault("--valid-fraction", o.valid_fraction, "is not in [0, 1)", "Use 0.01 for a hundredth, 0 for none.")
+    shares = {"--valid-fraction": o.valid_fraction, "--test-fraction": o.test_fraction}
+    wrong = {option: share for option, share in shares.items() if not 0 <= share < 1}
+    for option, share in wrong.items():
+        yield Fault(option, share, "is not in [0, 1)", "Use 0.01 for a hundredth, 0 for none.")
+    if not wrong and sum(shares.values()) >= 1:
+        text = f"and --valid-fraction {o.valid_fraction} leave nothing to train on"
+        yield Fault("--test-fraction", o.test_fraction, text, "Together they have to be below 1.")
     if o.max_document_bytes < 1:
         yield Fault("--max-document-bytes", o.max_document_bytes, "is below 1", "Leave it out for 64 MiB.")
     if o.train_vocab_size < 0:

@@ -122,8 +122,8 @@ class Prepare:
     """files, folders, globs, URLs (s3://..., of fsspec) or - for standard input, plain or .gz .zst .bz2 .xz;
     .jsonl: a document a line, .json: an array or one after the other, .csv .tsv .parquet .arrow: a row; else a file"""
     output: str
-    """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-tokenizer, OUTPUT-report.json,
-    and OUTPUT-skipped.jsonl if something was left out"""
+    """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-test..., OUTPUT-tokenizer,
+    OUTPUT-report.json, and OUTPUT-skipped.jsonl if something was left out"""
     tokenizer: Path
     """tokenizer to use (folder with tokenizer.json, sentencepiece .model, .tiktoken file), or folder of the one to make
     with --train-vocab-size"""
@@ -131,6 +131,8 @@ class Prepare:
     """train a byte-level BPE of this size on the train documents first; 0: use the one that is there"""
     valid_fraction: float = 0.0
     """share of the documents that goes into the validation files"""
+    test_fraction: float = 0.0
+    """share of the documents that goes into the test files; the validation documents are the same with and without"""
     include: tuple[str, ...] = ()
     """inside folders, read only names that match one of these globs, such as '*.py' '*.rst'"""
     exclude: tuple[str, ...] = ()
@@ -147,6 +149,8 @@ class Prepare:
     """longer documents (lines, files) are an error; memory grows with this"""
     append_eod: bool = True
     """end each document with the end-of-document token"""
+    prepend_bos: bool = False
+    """begin each document with the tokenizer's begin token (BOS), which tokenizer_config.json names as bos_token"""
     parse_special: bool = False
     """a special token spelled out in a document, such as <|endoftext|>, is that token; otherwise text is text"""
     encoder: Literal["auto", "tokenizers"] = "auto"
@@ -154,7 +158,7 @@ class Prepare:
     workers: int = 0
     """threads that encode; 0: one a core. The output does not depend on it"""
     seed: int = 0
-    """which documents are validation documents follows from it"""
+    """which documents are validation and test documents follows from it"""
     overwrite: bool = False
     """replace files that are there, and the unfinished work of another call"""
 

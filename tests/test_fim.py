@@ -153,6 +153,19 @@ def test_nearly_all_segments_are_changed_torn_ones_too(kind: str) -> None:
     assert fate["left: not a whole text"] == 1
 
 
+def test_the_token_that_begins_documents_stays_before_them() -> None:
+    tokenizer = tokenizer_of("bpe")
+    eod, ids, bos = eod_of(tokenizer), tokenizer.encode(CODE[3]), tokenizer.vocab_size
+    row = [bos, *ids, eod, bos, *ids, eod, bos] + [eod] * 20
+    changed = change(fim_of(tokenizer, bos=bos), [row])
+    assert changed.what["PSM"] + changed.what["SPM"] == 2
+    first, second, third, *_ = segments(changed.rows[0].tolist(), eod)
+    assert (first[0], second[0], third) == (bos, bos, [bos])
+    for segment in (first, second):
+        text = b"".join(bytes_of("bpe")[i] for i in undo(segment[1:], fim_of(tokenizer).sentinels))
+        assert text == CODE[3].encode()
+
+
 def test_special_tokens_and_texts_that_do_not_come_back_stay() -> None:
     tokenizer = tokenizer_of("bpe")
     fim, eod = fim_of(tokenizer), eod_of(tokenizer)

@@ -151,6 +151,49 @@ def test_split_is_stable_when_documents_are_added(tmp_path: Path) -> None:
     assert IndexedDataset(tmp_path / "out-valid").tokens.tolist() != before
 
 
+def test_a_test_split_takes_documents_from_train_alone(tmp_path: Path) -> None:
+    def texts_of(split: str) -> list[str]:
+        tok, data = Tokenizer.load(tmp_path / "tok"), IndexedDataset(tmp_path / f"out-{split}")
+        return [tok.decode(data[i][:-1]) for i in range(len(data))]
+
+    run(tmp_path, TEXTS)
+    train, valid = texts_of("train"), texts_of("valid")
+    report = run(tmp_path, TEXTS, train_vocab_size=None, overwrite=True, test_fraction=0.3)
+    test = texts_of("test")
+    assert texts_of("valid") == valid and sorted(texts_of("train") + test) == sorted(train) and 15 < len(test) < 45
+    assert report.test.documents == len(test) and report.test_unigram_cross_entropy > 0
+    run(tmp_path, TEXTS, train_vocab_size=None, overwrite=True, test_fraction=0.3, valid_fraction=0.4)
+    assert texts_of("test") == test and set(valid) < set(texts_of("valid"))  # a larger valid split takes none of test
+    run(tmp_path, TEXTS, train_vocab_size=None, overwrite=True)
+    assert not list(tmp_path.glob("out-test*"))
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        run(tmp_path, TEXTS, overwrite=True, test_fraction=0.5, valid_fraction=0.5)
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_a_begin_token_before_every_document(tmp_path: Path, append_eod: bool) -> None:
+    Tokenizer.train(iter(TEXTS), 300, special_tokens=("<|endoftext|>", "<s>", "<|start|>")).save(tmp_path / "tok")
+    how = {"train_vocab_size": None, "valid_fraction": 0.0, "prepend_bos": True, "append_eod": append_eod}
+    report = run(tmp_path, TEXTS, **how)
+    tok, data = Tokenizer.load(tmp_path / "tok"), IndexedDataset(tmp_path / "out-train")
+    end = [tok.eod] * append_eod
+    assert [data[i].tolist() for i in range(len(data))] == [[1, *tok.encode(text), *end] for text in TEXTS if text]
+    assert (report.bos, report.eod) == (1, 0 if append_eod else None)
+    assert data.meta["bos"] == 1 and data.meta["eod"] == report.eod
+    config = tmp_path / "tok/tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": {"content": "<|start|>"}}))
+    run(tmp_path, TEXTS, overwrite=True, **how)
+    assert IndexedDataset(tmp_path / "out-train")[0][0] == 2
+    config.write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}))
+    if append_eod:
+        with pytest.raises(DataError, match="both begins and ends documents"):
+            run(tmp_path, TEXTS, overwrite=True, **how)
+    for said in ({"bos_token": None}, {"bos_token": "<none>"}):
+        config.write_text(json.dumps({"eos_token": "<|endoftext|>", **said}))
+        with pytest.raises(DataError, match="no token that begins a document"):
+            run(tmp_path, TEXTS, overwrite=True, **how)
+
+
 def test_tokenizer_sees_train_documents_only(tmp_path: Path) -> None:
     run(tmp_path, TEXTS)
     tok = Tokenizer.load(tmp_path / "tok")

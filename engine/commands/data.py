@@ -35,6 +35,7 @@ def prepare(args: list[str]) -> int:
             tokenizer=o.tokenizer,
             train_vocab_size=o.train_vocab_size or None,
             valid_fraction=o.valid_fraction,
+            test_fraction=o.test_fraction,
             include=o.include,
             exclude=o.exclude,
             json_key=o.json_key,
@@ -42,6 +43,7 @@ def prepare(args: list[str]) -> int:
             on_error=o.on_error,
             max_document_bytes=o.max_document_bytes,
             append_eod=o.append_eod,
+            prepend_bos=o.prepend_bos,
             parse_special=o.parse_special,
             fast=o.encoder == "auto",
             workers=o.workers,
@@ -155,7 +157,7 @@ def inspect(args: list[str]) -> int:
     from engine.commands.checkpoints import inspect_checkpoint, tell
     from engine.config import DataConfig
     from engine.data import inspect
-    from engine.data.corpora import end_of_document
+    from engine.data.corpora import begin_of_document, end_of_document
     from engine.data.indexed import IndexedDataset
     from engine.data.special import fill_in_the_middle
     from engine.data.tokenizer import Tokenizer
@@ -200,7 +202,8 @@ def inspect(args: list[str]) -> int:
             facts["proven"].append(line)
     if tokenizer is not None and o.samples:
         eod = end_of_document([dataset], "fim_rate", o.fim_rate) if o.fim_rate else 0
-        fim = fill_in_the_middle(data, tokenizer, eod, o.seed) if o.fim_rate else None
+        bos = begin_of_document([dataset])
+        fim = fill_in_the_middle(data, tokenizer, eod, o.seed, bos=bos) if o.fim_rate else None
         for text in inspect.decoded_samples(dataset, tokenizer, o.seq_len, o.samples, o.seed, fim):
             console.print(text, markup=False)
             facts["samples"].append(str(text))

@@ -160,7 +160,7 @@ def _reading(
         facts["mask_tokens"] = list(labels)
     if data.fim_rate and tokenizer is not None:
         active = [wanted is not False for wanted in mixture.fim]
-        fim = fill_in_the_middle(data, tokenizer, eods["fim_rate"], cfg.train.seed, active)
+        fim = fill_in_the_middle(data, tokenizer, eods["fim_rate"], cfg.train.seed, active, begin_of_document(datasets))
         spelled = f"{fim.sentinels.prefix} {fim.sentinels.suffix} {fim.sentinels.middle}"
         facts["fim"] = f"rate {data.fim_rate}, of that SPM {data.fim_spm_rate}, tokens {spelled}"
         if not all(active):
@@ -205,6 +205,12 @@ def end_of_document(datasets: Sequence[IndexedDataset], option: str, value: obje
     if len(set(found.values())) > 1:
         raise ConfigError([Fault(f"data.{option}", value, f"finds several: {found}", "Prepare with one tokenizer.")])
     return int(next(iter(found.values())) or 0)
+
+
+def begin_of_document(datasets: Sequence[IndexedDataset]) -> int | None:
+    """The token that `engine prepare --prepend-bos` put before documents, as the sidecars have it; None without."""
+    found = (dataset.meta.get("bos") for dataset in datasets)
+    return next((bos for bos in found if isinstance(bos, int)), None)
 
 
 def _refuse_two_tokenizers(datasets: list[IndexedDataset]) -> None:

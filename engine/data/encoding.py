@@ -23,7 +23,8 @@ import numpy.typing as npt
 from engine.data.ahead import map_ahead, read_ahead
 from engine.data.encoder import Encoded, Encoder, Mismatch
 from engine.data.indexed import paths_of
-from engine.data.job import Job, stop_at_errors
+from engine.data.job import SPLITS, Job, stop_at_errors
+from engine.data.pack import begin_documents
 from engine.data.parts import Parts
 from engine.data.report import PrepareReport, ProgressEvent, SplitReport, SplitTotals, Totals
 from engine.data.sources import Batch, Drop
@@ -42,6 +43,7 @@ class Work:
     def __init__(self, job: Job, parts: Parts, tokenizer: Tokenizer):
         self.job, self.parts, self.tokenizer = job, parts, tokenizer
         self.eod = tokenizer.eod if job.append_eod else None
+        self.bos = self._begin_token() if job.prepend_bos else None
         parts.open(tokenizer.vocab_size)
         for text in parts.warnings:
             warnings.warn(text, stacklevel=2)
@@ -52,6 +54,14 @@ class Work:
         self.encoder = Encoder(tokenizer, fast=job.fast and not self.totals.fallback)
         self.encoder.note = self.totals.fallback or self.encoder.note
         parts.bytes_needed = self._bytes_needed
+
+    def _begin_token(self) -> int:
+        if self.tokenizer.bos == self.eod:
+            raise DataError(
+                f"prepend_bos: token {self.eod} of {self.job.tokenizer} both begins and ends documents: between two of "
+                f"them it would stand twice. Leave out --prepend-bos, or give --no-append-eod too."
+            )
+        return self.tokenizer.bos
 
     def _start(self) -> Totals:
         if self.parts.state is not None:
@@ -130,8 +140,9 @@ class Work:
             if drop.reason != "blank line":
                 self.parts.skip(_drop_line(drop))
         if batch.texts:
-            valid = self.job.is_valid(totals.documents, len(batch.texts))
-            for split, chosen in (("train", ~valid), ("valid", valid)):
+            belongs = self.job.split_numbers(totals.documents, len(batch.texts))
+            for k, split in enumerate(SPLITS):
+                chosen = belongs == k
                 if chosen.all():
                     self._append(split, batch.texts, batch.where, ids, lengths)
                 elif chosen.any():
@@ -151,6 +162,8 @@ class Work:
     ) -> None:
         totals = self.totals.splits[split]
         totals.unknown_bytes += self.encoder.unknown_bytes(texts, ids, lengths)
+        if self.bos is not None:
+            ids, lengths = begin_documents(ids, lengths, self.bos)
         lengths = self.parts.add(split, ids, lengths, self.eod)
         filled = int(np.count_nonzero(lengths))
         totals.documents += filled
@@ -183,10 +196,11 @@ class Work:
         for split, totals in self.totals.splits.items():
             if totals.documents == 0:
                 self.parts.discard()
+                shares = f"valid_fraction = {self.job.valid_fraction}, test_fraction = {self.job.test_fraction}"
                 raise DataError(
                     f"{self.job.prefix(split)}: of {self.totals.documents} documents none with text is in the "
-                    f"{split} split (valid_fraction = {self.job.valid_fraction}; dropped: {self.totals.dropped}). "
-                    f"A document is never cut: give more documents, change valid_fraction (0: none) or the seed."
+                    f"{split} split ({shares}; dropped: {self.totals.dropped}). "
+                    f"A document is never cut: give more documents, change the fractions (0: none) or the seed."
                 )
 
     def _finish(self) -> dict[str, Any]:
@@ -196,6 +210,7 @@ class Work:
         for split in job.splits:
             totals = self.totals.splits[split]
             meta = {"tokenizer_digest": self.tokenizer.digest, "eod": self.eod, "text_bytes": totals.text_bytes}
+            meta |= {"bos": self.bos} if self.bos is not None else {}
             sidecar = parts.write_corpus(split, meta, totals.documents, totals.empty_documents)
             reports[split] = SplitReport(
                 prefix=job.prefix(split),
@@ -204,14 +219,18 @@ class Work:
                 dtype=sidecar["dtype"],
                 **dataclasses.asdict(totals),
             )
-        valid = "valid" in reports
+        crossed = {s: _cross_entropy(parts.counts[s], parts.counts["train"]) for s in reports if s != "train"}
         report = PrepareReport(
             train=reports["train"],
             valid=reports.get("valid"),
-            valid_unigram_cross_entropy=_cross_entropy(parts.counts["valid"], parts.counts["train"]) if valid else None,
+            test=reports.get("test"),
+            valid_unigram_cross_entropy=crossed.get("valid"),
+            test_unigram_cross_entropy=crossed.get("test"),
             tokenizer=str(job.tokenizer),
             tokenizer_digest=self.tokenizer.digest,
             vocab_size=self.tokenizer.vocab_size,
+            bos=self.bos,
+            eod=self.eod,
             documents_in=self.totals.documents,
             bytes_in=self.totals.consumed,
             dropped=dict(sorted(self.totals.dropped.items())),

@@ -115,8 +115,10 @@ class FillInTheMiddle:
         spm_rate: float,
         seed: int,
         active: Sequence[bool] = (True,),
+        bos: int | None = None,
     ):
         self.sentinels, self.eod, self.rate, self.spm_rate, self.seed = sentinels, eod, rate, spm_rate, seed
+        self._bos = bos  # begins documents: it stays where it is, before the segment
         self._pieces = Pieces(tokenizer)
         self._active = np.array(active, bool)
         reserved = tokenizer.special_ids | {eod, sentinels.prefix, sentinels.suffix, sentinels.middle}
@@ -145,6 +147,8 @@ class FillInTheMiddle:
         ends = [*np.flatnonzero(row == self.eod).tolist(), len(row)]
         chosen, begin = [], 0
         for at, end in enumerate(ends):
+            if begin < end and row[begin] == self._bos:
+                begin += 1
             if end > begin:
                 key = derive_key(self.seed, "fim", int(sample), at)
                 take = derive(key, 0) < self.rate * 2**64

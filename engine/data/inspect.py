@@ -159,12 +159,12 @@ def _same(said: Any, found: Any) -> bool:
 
 
 def find_tokenizer(prefix: str, given: Path | None) -> Path | None:
-    """The folder given, or the one beside the corpus: PREFIX-tokenizer (as `prepare` writes it for PREFIX-train and
-    PREFIX-valid), or tokenizer or . in the same folder.
+    """The folder given, or the one beside the corpus: PREFIX-tokenizer (as `prepare` writes it for PREFIX-train,
+    PREFIX-valid and PREFIX-test), or tokenizer or . in the same folder.
     """
     if given is not None:
         return given
     folder = Path(prefix).parent
-    whole = prefix.removesuffix("-train").removesuffix("-valid")
+    whole = next((prefix.removesuffix(s) for s in ("-train", "-valid", "-test") if prefix.endswith(s)), prefix)
     places = (Path(f"{prefix}-tokenizer"), Path(f"{whole}-tokenizer"), folder / "tokenizer", folder)
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)

@@ -20,6 +20,7 @@ from engine.data.sources import Batch, Source
 from engine.data.tokenizer import FILES, Tokenizer
 from engine.errors import DataError
 
+SPLITS = ("train", "valid", "test")
 _SETTINGS_VERSION = 1
 
 
@@ -32,13 +33,15 @@ class Job:
     tokenizer: Path
     train_vocab_size: int | None
     valid_fraction: float
+    test_fraction: float
     append_eod: bool
+    prepend_bos: bool
     parse_special: bool
     seed: int
     skip_errors: bool
     fast: bool
     workers: int
-    suffixes: tuple[str, str]
+    suffixes: tuple[str, str, str]  # of SPLITS
     overwrite: bool
     progress: Callable[[ProgressEvent], None] | None
     note: Callable[[str], None]
@@ -48,23 +51,28 @@ class Job:
         return Path(f"{self.output}.parts")
 
     def prefix(self, split: str) -> str:
-        return self.output + self.suffixes[split == "valid"]
+        return self.output + self.suffixes[SPLITS.index(split)]
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return ("train", "valid") if self.valid_fraction > 0 else ("train",)
+        wanted = (True, self.valid_fraction > 0, self.test_fraction > 0)
+        return tuple(name for name, there in zip(SPLITS, wanted) if there)
 
     @property
     def total(self) -> int:
         return sum(file.num_bytes for file in self.source.files)
 
-    def is_valid(self, first: int, count: int) -> npt.NDArray[np.bool_]:
-        """Which of the documents from number `first` on are for valid, bool [count]."""
-        if not self.valid_fraction:
-            return np.zeros(count, np.bool_)
-        threshold = int(self.valid_fraction * 2.0**64)
+    def split_numbers(self, first: int, count: int) -> npt.NDArray[np.int8]:
+        """Where in SPLITS each of the documents from number `first` on belongs, int8 [count].
+
+        valid is the lower end of the hashes and test the upper one, so that neither fraction moves the other's
+        documents: those of valid are the same with and without a test split, and both only grow with their fractions.
+        """
+        if not self.valid_fraction and not self.test_fraction:
+            return np.zeros(count, np.int8)
+        below, from_ = int(self.valid_fraction * 2.0**64), 2**64 - int(self.test_fraction * 2.0**64)
         hashes = (derive_key(self.seed, "split", number) for number in range(first, first + count))
-        return np.fromiter((value < threshold for value in hashes), np.bool_, count)
+        return np.fromiter((1 if value < below else 2 if value >= from_ else 0 for value in hashes), np.int8, count)
 
     @property
     def reads_stdin(self) -> bool:
@@ -78,7 +86,7 @@ class Job:
 
     def targets(self) -> list[Path]:
         """Everything that is written, whatever the options."""
-        corpora = [path for split in ("train", "valid") for path in paths_of(self.prefix(split))]
+        corpora = [path for split in SPLITS for path in paths_of(self.prefix(split))]
         copy = [self.tokenizer_copy / name for name in FILES] if self.tokenizer_copy is not None else []
         return [*copy, *corpora, Path(f"{self.output}-skipped.jsonl"), Path(f"{self.output}-report.json")]
 
@@ -99,8 +107,10 @@ def settings_of(job: Job, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "max_document_bytes": job.source.max_document_bytes,
         "tokenizer": identity,
         "append_eod": job.append_eod,
+        "prepend_bos": job.prepend_bos,
         "parse_special": job.parse_special,
         "valid_fraction": job.valid_fraction,
+        "test_fraction": job.test_fraction,
         "seed": job.seed,
         "suffixes": list(job.suffixes),
         "fast": job.fast,

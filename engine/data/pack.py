@@ -1,4 +1,4 @@
-"""Encoded documents to what a .bin holds, in one pass: end tokens, range check, histogram, the dtype of the file."""
+"""Encoded documents to what a .bin holds: begin tokens, then in one pass end tokens, range check, histogram, dtype."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ import numpy.typing as npt
 from engine.data.indexed import native_index
 
 Packed = tuple[npt.NDArray[Any], npt.NDArray[np.int32], int | None]
+
+
+def begin_documents(
+    tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], bos: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """(tokens, lengths) with `bos` before every document that is not empty; shapes as for `pack`."""
+    filled = lengths > 0
+    starts = np.cumsum(lengths) - lengths
+    return np.insert(tokens, starts[filled], np.int32(bos)), lengths + filled
 
 
 def pack(

@@ -1,7 +1,7 @@
-"""Raw text to PREFIX-train and PREFIX-valid: choose the split, train the tokenizer if asked, encode, count.
+"""Raw text to PREFIX-train, -valid and -test: choose the split, train the tokenizer if asked, encode, count.
 
 The split is by document, by a keyed hash of its number: spread over the corpus (a tail split measures whatever was
-appended last), stable when documents are added at the end, and no document is in both. A tokenizer is trained on the
+appended last), stable when documents are added at the end, and no document is in two. A tokenizer is trained on the
 train documents only. Everything streams: memory is a few batches of text and their encodings, not the corpus.
 
 Reading, encoding and adding (encoding.py) go on side by side and fill data files in PREFIX.parts/ (parts.py says how
@@ -18,7 +18,7 @@ from typing import Any
 from engine.data.ahead import read_ahead
 from engine.data.encoding import Work
 from engine.data.inputs import STDIN
-from engine.data.job import Job, difference, refuse_existing, settings_of, stop_at_errors
+from engine.data.job import SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
 from engine.data.parts import Parts, publish, read_json
 from engine.data.report import PrepareReport, ProgressEvent, SplitReport
 from engine.data.sources import MAX_DOCUMENT_BYTES, Source
@@ -34,7 +34,9 @@ def prepare(
     tokenizer: Path,
     train_vocab_size: int | None = None,
     valid_fraction: float = 0.0,
+    test_fraction: float = 0.0,
     append_eod: bool = True,
+    prepend_bos: bool = False,
     parse_special: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -45,20 +47,25 @@ def prepare(
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
     fast: bool = True,
     workers: int = 0,
-    suffixes: tuple[str, str] = ("-train", "-valid"),
+    suffixes: tuple[str, str, str] = ("-train", "-valid", "-test"),
     overwrite: bool = False,
     progress: Callable[[ProgressEvent], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> PrepareReport:
-    """Tokenise `inputs` into `output`-train and, when `valid_fraction` > 0, `output`-valid.
+    """Tokenise `inputs` into `output`-train and, where their fractions are > 0, `output`-valid and `output`-test.
 
     `workers`: threads that encode, 0 for one a core (at most 8).
     `tokenizer` is what Tokenizer.load takes; with `train_vocab_size` it is created there first. Killed at any moment,
     the same call goes on where the last shard ended. Raises DataError for bad input (with `on_error` "skip" it is
     counted and listed), for outputs that exist unless `overwrite`, and for a split without documents.
     """
-    if not 0.0 <= valid_fraction < 1.0:
-        raise DataError(f"valid_fraction = {valid_fraction}: expected 0 <= valid_fraction < 1; 0 means no valid split")
+    for name, share in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction)):
+        if not 0.0 <= share < 1.0:
+            raise DataError(f"{name} = {share}: expected 0 <= {name} < 1; 0 means no such split")
+    if valid_fraction + test_fraction >= 1.0:
+        raise DataError(
+            f"valid_fraction + test_fraction = {valid_fraction + test_fraction}: nothing is left to train on"
+        )
     if on_error not in ("stop", "skip"):
         raise DataError(f"on_error = {on_error!r}: expected stop or skip")
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
@@ -72,7 +79,9 @@ def prepare(
         tokenizer,
         train_vocab_size,
         valid_fraction,
+        test_fraction,
         append_eod,
+        prepend_bos,
         parse_special,
         seed,
         on_error == "skip",
@@ -136,9 +145,9 @@ def _train_texts(job: Job) -> Iterator[str]:
     began, number = time.monotonic(), 0
     for batch in read_ahead(job.source.batches()):
         stop_at_errors(job, batch)
-        valid = job.is_valid(number, len(batch.texts))
+        splits = job.split_numbers(number, len(batch.texts))
         number += len(batch.texts)
-        yield from (text for text, is_valid in zip(batch.texts, valid) if not is_valid)
+        yield from (text for text, split in zip(batch.texts, splits) if not split)
         if job.progress is not None:
             elapsed, consumed = time.monotonic() - began, batch.consumed
             job.progress(ProgressEvent("train tokenizer", consumed, job.total, number, 0, elapsed, consumed, 0))
@@ -153,5 +162,5 @@ def _publish(job: Job, plan: dict[str, Any]) -> PrepareReport:
     targets = {target for _, target in moves}
     publish(job.parts, [path for path in job.targets() if path not in targets], moves)
     facts = read_json(Path(f"{job.output}-report.json")) or {}
-    splits = {name: SplitReport(**facts[name]) if facts[name] else None for name in ("train", "valid")}
+    splits = {name: SplitReport(**facts[name]) if facts.get(name) else None for name in SPLITS}
     return PrepareReport(**{**facts, **splits})

@@ -81,10 +81,14 @@ class PrepareReport:
 
     train: SplitReport
     valid: SplitReport | None
+    test: SplitReport | None
     valid_unigram_cross_entropy: float | None  # nats per valid token under the train unigrams, add-one smoothed
+    test_unigram_cross_entropy: float | None
     tokenizer: str
     tokenizer_digest: str
     vocab_size: int
+    bos: int | None  # that begins each document, None: none does
+    eod: int | None  # that ends each
     documents_in: int
     bytes_in: int
     dropped: dict[str, int]

@@ -45,9 +45,17 @@ def masked_labels(data: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def fill_in_the_middle(
-    data: DataConfig, tokenizer: Tokenizer, eod: int, seed: int, active: Sequence[bool] = (True,)
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    eod: int,
+    seed: int,
+    active: Sequence[bool] = (True,),
+    bos: int | None = None,
 ) -> FillInTheMiddle:
-    """What data.fim_* ask for; `seed` is train.seed. Raises ConfigError where the tokenizer does not fit."""
+    """What data.fim_* ask for; `seed` is train.seed, `bos` is what begins documents.
+
+    Raises ConfigError where the tokenizer does not fit.
+    """
     found = sentinels(data, tokenizer)
     if eod in (found.prefix, found.suffix, found.middle):
         relation, repair = "has the token that ends documents in it", "Name three tokens that are nothing else."
@@ -60,6 +68,7 @@ def fill_in_the_middle(
         spm_rate=data.fim_spm_rate,
         seed=seed,
         active=active,
+        bos=bos,
     )
 
 

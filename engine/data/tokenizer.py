@@ -30,6 +30,7 @@ _COMPANIONS = (
 _TEMPLATES = "additional_chat_templates"
 FILES = ("tokenizer.json", *_COMPANIONS)
 # Tried in this order when neither tokenizer_config.json nor special_tokens_map.json names an end token.
+_USUAL_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "<｜begin▁of▁sentence｜>")
 _USUAL_EOD = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
 
@@ -50,7 +51,7 @@ class Tokenizer:
         """
         self._definition = definition
         self._companions = companions
-        self._eod_token = _configured_eod(companions)
+        self._eod_token = _configured(companions, "eos_token")[1]
         parsed = self._parsed = orjson.loads(definition)  # megabytes: read once
         canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         self.digest = hashlib.sha256(canonical.encode()).hexdigest()
@@ -144,6 +145,20 @@ class Tokenizer:
         raise DataError(
             f"the tokenizer has no end-of-document token (looked for {looked_for}). "
             f'Name one in its tokenizer_config.json, "eos_token": "...", or prepare with append_eod=False.'
+        )
+
+    @property
+    def bos(self) -> int:
+        """The id that begins a document. Raises DataError if the tokenizer has none, or says that it has none."""
+        said, token = _configured(self._companions, "bos_token")
+        for spelling in ((token,) if token else ()) if said else _USUAL_BOS:
+            number = self._tokenizer.token_to_id(spelling)
+            if number is not None:
+                return int(number)
+        looked = f"tokenizer_config.json has {token!r} as bos_token" if said else f"looked for {', '.join(_USUAL_BOS)}"
+        raise DataError(
+            f"the tokenizer has no token that begins a document ({looked}). Prepare without --prepend-bos, or name a "
+            f'token that it has in its tokenizer_config.json, "bos_token": "...".'
         )
 
     def unknown_bytes(self, text: str) -> int:
@@ -250,12 +265,17 @@ KINDS: dict[str, Callable[[int, list[str], int], _Untrained]] = {
 }
 
 
-def _configured_eod(companions: dict[str, bytes]) -> str | None:
-    """The "eos_token" of the files beside tokenizer.json, a string or {"content": string}."""
+def _configured(companions: dict[str, bytes], what: str) -> tuple[bool, str | None]:
+    """Whether the files beside tokenizer.json say anything of `what`, such as "eos_token", and the token they name.
+
+    The value is a string or {"content": string}; null says that there is none.
+    """
+    said = False
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         config = json.loads(companions.get(name, b"{}"))
-        token: Any = config.get("eos_token") if isinstance(config, dict) else None
+        said |= isinstance(config, dict) and what in config
+        token: Any = config.get(what) if isinstance(config, dict) else None
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
-            return token
-    return None
+            return True, token
+    return said, None

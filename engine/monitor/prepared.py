@@ -43,7 +43,7 @@ def prepare_progress(every_s: float = 5.0) -> Iterator[Callable[[ProgressEvent],
 
 def show_prepared(report: PrepareReport) -> None:
     """Print a table of what `prepare` wrote, and what it left out."""
-    splits = [split for split in (report.train, report.valid) if split is not None]
+    splits = [split for split in (report.train, report.valid, report.test) if split is not None]
     table = Table("", *(split.prefix for split in splits))
     rows: dict[str, Callable[[SplitReport], str]] = {
         "documents": lambda split: f"{split.documents:,}",
@@ -59,11 +59,15 @@ def show_prepared(report: PrepareReport) -> None:
         table.add_row(what, *map(figure, splits))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    if report.valid_unigram_cross_entropy is not None:
-        console.print(
-            f"valid tokens under the train unigrams: {report.valid_unigram_cross_entropy:.4f} nats/token: "
-            "what a model reaches that reads no context"
-        )
+    crossed = {"valid": report.valid_unigram_cross_entropy, "test": report.test_unigram_cross_entropy}
+    for name, nats in crossed.items():
+        if nats is not None:
+            console.print(
+                f"{name} tokens under the train unigrams: {nats:.4f} nats/token: what a model reaches that reads no "
+                f"context"
+            )
+    if report.bos is not None:
+        console.print(f"token {report.bos} begins every document")
     dropped = sum(report.dropped.values())
     rate = report.bytes_in / 1e6 / max(report.elapsed_s, 1e-9)
     console.print(

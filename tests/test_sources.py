@@ -14,6 +14,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import fsspec
@@ -23,8 +24,10 @@ import pytest
 import zstandard
 
 import engine.data.sources as module
+from engine.data import jsontext
+from engine.data.batch import START, Cursor, Drop
 from engine.data.inputs import list_inputs
-from engine.data.sources import MAX_DOCUMENT_BYTES, START, Cursor, Drop, Source
+from engine.data.sources import MAX_DOCUMENT_BYTES, Source
 from engine.errors import DataError
 from engine.options import Prepare
 
@@ -180,7 +183,7 @@ def test_keys_lists_and_messages(tmp_path: Path) -> None:
     "line,words",
     [
         (b'{"text": "torn', "malformed JSON"),
-        (b'{"text": "\\ud800"}', "malformed JSON"),
+        (b'{"text": "\\ud800"}', "not UTF-8: character 0 is half of a surrogate pair"),
         (b'{"body": "x", "id": 1}', "missing key: no key 'text'. The keys here are: body, id"),
         (b'{"text": 5}', "wrong type: 'text' is int"),
         (b'{"text": null}', "wrong type: 'text' is NoneType"),
@@ -316,3 +319,118 @@ def test_a_table_in_an_archive(tmp_path: Path) -> None:
     (tmp_path / "t.parquet.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
     for name in ("t.parquet", "t.parquet.zst"):
         assert [t for b in Source.of([tmp_path / name]).batches() for t in b.texts] == ["a", "b"]
+
+
+# What stands in a field that nobody reads here: json.loads takes all of it but the depth.
+ODD_FIELDS = {
+    "nan": "NaN",
+    "infinity": "[Infinity, -Infinity, 1e999]",
+    "half a surrogate": '"bad \\ud800 half"',
+    "digits": "9" * 5000,
+    "depth": '{"a":' * 3000 + "[" * 3000 + "]" * 3000 + "}" * 3000,
+    "twice": '1, "odd": 2',
+}
+
+
+@pytest.mark.parametrize("odd", ODD_FIELDS.values(), ids=ODD_FIELDS)
+def test_an_odd_field_beside_it_loses_no_text(tmp_path: Path, odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = '{"text": "before", "odd": ' + odd + ', "meta": {"text": "after"}}'
+    for name, content in {
+        "a.jsonl": record + "\n" + '{"text": "z"}\n',
+        "lines.json": record + "\n" + '{"text": "z"}\n',
+        "array.json": f'[{record}, {{"text": "z"}}]',
+        "stream.json": f'{record} {{"text":\n"z"}}',
+    }.items():
+        (tmp_path / name).write_text(content)
+        assert read(tmp_path / name) == (["before", "z"], []), name
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(record.encode())))
+    assert read("-", keys=("text", "meta.text")) == (["before\nafter"], [])
+
+
+def test_json_that_is_made_to_break_readers_is_refused(tmp_path: Path) -> None:
+    too_deep = '{"odd": ' + "[" * 100_001 + "]" * 100_001 + ', "text": "a"}'
+    (tmp_path / "a.jsonl").write_text(too_deep + '\n{"text": "z"}')
+    texts, drops = read(tmp_path / "a.jsonl")
+    assert texts == ["z"] and "nested more than 100,000 deep" in str(drops[0])
+
+
+def test_deep_json_is_read_and_refused_as_shallow_json_is() -> None:
+    random, plain = Random(5), json.JSONDecoder()
+
+    def value(depth: int) -> Any:
+        if depth == 5 or random.random() < 0.4:
+            return random.choice([1, -2.5, 'a"\\é\U0001f600', None, True, "", 10**40, {}, []])
+        if random.random() < 0.5:
+            return [value(depth + 1) for _ in range(random.randrange(4))]
+        return {random.choice("abc") * random.randrange(3): value(depth + 1) for _ in range(random.randrange(4))}
+
+    def outcome(read: Callable[[str], Any], text: str) -> Any:
+        try:
+            return repr(read(text))
+        except json.JSONDecodeError:
+            return "refused"
+
+    refused = 0
+    for _ in range(2000):
+        text = json.dumps([value(0)], indent=random.choice([None, 1]))
+        at = random.randrange(len(text))
+        text = random.choice([text, text[:at] + random.choice('",]}[{: 1') + text[at + random.randrange(2) :]]).lstrip()
+        expected = outcome(plain.raw_decode, text)
+        refused += expected == "refused"
+        assert outcome(lambda text: jsontext._DECODER._deep(text, 0), text) == expected, text
+    assert 300 < refused < 1500
+
+
+def test_keys_inside_of_objects_and_structs(tmp_path: Path) -> None:
+    rows = [
+        {"meta": {"body": "one", "more": {"x": "1"}}, "id": 1},
+        {"meta.body": "literal", "meta": {"body": "no", "more": {"x": "2"}}},
+        {"meta": {"more.x": "3", "body": "three"}},
+        {"meta": {"bodies": "?"}, "id": 4},
+        {"meta": None},
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    texts, drops = read(file, keys=("meta.body",))
+    assert texts == ["one", "literal", "three"] and [drop.record for drop in drops] == [4, 5]
+    assert "no key 'meta.body'. The keys here are: id, meta.bodies;" in str(drops[0])
+    assert read(file, keys=("meta.more.x", "meta.body"))[0] == ["1\none", "2\nliteral", "3\nthree"]
+    table = pa.table({"meta": [{"body": b"one", "n": {"x": "1"}}, None, {"body": b"\xff", "n": None}], "id": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        out.write_table(table)
+    literal = table.append_column("meta.body", [["a", "b", "c"]])
+    pq.write_table(literal, tmp_path / "literal.parquet")
+    for name in ("a.parquet", "a.arrow"):
+        texts, drops = read(tmp_path / name, keys=("meta.body",))
+        assert texts == ["one"] and [(d.record, d.reason) for d in drops] == [(2, "wrong type"), (3, "not UTF-8")]
+        assert read(tmp_path / name, keys=("meta.n.x", "meta.body"))[0] == ["1\none"]
+        (drop,) = read(tmp_path / name, keys=("meta.text",))[1]
+        assert "no column 'meta.text'. The columns here are: meta.body, meta.n.x, id" in str(drop)
+    assert read(tmp_path / "literal.parquet", keys=("meta.body",))[0] == ["a", "b", "c"]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,id,id,text\na,1,2,b\n")
+    (tmp_path / "b.csv").write_text("text,id,id\na,1,2\n")
+    table = pa.table([["a"], ["b"], ["c"], ["d"]], names=["text", "id", "text", "id"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        out.write_table(table)
+    for name in ("a.csv", "a.parquet", "a.arrow"):
+        texts, drops = read(tmp_path / name)
+        assert texts == [] and drops[0].stops and "2 columns have the name 'text'" in str(drops[0]), name
+    assert read(tmp_path / "b.csv") == (["a"], [])  # the others are nobody's business
+    assert "no column 'body'. The columns here are: text, id, id;" in str(
+        read(tmp_path / "b.csv", keys=("body",))[1][0]
+    )
+
+
+def test_a_zstd_stream_that_refers_far_back(tmp_path: Path) -> None:
+    pack = zstandard.ZstdCompressor().compressobj()  # of unknown size: the header has a byte for the window
+    frame = bytearray(pack.compress(lines()) + pack.flush())
+    for log in (28, 31):  # more than the library takes unasked; as `zstd --ultra --long=31` writes
+        frame[5] = (log - 10) << 3
+        assert zstandard.get_frame_parameters(bytes(frame)).window_size == 1 << log
+        (tmp_path / "a.jsonl.zst").write_bytes(bytes(frame))
+        assert read(tmp_path / "a.jsonl.zst") == (TEXTS, [])

@@ -34,13 +34,14 @@ import orjson
 import xxhash
 import zstandard
 
+from engine.data.batch import Batch, Drop
 from engine.data.cleaner import Cleaner, Counts, Place, Rules, text_size
 from engine.data.contamination import Evaluations, files_of
 from engine.data.duplicates import earliest
 from engine.data.executors import run_elsewhere, slurm_is_at_work
 from engine.data.inputs import STDIN, list_inputs
 from engine.data.report import ProgressEvent
-from engine.data.sources import Batch, Drop, Source
+from engine.data.sources import Source
 from engine.data.workfolder import disk, work_folder
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder, write_synced

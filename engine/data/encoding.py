@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.ahead import map_ahead, read_ahead
+from engine.data.batch import Batch, Drop
 from engine.data.encoder import Encoded, Encoder, Mismatch
 from engine.data.indexed import paths_of
 from engine.data.job import SPLITS, Job, stop_at_errors
 from engine.data.pack import begin_documents
 from engine.data.parts import Parts
 from engine.data.report import PrepareReport, ProgressEvent, SplitReport, SplitTotals, Totals
-from engine.data.sources import Batch, Drop
 from engine.data.tokenizer import Tokenizer
 from engine.errors import DataError
 from engine.files import write_synced

@@ -1,4 +1,4 @@
-"""Records of `.json`, `.csv`, `.parquet` and `.arrow`, one after the other in bounded memory.
+"""Rows of `.csv`, `.parquet` and `.arrow`, one after the other in bounded memory.
 
 Each reader gives (record, stored bytes consumed); a record that cannot be read is a `BadRecord` in its place, and
 what makes the rest of a file unreadable raises BadStream.
@@ -6,21 +6,19 @@ what makes the rest of a file unreadable raises BadStream.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
-import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.data.inputs import BadStream, ByteStream
+from engine.data.bytestream import BadStream, ByteStream
+from engine.data.values import some_of
 from engine.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
-_SPACE = re.compile(r"[ \t\r\n]*")
 _ROWS = 256  # of a column file at once
+ZERO_BYTES = "zero bytes, as in a binary file, or where a crash left a file unwritten"
 
 
 @dataclass(frozen=True)
@@ -32,58 +30,6 @@ class BadRecord:
 
 
 Rows = Iterator[tuple[Any, int]]
-
-
-def json_values(stream: ByteStream, limit: int) -> Rows:
-    """The elements of an array, or values that follow one another with white space between."""
-    decoder, incremental = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")("strict")
-    text, at, ended, array, first = "", 0, False, False, True
-    while True:
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
-        if at < len(text) and first:
-            first, array = False, text[at] == "["
-            at += array
-            continue
-        if array and text.startswith(",", at):
-            at += 1
-            continue
-        if array and text.startswith("]", at):
-            text += _read_text(stream, incremental, _BLOCK_BYTES)[0]
-            if rest := text[at + 1 :].strip():
-                raise BadStream(f"malformed JSON: {rest[:20]!r} after the end of the array")
-            return
-        if at < len(text):
-            try:
-                value, end = decoder.raw_decode(text, at)
-                if ended or end < len(text):  # else a number might go on in the next block
-                    at = end
-                    yield value, stream.consumed()
-                    continue
-            except json.JSONDecodeError as err:
-                near = f"{err.msg} at {text[err.pos : err.pos + 20]!r}"
-                if ended:
-                    raise BadStream(f"malformed JSON: {near}") from err
-                if len(text) - at > limit:
-                    text = f"malformed JSON, or an element larger than max_document_bytes = {limit:,}: {near}"
-                    raise BadStream(text) from err
-            except RecursionError as err:
-                raise BadStream("malformed JSON: nested too deeply") from err
-        elif ended:
-            if array:
-                raise BadStream("malformed JSON: the array has no end; the file is torn")
-            return
-        # As much again as there is: a large element is then parsed a few times, not once a block.
-        more, ended = _read_text(stream, incremental, max(_BLOCK_BYTES, len(text) - at))
-        text, at = text[at:] + more, 0
-
-
-def _read_text(stream: ByteStream, decoder: codecs.IncrementalDecoder, size: int) -> tuple[str, bool]:
-    """More text, and whether there is none behind it."""
-    data = stream.read(size)
-    try:
-        return decoder.decode(data, not data), not data
-    except UnicodeDecodeError as err:
-        raise BadStream(f"not UTF-8: byte {err.object[err.start]:#04x}; convert the file") from err
 
 
 class _Raw(io.RawIOBase):
@@ -101,8 +47,8 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
-def csv_rows(stream: ByteStream, separator: str, limit: int) -> Rows:
-    """One object a row, by the names in the first row."""
+def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: int) -> Rows:
+    """One object a row, by the names in the first row, which has to have each of `columns` once."""
     csv.field_size_limit(limit)
     lines = io.TextIOWrapper(
         io.BufferedReader(_Raw(stream), _BLOCK_BYTES), encoding="utf-8-sig", errors="surrogateescape", newline=""
@@ -111,6 +57,9 @@ def csv_rows(stream: ByteStream, separator: str, limit: int) -> Rows:
     names = next(rows, None)
     if not names:
         return
+    for name in columns:
+        if not _only([there for there in names if there == name], name):
+            raise _absent(name, names)
     while True:
         try:
             row = next(rows)
@@ -126,6 +75,9 @@ def csv_rows(stream: ByteStream, separator: str, limit: int) -> Rows:
             detail = f"line {rows.line_num}: {len(row)} fields, expected {len(names)} as in the first row"
             yield BadRecord("malformed CSV", detail), stream.consumed()
             continue
+        if any("\0\0" in field for field in row):
+            yield BadRecord("zero bytes", f"line {rows.line_num}: {ZERO_BYTES}"), stream.consumed()
+            continue
         yield dict(zip(names, row)), stream.consumed()
 
 
@@ -136,7 +88,8 @@ def parquet_rows(stream: ByteStream, columns: Sequence[str], start: int) -> Rows
         file = parquet.ParquetFile(
             stream.seekable(), pre_buffer=False, buffer_size=_BLOCK_BYTES, page_checksum_verification=True
         )
-        wanted = _columns(file.schema_arrow, columns)
+        ways = _columns(arrow, file.schema_arrow, columns)
+        wanted = [".".join(way) for way in ways.values()]
         done = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -145,7 +98,7 @@ def parquet_rows(stream: ByteStream, columns: Sequence[str], start: int) -> Rows
                     skip = max(0, min(len(batch), start - done))
                     done += len(batch)
                     share = int(done / max(1, file.metadata.num_rows) * stream.file.num_bytes)
-                    yield from ((row, share) for row in _objects(batch.slice(skip)))
+                    yield from ((row, share) for row in _objects(arrow, batch.slice(skip), ways))
             else:
                 done += rows
     except (arrow.ArrowException, OSError) as err:
@@ -165,14 +118,14 @@ def arrow_rows(stream: ByteStream, columns: Sequence[str], start: int) -> Rows:
         else:
             file = ipc.open_stream(raw)
             batches = iter(file)
-        wanted = _columns(file.schema, columns)
+        ways = _columns(arrow, file.schema, columns)
         done = 0
         for batch in batches:
             skip = max(0, min(len(batch), start - done))
             done += len(batch)
-            chosen = batch.select(wanted)
             for begin in range(skip, len(batch), _ROWS):
-                yield from ((row, stream.consumed()) for row in _objects(chosen.slice(begin, _ROWS)))
+                rows = _objects(arrow, batch.slice(begin, _ROWS), ways)
+                yield from ((row, stream.consumed()) for row in rows)
     except (arrow.ArrowException, OSError) as err:
         raise BadStream(f"not readable as Arrow: {err}") from err
 
@@ -180,6 +133,7 @@ def arrow_rows(stream: ByteStream, columns: Sequence[str], start: int) -> Rows:
 def _arrow(module: str) -> tuple[Any, Any]:
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as err:
@@ -187,27 +141,68 @@ def _arrow(module: str) -> tuple[Any, Any]:
     return pyarrow, {"pyarrow.parquet": pyarrow.parquet, "pyarrow.ipc": pyarrow.ipc}[module]
 
 
-def _columns(schema: Any, wanted: Sequence[str]) -> list[str]:
-    missing = [name for name in wanted if name not in schema.names]
-    if missing:
-        there = ", ".join(schema.names[:8])
-        raise BadStream(f"no column {missing[0]!r}. The columns here are: {there}; choose among them with --json-key")
-    return list(wanted)
+def _only(found: Sequence[Any], name: str) -> Any:
+    """The one column of this name; None if there is none. Raises BadStream for several."""
+    if len(found) > 1:
+        raise BadStream(
+            f"{len(found)} columns have the name {name!r}: nothing says which is the text. Rename the others"
+        )
+    return found[0] if found else None
 
 
-def _objects(batch: Any) -> Iterator[Any]:
-    """The rows of a record batch; one that does not decode does not hide the others."""
+def _absent(name: str, there: Sequence[str]) -> BadStream:
+    return BadStream(f"no column {name!r}. The columns here are: {some_of(there)}; choose among them with --json-key")
+
+
+Ways = dict[str, list[str]]  # to a wanted column: its name, or for "a.b" that of the struct `a` and of the field in it
+
+
+def _columns(arrow: Any, schema: Any, wanted: Sequence[str]) -> Ways:
+    """Where the wanted columns are. Raises BadStream for one that is not there, or there more than once."""
+    ways = {name: _way(arrow, schema, name) for name in wanted}
+    for name, way in ways.items():
+        if not way:
+            raise _absent(name, [leaf for field in schema for leaf in _leaves(arrow, field)])
+    return ways
+
+
+def _way(arrow: Any, fields: Any, name: str) -> list[str]:
+    """[] if no field is meant by `name`."""
+    if _only([field for field in fields if field.name == name], name):
+        return [name]
+    for at in (at for at, char in enumerate(name) if char == "."):
+        structs = [f for f in fields if f.name == name[:at] and arrow.types.is_struct(f.type)]
+        struct = _only(structs, name[:at])
+        if struct and (inside := _way(arrow, struct.type, name[at + 1 :])):
+            return [name[:at], *inside]
+    return []
+
+
+def _leaves(arrow: Any, field: Any) -> list[str]:
+    """The names that a column can be asked for by."""
+    if arrow.types.is_struct(field.type):
+        return [f"{field.name}.{leaf}" for inner in field.type for leaf in _leaves(arrow, inner)]
+    return [field.name]
+
+
+def _objects(arrow: Any, batch: Any, ways: Ways) -> Iterator[Any]:
+    """The wanted columns of the rows of a record batch; a row that does not decode does not hide the others."""
     try:
-        columns = [_values(column) for column in batch.columns]
+        columns = [_values(_column(arrow, batch, way)) for way in ways.values()]
     except UnicodeDecodeError:
         if len(batch) > 1:
             for row in range(len(batch)):
-                yield from _objects(batch.slice(row, 1))
+                yield from _objects(arrow, batch.slice(row, 1), ways)
         else:
             yield BadRecord("not UTF-8", "the text column holds bytes that are no UTF-8")
         return
     for values in zip(*columns):
-        yield dict(zip(batch.schema.names, values))
+        yield dict(zip(ways, values))
+
+
+def _column(arrow: Any, batch: Any, way: list[str]) -> Any:
+    column = batch.column(way[0])
+    return arrow.compute.struct_field(column, way[1:]) if way[1:] else column
 
 
 def _values(column: Any) -> list[Any]:

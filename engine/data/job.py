@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.batch import Batch
 from engine.data.indexed import paths_of
 from engine.data.inputs import STDIN
 from engine.data.keyed import derive_key
 from engine.data.parts import Parts
 from engine.data.report import ProgressEvent
-from engine.data.sources import Batch, Source
+from engine.data.sources import Source
 from engine.data.tokenizer import FILES, Tokenizer
 from engine.errors import DataError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.data.sources import START, Cursor
+from engine.data.batch import START, Cursor
 
 
 @dataclass(frozen=True)

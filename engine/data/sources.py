@@ -12,17 +12,21 @@ document, whichever is more: what is longer than `max_document_bytes` is dropped
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 import xxhash
 
-from engine.data.formats import BadRecord, arrow_rows, csv_rows, json_values, parquet_rows
-from engine.data.inputs import STDIN, BadStream, ByteStream, InputFile, list_inputs
-from engine.errors import DataError
+from engine.data.batch import START, Batch, Cursor, Drop
+from engine.data.bytestream import BadStream, ByteStream
+from engine.data.formats import ZERO_BYTES, BadRecord, arrow_rows, csv_rows, parquet_rows
+from engine.data.inputs import STDIN, InputFile, list_inputs
+from engine.data.jsontext import json_values, loads
+from engine.data.values import find, names_in, text_of
 
 MAX_DOCUMENT_BYTES = 1 << 26  # beyond it a file or line is a dump of something, not a text
 FORMATS = {
@@ -38,62 +42,7 @@ _BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 8192
 _BLOCK_BYTES = 1 << 20  # bytes read at once
 _BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Something that was not handed out: `record` is its line, row or element (0: the file), counted from 1.
-
-    `stops`: it is a fault of the input, so `--on-error stop` stops there; the others are by design (blank lines, files
-    of a folder that are not text) and only counted.
-    """
-
-    file: str
-    record: int
-    reason: str
-    detail: str
-    stops: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.file}{f':{self.record}' if self.record else ''}: {self.reason}: {self.detail}"
-
-    def refuse(self) -> DataError:
-        """The error that stops at this fault."""
-        return DataError(f"{self} (--on-error skip leaves such documents out, and counts and lists them.)")
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where reading goes on: file number, unpacked bytes or records of it that are done, records of it, and for
-    standard input the digest of those bytes, as nothing else tells whether it is the same input again."""
-
-    file: int = 0
-    offset: int = 0
-    record: int = 0
-    digest: str = ""
-
-
-START = Cursor()
-
-
-@dataclass
-class Batch:
-    """Texts in input order, (file number, record) of each, drops met on the way, and where the next batch begins."""
-
-    texts: list[str] = field(default_factory=list)
-    where: list[tuple[int, int]] = field(default_factory=list)
-    drops: list[Drop] = field(default_factory=list)
-    cursor: Cursor = START
-    consumed: int = 0  # stored bytes of all inputs up to the end of this batch
-    num_chars: int = 0
-
-    def extend(self, block: Batch) -> None:
-        """Append what follows."""
-        self.texts += block.texts
-        self.where += block.where
-        self.drops += block.drops
-        self.cursor = block.cursor
-        self.num_chars += block.num_chars
+_UNREAD = object()
 
 
 @dataclass(frozen=True)
@@ -130,24 +79,6 @@ class Source:
             before += self.files[number].num_bytes
             batch.cursor, batch.consumed = Cursor(number + 1), before
         yield batch
-
-
-def text_of(value: Any, where: str) -> str:
-    """A document's text from a JSON value. Raises TypeError, with what it is, for a value that is no text."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return "\n".join(_piece(piece, f"{where}[{i}]") for i, piece in enumerate(value))
-    raise TypeError(f"{where} is {type(value).__name__}, expected a string, or a list of strings or messages")
-
-
-def _piece(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str):
-        return f"{value['role']}: {value['content']}"
-    found = f"an object with the keys {', '.join(sorted(value))}" if isinstance(value, dict) else type(value).__name__
-    raise TypeError(f'{where} is {found}, expected a string or {{"role": "...", "content": "..."}}')
 
 
 class _FileReader:
@@ -201,15 +132,13 @@ class _FileReader:
         if not isinstance(value, dict):
             wanted = f'expected a JSON object like {{"{self.keys[0]}": "..."}}'
             return self._drop(batch, "wrong type", f"{wanted}, found {type(value).__name__}.")
-        missing = [key for key in self.keys if key not in value]
-        if missing:
-            keys = ", ".join(sorted(value)[:8]) or "none"
-            detail = f"no key {missing[0]!r}. The keys here are: {keys}; choose among them with --json-key."
-            return self._drop(batch, "missing key", detail)
         try:
-            text = "\n".join(text_of(value[key], repr(key)) for key in self.keys)
+            text = "\n".join(text_of(find(value, key), repr(key)) for key in self.keys)
             if not text.isascii():
                 text.encode()
+        except LookupError as err:
+            detail = f"no key {err.args[0]!r}. The keys here are: {names_in(value)}; choose among them with --json-key."
+            return self._drop(batch, "missing key", detail)
         except TypeError as err:
             return self._drop(batch, "wrong type", f"{err}. Choose another --json-key.")
         except UnicodeEncodeError as err:
@@ -273,13 +202,15 @@ class _FileReader:
 
     def _lines(self, batch: Batch, block: bytes) -> None:
         """Every line of `block`. The plain case stays in this loop: it decides the speed of reading."""
-        loads, key = orjson.loads, self.keys[0] if len(self.keys) == 1 else None
+        read, key, several = orjson.loads, self.keys[0], len(self.keys) > 1
         texts, where, number, limit = batch.texts, batch.where, self.number, self.limit
         record, chars = self.record, 0
         for record, line in enumerate(block.split(b"\n"), self.record + 1):
+            value: Any = _UNREAD
             try:
-                text = loads(line)[key]
-                if type(text) is str and len(text) <= limit:
+                value = read(line)
+                text = value[key]
+                if type(text) is str and len(text) <= limit and not several:
                     texts.append(text)
                     where.append((number, record))
                     chars += len(text)
@@ -287,25 +218,27 @@ class _FileReader:
             except (ValueError, TypeError, LookupError):
                 pass
             self.record = record
-            self._line(batch, line)
+            self._line(batch, line, value)
         self.record = record
         batch.num_chars += chars
 
-    def _line(self, batch: Batch, line: bytes) -> None:
-        """A line that is not the plain case."""
-        line = line.removeprefix(_BOM) if self.record == 1 else line
+    def _line(self, batch: Batch, line: bytes, value: Any) -> None:
+        """A line that is not the plain case; `value` is what orjson read, if it could."""
+        if len(line) <= self.limit and value is not _UNREAD:
+            return self._add_record(batch, value)
+        line = line.removeprefix(_BOM)  # files with one may have been put together
         if not line.strip():
             return self._drop(batch, "blank line", "", stops=False)
+        if not (line[0] and line[-1]):
+            return self._drop(batch, "zero bytes", f"a line with {line.count(0):,} {ZERO_BYTES}.")
         if len(line) > self.limit:
             return self._drop(batch, "too large", f"a line of {len(line):,} bytes, {self._too_large(len(line))}")
         try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError as err:
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as wrong:
-                detail = f"byte {wrong.start} of the line is {line[wrong.start]:#04x}. Convert the file to UTF-8."
-                return self._drop(batch, "not UTF-8", detail)
+            value = loads(line)
+        except UnicodeDecodeError as wrong:
+            detail = f"byte {wrong.start} of the line is {line[wrong.start]:#04x}. Convert the file to UTF-8."
+            return self._drop(batch, "not UTF-8", detail)
+        except json.JSONDecodeError as err:
             detail = (
                 f"{err}. Every line has to be one complete JSON object in UTF-8; "
                 f"repair or delete this line (the last one is often torn by an interrupted copy)."
@@ -343,7 +276,7 @@ class _FileReader:
 
     def _csv(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
         separator = "\t" if self.file.suffix == ".tsv" else ","
-        yield from self._rows(_after(csv_rows(stream, separator, self.limit), begin), begin)
+        yield from self._rows(_after(csv_rows(stream, separator, self.keys, self.limit), begin), begin)
 
     def _parquet(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
         yield from self._rows(parquet_rows(stream, self.keys, begin.offset), begin)
@@ -359,8 +292,8 @@ def _after(rows: Iterator[tuple[Any, int]], begin: Cursor) -> Iterator[tuple[Any
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(orjson.loads(line), dict)
-    except orjson.JSONDecodeError:
+        return isinstance(loads(line), dict)
+    except ValueError:
         return False
 
 

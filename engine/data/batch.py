@@ -1,0 +1,63 @@
+"""What reading hands on: documents, what was left out of them and why, and where to go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.errors import DataError
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Something that was not handed out: `record` is its line, row or element (0: the file), counted from 1.
+
+    `stops`: it is a fault of the input, so `--on-error stop` stops there; the others are by design (blank lines, files
+    of a folder that are not text) and only counted.
+    """
+
+    file: str
+    record: int
+    reason: str
+    detail: str
+    stops: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.file}{f':{self.record}' if self.record else ''}: {self.reason}: {self.detail}"
+
+    def refuse(self) -> DataError:
+        """The error that stops at this fault."""
+        return DataError(f"{self} (--on-error skip leaves such documents out, and counts and lists them.)")
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where reading goes on: file number, unpacked bytes or records of it that are done, records of it, and for
+    standard input the digest of those bytes, as nothing else tells whether it is the same input again."""
+
+    file: int = 0
+    offset: int = 0
+    record: int = 0
+    digest: str = ""
+
+
+START = Cursor()
+
+
+@dataclass
+class Batch:
+    """Texts in input order, (file number, record) of each, drops met on the way, and where the next batch begins."""
+
+    texts: list[str] = field(default_factory=list)
+    where: list[tuple[int, int]] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
+    cursor: Cursor = START
+    consumed: int = 0  # stored bytes of all inputs up to the end of this batch
+    num_chars: int = 0
+
+    def extend(self, block: Batch) -> None:
+        """Append what follows."""
+        self.texts += block.texts
+        self.where += block.where
+        self.drops += block.drops
+        self.cursor = block.cursor
+        self.num_chars += block.num_chars

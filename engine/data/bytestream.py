@@ -1,0 +1,224 @@
+"""The bytes of an input, plain or compressed.
+
+A stream is read in pieces of a bounded size, whatever a compressed file unfolds to, and an archive that ends too early
+raises `BadStream` instead of looking like the end of the text.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from typing import IO, Any, cast
+
+from engine.data.inputs import STDIN, InputFile
+
+_FRAME_BYTES = 2048  # of zstd fed at once: the worst case unfolds it 32,768 times
+_WINDOW_BYTES = 1 << 31  # of zstd: as far back as `zstd --long=31` refers
+
+
+class BadStream(Exception):
+    """The stored bytes cannot be unpacked any further; the text says how."""
+
+
+class ByteStream:
+    """Unpacked bytes of one input. Use as a context manager; `offset` counts what was read."""
+
+    def __init__(self, file: InputFile):
+        self.file = file
+        self.offset = 0
+        self._ahead = b""
+        self._broken: BadStream | None = None
+        self._spooled: IO[bytes] | None = None
+        try:
+            self._raw = _open(file)
+        except OSError as err:
+            raise BadStream(f"{err.strerror or err}; check its permissions") from err
+        self._unpacked: Any = _unpack(self._raw, file.compression)
+
+    def __enter__(self) -> ByteStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._spooled is not None:
+            self._spooled.close()
+        if self.file.name != STDIN:
+            self._raw.close()
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, b"" at the end. Raises BadStream for a damaged or truncated archive.
+
+        What can be unpacked before the damage is given first: only what is lost is reported as lost.
+        """
+        if self._ahead:
+            data, self._ahead = self._ahead[:size], self._ahead[size:]
+            self.offset += len(data)
+            return data
+        if self._broken is not None:
+            raise self._broken
+        pieces: list[bytes] = []
+        missing = size
+        try:
+            while missing and (piece := self._piece(missing, self.offset + size - missing)):
+                pieces.append(piece)
+                missing -= len(piece)
+        except BadStream as err:
+            self._broken = err
+            if not pieces:
+                raise
+        self.offset += size - missing
+        return b"".join(pieces)
+
+    def peek(self, size: int) -> bytes:
+        """What `read` will give next."""
+        if not self._ahead:
+            self._ahead = self.read(size)
+            self.offset -= len(self._ahead)
+        return self._ahead
+
+    def _piece(self, size: int, offset: int) -> bytes:
+        if not self.file.compression:
+            try:
+                return cast(bytes, self._unpacked.read(size))
+            except OSError as err:
+                raise BadStream(f"{err.strerror or err}, after {offset:,} bytes") from err
+        done = f"after {offset:,} unpacked bytes or a little later"
+        try:
+            data: bytes = self._unpacked.read1(size)
+        except EOFError as err:
+            raise BadStream(f"the archive ends too early, {done}") from err
+        except (zlib.error, lzma.LZMAError) as err:
+            raise BadStream(f"the archive is damaged, {done}: {err}") from err
+        except OSError as err:  # the unpackers raise it without a number for damage
+            what = f"{err.strerror}, {done}" if err.errno else f"the archive is damaged, {done}: {err}"
+            raise BadStream(what) from err
+        if not data and not offset and not self._raw.tell():
+            raise BadStream("the archive is empty: not even its beginning is there")
+        return data
+
+    def skip(self, size: int, seen: Callable[[bytes], None] | None = None) -> None:
+        """Go on `size` bytes; `seen` gets them. A plain file is not read for it, a compressed one has to be."""
+        if seen is None and not self.file.compression and self.file.name != STDIN:
+            self.offset += size
+            self._raw.seek(self.offset)
+            self._ahead = b""
+            return
+        while size:
+            data = self.read(min(size, 1 << 20))
+            if not data:
+                raise BadStream("is shorter than it was when the work began")
+            size -= len(data)
+            if seen is not None:
+                seen(data)
+
+    def seekable(self) -> IO[bytes]:
+        """The file itself, for formats that are read from their end; unpacked into a temporary file if need be."""
+        if not self.file.compression and self.file.name != STDIN:
+            return self._raw
+        try:
+            if self._spooled is None:
+                self._spooled = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
+                while data := self.read(1 << 20):
+                    self._spooled.write(data)
+            self._spooled.seek(0)
+        except OSError as err:
+            raise BadStream(f"cannot be unpacked into {tempfile.gettempdir()} (TMPDIR): {err.strerror or err}") from err
+        return self._spooled
+
+    def consumed(self) -> int:
+        """Stored bytes read so far, for progress."""
+        return self.offset if self.file.name == STDIN else self._raw.tell()
+
+
+def _open(file: InputFile) -> IO[bytes]:
+    if file.name == STDIN:
+        return sys.stdin.buffer
+    if "://" in file.name:
+        import fsspec
+
+        try:
+            return fsspec.open(file.name, "rb").open()
+        except OSError:
+            raise
+        except Exception as err:
+            raise OSError(f"{type(err).__name__}: {err}") from err
+    return open(file.name, "rb")
+
+
+def _unpack(raw: IO[bytes], compression: str) -> IO[bytes]:
+    unpackers: dict[str, Callable[[IO[bytes]], Any]] = {
+        ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+        ".bz2": lambda raw: io.BufferedReader(_Members(raw, bz2.BZ2Decompressor), 1 << 18),
+        ".xz": lambda raw: io.BufferedReader(_Members(raw, lzma.LZMADecompressor, padding=b"\0"), 1 << 18),
+        ".zst": lambda raw: io.BufferedReader(_Members(raw, _Frame, _FRAME_BYTES), 1 << 18),
+    }
+    return unpackers[compression](raw) if compression else raw
+
+
+class _Frame:
+    """A frame of zstd, with the methods that the standard library's decompressors have."""
+
+    needs_input = True
+
+    def __init__(self) -> None:
+        import zstandard
+
+        new = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+        self._error, self._frame = zstandard.ZstdError, new.decompressobj()
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """All that `data` gives: it cannot be told to stop, so it is fed little at once."""
+        try:
+            return self._frame.decompress(data)
+        except self._error as err:
+            raise zlib.error(str(err)) from err
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._frame.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data
+
+
+class _Members(io.RawIOBase):
+    """An archive of one or more streams, one after the other.
+
+    The libraries' own readers take what follows a stream and is none, or a torn one, for the end of the text.
+    """
+
+    def __init__(self, raw: IO[bytes], new: Callable[[], Any], at_once: int = 1 << 16, padding: bytes = b""):
+        self._raw, self._new, self._at_once, self._padding = raw, new, at_once, padding
+        self._member: Any = None
+        self._input, self._output = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            if not self._input and (self._member is None or self._member.needs_input):
+                self._input = self._raw.read(self._at_once)
+                if not self._input:
+                    if self._member is not None:
+                        raise EOFError
+                    return 0
+            if self._member is None:
+                self._input = self._input.lstrip(self._padding) if self._padding else self._input
+                if not self._input:
+                    continue
+                self._member = self._new()
+            data, self._input = self._input, b""
+            self._output = memoryview(self._member.decompress(data, 1 << 18))
+            if self._member.eof:
+                self._input, self._member = self._member.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size

@@ -1,0 +1,159 @@
+"""JSON, as much of it as Python's `json` takes, and deeper than that goes.
+
+What other writers leave in fields that nobody reads here must not lose a good text: NaN and Infinity, halves of
+surrogate pairs, numbers of any size, any depth up to 100,000. orjson refuses these; it is asked first for its speed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from engine.data.bytestream import BadStream, ByteStream
+
+MAX_DEPTH = 100_000  # of arrays and objects; what is deeper is made to break readers
+_BLOCK_BYTES = 1 << 20
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def loads(data: bytes) -> Any:
+    """The one value of a line. Raises UnicodeDecodeError, or json.JSONDecodeError for what is no JSON."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        text = data.decode("utf-8")
+        value, end = _DECODER.raw_decode(text, _skip(text, 0))
+        if (end := _skip(text, end)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, end) from None
+        return value
+
+
+def _whole(digits: str) -> int | float:
+    """Python limits the digits of an int: what is longer is a float, infinity."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
+class _Decoder(json.JSONDecoder):
+    """json's, which does not stop at Python's limit of recursion."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_int=_whole)
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        try:
+            return super().raw_decode(s, idx)
+        except RecursionError:
+            return self._deep(s, idx)
+
+    def _deep(self, text: str, at: int) -> tuple[Any, int]:
+        """The value that begins at `at`, and where it ends: what json does, with a stack of its own."""
+        holders: list[Any] = []  # the arrays and objects that are open
+        names: list[str] = []  # of the member that each open object reads
+        while True:
+            at = _skip(text, at)
+            if (mark := text[at : at + 1]) in ("[", "{") and mark:
+                if len(holders) == MAX_DEPTH:
+                    raise json.JSONDecodeError(f"nested more than {MAX_DEPTH:,} deep", text, at)
+                holders.append([] if mark == "[" else {})
+                at = _skip(text, at + 1)
+                if not text.startswith(_END[mark], at):
+                    if mark == "{":
+                        at = self._name(text, at, names)
+                    continue
+                value, at = holders.pop(), at + 1
+            else:
+                value, at = super().raw_decode(text, at)
+            while holders:
+                holder = holders[-1]
+                in_array = isinstance(holder, list)
+                if in_array:
+                    holder.append(value)
+                else:
+                    holder[names.pop()] = value
+                at = _skip(text, at)
+                if text.startswith(",", at):
+                    at = at + 1 if in_array else self._name(text, _skip(text, at + 1), names)
+                    break
+                if not text.startswith("]" if in_array else "}", at):
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+                value, at = holders.pop(), at + 1
+            else:
+                return value, at
+
+    def _name(self, text: str, at: int, names: list[str]) -> int:
+        """Put a member's name on `names`; returns where its value begins."""
+        if not text.startswith('"', at):
+            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
+        name, at = super().raw_decode(text, at)
+        at = _skip(text, at)
+        if not text.startswith(":", at):
+            raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
+        names.append(name)
+        return at + 1
+
+
+_DECODER = _Decoder()
+_END = {"[": "]", "{": "}"}
+
+
+def _skip(text: str, at: int) -> int:
+    """Behind the white space."""
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
+
+
+def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
+    """(value, stored bytes consumed): the elements of an array, or values one after the other with space between."""
+    incremental = codecs.getincrementaldecoder("utf-8-sig")("strict")
+    text, at, ended, array, first = "", 0, False, False, True
+    while True:
+        at = _skip(text, at)
+        if at < len(text) and first:
+            first, array = False, text[at] == "["
+            at += array
+            continue
+        if array and text.startswith(",", at):
+            at += 1
+            continue
+        if array and text.startswith("]", at):
+            text += _read_text(stream, incremental, _BLOCK_BYTES)[0]
+            if rest := text[at + 1 :].strip():
+                raise BadStream(f"malformed JSON: {rest[:20]!r} after the end of the array")
+            return
+        if at < len(text):
+            try:
+                value, end = _DECODER.raw_decode(text, at)
+                if ended or end < len(text):  # else a number might go on in the next block
+                    at = end
+                    yield value, stream.consumed()
+                    continue
+            except json.JSONDecodeError as err:
+                near = f"{err.msg} at {text[err.pos : err.pos + 20]!r}"
+                if ended:
+                    raise BadStream(f"malformed JSON: {near}") from err
+                if len(text) - at > limit:
+                    text = f"malformed JSON, or an element larger than max_document_bytes = {limit:,}: {near}"
+                    raise BadStream(text) from err
+        elif ended:
+            if array:
+                raise BadStream("malformed JSON: the array has no end; the file is torn")
+            return
+        # As much again as there is: a large element is then parsed a few times, not once a block.
+        more, ended = _read_text(stream, incremental, max(_BLOCK_BYTES, len(text) - at))
+        text, at = text[at:] + more, 0
+
+
+def _read_text(stream: ByteStream, decoder: codecs.IncrementalDecoder, size: int) -> tuple[str, bool]:
+    """More text, and whether there is none behind it."""
+    data = stream.read(size)
+    try:
+        return decoder.decode(data, not data), not data
+    except UnicodeDecodeError as err:
+        raise BadStream(f"not UTF-8: byte {err.object[err.start]:#04x}; convert the file") from err

@@ -1,0 +1,59 @@
+"""The text of a document from the value of a key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.errors import cut
+
+_MOST_NAMES = 8
+
+
+def find(record: Any, key: str) -> Any:
+    """The value of `key` in an object: of a member of that name, or else, for "a.b", of `b` in the object `a`.
+
+    Raises LookupError where there is none.
+    """
+    if isinstance(record, Mapping):
+        if key in record:
+            return record[key]
+        for dot in (at for at, char in enumerate(key) if char == "."):
+            try:
+                return find(record.get(key[:dot]), key[dot + 1 :])
+            except LookupError:
+                continue
+    raise LookupError(key)
+
+
+def names_in(record: Mapping[str, Any]) -> str:
+    """The keys of an object, those of objects in it as "a.b", as far as a message has room for."""
+    names: list[str] = []
+    for name in sorted(record):
+        inner = record[name]
+        names += [f"{name}.{key}" for key in sorted(inner)] if isinstance(inner, Mapping) and inner else [name]
+    return some_of(names)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of some names."""
+    shown = ", ".join(cut(name, 60) for name in names[:_MOST_NAMES]) or "none"
+    return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
+
+
+def text_of(value: Any, where: str) -> str:
+    """A document's text from a JSON value. Raises TypeError, with what it is, for a value that is no text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "\n".join(_piece(piece, f"{where}[{i}]") for i, piece in enumerate(value))
+    raise TypeError(f"{where} is {type(value).__name__}, expected a string, or a list of strings or messages")
+
+
+def _piece(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str):
+        return f"{value['role']}: {value['content']}"
+    found = f"an object with the keys {some_of(sorted(value))}" if isinstance(value, dict) else type(value).__name__
+    raise TypeError(f'{where} is {found}, expected a string or {{"role": "...", "content": "..."}}')

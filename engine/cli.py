@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import engine
 from engine.built import missing
-from engine.commands import checkpoints, data, run, schedule
+from engine.commands import checkpoints, data, merge, run, schedule
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
 from engine.hints import nearest
 from engine.output import OutputError, watched
@@ -69,7 +69,7 @@ def _speak_utf8() -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _VERBS.items()]
+    lines = [f"  {name:<14} {(verb.__doc__ or '').strip()}" for name, verb in _VERBS.items()]
     if text := missing():
         lines += ["", text]
     return "usage: engine VERB [OPTIONS]   (engine VERB --help shows a verb's options)\n\n" + "\n".join(lines)
@@ -78,6 +78,7 @@ def _overview() -> str:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "clean": data.clean,
     "prepare": data.prepare,
+    "merge-datasets": merge.merge_datasets,
     "tokenizer": data.tokenizer,
     "inspect": data.inspect,
     "train": run.train,
@@ -104,6 +105,8 @@ _MEANT = {  # what others call it
     "preprocess": "prepare",
     "preprocess_data": "prepare",
     "tokenize": "prepare",
+    "merge": "merge-datasets",
+    "merge_data": "merge-datasets",
     "dedup": "clean",
     "convert": "import or export",
     "info": "inspect",

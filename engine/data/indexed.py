@@ -38,6 +38,7 @@ import numpy.typing as npt
 import xxhash
 
 from engine.data.mapped import MappedFile
+from engine.data.sidecar import SIDECAR_VERSION, sidecar_bytes, sidecar_of
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder
 
@@ -45,8 +46,6 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 # 6 and 7 are floats, and Megatron and gpt-neox disagree on which is which; no token id is a float anyway.
 DTYPES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-SIDECAR_VERSION = 1
-SIDECAR_DIGEST = "sidecar_digest"
 UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 NATIVE_INTERFACE = 4  # of csrc/index.cpp, counted up when a signature changes: an older build is refused, not called
@@ -65,15 +64,6 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < UINT16_VOCAB_LIMIT else np.dtype("<i4")
 
 
-def entropy(counts: IntArray) -> float:
-    """Entropy in nats per token of a histogram int64 [V]; 0.0 for an empty one."""
-    total = int(counts.sum())
-    if total == 0:
-        return 0.0
-    p = counts[counts > 0] / total
-    return float(-(p * np.log(p)).sum()) + 0.0  # + 0.0: a single distinct token would print as -0.0
-
-
 def _damaged(path: Path, where: str, found: str, expected: str) -> DataError:
     return DataError(
         f"{path}: {where}: found {found}, expected {expected}. "
@@ -89,10 +79,11 @@ def _chunks(total: int, size: int = _CHUNK) -> Iterator[slice]:
 class IndexedDataset:
     """A .bin/.idx pair, memory mapped and proven consistent at open.
 
-    Attributes: `prefix` (str), `dtype`, `lengths` int32 [N] in tokens, `pointers` int64 [N] in bytes, `tokens` dtype
-    [T], `num_documents` (= N), `num_tokens` (= T), `vocab_size` (as given), `meta` (the sidecar or {}). The arrays are
-    views into read-only maps (see `check`) and `lengths`, `pointers` are not aligned (the header has 34 bytes): slice
-    them freely, but native code has to load them bytewise.
+    Attributes: `prefix` (str), `dtype`, `lengths` int32 [N] in tokens, `pointers` int64 [N] in bytes, `boundaries`
+    int64 [D], `modes` int8 [N] if multimodal, else [0], `tokens` dtype [T], `num_documents` (= N), `num_tokens` (= T),
+    `vocab_size` (as given), `meta` (the sidecar or {}). The arrays are views into read-only maps (see `check`), and
+    `lengths`, `pointers` and `boundaries` are not aligned (the header has 34 bytes): slice them freely, but native code
+    has to load them bytewise.
 
     Raises DataError for anything that does not fit: see the checks, in this order, in `__init__`.
     """
@@ -109,9 +100,10 @@ class IndexedDataset:
         self.dtype, num_sequences, num_boundaries = _read_header(idx_path, raw)
         self.lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
         self.pointers = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
-        boundaries = np.frombuffer(raw, "<i8", num_boundaries, HEADER.size + 12 * num_sequences)
+        self.boundaries = np.frombuffer(raw, "<i8", num_boundaries, HEADER.size + 12 * num_sequences)
+        self.modes = raw[HEADER.size + 12 * num_sequences + 8 * num_boundaries :].view(np.int8)
         _check_sequences(idx_path, bin_path, self.lengths, self.pointers, self.dtype.itemsize, raw_bin.size)
-        _check_boundaries(idx_path, boundaries, num_sequences)
+        _check_boundaries(idx_path, self.boundaries, num_sequences)
         self.tokens: IntArray = raw_bin.view(self.dtype)
         self.num_documents = num_sequences
         self.num_tokens = int(self.tokens.size)
@@ -296,45 +288,6 @@ def write_index(out: IO[bytes], dtype: np.dtype[Any], lengths: IntArray) -> None
         boundaries = boundary + np.cumsum(lengths[part] > 0)
         out.write(boundaries.astype("<i8").data)
         boundary = int(boundaries[-1])
-
-
-def sidecar_of(
-    meta: dict[str, Any], dtype: np.dtype[Any], counts: IntArray, documents: int, empty: int
-) -> dict[str, Any]:
-    """The facts that .bin/.idx lack: `meta`, and those that follow from the histogram `counts` int64 [vocab_size]."""
-    used = np.flatnonzero(counts)
-    num_tokens = int(counts.sum())
-    return {
-        **meta,
-        "version": SIDECAR_VERSION,
-        "num_documents": documents,
-        "num_empty_documents": empty,
-        "num_tokens": num_tokens,
-        "max_token": int(used[-1]) if used.size else -1,
-        "bin_bytes": num_tokens * dtype.itemsize,
-        "dtype": dtype.name,
-        "vocab_size": len(counts),
-        "unigram_entropy": entropy(counts),
-    }
-
-
-def sidecar_bytes(sidecar: dict[str, Any]) -> bytes:
-    return json.dumps({**sidecar, SIDECAR_DIGEST: sidecar_digest(sidecar)}, indent=1).encode() + b"\n"
-
-
-def sidecar_digest(sidecar: dict[str, Any]) -> str:
-    """Digest of all that a sidecar says."""
-    said = {name: value for name, value in sidecar.items() if name != SIDECAR_DIGEST}
-    return xxhash.xxh3_64_hexdigest(json.dumps(said, sort_keys=True).encode())
-
-
-def digest_of(path: Path) -> str:
-    """Digest of a .bin, for `engine inspect --verify`: the same tokens in another order are other tokens."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class IndexedWriter:

@@ -13,8 +13,9 @@ import numpy.typing as npt
 import xxhash
 
 from engine.data.fim import FillInTheMiddle
-from engine.data.indexed import SIDECAR_DIGEST, IndexedDataset, entropy, paths_of, sidecar_digest
+from engine.data.indexed import IndexedDataset, paths_of
 from engine.data.order import SampleOrder
+from engine.data.sidecar import SIDECAR_DIGEST, entropy, sidecar_digest
 from engine.data.tokenizer import Tokenizer
 from engine.errors import DataError
 

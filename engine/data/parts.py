@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.indexed import sidecar_bytes, sidecar_of, token_dtype, write_index
+from engine.data.indexed import token_dtype, write_index
 from engine.data.pack import pack
+from engine.data.sidecar import sidecar_bytes, sidecar_of
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder, write_fault, write_synced
 

@@ -16,7 +16,7 @@ from engine.data.batch import START, Cursor
 class ProgressEvent:
     """How far a phase is. `input_bytes` of `input_bytes_total` is the fraction done; `_here`: by this process."""
 
-    phase: Literal["train tokenizer", "encode", "clean", "write"]
+    phase: Literal["train tokenizer", "encode", "clean", "write", "merge"]
     input_bytes: int
     input_bytes_total: int
     documents: int

@@ -15,9 +15,9 @@ from engine.data.report import PrepareReport, ProgressEvent, SplitReport
 
 
 @contextmanager
-def prepare_progress(every_s: float = 5.0) -> Iterator[Callable[[ProgressEvent], None]]:
-    """A callback for data.prepare: a bar on a terminal, otherwise a line every few seconds."""
-    console = Console(highlight=False, soft_wrap=True)
+def prepare_progress(every_s: float = 5.0, quiet: bool = False) -> Iterator[Callable[[ProgressEvent], None]]:
+    """A callback for data.prepare: a bar on a terminal, otherwise a line every few seconds; nothing if `quiet`."""
+    console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     shown = {"at": time.perf_counter()}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -1,0 +1,346 @@
+"""Several corpora joined to one, end to end: bitwise what tools/merge_datasets.py of Megatron-LM writes.
+
+`.bin` is the bytes of all of them; in `.idx` the lengths stand one after the other, pointers go on where the one before
+ended, and document boundaries go on with its number of sequences. The sidecar, which Megatron does not have, is made
+anew from the tokens as they pass, where every corpus has one; what those say has to agree.
+
+Work is done in OUTPUT.merging and renamed at the end: a kill leaves nothing under the output's name. Corpora are opened
+one at a time, so that thousands of them need neither files nor maps at once; memory is a few MiB and two histograms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from engine.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, IntArray, paths_of
+from engine.data.parts import publish, read_json
+from engine.data.report import ProgressEvent
+from engine.data.sidecar import sidecar_bytes, sidecar_of
+from engine.errors import DataError
+from engine.files import locked, sync_file, write_fault, write_synced
+
+_CHUNK = 1 << 22  # elements at a time
+_AGREE = ("tokenizer_digest", "vocab_size", "eod", "bos")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged. sequences: what training reads as documents; why_no_sidecar: "" where one is written."""
+
+    output: str
+    corpora: list[str]
+    sequences: int
+    documents: int
+    tokens: int
+    dtype: str
+    why_no_sidecar: str
+    tokenizer_digest: str | None
+    unigram_entropy: float | None
+    elapsed_s: float
+
+
+@dataclass
+class _Corpus:
+    """A corpus as it was when first opened. digests of .bin and sidecar are compared while it is copied."""
+
+    prefix: str
+    dtype: np.dtype[Any]
+    sequences: int
+    boundaries: int
+    tokens: int
+    multimodal: bool
+    stamps: list[int]
+    meta: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, prefix: str) -> tuple[_Corpus, IndexedDataset]:
+        stamps = [path.stat().st_mtime_ns if path.exists() else 0 for path in paths_of(prefix)]
+        data = IndexedDataset(prefix)
+        sizes = (len(data.lengths), len(data.boundaries), data.num_tokens, bool(len(data.modes)))
+        return cls(prefix, data.dtype, *sizes, stamps, data.meta), data
+
+    @property
+    def facts(self) -> list[Any]:
+        return [
+            self.prefix,
+            self.dtype.name,
+            self.sequences,
+            self.boundaries,
+            self.tokens,
+            self.multimodal,
+            self.stamps,
+        ]
+
+
+def merge(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    multimodal: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[ProgressEvent], None] | None = None,
+) -> MergeReport:
+    """Write OUTPUT.bin, .idx and, where all corpora have one, .json of the corpora that `inputs` name, in that order.
+
+    `inputs`: prefixes, and folders, whose corpora are sorted by name as Megatron does. `multimodal`: they have modes,
+    which are joined too. Raises DataError for corpora that do not fit together, damage, outputs that exist unless
+    `overwrite`, and too little room.
+    """
+    began = time.monotonic()
+    corpora = [_Corpus.open(prefix)[0] for prefix in corpora_of(inputs)]
+    _refuse_misfits(corpora, output, multimodal)
+    folder, facts = Path(f"{output}.merging"), [corpus.facts for corpus in corpora]
+    needed = _bytes_needed(corpora)
+    with _disk(folder, needed):
+        if folder.exists() and {path.name for path in folder.iterdir()} - {*_NAMES, "lock"}:
+            raise DataError(f"{folder} is needed for the work and holds other files. Choose another output.")
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock") as holder:
+            if holder:
+                raise DataError(f"{folder}: {holder} is merging to this output. Wait for it, or end it.")
+            done = read_json(folder / "publish.json")
+            if done is None or done["facts"] != json.loads(json.dumps(facts)):
+                done = _make(folder, corpora, output, overwrite, needed, progress, began)
+            moves = [(folder / name, path) for name, path in zip(_NAMES, paths_of(output)) if name in done["files"]]
+            publish(folder, [path for path in paths_of(output) if path not in {to for _, to in moves}], moves)
+    return MergeReport(**done["report"])
+
+
+_NAMES = ("bin", "idx", "json", "publish.json", "publish.json.tmp")
+
+
+def corpora_of(inputs: Sequence[str]) -> list[str]:
+    """Prefixes of the corpora that are meant; raises DataError for half a corpus, none, or one that is given twice."""
+    found: list[str] = []
+    for given in inputs:
+        if os.path.isdir(given) and not os.path.isfile(f"{given}.idx"):
+            found += _in_folder(given)
+        elif glob.has_magic(given) and not os.path.isfile(f"{given}.idx"):
+            found += sorted({name.removesuffix(".idx") for name in glob.glob(given) if name.endswith(".idx")})
+        else:
+            found.append(given[:-4] if given.endswith((".bin", ".idx")) and os.path.isfile(given) else given)
+    if not found:
+        raise DataError(
+            f"{', '.join(inputs) or 'no input'}: no PREFIX.idx there. Give prefixes, or a folder of corpora."
+        )
+    seen: dict[str, str] = {}
+    for prefix in found:
+        path = os.path.realpath(f"{prefix}.idx")
+        if path in seen:
+            raise DataError(f"{prefix}: is given twice (as {seen[path]} before): its documents would be in it twice.")
+        seen[path] = prefix
+    return found
+
+
+def _in_folder(folder: str) -> list[str]:
+    """Of every .bin with its .idx in `folder`, sorted by their names without the suffix; folders in it are not read."""
+    names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
+    halves = {suffix: {n[:-4] for n in names if n.endswith(suffix)} for suffix in (".bin", ".idx")}
+    for there, absent in ((".bin", ".idx"), (".idx", ".bin")):
+        if alone := sorted(halves[there] - halves[absent]):
+            what = f"{os.path.join(folder, alone[0])}{there} stands alone, without its {absent}"
+            raise DataError(f"{what}. Copy it too, or take this file out of the folder.")
+    return [os.path.join(folder, name) for name in sorted(halves[".bin"])]
+
+
+def _refuse_misfits(corpora: Sequence[_Corpus], output: str, multimodal: bool) -> None:
+    first = corpora[0]
+    for corpus in corpora:
+        if os.path.realpath(f"{corpus.prefix}.idx") == os.path.realpath(f"{output}.idx"):
+            raise DataError(f"{output}: is one of the corpora to merge. Choose another output.")
+        if corpus.dtype != first.dtype:
+            raise DataError(
+                f"{corpus.prefix} has tokens of {corpus.dtype.name}, {first.prefix} of {first.dtype.name}: their "
+                f"vocabularies differ. Merge corpora of one tokenizer; prepare the text of one of them again."
+            )
+        if corpus.multimodal and not multimodal:
+            raise DataError(
+                f"{corpus.prefix}.idx: has modes (a multimodal corpus). Give --multimodal to join them too."
+            )
+        if multimodal and corpus.sequences and not corpus.multimodal:
+            raise DataError(f"{corpus.prefix}.idx: has no modes, so it is not multimodal. Leave out --multimodal.")
+    known = [corpus for corpus in corpora if corpus.meta]
+    for key in _AGREE:
+        for corpus in known[1:]:
+            a, b = known[0].meta.get(key), corpus.meta.get(key)
+            if a != b:
+                raise DataError(
+                    f"{known[0].prefix}.json has {key} {a}, {corpus.prefix}.json has {b}: an id means two things, or "
+                    f"documents end or begin in two ways. Prepare both with one tokenizer and the same options."
+                )
+
+
+def _bytes_needed(corpora: Sequence[_Corpus]) -> int:
+    return sum(c.tokens * c.dtype.itemsize + 13 * c.sequences + 8 * c.boundaries + 4096 for c in corpora)
+
+
+@contextlib.contextmanager
+def _disk(folder: Path, needed: int) -> Iterator[None]:
+    """Turns a full disk or a missing permission into a DataError that says how to go on."""
+    try:
+        yield
+    except OSError as err:
+        raise DataError(write_fault(err, folder, needed, "Give the same command again.")) from err
+
+
+def _make(
+    folder: Path,
+    corpora: Sequence[_Corpus],
+    output: str,
+    overwrite: bool,
+    needed: int,
+    progress: Callable[[ProgressEvent], None] | None,
+    began: float,
+) -> dict[str, Any]:
+    """Write the files in `folder`, or leave no folder; returns what publish.json holds."""
+    try:
+        there = [str(path) for path in paths_of(output) if path.exists()]
+        if there and not overwrite:
+            raise DataError(
+                f"{', '.join(there)}: already there. Choose another name, delete them, or give --overwrite."
+            )
+        for name in _NAMES:
+            (folder / name).unlink(missing_ok=True)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            text = f"{folder}: about {needed:,} bytes are needed, {free:,} are free"
+            raise DataError(f"{text}. Make room, or choose an output on another disk.")
+        copied = _Copy(folder, corpora, progress, began)
+        sidecar = copied.run()
+        facts = sidecar or {}
+        report = MergeReport(
+            output=output,
+            corpora=[corpus.prefix for corpus in corpora],
+            sequences=sum(corpus.sequences for corpus in corpora),
+            documents=sum(corpus.boundaries - 1 for corpus in corpora),
+            tokens=sum(corpus.tokens for corpus in corpora),
+            dtype=corpora[0].dtype.name,
+            why_no_sidecar=copied.why_no_sidecar,
+            tokenizer_digest=facts.get("tokenizer_digest"),
+            unigram_entropy=facts.get("unigram_entropy"),
+            elapsed_s=time.monotonic() - began,
+        )
+        if sidecar is not None:
+            write_synced(folder / "json", sidecar_bytes(sidecar))
+        files = ["bin", "idx", *(["json"] if sidecar is not None else [])]
+        done = {"facts": [corpus.facts for corpus in corpora], "files": files, "report": asdict(report)}
+        write_synced(folder / "publish.json.tmp", json.dumps(done).encode())
+        os.replace(folder / "publish.json.tmp", folder / "publish.json")
+    except BaseException:  # what is half-written would only fill the disk
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return json.loads(json.dumps(done))
+
+
+class _Copy:
+    """The pass over all corpora that writes `bin` and `idx`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        corpora: Sequence[_Corpus],
+        progress: Callable[[ProgressEvent], None] | None,
+        began: float,
+    ):
+        self.folder, self.corpora, self.progress, self.began = folder, corpora, progress, began
+        self.why_no_sidecar = _why_no_sidecar(corpora)
+        vocab_size = 0 if self.why_no_sidecar else int(corpora[0].meta["vocab_size"])
+        self.counts = np.zeros(vocab_size, np.int64)
+        self.digest = xxhash.xxh3_128()
+        self.sequences, self.boundaries, self.tokens = 0, 1, 0  # so far; every .idx begins with the boundary 0
+
+    def run(self) -> dict[str, Any] | None:
+        """Write both files; returns the sidecar, None where there is to be none."""
+        n = sum(corpus.sequences for corpus in self.corpora)
+        d = 1 + sum(corpus.boundaries - 1 for corpus in self.corpora)
+        code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.corpora[0].dtype)
+        with open(self.folder / "bin", "wb") as bin_, open(self.folder / "idx", "wb") as idx:
+            idx.write(HEADER.pack(MAGIC, 1, code, n, d))
+            idx.seek(HEADER.size + 12 * n)
+            idx.write(np.zeros(1, "<i8").data)
+            for corpus in self.corpora:
+                self._add(corpus, bin_, idx, n, d)
+            sync_file(bin_)
+            sync_file(idx)
+        if self.why_no_sidecar:
+            return None
+        first = self.corpora[0].meta
+        meta = {key: first[key] for key in ("tokenizer_digest", "eod", "bos") if key in first}
+        texts = [corpus.meta.get("text_bytes") for corpus in self.corpora]
+        if all(isinstance(size, int) for size in texts):
+            meta["text_bytes"] = sum(size for size in texts if size is not None)
+        empty = sum(int(corpus.meta.get("num_empty_documents", 0)) for corpus in self.corpora)
+        meta["bin_digest"] = self.digest.hexdigest()
+        return sidecar_of(meta, self.corpora[0].dtype, self.counts, self.sequences, empty)
+
+    def _add(self, before: _Corpus, bin_: IO[bytes], idx: IO[bytes], n: int, d: int) -> None:
+        """Copy a corpus; n sequences and d boundaries are there in all."""
+        corpus, data = _Corpus.open(before.prefix)
+        if corpus.facts != before.facts:
+            raise DataError(f"{corpus.prefix}: was changed while it was merged. Give the same command again.")
+        whole, base = xxhash.xxh3_128(), HEADER.size
+        for low in range(0, data.num_tokens, _CHUNK):
+            tokens = np.ascontiguousarray(data.tokens[low : low + _CHUNK])
+            data.check()
+            bin_.write(tokens.data)
+            for digest in (self.digest, whole):
+                digest.update(tokens.view(np.uint8).data)
+            self._count(data, low, tokens)
+            self._report(low + len(tokens))
+        said = corpus.meta.get("bin_digest", whole.hexdigest())
+        if said != whole.hexdigest():
+            raise DataError(
+                f"{corpus.prefix}.bin: its bytes are not those that its .json names. Restore or prepare it anew."
+            )
+        _put(idx, base + 4 * self.sequences, data.lengths, "<i4", 0)
+        _put(idx, base + 4 * n + 8 * self.sequences, data.pointers, "<i8", self.tokens * data.dtype.itemsize)
+        _put(idx, base + 12 * n + 8 * self.boundaries, data.boundaries[1:], "<i8", self.sequences)
+        _put(idx, base + 12 * n + 8 * d + self.sequences, data.modes, "<i1", 0)
+        data.check()
+        self.sequences += corpus.sequences
+        self.boundaries += corpus.boundaries - 1
+        self.tokens += corpus.tokens
+
+    def _count(self, data: IndexedDataset, low: int, tokens: IntArray) -> None:
+        if self.why_no_sidecar:
+            return
+        wrong = (tokens < 0) | (tokens >= len(self.counts))
+        if wrong.any():
+            k = int(np.argmax(wrong))
+            data.vocab_size = len(self.counts)
+            raise data.refuse_token(*data.locate(low + k), int(tokens[k]))
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+
+    def _report(self, tokens: int) -> None:
+        if self.progress is not None:
+            size, total = self.corpora[0].dtype.itemsize, sum(corpus.tokens for corpus in self.corpora)
+            done, elapsed = self.tokens + tokens, time.monotonic() - self.began
+            event = ("merge", done * size, total * size, self.sequences, done, elapsed, done * size, done)
+            self.progress(ProgressEvent(*event))  # type: ignore[arg-type]
+
+
+def _put(file: IO[bytes], offset: int, values: IntArray, dtype: str, plus: int) -> None:
+    file.seek(offset)
+    for low in range(0, len(values), _CHUNK):
+        part = values[low : low + _CHUNK]
+        file.write((part + part.dtype.type(plus)).astype(dtype).data)
+
+
+def _why_no_sidecar(corpora: Sequence[_Corpus]) -> str:
+    """A reason why the facts of a sidecar are not known of all corpora, or nothing."""
+    without = [corpus.prefix for corpus in corpora if not isinstance(corpus.meta.get("vocab_size"), int)]
+    if not without:
+        return ""
+    more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+    return f"{without[0]}{more} of {len(corpora)} corpora have none, so their tokenizer is not known"

@@ -276,7 +276,7 @@ class _Copy:
         if self.why_no_sidecar:
             return None
         first = self.corpora[0].meta
-        meta = {key: first[key] for key in ("tokenizer_digest", "eod", "bos") if key in first}
+        meta: dict[str, Any] = {key: first[key] for key in ("tokenizer_digest", "eod", "bos") if key in first}
         texts = [corpus.meta.get("text_bytes") for corpus in self.corpora]
         if all(isinstance(size, int) for size in texts):
             meta["text_bytes"] = sum(size for size in texts if size is not None)

@@ -28,6 +28,9 @@ def prepare_faults(o: Prepare) -> Iterator[Fault]:
         yield Fault("--max-document-bytes", o.max_document_bytes, "is below 1", "Leave it out for 64 MiB.")
     if o.train_vocab_size < 0:
         yield Fault("--train-vocab-size", o.train_vocab_size, "is below 0", "Use 0 for the tokenizer that is there.")
+    if o.train_vocab_size and (o.merges is not None or o.lower_case is not None):
+        repair = "Leave them out, or --train-vocab-size."
+        yield Fault("--train-vocab-size", o.train_vocab_size, "makes one without --merges, --lower-case", repair)
 
 
 def clean_faults(o: Clean) -> Iterator[Fault]:

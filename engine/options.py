@@ -125,8 +125,12 @@ class Prepare:
     """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-test..., OUTPUT-tokenizer,
     OUTPUT-report.json, and OUTPUT-skipped.jsonl if something was left out"""
     tokenizer: Path
-    """tokenizer to use (folder with tokenizer.json, sentencepiece .model, .tiktoken file), or folder of the one to make
-    with --train-vocab-size"""
+    """tokenizer to use (tokenizer.json, sentencepiece .model, .tiktoken, tekken.json, vocab.json with merges.txt,
+    BERT's vocab.txt, or a folder with one of them), or folder of the one to make with --train-vocab-size"""
+    merges: Path | None = None
+    """the merges that belong to a vocab.json; left out: merges.txt beside it (NAME-merges.txt for NAME-vocab.json)"""
+    lower_case: bool | None = None
+    """whether BERT's vocab.txt is for lower case; left out: as tokenizer_config.json says, or its pieces do"""
     train_vocab_size: int = 0
     """train a byte-level BPE of this size on the train documents first; 0: use the one that is there"""
     valid_fraction: float = 0.0

@@ -16,7 +16,7 @@ from test_hf_config import rewrite
 from engine.checkpoint.beside import content, copy_beside
 from engine.checkpoint.convert import export, import_folder
 from engine.cli import main
-from engine.data.foreign import AWKWARD
+from engine.data.awkward import AWKWARD
 from engine.data.indexed import IndexedWriter
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiktoken
+from tokenizers import normalizers
 
-import engine.data.foreign as foreign
+import engine.data.pieces as pieces_module
+import engine.data.ranks as ranks_module
+from engine.data.awkward import AWKWARD, equally_likely
 from engine.data.encoder import Encoder
-from engine.data.foreign import AWKWARD
+from engine.data.ranks import byte_letters
 from engine.data.tokenizer import Tokenizer
 from engine.data.train_tokenizer import train_tokenizer
 from engine.errors import DataError
@@ -42,7 +45,7 @@ def test_sentencepiece_models_give_their_own_ids(tmp_path: Path, kind: str, like
     pieces = [(original.id_to_piece(i), original.get_score(i)) for i in range(600)]
     for text in (*TEXTS, *AWKWARD):
         mine, right = chosen.encode(text), original.encode(text)
-        assert mine == right or (kind == "unigram" and foreign.equally_likely(mine, right, pieces))
+        assert mine == right or (kind == "unigram" and equally_likely(mine, right, pieces))
     assert not {0, 1, 2} & set(chosen.encode("<unk><s></s>")) and 2 in Tokenizer.load(path, True).encode("</s>")
     if like == "llama":
         assert chosen.decode(chosen.encode(TEXTS[0])) == TEXTS[0]
@@ -53,14 +56,14 @@ def test_sentencepiece_models_give_their_own_ids(tmp_path: Path, kind: str, like
 
 def test_equally_likely_cuts_are_no_difference() -> None:
     pieces = [("0", -4.753012657165527), ("00", -5.8360676765441895), ("1", -4.753012657165527), ("01", -9.5059)]
-    assert foreign.equally_likely([0, 1], [1, 0], pieces)
-    assert not foreign.equally_likely([0, 2], [2, 0], pieces) and not foreign.equally_likely([0, 2], [3], pieces)
+    assert equally_likely([0, 1], [1, 0], pieces)
+    assert not equally_likely([0, 2], [2, 0], pieces) and not equally_likely([0, 2], [3], pieces)
 
 
 def rank_file(folder: Path, name: str = "mine") -> dict[bytes, int]:
     """A .tiktoken file made of a trained BPE."""
     definition = json.loads(Tokenizer.train(iter(TEXTS), 900)._definition)
-    byte_of = {letter: byte for byte, letter in enumerate(foreign._byte_letters())}
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     tokens = [bytes(byte_of[c] for c in token) for token in definition["model"]["vocab"] if token != "<|endoftext|>"]
     order = {token: number for number, token in enumerate(sorted(tokens, key=len))}
     (folder / f"{name}.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % n for t, n in order.items()))
@@ -69,7 +72,7 @@ def rank_file(folder: Path, name: str = "mine") -> dict[bytes, int]:
 
 @pytest.mark.parametrize("name", ["cl100k_base", "o200k_base", "r50k_base"])
 def test_tiktoken_files_give_their_own_ids(tmp_path: Path, name: str) -> None:
-    ranks, (pattern, _) = rank_file(tmp_path), foreign._ENCODINGS[name]
+    ranks, (pattern, _) = rank_file(tmp_path), ranks_module._ENCODINGS[name]
     special = {"<|endoftext|>": len(ranks) + 7}  # a gap before it, as in cl100k_base
     (tmp_path / "mine.json").write_text(json.dumps({"pattern": pattern, "special_tokens": special}))
     chosen = Tokenizer.load(tmp_path / "mine.tiktoken")
@@ -90,14 +93,14 @@ def test_foreign_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.M
 
     refuse("none.model", "no such file")
     refuse("bad.model", "not a sentencepiece model", b"nothing")
-    refuse("none.tiktoken", "cannot be read")
+    refuse("none.tiktoken", "no such file")
     refuse("bad.tiktoken", "base64 token and a rank", b"one two three\n")
     rank_file(tmp_path)
     refuse("mine.tiktoken", r"mine is none of r50k_base.*Write them to .*mine\.json")
     (tmp_path / "mine.json").write_text('{"pattern": 5}')
     refuse("mine.tiktoken", r"mine\.json: expected")
     path = piece_model(tmp_path, "bpe", normalization_rule_name="identity")
-    monkeypatch.setattr(foreign, "_piece_normalizer", lambda spec: foreign.normalizers.Replace(" ", "▁"))
+    monkeypatch.setattr(pieces_module, "_piece_normalizer", lambda spec: normalizers.Replace(" ", "▁"))
     refuse(path.name, "cannot be converted exactly")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     refuse(path.name, r"pip install 'trident-engine\[formats\]'")

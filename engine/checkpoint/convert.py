@@ -39,6 +39,7 @@ from engine.checkpoint.save import manifest_of, write_part
 from engine.checkpoint.storage import DISK, Storage, make_folders
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, Pending, write_safetensors
 from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from engine.data.foreign import find as find_tokenizer
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError, Fault, SecretError
 from engine.families import FAMILIES, Family
@@ -187,15 +188,12 @@ def _copy_tokenizer(folder: Path, out: Path) -> list[str]:
         write_synced(out / name, content(folder, name))
     if "tokenizer.json" in found:
         return []
-    other = "tokenizer.model" if "tokenizer.model" in found else "vocab.json"
-    if other not in found:
-        return ["no tokenizer.json in the folder: save it again with `AutoTokenizer...save_pretrained`"]
     try:
-        made = Tokenizer.load(folder / other)
+        source, made = find_tokenizer(folder), Tokenizer.load(folder)
     except DataError as error:
-        return [f"no tokenizer.json in the folder, and none could be made from {other}: {error}"]
+        return [f"no tokenizer.json in the folder, and none could be made: {error}"]
     made.save_definition(out)
-    return [f"tokenizer.json made from {other}"]
+    return [f"tokenizer.json made from {source.path.name}"] if source else []
 
 
 def export(

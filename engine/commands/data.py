@@ -33,6 +33,8 @@ def prepare(args: list[str]) -> int:
             list(o.input),
             o.output,
             tokenizer=o.tokenizer,
+            merges=o.merges,
+            lower_case=o.lower_case,
             train_vocab_size=o.train_vocab_size or None,
             valid_fraction=o.valid_fraction,
             test_fraction=o.test_fraction,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from engine.data.foreign import AWKWARD
+from engine.data.awkward import AWKWARD
 from engine.data.tokenizer import Tokenizer
 
 _SAMPLES, _SAMPLE_CHARS = 4, 512  # of a batch: a millisecond of the reference

@@ -1,4 +1,4 @@
-"""sentencepiece `.model` and `.tiktoken` files, converted to the one definition that everything else reads.
+"""Tokenizers in other files than tokenizer.json: found by name and content, and converted to the one definition.
 
 A conversion is believed after it gave the same ids as the library that the file is for, on a set of awkward strings;
 otherwise it is refused. So a converted tokenizer encodes, travels, is exported and is identified like any other.
@@ -6,208 +6,162 @@ otherwise it is refused. So a converted tokenizer encodes, travels, is exported 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
-import math
-from collections.abc import Callable, Sequence
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+import orjson
 
-from engine.errors import DataError
+from engine.errors import DataError, cut
 
-Converted = tuple[str, dict[str, bytes]]  # text of a tokenizer.json, and the files beside it
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of pieces
-_UNIGRAM, _BPE = 1, 2  # kinds of models
-
-# White space runs, digits, contractions, scripts without spaces, combining marks, emoji, odd characters, code, markup.
-AWKWARD = (
-    " ",
-    "\n\n\n  \n\t\t x  y   z    \r\n \u00a0\u3000\u2028 end ",
-    "don't DON'T I'll we’ve it'S 'tis",
-    "1234567890 3.14159 1,000,000 ٣٤٥ ½ ² x1y22z333",
-    "naïve café e\u0301 ﬁ ǅ İstanbul ẞ ſ K Å",
-    "今天天气很好。我们去公园吧！コンピュータ 한국어 ภาษาไทย हिन्दी العربية עברית",
-    "👩‍👩‍👧‍👦 🇨🇭 ☕️ 🏳️‍🌈 \u200b\u200d\ufffd",
-    "def f(x):\n    return x**2  # comment\n\n\nclass A(B): pass\n",
-    "https://example.org/a?b=c&d=%20 user@example.org <|endoftext|></s><s>[INST] <unk> <0x41> Ġ Ċ",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa --------------------------------====",
+FORMATS = (
+    "tokenizer.json, a sentencepiece .model (also .model.v3 and its like), a .tiktoken file, tekken.json, GPT-2's "
+    "vocab.json with merges.txt, BERT's vocab.txt, or a folder with one of them"
 )
-
-_SUFFIXES = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-# A .tiktoken file holds ranks alone; how text is split and the special ids are known by the encoding's name.
-_ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
-    "r50k_base": (
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        {"<|endoftext|>": 50256},
-    ),
-    "cl100k_base": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+",
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
-    ),
-    "o200k_base": (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _SUFFIXES + "|"
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _SUFFIXES + "|"
-        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
-    ),
+_SENTENCEPIECE, _TIKTOKEN, _TEKKEN, _MERGES, _WORDPIECE = "sentencepiece", "tiktoken", "tekken", "merges", "wordpiece"
+# The encodings of file names; the order decides nothing, as a folder with two of them is refused.
+_NAMES = {
+    _SENTENCEPIECE: re.compile(r".*\.model(\.v\d+\w*)?"),
+    _TIKTOKEN: re.compile(r".*\.tiktoken"),
+    _TEKKEN: re.compile(r".*tekken.*\.json"),
+    _MERGES: re.compile(r"(.*[-_.])?vocab\.json|encoder\.json"),
+    _WORDPIECE: re.compile(r"(.*[-_.])?vocab\.txt"),
 }
-_ENCODINGS["p50k_base"] = _ENCODINGS["r50k_base"]
+# Classes of transformers whose ids are those of the file: others move them or cut texts first.
+_PLAIN = {
+    _SENTENCEPIECE: r"(Code)?Llama\w*|Gemma\w*|T5\w*|Baichuan\w*|InternLM\w*|PreTrained\w*",
+    _TIKTOKEN: r"\w+",
+    _TEKKEN: r"\w+",
+    _MERGES: r"GPT2\w*",
+    _WORDPIECE: r"((Distil|Mobile)?Bert|Electra|PreTrained)Tokenizer(Fast)?",
+}
 
 
-def from_sentencepiece(path: Path) -> Converted:
-    """A BPE or unigram `.model`. Raises DataError if it cannot be converted exactly, equally likely pieces aside."""
-    try:
-        import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError as err:
-        raise DataError(f"{path}: {err}: .model files need `pip install 'trident-engine[formats]'`.") from err
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
-    try:
-        proto.ParseFromString(path.read_bytes())
-        original = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except FileNotFoundError as err:
-        raise DataError(f"{path}: no such file. Check the path of the tokenizer.") from err
-    except Exception as err:  # protobuf and sentencepiece have errors of their own
-        raise DataError(f"{path}: not a sentencepiece model: {err}. Copy it anew.") from err
-    if proto.trainer_spec.model_type not in (_UNIGRAM, _BPE):
-        raise DataError(f"{path}: a word or character model, expected BPE or unigram. Choose another tokenizer.")
-    tokenizer = tokenizers.Tokenizer(_piece_model(proto))
-    tokenizer.normalizer = _piece_normalizer(proto.normalizer_spec)
-    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if proto.normalizer_spec.add_dummy_prefix:
-        steps.append(decoders.Strip(" ", 1, 0))
-    tokenizer.decoder = decoders.Sequence(steps)
-    control = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _UNKNOWN)]
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
-    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in own])
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    likely = pieces if proto.trainer_spec.model_type == _UNIGRAM else None
-    _compare(path, tokenizer, original.encode, [*AWKWARD, *control[:50]], likely)
-    end = proto.pieces[original.eos_id()].piece if original.eos_id() >= 0 else None
-    return tokenizer.to_str(), _companions(end)
+@dataclass(frozen=True)
+class Converted:
+    """`definition`: text of a tokenizer.json; `companions`: name -> content of the files beside it."""
+
+    definition: str
+    companions: dict[str, bytes]
 
 
-def _piece_model(proto: Any) -> models.Model:
-    unknown, fallback = proto.trainer_spec.unk_piece, proto.trainer_spec.byte_fallback
-    usable = (_NORMAL, _USER_DEFINED)
-    if proto.trainer_spec.model_type == _UNIGRAM:
-        lowest = min((piece.score for piece in proto.pieces if piece.type in usable), default=0.0)
-        # Control and byte pieces never come from text: the characters "<s>" must not become the token.
-        vocab = [(piece.piece, piece.score if piece.type in usable else lowest - 50.0) for piece in proto.pieces]
-        return models.Unigram(vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=fallback)
-    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in usable}
-    pairs = [(whole[:at], whole[at:]) for whole in scores for at in range(1, len(whole))]
-    pairs = [(left, right) for left, right in pairs if left in scores and right in scores]
-    pairs.sort(key=lambda pair: (-scores[pair[0] + pair[1]], ids[pair[0]], ids[pair[1]]))
-    return models.BPE(ids, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
+@dataclass(frozen=True)
+class Found:
+    """A file of a `kind`, with the `merges` that belong to it and what its tokenizer_config.json says."""
+
+    kind: str
+    path: Path
+    merges: Path | None
+    config: dict[str, Any]
+    lower_case: bool | None
 
 
-def _piece_normalizer(spec: Any) -> normalizers.Normalizer:
-    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend("▁"))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+def find(path: Path, merges: Path | None = None, lower_case: bool | None = None) -> Found | None:
+    """What `path` holds, None for a tokenizer.json. Raises DataError, with what is taken, for anything else."""
+    if path.is_dir():
+        path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else _only_one(path)
+    kind = _kind(path) if path.is_file() else next((k for k, name in _NAMES.items() if name.fullmatch(path.name)), "")
+    if not path.is_file() and kind:
+        raise DataError(f"{path}: no such file. Check the path of the tokenizer.")
+    if merges is not None and kind != _MERGES:
+        raise DataError(f"{merges}: merges belong to a vocab.json, which {path} is not. Leave them out.")
+    if lower_case is not None and kind != _WORDPIECE:
+        raise DataError(f"{path}: is no vocab.txt, so it says itself what happens to capital letters. Leave that out.")
+    if not kind:
+        return None
+    if kind == _MERGES:
+        merges = merges or _merges_of(path)
+        if not merges.is_file():
+            raise DataError(f"{path}: a vocabulary without its merges: {merges} is no file. Give it by --merges.")
+    config = _config(path, kind)
+    return Found(kind, path, merges, config, lower_case)
 
 
-def from_tiktoken(path: Path) -> Converted:
-    """A `.tiktoken` file, of an encoding known by name or with NAME.json {"pattern", "special_tokens"} beside it."""
-    try:
-        import tiktoken
-    except ImportError as err:
-        raise DataError(f"{path}: {err}: .tiktoken files need `pip install 'trident-engine[formats]'`.") from err
-    try:
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except OSError as err:
-        raise DataError(f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer.") from err
-    except (ValueError, binascii.Error) as err:
-        raise DataError(f"{path}: not a .tiktoken file, which has a base64 token and a rank a line: {err}.") from err
-    pattern, special = _encoding_facts(path)
-    letters = _byte_letters()
-    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    pairs = [(token[:at], token[at:]) for token in sorted(ranks, key=ranks.__getitem__) for at in range(1, len(token))]
-    merges = [(spell[left], spell[right]) for left, right in pairs if left in ranks and right in ranks]
-    # The special tokens stand in the model's vocabulary as well: `tokenizers` would close the gap before their ids.
-    vocab = {spell[token]: rank for token, rank in ranks.items()} | special
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    try:
-        original = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    except Exception as err:  # it panics on ranks with gaps, a bad pattern, ...
-        raise DataError(f"{path}: tiktoken does not take it: {err}. Copy it anew, or check its .json.") from err
-    _compare(path, tokenizer, original.encode_ordinary, [*AWKWARD, *special])
-    return tokenizer.to_str(), _companions("<|endoftext|>" if "<|endoftext|>" in special else None)
+def convert(found: Found) -> Converted:
+    """The definition of what was found. Raises DataError if it is damaged or cannot be converted exactly."""
+    if found.kind == _SENTENCEPIECE:
+        from engine.data.pieces import from_sentencepiece
+
+        made = from_sentencepiece(found.path)
+    elif found.kind in (_TIKTOKEN, _TEKKEN):
+        from engine.data.ranks import from_tekken, from_tiktoken
+
+        made = (from_tiktoken if found.kind == _TIKTOKEN else from_tekken)(found.path)
+    elif found.merges is not None:
+        from engine.data.vocabularies import from_merges
+
+        made = from_merges(found.path, found.merges, found.config)
+    else:
+        from engine.data.vocabularies import from_wordpiece
+
+        made = from_wordpiece(found.path, found.config, found.lower_case)
+    definition, end = made
+    return Converted(definition, _companions(end))
 
 
-def from_merges(path: Path) -> Converted:
-    """GPT-2's vocab.json with merges.txt beside it. Raises DataError for other tokenizers that have these two files."""
-    config = path.parent / "tokenizer_config.json"
-    try:
-        said = json.loads(config.read_bytes()) if config.is_file() else {}
-        kind = said.get("tokenizer_class", "GPT2Tokenizer")
-        vocab = json.loads(path.read_bytes())
-        lines = (path.parent / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [
-            (left, right) for left, right in (line.split(" ") for line in lines if line[:9] != "#version:" and line)
-        ]
-        tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    except Exception as err:  # the library raises bare Exception
-        raise DataError(f"{path}: not a vocabulary with merges.txt: {err}. Copy both anew.") from err
-    if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast") or (path.parent / "added_tokens.json").exists():
-        raise DataError(f"{path}: how {kind} cuts texts is not known from these files. Give its tokenizer.json.")
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(said.get("add_prefix_space", False)))
-    tokenizer.decoder = decoders.ByteLevel()
-    end = said.get("eos_token", "<|endoftext|>")
-    end = str(end["content"]) if isinstance(end, dict) else str(end)
-    if end in vocab:
-        tokenizer.add_special_tokens([AddedToken(end, normalized=False, special=True)])
-    return tokenizer.to_str(), _companions(end if end in vocab else None)
-
-
-def _encoding_facts(path: Path) -> tuple[str, dict[str, int]]:
-    beside = path.with_suffix(".json")
-    if beside.exists():
-        try:
-            facts = json.loads(beside.read_bytes())
-            return str(facts["pattern"]), {str(k): int(v) for k, v in facts["special_tokens"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-            text = f'expected {{"pattern": "...", "special_tokens": {{"...": id}}}} ({type(err).__name__}: {err})'
-            raise DataError(f"{beside}: {text}.") from err
-    if path.stem not in _ENCODINGS:
+def _only_one(folder: Path) -> Path:
+    """The file of a folder without tokenizer.json that is a tokenizer; copies of it under other names are it too."""
+    names = sorted(folder.iterdir())
+    there = {kind: [p for p in names if name.fullmatch(p.name) and p.is_file()] for kind, name in _NAMES.items()}
+    there[_MERGES] = [path for path in there[_MERGES] if _merges_of(path).is_file()]
+    files = [path for paths in there.values() for path in paths]
+    if not files:
         raise DataError(
-            f"{path}: this file holds ranks alone, and {path.stem} is none of {', '.join(_ENCODINGS)}, whose rules are "
-            f'known. Write them to {beside}: {{"pattern": "...", "special_tokens": {{"<|endoftext|>": id}}}}.'
+            f"{folder}: no tokenizer in this folder. Give {FORMATS}. Names on a hub are not downloaded: "
+            f"fetch it first, or make one with `engine tokenizer train`."
         )
-    return _ENCODINGS[path.stem]
+    if any(path.read_bytes() != files[0].read_bytes() for path in files[1:]):
+        raise DataError(
+            f"{folder}: holds several tokenizers and no tokenizer.json: {', '.join(p.name for p in files)}. "
+            f"Give the path of one."
+        )
+    return files[0]
 
 
-def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+def _kind(path: Path) -> str:
+    """Of a file that is there: by its name, but for JSON, which says itself what it is. "" for a tokenizer.json."""
+    named = next((kind for kind, name in _NAMES.items() if name.fullmatch(path.name)), "")
+    if path.suffix != ".json" or path.name == "tokenizer.json":
+        return named
+    try:
+        facts = orjson.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return named
+    if isinstance(facts, dict) and not isinstance(facts.get("model"), dict):
+        if isinstance(facts.get("vocab"), list) and isinstance(facts.get("config"), dict):
+            return _TEKKEN
+        if facts and all(isinstance(number, int) for number in facts.values()):
+            return _MERGES
+    return "" if isinstance(facts, dict) and "model" in facts else named
+
+
+def _merges_of(vocab: Path) -> Path:
+    """Where the merges of a vocabulary lie by the usual names."""
+    if vocab.name == "encoder.json":
+        return vocab.with_name("vocab.bpe")
+    head, found, _ = vocab.name.rpartition("vocab.json")
+    return vocab.with_name(f"{head}merges.txt" if found else "merges.txt")
+
+
+def _config(path: Path, kind: str) -> dict[str, Any]:
+    """tokenizer_config.json beside the file. Raises DataError if its class numbers tokens in a way of its own."""
+    beside = path.parent / "tokenizer_config.json"
+    try:
+        said = json.loads(beside.read_bytes()) if beside.is_file() else {}
+    except (OSError, ValueError) as err:
+        raise DataError(f"{beside}: cannot be read: {err}. Copy it anew.") from err
+    said = said if isinstance(said, dict) else {}
+    name = said.get("tokenizer_class") or ""
+    if not isinstance(name, str) or (name and not re.fullmatch(_PLAIN[kind], name)):
+        raise DataError(f"{path}: how {cut(str(name), 60)} cuts texts is not known from it. Give its tokenizer.json.")
+    added = path.parent / "added_tokens.json"
+    if added.is_file() and kind != _TEKKEN:
+        raise DataError(
+            f"{path}: how the tokens of {added.name} beside it are found is not known. Give tokenizer.json."
+        )
+    return said
 
 
 def _companions(end: str | None) -> dict[str, bytes]:
@@ -217,34 +171,3 @@ def _companions(end: str | None) -> dict[str, bytes]:
         "tokenizer_config.json": json.dumps({**config, **special}).encode(),
         "special_tokens_map.json": json.dumps(special).encode(),
     }
-
-
-def equally_likely(mine: Sequence[int], right: Sequence[int], pieces: Sequence[tuple[str, float]]) -> bool:
-    """Whether two cuts of a text into (piece, log-probability) tell the same text and are a tie in float32.
-
-    "0" + "00" and "00" + "0" are one: sentencepiece adds scores up in float32 and `tokenizers` in float64, so either
-    may come out of either.
-    """
-    (a, score), (b, other) = (
-        ("".join(pieces[i][0] for i in ids), math.fsum(pieces[i][1] for i in ids)) for ids in (mine, right)
-    )
-    return a == b and math.isclose(score, other, rel_tol=1e-6)
-
-
-def _compare(
-    path: Path,
-    tokenizer: tokenizers.Tokenizer,
-    original: Callable[[str], Sequence[int]],
-    texts: Sequence[str],
-    likely: Sequence[tuple[str, float]] | None = None,
-) -> None:
-    tokenizer.encode_special_tokens = True
-    for text in texts:
-        mine, right = tokenizer.encode(text, add_special_tokens=False).ids, list(original(text))
-        if mine != right and not (likely and equally_likely(mine, right, likely)):
-            at = next((i for i, (a, b) in enumerate(zip(mine, right)) if a != b), min(len(mine), len(right)))
-            raise DataError(
-                f"{path}: cannot be converted exactly: of {text[:60]!r} token {at} and those behind it are "
-                f"{mine[at : at + 4]} instead of {right[at : at + 4]}. "
-                f"Give the tokenizer.json that its makers publish."
-            )

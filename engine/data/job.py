@@ -32,6 +32,8 @@ class Job:
     source: Source
     output: str
     tokenizer: Path
+    merges: Path | None
+    lower_case: bool | None
     train_vocab_size: int | None
     valid_fraction: float
     test_fraction: float
@@ -46,6 +48,10 @@ class Job:
     overwrite: bool
     progress: Callable[[ProgressEvent], None] | None
     note: Callable[[str], None]
+
+    def given_tokenizer(self) -> Tokenizer:
+        """The one that is there. Raises DataError."""
+        return Tokenizer.load(self.tokenizer, self.parse_special, merges=self.merges, lower_case=self.lower_case)
 
     @property
     def parts(self) -> Path:

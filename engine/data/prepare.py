@@ -32,6 +32,8 @@ def prepare(
     output: str,
     *,
     tokenizer: Path,
+    merges: Path | None = None,
+    lower_case: bool | None = None,
     train_vocab_size: int | None = None,
     valid_fraction: float = 0.0,
     test_fraction: float = 0.0,
@@ -55,9 +57,10 @@ def prepare(
     """Tokenise `inputs` into `output`-train and, where their fractions are > 0, `output`-valid and `output`-test.
 
     `workers`: threads that encode, 0 for one a core (at most 8).
-    `tokenizer` is what Tokenizer.load takes; with `train_vocab_size` it is created there first. Killed at any moment,
-    the same call goes on where the last shard ended. Raises DataError for bad input (with `on_error` "skip" it is
-    counted and listed), for outputs that exist unless `overwrite`, and for a split without documents.
+    `tokenizer`, `merges` and `lower_case` are what Tokenizer.load takes; with `train_vocab_size` it is created there
+    first. Killed at any moment, the same call goes on where the last shard ended. Raises DataError for bad input (with
+    `on_error` "skip" it is counted and listed), for outputs that exist unless `overwrite`, and for a split without
+    documents.
     """
     for name, share in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction)):
         if not 0.0 <= share < 1.0:
@@ -77,6 +80,8 @@ def prepare(
         source,
         output,
         tokenizer,
+        merges,
+        lower_case,
         train_vocab_size,
         valid_fraction,
         test_fraction,
@@ -101,7 +106,7 @@ def prepare(
 
 def _run(job: Job) -> PrepareReport:
     """Go on with the work in PREFIX.parts, or begin it."""
-    given = None if job.train_vocab_size is not None else Tokenizer.load(job.tokenizer, job.parse_special)
+    given = None if job.train_vocab_size is not None else job.given_tokenizer()
     settings = settings_of(job, given)
     resuming = job.parts.exists()
     if not resuming:

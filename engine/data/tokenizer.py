@@ -19,7 +19,7 @@ import orjson
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from engine.errors import DataError
+from engine.errors import DataError, cut
 
 END_OF_TEXT = "<|endoftext|>"
 # What transformers keeps beside tokenizer.json: carried along unread, but for the name of the end token.
@@ -73,20 +73,26 @@ class Tokenizer:
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
 
     @classmethod
-    def load(cls, path: str | Path, parse_special: bool = False) -> Tokenizer:
-        """From a folder with tokenizer.json, that file, a sentencepiece .model, a .tiktoken file or GPT-2's vocab.json.
+    def load(
+        cls,
+        path: str | Path,
+        parse_special: bool = False,
+        *,
+        merges: Path | None = None,
+        lower_case: bool | None = None,
+    ) -> Tokenizer:
+        """From a tokenizer.json, any file that engine/data/foreign.py knows, or a folder with one of them.
 
-        Raises DataError if it is missing or not readable.
+        `merges`: the file that belongs to a vocab.json, where names do not tell; `lower_case`: what is done to texts
+        before BERT's vocab.txt, None as the files say. Raises DataError if it is missing or not readable.
         """
         path = Path(path)
-        if path.name == "vocab.json" and (path.parent / "merges.txt").is_file():
-            from engine.data.foreign import from_merges
+        if merges is not None or lower_case is not None or not _is_definition(path):
+            from engine.data.foreign import convert, find
 
-            return cls(*from_merges(path), parse_special)
-        if path.suffix in (".model", ".tiktoken") and not path.is_dir():
-            from engine.data.foreign import from_sentencepiece, from_tiktoken
-
-            return cls(*(from_sentencepiece if path.suffix == ".model" else from_tiktoken)(path), parse_special)
+            if (found := find(path, merges, lower_case)) is not None:
+                made = convert(found)
+                return cls(made.definition, made.companions, parse_special)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             definition = file.read_bytes().decode("utf-8")
@@ -96,11 +102,11 @@ class Tokenizer:
             return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
             raise DataError(
-                f"{file}: no such file. Give a folder with a tokenizer.json (names on a hub are not downloaded: fetch "
-                f"it first), or make one with `engine tokenizer train`."
+                f"{file}: no such file. Give {_formats()}. Names on a hub are not downloaded: fetch it first, or "
+                f"make one with `engine tokenizer train`."
             ) from err
         except (OSError, ValueError) as err:
-            raise DataError(f"{file}: not a usable tokenizer.json: {err}. Save it again with `tokenizers`.") from err
+            raise DataError(f"{file}: not a usable tokenizer.json: {cut(str(err))}. Give {_formats()}.") from err
 
     @classmethod
     def train(
@@ -263,6 +269,16 @@ KINDS: dict[str, Callable[[int, list[str], int], _Untrained]] = {
     "unigram": _unigram,
     "wordpiece": _wordpiece,
 }
+
+
+def _is_definition(path: Path) -> bool:
+    return path.name == "tokenizer.json" or (path / "tokenizer.json").is_file()
+
+
+def _formats() -> str:
+    from engine.data.foreign import FORMATS
+
+    return FORMATS
 
 
 def _configured(companions: dict[str, bytes], what: str) -> tuple[bool, str | None]:

@@ -56,4 +56,4 @@ def test_everything_refused_is_told_at_once(corpus: Path) -> None:
         assert text in done.stderr
     assert not list(corpus.glob("my*"))
     missing = call(*options[:4], "--tokenizer-model", corpus / "none")
-    assert missing.returncode == 1 and "none: no such file. Give a folder" in missing.stderr
+    assert missing.returncode == 1 and "none: no such file. Give tokenizer.json" in missing.stderr

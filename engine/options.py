@@ -177,7 +177,7 @@ class Clean:
     input: tuple[str, ...]
     """files, folders, globs, URLs or - for standard input, in the formats of `engine prepare`"""
     output: str
-    """.jsonl, .jsonl.gz or .jsonl.zst file: {"text", "file", "record"} a line, in input order. Beside it:
+    """.jsonl, .jsonl.gz or .jsonl.zst file: {"text", "file", "record", ...} a line, in input order. Beside it:
     NAME-report.json with counts and samples, NAME-dropped.jsonl with every document that was left out, and why"""
     include: tuple[str, ...] = ()
     """inside folders, read only names that match one of these globs"""
@@ -185,6 +185,8 @@ class Clean:
     """inside folders, leave out names and subfolders that match one of these"""
     json_key: tuple[str, ...] = ("text",)
     """key or column of the text; several are joined by a newline to one document"""
+    keep_columns: bool = True
+    """write the other columns of every record too (id, url, date, ...), as they are: rules look at the text alone"""
     on_error: Literal["stop", "skip"] = "stop"
     """input that cannot be read: stop with file and line, or leave it out, count and list it"""
     normalise: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.errors import DataError
 
@@ -45,10 +46,14 @@ START = Cursor()
 
 @dataclass
 class Batch:
-    """Texts in input order, (file number, record) of each, drops met on the way, and where the next batch begins."""
+    """Texts in input order, (file number, record) of each, drops met on the way, and where the next batch begins.
+
+    rest: of each text the other columns of its record, empty unless Source.keep_rest.
+    """
 
     texts: list[str] = field(default_factory=list)
     where: list[tuple[int, int]] = field(default_factory=list)
+    rest: list[dict[str, Any]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     cursor: Cursor = START
     consumed: int = 0  # stored bytes of all inputs up to the end of this batch
@@ -58,6 +63,7 @@ class Batch:
         """Append what follows."""
         self.texts += block.texts
         self.where += block.where
+        self.rest += block.rest
         self.drops += block.drops
         self.cursor = block.cursor
         self.num_chars += block.num_chars

@@ -31,15 +31,16 @@ from typing import IO, Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import orjson
-import xxhash
 import zstandard
 
 from engine.data.batch import Batch, Drop
+from engine.data.clean_part import PartWriter, drop_line
 from engine.data.cleaner import Cleaner, Counts, Place, Rules, text_size
 from engine.data.contamination import Evaluations, files_of
 from engine.data.duplicates import earliest
 from engine.data.executors import run_elsewhere, slurm_is_at_work
 from engine.data.inputs import STDIN, list_inputs
+from engine.data.jsontext import loads
 from engine.data.report import ProgressEvent
 from engine.data.sources import Source
 from engine.data.workfolder import disk, work_folder
@@ -48,7 +49,7 @@ from engine.files import sync_file, sync_folder, write_synced
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 EXECUTORS = ("here", "local", "slurm", "ray")
-_VERSION = 1  # of the parts; changes when a rule's code gives another result
+_VERSION = 2  # of the parts; changes when a rule's code gives another result
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def clean(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     json_key: Sequence[str] = ("text",),
+    keep_columns: bool = True,
     on_error: str = "stop",
     tasks: int = 1,
     executor: Literal["here", "local", "slurm", "ray"] = "here",
@@ -111,9 +113,12 @@ def clean(
     overwrite: bool = False,
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Clean `inputs` into `output`; returns the report, or None if the tasks are still running elsewhere."""
+    """Clean `inputs` into `output`; returns the report, or None if the tasks are still running elsewhere.
+
+    `keep_columns`: what the records hold beside the text is written too, as it is; rules look at the text alone.
+    """
     began = time.monotonic()
-    source = Source.of(inputs, include, exclude, keys=tuple(json_key))
+    source = Source.of(inputs, include, exclude, keys=tuple(json_key), keep_rest=keep_columns)
     job = Job(source, output, rules, tasks, on_error == "skip", dropped_text)
     _check(job, executor, overwrite)
     Cleaner(rules)  # a missing package or evaluation file is told before any work
@@ -160,6 +165,7 @@ def _facts(job: Job) -> dict[str, Any]:
         "inputs": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in source.files],
         "evaluation files": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in evaluations],
         "json keys": list(source.keys),
+        "keep columns": source.keep_rest,
         "rules": dataclasses.asdict(job.rules),
         "tasks": job.tasks,
         "dropped text": job.dropped_text,
@@ -178,46 +184,6 @@ def _run_tasks(
 
 
 # ---- a task ----
-
-
-class _PartWriter:
-    """The files of a part. `kept.jsonl.zst` has the output's lines; the key files have a row for each of them."""
-
-    def __init__(self, folder: Path, job: Job):
-        self.job, self.stack = job, contextlib.ExitStack()
-        raw = self._open(folder / "kept.jsonl.zst")
-        self.kept = self.stack.enter_context(zstandard.ZstdCompressor(level=1).stream_writer(raw, closefd=False))
-        self.dropped, self.exact, self.places = (
-            self._open(folder / name) for name in ("dropped.jsonl", "exact", "places")
-        )
-        self.bands = [self._open(folder / f"band-{band:02d}") for band in range(job.rules.minhash.bands)]
-
-    def _open(self, path: Path) -> IO[bytes]:
-        return self.stack.enter_context(path.open("wb"))
-
-    def __enter__(self) -> _PartWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def keep(self, text: str, place: Place, file: int) -> None:
-        self.kept.write(orjson.dumps({"text": text, "file": place.file, "record": place.record}) + b"\n")
-        data = text.encode()
-        self.exact.write(np.frombuffer(xxhash.xxh3_128_digest(data), "<u8").tobytes())
-        self.places.write(np.array([file, place.record, len(data)], "<i8").tobytes())
-        if self.bands:
-            for out, key in zip(self.bands, self.job.rules.minhash.keys(text).astype("<u8")):
-                out.write(key.tobytes())
-
-    def drop(self, reason: str, detail: str, place: Place, text: str) -> None:
-        self.dropped.write(drop_line(reason, detail, place, text if self.job.dropped_text else ""))
-
-
-def drop_line(reason: str, detail: str, place: Place, text: str) -> bytes:
-    """A line of OUTPUT-dropped.jsonl."""
-    facts = {"file": place.file, "record": place.record, "reason": reason, "detail": detail, "text": text}
-    return orjson.dumps({key: value for key, value in facts.items() if value or key in ("file", "record")}) + b"\n"
 
 
 def run_task(job: Job, task: int, progress: Callable[[ProgressEvent], None] | None = None) -> None:
@@ -250,7 +216,7 @@ def _write_part(
     source = dataclasses.replace(job.source, files=job.source.files[first:last])
     began, before = time.monotonic(), sum(file.num_bytes for file in job.source.files[:first])
     total = sum(file.num_bytes for file in job.source.files)
-    with _PartWriter(folder, job) as part:
+    with PartWriter(folder, job.rules.minhash, job.dropped_text) as part:
         for batch in source.batches():
             _clean_batch(job, batch, source, first, cleaner, part)
             yield batch.consumed
@@ -275,21 +241,22 @@ def _output_bytes(job: Job, text_bytes: float) -> int:
     return int(1.1 * text_bytes if job.suffix == ".jsonl" else 0.4 * text_bytes)
 
 
-def _clean_batch(job: Job, batch: Batch, source: Source, first: int, cleaner: Cleaner, part: _PartWriter) -> None:
+def _clean_batch(job: Job, batch: Batch, source: Source, first: int, cleaner: Cleaner, part: PartWriter) -> None:
     for drop in batch.drops:
         if drop.stops and not job.skip_errors:
             raise DataError(f"{drop} Repair the input, or leave such documents out with --on-error skip.")
         _count_drop(drop, cleaner.counts, part)
-    for text, (number, record) in zip(batch.texts, batch.where):
+    for text, (number, record), rest in zip(batch.texts, batch.where, batch.rest or itertools.repeat({})):
         place = Place(source.files[number].name, record)
         cleaned, reason, detail = cleaner.clean(text, place)
         if reason:
             part.drop(reason, detail, place, text)
         else:
-            part.keep(cleaned, place, first + number)
+            renamed = part.keep(cleaned, place, first + number, rest)
+            cleaner.counts.renamed.update(f"{old} -> {new}" for old, new in renamed.items())
 
 
-def _count_drop(drop: Drop, counts: Counts, part: _PartWriter) -> None:
+def _count_drop(drop: Drop, counts: Counts, part: PartWriter) -> None:
     """Something that could not be read: it is no document, but it is not lost in silence either."""
     counts.dropped[f"input: {drop.reason}"] += 1
     if drop.reason != "blank line":
@@ -375,7 +342,7 @@ def _write_kept(
         for line in _lines(part / "kept.jsonl.zst"):
             reason = "exact duplicate" if exact[number] < number else "near duplicate" if near[number] < number else ""
             if reason:
-                text = orjson.loads(line)["text"]
+                text = loads(line)["text"]
                 place, original = place_of(number), place_of(int(exact[number] if reason[0] == "e" else near[number]))
                 counts.drop(reason, place, text_size(text), text, f"of {original}")
                 dropped.write(drop_line(reason, f"of {original}", place, text if job.dropped_text else ""))
@@ -428,6 +395,8 @@ def _report(job: Job, counts: Counts, kept: tuple[int, int], elapsed_s: float) -
         "dropped": dict(sorted(counts.dropped.items())),
         "dropped_text_bytes": dict(sorted(counts.dropped_bytes.items())),
         "changed": dict(sorted(counts.changed.items())),
+        "other_columns": "kept" if job.source.keep_rest else "left out",
+        "renamed_columns": dict(sorted(counts.renamed.items())),
         "pii": {
             "mode": job.rules.pii,
             "findings": dict(sorted(counts.pii_findings.items())),

@@ -60,6 +60,7 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)  # documents by reason
     dropped_bytes: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)  # documents by what was done to them
+    renamed: Counter[str] = field(default_factory=Counter)  # other columns, "old -> new", by documents that are kept
     pii_findings: Counter[str] = field(default_factory=Counter)
     pii_documents: Counter[str] = field(default_factory=Counter)
     contaminated: Counter[str] = field(default_factory=Counter)  # documents by evaluation file
@@ -75,7 +76,7 @@ class Counts:
         """Add what follows in input order."""
         self.documents += other.documents
         self.text_bytes += other.text_bytes
-        for name in ("dropped", "dropped_bytes", "changed", "pii_findings", "pii_documents", "contaminated"):
+        for name in ("dropped", "dropped_bytes", "changed", "renamed", "pii_findings", "pii_documents", "contaminated"):
             getattr(self, name).update(getattr(other, name))
         for kind, samples in other.samples.items():
             here = self.samples.setdefault(kind, [])

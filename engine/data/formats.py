@@ -6,8 +6,12 @@ what makes the rest of a file unreadable raises BadStream.
 
 from __future__ import annotations
 
+import base64
 import csv
+import datetime
+import decimal
 import io
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +22,7 @@ from engine.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
 _ROWS = 256  # of a column file at once
+_MOST_BYTES = 64 << 20  # of rows with all of their columns
 ZERO_BYTES = "zero bytes, as in a binary file, or where a crash left a file unwritten"
 
 
@@ -47,8 +52,8 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
-def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: int) -> Rows:
-    """One object a row, by the names in the first row, which has to have each of `columns` once."""
+def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: int, all_columns: bool = False) -> Rows:
+    """One object a row, by the names in the first row, which has to have each of `columns` once (or all of its own)."""
     csv.field_size_limit(limit)
     lines = io.TextIOWrapper(
         io.BufferedReader(_Raw(stream), _BLOCK_BYTES), encoding="utf-8-sig", errors="surrogateescape", newline=""
@@ -60,6 +65,8 @@ def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: 
     for name in columns:
         if not _only([there for there in names if there == name], name):
             raise _absent(name, names)
+    if all_columns:
+        _refuse_twice(names)
     while True:
         try:
             row = next(rows)
@@ -81,32 +88,36 @@ def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: 
         yield dict(zip(names, row)), stream.consumed()
 
 
-def parquet_rows(stream: ByteStream, columns: Sequence[str], start: int) -> Rows:
-    """Rows from number `start` on, with the given columns only."""
+def parquet_rows(stream: ByteStream, columns: Sequence[str], start: int, all_columns: bool = False) -> Rows:
+    """Rows from number `start` on, with the given columns only, which have to be there, or with all of them."""
     arrow, parquet = _arrow("pyarrow.parquet")
     try:
         file = parquet.ParquetFile(
             stream.seekable(), pre_buffer=False, buffer_size=_BLOCK_BYTES, page_checksum_verification=True
         )
-        ways = _columns(arrow, file.schema_arrow, columns)
-        wanted = [".".join(way) for way in ways.values()]
+        ways = _columns(arrow, file.schema_arrow, columns, all_columns)
+        wanted = None if all_columns else [".".join(way) for way in ways.values()]
         done = 0
         for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
+            facts = file.metadata.row_group(group)
+            rows = facts.num_rows
             if done + rows > start:
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=wanted, use_threads=False):
+                size = _ROWS
+                if all_columns:  # pictures and sounds among them are large
+                    size = max(1, min(_ROWS, _MOST_BYTES * rows // max(1, facts.total_byte_size)))
+                for batch in file.iter_batches(size, row_groups=[group], columns=wanted, use_threads=False):
                     skip = max(0, min(len(batch), start - done))
                     done += len(batch)
                     share = int(done / max(1, file.metadata.num_rows) * stream.file.num_bytes)
-                    yield from ((row, share) for row in _objects(arrow, batch.slice(skip), ways))
+                    yield from ((row, share) for row in _objects(arrow, batch.slice(skip), ways, columns))
             else:
                 done += rows
     except (arrow.ArrowException, OSError) as err:
         raise BadStream(f"not readable as parquet: {err}") from err
 
 
-def arrow_rows(stream: ByteStream, columns: Sequence[str], start: int) -> Rows:
-    """Rows of an Arrow IPC file or stream (what `datasets` keeps is a stream) from number `start` on."""
+def arrow_rows(stream: ByteStream, columns: Sequence[str], start: int, all_columns: bool = False) -> Rows:
+    """Rows of an Arrow IPC file or stream (what `datasets` keeps is a stream) from `start` on; columns as above."""
     arrow, ipc = _arrow("pyarrow.ipc")
     try:
         raw = stream.seekable()
@@ -118,13 +129,13 @@ def arrow_rows(stream: ByteStream, columns: Sequence[str], start: int) -> Rows:
         else:
             file = ipc.open_stream(raw)
             batches = iter(file)
-        ways = _columns(arrow, file.schema, columns)
+        ways = _columns(arrow, file.schema, columns, all_columns)
         done = 0
         for batch in batches:
             skip = max(0, min(len(batch), start - done))
             done += len(batch)
             for begin in range(skip, len(batch), _ROWS):
-                rows = _objects(arrow, batch.slice(begin, _ROWS), ways)
+                rows = _objects(arrow, batch.slice(begin, _ROWS), ways, columns)
                 yield from ((row, stream.consumed()) for row in rows)
     except (arrow.ArrowException, OSError) as err:
         raise BadStream(f"not readable as Arrow: {err}") from err
@@ -157,13 +168,25 @@ def _absent(name: str, there: Sequence[str]) -> BadStream:
 Ways = dict[str, list[str]]  # to a wanted column: its name, or for "a.b" that of the struct `a` and of the field in it
 
 
-def _columns(arrow: Any, schema: Any, wanted: Sequence[str]) -> Ways:
-    """Where the wanted columns are. Raises BadStream for one that is not there, or there more than once."""
+def _columns(arrow: Any, schema: Any, wanted: Sequence[str], all_columns: bool) -> Ways:
+    """Where the wanted columns are. Raises BadStream for one that is not there, or there more than once.
+
+    `all_columns`: where all are, with the wanted ones in them.
+    """
     ways = {name: _way(arrow, schema, name) for name in wanted}
     for name, way in ways.items():
         if not way:
             raise _absent(name, [leaf for field in schema for leaf in _leaves(arrow, field)])
+    if all_columns:
+        _refuse_twice(schema.names)
+        return {name: [name] for name in schema.names}
     return ways
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    for name in names:
+        if (count := names.count(name)) > 1:
+            raise BadStream(f"{count} columns have the name {name!r}, and one name keeps one. Rename the others")
 
 
 def _way(arrow: Any, fields: Any, name: str) -> list[str]:
@@ -185,14 +208,20 @@ def _leaves(arrow: Any, field: Any) -> list[str]:
     return [field.name]
 
 
-def _objects(arrow: Any, batch: Any, ways: Ways) -> Iterator[Any]:
-    """The wanted columns of the rows of a record batch; a row that does not decode does not hide the others."""
+def _objects(arrow: Any, batch: Any, ways: Ways, texts: Sequence[str]) -> Iterator[Any]:
+    """The wanted columns of the rows of a record batch; a row that does not decode does not hide the others.
+
+    `texts`: which columns are the text, also as "a.b" of a column `a`; of the others no value can be wrong.
+    """
     try:
-        columns = [_values(_column(arrow, batch, way)) for way in ways.values()]
+        columns = [
+            (_values if _is_text(name, texts) else _any_values)(_column(arrow, batch, way))
+            for name, way in ways.items()
+        ]
     except UnicodeDecodeError:
         if len(batch) > 1:
             for row in range(len(batch)):
-                yield from _objects(arrow, batch.slice(row, 1), ways)
+                yield from _objects(arrow, batch.slice(row, 1), ways, texts)
         else:
             yield BadRecord("not UTF-8", "the text column holds bytes that are no UTF-8")
         return
@@ -207,3 +236,34 @@ def _column(arrow: Any, batch: Any, way: list[str]) -> Any:
 
 def _values(column: Any) -> list[Any]:
     return [value.decode("utf-8") if isinstance(value, bytes) else value for value in column.to_pylist()]
+
+
+def _is_text(name: str, texts: Sequence[str]) -> bool:
+    return any(text == name or text.startswith(f"{name}.") for text in texts)
+
+
+def _any_values(column: Any) -> list[Any]:
+    """Of a column that is no text: what Python has no value for is given as Arrow writes it."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # it says string, and holds something else
+        return column.cast("binary").to_pylist()
+    except (ValueError, OverflowError):  # nanoseconds, years beyond 9999
+        return column.cast("string").to_pylist()
+
+
+def plain(value: Any) -> Any:
+    """What JSON has for a value of a column: times as ISO 8601, decimals as text, bytes as text or base64.
+
+    Raises TypeError for others.
+    """
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | datetime.timedelta | uuid.UUID):
+        return str(value)
+    raise TypeError(f"a value of type {type(value).__name__} has no form in JSON")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -18,6 +18,8 @@ from engine.data.bytestream import BadStream, ByteStream
 
 MAX_DEPTH = 100_000  # of arrays and objects; what is deeper is made to break readers
 _BLOCK_BYTES = 1 << 20
+_LONG = re.compile(rb"[0-9]{19}")
+_HALVES = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -26,11 +28,60 @@ def loads(data: bytes) -> Any:
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
-        text = data.decode("utf-8")
-        value, end = _DECODER.raw_decode(text, _skip(text, 0))
-        if (end := _skip(text, end)) < len(text):
-            raise json.JSONDecodeError("Extra data", text, end) from None
-        return value
+        return _decoded(data)
+
+
+def exact(data: bytes) -> Any:
+    """As `loads`, and whole numbers of any size stay: of those beyond 64 bits orjson makes a float."""
+    return _decoded(data) if _LONG.search(data) else loads(data)
+
+
+def _decoded(data: bytes) -> Any:
+    text = data.decode("utf-8")
+    value, end = _DECODER.raw_decode(text, _skip(text, 0))
+    if (end := _skip(text, end)) < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
+
+
+def dumps(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """A value as one line of JSON in UTF-8, all that `loads` takes; `default` as json's.
+
+    Half a surrogate pair is written as its escape: UTF-8 has no bytes for it.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=default)
+    except RecursionError:
+        text = "".join(_written(value, default))
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", text).encode()
+
+
+def _written(value: Any, default: Callable[[Any], Any] | None) -> Iterator[str]:
+    """The pieces of what json.dumps gives, with a stack of its own."""
+    waiting: list[Any] = [value]  # values to write, and what stands between them as _Mark
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, _Mark):
+            yield one
+        elif isinstance(one, Mapping) and one:
+            inner: list[Any] = [_Mark("}")]
+            for name, member in reversed(one.items()):
+                inner += [member, _Mark(":"), name, _Mark(",")]
+            waiting += [*inner[:-1], _Mark("{")]
+        elif isinstance(one, list | tuple) and one:
+            inner = [_Mark("]")]
+            for element in reversed(one):
+                inner += [element, _Mark(",")]
+            waiting += [*inner[:-1], _Mark("[")]
+        else:
+            yield json.dumps(one, ensure_ascii=False, default=default)
+
+
+class _Mark(str):
+    """What is written as it is."""
 
 
 def _whole(digits: str) -> int | float:

@@ -23,9 +23,10 @@ import xxhash
 
 from engine.data.batch import START, Batch, Cursor, Drop
 from engine.data.bytestream import BadStream, ByteStream
+from engine.data.columns import rest_of, size_of
 from engine.data.formats import ZERO_BYTES, BadRecord, arrow_rows, csv_rows, parquet_rows
 from engine.data.inputs import STDIN, InputFile, list_inputs
-from engine.data.jsontext import json_values, loads
+from engine.data.jsontext import exact, json_values, loads
 from engine.data.values import find, names_in, text_of
 
 MAX_DOCUMENT_BYTES = 1 << 26  # beyond it a file or line is a dump of something, not a text
@@ -53,6 +54,7 @@ class Source:
     keys: Sequence[str] = ("text",)
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""  # "": by the file's name
     max_document_bytes: int = MAX_DOCUMENT_BYTES
+    keep_rest: bool = False  # hand out the other columns of every record too
 
     @classmethod
     def of(
@@ -88,6 +90,7 @@ class _FileReader:
         self.file, self.number = source.files[number], number
         self.keys, self.limit = tuple(source.keys), source.max_document_bytes
         self.format = source.format_of(self.file)
+        self.keep_rest = source.keep_rest
         self.record = 0  # the last one looked at
 
     def read(self, begin: Cursor) -> Iterator[Batch]:
@@ -116,13 +119,16 @@ class _FileReader:
     def _drop(self, batch: Batch, reason: str, detail: str, stops: bool = True) -> None:
         batch.drops.append(Drop(self.file.name, self.record, reason, detail, stops))
 
-    def _add(self, batch: Batch, text: str) -> None:
+    def _add(self, batch: Batch, text: str, record: Any = None) -> None:
         if len(text) > self.limit:
             self._drop(batch, "too large", self._too_large(len(text)))
             return
         batch.texts.append(text)
         batch.where.append((self.number, self.record))
         batch.num_chars += len(text)
+        if self.keep_rest:
+            batch.rest.append(rest_of(record or {}, self.keys))
+            batch.num_chars += size_of(batch.rest[-1])
 
     def _too_large(self, size: int) -> str:
         return f"more than max_document_bytes = {self.limit:,} ({size:,} or more). Raise it, or split the document."
@@ -143,7 +149,7 @@ class _FileReader:
             return self._drop(batch, "wrong type", f"{err}. Choose another --json-key.")
         except UnicodeEncodeError as err:
             return self._drop(batch, "not UTF-8", f"character {err.start} is half of a surrogate pair: no text.")
-        return self._add(batch, text)
+        return self._add(batch, text, value)
 
     def _text(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
         """The file as one document. A file found in a folder may be no text: that is counted and does not stop."""
@@ -202,7 +208,8 @@ class _FileReader:
 
     def _lines(self, batch: Batch, block: bytes) -> None:
         """Every line of `block`. The plain case stays in this loop: it decides the speed of reading."""
-        read, key, several = orjson.loads, self.keys[0], len(self.keys) > 1
+        read: Callable[[bytes], Any] = exact if self.keep_rest else orjson.loads
+        key, plain = self.keys[0], len(self.keys) == 1 and not self.keep_rest
         texts, where, number, limit = batch.texts, batch.where, self.number, self.limit
         record, chars = self.record, 0
         for record, line in enumerate(block.split(b"\n"), self.record + 1):
@@ -210,7 +217,7 @@ class _FileReader:
             try:
                 value = read(line)
                 text = value[key]
-                if type(text) is str and len(text) <= limit and not several:
+                if type(text) is str and len(text) <= limit and plain:
                     texts.append(text)
                     where.append((number, record))
                     chars += len(text)
@@ -223,7 +230,7 @@ class _FileReader:
         batch.num_chars += chars
 
     def _line(self, batch: Batch, line: bytes, value: Any) -> None:
-        """A line that is not the plain case; `value` is what orjson read, if it could."""
+        """A line that is not the plain case; `value` is what was read of it, if anything could."""
         if len(line) <= self.limit and value is not _UNREAD:
             return self._add_record(batch, value)
         line = line.removeprefix(_BOM)  # files with one may have been put together
@@ -234,7 +241,7 @@ class _FileReader:
         if len(line) > self.limit:
             return self._drop(batch, "too large", f"a line of {len(line):,} bytes, {self._too_large(len(line))}")
         try:
-            value = loads(line)
+            value = exact(line) if self.keep_rest else loads(line)
         except UnicodeDecodeError as wrong:
             detail = f"byte {wrong.start} of the line is {line[wrong.start]:#04x}. Convert the file to UTF-8."
             return self._drop(batch, "not UTF-8", detail)
@@ -276,13 +283,13 @@ class _FileReader:
 
     def _csv(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
         separator = "\t" if self.file.suffix == ".tsv" else ","
-        yield from self._rows(_after(csv_rows(stream, separator, self.keys, self.limit), begin), begin)
+        yield from self._rows(_after(csv_rows(stream, separator, self.keys, self.limit, self.keep_rest), begin), begin)
 
     def _parquet(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        yield from self._rows(parquet_rows(stream, self.keys, begin.offset), begin)
+        yield from self._rows(parquet_rows(stream, self.keys, begin.offset, self.keep_rest), begin)
 
     def _arrow(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        yield from self._rows(arrow_rows(stream, self.keys, begin.offset), begin)
+        yield from self._rows(arrow_rows(stream, self.keys, begin.offset, self.keep_rest), begin)
 
 
 def _after(rows: Iterator[tuple[Any, int]], begin: Cursor) -> Iterator[tuple[Any, int]]:

@@ -21,6 +21,10 @@ def show_clean_report(report: dict[str, Any]) -> None:
     changes = ", ".join(f"{kind} {count:,}" for kind, count in report["changed"].items())
     if changes:
         console.print(f"documents changed: {changes}", markup=False)
+    for names, documents in report["renamed_columns"].items():
+        console.print(
+            f"column renamed, as clean writes one of that name: {names}, in {documents:,} documents", markup=False
+        )
     if report["pii"]["mode"] != "off":
         found = Table("personal data", "findings", "documents", "for example")
         for kind, count in report["pii"]["findings"].items():

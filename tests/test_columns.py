@@ -90,6 +90,8 @@ def test_rows_of_tables(tmp_path: Path) -> None:
         "date": arrow.array([when.date(), None]),
         "at": arrow.array([when, when]),
         "fine": arrow.array([1, 2], arrow.timestamp("ns")),
+        "far": arrow.array([253402300800, None], arrow.timestamp("s")),
+        "nested": arrow.array([[{"t": 1000}], []], arrow.list_(arrow.struct([("t", arrow.timestamp("ns", "UTC"))]))),
         "price": arrow.array([decimal.Decimal("1.10"), None]),
         "raw": arrow.array([b"\xff\x00", b"plain"]),
         "wrong": arrow.Array.from_buffers(
@@ -112,6 +114,8 @@ def test_rows_of_tables(tmp_path: Path) -> None:
             "fine": "1970-01-01 00:00:00.000000001",
             "price": "1.10",
             "wrong": "//4=",
+            "far": "10000-01-01 00:00:00.000",
+            "nested": [{"t": "1970-01-01 00:00:00.000001000Z"}],
         },
     }
     assert (second["raw"], second["meta"], second["id"]) == ("plain", None, None)

@@ -215,8 +215,8 @@ def _objects(arrow: Any, batch: Any, ways: Ways, texts: Sequence[str]) -> Iterat
     """
     try:
         columns = [
-            (_values if _is_text(name, texts) else _any_values)(_column(arrow, batch, way))
-            for name, way in ways.items()
+            _values(column) if _is_text(name, texts) else _any_values(arrow, column)
+            for name, column in ((name, _column(arrow, batch, way)) for name, way in ways.items())
         ]
     except UnicodeDecodeError:
         if len(batch) > 1:
@@ -242,14 +242,29 @@ def _is_text(name: str, texts: Sequence[str]) -> bool:
     return any(text == name or text.startswith(f"{name}.") for text in texts)
 
 
-def _any_values(column: Any) -> list[Any]:
+def _any_values(arrow: Any, column: Any) -> list[Any]:
     """Of a column that is no text: what Python has no value for is given as Arrow writes it."""
+    if (readable := _without_nanoseconds(arrow, column.type)) != column.type:
+        column = column.cast(readable)
     try:
         return column.to_pylist()
     except UnicodeDecodeError:  # it says string, and holds something else
         return column.cast("binary").to_pylist()
-    except (ValueError, OverflowError):  # nanoseconds, years beyond 9999
+    except (ValueError, OverflowError):  # years beyond 9999
         return column.cast("string").to_pylist()
+
+
+def _without_nanoseconds(arrow: Any, kind: Any) -> Any:
+    """A type with strings in their place: Python's times have none, and pandas' are there or not."""
+    types = arrow.types
+    if (types.is_timestamp(kind) or types.is_time64(kind) or types.is_duration(kind)) and kind.unit == "ns":
+        return arrow.string()
+    if types.is_struct(kind):
+        return arrow.struct([field.with_type(_without_nanoseconds(arrow, field.type)) for field in kind])
+    if types.is_list(kind) or types.is_large_list(kind):
+        inner = kind.value_field.with_type(_without_nanoseconds(arrow, kind.value_type))
+        return (arrow.list_ if types.is_list(kind) else arrow.large_list)(inner)
+    return kind
 
 
 def plain(value: Any) -> Any:

@@ -68,7 +68,7 @@ def _written(value: Any, default: Callable[[Any], Any] | None) -> Iterator[str]:
             yield one
         elif isinstance(one, Mapping) and one:
             inner: list[Any] = [_Mark("}")]
-            for name, member in reversed(one.items()):
+            for name, member in reversed(list(one.items())):
                 inner += [member, _Mark(":"), name, _Mark(",")]
             waiting += [*inner[:-1], _Mark("{")]
         elif isinstance(one, list | tuple) and one:

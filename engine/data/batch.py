@@ -1,4 +1,4 @@
-"""What reading hands on: documents, what was left out of them and why, and where to go on."""
+"""What reading hands on: documents, what was left out of them and why, what was noticed, and where to go on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Drop:
     stops: bool = True
 
     def __str__(self) -> str:
-        return f"{self.file}{f':{self.record}' if self.record else ''}: {self.reason}: {self.detail}"
+        place = f"{self.file}{f':{self.record}' if self.record else ''}"
+        return ": ".join(part for part in (place, self.reason, self.detail) if part)
 
     def refuse(self) -> DataError:
         """The error that stops at this fault."""
@@ -31,9 +32,21 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something about a file that the user should know, though nothing of it was left out."""
+
+    file: str
+    kind: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.kind}: {self.detail}"
+
+
+@dataclass(frozen=True)
 class Cursor:
-    """Where reading goes on: file number, unpacked bytes or records of it that are done, records of it, and for
-    standard input the digest of those bytes, as nothing else tells whether it is the same input again."""
+    """Where reading goes on: file number, unpacked bytes or records of it that are done, records of it, and for what
+    can be read only once the digest of those bytes, as nothing else tells whether it is the same input again."""
 
     file: int = 0
     offset: int = 0
@@ -46,7 +59,7 @@ START = Cursor()
 
 @dataclass
 class Batch:
-    """Texts in input order, (file number, record) of each, drops met on the way, and where the next batch begins.
+    """Texts in input order, (file number, record) of each, drops and notes on the way, where the next batch begins.
 
     rest: of each text the other columns of its record, empty unless Source.keep_rest.
     """
@@ -55,6 +68,7 @@ class Batch:
     where: list[tuple[int, int]] = field(default_factory=list)
     rest: list[dict[str, Any]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     cursor: Cursor = START
     consumed: int = 0  # stored bytes of all inputs up to the end of this batch
     num_chars: int = 0
@@ -65,5 +79,6 @@ class Batch:
         self.where += block.where
         self.rest += block.rest
         self.drops += block.drops
+        self.notes += block.notes
         self.cursor = block.cursor
         self.num_chars += block.num_chars

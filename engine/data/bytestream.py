@@ -10,6 +10,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import sys
 import tempfile
 import zlib
@@ -18,6 +19,7 @@ from typing import IO, Any, cast
 
 from engine.data.inputs import STDIN, InputFile
 
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
 _FRAME_BYTES = 2048  # of zstd fed at once: the worst case unfolds it 32,768 times
 _WINDOW_BYTES = 1 << 31  # of zstd: as far back as `zstd --long=31` refers
 
@@ -39,7 +41,14 @@ class ByteStream:
             self._raw = _open(file)
         except OSError as err:
             raise BadStream(f"{err.strerror or err}; check its permissions") from err
-        self._unpacked: Any = _unpack(self._raw, file.compression)
+        self._compression = file.compression
+        if file.once:
+            try:
+                pipe = _Pipe(self._raw)
+            except OSError as err:
+                raise BadStream(f"{err.strerror or err}") from err
+            self._raw, self._compression = cast(IO[bytes], pipe), self._compression or pipe.compression
+        self._unpacked: Any = _unpack(self._raw, self._compression)
 
     def __enter__(self) -> ByteStream:
         return self
@@ -75,14 +84,21 @@ class ByteStream:
         return b"".join(pieces)
 
     def peek(self, size: int) -> bytes:
-        """What `read` will give next."""
-        if not self._ahead:
-            self._ahead = self.read(size)
-            self.offset -= len(self._ahead)
+        """What `read` will give next: `size` bytes of it, if there are as many, or more."""
+        if len(self._ahead) < size:
+            ahead, self._ahead = self._ahead, b""
+            try:
+                more = self.read(size - len(ahead))
+            except BadStream:
+                if not ahead:
+                    raise
+                more = b""
+            self.offset -= len(more)
+            self._ahead = ahead + more
         return self._ahead
 
     def _piece(self, size: int, offset: int) -> bytes:
-        if not self.file.compression:
+        if not self._compression:
             try:
                 return cast(bytes, self._unpacked.read(size))
             except OSError as err:
@@ -103,7 +119,7 @@ class ByteStream:
 
     def skip(self, size: int, seen: Callable[[bytes], None] | None = None) -> None:
         """Go on `size` bytes; `seen` gets them. A plain file is not read for it, a compressed one has to be."""
-        if seen is None and not self.file.compression and self.file.name != STDIN:
+        if seen is None and not self._compression and not self.file.once:
             self.offset += size
             self._raw.seek(self.offset)
             self._ahead = b""
@@ -118,7 +134,7 @@ class ByteStream:
 
     def seekable(self) -> IO[bytes]:
         """The file itself, for formats that are read from their end; unpacked into a temporary file if need be."""
-        if not self.file.compression and self.file.name != STDIN:
+        if not self._compression and not self.file.once:
             return self._raw
         try:
             if self._spooled is None:
@@ -132,7 +148,20 @@ class ByteStream:
 
     def consumed(self) -> int:
         """Stored bytes read so far, for progress."""
-        return self.offset if self.file.name == STDIN else self._raw.tell()
+        return self._raw.tell()
+
+    def changed(self) -> str:
+        """What happened to the file since it was listed; "" for nothing, or where it cannot be told."""
+        if self.file.once or "://" in self.file.name:
+            return ""
+        now = os.fstat(self._raw.fileno())
+        if (now.st_size, str(now.st_mtime_ns)) == (self.file.num_bytes, self.file.stamp):
+            return ""
+        return f"it had {self.file.num_bytes:,} bytes when the work began, and has {now.st_size:,} now"
+
+    def shrank(self) -> bool:
+        """Whether some of what a changed file held may have been gone before it was read."""
+        return os.fstat(self._raw.fileno()).st_size < self.file.num_bytes
 
 
 def _open(file: InputFile) -> IO[bytes]:
@@ -148,6 +177,30 @@ def _open(file: InputFile) -> IO[bytes]:
         except Exception as err:
             raise OSError(f"{type(err).__name__}: {err}") from err
     return open(file.name, "rb")
+
+
+class _Pipe:
+    """A stream that cannot be sought in. Its first bytes say how it is packed, as it may have no name that does."""
+
+    def __init__(self, raw: IO[bytes]):
+        self._raw, self._count = raw, 0
+        self._head = raw.read(max(map(len, _MAGIC)))
+        self.compression = next((suffix for magic, suffix in _MAGIC.items() if self._head.startswith(magic)), "")
+
+    def read(self, size: int = -1) -> bytes:
+        if self._head:
+            size = len(self._head) if size < 0 else size
+            data, self._head = self._head[:size], self._head[size:]
+        else:
+            data = self._raw.read(size)
+        self._count += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._count
+
+    def close(self) -> None:
+        self._raw.close()
 
 
 def _unpack(raw: IO[bytes], compression: str) -> IO[bytes]:

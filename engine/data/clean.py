@@ -39,7 +39,7 @@ from engine.data.cleaner import Cleaner, Counts, Place, Rules, text_size
 from engine.data.contamination import Evaluations, files_of
 from engine.data.duplicates import earliest
 from engine.data.executors import run_elsewhere, slurm_is_at_work
-from engine.data.inputs import STDIN, list_inputs
+from engine.data.inputs import list_inputs
 from engine.data.jsontext import loads
 from engine.data.report import ProgressEvent
 from engine.data.sources import Source
@@ -124,8 +124,7 @@ def clean(
     Cleaner(rules)  # a missing package or evaluation file is told before any work
     if slurm_is_at_work(job.work):
         return None
-    from_stdin = any(file.name == STDIN for file in source.files)
-    with work_folder(job.work, _facts(job), overwrite, keep=not from_stdin):
+    with work_folder(job.work, _facts(job), overwrite, keep=not source.reads_once):
         _refuse_existing(job, overwrite)  # another command may have ended in between
         _run_tasks(job, executor, executor_options or {}, progress)
         if job.missing():
@@ -144,8 +143,8 @@ def _check(job: Job, executor: str, overwrite: bool) -> None:
     if mine := [path for path in job.targets if os.path.realpath(path) in names]:
         raise DataError(f"{mine[0]} is an input and would be written too. Choose an output outside the inputs.")
     _refuse_existing(job, overwrite)
-    if executor != "here" and any(file.name == STDIN for file in job.source.files):
-        raise DataError(f"standard input cannot be read by tasks of executor {executor}. Give files.")
+    if executor != "here" and job.source.reads_once:
+        raise DataError(f"standard input cannot be read by tasks of executor {executor}, and no pipe. Give files.")
     files_of(job.rules.decontaminate)
 
 
@@ -159,7 +158,7 @@ def _refuse_existing(job: Job, overwrite: bool) -> None:
 
 def _facts(job: Job) -> dict[str, Any]:
     """All that the result depends on, as JSON gives it back."""
-    source, evaluations = job.source, list_inputs(job.rules.decontaminate)
+    source, evaluations = job.source, list_inputs(job.rules.decontaminate).files
     return {
         "version": _VERSION,
         "inputs": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in source.files],

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from engine.data.batch import Batch
 from engine.data.indexed import paths_of
-from engine.data.inputs import STDIN
 from engine.data.keyed import derive_key
 from engine.data.parts import Parts
 from engine.data.report import ProgressEvent
@@ -83,7 +82,7 @@ class Job:
 
     @property
     def reads_stdin(self) -> bool:
-        return any(file.name == STDIN for file in self.source.files)
+        return self.source.reads_once
 
     @property
     def tokenizer_copy(self) -> Path | None:

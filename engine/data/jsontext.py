@@ -160,6 +160,18 @@ def _skip(text: str, at: int) -> int:
     return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
 
 
+def first_element(head: bytes) -> Any:
+    """Of an array whose beginning this is; None if there is none, or not all of it."""
+    text = head.decode("utf-8-sig", "replace")
+    at = _skip(text, 0)
+    if not text.startswith("[", at):
+        return None
+    try:
+        return _DECODER.raw_decode(text, _skip(text, at + 1))[0]
+    except ValueError:
+        return None
+
+
 def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
     """(value, stored bytes consumed): the elements of an array, or values one after the other with space between."""
     incremental = codecs.getincrementaldecoder("utf-8-sig")("strict")
@@ -176,7 +188,8 @@ def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
         if array and text.startswith("]", at):
             text += _read_text(stream, incremental, _BLOCK_BYTES)[0]
             if rest := text[at + 1 :].strip():
-                raise BadStream(f"malformed JSON: {rest[:20]!r} after the end of the array")
+                what = "zero bytes" if rest.startswith("\0") else repr(rest[:20])
+                raise BadStream(f"malformed JSON: {what} after the end of the array")
             return
         if at < len(text):
             try:

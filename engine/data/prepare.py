@@ -17,7 +17,6 @@ from typing import Any
 
 from engine.data.ahead import read_ahead
 from engine.data.encoding import Work
-from engine.data.inputs import STDIN
 from engine.data.job import SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
 from engine.data.parts import Parts, publish, read_json
 from engine.data.report import PrepareReport, ProgressEvent, SplitReport
@@ -72,10 +71,12 @@ def prepare(
     if on_error not in ("stop", "skip"):
         raise DataError(f"on_error = {on_error!r}: expected stop or skip")
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
-    how = {"keys": keys, "format": format, "max_document_bytes": max_document_bytes}
+    how: dict[str, Any] = {"keys": keys, "format": format, "max_document_bytes": max_document_bytes}
     source = Source.of(inputs, include, exclude, **how)
-    if train_vocab_size is not None and any(file.name == STDIN for file in source.files):
-        raise DataError("standard input (-) can be read only once: train the tokenizer on a file, or give one")
+    if train_vocab_size is not None and source.reads_once:
+        raise DataError(
+            "standard input (-) or a pipe can be read only once: train the tokenizer on a file, or give one"
+        )
     job = Job(
         source,
         output,

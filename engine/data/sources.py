@@ -1,11 +1,12 @@
 """Documents from inputs, in input order, as batches: the texts, what was left out and why, and where to go on.
 
 `.jsonl` is one document a line, `.json` an array of documents or one after the other, `.csv .tsv .parquet .arrow` one a
-row; any other file is one document, UTF-8. A document's text is the value of a key (of several keys: joined by a
-newline). A value may be a list: of strings, which are joined by newlines, or of messages {"role", "content"}, each
-written as "role: content".
+row; any other file is one document, UTF-8, unless its first lines are JSON objects with the key. A document's text is
+the value of a key (of several keys: joined by a newline). A value may be a list: of strings, which are joined by
+newlines, or of messages {"role", "content"}, each written as "role: content".
 
-Nothing disappears in silence: whatever is not handed out is handed out as a `Drop`. Memory is a batch, or the largest
+Nothing disappears in silence: whatever is not handed out is handed out as a `Drop`, and what the user should know of a
+file as a `Note`. Memory is a batch, or the largest
 document, whichever is more: what is longer than `max_document_bytes` is dropped without being held.
 """
 
@@ -21,12 +22,14 @@ from typing import Any, Literal
 import orjson
 import xxhash
 
-from engine.data.batch import START, Batch, Cursor, Drop
+from engine.data.batch import START, Batch, Cursor, Drop, Note
 from engine.data.bytestream import BadStream, ByteStream
 from engine.data.columns import rest_of, size_of
 from engine.data.formats import ZERO_BYTES, BadRecord, arrow_rows, csv_rows, parquet_rows
-from engine.data.inputs import STDIN, InputFile, list_inputs
+from engine.data.inputs import InputFile, list_inputs
 from engine.data.jsontext import exact, json_values, loads
+from engine.data.own import Own
+from engine.data.recognise import is_binary, lines_of_objects, printable, recognised
 from engine.data.values import find, names_in, text_of
 
 MAX_DOCUMENT_BYTES = 1 << 26  # beyond it a file or line is a dump of something, not a text
@@ -56,15 +59,25 @@ class Source:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     keep_rest: bool = False  # hand out the other columns of every record too
 
+    excluded: int = 0  # names in folders that --include and --exclude left out
+
     @classmethod
     def of(
-        cls, inputs: Sequence[str | Path], include: Sequence[str] = (), exclude: Sequence[str] = (), **how: Any
+        cls,
+        inputs: Sequence[str | Path],
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        mine: Own | None = None,
+        **how: Any,
     ) -> Source:
         """Of what list_inputs finds; `how`: the other fields."""
-        return cls(tuple(list_inputs(inputs, include, exclude)), **how)
+        listing = list_inputs(inputs, include, exclude, mine)
+        return cls(listing.files, excluded=listing.excluded, **how)
 
-    def format_of(self, file: InputFile) -> str:
-        return self.format or ("jsonl" if file.name == STDIN else FORMATS.get(file.suffix, "text"))
+    @property
+    def reads_once(self) -> bool:
+        """Whether there is a pipe or standard input among the files."""
+        return any(file.once for file in self.files)
 
     def batches(self, start: Cursor = START) -> Iterator[Batch]:
         """All batches from `start` on. Where one ends is a detail; their content one after the other is not."""
@@ -89,7 +102,7 @@ class _FileReader:
     def __init__(self, source: Source, number: int):
         self.file, self.number = source.files[number], number
         self.keys, self.limit = tuple(source.keys), source.max_document_bytes
-        self.format = source.format_of(self.file)
+        self.asked = source.format
         self.keep_rest = source.keep_rest
         self.record = 0  # the last one looked at
 
@@ -104,20 +117,50 @@ class _FileReader:
             "text": self._text,
         }
         self.record = begin.record
+        if self.file.drop is not None:
+            yield Batch(drops=[self.file.drop], cursor=Cursor(self.number + 1))
+            return
         try:
             with ByteStream(self.file) as stream:
-                yield from readers[self.format](stream, begin)
+                kind, notes = self._format(stream)
+                if begin == Cursor(self.number) and notes:
+                    yield Batch(notes=notes, cursor=begin)
+                yield from self._watched(stream, readers[kind](stream, begin))
         except BadStream as err:
-            stops = self.file.explicit or self.format != "text"
-            yield self._dropped("cannot be read", str(err), self.record + 1 if self.record else 0, stops)
+            yield self._dropped("cannot be read", str(err), self.record + 1 if self.record else 0)
+
+    def _watched(self, stream: ByteStream, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, and a word if the file was changed meanwhile."""
+        try:
+            yield from batches
+        except BadStream as err:
+            raise BadStream(f"{err}; {change}" if (change := stream.changed()) else str(err)) from err
+        if change := stream.changed():
+            cursor, consumed, kind = Cursor(self.number + 1), stream.consumed(), "changed while it was read"
+            if stream.shrank():
+                yield Batch(drops=[Drop(self.file.name, 0, kind, change)], cursor=cursor, consumed=consumed)
+            else:
+                yield Batch(notes=[Note(self.file.name, kind, change)], cursor=cursor, consumed=consumed)
+
+    def _format(self, stream: ByteStream) -> tuple[str, list[Note]]:
+        """How the file is read: as asked, by its name, or by its first lines; and what to say of it."""
+        again = self.file.same_as
+        notes = [Note(self.file.name, "read once more", f"the same file as {again}")] if again else []
+        kind = self.asked or FORMATS.get(self.file.suffix, "jsonl" if self.file.once and not self.file.suffix else "")
+        if kind == "json" and lines_of_objects(stream, (), self.limit):
+            kind = "jsonl"
+        if not kind:
+            kind, noted, detail = recognised(stream, self.keys, self.limit)
+            notes += [Note(self.file.name, noted, detail)] if noted else []
+        return kind, notes
 
     def _dropped(self, reason: str, detail: str, record: int, stops: bool = True) -> Batch:
         """A batch of nothing but this drop, which ends the file."""
-        drop = Drop(self.file.name, record, reason, detail, stops)
+        drop = Drop(self.file.name, record, reason, printable(detail), stops)
         return Batch(drops=[drop], cursor=Cursor(self.number + 1), consumed=self.file.num_bytes)
 
     def _drop(self, batch: Batch, reason: str, detail: str, stops: bool = True) -> None:
-        batch.drops.append(Drop(self.file.name, self.record, reason, detail, stops))
+        batch.drops.append(Drop(self.file.name, self.record, reason, printable(detail), stops))
 
     def _add(self, batch: Batch, text: str, record: Any = None) -> None:
         if len(text) > self.limit:
@@ -155,6 +198,9 @@ class _FileReader:
         """The file as one document. A file found in a folder may be no text: that is counted and does not stop."""
         explicit = self.file.explicit
         raw = _read_up_to(stream, self.limit + 1)
+        if zeros := is_binary(raw):
+            yield self._dropped("zero bytes", f"{zeros:,} {ZERO_BYTES}.", 0, explicit)
+            return
         if len(raw) > self.limit:
             detail = f"{self._too_large(len(raw))} Or convert the file to .jsonl."
             yield self._dropped("too large", detail, 0, explicit)
@@ -169,11 +215,12 @@ class _FileReader:
         yield batch
 
     def _jsonl(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        digest = xxhash.xxh3_128() if self.file.name == STDIN else None
+        digest = xxhash.xxh3_128() if self.file.once else None
         stream.skip(begin.offset, digest.update if digest else None)
         if digest and begin.digest and digest.hexdigest() != begin.digest:
             raise BadStream("is not the input that the work began with; give the same again, or --overwrite")
         offset, carry, ended, lost = begin.offset, b"", False, 0  # lost: bytes so far of a line that is too long
+        zeros = False  # that line begins with zero bytes, or goes on with them
         while not ended:
             data = stream.read(_BLOCK_BYTES)
             ended = not data
@@ -186,7 +233,10 @@ class _FileReader:
                 if not newline and not ended:
                     continue
                 self.record += 1
-                self._drop(batch, "too large", f"a line of {lost:,} bytes, {self._too_large(lost)}")
+                if zeros:
+                    self._drop(batch, "zero bytes", f"a line of {lost:,} bytes with {ZERO_BYTES}.")
+                else:
+                    self._drop(batch, "too large", f"a line of {lost:,} bytes, {self._too_large(lost)}")
                 offset, lost = offset + lost, 0
             head, newline, tail = data.rpartition(b"\n")
             block = carry + head if newline else carry if ended else b""
@@ -199,7 +249,7 @@ class _FileReader:
             batch.cursor = Cursor(self.number, offset, self.record, digest.hexdigest() if digest else "")
             batch.consumed = stream.consumed()
             if len(carry) > self.limit + 1:  # nothing of it is handed out, so it need not be held to its end
-                lost = len(carry)
+                lost, zeros = len(carry), not (carry[0] and carry[-1])
                 if digest:
                     digest.update(carry)
                 carry = b""
@@ -275,10 +325,6 @@ class _FileReader:
             raise broken
 
     def _json(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        line, newline, _ = stream.peek(_BLOCK_BYTES).partition(b"\n")
-        if newline and _is_object(line.removeprefix(_BOM)):  # JSON lines under the name that Megatron's users give them
-            yield from self._jsonl(stream, begin)
-            return
         yield from self._rows(_after(json_values(stream, self.limit), begin), begin)
 
     def _csv(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
@@ -295,13 +341,6 @@ class _FileReader:
 def _after(rows: Iterator[tuple[Any, int]], begin: Cursor) -> Iterator[tuple[Any, int]]:
     """The rows behind those that are done; these are read again, as nothing says where a row starts."""
     return itertools.islice(rows, begin.offset, None)
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(loads(line), dict)
-    except ValueError:
-        return False
 
 
 def _read_up_to(stream: ByteStream, size: int) -> bytes:

@@ -1,0 +1,61 @@
+"""What was left out and what was noticed while documents were read, counted by kind, with the first of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.data.batch import Batch
+from engine.data.sources import Source
+from engine.errors import cut
+
+_EXAMPLES = 3  # kept of each kind
+
+
+@dataclass
+class Account:
+    """Counts of drops and notes by kind, and the first few of each as text."""
+
+    dropped: dict[str, int] = field(default_factory=dict)
+    noticed: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, batch: Batch) -> list[str]:
+        """Count what a batch has; returns the notes that are the first of their kind, to be told at once."""
+        for drop in batch.drops:
+            self._count(self.dropped, drop.reason, str(drop))
+        return [str(note) for note in batch.notes if self._count(self.noticed, note.kind, str(note)) == 1]
+
+    def _count(self, counts: dict[str, int], kind: str, text: str) -> int:
+        counts[kind] = counts.get(kind, 0) + 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(cut(text))
+        return counts[kind]
+
+    def lines(self) -> list[str]:
+        """A line for each kind, with the first of it."""
+        kinds = [*(("dropped", *item) for item in self.dropped.items())]
+        kinds += [*(("noticed", *item) for item in self.noticed.items())]
+        return [f"{what}: {count:,} {kind}{self._first(kind)}" for what, kind, count in kinds]
+
+    def _first(self, kind: str) -> str:
+        first = next(iter(self.examples.get(kind, [])), "")
+        return f", the first: {first}" if first else ""
+
+    def nothing(self, inputs: Sequence[str | Path], source: Source) -> str:
+        """Why these inputs have no text: what was seen, and what became of it."""
+        unread = sum(file.drop is not None for file in source.files)
+        files = len(source.files) - unread
+        text = f"no text in {cut(', '.join(map(str, inputs))) or 'no inputs'}: {_files(files, 'read')}"
+        empty = sum(not file.num_bytes and not file.once for file in source.files if file.drop is None)
+        text += f" ({empty:,} of 0 bytes)" if empty else ""
+        text += f", {_files(unread, 'not read')}" if unread else ""
+        if source.excluded:
+            text += f", {source.excluded:,} names left out by --include and --exclude"
+        return "\n".join([f"{text}.", *(f"  {line}" for line in self.lines())])
+
+
+def _files(count: int, what: str) -> str:
+    return f"{count:,} {'file was' if count == 1 else 'files were'} {what}"

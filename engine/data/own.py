@@ -1,0 +1,100 @@
+"""Files in an input folder that are no input: what the engine itself wrote there, in this call or an earlier one.
+
+Read as text, a corpus beside its source would count documents twice, or stop at a sidecar without the key. They are
+told by their names and neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REASON = "own file"
+_CORPUS = (".bin", ".idx", ".json")
+_WORK = (".parts", ".work")
+_CLEANED = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+Identity = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a call writes (`outputs`) or needs (`tokenizer`), and the folder where it works, which is passed over."""
+
+    outputs: Sequence[Path] = ()
+    tokenizer: Path | None = None
+    work: Path | None = None
+
+    def details(self) -> dict[Identity, str]:
+        """What to say of each of them that exists; "" for the work folder, which only an unfinished call has."""
+        every: list[tuple[Path | None, str]] = [(path, "this command writes it") for path in self.outputs]
+        if self.tokenizer is not None and self.tokenizer.is_file():
+            every.append((self.tokenizer, "the tokenizer of this command"))
+        every.append((self.work, ""))
+        found = {}
+        for path, detail in every:
+            if path is not None and (stat := _stat(path)) is not None:
+                found[stat.st_dev, stat.st_ino] = detail
+        return found
+
+
+def written_earlier(folder: str, name: str, names: Set[str]) -> str:
+    """What an entry of a folder was to an earlier call; "" for what is none of its files. `names`: all there."""
+
+    def there(stem: str, *suffixes: str) -> bool:
+        return any(stem + suffix in names for suffix in suffixes)
+
+    for suffix in _CORPUS:
+        stem = name.removesuffix(suffix)
+        if stem != name and there(stem, ".bin") and there(stem, ".idx"):
+            return f"it belongs to the corpus {stem}.bin"
+    for suffix in ("-skipped.jsonl", "-dropped.jsonl", "-tokenizer"):
+        stem = name.removesuffix(suffix)
+        if stem != name and there(stem, "-report.json"):
+            return f"it belongs to the report {stem}-report.json"
+    stem = name.removesuffix("-report.json")
+    if stem != name and there(stem, "-dropped.jsonl", "-skipped.jsonl", "-train.idx", ".idx"):
+        return f"the report on {stem}"
+    if "tokenizer.json" in names:
+        from engine.data.tokenizer import FILES
+
+        if name in FILES:
+            return "it belongs to a tokenizer"
+    if name.endswith(_WORK) and os.path.isfile(os.path.join(folder, name, "settings.json")):
+        return "unfinished work of another call"
+    return ""
+
+
+def cleaned_copies(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(a cleaned file, what it was made from) where both are among `names`, by the report that `engine clean` left."""
+    sources = {name: made_from for name in names if (made_from := _sources(name))}
+    every = {os.path.realpath(name): name for name in names} if sources else {}
+    for name, made_from in sources.items():
+        real = os.path.realpath(name)
+        for other, shown in every.items():
+            if other != real and any(other == path or other.startswith(path + os.sep) for path in made_from):
+                yield name, shown
+                break
+
+
+def _sources(name: str) -> list[str]:
+    """What a file was cleaned from, by the report beside it; [] for any other file."""
+    stem = next((name.removesuffix(suffix) for suffix in _CLEANED if name.endswith(suffix)), "")
+    if not stem or not os.path.isfile(f"{stem}-dropped.jsonl"):
+        return []
+    try:
+        facts: Any = json.loads(Path(f"{stem}-report.json").read_bytes())
+        return [os.path.realpath(path) for path in facts["inputs"] if isinstance(path, str)]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None

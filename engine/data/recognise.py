@@ -1,0 +1,75 @@
+"""What a file is by its first bytes, where its name does not say: JSON under another name, binary, or text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.data.bytestream import ByteStream
+from engine.data.jsontext import first_element, loads
+from engine.data.values import find, names_in
+
+_BLOCK_BYTES = 1 << 20
+_LINES = 16  # looked at
+_BOM = b"\xef\xbb\xbf"
+
+
+def recognised(stream: ByteStream, keys: Sequence[str], limit: int) -> tuple[str, str, str]:
+    """(format, kind of note, its detail) of a file whose name says nothing; without anything to note both are empty."""
+    quoted = ", ".join(map(repr, keys))
+    if lines_of_objects(stream, keys, limit):
+        return "jsonl", "read as JSON lines", f"its first lines are objects with the key {quoted}"
+    if objects := lines_of_objects(stream, (), limit):
+        detail = f"its lines are JSON objects without the key {quoted}. The keys here are: {names_in(objects[0])}"
+        return "text", "read as one text", f"{detail}; choose among them with --json-key"
+    if has_keys(first_element(stream.peek(_BLOCK_BYTES)), keys):
+        return "json", "read as JSON", f"its first element is an object with the key {quoted}"
+    return "text", "", ""
+
+
+def lines_of_objects(stream: ByteStream, keys: Sequence[str], limit: int) -> list[dict[str, Any]]:
+    """The JSON objects with these keys among the first lines; [] unless most lines are such."""
+    lines = [line for line in _first_lines(stream, limit) if line.strip()]
+    if 2 * sum(line.lstrip()[:1] == b"{" for line in lines) <= len(lines):
+        return []
+    objects = [value for value in map(_value, lines) if isinstance(value, dict) and has_keys(value, keys)]
+    return objects if 2 * len(objects) > len(lines) else []
+
+
+def _first_lines(stream: ByteStream, limit: int) -> list[bytes]:
+    """Whole lines. A first one that may be an object is waited for as long as a document may be."""
+    size = _BLOCK_BYTES
+    head = stream.peek(size).removeprefix(_BOM)
+    if head.lstrip()[:1] == b"{":
+        while b"\n" not in head.lstrip() and len(stream.peek(size)) >= size and size <= limit:
+            size *= 4
+            head = stream.peek(size).removeprefix(_BOM)
+    lines = head.split(b"\n", _LINES)
+    ended = len(stream.peek(size)) < size
+    return lines[:_LINES] if ended and len(lines) <= _LINES else lines[:-1]
+
+
+def _value(line: bytes) -> Any:
+    try:
+        return loads(line)
+    except ValueError:
+        return None
+
+
+def has_keys(value: Any, keys: Sequence[str]) -> bool:
+    """Whether it is an object that has them."""
+    try:
+        return isinstance(value, dict) and all(find(value, key) is not Ellipsis for key in keys)
+    except LookupError:
+        return False
+
+
+def is_binary(raw: bytes) -> int:
+    """How many zero bytes there are, if they are too many for a text: two in a row, or more than one in a hundred."""
+    zeros = raw.count(0)
+    return zeros if zeros and (b"\0\0" in raw or zeros * 100 > len(raw)) else 0
+
+
+def printable(detail: str) -> str:
+    """A detail that any terminal and file takes: what stands in other people's files may be half of a character."""
+    return detail if detail.isascii() else detail.encode("utf-8", "backslashreplace").decode()

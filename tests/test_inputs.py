@@ -1,0 +1,302 @@
+"""What a folder, a glob or a list of inputs has: every file is read once, or stands there with the reason."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+import engine.data.sources as module
+from engine.data.batch import START, Batch, Cursor
+from engine.data.inputs import list_inputs
+from engine.data.own import Own
+from engine.data.sources import Source
+from engine.errors import DataError
+
+
+def line(**record: Any) -> str:
+    return json.dumps(record) + "\n"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(*inputs: str | Path, start: Cursor = START, **how: Any) -> Batch:
+    """All of it as one batch."""
+    whole = Batch()
+    for batch in Source.of(list(inputs), **how).batches(start):
+        whole.extend(batch)
+    return whole
+
+
+def left_out(batch: Batch) -> dict[str, str]:
+    """Base name of each drop -> reason."""
+    return {os.path.basename(drop.file): drop.reason for drop in batch.drops}
+
+
+# ---- folders ----
+
+
+def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
+    write(tmp_path / "real/r.jsonl", line(text="linked"))
+    write(tmp_path / "in/a.jsonl", line(text="a"))
+    write(tmp_path / "in/sub/s.jsonl", line(text="s"))
+    for name, target in {
+        "link": "../real",  # outside
+        "twin": "../real",  # the same again
+        "loop": ".",  # itself
+        "up": "..",  # the parent: its folders are read already, but for none
+        "file.jsonl": "a.jsonl",  # a link to a file is a file
+        "broken.jsonl": "nowhere",
+        "circle": "circle",
+    }.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    batch = read(tmp_path / "in")
+    assert sorted(batch.texts) == ["a", "a", "linked", "s"]
+    assert left_out(batch) == {
+        **{"loop": "linked folder", "twin": "linked folder", "in": "linked folder", "real": "linked folder"},
+        **{"broken.jsonl": "broken link", "circle": "broken link"},
+    }
+    assert not any(drop.stops for drop in batch.drops)
+    assert [(note.kind, note.detail) for note in batch.notes] == [
+        ("read once more", f"the same file as {tmp_path}/in/a.jsonl")
+    ]
+    with pytest.raises(DataError, match="broken link: it leads to nowhere"):
+        list_inputs([tmp_path / "in/broken.jsonl"])
+    assert left_out(read(f"{tmp_path}/in/*")) == {
+        **dict.fromkeys(("link", "twin", "loop", "up", "sub"), "no regular file"),
+        **{"broken.jsonl": "broken link", "circle": "broken link"},
+    }
+
+
+def test_what_is_no_regular_file_is_counted_or_refused_by_its_kind(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.txt", "text")
+    os.mkfifo(tmp_path / "in/pipe.jsonl")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "in/socket"))
+        batch = read(tmp_path / "in")
+        assert batch.texts == ["text"] and left_out(batch) == {
+            "pipe.jsonl": "no regular file",
+            "socket": "no regular file",
+        }
+        assert "it is a pipe" in str(batch.drops[0]) and "it is a socket" in str(batch.drops[1])
+        with pytest.raises(DataError, match="is a socket, which cannot be read"):
+            list_inputs([tmp_path / "in/socket"])
+    with pytest.raises(DataError, match=r"/dev/null: is a device"):
+        list_inputs(["/dev/null"])
+    with pytest.raises(DataError, match=r"pipe\.jsonl is given more than once"):
+        list_inputs([tmp_path / "in/pipe.jsonl"] * 2)
+    assert list_inputs([tmp_path / "in"], include=["*.md"], exclude=["socket*"]).excluded == 3
+
+
+@pytest.mark.parametrize("packing", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
+def test_a_pipe_that_is_named_is_read_as_standard_input_is(
+    tmp_path: Path, packing: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 100)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)
+    texts = [f"document {i}" for i in range(300)]
+    data = packing("".join(line(text=text) for text in texts).encode())
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def batches(data: bytes, start: Cursor = START) -> list[Batch]:
+        writer = threading.Thread(target=pipe.write_bytes, args=(data,))
+        writer.start()
+        found = list(Source.of([pipe]).batches(start))
+        writer.join()
+        return found
+
+    found = batches(data)
+    assert len(found) > 2 and [text for batch in found for text in batch.texts] == texts
+    assert [text for batch in batches(data, found[0].cursor) for text in batch.texts] == texts[len(found[0].texts) :]
+    other = batches(packing(b"".join(line(text=f"other {i}").encode() for i in range(300))), found[0].cursor)
+    assert "is not the input that the work began with" in str(other[0].drops[0])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert read("-").texts == texts
+
+
+def test_files_that_may_not_be_read_stop(tmp_path: Path) -> None:
+    """As another user where the tests run as root."""
+    write(tmp_path / "in/a.txt", "text")
+    write(tmp_path / "in/secret.txt", "text").chmod(0)
+    write(tmp_path / "in/shut/b.txt", "text")
+    write(tmp_path / "in/blind/c.txt", "text")  # its names can be listed, its files not be reached
+    (tmp_path / "in/shut").chmod(0)
+    (tmp_path / "in/blind").chmod(0o444)
+    for folder in (tmp_path, *list(tmp_path.parents)[:-2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    script = "import os, sys, engine.data.sources as s\nlist(s.Source.of([sys.argv[1]]).batches())\n"
+    script += "if not os.getuid(): os.setuid(65534)\n"
+    script += "b = [b for b in s.Source.of([sys.argv[1]]).batches()]\n"
+    script += "print([t for x in b for t in x.texts], *[f'{d}|{d.stops}' for x in b for d in x.drops], sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "in")], capture_output=True, text=True)
+    for folder in ("shut", "blind"):
+        (tmp_path / "in" / folder).chmod(0o755)
+    assert done.stdout.splitlines() == [
+        "['text']",
+        f"{tmp_path}/in/secret.txt: cannot be read: Permission denied; check its permissions|True",
+        f"{tmp_path}/in/blind/c.txt: cannot be read: Permission denied; check its permissions|True",
+        f"{tmp_path}/in/shut: cannot be read: cannot list this folder: Permission denied. "
+        "Exclude it or fix its permissions.|True",
+    ], done.stderr
+
+
+def test_a_second_read_of_a_file_is_told(tmp_path: Path) -> None:
+    a = write(tmp_path / "in/a.jsonl", line(text="a"))
+    os.link(a, tmp_path / "hard.jsonl")
+    (tmp_path / "soft.jsonl").symlink_to(a)
+    write(tmp_path / "in/b.jsonl", line(text="b"))
+    given = [tmp_path / "in", a, tmp_path / "hard.jsonl", tmp_path / "soft.jsonl", f"{tmp_path}/in/b*", f"file://{a}"]
+    batch = read(*given)
+    assert batch.texts == ["a", "b", "a", "a", "a", "b", "a"]  # on purpose, it may be
+    assert Counter(note.kind for note in batch.notes) == {"read once more": 5}
+    assert [note.detail.split("/")[-1] for note in batch.notes] == ["a.jsonl"] * 3 + ["b.jsonl", "a.jsonl"]
+
+
+# ---- own files ----
+
+
+def test_what_the_engine_wrote_is_no_input(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", line(text="a"))
+    earlier = ("x-train.bin", "x-train.idx", "x-train.json", "x-report.json", "x-skipped.jsonl")
+    for name in (*earlier, "tok/tokenizer.json", "tok/merges.txt", "x-tokenizer/any.txt", "y.parts/settings.json"):
+        write(tmp_path / name, "{}\n")
+    write(tmp_path / "y.parts/train.lengths", "1")
+    batch = read(tmp_path)
+    names = {*earlier, "tokenizer.json", "merges.txt", "x-tokenizer", "y.parts"}
+    assert batch.texts == ["a"] and left_out(batch) == dict.fromkeys(names, "own file")
+    assert not any(drop.stops for drop in batch.drops)
+    assert left_out(read(f"{tmp_path}/*.json*")) == dict.fromkeys([n for n in earlier if ".js" in n], "own file")
+    # What only looks like it is read.
+    write(tmp_path / "other/x.json", line(text="b"))
+    write(tmp_path / "other/y-report.json", line(text="c"))
+    assert read(tmp_path / "other").texts == ["b", "c"]
+    # What this call writes; the folder it works in is there only if it was killed, and is no news.
+    mine = Own([tmp_path / "other/x.json", tmp_path / "none"], tmp_path / "other/z.model", tmp_path / "other/o.parts")
+    write(tmp_path / "other/z.model", "text")
+    write(tmp_path / "other/o.parts/settings.json", "{}")
+    batch = read(tmp_path / "other", mine=mine)
+    assert batch.texts == ["c"] and left_out(batch) == dict.fromkeys(["x.json", "z.model"], "own file")
+    with pytest.raises(DataError, match=r"x\.json is an input and would be written too"):
+        read(tmp_path / "other/x.json", mine=mine)
+
+
+def test_a_cleaned_copy_beside_its_source_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", line(text="a"))
+    write(tmp_path / "clean.jsonl", line(text="a", file="a.jsonl", record=1))
+    write(tmp_path / "clean-dropped.jsonl", line(file="a.jsonl", record=2, reason="x"))
+    write(tmp_path / "clean-report.json", json.dumps({"inputs": [str(tmp_path)]}))
+    batch = read(tmp_path)
+    assert batch.texts == ["a"] and set(left_out(batch)) == {"clean.jsonl", "clean-dropped.jsonl", "clean-report.json"}
+    assert f"the cleaned text of {tmp_path}/a.jsonl, which is read" in "".join(map(str, batch.drops))
+    (tmp_path / "a.jsonl").unlink()
+    batch = read(tmp_path)
+    assert batch.texts == ["a"] and set(left_out(batch)) == {"clean-dropped.jsonl", "clean-report.json"}
+
+
+# ---- what a file is ----
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json.1", "a.data", "a", "a.log.gz", "a.JSONL.bak.zst"])
+def test_json_lines_under_another_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(Path(name).suffix, bytes)
+    texts = [f"text {i}" for i in range(40)]
+    lines = [line(id=float("nan"), text=text) for text in texts]
+    file = write(tmp_path / name, pack(("\n" + "".join(lines)).encode()))
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 300)
+    batches = list(Source.of([file]).batches())
+    assert [text for batch in batches for text in batch.texts] == texts
+    assert [note.kind for batch in batches for note in batch.notes] == ["read as JSON lines"]
+    for number, batch in enumerate(batches):  # found out again, and told once
+        rest = read(file, start=batch.cursor)
+        assert [*(text for done in batches[: number + 1] for text in done.texts), *rest.texts] == texts
+        assert not rest.notes
+    assert len(read(file, format="text").texts) == 1
+    # One torn line is a torn line, not another kind of file.
+    file.write_bytes(pack("".join([lines[0][:9] + "\n", *lines[1:3]]).encode()))
+    batch = read(file)
+    assert batch.texts == texts[1:3] and [drop.reason for drop in batch.drops] == ["malformed JSON"]
+    # Without the key it is a text as any other, and that is told too.
+    batch = read(file, keys=("body",))
+    assert len(batch.texts) == 1
+    assert "read as one text: its lines are JSON objects without the key 'body'. The keys here are: id, text" in str(
+        batch.notes[0]
+    )
+
+
+def test_json_under_another_name_and_text_that_looks_like_it(tmp_path: Path) -> None:
+    long = "x" * (3 << 20)
+    for content, texts, notes in (
+        (f' [{line(text="a")}, {{"text": "b"}}]', ["a", "b"], ["read as JSON"]),
+        (line(text=long) + line(text="b"), [long, "b"], ["read as JSON lines"]),
+        (line(text="a").strip(), ["a"], ["read as JSON lines"]),
+        ("[1, 2]\n", None, []),
+        ("[link](x)\n{text}\n", None, []),
+        ('{"text": "an example"}\nprose\nmore of it\n', None, []),
+        ("{\n", None, []),
+        ("", [""], []),
+    ):
+        batch = read(write(tmp_path / "a.md", content))
+        assert batch.texts == ([content] if texts is None else texts), content[:40]
+        assert [note.kind for note in batch.notes] == notes, content[:40]
+    # .json whose first line alone is torn is still JSON lines
+    batch = read(write(tmp_path / "a.json", '{"text": "a\n' + line(text="b") + line(text="c")))
+    assert batch.texts == ["b", "c"] and [drop.record for drop in batch.drops] == [1]
+
+
+def test_zero_bytes_are_no_text(tmp_path: Path) -> None:
+    for name, content, texts, record in (
+        ("a.txt", b"text\n" + b"\0" * 5000, [], 0),
+        ("b.txt", b"\0" * 300_000, [], 0),  # longer than a document may be
+        ("utf16.txt", "a text".encode("utf-16-le"), [], 0),
+        ("one.txt", b"one \0 in a text " + b"x" * 100, ["one \0 in a text " + "x" * 100], None),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "to' + b"\0" * 5000, ["a"], 2),
+        ("b.jsonl", b'{"text": "a"}\n' + b"\0" * 300_000, ["a"], 2),
+        ("c.jsonl", b'{"text": "a"}\n' + b"\0" * 300 + b'{"text": "b"}\n{"text": "c"}', ["a", "c"], 2),
+        ("a.csv", b"text\na\n" + b"\0" * 50, ["a"], 2),
+    ):
+        batch = read(write(tmp_path / name, content), max_document_bytes=100_000)
+        assert batch.texts == texts, name
+        drops = [(drop.reason, drop.record, drop.stops) for drop in batch.drops]
+        assert drops == ([] if record is None else [("zero bytes", record, True)]), name
+    batch = read(write(tmp_path / "a.json", b'[{"text": "a"}]\n' + b"\0" * 300))
+    assert batch.texts == ["a"] and "zero bytes after the end" in str(batch.drops[0])
+    assert not read(tmp_path, include=["b.txt"]).drops[0].stops  # found in a folder
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)
+    for grows in (True, False):
+        file = write(tmp_path / "a.jsonl", "".join(line(text=f"text {i}") for i in range(3000)))
+        batches = Source.of([file]).batches()
+        whole = next(batches)
+        if grows:
+            with open(file, "a") as more:
+                more.write(line(text="more"))
+        else:
+            os.truncate(file, file.stat().st_size - 1000)
+        for batch in batches:
+            whole.extend(batch)
+        told = [*whole.notes, *(drop for drop in whole.drops if drop.record == 0)]
+        assert len(told) == 1 and "changed while it was read: it had" in str(told[0])
+        assert (whole.texts[-1] == "more") is grows
+        assert bool(whole.notes) is grows  # what is gone is a fault, what came is not
+        assert grows or any(drop.stops for drop in whole.drops)

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import tokenizers
 
 from engine.data.indexed import IndexedDataset
 from engine.data.tokenizer import Tokenizer
+from engine.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of tools/preprocess_data.py and its tokenizer arguments (Megatron-LM 0.20), and of older ones.
+OPTIONS = """
+--input --json-keys --split-sentences --keep-newlines --append-eod --lang --output-prefix --workers
+--find-optimal-num-workers --workers-to-check --max-documents --performance-dir --partitions --log-interval
+--keep-sequential-samples --vocab-size --padded-vocab-size --no-pad-vocab-size --vocab-file --merge-file
+--vocab-extra-ids --tokenizer-type --tokenizer-model --tokenizer-metadata --tokenizer-special-tokens
+--tiktoken-pattern --tiktoken-num-special-tokens --tokenizer-sentencepiece-legacy --trust-remote-code
+--tokenizer-sentencepiece-ignore-extra-whitespaces --tokenizer-hf-no-use-fast --null-tokenizer-eod-id
+--tokenizer-hf-no-include-special-tokens --null-tokenizer-pad-id --chat-template --use-gigatoken
+--dataset-impl --chunk-size --make-vocab-size-divisible-by --tiktoken-special-tokens
+"""
 TEXTS = [f"a text with the number {i} in it" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("preprocess_data", ROOT / "tools/preprocess_data.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -29,10 +54,15 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def stored(prefix: Path) -> list[list[int]]:
+    data = IndexedDataset(prefix)
+    return [data[i].tolist() for i in range(len(data))]
+
+
 def test_a_command_of_megatron_works_as_it_is(corpus: Path) -> None:
     options = ["--input", corpus / "in.json", "--output-prefix", corpus / "my", "--json-keys", "text", "title"]
     options += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", corpus / "tok", "--append-eod"]
-    done = call(*options, "--workers", "1", "--partitions", "2", "--log-interval", "10")
+    done = call(*options, "--workers", "1", "--partitions", "2", "--log-interval", "10", "--dataset-impl", "mmap")
     assert done.returncode == 0, done.stderr
     assert "note: --partitions has no meaning here" in done.stdout
     chosen = Tokenizer.load(corpus / "tok")
@@ -41,19 +71,83 @@ def test_a_command_of_megatron_works_as_it_is(corpus: Path) -> None:
         assert [list(data[i]) for i in range(len(data))] == [[*chosen.encode(text), chosen.eod] for text in texts]
     again = call(*options)
     assert again.returncode == 1 and "so this is done" in again.stderr
-    plain = call(*options[:4], "--tokenizer-model", corpus / "tok", "--overwrite")
-    assert plain.returncode == 0, plain.stderr
-    data = IndexedDataset(corpus / "my_text_document")
-    assert list(data[0]) == chosen.encode(TEXTS[0])  # without --append-eod there is none, as with Megatron
 
 
-def test_everything_refused_is_told_at_once(corpus: Path) -> None:
+def test_the_commands_of_the_readme(corpus: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPT-2's and BERT's files under their names there, and input under any name, as JSON lines."""
+    (corpus / "in.json").rename(corpus / "my-corpus.txt")
+    head = ["--input", str(corpus / "my-corpus.txt"), "--output-prefix", str(corpus / "my"), "--workers", "2"]
+    made = Tokenizer.train(iter(TEXTS), 300)
+    made.save(corpus / "tok")
+    model = tokenizers.Tokenizer.from_file(str(corpus / "tok/tokenizer.json")).model
+    model.save(str(corpus), "gpt2")
+    gpt2 = ["--vocab-file", str(corpus / "gpt2-vocab.json"), "--merge-file", str(corpus / "gpt2-merges.txt")]
+    assert script.main([*head, *gpt2, "--tokenizer-type", "GPT2BPETokenizer", "--append-eod"]) == 0
+    assert stored(corpus / "my_text_document") == [[*made.encode(text), made.eod] for text in TEXTS]
+    (corpus / "bert-vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "A", "text"]))
+    bert = [*head, "--vocab-file", str(corpus / "bert-vocab.txt"), "--overwrite", "--tokenizer-type"]
+    (corpus / "my-corpus.txt").write_text('{"text": "A text"}\n')
+    for kind, ids in {"BertWordPieceLowerCase": [4, 6], "BertWordPieceCase": [5, 6]}.items():
+        assert script.main([*bert, kind]) == 0 and stored(corpus / "my_text_document") == [ids]
+    assert "without [CLS] and [SEP]" in capsys.readouterr().out
+
+
+def test_a_begin_token_as_the_template_has_it(
+    corpus: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Tokenizer.train(iter(TEXTS), 300, special_tokens=("</s>", "<s>", "[CLS]"))
+    made.save(corpus / "tok")
+    definition = json.loads((corpus / "tok/tokenizer.json").read_text())
+    head = ["--input", str(corpus / "in.json"), "--output-prefix", str(corpus / "my"), "--overwrite"]
+    head += ["--tokenizer-model", str(corpus / "tok"), "--tokenizer-type", "HuggingFaceTokenizer"]
+
+    def first(template: str, *more: str) -> tuple[int, list[int]]:
+        processor = tokenizers.processors.TemplateProcessing(template, None, [("<s>", 1), ("[CLS]", 2)])
+        definition["post_processor"] = json.loads(processor.__getstate__())
+        (corpus / "tok/tokenizer.json").write_text(json.dumps(definition))
+        code = script.main([*head, *more])
+        return code, stored(corpus / "my_text_document")[0] if not code else []
+
+    ids = made.encode(TEXTS[0])
+    assert first("$A") == (0, ids) and first("$A", "--prepend-bos") == (0, [1, *ids])
+    assert first("<s> $A") == (0, [1, *ids]) and "(BOS), which Megatron stores" in capsys.readouterr().out
+    assert first("<s> $A", "--tokenizer-hf-no-include-special-tokens") == (0, ids)
+    assert first("[CLS] $A <s>") == (2, []) and "puts the tokens [2] before and [1] behind" in capsys.readouterr().err
+    assert first("[CLS] $A") == (2, [])
+
+
+def faults(script: ModuleType, *arguments: Any) -> dict[str, str]:
+    with pytest.raises(ConfigError) as error:
+        script.parse([*map(str, arguments)])
+    return {fault.path: f"{fault.relation}. {fault.repair}" for fault in error.value.faults}
+
+
+def test_everything_refused_is_told_at_once(corpus: Path, script: ModuleType) -> None:
     options = ["--input", corpus / "in.json", "--output-prefix", corpus / "my", "--tokenizer-model", corpus / "tok"]
-    more = ["--split-sentences", "--merge-file", "m.txt", "--append-eos", "--tokenizer-type", "GPT2BPETokenizer"]
+    more = ["--split-sentences", "--merge-file", "m.txt", "--append-eos", "--tokenizer-type", "GPT3BPETokenizer"]
     done = call(*options, *more, "--workers", "-1")
-    assert done.returncode == 2 and "configuration has 5 faults" in done.stderr
-    for text in ("--split-sentences", "--merge-file", "Did you mean --append-eod?", "is none of Hugging", "below 0"):
+    assert done.returncode == 2 and "configuration has 4 faults" in done.stderr
+    for text in ("--split-sentences", "Did you mean --append-eod?", "Did you mean GPT2BPETokenizer?", "below 0"):
         assert text in done.stderr
     assert not list(corpus.glob("my*"))
     missing = call(*options[:4], "--tokenizer-model", corpus / "none")
-    assert missing.returncode == 1 and "none: no such file. Give tokenizer.json" in missing.stderr
+    assert missing.returncode == 1 and "none: no such file. Give" in missing.stderr
+    assert set(faults(script)) == {"--input", "--output-prefix", "--tokenizer-model"}
+    assert "invalid int value" in faults(script, *options, "--workers", "x")["arguments"]
+    assert "`engine prepare --json-key KEY" in faults(script, *options[2:], "--input", "x.parquet.gz")["--input"]
+    assert "token ids" in faults(script, *options, "--tokenizer-type", "NullTokenizer")["--tokenizer-type"]
+    assert set(faults(script, *options[:4], "--tokenizer-type", "GPT2BPETokenizer")) == {"--vocab-file"}
+    for wrong in (["--vocab-file", "v.json"], ["--merge-file", "m.txt"], ["--tokenizer-type", "BertWordPieceCase"]):
+        assert len(faults(script, *options, *wrong)) == 1
+    gpt2 = [*options[:4], "--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "v.json"]
+    assert set(faults(script, *gpt2)) == {"--merge-file"}
+
+
+def test_every_option_of_megatron_is_taken_or_refused_by_name(script: ModuleType) -> None:
+    options = OPTIONS.split()
+    found = faults(script, *(f"{option}=1" for option in options if option in script.REFUSED))
+    assert all("not supported here" in found[option] for option in options if option in script.REFUSED)
+    taken = [option for option in options if option not in script.REFUSED]
+    assert "arguments" not in faults(script, *taken[:1], "x", "--no-such-option")
+    text = call("--help").stdout
+    assert all(option in text for option in taken), [option for option in taken if option not in text]

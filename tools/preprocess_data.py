@@ -10,79 +10,193 @@ import argparse
 import difflib
 import sys
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
+from engine.data.inputs import COMPRESSIONS
 from engine.data.prepare import prepare
-from engine.errors import EXIT_OK, ConfigError, EngineError, Fault
+from engine.data.tokenizer import Tokenizer
+from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, Fault
 from engine.monitor.prepared import prepare_progress, show_prepared
 
-TOKENIZER_TYPES = (
-    "HuggingFaceTokenizer",
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-    "TikTokenizer",
-)
-# Every core is used and the order is the input order, whatever these say.
-WITHOUT_MEANING = {"--partitions": 1, "--log-interval": 1, "--keep-sequential-samples": 0}
+# The tokenizer: of which option, and whether BERT's texts are put in lower case first.
+TOKENIZER_TYPES: dict[str, tuple[tuple[str, ...], bool | None]] = {
+    "HuggingFaceTokenizer": (("--tokenizer-model", "--vocab-file"), None),
+    "SentencePieceTokenizer": (("--tokenizer-model",), None),
+    "GPTSentencePieceTokenizer": (("--tokenizer-model",), None),
+    "Llama2Tokenizer": (("--tokenizer-model",), None),
+    "TikTokenizer": (("--tokenizer-model",), None),
+    "GPT2BPETokenizer": (("--vocab-file", "--tokenizer-model"), None),
+    "BertWordPieceLowerCase": (("--vocab-file",), True),
+    "BertWordPieceCase": (("--vocab-file",), False),
+}
+REFUSED_TYPES = {
+    "NullTokenizer": "Its texts are token ids: write them with engine.data.indexed.IndexedWriter.",
+    "NullMultimodalTokenizer": "Its texts are token ids: write them with engine.data.indexed.IndexedWriter.",
+    "MultimodalTokenizer": "Images are not prepared here; for the text alone give HuggingFaceTokenizer.",
+    "SFTTokenizer": "Chat templates are not applied: write the conversations as text first.",
+}
+# Every core is used, the order is the input order, and gigatoken encodes what it can, whatever these say.
+WITHOUT_MEANING = {
+    **{"--partitions": int, "--log-interval": int, "--keep-sequential-samples": None, "--chunk-size": int},
+    **{"--use-gigatoken": None, "--tokenizer-hf-no-use-fast": None, "--keep-newlines": None, "--lang": str},
+}
+_TIKTOKEN = "Write NAME.json with the pattern and the special tokens beside NAME.tiktoken (docs/data.md)."
+_SIZES = "Leave it out: a corpus does not depend on it, and the tokenizer says how many tokens it has."
+_OPTIMAL = "Leave it out: all cores are used."
 REFUSED = {
     "--split-sentences": "Sentences are not split: give a list of strings as the text, or split beforehand.",
-    "--keep-newlines": "It belongs to --split-sentences, which is not there.",
-    "--lang": "It belongs to --split-sentences, which is not there.",
-    "--vocab-file": "Give --tokenizer-model a folder with tokenizer.json, a .model or a .tiktoken file.",
-    "--merge-file": "Give --tokenizer-model a folder with tokenizer.json, a .model or a .tiktoken file.",
-    "--vocab-size": "The tokenizer says how many tokens it has.",
-    "--tiktoken-pattern": "Write NAME.json with the pattern beside NAME.tiktoken (docs/data.md).",
-    "--tiktoken-special-tokens": "Write NAME.json with the special tokens beside NAME.tiktoken (docs/data.md).",
-    "--find-optimal-num-workers": "Leave it out: all cores are used.",
-    "--workers-to-check": "Leave it out: all cores are used.",
+    **dict.fromkeys(("--vocab-size", "--padded-vocab-size", "--pad-vocab-size", "--no-pad-vocab-size"), _SIZES),
+    **dict.fromkeys(("--make-vocab-size-divisible-by", "--tensor-model-parallel-size", "--vocab-extra-ids"), _SIZES),
+    **dict.fromkeys(("--tiktoken-pattern", "--tiktoken-special-tokens", "--tiktoken-num-special-tokens"), _TIKTOKEN),
+    **dict.fromkeys(("--find-optimal-num-workers", "--workers-to-check"), _OPTIMAL),
     "--max-documents": "Give an input of that many lines, such as `head -n N FILE | ... --input -`.",
+    "--num-docs": "Leave it out: progress is told in bytes.",
     "--performance-dir": "Leave it out: the rate is printed and stands in PREFIX_KEY_document-report.json.",
     "--trust-remote-code": "Code from a model repository is never run here; a tokenizer.json does without.",
+    "--chat-template": "Chat templates are not applied: write the conversations as text first.",
+    "--tokenizer-metadata": "Leave it out: the tokenizer's file says what it is.",
+    **dict.fromkeys(
+        ("--tokenizer-special-tokens", "--special-tokens"), "Give a tokenizer that has them, such as a tokenizer.json."
+    ),
+    "--tokenizer-sentencepiece-legacy": "Give a .model that was trained with its special tokens.",
+    "--tokenizer-sentencepiece-ignore-extra-whitespaces": "Leave it out: the .model says what happens to blanks.",
+    **dict.fromkeys(
+        ("--null-tokenizer-eod-id", "--null-tokenizer-pad-id"), "They belong to NullTokenizer, which is not there."
+    ),
+    "--tokenizer-name-or-path": "Give --tokenizer-model its folder; nothing is downloaded.",
+    "--jsonl-keys": "Give --json-keys.",
+    "--ftfy": "Run `engine clean --fix-mojibake` first.",
+    "--no-new-tokens": "Leave it out: no tokens are added.",
 }
+_TABLES = (".parquet", ".arrow", ".csv", ".tsv")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are faults like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([Fault("arguments", "given", message, "See --help.")])
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; raises ConfigError with all that is refused or unknown."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--input", nargs="+", required=True, help="JSON lines, or anything else `engine prepare` reads")
-    parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx, .json")
+    """The arguments; raises ConfigError with all that is refused, missing or unknown."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    types = ", ".join(TOKENIZER_TYPES)
+    parser.add_argument("--input", nargs="+", default=[], help="JSON lines, whatever the names; also .gz .zst .bz2 .xz")
+    parser.add_argument("--output-prefix", default="", help="writes PREFIX_KEY_document.bin, .idx, .json")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="one corpus is written for each of these keys")
-    parser.add_argument(
-        "--tokenizer-model", required=True, type=Path, help="tokenizer.json folder, .model or .tiktoken"
-    )
-    parser.add_argument("--tokenizer-type", default="HuggingFaceTokenizer", help="checked; the file itself decides")
+    parser.add_argument("--tokenizer-model", type=Path, help="a file or folder that `engine prepare --tokenizer` takes")
+    parser.add_argument("--tokenizer-type", default="", help=f"{types}; checked, but the file itself decides")
+    parser.add_argument("--vocab-file", type=Path, help="GPT-2's vocab.json or BERT's vocab.txt, whatever their names")
+    parser.add_argument("--merge-file", type=Path, help="GPT-2's merges.txt")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the tokenizer's BOS")
+    parser.add_argument(
+        "--tokenizer-hf-no-include-special-tokens",
+        action="store_true",
+        help="HuggingFaceTokenizer: without the BOS that its template adds to every text",
+    )
     parser.add_argument("--workers", type=int, default=0, help="threads that encode; 0: one a core")
-    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="as in `engine prepare`")
+    parser.add_argument("--dataset-impl", default="mmap", help="mmap, the only one")
+    parser.add_argument("--on-error", default="stop", help="stop or skip, as in `engine prepare`")
     parser.add_argument("--overwrite", action="store_true", help="as in `engine prepare`")
-    for name, values in WITHOUT_MEANING.items():
-        action = {"action": "store_true"} if not values else {"type": int}
+    for name, kind in WITHOUT_MEANING.items():
+        action = {"action": "store_true"} if kind is None else {"type": kind}
         parser.add_argument(name, help="accepted; has no meaning here", default=None, **action)  # type: ignore[arg-type]
     parsed, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings]
-    faults = [_fault(word.partition("=")[0], known) for word in rest if word.startswith("--")]
+    faults = [_unsupported(word.partition("=")[0], known) for word in rest if word.startswith("--")]
     if not faults and rest:
         faults.append(Fault("argument", rest[0], "belongs to no option", "Leave it out."))
-    if parsed.tokenizer_type not in TOKENIZER_TYPES:
-        text = f"is none of {', '.join(TOKENIZER_TYPES)}"
-        repair = "Give --tokenizer-model a tokenizer.json, .model or .tiktoken file, and leave --tokenizer-type out."
-        faults.append(Fault("--tokenizer-type", parsed.tokenizer_type, text, repair))
-    if parsed.workers < 0:
-        faults.append(Fault("--workers", parsed.workers, "is below 0", "Use 0 for one a core."))
-    if faults:
+    if faults := [*faults, *_faults(parsed)]:
         raise ConfigError(faults)
     return parsed
 
 
-def _fault(option: str, known: Sequence[str]) -> Fault:
+def _unsupported(option: str, known: Sequence[str]) -> Fault:
     if option in REFUSED:
         return Fault(option, "given", "is an option of Megatron-LM that is not supported here", REFUSED[option])
     near = difflib.get_close_matches(option, known, n=1)
     return Fault(option, "given", "is unknown", f"Did you mean {near[0]}?" if near else "See --help.")
+
+
+def _faults(args: argparse.Namespace) -> Iterator[Fault]:
+    if not args.input:
+        yield Fault("--input", "", "names nothing to read", "Give files of JSON lines.")
+    for name in args.input:
+        path = PurePosixPath(name)
+        if PurePosixPath(path.stem if path.suffix in COMPRESSIONS else path.name).suffix.lower() in _TABLES:
+            how = "Megatron's script reads JSON lines: give this to `engine prepare --json-key KEY --input ...`."
+            yield Fault("--input", name, "is a table", how)
+    if not args.output_prefix:
+        yield Fault("--output-prefix", "", "is missing", "Such as --output-prefix corpus/mine.")
+    kind = args.tokenizer_type
+    if kind in REFUSED_TYPES:
+        yield Fault("--tokenizer-type", kind, "is a tokenizer of Megatron-LM that is not here", REFUSED_TYPES[kind])
+    elif kind and kind not in TOKENIZER_TYPES:
+        near = difflib.get_close_matches(kind, TOKENIZER_TYPES, n=1)
+        hint = f"Did you mean {near[0]}? Or leave" if near else "Leave"
+        text = f"is none of {', '.join(TOKENIZER_TYPES)}"
+        yield Fault("--tokenizer-type", kind, text, f"{hint} it out: the tokenizer's file says what it is.")
+    else:
+        yield from _tokenizer_faults(args)
+    if args.dataset_impl != "mmap":
+        yield Fault("--dataset-impl", args.dataset_impl, "is not mmap, the only format", "Leave it out.")
+    if args.workers < 0:
+        yield Fault("--workers", args.workers, "is below 0", "Use 0 for one a core.")
+    if args.on_error not in ("stop", "skip"):
+        yield Fault("--on-error", args.on_error, "is neither stop nor skip", "Leave it out to stop.")
+
+
+def _tokenizer_faults(args: argparse.Namespace) -> Iterator[Fault]:
+    given = {"--tokenizer-model": args.tokenizer_model, "--vocab-file": args.vocab_file}
+    wanted, _ = TOKENIZER_TYPES[args.tokenizer_type or "HuggingFaceTokenizer"]
+    there = [option for option, path in given.items() if path is not None]
+    if len(there) == 2:
+        yield Fault("--vocab-file", str(args.vocab_file), "stands beside --tokenizer-model", "Give one of them.")
+    elif there and there[0] not in wanted:
+        text = f"is not what {args.tokenizer_type} is made of"
+        yield Fault(there[0], str(given[there[0]]), text, f"Give {wanted[0]}.")
+    elif not there:
+        how = f"Give {wanted[0]} a file; nothing is downloaded."
+        yield Fault(wanted[0], "", "is missing: there is no tokenizer", how)
+    if args.merge_file is not None and args.vocab_file is None:
+        yield Fault("--merge-file", str(args.merge_file), "stands without --vocab-file", "Give both, or neither.")
+    if args.tokenizer_type == "GPT2BPETokenizer" and args.vocab_file is not None and args.merge_file is None:
+        yield Fault("--merge-file", "", "is missing: a vocabulary alone does not say how texts are cut", "Give it too.")
+
+
+def adds_bos(args: argparse.Namespace) -> bool:
+    """Whether documents are to begin with BOS: as asked, or as Megatron stores what a Hugging Face template adds.
+
+    Raises ConfigError for a template that adds anything else.
+    """
+    if args.prepend_bos or args.tokenizer_type != "HuggingFaceTokenizer" or args.tokenizer_model is None:
+        return bool(args.prepend_bos)
+    if args.tokenizer_hf_no_include_special_tokens:
+        return False
+    tokenizer = Tokenizer.load(args.tokenizer_model)
+    before, behind = tokenizer.template
+    if not before and not behind:
+        return False
+    if behind or before != [_bos(tokenizer)]:
+        text = f"puts the tokens {before} before and {behind} behind every text, as Megatron stores it"
+        repair = "Give --tokenizer-hf-no-include-special-tokens for the text alone, as that option gives in Megatron."
+        raise ConfigError([Fault("--tokenizer-model", str(args.tokenizer_model), text, repair)])
+    print(
+        f"note: the template of {args.tokenizer_model} begins every text with token {before[0]} (BOS), which Megatron "
+        f"stores, so it is stored; --tokenizer-hf-no-include-special-tokens leaves it out"
+    )
+    return True
+
+
+def _bos(tokenizer: Tokenizer) -> int | None:
+    try:
+        return tokenizer.bos
+    except DataError:
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,18 +206,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in WITHOUT_MEANING:
             if getattr(args, name[2:].replace("-", "_")) is not None:
                 print(f"note: {name} has no meaning here: all cores are used, and the order is the input order")
+        if args.tokenizer_type.startswith("BertWordPiece"):
+            print("note: texts alone are stored, without [CLS] and [SEP] around them and without <extra_id_N> tokens")
         if args.workers:
             from engine.launch import limit_encoder_threads
 
             limit_encoder_threads(args.workers)
+        bos = adds_bos(args)
         for key in args.json_keys:
             with prepare_progress() as progress:
                 report = prepare(
                     args.input,
                     f"{args.output_prefix}_{key}_document",
-                    tokenizer=args.tokenizer_model,
+                    tokenizer=args.tokenizer_model or args.vocab_file,
+                    merges=args.merge_file,
+                    lower_case=TOKENIZER_TYPES[args.tokenizer_type or "HuggingFaceTokenizer"][1],
                     append_eod=args.append_eod,
+                    prepend_bos=bos,
                     json_key=(key,),
+                    format="jsonl",
                     on_error=args.on_error,
                     workers=args.workers,
                     suffixes=("", "-valid", "-test"),

@@ -167,6 +167,13 @@ class Tokenizer:
             f'token that it has in its tokenizer_config.json, "bos_token": "...".'
         )
 
+    @property
+    def template(self) -> tuple[list[int], list[int]]:
+        """Ids that its stored template would put before and behind a text; here they are never added."""
+        whole, plain = self._tokenizer.encode("a").ids, self.encode("a")
+        before = next((k for k in range(len(whole)) if whole[k : k + len(plain)] == plain), len(whole))
+        return whole[:before], whole[before + len(plain) :]
+
     def unknown_bytes(self, text: str) -> int:
         """UTF-8 bytes of `text` that become the unknown token."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)

@@ -21,6 +21,7 @@ from engine.data.prepare import prepare
 from engine.data.report import ProgressEvent
 from engine.data.tokenizer import END_OF_TEXT, Tokenizer
 from engine.errors import DataError
+from engine.monitor.prepared import show_prepared
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # line {i % 7} of ünïcode\n" * (i % 4) for i in range(120)]
 
@@ -214,9 +215,15 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path / "tok").decode(IndexedDataset(tmp_path / "out-train")[0]) == TEXTS[1]
 
 
-@pytest.mark.parametrize("texts", [["only one document"], [""] * 9])
-def test_a_split_without_documents_is_refused(tmp_path: Path, texts: list[str]) -> None:
-    with pytest.raises(DataError, match=r"none with text is in the (train|valid) split"):
+@pytest.mark.parametrize(
+    "texts,words",
+    [
+        (["only one document"], r"none with text is in the (train|valid) split"),
+        ([""] * 9, "All of the 9 documents are"),
+    ],
+)
+def test_a_split_without_documents_is_refused(tmp_path: Path, texts: list[str], words: str) -> None:
+    with pytest.raises(DataError, match=words):
         run(tmp_path, texts)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]  # no tokenizer either: the next try is not refused
 
@@ -241,3 +248,49 @@ def test_preparing_starts_without_torch() -> None:
     program = "import sys, engine.data.prepare, engine.data.train_tokenizer, engine.monitor.prepared, engine.cli\n"
     done = subprocess.run([sys.executable, "-c", program + "assert 'torch' not in sys.modules"], timeout=60)
     assert done.returncode == 0
+
+
+def test_no_documents_is_explained(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path / "tok")
+    (tmp_path / "in").mkdir()
+
+    def why(**options: Any) -> str:
+        with pytest.raises(DataError) as told:
+            prepare([tmp_path / "in"], str(tmp_path / "out"), tokenizer=tmp_path / "tok", **options)
+        assert not list(tmp_path.glob("out*"))
+        return str(told.value)
+
+    assert why() == f"no text in {tmp_path}/in: 0 files were read."
+    (tmp_path / "in/broken.jsonl").symlink_to("nowhere")
+    (tmp_path / "in/empty.txt").touch()
+    (tmp_path / "in/x.log").write_text("text")
+    lines = why(exclude=("*.log",)).splitlines()
+    assert lines[0] == (
+        f"no text in {tmp_path}/in: 1 file was read (1 of 0 bytes), 1 file was not read, "
+        f"1 name was left out by --include and --exclude."
+    )
+    broken = f"  dropped: 1 broken link, the first: {tmp_path}/in/broken.jsonl: broken link: it leads to nowhere"
+    assert lines[1:] == [broken]
+    (tmp_path / "in/a.jsonl").write_text('{"body": "x", "id": 1}\n\n' * 4)
+    lines = why(exclude=("*.log", "empty*"), on_error="skip").splitlines()
+    assert lines[0].startswith(f"no text in {tmp_path}/in: 1 file was read, 1 file was not read, 2 names were left out")
+    assert lines[1:] == [
+        f"  dropped: 4 missing key, the first: {tmp_path}/in/a.jsonl:1: missing key: no key 'text'. "
+        f"The keys here are: body, id; choose among them with --json-key.",
+        f"  dropped: 4 blank line, the first: {tmp_path}/in/a.jsonl:2: blank line",
+        broken,
+    ]
+
+
+def test_what_was_noticed_is_in_the_report(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.save(tmp_path / "tok")
+    file = jsonl(tmp_path / "a.txt", TEXTS)
+    told: list[str] = []
+    report = prepare([file, file], str(tmp_path / "out"), tokenizer=tmp_path / "tok", note=told.append)
+    assert report.noticed == {"read as JSON lines": 2, "read once more": 1} and report.documents_in == 2 * len(TEXTS)
+    assert report.examples["read once more"] == [f"{file}: read once more: the same file as {file}"]
+    assert told == [f"note: {report.examples[kind][0]}" for kind in ("read as JSON lines", "read once more")]
+    show_prepared(report)
+    assert f"noticed: 2 read as JSON lines, the first: {file}: read as JSON lines: its" in capsys.readouterr().out

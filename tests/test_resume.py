@@ -393,3 +393,20 @@ def test_the_command_reads_standard_input_on_any_number_of_workers(tmp_path: Pat
             same_bytes(tmp_path / f"{name}-train.{suffix}", tmp_path / f"out-train.{suffix}")
     wrong = subprocess.run([*command[:-1], "-1"], input=b"", capture_output=True, timeout=100, cwd=ROOT)
     assert wrong.returncode == 2 and b"--workers = -1: is below 0" in wrong.stderr
+
+
+def test_the_output_may_be_inside_the_input_folder(tmp_path: Path, tokenizer: Path) -> None:
+    corpus(tmp_path, [*TEXTS, "BAD", *TEXTS])
+    spoil(tmp_path)
+    with pytest.raises(DataError, match="wrong type"):
+        prepare([tmp_path], str(tmp_path / "out"), tokenizer=tokenizer)
+    assert (tmp_path / "out.parts/settings.json").exists()  # which is no other input
+    notes: list[str] = []
+    report = prepare([tmp_path], str(tmp_path / "out"), tokenizer=tokenizer, on_error="skip", note=notes.append)
+    assert "going on with" in notes[0] and report.dropped == {"wrong type": 1}
+    tokens = (tmp_path / "out-train.bin").read_bytes()
+    again = prepare([tmp_path], str(tmp_path / "out"), tokenizer=tokenizer, on_error="skip", overwrite=True)
+    written = len([path for path in tmp_path.glob("out-*") if path.is_file()]) + 1  # and the tokenizer's folder
+    assert again.dropped == {"own file": written, "wrong type": 1}
+    assert again.examples["own file"][0].endswith("this command writes it")
+    assert (tmp_path / "out-train.bin").read_bytes() == tokens

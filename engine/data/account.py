@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from engine.data.batch import Batch
 from engine.data.sources import Source
@@ -44,18 +42,17 @@ class Account:
         first = next(iter(self.examples.get(kind, [])), "")
         return f", the first: {first}" if first else ""
 
-    def nothing(self, inputs: Sequence[str | Path], source: Source) -> str:
+    def nothing(self, source: Source) -> str:
         """Why these inputs have no text: what was seen, and what became of it."""
         unread = sum(file.drop is not None for file in source.files)
-        files = len(source.files) - unread
-        text = f"no text in {cut(', '.join(map(str, inputs))) or 'no inputs'}: {_files(files, 'read')}"
         empty = sum(not file.num_bytes and not file.once for file in source.files if file.drop is None)
-        text += f" ({empty:,} of 0 bytes)" if empty else ""
-        text += f", {_files(unread, 'not read')}" if unread else ""
+        text = f"no text in {cut(', '.join(source.given)) or 'no inputs'}: "
+        text += _count(len(source.files) - unread, "file", "read") + (f" ({empty:,} of 0 bytes)" if empty else "")
+        text += f", {_count(unread, 'file', 'not read')}" if unread else ""
         if source.excluded:
-            text += f", {source.excluded:,} names left out by --include and --exclude"
+            text += f", {_count(source.excluded, 'name', 'left out by --include and --exclude')}"
         return "\n".join([f"{text}.", *(f"  {line}" for line in self.lines())])
 
 
-def _files(count: int, what: str) -> str:
-    return f"{count:,} {'file was' if count == 1 else 'files were'} {what}"
+def _count(count: int, what: str, done: str) -> str:
+    return f"{count:,} {what} was {done}" if count == 1 else f"{count:,} {what}s were {done}"

@@ -135,8 +135,9 @@ class Work:
     def _add(self, batch: Batch, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> None:
         """Append an encoded batch to its splits; count everything."""
         totals = self.totals
+        for told in totals.account.add(batch):
+            self.job.note(f"note: {told}")
         for drop in batch.drops:
-            totals.dropped[drop.reason] = totals.dropped.get(drop.reason, 0) + 1
             if drop.reason != "blank line":
                 self.parts.skip(_drop_line(drop))
         if batch.texts:
@@ -193,13 +194,17 @@ class Work:
         return rest + self.parts.uncommitted_bytes + 20 * self.totals.documents
 
     def _refuse_empty(self) -> None:
+        if not sum(totals.documents for totals in self.totals.splits.values()):
+            self.parts.discard()
+            empty = f" All of the {self.totals.documents:,} documents are empty." if self.totals.documents else ""
+            raise DataError(self.totals.account.nothing(self.job.source) + empty)
         for split, totals in self.totals.splits.items():
             if totals.documents == 0:
                 self.parts.discard()
                 shares = f"valid_fraction = {self.job.valid_fraction}, test_fraction = {self.job.test_fraction}"
                 raise DataError(
                     f"{self.job.prefix(split)}: of {self.totals.documents} documents none with text is in the "
-                    f"{split} split ({shares}; dropped: {self.totals.dropped}). "
+                    f"{split} split ({shares}). "
                     f"A document is never cut: give more documents, change the fractions (0: none) or the seed."
                 )
 
@@ -233,7 +238,10 @@ class Work:
             eod=self.eod,
             documents_in=self.totals.documents,
             bytes_in=self.totals.consumed,
-            dropped=dict(sorted(self.totals.dropped.items())),
+            dropped=dict(sorted(self.totals.account.dropped.items())),
+            noticed=dict(sorted(self.totals.account.noticed.items())),
+            examples=dict(sorted(self.totals.account.examples.items())),
+            skipped=f"{output}-skipped.jsonl" if (parts.folder / "skipped.jsonl").stat().st_size else "",
             encoder=self.encoder.name,
             encoder_note=self.encoder.note,
             elapsed_s=self.totals.elapsed_s,

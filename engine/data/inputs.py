@@ -144,7 +144,7 @@ class _Lister:
             stat = os.stat(path)
         except (OSError, ValueError) as err:
             if os.path.islink(path):
-                raise DataError(f"{path}: {_broken(path)}. Repair it, or give another input.") from err
+                raise DataError(f"{path}: a broken link: {_broken(path)}. Repair it, or give another input.") from err
             if not isinstance(err, OSError) or err.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise DataError(f"{path}: no such file or folder. Check the path of this input.") from err
             raise DataError(f"{path}: {err.strerror}. Check the path and permissions of this input.") from err
@@ -271,12 +271,12 @@ def _names_in(folder: str) -> Set[str]:
 
 
 def _broken(path: str) -> str:
-    """What is wrong with a link."""
+    """What to say of a link that leads to nothing."""
     try:
         target = os.readlink(path)
     except OSError:
         target = "?"
-    return f"a broken link: it leads to {target}"
+    return f"it leads to {target}"
 
 
 def _shown(file: InputFile) -> str:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from engine.data.batch import Batch
 from engine.data.indexed import paths_of
 from engine.data.keyed import derive_key
+from engine.data.own import Own
 from engine.data.parts import Parts
 from engine.data.report import ProgressEvent
 from engine.data.sources import Source
@@ -21,7 +22,7 @@ from engine.data.tokenizer import FILES, Tokenizer
 from engine.errors import DataError
 
 SPLITS = ("train", "valid", "test")
-_SETTINGS_VERSION = 1
+_SETTINGS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Job:
     @property
     def reads_stdin(self) -> bool:
         return self.source.reads_once
+
+    @property
+    def own(self) -> Own:
+        """What is no input, though it may be in a folder that is one."""
+        return Own(self.targets(), self.tokenizer, self.parts)
 
     @property
     def tokenizer_copy(self) -> Path | None:

@@ -10,11 +10,13 @@ these outlive a kill), which are published under their names when all is there. 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.data.account import Account
 from engine.data.ahead import read_ahead
 from engine.data.encoding import Work
 from engine.data.job import SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
@@ -72,13 +74,8 @@ def prepare(
         raise DataError(f"on_error = {on_error!r}: expected stop or skip")
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
     how: dict[str, Any] = {"keys": keys, "format": format, "max_document_bytes": max_document_bytes}
-    source = Source.of(inputs, include, exclude, **how)
-    if train_vocab_size is not None and source.reads_once:
-        raise DataError(
-            "standard input (-) or a pipe can be read only once: train the tokenizer on a file, or give one"
-        )
     job = Job(
-        source,
+        Source(()),
         output,
         tokenizer,
         merges,
@@ -98,11 +95,22 @@ def prepare(
         progress,
         note,
     )
-    if not job.total and not job.reads_stdin:
-        raise DataError(
-            f"no text in {', '.join(map(str, inputs)) or 'no inputs'} (include {include}, exclude {exclude})"
-        )
+    job = dataclasses.replace(job, source=Source.of(inputs, include, exclude, job.own, **how))
+    if train_vocab_size is not None and job.reads_stdin:
+        raise DataError("standard input (-) and pipes can be read only once: train the tokenizer on files, or give one")
+    _refuse_nothing(job)
     return _run(job)
+
+
+def _refuse_nothing(job: Job) -> None:
+    """Where no input can have text, say so before any work."""
+    if any(file.drop is None and (file.num_bytes or file.once or "://" in file.name) for file in job.source.files):
+        return
+    account = Account()
+    for batch in job.source.batches():
+        stop_at_errors(job, batch)
+        account.add(batch)
+    raise DataError(account.nothing(job.source))
 
 
 def _run(job: Job) -> PrepareReport:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.data.account import Account
 from engine.data.batch import START, Cursor
 
 
@@ -46,7 +47,7 @@ class Totals:
     cursor: Cursor = START
     consumed: int = 0
     documents: int = 0  # that could be read, empty ones too: the number of the next one
-    dropped: dict[str, int] = field(default_factory=dict)
+    account: Account = field(default_factory=Account)
     splits: dict[str, SplitTotals] = field(default_factory=dict)
     fallback: str = ""  # why gigatoken was given up
     elapsed_s: float = 0.0
@@ -54,7 +55,8 @@ class Totals:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Totals:
         splits = {name: SplitTotals(**facts) for name, facts in state["splits"].items()}
-        return cls(**{**state, "cursor": Cursor(**state["cursor"]), "splits": splits})
+        made = {"cursor": Cursor(**state["cursor"]), "account": Account(**state["account"]), "splits": splits}
+        return cls(**{**state, **made})
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class SplitReport:
 @dataclass(frozen=True)
 class PrepareReport:
     """What `prepare` did; also written to PREFIX-report.json. `dropped`: left-out files or lines by reason, each of
-    them with its place in PREFIX-skipped.jsonl."""
+    them with its place in PREFIX-skipped.jsonl (`skipped`; blank lines are not listed). `noticed`: files by what was
+    noticed of them, such as JSON lines under another name. `examples`: the first few of each kind."""
 
     train: SplitReport
     valid: SplitReport | None
@@ -92,6 +95,9 @@ class PrepareReport:
     documents_in: int
     bytes_in: int
     dropped: dict[str, int]
+    noticed: dict[str, int]
+    examples: dict[str, list[str]]
+    skipped: str
     encoder: str
     encoder_note: str
     elapsed_s: float

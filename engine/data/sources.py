@@ -58,7 +58,7 @@ class Source:
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""  # "": by the file's name
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     keep_rest: bool = False  # hand out the other columns of every record too
-
+    given: Sequence[str] = ()  # the inputs as they were named
     excluded: int = 0  # names in folders that --include and --exclude left out
 
     @classmethod
@@ -72,7 +72,7 @@ class Source:
     ) -> Source:
         """Of what list_inputs finds; `how`: the other fields."""
         listing = list_inputs(inputs, include, exclude, mine)
-        return cls(listing.files, excluded=listing.excluded, **how)
+        return cls(listing.files, given=tuple(map(str, inputs)), excluded=listing.excluded, **how)
 
     @property
     def reads_once(self) -> bool:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from engine.data.account import Account
 from engine.data.report import PrepareReport, ProgressEvent, SplitReport
 
 
@@ -77,6 +78,8 @@ def show_prepared(report: PrepareReport) -> None:
         + (f" ({report.encoder_note})" if report.encoder_note else ""),
         markup=False,
     )
-    for reason, count in report.dropped.items():
-        console.print(f"dropped: {count:,} {reason}", markup=False)
+    for line in Account(report.dropped, report.noticed, report.examples).lines():
+        console.print(line, markup=False)
+    if report.skipped:
+        console.print(f"what was dropped is listed in {report.skipped}", markup=False)
     console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")

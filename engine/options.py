@@ -185,6 +185,8 @@ class Clean:
     """inside folders, leave out names and subfolders that match one of these"""
     json_key: tuple[str, ...] = ("text",)
     """key or column of the text; several are joined by a newline to one document"""
+    format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
+    """what the inputs are, whatever their names; empty: as for `engine prepare`"""
     keep_columns: bool = True
     """write the other columns of every record too (id, url, date, ...), as they are: rules look at the text alone"""
     on_error: Literal["stop", "skip"] = "stop"

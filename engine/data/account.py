@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from engine.data.batch import Batch
 from engine.data.sources import Source
-from engine.errors import cut
+from engine.errors import DataError, cut
 
 _EXAMPLES = 3  # kept of each kind
 
@@ -52,6 +52,17 @@ class Account:
         if source.excluded:
             text += f", {_count(source.excluded, 'name', 'left out by --include and --exclude')}"
         return "\n".join([f"{text}.", *(f"  {line}" for line in self.lines())])
+
+
+def unreadable(source: Source, skip_errors: bool) -> DataError:
+    """The error for inputs that have no text, as all of them are left out or empty."""
+    account = Account()
+    for batch in source.batches():
+        for drop in batch.drops:
+            if drop.stops and not skip_errors:
+                return drop.refuse()
+        account.add(batch)
+    return DataError(account.nothing(source))
 
 
 def _count(count: int, what: str, done: str) -> str:

@@ -8,6 +8,11 @@ from typing import Any
 from engine.errors import DataError
 
 
+def printable(text: str) -> str:
+    """A text that any terminal and file takes: names and keys of other people's files may hold halves of characters."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class Drop:
     """Something that was not handed out: `record` is its line, row or element (0: the file), counted from 1.
@@ -24,7 +29,7 @@ class Drop:
 
     def __str__(self) -> str:
         place = f"{self.file}{f':{self.record}' if self.record else ''}"
-        return ": ".join(part for part in (place, self.reason, self.detail) if part)
+        return printable(": ".join(part for part in (place, self.reason, self.detail) if part))
 
     def refuse(self) -> DataError:
         """The error that stops at this fault."""
@@ -40,7 +45,7 @@ class Note:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.kind}: {self.detail}"
+        return printable(f"{self.file}: {self.kind}: {self.detail}")
 
 
 @dataclass(frozen=True)

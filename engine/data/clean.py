@@ -33,14 +33,17 @@ import numpy.typing as npt
 import orjson
 import zstandard
 
-from engine.data.batch import Batch, Drop
+from engine.data.account import unreadable
+from engine.data.batch import Batch, Drop, printable
 from engine.data.clean_part import PartWriter, drop_line
+from engine.data.clean_report import INPUT, report_of
 from engine.data.cleaner import Cleaner, Counts, Place, Rules, text_size
-from engine.data.contamination import Evaluations, files_of
+from engine.data.contamination import files_of
 from engine.data.duplicates import earliest
 from engine.data.executors import run_elsewhere, slurm_is_at_work
 from engine.data.inputs import list_inputs
 from engine.data.jsontext import loads
+from engine.data.own import Own
 from engine.data.report import ProgressEvent
 from engine.data.sources import Source
 from engine.data.workfolder import disk, work_folder
@@ -104,6 +107,7 @@ def clean(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     json_key: Sequence[str] = ("text",),
+    format: str = "",
     keep_columns: bool = True,
     on_error: str = "stop",
     tasks: int = 1,
@@ -118,8 +122,10 @@ def clean(
     `keep_columns`: what the records hold beside the text is written too, as it is; rules look at the text alone.
     """
     began = time.monotonic()
-    source = Source.of(inputs, include, exclude, keys=tuple(json_key), keep_rest=keep_columns)
-    job = Job(source, output, rules, tasks, on_error == "skip", dropped_text)
+    job = Job(Source(()), output, rules, tasks, on_error == "skip", dropped_text)
+    mine = Own(job.targets, None, job.work)
+    source = Source.of(inputs, include, exclude, mine, keys=tuple(json_key), format=format, keep_rest=keep_columns)
+    job = dataclasses.replace(job, source=source)
     _check(job, executor, overwrite)
     Cleaner(rules)  # a missing package or evaluation file is told before any work
     if slurm_is_at_work(job.work):
@@ -137,15 +143,12 @@ def _check(job: Job, executor: str, overwrite: bool) -> None:
         raise DataError(f"{job.output}: the output has to end in {', '.join(SUFFIXES)}. Choose such a name.")
     if job.tasks < 1:
         raise DataError(f"tasks = {job.tasks}: at least 1 is needed.")
-    if not job.source.files:
-        raise DataError("no file to read: all inputs are empty folders, or --include and --exclude leave nothing.")
-    names = {os.path.realpath(file.name) for file in job.source.files}
-    if mine := [path for path in job.targets if os.path.realpath(path) in names]:
-        raise DataError(f"{mine[0]} is an input and would be written too. Choose an output outside the inputs.")
     _refuse_existing(job, overwrite)
     if executor != "here" and job.source.reads_once:
         raise DataError(f"standard input cannot be read by tasks of executor {executor}, and no pipe. Give files.")
     files_of(job.rules.decontaminate)
+    if all(file.drop for file in job.source.files):
+        raise unreadable(job.source, job.skip_errors)
 
 
 def _refuse_existing(job: Job, overwrite: bool) -> None:
@@ -164,6 +167,7 @@ def _facts(job: Job) -> dict[str, Any]:
         "inputs": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in source.files],
         "evaluation files": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in evaluations],
         "json keys": list(source.keys),
+        "format": source.format,
         "keep columns": source.keep_rest,
         "rules": dataclasses.asdict(job.rules),
         "tasks": job.tasks,
@@ -245,8 +249,11 @@ def _clean_batch(job: Job, batch: Batch, source: Source, first: int, cleaner: Cl
         if drop.stops and not job.skip_errors:
             raise DataError(f"{drop} Repair the input, or leave such documents out with --on-error skip.")
         _count_drop(drop, cleaner.counts, part)
+    for note in batch.notes:
+        cleaner.counts.noticed[note.kind] += 1
+        cleaner.counts.sample(f"noticed: {note.kind}", Place(printable(note.file), 0), detail=note.detail)
     for text, (number, record), rest in zip(batch.texts, batch.where, batch.rest or itertools.repeat({})):
-        place = Place(source.files[number].name, record)
+        place = Place(printable(source.files[number].name), record)
         cleaned, reason, detail = cleaner.clean(text, place)
         if reason:
             part.drop(reason, detail, place, text)
@@ -257,11 +264,11 @@ def _clean_batch(job: Job, batch: Batch, source: Source, first: int, cleaner: Cl
 
 def _count_drop(drop: Drop, counts: Counts, part: PartWriter) -> None:
     """Something that could not be read: it is no document, but it is not lost in silence either."""
-    counts.dropped[f"input: {drop.reason}"] += 1
+    counts.dropped[f"{INPUT}{drop.reason}"] += 1
     if drop.reason != "blank line":
-        place = Place(drop.file, drop.record)
-        counts.sample(f"dropped: input: {drop.reason}", place, detail=drop.detail)
-        part.drop(f"input: {drop.reason}", drop.detail, place, "")
+        place = Place(printable(drop.file), drop.record)
+        counts.sample(f"dropped: {INPUT}{drop.reason}", place, detail=drop.detail)
+        part.drop(f"{INPUT}{drop.reason}", drop.detail, place, "")
 
 
 # ---- all parts ----
@@ -280,7 +287,8 @@ def _merge(job: Job, progress: Callable[[ProgressEvent], None] | None, began: fl
     with disk(job.work, lambda: _output_bytes(job, counts.text_bytes)):
         try:
             kept = _write_outputs(job, parts, sizes, exact, near, list(outputs.values()), counts, progress)
-            report = _report(job, counts, kept, time.monotonic() - began)
+            report = report_of(job.source, job.output, job.rules, job.tasks, counts, kept)
+            report["elapsed_s"] = time.monotonic() - began
             outputs[job.target("report.json")] = job.work / "report"
             write_synced(job.work / "report", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
         except BaseException:
@@ -335,7 +343,7 @@ def _write_kept(
     def place_of(document: int) -> Place:
         part = int(np.searchsorted(starts, document, "right")) - 1
         file, record, _ = tables[part][document - starts[part]]
-        return Place(job.source.files[int(file)].name, int(record))
+        return Place(printable(job.source.files[int(file)].name), int(record))
 
     for part in parts:
         for line in _lines(part / "kept.jsonl.zst"):
@@ -379,39 +387,3 @@ def _output(path: Path, suffix: str) -> Iterator[IO[bytes]]:
         else:
             yield raw
         sync_file(raw)
-
-
-def _report(job: Job, counts: Counts, kept: tuple[int, int], elapsed_s: float) -> dict[str, Any]:
-    rules = job.rules
-    evaluations = Evaluations.read(rules.decontaminate, rules.decontaminate_keys, rules.decontaminate_words)
-    return {
-        "output": job.output,
-        "files_in": len(job.source.files),
-        "documents_in": counts.documents,
-        "text_bytes_in": counts.text_bytes,
-        "documents_kept": kept[0],
-        "text_bytes_kept": kept[1],
-        "dropped": dict(sorted(counts.dropped.items())),
-        "dropped_text_bytes": dict(sorted(counts.dropped_bytes.items())),
-        "changed": dict(sorted(counts.changed.items())),
-        "other_columns": "kept" if job.source.keep_rest else "left out",
-        "renamed_columns": dict(sorted(counts.renamed.items())),
-        "pii": {
-            "mode": job.rules.pii,
-            "findings": dict(sorted(counts.pii_findings.items())),
-            "documents": dict(sorted(counts.pii_documents.items())),
-        },
-        "evaluations": [
-            {
-                "file": name,
-                "items": items,
-                "too_short_to_look_for": short,
-                "documents_dropped": counts.contaminated[name],
-            }
-            for name, items, short in zip(evaluations.files, evaluations.items, evaluations.short_items)
-        ],
-        "samples": dict(sorted(counts.samples.items())),
-        "rules": dataclasses.asdict(job.rules),
-        "tasks": job.tasks,
-        "elapsed_s": elapsed_s,
-    }

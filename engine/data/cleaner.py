@@ -58,6 +58,7 @@ class Counts:
     documents: int = 0  # read
     text_bytes: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # documents by reason
+    noticed: Counter[str] = field(default_factory=Counter)  # input files by what was noticed of them
     dropped_bytes: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)  # documents by what was done to them
     renamed: Counter[str] = field(default_factory=Counter)  # other columns, "old -> new", by documents that are kept
@@ -76,8 +77,9 @@ class Counts:
         """Add what follows in input order."""
         self.documents += other.documents
         self.text_bytes += other.text_bytes
-        for name in ("dropped", "dropped_bytes", "changed", "renamed", "pii_findings", "pii_documents", "contaminated"):
-            getattr(self, name).update(getattr(other, name))
+        for name, counter in vars(self).items():
+            if isinstance(counter, Counter):
+                counter.update(getattr(other, name))
         for kind, samples in other.samples.items():
             here = self.samples.setdefault(kind, [])
             here += samples[: SAMPLES - len(here)]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.data.account import Account
+from engine.data.account import unreadable
 from engine.data.ahead import read_ahead
 from engine.data.encoding import Work
 from engine.data.job import SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
@@ -98,19 +98,9 @@ def prepare(
     job = dataclasses.replace(job, source=Source.of(inputs, include, exclude, job.own, **how))
     if train_vocab_size is not None and job.reads_stdin:
         raise DataError("standard input (-) and pipes can be read only once: train the tokenizer on files, or give one")
-    _refuse_nothing(job)
+    if not any(file.drop is None and (file.num_bytes or file.once or "://" in file.name) for file in job.source.files):
+        raise unreadable(job.source, job.skip_errors)
     return _run(job)
-
-
-def _refuse_nothing(job: Job) -> None:
-    """Where no input can have text, say so before any work."""
-    if any(file.drop is None and (file.num_bytes or file.once or "://" in file.name) for file in job.source.files):
-        return
-    account = Account()
-    for batch in job.source.batches():
-        stop_at_errors(job, batch)
-        account.add(batch)
-    raise DataError(account.nothing(job.source))
 
 
 def _run(job: Job) -> PrepareReport:

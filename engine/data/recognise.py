@@ -68,8 +68,3 @@ def is_binary(raw: bytes) -> int:
     """How many zero bytes there are, if they are too many for a text: two in a row, or more than one in a hundred."""
     zeros = raw.count(0)
     return zeros if zeros and (b"\0\0" in raw or zeros * 100 > len(raw)) else 0
-
-
-def printable(detail: str) -> str:
-    """A detail that any terminal and file takes: what stands in other people's files may be half of a character."""
-    return detail if detail.isascii() else detail.encode("utf-8", "backslashreplace").decode()

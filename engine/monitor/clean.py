@@ -18,6 +18,10 @@ def show_clean_report(report: dict[str, Any]) -> None:
         table.add_row(f"dropped: {reason}", f"{count:,}", _mb(size), _example(report, f"dropped: {reason}"))
     table.add_row("kept", f"{report['documents_kept']:,}", _mb(report["text_bytes_kept"]), "", style="bold")
     console.print(table)
+    for kind, count in report["noticed"].items():
+        console.print(f"noticed: {count:,} {kind}, the first: {_example(report, f'noticed: {kind}')}")
+    if report["why_no_documents"]:
+        console.print(report["why_no_documents"], markup=False)
     changes = ", ".join(f"{kind} {count:,}" for kind, count in report["changed"].items())
     if changes:
         console.print(f"documents changed: {changes}", markup=False)

@@ -1,0 +1,70 @@
+"""The report of `engine clean`: what was read, dropped, changed and found, with samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from engine.data.account import Account
+from engine.data.cleaner import Counts, Rules
+from engine.data.contamination import Evaluations
+from engine.data.inputs import STDIN
+from engine.data.sources import Source
+
+INPUT = "input: "  # before the reason of what could not be read
+
+
+def report_of(
+    source: Source, output: str, rules: Rules, tasks: int, counts: Counts, kept: tuple[int, int]
+) -> dict[str, Any]:
+    """The report as JSON has it. `kept`: documents and bytes of text that stay."""
+    evaluations = Evaluations.read(rules.decontaminate, rules.decontaminate_keys, rules.decontaminate_words)
+    return {
+        "output": output,
+        "inputs": [name if "://" in name or name == STDIN else os.path.abspath(name) for name in source.given],
+        "files_in": len(source.files),
+        "documents_in": counts.documents,
+        "why_no_documents": "" if counts.documents else _account(counts).nothing(source),
+        "text_bytes_in": counts.text_bytes,
+        "documents_kept": kept[0],
+        "text_bytes_kept": kept[1],
+        "noticed": dict(sorted(counts.noticed.items())),
+        "dropped": dict(sorted(counts.dropped.items())),
+        "dropped_text_bytes": dict(sorted(counts.dropped_bytes.items())),
+        "changed": dict(sorted(counts.changed.items())),
+        "other_columns": "kept" if source.keep_rest else "left out",
+        "renamed_columns": dict(sorted(counts.renamed.items())),
+        "pii": {
+            "mode": rules.pii,
+            "findings": dict(sorted(counts.pii_findings.items())),
+            "documents": dict(sorted(counts.pii_documents.items())),
+        },
+        "evaluations": [
+            {
+                "file": name,
+                "items": items,
+                "too_short_to_look_for": short,
+                "documents_dropped": counts.contaminated[name],
+            }
+            for name, items, short in zip(evaluations.files, evaluations.items, evaluations.short_items)
+        ],
+        "samples": dict(sorted(counts.samples.items())),
+        "rules": dataclasses.asdict(rules),
+        "tasks": tasks,
+    }
+
+
+def _account(counts: Counts) -> Account:
+    """Of what could not be read and what was noticed."""
+    dropped = {kind.removeprefix(INPUT): n for kind, n in counts.dropped.items() if kind.startswith(INPUT)}
+    examples = {}
+    for what, counted in ((f"dropped: {INPUT}", dropped), ("noticed: ", counts.noticed)):
+        for kind in counted:
+            examples[kind] = [_example(sample) for sample in counts.samples.get(f"{what}{kind}", [])]
+    return Account(dropped, dict(counts.noticed), examples)
+
+
+def _example(sample: dict[str, Any]) -> str:
+    place = f"{sample['file']}:{sample['record']}" if sample["record"] else sample["file"]
+    return f"{place}: {sample.get('detail', '')}"

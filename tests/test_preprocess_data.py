@@ -137,10 +137,13 @@ def test_everything_refused_is_told_at_once(corpus: Path, script: ModuleType) ->
     assert "`engine prepare --json-key KEY" in faults(script, *options[2:], "--input", "x.parquet.gz")["--input"]
     assert "token ids" in faults(script, *options, "--tokenizer-type", "NullTokenizer")["--tokenizer-type"]
     assert set(faults(script, *options[:4], "--tokenizer-type", "GPT2BPETokenizer")) == {"--vocab-file"}
-    for wrong in (["--vocab-file", "v.json"], ["--merge-file", "m.txt"], ["--tokenizer-type", "BertWordPieceCase"]):
+    here = corpus / "in.json"
+    for wrong in (["--vocab-file", here], ["--merge-file", here], ["--tokenizer-type", "BertWordPieceCase"]):
         assert len(faults(script, *options, *wrong)) == 1
-    gpt2 = [*options[:4], "--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "v.json"]
-    assert set(faults(script, *gpt2)) == {"--merge-file"}
+    gpt2 = [*options[:4], "--tokenizer-type", "GPT2BPETokenizer", "--vocab-file"]
+    assert set(faults(script, *gpt2, here)) == {"--merge-file"}
+    absent = faults(script, *gpt2, "gpt2-vocab.json", "--merge-file", "gpt2-merges.txt")
+    assert set(absent) == {"--vocab-file", "--merge-file"} and "Nothing is downloaded" in absent["--vocab-file"]
 
 
 def test_every_option_of_megatron_is_taken_or_refused_by_name(script: ModuleType) -> None:

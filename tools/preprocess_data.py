@@ -162,6 +162,10 @@ def _tokenizer_faults(args: argparse.Namespace) -> Iterator[Fault]:
     elif not there:
         how = f"Give {wanted[0]} a file; nothing is downloaded."
         yield Fault(wanted[0], "", "is missing: there is no tokenizer", how)
+    for option, path in (("--vocab-file", args.vocab_file), ("--merge-file", args.merge_file)):
+        if path is not None and not path.is_file():
+            how = "Nothing is downloaded: give the path of the file, or --tokenizer-model a folder with tokenizer.json."
+            yield Fault(option, str(path), "is no file", how)
     if args.merge_file is not None and args.vocab_file is None:
         yield Fault("--merge-file", str(args.merge_file), "stands without --vocab-file", "Give both, or neither.")
     if args.tokenizer_type == "GPT2BPETokenizer" and args.vocab_file is not None and args.merge_file is None:

@@ -21,6 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("", "errors", "files", "built", "signals", "peers"),  # "" is engine/__init__.py
     (
         "output",
+        "glyphs",
         "hints",
         "layout",
         "presets",

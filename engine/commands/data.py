@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,11 +196,18 @@ def inspect(args: list[str]) -> int:
     for line in (
         f"{o.data}: {c.documents:,} documents, {c.tokens:,} tokens, {c.bytes:,} bytes of {c.dtype}",
         f"tokens a document: {c.shortest:,} to {c.longest:,} (document {c.longest_document}), median {c.median:,}, "
-        f"mean {c.mean:,.1f}",
+        f"mean {c.mean:,.1f}, 95 % at most {c.p95:,}",
         *([f"bytes of text a token: {c.text_bytes / max(1, c.tokens):.3f}"] if c.text_bytes else []),
         f"tokenizer: {folder or 'none given and none beside the corpus: samples are not decoded'}",
     ):
         console.print(line, markup=False)
+    facts["tokenizer_is_the_datas"] = inspect.tokenizer_fits(dataset, tokenizer)
+    if facts["tokenizer_is_the_datas"] is False and tokenizer is not None:
+        warnings.warn(
+            f"the tokenizer {folder} has the digest {tokenizer.digest}, and {o.data} was made with another one, "
+            f"{dataset.meta['tokenizer_digest']}: what is decoded is not the text. Give the right one by --tokenizer.",
+            stacklevel=2,
+        )
     if o.verify:
         for line in inspect.verify(dataset, tokenizer):
             console.print(f"right: {line}", markup=False)
@@ -211,7 +219,8 @@ def inspect(args: list[str]) -> int:
         for text in inspect.decoded_samples(dataset, tokenizer, o.seq_len, o.samples, o.seed, fim):
             console.print(text, markup=False)
             facts["samples"].append(str(text))
-    plot_lengths(*inspect.histogram(dataset), o.data, o.output)
+    marks = {"median": c.median, "mean": c.mean, "95 % of the documents at most": c.p95}
+    plot_lengths(*inspect.histogram(dataset), marks, o.data, o.output)
     console.print(f"wrote {o.output}", markup=False)
     if o.json:
         tell([], facts)

@@ -25,7 +25,10 @@ BORDER = "⟦document {}⟧"
 
 @dataclass(frozen=True)
 class Counts:
-    """documents with tokens; lengths are in tokens. text_bytes: of the sidecar, None without."""
+    """documents with tokens; lengths are in tokens; p95: 95 % of the documents have at most so many.
+
+    text_bytes: of the sidecar, None without.
+    """
 
     documents: int
     tokens: int
@@ -34,6 +37,7 @@ class Counts:
     shortest: int
     median: int
     mean: float
+    p95: int
     longest: int
     longest_document: int
     text_bytes: int | None
@@ -53,6 +57,7 @@ def count(dataset: IndexedDataset) -> Counts:
         shortest=int(lengths.min()),
         median=int(np.median(lengths)),
         mean=dataset.num_tokens / dataset.num_documents,
+        p95=int(np.quantile(lengths, 0.95, method="inverted_cdf")),
         longest=int(lengths.max()),
         longest_document=int(np.argmax(lengths)),
         text_bytes=text_bytes if isinstance(text_bytes, int) else None,
@@ -157,6 +162,12 @@ def _same(said: Any, found: Any) -> bool:
     if isinstance(found, float):
         return isinstance(said, int | float) and math.isclose(said, found, rel_tol=1e-9, abs_tol=1e-12)
     return bool(said == found)
+
+
+def tokenizer_fits(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> bool | None:
+    """Whether the corpus was made with this tokenizer; None without one, or where no sidecar tells."""
+    made_with = dataset.meta.get("tokenizer_digest")
+    return None if tokenizer is None or not made_with else bool(tokenizer.digest == made_with)
 
 
 def find_tokenizer(prefix: str, given: Path | None) -> Path | None:

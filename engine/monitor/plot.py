@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import DataError
+from engine.errors import DataError, cut
+from engine.glyphs import drawable
 from engine.monitor.metrics import read_metrics
 
 
@@ -22,33 +23,37 @@ def plot_loss(runs: Sequence[Path], output: Path) -> list[str]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
-    drawn: set[float] = set()
-    notes: list[str] = []
-    for number, (run, name) in enumerate(zip(runs, names_apart(runs))):
-        try:
-            training, validation, torn = read_metrics(run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{run}: no readable metrics.jsonl ({error}); give a run folder") from None
-        notes += [f"{run}: the last line of metrics.jsonl is torn and left out"] if torn else []
-        colour = f"C{number}"
-        steps = sorted(training)
-        axes.plot(steps, [training[s]["loss"] for s in steps], color=colour, lw=1.2, label=f"{name}: training")
-        if validation:
-            at = sorted(validation)
-            values = [validation[s]["val_loss"] for s in at]
-            axes.plot(at, values, "o", color=colour, mec="black", ms=6, label=f"{name}: validation {values[-1]:.3f}")
-            unigram = validation[at[-1]].get("val_unigram")
-            if unigram is not None and unigram not in drawn:
-                drawn.add(unigram)
-                axes.axhline(unigram, color="grey", ls="--", lw=1, label=f"unigram entropy {unigram:.3f}")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
-    plt.close(figure)
+    names = names_apart(runs)
+    with drawable(names) as label:
+        figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
+        drawn: set[float] = set()
+        notes: list[str] = []
+        for number, (run, name) in enumerate(zip(runs, map(label, names))):
+            try:
+                training, validation, torn = read_metrics(run)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{run}: no readable metrics.jsonl ({error}); give a run folder") from None
+            notes += [f"{run}: the last line of metrics.jsonl is torn and left out"] if torn else []
+            colour = f"C{number}"
+            steps = sorted(training)
+            axes.plot(steps, [training[s]["loss"] for s in steps], color=colour, lw=1.2, label=f"{name}: training")
+            if validation:
+                at = sorted(validation)
+                values = [validation[s]["val_loss"] for s in at]
+                axes.plot(
+                    at, values, "o", color=colour, mec="black", ms=6, label=f"{name}: validation {values[-1]:.3f}"
+                )
+                unigram = validation[at[-1]].get("val_unigram")
+                if unigram is not None and unigram not in drawn:
+                    drawn.add(unigram)
+                    axes.axhline(unigram, color="grey", ls="--", lw=1, label=f"unigram entropy {unigram:.3f}")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        figure.tight_layout()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output)
+        plt.close(figure)
     return notes
 
 
@@ -66,25 +71,47 @@ def plot_lengths(
     edges: npt.NDArray[np.int64],
     documents: npt.NDArray[np.int64],
     tokens: npt.NDArray[np.int64],
+    marks: Mapping[str, float],
     name: str,
     output: Path,
 ) -> None:
-    """Draw how many documents, and how many of the tokens, are in documents of edges[i] to edges[i + 1] - 1 tokens."""
+    """Draw how many documents, and how many of the tokens, are in documents of edges[i] to edges[i + 1] - 1 tokens.
+
+    Classes before the first and behind the last document are left out; one between them that is empty says so.
+    `marks`: lengths to mark by a line, such as {"median": 120}.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
-    places = np.arange(len(documents))
-    axes.bar(places - 0.2, documents / max(1, documents.sum()), 0.4, label="of the documents")
-    axes.bar(places + 0.2, tokens / max(1, tokens.sum()), 0.4, label="of the tokens")
-    labels = [str(a) if b - a == 1 else f"{a:,}-{b - 1:,}" for a, b in zip(edges.tolist(), edges[1:].tolist())]
-    axes.set_xticks(places, labels, rotation=45, ha="right", fontsize=7)
-    axes.set(xlabel="tokens of a document", ylabel="share", title=f"Lengths of documents: {name}")
-    axes.grid(alpha=0.3, axis="y")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
-    plt.close(figure)
+    filled = np.flatnonzero(documents)
+    shown = range(int(filled[0]), int(filled[-1]) + 1)
+    places = np.array(shown)
+    name = cut(name, 60)
+    with drawable([name]) as label:
+        figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
+        axes.bar(places - 0.2, documents[places] / documents.sum(), 0.4, label="of the documents")
+        axes.bar(places + 0.2, tokens[places] / max(1, tokens.sum()), 0.4, label="of the tokens")
+        for place in (place for place in shown if not documents[place]):
+            axes.text(place, 0, "none", ha="center", va="bottom", fontsize=7, color="grey")
+        for (what, length), style in zip(marks.items(), ("-", "--", ":", "-.")):
+            at = length_place(edges, length)
+            figures = f"{length:,}" if isinstance(length, int) else f"{length:,.1f}"
+            axes.axvline(at, color="black", lw=1.2, ls=style, label=f"{what}: {figures} tokens")
+        labels = [str(a) if b - a == 1 else f"{a:,}-{b - 1:,}" for a, b in zip(edges.tolist(), edges[1:].tolist())]
+        axes.set_xticks(places, [labels[place] for place in shown], rotation=45, ha="right", fontsize=7)
+        axes.set(xlim=(shown[0] - 0.6, shown[-1] + 0.6))
+        axes.set(xlabel="tokens of a document", ylabel="share", title=f"Lengths of documents: {label(name)}")
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output)
+        plt.close(figure)
+
+
+def length_place(edges: npt.NDArray[np.int64], length: float) -> float:
+    """Where a length is on an axis of classes: class k takes k - 0.5 to k + 0.5, and in it each length the same."""
+    k = int(np.searchsorted(edges, length, side="right")) - 1
+    return float(k - 0.5 + (length + 0.5 - edges[k]) / (edges[k + 1] - edges[k]))

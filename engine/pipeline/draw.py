@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.glyphs import drawable
 from engine.pipeline.actions import Op
 from engine.pipeline.simulate import Timeline
 
@@ -35,7 +36,8 @@ def draw(timelines: Sequence[tuple[str, Timeline]], output: Path, unit: str = ""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "engine", "font.size": 9}):
+    style = {"svg.fonttype": "none", "svg.hashsalt": "engine", "font.size": 9}
+    with matplotlib.rc_context(style), drawable([title for title, _ in timelines]) as label:
         heights = [_ROW * len(timeline.lanes) for _, timeline in timelines]
         height = _HEAD + sum(heights) + _GAP * (len(heights) - 1) + _FOOT
         most = max(len(lane) for _, timeline in timelines for lane in timeline.lanes)
@@ -46,7 +48,7 @@ def draw(timelines: Sequence[tuple[str, Timeline]], output: Path, unit: str = ""
             box = (0.65 / _WIDTH, (top - size) / height, (_WIDTH - 0.8) / _WIDTH, size / height)
             shared = axes = figure.add_axes(box, sharex=shared)
             _lanes(axes, timeline, longest, (_WIDTH - 0.8) / longest)
-            axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=4)
+            axes.set_title(label(title), loc="left", fontsize=10, fontweight="bold", pad=4)
             axes.tick_params(labelbottom=False)
             top -= size + _GAP
         axes.tick_params(labelbottom=True)

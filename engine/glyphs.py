@@ -1,0 +1,122 @@
+"""Foreign text in pictures: fonts that are installed and have its characters, Latin letters or escapes where none has.
+
+matplotlib draws a box for a character that its font lacks. It takes a list of fonts and looks through it character by
+character, so the first installed ones that together have everything are put behind its own. They are looked for in the
+folders of the system, not in matplotlib's cache, which does not know what was installed since. Of characters that no
+font has, the text is written in Latin letters (anyascii, in the extra `chinese`) or as escapes; a warning says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+# By their file names: fonts with many characters, so that one or two are enough.
+_LIKELY = re.compile(
+    r"cjk|sourcehan|wqy|zenhei|microhei|fallback|msyh|simsun|simhei|pingfang|stheiti|hiragino|uming|ukai|ipa[gm]|takao|vl-"
+    r"|meiryo|yugoth|nanum|malgun|unifont|arialuni|noto",
+    re.IGNORECASE,
+)
+_REGULAR = re.compile("regular|zenhei|microhei", re.IGNORECASE)
+_MOST_FONTS = 200  # that are opened, at some 10 ms each
+
+
+@contextmanager
+def drawable(texts: Sequence[str]) -> Iterator[Callable[[str], str]]:
+    """Within, matplotlib can draw `texts`; gives the function that makes a label of one of them."""
+    import matplotlib
+
+    families, missing = _fonts({char for text in texts for char in text if char.isprintable()})
+    if missing:
+        _warn(texts, missing)
+    log = logging.getLogger("matplotlib.font_manager")
+    before = log.level
+    log.setLevel(logging.ERROR)  # it remarks that such fonts come in one weight, once for each text
+    try:
+        with matplotlib.rc_context({"font.family": [*matplotlib.rcParams["font.family"], *families]}):
+            yield lambda text: _label(text, missing)
+    finally:
+        log.setLevel(before)
+
+
+def _fonts(wanted: set[str]) -> tuple[list[str], frozenset[str]]:
+    """Families to look through behind matplotlib's own, and characters that none of them has."""
+    from matplotlib import font_manager, rcParams
+    from matplotlib.ft2font import FT2Font
+
+    own = font_manager.findfont(font_manager.FontProperties(family=rcParams["font.family"]))
+    missing = {ord(char) for char in wanted} - FT2Font(own).get_charmap().keys()
+    families: list[str] = []
+    known = {entry.fname for entry in font_manager.fontManager.ttflist}
+    for path in _installed() if missing else ():
+        font = _opened(path)
+        if font is None or not (found := missing & font.get_charmap().keys()):
+            continue
+        if path not in known:
+            font_manager.fontManager.addfont(path)
+        families.append(font.family_name)
+        missing -= found
+        if not missing:
+            break
+    return families, frozenset(map(chr, missing))
+
+
+def _installed() -> list[str]:
+    """Paths of the system's fonts, those first that are likely to have much."""
+    from matplotlib import font_manager
+
+    def order(path: str) -> tuple[bool, bool, int, str]:
+        name = path.rpartition("/")[2]
+        return not _LIKELY.search(name), not _REGULAR.search(name), len(name), path
+
+    paths = (path for path in font_manager.findSystemFonts() if "emoji" not in path.lower())
+    return sorted(paths, key=order)[:_MOST_FONTS]
+
+
+def _opened(path: str) -> Any:
+    """The font, None for one that is damaged or has pictures of fixed sizes."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        font = FT2Font(path)
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return font if font.scalable else None
+
+
+def _label(text: str, missing: frozenset[str]) -> str:
+    """`text` as matplotlib draws it: no formulas, nothing hidden from a legend, nothing that it has no glyph for."""
+    drawn = "".join(char if char.isprintable() else _escaped(char) for char in text)
+    if missing:
+        runs = re.compile(f"[{''.join(map(re.escape, sorted(missing)))}]+")
+        drawn = runs.sub(lambda run: _latin(run[0]), drawn)
+    drawn = drawn.replace("$", r"\$")
+    return f" {drawn}" if drawn.startswith("_") else drawn
+
+
+def _latin(run: str) -> str:
+    try:
+        from anyascii import anyascii
+    except ImportError:
+        return _escaped(run)
+    return "".join(anyascii(char) or _escaped(char) for char in run)
+
+
+def _escaped(text: str) -> str:
+    return text.encode("unicode_escape").decode()
+
+
+def _warn(texts: Sequence[str], missing: frozenset[str]) -> None:
+    text = next(text for text in texts if missing & set(text))
+    shown = "".join(sorted(missing, key=text.find)[:5])
+    drawn = _label(text, missing)
+    warnings.warn(
+        f"no installed font has {shown}: {text[:60]} is {drawn[:120]} in the picture. Install one, such as "
+        f"fonts-noto-cjk or fonts-wqy-zenhei for Chinese; `pip install 'trident-engine[chinese]'` gives Latin letters "
+        f"instead of escapes.",
+        stacklevel=4,
+    )

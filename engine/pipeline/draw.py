@@ -36,7 +36,7 @@ def draw(timelines: Sequence[tuple[str, Timeline]], output: Path, unit: str = ""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "engine", "font.size": 9}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "engine", "font.size": 9}
     with matplotlib.rc_context(style), drawable([title for title, _ in timelines]) as label:
         heights = [_ROW * len(timeline.lanes) for _, timeline in timelines]
         height = _HEAD + sum(heights) + _GAP * (len(heights) - 1) + _FOOT

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
+import select
 import signal
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 LAUNCHER = os.getppid()  # who started this process, noted before it can have ended
 _ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_REQUEST_S = 2.0
 _SAME_KEYPRESS_S = 0.2
+_GRACE_S = 3.0  # for the main thread to end in order; a native call may hold it for minutes
+_LOOK_S = 0.2  # between looks, once a signal has come
+_SHOW_CURSOR = b"\x1b[?25h\n"  # which a progress bar had hidden
 
 
 class StopRequest:
@@ -26,19 +36,27 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._since = 0.0
         self._before = {number: signal.getsignal(number) for number in _ASKING}
+        self.listen()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
+
+    def listen(self) -> None:
+        """Hear the signals; again, where a library has taken one of them for itself."""
         for number, before in self._before.items():
             if number != signal.SIGHUP or before != signal.SIG_IGN:
                 signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._is_second(number):
+            os._exit(128 + number)
+
+    def _is_second(self, number: int) -> bool:
+        """Note a signal that came. True: it is another one than the first, whose time is noted."""
         now = time.monotonic()
         same_s = _SAME_KEYPRESS_S if number == signal.SIGINT else _SAME_REQUEST_S
-        if self.signal == number and now - self._since < same_s:
-            return
-        if self.signal is not None:
-            os._exit(128 + number)
+        if self._since:
+            return self.signal != number or now - self._since >= same_s
         self.signal, self._since = signal.Signals(number), now
+        return False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -49,3 +67,124 @@ class StopRequest:
             signal.signal(number, before)
         if self.signal is not None:
             os.kill(os.getpid(), self.signal)
+
+
+class Stopped(BaseException):
+    """Ends a verb on a signal. Not an Exception: no code in between takes it for a failure of its own."""
+
+
+class Interrupts(StopRequest):
+    """The same signals end a verb that is no run of training: with one line on how to go on, and exit code 128 + n.
+
+    `Stopped` is raised in the main thread, wherever that is; within `deferred` by `check` alone. What holds the main
+    thread (a native call, a pipe that nobody reads) has three seconds: then a thread that hears signals at once ends
+    the process, unless within `sealing`. So does a second signal. `go_on`: what is kept, and what to do; called from
+    either thread. A process that is forked meanwhile hears signals as before. With `heard` False (a call from a program
+    that has signals of its own) none is heard.
+    """
+
+    def __init__(self, go_on: str = "", heard: bool = True) -> None:
+        self.go_on: Callable[[], str] = lambda: go_on
+        self.signal, self._since, self._before = None, 0.0, {}
+        self._deferred = heard  # until `interruptible` is ready for Stopped
+        self._sealing = self._raised = self._told = self._ended = False
+        self._ends_at = math.inf
+        if heard:
+            self._heard, self._wakeup = os.pipe()
+            os.set_blocking(self._wakeup, False)
+            self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, daemon=True, name="signals").start()
+            os.register_at_fork(after_in_child=self._forked)
+            super().__init__()
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came."""
+        if self.signal is not None:
+            raise Stopped
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, what stands between two calls of `check` is done as a whole."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self.check()
+
+    @contextmanager
+    def sealing(self) -> Iterator[None]:
+        """Within, what was done is made durable, and a slow disk may take its time."""
+        self._sealing = True
+        try:
+            yield
+        finally:
+            self._ends_at = max(self._ends_at, time.monotonic() + _GRACE_S)
+            self._sealing = False
+
+    def leave(self, forced_by: int | None = None) -> NoReturn:
+        """Say how to go on, once, and end the process whatever its other threads are doing."""
+        first = self.signal or signal.SIGINT
+        if not self._told:
+            self._told = True
+            line = f"interrupted ({first.name}): {self.go_on()}\n".encode()
+            if select.select([], [2], [], 0)[1]:  # else the end would wait for whoever reads
+                with suppress(OSError):
+                    os.write(2, (_SHOW_CURSOR if forced_by and os.isatty(2) else b"") + line)
+        os._exit(128 + (forced_by or first))
+
+    def release(self) -> None:
+        """Let signals do what they did before: the verb has ended by itself."""
+        self._ended = True
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._wakeup, bytes(1))  # ends the thread
+        os.close(self._wakeup)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:  # the thread has not come to it yet
+            self.signal = signal.Signals(number)
+        if not (self._deferred or self._raised):
+            self._raised = True  # once: what ends by it is not to be disturbed
+            raise Stopped
+
+    def _watch(self) -> None:
+        """Count the signals, and end the process if the main thread does not."""
+        while not self._ended:
+            if select.select([self._heard], [], [], _LOOK_S if self.signal else None)[0]:
+                for number in filter(_ASKING.__contains__, os.read(self._heard, 64)):
+                    if self._is_second(number):
+                        self.leave(number)
+                    self._ends_at = min(self._ends_at, self._since + _GRACE_S)
+            elif time.monotonic() > self._ends_at and not (self._sealing or self._ended):
+                self.leave(self.signal)
+        os.close(self._heard)
+
+    def _forked(self) -> None:
+        """In a process that was forked: its signals are not those of this one."""
+        if not self._ended:
+            signal.set_wakeup_fd(-1)
+            for number, before in self._before.items():
+                signal.signal(number, before)
+
+
+@contextmanager
+def interruptible(go_on: str) -> Iterator[Interrupts]:
+    """Within, signals end this process as Interrupts says; `go_on` is what the line says until it is set anew.
+
+    A native library may take Stopped for its own failure: an error that comes after a signal is not told.
+    """
+    stop = Interrupts(go_on)
+    try:
+        stop._deferred = False
+        stop.check()
+        yield stop
+    except (Exception, Stopped):
+        if not stop:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        stop.leave()
+    finally:
+        stop.release()

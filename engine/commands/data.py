@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import EXIT_OK, ConfigError, Fault
-
-if TYPE_CHECKING:
-    pass
+from engine.signals import Interrupts, interruptible
 
 
-def prepare(args: list[str]) -> int:
+def _interruptible(verb: Callable[[list[str], Interrupts], int]) -> Callable[[list[str]], int]:
+    """The verb, ended by signals with a line on how to go on."""
+
+    @functools.wraps(verb)
+    def run(args: list[str]) -> int:
+        with interruptible("nothing is written; give the same command again") as stop:
+            return verb(args, stop)
+
+    return run
+
+
+@_interruptible
+def prepare(args: list[str], stop: Interrupts) -> int:
     """raw text -> tokenizer and memory-mapped train/valid files"""
     import tyro
 
@@ -54,12 +66,14 @@ def prepare(args: list[str]) -> int:
             overwrite=o.overwrite,
             progress=progress,
             note=print,
+            stop=stop,
         )
     show_prepared(report)
     return EXIT_OK
 
 
-def clean(args: list[str]) -> int:
+@_interruptible
+def clean(args: list[str], stop: Interrupts) -> int:
     """raw text -> cleaned text: filters, test questions, personal data, duplicates"""
     import tyro
 
@@ -108,6 +122,7 @@ def clean(args: list[str]) -> int:
             dropped_text=o.dropped_text,
             overwrite=o.overwrite,
             progress=progress,
+            stop=stop,
         )
     if report is None:
         print(f"tasks of {o.output} are still at work; when they are done, give the same command again to finish it")
@@ -151,7 +166,8 @@ def tokenizer(args: list[str]) -> int:
     return EXIT_OK
 
 
-def inspect(args: list[str]) -> int:
+@_interruptible
+def inspect(args: list[str], stop: Interrupts) -> int:
     """look at a corpus (counts, lengths, samples) or at a checkpoint (tensors, norms, lineage)"""
 
     from dataclasses import asdict

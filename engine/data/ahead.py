@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
+
+from engine.signals import Stopped
 
 T = TypeVar("T")
 U = TypeVar("U")
+Check = Callable[[], None]
 _END = object()
+_LOOK_S = 0.2  # between two calls of `check`
 
 
-def read_ahead(source: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """The items of `source` in order; its exception is raised where it stood. Memory: `depth` + 2 items."""
+def read_ahead(source: Iterator[T], depth: int = 2, check: Check = lambda: None) -> Generator[T, None, None]:
+    """The items of `source` in order; its exception is raised where it stood. Memory: `depth` + 2 items.
+
+    `check` is called while an item is waited for, and may end that by an exception.
+    """
     items: queue.Queue[object] = queue.Queue(depth)
     left = threading.Event()  # the consumer is gone
 
@@ -40,7 +47,7 @@ def read_ahead(source: Iterator[T], depth: int = 2) -> Iterator[T]:
 
     threading.Thread(target=work, daemon=True, name="read-ahead").start()
     try:
-        while (item := items.get()) is not _END:
+        while (item := _get(items, check)) is not _END:
             if isinstance(item, _Failed):
                 raise item.error
             yield item  # type: ignore[misc]  # what work() puts besides T was taken out above
@@ -48,33 +55,40 @@ def read_ahead(source: Iterator[T], depth: int = 2) -> Iterator[T]:
         left.set()
 
 
-def map_ahead(call: Callable[[T], U], source: Iterator[T], threads: int) -> Generator[tuple[T, U], None, None]:
-    """(item, call(item)) in the order of `source`, worked on by `threads` threads.
+def _get(items: queue.Queue[object], check: Check) -> object:
+    while True:
+        check()
+        with contextlib.suppress(queue.Empty):
+            return items.get(timeout=_LOOK_S)
 
-    An exception of a call, or of `source`, is raised where it stood. Memory: `threads` + 2 items and results.
+
+def map_ahead(
+    call: Callable[[T], U], source: Iterator[T], threads: int, check: Check = lambda: None
+) -> Generator[tuple[T, U], None, None]:
+    """(item, call(item)) in the order of `source`, which one thread reads and `threads` threads work on.
+
+    An exception of a call, or of `source`, is raised where it stood. Memory: `threads` + 2 items and results. `check`
+    is called while a result is waited for; when it raises Stopped, no call is waited for.
     """
-    waiting: deque[tuple[T, Future[U]]] = deque()
-    failed: Exception | None = None
     pool = ThreadPoolExecutor(threads, thread_name_prefix="map-ahead")
+    pairs = read_ahead(((item, pool.submit(call, item)) for item in source), threads, check)
+    stopped = False
     try:
-        while True:
-            try:
-                item = next(source)
-            except StopIteration:
-                break
-            except Exception as err:  # what was read before it comes first
-                failed = err
-                break
-            waiting.append((item, pool.submit(call, item)))
-            if len(waiting) == threads + 2:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
-        if failed is not None:
-            raise failed
+        for item, future in pairs:
+            yield item, _result(future, check)
+    except Stopped:
+        stopped = True
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pairs.close()
+        pool.shutdown(wait=not stopped, cancel_futures=True)
+
+
+def _result(future: Future[U], check: Check) -> U:
+    while True:
+        check()
+        if wait((future,), _LOOK_S).done:
+            return future.result()
 
 
 class _Failed:

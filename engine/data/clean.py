@@ -46,9 +46,10 @@ from engine.data.jsontext import loads
 from engine.data.own import Own
 from engine.data.report import ProgressEvent
 from engine.data.sources import Source
-from engine.data.workfolder import disk, work_folder
+from engine.data.workfolder import disk, go_on, work_folder
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder, write_synced
+from engine.signals import Interrupts
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 EXECUTORS = ("here", "local", "slurm", "ray")
@@ -116,26 +117,28 @@ def clean(
     dropped_text: bool = False,
     overwrite: bool = False,
     progress: Callable[[ProgressEvent], None] | None = None,
+    stop: Interrupts | None = None,
 ) -> dict[str, Any] | None:
     """Clean `inputs` into `output`; returns the report, or None if the tasks are still running elsewhere.
 
     `keep_columns`: what the records hold beside the text is written too, as it is; rules look at the text alone.
     """
-    began = time.monotonic()
+    began, stop = time.monotonic(), Interrupts(heard=False) if stop is None else stop
     job = Job(Source(()), output, rules, tasks, on_error == "skip", dropped_text)
     mine = Own(job.targets, None, job.work)
     source = Source.of(inputs, include, exclude, mine, keys=tuple(json_key), format=format, keep_rest=keep_columns)
     job = dataclasses.replace(job, source=source)
+    stop.go_on = lambda: go_on(job.work, job.tasks, len(job.missing()), source.reads_once)
     _check(job, executor, overwrite)
     Cleaner(rules)  # a missing package or evaluation file is told before any work
     if slurm_is_at_work(job.work):
         return None
     with work_folder(job.work, _facts(job), overwrite, keep=not source.reads_once):
         _refuse_existing(job, overwrite)  # another command may have ended in between
-        _run_tasks(job, executor, executor_options or {}, progress)
+        _run_tasks(job, executor, executor_options or {}, progress, stop)
         if job.missing():
             return None
-        return _merge(job, progress, began)
+        return _merge(job, progress, began, stop)
 
 
 def _check(job: Job, executor: str, overwrite: bool) -> None:
@@ -177,13 +180,17 @@ def _facts(job: Job) -> dict[str, Any]:
 
 
 def _run_tasks(
-    job: Job, executor: str, options: dict[str, Any], progress: Callable[[ProgressEvent], None] | None
+    job: Job,
+    executor: str,
+    options: dict[str, Any],
+    progress: Callable[[ProgressEvent], None] | None,
+    stop: Interrupts,
 ) -> None:
     if executor == "here":
         for task in range(job.tasks):
             run_task(job, task, progress)
     else:
-        run_elsewhere(functools.partial(run_task, job), job.work, job.tasks, job.missing, executor, options)
+        run_elsewhere(functools.partial(run_task, job), job.work, job.tasks, job.missing, executor, options, stop)
 
 
 # ---- a task ----
@@ -274,7 +281,9 @@ def _count_drop(drop: Drop, counts: Counts, part: PartWriter) -> None:
 # ---- all parts ----
 
 
-def _merge(job: Job, progress: Callable[[ProgressEvent], None] | None, began: float) -> dict[str, Any]:
+def _merge(
+    job: Job, progress: Callable[[ProgressEvent], None] | None, began: float, stop: Interrupts
+) -> dict[str, Any]:
     parts = [job.part(task) for task in range(job.tasks)]
     counts = Counts()
     for part in parts:
@@ -295,12 +304,13 @@ def _merge(job: Job, progress: Callable[[ProgressEvent], None] | None, began: fl
             for path in outputs.values():
                 path.unlink(missing_ok=True)
             raise
-        for target in reversed(outputs):  # a crash leaves no old report beside a new output
-            target.unlink(missing_ok=True)
-        for target, source in outputs.items():
-            os.replace(source, target)
-        sync_folder(Path(job.output).parent)
-        shutil.rmtree(job.work)
+        with stop.deferred():
+            for target in reversed(outputs):  # a crash leaves no old report beside a new output
+                target.unlink(missing_ok=True)
+            for target, source in outputs.items():
+                os.replace(source, target)
+            sync_folder(Path(job.output).parent)
+            shutil.rmtree(job.work)
     return report
 
 

@@ -49,6 +49,7 @@ class Encoder:
     def _load_fast(self) -> Any:
         """The gigatoken tokenizer, or None with the reason in `note`."""
         try:
+            import awkward  # noqa: F401  (gigatoken would do without it, and give something else, if this failed later)
             import gigatoken
         except ImportError as err:
             self.note = f"gigatoken is not installed ({err})"
@@ -97,13 +98,13 @@ class Encoder:
                     f"{mine[at : at + 3].tolist()} instead of {right[at : at + 3]}"
                 )
 
-    def unknown_bytes(self, texts: Sequence[str], ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> int:
-        """Bytes of `texts` that became the unknown token: they are lost to a model."""
-        unknown = self._tokenizer.unknown
-        if unknown is None:
-            return 0
-        hits = np.flatnonzero(ids == unknown)
-        if not hits.size:
-            return 0
-        owners = np.unique(np.searchsorted(np.cumsum(lengths), hits, side="right"))
-        return sum(self._tokenizer.unknown_bytes(texts[i]) for i in owners)
+    def unknown_bytes(
+        self, texts: Sequence[str], ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int64]:
+        """Bytes of each text that became the unknown token, int64 [texts]: they are lost to a model."""
+        lost, unknown = np.zeros(len(texts), np.int64), self._tokenizer.unknown
+        if unknown is not None:
+            hits = np.flatnonzero(ids == unknown)
+            for i in np.unique(np.searchsorted(np.cumsum(lengths), hits, side="right")):
+                lost[i] = self._tokenizer.unknown_bytes(texts[i])
+        return lost

@@ -20,18 +20,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.ahead import map_ahead, read_ahead
+from engine.data.ahead import map_ahead
 from engine.data.batch import Batch, Drop
-from engine.data.encoder import Encoded, Encoder, Mismatch
+from engine.data.encoder import Encoder, Mismatch
 from engine.data.indexed import paths_of
-from engine.data.job import SPLITS, Job, stop_at_errors
+from engine.data.job import AGAIN, SPLITS, Job, stop_at_errors
 from engine.data.pack import begin_documents
 from engine.data.parts import Parts
 from engine.data.report import PrepareReport, ProgressEvent, SplitReport, SplitTotals, Totals
 from engine.data.tokenizer import Tokenizer
 from engine.errors import DataError
 from engine.files import write_synced
+from engine.signals import Stopped
 
+EncodedBatch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]
 SHARD_BYTES = 256 << 20  # of data written: what a kill can cost at most, or
 SHARD_S = 30.0  # seconds, whichever comes first
 MAX_THREADS = 8  # unless asked for: what one thread reads keeps no more of them at work, and each holds a batch
@@ -54,6 +56,7 @@ class Work:
         self.encoder = Encoder(tokenizer, fast=job.fast and not self.totals.fallback)
         self.encoder.note = self.totals.fallback or self.encoder.note
         parts.bytes_needed = self._bytes_needed
+        job.stop.go_on = self._go_on
 
     def _begin_token(self) -> int:
         if self.tokenizer.bos == self.eod:
@@ -100,22 +103,45 @@ class Work:
         began, before = time.monotonic(), self.totals.elapsed_s
         here = (self.totals.consumed, sum(split.tokens for split in self.totals.splits.values()))
         committed_at = began
-        batches = read_ahead(self.job.source.batches(self.totals.cursor), depth=1)
-        with contextlib.closing(map_ahead(self._encoded, batches, self._threads())) as encoded_batches:
-            for batch, encoded in encoded_batches:
-                self._stop_at_errors(batch)
-                self._add(batch, *encoded)
-                now = time.monotonic()
-                self.totals.elapsed_s = before + now - began
-                if self.parts.uncommitted_bytes >= SHARD_BYTES or now - committed_at >= SHARD_S:
-                    self.parts.commit(dataclasses.asdict(self.totals))
-                    committed_at = now
-                self._report(here, now - began)
-        self.parts.commit(dataclasses.asdict(self.totals))
+        stop = self.job.stop
+        batches = self.job.source.batches(self.totals.cursor)
+        encoded_batches = map_ahead(self._encoded, batches, self._threads(), stop.check)
+        try:
+            with stop.deferred(), contextlib.closing(encoded_batches):
+                for batch, encoded in encoded_batches:
+                    self._stop_at_errors(batch)
+                    self._add(batch, *encoded)
+                    now = time.monotonic()
+                    self.totals.elapsed_s = before + now - began
+                    if self.parts.uncommitted_bytes >= SHARD_BYTES or now - committed_at >= SHARD_S:
+                        self._seal()
+                        committed_at = now
+                    self._report(here, now - began)
+        except Stopped:
+            if self.parts.uncommitted_bytes:
+                self._seal()
+            raise
+        self._seal()
 
-    def _encoded(self, batch: Batch) -> Encoded:
-        """Ids and lengths of the texts of a batch. Raises Mismatch."""
-        return self.encoder.encode_checked(batch.texts)
+    def _seal(self) -> None:
+        """Make a shard of what was added."""
+        with self.job.stop.sealing():
+            self.parts.commit(dataclasses.asdict(self.totals))
+
+    def _go_on(self) -> str:
+        """What a signal leaves, and what to do."""
+        job, state = self.job, self.parts.state
+        again = AGAIN + ", with the same input," * job.reads_stdin
+        if state is None:
+            return f"nothing is kept yet; {again}"
+        if not job.parts.exists():
+            return "all is written"
+        return f"{state['documents']:,} documents are kept in {job.parts}; {again} and it goes on behind them"
+
+    def _encoded(self, batch: Batch) -> EncodedBatch:
+        """Ids and lengths of the texts of a batch, and how many bytes of each are unknown. Raises Mismatch."""
+        ids, lengths = self.encoder.encode_checked(batch.texts)
+        return ids, lengths, self.encoder.unknown_bytes(batch.texts, ids, lengths)
 
     def _threads(self) -> int:
         """That encode: as asked, or one a core; `tokenizers` shares out every batch among threads of its own."""
@@ -129,10 +155,16 @@ class Work:
             stop_at_errors(self.job, batch)
         except DataError:
             if self.parts.num_shards:
-                self.parts.commit(dataclasses.asdict(self.totals))
+                self._seal()
             raise
 
-    def _add(self, batch: Batch, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> None:
+    def _add(
+        self,
+        batch: Batch,
+        ids: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int32],
+        unknown: npt.NDArray[np.int64],
+    ) -> None:
         """Append an encoded batch to its splits; count everything."""
         totals = self.totals
         for told in totals.account.add(batch):
@@ -144,6 +176,8 @@ class Work:
             belongs = self.job.split_numbers(totals.documents, len(batch.texts))
             for k, split in enumerate(SPLITS):
                 chosen = belongs == k
+                if chosen.any():
+                    totals.splits[split].unknown_bytes += int(unknown[chosen].sum())
                 if chosen.all():
                     self._append(split, batch.texts, batch.where, ids, lengths)
                 elif chosen.any():
@@ -162,7 +196,6 @@ class Work:
         lengths: npt.NDArray[np.int32],
     ) -> None:
         totals = self.totals.splits[split]
-        totals.unknown_bytes += self.encoder.unknown_bytes(texts, ids, lengths)
         if self.bos is not None:
             ids, lengths = begin_documents(ids, lengths, self.bos)
         lengths = self.parts.add(split, ids, lengths, self.eod)

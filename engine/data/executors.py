@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.data.filters import need
-from engine.errors import DataError, EngineError
+from engine.errors import EXIT_ERROR, DataError, EngineError
+from engine.signals import Interrupts, Stopped
 
 _SLURM_JOB = "slurm-job"
+_LOOK_S = 0.5
+_HOW_RAY = "Install it: pip install ray"
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Task:
     folder: str  # relative paths are from here; Ray starts workers elsewhere
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        _end_with_parent()
         os.chdir(self.folder)
         note = self.work / f"failed-{rank:05d}"
         try:
@@ -50,23 +57,23 @@ def run_elsewhere(
     missing: Callable[[], list[int]],
     executor: str,
     options: dict[str, Any],
+    stop: Interrupts,
 ) -> None:
     """Run the tasks; returns with some `missing` only if their Slurm jobs are still at work. Raises what failed."""
     if not missing():
         return
-    if executor == "slurm":
-        if (job := work / _SLURM_JOB).exists():
-            number, log = job.read_text(encoding="utf-8").split(maxsplit=1)
-            if _queued(number):
-                return
-            job.unlink()
-            _raise_failures(work)
-            raise DataError(
-                f"Slurm job {number} has ended, but the tasks {missing()} are not done and left no error: they may "
-                f"have been killed for time or memory. Logs are in {log}. Give the same command again to run them anew."
-            )
-    elif executor == "ray":
-        need("ray", "--executor ray", "Install it: pip install ray")
+    if executor == "slurm" and (job := work / _SLURM_JOB).exists():
+        number, log = job.read_text(encoding="utf-8").split(maxsplit=1)
+        if _queued(number):
+            return
+        job.unlink()
+        _raise_failures(work)
+        raise DataError(
+            f"Slurm job {number} has ended, but the tasks {missing()} are not done and left no error: they may "
+            f"have been killed for time or memory. Logs are in {log}. Give the same command again to run them anew."
+        )
+    if executor == "ray":
+        need("ray", "--executor ray", _HOW_RAY)
     module = need(f"datatrove.executor.{executor}", f"--executor {executor}")
     for note in work.glob("failed-*"):
         note.unlink()
@@ -77,16 +84,71 @@ def run_elsewhere(
     try:
         kind = getattr(module, f"{executor.title()}PipelineExecutor")
         started = kind(pipeline=pipeline, tasks=tasks, logging_dir=log, skip_completed=False, **options)
-        started.run()
-    except Exception as err:  # whatever a cluster's software throws
+        with _PREPARED[executor](stop):
+            started.run()
+            if executor == "slurm":
+                (work / _SLURM_JOB).write_text(f"{started.job_id} {log}", encoding="utf-8")
+    except (Exception, Stopped) as err:  # whatever a cluster's software throws
+        if not stop:
+            time.sleep(_LOOK_S)  # a signal to the whole group broke the others, and may reach this process last
+        if stop:
+            raise Stopped from None
         _raise_failures(work)
         raise DataError(f"--executor {executor}: {type(err).__name__}: {err}. Logs are in {log}.") from err
     if executor == "slurm":
-        (work / _SLURM_JOB).write_text(f"{started.job_id} {log}", encoding="utf-8")
         return
     _raise_failures(work)
     if lost := missing():
         raise DataError(f"--executor {executor}: the tasks {lost} ended without a result. Logs are in {log}.")
+
+
+@contextlib.contextmanager
+def _local(stop: Interrupts) -> Iterator[None]:
+    """What a pool starts hears no signal but SIGTERM, by which it is ended, and does not say that it was: one line is
+    enough."""
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # gives back what the pool held, and tells of it
+    try:
+        need("multiprocess.resource_tracker", "--executor local").ensure_running()  # it would unblock SIGINT
+    finally:
+        sys.warnoptions.pop()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))
+    try:
+        need("multiprocess.forkserver", "--executor local").ensure_running()  # workers are forked from this one
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield
+
+
+@contextlib.contextmanager
+def _ray(stop: Interrupts) -> Iterator[None]:
+    """Ray takes SIGTERM for itself when it starts, so it is started here; what was started here ends here."""
+    ray = need("ray", "--executor ray", _HOW_RAY)
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init()
+        stop.listen()
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+_PREPARED = {"local": _local, "slurm": Interrupts.deferred, "ray": _ray}  # a job's number is kept once it has one
+
+
+def _end_with_parent() -> None:
+    """In a worker process: end once who started it has, however that was; nobody else would end this one."""
+    parent, before = need("multiprocess", "a worker").parent_process(), os.getppid()
+    if parent is None:
+        return
+
+    def work() -> None:
+        while parent.is_alive() and os.getppid() == before:
+            time.sleep(_LOOK_S)
+        os._exit(EXIT_ERROR)
+
+    threading.Thread(target=work, daemon=True, name="parent").start()
 
 
 def slurm_is_at_work(work: Path) -> bool:

@@ -20,9 +20,11 @@ from engine.data.report import ProgressEvent
 from engine.data.sources import Source
 from engine.data.tokenizer import FILES, Tokenizer
 from engine.errors import DataError
+from engine.signals import Interrupts
 
 SPLITS = ("train", "valid", "test")
 _SETTINGS_VERSION = 2
+AGAIN = "give the same command again"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Job:
     overwrite: bool
     progress: Callable[[ProgressEvent], None] | None
     note: Callable[[str], None]
+    stop: Interrupts
 
     def given_tokenizer(self) -> Tokenizer:
         """The one that is there. Raises DataError."""

@@ -206,6 +206,10 @@ class Parts:
         for grown in self._files.values():
             grown.commit()
 
+    def has_shards(self) -> bool:
+        """Whether there are finished shards, looked at or not."""
+        return bool(self._shard_files())
+
     def _shard_files(self) -> list[Path]:
         return [path for path in self.folder.glob("*.json") if path.stem.isdigit()]
 

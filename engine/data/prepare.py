@@ -19,13 +19,14 @@ from typing import Any
 from engine.data.account import unreadable
 from engine.data.ahead import read_ahead
 from engine.data.encoding import Work
-from engine.data.job import SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
+from engine.data.job import AGAIN, SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
 from engine.data.parts import Parts, publish, read_json
 from engine.data.report import PrepareReport, ProgressEvent, SplitReport
 from engine.data.sources import MAX_DOCUMENT_BYTES, Source
 from engine.data.tokenizer import Tokenizer
 from engine.errors import DataError
 from engine.files import sync_folder
+from engine.signals import Interrupts, Stopped
 
 
 def prepare(
@@ -54,14 +55,15 @@ def prepare(
     overwrite: bool = False,
     progress: Callable[[ProgressEvent], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
+    stop: Interrupts | None = None,
 ) -> PrepareReport:
     """Tokenise `inputs` into `output`-train and, where their fractions are > 0, `output`-valid and `output`-test.
 
     `workers`: threads that encode, 0 for one a core (at most 8).
     `tokenizer`, `merges` and `lower_case` are what Tokenizer.load takes; with `train_vocab_size` it is created there
-    first. Killed at any moment, the same call goes on where the last shard ended. Raises DataError for bad input (with
-    `on_error` "skip" it is counted and listed), for outputs that exist unless `overwrite`, and for a split without
-    documents.
+    first. Killed at any moment, the same call goes on where the last shard ended; `stop` seals one first. Raises
+    DataError for bad input (with `on_error` "skip" it is counted and listed), for outputs that exist unless
+    `overwrite`, and for a split without documents; Stopped when `stop` says so.
     """
     for name, share in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction)):
         if not 0.0 <= share < 1.0:
@@ -94,6 +96,7 @@ def prepare(
         overwrite,
         progress,
         note,
+        Interrupts(heard=False) if stop is None else stop,
     )
     job = dataclasses.replace(job, source=Source.of(inputs, include, exclude, job.own, **how))
     if train_vocab_size is not None and job.reads_stdin:
@@ -108,6 +111,8 @@ def _run(job: Job) -> PrepareReport:
     given = None if job.train_vocab_size is not None else job.given_tokenizer()
     settings = settings_of(job, given)
     resuming = job.parts.exists()
+    if resuming:
+        job.stop.go_on = lambda: f"what is finished is kept in {job.parts}; {AGAIN} and it goes on behind it"
     if not resuming:
         refuse_existing(job)
     with Parts(job.parts, job.splits) as parts:
@@ -127,8 +132,9 @@ def _run(job: Job) -> PrepareReport:
         try:
             chosen = given or _trained(job)
             plan = Work(job, parts, chosen).run()
-        except DataError:
-            if parts.num_shards == 0:  # nothing worth keeping: the next try is as the first one
+        except (DataError, Stopped) as err:
+            trained = isinstance(err, Stopped) and (job.parts / "trained").exists()
+            if not trained and not parts.has_shards():  # nothing worth keeping: the next try is as the first one
                 parts.discard()
             raise
         parts.write_json("publish.json", plan)

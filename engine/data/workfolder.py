@@ -59,6 +59,18 @@ def work_folder(folder: Path, facts: dict[str, Any], overwrite: bool, keep: bool
             raise
 
 
+def go_on(folder: Path, tasks: int, missing: int, from_stdin: bool) -> str:
+    """What a signal leaves in `folder`, of whose `tasks` parts some are `missing`, and what to do."""
+    again = "give the same command again"
+    if from_stdin:
+        return f"nothing is kept of standard input; {again}"
+    if missing == tasks == 1:
+        return f"nothing is kept yet; {again} (with --tasks N, of N parts of the input each is kept when it is done)"
+    if missing == tasks:
+        return f"nothing is kept yet; {again}"
+    return f"{tasks - missing} of {tasks} parts are kept in {folder}; {again} and it goes on with the rest"
+
+
 def _begin(folder: Path, facts: dict[str, Any], overwrite: bool, keep: bool) -> None:
     settings = folder / "settings.json"
     facts = json.loads(json.dumps(facts))

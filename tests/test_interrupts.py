@@ -1,0 +1,219 @@
+"""Signals that end verbs which make or show data: one line on how to go on, 128 + n, what is finished is kept."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_clean import document, jsonl, needs_extra
+
+from engine.data.ahead import map_ahead, read_ahead
+from engine.data.prepare import prepare
+from engine.data.tokenizer import Tokenizer
+from engine.errors import DataError
+from engine.signals import Stopped
+
+BUSY = """
+import hashlib, signal, sys, time
+from engine import signals
+signals._GRACE_S = 0.5
+def native(): hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**8)  # minutes without a look at signals
+def count():
+    for i in range(200): time.sleep(0.01); stop.check() if i % 20 == 19 else None
+def wait(where):
+    with where: count()
+    print("not reached")
+def pause(seconds=60): print("ready", flush=True); time.sleep(seconds)
+if sys.argv[1] == "ignored": signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with signals.interruptible("do it again") as stop:
+    print("ready", flush=True)
+    if sys.argv[1] == "python": time.sleep(60)
+    if sys.argv[1] == "ignored": time.sleep(0.2)
+    if sys.argv[1] == "native": native()
+    if sys.argv[1] == "deferred": wait(stop.deferred())
+    if sys.argv[1] == "sealing":
+        with stop.deferred(), stop.sealing(): time.sleep(0.9); print("sealed", flush=True)
+    if sys.argv[1] == "hung":
+        with stop.deferred(), stop.sealing(): native()
+"""
+SMALL = """
+import sys
+from engine.cli import main
+from engine.data import sources
+sources._BATCH_BYTES = sources._BLOCK_BYTES = 1 << 16
+main(sys.argv[1:])
+"""
+LINE = "interrupted ({}): do it again\n"
+
+
+def start(command: list[str], **pipes: int) -> subprocess.Popen[str]:
+    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
+    return subprocess.Popen([sys.executable, *command], text=True, start_new_session=True, **kinds)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("doing", "sent", "code", "said", "least_s"),
+    [
+        ("python", ["SIGINT"], 130, "", 0),
+        ("python", ["SIGTERM"], 143, "", 0),
+        ("python", ["SIGHUP"], 129, "", 0),
+        ("ignored", ["SIGHUP"], 0, "", 0),  # as nohup has it
+        ("native", ["SIGTERM"], 143, "", 0.4),
+        ("native", ["SIGINT", "SIGTERM"], 143, "", 0),  # a second one ends at once
+        ("deferred", ["SIGINT"], 130, "", 0),
+        ("sealing", ["SIGTERM"], 143, "sealed\n", 0.7),  # longer than the grace
+        ("hung", ["SIGTERM", "SIGINT"], 130, "", 0),
+    ],
+)
+def test_a_signal_ends_it(doing: str, sent: list[str], code: int, said: str, least_s: float) -> None:
+    process = start(["-c", BUSY, doing])
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.1)  # it is at work
+    began = time.monotonic()
+    for name in sent:
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.05)
+    out, errors = process.communicate(timeout=20)
+    assert (process.returncode, out, errors) == (code, said, LINE.format(sent[0]) if code else "")
+    assert time.monotonic() - began >= least_s
+
+
+def test_what_waits_for_items_is_stopped_and_waits_for_nothing_more() -> None:
+    release, calls = threading.Event(), 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise Stopped
+
+    def slow(source: list[int]) -> Iterator[int]:
+        release.wait(60)
+        yield from source
+
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        next(read_ahead(slow([1]), 1, check))
+    calls = 0
+    with pytest.raises(Stopped):
+        next(map_ahead(lambda item: release.wait(60), iter([1, 2, 3]), 1, check))
+    assert time.monotonic() - began < 10
+    release.set()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train(iter([document(random.Random(1), 500)]), 400).save(folder)
+    return folder
+
+
+def lines(folder: Path, texts: list[str]) -> bytes:
+    return Path(jsonl(folder / "in.jsonl", texts)).read_bytes()
+
+
+def fed(command: list[str], data: bytes, grown: Path) -> subprocess.Popen[str]:
+    """Started with `data` on standard input, which stays open; returns when `grown` has content."""
+    read_end, write_end = os.pipe()
+    process = start(["-c", SMALL, *command], stdin=read_end)
+    os.close(read_end)
+
+    def feed() -> None:
+        with open(os.dup(write_end), "wb") as pipe:
+            pipe.write(data)
+
+    threading.Thread(target=feed, daemon=True).start()
+    while not (grown.exists() and grown.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+def test_prepare_seals_what_it_has_and_goes_on_to_the_same_bytes(tokenizer: Path, tmp_path: Path) -> None:
+    """While it waits for a pipe that gives nothing more."""
+    draw = random.Random(2)
+    data = lines(tmp_path, [document(draw, 200) for _ in range(400)])
+    assert len(data) > 300_000
+    command = ["prepare", "--input", "-", "--tokenizer", str(tokenizer), "--output", str(tmp_path / "o")]
+    process = fed(command, data[:200_000], tmp_path / "o.parts" / "train.bin")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 143, errors
+    assert "documents are kept in" in errors and "with the same input" in errors and errors.count("\n") == 1
+    assert (tmp_path / "o.parts" / "00000001.json").exists()
+    done = subprocess.run([sys.executable, "-m", "engine", *command], input=data, capture_output=True, timeout=60)
+    assert done.returncode == 0 and b"going on" in done.stdout, done.stderr
+    prepare([tmp_path / "in.jsonl"], str(tmp_path / "whole"), tokenizer=tokenizer)
+    for name in ("bin", "idx"):
+        assert (tmp_path / f"o-train.{name}").read_bytes() == (tmp_path / f"whole-train.{name}").read_bytes()
+
+
+def test_nothing_is_left_where_nothing_is_kept(tokenizer: Path, tmp_path: Path) -> None:
+    command = ["prepare", "--input", "-", "--tokenizer", str(tokenizer), "--output", str(tmp_path / "o")]
+    process = fed(command, b'{"text": "a"}\n', tmp_path / "o.parts" / "settings.json")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and "nothing is" in errors and errors.count("\n") == 1, errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_before_shards_are_looked_at_does_not_lose_them(tokenizer: Path, tmp_path: Path) -> None:
+    text = tmp_path / "a.jsonl"
+    text.write_text('{"text": "a b c"}\n{"text": 1, "other": "longer than a block"}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.data.encoding.SHARD_S", 0.0)
+        patch.setattr("engine.data.sources._BATCH_DOCUMENTS", 1)
+        patch.setattr("engine.data.sources._BLOCK_BYTES", 16)
+        with pytest.raises(DataError, match="wrong type"):
+            prepare([text], str(tmp_path / "o"), tokenizer=tokenizer)
+    shard, lengths = tmp_path / "o.parts" / "00000001.json", tmp_path / "o.parts" / "train.lengths"
+    assert shard.exists()
+    lengths.rename(tmp_path / "away")
+    lengths.mkdir()
+    with pytest.raises(DataError):
+        prepare([text], str(tmp_path / "o"), tokenizer=tokenizer)
+    assert shard.exists()
+
+
+def test_clean_keeps_its_finished_parts(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    sizes = enumerate((200, 200, 2000))
+    names = [jsonl(tmp_path / f"{i}.jsonl", [document(draw, 60) for _ in range(size)]) for i, size in sizes]
+    process = start(["-m", "engine", "clean", "--input", *names, "--output", f"{tmp_path}/o.jsonl", "--tasks", "12"])
+    work = tmp_path / "o.jsonl.work"
+    while not list(work.glob("part-00002.*.tmp/kept.jsonl.zst")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 129, errors
+    assert errors.startswith(f"interrupted (SIGHUP): 2 of 12 parts are kept in {work}; give the same command"), errors
+    assert errors.count("\n") == 1 and not list(work.glob("*.tmp"))
+
+
+@needs_extra
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("group", [False, True])
+def test_workers_end_with_clean(name: str, group: bool, tmp_path: Path) -> None:
+    """Whether the signal reaches them too or not, without a word of theirs."""
+    draw = random.Random(4)
+    names = [jsonl(tmp_path / f"{i}.jsonl", [document(draw, 60) for _ in range(8000)]) for i in range(3)]
+    command = ["clean", "--input", *names, "--output", str(tmp_path / "o.jsonl"), "--tasks", "3"]
+    process = start(["-m", "engine", *command, "--executor", "local", "--workers", "2"], stdout=subprocess.DEVNULL)
+    while len(list((tmp_path / "o.jsonl.work").glob("part-*.tmp"))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    (os.killpg if group else os.kill)(process.pid, getattr(signal, name))
+    _, errors = process.communicate(timeout=20)  # the end of the pipe: every process has ended
+    assert process.returncode == 128 + getattr(signal, name), errors
+    assert "Traceback" not in errors and "Warning" not in errors and errors.count("interrupted") == 1, errors

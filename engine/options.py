@@ -18,6 +18,7 @@ import tyro
 from engine.presets import PRESETS
 
 _UNSET = "\0"
+PiiKind = Literal["api_key", "email", "iban", "cn_id", "bank_card", "national_id", "us_ssn", "ip", "phone"]
 
 
 @dataclass(frozen=True)
@@ -208,10 +209,10 @@ class Clean:
     decontaminate_words: int = 13
     """length of that run; shorter items cannot be looked for and are counted"""
     pii: Literal["off", "report", "mask", "drop"] = "report"
-    """e-mail and IP addresses, phones, Chinese ID numbers, bank cards, API keys: count them, replace each by its kind
-    such as [EMAIL], or drop the document"""
-    pii_kinds: tuple[Literal["api_key", "email", "cn_id", "bank_card", "ip", "phone"], ...] = ()
-    """only these; empty: all"""
+    """e-mail and IP addresses, phones, bank accounts and cards, identity numbers, keys and passwords: count them,
+    replace each by its kind such as [EMAIL], or drop the document"""
+    pii_kinds: tuple[PiiKind, ...] = ()
+    """only these; empty: all. national_id: of persons in DE, FR, GB, ES, IT, CH, BR, KR, IN; api_key: passwords too"""
     exact_duplicates: bool = True
     """drop documents whose text is there already"""
     minhash_bands: int = 14

@@ -9,11 +9,13 @@ Values are drawn with a fixed seed, so that no real person's number and no usabl
 
 from __future__ import annotations
 
-import datetime
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from pii_development import lines
+from pii_values import cn_id, digits, letters, with_luhn
 
 from engine.data.pii import KINDS, find
 
@@ -53,33 +55,6 @@ class Score:
     @property
     def recall(self) -> float:
         return self.right / self.labelled if self.labelled else 1.0
-
-
-def digits(draw: random.Random, n: int) -> str:
-    return "".join(draw.choice("0123456789") for _ in range(n))
-
-
-def letters(draw: random.Random, n: int, alphabet: str = "") -> str:
-    return "".join(
-        draw.choice(alphabet or "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789") for _ in range(n)
-    )
-
-
-def with_luhn(body: str) -> str:
-    """`body` and the check digit behind it; written apart from the product's own code."""
-    total = 0
-    for place, character in enumerate(reversed(body)):
-        value = int(character) * (2 if place % 2 == 0 else 1)
-        total += value - 9 if value > 9 else value
-    return body + str(-total % 10)
-
-
-def cn_id(draw: random.Random, wrong: bool = False) -> str:
-    day = datetime.date(1950, 1, 1) + datetime.timedelta(draw.randrange(22000))
-    body = draw.choice(("110101", "310104", "440305", "510107", "330106", "420106")) + f"{day:%Y%m%d}" + digits(draw, 3)
-    remainder = sum(int(c) * pow(2, 17 - i, 11) for i, c in enumerate(body)) % 11
-    check = "10X98765432"[remainder]
-    return body + (draw.choice([c for c in "0123456789X" if c != check]) if wrong else check)
 
 
 def mobile(draw: random.Random) -> str:
@@ -411,7 +386,7 @@ def api_keys(draw: random.Random) -> Iterator[str]:
 def cases() -> list[Case]:
     """The whole set, always the same."""
     draw = random.Random(20261122)
-    return [Case.of(line) for make in (emails, ips, phones, cn_ids, cards, api_keys) for line in make(draw)]
+    return [Case.of(line) for make in (emails, ips, phones, cn_ids, cards, api_keys, lines) for line in make(draw)]
 
 
 def scores(chosen: list[Case]) -> dict[str, Score]:

@@ -1,0 +1,264 @@
+"""Keys, tokens and passwords: forms that services give their keys, values behind a name, passwords in URLs."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from engine.data.pii.key_forms import FORMS, UUID
+from engine.data.pii.scan import Scan, windows, words
+
+_HEX = "[0-9a-f]"
+
+_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{'|'.join(f'{begin}{rest}' for begin, rest in FORMS)})(?![A-Za-z0-9_-])")
+_BEGINNING = re.compile("|".join(f"(?:{begin})" for begin, _ in FORMS if begin))
+
+# Addresses that anyone may post to, and parameters that hold a key.
+_HOOK = re.compile(
+    r"discord(?:app)?\.com/api/(?:v[0-9]{1,2}/)?webhooks/[0-9]{16,20}/[A-Za-z0-9_-]{50,90}|"
+    r"hooks\.slack\.com/(?:services|workflows|triggers)/[A-Z0-9]{8,12}/[A-Z0-9]{8,12}/[A-Za-z0-9]{18,40}|"
+    r"[a-z0-9.-]{0,40}webhook\.office\.com/webhookb2/[A-Za-z0-9@/-]{60,250}|"
+    rf"open\.(?:feishu\.cn|larksuite\.com)/open-apis/bot/v2/hook/{UUID}|"
+    rf"qyapi\.weixin\.qq\.com/cgi-bin/webhook/send\?key={UUID}|"
+    rf"oapi\.dingtalk\.com/robot/send\?access_token={_HEX}{{64}}"
+)
+_PARAMETER = re.compile(
+    r"(?:AccountKey|SharedAccessKey|SharedSecret|AccessKey)=(?P<value>[A-Za-z0-9+/]{42,88}={0,2})(?![A-Za-z0-9+/=])|"
+    r"(?<=[?&;])sig=(?P<signature>(?:[A-Za-z0-9+/]|%2[BFbf]){40,64}(?:=|%3[Dd]){0,2})|"
+    r"X-Amz-Signature=(?P<amazon>[0-9a-f]{64})(?![0-9a-f])|"
+    r"(?<![A-Za-z0-9+/])(?P<azure>[A-Za-z0-9+/]{86}==)(?![A-Za-z0-9+/=])"
+)
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN (?P<name>(?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?)-----(?:[^-]|-(?!----)){40,20000}+"
+    r"(?:-----END (?P=name)-----)?"
+)
+_PUTTY = re.compile(r"(?<=Private-Lines: )[0-9]{1,3}\s{1,2}(?:[A-Za-z0-9+/=]{20,64}\s{1,2}){2,200}")
+_JSON_WEB_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{10,2000}+\.eyJ[A-Za-z0-9_-]{10,4000}+\.[A-Za-z0-9_-]{20,1000}"
+)
+_LONG_TOKEN = re.compile(r"[A-Za-z0-9_+/-]{16,}+={0,2}")
+
+
+def secrets(scan: Scan) -> Iterator[tuple[int, int]]:
+    """Keys, tokens and passwords."""
+    text = scan.text
+    if "-----BEGIN" in text:
+        for match in _PRIVATE_KEY.finditer(text):
+            if re.search(r"[A-Za-z0-9+/]{32}", match[0][len(match["name"]) + 16 :]):
+                yield match.span()
+    if "Private-Lines" in text:
+        yield from (match.span() for match in _PUTTY.finditer(text))
+    if "://" in text:
+        yield from _url_passwords(scan)
+    if "hook" in text or "oapi.dingtalk" in text:
+        yield from (match.span() for match in _HOOK.finditer(text) if _is_random(re.split("[/=]", match[0])[-1]))
+    for within in scan.long_words():
+        for window in windows(text, _LONG_TOKEN, 32, 60, _has_digit, within):
+            yield from _keys(scan, window[0], min(window[1], within[1] + 1))
+    yield from _named(scan)
+
+
+def _keys(scan: Scan, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """What has the form of a key in a part of the text."""
+    for match in _JSON_WEB_TOKEN.finditer(scan.text, begin, end):
+        yield match.span()
+    for match in _PARAMETER.finditer(scan.text, begin, end):
+        name = match.lastgroup or ""
+        if _is_random(match[name]) and not (name == "azure" and _is_digest(scan, match.start())):
+            yield match.span(name)
+    for match in _KEY.finditer(scan.text, begin, end):
+        beginning = _BEGINNING.match(match[0])
+        body = match[0][beginning.end() if beginning else 0 :]
+        if _is_random(body) if match[0].startswith("sk-") or not beginning else _is_drawn(body):
+            yield match.span()
+
+
+def _is_digest(scan: Scan, begin: int) -> bool:
+    """A SHA-512 in base64, as lock files have it."""
+    return re.search(r"(?i:sha-?512|integrity|digest|hash)[\"':= -]{0,6}$", scan.before(begin, 20)) is not None
+
+
+def _has_digit(token: str) -> bool:
+    return not token.isalpha() and _DIGIT.search(token) is not None
+
+
+_DIGIT = re.compile("[0-9]")
+
+
+# ---- a value that looks drawn by chance ----
+
+_PLACEHOLDER = re.compile(
+    r"(?i)x{4}|\*{3}|\.{3}|0{7}|example|your[_-]|_here|placeholder|change[_-]?me|1234567|abcdefg|redacted|dummy|"
+    r"insert[_-]"
+)
+_PARTS = re.compile(r"[-_./: ]")
+
+
+def _entropy(value: str) -> float:
+    return -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values())
+
+
+def _is_drawn(value: str) -> bool:
+    """No placeholder; for what stands behind the beginning that a service gives its keys."""
+    return _PLACEHOLDER.search(value) is None and _entropy(value) >= 2.8
+
+
+def _is_random(value: str) -> bool:
+    """Letters and digits mixed as in a drawn string: neither a placeholder, nor a name, a path or words."""
+    if not _is_drawn(value):
+        return False
+    parts = [part for part in _PARTS.split(value) if part]
+    if len(parts) > 2 and all(re.fullmatch("[A-Za-z]{2,}[0-9]{0,2}|[0-9]{1,4}|[A-Za-z]", part) for part in parts):
+        return False
+    if len(parts) > 1 and all(re.fullmatch("[A-Za-z_][a-z_]{2,}[0-9]?|[A-Z_]{2,}[0-9]?", part) for part in parts):
+        return False
+    letters, digits = sum(map(str.isalpha, value)), sum(map(str.isdigit, value))
+    if not letters:
+        return False
+    changes = len(re.findall("[0-9][A-Za-z]|[A-Za-z](?=[0-9])", value))
+    in_words = sum(map(len, re.findall("[A-Z]?[a-z]{3,}|[A-Z]{4,}", value)))
+    mixed = not value.islower() and not value.isupper() and in_words < 0.5 * letters
+    if in_words >= 0.7 * letters and not value.islower():
+        return False  # NamesInCamelCase
+    return (digits >= 2 and changes >= max(3, len(value) // 16)) or (mixed and (digits > 0 or len(value) >= 20))
+
+
+# ---- passwords in addresses ----
+
+_URL_PASSWORD = re.compile(
+    r"://(?P<user>[^\s/:@\"'<>`]{0,64}):(?P<password>[^\s/@\"'<>`]{4,128}(?:@[^\s/@\"'<>`.:]{1,32}(?=@))?)@[\w\[]"
+)
+_WEAK = words(
+    "password passwd passwort pass pwd passw0rd secret user username login postgres mysql root admin guest test pw "
+    "changeme example anonymous none null token x-oauth-basic foo bar redacted hidden"
+)
+
+
+def _url_passwords(scan: Scan) -> Iterator[tuple[int, int]]:
+    for match in _URL_PASSWORD.finditer(scan.text):
+        password = match["password"]
+        template = password[0] in "$%{[(*" and not re.fullmatch(r"(?:%[0-9A-Fa-f]{2}|[\w.!~*+=^&#$-])+", password)
+        variable = re.fullmatch(r"\$\w+|\$\{.*|%\w+%|\{\w*\}|:\w+", password)
+        if not (template or variable or _is_weak(password)):
+            yield match.span("password")
+
+
+def _is_weak(password: str) -> bool:
+    """What manuals write where a password goes."""
+    low = password.lower()
+    kinds = sum(re.search(kind, password) is not None for kind in ("[a-z]", "[A-Z]", "[0-9]", r"[^\sA-Za-z0-9_-]"))
+    word = re.search("passw|secret|example|your|change.?me|placeholder|token|xxx|[*]{3}|[.]{3}|•••", low) is not None
+    return low in _WEAK or (word and kinds < 3) or len(set(password)) < 3
+
+
+# ---- values behind a name ----
+
+_STEMS = ("key", "token", "secret", "pass", "pwd", "credential", "bearer", "basic ", "kennwort")
+_OTHER_STEMS = ("contraseña", "密码", "密碼", "口令", "密钥", "令牌", "私钥")
+_PASSWORDS = ("pass", "pwd", "kennwort", "contraseña", "密码", "密碼", "口令")
+_QUALIFIED = re.compile(
+    r"(?i:api|access|secret|private|client|account|app|application|consumer|encryption|signing|master|service|storage|"
+    r"subscription|shared|auth|auth[nz]|bot|refresh|session|personal|deploy|webhook|oauth2?|user|admin|root|db|"
+    r"database|"
+    r"jwt|github|gitlab|slack|discord|aws|azure|gcp|google|openai|anthropic|hf|hub|huggingface|wandb|stripe|twilio|"
+    r"heroku|"
+    r"cloudflare|npm|pypi|registry|telegram|sentry|datadog|algolia|mailgun|sendgrid|login|security|signature|hmac|"
+    r"license|"
+    r"instrumentation|production|prod|live|ssh|deepseek|dashscope|zhipu|baidu|tencent|aliyun|cohere|mistral|together|"
+    r"groq)"
+    r"[_. -]?$"
+)
+_PUBLIC = re.compile(
+    r"(?i:csrf|xsrf|next|page|continuation|pad|eos|bos|unk|mask|sep|cls|sync|public|cache|partition|primary|foreign|"
+    r"sort|"
+    r"cancell?ation|site|anti-?forgery|start|end|stop|max|min|num|n|new|special|idempotency|publishable|pub)[_. -]?$"
+)
+_JOIN = re.compile(
+    r"(?:(?i:word|wd)?[\"'][ ]value=[\"'](?P<xml>)|(?i:word|wd|wort|phrase|code|"
+    r"s)?(?:[_. -]?[A-Za-z0-9]{1,12}){0,2}?[\"'`\])*\\]{0,4}[ \t]{0,6}"
+    r"(?:(?P<is>::?=|=>|->|==?|[:：]|\||\bis\b|是|为|"
+    r"(?::[ ]?)[A-Za-z.\[\]|]{1,20}[ ]?=)[ \t*`]{0,6}(?:[fbru]?[\"'`\\]{1,4})?"
+    r"|>|\([\"']|(?<=[\"']),[ ]?[\"']|(?P<blank>[ \t]{1,2}[\"']?)))(?:(?:Bearer|bearer|Basic|Token|token)[ ])?"
+)
+_VALUE = re.compile(r"[A-Za-z0-9_+/.~=%:-]{16,2000}+")
+_PASSWORD = re.compile(r"[^\s\"'`<>,;&|，。；、）]{6,64}+")
+_OPTION = re.compile(r"--[A-Za-z-]{0,24}$|-H [\"'][A-Za-z-]{0,24}$")
+
+
+def _named(scan: Scan) -> Iterator[tuple[int, int]]:
+    """api_key = "...", client_secret: ..., --token ..., Bearer ...: a value behind a name that says so."""
+    text = scan.text
+    low = text.lower()
+    if len(low) != len(text):
+        low = text.replace("İ", "I").lower()
+    for stem in _STEMS if text.isascii() else _STEMS + _OTHER_STEMS:
+        at = low.find(stem)
+        while at >= 0:
+            end = at + len(stem)
+            found = _value_of(scan, stem, at, end)
+            if found:
+                yield found
+            at = low.find(stem, end)
+
+
+def _value_of(scan: Scan, stem: str, at: int, end: int) -> tuple[int, int] | None:
+    """The secret behind the name that has this stem, if there is one."""
+    text, before = scan.text, scan.before(at, 24)
+    if stem == "basic ":
+        return _basic_login(scan, end) if before[-16:].lower().rstrip(" \"':=").endswith("authorization") else None
+    if stem == "bearer":
+        begin = end + len(re.match(r"[ \t:=\"']{0,4}", text[end : end + 4])[0])  # type: ignore[index]
+        return _secret(scan, begin) if begin > end else None
+    join = _JOIN.match(text, end)
+    if join is None or (join["blank"] and not _OPTION.search(before)):
+        return None
+    if stem == "pass" and re.match("(?!word|wd|phrase|code|wort)[A-Za-z]", text[end : end + 6].lower()):
+        return None  # passed, passage
+    if stem in _PASSWORDS:
+        inside = before[-1:].isalpha() and before[-1:].islower() and text[at].islower() and text[at].isascii()
+        return None if inside else _password(scan, join)
+    if stem == "key" and not _QUALIFIED.search(before) and not re.match(r"[_-]?(?i:secret)", text[end : end + 7]):
+        return None
+    return None if _PUBLIC.search(before) else _secret(scan, join.end())
+
+
+def _secret(scan: Scan, begin: int) -> tuple[int, int] | None:
+    match = _VALUE.match(scan.text, begin)
+    if match is None or scan.after(match.end(), 1) in tuple("([{"):  # a call or an expression, not a value
+        return None
+    value = match[0].rstrip(".:")
+    if scan.text[begin - 1] not in "\"'`" and re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", value):
+        return None  # the name of a type or a variable
+    return (begin, begin + len(value)) if _is_random(value) and "://" not in value else None
+
+
+def _password(scan: Scan, join: re.Match[str]) -> tuple[int, int] | None:
+    match = _PASSWORD.match(scan.text, join.end())
+    if match is None:
+        return None
+    value = match[0].rstrip(").]}:")
+    quoted = join[0][-1:] in "\"'`" or "value=" in join[0] or join[0][-1:] == ">"
+    code = re.search(r"[(\[{]|^[$%]|^\w+(?:\.[A-Za-z_]\w*)+$|::|->|\\n", value) and not quoted
+    letters, digits = re.search("[A-Za-z]", value), re.search("[0-9]", value)
+    if join["is"] is None and join["xml"] is None and not join[0].endswith(">") and not _is_random(value):
+        return None  # an argument
+    if code or not (letters and digits) or len(value) < 6 or _is_weak(value) or _PLACEHOLDER.search(value):
+        return None
+    if not quoted and join["is"] == "=" and join[0].endswith(" ") and value.isidentifier() and not _is_random(value):
+        return None  # a variable
+    return join.end(), join.end() + len(value)
+
+
+def _basic_login(scan: Scan, begin: int) -> tuple[int, int] | None:
+    """Authorization: Basic and user:password in base64."""
+    match = re.compile(r"[A-Za-z0-9+/]{8,200}={0,2}").match(scan.text, begin)
+    if match is None:
+        return None
+    try:
+        return match.span() if b":" in base64.b64decode(match[0], validate=True) else None
+    except binascii.Error:
+        return None

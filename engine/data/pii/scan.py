@@ -1,0 +1,96 @@
+"""A text as the rules read it: full-width forms folded, and the places where numbers stand found once for all rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+
+# One character for one, so that places in the folded text are places in the text.
+_FOLD = {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # full-width ASCII
+_FOLD |= {zero + i: str(i) for zero in (0x660, 0x6F0, 0x966) for i in range(10)}  # Arabic and Devanagari digits
+_FOLD |= dict.fromkeys((0xA0, 0x2002, 0x2003, 0x2007, 0x2008, 0x2009, 0x200A, 0x202F, 0x205F, 0x3000), " ")
+_FOLD |= dict.fromkeys((0x2010, 0x2011, 0x2012, 0x2013, 0x2014, 0x2015, 0x2212, 0xFE63), "-")
+_FOLD |= {0xFE6B: "@", 0x2024: ".", 0x3002: ".", 0xFF61: "."}
+_SPACE = "\u00a0\u2002-\u200a\u202f\u205f\u3000\u2010-\u2015\u2212\ufe63\uff0b-\uff0f\u2024"
+_WIDE = "０-９Ａ-Ｚａ-ｚ＠﹫٠-٩۰-۹०-९"
+# Full-width runs; a blank, a dash or a sign of another shape between digits; an area code in full-width brackets.
+_FOLDED = re.compile(
+    rf"[{_WIDE}{_SPACE}（](?:(?<=[{_WIDE}])[！-～{_WIDE}]*|(?<=[0-9A-Z)][{_SPACE}])[{_SPACE}]?(?=[0-9A-Z(+ ])|"
+    rf"(?<=（)[+0-9]{{2,5}}）)"
+)
+
+# At least seven digits in a row, with at most a few characters between two.
+_NUMBER = re.compile(r"[0-9](?:[ ().+/-]{0,4}[0-9]){6,}+")
+_CAPITALS = re.compile("[A-Z][A-Z][ -]?[0-9]{2}")
+_DIGIT = re.compile("[0-9]")
+_NO_NUMBER = re.compile(r"[0-9]+\.[0-9]+|(?:19|20)[0-9]{2}([-/.])[0-9]{1,2}\1[0-9]{1,2}(?:[ -]+[0-9]{1,2})?")
+
+
+def words(text: str) -> frozenset[str]:
+    """A set from a list with blanks between."""
+    return frozenset(text.split())
+
+
+class Scan:
+    """A text that several rules look at."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text if text.isascii() else _FOLDED.sub(lambda match: match[0].translate(_FOLD), text)
+
+    @cached_property
+    def numbers(self) -> Sequence[tuple[int, int]]:
+        """Where at least seven digits are in a row, and the characters around; dates and decimals left out."""
+        return list(windows(self.text, _NUMBER, 14, 6, lambda number: _NO_NUMBER.fullmatch(number) is None))
+
+    @cached_property
+    def capitals(self) -> Sequence[int]:
+        """Where two capital letters stand before two digits, as at the beginning of an IBAN."""
+        return [match.start() for match in _CAPITALS.finditer(self.text)]
+
+    def long_words(self) -> Iterator[tuple[int, int]]:
+        """Where sixteen characters or more with a digit among them stand without a blank."""
+        at = 0
+        for word in self.text.split():  # ten times as fast as a pattern
+            if len(word) >= 16:
+                at = self.text.find(word, at)
+                if _DIGIT.search(word):
+                    yield at, at + len(word)
+                at += len(word)
+
+    def matches(self, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+        """Of a pattern of numbers, in these places."""
+        for window in self.numbers:
+            yield from pattern.finditer(self.text, *window)
+
+    def before(self, begin: int, n: int) -> str:
+        """The n characters before a place."""
+        return self.text[max(0, begin - n) : begin]
+
+    def after(self, end: int, n: int) -> str:
+        """The n characters behind a place."""
+        return self.text[end : end + n]
+
+
+def windows(
+    text: str,
+    gate: re.Pattern[str],
+    before: int = 0,
+    after: int = 4,
+    wanted: Callable[[str], bool] | None = None,
+    within: tuple[int, int] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Where to look with a costly pattern: around what the cheap `gate` finds and is wanted. They do not overlap."""
+    begin = end = -1
+    for match in gate.finditer(text, *(within or ())):
+        if wanted is not None and not wanted(match[0]):
+            continue
+        left, right = max(0, match.start() - before), min(len(text), match.end() + after)
+        if left <= end:
+            end = right
+            continue
+        if end > 0:
+            yield begin, end
+        begin, end = left, right
+    if end > 0:
+        yield begin, end

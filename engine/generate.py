@@ -25,12 +25,15 @@ def sample(
     temperature: float,
     top_k: int,
     seed: int,
+    prepend_bos: bool = False,
 ) -> Iterator[str]:
     """Yield the continuation piece by piece until the end-of-document token or max_tokens.
 
-    temperature 0 takes the likeliest token; otherwise a draw among the top_k likeliest (0: all), a function of seed.
+    temperature 0 takes the likeliest token every time; otherwise a draw among the top_k likeliest (0: all), a function
+    of seed. prepend_bos: begin with BOS, as documents of `engine prepare --prepend-bos`; DataError if there is none.
     """
-    ids = tokenizer.encode(prompt) or [tokenizer.eod]
+    begin = [tokenizer.bos] if prepend_bos else []
+    ids = [*begin, *tokenizer.encode(prompt)] or [tokenizer.eod]
     limit = model.cfg.max_seq_len
     if len(ids) >= limit:
         raise ConfigError(

@@ -327,6 +327,8 @@ class Generate:
     """run folder (its newest checkpoint) or step folder"""
     prompt: str
     """text to continue"""
+    prepend_bos: bool = False
+    """begin with the tokenizer's BOS, for a model whose data was made with `engine prepare --prepend-bos`"""
     max_tokens: int = 128
     """tokens to add at most"""
     temperature: float = 0.8

@@ -18,7 +18,7 @@ from engine.context import ParallelContext, make_context
 from engine.data.indexed import IndexedDataset, IndexedWriter
 from engine.data.order import SampleOrder
 from engine.data.tokenizer import Tokenizer
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError
 from engine.evaluate import Evaluator, Score, evaluate
 from engine.generate import sample
 from engine.inference import config_of
@@ -125,6 +125,20 @@ def model(tokenizer: Tokenizer) -> Transformer:
 def draw(model: Transformer, tokenizer: Tokenizer, prompt: str = "text", **changes: Any) -> str:
     options = {"max_tokens": 10, "temperature": 1.0, "top_k": 0, "seed": 1} | changes
     return "".join(sample(model, tokenizer, prompt, **options))
+
+
+def test_a_prompt_begins_with_bos_if_asked(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="no token that begins a document"):
+        draw(model, tokenizer, prepend_bos=True)
+    monkeypatch.setattr(Tokenizer, "bos", 7)
+    read: list[list[int]] = []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda ids: (read.append(ids[0].tolist()), logits(ids))[1])
+    for bos in (True, False):
+        draw(model, tokenizer, prepend_bos=bos, max_tokens=1)
+    assert read == [[7, *tokenizer.encode("text")], tokenizer.encode("text")]
 
 
 def test_greedy_takes_the_likeliest_token_each_time(model: Transformer, tokenizer: Tokenizer) -> None:

@@ -26,7 +26,7 @@ def _interruptible(verb: Callable[[list[str], Interrupts], int]) -> Callable[[li
 
 @_interruptible
 def prepare(args: list[str], stop: Interrupts) -> int:
-    """raw text -> tokenizer and memory-mapped train/valid files"""
+    """raw text -> tokenizer and memory-mapped train/valid/test files"""
     import tyro
 
     from engine.data.prepare import prepare

@@ -131,6 +131,7 @@ def generate(args: list[str]) -> int:
         max_tokens=o.max_tokens,
         temperature=o.temperature,
         top_k=o.top_k,
+        prepend_bos=o.prepend_bos,
         seed=o.seed,
     ):
         print(text, end="", flush=True)

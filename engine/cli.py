@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import engine
 from engine.built import missing
-from engine.commands import checkpoints, data, merge, run, schedule
+from engine.commands import checkpoints, data, run, schedule
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
 from engine.hints import nearest
 from engine.output import OutputError, watched
@@ -78,7 +78,7 @@ def _overview() -> str:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "clean": data.clean,
     "prepare": data.prepare,
-    "merge-datasets": merge.merge_datasets,
+    "merge-datasets": data.merge_datasets,
     "tokenizer": data.tokenizer,
     "inspect": data.inspect,
     "train": run.train,

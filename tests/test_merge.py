@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from engine.data.merge import corpora_of, merge
 from engine.data.prepare import prepare
 from engine.data.tokenizer import Tokenizer
 from engine.errors import DataError
+from engine.signals import Interrupts, Stopped
 
 Documents = Sequence[Sequence[Sequence[int]]]  # documents of sequences of tokens
 CORPORA: dict[str, Documents] = {
@@ -167,6 +169,20 @@ def test_killed_anywhere_nothing_is_half_there(folder: Path, monkeypatch: pytest
         megatron(folder / "want", [d for name in ("B", "a", "a-b", "c.d") for d in CORPORA[name]])
         for suffix in (".bin", ".idx"):
             assert (folder / f"out{suffix}").read_bytes() == (folder / f"want{suffix}").read_bytes()
+
+
+def test_a_signal_while_it_is_published_comes_behind_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, stop = os.replace, Interrupts(heard=False)
+
+    def interrupted(*arguments: Any) -> None:
+        if str(arguments[1]).endswith("out.bin"):
+            stop.signal = signal.SIGTERM
+        real(*arguments)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(Stopped):
+        merge([str(folder / "in")], str(folder / "out"), stop=stop)
+    assert stop.go_on() == f"{folder}/out is complete" and len(IndexedDataset(folder / "out")) == 7
 
 
 def test_too_little_room_is_told_before_any_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from engine.data.report import ProgressEvent
 from engine.data.sidecar import sidecar_bytes, sidecar_of
 from engine.errors import DataError
 from engine.files import locked, sync_file, write_fault, write_synced
+from engine.signals import Interrupts
 
 _CHUNK = 1 << 22  # elements at a time
 _AGREE = ("tokenizer_digest", "vocab_size", "eod", "bos")
@@ -91,14 +92,15 @@ def merge(
     multimodal: bool = False,
     overwrite: bool = False,
     progress: Callable[[ProgressEvent], None] | None = None,
+    stop: Interrupts | None = None,
 ) -> MergeReport:
     """Write OUTPUT.bin, .idx and, where all corpora have one, .json of the corpora that `inputs` name, in that order.
 
     `inputs`: prefixes, and folders, whose corpora are sorted by name as Megatron does. `multimodal`: they have modes,
-    which are joined too. Raises DataError for corpora that do not fit together, damage, outputs that exist unless
-    `overwrite`, and too little room.
+    which are joined too. `stop`: signals that end it, before or behind the renaming but not within. Raises DataError
+    for corpora that do not fit together, damage, outputs that exist unless `overwrite`, and too little room.
     """
-    began = time.monotonic()
+    began, stop = time.monotonic(), Interrupts(heard=False) if stop is None else stop
     corpora = [_Corpus.open(prefix)[0] for prefix in corpora_of(inputs)]
     _refuse_misfits(corpora, output, multimodal)
     folder, facts = Path(f"{output}.merging"), [corpus.facts for corpus in corpora]
@@ -114,7 +116,9 @@ def merge(
             if done is None or done["facts"] != json.loads(json.dumps(facts)):
                 done = _make(folder, corpora, output, overwrite, needed, progress, began)
             moves = [(folder / name, path) for name, path in zip(_NAMES, paths_of(output)) if name in done["files"]]
-            publish(folder, [path for path in paths_of(output) if path not in {to for _, to in moves}], moves)
+            with stop.deferred():
+                publish(folder, [path for path in paths_of(output) if path not in {to for _, to in moves}], moves)
+                stop.go_on = lambda: f"{output} is complete"
     return MergeReport(**done["report"])
 
 

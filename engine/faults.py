@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from engine.errors import Fault
-from engine.options import Clean, Prepare
+from engine.options import Clean, Prepare, TokenizerTrain
 
 
 def prepare_faults(o: Prepare) -> Iterator[Fault]:
@@ -31,6 +31,18 @@ def prepare_faults(o: Prepare) -> Iterator[Fault]:
     if o.train_vocab_size and (o.merges is not None or o.lower_case is not None):
         repair = "Leave them out, or --train-vocab-size."
         yield Fault("--train-vocab-size", o.train_vocab_size, "makes one without --merges, --lower-case", repair)
+    if o.train_bytes < 0:
+        yield Fault("--train-bytes", o.train_bytes, "is below 0", "Use 0 for all train documents.")
+    if o.train_bytes and not o.train_vocab_size:
+        yield Fault("--train-bytes", o.train_bytes, "has no meaning without --train-vocab-size", "Leave it out.")
+
+
+def tokenizer_faults(o: TokenizerTrain) -> Iterator[Fault]:
+    """What is wrong with the options of `engine tokenizer train`, besides those of engine.data.recipe."""
+    if not o.input:
+        yield Fault("--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
+    if o.max_bytes < 0:
+        yield Fault("--max-bytes", o.max_bytes, "is below 0", "Use 0 for everything.")
 
 
 def clean_faults(o: Clean) -> Iterator[Fault]:

@@ -134,6 +134,8 @@ class Prepare:
     """whether BERT's vocab.txt is for lower case; left out: as tokenizer_config.json says, or its pieces do"""
     train_vocab_size: int = 0
     """train a byte-level BPE of this size on the train documents first; 0: use the one that is there"""
+    train_bytes: int = 0
+    """train it on so many bytes of text at most, taken evenly from all train documents; 0: on all of them"""
     valid_fraction: float = 0.0
     """share of the documents that goes into the validation files"""
     test_fraction: float = 0.0
@@ -248,12 +250,31 @@ class TokenizerTrain:
     output: Path
     """folder to write"""
     kind: Literal["bpe", "unigram", "wordpiece"] = "bpe"
-    """bpe and unigram work on bytes and can express any text; wordpiece is as BERT's, with [UNK]. Only bpe gives the
-    same tokenizer whenever it is trained on the same text"""
+    """bpe (of bytes) and unigram (of characters, bytes for rare ones; extra formats: sentencepiece) can express any
+    text; wordpiece is as BERT's, with [UNK], and alone may differ when it is trained on the same text again"""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """special tokens, ids from 0; the first ends documents"""
+    user_tokens: tuple[str, ...] = ()
+    """your own tokens: found in texts before anything else, unlike special ones; the last ids"""
+    split_pattern: str = ""
+    """what a word is, which no token reaches over: gpt2, cl100k (llama3), qwen, o200k, deepseek, or a regular
+    expression in Oniguruma's syntax. Left out: gpt2 for bpe, sentencepiece's rules (scripts, numbers) for unigram"""
+    digits: Literal["", "individual", "triples"] = ""
+    """every digit by itself, or at most three together; left out: as the pattern has them. With gpt2 and o200k
+    individual digits keep gigatoken from encoding: choose qwen"""
+    normalizer: Literal["none", "nfc", "nfkc"] = "none"
+    """Unicode form of texts before they are cut; nfkc folds full-width forms. Decoding gives that form"""
+    min_frequency: int | None = None
+    """bpe, wordpiece: merge no pair that is rarer (2)"""
+    character_coverage: float | None = None
+    """unigram: share of the text whose characters are tokens; others become bytes (0.9995, at most half the tokens)"""
+    limit_alphabet: int | None = None
+    """wordpiece: keep so many characters, the most frequent ones (all)"""
+    max_token_length: int | None = None
+    """longest token: in bytes for bpe (no limit), in characters for unigram (16)"""
     max_bytes: int = 0
-    """stop reading after so much text; 0: read everything (memory grows with the number of different words)"""
+    """train on so many bytes of text at most, taken evenly from all the input (of standard input: the first ones);
+    0: on everything (memory grows with the number of different words)"""
     include: tuple[str, ...] = ()
     """inside folders, read only names that match one of these globs"""
     exclude: tuple[str, ...] = ()

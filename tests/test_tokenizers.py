@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,10 +15,8 @@ from tokenizers import normalizers
 import engine.data.pieces as pieces_module
 import engine.data.ranks as ranks_module
 from engine.data.awkward import AWKWARD, equally_likely
-from engine.data.encoder import Encoder
 from engine.data.ranks import byte_letters
 from engine.data.tokenizer import Tokenizer
-from engine.data.train_tokenizer import train_tokenizer
 from engine.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,42 +101,3 @@ def test_foreign_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.M
     refuse(path.name, "cannot be converted exactly")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     refuse(path.name, r"pip install 'trident-engine\[formats\]'")
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
-def test_trained_tokenizers(tmp_path: Path, kind: str) -> None:
-    special = ("<eot>", "<pad>")
-    train_tokenizer([ROOT / "docs"], tmp_path, 700, kind=kind, special_tokens=special, include=["*.md"])
-    chosen = Tokenizer.load(tmp_path)
-    assert (chosen.eod, chosen.vocab_size, chosen.special_tokens[:2]) == (0, 700, special)
-    assert not {0, 1} & set(chosen.encode("<eot> <pad>"))
-    ids, lengths = Encoder(chosen).encode(["wörd ☕", "", "the"])
-    if kind == "wordpiece":
-        assert chosen.unknown == 2 and Encoder(chosen).unknown_bytes(["the ☕", "", "the"], ids, lengths) > 0
-        assert chosen.unknown_bytes("the ☕ ") == 3
-    else:
-        assert chosen.unknown is None and all(chosen.decode(chosen.encode(text)) == text for text in AWKWARD)
-    with pytest.raises(DataError, match="already there"):
-        train_tokenizer([ROOT / "docs"], tmp_path, 700)
-
-
-def test_training_by_command_and_its_faults(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"body": "some words and some more"}\n{"text": 5}\n')
-    command = [sys.executable, "-m", "engine", "tokenizer", "train", "--input", str(tmp_path / "a.jsonl")]
-    command += ["--vocab-size", "270", "--output", str(tmp_path / "t"), "--json-key", "body", "--on-error", "skip"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
-    assert done.returncode == 0 and "dropped: 1 missing key" in done.stdout and "digest" in done.stdout, done.stderr
-    with pytest.raises(DataError, match=r"a\.jsonl:2: missing key"):
-        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "u", 270, json_key=["body"])
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(DataError, match="no text in"):
-        train_tokenizer([tmp_path / "empty.txt"], tmp_path / "u", 270)
-    for size, options, words in (
-        (257, {"special_tokens": ("a", "b")}, "need >= 258"),
-        (300, {"special_tokens": ()}, "at least one"),
-        (300, {"special_tokens": ("a", "a")}, "all different"),
-        (300, {"kind": "word"}, "none of bpe, unigram, wordpiece"),
-    ):
-        with pytest.raises(DataError, match=words):
-            Tokenizer.train(iter(TEXTS), size, **options)  # type: ignore[arg-type]
-    assert not (tmp_path / "u").exists()

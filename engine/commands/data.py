@@ -49,6 +49,7 @@ def prepare(args: list[str], stop: Interrupts) -> int:
             merges=o.merges,
             lower_case=o.lower_case,
             train_vocab_size=o.train_vocab_size or None,
+            train_bytes=o.train_bytes,
             valid_fraction=o.valid_fraction,
             test_fraction=o.test_fraction,
             include=o.include,
@@ -175,24 +176,30 @@ def merge_datasets(args: list[str], stop: Interrupts) -> int:
     return EXIT_OK
 
 
-def tokenizer(args: list[str]) -> int:
+@_interruptible
+def tokenizer(args: list[str], stop: Interrupts) -> int:
     """train a tokenizer: engine tokenizer train ..."""
+    import dataclasses
+
     import tyro
 
+    from engine.data.recipe import Recipe
     from engine.data.train_tokenizer import train_tokenizer
-    from engine.monitor.prepared import prepare_progress
+    from engine.faults import tokenizer_faults
+    from engine.monitor.prepared import prepare_progress, show_trained
     from engine.options import TokenizerTrain
 
     if args[:1] not in (["train"], ["-h"], ["--help"]):
         raise ConfigError([Fault("engine tokenizer", " ".join(args[:1]), "is not train", "engine tokenizer train ...")])
     o = tyro.cli(TokenizerTrain, args=args[args[:1] == ["train"] :], prog="engine tokenizer train")
+    recipe = Recipe(**{field.name: getattr(o, field.name) for field in dataclasses.fields(Recipe)})
+    if faults := [*tokenizer_faults(o), *recipe.faults()]:
+        raise ConfigError(faults)
     with prepare_progress() as progress:
-        tokenizer, dropped = train_tokenizer(
+        trained = train_tokenizer(
             o.input,
             o.output,
-            o.vocab_size,
-            kind=o.kind,
-            special_tokens=o.special_tokens,
+            recipe,
             max_bytes=o.max_bytes,
             include=o.include,
             exclude=o.exclude,
@@ -201,12 +208,10 @@ def tokenizer(args: list[str]) -> int:
             on_error=o.on_error,
             overwrite=o.overwrite,
             progress=progress,
+            note=print,
+            stop=stop,
         )
-    for reason, count in sorted(dropped.items()):
-        print(f"dropped: {count:,} {reason}")
-    print(f"tokenizer {o.output}: {o.kind}, {tokenizer.vocab_size:,} tokens, digest {tokenizer.digest[:16]}")
-    if tokenizer.vocab_size < o.vocab_size:
-        print(f"--vocab-size was {o.vocab_size:,}, but the text offers no more")
+    show_trained(trained, recipe, o.output)
     return EXIT_OK
 
 

@@ -16,7 +16,7 @@ from engine.data.indexed import paths_of
 from engine.data.keyed import derive_key
 from engine.data.own import Own
 from engine.data.parts import Parts
-from engine.data.report import ProgressEvent
+from engine.data.report import Progress
 from engine.data.sources import Source
 from engine.data.tokenizer import FILES, Tokenizer
 from engine.errors import DataError
@@ -37,6 +37,7 @@ class Job:
     merges: Path | None
     lower_case: bool | None
     train_vocab_size: int | None
+    train_bytes: int
     valid_fraction: float
     test_fraction: float
     append_eod: bool
@@ -48,7 +49,7 @@ class Job:
     workers: int
     suffixes: tuple[str, str, str]  # of SPLITS
     overwrite: bool
-    progress: Callable[[ProgressEvent], None] | None
+    progress: Progress | None
     note: Callable[[str], None]
     stop: Interrupts
 
@@ -112,6 +113,7 @@ def settings_of(job: Job, tokenizer: Tokenizer | None) -> dict[str, Any]:
     files = [[file.name, file.num_bytes, file.stamp] for file in job.source.files]
     if tokenizer is None:
         identity: dict[str, Any] = {"trained with vocab_size": job.train_vocab_size, "folder": str(job.tokenizer)}
+        identity |= {"of at most bytes": job.train_bytes} if job.train_bytes else {}
     else:
         identity = {"digest": tokenizer.digest}
     settings = {

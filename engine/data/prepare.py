@@ -21,9 +21,11 @@ from engine.data.ahead import read_ahead
 from engine.data.encoding import Work
 from engine.data.job import AGAIN, SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
 from engine.data.parts import Parts, publish, read_json
-from engine.data.report import PrepareReport, ProgressEvent, SplitReport
+from engine.data.recipe import Recipe
+from engine.data.report import PrepareReport, Progress, ProgressEvent, SplitReport
 from engine.data.sources import MAX_DOCUMENT_BYTES, Source
 from engine.data.tokenizer import Tokenizer
+from engine.data.train_tokenizer import Spread, train_apart
 from engine.errors import DataError
 from engine.files import sync_folder
 from engine.signals import Interrupts, Stopped
@@ -37,6 +39,7 @@ def prepare(
     merges: Path | None = None,
     lower_case: bool | None = None,
     train_vocab_size: int | None = None,
+    train_bytes: int = 0,
     valid_fraction: float = 0.0,
     test_fraction: float = 0.0,
     append_eod: bool = True,
@@ -53,7 +56,7 @@ def prepare(
     workers: int = 0,
     suffixes: tuple[str, str, str] = ("-train", "-valid", "-test"),
     overwrite: bool = False,
-    progress: Callable[[ProgressEvent], None] | None = None,
+    progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
     stop: Interrupts | None = None,
 ) -> PrepareReport:
@@ -61,9 +64,10 @@ def prepare(
 
     `workers`: threads that encode, 0 for one a core (at most 8).
     `tokenizer`, `merges` and `lower_case` are what Tokenizer.load takes; with `train_vocab_size` it is created there
-    first. Killed at any moment, the same call goes on where the last shard ended; `stop` seals one first. Raises
-    DataError for bad input (with `on_error` "skip" it is counted and listed), for outputs that exist unless
-    `overwrite`, and for a split without documents; Stopped when `stop` says so.
+    first, from at most `train_bytes` of text, taken evenly from all train documents (0: from all of it). Killed at any
+    moment, the same call goes on where the last shard ended; `stop` seals one first. Raises DataError for bad input
+    (with `on_error` "skip" it is counted and listed), for outputs that exist unless `overwrite`, and for a split
+    without documents; Stopped when `stop` says so.
     """
     for name, share in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction)):
         if not 0.0 <= share < 1.0:
@@ -83,6 +87,7 @@ def prepare(
         merges,
         lower_case,
         train_vocab_size,
+        train_bytes,
         valid_fraction,
         test_fraction,
         append_eod,
@@ -145,19 +150,21 @@ def _trained(job: Job) -> Tokenizer:
     """The tokenizer that an earlier try trained, or a new one, kept in the parts folder."""
     folder = job.parts / "trained"
     if not folder.exists():
-        Tokenizer.train(_train_texts(job), job.train_vocab_size or 0).save(job.parts / "trained.tmp")
+        recipe, spread = Recipe(job.train_vocab_size or 0), Spread(job.train_bytes, job.total)
+        trained = train_apart(_train_texts(job, spread), recipe, spread, job.progress)
+        trained.tokenizer.save(job.parts / "trained.tmp")
         (job.parts / "trained.tmp").rename(folder)
         sync_folder(job.parts)
     return Tokenizer.load(folder, job.parse_special)
 
 
-def _train_texts(job: Job) -> Iterator[str]:
+def _train_texts(job: Job, spread: Spread) -> Iterator[str]:
     began, number = time.monotonic(), 0
     for batch in read_ahead(job.source.batches()):
         stop_at_errors(job, batch)
         splits = job.split_numbers(number, len(batch.texts))
         number += len(batch.texts)
-        yield from (text for text, split in zip(batch.texts, splits) if not split)
+        yield from spread.take([text for text, split in zip(batch.texts, splits) if not split], batch.consumed)
         if job.progress is not None:
             elapsed, consumed = time.monotonic() - began, batch.consumed
             job.progress(ProgressEvent("train tokenizer", consumed, job.total, number, 0, elapsed, consumed, 0))

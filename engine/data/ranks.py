@@ -13,18 +13,14 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from engine.data.awkward import AWKWARD, Encode, compare
+from engine.data.patterns import words
 from engine.errors import DataError, shown
 
-_SUFFIXES = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 # A .tiktoken file holds ranks alone; how text is split and the special ids are known by the encoding's name.
 _ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
-    "r50k_base": (
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        {"<|endoftext|>": 50256},
-    ),
+    "r50k_base": (words("gpt2")[0], {"<|endoftext|>": 50256}),
     "cl100k_base": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+",
+        words("cl100k")[0],
         {
             "<|endoftext|>": 100257,
             "<|fim_prefix|>": 100258,
@@ -33,12 +29,7 @@ _ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
             "<|endofprompt|>": 100276,
         },
     ),
-    "o200k_base": (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _SUFFIXES + "|"
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _SUFFIXES + "|"
-        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
-    ),
+    "o200k_base": (words("o200k")[0], {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
 }
 _ENCODINGS["p50k_base"] = _ENCODINGS["r50k_base"]
 # whisper's: its further special tokens are not for texts, and follow this one.

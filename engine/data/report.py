@@ -6,8 +6,9 @@ of the valid tokens under the train unigram distribution is what a model reaches
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from engine.data.account import Account
 from engine.data.batch import START, Cursor
@@ -25,6 +26,20 @@ class ProgressEvent:
     elapsed_s: float
     input_bytes_here: int
     tokens_here: int
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """How far a step of training a tokenizer is; `total` 0: the library does not tell."""
+
+    phase: ClassVar[str] = "train tokenizer"
+    step: str
+    done: int
+    total: int
+    elapsed_s: float
+
+
+Progress: TypeAlias = Callable[[ProgressEvent | StepEvent], None]
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.errors import DataError, cut
 
@@ -27,8 +26,9 @@ _COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"),
     *("chat_template.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
+TRAINING = "training.json"  # how it was trained, if here
 _TEMPLATES = "additional_chat_templates"
-FILES = ("tokenizer.json", *_COMPANIONS)
+FILES = ("tokenizer.json", TRAINING, *_COMPANIONS)
 # Tried in this order when neither tokenizer_config.json nor special_tokens_map.json names an end token.
 _USUAL_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "<｜begin▁of▁sentence｜>")
 _USUAL_EOD = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -96,7 +96,7 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             definition = file.read_bytes().decode("utf-8")
-            beside = {name: file.parent / name for name in _COMPANIONS}
+            beside = {name: file.parent / name for name in (TRAINING, *_COMPANIONS)}
             beside |= {f"{_TEMPLATES}/{p.name}": p for p in sorted((file.parent / _TEMPLATES).glob("*.jinja"))}
             companions = {name: other.read_bytes() for name, other in beside.items() if other.is_file()}
             return cls(definition, companions, parse_special)
@@ -109,36 +109,16 @@ class Tokenizer:
             raise DataError(f"{file}: not a usable tokenizer.json: {cut(str(err))}. Give {_formats()}.") from err
 
     @classmethod
-    def train(
-        cls,
-        texts: Iterator[str],
-        vocab_size: int,
-        *,
-        kind: str = "bpe",
-        special_tokens: Sequence[str] = (END_OF_TEXT,),
-        min_frequency: int = 2,
-    ) -> Tokenizer:
-        """A tokenizer made from texts; the first special token ends documents. Of `bpe`, the same texts give the same.
+    def train(cls, texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:
+        """A tokenizer made from texts, in this process; `options`: as engine.data.recipe.Recipe.
 
-        `bpe` and `unigram` work on bytes: all 256, no unknown token, any text survives. `wordpiece` is as BERT's: it
-        drops white space and has [UNK]. The result is smaller than `vocab_size` when the texts do not offer enough.
+        `bpe` and `unigram` have a token for each byte: any text survives. `wordpiece` is as BERT's: it drops white
+        space and has [UNK]. The result is smaller than `vocab_size` when the texts do not offer enough.
         """
-        if kind not in KINDS:
-            raise DataError(f"kind = {kind!r}: is none of {', '.join(KINDS)}")
-        if not special_tokens or len(set(special_tokens)) < len(special_tokens) or "" in special_tokens:
-            raise DataError(
-                f"special_tokens = {list(special_tokens)}: expected at least one, all different, none empty"
-            )
-        least = len(special_tokens) + (256 if kind != "wordpiece" else 1)
-        if vocab_size < least:
-            what = "256 bytes" if kind != "wordpiece" else "[UNK]"
-            raise DataError(f"vocab_size = {vocab_size}: {what} and {len(special_tokens)} special need >= {least}")
-        tokenizer, trainer = KINDS[kind](vocab_size, list(special_tokens), min_frequency)
-        tokenizer.train_from_iterator(texts, trainer)
-        special = {"eos_token": special_tokens[0]}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-        companions = {"tokenizer_config.json": config, "special_tokens_map.json": special}
-        return cls(tokenizer.to_str(), {name: json.dumps(facts).encode() for name, facts in companions.items()})
+        from engine.data.recipe import Recipe
+        from engine.data.trainers import train
+
+        return cls(*train(texts, Recipe(vocab_size, **options)))
 
     @property
     def eod(self) -> int:
@@ -225,57 +205,6 @@ class Tokenizer:
     def save_definition(self, folder: Path) -> None:
         """Write tokenizer.json alone, beside the files that are there."""
         (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
-
-
-_Untrained = tuple[tokenizers.Tokenizer, Any]
-
-
-def _bpe(vocab_size: int, special_tokens: list[str], min_frequency: int) -> _Untrained:
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=special_tokens,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    return _byte_level(models.BPE()), trainer
-
-
-def _unigram(vocab_size: int, special_tokens: list[str], min_frequency: int) -> _Untrained:
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special_tokens,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    return _byte_level(models.Unigram()), trainer
-
-
-def _byte_level(model: Any) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _wordpiece(vocab_size: int, special_tokens: list[str], min_frequency: int) -> _Untrained:
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=[*special_tokens, "[UNK]"],
-        show_progress=False,
-    )
-    return tokenizer, trainer
-
-
-KINDS: dict[str, Callable[[int, list[str], int], _Untrained]] = {
-    "bpe": _bpe,
-    "unigram": _unigram,
-    "wordpiece": _wordpiece,
-}
 
 
 def _is_definition(path: Path) -> bool:

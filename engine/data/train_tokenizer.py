@@ -1,26 +1,76 @@
-"""A tokenizer from raw text: `engine tokenizer train`."""
+"""A tokenizer from raw text: `engine tokenizer train`, and the one that `prepare` trains."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import tokenizers
+from tokenizers import normalizers
+
+import engine
+from engine.data.account import Account
 from engine.data.ahead import read_ahead
-from engine.data.report import ProgressEvent
+from engine.data.apart import Apart
+from engine.data.awkward import AWKWARD
+from engine.data.recipe import Recipe
+from engine.data.report import Progress, ProgressEvent, StepEvent
 from engine.data.sources import Source
-from engine.data.tokenizer import END_OF_TEXT, Tokenizer
+from engine.data.tokenizer import TRAINING, Tokenizer
 from engine.errors import DataError
+from engine.files import sync_folder
+from engine.signals import Interrupts
+
+_SAMPLES, _SAMPLE_CHARS = 64, 2000
+
+
+@dataclass
+class Trained:
+    """A trained tokenizer, documents and bytes of text that it saw, seconds by step, and what was left out."""
+
+    tokenizer: Tokenizer
+    documents: int
+    text_bytes: int
+    seconds: dict[str, float]
+    account: Account = field(default_factory=Account)
+
+
+class Spread:
+    """Takes at most so many bytes of text, evenly from all the input; 0: everything."""
+
+    def __init__(self, max_bytes: int, total: int):
+        self._max, self._total = max_bytes, total
+        self.documents = self.text_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no document will be taken any more."""
+        return bool(self._max) and not self._total and self.text_bytes >= self._max
+
+    def take(self, texts: Sequence[str], consumed: int) -> Iterator[str]:
+        """Of texts that end at stored byte `consumed` of `total` (0: not known, the first ones are taken)."""
+        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+        due = self._max * min(1.0, consumed / self._total) if self._total else 0.0
+        share, before, passed = (due - self.text_bytes) / max(1, sum(sizes)), self.text_bytes, 0
+        for text, size in zip(texts, sizes):
+            passed += size
+            left = share * passed - (self.text_bytes - before) if self._total else self._max - self.text_bytes
+            if not self._max or left > 0:
+                self.text_bytes += size
+                self.documents += 1
+                yield text
 
 
 def train_tokenizer(
     inputs: Sequence[str | Path],
     output: Path,
-    vocab_size: int,
+    recipe: Recipe,
     *,
-    kind: str = "bpe",
-    special_tokens: Sequence[str] = (END_OF_TEXT,),
     max_bytes: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -28,39 +78,109 @@ def train_tokenizer(
     format: str = "",
     on_error: str = "stop",
     overwrite: bool = False,
-    progress: Callable[[ProgressEvent], None] | None = None,
-) -> tuple[Tokenizer, Counter[str]]:
-    """Train on the documents of `inputs` (see Tokenizer.train) and write the folder; also what was left out, by reason.
+    progress: Progress | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    stop: Interrupts | None = None,
+) -> Trained:
+    """Train `recipe` on the documents of `inputs` and write the folder, whole or not at all.
 
-    Raises DataError for bad input, an `output` that has a tokenizer unless `overwrite`, and inputs without text.
+    Raises DataError for bad input, an `output` that has a tokenizer unless `overwrite`, and inputs without text;
+    Stopped when `stop` says so.
     """
-    if (output / "tokenizer.json").exists() and not overwrite:
-        raise DataError(f"{output / 'tokenizer.json'}: already there. Choose another folder, or give --overwrite.")
+    stop = stop or Interrupts(heard=False)
+    _refuse(output, recipe, overwrite)
     source = Source.of(inputs, include, exclude, keys=tuple(json_key), format=format)
-    dropped: Counter[str] = Counter()
+    account = Account()
     total = sum(file.num_bytes for file in source.files)
-    began, chars, documents = time.monotonic(), 0, 0
+    spread = Spread(max_bytes, total)
+    began = time.monotonic()
 
     def texts() -> Iterator[str]:
-        nonlocal chars, documents
         for batch in read_ahead(source.batches()):
             for drop in batch.drops:
                 if drop.stops and on_error != "skip":
                     raise drop.refuse()
-                dropped[drop.reason] += 1
-            for text in batch.texts:
-                if max_bytes and chars >= max_bytes:
-                    return
-                chars += len(text) if text.isascii() else len(text.encode())
-                documents += 1
-                yield text
+            for told in account.add(batch):
+                note(f"note: {told}")
+            yield from spread.take(batch.texts, batch.consumed)
             if progress is not None:
                 elapsed = time.monotonic() - began
                 consumed = (batch.consumed, max(total, batch.consumed))
-                progress(ProgressEvent("train tokenizer", *consumed, documents, 0, elapsed, batch.consumed, 0))
+                progress(ProgressEvent("train tokenizer", *consumed, spread.documents, 0, elapsed, batch.consumed, 0))
+            if spread.is_full:
+                break
+        if not spread.text_bytes:
+            raise DataError(account.nothing(source))
 
-    tokenizer = Tokenizer.train(texts(), vocab_size, kind=kind, special_tokens=special_tokens)
-    if not chars:
-        raise DataError(f"no text in {', '.join(map(str, inputs))} (dropped: {dict(dropped)})")
-    tokenizer.save(output)
-    return tokenizer, dropped
+    trained = train_apart(texts(), recipe, spread, progress)
+    trained.account = account
+    with stop.deferred():
+        save_whole(trained.tokenizer, output)
+        stop.go_on = lambda: f"{output} is written"
+    return trained
+
+
+def train_apart(texts: Iterable[str], recipe: Recipe, spread: Spread, progress: Progress | None) -> Trained:
+    """Train in another process on what `spread` took; check what comes back on samples of the texts."""
+    samples: list[str] = []
+
+    def seen() -> Iterator[str]:
+        for text in texts:
+            if spread.documents.bit_count() == 1 or len(samples) < _SAMPLES // 2:  # document 1, 2, 4, 8 ... too
+                samples.append(text[:_SAMPLE_CHARS])
+            yield text
+
+    with Apart(recipe, progress) as apart:
+        apart.send(seen())
+        definition, companions = apart.finish()
+    if progress is not None:
+        progress(StepEvent("verifying", 0, 0, 0.0))
+    began = time.monotonic()
+    facts = {"engine": engine.__version__, "tokenizers": tokenizers.__version__, **recipe.facts()}
+    facts |= {"documents": spread.documents, "text_bytes": spread.text_bytes}
+    companions[TRAINING] = (json.dumps(facts, ensure_ascii=False, indent=1) + "\n").encode()
+    tokenizer = Tokenizer(definition, companions)
+    _verify(tokenizer, recipe, samples)
+    seconds = {**apart.seconds, "verifying": time.monotonic() - began}
+    return Trained(tokenizer, spread.documents, spread.text_bytes, seconds)
+
+
+def _verify(tokenizer: Tokenizer, recipe: Recipe, samples: Sequence[str]) -> None:
+    """Texts have to survive, in their normal form."""
+    if recipe.kind == "wordpiece":  # it drops white space
+        return
+    normal = {"nfc": normalizers.NFC(), "nfkc": normalizers.NFKC()}.get(recipe.normalizer)
+    for text in (*samples, *AWKWARD):
+        expected = text if normal is None else normal.normalize_str(text)
+        if (found := tokenizer.decode(tokenizer.encode(text))) != expected:
+            raise DataError(
+                f"the trained tokenizer loses text: {expected[:60]!r} comes back as {found[:60]!r}. "
+                f"Nothing was written. Try another --split-pattern or --kind."
+            )
+
+
+def _refuse(output: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Before hours of work: what would stand in the way at the end."""
+    if faults := list(recipe.faults()):
+        raise DataError("\n".join(map(str, faults)))
+    if (output / "tokenizer.json").exists() and not overwrite:
+        raise DataError(f"{output / 'tokenizer.json'}: already there. Choose another folder, or give --overwrite.")
+    parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise DataError(f"{output}: cannot be made, as {parent} is no folder that can be written. Choose another.")
+
+
+def save_whole(tokenizer: Tokenizer, output: Path) -> None:
+    """Write the folder; tokenizer.json, which makes it one, comes last. A failure leaves what was there."""
+    output = output.absolute()
+    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        tokenizer.save(aside)
+        output.mkdir(parents=True, exist_ok=True)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "tokenizer.json"):
+            os.replace(path, output / path.name)
+        sync_folder(output)
+    except OSError as err:
+        raise DataError(f"{output}: cannot write the tokenizer: {err.strerror or err}. Choose another.") from err
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

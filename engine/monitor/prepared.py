@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -12,11 +13,13 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from engine.data.account import Account
-from engine.data.report import PrepareReport, ProgressEvent, SplitReport
+from engine.data.recipe import Recipe
+from engine.data.report import PrepareReport, Progress, ProgressEvent, SplitReport, StepEvent
+from engine.data.train_tokenizer import Trained
 
 
 @contextmanager
-def prepare_progress(every_s: float = 5.0, quiet: bool = False) -> Iterator[Callable[[ProgressEvent], None]]:
+def prepare_progress(every_s: float = 5.0, quiet: bool = False) -> Iterator[Progress]:
     """A callback for data.prepare: a bar on a terminal, otherwise a line every few seconds; nothing if `quiet`."""
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     shown = {"at": time.perf_counter()}
@@ -24,10 +27,28 @@ def prepare_progress(every_s: float = 5.0, quiet: bool = False) -> Iterator[Call
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def show(event: ProgressEvent) -> None:
+        def show(event: ProgressEvent | StepEvent) -> None:
+            if isinstance(event, StepEvent):
+                show_step(event)
+            else:
+                show_bytes(event)
+
+        def show_step(event: StepEvent) -> None:
+            if "step" not in tasks:
+                tasks["step"] = bar.add_task("", total=None, text="")
+            text = f"{event.done:,} of {event.total:,}" if event.total else f"{event.elapsed_s:.0f} s"
+            name, total = f"{event.phase}: {event.step}", event.total or None
+            bar.update(tasks["step"], description=name, completed=event.done, total=total, text=text)
+            if not console.is_terminal and time.perf_counter() - shown["at"] >= every_s:
+                shown["at"] = time.perf_counter()
+                console.print(f"{name}: {text}" + f", {event.elapsed_s:.0f} s" * bool(event.total))
+
+        def show_bytes(event: ProgressEvent) -> None:
             elapsed = max(event.elapsed_s, 1e-9)
             rate = event.input_bytes_here / elapsed
             text = f"{event.documents:,} documents, {rate / 1e6:.2f} MB/s"
+            if event.phase == "train tokenizer":
+                text = f"reading {event.input_bytes / 1e6:,.1f} MB, {text}"
             if event.tokens:
                 text += f", {event.tokens:,} tokens, {event.tokens_here / elapsed:,.0f} tokens/s"
             if event.phase not in tasks:
@@ -40,6 +61,18 @@ def prepare_progress(every_s: float = 5.0, quiet: bool = False) -> Iterator[Call
                 console.print(f"{event.phase}: {done:.0%}, {text}, left {left:.0f} s")
 
         yield show
+
+
+def show_trained(trained: Trained, recipe: Recipe, output: Path) -> None:
+    """Say what `engine tokenizer train` made, from what, and what each step took."""
+    for line in trained.account.lines():
+        print(line)
+    steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in trained.seconds.items())
+    print(f"trained on {trained.documents:,} documents, {trained.text_bytes / 1e6:,.2f} MB of text; seconds: {steps}")
+    tokenizer = trained.tokenizer
+    print(f"tokenizer {output}: {recipe.kind}, {tokenizer.vocab_size:,} tokens, digest {tokenizer.digest[:16]}")
+    if tokenizer.vocab_size < recipe.vocab_size:
+        print(f"--vocab-size was {recipe.vocab_size:,}, but the text offers no more")
 
 
 def show_prepared(report: PrepareReport) -> None:

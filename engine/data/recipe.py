@@ -1,0 +1,135 @@
+"""What tokenizer to train: all that its making depends on besides the texts, checked before any text is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tokenizers import Regex
+
+from engine.data.patterns import DIGITS, PATTERNS
+from engine.errors import Fault, cut
+
+KINDS = ("bpe", "unigram", "wordpiece")
+NORMALIZERS = ("none", "nfc", "nfkc")
+UNKNOWN = {"unigram": "<unk>", "wordpiece": "[UNK]"}  # unigram's is never used, but the model has to have one
+MIN_FREQUENCY = 2
+CHARACTER_COVERAGE = 0.9995
+MAX_PIECE_LENGTH = 16
+_USUAL: dict[str, dict[str, Any]] = {
+    "bpe": {"split_pattern": "gpt2", "min_frequency": MIN_FREQUENCY},
+    "unigram": {
+        "split_pattern": "rules of sentencepiece",
+        "character_coverage": CHARACTER_COVERAGE,
+        "max_token_length": MAX_PIECE_LENGTH,
+    },
+    "wordpiece": {"min_frequency": MIN_FREQUENCY},
+}
+_BYTE_SPELLING = "<0x123456789ABCDEF>unk"
+# What an option is for; of other kinds it is refused, as it would do nothing.
+_MEANT_FOR = {
+    "split_pattern": ("bpe", "unigram"),
+    "digits": ("bpe", "unigram"),
+    "min_frequency": ("bpe", "wordpiece"),
+    "character_coverage": ("unigram",),
+    "limit_alphabet": ("wordpiece",),
+    "max_token_length": ("bpe", "unigram"),
+}
+_WHY_NOT = {
+    ("split_pattern", "wordpiece"): "it cuts at white space and punctuation, as BERT's",
+    ("digits", "wordpiece"): "it cuts at white space and punctuation, as BERT's",
+    ("character_coverage", "bpe"): "it works on bytes, and its alphabet is all 256 of them",
+    ("character_coverage", "wordpiece"): "its alphabet is a number of characters: --limit-alphabet",
+    ("limit_alphabet", "bpe"): "it works on bytes, and its alphabet is all 256 of them",
+    ("limit_alphabet", "unigram"): "its alphabet is a share of the text: --character-coverage",
+    ("min_frequency", "unigram"): "it weighs all pieces by their likelihood",
+    ("max_token_length", "wordpiece"): "its trainer has no such limit",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tokenizer is trained. "" and None: as is usual for `kind`.
+
+    `special_tokens`: ids from 0, the first ends documents. `user_tokens`: found in texts before anything else.
+    `split_pattern`: what the words are (engine.data.patterns). `max_token_length`: bytes of bpe, characters of unigram.
+    """
+
+    vocab_size: int
+    kind: str = "bpe"
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    user_tokens: tuple[str, ...] = ()
+    split_pattern: str = ""
+    digits: str = ""
+    normalizer: str = "none"
+    min_frequency: int | None = None
+    character_coverage: float | None = None
+    limit_alphabet: int | None = None
+    max_token_length: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """The options that the kind has, with what is usual for it where nothing was said, for JSON."""
+        usual = _USUAL[self.kind]
+        given = {k: v for k, v in asdict(self).items() if self.kind in _MEANT_FOR.get(k, KINDS)}
+        return {k: usual[k] if v in ("", None) and k in usual else v for k, v in given.items()}
+
+    def required_characters(self) -> set[str]:
+        """Unigram: characters that are pieces whatever the texts are, so that no text becomes the token <0x41>."""
+        return {*_BYTE_SPELLING, *"".join(self.special_tokens)}
+
+    def own_tokens(self) -> int:
+        """Tokens that are there before any text is read."""
+        unknown, texts_bytes = self.kind in UNKNOWN, 256 * (self.kind != "wordpiece")
+        return len(self.special_tokens) + len(self.user_tokens) + unknown + texts_bytes
+
+    def faults(self) -> Iterator[Fault]:
+        """What is wrong with it."""
+        if self.kind not in KINDS:
+            yield Fault("--kind", self.kind, f"is none of {', '.join(KINDS)}", "Choose one.")
+            return
+        yield from self._token_faults()
+        for option, kinds in _MEANT_FOR.items():
+            if getattr(self, option) not in ("", None) and self.kind not in kinds:
+                name = "--" + option.replace("_", "-")
+                why = _WHY_NOT[option, self.kind]
+                yield Fault(name, getattr(self, option), f"does nothing for {self.kind}: {why}", "Leave it out.")
+        yield from self._pattern_faults()
+        if self.normalizer not in NORMALIZERS:
+            yield Fault("--normalizer", self.normalizer, f"is none of {', '.join(NORMALIZERS)}", "Choose one.")
+        if self.character_coverage is not None and not 0 < self.character_coverage <= 1:
+            yield Fault("--character-coverage", self.character_coverage, "is no share", "Such as 0.9995.")
+        for option in ("min_frequency", "limit_alphabet", "max_token_length"):
+            if getattr(self, option) is not None and getattr(self, option) < 1:
+                yield Fault("--" + option.replace("_", "-"), getattr(self, option), "is below 1", "Use 1 or more.")
+        if self.kind == "bpe" and self.max_token_length == 1:
+            yield Fault("--max-token-length", 1, "leaves single bytes, and there is nothing to train", "Use 2 or more.")
+        if self.kind == "unigram" and (self.max_token_length or 1) > 512:
+            yield Fault("--max-token-length", self.max_token_length, "is above 512", "sentencepiece takes 512.")
+
+    def _token_faults(self) -> Iterator[Fault]:
+        special, own = list(self.special_tokens), list(self.user_tokens)
+        if not special or len(set(special)) < len(special) or "" in special:
+            yield Fault("--special-tokens", special, "should be at least one, all different, none empty", "Name them.")
+        if len({*special, *own}) < len(set(special)) + len(own) or "" in own:
+            yield Fault("--user-tokens", own, "should be all different, none special, none empty", "Name others.")
+        least = self.own_tokens() + (len(self.required_characters()) if self.kind == "unigram" else 0)
+        if self.vocab_size < least:
+            parts = ["256 bytes"] * (self.kind != "wordpiece") + [UNKNOWN.get(self.kind, "")] * (self.kind in UNKNOWN)
+            parts += ["the characters that these are spelled with"] * (self.kind == "unigram")
+            parts += [f"{len(special)} special"] + [f"{len(own)} of your own"] * bool(own)
+            yield Fault("--vocab-size", self.vocab_size, f"{', '.join(parts)} need >= {least}", "Make it larger.")
+
+    def _pattern_faults(self) -> Iterator[Fault]:
+        if self.digits and self.digits not in DIGITS:
+            yield Fault("--digits", self.digits, f"is none of {', '.join(DIGITS)}", "Choose one.")
+        if not self.split_pattern or self.split_pattern in PATTERNS:
+            return
+        if self.digits:
+            what = "has no meaning beside a pattern of your own"
+            yield Fault("--digits", self.digits, what, r"Write it into the pattern: \p{N} or \p{N}{1,3}.")
+        try:
+            Regex(self.split_pattern)
+        except Exception as err:  # the library raises bare Exception
+            names = f"Give one of {', '.join(PATTERNS)}, or an expression in Oniguruma's syntax."
+            yield Fault("--split-pattern", self.split_pattern, f"is no regular expression: {cut(str(err))}", names)

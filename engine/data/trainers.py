@@ -1,0 +1,257 @@
+"""Trains a tokenizer on texts, in this process: `tokenizers` for bpe and wordpiece, sentencepiece for unigram.
+
+A unigram model is trained on characters and gets a token for each of the 256 bytes, for characters that it does not
+know: no character is torn, and any text survives. On bytes, where a Chinese clause is one word of a hundred letters,
+training took twenty times as long and the tokens were worse.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from engine.data.patterns import DIGITS, words
+from engine.data.recipe import CHARACTER_COVERAGE, MAX_PIECE_LENGTH, MIN_FREQUENCY, UNKNOWN, Recipe
+from engine.errors import DataError
+
+Made = tuple[str, dict[str, bytes]]  # text of a tokenizer.json, and the files beside it
+_NORMALIZERS = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC}
+_THREADS = 16  # of sentencepiece: the sums, and so the tokens, depend on their number but not on that of the cores
+_NEVER = -1e6  # log-probability of what no text may become
+# Characters that mean something to sentencepiece, and what stands for them while it trains.
+_STAND_INS = {ord(char): 0x10FF00 + number for number, char in enumerate("\0\t\n\r▁▅⁇\ufffd")}
+_MEANT = {new: chr(old) for old, new in _STAND_INS.items()} | {ord("▁"): " "}
+# No piece reaches over a blank, but for those in front of it, nor over the end of a line.
+_BETWEEN_BLANKS = re.compile(r" *[^ \n]{0,1000}\n+| *[^ \n]{1,1000}| +")
+
+
+def train(texts: Iterable[str], recipe: Recipe, *, tell: bool = False) -> Made:
+    """The tokenizer of `recipe` for these texts, and the names of its end token for transformers.
+
+    `tell`: the libraries write how far they are on the standard error (engine.data.train_tokenizer reads it). Raises
+    DataError if the recipe is wrong or the texts do not do.
+    """
+    if faults := list(recipe.faults()):
+        raise DataError("\n".join(map(str, faults)))
+    tokenizer = _TRAINERS[recipe.kind](_between(texts, recipe.user_tokens), recipe, tell)
+    if recipe.user_tokens:
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in recipe.user_tokens])
+    special = {"eos_token": recipe.special_tokens[0]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    companions = {"tokenizer_config.json": config, "special_tokens_map.json": special}
+    return tokenizer.to_str(), {name: json.dumps(facts).encode() for name, facts in companions.items()}
+
+
+def _between(texts: Iterable[str], user_tokens: tuple[str, ...]) -> Iterator[str]:
+    """What stands between the user's tokens, which are found first."""
+    if not user_tokens:
+        yield from texts
+        return
+    longest_first = sorted(user_tokens, key=len, reverse=True)
+    cut = re.compile("|".join(map(re.escape, longest_first)))
+    for text in texts:
+        yield from filter(None, cut.split(text))
+
+
+def _normalizer(recipe: Recipe) -> normalizers.Normalizer | None:
+    return _NORMALIZERS[recipe.normalizer]() if recipe.normalizer != "none" else None
+
+
+def _splits(recipe: Recipe) -> list[pre_tokenizers.PreTokenizer]:
+    """What cuts texts into words, as asked; nothing if nothing was."""
+    patterns: tuple[str, ...] = (DIGITS[recipe.digits],) if recipe.digits else ()
+    if recipe.split_pattern:
+        patterns = words(recipe.split_pattern, recipe.digits)
+    return [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+
+
+def _bpe_trainer(vocab_size: int, recipe: Recipe, tell: bool, **options: Any) -> trainers.BpeTrainer:
+    if tell and hasattr(trainers.BpeTrainer, "progress_format"):
+        options["progress_format"] = "json"
+    else:
+        tell = False
+    minimum = MIN_FREQUENCY if recipe.min_frequency is None else recipe.min_frequency
+    return trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=minimum, show_progress=tell, **options)
+
+
+def _bpe(texts: Iterator[str], recipe: Recipe, tell: bool) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    if recipe.split_pattern in ("", "gpt2") and not recipe.digits:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    else:
+        pattern = recipe.split_pattern or "gpt2"
+        splits = [pre_tokenizers.Split(Regex(one), "isolated") for one in words(pattern, recipe.digits)]
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, letters])
+    if (normalizer := _normalizer(recipe)) is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.ByteLevel()
+    # The library makes shorter ones than it is told, and two bytes always.
+    limit = {} if recipe.max_token_length is None else {"max_token_length": recipe.max_token_length + 1}
+    trainer = _bpe_trainer(
+        recipe.vocab_size - len(recipe.user_tokens),
+        recipe,
+        tell,
+        special_tokens=list(recipe.special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        **limit,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _wordpiece(texts: Iterator[str], recipe: Recipe, tell: bool) -> tokenizers.Tokenizer:
+    """As the library's own trainer makes it, which is this one, but does not tell how far it is."""
+    merged = tokenizers.Tokenizer(models.BPE())
+    merged.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if (normalizer := _normalizer(recipe)) is not None:
+        merged.normalizer = normalizer
+    trainer = _bpe_trainer(
+        recipe.vocab_size - len(recipe.user_tokens),
+        recipe,
+        tell,
+        special_tokens=[*recipe.special_tokens, UNKNOWN["wordpiece"]],
+        continuing_subword_prefix="##",
+        **({} if recipe.limit_alphabet is None else {"limit_alphabet": recipe.limit_alphabet}),
+    )
+    merged.train_from_iterator(texts, trainer)
+    vocab = merged.get_vocab(with_added_tokens=False)
+    if len(vocab) > (room := recipe.vocab_size - len(recipe.user_tokens)):
+        raise DataError(
+            f"--vocab-size = {recipe.vocab_size}: the single characters of these texts, at the beginning of words and "
+            f"inside, are {len(vocab):,} tokens. --limit-alphabet {max(1, room // 4)} keeps the most frequent ones."
+        )
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=UNKNOWN["wordpiece"]))
+    tokenizer.pre_tokenizer = merged.pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.WordPiece()
+    special = [*recipe.special_tokens, UNKNOWN["wordpiece"]]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return tokenizer
+
+
+def _unigram(texts: Iterator[str], recipe: Recipe, tell: bool) -> tokenizers.Tokenizer:
+    lines = pre_tokenizers.Split(Regex("\n+"), "merged_with_previous")
+    splits = _splits(recipe)
+    pre_tokenizer = pre_tokenizers.Sequence(splits) if splits else lines
+    normalizer = _normalizer(recipe)
+    if normalizer is not None:
+        texts = map(normalizer.normalize_str, texts)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        if splits:
+            counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text))
+        else:
+            counts.update(_BETWEEN_BLANKS.findall(text))
+    if not counts:
+        raise DataError("no text to train on")
+    room = recipe.vocab_size - recipe.own_tokens()
+    alphabet = _alphabet(counts, recipe, room)
+    pieces = _pieces(_known(counts, alphabet), recipe, alphabet, room, tell, by_rules=not splits)
+    own = [*recipe.special_tokens, UNKNOWN["unigram"], *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = [(token, _NEVER) for token in own] + pieces
+    model = models.Unigram(vocab, unk_id=len(recipe.special_tokens), byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in recipe.special_tokens])
+    return tokenizer
+
+
+def _alphabet(counts: Counter[str], recipe: Recipe, room: int) -> set[str]:
+    """Characters that are pieces: the most frequent ones that make up the coverage asked for, and the required ones.
+
+    Without a wish at most half of the vocabulary is spent on them: what is left out is rare, and becomes bytes.
+    """
+    seen: Counter[str] = Counter()
+    for word, count in counts.items():
+        for char in word:
+            seen[char] += count
+    wanted = (CHARACTER_COVERAGE if recipe.character_coverage is None else recipe.character_coverage) * seen.total()
+    ordered = sorted(seen, key=lambda char: (-seen[char], char))
+    summed = list(itertools.accumulate(seen[char] for char in ordered))
+    enough = next((at + 1 for at, total in enumerate(summed) if total >= wanted), len(ordered))
+    required = recipe.required_characters()
+    if recipe.character_coverage is None:
+        enough = min(enough, max(room // 2 - len(required), 0))
+    alphabet = required | set(ordered[:enough])
+    if len(alphabet) > room:
+        raise DataError(
+            f"vocab_size = {recipe.vocab_size}: leaves room for {room} pieces, and a character coverage of "
+            f"{recipe.character_coverage} needs {len(alphabet):,} characters. Give more tokens or less coverage."
+        )
+    return alphabet
+
+
+def _known(counts: Counter[str], alphabet: set[str]) -> Counter[str]:
+    """The words without characters outside the alphabet, which end a word."""
+    others = {char for word in counts for char in word} - alphabet
+    if not others:
+        return counts
+    cut = re.compile("[" + "".join(map(re.escape, sorted(others))) + "]")
+    known: Counter[str] = Counter()
+    for word, count in counts.items():
+        for part in cut.split(word):
+            if part:
+                known[part] += count
+    return known
+
+
+def _pieces(
+    counts: Counter[str], recipe: Recipe, alphabet: set[str], room: int, tell: bool, by_rules: bool
+) -> list[tuple[str, float]]:
+    """sentencepiece's pieces and log-probabilities. `by_rules`: none holds two scripts, or digits and letters."""
+    try:
+        import sentencepiece
+    except ImportError as err:
+        raise DataError(f"{err}: --kind unigram needs `pip install 'trident-engine[formats]'`.") from err
+    model = io.BytesIO()
+    missing = sorted(alphabet - {char for word in counts for char in word})
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(f"{word.translate(_STAND_INS)}\t{count}" for word, count in counts.items()),
+            input_format="tsv",
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=room - len(missing) + 1,  # and its <unk>
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            max_sentencepiece_length=recipe.max_token_length or MAX_PIECE_LENGTH,
+            max_sentence_length=1 << 30,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_by_whitespace=by_rules,
+            split_by_unicode_script=by_rules,
+            split_by_number=by_rules,
+            bos_id=-1,
+            eos_id=-1,
+            num_threads=_THREADS,
+            minloglevel=0 if tell else 2,
+        )
+    except RuntimeError as err:
+        raise DataError(f"sentencepiece cannot train on these texts: {err}") from err
+    made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    numbers = [number for number in range(made.vocab_size()) if not made.is_unknown(number)]
+    pieces = [(made.id_to_piece(number).translate(_MEANT), made.get_score(number)) for number in numbers]
+    least = min(score for _, score in pieces)
+    return pieces + [(char, least - 0.01 * (1 + at)) for at, char in enumerate(missing)]
+
+
+_TRAINERS: dict[str, Callable[[Iterator[str], Recipe, bool], tokenizers.Tokenizer]] = {
+    "bpe": _bpe,
+    "unigram": _unigram,
+    "wordpiece": _wordpiece,
+}

@@ -10,7 +10,7 @@ from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
 from engine.config import Config, layout_of
 from engine.context import ParallelContext, make_context
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import Tokenizer, is_tokenizer
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer, stage_shapes
 from engine.optim.adamw import Held
@@ -69,7 +69,7 @@ def tokenizer_folder(checkpoint: Path, wanted: Path | None, storage: Storage = D
     folder = find(checkpoint, storage)
     given = read_manifest(folder, storage).config["data"]["tokenizer"]
     for candidate in (folder.parent.parent / "tokenizer", Path(given)):
-        if (candidate == folder.parent.parent / "tokenizer" or given) and (candidate / "tokenizer.json").exists():
+        if (candidate == folder.parent.parent / "tokenizer" or given) and is_tokenizer(candidate):
             if candidate == folder.parent.parent / "tokenizer":
                 refuse_links(folder.parent.parent)
             return candidate

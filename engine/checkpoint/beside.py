@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.checkpoint.hf import CONFIG, GENERATION, INDEX
 from engine.checkpoint.links import refuse_links
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import Tokenizer, is_tokenizer
 from engine.errors import CheckpointError, DataError
 from engine.files import write_synced
 
@@ -65,7 +65,7 @@ def copy_beside(source: Path, run: Path) -> None:
     for name in extra_files(folder)[0] if foreign else _names(folder / EXTRA):
         (run / BESIDE / EXTRA).mkdir(parents=True, exist_ok=True)
         write_synced(run / BESIDE / EXTRA / name, (folder / name if foreign else folder / EXTRA / name).read_bytes())
-    if foreign and (folder / "tokenizer.json").is_file():
+    if foreign and is_tokenizer(folder):
         with suppress(DataError):
             facts = {"eos_token_id": Tokenizer.load(folder).eod}
             write_synced(run / BESIDE / TOKENIZER_FACTS, json.dumps(facts).encode() + b"\n")

@@ -193,7 +193,11 @@ def _copy_tokenizer(folder: Path, out: Path) -> list[str]:
     except DataError as error:
         return [f"no tokenizer.json in the folder, and none could be made: {error}"]
     made.save_definition(out)
-    return [f"tokenizer.json made from {source.path.name}"] if source else []
+    if source is None:
+        return []
+    if made.own is not None:
+        return [f"{source.path.name} is used itself, by {made.own.name}: no tokenizer.json gives its ids"]
+    return [f"tokenizer.json made from {source.path.name}"]
 
 
 def export(

@@ -1,15 +1,19 @@
-"""Texts on which tokenizers are compared before one is believed to be the other, and the comparison."""
+"""Texts on which a tokenizer is compared with the library that its file is for, and the comparison."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-from engine.errors import DataError
+import tokenizers
+
+from engine.errors import DataError, shown
 
 Pieces = Sequence[tuple[str, float]]  # spelling and log-probability of every id
-Encode = Callable[[str], Sequence[int]]
+Ids = Sequence[Sequence[int]]
+_BATCH = 256
 
 # White space runs, digits, contractions, scripts without spaces, combining marks, emoji, odd characters, code, markup.
 AWKWARD = (
@@ -24,18 +28,92 @@ AWKWARD = (
     "https://example.org/a?b=c&d=%20 user@example.org <|endoftext|></s><s>[INST] <unk> <0x41> Ġ Ċ",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa --------------------------------====",
 )
+_WHITE = (
+    " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680"
+    + "".join(map(chr, range(0x2000, 0x200E)))
+    + ("\u2028\u2029\u202f\u205f\u2060\u3000\ufeff▁")
+)
+_RUN = 100
+_MARKS = "\u0301\u0323\u0308\u0327\u0345\u20dd\u3099\u309a\ufe0f"  # of no script, put behind letters of every one
+_MOST_SEQUENCES = 20_000
 
 
-def compare(path: Path, mine: Encode, original: Encode, texts: Sequence[str], likely: Pieces | None = None) -> None:
-    """Raises DataError with the first ids that differ. `likely`: pieces of a unigram model, whose ties may differ."""
-    for text in texts:
-        ids, right = list(mine(text)), list(original(text))
-        if ids != right and not (likely and equally_likely(ids, right, likely)):
-            at = next((i for i, (a, b) in enumerate(zip(ids, right)) if a != b), min(len(ids), len(right)))
-            raise DataError(
-                f"{path}: cannot be converted exactly: of {text[:60]!r} token {at} and those behind it are "
-                f"{ids[at : at + 4]} instead of {right[at : at + 4]}. "
-                f"Give the tokenizer.json that its makers publish."
+class Original(Protocol):
+    """The library that a tokenizer's file is for. `name`: with its version; `likely`: pieces, if ties may differ."""
+
+    name: str
+    likely: Pieces | None
+
+    def encode_batch(self, texts: Sequence[str]) -> Ids: ...
+
+
+class Difference(DataError):
+    """A conversion gives other ids than the original."""
+
+
+def texts_for(spellings: Sequence[str]) -> list[str]:
+    """Texts that try a vocabulary of these spellings: runs of white space, combining sequences, pieces side by side."""
+    lengths = [range(first, first + 10) for first in range(1, _RUN + 1, 10)]
+    runs = ["x" + "y".join(c * n for n in some) + "z" for c in _WHITE for some in lengths]
+    runs += [f"{c * n}x{c * n}" for c in _WHITE for n in (range(1, _RUN + 1) if c == " " else (1, 2, 3, 4, 16, 17))]
+    sequences = list(_sequences({c for spelling in spellings for c in spelling}))
+    joined = [" ".join(sequences[at : at + 8]) for at in range(0, len(sequences), 8)]
+    spellings = spellings[:: -(-len(spellings) // _MOST_SEQUENCES) or 1]
+    count = len(spellings)
+    step = next(n for n in range(count * 5 // 8 + 1, count + 2) if math.gcd(n, count) == 1) if count else 1
+    strewn = [spellings[i * step % count] for i in range(count)]
+    beside = ["".join(each[at : at + 32]) for each in (spellings, strewn) for at in range(0, count, 32)]
+    return [*AWKWARD, *runs, *joined, *beside]
+
+
+def _sequences(letters: set[str]) -> Iterator[str]:
+    """Combining sequences of the scripts that `letters` are of, as their normal forms write them and in wrong order."""
+    scripts = {_script(letter) for letter in letters if letter.isalpha()} - {"", "CJK"}
+    here = [chr(number) for number in range(0xC0, 0x10000) if _script(chr(number)) in scripts]
+    marks = [c for c in here if unicodedata.category(c) in ("Mn", "Mc")]
+    forms: dict[str, None] = {}
+    for letter in (*sorted(letters), *here):
+        if "\uac00" <= letter <= "\ud7a3" and ord(letter) % 29 and letter not in letters:
+            continue  # eleven thousand syllables of one making
+        for form in (unicodedata.normalize("NFD", letter), unicodedata.normalize("NFKD", letter)):
+            if len(form) > 1:
+                forms[form] = forms[form[0] + form[:0:-1]] = None
+    made: dict[str, None] = {}
+    for number, letter in enumerate((*sorted(letters), *(c for c in here if unicodedata.category(c)[0] == "L"))):
+        for mark in (_MARKS[number % len(_MARKS)], marks[number % len(marks)] if marks else "\u0301"):
+            made[letter + mark] = made[letter + mark + _MARKS[(number + 1) % len(_MARKS)]] = None
+    yield from forms
+    yield from list(made)[:: -(-len(made) // _MOST_SEQUENCES) or 1]
+
+
+def _script(letter: str) -> str:
+    """The script of a letter or mark, such as LATIN, as its name begins; wide and half-wide forms are of the script."""
+    words = unicodedata.name(letter, "").split()
+    return next((word for word in words if word not in ("FULLWIDTH", "HALFWIDTH", "MODIFIER")), "")
+
+
+def encode_plain(tokenizer: tokenizers.Tokenizer) -> Callable[[Sequence[str]], Ids]:
+    """Ids of texts, the characters of special tokens taken as text."""
+    tokenizer.encode_special_tokens = True
+    return lambda texts: [found.ids for found in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def compare(
+    mine: Callable[[Sequence[str]], Any],
+    original: Original,
+    texts: Sequence[str],
+) -> None:
+    """Raises Difference with the first ids that are not the original's, ties aside."""
+    for at in range(0, len(texts), _BATCH):
+        some = texts[at : at + _BATCH]
+        for text, ids, right in zip(some, mine(some), original.encode_batch(some)):
+            ids, right = list(ids), list(right)
+            if ids == right or (original.likely and equally_likely(ids, right, original.likely)):
+                continue
+            place = next((i for i, (a, b) in enumerate(zip(ids, right)) if a != b), min(len(ids), len(right)))
+            raise Difference(
+                f"of {shown(text)} token {place} and those behind it are {ids[place : place + 4]} instead of "
+                f"{right[place : place + 4]}, which {original.name} gives"
             )
 
 

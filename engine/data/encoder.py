@@ -3,6 +3,10 @@
 `tokenizers` is the reference: what it gives is right. gigatoken (BPE only, some fifty times faster) is trusted after it
 agreed on a set of awkward strings, and it is asked again about samples of every batch. Where it differs, `Mismatch`
 tells the caller to begin again with the reference, as earlier text may differ as well.
+
+A tokenizer that came from a .model or a file of ranks is compared in the same way with the library that the file is
+for: the first documents of a run whole, and samples of every batch. Where no tokenizer.json gives the ids of a .model,
+sentencepiece itself encodes.
 """
 
 from __future__ import annotations
@@ -15,15 +19,20 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from engine.data.awkward import AWKWARD
+from engine.data.awkward import AWKWARD, Difference, compare
 from engine.data.tokenizer import Tokenizer
 
 _SAMPLES, _SAMPLE_CHARS = 4, 512  # of a batch: a millisecond of the reference
+_FIRST_CHARS, _FIRST_CHARS_EACH = 1 << 18, 1 << 15  # of a run, compared with the original: a few tenths of a second
 Encoded = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 
 class Mismatch(Exception):
-    """gigatoken gave other ids than the reference."""
+    """gigatoken gave other ids than the reference, or (`original`) a conversion than the original."""
+
+    def __init__(self, text: str, original: bool = False):
+        super().__init__(text)
+        self.original = original
 
 
 class Encoder:
@@ -33,6 +42,10 @@ class Encoder:
         self._tokenizer = tokenizer
         self.name = f"tokenizers {tokenizers.__version__}"
         self.note = "" if fast else "as asked"
+        self._original = tokenizer.original() if tokenizer.original is not None else None
+        self._first_chars = _FIRST_CHARS  # still to be compared with the original
+        if tokenizer.own is not None:
+            self.name, self.note, fast = tokenizer.own.name, f"no tokenizer.json gives its ids: {tokenizer.note}", False
         self._fast: Any = self._load_fast() if fast else None
         if self._fast is not None:
             try:
@@ -43,8 +56,9 @@ class Encoder:
                 self.name = f"gigatoken {version('gigatoken')}"
 
     @property
-    def is_fast(self) -> bool:
-        return self._fast is not None
+    def is_threaded(self) -> bool:
+        """Whether a batch keeps one thread at work; `tokenizers` shares out every batch among threads of its own."""
+        return self._fast is not None or self._tokenizer.own is not None
 
     def _load_fast(self) -> Any:
         """The gigatoken tokenizer, or None with the reason in `note`."""
@@ -73,6 +87,7 @@ class Encoder:
         if not texts:
             return np.empty(0, np.int32), np.empty(0, np.int32)
         self.check(texts)
+        self._check_original(texts)
         return self.encode(texts)
 
     def _encode_fast(self, texts: Sequence[str]) -> Encoded:
@@ -97,6 +112,29 @@ class Encoder:
                     f"gigatoken {version('gigatoken')} differs from tokenizers at token {at} of {text[:60]!r}: "
                     f"{mine[at : at + 3].tolist()} instead of {right[at : at + 3]}"
                 )
+
+    def _check_original(self, texts: Sequence[str]) -> None:
+        """Ask the original about `texts`, of which soon only a few are given to it. Raises Mismatch."""
+        if self._original is None:
+            return
+        samples = []
+        for text in texts:
+            if self._first_chars <= 0:
+                break
+            samples.append(text[:_FIRST_CHARS_EACH])
+            self._first_chars -= len(samples[-1]) + 1
+        rest = texts[len(samples) :]
+        samples += [text[:_SAMPLE_CHARS] for text in rest[:: max(1, len(rest) // _SAMPLES)][:_SAMPLES]]
+        if (spelled := self._tokenizer.spelled_special) is not None:  # no original takes special tokens from texts
+            samples = [text for text in samples if not spelled.search(text)]
+        try:
+            compare(self._split, self._original, samples)
+        except Difference as err:
+            raise Mismatch(f"the tokenizer.json made from the file differs from it: {err}", original=True) from err
+
+    def _split(self, texts: Sequence[str]) -> list[list[int]]:
+        ids, lengths = self.encode(texts)
+        return [piece.tolist() for piece in np.split(ids, np.cumsum(lengths)[:-1])]
 
     def unknown_bytes(
         self, texts: Sequence[str], ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]

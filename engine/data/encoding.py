@@ -50,10 +50,12 @@ class Work:
         for text in parts.warnings:
             warnings.warn(text, stacklevel=2)
         self.totals = self._start()
+        if self.totals.by_original:
+            self.tokenizer = tokenizer.by_original(self.totals.fallback)
         if parts.state is not None:
             done = f"{self.totals.documents:,} documents in {parts.num_shards} shards"
             job.note(f"going on with {job.parts}: {done} are done")
-        self.encoder = Encoder(tokenizer, fast=job.fast and not self.totals.fallback)
+        self.encoder = Encoder(self.tokenizer, fast=job.fast and not self.totals.fallback)
         self.encoder.note = self.totals.fallback or self.encoder.note
         parts.bytes_needed = self._bytes_needed
         job.stop.go_on = self._go_on
@@ -76,26 +78,25 @@ class Work:
         try:
             self._encode()
         except Mismatch as err:
-            self._fall_back(str(err))
+            self._fall_back(str(err), err.original)
             self._encode()
         self._refuse_empty()
         return self._finish()
 
-    def _fall_back(self, difference: str) -> None:
-        """Begin again with the reference: what gigatoken gave so far may be wrong too."""
+    def _fall_back(self, difference: str, original: bool) -> None:
+        """Begin again with the reference, or the original: what was encoded so far may be wrong too."""
+        if original:
+            self.tokenizer = self.tokenizer.by_original(difference)
         self.parts.restart()
         if self.job.reads_stdin:
+            again = "give it as a file" if original else "give it again with --encoder tokenizers"
             raise DataError(
-                f"{difference}. All has to be encoded anew, and standard input cannot be read again: "
-                f"give it again with --encoder tokenizers."
+                f"{difference}. All has to be encoded anew, and standard input cannot be read again: {again}."
             )
-        warnings.warn(
-            f"{difference}. All of it is encoded anew by the slower `tokenizers`, which is right; please report this "
-            f"text to gigatoken.",
-            stacklevel=3,
-        )
+        right = "sentencepiece itself" if original else "the slower `tokenizers`, which is right"
+        warnings.warn(f"{difference}. All of it is encoded anew by {right}; please report the text.", stacklevel=3)
         self.totals = self._start()
-        self.totals.fallback = difference
+        self.totals.fallback, self.totals.by_original = difference, original
         self.encoder = Encoder(self.tokenizer, fast=False)
         self.encoder.note = difference
 
@@ -144,8 +145,8 @@ class Work:
         return ids, lengths, self.encoder.unknown_bytes(batch.texts, ids, lengths)
 
     def _threads(self) -> int:
-        """That encode: as asked, or one a core; `tokenizers` shares out every batch among threads of its own."""
-        if not self.encoder.is_fast:
+        """That encode: as asked, or one a core."""
+        if not self.encoder.is_threaded:
             return 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.job.workers or min(cores, MAX_THREADS)

@@ -1,7 +1,8 @@
 """Tokenizers in other files than tokenizer.json: found by name and content, and converted to the one definition.
 
-A conversion is believed after it gave the same ids as the library that the file is for, on a set of awkward strings;
-otherwise it is refused. So a converted tokenizer encodes, travels, is exported and is identified like any other.
+A conversion is believed after it gave the same ids as the library that the file is for, on many awkward texts. So a
+converted tokenizer encodes, travels, is exported and is identified like any other. A sentencepiece model of which no
+tokenizer.json gives the ids stays what it is, and sentencepiece itself encodes; other differences are refused.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from engine.data.tokenizer import MODEL, Tokenizer
 from engine.errors import DataError, cut
+
+if TYPE_CHECKING:
+    from engine.data.awkward import Original
+    from engine.data.pieces import Sentencepiece
 
 FORMATS = (
     "tokenizer.json, a sentencepiece .model (also .model.v3 and its like), a .tiktoken file, tekken.json, GPT-2's "
@@ -39,12 +46,18 @@ _PLAIN = {
 }
 
 
+# In a tokenizer_config.json: why the ids of the .model beside it are sentencepiece's own, so that this stays so.
+_MARK = "ids_by_sentencepiece"
+
+
 @dataclass(frozen=True)
 class Converted:
-    """`definition`: text of a tokenizer.json; `companions`: name -> content of the files beside it."""
+    """`definition`: text of a tokenizer.json; `end`: the token that ends documents; `difference`: where its ids are not
+    those of the original, empty if there is none."""
 
     definition: str
-    companions: dict[str, bytes]
+    end: str | None
+    difference: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,26 +92,57 @@ def find(path: Path, merges: Path | None = None, lower_case: bool | None = None)
     return Found(kind, path, merges, config, lower_case)
 
 
-def convert(found: Found) -> Converted:
-    """The definition of what was found. Raises DataError if it is damaged or cannot be converted exactly."""
+def made_from(found: Found, parse_special: bool = False) -> Tokenizer:
+    """The tokenizer of what was found. Raises DataError if the file is damaged or cannot be converted exactly."""
+    made = _convert(found)
+    own = _sentencepiece(found) if made.difference else None
+    companions = companions_of(made.end, own, made.difference)
+    compared = found.kind in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN) and own is None
+    return Tokenizer(
+        made.definition,
+        companions,
+        parse_special,
+        own=own,
+        note=made.difference,
+        original=partial(original, found) if compared else None,
+    )
+
+
+def _convert(found: Found) -> Converted:
+    """The definition of what was found. Raises DataError for damage, and for a difference in ranks."""
     if found.kind == _SENTENCEPIECE:
-        from engine.data.pieces import from_sentencepiece
+        from engine.data.pieces import difference, to_json
 
-        made = from_sentencepiece(found.path)
-    elif found.kind in (_TIKTOKEN, _TEKKEN):
-        from engine.data.ranks import from_tekken, from_tiktoken
+        model = _sentencepiece(found)
+        definition = to_json(model)
+        return Converted(definition, model.end, str(found.config.get(_MARK) or difference(model, definition)))
+    if found.kind in (_TIKTOKEN, _TEKKEN):
+        from engine.data.ranks import Tiktoken
 
-        made = (from_tiktoken if found.kind == _TIKTOKEN else from_tekken)(found.path)
-    elif found.merges is not None:
-        from engine.data.vocabularies import from_merges
+        ranks = Tiktoken(found.path, found.kind == _TEKKEN)
+        return Converted(ranks.to_json(), ranks.end)
+    from engine.data.vocabularies import from_merges, from_wordpiece
 
-        made = from_merges(found.path, found.merges, found.config)
+    if found.merges is not None:
+        definition, end = from_merges(found.path, found.merges, found.config)
     else:
-        from engine.data.vocabularies import from_wordpiece
+        definition, end = from_wordpiece(found.path, found.config, found.lower_case)
+    return Converted(definition, end)
 
-        made = from_wordpiece(found.path, found.config, found.lower_case)
-    definition, end = made
-    return Converted(definition, _companions(end))
+
+def original(found: Found) -> Original:
+    """The library that the file is for."""
+    if found.kind == _SENTENCEPIECE:
+        return _sentencepiece(found)
+    from engine.data.ranks import Tiktoken
+
+    return Tiktoken(found.path, found.kind == _TEKKEN)
+
+
+def _sentencepiece(found: Found) -> Sentencepiece:
+    from engine.data.pieces import Sentencepiece
+
+    return Sentencepiece(found.path)
 
 
 def _only_one(folder: Path) -> Path:
@@ -164,10 +208,14 @@ def _config(path: Path, kind: str) -> dict[str, Any]:
     return said
 
 
-def _companions(end: str | None) -> dict[str, bytes]:
+def companions_of(end: str | None, own: Sentencepiece | None = None, difference: str = "") -> dict[str, bytes]:
+    """What lies beside a converted tokenizer: its end token, and a .model of which no tokenizer.json gives the ids."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if own is not None:  # which class transformers takes for a .model follows from the model's config.json
+        config = {_MARK: difference}
     special = {"eos_token": end} if end is not None else {}
-    return {
+    beside = {
         "tokenizer_config.json": json.dumps({**config, **special}).encode(),
         "special_tokens_map.json": json.dumps(special).encode(),
     }
+    return beside if own is None else {**beside, MODEL: own.content}

@@ -16,7 +16,7 @@ from engine.data.fim import FillInTheMiddle
 from engine.data.indexed import IndexedDataset, paths_of
 from engine.data.order import SampleOrder
 from engine.data.sidecar import SIDECAR_DIGEST, entropy, sidecar_digest
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import Tokenizer, is_tokenizer
 from engine.errors import DataError
 
 _CHUNK = 1 << 22  # elements at a time: bounds memory
@@ -179,4 +179,4 @@ def find_tokenizer(prefix: str, given: Path | None) -> Path | None:
     folder = Path(prefix).parent
     whole = next((prefix.removesuffix(s) for s in ("-train", "-valid", "-test") if prefix.endswith(s)), prefix)
     places = (Path(f"{prefix}-tokenizer"), Path(f"{whole}-tokenizer"), folder / "tokenizer", folder)
-    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    return next((place for place in places if is_tokenizer(place)), None)

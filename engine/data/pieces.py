@@ -3,38 +3,62 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
-from engine.data.awkward import AWKWARD, compare
-from engine.errors import DataError
+from engine.data.awkward import Difference, Pieces, compare, encode_plain, texts_for
+from engine.errors import DataError, cut
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of pieces
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pieces
 _UNIGRAM, _BPE = 1, 2  # kinds of models
+_MOST_OVERLAPS = 20_000
 
 
-def from_sentencepiece(path: Path) -> tuple[str, str | None]:
-    """The definition and the end token of a BPE or unigram `.model`.
+class Sentencepiece:
+    """The library itself, for the text of one `.model`. `pieces`: every spelling with its score."""
 
-    Raises DataError if it cannot be converted exactly, equally likely pieces aside."""
-    try:
-        import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError as err:
-        raise DataError(f"{path}: {err}: .model files need `pip install 'trident-engine[formats]'`.") from err
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
-    try:
-        proto.ParseFromString(path.read_bytes())
-        original = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except FileNotFoundError as err:
-        raise DataError(f"{path}: no such file. Check the path of the tokenizer.") from err
-    except Exception as err:  # protobuf and sentencepiece have errors of their own
-        raise DataError(f"{path}: not a sentencepiece model: {err}. Copy it anew.") from err
-    if proto.trainer_spec.model_type not in (_UNIGRAM, _BPE):
-        raise DataError(f"{path}: a word or character model, expected BPE or unigram. Choose another tokenizer.")
+    def __init__(self, path: Path):
+        """Raises DataError if the file is damaged or the library is missing."""
+        try:
+            import sentencepiece
+            from sentencepiece import sentencepiece_model_pb2
+        except ImportError as err:
+            raise DataError(f"{path}: {err}: .model files need `pip install 'trident-engine[formats]'`.") from err
+        self.proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
+        try:
+            self.content = path.read_bytes()
+            self.proto.ParseFromString(self.content)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.content)
+        except OSError as err:
+            raise DataError(f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer.") from err
+        except Exception as err:  # protobuf and sentencepiece have errors of their own
+            raise DataError(f"{path}: not a sentencepiece model: {cut(str(err))}. Copy it anew.") from err
+        if self.proto.trainer_spec.model_type not in (_UNIGRAM, _BPE):
+            raise DataError(f"{path}: a word or character model, expected BPE or unigram. Choose another tokenizer.")
+        self.name = f"sentencepiece {version('sentencepiece')}"
+        pieces = [(piece.piece, float(piece.score)) for piece in self.proto.pieces]
+        self.likely: Pieces | None = pieces if self.proto.trainer_spec.model_type == _UNIGRAM else None
+        end = self._processor.eos_id()
+        self.end = pieces[end][0] if end >= 0 else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; other threads run meanwhile."""
+        return list(self._processor.encode(list(texts), out_type=int, num_threads=1))
+
+    def unknown_bytes(self, text: str) -> int:
+        """UTF-8 bytes of `text`, normalised, that become the unknown token."""
+        ids, spelled = self._processor.encode(text, out_type=int), self._processor.encode(text, out_type=str)
+        return sum(len(s.encode()) for number, s in zip(ids, spelled) if number == self._processor.unk_id())
+
+
+def to_json(model: Sentencepiece) -> str:
+    """The text of a tokenizer.json that is at least near a `.model`; `difference` says whether it gives its ids."""
+    proto = model.proto
     tokenizer = tokenizers.Tokenizer(_piece_model(proto))
     tokenizer.normalizer = _piece_normalizer(proto.normalizer_spec)
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -45,12 +69,37 @@ def from_sentencepiece(path: Path) -> tuple[str, str | None]:
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
     own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in own])
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    likely = pieces if proto.trainer_spec.model_type == _UNIGRAM else None
-    tokenizer.encode_special_tokens = True
-    mine = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-    compare(path, mine, original.encode, [*AWKWARD, *control[:50]], likely)
-    return tokenizer.to_str(), proto.pieces[original.eos_id()].piece if original.eos_id() >= 0 else None
+    return str(tokenizer.to_str())
+
+
+def difference(model: Sentencepiece, definition: str) -> str:
+    """The first of many texts of which the definition gives other ids, equally likely pieces aside; "" if none."""
+    mine = encode_plain(tokenizers.Tokenizer.from_str(definition))
+    spelled = [piece.piece.replace("▁", " ") for piece in model.proto.pieces if piece.type != _BYTE]
+    try:
+        compare(mine, model, [*texts_for(spelled), *_overlaps(model.proto)])
+    except Difference as err:
+        return str(err)
+    return ""
+
+
+def _overlaps(proto: Any) -> list[str]:
+    """Two pieces of one score that share a letter: which of them stands depends on the order of merging."""
+    groups: dict[float, list[str]] = {}
+    for piece in proto.pieces:
+        if piece.type == _NORMAL and len(piece.piece) > 1:
+            groups.setdefault(piece.score, []).append(piece.piece)
+    found: list[str] = []
+    for tied in groups.values():
+        beginning: dict[str, list[str]] = {}
+        for text in tied:
+            beginning.setdefault(text[0], []).append(text)
+        # Each in turn is followed by another of those that may follow.
+        following = [(number, text, beginning.get(text[-1], [])) for number, text in enumerate(tied)]
+        found += [
+            text + some[(number + at) % len(some)][1:] for number, text, some in following if some for at in (0, 1)
+        ]
+    return [text.replace("▁", " ") for text in found[:_MOST_OVERLAPS]]
 
 
 def _piece_model(proto: Any) -> models.Model:
@@ -83,4 +132,7 @@ def _piece_normalizer(spec: Any) -> normalizers.Normalizer:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend("▁"))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    steps.append(normalizers.Replace(" ", "▁"))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(r"▁+\z"), ""))  # the letter itself, too
+    return normalizers.Sequence(steps)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import orjson
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from engine.data.awkward import AWKWARD, Encode, compare
+from engine.data.awkward import Difference, Pieces, compare, encode_plain, texts_for
 from engine.data.patterns import words
 from engine.errors import DataError, shown
 
@@ -43,19 +44,71 @@ _TEKKEN_SPECIAL = (
 )
 
 
-def from_tiktoken(path: Path) -> tuple[str, str | None]:
-    """The definition and the end token of a `.tiktoken` file.
+class Tiktoken:
+    """A file of ranks, as tiktoken encodes with it: the id of a token is its rank + `first`."""
 
-    Its encoding is known by its name, or by NAME.json {"pattern", "special_tokens"} beside it.
-    """
-    ranks = _read_ranks(path)
-    pattern, special = _encoding_facts(path)
-    definition = _definition(path, ranks, pattern, special, 0)
-    return definition, "<|endoftext|>" if "<|endoftext|>" in special else None
+    def __init__(self, path: Path, tekken: bool):
+        """A `.tiktoken` file, of an encoding known by name or with NAME.json {"pattern", "special_tokens"} beside it,
+        or a `tekken` file. Raises DataError if it is damaged, or the library is missing.
+        """
+        self._path, self.first = path, 0
+        if tekken:
+            self.ranks, self.pattern, self.special = _read_tekken(path)
+            self.first, ends = len(self.special), "</s>"
+        else:
+            self.ranks, ends = _read_ranks(path), "<|endoftext|>"
+            self.pattern, self.special = _encoding_facts(path)
+        self.end = ends if ends in self.special else None
+        try:
+            import tiktoken
+        except ImportError as err:
+            raise DataError(f"{path}: {err}: such files need `pip install 'trident-engine[formats]'`.") from err
+        try:
+            self._encoding = tiktoken.Encoding(
+                path.stem, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={}
+            )
+        except Exception as err:  # it panics on a bad pattern, ...
+            raise DataError(f"{path}: tiktoken does not take it: {err}. Copy it anew, or check its .json.") from err
+        self.name = f"tiktoken {version('tiktoken')}"
+        self.likely: Pieces | None = None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return [[number + self.first for number in self._encoding.encode_ordinary(text)] for text in texts]
+
+    def to_json(self) -> str:
+        """Text of a tokenizer.json. Raises DataError if its ids are others."""
+        letters = byte_letters()
+        ranks, special = self.ranks, self.special
+        spell = {token: "".join(letters[byte] for byte in token) for token in ranks if token}
+        ordered = sorted(ranks, key=ranks.__getitem__)
+        pairs = [(token[:at], token[at:]) for token in ordered for at in range(1, len(token))]
+        merges = [(spell[left], spell[right]) for left, right in pairs if left in ranks and right in ranks]
+        # The special tokens stand in the model's vocabulary as well: `tokenizers` would close the gap before their ids.
+        vocab = {text: ranks[token] + self.first for token, text in spell.items()} | special
+        if len(set(vocab.values())) < len(vocab) or len(vocab) < len(spell) + len(special):
+            raise DataError(
+                f"{self._path}: special tokens have ids or spellings that other tokens have too. Check its .json."
+            )
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(self.pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+        texts = [token.decode(errors="replace") for token in ordered]
+        try:
+            compare(encode_plain(tokenizer), self, [*texts_for(texts), *special])
+        except Difference as err:
+            raise DataError(f"{self._path}: cannot be converted exactly: {err}. Give its tokenizer.json.") from err
+        return str(tokenizer.to_str())
 
 
-def from_tekken(path: Path) -> tuple[str, str | None]:
-    """The definition and the end token of Mistral's tekken.json: special tokens have the first ids, ranks follow."""
+def _read_tekken(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
+    """Ranks, pattern and special tokens, which have the first ids, of Mistral's tekken.json."""
     try:
         facts = orjson.loads(path.read_bytes())
         config = facts["config"]
@@ -73,7 +126,7 @@ def from_tekken(path: Path) -> tuple[str, str | None]:
     special = {named.get(number, f"<SPECIAL_{number}>"): number for number in range(first)}
     if len(special) < first or len(ranks) < len(used):
         raise DataError(f"{path}: not a tekken.json: two of its tokens are the same. Copy it anew.")
-    return _definition(path, ranks, pattern, special, first), "</s>" if "</s>" in special else None
+    return ranks, pattern, special
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -98,44 +151,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     except (ValueError, binascii.Error) as err:
         raise DataError(f"{path}: not a .tiktoken file, which has a base64 token and a rank a line: {err}.") from err
     return ranks
-
-
-def _definition(path: Path, ranks: dict[bytes, int], pattern: str, special: dict[str, int], first: int) -> str:
-    """Text of a tokenizer.json; the id of a token is its rank + `first`. Raises DataError if tiktoken's ids differ."""
-    letters = byte_letters()
-    spell = {token: "".join(letters[byte] for byte in token) for token in ranks if token}
-    pairs = [(token[:at], token[at:]) for token in sorted(ranks, key=ranks.__getitem__) for at in range(1, len(token))]
-    merges = [(spell[left], spell[right]) for left, right in pairs if left in ranks and right in ranks]
-    # The special tokens stand in the model's vocabulary as well: `tokenizers` would close the gap before their ids.
-    vocab = {text: ranks[token] + first for token, text in spell.items()} | special
-    if len(set(vocab.values())) < len(vocab) or len(vocab) < len(spell) + len(special):
-        raise DataError(f"{path}: the special tokens have ids or spellings that other tokens have too. Check them.")
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    tokenizer.encode_special_tokens = True
-    original = original_of(path, ranks, pattern, first)
-    compare(path, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, original, [*AWKWARD, *special])
-    return tokenizer.to_str()
-
-
-def original_of(path: Path, ranks: dict[bytes, int], pattern: str, first: int) -> Encode:
-    """What tiktoken itself makes of a text."""
-    try:
-        import tiktoken
-    except ImportError as err:
-        raise DataError(f"{path}: {err}: such files need `pip install 'trident-engine[formats]'`.") from err
-    try:
-        encoding: Any = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    except Exception as err:  # it panics on a bad pattern, ...
-        raise DataError(f"{path}: tiktoken does not take it: {err}. Copy it anew, or check its .json.") from err
-    return lambda text: [number + first for number in encoding.encode_ordinary(text)]
 
 
 def _encoding_facts(path: Path) -> tuple[str, dict[str, int]]:

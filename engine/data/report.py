@@ -64,7 +64,8 @@ class Totals:
     documents: int = 0  # that could be read, empty ones too: the number of the next one
     account: Account = field(default_factory=Account)
     splits: dict[str, SplitTotals] = field(default_factory=dict)
-    fallback: str = ""  # why gigatoken was given up
+    fallback: str = ""  # why gigatoken, or a conversion, was given up
+    by_original: bool = False  # it was the conversion: sentencepiece itself encodes
     elapsed_s: float = 0.0
 
     @classmethod

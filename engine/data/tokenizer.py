@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +21,16 @@ import tokenizers
 
 from engine.errors import DataError, cut
 
+if TYPE_CHECKING:
+    from engine.data.awkward import Original
+    from engine.data.pieces import Sentencepiece
+
 END_OF_TEXT = "<|endoftext|>"
+MODEL = "tokenizer.model"
 # What transformers keeps beside tokenizer.json: carried along unread, but for the name of the end token.
 _COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"),
-    *("chat_template.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("chat_template.json", "vocab.json", "merges.txt", MODEL),
 )
 TRAINING = "training.json"  # how it was trained, if here
 _TEMPLATES = "additional_chat_templates"
@@ -38,12 +44,23 @@ class Tokenizer:
     """A tokenizer and its identity. Make one with `load` or `train`.
 
     Attributes: `vocab_size` (largest id + 1, added tokens included: what a model's embedding has to hold),
-    `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it), `unknown` (id of
+    `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it, or of a .model's
+    bytes), `own` (sentencepiece, where no tokenizer.json gives the ids of a .model: then it encodes), `note` (why),
+    `original` (loads the library that a converted file is for, to compare with), `unknown` (id of
     what the vocabulary cannot express, None if there is none), `special_tokens` (their spellings), `special_ids`,
     `added_tokens` (spelling -> id of these and of the tokens that were added to be found in texts).
     """
 
-    def __init__(self, definition: str, companions: dict[str, bytes], parse_special: bool = False):
+    def __init__(
+        self,
+        definition: str,
+        companions: dict[str, bytes],
+        parse_special: bool = False,
+        *,
+        own: Sentencepiece | None = None,
+        note: str = "",
+        original: Callable[[], Original] | None = None,
+    ):
         """`definition`: text of a tokenizer.json; `companions`: name -> content of the files beside it.
 
         `parse_special`: a special token spelled out in a text is that token, not its characters.
@@ -54,7 +71,8 @@ class Tokenizer:
         self._eod_token = _configured(companions, "eos_token")[1]
         parsed = self._parsed = orjson.loads(definition)  # megabytes: read once
         canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        self.digest = hashlib.sha256(canonical.encode()).hexdigest()
+        self.digest = hashlib.sha256(canonical.encode() if own is None else own.content).hexdigest()
+        self.own, self.note, self.original = own, note, original
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(definition)
         except Exception as err:  # the library raises bare Exception
@@ -71,6 +89,9 @@ class Tokenizer:
         self.added_tokens = {token.content: number for number, token in added.items()}
         self.special_tokens = tuple(token.content for token in added.values() if token.special)
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        longest_first = sorted(map(re.escape, self.special_tokens), key=len, reverse=True)
+        # What `parse_special` takes from texts, as one group.
+        self.spelled_special = re.compile(f"({'|'.join(longest_first)})") if parse_special and longest_first else None
 
     @classmethod
     def load(
@@ -88,11 +109,10 @@ class Tokenizer:
         """
         path = Path(path)
         if merges is not None or lower_case is not None or not _is_definition(path):
-            from engine.data.foreign import convert, find
+            from engine.data.foreign import find, made_from
 
             if (found := find(path, merges, lower_case)) is not None:
-                made = convert(found)
-                return cls(made.definition, made.companions, parse_special)
+                return made_from(found, parse_special)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             definition = file.read_bytes().decode("utf-8")
@@ -119,6 +139,22 @@ class Tokenizer:
         from engine.data.trainers import train
 
         return cls(*train(texts, Recipe(vocab_size, **options)))
+
+    def by_original(self, difference: str) -> Tokenizer:
+        """This one with the ids of the .model that it was made from. Raises DataError if it is none."""
+        from engine.data.foreign import companions_of
+        from engine.data.pieces import Sentencepiece
+
+        own = self.original() if self.original is not None else None
+        if not isinstance(own, Sentencepiece):
+            raise DataError(f"{difference}. This cannot be removed: give the tokenizer.json that its makers publish.")
+        return Tokenizer(
+            self._definition,
+            companions_of(self._eod_token, own, difference),
+            self._parse_special,
+            own=own,
+            note=difference,
+        )
 
     @property
     def eod(self) -> int:
@@ -150,12 +186,16 @@ class Tokenizer:
     @property
     def template(self) -> tuple[list[int], list[int]]:
         """Ids that its stored template would put before and behind a text; here they are never added."""
+        if self.own is not None:
+            return [], []
         whole, plain = self._tokenizer.encode("a").ids, self.encode("a")
         before = next((k for k in range(len(whole)) if whole[k : k + len(plain)] == plain), len(whole))
         return whole[:before], whole[before + len(plain) :]
 
     def unknown_bytes(self, text: str) -> int:
         """UTF-8 bytes of `text` that become the unknown token."""
+        if self.own is not None:
+            return self.own.unknown_bytes(text)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         spans = {span for number, span in zip(encoding.ids, encoding.offsets) if number == self.unknown}
         return sum(len(text[begin:end].encode()) for begin, end in spans)
@@ -170,12 +210,32 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
+        if self.own is not None:
+            return self._own_ids([text])[0]
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Ids of each text, int32 [length], on all cores."""
+        """Ids of each text, int32 [length], on all cores (by sentencepiece: on this thread)."""
+        if self.own is not None:
+            return [np.array(ids, dtype=np.int32) for ids in self._own_ids(texts)]
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _own_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids by sentencepiece, which takes no special tokens from texts: where they are wanted, of what is between."""
+        assert self.own is not None
+        if self.spelled_special is None:
+            return self.own.encode_batch(texts)
+        found = [self.spelled_special.split(text) for text in texts]
+        between = iter(self.own.encode_batch([part for parts in found for part in parts[::2]]))
+        return [
+            [
+                number
+                for at, part in enumerate(parts)
+                for number in ([self.added_tokens[part]] if at % 2 else next(between))
+            ]
+            for parts in found
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens spelled out."""
@@ -203,8 +263,16 @@ class Tokenizer:
             raise DataError(f"{folder}: cannot write the tokenizer: {err.strerror or err}. Choose another.") from err
 
     def save_definition(self, folder: Path) -> None:
-        """Write tokenizer.json alone, beside the files that are there."""
+        """Write tokenizer.json, or the .model whose ids it does not give, beside the files that are there."""
+        if self.own is not None:
+            (folder / MODEL).write_bytes(self.own.content)
+            return
         (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds what `save` writes."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", MODEL))
 
 
 def _is_definition(path: Path) -> bool:

@@ -1,0 +1,155 @@
+"""Tokenizers of sentencepiece and of rank files against the library that the file is for, in prepare too."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tiktoken
+from sentencepiece import sentencepiece_model_pb2 as pb
+from tokenizers import Regex, normalizers
+
+import engine.data.encoder as encoder_module
+import engine.data.pieces as pieces_module
+import engine.data.ranks as ranks_module
+from engine.data.awkward import texts_for
+from engine.data.indexed import IndexedDataset
+from engine.data.prepare import prepare
+from engine.data.tokenizer import Tokenizer
+from engine.errors import DataError
+
+TEXTS = ["def f(x):", "    return x + 1", "for i in range(10):", "がぎぐげご ガギグ 한국어 é ü", "the end of it"] * 20
+
+
+def trained(path: Path, **options: object) -> sentencepiece.SentencePieceProcessor:
+    facts = {"vocab_size": 400, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 3, **options}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **facts)
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def tie(path: Path, pieces: list[str], score: float) -> sentencepiece.SentencePieceProcessor:
+    """Give a model these pieces with one score."""
+    proto = pb.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    there = {piece.piece for piece in proto.pieces}
+    for text in pieces:
+        if text not in there:
+            proto.pieces.add(piece=text, score=score)
+    for piece in proto.pieces:
+        if piece.piece in pieces:
+            piece.score = score
+    path.write_bytes(proto.SerializeToString())
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def test_blank_pieces_of_one_score_merge_as_sentencepiece_does(tmp_path: Path) -> None:
+    """As in Mistral-7B's model: 2 to 14 and 16 blanks, in the order of its file, and one blank."""
+    path = tmp_path / "tokenizer.model.v1"
+    trained(path, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
+    original = tie(path, ["▁" * n for n in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 1)], -1e9)
+    chosen = Tokenizer.load(path)
+    assert chosen.own is None  # a tokenizer.json gives these ids: gigatoken can encode
+    for n in range(1, 200):
+        for text in (f"x{' ' * n}y", " " * n, f"{' ' * n}return", f"\n{' ' * n}"):
+            assert chosen.encode(text) == original.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_what_no_definition_gives_sentencepiece_encodes(tmp_path: Path, kind: str) -> None:
+    """Ties that no order of merges gives (QX, XQ), and letters that are composed of six bytes and more."""
+    path = tmp_path / "m.model"
+    options = {"normalization_rule_name": "identity"} if kind == "bpe" else {"user_defined_symbols": ["<sep>"]}
+    original = trained(path, model_type=kind, **options)
+    if kind == "bpe":
+        original = tie(path, ["QX", "XQ"], 0.0)
+    chosen = Tokenizer.load(path)
+    assert chosen.own is not None and "instead of" in chosen.note
+    texts = [
+        "ofofor forfo",
+        "か\u3099 ｶﾞ \u1112\u1161\u11ab ω\u0314\u0342\u0345",
+        "<sep>x",
+        *TEXTS[:5],
+        "",
+        "\u2603 <s>",
+    ]
+    assert [list(ids) for ids in chosen.encode_batch(texts)] == original.encode(texts)
+    assert [chosen.encode(text) for text in texts] == original.encode(texts)
+    with_special = Tokenizer.load(path, True)
+    assert with_special.encode("x</s> y<s>") == [*original.encode("x"), 2, *original.encode(" y"), 1]
+    chosen.save(tmp_path / "folder")
+    assert not (tmp_path / "folder/tokenizer.json").exists()
+    again = Tokenizer.load(tmp_path / "folder")
+    assert (again.digest, again.encode(texts[1]), again.eod) == (chosen.digest, original.encode(texts[1]), 2)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    report = prepare([tmp_path / "in.jsonl"], str(tmp_path / "out"), tokenizer=path, append_eod=False)
+    assert report.encoder.startswith("sentencepiece") and "no tokenizer.json gives its ids" in report.encoder_note
+    data = IndexedDataset(tmp_path / "out-train")
+    assert [list(data[i]) for i in range(len(data))] == [ids for ids in original.encode(texts) if ids]
+    assert Tokenizer.load(tmp_path / "out-tokenizer").digest == report.tokenizer_digest == chosen.digest
+
+
+def test_texts_to_compare_on_are_what_the_docs_say() -> None:
+    together = "\n".join(texts_for(["が", "ệ", "é", "한", "ᾧ", "हि"]))
+    for white in " \t\n\r\u00a0\u2003\u3000\u200b\ufeff":
+        assert all(f"{edge}{white * n}" in together for n in range(1, 101) for edge in ("x", "y")[n % 10 != 1 :][:1])
+    for sequence in (
+        "か\u3099",
+        "e\u0301",
+        "\u1112\u1161\u11ab",
+        "ω\u0314\u0342\u0345",
+        "\u0915\u093c",
+        "e\u0302\u0323",
+    ):
+        assert sequence in together
+    assert "\u0430" not in together  # no Cyrillic piece, no Cyrillic text
+
+
+def wrong_at(letter: str) -> normalizers.Normalizer:
+    """As the right one, but for a letter."""
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(letter), "x")]
+    return normalizers.Sequence(steps)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_compares_its_own_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    """A difference that only a text of the corpus shows: all is encoded anew by sentencepiece, or refused."""
+    path, letter = tmp_path / "m.model", "\u4e00"
+    original = trained(path, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
+    monkeypatch.setattr(pieces_module, "_piece_normalizer", lambda spec: wrong_at(letter))
+    if late:
+        monkeypatch.setattr(encoder_module, "_FIRST_CHARS", 0)
+    texts = [*TEXTS[:7], f"one {letter}"] if not late else [f"one {letter}", *TEXTS[:7]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.warns(UserWarning, match="differs from it: of .*instead of.*encoded anew by sentencepiece itself"):
+        report = prepare([tmp_path / "in.jsonl"], str(tmp_path / "out"), tokenizer=path, append_eod=False)
+    data = IndexedDataset(tmp_path / "out-train")
+    assert [list(data[i]) for i in range(len(data))] == original.encode(texts)
+    kept = Tokenizer.load(tmp_path / "out-tokenizer")
+    assert kept.own is not None and kept.digest == report.tokenizer_digest
+    assert np.array_equal(kept.encode(texts[-1]), original.encode(texts[-1]))
+
+
+def test_a_difference_in_ranks_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {bytes([byte]): byte for byte in range(256)} | {b"an": 256, b"\xe2\x98": 257}
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in table.items())
+    (tmp_path / "r50k_base.tiktoken").write_text("".join(lines))
+    (tmp_path / "in.jsonl").write_text('{"text": "a banana"}\n{"text": "snow \u2603"}\n')
+    right = tiktoken.Encoding.encode_ordinary
+
+    def other(self: tiktoken.Encoding, text: str) -> list[int]:
+        return right(self, text.replace("\u2603", "*"))
+
+    monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary", other)
+    with pytest.raises(DataError, match=r"cannot be removed: give the tokenizer\.json") as caught:
+        prepare([tmp_path / "in.jsonl"], str(tmp_path / "out"), tokenizer=tmp_path / "r50k_base.tiktoken")
+    assert "'snow \u2603' token 5 and those behind it are [257, 131] instead of" in str(caught.value)
+    monkeypatch.setattr(ranks_module, "texts_for", lambda spellings: ["\u2603"])
+    with pytest.raises(DataError, match="cannot be converted exactly: of '\u2603' token 0"):
+        Tokenizer.load(tmp_path / "r50k_base.tiktoken")

@@ -1,12 +1,6 @@
 """Tokenised corpora on disk in Megatron's .bin/.idx format, byte compatible in both directions.
 
-`PREFIX.bin` holds token ids back to back: no header, no padding. `PREFIX.idx` is little-endian:
-
-    0   9 bytes  magic "MMIDIDX\\0\\0"           26       u64     D = document boundaries, documents + 1
-    9   u64      version = 1                    34       i32[N]  sequence lengths, tokens
-    17  u8       dtype code of .bin             34+4N    i64[N]  byte offset of every sequence in .bin
-    18  u64      N = sequences                  34+12N   i64[D]  boundaries as sequence numbers, 0 ... N
-                                                34+12N+8D i8[N]  modes (multimodal only, optional)
+`PREFIX.bin` holds token ids back to back: no header, no padding. `PREFIX.idx` is in engine/data/index_file.py.
 
 The format has no checksum, no token count and no tokenizer id, so a reader that trusts it trains on garbage in
 silence. Two things stand against that: everything the bytes can prove is proven at open, and our writer adds a sidecar
@@ -25,7 +19,6 @@ import functools
 import importlib
 import json
 import os
-import struct
 import sys
 import warnings
 from collections.abc import Iterator
@@ -37,21 +30,15 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from engine.data.index_file import CHUNK, DTYPES, HEADER, MAGIC, IntArray, chunks, write_index
 from engine.data.mapped import MappedFile
 from engine.data.sidecar import SIDECAR_VERSION, sidecar_bytes, sidecar_of
 from engine.errors import DataError
 from engine.files import sync_file, sync_folder
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-# 6 and 7 are floats, and Megatron and gpt-neox disagree on which is which; no token id is a float anyway.
-DTYPES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 NATIVE_INTERFACE = 4  # of csrc/index.cpp, counted up when a signature changes: an older build is refused, not called
-_CHUNK = 1 << 22  # elements a check looks at in one go: bounds memory, whatever the size of the corpus
-
-IntArray = npt.NDArray[Any]
 
 
 def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
@@ -69,11 +56,6 @@ def _damaged(path: Path, where: str, found: str, expected: str) -> DataError:
         f"{path}: {where}: found {found}, expected {expected}. "
         f"The file is damaged, torn or not Megatron's; write it again with `engine prepare` or copy it anew."
     )
-
-
-def _chunks(total: int, size: int = _CHUNK) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
 
 
 class IndexedDataset:
@@ -164,7 +146,7 @@ class IndexedDataset:
         max_token = self.meta.get("max_token")
         if isinstance(max_token, int) and max_token < vocab_size:
             return  # a sidecar that lies is caught while gathering
-        for part in _chunks(self.num_tokens):
+        for part in chunks(self.num_tokens):
             tokens = self.tokens[part]
             if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
                 first = part.start + int(np.argmax((tokens >= vocab_size) | (tokens < 0)))
@@ -228,7 +210,7 @@ def check_sequences(lengths: IntArray, pointers: IntArray, itemsize: int, most: 
     Or (-1, bytes of all), if no sequence is wrong before their sum passes `most` bytes.
     """
     end = 0
-    for part in _chunks(len(lengths)):
+    for part in chunks(len(lengths)):
         bytes_ = lengths[part].astype(np.int64) * itemsize
         starts = end + np.cumsum(bytes_) - bytes_  # 2^22 sequences of 2^34 bytes: no overflow before the check below
         wrong = (bytes_ < 0) | (pointers[part] != starts)
@@ -244,7 +226,7 @@ def check_sequences(lengths: IntArray, pointers: IntArray, itemsize: int, most: 
 
 def check_rising(boundaries: IntArray) -> int:
     """Reference: the first boundary that is less than the one before it, or -1."""
-    for part in _chunks(len(boundaries) - 1):
+    for part in chunks(len(boundaries) - 1):
         falls = boundaries[part.start + 1 : part.stop + 1] < boundaries[part]
         if falls.any():
             return part.start + int(np.argmax(falls)) + 1
@@ -265,29 +247,6 @@ def _threads(count: int) -> int:
     """For a check of so many numbers: all cores up to 4, which saturate memory, if each has a million to look at."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 4, 1 + count // (1 << 20))
-
-
-def write_index(out: IO[bytes], dtype: np.dtype[Any], lengths: IntArray) -> None:
-    """Write an .idx for documents of `lengths` int32 [documents] in tokens; 0 is an empty one, which is no sequence.
-
-    Streams: `lengths` may be a map of a file larger than memory.
-    """
-    code = next(code for code, name in DTYPES.items() if np.dtype(name) == dtype)
-    num_sequences = sum(int(np.count_nonzero(lengths[part])) for part in _chunks(len(lengths)))
-    out.write(HEADER.pack(MAGIC, 1, code, num_sequences, len(lengths) + 1))
-    for part in _chunks(len(lengths)):
-        out.write(lengths[part][lengths[part] > 0].astype("<i4").data)
-    end = 0
-    for part in _chunks(len(lengths)):
-        sizes = lengths[part][lengths[part] > 0].astype(np.int64) * dtype.itemsize
-        out.write((end + np.cumsum(sizes) - sizes).astype("<i8").data)
-        end += int(sizes.sum())
-    boundary = 0
-    out.write(np.zeros(1, "<i8").data)
-    for part in _chunks(len(lengths)):
-        boundaries = boundary + np.cumsum(lengths[part] > 0)
-        out.write(boundaries.astype("<i8").data)
-        boundary = int(boundaries[-1])
 
 
 class IndexedWriter:
@@ -356,7 +315,7 @@ class IndexedWriter:
                 )
             self._pending.append(tokens.astype(self.dtype))
             self._pending_tokens += tokens.size
-            if self._pending_tokens >= _CHUNK:
+            if self._pending_tokens >= CHUNK:
                 self._flush()
         else:
             self._num_empty += 1

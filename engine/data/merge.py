@@ -24,7 +24,8 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from engine.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, IntArray, paths_of
+from engine.data.index_file import CHUNK, HEADER, MAGIC, IntArray, chunks, code_of
+from engine.data.indexed import IndexedDataset, paths_of
 from engine.data.parts import publish, read_json
 from engine.data.report import ProgressEvent
 from engine.data.sidecar import sidecar_bytes, sidecar_of
@@ -32,7 +33,6 @@ from engine.errors import DataError
 from engine.files import locked, sync_file, write_fault, write_synced
 from engine.signals import Interrupts
 
-_CHUNK = 1 << 22  # elements at a time
 _AGREE = ("tokenizer_digest", "vocab_size", "eod", "bos")
 
 
@@ -268,9 +268,8 @@ class _Copy:
         """Write both files; returns the sidecar, None where there is to be none."""
         n = sum(corpus.sequences for corpus in self.corpora)
         d = 1 + sum(corpus.boundaries - 1 for corpus in self.corpora)
-        code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.corpora[0].dtype)
         with open(self.folder / "bin", "wb") as bin_, open(self.folder / "idx", "wb") as idx:
-            idx.write(HEADER.pack(MAGIC, 1, code, n, d))
+            idx.write(HEADER.pack(MAGIC, 1, code_of(self.corpora[0].dtype), n, d))
             idx.seek(HEADER.size + 12 * n)
             idx.write(np.zeros(1, "<i8").data)
             for corpus in self.corpora:
@@ -294,8 +293,8 @@ class _Copy:
         if corpus.facts != before.facts:
             raise DataError(f"{corpus.prefix}: was changed while it was merged. Give the same command again.")
         whole, base = xxhash.xxh3_128(), HEADER.size
-        for low in range(0, data.num_tokens, _CHUNK):
-            tokens = np.ascontiguousarray(data.tokens[low : low + _CHUNK])
+        for low in range(0, data.num_tokens, CHUNK):
+            tokens = np.ascontiguousarray(data.tokens[low : low + CHUNK])
             data.check()
             bin_.write(tokens.data)
             for digest in (self.digest, whole):
@@ -336,8 +335,8 @@ class _Copy:
 
 def _put(file: IO[bytes], offset: int, values: IntArray, dtype: str, plus: int) -> None:
     file.seek(offset)
-    for low in range(0, len(values), _CHUNK):
-        part = values[low : low + _CHUNK]
+    for piece in chunks(len(values)):
+        part = values[piece]
         file.write((part + part.dtype.type(plus)).astype(dtype).data)
 
 

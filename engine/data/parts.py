@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.indexed import token_dtype, write_index
+from engine.data.index_file import write_index
+from engine.data.indexed import token_dtype
 from engine.data.pack import pack
 from engine.data.sidecar import sidecar_bytes, sidecar_of
 from engine.errors import DataError

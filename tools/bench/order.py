@@ -24,7 +24,8 @@ from machine import BATCH, BLEND_SAMPLES, SEED, SEQ_LEN, blend_weights, describe
 from report import Row, finish, show, spread
 
 from engine.data.blend import Turns
-from engine.data.indexed import HEADER, MAGIC, IndexedDataset
+from engine.data.index_file import HEADER, MAGIC
+from engine.data.indexed import IndexedDataset
 from engine.data.loader import Slice
 from engine.data.order import SampleOrder
 

@@ -1,7 +1,8 @@
 """Lines of the development set that show one form of a country, a service or a notation each.
 
 [[kind|value]] is to be found, {{value}} is not. In both, places are drawn: # is a digit, ¤ a hexadecimal digit, ¿ a
-letter or digit, § a capital letter or digit of base 32; a name in angle brackets calls the maker of that name.
+letter or digit, § a capital letter or digit of base 32; a name in angle brackets calls the maker of that name, and ↵
+is a line end.
 """
 
 from __future__ import annotations
@@ -824,6 +825,314 @@ img@3x.webp
 a@b.c
 A@B
 x@y.py
+export AWS_SESSION_TOKEN=[[api_key|IQoJb3JpZ2luX2VjE<b64 300>]]
+aws_session_token = "[[api_key|<b64 220>]]"
+{"AccessKeyId":"[[api_key|ASIA§§§§§§§§§§§§§§§§]]","SecretAccessKey":"[[api_key|<b64 40>]]"}
+spring.datasource.password=[[api_key|¿¿¿¿8¿¿x!]]
+Pwd=[[api_key|¿¿¿¿8¿¿x]];Uid=a
+PGPASSWORD=[[api_key|¿¿¿¿8¿¿x]] psql
+curl -u admin:[[api_key|¿¿¿¿8¿¿x]] https://host/
+curl --user admin:[[api_key|¿¿¿¿8¿¿x]] https://host/
+sshpass -p '[[api_key|¿¿¿¿8¿¿x]]' ssh x
+ftp://anna:[[api_key|¿¿¿¿8¿¿x]]@files.example.com/x
+amqp://svc:[[api_key|¿¿¿¿8¿¿x]]@mq.example.net:5672/
+mysql://root:[[api_key|S3cr3t!pw]]@db.example.com/shop
+smtp://u%40x.com:[[api_key|¿¿¿¿8¿¿x]]@smtp.example.com:587
+https://[[api_key|ghp_<w 36>]]@github.com/a/b.git
+https://oauth2:[[api_key|glpat-<w 20>]]@gitlab.com/a/b.git
+[[api_key|xoxp-############-############-############-<hex 32>]]
+[[api_key|xapp-1-A§§§§§§§§§§-#############-<hex 64>]]
+sentry: https://[[api_key|<hex 32>]]@o12345.ingest.sentry.io/123
+//registry.npmjs.org/:_authToken=[[api_key|npm_<w 36>]]
+machine api.host login me password [[api_key|¿¿¿¿8¿¿x]]
+"client_id": "abc", "client_secret": "[[api_key|<w 32>]]"
+clientSecret=[[api_key|¤¤¤¤¤¤¤¤-¤¤¤¤-4¤¤¤-a¤¤¤-¤¤¤¤¤¤¤¤¤¤¤¤]]
+Ocp-Apim-Subscription-Key: [[api_key|<hex 32>]]
+AZURE_OPENAI_KEY=[[api_key|<hex 32>]]
+STRIPE_SECRET=[[api_key|sk_live_<w 24>]]
+whsec=[[api_key|whsec_<w 32>]]
+TWILIO_AUTH_TOKEN=[[api_key|<hex 32>]]
+BAIDU_API_KEY = "[[api_key|<w 24>]]"
+appsecret=[[api_key|<hex 32>]]
+AppSecret: [[api_key|<hex 32>]]
+app_secret = '[[api_key|<hex 32>]]'
+SecretId: [[api_key|AKID<w 32>]]
+SecretKey: [[api_key|<w 32>]]
+accessKeyId: [[api_key|LTAI5t<w 18>]]
+OSS_ACCESS_KEY_SECRET=[[api_key|<w 30>]]
+jwt_secret: [[api_key|<w 40>]]
+SECRET_KEY = 'django-insecure-[[api_key|<w 50>]]'
+encryption_key: "[[api_key|<b64 43>=]]"
+Bearer [[api_key|<w 40>]]
+'Authorization': 'token [[api_key|<w 40>]]'
+x-api-key: [[api_key|<w 40>]]
+?api_key=[[api_key|<w 32>]]&q=1
+?access_token=[[api_key|<w 32>]]
+&key=[[api_key|AIza<w 35>]]
+MAILCHIMP=[[api_key|<hex 32>-us12]]
+[[api_key|SG.<w 22>.<w 43>]]
+sendgrid: [[api_key|SG.<w 22>.<w 43>]]
+[[api_key|hf_<w 34>]]
+login: hf auth --token [[api_key|hf_<w 34>]]
+[[api_key|sk-ant-api03-<w 93>AA]]
+[[api_key|sk-<w 48>]]
+[[api_key|sk-proj-<w 74>T3BlbkFJ<w 74>]]
+DEEPSEEK_API_KEY=[[api_key|sk-<hex 32>]]
+[[api_key|github_pat_<w 22>_<w 59>]]
+[[api_key|ghs_<w 36>]]
+[[api_key|dapi<hex 32>-2]]
+DATABRICKS_TOKEN=[[api_key|dapi<hex 32>]]
+[[api_key|pypi-AgEIcHlwaS5vcmc<w 120>]]
+[[api_key|dckr_pat_<w 27>]]
+[[api_key|##########:AA<w 33>]]
+bot_token="[[api_key|##########:<w 35>]]"
+https://api.telegram.org/bot[[api_key|##########:AA<w 33>]]/x
+token = '[[api_key|MTk4NjIyNDgzNDcxOTI1MjQ4.Cl2FMQ.<w 27>]]'
+HEROKU: [[api_key|HRKU-<w 60>]]
+heroku api key is [[api_key|¤¤¤¤¤¤¤¤-¤¤¤¤-4¤¤¤-a¤¤¤-¤¤¤¤¤¤¤¤¤¤¤¤]]
+X-Auth-Key: [[api_key|<hex 37>]]
+cloudflare_api_token = [[api_key|<w 40>]]
+[[api_key|v1.0-<hex 24>-<hex 146>]]
+LINEAR=[[api_key|lin_api_<w 40>]]
+[[api_key|pscale_tkn_<w 43>]]
+密码是[[api_key|¿¿¿¿8¿¿x]]
+数据库密码：[[api_key|¿¿¿¿8¿¿x]]
+Passwort: [[api_key|¿¿¿¿8¿¿x]]
+mot de passe : [[api_key|¿¿¿¿8¿¿x]]
+contraseña: [[api_key|¿¿¿¿8¿¿x]]
+| password | [[api_key|¿¿¿¿8¿¿x]] |
+password,[[api_key|¿¿¿¿8¿¿x]]
+- name: DB_PASSWORD↵  value: [[api_key|¿¿¿¿8¿¿x]]
+api_key,[[api_key|<w 32>]]
+{"password": "[[api_key|¿¿¿¿8¿¿x#]]", "u": 1}
+wifi password: [[api_key|¿¿¿¿8¿¿x]]
+passphrase "[[api_key|¿¿¿¿8¿¿x]]"
+setApiKey("[[api_key|<w 32>]]")
+api.login("u", password="[[api_key|¿¿¿¿8¿¿x]]")
+getenv("API_KEY", "[[api_key|<w 32>]]")
+AccountKey=[[api_key|<b64 86>==]]
+account key: [[api_key|<b64 86>==]]
+https://acct.blob.core.windows.net/c/b?sv=2022-11-02&st=2024-01-01T00%3A00Z&sr=b&sig=[[api_key|<b64u 43>%3D]]
+"private_key": "[[api_key|-----BEGIN PRIVATE KEY-----↵MII<b64 60>↵<b64 64>↵-----END PRIVATE KEY-----↵]]"
+[[api_key|-----BEGIN EC PRIVATE KEY-----↵<b64 64>↵<b64 64>↵-----END EC PRIVATE KEY-----]]
+[[api_key|-----BEGIN PGP PRIVATE KEY BLOCK-----↵Version: 2↵↵<b64 64>↵=abcd↵-----END PGP PRIVATE KEY BLOCK-----]]
+[[api_key|-----BEGIN ENCRYPTED PRIVATE KEY-----↵<b64 64>↵<b64 64>]]
+-----BEGIN PUBLIC KEY-----↵{{<b64 64>}}↵-----END PUBLIC KEY-----
+sha256 {{<hex 64>}}
+"hash": "{{<hex 64>}}",
+git rev {{<hex 40>}}
+Digest: sha256:{{<hex 64>}}
+docker image sha256:{{<hex 64>}}
+md5sum {{<hex 32>}}  file
+x-request-id: {{¤¤¤¤¤¤¤¤-¤¤¤¤-4¤¤¤-a¤¤¤-¤¤¤¤¤¤¤¤¤¤¤¤}}
+session {{<hex 32>}}
+data:image/png;base64,iVBORw0KGgo{{<b64 80>}}
+ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{{<b64 43>}} me
+fingerprint SHA256:{{<b64 43>}}
+ETag: W/"{{<hex 32>}}"
+blob {{<b64 120>}}
+base64: {{<b64 64>}}==
+api_key = "REPLACE_WITH_YOUR_KEY_1"
+api_key: <api-key>
+token: ${{ secrets.GITHUB_TOKEN }}
+password: ${DB_PASSWORD}
+password: "{{ vault_db_password_1 }}"
+PASSWORD=$(pass show db1)
+password=********
+password: ********1a
+secret = get_secret("db/prod/v2")
+secretKeyRef: db-secret-2024
+token = request.headers["X-Auth-Token-2"]
+access_token_url = https://auth.host/oauth2/v1/token
+token_endpoint: /oauth2/v2.0/token
+secret santa: 24 Dec 2024
+key length: 2048bits-rsa-2
+password length 12-16 chars
+passwords: 10 most common ones 2024
+Passport: X1234567
+pass@k: 0.72a
+the token "##123abc" is split
+tokenizer: gpt2-medium-124M-v2
+token_ids=[101, 2023, 102]
+key1=value1&key2=value2
+keycode: 65a
+public key: {{<b64 60>}}
+primary_key = "user_id_20240101_v2"
+idempotency_key={{<hex 32>}}
+cache-key: node-modules-v2-{{<hex 64>}}
+sk-container-id-1
+ghp_short
+AKIAEXAMPLE
+hf_model_id
+xoxb-your-token-here-000000000000
+https://user:pass@example.com
+http://username:password@host
+ftp://anonymous:guest@host
+redis://localhost:6379/0
+http://host:8080/path@v2
+ssh://git@host:22/x
+jdbc:postgresql://host:5432/db?user=me
+mailto:a:b@
+http://[::1]:8080/@x
+time 12:30:45@UTC
+Bearer of bad news 2024 or so
+basic authentication 2024
+bearer: Name-of-Thing-2
+[[ip|81.92.17.4]] - - [03/Nov/2026:10:22:31 +0000] "GET / HTTP/1.1" 200 12
+[[ip|12.34.56.78]] - admin [03/Nov/2026:10:22:31 +0000] "GET"
+Nov  3 10:22:31 host sshd[99]: Accepted publickey for bob from [[ip|12.34.56.78]] port 4711 ssh2
+iptables -A INPUT -s [[ip|185.220.101.33]] -j DROP
+"ip": "[[ip|24.48.0.1]]"
+ip=[[ip|24.48.0.1]]&x
+IP-Adresse: [[ip|24.48.0.1]]
+l'adresse IP [[ip|24.48.0.1]]
+la IP [[ip|24.48.0.1]]
+IP 地址 [[ip|24.48.0.1]]
+http://[[ip|24.48.0.1]]/admin
+[[ip|24.48.0.1]]:443
+<[[ip|93.184.216.34]]>
+([[ip|93.184.216.34]])
+host: [[ip|93.184.216.34]],
+'[[ip|93.184.216.34]]'
+|[[ip|93.184.216.34]]|
+a;[[ip|93.184.216.34]];b
+ip：[[ip|93.184.216.34]]。
+user@[[ip|93.184.216.34]]
+tcp://[[ip|93.184.216.34]]:9000
+peer=[[[ip|2a02:8109:9a80:1b40:5c3d:2f:9e1a:77]]]:80
+[[ip|2001:470:1f0b:1a::2]]/64
+inet6 [[ip|2a00:1450:4009:81f::200e]]
+[[ip|2A00:1450:4009:81F::200E]]
+ipv6=[[ip|2600:1f18:2551:8900::1]];
+GET from [[ip|2409:8a00:1234:5678:9abc:def0:1234:5678]]
+fe80::a00:27ff:fe4e:66a1 ::1 fd00::1 ff02::1 2001:db8::8a2e:370:7334
+10.1.2.3 172.16.0.9 192.168.0.1 127.0.0.1 169.254.1.1 100.64.1.1 0.0.0.0 255.255.255.255 224.0.0.1 240.1.1.1
+192.0.2.1 198.51.100.7 203.0.113.44 198.18.0.1
+nginx/1.25.3.1
+Mozilla/5.0 (Windows NT 10.0) Chrome/119.0.6045.123 Safari/537.36
+Chrome 119.0.6045.123
+version: "3.11.2.100"
+Version 12.200.30.4
+v12.200.30.4
+ver. 12.200.30.4
+R 4.3.2.1
+node-v18.2.3.4
+app 4.12.3.200 (build 7)
+Build 4.12.3.200
+PHP 8.1.2.1
+Python 3.11.4.1 and Java 1.8.0.392
+macOS 14.2.1.0
+Android 13.0.0.1
+firmware v1.23.45.67
+FortiOS 7.0.12.1
+NVIDIA driver 535.104.5.1
+Upgraded libfoo from 2.31.0.8 to 2.35.0.3
+libfoo (2.31.0.8) unstable
+libssl1.1 1.1.1.14
+mysql-connector-java-8.0.33.1.jar
+com.example:artifact:1.2.3.4
+foo==1.2.3.4
+"foo": "^1.2.3.4",
+<version>1.2.3.4</version>
+AssemblyVersion("1.2.3.4")
+FileVersion 6.2.19041.1
+Release 5.4.3.2
+Changelog 2.0.1.5
+Section 1.2.3.4 describes
+see 1.2.3.4 for details
+1.2.3.4 Introduction
+Table 5.1.2.3
+Artikel 5.1.2.3
+Kapitel 5.1.2.3
+clause 8.2.3.1
+ISO 27001 A.8.2.3.1
+OID 1.2.840.113
+OID: 2.5.29.15
+1.3.6.1.4.1.311.21.20
+EC 3.4.21.4
+enzyme EC 1.1.1.27
+trypsin (EC 3.4.21.4)
+03.11.20.26
+on 3.11.26.10
+12.30.45.99
+score 21.19.21.17
+BIOS 1.14.0.5
+IBAN: [[iban|<iban4 DE>]], BIC: COBADEFFXXX
+IBAN [[iban|<iban FR>]]
+IBAN [[iban|<iban4 GB>]]
+IBAN [[iban|<iban4 IT>]]
+IBAN [[iban|<iban4 NL>]] t.n.v. Jan
+[[iban|<iban4 CH>]]
+Konto: [[iban|<iban4 DE>]] (Sparkasse)
+bitte auf [[iban|<iban DE>]] überweisen
+account=[[iban|<iban DE>]]&bic=
+"[[iban|<iban4 ES>]]"
+汇款至[[iban|<iban DE>]]
+<[[iban|<iban DE>]]>
+IBAN:[[iban|<iban4 SE>]]
+DE{{<badiban DE>}}
+X{{<iban DE>}}Y
+SSN: [[us_ssn|<ssn ->]], DOB 01/02/1980
+SSN [[us_ssn|<ssn >]]
+social security number: [[us_ssn|<ssn >]]
+SSN#: [[us_ssn|<ssn ->]]
+ss number [[us_ssn|<ssn ->]]
+my social is [[us_ssn|<ssn ->]]
+'[[us_ssn|<ssn ->]]'
+a,[[us_ssn|<ssn ->]],b
+ssn:[[us_ssn|<ssn _>]]
+employee_ssn=[[us_ssn|<ssn >]]
+SSN 000-12-3456
+SSN: 123-45-6789
+SSN: 666-45-6789
+SSN 987-65-4321
+item 482-13-9921
+Part # 482-13-9921
+P/N 482-13-9921
+catalog no 482-13-9921
+case 482-13-9921
+NDC 48213-9921-01
+account 482-13-9921
+acct# 482-13-9921
+phone 482-13-9921x
+2026-11-0342
+482-139-921
+ZIP+4 48213-9921
+routing 482139921
+EIN 48-2139921
+EIN: 12-3456789
+ITIN 912-70-1234
+confirmation 482-13-9921
+claim no. 482-13-9921
+VIN 1HGCM82633A004352
+Kreditkarte [[bank_card|<visa _>]]
+carte bancaire n° [[bank_card|<mc _>]]
+tarjeta [[bank_card|<visa _>]]
+card number: [[bank_card|<visa>]]
+card no.[[bank_card|<visa>]]
+ccnum=[[bank_card|<mc>]];
+"card":"[[bank_card|<mc>]]"
+信用卡[[bank_card|<visa>]]
+银联卡 [[bank_card|<union>]]
+储蓄卡：[[bank_card|<union _>]]
+[[bank_card|<amex _>]]
+[[bank_card|<amex ->]]
+4111 1111 1111 1111
+tracking {{<visa>}}
+order id {{<visa>}}
+serial: {{<mc>}}
+invoice #{{<visa>}}
+transaction {{<visa>}}
+订单号{{<visa>}}
+ref {{<visa>}}
+身份证号码[[cn_id|<cnid>]]
+身份证号码：[[cn_id|<cnid>]]，
+ID [[cn_id|<cnid>]]
+id_card=[[cn_id|<cnid>]]
+[[cn_id|<cnid>]],张三
+"idNo":"[[cn_id|<cnid>]]"
+身份证[[cn_id|<cnid full>]]
+(身份证[[cn_id|<cnid _>]])
 """
 
 
@@ -833,6 +1142,6 @@ def lines(draw: random.Random) -> Iterator[str]:
         for _ in range(2):
             marked = re.sub(r"\[\[(\w+)\|(.*?)\]\]", lambda m: f"[[{m[1]}|{fill(draw, m[2])}]]", line)
             plain = re.sub(r"\{\{(.*?)\}\}", lambda m: fill(draw, m[1]), marked)
-            yield plain
+            yield plain.replace("↵", "\n")
             if plain == line:
                 break

@@ -29,6 +29,7 @@ _HOOK = re.compile(
 _PARAMETER = re.compile(
     r"(?:AccountKey|SharedAccessKey|SharedSecret|AccessKey)=(?P<value>[A-Za-z0-9+/]{42,88}={0,2})(?![A-Za-z0-9+/=])|"
     r"(?<=[?&;])sig=(?P<signature>(?:[A-Za-z0-9+/]|%2[BFbf]){40,64}(?:=|%3[Dd]){0,2})|"
+    r"://(?P<dsn>[0-9a-f]{32})@|"
     r"X-Amz-Signature=(?P<amazon>[0-9a-f]{64})(?![0-9a-f])|"
     r"(?<![A-Za-z0-9+/])(?P<azure>[A-Za-z0-9+/]{86}==)(?![A-Za-z0-9+/=])"
 )
@@ -59,6 +60,8 @@ def secrets(scan: Scan) -> Iterator[tuple[int, int]]:
     for within in scan.long_words():
         for window in windows(text, _LONG_TOKEN, 32, 60, _has_digit, within):
             yield from _keys(scan, window[0], min(window[1], within[1] + 1))
+    if "-u" in text or "sshpass" in text:
+        yield from (m.span("password") for m in _COMMAND.finditer(text) if not _is_weak(m["password"]))
     yield from _named(scan)
 
 
@@ -95,6 +98,9 @@ _PLACEHOLDER = re.compile(
     r"(?i)x{4}|\*{3}|\.{3}|0{7}|example|your[_-]|_here|placeholder|change[_-]?me|1234567|abcdefg|redacted|dummy|"
     r"insert[_-]"
 )
+_WORD = re.compile("[A-Z]?[a-z]{3,}|[A-Z]{4,}")
+_CAMEL = re.compile("[A-Z][a-z]{2,}|(?<![A-Za-z])[a-z]{3,}(?![0-9])|(?<![A-Za-z])[A-Z]{3,}(?![a-z0-9])")
+_VOWEL = re.compile("[AEIOUaeiou]")
 _PARTS = re.compile(r"[-_./: ]")
 
 
@@ -120,9 +126,9 @@ def _is_random(value: str) -> bool:
     if not letters:
         return False
     changes = len(re.findall("[0-9][A-Za-z]|[A-Za-z](?=[0-9])", value))
-    in_words = sum(map(len, re.findall("[A-Z]?[a-z]{3,}|[A-Z]{4,}", value)))
+    in_words = sum(map(len, _WORD.findall(value)))
     mixed = not value.islower() and not value.isupper() and in_words < 0.5 * letters
-    if in_words >= 0.7 * letters and not value.islower():
+    if sum(len(word) for word in _CAMEL.findall(value) if _VOWEL.search(word)) >= 0.7 * letters:
         return False  # NamesInCamelCase
     return (digits >= 2 and changes >= max(3, len(value) // 16)) or (mixed and (digits > 0 or len(value) >= 20))
 
@@ -131,6 +137,10 @@ def _is_random(value: str) -> bool:
 
 _URL_PASSWORD = re.compile(
     r"://(?P<user>[^\s/:@\"'<>`]{0,64}):(?P<password>[^\s/@\"'<>`]{4,128}(?:@[^\s/@\"'<>`.:]{1,32}(?=@))?)@[\w\[]"
+)
+_COMMAND = re.compile(
+    r"(?:\b(?:curl|wget|http|docker login)\b[^\n]{0,120}? (?:-u|--user)[ =]?[\"']?[\w.@-]{1,64}:|\bsshpass -p ?[\"']?)"
+    r"(?P<password>[^\s\"'$]{5,64})"
 )
 _WEAK = words(
     "password passwd passwort pass pwd passw0rd secret user username login postgres mysql root admin guest test pw "
@@ -147,46 +157,58 @@ def _url_passwords(scan: Scan) -> Iterator[tuple[int, int]]:
             yield match.span("password")
 
 
+def _kinds(value: str) -> int:
+    """Of small letters, capitals, digits and signs, how many it has."""
+    return sum(re.search(kind, value) is not None for kind in ("[a-z]", "[A-Z]", "[0-9]", r"[^\sA-Za-z0-9_-]"))
+
+
 def _is_weak(password: str) -> bool:
     """What manuals write where a password goes."""
     low = password.lower()
-    kinds = sum(re.search(kind, password) is not None for kind in ("[a-z]", "[A-Z]", "[0-9]", r"[^\sA-Za-z0-9_-]"))
     word = re.search("passw|secret|example|your|change.?me|placeholder|token|xxx|[*]{3}|[.]{3}|•••", low) is not None
-    return low in _WEAK or (word and kinds < 3) or len(set(password)) < 3
+    return low in _WEAK or (word and _kinds(password) < 3) or len(set(password)) < 3
 
 
 # ---- values behind a name ----
 
-_STEMS = ("key", "token", "secret", "pass", "pwd", "credential", "bearer", "basic ", "kennwort")
-_OTHER_STEMS = ("contraseña", "密码", "密碼", "口令", "密钥", "令牌", "私钥")
-_PASSWORDS = ("pass", "pwd", "kennwort", "contraseña", "密码", "密碼", "口令")
-_QUALIFIED = re.compile(
-    r"(?i:api|access|secret|private|client|account|app|application|consumer|encryption|signing|master|service|storage|"
-    r"subscription|shared|auth|auth[nz]|bot|refresh|session|personal|deploy|webhook|oauth2?|user|admin|root|db|"
-    r"database|"
-    r"jwt|github|gitlab|slack|discord|aws|azure|gcp|google|openai|anthropic|hf|hub|huggingface|wandb|stripe|twilio|"
-    r"heroku|"
-    r"cloudflare|npm|pypi|registry|telegram|sentry|datadog|algolia|mailgun|sendgrid|login|security|signature|hmac|"
-    r"license|"
-    r"instrumentation|production|prod|live|ssh|deepseek|dashscope|zhipu|baidu|tencent|aliyun|cohere|mistral|together|"
-    r"groq)"
-    r"[_. -]?$"
+_STEMS = (
+    *("key", "token", "secret", "pass", "pwd", "credential", "bearer", "basic "),
+    *("kennwort", "mot de passe", "senha", "clave", "wachtwoord"),
 )
-_PUBLIC = re.compile(
-    r"(?i:csrf|xsrf|next|page|continuation|pad|eos|bos|unk|mask|sep|cls|sync|public|cache|partition|primary|foreign|"
-    r"sort|"
-    r"cancell?ation|site|anti-?forgery|start|end|stop|max|min|num|n|new|special|idempotency|publishable|pub)[_. -]?$"
+_OTHER_STEMS = ("contraseña", "密码", "密碼", "口令", "密钥", "令牌", "私钥", "пароль", "비밀번호", "パスワード")
+_PASSWORDS = words("pass pwd kennwort senha clave wachtwoord contraseña 密码 密碼 口令 пароль 비밀번호 パスワード") | {
+    "mot de passe"
+}
+_QUALIFIERS = words(
+    "api access secret private client account app application consumer encryption signing master service storage "
+    "subscription shared auth authn authz bot refresh session personal deploy webhook oauth oauth2 user admin root "
+    "db database jwt github gitlab slack discord aws azure gcp google openai anthropic hf hub huggingface wandb "
+    "stripe twilio heroku cloudflare npm pypi registry telegram sentry datadog algolia mailgun sendgrid login "
+    "security signature hmac license instrumentation production prod live ssh deepseek dashscope zhipu baidu "
+    "tencent aliyun cohere mistral together groq"
 )
+_QUALIFIED = re.compile(rf"(?i:{'|'.join(sorted(_QUALIFIERS))})[_. -]?$")
+# Values that are shown to everybody, and tokens of text.
+_PUBLIC_NAMES = words(
+    "csrf xsrf next page continuation pad eos bos unk mask sep cls sync public cache partition primary foreign "
+    "sort cancellation cancelation site anti-forgery antiforgery start end stop max min num n new special "
+    "idempotency pub publishable"
+)
+_PUBLIC = re.compile(rf"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))(?i:{'|'.join(sorted(_PUBLIC_NAMES))})[_. -]?$")
 _JOIN = re.compile(
-    r"(?:(?i:word|wd)?[\"'][ ]value=[\"'](?P<xml>)|(?i:word|wd|wort|phrase|code|"
-    r"s)?(?:[_. -]?[A-Za-z0-9]{1,12}){0,2}?[\"'`\])*\\]{0,4}[ \t]{0,6}"
-    r"(?:(?P<is>::?=|=>|->|==?|[:：]|\||\bis\b|是|为|"
-    r"(?::[ ]?)[A-Za-z.\[\]|]{1,20}[ ]?=)[ \t*`]{0,6}(?:[fbru]?[\"'`\\]{1,4})?"
-    r"|>|\([\"']|(?<=[\"']),[ ]?[\"']|(?P<blank>[ \t]{1,2}[\"']?)))(?:(?:Bearer|bearer|Basic|Token|token)[ ])?"
+    r"(?:(?i:word|wd)?[\"']?(?:[ ]|[ ]?\n[ ]{1,16})value[:=][ ]?[\"']?(?P<xml>)|"
+    r"(?i:word|wd|wort|phrase|code|s)?(?:[_. -][A-Za-z0-9]{1,12}|"
+    r"[A-Z0-9][A-Za-z0-9]{0,12}){0,2}?[\"'`\])*\\]{0,4}[ \t]{0,6}"
+    r"(?:(?P<is>::?=|=>|->|==?|[:：]|\||\bis\b|是|为|(?::[ ]?)[A-Za-z.\[\]|]{1,20}[ ]?=)"
+    r"[ \t*`]{0,6}(?:[fbru]?[\"'`\\]{1,4})?|"
+    r">|\([\"']|(?<![\])]),(?! )|(?<=[\"']),[ ]?[\"']|(?P<blank>[ \t]{1,2}[\"']?)))"
+    r"(?:(?:Bearer|bearer|Basic|Token|token)[ ])?"
 )
 _VALUE = re.compile(r"[A-Za-z0-9_+/.~=%:-]{16,2000}+")
 _PASSWORD = re.compile(r"[^\s\"'`<>,;&|，。；、）]{6,64}+")
-_OPTION = re.compile(r"--[A-Za-z-]{0,24}$|-H [\"'][A-Za-z-]{0,24}$")
+_OPTION = re.compile(
+    r"--[A-Za-z-]{0,24}$|-H [\"'][A-Za-z-]{0,24}$|\blogin \S{1,40} $|(?i:authorization)[\"']?[:=] ?[\"']?$"
+)
 
 
 def _named(scan: Scan) -> Iterator[tuple[int, int]]:
@@ -214,7 +236,7 @@ def _value_of(scan: Scan, stem: str, at: int, end: int) -> tuple[int, int] | Non
         begin = end + len(re.match(r"[ \t:=\"']{0,4}", text[end : end + 4])[0])  # type: ignore[index]
         return _secret(scan, begin) if begin > end else None
     join = _JOIN.match(text, end)
-    if join is None or (join["blank"] and not _OPTION.search(before)):
+    if join is None or (join["blank"] and join[0][-1] not in "\"'" and not _OPTION.search(scan.before(at, 48))):
         return None
     if stem == "pass" and re.match("(?!word|wd|phrase|code|wort)[A-Za-z]", text[end : end + 6].lower()):
         return None  # passed, passage
@@ -244,7 +266,12 @@ def _password(scan: Scan, join: re.Match[str]) -> tuple[int, int] | None:
     quoted = join[0][-1:] in "\"'`" or "value=" in join[0] or join[0][-1:] == ">"
     code = re.search(r"[(\[{]|^[$%]|^\w+(?:\.[A-Za-z_]\w*)+$|::|->|\\n", value) and not quoted
     letters, digits = re.search("[A-Za-z]", value), re.search("[0-9]", value)
-    if join["is"] is None and join["xml"] is None and not join[0].endswith(">") and not _is_random(value):
+    if (
+        join["is"] is None
+        and join["xml"] is None
+        and not join[0].endswith(">")
+        and not (_is_random(value) or _kinds(value) > 2)
+    ):
         return None  # an argument
     if code or not (letters and digits) or len(value) < 6 or _is_weak(value) or _PLACEHOLDER.search(value):
         return None

@@ -101,18 +101,20 @@ def _in_aadhaar(value: str) -> bool:
 _FORMS: tuple[tuple[re.Pattern[str], Callable[[str], bool], str], ...] = (
     (
         re.compile(
-            rf"{NOT_IN_NUMBER}(?:[1-9][0-9] [0-9]{{3}} [0-9]{{3}} [0-9]{{3}}|(?P<bare>[1-9][0-9]{{10}})){_ENDS}"
+            rf"{NOT_IN_NUMBER}(?:(?<![0-9] )[1-9][0-9] [0-9]{{3}} [0-9]{{3}} [0-9]{{3}}(?! [0-9])|"
+            rf"(?P<bare>[1-9][0-9]{{10}})){_ENDS}"
         ),
         _de_tax_id,
         r"steuer|\bid-?nr|identifikationsn|\btin\b|tax",
     ),
     (
         re.compile(
-            rf"{NOT_IN_NUMBER}[12378](?P<gap>[ .-]?)[0-9]{{2}}(?P=gap)[0-9]{{2}}(?P=gap)(?:[0-9]{{2}}|2[AB])(?P=gap)"
-            rf"[0-9]{{3}}(?P=gap)[0-9]{{3}} ?(?P=gap)[0-9]{{2}}{_ENDS}"
+            rf"{NOT_IN_NUMBER}(?:[12378](?P<gap>[ .-])[0-9]{{2}}(?P=gap)[0-9]{{2}}(?P=gap)(?:[0-9]{{2}}|2[AB])(?P=gap)"
+            rf"[0-9]{{3}}(?P=gap)[0-9]{{3}}(?P=gap)[0-9]{{2}}|"
+            rf"(?P<bare>[12378][0-9]{{4}}(?:[0-9]{{2}}|2[AB])[0-9]{{6}} ?[0-9]{{2}})){_ENDS}"
         ),
         _fr_nir,
-        "",
+        r"s[ée]cu|\bnir\b|insee|\bnss\b|assur|social",
     ),
     (
         re.compile(

@@ -214,6 +214,8 @@ def _is_version(scan: Scan, value: str, match: re.Match[str]) -> bool:
     if max(numbers) < 30 and _HEADING.search(before) and re.match(r"[ \t]+[^\W\d_]", after):
         return True
     small = (numbers[0] < 30 and (max(numbers) < 100 or 0 in numbers or numbers[0] < 3)) or numbers[2:] == [0, 0]
+    if small and re.search("(?i:upgrad|updat|downgrad|bump|migrat|releas|version)", before):
+        return True
     return small and not (_AFTER_ADDRESS.match(after) or _BEFORE_ADDRESS.search(before))
 
 

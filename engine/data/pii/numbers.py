@@ -10,7 +10,7 @@ from engine.data.pii.scan import Scan, words
 
 # Before a number: no letter, digit or sign of money; no digit with a point, as of a decimal; no digit with a hyphen.
 NOT_IN_NUMBER = r"(?<![A-Za-z0-9_#$€£¥])(?<![0-9][.:-])(?:(?<![0-9]/)|(?<=[0-9]{7}/))(?<![A-Za-z]-)(?<![^0-9]0,)"
-NUMBER_ENDS = r"(?![A-Za-z0-9_%]|[.:-][0-9]|/[0-9](?![0-9 -]{6}))"
+NUMBER_ENDS = r"(?![A-Za-z0-9_%*^]|[.:-][0-9]|/[0-9](?![0-9 -]{6}))"
 
 _BEFORE_CODE = re.compile(
     r"(?:(?:\b|_)(?i:orders?|tracking|invoices?|tickets?|receipts?|transactions?|txn|trx|batch|lot|parts?|item|"
@@ -20,7 +20,7 @@ _BEFORE_CODE = re.compile(
     r"time|case|docket|patent|doi|pmid|arxiv|oclc|lccn|ref(?:erence)?|parcel|shipment|consignment|booking|reservation|"
     r"pnr|"
     r"flight|build|version|id|uid|uuid|guid|pid|tid|seed|checksum|crc|hash|offset|size|bytes|count|total|sum|amount|"
-    r"price|policy|claim|contract|vin|zip|postcode|siren|siret|tva|vat|ust-?id(?:nr)?|hrb|blz|konto(?:nummer|-?nr)?|"
+    r"price|policy|claim|contract|vin|zip|p/n|confirmation|permit|registration|licen[cs]e|postcode|siren|siret|tva|vat|ust-?id(?:nr)?|hrb|blz|konto(?:nummer|-?nr)?|"
     r"kto|"
     r"bestell(?:ung|nummer|-?nr)|auftrags?(?:nummer|-?nr)?|rechnungs?(?:nummer|-?nr)?|kunden(?:nummer|-?nr)|"
     r"sendungs?(?:nummer|-?nr)?|"
@@ -95,6 +95,7 @@ _TEST_CARDS = words(
     "38520000023237 3530111333300000 3566002020360505 4000056655665556 5200828282828210 2223003122003222 "
     "6200000000000005 4000002500003155"
 )  # of payment manuals: nobody's
+_CARD_WORD = re.compile(r"(?i:visa|cards?|karten?|carte|tarjeta|carta|卡)[^\n]{0,24}$")
 _MAESTRO = words("5018 5020 5038 5893 6304 6759 6761 6762 6763")
 
 
@@ -102,7 +103,9 @@ def cards(scan: Scan) -> Iterator[tuple[int, int]]:
     """Numbers of payment cards."""
     for match in scan.matches(_CARD):
         digits = digits_of(match[0])
-        if is_card(digits) and digits not in _TEST_CARDS and not is_code(scan, match.start()):
+        if not is_card(digits) or digits in _TEST_CARDS or is_code(scan, match.start()):
+            continue
+        if len(digits) > 13 or _CARD_WORD.search(scan.before(match.start(), 40)):  # 13 are no longer given out
             yield match.span()
 
 
@@ -152,7 +155,8 @@ def ibans(scan: Scan) -> Iterator[tuple[int, int]]:
             yield at, end
             last = end
     for match in scan.matches(_IBAN_LOW):
-        if end := _iban_end(scan.text, match.start()):
+        end = _iban_end(scan.text, match.start()) if "iban" in scan.before(match.start(), 40).lower() else 0
+        if end:
             yield match.start(), end
 
 
@@ -188,6 +192,7 @@ _SSN_WORD = re.compile(
     r"(?i:\bssn?s?\b|social[ _-]?sec(?:urity|\.)?|\bsoc\.? ?sec\b|tax ?payer id|社会安全号码?)[^\n]{0,24}$|"
     r"(?i:ssn)[\"']?[ :=,]{0,3}[\"']?$"
 )
+_ACCOUNT = re.compile(r"(?i:\b(?:accounts?|acct|a/c|member|loan)\b[^\n0-9]{0,12}$)")
 _NOBODYS_SSN = words(
     "123456789 078051120 219099999 111223333 123121234 457555462"
 )  # of wallets, forms and advertisements
@@ -200,5 +205,6 @@ def us_ssns(scan: Scan) -> Iterator[tuple[int, int]]:
         if len(set(digits)) < 3 or digits in _NOBODYS_SSN:
             continue
         said = _SSN_WORD.search(scan.before(match.start(), 48))
-        if said or (match["gap"] == "-" and not is_code(scan, match.start())):
+        other = is_code(scan, match.start()) or _ACCOUNT.search(scan.before(match.start(), 32))
+        if said or (match["gap"] == "-" and not other):
             yield match.span()

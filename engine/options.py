@@ -1,120 +1,19 @@
-"""Command-line options, made by tyro from the config schema and from one small dataclass a verb.
-
-Options of the config are read as text and checked together with the TOML files (engine.config.load), so that one run
-reports every fault wherever it stands.
-"""
+"""Command-line options, made by tyro from one small dataclass a verb; those of training are in train_options.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from engine.presets import PRESETS
-
-_UNSET = "\0"
 PiiKind = Literal["api_key", "email", "iban", "cn_id", "bank_card", "national_id", "us_ssn", "ip", "phone"]
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What the command line of a training run says, unchecked."""
-
-    files: tuple[Path, ...]
-    overrides: Mapping[str, str]
-    unknown: tuple[str, ...]
-    dry_run: bool
-    full: bool
-    world_size: int
-
-
-def parse_train(args: Sequence[str], prog: str) -> TrainOptions:
-    """Read `--config FILE`, `--section.name VALUE`, `--dry-run` and `--world-size N`."""
-    parsed: Any
-    parsed, rest = tyro.cli(
-        _train_type(), args=list(args), prog=prog, description=_TRAIN_TEXT, return_unknown_args=True
-    )
-    given = dataclasses.asdict(parsed)
-    overrides = {
-        f"{section}.{name}": value
-        for section, values in given.items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-        if value != _UNSET
-    }
-    unknown = _unknown(rest)
-    return TrainOptions(
-        tuple(given["config"]), overrides, unknown, given["dry_run"], given["full"], given["world_size"]
-    )
-
-
-def _unknown(rest: Sequence[str]) -> tuple[str, ...]:
-    """Options nobody knows without their values, and words that belong to no option (a file without --config)."""
-    found: list[str] = []
-    value_may_follow = False
-    for word in rest:
-        option, equals, _ = word.partition("=")
-        if word.startswith("--"):
-            found.append(option)
-        elif not value_may_follow:
-            found.append(word)
-        value_may_follow = word.startswith("--") and not equals
-    return tuple(found)
-
-
-_TRAIN_TEXT = (
-    "Train a model. Values: default < preset < config files (later ones win) < command line. "
-    "On several processes: torchrun --nproc-per-node N -m engine train ... with the same options."
-)
-
-
-def _train_type() -> type:
-    from engine.config import fields, type_name  # pydantic and all checks: a tenth of a second that only training needs
-
-    sections: dict[str, list[Any]] = {}
-    for section, name, field in fields():
-        text = field.description or ""
-        if name == "preset":
-            text = f"start from a named model, other model.* values override it: {', '.join(PRESETS)}"
-        kind_name = type_name(field.annotation)
-        default = json.dumps(field.default) if isinstance(field.default, str | bool) else field.default
-        note = tyro.conf.arg(
-            help=text.replace("\n", " "),
-            help_behavior_hint=f"(default: {default})",
-            metavar=kind_name if "|" in kind_name else kind_name.upper(),
-        )
-        kind: Any = Annotated[str, note]
-        sections.setdefault(section, []).append((name, kind, dataclasses.field(default=_UNSET)))
-    members: list[Any] = [
-        ("config", tyro.conf.UseAppendAction[tuple[Annotated[Path, tyro.conf.arg(metavar="FILE")], ...]], ()),
-        ("dry_run", tyro.conf.FlagCreatePairsOff[bool], False),
-        ("full", tyro.conf.FlagCreatePairsOff[bool], False),
-        ("world_size", int, 0),
-    ]
-    texts = {
-        "config": "TOML file; may be given several times, later ones win",
-        "dry_run": "print config, layout and sizes for any world size, without processes, and stop",
-        "full": "dry run: print the settings at their defaults too",
-        "world_size": "number of ranks to assume in a dry run; 0: what the degrees need",
-    }
-    named: list[Any] = [
-        (name, Annotated[kind, tyro.conf.arg(help=texts[name])], dataclasses.field(default=default))
-        for name, kind, default in members
-    ]
-    for section, entries in sections.items():
-        part = dataclasses.make_dataclass(f"{section.title()}Options", entries)
-        named.append((section, part, dataclasses.field(default_factory=part)))
-    return dataclasses.make_dataclass("TrainArguments", named)
 
 
 @dataclass
 class Prepare:
-    """Turn raw text into a tokenizer and memory-mapped train and valid files.
+    """Turn raw text into a tokenizer and memory-mapped train, valid and test files.
 
     Killed at any moment, the same command goes on where it was (its work is in OUTPUT.parts until it is done).
     """

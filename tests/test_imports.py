@@ -37,7 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("relations", "planner", "idle"),
     ("resolve",),
-    ("options",),
+    ("options", "train_options"),
     ("faults", "board"),  # no torch up to here
     ("rng", "shared", "documents"),
     ("context",),

@@ -13,8 +13,8 @@ def train(args: list[str]) -> int:
     """train a model, on one process or on many under torchrun"""
     stop = StopRequest()  # first: what follows takes seconds
     from engine.config import layout_of
-    from engine.options import parse_train
     from engine.resolve import load
+    from engine.train_options import parse_train
 
     options = parse_train(args, "engine train")
     if options.world_size < 0 or (options.world_size and not options.dry_run):

@@ -104,6 +104,32 @@ def test_what_is_no_regular_file_is_counted_or_refused_by_its_kind(tmp_path: Pat
     assert list_inputs([tmp_path / "in"], include=["*.md"], exclude=["socket*"]).excluded == 3
 
 
+def test_other_input_is_noticed_in_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 100)
+    texts = [f"document {i}" for i in range(600)]
+    rows = [line(text=text).strip() for text in texts[:300] + [""] + texts[300:]]
+    forms = {
+        "": "[" + ", ".join(rows).replace(', {"text": ""}', ', {"txt": 1}') + "]",
+        "csv": "text\n" + "\n".join(texts),
+    }
+    for form, content in forms.items():
+
+        def batches(content: str, start: Cursor = START, form: str = form) -> list[Batch]:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+            return list(Source.of(["-"], format=form).batches(start))
+
+        found = batches(content)
+        assert [text for batch in found for text in batch.texts] == texts and len(found) > 2
+        assert [note.kind for batch in found for note in batch.notes] == (["read as JSON"] if not form else [])
+        for batch in found[:2]:
+            rest = batches(content, batch.cursor)
+            assert [text for one in rest for text in one.texts] == texts[texts.index(batch.texts[-1]) + 1 :]
+        other = batches(content.replace("document 7", "document 8"), found[0].cursor)
+        assert not any(batch.texts for batch in other)
+        assert "is not the input that the work began with" in str(other[0].drops[0])
+
+
 @pytest.mark.parametrize("packing", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
 def test_a_pipe_that_is_named_is_read_as_standard_input_is(
     tmp_path: Path, packing: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch

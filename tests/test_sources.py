@@ -426,7 +426,9 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_zstd_stream_that_refers_far_back(tmp_path: Path) -> None:
+def test_a_zstd_stream_that_refers_far_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 100)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4000)
     pack = zstandard.ZstdCompressor().compressobj()  # of unknown size: the header has a byte for the window
     frame = bytearray(pack.compress(lines()) + pack.flush())
     for log in (28, 31):  # more than the library takes unasked; as `zstd --ultra --long=31` writes
@@ -434,3 +436,8 @@ def test_a_zstd_stream_that_refers_far_back(tmp_path: Path) -> None:
         assert zstandard.get_frame_parameters(bytes(frame)).window_size == 1 << log
         (tmp_path / "a.jsonl.zst").write_bytes(bytes(frame))
         assert read(tmp_path / "a.jsonl.zst") == (TEXTS, [])
+        begun = next(Source.of([tmp_path / "a.jsonl.zst"]).batches())
+        assert read(tmp_path / "a.jsonl.zst", start=begun.cursor) == (TEXTS[len(begun.texts) :], [])
+        for start, expected in ((START, TEXTS), (begun.cursor, TEXTS[len(begun.texts) :])):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(frame))))
+            assert read("-", start=start) == (expected, [])

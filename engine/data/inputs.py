@@ -51,14 +51,13 @@ class InputFile:
 
     @property
     def compression(self) -> str:
-        suffix = PurePosixPath(self.name).suffix.lower()
+        suffix = os.path.splitext(self.name)[1].lower()
         return suffix if suffix in COMPRESSIONS else ""
 
     @property
     def suffix(self) -> str:
         """What the content is, compression aside: ".jsonl" of "a.jsonl.zst"."""
-        name = PurePosixPath(self.name)
-        return PurePosixPath(name.stem if self.compression else name.name).suffix.lower()
+        return os.path.splitext(self.name[: len(self.name) - len(self.compression)])[1].lower()
 
 
 @dataclass(frozen=True)

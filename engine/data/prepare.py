@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.data.account import unreadable
+from engine.data.account import Account, unreadable
 from engine.data.ahead import read_ahead
 from engine.data.encoding import Work
 from engine.data.job import AGAIN, SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
@@ -159,15 +159,18 @@ def _trained(job: Job) -> Tokenizer:
 
 
 def _train_texts(job: Job, spread: Spread) -> Iterator[str]:
-    began, number = time.monotonic(), 0
+    began, number, account = time.monotonic(), 0, Account()
     for batch in read_ahead(job.source.batches()):
         stop_at_errors(job, batch)
+        account.add(batch)
         splits = job.split_numbers(number, len(batch.texts))
         number += len(batch.texts)
         yield from spread.take([text for text, split in zip(batch.texts, splits) if not split], batch.consumed)
         if job.progress is not None:
             elapsed, consumed = time.monotonic() - began, batch.consumed
             job.progress(ProgressEvent("train tokenizer", consumed, job.total, number, 0, elapsed, consumed, 0))
+    if not number:
+        raise DataError(account.nothing(job.source))
 
 
 def _publish(job: Job, plan: dict[str, Any]) -> PrepareReport:

@@ -12,17 +12,21 @@ from engine.data.values import find, names_in
 _BLOCK_BYTES = 1 << 20
 _LINES = 16  # looked at
 _BOM = b"\xef\xbb\xbf"
+_BEFORE = _BOM + b" \t\r\n"  # what may stand before a value
 
 
 def recognised(stream: ByteStream, keys: Sequence[str], limit: int) -> tuple[str, str, str]:
     """(format, kind of note, its detail) of a file whose name says nothing; without anything to note both are empty."""
+    head = stream.peek(_BLOCK_BYTES)
+    if head.lstrip(_BEFORE)[:1] not in (b"{", b"[") and b"\n{" not in head:  # most files
+        return "text", "", ""
     quoted = ", ".join(map(repr, keys))
     if lines_of_objects(stream, keys, limit):
         return "jsonl", "read as JSON lines", f"its first lines are objects with the key {quoted}"
     if objects := lines_of_objects(stream, (), limit):
         detail = f"its lines are JSON objects without the key {quoted}. The keys here are: {names_in(objects[0])}"
         return "text", "read as one text", f"{detail}; choose among them with --json-key"
-    if has_keys(first_element(stream.peek(_BLOCK_BYTES)), keys):
+    if has_keys(first_element(head), keys):
         return "json", "read as JSON", f"its first element is an object with the key {quoted}"
     return "text", "", ""
 

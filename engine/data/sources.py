@@ -47,6 +47,7 @@ _BATCH_DOCUMENTS = 8192
 _BLOCK_BYTES = 1 << 20  # bytes read at once
 _BOM = b"\xef\xbb\xbf"
 _UNREAD = object()
+ANOTHER_INPUT = "is not the input that the work began with; give the same again, or --overwrite"
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,13 @@ class _FileReader:
         """How the file is read: as asked, by its name, or by its first lines; and what to say of it."""
         again = self.file.same_as
         notes = [Note(self.file.name, "read once more", f"the same file as {again}")] if again else []
-        kind = self.asked or FORMATS.get(self.file.suffix, "jsonl" if self.file.once and not self.file.suffix else "")
+        kind = self.asked or FORMATS.get(self.file.suffix, "")
         if kind == "json" and lines_of_objects(stream, (), self.limit):
             kind = "jsonl"
         if not kind:
             kind, noted, detail = recognised(stream, self.keys, self.limit)
+            if self.file.once and not self.file.suffix and kind != "json":
+                kind, noted = "jsonl", ""  # what a pipe without a name is taken for
             notes += [Note(self.file.name, noted, detail)] if noted else []
         return kind, notes
 
@@ -218,7 +221,7 @@ class _FileReader:
         digest = xxhash.xxh3_128() if self.file.once else None
         stream.skip(begin.offset, digest.update if digest else None)
         if digest and begin.digest and digest.hexdigest() != begin.digest:
-            raise BadStream("is not the input that the work began with; give the same again, or --overwrite")
+            raise BadStream(ANOTHER_INPUT)
         offset, carry, ended, lost = begin.offset, b"", False, 0  # lost: bytes so far of a line that is too long
         zeros = False  # that line begins with zero bytes, or goes on with them
         while not ended:
@@ -304,43 +307,67 @@ class _FileReader:
         return self._add_record(batch, value)
 
     def _rows(self, rows: Iterator[tuple[Any, int]], begin: Cursor, size: int = 256) -> Iterator[Batch]:
-        """Batches of (row, bytes consumed): objects, or a string that says why a row could not be read."""
+        """Batches of (row, bytes consumed): objects, or a BadRecord that says why a row could not be read.
+
+        Of what can be read only once all rows are given, and those that are done have to be the ones of then.
+        """
+        digest = xxhash.xxh3_128() if self.file.once else None
         batch, consumed, broken = Batch(), 0, None
         try:
+            if digest:
+                self._pass_over(rows, begin, digest)
             for value, consumed in rows:
                 self.record += 1
-                if isinstance(value, BadRecord):
-                    self._drop(batch, value.reason, value.detail)
-                else:
-                    self._add_record(batch, value)
+                self._add_row(batch, value, digest)
                 if len(batch.texts) + len(batch.drops) >= size or batch.num_chars >= _BLOCK_BYTES:
-                    batch.cursor, batch.consumed = Cursor(self.number, self.record, self.record), consumed
+                    batch.cursor, batch.consumed = self._behind_rows(digest), consumed
                     yield batch
                     batch = Batch()
         except BadStream as err:  # what was read before it is not lost
             broken = err
-        batch.cursor, batch.consumed = Cursor(self.number, self.record, self.record), consumed
+        batch.cursor, batch.consumed = self._behind_rows(digest), consumed
         yield batch
         if broken is not None:
             raise broken
 
+    def _add_row(self, batch: Batch, value: Any, digest: xxhash.xxh3_128 | None) -> None:
+        texts, drops = len(batch.texts), len(batch.drops)
+        if isinstance(value, BadRecord):
+            self._drop(batch, value.reason, value.detail)
+        else:
+            self._add_record(batch, value)
+        if digest:
+            for text in (*batch.texts[texts:], *map(str, batch.drops[drops:])):
+                digest.update(f"{len(text)} {text}".encode())
+
+    def _pass_over(self, rows: Iterator[tuple[Any, int]], begin: Cursor, digest: xxhash.xxh3_128) -> None:
+        self.record = 0
+        for value, _ in itertools.islice(rows, begin.offset):
+            self.record += 1
+            self._add_row(Batch(), value, digest)
+        if begin.digest and digest.hexdigest() != begin.digest:
+            raise BadStream(ANOTHER_INPUT)
+
+    def _behind_rows(self, digest: xxhash.xxh3_128 | None) -> Cursor:
+        return Cursor(self.number, self.record, self.record, digest.hexdigest() if digest else "")
+
+    def _done(self, begin: Cursor) -> int:
+        """Rows that a reader need not give."""
+        return 0 if self.file.once else begin.offset
+
     def _json(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        yield from self._rows(_after(json_values(stream, self.limit), begin), begin)
+        yield from self._rows(itertools.islice(json_values(stream, self.limit), self._done(begin), None), begin)
 
     def _csv(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
         separator = "\t" if self.file.suffix == ".tsv" else ","
-        yield from self._rows(_after(csv_rows(stream, separator, self.keys, self.limit, self.keep_rest), begin), begin)
+        rows = csv_rows(stream, separator, self.keys, self.limit, self.keep_rest)
+        yield from self._rows(itertools.islice(rows, self._done(begin), None), begin)
 
     def _parquet(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        yield from self._rows(parquet_rows(stream, self.keys, begin.offset, self.keep_rest), begin)
+        yield from self._rows(parquet_rows(stream, self.keys, self._done(begin), self.keep_rest), begin)
 
     def _arrow(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        yield from self._rows(arrow_rows(stream, self.keys, begin.offset, self.keep_rest), begin)
-
-
-def _after(rows: Iterator[tuple[Any, int]], begin: Cursor) -> Iterator[tuple[Any, int]]:
-    """The rows behind those that are done; these are read again, as nothing says where a row starts."""
-    return itertools.islice(rows, begin.offset, None)
+        yield from self._rows(arrow_rows(stream, self.keys, self._done(begin), self.keep_rest), begin)
 
 
 def _read_up_to(stream: ByteStream, size: int) -> bytes:

@@ -18,10 +18,11 @@ from engine.data.account import Account
 from engine.data.ahead import read_ahead
 from engine.data.apart import Apart
 from engine.data.awkward import AWKWARD
+from engine.data.own import Own
 from engine.data.recipe import Recipe
 from engine.data.report import Progress, ProgressEvent, StepEvent
 from engine.data.sources import Source
-from engine.data.tokenizer import TRAINING, Tokenizer
+from engine.data.tokenizer import FILES, TRAINING, Tokenizer
 from engine.errors import DataError
 from engine.files import sync_folder
 from engine.signals import Interrupts
@@ -89,7 +90,8 @@ def train_tokenizer(
     """
     stop = stop or Interrupts(heard=False)
     _refuse(output, recipe, overwrite)
-    source = Source.of(inputs, include, exclude, keys=tuple(json_key), format=format)
+    mine = Own([output / name for name in FILES])
+    source = Source.of(inputs, include, exclude, mine, keys=tuple(json_key), format=format)
     account = Account()
     total = sum(file.num_bytes for file in source.files)
     spread = Spread(max_bytes, total)

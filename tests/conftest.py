@@ -3,7 +3,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def no_kept_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers are converted anew: tests plant faults in conversions, which must neither be hidden nor stay."""
+    monkeypatch.setattr("engine.data.kept.folder", lambda: Path("/dev/null/none"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

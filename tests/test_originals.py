@@ -15,6 +15,8 @@ from sentencepiece import sentencepiece_model_pb2 as pb
 from tokenizers import Regex, normalizers
 
 import engine.data.encoder as encoder_module
+import engine.data.foreign as foreign
+import engine.data.kept as kept
 import engine.data.pieces as pieces_module
 import engine.data.ranks as ranks_module
 from engine.data.awkward import texts_for
@@ -153,3 +155,43 @@ def test_a_difference_in_ranks_is_a_refusal(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(ranks_module, "texts_for", lambda spellings: ["\u2603"])
     with pytest.raises(DataError, match="cannot be converted exactly: of '\u2603' token 0"):
         Tokenizer.load(tmp_path / "r50k_base.tiktoken")
+
+
+def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry is used again, but not when anything it follows from is another or when it is damaged; few are kept."""
+    cache, made = tmp_path / "home/cache", []
+    monkeypatch.setattr(kept, "folder", lambda: cache)
+    convert = foreign._convert
+    monkeypatch.setattr(foreign, "_convert", lambda found: (made.append(found.path.name), convert(found))[1])
+    monkeypatch.setattr(pieces_module, "texts_for", lambda spellings: ["か\u3099"])
+    path = tmp_path / "m.model"
+    trained(path, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
+
+    def loads(times: int) -> Tokenizer:
+        made.clear()
+        chosen = Tokenizer.load(path)
+        assert len(made) == times
+        return chosen
+
+    first = loads(1)
+    assert (loads(0).digest, loads(0).own) == (first.digest, None)
+    (entry,) = cache.iterdir()
+    for damage in (entry.read_bytes()[:-1], entry.read_bytes()[:-9] + b"X" + entry.read_bytes()[-8:], b"", b"{}"):
+        entry.write_bytes(damage)
+        assert loads(1).digest == first.digest and loads(0).eod == 2
+    monkeypatch.setattr(kept, "_version", lambda name: "another")
+    loads(1)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    loads(0)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    loads(1)
+    trained(path, model_type="bpe", vocab_size=390)
+    changed = loads(1)  # nmt_nfkc: sentencepiece's own ids
+    assert changed.own is not None and (loads(0).digest, loads(0).note) == (changed.digest, changed.note)
+    monkeypatch.setattr(kept, "_MOST_ENTRIES", 2)
+    trained(path, model_type="unigram")
+    loads(1)
+    assert len(list(cache.iterdir())) == 2
+    for impossible in (Path("/dev/null/cache"), Path("/proc/none")):
+        monkeypatch.setattr(kept, "folder", lambda where=impossible: where)
+        assert loads(1).vocab_size == loads(1).vocab_size

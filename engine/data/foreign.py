@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from engine.data.kept import cached, key_of
 from engine.data.tokenizer import MODEL, Tokenizer
 from engine.errors import DataError, cut
 
@@ -94,7 +95,7 @@ def find(path: Path, merges: Path | None = None, lower_case: bool | None = None)
 
 def made_from(found: Found, parse_special: bool = False) -> Tokenizer:
     """The tokenizer of what was found. Raises DataError if the file is damaged or cannot be converted exactly."""
-    made = _convert(found)
+    made = _converted(found)
     own = _sentencepiece(found) if made.difference else None
     companions = companions_of(made.end, own, made.difference)
     compared = found.kind in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN) and own is None
@@ -106,6 +107,28 @@ def made_from(found: Found, parse_special: bool = False) -> Tokenizer:
         note=made.difference,
         original=partial(original, found) if compared else None,
     )
+
+
+def _converted(found: Found) -> Converted:
+    """`_convert`, by the cache where that takes seconds."""
+    if found.kind not in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN):
+        return _convert(found)
+    beside = found.path.with_suffix(".json")  # of a .tiktoken
+
+    def key() -> str:
+        try:
+            facts = beside.read_bytes() if found.kind == _TIKTOKEN and beside.is_file() else b""
+            parts = [found.path.read_bytes(), found.kind.encode(), found.path.stem.encode(), facts]
+        except OSError as err:
+            raise DataError(f"{err.filename}: cannot be read: {err.strerror or err}. Check the tokenizer.") from err
+        return key_of([*parts, json.dumps(found.config, sort_keys=True).encode()])
+
+    def make() -> dict[str, str]:
+        made = _convert(found)
+        return {"definition": made.definition, "end": made.end or "", "difference": made.difference}
+
+    facts = cached(key, make, ("definition", "end", "difference"))
+    return Converted(facts["definition"], facts["end"] or None, facts["difference"])
 
 
 def _convert(found: Found) -> Converted:

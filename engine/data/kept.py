@@ -1,0 +1,111 @@
+"""Conversions of tokenizers that were made before, in ~/.cache/trident-engine/tokenizers: making one takes seconds.
+
+An entry is named by a digest of all that it follows from: the bytes of the files, what stands beside them, the source
+and the libraries of the conversion. It begins with a digest of itself, so that a damaged one is noticed and made anew.
+The least recently used go away. Whatever is wrong with the folder, a conversion is made as if there were none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import orjson
+
+_SOURCES = ("kept.py", "foreign.py", "pieces.py", "ranks.py", "patterns.py", "awkward.py", "vocabularies.py")
+_LIBRARIES = ("tokenizers", "sentencepiece", "tiktoken")
+_MOST_ENTRIES, _MOST_BYTES = 32, 512 << 20
+_TORN_S = 3600.0  # what a killed process left is removed after this time
+_DIGEST = 64  # hex digits
+
+Facts = dict[str, str]
+
+
+def cached(key: Callable[[], str], make: Callable[[], Facts], names: Sequence[str]) -> Facts:
+    """The entry of `key`, with exactly these `names`, or what `make` gives, which is kept then."""
+    before = key()
+    file = folder() / before
+    if (facts := _read(file, names)) is not None:
+        return facts
+    facts = make()
+    if key() == before:  # no file has changed meanwhile
+        _write(file, facts)
+    return facts
+
+
+def folder() -> Path:
+    """Where entries are; RuntimeError, where the user has no home, is as a folder that cannot be written."""
+    try:
+        return Path.home() / ".cache" / "trident-engine" / "tokenizers"
+    except RuntimeError:
+        return Path(os.devnull) / "none"
+
+
+def key_of(parts: Sequence[bytes]) -> str:
+    """The name of what follows from these bytes, in this version of everything."""
+    hashed = hashlib.sha256()
+    sources = [Path(__file__).with_name(name).read_bytes() for name in _SOURCES]
+    for part in (*parts, *sources, *(_version(name).encode() for name in _LIBRARIES)):
+        hashed.update(len(part).to_bytes(8, "big") + part)
+    return hashed.hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _read(file: Path, names: Sequence[str]) -> Facts | None:
+    try:
+        content = file.read_bytes()
+        if content[:_DIGEST].decode() != hashlib.sha256(content[_DIGEST:]).hexdigest():
+            return None
+        facts = orjson.loads(content[_DIGEST:])
+    except (OSError, ValueError):
+        return None
+    if not isinstance(facts, dict) or set(facts) != set(names) or not all(isinstance(v, str) for v in facts.values()):
+        return None
+    with suppress(OSError):
+        os.utime(file)
+    return facts
+
+
+def _write(file: Path, facts: Facts) -> None:
+    content = orjson.dumps(facts)
+    content = hashlib.sha256(content).hexdigest().encode() + content
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        try:
+            with open(descriptor, "wb") as out:
+                out.write(content)
+            os.replace(temporary, file)
+        except OSError:
+            os.unlink(temporary)
+            raise
+        _bound(file.parent)
+
+
+def _bound(where: Path) -> None:
+    """Remove the least recently used entries beyond the bounds, and what killed processes left."""
+    entries = []
+    for path in where.iterdir():
+        status = path.stat()
+        if path.suffix == ".tmp":
+            if status.st_mtime < time.time() - _TORN_S:
+                path.unlink()
+        else:
+            entries.append((status.st_mtime, status.st_size, path))
+    left = _MOST_BYTES
+    for number, (_, size, path) in enumerate(sorted(entries, reverse=True)):
+        left -= size
+        if number >= _MOST_ENTRIES or left < 0:
+            path.unlink()

@@ -19,8 +19,9 @@ class Prepare:
     """
 
     input: tuple[str, ...]
-    """files, folders, globs, URLs (s3://..., of fsspec) or - for standard input, plain or .gz .zst .bz2 .xz;
-    .jsonl: a document a line, .json: an array or one after the other, .csv .tsv .parquet .arrow: a row; else a file"""
+    """files, folders, globs, pipes, URLs (s3://..., of fsspec) or - for standard input, plain or .gz .zst .bz2 .xz;
+    .jsonl: a document a line, .json: an array or one after the other, .csv .tsv .parquet .arrow: a row; else a file,
+    or a line of it if its first lines are JSON objects with the key"""
     output: str
     """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-test..., OUTPUT-tokenizer,
     OUTPUT-report.json, and OUTPUT-skipped.jsonl if something was left out"""
@@ -44,8 +45,8 @@ class Prepare:
     exclude: tuple[str, ...] = ()
     """inside folders, leave out names and subfolders that match one of these"""
     json_key: tuple[str, ...] = ("text",)
-    """key or column of the text; several are joined by a newline to one document. The value may be a list of strings
-    (joined by newlines) or of messages {"role", "content"} (written as "role: content")"""
+    """key or column of the text, a.b for b in the object a; several are joined by a newline to one document. The value
+    may be a list of strings (joined by newlines) or of messages {"role", "content"} (written as "role: content")"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
     """what the inputs are, whatever their names; empty: by the name, and standard input is jsonl"""
     on_error: Literal["stop", "skip"] = "stop"
@@ -86,7 +87,7 @@ class Clean:
     exclude: tuple[str, ...] = ()
     """inside folders, leave out names and subfolders that match one of these"""
     json_key: tuple[str, ...] = ("text",)
-    """key or column of the text; several are joined by a newline to one document"""
+    """key or column of the text, a.b for b in the object a; several are joined by a newline to one document"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
     """what the inputs are, whatever their names; empty: as for `engine prepare`"""
     keep_columns: bool = True
@@ -179,7 +180,7 @@ class TokenizerTrain:
     exclude: tuple[str, ...] = ()
     """inside folders, leave out names and subfolders that match one of these"""
     json_key: tuple[str, ...] = ("text",)
-    """key or column of the text; several are joined by a newline"""
+    """key or column of the text, a.b for b in the object a; several are joined by a newline"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
     """what the inputs are, whatever their names"""
     on_error: Literal["stop", "skip"] = "stop"

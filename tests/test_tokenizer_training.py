@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,7 +175,10 @@ def test_patterns_and_options_do_what_they_say() -> None:
         ids = [marked.added_tokens["<think>"], marked.added_tokens["<th"]]
         assert marked.encode("x<think>y")[1] == ids[0] and ids[1] in marked.encode("x<thy")
         assert sorted(ids) == [marked.vocab_size - 2, marked.vocab_size - 1] and marked.special_tokens[0] not in ids
-        assert not any("ink" in token or "go<" in token for token in tokens_of(marked)[:-2])
+        assert not any("ink" in token or "go<" in token for token in tokens_of(marked))
+    assert "%" in tokens_of(train(["７．８％"] * 9, kind="unigram", normalizer="nfkc"))  # trained on that form too
+    odd = tokens_of(train(["if x:\n\ty ▁ \ufffd\n\n"] * 20, kind="unigram"))  # what sentencepiece takes for its own
+    assert {*"\n\t▁\ufffd "} <= {*"".join(odd)} and any("\n\n" in token for token in odd)
     for kind in ("bpe", "wordpiece"):
         rare = ["once upon", "xyzzy xyzzy", *TEXTS[:2]]
         assert len(train(rare, kind=kind)._parsed["model"]["vocab"]) > 0
@@ -260,14 +264,17 @@ def busy_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def start_long(folder: Path, kind: str, *more: str) -> tuple[subprocess.Popen[str], int]:
+def start_long(folder: Path, how: str) -> tuple[subprocess.Popen[str], int]:
     """A training of a minute that is past its reading, and the process in which it is."""
     draw = random.Random(0)
     letters = [chr(0x4E00 + number) for number in range(3000)]
     lines = ("".join(draw.choices(letters, k=70)) + "\n" for _ in range(20_000))
     (folder / "in.txt").write_text("".join(lines))
-    command = [sys.executable, "-m", "engine", "tokenizer", "train", "--input", str(folder / "in.txt")]
-    command += ["--kind", kind, "--vocab-size", "30000", "--output", str(folder / "out"), *more]
+    command = [sys.executable, "-m", "engine", "tokenizer", "train", "--kind", how, "--vocab-size", "30000"]
+    if how == "prepare":
+        command = [sys.executable, "-m", "engine", "prepare", "--tokenizer", str(folder / "tokenizer")]
+        command += ["--train-vocab-size", "30000"]
+    command += ["--input", str(folder / "in.txt"), "--output", str(folder / "out")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
     deadline = time.monotonic() + 60
@@ -289,9 +296,17 @@ def gone(pid: int, within: float = 5.0) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("kind", "number"), [("bpe", signal.SIGINT), ("unigram", signal.SIGTERM)])
-def test_a_signal_ends_training_at_once(tmp_path: Path, kind: str, number: signal.Signals) -> None:
-    process, child = start_long(tmp_path, kind)
+ENDINGS = [
+    ("bpe", signal.SIGINT),
+    ("prepare", signal.SIGTERM),
+    pytest.param("unigram", signal.SIGTERM, marks=pytest.mark.heavy),
+    pytest.param("prepare", signal.SIGHUP, marks=pytest.mark.heavy),
+]
+
+
+@pytest.mark.parametrize(("how", "number"), ENDINGS)
+def test_a_signal_ends_training_at_once(tmp_path: Path, how: str, number: signal.Signals) -> None:
+    process, child = start_long(tmp_path, how)
     began = time.monotonic()
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
@@ -325,6 +340,17 @@ def test_a_tokenizer_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch:
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    replace, calls = os.replace, list[Path]()
+
+    def fails_late(source: Path, target: Path) -> None:
+        calls.append(target)
+        fails() if len(calls) == 3 else replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"cannot write .*No space left"):
+        patch.setattr(module.os, "replace", fails_late)
+        save_whole(new, tmp_path / "u")
+    assert not (tmp_path / "u" / "tokenizer.json").exists()  # what makes the folder a tokenizer comes last
+    shutil.rmtree(tmp_path / "u")
     for place, name in ((module.os, "replace"), (Tokenizer, "save_definition")):
         with monkeypatch.context() as patch, pytest.raises(DataError, match=r"cannot write .*No space left"):
             patch.setattr(place, name, fails)

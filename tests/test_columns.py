@@ -165,7 +165,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(json_values)
 def test_what_is_written_is_read_again(value: Any) -> None:
     assert exact(dumps(value)) == value

@@ -59,7 +59,9 @@ def stored(prefix: Path) -> list[list[int]]:
     return [data[i].tolist() for i in range(len(data))]
 
 
-def test_a_command_of_megatron_works_as_it_is(corpus: Path) -> None:
+def test_a_command_of_megatron_works_as_it_is(
+    corpus: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--input", corpus / "in.json", "--output-prefix", corpus / "my", "--json-keys", "text", "title"]
     options += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", corpus / "tok", "--append-eod"]
     done = call(*options, "--workers", "1", "--partitions", "2", "--log-interval", "10", "--dataset-impl", "mmap")
@@ -69,8 +71,7 @@ def test_a_command_of_megatron_works_as_it_is(corpus: Path) -> None:
     for key, texts in {"text": TEXTS, "title": [f"{text[:6]}\nx" for text in TEXTS]}.items():
         data = IndexedDataset(corpus / f"my_{key}_document", chosen.vocab_size)
         assert [list(data[i]) for i in range(len(data))] == [[*chosen.encode(text), chosen.eod] for text in texts]
-    again = call(*options)
-    assert again.returncode == 1 and "so this is done" in again.stderr
+    assert script.main([*map(str, options)]) == 1 and "so this is done" in capsys.readouterr().err
 
 
 def test_the_commands_of_the_readme(corpus: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +123,9 @@ def faults(script: ModuleType, *arguments: Any) -> dict[str, str]:
     return {fault.path: f"{fault.relation}. {fault.repair}" for fault in error.value.faults}
 
 
-def test_everything_refused_is_told_at_once(corpus: Path, script: ModuleType) -> None:
+def test_everything_refused_is_told_at_once(
+    corpus: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--input", corpus / "in.json", "--output-prefix", corpus / "my", "--tokenizer-model", corpus / "tok"]
     more = ["--split-sentences", "--merge-file", "m.txt", "--append-eos", "--tokenizer-type", "GPT3BPETokenizer"]
     done = call(*options, *more, "--workers", "-1")
@@ -130,8 +133,8 @@ def test_everything_refused_is_told_at_once(corpus: Path, script: ModuleType) ->
     for text in ("--split-sentences", "Did you mean --append-eod?", "Did you mean GPT2BPETokenizer?", "below 0"):
         assert text in done.stderr
     assert not list(corpus.glob("my*"))
-    missing = call(*options[:4], "--tokenizer-model", corpus / "none")
-    assert missing.returncode == 1 and "none: no such file. Give" in missing.stderr
+    assert script.main([*map(str, options[:4]), "--tokenizer-model", str(corpus / "none")]) == 1
+    assert "none: no such file. Give" in capsys.readouterr().err
     assert set(faults(script)) == {"--input", "--output-prefix", "--tokenizer-model"}
     assert "invalid int value" in faults(script, *options, "--workers", "x")["arguments"]
     assert "`engine prepare --json-key KEY" in faults(script, *options[2:], "--input", "x.parquet.gz")["--input"]
@@ -146,11 +149,15 @@ def test_everything_refused_is_told_at_once(corpus: Path, script: ModuleType) ->
     assert set(absent) == {"--vocab-file", "--merge-file"} and "Nothing is downloaded" in absent["--vocab-file"]
 
 
-def test_every_option_of_megatron_is_taken_or_refused_by_name(script: ModuleType) -> None:
+def test_every_option_of_megatron_is_taken_or_refused_by_name(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = OPTIONS.split()
     found = faults(script, *(f"{option}=1" for option in options if option in script.REFUSED))
     assert all("not supported here" in found[option] for option in options if option in script.REFUSED)
     taken = [option for option in options if option not in script.REFUSED]
     assert "arguments" not in faults(script, *taken[:1], "x", "--no-such-option")
-    text = call("--help").stdout
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    text = capsys.readouterr().out
     assert all(option in text for option in taken), [option for option in taken if option not in text]

@@ -41,7 +41,7 @@ test-pythons:
 	PIP_ARGS="$(PIP_ARGS)" $(PYTHON) tools/pythons.py $(PYTHONS)
 
 # Where `make test` skips tests for want of something optional. What is missing still is told at the end.
-EXTRA_TESTS ?= $(addprefix tests/test_,clean.py executors.py kill.py multinode.py disk.py cuda_binding.py fp8.py)
+EXTRA_TESTS ?= $(addprefix tests/test_,clean.py clean_languages.py executors.py kill.py multinode.py disk.py cuda_binding.py fp8.py)
 
 test-extras: build/extras/ready
 	@for tool in strace ip setpriv unshare sinfo; do command -v $$tool > /dev/null || echo "not installed: $$tool (apt-get install strace iproute2 util-linux slurm-wlm)"; done
@@ -50,7 +50,7 @@ test-extras: build/extras/ready
 build/extras/ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv build/extras
 	build/extras/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel pybind11 torch
-	build/extras/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,clean,ray]'
+	build/extras/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,clean,chinese,ray]'
 	@touch $@
 
 lint: venv

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from engine.errors import Fault
-from engine.options import Clean, Prepare, TokenizerTrain
+from engine.options import QUALITY_LANGUAGES, Clean, Prepare, TokenizerTrain
 
 
 def prepare_faults(o: Prepare) -> Iterator[Fault]:
@@ -63,6 +63,13 @@ def clean_faults(o: Clean) -> Iterator[Fault]:
     for code in o.language:
         if not re.fullmatch("[a-z]{2,3}", code):  # any other would drop every document
             yield Fault("--language", code, "is no ISO 639 code", "Use en, zh, ...")
+    if o.quality_language not in ("auto", *QUALITY_LANGUAGES):
+        yield Fault(
+            "--quality-language",
+            o.quality_language,
+            "has no rules: the filters count words, and need a segmenter, stop words and limits for each language",
+            f"Use auto, which keeps documents in other languages and counts them, or {', '.join(QUALITY_LANGUAGES)}.",
+        )
     if not 0 <= o.language_threshold <= 1:
         yield Fault("--language-threshold", o.language_threshold, "is no probability", "Use 0 to 1.")
     if o.executor == "slurm" and not o.slurm_partition:

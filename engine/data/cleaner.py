@@ -1,8 +1,8 @@
 """What happens to one document of `engine clean`, and what is counted on the way.
 
-Order: mojibake, normalise, language, quality, decontamination, personal data. Cheap rules and those that look at the
-text as it was written come first; masks come last, so that no other rule sees them. Duplicates are found afterwards
-among what is kept (engine/data/duplicates.py), as that needs all documents.
+Order: mojibake, width, normalise, Chinese script, language, quality, decontamination, personal data. Cheap rules and
+those that look at the text as it was written come first; masks come last, so that no other rule sees them. Duplicates
+are found afterwards among what is kept (engine/data/duplicates.py), as that needs all documents.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.data import pii
+from engine.data.chinese import Chinese, chinese_converter
 from engine.data.contamination import Evaluations
-from engine.data.filters import language_filter, mojibake_fixer, quality_filter
+from engine.data.language import Detector, language_by_script, language_filter
+from engine.data.libraries import need
 from engine.data.ngrams import MinHash
 from engine.data.normalise import normalise
+from engine.data.quality import Quality
+from engine.data.width import Width, fold_width
 
 SAMPLES = 5  # kept of each kind, the first ones in input order
 _EXCERPT = 160
@@ -28,16 +32,26 @@ class Rules:
 
     normalise: bool = True
     fix_mojibake: bool = False
+    width: Width = "keep"
+    chinese: Chinese = "keep"
     languages: tuple[str, ...] = ()
     language_threshold: float = 0.65
     quality: tuple[str, ...] = ()
+    quality_language: str = "auto"
     decontaminate: tuple[str, ...] = ()
     decontaminate_keys: tuple[str, ...] = ("text",)
     decontaminate_words: int = 13
+    fold_numbers: bool = True
     pii: Literal["off", "report", "mask", "drop"] = "report"
     pii_kinds: tuple[str, ...] = ()
     exact: bool = True
     minhash: MinHash = field(default_factory=MinHash)
+
+    def evaluations(self) -> Evaluations:
+        """What must not be in the training data, read from its files."""
+        return Evaluations.read(
+            self.decontaminate, self.decontaminate_keys, self.decontaminate_words, self.fold_numbers
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,8 @@ class Counts:
     pii_findings: Counter[str] = field(default_factory=Counter)
     pii_documents: Counter[str] = field(default_factory=Counter)
     contaminated: Counter[str] = field(default_factory=Counter)  # documents by evaluation file
+    judged: Counter[str] = field(default_factory=Counter)  # documents by the language whose quality rules were applied
+    not_applied: Counter[str] = field(default_factory=Counter)  # documents that a rule was not made for, and stay
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
@@ -113,14 +129,19 @@ class Cleaner:
 
     def __init__(self, rules: Rules):
         self.rules, self.counts = rules, Counts()
-        self.fix = mojibake_fixer() if rules.fix_mojibake else None
-        self.filters = [language_filter(rules.languages, rules.language_threshold)] if rules.languages else []
-        self.filters += [quality_filter(name) for name in rules.quality]
-        self.evaluations = (
-            Evaluations.read(rules.decontaminate, rules.decontaminate_keys, rules.decontaminate_words)
-            if rules.decontaminate
+        self.fix = need("ftfy", "--fix-mojibake").fix_encoding if rules.fix_mojibake else None
+        self.convert = chinese_converter(rules.chinese)
+        auto = bool(rules.quality) and rules.quality_language == "auto"
+        detector = Detector("--language" if rules.languages else "--quality") if rules.languages or auto else None
+        self.language = (
+            language_filter(detector, rules.languages, rules.language_threshold)
+            if detector is not None and rules.languages
             else None
         )
+        self.quality = (
+            Quality(rules.quality, rules.quality_language, detector if auto else None) if rules.quality else None
+        )
+        self.evaluations = rules.evaluations() if rules.decontaminate else None
 
     def clean(self, text: str, place: Place) -> tuple[str, str, str]:
         """The text as it is now, why it goes ("" if it stays), and what shows that."""
@@ -134,26 +155,52 @@ class Cleaner:
 
     def _rules(self, text: str, place: Place) -> tuple[str, str, str]:
         rules, counts = self.rules, self.counts
-        if self.fix is not None and (fixed := self.fix(text)) != text:
-            counts.changed["mojibake"] += 1
-            counts.sample("changed: mojibake", place, text=fixed)
-            text = fixed
-        if rules.normalise:
-            text, changes = normalise(text)
-            counts.changed.update(changes)
+        text = self._spelling(text, place)
         if not text.strip():
             return text, "empty", ""
-        for look in self.filters:
-            before = text
-            text, reason = look(text)
+        if self.language is not None and (reason := self.language(text)):
+            return text, reason, ""
+        if self.quality is not None:
+            text, reason = self._judge(self.quality, text)
             if reason:
                 return text, reason, ""
-            if text != before:
-                counts.changed["lines taken out by a quality filter"] += 1
         if self.evaluations is not None and (hit := self.evaluations.look(text)) is not None:
             counts.contaminated[hit[0]] += 1
             return text, "contaminated", f"{hit[0]}: {hit[1]}"
         return self._personal(text, place) if rules.pii != "off" else (text, "", "")
+
+    def _spelling(self, text: str, place: Place) -> str:
+        """The text with its characters as they should be."""
+        rules, counts = self.rules, self.counts
+        if self.fix is not None and (fixed := self.fix(text)) != text:
+            counts.changed["mojibake"] += 1
+            counts.sample("changed: mojibake", place, text=fixed)
+            text = fixed
+        if (folded := fold_width(text, rules.width)) != text:
+            counts.changed["width"] += 1
+            text = folded
+        if rules.normalise:
+            text, changes = normalise(text)
+            counts.changed.update(changes)
+        if self.convert is not None and not text.isascii():
+            if (code := language_by_script(text)) in ("ja", "ko"):
+                counts.not_applied[f"--chinese: {code}"] += 1
+            elif (converted := self.convert(text)) != text:
+                counts.changed[f"{rules.chinese} Chinese"] += 1
+                text = converted
+        return text
+
+    def _judge(self, quality: Quality, text: str) -> tuple[str, str]:
+        """The text, and why it goes, by the quality rules of its language."""
+        code, known = quality.language_of(text)
+        if not known:
+            self.counts.not_applied[f"--quality: {code}"] += 1
+            return text, ""
+        self.counts.judged[code] += 1
+        judged, reason = quality.look(text, code)
+        if not reason and judged != text:
+            self.counts.changed["lines taken out by a quality filter"] += 1
+        return judged, reason
 
     def _personal(self, text: str, place: Place) -> tuple[str, str, str]:
         rules, counts = self.rules, self.counts

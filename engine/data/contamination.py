@@ -1,7 +1,8 @@
 """Documents that hold questions of an evaluation: found by a run of n words in common.
 
-The n-grams of the evaluation files are held as sorted hashes (8 bytes each). An item shorter than n words cannot be
-found this way; it is counted, so that nobody takes silence for cleanliness.
+Any number counts as any other (unless `fold_numbers` is off), as a question whose numbers were changed is still the
+question. The n-grams of the evaluation files are held as sorted hashes (8 bytes each). An item shorter than n words
+cannot be found this way; it is counted, so that nobody takes silence for cleanliness.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.ngrams import U64, ngram_hashes, words_of
+from engine.data.ngrams import U64, ngram_hashes, ngram_hashes_of_any_number, words_and_numbers_of, words_of
 from engine.data.sources import Source
 from engine.errors import DataError
 
@@ -24,13 +25,14 @@ class Evaluations:
 
     files: tuple[str, ...]
     words: int
+    fold_numbers: bool
     hashes: U64  # ascending
     origin: npt.NDArray[np.int32]  # int32 [len(hashes)]
     items: tuple[int, ...]  # of each file
     short_items: tuple[int, ...]  # of each file: shorter than `words`, not looked for
 
     @classmethod
-    def read(cls, files: Sequence[str], keys: Sequence[str], words: int) -> Evaluations:
+    def read(cls, files: Sequence[str], keys: Sequence[str], words: int, fold_numbers: bool) -> Evaluations:
         """Read evaluation files; any fault in them stops, as what is not read would not be looked for."""
         hashes, origins = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         names: list[str] = []
@@ -44,7 +46,7 @@ class Evaluations:
                         if drop.stops:
                             raise DataError(f"evaluation file {drop}")
                     for text in batch.texts:
-                        grams = ngram_hashes(words_of(text), words)
+                        grams = _grams(text, words, fold_numbers)[1]
                         count, missed = count + 1, missed + (not grams.size)
                         found.append(grams)
                 if not count:
@@ -53,14 +55,13 @@ class Evaluations:
                 origins.append(np.full(hashes[-1].size, len(names), np.int32))
                 names, items, short = [*names, file.name], [*items, count], [*short, missed]
         every, index = np.unique(np.concatenate(hashes), return_index=True)
-        return cls(tuple(names), words, every, np.concatenate(origins)[index], tuple(items), tuple(short))
+        return cls(tuple(names), words, fold_numbers, every, np.concatenate(origins)[index], tuple(items), tuple(short))
 
     def look(self, text: str) -> tuple[str, str] | None:
         """The evaluation file, and the words that it has in common with the text; None if there are none."""
         if not self.hashes.size:
             return None
-        words = words_of(text)
-        grams = ngram_hashes(words, self.words)
+        words, grams = _grams(text, self.words, self.fold_numbers)
         if not grams.size:
             return None
         at = np.minimum(np.searchsorted(self.hashes, grams), self.hashes.size - 1)
@@ -69,6 +70,15 @@ class Evaluations:
             return None
         first = int(hits[0])
         return self.files[int(self.origin[at[first]])], " ".join(words[first : first + self.words])
+
+
+def _grams(text: str, n: int, fold_numbers: bool) -> tuple[list[str], U64]:
+    """The words of a text, and the hashes of every n of them in a row."""
+    if fold_numbers:
+        words = words_and_numbers_of(text)
+        return words, ngram_hashes_of_any_number(words, n)
+    words = words_of(text)
+    return words, ngram_hashes(words, n)
 
 
 def files_of(given: Sequence[str]) -> list[str]:

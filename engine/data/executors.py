@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.filters import need
+from engine.data.libraries import need
 from engine.errors import EXIT_ERROR, DataError, EngineError
 from engine.signals import Interrupts, Stopped
 

@@ -1,7 +1,8 @@
 """Words of a text as hashes: n-grams to find test questions by, MinHash bands to find near-duplicates by.
 
 A word is a run of letters and digits in lower case, or one character of Chinese, Japanese kana or Thai, which are
-written without blanks. Everything is a pure function of the text, the same on every machine.
+written without blanks; characters of full and half width are the same. Everything is a pure function of the text, the
+same on every machine.
 
 MinHash: the share of 5-word shingles that two texts have in common (Jaccard, J) is the chance that a random order of
 all shingles puts the same one first in both. `rows` such minima make a band; texts that agree in a whole band of
@@ -18,31 +19,68 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from engine.data.width import fold_width
+
 U64 = npt.NDArray[np.uint64]
 
 _ALONE = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
+# 1,000,000 or 12.5 or 1.234,5 or 7: groups of three behind one and the same mark, then a decimal part.
+_GROUPS = "|".join(rf"\d{{1,3}}(?:{mark}\d{{3}})+" for mark in (",", r"\.", "['’]", r"[ \u00a0\u2009\u202f]"))
+_NUMBER = rf"(?:{_GROUPS})(?:[.,]\d+)?(?!\d)|\d+(?:[.,]\d+)?"
+_WORD_OR_NUMBER = re.compile(rf"[^\W\d_{_ALONE}]+|[{_ALONE}]|{_NUMBER}")
+_NOT_DIGIT = re.compile(r"\D")
 _CHUNK = 4096  # shingles hashed at once: bounds memory to 4096 x bands x rows x 8 bytes
 _ORDERS_SEED = 0x7261_6E6B
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text, in order."""
-    return _WORD.findall(text.lower())
+    return _WORD.findall(fold_width(text, "all").lower())
+
+
+def words_and_numbers_of(text: str) -> list[str]:
+    """The same, where a number is one word, its digits: 1,000 is 1000."""
+    found: list[str] = _WORD_OR_NUMBER.findall(fold_width(text, "all").lower())
+    return [_NOT_DIGIT.sub("", word) if word[0].isdecimal() else word for word in found]
 
 
 def ngram_hashes(words: list[str], n: int) -> U64:
     """A hash of every n words in a row, uint64 [len(words) - n + 1], or [0] if there are fewer."""
-    count = len(words) - n + 1
-    if count <= 0:
-        return np.empty(0, np.uint64)
+    return _of_runs(_of_words(words), n)
+
+
+def ngram_hashes_of_any_number(words: list[str], n: int) -> U64:
+    """`ngram_hashes` of `words_and_numbers_of`, where any number equals any other.
+
+    Not in n-grams of more numbers than other words: rows of tables would be the same whatever they say.
+    """
+    single = _of_words(words)
+    exact = _of_runs(single, n)
+    is_number = np.fromiter((word[0].isdecimal() for word in words), np.bool_, len(words))
+    if not exact.size or not is_number.any():
+        return exact
+    before = np.concatenate([[0], np.cumsum(is_number)])
+    folded = _of_runs(np.where(is_number, np.uint64(0), single), n)
+    return np.where(2 * (before[n:] - before[:-n]) > n, exact, folded)
+
+
+def _of_words(words: list[str]) -> U64:
+    """A hash of each word."""
     known: dict[str, int] = {}
     digest = xxhash.xxh3_64_intdigest
-    single = np.fromiter(
+    return np.fromiter(
         (known[word] if word in known else known.setdefault(word, digest(word.encode())) for word in words),
         np.uint64,
         len(words),
     )
+
+
+def _of_runs(single: U64, n: int) -> U64:
+    """A hash of every n hashes in a row."""
+    count = len(single) - n + 1
+    if count <= 0:
+        return np.empty(0, np.uint64)
     total = np.zeros(count, np.uint64)
     for i in range(n):  # a polynomial modulo 2^64
         total = total * np.uint64(0x9E37_79B9_7F4A_7C15) + single[i : i + count]

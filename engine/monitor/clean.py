@@ -22,13 +22,17 @@ def show_clean_report(report: dict[str, Any]) -> None:
         console.print(f"noticed: {count:,} {kind}, the first: {_example(report, f'noticed: {kind}')}")
     if report["why_no_documents"]:
         console.print(report["why_no_documents"], markup=False)
-    changes = ", ".join(f"{kind} {count:,}" for kind, count in report["changed"].items())
-    if changes:
-        console.print(f"documents changed: {changes}", markup=False)
+    if report["changed"]:
+        console.print(f"documents changed: {_counts(report['changed'])}", markup=False)
     for names, documents in report["renamed_columns"].items():
         console.print(
             f"column renamed, as clean writes one of that name: {names}, in {documents:,} documents", markup=False
         )
+    if report["quality_languages"]:
+        console.print(f"quality judged by the rules of: {_counts(report['quality_languages'])}", markup=False)
+    if report["not_applied"]:
+        left = _counts(report["not_applied"])
+        console.print(f"left as they are, as a rule is not made for their language: {left}", markup=False)
     if report["pii"]["mode"] != "off":
         found = Table("personal data", "findings", "documents", "for example")
         for kind, count in report["pii"]["findings"].items():
@@ -45,6 +49,10 @@ def show_clean_report(report: dict[str, Any]) -> None:
             markup=False,
         )
     console.print(f"wrote {report['output']}, {report['elapsed_s']:.1f} s", markup=False)
+
+
+def _counts(table: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {count:,}" for kind, count in table.items())
 
 
 def _mb(size: int) -> str:

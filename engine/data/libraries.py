@@ -1,0 +1,18 @@
+"""Packages that are not always installed: asked for by the rule that needs them, before any work is done."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from engine.errors import DataError
+
+
+def need(package: str, option: str, how: str = "Install the extra: pip install 'trident-engine[clean]'") -> Any:
+    """The package, or an error that says how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as err:
+        raise DataError(
+            f"{option} needs the package {package.partition('.')[0]}, which cannot be imported ({err}). {how}."
+        ) from err

@@ -1,0 +1,116 @@
+"""Heuristic quality filters: Gopher's and FineWeb's as datatrove has them, and C4's, by the rules of a language.
+
+They count words, so a language needs a segmenter, and stop words, marks and limits of its own. A document is judged in
+its own language or not at all: English limits drop nearly all Chinese text, and nearly all German text too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from engine.data.language import Detector
+from engine.data.libraries import need
+from engine.data.quality_languages import Language, languages
+from engine.data.width import fold_width
+
+_CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
+_BULLETS = str.maketrans(dict.fromkeys("●■◆▲★◎○※·・◇□△☆►▶", "•"))
+
+Verdict = tuple[str, str]  # the text, and the reason to drop it or ""
+
+
+class Quality:
+    """The chosen filters for each language that has rules."""
+
+    def __init__(self, names: Sequence[str], language: str, detector: Detector | None):
+        """`language`: an ISO code for all documents, or `auto`, for which a detector is needed."""
+        self.languages = languages("--quality")
+        self._names, self._language, self._detector = names, language, detector
+        self._filters: dict[str, list[Callable[[str], Verdict]]] = {}
+
+    def language_of(self, text: str) -> tuple[str, bool]:
+        """ISO code, and whether there are rules for it."""
+        if self._detector is None:
+            return self._language, True
+        code, chance = self._detector.guess(text)
+        if code not in self.languages and chance < 0.65:  # word salad, lists, code: some language has to judge it
+            code = "zh" if code == "ja" else "en"
+        return code, code in self.languages
+
+    def look(self, text: str, code: str) -> Verdict:
+        """The text and why it goes, by the rules of this language. `c4` takes lines out."""
+        if code not in self._filters:
+            self._filters[code] = [_MAKERS[name](self.languages[code]) for name in self._names]
+        for name, judge in zip(self._names, self._filters[code]):
+            text, reason = judge(text)
+            if reason:
+                return text, f"quality: {name}: {reason.removeprefix('gopher_')}"
+        return text, ""
+
+
+def _of_datatrove(name: str, limits: str) -> Callable[[Language], Callable[[str], Verdict]]:
+    """A filter of datatrove that leaves the text as it is."""
+
+    def make(language: Language) -> Callable[[str], Verdict]:
+        filters, document = (
+            need("datatrove.pipeline.filters", "--quality"),
+            need("datatrove.data", "--quality").Document,
+        )
+        chosen = getattr(filters, name)(language=language.splitter, **getattr(language, limits))
+
+        def judge(text: str) -> Verdict:
+            view = text if language.written_with_blanks else _chinese_view(text)
+            result = chosen.filter(document(text=view, id=""))
+            keep, reason = result if isinstance(result, tuple) else (result, "")
+            return text, "" if keep else reason or "dropped"
+
+        return judge
+
+    return make
+
+
+def _chinese_view(text: str) -> str:
+    """The text with the marks that datatrove looks for: every bullet is •, and …… ends a sentence as 。 does."""
+    lines = fold_width(text, "half").replace("……", "。").split("\n")
+    return "\n".join(line[:8].translate(_BULLETS) + line[8:] for line in lines)
+
+
+def _c4(language: Language) -> Callable[[str], Verdict]:
+    """C4's rules for lines and pages (Raffel et al. 2020), with datatrove's defaults: equal to it for English."""
+    split = need("datatrove.utils.text", "--quality")
+
+    def words_of(line: str) -> list[str]:
+        if language.written_with_blanks:
+            return line.split()
+        return [word for word in split.split_into_words(line, language.splitter) if any(map(str.isalnum, word))]
+
+    def judge(text: str) -> Verdict:
+        kept, sentences = [], 0
+        for line in map(str.strip, text.splitlines()):
+            words, line = words_of(line), _CITATION.sub("", line)
+            low = line.lower()
+            ends = line.endswith(language.ends) and not line.endswith("...")
+            if not ends or len(words) < 3 or max(map(len, words)) > 1000:
+                continue
+            if "lorem ipsum" in low:
+                return text, "lorem_ipsum"
+            if "javascript" in low:
+                continue
+            if "{" in line:
+                return text, "curly_bracket"
+            if any(phrase in low for phrase in language.policy):
+                continue
+            kept.append(line)
+            sentences += len(split.split_into_sentences(line, language.splitter))
+        return ("\n".join(kept).strip(), "") if sentences >= 5 else (text, "too_few_sentences")
+
+    return judge
+
+
+_MAKERS: dict[str, Callable[[Language], Callable[[str], Verdict]]] = {
+    "gopher": _of_datatrove("GopherQualityFilter", "gopher"),
+    "gopher-repetition": _of_datatrove("GopherRepetitionFilter", "repetition"),
+    "fineweb": _of_datatrove("FineWebQualityFilter", "fineweb"),
+    "c4": _c4,
+}

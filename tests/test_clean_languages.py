@@ -123,6 +123,11 @@ def test_chinese_is_converted_and_japanese_is_not(tmp_path: Path) -> None:
 
 # ---- language of short lines ----
 
+GOSSIP = "老王说，今天的天气很好，我们去公园走走。我问，你和他们都去吗？老王回答，大家都去。"
+CANTONESE = (
+    "佢哋話呢度嘅嘢好好食，我哋聽日再嚟過啦。你係咪都想一齊去？我唔知點解佢冇嚟，可能係因為佢今日唔得閒。"
+    "不過冇所謂，我哋自己去都得。嗰間餐廳喺旺角，搭地鐵去好方便㗎。你記得帶埋把遮，因為天氣報告話下晝會落雨。"
+)
 SHORT = {
     "zh": [
         "中国教育学会培训中心建立",
@@ -136,7 +141,8 @@ SHORT = {
         "iPhone 手机发布会",
         "优の良品旗舰店",
     ],
-    "ja": ["円高対策会議", "東京駅の時刻表", "ﾊﾟｿｺﾝ教室", "本日は晴天なり", "中国語を学ぶ"],
+    "en": ["Ｈｅｌｌｏ ｗｏｒｌｄ， ｈｏｗ ａｒｅ ｙｏｕ ｔｏｄａｙ？"],
+    "ja": ["ﾊﾟｿｺﾝ ｽｸｰﾙ", "円高対策会議", "東京駅の時刻表", "ﾊﾟｿｺﾝ教室", "本日は晴天なり", "中国語を学ぶ"],
     "ko": ["데비안을 선택하는 까닭", "서울 날씨", "제１장 총칙"],
 }
 
@@ -149,6 +155,8 @@ def test_short_lines_in_chinese_characters() -> None:
     guesses = [(code, text, *detector.guess(text)) for code, lines in SHORT.items() for text in lines]
     wrong = [guess for guess in guesses if guess[0] != guess[2] or guess[3] < 0.65]
     assert not wrong
+    assert detector.guess(GOSSIP * 3) == ("zh", 1.0)
+    assert detector.guess(CANTONESE * 2)[0] == "yue"
     assert detector.guess("４４·９７１９·５２") == ("und", 0.0)  # the model alone is sure that such lines are Spanish
 
 
@@ -191,6 +199,21 @@ def test_a_language_is_judged_by_its_own_rules(tmp_path: Path) -> None:
     assert kept == [] and report["quality_languages"] == {"en": len(others)}
     reasons = {reason.rpartition(" ")[2] for reason in report["dropped"]}
     assert reasons <= {"enough_stop_words", "short_doc", "below_alpha_threshold"}
+
+
+@needs_clean
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gopher", GOSSIP * 3),  # every fourth word a mark
+        ("fineweb", TEXTS["zh"].replace("。", "。\n")),  # lines of twenty characters
+        ("gopher", "\n".join(f"他走了第{number}次，还是没有能够回到自己的家……" for number in range(12))),
+        ("fineweb", TEXTS["zh"].replace("。", "……")),
+    ],
+)
+def test_chinese_has_limits_of_its_own(name: str, text: str, tmp_path: Path) -> None:
+    kept, report = run(tmp_path, [text], Rules(quality=(name,)))
+    assert len(kept) == 1 and report["quality_languages"] == {"zh": 1}, report["dropped"]
 
 
 MENU = "首页|新闻中心|产品展示|联系我们|招聘信息|友情链接|网站地图|会员登录|免费注册|购物指南|配送方式|售后服务"

@@ -78,7 +78,8 @@ class Detector:
             return self._ask(folded, 1)[0]
         code = language_by_script(text)
         if code == "zh" and letters >= _LONG:
-            code = next((code for code, _ in self._ask(folded, 5) if code in _SINITIC), "zh")
+            likely, chance = self._ask(fold_width(text, "half"), 1)[0]  # Chinese marks tell the model much
+            code = likely if likely in _SINITIC and chance >= 0.5 else "zh"
         return (code, 1.0) if code else self._undecided(folded)
 
     def _undecided(self, text: str) -> Guess:

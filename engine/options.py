@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Optional
 
 import tyro
 
+
+class _Words(tuple[str, ...]):
+    """For tuple[str, ...], and Optional for X | None, tyro would import typeguard and with it unittest: 20 ms."""
+
+
+Words = Annotated[
+    _Words,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[STR [STR ...]]",
+        instance_from_str=_Words,
+        is_instance=lambda value: isinstance(value, _Words),
+        str_from_instance=list,
+    ),
+]
+_NO_WORDS, _TEXT = _Words(), _Words(("text",))
 PiiKind = Literal["api_key", "email", "iban", "cn_id", "bank_card", "national_id", "us_ssn", "ip", "phone"]
 
 
@@ -18,7 +34,7 @@ class Prepare:
     Killed at any moment, the same command goes on where it was (its work is in OUTPUT.parts until it is done).
     """
 
-    input: tuple[str, ...]
+    input: Words
     """files, folders, globs, pipes, URLs (s3://..., of fsspec) or - for standard input, plain or .gz .zst .bz2 .xz;
     .jsonl: a document a line, .json: an array or one after the other, .csv .tsv .parquet .arrow: a row; else a file,
     or a line of it if its first lines are JSON objects with the key"""
@@ -28,9 +44,9 @@ class Prepare:
     tokenizer: Path
     """tokenizer to use (tokenizer.json, sentencepiece .model, .tiktoken, tekken.json, vocab.json with merges.txt,
     BERT's vocab.txt, or a folder with one of them), or folder of the one to make with --train-vocab-size"""
-    merges: Path | None = None
+    merges: Optional[Path] = None  # noqa: UP045  (see _Words)
     """the merges that belong to a vocab.json; left out: merges.txt beside it (NAME-merges.txt for NAME-vocab.json)"""
-    lower_case: bool | None = None
+    lower_case: Optional[bool] = None  # noqa: UP045
     """whether BERT's vocab.txt is for lower case; left out: as tokenizer_config.json says, or its pieces do"""
     train_vocab_size: int = 0
     """train a byte-level BPE of this size on the train documents first; 0: use the one that is there"""
@@ -40,11 +56,11 @@ class Prepare:
     """share of the documents that goes into the validation files"""
     test_fraction: float = 0.0
     """share of the documents that goes into the test files; the validation documents are the same with and without"""
-    include: tuple[str, ...] = ()
+    include: Words = _NO_WORDS
     """inside folders, read only names that match one of these globs, such as '*.py' '*.rst'"""
-    exclude: tuple[str, ...] = ()
+    exclude: Words = _NO_WORDS
     """inside folders, leave out names and subfolders that match one of these"""
-    json_key: tuple[str, ...] = ("text",)
+    json_key: Words = _TEXT
     """key or column of the text, a.b for b in the object a; several are joined by a newline to one document. The value
     may be a list of strings (joined by newlines) or of messages {"role", "content"} (written as "role: content")"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EXIT_OK, ConfigError, Fault
 from engine.signals import Interrupts, interruptible
+
+if TYPE_CHECKING:
+    from engine.data.report import Progress, ProgressEvent, StepEvent
 
 
 def _interruptible(verb: Callable[[list[str], Interrupts], int]) -> Callable[[list[str]], int]:
@@ -24,6 +28,22 @@ def _interruptible(verb: Callable[[list[str], Interrupts], int]) -> Callable[[li
     return run
 
 
+@contextlib.contextmanager
+def _progress_later() -> Iterator[Callable[[ProgressEvent | StepEvent], None]]:
+    """prepare_progress, loaded (it needs rich) with the first event: by then other threads are at work."""
+    with contextlib.ExitStack() as stack:
+        shows: list[Progress] = []
+
+        def progress(event: ProgressEvent | StepEvent) -> None:
+            from engine.monitor.prepared import prepare_progress
+
+            if not shows:
+                shows.append(stack.enter_context(prepare_progress()))
+            shows[0](event)
+
+        yield progress
+
+
 @_interruptible
 def prepare(args: list[str], stop: Interrupts) -> int:
     """raw text -> tokenizer and memory-mapped train/valid/test files"""
@@ -31,7 +51,6 @@ def prepare(args: list[str], stop: Interrupts) -> int:
 
     from engine.data.prepare import prepare
     from engine.faults import prepare_faults
-    from engine.monitor.prepared import prepare_progress, show_prepared
     from engine.options import Prepare
 
     o = tyro.cli(Prepare, args=args, prog="engine prepare")
@@ -41,7 +60,7 @@ def prepare(args: list[str], stop: Interrupts) -> int:
         from engine.launch import limit_encoder_threads
 
         limit_encoder_threads(o.workers)
-    with prepare_progress() as progress:
+    with _progress_later() as progress:
         report = prepare(
             list(o.input),
             o.output,
@@ -69,6 +88,8 @@ def prepare(args: list[str], stop: Interrupts) -> int:
             note=print,
             stop=stop,
         )
+    from engine.monitor.prepared import show_prepared
+
     show_prepared(report)
     return EXIT_OK
 

@@ -18,6 +18,20 @@ _END = object()
 _LOOK_S = 0.2  # between two calls of `check`
 
 
+def beside(call: Callable[[], T]) -> Future[T]:
+    """The result of a call that a thread of its own makes: a native one, which lets others run meanwhile."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as err:
+            future.set_exception(err)
+
+    threading.Thread(target=work, daemon=True, name="beside").start()
+    return future
+
+
 def read_ahead(source: Iterator[T], depth: int = 2, check: Check = lambda: None) -> Generator[T, None, None]:
     """The items of `source` in order; its exception is raised where it stood. Memory: `depth` + 2 items.
 

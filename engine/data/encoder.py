@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from engine.data.ahead import beside
 from engine.data.awkward import AWKWARD, Difference, compare
 from engine.data.tokenizer import Tokenizer
 
@@ -63,13 +64,16 @@ class Encoder:
     def _load_fast(self) -> Any:
         """The gigatoken tokenizer, or None with the reason in `note`."""
         try:
-            import awkward  # noqa: F401  (gigatoken would do without it, and give something else, if this failed later)
             import gigatoken
+
+            definition = self._tokenizer.text_only_definition()
+            made = beside(lambda: gigatoken.Tokenizer.from_json(definition))
+            import awkward  # noqa: F401  (gigatoken would do without it, and give something else, if this failed later)
         except ImportError as err:
             self.note = f"gigatoken is not installed ({err})"
             return None
         try:
-            return gigatoken.Tokenizer.from_json(self._tokenizer.text_only_definition())
+            return made.result()
         except Exception as err:  # whatever it does not support it refuses with errors of its own
             self.note = f"gigatoken does not take this tokenizer: {str(err).splitlines()[0]}"
             return None

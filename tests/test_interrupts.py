@@ -47,8 +47,8 @@ with signals.interruptible("do it again") as stop:
 SMALL = """
 import sys
 from engine.cli import main
-from engine.data import sources
-sources._BATCH_BYTES = sources._BLOCK_BYTES = 1 << 16
+from engine.data import recognise, sources
+sources._BATCH_BYTES = sources._BLOCK_BYTES = recognise._BLOCK_BYTES = 1 << 16
 main(sys.argv[1:])
 """
 LINE = "interrupted ({}): do it again\n"
@@ -131,8 +131,9 @@ def fed(command: list[str], data: bytes, grown: Path) -> subprocess.Popen[str]:
             pipe.write(data)
 
     threading.Thread(target=feed, daemon=True).start()
+    ends_at = time.monotonic() + 60
     while not (grown.exists() and grown.stat().st_size):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None and time.monotonic() < ends_at, (process.kill(), process.communicate())
         time.sleep(0.02)
     return process
 

@@ -22,8 +22,10 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import engine.data.train_tokenizer as module
+from engine.data.apart import Apart
 from engine.data.awkward import AWKWARD
 from engine.data.encoder import Encoder
+from engine.data.prepare import prepare
 from engine.data.recipe import Recipe
 from engine.data.report import ProgressEvent, StepEvent
 from engine.data.tokenizer import Tokenizer
@@ -150,7 +152,7 @@ def test_digits(kind: str, pattern: str, digits: str, longest: int) -> None:
     assert "1998" in " ".join(tokens_of(Tokenizer.train(iter(texts), 600)))  # which would be one by itself
     assert all(made.decode(made.encode(text)) == text for text in (*texts[:2], *AWKWARD))
     if kind == "bpe" and pattern in ("qwen", "deepseek"):
-        assert Encoder(made).is_fast, Encoder(made).note
+        assert Encoder(made).name.startswith("gigatoken"), Encoder(made).note
 
 
 def test_patterns_and_options_do_what_they_say() -> None:
@@ -252,6 +254,9 @@ def test_a_part_of_the_text_is_taken_evenly(tmp_path: Path) -> None:
     more = {"max_bytes": 9_000, "progress": events.append}
     trained = train_tokenizer([tmp_path / "in.jsonl"], tmp_path / "t", Recipe(300), **more)
     assert 9_000 <= trained.text_bytes < 9_100 and trained.documents < 300
+    prepared = {"tokenizer": tmp_path / "p" / "tok", "train_vocab_size": 300, "train_bytes": 9_000}
+    prepare([tmp_path / "in.jsonl"], f"{tmp_path}/p/out", **prepared)
+    assert Tokenizer.load(tmp_path / "p" / "tok").digest == trained.tokenizer.digest
     assert isinstance(events[0], ProgressEvent) and "verifying" in {e.step for e in events if isinstance(e, StepEvent)}
 
 
@@ -278,7 +283,7 @@ def start_long(folder: Path, how: str) -> tuple[subprocess.Popen[str], int]:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
     deadline = time.monotonic() + 60
-    while not (found := children(process.pid)) or busy_s(found[0]) < 1.5:
+    while not (found := children(process.pid)) or busy_s(found[0]) < 1.0:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     return process, found[0]
@@ -315,12 +320,12 @@ def test_a_signal_ends_training_at_once(tmp_path: Path, how: str, number: signal
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt"]
 
 
-def test_a_training_that_is_killed_is_told(tmp_path: Path) -> None:
-    process, child = start_long(tmp_path, "bpe")
-    os.kill(child, signal.SIGKILL)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 1 and "ended by signal 9. Memory may have run out: --max-bytes" in said, said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt"]
+def test_a_training_that_is_killed_is_told() -> None:
+    with Apart(Recipe(300), None) as apart:
+        apart._process.kill()
+        with pytest.raises(DataError, match=r"ended by signal 9\. Memory may have run out: --max-bytes"):
+            apart.send(["some text " * 9] * 9)
+            apart.finish()
 
 
 @pytest.mark.heavy
@@ -359,6 +364,9 @@ def test_a_tokenizer_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch:
         assert [path.name for path in tmp_path.iterdir()] == ["t"]
     save_whole(new, tmp_path / "t")
     assert Tokenizer.load(tmp_path / "t").digest == new.digest
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"pip install 'trident-engine\[formats\]'"):
+        patch.setitem(sys.modules, "sentencepiece", None)
+        train_tokenizer([tmp_path / "t"], tmp_path / "u", Recipe(400, "unigram"))
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="no folder that can be written"):
         train_tokenizer([tmp_path / "file"], tmp_path / "file" / "t", Recipe(300))

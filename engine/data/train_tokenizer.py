@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -165,6 +166,8 @@ def _refuse(output: Path, recipe: Recipe, overwrite: bool) -> None:
     """Before hours of work: what would stand in the way at the end."""
     if faults := list(recipe.faults()):
         raise DataError("\n".join(map(str, faults)))
+    if recipe.kind == "unigram" and importlib.util.find_spec("sentencepiece") is None:
+        raise DataError("--kind unigram needs sentencepiece: `pip install 'trident-engine[formats]'`.")
     if (output / "tokenizer.json").exists() and not overwrite:
         raise DataError(f"{output / 'tokenizer.json'}: already there. Choose another folder, or give --overwrite.")
     parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())

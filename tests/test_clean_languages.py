@@ -99,6 +99,7 @@ def test_width_does_not_hide_duplicates_or_questions(tmp_path: Path) -> None:
         (KOREAN, "ko"),
         ("東京駅の時刻表", "ja"),
         ("円高対策会議", "ja"),  # no kana, but kanji that only Japanese has
+        ("李貴鮮走訪慰問北京貧困羣衆", ""),  # old forms that Big5 does not have make no Japanese
         ("优の良品旗舰店", "zh"),
         ("上海日本人学校", ""),  # nothing to tell by
         ("only Latin, 123", ""),
@@ -119,6 +120,14 @@ def test_chinese_is_converted_and_japanese_is_not(tmp_path: Path) -> None:
     assert report["not_applied"] == {"--chinese: ja": 1, "--chinese: ko": 1}
     kept, report = run(tmp_path, texts, Rules(chinese="traditional", minhash=off))
     assert kept == [TRADITIONAL, JAPANESE, KOREAN, "plain"]
+
+
+@needs_clean
+@needs_chinese
+def test_the_script_as_it_was_written_tells_the_language(tmp_path: Path) -> None:
+    text = "山东集中投入智力扶贫"
+    _, report = run(tmp_path, [text], Rules(chinese="traditional", quality=("gopher",), languages=("zh",)))
+    assert report["quality_languages"] == {"zh": 1} and report["dropped"] == {"quality: gopher: short_doc": 1}
 
 
 # ---- language of short lines ----

@@ -1,13 +1,15 @@
 """What happens to one document of `engine clean`, and what is counted on the way.
 
-Order: mojibake, width, normalise, Chinese script, language, quality, decontamination, personal data. Cheap rules and
+Order: mojibake, width, normalise, language, Chinese script, quality, decontamination, personal data. Cheap rules and
 those that look at the text as it was written come first; masks come last, so that no other rule sees them. Duplicates
 are found afterwards among what is kept (engine/data/duplicates.py), as that needs all documents.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -160,10 +162,14 @@ class Cleaner:
             return text, "empty", ""
         if self.language is not None and (reason := self.language(text)):
             return text, reason, ""
-        if self.quality is not None:
-            text, reason = self._judge(self.quality, text)
+        judge, text = self._judge_of(text), self._in_script(text)  # the script as it was written tells the language
+        if judge is not None:
+            before = text
+            text, reason = judge(text)
             if reason:
                 return text, reason, ""
+            if text != before:
+                counts.changed["lines taken out by a quality filter"] += 1
         if self.evaluations is not None and (hit := self.evaluations.look(text)) is not None:
             counts.contaminated[hit[0]] += 1
             return text, "contaminated", f"{hit[0]}: {hit[1]}"
@@ -182,25 +188,29 @@ class Cleaner:
         if rules.normalise:
             text, changes = normalise(text)
             counts.changed.update(changes)
-        if self.convert is not None and not text.isascii():
-            if (code := language_by_script(text)) in ("ja", "ko"):
-                counts.not_applied[f"--chinese: {code}"] += 1
-            elif (converted := self.convert(text)) != text:
-                counts.changed[f"{rules.chinese} Chinese"] += 1
-                text = converted
         return text
 
-    def _judge(self, quality: Quality, text: str) -> tuple[str, str]:
-        """The text, and why it goes, by the quality rules of its language."""
-        code, known = quality.language_of(text)
+    def _in_script(self, text: str) -> str:
+        """Chinese in the characters that are wanted."""
+        if self.convert is None or text.isascii():
+            return text
+        if (code := language_by_script(text)) in ("ja", "ko"):
+            self.counts.not_applied[f"--chinese: {code}"] += 1
+            return text
+        if (converted := self.convert(text)) != text:
+            self.counts.changed[f"{self.rules.chinese} Chinese"] += 1
+        return converted
+
+    def _judge_of(self, text: str) -> Callable[[str], tuple[str, str]] | None:
+        """The quality rules for the language of a text, if there are any."""
+        if self.quality is None:
+            return None
+        code, known = self.quality.language_of(text)
         if not known:
             self.counts.not_applied[f"--quality: {code}"] += 1
-            return text, ""
+            return None
         self.counts.judged[code] += 1
-        judged, reason = quality.look(text, code)
-        if not reason and judged != text:
-            self.counts.changed["lines taken out by a quality filter"] += 1
-        return judged, reason
+        return functools.partial(self.quality.look, code=code)
 
     def _personal(self, text: str, place: Place) -> tuple[str, str, str]:
         rules, counts = self.rules, self.counts

@@ -39,8 +39,12 @@ def _only_in(char: str) -> str:
         except UnicodeEncodeError:
             return 0
 
-    # Of the Japanese set the first level only: the second has the old forms, which modern texts do not use.
-    chinese, japanese = bool(code("gb2312") or code("big5")), 0x889F <= code("shift_jis") <= 0x9872
+    # Of the Japanese set the first level only: the second has the old forms, which modern texts do not use. A form that
+    # Korea has (裏, 衆, 啓) is an old one too, which some write in traditional Chinese.
+    chinese = bool(code("gb2312") or code("big5"))
+    japanese = 0x889F <= code("shift_jis") <= 0x9872
+    if not chinese and code("euc_kr"):
+        return ""
     return "" if chinese == japanese else "zh" if chinese else "ja"
 
 

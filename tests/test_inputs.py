@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import socket
 import subprocess
@@ -277,6 +279,7 @@ def test_json_under_another_name_and_text_that_looks_like_it(tmp_path: Path) -> 
         ("[link](x)\n{text}\n", None, []),
         ('{"text": "an example"}\nprose\nmore of it\n', None, []),
         ("{\n", None, []),
+        ('{"text": "one of"}\n{three\n{lines}\n', None, []),
         ("", [""], []),
     ):
         batch = read(write(tmp_path / "a.md", content))
@@ -287,10 +290,19 @@ def test_json_under_another_name_and_text_that_looks_like_it(tmp_path: Path) -> 
     assert batch.texts == ["b", "c"] and [drop.record for drop in batch.drops] == [1]
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress])
+def test_an_archive_under_another_name_is_unpacked(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    for name, content, text in (("a.jsonl", line(text="a"), "a"), ("b.zstd", "BZh is text", "BZh is text")):
+        batch = read(write(tmp_path / name, pack(content.encode())))
+        assert batch.texts == [text] and [note.kind for note in batch.notes] == ["unpacked"]
+    assert read(write(tmp_path / "c.txt", "BZhang is a name")).texts == ["BZhang is a name"]
+
+
 def test_zero_bytes_are_no_text(tmp_path: Path) -> None:
     for name, content, texts, record in (
         ("a.txt", b"text\n" + b"\0" * 5000, [], 0),
         ("b.txt", b"\0" * 300_000, [], 0),  # longer than a document may be
+        ("c.txt", b"x" * 500 + b"\0\0" + b"x" * 500, [], 0),
         ("utf16.txt", "a text".encode("utf-16-le"), [], 0),
         ("one.txt", b"one \0 in a text " + b"x" * 100, ["one \0 in a text " + "x" * 100], None),
         ("a.jsonl", b'{"text": "a"}\n{"text": "to' + b"\0" * 5000, ["a"], 2),

@@ -11,6 +11,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import sys
 import tempfile
 import zlib
@@ -19,7 +20,8 @@ from typing import IO, Any, cast
 
 from engine.data.inputs import STDIN, InputFile
 
-_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
+_MAGIC = re.compile(rb"(?P<gz>\x1f\x8b)|(?P<zst>\x28\xb5\x2f\xfd)|(?P<bz2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\0)")
+_MAGIC_BYTES = 10
 _FRAME_BYTES = 2048  # of zstd fed at once: the worst case unfolds it 32,768 times
 _WINDOW_BYTES = 1 << 31  # of zstd: as far back as `zstd --long=31` refers
 
@@ -42,13 +44,24 @@ class ByteStream:
         except OSError as err:
             raise BadStream(f"{err.strerror or err}; check its permissions") from err
         self._compression = file.compression
+        self.found = ""  # how a file is packed whose name does not say it
         if file.once:
             try:
                 pipe = _Pipe(self._raw)
             except OSError as err:
                 raise BadStream(f"{err.strerror or err}") from err
-            self._raw, self._compression = cast(IO[bytes], pipe), self._compression or pipe.compression
+            self._raw, self._compression = cast(IO[bytes], pipe), self._compression or packing_of(pipe.head)
+        elif not self._compression and "://" not in file.name:
+            self._compression = self.found = self._look()
         self._unpacked: Any = _unpack(self._raw, self._compression)
+
+    def _look(self) -> str:
+        try:
+            head = self._raw.read(_MAGIC_BYTES)
+            self._raw.seek(0)
+        except OSError as err:
+            raise BadStream(f"{err.strerror or err}, at its beginning") from err
+        return packing_of(head)
 
     def __enter__(self) -> ByteStream:
         return self
@@ -179,13 +192,18 @@ def _open(file: InputFile) -> IO[bytes]:
     return open(file.name, "rb")
 
 
+def packing_of(head: bytes) -> str:
+    """The suffix of the archives that begin so; "" for none."""
+    found = _MAGIC.match(head)
+    return f".{found.lastgroup}" if found else ""
+
+
 class _Pipe:
-    """A stream that cannot be sought in. Its first bytes say how it is packed, as it may have no name that does."""
+    """A stream that cannot be sought in, and its first bytes."""
 
     def __init__(self, raw: IO[bytes]):
         self._raw, self._count = raw, 0
-        self._head = raw.read(max(map(len, _MAGIC)))
-        self.compression = next((suffix for magic, suffix in _MAGIC.items() if self._head.startswith(magic)), "")
+        self.head = self._head = raw.read(_MAGIC_BYTES)
 
     def read(self, size: int = -1) -> bytes:
         if self._head:

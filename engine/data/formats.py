@@ -23,7 +23,7 @@ from engine.errors import DataError
 _BLOCK_BYTES = 1 << 20
 _ROWS = 256  # of a column file at once
 _MOST_BYTES = 64 << 20  # of rows with all of their columns
-ZERO_BYTES = "zero bytes, as in a binary file, or where a crash left a file unwritten"
+ZERO_BYTES = "zero bytes, as in a binary file, in UTF-16, or where a crash left a file unwritten"
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,9 @@ class _FileReader:
         """How the file is read: as asked, by its name, or by its first lines; and what to say of it."""
         again = self.file.same_as
         notes = [Note(self.file.name, "read once more", f"the same file as {again}")] if again else []
+        if stream.found:
+            detail = f"its bytes are those of a {stream.found} archive, whatever its name"
+            notes.append(Note(self.file.name, "unpacked", detail))
         kind = self.asked or FORMATS.get(self.file.suffix, "")
         if kind == "json" and lines_of_objects(stream, (), self.limit):
             kind = "jsonl"

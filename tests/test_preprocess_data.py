@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,12 @@ def test_a_command_of_megatron_works_as_it_is(
         data = IndexedDataset(corpus / f"my_{key}_document", chosen.vocab_size)
         assert [list(data[i]) for i in range(len(data))] == [[*chosen.encode(text), chosen.eod] for text in texts]
     assert script.main([*map(str, options)]) == 1 and "so this is done" in capsys.readouterr().err
+    before = stored(corpus / "my_title_document")
+    for path in corpus.glob("my_title_document*"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    (corpus / "my_title_document.parts").mkdir()  # as an interrupted command leaves it
+    assert script.main([*map(str, options)]) == 0 and "another key is unfinished" in capsys.readouterr().out
+    assert stored(corpus / "my_title_document") == before
 
 
 def test_the_commands_of_the_readme(corpus: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from engine.data.prepare import prepare
 from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, Fault
 from engine.monitor.prepared import prepare_progress, show_prepared
+from engine.signals import Interrupts, interruptible
 
 # The tokenizer: of which option, and whether BERT's texts are put in lower case first.
 TOKENIZER_TYPES: dict[str, tuple[tuple[str, ...], bool | None]] = {
@@ -203,6 +204,40 @@ def _bos(tokenizer: Tokenizer) -> int | None:
         return None
 
 
+def _keys_left(args: argparse.Namespace) -> list[str]:
+    """All keys; of a command that was interrupted in one of them, those that are not done."""
+    prefixes = {key: f"{args.output_prefix}_{key}_document" for key in args.json_keys}
+    done = [key for key, prefix in prefixes.items() if Path(f"{prefix}-report.json").exists()]
+    if args.overwrite or not any(Path(f"{prefix}.parts").exists() for prefix in prefixes.values()):
+        return list(prefixes)
+    for key in done:
+        print(f"note: {prefixes[key]} is there, and another key is unfinished: going on with that one")
+    return [key for key in prefixes if key not in done]
+
+
+def _prepare(args: argparse.Namespace, key: str, bos: bool, stop: Interrupts) -> None:
+    with prepare_progress() as progress:
+        report = prepare(
+            args.input,
+            f"{args.output_prefix}_{key}_document",
+            tokenizer=args.tokenizer_model or args.vocab_file,
+            merges=args.merge_file,
+            lower_case=TOKENIZER_TYPES[args.tokenizer_type or "HuggingFaceTokenizer"][1],
+            append_eod=args.append_eod,
+            prepend_bos=bos,
+            json_key=(key,),
+            format="jsonl",
+            on_error=args.on_error,
+            workers=args.workers,
+            suffixes=("", "-valid", "-test"),
+            overwrite=args.overwrite,
+            progress=progress,
+            note=print,
+            stop=stop,
+        )
+    show_prepared(report)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
@@ -216,27 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from engine.launch import limit_encoder_threads
 
             limit_encoder_threads(args.workers)
-        bos = adds_bos(args)
-        for key in args.json_keys:
-            with prepare_progress() as progress:
-                report = prepare(
-                    args.input,
-                    f"{args.output_prefix}_{key}_document",
-                    tokenizer=args.tokenizer_model or args.vocab_file,
-                    merges=args.merge_file,
-                    lower_case=TOKENIZER_TYPES[args.tokenizer_type or "HuggingFaceTokenizer"][1],
-                    append_eod=args.append_eod,
-                    prepend_bos=bos,
-                    json_key=(key,),
-                    format="jsonl",
-                    on_error=args.on_error,
-                    workers=args.workers,
-                    suffixes=("", "-valid", "-test"),
-                    overwrite=args.overwrite,
-                    progress=progress,
-                    note=print,
-                )
-            show_prepared(report)
+        with interruptible("nothing is written; give the same command again") as stop:
+            bos = adds_bos(args)
+            for key in _keys_left(args):
+                _prepare(args, key, bos, stop)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

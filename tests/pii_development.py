@@ -1133,6 +1133,34 @@ id_card=[[cn_id|<cnid>]]
 "idNo":"[[cn_id|<cnid>]]"
 身份证[[cn_id|<cnid full>]]
 (身份证[[cn_id|<cnid _>]])
+name;Steuer-ID;Ort↵Anna;[[national_id|<detax>]];Köln↵Bernd;[[national_id|<detax>]];Bonn
+nss,prénom↵[[national_id|<nir>]],Léa
+id,ssn↵1,[[us_ssn|<ssn >]]↵2,[[us_ssn|<ssn >]]
+Name,Phone,City↵Tom,[[phone|212736####]],New York↵Ann,[[phone|646782####]],New York
+name|mobile↵Ravi|[[phone|98########]]
+姓名,电话↵王,[[phone|6234####]]
+name,id↵Tom,{{212736####}}
+Nom;Réf↵x;{{<nir>}}
+National Insurance ref [[national_id|<nino _>]]
+NI number, your ref: [[national_id|<nino _>]]
+job ref: {{<nino _>}}
+银行卡 [[bank_card|<union 6>]]
+卡 [[bank_card|<union 6>]] 户名
+please charge [[bank_card|<mc ->]] today
+Chargennr. {{<mc>}}
+v=spf1 ip6:[[ip|2a01:4f8:13b::]]/48 ip4:[[ip|81.169.146.0]]/24 -all
+peer:[[ip|2a01:4f8:13b:77::5]]
+Lottozahlen: 03 07 12 19 25 31
+loto : 03 07 12 19 25
+tirage 03 07 12 19 25 31 + 08
+numéros 03 07 12 19 25
+FIPS 0603744000
+彩票号码 03 07 12 19 25 31
+车牌号码 1234567
+hf login [[api_key|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]]
+AccountKey=Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==
+Num. Math. 11, p. 181-195 (1968)
+vol. II, p. 212-226 (1971)
 """
 
 

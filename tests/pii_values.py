@@ -180,6 +180,8 @@ def _numbers(draw: random.Random, name: str, how: str) -> str:
     value = make()
     if how == "full":
         return value.translate({48 + i: 0xFF10 + i for i in range(10)})
+    if how == "6":
+        return _groups(value, (6, 13), "_")
     if name == "cpf" and how == ".":
         return f"{_groups(value[:9], (3, 3, 3), '.')}-{value[9:]}"
     return _groups(value, sizes, how) if how else value

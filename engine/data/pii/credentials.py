@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from engine.data.pii.key_forms import FORMS, UUID
-from engine.data.pii.scan import Scan, windows, words
+from engine.data.pii.scan import Scan, keylike, windows, words
 
 _HEX = "[0-9a-f]"
 
@@ -58,7 +58,7 @@ def secrets(scan: Scan) -> Iterator[tuple[int, int]]:
     if "hook" in text or "oapi.dingtalk" in text:
         yield from (match.span() for match in _HOOK.finditer(text) if _is_random(re.split("[/=]", match[0])[-1]))
     for within in scan.long_words():
-        for window in windows(text, _LONG_TOKEN, 32, 60, _has_digit, within):
+        for window in windows(text, _LONG_TOKEN, 32, 60, keylike, within):
             yield from _keys(scan, window[0], min(window[1], within[1] + 1))
     if "-u" in text or "sshpass" in text:
         yield from (m.span("password") for m in _COMMAND.finditer(text) if not _is_weak(m["password"]))
@@ -85,18 +85,12 @@ def _is_digest(scan: Scan, begin: int) -> bool:
     return re.search(r"(?i:sha-?512|integrity|digest|hash)[\"':= -]{0,6}$", scan.before(begin, 20)) is not None
 
 
-def _has_digit(token: str) -> bool:
-    return not token.isalpha() and _DIGIT.search(token) is not None
-
-
-_DIGIT = re.compile("[0-9]")
-
-
 # ---- a value that looks drawn by chance ----
 
 _PLACEHOLDER = re.compile(
     r"(?i)x{4}|\*{3}|\.{3}|0{7}|example|your[_-]|_here|placeholder|change[_-]?me|1234567|abcdefg|redacted|dummy|"
-    r"insert[_-]"
+    r"insert[_-]|"
+    r"Eby8vdM02xNOcqFlqUwJ|C2y6yDjf5/R\+ob0N8A7C|SflKxwRJSMeKKF2QT4fw"  # of emulators and manuals
 )
 _WORD = re.compile("[A-Z]?[a-z]{3,}|[A-Z]{4,}")
 _CAMEL = re.compile("[A-Z][a-z]{2,}|(?<![A-Za-z])[a-z]{3,}(?![0-9])|(?<![A-Za-z])[A-Z]{3,}(?![a-z0-9])")

@@ -105,7 +105,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[str], bool], str], ...] = (
             rf"(?P<bare>[1-9][0-9]{{10}})){_ENDS}"
         ),
         _de_tax_id,
-        r"steuer|\bid-?nr|identifikationsn|\btin\b|tax",
+        r"steuer|\bid-?nr|identifikationsn|\bident-?n|\btin\b|\btax",
     ),
     (
         re.compile(
@@ -114,7 +114,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[str], bool], str], ...] = (
             rf"(?P<bare>[12378][0-9]{{4}}(?:[0-9]{{2}}|2[AB])[0-9]{{6}} ?[0-9]{{2}})){_ENDS}"
         ),
         _fr_nir,
-        r"s[ée]cu|\bnir\b|insee|\bnss\b|assur|social",
+        r"s[ée]cu|\bnir\b|insee|\bnss\b|assur|social|vitale|\bss\b|immatric",
     ),
     (
         re.compile(
@@ -141,6 +141,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[str], bool], str], ...] = (
         r"aadh?aa?r|uidai|आधार",
     ),
 )
+_INSURANCE = r"national ins|\bni\b|\bnino?\b|n\.i\."
 _NINO = re.compile(r"[A-Z]{2}(?P<gap>[ -]?)(?:[0-9]{2}(?P=gap)){3}[A-D](?![A-Za-z0-9_-])")
 _FISCAL_CODE = re.compile(
     r"[A-Z]{3}( ?)[A-Z]{3}\1[0-9]{2}[ABCDEHLMPRST][0-9LMNPQRSTUV]{2}\1[A-Z][0-9LMNPQRSTUV]{3}[A-Z](?![A-Za-z0-9_-])"
@@ -154,7 +155,7 @@ def national_ids(scan: Scan) -> Iterator[tuple[int, int]]:
             if not check(re.sub("[ .-]", "", match[0])):
                 continue
             bare = "bare" in form.groupindex and match["bare"] is not None
-            said = bool(words) and re.search(rf"(?i:{words})[^\n]{{0,30}}$", scan.before(match.start(), 60)) is not None
+            said = bool(words) and _is_said(scan, words, match.start())
             if said or not (bare or is_code(scan, match.start())):
                 yield match.span()
     for at in scan.capitals:
@@ -165,5 +166,15 @@ def national_ids(scan: Scan) -> Iterator[tuple[int, int]]:
         ):
             found = form.match(scan.text, begin) if begin >= 0 else None
             inside = re.match("[A-Za-z0-9_-]", scan.before(begin, 1))
-            if found and not inside and check(re.sub("[ -]", "", found[0])) and not is_code(scan, begin):
+            if not found or inside or not check(re.sub("[ -]", "", found[0])):
+                continue
+            if not is_code(scan, begin) or _is_said(scan, _INSURANCE, begin):
                 yield found.span()
+
+
+def _is_said(scan: Scan, words: str, begin: int) -> bool:
+    """Whether one of the words stands before, or over the column of a table."""
+    before, heading = scan.before(begin, 60), scan.heading(begin)
+    return (
+        re.search(rf"(?i:{words})[^\n]{{0,30}}$", before) is not None or re.search(f"(?i:{words})", heading) is not None
+    )

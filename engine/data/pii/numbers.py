@@ -17,20 +17,23 @@ _BEFORE_CODE = re.compile(
     r"articles?|serials?|s/n|sn|"
     r"sku|model|mpn|steps?|iter(?:ation)?|epoch|tokens?|samples?|rows?|records?|steuernummer|st\.?-?nr|best\.?-?|"
     r"catalog(?:ue)?|product|imei|meid|iccid|imsi|isbn(?:-1[03])?|issn|upc|ean|gtin|asin|barcode|timestamp|epoch|ts|"
-    r"time|case|docket|patent|doi|pmid|arxiv|oclc|lccn|ref(?:erence)?|parcel|shipment|consignment|booking|reservation|"
+    r"time|case|docket|patent|fips|codes?|lott?o(?:zahlen)?|lottery|tirage|loterie|num[ée]ros|keno|insee|cas|doi|pmid|"
+    r"arxiv|oclc|lccn|ref(?:erence)?|parcel|shipment|consignment|booking|reservation|"
     r"pnr|"
     r"flight|build|version|id|uid|uuid|guid|pid|tid|seed|checksum|crc|hash|offset|size|bytes|count|total|sum|amount|"
-    r"price|policy|claim|contract|vin|zip|p/n|confirmation|permit|registration|licen[cs]e|postcode|siren|siret|tva|vat|ust-?id(?:nr)?|hrb|blz|konto(?:nummer|-?nr)?|"
+    r"price|policy|claim|contract|vin|zip|p/n|confirmation|permit|registration|licen[cs]e|postcode|siren|siret|tva|"
+    r"vat|ust-?id(?:nr)?|hrb|blz|konto(?:nummer|-?nr)?|"
     r"kto|"
     r"bestell(?:ung|nummer|-?nr)|auftrags?(?:nummer|-?nr)?|rechnungs?(?:nummer|-?nr)?|kunden(?:nummer|-?nr)|"
     r"sendungs?(?:nummer|-?nr)?|"
     r"artikel(?:nummer|-?nr)?|serien(?:nummer|-?nr)|vorgangs?(?:nummer|-?nr)?|vertrags?(?:nummer|-?nr)?|aktenzeichen|"
     r"az|"
-    r"materialnummer|teile(?:nummer|-?nr)|chargen?(?:nummer|-?nr)?|losnummer|beleg(?:nummer|-?nr)?|zeitstempel|"
+    r"materialnummer|teile(?:nummer|-?nr)|chargen?-?(?:nummer|nr)|losnummer|beleg(?:nummer|-?nr)?|zeitstempel|"
     r"commande|facture|r[ée]f(?:[ée]rence)?|colis|suivi|dossier|s[ée]rie|article|lot|pi[èe]ce|contrat|"
     r"pedido|factura|env[íi]o|expediente|referencia|serie|art[íi]culo|lote|seguimiento|contrato|"
     r"ordine|fattura|spedizione|pratica|matricola|codice|qq)|(?<=[a-z])I[dD]|[#§]|"
-    r"订单|单号|运单|快递|流水|编号|序列号|条码|时间戳|批号|货号|工单|合同|发票|税号|型号|学号|工号|交易号|物流|案号|"
+    r"订单|单号|运单|快递|流水|编号|序列号|条码|时间戳|彩票|批号|货号|工单|合同|发票|税号|型号|学号|工号|交易号|物流|"
+    r"案号|"
     r"版本)"
     r"(?:[ _-]{0,2}(?i:numbers?|nummer|num|no|nr|code|ref|ids?|n[°º]|n[úu]mero|num[ée]ro|号码?|号))?[ \t]{0,2}"
     r"(?:\(.{0,12}\))?[.\"'\]]{0,2}[ \t]{0,2}(?:is|was|ist|lautet|est|es|with|für|为|是)?[ \t:：=#|>\"'(]{0,4}$"
@@ -86,7 +89,7 @@ def is_date(digits: str) -> bool:
 
 _CARD = re.compile(
     rf"{NOT_IN_NUMBER}(?<!\+)[2-6](?:[0-9]{{11,18}}(?![0-9])|"
-    rf"[0-9]{{3}}(?P<gap>[ .-])[0-9]{{4,6}}(?:(?P=gap)[0-9]{{4,5}}){{1,3}}(?:(?P=gap)[0-9]{{1,3}})?)"
+    rf"[0-9]{{3,5}}(?P<gap>[ .-])[0-9]{{4,13}}(?:(?P=gap)[0-9]{{4,5}}){{0,3}}(?:(?P=gap)[0-9]{{1,3}})?)"
     r"(?![A-Za-z0-9_]|[.-][0-9])"
 )
 _TEST_CARDS = words(
@@ -204,7 +207,7 @@ def us_ssns(scan: Scan) -> Iterator[tuple[int, int]]:
         digits = digits_of(match[0])
         if len(set(digits)) < 3 or digits in _NOBODYS_SSN:
             continue
-        said = _SSN_WORD.search(scan.before(match.start(), 48))
+        said = _SSN_WORD.search(scan.before(match.start(), 48)) or _SSN_WORD.search(scan.heading(match.start()))
         other = is_code(scan, match.start()) or _ACCOUNT.search(scan.before(match.start(), 32))
         if said or (match["gap"] == "-" and not other):
             yield match.span()

@@ -25,26 +25,27 @@ _LABELS = words(
     "rufen anruf whatsapp signal sms hotline helpline landline festnetz fixe fijo natel gsm contact kontakt "
     "contacto contactez call called calling dial text ring reach erreichbar erreichen anrufen appeler appelez "
     "appelle joignable llamar llama llame llámame llámenos llamanos chiamare chiama bel bellen telefoni "
-    "telefonisch tfon hp nummer rückruf t m f p d telno mobileno ligue "
-    "telemóvel telemovel fone телефон тел моб звоните мобильный telefonu telefonszám"
+    "telefonisch tfon hp nummer rückruf t m telno mobileno ligue telemóvel telemovel fone телефон тел моб "
+    "звоните мобильный telefonu telefonszám"
 )
 _FILLERS = words(
     "no nr n number numbers nummer numero número numéro is me us him her them at on or and text call under unter "
     "der die ist lautet au le est al el es en por tel fax mobile mobil office home work direct main via uns mich "
     "an ihn sie to from for our my the new old o oder et y e ou privat dienstlich büro bureau domicile travail "
-    "casa oficina emergency daytime evening day sent b i span strong td line be pro personal business "
-    "customer support user contact"
+    "casa oficina emergency daytime evening day sent b i span strong td line be pro personal business customer "
+    "support user contact"
 )
 _MY_NUMBER = words("my his her our your their mein meine seine ihre mon son votre mi su mio")
 _NUMBER_WORDS = words("number nummer numero número numéro")
 _CJK_LABELS = tuple(
     words(
         "电话 電話 手机 手機 座机 固话 传真 傳真 联系 聯絡 致电 拨打 拨 来电 热线 携帯 连络 連絡先 전화 연락처 휴대폰 "
-        "핸드폰 팩스 移动 电话号码 手机号 手机号码 手机号是 联系方式 联系人 电话是 号码 番号 번호 ☎ 📞 📱 ✆ 🕿 ☏ 微信 "
-        "短信"
+        "핸드폰 팩스 移动 电话号码 電話番号 전화번호 手机号 手机号码 手机号是 联系方式 联系人 电话是 ☎ 📞 📱 ✆ 🕿 ☏ "
+        "微信 短信"
     )
 )
 _LAST_WORD = re.compile(r"([^\W\d_]+)[1-9]?[^\w\n]{0,7}$")
+_INITIAL = re.compile(r"(?:^|[\n|,;·])[ \t]{0,4}[TM][.:]$")
 _JOINS = re.compile(r"[ \t:：=|,.\"'(（*>\[+是为は-]{1,12}$")
 _NO_LABEL = re.compile(
     r"(?i:calls|call id|call cent(?:re|er)|contact id|text size|work order|to text|m/s|at home|call to|from the)$"
@@ -58,15 +59,15 @@ def has_label(scan: Scan, begin: int) -> bool:
     scheme = bare.endswith(("wa.me/", "tel", "callto", "sms")) and before[-1:] in (":", "/")
     if scheme or bare.endswith(_CJK_LABELS):
         return True
+    heading = scan.heading(begin)
+    if heading and (heading.endswith(_CJK_LABELS) or not _LABELS.isdisjoint(re.split(r"[^\w]+|_", heading.lower()))):
+        return True
     for count in range(5):
         match = _LAST_WORD.search(before)
         if match is None:
             return False
-        word, after = match[1].lower(), before[match.end(1) :]
-        if word in _LABELS and (
-            len(word) > 1
-            or (after[:1] in (".", ":") and before[: match.start()][-1:] in ("", " ", "\n", "\t", "|", ","))
-        ):
+        word = match[1].lower()
+        if word in _LABELS and (len(word) > 1 or _INITIAL.search(before[: match.end(1) + 1])):
             return _NO_LABEL.search(before[: match.end(1)]) is None
         before = before[: match.start()].rstrip("_")
         owner = _LAST_WORD.search(before) if word in _NUMBER_WORDS else None
@@ -82,10 +83,10 @@ def has_label(scan: Scan, begin: int) -> bool:
 
 _PLAN_LENGTHS = words(
     "1:10-10 7:10-10 20:8-10 27:9-9 30:10-10 31:9-9 32:8-9 33:9-9 34:9-9 36:8-9 39:8-11 40:9-9 41:9-9 43:7-13 "
-    "44:9-10 45:8-8 46:7-10 47:8-8 48:9-9 49:7-12 51:8-9 52:10-11 53:6-8 54:10-11 55:10-11 56:9-9 57:8-10 "
-    "58:10-10 60:8-10 61:9-9 62:8-12 63:8-10 64:8-10 65:8-8 66:8-9 81:9-10 82:8-10 84:9-10 86:10-11 90:10-10 "
-    "91:10-10 92:9-10 93:9-9 94:9-9 95:7-10 98:10-10 351:9-9 352:6-11 353:7-9 354:7-7 358:6-11 380:9-9 385:8-9 "
-    "386:8-8 420:9-9 421:9-9 852:8-8 853:8-8 855:8-9 880:8-10 886:8-9 966:8-9 971:8-9 972:8-9"
+    "44:9-10 45:8-8 46:7-10 47:8-8 48:9-9 49:7-12 51:8-9 52:10-11 53:6-8 54:10-11 55:10-11 56:9-9 57:8-10 58:10-10 "
+    "60:8-10 61:9-9 62:8-12 63:8-10 64:8-10 65:8-8 66:8-9 81:9-10 82:8-10 84:9-10 86:10-11 90:10-10 91:10-10 "
+    "92:9-10 93:9-9 94:9-9 95:7-10 98:10-10 351:9-9 352:6-11 353:7-9 354:7-7 358:6-11 380:9-9 385:8-9 386:8-8 "
+    "420:9-9 421:9-9 852:8-8 853:8-8 855:8-9 880:8-10 886:8-9 966:8-9 971:8-9 972:8-9"
 )
 _PLANS = {
     code: (int(low), int(high)) for code, low, high in (re.split("[:-]", entry) for entry in sorted(_PLAN_LENGTHS))
@@ -160,7 +161,8 @@ def _fits_plan(number: str) -> bool:
 # ---- national forms that begin with 0 ----
 
 _TRUNK = re.compile(
-    rf"{NOT_IN_NUMBER}(?<![A-Za-z][./])(?<!\+)(?:\(0[1-9][0-9]{{0,4}}\)|0[1-9][0-9]{{0,4}}(?![0-9])|(?P<joined>0[1-9][0-9]{{8,10}}+))"
+    rf"{NOT_IN_NUMBER}(?<![A-Za-z][./])(?<!\+)(?:\(0[1-9][0-9]{{0,4}}\)|0[1-9][0-9]{{0,4}}(?![0-9])|"
+    rf"(?P<joined>0[1-9][0-9]{{8,10}}+))"
     rf"(?(joined)|(?:{_SEP}?[0-9]{{2,9}}+)(?:{_SEP}[0-9]{{1,6}}+){{0,5}}+)"
 )
 _JOINED_MOBILE = re.compile(
@@ -175,7 +177,11 @@ def _trunk(scan: Scan, match: re.Match[str]) -> int:
     end = match.end()
     while end > match.start() and not (_ends(scan, end) and _is_trunk(scan.text[match.start() : end])):
         end = _shorter(scan, match.start(), end)
-    return end
+    more = _PAIRS.match(scan.text, end) if _PAIRS.fullmatch(scan.text, match.start() + 2, end) else None
+    return end if more is None or len(more[0]) // 3 % 5 == 0 else 0  # else the numbers of a lottery
+
+
+_PAIRS = re.compile("(?:[ -][0-9]{2}(?![0-9])){0,30}")
 
 
 def _is_trunk(number: str) -> bool:

@@ -23,7 +23,7 @@ _FOLDED = re.compile(
 # At least seven digits in a row, with at most a few characters between two.
 _NUMBER = re.compile(r"[0-9](?:[ ().+/-]{0,4}[0-9]){6,}+")
 _CAPITALS = re.compile("[A-Z][A-Z][ -]?[0-9]{2}")
-_DIGIT = re.compile("[0-9]")
+_KEYLIKE = re.compile("[0-9]|hf_|A[KS]IA|AKID|LTAI")  # the keys of some services have no digit for certain
 _NO_NUMBER = re.compile(r"[0-9]+\.[0-9]+|(?:19|20)[0-9]{2}([-/.])[0-9]{1,2}\1[0-9]{1,2}(?:[ -]+[0-9]{1,2})?")
 
 
@@ -32,11 +32,17 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+def keylike(token: str) -> bool:
+    """Whether a key may be in it: there is a digit, or the beginning of a form that needs none."""
+    return _KEYLIKE.search(token) is not None
+
+
 class Scan:
     """A text that several rules look at."""
 
     def __init__(self, text: str) -> None:
         self.text = text if text.isascii() else _FOLDED.sub(lambda match: match[0].translate(_FOLD), text)
+        self._first = self._line = 0  # of the table, and of the line in it, that `heading` has seen last
 
     @cached_property
     def numbers(self) -> Sequence[tuple[int, int]]:
@@ -49,12 +55,12 @@ class Scan:
         return [match.start() for match in _CAPITALS.finditer(self.text)]
 
     def long_words(self) -> Iterator[tuple[int, int]]:
-        """Where sixteen characters or more with a digit among them stand without a blank."""
+        """Where sixteen characters or more stand without a blank that may hold a key."""
         at = 0
         for word in self.text.split():  # ten times as fast as a pattern
             if len(word) >= 16:
                 at = self.text.find(word, at)
-                if _DIGIT.search(word):
+                if keylike(word):
                     yield at, at + len(word)
                 at += len(word)
 
@@ -66,6 +72,24 @@ class Scan:
     def before(self, begin: int, n: int) -> str:
         """The n characters before a place."""
         return self.text[max(0, begin - n) : begin]
+
+    def heading(self, begin: int) -> str:
+        """What the first line of a table says over the column of a place; empty outside of tables."""
+        line = self.text.rfind("\n", max(0, begin - 2000), begin) + 1
+        if not line:
+            return ""
+        if line < self._line:  # another rule begins anew
+            self._first = self._line = 0
+        block = self.text.rfind("\n\n", self._line, line)
+        self._first, self._line = (block + 2 if block >= 0 else self._first), line
+        header = self.text[self._first : self.text.find("\n", self._first, self._first + 1000)]
+        sign = next((sign for sign in "\t;|," if sign in header), "")
+        columns = header.split(sign) if sign else []
+        end = self.text.find("\n", begin, begin + 2000)
+        commas = self.text.count(sign, line, end if end >= 0 else begin + 2000) if sign else 0
+        if self._first >= line or commas != len(columns) - 1 or max(map(len, columns), default=99) > 32:
+            return ""
+        return columns[self.text.count(sign, line, begin)].strip()
 
     def after(self, end: int, n: int) -> str:
         """The n characters behind a place."""

@@ -1157,7 +1157,7 @@ numéros 03 07 12 19 25
 FIPS 0603744000
 彩票号码 03 07 12 19 25 31
 车牌号码 1234567
-hf login [[api_key|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]]
+hf login [[api_key|hf_<alpha 34>]]
 AccountKey=Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==
 Num. Math. 11, p. 181-195 (1968)
 vol. II, p. 212-226 (1971)

@@ -142,12 +142,10 @@ def _numbers(draw: random.Random, name: str, how: str) -> str:
     """A value with a right (or, with bad before, a wrong) check digit, in the grouping that `how` says."""
     if "iban" in name:
         return _iban(draw, name, how)
-    if name in ("b64", "b64u", "hex", "w"):
-        alphabet = (
-            "0123456789abcdef"
-            if name == "hex"
-            else "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789" + ("+/" if name == "b64" else "")
-        )
+    if name in ("b64", "b64u", "hex", "w", "alpha"):
+        both = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+        special = {"hex": "0123456789abcdef", "alpha": both, "b64": both + "0123456789+/"}
+        alphabet = special.get(name, both + "0123456789")
         return "".join(draw.choice(alphabet) for _ in range(int(how)))
     makers: dict[str, tuple[Callable[[], str], tuple[int, ...]]] = {
         "ssn": (

@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import AnyStr
 
 from engine.data.pii.key_forms import FORMS, UUID
 from engine.data.pii.scan import Scan, keylike, windows, words
@@ -165,14 +166,9 @@ def _is_weak(password: str) -> bool:
 
 # ---- values behind a name ----
 
-_STEMS = (
-    *("key", "token", "secret", "pass", "pwd", "credential", "bearer", "basic "),
-    *("kennwort", "mot de passe", "senha", "clave", "wachtwoord"),
-)
-_OTHER_STEMS = ("contraseña", "密码", "密碼", "口令", "密钥", "令牌", "私钥", "пароль", "비밀번호", "パスワード")
-_PASSWORDS = words("pass pwd kennwort senha clave wachtwoord contraseña 密码 密碼 口令 пароль 비밀번호 パスワード") | {
-    "mot de passe"
-}
+_STEMS = ("key", "token", "secret", "pass", "pwd", "credential", "bearer", "basic ", "kennwort")
+_OTHER_STEMS = re.compile("[密口令私пП비パ](?:(?<=密)[码碼钥]|(?<=口)令|(?<=令)牌|(?<=私)钥|ароль|밀번호|スワード)")
+_PASSWORDS = words("pass pwd kennwort contraseña 密码 密碼 口令 пароль 비밀번호 パスワード")
 _QUALIFIERS = words(
     "api access secret private client account app application consumer encryption signing master service storage "
     "subscription shared auth authn authz bot refresh session personal deploy webhook oauth oauth2 user admin root "
@@ -180,6 +176,9 @@ _QUALIFIERS = words(
     "stripe twilio heroku cloudflare npm pypi registry telegram sentry datadog algolia mailgun sendgrid login "
     "security signature hmac license instrumentation production prod live ssh deepseek dashscope zhipu baidu "
     "tencent aliyun cohere mistral together groq"
+)
+_SK = re.compile(
+    r"(?<![A-Za-z0-9_-])(?:sk|SK|Sk)[\"']?[ ]?[:=：][ ]?[\"']?(?P<value>[A-Za-z0-9+/]{24,64}={0,2})(?![A-Za-z0-9+/=_-])"
 )
 _QUALIFIED = re.compile(rf"(?i:{'|'.join(sorted(_QUALIFIERS))})[_. -]?$")
 # Values that are shown to everybody, and tokens of text.
@@ -191,7 +190,7 @@ _PUBLIC_NAMES = words(
 _PUBLIC = re.compile(rf"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))(?i:{'|'.join(sorted(_PUBLIC_NAMES))})[_. -]?$")
 _JOIN = re.compile(
     r"(?:(?i:word|wd)?[\"']?(?:[ ]|[ ]?\n[ ]{1,16})value[:=][ ]?[\"']?(?P<xml>)|"
-    r"(?i:word|wd|wort|phrase|code|s)?(?:[_. -][A-Za-z0-9]{1,12}|"
+    r"(?i:word|wd|wort|phrase|code|s|e)?(?:[_. -][A-Za-z0-9]{1,12}|"
     r"[A-Z0-9][A-Za-z0-9]{0,12}){0,2}?[\"'`\])*\\]{0,4}[ \t]{0,6}"
     r"(?:(?P<is>::?=|=>|->|==?|[:：]|\||\bis\b|是|为|(?::[ ]?)[A-Za-z.\[\]|]{1,20}[ ]?=)"
     r"[ \t*`]{0,6}(?:[fbru]?[\"'`\\]{1,4})?|"
@@ -208,17 +207,23 @@ _OPTION = re.compile(
 def _named(scan: Scan) -> Iterator[tuple[int, int]]:
     """api_key = "...", client_secret: ..., --token ..., Bearer ...: a value behind a name that says so."""
     text = scan.text
-    low = text.lower()
-    if len(low) != len(text):
-        low = text.replace("İ", "I").lower()
-    for stem in _STEMS if text.isascii() else _STEMS + _OTHER_STEMS:
-        at = low.find(stem)
-        while at >= 0:
-            end = at + len(stem)
-            found = _value_of(scan, stem, at, end)
-            if found:
-                yield found
-            at = low.find(stem, end)
+    low = text.encode("ascii", "replace").lower()  # a byte a character; ten times as fast to search as the text
+    if any(name in low for name in (b"sk:", b"sk=", b'sk"', b"sk?")):
+        yield from (match.span("value") for match in _SK.finditer(text) if _is_random(match["value"]))
+    places = [(stem, at) for stem in _STEMS for at in _places(low, stem.encode())]
+    if not text.isascii():
+        places += [(match[0].lower(), match.start()) for match in _OTHER_STEMS.finditer(text)]
+        places += [(stem.lower(), at) for stem in ("contraseña", "Contraseña") for at in _places(text, stem)]
+    for stem, at in places:
+        if span := _value_of(scan, stem, at, at + len(stem)):
+            yield span
+
+
+def _places(text: AnyStr, part: AnyStr) -> Iterator[int]:
+    at = text.find(part)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + len(part))
 
 
 def _value_of(scan: Scan, stem: str, at: int, end: int) -> tuple[int, int] | None:
@@ -232,7 +237,8 @@ def _value_of(scan: Scan, stem: str, at: int, end: int) -> tuple[int, int] | Non
     join = _JOIN.match(text, end)
     if join is None or (join["blank"] and join[0][-1] not in "\"'" and not _OPTION.search(scan.before(at, 48))):
         return None
-    if stem == "pass" and re.match("(?!word|wd|phrase|code|wort)[A-Za-z]", text[end : end + 6].lower()):
+    french = stem == "pass" and before[-7:].lower() == "mot de " and text[end : end + 1].lower() == "e"
+    if stem == "pass" and not french and re.match("(?!word|wd|phrase|code|wort)[A-Za-z]", text[end : end + 6].lower()):
         return None  # passed, passage
     if stem in _PASSWORDS:
         inside = before[-1:].isalpha() and before[-1:].islower() and text[at].islower() and text[at].isascii()

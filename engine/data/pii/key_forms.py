@@ -31,7 +31,7 @@ FORMS = (
     ("(?:SK|AC)", f"{_HEX}{{32}}"),  # Twilio
     ("[MNO]", rf"[A-Za-z0-9_-]{{22,28}}\.{_W}{{6}}\.{_W}{{27,40}}"),  # Discord
     ("mfa\\.", f"{_W}{{80,90}}"),
-    ("xox[abeoprs]-", "[0-9A-Za-z-]{20,250}"),  # Slack
+    (r"(?:xoxe\.)?xox[abeoprs]-", "[0-9A-Za-z-]{20,250}"),  # Slack
     ("xapp-", "[0-9A-Za-z-]{40,250}"),
     ("[sr]k_live_", "[0-9A-Za-z]{20,150}"),  # Stripe
     ("whsec_", "[A-Za-z0-9+/]{24,64}={0,2}"),

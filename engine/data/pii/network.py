@@ -32,7 +32,7 @@ _EMAIL = re.compile(
     rf"(?P<domain>{_LABELS}{_TOP})(?![A-Za-z0-9_(@\[-]|\.[A-Za-z0-9])",
     re.X,
 )
-_ATS = {at: re.compile(at) for at in ("@", "&#64;", "&#x40;", "%40")}
+_ATS = {at: re.compile(rf"{at}(?=\w)") for at in ("@", "&#64;", "&#x40;", "%40")}
 _LOGIN = re.compile(r"://[^\s/@]*$")  # https://user:password@host
 _MESSAGE_ID = re.compile(r"(?i:message-id|in-reply-to|references|content-id|cid)[\"']?:[^\n@]{0,60}$")
 _REMOTE_SHELL = re.compile(r"(?:\b(?:ssh|scp|sftp|rsync|mosh|ssh-copy-id)\b[^\n@|;&]{0,60}|\b(?:git|hg|svn)\s+clone )$")

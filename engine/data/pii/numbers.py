@@ -158,8 +158,9 @@ def ibans(scan: Scan) -> Iterator[tuple[int, int]]:
             yield at, end
             last = end
     for match in scan.matches(_IBAN_LOW):
-        end = _iban_end(scan.text, match.start()) if "iban" in scan.before(match.start(), 40).lower() else 0
-        if end:
+        end = _iban_end(scan.text, match.start())
+        said = "iban" in scan.before(match.start(), 40).lower()
+        if end and (said or not re.search("[a-z]", scan.text[match.start() + 2 : end])):  # else the words of a dump
             yield match.start(), end
 
 
@@ -189,12 +190,15 @@ def _iban_end(text: str, begin: int) -> int:
 # ---- US social security numbers ----
 
 _SSN = re.compile(
-    rf"{NOT_IN_NUMBER}(?!000|666|9)[0-9]{{3}}(?P<gap>[ .-]?)(?!00)[0-9]{{2}}(?P=gap)(?!0000)[0-9]{{4}}{NUMBER_ENDS}"
+    r"(?<![A-Za-z0-9_$€£¥])(?<![0-9][.:/-])(?!000|666|9)[0-9]{3}(?P<gap>[ .-]?)(?!00)[0-9]{2}(?P=gap)(?!0000)[0-9]{4}"
+    + NUMBER_ENDS
 )
 _SSN_WORD = re.compile(
-    r"(?i:\bssn?s?\b|social[ _-]?sec(?:urity|\.)?|\bsoc\.? ?sec\b|tax ?payer id|社会安全号码?)[^\n]{0,24}$|"
-    r"(?i:ssn)[\"']?[ :=,]{0,3}[\"']?$"
+    r"(?i:(?:\b|_)ssn?s?(?:\b|_)|social[ _-]?sec(?:urity|\.)?|\bsoc\.? ?sec\b|\bsocial\b|tax(?:[ -]?payer)?[ -]?id|"
+    r"\btin\b|"
+    r"社会安全号码?|社保号)[^\n]{0,32}(?:\n[ \t]{0,4})?$|(?i:ssn)[\"']?[ :=,#-]{0,3}[\"']?$"
 )
+_SSN_BEHIND = re.compile(r"[ )\"',;]{0,3}[(\[]?(?i:ssn|social security)")
 _ACCOUNT = re.compile(r"(?i:\b(?:accounts?|acct|a/c|member|loan)\b[^\n0-9]{0,12}$)")
 _NOBODYS_SSN = words(
     "123456789 078051120 219099999 111223333 123121234 457555462"
@@ -207,7 +211,8 @@ def us_ssns(scan: Scan) -> Iterator[tuple[int, int]]:
         digits = digits_of(match[0])
         if len(set(digits)) < 3 or digits in _NOBODYS_SSN:
             continue
-        said = _SSN_WORD.search(scan.before(match.start(), 48)) or _SSN_WORD.search(scan.heading(match.start()))
+        before, heading = scan.before(match.start(), 56), scan.heading(match.start())
+        said = _SSN_WORD.search(before) or _SSN_WORD.search(heading) or _SSN_BEHIND.match(scan.text, match.end())
         other = is_code(scan, match.start()) or _ACCOUNT.search(scan.before(match.start(), 32))
         if said or (match["gap"] == "-" and not other):
             yield match.span()

@@ -25,8 +25,11 @@ _LABELS = words(
     "rufen anruf whatsapp signal sms hotline helpline landline festnetz fixe fijo natel gsm contact kontakt "
     "contacto contactez call called calling dial text ring reach erreichbar erreichen anrufen appeler appelez "
     "appelle joignable llamar llama llame llámame llámenos llamanos chiamare chiama bel bellen telefoni "
-    "telefonisch tfon hp nummer rückruf t m telno mobileno ligue telemóvel telemovel fone телефон тел моб "
-    "звоните мобильный telefonu telefonszám"
+    "telefonisch tfon hp nummer rückruf t m telno mobileno ligue telemóvel telemovel fone телефон тел моб звоните "
+    "мобильный telefonu telefonszám zentrale sekretariat durchwahl telefonnr mobilfunk mobilfunknummer "
+    "notfallnummer festnetznummer rückrufnummer joindre standard composez rappeler rappelez secrétariat texto "
+    "teléfonos centralita llamad contacte telefonare fisso switchboard reception enquiries pager callback "
+    "voicemail voice texted dialed dialled phoned rang telephoned tty mobiltel"
 )
 _FILLERS = words(
     "no nr n number numbers nummer numero número numéro is me us him her them at on or and text call under unter "
@@ -40,8 +43,8 @@ _NUMBER_WORDS = words("number nummer numero número numéro")
 _CJK_LABELS = tuple(
     words(
         "电话 電話 手机 手機 座机 固话 传真 傳真 联系 聯絡 致电 拨打 拨 来电 热线 携帯 连络 連絡先 전화 연락처 휴대폰 "
-        "핸드폰 팩스 移动 电话号码 電話番号 전화번호 手机号 手机号码 手机号是 联系方式 联系人 电话是 ☎ 📞 📱 ✆ 🕿 ☏ "
-        "微信 短信"
+        "핸드폰 팩스 移动 电话号码 電話番号 전화번호 手机号 手机号码 手机号是 联系方式 联系人 电话是 客服 咨询 报名 "
+        "预约 总机 打给 联系我 手机为 电话为 ☎ 📞 📱 ✆ 🕿 ☏ 微信 短信"
     )
 )
 _LAST_WORD = re.compile(r"([^\W\d_]+)[1-9]?[^\w\n]{0,7}$")

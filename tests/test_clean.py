@@ -528,3 +528,16 @@ def test_what_was_left_out_and_noticed_of_the_inputs(tmp_path: Path, capsys: pyt
 
 def read_texts(folder: Path) -> list[str]:
     return [text for batch in Source.of([folder]).batches() for text in batch.texts]
+
+
+def test_an_evaluation_file_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    raw = jsonl(tmp_path / "raw.jsonl", ["a b c d e f"])
+    questions = Path(jsonl(tmp_path / "eval/questions.jsonl", ["b c d e"]))
+    for name in ("old-report.json", "old-dropped.jsonl"):  # of an earlier call
+        (questions.parent / name).write_text("{}")
+    rules = Rules(decontaminate=(str(questions.parent),), decontaminate_words=4)
+    report = clean([raw], str(tmp_path / "out.jsonl"), rules)
+    assert report is not None and report["dropped"] == {"contaminated": 1}
+    (questions.parent / "more.jsonl").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"evaluation file .*more\.jsonl: broken link: it leads to nowhere"):
+        clean([raw], str(tmp_path / "other.jsonl"), rules)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from engine.data import own
 from engine.data.ngrams import U64, ngram_hashes, ngram_hashes_of_any_number, words_and_numbers_of, words_of
 from engine.data.sources import Source
 from engine.errors import DataError
@@ -40,6 +41,10 @@ class Evaluations:
         short: list[int] = []
         for source in (Source.of([name], keys=tuple(keys)) for name in files):
             for file in source.files:
+                if file.drop is not None and file.drop.reason == own.REASON:
+                    continue
+                if file.drop is not None:
+                    raise DataError(f"evaluation file {file.drop}")
                 found, count, missed = [np.empty(0, np.uint64)], 0, 0
                 for batch in Source((file,), tuple(keys)).batches():
                     for drop in batch.drops:

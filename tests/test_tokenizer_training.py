@@ -195,6 +195,10 @@ def test_patterns_and_options_do_what_they_say() -> None:
         short = train(TEXTS[:3], kind=kind, max_token_length=longest)
         lengths = Counter(len(t) for t in tokens_of(short) if not t.startswith(("<|end", "<0x", "<unk>")))
         assert max(lengths) == 3 and lengths[3] > 20
+    least = next(n for n in range(258, 400) if not list(Recipe(n, "unigram").faults()))
+    for size in (least + 1, least + 9, 400):  # hardly any room: bytes
+        small = Tokenizer.train(iter(["中文测试文字"] * 9), size, kind="unigram")
+        assert small.vocab_size <= size and small.decode(small.encode("中文测试")) == "中文测试"
     piece = train(["字母很多的一句话，" + chr(0x4E00 + n) for n in range(99)], kind="wordpiece", limit_alphabet=9)
     assert piece.vocab_size < 40
     with pytest.raises(DataError, match=r"single characters .* --limit-alphabet"):

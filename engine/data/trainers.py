@@ -178,18 +178,19 @@ def _alphabet(counts: Counter[str], recipe: Recipe, room: int) -> set[str]:
     for word, count in counts.items():
         for char in word:
             seen[char] += count
-    wanted = (CHARACTER_COVERAGE if recipe.character_coverage is None else recipe.character_coverage) * seen.total()
+    coverage = CHARACTER_COVERAGE if recipe.character_coverage is None else recipe.character_coverage
+    wanted = coverage * seen.total()
     ordered = sorted(seen, key=lambda char: (-seen[char], char))
     summed = list(itertools.accumulate(seen[char] for char in ordered))
     enough = next((at + 1 for at, total in enumerate(summed) if total >= wanted), len(ordered))
     required = recipe.required_characters()
     if recipe.character_coverage is None:
-        enough = min(enough, max(room // 2 - len(required), 0))
+        enough = min(enough, max(1, (room - len(required)) // 2))
     alphabet = required | set(ordered[:enough])
     if len(alphabet) > room:
         raise DataError(
-            f"vocab_size = {recipe.vocab_size}: leaves room for {room} pieces, and a character coverage of "
-            f"{recipe.character_coverage} needs {len(alphabet):,} characters. Give more tokens or less coverage."
+            f"vocab_size = {recipe.vocab_size}: leaves room for {room} pieces, and {len(alphabet):,} characters "
+            f"have to be among them. Give more tokens or a smaller character coverage."
         )
     return alphabet
 

@@ -72,7 +72,7 @@ def test_what_no_definition_gives_sentencepiece_encodes(tmp_path: Path, kind: st
     if kind == "bpe":
         original = tie(path, ["QX", "XQ"], 0.0)
     chosen = Tokenizer.load(path)
-    assert chosen.own is not None and "instead of" in chosen.note
+    assert chosen.own is not None and ("instead of" if kind == "bpe" else "ties differ") in chosen.note
     texts = [
         "ofofor forfo",
         "か\u3099 ｶﾞ \u1112\u1161\u11ab ω\u0314\u0342\u0345",
@@ -95,6 +95,27 @@ def test_what_no_definition_gives_sentencepiece_encodes(tmp_path: Path, kind: st
     data = IndexedDataset(tmp_path / "out-train")
     assert [list(data[i]) for i in range(len(data))] == [ids for ids in original.encode(texts) if ids]
     assert Tokenizer.load(tmp_path / "out-tokenizer").digest == report.tokenizer_digest == chosen.digest
+
+
+def test_only_texts_with_symbols_need_sentencepiece(tmp_path: Path) -> None:
+    """As in Mistral's .model.v3: a text that begins with a symbol has a blank before it."""
+    path, options = tmp_path / "m.model", {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    original = trained(path, model_type="bpe", user_defined_symbols=["[REF]"], **options)
+    texts = ["[REF] one", "two", "a [REF][REF] b", "", "   three\n", *TEXTS[:5]]
+    chosen = Tokenizer.load(path)
+    chosen.save(tmp_path / "folder")
+    for tokenizer in (chosen, Tokenizer.load(tmp_path / "folder")):
+        assert tokenizer.own is not None and tokenizer.near
+        encoder = encoder_module.Encoder(tokenizer)
+        assert encoder.name.startswith("gigatoken") and "user-defined symbols by sentencepiece" in encoder.name
+        for some in (texts, texts[:1], texts[1:2]):
+            ids, lengths = encoder.encode_checked(some)
+            assert [list(x) for x in np.split(ids, np.cumsum(lengths)[:-1])] == original.encode(some)
+    prefixless = trained(
+        path, model_type="bpe", user_defined_symbols=["▁▁", "[REF]"], add_dummy_prefix=False, **options
+    )
+    exact = Tokenizer.load(path)  # as Gemma's
+    assert exact.own is None and [exact.encode(text) for text in texts] == prefixless.encode(texts)
 
 
 def test_texts_to_compare_on_are_what_the_docs_say() -> None:
@@ -190,7 +211,7 @@ def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert changed.own is not None and (loads(0).digest, loads(0).note) == (changed.digest, changed.note)
     monkeypatch.setattr(kept, "_MOST_ENTRIES", 2)
     trained(path, model_type="unigram")
-    loads(1)
+    assert loads(1).own is not None
     assert len(list(cache.iterdir())) == 2
     for impossible in (Path("/dev/null/cache"), Path("/proc/none")):
         monkeypatch.setattr(kept, "folder", lambda where=impossible: where)

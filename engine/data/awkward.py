@@ -11,7 +11,6 @@ import tokenizers
 
 from engine.errors import DataError, shown
 
-Pieces = Sequence[tuple[str, float]]  # spelling and log-probability of every id
 Ids = Sequence[Sequence[int]]
 _BATCH = 256
 
@@ -39,10 +38,9 @@ _MOST_SEQUENCES = 20_000
 
 
 class Original(Protocol):
-    """The library that a tokenizer's file is for. `name`: with its version; `likely`: pieces, if ties may differ."""
+    """The library that a tokenizer's file is for. `name`: with its version."""
 
     name: str
-    likely: Pieces | None
 
     def encode_batch(self, texts: Sequence[str]) -> Ids: ...
 
@@ -103,27 +101,15 @@ def compare(
     original: Original,
     texts: Sequence[str],
 ) -> None:
-    """Raises Difference with the first ids that are not the original's, ties aside."""
+    """Raises Difference with the first ids that are not the original's."""
     for at in range(0, len(texts), _BATCH):
         some = texts[at : at + _BATCH]
         for text, ids, right in zip(some, mine(some), original.encode_batch(some)):
             ids, right = list(ids), list(right)
-            if ids == right or (original.likely and equally_likely(ids, right, original.likely)):
+            if ids == right:
                 continue
             place = next((i for i, (a, b) in enumerate(zip(ids, right)) if a != b), min(len(ids), len(right)))
             raise Difference(
                 f"of {shown(text)} token {place} and those behind it are {ids[place : place + 4]} instead of "
                 f"{right[place : place + 4]}, which {original.name} gives"
             )
-
-
-def equally_likely(mine: Sequence[int], right: Sequence[int], pieces: Pieces) -> bool:
-    """Whether two cuts of a text into (piece, log-probability) tell the same text and are a tie in float32.
-
-    "0" + "00" and "00" + "0" are one: sentencepiece adds scores up in float32 and `tokenizers` in float64, so either
-    may come out of either.
-    """
-    (a, score), (b, other) = (
-        ("".join(pieces[i][0] for i in ids), math.fsum(pieces[i][1] for i in ids)) for ids in (mine, right)
-    )
-    return a == b and math.isclose(score, other, rel_tol=1e-6)

@@ -46,7 +46,10 @@ class Encoder:
         self._original = tokenizer.original() if tokenizer.original is not None else None
         self._first_chars = _FIRST_CHARS  # still to be compared with the original
         if tokenizer.own is not None:
-            self.name, self.note, fast = tokenizer.own.name, f"no tokenizer.json gives its ids: {tokenizer.note}", False
+            self.name, self.note = tokenizer.own.name, f"no tokenizer.json gives its ids: {tokenizer.note}"
+            fast = fast and tokenizer.near and tokenizer.spelled_special is None
+            self._original = tokenizer.own if fast else None
+        self._reference = self.name
         self._fast: Any = self._load_fast() if fast else None
         if self._fast is not None:
             try:
@@ -54,7 +57,11 @@ class Encoder:
             except Mismatch as err:
                 self._fast, self.note = None, str(err)
             else:
-                self.name = f"gigatoken {version('gigatoken')}"
+                own = f", texts with user-defined symbols by {self.name}" if tokenizer.own is not None else ""
+                self.name, self.note = f"gigatoken {version('gigatoken')}{own}", ""
+
+        if tokenizer.own is not None and self._fast is None:
+            self._original = None  # it encodes itself
 
     @property
     def is_threaded(self) -> bool:
@@ -81,7 +88,7 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids of all texts one after the other, int32 [T], and the length of each, int32 [texts]."""
         if self._fast is not None:
-            return self._encode_fast(texts)
+            return self._encode_near(texts)
         ids = self._tokenizer.encode_batch(texts)
         lengths = np.array([len(piece) for piece in ids], np.int32)
         return (np.concatenate(ids) if ids else np.empty(0, np.int32)), lengths
@@ -93,6 +100,18 @@ class Encoder:
         self.check(texts)
         self._check_original(texts)
         return self.encode(texts)
+
+    def _encode_near(self, texts: Sequence[str]) -> Encoded:
+        """By gigatoken, but for texts with a symbol that only sentencepiece takes as it does."""
+        own = self._tokenizer.own
+        if own is None or own.symbols is None or not any(having := [bool(own.symbols.search(text)) for text in texts]):
+            return self._encode_fast(texts)
+        plain = [text for text, has in zip(texts, having) if not has]
+        ids, lengths = self._encode_fast(plain) if plain else (np.empty(0, np.int32), np.empty(0, np.int32))
+        others = iter(np.split(ids, np.cumsum(lengths)[:-1]))
+        by_own = iter(own.encode_batch([text for text, has in zip(texts, having) if has]))
+        pieces = [np.array(next(by_own), np.int32) if has else next(others) for has in having]
+        return np.concatenate(pieces), np.array([len(piece) for piece in pieces], np.int32)
 
     def _encode_fast(self, texts: Sequence[str]) -> Encoded:
         # On this thread: several that share one encoder cost half the processor time of the library's own pool.
@@ -107,13 +126,13 @@ class Encoder:
             return
         step = 1 if whole else max(1, len(texts) // _SAMPLES)
         samples = list(texts) if whole else [text[:_SAMPLE_CHARS] for text in texts[::step][:_SAMPLES]]
-        ids, lengths = self._encode_fast(samples)
+        ids, lengths = self._encode_near(samples)
         wanted = [self._tokenizer.encode(text) for text in samples]
         for text, mine, right in zip(samples, np.split(ids, np.cumsum(lengths)[:-1]), wanted):
             if not np.array_equal(mine, right):
                 at = next((i for i, (a, b) in enumerate(zip(mine, right)) if a != b), min(len(mine), len(right)))
                 raise Mismatch(
-                    f"gigatoken {version('gigatoken')} differs from tokenizers at token {at} of {text[:60]!r}: "
+                    f"gigatoken {version('gigatoken')} differs from {self._reference} at token {at} of {text[:60]!r}: "
                     f"{mine[at : at + 3].tolist()} instead of {right[at : at + 3]}"
                 )
 
@@ -134,7 +153,8 @@ class Encoder:
         try:
             compare(self._split, self._original, samples)
         except Difference as err:
-            raise Mismatch(f"the tokenizer.json made from the file differs from it: {err}", original=True) from err
+            converted = self._tokenizer.own is None
+            raise Mismatch(f"the tokenizer.json made from the file differs from it: {err}", converted) from err
 
     def _split(self, texts: Sequence[str]) -> list[list[int]]:
         ids, lengths = self.encode(texts)

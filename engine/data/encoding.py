@@ -93,7 +93,7 @@ class Work:
             raise DataError(
                 f"{difference}. All has to be encoded anew, and standard input cannot be read again: {again}."
             )
-        right = "sentencepiece itself" if original else "the slower `tokenizers`, which is right"
+        right = "sentencepiece itself" if self.tokenizer.own is not None else "the slower `tokenizers`, which is right"
         warnings.warn(f"{difference}. All of it is encoded anew by {right}; please report the text.", stacklevel=3)
         self.totals = self._start()
         self.totals.fallback, self.totals.by_original = difference, original

@@ -49,16 +49,20 @@ _PLAIN = {
 
 # In a tokenizer_config.json: why the ids of the .model beside it are sentencepiece's own, so that this stays so.
 _MARK = "ids_by_sentencepiece"
+_NEAR = (
+    "but_for_symbols"  # beside it: true, if the ids of a text without user-defined symbols are those of `tokenizers`
+)
 
 
 @dataclass(frozen=True)
 class Converted:
     """`definition`: text of a tokenizer.json; `end`: the token that ends documents; `difference`: where its ids are not
-    those of the original, empty if there is none."""
+    those of the original, empty if there is none; `near`: of texts without a user-defined symbol they are."""
 
     definition: str
     end: str | None
     difference: str = ""
+    near: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,14 @@ def made_from(found: Found, parse_special: bool = False) -> Tokenizer:
     """The tokenizer of what was found. Raises DataError if the file is damaged or cannot be converted exactly."""
     made = _converted(found)
     own = _sentencepiece(found) if made.difference else None
-    companions = companions_of(made.end, own, made.difference)
+    companions = companions_of(made.end, own, made.difference, made.near)
     compared = found.kind in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN) and own is None
     return Tokenizer(
         made.definition,
         companions,
         parse_special,
         own=own,
+        near=made.near,
         note=made.difference,
         original=partial(original, found) if compared else None,
     )
@@ -125,10 +130,11 @@ def _converted(found: Found) -> Converted:
 
     def make() -> dict[str, str]:
         made = _convert(found)
-        return {"definition": made.definition, "end": made.end or "", "difference": made.difference}
+        near = "yes" if made.near else "no"
+        return {"definition": made.definition, "end": made.end or "", "difference": made.difference, "near": near}
 
-    facts = cached(key, make, ("definition", "end", "difference"))
-    return Converted(facts["definition"], facts["end"] or None, facts["difference"])
+    facts = cached(key, make, ("definition", "end", "difference", "near"))
+    return Converted(facts["definition"], facts["end"] or None, facts["difference"], facts["near"] == "yes")
 
 
 def _convert(found: Found) -> Converted:
@@ -138,7 +144,9 @@ def _convert(found: Found) -> Converted:
 
         model = _sentencepiece(found)
         definition = to_json(model)
-        return Converted(definition, model.end, str(found.config.get(_MARK) or difference(model, definition)))
+        if _MARK in found.config:
+            return Converted(definition, model.end, str(found.config[_MARK]), found.config.get(_NEAR) is True)
+        return Converted(definition, model.end, *difference(model, definition))
     if found.kind in (_TIKTOKEN, _TEKKEN):
         from engine.data.ranks import Tiktoken
 
@@ -231,11 +239,13 @@ def _config(path: Path, kind: str) -> dict[str, Any]:
     return said
 
 
-def companions_of(end: str | None, own: Sentencepiece | None = None, difference: str = "") -> dict[str, bytes]:
+def companions_of(
+    end: str | None, own: Sentencepiece | None = None, difference: str = "", near: bool = False
+) -> dict[str, bytes]:
     """What lies beside a converted tokenizer: its end token, and a .model of which no tokenizer.json gives the ids."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if own is not None:  # which class transformers takes for a .model follows from the model's config.json
-        config = {_MARK: difference}
+        config = {_MARK: difference, _NEAR: near}
     special = {"eos_token": end} if end is not None else {}
     beside = {
         "tokenizer_config.json": json.dumps({**config, **special}).encode(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
-from engine.data.awkward import Difference, Pieces, compare, encode_plain, texts_for
+from engine.data.awkward import Difference, compare, encode_plain, texts_for
 from engine.errors import DataError, cut
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pieces
@@ -42,7 +43,10 @@ class Sentencepiece:
             raise DataError(f"{path}: a word or character model, expected BPE or unigram. Choose another tokenizer.")
         self.name = f"sentencepiece {version('sentencepiece')}"
         pieces = [(piece.piece, float(piece.score)) for piece in self.proto.pieces]
-        self.likely: Pieces | None = pieces if self.proto.trainer_spec.model_type == _UNIGRAM else None
+        self.is_unigram = self.proto.trainer_spec.model_type == _UNIGRAM
+        symbols = [re.escape(piece.piece) for piece in self.proto.pieces if piece.type == _USER_DEFINED]
+        # The texts that have one are matched on before anything else happens to them.
+        self.symbols = re.compile("|".join(symbols).replace("▁", "[ ▁]")) if symbols else None
         end = self._processor.eos_id()
         self.end = pieces[end][0] if end >= 0 else None
 
@@ -60,27 +64,43 @@ def to_json(model: Sentencepiece) -> str:
     """The text of a tokenizer.json that is at least near a `.model`; `difference` says whether it gives its ids."""
     proto = model.proto
     tokenizer = tokenizers.Tokenizer(_piece_model(proto))
-    tokenizer.normalizer = _piece_normalizer(proto.normalizer_spec)
+    spec = proto.normalizer_spec
+    tokenizer.normalizer = _piece_normalizer(spec)
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if proto.normalizer_spec.add_dummy_prefix:
+    if spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
     control = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
     own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in own])
+    plain = not (spec.add_dummy_prefix or spec.remove_extra_whitespaces or spec.precompiled_charsmap)
+    # Found in the normalised text, where blanks are "▁", unless normalising a symbol itself gives something else.
+    tokenizer.add_tokens([AddedToken(text, normalized=plain, special=False) for text in own])
     return str(tokenizer.to_str())
 
 
-def difference(model: Sentencepiece, definition: str) -> str:
-    """The first of many texts of which the definition gives other ids, equally likely pieces aside; "" if none."""
+def difference(model: Sentencepiece, definition: str) -> tuple[str, bool]:
+    """The first of many texts of which the definition gives other ids, "" if none; and whether there is none among the
+    texts without a user-defined symbol.
+    """
+    if model.is_unigram:  # 0|00 or 00|0: no comparison on other texts tells which comes out
+        return f"{model.name} adds the scores of a unigram model up in another precision, so ties differ", False
     mine = encode_plain(tokenizers.Tokenizer.from_str(definition))
     spelled = [piece.piece.replace("▁", " ") for piece in model.proto.pieces if piece.type != _BYTE]
+    texts = [*texts_for(spelled), *_overlaps(model.proto)]
     try:
-        compare(mine, model, [*texts_for(spelled), *_overlaps(model.proto)])
+        compare(mine, model, texts)
     except Difference as err:
-        return str(err)
-    return ""
+        first = str(err)
+    else:
+        return "", True
+    if model.symbols is None:
+        return first, False
+    try:
+        compare(mine, model, [text for text in texts if not model.symbols.search(text)])
+    except Difference:
+        return first, False
+    return first, True
 
 
 def _overlaps(proto: Any) -> list[str]:

@@ -13,7 +13,7 @@ import orjson
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from engine.data.awkward import Difference, Pieces, compare, encode_plain, texts_for
+from engine.data.awkward import Difference, compare, encode_plain, texts_for
 from engine.data.patterns import words
 from engine.errors import DataError, shown
 
@@ -70,7 +70,6 @@ class Tiktoken:
         except Exception as err:  # it panics on a bad pattern, ...
             raise DataError(f"{path}: tiktoken does not take it: {err}. Copy it anew, or check its .json.") from err
         self.name = f"tiktoken {version('tiktoken')}"
-        self.likely: Pieces | None = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""

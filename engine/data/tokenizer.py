@@ -47,8 +47,9 @@ class Tokenizer:
     Attributes: `vocab_size` (largest id + 1, added tokens included: what a model's embedding has to hold),
     `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it, or of a .model's
     bytes), `own` (sentencepiece, where no tokenizer.json gives the ids of a .model: then it encodes), `note` (why),
-    `original` (loads the library that a converted file is for, to compare with), `unknown` (id of
-    what the vocabulary cannot express, None if there is none), `special_tokens` (their spellings), `special_ids`,
+    `near` (only texts with user-defined symbols need `own`), `original` (loads the library that a converted file is
+    for, to compare with), `unknown` (id of what the vocabulary cannot express, None if there is none),
+    `special_tokens` (their spellings), `special_ids`,
     `added_tokens` (spelling -> id of these and of the tokens that were added to be found in texts).
     """
 
@@ -59,6 +60,7 @@ class Tokenizer:
         parse_special: bool = False,
         *,
         own: Sentencepiece | None = None,
+        near: bool = False,
         note: str = "",
         original: Callable[[], Original] | None = None,
     ):
@@ -74,7 +76,7 @@ class Tokenizer:
         parsed = self._parsed = orjson.loads(definition)  # megabytes: read once
         canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         self.digest = hashlib.sha256(canonical.encode() if own is None else own.content).hexdigest()
-        self.own, self.note, self.original = own, note, original
+        self.own, self.near, self.note, self.original = own, near, note, original
         try:
             self._tokenizer = built.result()
         except Exception as err:  # the library raises bare Exception

@@ -197,7 +197,14 @@ def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     first = loads(1)
     assert (loads(0).digest, loads(0).own) == (first.digest, None)
     (entry,) = cache.iterdir()
-    for damage in (entry.read_bytes()[:-1], entry.read_bytes()[:-9] + b"X" + entry.read_bytes()[-8:], b"", b"{}"):
+    other = entry.read_bytes().replace(b"version", b"versiom", 1)
+    for damage in (
+        other,
+        entry.read_bytes()[:-1],
+        entry.read_bytes()[:-9] + b"X" + entry.read_bytes()[-8:],
+        b"",
+        b"{}",
+    ):
         entry.write_bytes(damage)
         assert loads(1).digest == first.digest and loads(0).eod == 2
     monkeypatch.setattr(kept, "_version", lambda name: "another")

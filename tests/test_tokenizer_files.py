@@ -12,6 +12,8 @@ import sentencepiece
 import tiktoken
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
+import engine.data.pieces as pieces_module
+import engine.data.ranks as ranks_module
 from engine.data.awkward import AWKWARD
 from engine.data.ranks import _ENCODINGS
 from engine.data.tokenizer import Tokenizer
@@ -19,6 +21,13 @@ from engine.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))[:4]]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are compared with their library on few texts here; test_originals.py is about those."""
+    for module in (pieces_module, ranks_module):
+        monkeypatch.setattr(module, "texts_for", lambda spellings: AWKWARD)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +97,7 @@ def test_bert_files_give_the_ids_of_bert(files: Path, tmp_path: Path, lower: boo
         Tokenizer.load(files / "json", lower_case=True)
 
 
-def test_sentencepiece_models_under_all_their_names(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("engine.data.pieces.texts_for", lambda spellings: AWKWARD)  # quick; test_originals.py compares
+def test_sentencepiece_models_under_all_their_names(files: Path, tmp_path: Path) -> None:
     original = sentencepiece.SentencePieceProcessor(model_file=str(files / "spm/tokenizer.model"))
     for name in (
         "tokenizer.model",

@@ -23,6 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are compared with their library on few texts here; test_originals.py is about those."""
+    for module in (pieces_module, ranks_module):
+        monkeypatch.setattr(module, "texts_for", lambda spellings: AWKWARD)
+
+
 def piece_model(folder: Path, kind: str, **options: object) -> Path:
     (folder / "text").write_text("\n".join(TEXTS))
     facts = {"model_type": kind, "vocab_size": 600, "byte_fallback": True, "minloglevel": 3, **options}
@@ -61,8 +68,7 @@ def rank_file(folder: Path, name: str = "mine") -> dict[bytes, int]:
 
 
 @pytest.mark.parametrize("name", ["cl100k_base", "o200k_base", "r50k_base"])
-def test_tiktoken_files_give_their_own_ids(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks_module, "texts_for", lambda spellings: AWKWARD)  # quick: the same are compared below
+def test_tiktoken_files_give_their_own_ids(tmp_path: Path, name: str) -> None:
     ranks, (pattern, _) = rank_file(tmp_path), ranks_module._ENCODINGS[name]
     special = {"<|endoftext|>": len(ranks) + 7}  # a gap before it, as in cl100k_base
     (tmp_path / "mine.json").write_text(json.dumps({"pattern": pattern, "special_tokens": special}))

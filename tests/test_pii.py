@@ -79,6 +79,44 @@ def test_places_in_folded_text_are_places_in_the_text() -> None:
         assert mask(text, find(text)) == masked
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a@b.example", "1+me@users.noreply.github.com", "you@yourdomain.com", "root@db.internal", "mail x@sub.test"),
+        *("+1 212 555 0147", "Tel. 020 7946 0123", "07700 900123", "06 39 98 12 34", "tel (02) 5550 1234"),
+        *(
+            "198.51.100.7",
+            "ip 2001:db8::9",
+            "3fff::7",
+            "4242 4242 4242 4242",
+            "SSN 078-05-1120",
+            "AKIAIOSFODNN7EXAMPLE",
+        ),
+    ],
+)
+def test_what_is_reserved_is_no_finding(text: str) -> None:
+    assert find(text) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "valid"),
+    [
+        *(("+33612345678", True), ("+336123456789", False), ("+3361234567", False), ("+330123456789", True)),
+        *(("+12127365000", True), ("+11127365000", False), ("+8613812345679", True), ("+861381234567", False)),
+        *(("+49 (0)30 9018 2247", True), ("+493", False), ("+9991234567890", False), ("+353871234567", True)),
+        *(("0044 20 7123 4567", True), ("00442071234567891", False), ("+4915112345678901", False)),
+    ],
+)
+def test_numbers_behind_a_plus_sign_have_the_length_of_their_country(number: str, valid: bool) -> None:
+    assert [(f.begin, f.end) for f in find(number, ["phone"])] == [(0, len(number))] * valid
+
+
+def test_a_heading_names_its_column_only_in_a_table() -> None:
+    table_text = "name;mobile;stock\nAnn;9820012345;9820012346\nBob;9820054321;9820054322"
+    assert [table_text[f.begin : f.end] for f in find(table_text)] == ["9820012345", "9820054321"]
+    assert find("mobile, and more\n9820012345 and no table") == []
+
+
 def test_check_digits() -> None:
     draw = random.Random(3)
     assert luhn("79927398713") and not luhn("79927398710")  # the example of the standard

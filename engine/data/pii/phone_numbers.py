@@ -94,7 +94,7 @@ _PLAN_LENGTHS = words(
 _PLANS = {
     code: (int(low), int(high)) for code, low, high in (re.split("[:-]", entry) for entry in sorted(_PLAN_LENGTHS))
 }
-_OTHER_PLANS = re.compile("2[1-6][0-9]|29[0-9]|3[578][0-9]|42[0-9]|5[09][0-9]|6[789][0-9]|8[058][0-9]|9[679][0-9]")
+_OTHER_PLANS = re.compile("(?:2[1-69]|3[578]|42|5[09]|6[789]|8[058]|9[67])[0-9]|99[2-8]")
 
 _DIALLED = words("31 32 33 34 39 41 43 44 45 46 47 48 49 81 82 86 91")  # behind 00 without a blank
 

@@ -86,7 +86,9 @@ def find(path: Path, merges: Path | None = None, lower_case: bool | None = None)
     if merges is not None and kind != _MERGES:
         raise DataError(f"{merges}: merges belong to a vocab.json, which {path} is not. Leave them out.")
     if lower_case is not None and kind != _WORDPIECE:
-        raise DataError(f"{path}: is no vocab.txt, so it says itself what happens to capital letters. Leave that out.")
+        raise DataError(
+            f"{path}: is no vocab.txt, so it says itself what happens to capital letters. Leave --lower-case out."
+        )
     if not kind:
         return None
     if kind == _MERGES:

@@ -174,7 +174,7 @@ class ByteStream:
 
     def shrank(self) -> bool:
         """Whether some of what a changed file held may have been gone before it was read."""
-        return os.fstat(self._raw.fileno()).st_size < self.file.num_bytes
+        return bool(self.changed()) and os.fstat(self._raw.fileno()).st_size < self.file.num_bytes
 
 
 def _open(file: InputFile) -> IO[bytes]:

@@ -131,17 +131,22 @@ class _FileReader:
             yield self._dropped("cannot be read", str(err), self.record + 1 if self.record else 0)
 
     def _watched(self, stream: ByteStream, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, and a word if the file was changed meanwhile."""
+        """The batches, and a word if the file was changed meanwhile: before the torn line that it may have become."""
+        kind, told = "changed while it was read", False
         try:
-            yield from batches
+            for batch in batches:
+                if batch.drops and not told and (told := stream.shrank()):
+                    batch.drops.insert(0, Drop(self.file.name, 0, kind, stream.changed()))
+                yield batch
         except BadStream as err:
             raise BadStream(f"{err}; {change}" if (change := stream.changed()) else str(err)) from err
-        if change := stream.changed():
-            cursor, consumed, kind = Cursor(self.number + 1), stream.consumed(), "changed while it was read"
+        if not told and (change := stream.changed()):
+            end = Batch(cursor=Cursor(self.number + 1), consumed=stream.consumed())
             if stream.shrank():
-                yield Batch(drops=[Drop(self.file.name, 0, kind, change)], cursor=cursor, consumed=consumed)
+                end.drops.append(Drop(self.file.name, 0, kind, change))
             else:
-                yield Batch(notes=[Note(self.file.name, kind, change)], cursor=cursor, consumed=consumed)
+                end.notes.append(Note(self.file.name, kind, change))
+            yield end
 
     def _format(self, stream: ByteStream) -> tuple[str, list[Note]]:
         """How the file is read: as asked, by its name, or by its first lines; and what to say of it."""

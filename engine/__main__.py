@@ -1,6 +1,13 @@
 """`python -m engine` (and `torchrun ... -m engine`) is the `engine` command."""
 
-from engine.cli import main
+import signal
+
+from engine.signals import ASKING
+
+# Until somebody answers them (engine.signals; or cli.py lets them through): imports take a tenth of a second.
+signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+
+from engine.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

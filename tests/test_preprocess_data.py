@@ -83,8 +83,8 @@ def test_a_command_of_megatron_works_as_it_is(
 
 def test_the_commands_of_the_readme(corpus: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """GPT-2's and BERT's files under their names there, and input under any name, as JSON lines."""
-    (corpus / "in.json").rename(corpus / "my-corpus.txt")
-    head = ["--input", str(corpus / "my-corpus.txt"), "--output-prefix", str(corpus / "my"), "--workers", "2"]
+    (corpus / "in.json").rename(corpus / "my-corpus.csv")  # whatever it is called
+    head = ["--input", str(corpus / "my-corpus.csv"), "--output-prefix", str(corpus / "my"), "--workers", "2"]
     made = Tokenizer.train(iter(TEXTS), 300)
     made.save(corpus / "tok")
     model = tokenizers.Tokenizer.from_file(str(corpus / "tok/tokenizer.json")).model
@@ -94,7 +94,7 @@ def test_the_commands_of_the_readme(corpus: Path, script: ModuleType, capsys: py
     assert stored(corpus / "my_text_document") == [[*made.encode(text), made.eod] for text in TEXTS]
     (corpus / "bert-vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "A", "text"]))
     bert = [*head, "--vocab-file", str(corpus / "bert-vocab.txt"), "--overwrite", "--tokenizer-type"]
-    (corpus / "my-corpus.txt").write_text('{"text": "A text"}\n')
+    (corpus / "my-corpus.csv").write_text('{"text": "A text"}\n')
     for kind, ids in {"BertWordPieceLowerCase": [4, 6], "BertWordPieceCase": [5, 6]}.items():
         assert script.main([*bert, kind]) == 0 and stored(corpus / "my_text_document") == [ids]
     assert "without [CLS] and [SEP]" in capsys.readouterr().out
@@ -144,7 +144,6 @@ def test_everything_refused_is_told_at_once(
     assert "none: no such file. Give" in capsys.readouterr().err
     assert set(faults(script)) == {"--input", "--output-prefix", "--tokenizer-model"}
     assert "invalid int value" in faults(script, *options, "--workers", "x")["arguments"]
-    assert "`engine prepare --json-key KEY" in faults(script, *options[2:], "--input", "x.parquet.gz")["--input"]
     assert "token ids" in faults(script, *options, "--tokenizer-type", "NullTokenizer")["--tokenizer-type"]
     assert set(faults(script, *options[:4], "--tokenizer-type", "GPT2BPETokenizer")) == {"--vocab-file"}
     here = corpus / "in.json"

@@ -11,10 +11,9 @@ import difflib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NoReturn
 
-from engine.data.inputs import COMPRESSIONS
 from engine.data.prepare import prepare
 from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, Fault
@@ -71,7 +70,6 @@ REFUSED = {
     "--ftfy": "Run `engine clean --fix-mojibake` first.",
     "--no-new-tokens": "Leave it out: no tokens are added.",
 }
-_TABLES = (".parquet", ".arrow", ".csv", ".tsv")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,11 +124,6 @@ def _unsupported(option: str, known: Sequence[str]) -> Fault:
 def _faults(args: argparse.Namespace) -> Iterator[Fault]:
     if not args.input:
         yield Fault("--input", "", "names nothing to read", "Give files of JSON lines.")
-    for name in args.input:
-        path = PurePosixPath(name)
-        if PurePosixPath(path.stem if path.suffix in COMPRESSIONS else path.name).suffix.lower() in _TABLES:
-            how = "Megatron's script reads JSON lines: give this to `engine prepare --json-key KEY --input ...`."
-            yield Fault("--input", name, "is a table", how)
     if not args.output_prefix:
         yield Fault("--output-prefix", "", "is missing", "Such as --output-prefix corpus/mine.")
     kind = args.tokenizer_type

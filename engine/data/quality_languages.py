@@ -50,8 +50,8 @@ class Language:
 
 def languages(option: str) -> dict[str, Language]:
     """ISO code -> language, for all that have rules."""
-    need("spacy", option)
     marks = sorted(need("datatrove.utils.text", option).TERMINAL_PUNCTUATION)
+    need("spacy", option)  # datatrove asks for it with the first document
     ends, stops = (".", "?", "!", *_CLOSERS), (*marks, "…", *_CLOSERS)
     found = {"en": Language("en")}
     for code, words in _STOP_WORDS.items():

@@ -20,6 +20,7 @@ _SAME_REQUEST_S = 2.0
 _SAME_KEYPRESS_S = 0.2
 _GRACE_S = 3.0  # for the main thread to end in order; a native call may hold it for minutes
 _LOOK_S = 0.2  # between looks, once a signal has come
+_IMPORTED_S = 0.02  # between looks whether an import has ended
 _SHOW_CURSOR = b"\x1b[?25h\n"  # which a progress bar had hidden
 
 
@@ -76,7 +77,8 @@ class Stopped(BaseException):
 class Interrupts(StopRequest):
     """The same signals end a verb that is no run of training: with one line on how to go on, and exit code 128 + n.
 
-    `Stopped` is raised in the main thread, wherever that is; within `deferred` by `check` alone. What holds the main
+    `Stopped` is raised in the main thread, wherever that is; within `deferred` by `check` alone, and not before an
+    import is done, since native modules crash when their initialisation ends by an exception. What holds the main
     thread (a native call, a pipe that nobody reads) has three seconds: then a thread that hears signals at once ends
     the process, unless within `sealing`. So does a second signal. `go_on`: what is kept, and what to do; called from
     either thread. A process that is forked meanwhile hears signals as before. With `heard` False (a call from a program
@@ -139,15 +141,22 @@ class Interrupts(StopRequest):
         signal.set_wakeup_fd(self._wakeup_before)
         os.write(self._wakeup, bytes(1))  # ends the thread
         os.close(self._wakeup)
+        if signal.SIGALRM in self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, before in self._before.items():
             signal.signal(number, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:  # the thread has not come to it yet
+        if self.signal is None and number in ASKING:  # the thread has not come to it yet
             self.signal = signal.Signals(number)
-        if not (self._deferred or self._raised):
-            self._raised = True  # once: what ends by it is not to be disturbed
-            raise Stopped
+        if self._deferred or self._raised:
+            return
+        if _importing(frame):
+            self._before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self._note))  # comes here again
+            signal.setitimer(signal.ITIMER_REAL, _IMPORTED_S)
+            return
+        self._raised = True  # once: what ends by it is not to be disturbed
+        raise Stopped
 
     def _watch(self) -> None:
         """Count the signals, and end the process if the main thread does not."""
@@ -167,6 +176,13 @@ class Interrupts(StopRequest):
             signal.set_wakeup_fd(-1)
             for number, before in self._before.items():
                 signal.signal(number, before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where `frame` is."""
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

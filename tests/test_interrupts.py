@@ -38,6 +38,8 @@ with signals.interruptible("do it again") as stop:
     if sys.argv[1] == "python": time.sleep(60)
     if sys.argv[1] == "ignored": time.sleep(0.2)
     if sys.argv[1] == "native": native()
+    if sys.argv[1] == "import": sys.path.insert(0, sys.argv[2]); import slow
+    if sys.argv[1] == "import": pause()
     if sys.argv[1] == "deferred": wait(stop.deferred())
     if sys.argv[1] == "sealing":
         with stop.deferred(), stop.sealing(): time.sleep(0.9); print("sealed", flush=True)
@@ -86,15 +88,32 @@ def test_a_signal_ends_it(doing: str, sent: list[str], code: int, said: str, lea
     assert time.monotonic() - began >= least_s
 
 
-@pytest.mark.parametrize(("verb", "code", "line"), [("inspect", 143, "nothing is written"), ("doctor", -15, "")])
-def test_a_signal_that_came_while_modules_were_loaded(verb: str, code: int, line: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "code", "line"),
+    [
+        ("engine/__main__.py inspect", 143, "nothing is written"),
+        ("engine/__main__.py doctor", -15, ""),
+        ("tools/preprocess_data.py --input a --tokenizer-model a --output-prefix a", 143, "nothing is written"),
+    ],
+)
+def test_a_signal_that_came_while_modules_were_loaded(program: str, code: int, line: str) -> None:
     """It is answered as soon as somebody listens, or does what it always does."""
     early = (
-        f"import os, signal, sys, engine.__main__ as m; os.kill(os.getpid(), 15); sys.argv[1:] = ['{verb}']; m.main()"
+        "import os, runpy, sys, engine.signals, signal as s; block = s.pthread_sigmask\n"
+        "s.pthread_sigmask = lambda *a: (block(*a), a[0] == s.SIG_BLOCK and os.kill(os.getpid(), 15))\n"
+        f"sys.argv = {program.split()}; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     process = start(["-c", early])
     _, errors = process.communicate(timeout=20)
     assert process.returncode == code and line in errors and errors.count("\n") == bool(line), errors
+
+
+def test_an_import_is_finished_before_the_end(tmp_path: Path) -> None:
+    """Native modules (orjson's is one) crash when their initialisation ends by an exception."""
+    (tmp_path / "slow.py").write_text("import os, time\nos.kill(os.getpid(), 15)\ntime.sleep(0.1)\nprint('imported')")
+    out, errors = (process := start(["-c", BUSY, "import", str(tmp_path)])).communicate(timeout=20)
+    assert (process.returncode, errors) == (143, LINE.format("SIGTERM"))
+    assert out.startswith("ready\nimported\n")
 
 
 def test_what_waits_for_items_is_stopped_and_waits_for_nothing_more() -> None:

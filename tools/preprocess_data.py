@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from engine.signals import ASKING, Interrupts, interruptible
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)  # until `interruptible` answers them
+
 from engine.data.prepare import prepare
 from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, Fault
 from engine.monitor.prepared import prepare_progress, show_prepared
-from engine.signals import Interrupts, interruptible
 
 # The tokenizer: of which option, and whether BERT's texts are put in lower case first.
 TOKENIZER_TYPES: dict[str, tuple[tuple[str, ...], bool | None]] = {

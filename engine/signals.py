@@ -189,14 +189,14 @@ def _importing(frame: FrameType | None) -> bool:
 def interruptible(go_on: str) -> Iterator[Interrupts]:
     """Within, signals end this process as Interrupts says; `go_on` is what the line says until it is set anew.
 
-    A native library may take Stopped for its own failure: an error that comes after a signal is not told.
+    A native library may take Stopped for its own failure (Rust's is no Exception): it is not told after a signal.
     """
     stop = Interrupts(go_on)
     try:
         stop._deferred = False
         stop.check()
         yield stop
-    except (Exception, Stopped):
+    except BaseException:
         if not stop:
             raise
         sys.stdout.flush()

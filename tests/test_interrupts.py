@@ -37,6 +37,9 @@ with signals.interruptible("do it again") as stop:
     print("ready", flush=True)
     if sys.argv[1] == "python": time.sleep(60)
     if sys.argv[1] == "ignored": time.sleep(0.2)
+    if sys.argv[1] == "panic":
+        try: time.sleep(60)
+        except signals.Stopped: raise type("PanicException", (BaseException,), {})  # as pyo3's
     if sys.argv[1] == "native": native()
     if sys.argv[1] == "import": sys.path.insert(0, sys.argv[2]); import slow
     if sys.argv[1] == "import": pause()
@@ -68,6 +71,7 @@ def start(command: list[str], **pipes: int) -> subprocess.Popen[str]:
         ("python", ["SIGTERM"], 143, "", 0),
         ("python", ["SIGHUP"], 129, "", 0),
         ("ignored", ["SIGHUP"], 0, "", 0),  # as nohup has it
+        ("panic", ["SIGINT"], 130, "", 0),
         ("native", ["SIGTERM"], 143, "", 0.4),
         ("native", ["SIGINT", "SIGTERM"], 143, "", 0),  # a second one ends at once
         ("deferred", ["SIGINT"], 130, "", 0),

@@ -55,7 +55,8 @@ class Work:
         if parts.state is not None:
             done = f"{self.totals.documents:,} documents in {parts.num_shards} shards"
             job.note(f"going on with {job.parts}: {done} are done")
-        self.encoder = Encoder(self.tokenizer, fast=job.fast and not self.totals.fallback)
+        with job.stop.deferred():  # gigatoken calls Python, and panics at Stopped
+            self.encoder = Encoder(self.tokenizer, fast=job.fast and not self.totals.fallback)
         self.encoder.note = self.totals.fallback or self.encoder.note
         parts.bytes_needed = self._bytes_needed
         job.stop.go_on = self._go_on

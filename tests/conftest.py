@@ -1,5 +1,7 @@
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 def no_kept_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizers are converted anew: tests plant faults in conversions, which must neither be hidden nor stay."""
     monkeypatch.setattr("engine.data.kept.folder", lambda: Path("/dev/null/none"))
+
+
+@pytest.fixture
+def for_all() -> Iterator[Path]:
+    """A folder that other users reach too: pytest's own are shut to them whenever another pytest begins."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,17 +116,16 @@ def test_a_limit_on_file_sizes(program: str, given: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("program", [PREPARE, CLEAN], ids=["prepare", "clean"])
-def test_a_folder_without_permission(program: str, given: Path, tmp_path: Path) -> None:
-    locked = tmp_path / "locked"
+def test_a_folder_without_permission(program: str, given: Path, for_all: Path) -> None:
+    locked = for_all / "locked"
     locked.mkdir()
     locked.chmod(0o555)
-    call = [sys.executable, "-c", program, str(given / "in"), str(locked / "sub" / "out"), str(given / "tok")]
-    if os.geteuid() == 0:  # whom permissions do not hold up: as nobody, who needs a way to all of this
+    shutil.copytree(given, for_all / "given")
+    (for_all / "given").chmod(0o755)
+    call = [sys.executable, "-c", program, *map(str, (for_all / "given/in", locked / "sub/out", for_all / "given/tok"))]
+    if os.geteuid() == 0:  # whom permissions do not hold up: as nobody
         if subprocess.run(["setpriv", "--version"], capture_output=True).returncode:
             pytest.skip("runs as root, and there is no setpriv")
-        for folder in (*tmp_path.parents, *given.parents, given, tmp_path):
-            if str(folder).startswith("/tmp/pytest-"):
-                folder.chmod(0o755)
         call = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *call]
         if subprocess.run(
             [*call[:4], sys.executable, "-c", "import engine.data.clean"], capture_output=True

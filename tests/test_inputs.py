@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import glob
 import gzip
 import io
 import json
@@ -159,29 +160,32 @@ def test_a_pipe_that_is_named_is_read_as_standard_input_is(
     assert read("-").texts == texts
 
 
-def test_files_that_may_not_be_read_stop(tmp_path: Path) -> None:
+def test_files_that_may_not_be_read_stop(for_all: Path) -> None:
     """As another user where the tests run as root."""
-    write(tmp_path / "in/a.txt", "text")
-    write(tmp_path / "in/secret.txt", "text").chmod(0)
-    write(tmp_path / "in/shut/b.txt", "text")
-    write(tmp_path / "in/blind/c.txt", "text")  # its names can be listed, its files not be reached
-    (tmp_path / "in/shut").chmod(0)
-    (tmp_path / "in/blind").chmod(0o444)
-    for folder in (tmp_path, *list(tmp_path.parents)[:-2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    write(for_all / "in/a.txt", "text")
+    write(for_all / "in/secret.txt", "text").chmod(0)
+    write(for_all / "in/shut/b.txt", "text")
+    write(for_all / "in/blind/c.txt", "text")  # its names can be listed, its files not be reached
+    (for_all / "in/shut").chmod(0)
+    (for_all / "in/blind").chmod(0o444)
     script = "import os, sys, engine.data.sources as s\nlist(s.Source.of([sys.argv[1]]).batches())\n"
     script += "if not os.getuid(): os.setuid(65534)\n"
-    script += "b = [b for b in s.Source.of([sys.argv[1]]).batches()]\n"
+    script += "b = [b for given in sys.argv[1:] for b in s.Source.of([given]).batches()]\n"
     script += "print([t for x in b for t in x.texts], *[f'{d}|{d.stops}' for x in b for d in x.drops], sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "in")], capture_output=True, text=True)
+    given = [str(for_all / name) for name in ("in", "in/*/*.txt", "in/**/a.txt")]
+    done = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True)
     for folder in ("shut", "blind"):
-        (tmp_path / "in" / folder).chmod(0o755)
+        (for_all / "in" / folder).chmod(0o755)
+    unread = ": cannot be read: cannot "
     assert done.stdout.splitlines() == [
-        "['text']",
-        f"{tmp_path}/in/secret.txt: cannot be read: Permission denied; check its permissions|True",
-        f"{tmp_path}/in/blind/c.txt: cannot be read: Permission denied; check its permissions|True",
-        f"{tmp_path}/in/shut: cannot be read: cannot list this folder: Permission denied. "
-        "Exclude it or fix its permissions.|True",
+        "['text', 'text']",
+        f"{for_all}/in/secret.txt: cannot be read: Permission denied; check its permissions|True",
+        f"{for_all}/in/blind/c.txt: cannot be read: Permission denied; check its permissions|True",
+        f"{for_all}/in/shut{unread}list this folder: Permission denied. Exclude it or fix its permissions.|True",
+        f"{for_all}/in/blind{unread}look into this folder: Permission denied. Fix its permissions.|True",
+        f"{for_all}/in/shut{unread}look into this folder: Permission denied. Fix its permissions.|True",
+        f"{for_all}/in/blind{unread}look into this folder: Permission denied. Fix its permissions.|True",
+        f"{for_all}/in/shut{unread}look into this folder: Permission denied. Fix its permissions.|True",
     ], done.stderr
 
 
@@ -338,3 +342,70 @@ def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, monkeypatc
         assert (whole.texts[-1] == "more") is grows
         assert bool(whole.notes) is grows  # what is gone is a fault, what came is not
         assert grows or (whole.drops[0].stops and whole.drops[0] in told)  # before the line that it tore
+
+
+# ---- globs ----
+
+
+def test_globs_find_what_pythons_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b/a.txt", "b/c/x.txt", "b/c/.h/x.txt", ".h/a.txt", "b/.x.txt", "a[1]/x.txt", "b-/x.txt"):
+        write(tmp_path / name, name)
+    for pattern in (
+        "*.txt",
+        "**/*.txt",
+        "b/**/*",
+        "**",
+        "*/*.txt",
+        "**/c/*",
+        "b/.*",
+        "*/**/x.txt",
+        "a[[]1]/*",
+        "./b*/*",
+    ):
+        for given in (pattern, f"{tmp_path}/{pattern}"):
+            expected = sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
+            found = [file.name for file in list_inputs([given]).files if file.drop is None]
+            assert found == expected != [], given
+
+
+def test_a_glob_reads_linked_folders_once_each(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.txt", "a")
+    write(tmp_path / "in/b/b.txt", "b")
+    (tmp_path / "in/b/up").symlink_to("..")
+    (tmp_path / "in/c").symlink_to("b")
+    batch = read(f"{tmp_path}/in/**/*.txt")
+    assert batch.texts == ["a", "b"] and not batch.notes
+    assert left_out(batch) == {"up": "linked folder", "c": "linked folder"}
+
+
+# ---- what is counted of tables and arrays ----
+
+
+def test_blank_lines_of_a_table_are_counted_and_hide_nothing(tmp_path: Path) -> None:
+    batch = read(write(tmp_path / "a.csv", '\n\ntext,id\na,1\n\n"",2\n'))
+    assert batch.texts == ["a", ""] and [record for _, record in batch.where] == [3, 5]
+    assert [(drop.record, drop.reason, drop.stops) for drop in batch.drops] == [
+        (record, "blank line", False) for record in (1, 2, 4)
+    ]
+    (drop,) = read(write(tmp_path / "b.csv", '"text,id\na,1\n')).drops
+    assert drop.reason == "cannot be read" and "the first row" in drop.detail
+
+
+def test_a_byte_that_is_no_text_costs_one_row_or_element(tmp_path: Path) -> None:
+    table = write(tmp_path / "a.csv", b"text,id\ncaf\xe9,1\nb,2\xe9\nc,3\n\0\0\0\0\0")
+    batch = read(table, keep_rest=True)
+    assert batch.texts == ["b", "c"] and batch.rest == [{"id": "2\\xe9"}, {"id": "3"}]
+    assert [(d.record, d.reason) for d in batch.drops] == [(1, "not UTF-8"), (4, "zero bytes")]
+    assert "line 2: byte 0xe9" in batch.drops[0].detail
+    array = write(tmp_path / "a.json", b'[{"text": "a"}, {"text": "\xe9"}, {"text": "c", "x": "\\udce9"}]')
+    batch = read(array)
+    assert batch.texts == ["a", "c"] and [(d.record, d.reason) for d in batch.drops] == [(2, "not UTF-8")]
+    assert "byte 0xe9" in batch.drops[0].detail
+
+
+@pytest.mark.parametrize("before", ["\n" * 40, '{"version": 1}\n', '{"version": 1}\n\n{"by": "me"}\n', "\ufeff\n  \n"])
+def test_json_lines_behind_something_else(tmp_path: Path, before: str) -> None:
+    batch = read(write(tmp_path / "a.log", before + line(text="a")))
+    assert batch.texts == ["a"] and [note.kind for note in batch.notes] == ["read as JSON lines"]
+    assert len(batch.drops) == before.count("\n")

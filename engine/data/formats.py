@@ -11,6 +11,7 @@ import csv
 import datetime
 import decimal
 import io
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class BadRecord:
 
     reason: str
     detail: str
+    stops: bool = True
 
 
 Rows = Iterator[tuple[Any, int]]
@@ -59,9 +61,16 @@ def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: 
         io.BufferedReader(_Raw(stream), _BLOCK_BYTES), encoding="utf-8-sig", errors="surrogateescape", newline=""
     )
     rows = csv.reader(lines, delimiter=separator, strict=True)
-    names = next(rows, None)
-    if not names:
-        return
+    names: list[str] = []
+    while not names:  # blank lines may stand before them
+        try:
+            names = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as err:
+            raise BadStream(f"the first row, which has the names of the columns, is malformed CSV: {err}") from err
+        if not names:
+            yield _BLANK, stream.consumed()
     for name in columns:
         if not _only([there for there in names if there == name], name):
             raise _absent(name, names)
@@ -76,16 +85,33 @@ def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: 
             reason = "too large" if "limit" in str(err) else "malformed CSV"
             yield BadRecord(reason, f"line {rows.line_num}: {err}"), stream.consumed()
             continue
-        if not row:
-            continue
-        if len(row) != len(names):
-            detail = f"line {rows.line_num}: {len(row)} fields, expected {len(names)} as in the first row"
-            yield BadRecord("malformed CSV", detail), stream.consumed()
-            continue
-        if any("\0\0" in field for field in row):
-            yield BadRecord("zero bytes", f"line {rows.line_num}: {ZERO_BYTES}"), stream.consumed()
-            continue
-        yield dict(zip(names, row)), stream.consumed()
+        yield _csv_row(row, names, columns, rows.line_num), stream.consumed()
+
+
+_BLANK = BadRecord("blank line", "", stops=False)
+_FOREIGN = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, with surrogateescape
+
+
+def _csv_row(row: list[str], names: Sequence[str], columns: Sequence[str], line: int) -> dict[str, str] | BadRecord:
+    """The object of a row, in whose text there are bytes of UTF-8 only; in other columns others are written `\\xe9`."""
+    if not row:
+        return _BLANK
+    if any("\0\0" in field for field in row):
+        return BadRecord("zero bytes", f"line {line}: {ZERO_BYTES}")
+    if len(row) != len(names):
+        detail = f"line {line}: {len(row)} fields, expected {len(names)} as in the first row"
+        return BadRecord("malformed CSV", detail)
+    found = dict(zip(names, row))
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        for name, field in found.items():
+            raw = field.encode("utf-8", "surrogateescape")
+            found[name] = raw.decode("utf-8", "backslashreplace")
+            if name in columns and (wrong := _FOREIGN.search(field)):
+                detail = f"line {line}: byte {ord(wrong[0]) - 0xDC00:#04x}. Convert the file to UTF-8."
+                return BadRecord("not UTF-8", detail)
+    return found
 
 
 def parquet_rows(stream: ByteStream, columns: Sequence[str], start: int, all_columns: bool = False) -> Rows:

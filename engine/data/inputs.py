@@ -20,6 +20,7 @@ from typing import Any
 
 from engine.data import own
 from engine.data.batch import Drop
+from engine.data.globs import Glob
 from engine.errors import DataError
 
 STDIN = "-"
@@ -114,14 +115,22 @@ class _Lister:
         elif os.path.lexists(given) or not glob.has_magic(given):
             yield self._named(given)
         else:
-            found = sorted(glob.glob(given, recursive=True))
-            if not found:
-                raise DataError(f"{given}: no file matches this glob. Check the path of this input.")
-            for folder, paths in itertools.groupby(found, os.path.dirname):
-                names = _names_in(folder or ".")
-                for path in paths:
-                    if not (os.path.isdir(path) and "**" in given):  # whose files it matches too
-                        yield from self._found(path, names, _look(path), explicit=True)
+            yield from self._glob(given)
+
+    def _glob(self, given: str) -> Iterator[InputFile]:
+        """What a glob matches, and the folders that it could not look into."""
+        looked = Glob()
+        found = looked.paths(given)
+        if not found and not looked.faults:
+            raise DataError(f"{given}: no file matches this glob. Check the path of this input.")
+        for folder, paths in itertools.groupby(found, os.path.dirname):
+            names = _names_in(folder or ".")
+            for path in paths:
+                yield from self._found(path, names, _look(path), explicit=True)
+        for path, why in looked.linked:
+            yield _left_out(path, "linked folder", why)
+        for path, why in looked.faults:
+            yield _left_out(path, "cannot be read", why, stops=True)
 
     def _new(self, file: InputFile, identity: object) -> InputFile:
         """The file, with the name of the same file before it."""
@@ -201,7 +210,9 @@ class _Lister:
                 yield _left_out(path, own.REASON, mine)
         elif not modes.S_ISREG(look.st_mode):
             kind = _KINDS.get(modes.S_IFMT(look.st_mode), "something else")
-            yield _left_out(path, "no regular file", f"it is {kind}; name it as an input if it is to be read")
+            named = modes.S_ISFIFO(look.st_mode) or modes.S_ISDIR(look.st_mode)
+            hint = "; name it as an input if it is to be read" if named else ""
+            yield _left_out(path, "no regular file", f"it is {kind}{hint}")
         else:
             yield self._local(path, look, explicit)
 

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from engine.data.bytestream import BadStream, ByteStream
+from engine.data.formats import BadRecord
 
 MAX_DEPTH = 100_000  # of arrays and objects; what is deeper is made to break readers
 _BLOCK_BYTES = 1 << 20
@@ -173,9 +174,13 @@ def first_element(head: bytes) -> Any:
 
 
 def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
-    """(value, stored bytes consumed): the elements of an array, or values one after the other with space between."""
-    incremental = codecs.getincrementaldecoder("utf-8-sig")("strict")
+    """(value, stored bytes consumed): the elements of an array, or values one after the other with space between.
+
+    A value with bytes that are no UTF-8 is a BadRecord.
+    """
+    incremental = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     text, at, ended, array, first = "", 0, False, False, True
+    foreign = False  # whether there was a byte that is no UTF-8, which is half a surrogate pair here
     while True:
         at = _skip(text, at)
         if at < len(text) and first:
@@ -195,10 +200,14 @@ def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
             try:
                 value, end = _DECODER.raw_decode(text, at)
                 if ended or end < len(text):  # else a number might go on in the next block
+                    if foreign and (half := _HALVES.search(text, at, end)):
+                        value = BadRecord("not UTF-8", f"byte {_byte(half[0])} in it. Convert the file to UTF-8.")
                     at = end
                     yield value, stream.consumed()
                     continue
             except json.JSONDecodeError as err:
+                if half := _HALVES.match(text, err.pos):
+                    raise BadStream(f"not UTF-8: byte {_byte(half[0])}; convert the file") from err
                 near = f"{err.msg} at {text[err.pos : err.pos + 20]!r}"
                 if ended:
                     raise BadStream(f"malformed JSON: {near}") from err
@@ -212,12 +221,22 @@ def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
         # As much again as there is: a large element is then parsed a few times, not once a block.
         more, ended = _read_text(stream, incremental, max(_BLOCK_BYTES, len(text) - at))
         text, at = text[at:] + more, 0
+        foreign = foreign or not _is_unicode(more)
 
 
 def _read_text(stream: ByteStream, decoder: codecs.IncrementalDecoder, size: int) -> tuple[str, bool]:
     """More text, and whether there is none behind it."""
     data = stream.read(size)
+    return decoder.decode(data, not data), not data
+
+
+def _is_unicode(text: str) -> bool:
     try:
-        return decoder.decode(data, not data), not data
-    except UnicodeDecodeError as err:
-        raise BadStream(f"not UTF-8: byte {err.object[err.start]:#04x}; convert the file") from err
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _byte(half: str) -> str:
+    return f"{ord(half) - 0xDC00:#04x}"

@@ -21,9 +21,10 @@ def recognised(stream: ByteStream, keys: Sequence[str], limit: int) -> tuple[str
     if head.lstrip(_BEFORE)[:1] not in (b"{", b"[") and b"\n{" not in head:  # most files
         return "text", "", ""
     quoted = ", ".join(map(repr, keys))
-    if lines_of_objects(stream, keys, limit):
+    objects = lines_of_objects(stream, limit)
+    if any(has_keys(value, keys) for value in objects):
         return "jsonl", "read as JSON lines", f"its first lines are objects with the key {quoted}"
-    if objects := lines_of_objects(stream, (), limit):
+    if objects:
         detail = f"its lines are JSON objects without the key {quoted}. The keys here are: {names_in(objects[0])}"
         return "text", "read as one text", f"{detail}; choose among them with --json-key"
     if has_keys(first_element(head), keys):
@@ -31,23 +32,23 @@ def recognised(stream: ByteStream, keys: Sequence[str], limit: int) -> tuple[str
     return "text", "", ""
 
 
-def lines_of_objects(stream: ByteStream, keys: Sequence[str], limit: int) -> list[dict[str, Any]]:
-    """The JSON objects with these keys among the first lines; [] unless most lines are such."""
+def lines_of_objects(stream: ByteStream, limit: int) -> list[dict[str, Any]]:
+    """The JSON objects among the first lines; [] unless most lines are such."""
     lines = [line for line in _first_lines(stream, limit) if line.strip()]
     if 2 * sum(line.lstrip()[:1] == b"{" for line in lines) <= len(lines):
         return []
-    objects = [value for value in map(_value, lines) if isinstance(value, dict) and has_keys(value, keys)]
+    objects = [value for value in map(_value, lines) if isinstance(value, dict)]
     return objects if 2 * len(objects) > len(lines) else []
 
 
 def _first_lines(stream: ByteStream, limit: int) -> list[bytes]:
-    """Whole lines. A first one that may be an object is waited for as long as a document may be."""
+    """Whole lines, behind blank ones. A first one that may be an object is waited for as long as a document may be."""
     size = _BLOCK_BYTES
-    head = stream.peek(size).removeprefix(_BOM)
-    if head.lstrip()[:1] == b"{":
-        while b"\n" not in head.lstrip() and len(stream.peek(size)) >= size and size <= limit:
+    head = stream.peek(size).lstrip(_BEFORE)
+    if head[:1] == b"{":
+        while b"\n" not in head and len(stream.peek(size)) >= size and size <= limit:
             size *= 4
-            head = stream.peek(size).removeprefix(_BOM)
+            head = stream.peek(size).lstrip(_BEFORE)
     lines = head.split(b"\n", _LINES)
     ended = len(stream.peek(size)) < size
     return lines[:_LINES] if ended and len(lines) <= _LINES else lines[:-1]

@@ -156,7 +156,7 @@ class _FileReader:
             detail = f"its bytes are those of a {stream.found} archive, whatever its name"
             notes.append(Note(self.file.name, "unpacked", detail))
         kind = self.asked or FORMATS.get(self.file.suffix, "")
-        if kind == "json" and lines_of_objects(stream, (), self.limit):
+        if kind == "json" and lines_of_objects(stream, self.limit):
             kind = "jsonl"
         if not kind:
             kind, noted, detail = recognised(stream, self.keys, self.limit)
@@ -341,7 +341,7 @@ class _FileReader:
     def _add_row(self, batch: Batch, value: Any, digest: xxhash.xxh3_128 | None) -> None:
         texts, drops = len(batch.texts), len(batch.drops)
         if isinstance(value, BadRecord):
-            self._drop(batch, value.reason, value.detail)
+            self._drop(batch, value.reason, value.detail, value.stops)
         else:
             self._add_record(batch, value)
         if digest:

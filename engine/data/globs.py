@@ -1,0 +1,89 @@
+"""What a glob matches, as Python's `glob` does, but each folder once below `**`, and what cannot be listed is told."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import glob
+import os
+import stat as modes
+from collections.abc import Callable, Iterator
+
+Unread = tuple[str, str]  # a path, and why it was not looked into
+
+
+class Glob:
+    """Looks for a pattern; afterwards `linked` and `faults` have the folders that were not looked into, and why."""
+
+    def __init__(self) -> None:
+        self.linked: list[Unread] = []
+        self.faults: list[Unread] = []
+
+    def paths(self, pattern: str) -> list[str]:
+        """The paths that match, sorted; folders too, but not where the pattern has all that is in them."""
+        parts = [part for part in pattern.split("/") if part]
+        found = set(self._below("/" if pattern.startswith("/") else "", parts))
+        if "**" in parts[-2:] and parts[-1] in ("*", "**"):
+            found = {path for path in found if not os.path.isdir(path)}
+        return sorted(found)
+
+    def _below(self, folder: str, parts: list[str]) -> Iterator[str]:
+        """What matches `parts` in a folder."""
+        part, rest = parts[0], parts[1:]
+        if part == "**":
+            yield from self._deep(folder, parts, {})
+        elif not glob.has_magic(part):
+            yield from self._inside(os.path.join(folder, part), rest)
+        else:
+            for name in self._names(folder):
+                if fnmatch.fnmatchcase(name, part) and (part[0] == "." or name[0] != "."):
+                    yield from self._inside(os.path.join(folder, name), rest)
+
+    def _deep(self, folder: str, parts: list[str], seen: dict[tuple[int, int], str]) -> Iterator[str]:
+        """What matches `parts`, of which the first is `**`; `seen`: the folders that it was in, by what they are."""
+        if (stat := self._look(folder or ".", os.stat)) is None:
+            return
+        if (first := seen.setdefault((stat.st_dev, stat.st_ino), folder)) != folder:
+            self._note(self.linked, folder, f"the same as {first or '.'}, which is read")
+            return
+        if rest := parts[1:]:
+            yield from self._below(folder, rest)
+        for name in self._names(folder):
+            path = os.path.join(folder, name)
+            if name[0] != ".":
+                if not rest:
+                    yield path
+                if self._is_folder(path):
+                    yield from self._deep(path, parts, seen)
+
+    def _inside(self, path: str, rest: list[str]) -> Iterator[str]:
+        if rest and self._is_folder(path):
+            yield from self._below(path, rest)
+        elif not rest and self._look(path, os.lstat):
+            yield path
+
+    def _is_folder(self, path: str) -> bool:
+        found = self._look(path, os.stat)
+        return found is not None and modes.S_ISDIR(found.st_mode)
+
+    def _look(self, path: str, look: Callable[[str], os.stat_result]) -> os.stat_result | None:
+        try:
+            return look(path)
+        except OSError as err:
+            self._missed(os.path.dirname(path), err)
+            return None
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            return sorted(os.listdir(folder or "."))
+        except OSError as err:
+            self._missed(folder, err)
+            return []
+
+    def _missed(self, folder: str, err: OSError) -> None:
+        if err.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            self._note(self.faults, folder, f"cannot look into this folder: {err.strerror}. Fix its permissions.")
+
+    def _note(self, here: list[Unread], folder: str, why: str) -> None:
+        if (folder, why) not in here:
+            here.append((folder, why))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -378,3 +379,16 @@ def test_questions_with_other_numbers_are_found(tmp_path: Path) -> None:
     assert "75 loaves at 17" in report["samples"]["dropped: contaminated"][0]["detail"]
     kept, _ = run(tmp_path, texts, Rules(decontaminate=(evaluation,), minhash=MinHash(bands=0), fold_numbers=False))
     assert kept == [changed, other_table, "all is well"]
+
+
+@needs_chinese
+@pytest.mark.parametrize("chinese", ["keep", "simplified", "traditional"])
+def test_questions_are_found_in_the_characters_of_the_documents(tmp_path: Path, chinese: Any) -> None:
+    questions = [
+        "小明有十二個蘋果，又買了十五個蘋果，請問現在一共還有多少個蘋果呢？",
+        "Où était l'élève né à l'été déjà brûlé",
+    ]
+    asked = jsonl(tmp_path / "asked.jsonl", [unicodedata.normalize("NFD", question) for question in questions])
+    rules = Rules(chinese=chinese, decontaminate=(asked,), decontaminate_words=8)
+    kept, report = run(tmp_path, [*(f"前言。{question}" for question in questions), "另一篇文章。"], rules)
+    assert len(kept) == 1 and report["dropped"] == {"contaminated": 2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from engine.data.language import language_by_script
 from engine.data.libraries import need
 
 Chinese = Literal["keep", "simplified", "traditional"]
@@ -12,11 +13,14 @@ _CONFIGS = {"simplified": "t2s", "traditional": "s2t"}
 
 
 def chinese_converter(to: Chinese) -> Callable[[str], str] | None:
-    """Writes Chinese with simplified or traditional characters; None for `keep`.
-
-    It changes kanji too: ask `language_by_script` first.
-    """
+    """Writes Chinese with simplified or traditional characters and leaves Japanese and Korean; None for `keep`."""
     if to == "keep":
         return None
     how = "Install the extra: pip install 'trident-engine[chinese]'"
-    return need("opencc", f"--chinese {to}", how).OpenCC(_CONFIGS[to]).convert
+    opencc = need("opencc", f"--chinese {to}", how).OpenCC(_CONFIGS[to])
+    return lambda text: text if text.isascii() or other_language(text) else opencc.convert(text)
+
+
+def other_language(text: str) -> str:
+    """`ja` or `ko`, whose characters OpenCC would change too; else ""."""
+    return code if (code := language_by_script(text)) in ("ja", "ko") else ""

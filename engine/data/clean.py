@@ -53,7 +53,7 @@ from engine.signals import Interrupts
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 EXECUTORS = ("here", "local", "slurm", "ray")
-_VERSION = 3  # of the parts; changes when a rule's code gives another result
+_VERSION = 4  # of the parts; changes when a rule's code gives another result
 
 
 @dataclass(frozen=True)

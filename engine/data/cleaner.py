@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.data import pii
-from engine.data.chinese import Chinese, chinese_converter
+from engine.data.chinese import Chinese, chinese_converter, other_language
 from engine.data.contamination import Evaluations
-from engine.data.language import Detector, language_by_script, language_filter
+from engine.data.language import Detector, language_filter
 from engine.data.libraries import need
 from engine.data.ngrams import MinHash
 from engine.data.normalise import normalise
@@ -50,9 +50,10 @@ class Rules:
     minhash: MinHash = field(default_factory=MinHash)
 
     def evaluations(self) -> Evaluations:
-        """What must not be in the training data, read from its files."""
+        """What must not be in the training data, read from its files and written as the documents are."""
+        convert = chinese_converter(self.chinese)
         return Evaluations.read(
-            self.decontaminate, self.decontaminate_keys, self.decontaminate_words, self.fold_numbers
+            self.decontaminate, self.decontaminate_keys, self.decontaminate_words, self.fold_numbers, convert
         )
 
 
@@ -194,11 +195,10 @@ class Cleaner:
         """Chinese in the characters that are wanted."""
         if self.convert is None or text.isascii():
             return text
-        if (code := language_by_script(text)) in ("ja", "ko"):
-            self.counts.not_applied[f"--chinese: {code}"] += 1
-            return text
         if (converted := self.convert(text)) != text:
             self.counts.changed[f"{self.rules.chinese} Chinese"] += 1
+        elif code := other_language(text):
+            self.counts.not_applied[f"--chinese: {code}"] += 1
         return converted
 
     def _judge_of(self, text: str) -> Callable[[str], tuple[str, str]] | None:

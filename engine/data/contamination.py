@@ -7,7 +7,7 @@ cannot be found this way; it is counted, so that nobody takes silence for cleanl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,18 @@ class Evaluations:
     short_items: tuple[int, ...]  # of each file: shorter than `words`, not looked for
 
     @classmethod
-    def read(cls, files: Sequence[str], keys: Sequence[str], words: int, fold_numbers: bool) -> Evaluations:
-        """Read evaluation files; any fault in them stops, as what is not read would not be looked for."""
+    def read(
+        cls,
+        files: Sequence[str],
+        keys: Sequence[str],
+        words: int,
+        fold_numbers: bool,
+        convert: Callable[[str], str] | None = None,
+    ) -> Evaluations:
+        """Read evaluation files; any fault in them stops, as what is not read would not be looked for.
+
+        `convert`: what was done to the documents' characters.
+        """
         hashes, origins = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         names: list[str] = []
         items: list[int] = []
@@ -51,7 +61,7 @@ class Evaluations:
                         if drop.stops:
                             raise DataError(f"evaluation file {drop}")
                     for text in batch.texts:
-                        grams = _grams(text, words, fold_numbers)[1]
+                        grams = _grams(convert(text) if convert else text, words, fold_numbers)[1]
                         count, missed = count + 1, missed + (not grams.size)
                         found.append(grams)
                 if not count:

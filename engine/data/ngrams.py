@@ -13,6 +13,7 @@ all shingles puts the same one first in both. `rows` such minima make a band; te
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +37,17 @@ _ORDERS_SEED = 0x7261_6E6B
 
 def words_of(text: str) -> list[str]:
     """The words of a text, in order."""
-    return _WORD.findall(fold_width(text, "all").lower())
+    return _WORD.findall(_folded(text))
+
+
+def _folded(text: str) -> str:
+    """Without what makes no other word: composed or not, wide or not, capital or not."""
+    return unicodedata.normalize("NFC", fold_width(text, "all").lower())
 
 
 def words_and_numbers_of(text: str) -> list[str]:
     """The same, where a number is one word, its digits: 1,000 is 1000."""
-    found: list[str] = _WORD_OR_NUMBER.findall(fold_width(text, "all").lower())
+    found: list[str] = _WORD_OR_NUMBER.findall(_folded(text))
     return [_NOT_DIGIT.sub("", word) if word[0].isdecimal() else word for word in found]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +71,7 @@ def test_a_command_of_megatron_works_as_it_is(
     assert done.returncode == 0, done.stderr
     assert "note: --partitions has no meaning here" in done.stdout
     chosen = Tokenizer.load(corpus / "tok")
+    Tokenizer.train(iter(TEXTS), 300, special_tokens=("</s>", "<s>")).save(corpus / "bos")
     for key, texts in {"text": TEXTS, "title": [f"{text[:6]}\nx" for text in TEXTS]}.items():
         data = IndexedDataset(corpus / f"my_{key}_document", chosen.vocab_size)
         assert [list(data[i]) for i in range(len(data))] == [[*chosen.encode(text), chosen.eod] for text in texts]
@@ -76,8 +79,13 @@ def test_a_command_of_megatron_works_as_it_is(
     before = stored(corpus / "my_title_document")
     for path in corpus.glob("my_title_document*"):
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    (corpus / "my_title_document.parts").mkdir()  # as an interrupted command leaves it
-    assert script.main([*map(str, options)]) == 0 and "another key is unfinished" in capsys.readouterr().out
+    assert script.main([*map(str, options), "--tokenizer-model", str(corpus / "bos")]) == 1, "another tokenizer"
+    assert "already there" in capsys.readouterr().err
+    os.utime(corpus / "in.json", (later := time.time() + 60, later))
+    assert script.main([*map(str, options)]) == 1, "the input has changed"
+    os.utime(corpus / "in.json", (0, 0))
+    assert script.main([*map(str, options)]) == 0, "an interrupted command goes on"
+    assert "with the keys that are missing" in capsys.readouterr().out
     assert stored(corpus / "my_title_document") == before
 
 
@@ -146,6 +154,7 @@ def test_everything_refused_is_told_at_once(
     assert "invalid int value" in faults(script, *options, "--workers", "x")["arguments"]
     assert "token ids" in faults(script, *options, "--tokenizer-type", "NullTokenizer")["--tokenizer-type"]
     assert set(faults(script, *options[:4], "--tokenizer-type", "GPT2BPETokenizer")) == {"--vocab-file"}
+    assert "read only once" in faults(script, "--input", "-", *options[2:], "--json-keys", "a", "b")["--json-keys"]
     here = corpus / "in.json"
     for wrong in (["--vocab-file", here], ["--merge-file", here], ["--tokenizer-type", "BertWordPieceCase"]):
         assert len(faults(script, *options, *wrong)) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import signal
 import sys
 import warnings
@@ -129,6 +130,10 @@ def _unsupported(option: str, known: Sequence[str]) -> Fault:
 def _faults(args: argparse.Namespace) -> Iterator[Fault]:
     if not args.input:
         yield Fault("--input", "", "names nothing to read", "Give files of JSON lines.")
+    once = [name for name in args.input if name == "-" or Path(name).is_fifo()]
+    if once and len(set(args.json_keys)) > 1:
+        how = "Give a file, or a command for each key."
+        yield Fault("--json-keys", " ".join(args.json_keys), f"are several, and {once[0]} can be read only once", how)
     if not args.output_prefix:
         yield Fault("--output-prefix", "", "is missing", "Such as --output-prefix corpus/mine.")
     kind = args.tokenizer_type
@@ -202,15 +207,30 @@ def _bos(tokenizer: Tokenizer) -> int | None:
         return None
 
 
-def _keys_left(args: argparse.Namespace) -> list[str]:
-    """All keys; of a command that was interrupted in one of them, those that are not done."""
+def _keys_left(args: argparse.Namespace, bos: bool) -> list[str]:
+    """All keys; where the same command was interrupted behind some of them, those that are not done."""
     prefixes = {key: f"{args.output_prefix}_{key}_document" for key in args.json_keys}
     done = [key for key, prefix in prefixes.items() if Path(f"{prefix}-report.json").exists()]
-    if args.overwrite or not any(Path(f"{prefix}.parts").exists() for prefix in prefixes.values()):
+    if args.overwrite or len(done) in (0, len(prefixes)) or not all(_same(args, bos, prefixes[key]) for key in done):
         return list(prefixes)
     for key in done:
-        print(f"note: {prefixes[key]} is there, and another key is unfinished: going on with that one")
+        print(f"note: {prefixes[key]} is there already: going on with the keys that are missing")
     return [key for key in prefixes if key not in done]
+
+
+def _same(args: argparse.Namespace, bos: bool, prefix: str) -> bool:
+    """Whether the corpus was made with this tokenizer, EOD and BOS, and no input is younger than its report."""
+    path = Path(f"{prefix}-report.json")
+    report = json.loads(path.read_bytes())
+    tokenizer = Tokenizer.load(args.tokenizer_model or args.vocab_file, merges=args.merge_file, lower_case=_lower(args))
+    wanted = [tokenizer.digest, tokenizer.eod if args.append_eod else None, tokenizer.bos if bos else None]
+    written = path.stat().st_mtime
+    younger = any(Path(name).exists() and Path(name).stat().st_mtime > written for name in args.input)
+    return [report.get(name) for name in ("tokenizer_digest", "eod", "bos")] == wanted and not younger
+
+
+def _lower(args: argparse.Namespace) -> bool | None:
+    return TOKENIZER_TYPES[args.tokenizer_type or "HuggingFaceTokenizer"][1]
 
 
 def _prepare(args: argparse.Namespace, key: str, bos: bool, stop: Interrupts) -> None:
@@ -220,7 +240,7 @@ def _prepare(args: argparse.Namespace, key: str, bos: bool, stop: Interrupts) ->
             f"{args.output_prefix}_{key}_document",
             tokenizer=args.tokenizer_model or args.vocab_file,
             merges=args.merge_file,
-            lower_case=TOKENIZER_TYPES[args.tokenizer_type or "HuggingFaceTokenizer"][1],
+            lower_case=_lower(args),
             append_eod=args.append_eod,
             prepend_bos=bos,
             json_key=(key,),
@@ -251,7 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             limit_encoder_threads(args.workers)
         with interruptible("nothing is written; give the same command again") as stop:
             bos = adds_bos(args)
-            for key in _keys_left(args):
+            for key in _keys_left(args, bos):
+                stop.go_on = lambda key=key: f"{key} is not begun; give the same command again"  # type: ignore[misc]
                 _prepare(args, key, bos, stop)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -137,7 +137,7 @@ class Work:
         if state is None:
             return f"nothing is kept yet; {again}"
         if not job.parts.exists():
-            return "all is written"
+            return f"{job.output} is complete"
         return f"{state['documents']:,} documents are kept in {job.parts}; {again} and it goes on behind them"
 
     def _encoded(self, batch: Batch) -> EncodedBatch:

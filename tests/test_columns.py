@@ -131,6 +131,40 @@ def test_rows_of_tables(tmp_path: Path) -> None:
     assert len(cleaned(tmp_path, tmp_path / "twice.csv", keep_columns=False)[0]) == 1
 
 
+def test_no_column_beside_it_costs_a_text(tmp_path: Path) -> None:
+    """Times that Python has none for, zones that nobody knows and bytes that are no UTF-8, at any depth."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    ns, us = arrow.timestamp("ns"), arrow.timestamp("us")
+    wrong = arrow.Array.from_buffers(arrow.string(), 1, arrow.array([b"\xff\xfe"]).buffers())
+    columns = {
+        "pairs": (arrow.array([[("k", 1)]], arrow.map_(arrow.string(), ns)), [["k", "1970-01-01 00:00:00.000000001"]]),
+        "two": (arrow.array([[1000, None]], arrow.list_(ns, 2)), ["1970-01-01 00:00:00.000001000", None]),
+        "coded": (arrow.array([1], ns).dictionary_encode(), "1970-01-01 00:00:00.000000001"),
+        "far": (
+            arrow.array([[{"t": 10**17 * 5}]], arrow.list_(arrow.struct([("t", us)]))),
+            [{"t": "17814-05-16 00:53:20.000000"}],
+        ),
+        "days": (arrow.array([[10**7]], arrow.list_(arrow.date32())), ["29349-01-26"]),
+        "zone": (arrow.array([1], arrow.timestamp("us", "Mars/Olympus")), "1970-01-01T00:00:00.000001+00:00"),
+        "wrong": (arrow.ListArray.from_arrays(arrow.array([0, 1], arrow.int32()), wrong), ["//4="]),
+        "long": (arrow.array([2**62], arrow.duration("s")), str(2**62)),
+    }
+    body = arrow.array([b"a text"])
+    doc = arrow.StructArray.from_arrays([body, *(array for array, _ in columns.values())], ["body", *columns])
+    kind = arrow.list_(arrow.struct([("role", arrow.string()), ("content", arrow.string()), ("at", ns)]))
+    talk = arrow.array([[{"role": "user", "content": "hi", "at": 1}]], kind)
+    table = arrow.table({"doc": doc, "talk": talk, **{name: array for name, (array, _) in columns.items()}})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    expected = {name: value for name, (_, value) in columns.items()}
+    ((row,), _) = cleaned(tmp_path, tmp_path / "in.parquet", json_key=("doc.body",))
+    assert row["text"] == "a text" and row["doc"] == expected
+    assert {name: row[name] for name in columns} == expected
+    ((row,), _) = cleaned(tmp_path, tmp_path / "in.parquet", json_key=("talk",))
+    assert row["text"] == "user: hi" and row["doc"] == {"body": "a text", **expected}
+
+
 def test_columns_of_our_names_are_renamed_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"content": "one", "text": 5, "file": "x", "input_file": "y"}, {"content": "two", "record": 1}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -7,6 +7,7 @@ what makes the rest of a file unreadable raises BadStream.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import datetime
 import decimal
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.data.bytestream import BadStream, ByteStream
+from engine.data.columns import rest_of
 from engine.data.values import some_of
 from engine.errors import DataError
 
@@ -197,7 +199,7 @@ Ways = dict[str, list[str]]  # to a wanted column: its name, or for "a.b" that o
 def _columns(arrow: Any, schema: Any, wanted: Sequence[str], all_columns: bool) -> Ways:
     """Where the wanted columns are. Raises BadStream for one that is not there, or there more than once.
 
-    `all_columns`: where all are, with the wanted ones in them.
+    `all_columns`: of the others too.
     """
     ways = {name: _way(arrow, schema, name) for name in wanted}
     for name, way in ways.items():
@@ -205,7 +207,7 @@ def _columns(arrow: Any, schema: Any, wanted: Sequence[str], all_columns: bool) 
             raise _absent(name, [leaf for field in schema for leaf in _leaves(arrow, field)])
     if all_columns:
         _refuse_twice(schema.names)
-        return {name: [name] for name in schema.names}
+        return {name: [name] for name in schema.names if name not in ways} | ways
     return ways
 
 
@@ -237,22 +239,27 @@ def _leaves(arrow: Any, field: Any) -> list[str]:
 def _objects(arrow: Any, batch: Any, ways: Ways, texts: Sequence[str]) -> Iterator[Any]:
     """The wanted columns of the rows of a record batch; a row that does not decode does not hide the others.
 
-    `texts`: which columns are the text, also as "a.b" of a column `a`; of the others no value can be wrong.
+    `texts`: which of them are the text; of the others no value can be wrong, and a struct is without its text.
     """
     try:
         columns = [
-            _values(column) if _is_text(name, texts) else _any_values(arrow, column)
+            _values(arrow, column) if name in texts else _any_values(arrow, column)
             for name, column in ((name, _column(arrow, batch, way)) for name, way in ways.items())
         ]
     except UnicodeDecodeError:
         if len(batch) > 1:
-            for row in range(len(batch)):
-                yield from _objects(arrow, batch.slice(row, 1), ways, texts)
+            for number in range(len(batch)):
+                yield from _objects(arrow, batch.slice(number, 1), ways, texts)
         else:
             yield BadRecord("not UTF-8", "the text column holds bytes that are no UTF-8")
         return
+    inside = [name for name in texts if ways[name][0] != name and ways[name][0] in ways]
     for values in zip(*columns):
-        yield dict(zip(ways, values))
+        row = dict(zip(ways, values))
+        if inside:
+            found = {name: row.pop(name) for name in inside}
+            row = rest_of(row, inside) | found
+        yield row
 
 
 def _column(arrow: Any, batch: Any, way: list[str]) -> Any:
@@ -260,37 +267,55 @@ def _column(arrow: Any, batch: Any, way: list[str]) -> Any:
     return arrow.compute.struct_field(column, way[1:]) if way[1:] else column
 
 
-def _values(column: Any) -> list[Any]:
-    return [value.decode("utf-8") if isinstance(value, bytes) else value for value in column.to_pylist()]
-
-
-def _is_text(name: str, texts: Sequence[str]) -> bool:
-    return any(text == name or text.startswith(f"{name}.") for text in texts)
+def _values(arrow: Any, column: Any) -> list[Any]:
+    """Of a column that is text. Raises UnicodeDecodeError."""
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError):  # of messages, beside their content
+        values = _any_values(arrow, column)
+    return [value.decode("utf-8") if isinstance(value, bytes) else value for value in values]
 
 
 def _any_values(arrow: Any, column: Any) -> list[Any]:
     """Of a column that is no text: what Python has no value for is given as Arrow writes it."""
-    if (readable := _without_nanoseconds(arrow, column.type)) != column.type:
-        column = column.cast(readable)
+    if not _has_nanoseconds(arrow, column.type):
+        with contextlib.suppress(arrow.ArrowException, ValueError, OverflowError):
+            return list(column.to_pylist())
+    return [_any_value(arrow, scalar) for scalar in column]
+
+
+def _has_nanoseconds(arrow: Any, kind: Any) -> bool:
+    """Somewhere in it: Python's times have none, and pandas' are there or not."""
+    if isinstance(kind, arrow.DictionaryType):
+        return _has_nanoseconds(arrow, kind.value_type)
+    inner = (kind.field(number).type for number in range(kind.num_fields))
+    return getattr(kind, "unit", "") == "ns" or any(_has_nanoseconds(arrow, one) for one in inner)
+
+
+def _any_value(arrow: Any, scalar: Any) -> Any:
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, arrow.MapScalar):
+        return [[_any_value(arrow, part) for part in pair.values()] for pair in scalar.values]
+    if isinstance(scalar, arrow.StructScalar):
+        return {name: _any_value(arrow, value) for name, value in scalar.items()}
+    if isinstance(scalar, arrow.ListScalar | arrow.FixedSizeListScalar | arrow.ListViewScalar):
+        return [_any_value(arrow, value) for value in scalar.values]
+    if isinstance(inner := getattr(scalar, "value", None), arrow.Scalar):  # of a dictionary, a union, an extension
+        return _any_value(arrow, inner)
+    with contextlib.suppress(arrow.ArrowException, ValueError, OverflowError):
+        if getattr(scalar.type, "unit", "") != "ns":
+            return scalar.as_py()
     try:
-        return column.to_pylist()
+        return scalar.cast(arrow.string()).as_py()
     except UnicodeDecodeError:  # it says string, and holds something else
-        return column.cast("binary").to_pylist()
-    except (ValueError, OverflowError):  # years beyond 9999
-        return column.cast("string").to_pylist()
-
-
-def _without_nanoseconds(arrow: Any, kind: Any) -> Any:
-    """A type with strings in their place: Python's times have none, and pandas' are there or not."""
-    types = arrow.types
-    if (types.is_timestamp(kind) or types.is_time64(kind) or types.is_duration(kind)) and kind.unit == "ns":
-        return arrow.string()
-    if types.is_struct(kind):
-        return arrow.struct([field.with_type(_without_nanoseconds(arrow, field.type)) for field in kind])
-    if types.is_list(kind) or types.is_large_list(kind):
-        inner = kind.value_field.with_type(_without_nanoseconds(arrow, kind.value_type))
-        return (arrow.list_ if types.is_list(kind) else arrow.large_list)(inner)
-    return kind
+        return scalar.as_buffer().to_pybytes()
+    except (arrow.ArrowException, ValueError):
+        if arrow.types.is_timestamp(scalar.type):  # in a zone that nobody here knows
+            return _any_value(arrow, scalar.cast(arrow.timestamp(scalar.type.unit, "UTC")))
+        return str(scalar)
 
 
 def plain(value: Any) -> Any:

@@ -97,6 +97,35 @@ def test_what_no_definition_gives_sentencepiece_encodes(tmp_path: Path, kind: st
     assert Tokenizer.load(tmp_path / "out-tokenizer").digest == report.tokenizer_digest == chosen.digest
 
 
+@pytest.mark.parametrize(
+    ("letters", "pieces", "text"),
+    [
+        ("QZXY", {"XY": 1.0, "QXY": 0.0, "XYZ": 0.0}, "QXYZ"),  # they share two letters
+        ("QX", {"▁X": 1.0, "XQ": 0.0, "QX": 0.0}, "\nXQX"),  # not at the beginning, where the blank takes one
+        ("YZQX", {"QXY": 0.0, "YZ": -1.0, "QX": -1.0}, "QXYZ"),  # they share none, but the first makes a better one
+    ],
+)
+def test_ties_that_only_some_texts_show(tmp_path: Path, letters: str, pieces: dict[str, float], text: str) -> None:
+    path = tmp_path / "m.model"
+    trained(path, model_type="bpe", normalization_rule_name="identity")
+    for number, letter in enumerate(letters):
+        tie(path, [letter], -2e9 - 1e8 * number)
+    for piece, score in pieces.items():
+        original = tie(path, [piece], score)
+    chosen = Tokenizer.load(path)
+    assert chosen.own is not None and chosen.encode(text) == original.encode(text)
+
+
+def test_symbols_that_appear_when_a_text_is_normalised(tmp_path: Path) -> None:
+    """The blank that is put before a text is part of one, and so no look at the text finds it."""
+    path = tmp_path / "m.model"
+    options = {"normalization_rule_name": "identity", "user_defined_symbols": ["▁[INST]"]}
+    original = trained(path, model_type="bpe", remove_extra_whitespaces=False, **options)
+    texts = ["[INST] the", "a [INST] x"]
+    ids, _ = encoder_module.Encoder(Tokenizer.load(path)).encode(texts)
+    assert ids.tolist() == [number for text in texts for number in original.encode(text)]
+
+
 def test_only_texts_with_symbols_need_sentencepiece(tmp_path: Path) -> None:
     """As in Mistral's .model.v3: a text that begins with a symbol has a blank before it."""
     path, options = tmp_path / "m.model", {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from engine.errors import DataError, cut
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pieces
 _UNIGRAM, _BPE = 1, 2  # kinds of models
-_MOST_OVERLAPS = 20_000
+_MOST_OVERLAPS, _MOST_SYMBOLS = 20_000, 2_000
 
 
 class Sentencepiece:
@@ -47,6 +48,10 @@ class Sentencepiece:
         symbols = [re.escape(piece.piece) for piece in self.proto.pieces if piece.type == _USER_DEFINED]
         # The texts that have one are matched on before anything else happens to them.
         self.symbols = re.compile("|".join(symbols).replace("▁", "[ ▁]")) if symbols else None
+        spec = self.proto.normalizer_spec
+        moved = spec.remove_extra_whitespaces or spec.add_dummy_prefix
+        # Whether `symbols` finds them, as normalising makes none.
+        self.shows_symbols = not spec.precompiled_charsmap and not (moved and any("▁" in one for one in symbols))
         end = self._processor.eos_id()
         self.end = pieces[end][0] if end >= 0 else None
 
@@ -87,14 +92,19 @@ def difference(model: Sentencepiece, definition: str) -> tuple[str, bool]:
         return f"{model.name} adds the scores of a unigram model up in another precision, so ties differ", False
     mine = encode_plain(tokenizers.Tokenizer.from_str(definition))
     spelled = [piece.piece.replace("▁", " ") for piece in model.proto.pieces if piece.type != _BYTE]
-    texts = [*texts_for(spelled), *_overlaps(model.proto)]
+    tied, untold = _ties(model.proto)
+    if untold:
+        return untold, False
+    own = [piece.piece.replace("▁", " ") for piece in model.proto.pieces if piece.type == _USER_DEFINED]
+    alone = [text for one in own[:_MOST_SYMBOLS] for text in (one, one.strip(" "), f"x  {one}  {one}y")]
+    texts = [*texts_for(spelled), *tied, *alone]
     try:
         compare(mine, model, texts)
     except Difference as err:
         first = str(err)
     else:
         return "", True
-    if model.symbols is None:
+    if model.symbols is None or not model.shows_symbols:
         return first, False
     try:
         compare(mine, model, [text for text in texts if not model.symbols.search(text)])
@@ -103,35 +113,45 @@ def difference(model: Sentencepiece, definition: str) -> tuple[str, bool]:
     return first, True
 
 
-def _overlaps(proto: Any) -> list[str]:
-    """Two pieces of one score that share a letter: which of them stands depends on the order of merging."""
-    groups: dict[float, list[str]] = {}
-    for piece in proto.pieces:
-        if piece.type == _NORMAL and len(piece.piece) > 1:
-            groups.setdefault(piece.score, []).append(piece.piece)
-    found: list[str] = []
-    for tied in groups.values():
-        beginning: dict[str, list[str]] = {}
-        for text in tied:
-            beginning.setdefault(text[0], []).append(text)
-        # Each in turn is followed by another of those that may follow.
-        following = [(number, text, beginning.get(text[-1], [])) for number, text in enumerate(tied)]
-        found += [
-            text + some[(number + at) % len(some)][1:] for number, text, some in following if some for at in (0, 1)
-        ]
-    return [text.replace("▁", " ") for text in found[:_MOST_OVERLAPS]]
+def _ties(proto: Any) -> tuple[list[str], str]:
+    """Texts that show whether pairs of one score are merged in sentencepiece's order, which is from left to right; and
+    why no texts can show it, "" if they can.
+    """
+    pairs, scores = _merges(proto)
+    found_first = {piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED}  # before any merging
+    pairs = [pair for pair in pairs if not found_first & {*pair, "".join(pair)}]
+    groups: dict[float, list[tuple[int, str, str]]] = {}
+    for rank, (left, right) in enumerate(pairs):
+        groups.setdefault(scores[left + right], []).append((rank, left, right))
+    tied = {score: some for score, some in groups.items() if len({left + right for _, left, right in some}) > 1}
+    beside = {score: ({left for _, left, _ in some}, {right for _, _, right in some}) for score, some in tied.items()}
+    for left, right in pairs:
+        # The first of two merges decides, though they share no piece, if it makes one that goes on before the second.
+        for part, other, end in ((left, right, 0), (right, left, 1)):
+            score = scores[part]
+            if len(part) > 1 and score in tied and score < scores[left + right] and other in beside[score][end]:
+                return [], f"the score of {left + right!r} is above that of {part!r}, which another piece has too"
+    texts: list[str] = []
+    for some in groups.values():
+        ending, beginning = dict[str, list[tuple[int, str]]](), dict[str, list[tuple[int, str]]]()
+        for rank, left, right in some:
+            ending.setdefault(right, []).append((rank, left))
+            beginning.setdefault(left, []).append((rank, right))
+        for middle in ending.keys() & beginning.keys():
+            for rank, right in beginning[middle]:
+                # Those that the definition merges after this one, though they stand to the left of it.
+                for _, left in itertools.takewhile(lambda one: one[0] > rank, reversed(ending[middle])):  # noqa: B023
+                    texts.append(left + middle + right)
+                    if len(texts) > _MOST_OVERLAPS:
+                        return [], f"more than {_MOST_OVERLAPS:,} pairs of pieces with one score overlap"
+    # Once behind the blank that may be put before a text, once behind a letter that no piece goes on from.
+    return [f"{text}\n{text}".replace("▁", " ") for text in sorted(texts)], ""
 
 
-def _piece_model(proto: Any) -> models.Model:
-    unknown, fallback = proto.trainer_spec.unk_piece, proto.trainer_spec.byte_fallback
-    usable = (_NORMAL, _USER_DEFINED)
-    if proto.trainer_spec.model_type == _UNIGRAM:
-        lowest = min((piece.score for piece in proto.pieces if piece.type in usable), default=0.0)
-        # Control and byte pieces never come from text: the characters "<s>" must not become the token.
-        vocab = [(piece.piece, piece.score if piece.type in usable else lowest - 50.0) for piece in proto.pieces]
-        return models.Unigram(vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=fallback)
+def _merges(proto: Any) -> tuple[list[tuple[str, str]], dict[str, float]]:
+    """Pairs of pieces that make a piece, best first, and the score of every piece."""
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in usable}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     pairs = [(whole[:at], whole[at:]) for whole in scores for at in range(1, len(whole))]
     pairs = [(left, right) for left, right in pairs if left in scores and right in scores]
     ties = Counter(scores.values())
@@ -141,8 +161,19 @@ def _piece_model(proto: Any) -> models.Model:
         score = scores[pair[0] + pair[1]]
         return -score, -len(pair[0]) if ties[score] > 1 else 0, ids[pair[0]], ids[pair[1]]
 
-    pairs.sort(key=place)
-    return models.BPE(ids, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
+    return sorted(pairs, key=place), scores
+
+
+def _piece_model(proto: Any) -> models.Model:
+    unknown, fallback = proto.trainer_spec.unk_piece, proto.trainer_spec.byte_fallback
+    if proto.trainer_spec.model_type == _UNIGRAM:
+        usable = (_NORMAL, _USER_DEFINED)
+        lowest = min((piece.score for piece in proto.pieces if piece.type in usable), default=0.0)
+        # Control and byte pieces never come from text: the characters "<s>" must not become the token.
+        vocab = [(piece.piece, piece.score if piece.type in usable else lowest - 50.0) for piece in proto.pieces]
+        return models.Unigram(vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=fallback)
+    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    return models.BPE(ids, _merges(proto)[0], unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
 
 
 def _piece_normalizer(spec: Any) -> normalizers.Normalizer:

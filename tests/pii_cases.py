@@ -1,5 +1,5 @@
-"""A labelled set for the rules of engine/data/pii.py, and what they reach on it: `python tests/pii_cases.py`
-(`python tests/pii_cases.py a`, or `b`: on a half of the held-out set).
+"""A labelled set for the rules of engine/data/pii, and what they reach on it: `python tests/pii_cases.py`
+(`python tests/pii_cases.py a`, or `b`, `c`, `d`: on a set of tests/pii_heldout).
 
 A line is a text in which [[kind|value]] marks what should be found; anything else that is found is a mistake. Half of
 the lines hold nothing: version numbers, timestamps, ISBNs, order numbers, digests, ids with a wrong check digit. Some
@@ -397,10 +397,10 @@ def cases() -> list[Case]:
 _KIND_OF = {"url_password": "api_key", "de_tax_id": "national_id", "fr_nir": "national_id", "uk_nino": "national_id"}
 
 
-def held_out(half: str) -> list[Case]:
-    """Half "a" or "b" of tests/pii_heldout, whose README has the rules of its labels."""
+def held_out(name: str) -> list[Case]:
+    """Set "a", "b", "c" or "d" of tests/pii_heldout, whose README has the rules of its labels."""
     chosen = []
-    for line in (Path(__file__).parent / "pii_heldout" / f"{half}.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (Path(__file__).parent / "pii_heldout" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         text, spans = record["text"], []
         for finding in record["findings"]:

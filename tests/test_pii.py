@@ -34,7 +34,10 @@ HELD_OUT = {
     "a": dict.fromkeys(FLOORS, (1.0, 1.0)),
     "b": dict.fromkeys(FLOORS, (1.0, 1.0))
     | {"api_key": (0.986, 0.974), "iban": (1.0, 0.952), "ip": (1.0, 0.977), "phone": (1.0, 0.966)},
+    "c": dict.fromkeys(FLOORS, (1.0, 1.0)),
+    "d": dict.fromkeys(FLOORS, (1.0, 1.0)) | {"ip": (1.0, 0.968), "phone": (1.0, 0.987)},
 }
+LINES = {"a": (564, 226), "b": (564, 226), "c": (502, 272), "d": (557, 283)}  # all, with nothing to find
 
 
 def test_precision_and_recall_on_the_development_set() -> None:
@@ -48,13 +51,13 @@ def test_precision_and_recall_on_the_development_set() -> None:
         assert score.precision >= precision and score.recall >= recall, (kind, score)
 
 
-@pytest.mark.parametrize("half", HELD_OUT)
-def test_precision_and_recall_on_the_held_out_set(half: str) -> None:
-    chosen = held_out(half)
-    assert len(chosen) == 564 and sum(not case.spans for case in chosen) == 226
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_precision_and_recall_on_the_held_out_sets(name: str) -> None:
+    chosen = held_out(name)
+    assert (len(chosen), sum(not case.spans for case in chosen)) == LINES[name]
     for kind, score in scores(chosen).items():
-        precision, recall = HELD_OUT[half][kind]
-        assert score.labelled >= 16
+        precision, recall = HELD_OUT[name][kind]
+        assert score.labelled >= 6 or (kind == "national_id" and name in "cd")
         assert score.precision >= precision and score.recall >= recall, (kind, score)
 
 
@@ -73,6 +76,7 @@ def test_places_in_folded_text_are_places_in_the_text() -> None:
         ("手机１３９１２３４５６７８。", "手机[PHONE]。"),
         ("Tél. 01\u00a044\u202f55\u00a066\u00a077 !", "Tél. [PHONE] !"),
         ("+49\u201130\u20119018\u20112247;", "[PHONE];"),
+        ("电话：（０２１）５８３８４４７１", "电话：[PHONE]"),
         ("邮箱ｔｏｍ＠ｇｍａｉｌ．ｃｏｍ", "邮箱[EMAIL]"),
         ("IBAN DE68\u00a02105\u00a00170\u00a00012\u00a03456\u00a078", "IBAN [IBAN]"),
     ):
@@ -83,7 +87,14 @@ def test_places_in_folded_text_are_places_in_the_text() -> None:
     "text",
     [
         *("a@b.example", "1+me@users.noreply.github.com", "you@yourdomain.com", "root@db.internal", "mail x@sub.test"),
-        *("+1 212 555 0147", "Tel. 020 7946 0123", "07700 900123", "06 39 98 12 34", "tel (02) 5550 1234"),
+        *(
+            "+1 212 555 0147",
+            "Tel. 020 7946 0123",
+            "07700 900123",
+            "06 39 98 12 34",
+            "tel (02) 5550 1234",
+            "text 0123456789",
+        ),
         *(
             "198.51.100.7",
             "ip 2001:db8::9",
@@ -91,6 +102,7 @@ def test_places_in_folded_text_are_places_in_the_text() -> None:
             "4242 4242 4242 4242",
             "SSN 078-05-1120",
             "AKIAIOSFODNN7EXAMPLE",
+            "sk_test_4eC39HqLyjWDarjtT1zdp7dc",
         ),
     ],
 )
@@ -141,6 +153,7 @@ def test_masking_replaces_just_the_findings() -> None:
     assert [f.kind for f in find(text, ["ip"])] == ["ip"]
     assert mask(text, []) == text
     assert hint("tom@gmail.com") == "to*********om" and hint("12345") == "*****"
+    assert hint("a1b2c3") == "a****3"  # of a short password too little to guess the rest
 
 
 def test_of_two_overlapping_findings_the_first_one_stays() -> None:
@@ -229,7 +242,10 @@ def _timed(text: str) -> float:
 def test_the_documentation_has_these_figures() -> None:
     page = (Path(__file__).parent.parent / "docs" / "cleaning.md").read_text()
     assert table(cases()) in page, "paste what `python tests/pii_cases.py` prints into docs/cleaning.md"
-    halves = [scores(held_out(half)) for half in HELD_OUT]
-    for kind in KINDS:
-        row = " | ".join(f"{half[kind].precision:.3f} / {half[kind].recall:.3f}" for half in halves)
-        assert re.search(rf"\n\| {kind} \|.*\| {row} \|\n", page), f"held-out, as the rules stand: {kind}: {row}"
+    for names in ("ab", "cd"):
+        both = [scores(held_out(name)) for name in names]
+        for kind in (kind for kind in KINDS if both[0][kind].labelled):
+            count = " \\+ ".join(str(score[kind].labelled) for score in both)
+            row = " | ".join(f"{score[kind].precision:.3f} / {score[kind].recall:.3f}" for score in both)
+            found = re.search(rf"\n\| {kind} \| {count} \|.*\| {row} \|\n", page)
+            assert found, f"{names}, as the rules stand: {kind}: {row}"

@@ -63,8 +63,9 @@ def mask(text: str, findings: Sequence[Finding]) -> str:
 
 
 def hint(value: str) -> str:
-    """Enough of a finding to recognise its form, too little to use it: first and last two characters."""
-    return value[:2] + "*" * min(12, max(1, len(value) - 4)) + value[-2:] if len(value) > 5 else "*" * len(value)
+    """Enough of a finding to recognise its form, too little to use it: at most a third, first and last characters."""
+    shown = min(2, len(value) // 6)
+    return value[:shown] + "*" * min(12, len(value) - 2 * shown) + value[len(value) - shown :]
 
 
 def _take(taken: list[Finding], finding: Finding) -> None:

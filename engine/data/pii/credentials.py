@@ -31,8 +31,15 @@ _PARAMETER = re.compile(
     r"(?:AccountKey|SharedAccessKey|SharedSecret|AccessKey)=(?P<value>[A-Za-z0-9+/]{42,88}={0,2})(?![A-Za-z0-9+/=])|"
     r"(?<=[?&;])sig=(?P<signature>(?:[A-Za-z0-9+/]|%2[BFbf]){40,64}(?:=|%3[Dd]){0,2})|"
     r"://(?P<dsn>[0-9a-f]{32})@|"
+    r"\bwandb login (?P<wandb>[0-9a-f]{40})(?![0-9a-f])|"
     r"X-Amz-Signature=(?P<amazon>[0-9a-f]{64})(?![0-9a-f])|"
     r"(?<![A-Za-z0-9+/])(?P<azure>[A-Za-z0-9+/]{86}==)(?![A-Za-z0-9+/=])"
+)
+# A key id and its secret without a name, as in the CSV files that the clouds hand out.
+_PAIR = re.compile(
+    r"(?<![A-Za-z0-9])(?:A[KS]IA[0-9A-Z]{16}[\s,;:|/\"']{1,6}(?P<amazon>[A-Za-z0-9+/]{40})|"
+    r"LTAI[0-9A-Za-z]{12,26}[\s,;:|/\"']{1,6}(?P<alibaba>[A-Za-z0-9]{30})|"
+    r"AKID[0-9A-Za-z]{32}[\s,;:|/\"']{1,6}(?P<tencent>[A-Za-z0-9]{32}))(?![A-Za-z0-9+/=])"
 )
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN (?P<name>(?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?)-----(?:[^-]|-(?!----)){40,20000}+"
@@ -61,6 +68,9 @@ def secrets(scan: Scan) -> Iterator[tuple[int, int]]:
     for within in scan.long_words():
         for window in windows(text, _LONG_TOKEN, 32, 60, keylike, within):
             yield from _keys(scan, window[0], min(window[1], within[1] + 1))
+    if any(begin in text for begin in ("AKIA", "ASIA", "LTAI", "AKID")):
+        pairs = ((match, match.lastgroup or "") for match in _PAIR.finditer(text))
+        yield from (match.span(name) for match, name in pairs if _is_random(match[name]))
     if "-u" in text or "sshpass" in text:
         yield from (m.span("password") for m in _COMMAND.finditer(text) if not _is_weak(m["password"]))
     yield from _named(scan)
@@ -91,7 +101,8 @@ def _is_digest(scan: Scan, begin: int) -> bool:
 _PLACEHOLDER = re.compile(
     r"(?i)x{4}|\*{3}|\.{3}|0{7}|example|your[_-]|_here|placeholder|change[_-]?me|1234567|abcdefg|redacted|dummy|"
     r"insert[_-]|"
-    r"Eby8vdM02xNOcqFlqUwJ|C2y6yDjf5/R\+ob0N8A7C|SflKxwRJSMeKKF2QT4fw"  # of emulators and manuals
+    r"Eby8vdM02xNOcqFlqUwJ|C2y6yDjf5/R\+ob0N8A7C|SflKxwRJSMeKKF2QT4fw|"
+    r"4eC39HqLyjWD|BQokikJOvBiI2"  # of emulators and manuals
 )
 _WORD = re.compile("[A-Z]?[a-z]{3,}|[A-Z]{4,}")
 _CAMEL = re.compile("[A-Z][a-z]{2,}|(?<![A-Za-z])[a-z]{3,}(?![0-9])|(?<![A-Za-z])[A-Z]{3,}(?![a-z0-9])")
@@ -139,7 +150,7 @@ _COMMAND = re.compile(
 )
 _WEAK = words(
     "password passwd passwort pass pwd passw0rd secret user username login postgres mysql root admin guest test pw "
-    "changeme example anonymous none null token x-oauth-basic foo bar redacted hidden"
+    "changeme repo example anonymous none null token x-oauth-basic foo bar redacted hidden"
 )
 
 
@@ -198,6 +209,8 @@ _JOIN = re.compile(
     r"(?:(?:Bearer|bearer|Basic|Token|token)[ ])?"
 )
 _VALUE = re.compile(r"[A-Za-z0-9_+/.~=%:-]{16,2000}+")
+# Behind a name and a blank alone: as no word is.
+_MIXED = re.compile(r"(?=[\w-]{0,60}[A-Z])(?=[\w-]{0,60}[a-z])(?=[\w-]{0,60}[0-9])[A-Za-z0-9_-]{24,200}+(?![\w./=(\[])")
 _PASSWORD = re.compile(r"[^\s\"'`<>,;&|，。；、）]{6,64}+")
 _OPTION = re.compile(
     r"--[A-Za-z-]{0,24}$|-H [\"'][A-Za-z-]{0,24}$|\blogin \S{1,40} $|(?i:authorization)[\"']?[:=] ?[\"']?$"
@@ -235,7 +248,10 @@ def _value_of(scan: Scan, stem: str, at: int, end: int) -> tuple[int, int] | Non
         begin = end + len(re.match(r"[ \t:=\"']{0,4}", text[end : end + 4])[0])  # type: ignore[index]
         return _secret(scan, begin) if begin > end else None
     join = _JOIN.match(text, end)
-    if join is None or (join["blank"] and join[0][-1] not in "\"'" and not _OPTION.search(scan.before(at, 48))):
+    if join is None:
+        return None
+    bare = join["blank"] and join[0][-1] not in "\"'" and not _OPTION.search(scan.before(at, 48))
+    if bare and (stem not in ("key", "token", "secret") or not _MIXED.match(text, join.end())):
         return None
     french = stem == "pass" and before[-7:].lower() == "mot de " and text[end : end + 1].lower() == "e"
     if stem == "pass" and not french and re.match("(?!word|wd|phrase|code|wort)[A-Za-z]", text[end : end + 6].lower()):

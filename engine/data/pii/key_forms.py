@@ -33,7 +33,7 @@ FORMS = (
     ("mfa\\.", f"{_W}{{80,90}}"),
     (r"(?:xoxe\.)?xox[abeoprs]-", "[0-9A-Za-z-]{20,250}"),  # Slack
     ("xapp-", "[0-9A-Za-z-]{40,250}"),
-    ("[sr]k_live_", "[0-9A-Za-z]{20,150}"),  # Stripe
+    ("[sr]k_(?:live|test)_", "[0-9A-Za-z]{20,150}"),  # Stripe
     ("whsec_", "[A-Za-z0-9+/]{24,64}={0,2}"),
     ("sq0(?:atp|csp|idp)-", f"{_W}{{22,50}}"),  # Square
     ("shp(?:at|ca|pa|ss)_", "[0-9a-fA-F]{32}"),  # Shopify
@@ -75,7 +75,11 @@ FORMS = (
     ("sb_secret_", f"{_W}{{22,50}}"),
     ("PMAK-", f"{_HEX}{{24}}-{_HEX}{{34}}"),  # Postman
     ("pat-(?:na|eu)[0-9]-", UUID),  # HubSpot
+    ("EAAA", f"{_W}{{60}}"),  # Square
     ("EAA", "[A-Za-z0-9]{80,250}"),  # Meta
+    (r"access_token\$production\$", rf"[0-9a-z]{{16}}\${_HEX}{{32}}"),  # Braintree
+    ("tskey-(?:api|auth|client|scim|webhook)-", "[A-Za-z0-9]{8,20}-[A-Za-z0-9]{20,40}"),  # Tailscale
+    ("pul-", f"{_HEX}{{40}}"),  # Pulumi
     ("[sp]k\\.eyJ", rf"{_W}{{20,200}}\.{_W}{{20,40}}"),  # Mapbox
     ("GOOG", "[0-9A-Z]{20,60}"),  # Google storage
     ("IQoJb3JpZ2lu", "[A-Za-z0-9+/=]{100,2000}"),  # AWS, session

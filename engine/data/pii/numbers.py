@@ -52,9 +52,10 @@ def digits_of(text: str) -> str:
 
 # ---- Chinese identity numbers ----
 
+_NOT_IN_ID = NOT_IN_NUMBER.replace("0-9_", "0-9")  # in names of files there are _ around
 _CN_ID = re.compile(
-    rf"{NOT_IN_NUMBER}[1-8][0-9]{{5}}(?P<gap>[ -]?)(?:[0-9]{{8}}(?P=gap)|"
-    rf"[0-9]{{4}} [0-9]{{4}} )[0-9]{{3}}[0-9Xx](?![A-Za-z0-9_]|[.-][0-9])"
+    rf"{_NOT_IN_ID}[1-8][0-9]{{5}}(?P<gap>[ -]?)(?:[0-9]{{8}}(?P=gap)|"
+    rf"[0-9]{{4}} [0-9]{{4}} )[0-9]{{3}}[0-9Xx](?![A-Za-z0-9]|[.-][0-9])"
 )
 _PROVINCES = words(
     "11 12 13 14 15 21 22 23 31 32 33 34 35 36 37 41 42 43 44 45 46 50 51 52 53 54 61 62 63 64 65 71 81 82 83"

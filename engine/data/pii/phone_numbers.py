@@ -199,6 +199,8 @@ def _is_trunk(number: str) -> bool:
         return False  # a social security number
     if len({len(group) for group in groups}) == 1 and len(area) > 2:
         return False  # columns
+    if len({int(group) - i for i, group in enumerate(groups)}) == 1:
+        return False  # 01-02-03-04-05
     if len(area) == 2:
         shape = ",".join(str(len(group)) for group in rest)
         return shape in _TWO_DIGIT_AREA and (shape != "2,2,2,2" or len(set(re.findall("[^0-9]", number))) == 1)
@@ -243,10 +245,15 @@ _LABELLED = re.compile(
 )
 
 
+_COUNTED = "01234567890123456789"  # what people type for a number
+_IN_ACCOUNT = re.compile("(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}[ -](?:[A-Z0-9]{4}[ -]){1,7}$")  # an IBAN, check wrong
+
+
 def phones(scan: Scan) -> Iterator[tuple[int, int]]:
     """Phone and fax numbers, with their extension."""
     for match in scan.matches(_WORLD):
-        if end := _world(scan, match):
+        end = _world(scan, match)
+        if end and not _IN_ACCOUNT.search(scan.before(match.start(), 44)):
             yield _span(scan, match.start(), end)
     for match in scan.matches(_TRUNK):
         end = _trunk(scan, match)
@@ -276,7 +283,9 @@ def _with_extension(scan: Scan, end: int) -> int:
 
 
 def _is_other(scan: Scan, begin: int) -> bool:
-    """An order, a serial number: unless a word for phone stands nearer."""
+    """An order, a serial number: unless a word for phone stands nearer; the groups of an IBAN."""
+    if _IN_ACCOUNT.search(scan.before(begin, 44)):
+        return True
     return is_code(scan, begin) and not has_label(scan, begin)
 
 
@@ -287,10 +296,10 @@ def _labelled(scan: Scan, match: re.Match[str]) -> int:
     while end > match.start():
         number = scan.text[match.start() : end]
         digits = digits_of(number)
-        if 7 <= len(digits) <= 13 and not _DATE.match(number) and _ENDS.match(scan.text, end):
-            fictional = (
-                _FICTION.fullmatch("1" + digits[-10:]) or re.fullmatch("55501[0-9]{2}", digits) or _is_fiction(digits)
-            )
-            return 0 if fictional or len(set(digits)) < 3 or re.fullmatch("[0-9]+[.][0-9]+", number) else end
+        if 7 <= len(digits) <= 13 and not _DATE.match(number) and _ends(scan, end):
+            fictional = _FICTION.fullmatch("1" + digits[-10:]) or _is_fiction(digits) or digits in _COUNTED
+            decimal = re.fullmatch("[0-9]+[.][0-9]+", number)
+            local = re.fullmatch("55501[0-9]{2}", digits)  # fiction without an area code
+            return 0 if fictional or local or decimal or len(set(digits)) < 3 else end
         end = _shorter(scan, match.start(), end)
     return 0

@@ -17,7 +17,7 @@ _WIDE = "０-９Ａ-Ｚａ-ｚ＠﹫٠-٩۰-۹०-९"
 # Full-width runs; a blank, a dash or a sign of another shape between digits; an area code in full-width brackets.
 _FOLDED = re.compile(
     rf"[{_WIDE}{_SPACE}（](?:(?<=[{_WIDE}])[！-～{_WIDE}]*|(?<=[0-9A-Z)][{_SPACE}])[{_SPACE}]?(?=[0-9A-Z(+ ])|"
-    rf"(?<=（)[+0-9]{{2,5}}）)"
+    rf"(?<=（)[+＋0-9０-９]{{2,5}}）)"
 )
 
 # At least seven digits in a row, with at most a few characters between two.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -74,3 +75,24 @@ def clean_faults(o: Clean) -> Iterator[Fault]:
         yield Fault("--language-threshold", o.language_threshold, "is no probability", "Use 0 to 1.")
     if o.executor == "slurm" and not o.slurm_partition:
         yield Fault("--slurm-partition", "", "Slurm jobs need one", "Give its name.")
+    yield from _without_effect(o)
+
+
+def _without_effect(o: Clean) -> Iterator[Fault]:
+    """Options of steps that are off."""
+    steps = {
+        "--language": (bool(o.language), ("language_threshold",)),
+        "--quality": (bool(o.quality), ("quality_language",)),
+        "--decontaminate": (bool(o.decontaminate), ("decontaminate_key", "decontaminate_words", "fold_numbers")),
+        "--pii other than off": (o.pii != "off", ("pii_kinds",)),
+        "--minhash-bands": (bool(o.minhash_bands), ("minhash_rows", "minhash_words")),
+        "--executor slurm": (o.executor == "slurm", ("slurm_partition", "slurm_time")),
+        "--executor local, slurm or ray": (o.executor != "here", ("workers",)),
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(o)}
+    for step, (on, names) in steps.items():
+        for name in names:
+            if not on and (value := getattr(o, name)) != defaults[name]:
+                shown = f"--no-{name}" if value is False else f"--{name}"
+                repair = f"Leave it out, or give {step} too."
+                yield Fault(shown.replace("_", "-"), value, f"has no meaning without {step}", repair)

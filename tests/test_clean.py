@@ -476,6 +476,20 @@ def test_filters_of_the_extra(tmp_path: Path) -> None:
     }
 
 
+def test_options_of_steps_that_are_off_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not ignored: all at once, and none that stands beside its step."""
+    off = "--quality-language zh --no-fold-numbers --decontaminate-words 8 --pii off --pii-kinds ip --workers 2"
+    rest = "--minhash-bands 0 --minhash-rows 4 --slurm-time 1:0:0 --language-threshold 0.5 --decontaminate-key q"
+    with pytest.raises(SystemExit) as ended:
+        main(["clean", "--input", "none", "--output", "o.jsonl", *off.split(), *rest.split()])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "has 9 faults" in told and "--no-fold-numbers" in told
+    on = "--quality c4 --language zh --decontaminate a --executor slurm --slurm-partition p"
+    with pytest.raises(SystemExit):
+        main(["clean", "--input", "none", "--output", "o.jsonl", *on.split(), *off.split()[:5], "--minhash-rows", "4"])
+    assert "fault" not in capsys.readouterr().err
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = jsonl(
         tmp_path / "in.jsonl", ["one text with tom@gmail.com", "one text with tom@gmail.com", "[bold]other[/bold] \x07"]
@@ -493,7 +507,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as end:
         main(["clean", "--input", name, "--output", str(tmp_path / "p.jsonl"), *words])
     err = capsys.readouterr().err
-    assert end.value.code == 2 and "4 faults" in err and "--slurm-partition" in err
+    assert end.value.code == 2 and "5 faults" in err and "--slurm-partition" in err
 
 
 def test_rules_are_what_the_report_says(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_a_pipe_that_is_named_is_read_as_standard_input_is(
 
     found = batches(data)
     assert len(found) > 2 and [text for batch in found for text in batch.texts] == texts
+    assert found[-1].consumed == len(data), "the bytes that were read are told"
     assert [text for batch in batches(data, found[0].cursor) for text in batch.texts] == texts[len(found[0].texts) :]
     other = batches(packing(b"".join(line(text=f"other {i}").encode() for i in range(300))), found[0].cursor)
     assert "is not the input that the work began with" in str(other[0].drops[0])

@@ -92,7 +92,8 @@ class Source:
                 if batch.num_chars >= _BATCH_BYTES or len(batch.texts) + len(batch.drops) >= _BATCH_DOCUMENTS:
                     yield batch
                     batch = Batch(cursor=batch.cursor, consumed=batch.consumed)
-            before += self.files[number].num_bytes
+            # How large a pipe is, nobody knows before its end.
+            before = batch.consumed if self.files[number].once else before + self.files[number].num_bytes
             batch.cursor, batch.consumed = Cursor(number + 1), before
         yield batch
 

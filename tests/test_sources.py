@@ -128,6 +128,13 @@ def test_json_of_all_shapes(tmp_path: Path) -> None:
         assert words in str(read(file)[1][-1]), content
 
 
+def test_a_number_at_the_end_of_a_block_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.data.jsontext._BLOCK_BYTES", 3)
+    (tmp_path / "a.json").write_bytes(b'[12345, -1.5e+300, {"text": "a"}, 1e5, true]')
+    texts, drops = read(tmp_path / "a.json")
+    assert texts == ["a"] and len(drops) == 4 and all("wrong type" in str(drop) for drop in drops)
+
+
 def test_folders_globs_urls_and_their_order(tmp_path: Path) -> None:
     for name in ("b/two.py", "b/one.txt", "a.md", "c.jsonl", ".git/x.py", "skip.log"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

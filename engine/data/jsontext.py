@@ -199,7 +199,8 @@ def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
         if at < len(text):
             try:
                 value, end = _DECODER.raw_decode(text, at)
-                if ended or end < len(text):  # else a number might go on in the next block
+                behind = 2 if isinstance(value, int | float) else 0  # "e+" may end a block and the number go on
+                if ended or end + behind < len(text):
                     if foreign and (half := _HALVES.search(text, at, end)):
                         value = BadRecord("not UTF-8", f"byte {_byte(half[0])} in it. Convert the file to UTF-8.")
                     at = end

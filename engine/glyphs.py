@@ -98,12 +98,17 @@ def _label(text: str, missing: frozenset[str]) -> str:
     return f" {drawn}" if drawn.startswith("_") else drawn
 
 
-def _latin(run: str) -> str:
+def _anyascii() -> Callable[[str], str] | None:
     try:
         from anyascii import anyascii
     except ImportError:
-        return _escaped(run)
-    return "".join(anyascii(char) or _escaped(char) for char in run)
+        return None
+    return anyascii
+
+
+def _latin(run: str) -> str:
+    spell = _anyascii()
+    return "".join((spell and spell(char)) or _escaped(char) for char in run)
 
 
 def _escaped(text: str) -> str:
@@ -114,9 +119,9 @@ def _warn(texts: Sequence[str], missing: frozenset[str]) -> None:
     text = next(text for text in texts if missing & set(text))
     shown = "".join(sorted(missing, key=text.find)[:5])
     drawn = _label(text, missing)
+    latin = "" if _anyascii() else "; `pip install 'trident-engine[chinese]'` gives Latin letters instead of escapes"
     warnings.warn(
         f"no installed font has {shown}: {text[:60]} is {drawn[:120]} in the picture. Install one, such as "
-        f"fonts-noto-cjk or fonts-wqy-zenhei for Chinese; `pip install 'trident-engine[chinese]'` gives Latin letters "
-        f"instead of escapes.",
+        f"fonts-noto-cjk or fonts-wqy-zenhei for Chinese{latin}.",
         stacklevel=4,
     )

@@ -84,6 +84,7 @@ def test_without_a_font_other_letters_and_a_warning(
         with drawable([CHINESE]) as label:
             assert label(CHINESE) == r"\u8bad\u7ec3"
     assert len(caught) == 4 and all("no installed font has 训练" in str(one.message) for one in caught)
+    assert ["[chinese]" in str(one.message) for one in caught] == [False, False, False, True]
 
 
 def test_names_are_text_and_every_run_is_in_the_legend(tmp_path: Path, shown: Any) -> None:

@@ -89,6 +89,17 @@ def test_a_command_of_megatron_works_as_it_is(
     assert stored(corpus / "my_title_document") == before
 
 
+def test_a_reader_that_leaves(corpus: Path) -> None:
+    """As of the verbs: in silence, with 141, and all is written."""
+    read, out = os.pipe()
+    os.close(read)
+    options = ["--input", corpus / "in.json", "--output-prefix", corpus / "my", "--tokenizer-model", corpus / "tok"]
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, options)]
+    done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, timeout=100)
+    os.close(out)
+    assert (done.returncode, done.stderr) == (141, b"") and (corpus / "my_text_document-report.json").exists()
+
+
 def test_the_commands_of_the_readme(corpus: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """GPT-2's and BERT's files under their names there, and input under any name, as JSON lines."""
     (corpus / "in.json").rename(corpus / "my-corpus.csv")  # whatever it is called

@@ -25,6 +25,7 @@ from engine.data.prepare import prepare
 from engine.data.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, Fault
 from engine.monitor.prepared import prepare_progress, show_prepared
+from engine.output import watched
 
 # The tokenizer: of which option, and whether BERT's texts are put in lower case first.
 TOKENIZER_TYPES: dict[str, tuple[tuple[str, ...], bool | None]] = {
@@ -256,24 +257,28 @@ def _prepare(args: argparse.Namespace, key: str, bos: bool, stop: Interrupts) ->
     show_prepared(report)
 
 
+def _run(args: argparse.Namespace) -> None:
+    for name in WITHOUT_MEANING:
+        if getattr(args, name[2:].replace("-", "_")) is not None:
+            print(f"note: {name} has no meaning here: all cores are used, and the order is the input order")
+    if args.tokenizer_type.startswith("BertWordPiece"):
+        print("note: texts alone are stored, without [CLS] and [SEP] around them and without <extra_id_N> tokens")
+    if args.workers:
+        from engine.launch import limit_encoder_threads
+
+        limit_encoder_threads(args.workers)
+    with interruptible("nothing is written; give the same command again") as stop:
+        bos = adds_bos(args)
+        for key in _keys_left(args, bos):
+            stop.go_on = lambda key=key: f"{key} is not begun; give the same command again"  # type: ignore[misc]
+            _prepare(args, key, bos, stop)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        for name in WITHOUT_MEANING:
-            if getattr(args, name[2:].replace("-", "_")) is not None:
-                print(f"note: {name} has no meaning here: all cores are used, and the order is the input order")
-        if args.tokenizer_type.startswith("BertWordPiece"):
-            print("note: texts alone are stored, without [CLS] and [SEP] around them and without <extra_id_N> tokens")
-        if args.workers:
-            from engine.launch import limit_encoder_threads
-
-            limit_encoder_threads(args.workers)
-        with interruptible("nothing is written; give the same command again") as stop:
-            bos = adds_bos(args)
-            for key in _keys_left(args, bos):
-                stop.go_on = lambda key=key: f"{key} is not begun; give the same command again"  # type: ignore[misc]
-                _prepare(args, key, bos, stop)
+        with watched():
+            _run(parse(sys.argv[1:] if argv is None else argv))
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -186,11 +186,12 @@ def merge_datasets(args: list[str], stop: Interrupts) -> int:
         return EXIT_OK
     console = Console(highlight=False, soft_wrap=True)
     rate = report.tokens / 1e6 / max(report.elapsed_s, 1e-9)
+    many = "corpora" if len(report.corpora) > 1 else "corpus"
     for number, prefix in enumerate(report.corpora, 1):
         console.print(f"{number}. {prefix}", markup=False)
     console.print(
         f"{report.output}: {report.sequences:,} sequences, {report.documents:,} documents, {report.tokens:,} tokens of "
-        f"{report.dtype} from {len(report.corpora):,} corpora; {report.elapsed_s:.1f} s, {rate:,.1f} million tokens/s",
+        f"{report.dtype} from {len(report.corpora):,} {many}; {report.elapsed_s:.1f} s, {rate:,.1f} million tokens/s",
         markup=False,
     )
     if report.why_no_sidecar:

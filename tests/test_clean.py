@@ -225,14 +225,27 @@ def test_test_questions_are_found(tmp_path: Path) -> None:
 def test_evaluation_files_that_cannot_be_used_stop(tmp_path: Path) -> None:
     jsonl(tmp_path / "eval" / "empty.jsonl", [])
     (tmp_path / "eval" / "bad.jsonl").write_text('{"question": "q"}\n')
+    (tmp_path / "eval" / "none").mkdir()
+    os.mkfifo(tmp_path / "eval" / "pipe")
     for name, text in (
-        ("none.jsonl", "no such evaluation file"),
+        ("none.jsonl", "--decontaminate: .*none.jsonl: no such file"),
+        ("none", "no evaluation file there"),
+        ("pipe", "pipe: is a pipe"),
         ("empty.jsonl", "no items"),
         ("bad.jsonl", r"evaluation file .*bad\.jsonl:1: missing key.*question"),
     ):
         with pytest.raises(DataError, match=text):
             run(tmp_path, ["x"], Rules(decontaminate=(str(tmp_path / "eval" / name),)))
         assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_evaluation_files_may_be_a_folder_or_a_glob(tmp_path: Path) -> None:
+    question = "which of the seven rivers of the old kingdom flows to the north for the whole year"
+    jsonl(tmp_path / "eval" / "q.jsonl", [question])
+    (tmp_path / "eval" / "again").symlink_to(".")
+    for name in ("eval", "eval/*.jsonl", "eval/**/*.jsonl"):
+        kept, report = run(tmp_path, [question, "x"], Rules(decontaminate=(str(tmp_path / name),)))
+        assert kept == ["x"] and [entry["items"] for entry in report["evaluations"]] == [1]
 
 
 # ---- personal data ----

@@ -38,10 +38,9 @@ from engine.data.batch import Batch, Drop, printable
 from engine.data.clean_part import PartWriter, drop_line
 from engine.data.clean_report import INPUT, report_of
 from engine.data.cleaner import Cleaner, Counts, Place, Rules, text_size
-from engine.data.contamination import files_of
+from engine.data.contamination import evaluation_files
 from engine.data.duplicates import earliest
 from engine.data.executors import run_elsewhere, slurm_is_at_work
-from engine.data.inputs import list_inputs
 from engine.data.jsontext import loads
 from engine.data.own import Own
 from engine.data.report import ProgressEvent
@@ -149,7 +148,7 @@ def _check(job: Job, executor: str, overwrite: bool) -> None:
     _refuse_existing(job, overwrite)
     if executor != "here" and job.source.reads_once:
         raise DataError(f"standard input cannot be read by tasks of executor {executor}, and no pipe. Give files.")
-    files_of(job.rules.decontaminate)
+    evaluation_files(job.rules.decontaminate)
     if all(file.drop for file in job.source.files):
         raise unreadable(job.source, job.skip_errors)
 
@@ -164,7 +163,7 @@ def _refuse_existing(job: Job, overwrite: bool) -> None:
 
 def _facts(job: Job) -> dict[str, Any]:
     """All that the result depends on, as JSON gives it back."""
-    source, evaluations = job.source, list_inputs(job.rules.decontaminate).files
+    source, evaluations = job.source, evaluation_files(job.rules.decontaminate)
     return {
         "version": _VERSION,
         "inputs": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in source.files],

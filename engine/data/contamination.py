@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.data import own
+from engine.data.inputs import InputFile, list_inputs
 from engine.data.ngrams import U64, ngram_hashes, ngram_hashes_of_any_number, words_and_numbers_of, words_of
 from engine.data.sources import Source
 from engine.errors import DataError
@@ -49,26 +49,21 @@ class Evaluations:
         names: list[str] = []
         items: list[int] = []
         short: list[int] = []
-        for source in (Source.of([name], keys=tuple(keys)) for name in files):
-            for file in source.files:
-                if file.drop is not None and file.drop.reason == own.REASON:
-                    continue
-                if file.drop is not None:
-                    raise DataError(f"evaluation file {file.drop}")
-                found, count, missed = [np.empty(0, np.uint64)], 0, 0
-                for batch in Source((file,), tuple(keys)).batches():
-                    for drop in batch.drops:
-                        if drop.stops:
-                            raise DataError(f"evaluation file {drop}")
-                    for text in batch.texts:
-                        grams = _grams(convert(text) if convert else text, words, fold_numbers)[1]
-                        count, missed = count + 1, missed + (not grams.size)
-                        found.append(grams)
-                if not count:
-                    raise DataError(f"{file.name}: this evaluation file has no items, so nothing can be looked for.")
-                hashes.append(np.concatenate(found))
-                origins.append(np.full(hashes[-1].size, len(names), np.int32))
-                names, items, short = [*names, file.name], [*items, count], [*short, missed]
+        for file in evaluation_files(files):
+            found, count, missed = [np.empty(0, np.uint64)], 0, 0
+            for batch in Source((file,), tuple(keys)).batches():
+                for drop in batch.drops:
+                    if drop.stops:
+                        raise DataError(f"evaluation file {drop}")
+                for text in batch.texts:
+                    grams = _grams(convert(text) if convert else text, words, fold_numbers)[1]
+                    count, missed = count + 1, missed + (not grams.size)
+                    found.append(grams)
+            if not count:
+                raise DataError(f"{file.name}: this evaluation file has no items, so nothing can be looked for.")
+            hashes.append(np.concatenate(found))
+            origins.append(np.full(hashes[-1].size, len(names), np.int32))
+            names, items, short = [*names, file.name], [*items, count], [*short, missed]
         every, index = np.unique(np.concatenate(hashes), return_index=True)
         return cls(tuple(names), words, fold_numbers, every, np.concatenate(origins)[index], tuple(items), tuple(short))
 
@@ -96,9 +91,18 @@ def _grams(text: str, n: int, fold_numbers: bool) -> tuple[list[str], U64]:
     return words, ngram_hashes(words, n)
 
 
-def files_of(given: Sequence[str]) -> list[str]:
-    """Names as given; a missing one is told before any work is done."""
-    for name in given:
-        if "://" not in name and not Path(name).exists():
-            raise DataError(f"{name}: no such evaluation file. Check --decontaminate.")
-    return list(given)
+def evaluation_files(given: Sequence[str]) -> list[InputFile]:
+    """The files to read; one that is missing or cannot be read is told before any work is done."""
+    try:
+        files = list_inputs(given).files
+    except DataError as err:
+        raise DataError(f"--decontaminate: {err}") from err
+    read = [file for file in files if file.drop is None or file.drop.reason not in (own.REASON, "linked folder")]
+    for file in read:
+        if file.drop is not None:
+            raise DataError(f"evaluation file {file.drop}")
+        if file.once:
+            raise DataError(f"evaluation file {file.name}: is a pipe, and is read more than once. Give a file.")
+    if given and not read:
+        raise DataError(f"--decontaminate {' '.join(given)}: no evaluation file there. Check the path.")
+    return read

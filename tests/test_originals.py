@@ -188,6 +188,27 @@ def test_a_run_compares_its_own_texts(tmp_path: Path, monkeypatch: pytest.Monkey
     assert np.array_equal(kept.encode(texts[-1]), original.encode(texts[-1]))
 
 
+def test_what_is_compared_is_told_by_the_place_in_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a thread that comes first with a later batch nor a resumption changes it."""
+    trained(tmp_path / "m.model", model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
+    monkeypatch.setattr(pieces_module, "_piece_normalizer", lambda spec: wrong_at("\u2603"))
+    encoder = encoder_module.Encoder(Tokenizer.load(tmp_path / "m.model"))
+    texts = [*TEXTS[:7], "one \u2603"]  # not among the samples
+    encoder.encode_checked(texts, 1 << 20)
+    with pytest.raises(encoder_module.Mismatch):
+        encoder.encode_checked(texts, 0)
+    encoder.encode_checked(texts, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"", "it has no pieces"), (b"IQ== 0\nIg== 1\n", "ranks, as a .tiktoken")]
+)
+def test_models_that_are_none(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_difference_in_ranks_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {bytes([byte]): byte for byte in range(256)} | {b"an": 256, b"\xe2\x98": 257}
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in table.items())

@@ -44,7 +44,6 @@ class Encoder:
         self.name = f"tokenizers {tokenizers.__version__}"
         self.note = "" if fast else "as asked"
         self._original = tokenizer.original() if tokenizer.original is not None else None
-        self._first_chars = _FIRST_CHARS  # still to be compared with the original
         if tokenizer.own is not None:
             self.name, self.note = tokenizer.own.name, f"no tokenizer.json gives its ids: {tokenizer.note}"
             fast = fast and tokenizer.near and tokenizer.spelled_special is None
@@ -93,12 +92,16 @@ class Encoder:
         lengths = np.array([len(piece) for piece in ids], np.int32)
         return (np.concatenate(ids) if ids else np.empty(0, np.int32)), lengths
 
-    def encode_checked(self, texts: Sequence[str]) -> Encoded:
-        """As `encode`, and some of `texts` are given to the reference too. Raises Mismatch."""
+    def encode_checked(self, texts: Sequence[str], before: int = 0) -> Encoded:
+        """As `encode`, and some of `texts` are given to the reference too. Raises Mismatch.
+
+        `before`: bytes of the input before them. It tells the first texts of a run from later ones, whichever thread
+        comes first, and also after a resumption.
+        """
         if not texts:
             return np.empty(0, np.int32), np.empty(0, np.int32)
         self.check(texts)
-        self._check_original(texts)
+        self._check_original(texts, before)
         return self.encode(texts)
 
     def _encode_near(self, texts: Sequence[str]) -> Encoded:
@@ -136,16 +139,16 @@ class Encoder:
                     f"{mine[at : at + 3].tolist()} instead of {right[at : at + 3]}"
                 )
 
-    def _check_original(self, texts: Sequence[str]) -> None:
+    def _check_original(self, texts: Sequence[str], before: int) -> None:
         """Ask the original about `texts`, of which soon only a few are given to it. Raises Mismatch."""
         if self._original is None:
             return
-        samples = []
+        samples, left = [], _FIRST_CHARS - before
         for text in texts:
-            if self._first_chars <= 0:
+            if left <= 0:
                 break
             samples.append(text[:_FIRST_CHARS_EACH])
-            self._first_chars -= len(samples[-1]) + 1
+            left -= len(samples[-1]) + 1
         rest = texts[len(samples) :]
         samples += [text[:_SAMPLE_CHARS] for text in rest[:: max(1, len(rest) // _SAMPLES)][:_SAMPLES]]
         if (spelled := self._tokenizer.spelled_special) is not None:  # no original takes special tokens from texts

@@ -13,7 +13,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,11 @@ class Work:
         here = (self.totals.consumed, sum(split.tokens for split in self.totals.splits.values()))
         committed_at = began
         stop = self.job.stop
-        batches = self.job.source.batches(self.totals.cursor)
+        batches = self._placed(self.job.source.batches(self.totals.cursor))
         encoded_batches = map_ahead(self._encoded, batches, self._threads(), stop.check)
         try:
             with stop.deferred(), contextlib.closing(encoded_batches):
-                for batch, encoded in encoded_batches:
+                for (batch, _), encoded in encoded_batches:
                     self._stop_at_errors(batch)
                     self._add(batch, *encoded)
                     now = time.monotonic()
@@ -140,9 +140,17 @@ class Work:
             return f"{job.output} is complete"
         return f"{state['documents']:,} documents are kept in {job.parts}; {again} and it goes on behind them"
 
-    def _encoded(self, batch: Batch) -> EncodedBatch:
+    def _placed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, int]]:
+        """Each with the stored bytes before it."""
+        before = self.totals.consumed
+        for batch in batches:
+            yield batch, before
+            before = batch.consumed
+
+    def _encoded(self, placed: tuple[Batch, int]) -> EncodedBatch:
         """Ids and lengths of the texts of a batch, and how many bytes of each are unknown. Raises Mismatch."""
-        ids, lengths = self.encoder.encode_checked(batch.texts)
+        batch, before = placed
+        ids, lengths = self.encoder.encode_checked(batch.texts, before)
         return ids, lengths, self.encoder.unknown_bytes(batch.texts, ids, lengths)
 
     def _threads(self) -> int:

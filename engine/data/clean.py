@@ -253,7 +253,7 @@ def _output_bytes(job: Job, text_bytes: float) -> int:
 def _clean_batch(job: Job, batch: Batch, source: Source, first: int, cleaner: Cleaner, part: PartWriter) -> None:
     for drop in batch.drops:
         if drop.stops and not job.skip_errors:
-            raise DataError(f"{drop} Repair the input, or leave such documents out with --on-error skip.")
+            raise drop.refuse()
         _count_drop(drop, cleaner.counts, part)
     for note in batch.notes:
         cleaner.counts.noticed[note.kind] += 1

@@ -39,6 +39,7 @@ _PARAMETER = re.compile(
 _PAIR = re.compile(
     r"(?<![A-Za-z0-9])(?:A[KS]IA[0-9A-Z]{16}[\s,;:|/\"']{1,6}(?P<amazon>[A-Za-z0-9+/]{40})|"
     r"LTAI[0-9A-Za-z]{12,26}[\s,;:|/\"']{1,6}(?P<alibaba>[A-Za-z0-9]{30})|"
+    r"AC[0-9a-f]{32}[\s,;:|/\"']{1,6}(?P<twilio>[0-9a-f]{32})|"
     r"AKID[0-9A-Za-z]{32}[\s,;:|/\"']{1,6}(?P<tencent>[A-Za-z0-9]{32}))(?![A-Za-z0-9+/=])"
 )
 _PRIVATE_KEY = re.compile(
@@ -68,7 +69,7 @@ def secrets(scan: Scan) -> Iterator[tuple[int, int]]:
     for within in scan.long_words():
         for window in windows(text, _LONG_TOKEN, 32, 60, keylike, within):
             yield from _keys(scan, window[0], min(window[1], within[1] + 1))
-    if any(begin in text for begin in ("AKIA", "ASIA", "LTAI", "AKID")):
+    if any(begin in text for begin in ("AKIA", "ASIA", "LTAI", "AKID", "wilio", "TWILIO")):
         pairs = ((match, match.lastgroup or "") for match in _PAIR.finditer(text))
         yield from (match.span(name) for match, name in pairs if _is_random(match[name]))
     if "-u" in text or "sshpass" in text:
@@ -145,7 +146,8 @@ _URL_PASSWORD = re.compile(
     r"://(?P<user>[^\s/:@\"'<>`]{0,64}):(?P<password>[^\s/@\"'<>`]{4,128}(?:@[^\s/@\"'<>`.:]{1,32}(?=@))?)@[\w\[]"
 )
 _COMMAND = re.compile(
-    r"(?:\b(?:curl|wget|http|docker login)\b[^\n]{0,120}? (?:-u|--user)[ =]?[\"']?[\w.@-]{1,64}:|\bsshpass -p ?[\"']?)"
+    r"(?:\b(?:curl|wget|http|docker login)\b[^\n]{0,120}? (?:-u|--user)[ =]?[\"']?[\w.@-]{1,64}:|\bsshpass -p ?[\"']?|"
+    r"\bmysql(?:dump|admin)?\b[^\n]{0,80}? -p[\"']?(?=[^\s\"']{0,64}[0-9]))"
     r"(?P<password>[^\s\"'$]{5,64})"
 )
 _WEAK = words(
@@ -208,7 +210,7 @@ _JOIN = re.compile(
     r">|\([\"']|(?<![\])]),(?! )|(?<=[\"']),[ ]?[\"']|(?P<blank>[ \t]{1,2}[\"']?)))"
     r"(?:(?:Bearer|bearer|Basic|Token|token)[ ])?"
 )
-_VALUE = re.compile(r"[A-Za-z0-9_+/.~=%:-]{16,2000}+")
+_VALUE = re.compile(r"[A-Za-z0-9_+/.~=%:-]{16,2000}+(?![A-Za-z0-9_+/.~=%:-])")
 # Behind a name and a blank alone: as no word is.
 _MIXED = re.compile(r"(?=[\w-]{0,60}[A-Z])(?=[\w-]{0,60}[a-z])(?=[\w-]{0,60}[0-9])[A-Za-z0-9_-]{24,200}+(?![\w./=(\[])")
 _PASSWORD = re.compile(r"[^\s\"'`<>,;&|，。；、）]{6,64}+")
@@ -266,7 +268,9 @@ def _value_of(scan: Scan, stem: str, at: int, end: int) -> tuple[int, int] | Non
 
 def _secret(scan: Scan, begin: int) -> tuple[int, int] | None:
     match = _VALUE.match(scan.text, begin)
-    if match is None or scan.after(match.end(), 1) in tuple("([{"):  # a call or an expression, not a value
+    if (
+        match is None or scan.seen_often(match.end()) or scan.after(match.end(), 1) in tuple("([{")
+    ):  # a call or an expression, not a value
         return None
     value = match[0].rstrip(".:")
     if scan.text[begin - 1] not in "\"'`" and re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
@@ -43,6 +44,7 @@ class Scan:
     def __init__(self, text: str) -> None:
         self.text = text if text.isascii() else _FOLDED.sub(lambda match: match[0].translate(_FOLD), text)
         self._first = self._line = 0  # of the table, and of the line in it, that `heading` has seen last
+        self._ends: Counter[int] = Counter()  # of values: how often each was looked at
 
     @cached_property
     def numbers(self) -> Sequence[tuple[int, int]]:
@@ -68,6 +70,11 @@ class Scan:
         """Of a pattern of numbers, in these places."""
         for window in self.numbers:
             yield from pattern.finditer(self.text, *window)
+
+    def seen_often(self, end: int) -> bool:
+        """Whether values that end here were asked for eight times before: names in one long run, and each asks."""
+        self._ends[end] += 1
+        return self._ends[end] > 8
 
     def before(self, begin: int, n: int) -> str:
         """The n characters before a place."""

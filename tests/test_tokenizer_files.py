@@ -125,6 +125,25 @@ def ranks() -> dict[bytes, int]:
     return {piece: number for number, piece in enumerate(pieces)}
 
 
+def test_what_tokenizer_config_says_of_a_model(files: Path, tmp_path: Path) -> None:
+    shutil.copy(files / "spm/tokenizer.model", tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": "</s>", "eos_token": {"content": "<s>"}}))
+    chosen = Tokenizer.load(tmp_path)
+    chosen.save(tmp_path / "copy")
+    for one in (chosen, Tokenizer.load(tmp_path / "copy")):
+        assert (one.bos, one.eod) == (2, 1)
+    config.write_text(json.dumps({"bos_token": None}))
+    with pytest.raises(DataError, match="no token that begins"):
+        _ = Tokenizer.load(tmp_path).bos
+    for number, content, special in ((1, "<s>", False), (400, "<pad>", True)):  # texts never have special ones
+        config.write_text(json.dumps({"added_tokens_decoder": {number: {"content": content, "special": special}}}))
+        assert Tokenizer.load(tmp_path).eod == 2
+    config.write_text(json.dumps({"added_tokens_decoder": {"400": {"content": "<tool>", "special": False}}}))
+    with pytest.raises(DataError, match="no token '<tool>' of id 400"):
+        Tokenizer.load(tmp_path)
+
+
 def test_whispers_rank_files(tmp_path: Path) -> None:
     """multilingual.tiktoken ends in a line "= 50256": a rank without a token."""
     table, pattern = ranks(), _ENCODINGS["r50k_base"][0]

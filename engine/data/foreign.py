@@ -18,7 +18,7 @@ import orjson
 
 from engine.data.kept import cached, key_of
 from engine.data.tokenizer import MODEL, Tokenizer
-from engine.errors import DataError, cut
+from engine.errors import DataError, cut, shown
 
 if TYPE_CHECKING:
     from engine.data.awkward import Original
@@ -103,9 +103,12 @@ def made_from(found: Found, parse_special: bool = False) -> Tokenizer:
     """The tokenizer of what was found. Raises DataError if the file is damaged or cannot be converted exactly."""
     made = _converted(found)
     own = _sentencepiece(found) if made.difference else None
-    companions = companions_of(made.end, own, made.difference, made.near)
+    named: dict[str, Any] = {"eos_token": made.end} if made.end is not None else {}
+    named |= {"bos_token": found.config["bos_token"]} if "bos_token" in found.config else {}  # null: there is none
+    named |= {"eos_token": found.config["eos_token"]} if found.config.get("eos_token") is not None else {}
+    companions = companions_of(named, own, made.difference, made.near)
     compared = found.kind in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN) and own is None
-    return Tokenizer(
+    tokenizer = Tokenizer(
         made.definition,
         companions,
         parse_special,
@@ -114,6 +117,22 @@ def made_from(found: Found, parse_special: bool = False) -> Tokenizer:
         note=made.difference,
         original=partial(original, found) if compared else None,
     )
+    if found.kind != _TEKKEN:
+        _refuse_added(found, tokenizer)
+    return tokenizer
+
+
+def _refuse_added(found: Found, tokenizer: Tokenizer) -> None:
+    """Tokens of tokenizer_config.json that are found in texts, and that the file does not have."""
+    listed = found.config.get("added_tokens_decoder")
+    for number, token in listed.items() if isinstance(listed, dict) else ():
+        facts = token if isinstance(token, dict) else {}
+        text = facts.get("content")
+        if isinstance(text, str) and not facts.get("special") and str(tokenizer.token_id(text)) != str(number):
+            raise DataError(
+                f"{found.path}: has no token {shown(text)} of id {cut(str(number), 20)}, which tokenizer_config.json "
+                f"beside it adds. Give tokenizer.json, which says how it is found in texts."
+            )
 
 
 def _converted(found: Found) -> Converted:
@@ -242,13 +261,13 @@ def _config(path: Path, kind: str) -> dict[str, Any]:
 
 
 def companions_of(
-    end: str | None, own: Sentencepiece | None = None, difference: str = "", near: bool = False
+    special: dict[str, Any], own: Sentencepiece | None = None, difference: str = "", near: bool = False
 ) -> dict[str, bytes]:
-    """What lies beside a converted tokenizer: its end token, and a .model of which no tokenizer.json gives the ids."""
+    """What lies beside a converted tokenizer: names of its `special` tokens, such as "eos_token", and a .model of which
+    no tokenizer.json gives the ids."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if own is not None:  # which class transformers takes for a .model follows from the model's config.json
         config = {_MARK: difference, _NEAR: near}
-    special = {"eos_token": end} if end is not None else {}
     beside = {
         "tokenizer_config.json": json.dumps({**config, **special}).encode(),
         "special_tokens_map.json": json.dumps(special).encode(),

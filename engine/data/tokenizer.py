@@ -155,7 +155,7 @@ class Tokenizer:
             raise DataError(f"{difference}. This cannot be removed: give the tokenizer.json that its makers publish.")
         return Tokenizer(
             self._definition,
-            companions_of(self._eod_token, own, difference),
+            companions_of(json.loads(self._companions["special_tokens_map.json"]), own, difference),
             self._parse_special,
             own=own,
             note=difference,

@@ -4,10 +4,15 @@ import signal
 
 from engine.signals import ASKING
 
-# Until somebody answers them (engine.signals; or cli.py lets them through): imports take a tenth of a second.
-signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
 
-from engine.cli import main  # noqa: E402
+def main() -> None:
+    """The command. Not at the import, which multiprocessing repeats in workers: they have to end on SIGTERM."""
+    # Until somebody answers them (engine.signals; or cli.py lets them through): imports take a tenth of a second.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    from engine.cli import main
+
+    main()
+
 
 if __name__ == "__main__":
     main()

@@ -112,6 +112,12 @@ def test_a_signal_that_came_while_modules_were_loaded(program: str, code: int, l
     assert process.returncode == code and line in errors and errors.count("\n") == bool(line), errors
 
 
+def test_a_worker_that_imports_the_command_hears_signals() -> None:
+    """As multiprocessing's do of an installed `engine`; one that does not hear SIGTERM is waited for for ever."""
+    asked = "import signal, engine.__main__; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    assert start(["-c", asked]).communicate(timeout=20) == ("set()\n", "")
+
+
 def test_an_import_is_finished_before_the_end(tmp_path: Path) -> None:
     """Native modules (orjson's is one) crash when their initialisation ends by an exception."""
     (tmp_path / "slow.py").write_text("import os, time\nos.kill(os.getpid(), 15)\ntime.sleep(0.1)\nprint('imported')")

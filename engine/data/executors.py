@@ -139,7 +139,8 @@ _PREPARED = {"local": _local, "slurm": Interrupts.deferred, "ray": _ray}  # a jo
 
 def _end_with_parent() -> None:
     """In a worker process: end once who started it has, however that was; nobody else would end this one."""
-    parent, before = need("multiprocess", "a worker").parent_process(), os.getppid()
+    starter = sys.modules.get("multiprocess")  # with which datatrove's local executor starts workers
+    parent, before = starter.parent_process() if starter else None, os.getppid()
     if parent is None:
         return
 

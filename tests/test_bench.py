@@ -17,8 +17,9 @@ from report import Row, as_json, from_json  # noqa: E402
 from train_cpu import doubt, paired, rows_of, run_case  # noqa: E402
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("only", [pytest.param("train", marks=pytest.mark.heavy), "startup prepare checkpoint order"])
+@pytest.mark.parametrize("only", ["train", "startup prepare checkpoint order"])
 def test_one_table_and_json(only: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "all.py"), "--tiny", "--json", str(tmp_path / "bench.json")]
     done = subprocess.run([*command, "--only", *only.split()], capture_output=True, text=True, check=False)

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ["limits", "step", "attention", "ops", "profile", "curve"]
 
 
+@pytest.mark.heavy
 def test_tiny_on_a_cpu(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--tiny", "--no-build", "--sections", *SECTIONS]
     env = os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -211,6 +211,7 @@ def test_two_nodes_equal_one_process_and_stop_and_go_on(hosts: list[Host], tiny:
     assert losses(run) == pytest.approx(losses(tmp_path / "one"), rel=1e-11, abs=0)
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(400)
 def test_a_cut_link_ends_both_sides_with_one_message_each(hosts: list[Host], tiny: Path, tmp_path: Path) -> None:
     """No packet says goodbye: both sides find out by the time-out, and the far one has lost torchrun's store too."""

@@ -49,9 +49,8 @@ _PLAIN = {
 
 # In a tokenizer_config.json: why the ids of the .model beside it are sentencepiece's own, so that this stays so.
 _MARK = "ids_by_sentencepiece"
-_NEAR = (
-    "but_for_symbols"  # beside it: true, if the ids of a text without user-defined symbols are those of `tokenizers`
-)
+# Beside it: true, if the ids of a text without user-defined symbols are those of `tokenizers`.
+_NEAR = "but_for_symbols"
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def plot_lengths(
         axes.set(xlim=(shown[0] - 0.6, shown[-1] + 0.6))
         axes.set(xlabel="tokens of a document", ylabel="share", title=f"Lengths of documents: {label(name)}")
         axes.grid(alpha=0.3, axis="y")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
         figure.tight_layout()
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output)

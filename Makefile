@@ -32,10 +32,10 @@ test: venv lint
 
 test-all: venv lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	$(BIN)/python tests/mutations.py
+	$(BIN)/python -m tests.proofs.mutations
 
 test-mutations: venv
-	$(BIN)/python tests/mutations.py
+	$(BIN)/python -m tests.proofs.mutations
 
 test-pythons:
 	PIP_ARGS="$(PIP_ARGS)" $(PYTHON) tools/pythons.py $(PYTHONS)

@@ -197,7 +197,7 @@ def test_special_layouts_equal_one_process(overrides: dict[str, Any]) -> None:
     assert worst(many["weights"], one["weights"]) < 1e-9
 
 
-# -- two ranks and two steps: one small case for each way to cut, quick enough for tests/mutations.py ------------------
+# -- two ranks and two steps: one small case for each way to cut, quick enough for proofs/mutations --------------------
 
 TINY: dict[str, Any] = {"model_num_layers": 2, "model_hidden_size": 16, "model_num_heads": 4, "model_ffn_size": 24}
 TINY |= {"train_seq_len": 8, "optimizer_clip_norm": 0.05, "model_tie_embeddings": True, "model_qk_norm": True}

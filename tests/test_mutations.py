@@ -1,60 +1,149 @@
-"""The mutation runner: every mutation still fits the code; a caught, a surviving and a broken one are told apart."""
+"""Mutations: every one fits the code; what does not fit says why; caught, surviving and broken ones are told apart."""
 
 from __future__ import annotations
 
+import ast
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from mutations import MUTATIONS, ROOT, Mutation, judge
+
+from tests.proofs.mutations import MUTATIONS
+from tests.proofs.mutations.patch import ROOT, Mutation
+from tests.proofs.mutations.trial import judge, node_id
 
 BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}
 
 
 def test_names_are_unique() -> None:
-    assert len(BY_NAME) == len(MUTATIONS) >= 24
+    assert len(BY_NAME) == len(MUTATIONS) >= 90
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
-def test_it_fits_the_code_once(mutation: Mutation, tmp_path: Path) -> None:
+def test_it_fits_and_changes_the_code(mutation: Mutation) -> None:
     """So a change of the code that leaves a mutation behind shows here, in a moment, with its name."""
-    target = tmp_path / mutation.file
-    target.parent.mkdir(parents=True)
-    shutil.copy(ROOT / mutation.file, target)
-    mutation.apply(tmp_path)
-    compile(target.read_text(), mutation.file, "exec")
+    source = mutation.file(ROOT).read_text()
+    faulty = ast.dump(ast.parse(mutation.patch(source)))
+    assert faulty != ast.dump(ast.parse(source))
+    anew = ast.unparse(ast.parse(source))  # no comments, other quotes, other lines
+    assert ast.dump(ast.parse(mutation.patch(anew))) == faulty
     for test in mutation.tests:
-        path, _, rest = test.partition("::")
-        assert f"def {rest.partition('[')[0]}(" in (ROOT / path).read_text(), test
+        assert (ROOT / node_id(test).partition("::")[0]).is_file()
+
+
+SOURCE = """
+class Öfen:
+    def heat(self, x):
+        # why
+        self.ü = {"ä": x * (2 + 1)}; return self.total(x,
+            x * (2
+                 + 1))
+
+    def total(self, *values):
+        def first(x):
+            return f"{x}" + x
+        if values:
+            values.sort()
+        return sum(v for v in values)
+"""
+
+
+def planted(function: str, old: str, new: str, nth: tuple[int, int] = (1, 1)) -> Mutation:
+    return Mutation("planted", "", f"engine.kitchen:{function}", old, new, (), nth)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "text", "patched"),
+    [
+        (planted("Öfen.heat", "x*(2+1)", "x if x else 1", (1, 2)), "x * (2 + 1)", "(x if x else 1)"),
+        (planted("Öfen.heat", "x * (2 + 1)", "0", (2, 2)), "x * (2\n                 + 1)", "(0)"),
+        (planted("Öfen.heat", 'self.ü = {"ä": x * (2 + 1)}', "pass"), 'self.ü = {"ä": x * (2 + 1)}', "pass"),
+        (planted("Öfen.total", "values.sort()", "pass"), "values.sort()", "pass"),
+        (
+            planted("Öfen.total", "values.sort()", "if values[1:]:\n    values.sort()"),
+            "values.sort()",
+            "if values[1:]:\n                values.sort()",
+        ),
+        (planted("Öfen.total", "(v for v in values)", "values"), "(v for v in values)", "(values)"),
+        (planted("Öfen.total.first", "x", "1"), "+ x", "+ (1)"),
+    ],
+)
+def test_a_patch_changes_what_it_names_and_no_other_text(mutation: Mutation, text: str, patched: str) -> None:
+    number = mutation.nth[0] if text in mutation.old else 1
+    parts = SOURCE.split(text)
+    expected = text.join(parts[:number]) + patched + text.join(parts[number:])
+    assert mutation.patch(SOURCE) == expected
+    ast.parse(expected)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "complaint"),
+    [
+        (planted("Öfen.cool", "x", "1"), "engine.kitchen has 0 functions Öfen.cool, not one"),
+        (planted("heat", "x", "1"), "engine.kitchen has 0 functions heat, not one"),
+        (planted("Öfen.heat", "x - 1", "1"), "engine.kitchen:Öfen.heat has 0 of `x - 1`, not 1"),
+        (planted("Öfen.heat", "x * (2 + 1)", "1"), "engine.kitchen:Öfen.heat has 2 of `x * (2 + 1)`, not 1"),
+        (planted("Öfen.heat", "x * (2 + 1)", "1", (2, 3)), "engine.kitchen:Öfen.heat has 2 of `x * (2 + 1)`, not 3"),
+        (planted("Öfen.total", "return values", "pass"), "engine.kitchen:Öfen.total has 0 of `return values`, not 1"),
+    ],
+)
+def test_what_does_not_fit_says_so(mutation: Mutation, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(LookupError) as missing:
+        mutation.file(tmp_path)
+    assert "there is no module engine.kitchen" in str(missing.value)
+    (tmp_path / "engine/kitchen").mkdir(parents=True)
+    (tmp_path / "engine/kitchen/__init__.py").write_text(SOURCE)
+    with pytest.raises(LookupError) as unfit:
+        mutation.apply(tmp_path)
+    assert f"mutation planted: {complaint}" in str(unfit.value)
+
+
+def test_a_function_that_is_there_twice_is_not_guessed() -> None:
+    with pytest.raises(LookupError, match=r"engine\.kitchen has 2 functions Öfen\.total, not one"):
+        planted("Öfen.total", "values.sort()", "pass").patch(SOURCE + "    def total(self): ...\n")
+
+
+@pytest.mark.parametrize(
+    ("test", "complaint"),
+    [
+        ("test_no_such_thing[1]", "found in no module"),
+        ("test_kitchen::test_names_are_unique", "found in no module"),
+        ("test_layout_equals_one_process[x]", "test_shapes.py"),
+    ],
+)
+def test_a_test_that_is_not_there_once_is_refused(test: str, complaint: str) -> None:
+    with pytest.raises(LookupError) as refused:
+        node_id(test)
+    assert complaint in str(refused.value)
 
 
 SCRIPT = """
 import json, sys
-from dataclasses import asdict, replace
-import mutations as m
-known = {x.name: x for x in m.MUTATIONS}["bf16_without_masters"]
-tried = [known, *(replace(known, name=new, new=new) for new in (known.old, "bucket.part(", "no_such_name(master)"))]
-tried.append(replace(known, name="old", old="no such text"))
-m.WARM = "torch hypothesis torch.utils.flop_counter"
-m.warm()
-json.dump({x.name: [x.caught, x.by] for x in m.attempt(tried)}, sys.stdout)
+from dataclasses import replace
+from tests.proofs.mutations import MUTATIONS, trial
+known = {x.name: x for x in MUTATIONS}["bf16_without_masters"]
+tried = [known, *(replace(known, name=new, new=new) for new in (known.old, "await master", "no_such_name(master)"))]
+tried.append(replace(known, name="old", old="no_such_text"))
+trial.WARM = "torch hypothesis torch.utils.flop_counter"
+trial.warm()
+json.dump({x.name: [x.caught, x.by] for x in trial.attempt(tried)}, sys.stdout)
 """
 
 
 @pytest.mark.timeout(300)
 def test_a_fault_is_caught_and_told_from_survivors_and_broken_ones() -> None:
     """In a process of its own: the runner forks, and must not have the engine imported when it does."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT / "tests", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
     found = json.loads(done.stdout)
-    assert found.pop("bf16_without_masters") == [True, "test_optim.py::test_bf16_does_not_lose_tiny_updates"]
-    assert found.pop(BY_NAME["bf16_without_masters"].old) == [False, "SURVIVED"]
+    known = BY_NAME["bf16_without_masters"]
+    assert found.pop(known.name) == [True, node_id(known.tests[0]).removeprefix("tests/")]
+    assert found.pop(known.old) == [False, "SURVIVED"]
     assert {name: caught for name, (caught, _) in found.items()} == dict.fromkeys(found, False)
-    assert found["bucket.part("][1].startswith("BROKEN: pytest exit code")
+    assert found["await master"][1].startswith("BROKEN: pytest exit code")
     assert found["no_such_name(master)"][1].startswith("BROKEN: E")
-    assert "occurs 0 times in engine/optim/adamw.py" in found["old"][1]
+    assert "has 0 of `no_such_text`" in found["old"][1]
 
 
 def test_a_silent_hang_is_not_caught() -> None:

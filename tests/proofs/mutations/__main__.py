@@ -1,0 +1,54 @@
+"""Runs the mutations and reports which test caught which."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from . import MUTATIONS, __doc__
+from .trial import attempt, built, healthy, warm
+
+
+def main() -> int:
+    """Run the suite; the exit code says whether every mutation was caught."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these mutations only")
+    parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
+    parser.add_argument("--without-extensions", action="store_true", help="run the tests as if none were built")
+    args = parser.parse_args()
+    unknown = set(args.only or ()) - {m.name for m in MUTATIONS}
+    if unknown:
+        parser.error(f"no mutation named {', '.join(sorted(unknown))}")
+    chosen = [m for m in MUTATIONS if not args.only or m.name in args.only]
+    console, begin = Console(), time.monotonic()
+    extensions = built() and not args.without_extensions
+    impossible = [m.name for m in chosen if m.path == "kernels" and not extensions]
+    chosen = [m for m in chosen if m.name not in impossible]
+    warm()
+    if output := healthy(chosen, extensions):
+        console.print(output, markup=False)
+        console.print("the tests fail without any mutation: repair them first", style="bold red")
+        return 1
+    table = Table("mutation", Column("caught by", overflow="fold"), "s", title=f"{len(chosen)} mutations")
+    outcomes = []
+    for outcome in attempt(chosen, args.jobs, extensions):
+        outcomes.append(outcome)
+        console.print(f"{'caught' if outcome.caught else outcome.by}: {outcome.name}", markup=False, highlight=False)
+    for outcome in outcomes:
+        style = "" if outcome.caught else "bold red"
+        table.add_row(outcome.name, outcome.by.replace("[", r"\["), f"{outcome.seconds:.0f}", style=style)
+    console.print(table)
+    caught = sum(outcome.caught for outcome in outcomes)
+    with_what = "with the extensions" if extensions else "without extensions"
+    console.print(f"{caught} of {len(chosen)} caught {with_what} in {time.monotonic() - begin:.0f} s")
+    if impossible:
+        console.print(f"not tried, since their code runs with built extensions only: {', '.join(impossible)}")
+    return int(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

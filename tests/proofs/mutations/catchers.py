@@ -1,0 +1,26 @@
+"""Tests that catch the mutations of several rooms."""
+
+from __future__ import annotations
+
+PLAIN = ("test_one_process_equals_plain_torch[True]",)
+RESUME = ("test_resume_in_the_same_layout_changes_no_bit[fp64-1]",)
+
+
+def small(*names: str) -> tuple[str, ...]:
+    """The two-rank cases of test_equivalence.SMALL."""
+    return tuple(f"test_two_ranks_equal_one[{name}]" for name in names)
+
+
+def shape(name: str) -> tuple[str, ...]:
+    """A family's shape in a layout."""
+    return (f"test_shapes::test_layout_equals_one_process[{name}]",)
+
+
+def hf(name: str) -> tuple[str, ...]:
+    """A family beside transformers."""
+    return (f"test_import_gives_transformers_logits_and_gradients[{name}]",)
+
+
+def norms(*cases: str) -> tuple[str, ...]:
+    """Cases of the test that gives every layout a known gradient."""
+    return tuple(f"test_the_norm_is_that_of_the_whole_gradient[{case}]" for case in cases)

@@ -1,0 +1,57 @@
+"""Faults of saving and of proving what was saved."""
+
+from __future__ import annotations
+
+from .catchers import RESUME
+from .patch import Mutation
+
+MUTATIONS = [
+    Mutation(
+        "data_rank_missing_in_the_checkpoint",
+        "only the first data rank writes its range of the optimizer (Megatron-Bridge#5637, torchtitan#811)",
+        "engine.checkpoint.save:Saver._write",
+        "not tensors",
+        "not tensors or self.ctx.data.rank",
+        RESUME,
+    ),
+    Mutation(
+        "error_of_the_writing_thread_swallowed",
+        "a writer thread fails and the save reports success (pytorch#191391)",
+        "engine.checkpoint.save:Saver._write",
+        "raise self._explain(fault, temporary / file, wanted) from None",
+        'return {"tensors": {}}',
+        ("test_a_failed_save_is_an_error_on_all_ranks_and_leaves_the_old_one",),
+    ),
+    Mutation(
+        "host_copy_made_once",
+        "every save in the background writes the first one's values (NeMo-RL#3312)",
+        "engine.checkpoint.staging:_copy",
+        "ours.flat.copy_(theirs.flat, non_blocking=True)",
+        "if not ours.flat.any():\n    ours.flat.copy_(theirs.flat)",
+        ("test_the_files_are_those_of_a_save_that_waits[tensor]",),
+    ),
+    Mutation(
+        "digests_not_compared",
+        "a flipped bit loads in silence (torch.load, safetensors: no checksum is looked at)",
+        "engine.checkpoint.format:prove",
+        "part.digests and found != part.digests[block]",
+        "not part.digests and found != part.digests[block]",
+        ("test_no_damage_loads_in_silence_and_the_file_is_named",),
+    ),
+    Mutation(
+        "old_ones_deleted_unproven",
+        "older checkpoints are deleted though the new one cannot be read back",
+        "engine.checkpoint.save:Saver._write",
+        "self.keep",
+        "not self.keep",
+        ("test_nothing_is_deleted_when_the_new_one_reads_back_differently",),
+    ),
+    Mutation(
+        "rename_not_synced",
+        "what was reported as saved is gone after a power cut",
+        "engine.checkpoint.retention:commit",
+        "storage.sync_folder(final.parent)",
+        "pass",
+        ("test_a_crash_at_any_operation[one more]",),
+    ),
+]

@@ -1,0 +1,81 @@
+"""Faults of layers: biases, norms, positions, what is replicated."""
+
+from __future__ import annotations
+
+from .catchers import PLAIN, hf, shape, small
+from .patch import Mutation
+
+MUTATIONS = [
+    Mutation(
+        "norm_weight_not_summed_under_sequence_parallelism",
+        "each tensor rank keeps the gradient of its part of the sequence (Megatron#1446, apex#1686)",
+        "engine.model.layers:Norm.__init__",
+        '"sequence"',
+        '"alone"',
+        small("sequence"),
+    ),
+    Mutation(
+        "qk_norm_not_summed",
+        "each tensor rank keeps the gradient of its own heads (NeMo-RL#3716)",
+        "engine.model.attention:Attention.__init__",
+        'Norm(f"{name}.{part}_norm", d, cfg, ctx, means, sum_over="tensor")',
+        'Norm(f"{name}.{part}_norm", d, cfg, ctx, means, sum_over="alone")',
+        small("copies"),
+    ),
+    Mutation(
+        "weight_decay_on_norms",
+        "norm weights decay like matrices",
+        "engine.model.layers:Norm.__init__",
+        "ShardSpec((chunk,), init_value=1.0 - offset, decay=False)",
+        "ShardSpec((chunk,), init_value=1.0 - offset)",
+        PLAIN,
+    ),
+    Mutation(
+        "row_bias_added_by_every_rank",
+        "the bias of a row-parallel product is in the sum once for each tensor rank (gpt-neox#1220)",
+        "engine.model.layers:RowLinear.forward",
+        "return out if self.bias is None else out + self.bias",
+        "return out if self.bias is None else out + self.bias * max(self.copies.size, self.sequence.size)",
+        shape("gpt2-t4-copies"),
+    ),
+    Mutation(
+        "row_bias_gradient_not_summed",
+        "under sequence parallelism each rank keeps the bias gradient of its part (Megatron#1446)",
+        "engine.model.layers:RowLinear.__init__",
+        'bias_of(Chunk(name, out_size, sum_over=("sequence",)))',
+        "bias_of(Chunk(name, out_size))",
+        shape("gpt2-t4"),
+    ),
+    Mutation(
+        "kv_bias_replicas_not_summed",
+        "ranks that share a KV head each keep its bias gradient of their own queries",
+        "engine.model.layers:bias_of",
+        'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias")',
+        'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias", sum_over=())',
+        shape("qwen2-t4-copies"),
+    ),
+    Mutation(
+        "positions_of_the_first_part",
+        "under sequence parallelism every rank adds the positions of the first part",
+        "engine.model.layers:PositionEmbedding.forward",
+        "positions.t().chunk(self.sequence.size)[self.sequence.rank]",
+        "positions.t().chunk(self.sequence.size)[0]",
+        shape("gpt2-t2"),
+    ),
+    Mutation(
+        "positions_run_on_over_documents",
+        "learned positions do not begin again with a document",
+        "engine.documents:Documents.positions",
+        "torch.arange(self.begin.shape[1], device=self.begin.device) - self.begin",
+        "torch.arange(self.begin.shape[1], device=self.begin.device) - 0 * self.begin",
+        ("test_packed_documents_learn_as_if_alone",),
+    ),
+    Mutation(
+        "rope_scaling_ignored",
+        "a Llama 3.1 is loaded with the angles of Llama 3 (a common fault of converters)",
+        "engine.model.transformer:Transformer._rope_for",
+        "rope_scaling_of(cfg)",
+        "RopeScaling()",
+        hf("llama3-rope"),
+    ),
+]

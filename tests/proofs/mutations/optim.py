@@ -1,0 +1,103 @@
+"""Faults of the optimizer and of the gradient norm."""
+
+from __future__ import annotations
+
+from .catchers import PLAIN, RESUME, norms, small
+from .patch import Mutation
+
+MUTATIONS = [
+    Mutation(
+        "norm_counts_padding",
+        "whatever lies in the padding of the vocabulary enters the norm",
+        "engine.optim.clip:_counted",
+        "begin, end = piece.flat_range()",
+        "begin, end = piece.flat_range() if len(p.spec.chunks) > 1 else (0, p.numel())",
+        norms("gqa-(2, 1, 1)"),
+    ),
+    Mutation(
+        "norm_of_one_stage",
+        "each pipeline stage clips by its own norm (Megatron#7227, torchtitan#771)",
+        "engine.optim.clip:NormCounter.__call__",
+        "all_reduce_(self.local(), self.ctx.world)",
+        "all_reduce_(self.local(), self.ctx.tensor)",
+        small("pipeline"),
+    ),
+    Mutation(
+        "tied_copies_diverge",
+        "the two copies are treated differently by the optimizer (Megatron#4641, Megatron-Bridge#5380)",
+        "engine.optim.adamw:FlatAdamW.step",
+        "decay = self.cfg.weight_decay if bucket.decay else 0.0",
+        "decay = self.cfg.weight_decay if bucket.decay and not self.stages[0].ctx.ends.rank else 0.0",
+        small("pipeline"),
+    ),
+    Mutation(
+        "bias_correction_one_step_late",
+        "AdamW's correction uses the count of the wrong step (NVRx#376: step 2 with the weights of step 1)",
+        "engine.optim.adamw:FlatAdamW.step",
+        "own.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps)",
+        "own.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps + 1)",
+        PLAIN,
+        path="kernels",
+    ),
+    Mutation(
+        "bias_correction_one_step_late_in_torch",
+        "the same where torch's AdamW does it",
+        "engine.optim.adamw:FlatAdamW._reference",
+        "float(self.steps - 1)",
+        "float(self.steps)",
+        PLAIN,
+        path="torch",
+    ),
+    Mutation(
+        "bf16_without_masters",
+        "updates are rounded to bf16 each time, small ones are lost (DeepSpeed#7786)",
+        "engine.optim.adamw:FlatAdamW.step",
+        "bucket.part(bucket.grads, bucket.held), self._rounded(bucket, master)",
+        "bucket.part(bucket.grads, bucket.held), self._rounded(bucket, master.copy_(bucket.values))",
+        ("test_bf16_does_not_lose_tiny_updates",),
+    ),
+    Mutation(
+        "moments_of_the_wrong_range",
+        "ZeRO's moments are written from, and read into, the beginning of the range (Megatron-Bridge#5637)",
+        "engine.optim.adamw:FlatAdamW.states",
+        "flats[i][at : at + end - begin]",
+        'flats[i][at : at + end - begin] if kind == "model" else flats[i][: end - begin]',
+        RESUME,
+    ),
+    Mutation(
+        "gradient_scale_ignored",
+        "AdamW takes the gradients as they are: nothing is clipped, and the moments are of another scale",
+        "engine.optim.adamw:FlatAdamW.step",
+        "own.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps)",
+        "own.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, 1.0, self.steps)",
+        ("test_a_scale_of_the_gradient_is_that_of_the_update",),
+        path="kernels",
+    ),
+    Mutation(
+        "gradient_scale_ignored_in_torch",
+        "the same where torch's AdamW does it",
+        "engine.optim.adamw:FlatAdamW.step",
+        "grads = grads * grad_scale",
+        "grads = grads * 1.0",
+        ("test_a_scale_of_the_gradient_is_that_of_the_update",),
+        path="torch",
+    ),
+    Mutation(
+        "rounded_weights_not_written",
+        "the model computes with the weights it began with, the masters learn alone",
+        "engine.optim.adamw:FlatAdamW.step",
+        "own.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps)",
+        "own.adamw_(master, grads, first, second, None, lr, *betas, eps, decay, grad_scale, self.steps)",
+        ("test_a_scale_of_the_gradient_is_that_of_the_update",),
+        path="kernels",
+    ),
+    Mutation(
+        "rounded_weights_not_written_in_torch",
+        "the same where torch's AdamW does it",
+        "engine.optim.adamw:FlatAdamW.step",
+        "low is not None",
+        "False",
+        ("test_a_scale_of_the_gradient_is_that_of_the_update",),
+        path="torch",
+    ),
+]

@@ -1,0 +1,98 @@
+"""Runs that older engines stopped go on here with the numbers that those engines had, in the same and in other layouts.
+
+`golden/*.zip` were made by `python tests/golden_run.py` of the engines whose format they are. The numbers are in fp32
+and fp16, so they are equal to the bit only on one kind of processor and in one layout: the tolerances are those of a
+few steps in another order of sums. What a wrong resumption changes (another sample, a lost moment or loss scale,
+another learning rate) is thousands of times more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import golden_run
+import pytest
+from harness import run_ranks
+
+from engine.cli import main
+from engine.config import layout_of
+from engine.context import ParallelContext
+from engine.loop import train
+from engine.optim.precision import PRECISIONS
+from engine.resolve import load
+from engine.signals import StopRequest
+
+FILES = sorted(Path(__file__).with_name("golden").glob("*.zip"))
+LAYOUTS: dict[str, list[dict[str, int]]] = {
+    "fp32": [{"tensor": 2, "pipeline": 2}, {"tensor": 1}, {"pipeline": 2, "data": 2}],
+    "fp16": [{"tensor": 1}, {"tensor": 2}],
+}
+HEAVY = {"pipeline": 2, "data": 2}
+TOLERANCE = {"fp32": 2e-6, "fp16": 2e-3}
+EXACT = ("step", "tokens", "lr", "loss_scale", "skipped", "val_tokens", "val_unigram")
+CASES = [
+    pytest.param(
+        *(file, name, degrees),
+        id=f"{file.stem}-{name}-{'x'.join(f'{axis}{n}' for axis, n in degrees.items())}",
+        marks=[pytest.mark.heavy] if degrees == HEAVY else [],
+    )
+    for file in FILES
+    for name, layouts in LAYOUTS.items()
+    for degrees in layouts
+]
+
+
+def unpacked(file: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def facts(lines: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; -1 for what has no value, such as the norm of a gradient that overflowed."""
+    return [{k: -1 if x is None else x for k, x in json.loads(line).items()} for line in lines.splitlines()]
+
+
+@pytest.mark.parametrize(("file", "name", "degrees"), CASES)
+def test_a_stopped_run_goes_on(tmp_path: Path, file: Path, name: str, degrees: dict[str, int]) -> None:
+    root, ranks = unpacked(file, tmp_path), math.prod(degrees.values())
+    run = root / name / "run"
+    expected, before = facts((root / name / "expected.jsonl").read_text()), (run / "metrics.jsonl").read_text()
+    values = golden_run.options(name, root) | {f"parallel.{axis}": str(n) for axis, n in degrees.items()}
+    resolved = load([], values | {"run.dir": str(run), "checkpoint.resume": "latest"}, world=ranks, refuse_idle=True)
+    cfg = resolved.config
+
+    def job(ctx: ParallelContext) -> int:
+        return train(resolved, ctx, StopRequest())
+
+    dtype = PRECISIONS[cfg.train.precision].compute
+    assert set(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)) == {0}
+    after = (run / "metrics.jsonl").read_text()
+    assert after.startswith(before)
+    found = facts(after[len(before) :])
+    assert len(found) == len(expected)
+    for line, wanted in zip(found, expected):
+        assert {k: line[k] for k in wanted if k in EXACT} == {k: wanted[k] for k in wanted if k in EXACT}
+        assert {k: line[k] for k in wanted} == pytest.approx(wanted, rel=TOLERANCE[name])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_verb_reads_it(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = unpacked(file, tmp_path)
+    run, picture = str(root / "fp32/run"), ["--output", str(root / "picture.png")]
+    verbs = [["verify", run], ["inspect", run], ["plot", run, str(root / "fp16/run"), *picture]]
+    verbs += [["schedule", "--from", run, *picture], ["export", run, str(root / "hf")]]
+    verbs += [["evaluate", run, "--data", str(root / "web")]]
+    for verb in verbs:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(verb)
+        told = capsys.readouterr()
+        assert left.value.code == 0, told.err
+    losses = [re.findall(r"loss ([\d.]+)", text) for text in (told.out, (root / "fp32/evaluated.txt").read_text())]
+    assert losses[0] == losses[1] and len(losses[0]) == 1

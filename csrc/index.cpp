@@ -24,8 +24,8 @@ py::array_t<int64_t> permute(uint64_t n, uint64_t key, const py::array& indices)
 }  // namespace
 
 PYBIND11_MODULE(_index, m) {
-  m.doc() = "Sample order, batch gather and blends; see engine/data/stream.py and blend.py for the definitions.";
-  m.attr("interface") = 4;  // NATIVE_INTERFACE of engine/data/indexed.py
+  m.doc() = "Sample order, batch gather and blends; see engine/data/samples/stream.py and blend.py for the definitions.";
+  m.attr("interface") = 4;  // NATIVE_INTERFACE of engine/data/samples/indexed.py
   m.def("guard", [](const py::buffer& file) {  // token for lost and release
     const py::buffer_info info = file.request();
     return guard::add(info.ptr, info.size * info.itemsize);

@@ -96,6 +96,6 @@ struct View {
 };
 
 void bind_checks(py::module_& m);  // index_checks.cpp: what is proven when a corpus is opened
-void bind_order(py::module_& m);   // index_order.cpp: the stream of an epoch, engine/data/stream.py
-void bind_blend(py::module_& m);   // index_blend.cpp: whose turn it is, engine/data/blend.py
-void bind_pack(py::module_& m);    // index_pack.cpp: what is written, engine/data/pack.py
+void bind_order(py::module_& m);   // index_order.cpp: the stream of an epoch, engine/data/samples/stream.py
+void bind_blend(py::module_& m);   // index_blend.cpp: whose turn it is, engine/data/samples/blend.py
+void bind_pack(py::module_& m);    // index_pack.cpp: what is written, engine/data/prepare/pack.py

@@ -1,4 +1,4 @@
-// Whose turn each sample of a blend is; engine/data/blend.py has the definition and the reference.
+// Whose turn each sample of a blend is; engine/data/samples/blend.py has the definition and the reference.
 
 #include <functional>
 #include <queue>

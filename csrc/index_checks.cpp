@@ -1,4 +1,4 @@
-// What is proven of a corpus when it is opened; engine/data/indexed.py has the reference.
+// What is proven of a corpus when it is opened; engine/data/samples/indexed.py has the reference.
 
 #include <thread>
 

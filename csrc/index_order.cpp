@@ -1,4 +1,4 @@
-// The stream of an epoch in random access; engine/data/stream.py has the definition and the reference.
+// The stream of an epoch in random access; engine/data/samples/stream.py has the definition and the reference.
 //
 // Nearly all of a random sample's time is waiting for memory. So what a row needs is asked for while rows before it are
 // worked on: the lengths of its round two rows ahead, its tokens one row ahead.

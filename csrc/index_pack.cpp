@@ -1,4 +1,4 @@
-// What `engine prepare` writes, in one pass; engine/data/pack.py has the reference.
+// What `engine prepare` writes, in one pass; engine/data/prepare/pack.py has the reference.
 
 #include <optional>
 

@@ -1,4 +1,4 @@
-// Python's way to channel.h, for engine/shared.py.
+// Python's way to channel.h, for engine/distributed/shared_memory.py.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -31,7 +31,7 @@ std::unique_ptr<Channel> channel(int fd, uint64_t token, int rank, int ranks, ui
 
 PYBIND11_MODULE(_shared, m) {
     using release = py::call_guard<py::gil_scoped_release>;
-    m.doc() = "Collectives between processes over shared memory; see engine/shared.py.";
+    m.doc() = "Collectives between processes over shared memory; see engine/distributed/shared_memory.py.";
     py::class_<Channel>(m, "Channel")
         .def(py::init(&channel), py::arg("fd"), py::arg("token"), py::arg("rank"), py::arg("ranks"), py::arg("ring"),
              py::arg("pair_ring"), py::arg("make"), py::arg("spin"))

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.config import Config, layout_of
-from engine.context import ParallelContext
-from engine.data.loader import MicroBatch
+from engine.config.load import Resolved, load
+from engine.config.schema import Config, layout_of
+from engine.data.samples.loader import MicroBatch
+from engine.distributed.context import ParallelContext
+from engine.distributed.sharding import Parameter
 from engine.optim.adamw import Held
-from engine.resolve import Resolved, load
-from engine.sharding import Parameter
-from engine.train import TrainState
+from engine.train.step import TrainState
 
 MODEL = {
     "vocab_size": 61,  # odd on purpose: every tensor degree pads it

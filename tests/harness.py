@@ -22,8 +22,8 @@ import sympy  # noqa: F401  torch imports it in its first backward: a second in 
 import torch
 import torch.distributed as dist
 
-from engine.context import ParallelContext, make_context
-from engine.layout import Layout
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
 
 torch.set_num_threads(1)  # before any fork: a child does not inherit worker threads, only their locks
 _FORK = multiprocessing.get_context("fork")

@@ -21,7 +21,7 @@ from pathlib import Path
 from pii_development import lines
 from pii_values import cn_id, digits, letters, with_luhn
 
-from engine.data.pii import KINDS, find
+from engine.data.clean.pii import KINDS, find
 
 _MARK = re.compile(r"\[\[(\w+)\|(.*?)\]\]", re.S)
 

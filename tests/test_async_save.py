@@ -18,20 +18,20 @@ import torch
 from cases import config, layout_of, random_batches, resolve, same_bytes
 from harness import run_ranks
 
-import engine.loop as loop_module
+import engine.train.loop as loop_module
 from engine.checkpoint import staging
 from engine.checkpoint import storage as storage_module
 from engine.checkpoint.format import complete_steps, damages, read_manifest, step_dir
 from engine.checkpoint.save import Saver
 from engine.checkpoint.storage import Disk
-from engine.context import ParallelContext
-from engine.data.indexed import IndexedWriter
+from engine.data.samples.indexed import IndexedWriter
+from engine.distributed.context import ParallelContext
 from engine.errors import EngineError
-from engine.files import locked
-from engine.loop import train
 from engine.monitor.metrics import read_metrics
-from engine.signals import StopRequest
-from engine.train import TrainState, facts_of, setup, train_step
+from engine.train.loop import train
+from engine.train.step import TrainState, facts_of, setup, train_step
+from engine.util.files import locked
+from engine.util.signals import StopRequest
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 

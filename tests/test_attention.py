@@ -17,13 +17,13 @@ from cases import config, layout_of
 from harness import run_ranks
 from torch import Tensor
 
-from engine import train
-from engine.context import ParallelContext
-from engine.documents import Documents
+from engine.batch import Documents
+from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
 from engine.ops import attention
 from engine.ops.attention import IMPLEMENTATIONS, Case, causal_attention, choose, refusal
-from engine.train import setup
+from engine.train import step as train
+from engine.train.step import setup
 
 BF16, HOPPER, AMPERE = torch.bfloat16, (9, 0), (8, 0)
 ALL_THERE: dict[str, str] = {}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from test_cli import finish, train
 
-from engine.data.blend import BlendedOrder
-from engine.data.corpora import TrainingData, follow, open_training
-from engine.data.indexed import IndexedWriter
-from engine.resolve import load
+from engine.config.load import load
+from engine.data.samples.blend import BlendedOrder
+from engine.data.samples.corpora import TrainingData, follow, open_training
+from engine.data.samples.indexed import IndexedWriter
 
 NAMES = ("web", "code", "math")
 Plan = dict[int, tuple[int, int, int]]  # step -> weights from there on

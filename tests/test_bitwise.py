@@ -11,9 +11,9 @@ import torch
 from cases import assemble, config, held_pieces, layout_of, random_batches
 from harness import run_ranks
 
-from engine.config import Config
-from engine.context import ParallelContext
-from engine.train import TrainState, resume, save_state, setup, train_step
+from engine.config.schema import Config
+from engine.distributed.context import ParallelContext
+from engine.train.step import TrainState, resume, save_state, setup, train_step
 
 FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 

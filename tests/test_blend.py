@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_order import BUILT, NATIVE, corpus
 
-from engine.context import ParallelContext
-from engine.data import blend as blend_module
-from engine.data.blend import MAX_TOTAL, BlendedOrder, Phase, Turns, border, integer_weights, smallest_share
-from engine.data.loader import Loader
-from engine.data.order import SampleOrder
-from engine.data.stream import extension
+from engine.data.samples import blend as blend_module
+from engine.data.samples.blend import MAX_TOTAL, BlendedOrder, Phase, Turns, border, integer_weights, smallest_share
+from engine.data.samples.loader import Loader
+from engine.data.samples.order import SampleOrder
+from engine.data.samples.stream import extension
+from engine.distributed.context import ParallelContext
 from engine.errors import DataError
-from engine.train import setup, train_step
+from engine.train.step import setup, train_step
 
 AWKWARD = [
     [1],
@@ -283,7 +283,7 @@ def test_losses_by_source_add_up_to_the_loss_in_every_layout(degrees: tuple[int,
 
 def per_source(cfg: Any, ctx: ParallelContext) -> tuple[float, dict[int, float]]:
     """Loss and losses by source of one step on four samples with 16, 5, 0 and 5 counted tokens."""
-    from engine.data.loader import MicroBatch
+    from engine.data.samples.loader import MicroBatch
 
     rows = torch.from_numpy(np.random.default_rng(3).integers(0, MODEL["vocab_size"], (4, 17)))
     mask = torch.arange(16)[None, :] < torch.tensor([16, 5, 0, 5])[:, None]

@@ -18,9 +18,11 @@ import pytest
 import torch
 
 import engine
-from engine import built, cli, doctor
-from engine.data import stream
+from engine.cli import doctor
+from engine.cli import main as cli
+from engine.data.samples import stream
 from engine.ops import native
+from engine.util import build_notes as built
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,10 +15,10 @@ from harness import run_ranks
 
 import engine.checkpoint.save as save_module
 from engine.checkpoint.format import complete_steps, damages, find, read_manifest, with_digest
-from engine.config import Config
-from engine.context import ParallelContext
+from engine.config.schema import Config
+from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
-from engine.train import find_resume, resume, save_state, setup, train_step
+from engine.train.step import find_resume, resume, save_state, setup, train_step
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 TWO = config(2, parallel_tensor=2)

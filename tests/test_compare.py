@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from test_hf import tensors_of
 from test_hf_config import rewrite
 
-from engine.checkpoint.convert import export, import_folder
-from engine.checkpoint.hf import SINGLE
-from engine.cli import main
-from engine.compare import compare_with_transformers
+from engine.cli.main import main
 from engine.errors import CheckpointError
+from engine.inference.compare import compare_with_transformers
+from engine.interop.convert import export, import_folder
+from engine.interop.huggingface.weights import SINGLE
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

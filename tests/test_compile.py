@@ -9,15 +9,15 @@ import torch
 from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
 from harness import run_ranks
 
-from engine.comm import all_reduce_
-from engine.config import Config
-from engine.context import ParallelContext, make_context
+from engine.config.schema import Config
+from engine.distributed.collectives import all_reduce_
+from engine.distributed.context import ParallelContext, make_context
 from engine.monitor.progress import Progress
 from engine.ops.activation import activation
-from engine.ops.compiled import compiled
+from engine.ops.compile import compiled
 from engine.pipeline.executor import execute
 from engine.pipeline.schedules import forward_only
-from engine.train import setup, train_step
+from engine.train.step import setup, train_step
 
 
 def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:

@@ -20,18 +20,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import config as config_module
-from engine import relations as relations_module
-from engine import resolve as resolve_module
-from engine.cli import main
-from engine.config import Config, ModelConfig, fields, layout_of
+from engine.cli.main import main
+from engine.config import checks as relations_module
+from engine.config import load as resolve_module
+from engine.config import schema as config_module
+from engine.config.load import Resolved, load
+from engine.config.presets import PRESETS
+from engine.config.schema import Config, ModelConfig, fields, layout_of
+from engine.distributed.launch import Env, pick_device, read_env
 from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, Fault
-from engine.launch import Env, pick_device, read_env
 from engine.model.transformer import num_parameters
 from engine.pipeline.schedules import build
-from engine.planner.cost import balanced_layers, flops_per_token, stage_flops
-from engine.presets import PRESETS
-from engine.resolve import Resolved, load
+from engine.planner.flops import balanced_layers, flops_per_token, stage_flops
 
 # what the user gives, number of ranks, then what the one fault says: path, broken relation, repair
 RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
@@ -612,7 +612,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_no_word_of_the_command_line_is_dropped(
     words: list[str], path: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.train_options import parse_train
+    from engine.cli.train_options import parse_train
 
     monkeypatch.chdir(tmp_path)
     Path("a.toml").write_text("")

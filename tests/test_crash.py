@@ -24,11 +24,11 @@ from engine.checkpoint.format import damages, newest, read_manifest, step_dir
 from engine.checkpoint.load import Reader
 from engine.checkpoint.save import Saver, manifest_of, part_of, write_part
 from engine.checkpoint.storage import make_folders
-from engine.context import ParallelContext, make_context
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.errors import CheckpointError
-from engine.layout import Layout
 from engine.optim.adamw import Held
-from engine.sharding import Chunk, Parameter, ShardSpec
 
 ROOT = Path("/run/checkpoints")
 SHAPES = {"a.weight": (5, 6), "b.weight": (7,)}

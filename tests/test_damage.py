@@ -21,7 +21,7 @@ from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.storage import DISK
 from engine.checkpoint.tensorfile import write_safetensors
-from engine.cli import main
+from engine.cli.main import main
 from engine.errors import CheckpointError
 
 STEP = step_dir(ROOT, 2)

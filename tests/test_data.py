@@ -13,8 +13,8 @@ import pytest
 import torch
 from test_order import corpus
 
-from engine.data.loader import Loader
-from engine.data.order import SampleOrder
+from engine.data.samples.loader import Loader
+from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
 
 

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine import doctor, pair, selftest, shared
-from engine.cli import main
+from engine.cli import doctor, selftest
+from engine.cli.main import main
+from engine.distributed import pair
+from engine.distributed import shared_memory as shared
+from engine.distributed.pair import try_pair
 from engine.ops import native
 from engine.ops.attention import chosen
-from engine.pair import try_pair
 
 CPU = torch.device("cpu")
 needs_ops = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])

@@ -11,14 +11,14 @@ import torch
 from cases import assemble, config, gradients_of, layout_of, worst
 from harness import run_ranks
 
-from engine.config import Config
-from engine.context import ParallelContext
-from engine.data.corpora import open_training
-from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.loader import Loader, MicroBatch
-from engine.documents import Documents
-from engine.evaluate import Evaluator
-from engine.train import setup, train_step
+from engine.batch import Documents
+from engine.config.schema import Config
+from engine.data.samples.corpora import open_training
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.loader import Loader, MicroBatch
+from engine.distributed.context import ParallelContext
+from engine.train.evaluate import Evaluator
+from engine.train.step import setup, train_step
 
 S, EOD = 16, 60
 LENGTHS = [[5, 11], [16], [1, 1, 14], [7, 8, 1]]  # of the documents of each row, the closing token included

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from engine.cli import main
+from engine.cli.main import main
 from engine.errors import DataError
 from engine.pipeline.actions import Op, parse_plan
 from engine.pipeline.draw import draw

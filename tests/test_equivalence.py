@@ -15,14 +15,14 @@ from cases import assemble, config, gradients_of, layout_of, random_batches, wei
 from harness import run_ranks
 from test_ops import attention_reference, rms_norm_reference, rope_reference, swiglu_reference
 
-import engine.parallel.buckets as buckets_module
-from engine.comm import all_gather_into_start, all_reduce_start, reduce_scatter_start
-from engine.config import Config, ModelConfig
-from engine.context import Axis, ParallelContext, make_context
-from engine.layout import Layout
+import engine.parallel.gradients as buckets_module
+from engine.config.schema import Config, ModelConfig
+from engine.distributed.collectives import all_gather_into_start, all_reduce_start, reduce_scatter_start
+from engine.distributed.context import Axis, ParallelContext, make_context
+from engine.distributed.layout import Layout
 from engine.ops import native
 from engine.optim.lr import learning_rate
-from engine.train import setup, train_step
+from engine.train.step import setup, train_step
 
 STEPS = 20
 

@@ -14,19 +14,19 @@ import torch
 from cases import MODEL, config, layout_of
 from harness import run_ranks
 
-from engine.context import ParallelContext, make_context
-from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.order import SampleOrder
-from engine.data.tokenizer import Tokenizer
+from engine.config.checks import relations
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.order import SampleOrder
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import initialise_, parameters
 from engine.errors import ConfigError, DataError
-from engine.evaluate import Evaluator, Score, evaluate
-from engine.generate import sample
-from engine.inference import config_of
-from engine.layout import Layout
+from engine.inference.generate import sample
+from engine.inference.load import config_of
 from engine.model.transformer import StageShape, Transformer
-from engine.relations import relations
-from engine.sharding import initialise_, parameters
-from engine.train import save_state, setup
+from engine.train.evaluate import Evaluator, Score, evaluate
+from engine.train.step import save_state, setup
 
 TEXT_BYTES = 5000
 

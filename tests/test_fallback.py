@@ -17,9 +17,9 @@ from harness import run_ranks
 
 from engine.checkpoint.format import step_dir, steps_descending
 from engine.checkpoint.storage import Disk
-from engine.context import ParallelContext
+from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, DamageError, EngineError
-from engine.train import TrainState, go_on, save_state, setup, train_step
+from engine.train.step import TrainState, go_on, save_state, setup, train_step
 
 FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 

@@ -20,18 +20,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_cli import finish, train
 
-from engine.cli import main
-from engine.context import ParallelContext
-from engine.data.corpora import TrainingData, open_training
-from engine.data.fim import FillInTheMiddle, Sentinels
-from engine.data.indexed import IndexedWriter
-from engine.data.loader import Loader, LossMask
-from engine.data.special import FAMILIES, check, fill_in_the_middle, sentinels
-from engine.data.tokenizer import END_OF_TEXT, Tokenizer
-from engine.documents import Documents
+from engine.batch import Documents
+from engine.cli.main import main
+from engine.config.load import load
+from engine.data.samples.corpora import TrainingData, open_training
+from engine.data.samples.fim import FillInTheMiddle, Sentinels
+from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.loader import Loader, LossMask
+from engine.data.samples.special import FAMILIES, check, fill_in_the_middle, sentinels
+from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
+from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
-from engine.resolve import load
-from engine.train import setup, train_step
+from engine.train.step import setup, train_step
 
 SPECIAL = (END_OF_TEXT, *FAMILIES[0])
 CODE = [f"def f{i}(x):\n    return x + {i}  # naïve\n\n\nclass A{i}:\n\tpass" for i in range(40)]

@@ -12,15 +12,15 @@ import torch
 from cases import MODEL, assemble, config, gradients_of, layout_of, random_batches, worst
 from harness import run_ranks
 
-from engine import inference
-from engine.config import Config
-from engine.context import ParallelContext
+from engine.config.checks import relations
+from engine.config.schema import Config
+from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
+from engine.inference import load as inference
 from engine.ops import fp8
 from engine.ops.fp8 import E4M3, E5M2, Fp8, Scaled, _multiply, _quantize, _quantize_t
-from engine.ops.products import PLAIN
-from engine.relations import relations
-from engine.train import setup, train_step
+from engine.ops.matmul import PLAIN
+from engine.train.step import setup, train_step
 
 BF16 = torch.bfloat16
 ROUNDING = {E4M3: 2.0**-4, E5M2: 2.0**-3}  # half a unit in the last place, relative

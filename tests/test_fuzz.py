@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_order import BUILT, corpus
 
-from engine.data import indexed
-from engine.data.indexed import IndexedDataset
-from engine.data.order import SampleOrder
+from engine.data.samples import indexed
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
 
 EDGES = [0, 1, 2, -1, 127, 128, 255, 256, 2**15, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63)]

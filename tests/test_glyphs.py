@@ -18,14 +18,14 @@ from matplotlib.ft2font import FT2Font
 from test_inspect import run as inspect
 from test_order import corpus
 
-from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.inspect import count, histogram
-from engine.data.tokenizer import Tokenizer
-from engine.glyphs import drawable
+from engine.data.samples.contents import count, histogram
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.monitor.plot import plot_lengths, plot_loss
 from engine.pipeline.draw import draw
 from engine.pipeline.schedules import build
 from engine.pipeline.simulate import simulate
+from engine.util.glyphs import drawable
 
 # matplotlib brings a font along with characters that its usual one lacks: what a CJK font is to Chinese.
 OTHER = Path(matplotlib.get_data_path()) / "fonts/ttf/STIXGeneral.ttf"

@@ -9,11 +9,11 @@ import torch
 from cases import config, layout_of, random_batches, weights_of
 from harness import run_ranks
 
-from engine.context import ParallelContext
-from engine.data.loader import MicroBatch
+from engine.data.samples.loader import MicroBatch
+from engine.distributed.context import ParallelContext
 from engine.errors import DataError, TrainingError
 from engine.model.transformer import Transformer
-from engine.train import TrainState, setup, train_step
+from engine.train.step import TrainState, setup, train_step
 
 
 class Poison(torch.autograd.Function):

@@ -17,22 +17,22 @@ from hf_models import MODELS, save
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.checkpoint.beside import copy_beside
-from engine.checkpoint.convert import export, import_folder
 from engine.checkpoint.format import MODEL, prove_all, read_manifest
-from engine.checkpoint.hf import HfReader
 from engine.checkpoint.load import Reader
-from engine.compare import compare_with_transformers
-from engine.config import ModelConfig
-from engine.context import ParallelContext, make_context
-from engine.data.tokenizer import Tokenizer
+from engine.config.load import load
+from engine.config.schema import ModelConfig
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
-from engine.inference import load_model
-from engine.layout import Layout
+from engine.inference.compare import compare_with_transformers
+from engine.inference.load import load_model
+from engine.interop.convert import export, import_folder
+from engine.interop.huggingface.companions import copy_beside
+from engine.interop.huggingface.weights import HfReader
 from engine.model.transformer import StageShape, Transformer
-from engine.resolve import load
-from engine.sharding import parameters
-from engine.train import save_state, setup, start_from, train_step
+from engine.train.step import save_state, setup, start_from, train_step
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 TOKENS = torch.randint(61, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -246,7 +246,7 @@ def test_embeddings_are_scaled_as_gemma_rounds_them() -> None:
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from engine.checkpoint.convert import export, import_folder
+from engine.interop.convert import export, import_folder
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) << 10
 peak, done = [0], threading.Event()

@@ -13,13 +13,13 @@ import transformers
 from hf_models import ROPE3, save
 from test_hf_config import rewrite
 
-from engine.checkpoint.beside import content, copy_beside
-from engine.checkpoint.convert import export, import_folder
-from engine.cli import main
-from engine.data.awkward import AWKWARD
-from engine.data.indexed import IndexedWriter
-from engine.data.tokenizer import Tokenizer
+from engine.cli.main import main
+from engine.data.samples.indexed import IndexedWriter
+from engine.data.tokenize.awkward import AWKWARD
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import CheckpointError
+from engine.interop.convert import export, import_folder
+from engine.interop.huggingface.companions import content, copy_beside
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_hf import tensors_of
 
-from engine.checkpoint.convert import import_folder
-from engine.checkpoint.hf import HfReader
-from engine.cli import main
-from engine.config import ModelConfig
+from engine.cli.main import main
+from engine.config.load import load, model_config
+from engine.config.presets import PRESETS
+from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.families import FAMILIES
-from engine.hf_config import read_config, write_config
-from engine.presets import PRESETS
-from engine.resolve import load, model_config
+from engine.interop.convert import import_folder
+from engine.interop.huggingface.config_json import read_config, write_config
+from engine.interop.huggingface.families import FAMILIES
+from engine.interop.huggingface.weights import HfReader
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from test_hf import TOKENS, tensors_of
 from test_hf_config import UP, rewrite
 
-from engine.checkpoint.convert import import_folder, widest_of
-from engine.checkpoint.hf import INDEX, SINGLE, HfReader
 from engine.errors import CheckpointError, ConfigError
-from engine.families import FAMILIES
-from engine.hf_config import read_config
-from engine.inference import config_of, load_model
+from engine.inference.load import config_of, load_model
+from engine.interop.convert import import_folder, widest_of
+from engine.interop.huggingface.config_json import read_config
+from engine.interop.huggingface.families import FAMILIES
+from engine.interop.huggingface.weights import INDEX, SINGLE, HfReader
 
 transformers.logging.set_verbosity_error()
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import transformers
 
-from engine import cli
+from engine.cli import main as cli
+from engine.config.load import model_config
 from engine.errors import CheckpointError, ConfigError
-from engine.families import FAMILIES
-from engine.hf_config import known_keys, read_config
-from engine.resolve import model_config
+from engine.interop.huggingface.config_json import known_keys, read_config
+from engine.interop.huggingface.families import FAMILIES
 
 SOURCE = Path(transformers.__file__).parent
 SHARED = ("masking_utils.py", "modeling_rope_utils.py", "cache_utils.py")

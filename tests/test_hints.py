@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from engine import hints
-from engine.cli import _MEANT, _VERBS, main
-from engine.config import fields
+from engine.cli.main import _MEANT, _VERBS, main
+from engine.config import hints
+from engine.config.hints import nearest
+from engine.config.load import load
+from engine.config.peers import ENGINES
+from engine.config.schema import fields
 from engine.errors import ConfigError
-from engine.hints import nearest
-from engine.peers import ENGINES
-from engine.resolve import load
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))

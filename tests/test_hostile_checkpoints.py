@@ -28,11 +28,11 @@ from megatron_cases import LLAMA, save_dist, save_legacy
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from engine.checkpoint.megatron import archive, symbolic
-from engine.checkpoint.megatron.archive import Archive
-from engine.checkpoint.megatron.source import open_megatron
-from engine.checkpoint.megatron.symbolic import Call, Global, parse
 from engine.errors import CheckpointError
+from engine.interop.megatron import archive, symbolic
+from engine.interop.megatron.archive import Archive
+from engine.interop.megatron.source import open_megatron
+from engine.interop.megatron.symbolic import Call, Global, parse
 
 
 class Calls:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from engine.config.idle import RULES, idle
+from engine.config.load import load
+from engine.config.presets import PRESETS
 from engine.errors import ConfigError
-from engine.idle import RULES, idle
-from engine.presets import PRESETS
-from engine.resolve import load
 
 # setting: a value without effect by itself, and what gives it one
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -18,64 +18,74 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of earlier rows, and those of its own package in its own row. A package without a dot
 # stands for all its modules. No module may be missing: where it belongs is decided when it is written.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("", "errors", "files", "built", "signals", "peers"),  # "" is engine/__init__.py
+    ("", "errors"),  # "" is engine/__init__.py
+    ("util",),
     (
-        "output",
-        "glyphs",
-        "hints",
-        "layout",
-        "presets",
-        "skips",
-        "families",
-        "mixture",
-        "pipeline",
+        "config.peers",
+        "config.hints",
+        "config.presets",
+        "config.skips",
+        "config.mixture",
+        "distributed.layout",
+        "interop.huggingface.families",
         "pipeline.actions",
+        "cli.output",
     ),
-    ("pipeline.passes", "pipeline.simulate", "pipeline.check", "hf_config"),
+    ("pipeline.passes", "pipeline.simulate", "pipeline.check", "interop.huggingface.config_json"),
     ("pipeline.schedules", "pipeline.torch_csv"),
-    ("pipeline.search", "pipeline.timeline", "pipeline.draw", "pipeline.report"),
-    ("config",),
-    ("relations", "planner", "idle"),
-    ("resolve",),
-    ("options", "train_options"),
-    ("faults", "board"),  # no torch up to here
-    ("rng", "shared", "documents"),
-    ("context",),
-    ("comm", "sharding", "launch"),
-    ("pair", "ops", "data"),
+    ("pipeline.search", "pipeline.timeline", "pipeline.draw"),
+    ("config.schema",),
+    ("config.checks", "config.idle", "planner"),
+    ("config.load",),
+    ("cli.options", "cli.train_options", "cli.merge_options", "cli.schedule_pages"),
+    ("cli.checks", "distributed.board"),  # no torch up to here
+    ("distributed.rng", "distributed.shared_memory", "batch"),
+    ("distributed.context",),
+    ("distributed.sharding",),
+    ("distributed.collectives", "distributed.launch"),
+    ("distributed.pair", "ops", "data"),
     ("parallel",),
     ("model", "pipeline.stage"),
     ("optim", "pipeline.executor"),
+    ("pipeline.trace",),
     ("checkpoint",),
-    ("inference",),
-    ("compare", "evaluate"),
+    ("interop.megatron", "interop.huggingface.weights", "interop.huggingface.companions", "interop.convert"),
+    ("inference.load",),
+    ("inference.compare", "train.evaluate"),
     ("monitor",),
-    ("train",),
-    ("loop", "generate", "preview", "selftest"),
-    ("doctor",),
-    ("commands",),
-    ("cli",),
+    ("train.step",),
+    ("train.loop", "inference.generate", "cli.dry_run", "cli.selftest"),
+    ("cli.doctor", "cli.clean_console", "cli.prepare_console"),
+    ("cli.checkpoints", "cli.data", "cli.run", "cli.schedule"),
+    ("cli.main",),
     ("__main__",),
 )
 _LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-_TORCH_FREE_LEVELS = 10
+_TORCH_FREE_LEVELS = 11
 
 # module -> packages it must not know, whatever the levels say
-STRANGERS = {"model": ("pipeline", "optim", "data", "checkpoint"), "pipeline": ("model",), "ops": ("data", "launch")}
-TALKERS = ("comm", "launch", "context", "pair")  # may use torch.distributed
-HOLDERS = ("pipeline.executor", "parallel.buckets")  # may name the type dist.Work, and nothing else of it
+STRANGERS = {
+    "model": ("pipeline", "optim", "data", "checkpoint", "interop"),
+    "pipeline": ("model",),
+    "ops": ("data", "distributed.launch"),
+}
+TALKERS = tuple(
+    f"distributed.{name}" for name in ("collectives", "launch", "context", "pair")
+)  # may use torch.distributed
+HOLDERS = ("pipeline.executor", "parallel.gradients")  # may name the type dist.Work, and nothing else of it
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 
 Rule = Callable[[str, ast.AST], Iterator[str]]
 
 
 def row(module: str) -> str | None:
-    """The entry of LEVELS that a module (without "engine.") falls under: itself, or else its package."""
+    """The entry of LEVELS that a module (without "engine.") falls under: itself, or else the nearest room around it."""
     if module in _LEVEL_OF:
         return module
-    package = module.split(".")[0]
-    whole = package in _LEVEL_OF and not any(name.startswith(package + ".") for name in _LEVEL_OF)
-    return package if whole else None
+    if any(name.startswith(module + ".") for name in _LEVEL_OF):
+        return ""  # a room whose files stand in several rows: its __init__ is a docstring
+    room = module.rpartition(".")[0]
+    return row(room) or None if room else None
 
 
 Aliases = dict[str, str]
@@ -153,7 +163,7 @@ def imports_are_absolute(module: str, tree: ast.AST) -> Iterator[str]:
 
 def strangers_stay_strangers(module: str, tree: ast.AST) -> Iterator[str]:
     for target in engine_modules(tree):
-        if target.split(".")[0] in STRANGERS.get(module.split(".")[0], ()):
+        if any(f"{target}.".startswith(f"{name}.") for name in STRANGERS.get(module.split(".")[0], ())):
             yield f"{module} must not know {target}"
 
 
@@ -173,7 +183,7 @@ def no_global_statement(module: str, tree: ast.AST) -> Iterator[str]:
 
 
 def environment_in_launch_only(module: str, tree: ast.AST) -> Iterator[str]:
-    if module == "launch":
+    if module == "distributed.launch":
         return
     names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
     for node in ast.walk(tree):
@@ -184,7 +194,7 @@ def environment_in_launch_only(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"{module}: imports {name}"
 
 
-def collectives_in_comm_only(module: str, tree: ast.AST) -> Iterator[str]:
+def collectives_in_distributed_only(module: str, tree: ast.AST) -> Iterator[str]:
     """torch.distributed belongs to TALKERS; HOLDERS may write `dist.Work`."""
     if module in TALKERS:
         return
@@ -263,7 +273,7 @@ STRUCTURE: tuple[Rule, ...] = (
     torch_comes_late,
     no_global_statement,
     environment_in_launch_only,
-    collectives_in_comm_only,
+    collectives_in_distributed_only,
 )
 
 
@@ -306,65 +316,69 @@ def test_the_table_names_only_what_exists() -> None:
 
 
 PLANTED: list[tuple[Rule, str, str]] = [
-    (imports_point_down, "comm", "from engine.train import setup"),
+    (imports_point_down, "distributed.collectives", "from engine.train.step import setup"),
     (imports_point_down, "model.layers", "from engine.pipeline.executor import execute"),
-    (imports_point_down, "layout", "import engine.config"),
-    (imports_point_down, "layout", "from engine import config"),
-    (imports_point_down, "sharding", "from engine.comm import all_reduce_"),  # beside
-    (imports_point_down, "ops.norm", "from engine.data.keyed import permute"),  # beside
-    (imports_point_down, "planner.cost", "def f():\n    from engine.model.transformer import Block"),
-    (imports_point_down, "errors", "import importlib\nimportlib.import_module('engine.config')"),
+    (imports_point_down, "distributed.layout", "import engine.config.schema"),
+    (imports_point_down, "distributed.layout", "from engine.config import load"),
+    (imports_point_down, "distributed.sharding", "from engine.distributed.collectives import all_reduce_"),  # beside
+    (imports_point_down, "ops.norm", "from engine.data.samples.keyed import permute"),  # beside
+    (imports_point_down, "planner.flops", "def f():\n    from engine.model.transformer import Block"),
+    (imports_point_down, "errors", "import importlib\nimportlib.import_module('engine.config.schema')"),
     (imports_point_down, "pipeline.schedules", "from engine.pipeline.executor import execute"),
     (imports_point_down, "newcomer", ""),
     (imports_point_down, "pipeline.newcomer", ""),
-    (imports_are_absolute, "comm", "from . import context"),
-    (imports_are_absolute, "comm", "from .context import Axis"),
+    (imports_are_absolute, "distributed.collectives", "from . import context"),
+    (imports_are_absolute, "distributed.collectives", "from .context import Axis"),
     (strangers_stay_strangers, "model.layers", "from engine.pipeline.actions import Op"),
-    (strangers_stay_strangers, "model.mlp", "from engine.optim import lr"),
-    (strangers_stay_strangers, "model.mlp", "import engine.data.loader"),
-    (strangers_stay_strangers, "model.mlp", "from engine.checkpoint.hf import hf_name"),
+    (strangers_stay_strangers, "model.feed_forward", "from engine.optim import lr"),
+    (strangers_stay_strangers, "model.feed_forward", "import engine.data.samples.loader"),
+    (strangers_stay_strangers, "model.feed_forward", "from engine.interop.huggingface.weights import hf_name"),
     (strangers_stay_strangers, "pipeline.stage", "from engine.model.transformer import Transformer"),
-    (torch_comes_late, "config", "import torch"),
+    (torch_comes_late, "config.schema", "import torch"),
     (torch_comes_late, "pipeline.check", "def f():\n    from torch.nn import Module"),
-    (no_global_statement, "comm", "def f():\n    global state\n    state = 1"),
-    (environment_in_launch_only, "comm", "import os\nrank = os.environ['RANK']"),
-    (environment_in_launch_only, "comm", "import os as system\nrank = system.getenv('RANK')"),
-    (environment_in_launch_only, "comm", "from os import environ"),
-    (collectives_in_comm_only, "model.layers", "import torch.distributed as dist"),
-    (collectives_in_comm_only, "model.layers", "from torch import distributed"),
-    (collectives_in_comm_only, "model.layers", "from torch.distributed import ProcessGroup"),
-    (collectives_in_comm_only, "model.layers", "import torch\ntorch.distributed.all_reduce(x)"),
-    (collectives_in_comm_only, "model.layers", "import torch\ndef f(w: torch.distributed.Work): ..."),
-    (collectives_in_comm_only, "parallel.buckets", "import torch.distributed as dist\ndist.all_reduce(x)"),
-    (collectives_in_comm_only, "parallel.buckets", "from torch.distributed import all_reduce"),
-    (collectives_in_comm_only, "model.layers", "import torch as t\nt.distributed.barrier()"),
-    (texts_name_their_encoding, "comm", "open(name)"),
-    (texts_name_their_encoding, "comm", "open(name, 'w')"),
-    (texts_name_their_encoding, "comm", "path.open()"),
-    (texts_name_their_encoding, "comm", "path.open('a', buffering=1)"),
-    (texts_name_their_encoding, "comm", "os.fdopen(file, 'w')"),
-    (texts_name_their_encoding, "comm", "path.read_text()"),
-    (texts_name_their_encoding, "comm", "path.write_text('x')"),
-    (texts_name_their_encoding, "comm", "subprocess.run(['ls'], text=True)"),
-    (nothing_runs_what_it_reads, "comm", "import pickle"),
-    (nothing_runs_what_it_reads, "comm", "from pickle import loads"),
-    (nothing_runs_what_it_reads, "comm", "from multiprocessing.reduction import pickle"),
-    (nothing_runs_what_it_reads, "comm", "def f(x):\n    return eval(x)"),
-    (nothing_runs_what_it_reads, "comm", "exec('x = 1')"),
-    (nothing_runs_what_it_reads, "comm", "import torch\nx = torch.load('a', weights_only=True)"),
-    (nothing_runs_what_it_reads, "comm", "from torch import load"),
-    (nothing_runs_what_it_reads, "comm", "import torch as t\nx = t.load('a')"),
-    (nothing_runs_what_it_reads, "comm", "import builtins as b\nb.eval('a')"),
-    (nothing_runs_what_it_reads, "comm", "subprocess.run('ls', shell=True)"),
-    (nothing_runs_what_it_reads, "comm", "subprocess.run('ls', shell=flag)"),
-    (nothing_runs_what_it_reads, "comm", "import os\nos.system('ls')"),
-    (nothing_runs_what_it_reads, "comm", "import yaml\nyaml.load(text)"),
-    (nothing_runs_what_it_reads, "comm", "AutoModel.from_pretrained(x, trust_remote_code=True)"),
-    (nothing_runs_what_it_reads, "comm", "AutoModel.from_pretrained(x, **{'trust_remote_code': True})"),
-    (nothing_runs_what_it_reads, "comm", "dist.broadcast_object_list(x)"),
-    (nothing_runs_what_it_reads, "comm", "dist.all_gather_object(x, y)"),
-    (nothing_runs_what_it_reads, "comm", "from torch.distributed import send_object_list"),
-    (nothing_runs_what_it_reads, "comm", "np.load('a.npy', allow_pickle=True)"),
+    (no_global_statement, "distributed.collectives", "def f():\n    global state\n    state = 1"),
+    (environment_in_launch_only, "distributed.collectives", "import os\nrank = os.environ['RANK']"),
+    (environment_in_launch_only, "distributed.collectives", "import os as system\nrank = system.getenv('RANK')"),
+    (environment_in_launch_only, "distributed.collectives", "from os import environ"),
+    (collectives_in_distributed_only, "model.layers", "import torch.distributed as dist"),
+    (collectives_in_distributed_only, "model.layers", "from torch import distributed"),
+    (collectives_in_distributed_only, "model.layers", "from torch.distributed import ProcessGroup"),
+    (collectives_in_distributed_only, "model.layers", "import torch\ntorch.distributed.all_reduce(x)"),
+    (collectives_in_distributed_only, "model.layers", "import torch\ndef f(w: torch.distributed.Work): ..."),
+    (collectives_in_distributed_only, "parallel.gradients", "import torch.distributed as dist\ndist.all_reduce(x)"),
+    (collectives_in_distributed_only, "parallel.gradients", "from torch.distributed import all_reduce"),
+    (collectives_in_distributed_only, "model.layers", "import torch as t\nt.distributed.barrier()"),
+    (texts_name_their_encoding, "distributed.collectives", "open(name)"),
+    (texts_name_their_encoding, "distributed.collectives", "open(name, 'w')"),
+    (texts_name_their_encoding, "distributed.collectives", "path.open()"),
+    (texts_name_their_encoding, "distributed.collectives", "path.open('a', buffering=1)"),
+    (texts_name_their_encoding, "distributed.collectives", "os.fdopen(file, 'w')"),
+    (texts_name_their_encoding, "distributed.collectives", "path.read_text()"),
+    (texts_name_their_encoding, "distributed.collectives", "path.write_text('x')"),
+    (texts_name_their_encoding, "distributed.collectives", "subprocess.run(['ls'], text=True)"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "import pickle"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "from pickle import loads"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "from multiprocessing.reduction import pickle"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "def f(x):\n    return eval(x)"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "exec('x = 1')"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "import torch\nx = torch.load('a', weights_only=True)"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "from torch import load"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "import torch as t\nx = t.load('a')"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "import builtins as b\nb.eval('a')"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "subprocess.run('ls', shell=True)"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "subprocess.run('ls', shell=flag)"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "import os\nos.system('ls')"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "import yaml\nyaml.load(text)"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "AutoModel.from_pretrained(x, trust_remote_code=True)"),
+    (
+        nothing_runs_what_it_reads,
+        "distributed.collectives",
+        "AutoModel.from_pretrained(x, **{'trust_remote_code': True})",
+    ),
+    (nothing_runs_what_it_reads, "distributed.collectives", "dist.broadcast_object_list(x)"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "dist.all_gather_object(x, y)"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "from torch.distributed import send_object_list"),
+    (nothing_runs_what_it_reads, "distributed.collectives", "np.load('a.npy', allow_pickle=True)"),
 ]
 
 
@@ -376,12 +390,15 @@ def test_a_planted_violation_is_found(rule: Rule, module: str, source: str) -> N
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("model.layers", "from engine.ops.norm import rms_norm\nfrom engine.sharding import Chunk"),
-        ("data.loader", "from engine.data.order import SampleOrder"),
+        ("model.layers", "from engine.ops.norm import rms_norm\nfrom engine.distributed.sharding import Chunk"),
+        ("data.samples.loader", "from engine.data.samples.order import SampleOrder"),
         ("pipeline.executor", "from engine.pipeline.stage import Stage"),
-        ("parallel.buckets", "import torch.distributed as dist\nwork: dist.Work | None = None"),
-        ("launch", "import os\nos.environ['RANK']"),
-        ("comm", "open(a, 'rb'); path.open('wb'); os.open(a, 0); storage.open(a); path.read_text(encoding='utf-8')"),
+        ("parallel.gradients", "import torch.distributed as dist\nwork: dist.Work | None = None"),
+        ("distributed.launch", "import os\nos.environ['RANK']"),
+        (
+            "distributed.collectives",
+            "open(a, 'rb'); path.open('wb'); os.open(a, 0); storage.open(a); path.read_text(encoding='utf-8')",
+        ),
         ("model.layers", "model.eval()\nsubprocess.run(['ls'], shell=False)\nobject_list = []"),
     ],
 )
@@ -393,14 +410,14 @@ def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
 def test_the_light_modules_load_without_torch() -> None:
     """Not through a third party either; and --help and the faults of a dry run come before torch is loaded."""
     light = [m for m in ENGINE if (name := row(m)) is not None and _LEVEL_OF[name] < _TORCH_FREE_LEVELS]
-    assert {"config", "options", "planner.cost", "pipeline.schedules"} <= set(light)
-    names = [f"engine.{module}".rstrip(".") for module in light] + ["engine.cli"]
+    assert {"config.schema", "cli.options", "planner.flops", "pipeline.schedules"} <= set(light)
+    names = [f"engine.{module}".rstrip(".") for module in light] + ["engine.cli.main"]
     program = f"""
 import importlib, sys
 for name in {names!r}:
     importlib.import_module(name)
     assert "torch" not in sys.modules, name
-from engine.cli import main
+from engine.cli.main import main
 for words, code in ((["--help"], 0), (["--train.steps", "0", "--dry-run"], 2)):
     try:
         main(["train", *words])

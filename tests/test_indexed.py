@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.indexed import IndexedDataset, IndexedWriter, paths_of
-from engine.data.sidecar import entropy
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter, paths_of
+from engine.data.samples.sidecar import entropy
 from engine.errors import DataError
 
 # Two documents [1, 2, 3], [7] with an empty one between them, u16, as struct and the format's table give it by hand.

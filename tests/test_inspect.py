@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from test_order import corpus
 
-from engine.cli import main
-from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.inspect import count, decoded_samples, find_tokenizer, histogram, verify
-from engine.data.order import SampleOrder
-from engine.data.tokenizer import Tokenizer
+from engine.cli.main import main
+from engine.data.samples.contents import count, decoded_samples, find_tokenizer, histogram, verify
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.order import SampleOrder
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 
 TEXTS = ["one short text", "another text, a little longer than that", "x", "ends here [not a mark] naïve"] * 30

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from test_clean import document, jsonl, needs_extra
 
-from engine.data.ahead import map_ahead, read_ahead
-from engine.data.prepare import prepare
-from engine.data.tokenizer import Tokenizer
+from engine.data.prepare.prepare import prepare
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
-from engine.signals import Stopped
+from engine.util.prefetch import map_ahead, read_ahead
+from engine.util.signals import Stopped
 
 BUSY = """
 import hashlib, signal, sys, time
-from engine import signals
+from engine.util import signals
 signals._GRACE_S = 0.5
 def native(): hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**8)  # minutes without a look at signals
 def count():
@@ -51,8 +51,9 @@ with signals.interruptible("do it again") as stop:
 """
 SMALL = """
 import sys
-from engine.cli import main
-from engine.data import recognise, sources
+from engine.cli.main import main
+from engine.data.read import recognise
+from engine.data.read import sources
 sources._BATCH_BYTES = sources._BLOCK_BYTES = recognise._BLOCK_BYTES = 1 << 16
 main(sys.argv[1:])
 """
@@ -103,7 +104,7 @@ def test_a_signal_ends_it(doing: str, sent: list[str], code: int, said: str, lea
 def test_a_signal_that_came_while_modules_were_loaded(program: str, code: int, line: str) -> None:
     """It is answered as soon as somebody listens, or does what it always does."""
     early = (
-        "import os, runpy, sys, engine.signals, signal as s; block = s.pthread_sigmask\n"
+        "import os, runpy, sys, engine.util.signals, signal as s; block = s.pthread_sigmask\n"
         "s.pthread_sigmask = lambda *a: (block(*a), a[0] == s.SIG_BLOCK and os.kill(os.getpid(), 15))\n"
         f"sys.argv = {program.split()}; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
@@ -211,9 +212,9 @@ def test_an_error_before_shards_are_looked_at_does_not_lose_them(tokenizer: Path
     text = tmp_path / "a.jsonl"
     text.write_text('{"text": "a b c"}\n{"text": 1, "other": "longer than a block"}\n')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.data.encoding.SHARD_S", 0.0)
-        patch.setattr("engine.data.sources._BATCH_DOCUMENTS", 1)
-        patch.setattr("engine.data.sources._BLOCK_BYTES", 16)
+        patch.setattr("engine.data.prepare.pipeline.SHARD_S", 0.0)
+        patch.setattr("engine.data.read.sources._BATCH_DOCUMENTS", 1)
+        patch.setattr("engine.data.read.sources._BLOCK_BYTES", 16)
         with pytest.raises(DataError, match="wrong type"):
             prepare([text], str(tmp_path / "o"), tokenizer=tokenizer)
     shard, lengths = tmp_path / "o.parts" / "00000001.json", tmp_path / "o.parts" / "train.lengths"

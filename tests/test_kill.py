@@ -22,12 +22,12 @@ from engine.checkpoint.format import damages, newest, step_dir
 from engine.checkpoint.load import Reader
 from engine.checkpoint.save import Saver
 from engine.checkpoint.storage import DISK
-from engine.comm import gather_json
-from engine.context import ParallelContext
+from engine.distributed.collectives import gather_json
+from engine.distributed.context import ParallelContext
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.errors import EngineError
-from engine.layout import Layout
 from engine.optim.adamw import Held
-from engine.sharding import Chunk, Parameter, ShardSpec
 
 STRACE = shutil.which("strace")
 needs_strace = pytest.mark.skipif(not STRACE, reason="strace is not installed (apt-get install strace)")

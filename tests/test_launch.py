@@ -21,14 +21,15 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from engine import context, launch, signals
-from engine.comm import all_reduce_, gather_json, raise_together
-from engine.context import ParallelContext, make_context
+from engine.distributed import context, launch
+from engine.distributed.collectives import all_reduce_, gather_json, raise_together
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.launch import Env, run
+from engine.distributed.layout import Layout
 from engine.errors import ConfigError, DataError, EngineError, Fault, TrainingError
-from engine.files import locked
-from engine.launch import Env, run
-from engine.layout import Layout
-from engine.signals import StopRequest
+from engine.util import signals
+from engine.util.files import locked
+from engine.util.signals import StopRequest
 
 CPU = torch.device("cpu")
 TWO = Layout(2, data=2)
@@ -54,7 +55,7 @@ def last_rank_fails(ctx: ParallelContext) -> int:
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from engine.launch import read_env
+from engine.distributed.launch import read_env
 from test_launch import TWO, last_rank_fails, start
 sys.exit(start(last_rank_fails, read_env(), TWO))
 """

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.distributed.layout import AXES, Coords, Layout
 from engine.errors import LayoutError
-from engine.layout import AXES, Coords, Layout
 
 
 @st.composite

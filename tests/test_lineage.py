@@ -12,13 +12,13 @@ from cases import config, layout_of, random_batches
 from harness import run_ranks
 
 from engine.checkpoint.format import read_manifest
-from engine.checkpoint.inspect import summary, tensor_facts
 from engine.checkpoint.lineage import DATA_FIELDS, ORDER_BEGIN, code_versions, field_of, tell
 from engine.checkpoint.load import Reader
-from engine.context import ParallelContext
-from engine.data.corpora import data_facts, fingerprint, open_training
-from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.train import resume, save_state, setup, train_step
+from engine.checkpoint.summary import summary, tensor_facts
+from engine.data.samples.corpora import data_facts, fingerprint, open_training
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.distributed.context import ParallelContext
+from engine.train.step import resume, save_state, setup, train_step
 
 FACTS: dict[str, Any] = {
     "prefix": "x",

@@ -17,8 +17,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from engine.cli import main
-from engine.data.indexed import IndexedWriter
+from engine.cli.main import main
+from engine.data.samples.indexed import IndexedWriter
 from engine.errors import out_of_memory
 from engine.monitor.metrics import read_metrics
 from engine.monitor.plot import names_apart, plot_loss

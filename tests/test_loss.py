@@ -15,8 +15,8 @@ from test_ops import CTX, DTYPES, TOLERANCE, like, parameter, randn, relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.context import ParallelContext
-from engine.layout import Layout
+from engine.distributed.context import ParallelContext
+from engine.distributed.layout import Layout
 from engine.ops import loss as loss_module
 from engine.ops import native
 from engine.ops.loss import VocabSlice, linear_cross_entropy

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data.indexed import IndexedDataset, IndexedWriter, native_index
-from engine.data.loader import Loader
-from engine.data.mapped import MappedFile
-from engine.data.order import SampleOrder
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter, native_index
+from engine.data.samples.loader import Loader
+from engine.data.samples.mapped import MappedFile
+from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
 
 BUILT = importlib.util.find_spec("engine._index") is not None
@@ -93,8 +93,8 @@ def test_other_bus_errors_end_the_process_as_before(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"x" * 100_000)
     program = (
-        "import mmap, os, signal, sys; from pathlib import Path; from engine.data.indexed import native_index; "
-        "from engine.data.mapped import MappedFile; path = Path(sys.argv[1]); "
+        "import mmap, os, signal, sys; from pathlib import Path; from engine.data.samples.indexed import native_index; "
+        "from engine.data.samples.mapped import MappedFile; path = Path(sys.argv[1]); "
         "guarded = MappedFile(path, native_index()); file = path.open('rb'); "
         "bare = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); "
         "os.truncate(path, 0); assert guarded.bytes[0] == 0; "

@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.serialization import set_crc32_options
 
 from engine.checkpoint.load import load_into
-from engine.checkpoint.megatron.source import MegatronSource, open_megatron
-from engine.config import ModelConfig
-from engine.context import make_context
+from engine.config.schema import ModelConfig
+from engine.distributed.context import make_context
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
-from engine.layout import Layout
+from engine.interop.megatron.source import MegatronSource, open_megatron
 from engine.model.transformer import StageShape, Transformer
 from engine.optim.adamw import Held
-from engine.sharding import parameters
 
 
 def assert_holds(source: MegatronSource, wanted: dict[str, Tensor]) -> None:

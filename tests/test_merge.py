@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from engine.cli import main
-from engine.data.indexed import IndexedDataset
-from engine.data.inspect import verify
-from engine.data.merge import corpora_of, merge
-from engine.data.prepare import prepare
-from engine.data.tokenizer import Tokenizer
+from engine.cli.main import main
+from engine.data.prepare.merge import corpora_of, merge
+from engine.data.prepare.prepare import prepare
+from engine.data.samples.contents import verify
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
-from engine.signals import Interrupts, Stopped
+from engine.util.signals import Interrupts, Stopped
 
 Documents = Sequence[Sequence[Sequence[int]]]  # documents of sequences of tokens
 CORPORA: dict[str, Documents] = {

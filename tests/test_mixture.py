@@ -12,12 +12,12 @@ import pytest
 import torch
 from test_cli import finish, train
 
-from engine.data.corpora import TrainingData, open_training
-from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.loader import Loader
+from engine.config.load import load
+from engine.config.mixture import read_mixture
+from engine.data.samples.corpora import TrainingData, open_training
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.loader import Loader
 from engine.errors import ConfigError, DataError, Fault
-from engine.mixture import read_mixture
-from engine.resolve import load
 
 
 def faults_of(text: str) -> tuple[Fault, ...]:

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine import launch
-from engine.data.indexed import IndexedWriter
+from engine.data.samples.indexed import IndexedWriter
+from engine.distributed import launch
+from engine.distributed.launch import Env
 from engine.errors import ConfigError
-from engine.launch import Env
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT, SLURM = ROOT / "examples/pretrain_7b.sh", ROOT / "examples/pretrain_7b.slurm"

@@ -14,15 +14,15 @@ from harness import run_ranks
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from engine.context import Axis, ParallelContext, make_context
-from engine.layout import Layout
+from engine.distributed.context import Axis, ParallelContext, make_context
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.ops.activation import activation, gated
 from engine.ops.attention import causal_attention
 from engine.ops.embedding import embedding
 from engine.ops.linear import linear
 from engine.ops.norm import layer_norm, rms_norm, spread_rms_norm
 from engine.ops.rope import rope, rope_table
-from engine.sharding import Chunk, Parameter, ShardSpec
 
 CTX = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
 # largest difference allowed, relative to the largest value of the reference

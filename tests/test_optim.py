@@ -17,20 +17,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig
-from engine.context import ParallelContext, make_context
-from engine.layout import Layout
+from engine.config.load import load
+from engine.config.schema import Config, ModelConfig, OptimizerConfig, ScheduleConfig
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
+from engine.distributed.rng import generator
+from engine.distributed.sharding import Chunk, Parameter, ShardSpec, parameters
 from engine.model.transformer import StageShape, Transformer, num_parameters, stage_shapes, tensor_shapes
 from engine.ops import native
 from engine.optim.adamw import STATES, FlatAdamW
 from engine.optim.clip import NormCounter, clip_factor, sum_squares
 from engine.optim.lr import learning_rate
-from engine.parallel.buckets import GradBuckets, make_buckets
-from engine.planner.cost import flops_per_token, matmul_parameters
-from engine.resolve import load
-from engine.rng import generator
-from engine.sharding import Chunk, Parameter, ShardSpec, parameters
-from engine.train import setup, train_step
+from engine.parallel.gradients import GradBuckets, make_buckets
+from engine.planner.flops import flops_per_token, matmul_parameters
+from engine.train.step import setup, train_step
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data import keyed
-from engine.data import stream as stream_module
-from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.keyed import derive, derive_key, permute
-from engine.data.order import ORDER_VERSION, SampleOrder
-from engine.data.stream import blocks_of
+from engine.data.samples import keyed
+from engine.data.samples import stream as stream_module
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.keyed import derive, derive_key, permute
+from engine.data.samples.order import ORDER_VERSION, SampleOrder
+from engine.data.samples.stream import blocks_of
 from engine.errors import DataError
 
 # By presence, not by stream._extension(): that one refuses a faulty extension, and the tests would skip it in silence.

@@ -14,15 +14,15 @@ import tiktoken
 from sentencepiece import sentencepiece_model_pb2 as pb
 from tokenizers import Regex, normalizers
 
-import engine.data.encoder as encoder_module
-import engine.data.foreign as foreign
-import engine.data.kept as kept
-import engine.data.pieces as pieces_module
-import engine.data.ranks as ranks_module
-from engine.data.awkward import texts_for
-from engine.data.indexed import IndexedDataset
-from engine.data.prepare import prepare
-from engine.data.tokenizer import Tokenizer
+import engine.data.tokenize.convert as foreign
+import engine.data.tokenize.encoder as encoder_module
+import engine.data.tokenize.kept as kept
+import engine.data.tokenize.pieces as pieces_module
+import engine.data.tokenize.ranks as ranks_module
+from engine.data.prepare.prepare import prepare
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.tokenize.awkward import texts_for
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 
 TEXTS = ["def f(x):", "    return x + 1", "for i in range(10):", "がぎぐげご ガギグ 한국어 é ü", "the end of it"] * 20

@@ -20,15 +20,15 @@ import pytest
 import torch
 from cases import layout_of, resolve
 
-from engine import loop
 from engine.checkpoint.format import newest
 from engine.checkpoint.storage import DISK, remove_tree
-from engine.context import make_context
-from engine.data.indexed import IndexedWriter
+from engine.data.samples.indexed import IndexedWriter
+from engine.distributed.context import make_context
 from engine.errors import CheckpointError, DataError
 from engine.monitor.ending import Ending
 from engine.monitor.plot import plot_loss
-from engine.train import StepResult, TrainState, train_step
+from engine.train import loop
+from engine.train.step import StepResult, TrainState, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -217,7 +217,8 @@ def test_the_last_word_names_the_rank_that_had_the_cause(corpus: str, tmp_path: 
     for suffix in ("bin", "idx", "json"):
         shutil.copy(f"{corpus}.{suffix}", tmp_path / f"c.{suffix}")
     program = (
-        "import os, sys; from engine import loop; from engine.cli import main; from engine.errors import DataError\n"
+        "import os, sys; from engine.train import loop; from engine.cli.main import main\n"
+        "from engine.errors import DataError\n"
         "step = loop.train_step\n"
         "def failing(state, *args, **options):\n"
         "    if state.step == 2 and state.ctx.rank == 1: raise DataError('the corpus is gone')\n"

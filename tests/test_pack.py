@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_order import BUILT
 
-import engine.data.pack as pack_module
-from engine.data.pack import pack, pack_reference
+import engine.data.prepare.pack as pack_module
+from engine.data.prepare.pack import pack, pack_reference
 
 VOCAB_SIZE = 7
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pii_cases import cases, held_out, scores, table
 from pii_values import cn_id, with_luhn
 
-from engine.data.pii import KINDS, Finding, _take, find, hint, mask
-from engine.data.pii.numbers import is_card, is_cn_id, luhn
-from engine.options import PiiKind
+from engine.cli.options import PiiKind
+from engine.data.clean.pii import KINDS, Finding, _take, find, hint, mask
+from engine.data.clean.pii.numbers import is_card, is_cn_id, luhn
 
 # What the sets reached (docs/cleaning.md): precision, recall. On the development set less a little, which may grow.
 FLOORS = {

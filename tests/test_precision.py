@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from engine.checkpoint.format import read_manifest
 from engine.checkpoint.lineage import tell
-from engine.context import ParallelContext
+from engine.distributed.context import ParallelContext
 from engine.errors import TrainingError
 from engine.optim.lr import learning_rate
 from engine.optim.precision import PRECISIONS, LossScale
-from engine.train import changed_since, resume, save_state, setup, train_step
+from engine.train.step import changed_since, resume, save_state, setup, train_step
 
 FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 

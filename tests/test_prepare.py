@@ -16,12 +16,12 @@ from cases import same_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.indexed import IndexedDataset
-from engine.data.prepare import prepare
-from engine.data.report import ProgressEvent
-from engine.data.tokenizer import END_OF_TEXT, Tokenizer
+from engine.cli.prepare_console import show_prepared
+from engine.data.prepare.prepare import prepare
+from engine.data.prepare.report import ProgressEvent
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
 from engine.errors import DataError
-from engine.monitor.prepared import show_prepared
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # line {i % 7} of ünïcode\n" * (i % 4) for i in range(120)]
 
@@ -245,7 +245,8 @@ def test_bad_input_stops_cleanly(tmp_path: Path) -> None:
 
 
 def test_preparing_starts_without_torch() -> None:
-    program = "import sys, engine.data.prepare, engine.data.train_tokenizer, engine.monitor.prepared, engine.cli\n"
+    program = "import sys, engine.data.prepare.prepare, engine.data.tokenize.train\n"
+    program += "import engine.cli.prepare_console, engine.cli.main\n"
     done = subprocess.run([sys.executable, "-c", program + "assert 'torch' not in sys.modules"], timeout=60)
     assert done.returncode == 0
 

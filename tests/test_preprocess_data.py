@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-from engine.data.indexed import IndexedDataset
-from engine.data.tokenizer import Tokenizer
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,10 +9,10 @@ import torch
 from cases import config, layout_of, random_batches
 from harness import run_ranks
 
-from engine.context import ParallelContext
-from engine.data.loader import MicroBatch
+from engine.data.samples.loader import MicroBatch
+from engine.distributed.context import ParallelContext
 from engine.model.transformer import Block
-from engine.train import setup, train_step
+from engine.train.step import setup, train_step
 
 S, B, H, F, LAYERS = 32, 2, 64, 192, 4
 SIZES: dict[str, Any] = {

@@ -15,9 +15,9 @@ from harness import run_ranks
 
 from engine.checkpoint.format import MANIFEST, read_manifest, step_dir
 from engine.checkpoint.load import Reader, load_into
-from engine.config import Config
-from engine.context import ParallelContext
-from engine.train import TrainState, resume, save_state, setup, train_step
+from engine.config.schema import Config
+from engine.distributed.context import ParallelContext
+from engine.train.step import TrainState, resume, save_state, setup, train_step
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -20,13 +20,14 @@ import pytest
 import xxhash
 from cases import same_bytes
 
-import engine.data.encoding as module
-from engine.data import parts, sources
-from engine.data.encoder import Encoder
-from engine.data.indexed import IndexedDataset
-from engine.data.prepare import prepare
-from engine.data.report import PrepareReport
-from engine.data.tokenizer import Tokenizer
+import engine.data.prepare.pipeline as module
+from engine.data.prepare import parts
+from engine.data.prepare.prepare import prepare
+from engine.data.prepare.report import PrepareReport
+from engine.data.read import sources
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.tokenize.encoder import Encoder
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +158,7 @@ def test_killed_with_the_tokenizer_to_train(tmp_path: Path, monkeypatch: pytest.
 
 PROGRAM = """
 import os, sys, threading, time
-import engine.data.parts as parts, engine.data.encoding as encoding, engine.data.sources as sources
+import engine.data.prepare.parts as parts, engine.data.prepare.pipeline as encoding, engine.data.read.sources as sources
 encoding.SHARD_BYTES, sources._BATCH_DOCUMENTS, sources._BLOCK_BYTES = 20000, 100, 5000
 delay, real = float(sys.argv.pop(1)), parts.Parts.commit
 def commit(self, state):
@@ -167,8 +168,8 @@ def commit(self, state):
     if delay and self.num_shards == 20:
         time.sleep(60)  # a slow machine: the signal is on its way
 parts.Parts.commit = commit
-import engine.cli
-engine.cli.main(["prepare", *sys.argv[1:]])
+import engine.cli.main
+engine.cli.main.main(["prepare", *sys.argv[1:]])
 """
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from cases import config
 
-from engine.data.order import derive_key
+from engine.data.samples.order import derive_key
+from engine.distributed.rng import generator, seed_for
 from engine.errors import ConfigError
-from engine.rng import generator, seed_for
 
 
 def test_torch_takes_32_bits_of_a_seed_and_ours_have_no_more() -> None:

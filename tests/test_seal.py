@@ -20,11 +20,11 @@ from engine.checkpoint.load import Reader
 from engine.checkpoint.save import save
 from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, sealed_bytes, storage_of
 from engine.checkpoint.storage import DISK, read_file, write_file
-from engine.context import ParallelContext
+from engine.distributed.context import ParallelContext
+from engine.distributed.launch import read_secret
 from engine.errors import CheckpointError, ConfigError, SecretError, WrongSecretError
-from engine.files import SEALED
-from engine.launch import read_secret
-from engine.train import facts_of, resume, setup, start_from, train_step
+from engine.train.step import facts_of, resume, setup, start_from, train_step
+from engine.util.files import SEALED
 
 SECRET, OTHER = bytes(range(32)), bytes(range(1, 33))
 FILE = Path("/rank.safetensors")

@@ -15,12 +15,12 @@ import torch
 from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
 from harness import run_ranks
 
-from engine.config import Config
-from engine.context import ParallelContext
+from engine.config.schema import Config
+from engine.distributed.context import ParallelContext
+from engine.distributed.rng import generator
 from engine.model.transformer import num_parameters, tensor_shapes
-from engine.planner.cost import flops_per_token
-from engine.rng import generator
-from engine.train import TrainState, setup, train_step
+from engine.planner.flops import flops_per_token
+from engine.train.step import TrainState, setup, train_step
 
 STEPS = 3
 BIASES = {"model_qkv_bias": True, "model_attention_out_bias": True, "model_mlp_bias": True}

@@ -12,11 +12,11 @@ from cases import assemble, config, pieces_of, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import Config, layout_of
-from engine.context import ParallelContext, make_context
-from engine.layout import Layout
+from engine.config.schema import Config, layout_of
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import Chunk, Parameter, ShardSpec, initialise_, new_parameter, parameters
 from engine.model.transformer import Transformer, stage_shapes, tensor_shapes
-from engine.sharding import Chunk, Parameter, ShardSpec, initialise_, new_parameter, parameters
 
 
 def contexts(layout: Layout, num_kv_heads: int = 1 << 20, **options: Any) -> list[ParallelContext]:

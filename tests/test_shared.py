@@ -21,8 +21,9 @@ from harness import run_ranks
 from test_launch import ranks as launched
 from torch import Tensor
 
-from engine import launch, shared
-from engine.comm import (
+from engine.distributed import launch
+from engine.distributed import shared_memory as shared
+from engine.distributed.collectives import (
     Pending,
     all_gather_into_start,
     all_gather_start,
@@ -32,9 +33,9 @@ from engine.comm import (
     post,
     reduce_scatter_start,
 )
-from engine.context import ParallelContext, make_context
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
 from engine.errors import ConfigError
-from engine.layout import Layout
 
 pytestmark = pytest.mark.skipif(shared.load()[0] is None, reason=shared.load()[1])
 

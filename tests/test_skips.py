@@ -13,17 +13,17 @@ import torch
 from cases import assemble, layout_of, resolve, weights_of, worst
 from harness import run_ranks
 
-from engine.config import Config
-from engine.context import ParallelContext
-from engine.data.indexed import IndexedWriter
-from engine.data.loader import Loader
-from engine.data.order import SampleOrder
+from engine.config.checks import relations
+from engine.config.schema import Config
+from engine.config.skips import below, holds, in_words, read_ranges
+from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.loader import Loader
+from engine.data.samples.order import SampleOrder
+from engine.distributed.context import ParallelContext
 from engine.errors import EngineError
-from engine.loop import train
 from engine.monitor.metrics import lacks_validation, read_metrics
-from engine.relations import relations
-from engine.skips import below, holds, in_words, read_ranges
-from engine.train import leave_behind, setup, train_step
+from engine.train.loop import train
+from engine.train.step import leave_behind, setup, train_step
 
 BATCH = 8
 
@@ -53,7 +53,7 @@ def test_ranges() -> None:
 
 
 def loader_of(cfg: Config, ctx: ParallelContext, prefix: str, skip: str) -> Loader:
-    from engine.data.indexed import IndexedDataset
+    from engine.data.samples.indexed import IndexedDataset
 
     order = SampleOrder(IndexedDataset(prefix, 61), cfg.train.seq_len, cfg.train.seed)
     sizes = {"global_batch_size": BATCH, "micro_batch_size": cfg.train.micro_batch_size}

@@ -23,13 +23,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-import engine.data.sources as module
-from engine.data import jsontext
-from engine.data.batch import START, Cursor, Drop
-from engine.data.inputs import list_inputs
-from engine.data.sources import MAX_DOCUMENT_BYTES, Source
+import engine.data.read.sources as module
+from engine.cli.options import Prepare
+from engine.data.read import jsontext
+from engine.data.read.documents import START, Cursor, Drop
+from engine.data.read.inputs import list_inputs
+from engine.data.read.sources import MAX_DOCUMENT_BYTES, Source
 from engine.errors import DataError
-from engine.options import Prepare
 
 TEXTS = [f"document {i}\n\n" + 'ünïcode 今天, "quoted"\t' * (i % 9) for i in range(700)]
 
@@ -129,7 +129,7 @@ def test_json_of_all_shapes(tmp_path: Path) -> None:
 
 
 def test_a_number_at_the_end_of_a_block_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.data.jsontext._BLOCK_BYTES", 3)
+    monkeypatch.setattr("engine.data.read.jsontext._BLOCK_BYTES", 3)
     (tmp_path / "a.json").write_bytes(b'[12345, -1.5e+300, {"text": "a"}, 1e5, true]')
     texts, drops = read(tmp_path / "a.json")
     assert texts == ["a"] and len(drops) == 4 and all("wrong type" in str(drop) for drop in drops)

@@ -13,16 +13,16 @@ from cases import layout_of, resolve
 from harness import run_ranks
 from test_checkpoint import as_step, save_one
 
-from engine import loop
 from engine.checkpoint.format import complete_steps
 from engine.checkpoint.retention import forget_old
 from engine.checkpoint.storage import DISK
-from engine.context import ParallelContext
-from engine.data.indexed import IndexedWriter
+from engine.data.samples.indexed import IndexedWriter
+from engine.distributed.context import ParallelContext
 from engine.errors import TrainingError
 from engine.monitor.metrics import read_metrics
 from engine.monitor.spikes import CALM, SpikeWatch
-from engine.train import StepResult, TrainState, train_step
+from engine.train import loop
+from engine.train.step import StepResult, TrainState, train_step
 
 
 def feed(watch: SpikeWatch, losses: list[float], first: int = 1) -> list[int]:

@@ -22,12 +22,12 @@ from test_multinode import SCRIPT, environment
 from test_multinode import tiny as tiny  # a fixture
 
 from engine.checkpoint.format import complete_steps
-from engine.context import ParallelContext
-from engine.data.indexed import IndexedWriter
-from engine.evaluate import Evaluator
-from engine.loop import train
+from engine.data.samples.indexed import IndexedWriter
+from engine.distributed.context import ParallelContext
 from engine.monitor.ending import Ending
 from engine.monitor.metrics import lacks_validation, read_metrics
+from engine.train.evaluate import Evaluator
+from engine.train.loop import train
 
 
 @pytest.fixture(scope="module")

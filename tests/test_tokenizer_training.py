@@ -21,15 +21,15 @@ import sentencepiece
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-import engine.data.train_tokenizer as module
-from engine.data.apart import Apart
-from engine.data.awkward import AWKWARD
-from engine.data.encoder import Encoder
-from engine.data.prepare import prepare
-from engine.data.recipe import Recipe
-from engine.data.report import ProgressEvent, StepEvent
-from engine.data.tokenizer import Tokenizer
-from engine.data.train_tokenizer import Spread, save_whole, train_tokenizer
+import engine.data.tokenize.train as module
+from engine.data.prepare.prepare import prepare
+from engine.data.prepare.report import ProgressEvent, StepEvent
+from engine.data.tokenize.apart import Apart
+from engine.data.tokenize.awkward import AWKWARD
+from engine.data.tokenize.encoder import Encoder
+from engine.data.tokenize.recipe import Recipe
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.data.tokenize.train import Spread, save_whole, train_tokenizer
 from engine.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,11 +12,11 @@ import sentencepiece
 import tiktoken
 from tokenizers import normalizers
 
-import engine.data.pieces as pieces_module
-import engine.data.ranks as ranks_module
-from engine.data.awkward import AWKWARD
-from engine.data.ranks import byte_letters
-from engine.data.tokenizer import Tokenizer
+import engine.data.tokenize.pieces as pieces_module
+import engine.data.tokenize.ranks as ranks_module
+from engine.data.tokenize.awkward import AWKWARD
+from engine.data.tokenize.ranks import byte_letters
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,13 +11,13 @@ import pytest
 from cases import config, layout_of, random_batches
 from harness import run_ranks
 
-import engine.monitor.trace as trace_module
 import engine.pipeline.executor as executor_module
-from engine.context import ParallelContext
-from engine.monitor.trace import clock_offset, write_timeline
+import engine.pipeline.trace as trace_module
+from engine.distributed.context import ParallelContext
 from engine.pipeline.actions import Op
 from engine.pipeline.timeline import read_timeline
-from engine.train import setup, train_step
+from engine.pipeline.trace import clock_offset, write_timeline
+from engine.train.step import setup, train_step
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])

@@ -13,9 +13,9 @@ import torch
 from cases import config, layout_of, random_batches
 from harness import run_ranks
 
-from engine.config import Config, microbatches_of
-from engine.context import ParallelContext
-from engine.train import setup, train_step
+from engine.config.schema import Config, microbatches_of
+from engine.distributed.context import ParallelContext
+from engine.train.step import setup, train_step
 
 # every tensor has a multiple of 64 * 4 elements, so that no bucket is padded
 SIZES: dict[str, Any] = {

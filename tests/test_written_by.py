@@ -14,10 +14,10 @@ import pytest
 import torch
 from megatron_cases import LLAMA, canonical, oddments, save_dist
 
-from engine.checkpoint.megatron import symbolic
-from engine.checkpoint.megatron.source import open_megatron
-from engine.checkpoint.megatron.symbolic import Call, Global, parse
 from engine.errors import CheckpointError
+from engine.interop.megatron import symbolic
+from engine.interop.megatron.source import open_megatron
+from engine.interop.megatron.symbolic import Call, Global, parse
 
 SAMPLES = sorted(Path(__file__).with_name("written_by").glob("*.zip"))
 

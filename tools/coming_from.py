@@ -1,10 +1,10 @@
-"""Makes docs/coming_from.md of engine/peers.py; a test compares: python tools/coming_from.py > docs/coming_from.md."""
+"""Makes docs/coming_from.md of engine/config/peers.py: python tools/coming_from.py > docs/coming_from.md (tested)."""
 
 from __future__ import annotations
 
-from engine.config import fields
-from engine.hints import setting
-from engine.peers import COMMON, MEGATRON, TORCHTITAN, Row
+from engine.config.hints import setting
+from engine.config.peers import COMMON, MEGATRON, TORCHTITAN, Row
+from engine.config.schema import fields
 
 # a line of theirs, and the same in our TOML; empty where the table says why there is none
 LLAMA_3_8B_MEGATRON: tuple[tuple[str, str], ...] = (

@@ -16,16 +16,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from engine.signals import ASKING, Interrupts, interruptible
+from engine.util.signals import ASKING, Interrupts, interruptible
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)  # until `interruptible` answers them
 
-from engine.data.prepare import prepare
-from engine.data.tokenizer import Tokenizer
+from engine.cli.output import watched
+from engine.cli.prepare_console import prepare_progress, show_prepared
+from engine.data.prepare.prepare import prepare
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, Fault
-from engine.monitor.prepared import prepare_progress, show_prepared
-from engine.output import watched
 
 # The tokenizer: of which option, and whether BERT's texts are put in lower case first.
 TOKENIZER_TYPES: dict[str, tuple[tuple[str, ...], bool | None]] = {
@@ -39,8 +39,8 @@ TOKENIZER_TYPES: dict[str, tuple[tuple[str, ...], bool | None]] = {
     "BertWordPieceCase": (("--vocab-file",), False),
 }
 REFUSED_TYPES = {
-    "NullTokenizer": "Its texts are token ids: write them with engine.data.indexed.IndexedWriter.",
-    "NullMultimodalTokenizer": "Its texts are token ids: write them with engine.data.indexed.IndexedWriter.",
+    "NullTokenizer": "Its texts are token ids: write them with engine.data.samples.indexed.IndexedWriter.",
+    "NullMultimodalTokenizer": "Its texts are token ids: write them with engine.data.samples.indexed.IndexedWriter.",
     "MultimodalTokenizer": "Images are not prepared here; for the text alone give HuggingFaceTokenizer.",
     "SFTTokenizer": "Chat templates are not applied: write the conversations as text first.",
 }
@@ -264,7 +264,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.tokenizer_type.startswith("BertWordPiece"):
         print("note: texts alone are stored, without [CLS] and [SEP] around them and without <extra_id_N> tokens")
     if args.workers:
-        from engine.launch import limit_encoder_threads
+        from engine.distributed.launch import limit_encoder_threads
 
         limit_encoder_threads(args.workers)
     with interruptible("nothing is written; give the same command again") as stop:

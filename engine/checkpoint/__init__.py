@@ -1,1 +1,4 @@
-"""The checkpoint format (safetensors + JSON manifest), saving, loading in any layout, Hugging Face names."""
+"""Our own format and nothing else: safetensors and a JSON manifest, saved and loaded in any layout.
+
+Imports distributed and optim (the states that it saves). Never knows other projects' formats: interop does.
+"""

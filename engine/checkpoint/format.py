@@ -4,7 +4,7 @@
         manifest.json            schema, step, config, data, and where every tensor lies
         rank00000.safetensors    what each rank wrote: rectangles of canonical tensors
 
-Tensors are *canonical* (unfused, global; see engine.sharding) and of three kinds: "model" (the master weights),
+Tensors are *canonical* (unfused, global; engine.distributed.sharding) and of three kinds: "model" (master weights),
 "exp_avg" and "exp_avg_sq". The manifest lists for each the global shape, the dtype and the rectangles that make it up,
 so any layout reads any layout's checkpoint. A folder is complete when its manifest is there: it is written under a
 temporary name, synced and renamed as a whole. "Latest" is the highest complete step; there is no pointer to go stale.
@@ -32,7 +32,7 @@ from engine.checkpoint.seal import SIGNED
 from engine.checkpoint.storage import DISK, OF_THE_PROCESS, Storage, read_file
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block
 from engine.errors import CheckpointError, SecretError, WrongSecretError
-from engine.files import SEALED
+from engine.util.files import SEALED
 
 SCHEMA = 2
 MANIFEST = "manifest.json"

@@ -21,11 +21,11 @@ import xxhash
 
 import engine
 from engine.checkpoint.format import Ancestor, Manifest
-from engine.config import Config, OptimizerConfig, ScheduleConfig
-from engine.data.corpora import DECLARED_FROM, MIXED_FROM
+from engine.config.schema import Config, OptimizerConfig, ScheduleConfig
+from engine.config.skips import below, read_ranges
+from engine.data.samples.corpora import DECLARED_FROM, MIXED_FROM
 from engine.errors import CheckpointError, ConfigError, Fault
 from engine.optim.lr import learning_rate
-from engine.skips import below, read_ranges
 
 _FREE = {"preset"}  # of the model: a name for values that are compared themselves
 _TRAIN = ("seq_len", "seed")
@@ -35,7 +35,7 @@ _TOLD = ("train.steps", "train.global_batch_size", "train.precision", "train.fp8
 _TOLD_SECTIONS = ("optimizer", "schedule")
 _RATE = "schedule"  # allows a learning rate that jumps
 _JUMP = 0.01  # of the larger of two rates: more is one
-# Facts of the data by their field (engine.data.corpora makes them).
+# Facts of the data by their field (engine.data.samples.corpora makes them).
 DATA_FIELDS = (
     "order",
     "num_documents",

@@ -35,11 +35,11 @@ from engine.checkpoint.format import (
 )
 from engine.checkpoint.storage import DISK, OF_THE_PROCESS, Storage
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block, tensor_bytes
-from engine.comm import raise_together
-from engine.context import ParallelContext
+from engine.distributed.collectives import raise_together
+from engine.distributed.context import ParallelContext
+from engine.distributed.sharding import Piece
 from engine.errors import CheckpointError, EngineError
 from engine.optim.adamw import Held
-from engine.sharding import Piece
 
 _THREADS = 2  # one digests or copies while the other waits for the disk
 

@@ -42,10 +42,10 @@ from engine.checkpoint.retention import commit, forget_old, set_aside_newer, tid
 from engine.checkpoint.staging import Staging
 from engine.checkpoint.storage import DISK, Storage, make_folders, remove_tree
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, Pending, write_safetensors
-from engine.comm import all_reduce_, gather_json, on_first_rank
-from engine.context import ParallelContext
+from engine.distributed.collectives import all_reduce_, gather_json, on_first_rank
+from engine.distributed.context import ParallelContext
+from engine.distributed.layout import Layout
 from engine.errors import CheckpointError
-from engine.layout import Layout
 from engine.optim.adamw import Held
 
 _LOOK_S = 0.05  # a rank that waits for its own thread looks at the others so often

@@ -2,7 +2,7 @@
 
 Goal: who has the files but not the secret cannot change, swap, shorten or mix them unnoticed (signed), nor read
 weights, names or config (encrypted). One secret of at least 32 bytes serves both; keys are derived from it by
-HKDF-SHA256 (RFC 5869). The secret itself is in no config, manifest or log: `engine.launch.read_secret` reads it.
+HKDF-SHA256 (RFC 5869). The secret itself is in no config, manifest or log (see `read_secret`).
 
 Signed: every digest of a checkpoint (of the manifest, of headers, of blocks) is an HMAC instead of an XXH3-128, so that
 nobody can make one without the secret. Nothing else differs, and tensors stay plain safetensors.
@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.storage import DISK, Hasher, Source, Status, Storage, Writer, unseen
+from engine.distributed.launch import read_secret
 from engine.errors import CheckpointError, WrongSecretError
-from engine.files import SEALED
-from engine.launch import read_secret
+from engine.util.files import SEALED
 
 SIGNED = "hmac_sha256"  # the kind of digest that signs
 SALT_BYTES, TAG_BYTES, CHUNK_BYTES = 32, 16, 1 << 20

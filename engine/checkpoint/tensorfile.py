@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.storage import DISK, Source, Storage
-from engine.data.ahead import map_ahead
 from engine.errors import CheckpointError
+from engine.util.prefetch import map_ahead
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -1,1 +1,4 @@
-"""The verbs of the `engine` command, each a function from its arguments to an exit code. Heavy imports wait inside."""
+"""The `engine` command: a verb is a file, with its options, its checks and its run. Heavy imports wait inside.
+
+Imports everything; nothing imports it.
+"""

@@ -8,22 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.commands.run import single_process
+from engine.cli.run import single_process
 from engine.errors import EXIT_OK, ConfigError, EngineError, Fault
 
 if TYPE_CHECKING:
     import torch
 
-    from engine.options import Inspect
+    from engine.cli.options import Inspect
 
 
 def import_(args: list[str]) -> int:
     """write a Hugging Face folder or a checkpoint of Megatron-LM as a checkpoint"""
     import tyro
 
-    from engine.checkpoint.convert import import_folder
     from engine.checkpoint.seal import storage_of
-    from engine.options import Import
+    from engine.cli.options import Import
+    from engine.interop.convert import import_folder
 
     o = tyro.cli(Import, args=args, prog="engine import")
     single_process("import")
@@ -52,13 +52,13 @@ def export(args: list[str]) -> int:
     """write a checkpoint as a Hugging Face folder"""
     import tyro
 
-    from engine.checkpoint.convert import export
     from engine.checkpoint.format import find, read_manifest
     from engine.checkpoint.seal import storage_of
-    from engine.compare import compare_with_transformers, need_transformers
+    from engine.cli.options import Export
     from engine.errors import CheckpointError
-    from engine.inference import config_of, load_tokenizer, tokenizer_folder
-    from engine.options import Export
+    from engine.inference.compare import compare_with_transformers, need_transformers
+    from engine.inference.load import config_of, load_tokenizer, tokenizer_folder
+    from engine.interop.convert import export
 
     o = tyro.cli(Export, args=args, prog="engine export")
     single_process("export")
@@ -116,7 +116,7 @@ def verify(args: list[str]) -> int:
 
     from engine.checkpoint.format import find, prove_all, read_manifest
     from engine.checkpoint.seal import storage_of
-    from engine.options import Verify
+    from engine.cli.options import Verify
 
     o = tyro.cli(Verify, args=args, prog="engine verify")
     storage = storage_of(o.secret)
@@ -135,9 +135,9 @@ def inspect_checkpoint(o: Inspect) -> int:
     from dataclasses import asdict
 
     from engine.checkpoint.format import find, prove_all
-    from engine.checkpoint.inspect import summary, tensor_facts
     from engine.checkpoint.load import Reader
     from engine.checkpoint.seal import storage_of
+    from engine.checkpoint.summary import summary, tensor_facts
 
     storage = storage_of(o.secret)
     with Reader(find(Path(o.data), storage), storage) as reader:

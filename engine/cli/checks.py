@@ -6,8 +6,8 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from engine.cli.options import QUALITY_LANGUAGES, Clean, Prepare, TokenizerTrain
 from engine.errors import Fault
-from engine.options import QUALITY_LANGUAGES, Clean, Prepare, TokenizerTrain
 
 
 def prepare_faults(o: Prepare) -> Iterator[Fault]:
@@ -39,7 +39,7 @@ def prepare_faults(o: Prepare) -> Iterator[Fault]:
 
 
 def tokenizer_faults(o: TokenizerTrain) -> Iterator[Fault]:
-    """What is wrong with the options of `engine tokenizer train`, besides those of engine.data.recipe."""
+    """What is wrong with the options of `engine tokenizer train`, besides those of engine.data.tokenize.recipe."""
     if not o.input:
         yield Fault("--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
     if o.max_bytes < 0:

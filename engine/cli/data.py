@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EXIT_OK, ConfigError, Fault
-from engine.signals import Interrupts, interruptible
+from engine.util.signals import Interrupts, interruptible
 
 if TYPE_CHECKING:
-    from engine.data.report import Progress, ProgressEvent, StepEvent
+    from engine.data.prepare.report import Progress, ProgressEvent, StepEvent
 
 
 def _interruptible(verb: Callable[[list[str], Interrupts], int]) -> Callable[[list[str]], int]:
@@ -35,7 +35,7 @@ def _progress_later() -> Iterator[Callable[[ProgressEvent | StepEvent], None]]:
         shows: list[Progress] = []
 
         def progress(event: ProgressEvent | StepEvent) -> None:
-            from engine.monitor.prepared import prepare_progress
+            from engine.cli.prepare_console import prepare_progress
 
             if not shows:
                 shows.append(stack.enter_context(prepare_progress()))
@@ -49,15 +49,15 @@ def prepare(args: list[str], stop: Interrupts) -> int:
     """raw text -> tokenizer and memory-mapped train/valid/test files"""
     import tyro
 
-    from engine.data.prepare import prepare
-    from engine.faults import prepare_faults
-    from engine.options import Prepare
+    from engine.cli.checks import prepare_faults
+    from engine.cli.options import Prepare
+    from engine.data.prepare.prepare import prepare
 
     o = tyro.cli(Prepare, args=args, prog="engine prepare")
     if faults := list(prepare_faults(o)):
         raise ConfigError(faults)
     if o.workers:
-        from engine.launch import limit_encoder_threads
+        from engine.distributed.launch import limit_encoder_threads
 
         limit_encoder_threads(o.workers)
     with _progress_later() as progress:
@@ -88,7 +88,7 @@ def prepare(args: list[str], stop: Interrupts) -> int:
             note=print,
             stop=stop,
         )
-    from engine.monitor.prepared import show_prepared
+    from engine.cli.prepare_console import show_prepared
 
     show_prepared(report)
     return EXIT_OK
@@ -99,13 +99,13 @@ def clean(args: list[str], stop: Interrupts) -> int:
     """raw text -> cleaned text: filters, test questions, personal data, duplicates"""
     import tyro
 
-    from engine.data.clean import clean
-    from engine.data.cleaner import Rules
-    from engine.data.ngrams import MinHash
-    from engine.faults import clean_faults
-    from engine.monitor.clean import show_clean_report
-    from engine.monitor.prepared import prepare_progress
-    from engine.options import Clean
+    from engine.cli.checks import clean_faults
+    from engine.cli.clean_console import show_clean_report
+    from engine.cli.options import Clean
+    from engine.cli.prepare_console import prepare_progress
+    from engine.data.clean.clean import clean
+    from engine.data.clean.document import Rules
+    from engine.data.clean.ngrams import MinHash
 
     o = tyro.cli(Clean, args=args, prog="engine clean")
     if faults := list(clean_faults(o)):
@@ -165,10 +165,10 @@ def merge_datasets(args: list[str], stop: Interrupts) -> int:
     import tyro
     from rich.console import Console
 
-    from engine.commands.checkpoints import tell
-    from engine.data.merge import merge
-    from engine.data.merge_options import MergeDatasets
-    from engine.monitor.prepared import prepare_progress
+    from engine.cli.checkpoints import tell
+    from engine.cli.merge_options import MergeDatasets
+    from engine.cli.prepare_console import prepare_progress
+    from engine.data.prepare.merge import merge
 
     o = tyro.cli(MergeDatasets, args=args, prog="engine merge-datasets")
     faults = [] if o.input else [Fault("--input", "", "names nothing to merge", "Give prefixes, or a folder.")]
@@ -209,11 +209,11 @@ def tokenizer(args: list[str], stop: Interrupts) -> int:
 
     import tyro
 
-    from engine.data.recipe import Recipe
-    from engine.data.train_tokenizer import train_tokenizer
-    from engine.faults import tokenizer_faults
-    from engine.monitor.prepared import prepare_progress, show_trained
-    from engine.options import TokenizerTrain
+    from engine.cli.checks import tokenizer_faults
+    from engine.cli.options import TokenizerTrain
+    from engine.cli.prepare_console import prepare_progress, show_trained
+    from engine.data.tokenize.recipe import Recipe
+    from engine.data.tokenize.train import train_tokenizer
 
     if args[:1] not in (["train"], ["-h"], ["--help"]):
         raise ConfigError([Fault("engine tokenizer", " ".join(args[:1]), "is not train", "engine tokenizer train ...")])
@@ -250,15 +250,15 @@ def inspect(args: list[str], stop: Interrupts) -> int:
     import tyro
     from rich.console import Console
 
-    from engine.commands.checkpoints import inspect_checkpoint, tell
-    from engine.config import DataConfig
-    from engine.data import inspect
-    from engine.data.corpora import begin_of_document, end_of_document
-    from engine.data.indexed import IndexedDataset
-    from engine.data.special import fill_in_the_middle
-    from engine.data.tokenizer import Tokenizer
+    from engine.cli.checkpoints import inspect_checkpoint, tell
+    from engine.cli.options import Inspect
+    from engine.config.schema import DataConfig
+    from engine.data.samples import contents as inspect
+    from engine.data.samples.corpora import begin_of_document, end_of_document
+    from engine.data.samples.indexed import IndexedDataset
+    from engine.data.samples.special import fill_in_the_middle
+    from engine.data.tokenize.tokenizer import Tokenizer
     from engine.monitor.plot import plot_lengths
-    from engine.options import Inspect
 
     o = tyro.cli(Inspect, args=args, prog="engine inspect")
     least = {"--samples": (o.samples, 0), "--seq-len": (o.seq_len, 1), "--seed": (o.seed, 0)}

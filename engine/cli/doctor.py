@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import selftest, shared
-from engine.built import how_to_build, why_not
 from engine.checkpoint.lineage import code_versions
-from engine.data import stream
-from engine.launch import backends
+from engine.cli import selftest
+from engine.data.samples import stream
+from engine.distributed import shared_memory as shared
+from engine.distributed.launch import backends
+from engine.distributed.pair import try_pair
 from engine.ops import attention, native
-from engine.pair import try_pair
+from engine.util.build_notes import how_to_build, why_not
 
 # distribution -> (what is imported, a submodule that tells it from others of that name)
 OPTIONAL: dict[str, tuple[str, str]] = {

@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from engine.config import Config, fields, layout_of, pipeline_plan
-from engine.context import make_context
-from engine.layout import Coords, Layout
-from engine.mixture import read_mixture
+from engine.config.load import Resolved
+from engine.config.mixture import read_mixture
+from engine.config.schema import Config, fields, layout_of, pipeline_plan
+from engine.distributed.context import make_context
+from engine.distributed.layout import Coords, Layout
 from engine.model.transformer import build_stages, num_parameters
 from engine.optim.precision import PRECISIONS
 from engine.pipeline.actions import Plan
 from engine.pipeline.simulate import peak_memory, simulate
-from engine.planner.cost import flops_per_token, uneven_pipeline
-from engine.resolve import Resolved
+from engine.planner.flops import flops_per_token, uneven_pipeline
 
 _MAX_GRID_RANKS = 64
 

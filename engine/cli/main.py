@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import engine
-from engine.built import missing
-from engine.commands import checkpoints, data, run, schedule
+from engine.cli import checkpoints, data, run, schedule
+from engine.cli.output import OutputError, watched
+from engine.config.hints import nearest
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
-from engine.hints import nearest
-from engine.output import OutputError, watched
-from engine.signals import ASKING
+from engine.util.build_notes import missing
+from engine.util.signals import ASKING
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from engine.data.account import Account
-from engine.data.recipe import Recipe
-from engine.data.report import PrepareReport, Progress, ProgressEvent, SplitReport, StepEvent
-from engine.data.train_tokenizer import Trained
+from engine.data.prepare.report import PrepareReport, Progress, ProgressEvent, SplitReport, StepEvent
+from engine.data.read.account import Account
+from engine.data.tokenize.recipe import Recipe
+from engine.data.tokenize.train import Trained
 
 
 @contextmanager

@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 
 from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, Fault
-from engine.signals import StopRequest
+from engine.util.signals import StopRequest
 
 
 def train(args: list[str]) -> int:
     """train a model, on one process or on many under torchrun"""
     stop = StopRequest()  # first: what follows takes seconds
-    from engine.config import layout_of
-    from engine.resolve import load
-    from engine.train_options import parse_train
+    from engine.cli.train_options import parse_train
+    from engine.config.load import load
+    from engine.config.schema import layout_of
 
     options = parse_train(args, "engine train")
     if options.world_size < 0 or (options.world_size and not options.dry_run):
@@ -30,18 +30,18 @@ def train(args: list[str]) -> int:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=world, refuse_idle=True)
         from rich.console import Console
 
-        from engine.data.special import check
-        from engine.preview import show  # needs torch: faults are told before
+        from engine.cli.dry_run import show  # needs torch: faults are told before
+        from engine.data.samples.special import check
 
         check(resolved.config)
         show(resolved, Console(), full=options.full)
         return EXIT_OK
-    from engine.data.special import check
-    from engine.launch import leave, leave_code, pick_device, read_env, run
-    from engine.loop import train
+    from engine.cli.output import outlive
+    from engine.data.samples.special import check
+    from engine.distributed.launch import leave, leave_code, pick_device, read_env, run
     from engine.monitor.ending import Ending
     from engine.optim.precision import PRECISIONS
-    from engine.output import outlive
+    from engine.train.loop import train
 
     outlive()  # a run of weeks does not end because the terminal it was started from is closed
     env = read_env()
@@ -77,13 +77,13 @@ def evaluate(args: list[str]) -> int:
     import tyro
 
     from engine.checkpoint.seal import storage_of
-    from engine.config import layout_of
-    from engine.evaluate import evaluate
-    from engine.inference import config_of
-    from engine.launch import leave, pick_device, read_env, run
+    from engine.cli.options import Evaluate
+    from engine.config.checks import relations
+    from engine.config.schema import layout_of
+    from engine.distributed.launch import leave, pick_device, read_env, run
+    from engine.inference.load import config_of
     from engine.optim.precision import PRECISIONS
-    from engine.options import Evaluate
-    from engine.relations import relations
+    from engine.train.evaluate import evaluate
 
     o = tyro.cli(Evaluate, args=args, prog="engine evaluate")
     degrees = {"--tensor": o.tensor, "--pipeline": o.pipeline}
@@ -115,9 +115,9 @@ def generate(args: list[str]) -> int:
     import tyro
 
     from engine.checkpoint.seal import storage_of
-    from engine.generate import sample
-    from engine.inference import load_model, load_tokenizer
-    from engine.options import Generate
+    from engine.cli.options import Generate
+    from engine.inference.generate import sample
+    from engine.inference.load import load_model, load_tokenizer
 
     o = tyro.cli(Generate, args=args, prog="engine generate")
     single_process("generate")
@@ -143,8 +143,8 @@ def plot(args: list[str]) -> int:
     """draw the loss curve of runs"""
     import tyro
 
+    from engine.cli.options import Plot
     from engine.monitor.plot import plot_loss
-    from engine.options import Plot
 
     o = tyro.cli(Plot, args=args, prog="engine plot")
     for note in plot_loss(o.runs, o.output):
@@ -157,13 +157,13 @@ def doctor(args: list[str]) -> int:
     """what is installed, which kernels run here, and whether they and gloo work"""
     import tyro
 
-    from engine.options import Doctor
+    from engine.cli.options import Doctor
 
     o = tyro.cli(Doctor, args=args, prog="engine doctor")
     if o.timeout_s <= 0:
         raise ConfigError([Fault("--timeout-s", o.timeout_s, "is no time to wait", "Use a number above 0.")])
     single_process("doctor")
-    from engine.doctor import examine  # loads torch: faults are told before
+    from engine.cli.doctor import examine  # loads torch: faults are told before
 
     faults = []
     for finding in examine(o.timeout_s):
@@ -180,7 +180,7 @@ def doctor(args: list[str]) -> int:
 
 def single_process(verb: str) -> None:
     """ConfigError where torchrun started several processes of a verb that runs on one."""
-    from engine.launch import read_env
+    from engine.distributed.launch import read_env
 
     world = read_env().world
     if world > 1:

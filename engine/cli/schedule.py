@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from engine.errors import EXIT_OK, ConfigError, Fault, PlanError
 
 if TYPE_CHECKING:
-    from engine.options import Schedule
+    from engine.cli.options import Schedule
 
 
 def schedule(args: list[str]) -> int:
@@ -18,8 +18,8 @@ def schedule(args: list[str]) -> int:
     import tyro
     from rich.console import Console
 
-    from engine.options import Schedule
-    from engine.pipeline import report
+    from engine.cli import schedule_pages as report
+    from engine.cli.options import Schedule
     from engine.pipeline.schedules import load_plan
     from engine.pipeline.simulate import Costs
 
@@ -51,7 +51,7 @@ def _schedule_faults(o: Schedule) -> Iterator[Fault]:
     """What is wrong with the options of `engine schedule`."""
     import difflib
 
-    from engine.pipeline.report import NAMES
+    from engine.cli.schedule_pages import NAMES
     from engine.pipeline.schedules import SCHEDULES
     from engine.pipeline.search import share_costs
     from engine.pipeline.simulate import Costs

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config import OptimizerConfig
-from engine.context import make_context
-from engine.documents import Documents
-from engine.layout import Layout
+from engine.batch import Documents
+from engine.config.schema import OptimizerConfig
+from engine.distributed.context import make_context
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.ops import native
 from engine.ops.activation import activation
 from engine.ops.attention import causal_attention
@@ -27,8 +28,7 @@ from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from engine.ops.rope import rope_table, split_and_rope
 from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import NormCounter
-from engine.parallel.buckets import make_buckets
-from engine.sharding import Chunk, Parameter, ShardSpec
+from engine.parallel.gradients import make_buckets
 
 # of the largest value of the reference, or of 1; float32 keeps 6e-8, bf16 4e-3, and the sums here are short
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

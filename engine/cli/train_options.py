@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from engine.presets import PRESETS
+from engine.config.presets import PRESETS
 
 _UNSET = "\0"
 
@@ -73,7 +73,10 @@ _TRAIN_TEXT = (
 
 
 def _train_type() -> type:
-    from engine.config import fields, type_name  # pydantic and all checks: a tenth of a second that only training needs
+    from engine.config.schema import (  # pydantic and all checks: a tenth of a second that only training needs
+        fields,
+        type_name,
+    )
 
     sections: dict[str, list[Any]] = {}
     for section, name, field in fields():

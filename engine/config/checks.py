@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.config import BALANCED, CheckpointConfig, Config, ModelConfig, chunks_of
+from engine.config.schema import BALANCED, CheckpointConfig, Config, ModelConfig, chunks_of
+from engine.config.skips import read_ranges
 from engine.errors import Fault, PlanError
 from engine.pipeline.schedules import SCHEDULES, load_plan
-from engine.skips import read_ranges
 
 
 def _divisors_near(value: int, divisor: int) -> str:

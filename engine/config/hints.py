@@ -1,7 +1,7 @@
 """What somebody may have meant who typed a setting, a verb or a choice that does not exist.
 
-A hint is given where the name is one that another engine has (engine.peers), where it stands in another section, or
-where it is a few letters off. Otherwise there is none: a wrong hint costs more than no hint.
+A hint is given where the name is one that another engine has (engine.config.peers), where it stands in another section,
+or where it is a few letters off. Otherwise there is none: a wrong hint costs more than no hint.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from engine.peers import ENGINES
+from engine.config.peers import ENGINES
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from engine.config import Config, fields
+from engine.config.schema import Config, fields
 from engine.errors import Fault
 
 # setting: (whether it has an effect, why it has none, what to do)
@@ -47,7 +47,7 @@ RULES: dict[str, _Rule] = {
         "Set every as well.",
     ),
     "checkpoint.keep_every": (
-        lambda c: c.checkpoint.every > 0 or not c.checkpoint.keep,  # without keep: engine.relations says so
+        lambda c: c.checkpoint.every > 0 or not c.checkpoint.keep,  # without keep: engine.config.checks says so
         "has no effect without checkpoint.every: only the last step is saved",
         "Set every as well.",
     ),
@@ -83,7 +83,7 @@ RULES: dict[str, _Rule] = {
     ),
     "model.qk_norm_span": (lambda c: c.model.qk_norm, "has no effect without model.qk_norm", "Leave it out."),
     "schedule.warmup_steps": (
-        lambda c: (  # a horizon: this may be the first part of a longer run. wsd: in engine.relations
+        lambda c: (  # a horizon: this may be the first part of a longer run. wsd: in engine.config.checks
             c.schedule.warmup_steps <= max(c.train.steps, c.schedule.horizon_steps) or c.schedule.kind == "wsd"
         ),
         "is longer than the run (train.steps)",

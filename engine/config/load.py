@@ -16,15 +16,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engine import hints
-from engine.config import BALANCED, Config, ModelConfig, chunks_of, fields, type_name
+from engine.config import hints
+from engine.config.checks import ROPE_SCALES, relations
+from engine.config.idle import idle
+from engine.config.mixture import read_mixture
+from engine.config.presets import PRESETS
+from engine.config.schema import BALANCED, Config, ModelConfig, chunks_of, fields, type_name
 from engine.errors import CheckpointError, ConfigError, Fault
-from engine.hf_config import facts_of
-from engine.idle import idle
-from engine.mixture import read_mixture
-from engine.planner.cost import balanced_layers
-from engine.presets import PRESETS
-from engine.relations import ROPE_SCALES, relations
+from engine.interop.huggingface.config_json import facts_of
+from engine.planner.flops import balanced_layers
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def load(
     """Merge, type-check and check all relations; `world`: ranks the config must fit, None: as many as it needs.
 
     overrides: dotted path -> text from the command line. unknown: further words of the command line nobody knows.
-    refuse_idle: settings that were given and have no effect are faults too (engine.idle), as a person expects.
+    refuse_idle: settings that were given and have no effect are faults too (engine.config.idle), as a person expects.
     Raises ConfigError with every fault found.
     """
     faults: list[Fault] = []

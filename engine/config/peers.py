@@ -1,7 +1,7 @@
 """Options of other engines beside ours: what a wrong option's error names, and what docs/coming_from.md prints.
 
 A row: their names (with spaces between those that mean the same), ours (empty: there is no such thing here), and a
-remark: how values translate, or why there is none. Pure data; engine.hints looks things up in it.
+remark: how values translate, or why there is none. Pure data; engine.config.hints looks things up in it.
 """
 
 from __future__ import annotations

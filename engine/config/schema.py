@@ -1,7 +1,7 @@
 """Typed, frozen configuration: every value there is, with its default, and what follows from a resolved one.
 
 Nothing here needs torch, so `--help` and config errors come at once. Field docstrings below are the help texts. Values
-are read and put together in engine.resolve; what must hold between them stands in engine.relations.
+are read and put together in engine.config.load; what must hold between them stands in engine.config.checks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from engine.layout import Layout
+from engine.distributed.layout import Layout
 from engine.pipeline.actions import Plan
 from engine.pipeline.schedules import SCHEDULES, build, load_plan
 

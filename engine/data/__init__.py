@@ -1,1 +1,4 @@
-"""Text to tokens to samples: tokenizer, .bin/.idx files, the sample order, the loader."""
+"""Text to tokens to samples, in five rooms: read -> tokenize, clean, prepare -> samples.
+
+Training imports samples and the tokenizer, nothing else of data.
+"""

@@ -1,6 +1,6 @@
 """Collectives, their autograd pair, and small agreements between ranks. Each takes an Axis; size 1 is the identity.
 
-CPU ranks of one host speak over shared memory where the axis has a link (engine/shared.py), else over the group.
+CPU ranks of one host speak over shared memory where the axis has a link (shared_memory.py), else over the group.
 
 Every call counts the bytes this rank sends, with ring algorithms, in `axis.traffic` under (axis name, collective):
 all-reduce of X bytes over n ranks 2 X (n-1)/n, all-gather and reduce-scatter X (n-1)/n with X the full size, a send X.
@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.board import Board, Waitable
-from engine.context import Axis
+from engine.distributed.board import Board, Waitable
+from engine.distributed.context import Axis
 from engine.errors import EngineError
 
 # torch 2.13 calls these _single and warns of the names that 2.11 has

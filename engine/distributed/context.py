@@ -13,12 +13,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.board import Board, Gather
-from engine.board import connect as connect_board
+from engine.distributed.board import Board, Gather
+from engine.distributed.board import connect as connect_board
+from engine.distributed.layout import Layout
+from engine.distributed.shared_memory import Link
+from engine.distributed.shared_memory import connect as connect_shared
 from engine.errors import ConfigError, Fault
-from engine.layout import Layout
-from engine.shared import Link
-from engine.shared import connect as connect_shared
 
 
 @dataclass(frozen=True)

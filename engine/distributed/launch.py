@@ -30,11 +30,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from engine.board import Board, Seen
-from engine.context import ParallelContext, make_context
+from engine.distributed.board import Board, Seen
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
 from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, EngineError, Fault, out_of_memory
-from engine.layout import Layout
-from engine.signals import LAUNCHER
+from engine.util.signals import LAUNCHER
 
 T = TypeVar("T")
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from engine.context import make_context
+from engine.distributed.context import make_context
+from engine.distributed.launch import Env, choose_interface
+from engine.distributed.layout import Layout
 from engine.errors import ConfigError
-from engine.launch import Env, choose_interface
-from engine.layout import Layout
 
 _END_S = 2.0  # a process whose pipe has closed ends within this time
 

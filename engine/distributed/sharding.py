@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.context import ParallelContext
-from engine.rng import generator
+from engine.distributed.context import ParallelContext
+from engine.distributed.rng import generator
 
 
 @dataclass(frozen=True)

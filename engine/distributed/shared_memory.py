@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.board import Gather
-from engine.board import namespace as _namespace
-from engine.built import why_not
+from engine.distributed.board import Gather
+from engine.distributed.board import namespace as _namespace
+from engine.util.build_notes import why_not
 
 RING, PAIR_RING = 16 << 20, 4 << 20  # bytes of a rank's ring for collectives, and of that for messages to one other
 _MOST = 1 << 30  # of all rings of a group, in either use; only what was used once takes memory
@@ -144,7 +144,7 @@ class Link:
         while not self.channel.wait(*what, work.number, _LOOK_S):
             self._look_for_the_dead(work)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"Timed out waiting {self.timeout_s:g} s in shared memory")  # for whom: engine.board
+                raise TimeoutError(f"Timed out waiting {self.timeout_s:g} s in shared memory")  # for whom: board.py
 
     def _look_for_the_dead(self, work: Work) -> None:
         ended = {self._position[descriptor] for descriptor, _ in self._ends.poll(0)}

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint.storage import DISK, Storage
-from engine.config import layout_of
-from engine.context import make_context
+from engine.config.schema import layout_of
+from engine.distributed.context import make_context
+from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError, ConfigError, Fault
-from engine.families import FAMILIES
-from engine.hf_config import read_json
-from engine.inference import config_of, load_stage
-from engine.sharding import parameters
+from engine.inference.load import config_of, load_stage
+from engine.interop.huggingface.config_json import read_json
+from engine.interop.huggingface.families import FAMILIES
 
 SAFETY = 8.0
 _ROUNDOFF = 2.0**-24

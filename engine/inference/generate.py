@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.distributed.rng import generator
 from engine.errors import ConfigError, Fault
 from engine.model.transformer import Transformer
-from engine.rng import generator
 
 
 def sample(

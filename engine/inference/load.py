@@ -8,14 +8,14 @@ from engine.checkpoint.format import MODEL, find, read_manifest
 from engine.checkpoint.links import refuse_links
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
-from engine.config import Config, layout_of
-from engine.context import ParallelContext, make_context
-from engine.data.tokenizer import Tokenizer, is_tokenizer
+from engine.config.schema import Config, layout_of
+from engine.data.tokenize.tokenizer import Tokenizer, is_tokenizer
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer, stage_shapes
 from engine.optim.adamw import Held
 from engine.optim.precision import PRECISIONS
-from engine.sharding import parameters
 
 
 def config_of(

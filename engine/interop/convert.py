@@ -19,7 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint.beside import (
+from engine.checkpoint.format import MODEL, find, step_dir
+from engine.checkpoint.lineage import code_versions
+from engine.checkpoint.load import Reader, Source
+from engine.checkpoint.retention import commit, tidy
+from engine.checkpoint.save import manifest_of, write_part
+from engine.checkpoint.storage import DISK, Storage, make_folders
+from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, Pending, write_safetensors
+from engine.config.checks import relations
+from engine.config.load import model_config
+from engine.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from engine.data.tokenize.convert import find as find_tokenizer
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.distributed.layout import Layout
+from engine.errors import CheckpointError, ConfigError, DataError, Fault, SecretError
+from engine.interop.huggingface.companions import (
     BESIDE,
     TOKENIZER_FACTS,
     content,
@@ -28,26 +42,21 @@ from engine.checkpoint.beside import (
     extra_files,
     tokenizer_files,
 )
-from engine.checkpoint.format import MODEL, find, step_dir
-from engine.checkpoint.hf import CONFIG, GENERATION, INDEX, HfReader, assembled, contents, places, token_ids
-from engine.checkpoint.lineage import code_versions
-from engine.checkpoint.load import Reader, Source
-from engine.checkpoint.megatron.files import is_megatron
-from engine.checkpoint.megatron.source import MegatronSource, open_megatron
-from engine.checkpoint.retention import commit, tidy
-from engine.checkpoint.save import manifest_of, write_part
-from engine.checkpoint.storage import DISK, Storage, make_folders
-from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, Pending, write_safetensors
-from engine.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
-from engine.data.foreign import find as find_tokenizer
-from engine.data.tokenizer import Tokenizer
-from engine.errors import CheckpointError, ConfigError, DataError, Fault, SecretError
-from engine.families import FAMILIES, Family
-from engine.files import sync_folder, write_synced
-from engine.hf_config import extras, read_config, read_json, rope_forms, write_config
-from engine.layout import Layout
-from engine.relations import relations
-from engine.resolve import model_config
+from engine.interop.huggingface.config_json import extras, read_config, read_json, rope_forms, write_config
+from engine.interop.huggingface.families import FAMILIES, Family
+from engine.interop.huggingface.weights import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    HfReader,
+    assembled,
+    contents,
+    places,
+    token_ids,
+)
+from engine.interop.megatron.folder import is_megatron
+from engine.interop.megatron.source import MegatronSource, open_megatron
+from engine.util.files import sync_folder, write_synced
 
 MAX_SHARD_BYTES = 4 << 30
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}

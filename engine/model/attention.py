@@ -8,15 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from engine.config import ModelConfig
-from engine.context import ParallelContext
-from engine.documents import Documents
+from engine.batch import Documents
+from engine.config.schema import ModelConfig
+from engine.distributed.context import ParallelContext
+from engine.distributed.sharding import Chunk
 from engine.model.layers import ColumnLinear, Means, Norm, RowLinear, SpreadRMSNorm
 from engine.ops.attention import causal_attention
 from engine.ops.linear import Remake
 from engine.ops.recompute import recompute
 from engine.ops.rope import rope, split_and_rope
-from engine.sharding import Chunk
 
 
 class Attention(nn.Module):

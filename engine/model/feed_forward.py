@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from engine.config import ModelConfig
-from engine.context import ParallelContext
+from engine.config.schema import ModelConfig
+from engine.distributed.context import ParallelContext
+from engine.distributed.sharding import Chunk
 from engine.model.layers import ColumnLinear, Means, RowLinear
 from engine.ops.activation import activation
 from engine.ops.linear import Remake
-from engine.sharding import Chunk
 
 
 class MLP(nn.Module):

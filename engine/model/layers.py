@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.comm import all_gather, sum_from
-from engine.config import ModelConfig
-from engine.context import ParallelContext
-from engine.documents import Documents
+from engine.batch import Documents
+from engine.config.schema import ModelConfig
+from engine.distributed.collectives import all_gather, sum_from
+from engine.distributed.context import ParallelContext
+from engine.distributed.sharding import Chunk, Parameter, ShardSpec, new_parameter
 from engine.ops.embedding import embedding
 from engine.ops.linear import Remake, linear
 from engine.ops.loss import VocabSlice, linear_cross_entropy
+from engine.ops.matmul import PLAIN, Products
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, spread_rms_norm
-from engine.ops.products import PLAIN, Products
-from engine.sharding import Chunk, Parameter, ShardSpec, new_parameter
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import Config, ModelConfig, TrainConfig, layers_of_stages
-from engine.context import ParallelContext, make_context
-from engine.documents import Documents
-from engine.layout import Layout
+from engine.batch import Documents
+from engine.config.schema import Config, ModelConfig, TrainConfig, layers_of_stages
+from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import Parameter, parameters
 from engine.model.attention import Attention
+from engine.model.feed_forward import MLP
 from engine.model.layers import Means, Norm, PositionEmbedding, Saving, VocabEmbedding, VocabHead, vocab_weight
-from engine.model.mlp import MLP
-from engine.ops.compiled import compiled
+from engine.ops.compile import compiled
 from engine.ops.fp8 import Fp8
 from engine.ops.linear import Remake
-from engine.ops.products import PLAIN
+from engine.ops.matmul import PLAIN
 from engine.ops.recompute import recompute
 from engine.ops.rope import RopeScaling, rope_table
-from engine.sharding import Parameter, parameters
 
 EMBED = "embed.weight"
 HEAD = "head.weight"

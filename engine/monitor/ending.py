@@ -8,7 +8,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from engine.files import no_links, replace_synced, sync_file
+from engine.util.files import no_links, replace_synced, sync_file
 
 _ROOM = 4096  # bytes taken at the start, so that the last word needs none
 _RUNNING = "running, or ended without a word (killed, power cut)"

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from engine.comm import gather_json
-from engine.context import ParallelContext
-from engine.data.loader import MicroBatch
+from engine.config.skips import in_words, read_ranges
+from engine.data.samples.loader import MicroBatch
+from engine.distributed.collectives import gather_json
+from engine.distributed.context import ParallelContext
+from engine.distributed.sharding import Parameter
 from engine.errors import TrainingError
 from engine.pipeline.actions import Plan
 from engine.pipeline.executor import execute
 from engine.pipeline.schedules import single
 from engine.pipeline.stage import Stage
-from engine.sharding import Parameter
-from engine.skips import in_words, read_ranges
 
 
 def explain_non_finite(

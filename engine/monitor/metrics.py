@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from engine.evaluate import Score
-from engine.files import no_links, replace_synced
-from engine.resolve import Resolved
+from engine.config.load import Resolved
+from engine.train.evaluate import Score
+from engine.util.files import no_links, replace_synced
 
 _CLOSE_S = 10.0  # TensorBoard may take so long to write its last events
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import DataError, cut
-from engine.glyphs import drawable
 from engine.monitor.metrics import read_metrics
+from engine.util.glyphs import drawable
 
 
 def plot_loss(runs: Sequence[Path], output: Path) -> list[str]:

@@ -11,8 +11,8 @@ from rich.progress import Progress as Bar
 from rich.progress import TextColumn
 from rich.table import Column
 
-from engine.config import Config
-from engine.context import ParallelContext
+from engine.config.schema import Config
+from engine.distributed.context import ParallelContext
 from engine.ops.apex import fused_norms
 from engine.ops.attention import chosen
 from engine.ops.native import in_words, kernels

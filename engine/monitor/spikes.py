@@ -18,8 +18,8 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
-from engine.files import replace_synced
 from engine.monitor.metrics import read_metrics
+from engine.util.files import replace_synced
 
 WINDOW, FEW, CALM = 64, 16, 16
 SPIKE_FILE = "spike.json"

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.documents import Documents
+from engine.batch import Documents
 from engine.errors import ConfigError, Fault
 from engine.ops.native import own_attention
 

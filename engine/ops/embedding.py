@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.sharding import Parameter
+from engine.distributed.sharding import Parameter
 
 
 class _Embedding(torch.autograd.Function):

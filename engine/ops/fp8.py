@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import Config
+from engine.config.schema import Config
 from engine.errors import ConfigError, Fault
-from engine.ops.compiled import compiled
+from engine.ops.compile import compiled
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.comm import Pending, all_gather, all_gather_start, sum_start
-from engine.context import Axis
-from engine.ops.products import PLAIN, Products
-from engine.sharding import Parameter
+from engine.distributed.collectives import Pending, all_gather, all_gather_start, sum_start
+from engine.distributed.context import Axis
+from engine.distributed.sharding import Parameter
+from engine.ops.matmul import PLAIN, Products
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.comm import Pending, all_gather, all_reduce_, sum_start
-from engine.context import Axis
+from engine.distributed.collectives import Pending, all_gather, all_reduce_, sum_start
+from engine.distributed.context import Axis
+from engine.distributed.sharding import Parameter
+from engine.ops.matmul import add_outer_
 from engine.ops.native import kernels, multiply
-from engine.ops.products import add_outer_
-from engine.sharding import Parameter
 
 # In rows, not bytes: each chunk reads the weight twice more and adds to its gradient once more, which is to be small
 # beside its products, 6 FLOPs a row and element of the weight. CPU: docs/performance.md has the figures. GPU: adding a

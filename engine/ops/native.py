@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.built import how_to_build, why_not
+from engine.util.build_notes import how_to_build, why_not
 
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

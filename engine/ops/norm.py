@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.comm import all_reduce_
-from engine.context import Axis
+from engine.distributed.collectives import all_reduce_
+from engine.distributed.context import Axis
 from engine.ops.apex import fused_norms
 from engine.ops.native import kernels, references_only
 

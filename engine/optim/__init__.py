@@ -1,1 +1,4 @@
-"""AdamW over flat buckets, clipping from ShardSpecs, learning-rate schedules, precision."""
+"""AdamW over flat buckets, clipping from ShardSpecs, the learning rate, precision.
+
+Imports parallel and distributed. Never knows the model's classes or where states are saved.
+"""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from engine.config import OptimizerConfig
+from engine.config.schema import OptimizerConfig
+from engine.distributed.sharding import Parameter
 from engine.ops.native import kernels
-from engine.parallel.buckets import Bucket, GradBuckets
-from engine.sharding import Parameter
+from engine.parallel.gradients import Bucket, GradBuckets
 
 STATES = ("exp_avg", "exp_avg_sq")
 

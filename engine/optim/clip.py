@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.comm import all_reduce_
-from engine.context import ParallelContext
+from engine.distributed.collectives import all_reduce_
+from engine.distributed.context import ParallelContext
 from engine.ops.native import kernels
-from engine.parallel.buckets import Bucket, GradBuckets
+from engine.parallel.gradients import Bucket, GradBuckets
 
 _CPU_BLOCK, _GPU_BLOCK = 1 << 15, 1 << 24  # elements: stays in a core's cache; few launches
 

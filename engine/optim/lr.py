@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from engine.config import OptimizerConfig, ScheduleConfig
+from engine.config.schema import OptimizerConfig, ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:

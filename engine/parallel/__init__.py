@@ -1,1 +1,4 @@
-"""Algorithms that move data between ranks outside the forward pass: gradient buckets."""
+"""Algorithms that move data between ranks outside the forward pass: gradients in flat buckets.
+
+Imports distributed. Never knows which layers the parameters belong to, or which schedule runs.
+"""

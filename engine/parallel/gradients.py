@@ -26,9 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.comm import Pending, all_gather_into_start, all_reduce_, all_reduce_start, reduce_scatter_start
-from engine.context import ParallelContext
-from engine.sharding import Parameter
+from engine.distributed.collectives import (
+    Pending,
+    all_gather_into_start,
+    all_reduce_,
+    all_reduce_start,
+    reduce_scatter_start,
+)
+from engine.distributed.context import ParallelContext
+from engine.distributed.sharding import Parameter
 
 _ALIGN = 64  # elements: every parameter, and every rank's range, starts on its own cache line, whatever the dtype
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.glyphs import drawable
 from engine.pipeline.actions import Op
 from engine.pipeline.simulate import Timeline
+from engine.util.glyphs import drawable
 
 # Of Okabe and Ito, told apart with any colour vision; the names are what the legend says.
 _COLOURS = {

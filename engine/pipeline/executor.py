@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.comm import Pending, post
-from engine.context import ParallelContext
-from engine.data.loader import MicroBatch
+from engine.data.samples.loader import MicroBatch
+from engine.distributed.collectives import Pending, post
+from engine.distributed.context import ParallelContext
 from engine.errors import PlanError
 from engine.pipeline.actions import COMMUNICATION, SENDS, Action, Op, Plan, Step
 from engine.pipeline.stage import Stage

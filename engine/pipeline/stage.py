@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.data.loader import MicroBatch
-from engine.documents import Documents
+from engine.batch import Documents
+from engine.data.samples.loader import MicroBatch
+from engine.distributed.sharding import Parameter
 from engine.ops.linear import WeightGrad
-from engine.parallel.buckets import GradBuckets
-from engine.sharding import Parameter
+from engine.parallel.gradients import GradBuckets
 
 
 @dataclass

@@ -14,10 +14,10 @@ from statistics import median
 from typing import Any
 
 from engine.errors import DataError, PlanError
-from engine.files import no_links
 from engine.pipeline.actions import Action, Op, parse_action, parse_plan
 from engine.pipeline.passes import compute_only
 from engine.pipeline.simulate import Costs, Event, Timeline
+from engine.util.files import no_links
 
 TIMELINE_FILE = "timeline.json"
 

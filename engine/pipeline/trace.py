@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from engine.comm import gather_json, post
-from engine.context import ParallelContext
-from engine.files import write_synced
+from engine.distributed.collectives import gather_json, post
+from engine.distributed.context import ParallelContext
 from engine.pipeline.actions import Plan, parse_action
 from engine.pipeline.executor import Trace
 from engine.pipeline.simulate import Event, Timeline
 from engine.pipeline.timeline import TIMELINE_FILE, to_json
+from engine.util.files import write_synced
 
 _ROUNDS = 8
 

@@ -1,1 +1,4 @@
-"""Counting before running: parameters and floating-point operations."""
+"""Counting before running: parameters, floating-point operations, memory.
+
+Imports config and pipeline's plans; never torch.
+"""

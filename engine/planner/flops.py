@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.config import Config, ModelConfig, layers_of_stages
+from engine.config.schema import Config, ModelConfig, layers_of_stages
 from engine.pipeline.actions import Plan
 
 

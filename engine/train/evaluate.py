@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.batch import Documents
 from engine.checkpoint.format import find, read_manifest
 from engine.checkpoint.storage import DISK, Storage
-from engine.comm import all_reduce_
-from engine.config import Config, pipeline_plan
-from engine.context import ParallelContext
-from engine.data.corpora import end_of_document
-from engine.data.indexed import IndexedDataset
-from engine.data.loader import MicroBatch
-from engine.data.order import SampleOrder
-from engine.documents import Documents
+from engine.config.schema import Config, pipeline_plan
+from engine.data.samples.corpora import end_of_document
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.loader import MicroBatch
+from engine.data.samples.order import SampleOrder
+from engine.distributed.collectives import all_reduce_
+from engine.distributed.context import ParallelContext
 from engine.errors import EXIT_OK, ConfigError, Fault
-from engine.inference import load_stage
+from engine.inference.load import load_stage
 from engine.pipeline.actions import Plan
 from engine.pipeline.executor import execute
 from engine.pipeline.schedules import forward_only

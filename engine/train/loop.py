@@ -9,32 +9,30 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.beside import copy_beside
 from engine.checkpoint.format import newest, read_manifest
 from engine.checkpoint.links import refuse_links
 from engine.checkpoint.save import Saved, Saver, check_room
 from engine.checkpoint.seal import storage_of
-from engine.comm import all_reduce_, on_first_rank
-from engine.config import Config
-from engine.context import ParallelContext
-from engine.data.corpora import TrainingData, follow, open_data, open_training
-from engine.data.loader import Loader
-from engine.data.tokenizer import Tokenizer
+from engine.config.load import Resolved
+from engine.config.schema import Config
+from engine.config.skips import holds, read_ranges
+from engine.data.samples.corpora import TrainingData, follow, open_data, open_training
+from engine.data.samples.loader import Loader
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.distributed.collectives import all_reduce_, on_first_rank
+from engine.distributed.context import ParallelContext
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, Fault
-from engine.evaluate import Evaluator
-from engine.files import locked
+from engine.interop.huggingface.companions import copy_beside
 from engine.model.transformer import num_parameters
 from engine.monitor.ending import Ending
 from engine.monitor.metrics import MetricsLog, lacks_validation
 from engine.monitor.progress import Progress
 from engine.monitor.spikes import SpikeWatch
-from engine.monitor.trace import write_timeline
 from engine.pipeline.simulate import simulate
-from engine.planner.cost import flops_per_token, uneven_pipeline
-from engine.resolve import Resolved
-from engine.signals import StopRequest
-from engine.skips import holds, read_ranges
-from engine.train import (
+from engine.pipeline.trace import write_timeline
+from engine.planner.flops import flops_per_token, uneven_pipeline
+from engine.train.evaluate import Evaluator
+from engine.train.step import (
     StepResult,
     TrainState,
     changed_since,
@@ -45,6 +43,8 @@ from engine.train import (
     start_from,
     train_step,
 )
+from engine.util.files import locked
+from engine.util.signals import StopRequest
 
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: Ending | None = None) -> int:
@@ -302,7 +302,7 @@ def _validate(state: TrainState, evaluator: Evaluator, log: MetricsLog, console:
 
 
 def _sent_since(before: dict[tuple[str, str], float], ctx: ParallelContext) -> dict[str, float]:
-    """Bytes that this rank has sent since, as `bytes_<axis>_<collective>` (engine.comm says how they are counted)."""
+    """Bytes that this rank has sent since, as `bytes_<axis>_<collective>` (collectives.py: how they are counted)."""
     sent = {key: total - before.get(key, 0.0) for key, total in ctx.world.traffic.items()}
     return {f"bytes_{axis}_{collective}": count for (axis, collective), count in sorted(sent.items()) if count}
 

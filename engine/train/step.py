@@ -1,7 +1,7 @@
 """Training: setup, step, and how a state is saved and resumed.
 
 `setup` builds everything a rank needs from a config and a context; `train_step` is one optimizer step; the loop around
-them is engine.loop.
+them is engine.train.loop.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.convert import open_source
 from engine.checkpoint.format import MODEL, Ancestor, find, newest, step_dir, steps_descending
-from engine.checkpoint.hf import HfReader
 from engine.checkpoint.lineage import (
     ORDER_BEGIN,
     changes,
@@ -32,11 +30,14 @@ from engine.checkpoint.load import Reader, Source, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.seal import storage_of
 from engine.checkpoint.storage import DISK, Storage
-from engine.comm import all_reduce_, gather_json, on_first_rank, raise_together
-from engine.config import Config, pipeline_plan
-from engine.context import ParallelContext
-from engine.data.loader import MicroBatch
+from engine.config.schema import Config, pipeline_plan
+from engine.data.samples.loader import MicroBatch
+from engine.distributed.collectives import all_reduce_, gather_json, on_first_rank, raise_together
+from engine.distributed.context import ParallelContext
+from engine.distributed.sharding import Parameter, initialise_, parameters
 from engine.errors import CheckpointError, ConfigError, DamageError, DataError, EngineError, Fault, SecretError
+from engine.interop.convert import open_source
+from engine.interop.huggingface.weights import HfReader
 from engine.model.transformer import Transformer, build_stages, tensor_shapes
 from engine.monitor.health import explain_non_finite
 from engine.ops.attention import chosen
@@ -46,11 +47,10 @@ from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import GradNorms, NormCounter, clip_factor
 from engine.optim.lr import learning_rate
 from engine.optim.precision import PRECISIONS, LossScale
-from engine.parallel.buckets import GradBuckets, make_buckets, settle_before_use
+from engine.parallel.gradients import GradBuckets, make_buckets, settle_before_use
 from engine.pipeline.actions import Plan
 from engine.pipeline.executor import Trace, execute
 from engine.pipeline.stage import Stage
-from engine.sharding import Parameter, initialise_, parameters
 
 
 @dataclass

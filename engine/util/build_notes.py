@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 DISTRIBUTION = "trident-engine"
 EXTENSIONS = ("engine._index", "engine._shared", "engine._ops")
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parent.parent
 _NOTES = _HERE / "_build.json"
 _TOOLS = "pip install setuptools wheel pybind11"
 

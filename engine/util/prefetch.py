@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from engine.signals import Stopped
+from engine.util.signals import Stopped
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -25,7 +25,7 @@ from test_ops import (  # noqa: F401
     test_rope,
 )
 
-from engine import selftest
+from engine.cli import selftest
 from engine.ops import native
 from engine.ops.norm import rms_norm
 

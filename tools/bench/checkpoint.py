@@ -40,10 +40,10 @@ from report import Row, finish, show, spread
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import Saver
 from engine.checkpoint.tensorfile import tensor_bytes
-from engine.context import ParallelContext
-from engine.layout import Layout
+from engine.distributed.context import ParallelContext
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.optim.adamw import Held
-from engine.sharding import Chunk, Parameter, ShardSpec
 
 ROWS, WIDTH, BLOCK = 4096, 1024, 16 << 20
 NAMES = ["plain write", "save", "async, blocked", "async, copy alone", "async, whole", "dcp save", "dcp async, blocked"]

@@ -42,10 +42,16 @@ class Options:
 
 def measure(o: Options) -> Result:
     """(milliseconds, processor milliseconds of a rank) by operation and size, on every rank."""
-    from engine.comm import all_gather_start, all_reduce_, all_reduce_start, post, reduce_scatter_start
-    from engine.context import ParallelContext
-    from engine.launch import read_env, run
-    from engine.layout import Layout
+    from engine.distributed.collectives import (
+        all_gather_start,
+        all_reduce_,
+        all_reduce_start,
+        post,
+        reduce_scatter_start,
+    )
+    from engine.distributed.context import ParallelContext
+    from engine.distributed.launch import read_env, run
+    from engine.distributed.layout import Layout
 
     env = read_env()
     found: Result = {}

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import tyro
 
-from engine.config import layout_of
-from engine.context import make_context
-from engine.data.loader import MicroBatch
+from engine.config.load import load
+from engine.config.schema import layout_of
+from engine.data.samples.loader import MicroBatch
+from engine.distributed.context import make_context
 from engine.ops import native
-from engine.resolve import load
-from engine.train import TrainState, setup, train_step
+from engine.train.step import TrainState, setup, train_step
 
 
 @dataclass(frozen=True)

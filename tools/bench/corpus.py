@@ -23,7 +23,7 @@ import pyarrow.parquet
 import xxhash
 import zstandard
 
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenize.tokenizer import Tokenizer
 
 SUFFIXES = (".py", ".pyi", ".h", ".hpp", ".c", ".md", ".rst", ".txt", ".html", ".pm", ".gz")
 LEAST, MOST = 200, 400_000  # bytes of a document

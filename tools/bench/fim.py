@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.config import DataConfig
-from engine.data.indexed import IndexedDataset, IndexedWriter
-from engine.data.order import SampleOrder
-from engine.data.special import FAMILIES, fill_in_the_middle
-from engine.data.tokenizer import END_OF_TEXT, Tokenizer
+from engine.config.schema import DataConfig
+from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.order import SampleOrder
+from engine.data.samples.special import FAMILIES, fill_in_the_middle
+from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
 
 SEQ_LEN, BATCH, ROUNDS = 2048, 8, 25
 

@@ -11,16 +11,16 @@ from gpu_measure import Session
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.config import ModelConfig
-from engine.context import make_context
-from engine.documents import Documents
-from engine.layout import Layout
+from engine.batch import Documents
+from engine.config.schema import ModelConfig
+from engine.distributed.context import make_context
+from engine.distributed.layout import Layout
 from engine.model.transformer import StageShape, Transformer
 from engine.ops.activation import activation
 from engine.ops.attention import IMPLEMENTATIONS, case_of, chosen, missing, refusal
 from engine.ops.fp8 import Fp8
+from engine.ops.matmul import PLAIN, Products
 from engine.ops.norm import add_rms_norm, rms_norm
-from engine.ops.products import PLAIN, Products
 from engine.ops.rope import rope_table, split_and_rope
 
 

@@ -11,13 +11,13 @@ import torch
 from gpu_measure import Session
 from torch import Tensor
 
-from engine.config import Config, layout_of
-from engine.context import make_context
-from engine.data.loader import MicroBatch
+from engine.config.load import load
+from engine.config.schema import Config, layout_of
+from engine.data.samples.loader import MicroBatch
+from engine.distributed.context import make_context
 from engine.optim.precision import PRECISIONS
-from engine.planner.cost import flops_per_token
-from engine.resolve import load
-from engine.train import TrainState, setup, train_step
+from engine.planner.flops import flops_per_token
+from engine.train.step import TrainState, setup, train_step
 
 STATE_BYTES = 18  # a parameter: bf16 weight, fp32 master, gradient and two moments
 

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.config import OptimizerConfig
-from engine.context import make_context
-from engine.layout import Layout
+from engine.config.schema import OptimizerConfig
+from engine.distributed.context import make_context
+from engine.distributed.layout import Layout
+from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.ops import native
 from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import NormCounter, sum_squares
-from engine.parallel.buckets import GradBuckets, make_buckets
-from engine.sharding import Chunk, Parameter, ShardSpec
+from engine.parallel.gradients import GradBuckets, make_buckets
 
 
 def in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> None:

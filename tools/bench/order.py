@@ -23,11 +23,11 @@ import torch
 from machine import BATCH, BLEND_SAMPLES, SEED, SEQ_LEN, blend_weights, describe, peak_memory, samples_per_s
 from report import Row, finish, show, spread
 
-from engine.data.blend import Turns
-from engine.data.index_file import HEADER, MAGIC
-from engine.data.indexed import IndexedDataset
-from engine.data.loader import Slice
-from engine.data.order import SampleOrder
+from engine.data.samples.blend import Turns
+from engine.data.samples.index_file import HEADER, MAGIC
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.loader import Slice
+from engine.data.samples.order import SampleOrder
 
 MEAN_TOKENS = 600
 

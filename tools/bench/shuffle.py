@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from report import show
 
-from engine.data.order import SampleOrder
+from engine.data.samples.order import SampleOrder
 
 BATCH = 256
 MIXES = [(10, 32, 512), (100, 32, 512), (10, 32, 2048), (100, 32, 2048), (10, 200, 2048), (100, 600, 2048)]

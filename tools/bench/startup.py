@@ -48,8 +48,8 @@ def forked(ranks: int) -> float:
     import torch
     from harness import run_ranks
 
-    from engine.comm import all_reduce_
-    from engine.layout import Layout
+    from engine.distributed.collectives import all_reduce_
+    from engine.distributed.layout import Layout
 
     begin = time.perf_counter()
     results = run_ranks(Layout(ranks, data=ranks), lambda ctx: float(all_reduce_(torch.ones(1), ctx.world)))
@@ -80,26 +80,26 @@ def worker(out: str, *arguments: str) -> None:
     import torch  # noqa: F401
 
     stamps["import torch"] = [STARTED, time.time()]
-    import engine.cli
-    import engine.launch
-    import engine.loop
-    import engine.options
+    import engine.cli.main
+    import engine.cli.options
+    import engine.distributed.launch
+    import engine.train.loop
 
     stamps["import engine"] = [stamps["import torch"][1], time.time()]
-    noting(stamps, engine.launch, "_join")
-    noting(stamps, engine.launch, "make_context")
-    noting(stamps, engine.loop, "setup")
-    noting(stamps, engine.loop.MetricsLog, "__enter__")
-    noting(stamps, engine.loop, "train_step")
-    leave = engine.launch.leave
+    noting(stamps, engine.distributed.launch, "_join")
+    noting(stamps, engine.distributed.launch, "make_context")
+    noting(stamps, engine.train.loop, "setup")
+    noting(stamps, engine.train.loop.MetricsLog, "__enter__")
+    noting(stamps, engine.train.loop, "train_step")
+    leave = engine.distributed.launch.leave
 
-    def write(code: int, env: engine.launch.Env) -> int:
+    def write(code: int, env: engine.distributed.launch.Env) -> int:
         if env.rank == 0:
             Path(out).write_text(json.dumps(stamps), encoding="utf-8")
         return leave(code, env)
 
-    engine.launch.leave = write  # it ends the process
-    engine.cli.main(["train", *arguments])
+    engine.distributed.launch.leave = write  # it ends the process
+    engine.cli.main.main(["train", *arguments])
 
 
 PHASES = {  # title -> (phase whose end begins it, phase, whose end ends it); None: the command
@@ -138,7 +138,7 @@ def make_corpus(prefix: Path) -> Path:
     """100 documents of random tokens in the default model's vocabulary."""
     import numpy as np
 
-    from engine.data.indexed import IndexedWriter
+    from engine.data.samples.indexed import IndexedWriter
 
     rng = np.random.default_rng(0)
     with IndexedWriter(prefix, vocab_size=4096) as writer:

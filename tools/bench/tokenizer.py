@@ -22,7 +22,7 @@ from corpus import documents
 from prepare import Case, Run, measure
 from report import Row, finish, show
 
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenize.tokenizer import Tokenizer
 
 LOOP = """
 import sys, orjson

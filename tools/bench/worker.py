@@ -18,13 +18,13 @@ from measure import Case, Meter, Options, mine
 
 def engine(o: Options, case: Case) -> dict[str, Any]:
     """The engine in this process."""
-    from engine.comm import all_reduce_
-    from engine.config import layout_of
-    from engine.context import ParallelContext
-    from engine.data.loader import MicroBatch
-    from engine.launch import read_env, run
-    from engine.resolve import load
-    from engine.train import setup, train_step
+    from engine.config.load import load
+    from engine.config.schema import layout_of
+    from engine.data.samples.loader import MicroBatch
+    from engine.distributed.collectives import all_reduce_
+    from engine.distributed.context import ParallelContext
+    from engine.distributed.launch import read_env, run
+    from engine.train.step import setup, train_step
 
     values = {
         "model.hidden_size": o.hidden,
@@ -114,7 +114,7 @@ def main(name: str, out: str, options: str) -> None:
         Path(out).write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # threads of process groups may abort a process that is taken down piece by piece (engine.launch.leave)
+    os._exit(0)  # threads of process groups may abort a process that is taken down piece by piece (launch.leave)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from engine.data.language import language_by_script
-from engine.data.libraries import need
+from engine.data.clean.language import language_by_script
+from engine.data.clean.libraries import need
 
 Chinese = Literal["keep", "simplified", "traditional"]
 _CONFIGS = {"simplified": "t2s", "traditional": "s2t"}

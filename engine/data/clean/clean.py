@@ -33,22 +33,22 @@ import numpy.typing as npt
 import orjson
 import zstandard
 
-from engine.data.account import unreadable
-from engine.data.batch import Batch, Drop, printable
-from engine.data.clean_part import PartWriter, drop_line
-from engine.data.clean_report import INPUT, report_of
-from engine.data.cleaner import Cleaner, Counts, Place, Rules, text_size
-from engine.data.contamination import evaluation_files
-from engine.data.duplicates import earliest
-from engine.data.executors import run_elsewhere, slurm_is_at_work
-from engine.data.jsontext import loads
-from engine.data.own import Own
-from engine.data.report import ProgressEvent
-from engine.data.sources import Source
-from engine.data.workfolder import disk, go_on, work_folder
+from engine.data.clean.contamination import evaluation_files
+from engine.data.clean.document import Cleaner, Counts, Place, Rules, text_size
+from engine.data.clean.duplicates import earliest
+from engine.data.clean.executors import run_elsewhere, slurm_is_at_work
+from engine.data.clean.part import PartWriter, drop_line
+from engine.data.clean.report import INPUT, report_of
+from engine.data.clean.workfolder import disk, go_on, work_folder
+from engine.data.prepare.report import ProgressEvent
+from engine.data.read.account import unreadable
+from engine.data.read.documents import Batch, Drop, printable
+from engine.data.read.jsontext import loads
+from engine.data.read.own import Own
+from engine.data.read.sources import Source
 from engine.errors import DataError
-from engine.files import sync_file, sync_folder, write_synced
-from engine.signals import Interrupts
+from engine.util.files import sync_file, sync_folder, write_synced
+from engine.util.signals import Interrupts
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 EXECUTORS = ("here", "local", "slurm", "ray")

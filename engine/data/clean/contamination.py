@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.data import own
-from engine.data.inputs import InputFile, list_inputs
-from engine.data.ngrams import U64, ngram_hashes, ngram_hashes_of_any_number, words_and_numbers_of, words_of
-from engine.data.sources import Source
+from engine.data.clean.ngrams import U64, ngram_hashes, ngram_hashes_of_any_number, words_and_numbers_of, words_of
+from engine.data.read import own
+from engine.data.read.inputs import InputFile, list_inputs
+from engine.data.read.sources import Source
 from engine.errors import DataError
 
 

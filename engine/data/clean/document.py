@@ -2,7 +2,7 @@
 
 Order: mojibake, width, normalise, language, Chinese script, quality, decontamination, personal data. Cheap rules and
 those that look at the text as it was written come first; masks come last, so that no other rule sees them. Duplicates
-are found afterwards among what is kept (engine/data/duplicates.py), as that needs all documents.
+are found afterwards among what is kept (engine/data/clean/duplicates.py), as that needs all documents.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.data import pii
-from engine.data.chinese import Chinese, chinese_converter, other_language
-from engine.data.contamination import Evaluations
-from engine.data.language import Detector, language_filter
-from engine.data.libraries import need
-from engine.data.ngrams import MinHash
-from engine.data.normalise import normalise
-from engine.data.quality import Quality
-from engine.data.width import Width, fold_width
+from engine.data.clean import pii
+from engine.data.clean.chinese import Chinese, chinese_converter, other_language
+from engine.data.clean.contamination import Evaluations
+from engine.data.clean.language import Detector, language_filter
+from engine.data.clean.libraries import need
+from engine.data.clean.ngrams import MinHash
+from engine.data.clean.normalise import normalise
+from engine.data.clean.quality import Quality
+from engine.data.clean.width import Width, fold_width
 
 SAMPLES = 5  # kept of each kind, the first ones in input order
 _EXCERPT = 160

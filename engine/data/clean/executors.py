@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.libraries import need
+from engine.data.clean.libraries import need
 from engine.errors import EXIT_ERROR, DataError, EngineError
-from engine.signals import Interrupts, Stopped
+from engine.util.signals import Interrupts, Stopped
 
 _SLURM_JOB = "slurm-job"
 _LOOK_S = 0.5

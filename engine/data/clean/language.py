@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 
-from engine.data.libraries import need
-from engine.data.width import fold_width
+from engine.data.clean.libraries import need
+from engine.data.clean.width import fold_width
 
 _CHARS = 2000  # of a document that are looked at
 _LONG = 100  # Chinese characters from which on the model tells Chinese languages (zh, yue, wuu) apart

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.width import fold_width
+from engine.data.clean.width import fold_width
 
 U64 = npt.NDArray[np.uint64]
 

@@ -11,11 +11,11 @@ import numpy as np
 import xxhash
 import zstandard
 
-from engine.data.cleaner import Place
-from engine.data.columns import joined
-from engine.data.formats import plain
-from engine.data.jsontext import dumps
-from engine.data.ngrams import MinHash
+from engine.data.clean.document import Place
+from engine.data.clean.ngrams import MinHash
+from engine.data.read.columns import joined
+from engine.data.read.formats import plain
+from engine.data.read.jsontext import dumps
 
 
 class PartWriter:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from engine.data.language import Detector
-from engine.data.libraries import need
-from engine.data.quality_languages import Language, languages
-from engine.data.width import fold_width
+from engine.data.clean.language import Detector
+from engine.data.clean.libraries import need
+from engine.data.clean.quality_languages import Language, languages
+from engine.data.clean.width import fold_width
 
 _CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 _BULLETS = str.maketrans(dict.fromkeys("●■◆▲★◎○※·・◇□△☆►▶", "•"))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.data.libraries import need
+from engine.data.clean.libraries import need
 
 # Words that nearly every text of a language has; a document needs two of them.
 _STOP_WORDS = {

@@ -6,10 +6,10 @@ import dataclasses
 import os
 from typing import Any
 
-from engine.data.account import Account
-from engine.data.cleaner import Counts, Rules
-from engine.data.inputs import STDIN
-from engine.data.sources import Source
+from engine.data.clean.document import Counts, Rules
+from engine.data.read.account import Account
+from engine.data.read.inputs import STDIN
+from engine.data.read.sources import Source
 
 INPUT = "input: "  # before the reason of what could not be read
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError
-from engine.files import write_fault, write_synced
+from engine.util.files import write_fault, write_synced
 
 PART_GLOB = "part-?????"
 _AGAIN = "Give the same command again: the parts that are complete are kept."

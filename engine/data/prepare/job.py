@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.batch import Batch
-from engine.data.indexed import paths_of
-from engine.data.keyed import derive_key
-from engine.data.own import Own
-from engine.data.parts import Parts
-from engine.data.report import Progress
-from engine.data.sources import Source
-from engine.data.tokenizer import FILES, Tokenizer
+from engine.data.prepare.parts import Parts
+from engine.data.prepare.report import Progress
+from engine.data.read.documents import Batch
+from engine.data.read.own import Own
+from engine.data.read.sources import Source
+from engine.data.samples.indexed import paths_of
+from engine.data.samples.keyed import derive_key
+from engine.data.tokenize.tokenizer import FILES, Tokenizer
 from engine.errors import DataError
-from engine.signals import Interrupts
+from engine.util.signals import Interrupts
 
 SPLITS = ("train", "valid", "test")
 _SETTINGS_VERSION = 2

@@ -24,14 +24,14 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from engine.data.index_file import CHUNK, HEADER, MAGIC, IntArray, chunks, code_of
-from engine.data.indexed import IndexedDataset, paths_of
-from engine.data.parts import publish, read_json
-from engine.data.report import ProgressEvent
-from engine.data.sidecar import sidecar_bytes, sidecar_of
+from engine.data.prepare.parts import publish, read_json
+from engine.data.prepare.report import ProgressEvent
+from engine.data.samples.index_file import CHUNK, HEADER, MAGIC, IntArray, chunks, code_of
+from engine.data.samples.indexed import IndexedDataset, paths_of
+from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
 from engine.errors import DataError
-from engine.files import locked, sync_file, write_fault, write_synced
-from engine.signals import Interrupts
+from engine.util.files import locked, sync_file, write_fault, write_synced
+from engine.util.signals import Interrupts
 
 _AGREE = ("tokenizer_digest", "vocab_size", "eod", "bos")
 

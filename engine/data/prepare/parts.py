@@ -26,12 +26,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.index_file import write_index
-from engine.data.indexed import token_dtype
-from engine.data.pack import pack
-from engine.data.sidecar import sidecar_bytes, sidecar_of
+from engine.data.prepare.pack import pack
+from engine.data.samples.index_file import write_index
+from engine.data.samples.indexed import token_dtype
+from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
 from engine.errors import DataError
-from engine.files import sync_file, sync_folder, write_fault, write_synced
+from engine.util.files import sync_file, sync_folder, write_fault, write_synced
 
 _CHECK_BYTES = _SEND_BYTES = 8 << 20
 _SKIPPED = "skipped.jsonl"

@@ -20,18 +20,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.ahead import map_ahead
-from engine.data.batch import Batch, Drop
-from engine.data.encoder import Encoder, Mismatch
-from engine.data.indexed import paths_of
-from engine.data.job import AGAIN, SPLITS, Job, stop_at_errors
-from engine.data.pack import begin_documents
-from engine.data.parts import Parts
-from engine.data.report import PrepareReport, ProgressEvent, SplitReport, SplitTotals, Totals
-from engine.data.tokenizer import Tokenizer
+from engine.data.prepare.job import AGAIN, SPLITS, Job, stop_at_errors
+from engine.data.prepare.pack import begin_documents
+from engine.data.prepare.parts import Parts
+from engine.data.prepare.report import PrepareReport, ProgressEvent, SplitReport, SplitTotals, Totals
+from engine.data.read.documents import Batch, Drop
+from engine.data.samples.indexed import paths_of
+from engine.data.tokenize.encoder import Encoder, Mismatch
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
-from engine.files import write_synced
-from engine.signals import Stopped
+from engine.util.files import write_synced
+from engine.util.prefetch import map_ahead
+from engine.util.signals import Stopped
 
 EncodedBatch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]
 SHARD_BYTES = 256 << 20  # of data written: what a kill can cost at most, or

@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.data.account import Account, unreadable
-from engine.data.ahead import read_ahead
-from engine.data.encoding import Work
-from engine.data.job import AGAIN, SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
-from engine.data.parts import Parts, publish, read_json
-from engine.data.recipe import Recipe
-from engine.data.report import PrepareReport, Progress, ProgressEvent, SplitReport
-from engine.data.sources import MAX_DOCUMENT_BYTES, Source
-from engine.data.tokenizer import Tokenizer
-from engine.data.train_tokenizer import Spread, train_apart
+from engine.data.prepare.job import AGAIN, SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
+from engine.data.prepare.parts import Parts, publish, read_json
+from engine.data.prepare.pipeline import Work
+from engine.data.prepare.report import PrepareReport, Progress, ProgressEvent, SplitReport
+from engine.data.read.account import Account, unreadable
+from engine.data.read.sources import MAX_DOCUMENT_BYTES, Source
+from engine.data.tokenize.recipe import Recipe
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.data.tokenize.train import Spread, train_apart
 from engine.errors import DataError
-from engine.files import sync_folder
-from engine.signals import Interrupts, Stopped
+from engine.util.files import sync_folder
+from engine.util.prefetch import read_ahead
+from engine.util.signals import Interrupts, Stopped
 
 
 def prepare(

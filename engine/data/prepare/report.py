@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from engine.data.account import Account
-from engine.data.batch import START, Cursor
+from engine.data.read.account import Account
+from engine.data.read.documents import START, Cursor
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.data.batch import Batch
-from engine.data.sources import Source
+from engine.data.read.documents import Batch
+from engine.data.read.sources import Source
 from engine.errors import DataError, cut
 
 _EXAMPLES = 3  # kept of each kind

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable
 from typing import IO, Any, cast
 
-from engine.data.inputs import STDIN, InputFile
+from engine.data.read.inputs import STDIN, InputFile
 
 _MAGIC = re.compile(rb"(?P<gz>\x1f\x8b)|(?P<zst>\x28\xb5\x2f\xfd)|(?P<bz2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\0)")
 _MAGIC_BYTES = 10

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.data.bytestream import BadStream, ByteStream
-from engine.data.columns import rest_of
-from engine.data.values import some_of
+from engine.data.read.bytestream import BadStream, ByteStream
+from engine.data.read.columns import rest_of
+from engine.data.read.values import some_of
 from engine.errors import DataError
 
 _BLOCK_BYTES = 1 << 20

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine.data import own
-from engine.data.batch import Drop
-from engine.data.globs import Glob
+from engine.data.read import own
+from engine.data.read.documents import Drop
+from engine.data.read.globs import Glob
 from engine.errors import DataError
 
 STDIN = "-"

@@ -14,8 +14,8 @@ from typing import Any
 
 import orjson
 
-from engine.data.bytestream import BadStream, ByteStream
-from engine.data.formats import BadRecord
+from engine.data.read.bytestream import BadStream, ByteStream
+from engine.data.read.formats import BadRecord
 
 MAX_DEPTH = 100_000  # of arrays and objects; what is deeper is made to break readers
 _BLOCK_BYTES = 1 << 20

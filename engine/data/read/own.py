@@ -60,7 +60,7 @@ def written_earlier(folder: str, name: str, names: Set[str]) -> str:
     if stem != name and there(stem, "-dropped.jsonl", "-skipped.jsonl", "-train.idx", ".idx"):
         return f"the report on {stem}"
     if "tokenizer.json" in names:
-        from engine.data.tokenizer import FILES
+        from engine.data.tokenize.tokenizer import FILES
 
         if name in FILES:
             return "it belongs to a tokenizer"

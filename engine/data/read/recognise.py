@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.data.bytestream import ByteStream
-from engine.data.jsontext import first_element, loads
-from engine.data.values import find, names_in
+from engine.data.read.bytestream import ByteStream
+from engine.data.read.jsontext import first_element, loads
+from engine.data.read.values import find, names_in
 
 _BLOCK_BYTES = 1 << 20
 _LINES = 16  # looked at

@@ -22,15 +22,15 @@ from typing import Any, Literal
 import orjson
 import xxhash
 
-from engine.data.batch import START, Batch, Cursor, Drop, Note, printable
-from engine.data.bytestream import BadStream, ByteStream
-from engine.data.columns import rest_of, size_of
-from engine.data.formats import ZERO_BYTES, BadRecord, arrow_rows, csv_rows, parquet_rows
-from engine.data.inputs import InputFile, list_inputs
-from engine.data.jsontext import exact, json_values, loads
-from engine.data.own import Own
-from engine.data.recognise import is_binary, lines_of_objects, recognised
-from engine.data.values import find, names_in, text_of
+from engine.data.read.bytestream import BadStream, ByteStream
+from engine.data.read.columns import rest_of, size_of
+from engine.data.read.documents import START, Batch, Cursor, Drop, Note, printable
+from engine.data.read.formats import ZERO_BYTES, BadRecord, arrow_rows, csv_rows, parquet_rows
+from engine.data.read.inputs import InputFile, list_inputs
+from engine.data.read.jsontext import exact, json_values, loads
+from engine.data.read.own import Own
+from engine.data.read.recognise import is_binary, lines_of_objects, recognised
+from engine.data.read.values import find, names_in, text_of
 
 MAX_DOCUMENT_BYTES = 1 << 26  # beyond it a file or line is a dump of something, not a text
 FORMATS = {

@@ -40,9 +40,9 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.keyed import Int64Array
-from engine.data.order import SampleOrder
-from engine.data.stream import extension
+from engine.data.samples.keyed import Int64Array
+from engine.data.samples.order import SampleOrder
+from engine.data.samples.stream import extension
 from engine.errors import DataError
 
 MAX_TOTAL = 1 << 40  # of integer weights: what is rounded away is a sample in 10^12

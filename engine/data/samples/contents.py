@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.fim import FillInTheMiddle
-from engine.data.indexed import IndexedDataset, paths_of
-from engine.data.order import SampleOrder
-from engine.data.sidecar import SIDECAR_DIGEST, entropy, sidecar_digest
-from engine.data.tokenizer import Tokenizer, is_tokenizer
+from engine.data.samples.fim import FillInTheMiddle
+from engine.data.samples.indexed import IndexedDataset, paths_of
+from engine.data.samples.order import SampleOrder
+from engine.data.samples.sidecar import SIDECAR_DIGEST, entropy, sidecar_digest
+from engine.data.tokenize.tokenizer import Tokenizer, is_tokenizer
 from engine.errors import DataError
 
 _CHUNK = 1 << 22  # elements at a time: bounds memory

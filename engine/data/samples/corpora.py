@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from engine.config import Config
-from engine.data.blend import BlendedOrder, Phase, integer_weights, smallest_share
-from engine.data.fim import FillInTheMiddle
-from engine.data.indexed import IndexedDataset
-from engine.data.keyed import derive_key
-from engine.data.loader import LossMask
-from engine.data.order import ORDER_VERSION, SampleOrder
-from engine.data.special import fill_in_the_middle, masked_labels
-from engine.data.tokenizer import Tokenizer
+from engine.config.mixture import PATH, Mixture, read_mixture
+from engine.config.schema import Config
+from engine.data.samples.blend import BlendedOrder, Phase, integer_weights, smallest_share
+from engine.data.samples.fim import FillInTheMiddle
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.keyed import derive_key
+from engine.data.samples.loader import LossMask
+from engine.data.samples.order import ORDER_VERSION, SampleOrder
+from engine.data.samples.special import fill_in_the_middle, masked_labels
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, Fault
-from engine.mixture import PATH, Mixture, read_mixture
 
 DECLARED_FROM = "mixture from step "  # what data.train says from that step on
 MIXED_FROM = "mixture from sample "  # what is drawn from that sample on: before the samples consumed, a fact for good

@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.keyed import Int64Array, derive, derive_key
-from engine.data.tokenizer import Tokenizer
+from engine.data.samples.keyed import Int64Array, derive, derive_key
+from engine.data.tokenize.tokenizer import Tokenizer
 
 _TORN = 3  # tokens that a torn character leaves at most: 3 of its 4 bytes
 _LOST = "\ufffd"

@@ -1,6 +1,6 @@
 """Tokenised corpora on disk in Megatron's .bin/.idx format, byte compatible in both directions.
 
-`PREFIX.bin` holds token ids back to back: no header, no padding. `PREFIX.idx` is in engine/data/index_file.py.
+`PREFIX.bin` holds token ids back to back: no header, no padding. `PREFIX.idx` is in engine/data/samples/index_file.py.
 
 The format has no checksum, no token count and no tokenizer id, so a reader that trusts it trains on garbage in
 silence. Two things stand against that: everything the bytes can prove is proven at open, and our writer adds a sidecar
@@ -30,11 +30,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engine.data.index_file import CHUNK, DTYPES, HEADER, MAGIC, IntArray, chunks, write_index
-from engine.data.mapped import MappedFile
-from engine.data.sidecar import SIDECAR_VERSION, sidecar_bytes, sidecar_of
+from engine.data.samples.index_file import CHUNK, DTYPES, HEADER, MAGIC, IntArray, chunks, write_index
+from engine.data.samples.mapped import MappedFile
+from engine.data.samples.sidecar import SIDECAR_VERSION, sidecar_bytes, sidecar_of
 from engine.errors import DataError
-from engine.files import sync_file, sync_folder
+from engine.util.files import sync_file, sync_folder
 
 UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
 MAX_SEQUENCE_TOKENS = 2**31 - 1

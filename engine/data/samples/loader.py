@@ -20,11 +20,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine.data.fim import FillInTheMiddle
-from engine.data.keyed import Int64Array
-from engine.documents import Documents
+from engine.batch import Documents
+from engine.config.skips import Ranges, holds
+from engine.data.samples.fim import FillInTheMiddle
+from engine.data.samples.keyed import Int64Array
 from engine.errors import DataError
-from engine.skips import Ranges, holds
 
 
 class Order(Protocol):

@@ -26,9 +26,9 @@ from __future__ import annotations
 import numpy as np
 import xxhash
 
-from engine.data.indexed import IndexedDataset
-from engine.data.keyed import MASK64, Int64Array, derive_key, permute
-from engine.data.stream import GROUP_BLOCKS, Piece, Stream, blocks_of, extension
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.keyed import MASK64, Int64Array, derive_key, permute
+from engine.data.samples.stream import GROUP_BLOCKS, Piece, Stream, blocks_of, extension
 from engine.errors import DataError
 
 ORDER_VERSION = 2  # 1: documents were permuted within blocks of 1,024 neighbours only

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from engine.config import Config, DataConfig
-from engine.data.fim import FillInTheMiddle, Pieces, Sentinels
-from engine.data.tokenizer import Tokenizer
+from engine.config.schema import Config, DataConfig
+from engine.data.samples.fim import FillInTheMiddle, Pieces, Sentinels
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, Fault
 
 # prefix, suffix, middle

@@ -34,10 +34,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.built import why_not
-from engine.data.indexed import NATIVE_INTERFACE
-from engine.data.keyed import Int64Array, derive, derive_each, permute
+from engine.data.samples.indexed import NATIVE_INTERFACE
+from engine.data.samples.keyed import Int64Array, derive, derive_each, permute
 from engine.errors import DataError
+from engine.util.build_notes import why_not
 
 GROUP_BLOCKS = 1024
 QUARTERS = 4

@@ -23,14 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from engine.data.recipe import Recipe
-from engine.data.report import StepEvent
+from engine.data.prepare.report import StepEvent
+from engine.data.tokenize.recipe import Recipe
 from engine.errors import DataError, cut
 
 _END = 2**64 - 1
 _SEND_BYTES = 1 << 18  # at once
 _LOOK_S = 0.2
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from engine.data.apart import main; main()"
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from engine.data.tokenize.apart import main; main()"
 _STAGES = {"Tokenize words": "spelling words", "Count pairs": "counting pairs", "Compute merges": "merging"}
 _LOGGED = (  # of sentencepiece, in the order in which they come
     (re.compile(r"Loaded all \d+ sentences"), "sorting words"),
@@ -46,7 +46,7 @@ class Apart:
 
     def __init__(self, recipe: Recipe, progress: Callable[[StepEvent], None] | None):
         self._recipe, self._progress = recipe, progress
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(Path(__file__).resolve().parents[3])
         # A file, no pipe: a line for each of 100,000 merges, and each would wake this process, and let that one wait.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
         self._process = subprocess.Popen(
@@ -158,7 +158,7 @@ class Apart:
 
 def main() -> None:
     """The other process."""
-    from engine.data.trainers import train
+    from engine.data.tokenize.trainers import train
 
     stdin = open(0, "rb", buffering=1 << 20)  # noqa: SIM115  (until the process ends)
     facts = json.loads(stdin.readline())

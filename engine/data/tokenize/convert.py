@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engine.data.kept import cached, key_of
-from engine.data.tokenizer import MODEL, Tokenizer
+from engine.data.tokenize.kept import cached, key_of
+from engine.data.tokenize.tokenizer import MODEL, Tokenizer
 from engine.errors import DataError, cut, shown
 
 if TYPE_CHECKING:
-    from engine.data.awkward import Original
-    from engine.data.pieces import Sentencepiece
+    from engine.data.tokenize.awkward import Original
+    from engine.data.tokenize.pieces import Sentencepiece
 
 FORMATS = (
     "tokenizer.json, a sentencepiece .model (also .model.v3 and its like), a .tiktoken file, tekken.json, GPT-2's "
@@ -160,7 +160,7 @@ def _converted(found: Found) -> Converted:
 def _convert(found: Found) -> Converted:
     """The definition of what was found. Raises DataError for damage, and for a difference in ranks."""
     if found.kind == _SENTENCEPIECE:
-        from engine.data.pieces import difference, to_json
+        from engine.data.tokenize.pieces import difference, to_json
 
         model = _sentencepiece(found)
         definition = to_json(model)
@@ -168,11 +168,11 @@ def _convert(found: Found) -> Converted:
             return Converted(definition, model.end, str(found.config[_MARK]), found.config.get(_NEAR) is True)
         return Converted(definition, model.end, *difference(model, definition))
     if found.kind in (_TIKTOKEN, _TEKKEN):
-        from engine.data.ranks import Tiktoken
+        from engine.data.tokenize.ranks import Tiktoken
 
         ranks = Tiktoken(found.path, found.kind == _TEKKEN)
         return Converted(ranks.to_json(), ranks.end)
-    from engine.data.vocabularies import from_merges, from_wordpiece
+    from engine.data.tokenize.vocabularies import from_merges, from_wordpiece
 
     if found.merges is not None:
         definition, end = from_merges(found.path, found.merges, found.config)
@@ -185,13 +185,13 @@ def original(found: Found) -> Original:
     """The library that the file is for."""
     if found.kind == _SENTENCEPIECE:
         return _sentencepiece(found)
-    from engine.data.ranks import Tiktoken
+    from engine.data.tokenize.ranks import Tiktoken
 
     return Tiktoken(found.path, found.kind == _TEKKEN)
 
 
 def _sentencepiece(found: Found) -> Sentencepiece:
-    from engine.data.pieces import Sentencepiece
+    from engine.data.tokenize.pieces import Sentencepiece
 
     return Sentencepiece(found.path)
 

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from engine.data.ahead import beside
-from engine.data.awkward import AWKWARD, Difference, compare
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenize.awkward import AWKWARD, Difference, compare
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.util.prefetch import beside
 
 _SAMPLES, _SAMPLE_CHARS = 4, 512  # of a batch: a millisecond of the reference
 _FIRST_CHARS, _FIRST_CHARS_EACH = 1 << 18, 1 << 15  # of a run, compared with the original: a few tenths of a second

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
-from engine.data.awkward import Difference, compare, encode_plain, texts_for
+from engine.data.tokenize.awkward import Difference, compare, encode_plain, texts_for
 from engine.errors import DataError, cut
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pieces

@@ -13,8 +13,8 @@ import orjson
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from engine.data.awkward import Difference, compare, encode_plain, texts_for
-from engine.data.patterns import words
+from engine.data.tokenize.awkward import Difference, compare, encode_plain, texts_for
+from engine.data.tokenize.patterns import words
 from engine.errors import DataError, shown
 
 # A .tiktoken file holds ranks alone; how text is split and the special ids are known by the encoding's name.

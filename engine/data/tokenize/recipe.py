@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Regex
 
-from engine.data.patterns import DIGITS, PATTERNS
+from engine.data.tokenize.patterns import DIGITS, PATTERNS
 from engine.errors import Fault, cut
 
 KINDS = ("bpe", "unigram", "wordpiece")
@@ -53,7 +53,7 @@ class Recipe:
     """How a tokenizer is trained. "" and None: as is usual for `kind`.
 
     `special_tokens`: ids from 0, the first ends documents. `user_tokens`: found in texts before anything else.
-    `split_pattern`: what the words are (engine.data.patterns). `max_token_length`: bytes of bpe, characters of unigram.
+    `split_pattern`: what the words are (patterns.py). `max_token_length`: bytes of bpe, characters of unigram.
     """
 
     vocab_size: int

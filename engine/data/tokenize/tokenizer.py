@@ -19,12 +19,12 @@ import numpy.typing as npt
 import orjson
 import tokenizers
 
-from engine.data.ahead import beside
 from engine.errors import DataError, cut
+from engine.util.prefetch import beside
 
 if TYPE_CHECKING:
-    from engine.data.awkward import Original
-    from engine.data.pieces import Sentencepiece
+    from engine.data.tokenize.awkward import Original
+    from engine.data.tokenize.pieces import Sentencepiece
 
 END_OF_TEXT = "<|endoftext|>"
 MODEL = "tokenizer.model"
@@ -107,14 +107,14 @@ class Tokenizer:
         merges: Path | None = None,
         lower_case: bool | None = None,
     ) -> Tokenizer:
-        """From a tokenizer.json, any file that engine/data/foreign.py knows, or a folder with one of them.
+        """From a tokenizer.json, any file that engine/data/tokenize/convert.py knows, or a folder with one of them.
 
         `merges`: the file that belongs to a vocab.json, where names do not tell; `lower_case`: what is done to texts
         before BERT's vocab.txt, None as the files say. Raises DataError if it is missing or not readable.
         """
         path = Path(path)
         if merges is not None or lower_case is not None or not _is_definition(path):
-            from engine.data.foreign import find, made_from
+            from engine.data.tokenize.convert import find, made_from
 
             if (found := find(path, merges, lower_case)) is not None:
                 return made_from(found, parse_special)
@@ -135,20 +135,20 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:
-        """A tokenizer made from texts, in this process; `options`: as engine.data.recipe.Recipe.
+        """A tokenizer made from texts, in this process; `options`: as engine.data.tokenize.recipe.Recipe.
 
         `bpe` and `unigram` have a token for each byte: any text survives. `wordpiece` is as BERT's: it drops white
         space and has [UNK]. The result is smaller than `vocab_size` when the texts do not offer enough.
         """
-        from engine.data.recipe import Recipe
-        from engine.data.trainers import train
+        from engine.data.tokenize.recipe import Recipe
+        from engine.data.tokenize.trainers import train
 
         return cls(*train(texts, Recipe(vocab_size, **options)))
 
     def by_original(self, difference: str) -> Tokenizer:
         """This one with the ids of the .model that it was made from. Raises DataError if it is none."""
-        from engine.data.foreign import companions_of
-        from engine.data.pieces import Sentencepiece
+        from engine.data.tokenize.convert import companions_of
+        from engine.data.tokenize.pieces import Sentencepiece
 
         own = self.original() if self.original is not None else None
         if not isinstance(own, Sentencepiece):
@@ -285,7 +285,7 @@ def _is_definition(path: Path) -> bool:
 
 
 def _formats() -> str:
-    from engine.data.foreign import FORMATS
+    from engine.data.tokenize.convert import FORMATS
 
     return FORMATS
 

@@ -15,18 +15,18 @@ import tokenizers
 from tokenizers import normalizers
 
 import engine
-from engine.data.account import Account
-from engine.data.ahead import read_ahead
-from engine.data.apart import Apart
-from engine.data.awkward import AWKWARD
-from engine.data.own import Own
-from engine.data.recipe import Recipe
-from engine.data.report import Progress, ProgressEvent, StepEvent
-from engine.data.sources import Source
-from engine.data.tokenizer import FILES, TRAINING, Tokenizer
+from engine.data.prepare.report import Progress, ProgressEvent, StepEvent
+from engine.data.read.account import Account
+from engine.data.read.own import Own
+from engine.data.read.sources import Source
+from engine.data.tokenize.apart import Apart
+from engine.data.tokenize.awkward import AWKWARD
+from engine.data.tokenize.recipe import Recipe
+from engine.data.tokenize.tokenizer import FILES, TRAINING, Tokenizer
 from engine.errors import DataError
-from engine.files import sync_folder
-from engine.signals import Interrupts
+from engine.util.files import sync_folder
+from engine.util.prefetch import read_ahead
+from engine.util.signals import Interrupts
 
 _SAMPLES, _SAMPLE_CHARS = 64, 2000
 

@@ -18,8 +18,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from engine.data.patterns import DIGITS, words
-from engine.data.recipe import CHARACTER_COVERAGE, MAX_PIECE_LENGTH, MIN_FREQUENCY, UNKNOWN, Recipe
+from engine.data.tokenize.patterns import DIGITS, words
+from engine.data.tokenize.recipe import CHARACTER_COVERAGE, MAX_PIECE_LENGTH, MIN_FREQUENCY, UNKNOWN, Recipe
 from engine.errors import DataError
 
 Made = tuple[str, dict[str, bytes]]  # text of a tokenizer.json, and the files beside it
@@ -36,7 +36,7 @@ _BETWEEN_BLANKS = re.compile(r" *[^ \n]{0,1000}\n+| *[^ \n]{1,1000}| +")
 def train(texts: Iterable[str], recipe: Recipe, *, tell: bool = False) -> Made:
     """The tokenizer of `recipe` for these texts, and the names of its end token for transformers.
 
-    `tell`: the libraries write how far they are on the standard error (engine.data.train_tokenizer reads it). Raises
+    `tell`: the libraries write how far they are on the standard error (engine.data.tokenize.train reads it). Raises
     DataError if the recipe is wrong or the texts do not do.
     """
     if faults := list(recipe.faults()):

@@ -11,11 +11,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from engine.checkpoint.hf import CONFIG, GENERATION, INDEX
 from engine.checkpoint.links import refuse_links
-from engine.data.tokenizer import Tokenizer, is_tokenizer
+from engine.data.tokenize.tokenizer import Tokenizer, is_tokenizer
 from engine.errors import CheckpointError, DataError
-from engine.files import write_synced
+from engine.interop.huggingface.weights import CONFIG, GENERATION, INDEX
+from engine.util.files import write_synced
 
 BESIDE = "hugging_face"  # folder of a run
 TOKENIZER_FACTS = "tokenizer_facts.json"  # in it: how the folder's own tokenizer ended documents

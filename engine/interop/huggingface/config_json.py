@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError, ConfigError, Fault, cut, shown
-from engine.families import FAMILIES, FIXED, HARMLESS, LACKING, REFUSED, ROPE_FIXED, SCALING, Family, Field
-from engine.files import SEALED, read_regular
+from engine.interop.huggingface.families import (
+    FAMILIES,
+    FIXED,
+    HARMLESS,
+    LACKING,
+    REFUSED,
+    ROPE_FIXED,
+    SCALING,
+    Family,
+    Field,
+)
+from engine.util.files import SEALED, read_regular
 
 Facts = dict[str, Any]
 _CANNOT = "The engine cannot compute this model."

@@ -24,12 +24,12 @@ from torch import Tensor
 from engine.checkpoint.format import MODEL
 from engine.checkpoint.load import Source
 from engine.checkpoint.tensorfile import DTYPES
-from engine.config import ModelConfig
+from engine.config.load import model_config
+from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, cut
-from engine.families import Family
-from engine.hf_config import Described, read_config, read_json
+from engine.interop.huggingface.config_json import Described, read_config, read_json
+from engine.interop.huggingface.families import Family
 from engine.model.transformer import tensor_shapes
-from engine.resolve import model_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

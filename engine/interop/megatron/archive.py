@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.megatron.symbolic import Call, Global, Persistent, is_call, parse, shown
 from engine.errors import CheckpointError
+from engine.interop.megatron.symbolic import Call, Global, Persistent, is_call, parse, shown
 
 MAX_DIRECTORY_BYTES = 16 << 20  # of an archive's table of contents: some 200,000 storages
 MAX_DIMS = 8

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.megatron.archive import Archive, StoredTensor, is_count, map_file, sizes
-from engine.checkpoint.megatron.sheets import Part, Sheet
-from engine.checkpoint.megatron.symbolic import Call, Global, is_call, parse, shown
 from engine.errors import CheckpointError
+from engine.interop.megatron.archive import Archive, StoredTensor, is_count, map_file, sizes
+from engine.interop.megatron.sheets import Part, Sheet
+from engine.interop.megatron.symbolic import Call, Global, is_call, parse, shown
 
 METADATA = ".metadata"
 _NAMES = "torch.distributed.checkpoint.metadata"

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.megatron.archive import Archive, StoredTensor, map_file
-from engine.checkpoint.megatron.dcp import METADATA, DcpFolder
-from engine.checkpoint.megatron.names import Values
-from engine.checkpoint.megatron.sheets import Part, Sheet
-from engine.checkpoint.megatron.symbolic import is_call, mapping, shown
 from engine.errors import CheckpointError
+from engine.interop.megatron.archive import Archive, StoredTensor, map_file
+from engine.interop.megatron.dcp import METADATA, DcpFolder
+from engine.interop.megatron.names import Values
+from engine.interop.megatron.sheets import Part, Sheet
+from engine.interop.megatron.symbolic import is_call, mapping, shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON, FORMAT, RANK_FILE = "common.pt", "metadata.json", "model_optim_rng.pt"

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine.checkpoint.megatron.symbolic import shown
-from engine.config import ModelConfig
+from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
+from engine.interop.megatron.symbolic import shown
 
 Values = dict[str, Any]
 MAX_COUNT = 1 << 31

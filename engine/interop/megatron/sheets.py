@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.megatron.archive import StoredTensor
 from engine.errors import CheckpointError
+from engine.interop.megatron.archive import StoredTensor
 
 MAX_PARTS = 1024  # of one sheet: a matrix of one layer is cut over tensor ranks, sometimes over data ranks too
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from engine.checkpoint.format import MODEL
 from engine.checkpoint.load import Source
-from engine.checkpoint.megatron.files import open_stored, require_same
-from engine.checkpoint.megatron.names import Entry, Rows, model_facts, table
-from engine.checkpoint.megatron.sheets import Sheet
-from engine.checkpoint.megatron.symbolic import shown
 from engine.checkpoint.tensorfile import DTYPE_NAMES
-from engine.config import ModelConfig
+from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
+from engine.interop.megatron.folder import open_stored, require_same
+from engine.interop.megatron.names import Entry, Rows, model_facts, table
+from engine.interop.megatron.sheets import Sheet
+from engine.interop.megatron.symbolic import shown
 
 
 @dataclass(frozen=True)

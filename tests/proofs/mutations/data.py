@@ -10,7 +10,7 @@ MUTATIONS = [
     Mutation(
         "samples_depend_on_the_data_degree",
         "a data rank takes samples of another (Megatron-Bridge#3503, bigscience Megatron-DeepSpeed#276)",
-        "engine.data.loader:Slice.read",
+        "engine.data.samples.loader:Slice.read",
         "first = consumed + self.data_rank * local",
         "first = consumed + self.data_rank",
         LOADER,
@@ -18,7 +18,7 @@ MUTATIONS = [
     Mutation(
         "data_restarts_at_sample_0",
         "after a resume the first samples come again (Megatron-Bridge#3503, accelerate#2016)",
-        "engine.data.loader:Loader.__init__",
+        "engine.data.samples.loader:Loader.__init__",
         "self._consumed = start_sample",
         "self._consumed = 0",
         LOADER,
@@ -26,7 +26,7 @@ MUTATIONS = [
     Mutation(
         "fim_in_order_of_access",
         "fill-in-the-middle depends on who reads a sample (Megatron's GPTFIMDataset draws in the order of access)",
-        "engine.data.fim:FillInTheMiddle._choose",
+        "engine.data.samples.fim:FillInTheMiddle._choose",
         'derive_key(self.seed, "fim", int(sample), at)',
         'derive_key(self.seed, "fim", number, at)',
         ("test_layout_and_restarts_do_not_change_it",),
@@ -34,7 +34,7 @@ MUTATIONS = [
     Mutation(
         "fim_turns_torn_characters_into_text",
         "half a character at a sample's border becomes U+FFFD",
-        "engine.data.fim:FillInTheMiddle._read",
+        "engine.data.samples.fim:FillInTheMiddle._read",
         "s.text and _LOST not in s.text",
         "s.text",
         ("test_nearly_all_segments_are_changed_torn_ones_too",),
@@ -42,7 +42,7 @@ MUTATIONS = [
     Mutation(
         "fim_filling_counts",
         "the loss counts tokens that fill a row",
-        "engine.data.loader:Slice.read",
+        "engine.data.samples.loader:Slice.read",
         "mask &= torch.arange(1, line.shape[1]) < torch.from_numpy(lengths[part])[:, None]",
         "mask &= torch.arange(1, line.shape[1]) < line.shape[1]",
         ("test_rows_keep_their_length_and_the_filling_does_not_count",),

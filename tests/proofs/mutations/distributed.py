@@ -9,7 +9,7 @@ MUTATIONS = [
     Mutation(
         "tied_gradient_counted_twice",
         "the tied weight is in the norm once for each pipeline end: 40 instead of 28.28 (Megatron#7227)",
-        "engine.sharding:ShardSpec.pieces",
+        "engine.distributed.sharding:ShardSpec.pieces",
         'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)',
         "counted = ctx.tensor.rank % replicas == 0",
         norms("tied-(1, 4, 1)"),
@@ -17,7 +17,7 @@ MUTATIONS = [
     Mutation(
         "norm_counts_replicas",
         "weights that tensor ranks hold alike are counted by each of them (ROCm/TransformerEngine#715)",
-        "engine.sharding:ShardSpec.pieces",
+        "engine.distributed.sharding:ShardSpec.pieces",
         'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)',
         'counted = "ends" not in chunk.sum_over or ctx.ends.rank == 0',
         norms("gqa-(2, 1, 1)"),
@@ -25,7 +25,7 @@ MUTATIONS = [
     Mutation(
         "norm_misses_tensor_shards",
         "only the first tensor rank's shards are counted (Megatron#5916)",
-        "engine.sharding:ShardSpec.pieces",
+        "engine.distributed.sharding:ShardSpec.pieces",
         'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)',
         'counted = ctx.tensor.rank == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)',
         norms("gqa-(2, 1, 1)"),
@@ -33,7 +33,7 @@ MUTATIONS = [
     Mutation(
         "sequence_gradient_not_gathered",
         "backward of the reduce-scatter repeats the rank's own part instead of gathering all (Megatron#7452)",
-        "engine.comm:_SumFrom.backward",
+        "engine.distributed.collectives:_SumFrom.backward",
         "return all_gather(grad, ctx.sequence), None, None",
         "return torch.cat([grad] * ctx.sequence.size), None, None",
         small("sequence"),
@@ -41,7 +41,7 @@ MUTATIONS = [
     Mutation(
         "reduce_scatter_takes_its_own_part",
         "the partial sums are cut but not added (Megatron#7452)",
-        "engine.comm:sum_start",
+        "engine.distributed.collectives:sum_start",
         "reduce_scatter_start(all_reduce_(x, copies), sequence)",
         "Pending(all_reduce_(x, copies).chunk(sequence.size)[sequence.rank].clone())",
         small("sequence"),
@@ -49,7 +49,7 @@ MUTATIONS = [
     Mutation(
         "gather_along_the_wrong_dim",
         "what was gathered along the first dim is not moved back: logits of the wrong tokens",
-        "engine.comm:all_gather",
+        "engine.distributed.collectives:all_gather",
         "return all_gather_start(x.movedim(dim, 0), axis).wait().movedim(0, dim)",
         "return all_gather_start(x.movedim(dim, 0), axis).wait().reshape(*x.shape[:dim], -1, *x.shape[dim:][1:])",
         ("test_logits_do_not_depend_on_the_layout",),
@@ -57,7 +57,7 @@ MUTATIONS = [
     Mutation(
         "zero_gather_sends_the_wrong_range",
         "a rank sends a range that it has not updated (DeepSpeed#4298)",
-        "engine.comm:all_gather_into_start",
+        "engine.distributed.collectives:all_gather_into_start",
         "part = x.view(axis.size, -1)[axis.rank]",
         "part = x.view(axis.size, -1)[0]",
         small("zero"),
@@ -65,7 +65,7 @@ MUTATIONS = [
     Mutation(
         "initial_values_by_rank",
         "each rank draws from its own generator (pytorch#168058, Megatron-Bridge#5396)",
-        "engine.sharding:initialise_",
+        "engine.distributed.sharding:initialise_",
         'generator(seed, "init", piece.name)',
         'generator(seed + ctx.rank, "init", piece.name)',
         small("copies"),
@@ -73,7 +73,7 @@ MUTATIONS = [
     Mutation(
         "layers_initialised_identically",
         "layers of interleaved chunks start from equal values (OLMo-core's changelog)",
-        "engine.sharding:initialise_",
+        "engine.distributed.sharding:initialise_",
         'generator(seed, "init", piece.name)',
         'generator(seed, "init", piece.name.partition("layers.")[2].lstrip("0123456789") or piece.name)',
         ("test_initial_values_are_what_the_config_says",),

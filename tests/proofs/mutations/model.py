@@ -65,7 +65,7 @@ MUTATIONS = [
     Mutation(
         "positions_run_on_over_documents",
         "learned positions do not begin again with a document",
-        "engine.documents:Documents.positions",
+        "engine.batch:Documents.positions",
         "torch.arange(self.begin.shape[1], device=self.begin.device) - self.begin",
         "torch.arange(self.begin.shape[1], device=self.begin.device) - 0 * self.begin",
         ("test_packed_documents_learn_as_if_alone",),

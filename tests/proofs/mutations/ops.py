@@ -17,7 +17,7 @@ MUTATIONS = [
     Mutation(
         "only_the_last_microbatch_trained",
         "a microbatch overwrites the gradient of those before it: the loss looks fine (Automodel#3530)",
-        "engine.ops.products:add_outer_",
+        "engine.ops.matmul:add_outer_",
         "add_product_(main, grad.t(), x)",
         "torch.mm(grad.t(), x, out=main)",
         PLAIN,
@@ -25,7 +25,7 @@ MUTATIONS = [
     Mutation(
         "gradient_is_a_moving_average",
         "what is accumulated is scaled down by each microbatch (torchtitan#1733)",
-        "engine.ops.products:add_outer_",
+        "engine.ops.matmul:add_outer_",
         "add_product_(main, grad.t(), x)",
         "torch.addmm(main, grad.t(), x, beta=0.5, out=main)",
         PLAIN,

@@ -11,7 +11,7 @@ MUTATIONS = [
     Mutation(
         "tied_gradient_not_summed_over_the_ends",
         "each end of the pipeline trains its copy with its own part of the gradient (Megatron#656)",
-        "engine.parallel.buckets:GradBuckets._add_parts",
+        "engine.parallel.gradients:GradBuckets._add_parts",
         "self.ctx.axis(name).size > 1",
         'name != "ends" and self.ctx.axis(name).size > 1',
         small("pipeline"),
@@ -19,7 +19,7 @@ MUTATIONS = [
     Mutation(
         "kv_replicas_not_summed",
         "the ranks that share a KV head each keep the gradient of their own queries (bigcode Megatron-LM#35)",
-        "engine.parallel.buckets:GradBuckets._add_parts",
+        "engine.parallel.gradients:GradBuckets._add_parts",
         "self.ctx.axis(name).size > 1",
         'name != "kv" and self.ctx.axis(name).size > 1',
         small("copies"),
@@ -27,7 +27,7 @@ MUTATIONS = [
     Mutation(
         "gradient_averaged_over_data_ranks",
         "divided by the data degree although the loss is already global (Megatron#673, #906)",
-        "engine.parallel.buckets:GradBuckets._start",
+        "engine.parallel.gradients:GradBuckets._start",
         "x = bucket.grads.to(self.reduce_dtype)",
         "x = bucket.grads.to(self.reduce_dtype) / self.ctx.data.size",
         small("data"),
@@ -35,7 +35,7 @@ MUTATIONS = [
     Mutation(
         "zero_gather_forgotten",
         "after the update nobody sends its weights: data ranks drift apart (nanotron#242)",
-        "engine.parallel.buckets:GradBuckets.gather",
+        "engine.parallel.gradients:GradBuckets.gather",
         "self.zero",
         "self.zero and overlap is None",
         small("zero"),
@@ -43,7 +43,7 @@ MUTATIONS = [
     Mutation(
         "embedding_stale_under_zero",
         "the tied embedding is left out of the gather (Megatron#844)",
-        "engine.parallel.buckets:GradBuckets.gather",
+        "engine.parallel.gradients:GradBuckets.gather",
         "reversed(self.buckets)",
         "reversed([b for b in self.buckets if not b.late])",
         small("zero"),
@@ -51,7 +51,7 @@ MUTATIONS = [
     Mutation(
         "zero_gather_not_waited_for",
         "a forward reads weights that are still on their way (DeepSpeed#5545, #7188)",
-        "engine.parallel.buckets:settle_before_use",
+        "engine.parallel.gradients:settle_before_use",
         "part.register_forward_pre_hook(_settler(holder[id(p)]))",
         "holder[id(p)].gathering = None",
         LATE,
@@ -59,7 +59,7 @@ MUTATIONS = [
     Mutation(
         "gradient_sum_not_waited_for",
         "the optimizer reads gradients that are still being summed (DeepSpeed#8061, #6351)",
-        "engine.parallel.buckets:GradBuckets.wait",
+        "engine.parallel.gradients:GradBuckets.wait",
         "total, target = b.reducing.wait(), b.part(b.grads, b.held)",
         "total, target = b.reducing.value, b.part(b.grads, b.held)",
         LATE,

@@ -13,7 +13,7 @@ MUTATIONS = [
     Mutation(
         "clip_on_the_first_tensor_rank_only",
         "the other tensor ranks are not clipped (BLOOM's chronicles)",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale",
         "1.0 if ctx.tensor.rank else clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale",
         small("copies"),
@@ -21,7 +21,7 @@ MUTATIONS = [
     Mutation(
         "loss_is_a_mean_of_data_rank_means",
         "each data rank divides by its own count of tokens (torchtune#1875, Fast-LLM#426)",
-        "engine.train:count_tokens",
+        "engine.train.step:count_tokens",
         "total = int(all_reduce_(torch.tensor(total * speaks, device=ctx.device), ctx.world).item())",
         "total = total * ctx.data.size",
         small("data"),
@@ -29,7 +29,7 @@ MUTATIONS = [
     Mutation(
         "loss_counts_masked_tokens",
         "divided by the length of the sequences instead of the tokens that count (nanochat#59)",
-        "engine.train:count_tokens",
+        "engine.train.step:count_tokens",
         "total = sum(int(b.mask.sum()) for b in batches)",
         "total = sum(b.mask.numel() for b in batches)",
         PLAIN,
@@ -37,7 +37,7 @@ MUTATIONS = [
     Mutation(
         "loss_reported_by_every_tensor_rank",
         "the reported loss is added up over ranks that all have it",
-        "engine.train:sum_losses",
+        "engine.train.step:sum_losses",
         "losses.sum() * float(ctx.tensor.rank == 0)",
         "losses.sum()",
         small("copies"),
@@ -45,7 +45,7 @@ MUTATIONS = [
     Mutation(
         "pipeline_gradient_scaled_by_tokens",
         "with a pipeline the division by the global token count is lost (torchtitan#2972)",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "scale / tokens",
         "scale if ctx.pipeline.size > 1 else scale / tokens",
         small("pipeline"),
@@ -54,7 +54,7 @@ MUTATIONS = [
     Mutation(
         "pipeline_gradient_averaged_over_microbatches",
         "with a pipeline the gradient is divided by the number of microbatches once more (torchtitan#1733, #1759)",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "scale / tokens",
         "scale / tokens / (len(batches) if ctx.pipeline.size > 1 else 1)",
         small("pipeline"),
@@ -63,7 +63,7 @@ MUTATIONS = [
     Mutation(
         "validation_loss_depends_on_accumulation",
         "the reported score is divided by the accumulation steps (torchtitan#1759)",
-        "engine.evaluate:Evaluator.run_unless",
+        "engine.train.evaluate:Evaluator.run_unless",
         "return self._score(loss / tokens, int(tokens))",
         "return self._score(loss / tokens / (chunk // mbs), int(tokens))",
         ("test_the_score_does_not_depend_on_the_layout[2]",),
@@ -71,7 +71,7 @@ MUTATIONS = [
     Mutation(
         "loss_scale_in_the_norm",
         "clipping looks at gradients that are still scaled",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "norms = state.norms(scale)",
         "norms = state.norms()",
         UNDONE,
@@ -79,7 +79,7 @@ MUTATIONS = [
     Mutation(
         "loss_scale_not_undone",
         "AdamW gets scaled gradients and hardly shows it",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale",
         "clip_factor(norms.norm, cfg.optimizer.clip_norm)",
         UNDONE,
@@ -87,7 +87,7 @@ MUTATIONS = [
     Mutation(
         "overflow_decided_by_each_rank",
         "only the rank that holds the overflow leaves the update out",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "finite = math.isfinite(norms.norm)",
         "finite = bool(torch.isfinite(state.norms.local()).all())",
         ("test_an_overflow_on_one_rank_is_one_on_all",),
@@ -95,7 +95,7 @@ MUTATIONS = [
     Mutation(
         "skipped_update_counted_by_adam",
         "an update that was left out moves the bias correction (OLMo-core's SkipStep)",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "leave_behind(state)",
         "state.optimizer.steps += not finite\nleave_behind(state)",
         OVERFLOW,
@@ -103,7 +103,7 @@ MUTATIONS = [
     Mutation(
         "skipped_update_stops_the_schedule",
         "the learning rate counts updates instead of steps (OLMo-core's SkipStep)",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "state.step + 1",
         "state.optimizer.steps + 1",
         OVERFLOW,
@@ -112,7 +112,7 @@ MUTATIONS = [
     Mutation(
         "moments_not_loaded",
         "weights come from the checkpoint, the optimizer starts anew (DeepSpeed#7786)",
-        "engine.train:resume",
+        "engine.train.step:resume",
         "load_into(reader, state.optimizer.states(), state.ctx)",
         'load_into(reader, (held for held in state.optimizer.states() if held.kind == "model"), state.ctx)',
         RESUME,
@@ -120,7 +120,7 @@ MUTATIONS = [
     Mutation(
         "masters_loaded_but_not_published",
         "the model computes with what it had before the load (DeepSpeed#762)",
-        "engine.train:resume",
+        "engine.train.step:resume",
         "state.optimizer.publish()",
         "pass",
         RESUME_BF16,
@@ -128,7 +128,7 @@ MUTATIONS = [
     Mutation(
         "adam_step_lost",
         "after a resume the bias correction starts anew (Automodel#3882)",
-        "engine.train:resume",
+        "engine.train.step:resume",
         'state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))',
         "state.optimizer.steps = 0",
         RESUME,
@@ -136,7 +136,7 @@ MUTATIONS = [
     Mutation(
         "schedule_restarts_at_resume",
         "the learning rate counts the steps since the process began (gpt-neox#1029, Megatron#7468)",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "state.step + 1",
         'state.step + 1 - state.__dict__.setdefault("begun", state.step)',
         RESUME,
@@ -145,7 +145,7 @@ MUTATIONS = [
     Mutation(
         "update_overtakes_the_copy",
         "a save in the background writes values of a later step (pytorch#144657, NVRx#376)",
-        "engine.train:train_step",
+        "engine.train.step:train_step",
         "state.before_update()",
         "pass",
         ("test_an_update_waits_for_the_copy[True]",),

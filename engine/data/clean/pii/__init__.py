@@ -13,12 +13,12 @@ import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.data.pii.credentials import secrets
-from engine.data.pii.national import national_ids
-from engine.data.pii.network import emails, ips
-from engine.data.pii.numbers import cards, cn_ids, ibans, us_ssns
-from engine.data.pii.phone_numbers import phones
-from engine.data.pii.scan import Scan
+from engine.data.clean.pii.credentials import secrets
+from engine.data.clean.pii.national import national_ids
+from engine.data.clean.pii.network import emails, ips
+from engine.data.clean.pii.numbers import cards, cn_ids, ibans, us_ssns
+from engine.data.clean.pii.phone_numbers import phones
+from engine.data.clean.pii.scan import Scan
 
 KINDS: dict[str, Callable[[Scan], Iterator[tuple[int, int]]]] = {
     "api_key": secrets,

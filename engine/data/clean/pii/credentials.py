@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import AnyStr
 
-from engine.data.pii.key_forms import FORMS, UUID
-from engine.data.pii.scan import Scan, keylike, windows, words
+from engine.data.clean.pii.key_forms import FORMS, UUID
+from engine.data.clean.pii.scan import Scan, keylike, windows, words
 
 _HEX = "[0-9a-f]"
 

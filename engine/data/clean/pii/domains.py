@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.data.pii.scan import words
+from engine.data.clean.pii.scan import words
 
 GENERIC = words(
     "aaa aarp abb abbott abbvie abc able abogado abudhabi academy accenture accountant accountants aco actor ads "

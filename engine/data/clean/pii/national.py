@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from engine.data.pii.numbers import NOT_IN_NUMBER, is_code, is_date
-from engine.data.pii.scan import Scan
+from engine.data.clean.pii.numbers import NOT_IN_NUMBER, is_code, is_date
+from engine.data.clean.pii.scan import Scan
 
 _ENDS = r"(?![A-Za-z0-9_]|[.,/-][0-9])"
 

@@ -6,8 +6,8 @@ import ipaddress
 import re
 from collections.abc import Iterator
 
-from engine.data.pii.domains import COUNTRIES, GENERIC, INTERNATIONAL
-from engine.data.pii.scan import Scan, windows, words
+from engine.data.clean.pii.domains import COUNTRIES, GENERIC, INTERNATIONAL
+from engine.data.clean.pii.scan import Scan, windows, words
 
 # ---- e-mail ----
 

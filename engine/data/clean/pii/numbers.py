@@ -6,7 +6,7 @@ import datetime
 import re
 from collections.abc import Iterator
 
-from engine.data.pii.scan import Scan, words
+from engine.data.clean.pii.scan import Scan, words
 
 # Before a number: no letter, digit or sign of money; no digit with a point, as of a decimal; no digit with a hyphen.
 NOT_IN_NUMBER = r"(?<![A-Za-z0-9_#$€£¥])(?<![0-9][.:-])(?:(?<![0-9]/)|(?<=[0-9]{7}/))(?<![A-Za-z]-)(?<![^0-9]0,)"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from engine.data.pii.numbers import NOT_IN_NUMBER, NUMBER_ENDS, digits_of, is_code
-from engine.data.pii.scan import Scan, words
+from engine.data.clean.pii.numbers import NOT_IN_NUMBER, NUMBER_ENDS, digits_of, is_code
+from engine.data.clean.pii.scan import Scan, words
 
 _SEP = r"(?: ?/(?! ?(?:\+|0(?:[ .-]?[0-9]){8})) ?| ?[-.] ?| )"
 _EXTENSION = re.compile(

@@ -36,15 +36,23 @@ def cut(text: str, most: int = 2 * _SHOWN) -> str:
 
 
 class EngineError(Exception):
-    """Base of all expected failures: its text is meant for a person, no traceback needed."""
+    """Base of all expected failures: its text is meant for a person, no traceback needed.
+
+    `code`: "room.what-is-wrong", the same whatever the wording becomes; scripts and tests go by it.
+    """
 
     exit_code = EXIT_ERROR
+
+    def __init__(self, code: str, message: str | None = None):
+        self.code = code if message is not None else ""
+        super().__init__(code if message is None else message)
 
 
 @dataclass(frozen=True)
 class Fault:
     """One thing wrong with a configuration: `path = value`, the relation it breaks, and the repair."""
 
+    code: str
     path: str
     value: object
     relation: str
@@ -62,7 +70,8 @@ class ConfigError(EngineError):
     def __init__(self, faults: Sequence[Fault]):
         self.faults = tuple(faults)
         count = f"{len(faults)} faults" if len(faults) != 1 else "1 fault"
-        super().__init__(f"configuration has {count}:\n" + "\n".join(f"  - {f}" for f in self.faults))
+        text = f"configuration has {count}:\n" + "\n".join(f"  - {f}" for f in self.faults)
+        super().__init__("config.faults", text)
 
 
 class LayoutError(EngineError):

@@ -181,7 +181,9 @@ def refuse(folder: Path, manifest: Manifest, found: Differences, cfg: Config) ->
     known = {f"model.{k}" for k in type(cfg.model).model_fields if k not in _FREE} | {f"train.{k}" for k in _TRAIN}
     known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE, *_SKIPS}
     faults = [
-        Fault("checkpoint.allow", word, "is no field that resuming compares", f"Did you mean {_nearest(word, known)}?")
+        Fault(
+            "", "checkpoint.allow", word, "is no field that resuming compares", f"Did you mean {_nearest(word, known)}?"
+        )
         for word in allowed
         if word not in known
     ]

@@ -28,11 +28,11 @@ def import_(args: list[str]) -> int:
     o = tyro.cli(Import, args=args, prog="engine import")
     single_process("import")
     if o.max_seq_len < 0:
-        raise ConfigError([Fault("--max-seq-len", o.max_seq_len, "is below 0", "Use 0 for the folder's.")])
+        raise ConfigError([Fault("", "--max-seq-len", o.max_seq_len, "is below 0", "Use 0 for the folder's.")])
     if o.vocab_size < 0:
-        raise ConfigError([Fault("--vocab-size", o.vocab_size, "is below 0", "Use 0 for the checkpoint's.")])
+        raise ConfigError([Fault("", "--vocab-size", o.vocab_size, "is below 0", "Use 0 for the checkpoint's.")])
     if o.encrypt and not o.secret:
-        raise ConfigError([Fault("--encrypt", True, "needs --secret", "Such as --secret file:/home/me/run.key.")])
+        raise ConfigError([Fault("", "--encrypt", True, "needs --secret", "Such as --secret file:/home/me/run.key.")])
     made, notes = import_folder(
         o.folder,
         o.output,
@@ -179,7 +179,7 @@ def _finite(value: Any) -> Any:
 
 def _shard_bytes(mib: float) -> int:
     if not mib > 0:
-        raise ConfigError([Fault("--shard-mib", mib, "is not above 0", "The default is 4096.")])
+        raise ConfigError([Fault("", "--shard-mib", mib, "is not above 0", "The default is 4096.")])
     return int(mib * 2**20)
 
 
@@ -188,5 +188,5 @@ def _dtype(name: str) -> torch.dtype:
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
     if name not in dtypes:
-        raise ConfigError([Fault("--dtype", name, f"is none of {', '.join(dtypes)}", "Choose one.")])
+        raise ConfigError([Fault("", "--dtype", name, f"is none of {', '.join(dtypes)}", "Choose one.")])
     return dtypes[name]

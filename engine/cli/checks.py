@@ -13,37 +13,41 @@ from engine.errors import Fault
 def prepare_faults(o: Prepare) -> Iterator[Fault]:
     """What is wrong with the options of `engine prepare`."""
     if not o.input:
-        yield Fault("--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
+        yield Fault("", "--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
     if not o.output or o.output.endswith("/"):
-        yield Fault("--output", o.output, "is no prefix of file names", "Use corpus/web for corpus/web-train.bin ...")
+        yield Fault(
+            "", "--output", o.output, "is no prefix of file names", "Use corpus/web for corpus/web-train.bin ..."
+        )
     if o.workers < 0:
-        yield Fault("--workers", o.workers, "is below 0", "Use 0 for one a core.")
+        yield Fault("", "--workers", o.workers, "is below 0", "Use 0 for one a core.")
     shares = {"--valid-fraction": o.valid_fraction, "--test-fraction": o.test_fraction}
     wrong = {option: share for option, share in shares.items() if not 0 <= share < 1}
     for option, share in wrong.items():
-        yield Fault(option, share, "is not in [0, 1)", "Use 0.01 for a hundredth, 0 for none.")
+        yield Fault("", option, share, "is not in [0, 1)", "Use 0.01 for a hundredth, 0 for none.")
     if not wrong and sum(shares.values()) >= 1:
         text = f"and --valid-fraction {o.valid_fraction} leave nothing to train on"
-        yield Fault("--test-fraction", o.test_fraction, text, "Together they have to be below 1.")
+        yield Fault("", "--test-fraction", o.test_fraction, text, "Together they have to be below 1.")
     if o.max_document_bytes < 1:
-        yield Fault("--max-document-bytes", o.max_document_bytes, "is below 1", "Leave it out for 64 MiB.")
+        yield Fault("", "--max-document-bytes", o.max_document_bytes, "is below 1", "Leave it out for 64 MiB.")
     if o.train_vocab_size < 0:
-        yield Fault("--train-vocab-size", o.train_vocab_size, "is below 0", "Use 0 for the tokenizer that is there.")
+        yield Fault(
+            "", "--train-vocab-size", o.train_vocab_size, "is below 0", "Use 0 for the tokenizer that is there."
+        )
     if o.train_vocab_size and (o.merges is not None or o.lower_case is not None):
         repair = "Leave them out, or --train-vocab-size."
-        yield Fault("--train-vocab-size", o.train_vocab_size, "makes one without --merges, --lower-case", repair)
+        yield Fault("", "--train-vocab-size", o.train_vocab_size, "makes one without --merges, --lower-case", repair)
     if o.train_bytes < 0:
-        yield Fault("--train-bytes", o.train_bytes, "is below 0", "Use 0 for all train documents.")
+        yield Fault("", "--train-bytes", o.train_bytes, "is below 0", "Use 0 for all train documents.")
     if o.train_bytes and not o.train_vocab_size:
-        yield Fault("--train-bytes", o.train_bytes, "has no meaning without --train-vocab-size", "Leave it out.")
+        yield Fault("", "--train-bytes", o.train_bytes, "has no meaning without --train-vocab-size", "Leave it out.")
 
 
 def tokenizer_faults(o: TokenizerTrain) -> Iterator[Fault]:
     """What is wrong with the options of `engine tokenizer train`, besides those of engine.data.tokenize.recipe."""
     if not o.input:
-        yield Fault("--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
+        yield Fault("", "--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
     if o.max_bytes < 0:
-        yield Fault("--max-bytes", o.max_bytes, "is below 0", "Use 0 for everything.")
+        yield Fault("", "--max-bytes", o.max_bytes, "is below 0", "Use 0 for everything.")
 
 
 def clean_faults(o: Clean) -> Iterator[Fault]:
@@ -58,23 +62,24 @@ def clean_faults(o: Clean) -> Iterator[Fault]:
     }
     for option, (value, least) in counts.items():
         if value < least:
-            yield Fault(option, value, f"is below {least}", f"Use {least} or more.")
+            yield Fault("", option, value, f"is below {least}", f"Use {least} or more.")
     if not o.input:
-        yield Fault("--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
+        yield Fault("", "--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
     for code in o.language:
         if not re.fullmatch("[a-z]{2,3}", code):  # any other would drop every document
-            yield Fault("--language", code, "is no ISO 639 code", "Use en, zh, ...")
+            yield Fault("", "--language", code, "is no ISO 639 code", "Use en, zh, ...")
     if o.quality_language not in ("auto", *QUALITY_LANGUAGES):
         yield Fault(
+            "",
             "--quality-language",
             o.quality_language,
             "has no rules: the filters count words, and need a segmenter, stop words and limits for each language",
             f"Use auto, which keeps documents in other languages and counts them, or {', '.join(QUALITY_LANGUAGES)}.",
         )
     if not 0 <= o.language_threshold <= 1:
-        yield Fault("--language-threshold", o.language_threshold, "is no probability", "Use 0 to 1.")
+        yield Fault("", "--language-threshold", o.language_threshold, "is no probability", "Use 0 to 1.")
     if o.executor == "slurm" and not o.slurm_partition:
-        yield Fault("--slurm-partition", "", "Slurm jobs need one", "Give its name.")
+        yield Fault("", "--slurm-partition", "", "Slurm jobs need one", "Give its name.")
     yield from _without_effect(o)
 
 
@@ -95,4 +100,4 @@ def _without_effect(o: Clean) -> Iterator[Fault]:
             if not on and (value := getattr(o, name)) != defaults[name]:
                 shown = f"--no-{name}" if value is False else f"--{name}"
                 repair = f"Leave it out, or give {step} too."
-                yield Fault(shown.replace("_", "-"), value, f"has no meaning without {step}", repair)
+                yield Fault("", shown.replace("_", "-"), value, f"has no meaning without {step}", repair)

@@ -171,10 +171,10 @@ def merge_datasets(args: list[str], stop: Interrupts) -> int:
     from engine.data.prepare.merge import merge
 
     o = tyro.cli(MergeDatasets, args=args, prog="engine merge-datasets")
-    faults = [] if o.input else [Fault("--input", "", "names nothing to merge", "Give prefixes, or a folder.")]
+    faults = [] if o.input else [Fault("", "--input", "", "names nothing to merge", "Give prefixes, or a folder.")]
     if not o.output_prefix or o.output_prefix.endswith("/"):
         text = "is no prefix of file names"
-        faults.append(Fault("--output-prefix", o.output_prefix, text, "Use corpus/all for corpus/all.bin ..."))
+        faults.append(Fault("", "--output-prefix", o.output_prefix, text, "Use corpus/all for corpus/all.bin ..."))
     if faults:
         raise ConfigError(faults)
     with prepare_progress(quiet=o.json) as progress:
@@ -216,7 +216,9 @@ def tokenizer(args: list[str], stop: Interrupts) -> int:
     from engine.data.tokenize.train import train_tokenizer
 
     if args[:1] not in (["train"], ["-h"], ["--help"]):
-        raise ConfigError([Fault("engine tokenizer", " ".join(args[:1]), "is not train", "engine tokenizer train ...")])
+        raise ConfigError(
+            [Fault("", "engine tokenizer", " ".join(args[:1]), "is not train", "engine tokenizer train ...")]
+        )
     o = tyro.cli(TokenizerTrain, args=args[args[:1] == ["train"] :], prog="engine tokenizer train")
     recipe = Recipe(**{field.name: getattr(o, field.name) for field in dataclasses.fields(Recipe)})
     if faults := [*tokenizer_faults(o), *recipe.faults()]:
@@ -262,16 +264,16 @@ def inspect(args: list[str], stop: Interrupts) -> int:
 
     o = tyro.cli(Inspect, args=args, prog="engine inspect")
     least = {"--samples": (o.samples, 0), "--seq-len": (o.seq_len, 1), "--seed": (o.seed, 0)}
-    faults = [Fault(k, v, f"is below {n}", f"Use {n} or more.") for k, (v, n) in least.items() if v < n]
+    faults = [Fault("", k, v, f"is below {n}", f"Use {n} or more.") for k, (v, n) in least.items() if v < n]
     if o.output.suffix not in (".png", ".svg"):
-        faults.append(Fault("--output", str(o.output), "is neither a .png nor a .svg file", "End it in .png."))
+        faults.append(Fault("", "--output", str(o.output), "is neither a .png nor a .svg file", "End it in .png."))
     faults += [
-        Fault(f"--{k.replace('_', '-')}", v, "is not a share", "Use a number of 0 to 1.")
+        Fault("", f"--{k.replace('_', '-')}", v, "is not a share", "Use a number of 0 to 1.")
         for k, v in (("fim_rate", o.fim_rate), ("fim_spm_rate", o.fim_spm_rate))
         if not 0 <= v <= 1
     ]
     if o.fim_tokens and not o.fim_rate:
-        faults.append(Fault("--fim-tokens", o.fim_tokens, "has no meaning without --fim-rate", "Such as 0.5."))
+        faults.append(Fault("", "--fim-tokens", o.fim_tokens, "has no meaning without --fim-rate", "Such as 0.5."))
     if faults:
         raise ConfigError(faults)
     if Path(o.data).is_dir() and not Path(f"{o.data}.idx").exists():

@@ -23,7 +23,7 @@ def train(args: list[str]) -> int:
             if options.world_size < 0
             else "is for --dry-run; torchrun says how many there are"
         )
-        raise ConfigError([Fault("--world-size", options.world_size, text, "Use 0 for what the degrees need.")])
+        raise ConfigError([Fault("", "--world-size", options.world_size, text, "Use 0 for what the degrees need.")])
     if options.dry_run:
         stop.release()
         world = options.world_size or None
@@ -87,9 +87,9 @@ def evaluate(args: list[str]) -> int:
 
     o = tyro.cli(Evaluate, args=args, prog="engine evaluate")
     degrees = {"--tensor": o.tensor, "--pipeline": o.pipeline}
-    wrong = [Fault(k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1]
+    wrong = [Fault("", k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1]
     if o.batches < 0:
-        wrong.append(Fault("--batches", o.batches, "is below 0", "Use 0 for the whole corpus."))
+        wrong.append(Fault("", "--batches", o.batches, "is below 0", "Use 0 for the whole corpus."))
     if wrong:
         raise ConfigError(wrong)
     env = read_env()
@@ -161,7 +161,7 @@ def doctor(args: list[str]) -> int:
 
     o = tyro.cli(Doctor, args=args, prog="engine doctor")
     if o.timeout_s <= 0:
-        raise ConfigError([Fault("--timeout-s", o.timeout_s, "is no time to wait", "Use a number above 0.")])
+        raise ConfigError([Fault("", "--timeout-s", o.timeout_s, "is no time to wait", "Use a number above 0.")])
     single_process("doctor")
     from engine.cli.doctor import examine  # loads torch: faults are told before
 
@@ -185,6 +185,6 @@ def single_process(verb: str) -> None:
     world = read_env().world
     if world > 1:
         fault = Fault(
-            "WORLD_SIZE", world, f"{verb} runs on one process", f"Start `engine {verb} ...` without torchrun."
+            "", "WORLD_SIZE", world, f"{verb} runs on one process", f"Start `engine {verb} ...` without torchrun."
         )
         raise ConfigError([fault])

@@ -35,7 +35,7 @@ def _skip_relations(cfg: Config) -> Iterator[Fault]:
         try:
             read_ranges(value)
         except ValueError as error:
-            yield Fault(path, value, f"{error}", 'Write numbers and ranges with spaces, such as "7 10-12".')
+            yield Fault("", path, value, f"{error}", 'Write numbers and ranges with spaces, such as "7 10-12".')
 
 
 def _model_relations(cfg: Config) -> Iterator[Fault]:
@@ -44,6 +44,7 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
     if m.num_heads % kv:
         nearest = max(d for d in range(1, m.num_heads + 1) if m.num_heads % d == 0 and d <= kv)
         yield Fault(
+            "",
             "model.num_kv_heads",
             kv,
             f"does not divide model.num_heads = {m.num_heads}",
@@ -51,6 +52,7 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
         )
     if not m.head_dim and m.hidden_size % m.num_heads:
         yield Fault(
+            "",
             "model.hidden_size",
             m.hidden_size,
             f"is not a multiple of model.num_heads = {m.num_heads}",
@@ -58,13 +60,14 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
         )
     yield from _position_relations(m)
     if m.norm_offset and m.norm == "layernorm":
-        yield Fault("model.norm_offset", True, "has no meaning for model.norm layernorm", "Leave it out.")
+        yield Fault("", "model.norm_offset", True, "has no meaning for model.norm layernorm", "Leave it out.")
     if m.qk_norm_span != "head" and not m.qk_norm:
         repair = "Leave it out, or set model.qk_norm true."
-        yield Fault("model.qk_norm_span", m.qk_norm_span, "has no meaning without model.qk_norm", repair)
+        yield Fault("", "model.qk_norm_span", m.qk_norm_span, "has no meaning without model.qk_norm", repair)
     t = cfg.parallel.tensor
     if m.num_heads % t:
         yield Fault(
+            "",
             "parallel.tensor",
             t,
             f"does not divide model.num_heads = {m.num_heads}",
@@ -72,6 +75,7 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
         )
     if kv % t and t % kv:
         yield Fault(
+            "",
             "parallel.tensor",
             t,
             f"neither divides model.num_kv_heads = {kv} nor is a multiple of it",
@@ -79,6 +83,7 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
         )
     if m.ffn_size % t:
         yield Fault(
+            "",
             "parallel.tensor",
             t,
             f"does not divide model.ffn_size = {m.ffn_size}",
@@ -103,23 +108,23 @@ def _position_relations(m: ModelConfig) -> Iterator[Fault]:
         for name, of_rope in (("rope_scaling", m.rope_scaling != "none"), ("rotary_fraction", m.rotary_fraction != 1)):
             if of_rope:
                 relation = "belongs to rotary positions, but model.positions is learned"
-                yield Fault(f"model.{name}", getattr(m, name), relation, "Leave it out.")
+                yield Fault("", f"model.{name}", getattr(m, name), relation, "Leave it out.")
     elif m.rotary_fraction == 1 and head_dim % 2:
-        yield Fault("model.head_dim", head_dim, "is odd, but RoPE rotates pairs", f"Use {head_dim + 1}.")
+        yield Fault("", "model.head_dim", head_dim, "is odd, but RoPE rotates pairs", f"Use {head_dim + 1}.")
     elif not (rotated := int(head_dim * m.rotary_fraction)) or rotated % 2:
         relation = f"of head_dim {head_dim} rotates {rotated} values, but RoPE rotates pairs"
         near = max(2, rotated + rotated % 2) / head_dim
-        yield Fault("model.rotary_fraction", m.rotary_fraction, relation, f"Use {near:g}.")
+        yield Fault("", "model.rotary_fraction", m.rotary_fraction, relation, f"Use {near:g}.")
     for name, kinds in ROPE_SCALES.items():
         if m.rope_scaling not in kinds and getattr(m, name) != ModelConfig.model_fields[name].default:
             relation = f"has no meaning for model.rope_scaling {m.rope_scaling}"
-            yield Fault(f"model.{name}", getattr(m, name), relation, f"Leave it out, or use {' or '.join(kinds)}.")
+            yield Fault("", f"model.{name}", getattr(m, name), relation, f"Leave it out, or use {' or '.join(kinds)}.")
     if m.rope_scaling == "llama3" and m.rope_low_freq_factor >= m.rope_high_freq_factor:
         relation = f"is not below model.rope_high_freq_factor = {m.rope_high_freq_factor:g}"
-        yield Fault("model.rope_low_freq_factor", m.rope_low_freq_factor, relation, "Llama 3 has 1 and 4.")
+        yield Fault("", "model.rope_low_freq_factor", m.rope_low_freq_factor, relation, "Llama 3 has 1 and 4.")
     if m.rope_scaling == "yarn" and m.rope_beta_slow >= m.rope_beta_fast:
         relation = f"is not below model.rope_beta_fast = {m.rope_beta_fast:g}"
-        yield Fault("model.rope_beta_slow", m.rope_beta_slow, relation, "The usual values are 1 and 32.")
+        yield Fault("", "model.rope_beta_slow", m.rope_beta_slow, relation, "The usual values are 1 and 32.")
 
 
 def _nearest_tensor(m: ModelConfig, to: int) -> int:
@@ -134,11 +139,12 @@ def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
     for name in ("context", "expert"):
         degree = getattr(p, name)
         if degree > 1:
-            yield Fault(f"parallel.{name}", degree, f"{name} parallelism is not built yet", "Use 1.")
+            yield Fault("", f"parallel.{name}", degree, f"{name} parallelism is not built yet", "Use 1.")
     shards = p.tensor * p.pipeline
     wanted = shards * (p.data or 1)
     if p.data and wanted != world:
         yield Fault(
+            "",
             "parallel",
             f"tensor {p.tensor} x pipeline {p.pipeline} x data {p.data}",
             f"needs {wanted} processes, but there {'is 1' if world == 1 else f'are {world}'}",
@@ -146,6 +152,7 @@ def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
         )
     elif not p.data and world % shards:
         yield Fault(
+            "",
             "parallel",
             f"tensor {p.tensor} x pipeline {p.pipeline}",
             f"= {shards} does not divide the {world} processes",
@@ -156,6 +163,7 @@ def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
     slice_ = data * cfg.train.micro_batch_size
     if cfg.train.global_batch_size % slice_:
         yield Fault(
+            "",
             "train.global_batch_size",
             cfg.train.global_batch_size,
             f"is not a multiple of data {data} x train.micro_batch_size {cfg.train.micro_batch_size}",
@@ -169,24 +177,25 @@ def _schedule_relations(cfg: Config, world: int) -> Iterator[Fault]:
     if p.schedule not in SCHEDULES and not Path(p.schedule).is_file():
         near = difflib.get_close_matches(p.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
         known = ", ".join(SCHEDULES)
-        yield Fault(name, p.schedule, f"is none of {known}, and no file", f"Did you mean {near}?")
+        yield Fault("", name, p.schedule, f"is none of {known}, and no file", f"Did you mean {near}?")
         return
     if p.schedule not in SCHEDULES:
         try:
             plan = load_plan(Path(p.schedule))
         except PlanError as error:
-            yield Fault(name, p.schedule, str(error), "Save it again with `engine schedule --save`.")
+            yield Fault("", name, p.schedule, str(error), "Save it again with `engine schedule --save`.")
             return
         data = p.data or max(1, world // (p.tensor * p.pipeline))
         microbatches = cfg.train.global_batch_size // (data * cfg.train.micro_batch_size)
         if (plan.num_ranks, plan.microbatches) != (p.pipeline, microbatches):
             have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} microbatches"
             want = f"--ranks {p.pipeline} --microbatches {microbatches}"
-            yield Fault(name, p.schedule, have, f"This run needs `engine schedule ... {want} --save FILE`.")
+            yield Fault("", name, p.schedule, have, f"This run needs `engine schedule ... {want} --save FILE`.")
             return
     chunks, fixed = chunks_of(p), SCHEDULES[p.schedule].chunks if p.schedule in SCHEDULES else chunks_of(p)
     if fixed is not None and chunks != fixed:
         yield Fault(
+            "",
             "parallel.chunks",
             chunks,
             f"does not fit {name} {p.schedule}, which places {fixed} on a rank",
@@ -203,6 +212,7 @@ def _schedule_relations(cfg: Config, world: int) -> Iterator[Fault]:
         near_degree = f", or pipeline {min(fits, key=lambda d: (abs(d - p.pipeline), d))}" if fits else ""
         uneven = ",".join(str(m.num_layers // stages + (i < m.num_layers % stages)) for i in range(stages))
         yield Fault(
+            "",
             "parallel.pipeline",
             p.pipeline,
             (f"x {chunks} chunks = {stages} stages " if chunks > 1 else "")
@@ -216,10 +226,10 @@ def _layer_list_relations(text: str, stages: int, num_layers: int) -> Iterator[F
     even = ",".join(str(num_layers // stages + (i < num_layers % stages)) for i in range(stages))
     if not all(count.isdecimal() for count in counts):
         repair = f"Give one for each stage, such as {even}, or {BALANCED}."
-        yield Fault("parallel.layers", text, "is not a list of numbers", repair)
+        yield Fault("", "parallel.layers", text, "is not a list of numbers", repair)
     elif len(counts) != stages or sum(map(int, counts)) != num_layers:
         found = f"is {sum(map(int, counts))} layers in {len(counts)} stages, not {num_layers} in {stages}"
-        yield Fault("parallel.layers", text, found, f"Such as {even}.")
+        yield Fault("", "parallel.layers", text, found, f"Such as {even}.")
 
 
 def _train_relations(cfg: Config) -> Iterator[Fault]:
@@ -227,6 +237,7 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
     p = cfg.parallel
     if p.sequence and t.seq_len % p.tensor and not cfg.model.num_heads % p.tensor:
         yield Fault(
+            "",
             "train.seq_len",
             t.seq_len,
             f"is not a multiple of parallel.tensor = {p.tensor}, which cut the sequence",
@@ -234,21 +245,22 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
         )
     if p.keep_gathered and not (p.sequence and p.tensor > 1):
         repair = "Leave it out, or use parallel.tensor 2 or more with parallel.sequence true."
-        yield Fault("parallel.keep_gathered", True, "has no meaning where the sequence is not cut", repair)
+        yield Fault("", "parallel.keep_gathered", True, "has no meaning where the sequence is not cut", repair)
     if p.keep_gathered and t.recompute == "selective":
         relation = "keeps what train.recompute selective computes again"
-        yield Fault("parallel.keep_gathered", True, relation, "Set one of the two back.")
+        yield Fault("", "parallel.keep_gathered", True, relation, "Set one of the two back.")
     if t.recompute == "none" and t.recompute_layers:
         repair = "Set train.recompute to selective or full."
-        yield Fault("train.recompute_layers", t.recompute_layers, "has no meaning without recompute", repair)
+        yield Fault("", "train.recompute_layers", t.recompute_layers, "has no meaning without recompute", repair)
     if t.precision == "fp64" and p.reduce_dtype == "bf16":
-        yield Fault("parallel.reduce_dtype", "bf16", "would spoil train.precision fp64", "Use main.")
+        yield Fault("", "parallel.reduce_dtype", "bf16", "would spoil train.precision fp64", "Use main.")
     yield from _fp8_relations(cfg)
     if math.log2(t.loss_scale) % 1:
         relation, near = "is not a power of two, so that scaling would round", 2 ** round(math.log2(t.loss_scale))
-        yield Fault("train.loss_scale", t.loss_scale, relation, f"Nearest: {near}.")
+        yield Fault("", "train.loss_scale", t.loss_scale, relation, f"Nearest: {near}.")
     if t.seq_len > cfg.model.max_seq_len:
         yield Fault(
+            "",
             "train.seq_len",
             t.seq_len,
             f"is longer than model.max_seq_len = {cfg.model.max_seq_len}",
@@ -256,19 +268,22 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
         )
     horizon = s.horizon_steps or t.steps
     if s.horizon_steps and s.kind == "constant":
-        yield Fault("schedule.horizon_steps", horizon, "has no meaning for constant", "Leave it out.")
+        yield Fault("", "schedule.horizon_steps", horizon, "has no meaning for constant", "Leave it out.")
     elif s.horizon_steps and horizon <= s.warmup_steps:
         relation = f"ends the decay before the warm-up of schedule.warmup_steps = {s.warmup_steps} is over"
-        yield Fault("schedule.horizon_steps", horizon, relation, f"Such as {max(t.steps, 2 * s.warmup_steps)}.")
+        yield Fault("", "schedule.horizon_steps", horizon, relation, f"Such as {max(t.steps, 2 * s.warmup_steps)}.")
     elif s.kind == "wsd" and not 0 < s.decay_steps <= horizon - s.warmup_steps:
         yield Fault(
+            "",
             "schedule.decay_steps",
             s.decay_steps,
             f"must be at least 1 and fit in the {horizon - s.warmup_steps} steps after the warm-up for wsd",
             f"A tenth of the run is usual: {max(1, horizon // 10)}.",
         )
     if s.kind != "wsd" and s.decay_steps:
-        yield Fault("schedule.decay_steps", s.decay_steps, f"has no meaning for {s.kind}", "Leave it out, or use wsd.")
+        yield Fault(
+            "", "schedule.decay_steps", s.decay_steps, f"has no meaning for {s.kind}", "Leave it out, or use wsd."
+        )
 
 
 def _fp8_relations(cfg: Config) -> Iterator[Fault]:
@@ -276,7 +291,9 @@ def _fp8_relations(cfg: Config) -> Iterator[Fault]:
     if t.fp8 == "none":
         return
     if t.precision != "bf16":
-        yield Fault("train.fp8", t.fp8, f"needs train.precision bf16, not {t.precision}", "Set it, or leave fp8 out.")
+        yield Fault(
+            "", "train.fp8", t.fp8, f"needs train.precision bf16, not {t.precision}", "Set it, or leave fp8 out."
+        )
     tensor, head_dim = cfg.parallel.tensor, m.head_dim or m.hidden_size // m.num_heads
     kv_heads = m.num_kv_heads or m.num_heads
     qkv = (m.num_heads // tensor + 2 * max(1, kv_heads // tensor)) * head_dim
@@ -291,18 +308,20 @@ def _fp8_relations(cfg: Config) -> Iterator[Fault]:
     ):
         if size % 16:
             relation = f"gives {size} {what}, no multiple of 16, which train.fp8 needs"
-            yield Fault(name, value, relation, "Change it, or use train.fp8 none.")
+            yield Fault("", name, value, relation, "Change it, or use train.fp8 none.")
 
 
 def _checkpoint_relations(c: CheckpointConfig) -> Iterator[Fault]:
     if c.encrypt and not c.secret:
-        yield Fault("checkpoint.encrypt", True, "needs checkpoint.secret", "Such as file:/home/me/run.key.")
+        yield Fault("", "checkpoint.encrypt", True, "needs checkpoint.secret", "Such as file:/home/me/run.key.")
     if c.secret and not c.secret.startswith(("file:", "env:")):
         relation, repair = "is neither file:PATH nor env:NAME", "Give where the secret is, never the secret itself."
-        yield Fault("checkpoint.secret", "...", relation, repair)
+        yield Fault("", "checkpoint.secret", "...", relation, repair)
     if c.keep_every and not c.keep:
-        yield Fault("checkpoint.keep_every", c.keep_every, "checkpoint.keep is 0, so all are kept", "Set keep as well.")
+        yield Fault(
+            "", "checkpoint.keep_every", c.keep_every, "checkpoint.keep is 0, so all are kept", "Set keep as well."
+        )
     if c.keep_every and c.every and c.keep_every % c.every:
         near = max(1, round(c.keep_every / c.every)) * c.every
         relation = f"is no multiple of checkpoint.every {c.every}, so few such steps are saved"
-        yield Fault("checkpoint.keep_every", c.keep_every, relation, f"Nearest: {near}.")
+        yield Fault("", "checkpoint.keep_every", c.keep_every, relation, f"Nearest: {near}.")

@@ -105,22 +105,24 @@ def _data_faults(config: Config) -> Sequence[Fault]:
     data = config.data
     needs = {"data.fim_rate": data.fim_rate, "data.mask_tokens": data.mask_tokens}
     repair = "Give the folder of the corpus' tokenizer."
-    faults = [Fault(k, v, "needs data.tokenizer", repair) for k, v in needs.items() if v and not data.tokenizer]
+    faults = [Fault("", k, v, "needs data.tokenizer", repair) for k, v in needs.items() if v and not data.tokenizer]
     if data.fim_tokens and not data.fim_rate:
         faults.append(
-            Fault("data.fim_tokens", data.fim_tokens, "has no meaning without data.fim_rate", "Leave it out.")
+            Fault("", "data.fim_tokens", data.fim_tokens, "has no meaning without data.fim_rate", "Leave it out.")
         )
     if data.fim_tokens and len(set(data.fim_tokens.split())) != 3:
         relation, repair = "is not three different tokens", "Give the prefix, suffix and middle token, with spaces."
-        faults.append(Fault("data.fim_tokens", data.fim_tokens, relation, repair))
+        faults.append(Fault("", "data.fim_tokens", data.fim_tokens, relation, repair))
     try:
         wanted = read_mixture(data.train).fim if data.train else (None,)
     except ConfigError as error:
         return [*faults, *error.faults]
     if data.fim_rate and all(fim is False for fim in wanted):
-        faults.append(Fault("data.fim_rate", data.fim_rate, "is for no source: all say fim = false", "Set it to 0."))
+        faults.append(
+            Fault("", "data.fim_rate", data.fim_rate, "is for no source: all say fim = false", "Set it to 0.")
+        )
     if not data.fim_rate and any(wanted):
-        faults.append(Fault("data.train", data.train, "says fim = true, but data.fim_rate is 0", "Such as 0.5."))
+        faults.append(Fault("", "data.train", data.train, "says fim = true, but data.fim_rate is 0", "Such as 0.5."))
     return faults
 
 
@@ -162,22 +164,22 @@ def _unknown(path: str, value: object, source: str) -> Fault:
         relation += f"; of {hint.engine}" if hint.engine else ""
         relation += f": {hint.remark}" if hint.remark else ""
         repair = f"Did you mean {hint.ours}?" if hint.ours else "It has no counterpart here; docs/coming_from.md."
-    return Fault(path, value, relation, repair)
+    return Fault("", path, value, relation, repair)
 
 
 def _stray(word: str) -> Fault:
     repair = "Options begin with two dashes." if word.startswith("-") else f"A config file is given as --config {word}."
-    return Fault("command line", word, "belongs to no option", repair)
+    return Fault("", "command line", word, "belongs to no option", repair)
 
 
 def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
     try:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        faults.append(Fault("--config", str(file), f"cannot be read ({error})", "Give the path of a TOML file."))
+        faults.append(Fault("", "--config", str(file), f"cannot be read ({error})", "Give the path of a TOML file."))
         return
     except tomllib.TOMLDecodeError as error:
-        faults.append(Fault("--config", str(file), f"is not valid TOML: {error}", "Mend that line."))
+        faults.append(Fault("", "--config", str(file), f"is not valid TOML: {error}", "Mend that line."))
         return
     for section, values in tree.items():
         if isinstance(values, dict):
@@ -204,7 +206,7 @@ def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], faul
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         known = ", ".join(PRESETS)
-        faults.append(Fault("model.preset", name, f"is none of {known}", f"Did you mean {near}?"))
+        faults.append(Fault("", "model.preset", name, f"is none of {known}", f"Did you mean {near}?"))
         return
     for key, value in PRESETS[name].items():
         if key not in tree["model"]:
@@ -219,7 +221,10 @@ def model_config(path: Path, facts: Mapping[str, Any]) -> ModelConfig:
     except ValidationError as error:
         repair = "The folder is damaged, or of a model that the engine does not have."
         raise ConfigError(
-            [Fault(f"{path}: model.{item['loc'][0]}", item["input"], item["msg"], repair) for item in error.errors()]
+            [
+                Fault("", f"{path}: model.{item['loc'][0]}", item["input"], item["msg"], repair)
+                for item in error.errors()
+            ]
         ) from None
 
 
@@ -236,7 +241,7 @@ def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults
         faults += error.faults
         return {}
     except CheckpointError as error:
-        faults.append(Fault("checkpoint.init", path, str(error), "Give a folder with weights."))
+        faults.append(Fault("", "checkpoint.init", path, str(error), "Give a folder with weights."))
         return {}
     for key, value in facts.items():
         if key not in tree["model"]:
@@ -255,7 +260,7 @@ def _contradictions(
         derived = name in ("num_kv_heads", "head_dim") and value == 0
         if value != start[name] and not derived:
             relation = f"({sources[f'model.{name}']}), but the weights of checkpoint.init have {start[name]!r}"
-            yield Fault(f"model.{name}", value, relation, "Leave it out.")
+            yield Fault("", f"model.{name}", value, relation, "Leave it out.")
 
 
 def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config, set[str]]:
@@ -271,7 +276,7 @@ def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config
             field = by_path[f"{section}.{name}"]
             relation = item["msg"][0].lower() + item["msg"][1:]
             repair = f"Give {type_name(field.annotation)}; the default is {field.default!r}."
-            faults.append(Fault(f"{section}.{name}", item["input"], relation, repair))
+            faults.append(Fault("", f"{section}.{name}", item["input"], relation, repair))
             wrong.add(f"{section}.{name}")
             good[section].pop(name, None)
         return Config.model_validate(good), wrong

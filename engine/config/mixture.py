@@ -79,7 +79,7 @@ def read_mixture(text: str) -> Mixture:
 
 
 def _fault(value: object, relation: str, repair: str) -> Fault:
-    return Fault(PATH, value, relation, repair)
+    return Fault("", PATH, value, relation, repair)
 
 
 def _name(prefix: str) -> str:

@@ -170,6 +170,6 @@ def _share(
     if device.type == "cpu":
         links, why = connect_shared(members, rank, world, _gather(world), timeout_s)
     if why and transport == "shared":
-        fault = Fault("parallel.transport", "shared", why, "Use auto, which takes gloo where it has to.")
+        fault = Fault("", "parallel.transport", "shared", why, "Use auto, which takes gloo where it has to.")
         raise ConfigError([fault])
     return links

@@ -87,7 +87,7 @@ def read_env() -> Env:
     names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}
     texts = {name: os.environ.get(name) for name in names.values()}
     faults = [
-        Fault(name, text, f"is not a number, but RANK is set ({texts['RANK']!r})", "Start the ranks with torchrun.")
+        Fault("", name, text, f"is not a number, but RANK is set ({texts['RANK']!r})", "Start the ranks with torchrun.")
         for name, text in texts.items()
         if text is None or not text.isdecimal()
     ]
@@ -103,19 +103,23 @@ def read_secret(reference: str) -> bytes:
     """
     kind, colon, name = reference.partition(":")
     if not colon or not name or kind not in ("file", "env"):
-        fault = Fault("secret", "...", "is neither file:PATH nor env:NAME", "Give where the secret is, not the secret.")
+        fault = Fault(
+            "", "secret", "...", "is neither file:PATH nor env:NAME", "Give where the secret is, not the secret."
+        )
         raise ConfigError([fault])
     if kind == "env":
         if name not in os.environ:
-            raise ConfigError([Fault("secret", reference, "is not set", "Set it to at least 32 characters.")])
+            raise ConfigError([Fault("", "secret", reference, "is not set", "Set it to at least 32 characters.")])
         return os.environ[name].encode()
     try:
         if Path(name).stat().st_mode & 0o077:
-            raise ConfigError([Fault("secret", reference, "others than its owner may read it", f"chmod 600 {name}")])
+            raise ConfigError(
+                [Fault("", "secret", reference, "others than its owner may read it", f"chmod 600 {name}")]
+            )
         return Path(name).read_bytes()
     except OSError as error:
         relation = f"cannot be read: {error.strerror}"
-        raise ConfigError([Fault("secret", reference, relation, "Give a file of at least 32 bytes.")]) from None
+        raise ConfigError([Fault("", "secret", reference, relation, "Give a file of at least 32 bytes.")]) from None
 
 
 def pick_device(wanted: str, env: Env) -> torch.device:
@@ -126,7 +130,7 @@ def pick_device(wanted: str, env: Env) -> torch.device:
     if gpus < env.local_world:
         relation = f"{gpus} GPUs for {env.local_world} local ranks"
         repair = "Use auto or cpu, or let each process see all GPUs of its node."
-        raise ConfigError([Fault("train.device", "cuda", relation, repair)])
+        raise ConfigError([Fault("", "train.device", "cuda", relation, repair)])
     return torch.device("cuda", env.local_rank)
 
 
@@ -270,7 +274,7 @@ def choose_interface(env: Env, device: torch.device) -> None:
     if local.startswith("127.") and master != "localhost" and not master.startswith("127."):
         relation = f"is {local} on its own host {socket.gethostname()}: no other host reaches it there"
         repair = "Give torchrun the address that the others use (--master-addr; --local-addr with c10d)."
-        raise ConfigError([Fault("MASTER_ADDR", master, relation, repair)])
+        raise ConfigError([Fault("", "MASTER_ADDR", master, relation, repair)])
     if name := _interface_of(local):
         os.environ["GLOO_SOCKET_IFNAME"] = name
 

@@ -55,7 +55,7 @@ class Compared:
 def need_transformers() -> None:
     """Raises ConfigError where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError([Fault("--verify", True, "needs transformers", "pip install transformers.")])
+        raise ConfigError([Fault("", "--verify", True, "needs transformers", "pip install transformers.")])
 
 
 def compare_with_transformers(

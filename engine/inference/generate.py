@@ -37,7 +37,7 @@ def sample(
     limit = model.cfg.max_seq_len
     if len(ids) >= limit:
         raise ConfigError(
-            [Fault("--prompt", f"{len(ids)} tokens", f"fills the model's {limit} positions", "Shorten the prompt.")]
+            [Fault("", "--prompt", f"{len(ids)} tokens", f"fills the model's {limit} positions", "Shorten the prompt.")]
         )
     draws = generator(seed, "sample", prompt)
     shown = tokenizer.decode(ids)

@@ -75,7 +75,7 @@ def open_foreign(
     if is_megatron(path):
         if ignore_keys:
             relation = f"is a key of config.json, and {path} is a checkpoint of Megatron-LM"
-            raise ConfigError([Fault("--ignore-key", ignore_keys[0], relation, "Leave it out.")])
+            raise ConfigError([Fault("", "--ignore-key", ignore_keys[0], relation, "Leave it out.")])
         return open_megatron(path, vocab_size)
     return HfReader(path, max_seq_len, ignore_keys)
 

@@ -139,7 +139,7 @@ def evaluate(
     """
     if not data:
         raise ConfigError(
-            [Fault("--data", data, "no corpus given and the run had no data.valid", "Give --data PREFIX.")]
+            [Fault("", "--data", data, "no corpus given and the run had no data.valid", "Give --data PREFIX.")]
         )
     dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
     model = load_stage(checkpoint, cfg, ctx, storage)

@@ -54,7 +54,7 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: E
     """
     ending = ending or Ending(Path(resolved.config.run.dir))
     if not resolved.config.data.train:
-        raise ConfigError([Fault("data.train", "", "no training data given", "Make some with `engine prepare`.")])
+        raise ConfigError([Fault("", "data.train", "", "no training data given", "Make some with `engine prepare`.")])
     with ExitStack() as stack:
         on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack, ending), ctx.world, ctx.device)
         ending.begun = True

@@ -144,7 +144,7 @@ def check_means(cfg: Config, ctx: ParallelContext) -> None:
     if len(set(names)) > 1:
         found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))
         repair = f"Install the same packages everywhere, or set train.attention {sorted(set(names))[0]}."
-        raise ConfigError([Fault("train.attention", wanted, f"chooses {found}", repair)])
+        raise ConfigError([Fault("", "train.attention", wanted, f"chooses {found}", repair)])
 
 
 def train_step(

@@ -57,7 +57,7 @@ def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedD
     if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
         relation = f"is less than the {tokenizer.vocab_size} tokens of {cfg.data.tokenizer}"
         repair = f"Use {tokenizer.vocab_size} or more."
-        raise ConfigError([Fault("model.vocab_size", cfg.model.vocab_size, relation, repair)])
+        raise ConfigError([Fault("", "model.vocab_size", cfg.model.vocab_size, relation, repair)])
     if tokenizer is not None and made_with and tokenizer.digest != made_with:
         raise DataError(
             f"{prefix}: was made with the tokenizer of digest {made_with}, but data.tokenizer "
@@ -201,9 +201,11 @@ def end_of_document(datasets: Sequence[IndexedDataset], option: str, value: obje
         if not isinstance(eod, int):
             relation = f"needs the end-of-document token, and {prefix}.json names none"
             repair = "Leave it out, or prepare the data with --append-eod."
-            raise ConfigError([Fault(f"data.{option}", value, relation, repair)])
+            raise ConfigError([Fault("", f"data.{option}", value, relation, repair)])
     if len(set(found.values())) > 1:
-        raise ConfigError([Fault(f"data.{option}", value, f"finds several: {found}", "Prepare with one tokenizer.")])
+        raise ConfigError(
+            [Fault("", f"data.{option}", value, f"finds several: {found}", "Prepare with one tokenizer.")]
+        )
     return int(next(iter(found.values())) or 0)
 
 
@@ -235,6 +237,7 @@ def _planned(mixture: Mixture, orders: list[SampleOrder]) -> tuple[tuple[int, tu
         least = smallest_share(list(shares.values()))
         faults = [
             Fault(
+                "",
                 PATH,
                 mixture.names[k],
                 f"has a share of {float(share / sum(shares.values())):.1e}, less than one sample in 2^21",

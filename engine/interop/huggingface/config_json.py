@@ -70,10 +70,12 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     family = FAMILIES.get(str(raw.get("model_type")))
     known = f"The engine knows {', '.join(f.architecture for f in FAMILIES.values())}."
     if family is None:
-        raise ConfigError([Fault(f"{path}: model_type", raw.get("model_type"), "is no family of the engine", known)])
+        raise ConfigError(
+            [Fault("", f"{path}: model_type", raw.get("model_type"), "is no family of the engine", known)]
+        )
     named = raw.get("architectures")
     if named is not None and named != [family.architecture]:
-        raise ConfigError([Fault(f"{path}: architectures", named, f"is not {family.architecture}", known)])
+        raise ConfigError([Fault("", f"{path}: architectures", named, f"is not {family.architecture}", known)])
     facts: Facts = dict(family.facts)
     wrong = list(_resolve_aliases(raw, family))
     for key, entry in family.fields.items():
@@ -90,7 +92,7 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
         facts.setdefault("rope_original_seq_len", facts.get("max_seq_len", 0))
     facts["max_seq_len"] = max_seq_len or facts.get("max_seq_len", 0)
     wrong += rope_wrong + list(_wrong_keys(raw, family, facts["max_seq_len"]))
-    faults = [Fault(f"{path}: {key}", raw.get(key), text, _repair(key, family)) for key, text in wrong]
+    faults = [Fault("", f"{path}: {key}", raw.get(key), text, _repair(key, family)) for key, text in wrong]
     faults += _window_faults(raw, family, facts, path)
     if faults:
         raise ConfigError(faults)
@@ -105,7 +107,7 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
 
 def _without(raw: dict[str, Any], ignore: Sequence[str], path: Path) -> dict[str, Any]:
     known = "It ignores keys of config.json."
-    if odd := [Fault("--ignore-key", key, f"is no key of {path}", known) for key in ignore if key not in raw]:
+    if odd := [Fault("", "--ignore-key", key, f"is no key of {path}", known) for key in ignore if key not in raw]:
         raise ConfigError(odd)
     return {key: value for key, value in raw.items() if key not in ignore} | (
         {"sliding_window": None} if "sliding_window" in ignore else {}
@@ -272,7 +274,7 @@ def _window_faults(raw: Mapping[str, Any], family: Family, facts: Facts, path: P
     relation = f"is below the context of {longest}, and the engine attends to all of it"
     repair = f"For sequences of at most {window} tokens the model is the same: take it with max_seq_len {window}."
     repair += " Should it change nothing here: engine import --ignore-key sliding_window"
-    return [Fault(f"{path}: sliding_window", window, relation, repair)]
+    return [Fault("", f"{path}: sliding_window", window, relation, repair)]
 
 
 def _whole(value: Any) -> bool:

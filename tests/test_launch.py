@@ -262,7 +262,7 @@ def test_an_agreed_failure_is_told_once(tmp_path: Path) -> None:
 
 def test_exit_code_is_that_of_the_error(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
-        raise ConfigError([Fault("data.train", "", "no training data given", "Make some.")])
+        raise ConfigError([Fault("", "data.train", "", "no training data given", "Make some.")])
 
     assert [r.code for r in ranks(job, tmp_path)] == [2, 2]
 

@@ -19,13 +19,13 @@ import golden_run
 import pytest
 from harness import run_ranks
 
-from engine.cli import main
-from engine.config import layout_of
-from engine.context import ParallelContext
-from engine.loop import train
+from engine.cli.main import main
+from engine.config.load import load
+from engine.config.schema import layout_of
+from engine.distributed.context import ParallelContext
 from engine.optim.precision import PRECISIONS
-from engine.resolve import load
-from engine.signals import StopRequest
+from engine.train.loop import train
+from engine.util.signals import StopRequest
 
 FILES = sorted(Path(__file__).with_name("golden").glob("*.zip"))
 LAYOUTS: dict[str, list[dict[str, int]]] = {

@@ -319,7 +319,7 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (imports_point_down, "distributed.collectives", "from engine.train.step import setup"),
     (imports_point_down, "model.layers", "from engine.pipeline.executor import execute"),
     (imports_point_down, "distributed.layout", "import engine.config.schema"),
-    (imports_point_down, "distributed.layout", "from engine.config.schema import load"),
+    (imports_point_down, "distributed.layout", "from engine.config import load"),
     (imports_point_down, "distributed.sharding", "from engine.distributed.collectives import all_reduce_"),  # beside
     (imports_point_down, "ops.norm", "from engine.data.samples.keyed import permute"),  # beside
     (imports_point_down, "planner.flops", "def f():\n    from engine.model.transformer import Block"),

@@ -217,7 +217,7 @@ def test_the_last_word_names_the_rank_that_had_the_cause(corpus: str, tmp_path: 
     for suffix in ("bin", "idx", "json"):
         shutil.copy(f"{corpus}.{suffix}", tmp_path / f"c.{suffix}")
     program = (
-        "import os, sys; from engine.train.step import loop; from engine.cli.main import main\n"
+        "import os, sys; from engine.train import loop; from engine.cli.main import main\n"
         "from engine.errors import DataError\n"
         "step = loop.train_step\n"
         "def failing(state, *args, **options):\n"

@@ -8,16 +8,21 @@ from typing import TypeVar
 
 import pytest
 
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 
 Kind = TypeVar("Kind", bound=EngineError)
 
 
 @contextmanager
 def raises(kind: type[Kind], code: str, *values: object) -> Iterator[pytest.ExceptionInfo[Kind]]:
-    """The block raises a `kind` with this code, whose text names the values: files, lines, numbers; no words."""
+    """The block raises a `kind` with this code, whose text names the values: files, lines, numbers; no words.
+
+    Of a ConfigError one of the faults has the code.
+    """
     with pytest.raises(kind) as caught:
         yield caught
-    assert caught.value.code == code, f"{caught.value.code!r}: {caught.value}"
-    missing = [str(value) for value in values if str(value) not in str(caught.value)]
-    assert not missing, f"{missing} not in: {caught.value}"
+    error = caught.value
+    codes = [fault.code for fault in error.faults] if isinstance(error, ConfigError) else [error.code]
+    assert code in codes, f"{codes}: {error}"
+    missing = [str(value) for value in values if str(value) not in str(error)]
+    assert not missing, f"{missing} not in: {error}"

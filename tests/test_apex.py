@@ -67,7 +67,7 @@ def test_our_own_come_first(there: list[str], monkeypatch: pytest.MonkeyPatch) -
             return x
 
     monkeypatch.setattr(norm, "kernels", lambda *x: True)
-    monkeypatch.setattr(norm, "_Own", Own)
+    monkeypatch.setattr(norm, "_CustomNorm", Own)
     rms_norm(randn(2, 3), randn(3), 1e-5)
     assert there == []
 

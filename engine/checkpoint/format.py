@@ -46,7 +46,7 @@ class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Slice(_Entry):
+class FileSlice(_Entry):
     """A rectangle of a tensor: which file and key hold it, where it belongs, and the digests of its blocks of rows."""
 
     file: str
@@ -61,7 +61,7 @@ class TensorEntry(_Entry):
 
     shape: tuple[int, ...]
     dtype: str
-    slices: tuple[Slice, ...]
+    slices: tuple[FileSlice, ...]
 
 
 class FileEntry(_Entry):
@@ -269,7 +269,7 @@ def file_damages(file: Path, manifest: Manifest, storage: Storage = DISK, *, fre
 
 
 def _slice_damages(
-    opened: TensorFile, kind: str, name: str, dtype: str, part: Slice, block_bytes: int
+    opened: TensorFile, kind: str, name: str, dtype: str, part: FileSlice, block_bytes: int
 ) -> Iterator[str]:
     if opened.entries.get(part.key, ())[:2] != (dtype, part.shape):
         yield f"{opened.file}: holds no {dtype} tensor {part.key} of shape {list(part.shape)}, as the manifest says"
@@ -281,7 +281,7 @@ def _slice_damages(
             yield f"{error} (tensor {kind} {name})"
 
 
-def block_rows(part: Slice, block: int, dtype: str, block_bytes: int) -> tuple[int, int, int]:
+def block_rows(part: FileSlice, block: int, dtype: str, block_bytes: int) -> tuple[int, int, int]:
     """(first row, row after the last, bytes) of a block of a rectangle."""
     itemsize = DTYPES[dtype].itemsize
     rows = rows_per_block(part.shape, itemsize, block_bytes)
@@ -293,7 +293,7 @@ def block_rows(part: Slice, block: int, dtype: str, block_bytes: int) -> tuple[i
 
 
 def prove(
-    opened: TensorFile, part: Slice, block: int, dtype: str, block_bytes: int, into: memoryview | None = None
+    opened: TensorFile, part: FileSlice, block: int, dtype: str, block_bytes: int, into: memoryview | None = None
 ) -> memoryview:
     """Read one block of a rectangle (into `into`) and compare it with its digest. CheckpointError when it differs."""
     first, last, size = block_rows(part, block, dtype, block_bytes)

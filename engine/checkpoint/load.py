@@ -5,7 +5,8 @@ nothing is read twice and nothing unread is paid for. A block that is wanted who
 digested piece by piece as it comes, while the core's cache has it. Each thread reads a run of blocks through a handle
 of its own, so that the kernel reads ahead of each. Memory beyond the tensors to fill: one block a thread.
 
-A `Source` is whatever holds canonical tensors: one of our checkpoints (`Reader`), a Hugging Face folder (hf.HfReader).
+A `TensorSource` is whatever holds canonical tensors: one of our checkpoints (`Reader`), a Hugging Face folder
+(interop.huggingface.weights.HfReader).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.format import (
+    FileSlice,
     Manifest,
-    Slice,
     TensorEntry,
     block_rows,
     file_damages,
@@ -44,7 +45,7 @@ from engine.optim.adamw import Held
 _THREADS = 2  # one digests or copies while the other waits for the disk
 
 
-class Entry(Protocol):
+class StoredTensor(Protocol):
     """A canonical tensor: global shape, dtype name of safetensors."""
 
     @property
@@ -62,11 +63,11 @@ class Rectangle(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-E = TypeVar("E", bound=Entry)
+E = TypeVar("E", bound=StoredTensor)
 R = TypeVar("R", bound=Rectangle)
 
 
-class Source(ABC, Generic[E]):
+class TensorSource(ABC, Generic[E]):
     """Rectangles of canonical tensors from one folder. A context manager; files open on first use.
 
     entries: kind -> canonical name -> what is there.
@@ -145,7 +146,7 @@ class Source(ABC, Generic[E]):
         return found
 
 
-class Reader(Source[TensorEntry]):
+class Reader(TensorSource[TensorEntry]):
     """The source that one of our checkpoints is.
 
     Raises CheckpointError for a folder whose manifest is not right or that holds files of something else.
@@ -182,7 +183,7 @@ class Reader(Source[TensorEntry]):
         out: Tensor,
         offset: tuple[int, ...],
         entry: TensorEntry,
-        part: Slice,
+        part: FileSlice,
         low: list[int],
         high: list[int],
         block: int,
@@ -204,7 +205,7 @@ class Reader(Source[TensorEntry]):
         within = ((begin - first, end - first), *zip(low[1:], high[1:]))
         target.copy_(rows[tuple(slice(a - o, b - o) for (a, b), o in zip(within, part.offset))])
 
-    def _file(self, part: Slice, dtype: str) -> TensorFile:
+    def _file(self, part: FileSlice, dtype: str) -> TensorFile:
         path = self.folder / part.file
         with self._lock:
             file = self._open.get(part.file)
@@ -218,7 +219,7 @@ class Reader(Source[TensorEntry]):
             )
         return file
 
-    def _opened(self, path: Path, part: Slice) -> TensorFile:
+    def _opened(self, path: Path, part: FileSlice) -> TensorFile:
         listed = self.manifest.files.get(part.file)
         if listed is None:
             raise CheckpointError(f"{self.folder}: {part.key} lies in {part.file}, which the manifest does not list")
@@ -251,7 +252,7 @@ def _overlap(rectangles: list[tuple[list[int], list[int]]]) -> bool:
     return False
 
 
-def load_into(reader: Source[Any], states: Iterable[Held], ctx: ParallelContext) -> None:
+def load_into(reader: TensorSource[Any], states: Iterable[Held], ctx: ParallelContext) -> None:
     """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all."""
     error: EngineError | None = None
     pool, ended = ThreadPoolExecutor(_THREADS, "load"), threading.Event()
@@ -282,7 +283,7 @@ def _do(works: list[Callable[[], None]], ended: threading.Event) -> None:
         raise
 
 
-def _works(reader: Source[Any], held: Held, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
+def _works(reader: TensorSource[Any], held: Held, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
     pieces = [
         (piece, *rectangle)
         for piece in held.param.spec.pieces(ctx)
@@ -296,7 +297,7 @@ def _works(reader: Source[Any], held: Held, ctx: ParallelContext) -> Iterator[Ca
         yield from reader.blocks(held.kind, piece.name, offset, held.flat[begin : begin + math.prod(shape)].view(shape))
 
 
-def _refuse_another_shape(reader: Source[Any], held: Held, piece: Piece) -> None:
+def _refuse_another_shape(reader: TensorSource[Any], held: Held, piece: Piece) -> None:
     entry = reader.entries.get(held.kind, {}).get(piece.name)
     have = piece.global_shape if entry is None else entry.shape  # that it is missing is told when it is read
     if have != piece.global_shape:

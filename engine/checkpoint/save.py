@@ -32,8 +32,8 @@ from torch import Tensor
 
 from engine.checkpoint.format import (
     FileEntry,
+    FileSlice,
     Manifest,
-    Slice,
     TensorEntry,
     file_damages,
     step_dir,
@@ -41,7 +41,7 @@ from engine.checkpoint.format import (
 from engine.checkpoint.retention import commit, forget_old, set_aside_newer, tidy
 from engine.checkpoint.staging import Staging
 from engine.checkpoint.storage import DISK, Storage, make_folders, remove_tree
-from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, Pending, write_safetensors
+from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, LazyTensor, write_safetensors
 from engine.distributed.collectives import all_reduce_, gather_json, on_first_rank
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
@@ -351,7 +351,7 @@ def part_of(states: Iterable[Held], ctx: ParallelContext) -> tuple[dict[str, Ten
 def write_part(
     storage: Storage,
     file: Path,
-    tensors: Mapping[str, Tensor | Pending],
+    tensors: Mapping[str, Tensor | LazyTensor],
     index: dict[str, dict[str, Any]],
     *,
     block_bytes: int = BLOCK_BYTES,
@@ -375,7 +375,7 @@ def manifest_of(
         for kind, entries in part["tensors"].items():
             table = tensors.setdefault(kind, {})
             for name, raw in entries.items():
-                slices = tuple(Slice(**one) for one in raw["slices"])
+                slices = tuple(FileSlice(**one) for one in raw["slices"])
                 before = table[name].slices if name in table else ()
                 table[name] = TensorEntry(shape=raw["shape"], dtype=raw["dtype"], slices=before + slices)
     files = {part["file"]: FileEntry(**part["entry"]) for part in parts if "file" in part}

@@ -30,7 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.storage import DISK, Hasher, Source, Status, Storage, Writer, unseen
+from engine.checkpoint.storage import DISK, Hasher, Status, Storage, StoredFile, Writer, unseen
 from engine.distributed.launch import read_secret
 from engine.errors import CheckpointError, WrongSecretError
 from engine.util.files import SEALED
@@ -171,10 +171,10 @@ class _SealedWriter:
         self._number += 1
 
 
-class _SealedSource:
+class _SealedFile:
     """Opens ranges of a sealed file. size: of the content."""
 
-    def __init__(self, inner: Source, cipher: Cipher):
+    def __init__(self, inner: StoredFile, cipher: Cipher):
         self._inner, self._cipher, self.size = inner, cipher, cipher.content_bytes
         if inner.size != sealed_bytes(self.size):
             raise CheckpointError(
@@ -221,14 +221,14 @@ class SecretStorage:
         cipher = self._seal.new_cipher(path, size)
         return _SealedWriter(self._inner.create(path, sealed_bytes(size)), cipher)
 
-    def open(self, path: Path, *, fresh: bool = False) -> Source:
+    def open(self, path: Path, *, fresh: bool = False) -> StoredFile:
         source = self._inner.open(path, fresh=fresh)
         try:
             head = bytearray(min(source.size, HEAD_BYTES))
             source.read_into(0, memoryview(head))
             if not head.startswith(SEALED):
                 return source
-            return _SealedSource(source, self._seal.cipher_of(path, bytes(head)))
+            return _SealedFile(source, self._seal.cipher_of(path, bytes(head)))
         except BaseException:
             source.close()
             raise

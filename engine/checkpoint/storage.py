@@ -2,7 +2,8 @@
 
 Everything that saving, committing, cleaning up, finding and loading does to a disk goes through a `Storage`. `DISK` is
 the real one. Tests put in one that records, and so can make every state that a crash or a power cut may leave; a layer
-that encrypts files can be put between in the same way: bytes pass through `Writer.write` and `Source.read_into` only.
+that encrypts files can be put between in the same way: bytes pass through `Writer.write` and `StoredFile.read_into`
+only.
 
 Durability, as POSIX has it: what was written to a file is safe after its `sync`, a name (of a new file or folder, or
 after a rename) after `sync_folder` of the folder it is in; without them any part of it may be missing after a crash.
@@ -61,7 +62,7 @@ def unseen(piece: memoryview) -> None:
     """For reads that nobody watches."""
 
 
-class Source(Protocol):
+class StoredFile(Protocol):
     """A file to read from; any number of threads may. size: in bytes."""
 
     size: int
@@ -96,7 +97,7 @@ class Storage(Protocol):
     def create(self, path: Path, size: int) -> Writer:
         """Start a file of `size` bytes, with FILE_MODE; room for it is reserved. An old file is replaced."""
 
-    def open(self, path: Path, *, fresh: bool = False) -> Source:
+    def open(self, path: Path, *, fresh: bool = False) -> StoredFile:
         """Open a regular file (no link) for reading; fresh: from the device, not from memory, where possible."""
 
     def sync_folder(self, path: Path) -> None:
@@ -163,7 +164,7 @@ class _DiskWriter:
         os.close(self._fd)
 
 
-class _DiskSource:
+class _DiskFile:
     def __init__(self, path: Path, fresh: bool):
         self._path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -206,8 +207,8 @@ class Disk:
     def create(self, path: Path, size: int) -> Writer:
         return _DiskWriter(path, size)
 
-    def open(self, path: Path, *, fresh: bool = False) -> Source:
-        return _DiskSource(path, fresh)
+    def open(self, path: Path, *, fresh: bool = False) -> StoredFile:
+        return _DiskFile(path, fresh)
 
     def sync_folder(self, path: Path) -> None:
         with _naming(path):

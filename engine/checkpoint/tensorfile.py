@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from engine.checkpoint.storage import DISK, Source, Storage
+from engine.checkpoint.storage import DISK, Storage, StoredFile
 from engine.errors import CheckpointError
 from engine.util.prefetch import map_ahead
 
@@ -29,7 +29,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 BLOCK_BYTES = 16 << 20
-Entry = tuple[str, tuple[int, ...], int, int]  # dtype name, shape, first byte in the file, byte after the last
+HeaderEntry = tuple[str, tuple[int, ...], int, int]  # dtype name, shape, first byte in the file, byte after the last
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _IN_FLIGHT = 4  # blocks that wait for their digest while the next ones are written
 
@@ -46,7 +46,7 @@ def tensor_bytes(x: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True)
-class Pending:
+class LazyTensor:
     """A tensor that is made when its turn to be written comes, so that a file may be larger than memory.
 
     make: gives a tensor of this dtype and shape; called once, in another thread, while the tensor before is written.
@@ -57,9 +57,9 @@ class Pending:
     make: Callable[[], Tensor]
 
 
-def _made(tensors: Mapping[str, Tensor | Pending]) -> Generator[tuple[str, Tensor], None, None]:
+def _made(tensors: Mapping[str, Tensor | LazyTensor]) -> Generator[tuple[str, Tensor], None, None]:
     """Names and tensors in order. Memory: three of those that were pending."""
-    if not any(isinstance(x, Pending) for x in tensors.values()):
+    if not any(isinstance(x, LazyTensor) for x in tensors.values()):
         yield from cast(Mapping[str, Tensor], tensors).items()
         return
     with closing(map_ahead(lambda item: _make(item[1]), iter(tensors.items()), 1)) as ahead:
@@ -67,7 +67,7 @@ def _made(tensors: Mapping[str, Tensor | Pending]) -> Generator[tuple[str, Tenso
             yield name, x
 
 
-def _make(x: Tensor | Pending) -> Tensor:
+def _make(x: Tensor | LazyTensor) -> Tensor:
     if isinstance(x, Tensor):
         return x
     made = x.make()
@@ -84,7 +84,7 @@ class Written:
     digests: dict[str, tuple[str, ...]]
 
 
-def header_of(tensors: Mapping[str, Tensor | Pending], metadata: dict[str, str] | None) -> tuple[bytes, int]:
+def header_of(tensors: Mapping[str, Tensor | LazyTensor], metadata: dict[str, str] | None) -> tuple[bytes, int]:
     """The bytes before the first tensor, and the size of the whole file."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -98,7 +98,7 @@ def header_of(tensors: Mapping[str, Tensor | Pending], metadata: dict[str, str] 
 
 def write_safetensors(
     file: Path,
-    tensors: Mapping[str, Tensor | Pending],
+    tensors: Mapping[str, Tensor | LazyTensor],
     metadata: dict[str, str] | None = None,
     *,
     storage: Storage = DISK,
@@ -151,7 +151,9 @@ class TensorFile:
 
     def __init__(self, file: Path, storage: Storage, *, header: str = "", fresh: bool = False):
         self.file, self._storage, self._fresh = file, storage, fresh
-        self._sources: dict[int, Source] = {}  # of each thread its own: the kernel reads ahead of one stream a handle
+        self._sources: dict[
+            int, StoredFile
+        ] = {}  # of each thread its own: the kernel reads ahead of one stream a handle
         try:
             self.entries = self._read_header(self._source(), header)
         except BaseException:
@@ -171,13 +173,13 @@ class TensorFile:
         self._source().read_into(begin + first * row, into[: (last - first) * row], hasher.update)
         return hasher.hexdigest()
 
-    def _source(self) -> Source:
+    def _source(self) -> StoredFile:
         thread = threading.get_ident()
         if thread not in self._sources:
             self._sources[thread] = self._storage.open(self.file, fresh=self._fresh)
         return self._sources[thread]
 
-    def _read_header(self, source: Source, wanted: str) -> dict[str, Entry]:
+    def _read_header(self, source: StoredFile, wanted: str) -> dict[str, HeaderEntry]:
         size = source.size
         length = bytearray(8)
         if size >= 8:
@@ -196,7 +198,7 @@ class TensorFile:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._damaged(f"its header cannot be read ({type(error).__name__}: {error})") from None
 
-    def _entries(self, table: dict[str, Any], start: int, size: int) -> Iterator[tuple[str, Entry]]:
+    def _entries(self, table: dict[str, Any], start: int, size: int) -> Iterator[tuple[str, HeaderEntry]]:
         at = 0
         rows = [(name, e) for name, e in table.items() if name != "__metadata__"]
         for name, e in sorted(rows, key=lambda item: item[1]["data_offsets"][0]):

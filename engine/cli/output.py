@@ -26,7 +26,7 @@ class ReaderGone(SystemExit):
     """Ends a verb whose reader has gone. Not an Exception: no code in between takes it for a failure of its own."""
 
 
-class Stream:
+class OutputStream:
     """A text stream whose failure to write is told to a policy once; from then on it swallows what is written."""
 
     def __init__(self, name: str, stream: TextIO, policy: Policy):
@@ -76,7 +76,7 @@ def go_on(name: str, error: OSError) -> None:
 def outlive() -> None:
     """From now on this process goes on when its output cannot be written."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, Stream):
+        if isinstance(stream, OutputStream):
             stream.policy = go_on
 
 
@@ -84,8 +84,8 @@ def outlive() -> None:
 def watched() -> Iterator[None]:
     """Within, standard output and error are Streams that end the verb; at the end what they buffer is passed on."""
     before = sys.stdout, sys.stderr
-    sys.stdout = Stream("standard output", before[0], end)
-    sys.stderr = Stream("standard error", before[1], end)
+    sys.stdout = OutputStream("standard output", before[0], end)
+    sys.stderr = OutputStream("standard error", before[1], end)
     try:
         try:
             yield

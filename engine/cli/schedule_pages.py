@@ -22,7 +22,7 @@ _DEFAULT_CHUNKS = 2  # of the schedules that take any number
 
 
 @dataclass(frozen=True)
-class Entry:
+class TimelineRow:
     """A row of the table: a timeline, what it is called, and the time that no plan on its placement can beat."""
 
     label: str
@@ -61,17 +61,17 @@ def plan_of(
     return build(name, ranks, SCHEDULES[name].chunks or chunks or _DEFAULT_CHUNKS, microbatches)
 
 
-def simulated(label: str, plan: Plan, costs: Costs) -> Entry:
+def simulated(label: str, plan: Plan, costs: Costs) -> TimelineRow:
     """The entry of a plan under costs of a rank's share of the model (search.share_costs)."""
     stage_costs = share_costs(costs, plan.num_ranks, plan.num_stages)
-    return Entry(label, simulate(plan, stage_costs), _bound(plan, stage_costs))
+    return TimelineRow(label, simulate(plan, stage_costs), _bound(plan, stage_costs))
 
 
 def _bound(plan: Plan, stage_costs: Costs) -> float:
     return lower_bound(plan.placement, plan.microbatches, stage_costs, plan.backward)
 
 
-def measured(run: Path) -> tuple[list[Entry], Costs]:
+def measured(run: Path) -> tuple[list[TimelineRow], Costs]:
     """The step that a run has measured, the same plan simulated with the costs measured in it, and these; in ms."""
     seconds, step = read_timeline(run)
     lanes = tuple(tuple(Event(e.action, e.start * 1e3, e.end * 1e3) for e in lane) for lane in seconds.lanes)
@@ -79,13 +79,13 @@ def measured(run: Path) -> tuple[list[Entry], Costs]:
     costs, name = measured_costs(timeline), timeline.plan.name
     bound = _bound(timeline.plan, costs)
     entries = [
-        Entry(f"{name}, step {step} measured", timeline, bound),
-        Entry(f"{name} simulated with its costs", simulate(timeline.plan, costs), bound),
+        TimelineRow(f"{name}, step {step} measured", timeline, bound),
+        TimelineRow(f"{name} simulated with its costs", simulate(timeline.plan, costs), bound),
     ]
     return entries, costs
 
 
-def show(entries: Sequence[Entry], console: Console, unit: str = "", memory_cap: float | None = None) -> None:
+def show(entries: Sequence[TimelineRow], console: Console, unit: str = "", memory_cap: float | None = None) -> None:
     """The table: time, bubble and memory of each entry."""
     from rich.table import Table
 
@@ -112,7 +112,7 @@ def save(plan: Plan, path: Path) -> None:
     path.write_text(f"{plan}\n", encoding="utf-8")
 
 
-def picture(entries: Sequence[Entry], output: Path, unit: str = "") -> tuple[Path, Path]:
+def picture(entries: Sequence[TimelineRow], output: Path, unit: str = "") -> tuple[Path, Path]:
     """Draws the entries to a PNG and an SVG file of that name; returns both paths."""
     from engine.pipeline.draw import draw
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from engine.checkpoint.format import MODEL, find, step_dir
 from engine.checkpoint.lineage import code_versions
-from engine.checkpoint.load import Reader, Source
+from engine.checkpoint.load import Reader, TensorSource
 from engine.checkpoint.retention import commit, tidy
 from engine.checkpoint.save import manifest_of, write_part
 from engine.checkpoint.storage import DISK, Storage, make_folders
-from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, Pending, write_safetensors
+from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, LazyTensor, write_safetensors
 from engine.config.checks import relations
 from engine.config.load import model_config
 from engine.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -80,7 +80,7 @@ def open_foreign(
     return HfReader(path, max_seq_len, ignore_keys)
 
 
-def open_source(path: Path, max_seq_len: int | None = None, storage: Storage = DISK) -> Source[Any]:
+def open_source(path: Path, max_seq_len: int | None = None, storage: Storage = DISK) -> TensorSource[Any]:
     """The weights of a Hugging Face folder, or of one of our checkpoints or run folders, signed or not.
 
     storage: with the secret of one that is signed.
@@ -150,7 +150,7 @@ def widest_of(names: Iterable[str]) -> torch.dtype:
     return reduce(torch.promote_types, [DTYPES[name] for name in sorted(names)])
 
 
-def _widest(source: Source[Any]) -> torch.dtype:
+def _widest(source: TensorSource[Any]) -> torch.dtype:
     return widest_of({entry.dtype for entry in source.entries[MODEL].values()})
 
 
@@ -158,7 +158,7 @@ def _write_shard(reader: Importable, storage: Storage, file: Path, names: list[s
     """Write these tensors, whole, as one file of a checkpoint; what its manifest needs to know of it."""
     entries = {name: reader.entries[MODEL][name] for name in names}
     tensors = {
-        f"{MODEL}/{name}": Pending(DTYPES[entry.dtype], tuple(entry.shape), partial(reader.whole, MODEL, name))
+        f"{MODEL}/{name}": LazyTensor(DTYPES[entry.dtype], tuple(entry.shape), partial(reader.whole, MODEL, name))
         for name, entry in entries.items()
     }
     index = {
@@ -278,7 +278,7 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {key: Pending(kinds[key], theirs[key], partial(made, key)) for key in keys}
+        shard = {key: LazyTensor(kinds[key], theirs[key], partial(made, key)) for key in keys}
         write_safetensors(out / file, shard, {"format": "pt"})
         weight_map |= dict.fromkeys(keys, file)
     return sum(sizes.values()), weight_map

@@ -118,7 +118,7 @@ def choose(wanted: str, case: Case) -> str:
     return wanted
 
 
-class _Own(torch.autograd.Function):
+class _CustomAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None) -> Tensor:
         out, lse = torch.ops.trident.attention(q, k, v, begin, q.shape[-1] ** -0.5)
@@ -134,7 +134,7 @@ class _Own(torch.autograd.Function):
 
 def _own(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _Own.apply(q, k, v, None if documents is None else documents.begin)
+    return _CustomAttention.apply(q, k, v, None if documents is None else documents.begin)
 
 
 def _joined(out: Tensor) -> Tensor:

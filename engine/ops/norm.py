@@ -56,7 +56,7 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_w, None, None
 
 
-class _Own(torch.autograd.Function):
+class _CustomNorm(torch.autograd.Function):
     """On our kernels: RMSNorm, or with a bias LayerNorm, of x -> y; with a residual, of their sum -> sum, y."""
 
     @staticmethod
@@ -98,7 +98,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     before it is scaled, as Llama does it.
     """
     if kernels(x, weight):
-        return _Own.apply(x, None, weight, None, eps, offset)
+        return _CustomNorm.apply(x, None, weight, None, eps, offset)
     if not offset and not references_only() and (apex := fused_norms(x)):
         return apex.fused_rms_norm_affine(x, weight, weight.shape, eps)
     return _RmsNorm.apply(x, weight, eps, offset)
@@ -107,7 +107,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """x + residual, and `rms_norm` of it: to the bit what the two give in turn."""
     if kernels(x, residual, weight):
-        return _Own.apply(x, residual, weight, None, eps, offset)
+        return _CustomNorm.apply(x, residual, weight, None, eps, offset)
     total = x + residual
     return total, rms_norm(total, weight, eps, offset)
 
@@ -115,7 +115,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Subtract the mean of the last dim of x [..., h], divide by the deviation, times weight [h], plus bias [h]."""
     if kernels(x, weight, bias):
-        return _Own.apply(x, None, weight, bias, eps, 0.0)
+        return _CustomNorm.apply(x, None, weight, bias, eps, 0.0)
     if not references_only() and (apex := fused_norms(x)):
         return apex.fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
     return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
@@ -124,7 +124,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + residual, and `layer_norm` of it: to the bit what the two give in turn."""
     if kernels(x, residual, weight, bias):
-        return _Own.apply(x, residual, weight, bias, eps, 0.0)
+        return _CustomNorm.apply(x, residual, weight, bias, eps, 0.0)
     total = x + residual
     return total, layer_norm(total, weight, bias, eps)
 

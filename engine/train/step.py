@@ -26,7 +26,7 @@ from engine.checkpoint.lineage import (
     order_begin,
     refuse,
 )
-from engine.checkpoint.load import Reader, Source, load_into
+from engine.checkpoint.load import Reader, TensorSource, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.seal import storage_of
 from engine.checkpoint.storage import DISK, Storage
@@ -347,7 +347,7 @@ def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
     """
     ctx = state.ctx
     error: EngineError | None = None
-    source: Source[Any] | None = None
+    source: TensorSource[Any] | None = None
     try:
         source = open_source(path, state.cfg.model.max_seq_len, storage_of(state.cfg.checkpoint.secret))
         if ctx.rank == 0 and isinstance(source, HfReader):

@@ -45,7 +45,7 @@ from engine.data.read.account import unreadable
 from engine.data.read.documents import Batch, Drop, printable
 from engine.data.read.jsontext import loads
 from engine.data.read.own import Own
-from engine.data.read.sources import Source
+from engine.data.read.sources import DocumentSource
 from engine.errors import DataError
 from engine.util.files import sync_file, sync_folder, write_synced
 from engine.util.signals import Interrupts
@@ -59,7 +59,7 @@ _VERSION = 4  # of the parts; changes when a rule's code gives another result
 class Job:
     """What to do, as a task needs it."""
 
-    source: Source
+    source: DocumentSource
     output: str
     rules: Rules
     tasks: int
@@ -123,9 +123,11 @@ def clean(
     `keep_columns`: what the records hold beside the text is written too, as it is; rules look at the text alone.
     """
     began, stop = time.monotonic(), Interrupts(heard=False) if stop is None else stop
-    job = Job(Source(()), output, rules, tasks, on_error == "skip", dropped_text)
+    job = Job(DocumentSource(()), output, rules, tasks, on_error == "skip", dropped_text)
     mine = Own(job.targets, None, job.work)
-    source = Source.of(inputs, include, exclude, mine, keys=tuple(json_key), format=format, keep_rest=keep_columns)
+    source = DocumentSource.of(
+        inputs, include, exclude, mine, keys=tuple(json_key), format=format, keep_rest=keep_columns
+    )
     job = dataclasses.replace(job, source=source)
     stop.go_on = lambda: go_on(job.work, job.tasks, len(job.missing()), source.reads_once)
     _check(job, executor, overwrite)
@@ -250,7 +252,9 @@ def _output_bytes(job: Job, text_bytes: float) -> int:
     return int(1.1 * text_bytes if job.suffix == ".jsonl" else 0.4 * text_bytes)
 
 
-def _clean_batch(job: Job, batch: Batch, source: Source, first: int, cleaner: Cleaner, part: PartWriter) -> None:
+def _clean_batch(
+    job: Job, batch: Batch, source: DocumentSource, first: int, cleaner: Cleaner, part: PartWriter
+) -> None:
     for drop in batch.drops:
         if drop.stops and not job.skip_errors:
             raise drop.refuse()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from engine.data.clean.ngrams import U64, ngram_hashes, ngram_hashes_of_any_number, words_and_numbers_of, words_of
 from engine.data.read import own
 from engine.data.read.inputs import InputFile, list_inputs
-from engine.data.read.sources import Source
+from engine.data.read.sources import DocumentSource
 from engine.errors import DataError
 
 
@@ -51,7 +51,7 @@ class Evaluations:
         short: list[int] = []
         for file in evaluation_files(files):
             found, count, missed = [np.empty(0, np.uint64)], 0, 0
-            for batch in Source((file,), tuple(keys)).batches():
+            for batch in DocumentSource((file,), tuple(keys)).batches():
                 for drop in batch.drops:
                     if drop.stops:
                         raise DataError(f"evaluation file {drop}")

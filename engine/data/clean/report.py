@@ -9,13 +9,13 @@ from typing import Any
 from engine.data.clean.document import Counts, Rules
 from engine.data.read.account import Account
 from engine.data.read.inputs import STDIN
-from engine.data.read.sources import Source
+from engine.data.read.sources import DocumentSource
 
 INPUT = "input: "  # before the reason of what could not be read
 
 
 def report_of(
-    source: Source, output: str, rules: Rules, tasks: int, counts: Counts, kept: tuple[int, int]
+    source: DocumentSource, output: str, rules: Rules, tasks: int, counts: Counts, kept: tuple[int, int]
 ) -> dict[str, Any]:
     """The report as JSON has it. `kept`: documents and bytes of text that stay."""
     evaluations = rules.evaluations()

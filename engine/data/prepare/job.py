@@ -15,7 +15,7 @@ from engine.data.prepare.parts import Parts
 from engine.data.prepare.report import Progress
 from engine.data.read.documents import Batch
 from engine.data.read.own import Own
-from engine.data.read.sources import Source
+from engine.data.read.sources import DocumentSource
 from engine.data.samples.indexed import paths_of
 from engine.data.samples.keyed import derive_key
 from engine.data.tokenize.tokenizer import FILES, Tokenizer
@@ -31,7 +31,7 @@ AGAIN = "give the same command again"
 class Job:
     """What to do: the checked arguments of `prepare`."""
 
-    source: Source
+    source: DocumentSource
     output: str
     tokenizer: Path
     merges: Path | None

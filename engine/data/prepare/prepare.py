@@ -21,7 +21,7 @@ from engine.data.prepare.parts import Parts, publish, read_json
 from engine.data.prepare.pipeline import Work
 from engine.data.prepare.report import PrepareReport, Progress, ProgressEvent, SplitReport
 from engine.data.read.account import Account, unreadable
-from engine.data.read.sources import MAX_DOCUMENT_BYTES, Source
+from engine.data.read.sources import MAX_DOCUMENT_BYTES, DocumentSource
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train import Spread, train_apart
@@ -81,7 +81,7 @@ def prepare(
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
     how: dict[str, Any] = {"keys": keys, "format": format, "max_document_bytes": max_document_bytes}
     job = Job(
-        Source(()),
+        DocumentSource(()),
         output,
         tokenizer,
         merges,
@@ -103,7 +103,7 @@ def prepare(
         note,
         Interrupts(heard=False) if stop is None else stop,
     )
-    job = dataclasses.replace(job, source=Source.of(inputs, include, exclude, job.own, **how))
+    job = dataclasses.replace(job, source=DocumentSource.of(inputs, include, exclude, job.own, **how))
     if train_vocab_size is not None and job.reads_stdin:
         raise DataError("standard input (-) and pipes can be read only once: train the tokenizer on files, or give one")
     if not any(file.drop is None and (file.num_bytes or file.once or "://" in file.name) for file in job.source.files):

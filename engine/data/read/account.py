@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.data.read.documents import Batch
-from engine.data.read.sources import Source
+from engine.data.read.sources import DocumentSource
 from engine.errors import DataError, cut
 
 _EXAMPLES = 3  # kept of each kind
@@ -42,7 +42,7 @@ class Account:
         first = next(iter(self.examples.get(kind, [])), "")
         return f", the first: {first}" if first else ""
 
-    def nothing(self, source: Source) -> str:
+    def nothing(self, source: DocumentSource) -> str:
         """Why these inputs have no text: what was seen, and what became of it."""
         unread = sum(file.drop is not None for file in source.files)
         empty = sum(not file.num_bytes and not file.once for file in source.files if file.drop is None)
@@ -54,7 +54,7 @@ class Account:
         return "\n".join([f"{text}.", *(f"  {line}" for line in self.lines())])
 
 
-def unreadable(source: Source, skip_errors: bool) -> DataError:
+def unreadable(source: DocumentSource, skip_errors: bool) -> DataError:
     """The error for inputs that have no text, as all of them are left out or empty."""
     account = Account()
     for batch in source.batches():

@@ -47,7 +47,7 @@ class ByteStream:
         self.found = ""  # how a file is packed whose name does not say it
         if file.once:
             try:
-                pipe = _Pipe(self._raw)
+                pipe = _PeekedPipe(self._raw)
             except OSError as err:
                 raise BadStream(f"{err.strerror or err}") from err
             self._raw, self._compression = cast(IO[bytes], pipe), self._compression or packing_of(pipe.head)
@@ -198,7 +198,7 @@ def packing_of(head: bytes) -> str:
     return f".{found.lastgroup}" if found else ""
 
 
-class _Pipe:
+class _PeekedPipe:
     """A stream that cannot be sought in, and its first bytes."""
 
     def __init__(self, raw: IO[bytes]):

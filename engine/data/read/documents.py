@@ -66,7 +66,7 @@ START = Cursor()
 class Batch:
     """Texts in input order, (file number, record) of each, drops and notes on the way, where the next batch begins.
 
-    rest: of each text the other columns of its record, empty unless Source.keep_rest.
+    rest: of each text the other columns of its record, empty unless DocumentSource.keep_rest.
     """
 
     texts: list[str] = field(default_factory=list)

@@ -51,7 +51,7 @@ ANOTHER_INPUT = "is not the input that the work began with; give the same again,
 
 
 @dataclass(frozen=True)
-class Source:
+class DocumentSource:
     """What to read and how."""
 
     files: Sequence[InputFile]
@@ -70,7 +70,7 @@ class Source:
         exclude: Sequence[str] = (),
         mine: Own | None = None,
         **how: Any,
-    ) -> Source:
+    ) -> DocumentSource:
         """Of what list_inputs finds; `how`: the other fields."""
         listing = list_inputs(inputs, include, exclude, mine)
         return cls(listing.files, given=tuple(map(str, inputs)), excluded=listing.excluded, **how)
@@ -101,7 +101,7 @@ class Source:
 class _FileReader:
     """Reads one file as a sequence of small batches, whose `consumed` counts this file alone."""
 
-    def __init__(self, source: Source, number: int):
+    def __init__(self, source: DocumentSource, number: int):
         self.file, self.number = source.files[number], number
         self.keys, self.limit = tuple(source.keys), source.max_document_bytes
         self.asked = source.format

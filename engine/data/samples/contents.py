@@ -24,7 +24,7 @@ BORDER = "⟦document {}⟧"
 
 
 @dataclass(frozen=True)
-class Counts:
+class CorpusStatistics:
     """documents with tokens; lengths are in tokens; p95: 95 % of the documents have at most so many.
 
     text_bytes: of the sidecar, None without.
@@ -43,13 +43,13 @@ class Counts:
     text_bytes: int | None
 
 
-def count(dataset: IndexedDataset) -> Counts:
+def count(dataset: IndexedDataset) -> CorpusStatistics:
     """The figures of a corpus. Raises DataError for one without documents."""
     if not dataset.num_documents:
         raise DataError(f"{dataset.prefix}: there are no documents in it")
     lengths = dataset.lengths
     text_bytes = dataset.meta.get("text_bytes")
-    return Counts(
+    return CorpusStatistics(
         documents=dataset.num_documents,
         tokens=dataset.num_tokens,
         bytes=dataset.num_tokens * dataset.dtype.itemsize,

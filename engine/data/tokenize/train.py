@@ -18,7 +18,7 @@ import engine
 from engine.data.prepare.report import Progress, ProgressEvent, StepEvent
 from engine.data.read.account import Account
 from engine.data.read.own import Own
-from engine.data.read.sources import Source
+from engine.data.read.sources import DocumentSource
 from engine.data.tokenize.apart import Apart
 from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.recipe import Recipe
@@ -92,7 +92,7 @@ def train_tokenizer(
     stop = stop or Interrupts(heard=False)
     _refuse(output, recipe, overwrite)
     mine = Own([output / name for name in FILES])
-    source = Source.of(inputs, include, exclude, mine, keys=tuple(json_key), format=format)
+    source = DocumentSource.of(inputs, include, exclude, mine, keys=tuple(json_key), format=format)
     account = Account()
     total = sum(file.num_bytes for file in source.files)
     spread = Spread(max_bytes, total)

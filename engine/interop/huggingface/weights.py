@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.checkpoint.format import MODEL
-from engine.checkpoint.load import Source
+from engine.checkpoint.load import TensorSource
 from engine.checkpoint.tensorfile import DTYPES
 from engine.config.load import model_config
 from engine.config.schema import ModelConfig
@@ -39,7 +39,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
 
 
 @dataclass(frozen=True)
-class Place:
+class HfSlice:
     """A rectangle of a canonical tensor, and where it is: in tensor `key` of `file` from row `start` on, all columns.
 
     transposed: the tensor holds it as [columns, rows].
@@ -59,12 +59,12 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Located:
+class HfTensor:
     """A canonical tensor of a folder."""
 
     shape: tuple[int, ...]
     dtype: str
-    slices: Sequence[Place]
+    slices: Sequence[HfSlice]
 
 
 def hf_name(canonical: str, family: Family) -> str:
@@ -76,13 +76,13 @@ def hf_name(canonical: str, family: Family) -> str:
     return f"{family.names[stem.replace(number[0], '.{}.', 1)].format(number[1])}.{suffix}"
 
 
-def places(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[Place]], dict[str, tuple[int, ...]]]:
+def places(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[HfSlice]], dict[str, tuple[int, ...]]]:
     """Canonical name -> its places, files left empty; their name -> the shape it must have."""
     shapes = tensor_shapes(cfg)
     inside: dict[str, list[str]] = {}
     for name in shapes:
         inside.setdefault(hf_name(name, family), []).append(name)
-    found: dict[str, list[Place]] = {}
+    found: dict[str, list[HfSlice]] = {}
     theirs: dict[str, tuple[int, ...]] = {}
     for key, names in inside.items():
         stem = key.rsplit(".", 1)[0]
@@ -95,7 +95,7 @@ def places(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[Place]], di
         for name in names:
             each = shapes[name][0] // groups
             found[name] = [
-                Place(
+                HfSlice(
                     "",
                     key,
                     (group * each, *(0 for _ in rest)),
@@ -109,7 +109,7 @@ def places(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[Place]], di
     return found, theirs
 
 
-class HfReader(Source[Located]):
+class HfReader(TensorSource[HfTensor]):
     """The source that a Hugging Face folder is. Raises ConfigError or CheckpointError for all that it cannot be.
 
     max_seq_len: of the model that is made of it, where that is less than the folder's. ignore_keys: of its config.json.
@@ -217,7 +217,7 @@ class HfReader(Source[Located]):
         view = self._file(file).get_slice(key)
         return tuple(view.get_shape()), str(view.get_dtype())
 
-    def _locate(self, files: Mapping[str, str]) -> dict[str, Located]:
+    def _locate(self, files: Mapping[str, str]) -> dict[str, HfTensor]:
         """Check names, shapes and dtypes of all tensors and say where the canonical ones are."""
         family = self.described.family
         found, theirs = places(self.cfg, family)
@@ -245,20 +245,20 @@ class HfReader(Source[Located]):
             if dtype not in DTYPES:
                 text = f"{actual[key]} is {dtype}; the engine reads {', '.join(DTYPES)}, no quantised weights"
                 raise CheckpointError(f"{self.folder / files[actual[key]]}: {text}")
-        located: dict[str, Located] = {}
+        located: dict[str, HfTensor] = {}
         for name, shape in tensor_shapes(self.cfg).items():
             key = actual[found[name][0].key]
-            slices = [Place(files[key], key, p.offset, p.shape, p.start, p.transposed) for p in found[name]]
-            located[name] = Located(shape, self.headers[key][1], slices)
+            slices = [HfSlice(files[key], key, p.offset, p.shape, p.start, p.transposed) for p in found[name]]
+            located[name] = HfTensor(shape, self.headers[key][1], slices)
         return located
 
-    def _works(self, name: str, entry: Located, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+    def _works(self, name: str, entry: HfTensor, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
         for part, low, high in self._meeting(name, entry.slices, offset, tuple(out.shape)):
             within = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, part.offset))
             target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))]
             yield partial(self._fill, target, part, within)
 
-    def _fill(self, target: Tensor, part: Place, within: tuple[slice, ...]) -> None:
+    def _fill(self, target: Tensor, part: HfSlice, within: tuple[slice, ...]) -> None:
         try:
             block: Tensor = self._file(part.file).get_slice(part.key)[part.within(within)]
         except (SafetensorError, OSError) as error:
@@ -285,7 +285,7 @@ class HfReader(Source[Located]):
             )
 
 
-def assembled(parts: Mapping[str, Tensor], found: Mapping[str, list[Place]], shape: tuple[int, ...]) -> Tensor:
+def assembled(parts: Mapping[str, Tensor], found: Mapping[str, list[HfSlice]], shape: tuple[int, ...]) -> Tensor:
     """Their tensor of this shape from all the canonical ones that lie in it; of one that is all of it, no copy."""
     if len(parts) == 1:
         [(name, values)] = parts.items()
@@ -300,7 +300,7 @@ def assembled(parts: Mapping[str, Tensor], found: Mapping[str, list[Place]], sha
     return out
 
 
-def contents(found: Mapping[str, list[Place]]) -> dict[str, list[str]]:
+def contents(found: Mapping[str, list[HfSlice]]) -> dict[str, list[str]]:
     """Their name -> the canonical tensors that lie in it, in order."""
     inside: dict[str, list[str]] = {}
     for name, parts in found.items():

@@ -59,7 +59,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Entry:
+class MegatronTensor:
     """A canonical tensor: its shape, Megatron's names of the matrix that holds it, that matrix' shape, and its rows."""
 
     canonical: str
@@ -176,7 +176,7 @@ def _positions(a: _Args) -> Values:
     return facts
 
 
-def table(m: ModelConfig, padded_vocab_size: int) -> Iterator[Entry]:
+def table(m: ModelConfig, padded_vocab_size: int) -> Iterator[MegatronTensor]:
     """Every canonical tensor of a model and where Megatron keeps it."""
     h, d, kv, f = m.hidden_size, m.head_dim, m.num_kv_heads, m.ffn_size
     group = m.num_heads // kv * d  # rows of q in one group
@@ -211,25 +211,25 @@ def table(m: ModelConfig, padded_vocab_size: int) -> Iterator[Entry]:
 
 def _plain(
     canonical: str, names: tuple[str, ...], shape: tuple[int, ...], fused: tuple[int, ...] | None = None
-) -> Entry:
-    return Entry(canonical, shape, names, fused or shape, Rows(shape[0]))
+) -> MegatronTensor:
+    return MegatronTensor(canonical, shape, names, fused or shape, Rows(shape[0]))
 
 
-def _norm(m: ModelConfig, canonical: str, size: int, *prefixes: str) -> Iterator[Entry]:
+def _norm(m: ModelConfig, canonical: str, size: int, *prefixes: str) -> Iterator[MegatronTensor]:
     for part in ("weight", "bias") if m.norm == "layernorm" else ("weight",):
         yield _plain(f"{canonical}.{part}", tuple(prefix + part for prefix in prefixes), (size,))
 
 
 def _fused(
     canonical: str, parts: tuple[tuple[str, int, Rows], ...], name: str, rows: int, width: int, bias: bool
-) -> Iterator[Entry]:
+) -> Iterator[MegatronTensor]:
     for part, size, which in parts:
-        yield Entry(f"{canonical}.{part}.weight", (size, width), (f"{name}.weight",), (rows, width), which)
+        yield MegatronTensor(f"{canonical}.{part}.weight", (size, width), (f"{name}.weight",), (rows, width), which)
         if bias:
-            yield Entry(f"{canonical}.{part}.bias", (size,), (f"{name}.bias",), (rows,), which)
+            yield MegatronTensor(f"{canonical}.{part}.bias", (size,), (f"{name}.bias",), (rows,), which)
 
 
-def _row(canonical: str, name: str, rows: int, width: int, bias: bool) -> Iterator[Entry]:
+def _row(canonical: str, name: str, rows: int, width: int, bias: bool) -> Iterator[MegatronTensor]:
     yield _plain(f"{canonical}.weight", (f"{name}.weight",), (rows, width))
     if bias:
         yield _plain(f"{canonical}.bias", (f"{name}.bias",), (rows,))

@@ -17,18 +17,18 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from engine.checkpoint.format import MODEL
-from engine.checkpoint.load import Source
+from engine.checkpoint.load import TensorSource
 from engine.checkpoint.tensorfile import DTYPE_NAMES
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
 from engine.interop.megatron.folder import open_stored, require_same
-from engine.interop.megatron.names import Entry, Rows, model_facts, table
+from engine.interop.megatron.names import MegatronTensor, Rows, model_facts, table
 from engine.interop.megatron.sheets import Sheet
 from engine.interop.megatron.symbolic import shown
 
 
 @dataclass(frozen=True)
-class Located:
+class SheetTensor:
     """A canonical tensor: its shape, the name of its dtype, and the rows of a sheet that it is."""
 
     shape: tuple[int, ...]
@@ -37,13 +37,13 @@ class Located:
     rows: Rows
 
 
-class MegatronSource(Source[Located]):
+class MegatronSource(TensorSource[SheetTensor]):
     """The source that one of Megatron's checkpoints is. `cfg`: its model; `step`: its iteration.
 
     Of the model only: optimizer state is not imported.
     """
 
-    def __init__(self, folder: Path, cfg: ModelConfig, step: int, tensors: dict[str, Located]):
+    def __init__(self, folder: Path, cfg: ModelConfig, step: int, tensors: dict[str, SheetTensor]):
         super().__init__(folder, {MODEL: tensors})
         self.cfg, self.step = cfg, step
 
@@ -57,7 +57,9 @@ class MegatronSource(Source[Located]):
         for tensor in list(stored.values())[part::parts]:
             tensor.archive.checked(tensor.record)
 
-    def _works(self, name: str, entry: Located, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+    def _works(
+        self, name: str, entry: SheetTensor, offset: tuple[int, ...], out: Tensor
+    ) -> Iterator[Callable[[], None]]:
         rows, done = entry.rows, 0
         while done < out.shape[0]:
             run, inside = divmod(offset[0] + done, rows.each)
@@ -100,7 +102,7 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
     tensors = {}
     for entry in table(model, padded):
         sheet = _take(sheets, entry, where)
-        tensors[entry.canonical] = Located(entry.shape, DTYPE_NAMES[sheet.dtype], sheet, entry.rows)
+        tensors[entry.canonical] = SheetTensor(entry.shape, DTYPE_NAMES[sheet.dtype], sheet, entry.rows)
     used = {id(tensor.sheet) for tensor in tensors.values()}
     if unknown := [name for name, sheet in sheets.items() if id(sheet) not in used]:
         listed = ", ".join(shown(name) for name in unknown[:5]) + (" ..." if len(unknown) > 5 else "")
@@ -108,7 +110,7 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
     return MegatronSource(stored.folder, model, stored.iteration, tensors)
 
 
-def _take(sheets: dict[str, Sheet], entry: Entry, where: str) -> Sheet:
+def _take(sheets: dict[str, Sheet], entry: MegatronTensor, where: str) -> Sheet:
     """The sheet that an entry of the table is rows of. Raises CheckpointError."""
     have = [sheets[name] for name in entry.names if name in sheets]
     if len(have) != 1:

@@ -113,7 +113,7 @@ MUTATIONS = [
     Mutation(
         "residual_gradient_dropped",
         "the gradient that reaches the sum beside the norm is lost: the embedding hears the MLPs only",
-        "engine.ops.norm:_Own.backward",
+        "engine.ops.norm:_CustomNorm.backward",
         "grad_sum, grad = grads if ctx.summed else (None, grads[0])",
         "grad_sum, grad = (None, grads[-1])",
         ("test_a_norm_after_a_sum_is_the_two_in_turn",),
@@ -122,7 +122,7 @@ MUTATIONS = [
     Mutation(
         "norm_offset_ignored_in_the_backward",
         "Gemma's 1 + weight is weight where our kernel computes the gradient",
-        "engine.ops.norm:_Own.backward",
+        "engine.ops.norm:_CustomNorm.backward",
         "ops.rms_norm_backward(grad, grad_sum, x, weight, kept, ctx.offset)",
         "ops.rms_norm_backward(grad, grad_sum, x, weight, kept, 0.0)",
         ("test_kernels_equal_the_float64_reference",),

@@ -134,25 +134,35 @@ def without_digest(data: bytes, path: Path, storage: Storage = DISK) -> Any:
     kind = first[1].decode() if first else ""
     if data.startswith(SEALED) or (kind == SIGNED and storage.digest_name != SIGNED):
         what = "encrypted" if data.startswith(SEALED) else "signed"
-        raise SecretError(f"{path}: is {what}: give its secret (--checkpoint.secret in training, --secret elsewhere)")
+        raise SecretError(
+            "checkpoint.secret-needed",
+            f"{path}: is {what}: give its secret (--checkpoint.secret in training, --secret elsewhere)",
+        )
     if first and kind == storage.digest_name:
         wanted, rest = first[2].decode(), data[first.end() :]
         if not hmac.compare_digest(found := storage.digest(rest), wanted):
             if kind == SIGNED:
-                raise WrongSecretError(f"{path}: its signature is not of this secret: another one, or it was changed")
+                raise WrongSecretError(
+                    "checkpoint.wrong-secret",
+                    f"{path}: its signature is not of this secret: another one, or it was changed",
+                )
             raise CheckpointError(
-                f"{path}: damaged manifest, or edited: its digest is {found}, it says {wanted}; take another checkpoint"
+                "checkpoint.manifest-digest-differs",
+                f"{path}: damaged manifest, or edited: its digest is {found}, it says {wanted}; "
+                "take another checkpoint",
             )
     raw = json.loads(data)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and not 1 <= version <= SCHEMA:
         raise CheckpointError(
-            f"{path}: schema version {version}, this engine reads 1 to {SCHEMA}: use the engine version that wrote it"
+            "checkpoint.schema-unknown",
+            f"{path}: schema version {version}, this engine reads 1 to {SCHEMA}: use the engine version that wrote it",
         )
     if storage.digest_name == SIGNED and kind != SIGNED:
         raise SecretError(
+            "checkpoint.not-signed",
             f"{path}: is not signed, so anybody may have written it. If you trust it, leave the secret out, or start "
-            "from its weights by --checkpoint.init"
+            "from its weights by --checkpoint.init",
         )
     if not first and (version != 1 or "xxh3_128" in raw):
         raise ValueError("it does not begin with its digest")
@@ -173,23 +183,32 @@ def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
         manifest = Manifest.model_validate(raw)
         _check_entries(manifest)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {MANIFEST}, so this is not a complete checkpoint") from None
+        raise CheckpointError(
+            "checkpoint.incomplete", f"{folder}: no {MANIFEST}, so this is not a complete checkpoint"
+        ) from None
     except (OSError, ValueError, RecursionError, ValidationError) as error:
-        raise CheckpointError(f"{path}: damaged manifest ({error}); take another checkpoint") from None
+        raise CheckpointError(
+            "checkpoint.manifest-damaged", f"{path}: damaged manifest ({error}); take another checkpoint"
+        ) from None
     named = _STEP_DIR.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
         raise CheckpointError(
-            f"{path}: is of step {manifest.step}, but its folder is named {folder.name}; give the folder back its name"
+            "checkpoint.folder-of-another-step",
+            f"{path}: is of step {manifest.step}, but its folder is named {folder.name}; give the folder back its name",
         )
     for name, entry in manifest.files.items():
         if not _FILE_NAME.fullmatch(name) or name in (".", ".."):
-            raise CheckpointError(f"{path}: {name!r} is not a plain file name; the manifest was tampered with")
+            raise CheckpointError(
+                "checkpoint.file-name-not-plain",
+                f"{path}: {name!r} is not a plain file name; the manifest was tampered with",
+            )
         status = storage.stat(folder / name)
         if status is None or status.kind != "file" or status.size != entry.size:
             found = "missing" if status is None else f"{status.size} bytes long"
             found = found if status is None or status.kind == "file" else "not a regular file"
             raise CheckpointError(
-                f"{folder / name}: {found}, the manifest says {entry.size} bytes; take another checkpoint"
+                "checkpoint.file-size-differs",
+                f"{folder / name}: {found}, the manifest says {entry.size} bytes; take another checkpoint",
             )
     return manifest
 
@@ -242,7 +261,9 @@ def damages(folder: Path, manifest: Manifest, storage: Storage = DISK, *, fresh:
 def prove_all(folder: Path, manifest: Manifest, storage: Storage = DISK) -> None:
     """Read everything. Raises CheckpointError with all `damages`."""
     if found := list(damages(folder, manifest, storage)):
-        raise CheckpointError(f"{folder}: {len(found)} faults:\n" + "\n".join(f"  - {fault}" for fault in found))
+        raise CheckpointError(
+            "checkpoint.damaged", f"{folder}: {len(found)} faults:\n" + "\n".join(f"  - {fault}" for fault in found)
+        )
 
 
 def file_damages(file: Path, manifest: Manifest, storage: Storage = DISK, *, fresh: bool = False) -> Iterator[str]:
@@ -304,12 +325,14 @@ def prove(
         if error.errno in OF_THE_PROCESS:
             raise
         raise CheckpointError(
-            f"{opened.file}: {part.key}: {error.strerror or error}; take another checkpoint"
+            "checkpoint.file-unreadable",
+            f"{opened.file}: {part.key}: {error.strerror or error}; take another checkpoint",
         ) from None
     if part.digests and found != part.digests[block]:
         raise CheckpointError(
+            "checkpoint.digest-differs",
             f"{opened.file}: damaged: digest {found} of {part.key} rows {first}..{last - 1}, "
-            f"the manifest says {part.digests[block]}; take another checkpoint"
+            f"the manifest says {part.digests[block]}; take another checkpoint",
         )
     return into
 
@@ -340,7 +363,7 @@ def newest(root: Path, storage: Storage = DISK, before: int | None = None) -> in
             continue
         try:
             if (there := storage.stat(step_dir(root, step))) is not None and there.kind != "folder":
-                raise CheckpointError(f"{step_dir(root, step)}: is a link, or no folder")
+                raise CheckpointError("checkpoint.not-a-folder", f"{step_dir(root, step)}: is a link, or no folder")
             read_manifest(step_dir(root, step), storage)
             return step
         except WrongSecretError as error:
@@ -372,4 +395,6 @@ def find(path: Path, storage: Storage = DISK) -> Path:
     for root in (path / "checkpoints", path):
         if (step := newest(root, storage)) is not None:
             return step_dir(root, step)
-    raise CheckpointError(f"{path}: no complete checkpoint here; give a run folder or a step_... folder")
+    raise CheckpointError(
+        "checkpoint.not-found", f"{path}: no complete checkpoint here; give a run folder or a step_... folder"
+    )

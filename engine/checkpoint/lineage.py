@@ -182,7 +182,11 @@ def refuse(folder: Path, manifest: Manifest, found: Differences, cfg: Config) ->
     known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE, *_SKIPS}
     faults = [
         Fault(
-            "", "checkpoint.allow", word, "is no field that resuming compares", f"Did you mean {_nearest(word, known)}?"
+            "checkpoint.allow-unknown-field",
+            "checkpoint.allow",
+            word,
+            "is no field that resuming compares",
+            f"Did you mean {_nearest(word, known)}?",
         )
         for word in allowed
         if word not in known
@@ -194,12 +198,13 @@ def refuse(folder: Path, manifest: Manifest, found: Differences, cfg: Config) ->
         fields = list(dict.fromkeys(map(field_of, refused)))
         what = {_RATE: "had another learning rate", "data.order": "was read in another sample order"}
         raise CheckpointError(
+            "checkpoint.of-another-run",
             f"{folder} {what.get(' '.join(fields), 'belongs to another run')}:\n"
             + "\n".join(f"  - {name}: checkpoint {_shown(a)}, now {_shown(b)}" for name, (a, b) in refused.items())
             + (_ORDER_CHANGED.format(engine=manifest.versions.get("engine")) if "data.order" in refused else "")
             + "\nUse the old values, or another --run.dir for a new run."
             + (_same_curve(manifest, cfg) if _RATE in fields else "")
-            + f' If the change is meant, allow these very fields: --checkpoint.allow "{" ".join(fields)}"'
+            + f' If the change is meant, allow these very fields: --checkpoint.allow "{" ".join(fields)}"',
         )
     return found
 

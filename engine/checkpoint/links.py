@@ -23,6 +23,7 @@ def refuse_links(run_dir: Path) -> None:
     for path in inside:
         if path.is_symlink():
             raise CheckpointError(
+                "checkpoint.link",
                 f"{path}: is a link, and none is followed inside a run folder: put what it leads to in its place, or "
-                "remove it (the run folder itself may be a link)"
+                "remove it (the run folder itself may be a link)",
             )

@@ -120,15 +120,18 @@ class TensorSource(ABC, Generic[E]):
         entry, shape = self._entry(kind, name), tuple(out.shape)
         if len(shape) != len(entry.shape) or any(o + n > size for o, n, size in zip(offset, shape, entry.shape)):
             raise CheckpointError(
+                "checkpoint.shape-differs",
                 f"{self.folder}: {name} has shape {list(entry.shape)}, but rows {offset}+{shape} are wanted; "
-                "it is of another model"
+                "it is of another model",
             )
         yield from self._works(f"{kind} {name}", entry, offset, out)
 
     def _entry(self, kind: str, name: str) -> E:
         entry = self.entries.get(kind, {}).get(name)
         if entry is None:
-            raise CheckpointError(f"{self.folder}: holds no {kind} tensor {name}; it is of another model")
+            raise CheckpointError(
+                "checkpoint.tensor-missing", f"{self.folder}: holds no {kind} tensor {name}; it is of another model"
+            )
         return entry
 
     def _meeting(
@@ -142,7 +145,10 @@ class TensorSource(ABC, Generic[E]):
         found = [(part, low, high) for part, low, high in found if all(a < b for a, b in zip(low, high))]
         covered = sum(math.prod(b - a for a, b in zip(low, high)) for _, low, high in found)
         if covered != math.prod(shape) or _overlap([(low, high) for _, low, high in found]):
-            raise CheckpointError(f"{self.folder}: {name}: {covered} of {math.prod(shape)} values are there; damaged")
+            raise CheckpointError(
+                "checkpoint.values-missing",
+                f"{self.folder}: {name}: {covered} of {math.prod(shape)} values are there; damaged",
+            )
         return found
 
 
@@ -157,8 +163,9 @@ class Reader(TensorSource[TensorEntry]):
         self.manifest: Manifest = read_manifest(folder, storage)
         if others := strangers(folder, self.manifest, storage):
             raise CheckpointError(
+                "checkpoint.unexpected-files",
                 f"{folder / others[0]}: does not belong to this checkpoint (of {len(others)} such files the first); "
-                "move it away, or take another checkpoint"
+                "move it away, or take another checkpoint",
             )
         super().__init__(folder, self.manifest.tensors)
         self._open: dict[str, TensorFile] = {}
@@ -214,24 +221,30 @@ class Reader(TensorSource[TensorEntry]):
         if file.entries.get(part.key, ())[:2] != (dtype, part.shape):
             have = file.entries.get(part.key)
             raise CheckpointError(
+                "checkpoint.tensor-not-as-listed",
                 f"{path}: {part.key} has {f'shape {list(have[1])} {have[0]}' if have else 'no bytes here'}, "
-                f"not {list(part.shape)} {dtype}; take another checkpoint"
+                f"not {list(part.shape)} {dtype}; take another checkpoint",
             )
         return file
 
     def _opened(self, path: Path, part: FileSlice) -> TensorFile:
         listed = self.manifest.files.get(part.file)
         if listed is None:
-            raise CheckpointError(f"{self.folder}: {part.key} lies in {part.file}, which the manifest does not list")
+            raise CheckpointError(
+                "checkpoint.file-not-listed",
+                f"{self.folder}: {part.key} lies in {part.file}, which the manifest does not list",
+            )
         if self.manifest.schema_version == 1:
             for damage in file_damages(path, self.manifest, self._storage):
-                raise CheckpointError(f"{damage}; take another checkpoint")
+                raise CheckpointError("checkpoint.digest-differs", f"{damage}; take another checkpoint")
         try:
             return TensorFile(path, self._storage, header=listed.header)
         except OSError as error:
             if error.errno in OF_THE_PROCESS:  # no reason to fall back on an older checkpoint
                 raise
-            raise CheckpointError(f"{path}: {error.strerror or error}; take another checkpoint") from None
+            raise CheckpointError(
+                "checkpoint.file-unreadable", f"{path}: {error.strerror or error}; take another checkpoint"
+            ) from None
 
 
 def _common(offset: tuple[int, ...], shape: tuple[int, ...], part: Rectangle) -> tuple[list[int], list[int]]:
@@ -302,6 +315,7 @@ def _refuse_another_shape(reader: TensorSource[Any], held: Held, piece: Piece) -
     have = piece.global_shape if entry is None else entry.shape  # that it is missing is told when it is read
     if have != piece.global_shape:
         raise CheckpointError(
+            "checkpoint.shape-differs",
             f"{reader.folder}: {piece.name} has shape {list(have)}, the model wants "
-            f"{list(piece.global_shape)}; it is of another model"
+            f"{list(piece.global_shape)}; it is of another model",
         )

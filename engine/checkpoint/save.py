@@ -204,7 +204,11 @@ class Saver:
                 remove_tree(self._storage, save.temporary)
         if own is not None:
             raise own
-        raise next(CheckpointError(f"rank {rank}: {text}") for rank, (text, _) in enumerate(reports) if text)
+        raise next(
+            CheckpointError("checkpoint.save-failed-on-a-rank", f"rank {rank}: {text}")
+            for rank, (text, _) in enumerate(reports)
+            if text
+        )
 
     # -- in the thread -------------------------------------------------------------------------------------------------
 
@@ -246,8 +250,9 @@ class Saver:
         alone = manifest_of([part], self.ctx.layout, 0, _NO_FACTS, self._block_bytes)
         for damage in file_damages(file, alone, self._storage, fresh=True):
             raise CheckpointError(
+                "checkpoint.reads-back-differently",
                 f"checkpoint not saved: what was written reads back differently: {damage}; the disk or the memory of "
-                "this machine is faulty; earlier checkpoints are untouched"
+                "this machine is faulty; earlier checkpoints are untouched",
             )
 
     def _commit(self, save: _Save, parts: list[dict[str, Any]]) -> list[str]:
@@ -274,9 +279,10 @@ class Saver:
             there = next(p for p in at.parents if self._storage.stat(p) is not None)
             free = f"{self._storage.free_bytes(there):,}"
         return CheckpointError(
+            "checkpoint.write-failed",
             f"checkpoint not saved: {fault.filename or at}: {fault.strerror or fault}; {wanted:,} bytes wanted here, "
             f"{free} bytes free; earlier checkpoints are untouched, make room or choose another --run.dir and start "
-            "the same command again"
+            "the same command again",
         )
 
 
@@ -296,13 +302,15 @@ def check_room(root: Path, states: Iterable[Held], ctx: ParallelContext, storage
             free = storage.free_bytes(root)
         except OSError as fault:
             raise CheckpointError(
+                "checkpoint.folder-not-writable",
                 f"{fault.filename or root}: {fault.strerror}: no checkpoint could be saved here. Make {root} writable, "
-                "or choose another --run.dir"
+                "or choose another --run.dir",
             ) from None
         if free < needed:
             raise CheckpointError(
+                "checkpoint.disk-too-small",
                 f"{root}: a checkpoint of this run takes {needed:,} bytes, {free:,} are free: none could be saved. "
-                "Make room, or choose another --run.dir"
+                "Make room, or choose another --run.dir",
             )
 
     on_first_rank(look, ctx.world, ctx.device)

@@ -69,8 +69,9 @@ class Seal:
     def __post_init__(self) -> None:
         if len(self.secret) < MIN_SECRET_BYTES:
             raise CheckpointError(
+                "checkpoint.secret-too-short",
                 f"the secret has {len(self.secret)} bytes, at least {MIN_SECRET_BYTES} are needed: make one with "
-                f"`head -c 32 /dev/urandom > FILE` and `chmod 600 FILE`"
+                f"`head -c 32 /dev/urandom > FILE` and `chmod 600 FILE`",
             )
 
     @cached_property
@@ -112,7 +113,7 @@ class Cipher:
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         except ImportError:
             text = "encrypted checkpoints need the package cryptography: pip install 'trident-engine[secure]'"
-            raise CheckpointError(text) from None
+            raise CheckpointError("checkpoint.cryptography-missing", text) from None
         return AESGCM(self.key)
 
     def close_chunk(self, number: int, content: bytes | bytearray | memoryview) -> bytes:
@@ -128,8 +129,9 @@ class Cipher:
             return aes.decrypt(number.to_bytes(12, "little"), raw, self.head)
         except InvalidTag:
             raise WrongSecretError(
+                "checkpoint.sealed-chunk-not-opened",
                 f"{self.file}: bytes {number * CHUNK_BYTES} and on cannot be opened: the file was changed or damaged, "
-                f"or the secret is another one"
+                f"or the secret is another one",
             ) from None
 
 
@@ -178,8 +180,9 @@ class _SealedFile:
         self._inner, self._cipher, self.size = inner, cipher, cipher.content_bytes
         if inner.size != sealed_bytes(self.size):
             raise CheckpointError(
+                "checkpoint.sealed-size-differs",
                 f"{cipher.file}: has {inner.size} bytes, its head promises {sealed_bytes(self.size)}; it was cut, "
-                "extended or damaged"
+                "extended or damaged",
             )
 
     def read_into(self, offset: int, into: memoryview, seen: Callable[[memoryview], None] = unseen) -> None:

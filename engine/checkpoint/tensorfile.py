@@ -214,4 +214,6 @@ class TensorFile:
             raise ValueError(f"tensors end at byte {start + at}, the file has {size}")
 
     def _damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: damaged: {why}; take another checkpoint")
+        return CheckpointError(
+            "checkpoint.tensor-file-damaged", f"{self.file}: damaged: {why}; take another checkpoint"
+        )

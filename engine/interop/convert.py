@@ -75,7 +75,17 @@ def open_foreign(
     if is_megatron(path):
         if ignore_keys:
             relation = f"is a key of config.json, and {path} is a checkpoint of Megatron-LM"
-            raise ConfigError([Fault("", "--ignore-key", ignore_keys[0], relation, "Leave it out.")])
+            raise ConfigError(
+                [
+                    Fault(
+                        "interop.ignore-key-without-config-json",
+                        "--ignore-key",
+                        ignore_keys[0],
+                        relation,
+                        "Leave it out.",
+                    )
+                ]
+            )
         return open_megatron(path, vocab_size)
     return HfReader(path, max_seq_len, ignore_keys)
 
@@ -111,7 +121,7 @@ def import_folder(
     ConfigError or CheckpointError for whatever the engine does not have.
     """
     if (out / "checkpoints").exists():
-        raise CheckpointError(f"{out}: holds checkpoints already; choose another folder")
+        raise CheckpointError("interop.run-has-checkpoints", f"{out}: holds checkpoints already; choose another folder")
     with open_foreign(folder, max_seq_len, vocab_size, ignore_keys) as reader:
         reader.verify()
         notes, architecture = _copy_tokenizer(folder, out / "tokenizer"), "megatron"
@@ -229,7 +239,7 @@ def export(
     Raises CheckpointError when `out` is there already, or no family is this model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: is there already; choose another folder")
+        raise CheckpointError("interop.output-exists", f"{out}: is there already; choose another folder")
     beside = folder.parent.parent / BESIDE
     with Reader(folder, storage) as reader:
         cfg = ModelConfig.model_validate(reader.manifest.config["model"])
@@ -291,7 +301,7 @@ def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if narrower and bool(result.isinf().any()) and bool((result.isinf() & tensor.isfinite()).any()):
         most, kind = float(tensor[tensor.isfinite()].abs().max()), str(dtype).removeprefix("torch.")
         text = f"holds {most:.4g}, and {kind} ends at {torch.finfo(dtype).max:.4g}: it would become infinite"
-        raise CheckpointError(f"{name}: {text}. Export with --dtype bf16 or fp32")
+        raise CheckpointError("interop.value-out-of-range", f"{name}: {text}. Export with --dtype bf16 or fp32")
     return result
 
 

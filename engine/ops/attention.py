@@ -114,7 +114,9 @@ def choose(wanted: str, case: Case) -> str:
     if wanted == "auto":
         return best
     if why := refusal(wanted, case, absent):
-        raise ConfigError([Fault("", "train.attention", wanted, why, f"Use auto, which is {best} here.")])
+        raise ConfigError(
+            [Fault("ops.attention-not-available", "train.attention", wanted, why, f"Use auto, which is {best} here.")]
+        )
     return wanted
 
 

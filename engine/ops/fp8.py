@@ -104,4 +104,4 @@ def check_device(cfg: Config, device: torch.device) -> None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         relation = f"needs a GPU of compute capability 8.9 (Ada, Hopper), this one has {capability[0]}.{capability[1]}"
-        raise ConfigError([Fault("", "train.fp8", cfg.train.fp8, relation, "Use none.")])
+        raise ConfigError([Fault("ops.fp8-not-available", "train.fp8", cfg.train.fp8, relation, "Use none.")])

@@ -48,7 +48,10 @@ def content(folder: Path, name: str) -> bytes:
     """The bytes of a file that is copied as it is. CheckpointError for a link out of its folder."""
     if not is_inside(folder, name):
         path = folder / name
-        raise CheckpointError(f"{path}: is a link to {path.resolve()} and not copied; put the file into the folder")
+        raise CheckpointError(
+            "interop.companion-is-a-link",
+            f"{path}: is a link to {path.resolve()} and not copied; put the file into the folder",
+        )
     return (folder / name).read_bytes()
 
 

@@ -50,13 +50,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_regular(path, _MOST_BYTES))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        raise CheckpointError("interop.json-missing", f"{path}: no such file") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointError("interop.json-unreadable", f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({cut(str(error))})") from None
+        raise CheckpointError("interop.json-malformed", f"{path}: cannot be read as JSON ({cut(str(error))})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
+        raise CheckpointError("interop.json-not-an-object", f"{path}: is not a JSON object")
     return value
 
 
@@ -67,15 +67,7 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     ignore: keys that are read as if they were not there (sliding_window: as null), because whoever asks knows better.
     """
     raw = _without(read_json(path), ignore, path)
-    family = FAMILIES.get(str(raw.get("model_type")))
-    known = f"The engine knows {', '.join(f.architecture for f in FAMILIES.values())}."
-    if family is None:
-        raise ConfigError(
-            [Fault("", f"{path}: model_type", raw.get("model_type"), "is no family of the engine", known)]
-        )
-    named = raw.get("architectures")
-    if named is not None and named != [family.architecture]:
-        raise ConfigError([Fault("", f"{path}: architectures", named, f"is not {family.architecture}", known)])
+    family = _family(raw, path)
     facts: Facts = dict(family.facts)
     wrong = list(_resolve_aliases(raw, family))
     for key, entry in family.fields.items():
@@ -92,7 +84,10 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
         facts.setdefault("rope_original_seq_len", facts.get("max_seq_len", 0))
     facts["max_seq_len"] = max_seq_len or facts.get("max_seq_len", 0)
     wrong += rope_wrong + list(_wrong_keys(raw, family, facts["max_seq_len"]))
-    faults = [Fault("", f"{path}: {key}", raw.get(key), text, _repair(key, family)) for key, text in wrong]
+    faults = [
+        Fault("interop.key-not-supported", f"{path}: {key}", raw.get(key), text, _repair(key, family))
+        for key, text in wrong
+    ]
     faults += _window_faults(raw, family, facts, path)
     if faults:
         raise ConfigError(faults)
@@ -105,10 +100,24 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     return Described(family, facts, tuple(notes), extras(raw, family))
 
 
+def _family(raw: dict[str, Any], path: Path) -> Family:
+    family = FAMILIES.get(str(raw.get("model_type")))
+    known = f"The engine knows {', '.join(f.architecture for f in FAMILIES.values())}."
+    if family is None:
+        what, kind = f"{path}: model_type", raw.get("model_type")
+        raise ConfigError([Fault("interop.model-type-unknown", what, kind, "is no family of the engine", known)])
+    named = raw.get("architectures")
+    if named is not None and named != [family.architecture]:
+        what, relation = f"{path}: architectures", f"is not {family.architecture}"
+        raise ConfigError([Fault("interop.architecture-unknown", what, named, relation, known)])
+    return family
+
+
 def _without(raw: dict[str, Any], ignore: Sequence[str], path: Path) -> dict[str, Any]:
-    known = "It ignores keys of config.json."
-    if odd := [Fault("", "--ignore-key", key, f"is no key of {path}", known) for key in ignore if key not in raw]:
-        raise ConfigError(odd)
+    relation, repair = f"is no key of {path}", "It ignores keys of config.json."
+    odd = [key for key in ignore if key not in raw]
+    if odd:
+        raise ConfigError([Fault("interop.ignore-key-unknown", "--ignore-key", key, relation, repair) for key in odd])
     return {key: value for key, value in raw.items() if key not in ignore} | (
         {"sliding_window": None} if "sliding_window" in ignore else {}
     )
@@ -274,7 +283,7 @@ def _window_faults(raw: Mapping[str, Any], family: Family, facts: Facts, path: P
     relation = f"is below the context of {longest}, and the engine attends to all of it"
     repair = f"For sequences of at most {window} tokens the model is the same: take it with max_seq_len {window}."
     repair += " Should it change nothing here: engine import --ignore-key sliding_window"
-    return [Fault("", f"{path}: sliding_window", window, relation, repair)]
+    return [Fault("interop.window-not-supported", f"{path}: sliding_window", window, relation, repair)]
 
 
 def _whole(value: Any) -> bool:
@@ -312,8 +321,9 @@ def write_config(facts: Facts, defaults: Facts, prefer: Sequence[str] = ()) -> t
     differing, family = min(lacking, key=lambda pair: len(pair[0]))
     values = ", ".join(f"model.{name} = {facts[name]!r}" for name in differing)
     raise CheckpointError(
+        "interop.no-architecture-fits",
         f"no Hugging Face architecture that the engine knows is this model; {family.architecture} comes nearest, but "
-        f"has no {values}. A model that is to be exported starts from a preset or from a Hugging Face folder."
+        f"has no {values}. A model that is to be exported starts from a preset or from a Hugging Face folder.",
     )
 
 
@@ -373,10 +383,13 @@ def facts_of(path: Path, max_seq_len: int | None = None) -> tuple[Facts, str]:
             with manifest.open("rb") as file:
                 if file.read(len(SEALED)) == SEALED:
                     raise CheckpointError(
+                        "interop.model-encrypted",
                         f"{manifest}: is encrypted, and what model it is must be known before the secret is read: "
-                        "`engine export CHECKPOINT FOLDER --secret ...`, and start from that folder"
+                        "`engine export CHECKPOINT FOLDER --secret ...`, and start from that folder",
                     )
             model = (read_json(manifest).get("config") or {}).get("model")
             if isinstance(model, dict):
                 return {name: value for name, value in model.items() if name != "preset"}, str(manifest)
-    raise CheckpointError(f"{path}: neither a Hugging Face folder (config.json) nor a checkpoint is here")
+    raise CheckpointError(
+        "interop.no-model-here", f"{path}: neither a Hugging Face folder (config.json) nor a checkpoint is here"
+    )

@@ -157,21 +157,30 @@ class HfReader(TensorSource[HfTensor]):
         elif (self.folder / INDEX).exists():
             listed = read_json(self.folder / INDEX).get("weight_map") or {}
             if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
-                raise CheckpointError(f"{self.folder / INDEX}: has no weight_map of names and files; damaged")
+                raise CheckpointError(
+                    "interop.index-malformed", f"{self.folder / INDEX}: has no weight_map of names and files; damaged"
+                )
             names = sorted(set(listed.values()))
         else:
-            raise CheckpointError(self._no_weights())
+            raise CheckpointError("interop.no-weights", self._no_weights())
         found: dict[str, str] = {}
         for name in names:
             if not _PLAIN.fullmatch(name):
-                raise CheckpointError(f"{self.folder / INDEX}: {name!r} is not the plain name of a safetensors file")
+                raise CheckpointError(
+                    "interop.shard-name-not-plain",
+                    f"{self.folder / INDEX}: {name!r} is not the plain name of a safetensors file",
+                )
             if not (self.folder / name).exists():
                 text = "which is not here: a shard is missing, or the index is a stale one of another save"
-                raise CheckpointError(f"{self.folder / INDEX}: names {name}, {text}; get the files again")
+                raise CheckpointError(
+                    "interop.shard-missing", f"{self.folder / INDEX}: names {name}, {text}; get the files again"
+                )
             for key in self._keys(name):
                 if key in found:
                     text = f"{key} is in {found[key]} and in {name}; the folder is a mixture of two saves"
-                    raise CheckpointError(f"{self.folder}: {text}. Remove the files of one of them")
+                    raise CheckpointError(
+                        "interop.tensor-twice", f"{self.folder}: {text}. Remove the files of one of them"
+                    )
                 found[key] = name
         self._compare_with_index(found, listed)
         others = {p.name for p in self.folder.glob("*.safetensors")} - set(names)
@@ -185,7 +194,9 @@ class HfReader(TensorSource[HfTensor]):
         try:
             return list(self._file(name).keys())
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / name}: {error}; get the file again") from None
+            raise CheckpointError(
+                "interop.shard-unreadable", f"{self.folder / name}: {error}; get the file again"
+            ) from None
 
     def _compare_with_index(self, found: Mapping[str, str], listed: Mapping[str, str]) -> None:
         """Take from a stale index what transformers takes too, with a note; refuse it where a tensor is missing."""
@@ -195,7 +206,10 @@ class HfReader(TensorSource[HfTensor]):
             text = (
                 f"{missing[0]} is not in {listed[missing[0]]}, where the index says it is, nor in another of its files"
             )
-            raise CheckpointError(f"{self.folder / INDEX}: {text}; a stale index of another save? Get the files again")
+            raise CheckpointError(
+                "interop.index-stale",
+                f"{self.folder / INDEX}: {text}; a stale index of another save? Get the files again",
+            )
         moved = [key for key, file in listed.items() if found.get(key, file) != file]
         moved += [key for key in found if listed and key not in listed]
         if moved:
@@ -229,22 +243,26 @@ class HfReader(TensorSource[HfTensor]):
         if missing := [key for key in actual.values() if key not in files]:
             beside = (self.folder / SINGLE).exists() and (self.folder / INDEX).exists()
             where = f" (only {SINGLE} was read, not {INDEX})" if beside else ""
-            raise CheckpointError(f"{self.folder}: lacks {len(missing)} tensors of the model: {_some(missing)}{where}")
+            raise CheckpointError(
+                "interop.tensors-missing",
+                f"{self.folder}: lacks {len(missing)} tensors of the model: {_some(missing)}{where}",
+            )
         known = {*actual.values(), *([self.spare_head] if self.cfg.tie_embeddings else [])}
         extra = [key for key in files if key not in known and not key.endswith(family.buffers)]
         if extra:
             raise CheckpointError(
+                "interop.tensors-unknown",
                 f"{self.folder}: holds {len(extra)} tensors that {family.architecture} with this {CONFIG} does not "
-                f"have: {_some(extra)}; the engine refuses to leave them out"
+                f"have: {_some(extra)}; the engine refuses to leave them out",
             )
         for key, shape in theirs.items():
             have, dtype = self.headers[actual[key]]
             if have != shape:
                 text = f"{actual[key]} has shape {list(have)}, {CONFIG} says {list(shape)}"
-                raise CheckpointError(f"{self.folder / files[actual[key]]}: {text}")
+                raise CheckpointError("interop.shape-differs", f"{self.folder / files[actual[key]]}: {text}")
             if dtype not in DTYPES:
                 text = f"{actual[key]} is {dtype}; the engine reads {', '.join(DTYPES)}, no quantised weights"
-                raise CheckpointError(f"{self.folder / files[actual[key]]}: {text}")
+                raise CheckpointError("interop.dtype-not-read", f"{self.folder / files[actual[key]]}: {text}")
         located: dict[str, HfTensor] = {}
         for name, shape in tensor_shapes(self.cfg).items():
             key = actual[found[name][0].key]
@@ -262,7 +280,9 @@ class HfReader(TensorSource[HfTensor]):
         try:
             block: Tensor = self._file(part.file).get_slice(part.key)[part.within(within)]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / part.file}: {part.key}: {error}; get the file again") from None
+            raise CheckpointError(
+                "interop.shard-unreadable", f"{self.folder / part.file}: {part.key}: {error}; get the file again"
+            ) from None
         target.copy_(block.t() if part.transposed else block)
 
     def check_spare_head(self, rows: int = 4096) -> None:
@@ -279,9 +299,10 @@ class HfReader(TensorSource[HfTensor]):
             same = same and other.dtype == embedding.dtype and torch.equal(embedding, other)
         if not same:
             raise CheckpointError(
+                "interop.head-is-not-the-embedding",
                 f"{self.folder}: tie_word_embeddings is true, but {self.spare_head} is there and "
                 f"is not the embedding matrix, {hf_name('embed.weight', self.described.family)}; "
-                "if the model has a head of its own, config.json must say tie_word_embeddings false"
+                "if the model has a head of its own, config.json must say tie_word_embeddings false",
             )
 
 
@@ -323,7 +344,9 @@ def _generation_notes(path: Path, vocab_size: int) -> list[str]:
         try:
             ids = token_ids(facts.get(key))
         except ValueError as error:
-            raise CheckpointError(f"{path}: {key} {error}; correct it, or remove the file") from None
+            raise CheckpointError(
+                "interop.generation-config-malformed", f"{path}: {key} {error}; correct it, or remove the file"
+            ) from None
         if odd := [i for i in ids if i >= vocab_size]:
             notes.append(f"{path.name}: {key} {odd[0]} is outside of the vocabulary of {vocab_size}")
     return notes

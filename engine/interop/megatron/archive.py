@@ -49,11 +49,11 @@ def map_file(path: Path) -> memoryview:
     """A file's bytes, mapped read-only. Raises CheckpointError."""
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path}: is missing (or no regular file)")
+            raise CheckpointError("interop.megatron-file-missing", f"{path}: is missing (or no regular file)")
         with path.open("rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be mapped: {error}") from None
+        raise CheckpointError("interop.megatron-file-unreadable", f"{path}: cannot be mapped: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,15 @@ class Archive:
         """Read an archive's table of contents and description. Raises CheckpointError."""
         if bytes(data[:4]) != b"PK\x03\x04":
             raise CheckpointError(
-                f"{where}: is no zip archive as torch has written since 1.6; load and save it with a newer torch first"
+                "interop.megatron-archive-not-zip",
+                f"{where}: is no zip archive as torch has written since 1.6; load and save it with a newer torch first",
             )
         archive = cls(where, _records(data, where), None)
         if (order := archive.records.get("byteorder")) is not None and bytes(order.data[:8]) != b"little":
-            raise CheckpointError(f"{where}: byte order {shown(bytes(order.data[:8]))}; only little is read")
+            raise CheckpointError(
+                "interop.megatron-archive-byte-order",
+                f"{where}: byte order {shown(bytes(order.data[:8]))}; only little is read",
+            )
         archive.value = parse(archive.checked("data.pkl"), f"{where}: data.pkl")
         return archive
 
@@ -111,12 +115,16 @@ class Archive:
         """The bytes of a member, whose checksum is compared on first use."""
         record = self.records.get(name)
         if record is None:
-            raise CheckpointError(f"{self.where}: holds no {shown(name)}; it is damaged or not what it seems")
+            raise CheckpointError(
+                "interop.megatron-archive-member-missing",
+                f"{self.where}: holds no {shown(name)}; it is damaged or not what it seems",
+            )
         if name not in self._checked:
             if record.crc and (found := zlib.crc32(record.data)) != record.crc:
                 raise CheckpointError(
+                    "interop.megatron-archive-checksum-differs",
                     f"{self.where}: {name}: damaged: checksum {found:08x}, the archive says {record.crc:08x}; "
-                    "take another copy"
+                    "take another copy",
                 )
             self._checked.add(name)
         return record.data
@@ -127,22 +135,26 @@ class Archive:
         if is_call(value, "torch._utils _rebuild_parameter") and isinstance(value, Call) and value.args:
             value = value.args[0]
         if not isinstance(value, Call) or not is_call(value, "torch._utils _rebuild_tensor_v2"):
-            raise CheckpointError(f"{where}: is {shown(value)}, not a plain tensor")
+            raise CheckpointError("interop.megatron-not-a-tensor", f"{where}: is {shown(value)}, not a plain tensor")
         if len(value.args) < 4 or not isinstance(value.args[0], Persistent):
-            raise CheckpointError(f"{where}: a tensor without a storage")
+            raise CheckpointError("interop.megatron-not-a-tensor", f"{where}: a tensor without a storage")
         key, dtype = _storage(value.args[0].id, where)
         offset: object = value.args[1]
         shape, strides = sizes(value.args[2], where), sizes(value.args[3], where)
         if not is_count(offset) or len(shape) != len(strides):
-            raise CheckpointError(f"{where}: shape {list(shape)} with strides {list(strides)} at {shown(offset)}")
+            raise CheckpointError(
+                "interop.megatron-tensor-malformed",
+                f"{where}: shape {list(shape)} with strides {list(strides)} at {shown(offset)}",
+            )
         record = self.records.get(f"data/{key}")
         number = math.prod(shape)
         have = len(record.data) // dtype.itemsize if record else 0
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
         if record is None or number > have or (number and last >= have):
             raise CheckpointError(
+                "interop.megatron-tensor-outside-storage",
                 f"{where}: shape {list(shape)}, strides {list(strides)}, offset {offset} needs more than the {have} "
-                f"values of storage {key}; the file is damaged: take another copy"
+                f"values of storage {key}; the file is damaged: take another copy",
             )
         return StoredTensor(self, f"data/{key}", dtype, offset, shape, strides)
 
@@ -157,7 +169,7 @@ def sizes(value: object, where: str) -> tuple[int, ...]:
     if isinstance(value, Call) and is_call(value, "torch Size") and len(value.args) == 1:
         value = value.args[0]
     if not isinstance(value, tuple) or len(value) > MAX_DIMS or not all(is_count(x) for x in value):
-        raise CheckpointError(f"{where}: {shown(value)} is no shape")
+        raise CheckpointError("interop.megatron-shape-malformed", f"{where}: {shown(value)} is no shape")
     return value
 
 
@@ -168,8 +180,11 @@ def _storage(identity: object, where: str) -> tuple[str, torch.dtype]:
         plain = isinstance(key, str) and re.fullmatch(r"[0-9]{1,9}", key)
         if plain and isinstance(kind, Global) and kind.module == "torch" and kind.name in STORAGES:
             return key, STORAGES[kind.name]
-        raise CheckpointError(f"{where}: storage {shown(key)} of {shown(kind)} is not read; only {', '.join(STORAGES)}")
-    raise CheckpointError(f"{where}: {shown(identity)} is no storage")
+        raise CheckpointError(
+            "interop.megatron-storage-not-read",
+            f"{where}: storage {shown(key)} of {shown(kind)} is not read; only {', '.join(STORAGES)}",
+        )
+    raise CheckpointError("interop.megatron-storage-malformed", f"{where}: {shown(identity)} is no storage")
 
 
 class _Window(io.RawIOBase):
@@ -216,7 +231,10 @@ def _records(data: memoryview, where: str) -> dict[str, Record]:
         for member in members:
             root, _, name = member.filename.partition("/")
             if not name or name in found or root != members[0].filename.partition("/")[0]:
-                raise CheckpointError(f"{where}: member {shown(member.filename)} is out of place or there twice")
+                raise CheckpointError(
+                    "interop.megatron-archive-member-repeated",
+                    f"{where}: member {shown(member.filename)} is out of place or there twice",
+                )
             found[name] = Record(_member(data, member, end, where), member.CRC)
         return found
     except (
@@ -230,23 +248,35 @@ def _records(data: memoryview, where: str) -> dict[str, Record]:
         OverflowError,
         IndexError,
     ) as error:
-        raise CheckpointError(f"{where}: damaged archive ({shown(str(error))}); take another copy") from None
+        raise CheckpointError(
+            "interop.megatron-archive-damaged", f"{where}: damaged archive ({shown(str(error))}); take another copy"
+        ) from None
 
 
 def _member(data: memoryview, member: zipfile.ZipInfo, end: int, where: str) -> memoryview:
     """The bytes of a member: after its local header, which must agree with the table of contents, and before `end`."""
     at, name = member.header_offset, shown(member.filename)
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.compress_size != member.file_size:
-        raise CheckpointError(f"{where}: member {name} is compressed or encrypted; torch stores plain bytes")
+        raise CheckpointError(
+            "interop.megatron-archive-member-compressed",
+            f"{where}: member {name} is compressed or encrypted; torch stores plain bytes",
+        )
     if at < 0 or at + 30 > end:
-        raise CheckpointError(f"{where}: member {name} would begin at {at}, outside the archive")
+        raise CheckpointError(
+            "interop.megatron-archive-member-out-of-place",
+            f"{where}: member {name} would begin at {at}, outside the archive",
+        )
     magic, name_bytes, extra_bytes = struct.unpack("<4s22xHH", data[at : at + 30])
     begin = at + 30 + name_bytes + extra_bytes
     local = bytes(data[at + 30 : at + 30 + name_bytes])
     if magic != b"PK\x03\x04" or local != member.orig_filename.encode():
-        raise CheckpointError(f"{where}: member {name}: no such header at {at}; the archive is damaged")
+        raise CheckpointError(
+            "interop.megatron-archive-member-out-of-place",
+            f"{where}: member {name}: no such header at {at}; the archive is damaged",
+        )
     if begin + member.file_size > end:
         raise CheckpointError(
-            f"{where}: member {name} would reach to {begin + member.file_size}, over the end at {end}"
+            "interop.megatron-archive-member-out-of-place",
+            f"{where}: member {name} would reach to {begin + member.file_size}, over the end at {end}",
         )
     return data[begin : begin + member.file_size]

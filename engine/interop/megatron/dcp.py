@@ -47,9 +47,15 @@ class DcpFolder:
         state = self._state(root, f"{_NAMES} Metadata", "the metadata")
         entries, places = state.get("state_dict_metadata"), state.get("storage_data")
         if not isinstance(entries, dict) or not isinstance(places, dict):
-            raise CheckpointError(f"{self.where}: lists no tensors or no places; it is damaged or not what it seems")
+            raise CheckpointError(
+                "interop.megatron-metadata-empty",
+                f"{self.where}: lists no tensors or no places; it is damaged or not what it seems",
+            )
         if not all(isinstance(name, str) for name in entries):
-            raise CheckpointError(f"{self.where}: names a tensor by something that is no text; it is damaged")
+            raise CheckpointError(
+                "interop.megatron-tensor-name-malformed",
+                f"{self.where}: names a tensor by something that is no text; it is damaged",
+            )
         self._entries: dict[str, Any] = entries
         self._places = self._index(places)
         self._files: dict[str, memoryview] = {}
@@ -66,20 +72,31 @@ class DcpFolder:
         shape, chunks = sizes(state.get("size"), where), state.get("chunks")
         properties = state.get("properties")
         if not isinstance(properties, Call) or not isinstance(properties.state, tuple) or not isinstance(chunks, list):
-            raise CheckpointError(f"{where}: has no dtype or no chunks; the file is damaged")
+            raise CheckpointError(
+                "interop.megatron-entry-malformed", f"{where}: has no dtype or no chunks; the file is damaged"
+            )
         kind = properties.state[0] if properties.state else None
         if not isinstance(kind, Global) or kind.module != "torch" or kind.name not in _DTYPES:
-            raise CheckpointError(f"{where}: dtype {shown(kind)} is not read; only {', '.join(_DTYPES)}")
+            raise CheckpointError(
+                "interop.megatron-dtype-not-read",
+                f"{where}: dtype {shown(kind)} is not read; only {', '.join(_DTYPES)}",
+            )
         dtype = _DTYPES[kind.name]
         parts = []
         for chunk in chunks:
             facts = self._state(chunk, f"{_NAMES} ChunkStorageMetadata", shown(name))
             offset, size = sizes(facts.get("offsets"), where), sizes(facts.get("sizes"), where)
             if len(offset) != len(shape) or len(size) != len(shape):
-                raise CheckpointError(f"{where}: chunk {list(size)} at {list(offset)} of shape {list(shape)}; damaged")
+                raise CheckpointError(
+                    "interop.megatron-chunk-malformed",
+                    f"{where}: chunk {list(size)} at {list(offset)} of shape {list(shape)}; damaged",
+                )
             place = self._places.get((name, offset))
             if place is None:
-                raise CheckpointError(f"{where}: the chunk at {list(offset)} lies nowhere; the file is damaged")
+                raise CheckpointError(
+                    "interop.megatron-chunk-missing",
+                    f"{where}: the chunk at {list(offset)} lies nowhere; the file is damaged",
+                )
             parts.append(Part(offset, size, self._opener(name, place, size, dtype), (0,) * len(shape)))
         return Sheet(where, dtype, shape, tuple(parts))
 
@@ -95,14 +112,18 @@ class DcpFolder:
             data, end = self._files[place.file], place.offset + place.length
             where = f"{self.folder / place.file}: {shown(name)}, bytes {place.offset} to {end}"
             if end > len(data):
-                raise CheckpointError(f"{where}: the file has {len(data)} bytes; it is cut short: take another copy")
+                raise CheckpointError(
+                    "interop.megatron-file-cut-short",
+                    f"{where}: the file has {len(data)} bytes; it is cut short: take another copy",
+                )
             archive = Archive.open(data[place.offset : end], where)
             self._blobs[place] = archive.tensor(archive.value, "the chunk")
         found = self._blobs[place]
         if found.shape != shape or found.dtype != dtype:
             raise CheckpointError(
+                "interop.megatron-chunk-differs-from-metadata",
                 f"{self.folder / place.file}: {shown(name)}: a {found.dtype} of shape {list(found.shape)}, "
-                f"but {METADATA} says {dtype} of {list(shape)}; the files do not belong together"
+                f"but {METADATA} says {dtype} of {list(shape)}; the files do not belong together",
             )
         return found
 
@@ -114,24 +135,40 @@ class DcpFolder:
             info = self._state(place, "torch.distributed.checkpoint.filesystem _StorageInfo", "a place")
             name, where = key.get("fqn"), f"{self.where}: {shown(key.get('fqn'))}"
             if not isinstance(name, str):
-                raise CheckpointError(f"{where}: is no name; the file is damaged")
+                raise CheckpointError(
+                    "interop.megatron-tensor-name-malformed", f"{where}: is no name; the file is damaged"
+                )
             if key.get("offset") is None:
                 continue
             file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
             if not isinstance(file, str) or not _FILE.fullmatch(file):
-                raise CheckpointError(f"{where}: lies in {shown(file)}, which is no plain file name; tampered with")
+                raise CheckpointError(
+                    "interop.megatron-file-name-not-plain",
+                    f"{where}: lies in {shown(file)}, which is no plain file name; tampered with",
+                )
             if not is_count(offset) or not is_count(length):
-                raise CheckpointError(f"{where}: lies at {shown(offset)}, {shown(length)} bytes long; damaged")
+                raise CheckpointError(
+                    "interop.megatron-place-malformed",
+                    f"{where}: lies at {shown(offset)}, {shown(length)} bytes long; damaged",
+                )
             if info.get("transform_descriptors"):
-                raise CheckpointError(f"{where}: is compressed or encrypted; save it without an extension")
+                raise CheckpointError(
+                    "interop.megatron-chunk-compressed",
+                    f"{where}: is compressed or encrypted; save it without an extension",
+                )
             at = sizes(key["offset"], where)
             if (name, at) in found:
-                raise CheckpointError(f"{where}: the chunk at {list(at)} is listed twice; damaged")
+                raise CheckpointError(
+                    "interop.megatron-chunk-repeated", f"{where}: the chunk at {list(at)} is listed twice; damaged"
+                )
             found[name, at] = _Range(file, offset, length)
         return found
 
     def _state(self, value: object, name: str, what: str) -> dict[Any, Any]:
         """What was put into an object of class `name`. Raises CheckpointError for anything else."""
         if not isinstance(value, Call) or not is_call(value, name) or not isinstance(value.state, dict):
-            raise CheckpointError(f"{self.where}: {what} is {shown(value)}, not {name.split()[-1]}; damaged")
+            raise CheckpointError(
+                "interop.megatron-object-of-another-class",
+                f"{self.where}: {what} is {shown(value)}, not {name.split()[-1]}; damaged",
+            )
         return value.state

@@ -81,17 +81,23 @@ def open_stored(path: Path) -> Stored:
 def _folder(path: Path) -> Path:
     """The checkpoint's own folder: the path, or the one that the tracker file beside its iterations names."""
     if not path.is_dir():
-        raise CheckpointError(f"{path}: is no folder; give one that Megatron-LM saved")
+        raise CheckpointError("interop.megatron-not-a-folder", f"{path}: is no folder; give one that Megatron-LM saved")
     tracker = path / TRACKER
     if not tracker.exists():
         return path
     with tracker.open("rb") as file:
         text = file.read(64).strip().decode("ascii", "replace")
     if text != "release" and not re.fullmatch(r"\d{1,12}", text):
-        raise CheckpointError(f"{tracker}: holds {shown(text)}, no number; give the iter_... folder itself")
+        raise CheckpointError(
+            "interop.megatron-tracker-malformed",
+            f"{tracker}: holds {shown(text)}, no number; give the iter_... folder itself",
+        )
     folder = path / ("release" if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir():
-        raise CheckpointError(f"{tracker}: names {folder.name}, which is not there; give another iter_... folder")
+        raise CheckpointError(
+            "interop.megatron-tracked-step-missing",
+            f"{tracker}: names {folder.name}, which is not there; give another iter_... folder",
+        )
     return folder
 
 
@@ -100,9 +106,14 @@ def _check_format(file: Path) -> None:
         facts = json.loads(bytes(map_file(file)[: 1 << 20]))
         backend = facts["sharded_backend"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged ({shown(str(error))}); take another copy") from None
+        raise CheckpointError(
+            "interop.megatron-metadata-json-damaged", f"{file}: damaged ({shown(str(error))}); take another copy"
+        ) from None
     if backend != "torch_dist":
-        raise CheckpointError(f"{file}: format {shown(backend)} is not read; only torch_dist and the legacy format")
+        raise CheckpointError(
+            "interop.megatron-format-not-read",
+            f"{file}: format {shown(backend)} is not read; only torch_dist and the legacy format",
+        )
 
 
 def _facts(archive: Archive) -> tuple[Values, int]:
@@ -111,8 +122,9 @@ def _facts(archive: Archive) -> tuple[Values, int]:
     args = top.get("args")
     if not is_call(args, "argparse Namespace") or not isinstance(args.state, dict):  # type: ignore[union-attr]
         raise CheckpointError(
+            "interop.megatron-args-missing",
             f"{archive.where}: holds no `args`, which say what the model is; only checkpoints that Megatron-LM's own "
-            "training saved have them"
+            "training saved have them",
         )
     iteration = top.get("iteration")
     return args.state, iteration if isinstance(iteration, int) and 0 <= iteration < 1 << 53 else 0  # type: ignore[union-attr]
@@ -130,7 +142,10 @@ def _dcp_sheets(source: DcpFolder) -> dict[str, Sheet]:
             sheet.check()
             new = {name: sheet}
         if twice := found.keys() & new.keys():
-            raise CheckpointError(f"{source.where}: {shown(min(twice))} is there alone and stacked; damaged")
+            raise CheckpointError(
+                "interop.megatron-tensor-repeated",
+                f"{source.where}: {shown(min(twice))} is there alone and stacked; damaged",
+            )
         found |= new
     _join_halves(found)
     for sheet in found.values():
@@ -145,7 +160,9 @@ def _join_halves(sheets: dict[str, Sheet]) -> None:
         name = gate_name.removesuffix("_w")
         gate, up = sheets.pop(gate_name), sheets.pop(f"{name}_v", None)
         if up is None or up.shape != gate.shape or up.dtype != gate.dtype or name in sheets:
-            raise CheckpointError(f"{gate.where}: has no second half of the same shape; damaged")
+            raise CheckpointError(
+                "interop.megatron-gate-half-missing", f"{gate.where}: has no second half of the same shape; damaged"
+            )
         sheets[name] = _concatenated(gate.where, [gate, up])
 
 
@@ -164,17 +181,28 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], RankFile]:
     for entry in sorted(folder.glob("mp_rank_*"))[: MAX_RANKS + 1]:
         match = _RANK.fullmatch(entry.name)
         if match is None or match[3] or len(found) >= MAX_RANKS:
-            raise CheckpointError(f"{entry}: is no mp_rank_TT or mp_rank_TT_PPP; expert-parallel files are not read")
+            raise CheckpointError(
+                "interop.megatron-rank-folder-unknown",
+                f"{entry}: is no mp_rank_TT or mp_rank_TT_PPP; expert-parallel files are not read",
+            )
         rank = (int(match[1]), int(match[2] or 0))
         if rank in found:
-            raise CheckpointError(f"{entry}: tensor rank {rank[0]} of stage {rank[1]} is there twice")
+            raise CheckpointError(
+                "interop.megatron-rank-repeated", f"{entry}: tensor rank {rank[0]} of stage {rank[1]} is there twice"
+            )
         found[rank] = _rank_file(entry / RANK_FILE)
     if not found:
-        raise CheckpointError(f"{folder}: holds neither {METADATA} nor mp_rank_... folders; no checkpoint of Megatron")
+        raise CheckpointError(
+            "interop.megatron-no-checkpoint",
+            f"{folder}: holds neither {METADATA} nor mp_rank_... folders; no checkpoint of Megatron",
+        )
     t, p = (1 + max(rank[axis] for rank in found) for axis in (0, 1))
     missing = [(i, j) for i in range(t) for j in range(p) if (i, j) not in found][:3] if len(found) != t * p else []
     if missing:
-        raise CheckpointError(f"{folder}: no files of (tensor rank, stage) {missing}; copy the whole folder")
+        raise CheckpointError(
+            "interop.megatron-ranks-missing",
+            f"{folder}: no files of (tensor rank, stage) {missing}; copy the whole folder",
+        )
     return found
 
 
@@ -183,12 +211,15 @@ def _rank_file(path: Path) -> RankFile:
     top = mapping(archive.value) or {}
     chunks = [mapping(top[name]) for name in ("model", *(f"model{i}" for i in range(64))) if name in top]
     if not chunks or any(chunk is None for chunk in chunks):
-        raise CheckpointError(f"{path}: holds no `model`; it is damaged, or of another program")
+        raise CheckpointError(
+            "interop.megatron-model-missing", f"{path}: holds no `model`; it is damaged, or of another program"
+        )
     for chunk in chunks:
         if chunk and "language_model" in chunk:
             raise CheckpointError(
+                "interop.megatron-before-core",
                 f"{path}: is of Megatron's models before Megatron-core; let its tools/checkpoint/convert.py "
-                "save it with --target-ckpt-format torch_dist first"
+                "save it with --target-ckpt-format torch_dist first",
             )
     return RankFile(archive, tuple(chunk for chunk in chunks if chunk is not None))
 
@@ -203,7 +234,10 @@ def _legacy_sheets(ranks: dict[tuple[int, int], RankFile], gated: bool) -> dict[
             names, depth = shards[0].keys(), 0
             for other in shards[1:]:
                 if unlike := names ^ other.keys():
-                    raise CheckpointError(f"{ranks[0, stage].archive.where}: {shown(min(unlike))} is not on all ranks")
+                    raise CheckpointError(
+                        "interop.megatron-tensor-not-on-all-ranks",
+                        f"{ranks[0, stage].archive.where}: {shown(min(unlike))} is not on all ranks",
+                    )
             for name in names:
                 full = name
                 if match := _LAYER.fullmatch(name):
@@ -221,12 +255,15 @@ def _tensors(file: RankFile, number: int) -> dict[str, StoredTensor]:
     """Name -> tensor of one chunk of a rank's model."""
     if number >= len(file.chunks):
         raise CheckpointError(
-            f"{file.archive.where}: has {len(file.chunks)} chunks of the model, other ranks have more"
+            "interop.megatron-chunk-counts-differ",
+            f"{file.archive.where}: has {len(file.chunks)} chunks of the model, other ranks have more",
         )
     found = {}
     for name, value in file.chunks[number].items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{file.archive.where}: {shown(name)} as the name of a tensor")
+            raise CheckpointError(
+                "interop.megatron-tensor-name-malformed", f"{file.archive.where}: {shown(name)} as the name of a tensor"
+            )
         if not _NOT_MODEL.fullmatch(name):
             found[name] = file.archive.tensor(value, shown(name))
     return found
@@ -236,7 +273,10 @@ def _joined(name: str, shards: list[StoredTensor], gated: bool) -> Sheet:
     """The global tensor of the shards of all tensor ranks. Raises CheckpointError."""
     first, where = shards[0], f"{shards[0].archive.where}: {shown(name)}"
     if any(x.shape != first.shape or x.dtype != first.dtype for x in shards) or 0 in first.shape:
-        raise CheckpointError(f"{where}: shapes or dtypes differ over the tensor ranks, or a shape is empty; damaged")
+        raise CheckpointError(
+            "interop.megatron-ranks-do-not-join",
+            f"{where}: shapes or dtypes differ over the tensor ranks, or a shape is empty; damaged",
+        )
     if name.endswith(_ROW) and len(first.shape) == 2:
         rows, width = first.shape
         parts = [_part((0, i * width), first.shape, x, (0, 0)) for i, x in enumerate(shards)]
@@ -276,4 +316,7 @@ def require_same(one: Sheet, other: Sheet) -> None:
             sheet.read_into(block, (begin, *(0,) * (len(one.shape) - 1)))
         equal = equal and torch.equal(*(block.view(torch.uint8) for block in blocks))
     if not equal:
-        raise CheckpointError(f"{one.where}: copies that should be the same differ on another rank ({other.where})")
+        raise CheckpointError(
+            "interop.megatron-copies-differ",
+            f"{one.where}: copies that should be the same differ on another rank ({other.where})",
+        )

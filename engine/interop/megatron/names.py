@@ -138,7 +138,10 @@ def model_facts(values: Values, where: str) -> Values:
     if facts["norm_offset"] and facts["norm"] == "layernorm":
         a.faults.append("apply_layernorm_1p = True with LayerNorm: this engine's model has no such thing")
     if a.faults:
-        raise CheckpointError(f"{where}: cannot be imported; in its args\n" + "\n".join(f"  - {x}" for x in a.faults))
+        raise CheckpointError(
+            "interop.megatron-args-not-supported",
+            f"{where}: cannot be imported; in its args\n" + "\n".join(f"  - {x}" for x in a.faults),
+        )
     return facts
 
 

@@ -38,29 +38,39 @@ class Sheet:
     def check(self) -> None:
         """Raises CheckpointError unless the parts lie inside and cover every value exactly once."""
         if not 1 <= len(self.parts) <= MAX_PARTS:
-            raise CheckpointError(f"{self.where}: in {len(self.parts)} parts; 1 to {MAX_PARTS} are read")
+            raise CheckpointError(
+                "interop.megatron-too-many-parts",
+                f"{self.where}: in {len(self.parts)} parts; 1 to {MAX_PARTS} are read",
+            )
         covered = 0
         for part in self.parts:
             if len(part.shape) != len(self.shape) or not all(
                 o >= 0 and n > 0 and o + n <= size for o, n, size in zip(part.offset, part.shape, self.shape)
             ):
                 raise CheckpointError(
+                    "interop.megatron-part-out-of-place",
                     f"{self.where}: a part of shape {list(part.shape)} at {list(part.offset)} lies outside its shape "
-                    f"{list(self.shape)}; damaged"
+                    f"{list(self.shape)}; damaged",
                 )
             covered += math.prod(part.shape)
         if covered != math.prod(self.shape):
-            raise CheckpointError(f"{self.where}: {covered} of {math.prod(self.shape)} values are there; damaged")
+            raise CheckpointError(
+                "interop.megatron-values-missing",
+                f"{self.where}: {covered} of {math.prod(self.shape)} values are there; damaged",
+            )
         begin = np.array([part.offset for part in self.parts], np.int64)
         end = begin + np.array([part.shape for part in self.parts], np.int64)
         meets = ((begin[:, None] < end) & (begin < end[:, None])).all(-1)
         if meets.sum() != len(self.parts):  # each meets itself
-            raise CheckpointError(f"{self.where}: parts overlap; damaged")
+            raise CheckpointError("interop.megatron-parts-overlap", f"{self.where}: parts overlap; damaged")
 
     def layers(self) -> list[Sheet]:
         """The indices of the first dim as checked sheets without that dim. Raises CheckpointError."""
         if not self.shape or sum(part.shape[0] for part in self.parts if part.shape) > MAX_PARTS * 1000:
-            raise CheckpointError(f"{self.where}: shape {list(self.shape)} in {len(self.parts)} parts; damaged")
+            raise CheckpointError(
+                "interop.megatron-stack-malformed",
+                f"{self.where}: shape {list(self.shape)} in {len(self.parts)} parts; damaged",
+            )
         parts: list[list[Part]] = [[] for _ in range(self.shape[0])]
         for part in self.parts:
             for index in range(part.offset[0], min(part.offset[0] + part.shape[0], len(parts))):

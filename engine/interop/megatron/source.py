@@ -87,16 +87,22 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
     sheets = stored.sheets(gated=facts["gated_mlp"])
     embedding = sheets.get("embedding.word_embeddings.weight")
     if embedding is None or not embedding.shape:
-        raise CheckpointError(f"{where}: embedding.word_embeddings.weight is missing; the folder is not whole")
+        raise CheckpointError(
+            "interop.megatron-embedding-missing",
+            f"{where}: embedding.word_embeddings.weight is missing; the folder is not whole",
+        )
     padded = embedding.shape[0]
     facts["vocab_size"] = vocab_size or facts["vocab_size"] or padded
     try:
         model = ModelConfig.model_validate(facts)
     except ValidationError as error:
         text = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors()[:3])
-        raise CheckpointError(f"{where}: args are of no model: {text}") from None
+        raise CheckpointError("interop.megatron-args-of-no-model", f"{where}: args are of no model: {text}") from None
     if not facts["vocab_size"] <= padded:
-        raise CheckpointError(f"{where}: a vocabulary of {facts['vocab_size']}, but the embedding has {padded} rows")
+        raise CheckpointError(
+            "interop.megatron-vocabulary-differs",
+            f"{where}: a vocabulary of {facts['vocab_size']}, but the embedding has {padded} rows",
+        )
     if model.tie_embeddings and (copy := sheets.pop("output_layer.weight", None)):
         require_same(embedding, copy)
     tensors = {}
@@ -106,7 +112,9 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
     used = {id(tensor.sheet) for tensor in tensors.values()}
     if unknown := [name for name, sheet in sheets.items() if id(sheet) not in used]:
         listed = ", ".join(shown(name) for name in unknown[:5]) + (" ..." if len(unknown) > 5 else "")
-        raise CheckpointError(f"{where}: {len(unknown)} tensors have no place in the model: {listed}")
+        raise CheckpointError(
+            "interop.megatron-tensors-unknown", f"{where}: {len(unknown)} tensors have no place in the model: {listed}"
+        )
     return MegatronSource(stored.folder, model, stored.iteration, tensors)
 
 
@@ -116,12 +124,14 @@ def _take(sheets: dict[str, Sheet], entry: MegatronTensor, where: str) -> Sheet:
     if len(have) != 1:
         fault = "is there twice" if have else "is missing"
         raise CheckpointError(
-            f"{where}: {' or '.join(entry.names)} {fault}; args are of another model, or it is damaged"
+            "interop.megatron-tensor-missing",
+            f"{where}: {' or '.join(entry.names)} {fault}; args are of another model, or it is damaged",
         )
     sheet = have[0]
     if sheet.shape != entry.fused or sheet.dtype not in DTYPE_NAMES:
         raise CheckpointError(
+            "interop.megatron-shape-differs",
             f"{sheet.where}: a {sheet.dtype} of shape {list(sheet.shape)}, but args want {list(entry.fused)}; "
-            "they are of another model"
+            "they are of another model",
         )
     return sheet

@@ -141,7 +141,10 @@ def parse(data: bytes | memoryview, where: str) -> Any:
     A dict's keys are texts, numbers, None, or nodes (told apart by identity).
     """
     if len(data) > MAX_BYTES:
-        raise CheckpointError(f"{where}: {len(data)} bytes of description, at most {MAX_BYTES} are read")
+        raise CheckpointError(
+            "interop.megatron-description-too-long",
+            f"{where}: {len(data)} bytes of description, at most {MAX_BYTES} are read",
+        )
     machine = _Machine()
     position = 0
     try:
@@ -157,10 +160,13 @@ def parse(data: bytes | memoryview, where: str) -> Any:
     except (_RefusedError, ValueError, OverflowError, EOFError, IndexError, TypeError) as error:
         text = str(error) if isinstance(error, _RefusedError) else f"damaged ({shown(str(error))})"
         raise CheckpointError(
+            "interop.megatron-description-not-read",
             f"{where}: offset {position}: {text}; nothing of the file was run. It is damaged or not what it seems: "
-            "take another copy"
+            "take another copy",
         ) from None
-    raise CheckpointError(f"{where}: ends in the middle")  # genops ends at STOP or raises
+    raise CheckpointError(
+        "interop.megatron-description-ends-early", f"{where}: ends in the middle"
+    )  # genops ends at STOP or raises
 
 
 class _RefusedError(Exception):

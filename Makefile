@@ -17,7 +17,7 @@ help:
 
 venv: .venv/ready
 
-.venv/ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
+.venv/ready: constraints.txt pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel pybind11 torch
@@ -47,7 +47,7 @@ test-extras: build/extras/ready
 	@for tool in strace ip setpriv unshare sinfo; do command -v $$tool > /dev/null || echo "not installed: $$tool (apt-get install strace iproute2 util-linux slurm-wlm)"; done
 	build/extras/bin/python -m pytest -n 2 --dist worksteal -m "not heavy" $(EXTRA_TESTS)
 
-build/extras/ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
+build/extras/ready: constraints.txt pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv build/extras
 	build/extras/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel pybind11 torch
 	build/extras/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,clean,chinese,ray]'

@@ -1,11 +1,11 @@
 """Builds the optional extensions, each only where what it needs is there; without them references run.
 
-engine._index (csrc/index*.cpp): sample order and batch gather, pybind11, no torch. engine._shared (csrc/shared.cpp and
-the three of `parts` below): collectives over shared memory, likewise; for Linux. engine._ops (the rest of csrc):
-operators registered with torch, no Python; needs torch when it is built, hence `--no-build-isolation`. Its CUDA
-kernels (csrc/*.cu) are built where torch has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for
-the compute capabilities of TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0. What cannot be built, and why, is told here
-and kept in engine/_build.json for `engine doctor`.
+engine._index (csrc/data): sample order and batch gather, pybind11, no torch. engine._shared (csrc/shared): collectives
+over shared memory, likewise; for Linux. engine._ops (csrc/ops, csrc/kernels): operators registered with torch, no
+Python; needs torch when it is built, hence `--no-build-isolation`. Its CUDA kernels (csrc/kernels/cuda) are built where
+torch has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for the compute capabilities of
+TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0. What cannot be built, and why, is told here and kept in
+engine/_build.json for `engine doctor`.
 """
 
 import json
@@ -24,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 FAILED: dict[str, str] = {}  # what is not built -> why
 CAPABILITIES = "8.0 9.0+PTX"
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 
 def ops() -> Extension | None:
@@ -36,12 +37,11 @@ def ops() -> Extension | None:
     root = Path(torch.__file__).parent
     flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
     flags += ["-Wno-maybe-uninitialized"]  # a false alarm in gcc 12's own avx512fintrin.h
-    kernels = [*sorted(glob("csrc/*_cpu.cpp")), "csrc/avx2.cpp", "csrc/avx512.cpp", "csrc/tiles.cpp"]
     return Extension(
         "engine._ops",
-        [*sorted(glob("csrc/ops*.cpp")), *kernels, "csrc/stream.cpp"],
-        depends=[*sorted(glob("csrc/*.h")), *sorted(glob("csrc/*.cu"))],
-        include_dirs=[str(root / "include")],
+        [*sorted(glob("csrc/ops/*.cpp")), *sorted(glob("csrc/kernels/cpu/*.cpp"))],
+        depends=[*HEADERS, *sorted(glob("csrc/kernels/cuda/*.cu"))],
+        include_dirs=["csrc", str(root / "include")],
         library_dirs=[str(root / "lib")],
         libraries=["torch_cpu", "c10"],
         define_macros=[("BUILT_FOR", f'"{torch.__version__}"')],
@@ -52,7 +52,7 @@ def ops() -> Extension | None:
     )
 
 
-def plain(name: str, *files: str, std: int, flags: tuple[str, ...] = ()) -> Extension | None:
+def plain(name: str, folder: str, std: int, flags: tuple[str, ...] = ()) -> Extension | None:
     """An extension without torch, or None where pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension
@@ -60,7 +60,12 @@ def plain(name: str, *files: str, std: int, flags: tuple[str, ...] = ()) -> Exte
         FAILED[name] = f"pybind11 could not be imported when this was installed ({error})"
         return None
     extension = Pybind11Extension(
-        name, list(files), cxx_std=std, depends=sorted(glob("csrc/*.h")), extra_compile_args=["-O3", *flags]
+        name,
+        sorted(glob(f"{folder}/*.cpp")),
+        cxx_std=std,
+        depends=HEADERS,
+        include_dirs=["csrc"],
+        extra_compile_args=["-O3", *flags],
     )
     extension.optional = True
     return extension
@@ -118,7 +123,7 @@ def add_cuda(extension: Extension, folder: Path) -> None:
     try:
         nvcc = find_nvcc(torch.version.cuda)
         cudart = find_cudart(nvcc, Path(torch.__file__).parent)
-        flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode(capabilities)]
+        flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc", *gencode(capabilities)]
 
         def compiled(source: str) -> str:
             target = str(folder / f"{Path(source).stem}.o")
@@ -139,7 +144,7 @@ def add_cuda(extension: Extension, folder: Path) -> None:
 
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:
-            objects = list(pool.map(compiled, sorted(glob("csrc/*.cu"))))
+            objects = list(pool.map(compiled, sorted(glob("csrc/kernels/cuda/*.cu"))))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         FAILED["cuda"] = str(error)
         return
@@ -203,8 +208,7 @@ class Build(build_ext):
             raise error
 
 
-index = plain("engine._index", *sorted(glob("csrc/index*.cpp")), std=17)
+index = plain("engine._index", "csrc/data", std=17)
 fast = ("-fno-math-errno", "-fno-trapping-math", "-g0")
-parts = [f"csrc/{name}.cpp" for name in ("shared", "channel", "segment", "reduce")]
-shared = plain("engine._shared", *parts, std=20, flags=fast)
+shared = plain("engine._shared", "csrc/shared", std=20, flags=fast)
 setup(ext_modules=[*filter(None, [index, shared, ops()])], cmdclass={"build_ext": Build})

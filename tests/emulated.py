@@ -25,8 +25,8 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 
 def compile_emulated(csrc: Path = ROOT / "csrc", flags: Sequence[str] = CHECKED, keep: Path = KEEP) -> Path:
     """A library of the kernels in `csrc` and the emulator; kept in `keep` under a name made from its sources."""
-    units = [*sorted(csrc.glob("*.cu")), *sorted(EMULATOR.glob("*.c*"))]
-    texts = [p.read_bytes() for p in (*units, *sorted(csrc.glob("*.h")), *sorted(EMULATOR.glob("include/*.h")))]
+    units = [*sorted(csrc.rglob("*.cu")), *sorted(EMULATOR.glob("*.c*"))]
+    texts = [p.read_bytes() for p in (*units, *sorted(csrc.rglob("*.h")), *sorted(EMULATOR.glob("include/*.h")))]
     key = hashlib.sha256(b"\0".join([*texts, " ".join([*FLAGS, *flags]).encode()])).hexdigest()[:16]
     folder = keep / key
     library = folder / "kernels.so"

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "tiles.h"
+#include "kernels/cpu/tiles.h"
 
 using namespace trident;
 

@@ -19,7 +19,7 @@
 #include <stdexcept>
 #include <thread>
 
-#include "channel.h"
+#include "shared/channel.h"
 
 using namespace trident;
 

@@ -33,11 +33,11 @@ def tree(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "csrc/ops.cpp").write_text("int unfinished(\n")
-    for name in ("index*", "shared", "channel", "segment", "reduce"):
-        for file in (tmp_path / "csrc").glob(f"{name}.cpp"):
+    (tmp_path / "csrc/ops/cpu_only.cpp").write_text("int unfinished(\n")
+    for room in ("data", "shared"):
+        for file in (tmp_path / "csrc" / room).glob("*.cpp"):
             file.write_text("static int nothing;\n")
-    for kernels in (tmp_path / "csrc").glob("*.cu"):  # a torch with CUDA beside a real nvcc compiles them: minutes
+    for kernels in (tmp_path / "csrc").rglob("*.cu"):  # a torch with CUDA beside a real nvcc compiles them: minutes
         kernels.write_text("static int nothing;\n")
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine/__init__.py").touch()
@@ -68,7 +68,7 @@ def test_a_compiler_error_is_kept(tree: Path) -> None:
     notes, said, there = build(tree)
     notes.pop("cuda", None)  # a torch with CUDA and no nvcc that fits it
     assert list(notes) == ["engine._ops"] and there == ["_index", "_shared"]
-    assert notes["engine._ops"].startswith("csrc/ops.cpp:") and "error:" in notes["engine._ops"]
+    assert notes["engine._ops"].startswith("csrc/ops/cpu_only.cpp:") and "error:" in notes["engine._ops"]
     assert f"warning: engine._ops is not built: {notes['engine._ops']}" in said
 
 
@@ -94,7 +94,7 @@ def compiled_with_cxx11_abi(): return True
 """
 NVCC = """#!/bin/sh
 [ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V" && exit
-echo 'csrc/model_cuda.cu(3): error: this nvcc knows no C++'
+echo 'csrc/kernels/cuda/model.cu(3): error: this nvcc knows no C++'
 exit 2
 """
 
@@ -104,7 +104,7 @@ exit 2
     [
         (None, r"nvcc not found in .*/cuda/bin"),
         ("12.4", r".*/cuda/bin/nvcc is of CUDA 12, torch is built for 13.0"),
-        ("13.1", r"csrc/model_cuda.cu\(3\): error: this nvcc knows no C\+\+"),
+        ("13.1", r"csrc/kernels/cuda/model.cu\(3\): error: this nvcc knows no C\+\+"),
     ],
 )
 def test_without_cuda_kernels_it_is_said_why(tree: Path, release: str | None, why: str) -> None:
@@ -124,17 +124,18 @@ def test_without_cuda_kernels_it_is_said_why(tree: Path, release: str | None, wh
 
 def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = tmp_path / "_build.json"
-    notes.write_text(json.dumps({"engine._ops": "csrc/ops.cpp:1: error: no", "engine._index": "no compiler"}))
+    notes.write_text(json.dumps({"engine._ops": "csrc/ops/cpu_only.cpp:1: error: no", "engine._index": "no compiler"}))
     monkeypatch.setattr(built, "_NOTES", notes)
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "engine._index", None)
     monkeypatch.setattr(native, "load", native.load.__wrapped__)
     told = [finding.text for finding in doctor._extensions()]
     assert told[0].startswith("engine._index is not available (no compiler); build it: pip install")
-    assert told[-1].startswith("engine._ops is not built (csrc/ops.cpp:1: error: no); build it: pip install")
+    assert told[-1].startswith("engine._ops is not built (csrc/ops/cpu_only.cpp:1: error: no); build it: pip install")
     assert stream.load()[0] is None
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
-    with pytest.warns(UserWarning, match="not built .csrc/ops.cpp:1: error: no.: torch's own operators run instead"):
+    said = "not built .csrc/ops/cpu_only.cpp:1: error: no.: torch's own operators run instead"
+    with pytest.warns(UserWarning, match=said):
         assert native._library() is None
 
 

@@ -28,18 +28,18 @@ AS_BUILT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 @pytest.mark.heavy
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc/kernels/cuda").glob("*.cu")))
 def test_nvcc_compiles(source: str, arch: str, tmp_path: Path) -> None:
     """Without a warning."""
-    command = [str(NVCC), "-std=c++17", "-O3", "-Werror", "all-warnings", f"-arch={arch}", "-c"]
-    run([*command, str(ROOT / "csrc" / source), "-o", str(tmp_path / "kernels.o")])
+    command = [str(NVCC), "-std=c++17", "-O3", "-Werror", "all-warnings", f"-arch={arch}", f"-I{ROOT / 'csrc'}", "-c"]
+    run([*command, str(ROOT / "csrc/kernels/cuda" / source), "-o", str(tmp_path / "kernels.o")])
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 def test_packs_are_read_and_written_at_once(tmp_path: Path) -> None:
     """In PTX: every access of a kernel over packs of 8 bf16 is 16 bytes wide (nvcc has split stores of structs)."""
-    source, ptx = str(ROOT / "csrc/model_cuda.cu"), tmp_path / "model.ptx"
-    run([str(NVCC), "-std=c++17", "-O3", "-arch=sm_90", "-ptx", source, "-o", str(ptx)])
+    source, ptx = str(ROOT / "csrc/kernels/cuda/model.cu"), tmp_path / "model.ptx"
+    run([str(NVCC), "-std=c++17", "-O3", "-arch=sm_90", f"-I{ROOT / 'csrc'}", "-ptx", source, "-o", str(ptx)])
     bodies = re.findall(r"\.entry \S*(?:turn|gate_\w+?)INS_4bf16ELi8E(.*?)^}", ptx.read_text(), re.M | re.S)
     assert len(bodies) == 2 + 2 * 3  # turned and back; three gates, forward and backward
     for body in bodies:
@@ -56,13 +56,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     csrc, emulator = ROOT / "csrc", ROOT / "tests/cuda_emulator"
     home = Path(torch.__file__).parent
-    units = [*csrc.glob("ops*.cpp"), *KERNELS, *csrc.glob("*.cu")]
+    units = [*(p for p in csrc.glob("ops/*.cpp") if p.name != "stream.cpp"), *KERNELS, *csrc.rglob("*.cu")]
     units += [emulator / "torch/stream.cpp", emulator / "emulator.cpp"]
     includes = [f"-I{emulator / 'include'}", f"-I{csrc}", f"-I{home / 'include'}"]
     macros = ['-DWITH_CUDA="8.0"', f'-DBUILT_FOR="{torch.__version__}"']
 
     def compiled(unit: Path) -> str:
-        target = str(folder / f"{unit.name}.o")
+        target = str(folder / f"{unit.parent.name}_{unit.name}.o")
         flags = [*FLAGS, *AS_BUILT] if unit in KERNELS else FLAGS
         run(["g++", *flags, "-fopenmp", *macros, *includes, "-x", "c++", "-c", str(unit), "-o", target])
         return target

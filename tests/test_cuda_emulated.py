@@ -358,36 +358,36 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     ),
     "half of a warp": ("device.h", "(team < 32 ? team : 32) / 2;", "(team < 32 ? team : 32) / 4;", "rms_norm"),
     "column sums read too soon": (
-        "norm_cuda.cu",
+        "norm.cu",
         "    __syncthreads();\n    if (threadIdx.y",
         "    if (threadIdx.y",
         "rms_norm",
     ),
-    "a pack too many": ("norm_cuda.cu", "(mine[k] = i < packs)", "(mine[k] = i <= packs)", "rms_norm"),
+    "a pack too many": ("norm.cu", "(mine[k] = i < packs)", "(mine[k] = i <= packs)", "rms_norm"),
     "wide rows cut": (
-        "norm_cuda.cu",
+        "norm.cu",
         "rest = threadIdx.x + KEEP * team",
         "rest = threadIdx.x + 3 * team",
         "layer_norm",
     ),
     "rows beyond the grid": (
-        "norm_cuda.cu",
+        "norm.cu",
         "first += int64_t(gridDim.x) * blockDim.y",
         "first += int64_t(gridDim.x) * 64 * blockDim.y",
         "rms_norm",
     ),
     "misaligned packs": ("device.h", "% 16 == 0) && ...)", "% 16 < 16) && ...)", "gated"),
-    "parts of another's": ("norm_cuda.cu", "parts_w + teams * a.h", "parts_w + (teams - 1) * a.h", "layer_norm"),
-    "turned the other way": ("model_cuda.cu", "BACK ? -wide(sin", "!BACK ? -wide(sin", "rope"),
-    "v turned too": ("model_cuda.cu", "if (!in_v)", "if (true)", "rope"),
-    "the rest of a head": ("model_cuda.cu", "const int64_t i = x.r + (slot", "const int64_t i = half + (slot", "rope"),
-    "sums of different peaks": ("model_cuda.cu", "sum : sum * soft_exp(peak - top)", "sum : sum", "softmax"),
-    "the row's head": ("model_cuda.cu", "head = off ? FULL<T> - off : 0", "head = 0", "softmax"),
-    "padding": ("model_cuda.cu", "begin + j >= valid ? W(0)", "begin + j > valid ? W(0)", "softmax"),
-    "the tail of a flat": ("optim_cuda.cu", "if (i < a.n - packs * N) update", "if (false) update", "adamw"),
-    "no decay": ("optim_cuda.cu", "p.at[j] * f.decay", "p.at[j]", "adamw"),
-    "both ends of a range": ("optim_cuda.cu", "if (tail + threadIdx.x < count)", "if (false)", "sum_squares"),
-    "a range twice": ("optim_cuda.cu", "i += AHEAD * step", "i += step", "a_range"),
+    "parts of another's": ("norm.cu", "parts_w + teams * a.h", "parts_w + (teams - 1) * a.h", "layer_norm"),
+    "turned the other way": ("model.cu", "BACK ? -wide(sin", "!BACK ? -wide(sin", "rope"),
+    "v turned too": ("model.cu", "if (!in_v)", "if (true)", "rope"),
+    "the rest of a head": ("model.cu", "const int64_t i = x.r + (slot", "const int64_t i = half + (slot", "rope"),
+    "sums of different peaks": ("model.cu", "sum : sum * soft_exp(peak - top)", "sum : sum", "softmax"),
+    "the row's head": ("model.cu", "head = off ? FULL<T> - off : 0", "head = 0", "softmax"),
+    "padding": ("model.cu", "begin + j >= valid ? W(0)", "begin + j > valid ? W(0)", "softmax"),
+    "the tail of a flat": ("optim.cu", "if (i < a.n - packs * N) update", "if (false) update", "adamw"),
+    "no decay": ("optim.cu", "p.at[j] * f.decay", "p.at[j]", "adamw"),
+    "both ends of a range": ("optim.cu", "if (tail + threadIdx.x < count)", "if (false)", "sum_squares"),
+    "a range twice": ("optim.cu", "i += AHEAD * step", "i += step", "a_range"),
 }
 
 
@@ -396,9 +396,9 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
 def test_planted_faults_are_found(name: str, tmp_path: Path) -> None:
     file, old, new, op = MUTATIONS[name]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    text = (tmp_path / "csrc" / file).read_text()
+    text = (tmp_path / "csrc/kernels/cuda" / file).read_text()
     assert old in text
-    (tmp_path / "csrc" / file).write_text(text.replace(old, new))
+    (tmp_path / "csrc/kernels/cuda" / file).write_text(text.replace(old, new))
     mutant = compile_emulated(tmp_path / "csrc", ["-fsanitize=alignment", "-fno-sanitize-recover=all"], tmp_path)
     # in a process of its own: a wrong bound may end it
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", f"test_{op} and not float64"]

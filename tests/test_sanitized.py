@@ -1,6 +1,6 @@
 """csrc built with the address and undefined-behaviour sanitizers.
 
-index*.cpp run under the tests of what it does; the CPU kernels of the operators under a driver of their own
+csrc/data runs under the tests of what it does; the CPU kernels of the operators under a driver of their own
 (ops_driver.cpp), without Python and torch.
 """
 
@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-KERNELS = [*sorted(CSRC.glob("*_cpu.cpp")), *(CSRC / f"{x}.cpp" for x in ("avx2", "avx512", "tiles"))]
+KERNELS = sorted((CSRC / "kernels/cpu").glob("*.cpp"))
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 SUITE = [
     "tests/test_order.py",
@@ -42,7 +42,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     for name in ("tests", "pyproject.toml", "README.md", "setup.py", "tools", "csrc"):
         (folder / name).symlink_to(ROOT / name)
     target = folder / "engine" / f"_index{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     command = [
         "g++",
         *FLAGS,
@@ -50,7 +50,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
         "-fPIC",
         "-shared",
         *includes,
-        *map(str, sorted((ROOT / "csrc").glob("index*.cpp"))),
+        *map(str, sorted((CSRC / "data").glob("*.cpp"))),
         "-o",
         str(target),
     ]
@@ -98,7 +98,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def build(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        subprocess.run(["g++", *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", target], check=True)
+        subprocess.run(["g++", *flags, f"-I{CSRC}", "-c", str(source), "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:

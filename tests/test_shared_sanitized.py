@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-UNITS = [ROOT / f"csrc/{name}.cpp" for name in ("channel", "segment", "reduce")] + [ROOT / "tests/shared_driver.cpp"]
+UNITS = [*(ROOT / f"csrc/shared/{x}.cpp" for x in ("channel", "segment", "reduce")), ROOT / "tests/shared_driver.cpp"]
 # Without clones: the loader picks too early. Fences, which this sanitizer does not know, order here only who sleeps.
 FLAGS = ["-std=c++20", "-O1", "-DNO_CLONES", "-fno-omit-frame-pointer", "-w", "-Wno-tsan"]
 THREAD = [*FLAGS, "-fsanitize=thread"]
@@ -104,10 +104,10 @@ def test_a_weaker_order_is_a_race(
     threaded: list[str], alone: list[str], tmp_path: Path, file: str, ordered: str
 ) -> None:
     csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    text = (csrc / file).read_text()
+    text = (csrc / "shared" / file).read_text()
     assert text.count(ordered) == 1
     relaxed = ordered.replace("_release", "_relaxed").replace("_acquire", "_relaxed")
-    (csrc / file).write_text(text.replace(ordered, relaxed))
-    objects = compiled([csrc / "channel.cpp"], THREAD, csrc, tmp_path) + threaded[1:]
+    (csrc / "shared" / file).write_text(text.replace(ordered, relaxed))
+    objects = compiled([csrc / "shared/channel.cpp"], THREAD, csrc, tmp_path) + threaded[1:]
     done = run(linked(objects, THREAD, tmp_path / "driver"), 20, alone)
     assert done.returncode and "ThreadSanitizer: data race" in done.stderr, done.stderr[-2000:]

@@ -3,7 +3,7 @@
 #include <functional>
 #include <queue>
 
-#include "index.h"
+#include "data/index.h"
 
 namespace {
 

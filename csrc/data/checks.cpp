@@ -2,7 +2,7 @@
 
 #include <thread>
 
-#include "index.h"
+#include "data/index.h"
 
 namespace {
 

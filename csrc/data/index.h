@@ -95,7 +95,7 @@ struct View {
   }
 };
 
-void bind_checks(py::module_& m);  // index_checks.cpp: what is proven when a corpus is opened
-void bind_order(py::module_& m);   // index_order.cpp: the stream of an epoch, engine/data/samples/stream.py
-void bind_blend(py::module_& m);   // index_blend.cpp: whose turn it is, engine/data/samples/blend.py
-void bind_pack(py::module_& m);    // index_pack.cpp: what is written, engine/data/prepare/pack.py
+void bind_checks(py::module_& m);  // checks.cpp: what is proven when a corpus is opened
+void bind_order(py::module_& m);   // order.cpp: the stream of an epoch, engine/data/samples/stream.py
+void bind_blend(py::module_& m);   // blend.cpp: whose turn it is, engine/data/samples/blend.py
+void bind_pack(py::module_& m);    // pack.cpp: what is written, engine/data/prepare/pack.py

@@ -1,7 +1,7 @@
 // engine._index: the hot half of the data path. See index.h for what holds for all of it.
 
-#include "guard.h"
-#include "index.h"
+#include "data/guard.h"
+#include "data/index.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 #include <memory>
 #include <mutex>
 
-#include "index.h"
+#include "data/index.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)  // taken at run time, where the processor has it
 #define TRIDENT_AVX2

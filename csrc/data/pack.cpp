@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "index.h"
+#include "data/index.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// The CPU kernels behind ops.cpp: raw pointers, no torch. Each says what a row is; rows never depend on one another.
+// The CPU kernels behind the operators of ops/: raw pointers, no torch. Each says what a row is; rows never depend on one another.
 //
 // T: float, double, bf16 or f16, the type of activations. Wide<T>: what is computed in, float or (for double) double.
 #pragma once

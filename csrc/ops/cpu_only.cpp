@@ -1,8 +1,8 @@
 // Matrix product and attention in float32 (see ops.h): on other devices torch's libraries do these.
 
-#include "ops.h"
+#include "ops/ops.h"
 
-#include "gemm.h"
+#include "kernels/cpu/gemm.h"
 
 namespace trident::ops {
 

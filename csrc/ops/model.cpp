@@ -1,6 +1,6 @@
 // Gated products, RoPE with the change of layout, cross entropy (see ops.h).
 
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace trident::ops {
 

@@ -1,6 +1,6 @@
 // RMSNorm and LayerNorm, alone and with the residual sum before them (see ops.h).
 
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace trident::ops {
 

@@ -1,5 +1,5 @@
 // What the operators share: checks that raise Python errors with the operator's name, and the way from tensors to the
-// kernels of kernels.h. Below, all operators; ops.cpp has their schemas, each other file those of one concept.
+// kernels of kernels.h. Below, all operators; schemas.cpp has their schemas, each other file those of one concept.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,8 +12,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "kernels.h"
-#include "where.h"
+#include "kernels/kernels.h"
+#include "ops/where.h"
 
 namespace trident::ops {
 
@@ -113,7 +113,7 @@ inline void want_heads(const Tensor& q, const Tensor& k, const Tensor& v, const 
 
 inline int64_t rows_of(const Tensor& x, int64_t width) { return width ? x.numel() / width : 0; }
 
-// ---- ops_norm.cpp
+// ---- norm.cpp
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Optional& grad_sum, const Tensor& x,
                                                        const Tensor& weight, const Tensor& stats);
 
-// ---- ops_model.cpp: gated products, RoPE, cross entropy
+// ---- model.cpp: gated products, RoPE, cross entropy
 
 Tensor gated(const Tensor& fused, int64_t kind);
 Tensor gated_backward(const Tensor& grad, const Tensor& fused, int64_t kind);
@@ -136,7 +136,7 @@ Tensor softmax_stats(const Tensor& logits, const Tensor& target, int64_t valid);
 void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak, const Tensor& scale, const Tensor& grad,
                        int64_t valid);
 
-// ---- ops_cpu_only.cpp: matrix product and attention, for which others have libraries
+// ---- cpu_only.cpp: matrix product and attention, for which others have libraries
 
 void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add);
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin,
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
                                                       const Tensor& v, const Tensor& out, const Tensor& lse,
                                                       const Optional& begin, double scale);
 
-// ---- ops_optim.cpp
+// ---- optim.cpp
 
 void adamw_(Tensor& master, const Tensor& grad, Tensor& exp_avg, Tensor& exp_avg_sq, const Optional& values, double lr,
             double beta1, double beta2, double eps, double weight_decay, double grad_scale, int64_t step);

@@ -1,6 +1,6 @@
 // What the optimizer does to flat buckets (see ops.h).
 
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace trident::ops {
 

@@ -4,7 +4,7 @@
 // are registered in Python (engine/ops): the operators here compute and allocate, nothing else. All want contiguous
 // tensors unless they say otherwise; callers make them so.
 
-#include "ops.h"
+#include "ops/ops.h"
 
 #include <torch/library.h>
 
@@ -12,7 +12,7 @@
 #include <malloc.h>
 #endif
 
-#include "gemm.h"
+#include "kernels/cpu/gemm.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include "where.h"
+#include "ops/where.h"
 
 namespace trident::ops {
 

@@ -11,7 +11,7 @@
 
 #include <vector>
 
-#include "kernels_cuda.h"
+#include "kernels/cuda/kernels.h"
 #endif
 
 namespace trident::ops {

@@ -1,6 +1,6 @@
 // The work behind channel.h.
 
-#include "channel.h"
+#include "shared/channel.h"
 
 #include <linux/futex.h>
 #include <sched.h>

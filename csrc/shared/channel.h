@@ -35,8 +35,8 @@
 #include <string>
 #include <vector>
 
-#include "reduce.h"
-#include "segment.h"
+#include "shared/reduce.h"
+#include "shared/segment.h"
 
 namespace trident {
 

@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
-#include "channel.h"
+#include "shared/channel.h"
 
 namespace py = pybind11;
 

@@ -1,10 +1,10 @@
-// The loops behind reduce.h, compiled as those of cpu.h are.
+// The loops behind reduce.h, compiled as those of kernels/cpu/cpu.h are.
 
-#include "reduce.h"
+#include "shared/reduce.h"
 
 #include <stdexcept>
 
-#include "cpu.h"
+#include "kernels/cpu/cpu.h"
 
 namespace trident {
 

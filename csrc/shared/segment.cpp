@@ -1,6 +1,6 @@
 // A segment's file: made or recognised, mapped, unmapped.
 
-#include "segment.h"
+#include "shared/segment.h"
 
 #include <sys/mman.h>
 #include <sys/stat.h>

@@ -1,4 +1,4 @@
-"""Collectives and messages between CPU processes of one host over memory that they share (csrc/channel.h).
+"""Collectives and messages between CPU processes of one host over memory that they share (csrc/shared/channel.h).
 
 A segment is a file without a name (memfd): it is in no folder, takes no room of /dev/shm, and is gone with the last
 process that maps it, however that ends. The first rank of a group makes it; the others open it through /proc by that

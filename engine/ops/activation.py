@@ -17,7 +17,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
 }
-KINDS = {name: kind for kind, name in enumerate(PLAIN)}  # as csrc/kernels.h numbers them
+KINDS = {name: kind for kind, name in enumerate(PLAIN)}  # as csrc/kernels/kernels.h numbers them
 
 
 class _Gated(torch.autograd.Function):

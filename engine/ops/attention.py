@@ -6,7 +6,7 @@ turns q and k by their positions, and their product knows the difference of the 
 Which implementation runs is a pure function of the device, the dtype, the width of a head, whether documents are kept
 apart, and what can be imported (`choose`): the same in every step, and after a restart on the same machine.
 
-    own           our kernel, csrc/attention_tiles.h; nothing is made of the size s x s
+    own           our kernel, csrc/kernels/cpu/attention_tiles.h; nothing is made of the size s x s
     cudnn         torch's SDPA, cuDNN's kernel before flash: the fastest of torch's on Hopper
     flash         torch's SDPA, its flash kernel (FlashAttention 2)
     varlen        torch.nn.attention.varlen: flash over documents of unequal lengths

@@ -1,4 +1,4 @@
-"""Which implementation an op runs: our own kernels (csrc/ops.cpp) where they are built and fit, else torch's.
+"""Which implementation an op runs: our own kernels (csrc/ops) where they are built and fit, else torch's.
 
 Every op asks here and nowhere else, so there is one place that knows what is loaded. The torch code of an op is its
 reference: tests compare the two, and the engine runs on it where the extension is missing or the tensors are elsewhere.

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/kernels_cuda.h"
+#include "kernels/cuda/kernels.h"
 
 namespace {
 

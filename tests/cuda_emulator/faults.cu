@@ -1,6 +1,6 @@
 // Small kernels with a fault each, and a sound one: what the emulator must, and must not, complain about.
 
-#include "../../csrc/device.h"
+#include "kernels/cuda/device.h"
 
 namespace {
 

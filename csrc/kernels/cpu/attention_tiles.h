@@ -9,8 +9,8 @@
 
 #include <vector>
 
-#include "exp.h"
-#include "tile.h"
+#include "kernels/cpu/exp.h"
+#include "kernels/cpu/tile.h"
 
 namespace trident::TILES {
 

@@ -1,13 +1,13 @@
 // Products and attention with AVX2.
 
-#include "tiles.h"
+#include "kernels/cpu/tiles.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 
 #define TILES avx2
 #define WITH_AVX512 0
-#include "attention_tiles.h"
-#include "gemm_tiles.h"
+#include "kernels/cpu/attention_tiles.h"
+#include "kernels/cpu/gemm_tiles.h"
 
 const trident::Tiles* trident::avx2_tiles() {
     static constexpr Tiles tiles{"AVX2", avx2::sgemm, avx2::attention, avx2::attention_backward};

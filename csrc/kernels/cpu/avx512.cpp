@@ -1,13 +1,13 @@
 // Products and attention with AVX-512.
 
-#include "tiles.h"
+#include "kernels/cpu/tiles.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 
 #define TILES avx512
 #define WITH_AVX512 1
-#include "attention_tiles.h"
-#include "gemm_tiles.h"
+#include "kernels/cpu/attention_tiles.h"
+#include "kernels/cpu/gemm_tiles.h"
 
 const trident::Tiles* trident::avx512_tiles() {
     static constexpr Tiles tiles{"AVX-512", avx512::sgemm, avx512::attention, avx512::attention_backward};

@@ -1,4 +1,4 @@
-// What the CPU kernels of kernels.h share. Every body is compiled for AVX-512, AVX2 and plain x86-64, and the loader
+// What the CPU kernels of kernels/kernels.h share. Every body is compiled for AVX-512, AVX2 and plain x86-64, and the loader
 // picks (CLONES); on other processors once. Loops are written so that gcc vectorises them. Clones cannot be templates:
 // each file has one set of plain functions for each type, by a macro.
 #pragma once
@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(NO_CLONES)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -9,7 +9,7 @@
 // share C by columns or rows, whichever there are more of, and pack for themselves: no barrier.
 #pragma once
 
-#include "tile.h"
+#include "kernels/cpu/tile.h"
 
 namespace trident::TILES {
 

@@ -2,8 +2,8 @@
 
 #include <cstring>
 
-#include "cpu.h"
-#include "exp.h"
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/exp.h"
 
 namespace trident {
 

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "cpu.h"
+#include "kernels/cpu/cpu.h"
 
 namespace trident {
 

@@ -15,7 +15,7 @@
 
 #include <immintrin.h>
 
-#include "tiles.h"
+#include "kernels/cpu/tiles.h"
 
 namespace trident::TILES {
 

@@ -1,6 +1,6 @@
 // Which tiles run: the widest that this processor has.
 
-#include "tiles.h"
+#include "kernels/cpu/tiles.h"
 
 namespace trident {
 

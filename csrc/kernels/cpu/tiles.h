@@ -1,8 +1,8 @@
 // Products and attention on tiles (tile.h), compiled once for each width of vectors; tiles.cpp picks.
 #pragma once
 
-#include "gemm.h"
-#include "kernels.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/kernels.h"
 
 namespace trident {
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <type_traits>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 

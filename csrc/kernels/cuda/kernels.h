@@ -1,10 +1,10 @@
-// The CUDA kernels behind the operators: those of kernels.h with a queue in place of threads. Pointers are to memory of the
+// The CUDA kernels behind the operators: those of kernels/kernels.h with a queue in place of threads. Pointers are to memory of the
 // current device; nothing waits. No torch.
 #pragma once
 
 #include <functional>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace trident {
 

@@ -1,7 +1,7 @@
 // Gated products, RoPE and the two passes of the cross entropy on a GPU: each reads its inputs once and writes once.
 
-#include "device.h"
-#include "kernels_cuda.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/kernels.h"
 
 namespace trident {
 

@@ -3,8 +3,8 @@
 // their gradients add up in registers. Then each team writes one row of partial sums, and a second kernel adds those rows in
 // a fixed order; no atomics, so the same device gives the same bits.
 
-#include "device.h"
-#include "kernels_cuda.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/kernels.h"
 
 namespace trident {
 

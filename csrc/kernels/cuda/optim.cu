@@ -1,7 +1,7 @@
 // What the optimizer does to flat buckets, on a GPU.
 
-#include "device.h"
-#include "kernels_cuda.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/kernels.h"
 
 namespace trident {
 

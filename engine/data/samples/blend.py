@@ -22,7 +22,7 @@ Taking of each open job the fraction frac(n * w_k) satisfies both, as fractions 
 families of conditions are chains, so the fractional solution can be rounded; `border` does it by walking the open jobs
 in the order of their releases, and whenever the sum of fractions passes an integer, choosing the earliest deadline
 among those walked past, which leaves the fewest late deadlines. Hall's condition then holds on the block between two
-borders, and earliest deadline first finds the schedule. `csrc/index_blend.cpp` does the same; tests hold the two equal
+borders, and earliest deadline first finds the schedule. `csrc/data/blend.cpp` does the same; tests hold the two equal
 and count every prefix.
 
 Memory: two blocks. Time: a block is some microseconds to milliseconds; nothing is played from the beginning.

@@ -38,7 +38,7 @@ from engine.util.files import sync_file, sync_folder
 
 UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
 MAX_SEQUENCE_TOKENS = 2**31 - 1
-NATIVE_INTERFACE = 4  # of csrc/index.cpp, counted up when a signature changes: an older build is refused, not called
+NATIVE_INTERFACE = 4  # of csrc/data/module.cpp, counted up when a signature changes: an older build is refused
 
 
 def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:

@@ -1,7 +1,7 @@
 """A file as an array of bytes in memory that notices when the file is cut short under its reader.
 
-A page of a mapped file that is gone cannot be looked for first: touching it raises SIGBUS. csrc/guard.h puts zeros in
-its place and remembers it, and whoever has read asks `check` before using anything. Reading itself costs nothing more.
+A page of a mapped file that is gone cannot be looked for first: touching it raises SIGBUS. csrc/data/guard.h puts zeros
+in its place and remembers it, and whoever has read asks `check` before using anything. Reading costs nothing more.
 """
 
 from __future__ import annotations

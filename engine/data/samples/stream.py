@@ -20,7 +20,7 @@ What follows from it:
   over its lengths, 8 bytes a round (up to 256 documents) kept and 16 a block. A lookup bisects groups, then rounds, and
   walks to its place in the round from the nearer end. Nothing is stored in files, so nothing can be stale.
 
-Stream is the numpy reference; `csrc/index_order.cpp` computes the same faster; tests hold the two equal.
+Stream is the numpy reference; `csrc/data/order.cpp` computes the same faster; tests hold the two equal.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def load() -> tuple[ModuleType | None, str]:
         index = np.arange(100, dtype=np.int64)
         same = np.array_equal(module.permute(1000, 42, index), permute(1000, 42, index))
         if not same or getattr(module, "interface", 0) != NATIVE_INTERFACE:
-            raise ImportError("it was built from another version of csrc/index*.cpp")
+            raise ImportError("it was built from another version of csrc/data")
     except (ImportError, AttributeError, TypeError) as err:
         return None, f"engine._index is not available ({why_not('engine._index') or err})"
     return module, "engine._index, which gives the same order as numpy"

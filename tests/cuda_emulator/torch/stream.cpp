@@ -1,6 +1,6 @@
-// In place of csrc/stream.cpp: CPU tensors go to the CUDA kernels, which the emulator runs.
+// In place of csrc/ops/stream.cpp: CPU tensors go to the CUDA kernels, which the emulator runs.
 
-#include "../../../csrc/where.h"
+#include "ops/where.h"
 
 namespace trident::ops {
 

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 
 from engine.cli.clean_console import show_clean_report
 from engine.cli.main import main
-from engine.data.clean import clean as clean_module
 from engine.data.clean import duplicates
-from engine.data.clean.clean import clean
-from engine.data.clean.document import Rules
+from engine.data.clean import run as clean_module
 from engine.data.clean.ngrams import MinHash, ngram_hashes, words_of
 from engine.data.clean.normalise import normalise
+from engine.data.clean.rules import Rules
+from engine.data.clean.run import clean
 from engine.data.read.sources import DocumentSource
 from engine.errors import DataError
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from engine.cli.main import main
 from engine.cli.options import QUALITY_LANGUAGES
-from engine.data.clean.clean import clean
-from engine.data.clean.document import Rules
 from engine.data.clean.language import language_by_script
 from engine.data.clean.ngrams import MinHash, words_and_numbers_of, words_of
+from engine.data.clean.rules import Rules
+from engine.data.clean.run import clean
 from engine.data.clean.width import fold_width
 from engine.errors import DataError
 

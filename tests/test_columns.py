@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cli.main import main
-from engine.data.clean.clean import clean
-from engine.data.clean.document import Rules
-from engine.data.prepare.prepare import prepare
+from engine.data.clean.rules import Rules
+from engine.data.clean.run import clean
+from engine.data.prepare.run import prepare
 from engine.data.read.columns import joined, rest_of
 from engine.data.read.jsontext import dumps, exact, loads
 from engine.data.tokenize.tokenizer import Tokenizer

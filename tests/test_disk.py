@@ -21,21 +21,22 @@ VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "lm
 # Every call is a process of its own. Small shards, so that a run that stops has some behind it.
 PREPARE = """
 import sys
+from pathlib import Path
 from engine import errors
-from engine.data.prepare import pipeline as encoding
-from engine.data.prepare.prepare import prepare
+from engine.data.prepare import flow as encoding
+from engine.data.prepare.run import prepare
 from engine.data.read import sources
 encoding.SHARD_BYTES = sources._BATCH_BYTES = sources._BLOCK_BYTES = 1 << 16
 try:
-    prepare.prepare([sys.argv[1]], sys.argv[2], tokenizer=prepare.Path(sys.argv[3]), note=print)
+    prepare([sys.argv[1]], sys.argv[2], tokenizer=Path(sys.argv[3]), note=print)
 except errors.DataError as err:
     sys.exit(f"error: {err}")
 """
 CLEAN = """
 import sys
 from engine import errors
-from engine.data.clean.clean import clean
-from engine.data.clean.document import Rules
+from engine.data.clean.run import clean
+from engine.data.clean.rules import Rules
 try:
     clean([sys.argv[1]], sys.argv[2] + ".jsonl", Rules(), tasks=4)
 except errors.DataError as err:
@@ -130,7 +131,7 @@ def test_a_folder_without_permission(program: str, given: Path, for_all: Path) -
             pytest.skip("runs as root, and there is no setpriv")
         call = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *call]
         if subprocess.run(
-            [*call[:4], sys.executable, "-c", "import engine.data.clean.clean"], capture_output=True
+            [*call[:4], sys.executable, "-c", "import engine.data.clean.run"], capture_output=True
         ).returncode:
             pytest.skip("nobody may not read this checkout")
     done = subprocess.run(call, capture_output=True, text=True)

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 from test_clean import document, jsonl, needs_extra, outputs
 
-from engine.data.clean import clean as clean_module
 from engine.data.clean import executors
-from engine.data.clean.clean import clean
-from engine.data.clean.document import Rules
+from engine.data.clean import run as clean_module
+from engine.data.clean.rules import Rules
+from engine.data.clean.run import clean
 from engine.errors import DataError
 
 RAY = importlib.util.find_spec("ray") is not None

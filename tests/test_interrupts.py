@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from test_clean import document, jsonl, needs_extra
 
-from engine.data.prepare.prepare import prepare
+from engine.data.prepare.run import prepare
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from engine.util.prefetch import map_ahead, read_ahead
@@ -212,7 +212,7 @@ def test_an_error_before_shards_are_looked_at_does_not_lose_them(tokenizer: Path
     text = tmp_path / "a.jsonl"
     text.write_text('{"text": "a b c"}\n{"text": 1, "other": "longer than a block"}\n')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.data.prepare.pipeline.SHARD_S", 0.0)
+        patch.setattr("engine.data.prepare.flow.SHARD_S", 0.0)
         patch.setattr("engine.data.read.sources._BATCH_DOCUMENTS", 1)
         patch.setattr("engine.data.read.sources._BLOCK_BYTES", 16)
         with pytest.raises(DataError, match="wrong type"):

@@ -19,7 +19,7 @@ import pytest
 
 from engine.cli.main import main
 from engine.data.prepare.merge import corpora_of, merge
-from engine.data.prepare.prepare import prepare
+from engine.data.prepare.run import prepare
 from engine.data.samples.contents import verify
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.tokenizer import Tokenizer

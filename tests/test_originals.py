@@ -19,7 +19,7 @@ import engine.data.tokenize.encoder as encoder_module
 import engine.data.tokenize.kept as kept
 import engine.data.tokenize.pieces as pieces_module
 import engine.data.tokenize.ranks as ranks_module
-from engine.data.prepare.prepare import prepare
+from engine.data.prepare.run import prepare
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.awkward import texts_for
 from engine.data.tokenize.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from pii_cases import cases, held_out, scores, table
 from pii_values import cn_id, with_luhn
 
 from engine.cli.options import PiiKind
-from engine.data.clean.pii import KINDS, Finding, _take, find, hint, mask
+from engine.data.clean.pii import KINDS, Entity, _take, find, hint, mask
 from engine.data.clean.pii.numbers import is_card, is_cn_id, luhn
 
 # What the sets reached (docs/cleaning.md): precision, recall. On the development set less a little, which may grow.
@@ -169,13 +169,13 @@ def test_masking_replaces_just_the_findings() -> None:
 
 
 def test_of_two_overlapping_findings_the_first_one_stays() -> None:
-    taken: list[Finding] = []
+    taken: list[Entity] = []
     for finding in (
-        Finding("a", 5, 20),
-        Finding("b", 0, 8),
-        Finding("c", 0, 5),
-        Finding("d", 19, 30),
-        Finding("e", 20, 21),
+        Entity("a", 5, 20),
+        Entity("b", 0, 8),
+        Entity("c", 0, 5),
+        Entity("d", 19, 30),
+        Entity("e", 20, 21),
     ):
         _take(taken, finding)
     assert [f.kind for f in taken] == ["c", "a", "e"]

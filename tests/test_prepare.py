@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cli.prepare_console import show_prepared
-from engine.data.prepare.prepare import prepare
 from engine.data.prepare.report import ProgressEvent
+from engine.data.prepare.run import prepare
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
 from engine.errors import DataError
@@ -245,7 +245,7 @@ def test_bad_input_stops_cleanly(tmp_path: Path) -> None:
 
 
 def test_preparing_starts_without_torch() -> None:
-    program = "import sys, engine.data.prepare.prepare, engine.data.tokenize.train\n"
+    program = "import sys, engine.data.prepare.run, engine.data.tokenize.train\n"
     program += "import engine.cli.prepare_console, engine.cli.main\n"
     done = subprocess.run([sys.executable, "-c", program + "assert 'torch' not in sys.modules"], timeout=60)
     assert done.returncode == 0

@@ -20,10 +20,10 @@ import pytest
 import xxhash
 from cases import same_bytes
 
-import engine.data.prepare.pipeline as module
-from engine.data.prepare import parts
-from engine.data.prepare.prepare import prepare
+import engine.data.prepare.flow as module
+from engine.data.prepare import shards as parts
 from engine.data.prepare.report import PrepareReport
+from engine.data.prepare.run import prepare
 from engine.data.read import sources
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.encoder import Encoder
@@ -158,16 +158,16 @@ def test_killed_with_the_tokenizer_to_train(tmp_path: Path, monkeypatch: pytest.
 
 PROGRAM = """
 import os, sys, threading, time
-import engine.data.prepare.parts as parts, engine.data.prepare.pipeline as encoding, engine.data.read.sources as sources
+import engine.data.prepare.shards as parts, engine.data.prepare.flow as encoding, engine.data.read.sources as sources
 encoding.SHARD_BYTES, sources._BATCH_DOCUMENTS, sources._BLOCK_BYTES = 20000, 100, 5000
-delay, real = float(sys.argv.pop(1)), parts.Parts.commit
+delay, real = float(sys.argv.pop(1)), parts.Shards.commit
 def commit(self, state):
     real(self, state)
     if delay and self.num_shards == 3:
         threading.Timer(delay, os.kill, (os.getpid(), 9)).start()
     if delay and self.num_shards == 20:
         time.sleep(60)  # a slow machine: the signal is on its way
-parts.Parts.commit = commit
+parts.Shards.commit = commit
 import engine.cli.main
 engine.cli.main.main(["prepare", *sys.argv[1:]])
 """
@@ -246,13 +246,13 @@ def test_other_settings_or_inputs_are_refused_with_the_difference(
 
 def test_two_at_once_are_kept_apart(tmp_path: Path, tokenizer: Path) -> None:
     corpus(tmp_path)
-    with parts.Parts(tmp_path / "out.parts", ["train"]), pytest.raises(DataError, match="another `engine prepare`"):
+    with parts.Shards(tmp_path / "out.parts", ["train"]), pytest.raises(DataError, match="another `engine prepare`"):
         run(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize("wrong", [-1, 400, 2**31 - 1])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> None:
-    with parts.Parts(tmp_path / "p", ["train"]) as folder:
+    with parts.Shards(tmp_path / "p", ["train"]) as folder:
         folder.begin({})
         folder.open(400)
         folder.add("train", np.array([0, 399], np.int32), np.array([2], np.int32))

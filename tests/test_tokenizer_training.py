@@ -22,8 +22,8 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import engine.data.tokenize.train as module
-from engine.data.prepare.prepare import prepare
 from engine.data.prepare.report import ProgressEvent, StepEvent
+from engine.data.prepare.run import prepare
 from engine.data.tokenize.apart import Apart
 from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.encoder import Encoder

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from engine.cli.output import watched
 from engine.cli.prepare_console import prepare_progress, show_prepared
-from engine.data.prepare.prepare import prepare
+from engine.data.prepare.run import prepare
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, Fault
 

@@ -51,7 +51,7 @@ def prepare(args: list[str], stop: Interrupts) -> int:
 
     from engine.cli.checks import prepare_faults
     from engine.cli.options import Prepare
-    from engine.data.prepare.prepare import prepare
+    from engine.data.prepare.run import prepare
 
     o = tyro.cli(Prepare, args=args, prog="engine prepare")
     if faults := list(prepare_faults(o)):
@@ -103,9 +103,9 @@ def clean(args: list[str], stop: Interrupts) -> int:
     from engine.cli.clean_console import show_clean_report
     from engine.cli.options import Clean
     from engine.cli.prepare_console import prepare_progress
-    from engine.data.clean.clean import clean
-    from engine.data.clean.document import Rules
     from engine.data.clean.ngrams import MinHash
+    from engine.data.clean.rules import Rules
+    from engine.data.clean.run import clean
 
     o = tyro.cli(Clean, args=args, prog="engine clean")
     if faults := list(clean_faults(o)):

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import Any
 
-from engine.data.clean.document import Counts, Rules
+from engine.data.clean.rules import Counts, Rules
 from engine.data.read.account import Account
 from engine.data.read.inputs import STDIN
 from engine.data.read.sources import DocumentSource

@@ -34,18 +34,18 @@ import orjson
 import zstandard
 
 from engine.data.clean.contamination import evaluation_files
-from engine.data.clean.document import Cleaner, Counts, Place, Rules, text_size
 from engine.data.clean.duplicates import earliest
 from engine.data.clean.executors import run_elsewhere, slurm_is_at_work
-from engine.data.clean.part import PartWriter, drop_line
 from engine.data.clean.report import INPUT, report_of
-from engine.data.clean.workfolder import disk, go_on, work_folder
+from engine.data.clean.rules import Cleaner, Counts, Place, Rules, text_size
+from engine.data.clean.task import PartWriter, drop_line
 from engine.data.prepare.report import ProgressEvent
 from engine.data.read.account import unreadable
 from engine.data.read.documents import Batch, Drop, printable
 from engine.data.read.jsontext import loads
 from engine.data.read.own import Own
 from engine.data.read.sources import DocumentSource
+from engine.data.workfolder import disk, go_on, work_folder
 from engine.errors import DataError
 from engine.util.files import sync_file, sync_folder, write_synced
 from engine.util.signals import Interrupts
@@ -56,7 +56,7 @@ _VERSION = 4  # of the parts; changes when a rule's code gives another result
 
 
 @dataclass(frozen=True)
-class Job:
+class CleanJob:
     """What to do, as a task needs it."""
 
     source: DocumentSource
@@ -123,7 +123,7 @@ def clean(
     `keep_columns`: what the records hold beside the text is written too, as it is; rules look at the text alone.
     """
     began, stop = time.monotonic(), Interrupts(heard=False) if stop is None else stop
-    job = Job(DocumentSource(()), output, rules, tasks, on_error == "skip", dropped_text)
+    job = CleanJob(DocumentSource(()), output, rules, tasks, on_error == "skip", dropped_text)
     mine = Own(job.targets, None, job.work)
     source = DocumentSource.of(
         inputs, include, exclude, mine, keys=tuple(json_key), format=format, keep_rest=keep_columns
@@ -142,7 +142,7 @@ def clean(
         return _merge(job, progress, began, stop)
 
 
-def _check(job: Job, executor: str, overwrite: bool) -> None:
+def _check(job: CleanJob, executor: str, overwrite: bool) -> None:
     if not job.suffix:
         raise DataError(f"{job.output}: the output has to end in {', '.join(SUFFIXES)}. Choose such a name.")
     if job.tasks < 1:
@@ -155,7 +155,7 @@ def _check(job: Job, executor: str, overwrite: bool) -> None:
         raise unreadable(job.source, job.skip_errors)
 
 
-def _refuse_existing(job: Job, overwrite: bool) -> None:
+def _refuse_existing(job: CleanJob, overwrite: bool) -> None:
     there = [str(path) for path in job.targets if path.exists()]
     if there and not overwrite:
         raise DataError(
@@ -163,7 +163,7 @@ def _refuse_existing(job: Job, overwrite: bool) -> None:
         )
 
 
-def _facts(job: Job) -> dict[str, Any]:
+def _facts(job: CleanJob) -> dict[str, Any]:
     """All that the result depends on, as JSON gives it back."""
     source, evaluations = job.source, evaluation_files(job.rules.decontaminate)
     return {
@@ -181,7 +181,7 @@ def _facts(job: Job) -> dict[str, Any]:
 
 
 def _run_tasks(
-    job: Job,
+    job: CleanJob,
     executor: str,
     options: dict[str, Any],
     progress: Callable[[ProgressEvent], None] | None,
@@ -197,7 +197,7 @@ def _run_tasks(
 # ---- a task ----
 
 
-def run_task(job: Job, task: int, progress: Callable[[ProgressEvent], None] | None = None) -> None:
+def run_task(job: CleanJob, task: int, progress: Callable[[ProgressEvent], None] | None = None) -> None:
     """Write one part, unless it is there."""
     if job.part(task).is_dir():
         return
@@ -218,7 +218,7 @@ def run_task(job: Job, task: int, progress: Callable[[ProgressEvent], None] | No
 
 
 def _write_part(
-    job: Job, task: int, folder: Path, cleaner: Cleaner, progress: Callable[[ProgressEvent], None] | None
+    job: CleanJob, task: int, folder: Path, cleaner: Cleaner, progress: Callable[[ProgressEvent], None] | None
 ) -> Iterator[int]:
     """Write the files of a part in `folder`; yields how many stored bytes of its input are done."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -238,7 +238,7 @@ def _write_part(
     (folder / "counts.json").write_bytes(orjson.dumps(vars(cleaner.counts)))
 
 
-def _bytes_needed(job: Job, folder: Path, counts: Counts, consumed: int) -> int:
+def _bytes_needed(job: CleanJob, folder: Path, counts: Counts, consumed: int) -> int:
     """Of the parts that are missing and of the output, if the rest is like what was read."""
     total = sum(file.num_bytes for file in job.source.files)
     waiting = sum(f.num_bytes for task in job.missing() for f in job.source.files[slice(*job.files(task))])
@@ -247,13 +247,13 @@ def _bytes_needed(job: Job, folder: Path, counts: Counts, consumed: int) -> int:
     return int(written * max(waiting * scale, 1)) + _output_bytes(job, counts.text_bytes * max(total * scale, 1))
 
 
-def _output_bytes(job: Job, text_bytes: float) -> int:
+def _output_bytes(job: CleanJob, text_bytes: float) -> int:
     """About what the output takes: lines of JSON, and packed a third of it."""
     return int(1.1 * text_bytes if job.suffix == ".jsonl" else 0.4 * text_bytes)
 
 
 def _clean_batch(
-    job: Job, batch: Batch, source: DocumentSource, first: int, cleaner: Cleaner, part: PartWriter
+    job: CleanJob, batch: Batch, source: DocumentSource, first: int, cleaner: Cleaner, part: PartWriter
 ) -> None:
     for drop in batch.drops:
         if drop.stops and not job.skip_errors:
@@ -285,7 +285,7 @@ def _count_drop(drop: Drop, counts: Counts, part: PartWriter) -> None:
 
 
 def _merge(
-    job: Job, progress: Callable[[ProgressEvent], None] | None, began: float, stop: Interrupts
+    job: CleanJob, progress: Callable[[ProgressEvent], None] | None, began: float, stop: Interrupts
 ) -> dict[str, Any]:
     parts = [job.part(task) for task in range(job.tasks)]
     counts = Counts()
@@ -318,7 +318,7 @@ def _merge(
 
 
 def _write_outputs(
-    job: Job,
+    job: CleanJob,
     parts: Sequence[Path],
     sizes: Sequence[int],
     exact: npt.NDArray[np.int64],
@@ -339,7 +339,7 @@ def _write_outputs(
 
 
 def _write_kept(
-    job: Job,
+    job: CleanJob,
     parts: Sequence[Path],
     sizes: Sequence[int],
     exact: npt.NDArray[np.int64],

@@ -11,8 +11,8 @@ import numpy as np
 import xxhash
 import zstandard
 
-from engine.data.clean.document import Place
 from engine.data.clean.ngrams import MinHash
+from engine.data.clean.rules import Place
 from engine.data.read.columns import joined
 from engine.data.read.formats import plain
 from engine.data.read.jsontext import dumps

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.prepare.job import AGAIN, SPLITS, Job, stop_at_errors
+from engine.data.prepare.job import AGAIN, SPLITS, PrepareJob, stop_at_errors
 from engine.data.prepare.pack import begin_documents
-from engine.data.prepare.parts import Parts
 from engine.data.prepare.report import PrepareReport, ProgressEvent, SplitReport, SplitTotals, Totals
+from engine.data.prepare.shards import Shards
 from engine.data.read.documents import Batch, Drop
 from engine.data.samples.indexed import paths_of
 from engine.data.tokenize.encoder import Encoder, Mismatch
@@ -39,10 +39,10 @@ SHARD_S = 30.0  # seconds, whichever comes first
 MAX_THREADS = 8  # unless asked for: what one thread reads keeps no more of them at work, and each holds a batch
 
 
-class Work:
+class Flow:
     """Encoding, from wherever the parts are to the end."""
 
-    def __init__(self, job: Job, parts: Parts, tokenizer: Tokenizer):
+    def __init__(self, job: PrepareJob, parts: Shards, tokenizer: Tokenizer):
         self.job, self.parts, self.tokenizer = job, parts, tokenizer
         self.eod = tokenizer.eod if job.append_eod else None
         self.bos = self._begin_token() if job.prepend_bos else None

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.prepare.parts import Parts
 from engine.data.prepare.report import Progress
+from engine.data.prepare.shards import Shards
 from engine.data.read.documents import Batch
 from engine.data.read.own import Own
 from engine.data.read.sources import DocumentSource
@@ -28,7 +28,7 @@ AGAIN = "give the same command again"
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareJob:
     """What to do: the checked arguments of `prepare`."""
 
     source: DocumentSource
@@ -107,7 +107,7 @@ class Job:
         return [*copy, *corpora, Path(f"{self.output}-skipped.jsonl"), Path(f"{self.output}-report.json")]
 
 
-def settings_of(job: Job, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def settings_of(job: PrepareJob, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """All that the output depends on, as JSON gives it back. How errors are met is not among it: `skip` may go on
     where `stop` stopped."""
     files = [[file.name, file.num_bytes, file.stamp] for file in job.source.files]
@@ -153,7 +153,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def refuse_existing(job: Job, leftover: Parts | None = None) -> None:
+def refuse_existing(job: PrepareJob, leftover: Shards | None = None) -> None:
     """Refuse to replace files; `leftover` is a folder of which a kill left the husk, and goes away then."""
     paths = job.targets()
     if job.train_vocab_size is not None:
@@ -168,7 +168,7 @@ def refuse_existing(job: Job, leftover: Parts | None = None) -> None:
         )
 
 
-def stop_at_errors(job: Job, batch: Batch) -> None:
+def stop_at_errors(job: PrepareJob, batch: Batch) -> None:
     for drop in batch.drops:
         if drop.stops and not job.skip_errors:
             raise drop.refuse()

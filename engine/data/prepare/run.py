@@ -4,8 +4,8 @@ The split is by document, by a keyed hash of its number: spread over the corpus 
 appended last), stable when documents are added at the end, and no document is in two. A tokenizer is trained on the
 train documents only. Everything streams: memory is a few batches of text and their encodings, not the corpus.
 
-Reading, encoding and adding (encoding.py) go on side by side and fill data files in PREFIX.parts/ (parts.py says how
-these outlive a kill), which are published under their names when all is there. Documents stay in input order.
+Reading, encoding and adding (flow.py) go on side by side and fill data files in PREFIX.parts/ (shards.py says how these
+outlive a kill), which are published under their names when all is there. Documents stay in input order.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.data.prepare.job import AGAIN, SPLITS, Job, difference, refuse_existing, settings_of, stop_at_errors
-from engine.data.prepare.parts import Parts, publish, read_json
-from engine.data.prepare.pipeline import Work
+from engine.data.prepare.flow import Flow
+from engine.data.prepare.job import AGAIN, SPLITS, PrepareJob, difference, refuse_existing, settings_of, stop_at_errors
 from engine.data.prepare.report import PrepareReport, Progress, ProgressEvent, SplitReport
+from engine.data.prepare.shards import Shards, publish, read_json
 from engine.data.read.account import Account, unreadable
 from engine.data.read.sources import MAX_DOCUMENT_BYTES, DocumentSource
 from engine.data.tokenize.recipe import Recipe
@@ -80,7 +80,7 @@ def prepare(
         raise DataError(f"on_error = {on_error!r}: expected stop or skip")
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
     how: dict[str, Any] = {"keys": keys, "format": format, "max_document_bytes": max_document_bytes}
-    job = Job(
+    job = PrepareJob(
         DocumentSource(()),
         output,
         tokenizer,
@@ -111,7 +111,7 @@ def prepare(
     return _run(job)
 
 
-def _run(job: Job) -> PrepareReport:
+def _run(job: PrepareJob) -> PrepareReport:
     """Go on with the work in PREFIX.parts, or begin it."""
     given = None if job.train_vocab_size is not None else job.given_tokenizer()
     settings = settings_of(job, given)
@@ -120,7 +120,7 @@ def _run(job: Job) -> PrepareReport:
         job.stop.go_on = lambda: f"what is finished is kept in {job.parts}; {AGAIN} and it goes on behind it"
     if not resuming:
         refuse_existing(job)
-    with Parts(job.parts, job.splits) as parts:
+    with Shards(job.parts, job.splits) as parts:
         begun = parts.settings()
         plan = read_json(job.parts / "publish.json")
         if plan is not None and begun in (None, settings):  # killed while publishing
@@ -136,7 +136,7 @@ def _run(job: Job) -> PrepareReport:
             parts.begin(settings)
         try:
             chosen = given or _trained(job)
-            plan = Work(job, parts, chosen).run()
+            plan = Flow(job, parts, chosen).run()
         except (DataError, Stopped) as err:
             trained = isinstance(err, Stopped) and (job.parts / "trained").exists()
             if not trained and not parts.has_shards():  # nothing worth keeping: the next try is as the first one
@@ -146,7 +146,7 @@ def _run(job: Job) -> PrepareReport:
         return _publish(job, plan)
 
 
-def _trained(job: Job) -> Tokenizer:
+def _trained(job: PrepareJob) -> Tokenizer:
     """The tokenizer that an earlier try trained, or a new one, kept in the parts folder."""
     folder = job.parts / "trained"
     if not folder.exists():
@@ -158,7 +158,7 @@ def _trained(job: Job) -> Tokenizer:
     return Tokenizer.load(folder, job.parse_special)
 
 
-def _train_texts(job: Job, spread: Spread) -> Iterator[str]:
+def _train_texts(job: PrepareJob, spread: Spread) -> Iterator[str]:
     began, number, account = time.monotonic(), 0, Account()
     for batch in read_ahead(job.source.batches()):
         stop_at_errors(job, batch)
@@ -173,7 +173,7 @@ def _train_texts(job: Job, spread: Spread) -> Iterator[str]:
         raise DataError(account.nothing(job.source))
 
 
-def _publish(job: Job, plan: dict[str, Any]) -> PrepareReport:
+def _publish(job: PrepareJob, plan: dict[str, Any]) -> PrepareReport:
     """The tokenizer first, as without it the ids mean nothing; the report last."""
     trained = job.parts / "trained"
     if job.train_vocab_size is not None and trained.exists():

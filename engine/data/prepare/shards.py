@@ -45,7 +45,7 @@ class _Grown:
         self.committed = self.end = 0
         self.digest = xxhash.xxh3_128()  # of what was added since the last commit
         self.whole = self.whole_committed = xxhash.xxh3_128()  # of the file to `end`, and to `committed`
-        self.file: IO[bytes] = open(path, "ab")  # noqa: SIM115  (closed by Parts.close)
+        self.file: IO[bytes] = open(path, "ab")  # noqa: SIM115  (closed by Shards.close)
         self._sent = 0
 
     def write(self, data: memoryview | bytes) -> None:
@@ -73,7 +73,7 @@ class _Grown:
         self.whole = self.whole_committed.copy()
 
 
-class Parts:
+class Shards:
     """The open folder. `state`: what the last commit kept, None at the start; `warnings`: shards that were not good.
 
     `counts[split]` int64 [vocab_size]: histogram of the tokens so far. Use as a context manager.
@@ -95,7 +95,7 @@ class Parts:
             self._lock.close()
             raise DataError(f"{folder}: another `engine prepare` is writing here. Wait for it, or end it.") from err
 
-    def __enter__(self) -> Parts:
+    def __enter__(self) -> Shards:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -34,7 +34,7 @@ KINDS: dict[str, Callable[[Scan], Iterator[tuple[int, int]]]] = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Entity:
     """text[begin:end] is of this kind."""
 
     kind: str
@@ -42,18 +42,18 @@ class Finding:
     end: int
 
 
-def find(text: str, kinds: Sequence[str] = ()) -> list[Finding]:
+def find(text: str, kinds: Sequence[str] = ()) -> list[Entity]:
     """All findings in order, none overlapping. `kinds`: a subset of KINDS, empty: all."""
-    taken: list[Finding] = []
+    taken: list[Entity] = []
     scan = Scan(text)
     for kind, search in KINDS.items():
         if not kinds or kind in kinds:
             for begin, end in search(scan):
-                _take(taken, Finding(kind, begin, end))
+                _take(taken, Entity(kind, begin, end))
     return taken
 
 
-def mask(text: str, findings: Sequence[Finding]) -> str:
+def mask(text: str, findings: Sequence[Entity]) -> str:
     """The text with each finding replaced by its kind in brackets, such as [EMAIL]."""
     pieces, position = [], 0
     for finding in findings:
@@ -68,7 +68,7 @@ def hint(value: str) -> str:
     return value[:shown] + "*" * min(12, len(value) - 2 * shown) + value[len(value) - shown :]
 
 
-def _take(taken: list[Finding], finding: Finding) -> None:
+def _take(taken: list[Entity], finding: Entity) -> None:
     """Insert it in order of text, unless something there overlaps it."""
     at = bisect.bisect_left(taken, finding.begin, key=lambda other: other.begin)
     after_last = at == 0 or taken[at - 1].end <= finding.begin

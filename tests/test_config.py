@@ -27,7 +27,7 @@ from engine.config import schema as config_module
 from engine.config.load import Resolved, load
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields, layout_of
-from engine.distributed.launch import Env, pick_device, read_env
+from engine.distributed.env import Env, pick_device, read_env
 from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, Fault
 from engine.model.transformer import num_parameters
 from engine.pipeline.schedules import build

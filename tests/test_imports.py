@@ -39,8 +39,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config.load",),
     ("cli.options", "cli.train_options", "cli.merge_options", "cli.schedule_pages"),
     ("cli.checks", "distributed.board"),  # no torch up to here
-    ("distributed.rng", "distributed.shared_memory", "batch"),
-    ("distributed.context",),
+    ("distributed.rng", "distributed.shared_memory", "distributed.env", "batch"),
+    ("distributed.context", "distributed.network", "distributed.failure"),
     ("distributed.sharding",),
     ("distributed.collectives", "distributed.launch"),
     ("distributed.pair", "ops", "data"),
@@ -53,7 +53,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("inference.load",),
     ("inference.compare", "train.evaluate"),
     ("monitor",),
-    ("train.step",),
+    ("train.state", "train.step"),
     ("train.loop", "inference.generate", "cli.dry_run", "cli.selftest"),
     ("cli.doctor", "cli.clean_console", "cli.prepare_console"),
     ("cli.checkpoints", "cli.data", "cli.run", "cli.schedule"),
@@ -67,10 +67,10 @@ _TORCH_FREE_LEVELS = 11
 STRANGERS = {
     "model": ("pipeline", "optim", "data", "checkpoint", "interop"),
     "pipeline": ("model",),
-    "ops": ("data", "distributed.launch"),
+    "ops": ("data", "distributed.env", "distributed.launch"),
 }
 TALKERS = tuple(
-    f"distributed.{name}" for name in ("collectives", "launch", "context", "pair")
+    f"distributed.{name}" for name in ("collectives", "launch", "failure", "context", "pair")
 )  # may use torch.distributed
 HOLDERS = ("pipeline.executor", "parallel.gradients")  # may name the type dist.Work, and nothing else of it
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
@@ -182,8 +182,8 @@ def no_global_statement(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"{module}:{node.lineno}: global {', '.join(node.names)}"
 
 
-def environment_in_launch_only(module: str, tree: ast.AST) -> Iterator[str]:
-    if module == "distributed.launch":
+def environment_in_one_module_only(module: str, tree: ast.AST) -> Iterator[str]:
+    if module == "distributed.env":
         return
     names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
     for node in ast.walk(tree):
@@ -272,7 +272,7 @@ STRUCTURE: tuple[Rule, ...] = (
     strangers_stay_strangers,
     torch_comes_late,
     no_global_statement,
-    environment_in_launch_only,
+    environment_in_one_module_only,
     collectives_in_distributed_only,
 )
 
@@ -337,9 +337,9 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (torch_comes_late, "config.schema", "import torch"),
     (torch_comes_late, "pipeline.check", "def f():\n    from torch.nn import Module"),
     (no_global_statement, "distributed.collectives", "def f():\n    global state\n    state = 1"),
-    (environment_in_launch_only, "distributed.collectives", "import os\nrank = os.environ['RANK']"),
-    (environment_in_launch_only, "distributed.collectives", "import os as system\nrank = system.getenv('RANK')"),
-    (environment_in_launch_only, "distributed.collectives", "from os import environ"),
+    (environment_in_one_module_only, "distributed.collectives", "import os\nrank = os.environ['RANK']"),
+    (environment_in_one_module_only, "distributed.collectives", "import os as system\nrank = system.getenv('RANK')"),
+    (environment_in_one_module_only, "distributed.collectives", "from os import environ"),
     (collectives_in_distributed_only, "model.layers", "import torch.distributed as dist"),
     (collectives_in_distributed_only, "model.layers", "from torch import distributed"),
     (collectives_in_distributed_only, "model.layers", "from torch.distributed import ProcessGroup"),
@@ -394,7 +394,7 @@ def test_a_planted_violation_is_found(rule: Rule, module: str, source: str) -> N
         ("data.samples.loader", "from engine.data.samples.order import SampleOrder"),
         ("pipeline.executor", "from engine.pipeline.stage import Stage"),
         ("parallel.gradients", "import torch.distributed as dist\nwork: dist.Work | None = None"),
-        ("distributed.launch", "import os\nos.environ['RANK']"),
+        ("distributed.env", "import os\nos.environ['RANK']"),
         (
             "distributed.collectives",
             "open(a, 'rb'); path.open('wb'); os.open(a, 0); storage.open(a); path.read_text(encoding='utf-8')",

@@ -21,15 +21,17 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from engine.distributed import context, launch
+from engine.distributed import context, failure, launch
 from engine.distributed.collectives import all_reduce_, gather_json, raise_together
 from engine.distributed.context import ParallelContext, make_context
-from engine.distributed.launch import Env, run
+from engine.distributed.env import Env, read_env
+from engine.distributed.launch import Mesh, run
 from engine.distributed.layout import Layout
 from engine.errors import ConfigError, DataError, EngineError, Fault, TrainingError
 from engine.util import signals
 from engine.util.files import locked
 from engine.util.signals import StopRequest
+from tests.support.errors import raises
 
 CPU = torch.device("cpu")
 TWO = Layout(2, data=2)
@@ -39,8 +41,7 @@ Job = Callable[[ParallelContext], int]
 
 def start(job: Job, env: Env, layout: Layout, timeout_s: float = 20.0, transport: str = "auto") -> int:
     """launch.run as the command line calls it."""
-    sizes = {"num_kv_heads": 1, "dtype": torch.float32, "device": CPU}
-    return run(job, env, layout, **sizes, timeout_s=timeout_s, transport=transport)  # type: ignore[arg-type]
+    return run(job, env, Mesh(layout, 1, torch.float32, CPU, timeout_s, transport))
 
 
 def last_rank_fails(ctx: ParallelContext) -> int:
@@ -54,8 +55,8 @@ def last_rank_fails(ctx: ParallelContext) -> int:
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
-from engine.distributed.launch import read_env
+sys.path[:0] = [{tests!r}, {root!r}]
+from engine.distributed.env import read_env
 from test_launch import TWO, last_rank_fails, start
 sys.exit(start(last_rank_fails, read_env(), TWO))
 """
@@ -63,7 +64,7 @@ sys.exit(start(last_rank_fails, read_env(), TWO))
 
 def test_one_message_under_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parent.parent)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(torchrun, capture_output=True, text=True, timeout=110, check=False, env=env)
@@ -82,7 +83,7 @@ def test_one_message_under_torchrun(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quiet ranks stay for a second, for torchrun's summary; only the real torchrun needs that."""
-    monkeypatch.setattr(launch, "_LINGER_S", 0.0)
+    monkeypatch.setattr(failure, "_LINGER_S", 0.0)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def ranks(
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
-        return start(job, launch.read_env(), layout or Layout(world, data=world), timeout_s, transport)
+        return start(job, read_env(), layout or Layout(world, data=world), timeout_s, transport)
 
     logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
     with ExitStack() as stack:
@@ -192,7 +193,7 @@ def test_nobody_leaves_with_a_code_before_all_are_done(tmp_path: Path, monkeypat
 
 def test_a_rank_that_never_starts_is_missed() -> None:
     store = dist.HashStore()
-    with pytest.raises(EngineError, match=r"only 1 of 2 ranks have started within 0\.1 s"):
+    with raises(EngineError, "distributed.ranks-missing", "1 of 2", "0.1 s"):
         launch._meet(store, Env(0, 2, 0, 1), 0.1)
     launch._meet(store, Env(1, 2, 0, 1), 0.1)
 
@@ -204,7 +205,7 @@ def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
             return 0
 
     begin = time.monotonic()
-    assert launch._is_first(Dead(), patience_s=5.0) is None  # type: ignore[arg-type]
+    assert failure._is_first(Dead(), patience_s=5.0) is None  # type: ignore[arg-type]
     assert time.monotonic() - begin < 40
 
 
@@ -232,7 +233,7 @@ def test_an_error_is_told_where_torchrun_cannot_be(tmp_path: Path) -> None:
 
 def test_quiet_ranks_end_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun calls whoever ends first the root cause."""
-    monkeypatch.setattr(launch, "_LINGER_S", 1.5)
+    monkeypatch.setattr(failure, "_LINGER_S", 1.5)
     begin = time.monotonic()
     assert [r.text != "" for r in ranks(last_rank_fails, tmp_path)] == [False, True]
     assert time.monotonic() - begin > 1.5
@@ -281,8 +282,8 @@ def test_a_bug_comes_with_its_traceback(tmp_path: Path) -> None:
 
 
 def test_a_rank_killed_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_first = launch._is_first
-    monkeypatch.setattr(launch, "_is_first", lambda store, patience_s: is_first(store, min(patience_s, 0.3)))
+    is_first = failure._is_first
+    monkeypatch.setattr(failure, "_is_first", lambda store, patience_s: is_first(store, min(patience_s, 0.3)))
 
     def job(ctx: ParallelContext) -> int:
         if ctx.rank == 1:
@@ -514,9 +515,9 @@ def test_a_rank_ends_when_torchrun_is_killed(tmp_path: Path, monkeypatch: pytest
     lock = tmp_path / "lock"
 
     def rank() -> int:
-        monkeypatch.setattr(launch, "LAUNCHER", os.getppid())
+        monkeypatch.setattr(failure, "LAUNCHER", os.getppid())
         with locked(lock) as holder:
-            launch._end_with_launcher(Env(1, 2, 0, 2))
+            failure.end_with_launcher(Env(1, 2, 0, 2))
             print(holder or "holds it")
             time.sleep(60)
         return 0

@@ -24,9 +24,10 @@ import pytest
 import torch
 
 from engine.data.samples.indexed import IndexedWriter
-from engine.distributed import launch
-from engine.distributed.launch import Env
+from engine.distributed import network
+from engine.distributed.env import Env
 from engine.errors import ConfigError
+from tests.support.errors import raises
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT, SLURM = ROOT / "examples/pretrain_7b.sh", ROOT / "examples/pretrain_7b.slurm"
@@ -263,7 +264,7 @@ def test_the_interface_is_the_users_the_loopback_or_the_way_to_the_master(monkey
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
         if not given:
             monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-        launch.choose_interface(env, torch.device(device))
+        network.choose_interface(env, torch.device(device))
         return os.environ.get("GLOO_SOCKET_IFNAME")
 
     assert chosen(near, "10.77.0.1") == "lo"
@@ -272,8 +273,8 @@ def test_the_interface_is_the_users_the_loopback_or_the_way_to_the_master(monkey
     assert chosen(far, "127.0.0.1") == "lo"  # two nodes that are one machine, and say so
     assert chosen(far, "no.such.host.invalid") is None
     assert chosen(far, "127.0.0.1", device="cuda") is None
-    monkeypatch.setattr(launch, "_address_towards", lambda host: "127.0.1.1")
-    with pytest.raises(ConfigError, match=r"MASTER_ADDR = 'head': is 127\.0\.1\.1 on its own host .*--master-addr"):
+    monkeypatch.setattr(network, "_address_towards", lambda host: "127.0.1.1")
+    with raises(ConfigError, "distributed.master-on-loopback", "MASTER_ADDR", "head", "127.0.1.1", "--master-addr"):
         chosen(far, "head")
 
 

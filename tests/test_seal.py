@@ -18,13 +18,13 @@ from engine.checkpoint import seal as module
 from engine.checkpoint.format import damages, find, newest, read_manifest
 from engine.checkpoint.load import Reader
 from engine.checkpoint.save import save
-from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, sealed_bytes, storage_of
+from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, read_secret, sealed_bytes, storage_of
 from engine.checkpoint.storage import DISK, read_file, write_file
 from engine.distributed.context import ParallelContext
-from engine.distributed.launch import read_secret
 from engine.errors import CheckpointError, ConfigError, SecretError, WrongSecretError
 from engine.train.step import facts_of, resume, setup, start_from, train_step
 from engine.util.files import SEALED
+from tests.support.errors import raises
 
 SECRET, OTHER = bytes(range(32)), bytes(range(1, 33))
 FILE = Path("/rank.safetensors")
@@ -119,15 +119,15 @@ def test_a_secret_comes_from_a_private_file_or_the_environment(tmp_path: Path, m
     file.chmod(0o600)
     assert read_secret(f"file:{file}") == SECRET
     file.chmod(0o640)
-    with pytest.raises(ConfigError, match=r"others than its owner may read it.*chmod 600"):
+    with raises(ConfigError, "checkpoint.secret-open", file):
         read_secret(f"file:{file}")
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with raises(ConfigError, "checkpoint.secret-unreadable", f"{tmp_path}/none"):
         read_secret(f"file:{tmp_path}/none")
     monkeypatch.setenv("MY_SECRET", "x" * 40)
     assert read_secret("env:MY_SECRET") == b"x" * 40
-    with pytest.raises(ConfigError, match="is not set"):
+    with raises(ConfigError, "checkpoint.secret-not-set", "env:NO_SUCH_SECRET"):
         read_secret("env:NO_SUCH_SECRET")
-    with pytest.raises(ConfigError, match=r"is neither file:PATH nor env:NAME") as error:
+    with raises(ConfigError, "checkpoint.secret-no-reference") as error:
         read_secret("hunter2-is-my-secret-itself")
     assert "hunter2" not in str(error.value)
     assert storage_of("") is DISK

@@ -268,7 +268,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.tokenizer_type.startswith("BertWordPiece"):
         print("note: texts alone are stored, without [CLS] and [SEP] around them and without <extra_id_N> tokens")
     if args.workers:
-        from engine.distributed.launch import limit_encoder_threads
+        from engine.distributed.env import limit_encoder_threads
 
         limit_encoder_threads(args.workers)
     with interruptible("nothing is written; give the same command again") as stop:

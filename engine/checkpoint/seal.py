@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.storage import DISK, Hasher, Status, Storage, StoredFile, Writer, unseen
-from engine.distributed.launch import read_secret
-from engine.errors import CheckpointError, WrongSecretError
+from engine.distributed.env import secret_variable
+from engine.errors import CheckpointError, ConfigError, Fault, WrongSecretError
 from engine.util.files import SEALED
 
 SIGNED = "hmac_sha256"  # the kind of digest that signs
@@ -47,6 +47,41 @@ def storage_of(reference: str, *, encrypt: bool = False) -> Storage:
     Raises ConfigError or CheckpointError for a secret that is not there or too short.
     """
     return SecretStorage(Seal(read_secret(reference)), encrypt=encrypt) if reference else DISK
+
+
+def read_secret(reference: str) -> bytes:
+    """The secret that file:PATH or env:NAME refers to. It is never shown, and what is no reference is not either.
+
+    Raises ConfigError when it is not there, or in a file that others may read.
+    """
+    kind, colon, name = reference.partition(":")
+    if not colon or not name or kind not in ("file", "env"):
+        fault = Fault(
+            "checkpoint.secret-no-reference",
+            "secret",
+            "...",
+            "is neither file:PATH nor env:NAME",
+            "Give where the secret is, not the secret.",
+        )
+        raise ConfigError([fault])
+    if kind == "env":
+        if (secret := secret_variable(name)) is None:
+            fault = Fault(
+                "checkpoint.secret-not-set", "secret", reference, "is not set", "Set it to at least 32 characters."
+            )
+            raise ConfigError([fault])
+        return secret
+    try:
+        if Path(name).stat().st_mode & 0o077:
+            relation = "others than its owner may read it"
+            raise ConfigError([Fault("checkpoint.secret-open", "secret", reference, relation, f"chmod 600 {name}")])
+        return Path(name).read_bytes()
+    except OSError as error:
+        relation = f"cannot be read: {error.strerror}"
+        fault = Fault(
+            "checkpoint.secret-unreadable", "secret", reference, relation, "Give a file of at least 32 bytes."
+        )
+        raise ConfigError([fault]) from None
 
 
 def sealed_bytes(content_bytes: int) -> int:

@@ -57,7 +57,7 @@ def prepare(args: list[str], stop: Interrupts) -> int:
     if faults := list(prepare_faults(o)):
         raise ConfigError(faults)
     if o.workers:
-        from engine.distributed.launch import limit_encoder_threads
+        from engine.distributed.env import limit_encoder_threads
 
         limit_encoder_threads(o.workers)
     with _progress_later() as progress:

@@ -14,7 +14,6 @@ def train(args: list[str]) -> int:
     stop = StopRequest()  # first: what follows takes seconds
     from engine.cli.train_options import parse_train
     from engine.config.load import load
-    from engine.config.schema import layout_of
 
     options = parse_train(args, "engine train")
     if options.world_size < 0 or (options.world_size and not options.dry_run):
@@ -38,17 +37,18 @@ def train(args: list[str]) -> int:
         return EXIT_OK
     from engine.cli.output import outlive
     from engine.data.samples.special import check
-    from engine.distributed.launch import leave, leave_code, pick_device, read_env, run
+    from engine.distributed.env import leave_code, read_env
+    from engine.distributed.launch import leave, run
     from engine.monitor.ending import Ending
-    from engine.optim.precision import PRECISIONS
     from engine.train.loop import train
+    from engine.train.state import mesh_of
 
     outlive()  # a run of weeks does not end because the terminal it was started from is closed
     env = read_env()
     try:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world, refuse_idle=True)
         resolved = resolved.anchored()
-        device = pick_device(resolved.config.train.device, env)
+        mesh = mesh_of(resolved.config, env)
         check(resolved.config)
     except ConfigError as error:
         leave_code(error.exit_code)
@@ -56,19 +56,8 @@ def train(args: list[str]) -> int:
             stop.release()  # torchrun's SIGTERM ends the wait, or all would be told twice
             time.sleep(30)
         raise
-    cfg = resolved.config
-    ending = Ending(Path(cfg.run.dir))
-    code = run(
-        lambda ctx: train(resolved, ctx, stop, ending),
-        env,
-        layout_of(cfg),
-        num_kv_heads=cfg.model.num_kv_heads,
-        dtype=PRECISIONS[cfg.train.precision].compute,
-        device=device,
-        timeout_s=cfg.parallel.timeout_s,
-        transport=cfg.parallel.transport,
-        told=ending.write,
-    )
+    ending = Ending(Path(resolved.config.run.dir))
+    code = run(lambda ctx: train(resolved, ctx, stop, ending), env, mesh, told=ending.write)
     return leave(code, env)
 
 
@@ -79,11 +68,11 @@ def evaluate(args: list[str]) -> int:
     from engine.checkpoint.seal import storage_of
     from engine.cli.options import Evaluate
     from engine.config.checks import relations
-    from engine.config.schema import layout_of
-    from engine.distributed.launch import leave, pick_device, read_env, run
+    from engine.distributed.env import read_env
+    from engine.distributed.launch import leave, run
     from engine.inference.load import config_of
-    from engine.optim.precision import PRECISIONS
     from engine.train.evaluate import evaluate
+    from engine.train.state import mesh_of
 
     o = tyro.cli(Evaluate, args=args, prog="engine evaluate")
     degrees = {"--tensor": o.tensor, "--pipeline": o.pipeline}
@@ -100,12 +89,7 @@ def evaluate(args: list[str]) -> int:
     code = run(
         lambda ctx: evaluate(cfg, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches, storage),
         env,
-        layout_of(cfg),
-        num_kv_heads=cfg.model.num_kv_heads,
-        dtype=PRECISIONS[cfg.train.precision].compute,
-        device=pick_device(cfg.train.device, env),
-        timeout_s=cfg.parallel.timeout_s,
-        transport=cfg.parallel.transport,
+        mesh_of(cfg, env),
     )
     return leave(code, env)
 
@@ -180,7 +164,7 @@ def doctor(args: list[str]) -> int:
 
 def single_process(verb: str) -> None:
     """ConfigError where torchrun started several processes of a verb that runs on one."""
-    from engine.distributed.launch import read_env
+    from engine.distributed.env import read_env
 
     world = read_env().world
     if world > 1:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from engine.distributed.context import make_context
-from engine.distributed.launch import Env, choose_interface
+from engine.distributed.env import Env
 from engine.distributed.layout import Layout
+from engine.distributed.network import choose_interface
 from engine.errors import ConfigError
 
 _END_S = 2.0  # a process whose pipe has closed ends within this time

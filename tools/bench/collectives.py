@@ -50,7 +50,8 @@ def measure(o: Options) -> Result:
         reduce_scatter_start,
     )
     from engine.distributed.context import ParallelContext
-    from engine.distributed.launch import read_env, run
+    from engine.distributed.env import read_env
+    from engine.distributed.launch import Mesh, run
     from engine.distributed.layout import Layout
 
     env = read_env()
@@ -88,16 +89,9 @@ def measure(o: Options) -> Result:
                 found[f"{name} {size}"] = statistics.median(walls) * 1e3, cpu / len(walls) * 1e3
         return 0
 
-    code = run(
-        main,
-        env,
-        Layout(env.world, pipeline=env.world),
-        num_kv_heads=1,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        timeout_s=120.0,
-        transport=sys.argv[2],
-    )
+    layout = Layout(env.world, pipeline=env.world)
+    mesh = Mesh(layout, 1, torch.float32, torch.device("cpu"), timeout_s=120.0, transport=sys.argv[2])
+    code = run(main, env, mesh)
     if code:
         sys.exit(code)
     return found if env.rank == 0 else {}

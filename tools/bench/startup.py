@@ -82,6 +82,7 @@ def worker(out: str, *arguments: str) -> None:
     stamps["import torch"] = [STARTED, time.time()]
     import engine.cli.main
     import engine.cli.options
+    import engine.distributed.env
     import engine.distributed.launch
     import engine.train.loop
 
@@ -93,7 +94,7 @@ def worker(out: str, *arguments: str) -> None:
     noting(stamps, engine.train.loop, "train_step")
     leave = engine.distributed.launch.leave
 
-    def write(code: int, env: engine.distributed.launch.Env) -> int:
+    def write(code: int, env: engine.distributed.env.Env) -> int:
         if env.rank == 0:
             Path(out).write_text(json.dumps(stamps), encoding="utf-8")
         return leave(code, env)

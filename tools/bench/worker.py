@@ -23,7 +23,8 @@ def engine(o: Options, case: Case) -> dict[str, Any]:
     from engine.data.samples.loader import MicroBatch
     from engine.distributed.collectives import all_reduce_
     from engine.distributed.context import ParallelContext
-    from engine.distributed.launch import read_env, run
+    from engine.distributed.env import read_env
+    from engine.distributed.launch import Mesh, run
     from engine.train.step import setup, train_step
 
     values = {
@@ -61,15 +62,8 @@ def engine(o: Options, case: Case) -> dict[str, Any]:
         measured.update(meter.run(lambda: train_step(state, batches).loss))
         return 0
 
-    code = run(
-        main,
-        env,
-        layout_of(cfg),
-        num_kv_heads=cfg.model.num_kv_heads,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        timeout_s=600.0,
-    )
+    mesh = Mesh(layout_of(cfg), cfg.model.num_kv_heads, torch.float32, torch.device("cpu"), timeout_s=600.0)
+    code = run(main, env, mesh)
     if code:
         sys.exit(code)
     return measured

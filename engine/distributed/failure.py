@@ -1,0 +1,164 @@
+"""What is reported when a rank fails, loses its peers, or loses its launcher: one message, by one rank.
+
+Every wait is bounded: the store may be gone with its host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from torch.distributed.distributed_c10d import Store
+
+from engine.distributed.board import Board, Seen
+from engine.distributed.env import Env, master_address, torchrun_error_file, under_torchrun
+from engine.errors import EXIT_ERROR, EngineError, out_of_memory
+from engine.util.signals import LAUNCHER
+
+T = TypeVar("T")
+
+_FIRST = "engine/first_error"
+PATIENCE_S = 5.0  # a rank that merely lost its peers waits so long for the one that knows the cause
+STORE_S = 2.0  # an answer of the store that takes longer will not come
+_LOST = (
+    "gloo",
+    "NCCL",
+    "Connection",
+    "DistBackendError",
+    "Application timeout",
+    "Timed out",
+)  # words of torch's errors
+_SILENT = ("Application timeout", "Timed out", "timed out", "timeout")
+_LOOK_S = 1.0  # so often a rank looks whether torchrun is still there
+_LINGER_S = 1.0  # torchrun names the process that ends first as the root cause: a rank with nothing to say ends later
+
+
+def report(error: Exception, env: Env, store: Store | None, timeout_s: float, board: Board | None) -> str:
+    """Print the error unless another rank had one before; give torchrun's summary the same text.
+
+    Returns its first line, or its last where it is a traceback; empty when nothing was told.
+    """
+    expected = isinstance(error, EngineError)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) if expected else out_of_memory(error) or "".join(traceback.format_exception(error)).rstrip()
+    lost = False
+    if store is not None:
+        what = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # without the place in gloo's source
+        lost = not expected and any(word in f"{type(error).__name__} {error}" for word in _LOST)
+        seen = board.look(timeout_s / 2) if lost and board is not None else Seen()  # now: the others are about to end
+        silent = lost and any(word in what for word in _SILENT)  # for timeout_s already: a cause would have been told
+        first = _is_first(store, patience_s=0.0 if not lost else _LINGER_S if silent else PATIENCE_S)
+        # Without the store nobody knows who was first. All ranks of this host have lost the same peers: one speaks.
+        if first is False or (first is None and lost and env.local_rank > 0):
+            time.sleep(_LINGER_S)
+            return ""
+        if lost:
+            text = _lost_contact(what, timeout_s if silent else None, seen, store_gone=first is None)
+        text = f"rank {env.rank}: {text}"
+        _tell_torchrun(text)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    if expected or lost or isinstance(error, OSError):
+        return text.partition("\n")[0]
+    return f"{f'rank {env.rank}: ' * (store is not None)}{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _lost_contact(what: str, silent_s: float | None, seen: Seen, *, store_gone: bool) -> str:
+    """What a rank can say that lost its peers, or waited for them in vain for `silent_s`."""
+    here, master = socket.gethostname(), master_address()
+    if store_gone:
+        text = f"lost contact with other ranks and with the first node, {master}: that host or the network is down"
+    elif silent_s is not None and seen.behind:
+        behind = "; ".join(f"rank {rank} is behind: {why}" for rank, why in seen.behind.items())
+        text = f"{behind}; others have waited {silent_s:g} s for it (parallel.timeout_s)"
+    elif silent_s is not None:
+        text = (
+            f"no word from another rank for {silent_s:g} s (parallel.timeout_s): its host or the network is down, "
+            f"or it hangs{_heard(seen)}"
+        )
+    else:
+        who = f"rank {_listed(seen.ended)}" if seen.ended else "another rank"
+        text = f"lost contact with {who}, which went without a word (killed? out of memory?)"
+    return (
+        f"{text}: {what}\n  Look at the network of {here} and at what the other nodes say, then start the same command "
+        "again: it goes on from the last checkpoint."
+    )
+
+
+def _heard(seen: Seen) -> str:
+    """Of whom more is known where nobody is found to be behind."""
+    waiting = f"; rank {_listed(seen.waiting)} on this host waits as well" if seen.waiting else ""
+    return waiting + (f"; what rank {_listed(seen.unknown)} does is not known here" if seen.unknown else "")
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _tell_torchrun(text: str) -> None:
+    """Leave the text where torchrun looks for the root cause (the format of torch's elastic ErrorHandler)."""
+    if file := torchrun_error_file():
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with suppress(OSError):  # a full disk there must not hide the error
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
+
+
+def _is_first(store: Store, patience_s: float) -> bool | None:
+    """Whether no other rank has reported an error; None when the store is gone, as with its host.
+
+    A rank that merely lost its peers gives the cause time to speak.
+    """
+
+    def ask() -> bool:
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline and store.add(_FIRST, 0) == 0:
+            time.sleep(0.1)
+        return store.add(_FIRST, 1) == 1
+
+    answers = bounded(lambda: store.add(_FIRST, 0), STORE_S)
+    return None if answers is None else bounded(ask, patience_s + STORE_S)
+
+
+def end_with_launcher(env: Env) -> None:
+    """End this rank once torchrun has, as by SIGKILL: nobody else would, and it would keep the run folder locked."""
+
+    def work() -> None:
+        while os.getppid() == LAUNCHER:
+            time.sleep(_LOOK_S)
+        with suppress(OSError):
+            if env.local_rank == 0:
+                text = f"torchrun (process {LAUNCHER}) has ended without a word (killed?), and so do its ranks"
+                print(f"error: rank {env.rank}: {text}; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(EXIT_ERROR)
+
+    if under_torchrun():
+        threading.Thread(target=work, name="launcher", daemon=True).start()
+
+
+def bounded(work: Callable[[], T], limit_s: float) -> T | None:
+    """The result of `work`, or None when it raises or takes longer than `limit_s`.
+
+    A store's client has no time-out of its own for an answer: on a cut line it waits until TCP gives up, a quarter of
+    an hour. The thread is left behind; the caller is about to end the process.
+    """
+    results: list[T] = []
+
+    def try_it() -> None:
+        with suppress(Exception):
+            results.append(work())
+
+    thread = threading.Thread(target=try_it, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return results[0] if results else None

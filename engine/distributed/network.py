@@ -1,0 +1,61 @@
+"""Which network interface gloo takes: loopback on one machine, on several the one that leads to the master."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+
+import torch
+
+from engine.distributed.env import Env, gloo_interface, master_address, take_gloo_interface
+from engine.errors import ConfigError, Fault
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
+
+
+def choose_interface(env: Env, device: torch.device) -> None:
+    """Name the network interface for gloo, unless the user has: loopback on one machine, else the way to the master.
+
+    Left alone, gloo binds to the address that the host's own name resolves to. On many systems that is 127.0.1.1 (a
+    line in /etc/hosts), which no other host can reach, or one of several networks that the other hosts are not on. The
+    way to MASTER_ADDR is known to work: the store has just been reached over it. NCCL looks at all interfaces itself.
+    """
+    if gloo_interface() is not None:
+        return
+    if env.local_world == env.world:
+        take_gloo_interface("lo")
+        return
+    if device.type == "cuda":
+        return
+    master = master_address() or ""
+    local = _address_towards(master)
+    if local.startswith("127.") and master != "localhost" and not master.startswith("127."):
+        relation = f"is {local} on its own host {socket.gethostname()}: no other host reaches it there"
+        repair = "Give torchrun the address that the others use (--master-addr; --local-addr with c10d)."
+        raise ConfigError([Fault("distributed.master-on-loopback", "MASTER_ADDR", master, relation, repair)])
+    if name := _interface_of(local):
+        take_gloo_interface(name)
+
+
+def _address_towards(host: str) -> str:
+    """This host's IPv4 address on the way to `host`; empty when there is no such way (gloo then does as it likes)."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing: for a datagram socket the kernel only picks the route
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def _interface_of(address: str) -> str:
+    """The network interface whose first IPv4 address this is; empty for none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("40s", name.encode()))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return ""

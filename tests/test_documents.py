@@ -14,7 +14,8 @@ from harness import run_ranks
 from engine.batch import Documents
 from engine.config.schema import Config
 from engine.data.samples.corpora import open_training
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader, MicroBatch
 from engine.distributed.context import ParallelContext
 from engine.train.evaluate import Evaluator

@@ -15,7 +15,8 @@ from cases import MODEL, config, layout_of
 from harness import run_ranks
 
 from engine.config.checks import relations
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.order import SampleOrder
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.context import ParallelContext, make_context

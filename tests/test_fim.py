@@ -25,7 +25,7 @@ from engine.cli.main import main
 from engine.config.load import load
 from engine.data.samples.corpora import TrainingData, open_training
 from engine.data.samples.fim import FillInTheMiddle, Sentinels
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader, LossMask
 from engine.data.samples.special import FAMILIES, check, fill_in_the_middle, sentinels
 from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer

@@ -19,7 +19,8 @@ from test_inspect import run as inspect
 from test_order import corpus
 
 from engine.data.samples.contents import count, histogram
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.monitor.plot import plot_lengths, plot_loss
 from engine.pipeline.draw import draw

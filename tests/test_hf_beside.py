@@ -14,7 +14,7 @@ from hf_models import ROPE3, save
 from test_hf_config import rewrite
 
 from engine.cli.main import main
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import CheckpointError

@@ -43,7 +43,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("distributed.context", "distributed.network", "distributed.failure"),
     ("distributed.sharding",),
     ("distributed.collectives", "distributed.launch"),
-    ("distributed.pair", "ops", "data"),
+    ("distributed.pair", "ops", "data.tokenize.files"),
+    ("data.read",),
+    ("data.tokenize",),
+    ("data.samples",),
+    ("data.workfolder",),
+    ("data.clean", "data.prepare"),
     ("parallel",),
     ("model", "pipeline.stage"),
     ("optim", "pipeline.executor"),
@@ -63,12 +68,21 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 _LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 _TORCH_FREE_LEVELS = 11
 
-# module -> packages it must not know, whatever the levels say
+# module or package -> packages it must not know, whatever the levels say
 STRANGERS = {
     "model": ("pipeline", "optim", "data", "checkpoint", "interop"),
     "pipeline": ("model",),
     "ops": ("data", "distributed.env", "distributed.launch"),
+    "data.tokenize.tokenizer": ("data.read",),
+    "data.tokenize.convert": ("data.read",),
+    "data.samples": ("data.read",),
+    "data.clean": ("data.tokenize", "data.samples", "data.prepare"),
+    "data.prepare": ("data.clean",),
 }
+# Who trains or uses a model: of data they may import these alone. How a corpus was made is nothing to them.
+USERS_OF_DATA = ("pipeline", "parallel", "optim", "checkpoint", "interop", "monitor", "train", "inference")
+SERVED = ("data.samples", "data.tokenize.tokenizer", "data.tokenize.files")
+SERVED_TO = {"interop": ("data.tokenize.convert",)}  # which tokenizer file of a folder was converted
 TALKERS = tuple(
     f"distributed.{name}" for name in ("collectives", "launch", "failure", "context", "pair")
 )  # may use torch.distributed
@@ -134,6 +148,11 @@ def engine_modules(tree: ast.AST) -> Iterator[str]:
         yield ".".join(parts)
 
 
+def within(module: str, package: str) -> bool:
+    """Whether a module is a package or stands in it."""
+    return f"{module}.".startswith(f"{package}.")
+
+
 def is_module(parts: list[str]) -> bool:
     """Whether engine.<parts> is a module or package in the tree."""
     path = ROOT.joinpath("engine", *parts)
@@ -162,9 +181,19 @@ def imports_are_absolute(module: str, tree: ast.AST) -> Iterator[str]:
 
 
 def strangers_stay_strangers(module: str, tree: ast.AST) -> Iterator[str]:
+    unknown = [name for mine, names in STRANGERS.items() if within(module, mine) for name in names]
     for target in engine_modules(tree):
-        if any(f"{target}.".startswith(f"{name}.") for name in STRANGERS.get(module.split(".")[0], ())):
+        if any(within(target, name) for name in unknown):
             yield f"{module} must not know {target}"
+
+
+def training_reads_samples_alone(module: str, tree: ast.AST) -> Iterator[str]:
+    room = module.split(".")[0]
+    if room not in USERS_OF_DATA:
+        return
+    for target in engine_modules(tree):
+        if within(target, "data") and not any(within(target, name) for name in (*SERVED, *SERVED_TO.get(room, ()))):
+            yield f"{module} imports {target}: of data only {', '.join(SERVED)}"
 
 
 def torch_comes_late(module: str, tree: ast.AST) -> Iterator[str]:
@@ -270,6 +299,7 @@ STRUCTURE: tuple[Rule, ...] = (
     imports_point_down,
     imports_are_absolute,
     strangers_stay_strangers,
+    training_reads_samples_alone,
     torch_comes_late,
     no_global_statement,
     environment_in_one_module_only,
@@ -311,7 +341,7 @@ def test_texts_are_utf8_whatever_the_locale() -> None:
 def test_the_table_names_only_what_exists() -> None:
     for name in _LEVEL_OF:
         assert name in ENGINE, f"LEVELS names {name}, which is not in the tree"
-    for name in (*STRANGERS, *TALKERS, *HOLDERS):
+    for name in (*STRANGERS, *TALKERS, *HOLDERS, *USERS_OF_DATA, *SERVED, *SERVED_TO):
         assert name in ENGINE
 
 
@@ -334,6 +364,15 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (strangers_stay_strangers, "model.feed_forward", "import engine.data.samples.loader"),
     (strangers_stay_strangers, "model.feed_forward", "from engine.interop.huggingface.weights import hf_name"),
     (strangers_stay_strangers, "pipeline.stage", "from engine.model.transformer import Transformer"),
+    (strangers_stay_strangers, "data.prepare.merge", "from engine.data.clean.task import PartWriter"),
+    (strangers_stay_strangers, "data.clean.run", "from engine.data.tokenize.tokenizer import Tokenizer"),
+    (imports_point_down, "data.read.inputs", "from engine.data.tokenize.tokenizer import FILES"),
+    (imports_point_down, "data.tokenize.train", "from engine.data.prepare.report import Totals"),
+    (imports_point_down, "data.samples.order", "from engine.data.prepare.pack import pack"),
+    (training_reads_samples_alone, "train.loop", "from engine.data.prepare.report import PrepareReport"),
+    (training_reads_samples_alone, "inference.generate", "import engine.data.read.document_source"),
+    (training_reads_samples_alone, "monitor.health", "def f():\n    from engine.data.tokenize import train"),
+    (training_reads_samples_alone, "train.evaluate", "from engine.data.tokenize.convert import find"),
     (torch_comes_late, "config.schema", "import torch"),
     (torch_comes_late, "pipeline.check", "def f():\n    from torch.nn import Module"),
     (no_global_statement, "distributed.collectives", "def f():\n    global state\n    state = 1"),
@@ -392,6 +431,8 @@ def test_a_planted_violation_is_found(rule: Rule, module: str, source: str) -> N
     [
         ("model.layers", "from engine.ops.norm import rms_norm\nfrom engine.distributed.sharding import Chunk"),
         ("data.samples.loader", "from engine.data.samples.order import SampleOrder"),
+        ("train.loop", "from engine.data.samples.loader import Loader\nimport engine.data.tokenize.tokenizer"),
+        ("interop.convert", "from engine.data.tokenize.convert import find"),
         ("pipeline.executor", "from engine.pipeline.stage import Stage"),
         ("parallel.gradients", "import torch.distributed as dist\nwork: dist.Work | None = None"),
         ("distributed.env", "import os\nos.environ['RANK']"),

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter, paths_of
+from engine.data.samples.indexed import IndexedDataset, paths_of
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.sidecar import entropy
 from engine.errors import DataError
 

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 import zstandard
 
-import engine.data.read.sources as module
-from engine.data.read.documents import START, Batch, Cursor
+import engine.data.read.document_source as module
+from engine.data.read.document_batch import START, Batch, Cursor
+from engine.data.read.document_source import DocumentSource
 from engine.data.read.inputs import list_inputs
 from engine.data.read.own import Own
-from engine.data.read.sources import DocumentSource
 from engine.errors import DataError
 
 
@@ -169,7 +169,9 @@ def test_files_that_may_not_be_read_stop(for_all: Path) -> None:
     write(for_all / "in/blind/c.txt", "text")  # its names can be listed, its files not be reached
     (for_all / "in/shut").chmod(0)
     (for_all / "in/blind").chmod(0o444)
-    script = "import os, sys, engine.data.read.sources as s\nlist(s.DocumentSource.of([sys.argv[1]]).batches())\n"
+    script = (
+        "import os, sys, engine.data.read.document_source as s\nlist(s.DocumentSource.of([sys.argv[1]]).batches())\n"
+    )
     script += "if not os.getuid(): os.setuid(65534)\n"
     script += "b = [b for given in sys.argv[1:] for b in s.DocumentSource.of([given]).batches()]\n"
     script += "print([t for x in b for t in x.texts], *[f'{d}|{d.stops}' for x in b for d in x.drops], sep='\\n')"

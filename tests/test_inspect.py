@@ -12,7 +12,8 @@ from test_order import corpus
 
 from engine.cli.main import main
 from engine.data.samples.contents import count, decoded_samples, find_tokenizer, histogram, verify
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.order import SampleOrder
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError

@@ -53,8 +53,8 @@ SMALL = """
 import sys
 from engine.cli.main import main
 from engine.data.read import recognise
-from engine.data.read import sources
-sources._BATCH_BYTES = sources._BLOCK_BYTES = recognise._BLOCK_BYTES = 1 << 16
+from engine.data.read import document_source
+document_source._BATCH_BYTES = document_source._BLOCK_BYTES = recognise._BLOCK_BYTES = 1 << 16
 main(sys.argv[1:])
 """
 LINE = "interrupted ({}): do it again\n"
@@ -213,8 +213,8 @@ def test_an_error_before_shards_are_looked_at_does_not_lose_them(tokenizer: Path
     text.write_text('{"text": "a b c"}\n{"text": 1, "other": "longer than a block"}\n')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.data.prepare.flow.SHARD_S", 0.0)
-        patch.setattr("engine.data.read.sources._BATCH_DOCUMENTS", 1)
-        patch.setattr("engine.data.read.sources._BLOCK_BYTES", 16)
+        patch.setattr("engine.data.read.document_source._BATCH_DOCUMENTS", 1)
+        patch.setattr("engine.data.read.document_source._BLOCK_BYTES", 16)
         with pytest.raises(DataError, match="wrong type"):
             prepare([text], str(tmp_path / "o"), tokenizer=tokenizer)
     shard, lengths = tmp_path / "o.parts" / "00000001.json", tmp_path / "o.parts" / "train.lengths"

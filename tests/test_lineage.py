@@ -16,7 +16,8 @@ from engine.checkpoint.lineage import DATA_FIELDS, ORDER_BEGIN, code_versions, f
 from engine.checkpoint.load import Reader
 from engine.checkpoint.summary import summary, tensor_facts
 from engine.data.samples.corpora import data_facts, fingerprint, open_training
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.train.step import resume, save_state, setup, train_step
 

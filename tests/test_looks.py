@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from engine.cli.main import main
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.errors import out_of_memory
 from engine.monitor.metrics import read_metrics
 from engine.monitor.plot import names_apart, plot_loss

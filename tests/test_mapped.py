@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter, native_index
+from engine.data.samples.indexed import IndexedDataset, native_index
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader
 from engine.data.samples.mapped import MappedFile
 from engine.data.samples.order import SampleOrder

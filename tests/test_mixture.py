@@ -15,7 +15,8 @@ from test_cli import finish, train
 from engine.config.load import load
 from engine.config.mixture import read_mixture
 from engine.data.samples.corpora import TrainingData, open_training
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader
 from engine.errors import ConfigError, DataError, Fault
 

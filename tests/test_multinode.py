@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed import network
 from engine.distributed.env import Env
 from engine.errors import ConfigError

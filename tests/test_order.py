@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from engine.data.samples import keyed
 from engine.data.samples import stream as stream_module
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.keyed import derive, derive_key, permute
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
 from engine.data.samples.stream import blocks_of

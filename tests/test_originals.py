@@ -14,11 +14,11 @@ import tiktoken
 from sentencepiece import sentencepiece_model_pb2 as pb
 from tokenizers import Regex, normalizers
 
+import engine.data.tokenize.conversion_cache as kept
 import engine.data.tokenize.convert as foreign
 import engine.data.tokenize.encoder as encoder_module
-import engine.data.tokenize.kept as kept
-import engine.data.tokenize.pieces as pieces_module
-import engine.data.tokenize.ranks as ranks_module
+import engine.data.tokenize.sentencepiece_model as pieces_module
+import engine.data.tokenize.tiktoken_ranks as ranks_module
 from engine.data.prepare.run import prepare
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.awkward import texts_for

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 
 ENGINE = [sys.executable, "-m", "engine"]
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,7 +22,7 @@ from cases import layout_of, resolve
 
 from engine.checkpoint.format import newest
 from engine.checkpoint.storage import DISK, remove_tree
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import make_context
 from engine.errors import CheckpointError, DataError
 from engine.monitor.ending import Ending

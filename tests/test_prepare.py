@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cli.prepare_console import show_prepared
-from engine.data.prepare.report import ProgressEvent
 from engine.data.prepare.run import prepare
+from engine.data.read.progress import ProgressEvent
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
 from engine.errors import DataError

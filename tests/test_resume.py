@@ -24,7 +24,7 @@ import engine.data.prepare.flow as module
 from engine.data.prepare import shards as parts
 from engine.data.prepare.report import PrepareReport
 from engine.data.prepare.run import prepare
-from engine.data.read import sources
+from engine.data.read import document_source
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.encoder import Encoder
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -48,8 +48,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARD_BYTES", 3000)
-    monkeypatch.setattr(sources, "_BATCH_DOCUMENTS", 40)
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 2000)
+    monkeypatch.setattr(document_source, "_BATCH_DOCUMENTS", 40)
+    monkeypatch.setattr(document_source, "_BLOCK_BYTES", 2000)
 
 
 def corpus(folder: Path, texts: list[str] = TEXTS) -> Path:
@@ -102,7 +102,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BATCH_DOCUMENTS", 40)
+        patch.setattr(document_source, "_BATCH_DOCUMENTS", 40)
         corpus(folder, [*TEXTS[:90], "BAD", *TEXTS[90:]])
         spoil(folder)
         run(folder, tokenizer)
@@ -158,8 +158,9 @@ def test_killed_with_the_tokenizer_to_train(tmp_path: Path, monkeypatch: pytest.
 
 PROGRAM = """
 import os, sys, threading, time
-import engine.data.prepare.shards as parts, engine.data.prepare.flow as encoding, engine.data.read.sources as sources
-encoding.SHARD_BYTES, sources._BATCH_DOCUMENTS, sources._BLOCK_BYTES = 20000, 100, 5000
+import engine.data.prepare.shards as parts, engine.data.prepare.flow as encoding
+from engine.data.read import document_source
+encoding.SHARD_BYTES, document_source._BATCH_DOCUMENTS, document_source._BLOCK_BYTES = 20000, 100, 5000
 delay, real = float(sys.argv.pop(1)), parts.Shards.commit
 def commit(self, state):
     real(self, state)

@@ -16,7 +16,7 @@ from harness import run_ranks
 from engine.config.checks import relations
 from engine.config.schema import Config
 from engine.config.skips import below, holds, in_words, read_ranges
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import SampleOrder
 from engine.distributed.context import ParallelContext

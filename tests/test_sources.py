@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-import engine.data.read.sources as module
+import engine.data.read.document_source as module
 from engine.cli.options import Prepare
 from engine.data.read import jsontext
-from engine.data.read.documents import START, Cursor, Drop
+from engine.data.read.document_batch import START, Cursor, Drop
+from engine.data.read.document_source import MAX_DOCUMENT_BYTES, DocumentSource
 from engine.data.read.inputs import list_inputs
-from engine.data.read.sources import MAX_DOCUMENT_BYTES, DocumentSource
 from engine.errors import DataError
 
 TEXTS = [f"document {i}\n\n" + 'ünïcode 今天, "quoted"\t' * (i % 9) for i in range(700)]

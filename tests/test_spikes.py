@@ -16,7 +16,7 @@ from test_checkpoint import as_step, save_one
 from engine.checkpoint.format import complete_steps
 from engine.checkpoint.retention import forget_old
 from engine.checkpoint.storage import DISK
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.errors import TrainingError
 from engine.monitor.metrics import read_metrics

@@ -22,7 +22,7 @@ from test_multinode import SCRIPT, environment
 from test_multinode import tiny as tiny  # a fixture
 
 from engine.checkpoint.format import complete_steps
-from engine.data.samples.indexed import IndexedWriter
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.monitor.ending import Ending
 from engine.monitor.metrics import lacks_validation, read_metrics

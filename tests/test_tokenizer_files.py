@@ -12,10 +12,10 @@ import sentencepiece
 import tiktoken
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-import engine.data.tokenize.pieces as pieces_module
-import engine.data.tokenize.ranks as ranks_module
+import engine.data.tokenize.sentencepiece_model as pieces_module
+import engine.data.tokenize.tiktoken_ranks as ranks_module
 from engine.data.tokenize.awkward import AWKWARD
-from engine.data.tokenize.ranks import _ENCODINGS
+from engine.data.tokenize.tiktoken_ranks import _ENCODINGS
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 

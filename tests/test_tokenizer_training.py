@@ -22,14 +22,14 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import engine.data.tokenize.train as module
-from engine.data.prepare.report import ProgressEvent, StepEvent
 from engine.data.prepare.run import prepare
-from engine.data.tokenize.apart import Apart
+from engine.data.read.progress import ProgressEvent, StepEvent
 from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.encoder import Encoder
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train import Spread, save_whole, train_tokenizer
+from engine.data.tokenize.train_process import TrainProcess
 from engine.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,7 +325,7 @@ def test_a_signal_ends_training_at_once(tmp_path: Path, how: str, number: signal
 
 
 def test_a_training_that_is_killed_is_told() -> None:
-    with Apart(Recipe(300), None) as apart:
+    with TrainProcess(Recipe(300), None) as apart:
         apart._process.kill()
         with pytest.raises(DataError, match=r"ended by signal 9\. Memory may have run out: --max-bytes"):
             apart.send(["some text " * 9] * 9)

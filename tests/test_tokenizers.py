@@ -12,10 +12,10 @@ import sentencepiece
 import tiktoken
 from tokenizers import normalizers
 
-import engine.data.tokenize.pieces as pieces_module
-import engine.data.tokenize.ranks as ranks_module
+import engine.data.tokenize.sentencepiece_model as pieces_module
+import engine.data.tokenize.tiktoken_ranks as ranks_module
 from engine.data.tokenize.awkward import AWKWARD
-from engine.data.tokenize.ranks import byte_letters
+from engine.data.tokenize.tiktoken_ranks import byte_letters
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 

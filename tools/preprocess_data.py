@@ -38,9 +38,10 @@ TOKENIZER_TYPES: dict[str, tuple[tuple[str, ...], bool | None]] = {
     "BertWordPieceLowerCase": (("--vocab-file",), True),
     "BertWordPieceCase": (("--vocab-file",), False),
 }
+_WRITE_IDS = "Its texts are token ids: write them with engine.data.samples.indexed_writer.IndexedWriter."
 REFUSED_TYPES = {
-    "NullTokenizer": "Its texts are token ids: write them with engine.data.samples.indexed.IndexedWriter.",
-    "NullMultimodalTokenizer": "Its texts are token ids: write them with engine.data.samples.indexed.IndexedWriter.",
+    "NullTokenizer": _WRITE_IDS,
+    "NullMultimodalTokenizer": _WRITE_IDS,
     "MultimodalTokenizer": "Images are not prepared here; for the text alone give HuggingFaceTokenizer.",
     "SFTTokenizer": "Chat templates are not applied: write the conversations as text first.",
 }

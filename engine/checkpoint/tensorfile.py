@@ -151,9 +151,8 @@ class TensorFile:
 
     def __init__(self, file: Path, storage: Storage, *, header: str = "", fresh: bool = False):
         self.file, self._storage, self._fresh = file, storage, fresh
-        self._sources: dict[
-            int, StoredFile
-        ] = {}  # of each thread its own: the kernel reads ahead of one stream a handle
+        # of each thread its own: the kernel reads ahead of one stream a handle
+        self._sources: dict[int, StoredFile] = {}
         try:
             self.entries = self._read_header(self._source(), header)
         except BaseException:

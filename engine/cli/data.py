@@ -14,7 +14,7 @@ from engine.errors import EXIT_OK, ConfigError, Fault
 from engine.util.signals import Interrupts, interruptible
 
 if TYPE_CHECKING:
-    from engine.data.prepare.report import Progress, ProgressEvent, StepEvent
+    from engine.data.read.progress import Progress, ProgressEvent, StepEvent
 
 
 def _interruptible(verb: Callable[[list[str], Interrupts], int]) -> Callable[[list[str]], int]:

@@ -12,8 +12,9 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from engine.data.prepare.report import PrepareReport, Progress, ProgressEvent, SplitReport, StepEvent
+from engine.data.prepare.report import PrepareReport, SplitReport
 from engine.data.read.account import Account
+from engine.data.read.progress import Progress, ProgressEvent, StepEvent
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.train import Trained
 

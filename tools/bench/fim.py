@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from engine.config.schema import DataConfig
-from engine.data.samples.indexed import IndexedDataset, IndexedWriter
+from engine.data.samples.indexed import IndexedDataset
+from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.order import SampleOrder
 from engine.data.samples.special import FAMILIES, fill_in_the_middle
 from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer

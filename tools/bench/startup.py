@@ -139,7 +139,7 @@ def make_corpus(prefix: Path) -> Path:
     """100 documents of random tokens in the default model's vocabulary."""
     import numpy as np
 
-    from engine.data.samples.indexed import IndexedWriter
+    from engine.data.samples.indexed_writer import IndexedWriter
 
     rng = np.random.default_rng(0)
     with IndexedWriter(prefix, vocab_size=4096) as writer:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from engine.data.clean.ngrams import U64, ngram_hashes, ngram_hashes_of_any_number, words_and_numbers_of, words_of
 from engine.data.read import own
+from engine.data.read.document_source import DocumentSource
 from engine.data.read.inputs import InputFile, list_inputs
-from engine.data.read.sources import DocumentSource
 from engine.errors import DataError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.data.clean.rules import Counts, Rules
 from engine.data.read.account import Account
+from engine.data.read.document_source import DocumentSource
 from engine.data.read.inputs import STDIN
-from engine.data.read.sources import DocumentSource
 
 INPUT = "input: "  # before the reason of what could not be read
 

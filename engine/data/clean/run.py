@@ -39,12 +39,12 @@ from engine.data.clean.executors import run_elsewhere, slurm_is_at_work
 from engine.data.clean.report import INPUT, report_of
 from engine.data.clean.rules import Cleaner, Counts, Place, Rules, text_size
 from engine.data.clean.task import PartWriter, drop_line
-from engine.data.prepare.report import ProgressEvent
 from engine.data.read.account import unreadable
-from engine.data.read.documents import Batch, Drop, printable
+from engine.data.read.document_batch import Batch, Drop, printable
+from engine.data.read.document_source import DocumentSource
 from engine.data.read.jsontext import loads
 from engine.data.read.own import Own
-from engine.data.read.sources import DocumentSource
+from engine.data.read.progress import ProgressEvent
 from engine.data.workfolder import disk, go_on, work_folder
 from engine.errors import DataError
 from engine.util.files import sync_file, sync_folder, write_synced

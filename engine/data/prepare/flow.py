@@ -22,9 +22,10 @@ import numpy.typing as npt
 
 from engine.data.prepare.job import AGAIN, SPLITS, PrepareJob, stop_at_errors
 from engine.data.prepare.pack import begin_documents
-from engine.data.prepare.report import PrepareReport, ProgressEvent, SplitReport, SplitTotals, Totals
+from engine.data.prepare.report import PrepareReport, SplitReport, SplitTotals, Totals
 from engine.data.prepare.shards import Shards
-from engine.data.read.documents import Batch, Drop
+from engine.data.read.document_batch import Batch, Drop
+from engine.data.read.progress import ProgressEvent
 from engine.data.samples.indexed import paths_of
 from engine.data.tokenize.encoder import Encoder, Mismatch
 from engine.data.tokenize.tokenizer import Tokenizer

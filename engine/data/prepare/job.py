@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.prepare.report import Progress
 from engine.data.prepare.shards import Shards
-from engine.data.read.documents import Batch
+from engine.data.read.document_batch import Batch
+from engine.data.read.document_source import DocumentSource
 from engine.data.read.own import Own
-from engine.data.read.sources import DocumentSource
+from engine.data.read.progress import Progress
 from engine.data.samples.indexed import paths_of
 from engine.data.samples.keyed import derive_key
-from engine.data.tokenize.tokenizer import FILES, Tokenizer
+from engine.data.tokenize.files import FILES
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from engine.util.signals import Interrupts
 

@@ -24,8 +24,8 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from engine.data.prepare.report import ProgressEvent
 from engine.data.prepare.shards import publish, read_json
+from engine.data.read.progress import ProgressEvent
 from engine.data.samples.index_file import CHUNK, HEADER, MAGIC, IntArray, chunks, code_of
 from engine.data.samples.indexed import IndexedDataset, paths_of
 from engine.data.samples.sidecar import sidecar_bytes, sidecar_of

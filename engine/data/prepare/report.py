@@ -1,4 +1,4 @@
-"""What `prepare` counts: running totals, which a shard keeps, progress events, and the report at the end.
+"""What `prepare` counts: running totals, which a shard keeps, and the report at the end.
 
 The report holds what makes the first losses of a run judgeable: ln(vocab_size) is where it starts, the cross entropy
 of the valid tokens under the train unigram distribution is what a model reaches without reading any context.
@@ -6,40 +6,11 @@ of the valid tokens under the train unigram distribution is what a model reaches
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any
 
 from engine.data.read.account import Account
-from engine.data.read.documents import START, Cursor
-
-
-@dataclass(frozen=True)
-class ProgressEvent:
-    """How far a phase is. `input_bytes` of `input_bytes_total` is the fraction done; `_here`: by this process."""
-
-    phase: Literal["train tokenizer", "encode", "clean", "write", "merge"]
-    input_bytes: int
-    input_bytes_total: int
-    documents: int
-    tokens: int
-    elapsed_s: float
-    input_bytes_here: int
-    tokens_here: int
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """How far a step of training a tokenizer is; `total` 0: the library does not tell."""
-
-    phase: ClassVar[str] = "train tokenizer"
-    step: str
-    done: int
-    total: int
-    elapsed_s: float
-
-
-Progress: TypeAlias = Callable[[ProgressEvent | StepEvent], None]
+from engine.data.read.document_batch import START, Cursor
 
 
 @dataclass

@@ -18,10 +18,11 @@ from typing import Any
 
 from engine.data.prepare.flow import Flow
 from engine.data.prepare.job import AGAIN, SPLITS, PrepareJob, difference, refuse_existing, settings_of, stop_at_errors
-from engine.data.prepare.report import PrepareReport, Progress, ProgressEvent, SplitReport
+from engine.data.prepare.report import PrepareReport, SplitReport
 from engine.data.prepare.shards import Shards, publish, read_json
 from engine.data.read.account import Account, unreadable
-from engine.data.read.sources import MAX_DOCUMENT_BYTES, DocumentSource
+from engine.data.read.document_source import MAX_DOCUMENT_BYTES, DocumentSource
+from engine.data.read.progress import Progress, ProgressEvent
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train import Spread, train_apart

@@ -28,7 +28,7 @@ import xxhash
 
 from engine.data.prepare.pack import pack
 from engine.data.samples.index_file import write_index
-from engine.data.samples.indexed import token_dtype
+from engine.data.samples.indexed_writer import token_dtype
 from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
 from engine.errors import DataError
 from engine.util.files import sync_file, sync_folder, write_fault, write_synced

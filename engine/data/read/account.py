@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.data.read.documents import Batch
-from engine.data.read.sources import DocumentSource
+from engine.data.read.document_batch import Batch
+from engine.data.read.document_source import DocumentSource
 from engine.errors import DataError, cut
 
 _EXAMPLES = 3  # kept of each kind

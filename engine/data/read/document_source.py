@@ -24,7 +24,7 @@ import xxhash
 
 from engine.data.read.bytestream import BadStream, ByteStream
 from engine.data.read.columns import rest_of, size_of
-from engine.data.read.documents import START, Batch, Cursor, Drop, Note, printable
+from engine.data.read.document_batch import START, Batch, Cursor, Drop, Note, printable
 from engine.data.read.formats import ZERO_BYTES, BadRecord, arrow_rows, csv_rows, parquet_rows
 from engine.data.read.inputs import InputFile, list_inputs
 from engine.data.read.jsontext import exact, json_values, loads

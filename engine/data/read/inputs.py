@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.data.read import own
-from engine.data.read.documents import Drop
+from engine.data.read.document_batch import Drop
 from engine.data.read.globs import Glob
 from engine.errors import DataError
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.tokenize.files import DEFINITION, FILES
+
 REASON = "own file"
 _CORPUS = (".bin", ".idx", ".json")
 _WORK = (".parts", ".work")
@@ -59,11 +61,8 @@ def written_earlier(folder: str, name: str, names: Set[str]) -> str:
     stem = name.removesuffix("-report.json")
     if stem != name and there(stem, "-dropped.jsonl", "-skipped.jsonl", "-train.idx", ".idx"):
         return f"the report on {stem}"
-    if "tokenizer.json" in names:
-        from engine.data.tokenize.tokenizer import FILES
-
-        if name in FILES:
-            return "it belongs to a tokenizer"
+    if DEFINITION in names and name in FILES:
+        return "it belongs to a tokenizer"
     if name.endswith(_WORK) and os.path.isfile(os.path.join(folder, name, "settings.json")):
         return "unfinished work of another call"
     return ""

@@ -1,4 +1,4 @@
 """What training reads: corpora on disk, the sample order, blends, the loader.
 
-Imports the tokenizer and errors. Never knows how a corpus was made.
+Imports config, batch and the tokenizer; of data nothing else. Never knows how a corpus was made.
 """

@@ -1,4 +1,4 @@
 """Text <-> token ids: the tokenizer, files of other libraries converted to it, and training one.
 
-Imports data.read (training reads documents). Never knows corpora or training.
+Only train.py imports data.read, whose documents it trains on. Never knows corpora or training of models.
 """

@@ -18,7 +18,15 @@ from pathlib import Path
 
 import orjson
 
-_SOURCES = ("kept.py", "convert.py", "pieces.py", "ranks.py", "patterns.py", "awkward.py", "vocabularies.py")
+_SOURCES = (
+    "conversion_cache.py",
+    "convert.py",
+    "sentencepiece_model.py",
+    "tiktoken_ranks.py",
+    "patterns.py",
+    "awkward.py",
+    "vocabularies.py",
+)
 _LIBRARIES = ("tokenizers", "sentencepiece", "tiktoken")
 _MOST_ENTRIES, _MOST_BYTES = 32, 512 << 20
 _TORN_S = 3600.0  # what a killed process left is removed after this time

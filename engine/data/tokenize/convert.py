@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engine.data.tokenize.kept import cached, key_of
-from engine.data.tokenize.tokenizer import MODEL, Tokenizer
+from engine.data.tokenize.conversion_cache import cached, key_of
+from engine.data.tokenize.files import MODEL
+from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError, cut, shown
 
 if TYPE_CHECKING:
     from engine.data.tokenize.awkward import Original
-    from engine.data.tokenize.pieces import Sentencepiece
+    from engine.data.tokenize.sentencepiece_model import Sentencepiece
 
 FORMATS = (
     "tokenizer.json, a sentencepiece .model (also .model.v3 and its like), a .tiktoken file, tekken.json, GPT-2's "
@@ -160,7 +161,7 @@ def _converted(found: Found) -> Converted:
 def _convert(found: Found) -> Converted:
     """The definition of what was found. Raises DataError for damage, and for a difference in ranks."""
     if found.kind == _SENTENCEPIECE:
-        from engine.data.tokenize.pieces import difference, to_json
+        from engine.data.tokenize.sentencepiece_model import difference, to_json
 
         model = _sentencepiece(found)
         definition = to_json(model)
@@ -168,7 +169,7 @@ def _convert(found: Found) -> Converted:
             return Converted(definition, model.end, str(found.config[_MARK]), found.config.get(_NEAR) is True)
         return Converted(definition, model.end, *difference(model, definition))
     if found.kind in (_TIKTOKEN, _TEKKEN):
-        from engine.data.tokenize.ranks import Tiktoken
+        from engine.data.tokenize.tiktoken_ranks import Tiktoken
 
         ranks = Tiktoken(found.path, found.kind == _TEKKEN)
         return Converted(ranks.to_json(), ranks.end)
@@ -185,13 +186,13 @@ def original(found: Found) -> Original:
     """The library that the file is for."""
     if found.kind == _SENTENCEPIECE:
         return _sentencepiece(found)
-    from engine.data.tokenize.ranks import Tiktoken
+    from engine.data.tokenize.tiktoken_ranks import Tiktoken
 
     return Tiktoken(found.path, found.kind == _TEKKEN)
 
 
 def _sentencepiece(found: Found) -> Sentencepiece:
-    from engine.data.tokenize.pieces import Sentencepiece
+    from engine.data.tokenize.sentencepiece_model import Sentencepiece
 
     return Sentencepiece(found.path)
 

@@ -19,23 +19,15 @@ import numpy.typing as npt
 import orjson
 import tokenizers
 
+from engine.data.tokenize.files import COMPANIONS, DEFINITION, MODEL, TEMPLATES, TRAINING
 from engine.errors import DataError, cut
 from engine.util.prefetch import beside
 
 if TYPE_CHECKING:
     from engine.data.tokenize.awkward import Original
-    from engine.data.tokenize.pieces import Sentencepiece
+    from engine.data.tokenize.sentencepiece_model import Sentencepiece
 
 END_OF_TEXT = "<|endoftext|>"
-MODEL = "tokenizer.model"
-# What transformers keeps beside tokenizer.json: carried along unread, but for the name of the end token.
-_COMPANIONS = (
-    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"),
-    *("chat_template.json", "vocab.json", "merges.txt", MODEL),
-)
-TRAINING = "training.json"  # how it was trained, if here
-_TEMPLATES = "additional_chat_templates"
-FILES = ("tokenizer.json", TRAINING, *_COMPANIONS)
 # Tried in this order when neither tokenizer_config.json nor special_tokens_map.json names an end token.
 _USUAL_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "<｜begin▁of▁sentence｜>")
 _USUAL_EOD = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -118,11 +110,11 @@ class Tokenizer:
 
             if (found := find(path, merges, lower_case)) is not None:
                 return made_from(found, parse_special)
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = path / DEFINITION if path.is_dir() else path
         try:
             definition = file.read_bytes().decode("utf-8")
-            beside = {name: file.parent / name for name in (TRAINING, *_COMPANIONS)}
-            beside |= {f"{_TEMPLATES}/{p.name}": p for p in sorted((file.parent / _TEMPLATES).glob("*.jinja"))}
+            beside = {name: file.parent / name for name in (TRAINING, *COMPANIONS)}
+            beside |= {f"{TEMPLATES}/{p.name}": p for p in sorted((file.parent / TEMPLATES).glob("*.jinja"))}
             companions = {name: other.read_bytes() for name, other in beside.items() if other.is_file()}
             return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
@@ -140,15 +132,15 @@ class Tokenizer:
         `bpe` and `unigram` have a token for each byte: any text survives. `wordpiece` is as BERT's: it drops white
         space and has [UNK]. The result is smaller than `vocab_size` when the texts do not offer enough.
         """
+        from engine.data.tokenize.algorithms import train
         from engine.data.tokenize.recipe import Recipe
-        from engine.data.tokenize.trainers import train
 
         return cls(*train(texts, Recipe(vocab_size, **options)))
 
     def by_original(self, difference: str) -> Tokenizer:
         """This one with the ids of the .model that it was made from. Raises DataError if it is none."""
         from engine.data.tokenize.convert import companions_of
-        from engine.data.tokenize.pieces import Sentencepiece
+        from engine.data.tokenize.sentencepiece_model import Sentencepiece
 
         own = self.original() if self.original is not None else None
         if not isinstance(own, Sentencepiece):
@@ -272,16 +264,11 @@ class Tokenizer:
         if self.own is not None:
             (folder / MODEL).write_bytes(self.own.content)
             return
-        (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
-
-
-def is_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds what `save` writes."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", MODEL))
+        (folder / DEFINITION).write_text(self._definition, encoding="utf-8")
 
 
 def _is_definition(path: Path) -> bool:
-    return path.name == "tokenizer.json" or (path / "tokenizer.json").is_file()
+    return path.name == DEFINITION or (path / DEFINITION).is_file()
 
 
 def _formats() -> str:

@@ -15,14 +15,15 @@ import tokenizers
 from tokenizers import normalizers
 
 import engine
-from engine.data.prepare.report import Progress, ProgressEvent, StepEvent
 from engine.data.read.account import Account
+from engine.data.read.document_source import DocumentSource
 from engine.data.read.own import Own
-from engine.data.read.sources import DocumentSource
-from engine.data.tokenize.apart import Apart
+from engine.data.read.progress import Progress, ProgressEvent, StepEvent
 from engine.data.tokenize.awkward import AWKWARD
+from engine.data.tokenize.files import FILES, TRAINING
 from engine.data.tokenize.recipe import Recipe
-from engine.data.tokenize.tokenizer import FILES, TRAINING, Tokenizer
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.data.tokenize.train_process import TrainProcess
 from engine.errors import DataError
 from engine.util.files import sync_folder
 from engine.util.prefetch import read_ahead
@@ -133,7 +134,7 @@ def train_apart(texts: Iterable[str], recipe: Recipe, spread: Spread, progress: 
                 samples.append(text[:_SAMPLE_CHARS])
             yield text
 
-    with Apart(recipe, progress) as apart:
+    with TrainProcess(recipe, progress) as apart:
         apart.send(seen())
         definition, companions = apart.finish()
     if progress is not None:

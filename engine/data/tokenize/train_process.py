@@ -23,14 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from engine.data.prepare.report import StepEvent
+from engine.data.read.progress import StepEvent
 from engine.data.tokenize.recipe import Recipe
 from engine.errors import DataError, cut
 
 _END = 2**64 - 1
 _SEND_BYTES = 1 << 18  # at once
 _LOOK_S = 0.2
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from engine.data.tokenize.apart import main; main()"
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from engine.data.tokenize.train_process import main; main()"
 _STAGES = {"Tokenize words": "spelling words", "Count pairs": "counting pairs", "Compute merges": "merging"}
 _LOGGED = (  # of sentencepiece, in the order in which they come
     (re.compile(r"Loaded all \d+ sentences"), "sorting words"),
@@ -41,7 +41,7 @@ _LOGGED = (  # of sentencepiece, in the order in which they come
 _LOG_LINE = re.compile(r"^([IWEF]\d{4} |WARNING: All log|[a-z_]+ \{|[ }]|[a-z_]+_spec)")
 
 
-class Apart:
+class TrainProcess:
     """The other process, from here. `seconds`: of each step, in order; `send` texts, then `finish`."""
 
     def __init__(self, recipe: Recipe, progress: Callable[[StepEvent], None] | None):
@@ -66,7 +66,7 @@ class Apart:
         self._reader.start()
         self._buffer = bytearray(json.dumps(asdict(recipe)).encode() + b"\n")
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> TrainProcess:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
@@ -158,7 +158,7 @@ class Apart:
 
 def main() -> None:
     """The other process."""
-    from engine.data.tokenize.trainers import train
+    from engine.data.tokenize.algorithms import train
 
     stdin = open(0, "rb", buffering=1 << 20)  # noqa: SIM115  (until the process ends)
     facts = json.loads(stdin.readline())

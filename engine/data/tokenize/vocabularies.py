@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from engine.data.tokenize.ranks import byte_letters
+from engine.data.tokenize.tiktoken_ranks import byte_letters
 from engine.errors import DataError, shown
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -50,13 +50,13 @@ def resolve(world: int = 1, **overrides: Any) -> Resolved:
         "train.precision": "fp64",
         "train.device": "cpu",
         "optimizer.lr": 3e-3,
-        "schedule.warmup_steps": 2,
+        "lr_schedule.warmup_steps": 2,
         "parallel.bucket_mib": 0.01,
         "monitor.tensorboard": False,
     }
     for key, value in overrides.items():
-        section, name = key.split("_", 1)
-        values[f"{section}.{name}"] = value
+        section = next(s for s in Config.model_fields if key.startswith(f"{s}_"))
+        values[f"{section}.{key.removeprefix(section)[1:]}"] = value
     return load([], {k: str(v) for k, v in values.items()}, world=world)
 
 

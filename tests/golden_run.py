@@ -25,9 +25,10 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     # tensor 2 x pipeline 2; a blend, fill-in-the-middle, validation; every tensor in two rectangles or more
     "fp32": {
         "model": {**SHAPE, "num_layers": 4, "hidden_size": 16, "ffn_size": 24, "qk_norm": True},
-        "train": {"steps": 12, "global_batch_size": 8, "seq_len": 16, "eval_every": 4, "eval_batches": 2, "seed": 7},
+        "train": {"steps": 12, "global_batch_size": 8, "seq_len": 16, "seed": 7},
+        "eval": {"every": 4, "batches": 2},
         "optimizer": {"lr": 0.01, "weight_decay": 0.2},
-        "schedule": {"kind": "linear", "warmup_steps": 3, "min_lr_ratio": 0.2},
+        "lr_schedule": {"kind": "linear", "warmup_steps": 3, "min_lr_ratio": 0.2},
         "data": {"train": "0.6 {root}/web 0.4 {root}/code", "valid": "{root}/web", "fim_rate": 0.5},
     },
     # one process, which had itself resumed; updates left out by overflow, a loss scale, masks
@@ -38,7 +39,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
             **{"precision": "fp16", "loss_scale": 2.0**24, "loss_scale_window": 4},
         },
         "optimizer": {"lr": 0.01},
-        "schedule": {"warmup_steps": 3, "horizon_steps": 12},
+        "lr_schedule": {"warmup_steps": 3, "horizon_steps": 12},
         "data": {
             "train": "{root}/web",
             "mask_eod": True,

@@ -132,7 +132,8 @@ def test_the_command_keeps_the_step_of_a_change(corpora: Path, tmp_path: Path) -
     """Batches of 8, then 4 over two data ranks, then 16: the change stays at its step, and nothing is refused."""
     path, run = mix(corpora, tmp_path, {0: (1, 0, 0), 3: (0, 1, 0), 5: (0, 0, 1)}), tmp_path / "run"
     for ranks, batch, steps in ((1, 8, 2), (2, 4, 4), (1, 16, 6)):
-        options = ("--train.steps", str(steps), "--train.global-batch-size", str(batch), "--schedule.kind", "constant")
+        options = ("--train.steps", str(steps), "--train.global-batch-size", str(batch))
+        options += ("--lr-schedule.kind", "constant")
         code, _, err = finish(train(path, run, ranks, *options))
         assert code == 0, err
     losses = [

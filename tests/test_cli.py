@@ -53,7 +53,7 @@ def records(run: Path) -> list[dict[str, float]]:
 
 def test_one_process_learns_and_leaves_a_whole_run_folder(corpus: Path, tmp_path: Path) -> None:
     options = ("--train.steps", "60", "--data.valid", str(corpus), "--monitor.tensorboard", "true")
-    code, out, err = finish(train(corpus, tmp_path / "run", 1, *options, "--train.eval-every", "30"))
+    code, out, err = finish(train(corpus, tmp_path / "run", 1, *options, "--eval.every", "30"))
     assert code == 0, err
     steps = [r for r in records(tmp_path / "run") if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 61))
@@ -71,7 +71,7 @@ def test_one_process_learns_and_leaves_a_whole_run_folder(corpus: Path, tmp_path
 @pytest.mark.parametrize("target", ["launcher", "one rank"])
 def test_sigterm_saves_and_the_run_goes_on_in_another_layout(corpus: Path, tmp_path: Path, target: str) -> None:
     run = tmp_path / "run"
-    constant = ("--schedule.kind", "constant")  # so that the rate stays when the run is made shorter
+    constant = ("--lr-schedule.kind", "constant")  # so that the rate stays when the run is made shorter
     process = train(corpus, run, 2, "--parallel.tensor", "2", "--train.steps", "100000", *constant)
     deadline = time.time() + 60
     while (not (run / "metrics.jsonl").exists() or len(records(run)) < 3) and time.time() < deadline:

@@ -369,37 +369,37 @@ RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "Set model.max_seq_len to 4096 or more.",
     ),
     "wsd without decay": (
-        {"schedule.kind": "wsd"},
+        {"lr_schedule.kind": "wsd"},
         1,
-        "schedule.decay_steps",
+        "lr_schedule.decay_steps",
         "must be at least 1 and fit in the 90 steps after the warm-up for wsd",
         "A tenth of the run is usual: 10.",
     ),
     "horizon of wsd": (
-        {"schedule.kind": "wsd", "schedule.decay_steps": 60, "schedule.horizon_steps": 60},
+        {"lr_schedule.kind": "wsd", "lr_schedule.decay_steps": 60, "lr_schedule.horizon_steps": 60},
         1,
-        "schedule.decay_steps",
+        "lr_schedule.decay_steps",
         "must be at least 1 and fit in the 50 steps after the warm-up for wsd",
         "A tenth of the run is usual: 6.",
     ),
     "horizon in the warm-up": (
-        {"schedule.horizon_steps": 10},
+        {"lr_schedule.horizon_steps": 10},
         1,
-        "schedule.horizon_steps",
-        "ends the decay before the warm-up of schedule.warmup_steps = 10 is over",
+        "lr_schedule.horizon_steps",
+        "ends the decay before the warm-up of lr_schedule.warmup_steps = 10 is over",
         "Such as 100.",
     ),
     "horizon of nothing": (
-        {"schedule.horizon_steps": 50, "schedule.kind": "constant"},
+        {"lr_schedule.horizon_steps": 50, "lr_schedule.kind": "constant"},
         1,
-        "schedule.horizon_steps",
+        "lr_schedule.horizon_steps",
         "has no meaning for constant",
         "Leave it out.",
     ),
     "decay without wsd": (
-        {"schedule.decay_steps": 5},
+        {"lr_schedule.decay_steps": 5},
         1,
-        "schedule.decay_steps",
+        "lr_schedule.decay_steps",
         "has no meaning for cosine",
         "Leave it out, or use wsd.",
     ),
@@ -508,7 +508,7 @@ def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, 
     for file in (tmp_path / "bad.toml", tmp_path / "none.toml"):
         faults_of({}, files=(file,))
     with pytest.raises(ConfigError):
-        load([], {}, unknown=["run.toml"])
+        load([], {}, unknown=["run.toml", "--train.eval-every"])
     calls = [
         (module.__name__, node.lineno)
         for module in modules
@@ -834,7 +834,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str], monkeypatch:
     out = capsys.readouterr().out
     text = "".join(out.replace("│", "").split())
     for section, name, field in fields():
-        assert f"--{section}.{name.replace('_', '-')} " in out, name
+        assert f"--{section}.{name} ".replace("_", "-") in out, name
         assert field.description, f"{section}.{name} has no help text"
         if name != "preset":
             assert "".join(field.description.split()) in text, name

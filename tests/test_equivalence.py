@@ -339,7 +339,7 @@ def test_one_process_equals_plain_torch(tied: bool) -> None:
         grads = {f"grad/{name}": x.grad.numpy().copy() for name, x in w.items()}
         norm = float(torch.nn.utils.clip_grad_norm_(w.values(), o.clip_norm))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step + 1, cfg.train.steps, o, cfg.schedule)
+            group["lr"] = learning_rate(step + 1, cfg.train.steps, o, cfg.lr_schedule)
         optimizer.step()
         assert found["losses"][step] == pytest.approx(loss.item(), rel=1e-11)
         assert found["norms"][step] == pytest.approx(norm, rel=1e-10)

@@ -394,7 +394,7 @@ def test_names_are_found_in_the_tokenizer_or_as_given(corpora: Path) -> None:
 
 def test_a_run_goes_on_bit_by_bit_and_refuses_another_setting(corpora: Path, tmp_path: Path) -> None:
     def run(folder: str, steps: int, rate: float, *more: str) -> tuple[int, str, str]:
-        words = ("--train.steps", str(steps), "--schedule.kind", "constant", *more)
+        words = ("--train.steps", str(steps), "--lr-schedule.kind", "constant", *more)
         return finish(
             train(corpora / "code", tmp_path / folder, 1, *arguments(corpora, corpora / "tokenizer", rate), *words)
         )

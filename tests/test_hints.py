@@ -40,7 +40,7 @@ def told(word: str) -> str:
         ("--train.lr", "optimizer.lr"),
         ("--learning-rate", "optimizer.lr"),
         ("--learning_rate", "optimizer.lr"),
-        ("--min-lr", "schedule.min_lr_ratio"),
+        ("--min-lr", "lr_schedule.min_lr_ratio"),
         ("--tensor-model-parallel-size", "parallel.tensor"),
         ("--tensor-model-paralel-size", "parallel.tensor"),
         ("--parallel.tp", "parallel.tensor"),

@@ -14,11 +14,11 @@ from engine.errors import ConfigError
 
 # setting: a value without effect by itself, and what gives it one
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "train.eval_every": (5, {"data.valid": "v"}),
-    "train.eval_batches": (3, {"data.valid": "v"}),
+    "eval.every": (5, {"data.valid": "v"}),
+    "eval.batches": (3, {"data.valid": "v"}),
     "train.loss_scale": (4.0, {"train.precision": "fp16"}),
     "train.loss_scale_window": (7, {"train.precision": "fp16"}),
-    "schedule.min_lr_ratio": (0.5, {"schedule.kind": "linear"}),
+    "lr_schedule.min_lr_ratio": (0.5, {"lr_schedule.kind": "linear"}),
     "checkpoint.keep": (2, {"checkpoint.every": 5}),
     "checkpoint.keep_every": (10, {"checkpoint.every": 5}),
     "checkpoint.async_save": (False, {"checkpoint.every": 5}),
@@ -28,12 +28,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.fim_spm_rate": (0.25, {"data.fim_rate": 0.5, "data.tokenizer": "t"}),
     "model.rope_theta": (5e5, {"model.positions": "rope"}),
     "model.qk_norm_span": ("projection", {"model.qk_norm": True}),
-    "schedule.warmup_steps": (101, {"train.steps": 101}),
+    "lr_schedule.warmup_steps": (101, {"train.steps": 101}),
     "monitor.timeline_step": (101, {"train.steps": 101}),
     "train.recompute_layers": (5, {"model.num_layers": 5}),
 }
 BESIDE = {  # what makes it idle where the defaults do not
-    "schedule.min_lr_ratio": {"schedule.kind": "constant"},
+    "lr_schedule.min_lr_ratio": {"lr_schedule.kind": "constant"},
     "checkpoint.keep_every": {"checkpoint.keep": 2},
     "checkpoint.allow": {"checkpoint.resume": "never"},
     "parallel.overlap_gather": {"parallel.zero": 0},
@@ -90,5 +90,5 @@ def test_a_default_that_was_typed_counts() -> None:
 
 
 def test_the_first_part_of_a_longer_schedule_may_end_in_its_warm_up() -> None:
-    assert paths({"train.steps": 50, "schedule.warmup_steps": 100, "schedule.horizon_steps": 1000}) == []
-    assert paths({"train.steps": 50, "schedule.warmup_steps": 100}) == ["schedule.warmup_steps"]
+    assert paths({"train.steps": 50, "lr_schedule.warmup_steps": 100, "lr_schedule.horizon_steps": 1000}) == []
+    assert paths({"train.steps": 50, "lr_schedule.warmup_steps": 100}) == ["lr_schedule.warmup_steps"]

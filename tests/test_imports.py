@@ -24,6 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "config.peers",
         "config.hints",
         "config.presets",
+        "config.renames",
         "config.skips",
         "config.mixture",
         "distributed.layout",

@@ -178,32 +178,33 @@ def test_the_fingerprint_tells_corpora_of_one_size_apart(tmp_path: Path) -> None
     assert a["num_tokens"] == b["num_tokens"] and a["fingerprint"] != b["fingerprint"]
 
 
-RATES = {"schedule_warmup_steps": 2, "optimizer_lr": 1e-3, "schedule_min_lr_ratio": 0.1, "train_steps": 12}
+LINEAR, CONSTANT = {"lr_schedule_kind": "linear"}, {"lr_schedule_kind": "constant"}
+RATES = {"lr_schedule_warmup_steps": 2, "optimizer_lr": 1e-3, "lr_schedule_min_lr_ratio": 0.1, "train_steps": 12}
 
 
 @pytest.mark.parametrize(
     ("then", "steps", "now", "rates"),
     [  # what the checkpoint's run would have had at the next step, and what this one has, by hand; None: no jump
         ({}, 12, {"train_steps": 24}, (1e-4, 1e-4 + 9e-4 * (0.5 + 0.5 * math.cos(math.pi / 2)))),
-        ({}, 12, {"train_steps": 24, "schedule_horizon_steps": 12}, None),
-        ({"schedule_horizon_steps": 24}, 12, {"schedule_horizon_steps": 24, "train_steps": 30}, None),
-        ({"schedule_kind": "linear"}, 6, {"schedule_kind": "linear", "train_steps": 22}, (1e-3 - 9e-5 * 5, 7.75e-4)),
-        ({"schedule_kind": "linear"}, 6, {"schedule_kind": "linear", "train_steps": 12}, None),
-        ({"schedule_kind": "constant"}, 6, {"schedule_kind": "constant", "train_steps": 99}, None),
-        ({"schedule_kind": "constant"}, 6, {"schedule_kind": "constant", "optimizer_lr": 1.009e-3}, None),
-        ({"schedule_kind": "constant"}, 6, {"schedule_kind": "constant", "optimizer_lr": 1.011e-3}, (1e-3, 1.011e-3)),
-        ({}, 1, {"schedule_warmup_steps": 4}, (1e-3, 5e-4)),
+        ({}, 12, {"train_steps": 24, "lr_schedule_horizon_steps": 12}, None),
+        ({"lr_schedule_horizon_steps": 24}, 12, {"lr_schedule_horizon_steps": 24, "train_steps": 30}, None),
+        (LINEAR, 6, {**LINEAR, "train_steps": 22}, (1e-3 - 9e-5 * 5, 7.75e-4)),
+        (LINEAR, 6, {**LINEAR, "train_steps": 12}, None),
+        (CONSTANT, 6, {**CONSTANT, "train_steps": 99}, None),
+        (CONSTANT, 6, {**CONSTANT, "optimizer_lr": 1.009e-3}, None),
+        (CONSTANT, 6, {**CONSTANT, "optimizer_lr": 1.011e-3}, (1e-3, 1.011e-3)),
+        ({}, 1, {"lr_schedule_warmup_steps": 4}, (1e-3, 5e-4)),
         ({}, 1, {"train_steps": 99}, None),  # both warm up
         (
-            {"schedule_kind": "wsd", "schedule_decay_steps": 4},
+            {"lr_schedule_kind": "wsd", "lr_schedule_decay_steps": 4},
             12,
-            {"schedule_kind": "wsd", "schedule_decay_steps": 4, "train_steps": 40},
+            {"lr_schedule_kind": "wsd", "lr_schedule_decay_steps": 4, "train_steps": 40},
             (1e-4, 1e-3),
         ),
         (
-            {"schedule_kind": "wsd", "schedule_decay_steps": 4},
+            {"lr_schedule_kind": "wsd", "lr_schedule_decay_steps": 4},
             7,
-            {"schedule_kind": "wsd", "schedule_decay_steps": 4, "train_steps": 40},
+            {"lr_schedule_kind": "wsd", "lr_schedule_decay_steps": 4, "train_steps": 40},
             None,  # before the decay
         ),
         ({}, 6, {"train_global_batch_size": 8}, None),
@@ -220,11 +221,12 @@ def test_a_learning_rate_that_jumps_is_refused_with_both_values(
         return
     told = rf"schedule \(learning rate of step {steps + 1}\): checkpoint {rates[0]:.6g}, now {rates[1]:.6g}\n"
     kept = "horizon-steps 12 keeps the checkpoint.*" if now.keys() & {"train_steps"} else ""
-    with pytest.raises(AssertionError, match=rf'(?s){told}.*{kept}--checkpoint.allow "schedule"'):
+    with pytest.raises(AssertionError, match=rf'(?s){told}.*{kept}--checkpoint.allow "lr_schedule"'):
         go(tmp_path / "b", source=source, **RATES | now)
-    made = go(tmp_path / "b", source=source, checkpoint_allow="schedule", **RATES | now)
+    made = go(tmp_path / "b", source=source, checkpoint_allow="lr_schedule", **RATES | now)
     (parent,) = read_manifest(made).lineage
     assert list(parent.allowed.values()) == [(f"{rates[0]:.6g}", f"{rates[1]:.6g}")]
     (changed,) = now.keys() - then.keys() | ({"train_steps"} & now.keys())
-    assert list(parent.changed) == [changed.replace("_", ".", 1)]
+    section = "lr_schedule" if changed.startswith("lr_schedule_") else changed.partition("_")[0]
+    assert list(parent.changed) == [f"{section}.{changed.removeprefix(section)[1:]}"]
     go(tmp_path / "c", source=made, **RATES | now)  # and then it is the run's own

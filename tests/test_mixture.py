@@ -230,7 +230,7 @@ def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp
 
 
 def run(corpora: Path, folder: Path, mix: str, steps: int, *options: str) -> tuple[int, str, str]:
-    return finish(train(Path(mix), folder, 1, "--train.steps", str(steps), "--schedule.kind", "constant", *options))
+    return finish(train(Path(mix), folder, 1, "--train.steps", str(steps), "--lr-schedule.kind", "constant", *options))
 
 
 def records(folder: Path) -> dict[int, dict[str, float]]:

@@ -49,10 +49,9 @@ timeout_s = 60
 global_batch_size = 8
 seq_len = 32
 precision = "fp64"
-eval_every = 0
 [optimizer]
 lr = 1e-2
-[schedule]
+[lr_schedule]
 kind = "constant"
 warmup_steps = 0
 [data]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config.load import load
-from engine.config.schema import Config, ModelConfig, OptimizerConfig, ScheduleConfig
+from engine.config.schema import Config, LrScheduleConfig, ModelConfig, OptimizerConfig
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.rng import generator
@@ -125,7 +125,7 @@ PEAK = OptimizerConfig(lr=2.0)
 
 def rate(step: int, kind: Any, steps: int = 110, **options: Any) -> float:
     values = {"warmup_steps": 10, "min_lr_ratio": 0.1, **options}
-    return learning_rate(step, steps, PEAK, ScheduleConfig(kind=kind, **values))
+    return learning_rate(step, steps, PEAK, LrScheduleConfig(kind=kind, **values))
 
 
 @pytest.mark.parametrize(

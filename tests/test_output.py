@@ -71,7 +71,7 @@ def test_a_full_disk_under_the_output_is_an_error_and_no_silence(tmp_path: Path)
 @pytest.mark.parametrize("target", ["closed pipe", pytest.param("full disk", marks=pytest.mark.heavy)])
 def test_training_outlives_its_listener(target: str, corpus: Path, tmp_path: Path) -> None:
     words = ["train", "--model.preset", "micro", "--data.train", str(corpus), "--train.seq-len", "16"]
-    words += ["--train.steps", "4", "--schedule.warmup-steps", "1", "--monitor.tensorboard", "false"]
+    words += ["--train.steps", "4", "--lr-schedule.warmup-steps", "1", "--monitor.tensorboard", "false"]
     if target == "closed pipe":
         read, out = os.pipe()
         os.close(read)

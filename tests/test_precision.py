@@ -81,7 +81,7 @@ def test_an_overflow_leaves_out_the_update_on_all_ranks_and_survives_a_restart(t
         for step in range(100):
             result = train_step(state, random_batches(cfg, ctx, step))
             seen.append((result.skipped, state.scale.value, state.optimizer.steps))
-            assert result.lr == learning_rate(step + 1, cfg.train.steps, cfg.optimizer, cfg.schedule)
+            assert result.lr == learning_rate(step + 1, cfg.train.steps, cfg.optimizer, cfg.lr_schedule)
             if not result.skipped:
                 break
             same = held_pieces(state.optimizer.states(), ctx)

@@ -109,7 +109,7 @@ def run(corpus: str, folder: Path, world: int = 1, **overrides: Any) -> list[Any
 
 def test_a_left_out_step_consumes_its_batch_and_changes_nothing(corpus: str, tmp_path: Path) -> None:
     """Of one process and of two, with a restart between; and the past cannot be rewritten in silence."""
-    options = {"train_skip_steps": "2 4", "checkpoint_every": 1, "schedule_kind": "constant"}
+    options = {"train_skip_steps": "2 4", "checkpoint_every": 1, "lr_schedule_kind": "constant"}
     assert run(corpus, tmp_path / "one", train_steps=5, **options) == [0]
     assert run(corpus, tmp_path / "two", 2, parallel_data=2, train_steps=3, **options) == [0, 0]
     assert run(corpus, tmp_path / "two", train_steps=5, **options) == [0]
@@ -119,7 +119,9 @@ def test_a_left_out_step_consumes_its_batch_and_changes_nothing(corpus: str, tmp
     lines = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "left_out" in line] == [2, 4]
 
-    cfg = resolve(1, data_train=corpus, train_global_batch_size=BATCH, schedule_kind="constant", train_steps=5).config
+    cfg = resolve(
+        1, data_train=corpus, train_global_batch_size=BATCH, lr_schedule_kind="constant", train_steps=5
+    ).config
 
     def by_hand(ctx: ParallelContext) -> list[float]:
         state, losses = setup(cfg, ctx), []
@@ -135,7 +137,7 @@ def test_a_left_out_step_consumes_its_batch_and_changes_nothing(corpus: str, tmp
     (losses,) = run_ranks(layout_of(cfg), by_hand, num_kv_heads=2)
     assert losses == pytest.approx([one[s]["loss"] for s in one], abs=1e-11)
 
-    refused = run(corpus, tmp_path / "one", train_steps=6, schedule_kind="constant", train_skip_steps="4 6")[0]
+    refused = run(corpus, tmp_path / "one", train_steps=6, lr_schedule_kind="constant", train_skip_steps="4 6")[0]
     assert "train.skip_steps: checkpoint '2 4', now '4'" in refused
     refused = run(corpus, tmp_path / "one", train_steps=6, **options, data_skip_samples="39 40")[0]
     assert "data.skip_samples: checkpoint '', now '39'" in refused

@@ -109,7 +109,7 @@ def test_of_a_run(corpus: str, tmp_path: Path, background: bool, monkeypatch: py
             checkpoint_every=1,
             checkpoint_keep=1,
             checkpoint_async_save=background,
-            schedule_kind="constant",
+            lr_schedule_kind="constant",
         )
 
     def job(ctx: ParallelContext) -> list[str]:
@@ -153,7 +153,7 @@ def test_it_is_spared_where_the_next_start_leaves_its_first_steps_out(corpus: st
             train_skip_steps=skip,
             checkpoint_every=1,
             checkpoint_keep=1 if skip else 0,
-            schedule_kind="constant",
+            lr_schedule_kind="constant",
         )
         job = lambda ctx: loop.train(cfg, ctx, False)  # type: ignore[arg-type]  # noqa: E731
         assert run_ranks(layout_of(cfg.config), job, num_kv_heads=2) == [0]

@@ -3,7 +3,7 @@
 Going on from a checkpoint with another model, corpus, tokenizer, blend, sequence length or seed would go on from
 somewhere else without a word. So every such difference is refused with old and new value, unless its very field is
 named in `checkpoint.allow`; what was allowed then stands in the lineage of every later checkpoint. So does what may
-change freely, such as the precision. Steps, optimizer and schedule are free as long as the next step's learning rate
+change freely, such as the precision. Steps, optimizer and lr_schedule are free as long as the next step's learning rate
 stays what it would have been.
 """
 
@@ -21,7 +21,7 @@ import xxhash
 
 import engine
 from engine.checkpoint.format import Ancestor, Manifest
-from engine.config.schema import Config, OptimizerConfig, ScheduleConfig
+from engine.config.schema import Config, LrScheduleConfig, OptimizerConfig
 from engine.config.skips import below, read_ranges
 from engine.data.samples.corpora import DECLARED_FROM, MIXED_FROM
 from engine.errors import CheckpointError, ConfigError, Fault
@@ -32,8 +32,8 @@ _TRAIN = ("seq_len", "seed")
 _SKIPS = ("train.skip_steps", "data.skip_samples")  # free where they speak of what is still to come
 # Free, and shows in the numbers.
 _TOLD = ("train.steps", "train.global_batch_size", "train.precision", "train.fp8", *_SKIPS)
-_TOLD_SECTIONS = ("optimizer", "schedule")
-_RATE = "schedule"  # allows a learning rate that jumps
+_TOLD_SECTIONS = ("optimizer", "lr_schedule")
+_RATE = "lr_schedule"  # allows a learning rate that jumps
 _JUMP = 0.01  # of the larger of two rates: more is one
 # Facts of the data by their field (engine.data.samples.corpora makes them).
 DATA_FIELDS = (
@@ -103,23 +103,23 @@ def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) 
 def _next_rates(manifest: Manifest, cfg: Config) -> tuple[float, float]:
     """The learning rate of the step after the checkpoint: as its run would have had it, and as this one has it."""
     old, _ = _configs(manifest, cfg)
-    before = OptimizerConfig.model_construct(**old["optimizer"]), ScheduleConfig.model_construct(**old["schedule"])
+    before = OptimizerConfig.model_construct(**old["optimizer"]), LrScheduleConfig.model_construct(**old["lr_schedule"])
     step = manifest.step + 1
     return (
         learning_rate(step, old["train"]["steps"], *before),
-        learning_rate(step, cfg.train.steps, cfg.optimizer, cfg.schedule),
+        learning_rate(step, cfg.train.steps, cfg.optimizer, cfg.lr_schedule),
     )
 
 
 def _same_curve(manifest: Manifest, cfg: Config) -> str:
     """How to keep the checkpoint's learning rates, where only another end of the decay changes them; else empty."""
     old, _ = _configs(manifest, cfg)
-    horizon = old["schedule"]["horizon_steps"] or old["train"]["steps"]
-    kept = cfg.model_copy(update={"schedule": cfg.schedule.model_copy(update={"horizon_steps": horizon})})
+    horizon = old["lr_schedule"]["horizon_steps"] or old["train"]["steps"]
+    kept = cfg.model_copy(update={"lr_schedule": cfg.lr_schedule.model_copy(update={"horizon_steps": horizon})})
     then, now = _next_rates(manifest, kept)
-    if cfg.schedule.kind == "constant" or then != now:
+    if cfg.lr_schedule.kind == "constant" or then != now:
         return ""
-    return f" (--schedule.horizon-steps {horizon} keeps the checkpoint's learning rates, whose decay ends there.)"
+    return f" (--lr-schedule.horizon-steps {horizon} keeps the checkpoint's learning rates, whose decay ends there.)"
 
 
 def changes(manifest: Manifest, cfg: Config) -> Differences:
@@ -134,7 +134,7 @@ def changes(manifest: Manifest, cfg: Config) -> Differences:
 
 def _configs(manifest: Manifest, cfg: Config) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """The values of the checkpoint's config, by section and name, and those of this run."""
-    old = {name: section | manifest.config[name] for name, section in Config().model_dump().items()}
+    old = {name: section | manifest.config.get(name, {}) for name, section in Config().model_dump().items()}
     return old, cfg.model_dump()
 
 

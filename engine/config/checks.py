@@ -233,7 +233,7 @@ def _layer_list_relations(text: str, stages: int, num_layers: int) -> Iterator[F
 
 
 def _train_relations(cfg: Config) -> Iterator[Fault]:
-    t, s = cfg.train, cfg.schedule
+    t, s = cfg.train, cfg.lr_schedule
     p = cfg.parallel
     if p.sequence and t.seq_len % p.tensor and not cfg.model.num_heads % p.tensor:
         yield Fault(
@@ -268,21 +268,21 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
         )
     horizon = s.horizon_steps or t.steps
     if s.horizon_steps and s.kind == "constant":
-        yield Fault("", "schedule.horizon_steps", horizon, "has no meaning for constant", "Leave it out.")
+        yield Fault("", "lr_schedule.horizon_steps", horizon, "has no meaning for constant", "Leave it out.")
     elif s.horizon_steps and horizon <= s.warmup_steps:
-        relation = f"ends the decay before the warm-up of schedule.warmup_steps = {s.warmup_steps} is over"
-        yield Fault("", "schedule.horizon_steps", horizon, relation, f"Such as {max(t.steps, 2 * s.warmup_steps)}.")
+        relation = f"ends the decay before the warm-up of lr_schedule.warmup_steps = {s.warmup_steps} is over"
+        yield Fault("", "lr_schedule.horizon_steps", horizon, relation, f"Such as {max(t.steps, 2 * s.warmup_steps)}.")
     elif s.kind == "wsd" and not 0 < s.decay_steps <= horizon - s.warmup_steps:
         yield Fault(
             "",
-            "schedule.decay_steps",
+            "lr_schedule.decay_steps",
             s.decay_steps,
             f"must be at least 1 and fit in the {horizon - s.warmup_steps} steps after the warm-up for wsd",
             f"A tenth of the run is usual: {max(1, horizon // 10)}.",
         )
     if s.kind != "wsd" and s.decay_steps:
         yield Fault(
-            "", "schedule.decay_steps", s.decay_steps, f"has no meaning for {s.kind}", "Leave it out, or use wsd."
+            "", "lr_schedule.decay_steps", s.decay_steps, f"has no meaning for {s.kind}", "Leave it out, or use wsd."
         )
 
 

@@ -44,7 +44,7 @@ def setting(path: str, known: Sequence[str]) -> Hint | None:
     return _foreign()[near] if near and len(name) > 7 else None
 
 
-_VAGUE = {"data", "layers", "schedule", "kind", "every", "train"}  # names of ours that say little without their section
+_VAGUE = {"data", "layers", "schedule", "kind", "every", "train", "batches"}  # of ours: these say little alone
 _VAGUE_THERE = {"name", "enable", "steps", "mode", "folder", "filter", "recipe", "implementation", "freq", "interval"}
 
 

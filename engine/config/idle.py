@@ -16,12 +16,12 @@ from engine.errors import Fault
 _Rule = tuple[Callable[[Config], bool], str, str]
 
 RULES: dict[str, _Rule] = {
-    "train.eval_every": (
+    "eval.every": (
         lambda c: bool(c.data.valid),
         "has no effect without data.valid",
         "Give one, or leave it out.",
     ),
-    "train.eval_batches": (
+    "eval.batches": (
         lambda c: bool(c.data.valid),
         "has no effect without data.valid",
         "Give one, or leave it out.",
@@ -36,9 +36,9 @@ RULES: dict[str, _Rule] = {
         "is for train.precision fp16 only",
         "Leave it out, or use fp16.",
     ),
-    "schedule.min_lr_ratio": (
-        lambda c: c.schedule.kind != "constant",
-        "has no effect for schedule.kind constant",
+    "lr_schedule.min_lr_ratio": (
+        lambda c: c.lr_schedule.kind != "constant",
+        "has no effect for lr_schedule.kind constant",
         "Leave it out.",
     ),
     "checkpoint.keep": (
@@ -82,9 +82,9 @@ RULES: dict[str, _Rule] = {
         "Leave it out.",
     ),
     "model.qk_norm_span": (lambda c: c.model.qk_norm, "has no effect without model.qk_norm", "Leave it out."),
-    "schedule.warmup_steps": (
+    "lr_schedule.warmup_steps": (
         lambda c: (  # a horizon: this may be the first part of a longer run. wsd: in engine.config.checks
-            c.schedule.warmup_steps <= max(c.train.steps, c.schedule.horizon_steps) or c.schedule.kind == "wsd"
+            c.lr_schedule.warmup_steps <= max(c.train.steps, c.lr_schedule.horizon_steps) or c.lr_schedule.kind == "wsd"
         ),
         "is longer than the run (train.steps)",
         "The learning rate would never reach its peak: use a hundredth of the run, or train longer.",

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engine.config import hints
+from engine.config import hints, renames
 from engine.config.checks import ROPE_SCALES, relations
 from engine.config.idle import idle
 from engine.config.mixture import read_mixture
@@ -159,6 +159,8 @@ def _known_paths() -> list[str]:
 
 def _unknown(path: str, value: object, source: str) -> Fault:
     path = path.replace("-", "_")
+    if new := renames.SETTINGS.get(path):
+        return Fault("config.renamed", path, value, f"has another name now ({source})", f"Use {new}.")
     relation, repair = f"no such setting ({source})", "`engine train --help` lists all there are."
     if hint := hints.setting(path, _known_paths()):
         relation += f"; of {hint.engine}" if hint.engine else ""
@@ -181,7 +183,7 @@ def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
     except tomllib.TOMLDecodeError as error:
         faults.append(Fault("", "--config", str(file), f"is not valid TOML: {error}", "Mend that line."))
         return
-    for section, values in tree.items():
+    for section, values in (renames.todays(tree) if renames.of_run_folder(file) else tree).items():
         if isinstance(values, dict):
             yield from ((f"{section}.{name}", value) for name, value in values.items())
         else:

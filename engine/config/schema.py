@@ -158,7 +158,7 @@ class ParallelConfig(Section):
 
 class TrainConfig(Section):
     steps: int = Field(100, ge=1)
-    """optimizer steps of the whole run (resumed parts included); schedule.horizon_steps: those of the learning rate"""
+    """optimizer steps of the whole run, resumed parts included (of the learning rate: lr_schedule.horizon_steps)"""
     global_batch_size: int = Field(8, ge=1)
     """sequences an optimizer step learns from, over all ranks"""
     micro_batch_size: int = Field(1, ge=1)
@@ -189,10 +189,6 @@ class TrainConfig(Section):
     """auto: CUDA when every local rank can have a GPU of its own, otherwise CPU; which one is printed"""
     skip_steps: str = ""
     """steps to leave out, such as "120 130-132": their batches are consumed and change nothing"""
-    eval_every: int = Field(0, ge=0)
-    """validate every so many steps; 0: only after the last"""
-    eval_batches: int = Field(8, ge=0)
-    """global batches per validation, the last one too; 0: the whole validation set, as `engine evaluate` scores it"""
 
 
 class OptimizerConfig(Section):
@@ -210,7 +206,7 @@ class OptimizerConfig(Section):
     """largest global gradient norm; 0: no clipping"""
 
 
-class ScheduleConfig(Section):
+class LrScheduleConfig(Section):
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """learning rate after the warm-up; wsd: constant, then linear decay over the last decay_steps"""
     warmup_steps: int = Field(10, ge=0)
@@ -251,6 +247,13 @@ class DataConfig(Section):
     """global batches prepared ahead by the loader thread"""
 
 
+class EvalConfig(Section):
+    every: int = Field(0, ge=0)
+    """validate every so many steps; 0: only after the last"""
+    batches: int = Field(8, ge=0)
+    """global batches per validation, the last one too; 0: the whole validation set, as `engine evaluate` scores it"""
+
+
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0)
     """save every so many steps; 0: only after the last step and on SIGTERM"""
@@ -268,9 +271,9 @@ class CheckpointConfig(Section):
     """auto: go on from the run folder's newest checkpoint if there is one; latest: there must be one;
     never: start anew; or the path of a checkpoint"""
     allow: str = ""
-    """fields that may differ from the checkpoint's when resuming, such as "data.num_tokens train.seq_len", or schedule
-    for a learning rate that jumps by more than 1 %; the lineage of later checkpoints records it (a difference that is
-    not named is refused, and the message names its field)"""
+    """fields that may differ from the checkpoint's when resuming, such as "data.num_tokens train.seq_len", or
+    lr_schedule for a learning rate that jumps by more than 1 %; the lineage of later checkpoints records it (a
+    difference that is not named is refused, and the message names its field)"""
     init: str = ""
     """start a new run from these weights: a Hugging Face folder, a checkpoint or a run folder, of any layout; model.*
     follows from it"""
@@ -295,8 +298,9 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    lr_schedule: LrScheduleConfig = LrScheduleConfig()
     data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from engine.config.schema import OptimizerConfig, ScheduleConfig
+from engine.config.schema import LrScheduleConfig, OptimizerConfig
 
 
-def learning_rate(step: int, steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
+def learning_rate(step: int, steps: int, optimizer: OptimizerConfig, schedule: LrScheduleConfig) -> float:
     """The rate used by step number `step` (1-based) of a run of `steps`.
 
     Linear warm-up to optimizer.lr over schedule.warmup_steps, then down to lr * min_lr_ratio: cosine (Loshchilov &

@@ -281,8 +281,8 @@ def _step(
 
 def _validation_due(state: TrainState) -> bool:
     """Whether a validation belongs after this step, if there is a corpus for it."""
-    train = state.cfg.train
-    return state.step == train.steps or bool(train.eval_every and state.step % train.eval_every == 0)
+    every = state.cfg.eval.every
+    return state.step == state.cfg.train.steps or bool(every and state.step % every == 0)
 
 
 def _left_out(state: TrainState) -> bool:
@@ -293,7 +293,7 @@ def _left_out(state: TrainState) -> bool:
 
 def _validate(state: TrainState, evaluator: Evaluator, log: MetricsLog, console: Progress, stop: StopRequest) -> bool:
     """Score the validation corpus; False, and no record, if a signal came on any rank meanwhile. Collective."""
-    score = evaluator.run_unless(lambda: _agreed((bool(stop),), state.ctx)[0], state.cfg.train.eval_batches)
+    score = evaluator.run_unless(lambda: _agreed((bool(stop),), state.ctx)[0], state.cfg.eval.batches)
     if score is None:
         return False
     log.validation(state.step, score)

@@ -185,7 +185,7 @@ def train_step(
             norms.non_finite(),
             range(state.consumed_samples, state.consumed_samples + cfg.train.global_batch_size),
         )
-    lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.schedule)
+    lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.lr_schedule)
     if finite:
         state.before_update()
         state.optimizer.step(lr, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)

@@ -232,7 +232,7 @@ def loss_curve(
         "train.steps": steps,
         "train.device": device.type,
         "optimizer.lr": 1e-3,
-        "schedule.warmup_steps": max(1, steps // 20),
+        "lr_schedule.warmup_steps": max(1, steps // 20),
     }
     cfg = load([], {name: str(value) for name, value in values.items()}, world=1).config
     ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.bfloat16, device=device)

@@ -120,7 +120,7 @@ def torchrun(ranks: int, corpus: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "stamps.json"
         engine_args = ["--data.train", str(corpus), "--run.dir", f"{folder}/run", "--train.steps", "1"]
-        engine_args += ["--train.device", "cpu", "--schedule.warmup-steps", "0"]
+        engine_args += ["--train.device", "cpu", "--lr-schedule.warmup-steps", "0"]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         begin = time.time()
         command = [*launcher, __file__, "worker", str(out), *engine_args]

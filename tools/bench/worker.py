@@ -38,8 +38,8 @@ def engine(o: Options, case: Case) -> dict[str, Any]:
         "train.global_batch_size": case.sequences(o.micro_batch),
         "train.device": "cpu",
         "optimizer.lr": o.lr,
-        "schedule.kind": "constant",
-        "schedule.warmup_steps": 0,
+        "lr_schedule.kind": "constant",
+        "lr_schedule.warmup_steps": 0,
     }
     if case.column != "one":
         values[f"parallel.{case.column}"] = case.processes

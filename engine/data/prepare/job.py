@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.prepare.shards import Shards
 from engine.data.read.document_batch import Batch
 from engine.data.read.document_source import DocumentSource
 from engine.data.read.own import Own
@@ -20,7 +18,7 @@ from engine.data.samples.indexed import paths_of
 from engine.data.samples.keyed import derive_key
 from engine.data.tokenize.files import FILES
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.errors import DataError
+from engine.data.workfolder import as_json
 from engine.util.signals import Interrupts
 
 SPLITS = ("train", "valid", "test")
@@ -101,6 +99,11 @@ class PrepareJob:
         beside = Path(f"{self.output}-tokenizer")
         return None if beside.resolve() == self.tokenizer.resolve() else beside
 
+    def outputs(self) -> list[Path]:
+        """What must not be there: all of them, and a tokenizer where one is to be trained."""
+        trained = [self.tokenizer / "tokenizer.json"] if self.train_vocab_size is not None else []
+        return [*self.targets(), *trained]
+
     def targets(self) -> list[Path]:
         """Everything that is written, whatever the options."""
         corpora = [path for split in SPLITS for path in paths_of(self.prefix(split))]
@@ -133,40 +136,7 @@ def settings_of(job: PrepareJob, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "suffixes": list(job.suffixes),
         "fast": job.fast,
     }
-    return json.loads(json.dumps(settings))
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)
-        if before == now:
-            continue
-        if key == "files" and isinstance(before, list) and isinstance(now, list):
-            gone, come = [f for f in before if f not in now], [f for f in now if f not in before]
-            lines += [
-                f"  input {name}: {size:,} bytes, as it was then (stamp {stamp})" for name, size, stamp in gone[:5]
-            ]
-            lines += [f"  input {name}: {size:,} bytes, as it is now (stamp {stamp})" for name, size, stamp in come[:5]]
-            lines += ["  inputs in another order"] if not gone and not come else []
-        else:
-            lines.append(f"  {key}: then {before!r}, now {now!r}")
-    return "\n".join(lines)
-
-
-def refuse_existing(job: PrepareJob, leftover: Shards | None = None) -> None:
-    """Refuse to replace files; `leftover` is a folder of which a kill left the husk, and goes away then."""
-    paths = job.targets()
-    if job.train_vocab_size is not None:
-        paths.append(job.tokenizer / "tokenizer.json")
-    existing = [str(path) for path in paths if path.exists()]
-    if existing and not job.overwrite:
-        if leftover is not None:
-            leftover.discard()
-        raise DataError(
-            f"{', '.join(existing)}: already there, so this is done. "
-            f"Choose another name, delete them, or give --overwrite."
-        )
+    return as_json(settings)
 
 
 def stop_at_errors(job: PrepareJob, batch: Batch) -> None:

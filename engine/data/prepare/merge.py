@@ -10,13 +10,12 @@ one at a time, so that thousands of them need neither files nor maps at once; me
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -24,13 +23,13 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from engine.data.prepare.shards import publish, read_json
 from engine.data.read.progress import ProgressEvent
 from engine.data.samples.index_file import CHUNK, HEADER, MAGIC, IntArray, chunks, code_of
 from engine.data.samples.indexed import IndexedDataset, paths_of
 from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
+from engine.data.workfolder import PLAN, WorkFolder, refuse_existing
 from engine.errors import DataError
-from engine.util.files import locked, sync_file, write_fault, write_synced
+from engine.util.files import sync_file, write_synced
 from engine.util.signals import Interrupts
 
 _AGREE = ("tokenizer_digest", "vocab_size", "eod", "bos")
@@ -105,24 +104,19 @@ def merge(
     _refuse_misfits(corpora, output, multimodal)
     folder, facts = Path(f"{output}.merging"), [corpus.facts for corpus in corpora]
     needed = _bytes_needed(corpora)
-    with _disk(folder, needed):
-        if folder.exists() and {path.name for path in folder.iterdir()} - {*_NAMES, "lock"}:
-            raise DataError(f"{folder} is needed for the work and holds other files. Choose another output.")
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock") as holder:
-            if holder:
-                raise DataError(f"{folder}: {holder} is merging to this output. Wait for it, or end it.")
-            done = read_json(folder / "publish.json")
-            if done is None or done["facts"] != json.loads(json.dumps(facts)):
-                done = _make(folder, corpora, output, overwrite, needed, progress, began)
-            moves = [(folder / name, path) for name, path in zip(_NAMES, paths_of(output)) if name in done["files"]]
-            with stop.deferred():
-                publish(folder, [path for path in paths_of(output) if path not in {to for _, to in moves}], moves)
-                stop.go_on = lambda: f"{output} is complete"
+    with WorkFolder(folder, "merge-datasets", _NAMES) as work, work.disk():
+        work.bytes_needed = lambda: needed
+        done = work.plan({})
+        if done is None or done["facts"] != json.loads(json.dumps(facts)):
+            done = _make(work, corpora, output, overwrite, needed, progress, began)
+        moves = [(folder / name, path) for name, path in zip(_NAMES, paths_of(output)) if name in done["files"]]
+        with stop.deferred():
+            work.publish([path for path in paths_of(output) if path not in {to for _, to in moves}], moves)
+            stop.go_on = lambda: f"{output} is complete"
     return MergeReport(**done["report"])
 
 
-_NAMES = ("bin", "idx", "json", "publish.json", "publish.json.tmp")
+_NAMES = ("bin", "idx", "json", PLAN, f"{PLAN}.tmp")
 
 
 def corpora_of(inputs: Sequence[str]) -> list[str]:
@@ -190,17 +184,8 @@ def _bytes_needed(corpora: Sequence[_Corpus]) -> int:
     return sum(c.tokens * c.dtype.itemsize + 13 * c.sequences + 8 * c.boundaries + 4096 for c in corpora)
 
 
-@contextlib.contextmanager
-def _disk(folder: Path, needed: int) -> Iterator[None]:
-    """Turns a full disk or a missing permission into a DataError that says how to go on."""
-    try:
-        yield
-    except OSError as err:
-        raise DataError(write_fault(err, folder, needed, "Give the same command again.")) from err
-
-
 def _make(
-    folder: Path,
+    work: WorkFolder,
     corpora: Sequence[_Corpus],
     output: str,
     overwrite: bool,
@@ -209,12 +194,9 @@ def _make(
     began: float,
 ) -> dict[str, Any]:
     """Write the files in `folder`, or leave no folder; returns what publish.json holds."""
+    folder = work.folder
     try:
-        there = [str(path) for path in paths_of(output) if path.exists()]
-        if there and not overwrite:
-            raise DataError(
-                f"{', '.join(there)}: already there. Choose another name, delete them, or give --overwrite."
-            )
+        refuse_existing(paths_of(output), overwrite)
         for name in _NAMES:
             (folder / name).unlink(missing_ok=True)
         if (free := shutil.disk_usage(folder).free) < needed:
@@ -239,10 +221,9 @@ def _make(
             write_synced(folder / "json", sidecar_bytes(sidecar))
         files = ["bin", "idx", *(["json"] if sidecar is not None else [])]
         done = {"facts": [corpus.facts for corpus in corpora], "files": files, "report": asdict(report)}
-        write_synced(folder / "publish.json.tmp", json.dumps(done).encode())
-        os.replace(folder / "publish.json.tmp", folder / "publish.json")
+        work.write_json(PLAN, done)
     except BaseException:  # what is half-written would only fill the disk
-        shutil.rmtree(folder, ignore_errors=True)
+        work.discard()
         raise
     return json.loads(json.dumps(done))
 

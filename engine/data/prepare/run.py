@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.prepare.flow import Flow
-from engine.data.prepare.job import AGAIN, SPLITS, PrepareJob, difference, refuse_existing, settings_of, stop_at_errors
+from engine.data.prepare.job import AGAIN, SPLITS, PrepareJob, settings_of, stop_at_errors
 from engine.data.prepare.report import PrepareReport, SplitReport
-from engine.data.prepare.shards import Shards, publish, read_json
+from engine.data.prepare.shards import Shards
 from engine.data.read.account import Account, unreadable
 from engine.data.read.document_source import MAX_DOCUMENT_BYTES, DocumentSource
 from engine.data.read.progress import Progress, ProgressEvent
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train import Spread, train_apart
+from engine.data.workfolder import PLAN, read_json, refuse_existing
 from engine.errors import DataError
 from engine.util.files import sync_folder
 from engine.util.prefetch import read_ahead
@@ -116,24 +117,16 @@ def _run(job: PrepareJob) -> PrepareReport:
     """Go on with the work in PREFIX.parts, or begin it."""
     given = None if job.train_vocab_size is not None else job.given_tokenizer()
     settings = settings_of(job, given)
-    resuming = job.parts.exists()
-    if resuming:
+    if job.parts.exists():
         job.stop.go_on = lambda: f"what is finished is kept in {job.parts}; {AGAIN} and it goes on behind it"
-    if not resuming:
-        refuse_existing(job)
+    else:
+        refuse_existing(job.outputs(), job.overwrite)
     with Shards(job.parts, job.splits) as parts:
-        begun = parts.settings()
-        plan = read_json(job.parts / "publish.json")
-        if plan is not None and begun in (None, settings):  # killed while publishing
-            return _publish(job, plan)
-        if begun is not None and begun != settings and not job.overwrite:
-            raise DataError(
-                f"{job.parts}: holds the unfinished work of another call:\n{difference(begun, settings)}\nGive the "
-                f"same options and inputs to go on with it, or --overwrite (or delete the folder) to start anew."
-            )
-        if begun != settings:
-            if resuming:
-                refuse_existing(job, parts if begun is None else None)
+        plan = parts.plan(settings)
+        if plan is not None:
+            return _publish(job, parts, plan)
+        if not parts.resume(settings, job.overwrite):
+            _refuse_beside(job, parts)
             parts.begin(settings)
         try:
             chosen = given or _trained(job)
@@ -143,8 +136,18 @@ def _run(job: PrepareJob) -> PrepareReport:
             if not trained and not parts.has_shards():  # nothing worth keeping: the next try is as the first one
                 parts.discard()
             raise
-        parts.write_json("publish.json", plan)
-        return _publish(job, plan)
+        parts.write_json(PLAN, plan)
+        return _publish(job, parts, plan)
+
+
+def _refuse_beside(job: PrepareJob, parts: Shards) -> None:
+    """Refuse to replace outputs beside a folder of parts; an empty one that a kill left goes away then."""
+    try:
+        refuse_existing(job.outputs(), job.overwrite)
+    except DataError:
+        if parts.settings() is None:
+            parts.discard()
+        raise
 
 
 def _trained(job: PrepareJob) -> Tokenizer:
@@ -174,14 +177,14 @@ def _train_texts(job: PrepareJob, spread: Spread) -> Iterator[str]:
         raise DataError(account.nothing(job.source))
 
 
-def _publish(job: PrepareJob, plan: dict[str, Any]) -> PrepareReport:
+def _publish(job: PrepareJob, parts: Shards, plan: dict[str, Any]) -> PrepareReport:
     """The tokenizer first, as without it the ids mean nothing; the report last."""
     trained = job.parts / "trained"
     if job.train_vocab_size is not None and trained.exists():
         Tokenizer.load(trained).save(job.tokenizer)
     moves = [(job.parts / name, Path(target)) for name, target in plan["moves"]]
     targets = {target for _, target in moves}
-    publish(job.parts, [path for path in job.targets() if path not in targets], moves)
+    parts.publish([path for path in job.targets() if path not in targets], moves)
     facts = read_json(Path(f"{job.output}-report.json")) or {}
     splits = {name: SplitReport(**facts[name]) if facts.get(name) else None for name in SPLITS}
     return PrepareReport(**{**facts, **splits})

@@ -7,18 +7,14 @@ Order of a commit, which is what makes it safe: data files synced; shard file wr
 renamed; folder synced. So bytes count only if a shard file says so. On resuming, every shard is checked by its digests,
 what lies behind the last good one is cut off, and the work goes on there, with the same bytes as if never disturbed.
 
-When all is written, `publish.json` lists what is renamed to where; renaming is repeated until nothing is left of it.
-Another process in the same folder is kept out by a lock that the kernel drops when its holder dies.
+Settings, lock and publishing are those of any work folder (engine/data/workfolder.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,8 +26,9 @@ from engine.data.prepare.pack import pack
 from engine.data.samples.index_file import write_index
 from engine.data.samples.indexed_writer import token_dtype
 from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
+from engine.data.workfolder import WorkFolder, read_json
 from engine.errors import DataError
-from engine.util.files import sync_file, sync_folder, write_fault, write_synced
+from engine.util.files import sync_file, sync_folder, write_synced
 
 _CHECK_BYTES = _SEND_BYTES = 8 << 20
 _SKIPPED = "skipped.jsonl"
@@ -73,75 +70,46 @@ class _Grown:
         self.whole = self.whole_committed.copy()
 
 
-class Shards:
-    """The open folder. `state`: what the last commit kept, None at the start; `warnings`: shards that were not good.
+class Shards(WorkFolder):
+    """The open folder of `prepare`.
 
-    `counts[split]` int64 [vocab_size]: histogram of the tokens so far. Use as a context manager.
+    `state`: what the last commit kept, None at the start; `warnings`: shards that were not good.
+    `counts[split]` int64 [vocab_size]: histogram of the tokens so far.
     """
 
     def __init__(self, folder: Path, splits: Sequence[str]):
-        self.folder, self.splits = folder, tuple(splits)
+        self.splits = tuple(splits)
         self.warnings: list[str] = []
         self.state: dict[str, Any] | None = None
         self.num_shards = 0
-        self.bytes_needed: Callable[[], int] = lambda: 0  # an estimate to the end, for the message of a full disk
         self._files: dict[str, _Grown] = {}
-        with self._disk(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / "lock", "wb")  # noqa: SIM115  (closed by close)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            self._lock.close()
-            raise DataError(f"{folder}: another `engine prepare` is writing here. Wait for it, or end it.") from err
-
-    def __enter__(self) -> Shards:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().__init__(folder, "prepare")
 
     def close(self) -> None:
         for grown in self._files.values():
             with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
                 grown.file.close()
         self._files.clear()
-        self._lock.close()
+        super().close()
 
-    def discard(self) -> None:
-        """Remove the folder."""
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def go_on(self) -> str:
+        return f"Give the same command again: it goes on behind the {self.num_shards} shards that are finished."
 
-    # ---- settings ----
-
-    def settings(self) -> dict[str, Any] | None:
-        """What the work here was begun with, None for a new folder."""
-        return read_json(self.folder / "settings.json")
-
-    def begin(self, settings: dict[str, Any]) -> None:
-        """Start with nothing."""
-        for name in ("publish.json", "settings.json"):  # first, so that no kill leaves them beside half of the rest
-            (self.folder / name).unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.write_json("settings.json", settings)
-
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """A small file, there as a whole or not at all."""
-        with self._disk(self.folder / name):
-            write_synced(self.folder / f"{name}.tmp", json.dumps(value, indent=1).encode() + b"\n")
-            os.replace(self.folder / f"{name}.tmp", self.folder / name)
-            sync_folder(self.folder)
-
-    # ---- data ----
+    def room(self) -> int:
+        """What is not committed is given back: it is made again, and what is then free is told."""
+        needed = self.bytes_needed()
+        for grown in self._files.values():
+            with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
+                grown.file.close()
+            with contextlib.suppress(OSError):
+                os.truncate(grown.path, grown.committed)
+        return needed
 
     def open(self, vocab_size: int) -> None:
         """Open the data files behind the last good shard."""
         self.dtype = token_dtype(vocab_size)
         names = [f"{split}.{kind}" for split in self.splits for kind in ("bin", "lengths")] + [_SKIPPED]
-        with self._disk(self.folder):
+        with self.disk(self.folder):
             self._files = {name: _Grown(self.folder / name) for name in names}
         self.counts = {split: np.zeros(vocab_size, np.int64) for split in self.splits}
         while self._take_shard():
@@ -188,7 +156,7 @@ class Shards:
         self._append(_SKIPPED, line)
 
     def _append(self, name: str, data: memoryview | bytes) -> None:
-        with self._disk(self.folder / name):
+        with self.disk(self.folder / name):
             self._files[name].write(data)
 
     @property
@@ -201,7 +169,7 @@ class Shards:
 
     def commit(self, state: dict[str, Any]) -> None:
         """Make everything added so far, and `state`, last."""
-        with self._disk(self.folder):
+        with self.disk(self.folder):
             for grown in self._files.values():
                 if grown.end > grown.committed:
                     sync_file(grown.file)
@@ -267,64 +235,9 @@ class Shards:
         sidecar = sidecar_of(meta, self.dtype, self.counts[split], documents, empty)
         lengths_path = self.folder / f"{split}.lengths"
         lengths = np.memmap(lengths_path, "<i4", "r") if lengths_path.stat().st_size else np.empty(0, np.int32)
-        with self._disk(self.folder / f"{split}.idx"):
+        with self.disk(self.folder / f"{split}.idx"):
             with open(self.folder / f"{split}.idx", "wb") as out:
                 write_index(out, self.dtype, lengths)
                 sync_file(out)
             write_synced(self.folder / f"{split}.json", sidecar_bytes(sidecar))
         return sidecar
-
-    @contextlib.contextmanager
-    def _disk(self, path: Path) -> Iterator[None]:
-        """Turns a full disk or a missing permission into a DataError that says how to go on."""
-        try:
-            yield
-        except OSError as err:
-            go_on = f"Give the same command again: it goes on behind the {self.num_shards} shards that are finished."
-            needed = self.bytes_needed()
-            self._cut()
-            raise DataError(write_fault(err, path, needed, go_on)) from err
-
-    def _cut(self) -> None:
-        """Give back the room of what is not committed: it is made again, and what is then free is told."""
-        for grown in self._files.values():
-            with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
-                grown.file.close()
-            with contextlib.suppress(OSError):
-                os.truncate(grown.path, grown.committed)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None if there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as err:
-        raise DataError(f"{path}: not readable ({err}). Delete the folder {path.parent} to start anew.") from err
-    return value if isinstance(value, dict) else None
-
-
-def publish(folder: Path, stale: Sequence[Path], moves: Sequence[tuple[Path, Path]]) -> None:
-    """Rename what is complete to where it belongs; harmless to repeat after a kill.
-
-    Targets are removed from the end first, so that no crash leaves an old index or sidecar beside a new .bin.
-    """
-    waiting = [(source, target) for source, target in moves if source.exists()]
-    try:
-        for target in [*stale, *(target for _, target in reversed(waiting))]:
-            target.unlink(missing_ok=True)
-        for source, target in waiting:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, target)
-        for parent in sorted({target.parent for _, target in moves}):
-            sync_folder(parent)
-        for path in folder.iterdir():
-            if path.name not in ("publish.json", "settings.json", "lock"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name in ("settings.json", "publish.json", "lock"):
-            (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
-    except OSError as err:
-        text = f"{err.filename or folder}: cannot be published: {err.strerror or err}."
-        raise DataError(f"{text} Give the same command again; nothing is lost.") from err

@@ -29,6 +29,7 @@ from engine.distributed.layout import Layout
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.errors import CheckpointError
 from engine.optim.adamw import Held
+from tests.support.errors import raises
 
 ROOT = Path("/run/checkpoints")
 SHAPES = {"a.weight": (5, 6), "b.weight": (7,)}
@@ -115,7 +116,7 @@ def killed_save(disk: MemoryDisk) -> None:
             raise error(errno.EIO, op.path)
 
     disk.before = kill
-    with pytest.raises(CheckpointError):
+    with raises(CheckpointError, "checkpoint.write-failed"):
         save(disk, 2, run=1)
     disk.before = lambda op: None
     assert any(name.endswith(".tmp") for name in disk.list(ROOT))
@@ -255,7 +256,7 @@ def test_nothing_is_deleted_when_the_new_one_reads_back_differently() -> None:
             file.data[-1] ^= 1
 
     disk.before = flip
-    with pytest.raises(CheckpointError, match=r"reads back differently: .*rank00000\.safetensors: damaged"):
+    with raises(CheckpointError, "checkpoint.reads-back-differently", "rank00000.safetensors"):
         save(disk, 2, keep=1)
     assert disk.list(ROOT) == ["step_00000001"] and run_of(disk, 1) == 0
 

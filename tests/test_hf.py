@@ -33,6 +33,7 @@ from engine.interop.huggingface.companions import copy_beside
 from engine.interop.huggingface.weights import HfReader
 from engine.model.transformer import StageShape, Transformer
 from engine.train.step import save_state, setup, start_from, train_step
+from tests.support.errors import raises
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 TOKENS = torch.randint(61, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -179,7 +180,7 @@ def test_own_models_are_exported_with_their_tokenizer(tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.decode(tokenizer.encode("some <|endoftext|> text")) == "some <|endoftext|> text"
     assert theirs.eos_token_id == tokenizer.eod == AutoConfig.from_pretrained(tmp_path / "hf").eos_token_id
-    with pytest.raises(CheckpointError, match="is there already"):
+    with raises(CheckpointError, "interop.output-exists", tmp_path / "hf"):
         export(folder, tmp_path / "hf", **words)
 
 
@@ -190,7 +191,7 @@ def test_a_model_of_no_family_is_not_exported(tmp_path: Path) -> None:
         save_state(setup(cfg, ctx), tmp_path, FACTS)
 
     run_ranks(layout_of(cfg), job)
-    with pytest.raises(CheckpointError, match=r"no Hugging Face architecture .* has no model.parallel_residual = True"):
+    with raises(CheckpointError, "interop.no-architecture-fits", "model.parallel_residual = True"):
         export(tmp_path / "step_00000000", tmp_path / "hf", dtype=None, tokenizer=None, eod=None)
 
 

@@ -20,6 +20,7 @@ from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import CheckpointError
 from engine.interop.convert import export, import_folder
 from engine.interop.huggingface.companions import content, copy_beside
+from tests.support.errors import raises
 
 
 @pytest.fixture
@@ -104,13 +105,13 @@ def test_ids_follow_another_tokenizer(folder: Path, tmp_path: Path, capsys: pyte
 
 def test_generation_config_is_checked_at_import(folder: Path, tmp_path: Path) -> None:
     path = folder / "generation_config.json"
-    for text, message in (
-        ("[1]", "not a JSON object"),
-        ("{", "cannot be read"),
-        ('{"eos_token_id": "2"}', "'2' is no"),
+    for text, code, value in (
+        ("[1]", "json-not-an-object", ""),
+        ("{", "json-malformed", ""),
+        ('{"eos_token_id": "2"}', "generation-config-malformed", "eos_token_id '2'"),
     ):
         path.write_text(text)
-        with pytest.raises(CheckpointError, match=message):
+        with raises(CheckpointError, f"interop.{code}", path, value):
             import_folder(folder, tmp_path / "run")
     path.write_text('{"eos_token_id": [1, 61]}')
     _, notes = import_folder(folder, tmp_path / "run")
@@ -204,5 +205,5 @@ def test_links_out_of_a_folder_are_not_copied_but_a_hub_cache_is_read(tmp_path: 
     (tmp_path / "elsewhere/a.jinja").write_text("secret", encoding="utf-8")
     (snapshot / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     for name in ("vocab.json", "additional_chat_templates/a.jinja"):
-        with pytest.raises(CheckpointError, match="is a link to"):
+        with raises(CheckpointError, "interop.companion-is-a-link", snapshot / name):
             content(snapshot, name)

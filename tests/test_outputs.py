@@ -29,6 +29,7 @@ from engine.monitor.ending import Ending
 from engine.monitor.plot import plot_loss
 from engine.train import loop
 from engine.train.step import StepResult, TrainState, train_step
+from tests.support.errors import raises
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,14 +165,14 @@ def test_too_little_room_or_none_to_write_is_found_at_the_start(small_disk: Path
     (small_disk / "filler").unlink()
     (small_disk / "run/checkpoints").rmdir()
     (small_disk / "run/checkpoints").write_text("not a folder")
-    with pytest.raises(CheckpointError, match="no checkpoint could be saved here"):
+    with raises(CheckpointError, "checkpoint.folder-not-writable", small_disk / "run/checkpoints"):
         train(config(small_disk / "run", corpus))
     (small_disk / "run/checkpoints").unlink()
     (small_disk / "run/checkpoints").mkdir()
     ro = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", small_disk / "run/checkpoints"]
     subprocess.run(ro, check=True)
     try:
-        with pytest.raises(CheckpointError, match="Read-only file system: no checkpoint could be saved here"):
+        with raises(CheckpointError, "checkpoint.folder-not-writable", small_disk / "run/checkpoints", "Read-only"):
             train(config(small_disk / "run", corpus))
     finally:
         subprocess.run(["umount", "-l", small_disk / "run/checkpoints"], check=True)
@@ -189,7 +190,7 @@ def test_links_in_a_run_folder_are_refused(name: str, corpus: str, tmp_path: Pat
     else:
         elsewhere.write_text("{}\n")
     (run / name).symlink_to(elsewhere)
-    with pytest.raises(CheckpointError, match=f"{name}: is a link"):
+    with raises(CheckpointError, "checkpoint.link", run / name):
         train(config(run, corpus))
     assert list(elsewhere.iterdir()) == [] if elsewhere.is_dir() else elsewhere.read_text() == "{}\n"
     if name == "metrics.jsonl":
@@ -204,7 +205,7 @@ def test_a_linked_checkpoint_is_left_out_and_what_it_leads_to_stays(corpus: str,
     elsewhere.parent.mkdir()
     (tmp_path / "x").rename(elsewhere)
     (run / "checkpoints/step_00000002").symlink_to(elsewhere)
-    with pytest.raises(CheckpointError, match="step_00000002: is a link"):
+    with raises(CheckpointError, "checkpoint.not-a-folder", "step_00000002"):
         train(config(run, corpus))
     with pytest.warns(UserWarning, match="step_00000002: is a link"):
         assert newest(run / "checkpoints") is None

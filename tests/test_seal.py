@@ -78,24 +78,25 @@ def test_every_change_of_every_byte_is_found(small_chunks: None) -> None:
         if place < len(SEALED):  # a plain file then, whose digests are not those of the manifest
             assert opened(disk, 0, 40) != bytes(40)
             continue
-        with pytest.raises(CheckpointError, match=r"rank\.safetensors: "):
+        size = HEAD_BYTES - 8 <= place < HEAD_BYTES
+        with raises(CheckpointError, f"checkpoint.sealed-{'size-differs' if size else 'chunk-not-opened'}", FILE):
             opened(disk, 0, 40)
 
 
 def test_another_secret_name_order_or_length_is_refused(small_chunks: None) -> None:
     disk, raw = sealed(bytes(64))
-    with pytest.raises(CheckpointError, match="secret is another one"):
+    with raises(WrongSecretError, "checkpoint.sealed-chunk-not-opened", FILE, 0):
         opened(disk, 0, 64, secret=OTHER)
     write_file(disk, Path("/other"), raw)
-    with pytest.raises(CheckpointError, match="other: bytes 0 and on cannot be opened"):
+    with raises(WrongSecretError, "checkpoint.sealed-chunk-not-opened", "/other", 0):
         opened(disk, 0, 64, file=Path("/other"))
     head, chunk = raw[:HEAD_BYTES], 32
     first, second = raw[HEAD_BYTES : HEAD_BYTES + chunk], raw[HEAD_BYTES + chunk : HEAD_BYTES + 2 * chunk]
     write_file(disk, FILE, head + second + first + raw[HEAD_BYTES + 2 * chunk :])
-    with pytest.raises(CheckpointError, match="changed or damaged"):
+    with raises(WrongSecretError, "checkpoint.sealed-chunk-not-opened", FILE, 0):
         opened(disk, 0, 64)
     write_file(disk, FILE, raw[:-1])
-    with pytest.raises(CheckpointError, match=r"has 175 bytes, its head promises 176; it was cut"):
+    with raises(CheckpointError, "checkpoint.sealed-size-differs", FILE, 175, 176):
         opened(disk, 0, 64)
 
 
@@ -104,7 +105,7 @@ def test_no_two_files_are_alike_and_no_secret_is_shown() -> None:
     seal = Seal(SECRET)
     assert SECRET.hex() not in repr(seal) and repr(SECRET) not in repr(seal)
     assert "key" not in repr(seal.new_cipher(FILE, 1))
-    with pytest.raises(CheckpointError, match="has 31 bytes, at least 32"):
+    with raises(CheckpointError, "checkpoint.secret-too-short", 31, 32):
         Seal(bytes(31))
 
 
@@ -168,9 +169,10 @@ def test_a_checkpoint_needs_its_secret_and_shows_every_change(tmp_path: Path, en
     text = b"".join(path.read_bytes() for path in folder.iterdir())
     assert (b"embed.weight" in text) is not encrypt and SECRET not in text and SECRET.hex().encode() not in text
 
-    with pytest.raises(SecretError, match=f"is {'encrypted' if encrypt else 'signed'}: give its secret"):
+    with raises(SecretError, "checkpoint.secret-needed", "encrypted" if encrypt else "signed", "--checkpoint.secret"):
         find(tmp_path)
-    with pytest.raises(WrongSecretError, match=r"secret is another one|not of this secret"), pytest.warns(UserWarning):
+    code = "sealed-chunk-not-opened" if encrypt else "wrong-secret"
+    with raises(WrongSecretError, f"checkpoint.{code}"), pytest.warns(UserWarning):
         newest(tmp_path, SecretStorage(Seal(OTHER)))  # never None: a run would begin anew beside its checkpoints
 
     file = folder / "rank00001.safetensors"
@@ -183,7 +185,7 @@ def test_a_checkpoint_needs_its_secret_and_shows_every_change(tmp_path: Path, en
     assert found and all("rank00001" in text and "digest" in text for text in found)
     manifest = folder / "manifest.json"
     manifest.write_bytes((tmp_path / "step_00000001/manifest.json").read_bytes())
-    with pytest.raises(CheckpointError, match="is of step 1, but its folder is named step_00000002"):
+    with raises(CheckpointError, "checkpoint.folder-of-another-step", 1, "step_00000002"):
         read_manifest(folder, storage)
 
 
@@ -192,13 +194,13 @@ def test_an_edited_signed_manifest_is_refused(tmp_path: Path) -> None:
     save_in(tmp_path, storage)
     manifest = tmp_path / "step_00000001/manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"consumed_samples": 4', b'"consumed_samples": 8'))
-    with pytest.raises(WrongSecretError, match="its signature is not of this secret"):
+    with raises(WrongSecretError, "checkpoint.wrong-secret", manifest):
         read_manifest(manifest.parent, storage)
 
 
 def test_a_plain_checkpoint_is_refused_where_a_secret_is_given(tmp_path: Path) -> None:
     save_in(tmp_path, DISK)
-    with pytest.raises(SecretError, match="is not signed, so anybody may have written it"):
+    with raises(SecretError, "checkpoint.not-signed", "--checkpoint.init"):
         newest(tmp_path, SecretStorage(Seal(SECRET)))
 
 

@@ -209,7 +209,7 @@ def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
             found = "missing" if status is None else f"{status.size} bytes long"
             found = found if status is None or status.kind == "file" else "not a regular file"
             raise CheckpointError(
-                "checkpoint.file-size-differs",
+                "checkpoint.file-not-as-listed",
                 f"{folder / name}: {found}, the manifest says {entry.size} bytes; take another checkpoint",
             )
     return manifest

@@ -188,7 +188,11 @@ class TensorFile:
         text = bytearray(count if possible else 0)
         source.read_into(8, memoryview(text))
         if wanted and (found := self._storage.digest(length + text)) != wanted:
-            raise self._damaged(f"digest {found} of its header, the manifest says {wanted}")
+            raise CheckpointError(
+                "checkpoint.digest-differs",
+                f"{self.file}: damaged: digest {found} of its header, the manifest says {wanted}; "
+                "take another checkpoint",
+            )
         if not possible:
             raise self._damaged(f"its header would have {count} bytes, the file has {size}")
         try:
@@ -214,5 +218,5 @@ class TensorFile:
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(
-            "checkpoint.tensor-file-damaged", f"{self.file}: damaged: {why}; take another checkpoint"
+            "checkpoint.tensor-header-damaged", f"{self.file}: damaged: {why}; take another checkpoint"
         )

@@ -162,7 +162,7 @@ class HfReader(TensorSource[HfTensor]):
                 )
             names = sorted(set(listed.values()))
         else:
-            raise CheckpointError("interop.no-weights", self._no_weights())
+            raise self._no_weights()
         found: dict[str, str] = {}
         for name in names:
             if not _PLAIN.fullmatch(name):
@@ -215,16 +215,17 @@ class HfReader(TensorSource[HfTensor]):
         if moved:
             self.notes.append(f"{INDEX} is stale: {_some(moved)} lie elsewhere than it says, and are read there")
 
-    def _no_weights(self) -> str:
+    def _no_weights(self) -> CheckpointError:
         pickled = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if not pickled:
             others = sorted(p.name for p in self.folder.glob("*.safetensors"))
             there = f", only {_some(others)}; rename a single whole one to {SINGLE}" if others else ""
-            return f"{self.folder}: neither {SINGLE} nor {INDEX} is here{there}"
-        return (
+            return CheckpointError("interop.no-weights", f"{self.folder}: neither {SINGLE} nor {INDEX} is here{there}")
+        return CheckpointError(
+            "interop.weights-are-pickles",
             f"{self.folder}: the weights are in {pickled[0]}, a pickle, which can run code when it is read; the engine "
             "reads safetensors only. Get the model's safetensors files, or in a sandbox: AutoModelForCausalLM"
-            ".from_pretrained(DIR).save_pretrained(NEW) of transformers writes them"
+            ".from_pretrained(DIR).save_pretrained(NEW) of transformers writes them",
         )
 
     def _header(self, file: str, key: str) -> tuple[tuple[int, ...], str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -176,14 +176,22 @@ def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
+class _Report(NamedTuple):
+    """What other ranks hear of a rank's error."""
+
+    code: str
+    text: str
+
+
 def raise_together(error: EngineError | None, axis: Axis, device: torch.device) -> None:
     """If any rank of the axis brings an error, raise it on all of them, naming the first rank that has one."""
-    texts = gather_json(None if error is None else str(error), axis, device)
+    reports = gather_json(None if error is None else [error.code, str(error)], axis, device)
     if error is not None:
         raise error
-    for index, text in enumerate(texts):
-        if text is not None:
-            raise EngineError(f"rank {axis.ranks[index]}: {text}")
+    for index, report in enumerate(reports):
+        if report is not None:
+            first = _Report(*report)
+            raise EngineError(first.code, f"rank {axis.ranks[index]}: {first.text}")
 
 
 def on_first_rank(work: Callable[[], Any], axis: Axis, device: torch.device) -> Any:

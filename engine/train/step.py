@@ -304,7 +304,7 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
         except EngineError as error:
             if any(name.startswith("model.") for name in allowed):  # another model was allowed: it may just not fit
                 raise
-            raise DamageError(str(error)) from None
+            raise DamageError(error.code, str(error)) from None
     state.optimizer.publish()
     state.step = manifest.step
     state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))
@@ -335,7 +335,7 @@ def _opened(folder: Path, storage: Storage, ctx: ParallelContext) -> Reader:
     except EngineError as fault:
         if secret:
             raise
-        raise DamageError(str(fault)) from None
+        raise DamageError(fault.code, str(fault)) from None
     assert reader is not None
     return reader
 

@@ -76,7 +76,7 @@ def test_a_single_file_comes_before_an_index(folder: Path, tmp_path: Path) -> No
     assert (folder / INDEX).read_bytes() == index and same_logits(folder, tmp_path / "saved again")
     del tensors[UP]
     save_file(tensors, folder / SINGLE, {"format": "pt"})
-    with raises(CheckpointError, "interop.tensors-missing", 1, UP, SINGLE, "model-0000"):
+    with raises(CheckpointError, "interop.tensors-missing", 1, UP, SINGLE, INDEX):
         HfReader(folder)
 
 

@@ -22,6 +22,7 @@ from engine.data.read.columns import joined, rest_of
 from engine.data.read.jsontext import dumps, exact, loads
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
+from tests.support.errors import raises
 
 VALUES: list[Any] = [
     *(
@@ -126,7 +127,7 @@ def test_rows_of_tables(tmp_path: Path) -> None:
     rows, _ = cleaned(tmp_path, tmp_path / "in.csv", json_key=("body",))
     assert [(row["text"], row["url"], row["n"]) for row in rows] == [("a, b", "http://a", "1"), ("c", "", "x\ny")]
     (tmp_path / "twice.csv").write_text("text,n,n\na,1,2\n")
-    with pytest.raises(DataError, match="2 columns have the name 'n'"):
+    with raises(DataError, "read.document-refused", 2, "'n'"):
         cleaned(tmp_path, tmp_path / "twice.csv")
     assert len(cleaned(tmp_path, tmp_path / "twice.csv", keep_columns=False)[0]) == 1
 

@@ -28,6 +28,7 @@ from engine.inference.load import config_of
 from engine.model.transformer import StageShape, Transformer
 from engine.train.evaluate import Evaluator, Score, evaluate
 from engine.train.step import save_state, setup
+from tests.support.errors import raises
 
 TEXT_BYTES = 5000
 
@@ -131,7 +132,7 @@ def draw(model: Transformer, tokenizer: Tokenizer, prompt: str = "text", **chang
 def test_a_prompt_begins_with_bos_if_asked(
     model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match="no token that begins a document"):
+    with raises(DataError, "tokenize.no-begin-token"):
         draw(model, tokenizer, prepend_bos=True)
     monkeypatch.setattr(Tokenizer, "bos", 7)
     read: list[list[int]] = []

@@ -15,6 +15,7 @@ from engine.data.samples.indexed import IndexedDataset, paths_of
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.sidecar import entropy
 from engine.errors import DataError
+from tests.support.errors import raises
 
 # Two documents [1, 2, 3], [7] with an empty one between them, u16, as struct and the format's table give it by hand.
 GOLDEN_IDX = (
@@ -124,15 +125,14 @@ def patched(offset: int, fmt: str, value: int | bytes) -> bytes:
     ],
 )
 def test_every_corruption_is_refused(tmp_path: Path, idx: bytes, tokens: bytes, words: str) -> None:
-    with pytest.raises(DataError) as caught:
+    with raises(DataError, "samples.corpus-damaged", words):
         IndexedDataset(golden(tmp_path, idx, tokens))
-    assert words in str(caught.value) and "write it again" in str(caught.value)
 
 
 def test_missing_file_and_suffix_in_prefix(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with raises(DataError, "samples.corpus-not-found", tmp_path / "nothing.idx"):
         IndexedDataset(tmp_path / "nothing")
-    with pytest.raises(DataError, match="without the suffix"):
+    with raises(DataError, "samples.corpus-not-found", "without the suffix"):
         IndexedDataset(tmp_path / "nothing.bin")
 
 
@@ -147,13 +147,13 @@ def test_tokens_outside_the_vocabulary_are_refused_at_open(tmp_path: Path, with_
     if not with_sidecar:
         (tmp_path / "v.json").unlink()
     IndexedDataset(tmp_path / "v", 100)
-    with pytest.raises(DataError, match=r"document 1, token 1: id 9 is not in \[0, 9\)"):
+    with raises(DataError, "samples.token-outside-vocabulary", "document 1, token 1: id 9 ", "[0, 9)"):
         IndexedDataset(tmp_path / "v", 9)
 
 
 def test_negative_token_is_refused_at_open(tmp_path: Path) -> None:
     idx = patched(17, "<B", 3)  # i16
-    with pytest.raises(DataError, match="document 1, token 0: id -7"):
+    with raises(DataError, "samples.token-outside-vocabulary", "document 1, token 0: id -7"):
         IndexedDataset(golden(tmp_path, idx, struct.pack("<4h", 1, 2, 3, -7)), vocab_size=8)
 
 
@@ -161,16 +161,22 @@ def test_sidecar_of_another_file_is_ignored_with_a_warning(tmp_path: Path) -> No
     write(tmp_path / "s", [[1, 2, 50]])
     meta = json.loads((tmp_path / "s.json").read_text())
     (tmp_path / "s.json").write_text(json.dumps({**meta, "num_tokens": 4, "max_token": 1}))
-    with pytest.warns(UserWarning, match="describes another file"), pytest.raises(DataError, match="id 50"):
+    with (
+        pytest.warns(UserWarning, match="describes another file"),
+        raises(DataError, "samples.token-outside-vocabulary", "id 50"),
+    ):
         IndexedDataset(tmp_path / "s", 10)
     (tmp_path / "s.json").write_text("{")
-    with pytest.raises(DataError, match=r"s\.json: not readable as JSON"):
+    with raises(DataError, "samples.sidecar-unreadable", tmp_path / "s.json"):
         IndexedDataset(tmp_path / "s")
 
 
 @pytest.mark.parametrize("bad", [[100], [-1], [3, 65536 + 3]])
 def test_writer_refuses_and_leaves_nothing(tmp_path: Path, bad: list[int]) -> None:
-    with pytest.raises(DataError, match="document 1: id"), IndexedWriter(tmp_path / "w", 100) as writer:
+    with (
+        raises(DataError, "samples.token-outside-vocabulary", "document 1: id"),
+        IndexedWriter(tmp_path / "w", 100) as writer,
+    ):
         writer.add(np.array([1]))
         writer.add(np.array(bad))
     assert list(tmp_path.iterdir()) == []
@@ -182,22 +188,22 @@ def test_writer_left_early_keeps_the_old_corpus(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "o", 100) as writer:
         writer.add(np.array([5]))
         raise KeyboardInterrupt
-    with pytest.raises(DataError, match="without finish"), IndexedWriter(tmp_path / "o", 100) as writer:
+    with raises(DataError, "samples.writer-not-finished"), IndexedWriter(tmp_path / "o", 100) as writer:
         writer.add(np.array([5]))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    with pytest.raises(DataError, match="expected integers"), IndexedWriter(tmp_path / "o", 100) as writer:
+    with raises(DataError, "samples.tokens-not-integers", "float64(1,)"), IndexedWriter(tmp_path / "o", 100) as writer:
         writer.add(np.array([0.5]))
 
 
 def test_disk_errors_are_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="cannot be written"):
+    with raises(DataError, "samples.not-writable", tmp_path / "file"):
         IndexedWriter(tmp_path / "file" / "w", 10)
     writer = IndexedWriter(tmp_path / "full", 100)
     writer.add(np.zeros(1 << 16, np.int64))
     writer._bin.close()
     with open("/dev/full", "wb") as full:
         writer._bin = full
-        with pytest.raises(DataError, match="No space left on device"), writer:
+        with raises(DataError, "samples.not-writable", "No space left on device"), writer:
             writer.finish({})
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -27,6 +27,7 @@ from engine.data.read.document_source import DocumentSource
 from engine.data.read.inputs import list_inputs
 from engine.data.read.own import Own
 from engine.errors import DataError
+from tests.support.errors import raises
 
 
 def line(**record: Any) -> str:
@@ -79,7 +80,7 @@ def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
     assert [(note.kind, note.detail) for note in batch.notes] == [
         ("read once more", f"the same file as {tmp_path}/in/a.jsonl")
     ]
-    with pytest.raises(DataError, match="broken link: it leads to nowhere"):
+    with raises(DataError, "read.broken-link", "in/broken.jsonl", "nowhere"):
         list_inputs([tmp_path / "in/broken.jsonl"])
     assert left_out(read(f"{tmp_path}/in/*")) == {
         **dict.fromkeys(("link", "twin", "loop", "up", "sub"), "no regular file"),
@@ -98,11 +99,11 @@ def test_what_is_no_regular_file_is_counted_or_refused_by_its_kind(tmp_path: Pat
             "socket": "no regular file",
         }
         assert "it is a pipe" in str(batch.drops[0]) and "it is a socket" in str(batch.drops[1])
-        with pytest.raises(DataError, match="is a socket, which cannot be read"):
+        with raises(DataError, "read.not-a-file", "in/socket", "a socket"):
             list_inputs([tmp_path / "in/socket"])
-    with pytest.raises(DataError, match=r"/dev/null: is a device"):
+    with raises(DataError, "read.not-a-file", "/dev/null", "a device"):
         list_inputs(["/dev/null"])
-    with pytest.raises(DataError, match=r"pipe\.jsonl is given more than once"):
+    with raises(DataError, "read.given-twice", "pipe.jsonl"):
         list_inputs([tmp_path / "in/pipe.jsonl"] * 2)
     assert list_inputs([tmp_path / "in"], include=["*.md"], exclude=["socket*"]).excluded == 3
 
@@ -228,7 +229,7 @@ def test_what_the_engine_wrote_is_no_input(tmp_path: Path) -> None:
     write(tmp_path / "other/o.parts/settings.json", "{}")
     batch = read(tmp_path / "other", mine=mine)
     assert batch.texts == ["c"] and left_out(batch) == dict.fromkeys(["x.json", "z.model"], "own file")
-    with pytest.raises(DataError, match=r"x\.json is an input and would be written too"):
+    with raises(DataError, "read.input-is-output", "x.json"):
         read(tmp_path / "other/x.json", mine=mine)
 
 

@@ -19,6 +19,7 @@ from engine.data.samples.loader import Loader
 from engine.data.samples.mapped import MappedFile
 from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
+from tests.support.errors import raises
 
 BUILT = importlib.util.find_spec("engine._index") is not None
 needs_extension = pytest.mark.skipif(not BUILT, reason="engine._index is not built")
@@ -50,12 +51,12 @@ def test_cut_short_while_training(data: IndexedDataset, suffix: str, kept: int) 
     path = Path(f"{data.prefix}.{suffix}")
     whole = path.read_bytes()
     os.truncate(path, kept % len(whole) if kept else 0)
-    with pytest.raises(DataError, match=rf"c\.{suffix}: was cut short while it was read: it had {len(whole)} bytes"):
+    with raises(DataError, "samples.corpus-cut-short", f"c.{suffix}", f"{len(whole)} bytes"):
         everything(order)
-    with pytest.raises(DataError, match="was cut short"):
+    with raises(DataError, "samples.corpus-cut-short"):
         for _ in range(4):  # those that were made before are handed out
             next(loader)
-    with pytest.raises(DataError, match="was cut short"):  # nothing that came of a page of zeros is used later either
+    with raises(DataError, "samples.corpus-cut-short"):  # nothing that came of a page of zeros is used later either
         everything(order)
     loader.close()
     path.write_bytes(whole)
@@ -66,7 +67,7 @@ def test_without_the_extension_the_next_look_finds_it(data: IndexedDataset) -> N
     order = SampleOrder(data, 32, 0, native=False)
     path = Path(f"{data.prefix}.bin")
     os.truncate(path, path.stat().st_size - 1)  # within a page: no signal tells of it
-    with pytest.raises(DataError, match="was cut short while it was read"):
+    with raises(DataError, "samples.corpus-cut-short", "bytes and has"):
         everything(order)
 
 
@@ -80,7 +81,7 @@ def test_a_page_that_was_lost_is_not_forgotten(tmp_path: Path) -> None:
     os.truncate(path, 0)
     assert int(mapped.bytes[50_000]) == 0
     path.write_bytes(b"y" * 100_000)
-    with pytest.raises(DataError, match=r"f: its bytes from 49152 on could not be read"):
+    with raises(DataError, "samples.corpus-cut-short", tmp_path / "f", 49152):
         mapped.check()
     other.check()
     assert int(other.bytes[50_000]) == ord("y")

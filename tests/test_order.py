@@ -22,6 +22,7 @@ from engine.data.samples.keyed import derive, derive_key, permute
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
 from engine.data.samples.stream import blocks_of
 from engine.errors import DataError
+from tests.support.errors import raises
 
 # By presence, not by stream._extension(): that one refuses a faulty extension, and the tests would skip it in silence.
 BUILT = importlib.util.find_spec("engine._index") is not None
@@ -153,7 +154,7 @@ def test_equals_the_oracle(
 ) -> None:
     data = raw_corpus(tmp_path_factory.mktemp("o") / "c", lengths)
     if data.num_tokens <= seq_len:
-        with pytest.raises(DataError, match=f"{data.num_tokens} tokens make no sample"):
+        with raises(DataError, "samples.corpus-too-small", data.num_tokens):
             SampleOrder(data, seq_len, seed)
         return
     n = (data.num_tokens - 1) // seq_len
@@ -268,7 +269,7 @@ def test_lying_sidecar_is_caught_while_gathering(tmp_path: Path, native: bool) -
     meta = json.loads((tmp_path / "c.json").read_text())
     (tmp_path / "c.json").write_text(json.dumps({**meta, "max_token": 5}))
     order = SampleOrder(IndexedDataset(tmp_path / "c", vocab_size=200), 8, 0, native=native)
-    with pytest.raises(DataError, match=r"c\.bin: document 19, token 9: id 200 is not in \[0, 200\)"):
+    with raises(DataError, "samples.token-outside-vocabulary", "c.bin: document 19, token 9: id 200 ", "[0, 200)"):
         order.gather(np.arange(order.samples_per_epoch))
 
 
@@ -279,7 +280,7 @@ def test_negative_token_is_caught_while_gathering(tmp_path: Path, native: bool, 
     changed = data.tokens.copy()
     changed[5] = -1  # after the checks at open
     data.tokens, data.vocab_size = changed, vocab_size
-    with pytest.raises(DataError, match="document 1, token 1: id -1"):
+    with raises(DataError, "samples.token-outside-vocabulary", "document 1, token 1: id -1 "):
         SampleOrder(data, 6, 0, native=native).gather(np.array([0]))
 
 
@@ -355,7 +356,7 @@ def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pyt
             orders = [SampleOrder(data, 8, 1), SampleOrder(data, 8, 1)]
         assert len(caught) == 1 and "runs in numpy" in str(caught[0].message)
         assert not orders[0].native and orders[1].digest(0, 100) == expected
-        with pytest.raises(DataError, match="not built"):
+        with raises(DataError, "samples.extension-missing"):
             SampleOrder(data, 8, 1, native=True)
     finally:
         stream_module._extension.cache_clear()
@@ -364,9 +365,9 @@ def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pyt
 def test_arguments_are_checked(tmp_path: Path) -> None:
     data = corpus(tmp_path / "c", [9] * 30)
     for seq_len, seed in [(0, 1), (8, -1), (8, 2**64)]:
-        with pytest.raises(DataError, match="seq_len ="):
+        with raises(DataError, "samples.order-arguments", seq_len, seed):
             SampleOrder(data, seq_len, seed)
-    with pytest.raises(DataError, match="sample numbers"):
+    with raises(DataError, "samples.sample-numbers", ">= 0", -1):
         SampleOrder(data, 8, 1).gather(np.array([-1]))
 
 
@@ -377,7 +378,7 @@ def test_an_order_may_begin_later(tmp_path: Path, native: bool) -> None:
     later.begin_at(5)
     assert np.array_equal(later.gather(np.arange(5, 80)), order.gather(np.arange(75)))
     assert later.parts(40) == order.parts(35)
-    with pytest.raises(DataError, match="each >= 5"):
+    with raises(DataError, "samples.sample-numbers", ">= 5"):
         later.gather(np.array([4]))
 
 
@@ -386,7 +387,7 @@ def test_a_short_corpus_is_a_tail(tmp_path: Path) -> None:
     order = SampleOrder(data, 16, 1, short=True)
     assert (order.samples_per_epoch, order.tail) == (0, 6)
     assert sorted(order.gather_tail().tolist()) == list(range(1, 8))
-    with pytest.raises(DataError, match=r"7 tokens make no sample: one needs seq_len \+ 1 = 17"):
+    with raises(DataError, "samples.corpus-too-small", "7 tokens", "seq_len + 1 = 17"):
         SampleOrder(data, 16, 1)
-    with pytest.raises(DataError, match="1 tokens make no label: a label needs a token before it"):
+    with raises(DataError, "samples.corpus-too-small", "1 tokens make no label"):
         SampleOrder(corpus(tmp_path / "d", [1]), 16, 1, short=True)

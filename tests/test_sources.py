@@ -30,6 +30,7 @@ from engine.data.read.document_batch import START, Cursor, Drop
 from engine.data.read.document_source import MAX_DOCUMENT_BYTES, DocumentSource
 from engine.data.read.inputs import list_inputs
 from engine.errors import DataError
+from tests.support.errors import raises
 
 TEXTS = [f"document {i}\n\n" + 'ünïcode 今天, "quoted"\t' * (i % 9) for i in range(700)]
 
@@ -149,10 +150,16 @@ def test_folders_globs_urls_and_their_order(tmp_path: Path) -> None:
         memory.pipe(f"/corpus/{name}", gzip.compress(lines([name])) if name.endswith("gz") else name.encode())
     assert read("memory://corpus")[0] == read("memory://corpus/*")[0] == ["1.jsonl.gz", "2.txt"]
     assert read("memory://corpus/2.txt", "memory://corpus/1.jsonl.gz")[0] == ["2.txt", "1.jsonl.gz"]
-    for missing in (tmp_path / "none", f"{tmp_path}/*.none", "memory://none", "memory://corpus/*.none", "nosuch://x"):
-        with pytest.raises(DataError, match=str(missing).replace("*", r"\*")):
+    for missing, code in (
+        (tmp_path / "none", "read.not-found"),
+        (f"{tmp_path}/*.none", "read.no-match"),
+        ("memory://none", "read.not-found"),
+        ("memory://corpus/*.none", "read.not-found"),
+        ("nosuch://x", "read.url-not-listed"),
+    ):
+        with raises(DataError, code, missing):
             list_inputs([missing])
-    with pytest.raises(DataError, match="more than once"):
+    with raises(DataError, "read.given-twice", "(-)"):
         list_inputs(["-", "-"])
 
 

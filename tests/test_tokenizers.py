@@ -18,6 +18,7 @@ from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.tiktoken_ranks import byte_letters
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
+from tests.support.errors import raises
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
@@ -82,23 +83,23 @@ def test_tiktoken_files_give_their_own_ids(tmp_path: Path, name: str) -> None:
 
 
 def test_foreign_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str, words: str, content: bytes | None = None) -> None:
+    def refuse(name: str, code: str, content: bytes | None = None, value: object = "") -> None:
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=words):
+        with raises(DataError, code, tmp_path, value):
             Tokenizer.load(tmp_path / name)
 
-    refuse("none.model", "no such file")
-    refuse("bad.model", "not a sentencepiece model", b"nothing")
-    refuse("none.tiktoken", "no such file")
-    refuse("bad.tiktoken", "base64 token and a rank", b"one two three\n")
+    refuse("none.model", "tokenize.not-found")
+    refuse("bad.model", "tokenize.not-sentencepiece", b"nothing")
+    refuse("none.tiktoken", "tokenize.not-found")
+    refuse("bad.tiktoken", "tokenize.not-tiktoken", b"one two three\n")
     rank_file(tmp_path)
-    refuse("mine.tiktoken", r"mine is none of r50k_base.*Write them to .*mine\.json")
+    refuse("mine.tiktoken", "tokenize.ranks-without-rules", value=tmp_path / "mine.json")
     (tmp_path / "mine.json").write_text('{"pattern": 5}')
-    refuse("mine.tiktoken", r"mine\.json: expected")
+    refuse("mine.tiktoken", "tokenize.rules-invalid", value=tmp_path / "mine.json")
     path = piece_model(tmp_path, "bpe", normalization_rule_name="identity")
     monkeypatch.setattr(pieces_module, "_piece_normalizer", lambda spec: normalizers.Replace(" ", "▁"))
     inexact = Tokenizer.load(path)  # then sentencepiece itself encodes
     assert inexact.own is not None and "instead of" in inexact.note
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    refuse(path.name, r"pip install 'trident-engine\[formats\]'")
+    refuse(path.name, "tokenize.sentencepiece-missing", value="trident-engine[formats]")

@@ -53,6 +53,10 @@ class Account:
             text += f", {_count(source.excluded, 'name', 'left out by --include and --exclude')}"
         return "\n".join([f"{text}.", *(f"  {line}" for line in self.lines())])
 
+    def no_text(self, source: DocumentSource, more: str = "") -> DataError:
+        """`nothing` as an error; `more` is added to it."""
+        return DataError("read.no-text", self.nothing(source) + more)
+
 
 def unreadable(source: DocumentSource, skip_errors: bool) -> DataError:
     """The error for inputs that have no text, as all of them are left out or empty."""
@@ -62,7 +66,7 @@ def unreadable(source: DocumentSource, skip_errors: bool) -> DataError:
             if drop.stops and not skip_errors:
                 return drop.refuse()
         account.add(batch)
-    return DataError(account.nothing(source))
+    return account.no_text(source)
 
 
 def _count(count: int, what: str, done: str) -> str:

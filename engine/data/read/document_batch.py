@@ -33,7 +33,9 @@ class Drop:
 
     def refuse(self) -> DataError:
         """The error that stops at this fault."""
-        return DataError(f"{self} (--on-error skip leaves such documents out, and counts and lists them.)")
+        return DataError(
+            "read.document-refused", f"{self} (--on-error skip leaves such documents out, and counts and lists them.)"
+        )
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,9 @@ def _arrow(module: str) -> tuple[Any, Any]:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as err:
-        raise DataError(f"{err}: parquet and Arrow files need `pip install 'trident-engine[formats]'`.") from err
+        raise DataError(
+            "read.pyarrow-missing", f"{err}: parquet and Arrow files need `pip install 'trident-engine[formats]'`."
+        ) from err
     return pyarrow, {"pyarrow.parquet": pyarrow.parquet, "pyarrow.ipc": pyarrow.ipc}[module]
 
 

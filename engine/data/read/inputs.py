@@ -122,7 +122,7 @@ class _Lister:
         looked = Glob()
         found = looked.paths(given)
         if not found and not looked.faults:
-            raise DataError(f"{given}: no file matches this glob. Check the path of this input.")
+            raise DataError("read.no-match", f"{given}: no file matches this glob. Check the path of this input.")
         for folder, paths in itertools.groupby(found, os.path.dirname):
             names = _names_in(folder or ".")
             for path in paths:
@@ -136,7 +136,7 @@ class _Lister:
         """The file, with the name of the same file before it."""
         first = self._first.get(identity)
         if first is not None and file.once:
-            raise DataError(f"{_shown(file)} is given more than once; it can be read only once")
+            raise DataError("read.given-twice", f"{_shown(file)} is given more than once; it can be read only once")
         self._first.setdefault(identity, file.name)
         return file if first is None else replace(file, same_as=first)
 
@@ -152,15 +152,26 @@ class _Lister:
             stat = os.stat(path)
         except (OSError, ValueError) as err:
             if os.path.islink(path):
-                raise DataError(f"{path}: a broken link: {_broken(path)}. Repair it, or give another input.") from err
+                raise DataError(
+                    "read.broken-link", f"{path}: a broken link: {_broken(path)}. Repair it, or give another input."
+                ) from err
             if not isinstance(err, OSError) or err.errno in (errno.ENOENT, errno.ENOTDIR):
-                raise DataError(f"{path}: no such file or folder. Check the path of this input.") from err
-            raise DataError(f"{path}: {err.strerror}. Check the path and permissions of this input.") from err
+                raise DataError(
+                    "read.not-found", f"{path}: no such file or folder. Check the path of this input."
+                ) from err
+            raise DataError(
+                "read.not-accessible", f"{path}: {err.strerror}. Check the path and permissions of this input."
+            ) from err
         if not modes.S_ISREG(stat.st_mode) and not modes.S_ISFIFO(stat.st_mode):
             kind = _KINDS.get(modes.S_IFMT(stat.st_mode), "no file")
-            raise DataError(f"{path}: is {kind}, which cannot be read as text. Give a file, a pipe or a folder.")
+            raise DataError(
+                "read.not-a-file", f"{path}: is {kind}, which cannot be read as text. Give a file, a pipe or a folder."
+            )
         if self._mine.get((stat.st_dev, stat.st_ino)):
-            raise DataError(f"{path} is an input and would be written too. Choose an output outside the inputs.")
+            raise DataError(
+                "read.input-is-output",
+                f"{path} is an input and would be written too. Choose an output outside the inputs.",
+            )
         return self._local(path, stat, True)
 
     def _walk(self, top: str) -> Iterator[InputFile]:
@@ -234,13 +245,18 @@ class _Lister:
             else:
                 facts, explicit = {path: system.info(path)}, True
         except ImportError as err:
-            raise DataError(f"{url}: {err}. Install the package that fsspec names for this kind of URL.") from err
+            raise DataError(
+                "read.url-library-missing", f"{url}: {err}. Install the package that fsspec names for this kind of URL."
+            ) from err
         except FileNotFoundError as err:
-            raise DataError(f"{url}: no such file or folder. Check the URL of this input.") from err
+            raise DataError("read.not-found", f"{url}: no such file or folder. Check the URL of this input.") from err
         except Exception as err:  # every storage library has errors of its own
-            raise DataError(f"{url}: cannot be listed: {type(err).__name__}: {err}. Check the URL and access.") from err
+            raise DataError(
+                "read.url-not-listed",
+                f"{url}: cannot be listed: {type(err).__name__}: {err}. Check the URL and access.",
+            ) from err
         if not facts:
-            raise DataError(f"{url}: no file there. Check the URL of this input.")
+            raise DataError("read.not-found", f"{url}: no file there. Check the URL of this input.")
         for found in sorted(facts):
             info: dict[str, Any] = facts[found]
             parts = PurePosixPath(found.removeprefix(path)).parts

@@ -137,10 +137,15 @@ class Turns:
     def __init__(self, weights: Sequence[int], *, native: bool | None = None):
         total = sum(weights)
         if not weights or min(weights) < 1 or total > MAX_TOTAL:
-            raise DataError("weights of a blend: expected integers of at least 1 that sum to at most 2^40")
+            raise DataError(
+                "samples.blend-weights", "weights of a blend: expected integers of at least 1 that sum to at most 2^40"
+            )
         windows = 2 * _ceil_div(total, min(weights))
         if windows > MAX_BLOCK:
-            raise DataError(f"weights of a blend: {min(weights)} of {total} is less than one sample in 2^21")
+            raise DataError(
+                "samples.blend-weights",
+                f"weights of a blend: {min(weights)} of {total} is less than one sample in 2^21",
+            )
         self.weights = np.array(weights, np.int64)
         self.block = max(MIN_BLOCK, 1 << (windows - 1).bit_length())
         module = extension(native)
@@ -190,11 +195,16 @@ class BlendedOrder:
     def __init__(self, orders: Sequence[SampleOrder], phases: Sequence[Phase], *, native: bool | None = None):
         starts = [phase.start for phase in phases]
         if not starts or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
-            raise DataError(f"phases of a blend: they start at samples {starts}, expected 0 and then rising numbers")
+            raise DataError(
+                "samples.blend-phases",
+                f"phases of a blend: they start at samples {starts}, expected 0 and then rising numbers",
+            )
         if any(len(phase.weights) != len(orders) for phase in phases):
-            raise DataError(f"phases of a blend: expected one weight for each of {len(orders)} sources")
+            raise DataError(
+                "samples.blend-weights", f"phases of a blend: expected one weight for each of {len(orders)} sources"
+            )
         if len({order.seq_len for order in orders}) != 1:
-            raise DataError("the sources of a blend have samples of different lengths")
+            raise DataError("samples.blend-lengths", "the sources of a blend have samples of different lengths")
         self.orders = list(orders)
         self.seq_len = orders[0].seq_len
         self._starts = np.array(starts, np.int64)
@@ -222,7 +232,10 @@ class BlendedOrder:
         """(source, number of the sample within it), int64 [n] each."""
         samples = np.ascontiguousarray(samples, dtype=np.int64)
         if samples.ndim != 1 or (samples < 0).any():
-            raise DataError(f"sample numbers: expected int64 [n], each >= 0, got shape {samples.shape}: {samples}")
+            raise DataError(
+                "samples.sample-numbers",
+                f"sample numbers: expected int64 [n], each >= 0, got shape {samples.shape}: {samples}",
+            )
         sources, numbers = np.empty_like(samples), np.empty_like(samples)
         phases = np.searchsorted(self._starts, samples, side="right") - 1
         for phase in np.unique(phases):

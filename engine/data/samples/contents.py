@@ -47,7 +47,7 @@ class CorpusStatistics:
 def count(dataset: IndexedDataset) -> CorpusStatistics:
     """The figures of a corpus. Raises DataError for one without documents."""
     if not dataset.num_documents:
-        raise DataError(f"{dataset.prefix}: there are no documents in it")
+        raise DataError("samples.corpus-empty", f"{dataset.prefix}: there are no documents in it")
     lengths = dataset.lengths
     text_bytes = dataset.meta.get("text_bytes")
     return CorpusStatistics(
@@ -129,8 +129,10 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
             k = int(np.argmax(wrong))
             document, offset = dataset.locate(low + k)
             raise DataError(
-                f"{bin_path}: offset {(low + k) * dataset.dtype.itemsize} (document {document}, token {offset}): id "
-                f"{tokens[k]} is not in [0, {limit or 'any'}). The file is damaged, or was made with another tokenizer."
+                "samples.token-outside-vocabulary",
+                f"{bin_path}: offset {(low + k) * dataset.dtype.itemsize} (document {document}, token {offset}): "
+                f"id {tokens[k]} is not in [0, {limit or 'any'}). "
+                f"The file is damaged, or was made with another tokenizer.",
             )
         largest = max(largest, int(tokens.max()))
         if limit:
@@ -140,7 +142,10 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
         f"{bin_path}: {dataset.num_tokens:,} tokens are in [0, {limit:,})" if limit else f"{bin_path}: no token < 0",
     ]
     if not meta and json_path.exists():
-        raise DataError(f"{json_path}: describes another file (the warning says how). Delete or restore it.")
+        raise DataError(
+            "samples.sidecar-differs",
+            f"{json_path}: describes another file (the warning says how). Delete or restore it.",
+        )
     if not meta:
         return [*right, f"{json_path}: not there; the tokenizer is not known, nor the digest of the tokens"]
     facts: dict[str, Any] = {"num_documents": dataset.num_documents, "max_token": largest, "dtype": dataset.dtype.name}
@@ -155,7 +160,10 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
         if name in meta and not _same(meta[name], value)
     ]
     if wrong_facts:
-        raise DataError(f"{json_path}: {'; '.join(wrong_facts)}. Write the corpus again, or restore the file.")
+        raise DataError(
+            "samples.sidecar-differs",
+            f"{json_path}: {'; '.join(wrong_facts)}. Write the corpus again, or restore the file.",
+        )
     return [*right, f"{json_path}: {', '.join(name for name in facts if name in meta)} are as it says"]
 
 

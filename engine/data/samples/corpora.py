@@ -57,11 +57,14 @@ def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedD
     if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
         relation = f"is less than the {tokenizer.vocab_size} tokens of {cfg.data.tokenizer}"
         repair = f"Use {tokenizer.vocab_size} or more."
-        raise ConfigError([Fault("", "model.vocab_size", cfg.model.vocab_size, relation, repair)])
+        raise ConfigError(
+            [Fault("samples.vocabulary-too-small", "model.vocab_size", cfg.model.vocab_size, relation, repair)]
+        )
     if tokenizer is not None and made_with and tokenizer.digest != made_with:
         raise DataError(
+            "samples.tokenizer-differs",
             f"{prefix}: was made with the tokenizer of digest {made_with}, but data.tokenizer "
-            f"{cfg.data.tokenizer} has {tokenizer.digest}: give the right one, or prepare the data again"
+            f"{cfg.data.tokenizer} has {tokenizer.digest}: give the right one, or prepare the data again",
         )
     return dataset
 
@@ -201,10 +204,18 @@ def end_of_document(datasets: Sequence[IndexedDataset], option: str, value: obje
         if not isinstance(eod, int):
             relation = f"needs the end-of-document token, and {prefix}.json names none"
             repair = "Leave it out, or prepare the data with --append-eod."
-            raise ConfigError([Fault("", f"data.{option}", value, relation, repair)])
+            raise ConfigError([Fault("samples.end-token-unknown", f"data.{option}", value, relation, repair)])
     if len(set(found.values())) > 1:
         raise ConfigError(
-            [Fault("", f"data.{option}", value, f"finds several: {found}", "Prepare with one tokenizer.")]
+            [
+                Fault(
+                    "samples.end-token-ambiguous",
+                    f"data.{option}",
+                    value,
+                    f"finds several: {found}",
+                    "Prepare with one tokenizer.",
+                )
+            ]
         )
     return int(next(iter(found.values())) or 0)
 
@@ -221,8 +232,9 @@ def _refuse_two_tokenizers(datasets: list[IndexedDataset]) -> None:
         a, b = known[0].meta["tokenizer_digest"], dataset.meta["tokenizer_digest"]
         if a != b:
             raise DataError(
+                "samples.tokenizer-differs",
                 f"{known[0].prefix} was made with the tokenizer of digest {a}, {dataset.prefix} with {b}: the same id "
-                f"means two things. Prepare both with one tokenizer."
+                f"means two things. Prepare both with one tokenizer.",
             )
 
 
@@ -237,7 +249,7 @@ def _planned(mixture: Mixture, orders: list[SampleOrder]) -> tuple[tuple[int, tu
         least = smallest_share(list(shares.values()))
         faults = [
             Fault(
-                "",
+                "samples.blend-weights",
                 PATH,
                 mixture.names[k],
                 f"has a share of {float(share / sum(shares.values())):.1e}, less than one sample in 2^21",

@@ -42,8 +42,9 @@ def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
 
 def _damaged(path: Path, where: str, found: str, expected: str) -> DataError:
     return DataError(
+        "samples.corpus-damaged",
         f"{path}: {where}: found {found}, expected {expected}. "
-        f"The file is damaged, torn or not Megatron's; write it again with `engine prepare` or copy it anew."
+        f"The file is damaged, torn or not Megatron's; write it again with `engine prepare` or copy it anew.",
     )
 
 
@@ -61,7 +62,10 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None):
         if sys.byteorder != "little":
-            raise DataError("the .bin/.idx format is little-endian and this machine is not; use another machine")
+            raise DataError(
+                "samples.big-endian",
+                "the .bin/.idx format is little-endian and this machine is not; use another machine",
+            )
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
         bin_path, idx_path, json_path = paths_of(prefix)
@@ -108,9 +112,10 @@ class IndexedDataset:
     def refuse_token(self, document: int, offset: int, value: int) -> DataError:
         """The error for an id outside the vocabulary, the same at open and while gathering."""
         return DataError(
+            "samples.token-outside-vocabulary",
             f"{self.prefix}.bin: document {document}, token {offset}: id {value} is not in [0, {self.vocab_size}). "
             f"The corpus was made with another tokenizer, or is damaged: prepare it with this model's tokenizer, or "
-            f"set the model's vocab_size to that tokenizer's."
+            f"set the model's vocab_size to that tokenizer's.",
         )
 
     def _read_sidecar(self, path: Path) -> dict[str, Any]:
@@ -119,9 +124,15 @@ class IndexedDataset:
         try:
             meta = json.loads(path.read_bytes())
         except (OSError, ValueError) as err:
-            raise DataError(f"{path}: not readable as JSON ({err}). Delete it (it is optional) or restore it.") from err
+            raise DataError(
+                "samples.sidecar-unreadable",
+                f"{path}: not readable as JSON ({err}). Delete it (it is optional) or restore it.",
+            ) from err
         if not isinstance(meta, dict) or meta.get("version") != SIDECAR_VERSION:
-            raise DataError(f'{path}: expected a JSON object with "version": {SIDECAR_VERSION}. Delete or restore it.')
+            raise DataError(
+                "samples.sidecar-unreadable",
+                f'{path}: expected a JSON object with "version": {SIDECAR_VERSION}. Delete or restore it.',
+            )
         size = self.num_tokens * self.dtype.itemsize
         if meta.get("num_tokens") != self.num_tokens or meta.get("bin_bytes") != size:
             warnings.warn(

@@ -38,7 +38,10 @@ class IndexedWriter:
 
     def __init__(self, prefix: str | Path, vocab_size: int):
         if vocab_size < 1:
-            raise DataError(f"{prefix}: vocab_size = {vocab_size}: expected at least 1. Give the tokenizer's size.")
+            raise DataError(
+                "samples.vocabulary-empty",
+                f"{prefix}: vocab_size = {vocab_size}: expected at least 1. Give the tokenizer's size.",
+            )
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
@@ -65,7 +68,10 @@ class IndexedWriter:
         if not self._finished:
             self.abort()
             if kind is None:
-                raise DataError(f"{self.prefix}: the writer was left without finish(meta), so nothing was written")
+                raise DataError(
+                    "samples.writer-not-finished",
+                    f"{self.prefix}: the writer was left without finish(meta), so nothing was written",
+                )
 
     @property
     def num_documents(self) -> int:
@@ -80,17 +86,22 @@ class IndexedWriter:
         number = len(self._lengths)
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
             raise DataError(
-                f"{self.prefix}: document {number}: expected integers [n], got {tokens.dtype}{tokens.shape}"
+                "samples.tokens-not-integers",
+                f"{self.prefix}: document {number}: expected integers [n], got {tokens.dtype}{tokens.shape}",
             )
         if tokens.size > MAX_SEQUENCE_TOKENS:
-            raise DataError(f"{self.prefix}: document {number} has {tokens.size} tokens; the format ends at 2^31 - 1")
+            raise DataError(
+                "samples.document-too-long",
+                f"{self.prefix}: document {number} has {tokens.size} tokens; the format ends at 2^31 - 1",
+            )
         if tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.vocab_size:
                 wrong = low if low < 0 else high
                 raise DataError(
+                    "samples.token-outside-vocabulary",
                     f"{self.prefix}: document {number}: id {wrong} is not in [0, {self.vocab_size}). "
-                    f"Give the writer the vocab_size of the tokenizer that made these ids."
+                    f"Give the writer the vocab_size of the tokenizer that made these ids.",
                 )
             self._pending.append(tokens.astype(self.dtype))
             self._pending_tokens += tokens.size
@@ -152,6 +163,7 @@ class IndexedWriter:
             yield
         except OSError as err:
             raise DataError(
+                "samples.not-writable",
                 f"{path}: cannot be written: {err.strerror or err}. Free space or choose another output; "
-                f"nothing was published and temporaries are removed."
+                f"nothing was published and temporaries are removed.",
             ) from err

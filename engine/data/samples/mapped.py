@@ -34,10 +34,14 @@ class MappedFile:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as err:
             hint = " Give the prefix without the suffix." if path.stem.endswith((".bin", ".idx")) else ""
-            raise DataError(f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx.{hint}") from err
+            raise DataError(
+                "samples.corpus-not-found", f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx.{hint}"
+            ) from err
         except (OSError, ValueError) as err:
             why = getattr(err, "strerror", None) or err
-            raise DataError(f"{path}: cannot be read: {why}. Check the path and its permissions.") from err
+            raise DataError(
+                "samples.corpus-unreadable", f"{path}: cannot be read: {why}. Check the path and its permissions."
+            ) from err
         if self._map is not None:
             self.bytes = np.frombuffer(self._map, np.uint8)
             if native is not None:
@@ -56,6 +60,7 @@ class MappedFile:
         else:
             return
         raise DataError(
+            "samples.corpus-cut-short",
             f"{self.path}: {what}. Nothing was learnt from what was read then. Restore the file, and write new ones "
-            "under another name; then start the same command again."
+            "under another name; then start the same command again.",
         )

@@ -58,7 +58,10 @@ class SampleOrder:
         group_blocks: int = GROUP_BLOCKS,
     ):
         if seq_len < 1 or not 0 <= seed <= MASK64 or group_blocks < 1:
-            raise DataError(f"seq_len = {seq_len}, seed = {seed}: expected seq_len >= 1 and 0 <= seed < 2^64")
+            raise DataError(
+                "samples.order-arguments",
+                f"seq_len = {seq_len}, seed = {seed}: expected seq_len >= 1 and 0 <= seed < 2^64",
+            )
         module = extension(native)
         self.dataset = dataset
         self.seq_len = seq_len
@@ -69,7 +72,10 @@ class SampleOrder:
             needs = "a label needs a token before it" if short else f"one needs seq_len + 1 = {seq_len + 1}"
             repair = "Use a larger corpus" + ("." if short else " or a smaller seq_len.")
             made = "label" if short else "sample"
-            raise DataError(f"{dataset.prefix}: {dataset.num_tokens} tokens make no {made}: {needs}. {repair}")
+            raise DataError(
+                "samples.corpus-too-small",
+                f"{dataset.prefix}: {dataset.num_tokens} tokens make no {made}: {needs}. {repair}",
+            )
         self._permute = module.permute if module else permute
         self._make: type[Stream] = module.Stream if module else Stream
         self._blocks = min(blocks or blocks_of(len(dataset)), len(dataset))
@@ -89,8 +95,9 @@ class SampleOrder:
         samples = np.ascontiguousarray(samples, dtype=np.int64) - self._begin
         if samples.ndim != 1 or (samples < 0).any():
             raise DataError(
+                "samples.sample-numbers",
                 f"sample numbers: expected int64 [n], each >= {self._begin}, got shape {samples.shape}: "
-                f"{samples + self._begin}"
+                f"{samples + self._begin}",
             )
         epochs = samples // self.samples_per_epoch
         if len(samples) and epochs.min() == epochs.max():  # nearly always: nothing to copy together
@@ -141,8 +148,9 @@ class SampleOrder:
         except (IndexError, ValueError) as err:
             data.check()
             raise DataError(
+                "samples.corpus-changed",
                 f"{data.prefix}: reading samples of epoch {epoch} failed: {err}. "
-                f"Did the files change after they were opened? Write them again, then restart."
+                f"Did the files change after they were opened? Write them again, then restart.",
             ) from err
         data.check()
         if document >= 0:

@@ -31,7 +31,9 @@ def check(cfg: Config) -> None:
         except DataError as error:
             relation = f"cannot be used ({error})"
             repair = "It is needed for data.fim_rate and data.mask_tokens."
-            raise ConfigError([Fault("", "data.tokenizer", cfg.data.tokenizer, relation, repair)]) from None
+            raise ConfigError(
+                [Fault("samples.tokenizer-unusable", "data.tokenizer", cfg.data.tokenizer, relation, repair)]
+            ) from None
         if faults := [*_mask_faults(cfg.data, tokenizer), *_fim_faults(cfg.data, tokenizer)]:
             raise ConfigError(faults)
 
@@ -59,7 +61,9 @@ def fill_in_the_middle(
     found = sentinels(data, tokenizer)
     if eod in (found.prefix, found.suffix, found.middle):
         relation, repair = "has the token that ends documents in it", "Name three tokens that are nothing else."
-        raise ConfigError([Fault("", "data.fim_tokens", data.fim_tokens, relation, repair)])
+        raise ConfigError(
+            [Fault("samples.fim-token-ends-documents", "data.fim_tokens", data.fim_tokens, relation, repair)]
+        )
     return FillInTheMiddle(
         tokenizer,
         found,
@@ -101,13 +105,17 @@ def _fim_faults(data: DataConfig, tokenizer: Tokenizer) -> Iterator[Fault]:
         looked = "; ".join(" ".join(family) for family in FAMILIES)
         relation = f"needs three tokens that {data.tokenizer} does not have (looked for {looked})"
         repair = f"Name others by data.fim_tokens, or make a tokenizer that has them: {_MAKE}."
-        yield Fault("", "data.fim_rate", data.fim_rate, relation, repair)
+        yield Fault("samples.fim-tokens-missing", "data.fim_rate", data.fim_rate, relation, repair)
     if not Pieces(tokenizer).faithful:
         relation = (
             f"cuts texts, and {data.tokenizer} does not give texts back as they were (case or white space is lost)"
         )
         yield Fault(
-            "", "data.fim_rate", data.fim_rate, relation, "Use a tokenizer of kind bpe or unigram, or leave it out."
+            "samples.fim-tokenizer-loses-text",
+            "data.fim_rate",
+            data.fim_rate,
+            relation,
+            "Use a tokenizer of kind bpe or unigram, or leave it out.",
         )
 
 
@@ -118,4 +126,4 @@ def _unknown(path: str, text: str, data: DataConfig, tokenizer: Tokenizer) -> It
             what = "no token" if tokenizer.token_id(token) is None else "an ordinary token, which texts have"
             near = difflib.get_close_matches(token, known, n=3, cutoff=0.0)
             repair = f"Nearest special tokens: {', '.join(near)}." if near else "It has no special tokens at all."
-            yield Fault("", path, token, f"is {what}, in {data.tokenizer}", repair)
+            yield Fault("samples.special-token-unknown", path, token, f"is {what}, in {data.tokenizer}", repair)

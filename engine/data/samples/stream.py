@@ -182,5 +182,8 @@ def extension(native: bool | None) -> ModuleType | None:
     """The C++ module: None takes it if it is there, True insists (DataError), False refuses it."""
     module = None if native is False else _extension()
     if native and module is None:
-        raise DataError("engine._index is required but not built: pip install --no-build-isolation --no-deps -e .")
+        raise DataError(
+            "samples.extension-missing",
+            "engine._index is required but not built: pip install --no-build-isolation --no-deps -e .",
+        )
     return module

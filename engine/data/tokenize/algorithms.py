@@ -40,7 +40,7 @@ def train(texts: Iterable[str], recipe: Recipe, *, tell: bool = False) -> Made:
     DataError if the recipe is wrong or the texts do not do.
     """
     if faults := list(recipe.faults()):
-        raise DataError("\n".join(map(str, faults)))
+        raise DataError("tokenize.recipe-faults", "\n".join(map(str, faults)))
     tokenizer = _TRAINERS[recipe.kind](_between(texts, recipe.user_tokens), recipe, tell)
     if recipe.user_tokens:
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in recipe.user_tokens])
@@ -126,8 +126,9 @@ def _wordpiece(texts: Iterator[str], recipe: Recipe, tell: bool) -> tokenizers.T
     vocab = merged.get_vocab(with_added_tokens=False)
     if len(vocab) > (room := recipe.vocab_size - len(recipe.user_tokens)):
         raise DataError(
+            "tokenize.alphabet-too-large",
             f"--vocab-size = {recipe.vocab_size}: the single characters of these texts, at the beginning of words and "
-            f"inside, are {len(vocab):,} tokens. --limit-alphabet {max(1, room // 4)} keeps the most frequent ones."
+            f"inside, are {len(vocab):,} tokens. --limit-alphabet {max(1, room // 4)} keeps the most frequent ones.",
         )
     tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=UNKNOWN["wordpiece"]))
     tokenizer.pre_tokenizer = merged.pre_tokenizer
@@ -153,7 +154,7 @@ def _unigram(texts: Iterator[str], recipe: Recipe, tell: bool) -> tokenizers.Tok
         else:
             counts.update(_BETWEEN_BLANKS.findall(text))
     if not counts:
-        raise DataError("no text to train on")
+        raise DataError("tokenize.no-text", "no text to train on")
     room = recipe.vocab_size - recipe.own_tokens()
     alphabet = _alphabet(counts, recipe, room)
     pieces = _pieces(_known(counts, alphabet), recipe, alphabet, room, tell, by_rules=not splits)
@@ -189,8 +190,9 @@ def _alphabet(counts: Counter[str], recipe: Recipe, room: int) -> set[str]:
     alphabet = required | set(ordered[:enough])
     if len(alphabet) > room:
         raise DataError(
+            "tokenize.alphabet-too-large",
             f"vocab_size = {recipe.vocab_size}: leaves room for {room} pieces, and {len(alphabet):,} characters "
-            f"have to be among them. Give more tokens or a smaller character coverage."
+            f"have to be among them. Give more tokens or a smaller character coverage.",
         )
     return alphabet
 
@@ -216,7 +218,9 @@ def _pieces(
     try:
         import sentencepiece
     except ImportError as err:
-        raise DataError(f"{err}: --kind unigram needs `pip install 'trident-engine[formats]'`.") from err
+        raise DataError(
+            "tokenize.sentencepiece-missing", f"{err}: --kind unigram needs `pip install 'trident-engine[formats]'`."
+        ) from err
     model = io.BytesIO()
     missing = sorted(alphabet - {char for word in counts for char in word})
     try:
@@ -243,7 +247,7 @@ def _pieces(
             minloglevel=0 if tell else 2,
         )
     except RuntimeError as err:
-        raise DataError(f"sentencepiece cannot train on these texts: {err}") from err
+        raise DataError("tokenize.training-failed", f"sentencepiece cannot train on these texts: {err}") from err
     made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     numbers = [number for number in range(made.vocab_size()) if not made.is_unknown(number)]
     pieces = [(made.id_to_piece(number).translate(_MEANT), made.get_score(number)) for number in numbers]

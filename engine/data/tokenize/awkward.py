@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from engine.errors import DataError, shown
+from engine.errors import shown
 
 Ids = Sequence[Sequence[int]]
 _BATCH = 256
@@ -45,7 +45,7 @@ class Original(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> Ids: ...
 
 
-class Difference(DataError):
+class Difference(Exception):
     """A conversion gives other ids than the original."""
 
 

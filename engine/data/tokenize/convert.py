@@ -82,19 +82,26 @@ def find(path: Path, merges: Path | None = None, lower_case: bool | None = None)
         path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else _only_one(path)
     kind = _kind(path) if path.is_file() else next((k for k, name in _NAMES.items() if name.fullmatch(path.name)), "")
     if not path.is_file() and kind:
-        raise DataError(f"{path}: no such file. Check the path of the tokenizer.")
+        raise DataError("tokenize.not-found", f"{path}: no such file. Check the path of the tokenizer.")
     if merges is not None and kind != _MERGES:
-        raise DataError(f"{merges}: merges belong to a vocab.json, which {path} is not. Leave them out.")
+        raise DataError(
+            "tokenize.merges-without-vocabulary",
+            f"{merges}: merges belong to a vocab.json, which {path} is not. Leave them out.",
+        )
     if lower_case is not None and kind != _WORDPIECE:
         raise DataError(
-            f"{path}: is no vocab.txt, so it says itself what happens to capital letters. Leave --lower-case out."
+            "tokenize.lower-case-has-no-effect",
+            f"{path}: is no vocab.txt, so it says itself what happens to capital letters. Leave --lower-case out.",
         )
     if not kind:
         return None
     if kind == _MERGES:
         merges = merges or _merges_of(path)
         if not merges.is_file():
-            raise DataError(f"{path}: a vocabulary without its merges: {merges} is no file. Give it by --merges.")
+            raise DataError(
+                "tokenize.merges-missing",
+                f"{path}: a vocabulary without its merges: {merges} is no file. Give it by --merges.",
+            )
     config = _config(path, kind)
     return Found(kind, path, merges, config, lower_case)
 
@@ -130,8 +137,9 @@ def _refuse_added(found: Found, tokenizer: Tokenizer) -> None:
         text = facts.get("content")
         if isinstance(text, str) and not facts.get("special") and str(tokenizer.token_id(text)) != str(number):
             raise DataError(
+                "tokenize.added-token-missing",
                 f"{found.path}: has no token {shown(text)} of id {cut(str(number), 20)}, which tokenizer_config.json "
-                f"beside it adds. Give tokenizer.json, which says how it is found in texts."
+                f"beside it adds. Give tokenizer.json, which says how it is found in texts.",
             )
 
 
@@ -146,7 +154,9 @@ def _converted(found: Found) -> Converted:
             facts = beside.read_bytes() if found.kind == _TIKTOKEN and beside.is_file() else b""
             parts = [found.path.read_bytes(), found.kind.encode(), found.path.stem.encode(), facts]
         except OSError as err:
-            raise DataError(f"{err.filename}: cannot be read: {err.strerror or err}. Check the tokenizer.") from err
+            raise DataError(
+                "tokenize.unreadable", f"{err.filename}: cannot be read: {err.strerror or err}. Check the tokenizer."
+            ) from err
         return key_of([*parts, json.dumps(found.config, sort_keys=True).encode()])
 
     def make() -> dict[str, str]:
@@ -205,13 +215,15 @@ def _only_one(folder: Path) -> Path:
     files = [path for paths in there.values() for path in paths]
     if not files:
         raise DataError(
+            "tokenize.none-in-folder",
             f"{folder}: no tokenizer in this folder. Give {FORMATS}. Names on a hub are not downloaded: "
-            f"fetch it first, or make one with `engine tokenizer train`."
+            f"fetch it first, or make one with `engine tokenizer train`.",
         )
     if any(path.read_bytes() != files[0].read_bytes() for path in files[1:]):
         raise DataError(
+            "tokenize.several-in-folder",
             f"{folder}: holds several tokenizers and no tokenizer.json: {', '.join(p.name for p in files)}. "
-            f"Give the path of one."
+            f"Give the path of one.",
         )
     return files[0]
 
@@ -247,15 +259,19 @@ def _config(path: Path, kind: str) -> dict[str, Any]:
     try:
         said = json.loads(beside.read_bytes()) if beside.is_file() else {}
     except (OSError, ValueError) as err:
-        raise DataError(f"{beside}: cannot be read: {err}. Copy it anew.") from err
+        raise DataError("tokenize.unreadable", f"{beside}: cannot be read: {err}. Copy it anew.") from err
     said = said if isinstance(said, dict) else {}
     name = said.get("tokenizer_class") or ""
     if not isinstance(name, str) or (name and not re.fullmatch(_PLAIN[kind], name)):
-        raise DataError(f"{path}: how {cut(str(name), 60)} cuts texts is not known from it. Give its tokenizer.json.")
+        raise DataError(
+            "tokenize.class-unknown",
+            f"{path}: how {cut(str(name), 60)} cuts texts is not known from it. Give its tokenizer.json.",
+        )
     added = path.parent / "added_tokens.json"
     if added.is_file() and kind != _TEKKEN:
         raise DataError(
-            f"{path}: how the tokens of {added.name} beside it are found is not known. Give tokenizer.json."
+            "tokenize.added-tokens-unknown",
+            f"{path}: how the tokens of {added.name} beside it are found is not known. Give tokenizer.json.",
         )
     return said
 

@@ -86,54 +86,118 @@ class Recipe:
     def faults(self) -> Iterator[Fault]:
         """What is wrong with it."""
         if self.kind not in KINDS:
-            yield Fault("", "--kind", self.kind, f"is none of {', '.join(KINDS)}", "Choose one.")
+            yield Fault("tokenize.unknown-choice", "--kind", self.kind, f"is none of {', '.join(KINDS)}", "Choose one.")
             return
         yield from self._token_faults()
         for option, kinds in _MEANT_FOR.items():
             if getattr(self, option) not in ("", None) and self.kind not in kinds:
                 name = "--" + option.replace("_", "-")
                 why = _WHY_NOT[option, self.kind]
-                yield Fault("", name, getattr(self, option), f"does nothing for {self.kind}: {why}", "Leave it out.")
+                yield Fault(
+                    "tokenize.option-has-no-effect",
+                    name,
+                    getattr(self, option),
+                    f"does nothing for {self.kind}: {why}",
+                    "Leave it out.",
+                )
         yield from self._pattern_faults()
         if self.normalizer not in NORMALIZERS:
-            yield Fault("", "--normalizer", self.normalizer, f"is none of {', '.join(NORMALIZERS)}", "Choose one.")
+            yield Fault(
+                "tokenize.unknown-choice",
+                "--normalizer",
+                self.normalizer,
+                f"is none of {', '.join(NORMALIZERS)}",
+                "Choose one.",
+            )
         if self.character_coverage is not None and not 0 < self.character_coverage <= 1:
-            yield Fault("", "--character-coverage", self.character_coverage, "is no share", "Such as 0.9995.")
+            yield Fault(
+                "tokenize.out-of-range",
+                "--character-coverage",
+                self.character_coverage,
+                "is no share",
+                "Such as 0.9995.",
+            )
         for option in ("min_frequency", "limit_alphabet", "max_token_length"):
             if getattr(self, option) is not None and getattr(self, option) < 1:
-                yield Fault("", "--" + option.replace("_", "-"), getattr(self, option), "is below 1", "Use 1 or more.")
+                yield Fault(
+                    "tokenize.out-of-range",
+                    "--" + option.replace("_", "-"),
+                    getattr(self, option),
+                    "is below 1",
+                    "Use 1 or more.",
+                )
         if self.kind == "bpe" and self.max_token_length == 1:
             yield Fault(
-                "", "--max-token-length", 1, "leaves single bytes, and there is nothing to train", "Use 2 or more."
+                "tokenize.out-of-range",
+                "--max-token-length",
+                1,
+                "leaves single bytes, and there is nothing to train",
+                "Use 2 or more.",
             )
         if self.kind == "unigram" and (self.max_token_length or 1) > 512:
-            yield Fault("", "--max-token-length", self.max_token_length, "is above 512", "sentencepiece takes 512.")
+            yield Fault(
+                "tokenize.out-of-range",
+                "--max-token-length",
+                self.max_token_length,
+                "is above 512",
+                "sentencepiece takes 512.",
+            )
 
     def _token_faults(self) -> Iterator[Fault]:
         special, own = list(self.special_tokens), list(self.user_tokens)
         if not special or len(set(special)) < len(special) or "" in special:
             yield Fault(
-                "", "--special-tokens", special, "should be at least one, all different, none empty", "Name them."
+                "tokenize.special-tokens",
+                "--special-tokens",
+                special,
+                "should be at least one, all different, none empty",
+                "Name them.",
             )
         if len({*special, *own}) < len(set(special)) + len(own) or "" in own:
-            yield Fault("", "--user-tokens", own, "should be all different, none special, none empty", "Name others.")
+            yield Fault(
+                "tokenize.user-tokens",
+                "--user-tokens",
+                own,
+                "should be all different, none special, none empty",
+                "Name others.",
+            )
         least = self.own_tokens() + (len(self.required_characters()) if self.kind == "unigram" else 0)
         if self.vocab_size < least:
             parts = ["256 bytes"] * (self.kind != "wordpiece") + [UNKNOWN.get(self.kind, "")] * (self.kind in UNKNOWN)
             parts += ["the characters that these are spelled with"] * (self.kind == "unigram")
             parts += [f"{len(special)} special"] + [f"{len(own)} of your own"] * bool(own)
-            yield Fault("", "--vocab-size", self.vocab_size, f"{', '.join(parts)} need >= {least}", "Make it larger.")
+            yield Fault(
+                "tokenize.vocabulary-too-small",
+                "--vocab-size",
+                self.vocab_size,
+                f"{', '.join(parts)} need >= {least}",
+                "Make it larger.",
+            )
 
     def _pattern_faults(self) -> Iterator[Fault]:
         if self.digits and self.digits not in DIGITS:
-            yield Fault("", "--digits", self.digits, f"is none of {', '.join(DIGITS)}", "Choose one.")
+            yield Fault(
+                "tokenize.unknown-choice", "--digits", self.digits, f"is none of {', '.join(DIGITS)}", "Choose one."
+            )
         if not self.split_pattern or self.split_pattern in PATTERNS:
             return
         if self.digits:
             what = "has no meaning beside a pattern of your own"
-            yield Fault("", "--digits", self.digits, what, r"Write it into the pattern: \p{N} or \p{N}{1,3}.")
+            yield Fault(
+                "tokenize.digits-beside-pattern",
+                "--digits",
+                self.digits,
+                what,
+                r"Write it into the pattern: \p{N} or \p{N}{1,3}.",
+            )
         try:
             Regex(self.split_pattern)
         except Exception as err:  # the library raises bare Exception
             names = f"Give one of {', '.join(PATTERNS)}, or an expression in Oniguruma's syntax."
-            yield Fault("", "--split-pattern", self.split_pattern, f"is no regular expression: {cut(str(err))}", names)
+            yield Fault(
+                "tokenize.pattern-invalid",
+                "--split-pattern",
+                self.split_pattern,
+                f"is no regular expression: {cut(str(err))}",
+                names,
+            )

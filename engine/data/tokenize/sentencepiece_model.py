@@ -30,25 +30,39 @@ class Sentencepiece:
             import sentencepiece
             from sentencepiece import sentencepiece_model_pb2
         except ImportError as err:
-            raise DataError(f"{path}: {err}: .model files need `pip install 'trident-engine[formats]'`.") from err
+            raise DataError(
+                "tokenize.sentencepiece-missing",
+                f"{path}: {err}: .model files need `pip install 'trident-engine[formats]'`.",
+            ) from err
         self.proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
         try:
             self.content = path.read_bytes()
             self.proto.ParseFromString(self.content)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.content)
         except OSError as err:
-            raise DataError(f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer.") from err
+            raise DataError(
+                "tokenize.unreadable",
+                f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer.",
+            ) from err
         except Exception as err:  # protobuf and sentencepiece have errors of their own
             if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", self.content):  # Llama 3's tokenizer.model
                 raise DataError(
+                    "tokenize.ranks-named-model",
                     f"{path}: holds ranks, as a .tiktoken file. Copy it to NAME.tiktoken and write its pattern and "
-                    f"special tokens to NAME.json beside it, or give its tokenizer.json."
+                    f"special tokens to NAME.json beside it, or give its tokenizer.json.",
                 ) from err
-            raise DataError(f"{path}: not a sentencepiece model: {cut(str(err))}. Copy it anew.") from err
+            raise DataError(
+                "tokenize.not-sentencepiece", f"{path}: not a sentencepiece model: {cut(str(err))}. Copy it anew."
+            ) from err
         if self.proto.trainer_spec.model_type not in (_UNIGRAM, _BPE):
-            raise DataError(f"{path}: a word or character model, expected BPE or unigram. Choose another tokenizer.")
+            raise DataError(
+                "tokenize.model-kind-unsupported",
+                f"{path}: a word or character model, expected BPE or unigram. Choose another tokenizer.",
+            )
         if not self.proto.pieces:
-            raise DataError(f"{path}: not a sentencepiece model: it has no pieces. Copy it anew.")
+            raise DataError(
+                "tokenize.not-sentencepiece", f"{path}: not a sentencepiece model: it has no pieces. Copy it anew."
+            )
         self.name = f"sentencepiece {version('sentencepiece')}"
         pieces = [(piece.piece, float(piece.score)) for piece in self.proto.pieces]
         self.is_unigram = self.proto.trainer_spec.model_type == _UNIGRAM

@@ -62,13 +62,18 @@ class Tiktoken:
         try:
             import tiktoken
         except ImportError as err:
-            raise DataError(f"{path}: {err}: such files need `pip install 'trident-engine[formats]'`.") from err
+            raise DataError(
+                "tokenize.tiktoken-missing", f"{path}: {err}: such files need `pip install 'trident-engine[formats]'`."
+            ) from err
         try:
             self._encoding = tiktoken.Encoding(
                 path.stem, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={}
             )
         except Exception as err:  # it panics on a bad pattern, ...
-            raise DataError(f"{path}: tiktoken does not take it: {err}. Copy it anew, or check its .json.") from err
+            raise DataError(
+                "tokenize.tiktoken-refuses",
+                f"{path}: tiktoken does not take it: {err}. Copy it anew, or check its .json.",
+            ) from err
         self.name = f"tiktoken {version('tiktoken')}"
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -87,7 +92,8 @@ class Tiktoken:
         vocab = {text: ranks[token] + self.first for token, text in spell.items()} | special
         if len(set(vocab.values())) < len(vocab) or len(vocab) < len(spell) + len(special):
             raise DataError(
-                f"{self._path}: special tokens have ids or spellings that other tokens have too. Check its .json."
+                "tokenize.special-tokens-clash",
+                f"{self._path}: special tokens have ids or spellings that other tokens have too. Check its .json.",
             )
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -102,7 +108,10 @@ class Tiktoken:
         try:
             compare(encode_plain(tokenizer), self, [*texts_for(texts), *special])
         except Difference as err:
-            raise DataError(f"{self._path}: cannot be converted exactly: {err}. Give its tokenizer.json.") from err
+            raise DataError(
+                "tokenize.not-convertible",
+                f"{self._path}: cannot be converted exactly: {err}. Give its tokenizer.json.",
+            ) from err
         return str(tokenizer.to_str())
 
 
@@ -119,12 +128,18 @@ def _read_tekken(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
         ]
         named = {int(entry["rank"]): str(entry["token_str"]) for entry in listed}
     except OSError as err:
-        raise DataError(f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer.") from err
+        raise DataError(
+            "tokenize.unreadable", f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer."
+        ) from err
     except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise DataError(f"{path}: not a tekken.json: {type(err).__name__}: {str(err)[:200]}. Copy it anew.") from err
+        raise DataError(
+            "tokenize.not-tekken", f"{path}: not a tekken.json: {type(err).__name__}: {str(err)[:200]}. Copy it anew."
+        ) from err
     special = {named.get(number, f"<SPECIAL_{number}>"): number for number in range(first)}
     if len(special) < first or len(ranks) < len(used):
-        raise DataError(f"{path}: not a tekken.json: two of its tokens are the same. Copy it anew.")
+        raise DataError(
+            "tokenize.not-tekken", f"{path}: not a tekken.json: two of its tokens are the same. Copy it anew."
+        )
     return ranks, pattern, special
 
 
@@ -146,9 +161,13 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         if len(set(ranks.values())) < len(ranks) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("a rank stands there twice, or one of the 256 bytes is missing")
     except OSError as err:
-        raise DataError(f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer.") from err
+        raise DataError(
+            "tokenize.unreadable", f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer."
+        ) from err
     except (ValueError, binascii.Error) as err:
-        raise DataError(f"{path}: not a .tiktoken file, which has a base64 token and a rank a line: {err}.") from err
+        raise DataError(
+            "tokenize.not-tiktoken", f"{path}: not a .tiktoken file, which has a base64 token and a rank a line: {err}."
+        ) from err
     return ranks
 
 
@@ -160,11 +179,12 @@ def _encoding_facts(path: Path) -> tuple[str, dict[str, int]]:
             return str(facts["pattern"]), {str(k): int(v) for k, v in facts["special_tokens"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
             text = f'expected {{"pattern": "...", "special_tokens": {{"...": id}}}} ({type(err).__name__}: {err})'
-            raise DataError(f"{beside}: {text}.") from err
+            raise DataError("tokenize.rules-invalid", f"{beside}: {text}.") from err
     if path.stem not in _ENCODINGS:
         raise DataError(
+            "tokenize.ranks-without-rules",
             f"{path}: this file holds ranks alone, and {path.stem} is none of {', '.join(_ENCODINGS)}, whose rules are "
-            f'known. Write them to {beside}: {{"pattern": "...", "special_tokens": {{"<|endoftext|>": id}}}}.'
+            f'known. Write them to {beside}: {{"pattern": "...", "special_tokens": {{"<|endoftext|>": id}}}}.',
         )
     return _ENCODINGS[path.stem]
 

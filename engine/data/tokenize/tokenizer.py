@@ -119,11 +119,14 @@ class Tokenizer:
             return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
             raise DataError(
+                "tokenize.not-found",
                 f"{file}: no such file. Give {_formats()}. Names on a hub are not downloaded: fetch it first, or "
-                f"make one with `engine tokenizer train`."
+                f"make one with `engine tokenizer train`.",
             ) from err
         except (OSError, ValueError) as err:
-            raise DataError(f"{file}: not a usable tokenizer.json: {cut(str(err))}. Give {_formats()}.") from err
+            raise DataError(
+                "tokenize.not-usable", f"{file}: not a usable tokenizer.json: {cut(str(err))}. Give {_formats()}."
+            ) from err
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:
@@ -144,7 +147,10 @@ class Tokenizer:
 
         own = self.original() if self.original is not None else None
         if not isinstance(own, Sentencepiece):
-            raise DataError(f"{difference}. This cannot be removed: give the tokenizer.json that its makers publish.")
+            raise DataError(
+                "tokenize.not-convertible",
+                f"{difference}. This cannot be removed: give the tokenizer.json that its makers publish.",
+            )
         return Tokenizer(
             self._definition,
             companions_of(json.loads(self._companions["special_tokens_map.json"]), own, difference),
@@ -162,8 +168,9 @@ class Tokenizer:
                 return int(number)
         looked_for = self._eod_token or ", ".join(_USUAL_EOD)
         raise DataError(
+            "tokenize.no-end-token",
             f"the tokenizer has no end-of-document token (looked for {looked_for}). "
-            f'Name one in its tokenizer_config.json, "eos_token": "...", or prepare with append_eod=False.'
+            f'Name one in its tokenizer_config.json, "eos_token": "...", or prepare with append_eod=False.',
         )
 
     @property
@@ -176,8 +183,9 @@ class Tokenizer:
                 return int(number)
         looked = f"tokenizer_config.json has {token!r} as bos_token" if said else f"looked for {', '.join(_USUAL_BOS)}"
         raise DataError(
+            "tokenize.no-begin-token",
             f"the tokenizer has no token that begins a document ({looked}). Prepare without --prepend-bos, or name a "
-            f'token that it has in its tokenizer_config.json, "bos_token": "...".'
+            f'token that it has in its tokenizer_config.json, "bos_token": "...".',
         )
 
     @property
@@ -257,7 +265,9 @@ class Tokenizer:
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(content)
         except OSError as err:
-            raise DataError(f"{folder}: cannot write the tokenizer: {err.strerror or err}. Choose another.") from err
+            raise DataError(
+                "tokenize.not-writable", f"{folder}: cannot write the tokenizer: {err.strerror or err}. Choose another."
+            ) from err
 
     def save_definition(self, folder: Path) -> None:
         """Write tokenizer.json, or the .model whose ids it does not give, beside the files that are there."""

@@ -114,7 +114,7 @@ def train_tokenizer(
             if spread.is_full:
                 break
         if not spread.text_bytes:
-            raise DataError(account.nothing(source))
+            raise account.no_text(source)
 
     trained = train_apart(texts(), recipe, spread, progress)
     trained.account = account
@@ -158,22 +158,32 @@ def _verify(tokenizer: Tokenizer, recipe: Recipe, samples: Sequence[str]) -> Non
         expected = text if normal is None else normal.normalize_str(text)
         if (found := tokenizer.decode(tokenizer.encode(text))) != expected:
             raise DataError(
+                "tokenize.loses-text",
                 f"the trained tokenizer loses text: {expected[:60]!r} comes back as {found[:60]!r}. "
-                f"Nothing was written. Try another --split-pattern or --kind."
+                f"Nothing was written. Try another --split-pattern or --kind.",
             )
 
 
 def _refuse(output: Path, recipe: Recipe, overwrite: bool) -> None:
     """Before hours of work: what would stand in the way at the end."""
     if faults := list(recipe.faults()):
-        raise DataError("\n".join(map(str, faults)))
+        raise DataError("tokenize.recipe-faults", "\n".join(map(str, faults)))
     if recipe.kind == "unigram" and importlib.util.find_spec("sentencepiece") is None:
-        raise DataError("--kind unigram needs sentencepiece: `pip install 'trident-engine[formats]'`.")
+        raise DataError(
+            "tokenize.sentencepiece-missing",
+            "--kind unigram needs sentencepiece: `pip install 'trident-engine[formats]'`.",
+        )
     if (output / "tokenizer.json").exists() and not overwrite:
-        raise DataError(f"{output / 'tokenizer.json'}: already there. Choose another folder, or give --overwrite.")
+        raise DataError(
+            "tokenize.output-exists",
+            f"{output / 'tokenizer.json'}: already there. Choose another folder, or give --overwrite.",
+        )
     parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise DataError(f"{output}: cannot be made, as {parent} is no folder that can be written. Choose another.")
+        raise DataError(
+            "tokenize.not-writable",
+            f"{output}: cannot be made, as {parent} is no folder that can be written. Choose another.",
+        )
 
 
 def save_whole(tokenizer: Tokenizer, output: Path) -> None:
@@ -187,6 +197,8 @@ def save_whole(tokenizer: Tokenizer, output: Path) -> None:
             os.replace(path, output / path.name)
         sync_folder(output)
     except OSError as err:
-        raise DataError(f"{output}: cannot write the tokenizer: {err.strerror or err}. Choose another.") from err
+        raise DataError(
+            "tokenize.not-writable", f"{output}: cannot write the tokenizer: {err.strerror or err}. Choose another."
+        ) from err
     finally:
         shutil.rmtree(aside, ignore_errors=True)

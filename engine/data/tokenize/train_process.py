@@ -117,10 +117,13 @@ class TrainProcess:
         if code < 0:
             why = f"its process was ended by signal {-code}"
             hint = " Memory may have run out: --max-bytes trains on a part of the texts." if code == -9 else ""
-            return DataError(f"the training of the tokenizer failed: {why}.{hint}")
+            return DataError("tokenize.training-failed", f"the training of the tokenizer failed: {why}.{hint}")
         if self._said and self._said[-1].startswith("error: "):
-            return DataError(self._said[-1].removeprefix("error: ").replace("\x1f", "\n"))
-        return DataError(f"the training of the tokenizer failed: {cut(' | '.join(self._said[-5:]), 1000)}")
+            return DataError("tokenize.training-failed", self._said[-1].removeprefix("error: ").replace("\x1f", "\n"))
+        return DataError(
+            "tokenize.training-failed",
+            f"the training of the tokenizer failed: {cut(' | '.join(self._said[-5:]), 1000)}",
+        )
 
     def _begin(self, step: str, done: int = 0, total: int = 0) -> None:
         now = time.monotonic()

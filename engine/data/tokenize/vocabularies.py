@@ -24,16 +24,20 @@ def from_merges(path: Path, merges: Path, config: dict[str, Any]) -> tuple[str, 
         pairs = [(left, right) for left, right in (line.split() for line in lines[first:] if line.strip())]
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab, pairs))
     except OSError as err:
-        raise DataError(f"{err.filename}: cannot be read: {err.strerror or err}. Check the path.") from err
+        raise DataError(
+            "tokenize.unreadable", f"{err.filename}: cannot be read: {err.strerror or err}. Check the path."
+        ) from err
     except Exception as err:  # the library raises bare Exception
         raise DataError(
-            f"{path}: not a vocabulary that {merges} belongs to: {str(err)[:200]}. Copy both anew."
+            "tokenize.merges-do-not-fit",
+            f"{path}: not a vocabulary that {merges} belongs to: {str(err)[:200]}. Copy both anew.",
         ) from err
     missing = [letter for letter in byte_letters() if letter not in vocab]
     if missing:
         raise DataError(
+            "tokenize.not-byte-level",
             f"{path}: not GPT-2's kind of vocabulary: {len(missing)} of the 256 letters that stand for bytes are not "
-            f"in it, such as {shown(missing[0])}. Give its tokenizer.json."
+            f"in it, such as {shown(missing[0])}. Give its tokenizer.json.",
         )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,11 +56,14 @@ def from_wordpiece(path: Path, config: dict[str, Any], lower_case: bool | None) 
     try:
         pieces = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"{path}: cannot be read: {err}. Copy it anew.") from err
+        raise DataError("tokenize.unreadable", f"{path}: cannot be read: {err}. Copy it anew.") from err
     pieces = [piece.rstrip("\r") for piece in pieces]
     vocab = {piece: number for number, piece in enumerate(pieces)}  # of two equal lines the last one counts, as in BERT
     if "[UNK]" not in vocab:
-        raise DataError(f"{path}: not BERT's vocab.txt, a piece a line and [UNK] among them. Give its tokenizer.json.")
+        raise DataError(
+            "tokenize.not-wordpiece",
+            f"{path}: not BERT's vocab.txt, a piece a line and [UNK] among them. Give its tokenizer.json.",
+        )
     if lower_case is None:
         lower_case = config.get("do_lower_case")
     if lower_case is None:

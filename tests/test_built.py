@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import engine
-from engine.cli import doctor
+from engine.cli import diagnosis
 from engine.cli import main as cli
 from engine.data.samples import stream
 from engine.ops import native
@@ -129,7 +129,7 @@ def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "engine._index", None)
     monkeypatch.setattr(native, "load", native.load.__wrapped__)
-    told = [finding.text for finding in doctor._extensions()]
+    told = [finding.text for finding in diagnosis._extensions()]
     assert told[0].startswith("engine._index is not available (no compiler); build it: pip install")
     assert told[-1].startswith("engine._ops is not built (csrc/ops/cpu_only.cpp:1: error: no); build it: pip install")
     assert stream.load()[0] is None

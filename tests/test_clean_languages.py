@@ -14,8 +14,8 @@ from declaration import JAPANESE, KOREAN, TEXTS, TRADITIONAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.cli.clean import QUALITY_LANGUAGES
 from engine.cli.main import main
-from engine.cli.options import QUALITY_LANGUAGES
 from engine.data.clean.language import language_by_script
 from engine.data.clean.ngrams import MinHash, words_and_numbers_of, words_of
 from engine.data.clean.rules import Rules

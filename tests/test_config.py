@@ -612,7 +612,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_no_word_of_the_command_line_is_dropped(
     words: list[str], path: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.cli.train_options import parse_train
+    from engine.cli.train import parse_train
 
     monkeypatch.chdir(tmp_path)
     Path("a.toml").write_text("")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.cli import doctor, selftest
+from engine.cli import diagnosis, selftest
 from engine.cli.main import main
 from engine.distributed import pair
 from engine.distributed import shared_memory as shared
@@ -40,7 +40,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         monkeypatch.delenv(name, raising=False)
 
     def call(gloo: str = "") -> tuple[int, str]:
-        monkeypatch.setattr(doctor, "try_pair", lambda transport, timeout_s: gloo)
+        monkeypatch.setattr(diagnosis, "try_pair", lambda transport, timeout_s: gloo)
         with pytest.raises(SystemExit) as end:
             main(["doctor"])
         assert isinstance(end.value.code, int)
@@ -187,9 +187,9 @@ def test_an_apex_that_is_not_nvidias_is_not_apex(tmp_path: Path, monkeypatch: py
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").write_text("raise SystemExit('never imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert doctor._version("apex", *doctor.OPTIONAL["apex"]) == ""
+    assert diagnosis._version("apex", *diagnosis.OPTIONAL["apex"]) == ""
     (tmp_path / "apex/normalization").mkdir()
-    assert doctor._version("apex", *doctor.OPTIONAL["apex"]) == "of unknown version"
+    assert diagnosis._version("apex", *diagnosis.OPTIONAL["apex"]) == "of unknown version"
 
 
 @pytest.mark.parametrize(("words", "said"), [(["--timeout-s", "0"], "--timeout-s = 0.0"), (["--nonsense"], "nonsense")])

@@ -38,8 +38,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config.schema",),
     ("config.checks", "config.idle", "planner"),
     ("config.load",),
-    ("cli.options", "cli.train_options", "cli.merge_options", "cli.schedule_pages"),
-    ("cli.checks", "distributed.board"),  # no torch up to here
+    ("cli.schedule_pages",),
+    ("distributed.board",),  # no torch up to here
     ("distributed.rng", "distributed.shared_memory", "distributed.env", "batch"),
     ("distributed.context", "distributed.network", "distributed.failure"),
     ("distributed.sharding",),
@@ -60,10 +60,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("inference.compare", "train.evaluate"),
     ("monitor",),
     ("train.state", "train.step"),
-    ("train.loop", "inference.generate", "cli.dry_run", "cli.selftest"),
-    ("cli.doctor", "cli.clean_console", "cli.prepare_console"),
-    ("cli.checkpoints", "cli.data", "cli.run", "cli.schedule"),
-    ("cli.main",),
+    ("train.loop", "inference.generate"),
+    ("cli",),
     ("__main__",),
 )
 _LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -452,8 +450,9 @@ def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
 def test_the_light_modules_load_without_torch() -> None:
     """Not through a third party either; and --help and the faults of a dry run come before torch is loaded."""
     light = [m for m in ENGINE if (name := row(m)) is not None and _LEVEL_OF[name] < _TORCH_FREE_LEVELS]
-    assert {"config.schema", "cli.options", "planner.flops", "pipeline.schedules"} <= set(light)
-    names = [f"engine.{module}".rstrip(".") for module in light] + ["engine.cli.main"]
+    assert {"config.schema", "cli.schedule_pages", "planner.flops", "pipeline.schedules"} <= set(light)
+    light += [m for m in ENGINE if m.startswith("cli.") and m not in ("cli.diagnosis", "cli.selftest", "cli.dry_run")]
+    names = [f"engine.{module}".rstrip(".") for module in light]
     program = f"""
 import importlib, sys
 for name in {names!r}:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pii_cases import cases, held_out, scores, table
 from pii_values import cn_id, with_luhn
 
-from engine.cli.options import PiiKind
+from engine.cli.clean import PiiKind
 from engine.data.clean.pii import KINDS, Entity, _take, find, hint, mask
 from engine.data.clean.pii.numbers import is_card, is_cn_id, luhn
 

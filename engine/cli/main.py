@@ -1,15 +1,15 @@
-"""The `engine` command: one verb a capability (engine.commands)."""
+"""The `engine` command: one verb a capability, each in the file of its name."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import engine
-from engine.cli import checkpoints, data, run, schedule
 from engine.cli.output import OutputError, watched
 from engine.config.hints import nearest
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
@@ -42,8 +42,7 @@ def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return EXIT_OK if args else EXIT_CONFIG
-    verb = _VERBS.get(args[0])
-    if verb is None:
+    if args[0] not in _VERBS:
         meant = _MEANT.get(args[0].strip("-").replace("-", "_"), "") or nearest(args[0], _VERBS)
         hint = f". Did you mean {meant}?" if meant else ""
         print(f"error: no verb {args[0]!r}{hint}\n\n{_overview()}", file=sys.stderr)
@@ -51,7 +50,8 @@ def _run(args: list[str]) -> int:
     try:
         if args[0] not in _HEARS:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
-        return verb(args[1:])
+        code: int = importlib.import_module(f"engine.cli.{_file(args[0])}").run(args[1:])
+        return code
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -62,6 +62,11 @@ def _run(args: list[str]) -> int:
         return EXIT_ERROR
     except KeyboardInterrupt:
         return 130
+
+
+def _file(verb: str) -> str:
+    """The module of engine.cli that a verb is in."""
+    return "import_" if verb == "import" else verb.replace("-", "_")  # import is a word of Python
 
 
 def _speak_utf8() -> None:
@@ -75,27 +80,27 @@ def _speak_utf8() -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<14} {(verb.__doc__ or '').strip()}" for name, verb in _VERBS.items()]
+    lines = [f"  {name:<14} {text}" for name, text in _VERBS.items()]
     if text := missing():
         lines += ["", text]
     return "usage: engine VERB [OPTIONS]   (engine VERB --help shows a verb's options)\n\n" + "\n".join(lines)
 
 
-_VERBS: dict[str, Callable[[list[str]], int]] = {
-    "clean": data.clean,
-    "prepare": data.prepare,
-    "merge-datasets": data.merge_datasets,
-    "tokenizer": data.tokenizer,
-    "inspect": data.inspect,
-    "train": run.train,
-    "evaluate": run.evaluate,
-    "generate": run.generate,
-    "import": checkpoints.import_,
-    "export": checkpoints.export,
-    "verify": checkpoints.verify,
-    "plot": run.plot,
-    "schedule": schedule.schedule,
-    "doctor": run.doctor,
+_VERBS = {
+    "clean": "raw text -> cleaned text: filters, test questions, personal data, duplicates",
+    "prepare": "raw text -> tokenizer and memory-mapped train/valid/test files",
+    "merge-datasets": "join tokenised corpora to one, as Megatron-LM's merge_datasets.py",
+    "tokenizer": "train a tokenizer: engine tokenizer train ...",
+    "inspect": "look at a corpus (counts, lengths, samples) or at a checkpoint (tensors, norms, lineage)",
+    "train": "train a model, on one process or on many under torchrun",
+    "evaluate": "validation loss, perplexity and bits per byte of a checkpoint",
+    "generate": "continue a prompt with a checkpoint",
+    "import": "write a Hugging Face folder or a checkpoint of Megatron-LM as a checkpoint",
+    "export": "write a checkpoint as a Hugging Face folder",
+    "verify": "check every file of a checkpoint against its digests",
+    "plot": "draw the loss curve of runs",
+    "schedule": "prove, simulate, draw, compare and search pipeline schedules",
+    "doctor": "what is installed, which kernels run here, and whether they and gloo work",
 }
 
 # Verbs that answer signals from their first line on, those too that came before (engine.__main__).

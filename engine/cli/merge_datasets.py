@@ -1,15 +1,19 @@
-"""Command-line options of `engine merge-datasets`."""
+"""`engine merge-datasets`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import tyro
 
+from engine.cli.common import ends_on_signals, tell
+from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.util.signals import Interrupts
+
 
 @dataclass
-class MergeDatasets:
+class MergeOptions:
     """Join tokenised corpora (.bin/.idx) to one, end to end: bitwise what Megatron-LM's tools/merge_datasets.py writes.
 
     Sidecars (.json) are made anew where all corpora have one. Nothing is there under the output's name before all is.
@@ -25,3 +29,43 @@ class MergeDatasets:
     """replace files that are there"""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """print one JSON object instead of text"""
+
+
+@ends_on_signals
+def run(args: list[str], stop: Interrupts) -> int:
+    """Run the verb; returns the exit code."""
+    from rich.console import Console
+
+    from engine.cli.prepare_console import prepare_progress
+    from engine.data.prepare.merge import merge
+
+    o = tyro.cli(MergeOptions, args=args, prog="engine merge-datasets")
+    faults = [] if o.input else [Fault("", "--input", "", "names nothing to merge", "Give prefixes, or a folder.")]
+    if not o.output_prefix or o.output_prefix.endswith("/"):
+        text = "is no prefix of file names"
+        faults.append(Fault("", "--output-prefix", o.output_prefix, text, "Use corpus/all for corpus/all.bin ..."))
+    if faults:
+        raise ConfigError(faults)
+    with prepare_progress(quiet=o.json) as progress:
+        report = merge(
+            o.input, o.output_prefix, multimodal=o.multimodal, overwrite=o.overwrite, progress=progress, stop=stop
+        )
+    if o.json:
+        tell([], {"verb": "merge-datasets", **asdict(report)})
+        return EXIT_OK
+    console = Console(highlight=False, soft_wrap=True)
+    rate = report.tokens / 1e6 / max(report.elapsed_s, 1e-9)
+    many = "corpora" if len(report.corpora) > 1 else "corpus"
+    for number, prefix in enumerate(report.corpora, 1):
+        console.print(f"{number}. {prefix}", markup=False)
+    console.print(
+        f"{report.output}: {report.sequences:,} sequences, {report.documents:,} documents, {report.tokens:,} tokens of "
+        f"{report.dtype} from {len(report.corpora):,} {many}; {report.elapsed_s:.1f} s, {rate:,.1f} million tokens/s",
+        markup=False,
+    )
+    if report.why_no_sidecar:
+        console.print(f"no {report.output}.json: {report.why_no_sidecar}", markup=False)
+    else:
+        digest = f", tokenizer digest {report.tokenizer_digest[:16]}" if report.tokenizer_digest else ""
+        console.print(f"unigram entropy {report.unigram_entropy:.4f} nats{digest}", markup=False)
+    return EXIT_OK

@@ -1,29 +1,67 @@
-"""The verb schedule."""
+"""`engine schedule`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from engine.errors import EXIT_OK, ConfigError, Fault, PlanError
 
-if TYPE_CHECKING:
-    from engine.cli.options import Schedule
+
+@dataclass
+class ScheduleOptions:
+    """Prove, simulate and draw pipeline schedules: named, searched, read from a file, or as a run has measured them.
+
+    Costs and memory are for a rank's share of the model, 1 / ranks of it, so that all schedules can be compared.
+    """
+
+    name: str = ""
+    """gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v or searched; empty: 1f1b"""
+    ranks: int = 4
+    """pipeline ranks"""
+    microbatches: int = 8
+    """microbatches of a step"""
+    chunks: int = 0
+    """stages on each rank; 0: what the schedule needs, 2 for interleaved, the better of 1 and 2 for searched"""
+    costs: str = ""
+    """time of a share's forward, input gradient and weight gradient, and of a message, such as f=1,i=1,w=1,comm=0.1
+    (left out: comm 0, others 1); f=1:1:1:1.5 for equal parts of the model in order, as many as ranks or a multiple"""
+    memory_cap: float | None = None
+    """most activations a rank may hold, in microbatches of a share: a limit for searched, a remark for the others"""
+    compare: tuple[str, ...] = ()
+    """names to draw under one another instead of --name"""
+    plan: Path | None = None
+    """file with a plan to prove and draw: text as --save writes it, or a .csv of torch.distributed.pipelining"""
+    run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """run folder: draw its measured step above the simulation with the costs measured in it; names that are given are
+    simulated with these costs too, for as many ranks and microbatches"""
+    output: Path = Path("schedule.png")
+    """picture; both .png and .svg are written"""
+    save: Path | None = None
+    """write the plan to this file, for --plan here or --parallel.schedule in training"""
+    text: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print the plan"""
+    seed: int = 0
+    """of the search: the same seed finds the same plan"""
+    iterations: int | None = None
+    """changes that the search tries on each of its best starts; left out: 4000, and fewer for large plans"""
 
 
-def schedule(args: list[str]) -> int:
-    """prove, simulate, draw, compare and search pipeline schedules"""
+def run(args: list[str]) -> int:
+    """Run the verb; returns the exit code."""
     import functools
 
-    import tyro
     from rich.console import Console
 
     from engine.cli import schedule_pages as report
-    from engine.cli.options import Schedule
     from engine.pipeline.schedules import load_plan
     from engine.pipeline.simulate import Costs
 
-    o = tyro.cli(Schedule, args=args, prog="engine schedule")
+    o = tyro.cli(ScheduleOptions, args=args, prog="engine schedule")
     if faults := list(_schedule_faults(o)):
         raise ConfigError(faults)
     names = o.compare or ((o.name,) if o.name else () if o.plan or o.run else ("1f1b",))
@@ -47,7 +85,7 @@ def schedule(args: list[str]) -> int:
     return EXIT_OK
 
 
-def _schedule_faults(o: Schedule) -> Iterator[Fault]:
+def _schedule_faults(o: ScheduleOptions) -> Iterator[Fault]:
     """What is wrong with the options of `engine schedule`."""
     import difflib
 

@@ -1,4 +1,4 @@
-"""Command-line options of `engine train`, made by tyro from the config schema.
+"""`engine train`. Its options are made by tyro from the config schema.
 
 They are read as text and checked together with the TOML files (engine.config.load), so that one run reports every fault
 wherever it stands.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Annotated, Any
 import tyro
 
 from engine.config.presets import PRESETS
+from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.util.signals import StopRequest
 
 _UNSET = "\0"
 
@@ -112,3 +115,60 @@ def _train_type() -> type:
         part = dataclasses.make_dataclass(f"{section.title()}Options", entries)
         named.append((section, part, dataclasses.field(default_factory=part)))
     return dataclasses.make_dataclass("TrainArguments", named)
+
+
+def run(args: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    stop = StopRequest()  # first: what follows takes seconds
+    options = parse_train(args, "engine train")
+    if options.world_size < 0 or (options.world_size and not options.dry_run):
+        text = (
+            "is not a number of ranks"
+            if options.world_size < 0
+            else "is for --dry-run; torchrun says how many there are"
+        )
+        raise ConfigError([Fault("", "--world-size", options.world_size, text, "Use 0 for what the degrees need.")])
+    if options.dry_run:
+        stop.release()
+        return _dry_run(options)
+    from engine.cli.output import outlive
+    from engine.config.load import load
+    from engine.data.samples.special import check
+    from engine.distributed.env import leave_code, read_env
+    from engine.distributed.launch import leave
+    from engine.distributed.launch import run as run_on_ranks
+    from engine.monitor.ending import Ending
+    from engine.train.loop import train
+    from engine.train.state import mesh_of
+
+    outlive()  # a run of weeks does not end because the terminal it was started from is closed
+    env = read_env()
+    try:
+        resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world, refuse_idle=True)
+        resolved = resolved.anchored()
+        mesh = mesh_of(resolved.config, env)
+        check(resolved.config)
+    except ConfigError as error:
+        leave_code(error.exit_code)
+        if env.rank > 0:  # every rank finds the same faults: rank 0 tells them, and torchrun then ends the others
+            stop.release()  # torchrun's SIGTERM ends the wait, or all would be told twice
+            time.sleep(30)
+        raise
+    ending = Ending(Path(resolved.config.run.dir))
+    code = run_on_ranks(lambda ctx: train(resolved, ctx, stop, ending), env, mesh, told=ending.write)
+    return leave(code, env)
+
+
+def _dry_run(options: TrainOptions) -> int:
+    from engine.config.load import load
+
+    world = options.world_size or None
+    resolved = load(options.files, options.overrides, unknown=options.unknown, world=world, refuse_idle=True)
+    from rich.console import Console
+
+    from engine.cli.dry_run import show  # needs torch: faults are told before
+    from engine.data.samples.special import check
+
+    check(resolved.config)
+    show(resolved, Console(), full=options.full)
+    return EXIT_OK

@@ -81,7 +81,7 @@ def worker(out: str, *arguments: str) -> None:
 
     stamps["import torch"] = [STARTED, time.time()]
     import engine.cli.main
-    import engine.cli.options
+    import engine.cli.prepare
     import engine.distributed.env
     import engine.distributed.launch
     import engine.train.loop

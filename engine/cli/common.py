@@ -1,0 +1,77 @@
+"""What several verbs share: words as options, progress that can be interrupted, and results as text or JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from engine.errors import ConfigError, Fault
+from engine.util.signals import Interrupts, interruptible
+
+
+class WordTuple(tuple[str, ...]):
+    """For tuple[str, ...], and Optional for X | None, tyro would import typeguard and with it unittest: 20 ms."""
+
+
+Words = Annotated[
+    WordTuple,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[STR [STR ...]]",
+        instance_from_str=WordTuple,
+        is_instance=lambda value: isinstance(value, WordTuple),
+        str_from_instance=list,
+    ),
+]
+NO_WORDS, TEXT = WordTuple(), WordTuple(("text",))
+
+
+def ends_on_signals(verb: Callable[[list[str], Interrupts], int]) -> Callable[[list[str]], int]:
+    """The verb, ended by signals with a line on how to go on."""
+
+    @functools.wraps(verb)
+    def run(args: list[str]) -> int:
+        with interruptible("nothing is written; give the same command again") as stop:
+            return verb(args, stop)
+
+    return run
+
+
+def single_process(verb: str) -> None:
+    """ConfigError where torchrun started several processes of a verb that runs on one."""
+    from engine.distributed.env import read_env
+
+    world = read_env().world
+    if world > 1:
+        fault = Fault(
+            "", "WORLD_SIZE", world, f"{verb} runs on one process", f"Start `engine {verb} ...` without torchrun."
+        )
+        raise ConfigError([fault])
+
+
+def tell(text: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
+    """Print lines of text, or, where they are given, the facts as one JSON object; numbers that are none are null."""
+    for line in text if facts is None else ():
+        print(line)
+    if facts is not None:
+        print(json.dumps(_finite(facts)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def shard_bytes(mib: float) -> int:
+    """--shard-mib in bytes."""
+    if not mib > 0:
+        raise ConfigError([Fault("", "--shard-mib", mib, "is not above 0", "The default is 4096.")])
+    return int(mib * 2**20)

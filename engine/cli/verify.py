@@ -1,0 +1,42 @@
+"""`engine verify`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from engine.cli.common import tell
+from engine.errors import EXIT_OK
+
+
+@dataclass
+class VerifyOptions:
+    """Check every file of a checkpoint against the digests in its manifest."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """run folder (its newest checkpoint) or step folder"""
+    secret: str = ""
+    """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print one JSON object instead of text"""
+
+
+def run(args: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+
+    from engine.checkpoint.format import find, prove_all, read_manifest
+    from engine.checkpoint.seal import storage_of
+
+    o = tyro.cli(VerifyOptions, args=args, prog="engine verify")
+    storage = storage_of(o.secret)
+    folder = find(o.checkpoint, storage)
+    manifest = read_manifest(folder, storage)
+    prove_all(folder, manifest, storage)
+    size = sum(entry.size for entry in manifest.files.values())
+    text = f"{folder}: step {manifest.step}, {len(manifest.files)} files, {size:,} bytes, every digest is right"
+    facts = {"verb": "verify", "checkpoint": str(folder), "step": manifest.step}
+    tell([text], facts | {"files": len(manifest.files), "bytes": size} if o.json else None)
+    return EXIT_OK

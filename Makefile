@@ -41,7 +41,7 @@ test-pythons:
 	PIP_ARGS="$(PIP_ARGS)" $(PYTHON) tools/pythons.py $(PYTHONS)
 
 # Where `make test` skips tests for want of something optional. What is missing still is told at the end.
-EXTRA_TESTS ?= $(addprefix tests/test_,clean.py clean_languages.py executors.py kill.py multinode.py disk.py cuda_binding.py fp8.py)
+EXTRA_TESTS ?= $(addprefix tests/,data/clean checkpoint/test_kill.py distributed/test_multinode.py data/prepare/test_disk.py csrc/test_cuda_binding.py ops/test_fp8.py)
 
 test-extras: build/extras/ready
 	@for tool in strace ip setpriv unshare sinfo; do command -v $$tool > /dev/null || echo "not installed: $$tool (apt-get install strace iproute2 util-linux slurm-wlm)"; done

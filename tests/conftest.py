@@ -1,4 +1,5 @@
-import sys
+"""What all tests share: fixtures, and the list of what did not run."""
+
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("tests.support")
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,14 @@ def for_all() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config that makes the scripts of examples/ train a tiny model."""
+    from tests.support.examples import tiny_config  # not at the top: it imports the engine
+
+    return tiny_config(tmp_path_factory.mktemp("tiny"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import config, layout_of, random_batches, resolve, same_bytes
-from harness import run_ranks
 
 import engine.train.loop as loop_module
 from engine.checkpoint import staging
@@ -32,6 +30,8 @@ from engine.train.loop import train
 from engine.train.step import TrainState, facts_of, setup, train_step
 from engine.util.files import locked
 from engine.util.signals import StopRequest
+from tests.support.cases import config, layout_of, random_batches, resolve, same_bytes
+from tests.support.harness import run_ranks
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import config, layout_of, random_batches
-from harness import run_ranks
 
 import engine.checkpoint.save as save_module
-from engine.checkpoint.format import complete_steps, damages, find, read_manifest, with_digest
+from engine.checkpoint.format import complete_steps, damages, find, read_manifest
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
 from engine.train.step import find_resume, resume, save_state, setup, train_step
+from tests.support.cases import config, layout_of, random_batches
+from tests.support.checkpoints import FACTS, TWO, as_step, reseal, save_one
 from tests.support.errors import raises
-
-FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
-TWO = config(2, parallel_tensor=2)
-
-
-def save_one(root: Path, cfg: Config = TWO, steps: int = 1) -> Path:
-    def job(ctx: ParallelContext) -> None:
-        state = setup(cfg, ctx)
-        for step in range(steps):
-            train_step(state, random_batches(cfg, ctx, step))
-            save_state(state, root, FACTS)
-
-    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
-    return root / f"step_{steps:08d}"
+from tests.support.harness import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +43,6 @@ def load(folder: Path, cfg: Config = TWO, facts: dict[str, Any] = FACTS) -> None
     assert all(refusals) or not any(refusals), "one rank failed and another did not"
     if refusals[0]:
         raise CheckpointError(*refusals[0])
-
-
-def reseal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Edit a manifest and give it the digest that it then has."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    del manifest["xxh3_128"]
-    edit(manifest)
-    path.write_bytes(with_digest(json.dumps(manifest).encode()))
-
-
-def as_step(saved: Path, root: Path, step: int) -> Path:
-    """A copy of a checkpoint that is one of another step."""
-    folder = Path(shutil.copytree(saved, root / f"step_{step:08d}"))
-    reseal(folder, lambda m: m.update(step=step))
-    return folder
 
 
 def test_a_good_one_loads(copy: Path) -> None:

@@ -1,7 +1,8 @@
 """A crash at any operation of a save, with any part of what was not synced lost: the old or the new checkpoint loads.
 
-The disk is a double in memory (tests/disk_double.py), which enumerates the states. After each: the newest checkpoint is
-the one before or the one being saved, whole, with its own values; the next save works and leaves nothing behind.
+The disk is a double in memory (tests/support/disk_double.py), which enumerates the states. After each: the newest
+checkpoint is the one before or the one being saved, whole, with its own values; the next save works and leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -10,79 +11,33 @@ import errno
 import os
 import random
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from disk_double import MemoryDisk, Op, crash_states, error
 
 from engine.checkpoint import retention
 from engine.checkpoint.format import damages, newest, read_manifest, step_dir
 from engine.checkpoint.load import Reader
-from engine.checkpoint.save import Saver, manifest_of, part_of, write_part
-from engine.checkpoint.storage import make_folders
-from engine.distributed.context import ParallelContext, make_context
-from engine.distributed.layout import Layout
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec
+from engine.checkpoint.save import Saver
 from engine.errors import CheckpointError
-from engine.optim.adamw import Held
+from tests.support.disk_double import MemoryDisk, Op, crash_states, error
 from tests.support.errors import raises
-
-ROOT = Path("/run/checkpoints")
-SHAPES = {"a.weight": (5, 6), "b.weight": (7,)}
-FACTS: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
-BLOCK = 100  # bytes: several blocks a tensor
-
-
-def context(world: int = 1, rank: int = 0) -> ParallelContext:
-    return make_context(Layout(world, data=world), rank, num_kv_heads=1, dtype=torch.float64)
-
-
-def values(step: int, kind: str, name: str, run: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{step} {kind} {name} {run}".encode()))
-    return torch.randn(SHAPES[name], generator=generator, dtype=torch.float64)
-
-
-def states(step: int, part: int = 0, parts: int = 1, run: int = 0) -> list[Held]:
-    """What one of several data ranks owns of a tiny model at a step; run: another one gives other values."""
-    found = []
-    for name, shape in SHAPES.items():
-        spec = ShardSpec((Chunk(name, shape[0]),), other=shape[1] if len(shape) > 1 else None)
-        p = Parameter(torch.empty(shape, dtype=torch.float64), spec)
-        begin, end = part * p.numel() // parts, (part + 1) * p.numel() // parts
-        for kind in ("model", "exp_avg", "exp_avg_sq"):
-            found.append(Held(kind, p, begin, values(step, kind, name, run).view(-1)[begin:end].clone()))
-    return found
+from tests.support.tiny_states import BLOCK, FACTS, FOLDER, SHAPES, context, save_by_two_ranks, states, values
 
 
 def save(disk: MemoryDisk, step: int, *, keep: int = 0, keep_every: int = 0, run: int = 0) -> tuple[str, ...]:
-    saver = Saver(ROOT, context(), keep=keep, keep_every=keep_every, storage=disk, block_bytes=BLOCK)
+    saver = Saver(FOLDER, context(), keep=keep, keep_every=keep_every, storage=disk, block_bytes=BLOCK)
     with saver:
         saver.start(states(step, run=run), step=step, facts=FACTS, background=bool(step % 2))
         return saver.finish().notes
 
 
-def save_by_two_ranks(disk: MemoryDisk, step: int) -> None:
-    """What two ranks do, in one of the orders it may happen."""
-    temporary = ROOT / f".step_{step:08d}.two-1.tmp"
-    retention.tidy(disk, ROOT, temporary)
-    make_folders(disk, ROOT)
-    disk.make_folder(temporary)
-    parts = []
-    for rank in (1, 0):
-        ctx = context(2, rank)
-        file = temporary / f"rank{rank:05d}.safetensors"
-        parts.append(write_part(disk, file, *part_of(states(step, rank, 2), ctx), block_bytes=BLOCK))
-    manifest = manifest_of(parts, context(2).layout, step, FACTS, BLOCK)
-    assert retention.commit(disk, temporary, step_dir(ROOT, step), manifest.encode()) is None
-
-
 def run_of(disk: MemoryDisk, step: int) -> int:
     """Which run's values a checkpoint holds, all of them; AssertionError for a mix."""
-    with Reader(step_dir(ROOT, step), disk) as reader:
+    with Reader(step_dir(FOLDER, step), disk) as reader:
         assert not list(damages(reader.folder, reader.manifest, disk))
         for run in (0, 1):
             same = {
@@ -99,7 +54,7 @@ def run_of(disk: MemoryDisk, step: int) -> int:
 def latest(disk: MemoryDisk) -> int | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of damaged ones that are left out
-        return newest(ROOT, disk)
+        return newest(FOLDER, disk)
 
 
 Action = Callable[[MemoryDisk], object]
@@ -119,12 +74,12 @@ def killed_save(disk: MemoryDisk) -> None:
     with raises(CheckpointError, "checkpoint.write-failed"):
         save(disk, 2, run=1)
     disk.before = lambda op: None
-    assert any(name.endswith(".tmp") for name in disk.list(ROOT))
+    assert any(name.endswith(".tmp") for name in disk.list(FOLDER))
 
 
 def damaged(disk: MemoryDisk) -> None:
     save(disk, 2, run=1)
-    disk.unlink(step_dir(ROOT, 2) / "rank00000.safetensors")
+    disk.unlink(step_dir(FOLDER, 2) / "rank00000.safetensors")
 
 
 # name -> (what is there before, what is saved, steps that may be the newest after a crash)
@@ -169,7 +124,7 @@ def enumerate_crashes(scenario: str, samples: int) -> tuple[int, int]:
         lossy += {p: f and f.data for p, f in state.tree.items()} != {p: f and f.data for p, f in disk.tree.items()}
         save(state, new or 1, keep=2)
         assert latest(state) == (new or 1) and run_of(state, new or 1) == 0
-        assert not [name for name in state.list(ROOT) if name.startswith(".")], "left behind"
+        assert not [name for name in state.list(FOLDER) if name.startswith(".")], "left behind"
     return states_seen, lossy
 
 
@@ -209,8 +164,8 @@ def test_deleting_before_the_new_one_is_durable_is_seen(monkeypatch: pytest.Monk
     real = retention.commit
 
     def early(disk: Any, temporary: Path, final: Path, manifest: bytes) -> Path | None:
-        if disk.stat(step_dir(ROOT, 2)) is not None:
-            disk.rename(step_dir(ROOT, 2), ROOT / ".step_00000002.deleted")
+        if disk.stat(step_dir(FOLDER, 2)) is not None:
+            disk.rename(step_dir(FOLDER, 2), FOLDER / ".step_00000002.deleted")
         return real(disk, temporary, final, manifest)
 
     monkeypatch.setattr("engine.checkpoint.save.commit", early)
@@ -226,7 +181,7 @@ def test_what_is_kept() -> None:
     disk.make_folder(Path("/run"))
     for step in range(1, 12):
         save(disk, step, keep=2, keep_every=4)
-    assert disk.list(ROOT) == [f"step_{step:08d}" for step in (4, 8, 10, 11)]
+    assert disk.list(FOLDER) == [f"step_{step:08d}" for step in (4, 8, 10, 11)]
 
 
 def test_going_back_sets_later_steps_aside_and_never_deletes_the_new_one() -> None:
@@ -235,7 +190,7 @@ def test_going_back_sets_later_steps_aside_and_never_deletes_the_new_one() -> No
     for step in (1, 5, 6):
         save(disk, step, run=1)
     notes = save(disk, 2, keep=2)
-    assert latest(disk) == 2 and disk.list(ROOT) == [
+    assert latest(disk) == 2 and disk.list(FOLDER) == [
         "abandoned_step_00000005",
         "abandoned_step_00000006",
         "step_00000001",
@@ -258,7 +213,7 @@ def test_nothing_is_deleted_when_the_new_one_reads_back_differently() -> None:
     disk.before = flip
     with raises(CheckpointError, "checkpoint.reads-back-differently", "rank00000.safetensors"):
         save(disk, 2, keep=1)
-    assert disk.list(ROOT) == ["step_00000001"] and run_of(disk, 1) == 0
+    assert disk.list(FOLDER) == ["step_00000001"] and run_of(disk, 1) == 0
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
@@ -285,7 +240,7 @@ def test_an_error_at_any_operation(code: int) -> None:
         except CheckpointError as error:
             told += 1
             assert os.strerror(code) in str(error) and "12,345 bytes free" in str(error)
-            assert "bytes wanted here" in str(error) and str(ROOT) in str(error)
+            assert "bytes wanted here" in str(error) and str(FOLDER) in str(error)
             assert latest(disk) in (2, 3) and run_of(disk, latest(disk) or 0) == 0
         if left > 0:
             break
@@ -294,6 +249,6 @@ def test_an_error_at_any_operation(code: int) -> None:
         if notes:
             assert "could not be cleaned up" in notes[0] and latest(disk) == 3
         save(disk, 3, keep=1)
-        assert disk.list(ROOT) == ["step_00000003"] and read_manifest(step_dir(ROOT, 3), disk).step == 3
+        assert disk.list(FOLDER) == ["step_00000003"] and read_manifest(step_dir(FOLDER, 3), disk).step == 3
     print(f"errors injected: {fired} fired, {told} saves refused, the others only failed to clean up")
     assert fired > 15 and told > 10

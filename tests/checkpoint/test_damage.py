@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from disk_double import File, MemoryDisk
-from test_crash import BLOCK, FACTS, ROOT, SHAPES, context, save_by_two_ranks, states, values
 
 from engine.checkpoint.format import MODEL, damages, find, read_manifest, step_dir, with_digest
 from engine.checkpoint.load import Reader, load_into
@@ -23,9 +21,11 @@ from engine.checkpoint.storage import DISK
 from engine.checkpoint.tensorfile import write_safetensors
 from engine.cli.main import main
 from engine.errors import CheckpointError
+from tests.support.disk_double import File, MemoryDisk
 from tests.support.errors import raises
+from tests.support.tiny_states import BLOCK, FACTS, FOLDER, SHAPES, context, save_by_two_ranks, states, values
 
-STEP = step_dir(ROOT, 2)
+STEP = step_dir(FOLDER, 2)
 FILES = ["manifest.json", "rank00000.safetensors", "rank00001.safetensors"]
 
 
@@ -103,7 +103,7 @@ def extra(disk: MemoryDisk, rng: random.Random) -> set[str]:
 def of_another_step(disk: MemoryDisk, rng: random.Random) -> set[str]:
     """The same file of the step before: same names, same shapes, same size."""
     name = rng.choice(FILES)
-    disk.tree[str(STEP / name)] = disk.tree[str(step_dir(ROOT, 1) / name)]
+    disk.tree[str(STEP / name)] = disk.tree[str(step_dir(FOLDER, 1) / name)]
     return {name}
 
 
@@ -111,7 +111,7 @@ def moved(disk: MemoryDisk, rng: random.Random) -> set[str]:
     """The whole folder under the name of another step."""
     for path in disk._below(str(STEP)):
         del disk.tree[path]
-    for path in disk._below(str(step_dir(ROOT, 1))):
+    for path in disk._below(str(step_dir(FOLDER, 1))):
         disk.tree[path.replace("step_00000001", "step_00000002")] = disk.tree[path]
     return {"manifest.json"}
 
@@ -163,7 +163,7 @@ DAMAGES: list[Damage] = [
 
 def whole() -> MemoryDisk:
     disk = MemoryDisk()
-    disk.make_folder(ROOT.parent)
+    disk.make_folder(FOLDER.parent)
     for step in (1, 2):
         save_by_two_ranks(disk, step)
     return disk

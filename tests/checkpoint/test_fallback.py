@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import config, layout_of, random_batches, weights_of
-from harness import run_ranks
 
 from engine.checkpoint.format import step_dir, steps_descending
 from engine.checkpoint.storage import Disk
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, DamageError, EngineError
 from engine.train.step import TrainState, go_on, save_state, setup, train_step
+from tests.support.cases import config, layout_of, random_batches, weights_of
+from tests.support.harness import run_ranks
 
 FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 

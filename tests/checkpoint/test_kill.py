@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
-from test_crash import FACTS, SHAPES, context, states, values
 
 from engine.checkpoint.format import damages, newest, step_dir
 from engine.checkpoint.load import Reader
@@ -28,6 +26,8 @@ from engine.distributed.layout import Layout
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.errors import EngineError
 from engine.optim.adamw import Held
+from tests.support.harness import run_ranks
+from tests.support.tiny_states import FACTS, SHAPES, context, states, values
 
 STRACE = shutil.which("strace")
 needs_strace = pytest.mark.skipif(not STRACE, reason="strace is not installed (apt-get install strace)")

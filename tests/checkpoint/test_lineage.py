@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import config, layout_of, random_batches
-from harness import run_ranks
 
 from engine.checkpoint.format import read_manifest
 from engine.checkpoint.lineage import DATA_FIELDS, ORDER_BEGIN, code_versions, field_of, tell
@@ -20,6 +18,8 @@ from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.train.step import resume, save_state, setup, train_step
+from tests.support.cases import config, layout_of, random_batches
+from tests.support.harness import run_ranks
 
 FACTS: dict[str, Any] = {
     "prefix": "x",

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import config, layout_of, random_batches
-from disk_double import MemoryDisk
-from harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +21,10 @@ from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, ConfigError, SecretError, WrongSecretError
 from engine.train.step import facts_of, resume, setup, start_from, train_step
 from engine.util.files import SEALED
+from tests.support.cases import config, layout_of, random_batches
+from tests.support.disk_double import MemoryDisk
 from tests.support.errors import raises
+from tests.support.harness import run_ranks
 
 SECRET, OTHER = bytes(range(32)), bytes(range(1, 33))
 FILE = Path("/rank.safetensors")

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_clean import document, jsonl, needs_extra
 
 from engine.data.prepare.run import prepare
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from engine.util.prefetch import map_ahead, read_ahead
 from engine.util.signals import Stopped
+from tests.support.texts import document, jsonl, needs_extra
 
 BUSY = """
 import hashlib, signal, sys, time

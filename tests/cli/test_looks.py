@@ -23,8 +23,8 @@ from engine.errors import out_of_memory
 from engine.monitor.metrics import read_metrics
 from engine.monitor.plot import names_apart, plot_loss
 from engine.monitor.progress import Progress, duration
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "examples/configs/llama-2-7b.toml"
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.data.samples.indexed_writer import IndexedWriter
-
-BIN = Path(sys.executable).parent
+from tests.support.command import finish, train
+from tests.support.paths import BIN
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +28,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.add((rng.integers(97) + np.arange(rng.integers(5, 200))) % 97)
         writer.finish({"text_bytes": 40000})
     return prefix
-
-
-def train(corpus: Path, run: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
-    command = [str(BIN / "engine")]
-    if ranks > 1:
-        command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", "engine"]
-    command += ["train", "--run.dir", str(run), "--data.train", str(corpus), "--model.preset", "micro"]
-    command += ["--model.vocab-size", "97", "--train.seq-len", "32", "--train.global-batch-size", "8"]
-    command += ["--optimizer.lr", "1e-2", "--monitor.tensorboard", "false", *options]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 90) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
 
 
 def records(run: Path) -> list[dict[str, float]]:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from engine.data.samples.indexed_writer import IndexedWriter
+from tests.support.paths import ROOT
 
 ENGINE = [sys.executable, "-m", "engine"]
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

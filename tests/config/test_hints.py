@@ -16,10 +16,10 @@ from engine.config.load import load
 from engine.config.peers import ENGINES
 from engine.config.schema import fields
 from engine.errors import ConfigError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-import coming_from  # noqa: E402
+import coming_from
 
 KNOWN = [f"{section}.{name}" for section, name, _ in fields()]
 OPTIONS = ("--config", "--dry-run")  # of engine train, beside the settings

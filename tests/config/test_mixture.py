@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import finish, train
 
 from engine.config.load import load
 from engine.config.mixture import read_mixture
@@ -19,6 +18,7 @@ from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader
 from engine.errors import ConfigError, DataError, Fault
+from tests.support.command import finish, train
 from tests.support.errors import raises
 
 
@@ -192,7 +192,7 @@ def test_one_corpus_stays_as_it_was(corpora: Path) -> None:
         "prefix": str(corpora / "web"),
         "num_documents": 150,
         "num_tokens": dataset.num_tokens,
-        "fingerprint": data.facts["fingerprint"],  # tests/test_lineage.py
+        "fingerprint": data.facts["fingerprint"],  # tests/checkpoint/test_lineage.py
         "tokenizer_digest": "t1",
     }
 

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assemble, layout_of, resolve, weights_of, worst
-from harness import run_ranks
 
 from engine.config.checks import relations
 from engine.config.schema import Config
@@ -24,6 +22,8 @@ from engine.errors import EngineError
 from engine.monitor.metrics import lacks_validation, read_metrics
 from engine.train.loop import train
 from engine.train.step import leave_behind, setup, train_step
+from tests.support.cases import assemble, layout_of, resolve, weights_of, worst
+from tests.support.harness import run_ranks
 
 BATCH = 8
 

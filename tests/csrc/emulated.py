@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc on the CPU (tests/cuda_emulator): compiling them, memory for them, calling them."""
+"""The CUDA kernels of csrc on the CPU (tests/csrc/cuda_emulator): compiling them, memory for them, calling them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-EMULATOR = ROOT / "tests/cuda_emulator"
+from tests.support.paths import ROOT
+
+EMULATOR = ROOT / "tests/csrc/cuda_emulator"
 # signed overflow, shifts, misaligned 16-byte accesses and the like end the process with a message on stderr
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 CHECKED = ["-fsanitize=alignment,signed-integer-overflow,shift,bounds", "-fno-sanitize-recover=all"]

@@ -1,4 +1,4 @@
-// Every CPU kernel on random shapes, for the sanitizers (tests/test_sanitized.py): each tensor is a heap block of its
+// Every CPU kernel on random shapes, for the sanitizers (tests/csrc/test_sanitized.py): each tensor is a heap block of its
 // exact size, so that a step beside it is seen; outputs begin as NaN, and every one of them must be written. Products and
 // attention run on all tiles that this processor has, and must agree.
 //

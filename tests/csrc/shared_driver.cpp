@@ -1,4 +1,4 @@
-// The ranks of a group as threads of one process, for the sanitizers (tests/test_shared_sanitized.py): random collectives
+// The ranks of a group as threads of one process, for the sanitizers (tests/csrc/test_shared_sanitized.py): random collectives
 // and messages over two links, several in flight and waited for in random order, each result compared with the one
 // computed plainly. Rings are tiny, so that most operations are larger than a ring and all of its edges are met.
 //

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import FLAGS, ROOT, run
-from test_sanitized import KERNELS
+
+from tests.csrc.emulated import FLAGS, ROOT, run
+from tests.csrc.sources import KERNELS
 
 NVCC = shutil.which("nvcc")
 # As setup.py builds the CPU kernels: sums that are not vectorised round more than the operators' tests allow.
@@ -54,7 +55,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns("_ops*", "__pycache__"))
     for name in ("tests", "pyproject.toml", "README.md"):
         (folder / name).symlink_to(ROOT / name)
-    csrc, emulator = ROOT / "csrc", ROOT / "tests/cuda_emulator"
+    csrc, emulator = ROOT / "csrc", ROOT / "tests/csrc/cuda_emulator"
     home = Path(torch.__file__).parent
     units = [*(p for p in csrc.glob("ops/*.cpp") if p.name != "stream.cpp"), *KERNELS, *csrc.rglob("*.cu")]
     units += [emulator / "torch/stream.cpp", emulator / "emulator.cpp"]
@@ -86,6 +87,6 @@ def test_the_operators_on_emulated_cuda(emulated: Path) -> None:
     )
     assert done.stdout == "8.0\n", done.stderr
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "600", "-m", "not heavy"]
-    command += ["tests/test_native_ops.py", "tests/test_op_boundaries.py"]
+    command += ["tests/ops/test_native.py", "tests/ops/test_boundaries.py"]
     done = subprocess.run(command, cwd=emulated, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run by the emulator of tests/cuda_emulator, against torch in float64.
+"""The CUDA kernels, run by the emulator of tests/csrc/cuda_emulator, against torch in float64.
 
 Sizes are drawn: zero rows, one value, widths that no pack divides, rows wider than what a thread keeps in registers,
 tensors that begin anywhere. Each call runs in two orders of its threads and blocks, and must give the same bits: a
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import ALL_CHECKED, CHECKED, ROOT, TYPES, Kernels, Memory, compile_emulated
-from test_ops import relative
 from torch import Tensor
+
+from tests.csrc.emulated import ALL_CHECKED, CHECKED, ROOT, TYPES, Kernels, Memory, compile_emulated
+from tests.support.numbers import relative
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 

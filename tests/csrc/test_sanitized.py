@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
-KERNELS = sorted((CSRC / "kernels/cpu").glob("*.cpp"))
+from tests.csrc.sources import CSRC, KERNELS
+from tests.support.paths import ROOT
+
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 SUITE = [
-    "tests/test_order.py",
-    "tests/test_blend.py",
-    "tests/test_fuzz.py",
-    "tests/test_indexed.py",
-    "tests/test_pack.py",
+    "tests/data/samples/test_order.py",
+    "tests/data/samples/test_blend.py",
+    "tests/data/samples/test_fuzz.py",
+    "tests/data/samples/test_indexed.py",
+    "tests/data/prepare/test_pack.py",
 ]
 # Memory that Python itself keeps to the end is no leak of ours; forks and time limits say nothing under a sanitizer.
 LEFT_OUT = "not heavy and not fork and not layout and not at_once and not fallback"
@@ -102,7 +102,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, [*KERNELS, ROOT / "tests/ops_driver.cpp"]))
+        objects = list(pool.map(build, [*KERNELS, ROOT / "tests/csrc/ops_driver.cpp"]))
     subprocess.run(["g++", *flags, *objects, "-o", str(folder / "driver")], check=True)
     return folder / "driver"
 

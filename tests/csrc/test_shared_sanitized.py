@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-UNITS = [*(ROOT / f"csrc/shared/{x}.cpp" for x in ("channel", "segment", "reduce")), ROOT / "tests/shared_driver.cpp"]
+from tests.support.paths import ROOT
+
+UNITS = [ROOT / f"csrc/shared/{x}.cpp" for x in ("channel", "segment", "reduce")]
+UNITS += [ROOT / "tests/csrc/shared_driver.cpp"]
 # Without clones: the loader picks too early. Fences, which this sanitizer does not know, order here only who sleeps.
 FLAGS = ["-std=c++20", "-O1", "-DNO_CLONES", "-fno-omit-frame-pointer", "-w", "-Wno-tsan"]
 THREAD = [*FLAGS, "-fsanitize=thread"]

@@ -2,69 +2,48 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
 
 from engine.distributed import context, failure, launch
 from engine.distributed.collectives import all_reduce_, gather_json, raise_together
 from engine.distributed.context import ParallelContext, make_context
-from engine.distributed.env import Env, read_env
-from engine.distributed.launch import Mesh, run
+from engine.distributed.env import Env
 from engine.distributed.layout import Layout
 from engine.errors import ConfigError, DataError, EngineError, Fault, TrainingError
 from engine.util import signals
 from engine.util.files import locked
 from engine.util.signals import StopRequest
 from tests.support.errors import raises
-
-CPU = torch.device("cpu")
-TWO = Layout(2, data=2)
-DAMAGED = "corpus.bin: 3 bytes at offset 12, expected 4: prepare it again"
-Job = Callable[[ParallelContext], int]
-
-
-def start(job: Job, env: Env, layout: Layout, timeout_s: float = 20.0, transport: str = "auto") -> int:
-    """launch.run as the command line calls it."""
-    return run(job, env, Mesh(layout, 1, torch.float32, CPU, timeout_s, transport))
-
-
-def last_rank_fails(ctx: ParallelContext) -> int:
-    if ctx.rank == ctx.layout.world - 1:
-        raise DataError(DAMAGED)
-    all_reduce_(torch.zeros(1), ctx.world)  # waits for a rank that will not come
-    return 0
-
+from tests.support.harness import run_ranks
+from tests.support.launched import CPU, DAMAGED, Ended, ended, forked, last_rank_fails, ranks, start
+from tests.support.paths import ROOT
 
 # -- the real thing ----------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path.insert(0, {root!r})
 from engine.distributed.env import read_env
-from test_launch import TWO, last_rank_fails, start
+from tests.support.launched import TWO, last_rank_fails, start
 sys.exit(start(last_rank_fails, read_env(), TWO))
 """
 
 
 def test_one_message_under_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parent.parent)))
+    script.write_text(SCRIPT.format(root=str(ROOT)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(torchrun, capture_output=True, text=True, timeout=110, check=False, env=env)
@@ -84,89 +63,6 @@ def test_one_message_under_torchrun(tmp_path: Path) -> None:
 def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quiet ranks stay for a second, for torchrun's summary; only the real torchrun needs that."""
     monkeypatch.setattr(failure, "_LINGER_S", 0.0)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a rank ended: its exit code (negative: the signal that killed it) and what it said."""
-
-    code: int
-    text: str
-
-
-@contextmanager
-def forked(body: Callable[[], int], log: Path) -> Iterator[int]:
-    """Run body in a child whose output goes into `log`; its result is the exit code. Gives the process id.
-
-    This process stays without threads: a child that inherits a lock of the C library in another thread's hand hangs.
-    """
-    pid = os.fork()
-    if pid == 0:
-        try:
-            fd = os.open(log, os.O_WRONLY | os.O_CREAT)
-            os.dup2(fd, 1)
-            os.dup2(fd, 2)
-            sys.stdout = sys.stderr = os.fdopen(fd, "w", buffering=1)
-            os._exit(body())
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-        os._exit(99)
-    try:
-        yield pid
-    finally:
-        with suppress(ProcessLookupError):  # it has been waited for, as it should
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def ended(pid: int, log: Path) -> Ended:
-    return Ended(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), log.read_text())
-
-
-def ranks(
-    job: Job,
-    tmp_path: Path,
-    world: int = 2,
-    transport: str = "auto",
-    *,
-    layout: Layout | None = None,
-    timeout_s: float = 20.0,
-    stopped: int | None = None,
-) -> list[Ended]:
-    """Run a job on forked ranks, with the environment that torchrun's agent gives them and its store beside them.
-
-    stopped: a rank that does not end by itself and is killed when the others have.
-    """
-    reader, writer = os.pipe()
-
-    def agent() -> int:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        os.write(writer, str(store.port).encode())
-        time.sleep(60)
-        return 0
-
-    def body(rank: int, port: str) -> int:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
-        return start(job, read_env(), layout or Layout(world, data=world), timeout_s, transport)
-
-    logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
-    with ExitStack() as stack:
-        stack.enter_context(forked(agent, tmp_path / "agent.log"))
-        port = os.read(reader, 20).decode()
-        pids = [stack.enter_context(forked(functools.partial(body, rank, port), log)) for rank, log in enumerate(logs)]
-        order = sorted(range(world), key=lambda rank: rank == stopped)
-        found = {}
-        for rank in order:
-            if rank == stopped:
-                os.kill(pids[rank], signal.SIGKILL)
-            found[rank] = ended(pids[rank], logs[rank])
-        results = [found[rank] for rank in range(world)]
-    os.close(reader)
-    os.close(writer)
-    return results
 
 
 def test_success(tmp_path: Path) -> None:

@@ -19,55 +19,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed import network
 from engine.distributed.env import Env
 from engine.errors import ConfigError
 from tests.support.errors import raises
+from tests.support.examples import PORT, SCRIPT, SLURM, environment, losses
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT, SLURM = ROOT / "examples/pretrain_7b.sh", ROOT / "examples/pretrain_7b.slurm"
 CONFIG = ROOT / "examples/configs/llama-2-7b.toml"
-BIN = Path(sys.executable).parent
 TIMEOUT_S = 8
-PORT = str(20000 + os.getpid() % 10000)  # hosts have theirs to themselves; on this machine others may listen
 CPU = torch.device("cpu")
-
-TINY = """
-[model]
-preset = "micro"
-vocab_size = 97
-[parallel]
-tensor = 2
-pipeline = 1
-timeout_s = 60
-[train]
-global_batch_size = 8
-seq_len = 32
-precision = "fp64"
-[optimizer]
-lr = 1e-2
-[lr_schedule]
-kind = "constant"
-warmup_steps = 0
-[data]
-train = "{corpus}"
-valid = ""
-tokenizer = ""
-[monitor]
-tensorboard = false
-"""
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This process's environment without what a launcher may have left in it, and with the tools of this Python."""
-    names = ("RANK", "WORLD_SIZE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE")
-    kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith("SLURM_")}
-    return kept | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | more
 
 
 @dataclass(frozen=True)
@@ -114,20 +78,6 @@ def hosts() -> Iterator[list[Host]]:
             subprocess.run(["ip", "netns", "delete", host.name], check=False, capture_output=True)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config that makes the 7B script train a tiny float64 model on a corpus that counts."""
-    folder = tmp_path_factory.mktemp("tiny")
-    rng = np.random.default_rng(0)
-    with IndexedWriter(folder / "counting", vocab_size=97) as writer:
-        for _ in range(200):
-            writer.add((rng.integers(97) + np.arange(rng.integers(5, 200))) % 97)
-        writer.finish({"text_bytes": 40000})
-    config = folder / "tiny.toml"
-    config.write_text(TINY.format(corpus=folder / "counting"))
-    return config
-
-
 @contextmanager
 def started(hosts: list[Host], config: Path, run: Path, *options: str) -> Iterator[list[subprocess.Popen[str]]]:
     """The script on every host, two ranks each: gives the processes, kills what is left of them."""
@@ -169,14 +119,6 @@ def codes(nodes: list[subprocess.Popen[str]], timeout_s: float = 200) -> list[in
 def output(run: Path) -> list[str]:
     """What each node said."""
     return [path.read_text() for path in sorted(run.parent.glob(f"{run.name}.*.log"))]
-
-
-def losses(run: Path) -> list[float]:
-    """The loss of every step, which must be there once each and in order."""
-    path = run / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
-    return [r["loss"] for r in records]
 
 
 def wait_for_steps(run: Path, nodes: list[subprocess.Popen[str]], steps: int) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import config
 
 from engine.data.samples.order import derive_key
 from engine.distributed.rng import generator, seed_for
 from engine.errors import ConfigError
+from tests.support.cases import config
 
 
 def test_torch_takes_32_bits_of_a_seed_and_ours_have_no_more() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assemble, config, pieces_of, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec, initialise_, new_parameter, parameters
 from engine.model.transformer import Transformer, stage_shapes, tensor_shapes
+from tests.support.cases import assemble, config, pieces_of, worst
 
 
 def contexts(layout: Layout, num_kv_heads: int = 1 << 20, **options: Any) -> list[ParallelContext]:

@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
-from test_launch import ranks as launched
 from torch import Tensor
 
 from engine.distributed import launch
@@ -36,6 +34,8 @@ from engine.distributed.collectives import (
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.errors import ConfigError
+from tests.support.harness import run_ranks
+from tests.support.launched import ranks as launched
 
 pytestmark = pytest.mark.skipif(shared.load()[0] is None, reason=shared.load()[1])
 

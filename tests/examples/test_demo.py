@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-DEMO = Path(__file__).resolve().parent.parent / "examples/quickstart/demo.py"
+from tests.support.paths import ROOT
+
+DEMO = ROOT / "examples/quickstart/demo.py"
 
 
 @pytest.mark.timeout(900)

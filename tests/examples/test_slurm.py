@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_multinode import PORT, ROOT, SLURM, environment, losses
-from test_multinode import tiny as tiny  # a fixture
+
+from tests.support.examples import PORT, ROOT, SLURM, environment, losses
 
 SLURM_CONF = """
 ClusterName=engine

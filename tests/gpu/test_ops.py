@@ -1,53 +1,38 @@
-"""The tests of the operators, the same functions, on a GPU: their random tensors are put there instead."""
+"""The checks of the operators on a GPU, and what only a GPU has: streams, tensors of two devices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import test_native_ops
-import test_ops
 import torch
-from test_native_ops import (  # noqa: F401
-    test_a_norm_after_a_sum_is_the_two_in_turn,
-    test_adamw,
-    test_bf16_rounds_as_torch_does,
-    test_kernels_equal_the_float64_reference,
-    test_references_run_where_kernels_are_refused,
-    test_softmax_ways_agree,
-)
-from test_ops import (  # noqa: F401
-    test_other_norms,
-    test_part_of_a_head_is_rotated,
-    test_rms_norm,
-    test_rms_norm_of_tiny_and_huge_rows,
-    test_rope,
-)
 
 from engine.cli import selftest
 from engine.ops import native
 from engine.ops.norm import rms_norm
+from tests.support.numbers import randn
+from tests.support.op_checks import CASES
 
 GPU = torch.device("cuda", 0)
 WHY_NOT = native.why_no_cuda(GPU) if torch.cuda.is_available() else "there is no GPU"
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+EVERY = [
+    pytest.param(check, case, id="-".join(map(str, (check.__name__, *case))))
+    for check, cases in CASES.items()
+    for case in cases
+]
 
 
 @pytest.fixture(autouse=True)
-def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Numbers are drawn on the CPU, then moved; what else a test makes is made on the GPU."""
-    drawn = test_ops.randn
-
-    def moved(*shape: int, **how: Any) -> torch.Tensor:
-        with torch.device("cpu"):
-            x = drawn(*shape, **how)
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU).copy_(x)
-
-    for module in (test_ops, test_native_ops):
-        monkeypatch.setattr(module, "randn", moved)
+def on_the_gpu() -> Iterator[None]:
     with GPU:
         yield
+
+
+@pytest.mark.parametrize(("check", "case"), EVERY)
+def test_an_operator(check: Callable[..., None], case: tuple[Any, ...]) -> None:
+    check(*case)
 
 
 def test_each_op_of_the_doctor_runs_on_our_kernels() -> None:
@@ -71,7 +56,7 @@ def test_kernels_go_to_the_current_stream() -> None:
 
 
 def test_the_same_bits_again() -> None:
-    x, w = test_native_ops.randn(3000, 1000).float(), test_native_ops.randn(1000, seed=1).float()
+    x, w = randn(3000, 1000).float(), randn(1000, seed=1).float()
     ops = native.load()[0]
     scale = ops.rms_norm(x, w, 1e-5, 0.0)[1]
     one, two = (ops.rms_norm_backward(x.flip(0), None, x, w, scale, 0.0) for _ in range(2))

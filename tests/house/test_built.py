@@ -23,8 +23,7 @@ from engine.cli import main as cli
 from engine.data.samples import stream
 from engine.ops import native
 from engine.util import build_notes as built
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
 
 # A module may import modules of earlier rows, and those of its own package in its own row. A package without a dot
 # stands for all its modules. No module may be missing: where it belongs is decided when it is written.
@@ -292,6 +292,13 @@ def texts_name_their_encoding(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"{module}: line {node.lineno}: {name} without an encoding"
 
 
+def no_test_is_imported(module: str, tree: ast.AST) -> Iterator[str]:
+    """No test module or test is imported: what two test modules need is in tests/support."""
+    for name in imported(tree):
+        if any(part.startswith("test_") for part in name.split(".")):
+            yield f"{module} imports {name}: share it through tests/support"
+
+
 _TEXT_IS_NO_PIPE = ("document", "sample", "update")  # calls whose argument `text` is one
 
 STRUCTURE: tuple[Rule, ...] = (
@@ -344,6 +351,12 @@ def test_the_table_names_only_what_exists() -> None:
         assert name in ENGINE
 
 
+def test_no_test_module_imports_another() -> None:
+    trees = sources(ROOT / "tests")
+    assert len(trees) > 80 and {"ops.test_ops", "support.harness"} <= trees.keys()
+    assert [text for module, tree in trees.items() for text in no_test_is_imported(module, tree)] == []
+
+
 PLANTED: list[tuple[Rule, str, str]] = [
     (imports_point_down, "distributed.collectives", "from engine.train.step import setup"),
     (imports_point_down, "model.layers", "from engine.pipeline.executor import execute"),
@@ -386,6 +399,10 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (collectives_in_distributed_only, "parallel.gradients", "import torch.distributed as dist\ndist.all_reduce(x)"),
     (collectives_in_distributed_only, "parallel.gradients", "from torch.distributed import all_reduce"),
     (collectives_in_distributed_only, "model.layers", "import torch as t\nt.distributed.barrier()"),
+    (no_test_is_imported, "gpu.test_ops", "from tests.ops.test_ops import randn"),
+    (no_test_is_imported, "gpu.test_ops", "from tests.ops import test_ops"),
+    (no_test_is_imported, "gpu.test_ops", "import test_ops"),
+    (no_test_is_imported, "ops.test_native", "from tests.support.numbers import test_rope"),
     (texts_name_their_encoding, "distributed.collectives", "open(name)"),
     (texts_name_their_encoding, "distributed.collectives", "open(name, 'w')"),
     (texts_name_their_encoding, "distributed.collectives", "path.open()"),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
+
 TRAIN = "train --model.preset micro --data.train c-train --data.valid c-valid --data.tokenizer tok --train.steps 3"
 # An editable install beside the tests finds in the tree the submodules that the installed package lacks.
 NO_EDITABLE = """import sys

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import save
 from safetensors.torch import save_file
-from test_hf import tensors_of
-from test_hf_config import rewrite
 
 from engine.cli.main import main
 from engine.errors import CheckpointError
 from engine.inference.compare import compare_with_transformers
 from engine.interop.convert import export, import_folder
 from engine.interop.huggingface.weights import SINGLE
+from tests.support.hf_folders import rewrite, tensors_of
+from tests.support.hf_models import save
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assemble, config, gradients_of, layout_of, worst
-from harness import run_ranks
 
 from engine.batch import Documents
 from engine.config.schema import Config
@@ -20,6 +18,8 @@ from engine.data.samples.loader import Loader, MicroBatch
 from engine.distributed.context import ParallelContext
 from engine.train.evaluate import Evaluator
 from engine.train.step import setup, train_step
+from tests.support.cases import assemble, config, gradients_of, layout_of, worst
+from tests.support.harness import run_ranks
 
 S, EOD = 16, 60
 LENGTHS = [[5, 11], [16], [1, 1, 14], [7, 8, 1]]  # of the documents of each row, the closing token included

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
-from harness import run_ranks
 
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
@@ -21,6 +19,8 @@ from engine.distributed.rng import generator
 from engine.model.transformer import num_parameters, tensor_shapes
 from engine.planner.flops import flops_per_token
 from engine.train.step import TrainState, setup, train_step
+from tests.support.cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
+from tests.support.harness import run_ranks
 
 STEPS = 3
 BIASES = {"model_qkv_bias": True, "model_attention_out_bias": True, "model_mlp_bias": True}

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import layout_of, resolve
 
 from engine.checkpoint.format import newest
 from engine.checkpoint.storage import DISK, remove_tree
@@ -29,9 +28,9 @@ from engine.monitor.ending import Ending
 from engine.monitor.plot import plot_loss
 from engine.train import loop
 from engine.train.step import StepResult, TrainState, train_step
+from tests.support.cases import layout_of, resolve
 from tests.support.errors import raises
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
 
 
 def test_names_and_output_are_utf8_whatever_the_locale(tmp_path: Path) -> None:

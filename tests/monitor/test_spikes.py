@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import layout_of, resolve
-from harness import run_ranks
-from test_checkpoint import as_step, save_one
 
 from engine.checkpoint.format import complete_steps
 from engine.checkpoint.retention import forget_old
@@ -23,6 +20,9 @@ from engine.monitor.metrics import read_metrics
 from engine.monitor.spikes import CALM, SpikeWatch
 from engine.train import loop
 from engine.train.step import StepResult, TrainState, train_step
+from tests.support.cases import layout_of, resolve
+from tests.support.checkpoints import as_step, save_one
+from tests.support.harness import run_ranks
 
 
 def feed(watch: SpikeWatch, losses: list[float], first: int = 1) -> list[int]:

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, layout_of
-from harness import run_ranks
 from torch import Tensor
 
 from engine.batch import Documents
@@ -24,7 +22,9 @@ from engine.ops import attention
 from engine.ops.attention import IMPLEMENTATIONS, Case, causal_attention, choose, refusal
 from engine.train import step as train
 from engine.train.step import setup
+from tests.support.cases import config, layout_of
 from tests.support.errors import raises
+from tests.support.harness import run_ranks
 
 BF16, HOPPER, AMPERE = torch.bfloat16, (9, 0), (8, 0)
 ALL_THERE: dict[str, str] = {}

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
-from harness import run_ranks
 
 from engine.config.schema import Config
 from engine.distributed.collectives import all_reduce_
@@ -18,6 +16,8 @@ from engine.ops.compile import compiled
 from engine.pipeline.executor import execute
 from engine.pipeline.schedules import forward_only
 from engine.train.step import setup, train_step
+from tests.support.cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
+from tests.support.harness import run_ranks
 
 
 def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MODEL, assemble, config, gradients_of, layout_of, random_batches, worst
-from harness import run_ranks
 
 from engine.config.checks import relations
 from engine.config.schema import Config
@@ -21,7 +19,9 @@ from engine.ops import fp8
 from engine.ops.fp8 import E4M3, E5M2, Fp8, Scaled, _multiply, _quantize, _quantize_t
 from engine.ops.matmul import PLAIN
 from engine.train.step import setup, train_step
+from tests.support.cases import MODEL, assemble, config, gradients_of, layout_of, random_batches, worst
 from tests.support.errors import raises
+from tests.support.harness import run_ranks
 
 BF16 = torch.bfloat16
 ROUNDING = {E4M3: 2.0**-4, E5M2: 2.0**-3}  # half a unit in the last place, relative

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import run_ranks
-from test_ops import CTX, DTYPES, TOLERANCE, like, parameter, randn, relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,19 +18,11 @@ from engine.distributed.layout import Layout
 from engine.ops import loss as loss_module
 from engine.ops import native
 from engine.ops.loss import VocabSlice, linear_cross_entropy
+from tests.support.harness import run_ranks
+from tests.support.numbers import CTX, DTYPES, TOLERANCE, ids, like, parameter, randn, relative, whole
 
 ALONE = CTX.alone
 WAYS = pytest.mark.parametrize("kernels", [True, False], ids=["own", "torch"])
-
-
-def whole(x: Tensor, weight: Any, targets: Tensor, weights: Tensor) -> Tensor:
-    """On one rank, without padding."""
-    part = VocabSlice(0, len(weight), ALONE)
-    return linear_cross_entropy(x, weight, targets, weights, part, ALONE, ALONE)
-
-
-def ids(vocab: int, *shape: int) -> Tensor:
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(1))
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

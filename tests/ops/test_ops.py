@@ -3,154 +3,71 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from harness import run_ranks
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from engine.distributed.context import Axis, ParallelContext, make_context
+from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.ops.activation import activation, gated
 from engine.ops.attention import causal_attention
 from engine.ops.embedding import embedding
 from engine.ops.linear import linear
-from engine.ops.norm import layer_norm, rms_norm, spread_rms_norm
-from engine.ops.rope import rope, rope_table
-
-CTX = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
-# largest difference allowed, relative to the largest value of the reference
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-Op = Callable[..., Tensor]
-
-
-def randn(*shape: int, seed: int = 0, layout: str = "plain") -> Tensor:
-    """float64 normal numbers; `layout` chooses strides: plain, transposed (first two dims), or every second column."""
-    gen = torch.Generator().manual_seed(seed)
-    if layout == "transposed":
-        return torch.randn(shape[1], shape[0], *shape[2:], generator=gen, dtype=torch.float64).transpose(0, 1)
-    if layout == "sliced":
-        return torch.randn(*shape[:-1], 2 * shape[-1], generator=gen, dtype=torch.float64)[..., ::2]
-    return torch.randn(*shape, generator=gen, dtype=torch.float64)
-
-
-def like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A leaf of the same values and strides in another dtype."""
-    y = torch.empty_strided(x.shape, x.stride(), dtype=dtype)
-    return y.copy_(x).requires_grad_()
-
-
-def relative(a: Tensor, b: Tensor, floor: float = 1e-300) -> float:
-    """Largest difference, relative to the largest value of `b` or to `floor`."""
-    assert a.shape == b.shape
-    assert torch.isfinite(a).all()
-    return float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max().clamp_min(floor))
-
-
-def agree(
-    op: Op,
-    reference: Op,
-    inputs: Sequence[Tensor],
-    dtype: torch.dtype,
-    grad_layout: str = "plain",
-    floor: float = 1e-300,
-) -> None:
-    """op in `dtype` and reference in float64, on the same (rounded) inputs and upstream gradient."""
-    mine = [like(x, dtype) for x in inputs]
-    theirs = [x.detach().double().requires_grad_() for x in mine]
-    before = [x.detach().clone() for x in mine]
-    out, expected = op(*mine), reference(*theirs)
-    grad = randn(*expected.shape, seed=99, layout=grad_layout).to(dtype)
-    kept = grad.clone()
-    got = torch.autograd.grad(out, mine, grad)
-    want = torch.autograd.grad(expected, theirs, grad.double())
-    assert out.dtype == dtype and all(x.dtype == dtype for x in got)
-    assert relative(out, expected) < TOLERANCE[dtype]
-    for number, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert relative(a, b, floor) < TOLERANCE[dtype], f"gradient of input {number}"
-    assert torch.equal(grad, kept), "the upstream gradient was changed"
-    assert all(torch.equal(a, b) for a, b in zip(mine, before, strict=True)), "an input was changed"
-
+from engine.ops.rope import rope_table
+from tests.support import op_checks
+from tests.support.harness import run_ranks
+from tests.support.numbers import (
+    CTX,
+    DTYPES,
+    TOLERANCE,
+    agree,
+    attention_reference,
+    like,
+    parameter,
+    randn,
+    relative,
+    rope_reference,
+    swiglu_reference,
+)
+from tests.support.op_checks import rope_op
 
 # -- RMSNorm ----------------------------------------------------------------------------------------------------------
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-@DTYPES
-@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
-@pytest.mark.parametrize("shape", [(5, 1, 7), (3, 2, 33), (1, 1, 3), (2, 3, 4, 6)], ids=str)
+@op_checks.over_cases(op_checks.check_rms_norm)
 def test_rms_norm(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    inputs = (randn(*shape, layout=layout), randn(shape[-1], seed=1))
-    agree(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), inputs, dtype, layout)
+    op_checks.check_rms_norm(shape, layout, dtype)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@op_checks.over_cases(op_checks.check_rms_norm_of_tiny_and_huge_rows)
 def test_rms_norm_of_tiny_and_huge_rows(scale: float) -> None:
-    """eps matters for the one, overflow of x^2 would for the other; a row of zeros stays zero with finite gradients."""
-    x = randn(4, 1, 8) * scale
-    x[1] = 0
-    op, reference = (functools.partial(f, eps=1e-6) for f in (rms_norm, rms_norm_reference))
-    agree(op, reference, (x, randn(8, seed=1)), torch.float32)
+    op_checks.check_rms_norm_of_tiny_and_huge_rows(scale)
 
 
-@DTYPES
-@pytest.mark.parametrize("shape", [(5, 1, 7), (2, 3, 4, 6)], ids=str)
+@op_checks.over_cases(op_checks.check_other_norms)
 def test_other_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Scaled by 1 + weight; over a dim that is cut, here in one part; with mean and bias."""
-    x, w = randn(*shape), randn(shape[-1], seed=1)
-    scaled = lambda x, w: rms_norm_reference(x, 1 + w, 1e-5)  # noqa: E731
-    agree(lambda x, w: rms_norm(x, w, 1e-5, 1.0), scaled, (x, w), dtype)
-    alone = Axis("tensor", 1, 0, (0,), None)
-    spread = lambda x, w: spread_rms_norm(x, w, 1e-5, alone, 1)  # noqa: E731
-    agree(spread, lambda x, w: rms_norm_reference(x, w, 1e-5), (x, w), dtype)
-
-    def plain(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5) * w + b
-
-    agree(lambda x, w, b: layer_norm(x, w, b, 1e-5), plain, (x, w, randn(shape[-1], seed=2)), dtype)
+    op_checks.check_other_norms(shape, dtype)
 
 
 def test_rms_norm_gradcheck() -> None:
-    assert gradcheck(
-        lambda x, w: rms_norm(x, w, 1e-3), (like(randn(3, 2, 5), torch.float64), like(randn(5), torch.float64))
-    )
+    op_checks.check_rms_norm_gradcheck()
 
 
 # -- RoPE -------------------------------------------------------------------------------------------------------------
 
 
-def rope_reference(x: Tensor, theta: float) -> Tensor:
-    """Hugging Face's rotate_half on [b, n, s, d], angles from numpy."""
-    s, d = x.shape[-2:]
-    angle = np.arange(s)[:, None] / theta ** (np.arange(0, d, 2) / d)
-    angle = torch.from_numpy(np.concatenate([angle, angle], -1)).to(x.device)
-    half = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
-    return x * angle.cos() + half * angle.sin()
-
-
-def rope_op(x: Tensor, theta: float) -> Tensor:
-    s, d = x.shape[-2:]
-    return rope(x, rope_table(s + 3, d, theta, x.device, x.dtype)[:, :s])
-
-
-@DTYPES
-@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
-@pytest.mark.parametrize("shape", [(1, 3, 5, 6), (2, 1, 7, 2), (1, 1, 1, 10)], ids=str)
+@op_checks.over_cases(op_checks.check_rope)
 def test_rope(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    op, reference = (functools.partial(f, theta=100.0) for f in (rope_op, rope_reference))
-    agree(op, reference, (randn(*shape, layout=layout),), dtype, layout)
+    op_checks.check_rope(shape, layout, dtype)
+
+
+@op_checks.over_cases(op_checks.check_part_of_a_head_is_rotated)
+def test_part_of_a_head_is_rotated(width: int, dtype: torch.dtype) -> None:
+    op_checks.check_part_of_a_head_is_rotated(width, dtype)
 
 
 def test_rope_lays_out_for_attention() -> None:
@@ -173,22 +90,6 @@ def test_rope_gradcheck() -> None:
     assert gradcheck(lambda x: rope_op(x, 20.0), (like(randn(1, 2, 4, 4), torch.float64),))
 
 
-@DTYPES
-@pytest.mark.parametrize("width", [0, 2, 4, 6])
-def test_part_of_a_head_is_rotated(width: int, dtype: torch.dtype) -> None:
-    """The first values; the rest stays as it is, to the bit. None of them: a copy, laid out for attention."""
-    x = randn(2, 3, 5, 6)
-
-    def op(x: Tensor) -> Tensor:
-        return rope(x, rope_table(5, width, 100.0, x.device, x.dtype))
-
-    def reference(x: Tensor) -> Tensor:
-        return torch.cat([rope_reference(x[..., :width], 100.0), x[..., width:]], -1) if width else x
-
-    agree(op, reference, (x,), dtype)
-    assert torch.equal(op(x)[..., width:], x[..., width:])
-
-
 def test_rope_table_keeps_float32_positions_for_bf16_models() -> None:
     table = rope_table(4096, 8, 10000.0, torch.device("cpu"), torch.bfloat16)
     exact = torch.cos(torch.arange(4096, dtype=torch.float64))
@@ -199,11 +100,6 @@ def test_rope_table_keeps_float32_positions_for_bf16_models() -> None:
 
 
 swiglu = functools.partial(gated, name="silu")
-
-
-def swiglu_reference(fused: Tensor) -> Tensor:
-    gate, up = fused.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 @DTYPES
@@ -242,18 +138,6 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[b, n, s, d] -> [s, b, n * d], head by head, with the mask written out."""
-    b, n, s, d = q.shape
-    future = torch.ones(s, s, dtype=torch.bool).triu(1)
-    heads = []
-    for i in range(n):
-        j = i * k.shape[1] // n
-        scores = (q[:, i] @ k[:, j].transpose(1, 2) / d**0.5).masked_fill(future, -torch.inf)
-        heads.append((scores.softmax(-1) @ v[:, j]).transpose(0, 1))
-    return torch.stack(heads, 2).reshape(s, b, n * d)
-
-
 @DTYPES
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
 @pytest.mark.parametrize(
@@ -274,17 +158,10 @@ def test_attention_does_not_look_ahead() -> None:
 
 
 def test_attention_gradcheck() -> None:
-    assert gradcheck(causal_attention, tuple(like(randn(1, n, 3, 2, seed=n), torch.float64) for n in (2, 1, 1)))
+    op_checks.check_attention_gradcheck()
 
 
 # -- linear and embedding: gradients go into the bucket ----------------------------------------------------------------
-
-
-def parameter(values: Tensor, dtype: torch.dtype = torch.float64, main: torch.dtype | None = None) -> Parameter:
-    """A parameter with, if `main` is given, a main gradient of that dtype that holds ones."""
-    p = Parameter(values.to(dtype), ShardSpec((Chunk("w", values.shape[0]),), other=values.shape[1]))
-    p.main_grad = None if main is None else torch.ones(values.shape, dtype=main)
-    return p
 
 
 @DTYPES

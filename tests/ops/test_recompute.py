@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, layout_of, random_batches
-from harness import run_ranks
 
 from engine.data.samples.loader import MicroBatch
 from engine.distributed.context import ParallelContext
 from engine.model.transformer import Block
 from engine.train.step import setup, train_step
+from tests.support.cases import config, layout_of, random_batches
+from tests.support.harness import run_ranks
 
 S, B, H, F, LAYERS = 32, 2, 64, 192, 4
 SIZES: dict[str, Any] = {

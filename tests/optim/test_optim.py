@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, layout_of, random_batches
-from harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,6 +29,8 @@ from engine.optim.lr import learning_rate
 from engine.parallel.gradients import GradBuckets, make_buckets
 from engine.planner.flops import flops_per_token, matmul_parameters
 from engine.train.step import setup, train_step
+from tests.support.cases import config, layout_of, random_batches
+from tests.support.harness import run_ranks
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assemble, config, gradients_of, held_pieces, layout_of, random_batches, worst
-from harness import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +18,8 @@ from engine.errors import TrainingError
 from engine.optim.lr import learning_rate
 from engine.optim.precision import PRECISIONS, LossScale
 from engine.train.step import changed_since, resume, save_state, setup, train_step
+from tests.support.cases import assemble, config, gradients_of, held_pieces, layout_of, random_batches, worst
+from tests.support.harness import run_ranks
 
 FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cases import config, layout_of, random_batches
-from harness import run_ranks
 
 import engine.pipeline.executor as executor_module
 import engine.pipeline.trace as trace_module
@@ -18,6 +16,8 @@ from engine.pipeline.actions import Op
 from engine.pipeline.timeline import read_timeline
 from engine.pipeline.trace import clock_offset, write_timeline
 from engine.train.step import setup, train_step
+from tests.support.cases import config, layout_of, random_batches
+from tests.support.harness import run_ranks
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])

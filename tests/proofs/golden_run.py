@@ -1,6 +1,6 @@
 """Makes a golden file: stopped runs of today's format with their corpora, and how today's code goes on from them.
 
-    python tests/golden_run.py tests/golden/schema2.zip
+    python tests/proofs/golden_run.py tests/proofs/golden/schema2.zip
 
 To be run by the code whose format is to be kept, and never again for the same format. `RUNS` are the same runs in the
 words of today's config: test_golden.py goes on with them, whatever they were called when the file was made.

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assemble, config, held_pieces, layout_of, random_batches
-from harness import run_ranks
 
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.train.step import TrainState, resume, save_state, setup, train_step
+from tests.support.cases import assemble, config, held_pieces, layout_of, random_batches
+from tests.support.harness import run_ranks
 
 FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
-from harness import run_ranks
-from test_ops import attention_reference, rms_norm_reference, rope_reference, swiglu_reference
 
 import engine.parallel.gradients as buckets_module
 from engine.config.schema import Config, ModelConfig
@@ -23,6 +20,9 @@ from engine.distributed.layout import Layout
 from engine.ops import native
 from engine.optim.lr import learning_rate
 from engine.train.step import setup, train_step
+from tests.support.cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
+from tests.support.harness import run_ranks
+from tests.support.numbers import attention_reference, rms_norm_reference, rope_reference, swiglu_reference
 
 STEPS = 20
 
@@ -356,7 +356,7 @@ def write_table(path: Path) -> None:
         "Layouts that cover every pair of values of degree, schedule, sequence parallelism, ZeRO-1, recomputation,",
         "micro-batch size and model, each beside one process, in float64. Written by",
         "",
-        "    python tests/test_equivalence.py docs/equivalence.md",
+        "    python -m tests.proofs.test_equivalence docs/equivalence.md",
         "",
         "The figures are the largest relative differences: loss and gradient norm of step 1, every gradient of step 1",
         "relative to the largest value of its tensor, all weights after 20 steps. Initial weights are the same bits.",

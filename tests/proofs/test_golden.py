@@ -1,8 +1,8 @@
 """Runs that older engines stopped go on here with the numbers that those engines had, in the same and in other layouts.
 
-`golden/*.zip` were made by `python tests/golden_run.py` of the engines whose format they are. The numbers are in fp32
-and fp16, so they are equal to the bit only on one kind of processor and in one layout: the tolerances are those of a
-few steps in another order of sums. What a wrong resumption changes (another sample, a lost moment or loss scale,
+`golden/*.zip` were made by `python tests/proofs/golden_run.py` of the engines whose format they are. The numbers are
+in fp32 and fp16, so they are equal to the bit only on one kind of processor and in one layout: the tolerances are those
+of a few steps in another order of sums. What a wrong resumption changes (another sample, a lost moment or loss scale,
 another learning rate) is thousands of times more.
 """
 
@@ -15,9 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import golden_run
 import pytest
-from harness import run_ranks
 
 from engine.cli.main import main
 from engine.config.load import load
@@ -26,6 +24,8 @@ from engine.distributed.context import ParallelContext
 from engine.optim.precision import PRECISIONS
 from engine.train.loop import train
 from engine.util.signals import StopRequest
+from tests.proofs import golden_run
+from tests.support.harness import run_ranks
 
 FILES = sorted(Path(__file__).with_name("golden").glob("*.zip"))
 LAYOUTS: dict[str, list[dict[str, int]]] = {

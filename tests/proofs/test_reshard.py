@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assemble, config, held_pieces, layout_of, random_batches, same_bytes
-from harness import run_ranks
 
 from engine.checkpoint.format import MANIFEST, read_manifest, step_dir
 from engine.checkpoint.load import Reader, load_into
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.train.step import TrainState, resume, save_state, setup, train_step
+from tests.support.cases import assemble, config, held_pieces, layout_of, random_batches, same_bytes
+from tests.support.harness import run_ranks
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, layout_of, random_batches
-from harness import run_ranks
 
 from engine.config.schema import Config, microbatches_of
 from engine.distributed.context import ParallelContext
 from engine.train.step import setup, train_step
+from tests.support.cases import config, layout_of, random_batches
+from tests.support.harness import run_ranks
 
 # every tensor has a multiple of 64 * 4 elements, so that no bucket is padded
 SIZES: dict[str, Any] = {

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "tools/bench"
+from tests.support.paths import ROOT
+
+BENCH = ROOT / "tools/bench"
 sys.path.insert(0, str(BENCH))
 
 from measure import Options  # noqa: E402

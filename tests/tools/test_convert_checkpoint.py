@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import save
-from megatron_cases import LLAMA, save_dist
-from test_hf import same_bits, tensors_of
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.hf_folders import same_bits, tensors_of
+from tests.support.hf_models import save
+from tests.support.megatron_cases import LLAMA, save_dist
+from tests.support.paths import ROOT
+
 sys.path.insert(0, str(ROOT / "tools"))
 
-import convert_checkpoint  # noqa: E402
+import convert_checkpoint
 
-from engine.checkpoint.format import find  # noqa: E402
-from engine.checkpoint.load import Reader  # noqa: E402
-from engine.errors import ConfigError  # noqa: E402
+from engine.checkpoint.format import find
+from engine.checkpoint.load import Reader
+from engine.errors import ConfigError
 
 
 def test_there_and_back(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import tokenizers
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # Of tools/preprocess_data.py and its tokenizer arguments (Megatron-LM 0.20), and of older ones.
 OPTIONS = """
 --input --json-keys --split-sentences --keep-newlines --append-eod --lang --output-prefix --workers

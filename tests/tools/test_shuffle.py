@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools/bench"))
+from tests.support.paths import ROOT
+
+sys.path.insert(0, str(ROOT / "tools/bench"))
 
 from shuffle import MIXES, measure
 

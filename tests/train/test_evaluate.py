@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import MODEL, config, layout_of
-from harness import run_ranks
 
 from engine.config.checks import relations
 from engine.data.samples.indexed import IndexedDataset
@@ -28,7 +26,9 @@ from engine.inference.load import config_of
 from engine.model.transformer import StageShape, Transformer
 from engine.train.evaluate import Evaluator, Score, evaluate
 from engine.train.step import save_state, setup
+from tests.support.cases import MODEL, config, layout_of
 from tests.support.errors import raises
+from tests.support.harness import run_ranks
 
 TEXT_BYTES = 5000
 

@@ -15,11 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import layout_of, resolve
-from harness import run_ranks
-from test_launch import ranks
-from test_multinode import SCRIPT, environment
-from test_multinode import tiny as tiny  # a fixture
 
 from engine.checkpoint.format import complete_steps
 from engine.data.samples.indexed_writer import IndexedWriter
@@ -28,6 +23,10 @@ from engine.monitor.ending import Ending
 from engine.monitor.metrics import lacks_validation, read_metrics
 from engine.train.evaluate import Evaluator
 from engine.train.loop import train
+from tests.support.cases import layout_of, resolve
+from tests.support.examples import SCRIPT, environment
+from tests.support.harness import run_ranks
+from tests.support.launched import ranks
 
 
 @pytest.fixture(scope="module")

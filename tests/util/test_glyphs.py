@@ -15,8 +15,6 @@ import pytest
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.ft2font import FT2Font
-from test_inspect import run as inspect
-from test_order import corpus
 
 from engine.data.samples.contents import count, histogram
 from engine.data.samples.indexed import IndexedDataset
@@ -27,6 +25,8 @@ from engine.pipeline.draw import draw
 from engine.pipeline.schedules import build
 from engine.pipeline.simulate import simulate
 from engine.util.glyphs import drawable
+from tests.support.command import exit_code
+from tests.support.corpora import corpus
 
 # matplotlib brings a font along with characters that its usual one lacks: what a CJK font is to Chinese.
 OTHER = Path(matplotlib.get_data_path()) / "fonts/ttf/STIXGeneral.ttf"
@@ -124,7 +124,7 @@ def test_another_tokenizer_than_the_datas_is_told(
         how = ["--tokenizer", tmp_path / folder, "--samples", 0, "--output", tmp_path / "l.png", "--json"]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert inspect(tmp_path / "c", *how) == 0
+            assert exit_code("inspect", tmp_path / "c", *how) == 0
         assert [f"{made.digest}: what is decoded is not the text" in str(one.message) for one in caught] == [
             True
         ] * told

@@ -30,10 +30,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import run_ranks
 from machine import describe, drop_cache
 from report import Row, finish, show, spread
 
@@ -44,6 +43,7 @@ from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.optim.adamw import Held
+from tests.support.harness import run_ranks
 
 ROWS, WIDTH, BLOCK = 4096, 1024, 16 << 20
 NAMES = ["plain write", "save", "async, blocked", "async, copy alone", "async, whole", "dcp save", "dcp async, blocked"]

@@ -48,4 +48,5 @@ def main(files: list[Path]) -> None:
 
 if __name__ == "__main__":
     root = Path(__file__).resolve().parents[2]
-    main([Path(word) for word in sys.argv[1:]] or sorted(root.glob("engine/**/*.py")) + sorted(root.glob("tests/*.py")))
+    ours = sorted(root.glob("engine/**/*.py")) + sorted(root.glob("tests/**/*.py"))
+    main([Path(word) for word in sys.argv[1:]] or ours)

@@ -1,4 +1,4 @@
-"""How long it takes until ranks do useful work: a test case forked by tests/harness.py, and a real `torchrun` start.
+"""How long it takes until ranks do useful work: a test case that tests/support forks, and a real `torchrun` start.
 
     python tools/bench/startup.py --repeats 5 --json startup.json
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STARTED = time.time()  # before the heavy imports: `worker` splits them off
-TESTS = Path(__file__).parents[2] / "tests"
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Options:
 def forked(ranks: int) -> float:
     """Seconds from run_ranks to its return, for one all-reduce."""
     import torch
-    from harness import run_ranks
 
     from engine.distributed.collectives import all_reduce_
     from engine.distributed.layout import Layout
+    from tests.support.harness import run_ranks
 
     begin = time.perf_counter()
     results = run_ranks(Layout(ranks, data=ranks), lambda ctx: float(all_reduce_(torch.ones(1), ctx.world)))
@@ -155,7 +155,7 @@ def main() -> None:
     from report import Row, finish, show, spread
 
     o = tyro.cli(Options, description=__doc__)
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(ROOT))
     machine = describe()
     forks: dict[int, list[float]] = {n: [] for n in o.ranks}
     starts: dict[str, list[float]] = {}

@@ -1,6 +1,6 @@
 // What the CUDA kernels share: types, 16-byte accesses, sums over the threads of a row, launches. No torch.
 //
-// Also compiled by g++ with tests/cuda_emulator/include in place of CUDA's headers: hence no <<<>>>, and one array of
+// Also compiled by g++ with tests/csrc/cuda_emulator/include in place of CUDA's headers: hence no <<<>>>, and one array of
 // shared memory. Offsets are 64-bit throughout.
 #pragma once
 

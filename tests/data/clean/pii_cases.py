@@ -1,5 +1,5 @@
-"""A labelled set for the rules of engine/data/pii, and what they reach on it: `python tests/pii_cases.py`
-(`python tests/pii_cases.py a`, or `b`, `c`, `d`: on a set of tests/pii_heldout).
+"""A labelled set for the rules of engine/data/pii, and what they reach on it: `python -m tests.data.clean.pii_cases`
+(`python -m tests.data.clean.pii_cases a`, or `b`, `c`, `d`: on a set of tests/data/clean/pii_heldout).
 
 A line is a text in which [[kind|value]] marks what should be found; anything else that is found is a mistake. Half of
 the lines hold nothing: version numbers, timestamps, ISBNs, order numbers, digests, ids with a wrong check digit. Some
@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pii_development import lines
-from pii_values import cn_id, digits, letters, with_luhn
-
 from engine.data.clean.pii import KINDS, find
+from tests.data.clean.pii_development import lines
+from tests.data.clean.pii_values import cn_id, digits, letters, with_luhn
 
 _MARK = re.compile(r"\[\[(\w+)\|(.*?)\]\]", re.S)
 
@@ -398,7 +397,7 @@ _KIND_OF = {"url_password": "api_key", "de_tax_id": "national_id", "fr_nir": "na
 
 
 def held_out(name: str) -> list[Case]:
-    """Set "a", "b", "c" or "d" of tests/pii_heldout, whose README has the rules of its labels."""
+    """Set "a", "b", "c" or "d" of tests/data/clean/pii_heldout, whose README has the rules of its labels."""
     chosen = []
     for line in (Path(__file__).parent / "pii_heldout" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)

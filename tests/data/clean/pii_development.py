@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Iterator
 
-from pii_values import fill
+from tests.data.clean.pii_values import fill
 
 LINES = """
 Tel.: [[phone|030 ########]]

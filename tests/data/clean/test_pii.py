@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 import re
 import time
-from pathlib import Path
 from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pii_cases import cases, held_out, scores, table
-from pii_values import cn_id, with_luhn
 
 from engine.cli.clean import PiiKind
 from engine.data.clean.pii import KINDS, Entity, _take, find, hint, mask
 from engine.data.clean.pii.numbers import is_card, is_cn_id, luhn
+from tests.data.clean.pii_cases import cases, held_out, scores, table
+from tests.data.clean.pii_values import cn_id, with_luhn
+from tests.support.paths import ROOT
 
 # What the sets reached (docs/cleaning.md): precision, recall. On the development set less a little, which may grow.
 FLOORS = {
@@ -255,8 +255,8 @@ def _timed(text: str) -> float:
 
 
 def test_the_documentation_has_these_figures() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "cleaning.md").read_text()
-    assert table(cases()) in page, "paste what `python tests/pii_cases.py` prints into docs/cleaning.md"
+    page = (ROOT / "docs/cleaning.md").read_text()
+    assert table(cases()) in page, "paste what `python -m tests.data.clean.pii_cases` prints into docs/cleaning.md"
     for names in ("ab", "cd"):
         both = [scores(held_out(name)) for name in names]
         for kind in (kind for kind in KINDS if both[0][kind].labelled):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_order import BUILT
 
 import engine.data.prepare.pack as pack_module
 from engine.data.prepare.pack import pack, pack_reference
+from tests.support.corpora import BUILT
 
 VOCAB_SIZE = 7
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import same_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from engine.data.read.progress import ProgressEvent
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
 from engine.errors import DataError
+from tests.support.cases import same_bytes
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # line {i % 7} of ünïcode\n" * (i % 4) for i in range(120)]
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from cases import same_bytes
 
 import engine.data.prepare.flow as module
 from engine.data.prepare import shards as parts
@@ -30,9 +29,10 @@ from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.encoder import Encoder
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
+from tests.support.cases import same_bytes
 from tests.support.errors import raises
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # line {i % 7} of ünïcode\n" * (i % 4) for i in range(300)]
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cli import finish, train
 
 from engine.config.load import load
 from engine.data.samples.blend import BlendedOrder
 from engine.data.samples.corpora import TrainingData, follow, open_training
 from engine.data.samples.indexed_writer import IndexedWriter
+from tests.support.command import finish, train
 
 NAMES = ("web", "code", "math")
 Plan = dict[int, tuple[int, int, int]]  # step -> weights from there on

@@ -11,11 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import MODEL, config, layout_of
-from harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_order import BUILT, NATIVE, corpus
 
 from engine.data.samples import blend as blend_module
 from engine.data.samples.blend import MAX_TOTAL, BlendedOrder, Phase, Turns, border, integer_weights, smallest_share
@@ -25,7 +22,10 @@ from engine.data.samples.stream import extension
 from engine.distributed.context import ParallelContext
 from engine.errors import DataError
 from engine.train.step import setup, train_step
+from tests.support.cases import MODEL, config, layout_of
+from tests.support.corpora import BUILT, NATIVE, corpus
 from tests.support.errors import raises
+from tests.support.harness import run_ranks
 
 AWKWARD = [
     [1],

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_order import corpus
 
-from engine.cli.main import main
 from engine.data.samples.contents import count, decoded_samples, find_tokenizer, histogram, verify
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.order import SampleOrder
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
+from tests.support.command import exit_code
+from tests.support.corpora import corpus
 from tests.support.errors import raises
 
 TEXTS = ["one short text", "another text, a little longer than that", "x", "ends here [not a mark] naïve"] * 30
@@ -38,9 +38,7 @@ def prefix(tmp_path: Path, tokenizer: Tokenizer) -> Path:
 
 
 def run(*arguments: Any) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["inspect", *map(str, arguments)])
-    return int(end.value.code or 0)
+    return exit_code("inspect", *arguments)
 
 
 def test_the_command(prefix: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -14,11 +14,8 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
-from cases import config, layout_of
-from harness import run_ranks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_cli import finish, train
 
 from engine.batch import Documents
 from engine.cli.main import main
@@ -32,7 +29,10 @@ from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
 from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
 from engine.train.step import setup, train_step
+from tests.support.cases import config, layout_of
+from tests.support.command import finish, train
 from tests.support.errors import raises
+from tests.support.harness import run_ranks
 
 SPECIAL = (END_OF_TEXT, *FAMILIES[0])
 CODE = [f"def f{i}(x):\n    return x + {i}  # naïve\n\n\nclass A{i}:\n\tpass" for i in range(40)]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_order import BUILT, corpus
 
 from engine.data.samples import indexed
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
+from tests.support.corpora import BUILT, corpus
 
 EDGES = [0, 1, 2, -1, 127, 128, 255, 256, 2**15, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63)]
 VOCAB = 500

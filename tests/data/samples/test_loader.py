@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_order import corpus
 
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
+from tests.support.corpora import corpus
 
 
 def batches(order: SampleOrder, steps: int, micro: int, data_size: int, start: int = 0) -> list[list[list[int]]]:

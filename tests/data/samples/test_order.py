@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 import sys
@@ -17,26 +16,12 @@ from hypothesis import strategies as st
 from engine.data.samples import keyed
 from engine.data.samples import stream as stream_module
 from engine.data.samples.indexed import IndexedDataset
-from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.keyed import derive, derive_key, permute
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
 from engine.data.samples.stream import blocks_of
 from engine.errors import DataError
+from tests.support.corpora import BUILT, NATIVE, corpus
 from tests.support.errors import raises
-
-# By presence, not by stream._extension(): that one refuses a faulty extension, and the tests would skip it in silence.
-BUILT = importlib.util.find_spec("engine._index") is not None
-NATIVE = [False, pytest.param(True, marks=pytest.mark.skipif(not BUILT, reason="engine._index is not built"))]
-
-
-def corpus(prefix: Path, lengths: list[int], vocab_size: int = 60_000) -> IndexedDataset:
-    """Documents of these lengths, the tokens 1, 2, 3, ... so that each names its place."""
-    ends = np.cumsum(lengths) if lengths else []
-    with IndexedWriter(prefix, vocab_size) as writer:
-        for length, end in zip(lengths, ends):
-            writer.add(np.arange(end - length + 1, end + 1) % vocab_size)
-        writer.finish({})
-    return IndexedDataset(prefix, vocab_size)
 
 
 def raw_corpus(prefix: Path, lengths: list[int]) -> IndexedDataset:

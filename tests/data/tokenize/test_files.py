@@ -19,8 +19,8 @@ from engine.data.tokenize.tiktoken_ranks import _ENCODINGS
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from tests.support.errors import raises
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))[:4]]
 
 

@@ -32,8 +32,8 @@ from engine.data.tokenize.train import Spread, save_whole, train_tokenizer
 from engine.data.tokenize.train_process import TrainProcess
 from engine.errors import DataError
 from tests.support.errors import raises
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_models import ROPE3, save
-from test_hf_config import rewrite
 
 from engine.cli.main import main
 from engine.data.samples.indexed_writer import IndexedWriter
@@ -21,6 +19,8 @@ from engine.errors import CheckpointError
 from engine.interop.convert import export, import_folder
 from engine.interop.huggingface.companions import content, copy_beside
 from tests.support.errors import raises
+from tests.support.hf_folders import rewrite
+from tests.support.hf_models import ROPE3, save
 
 
 @pytest.fixture

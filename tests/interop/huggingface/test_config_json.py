@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import MODELS, build, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from test_hf import tensors_of
 
 from engine.cli.main import main
 from engine.config.load import load, model_config
@@ -25,6 +22,8 @@ from engine.interop.huggingface.config_json import read_config, write_config
 from engine.interop.huggingface.families import FAMILIES
 from engine.interop.huggingface.weights import HfReader
 from tests.support.errors import raises
+from tests.support.hf_folders import UP, rewrite
+from tests.support.hf_models import MODELS, build, save
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -256,18 +255,6 @@ def test_what_no_family_can_say_is_never_lost(changed: set[str]) -> None:
 def folder(tmp_path: Path) -> Path:
     save("llama-tied-biased", tmp_path / "hf")
     return tmp_path / "hf"
-
-
-def rewrite(folder: Path, change: Any) -> None:
-    """The tensors of a folder, changed, in one file."""
-    tensors = {key: x.clone() for key, x in tensors_of(folder).items()}
-    change(tensors)
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    save_file(tensors, folder / "model.safetensors")
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_models import save
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
-from test_hf import TOKENS, tensors_of
-from test_hf_config import UP, rewrite
 
 from engine.errors import CheckpointError, ConfigError
 from engine.inference.load import config_of, load_model
@@ -26,6 +23,8 @@ from engine.interop.huggingface.config_json import read_config
 from engine.interop.huggingface.families import FAMILIES
 from engine.interop.huggingface.weights import INDEX, SINGLE, HfReader
 from tests.support.errors import raises
+from tests.support.hf_folders import TOKENS, UP, rewrite, tensors_of
+from tests.support.hf_models import save
 
 transformers.logging.set_verbosity_error()
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

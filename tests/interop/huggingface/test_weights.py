@@ -11,10 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, layout_of, random_batches, same_bytes
-from harness import run_ranks
-from hf_models import MODELS, save
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.checkpoint.format import MODEL, prove_all, read_manifest
@@ -33,24 +29,13 @@ from engine.interop.huggingface.companions import copy_beside
 from engine.interop.huggingface.weights import HfReader
 from engine.model.transformer import StageShape, Transformer
 from engine.train.step import save_state, setup, start_from, train_step
+from tests.support.cases import config, layout_of, random_batches, same_bytes
 from tests.support.errors import raises
+from tests.support.harness import run_ranks
+from tests.support.hf_folders import TOKENS, same_bits, tensors_of
+from tests.support.hf_models import MODELS, save
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
-TOKENS = torch.randint(61, (2, 64), generator=torch.Generator().manual_seed(0))
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            found |= {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-    return found
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a
-    )
 
 
 def meaning(folder: Path) -> dict[str, Any]:

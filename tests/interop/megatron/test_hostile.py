@@ -24,7 +24,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_cases import LLAMA, save_dist, save_legacy
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
@@ -34,6 +33,7 @@ from engine.interop.megatron.archive import Archive
 from engine.interop.megatron.source import open_megatron
 from engine.interop.megatron.symbolic import Call, Global, parse
 from tests.support.errors import raises
+from tests.support.megatron_cases import LLAMA, save_dist, save_legacy
 
 
 class Calls:

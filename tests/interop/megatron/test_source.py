@@ -10,20 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from harness import run_ranks
-from megatron_cases import (
-    GPT,
-    LLAMA,
-    MODELS,
-    PADDED,
-    QWEN,
-    VOCAB,
-    canonical,
-    dist_state,
-    save_beside,
-    save_dist,
-    save_legacy,
-)
 from torch import Tensor
 from torch.serialization import set_crc32_options
 
@@ -37,6 +23,20 @@ from engine.interop.megatron.source import MegatronSource, open_megatron
 from engine.model.transformer import StageShape, Transformer
 from engine.optim.adamw import Held
 from tests.support.errors import raises
+from tests.support.harness import run_ranks
+from tests.support.megatron_cases import (
+    GPT,
+    LLAMA,
+    MODELS,
+    PADDED,
+    QWEN,
+    VOCAB,
+    canonical,
+    dist_state,
+    save_beside,
+    save_dist,
+    save_legacy,
+)
 
 
 def assert_holds(source: MegatronSource, wanted: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Megatron folders that other Pythons, torches and numpys wrote are read: real ones, and the names of each by hand.
 
-`written_by/*.zip` were made by `python tests/megatron_cases.py tests/written_by` under the versions in their names.
+`written_by/*.zip` were made by `python -m tests.support.megatron_cases tests/interop/megatron/written_by` under the
+versions in their names.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_cases import LLAMA, canonical, oddments, save_dist
 
 from engine.errors import CheckpointError
 from engine.interop.megatron import symbolic
 from engine.interop.megatron.source import open_megatron
 from engine.interop.megatron.symbolic import Call, Global, parse
 from tests.support.errors import raises
+from tests.support.megatron_cases import LLAMA, canonical, oddments, save_dist
 
 SAMPLES = sorted(Path(__file__).with_name("written_by").glob("*.zip"))
 

@@ -1,0 +1,1 @@
+"""Conduct of the repository: imports, documentation, building, installing."""

@@ -1,0 +1,36 @@
+"""The `engine` command as a user types it: in this process, and training in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.cli.main import main
+from tests.support.paths import BIN
+
+
+def exit_code(*words: Any) -> int:
+    """Of `engine` with these words, run in this process."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    return int(end.value.code or 0)
+
+
+def train(corpus: Path, run: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
+    command = [str(BIN / "engine")]
+    if ranks > 1:
+        command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", "engine"]
+    command += ["train", "--run.dir", str(run), "--data.train", str(corpus), "--model.preset", "micro"]
+    command += ["--model.vocab-size", "97", "--train.seq-len", "32", "--train.global-batch-size", "8"]
+    command += ["--optimizer.lr", "1e-2", "--monitor.tensorboard", "false", *options]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 90) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err

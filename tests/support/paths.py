@@ -1,0 +1,9 @@
+"""Places that tests need: the repository, and the commands of this Python."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent

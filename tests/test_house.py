@@ -1,0 +1,222 @@
+"""The house keeps its size and its order: what a file, a function and a room may be. Each rule has a planted violation.
+
+`ALLOWED` says what breaks a rule today, and by how much. It may only shrink: an entry that is kept again is an error,
+so is one that has grown. Imports and what may not be in the product: tests/house/test_imports.py.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE_LINES, FUNCTION_LINES, ARGUMENTS, TOP_FILES = 400, 60, 8, 8
+TOP_LEVEL = {"engine", "csrc", "examples", "tests", "tools", "docs"}
+
+# A training step and all that it needs, from the config to the optimizer: what a reader has to hold in a head.
+HEART = ("config", "distributed", "ops", "model", "parallel", "pipeline", "optim", "train", "batch.py", "errors.py")
+HEART_LINES = 12_000
+
+# rule: what breaks it -> by how much
+ALLOWED: dict[str, dict[str, int]] = {
+    "files are short": {
+        "engine/checkpoint/format.py": 402,
+        "engine/data/clean/run.py": 423,
+        "engine/pipeline/search.py": 445,
+    },
+    "functions are short": {
+        "engine/data/prepare/run.py:prepare": 78,
+    },
+    "functions take few arguments": {
+        "engine/data/clean/run.py:clean": 16,
+        "engine/data/clean/run.py:_write_kept": 9,
+        "engine/data/prepare/run.py:prepare": 26,
+        "engine/data/samples/loader.py:Loader.__init__": 11,
+        "engine/data/tokenize/train.py:train_tokenizer": 13,
+        "engine/interop/convert.py:export": 9,
+        "engine/monitor/health.py:explain_non_finite": 10,
+        "engine/train/loop.py:_loop": 10,
+    },
+    "a class name stands once": {
+        "StoredTensor: engine/checkpoint/load.py, engine/interop/megatron/archive.py": 2,
+    },
+    "a module name stands once": {
+        "network: engine/data/clean/pii/network.py, engine/distributed/network.py": 2,
+        "files: engine/data/tokenize/files.py, engine/util/files.py": 2,
+    },
+    "no loose files": {},
+    "rooms say what they are for": {},
+}
+# Modules of one name in rooms that make the difference plain. A verb of cli/ is named as what it runs.
+SAME_NAME = {"attention", "convert", "load", "progress", "report", "run"}
+
+Tree = dict[str, str]  # path from the root -> text
+Rule = Callable[[Tree], Iterator[tuple[str, int]]]
+
+
+def short_files(tree: Tree) -> Iterator[tuple[str, int]]:
+    """Files of engine/ and csrc/ with more than FILE_LINES lines."""
+    for path, text in tree.items():
+        if (lines := text.count("\n")) > FILE_LINES:
+            yield path, lines
+
+
+def functions(tree: Tree) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
+    """(path:Class.function, its syntax, whether it is a method) of all of engine/."""
+    for path, text in tree.items():
+        if path.endswith(".py"):
+            yield from _functions(f"{path}:", ast.parse(text), False)
+
+
+def _functions(
+    prefix: str, node: ast.AST, inside: bool
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{prefix}{child.name}", child, inside
+            yield from _functions(f"{prefix}{child.name}.", child, False)
+        elif isinstance(child, ast.ClassDef):
+            yield from _functions(f"{prefix}{child.name}.", child, True)
+        else:
+            yield from _functions(prefix, child, inside)
+
+
+def short_functions(tree: Tree) -> Iterator[tuple[str, int]]:
+    """Functions with more than FUNCTION_LINES lines, docstring and signature included."""
+    for name, node, _ in functions(tree):
+        if (lines := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES:
+            yield name, lines
+
+
+def few_arguments(tree: Tree) -> Iterator[tuple[str, int]]:
+    """Functions with more than ARGUMENTS arguments; self, cls and the ctx of an autograd function do not count."""
+    for name, node, method in functions(tree):
+        count = len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs)
+        count -= bool(method and node.args.args and node.args.args[0].arg in ("self", "cls", "ctx"))
+        if count > ARGUMENTS:
+            yield name, count
+
+
+def class_names(tree: Tree) -> Iterator[tuple[str, int]]:
+    """Classes of one name in several modules."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path, text in tree.items():
+        if path.endswith(".py"):
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ClassDef):
+                    found[node.name].append(path)
+    yield from ((f"{name}: {', '.join(paths)}", len(paths)) for name, paths in found.items() if len(paths) > 1)
+
+
+def module_names(tree: Tree) -> Iterator[tuple[str, int]]:
+    """Modules of one name, but for verbs and those of SAME_NAME."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in tree:
+        name = Path(path).stem
+        if path.endswith(".py") and name != "__init__" and not path.startswith("engine/cli/"):
+            found[name].append(path)
+    for name, paths in found.items():
+        if len(paths) > 1 and name not in SAME_NAME:
+            yield f"{name}: {', '.join(paths)}", len(paths)
+
+
+def no_loose_files(tree: Tree) -> Iterator[tuple[str, int]]:
+    """More than TOP_FILES modules at the top of engine/, any at the top of csrc/, and folders beside the six."""
+    top = [path for path in tree if path.startswith("engine/") and path.count("/") == 1]
+    if len(top) > TOP_FILES:
+        yield f"engine/: {', '.join(top)}", len(top)
+    yield from ((path, 1) for path in tree if path.startswith("csrc/") and path.count("/") == 1)
+    folders = {path.split("/")[0] for path in tree if "/" in path and not path.startswith(".")}
+    yield from ((folder, 1) for folder in sorted(folders - TOP_LEVEL))
+
+
+def rooms_say(tree: Tree) -> Iterator[tuple[str, int]]:
+    """Folders of engine/ whose __init__.py does not say what they are for, import and never know."""
+    folders = {str(Path(path).parent) for path in tree if path.endswith(".py") and path.startswith("engine/")}
+    for folder in sorted(folders - {"engine"}):
+        module = ast.parse(tree.get(f"{folder}/__init__.py", ""))
+        text = ast.get_docstring(module) or ""
+        told = text.count("\n\n") >= 1 and ("mport" in text or "ever know" in text)
+        subject = folder.count("/") > 2 or folder.endswith("megatron")  # a subject inside a room: its first line does
+        if not (text and (told or subject)):
+            yield folder, 1
+
+
+RULES: dict[str, Rule] = {
+    "files are short": short_files,
+    "functions are short": short_functions,
+    "functions take few arguments": few_arguments,
+    "a class name stands once": class_names,
+    "a module name stands once": module_names,
+    "no loose files": no_loose_files,
+    "rooms say what they are for": rooms_say,
+}
+
+
+def house(*folders: str) -> Tree:
+    """The sources below these folders of the repository."""
+    ends = {".py", ".cpp", ".cu", ".h"}
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in ends]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+HOUSE = house("engine", "csrc")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_house_keeps_the_rule(rule: str) -> None:
+    assert len(HOUSE) > 200
+    found, allowed = dict(RULES[rule](HOUSE)), ALLOWED[rule]
+    new = {place: size for place, size in found.items() if size > allowed.get(place, 0)}
+    assert not new, f"{rule}: {new}"
+    stale = {place: size for place, size in allowed.items() if found.get(place, 0) < size}
+    assert not stale, f"{rule}: these are better by now, the list may shrink: {stale}"
+
+
+def test_the_heart_fits_in_a_head() -> None:
+    lines = sum(
+        text.count("\n") for path, text in HOUSE.items() if path.startswith(tuple(f"engine/{h}" for h in HEART))
+    )
+    assert 5_000 < lines <= HEART_LINES, f"{lines:,} lines from the config to the optimizer"
+
+
+def test_the_repository_has_six_rooms() -> None:
+    entries = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert entries <= TOP_LEVEL, entries - TOP_LEVEL
+
+
+PLANTED: list[tuple[str, Tree]] = [
+    ("files are short", {"engine/a/b.py": "x = 1\n" * 401}),
+    ("files are short", {"csrc/ops/b.cpp": "\n" * 401}),
+    ("functions are short", {"engine/a/b.py": "def f():\n" + "    x = 1\n" * 60}),
+    ("functions are short", {"engine/a/b.py": "class A:\n    async def f(self):\n" + "        x = 1\n" * 60}),
+    ("functions take few arguments", {"engine/a/b.py": "def f(a, b, c, d, *, e, f, g, h, i): ..."}),
+    ("functions take few arguments", {"engine/a/b.py": "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ..."}),
+    ("a class name stands once", {"engine/a/b.py": "class A: ...", "engine/c.py": "def f():\n    class A: ..."}),
+    ("a module name stands once", {"engine/a/b.py": "", "engine/c/b.py": ""}),
+    ("no loose files", {f"engine/m{k}.py": "" for k in range(9)}),
+    ("no loose files", {"csrc/a.cpp": ""}),
+    ("no loose files", {"scripts/a.py": ""}),
+    ("rooms say what they are for", {"engine/a/b.py": ""}),
+    ("rooms say what they are for", {"engine/a/__init__.py": '"""A room."""\n', "engine/a/b.py": ""}),
+]
+
+
+@pytest.mark.parametrize(("rule", "tree"), PLANTED)
+def test_a_planted_violation_is_found(rule: str, tree: Tree) -> None:
+    assert list(RULES[rule](tree))
+
+
+def test_what_is_allowed_is_not_reported() -> None:
+    tree = {
+        "engine/a/__init__.py": '"""A room.\n\nImports nothing, never knows anything.\n"""\n',
+        "engine/a/b.py": "def f(a, b, c, d, e, f, g, h):\n" + "    x = 1\n" * 59,
+        "engine/cli/b.py": "class B:\n    def f(self, a, b, c, d, e, f, g, h): ...\n",
+        "engine/cli/__init__.py": '"""Verbs.\n\nImports everything.\n"""\n',
+        "csrc/ops/a.cpp": "\n" * 400,
+    }
+    assert [found for rule in RULES.values() for found in rule(tree)] == []

@@ -70,6 +70,7 @@ def run(args: list[str], stop: Interrupts) -> int:
     """Run the verb; returns the exit code."""
 
     from engine.cli.prepare_console import prepare_progress, show_trained
+    from engine.data.read.options import ReadOptions
     from engine.data.tokenize.recipe import Recipe
     from engine.data.tokenize.train import train_tokenizer
 
@@ -83,15 +84,10 @@ def run(args: list[str], stop: Interrupts) -> int:
         raise ConfigError(faults)
     with prepare_progress() as progress:
         trained = train_tokenizer(
-            o.input,
+            ReadOptions(o.input, o.include, o.exclude, o.json_key, o.format, o.on_error),
             o.output,
             recipe,
             max_bytes=o.max_bytes,
-            include=o.include,
-            exclude=o.exclude,
-            json_key=o.json_key,
-            format=o.format,
-            on_error=o.on_error,
             overwrite=o.overwrite,
             progress=progress,
             note=print,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import DataError
-from engine.util.files import locked, sync_folder, write_synced, writing
+from engine.util.files import locked, read_json, sync_folder, write_synced, writing
 
 LOCK, SETTINGS, PLAN = "lock", "settings.json", "publish.json"
 AGAIN = "Give the same command again."
@@ -85,7 +85,7 @@ class WorkFolder:
     def settings(self) -> dict[str, Any] | None:
         """What the work here was begun with, None for a new folder."""
         try:
-            return read_json(self.folder / SETTINGS)
+            return work_json(self.folder / SETTINGS)
         except DataError:
             if self._is_empty():  # killed at the first line
                 return None
@@ -93,7 +93,7 @@ class WorkFolder:
 
     def plan(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """What publish.json holds: a kill came while the work with these settings was published."""
-        plan = read_json(self.folder / PLAN)
+        plan = work_json(self.folder / PLAN)
         return plan if plan is not None and self.settings() in (None, settings) else None
 
     def resume(
@@ -180,10 +180,10 @@ def as_json(facts: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def work_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None if there is none."""
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as err:

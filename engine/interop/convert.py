@@ -42,7 +42,7 @@ from engine.interop.huggingface.companions import (
     extra_files,
     tokenizer_files,
 )
-from engine.interop.huggingface.config_json import extras, read_config, read_json, rope_forms, write_config
+from engine.interop.huggingface.config_json import extras, json_object, read_config, rope_forms, write_config
 from engine.interop.huggingface.families import FAMILIES, Family
 from engine.interop.huggingface.weights import (
     CONFIG,
@@ -307,7 +307,7 @@ def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _describe(cfg: ModelConfig, beside: Path) -> tuple[Family, dict[str, Any], dict[str, Any]]:
     """(family, config.json, generation_config.json): what computes this model, with what is kept of its origin."""
-    origin = read_json(beside / CONFIG) if (beside / CONFIG).exists() else {}
+    origin = json_object(beside / CONFIG) if (beside / CONFIG).exists() else {}
     near = [f.model_type for f in FAMILIES.values() if cfg.preset.startswith(f.preset)]
     facts, defaults = (model.model_dump(exclude={"preset"}) for model in (cfg, ModelConfig()))
     if origin and _says(beside / CONFIG, facts):
@@ -319,7 +319,7 @@ def _describe(cfg: ModelConfig, beside: Path) -> tuple[Family, dict[str, Any], d
         config |= _extras(origin, family) if origin else {"use_cache": True}
     generation: dict[str, Any] = {"do_sample": True}
     if (beside / GENERATION).exists():
-        generation = read_json(beside / GENERATION)
+        generation = json_object(beside / GENERATION)
     elif origin:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config.get(key) is not None}
@@ -337,7 +337,7 @@ def _renamed_end(beside: Path, config: dict[str, Any], generation: dict[str, Any
             facts |= {"bos_token_id": eod, "eos_token_id": eod}
         return []
     old = [i for facts in (config, generation) for i in token_ids(facts.get("eos_token_id"))]
-    kept = read_json(beside / TOKENIZER_FACTS) if (beside / TOKENIZER_FACTS).exists() else {}
+    kept = json_object(beside / TOKENIZER_FACTS) if (beside / TOKENIZER_FACTS).exists() else {}
     if eod is None or not old or eod in old or kept.get("eos_token_id") == eod:
         return []
     for facts in (config, generation):
@@ -348,7 +348,7 @@ def _renamed_end(beside: Path, config: dict[str, Any], generation: dict[str, Any
 
 def _stated(beside: Path, reader: Reader) -> torch.dtype:
     """The dtype that the folder's config.json gave its weights, if one of them has it; else what holds all of them."""
-    origin = read_json(beside / CONFIG) if (beside / CONFIG).exists() else {}
+    origin = json_object(beside / CONFIG) if (beside / CONFIG).exists() else {}
     stored = {
         str(DTYPES[entry.dtype]).removeprefix("torch."): DTYPES[entry.dtype] for entry in reader.entries[MODEL].values()
     }

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.monitor.metrics import read_metrics
-from engine.util.files import replace_synced
+from engine.util.files import read_json, replace_synced
 
 WINDOW, FEW, CALM = 64, 16, 16
 SPIKE_FILE = "spike.json"
@@ -32,7 +32,7 @@ class SpikeWatch:
         self._file = run_dir / SPIKE_FILE
         self.since, self._calm = 0, 0
         with suppress(OSError, ValueError, TypeError, KeyError):
-            self.since = int(json.loads(self._file.read_text(encoding="utf-8"))["step"])
+            self.since = int(read_json(self._file)["step"])
         self._usual: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in ("loss", "grad_norm")}
         with suppress(OSError, ValueError, TypeError, KeyError):
             records, _, _ = read_metrics(run_dir)

@@ -9,6 +9,8 @@ import shlex
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from engine.util.files import read_json
+
 DISTRIBUTION = "trident-engine"
 EXTENSIONS = ("engine._index", "engine._shared", "engine._ops")
 _HERE = Path(__file__).parent.parent
@@ -19,7 +21,7 @@ _TOOLS = "pip install setuptools wheel pybind11"
 def why_not(what: str) -> str:
     """Why "engine._index", "engine._ops" or "cuda" (its CUDA kernels) was not built; "" if nothing is known."""
     try:
-        notes = json.loads(_NOTES.read_text(encoding="utf-8"))
+        notes = read_json(_NOTES)
     except (OSError, ValueError):
         return ""
     why = notes.get(what, "") if isinstance(notes, dict) else ""

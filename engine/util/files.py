@@ -1,9 +1,10 @@
-"""Writing files so that a crash or a power cut leaves the old content or the new, nothing between."""
+"""Writing files so that a crash or a power cut leaves the old content or the new; reading small ones whole."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -12,10 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from engine.errors import DataError
 
+MOST_JSON_BYTES = 1 << 30  # of a file of our own; what is read of others has a bound of its own
 SEALED = b"TRDSEAL1"  # how an encrypted file begins (engine.checkpoint.seal)
 
 
@@ -62,12 +64,26 @@ def read_regular(path: Path, most: int) -> bytes:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        data = file.read(most + 1)
+        data = file.read(min(most, facts.st_size) + 1)  # as much memory as this is set aside at once
+        if len(data) > facts.st_size:  # it grows
+            data += file.read(most + 1 - len(data))
     if len(data) > most:
         raise OSError(
             errno.EFBIG, f"has {max(len(data), facts.st_size):,} bytes, and more than {most:,} are not read", str(path)
         )
     return data
+
+
+def read_json(path: Path, most: int = MOST_JSON_BYTES, loads: Callable[[bytes], Any] = json.loads) -> Any:
+    """The JSON value in a regular file of at most `most` bytes. OSError as `read_regular`; ValueError: no JSON.
+
+    loads: another parser, for files of megabytes. Who calls says in its own words what is wrong with whose file.
+    """
+    data = read_regular(path, most)
+    try:
+        return loads(data)
+    except RecursionError as error:  # nested deeper than the parser goes
+        raise ValueError(str(error)) from None
 
 
 @contextmanager

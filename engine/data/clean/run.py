@@ -47,7 +47,7 @@ from engine.data.read.own import Own
 from engine.data.read.progress import ProgressEvent
 from engine.data.workfolder import AGAIN, WorkFolder, as_json, refuse_existing
 from engine.errors import DataError
-from engine.util.files import sync_file, write_synced, writing
+from engine.util.files import read_json, sync_file, write_synced, writing
 from engine.util.signals import Interrupts
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -316,7 +316,7 @@ def _merge(
     parts = [job.part(task) for task in range(job.tasks)]
     counts = Counts()
     for part in parts:
-        counts.add(Counts.of(orjson.loads((part / "counts.json").read_bytes())))
+        counts.add(Counts.of(read_json(part / "counts.json")))
     sizes = [(part / "places").stat().st_size // 24 for part in parts]
     exact = earliest([[part / "exact" for part in parts]] if job.rules.exact else [], sum(sizes), 2)
     bands = [[part / f"band-{band:02d}" for part in parts] for band in range(job.rules.minhash.bands)]

@@ -26,7 +26,7 @@ from engine.data.read.progress import Progress, ProgressEvent
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train import Spread, train_apart
-from engine.data.workfolder import PLAN, read_json, refuse_existing
+from engine.data.workfolder import PLAN, refuse_existing, work_json
 from engine.errors import DataError
 from engine.util.files import sync_folder
 from engine.util.prefetch import read_ahead
@@ -185,6 +185,6 @@ def _publish(job: PrepareJob, parts: Shards, plan: dict[str, Any]) -> PrepareRep
     moves = [(job.parts / name, Path(target)) for name, target in plan["moves"]]
     targets = {target for _, target in moves}
     parts.publish([path for path in job.targets() if path not in targets], moves)
-    facts = read_json(Path(f"{job.output}-report.json")) or {}
+    facts = work_json(Path(f"{job.output}-report.json")) or {}
     splits = {name: SplitReport(**facts[name]) if facts.get(name) else None for name in SPLITS}
     return PrepareReport(**{**facts, **splits})

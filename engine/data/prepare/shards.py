@@ -26,7 +26,7 @@ from engine.data.prepare.pack import pack
 from engine.data.samples.index_file import write_index
 from engine.data.samples.indexed_writer import token_dtype
 from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
-from engine.data.workfolder import WorkFolder, read_json
+from engine.data.workfolder import WorkFolder, work_json
 from engine.errors import DataError
 from engine.util.files import sync_file, sync_folder, write_synced
 
@@ -191,7 +191,7 @@ class Shards(WorkFolder):
         """Check the next shard by its digests and count its tokens. False: there is none, or it is not good."""
         path = self.folder / f"{self.num_shards + 1:08d}.json"
         try:
-            shard = read_json(path)
+            shard = work_json(path)
         except DataError as err:
             self.warnings.append(str(err))
             return False

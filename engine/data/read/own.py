@@ -6,7 +6,6 @@ told by their names and neighbours.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.tokenize.files import DEFINITION, FILES
+from engine.util.files import read_json
 
 REASON = "own file"
 _CORPUS = (".bin", ".idx", ".json")
@@ -86,7 +86,7 @@ def _sources(name: str) -> list[str]:
     if not stem or not os.path.isfile(f"{stem}-dropped.jsonl"):
         return []
     try:
-        facts: Any = json.loads(Path(f"{stem}-report.json").read_bytes())
+        facts: Any = read_json(Path(f"{stem}-report.json"))
         return [os.path.realpath(path) for path in facts["inputs"] if isinstance(path, str)]
     except (OSError, ValueError, LookupError, TypeError):
         return []

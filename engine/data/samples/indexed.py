@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import os
 import sys
 import warnings
@@ -31,6 +30,7 @@ from engine.data.samples.index_file import DTYPES, HEADER, MAGIC, IntArray, chun
 from engine.data.samples.mapped import MappedFile
 from engine.data.samples.sidecar import SIDECAR_VERSION
 from engine.errors import DataError
+from engine.util.files import read_json
 
 NATIVE_INTERFACE = 4  # of csrc/data/module.cpp, counted up when a signature changes: an older build is refused
 
@@ -122,7 +122,7 @@ class IndexedDataset:
         if not path.exists():
             return {}
         try:
-            meta = json.loads(path.read_bytes())
+            meta = read_json(path)
         except (OSError, ValueError) as err:
             raise DataError(
                 "samples.sidecar-unreadable",

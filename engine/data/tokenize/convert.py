@@ -20,6 +20,7 @@ from engine.data.tokenize.conversion_cache import cached, key_of
 from engine.data.tokenize.files import MODEL
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError, cut, shown
+from engine.util.files import read_json
 
 if TYPE_CHECKING:
     from engine.data.tokenize.awkward import Original
@@ -234,7 +235,7 @@ def _kind(path: Path) -> str:
     if path.suffix != ".json" or path.name == "tokenizer.json":
         return named
     try:
-        facts = orjson.loads(path.read_bytes())
+        facts = read_json(path, loads=orjson.loads)
     except (OSError, ValueError):
         return named
     if isinstance(facts, dict) and not isinstance(facts.get("model"), dict):
@@ -257,7 +258,7 @@ def _config(path: Path, kind: str) -> dict[str, Any]:
     """tokenizer_config.json beside the file. Raises DataError if its class numbers tokens in a way of its own."""
     beside = path.parent / "tokenizer_config.json"
     try:
-        said = json.loads(beside.read_bytes()) if beside.is_file() else {}
+        said = read_json(beside) if beside.is_file() else {}
     except (OSError, ValueError) as err:
         raise DataError("tokenize.unreadable", f"{beside}: cannot be read: {err}. Copy it anew.") from err
     said = said if isinstance(said, dict) else {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from engine.data.tokenize.awkward import Difference, compare, encode_plain, texts_for
 from engine.data.tokenize.patterns import words
 from engine.errors import DataError, shown
+from engine.util.files import read_json
 
 # A .tiktoken file holds ranks alone; how text is split and the special ids are known by the encoding's name.
 _ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
@@ -118,7 +118,7 @@ class Tiktoken:
 def _read_tekken(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
     """Ranks, pattern and special tokens, which have the first ids, of Mistral's tekken.json."""
     try:
-        facts = orjson.loads(path.read_bytes())
+        facts = read_json(path, loads=orjson.loads)
         config = facts["config"]
         pattern, first = str(config["pattern"]), int(config["default_num_special_tokens"])
         used = facts["vocab"][: int(config["default_vocab_size"]) - first]
@@ -175,7 +175,7 @@ def _encoding_facts(path: Path) -> tuple[str, dict[str, int]]:
     beside = path.with_suffix(".json")
     if beside.exists():
         try:
-            facts = json.loads(beside.read_bytes())
+            facts = read_json(beside)
             return str(facts["pattern"]), {str(k): int(v) for k, v in facts["special_tokens"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
             text = f'expected {{"pattern": "...", "special_tokens": {{"...": id}}}} ({type(err).__name__}: {err})'

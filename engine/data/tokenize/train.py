@@ -16,7 +16,7 @@ from tokenizers import normalizers
 
 import engine
 from engine.data.read.account import Account
-from engine.data.read.document_source import DocumentSource
+from engine.data.read.options import ReadOptions
 from engine.data.read.own import Own
 from engine.data.read.progress import Progress, ProgressEvent, StepEvent
 from engine.data.tokenize.awkward import AWKWARD
@@ -70,30 +70,26 @@ class Spread:
 
 
 def train_tokenizer(
-    inputs: Sequence[str | Path],
+    read: ReadOptions,
     output: Path,
     recipe: Recipe,
     *,
     max_bytes: int = 0,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    json_key: Sequence[str] = ("text",),
-    format: str = "",
-    on_error: str = "stop",
     overwrite: bool = False,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
     stop: Interrupts | None = None,
 ) -> Trained:
-    """Train `recipe` on the documents of `inputs` and write the folder, whole or not at all.
+    """Train `recipe` on the documents that `read` names and write the folder, whole or not at all.
+
+    max_bytes: of text, taken evenly from all of it; 0: everything.
 
     Raises DataError for bad input, an `output` that has a tokenizer unless `overwrite`, and inputs without text;
     Stopped when `stop` says so.
     """
     stop = stop or Interrupts(heard=False)
     _refuse(output, recipe, overwrite)
-    mine = Own([output / name for name in FILES])
-    source = DocumentSource.of(inputs, include, exclude, mine, keys=tuple(json_key), format=format)
+    source = read.source(Own([output / name for name in FILES]))
     account = Account()
     total = sum(file.num_bytes for file in source.files)
     spread = Spread(max_bytes, total)
@@ -102,7 +98,7 @@ def train_tokenizer(
     def texts() -> Iterator[str]:
         for batch in read_ahead(source.batches()):
             for drop in batch.drops:
-                if drop.stops and on_error != "skip":
+                if drop.stops and not read.skip_errors:
                     raise drop.refuse()
             for told in account.add(batch):
                 note(f"note: {told}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from engine.data.tokenize.tiktoken_ranks import byte_letters
 from engine.errors import DataError, shown
+from engine.util.files import read_json
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -18,7 +18,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def from_merges(path: Path, merges: Path, config: dict[str, Any]) -> tuple[str, str | None]:
     """The definition and the end token of a byte-level BPE: `path` holds its ids, `merges` its pairs, best first."""
     try:
-        vocab = {str(token): int(number) for token, number in json.loads(path.read_bytes()).items()}
+        vocab = {str(token): int(number) for token, number in read_json(path).items()}
         lines = merges.read_bytes().decode().split("\n")
         first = int(lines[0].startswith("#version:"))
         pairs = [(left, right) for left, right in (line.split() for line in lines[first:] if line.strip())]

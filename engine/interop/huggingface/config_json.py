@@ -5,7 +5,6 @@ See there for what is refused, and why a model that is written is read back as t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from engine.interop.huggingface.families import (
     Family,
     Field,
 )
-from engine.util.files import SEALED, read_regular
+from engine.util.files import SEALED, read_json
 
 Facts = dict[str, Any]
 _CANNOT = "The engine cannot compute this model."
@@ -45,15 +44,15 @@ class Described:
     extras: Facts
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
-        value = json.loads(read_regular(path, _MOST_BYTES))
+        value = read_json(path, _MOST_BYTES)
     except FileNotFoundError:
         raise CheckpointError("interop.json-missing", f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError("interop.json-unreadable", f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError("interop.json-malformed", f"{path}: cannot be read as JSON ({cut(str(error))})") from None
     if not isinstance(value, dict):
         raise CheckpointError("interop.json-not-an-object", f"{path}: is not a JSON object")
@@ -66,7 +65,7 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     max_seq_len: of the model that is made from it, where that is shorter: a sliding window may then be of no effect.
     ignore: keys that are read as if they were not there (sliding_window: as null), because whoever asks knows better.
     """
-    raw = _without(read_json(path), ignore, path)
+    raw = _without(json_object(path), ignore, path)
     family = _family(raw, path)
     facts: Facts = dict(family.facts)
     wrong = list(_resolve_aliases(raw, family))
@@ -387,7 +386,7 @@ def facts_of(path: Path, max_seq_len: int | None = None) -> tuple[Facts, str]:
                         f"{manifest}: is encrypted, and what model it is must be known before the secret is read: "
                         "`engine export CHECKPOINT FOLDER --secret ...`, and start from that folder",
                     )
-            model = (read_json(manifest).get("config") or {}).get("model")
+            model = (json_object(manifest).get("config") or {}).get("model")
             if isinstance(model, dict):
                 return {name: value for name, value in model.items() if name != "preset"}, str(manifest)
     raise CheckpointError(

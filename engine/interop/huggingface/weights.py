@@ -27,7 +27,7 @@ from engine.checkpoint.tensorfile import DTYPES
 from engine.config.load import model_config
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, cut
-from engine.interop.huggingface.config_json import Described, read_config, read_json
+from engine.interop.huggingface.config_json import Described, json_object, read_config
 from engine.interop.huggingface.families import Family
 from engine.model.transformer import tensor_shapes
 
@@ -155,7 +155,7 @@ class HfReader(TensorSource[HfTensor]):
             if (self.folder / INDEX).exists():
                 self.notes.append(f"{INDEX} is not read: {SINGLE} is there too and comes first, as in transformers")
         elif (self.folder / INDEX).exists():
-            listed = read_json(self.folder / INDEX).get("weight_map") or {}
+            listed = json_object(self.folder / INDEX).get("weight_map") or {}
             if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
                 raise CheckpointError(
                     "interop.index-malformed", f"{self.folder / INDEX}: has no weight_map of names and files; damaged"
@@ -340,7 +340,7 @@ def token_ids(value: Any) -> list[int]:
 
 def _generation_notes(path: Path, vocab_size: int) -> list[str]:
     """Check a generation_config.json now, as exports give it back; notes of ids that the model does not have."""
-    facts, notes = read_json(path), []
+    facts, notes = json_object(path), []
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         try:
             ids = token_ids(facts.get(key))

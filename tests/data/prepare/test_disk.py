@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.data.read.options import ReadOptions
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train import train_tokenizer
@@ -62,7 +63,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         texts = [" ".join(draw.choices(VOCABULARY, k=draw.randrange(5, 200))) for _ in range(1200)]
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (folder / "in" / f"{number}.jsonl").write_text(lines)
-    train_tokenizer([str(folder / "in")], folder / "tok", Recipe(400), max_bytes=200_000)
+    train_tokenizer(ReadOptions([str(folder / "in")]), folder / "tok", Recipe(400), max_bytes=200_000)
     assert Tokenizer.load(folder / "tok").vocab_size <= 400
     return folder
 

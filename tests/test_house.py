@@ -36,7 +36,6 @@ ALLOWED: dict[str, dict[str, int]] = {
         "engine/data/clean/run.py:_write_kept": 9,
         "engine/data/prepare/run.py:prepare": 26,
         "engine/data/samples/loader.py:Loader.__init__": 11,
-        "engine/data/tokenize/train.py:train_tokenizer": 13,
         "engine/interop/convert.py:export": 9,
         "engine/monitor/health.py:explain_non_finite": 10,
         "engine/train/loop.py:_loop": 10,

@@ -40,12 +40,9 @@ ALLOWED: dict[str, dict[str, int]] = {
         "engine/monitor/health.py:explain_non_finite": 10,
         "engine/train/loop.py:_loop": 10,
     },
-    "a class name stands once": {
-        "StoredTensor: engine/checkpoint/load.py, engine/interop/megatron/archive.py": 2,
-    },
+    "a class name stands once": {},
     "a module name stands once": {
         "network: engine/data/clean/pii/network.py, engine/distributed/network.py": 2,
-        "files: engine/data/tokenize/files.py, engine/util/files.py": 2,
     },
     "no loose files": {},
     "rooms say what they are for": {},

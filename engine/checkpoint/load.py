@@ -45,7 +45,7 @@ from engine.optim.adamw import Held
 _THREADS = 2  # one digests or copies while the other waits for the disk
 
 
-class StoredTensor(Protocol):
+class TensorMeta(Protocol):
     """A canonical tensor: global shape, dtype name of safetensors."""
 
     @property
@@ -63,7 +63,7 @@ class Rectangle(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-E = TypeVar("E", bound=StoredTensor)
+E = TypeVar("E", bound=TensorMeta)
 R = TypeVar("R", bound=Rectangle)
 
 

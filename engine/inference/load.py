@@ -9,7 +9,7 @@ from engine.checkpoint.links import refuse_links
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
 from engine.config.schema import Config, layout_of
-from engine.data.tokenize.files import is_tokenizer
+from engine.data.tokenize.file_names import is_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.sharding import parameters

@@ -44,7 +44,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("distributed.context", "distributed.network", "distributed.failure"),
     ("distributed.sharding",),
     ("distributed.collectives", "distributed.launch"),
-    ("distributed.pair", "ops", "data.tokenize.files"),
+    ("distributed.pair", "ops", "data.tokenize.file_names"),
     ("data.read",),
     ("data.tokenize",),
     ("data.samples",),
@@ -80,7 +80,7 @@ STRANGERS = {
 }
 # Who trains or uses a model: of data they may import these alone. How a corpus was made is nothing to them.
 USERS_OF_DATA = ("pipeline", "parallel", "optim", "checkpoint", "interop", "monitor", "train", "inference")
-SERVED = ("data.samples", "data.tokenize.tokenizer", "data.tokenize.files")
+SERVED = ("data.samples", "data.tokenize.tokenizer", "data.tokenize.file_names")
 SERVED_TO = {"interop": ("data.tokenize.convert",)}  # which tokenizer file of a folder was converted
 TALKERS = tuple(
     f"distributed.{name}" for name in ("collectives", "launch", "failure", "context", "pair")

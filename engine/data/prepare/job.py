@@ -16,7 +16,7 @@ from engine.data.read.own import Own
 from engine.data.read.progress import Progress
 from engine.data.samples.indexed import paths_of
 from engine.data.samples.keyed import derive_key
-from engine.data.tokenize.files import FILES
+from engine.data.tokenize.file_names import FILES
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.workfolder import as_json
 from engine.util.signals import Interrupts

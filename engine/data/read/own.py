@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.tokenize.files import DEFINITION, FILES
+from engine.data.tokenize.file_names import DEFINITION, FILES
 from engine.util.files import read_json
 
 REASON = "own file"

@@ -16,7 +16,7 @@ from engine.data.samples.fim import FillInTheMiddle
 from engine.data.samples.indexed import IndexedDataset, paths_of
 from engine.data.samples.order import SampleOrder
 from engine.data.samples.sidecar import SIDECAR_DIGEST, entropy, sidecar_digest
-from engine.data.tokenize.files import is_tokenizer
+from engine.data.tokenize.file_names import is_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 

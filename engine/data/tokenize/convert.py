@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from engine.data.tokenize.conversion_cache import cached, key_of
-from engine.data.tokenize.files import MODEL
+from engine.data.tokenize.file_names import MODEL
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError, cut, shown
 from engine.util.files import read_json

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import orjson
 import tokenizers
 
-from engine.data.tokenize.files import COMPANIONS, DEFINITION, MODEL, TEMPLATES, TRAINING
+from engine.data.tokenize.file_names import COMPANIONS, DEFINITION, MODEL, TEMPLATES, TRAINING
 from engine.errors import DataError, cut
 from engine.util.prefetch import beside
 

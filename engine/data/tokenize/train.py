@@ -20,7 +20,7 @@ from engine.data.read.options import ReadOptions
 from engine.data.read.own import Own
 from engine.data.read.progress import Progress, ProgressEvent, StepEvent
 from engine.data.tokenize.awkward import AWKWARD
-from engine.data.tokenize.files import FILES, TRAINING
+from engine.data.tokenize.file_names import FILES, TRAINING
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train_process import TrainProcess

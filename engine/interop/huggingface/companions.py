@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.checkpoint.links import refuse_links
-from engine.data.tokenize.files import is_tokenizer
+from engine.data.tokenize.file_names import is_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import CheckpointError, DataError
 from engine.interop.huggingface.weights import CONFIG, GENERATION, INDEX

@@ -49,7 +49,11 @@ def single_process(verb: str) -> None:
     world = read_env().world
     if world > 1:
         fault = Fault(
-            "", "WORLD_SIZE", world, f"{verb} runs on one process", f"Start `engine {verb} ...` without torchrun."
+            "cli.one-process-only",
+            "WORLD_SIZE",
+            world,
+            f"{verb} runs on one process",
+            f"Start `engine {verb} ...` without torchrun.",
         )
         raise ConfigError([fault])
 
@@ -73,5 +77,5 @@ def _finite(value: Any) -> Any:
 def shard_bytes(mib: float) -> int:
     """--shard-mib in bytes."""
     if not mib > 0:
-        raise ConfigError([Fault("", "--shard-mib", mib, "is not above 0", "The default is 4096.")])
+        raise ConfigError([Fault("cli.not-above-zero", "--shard-mib", mib, "is not above 0", "The default is 4096.")])
     return int(mib * 2**20)

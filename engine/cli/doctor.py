@@ -26,7 +26,9 @@ def run(args: list[str]) -> int:
 
     o = tyro.cli(DoctorOptions, args=args, prog="engine doctor")
     if o.timeout_s <= 0:
-        raise ConfigError([Fault("", "--timeout-s", o.timeout_s, "is no time to wait", "Use a number above 0.")])
+        raise ConfigError(
+            [Fault("cli.not-above-zero", "--timeout-s", o.timeout_s, "is no time to wait", "Use a number above 0.")]
+        )
     single_process("doctor")
     from engine.cli.diagnosis import examine  # loads torch: faults are told before
 

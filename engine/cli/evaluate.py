@@ -42,9 +42,11 @@ def run(args: list[str]) -> int:
 
     o = tyro.cli(EvaluateOptions, args=args, prog="engine evaluate")
     degrees = {"--tensor": o.tensor, "--pipeline": o.pipeline}
-    wrong = [Fault("", k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1]
+    wrong = [
+        Fault("cli.too-small", k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1
+    ]
     if o.batches < 0:
-        wrong.append(Fault("", "--batches", o.batches, "is below 0", "Use 0 for the whole corpus."))
+        wrong.append(Fault("cli.too-small", "--batches", o.batches, "is below 0", "Use 0 for the whole corpus."))
     if wrong:
         raise ConfigError(wrong)
     env = read_env()

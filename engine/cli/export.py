@@ -87,7 +87,8 @@ def run(args: list[str]) -> int:
         found = compare_with_transformers(o.checkpoint, o.output, dtype, storage)
         if found.fault:
             raise CheckpointError(
-                f"{o.output}: transformers does not compute from it what the engine does: {found.fault}. Do not use it"
+                "cli.export-computes-otherwise",
+                f"{o.output}: transformers does not compute from it what the engine does: {found.fault}. Do not use it",
             )
         text.append(
             f"transformers gives the same logits: largest difference {found.difference:.2e}, where rounding explains "
@@ -103,5 +104,7 @@ def _dtype(name: str) -> torch.dtype:
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
     if name not in dtypes:
-        raise ConfigError([Fault("", "--dtype", name, f"is none of {', '.join(dtypes)}", "Choose one.")])
+        raise ConfigError(
+            [Fault("cli.unknown-choice", "--dtype", name, f"is none of {', '.join(dtypes)}", "Choose one.")]
+        )
     return dtypes[name]

@@ -49,11 +49,21 @@ def run(args: list[str]) -> int:
     o = tyro.cli(ImportOptions, args=args, prog="engine import")
     single_process("import")
     if o.max_seq_len < 0:
-        raise ConfigError([Fault("", "--max-seq-len", o.max_seq_len, "is below 0", "Use 0 for the folder's.")])
+        raise ConfigError(
+            [Fault("cli.too-small", "--max-seq-len", o.max_seq_len, "is below 0", "Use 0 for the folder's.")]
+        )
     if o.vocab_size < 0:
-        raise ConfigError([Fault("", "--vocab-size", o.vocab_size, "is below 0", "Use 0 for the checkpoint's.")])
+        raise ConfigError(
+            [Fault("cli.too-small", "--vocab-size", o.vocab_size, "is below 0", "Use 0 for the checkpoint's.")]
+        )
     if o.encrypt and not o.secret:
-        raise ConfigError([Fault("", "--encrypt", True, "needs --secret", "Such as --secret file:/home/me/run.key.")])
+        raise ConfigError(
+            [
+                Fault(
+                    "cli.missing-option", "--encrypt", True, "needs --secret", "Such as --secret file:/home/me/run.key."
+                )
+            ]
+        )
     made, notes = import_folder(
         o.folder,
         o.output,

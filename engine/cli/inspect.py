@@ -71,16 +71,16 @@ def inspect_faults(o: InspectOptions) -> Iterator[Fault]:
         "--seed": (o.seed, 0),
     }.items():
         if value < least:
-            yield Fault("inspect.too-small", option, value, f"is below {least}", f"Use {least} or more.")
+            yield Fault("cli.too-small", option, value, f"is below {least}", f"Use {least} or more.")
     if o.output.suffix not in (".png", ".svg"):
         text = "is neither a .png nor a .svg file"
-        yield Fault("inspect.no-picture-format", "--output", str(o.output), text, "End it in .png.")
+        yield Fault("cli.no-picture-format", "--output", str(o.output), text, "End it in .png.")
     for option, share in (("--fim-rate", o.fim_rate), ("--fim-spm-rate", o.fim_spm_rate)):
         if not 0 <= share <= 1:
-            yield Fault("inspect.no-share", option, share, "is not a share", "Use a number of 0 to 1.")
+            yield Fault("cli.no-share", option, share, "is not a share", "Use a number of 0 to 1.")
     if o.fim_tokens and not o.fim_rate:
         text = "has no meaning without --fim-rate"
-        yield Fault("inspect.without-effect", "--fim-tokens", o.fim_tokens, text, "Such as 0.5.")
+        yield Fault("cli.without-effect", "--fim-tokens", o.fim_tokens, text, "Such as 0.5.")
 
 
 def inspect_corpus(o: InspectOptions) -> int:

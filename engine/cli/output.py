@@ -64,7 +64,7 @@ def end(name: str, error: OSError) -> None:
     """The policy of a verb: end. In silence when the reader has gone, with an error on a full disk."""
     if error.errno == errno.EPIPE:
         raise ReaderGone(EXIT_READER_GONE)
-    raise OutputError(f"{name} cannot be written: {error.strerror}")
+    raise OutputError("cli.output-not-writable", f"{name} cannot be written: {error.strerror}")
 
 
 def go_on(name: str, error: OSError) -> None:

@@ -97,36 +97,63 @@ def _schedule_faults(o: ScheduleOptions) -> Iterator[Fault]:
     for option, name in [("--name", o.name), *(("--compare", name) for name in o.compare)]:
         if name and name not in NAMES:
             near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]
-            yield Fault("", option, name, f"is none of {', '.join(NAMES)}", f"Did you mean {near}?")
+            yield Fault("cli.unknown-choice", option, name, f"is none of {', '.join(NAMES)}", f"Did you mean {near}?")
     counts = {"--ranks": (o.ranks, 1), "--microbatches": (o.microbatches, 1), "--chunks": (o.chunks, 0)}
     counts["--iterations"] = (o.iterations or 0, 0)
     bad = [
-        Fault("", k, v, f"is below {least}", f"Use {least} or more.") for k, (v, least) in counts.items() if v < least
+        Fault("cli.too-small", k, v, f"is below {least}", f"Use {least} or more.")
+        for k, (v, least) in counts.items()
+        if v < least
     ]
     yield from bad
     needed = SCHEDULES[o.name].chunks if o.name in SCHEDULES and not o.compare else None
     if o.chunks > 0 and needed is not None and o.chunks != needed:
         text = f"{o.name} places {needed} stage{'s' if needed > 1 else ''} on each rank"
-        yield Fault("", "--chunks", o.chunks, text, "Leave it out, or choose interleaved, which takes any number.")
+        yield Fault(
+            "cli.chunks-of-the-schedule",
+            "--chunks",
+            o.chunks,
+            text,
+            "Leave it out, or choose interleaved, which takes any number.",
+        )
     try:
         costs = Costs.parse(o.costs)
         if not bad and not (o.plan or o.run):
             share_costs(costs, o.ranks, o.ranks)
     except PlanError as error:
-        yield Fault("", "--costs", o.costs, str(error), "Write them as f=1,i=1,w=0.5,comm=0.1.")
+        yield Fault("cli.bad-costs", "--costs", o.costs, str(error), "Write them as f=1,i=1,w=0.5,comm=0.1.")
     if o.memory_cap is not None and not o.memory_cap > 0:
         yield Fault(
-            "", "--memory-cap", o.memory_cap, "is not above 0", "Give microbatches, or leave it out for no cap."
+            "cli.not-above-zero",
+            "--memory-cap",
+            o.memory_cap,
+            "is not above 0",
+            "Give microbatches, or leave it out for no cap.",
         )
+    yield from _excluded(o)
+
+
+def _excluded(o: ScheduleOptions) -> Iterator[Fault]:
+    """Options that do not go together, and names of files."""
     if o.output.suffix not in (".png", ".svg"):
         yield Fault(
-            "", "--output", str(o.output), "is neither a .png nor a .svg file", "End it in .png; both are written."
+            "cli.no-picture-format",
+            "--output",
+            str(o.output),
+            "is neither a .png nor a .svg file",
+            "End it in .png; both are written.",
         )
     if o.name and o.compare:
-        yield Fault("", "--name", o.name, "stands beside --compare", "Give one of them.")
+        yield Fault("cli.excludes", "--name", o.name, "stands beside --compare", "Give one of them.")
     if o.costs and o.run:
-        yield Fault("", "--costs", o.costs, "stands beside --from, which has costs of its own", "Give one of them.")
+        yield Fault(
+            "cli.excludes", "--costs", o.costs, "stands beside --from, which has costs of its own", "Give one of them."
+        )
     if o.save is not None and len(o.compare) + bool(o.name) + bool(o.plan) > 1:
         yield Fault(
-            "", "--save", str(o.save), "takes one plan, and here are several", "Save each with a --name of its own."
+            "cli.several-plans",
+            "--save",
+            str(o.save),
+            "takes one plan, and here are several",
+            "Save each with a --name of its own.",
         )

@@ -127,7 +127,9 @@ def run(args: list[str]) -> int:
             if options.world_size < 0
             else "is for --dry-run; torchrun says how many there are"
         )
-        raise ConfigError([Fault("", "--world-size", options.world_size, text, "Use 0 for what the degrees need.")])
+        raise ConfigError(
+            [Fault("cli.bad-world-size", "--world-size", options.world_size, text, "Use 0 for what the degrees need.")]
+        )
     if options.dry_run:
         stop.release()
         return _dry_run(options)

@@ -11,26 +11,25 @@ from rich.table import Column, Table
 
 from engine.config.load import Resolved
 from engine.config.mixture import read_mixture
-from engine.config.schema import Config, fields, layout_of, pipeline_plan
+from engine.config.schema import Config, fields
 from engine.distributed.context import make_context
-from engine.distributed.layout import Coords, Layout
+from engine.distributed.layout import Coords
 from engine.model.transformer import build_stages, num_parameters
 from engine.optim.precision import PRECISIONS
-from engine.pipeline.actions import Plan
 from engine.pipeline.simulate import peak_memory, simulate
 from engine.planner.flops import flops_per_token, uneven_pipeline
+from engine.planner.memory import bytes_per_parameter
 
 _MAX_GRID_RANKS = 64
 
 
 def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
     """Print the dry run of a checked config; of settings those that differ from their defaults, or all (full)."""
-    cfg, layout = resolved.config, layout_of(resolved.config)
+    cfg, layout, plan = resolved.config, resolved.derived.layout, resolved.derived.plan
     console.print(_settings(resolved, full))
     for line in _there(cfg):
         console.print(line, markup=False, highlight=False)
-    plan = pipeline_plan(cfg)
-    console.print(_stages(resolved, layout, plan))
+    console.print(_stages(resolved))
     if layout.world <= _MAX_GRID_RANKS:
         console.print(layout.table(), markup=False, highlight=False)
     else:
@@ -54,7 +53,7 @@ def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
         ("model FLOPs", f"{flops / 1e9:,.2f} GFLOP a token, {flops * tokens / 1e12:,.2f} TFLOP a step"),
     ):
         console.print(f"{label}: {value}", highlight=False)
-    if uneven := uneven_pipeline(cfg, plan):
+    if uneven := uneven_pipeline(cfg, resolved.derived):
         console.print(f"note: {uneven}", highlight=False)
     if resolved.sources["train.seq_len"] == "default" and cfg.model.max_seq_len > 8 * train.seq_len:
         text = f"train.seq_len is {train.seq_len} by default; model.max_seq_len is {cfg.model.max_seq_len}"
@@ -102,22 +101,18 @@ def _there(cfg: Config) -> Iterator[str]:
         yield f"data.tokenizer: {folder}: {'there' if there else 'not there'}"
 
 
-def _stages(resolved: Resolved, layout: Layout, plan: Plan) -> Table:
-    cfg = resolved.config
-    precision = PRECISIONS[cfg.train.precision]
-    state = 2 * precision.main.itemsize  # moments
-    if precision.compute != precision.main:
-        state += precision.main.itemsize  # master weights
-    shares = layout.data if cfg.parallel.zero else 1
-    per_parameter = precision.compute.itemsize + precision.main.itemsize + state / shares
+def _stages(resolved: Resolved) -> Table:
+    cfg, layout = resolved.config, resolved.derived.layout
+    per_parameter = bytes_per_parameter(cfg, layout.data)
+    dtype = PRECISIONS[cfg.train.precision].compute
     table = Table("ranks", "stages", "parameters per rank", "weights, gradients and optimizer", title="Layout")
     table.title_justify = "left"
     for rank in range(layout.pipeline):
         first = layout.rank(Coords(rank, 0, 0, 0))
         last = first + layout.world // layout.pipeline - 1
-        ctx = make_context(layout, first, num_kv_heads=cfg.model.num_kv_heads, dtype=precision.compute, device="meta")
+        ctx = make_context(layout, first, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype, device="meta")
         count, texts = 0, []
-        for _, model, params in build_stages(cfg, ctx, plan.stages_of(rank)):
+        for _, model, params in build_stages(cfg, ctx, resolved.derived):
             shape = model.shape
             count += sum(p.numel() for p in params)
             layers = f"layers {shape.layers.start}..{shape.layers.stop - 1}" if shape.layers else "no layers"

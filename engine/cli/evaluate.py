@@ -33,6 +33,7 @@ def run(args: list[str]) -> int:
 
     from engine.checkpoint.seal import storage_of
     from engine.config.checks import relations
+    from engine.config.derived import derive
     from engine.distributed.env import read_env
     from engine.distributed.launch import leave
     from engine.distributed.launch import run as run_on_ranks
@@ -57,6 +58,6 @@ def run(args: list[str]) -> int:
     code = run_on_ranks(
         lambda ctx: evaluate(cfg, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches, storage),
         env,
-        mesh_of(cfg, env),
+        mesh_of(cfg, derive(cfg), env),
     )
     return leave(code, env)

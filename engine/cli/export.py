@@ -100,11 +100,10 @@ def run(args: list[str]) -> int:
 
 
 def _dtype(name: str) -> torch.dtype:
-    import torch
+    from engine.optim.precision import PRECISIONS
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-    if name not in dtypes:
+    if name not in PRECISIONS:
         raise ConfigError(
-            [Fault("cli.unknown-choice", "--dtype", name, f"is none of {', '.join(dtypes)}", "Choose one.")]
+            [Fault("cli.unknown-choice", "--dtype", name, f"is none of {', '.join(PRECISIONS)}", "Choose one.")]
         )
-    return dtypes[name]
+    return PRECISIONS[name].compute

@@ -148,7 +148,7 @@ def run(args: list[str]) -> int:
     try:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world, refuse_idle=True)
         resolved = resolved.anchored()
-        mesh = mesh_of(resolved.config, env)
+        mesh = mesh_of(resolved.config, resolved.derived, env)
         check(resolved.config)
     except ConfigError as error:
         leave_code(error.exit_code)

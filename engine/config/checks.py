@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
-from engine.config.schema import BALANCED, CheckpointConfig, Config, ModelConfig, chunks_of
+from engine.config.derived import BALANCED, chunks_of, data_degree, microbatches, model_ranks, with_heads
+from engine.config.schema import CheckpointConfig, Config, ModelConfig
 from engine.config.skips import read_ranges
 from engine.errors import Fault, PlanError
-from engine.pipeline.schedules import SCHEDULES, load_plan
+from engine.pipeline.actions import Plan
+from engine.pipeline.schedules import SCHEDULES
 
 
 def _divisors_near(value: int, divisor: int) -> str:
@@ -19,11 +20,11 @@ def _divisors_near(value: int, divisor: int) -> str:
     return f"{low} or {low + divisor}" if low else f"{divisor}"
 
 
-def relations(cfg: Config, world: int) -> list[Fault]:
-    """Everything that must hold between values, for this many ranks."""
+def relations(cfg: Config, world: int, plan: Plan | PlanError | None = None) -> list[Fault]:
+    """Everything that must hold between values, for this many ranks. plan: what `read_plan` found."""
     return [
         *_model_relations(cfg),
-        *_parallel_relations(cfg, world),
+        *_parallel_relations(cfg, world, plan),
         *_train_relations(cfg),
         *_checkpoint_relations(cfg.checkpoint),
         *_skip_relations(cfg),
@@ -39,8 +40,8 @@ def _skip_relations(cfg: Config) -> Iterator[Fault]:
 
 
 def _model_relations(cfg: Config) -> Iterator[Fault]:
-    m = cfg.model
-    kv = m.num_kv_heads or m.num_heads
+    m = with_heads(cfg.model)
+    kv = m.num_kv_heads
     if m.num_heads % kv:
         nearest = max(d for d in range(1, m.num_heads + 1) if m.num_heads % d == 0 and d <= kv)
         yield Fault(
@@ -50,7 +51,7 @@ def _model_relations(cfg: Config) -> Iterator[Fault]:
             f"does not divide model.num_heads = {m.num_heads}",
             f"Nearest that does: {nearest}.",
         )
-    if not m.head_dim and m.hidden_size % m.num_heads:
+    if not cfg.model.head_dim and m.hidden_size % m.num_heads:
         yield Fault(
             "",
             "model.hidden_size",
@@ -103,7 +104,7 @@ ROPE_SCALES = {  # what each fact of rope_scaling belongs to
 
 
 def _position_relations(m: ModelConfig) -> Iterator[Fault]:
-    head_dim = m.head_dim or m.hidden_size // m.num_heads
+    head_dim = m.head_dim
     if m.positions == "learned":
         for name, of_rope in (("rope_scaling", m.rope_scaling != "none"), ("rotary_fraction", m.rotary_fraction != 1)):
             if of_rope:
@@ -128,19 +129,20 @@ def _position_relations(m: ModelConfig) -> Iterator[Fault]:
 
 
 def _nearest_tensor(m: ModelConfig, to: int) -> int:
-    """The tensor degree nearest to `to` that all three relations of the model allow."""
-    kv = m.num_kv_heads or m.num_heads
+    """The tensor degree nearest to `to` that all three relations of a model with its heads filled in allow."""
+    kv = m.num_kv_heads
     degrees = (d for d in range(1, m.num_heads + 1) if not m.num_heads % d and not m.ffn_size % d)
     return min((d for d in degrees if not kv % d or not d % kv), key=lambda d: (abs(d - to), d))
 
 
-def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
+def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[Fault]:
     p = cfg.parallel
     for name in ("context", "expert"):
         degree = getattr(p, name)
         if degree > 1:
             yield Fault("", f"parallel.{name}", degree, f"{name} parallelism is not built yet", "Use 1.")
-    shards = p.tensor * p.pipeline
+    p = p.model_copy(update={"context": 1})  # refused; what follows speaks of the others
+    shards = model_ranks(p)
     wanted = shards * (p.data or 1)
     if p.data and wanted != world:
         yield Fault(
@@ -158,8 +160,8 @@ def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
             f"= {shards} does not divide the {world} processes",
             f"Start `torchrun --nproc-per-node {shards * -(-world // shards)} -m engine train ...`.",
         )
-    yield from _schedule_relations(cfg, world)
-    data = p.data or max(1, world // shards)
+    yield from _schedule_relations(cfg, world, plan)
+    data = data_degree(p, world)
     slice_ = data * cfg.train.micro_batch_size
     if cfg.train.global_batch_size % slice_:
         yield Fault(
@@ -171,28 +173,26 @@ def _parallel_relations(cfg: Config, world: int) -> Iterator[Fault]:
         )
 
 
-def _schedule_relations(cfg: Config, world: int) -> Iterator[Fault]:
+def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[Fault]:
     p, m = cfg.parallel, cfg.model
     name = "parallel.schedule"
-    if p.schedule not in SCHEDULES and not Path(p.schedule).is_file():
+    if plan is None and p.schedule not in SCHEDULES:
         near = difflib.get_close_matches(p.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
         known = ", ".join(SCHEDULES)
         yield Fault("", name, p.schedule, f"is none of {known}, and no file", f"Did you mean {near}?")
         return
-    if p.schedule not in SCHEDULES:
-        try:
-            plan = load_plan(Path(p.schedule))
-        except PlanError as error:
-            yield Fault("", name, p.schedule, str(error), "Save it again with `engine schedule --save`.")
-            return
-        data = p.data or max(1, world // (p.tensor * p.pipeline))
-        microbatches = cfg.train.global_batch_size // (data * cfg.train.micro_batch_size)
-        if (plan.num_ranks, plan.microbatches) != (p.pipeline, microbatches):
+    if isinstance(plan, PlanError):
+        yield Fault("", name, p.schedule, str(plan), "Save it again with `engine schedule --save`.")
+        return
+    if plan is not None:
+        wanted = microbatches(cfg, data_degree(p, world))
+        if (plan.num_ranks, plan.microbatches) != (p.pipeline, wanted):
             have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} microbatches"
-            want = f"--ranks {p.pipeline} --microbatches {microbatches}"
+            want = f"--ranks {p.pipeline} --microbatches {wanted}"
             yield Fault("", name, p.schedule, have, f"This run needs `engine schedule ... {want} --save FILE`.")
             return
-    chunks, fixed = chunks_of(p), SCHEDULES[p.schedule].chunks if p.schedule in SCHEDULES else chunks_of(p)
+    chunks = chunks_of(p, plan)
+    fixed = SCHEDULES[p.schedule].chunks if plan is None else chunks
     if fixed is not None and chunks != fixed:
         yield Fault(
             "",
@@ -287,16 +287,15 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
 
 
 def _fp8_relations(cfg: Config) -> Iterator[Fault]:
-    t, m = cfg.train, cfg.model
+    t, m = cfg.train, with_heads(cfg.model)
     if t.fp8 == "none":
         return
     if t.precision != "bf16":
         yield Fault(
             "", "train.fp8", t.fp8, f"needs train.precision bf16, not {t.precision}", "Set it, or leave fp8 out."
         )
-    tensor, head_dim = cfg.parallel.tensor, m.head_dim or m.hidden_size // m.num_heads
-    kv_heads = m.num_kv_heads or m.num_heads
-    qkv = (m.num_heads // tensor + 2 * max(1, kv_heads // tensor)) * head_dim
+    tensor, head_dim = cfg.parallel.tensor, m.head_dim
+    qkv = (m.num_heads // tensor + 2 * max(1, m.num_kv_heads // tensor)) * head_dim
     up = (2 if m.gated_mlp else 1) * m.ffn_size // tensor
     for name, value, size, what in (
         ("model.hidden_size", m.hidden_size, m.hidden_size, "columns of matrices"),

@@ -10,7 +10,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,33 @@ from pydantic import ValidationError
 
 from engine.config import hints, renames
 from engine.config.checks import ROPE_SCALES, relations
+from engine.config.derived import (
+    BALANCED,
+    Derived,
+    chunks_of,
+    data_degree,
+    derive,
+    head_shape,
+    model_ranks,
+    read_plan,
+)
 from engine.config.idle import idle
 from engine.config.mixture import read_mixture
 from engine.config.presets import PRESETS
-from engine.config.schema import BALANCED, Config, ModelConfig, chunks_of, fields, type_name
-from engine.errors import CheckpointError, ConfigError, Fault
+from engine.config.schema import Config, ModelConfig, fields, type_name
+from engine.errors import CheckpointError, ConfigError, Fault, PlanError
 from engine.interop.huggingface.config_json import facts_of
+from engine.pipeline.actions import Plan
 from engine.planner.flops import balanced_layers
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checked config, and for each dotted path where its value came from."""
+    """A checked config, for each dotted path where its value came from, and what follows from the values."""
 
     config: Config
     sources: dict[str, str]
+    derived: Derived
 
     def anchored(self) -> Resolved:
         """The same with the paths of validation data and tokenizer absolute: `engine evaluate` works in any folder."""
@@ -40,7 +52,7 @@ class Resolved:
         paths = {
             name: str(Path(getattr(data, name)).absolute()) for name in ("valid", "tokenizer") if getattr(data, name)
         }
-        return Resolved(self.config.model_copy(update={"data": data.model_copy(update=paths)}), self.sources)
+        return replace(self, config=self.config.model_copy(update={"data": data.model_copy(update=paths)}))
 
     def toml(self) -> str:
         """The whole config as TOML that loads back to itself, each value with its source as a comment."""
@@ -82,13 +94,14 @@ def load(
     config, wrong = _parse(tree, faults)
     faults += _contradictions(config.model, start, given - {path.removeprefix("model.") for path in wrong}, sources)
     p = config.parallel
-    world = world or p.tensor * p.pipeline * max(1, p.data)
+    world = world or model_ranks(p) * max(1, p.data)
+    plan = read_plan(p)
     # what a relation says of a value that is wrong by itself, or of what follows from it, would mislead
     if wrong & {"parallel.tensor", "parallel.pipeline", "parallel.data"}:
         wrong |= {"parallel = ", "train.global_batch_size"}
     if any(fault.path == "model.preset" for fault in faults):
         wrong.add("model.")
-    faults += [f for f in relations(config, world) if not any(path in str(f) for path in wrong)]
+    faults += [f for f in relations(config, world, plan) if not any(path in str(f) for path in wrong)]
     faults += _data_faults(config)
     if refuse_idle and not wrong:
         told = {fault.path for fault in faults}
@@ -96,8 +109,10 @@ def load(
         faults += [fault for fault in idle(config, sources, given_by=given_by) if fault.path not in told]
     if faults:
         raise ConfigError(faults)
-    config = _fill_in(config, world, sources)
-    return Resolved(config, {f"{s}.{n}": sources.get(f"{s}.{n}", "default") for s, n, _ in fields()})
+    assert not isinstance(plan, PlanError)  # which is a fault
+    config = _fill_in(config, world, plan, sources)
+    sources = {f"{s}.{n}": sources.get(f"{s}.{n}", "default") for s, n, _ in fields()}
+    return Resolved(config, sources, derive(config, plan))
 
 
 def _data_faults(config: Config) -> Sequence[Fault]:
@@ -126,16 +141,15 @@ def _data_faults(config: Config) -> Sequence[Fault]:
     return faults
 
 
-def _fill_in(config: Config, world: int, sources: dict[str, str]) -> Config:
+def _fill_in(config: Config, world: int, plan: Plan | None, sources: dict[str, str]) -> Config:
     """Replace the zeros that mean "work it out" by numbers, so that nobody downstream works them out again."""
     model, parallel = config.model, config.parallel
     derived = {
-        ("model", "num_kv_heads"): model.num_kv_heads or model.num_heads,
-        ("model", "head_dim"): model.head_dim or model.hidden_size // model.num_heads,
+        **{("model", name): value for name, value in head_shape(model.model_dump()).items()},
         ("model", "rope_original_seq_len"): model.rope_original_seq_len
         or (model.max_seq_len if model.rope_scaling in ROPE_SCALES["rope_original_seq_len"] else 0),
-        ("parallel", "data"): parallel.data or world // (parallel.tensor * parallel.pipeline),
-        ("parallel", "chunks"): chunks_of(parallel),
+        ("parallel", "data"): data_degree(parallel, world),
+        ("parallel", "chunks"): chunks_of(parallel, plan),
     }
     for (section, name), value in derived.items():
         part = getattr(config, section)

@@ -1,21 +1,17 @@
-"""Typed, frozen configuration: every value there is, with its default, and what follows from a resolved one.
+"""Typed, frozen configuration: every value there is, with its default.
 
 Nothing here needs torch, so `--help` and config errors come at once. Field docstrings below are the help texts. Values
-are read and put together in engine.config.load; what must hold between them stands in engine.config.checks.
+are read and put together in engine.config.load; what must hold between them stands in engine.config.checks, and what
+follows from them in engine.config.derived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
-
-from engine.distributed.layout import Layout
-from engine.pipeline.actions import Plan
-from engine.pipeline.schedules import SCHEDULES, build, load_plan
 
 
 class Section(BaseModel):
@@ -318,56 +314,3 @@ def type_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     return {"bool": "true|false"}.get(annotation.__name__, annotation.__name__)
-
-
-def layout_of(config: Config) -> Layout:
-    """The layout a resolved config describes."""
-    p = config.parallel
-    return Layout(
-        p.tensor * p.pipeline * p.data * p.context,
-        tensor=p.tensor,
-        pipeline=p.pipeline,
-        data=p.data,
-        context=p.context,
-        sequence=p.sequence and p.tensor > 1,
-        tail=placement_of(p)[-1],
-    )
-
-
-def microbatches_of(config: Config) -> int:
-    """Microbatches that each data rank takes through its pipeline in an optimizer step of a resolved config."""
-    return config.train.global_batch_size // (config.parallel.data * config.train.micro_batch_size)
-
-
-def pipeline_plan(config: Config) -> Plan:
-    """The checked plan that a resolved config runs. PlanError when a plan file cannot be read or does not fit."""
-    p = config.parallel
-    if p.schedule in SCHEDULES:
-        return build(p.schedule, p.pipeline, p.chunks, microbatches_of(config))
-    return load_plan(Path(p.schedule))
-
-
-BALANCED = "balanced"  # parallel.layers, before it is resolved
-
-
-def layers_of_stages(config: Config) -> list[int]:
-    """How many blocks each pipeline stage of a resolved config has, in order."""
-    p = config.parallel
-    if p.layers:
-        return [int(count) for count in p.layers.split(",")]
-    stages = p.pipeline * p.chunks
-    return [config.model.num_layers // stages] * stages
-
-
-def chunks_of(p: ParallelConfig) -> int:
-    if p.chunks:
-        return p.chunks
-    if p.schedule in SCHEDULES:
-        return SCHEDULES[p.schedule].chunks or 2
-    return len(placement_of(p)) // p.pipeline
-
-
-def placement_of(p: ParallelConfig) -> tuple[int, ...]:
-    if p.schedule in SCHEDULES:
-        return SCHEDULES[p.schedule].placement(p.pipeline, p.chunks)
-    return load_plan(Path(p.schedule)).placement

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint.storage import DISK, Storage
-from engine.config.schema import layout_of
 from engine.distributed.context import make_context
+from engine.distributed.layout import Layout
 from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError, ConfigError, Fault
 from engine.inference.load import config_of, load_stage
@@ -72,7 +72,7 @@ def compare_with_transformers(
     """
     theirs = _load_theirs(folder)
     cfg = config_of(checkpoint, storage)
-    ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    ctx = make_context(Layout(), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
     ours = load_stage(checkpoint, cfg, ctx, storage)
     if dtype is not None:
         for parameter in parameters(ours):

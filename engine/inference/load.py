@@ -8,10 +8,12 @@ from engine.checkpoint.format import MODEL, find, read_manifest
 from engine.checkpoint.links import refuse_links
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
-from engine.config.schema import Config, layout_of
+from engine.config.derived import data_degree, layers_of_stages
+from engine.config.schema import Config
 from engine.data.tokenize.file_names import is_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.context import ParallelContext, make_context
+from engine.distributed.layout import Layout
 from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer, stage_shapes
@@ -27,12 +29,11 @@ def config_of(
     train.global_batch_size is the next that these data ranks can share, so it says nothing about the run's own.
     """
     config = Config.model_validate(read_manifest(find(checkpoint, storage), storage).config)
-    data = max(1, world // (tensor * pipeline))
     parallel = config.parallel.model_copy(
         update={
             "tensor": tensor,
             "pipeline": pipeline,
-            "data": data,
+            "data": 0,
             "context": 1,
             "schedule": "1f1b",
             "chunks": 1,
@@ -41,7 +42,8 @@ def config_of(
             "keep_gathered": False,
         }
     )
-    batch = config.train.micro_batch_size * data
+    parallel = parallel.model_copy(update={"data": data_degree(parallel, world)})
+    batch = config.train.micro_batch_size * parallel.data
     whole = -(-config.train.global_batch_size // batch) * batch
     train = config.train.model_copy(update={"global_batch_size": whole, "fp8": "none"})
     return config.model_copy(update={"parallel": parallel, "train": train})
@@ -49,7 +51,7 @@ def config_of(
 
 def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Storage = DISK) -> Transformer:
     """This rank's stage of the model with the checkpoint's weights, without optimizer. Collective."""
-    model = Transformer(cfg.model, ctx, stage_shapes(cfg)[ctx.pipeline.rank])
+    model = Transformer(cfg.model, ctx, stage_shapes(layers_of_stages(cfg))[ctx.pipeline.rank])
     with Reader(find(checkpoint, storage), storage) as reader:
         load_into(reader, (Held(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
     return model
@@ -59,7 +61,7 @@ def load_model(checkpoint: Path, storage: Storage = DISK) -> Transformer:
     """The whole model on this process, in the precision it was trained in, on the CPU."""
     cfg = config_of(checkpoint, storage)
     dtype = PRECISIONS[cfg.train.precision].compute
-    ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
+    ctx = make_context(Layout(), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
     return load_stage(checkpoint, cfg, ctx, storage)
 
 

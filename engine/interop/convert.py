@@ -28,6 +28,7 @@ from engine.checkpoint.storage import DISK, Storage, make_folders
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, LazyTensor, write_safetensors
 from engine.config.checks import relations
 from engine.config.load import model_config
+from engine.config.names import SAFETENSORS_DTYPES
 from engine.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from engine.data.tokenize.convert import find as find_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ from engine.interop.megatron.source import MegatronSource, open_megatron
 from engine.util.files import sync_folder, write_synced
 
 MAX_SHARD_BYTES = 4 << 30
-_PRECISIONS = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_PRECISIONS = {tensor: name for name, tensor in SAFETENSORS_DTYPES.items()}
 
 
 Importable = HfReader | MegatronSource

@@ -7,7 +7,7 @@ on the layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.batch import Documents
-from engine.config.schema import Config, ModelConfig, TrainConfig, layers_of_stages
+from engine.config.derived import Derived
+from engine.config.schema import Config, ModelConfig, TrainConfig
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter, parameters
@@ -46,10 +47,9 @@ class StageShape:
     last: bool
 
 
-def stage_shapes(cfg: Config) -> list[StageShape]:
-    """Every stage of a resolved config's pipeline, in order."""
+def stage_shapes(counts: Sequence[int]) -> list[StageShape]:
+    """Every stage of a pipeline of so many blocks each, in order."""
     shapes, begin = [], 0
-    counts = layers_of_stages(cfg)
     for stage, count in enumerate(counts):
         shapes.append(StageShape(range(begin, begin + count), stage == 0, stage == len(counts) - 1))
         begin += count
@@ -193,16 +193,16 @@ def means_of(train: TrainConfig) -> Means:
 
 
 def build_stages(
-    cfg: Config, ctx: ParallelContext, numbers: Iterable[int]
+    cfg: Config, ctx: ParallelContext, derived: Derived
 ) -> Iterator[tuple[int, Transformer, list[Parameter]]]:
-    """The pipeline stages of these numbers, in rising order, on one rank: (number, model, its parameters).
+    """The pipeline stages of one rank, in rising order: (number, model, its parameters). `derived` is of cfg.
 
     A parameter is listed with the first stage that has it: a tied embedding is held once where both ends are here.
     """
     saving = Saving(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
     means = means_of(cfg.train)
-    shapes, tied, known = stage_shapes(cfg), None, set()
-    for number in numbers:
+    shapes, tied, known = stage_shapes(derived.layers), None, set()
+    for number in derived.plan.stages_of(ctx.pipeline.rank):
         model = Transformer(cfg.model, ctx, shapes[number], saving, tied, means)
         if cfg.model.tie_embeddings and shapes[number].first:
             tied = model.embed.weight

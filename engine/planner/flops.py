@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.config.schema import Config, ModelConfig, layers_of_stages
+from engine.config.derived import Derived
+from engine.config.schema import Config, ModelConfig
 from engine.pipeline.actions import Plan
 
 
@@ -54,11 +55,11 @@ def balanced_layers(cfg: ModelConfig, seq_len: int, stages: int) -> list[int]:
     return min(map(split, range(cfg.num_layers, -1, -1)), key=lambda layers: max(stage_flops(cfg, seq_len, layers)))
 
 
-def uneven_pipeline(cfg: Config, plan: Plan) -> str:
+def uneven_pipeline(cfg: Config, derived: Derived) -> str:
     """How much the heaviest pipeline rank of a resolved config computes beyond the mean, and what would be better;
     empty where `balanced` would gain less than a twentieth."""
-    balanced = balanced_layers(cfg.model, cfg.train.seq_len, plan.num_stages)
-    now, then = (_heaviest(cfg, plan, layers) for layers in (layers_of_stages(cfg), balanced))
+    balanced = balanced_layers(cfg.model, cfg.train.seq_len, derived.plan.num_stages)
+    now, then = (_heaviest(cfg, derived.plan, layers) for layers in (derived.layers, balanced))
     if now < 1.05 * then:
         return ""
     better = f"--parallel.layers balanced ({','.join(map(str, balanced))}) makes it {then:.2f}"

@@ -13,7 +13,8 @@ import torch
 from engine.batch import Documents
 from engine.checkpoint.format import find, read_manifest
 from engine.checkpoint.storage import DISK, Storage
-from engine.config.schema import Config, pipeline_plan
+from engine.config.derived import derive
+from engine.config.schema import Config
 from engine.data.samples.corpora import end_of_document
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.loader import MicroBatch
@@ -146,7 +147,7 @@ def evaluate(
     stage = Stage(model, (), None, cfg.model.hidden_size, model.shape.first, model.shape.last)
     folder = find(checkpoint, storage)
     batch = int(read_manifest(folder, storage).config["train"]["global_batch_size"])
-    score = Evaluator(pipeline_plan(cfg), {ctx.pipeline.rank: stage}, ctx, dataset, cfg, batch=batch).run(batches)
+    score = Evaluator(derive(cfg).plan, {ctx.pipeline.rank: stage}, ctx, dataset, cfg, batch=batch).run(batches)
     if ctx.rank == 0:
         print(f"{folder} on {data}: {score}")
     return EXIT_OK

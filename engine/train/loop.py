@@ -84,7 +84,7 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: 
         return EXIT_REQUEUE
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
     data = open_training(cfg, tokenizer)
-    state = setup(cfg, ctx)
+    state = setup(cfg, ctx, resolved.derived)
     source = go_on(state, data.facts)
     if source:
         past = read_manifest(Path(source), storage_of(cfg.checkpoint.secret)).data
@@ -117,7 +117,7 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: 
             f"{state.plan.microbatches} microbatches for {ctx.pipeline.size} pipeline ranks leave a bubble of "
             f"{simulate(state.plan).bubble:.0%}; train.global_batch_size {enough} would give each rank one"
         )
-    if uneven := uneven_pipeline(cfg, state.plan):
+    if uneven := uneven_pipeline(cfg, resolved.derived):
         console.note(uneven)
     if tokenizer is not None and ctx.rank == 0:
         tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else

@@ -30,7 +30,8 @@ from engine.checkpoint.load import Reader, TensorSource, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.seal import storage_of
 from engine.checkpoint.storage import DISK, Storage
-from engine.config.schema import Config, pipeline_plan
+from engine.config.derived import Derived, derive
+from engine.config.schema import Config
 from engine.data.samples.loader import MicroBatch
 from engine.distributed.collectives import all_reduce_, gather_json, on_first_rank, raise_together
 from engine.distributed.context import ParallelContext
@@ -101,14 +102,17 @@ class StepResult:
     by_source: dict[int, float] = field(default_factory=dict)
 
 
-def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
-    """Stages, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved."""
+def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> TrainState:
+    """Stages, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved.
+
+    derived: what follows from it, where that is known already.
+    """
     keep_freed_memory()
     check_means(cfg, ctx)
-    plan = pipeline_plan(cfg)
+    derived = derived or derive(cfg)
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
-    for number, model, fresh in build_stages(cfg, ctx, plan.stages_of(ctx.pipeline.rank)):
+    for number, model, fresh in build_stages(cfg, ctx, derived):
         if not cfg.checkpoint.init:  # else `start_from` fills them
             initialise_(fresh, ctx, cfg.train.seed)
         buckets = make_buckets(
@@ -129,7 +133,7 @@ def setup(cfg: Config, ctx: ParallelContext) -> TrainState:
     norms = NormCounter(all_buckets, ctx, list(tensor_shapes(cfg.model)), PRECISIONS[cfg.train.precision].main)
     fp16 = cfg.train.precision == "fp16"
     scale = LossScale(cfg.train.loss_scale, cfg.train.loss_scale_window) if fp16 else LossScale()
-    return TrainState(cfg, ctx, plan, stages, params, all_buckets, optimizer, norms, scale)
+    return TrainState(cfg, ctx, derived.plan, stages, params, all_buckets, optimizer, norms, scale)
 
 
 def check_means(cfg: Config, ctx: ParallelContext) -> None:

@@ -24,9 +24,10 @@ from engine.cli.main import main
 from engine.config import checks as relations_module
 from engine.config import load as resolve_module
 from engine.config import schema as config_module
+from engine.config.derived import derive
 from engine.config.load import Resolved, load
 from engine.config.presets import PRESETS
-from engine.config.schema import Config, ModelConfig, fields, layout_of
+from engine.config.schema import Config, ModelConfig, fields
 from engine.distributed.env import Env, pick_device, read_env
 from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, Fault
 from engine.model.transformer import num_parameters
@@ -524,7 +525,7 @@ def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, 
 def test_the_repair_of_a_tensor_degree_works(world: int, heads: int, kv: int, ffn: int) -> None:
     """Following the advice leaves no fault about the tensor degree."""
     model = {"model.num_heads": heads, "model.num_kv_heads": kv, "model.head_dim": 8, "model.ffn_size": ffn}
-    batch = {"train.global_batch_size": 720720, "train.seq_len": 48}
+    batch = {"train.seq_len": 48}
     try:
         load([], {k: str(v) for k, v in {**model, **batch, "parallel.tensor": world}.items()}, world=world)
     except ConfigError as error:
@@ -658,7 +659,7 @@ def test_config_is_frozen() -> None:
 
 def test_world_none_takes_what_the_degrees_need() -> None:
     cfg = load([], {"parallel.tensor": "2", "parallel.pipeline": "4", "parallel.data": "8"}, world=None).config
-    layout = layout_of(cfg)
+    layout = derive(cfg).layout
     assert (layout.world, layout.tensor, layout.pipeline, layout.data) == (64, 2, 4, 8)
 
 
@@ -700,7 +701,7 @@ def test_every_preset_is_tested_and_has_only_known_keys() -> None:
 def reloaded(resolved: Resolved, tmp_path: Path) -> Config:
     file = tmp_path / "config.toml"
     file.write_text(resolved.toml())
-    return load([file], {}, world=layout_of(resolved.config).world).config
+    return load([file], {}, world=resolved.derived.layout.world).config
 
 
 @pytest.mark.parametrize("preset", PRESETS)

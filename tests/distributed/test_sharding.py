@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config.schema import Config, layout_of
+from engine.config.derived import derive
+from engine.config.schema import Config
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec, initialise_, new_parameter, parameters
@@ -143,7 +144,7 @@ DEGREES = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 4, 1), (4, 2, 1), (2,
 
 
 def model_on(cfg: Config, ctx: ParallelContext) -> Transformer:
-    return Transformer(cfg.model, ctx, stage_shapes(cfg)[ctx.pipeline.rank])
+    return Transformer(cfg.model, ctx, stage_shapes(derive(cfg).layers)[ctx.pipeline.rank])
 
 
 def laid_out(degrees: tuple[int, int, int], **model: Any) -> Config:
@@ -157,7 +158,7 @@ def laid_out(degrees: tuple[int, int, int], **model: Any) -> Config:
 def test_the_model_is_counted_once_for_each_data_replica(model: str, degrees: tuple[int, int, int]) -> None:
     cfg = laid_out(degrees, **MODELS[model])
     counts = {name: np.zeros((degrees[2], *shape)) for name, shape in tensor_shapes(cfg.model).items()}
-    for ctx in contexts(layout_of(cfg), cfg.model.num_kv_heads, device="meta"):
+    for ctx in contexts(derive(cfg).layout, cfg.model.num_kv_heads, device="meta"):
         for p in parameters(model_on(cfg, ctx)):
             for piece in p.spec.pieces(ctx):
                 assert piece.global_shape == counts[piece.name].shape[1:]
@@ -174,7 +175,7 @@ def initialised(cfg: Config, ctx: ParallelContext) -> list[Parameter]:
 
 
 def assembled(cfg: Config) -> dict[str, np.ndarray]:
-    ranks = contexts(layout_of(cfg), cfg.model.num_kv_heads)
+    ranks = contexts(derive(cfg).layout, cfg.model.num_kv_heads)
     return assemble([pieces_of(((p, p) for p in initialised(cfg, ctx)), ctx) for ctx in ranks])
 
 
@@ -210,7 +211,7 @@ def test_bf16_starts_from_the_rounded_values() -> None:
 def test_padding_is_zero(tensor: int) -> None:
     cfg = laid_out((tensor, 1, 1), model_vocab_size=5)
     padded = 0
-    for ctx in contexts(layout_of(cfg), cfg.model.num_kv_heads):
+    for ctx in contexts(derive(cfg).layout, cfg.model.num_kv_heads):
         for p in initialised(cfg, ctx):
             rest = torch.ones_like(p)
             for piece in p.spec.pieces(ctx):

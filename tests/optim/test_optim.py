@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.config.derived import derive
 from engine.config.load import load
 from engine.config.schema import Config, LrScheduleConfig, ModelConfig, OptimizerConfig
 from engine.distributed.context import ParallelContext, make_context
@@ -188,7 +189,7 @@ def canonical_gradient(cfg: Config) -> dict[str, Tensor]:
 
 def with_gradient(cfg: Config, ctx: ParallelContext, whole: dict[str, Tensor]) -> tuple[list[Parameter], GradBuckets]:
     """This rank's stage with its part of a gradient; the padding holds what must not be counted."""
-    model = Transformer(cfg.model, ctx, stage_shapes(cfg)[ctx.pipeline.rank])
+    model = Transformer(cfg.model, ctx, stage_shapes(derive(cfg).layers)[ctx.pipeline.rank])
     params = parameters(model)
     buckets = make_buckets(params, ctx, grad_dtype=F64, bucket_bytes=1 << 14, overlap=False)
     for p in params:

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from engine.cli.main import main
+from engine.config.derived import derive
 from engine.config.load import load
-from engine.config.schema import layout_of
 from engine.distributed.context import ParallelContext
 from engine.optim.precision import PRECISIONS
 from engine.train.loop import train
@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, file: Path, name: str, degrees: d
         return train(resolved, ctx, StopRequest())
 
     dtype = PRECISIONS[cfg.train.precision].compute
-    assert set(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)) == {0}
+    assert set(run_ranks(derive(cfg).layout, job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)) == {0}
     after = (run / "metrics.jsonl").read_text()
     assert after.startswith(before)
     found = facts(after[len(before) :])

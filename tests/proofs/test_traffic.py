@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config.schema import Config, microbatches_of
+from engine.config.derived import derive
+from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.train.step import setup, train_step
 from tests.support.cases import config, layout_of, random_batches
@@ -50,7 +51,7 @@ def measured(cfg: Config) -> list[dict[tuple[str, str], float]]:
 def tensor_bytes(cfg: Config, layers: int, *, first: bool, last: bool) -> dict[tuple[str, str], float]:
     """What a rank sends over the tensor axis in a step, by collective."""
     m, t, p = cfg.model, cfg.train, cfg.parallel
-    microbatches, share = microbatches_of(cfg), (p.tensor - 1) / p.tensor
+    microbatches, share = derive(cfg).plan.microbatches, (p.tensor - 1) / p.tensor
     x = t.seq_len * t.micro_batch_size * m.hidden_size * ACT * share  # an activation once round the ring
     full = t.recompute == "full"
     statistics = 2 * 3 * t.seq_len * t.micro_batch_size * MAIN * share * last  # cross entropy: peak, sum, target
@@ -96,7 +97,7 @@ def test_pipeline_axis(schedule: str, times: int, tensor: int) -> None:
     x = t.seq_len * t.micro_batch_size * cfg.model.hidden_size * ACT / tensor  # a part of the sequence each
     crossings = {"1f1b": 1, "interleaved": 3, "zb-v": 2}[schedule]
     total = sum(sent["pipeline", "send"] for sent in measured(cfg)) / tensor
-    assert total == microbatches_of(cfg) * crossings * 2 * x
+    assert total == derive(cfg).plan.microbatches * crossings * 2 * x
 
 
 @pytest.mark.parametrize(

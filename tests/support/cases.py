@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.config.derived import derive
 from engine.config.load import Resolved, load
-from engine.config.schema import Config, layout_of
+from engine.config.schema import Config
 from engine.data.samples.loader import MicroBatch
 from engine.distributed.context import ParallelContext
+from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
 from engine.optim.adamw import Held
 from engine.train.step import TrainState
@@ -63,6 +65,11 @@ def resolve(world: int = 1, **overrides: Any) -> Resolved:
 def config(world: int = 1, **overrides: Any) -> Config:
     """`resolve`, without the sources."""
     return resolve(world, **overrides).config
+
+
+def layout_of(cfg: Config) -> Layout:
+    """The layout of a resolved config."""
+    return derive(cfg).layout
 
 
 def random_batches(cfg: Config, ctx: ParallelContext, step: int) -> list[MicroBatch]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import tyro
 
+from engine.config.derived import derive
 from engine.config.load import load
-from engine.config.schema import layout_of
 from engine.data.samples.loader import MicroBatch
 from engine.distributed.context import make_context
 from engine.ops import native
@@ -43,7 +43,7 @@ def make(o: Options, *, compile: bool) -> TrainState:
         "train.compile": str(compile).lower(),
     }
     cfg = load([], {name: str(value) for name, value in values.items()}, world=1).config
-    return setup(cfg, make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
+    return setup(cfg, make_context(derive(cfg).layout, 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
 
 
 def main() -> None:

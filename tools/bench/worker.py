@@ -18,8 +18,8 @@ from measure import Case, Meter, Options, mine
 
 def engine(o: Options, case: Case) -> dict[str, Any]:
     """The engine in this process."""
+    from engine.config.derived import derive
     from engine.config.load import load
-    from engine.config.schema import layout_of
     from engine.data.samples.loader import MicroBatch
     from engine.distributed.collectives import all_reduce_
     from engine.distributed.context import ParallelContext
@@ -62,7 +62,7 @@ def engine(o: Options, case: Case) -> dict[str, Any]:
         measured.update(meter.run(lambda: train_step(state, batches).loss))
         return 0
 
-    mesh = Mesh(layout_of(cfg), cfg.model.num_kv_heads, torch.float32, torch.device("cpu"), timeout_s=600.0)
+    mesh = Mesh(derive(cfg).layout, cfg.model.num_kv_heads, torch.float32, torch.device("cpu"), timeout_s=600.0)
     code = run(main, env, mesh)
     if code:
         sys.exit(code)

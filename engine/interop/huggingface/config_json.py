@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config.derived import head_shape
 from engine.errors import CheckpointError, ConfigError, Fault, cut, shown
 from engine.interop.huggingface.families import (
     FAMILIES,
@@ -75,8 +76,7 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
         except ValueError as error:
             wrong.append((key, str(error)))
     if not wrong:
-        facts["num_kv_heads"] = facts.get("num_kv_heads") or facts["num_heads"]
-        facts["head_dim"] = facts.get("head_dim") or facts["hidden_size"] // facts["num_heads"]
+        facts |= head_shape(facts)
     rope_facts, rope_wrong, notes = _read_rope(raw, family)
     facts |= rope_facts
     if facts.get("rope_scaling") in ("llama3", "yarn"):
@@ -311,8 +311,7 @@ def write_config(facts: Facts, defaults: Facts, prefer: Sequence[str] = ()) -> t
         said = {**defaults, **family.facts, **_read_rope(config, family)[0]}
         for key, entry in family.fields.items():
             said |= _read_field(config, key, entry, said)
-        said["num_kv_heads"] = said["num_kv_heads"] or said["num_heads"]
-        said["head_dim"] = said["head_dim"] or said["hidden_size"] // said["num_heads"]
+        said |= head_shape(said)
         differing = [name for name, value in facts.items() if said[name] != value]
         if not differing:
             return family, config

@@ -1,0 +1,39 @@
+"""The memory of a rank, counted from the config, is what a run's state takes."""
+
+from __future__ import annotations
+
+import pytest
+from cases import config, layout_of
+from harness import run_ranks
+
+from engine.distributed.context import ParallelContext
+from engine.optim.precision import PRECISIONS
+from engine.planner.memory import bytes_per_parameter
+from engine.train.step import setup
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero", "expected"),
+    [("fp32", 0, 16), ("fp32", 1, 12), ("fp64", 1, 24), ("bf16", 0, 18), ("bf16", 1, 12), ("fp16", 1, 12)],
+)
+def test_bytes_of_a_parameter_on_two_data_ranks(precision: str, zero: int, expected: float) -> None:
+    cfg = config(2, parallel_zero=zero, train_precision=precision)
+    assert bytes_per_parameter(cfg, 2) == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_is_what_a_state_takes(precision: str) -> None:
+    """Weights and gradients of one of two data ranks, and its half of moments and masters, padding aside."""
+    cfg = config(2, train_precision=precision, parallel_bucket_mib=1000)
+
+    def job(ctx: ParallelContext) -> tuple[int, int]:
+        state = setup(cfg, ctx)
+        held = [*state.params, *(p.main_grad for p in state.params)]
+        held += [part.flat for part in state.optimizer.states(owned=True)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+        return sum(p.numel() for p in state.params), sum(storages.values())
+
+    dtype = PRECISIONS[precision].compute
+    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
+    count, total = ranks[0][0], sum(size for _, size in ranks)
+    assert total / 2 / count == pytest.approx(bytes_per_parameter(cfg, 2), rel=0.02)

@@ -27,8 +27,8 @@ from engine.checkpoint.save import manifest_of, write_part
 from engine.checkpoint.storage import DISK, Storage, make_folders
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, LazyTensor, write_safetensors
 from engine.config.checks import relations
+from engine.config.dtypes import SAFETENSORS_DTYPES
 from engine.config.load import model_config
-from engine.config.names import SAFETENSORS_DTYPES
 from engine.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from engine.data.tokenize.convert import find as find_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer

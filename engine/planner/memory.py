@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.names import DTYPE_BYTES, MAIN_DTYPE
+from engine.config.dtypes import DTYPE_BYTES, MAIN_DTYPE
 from engine.config.schema import Config
 
 

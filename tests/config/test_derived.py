@@ -18,8 +18,8 @@ from engine.cli.main import main
 from engine.cli.schedule_pages import NAMES
 from engine.config import derived
 from engine.config.derived import derive, with_heads
+from engine.config.dtypes import DTYPE_BYTES, MAIN_DTYPE, SAFETENSORS_DTYPES
 from engine.config.load import load
-from engine.config.names import DTYPE_BYTES, MAIN_DTYPE, SAFETENSORS_DTYPES
 from engine.config.schema import ModelConfig, ParallelConfig, Section, TrainConfig
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext

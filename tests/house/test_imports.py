@@ -27,7 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "config.renames",
         "config.skips",
         "config.mixture",
-        "config.names",
+        "config.dtypes",
         "distributed.layout",
         "interop.huggingface.families",
         "pipeline.actions",

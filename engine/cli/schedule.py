@@ -91,7 +91,7 @@ def _schedule_faults(o: ScheduleOptions) -> Iterator[Fault]:
 
     from engine.cli.schedule_pages import NAMES
     from engine.pipeline.schedules import SCHEDULES
-    from engine.pipeline.search import share_costs
+    from engine.pipeline.shares import share_costs
     from engine.pipeline.simulate import Costs
 
     for option, name in [("--name", o.name), *(("--compare", name) for name in o.compare)]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from engine.pipeline.actions import Plan
 from engine.pipeline.schedules import SCHEDULES, build
-from engine.pipeline.search import lower_bound, search, share_costs, share_memory
+from engine.pipeline.search import search
+from engine.pipeline.shares import lower_bound, share_costs, share_memory
 from engine.pipeline.simulate import Costs, Event, Timeline, simulate
 from engine.pipeline.timeline import measured_costs, read_timeline
 

@@ -9,8 +9,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from cases import MODEL, resolve
-from harness import run_ranks
 
 from engine.checkpoint.tensorfile import DTYPES
 from engine.cli import schedule
@@ -29,6 +27,8 @@ from engine.optim.precision import PRECISIONS
 from engine.pipeline.schedules import SCHEDULES, build, load_plan
 from engine.train.loop import train
 from engine.util.signals import StopRequest
+from tests.support.cases import MODEL, resolve
+from tests.support.harness import run_ranks
 
 TRAINING = (Path(__file__).resolve().parents[2] / "docs/training.md").read_text()
 

@@ -35,9 +35,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("pipeline.passes", "pipeline.simulate", "pipeline.check"),
     ("pipeline.schedules", "pipeline.torch_csv"),
-    ("pipeline.search", "pipeline.timeline", "pipeline.draw"),
-    ("config.schema",),
-    ("config.derived",),
+    ("pipeline.shares", "pipeline.list_schedules", "pipeline.improve", "pipeline.search"),
+    ("pipeline.timeline", "pipeline.draw"),
+    ("config.schema", "config.derived"),
     ("config.checks", "config.idle", "planner", "interop.huggingface.config_json"),
     ("config.load",),
     ("cli.schedule_pages",),
@@ -67,7 +67,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 _LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-_TORCH_FREE_LEVELS = 11
+_TORCH_FREE_LEVELS = 12
 
 # module or package -> packages it must not know, whatever the levels say
 STRANGERS = {

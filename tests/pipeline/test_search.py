@@ -13,10 +13,13 @@ from engine.errors import PlanError
 from engine.pipeline import search as search_module
 from engine.pipeline.actions import Action, Op, Plan
 from engine.pipeline.check import check
+from engine.pipeline.improve import _Board
+from engine.pipeline.list_schedules import _ListRun, _Rule
 from engine.pipeline.passes import compute_only
 from engine.pipeline.schedules import build, prove
-from engine.pipeline.search import _Board, _ListRun, _Rule, lower_bound, named, placements, search, share_costs
-from engine.pipeline.search import share_memory as memory
+from engine.pipeline.search import named, placements, search
+from engine.pipeline.shares import lower_bound, share_costs
+from engine.pipeline.shares import share_memory as memory
 from engine.pipeline.simulate import Costs, simulate
 
 # The last share holds the output head; a message takes a tenth of a forward; I costs more than W.

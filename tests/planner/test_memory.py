@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from cases import config, layout_of
-from harness import run_ranks
 
 from engine.distributed.context import ParallelContext
 from engine.optim.precision import PRECISIONS
 from engine.planner.memory import bytes_per_parameter
 from engine.train.step import setup
+from tests.support.cases import config, layout_of
+from tests.support.harness import run_ranks
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
+
 FILE_LINES, FUNCTION_LINES, ARGUMENTS, TOP_FILES = 400, 60, 8, 8
 TOP_LEVEL = {"engine", "csrc", "examples", "tests", "tools", "docs"}
 

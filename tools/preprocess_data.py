@@ -23,9 +23,11 @@ if __name__ == "__main__":
 
 from engine.cli.output import watched
 from engine.cli.prepare_console import prepare_progress, show_prepared
+from engine.data.prepare.options import PrepareOptions
 from engine.data.prepare.run import prepare
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, Fault
+from engine.util.words import Words
 
 # The tokenizer: of which option, and whether BERT's texts are put in lower case first.
 TOKENIZER_TYPES: dict[str, tuple[tuple[str, ...], bool | None]] = {
@@ -84,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse's, whose errors are faults like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([Fault("", "arguments", "given", message, "See --help.")])
+        raise ConfigError([Fault("preprocess.bad-arguments", "arguments", "given", message, "See --help.")])
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -116,7 +118,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     known = [option for action in parser._actions for option in action.option_strings]
     faults = [_unsupported(word.partition("=")[0], known) for word in rest if word.startswith("--")]
     if not faults and rest:
-        faults.append(Fault("", "argument", rest[0], "belongs to no option", "Leave it out."))
+        faults.append(Fault("preprocess.stray-argument", "argument", rest[0], "belongs to no option", "Leave it out."))
     if faults := [*faults, *_faults(parsed)]:
         raise ConfigError(faults)
     return parsed
@@ -124,38 +126,80 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _unsupported(option: str, known: Sequence[str]) -> Fault:
     if option in REFUSED:
-        return Fault("", option, "given", "is an option of Megatron-LM that is not supported here", REFUSED[option])
+        return Fault(
+            "preprocess.unsupported-option",
+            option,
+            "given",
+            "is an option of Megatron-LM that is not supported here",
+            REFUSED[option],
+        )
     near = difflib.get_close_matches(option, known, n=1)
-    return Fault("", option, "given", "is unknown", f"Did you mean {near[0]}?" if near else "See --help.")
+    return Fault(
+        "preprocess.unknown-option",
+        option,
+        "given",
+        "is unknown",
+        f"Did you mean {near[0]}?" if near else "See --help.",
+    )
 
 
 def _faults(args: argparse.Namespace) -> Iterator[Fault]:
     if not args.input:
-        yield Fault("", "--input", "", "names nothing to read", "Give files of JSON lines.")
+        yield Fault("preprocess.no-input", "--input", "", "names nothing to read", "Give files of JSON lines.")
     once = [name for name in args.input if name == "-" or Path(name).is_fifo()]
     if once and len(set(args.json_keys)) > 1:
         how = "Give a file, or a command for each key."
         yield Fault(
-            "", "--json-keys", " ".join(args.json_keys), f"are several, and {once[0]} can be read only once", how
+            "preprocess.input-read-only-once",
+            "--json-keys",
+            " ".join(args.json_keys),
+            f"are several, and {once[0]} can be read only once",
+            how,
         )
     if not args.output_prefix:
-        yield Fault("", "--output-prefix", "", "is missing", "Such as --output-prefix corpus/mine.")
+        yield Fault(
+            "preprocess.no-output-prefix", "--output-prefix", "", "is missing", "Such as --output-prefix corpus/mine."
+        )
     kind = args.tokenizer_type
     if kind in REFUSED_TYPES:
-        yield Fault("", "--tokenizer-type", kind, "is a tokenizer of Megatron-LM that is not here", REFUSED_TYPES[kind])
+        yield Fault(
+            "preprocess.unsupported-tokenizer-type",
+            "--tokenizer-type",
+            kind,
+            "is a tokenizer of Megatron-LM that is not here",
+            REFUSED_TYPES[kind],
+        )
     elif kind and kind not in TOKENIZER_TYPES:
         near = difflib.get_close_matches(kind, TOKENIZER_TYPES, n=1)
         hint = f"Did you mean {near[0]}? Or leave" if near else "Leave"
         text = f"is none of {', '.join(TOKENIZER_TYPES)}"
-        yield Fault("", "--tokenizer-type", kind, text, f"{hint} it out: the tokenizer's file says what it is.")
+        yield Fault(
+            "preprocess.unknown-tokenizer-type",
+            "--tokenizer-type",
+            kind,
+            text,
+            f"{hint} it out: the tokenizer's file says what it is.",
+        )
     else:
         yield from _tokenizer_faults(args)
     if args.dataset_impl != "mmap":
-        yield Fault("", "--dataset-impl", args.dataset_impl, "is not mmap, the only format", "Leave it out.")
+        yield Fault(
+            "preprocess.unsupported-format",
+            "--dataset-impl",
+            args.dataset_impl,
+            "is not mmap, the only format",
+            "Leave it out.",
+        )
     if args.workers < 0:
-        yield Fault("", "--workers", args.workers, "is below 0", "Use 0 for one a core.")
+        yield Fault("preprocess.number-too-small", "--workers", args.workers, "is below 0", "Use 0 for one a core.")
     if args.on_error not in ("stop", "skip"):
-        yield Fault("", "--on-error", args.on_error, "is neither stop nor skip", "Leave it out to stop.")
+        yield Fault(
+            "preprocess.unknown-choice",
+            "--on-error",
+            args.on_error,
+            "is neither stop nor skip",
+            "Leave it out to stop.",
+        )
 
 
 def _tokenizer_faults(args: argparse.Namespace) -> Iterator[Fault]:
@@ -163,22 +207,38 @@ def _tokenizer_faults(args: argparse.Namespace) -> Iterator[Fault]:
     wanted, _ = TOKENIZER_TYPES[args.tokenizer_type or "HuggingFaceTokenizer"]
     there = [option for option, path in given.items() if path is not None]
     if len(there) == 2:
-        yield Fault("", "--vocab-file", str(args.vocab_file), "stands beside --tokenizer-model", "Give one of them.")
+        yield Fault(
+            "preprocess.two-tokenizers",
+            "--vocab-file",
+            str(args.vocab_file),
+            "stands beside --tokenizer-model",
+            "Give one of them.",
+        )
     elif there and there[0] not in wanted:
         text = f"is not what {args.tokenizer_type} is made of"
-        yield Fault("", there[0], str(given[there[0]]), text, f"Give {wanted[0]}.")
+        yield Fault("preprocess.wrong-tokenizer-file", there[0], str(given[there[0]]), text, f"Give {wanted[0]}.")
     elif not there:
         how = f"Give {wanted[0]} a file; nothing is downloaded."
-        yield Fault("", wanted[0], "", "is missing: there is no tokenizer", how)
+        yield Fault("preprocess.no-tokenizer", wanted[0], "", "is missing: there is no tokenizer", how)
     for option, path in (("--vocab-file", args.vocab_file), ("--merge-file", args.merge_file)):
         if path is not None and not path.is_file():
             how = "Nothing is downloaded: give the path of the file, or --tokenizer-model a folder with tokenizer.json."
-            yield Fault("", option, str(path), "is no file", how)
+            yield Fault("preprocess.no-such-file", option, str(path), "is no file", how)
     if args.merge_file is not None and args.vocab_file is None:
-        yield Fault("", "--merge-file", str(args.merge_file), "stands without --vocab-file", "Give both, or neither.")
+        yield Fault(
+            "preprocess.merges-without-vocabulary",
+            "--merge-file",
+            str(args.merge_file),
+            "stands without --vocab-file",
+            "Give both, or neither.",
+        )
     if args.tokenizer_type == "GPT2BPETokenizer" and args.vocab_file is not None and args.merge_file is None:
         yield Fault(
-            "", "--merge-file", "", "is missing: a vocabulary alone does not say how texts are cut", "Give it too."
+            "preprocess.no-merges",
+            "--merge-file",
+            "",
+            "is missing: a vocabulary alone does not say how texts are cut",
+            "Give it too.",
         )
 
 
@@ -198,7 +258,9 @@ def adds_bos(args: argparse.Namespace) -> bool:
     if behind or before != [_bos(tokenizer)]:
         text = f"puts the tokens {before} before and {behind} behind every text, as Megatron stores it"
         repair = "Give --tokenizer-hf-no-include-special-tokens for the text alone, as that option gives in Megatron."
-        raise ConfigError([Fault("", "--tokenizer-model", str(args.tokenizer_model), text, repair)])
+        raise ConfigError(
+            [Fault("preprocess.template-adds-tokens", "--tokenizer-model", str(args.tokenizer_model), text, repair)]
+        )
     print(
         f"note: the template of {args.tokenizer_model} begins every text with token {before[0]} (BOS), which Megatron "
         f"stores, so it is stored; --tokenizer-hf-no-include-special-tokens leaves it out"
@@ -240,25 +302,23 @@ def _lower(args: argparse.Namespace) -> bool | None:
 
 
 def _prepare(args: argparse.Namespace, key: str, bos: bool, stop: Interrupts) -> None:
+    options = PrepareOptions(
+        Words(args.input),
+        f"{args.output_prefix}_{key}_document",
+        args.tokenizer_model or args.vocab_file,
+        merges=args.merge_file,
+        lower_case=_lower(args),
+        json_key=Words((key,)),
+        format="jsonl",
+        on_error=args.on_error,
+        append_eod=args.append_eod,
+        prepend_bos=bos,
+        workers=args.workers,
+        overwrite=args.overwrite,
+    )
+    suffixes = ("", "-valid", "-test")
     with prepare_progress() as progress:
-        report = prepare(
-            args.input,
-            f"{args.output_prefix}_{key}_document",
-            tokenizer=args.tokenizer_model or args.vocab_file,
-            merges=args.merge_file,
-            lower_case=_lower(args),
-            append_eod=args.append_eod,
-            prepend_bos=bos,
-            json_key=(key,),
-            format="jsonl",
-            on_error=args.on_error,
-            workers=args.workers,
-            suffixes=("", "-valid", "-test"),
-            overwrite=args.overwrite,
-            progress=progress,
-            note=print,
-            stop=stop,
-        )
+        report = prepare(options, suffixes=suffixes, progress=progress, note=print, stop=stop)
     show_prepared(report)
 
 

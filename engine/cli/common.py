@@ -6,29 +6,34 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import tyro
 
 from engine.errors import ConfigError, Fault
 from engine.util.signals import Interrupts, interruptible
+from engine.util.words import Words
+
+Options = TypeVar("Options")
+_WORDS = tyro.constructors.ConstructorRegistry()
 
 
-class WordTuple(tuple[str, ...]):
-    """For tuple[str, ...], and Optional for X | None, tyro would import typeguard and with it unittest: 20 ms."""
-
-
-Words = Annotated[
-    WordTuple,
-    tyro.constructors.PrimitiveConstructorSpec(
+@_WORDS.primitive_rule
+def _words(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    if info.type is not Words:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="[STR [STR ...]]",
-        instance_from_str=WordTuple,
-        is_instance=lambda value: isinstance(value, WordTuple),
+        instance_from_str=Words,
+        is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=list,
-    ),
-]
-NO_WORDS, TEXT = WordTuple(), WordTuple(("text",))
+    )
+
+
+def parse(options: type[Options], args: list[str], verb: str) -> Options:
+    """The options of a verb from its arguments; ends the process for --help and for what is no option."""
+    return tyro.cli(options, args=args, prog=f"engine {verb}", registry=_WORDS)
 
 
 def ends_on_signals(verb: Callable[[list[str], Interrupts], int]) -> Callable[[list[str]], int]:

@@ -40,10 +40,14 @@ def run(args: list[str], stop: Interrupts) -> int:
     from engine.data.prepare.merge import merge
 
     o = tyro.cli(MergeOptions, args=args, prog="engine merge-datasets")
-    faults = [] if o.input else [Fault("", "--input", "", "names nothing to merge", "Give prefixes, or a folder.")]
+    faults = []
+    if not o.input:
+        text = "names nothing to merge"
+        faults.append(Fault("prepare.no-input", "--input", "", text, "Give prefixes, or a folder."))
     if not o.output_prefix or o.output_prefix.endswith("/"):
         text = "is no prefix of file names"
-        faults.append(Fault("", "--output-prefix", o.output_prefix, text, "Use corpus/all for corpus/all.bin ..."))
+        repair = "Use corpus/all for corpus/all.bin ..."
+        faults.append(Fault("prepare.output-no-prefix", "--output-prefix", o.output_prefix, text, repair))
     if faults:
         raise ConfigError(faults)
     with prepare_progress(quiet=o.json) as progress:

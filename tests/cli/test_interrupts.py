@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.prepare.run import prepare
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from engine.util.prefetch import map_ahead, read_ahead
 from engine.util.signals import Stopped
+from tests.support.errors import raises
 from tests.support.texts import document, jsonl, needs_extra
+from tests.support.verbs import prepare
 
 BUSY = """
 import hashlib, signal, sys, time
@@ -215,7 +216,7 @@ def test_an_error_before_shards_are_looked_at_does_not_lose_them(tokenizer: Path
         patch.setattr("engine.data.prepare.flow.SHARD_S", 0.0)
         patch.setattr("engine.data.read.document_source._BATCH_DOCUMENTS", 1)
         patch.setattr("engine.data.read.document_source._BLOCK_BYTES", 16)
-        with pytest.raises(DataError, match="wrong type"):
+        with raises(DataError, "read.document-refused", "wrong type"):
             prepare([text], str(tmp_path / "o"), tokenizer=tokenizer)
     shard, lengths = tmp_path / "o.parts" / "00000001.json", tmp_path / "o.parts" / "train.lengths"
     assert shard.exists()

@@ -54,13 +54,14 @@ class Evaluations:
             for batch in DocumentSource((file,), tuple(keys)).batches():
                 for drop in batch.drops:
                     if drop.stops:
-                        raise DataError(f"evaluation file {drop}")
+                        raise DataError("clean.evaluation-not-readable", f"evaluation file {drop}")
                 for text in batch.texts:
                     grams = _grams(convert(text) if convert else text, words, fold_numbers)[1]
                     count, missed = count + 1, missed + (not grams.size)
                     found.append(grams)
             if not count:
-                raise DataError(f"{file.name}: this evaluation file has no items, so nothing can be looked for.")
+                text = f"{file.name}: this evaluation file has no items, so nothing can be looked for."
+                raise DataError("clean.evaluation-empty", text)
             hashes.append(np.concatenate(found))
             origins.append(np.full(hashes[-1].size, len(names), np.int32))
             names, items, short = [*names, file.name], [*items, count], [*short, missed]
@@ -96,13 +97,15 @@ def evaluation_files(given: Sequence[str]) -> list[InputFile]:
     try:
         files = list_inputs(given).files
     except DataError as err:
-        raise DataError(f"--decontaminate: {err}") from err
+        raise DataError(err.code, f"--decontaminate: {err}") from err
     read = [file for file in files if file.drop is None or file.drop.reason not in (own.REASON, "linked folder")]
     for file in read:
         if file.drop is not None:
-            raise DataError(f"evaluation file {file.drop}")
+            raise DataError("clean.evaluation-not-readable", f"evaluation file {file.drop}")
         if file.once:
-            raise DataError(f"evaluation file {file.name}: is a pipe, and is read more than once. Give a file.")
+            text = f"evaluation file {file.name}: is a pipe, and is read more than once. Give a file."
+            raise DataError("clean.evaluation-is-a-pipe", text)
     if given and not read:
-        raise DataError(f"--decontaminate {' '.join(given)}: no evaluation file there. Check the path.")
+        text = f"--decontaminate {' '.join(given)}: no evaluation file there. Check the path."
+        raise DataError("clean.evaluation-not-found", text)
     return read

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.clean.job import CleanJob
 from engine.data.clean.libraries import need
 from engine.errors import EXIT_ERROR, DataError, EngineError
 from engine.util.signals import Interrupts, Stopped
@@ -50,27 +51,21 @@ class Task:
         note.unlink(missing_ok=True)  # of an earlier try
 
 
-def run_elsewhere(
-    run: Callable[[int], None],
-    work: Path,
-    tasks: int,
-    missing: Callable[[], list[int]],
-    executor: str,
-    options: dict[str, Any],
-    stop: Interrupts,
-) -> None:
-    """Run the tasks; returns with some `missing` only if their Slurm jobs are still at work. Raises what failed."""
+def run_elsewhere(run: Callable[[int], None], job: CleanJob, stop: Interrupts) -> None:
+    """Run the tasks; returns with some missing only if their Slurm jobs are still at work. Raises what failed."""
+    work, executor, options, missing = job.work, job.options.executor, job.options.of_executor(), job.missing
     if not missing():
         return
-    if executor == "slurm" and (job := work / _SLURM_JOB).exists():
-        number, log = job.read_text(encoding="utf-8").split(maxsplit=1)
+    if executor == "slurm" and (note := work / _SLURM_JOB).exists():
+        number, log = note.read_text(encoding="utf-8").split(maxsplit=1)
         if _queued(number):
             return
-        job.unlink()
+        note.unlink()
         _raise_failures(work)
         raise DataError(
+            "clean.slurm-tasks-lost",
             f"Slurm job {number} has ended, but the tasks {missing()} are not done and left no error: they may "
-            f"have been killed for time or memory. Logs are in {log}. Give the same command again to run them anew."
+            f"have been killed for time or memory. Logs are in {log}. Give the same command again to run them anew.",
         )
     if executor == "ray":
         need("ray", "--executor ray", _HOW_RAY)
@@ -83,7 +78,7 @@ def run_elsewhere(
         options = {**options, "sbatch_args": {"kill-on-invalid-dep": "yes"}}
     try:
         kind = getattr(module, f"{executor.title()}PipelineExecutor")
-        started = kind(pipeline=pipeline, tasks=tasks, logging_dir=log, skip_completed=False, **options)
+        started = kind(pipeline=pipeline, tasks=job.options.tasks, logging_dir=log, skip_completed=False, **options)
         with _PREPARED[executor](stop):
             started.run()
             if executor == "slurm":
@@ -94,12 +89,17 @@ def run_elsewhere(
         if stop:
             raise Stopped from None
         _raise_failures(work)
-        raise DataError(f"--executor {executor}: {type(err).__name__}: {err}. Logs are in {log}.") from err
+        raise DataError(
+            "clean.executor-failed", f"--executor {executor}: {type(err).__name__}: {err}. Logs are in {log}."
+        ) from err
     if executor == "slurm":
         return
     _raise_failures(work)
     if lost := missing():
-        raise DataError(f"--executor {executor}: the tasks {lost} ended without a result. Logs are in {log}.")
+        raise DataError(
+            "clean.tasks-without-result",
+            f"--executor {executor}: the tasks {lost} ended without a result. Logs are in {log}.",
+        )
 
 
 @contextlib.contextmanager
@@ -165,9 +165,11 @@ def _queued(number: str) -> bool:
             ["squeue", "--noheader", "--jobs", number], capture_output=True, encoding="utf-8", timeout=60
         )
     except (OSError, subprocess.TimeoutExpired) as err:
-        raise DataError(f"squeue: {err}. It is needed to ask for Slurm job {number}; run this where Slurm is.") from err
+        text = f"squeue: {err}. It is needed to ask for Slurm job {number}; run this where Slurm is."
+        raise DataError("clean.no-squeue", text) from err
     if done.returncode and "Invalid job id" not in done.stderr:  # which it says of jobs that are long over
-        raise DataError(f"squeue --jobs {number}: {done.stderr.strip()}. Try again when Slurm answers.")
+        text = f"squeue --jobs {number}: {done.stderr.strip()}. Try again when Slurm answers."
+        raise DataError("clean.squeue-failed", text)
     return done.returncode == 0 and bool(done.stdout.strip())
 
 
@@ -179,4 +181,4 @@ def _raise_failures(work: Path) -> None:
         note.unlink()
     if texts:
         more = f" ({len(texts) - 1} more tasks failed.)" if len(texts) > 1 else ""
-        raise DataError(f"{texts[0]}{more}")
+        raise DataError("clean.task-failed", f"{texts[0]}{more}")

@@ -14,5 +14,6 @@ def need(package: str, option: str, how: str = "Install the extra: pip install '
         return importlib.import_module(package)
     except ImportError as err:
         raise DataError(
-            f"{option} needs the package {package.partition('.')[0]}, which cannot be imported ({err}). {how}."
+            "clean.package-missing",
+            f"{option} needs the package {package.partition('.')[0]}, which cannot be imported ({err}). {how}.",
         ) from err

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import Any
 
-from engine.data.clean.rules import Counts, Rules
+from engine.data.clean.job import CleanJob
+from engine.data.clean.rules import Counts, evaluations_of
 from engine.data.read.account import Account
-from engine.data.read.document_source import DocumentSource
 from engine.data.read.inputs import STDIN
 
 INPUT = "input: "  # before the reason of what could not be read
 
 
-def report_of(
-    source: DocumentSource, output: str, rules: Rules, tasks: int, counts: Counts, kept: tuple[int, int]
-) -> dict[str, Any]:
+def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str, Any]:
     """The report as JSON has it. `kept`: documents and bytes of text that stay."""
-    evaluations = rules.evaluations()
+    options, source, evaluations = job.options, job.source, evaluations_of(job.options)
     return {
-        "output": output,
+        "output": options.output,
         "inputs": [name if "://" in name or name == STDIN else os.path.abspath(name) for name in source.given],
         "files_in": len(source.files),
         "documents_in": counts.documents,
@@ -37,7 +34,7 @@ def report_of(
         "quality_languages": dict(sorted(counts.judged.items())),
         "not_applied": dict(sorted(counts.not_applied.items())),
         "pii": {
-            "mode": rules.pii,
+            "mode": options.pii,
             "findings": dict(sorted(counts.pii_findings.items())),
             "documents": dict(sorted(counts.pii_documents.items())),
         },
@@ -51,8 +48,8 @@ def report_of(
             for name, items, short in zip(evaluations.files, evaluations.items, evaluations.short_items)
         ],
         "samples": dict(sorted(counts.samples.items())),
-        "rules": dataclasses.asdict(rules),
-        "tasks": tasks,
+        "rules": options.rules(),
+        "tasks": options.tasks,
     }
 
 

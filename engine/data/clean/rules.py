@@ -11,50 +11,21 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from engine.data.clean import pii
-from engine.data.clean.chinese import Chinese, chinese_converter, other_language
+from engine.data.clean.chinese import chinese_converter, other_language
 from engine.data.clean.contamination import Evaluations
 from engine.data.clean.language import Detector, language_filter
 from engine.data.clean.libraries import need
-from engine.data.clean.ngrams import MinHash
 from engine.data.clean.normalise import normalise
+from engine.data.clean.options import CleanOptions
 from engine.data.clean.quality import Quality
-from engine.data.clean.width import Width, fold_width
+from engine.data.clean.width import fold_width
 
 SAMPLES = 5  # kept of each kind, the first ones in input order
 _EXCERPT = 160
 _PLAIN = ("documents", "text_bytes", "samples")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is done to documents."""
-
-    normalise: bool = True
-    fix_mojibake: bool = False
-    width: Width = "keep"
-    chinese: Chinese = "keep"
-    languages: tuple[str, ...] = ()
-    language_threshold: float = 0.65
-    quality: tuple[str, ...] = ()
-    quality_language: str = "auto"
-    decontaminate: tuple[str, ...] = ()
-    decontaminate_keys: tuple[str, ...] = ("text",)
-    decontaminate_words: int = 13
-    fold_numbers: bool = True
-    pii: Literal["off", "report", "mask", "drop"] = "report"
-    pii_kinds: tuple[str, ...] = ()
-    exact: bool = True
-    minhash: MinHash = field(default_factory=MinHash)
-
-    def evaluations(self) -> Evaluations:
-        """What must not be in the training data, read from its files and written as the documents are."""
-        convert = chinese_converter(self.chinese)
-        return Evaluations.read(
-            self.decontaminate, self.decontaminate_keys, self.decontaminate_words, self.fold_numbers, convert
-        )
 
 
 @dataclass(frozen=True)
@@ -127,24 +98,31 @@ def text_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-class Cleaner:
-    """Applies rules to one document after the other."""
+def evaluations_of(options: CleanOptions) -> Evaluations:
+    """What must not be in the training data, read from its files and written as the documents are."""
+    o = options
+    convert = chinese_converter(o.chinese)
+    return Evaluations.read(o.decontaminate, o.decontaminate_key, o.decontaminate_words, o.fold_numbers, convert)
 
-    def __init__(self, rules: Rules):
+
+class Cleaner:
+    """Applies the rules among the options to one document after the other."""
+
+    def __init__(self, rules: CleanOptions):
         self.rules, self.counts = rules, Counts()
         self.fix = need("ftfy", "--fix-mojibake").fix_encoding if rules.fix_mojibake else None
         self.convert = chinese_converter(rules.chinese)
         auto = bool(rules.quality) and rules.quality_language == "auto"
-        detector = Detector("--language" if rules.languages else "--quality") if rules.languages or auto else None
+        detector = Detector("--language" if rules.language else "--quality") if rules.language or auto else None
         self.language = (
-            language_filter(detector, rules.languages, rules.language_threshold)
-            if detector is not None and rules.languages
+            language_filter(detector, rules.language, rules.language_threshold)
+            if detector is not None and rules.language
             else None
         )
         self.quality = (
             Quality(rules.quality, rules.quality_language, detector if auto else None) if rules.quality else None
         )
-        self.evaluations = rules.evaluations() if rules.decontaminate else None
+        self.evaluations = evaluations_of(rules) if rules.decontaminate else None
 
     def clean(self, text: str, place: Place) -> tuple[str, str, str]:
         """The text as it is now, why it goes ("" if it stays), and what shows that."""

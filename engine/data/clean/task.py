@@ -1,21 +1,118 @@
-"""The files that a task of `engine clean` writes: documents with the keys that duplicates are found by, and drops."""
+"""A task of `engine clean`: it reads its files, applies the rules, and writes a part.
+
+A part is a folder: documents with the keys that duplicates are found by, drops, and counts. It appears under its name
+only when it is complete.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import dataclasses
+import itertools
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import orjson
 import xxhash
 import zstandard
 
+from engine.data.clean.job import CleanJob
 from engine.data.clean.ngrams import MinHash
-from engine.data.clean.rules import Place
+from engine.data.clean.report import INPUT
+from engine.data.clean.rules import Cleaner, Counts, Place
 from engine.data.read.columns import joined
+from engine.data.read.document_batch import Batch, Drop, printable
+from engine.data.read.document_source import DocumentSource
 from engine.data.read.formats import plain
 from engine.data.read.jsontext import dumps
+from engine.data.read.progress import ProgressEvent
+from engine.util.files import writing
+
+
+def run_task(job: CleanJob, task: int, progress: Callable[[ProgressEvent], None] | None = None) -> None:
+    """Write one part, unless it is there."""
+    if job.part(task).is_dir():
+        return
+    folder = job.work / f"{job.part(task).name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    cleaner, consumed, needed = Cleaner(job.options), 0, 0
+    with writing(job.work, job.go_on, lambda: needed):
+        try:
+            for done in _write_part(job, task, folder, cleaner, progress):
+                consumed = done
+            if job.part(task).is_dir():  # another process of the same job was faster
+                shutil.rmtree(folder)
+            else:
+                os.replace(folder, job.part(task))
+        except BaseException:  # what is half-written would only fill the disk
+            needed = _bytes_needed(job, folder, cleaner.counts, consumed)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _write_part(
+    job: CleanJob, task: int, folder: Path, cleaner: Cleaner, progress: Callable[[ProgressEvent], None] | None
+) -> Iterator[int]:
+    """Write the files of a part in `folder`; yields how many stored bytes of its input are done."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    first, last = job.files(task)
+    source = dataclasses.replace(job.source, files=job.source.files[first:last])
+    began, before = time.monotonic(), sum(file.num_bytes for file in job.source.files[:first])
+    total = sum(file.num_bytes for file in job.source.files)
+    with PartWriter(folder, job.options.minhash, job.options.dropped_text) as part:
+        for batch in source.batches():
+            _clean_batch(job, batch, source, first, cleaner, part)
+            yield batch.consumed
+            if progress is not None:
+                done, elapsed = before + batch.consumed, time.monotonic() - began
+                documents = cleaner.counts.documents
+                progress(ProgressEvent("clean", done, max(total, done), documents, 0, elapsed, batch.consumed, 0))
+    (folder / "counts.json").write_bytes(orjson.dumps(vars(cleaner.counts)))
+
+
+def _bytes_needed(job: CleanJob, folder: Path, counts: Counts, consumed: int) -> int:
+    """Of the parts that are missing and of the output, if the rest is like what was read."""
+    total = sum(file.num_bytes for file in job.source.files)
+    waiting = sum(f.num_bytes for task in job.missing() for f in job.source.files[slice(*job.files(task))])
+    written = sum(path.stat().st_size for path in folder.glob("*"))
+    scale = 1 / max(1, consumed)
+    return int(written * max(waiting * scale, 1)) + job.output_bytes(counts.text_bytes * max(total * scale, 1))
+
+
+def _clean_batch(
+    job: CleanJob, batch: Batch, source: DocumentSource, first: int, cleaner: Cleaner, part: PartWriter
+) -> None:
+    """Write what the rules leave of a batch; `first`: number of the task's first file."""
+    for drop in batch.drops:
+        if drop.stops and not job.options.skip_errors:
+            raise drop.refuse()
+        _count_drop(drop, cleaner.counts, part)
+    for note in batch.notes:
+        cleaner.counts.noticed[note.kind] += 1
+        cleaner.counts.sample(f"noticed: {note.kind}", Place(printable(note.file), 0), detail=note.detail)
+    for text, (number, record), rest in zip(batch.texts, batch.where, batch.rest or itertools.repeat({})):
+        place = Place(printable(source.files[number].name), record)
+        cleaned, reason, detail = cleaner.clean(text, place)
+        if reason:
+            part.drop(reason, detail, place, text)
+        else:
+            renamed = part.keep(cleaned, place, first + number, rest)
+            cleaner.counts.renamed.update(f"{old} -> {new}" for old, new in renamed.items())
+
+
+def _count_drop(drop: Drop, counts: Counts, part: PartWriter) -> None:
+    """Something that could not be read: it is no document, but it is not lost in silence either."""
+    counts.dropped[f"{INPUT}{drop.reason}"] += 1
+    if drop.reason != "blank line":
+        place = Place(printable(drop.file), drop.record)
+        counts.sample(f"dropped: {INPUT}{drop.reason}", place, detail=drop.detail)
+        part.drop(f"{INPUT}{drop.reason}", drop.detail, place, "")
 
 
 class PartWriter:

@@ -44,9 +44,9 @@ class Flow:
     """Encoding, from wherever the parts are to the end."""
 
     def __init__(self, job: PrepareJob, parts: Shards, tokenizer: Tokenizer):
-        self.job, self.parts, self.tokenizer = job, parts, tokenizer
-        self.eod = tokenizer.eod if job.append_eod else None
-        self.bos = self._begin_token() if job.prepend_bos else None
+        self.job, self.options, self.parts, self.tokenizer = job, job.options, parts, tokenizer
+        self.eod = tokenizer.eod if self.options.append_eod else None
+        self.bos = self._begin_token() if self.options.prepend_bos else None
         parts.open(tokenizer.vocab_size)
         for text in parts.warnings:
             warnings.warn(text, stacklevel=2)
@@ -57,7 +57,7 @@ class Flow:
             done = f"{self.totals.documents:,} documents in {parts.num_shards} shards"
             job.note(f"going on with {job.parts}: {done} are done")
         with job.stop.deferred():  # gigatoken calls Python, and panics at Stopped
-            self.encoder = Encoder(self.tokenizer, fast=job.fast and not self.totals.fallback)
+            self.encoder = Encoder(self.tokenizer, fast=self.options.encoder == "auto" and not self.totals.fallback)
         self.encoder.note = self.totals.fallback or self.encoder.note
         parts.bytes_needed = self._bytes_needed
         job.stop.go_on = self._go_on
@@ -65,8 +65,9 @@ class Flow:
     def _begin_token(self) -> int:
         if self.tokenizer.bos == self.eod:
             raise DataError(
-                f"prepend_bos: token {self.eod} of {self.job.tokenizer} both begins and ends documents: between two of "
-                f"them it would stand twice. Leave out --prepend-bos, or give --no-append-eod too."
+                "prepare.bos-is-eod",
+                f"prepend_bos: token {self.eod} of {self.options.tokenizer} both begins and ends documents: between "
+                f"two of them it would stand twice. Leave out --prepend-bos, or give --no-append-eod too.",
             )
         return self.tokenizer.bos
 
@@ -93,7 +94,8 @@ class Flow:
         if self.job.reads_stdin:
             again = "give it as a file" if original else "give it again with --encoder tokenizers"
             raise DataError(
-                f"{difference}. All has to be encoded anew, and standard input cannot be read again: {again}."
+                "prepare.input-read-only-once",
+                f"{difference}. All has to be encoded anew, and standard input cannot be read again: {again}.",
             )
         right = "sentencepiece itself" if self.tokenizer.own is not None else "the slower `tokenizers`, which is right"
         warnings.warn(f"{difference}. All of it is encoded anew by {right}; please report the text.", stacklevel=3)
@@ -138,7 +140,7 @@ class Flow:
         if state is None:
             return f"nothing is kept yet; {again}"
         if not job.parts.exists():
-            return f"{job.output} is complete"
+            return f"{self.options.output} is complete"
         return f"{state['documents']:,} documents are kept in {job.parts}; {again} and it goes on behind them"
 
     def _placed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, int]]:
@@ -159,7 +161,7 @@ class Flow:
         if not self.encoder.is_threaded:
             return 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.job.workers or min(cores, MAX_THREADS)
+        return self.options.workers or min(cores, MAX_THREADS)
 
     def _stop_at_errors(self, batch: Batch) -> None:
         try:
@@ -241,20 +243,22 @@ class Flow:
         if not sum(totals.documents for totals in self.totals.splits.values()):
             self.parts.discard()
             empty = f" All of the {self.totals.documents:,} documents are empty." if self.totals.documents else ""
-            raise DataError(self.totals.account.nothing(self.job.source) + empty)
+            raise self.totals.account.no_text(self.job.source, empty)
         for split, totals in self.totals.splits.items():
             if totals.documents == 0:
                 self.parts.discard()
-                shares = f"valid_fraction = {self.job.valid_fraction}, test_fraction = {self.job.test_fraction}"
+                o = self.options
+                shares = f"valid_fraction = {o.valid_fraction}, test_fraction = {o.test_fraction}"
                 raise DataError(
+                    "prepare.empty-split",
                     f"{self.job.prefix(split)}: of {self.totals.documents} documents none with text is in the "
                     f"{split} split ({shares}). "
-                    f"A document is never cut: give more documents, change the fractions (0: none) or the seed."
+                    f"A document is never cut: give more documents, change the fractions (0: none) or the seed.",
                 )
 
     def _finish(self) -> dict[str, Any]:
         """Write index files, sidecars, report and the tokenizer's copy beside the data."""
-        job, parts, output = self.job, self.parts, Path(self.job.output)
+        job, parts, output = self.job, self.parts, Path(self.options.output)
         reports: dict[str, SplitReport] = {}
         for split in job.splits:
             totals = self.totals.splits[split]
@@ -275,7 +279,7 @@ class Flow:
             test=reports.get("test"),
             valid_unigram_cross_entropy=crossed.get("valid"),
             test_unigram_cross_entropy=crossed.get("test"),
-            tokenizer=str(job.tokenizer),
+            tokenizer=str(self.options.tokenizer),
             tokenizer_digest=self.tokenizer.digest,
             vocab_size=self.tokenizer.vocab_size,
             bos=self.bos,

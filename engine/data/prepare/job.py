@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.prepare.options import PrepareOptions
 from engine.data.read.document_batch import Batch
 from engine.data.read.document_source import DocumentSource
 from engine.data.read.own import Own
@@ -28,44 +29,30 @@ AGAIN = "give the same command again"
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """What to do: the checked arguments of `prepare`."""
+    """What to do: options, inputs that were found, and who is told."""
 
+    options: PrepareOptions
     source: DocumentSource
-    output: str
-    tokenizer: Path
-    merges: Path | None
-    lower_case: bool | None
-    train_vocab_size: int | None
-    train_bytes: int
-    valid_fraction: float
-    test_fraction: float
-    append_eod: bool
-    prepend_bos: bool
-    parse_special: bool
-    seed: int
-    skip_errors: bool
-    fast: bool
-    workers: int
     suffixes: tuple[str, str, str]  # of SPLITS
-    overwrite: bool
     progress: Progress | None
     note: Callable[[str], None]
     stop: Interrupts
 
     def given_tokenizer(self) -> Tokenizer:
         """The one that is there. Raises DataError."""
-        return Tokenizer.load(self.tokenizer, self.parse_special, merges=self.merges, lower_case=self.lower_case)
+        o = self.options
+        return Tokenizer.load(o.tokenizer, o.parse_special, merges=o.merges, lower_case=o.lower_case)
 
     @property
     def parts(self) -> Path:
-        return Path(f"{self.output}.parts")
+        return Path(f"{self.options.output}.parts")
 
     def prefix(self, split: str) -> str:
-        return self.output + self.suffixes[SPLITS.index(split)]
+        return self.options.output + self.suffixes[SPLITS.index(split)]
 
     @property
     def splits(self) -> tuple[str, ...]:
-        wanted = (True, self.valid_fraction > 0, self.test_fraction > 0)
+        wanted = (True, self.options.valid_fraction > 0, self.options.test_fraction > 0)
         return tuple(name for name, there in zip(SPLITS, wanted) if there)
 
     @property
@@ -78,10 +65,10 @@ class PrepareJob:
         valid is the lower end of the hashes and test the upper one, so that neither fraction moves the other's
         documents: those of valid are the same with and without a test split, and both only grow with their fractions.
         """
-        if not self.valid_fraction and not self.test_fraction:
+        if not self.options.valid_fraction and not self.options.test_fraction:
             return np.zeros(count, np.int8)
-        below, from_ = int(self.valid_fraction * 2.0**64), 2**64 - int(self.test_fraction * 2.0**64)
-        hashes = (derive_key(self.seed, "split", number) for number in range(first, first + count))
+        below, from_ = int(self.options.valid_fraction * 2.0**64), 2**64 - int(self.options.test_fraction * 2.0**64)
+        hashes = (derive_key(self.options.seed, "split", number) for number in range(first, first + count))
         return np.fromiter((1 if value < below else 2 if value >= from_ else 0 for value in hashes), np.int8, count)
 
     @property
@@ -91,33 +78,39 @@ class PrepareJob:
     @property
     def own(self) -> Own:
         """What is no input, though it may be in a folder that is one."""
-        return Own(self.targets(), self.tokenizer, self.parts)
+        return Own(self.targets(), self.options.tokenizer, self.parts)
 
     @property
     def tokenizer_copy(self) -> Path | None:
         """The folder beside the data for the tokenizer's files; None if they are there anyway."""
-        beside = Path(f"{self.output}-tokenizer")
-        return None if beside.resolve() == self.tokenizer.resolve() else beside
+        beside = Path(f"{self.options.output}-tokenizer")
+        return None if beside.resolve() == self.options.tokenizer.resolve() else beside
 
     def outputs(self) -> list[Path]:
         """What must not be there: all of them, and a tokenizer where one is to be trained."""
-        trained = [self.tokenizer / "tokenizer.json"] if self.train_vocab_size is not None else []
+        trained = [self.options.tokenizer / "tokenizer.json"] if self.options.train_vocab_size else []
         return [*self.targets(), *trained]
 
     def targets(self) -> list[Path]:
         """Everything that is written, whatever the options."""
         corpora = [path for split in SPLITS for path in paths_of(self.prefix(split))]
         copy = [self.tokenizer_copy / name for name in FILES] if self.tokenizer_copy is not None else []
-        return [*copy, *corpora, Path(f"{self.output}-skipped.jsonl"), Path(f"{self.output}-report.json")]
+        return [
+            *copy,
+            *corpora,
+            Path(f"{self.options.output}-skipped.jsonl"),
+            Path(f"{self.options.output}-report.json"),
+        ]
 
 
 def settings_of(job: PrepareJob, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """All that the output depends on, as JSON gives it back. How errors are met is not among it: `skip` may go on
     where `stop` stopped."""
+    o = job.options
     files = [[file.name, file.num_bytes, file.stamp] for file in job.source.files]
     if tokenizer is None:
-        identity: dict[str, Any] = {"trained with vocab_size": job.train_vocab_size, "folder": str(job.tokenizer)}
-        identity |= {"of at most bytes": job.train_bytes} if job.train_bytes else {}
+        identity: dict[str, Any] = {"trained with vocab_size": o.train_vocab_size, "folder": str(o.tokenizer)}
+        identity |= {"of at most bytes": o.train_bytes} if o.train_bytes else {}
     else:
         identity = {"digest": tokenizer.digest}
     settings = {
@@ -127,19 +120,19 @@ def settings_of(job: PrepareJob, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "format": job.source.format,
         "max_document_bytes": job.source.max_document_bytes,
         "tokenizer": identity,
-        "append_eod": job.append_eod,
-        "prepend_bos": job.prepend_bos,
-        "parse_special": job.parse_special,
-        "valid_fraction": job.valid_fraction,
-        "test_fraction": job.test_fraction,
-        "seed": job.seed,
+        "append_eod": o.append_eod,
+        "prepend_bos": o.prepend_bos,
+        "parse_special": o.parse_special,
+        "valid_fraction": o.valid_fraction,
+        "test_fraction": o.test_fraction,
+        "seed": o.seed,
         "suffixes": list(job.suffixes),
-        "fast": job.fast,
+        "fast": o.encoder == "auto",
     }
     return as_json(settings)
 
 
 def stop_at_errors(job: PrepareJob, batch: Batch) -> None:
     for drop in batch.drops:
-        if drop.stops and not job.skip_errors:
+        if drop.stops and not job.options.skip_errors:
             raise drop.refuse()

@@ -131,13 +131,17 @@ def corpora_of(inputs: Sequence[str]) -> list[str]:
             found.append(given[:-4] if given.endswith((".bin", ".idx")) and os.path.isfile(given) else given)
     if not found:
         raise DataError(
-            f"{', '.join(inputs) or 'no input'}: no PREFIX.idx there. Give prefixes, or a folder of corpora."
+            "prepare.nothing-to-merge",
+            f"{', '.join(inputs) or 'no input'}: no PREFIX.idx there. Give prefixes, or a folder of corpora.",
         )
     seen: dict[str, str] = {}
     for prefix in found:
         path = os.path.realpath(f"{prefix}.idx")
         if path in seen:
-            raise DataError(f"{prefix}: is given twice (as {seen[path]} before): its documents would be in it twice.")
+            raise DataError(
+                "prepare.corpus-twice",
+                f"{prefix}: is given twice (as {seen[path]} before): its documents would be in it twice.",
+            )
         seen[path] = prefix
     return found
 
@@ -149,7 +153,7 @@ def _in_folder(folder: str) -> list[str]:
     for there, absent in ((".bin", ".idx"), (".idx", ".bin")):
         if alone := sorted(halves[there] - halves[absent]):
             what = f"{os.path.join(folder, alone[0])}{there} stands alone, without its {absent}"
-            raise DataError(f"{what}. Copy it too, or take this file out of the folder.")
+            raise DataError("prepare.half-a-corpus", f"{what}. Copy it too, or take this file out of the folder.")
     return [os.path.join(folder, name) for name in sorted(halves[".bin"])]
 
 
@@ -157,26 +161,34 @@ def _refuse_misfits(corpora: Sequence[_Corpus], output: str, multimodal: bool) -
     first = corpora[0]
     for corpus in corpora:
         if os.path.realpath(f"{corpus.prefix}.idx") == os.path.realpath(f"{output}.idx"):
-            raise DataError(f"{output}: is one of the corpora to merge. Choose another output.")
+            raise DataError(
+                "prepare.output-is-a-corpus", f"{output}: is one of the corpora to merge. Choose another output."
+            )
         if corpus.dtype != first.dtype:
             raise DataError(
+                "prepare.token-sizes-differ",
                 f"{corpus.prefix} has tokens of {corpus.dtype.name}, {first.prefix} of {first.dtype.name}: their "
-                f"vocabularies differ. Merge corpora of one tokenizer; prepare the text of one of them again."
+                f"vocabularies differ. Merge corpora of one tokenizer; prepare the text of one of them again.",
             )
         if corpus.multimodal and not multimodal:
             raise DataError(
-                f"{corpus.prefix}.idx: has modes (a multimodal corpus). Give --multimodal to join them too."
+                "prepare.multimodal-not-asked",
+                f"{corpus.prefix}.idx: has modes (a multimodal corpus). Give --multimodal to join them too.",
             )
         if multimodal and corpus.sequences and not corpus.multimodal:
-            raise DataError(f"{corpus.prefix}.idx: has no modes, so it is not multimodal. Leave out --multimodal.")
+            raise DataError(
+                "prepare.not-multimodal",
+                f"{corpus.prefix}.idx: has no modes, so it is not multimodal. Leave out --multimodal.",
+            )
     known = [corpus for corpus in corpora if corpus.meta]
     for key in _AGREE:
         for corpus in known[1:]:
             a, b = known[0].meta.get(key), corpus.meta.get(key)
             if a != b:
                 raise DataError(
+                    "prepare.corpora-differ",
                     f"{known[0].prefix}.json has {key} {a}, {corpus.prefix}.json has {b}: an id means two things, or "
-                    f"documents end or begin in two ways. Prepare both with one tokenizer and the same options."
+                    f"documents end or begin in two ways. Prepare both with one tokenizer and the same options.",
                 )
 
 
@@ -201,7 +213,7 @@ def _make(
             (folder / name).unlink(missing_ok=True)
         if (free := shutil.disk_usage(folder).free) < needed:
             text = f"{folder}: about {needed:,} bytes are needed, {free:,} are free"
-            raise DataError(f"{text}. Make room, or choose an output on another disk.")
+            raise DataError("prepare.disk-too-small", f"{text}. Make room, or choose an output on another disk.")
         copied = _Copy(folder, corpora, progress, began)
         sidecar = copied.run()
         facts = sidecar or {}
@@ -272,7 +284,10 @@ class _Copy:
         """Copy a corpus; n sequences and d boundaries are there in all."""
         corpus, data = _Corpus.open(before.prefix)
         if corpus.facts != before.facts:
-            raise DataError(f"{corpus.prefix}: was changed while it was merged. Give the same command again.")
+            raise DataError(
+                "prepare.corpus-changed",
+                f"{corpus.prefix}: was changed while it was merged. Give the same command again.",
+            )
         whole, base = xxhash.xxh3_128(), HEADER.size
         for low in range(0, data.num_tokens, CHUNK):
             tokens = np.ascontiguousarray(data.tokens[low : low + CHUNK])
@@ -285,7 +300,8 @@ class _Copy:
         said = corpus.meta.get("bin_digest", whole.hexdigest())
         if said != whole.hexdigest():
             raise DataError(
-                f"{corpus.prefix}.bin: its bytes are not those that its .json names. Restore or prepare it anew."
+                "prepare.corpus-damaged",
+                f"{corpus.prefix}.bin: its bytes are not those that its .json names. Restore or prepare it anew.",
             )
         _put(idx, base + 4 * self.sequences, data.lengths, "<i4", 0)
         _put(idx, base + 4 * n + 8 * self.sequences, data.pointers, "<i8", self.tokens * data.dtype.itemsize)

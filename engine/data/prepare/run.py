@@ -12,120 +12,70 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.data.prepare.flow import Flow
 from engine.data.prepare.job import AGAIN, SPLITS, PrepareJob, settings_of, stop_at_errors
+from engine.data.prepare.options import PrepareOptions
 from engine.data.prepare.report import PrepareReport, SplitReport
 from engine.data.prepare.shards import Shards
 from engine.data.read.account import Account, unreadable
-from engine.data.read.document_source import MAX_DOCUMENT_BYTES, DocumentSource
+from engine.data.read.document_source import DocumentSource
 from engine.data.read.progress import Progress, ProgressEvent
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train import Spread, train_apart
 from engine.data.workfolder import PLAN, refuse_existing, work_json
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from engine.util.files import sync_folder
 from engine.util.prefetch import read_ahead
 from engine.util.signals import Interrupts, Stopped
 
 
 def prepare(
-    inputs: Sequence[str | Path],
-    output: str,
+    options: PrepareOptions,
     *,
-    tokenizer: Path,
-    merges: Path | None = None,
-    lower_case: bool | None = None,
-    train_vocab_size: int | None = None,
-    train_bytes: int = 0,
-    valid_fraction: float = 0.0,
-    test_fraction: float = 0.0,
-    append_eod: bool = True,
-    prepend_bos: bool = False,
-    parse_special: bool = False,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    json_key: Sequence[str] = ("text",),
-    format: str = "",
-    on_error: str = "stop",
-    seed: int = 0,
-    max_document_bytes: int = MAX_DOCUMENT_BYTES,
-    fast: bool = True,
-    workers: int = 0,
     suffixes: tuple[str, str, str] = ("-train", "-valid", "-test"),
-    overwrite: bool = False,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
     stop: Interrupts | None = None,
 ) -> PrepareReport:
-    """Tokenise `inputs` into `output`-train and, where their fractions are > 0, `output`-valid and `output`-test.
+    """Tokenise the inputs into OUTPUT-train and, where their fractions are > 0, OUTPUT-valid and OUTPUT-test.
 
-    `workers`: threads that encode, 0 for one a core (at most 8).
-    `tokenizer`, `merges` and `lower_case` are what Tokenizer.load takes; with `train_vocab_size` it is created there
-    first, from at most `train_bytes` of text, taken evenly from all train documents (0: from all of it). Killed at any
-    moment, the same call goes on where the last shard ended; `stop` seals one first. Raises DataError for bad input
-    (with `on_error` "skip" it is counted and listed), for outputs that exist unless `overwrite`, and for a split
-    without documents; Stopped when `stop` says so.
+    `suffixes`: of the three. Killed at any moment, the same call goes on where the last shard ended; `stop` seals one
+    first. Raises ConfigError for options that make no sense; DataError for bad input (with `on_error` "skip" it is
+    counted and listed), for outputs that exist unless `overwrite`, and for a split without documents; Stopped when
+    `stop` says so.
     """
-    for name, share in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction)):
-        if not 0.0 <= share < 1.0:
-            raise DataError(f"{name} = {share}: expected 0 <= {name} < 1; 0 means no such split")
-    if valid_fraction + test_fraction >= 1.0:
-        raise DataError(
-            f"valid_fraction + test_fraction = {valid_fraction + test_fraction}: nothing is left to train on"
-        )
-    if on_error not in ("stop", "skip"):
-        raise DataError(f"on_error = {on_error!r}: expected stop or skip")
-    keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
-    how: dict[str, Any] = {"keys": keys, "format": format, "max_document_bytes": max_document_bytes}
-    job = PrepareJob(
-        DocumentSource(()),
-        output,
-        tokenizer,
-        merges,
-        lower_case,
-        train_vocab_size,
-        train_bytes,
-        valid_fraction,
-        test_fraction,
-        append_eod,
-        prepend_bos,
-        parse_special,
-        seed,
-        on_error == "skip",
-        fast,
-        workers,
-        suffixes,
-        overwrite,
-        progress,
-        note,
-        Interrupts(heard=False) if stop is None else stop,
-    )
-    job = dataclasses.replace(job, source=DocumentSource.of(inputs, include, exclude, job.own, **how))
-    if train_vocab_size is not None and job.reads_stdin:
-        raise DataError("standard input (-) and pipes can be read only once: train the tokenizer on files, or give one")
-    if not any(file.drop is None and (file.num_bytes or file.once or "://" in file.name) for file in job.source.files):
-        raise unreadable(job.source, job.skip_errors)
+    if faults := list(options.faults()):
+        raise ConfigError(faults)
+    stop = Interrupts(heard=False) if stop is None else stop
+    job = PrepareJob(options, DocumentSource(()), suffixes, progress, note, stop)
+    source = options.source(job.own, max_document_bytes=options.max_document_bytes)
+    job = dataclasses.replace(job, source=source)
+    if options.train_vocab_size and source.reads_once:
+        text = "standard input (-) and pipes can be read only once: train the tokenizer on files, or give one"
+        raise DataError("prepare.training-reads-twice", text)
+    if not any(file.drop is None and (file.num_bytes or file.once or "://" in file.name) for file in source.files):
+        raise unreadable(source, options.skip_errors)
     return _run(job)
 
 
 def _run(job: PrepareJob) -> PrepareReport:
     """Go on with the work in PREFIX.parts, or begin it."""
-    given = None if job.train_vocab_size is not None else job.given_tokenizer()
+    given = None if job.options.train_vocab_size else job.given_tokenizer()
     settings = settings_of(job, given)
     if job.parts.exists():
         job.stop.go_on = lambda: f"what is finished is kept in {job.parts}; {AGAIN} and it goes on behind it"
     else:
-        refuse_existing(job.outputs(), job.overwrite)
+        refuse_existing(job.outputs(), job.options.overwrite)
     with Shards(job.parts, job.splits) as parts:
         plan = parts.plan(settings)
         if plan is not None:
             return _publish(job, parts, plan)
-        if not parts.resume(settings, job.overwrite):
+        if not parts.resume(settings, job.options.overwrite):
             _refuse_beside(job, parts)
             parts.begin(settings)
         try:
@@ -143,7 +93,7 @@ def _run(job: PrepareJob) -> PrepareReport:
 def _refuse_beside(job: PrepareJob, parts: Shards) -> None:
     """Refuse to replace outputs beside a folder of parts; an empty one that a kill left goes away then."""
     try:
-        refuse_existing(job.outputs(), job.overwrite)
+        refuse_existing(job.outputs(), job.options.overwrite)
     except DataError:
         if parts.settings() is None:
             parts.discard()
@@ -154,12 +104,12 @@ def _trained(job: PrepareJob) -> Tokenizer:
     """The tokenizer that an earlier try trained, or a new one, kept in the parts folder."""
     folder = job.parts / "trained"
     if not folder.exists():
-        recipe, spread = Recipe(job.train_vocab_size or 0), Spread(job.train_bytes, job.total)
+        recipe, spread = Recipe(job.options.train_vocab_size), Spread(job.options.train_bytes, job.total)
         trained = train_apart(_train_texts(job, spread), recipe, spread, job.progress)
         trained.tokenizer.save(job.parts / "trained.tmp")
         (job.parts / "trained.tmp").rename(folder)
         sync_folder(job.parts)
-    return Tokenizer.load(folder, job.parse_special)
+    return Tokenizer.load(folder, job.options.parse_special)
 
 
 def _train_texts(job: PrepareJob, spread: Spread) -> Iterator[str]:
@@ -174,17 +124,17 @@ def _train_texts(job: PrepareJob, spread: Spread) -> Iterator[str]:
             elapsed, consumed = time.monotonic() - began, batch.consumed
             job.progress(ProgressEvent("train tokenizer", consumed, job.total, number, 0, elapsed, consumed, 0))
     if not number:
-        raise DataError(account.nothing(job.source))
+        raise account.no_text(job.source)
 
 
 def _publish(job: PrepareJob, parts: Shards, plan: dict[str, Any]) -> PrepareReport:
     """The tokenizer first, as without it the ids mean nothing; the report last."""
     trained = job.parts / "trained"
-    if job.train_vocab_size is not None and trained.exists():
-        Tokenizer.load(trained).save(job.tokenizer)
+    if job.options.train_vocab_size and trained.exists():
+        Tokenizer.load(trained).save(job.options.tokenizer)
     moves = [(job.parts / name, Path(target)) for name, target in plan["moves"]]
     targets = {target for _, target in moves}
     parts.publish([path for path in job.targets() if path not in targets], moves)
-    facts = work_json(Path(f"{job.output}-report.json")) or {}
+    facts = work_json(Path(f"{job.options.output}-report.json")) or {}
     splits = {name: SplitReport(**facts[name]) if facts.get(name) else None for name in SPLITS}
     return PrepareReport(**{**facts, **splits})

@@ -146,7 +146,8 @@ class Shards(WorkFolder):
         """
         packed, written, wrong = pack(tokens, lengths, eod, self.dtype, self.counts[split])
         if wrong is not None:
-            raise DataError(f"the tokenizer gave id {wrong}, not in [0, {len(self.counts[split])})")
+            text = f"the tokenizer gave id {wrong}, not in [0, {len(self.counts[split])})"
+            raise DataError("prepare.id-outside-the-vocabulary", text)
         self._append(f"{split}.bin", packed.data)
         self._append(f"{split}.lengths", written.data)
         return written

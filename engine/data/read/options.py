@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.data.read.document_source import DocumentSource
 from engine.data.read.own import Own
+from engine.util.words import Words
 
 
-@dataclass(frozen=True)
 class ReadOptions:
-    """inputs: files, folders, globs, URLs, "-"; include and exclude: globs within folders; json_key: keys of the text.
+    """Base of the options of a verb that reads documents; each declares these fields with a help of its own.
 
+    input: files, folders, globs, URLs, "-"; include and exclude: globs within folders; json_key: keys of the text;
     format: "" goes by the name of each file; on_error: "stop" at what cannot be read, or "skip" it.
     """
 
-    inputs: Sequence[str | Path]
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    json_key: Sequence[str] = ("text",)
-    format: str = ""
-    on_error: str = "stop"
+    input: Words
+    include: Words
+    exclude: Words
+    json_key: Words
+    format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"]
+    on_error: Literal["stop", "skip"]
 
     @property
     def skip_errors(self) -> bool:
@@ -33,4 +31,4 @@ class ReadOptions:
     def source(self, mine: Own, **how: Any) -> DocumentSource:
         """The documents. mine: what the call writes, which is no input; how: other fields of DocumentSource."""
         how = {"keys": tuple(self.json_key), "format": self.format, **how}
-        return DocumentSource.of(self.inputs, self.include, self.exclude, mine, **how)
+        return DocumentSource.of(self.input, self.include, self.exclude, mine, **how)

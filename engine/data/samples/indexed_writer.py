@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -17,7 +16,7 @@ from engine.data.samples.index_file import CHUNK, IntArray, write_index
 from engine.data.samples.indexed import paths_of
 from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
 from engine.errors import DataError
-from engine.util.files import sync_file, sync_folder
+from engine.util.files import sync_file, sync_folder, writing
 
 UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
 MAX_SEQUENCE_TOKENS = 2**31 - 1
@@ -156,14 +155,7 @@ class IndexedWriter:
         self._pending.clear()
         self._pending_tokens = 0
 
-    @contextlib.contextmanager
-    def _disk(self, path: Path) -> Iterator[None]:
+    def _disk(self, path: Path) -> contextlib.AbstractContextManager[None]:
         """Turns a full disk or a missing permission into a DataError that names the file."""
-        try:
-            yield
-        except OSError as err:
-            raise DataError(
-                "samples.not-writable",
-                f"{path}: cannot be written: {err.strerror or err}. Free space or choose another output; "
-                f"nothing was published and temporaries are removed.",
-            ) from err
+        needed = self._pending_tokens * self.dtype.itemsize + 20 * len(self._lengths)
+        return writing(path, lambda: "Nothing was published, and temporaries are removed.", lambda: needed)

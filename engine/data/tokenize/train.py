@@ -16,15 +16,15 @@ from tokenizers import normalizers
 
 import engine
 from engine.data.read.account import Account
-from engine.data.read.options import ReadOptions
 from engine.data.read.own import Own
 from engine.data.read.progress import Progress, ProgressEvent, StepEvent
 from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.file_names import FILES, TRAINING
+from engine.data.tokenize.options import TokenizerOptions
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train_process import TrainProcess
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from engine.util.files import sync_folder
 from engine.util.prefetch import read_ahead
 from engine.util.signals import Interrupts
@@ -70,35 +70,31 @@ class Spread:
 
 
 def train_tokenizer(
-    read: ReadOptions,
-    output: Path,
-    recipe: Recipe,
+    options: TokenizerOptions,
     *,
-    max_bytes: int = 0,
-    overwrite: bool = False,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
     stop: Interrupts | None = None,
 ) -> Trained:
-    """Train `recipe` on the documents that `read` names and write the folder, whole or not at all.
+    """Train a tokenizer on the documents of the inputs and write the folder, whole or not at all.
 
-    max_bytes: of text, taken evenly from all of it; 0: everything.
-
-    Raises DataError for bad input, an `output` that has a tokenizer unless `overwrite`, and inputs without text;
-    Stopped when `stop` says so.
+    Raises ConfigError for options that make no sense, DataError for bad input, an `output` that has a tokenizer unless
+    `overwrite`, and inputs without text; Stopped when `stop` says so.
     """
-    stop = stop or Interrupts(heard=False)
-    _refuse(output, recipe, overwrite)
-    source = read.source(Own([output / name for name in FILES]))
+    o, stop = options, stop or Interrupts(heard=False)
+    if faults := list(o.faults()):
+        raise ConfigError(faults)
+    _refuse(o)
+    source = o.source(Own([o.output / name for name in FILES]))
     account = Account()
     total = sum(file.num_bytes for file in source.files)
-    spread = Spread(max_bytes, total)
+    spread = Spread(o.max_bytes, total)
     began = time.monotonic()
 
     def texts() -> Iterator[str]:
         for batch in read_ahead(source.batches()):
             for drop in batch.drops:
-                if drop.stops and not read.skip_errors:
+                if drop.stops and not o.skip_errors:
                     raise drop.refuse()
             for told in account.add(batch):
                 note(f"note: {told}")
@@ -112,11 +108,11 @@ def train_tokenizer(
         if not spread.text_bytes:
             raise account.no_text(source)
 
-    trained = train_apart(texts(), recipe, spread, progress)
+    trained = train_apart(texts(), o.recipe, spread, progress)
     trained.account = account
     with stop.deferred():
-        save_whole(trained.tokenizer, output)
-        stop.go_on = lambda: f"{output} is written"
+        save_whole(trained.tokenizer, o.output)
+        stop.go_on = lambda: f"{o.output} is written"
     return trained
 
 
@@ -160,16 +156,15 @@ def _verify(tokenizer: Tokenizer, recipe: Recipe, samples: Sequence[str]) -> Non
             )
 
 
-def _refuse(output: Path, recipe: Recipe, overwrite: bool) -> None:
+def _refuse(options: TokenizerOptions) -> None:
     """Before hours of work: what would stand in the way at the end."""
-    if faults := list(recipe.faults()):
-        raise DataError("tokenize.recipe-faults", "\n".join(map(str, faults)))
-    if recipe.kind == "unigram" and importlib.util.find_spec("sentencepiece") is None:
+    output = options.output
+    if options.kind == "unigram" and importlib.util.find_spec("sentencepiece") is None:
         raise DataError(
             "tokenize.sentencepiece-missing",
             "--kind unigram needs sentencepiece: `pip install 'trident-engine[formats]'`.",
         )
-    if (output / "tokenizer.json").exists() and not overwrite:
+    if (output / "tokenizer.json").exists() and not options.overwrite:
         raise DataError(
             "tokenize.output-exists",
             f"{output / 'tokenizer.json'}: already there. Choose another folder, or give --overwrite.",

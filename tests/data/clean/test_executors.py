@@ -21,10 +21,10 @@ import pytest
 
 from engine.data.clean import executors
 from engine.data.clean import run as clean_module
-from engine.data.clean.rules import Rules
-from engine.data.clean.run import clean
 from engine.errors import DataError
+from tests.support.errors import raises
 from tests.support.texts import document, jsonl, needs_extra, outputs
+from tests.support.verbs import clean
 
 RAY = importlib.util.find_spec("ray") is not None
 STAND_INS = {
@@ -67,7 +67,7 @@ def slurm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         if not real_slurm():
             pytest.skip("sinfo finds no Slurm node")
         partition = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True).stdout.split()[0]
-        return {"partition": partition, "time": "0:05:00"}
+        return {"slurm_partition": partition, "slurm_time": "0:05:00"}
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in STAND_INS.items():
@@ -75,13 +75,13 @@ def slurm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_STAND_IN", str(folder))
-    return {"partition": "p", "time": "0:05:00"}
+    return {"slurm_partition": "p", "slurm_time": "0:05:00"}
 
 
 def finish(corpus: list[str], output: str, slurm: dict[str, Any], **options: Any) -> Any:
     """Give the command until its Slurm jobs are over."""
     for _ in range(200):
-        report = clean(corpus, output, Rules(), tasks=3, executor="slurm", executor_options=slurm, **options)
+        report = clean(corpus, output, tasks=3, executor="slurm", **slurm, **options)
         if report is not None:
             return report
         time.sleep(0.3)
@@ -91,18 +91,18 @@ def finish(corpus: list[str], output: str, slurm: dict[str, Any], **options: Any
 @needs_extra
 @pytest.mark.timeout(300)
 def test_processes_of_this_machine(corpus: list[str], tmp_path: Path) -> None:
-    clean(corpus, str(tmp_path / "here.jsonl"), Rules())
-    clean(corpus, str(tmp_path / "local.jsonl"), Rules(), tasks=3, executor="local", executor_options={"workers": 2})
+    clean(corpus, str(tmp_path / "here.jsonl"))
+    clean(corpus, str(tmp_path / "local.jsonl"), tasks=3, executor="local", workers=2)
     assert outputs(tmp_path, "local") == outputs(tmp_path, "here")
     Path(corpus[3]).write_text("{")
-    with pytest.raises(DataError, match=r"3\.jsonl:1: malformed JSON"):
-        clean(corpus, str(tmp_path / "o.jsonl"), Rules(), tasks=2, executor="local", executor_options={"workers": 2})
+    with raises(DataError, "clean.task-failed", "3.jsonl:1: malformed JSON"):
+        clean(corpus, str(tmp_path / "o.jsonl"), tasks=2, executor="local", workers=2)
 
 
 @needs_extra
 @pytest.mark.timeout(300)
 def test_slurm_jobs(corpus: list[str], slurm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean(corpus, str(tmp_path / "here.jsonl"), Rules())
+    clean(corpus, str(tmp_path / "here.jsonl"))
     monkeypatch.chdir(tmp_path)
     output = "jobs.jsonl"  # relative, as people write it
     assert finish(corpus, output, slurm)["documents_kept"] == 83
@@ -116,7 +116,7 @@ def test_a_slurm_job_that_fails_is_told_by_the_next_command(
 ) -> None:
     Path(corpus[1]).write_text("{")
     output = str(tmp_path / "out.jsonl")
-    with pytest.raises(DataError, match=r"1\.jsonl:1: malformed JSON"):
+    with raises(DataError, "clean.task-failed", "1.jsonl:1: malformed JSON"):
         finish(corpus, output, slurm)
     kept = {path.name for path in (tmp_path / "out.jsonl.work").glob("part-?????")}
     assert kept and len(kept) < 3
@@ -129,7 +129,7 @@ def test_slurm_jobs_at_work_are_waited_for(corpus: list[str], tmp_path: Path, mo
     output, work = str(tmp_path / "out.jsonl"), tmp_path / "out.jsonl.work"
     monkeypatch.setattr(executors, "need", lambda *_: pytest.fail("jobs were started a second time"))
     monkeypatch.setattr(clean_module, "_run_tasks", lambda job, *_: clean_module.run_task(job, 0))
-    assert clean(corpus, output, Rules(), tasks=2) is None
+    assert clean(corpus, output, tasks=2) is None
     monkeypatch.undo()
     monkeypatch.setattr(executors, "need", lambda *_: pytest.fail("jobs were started a second time"))
     (work / "slurm-job").write_text("12 /some/log folder")
@@ -140,18 +140,18 @@ def test_slurm_jobs_at_work_are_waited_for(corpus: list[str], tmp_path: Path, mo
     def command(text: str) -> Any:
         (bin_folder / "squeue").write_text(f"#!/bin/sh\n{text}\n")
         (bin_folder / "squeue").chmod(0o755)
-        return clean(corpus, output, Rules(), tasks=2, executor="slurm", executor_options={})
+        return clean(corpus, output, tasks=2, executor="slurm", slurm_partition="p")
 
     assert command("echo '12 p engine R 0:10'") is None
-    with pytest.raises(DataError, match=r"squeue --jobs 12: no answer\. Try again"):
+    with raises(DataError, "clean.squeue-failed", 12, "no answer"):
         command("echo no answer >&2; exit 1")
-    with pytest.raises(DataError, match=r"Slurm job 12 has ended.*\[1\].*killed.*/some/log folder"):
+    with raises(DataError, "clean.slurm-tasks-lost", 12, [1], "/some/log folder"):
         command("exit 0")
     assert not (work / "slurm-job").exists() and (work / "part-00000").is_dir()
     (work / "slurm-job").write_text("12 /some/log folder")
     (bin_folder / "squeue").unlink()
-    with pytest.raises(DataError, match=r"squeue: .*run this where Slurm is"):
-        clean(corpus, output, Rules(), tasks=2, executor="slurm", executor_options={})
+    with raises(DataError, "clean.no-squeue", "squeue", 12):
+        clean(corpus, output, tasks=2, executor="slurm", slurm_partition="p")
 
 
 @needs_extra
@@ -160,15 +160,15 @@ def test_slurm_jobs_at_work_are_waited_for(corpus: list[str], tmp_path: Path, mo
 def test_ray_workers(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    clean(corpus, str(tmp_path / "here.jsonl"), Rules())
+    clean(corpus, str(tmp_path / "here.jsonl"))
     monkeypatch.chdir(tmp_path)
     try:
         ray.init(num_cpus=2, include_dashboard=False)
-        clean(corpus, "ray.jsonl", Rules(), tasks=3, executor="ray", executor_options={"workers": 2})
+        clean(corpus, "ray.jsonl", tasks=3, executor="ray", workers=2)
         assert outputs(tmp_path, "ray") == outputs(tmp_path, "here")
         Path(corpus[3]).write_text("{")
-        with pytest.raises(DataError, match=r"3\.jsonl:1: malformed JSON"):
-            clean(corpus, "o.jsonl", Rules(), tasks=3, executor="ray", executor_options={"workers": 2})
+        with raises(DataError, "clean.task-failed", "3.jsonl:1: malformed JSON"):
+            clean(corpus, "o.jsonl", tasks=3, executor="ray", workers=2)
         assert not Path("o.jsonl").exists()
     finally:
         ray.shutdown()
@@ -176,24 +176,25 @@ def test_ray_workers(corpus: list[str], tmp_path: Path, monkeypatch: pytest.Monk
 
 @needs_extra
 @pytest.mark.parametrize(
-    ("executor", "options", "text"),
+    ("executor", "options", "code", "told"),
     [
-        ("slurm", {"partition": "p", "time": "1:00:00"}, "--executor slurm: FileNotFoundError.*sbatch"),
-        ("ray", {}, "--executor ray needs the package ray.*pip install ray"),
+        ("slurm", {"slurm_partition": "p", "slurm_time": "1:00:00"}, "clean.executor-failed", "sbatch"),
+        ("ray", {}, "clean.package-missing", "pip install ray"),
     ],
 )
 def test_an_executor_that_cannot_start_says_so(
     executor: Any,
     options: dict[str, Any],
-    text: str,
+    code: str,
+    told: str,
     corpus: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match=text):
-        clean(corpus, str(tmp_path / "out.jsonl"), Rules(), tasks=2, executor=executor, executor_options=options)
+    with raises(DataError, code, f"--executor {executor}", told):
+        clean(corpus, str(tmp_path / "out.jsonl"), tasks=2, executor=executor, **options)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -206,7 +207,7 @@ def test_a_task_leaves_its_error(tmp_path: Path) -> None:
         with contextlib.suppress(ValueError, DataError):
             task(None, rank)
     assert (tmp_path / "failed-00001").read_text() == "ValueError: too bad"
-    with pytest.raises(DataError, match=r"^a\.jsonl:3: torn \(1 more tasks failed\.\)$"):
+    with raises(DataError, "clean.task-failed", "a.jsonl:3: torn (1 "):
         executors._raise_failures(tmp_path)
     executors._raise_failures(tmp_path)  # told once
     shutil.rmtree(tmp_path)

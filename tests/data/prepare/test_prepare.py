@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cli.prepare_console import show_prepared
-from engine.data.prepare.run import prepare
 from engine.data.read.progress import ProgressEvent
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from tests.support.cases import same_bytes
+from tests.support.errors import raises
+from tests.support.verbs import prepare
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # line {i % 7} of ünïcode\n" * (i % 4) for i in range(120)]
 
@@ -94,17 +95,17 @@ def test_stored_truncation_padding_and_templates_are_off(tokenizer: Tokenizer, t
 
 
 def test_bad_tokenizers_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer in this folder\. Give tokenizer\.json"):
+    with raises(DataError, "tokenize.none-in-folder", tmp_path):
         Tokenizer.load(tmp_path)
     for content in ("{", "{}", '{"model": 3}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(DataError, match="not a usable"):
+        with raises(DataError, "tokenize.not-usable", tmp_path):
             Tokenizer.load(tmp_path)
-    with pytest.raises(DataError, match="257"):
+    with raises(DataError, "tokenize.recipe-faults", 257):
         Tokenizer.train(iter(TEXTS), 256)
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<none>"}}')
-    with pytest.raises(DataError, match="<none>"):
+    with raises(DataError, "tokenize.no-end-token", "<none>"):
         _ = Tokenizer.load(tmp_path).eod
 
 
@@ -146,9 +147,9 @@ def test_prepare_end_to_end(tmp_path: Path) -> None:
 def test_split_is_stable_when_documents_are_added(tmp_path: Path) -> None:
     run(tmp_path, TEXTS)
     before = IndexedDataset(tmp_path / "out-valid").tokens.tolist()
-    run(tmp_path, TEXTS + ["more text"] * 40, train_vocab_size=None, overwrite=True)
+    run(tmp_path, TEXTS + ["more text"] * 40, train_vocab_size=0, overwrite=True)
     assert IndexedDataset(tmp_path / "out-valid").tokens.tolist()[: len(before)] == before
-    run(tmp_path, TEXTS, train_vocab_size=None, overwrite=True, seed=1)
+    run(tmp_path, TEXTS, train_vocab_size=0, overwrite=True, seed=1)
     assert IndexedDataset(tmp_path / "out-valid").tokens.tolist() != before
 
 
@@ -159,22 +160,22 @@ def test_a_test_split_takes_documents_from_train_alone(tmp_path: Path) -> None:
 
     run(tmp_path, TEXTS)
     train, valid = texts_of("train"), texts_of("valid")
-    report = run(tmp_path, TEXTS, train_vocab_size=None, overwrite=True, test_fraction=0.3)
+    report = run(tmp_path, TEXTS, train_vocab_size=0, overwrite=True, test_fraction=0.3)
     test = texts_of("test")
     assert texts_of("valid") == valid and sorted(texts_of("train") + test) == sorted(train) and 15 < len(test) < 45
     assert report.test.documents == len(test) and report.test_unigram_cross_entropy > 0
-    run(tmp_path, TEXTS, train_vocab_size=None, overwrite=True, test_fraction=0.3, valid_fraction=0.4)
+    run(tmp_path, TEXTS, train_vocab_size=0, overwrite=True, test_fraction=0.3, valid_fraction=0.4)
     assert texts_of("test") == test and set(valid) < set(texts_of("valid"))  # a larger valid split takes none of test
-    run(tmp_path, TEXTS, train_vocab_size=None, overwrite=True)
+    run(tmp_path, TEXTS, train_vocab_size=0, overwrite=True)
     assert not list(tmp_path.glob("out-test*"))
-    with pytest.raises(DataError, match="nothing is left to train on"):
+    with raises(ConfigError, "prepare.nothing-to-train-on", "--test-fraction = 0.5"):
         run(tmp_path, TEXTS, overwrite=True, test_fraction=0.5, valid_fraction=0.5)
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_a_begin_token_before_every_document(tmp_path: Path, append_eod: bool) -> None:
     Tokenizer.train(iter(TEXTS), 300, special_tokens=("<|endoftext|>", "<s>", "<|start|>")).save(tmp_path / "tok")
-    how = {"train_vocab_size": None, "valid_fraction": 0.0, "prepend_bos": True, "append_eod": append_eod}
+    how = {"train_vocab_size": 0, "valid_fraction": 0.0, "prepend_bos": True, "append_eod": append_eod}
     report = run(tmp_path, TEXTS, **how)
     tok, data = Tokenizer.load(tmp_path / "tok"), IndexedDataset(tmp_path / "out-train")
     end = [tok.eod] * append_eod
@@ -187,11 +188,11 @@ def test_a_begin_token_before_every_document(tmp_path: Path, append_eod: bool) -
     assert IndexedDataset(tmp_path / "out-train")[0][0] == 2
     config.write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}))
     if append_eod:
-        with pytest.raises(DataError, match="both begins and ends documents"):
+        with raises(DataError, "prepare.bos-is-eod", tmp_path / "tok"):
             run(tmp_path, TEXTS, overwrite=True, **how)
     for said in ({"bos_token": None}, {"bos_token": "<none>"}):
         config.write_text(json.dumps({"eos_token": "<|endoftext|>", **said}))
-        with pytest.raises(DataError, match="no token that begins a document"):
+        with raises(DataError, "tokenize.no-begin-token"):
             run(tmp_path, TEXTS, overwrite=True, **how)
 
 
@@ -206,8 +207,8 @@ def test_tokenizer_sees_train_documents_only(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_or_left_behind(tmp_path: Path) -> None:
     run(tmp_path, TEXTS)
     before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
-    with pytest.raises(DataError, match="already there"):
-        run(tmp_path, TEXTS, train_vocab_size=None)
+    with raises(DataError, "data.output-exists", "out-train.idx"):
+        run(tmp_path, TEXTS, train_vocab_size=0)
     assert {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()} == before
     report = run(tmp_path, TEXTS, overwrite=True, valid_fraction=0.0, append_eod=False)
     assert report.valid is None and report.valid_unigram_cross_entropy is None
@@ -216,14 +217,14 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "texts,words",
+    ("texts", "code", "told"),
     [
-        (["only one document"], r"none with text is in the (train|valid) split"),
-        ([""] * 9, "All of the 9 documents are"),
+        (["only one document"], "prepare.empty-split", "valid_fraction = 0.2"),
+        ([""] * 9, "read.no-text", 9),
     ],
 )
-def test_a_split_without_documents_is_refused(tmp_path: Path, texts: list[str], words: str) -> None:
-    with pytest.raises(DataError, match=words):
+def test_a_split_without_documents_is_refused(tmp_path: Path, texts: list[str], code: str, told: object) -> None:
+    with raises(DataError, code, told):
         run(tmp_path, texts)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]  # no tokenizer either: the next try is not refused
 
@@ -231,16 +232,16 @@ def test_a_split_without_documents_is_refused(tmp_path: Path, texts: list[str], 
 def test_bad_input_stops_cleanly(tmp_path: Path) -> None:
     with open(jsonl(tmp_path / "bad.jsonl", TEXTS), "a") as out:
         out.write('{"text": "torn')
-    for size in (300, None):
+    for size in (300, 0):
         Tokenizer.train(iter(TEXTS), 300).save(tmp_path / "have")
         where = tmp_path / ("tok" if size else "have")
-        with pytest.raises(DataError, match=r"bad\.jsonl:121: malformed JSON"):
+        with raises(DataError, "read.document-refused", "bad.jsonl:121: malformed JSON"):
             prepare([tmp_path / "bad.jsonl"], str(tmp_path / "out"), tokenizer=where, train_vocab_size=size)
         assert sorted(p.name for p in tmp_path.iterdir()) == (["bad.jsonl", "have"])
-    with pytest.raises(DataError, match="valid_fraction"):
+    with raises(ConfigError, "prepare.fraction-out-of-range", "--valid-fraction = 1.0"):
         run(tmp_path, TEXTS, valid_fraction=1.0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no text in"):
+    with raises(DataError, "read.no-text", tmp_path / "empty"):
         prepare([tmp_path / "empty"], str(tmp_path / "out"), tokenizer=tmp_path / "have")
 
 

@@ -23,7 +23,6 @@ import xxhash
 import engine.data.prepare.flow as module
 from engine.data.prepare import shards as parts
 from engine.data.prepare.report import PrepareReport
-from engine.data.prepare.run import prepare
 from engine.data.read import document_source
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.encoder import Encoder
@@ -32,6 +31,7 @@ from engine.errors import DataError
 from tests.support.cases import same_bytes
 from tests.support.errors import raises
 from tests.support.paths import ROOT
+from tests.support.verbs import prepare
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # line {i % 7} of ünïcode\n" * (i % 4) for i in range(300)]
 
@@ -264,7 +264,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> N
         folder.begin({})
         folder.open(400)
         folder.add("train", np.array([0, 399], np.int32), np.array([2], np.int32))
-        with pytest.raises(DataError, match=rf"gave id {wrong}, not in \[0, 400\)"):
+        with raises(DataError, "prepare.id-outside-the-vocabulary", wrong, "[0, 400)"):
             folder.add("train", np.array([1, wrong], np.int32), np.array([2], np.int32))
 
 
@@ -292,7 +292,7 @@ def test_skip_goes_on_where_stop_stopped(tmp_path: Path, tokenizer: Path) -> Non
     corpus(tmp_path, [*TEXTS, "BAD", *TEXTS])
     spoil(tmp_path)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"in\.jsonl:301: wrong type: 'text' is int.*--on-error skip"):
+        with raises(DataError, "read.document-refused", "in.jsonl:301: wrong type: 'text' is int"):
             run(tmp_path, tokenizer, on_error="stop")
     notes: list[str] = []
     report = run(tmp_path, tokenizer, note=notes.append)
@@ -335,7 +335,7 @@ def test_standard_input_cannot_fall_back(
     tmp_path: Path, tokenizer: Path, lying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(corpus(tmp_path).read_bytes())))
-    with pytest.raises(DataError, match="cannot be read again: give it again with --encoder tokenizers"):
+    with raises(DataError, "prepare.input-read-only-once", "--encoder tokenizers"):
         prepare(["-"], str(tmp_path / "out"), tokenizer=tokenizer)
     assert lying[0] > 8 and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
@@ -354,7 +354,7 @@ def test_the_tokenizer_travels_with_the_data(tmp_path: Path, tokenizer: Path) ->
 
 def whole_by_reference(folder: Path, tokenizer: Path) -> bytes:
     corpus(folder / "reference")
-    report = run(folder / "reference", tokenizer, fast=False)
+    report = run(folder / "reference", tokenizer, encoder="tokenizers")
     assert report.encoder.startswith("tokenizers ") and report.encoder_note == "as asked"
     return (folder / "reference/out-train.bin").read_bytes()
 
@@ -365,26 +365,26 @@ def test_both_encoders_give_the_same_and_the_order_is_kept(tmp_path: Path, token
     assert report.encoder.startswith("gigatoken ")
     data, chosen = IndexedDataset(tmp_path / "out-train"), Tokenizer.load(tokenizer)
     assert [chosen.decode(data[i][:-1]) for i in range(len(data))] == [text for text in TEXTS if text]
-    slow = run(tmp_path, tokenizer, valid_fraction=0.0, fast=False, overwrite=True)
+    slow = run(tmp_path, tokenizer, valid_fraction=0.0, encoder="tokenizers", overwrite=True)
     assert slow.train.tokens == report.train.tokens and IndexedDataset(tmp_path / "out-train").tokens.tolist() == list(
         data.tokens
     )
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_special_tokens_are_text_unless_asked(tmp_path: Path, tokenizer: Path, fast: bool) -> None:
+@pytest.mark.parametrize("encoder", ["auto", "tokenizers"])
+def test_special_tokens_are_text_unless_asked(tmp_path: Path, tokenizer: Path, encoder: str) -> None:
     corpus(tmp_path, ["one<|endoftext|>two"])
-    report = run(tmp_path, tokenizer, valid_fraction=0.0, fast=fast)
+    report = run(tmp_path, tokenizer, valid_fraction=0.0, encoder=encoder)
     plain = report.train.tokens
-    assert report.encoder.startswith("gigatoken" if fast else "tokenizers")
+    assert report.encoder.startswith("gigatoken" if encoder == "auto" else "tokenizers")
     tokens = IndexedDataset(tmp_path / "out-train").tokens.tolist()
     assert tokens.count(0) == 1 and tokens[-1] == 0
-    parsed = run(tmp_path, tokenizer, valid_fraction=0.0, fast=fast, parse_special=True, overwrite=True)
+    parsed = run(tmp_path, tokenizer, valid_fraction=0.0, encoder=encoder, parse_special=True, overwrite=True)
     tokens = IndexedDataset(tmp_path / "out-train").tokens.tolist()
     assert (
         tokens.count(0) == 2
         and parsed.train.tokens < plain
-        and parsed.encoder.startswith("gigatoken" if fast else "tokenizers")
+        and parsed.encoder.startswith("gigatoken" if encoder == "auto" else "tokenizers")
     )
 
 
@@ -406,7 +406,7 @@ def test_the_command_reads_standard_input_on_any_number_of_workers(tmp_path: Pat
 def test_the_output_may_be_inside_the_input_folder(tmp_path: Path, tokenizer: Path) -> None:
     corpus(tmp_path, [*TEXTS, "BAD", *TEXTS])
     spoil(tmp_path)
-    with pytest.raises(DataError, match="wrong type"):
+    with raises(DataError, "read.document-refused", "wrong type"):
         prepare([tmp_path], str(tmp_path / "out"), tokenizer=tokenizer)
     assert (tmp_path / "out.parts/settings.json").exists()  # which is no other input
     notes: list[str] = []

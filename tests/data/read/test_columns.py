@@ -15,14 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cli.main import main
-from engine.data.clean.rules import Rules
-from engine.data.clean.run import clean
-from engine.data.prepare.run import prepare
 from engine.data.read.columns import joined, rest_of
 from engine.data.read.jsontext import dumps, exact, loads
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from tests.support.errors import raises
+from tests.support.verbs import clean, prepare
 
 VALUES: list[Any] = [
     *(
@@ -56,7 +54,7 @@ DEEP = '{"a":[' * 3000 + "1" + "]}" * 3000
 
 def cleaned(folder: Path, given: Path | list[Path], **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     inputs = given if isinstance(given, list) else [given]
-    report = clean(inputs, str(folder / "out.jsonl"), Rules(), overwrite=True, **how)
+    report = clean(inputs, str(folder / "out.jsonl"), overwrite=True, **how)
     assert report is not None
     lines = (folder / "out.jsonl").read_bytes().splitlines()
     return [json.loads(line) if len(line) < 10_000 else loads(line) for line in lines], report

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
-import inspect
 import io
 import json
 import lzma
@@ -24,10 +23,9 @@ import pytest
 import zstandard
 
 import engine.data.read.document_source as module
-from engine.cli.prepare import PrepareOptions
 from engine.data.read import jsontext
 from engine.data.read.document_batch import START, Cursor, Drop
-from engine.data.read.document_source import MAX_DOCUMENT_BYTES, DocumentSource
+from engine.data.read.document_source import DocumentSource
 from engine.data.read.inputs import list_inputs
 from engine.errors import DataError
 from tests.support.errors import raises
@@ -275,10 +273,6 @@ def test_memory_is_bounded_by_the_limit_not_by_the_line_or_the_archive(tmp_path:
     tracemalloc.stop()
     assert texts == ["after"] and "a line of 314,572,801 bytes" in str(drops[0])
     assert peak < 160 << 20
-
-
-def test_the_limit_of_the_command_line_is_that_of_the_library() -> None:
-    assert inspect.signature(PrepareOptions).parameters["max_document_bytes"].default == MAX_DOCUMENT_BYTES
 
 
 @pytest.mark.parametrize("name", ["torn.json", "torn.arrow"])

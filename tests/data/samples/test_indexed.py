@@ -197,13 +197,13 @@ def test_writer_left_early_keeps_the_old_corpus(tmp_path: Path) -> None:
 
 def test_disk_errors_are_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with raises(DataError, "samples.not-writable", tmp_path / "file"):
+    with raises(DataError, "data.cannot-write", tmp_path / "file"):
         IndexedWriter(tmp_path / "file" / "w", 10)
     writer = IndexedWriter(tmp_path / "full", 100)
     writer.add(np.zeros(1 << 16, np.int64))
     writer._bin.close()
     with open("/dev/full", "wb") as full:
         writer._bin = full
-        with raises(DataError, "samples.not-writable", "No space left on device"), writer:
+        with raises(DataError, "data.disk-full", tmp_path), writer:
             writer.finish({})
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -19,12 +19,12 @@ import engine.data.tokenize.convert as foreign
 import engine.data.tokenize.encoder as encoder_module
 import engine.data.tokenize.sentencepiece_model as pieces_module
 import engine.data.tokenize.tiktoken_ranks as ranks_module
-from engine.data.prepare.run import prepare
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.awkward import texts_for
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from tests.support.errors import raises
+from tests.support.verbs import prepare
 
 TEXTS = ["def f(x):", "    return x + 1", "for i in range(10):", "がぎぐげご ガギグ 한국어 é ü", "the end of it"] * 20
 

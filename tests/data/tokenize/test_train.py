@@ -22,18 +22,17 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import engine.data.tokenize.train as module
-from engine.data.prepare.run import prepare
-from engine.data.read.options import ReadOptions
 from engine.data.read.progress import ProgressEvent, StepEvent
 from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.encoder import Encoder
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.data.tokenize.train import Spread, save_whole, train_tokenizer
+from engine.data.tokenize.train import Spread, save_whole
 from engine.data.tokenize.train_process import TrainProcess
 from engine.errors import DataError
 from tests.support.errors import raises
 from tests.support.paths import ROOT
+from tests.support.verbs import prepare, train_tokenizer
 
 TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
 
@@ -52,7 +51,7 @@ def chinese(count: int, seed: int = 0) -> list[str]:
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
 def test_trained_tokenizers(tmp_path: Path, kind: str) -> None:
     special = ("<eot>", "<pad>")
-    train_tokenizer(ReadOptions([ROOT / "docs"], include=["*.md"]), tmp_path, Recipe(700, kind, special))
+    train_tokenizer([ROOT / "docs"], tmp_path, Recipe(700, kind, special), include=["*.md"])
     chosen = Tokenizer.load(tmp_path)
     assert (chosen.eod, chosen.vocab_size, chosen.special_tokens[:2]) == (0, 700, special)
     assert not {0, 1} & set(chosen.encode("<eot> <pad>"))
@@ -64,7 +63,7 @@ def test_trained_tokenizers(tmp_path: Path, kind: str) -> None:
         assert all(chosen.decode(chosen.encode(text)) == text for text in AWKWARD)
         assert all(chosen.unknown not in chosen.encode(text) for text in AWKWARD)
     with raises(DataError, "tokenize.output-exists", tmp_path / "tokenizer.json"):
-        train_tokenizer(ReadOptions([ROOT / "docs"]), tmp_path, Recipe(700))
+        train_tokenizer([ROOT / "docs"], tmp_path, Recipe(700))
 
 
 def test_training_by_command_and_its_faults(tmp_path: Path) -> None:
@@ -74,10 +73,10 @@ def test_training_by_command_and_its_faults(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.returncode == 0 and "dropped: 1 missing key" in done.stdout and "digest" in done.stdout, done.stderr
     with raises(DataError, "read.document-refused", "a.jsonl:2: missing key"):
-        train_tokenizer(ReadOptions([tmp_path / "a.jsonl"], json_key=["body"]), tmp_path / "u", Recipe(270))
+        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "u", Recipe(270), json_key=["body"])
     (tmp_path / "empty.txt").write_text("")
     with raises(DataError, "read.no-text", tmp_path / "empty.txt"):
-        train_tokenizer(ReadOptions([tmp_path / "empty.txt"]), tmp_path / "u", Recipe(270))
+        train_tokenizer([tmp_path / "empty.txt"], tmp_path / "u", Recipe(270))
     for size, options, words in (
         (257, {"special_tokens": ("a", "b")}, "need >= 258"),
         (300, {"special_tokens": ()}, "at least one"),
@@ -117,7 +116,7 @@ def test_unigram_of_chinese_is_as_good_as_sentencepiece(tmp_path: Path) -> None:
     texts, unseen = chinese(400), chinese(60, seed=1)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe = Recipe(2500, "unigram", ("<|endoftext|>", "<｜尾｜>"))
-    trained = train_tokenizer(ReadOptions([tmp_path / "in.jsonl"]), tmp_path / "u", recipe)
+    trained = train_tokenizer([tmp_path / "in.jsonl"], tmp_path / "u", recipe)
     mine = trained.tokenizer
     model = io.BytesIO()
     facts: dict[str, Any] = {"byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 3}
@@ -258,7 +257,7 @@ def test_a_part_of_the_text_is_taken_evenly(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     events: list[ProgressEvent | StepEvent] = []
     more = {"max_bytes": 9_000, "progress": events.append}
-    trained = train_tokenizer(ReadOptions([tmp_path / "in.jsonl"]), tmp_path / "t", Recipe(300), **more)
+    trained = train_tokenizer([tmp_path / "in.jsonl"], tmp_path / "t", Recipe(300), **more)
     assert 9_000 <= trained.text_bytes < 9_100 and trained.documents < 300
     prepared = {"tokenizer": tmp_path / "p" / "tok", "train_vocab_size": 300, "train_bytes": 9_000}
     prepare([tmp_path / "in.jsonl"], f"{tmp_path}/p/out", **prepared)
@@ -372,7 +371,7 @@ def test_a_tokenizer_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch:
     assert Tokenizer.load(tmp_path / "t").digest == new.digest
     with monkeypatch.context() as patch, raises(DataError, "tokenize.sentencepiece-missing", "trident-engine[formats]"):
         patch.setitem(sys.modules, "sentencepiece", None)
-        train_tokenizer(ReadOptions([tmp_path / "t"]), tmp_path / "u", Recipe(400, "unigram"))
+        train_tokenizer([tmp_path / "t"], tmp_path / "u", Recipe(400, "unigram"))
     (tmp_path / "file").write_text("")
     with raises(DataError, "tokenize.not-writable", tmp_path / "file" / "t"):
-        train_tokenizer(ReadOptions([tmp_path / "file"]), tmp_path / "file" / "t", Recipe(300))
+        train_tokenizer([tmp_path / "file"], tmp_path / "file" / "t", Recipe(300))

@@ -1,0 +1,127 @@
+"""All parts of `engine clean` to one output: duplicates are found among them, and what is none is copied."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from engine.data.clean.duplicates import earliest
+from engine.data.clean.job import CleanJob
+from engine.data.clean.report import report_of
+from engine.data.clean.rules import Counts, Place, text_size
+from engine.data.clean.task import drop_line
+from engine.data.read.document_batch import printable
+from engine.data.read.jsontext import loads
+from engine.data.read.progress import ProgressEvent
+from engine.util.files import read_json, sync_file, write_synced, writing
+
+
+class Joining:
+    """The pass over all parts. `progress`: who is told how far it is."""
+
+    def __init__(self, job: CleanJob, progress: Callable[[ProgressEvent], None] | None):
+        self.job, self.progress = job, progress
+        self.parts = [job.part(task) for task in range(job.options.tasks)]
+        self.counts = Counts()
+        for part in self.parts:
+            self.counts.add(Counts.of(read_json(part / "counts.json")))
+        self.tables = [_map(part / "places").reshape(-1, 3) for part in self.parts]  # file, record, bytes of text
+        self.starts = np.cumsum([0, *(len(table) for table in self.tables)])
+        o, total = job.options, int(self.starts[-1])
+        # Of each document the first that is the same, and the first that is nearly the same, int64 [documents].
+        self.exact = earliest([[part / "exact" for part in self.parts]] if o.exact_duplicates else [], total, 2)
+        bands = [[part / f"band-{band:02d}" for part in self.parts] for band in range(o.minhash_bands)]
+        self.near = earliest(bands, total, 1)
+
+    def run(self, began: float) -> tuple[dict[str, Any], list[tuple[Path, Path]]]:
+        """Write the output, drops and report in the work folder; returns the report, and what goes where."""
+        job = self.job
+        output, dropped, report_path = (job.work / name for name in (f"output{job.suffix}", "dropped", "report"))
+        with writing(job.work, job.go_on, lambda: job.output_bytes(self.counts.text_bytes)):
+            try:
+                kept = self._write(output, dropped)
+                report = report_of(job, self.counts, kept)
+                report["elapsed_s"] = time.monotonic() - began
+                write_synced(report_path, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
+            except BaseException:
+                for path in (output, dropped, report_path):
+                    path.unlink(missing_ok=True)
+                raise
+        return report, list(zip((output, dropped, report_path), job.targets))
+
+    def _write(self, output: Path, drops: Path) -> tuple[int, int]:
+        """Write the output and the list of what was dropped; returns documents and bytes of text that stay."""
+        with open(drops, "wb") as dropped:
+            for part in self.parts:
+                with open(part / "dropped.jsonl", "rb") as file:
+                    shutil.copyfileobj(file, dropped)
+            with _output(output, self.job.suffix) as out:
+                kept = self._write_kept(out, dropped)
+            sync_file(dropped)
+        return kept
+
+    def _write_kept(self, out: IO[bytes], dropped: IO[bytes]) -> tuple[int, int]:
+        """Copy what is no duplicate; returns its documents and bytes of text."""
+        began, number, kept, total = time.monotonic(), 0, 0, int(self.starts[-1])
+        for part in self.parts:
+            for line in _lines(part / "kept.jsonl.zst"):
+                if self.exact[number] < number:
+                    dropped.write(self._drop("exact duplicate", number, int(self.exact[number]), line))
+                elif self.near[number] < number:
+                    dropped.write(self._drop("near duplicate", number, int(self.near[number]), line))
+                else:
+                    out.write(line)
+                    kept += 1
+                number += 1
+                if self.progress is not None and number % 4096 == 0:
+                    elapsed = time.monotonic() - began
+                    self.progress(ProgressEvent("write", number, total, number, 0, elapsed, number, 0))
+        every = sum(int(table[:, 2].sum()) for table in self.tables)
+        gone = sum(self.counts.dropped_bytes[reason] for reason in ("exact duplicate", "near duplicate"))
+        return kept, every - gone
+
+    def _drop(self, reason: str, number: int, original: int, line: bytes) -> bytes:
+        """Count a duplicate; returns its line for the list of what was dropped."""
+        text, place, detail = loads(line)["text"], self._place(number), f"of {self._place(original)}"
+        self.counts.drop(reason, place, text_size(text), text, detail)
+        return drop_line(reason, detail, place, text if self.job.options.dropped_text else "")
+
+    def _place(self, document: int) -> Place:
+        part = int(np.searchsorted(self.starts, document, "right")) - 1
+        file, record, _ = self.tables[part][document - self.starts[part]]
+        return Place(printable(self.job.source.files[int(file)].name), int(record))
+
+
+def _map(path: Path) -> npt.NDArray[np.int64]:
+    return np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)  # an empty file has no map
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+        yield from io.BufferedReader(stream, 1 << 20)
+
+
+@contextlib.contextmanager
+def _output(path: Path, suffix: str) -> Iterator[IO[bytes]]:
+    """The output file, packed as its name says; the same documents give the same bytes."""
+    with open(path, "wb") as raw:
+        if suffix.endswith(".zst"):
+            with zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as packed:
+                yield packed
+        elif suffix.endswith(".gz"):
+            with gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed_gz:
+                yield cast(IO[bytes], packed_gz)
+        else:
+            yield raw
+        sync_file(raw)

@@ -1,0 +1,111 @@
+"""The options of `engine prepare`, for the command and for the function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+from engine.data.read.document_source import MAX_DOCUMENT_BYTES
+from engine.data.read.options import ReadOptions
+from engine.errors import Fault
+from engine.util.words import NO_WORDS, TEXT, Words
+
+
+@dataclass(frozen=True)
+class PrepareOptions(ReadOptions):
+    """Turn raw text into a tokenizer and memory-mapped train, valid and test files.
+
+    Killed at any moment, the same command goes on where it was (its work is in OUTPUT.parts until it is done).
+    """
+
+    input: Words
+    """files, folders, globs, pipes, URLs (s3://..., of fsspec) or - for standard input, plain or .gz .zst .bz2 .xz;
+    .jsonl: a document a line, .json: an array or one after the other, .csv .tsv .parquet .arrow: a row; else a file,
+    or a line of it if its first lines are JSON objects with the key"""
+    output: str
+    """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-test..., OUTPUT-tokenizer,
+    OUTPUT-report.json, and OUTPUT-skipped.jsonl if something was left out"""
+    tokenizer: Path
+    """tokenizer to use (tokenizer.json, sentencepiece .model, .tiktoken, tekken.json, vocab.json with merges.txt,
+    BERT's vocab.txt, or a folder with one of them), or folder of the one to make with --train-vocab-size"""
+    merges: Optional[Path] = None  # noqa: UP045  (see engine.util.words)
+    """the merges that belong to a vocab.json; left out: merges.txt beside it (NAME-merges.txt for NAME-vocab.json)"""
+    lower_case: Optional[bool] = None  # noqa: UP045
+    """whether BERT's vocab.txt is for lower case; left out: as tokenizer_config.json says, or its pieces do"""
+    train_vocab_size: int = 0
+    """train a byte-level BPE of this size on the train documents first; 0: use the one that is there"""
+    train_bytes: int = 0
+    """train it on so many bytes of text at most, taken evenly from all train documents; 0: on all of them"""
+    valid_fraction: float = 0.0
+    """share of the documents that goes into the validation files"""
+    test_fraction: float = 0.0
+    """share of the documents that goes into the test files; the validation documents are the same with and without"""
+    include: Words = NO_WORDS
+    """inside folders, read only names that match one of these globs, such as '*.py' '*.rst'"""
+    exclude: Words = NO_WORDS
+    """inside folders, leave out names and subfolders that match one of these"""
+    json_key: Words = TEXT
+    """key or column of the text, a.b for b in the object a; several are joined by a newline to one document. The value
+    may be a list of strings (joined by newlines) or of messages {"role", "content"} (written as "role: content")"""
+    format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
+    """what the inputs are, whatever their names; empty: by the name, and standard input is jsonl"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """malformed JSON, missing key, wrong type, not UTF-8, too large, damaged archive: stop with file and line, or leave
+    the document out, count it, and list it in OUTPUT-skipped.jsonl"""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """longer documents (lines, files) are an error; memory grows with this"""
+    append_eod: bool = True
+    """end each document with the end-of-document token"""
+    prepend_bos: bool = False
+    """begin each document with the tokenizer's begin token (BOS), which tokenizer_config.json names as bos_token"""
+    parse_special: bool = False
+    """a special token spelled out in a document, such as <|endoftext|>, is that token; otherwise text is text"""
+    encoder: Literal["auto", "tokenizers"] = "auto"
+    """auto: gigatoken where it supports the tokenizer, checked against `tokenizers` on samples; or only `tokenizers`"""
+    workers: int = 0
+    """threads that encode; 0: one a core. The output does not depend on it"""
+    seed: int = 0
+    """which documents are validation and test documents follows from it"""
+    overwrite: bool = False
+    """replace files that are there, and the unfinished work of another call"""
+
+    def faults(self) -> Iterator[Fault]:
+        """What is wrong with them, all of it at once, before any work is done."""
+        if not self.input:
+            what = "names nothing to read"
+            yield Fault("prepare.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
+        if not self.output or self.output.endswith("/"):
+            repair = "Use corpus/web for corpus/web-train.bin ..."
+            yield Fault("prepare.output-no-prefix", "--output", self.output, "is no prefix of file names", repair)
+        if self.on_error not in ("stop", "skip"):
+            what = "is neither stop nor skip"
+            yield Fault("prepare.unknown-choice", "--on-error", self.on_error, what, "Leave it out to stop.")
+        yield from self._fraction_faults()
+        for option, value, least, repair in (
+            ("--workers", self.workers, 0, "Use 0 for one a core."),
+            ("--max-document-bytes", self.max_document_bytes, 1, "Leave it out for 64 MiB."),
+            ("--train-vocab-size", self.train_vocab_size, 0, "Use 0 for the tokenizer that is there."),
+            ("--train-bytes", self.train_bytes, 0, "Use 0 for all train documents."),
+        ):
+            if value < least:
+                yield Fault("prepare.number-too-small", option, value, f"is below {least}", repair)
+        size = self.train_vocab_size
+        if size and (self.merges is not None or self.lower_case is not None):
+            what, repair = "makes one without --merges, --lower-case", "Leave them out, or --train-vocab-size."
+            yield Fault("prepare.merges-of-a-trained-tokenizer", "--train-vocab-size", size, what, repair)
+        if self.train_bytes and not size:
+            what = "has no meaning without --train-vocab-size"
+            yield Fault("prepare.option-without-effect", "--train-bytes", self.train_bytes, what, "Leave it out.")
+
+    def _fraction_faults(self) -> Iterator[Fault]:
+        shares = {"--valid-fraction": self.valid_fraction, "--test-fraction": self.test_fraction}
+        wrong = {option: share for option, share in shares.items() if not 0 <= share < 1}
+        for option, share in wrong.items():
+            repair = "Use 0.01 for a hundredth, 0 for none."
+            yield Fault("prepare.fraction-out-of-range", option, share, "is not in [0, 1)", repair)
+        if not wrong and sum(shares.values()) >= 1:
+            what = f"and --valid-fraction {self.valid_fraction} leave nothing to train on"
+            repair = "Together they have to be below 1."
+            yield Fault("prepare.nothing-to-train-on", "--test-fraction", self.test_fraction, what, repair)

@@ -13,9 +13,9 @@ import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from engine.data.clean.pii.addresses import emails, ips
 from engine.data.clean.pii.credentials import secrets
 from engine.data.clean.pii.national import national_ids
-from engine.data.clean.pii.network import emails, ips
 from engine.data.clean.pii.numbers import cards, cn_ids, ibans, us_ssns
 from engine.data.clean.pii.phone_numbers import phones
 from engine.data.clean.pii.scan import Scan

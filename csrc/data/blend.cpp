@@ -7,8 +7,8 @@
 
 namespace {
 
-constexpr int64_t kMaxTotal = int64_t(1) << 40;   // of weights; with kMaxBlock all products below stay under 2^63
-constexpr int64_t kMaxBlock = int64_t(1) << 22;   // slots
+constexpr int64_t kMaxTotal = int64_t(1) << 40;  // of weights; with kMaxBlock all products below stay under 2^63
+constexpr int64_t kMaxBlock = int64_t(1) << 22;  // slots
 constexpr int64_t kMaxSources = int64_t(1) << 20;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a >= 0, b > 0
@@ -16,95 +16,96 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a 
 using Due = std::pair<int64_t, int64_t>;  // (deadline, source)
 using Heap = std::priority_queue<Due, std::vector<Due>, std::greater<Due>>;
 
-struct Border {                  // of a block, at global sample n
-  std::vector<int64_t> counts;   // [K] samples of each source before n
-  std::vector<int64_t> part;     // [K] n * weight mod total: how far the job under way is, times total
-  std::vector<char> ahead;       // [K] is the job under way already done
+struct Border {                   // of a block, at global sample n
+    std::vector<int64_t> counts;  // [K] samples of each source before n
+    std::vector<int64_t> part;    // [K] n * weight mod total: how far the job under way is, times total
+    std::vector<char> ahead;      // [K] is the job under way already done
 };
 
 Border border_at(const std::vector<int64_t>& weights, int64_t total, int64_t n) {
-  const int64_t k = int64_t(weights.size());
-  Border at{std::vector<int64_t>(k), std::vector<int64_t>(k), std::vector<char>(k)};
-  std::vector<std::pair<int64_t, int64_t>> under_way;  // (-slots since its release, source)
-  for (int64_t s = 0; s < k; ++s) {
-    const auto product = static_cast<unsigned __int128>(n) * static_cast<unsigned __int128>(weights[s]);
-    at.counts[s] = int64_t(product / uint64_t(total));
-    at.part[s] = int64_t(product % uint64_t(total));
-    if (at.part[s] > 0) under_way.emplace_back(-ceil_div(at.part[s], weights[s]), s);
-  }
-  std::sort(under_way.begin(), under_way.end());
-  Heap candidates;
-  int64_t sum = 0, chosen = 0;
-  for (const auto& [release, s] : under_way) {
-    candidates.emplace(ceil_div(total - at.part[s], weights[s]), s);
-    sum += at.part[s];
-    if (sum / total > chosen) {
-      const int64_t next = candidates.top().second;
-      candidates.pop();
-      at.ahead[next] = 1;
-      ++at.counts[next];
-      ++chosen;
+    const int64_t k = int64_t(weights.size());
+    Border at{std::vector<int64_t>(k), std::vector<int64_t>(k), std::vector<char>(k)};
+    std::vector<std::pair<int64_t, int64_t>> under_way;  // (-slots since its release, source)
+    for (int64_t s = 0; s < k; ++s) {
+        const auto product = static_cast<unsigned __int128>(n) * static_cast<unsigned __int128>(weights[s]);
+        at.counts[s] = int64_t(product / uint64_t(total));
+        at.part[s] = int64_t(product % uint64_t(total));
+        if (at.part[s] > 0) under_way.emplace_back(-ceil_div(at.part[s], weights[s]), s);
     }
-  }
-  return at;
+    std::sort(under_way.begin(), under_way.end());
+    Heap candidates;
+    int64_t sum = 0, chosen = 0;
+    for (const auto& [release, s] : under_way) {
+        candidates.emplace(ceil_div(total - at.part[s], weights[s]), s);
+        sum += at.part[s];
+        if (sum / total > chosen) {
+            const int64_t next = candidates.top().second;
+            candidates.pop();
+            at.ahead[next] = 1;
+            ++at.counts[next];
+            ++chosen;
+        }
+    }
+    return at;
 }
 
 // (counts int64 [K] before start, sources int32 [length], ordinals int32 [length]): slot i of the block is sample
 // counts[sources[i]] + ordinals[i] of source sources[i].
 py::tuple blend_block(const py::array& weight_array, int64_t start, int64_t length) {
-  const View<int64_t> view(weight_array, "weights");
-  if (view.size < 1 || view.size > kMaxSources || length < 1 || length > kMaxBlock || start < 0 ||
-      start > (kMax >> 1) - length)
-    throw py::value_error("blend_block: expected 1 to 2^20 weights, 1 <= length <= 2^22, 0 <= start < 2^62");
-  std::vector<int64_t> weights(view.size);
-  int64_t total = 0;
-  for (int64_t s = 0; s < view.size; ++s) {
-    weights[s] = view[s];
-    if (weights[s] < 1 || weights[s] > kMaxTotal - total)
-      throw py::value_error("blend_block: weights have to be at least 1 and sum to at most 2^40");
-    total += weights[s];
-  }
-  py::array_t<int64_t> counts(view.size);
-  py::array_t<int32_t> sources(length), ordinals(length);
-  int64_t* count_out = counts.mutable_data();
-  int32_t *source_out = sources.mutable_data(), *ordinal_out = ordinals.mutable_data();
-  {
-    py::gil_scoped_release release_gil;
-    const Border first = border_at(weights, total, start), last = border_at(weights, total, start + length);
-    const int64_t k = view.size;
-    std::vector<int64_t> head(length, -1), next(k, -1), made(k, 0);  // lists of the sources whose job begins at a slot
-    const auto file = [&](int64_t s, int64_t not_before) {           // the next job of source s, unless it has none
-      if (first.counts[s] + made[s] >= last.counts[s]) return;
-      const int64_t job = first.ahead[s] + made[s], reached = job * total - first.part[s];
-      const int64_t slot = std::max(not_before, reached > 0 ? reached / weights[s] : 0);
-      if (slot >= length) throw py::value_error("blend_block: a share is too small for this block length");
-      next[s] = head[slot];
-      head[slot] = s;
-    };
-    for (int64_t s = 0; s < k; ++s) {
-      count_out[s] = first.counts[s];
-      file(s, 0);
+    const View<int64_t> view(weight_array, "weights");
+    if (view.size < 1 || view.size > kMaxSources || length < 1 || length > kMaxBlock || start < 0 ||
+        start > (kMax >> 1) - length)
+        throw py::value_error("blend_block: expected 1 to 2^20 weights, 1 <= length <= 2^22, 0 <= start < 2^62");
+    std::vector<int64_t> weights(view.size);
+    int64_t total = 0;
+    for (int64_t s = 0; s < view.size; ++s) {
+        weights[s] = view[s];
+        if (weights[s] < 1 || weights[s] > kMaxTotal - total)
+            throw py::value_error("blend_block: weights have to be at least 1 and sum to at most 2^40");
+        total += weights[s];
     }
-    Heap waiting;
-    for (int64_t i = 0; i < length; ++i) {
-      for (int64_t s = head[i]; s >= 0; s = next[s]) {
-        const int64_t end = (first.ahead[s] + made[s] + 1) * total - first.part[s];
-        waiting.emplace(std::min(ceil_div(end, weights[s]), length), s);
-      }
-      if (waiting.empty() || waiting.top().first <= i)
-        throw py::value_error("blend_block: a share is too small for this block length");
-      const int64_t s = waiting.top().second;
-      waiting.pop();
-      source_out[i] = int32_t(s);
-      ordinal_out[i] = int32_t(made[s]++);
-      file(s, i + 1);
+    py::array_t<int64_t> counts(view.size);
+    py::array_t<int32_t> sources(length), ordinals(length);
+    int64_t* count_out = counts.mutable_data();
+    int32_t *source_out = sources.mutable_data(), *ordinal_out = ordinals.mutable_data();
+    {
+        py::gil_scoped_release release_gil;
+        const Border first = border_at(weights, total, start), last = border_at(weights, total, start + length);
+        const int64_t k = view.size;
+        // lists of the sources whose job begins at a slot
+        std::vector<int64_t> head(length, -1), next(k, -1), made(k, 0);
+        const auto file = [&](int64_t s, int64_t not_before) {  // the next job of source s, unless it has none
+            if (first.counts[s] + made[s] >= last.counts[s]) return;
+            const int64_t job = first.ahead[s] + made[s], reached = job * total - first.part[s];
+            const int64_t slot = std::max(not_before, reached > 0 ? reached / weights[s] : 0);
+            if (slot >= length) throw py::value_error("blend_block: a share is too small for this block length");
+            next[s] = head[slot];
+            head[slot] = s;
+        };
+        for (int64_t s = 0; s < k; ++s) {
+            count_out[s] = first.counts[s];
+            file(s, 0);
+        }
+        Heap waiting;
+        for (int64_t i = 0; i < length; ++i) {
+            for (int64_t s = head[i]; s >= 0; s = next[s]) {
+                const int64_t end = (first.ahead[s] + made[s] + 1) * total - first.part[s];
+                waiting.emplace(std::min(ceil_div(end, weights[s]), length), s);
+            }
+            if (waiting.empty() || waiting.top().first <= i)
+                throw py::value_error("blend_block: a share is too small for this block length");
+            const int64_t s = waiting.top().second;
+            waiting.pop();
+            source_out[i] = int32_t(s);
+            ordinal_out[i] = int32_t(made[s]++);
+            file(s, i + 1);
+        }
     }
-  }
-  return py::make_tuple(counts, sources, ordinals);
+    return py::make_tuple(counts, sources, ordinals);
 }
 
 }  // namespace
 
 void bind_blend(py::module_& m) {
-  m.def("blend_block", &blend_block, py::arg("weights"), py::arg("start"), py::arg("length"));
+    m.def("blend_block", &blend_block, py::arg("weights"), py::arg("start"), py::arg("length"));
 }

@@ -18,9 +18,9 @@
 namespace guard {
 
 struct Region {  // of the list below; never freed, as the handler may be walking it: end 0 is one to use again
-  std::atomic<uintptr_t> begin{0}, end{0};
-  std::atomic<int64_t> lost{-1};  // offset of the first page that was not there
-  Region* next = nullptr;
+    std::atomic<uintptr_t> begin{0}, end{0};
+    std::atomic<int64_t> lost{-1};  // offset of the first page that was not there
+    Region* next = nullptr;
 };
 
 static_assert(std::atomic<uintptr_t>::is_always_lock_free && std::atomic<int64_t>::is_always_lock_free);
@@ -31,46 +31,47 @@ inline struct sigaction before;
 inline const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
 
 inline void on_bus_error(int number, siginfo_t* info, void*) {
-  const uintptr_t at = uintptr_t(info->si_addr), first = at / page * page;
-  for (Region* r = regions.load(); info->si_code > 0 && r != nullptr; r = r->next) {
-    const uintptr_t begin = r->begin, end = r->end;
-    if (at < begin || at >= (end + page - 1) / page * page) continue;
-    const int error = errno;
-    void* zeros = mmap(reinterpret_cast<void*>(first), page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-    errno = error;
-    if (zeros == MAP_FAILED) break;
-    int64_t none = -1;
-    r->lost.compare_exchange_strong(none, int64_t(first < begin ? 0 : first - begin));
-    return;
-  }
-  sigaction(number, &before, nullptr);  // the access is tried again, and meets that one
-  if (info->si_code <= 0) raise(number);  // sent by a process: there is no access to try again
+    const uintptr_t at = uintptr_t(info->si_addr), first = at / page * page;
+    for (Region* r = regions.load(); info->si_code > 0 && r != nullptr; r = r->next) {
+        const uintptr_t begin = r->begin, end = r->end;
+        if (at < begin || at >= (end + page - 1) / page * page) continue;
+        const int error = errno;
+        void* zeros =
+            mmap(reinterpret_cast<void*>(first), page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+        errno = error;
+        if (zeros == MAP_FAILED) break;
+        int64_t none = -1;
+        r->lost.compare_exchange_strong(none, int64_t(first < begin ? 0 : first - begin));
+        return;
+    }
+    sigaction(number, &before, nullptr);    // the access is tried again, and meets that one
+    if (info->si_code <= 0) raise(number);  // sent by a process: there is no access to try again
 }
 
 // Guards [begin, begin + size); gives a token for `lost` and `release`.
 inline intptr_t add(const void* begin, int64_t size) {
-  const std::lock_guard<std::mutex> lock(changing);
-  struct sigaction now;
-  if (sigaction(SIGBUS, nullptr, &now) != 0) throw std::runtime_error("guard: no signal handlers here");
-  if (!(now.sa_flags & SA_SIGINFO) || now.sa_sigaction != on_bus_error) {
-    before = now;
-    struct sigaction ours = {};
-    ours.sa_sigaction = on_bus_error;
-    ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigemptyset(&ours.sa_mask);
-    sigaction(SIGBUS, &ours, nullptr);
-  }
-  Region* r = regions.load();
-  while (r != nullptr && r->end != 0) r = r->next;
-  if (r == nullptr) {
-    r = new Region;
-    r->next = regions.load();
-    regions = r;
-  }
-  r->lost = -1;
-  r->begin = uintptr_t(begin);
-  r->end = uintptr_t(begin) + uintptr_t(size);
-  return reinterpret_cast<intptr_t>(r);
+    const std::lock_guard<std::mutex> lock(changing);
+    struct sigaction now;
+    if (sigaction(SIGBUS, nullptr, &now) != 0) throw std::runtime_error("guard: no signal handlers here");
+    if (!(now.sa_flags & SA_SIGINFO) || now.sa_sigaction != on_bus_error) {
+        before = now;
+        struct sigaction ours = {};
+        ours.sa_sigaction = on_bus_error;
+        ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigemptyset(&ours.sa_mask);
+        sigaction(SIGBUS, &ours, nullptr);
+    }
+    Region* r = regions.load();
+    while (r != nullptr && r->end != 0) r = r->next;
+    if (r == nullptr) {
+        r = new Region;
+        r->next = regions.load();
+        regions = r;
+    }
+    r->lost = -1;
+    r->begin = uintptr_t(begin);
+    r->end = uintptr_t(begin) + uintptr_t(size);
+    return reinterpret_cast<intptr_t>(r);
 }
 
 inline int64_t lost(intptr_t token) { return reinterpret_cast<Region*>(token)->lost; }

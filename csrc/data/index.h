@@ -28,71 +28,71 @@ constexpr int kRounds = 8;  // even: two are done at a time
 constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
 
 inline uint64_t mix64(uint64_t z) {  // the finaliser of splitmix64
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-  return z ^ (z >> 31);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
 }
 
 inline uint64_t derive(uint64_t key, uint64_t word) { return mix64(key ^ mix64(word + kGolden)); }
 
 // Balanced Feistel network over the smallest domain of 2 * half bits that holds [0, n), with cycle walking.
 struct Permutation {
-  uint64_t n, mask, keys[kRounds];
-  int half = 1;
+    uint64_t n, mask, keys[kRounds];
+    int half = 1;
 
-  Permutation(uint64_t count, uint64_t key) : n(count) {
-    while (half < 32 && (1ull << (2 * half)) < n) ++half;
-    mask = (1ull << half) - 1;
-    for (int r = 0; r < kRounds; ++r) keys[r] = mix64(key + uint64_t(r + 1) * kGolden);
-  }
+    Permutation(uint64_t count, uint64_t key) : n(count) {
+        while (half < 32 && (1ull << (2 * half)) < n) ++half;
+        mask = (1ull << half) - 1;
+        for (int r = 0; r < kRounds; ++r) keys[r] = mix64(key + uint64_t(r + 1) * kGolden);
+    }
 
-  uint64_t operator()(uint64_t x) const {  // x < n, which cycle walking keeps true; terminates as it is a bijection
-    if (n == 1) return 0;
-    do {
-      uint64_t left = x >> half, right = x & mask;
-      for (int r = 0; r < kRounds; r += 2) {
-        left ^= mix64(right + keys[r]) & mask;
-        right ^= mix64(left + keys[r + 1]) & mask;
-      }
-      x = (left << half) | right;
-    } while (x >= n);
-    return x;
-  }
+    uint64_t operator()(uint64_t x) const {  // x < n, which cycle walking keeps true; terminates as it is a bijection
+        if (n == 1) return 0;
+        do {
+            uint64_t left = x >> half, right = x & mask;
+            for (int r = 0; r < kRounds; r += 2) {
+                left ^= mix64(right + keys[r]) & mask;
+                right ^= mix64(left + keys[r + 1]) & mask;
+            }
+            x = (left << half) | right;
+        } while (x >= n);
+        return x;
+    }
 
-  uint64_t inverse(uint64_t x) const {  // the same rounds backwards, and cycle walking backwards
-    if (n == 1) return 0;
-    do {
-      uint64_t left = x >> half, right = x & mask;
-      for (int r = kRounds - 2; r >= 0; r -= 2) {
-        right ^= mix64(left + keys[r + 1]) & mask;
-        left ^= mix64(right + keys[r]) & mask;
-      }
-      x = (left << half) | right;
-    } while (x >= n);
-    return x;
-  }
+    uint64_t inverse(uint64_t x) const {  // the same rounds backwards, and cycle walking backwards
+        if (n == 1) return 0;
+        do {
+            uint64_t left = x >> half, right = x & mask;
+            for (int r = kRounds - 2; r >= 0; r -= 2) {
+                right ^= mix64(left + keys[r + 1]) & mask;
+                left ^= mix64(right + keys[r]) & mask;
+            }
+            x = (left << half) | right;
+        } while (x >= n);
+        return x;
+    }
 };
 
 // A 1-D contiguous array of exactly T, possibly unaligned.
 template <typename T>
 struct View {
-  const char* data;
-  int64_t size;
+    const char* data;
+    int64_t size;
 
-  View(const py::array& a, const char* name) {
-    if (!py::isinstance<py::array_t<T>>(a) || a.ndim() != 1 || (a.size() > 1 && a.strides(0) != sizeof(T)))
-      throw py::value_error(std::string(name) + ": expected a contiguous 1-D array of " +
-                            std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(a.dtype())) +
-                            " with " + std::to_string(a.ndim()) + " dims");
-    data = static_cast<const char*>(a.data());
-    size = a.size();
-  }
+    View(const py::array& a, const char* name) {
+        if (!py::isinstance<py::array_t<T>>(a) || a.ndim() != 1 || (a.size() > 1 && a.strides(0) != sizeof(T)))
+            throw py::value_error(std::string(name) + ": expected a contiguous 1-D array of " +
+                                  std::string(py::str(py::dtype::of<T>())) + ", got " +
+                                  std::string(py::str(a.dtype())) + " with " + std::to_string(a.ndim()) + " dims");
+        data = static_cast<const char*>(a.data());
+        size = a.size();
+    }
 
-  T operator[](int64_t i) const {
-    T value;
-    std::memcpy(&value, data + i * int64_t(sizeof(T)), sizeof(T));
-    return value;
-  }
+    T operator[](int64_t i) const {
+        T value;
+        std::memcpy(&value, data + i * int64_t(sizeof(T)), sizeof(T));
+        return value;
+    }
 };
 
 void bind_checks(py::module_& m);  // checks.cpp: what is proven when a corpus is opened

@@ -29,8 +29,8 @@ using Wide = typename WideOf<T>::type;
 // multiplied by w; else by offset + w, and rounded once. residual (may be null): sum = x + residual, rounded to T, is
 // written and takes x's place.
 template <class T>
-void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h, double eps,
-              double offset, int threads);
+void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h,
+              double eps, double offset, int threads);
 
 // gx of x (of the sum, where there was one), and gw[h] summed over the rows in an order that depends on their number only.
 // grad_sum (may be null): the gradient that reaches x beside the norm, added to gx.

@@ -9,7 +9,8 @@ namespace {
 std::vector<int64_t> want_gated(const Tensor& fused, int64_t kind, const char* op) {
     want_plain(fused, op, "fused");
     want(fused.dim() >= 1 && fused.size(-1) % 2 == 0, op, "fused " + shape(fused) + " is not gate | up");
-    want(kind >= 0 && kind < KINDS, op, "kind is " + std::to_string(kind) + ", wanted 0 silu, 1 gelu or 2 gelu by tanh");
+    want(kind >= 0 && kind < KINDS, op,
+         "kind is " + std::to_string(kind) + ", wanted 0 silu, 1 gelu or 2 gelu by tanh");
     std::vector<int64_t> sizes = fused.sizes().vec();
     sizes.back() /= 2;
     return sizes;
@@ -106,8 +107,8 @@ Tensor softmax_stats(const Tensor& logits, const Tensor& target, int64_t valid) 
     return stats;
 }
 
-void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak, const Tensor& scale, const Tensor& grad,
-                       int64_t valid) {
+void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak, const Tensor& scale,
+                       const Tensor& grad, int64_t valid) {
     const char* op = "softmax_gradient_";
     want_targets(logits, target, valid, op);
     const auto type = wide(logits.scalar_type());
@@ -117,8 +118,8 @@ void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak,
     dispatch(logits, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
         using W = Wide<T>;
-        trident::softmax_gradient<T>(data<T>(logits), data<int64_t>(target), data<W>(peak), data<W>(scale), data<W>(grad),
-                                     logits.size(0), logits.size(1), valid, where);
+        trident::softmax_gradient<T>(data<T>(logits), data<int64_t>(target), data<W>(peak), data<W>(scale),
+                                     data<W>(grad), logits.size(0), logits.size(1), valid, where);
     });
 }
 

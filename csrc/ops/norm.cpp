@@ -7,7 +7,8 @@ namespace trident::ops {
 namespace {
 
 // Checks x [.., h] and vectors [h] of its type; returns h.
-int64_t want_rows(const Tensor& x, std::initializer_list<std::pair<const Tensor*, const char*>> vectors, const char* op) {
+int64_t want_rows(const Tensor& x, std::initializer_list<std::pair<const Tensor*, const char*>> vectors,
+                  const char* op) {
     want(x.dim() >= 1, op, "x has no dimension");
     want_plain(x, op, "x");
     const int64_t h = x.size(-1);
@@ -56,8 +57,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
     return rms(x, nullptr, x, weight, eps, offset, "rms_norm");
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                                                double offset) {
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                double eps, double offset) {
     Tensor sum = at::empty_like(x);
     auto [y, scale] = rms(x, &residual, sum, weight, eps, offset, "add_rms_norm");
     return {sum, y, scale};
@@ -71,8 +72,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Optional&
     Tensor gx = at::empty_like(x), gw = at::empty_like(weight);
     dispatch(x, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
-        trident::rms_norm_backward<T>(data<T>(grad), data<T>(grad_sum), data<T>(x), data<T>(weight), data<Wide<T>>(scale),
-                                      data<T>(gx), data<T>(gw), rows, h, offset, where);
+        trident::rms_norm_backward<T>(data<T>(grad), data<T>(grad_sum), data<T>(x), data<T>(weight),
+                                      data<Wide<T>>(scale), data<T>(gx), data<T>(gw), rows, h, offset, where);
     });
     return {gx, gw};
 }

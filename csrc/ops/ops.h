@@ -38,7 +38,8 @@ inline std::string shape(const Tensor& x) { return shape(x.sizes()); }
 
 // The device is one that the operator's kernels run on.
 inline void want_device(const Tensor& x, const char* op, const char* name) {
-    want(x.is_cpu() || on_gpu(x.device()), op, std::string(name) + " is on " + x.device().str() + ", wanted " + DEVICES);
+    want(x.is_cpu() || on_gpu(x.device()), op,
+         std::string(name) + " is on " + x.device().str() + ", wanted " + DEVICES);
 }
 
 inline void want_plain(const Tensor& x, const char* op, const char* name) {
@@ -76,7 +77,8 @@ void dispatch(const Tensor& x, const char* op, F f) {
             case at::kDouble: return f(static_cast<double*>(nullptr), where);
             case at::kBFloat16: return f(static_cast<bf16*>(nullptr), where);
             case at::kHalf: return f(static_cast<f16*>(nullptr), where);
-            default: want_type(false, op, std::string("wants floating-point tensors, got ") + toString(x.scalar_type()));
+            default:
+                want_type(false, op, std::string("wants floating-point tensors, got ") + toString(x.scalar_type()));
         }
     });
 }
@@ -116,8 +118,8 @@ inline int64_t rows_of(const Tensor& x, int64_t width) { return width ? x.numel(
 // ---- norm.cpp
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                                                double offset);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                double eps, double offset);
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Optional& grad_sum, const Tensor& x,
                                              const Tensor& weight, const Tensor& scale, double offset);
 std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps);
@@ -133,8 +135,8 @@ Tensor gated_backward(const Tensor& grad, const Tensor& fused, int64_t kind);
 std::tuple<Tensor, Tensor, Tensor> rope(const Tensor& fused, const Tensor& table, int64_t n, int64_t m);
 Tensor rope_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table);
 Tensor softmax_stats(const Tensor& logits, const Tensor& target, int64_t valid);
-void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak, const Tensor& scale, const Tensor& grad,
-                       int64_t valid);
+void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak, const Tensor& scale,
+                       const Tensor& grad, int64_t valid);
 
 // ---- cpu_only.cpp: matrix product and attention, for which others have libraries
 

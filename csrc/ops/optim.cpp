@@ -13,7 +13,8 @@ void adamw_(Tensor& master, const Tensor& grad, Tensor& exp_avg, Tensor& exp_avg
     want_like(exp_avg_sq, master.sizes(), master, op, "exp_avg_sq");
     want(step >= 1, op, "step counts from 1");
     const bool whole = master.scalar_type() == at::kDouble;
-    want_type(whole || master.scalar_type() == at::kFloat, op, std::string("masters are ") + toString(master.scalar_type()));
+    want_type(whole || master.scalar_type() == at::kFloat, op,
+              std::string("masters are ") + toString(master.scalar_type()));
     if (values) {
         const auto low = values->scalar_type();
         want_type(!whole, op, "values are for float32 masters");
@@ -48,10 +49,11 @@ Tensor sum_squares(const Tensor& flat, const Tensor& bounds) {
     const int64_t k = bounds.size(0), n = flat.numel();
     want_typed(bounds, at::kLong, {k, 2}, flat, op, "bounds");
     const int64_t* range = data<int64_t>(bounds);
-    for (int64_t i = 0; i < k && bounds.is_cpu(); i++)  // a GPU would have to be waited for; its kernel looks for itself
+    // a GPU would have to be waited for; its kernel looks for itself
+    for (int64_t i = 0; i < k && bounds.is_cpu(); i++)
         want(0 <= range[2 * i] && range[2 * i] <= range[2 * i + 1] && range[2 * i + 1] <= n, op,
-             "bounds[" + std::to_string(i) + "] is " + shape(at::IntArrayRef(range + 2 * i, 2)) + ", wanted a range of " +
-                 std::to_string(n) + " values");
+             "bounds[" + std::to_string(i) + "] is " + shape(at::IntArrayRef(range + 2 * i, 2)) +
+                 ", wanted a range of " + std::to_string(n) + " values");
     Tensor out = at::empty({k}, flat.options().dtype(at::kDouble));
     dispatch(flat, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);

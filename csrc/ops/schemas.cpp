@@ -69,7 +69,8 @@ TORCH_LIBRARY(trident, lib) {
     lib.def("rope(Tensor fused, Tensor table, int n, int m) -> (Tensor q, Tensor k, Tensor v)");
     lib.def("rope_backward(Tensor q, Tensor k, Tensor v, Tensor table) -> Tensor");
     lib.def("softmax_stats(Tensor logits, Tensor target, int valid) -> Tensor");
-    lib.def("softmax_gradient_(Tensor(a!) logits, Tensor target, Tensor peak, Tensor scale, Tensor grad, int valid) -> ()");
+    lib.def(
+        "softmax_gradient_(Tensor(a!) logits, Tensor target, Tensor peak, Tensor scale, Tensor grad, int valid) -> ()");
 
     lib.def("mm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
     lib.def("attention(Tensor q, Tensor k, Tensor v, Tensor? begin, float scale) -> (Tensor out, Tensor lse)");

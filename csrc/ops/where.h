@@ -31,7 +31,8 @@ template <class F>
 void on_device(const at::Tensor& x, F f) {
     if (!on_gpu(x.device())) return f(threads());
     const c10::DeviceGuard guard(x.device());
-    std::vector<at::Tensor> held;  // given back at the end; what is queued on the stream by then comes before the next use
+    // given back at the end; what is queued on the stream by then comes before the next use
+    std::vector<at::Tensor> held;
     f(Queue{current_stream(x.device()), [&](size_t bytes) {
                 held.push_back(at::empty({int64_t(bytes)}, x.options().dtype(at::kByte)));
                 return held.back().data_ptr();

@@ -29,8 +29,8 @@ uint64_t message_tag(uint64_t bytes) { return uint64_t(kMessage) << 56 | bytes; 
 std::string in_words(uint64_t tag) {
     const char* names[] = {"?", "all-reduce", "all-gather", "reduce-scatter", "message"};
     const uint64_t what = tag >> 56, kind = tag >> 48 & 15;
-    return std::string(what == kAllReduce ? "an " : what == kAllGather ? "an " : "a ") + names[what <= 4 ? what : 0] +
-           " of " + std::to_string(tag & ((1ull << 48) - 1)) + " x " +
+    return std::string(what == kAllReduce || what == kAllGather ? "an " : "a ") + names[what <= 4 ? what : 0] + " of " +
+           std::to_string(tag & ((1ull << 48) - 1)) + " x " +
            (what == kAllReduce || what == kReduceScatter ? name_of(kind) : "byte") +
            (what == kAllReduce ? std::string(" (") + reduction_name(tag >> 52 & 15) + ")" : "");
 }
@@ -46,8 +46,9 @@ Channel::Channel(std::shared_ptr<Segment> segment, Process& process, int rank, b
     ring_ = std::make_unique<Ring>(member(me_).lane, segment_->data(me_), segment_->plan.ring, all);
     for (uint64_t q = 0; q < n_; q++) {
         Pair& out = segment_->pair(me_, q);
-        outgoing_.push_back({std::make_unique<Ring>(out.lane, segment_->pair_data(me_, q), segment_->plan.pair_ring,
-                                                    std::vector<const Counter*>{&out.done}), {}, 0, 0});
+        const std::vector<const Counter*> reader{&out.done};
+        auto ring = std::make_unique<Ring>(out.lane, segment_->pair_data(me_, q), segment_->plan.pair_ring, reader);
+        outgoing_.push_back({std::move(ring), {}, 0, 0});
         incoming_.push_back({});
     }
     const std::lock_guard<std::mutex> guard(process_.mutex);
@@ -80,8 +81,14 @@ Channel::Lock Channel::lock() const {
 
 uint64_t Channel::start(int what, int kind, int reduce, uint64_t from, uint64_t to, uint64_t total) {
     const bool gather = what == kAllGather;
-    Operation op{What(what), gather ? Scalar::u8 : Scalar(kind), gather ? 0 : reduce, reinterpret_cast<const char*>(from),
-                 reinterpret_cast<char*>(to), total, 1, false};
+    Operation op{What(what),
+                 gather ? Scalar::u8 : Scalar(kind),
+                 gather ? 0 : reduce,
+                 reinterpret_cast<const char*>(from),
+                 reinterpret_cast<char*>(to),
+                 total,
+                 1,
+                 false};
     uint64_t chunk = std::min(kChunk, segment_->plan.ring / 4) / op.size();
     if (what == kReduceScatter) chunk /= n_ - 1;
     op.step = std::max<uint64_t>(chunk, 1);
@@ -381,8 +388,8 @@ bool Channel::pull(Incoming& i, uint64_t q) {
 
 void Channel::agree(uint64_t theirs, uint64_t ours, uint64_t q) {
     if (theirs == ours) return;
-    const std::string text = "ranks disagree: position " + std::to_string(q) + " of the group makes " + in_words(theirs) +
-                             " where position " + std::to_string(me_) + " makes " + in_words(ours);
+    const std::string text = "ranks disagree: position " + std::to_string(q) + " of the group makes " +
+                             in_words(theirs) + " where position " + std::to_string(me_) + " makes " + in_words(ours);
     for (Channel* channel : process_.channels) channel->broken_ = text;
     throw std::runtime_error(text);
 }

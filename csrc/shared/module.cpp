@@ -21,8 +21,8 @@ trident::Process& here() {
     return *process;
 }
 
-std::unique_ptr<Channel> channel(int fd, uint64_t token, int rank, int ranks, uint64_t ring, uint64_t pair_ring, bool make,
-                                 bool spin) {
+std::unique_ptr<Channel> channel(int fd, uint64_t token, int rank, int ranks, uint64_t ring, uint64_t pair_ring,
+                                 bool make, bool spin) {
     auto segment = std::make_shared<trident::Segment>(fd, token, ranks, ring, pair_ring, make);
     return std::make_unique<Channel>(std::move(segment), here(), rank, spin);
 }

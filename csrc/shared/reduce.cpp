@@ -59,10 +59,10 @@ INLINE void over(const char* const* in, int n, char* to, int64_t count) {
     }
 }
 
-#define OVER(NAME, T)                                                                              \
-    CLONES void NAME(int reduction, const char* const* in, int n, char* to, int64_t count) {       \
-        if (reduction == kSum) return over<Sum, T>(in, n, to, count);                              \
-        reduction == kMax ? over<Max, T>(in, n, to, count) : over<Min, T>(in, n, to, count);       \
+#define OVER(NAME, T)                                                                        \
+    CLONES void NAME(int reduction, const char* const* in, int n, char* to, int64_t count) { \
+        if (reduction == kSum) return over<Sum, T>(in, n, to, count);                        \
+        reduction == kMax ? over<Max, T>(in, n, to, count) : over<Min, T>(in, n, to, count); \
     }
 
 OVER(over_f32, float)

@@ -36,8 +36,8 @@ Segment::Segment(int fd, uint64_t token, int ranks, uint64_t ring, uint64_t pair
     if (make) {
         head.token = token, head.ranks = plan.ranks, head.ring = ring, head.pair_ring = pair_ring;
         head.magic.store(kMagic, std::memory_order_release);
-    } else if (head.magic.load(std::memory_order_acquire) != kMagic || head.token != token || head.ranks != plan.ranks ||
-               head.ring != ring || head.pair_ring != pair_ring) {
+    } else if (head.magic.load(std::memory_order_acquire) != kMagic || head.token != token ||
+               head.ranks != plan.ranks || head.ring != ring || head.pair_ring != pair_ring) {
         munmap(base_, plan.bytes());
         throw std::runtime_error("not the segment of this group");
     }

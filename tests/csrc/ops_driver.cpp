@@ -50,7 +50,8 @@ std::vector<T> room(int64_t n) {
 template <class T>
 void check(const std::vector<T>& values, const char* what) {
     for (const T& x : values)
-        if (!(std::abs(read(x)) < INFINITY)) std::fprintf(stderr, "%s is not all written, or not finite\n", what), std::abort();
+        if (!(std::abs(read(x)) < INFINITY))
+            std::fprintf(stderr, "%s is not all written, or not finite\n", what), std::abort();
 }
 
 // [b, heads, s, d] as views of one of three layouts, in a block that ends with the last number.
@@ -101,8 +102,8 @@ void norms() {
     y = room<T>(n), gx = room<T>(n), gw = room<T>(h), sum = room<T>(added ? n : 0);
     layer_norm<T>(x.data(), residual, sum.data(), w.data(), b.data(), y.data(), stats.data(), rows, h, 1e-5, threads);
     const auto layer_in = added ? sum : x;
-    layer_norm_backward<T>(g.data(), extra, layer_in.data(), w.data(), stats.data(), gx.data(), gw.data(), gb.data(), rows,
-                           h, threads);
+    layer_norm_backward<T>(g.data(), extra, layer_in.data(), w.data(), stats.data(), gx.data(), gw.data(), gb.data(),
+                           rows, h, threads);
     check(sum, "sum"), check(y, "y of LayerNorm"), check(gx, "gx"), check(gw, "gw"), check(gb, "gb");
 }
 
@@ -195,8 +196,8 @@ void attentions() {
         auto out = room<float>(s * b * n * d), lse = room<float>(b * n * s);
         tiles->forward(constant(q), constant(k), constant(v), documents, out.data(), lse.data(), shape, 0.3, threads);
         check(out, "attention"), check(lse, "lse");
-        tiles->backward({grad.data(), n * d, d, b * n * d}, constant(q), constant(k), constant(v), documents, out.data(),
-                        lse.data(), gq.heads, gk.heads, gv.heads, shape, 0.3, threads);
+        tiles->backward({grad.data(), n * d, d, b * n * d}, constant(q), constant(k), constant(v), documents,
+                        out.data(), lse.data(), gq.heads, gk.heads, gv.heads, shape, 0.3, threads);
         check(gq.values, "gradient of q"), check(gk.values, "gradient of k"), check(gv.values, "gradient of v");
         if (first.empty()) first = {out, gq.values, gk.values, gv.values};
         same(out, first[0], "attention"), same(gq.values, first[1], "gradient of q");
@@ -205,7 +206,8 @@ void attentions() {
 }
 
 void products() {
-    const int64_t m = pick(0, 90), n = pick(0, 90), k = pick(0, 3) ? pick(0, 90) : pick(500, 1100), ldc = n + pick(0, 5);
+    const int64_t m = pick(0, 90), n = pick(0, 90), k = pick(0, 3) ? pick(0, 90) : pick(500, 1100),
+                  ldc = n + pick(0, 5);
     const auto a = draw<float>(m * k), b = draw<float>(k * n);
     const bool across = pick(0, 1), down = pick(0, 1), add = pick(0, 1);
     const auto before = add ? draw<float>(m * ldc) : room<float>(m * ldc);

@@ -266,13 +266,17 @@ void disagree() {
     Process one, two;
     Channel b0(b, one, 0, true), a0(a, one, 0, true), b1(b, two, 1, true), a1(a, two, 1, true);
     auto x = std::make_unique<Bytes>(4096), y = std::make_unique<Bytes>(4096);
-    const auto sum = [](Channel& c, const Bytes& x) { return c.start(kAllReduce, 0, kSum, address(x), address(x), 1024); };
+    const auto sum = [](Channel& c, const Bytes& x) {
+        return c.start(kAllReduce, 0, kSum, address(x), address(x), 1024);
+    };
     sum(b1, *y);
     a0.start(kAllReduce, 0, kMax, address(*x), address(*x), 8);
     const std::string theirs = refused([&] { a1.start(kAllGather, 0, 0, address(*y), address(*y), 8); });
     const std::string ours = refused([&] { sum(b0, *x); });
-    must(ours == "ranks disagree: position 1 of the group makes an all-gather of 8 x byte where position 0 makes an "
-                 "all-reduce of 8 x float32 (max)", "the disagreement is not told");
+    must(ours ==
+             "ranks disagree: position 1 of the group makes an all-gather of 8 x byte where position 0 makes an "
+             "all-reduce of 8 x float32 (max)",
+         "the disagreement is not told");
     x.reset(), y.reset();
     const Bytes before_a = announced(*a), before_b = announced(*b);
     for (Channel* channel : {&b0, &a0}) all_refused(*channel, ours);
@@ -293,8 +297,9 @@ void fork_and_use() {
     const pid_t child = fork();
     if (child == 0) {
         alarm(20);
-        all_refused(*first, "this link of shared memory belongs to the process that made it (" + std::to_string(getppid()) +
-                                "); its fork (" + std::to_string(getpid()) + ") cannot use it");
+        all_refused(*first, "this link of shared memory belongs to the process that made it (" +
+                                std::to_string(getppid()) + "); its fork (" + std::to_string(getpid()) +
+                                ") cannot use it");
         first.reset();
         _exit(0);
     }

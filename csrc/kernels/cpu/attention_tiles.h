@@ -162,7 +162,7 @@ void backward_head(const Plan& plan, Begin begin, Heads<const float> q, Heads<co
     const int64_t s = plan.x.s, d = plan.x.d, ld = plan.ld;
     float *score = space.get(SCORE, plan.rows * ld + MR), *slope = space.get(SLOPE, plan.rows * ld + MR);
     float *query = space.get(QUERY, plan.rows * d + 2), *gradient = space.get(GRAD, plan.rows * d + 2);
-    float *query_by_d = space.get(QUERY_BY_D, plan.rows * plan.dd);
+    float* query_by_d = space.get(QUERY_BY_D, plan.rows * plan.dd);
     float *grad_by_d = space.get(GRAD_BY_D, plan.rows * plan.dd), *left = space.get(ROW, MR * ld + 2);
     for (int64_t q0 = 0; q0 < s; q0 += plan.rows) {
         const int64_t rows = std::min(plan.rows, s - q0);
@@ -250,8 +250,8 @@ void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<con
         }
         for (int64_t h = j * group; h < (j + 1) * group; h++)
             backward_head(plan, first_keys(begin, x, sample), at(q, sample, h), at(grad, sample, h),
-                          out + (sample * x.n + h) * x.d, out_row, lse + (sample * x.n + h) * x.s, keys, values, keys_by_d,
-                          at(gq, sample, h), to_k, to_v, space);
+                          out + (sample * x.n + h) * x.d, out_row, lse + (sample * x.n + h) * x.s, keys, values,
+                          keys_by_d, at(gq, sample, h), to_k, to_v, space);
     }
 }
 

@@ -142,36 +142,36 @@ INLINE void gradient_row(T* x, int64_t target, Wide<T> peak, Wide<T> scale, Wide
     std::memset(x + valid, 0, size_t(v - valid) * sizeof(T));
 }
 
-#define FOR_TYPE(T)                                                                                                     \
-    CLONES void gated_rows(const T* x, T* y, int kind, int64_t a, int64_t z, int64_t f) {                              \
-        for (int64_t i = a; i < z; i++) {                                                                              \
-            const T *gate = x + 2 * i * f, *up = gate + f;                                                             \
-            if (kind == SILU) gated_row<Silu<Wide<T>>>(gate, up, y + i * f, f);                                        \
-            if (kind == GELU) gated_row<Gelu<Wide<T>>>(gate, up, y + i * f, f);                                        \
-            if (kind == GELU_TANH) gated_row<GeluTanh<Wide<T>>>(gate, up, y + i * f, f);                               \
-        }                                                                                                              \
-    }                                                                                                                  \
-    CLONES void gated_rows_backward(const T* g, const T* x, T* gx, int kind, int64_t a, int64_t z, int64_t f) {        \
-        for (int64_t i = a; i < z; i++) {                                                                              \
-            const T *gate = x + 2 * i * f, *up = gate + f;                                                             \
-            T *ggate = gx + 2 * i * f, *gup = ggate + f;                                                               \
-            if (kind == SILU) gated_row_backward<Silu<Wide<T>>>(g + i * f, gate, up, ggate, gup, f);                   \
-            if (kind == GELU) gated_row_backward<Gelu<Wide<T>>>(g + i * f, gate, up, ggate, gup, f);                   \
-            if (kind == GELU_TANH) gated_row_backward<GeluTanh<Wide<T>>>(g + i * f, gate, up, ggate, gup, f);          \
-        }                                                                                                              \
-    }                                                                                                                  \
-    CLONES void rotate_heads(const T* x, int64_t x_step, T* y, int64_t y_step, const T* cos, const T* sin,             \
-                             int64_t heads, int64_t r, int64_t d, Wide<T> sign) {                                      \
-        for (int64_t i = 0; i < heads; i++) rotate(x + i * x_step, cos, sin, y + i * y_step, r, d, sign);              \
-    }                                                                                                                   \
-    CLONES void stats_rows(const T* x, const int64_t* t, Wide<T>* out, int64_t a, int64_t z, int64_t rows, int64_t v,  \
-                           int64_t valid) {                                                                             \
-        for (int64_t i = a; i < z; i++)                                                                                 \
-            stats_row(x + i * v, t[i], out + i, out + rows + i, out + 2 * rows + i, valid);                            \
-    }                                                                                                                   \
-    CLONES void gradient_rows(T* x, const int64_t* t, const Wide<T>* peak, const Wide<T>* scale, const Wide<T>* g,     \
-                              int64_t a, int64_t z, int64_t v, int64_t valid) {                                        \
-        for (int64_t i = a; i < z; i++) gradient_row(x + i * v, t[i], peak[i], scale[i], g[i], v, valid);              \
+#define FOR_TYPE(T)                                                                                                   \
+    CLONES void gated_rows(const T* x, T* y, int kind, int64_t a, int64_t z, int64_t f) {                             \
+        for (int64_t i = a; i < z; i++) {                                                                             \
+            const T *gate = x + 2 * i * f, *up = gate + f;                                                            \
+            if (kind == SILU) gated_row<Silu<Wide<T>>>(gate, up, y + i * f, f);                                       \
+            if (kind == GELU) gated_row<Gelu<Wide<T>>>(gate, up, y + i * f, f);                                       \
+            if (kind == GELU_TANH) gated_row<GeluTanh<Wide<T>>>(gate, up, y + i * f, f);                              \
+        }                                                                                                             \
+    }                                                                                                                 \
+    CLONES void gated_rows_backward(const T* g, const T* x, T* gx, int kind, int64_t a, int64_t z, int64_t f) {       \
+        for (int64_t i = a; i < z; i++) {                                                                             \
+            const T *gate = x + 2 * i * f, *up = gate + f;                                                            \
+            T *ggate = gx + 2 * i * f, *gup = ggate + f;                                                              \
+            if (kind == SILU) gated_row_backward<Silu<Wide<T>>>(g + i * f, gate, up, ggate, gup, f);                  \
+            if (kind == GELU) gated_row_backward<Gelu<Wide<T>>>(g + i * f, gate, up, ggate, gup, f);                  \
+            if (kind == GELU_TANH) gated_row_backward<GeluTanh<Wide<T>>>(g + i * f, gate, up, ggate, gup, f);         \
+        }                                                                                                             \
+    }                                                                                                                 \
+    CLONES void rotate_heads(const T* x, int64_t x_step, T* y, int64_t y_step, const T* cos, const T* sin,            \
+                             int64_t heads, int64_t r, int64_t d, Wide<T> sign) {                                     \
+        for (int64_t i = 0; i < heads; i++) rotate(x + i * x_step, cos, sin, y + i * y_step, r, d, sign);             \
+    }                                                                                                                 \
+    CLONES void stats_rows(const T* x, const int64_t* t, Wide<T>* out, int64_t a, int64_t z, int64_t rows, int64_t v, \
+                           int64_t valid) {                                                                           \
+        for (int64_t i = a; i < z; i++)                                                                               \
+            stats_row(x + i * v, t[i], out + i, out + rows + i, out + 2 * rows + i, valid);                           \
+    }                                                                                                                 \
+    CLONES void gradient_rows(T* x, const int64_t* t, const Wide<T>* peak, const Wide<T>* scale, const Wide<T>* g,    \
+                              int64_t a, int64_t z, int64_t v, int64_t valid) {                                       \
+        for (int64_t i = a; i < z; i++) gradient_row(x + i * v, t[i], peak[i], scale[i], g[i], v, valid);             \
     }
 FOR_TYPE(float)
 FOR_TYPE(double)
@@ -187,7 +187,8 @@ void gated(const T* fused, T* y, int kind, int64_t rows, int64_t f, int threads)
 
 template <class T>
 void gated_backward(const T* grad, const T* fused, T* gfused, int kind, int64_t rows, int64_t f, int threads) {
-    split(rows, rows * f, threads, [=](int64_t a, int64_t z) { gated_rows_backward(grad, fused, gfused, kind, a, z, f); });
+    split(rows, rows * f, threads,
+          [=](int64_t a, int64_t z) { gated_rows_backward(grad, fused, gfused, kind, a, z, f); });
 }
 
 template <class T>
@@ -222,7 +223,8 @@ void rope_backward(Heads<const T> q, Heads<const T> k, Heads<const T> v, const T
                 rotate_heads(k.p + j * k.sample + i * k.position, k.head, row, x.d, c, s, x.m, x.r, x.d, -1);
                 row += x.m * x.d;
                 const T* from = v.p + j * v.sample + i * v.position;
-                for (int64_t h = 0; h < x.m; h++) std::memcpy(row + h * x.d, from + h * v.head, size_t(x.d) * sizeof(T));
+                for (int64_t h = 0; h < x.m; h++)
+                    std::memcpy(row + h * x.d, from + h * v.head, size_t(x.d) * sizeof(T));
             }
     });
 }
@@ -241,14 +243,14 @@ void softmax_gradient(T* logits, const int64_t* target, const Wide<T>* peak, con
           [=](int64_t a, int64_t z) { gradient_rows(logits, target, peak, scale, grad, a, z, v, valid); });
 }
 
-#define INSTANTIATE(T)                                                                                                  \
-    template void gated<T>(const T*, T*, int, int64_t, int64_t, int);                                                  \
-    template void gated_backward<T>(const T*, const T*, T*, int, int64_t, int64_t, int);                               \
-    template void rope<T>(const T*, const T*, const T*, Heads<T>, Heads<T>, Heads<T>, HeadShape, int);                 \
-    template void rope_backward<T>(Heads<const T>, Heads<const T>, Heads<const T>, const T*, const T*, T*, HeadShape,  \
-                                   int);                                                                                \
-    template void softmax_stats<T>(const T*, const int64_t*, Wide<T>*, int64_t, int64_t, int64_t, int);                \
-    template void softmax_gradient<T>(T*, const int64_t*, const Wide<T>*, const Wide<T>*, const Wide<T>*, int64_t,      \
+#define INSTANTIATE(T)                                                                                                \
+    template void gated<T>(const T*, T*, int, int64_t, int64_t, int);                                                 \
+    template void gated_backward<T>(const T*, const T*, T*, int, int64_t, int64_t, int);                              \
+    template void rope<T>(const T*, const T*, const T*, Heads<T>, Heads<T>, Heads<T>, HeadShape, int);                \
+    template void rope_backward<T>(Heads<const T>, Heads<const T>, Heads<const T>, const T*, const T*, T*, HeadShape, \
+                                   int);                                                                              \
+    template void softmax_stats<T>(const T*, const int64_t*, Wide<T>*, int64_t, int64_t, int64_t, int);               \
+    template void softmax_gradient<T>(T*, const int64_t*, const Wide<T>*, const Wide<T>*, const Wide<T>*, int64_t,    \
                                       int64_t, int64_t, int);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -34,8 +34,8 @@ INLINE void rms_row(const T* x, const T* w, T* y, Wide<T>* scale, int64_t h, dou
 
 // gx, with the gradient `more` of the sum if there is one, and the row's part of the weight's gradient added to gw.
 template <class T>
-INLINE void rms_row_backward(const T* g, const T* more, const T* x, const T* w, Wide<T> s, T* gx, Wide<T>* gw, int64_t h,
-                             Wide<T> offset) {
+INLINE void rms_row_backward(const T* g, const T* more, const T* x, const T* w, Wide<T> s, T* gx, Wide<T>* gw,
+                             int64_t h, Wide<T> offset) {
     using W = Wide<T>;
     W along = 0;
 #pragma omp simd reduction(+ : along)
@@ -97,31 +97,31 @@ INLINE void layer_row_backward(const T* g, const T* more, const T* x, const T* w
     }
 }
 
-#define FOR_TYPE(T)                                                                                                     \
-    CLONES void rms_rows(const T* x, const T* r, T* sum, const T* w, T* y, Wide<T>* s, int64_t a, int64_t z,           \
-                         int64_t h, double eps, double offset) {                                                       \
-        for (int64_t i = a; i < z; i++) {                                                                               \
-            if (r) add_row(x + i * h, r + i * h, sum + i * h, h);                                                      \
-            rms_row((r ? sum : x) + i * h, w, y + i * h, s + i, h, eps, offset);                                       \
-        }                                                                                                               \
-    }                                                                                                                   \
-    CLONES void rms_rows_backward(const T* g, const T* more, const T* x, const T* w, const Wide<T>* s, T* gx,          \
-                                  Wide<T>* gw, int64_t a, int64_t z, int64_t h, Wide<T> offset) {                      \
-        for (int64_t i = a; i < z; i++)                                                                                 \
-            rms_row_backward(g + i * h, more ? more + i * h : more, x + i * h, w, s[i], gx + i * h, gw, h, offset);    \
-    }                                                                                                                   \
-    CLONES void layer_rows(const T* x, const T* r, T* sum, const T* w, const T* b, T* y, Wide<T>* stats, int64_t a,    \
-                           int64_t z, int64_t rows, int64_t h, double eps) {                                           \
-        for (int64_t i = a; i < z; i++) {                                                                               \
-            if (r) add_row(x + i * h, r + i * h, sum + i * h, h);                                                      \
-            layer_row((r ? sum : x) + i * h, w, b, y + i * h, stats + i, stats + rows + i, h, eps);                    \
-        }                                                                                                               \
-    }                                                                                                                   \
-    CLONES void layer_rows_backward(const T* g, const T* more, const T* x, const T* w, const Wide<T>* stats, T* gx,    \
-                                    Wide<T>* gw, Wide<T>* gb, int64_t a, int64_t z, int64_t rows, int64_t h) {         \
-        for (int64_t i = a; i < z; i++)                                                                                 \
-            layer_row_backward(g + i * h, more ? more + i * h : more, x + i * h, w, stats[i], stats[rows + i],         \
-                               gx + i * h, gw, gb, h);                                                                 \
+#define FOR_TYPE(T)                                                                                                 \
+    CLONES void rms_rows(const T* x, const T* r, T* sum, const T* w, T* y, Wide<T>* s, int64_t a, int64_t z,        \
+                         int64_t h, double eps, double offset) {                                                    \
+        for (int64_t i = a; i < z; i++) {                                                                           \
+            if (r) add_row(x + i * h, r + i * h, sum + i * h, h);                                                   \
+            rms_row((r ? sum : x) + i * h, w, y + i * h, s + i, h, eps, offset);                                    \
+        }                                                                                                           \
+    }                                                                                                               \
+    CLONES void rms_rows_backward(const T* g, const T* more, const T* x, const T* w, const Wide<T>* s, T* gx,       \
+                                  Wide<T>* gw, int64_t a, int64_t z, int64_t h, Wide<T> offset) {                   \
+        for (int64_t i = a; i < z; i++)                                                                             \
+            rms_row_backward(g + i * h, more ? more + i * h : more, x + i * h, w, s[i], gx + i * h, gw, h, offset); \
+    }                                                                                                               \
+    CLONES void layer_rows(const T* x, const T* r, T* sum, const T* w, const T* b, T* y, Wide<T>* stats, int64_t a, \
+                           int64_t z, int64_t rows, int64_t h, double eps) {                                        \
+        for (int64_t i = a; i < z; i++) {                                                                           \
+            if (r) add_row(x + i * h, r + i * h, sum + i * h, h);                                                   \
+            layer_row((r ? sum : x) + i * h, w, b, y + i * h, stats + i, stats + rows + i, h, eps);                 \
+        }                                                                                                           \
+    }                                                                                                               \
+    CLONES void layer_rows_backward(const T* g, const T* more, const T* x, const T* w, const Wide<T>* stats, T* gx, \
+                                    Wide<T>* gw, Wide<T>* gb, int64_t a, int64_t z, int64_t rows, int64_t h) {      \
+        for (int64_t i = a; i < z; i++)                                                                             \
+            layer_row_backward(g + i * h, more ? more + i * h : more, x + i * h, w, stats[i], stats[rows + i],      \
+                               gx + i * h, gw, gb, h);                                                              \
     }
 FOR_TYPE(float)
 FOR_TYPE(double)
@@ -146,8 +146,8 @@ std::vector<W> sum_by_blocks(int64_t rows, int64_t width, int threads, F f) {
 }  // namespace
 
 template <class T>
-void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h, double eps,
-              double offset, int threads) {
+void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h,
+              double eps, double offset, int threads) {
     split(rows, rows * h, threads,
           [=](int64_t a, int64_t z) { rms_rows(x, residual, sum, w, y, scale, a, z, h, eps, offset); });
 }
@@ -179,13 +179,13 @@ void layer_norm_backward(const T* grad, const T* grad_sum, const T* x, const T* 
     for (int64_t j = 0; j < h; j++) put(gw[j], sums[size_t(j)]), put(gb[j], sums[size_t(h + j)]);
 }
 
-#define INSTANTIATE(T)                                                                                                  \
-    template void rms_norm<T>(const T*, const T*, T*, const T*, T*, Wide<T>*, int64_t, int64_t, double, double, int);  \
-    template void rms_norm_backward<T>(const T*, const T*, const T*, const T*, const Wide<T>*, T*, T*, int64_t,        \
-                                       int64_t, double, int);                                                          \
-    template void layer_norm<T>(const T*, const T*, T*, const T*, const T*, T*, Wide<T>*, int64_t, int64_t, double,    \
-                                int);                                                                                   \
-    template void layer_norm_backward<T>(const T*, const T*, const T*, const T*, const Wide<T>*, T*, T*, T*, int64_t,  \
+#define INSTANTIATE(T)                                                                                                \
+    template void rms_norm<T>(const T*, const T*, T*, const T*, T*, Wide<T>*, int64_t, int64_t, double, double, int); \
+    template void rms_norm_backward<T>(const T*, const T*, const T*, const T*, const Wide<T>*, T*, T*, int64_t,       \
+                                       int64_t, double, int);                                                         \
+    template void layer_norm<T>(const T*, const T*, T*, const T*, const T*, T*, Wide<T>*, int64_t, int64_t, double,   \
+                                int);                                                                                 \
+    template void layer_norm_backward<T>(const T*, const T*, const T*, const T*, const Wide<T>*, T*, T*, T*, int64_t, \
                                          int64_t, int);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -61,9 +61,15 @@ template <class W, class T>
 void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how, int threads) {
     const double correction1 = 1 - std::pow(how.beta1, double(how.step));
     const double correction2 = 1 - std::pow(how.beta2, double(how.step));
-    const Factors<W> f{W(1 - how.lr * how.weight_decay), W(how.beta1),           W(how.beta2),
-                       W(1 - how.beta1),                 W(1 - how.beta2),       W(how.lr / correction1),
-                       W(std::sqrt(correction2)),        W(how.eps),             W(how.scale)};
+    const Factors<W> f{W(1 - how.lr * how.weight_decay),
+                       W(how.beta1),
+                       W(how.beta2),
+                       W(1 - how.beta1),
+                       W(1 - how.beta2),
+                       W(how.lr / correction1),
+                       W(std::sqrt(correction2)),
+                       W(how.eps),
+                       W(how.scale)};
     constexpr int64_t BLOCK = 4096;  // masters are still in the first cache when they are rounded
     split((n + BLOCK - 1) / BLOCK, n, threads, [=](int64_t a, int64_t z) {
         for (int64_t i = a * BLOCK; i < std::min(n, z * BLOCK); i += BLOCK) {
@@ -76,7 +82,8 @@ void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how
 
 template <class T>
 void sum_squares(const T* x, int64_t, const int64_t* bounds, double* out, int64_t k, int threads) {
-    constexpr int64_t BLOCK = 8192;  // counted from a range's own begin: its sum does not depend on its place or on threads
+    // counted from a range's own begin: its sum does not depend on its place or on threads
+    constexpr int64_t BLOCK = 8192;
     std::vector<int64_t> first(size_t(k) + 1, 0);  // block number at which each range begins
     for (int64_t i = 0; i < k; i++)
         first[size_t(i) + 1] = first[size_t(i)] + (bounds[2 * i + 1] - bounds[2 * i] + BLOCK - 1) / BLOCK;

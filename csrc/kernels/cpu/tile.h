@@ -65,8 +65,10 @@ inline __attribute__((always_inline)) void transpose(const float* src, int64_t l
             r[i + 2 * j + 1] = _mm512_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
         }
     for (int i = 0; i < 4; i++) {  // r[4 q + i]: columns i, i + 4, i + 8, i + 12 of rows 4 q .. 4 q + 3
-        const __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
-        const __m512 c = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+        const __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88),
+                     b = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+        const __m512 c = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd),
+                     d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
         t[i] = _mm512_shuffle_f32x4(a, b, 0x88);
         t[i + 8] = _mm512_shuffle_f32x4(a, b, 0xdd);
         t[i + 4] = _mm512_shuffle_f32x4(c, d, 0x88);

@@ -16,8 +16,8 @@ struct Queue {
 };
 
 template <class T>
-void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h, double eps,
-              double offset, const Queue& queue);
+void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h,
+              double eps, double offset, const Queue& queue);
 template <class T>
 void rms_norm_backward(const T* grad, const T* grad_sum, const T* x, const T* w, const Wide<T>* scale, T* gx, T* gw,
                        int64_t rows, int64_t h, double offset, const Queue& queue);

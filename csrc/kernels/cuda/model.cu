@@ -35,8 +35,10 @@ __device__ __forceinline__ Gate<W> gate_of(W x) {
 // f(begin of a pack in [.., f], begin of its gate in [.., 2 f]) for every pack of this thread.
 template <int N, class F>
 __device__ __forceinline__ void each_pack(int64_t rows, int64_t f, F run) {
-    for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.y) * blockDim.y)
-        for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N; i < f; i += int64_t(gridDim.x) * blockDim.x * N)
+    for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows;
+         row += int64_t(gridDim.y) * blockDim.y)
+        for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N; i < f;
+             i += int64_t(gridDim.x) * blockDim.x * N)
             run(row * f + i, row * 2 * f + i);
 }
 
@@ -52,7 +54,8 @@ __global__ void __launch_bounds__(BLOCK) gate_forward(const T* fused, T* y, int6
 }
 
 template <class T, int N, int KIND>
-__global__ void __launch_bounds__(BLOCK) gate_backward(const T* grad, const T* fused, T* gfused, int64_t rows, int64_t f) {
+__global__ void __launch_bounds__(BLOCK)
+    gate_backward(const T* grad, const T* fused, T* gfused, int64_t rows, int64_t f) {
     each_pack<N>(rows, f, [=](int64_t from, int64_t to) {
         const Pack<T, N> g = load<N>(grad + from);
         Pack<T, N> gate = load<N>(fused + to), up = load<N>(fused + to + f);
@@ -145,14 +148,15 @@ void run_turn(Turn<T> a, const Queue& queue) {
     const HeadShape x = a.x;
     const int64_t rows = x.s * x.b, heads = x.n + 2 * x.m, half = x.r / 2;
     if (rows == 0 || x.d == 0 || heads == 0) return;
-    const bool packed = heads_pack(a.q) && heads_pack(a.k) && heads_pack(a.v) && packs<T>(half, a.fused, a.cos, a.sin) &&
-                        packs<T>(x.d);
+    const bool packed =
+        heads_pack(a.q) && heads_pack(a.k) && heads_pack(a.v) && packs<T>(half, a.fused, a.cos, a.sin) && packs<T>(x.d);
     by_pack<T>(packed, [&](auto n) {
         const int team = std::min(team_for((half + x.d - x.r) / n, 1), BLOCK);
         const dim3 block(team, BLOCK / team);
         const int64_t most = (heads + block.y - 1) / block.y;  // blocks along the heads, where positions are too few
         const int64_t wanted = std::clamp<int64_t>(int64_t(processors()) * 8 / rows, 1, std::min<int64_t>(most, 65535));
-        launch(turn<T, n, BACK>, dim3(unsigned(std::min<int64_t>(rows, 1 << 30)), unsigned(wanted)), block, 0, queue.stream, a);
+        launch(turn<T, n, BACK>, dim3(unsigned(std::min<int64_t>(rows, 1 << 30)), unsigned(wanted)), block, 0,
+               queue.stream, a);
     });
 }
 
@@ -201,8 +205,8 @@ __device__ __forceinline__ float soft_exp(float x) { return __expf(x); }
 __device__ __forceinline__ double soft_exp(double x) { return std::exp(x); }
 
 template <class T>
-__global__ void __launch_bounds__(TEAM_MAX) stats_of(const T* logits, const int64_t* target, Wide<T>* stats, int64_t rows,
-                                                     int64_t v, int64_t valid) {
+__global__ void __launch_bounds__(TEAM_MAX)
+    stats_of(const T* logits, const int64_t* target, Wide<T>* stats, int64_t rows, int64_t v, int64_t valid) {
     using W = Wide<T>;
     for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < rows; first += int64_t(gridDim.x) * blockDim.y) {
         const int64_t number = first + threadIdx.y;
@@ -235,9 +239,9 @@ __global__ void __launch_bounds__(TEAM_MAX) stats_of(const T* logits, const int6
 }
 
 template <class T>
-__global__ void __launch_bounds__(TEAM_MAX) to_gradient(T* logits, const int64_t* target, const Wide<T>* peaks,
-                                                        const Wide<T>* scales, const Wide<T>* grads, int64_t rows, int64_t v,
-                                                        int64_t valid) {
+__global__ void __launch_bounds__(TEAM_MAX)
+    to_gradient(T* logits, const int64_t* target, const Wide<T>* peaks, const Wide<T>* scales, const Wide<T>* grads,
+                int64_t rows, int64_t v, int64_t valid) {
     using W = Wide<T>;
     for (int64_t number = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; number < rows;
          number += int64_t(gridDim.x) * blockDim.y) {
@@ -307,14 +311,14 @@ void softmax_gradient(T* logits, const int64_t* target, const Wide<T>* peak, con
     launch(to_gradient<T>, blocks, block, 0, queue.stream, logits, target, peak, scale, grad, rows, v, valid);
 }
 
-#define INSTANTIATE(T)                                                                                                  \
-    template void gated<T>(const T*, T*, int, int64_t, int64_t, const Queue&);                                         \
-    template void gated_backward<T>(const T*, const T*, T*, int, int64_t, int64_t, const Queue&);                      \
-    template void rope<T>(const T*, const T*, const T*, Heads<T>, Heads<T>, Heads<T>, HeadShape, const Queue&);        \
-    template void rope_backward<T>(Heads<const T>, Heads<const T>, Heads<const T>, const T*, const T*, T*, HeadShape,  \
-                                   const Queue&);                                                                       \
-    template void softmax_stats<T>(const T*, const int64_t*, Wide<T>*, int64_t, int64_t, int64_t, const Queue&);       \
-    template void softmax_gradient<T>(T*, const int64_t*, const Wide<T>*, const Wide<T>*, const Wide<T>*, int64_t,      \
+#define INSTANTIATE(T)                                                                                                \
+    template void gated<T>(const T*, T*, int, int64_t, int64_t, const Queue&);                                        \
+    template void gated_backward<T>(const T*, const T*, T*, int, int64_t, int64_t, const Queue&);                     \
+    template void rope<T>(const T*, const T*, const T*, Heads<T>, Heads<T>, Heads<T>, HeadShape, const Queue&);       \
+    template void rope_backward<T>(Heads<const T>, Heads<const T>, Heads<const T>, const T*, const T*, T*, HeadShape, \
+                                   const Queue&);                                                                     \
+    template void softmax_stats<T>(const T*, const int64_t*, Wide<T>*, int64_t, int64_t, int64_t, const Queue&);      \
+    template void softmax_gradient<T>(T*, const int64_t*, const Wide<T>*, const Wide<T>*, const Wide<T>*, int64_t,    \
                                       int64_t, int64_t, const Queue&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -236,15 +236,17 @@ void run_backward(Backward<T> a, Sums<T> sums, bool packed, const Queue& queue) 
     const unsigned outs = CENTRED ? 2 : 1;
     if (a.h == 0) return;
     int64_t teams = 0;
-    if (a.rows > 0) by_pack<T>(packed, [&](auto n) {
-        const dim3 block = block_of(team_for(a.h / n, KEEP));
-        const unsigned blocks = blocks_for((a.rows + block.y - 1) / block.y, 1024 / int(block.x * block.y));
-        teams = int64_t(blocks) * block.y;
-        a.parts = static_cast<W*>(queue.scratch(size_t(outs * teams * a.h) * sizeof(W)));
-        launch(backward<T, n, CENTRED>, blocks, block, TEAM_BYTES, queue.stream, a);
-    });
+    if (a.rows > 0)
+        by_pack<T>(packed, [&](auto n) {
+            const dim3 block = block_of(team_for(a.h / n, KEEP));
+            const unsigned blocks = blocks_for((a.rows + block.y - 1) / block.y, 1024 / int(block.x * block.y));
+            teams = int64_t(blocks) * block.y;
+            a.parts = static_cast<W*>(queue.scratch(size_t(outs * teams * a.h) * sizeof(W)));
+            launch(backward<T, n, CENTRED>, blocks, block, TEAM_BYTES, queue.stream, a);
+        });
     const dim3 grid(unsigned((a.h + COLUMNS - 1) / COLUMNS), outs);
-    launch(add_parts<T>, grid, dim3(COLUMNS, RUNS), COLUMNS * RUNS * sizeof(W), queue.stream, a.parts, teams, a.h, sums);
+    launch(add_parts<T>, grid, dim3(COLUMNS, RUNS), COLUMNS * RUNS * sizeof(W), queue.stream, a.parts, teams, a.h,
+           sums);
 }
 
 }  // namespace
@@ -254,8 +256,8 @@ void run_backward(Backward<T> a, Sums<T> sums, bool packed, const Queue& queue) 
 using namespace cuda;
 
 template <class T>
-void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h, double eps,
-              double offset, const Queue& queue) {
+void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h,
+              double eps, double offset, const Queue& queue) {
     using W = Wide<T>;
     run_forward<T, false>({x, residual, w, nullptr, sum, y, nullptr, scale, rows, h, W(eps), W(offset)},
                           packs<T>(h, x, residual, sum, w, y), queue);
@@ -264,8 +266,8 @@ void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* 
 template <class T>
 void rms_norm_backward(const T* grad, const T* grad_sum, const T* x, const T* w, const Wide<T>* scale, T* gx, T* gw,
                        int64_t rows, int64_t h, double offset, const Queue& queue) {
-    run_backward<T, false>({grad, grad_sum, x, w, nullptr, scale, gx, nullptr, rows, h, Wide<T>(offset)}, {{gw, nullptr}},
-                           packs<T>(h, grad, grad_sum, x, w, gx), queue);
+    run_backward<T, false>({grad, grad_sum, x, w, nullptr, scale, gx, nullptr, rows, h, Wide<T>(offset)},
+                           {{gw, nullptr}}, packs<T>(h, grad, grad_sum, x, w, gx), queue);
 }
 
 template <class T>
@@ -283,14 +285,14 @@ void layer_norm_backward(const T* grad, const T* grad_sum, const T* x, const T* 
                           packs<T>(h, grad, grad_sum, x, w, gx), queue);
 }
 
-#define INSTANTIATE(T)                                                                                                  \
-    template void rms_norm<T>(const T*, const T*, T*, const T*, T*, Wide<T>*, int64_t, int64_t, double, double,        \
-                              const Queue&);                                                                            \
-    template void rms_norm_backward<T>(const T*, const T*, const T*, const T*, const Wide<T>*, T*, T*, int64_t,        \
-                                       int64_t, double, const Queue&);                                                 \
-    template void layer_norm<T>(const T*, const T*, T*, const T*, const T*, T*, Wide<T>*, int64_t, int64_t, double,    \
-                                const Queue&);                                                                          \
-    template void layer_norm_backward<T>(const T*, const T*, const T*, const T*, const Wide<T>*, T*, T*, T*, int64_t,  \
+#define INSTANTIATE(T)                                                                                                \
+    template void rms_norm<T>(const T*, const T*, T*, const T*, T*, Wide<T>*, int64_t, int64_t, double, double,       \
+                              const Queue&);                                                                          \
+    template void rms_norm_backward<T>(const T*, const T*, const T*, const T*, const Wide<T>*, T*, T*, int64_t,       \
+                                       int64_t, double, const Queue&);                                                \
+    template void layer_norm<T>(const T*, const T*, T*, const T*, const T*, T*, Wide<T>*, int64_t, int64_t, double,   \
+                                const Queue&);                                                                        \
+    template void layer_norm_backward<T>(const T*, const T*, const T*, const T*, const Wide<T>*, T*, T*, T*, int64_t, \
                                          int64_t, const Queue&);
 INSTANTIATE(float)
 INSTANTIATE(double)

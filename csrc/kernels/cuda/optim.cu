@@ -62,10 +62,12 @@ __device__ double square(T x) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(BLOCK) share_squares(const T* x, int64_t n, const int64_t* bounds, double* parts, int64_t k) {
+__global__ void __launch_bounds__(BLOCK)
+    share_squares(const T* x, int64_t n, const int64_t* bounds, double* parts, int64_t k) {
     constexpr int N = FULL<T>;
     for (int64_t range = 0; range < k; range++) {
-        const int64_t begin = bounds[2 * range], end = bounds[2 * range + 1], share = (blockIdx.x + range * 37) % SHARES;
+        const int64_t begin = bounds[2 * range], end = bounds[2 * range + 1],
+                      share = (blockIdx.x + range * 37) % SHARES;
         double sum = 0;
         if (begin < 0 || begin > end || end > n) {
             sum = NAN;
@@ -112,8 +114,9 @@ void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how
     if (n == 0) return;
     const double correction1 = 1 - std::pow(how.beta1, double(how.step));
     const double correction2 = 1 - std::pow(how.beta2, double(how.step));
-    const Factors<W> f{W(1 - how.lr * how.weight_decay), W(how.beta2), W(1 - how.beta1), W(1 - how.beta2),
-                       W(how.lr / correction1), W(std::sqrt(correction2)), W(how.eps), W(how.scale)};
+    const Factors<W> f{
+        W(1 - how.lr * how.weight_decay), W(how.beta2), W(1 - how.beta1), W(1 - how.beta2), W(how.lr / correction1),
+        W(std::sqrt(correction2)),        W(how.eps),   W(how.scale)};
     const bool low = reinterpret_cast<uintptr_t>(values) % (FULL<W> * sizeof(T)) == 0;
     by_pack<W>(low && packs<W>(0, master, grad, m, v), [&](auto count) {
         const unsigned blocks = blocks_for((n / count + BLOCK - 1) / BLOCK, 2048 / BLOCK);

@@ -57,8 +57,8 @@ struct Fiber {
     void* kept = nullptr;  // ASan's
     State state = State::ready;
     uint3 thread;
-    unsigned mask;         // of the exchange it waits in
-    bool turn;             // which of the warp's two sets of values its next exchange uses
+    unsigned mask;  // of the exchange it waits in
+    bool turn;      // which of the warp's two sets of values its next exchange uses
 };
 
 struct Warp {
@@ -183,7 +183,8 @@ bool run_block(int threads, size_t shared_bytes) {
         for (int i = 0; i < threads; i++)
             if (fibers[i].state == State::at_barrier) waiting++, waits = i, fibers[i].state = State::ready;
         over = waiting == 0;
-        if (!over && waiting < threads) fault = name(waits) + " waits at __syncthreads, and others of its block have returned";
+        if (!over && waiting < threads)
+            fault = name(waits) + " waits at __syncthreads, and others of its block have returned";
     }
     ASAN_UNPOISON_MEMORY_REGION(shared_memory, sizeof shared_memory);
     for (size_t i = shared_bytes; i < shared_bytes + GUARD_BYTES && fault.empty(); i++)
@@ -248,7 +249,9 @@ const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = emulator::processors, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    return *value = emulator::processors, cudaSuccess;
+}
 
 // For the tests: the order that follows, and how many multiprocessors the GPU has.
 extern "C" void emulator_seed(uint64_t seed, int processors) {

@@ -45,7 +45,7 @@ Heads<T> heads(void* p, const int64_t* strides) {
 
 }  // namespace
 
-#define TYPES                                        \
+#define TYPES                                       \
     using T = std::remove_pointer_t<decltype(tag)>; \
     using W [[maybe_unused]] = Wide<T>
 #define IN(name) static_cast<const T*>(name)
@@ -54,8 +54,8 @@ Heads<T> heads(void* p, const int64_t* strides) {
 
 extern "C" {
 
-const char* rms_norm(int type, void* x, void* residual, void* sum, void* w, void* y, void* scale, int64_t rows, int64_t h,
-                     double eps, double offset) {
+const char* rms_norm(int type, void* x, void* residual, void* sum, void* w, void* y, void* scale, int64_t rows,
+                     int64_t h, double eps, double offset) {
     return call(type, [&](auto* tag, const Queue& queue) {
         TYPES;
         trident::rms_norm<T>(IN(x), IN(residual), OUT(sum), IN(w), OUT(y), WIDE(scale), rows, h, eps, offset, queue);
@@ -71,8 +71,8 @@ const char* rms_norm_backward(int type, void* grad, void* more, void* x, void* w
     });
 }
 
-const char* layer_norm(int type, void* x, void* residual, void* sum, void* w, void* b, void* y, void* stats, int64_t rows,
-                       int64_t h, double eps) {
+const char* layer_norm(int type, void* x, void* residual, void* sum, void* w, void* b, void* y, void* stats,
+                       int64_t rows, int64_t h, double eps) {
     return call(type, [&](auto* tag, const Queue& queue) {
         TYPES;
         trident::layer_norm<T>(IN(x), IN(residual), OUT(sum), IN(w), IN(b), OUT(y), WIDE(stats), rows, h, eps, queue);
@@ -83,8 +83,8 @@ const char* layer_norm_backward(int type, void* grad, void* more, void* x, void*
                                 void* gb, int64_t rows, int64_t h) {
     return call(type, [&](auto* tag, const Queue& queue) {
         TYPES;
-        trident::layer_norm_backward<T>(IN(grad), IN(more), IN(x), IN(w), WIDE(stats), OUT(gx), OUT(gw), OUT(gb), rows, h,
-                                        queue);
+        trident::layer_norm_backward<T>(IN(grad), IN(more), IN(x), IN(w), WIDE(stats), OUT(gx), OUT(gw), OUT(gb), rows,
+                                        h, queue);
     });
 }
 

@@ -63,7 +63,8 @@ extern "C" const char* run_fault(int number, float* out, bool sound) {
     constexpr void (*kernels[])(float*, bool) = {swap_numbers,     swap_twice, swap_in_warp,    diverged_shuffle,
                                                  diverged_barrier, too_far,    by_another_block};
     try {
-        trident::cuda::launch(kernels[number], number == 6 ? 4 : 1, THREADS, THREADS * sizeof(float), nullptr, out, sound);
+        trident::cuda::launch(kernels[number], number == 6 ? 4 : 1, THREADS, THREADS * sizeof(float), nullptr, out,
+                              sound);
     } catch (const std::exception& error) {
         message = error.what();
         return message.c_str();

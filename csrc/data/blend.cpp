@@ -7,9 +7,9 @@
 
 namespace {
 
-constexpr int64_t kMaxTotal = int64_t(1) << 40;  // of weights; with kMaxBlock all products below stay under 2^63
-constexpr int64_t kMaxBlock = int64_t(1) << 22;  // slots
-constexpr int64_t kMaxSources = int64_t(1) << 20;
+constexpr int64_t MAX_TOTAL = int64_t(1) << 40;  // of weights; with MAX_BLOCK all products below stay under 2^63
+constexpr int64_t MAX_BLOCK = int64_t(1) << 22;  // slots
+constexpr int64_t MAX_SOURCES = int64_t(1) << 20;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a >= 0, b > 0
 
@@ -53,14 +53,14 @@ Border border_at(const std::vector<int64_t>& weights, int64_t total, int64_t n) 
 // counts[sources[i]] + ordinals[i] of source sources[i].
 py::tuple blend_block(const py::array& weight_array, int64_t start, int64_t length) {
     const View<int64_t> view(weight_array, "weights");
-    if (view.size < 1 || view.size > kMaxSources || length < 1 || length > kMaxBlock || start < 0 ||
-        start > (kMax >> 1) - length)
+    if (view.size < 1 || view.size > MAX_SOURCES || length < 1 || length > MAX_BLOCK || start < 0 ||
+        start > (MAX >> 1) - length)
         throw py::value_error("blend_block: expected 1 to 2^20 weights, 1 <= length <= 2^22, 0 <= start < 2^62");
     std::vector<int64_t> weights(view.size);
     int64_t total = 0;
     for (int64_t s = 0; s < view.size; ++s) {
         weights[s] = view[s];
-        if (weights[s] < 1 || weights[s] > kMaxTotal - total)
+        if (weights[s] < 1 || weights[s] > MAX_TOTAL - total)
             throw py::value_error("blend_block: weights have to be at least 1 and sum to at most 2^40");
         total += weights[s];
     }

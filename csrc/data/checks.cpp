@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t kProven = 4096;  // sequences proven at a time: no sum of so many lengths can wrap
+constexpr int64_t PROVEN = 4096;  // sequences proven at a time: no sum of so many lengths can wrap
 
 // Runs part(t) for t in [0, threads) side by side, part(0) in this thread. part must not throw.
 template <typename Part>
@@ -17,12 +17,12 @@ void in_parallel(int64_t threads, const Part& part) {
     for (auto& other : others) other.join();
 }
 
-// The first block of kProven sequences in [low, high) that is not proven good by pointers alone, or high: lengths that
+// The first block of PROVEN sequences in [low, high) that is not proven good by pointers alone, or high: lengths that
 // are not negative, and each pointer the one before it and the bytes between. No branches, so that it is vectorised.
 int64_t first_doubt(const View<int32_t>& lengths, const View<int64_t>& pointers, int64_t itemsize, int64_t most,
                     int64_t low, int64_t high) {
-    for (; low < high; low += kProven) {
-        const int64_t last = std::min(low + kProven, high) - 1;
+    for (; low < high; low += PROVEN) {
+        const int64_t last = std::min(low + PROVEN, high) - 1;
         uint64_t differ = 0, negative = 0;
         for (int64_t i = low; i < last; ++i) {
             const uint64_t length = uint32_t(lengths[i]);
@@ -66,8 +66,8 @@ py::tuple check_sequences(const py::array& length_array, const py::array& pointe
                 expected = length < 0 ? -1 : end;
                 break;
             }
-            if (length > (kMax - end) / itemsize) {  // no file is as long: as good as past `most`
-                end = kMax;
+            if (length > (MAX - end) / itemsize) {  // no file is as long: as good as past `most`
+                end = MAX;
                 break;
             }
             end += length * itemsize;

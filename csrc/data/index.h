@@ -23,9 +23,9 @@
 
 namespace py = pybind11;
 
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
-constexpr int kRounds = 8;  // even: two are done at a time
-constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
+constexpr int ROUNDS = 8;  // even: two are done at a time
+constexpr int64_t MAX = std::numeric_limits<int64_t>::max();
 
 inline uint64_t mix64(uint64_t z) {  // the finaliser of splitmix64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -33,24 +33,24 @@ inline uint64_t mix64(uint64_t z) {  // the finaliser of splitmix64
     return z ^ (z >> 31);
 }
 
-inline uint64_t derive(uint64_t key, uint64_t word) { return mix64(key ^ mix64(word + kGolden)); }
+inline uint64_t derive(uint64_t key, uint64_t word) { return mix64(key ^ mix64(word + GOLDEN)); }
 
 // Balanced Feistel network over the smallest domain of 2 * half bits that holds [0, n), with cycle walking.
 struct Permutation {
-    uint64_t n, mask, keys[kRounds];
+    uint64_t n, mask, keys[ROUNDS];
     int half = 1;
 
     Permutation(uint64_t count, uint64_t key) : n(count) {
         while (half < 32 && (1ull << (2 * half)) < n) ++half;
         mask = (1ull << half) - 1;
-        for (int r = 0; r < kRounds; ++r) keys[r] = mix64(key + uint64_t(r + 1) * kGolden);
+        for (int r = 0; r < ROUNDS; ++r) keys[r] = mix64(key + uint64_t(r + 1) * GOLDEN);
     }
 
     uint64_t operator()(uint64_t x) const {  // x < n, which cycle walking keeps true; terminates as it is a bijection
         if (n == 1) return 0;
         do {
             uint64_t left = x >> half, right = x & mask;
-            for (int r = 0; r < kRounds; r += 2) {
+            for (int r = 0; r < ROUNDS; r += 2) {
                 left ^= mix64(right + keys[r]) & mask;
                 right ^= mix64(left + keys[r + 1]) & mask;
             }
@@ -63,7 +63,7 @@ struct Permutation {
         if (n == 1) return 0;
         do {
             uint64_t left = x >> half, right = x & mask;
-            for (int r = kRounds - 2; r >= 0; r -= 2) {
+            for (int r = ROUNDS - 2; r >= 0; r -= 2) {
                 right ^= mix64(left + keys[r + 1]) & mask;
                 left ^= mix64(right + keys[r]) & mask;
             }

@@ -6,7 +6,7 @@
 namespace {
 
 py::array_t<int64_t> permute(uint64_t n, uint64_t key, const py::array& indices) {
-    if (n == 0 || n > uint64_t(kMax)) throw py::value_error("permute: n must be in [1, 2^63)");
+    if (n == 0 || n > uint64_t(MAX)) throw py::value_error("permute: n must be in [1, 2^63)");
     const View<int64_t> in(indices, "indices");
     py::array_t<int64_t> result(in.size);
     int64_t* out = result.mutable_data();

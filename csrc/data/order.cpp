@@ -15,30 +15,30 @@
 
 namespace {
 
-constexpr int64_t kQuarters = 4;
-constexpr int64_t kRoundBlocks = 256;  // at most; halves of 4 bits
-constexpr int64_t kLine = 64;          // bytes of a cache line
+constexpr int64_t QUARTERS = 4;
+constexpr int64_t ROUND_BLOCKS = 256;  // at most; halves of 4 bits
+constexpr int64_t LINE = 64;           // bytes of a cache line
 
 inline void prefetch(const char* from, int64_t bytes) {
 #ifdef __GNUC__
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at);
+    for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at);
 #endif
 }
 
 // Permutation(count, key) of at most 256, all at once: halves of 4 bits fit in bytes and what a round adds in a table of
 // 16, so that 128 mixes do instead of 8 for each place, and 32 places go together.
 struct RoundOrder {
-    static constexpr int kSide = 16, kDomain = kSide * kSide;
+    static constexpr int SIDE = 16, DOMAIN = SIDE * SIDE;
     const Permutation permutation;
-    uint8_t left[kDomain], right[kDomain];
+    uint8_t left[DOMAIN], right[DOMAIN];
 
     RoundOrder(uint64_t count, uint64_t key) : permutation(count, key) {
-        uint8_t table[kRounds][kSide] = {};
-        for (int r = 0; r < kRounds; ++r)
+        uint8_t table[ROUNDS][SIDE] = {};
+        for (int r = 0; r < ROUNDS; ++r)
             for (uint64_t x = 0; x <= permutation.mask; ++x)
                 table[r][x] = uint8_t(mix64(x + permutation.keys[r]) & permutation.mask);
-        for (int x = 0; x < kDomain; ++x) {
-            left[x] = uint8_t(x >> permutation.half) & (kSide - 1);
+        for (int x = 0; x < DOMAIN; ++x) {
+            left[x] = uint8_t(x >> permutation.half) & (SIDE - 1);
             right[x] = uint8_t(uint64_t(x) & permutation.mask);
         }
 #ifdef TRIDENT_AVX2
@@ -48,22 +48,22 @@ struct RoundOrder {
             return;
         }
 #endif
-        for (int r = 0; r < kRounds; r += 2)
-            for (int x = 0; x < kDomain; ++x) {
+        for (int r = 0; r < ROUNDS; r += 2)
+            for (int x = 0; x < DOMAIN; ++x) {
                 left[x] ^= table[r][right[x]];
                 right[x] ^= table[r + 1][left[x]];
             }
     }
 
 #ifdef TRIDENT_AVX2
-    __attribute__((target("avx2"))) void rounds_avx2(const uint8_t (&table)[kRounds][kSide]) {
-        __m256i rows[kRounds];
-        for (int r = 0; r < kRounds; ++r)
+    __attribute__((target("avx2"))) void rounds_avx2(const uint8_t (&table)[ROUNDS][SIDE]) {
+        __m256i rows[ROUNDS];
+        for (int r = 0; r < ROUNDS; ++r)
             rows[r] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table[r])));
-        for (int x = 0; x < kDomain; x += 32) {
+        for (int x = 0; x < DOMAIN; x += 32) {
             auto *left_at = reinterpret_cast<__m256i*>(left + x), *right_at = reinterpret_cast<__m256i*>(right + x);
             __m256i l = _mm256_loadu_si256(left_at), r = _mm256_loadu_si256(right_at);
-            for (int round = 0; round < kRounds; round += 2) {
+            for (int round = 0; round < ROUNDS; round += 2) {
                 l = _mm256_xor_si256(l, _mm256_shuffle_epi8(rows[round], r));
                 r = _mm256_xor_si256(r, _mm256_shuffle_epi8(rows[round + 1], l));
             }
@@ -93,7 +93,7 @@ struct Group {
 
 struct Round {  // its documents in their order
     int64_t group = 0, number = 0, count = 0;
-    int64_t documents[kRoundBlocks];
+    int64_t documents[ROUND_BLOCKS];
 };
 
 struct Piece {  // of a sample: `take` tokens of a document from its token `offset` on, which is tokens[start]
@@ -135,8 +135,8 @@ class Stream {
           order_(uint64_t(std::max<int64_t>(blocks, 1)), block_key), document_key_(document_key),
           round_key_(round_key) {
         if (pointers_.size != documents_) throw py::value_error("Stream: lengths and pointers differ in number");
-        if (blocks < 1 || blocks > documents_ || blocks > kMax / documents_ || documents_ / blocks >= (1 << 30) ||
-            group_blocks < 1 || group_blocks > kQuarters * kRoundBlocks || itemsize_ < 1)
+        if (blocks < 1 || blocks > documents_ || blocks > MAX / documents_ || documents_ / blocks >= (1 << 30) ||
+            group_blocks < 1 || group_blocks > QUARTERS * ROUND_BLOCKS || itemsize_ < 1)
             throw py::value_error("Stream: expected 1 to `documents` blocks, and 1 to 1024 of them in a group");
         py::gil_scoped_release release;
         count_groups();
@@ -218,7 +218,7 @@ class Stream {
         return *groups_[number];
     }
 
-    int64_t quarter_begin(int64_t quarter, int64_t count) const { return quarter * count / kQuarters; }
+    int64_t quarter_begin(int64_t quarter, int64_t count) const { return quarter * count / QUARTERS; }
 
     Group make_group(int64_t number) const {
         const int64_t place = number * group_blocks_, count = std::min(group_blocks_, blocks_ - place);
@@ -231,10 +231,10 @@ class Stream {
             made.blocks.push_back(Block{first, offset, int32_t(size)});
             most = std::max(most, size);
         }
-        made.before.assign(most * kQuarters + 1, 0);
+        made.before.assign(most * QUARTERS + 1, 0);
         std::vector<int64_t> sums(most);
         int32_t negative = 0;
-        for (int64_t quarter = 0; quarter < kQuarters; ++quarter) {
+        for (int64_t quarter = 0; quarter < QUARTERS; ++quarter) {
             std::fill(sums.begin(), sums.end(), 0);
             for (int64_t j = quarter_begin(quarter, count); j < quarter_begin(quarter + 1, count); ++j) {
                 const Block block = made.blocks[j];
@@ -242,7 +242,7 @@ class Stream {
                 negative |= add_lengths(block.first + block.offset, head, sums.data());
                 negative |= add_lengths(block.first, block.offset, sums.data() + head);
             }
-            for (int64_t pass = 0; pass < most; ++pass) made.before[1 + pass * kQuarters + quarter] = sums[pass];
+            for (int64_t pass = 0; pass < most; ++pass) made.before[1 + pass * QUARTERS + quarter] = sums[pass];
         }
         made.before[0] = prefix_[number];
         for (size_t t = 1; t < made.before.size(); ++t) made.before[t] += made.before[t - 1];
@@ -262,8 +262,8 @@ class Stream {
     }
 
     void list_round(const Group& group, Round* round) const {
-        const int64_t count = int64_t(group.blocks.size()), pass = round->number / kQuarters;
-        const int64_t quarter = round->number % kQuarters, begin = quarter_begin(quarter, count);
+        const int64_t count = int64_t(group.blocks.size()), pass = round->number / QUARTERS;
+        const int64_t quarter = round->number % QUARTERS, begin = quarter_begin(quarter, count);
         const int64_t size = quarter_begin(quarter + 1, count) - begin;
         round->count = 0;
         if (size == 0) return;

@@ -20,19 +20,19 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr uint64_t kChunk = 1 << 20;
-constexpr uint64_t kOneRound = 1 << 16;  // bytes up to which every rank adds everything itself
-constexpr int64_t kSleepNs = 2'000'000;
+constexpr uint64_t CHUNK = 1 << 20;
+constexpr uint64_t ONE_ROUND = 1 << 16;  // bytes up to which every rank adds everything itself
+constexpr int64_t SLEEP_NS = 2'000'000;
 
-uint64_t message_tag(uint64_t bytes) { return uint64_t(kMessage) << 56 | bytes; }
+uint64_t message_tag(uint64_t bytes) { return uint64_t(MESSAGE) << 56 | bytes; }
 
 std::string in_words(uint64_t tag) {
     const char* names[] = {"?", "all-reduce", "all-gather", "reduce-scatter", "message"};
     const uint64_t what = tag >> 56, kind = tag >> 48 & 15;
-    return std::string(what == kAllReduce || what == kAllGather ? "an " : "a ") + names[what <= 4 ? what : 0] + " of " +
+    return std::string(what == ALL_REDUCE || what == ALL_GATHER ? "an " : "a ") + names[what <= 4 ? what : 0] + " of " +
            std::to_string(tag & ((1ull << 48) - 1)) + " x " +
-           (what == kAllReduce || what == kReduceScatter ? name_of(kind) : "byte") +
-           (what == kAllReduce ? std::string(" (") + reduction_name(tag >> 52 & 15) + ")" : "");
+           (what == ALL_REDUCE || what == REDUCE_SCATTER ? name_of(kind) : "byte") +
+           (what == ALL_REDUCE ? std::string(" (") + reduction_name(tag >> 52 & 15) + ")" : "");
 }
 
 }  // namespace
@@ -80,7 +80,7 @@ Channel::Lock Channel::lock() const {
 }
 
 uint64_t Channel::start(int what, int kind, int reduce, uint64_t from, uint64_t to, uint64_t total) {
-    const bool gather = what == kAllGather;
+    const bool gather = what == ALL_GATHER;
     Operation op{What(what),
                  gather ? Scalar::u8 : Scalar(kind),
                  gather ? 0 : reduce,
@@ -89,10 +89,10 @@ uint64_t Channel::start(int what, int kind, int reduce, uint64_t from, uint64_t 
                  total,
                  1,
                  false};
-    uint64_t chunk = std::min(kChunk, segment_->plan.ring / 4) / op.size();
-    if (what == kReduceScatter) chunk /= n_ - 1;
+    uint64_t chunk = std::min(CHUNK, segment_->plan.ring / 4) / op.size();
+    if (what == REDUCE_SCATTER) chunk /= n_ - 1;
     op.step = std::max<uint64_t>(chunk, 1);
-    op.two_rounds = what == kAllReduce && n_ > 2 && total * op.size() > kOneRound;
+    op.two_rounds = what == ALL_REDUCE && n_ > 2 && total * op.size() > ONE_ROUND;
     const Lock guard = enter();
     ops_.push_back(op);
     started_++;
@@ -182,12 +182,12 @@ bool Channel::progress_all() {
 }
 
 uint64_t Channel::complete(int sort, size_t peer) const {
-    if (sort == kCollectives) return first_;
-    return sort == kSends ? outgoing_.at(peer).finished : incoming_.at(peer).finished;
+    if (sort == COLLECTIVES) return first_;
+    return sort == SENDS ? outgoing_.at(peer).finished : incoming_.at(peer).finished;
 }
 
 std::vector<int> Channel::lacking(int sort, int peer) const {
-    if (sort != kCollectives) return {peer};
+    if (sort != COLLECTIVES) return {peer};
     std::vector<int> found;
     const auto look = [&](auto behind) {
         for (uint64_t q = 0; q < n_ && found.size() < n_; q++)
@@ -220,7 +220,7 @@ void Channel::ring_bells() {
 }
 
 void Channel::sleep(uint32_t bell) {
-    const timespec most{0, kSleepNs};
+    const timespec most{0, SLEEP_NS};
     syscall(SYS_futex, &member(me_).bell, FUTEX_WAIT, bell, &most, nullptr, 0);
 }
 
@@ -242,7 +242,7 @@ bool Channel::publish() {
     bool any = false;
     while (const Operation* op = at(put_)) {
         const uint64_t low = put_.chunk * op->step, count = std::min(op->step, op->total - low), size = op->size();
-        const bool scatter = op->what == kReduceScatter;
+        const bool scatter = op->what == REDUCE_SCATTER;
         char* room = ring_->reserve(count * size * (scatter ? n_ - 1 : 1));
         if (!room) break;
         if (!scatter)
@@ -269,7 +269,7 @@ bool Channel::take() {
         if (!there) break;
         for (uint64_t q = 0; q < n_; q++) agree(slot(q, taken_.number).tag, op->tag(), q);
         const uint64_t low = taken_.chunk * op->step, count = std::min(op->step, op->total - low);
-        if (op->what == kAllGather)
+        if (op->what == ALL_GATHER)
             gather(*op, low, count);
         else
             add(*op, low, count);
@@ -295,7 +295,7 @@ void Channel::add(const Operation& op, uint64_t low, uint64_t count) {
     const uint64_t size = op.size();
     uint64_t begin = 0, end = count;
     if (op.two_rounds) begin = count * me_ / n_, end = count * (me_ + 1) / n_;
-    const bool scatter = op.what == kReduceScatter;
+    const bool scatter = op.what == REDUCE_SCATTER;
     parts_.resize(n_);
     for (uint64_t q = 0; q < n_; q++) {
         if (q == me_)
@@ -342,7 +342,7 @@ bool Channel::finish() {
 
 bool Channel::push(Outgoing& o) {
     bool any = false;
-    const uint64_t most = std::min(kChunk, segment_->plan.pair_ring / 4);
+    const uint64_t most = std::min(CHUNK, segment_->plan.pair_ring / 4);
     while (!o.queue.empty()) {
         Message& m = o.queue.front();
         while (m.moved < m.bytes) {
@@ -365,12 +365,12 @@ bool Channel::push(Outgoing& o) {
 bool Channel::pull(Incoming& i, uint64_t q) {
     bool any = false;
     Pair& from = segment_->pair(q, me_);
-    const uint64_t most = std::min(kChunk, segment_->plan.pair_ring / 4);
+    const uint64_t most = std::min(CHUNK, segment_->plan.pair_ring / 4);
     while (!i.queue.empty()) {
         Message& m = i.queue.front();
         while (m.moved < m.bytes) {
             if (from.lane.published.load(std::memory_order_acquire) <= i.next) return any;
-            const Slot& slot = from.lane.slots[i.next % kSlots];
+            const Slot& slot = from.lane.slots[i.next % SLOTS];
             agree(slot.tag, message_tag(m.bytes), q);
             const uint64_t count = std::min(most, m.bytes - m.moved);
             std::memcpy(m.at + m.moved, segment_->pair_data(q, me_) + slot.at, count);

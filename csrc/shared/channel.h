@@ -40,8 +40,8 @@
 
 namespace trident {
 
-enum What : uint64_t { kAllReduce = 1, kAllGather, kReduceScatter, kMessage };
-enum Sort : int { kCollectives = 0, kSends, kReceives };  // what is counted: of the group, to a peer, from a peer
+enum What : uint64_t { ALL_REDUCE = 1, ALL_GATHER, REDUCE_SCATTER, MESSAGE };
+enum Sort : int { COLLECTIVES = 0, SENDS, RECEIVES };  // what is counted: of the group, to a peer, from a peer
 
 struct Operation {
     What what;
@@ -127,7 +127,7 @@ class Channel {
     void rest() const;
 
     Member& member(uint64_t q) const { return segment_->member(q); }
-    const Slot& slot(uint64_t q, uint64_t number) const { return member(q).lane.slots[number % kSlots]; }
+    const Slot& slot(uint64_t q, uint64_t number) const { return member(q).lane.slots[number % SLOTS]; }
     char* bytes_of(uint64_t q, uint64_t number) const { return segment_->data(q) + slot(q, number).at; }
     uint64_t published(uint64_t q) const { return member(q).lane.published.load(std::memory_order_acquire); }
 

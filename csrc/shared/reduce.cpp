@@ -18,7 +18,7 @@ INLINE void put(uint8_t& to, uint8_t x) { to = x; }
 
 namespace {
 
-constexpr int64_t kBlock = 1024;  // elements that are added at a time: they stay in the first-level cache
+constexpr int64_t BLOCK = 1024;  // elements that are added at a time: they stay in the first-level cache
 
 struct Sum {
     template <class W>
@@ -44,9 +44,9 @@ struct Min {
 template <class Join, class T>
 INLINE void over(const char* const* in, int n, char* to, int64_t count) {
     using W = decltype(wide(T()));
-    W total[kBlock];
-    for (int64_t low = 0; low < count; low += kBlock) {
-        const int64_t many = std::min(kBlock, count - low);
+    W total[BLOCK];
+    for (int64_t low = 0; low < count; low += BLOCK) {
+        const int64_t many = std::min(BLOCK, count - low);
         const T* first = reinterpret_cast<const T*>(in[0]) + low;
         const T* second = reinterpret_cast<const T*>(in[1]) + low;
         T* out = reinterpret_cast<T*>(to) + low;
@@ -61,8 +61,8 @@ INLINE void over(const char* const* in, int n, char* to, int64_t count) {
 
 #define OVER(NAME, T)                                                                        \
     CLONES void NAME(int reduction, const char* const* in, int n, char* to, int64_t count) { \
-        if (reduction == kSum) return over<Sum, T>(in, n, to, count);                        \
-        reduction == kMax ? over<Max, T>(in, n, to, count) : over<Min, T>(in, n, to, count); \
+        if (reduction == SUM) return over<Sum, T>(in, n, to, count);                         \
+        reduction == MAX ? over<Max, T>(in, n, to, count) : over<Min, T>(in, n, to, count);  \
     }
 
 OVER(over_f32, float)
@@ -99,7 +99,7 @@ void reduce(Scalar kind, int reduction, const char* const* in, int n, char* to, 
         case Scalar::i64: return over_i64(reduction, in, n, to, count);
         case Scalar::i32: return over_i32(reduction, in, n, to, count);
         case Scalar::u8: return over_u8(reduction, in, n, to, count);
-        case Scalar::b8: return over_u8(reduction == kSum ? int(kMax) : reduction, in, n, to, count);
+        case Scalar::b8: return over_u8(reduction == SUM ? int(MAX) : reduction, in, n, to, count);
     }
     throw std::invalid_argument("no such type");
 }

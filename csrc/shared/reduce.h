@@ -7,7 +7,7 @@ namespace trident {
 
 enum class Scalar : int { f32 = 0, f64, bf16, f16, i64, i32, u8, b8 };  // b8: bytes that are 0 or 1
 
-enum Reduction : int { kSum = 0, kMax, kMin };
+enum Reduction : int { SUM = 0, MAX, MIN };
 
 uint64_t size_of(Scalar kind);
 const char* name_of(uint64_t kind);

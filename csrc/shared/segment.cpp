@@ -20,7 +20,7 @@ namespace {
 
 Segment::Segment(int fd, uint64_t token, int ranks, uint64_t ring, uint64_t pair_ring, bool make)
     : plan{uint64_t(ranks), ring, pair_ring} {
-    if (ranks < 2 || ring < kPage || ring % kPage || pair_ring < kPage || pair_ring % kPage)
+    if (ranks < 2 || ring < PAGE || ring % PAGE || pair_ring < PAGE || pair_ring % PAGE)
         throw std::invalid_argument("a segment is for two ranks or more, with rings of whole pages");
     if (make) {
         if (ftruncate(fd, off_t(plan.bytes()))) fail("ftruncate");
@@ -35,9 +35,9 @@ Segment::Segment(int fd, uint64_t token, int ranks, uint64_t ring, uint64_t pair
     Head& head = *reinterpret_cast<Head*>(base_);
     if (make) {
         head.token = token, head.ranks = plan.ranks, head.ring = ring, head.pair_ring = pair_ring;
-        head.magic.store(kMagic, std::memory_order_release);
-    } else if (head.magic.load(std::memory_order_acquire) != kMagic || head.token != token ||
-               head.ranks != plan.ranks || head.ring != ring || head.pair_ring != pair_ring) {
+        head.magic.store(MAGIC, std::memory_order_release);
+    } else if (head.magic.load(std::memory_order_acquire) != MAGIC || head.token != token || head.ranks != plan.ranks ||
+               head.ring != ring || head.pair_ring != pair_ring) {
         munmap(base_, plan.bytes());
         throw std::runtime_error("not the segment of this group");
     }

@@ -21,30 +21,30 @@ namespace trident {
 using Counter = std::atomic<uint64_t>;
 static_assert(Counter::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
 
-constexpr uint64_t kLine = 64, kPage = 4096;
-constexpr uint64_t kSlots = 64;  // chunks that a ring may hold at a time
-constexpr uint64_t kMagic = 0x746e656469727431;
+constexpr uint64_t LINE = 64, PAGE = 4096;
+constexpr uint64_t SLOTS = 64;  // chunks that a ring may hold at a time
+constexpr uint64_t MAGIC = 0x746e656469727431;
 
 struct Slot {
     uint64_t at, tag;
 };
 
-struct alignas(kLine) Lane {  // one writer's announcements
-    alignas(kLine) Counter published;
-    Slot slots[kSlots];
+struct alignas(LINE) Lane {  // one writer's announcements
+    alignas(LINE) Counter published;
+    Slot slots[SLOTS];
 };
 
-struct alignas(kLine) Member {
+struct alignas(LINE) Member {
     Lane lane;
-    alignas(kLine) Counter summed;
-    alignas(kLine) Counter done;
-    alignas(kLine) std::atomic<uint32_t> bell;
+    alignas(LINE) Counter summed;
+    alignas(LINE) Counter done;
+    alignas(LINE) std::atomic<uint32_t> bell;
     std::atomic<uint32_t> waits_for;  // rank + 1; 0: nobody
 };
 
-struct alignas(kLine) Pair {
+struct alignas(LINE) Pair {
     Lane lane;
-    alignas(kLine) Counter done;
+    alignas(LINE) Counter done;
 };
 
 struct Head {
@@ -57,9 +57,9 @@ inline uint64_t rounded(uint64_t x, uint64_t to) { return (x + to - 1) / to * to
 // Where things lie in a segment.
 struct Plan {
     uint64_t ranks, ring, pair_ring;
-    uint64_t members() const { return kPage; }
-    uint64_t pairs() const { return members() + rounded(ranks * sizeof(Member), kPage); }
-    uint64_t rings() const { return pairs() + rounded(ranks * ranks * sizeof(Pair), kPage); }
+    uint64_t members() const { return PAGE; }
+    uint64_t pairs() const { return members() + rounded(ranks * sizeof(Member), PAGE); }
+    uint64_t rings() const { return pairs() + rounded(ranks * ranks * sizeof(Pair), PAGE); }
     uint64_t pair_rings() const { return rings() + ranks * ring; }
     uint64_t bytes() const { return pair_rings() + ranks * ranks * pair_ring; }
 };
@@ -104,13 +104,13 @@ class Ring {
 
     // Room for so many bytes, or null until readers have gone on.
     char* reserve(uint64_t bytes) {
-        const uint64_t done = least_done(), need = rounded(std::max<uint64_t>(bytes, 1), kLine);
+        const uint64_t done = least_done(), need = rounded(std::max<uint64_t>(bytes, 1), LINE);
         while (!used_.empty() && used_.front().chunk < done) used_.pop_front();
         if (used_.empty()) {
             head_ = 0;  // the same pages again, which are in the cache
         } else {
             const uint64_t tail = used_.front().at;
-            if (used_.size() >= kSlots) return nullptr;
+            if (used_.size() >= SLOTS) return nullptr;
             if (head_ > tail) {
                 if (head_ + need > size_) {
                     if (need >= tail) return nullptr;
@@ -127,7 +127,7 @@ class Ring {
     }
 
     void publish(uint64_t tag) {
-        lane_.slots[next_ % kSlots] = {reserved_, tag};
+        lane_.slots[next_ % SLOTS] = {reserved_, tag};
         lane_.published.store(++next_, std::memory_order_release);
     }
 

@@ -60,13 +60,13 @@ struct Step {
 
 Step draw(Random& random, int ranks) {
     Step step;
-    step.link = int(pick(random, 0, 1)), step.what = What(pick(random, kAllReduce, kMessage)), step.seed = random();
+    step.link = int(pick(random, 0, 1)), step.what = What(pick(random, ALL_REDUCE, MESSAGE)), step.seed = random();
     step.kind = Scalar(pick(random, 0, 7)), step.reduce = int(pick(random, 0, 2));
     step.from = int(pick(random, 0, ranks - 1));
     step.to = int((step.from + pick(random, 1, ranks - 1)) % ranks);
     const int64_t most[] = {0, 3, 100, 2000, 20000}, chosen = pick(random, 0, 4);
     step.total = uint64_t(pick(random, 0, most[chosen]));
-    if (step.what == kAllReduce && chosen == 4)  // two rounds
+    if (step.what == ALL_REDUCE && chosen == 4)  // two rounds
         step.total = (1 << 16) / size_of(step.kind) + step.total % 999 + 1;
     return step;
 }
@@ -107,13 +107,13 @@ Bytes numbers(const Step& step, int rank, uint64_t low, uint64_t count) {
 
 Bytes reduced(const Step& step, int ranks, uint64_t low, uint64_t count) {
     const uint64_t size = size_of(step.kind);
-    const int how = step.kind == Scalar::b8 && step.reduce == kSum ? int(kMax) : step.reduce;
+    const int how = step.kind == Scalar::b8 && step.reduce == SUM ? int(MAX) : step.reduce;
     Bytes bytes(count * size);
     for (uint64_t i = 0; i < count; i++) {
         int total = number(step, 0, low + i);
         for (int q = 1; q < ranks; q++) {
             const int x = number(step, q, low + i);
-            total = how == kSum ? total + x : how == kMax ? std::max(total, x) : std::min(total, x);
+            total = how == SUM ? total + x : how == MAX ? std::max(total, x) : std::min(total, x);
         }
         write(step.kind, bytes.data() + i * size, total);
     }
@@ -157,25 +157,25 @@ class Rank {
         Channel& channel = *channels_[size_t(step.link)];
         const int me = position(me_, step.link);
         const uint64_t n = uint64_t(ranks_), total = step.total, bytes = total * size_of(step.kind);
-        Work work{&channel, kCollectives, 0, 0, {}, {}, {}};
-        if (step.what == kMessage) {
+        Work work{&channel, COLLECTIVES, 0, 0, {}, {}, {}};
+        if (step.what == MESSAGE) {
             if (me == step.from) {
-                work.from = numbers(step, me, 0, total), work.sort = kSends, work.peer = step.to;
+                work.from = numbers(step, me, 0, total), work.sort = SENDS, work.peer = step.to;
                 work.number = channel.send(address(work.from), bytes, step.to);
             } else if (me == step.to) {
-                work.to.resize(bytes), work.sort = kReceives, work.peer = step.from;
+                work.to.resize(bytes), work.sort = RECEIVES, work.peer = step.from;
                 work.expected = numbers(step, step.from, 0, total);
                 work.number = channel.receive(address(work.to), bytes, step.from);
             } else {
                 return;
             }
-        } else if (step.what == kAllReduce) {
+        } else if (step.what == ALL_REDUCE) {
             const bool in_place = pick(own_, 0, 1);
             (in_place ? work.to : work.from) = numbers(step, me, 0, total);
             work.to.resize(bytes);
             work.expected = reduced(step, ranks_, 0, total);
             work.number = start(channel, step, address(in_place ? work.to : work.from), address(work.to), total);
-        } else if (step.what == kReduceScatter) {
+        } else if (step.what == REDUCE_SCATTER) {
             work.from = numbers(step, me, 0, n * total);
             work.to.resize(bytes);
             work.expected = reduced(step, ranks_, uint64_t(me) * total, total);
@@ -206,7 +206,7 @@ class Rank {
         for (int tries = 0; !work.channel->wait(work.sort, work.peer, work.number, 0.1); tries++)
             must(tries < 600, "an operation does not end");
         must(work.channel->completed(work.sort, work.peer) >= work.number, "complete, but not counted");
-        must(work.sort == kSends || work.to == work.expected, "a result is wrong");
+        must(work.sort == SENDS || work.to == work.expected, "a result is wrong");
     }
 
     const int me_, ranks_;
@@ -222,7 +222,7 @@ void round(uint64_t seed) {
     const bool spin = pick(random, 0, 1);
     std::vector<std::shared_ptr<Segment>> segments;
     for (int link = 0; link < 2; link++)
-        segments.push_back(segment(ranks, uint64_t(pick(random, 1, 3)) * kPage, uint64_t(pick(random, 1, 3)) * kPage));
+        segments.push_back(segment(ranks, uint64_t(pick(random, 1, 3)) * PAGE, uint64_t(pick(random, 1, 3)) * PAGE));
     std::vector<Step> steps;
     for (int i = 0; i < 40; i++) steps.push_back(draw(random, ranks));
     std::vector<std::thread> threads;
@@ -252,26 +252,26 @@ void all_refused(Channel& channel, const std::string& text) {
     auto gone = std::make_unique<Bytes>(4096);
     const uint64_t at = address(*gone);
     gone.reset();
-    must(refused([&] { channel.start(kAllReduce, 0, kSum, at, at, 4); }) == text, "start is not refused");
+    must(refused([&] { channel.start(ALL_REDUCE, 0, SUM, at, at, 4); }) == text, "start is not refused");
     must(refused([&] { channel.send(at, 16, 1); }) == text, "send is not refused");
     must(refused([&] { channel.receive(at, 16, 1); }) == text, "receive is not refused");
-    must(refused([&] { channel.wait(kCollectives, 0, 1, 0.0); }) == text, "wait is not refused");
-    must(refused([&] { channel.completed(kCollectives, 0); }) == text, "completed is not refused");
-    must(refused([&] { channel.missing(kCollectives, 0); }) == text, "missing is not refused");
+    must(refused([&] { channel.wait(COLLECTIVES, 0, 1, 0.0); }) == text, "wait is not refused");
+    must(refused([&] { channel.completed(COLLECTIVES, 0); }) == text, "completed is not refused");
+    must(refused([&] { channel.missing(COLLECTIVES, 0); }) == text, "missing is not refused");
 }
 
 // Ranks 0 and 1 disagree on link `a`. Rank 0 learns of it while it starts something on `b`: that too is not touched again.
 void disagree() {
-    const auto a = segment(2, kPage, kPage), b = segment(2, kPage, kPage);
+    const auto a = segment(2, PAGE, PAGE), b = segment(2, PAGE, PAGE);
     Process one, two;
     Channel b0(b, one, 0, true), a0(a, one, 0, true), b1(b, two, 1, true), a1(a, two, 1, true);
     auto x = std::make_unique<Bytes>(4096), y = std::make_unique<Bytes>(4096);
     const auto sum = [](Channel& c, const Bytes& x) {
-        return c.start(kAllReduce, 0, kSum, address(x), address(x), 1024);
+        return c.start(ALL_REDUCE, 0, SUM, address(x), address(x), 1024);
     };
     sum(b1, *y);
-    a0.start(kAllReduce, 0, kMax, address(*x), address(*x), 8);
-    const std::string theirs = refused([&] { a1.start(kAllGather, 0, 0, address(*y), address(*y), 8); });
+    a0.start(ALL_REDUCE, 0, MAX, address(*x), address(*x), 8);
+    const std::string theirs = refused([&] { a1.start(ALL_GATHER, 0, 0, address(*y), address(*y), 8); });
     const std::string ours = refused([&] { sum(b0, *x); });
     must(ours ==
              "ranks disagree: position 1 of the group makes an all-gather of 8 x byte where position 0 makes an "
@@ -286,12 +286,12 @@ void disagree() {
 
 // A fork uses nothing of its parent and destroys what it has without a word, even if some thread held the lock.
 void fork_and_use() {
-    const auto shared = segment(2, kPage, kPage);
+    const auto shared = segment(2, PAGE, PAGE);
     Process one, two;
     auto first = std::make_unique<Channel>(shared, one, 0, true);
     Channel second(shared, two, 1, true);
     Bytes x(400, 1), y(400, 2);
-    first->start(kAllGather, 0, 0, address(x), address(x), 200);
+    first->start(ALL_GATHER, 0, 0, address(x), address(x), 200);
     const Bytes before = announced(*shared);
     one.mutex.lock();
     const pid_t child = fork();
@@ -307,8 +307,8 @@ void fork_and_use() {
     int status = -1;
     must(waitpid(child, &status, 0) == child && status == 0, "the fork did not end well");
     must(before == announced(*shared), "a fork writes to its parent's segment");
-    second.start(kAllGather, 0, 0, address(y) + 200, address(y), 200);
-    must(first->wait(kCollectives, 0, 1, 1.0) && second.wait(kCollectives, 0, 1, 1.0), "the parent's link is stuck");
+    second.start(ALL_GATHER, 0, 0, address(y) + 200, address(y), 200);
+    must(first->wait(COLLECTIVES, 0, 1, 1.0) && second.wait(COLLECTIVES, 0, 1, 1.0), "the parent's link is stuck");
     must(x == y && x[0] == 1 && x[399] == 2, "the parent's link gives something else");
 }
 

@@ -1,14 +1,17 @@
-"""The quick suite on every Python from 3.11 on that is installed here: `make test-pythons`.
+"""The suite in other environments: `make test-pythons`, each Python from 3.11 on that is here; `make test-torch`, the
+oldest torch that pyproject.toml allows.
 
-For each, a copy of the working tree in build/pythons/VERSION, and there the README's second command, `make test`, which
-sets up that copy's own environment under the pins of constraints.txt. What is found and what is not is told first, the
-results last. Interpreters are looked for as pythonX.Y in PATH, and below the folders of pyenv and uv.
+For each, a copy of the working tree in build/, and there the README's second command, `make test`, which sets up that
+copy's own environment under the pins of constraints.txt (for an old torch: but torch's, and without lint and types).
+What is found and what is not is told first, the results last. Interpreters are looked for as pythonX.Y in PATH, and
+below the folders of pyenv and uv.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,12 +62,44 @@ def copy(target: Path) -> None:
         subprocess.run(["git", *command], cwd=target, check=True)
 
 
+def attempt(what: str, target: str, folder: Path, python: Path | str) -> tuple[bool, str]:
+    """`make TARGET` in a copy with this interpreter: whether it passed, and a line that tells."""
+    begin = time.monotonic()
+    print(f"\n== {what}: make {target} in {folder}", flush=True)
+    command = ["make", target, f"PYTHON={python}", f"PIP_ARGS={os.environ.get('PIP_ARGS', '')}"]
+    code = subprocess.run(command, cwd=folder, check=False).returncode
+    told = "passed" if code == 0 else f"FAILED (make ended with exit code {code})"
+    return code == 0, f"{what}: make {target} {told} in {(time.monotonic() - begin) / 60:.1f} min"
+
+
+def oldest_torch(build: Path) -> int:
+    """The quick suite in a copy with the first release of torch that pyproject.toml allows."""
+    found = re.search(r'"torch>=(\d+\.\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert found, "pyproject.toml asks for no torch"
+    what, folder = f"torch {found[1]}", build / f"torch-{found[1]}"
+    copy(folder)
+    pins = folder / "constraints.txt"
+    text = re.sub(r"^torch==.*$", f"torch=={found[1]}.*", pins.read_text(encoding="utf-8"), flags=re.M)
+    pins.write_text(text, encoding="utf-8")
+    passed, told = attempt(what, "venv", folder, sys.executable)
+    if passed:
+        passed, told = attempt(what, "quick", folder, sys.executable)
+    else:
+        python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+        told += f"\n{what} could not be installed: is there a wheel of it for {python} where pip looks? (PIP_ARGS)"
+    print("", told, sep="\n")
+    return int(not passed)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"of {', '.join(VERSIONS)}; by default all")
     parser.add_argument("--target", default="test", help="what is made in each copy (test, demo, test-all, ...)")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build/pythons", help="where the copies lie")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where the copies lie")
+    parser.add_argument("--oldest-torch", action="store_true", help="not other Pythons: this one with an old torch")
     options = parser.parse_args()
+    if options.oldest_torch:
+        return oldest_torch(options.folder)
     if unknown := set(options.versions) - set(VERSIONS):
         parser.error(f"{', '.join(sorted(unknown))}: only {', '.join(VERSIONS)} are known")
     wanted = options.versions or list(VERSIONS)
@@ -77,14 +112,11 @@ def main() -> int:
             results.append(f"Python {version}: not tried, for it is not installed")
             failed = failed or bool(options.versions)  # it was asked for by name
             continue
-        begin, target = time.monotonic(), options.folder / version
+        target = options.folder / "pythons" / version
         copy(target)
-        print(f"\n== Python {version}: make {options.target} in {target}", flush=True)
-        command = ["make", options.target, f"PYTHON={path}", f"PIP_ARGS={os.environ.get('PIP_ARGS', '')}"]
-        code = subprocess.run(command, cwd=target, check=False).returncode
-        failed = failed or code != 0
-        told = "passed" if code == 0 else f"FAILED (make ended with exit code {code})"
-        results.append(f"Python {version}: make {options.target} {told} in {(time.monotonic() - begin) / 60:.1f} min")
+        passed, told = attempt(f"Python {version}", options.target, target, path)
+        failed = failed or not passed
+        results.append(told)
     print("", *results, sep="\n")
     return int(failed)
 

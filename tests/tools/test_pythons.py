@@ -52,7 +52,7 @@ def test_those_found_are_tried_and_the_rest_is_told(
     out = capfd.readouterr().out
     assert "Python 3.11: make test passed" in out and "Python 3.13: make test passed" in out
     assert "Python 3.12: not tried, for it is not installed" in out
-    copied = pythons.ROOT / "built/3.11"
+    copied = pythons.ROOT / "built/pythons/3.11"
     (copied / "kept.so").touch()
     (copied / ".git/info/exclude").write_text("kept.so\n")
     (pythons.ROOT / "a/b.py").rename(pythons.ROOT / "a/c.py")
@@ -61,3 +61,20 @@ def test_those_found_are_tried_and_the_rest_is_told(
     assert "Python 3.11: make test FAILED (make ended with exit code 2)" in capfd.readouterr().out
     assert (copied / "kept.so").exists() and sorted(p.name for p in (copied / "a").iterdir()) == ["c.py"]
     assert run(pythons, monkeypatch, "3.12") == 1, "asked for by name and not there"
+
+
+def test_the_oldest_torch_that_is_allowed(
+    pythons: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a copy pinned to it; where it cannot be installed, that is said, and no test runs."""
+    (pythons.ROOT / "Makefile").write_text("venv:\n\t@test ! -e fail\nquick:\n\t@grep torch constraints.txt\n")
+    (pythons.ROOT / "pyproject.toml").write_text('dependencies = [\n  "torch>=2.3",\n  "torchdata>=1",\n]\n')
+    (pythons.ROOT / "constraints.txt").write_text("numpy==2.4\ntorch==2.9.0\ntorchdata==2\n")
+    assert run(pythons, monkeypatch, "--oldest-torch") == 0
+    out = capfd.readouterr().out
+    assert "\ntorch==2.3.*\ntorchdata==2\n" in out and "torch 2.3: make quick passed" in out
+    (pythons.ROOT / "fail").touch()
+    assert run(pythons, monkeypatch, "--oldest-torch") == 1
+    out = capfd.readouterr().out
+    assert "torch 2.3 could not be installed: is there a wheel of it for Python 3" in out and "make quick" not in out
+    assert (pythons.ROOT / "constraints.txt").read_text().startswith("numpy==2.4\ntorch==2.9.0\n")

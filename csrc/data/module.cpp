@@ -26,7 +26,7 @@ py::array_t<int64_t> permute(uint64_t n, uint64_t key, const py::array& indices)
 PYBIND11_MODULE(_index, m) {
     m.doc() =
         "Sample order, batch gather and blends; see engine/data/samples/stream.py and blend.py for the definitions.";
-    m.attr("interface") = 4;                     // NATIVE_INTERFACE of engine/data/samples/indexed.py
+    m.attr("interface") = 4;                     // _INTERFACE of engine/data/samples/native_index.py
     m.def("guard", [](const py::buffer& file) {  // token for lost and release
         const py::buffer_info info = file.request();
         return guard::add(info.ptr, info.size * info.itemsize);

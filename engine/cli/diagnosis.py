@@ -18,7 +18,7 @@ import torch
 
 from engine.checkpoint.lineage import code_versions
 from engine.cli import selftest
-from engine.data.samples import stream
+from engine.data.samples import native_index
 from engine.distributed import shared_memory as shared
 from engine.distributed.launch import backends
 from engine.distributed.pair import try_pair
@@ -134,17 +134,22 @@ def _communication(timeout_s: float) -> Iterator[Finding]:
 
 
 def _shared_memory(timeout_s: float) -> Finding:
-    module, what = shared.load()
+    module, why = shared.load()
     if module is None:
-        return Finding("shared memory", f"{what}, gloo carries all; {how_to_build()}")
+        return Finding("shared memory", f"{why}, gloo carries all; {how_to_build()}")
     why = try_pair("shared", timeout_s)
     done = "two processes on this machine have summed a number"
     return Finding("shared memory", f"cannot be had here, gloo carries all: {why}" if why else done)
 
 
 def _extensions() -> Iterator[Finding]:
-    for module, what in (stream.load(), shared.load(), native.load()):
-        yield Finding("extension", what if module is not None else f"{what}; {how_to_build()}")
+    found = {
+        "engine._index, which gives the same order as numpy": native_index.load(),
+        "engine._shared": shared.load(),
+        f"engine._ops for torch {torch.__version__}": native.load(),
+    }
+    for what, (extension, why) in found.items():
+        yield Finding("extension", what if extension is not None else f"{why}; {how_to_build()}")
     library = native.load()[0]
     if torch.version.cuda is not None and library is not None:
         built = library.cuda_capabilities()

@@ -10,7 +10,6 @@ Whoever waits looks at the others ten times a second: one that has ended, or say
 
 from __future__ import annotations
 
-import importlib
 import os
 import secrets
 import select
@@ -26,11 +25,12 @@ from torch import Tensor
 
 from engine.distributed.board import Gather
 from engine.distributed.board import namespace as _namespace
-from engine.util.build_notes import why_not
+from engine.util import extension
 
 RING, PAIR_RING = 16 << 20, 4 << 20  # bytes of a rank's ring for collectives, and of that for messages to one other
 _MOST = 1 << 30  # of all rings of a group, in either use; only what was used once takes memory
 _PAGE = 4096
+_INTERFACE = 0  # of csrc/shared/module.cpp, counted up when a signature changes
 _LOOK_S = 0.1
 _WORDS = 256  # bytes of a reason that the other ranks are told
 _GROUP, _SENT, _RECEIVED = range(3)
@@ -50,14 +50,13 @@ _OP_OF = {"sum": 0, "max": 1, "min": 2}
 
 
 def load() -> tuple[Any, str]:
-    """(the extension or None, what there is to say about it)."""
-    try:
-        module = importlib.import_module("engine._shared")
-    except ImportError as error:
-        return None, f"engine._shared is not available ({why_not('engine._shared') or error})"
+    """(engine._shared, "") or (None, why it cannot be used)."""
+    module, why = extension.load("engine._shared", f"interface {_INTERFACE}")
+    if module is None:
+        return None, why
     if missing := [name for name in ("memfd_create", "pidfd_open") if not hasattr(os, name)]:
         return None, f"engine._shared cannot be used: this Python was built without os.{missing[0]}"
-    return module, "engine._shared"
+    return module, ""
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,6 @@ def connect(
     of integers, all of one length.
     """
     module, why = load()
-    why = "" if module is not None else why
     names = list(members)
     firsts = {ranks: index for index, ranks in reversed(list(enumerate(members.values())))}
     wanted = {ranks: index for ranks, index in firsts.items() if len(ranks) > 1}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.util.build_notes import how_to_build, why_not
+from engine.util import extension
+from engine.util.build_notes import why_not
 
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -33,22 +33,21 @@ class _Choice:
 _CHOICE = _Choice()
 
 
+def _open(name: str) -> tuple[Any, str]:
+    """torch.ops.trident, and which torch it was built for."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None  # found by extension.load
+    torch.ops.load_library(spec.origin)
+    return torch.ops.trident, f"torch {torch.ops.trident.built_for()}"
+
+
 @functools.cache
 def load() -> tuple[Any, str]:
-    """(torch.ops.trident or None, what there is to say about it). Loads the extension once per process."""
-    spec = importlib.util.find_spec("engine._ops")
-    if spec is None or spec.origin is None:
-        why = why_not("engine._ops")
-        return None, f"engine._ops is not built ({why})" if why else "engine._ops is not built"
-    try:
-        torch.ops.load_library(spec.origin)
-        built_for = torch.ops.trident.built_for()
-    except (OSError, RuntimeError, AttributeError) as err:
-        return None, f"engine._ops cannot be loaded: {str(err).splitlines()[0]}"
-    if built_for != torch.__version__:
-        return None, f"engine._ops was built for torch {built_for}, this is {torch.__version__}"
-    _register_shapes()
-    return torch.ops.trident, f"engine._ops for torch {built_for}"
+    """(torch.ops.trident, "") or (None, why it cannot be used). Loads the extension once per process."""
+    library, why = extension.load("engine._ops", f"torch {torch.__version__}", _open)
+    if library is not None:
+        _register_shapes()
+    return library, why
 
 
 def _register_shapes() -> None:
@@ -114,7 +113,7 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def _library() -> Any:
     library, why = load()
     if library is None:
-        _warn(why)
+        extension.warn(why, "torch's own operators run instead, slower")
     return library
 
 
@@ -126,16 +125,9 @@ def references_only() -> bool:
 @functools.cache
 def _cuda_library(device: torch.device) -> Any:
     if why := why_no_cuda(device):
-        _warn(why)
+        extension.warn(why, "torch's own operators run instead, slower")
         return None
     return load()[0]
-
-
-def _warn(why: str) -> None:
-    warnings.warn(
-        f"{why}: torch's own operators run instead, slower; {how_to_build()}",
-        stacklevel=5,
-    )
 
 
 def kernels(*tensors: Tensor) -> Any:
@@ -210,12 +202,13 @@ def in_words(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         why_not_own = why_no_cuda(probe.device)
     elif device.type == "cpu":
-        why_not_own = load()[1] if load()[0] is None else ""
+        why_not_own = load()[1]
     else:
         why_not_own = f"own ones are for CPUs and CUDA, this is {device.type}"
     if why_not_own or kernels(probe) is None:
         return f"torch ({why_not_own or f'own ones are not for {dtype}'})"
-    return f"own ({load()[1]}), matrix products: {'own' if _own_gemm(probe[0, 0]) else 'torch'}"
+    products = "own" if _own_gemm(probe[0, 0]) else "torch"
+    return f"own (engine._ops for torch {torch.__version__}), matrix products: {products}"
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:

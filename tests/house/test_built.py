@@ -20,7 +20,7 @@ import torch
 import engine
 from engine.cli import diagnosis
 from engine.cli import main as cli
-from engine.data.samples import stream
+from engine.data.samples import native_index
 from engine.ops import native
 from engine.util import build_notes as built
 from tests.support.paths import ROOT
@@ -125,13 +125,13 @@ def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     notes = tmp_path / "_build.json"
     notes.write_text(json.dumps({"engine._ops": "csrc/ops/cpu_only.cpp:1: error: no", "engine._index": "no compiler"}))
     monkeypatch.setattr(built, "_NOTES", notes)
-    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "engine._index", None)
     monkeypatch.setattr(native, "load", native.load.__wrapped__)
     told = [finding.text for finding in diagnosis._extensions()]
-    assert told[0].startswith("engine._index is not available (no compiler); build it: pip install")
+    assert told[0].startswith("engine._index is not built (no compiler); build it: pip install")
     assert told[-1].startswith("engine._ops is not built (csrc/ops/cpu_only.cpp:1: error: no); build it: pip install")
-    assert stream.load()[0] is None
+    assert native_index.load()[0] is None
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
     said = "not built .csrc/ops/cpu_only.cpp:1: error: no.: torch's own operators run instead"
     with pytest.warns(UserWarning, match=said):

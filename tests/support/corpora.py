@@ -11,7 +11,7 @@ import pytest
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 
-# By presence, not by stream._extension(): that one refuses a faulty extension, and the tests would skip it in silence.
+# By presence, not by native_index(): that refuses a faulty extension, and the tests would skip it in silence.
 BUILT = importlib.util.find_spec("engine._index") is not None
 NATIVE = [False, pytest.param(True, marks=pytest.mark.skipif(not BUILT, reason="engine._index is not built"))]
 

@@ -121,7 +121,7 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=1)
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads; {native.load()[1]}")
+    print(f"torch {torch.__version__}, {args.threads} threads; {native.in_words(torch.device('cpu'), torch.float32)}")
     update(args.repeats)
     documents(args.repeats)
     lengths(args.repeats)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.samples.indexed import native_index
+from engine.data.samples.native_index import native_index
 
 Packed = tuple[npt.NDArray[Any], npt.NDArray[np.int32], int | None]
 

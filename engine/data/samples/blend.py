@@ -41,8 +41,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.samples.keyed import Int64Array
+from engine.data.samples.native_index import chosen_index
 from engine.data.samples.order import SampleOrder
-from engine.data.samples.stream import extension
 from engine.errors import DataError
 
 MAX_TOTAL = 1 << 40  # of integer weights: what is rounded away is a sample in 10^12
@@ -148,7 +148,7 @@ class Turns:
             )
         self.weights = np.array(weights, np.int64)
         self.block = max(MIN_BLOCK, 1 << (windows - 1).bit_length())
-        module = extension(native)
+        module = chosen_index(native)
         self._make = module.blend_block if module else blend_block
         self._recent: dict[int, Block] = {}
 

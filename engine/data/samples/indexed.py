@@ -14,13 +14,10 @@ Legend: N sequences, D boundaries, T tokens in all.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,11 +25,10 @@ import numpy.typing as npt
 
 from engine.data.samples.index_file import DTYPES, HEADER, MAGIC, IntArray, chunks
 from engine.data.samples.mapped import MappedFile
+from engine.data.samples.native_index import native_index
 from engine.data.samples.sidecar import SIDECAR_VERSION
 from engine.errors import DataError
 from engine.util.files import read_json
-
-NATIVE_INTERFACE = 4  # of csrc/data/module.cpp, counted up when a signature changes: an older build is refused
 
 
 def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
@@ -231,16 +227,6 @@ def check_rising(boundaries: IntArray) -> int:
         if falls.any():
             return part.start + int(np.argmax(falls)) + 1
     return -1
-
-
-@functools.cache
-def native_index() -> ModuleType | None:
-    """engine._index if it is of this version; without it (order.py warns) numpy does the same, more slowly."""
-    try:
-        module = importlib.import_module("engine._index")
-    except ImportError:
-        return None
-    return module if getattr(module, "interface", 0) == NATIVE_INTERFACE else None
 
 
 def _threads(count: int) -> int:

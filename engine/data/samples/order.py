@@ -28,7 +28,8 @@ import xxhash
 
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.keyed import MASK64, Int64Array, derive_key, permute
-from engine.data.samples.stream import GROUP_BLOCKS, Piece, Stream, blocks_of, extension
+from engine.data.samples.native_index import chosen_index
+from engine.data.samples.stream import GROUP_BLOCKS, Piece, Stream, blocks_of
 from engine.errors import DataError
 
 ORDER_VERSION = 2  # 1: documents were permuted within blocks of 1,024 neighbours only
@@ -62,7 +63,7 @@ class SampleOrder:
                 "samples.order-arguments",
                 f"seq_len = {seq_len}, seed = {seed}: expected seq_len >= 1 and 0 <= seed < 2^64",
             )
-        module = extension(native)
+        module = chosen_index(native)
         self.dataset = dataset
         self.seq_len = seq_len
         self.seed = seed

@@ -26,18 +26,12 @@ Stream is the numpy reference; `csrc/data/order.cpp` computes the same faster; t
 from __future__ import annotations
 
 import functools
-import importlib
-import warnings
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.samples.indexed import NATIVE_INTERFACE
 from engine.data.samples.keyed import Int64Array, derive, derive_each, permute
-from engine.errors import DataError
-from engine.util.build_notes import why_not
 
 GROUP_BLOCKS = 1024
 QUARTERS = 4
@@ -150,40 +144,3 @@ class Stream:
 
 def _quarter(quarter: int, blocks: int) -> slice:
     return slice(quarter * blocks // QUARTERS, (quarter + 1) * blocks // QUARTERS)
-
-
-def load() -> tuple[ModuleType | None, str]:
-    """(engine._index or None, what there is to say about it): not built, or built from another definition."""
-    try:
-        module = importlib.import_module("engine._index")
-        index = np.arange(100, dtype=np.int64)
-        same = np.array_equal(module.permute(1000, 42, index), permute(1000, 42, index))
-        if not same or getattr(module, "interface", 0) != NATIVE_INTERFACE:
-            raise ImportError("it was built from another version of csrc/data")
-    except (ImportError, AttributeError, TypeError) as err:
-        return None, f"engine._index is not available ({why_not('engine._index') or err})"
-    return module, "engine._index, which gives the same order as numpy"
-
-
-@functools.cache
-def _extension() -> ModuleType | None:
-    """engine._index, or None after one warning."""
-    module, why = load()
-    if module is None:
-        warnings.warn(
-            f"{why}: the sample order runs in numpy, the same but slower. "
-            f"Build it: pip install --no-build-isolation --no-deps -e .",
-            stacklevel=3,
-        )
-    return module
-
-
-def extension(native: bool | None) -> ModuleType | None:
-    """The C++ module: None takes it if it is there, True insists (DataError), False refuses it."""
-    module = None if native is False else _extension()
-    if native and module is None:
-        raise DataError(
-            "samples.extension-missing",
-            "engine._index is required but not built: pip install --no-build-isolation --no-deps -e .",
-        )
-    return module

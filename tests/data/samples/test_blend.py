@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from engine.data.samples import blend as blend_module
 from engine.data.samples.blend import MAX_TOTAL, BlendedOrder, Phase, Turns, border, integer_weights, smallest_share
 from engine.data.samples.loader import Loader
+from engine.data.samples.native_index import chosen_index
 from engine.data.samples.order import SampleOrder
-from engine.data.samples.stream import extension
 from engine.distributed.context import ParallelContext
 from engine.errors import DataError
 from engine.train.step import setup, train_step
@@ -66,7 +66,7 @@ def check_block(weights: list[int], number: int) -> None:
     after = counts + np.bincount(sources, minlength=len(weights))
     assert after.tolist() == border(weights, sum(weights), start + turns.block)[0]  # the next block goes on from here
     if BUILT:
-        native = extension(True).blend_block(array, start, turns.block)  # type: ignore[union-attr]
+        native = chosen_index(True).blend_block(array, start, turns.block)  # type: ignore[union-attr]
         assert all(np.array_equal(a, b) for a, b in zip(native, (counts, sources, ordinals)))
 
 
@@ -178,7 +178,7 @@ def test_weights_that_cannot_be_are_refused(weights: list[int], values: list[obj
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_native_refuses_what_would_overflow() -> None:
-    make = extension(True).blend_block  # type: ignore[union-attr]
+    make = chosen_index(True).blend_block  # type: ignore[union-attr]
     one = np.array([1, 1], np.int64)
     for weights, start, length in [
         (np.array([], np.int64), 0, 1024),

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data.samples.indexed import IndexedDataset, native_index
+from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader
 from engine.data.samples.mapped import MappedFile
+from engine.data.samples.native_index import native_index
 from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
 from tests.support.errors import raises
@@ -95,7 +96,8 @@ def test_other_bus_errors_end_the_process_as_before(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"x" * 100_000)
     program = (
-        "import mmap, os, signal, sys; from pathlib import Path; from engine.data.samples.indexed import native_index; "
+        "import mmap, os, signal, sys; from pathlib import Path; "
+        "from engine.data.samples.native_index import native_index; "
         "from engine.data.samples.mapped import MappedFile; path = Path(sys.argv[1]); "
         "guarded = MappedFile(path, native_index()); file = path.open('rb'); "
         "bare = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); "

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.samples import keyed
-from engine.data.samples import stream as stream_module
+from engine.data.samples import keyed, native_index
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.keyed import derive, derive_key, permute
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
@@ -96,13 +95,13 @@ def test_permutation_is_a_bijection_and_native_agrees(n: int, key: int) -> None:
     assert sorted(result.tolist()) == index.tolist()
     assert result[n // 2] == permutation_oracle(n, key, n // 2)
     if BUILT:
-        assert np.array_equal(result, stream_module._extension().permute(n, key, index))  # type: ignore[union-attr]
+        assert np.array_equal(result, native_index._wanted().permute(n, key, index))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("n", [2**31 - 1, 2**32 + 1, 2**40 + 12345, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("native", NATIVE)
 def test_permutation_in_64_bits(n: int, native: bool) -> None:
-    function: Any = stream_module._extension().permute if native else permute  # type: ignore[union-attr]
+    function: Any = native_index._wanted().permute if native else permute  # type: ignore[union-attr]
     index = np.array([0, 1, n // 3, n - 2, n - 1], np.int64)
     assert function(n, 99, index).tolist() == [permutation_oracle(n, 99, int(i)) for i in index]
 
@@ -271,7 +270,7 @@ def test_negative_token_is_caught_while_gathering(tmp_path: Path, native: bool, 
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_native_never_leaves_its_arrays() -> None:
-    index: Any = stream_module._extension()
+    index: Any = native_index._wanted()
     good: dict[str, Any] = {
         "tokens": np.arange(10, dtype=np.uint16),
         "lengths": np.array([4, 6], np.int32),
@@ -335,7 +334,7 @@ def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pyt
     if BUILT:
         assert SampleOrder(data, 8, 1, native=True).digest(0, 100) == expected
     monkeypatch.setitem(sys.modules, "engine._index", None)
-    stream_module._extension.cache_clear()
+    native_index._wanted.cache_clear()
     try:
         with pytest.warns(UserWarning) as caught:
             orders = [SampleOrder(data, 8, 1), SampleOrder(data, 8, 1)]
@@ -344,7 +343,7 @@ def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pyt
         with raises(DataError, "samples.extension-missing"):
             SampleOrder(data, 8, 1, native=True)
     finally:
-        stream_module._extension.cache_clear()
+        native_index._wanted.cache_clear()
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.distributed import launch
+from engine.distributed import failure
 from engine.distributed import shared_memory as shared
 from engine.distributed.collectives import (
     Pending,
@@ -367,8 +367,8 @@ def test_where_it_cannot_be_gloo_speaks_or_the_run_is_refused(monkeypatch: pytes
 def test_a_killed_rank_ends_the_others_with_one_message(
     transport: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_LINGER_S", 0.0)
-    monkeypatch.setattr(launch, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(failure, "_LINGER_S", 0.0)
+    monkeypatch.setattr(failure, "PATIENCE_S", 1.0)
 
     def job(ctx: ParallelContext) -> int:
         for step in range(1000):

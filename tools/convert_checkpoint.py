@@ -15,7 +15,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 
-from engine.cli import main as engine
+from engine.cli.main import main as engine
 from engine.errors import EXIT_CONFIG, ConfigError, Fault
 
 HF = ("hf", "huggingface", "llama_mistral")

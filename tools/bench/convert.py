@@ -112,7 +112,7 @@ def copy(source: Path, target: Path) -> None:
 def work(o: Options) -> None:
     """One of the three in this process: prints seconds and MiB."""
     what, source, target = o.work
-    from engine.cli import main as engine  # what it imports is no part of the time
+    from engine.cli.main import main as engine  # what it imports is no part of the time
 
     torch.empty(1).bfloat16()
     before = time.perf_counter()

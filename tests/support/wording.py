@@ -92,7 +92,7 @@ def _raised(call: ast.Call, scope: ast.AST, where: str) -> Raised:
         given = dict(zip(("code", "path", "value", "relation", "repair"), args))
         given |= {word.arg: template(word.value, scope) for word in call.keywords if word.arg}
         path, relation, repair = (given.get(name, "") for name in _FAULT_TEXT)
-        return Raised(where, code, f"{path}: {relation}. {repair}")
+        return Raised(where, code, f"{path}: {relation}" + (f". {repair}" if repair else ""))
     return Raised(where, code, " ".join(args[1:]))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     for key, entry in family.fields.items():
         try:
             facts |= _read_field(raw, key, entry, facts)
-        except ValueError as error:
-            wrong.append((key, str(error)))
+        except ConfigError as error:
+            wrong += error.faults
     if not wrong:
         facts |= head_shape(facts)
     rope_facts, rope_wrong, notes = _read_rope(raw, family)
@@ -84,11 +84,10 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     facts["max_seq_len"] = max_seq_len or facts.get("max_seq_len", 0)
     wrong += rope_wrong + list(_wrong_keys(raw, family, facts["max_seq_len"]))
     faults = [
-        Fault("interop.key-not-supported", f"{path}: {key}", raw.get(key), text, _repair(key, family))
-        for key, text in wrong
+        replace(fault, path=f"{path}: {fault.path}", value=raw.get(fault.path), repair=_repair(fault.path, family))
+        for fault in wrong
     ]
-    faults += _window_faults(raw, family, facts, path)
-    if faults:
+    if faults := faults + _window_faults(raw, family, facts, path):
         raise ConfigError(faults)
     notes += [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
     if "auto_map" in raw:
@@ -114,19 +113,19 @@ def _family(raw: dict[str, Any], path: Path) -> Family:
 
 def _without(raw: dict[str, Any], ignore: Sequence[str], path: Path) -> dict[str, Any]:
     relation, repair = f"is no key of {path}", "It ignores keys of config.json."
-    odd = [key for key in ignore if key not in raw]
-    if odd:
+    if odd := [key for key in ignore if key not in raw]:
         raise ConfigError([Fault("interop.ignore-key-unknown", "--ignore-key", key, relation, repair) for key in odd])
     return {key: value for key, value in raw.items() if key not in ignore} | (
         {"sliding_window": None} if "sliding_window" in ignore else {}
     )
 
 
-def _resolve_aliases(raw: dict[str, Any], family: Family) -> Iterator[tuple[str, str]]:
-    """Give fields the values that stand under another name; (key, why) of two names that differ."""
+def _resolve_aliases(raw: dict[str, Any], family: Family) -> Iterator[Fault]:
+    """Give fields the values that stand under another name; a fault where two names differ."""
     for alias, key in family.aliases.items():
         if alias in raw and raw.setdefault(key, raw[alias]) != raw[alias]:
-            yield alias, f"is another name of {key}, which is {shown(raw[key])} here"
+            relation = f"is another name of {key}, which is {shown(raw[key])} here"
+            yield Fault("interop.key-names-differ", alias, raw[alias], relation, "")
 
 
 def fixed_keys(family: Family) -> dict[str, tuple[Any, ...]]:
@@ -158,18 +157,20 @@ def _repair(key: str, family: Family) -> str:
     return _CANNOT if key in needed else f"{_CANNOT} Should it change nothing here: engine import --ignore-key {key}"
 
 
-def _wrong_keys(raw: Mapping[str, Any], family: Family, longest: int) -> Iterator[tuple[str, str]]:
-    """(key, why) of what is there beside the family's fields."""
+def _wrong_keys(raw: Mapping[str, Any], family: Family, longest: int) -> Iterator[Fault]:
+    """What is there beside the family's fields and changes the model."""
     fixed, known = fixed_keys(family), known_keys(family)
     for key, value in raw.items():
         if key == "layer_types" and isinstance(value, list):
             if odd := _odd_layers(raw, family, longest):
-                yield key, f"the engine has full attention only, no {cut(', '.join(odd))}"
+                relation = f"the engine has full attention only, no {cut(', '.join(odd))}"
+                yield Fault("interop.attention-not-supported", key, value, relation, "")
         elif key in fixed:
             if value not in fixed[key]:
-                yield key, f"the engine computes with {fixed[key][0]!r}"
+                yield Fault("interop.key-value-fixed", key, value, f"the engine computes with {fixed[key][0]!r}", "")
         elif key not in known and _is_lacking(raw, key):
-            yield key, f"asks for {LACKING[key]}, which the engine does not have"
+            relation = f"asks for {LACKING[key]}, which the engine does not have"
+            yield Fault("interop.key-not-supported", key, value, relation, "")
 
 
 def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) -> Facts:
@@ -179,25 +180,26 @@ def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) ->
         if key in raw and entry.null is not None:
             value = entry.null
         if value is REFUSED:
-            raise ValueError("is null, which is no value here")
+            raise ConfigError([Fault("interop.key-null", key, value, "is null, which is no value here", "")])
         if value is None:
-            raise ValueError("is missing")
+            raise ConfigError([Fault("interop.key-missing", key, value, "is missing", "")])
     elif entry.values:
         if not isinstance(value, str) or value not in entry.values:
-            raise ValueError(f"is none of {', '.join(entry.values)}")
+            relation = f"is none of {', '.join(entry.values)}"
+            raise ConfigError([Fault("interop.key-value-unknown", key, value, relation, "")])
         value = entry.values[value]
     elif isinstance(value, bool) or isinstance(entry.default, bool):
         if not (isinstance(value, bool) and isinstance(entry.default, bool)):
-            raise ValueError("is of the wrong type")
+            raise ConfigError([Fault("interop.key-type", key, value, "is of the wrong type", "")])
     elif isinstance(entry.default, float):
         if not is_number(value) or value < 0:
-            raise ValueError("is no finite number of at least 0")
+            raise ConfigError([Fault("interop.key-range", key, value, "is no finite number of at least 0", "")])
     elif not isinstance(value, int):
-        raise ValueError("is of the wrong type")
+        raise ConfigError([Fault("interop.key-type", key, value, "is of the wrong type", "")])
     else:
         most = _MOST_LAYERS if "num_layers" in entry.facts else _MOST
         if not 1 <= value <= most:
-            raise ValueError(f"is not from 1 to {most:,}")
+            raise ConfigError([Fault("interop.key-range", key, value, f"is not from 1 to {most:,}", "")])
     return dict.fromkeys(entry.facts, value)
 
 
@@ -215,8 +217,8 @@ def _is_idle(name: str, value: Any, kind: str) -> bool:
     return value is None or (not isinstance(value, dict) and value in fixed.get(name, (value,)))
 
 
-def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tuple[str, str]], list[str]]:
-    """(facts, [(key, what is wrong)], notes) of rotary positions, in transformers' forms before and since version 5.
+def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[Fault], list[str]]:
+    """(facts, faults, notes) of rotary positions, in transformers' forms before and since version 5.
 
     As transformers 5 has it: where both forms are there, rope_scaling counts and nothing of rope_parameters; what is
     said inside of either counts before the keys beside them.
@@ -225,11 +227,12 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tupl
         return {}, [], []
     facts: Facts = {"rope_theta": 10000.0, **family.rope_defaults}
     facts |= {fact: raw[key] for key, fact in family.rope_keys.items() if raw.get(key) is not None}
-    outside, notes, wrong = dict(facts), list[str](), list[tuple[str, str]]()
+    outside, notes, wrong = dict(facts), list[str](), list[Fault]()
     given = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
     odd = [key for key in given if not isinstance(raw[key], dict)]
     if odd or not given:
-        return facts, [(key, "is no JSON object") for key in odd] + _odd_numbers(facts), []
+        wrong = [Fault("interop.rope-not-an-object", key, raw[key], "is no JSON object", "") for key in odd]
+        return facts, wrong + _odd_numbers(facts), []
     key, inner = given[0], raw[given[0]]
     if len(given) > 1 and any(inner.get(name) != value for name, value in raw["rope_parameters"].items()):
         notes.append("rope_parameters is not read: rope_scaling beside it says something else and counts")
@@ -238,7 +241,8 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tupl
     kind = "none" if kind == "default" else kind
     if kind not in family.rope_types:
         known = ", ".join(family.rope_types).replace("none", "default")
-        return facts, [(key, f"rope_type {kind} is none that the engine has for {family.model_type}: {known}")], notes
+        relation = f"rope_type {kind} is none that the engine has for {family.model_type}: {known}"
+        return facts, [Fault("interop.rope-type-unknown", key, inner, relation, "")], notes
     facts["rope_scaling"] = kind
     table = SCALING[kind] | {"rope_theta": "rope_theta"}
     if "rotary_fraction" in family.rope_keys.values():
@@ -247,9 +251,10 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tupl
         if name in table and value is not None:
             facts[table[name]] = value
         elif not _is_idle(name, value, kind):
-            wrong.append((key, f"{cut(name)} {shown(value)} is not known for rope_type {kind}"))
+            relation = f"{cut(name)} {shown(value)} is not known for rope_type {kind}"
+            wrong.append(Fault("interop.rope-entry-unknown", key, inner, relation, ""))
     if "factor" in table and inner.get("factor") is None:
-        wrong.append((key, "factor is missing"))
+        wrong.append(Fault("interop.rope-factor-missing", key, inner, "factor is missing", ""))
     if "original_max_position_embeddings" in table and raw.get("original_max_position_embeddings") is not None:
         facts["rope_original_seq_len"] = raw["original_max_position_embeddings"]  # comes first in transformers
     for name, fact in family.rope_keys.items():
@@ -258,10 +263,12 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[tupl
     return facts, wrong + _odd_numbers(facts), notes
 
 
-def _odd_numbers(facts: Facts) -> list[tuple[str, str]]:
-    numbers = {fact: value for fact, value in facts.items() if fact != "rope_scaling"}
-    odd = [fact for fact, value in numbers.items() if not is_number(value)]
-    return [("rope_parameters", f"{fact} {shown(numbers[fact])} is no number") for fact in odd]
+def _odd_numbers(facts: Facts) -> list[Fault]:
+    odd = {fact: value for fact, value in facts.items() if fact != "rope_scaling" and not is_number(value)}
+    return [
+        Fault("interop.rope-number-malformed", "rope_parameters", value, f"{fact} {shown(value)} is no number", "")
+        for fact, value in odd.items()
+    ]
 
 
 def _window_faults(raw: Mapping[str, Any], family: Family, facts: Facts, path: Path) -> list[Fault]:

@@ -45,7 +45,6 @@ def read(tmp_path: Path, facts: Any, max_seq_len: int | None = None) -> dict[str
 
 
 # change of a good Llama -> what the fault says
-UNSUPPORTED = "key-not-supported"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": (
         {"model_type": "mamba"},
@@ -58,32 +57,36 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "architecture-unknown",
         ("LlamaForSequenceClassification", "LlamaForCausalLM"),
     ),
-    "quantised": ({"quantization_config": {"bits": 4}}, UNSUPPORTED, ("quantization_config = {'bits': 4}",)),
-    "experts": ({"num_local_experts": 8}, UNSUPPORTED, ("num_local_experts = 8",)),
-    "softcapping": ({"final_logit_softcapping": 30.0}, UNSUPPORTED, ("final_logit_softcapping = 30.0",)),
-    "both ways": ({"is_causal": False}, UNSUPPORTED, ("is_causal = False", None)),
-    "activation": ({"hidden_act": "relu2"}, UNSUPPORTED, ("hidden_act = 'relu2'", "silu")),
-    "missing": ({"hidden_size": None}, UNSUPPORTED, ("hidden_size = None",)),
-    "wrong type": ({"num_hidden_layers": "2"}, UNSUPPORTED, ("num_hidden_layers = '2'",)),
+    "quantised": ({"quantization_config": {"bits": 4}}, "key-not-supported", ("quantization_config = {'bits': 4}",)),
+    "experts": ({"num_local_experts": 8}, "key-not-supported", ("num_local_experts = 8",)),
+    "softcapping": ({"final_logit_softcapping": 30.0}, "key-not-supported", ("final_logit_softcapping = 30.0",)),
+    "both ways": ({"is_causal": False}, "key-value-fixed", ("is_causal = False", None)),
+    "activation": ({"hidden_act": "relu2"}, "key-value-unknown", ("hidden_act = 'relu2'", "silu")),
+    "missing": ({"hidden_size": None}, "key-missing", ("hidden_size = None",)),
+    "wrong type": ({"num_hidden_layers": "2"}, "key-type", ("num_hidden_layers = '2'",)),
     "rope type": (
         {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-        UNSUPPORTED,
+        "rope-type-unknown",
         ("rope_scaling = ", "rope_type dynamic"),
     ),
-    "longrope": ({"rope_parameters": {"rope_type": "longrope"}}, UNSUPPORTED, ("rope_type longrope",)),
-    "old rope name": ({"rope_scaling": {"type": "su", "factor": 2.0}}, UNSUPPORTED, ("rope_type su",)),
+    "longrope": ({"rope_parameters": {"rope_type": "longrope"}}, "rope-type-unknown", ("rope_type longrope",)),
+    "old rope name": ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope-type-unknown", ("rope_type su",)),
     "two rope types": (
         {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
-        UNSUPPORTED,
+        "rope-type-unknown",
         ("linear and yarn",),
     ),
-    "rope detail": ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}}, UNSUPPORTED, ("mscale 0.7",)),
-    "no factor": ({"rope_scaling": {"type": "linear"}}, UNSUPPORTED, ("'linear'}", "factor")),
-    "rope list": ({"rope_scaling": [1, 2]}, UNSUPPORTED, ("rope_scaling = [1, 2]",)),
-    "rope text": ({"rope_theta": "1e4"}, UNSUPPORTED, ("rope_theta '1e4'",)),
+    "rope detail": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}},
+        "rope-entry-unknown",
+        ("mscale 0.7",),
+    ),
+    "no factor": ({"rope_scaling": {"type": "linear"}}, "rope-factor-missing", ("'linear'}", "factor")),
+    "rope list": ({"rope_scaling": [1, 2]}, "rope-not-an-object", ("rope_scaling = [1, 2]",)),
+    "rope text": ({"rope_theta": "1e4"}, "rope-number-malformed", ("rope_theta '1e4'",)),
     "partial rotation": (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-        UNSUPPORTED,
+        "rope-entry-unknown",
         ("partial_rotary_factor 0.5",),
     ),
     "window": (
@@ -104,12 +107,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "layers of two kinds": (
         {"layer_types": ["full_attention", "sliding_attention"]},
-        UNSUPPORTED,
+        "attention-not-supported",
         ("layer_types = ", "sliding_attention"),
     ),
     "both directions": (
         {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "use_bidirectional_attention": True},
-        UNSUPPORTED,
+        "key-value-fixed",
         ("use_bidirectional_attention = True", None),
     ),
 }
@@ -125,9 +128,10 @@ def test_what_the_engine_does_not_have_is_refused_by_name(tmp_path: Path, case: 
 
 
 def test_everything_is_refused_at_once(tmp_path: Path) -> None:
-    with raises(ConfigError, f"interop.{UNSUPPORTED}", "num_experts", "hidden_act", "rope_scaling") as caught:
+    with raises(ConfigError, "interop.key-not-supported", "num_experts", "hidden_act", "rope_scaling") as caught:
         read(tmp_path, LLAMA | {"num_experts": 2, "hidden_act": "x", "rope_scaling": {"type": "dynamic", "factor": 2}})
-    assert len(caught.value.faults) == 3
+    codes = ["key-not-supported", "key-value-unknown", "rope-type-unknown"]
+    assert sorted(fault.code.removeprefix("interop.") for fault in caught.value.faults) == codes
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,12 @@ class EngineError(Exception):
     exit_code = EXIT_ERROR
 
     def __init__(self, code: str, message: str | None = None):
-        self.code = code if message is not None else ""
-        super().__init__(code if message is None else message)
+        code, message = ("", code) if message is None else (code, message)
+        super().__init__(code, message)  # both: an error that crosses processes is made again of them
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ class ConfigError(EngineError):
         count = f"{len(faults)} faults" if len(faults) != 1 else "1 fault"
         text = f"configuration has {count}:\n" + "\n".join(f"  - {f}" for f in self.faults)
         super().__init__("config.faults", text)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Sequence[Fault]]]:
+        return type(self), (self.faults,)
 
 
 class LayoutError(EngineError):

@@ -194,12 +194,20 @@ class TensorFile:
                 "take another checkpoint",
             )
         if not possible:
-            raise self._damaged(f"its header would have {count} bytes, the file has {size}")
+            raise CheckpointError(
+                "checkpoint.tensor-header-damaged",
+                f"{self.file}: damaged: its header would have {count} bytes, the file has {size}; "
+                "take another checkpoint",
+            )
         try:
             table = json.loads(text)
             return dict(self._entries(table, 8 + count, size))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise self._damaged(f"its header cannot be read ({type(error).__name__}: {error})") from None
+            raise CheckpointError(
+                "checkpoint.tensor-header-damaged",
+                f"{self.file}: damaged: its header cannot be read ({type(error).__name__}: {error}); "
+                "take another checkpoint",
+            ) from None
 
     def _entries(self, table: dict[str, Any], start: int, size: int) -> Iterator[tuple[str, HeaderEntry]]:
         at = 0
@@ -215,8 +223,3 @@ class TensorFile:
             at = end
         if start + at != size:
             raise ValueError(f"tensors end at byte {start + at}, the file has {size}")
-
-    def _damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(
-            "checkpoint.tensor-header-damaged", f"{self.file}: damaged: {why}; take another checkpoint"
-        )

@@ -1,0 +1,28 @@
+"""Errors: what they say, and that they cross processes whole."""
+
+from __future__ import annotations
+
+import pickle
+
+from engine.errors import CheckpointError, ConfigError, Fault, SecretError
+
+
+def test_an_error_crosses_processes_whole() -> None:
+    for error in (
+        CheckpointError("a.b", "text"),
+        SecretError("a.c", ""),
+        ConfigError([Fault("a.b", "p", 1, "r", "f")]),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), again.code, str(again)) == (type(error), error.code, str(error))
+        assert getattr(again, "faults", None) == getattr(error, "faults", None)
+
+
+def test_a_config_error_says_every_fault() -> None:
+    faults = [
+        Fault("a.b", "train.steps", 0, "is too few", "Use 1."),
+        Fault("a.c", "x", "y", "is none", "Leave it out."),
+    ]
+    assert str(ConfigError(faults)) == (
+        "configuration has 2 faults:\n  - train.steps = 0: is too few. Use 1.\n  - x = 'y': is none. Leave it out."
+    )

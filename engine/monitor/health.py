@@ -7,12 +7,13 @@ reports the microbatches in which its losses or gradients are not finite, and al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engine.batch import MicroBatch
 from engine.config.skips import in_words, read_ranges
-from engine.data.samples.loader import MicroBatch
 from engine.distributed.collectives import gather_json
 from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import Parameter
@@ -23,6 +24,16 @@ from engine.pipeline.schedules import single
 from engine.pipeline.stage import Stage
 
 
+@dataclass(frozen=True)
+class NonFinite:
+    """What a step came to: its number, loss, the tensors whose gradient is not finite, its samples' global numbers."""
+
+    step: int
+    loss: float
+    tensors: Sequence[str]
+    samples: range
+
+
 def explain_non_finite(
     plan: Plan,
     stages: Mapping[int, Stage],
@@ -30,19 +41,13 @@ def explain_non_finite(
     ctx: ParallelContext,
     batches: Sequence[MicroBatch],
     token_weight: float,
-    step: int,
-    loss: float,
-    tensors: Sequence[str],
-    samples: range,
+    what: NonFinite,
 ) -> None:
-    """Raise TrainingError on every rank, naming step, rank, microbatch, samples and tensor. Collective.
-
-    samples: the global numbers of those of the step.
-    """
+    """Raise TrainingError on every rank, naming step, rank, microbatch, samples and tensor. Collective."""
     alone = single(plan)
     mine: list[dict[str, Any]] = []
     rows = batches[0].tokens.shape[0]
-    mine_from = samples.start + ctx.data.rank * len(batches) * rows
+    mine_from = what.samples.start + ctx.data.rank * len(batches) * rows
     for index, batch in enumerate(batches):
         here = range(mine_from + index * rows, mine_from + (index + 1) * rows)
         for stage in stages.values():
@@ -60,7 +65,7 @@ def explain_non_finite(
         for rank, findings in enumerate(gather_json(mine, ctx.world, ctx.device))
         for finding in findings
     ]
-    raise TrainingError(_message(sorted(found), step, loss, tensors, samples))
+    raise TrainingError("monitor.non-finite", _message(sorted(found), what))
 
 
 def _broken(params: Sequence[Parameter], ctx: ParallelContext) -> list[str]:
@@ -73,10 +78,10 @@ def _broken(params: Sequence[Parameter], ctx: ParallelContext) -> list[str]:
     return names
 
 
-def _message(
-    found: list[tuple[int, int, str, tuple[int, ...]]], step: int, loss: float, tensors: Sequence[str], samples: range
-) -> str:
-    what = f"step {step}: loss is {loss}" + (f", non-finite gradient of {', '.join(tensors[:3])}" if tensors else "")
+def _message(found: list[tuple[int, int, str, tuple[int, ...]]], step: NonFinite) -> str:
+    tensors, samples = step.tensors, step.samples
+    what = f"step {step.step}: loss is {step.loss}"
+    what += f", non-finite gradient of {', '.join(tensors[:3])}" if tensors else ""
     of_step = f"its samples are {samples.start}-{samples.stop - 1}"
     if not found:
         return (
@@ -95,9 +100,9 @@ def _message(
         return (
             f"{text}All samples of the step are hit: the weights have diverged before it. Go back to an earlier "
             "checkpoint (--checkpoint.resume PATH) with a lower optimizer.lr, or leaving out the steps that led here "
-            f'(--train.skip_steps "A-{step}")'
+            f'(--train.skip_steps "A-{step.step}")'
         )
     return (
         f"{text}The same command would come to the same step: lower optimizer.lr, or leave these samples out "
-        f'(--data.skip_samples "{named}") or the whole step (--train.skip_steps {step})'
+        f'(--data.skip_samples "{named}") or the whole step (--train.skip_steps {step.step})'
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.data.samples.loader import MicroBatch
+from engine.batch import MicroBatch
 from engine.distributed.collectives import Pending, post
 from engine.distributed.context import ParallelContext
 from engine.errors import PlanError
@@ -62,7 +62,7 @@ class Trace:
 
 
 @dataclass
-class Run:
+class Execution:
     """The state of one execution of a plan on one rank. `losses` [microbatches, b]: in float64 what each
     sample adds to the objective, zero off the last stage.
 
@@ -99,7 +99,7 @@ def execute(
     token_weight: float,
     trace: Trace | None = None,
 ) -> Tensor:
-    """Run this rank's program of the plan over its microbatches; returns `Run.losses`.
+    """Execution this rank's program of the plan over its microbatches; returns `Execution.losses`.
 
     token_weight: what every counted token's loss weighs in the objective: 1 / (counted tokens of the global batch) for
     their mean, times the loss scale.
@@ -107,9 +107,12 @@ def execute(
     plan without backward runs under no_grad.
     """
     if len(batches) != plan.microbatches:
-        raise PlanError(f"the plan is for {plan.microbatches} microbatches, {len(batches)} were given")
+        raise PlanError(
+            "pipeline.wrong-microbatch-count",
+            f"the plan is for {plan.microbatches} microbatches, {len(batches)} were given",
+        )
     losses = torch.zeros(plan.microbatches, len(batches[0].tokens), dtype=torch.float64, device=ctx.device)
-    run = Run(plan, stages, ctx, batches, token_weight, losses, trace)
+    run = Execution(plan, stages, ctx, batches, token_weight, losses, trace)
     program = plan.programs[ctx.pipeline.rank]
     final = {step[0].stage: step[0] for step in program if step[0].op in (Op.B, Op.W)}
     with torch.set_grad_enabled(plan.backward):
@@ -133,7 +136,15 @@ def execute(
     return losses
 
 
-def _deliver(run: Run, op: Op, stage: int, index: int, x: Tensor) -> None:
+def holds_loss(plan: Plan, ctx: ParallelContext) -> bool:
+    """Whether what `execute` gives here counts in a sum over the world: of each data rank, one rank has its losses.
+
+    They come out of the last stage, alike on all its tensor ranks: the first of these speaks.
+    """
+    return ctx.tensor.rank == 0 and ctx.pipeline.rank == plan.rank_of(plan.num_stages - 1)
+
+
+def _deliver(run: Execution, op: Op, stage: int, index: int, x: Tensor) -> None:
     """Hand a result to the action (op, stage) that consumes it: directly when it is on this rank, else by a send."""
     if run.plan.rank_of(stage) == run.ctx.pipeline.rank:
         run.inbox[op, stage, index] = Pending(x)
@@ -141,7 +152,7 @@ def _deliver(run: Run, op: Op, stage: int, index: int, x: Tensor) -> None:
         run.outbox[op, stage, index] = x
 
 
-def _forward(run: Run, action: Action) -> None:
+def _forward(run: Execution, action: Action) -> None:
     stage = run.stages[action.stage]
     x = None if stage.first else run.inbox.pop((Op.F, action.stage, action.microbatch)).wait()
     with run.span(action):
@@ -152,7 +163,7 @@ def _forward(run: Run, action: Action) -> None:
         _deliver(run, Op.F, action.stage + 1, action.microbatch, out)
 
 
-def _backward(run: Run, action: Action, *, final: bool) -> None:
+def _backward(run: Execution, action: Action, *, final: bool) -> None:
     """B, or I, which is B without the gradients of matrices."""
     stage = run.stages[action.stage]
     grad = None if stage.last else run.inbox.pop((Op.B, action.stage, action.microbatch)).wait()
@@ -165,7 +176,7 @@ def _backward(run: Run, action: Action, *, final: bool) -> None:
         _deliver(run, Op.B, action.stage - 1, action.microbatch, grad_x)
 
 
-def _communicate(run: Run, step: Step) -> None:
+def _communicate(run: Execution, step: Step) -> None:
     """Post a step's sends and receives together; see the module text for when each is waited for."""
     for sent in run.sending:
         sent.wait()

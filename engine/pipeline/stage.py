@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.batch import Documents
-from engine.data.samples.loader import MicroBatch
+from engine.batch import Documents, MicroBatch
 from engine.distributed.sharding import Parameter
 from engine.ops.linear import WeightGrad
 from engine.parallel.gradients import GradBuckets

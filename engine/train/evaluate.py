@@ -10,28 +10,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.batch import Documents
+from engine.batch import Collator, LossMask
 from engine.checkpoint.format import find, read_manifest
 from engine.checkpoint.storage import DISK, Storage
 from engine.config.derived import derive
 from engine.config.schema import Config
-from engine.data.samples.corpora import end_of_document
+from engine.data.samples.corpora import end_of_document, loss_mask
 from engine.data.samples.indexed import IndexedDataset
-from engine.data.samples.loader import MicroBatch
 from engine.data.samples.order import SampleOrder
 from engine.distributed.collectives import all_reduce_
 from engine.distributed.context import ParallelContext
-from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.errors import EXIT_OK, ConfigError, DataError, Fault
 from engine.inference.load import load_stage
 from engine.pipeline.actions import Plan
-from engine.pipeline.executor import execute
+from engine.pipeline.executor import execute, holds_loss
 from engine.pipeline.schedules import forward_only
 from engine.pipeline.stage import Stage
 
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean nats a token; ppl: exp(loss); bpb: bits per byte of text; tokens: how many were scored.
+    """loss: mean nats a scored token; ppl: exp(loss); bpb: bits per byte of text, if all tokens cost as much as those
+    scored do; tokens: how many were scored: those that data.mask_eod and data.mask_tokens leave.
 
     unigram: entropy of the corpus' tokens in nats, what a model reaches that reads no context. It and bpb are None
     when the corpus' sidecar file does not say.
@@ -56,9 +56,10 @@ class Score:
 
 
 class Evaluator:
-    """Scores samples of one corpus. The samples, and so the score, do not depend on the layout.
+    """Scores samples of one corpus, as training would: labels that do not count there do not count here.
 
-    plan: any that places the stages as they are. batch: sequences in what `run` calls a global batch; 0: as in `cfg`.
+    The samples, and so the score, do not depend on the layout. plan: any that places the stages as they are.
+    mask: which labels count. batch: sequences in what `run` calls a global batch; 0: as in `cfg`.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Evaluator:
         dataset: IndexedDataset,
         cfg: Config,
         *,
+        mask: LossMask,
         batch: int = 0,
     ):
         self.batch = batch or cfg.train.global_batch_size
         self.plan, self.stages, self.ctx, self.dataset, self.cfg = plan, stages, ctx, dataset, cfg
         self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed, short=True)
-        self.eod = end_of_document([dataset], "separate_documents") if cfg.data.separate_documents else None
+        separate = end_of_document([dataset], "separate_documents") if cfg.data.separate_documents else None
+        self.collate = Collator(mask, separate)
 
     def run(self, batches: int) -> Score:
         """Score the first `batches` global batches of the order, 0: every label of the corpus once. Collective."""
@@ -96,32 +99,33 @@ class Evaluator:
             if stopping():
                 return None
             sums += self._chunk(mine[begin : begin + chunk], min(chunk, per_rank - begin))
-        speaks = ctx.tensor.rank == 0 and self.plan.rank_of(self.plan.num_stages - 1) == ctx.pipeline.rank
-        loss, tokens = all_reduce_(sums * float(speaks), ctx.world).tolist()
+        loss, tokens = all_reduce_(sums * float(holds_loss(self.plan, ctx)), ctx.world).tolist()
+        if not tokens:
+            raise DataError(
+                "train.nothing-to-score",
+                f"{self.dataset.prefix}: no token counts in the loss by data.mask_eod and data.mask_tokens",
+            )
         return self._score(loss / tokens, int(tokens))
 
     def _chunk(self, samples: np.ndarray, count: int) -> torch.Tensor:
-        """[loss sum, counted tokens] of `count` samples; where this rank has fewer, the rest counts nothing."""
+        """[loss sum, scored tokens] of `count` samples; where this rank has fewer, the rest counts nothing."""
         mbs = self.cfg.train.micro_batch_size
         padded = -(-count // mbs) * mbs
         rows = torch.zeros(padded, self.cfg.train.seq_len + 1, dtype=torch.int64)
-        mask = torch.zeros(padded, self.cfg.train.seq_len, dtype=torch.bool)
+        present = torch.zeros(padded, self.cfg.train.seq_len, dtype=torch.bool)
         whole = samples[samples < self.order.samples_per_epoch]
         if len(whole):
             rows[: len(whole)] = torch.from_numpy(self.order.gather(whole))
-            mask[: len(whole)] = True
+            present[: len(whole)] = True
         if len(whole) < len(samples):
             rows[len(whole), : self.order.tail + 1] = torch.from_numpy(self.order.gather_tail())
-            mask[len(whole), : self.order.tail] = True
+            present[len(whole), : self.order.tail] = True
         parts = [slice(i, i + mbs) for i in range(0, padded, mbs)]
-        batches = [self._batch(rows[p], mask[p]).to(self.ctx.device) for p in parts]
-        losses = execute(forward_only(self.plan, len(batches)), self.stages, self.ctx, batches, token_weight=1.0)
-        return torch.stack((losses.sum(), mask.sum().double().to(losses.device)))
-
-    def _batch(self, rows: torch.Tensor, mask: torch.Tensor) -> MicroBatch:
-        tokens = rows[:, :-1].contiguous()
-        documents = None if self.eod is None else Documents.ended_by(tokens, self.eod)
-        return MicroBatch(tokens, rows[:, 1:].contiguous(), mask, documents=documents)
+        batches = [self.collate(rows[part], present[part]) for part in parts]
+        scored = sum(int(batch.mask.sum()) for batch in batches)
+        there = [batch.to(self.ctx.device) for batch in batches]
+        losses = execute(forward_only(self.plan, len(there)), self.stages, self.ctx, there, token_weight=1.0)
+        return torch.stack((losses.sum(), torch.tensor(scored, dtype=losses.dtype, device=losses.device)))
 
     def _score(self, loss: float, tokens: int) -> Score:
         meta = self.dataset.meta
@@ -139,15 +143,16 @@ def evaluate(
     batches: as many samples as so many global batches of the run had, whatever this layout makes of a batch; 0: all.
     """
     if not data:
-        raise ConfigError(
-            [Fault("", "--data", data, "no corpus given and the run had no data.valid", "Give --data PREFIX.")]
-        )
+        relation = "no corpus given and the run had no data.valid"
+        raise ConfigError([Fault("train.no-corpus-to-score", "--data", data, relation, "Give --data PREFIX.")])
     dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
     model = load_stage(checkpoint, cfg, ctx, storage)
     stage = Stage(model, (), None, cfg.model.hidden_size, model.shape.first, model.shape.last)
     folder = find(checkpoint, storage)
-    batch = int(read_manifest(folder, storage).config["train"]["global_batch_size"])
-    score = Evaluator(derive(cfg).plan, {ctx.pipeline.rank: stage}, ctx, dataset, cfg, batch=batch).run(batches)
+    manifest = read_manifest(folder, storage)
+    batch, mask = int(manifest.config["train"]["global_batch_size"]), loss_mask(manifest.data)
+    stages = {ctx.pipeline.rank: stage}
+    score = Evaluator(derive(cfg).plan, stages, ctx, dataset, cfg, mask=mask, batch=batch).run(batches)
     if ctx.rank == 0:
         print(f"{folder} on {data}: {score}")
     return EXIT_OK

@@ -1,28 +1,25 @@
-"""The run: setup, and the loop around `train_step` with saving, validation, progress and the stop on a signal."""
+"""The loop around `train_step`: steps one by one, and with each what a run does besides: log, save, validate, stop."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from engine.checkpoint.format import newest, read_manifest
+from engine.checkpoint.format import newest
 from engine.checkpoint.links import refuse_links
 from engine.checkpoint.save import Saved, Saver, check_room
 from engine.checkpoint.seal import storage_of
 from engine.config.load import Resolved
 from engine.config.schema import Config
 from engine.config.skips import holds, read_ranges
-from engine.data.samples.corpora import TrainingData, follow, open_data, open_training
-from engine.data.samples.loader import Loader
-from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.collectives import all_reduce_, on_first_rank
 from engine.distributed.context import ParallelContext
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, Fault
-from engine.interop.huggingface.companions import copy_beside
 from engine.model.transformer import num_parameters
 from engine.monitor.ending import Ending
 from engine.monitor.metrics import MetricsLog, lacks_validation
@@ -31,20 +28,62 @@ from engine.monitor.spikes import SpikeWatch
 from engine.pipeline.simulate import simulate
 from engine.pipeline.trace import write_timeline
 from engine.planner.flops import flops_per_token, uneven_pipeline
-from engine.train.evaluate import Evaluator
-from engine.train.step import (
-    StepResult,
-    TrainState,
-    changed_since,
-    facts_of,
-    go_on,
-    leave_behind,
-    setup,
-    start_from,
-    train_step,
-)
+from engine.train.resume import changed_since, facts_of
+from engine.train.run import Run, open_run
+from engine.train.state import TrainState
+from engine.train.step import StepResult, leave_behind, train_step
 from engine.util.files import locked
 from engine.util.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of a run. samples: their global numbers. result: None for one that train.skip_steps leaves out.
+
+    data_s, seconds: that it waited for data, and that it took in all. sent: bytes that this rank has sent in it, by
+    (axis, collective).
+    """
+
+    samples: range
+    result: StepResult | None
+    data_s: float
+    seconds: float
+    sent: dict[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Where a run is told of. spikes: on the one rank that watches for them, which also deletes checkpoints."""
+
+    console: Progress
+    log: MetricsLog
+    spikes: SpikeWatch | None
+    ending: Ending
+
+
+def steps(run: Run) -> Iterator[StepReport]:
+    """Take step after step until train.steps, and report each. What is done between two of them is the caller's."""
+    state, cfg = run.state, run.state.cfg
+    skipped = read_ranges(cfg.train.skip_steps)
+    timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
+    while state.step < cfg.train.steps:
+        number = state.step + 1
+        yield _step(run, skipped=holds(skipped, number), traced=number == timeline_step)
+
+
+def _step(run: Run, *, skipped: bool, traced: bool) -> StepReport:
+    state, world = run.state, run.state.ctx.world
+    begin, first = time.perf_counter(), state.consumed_samples
+    batches = next(run.loader)
+    data_s, before = time.perf_counter() - begin, dict(world.traffic)
+    result = None
+    if skipped:
+        leave_behind(state)
+    else:
+        result = train_step(state, batches, traced=traced, num_sources=len(run.data.names))
+    seconds = time.perf_counter() - begin
+    sent = {key: total - before.get(key, 0.0) for key, total in world.traffic.items()}
+    return StepReport(range(first, state.consumed_samples), result, data_s, seconds, sent)
 
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: Ending | None = None) -> int:
@@ -54,7 +93,9 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: E
     """
     ending = ending or Ending(Path(resolved.config.run.dir))
     if not resolved.config.data.train:
-        raise ConfigError([Fault("", "data.train", "", "no training data given", "Make some with `engine prepare`.")])
+        raise ConfigError(
+            [Fault("train.no-data", "data.train", "", "no training data given", "Make some with `engine prepare`.")]
+        )
     with ExitStack() as stack:
         on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack, ending), ctx.world, ctx.device)
         ending.begun = True
@@ -69,12 +110,15 @@ def _claim(run_dir: Path, stack: ExitStack, ending: Ending) -> None:
         holder = stack.enter_context(locked(run_dir / "lock"))
         if holder:
             raise CheckpointError(
-                f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir"
+                "train.run-folder-in-use",
+                f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir",
             )
         ending.begin()
     except OSError as error:
         where = error.filename or run_dir
-        raise CheckpointError(f"{where}: {error.strerror}; make room, or choose another --run.dir") from None
+        raise CheckpointError(
+            "train.run-folder-not-writable", f"{where}: {error.strerror}; make room, or choose another --run.dir"
+        ) from None
 
 
 def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: Ending) -> int:
@@ -82,30 +126,39 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: 
     console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
     if _stopped_early(stop, cfg, ctx, console, ending):
         return EXIT_REQUEUE
-    tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
-    data = open_training(cfg, tokenizer)
-    state = setup(cfg, ctx, resolved.derived)
-    source = go_on(state, data.facts)
-    if source:
-        past = read_manifest(Path(source), storage_of(cfg.checkpoint.secret)).data
-        data = follow(data, cfg, state.step, state.consumed_samples, past)
-    data.order.begin_at(state.order_begin)
-    if not source and cfg.checkpoint.init:
-        begun, notes = start_from(state, Path(cfg.checkpoint.init))
-        on_first_rank(lambda: copy_beside(begun, run_dir), ctx.world, ctx.device)
-        for note in notes:
-            console.note(note)
+    run = open_run(resolved, ctx)
+    for note in run.notes:
+        console.note(note)
     if _stopped_early(stop, cfg, ctx, console, ending):
         return EXIT_REQUEUE
+    state = run.state
     ending.step = state.step
     if state.step < cfg.train.steps:
         storage = storage_of(cfg.checkpoint.secret)
         check_room(run_dir / "checkpoints", state.optimizer.states(owned=True), ctx, storage)
-    evaluator = None
-    if cfg.data.valid:
-        evaluator = Evaluator(state.plan, state.stages, ctx, open_data(cfg.data.valid, cfg, tokenizer), cfg)
-    console.start(state.step, source, num_parameters(cfg.model))
-    if source and (changed := state.lineage[-1].changed):
+    _announce(run, console)
+    if run.tokenizer is not None and ctx.rank == 0:
+        run.tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else
+    with (
+        MetricsLog(run_dir, resolved, state.step, enabled=ctx.rank == 0) as log,
+        run,
+        _saver(state, run_dir / "checkpoints") as saver,
+        console,
+    ):
+        watch = SpikeWatch(run_dir, state.step) if ctx.rank == 0 else None
+        saver.spike = watch.since if watch else 0
+        code, reason = _loop(run, Journal(console, log, watch, ending), saver, stop)
+    # the others wait: torchrun ends all ranks soon after the first has left
+    on_first_rank(lambda: ending.write(code, reason), ctx.world, ctx.device)
+    return code
+
+
+def _announce(run: Run, console: Progress) -> None:
+    """Say what is about to run, and what of it the user may not expect."""
+    state, data = run.state, run.data
+    cfg, ctx = state.cfg, state.ctx
+    console.start(state.step, run.source, num_parameters(cfg.model))
+    if run.source and (changed := state.lineage[-1].changed):
         console.note(changed_since(changed, state.scale))
     if state.order_begin:
         console.note(f"the sample order is another since sample {state.order_begin:,}: epochs are counted from there")
@@ -117,22 +170,8 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: 
             f"{state.plan.microbatches} microbatches for {ctx.pipeline.size} pipeline ranks leave a bubble of "
             f"{simulate(state.plan).bubble:.0%}; train.global_batch_size {enough} would give each rank one"
         )
-    if uneven := uneven_pipeline(cfg, resolved.derived):
+    if uneven := uneven_pipeline(cfg, run.derived):
         console.note(uneven)
-    if tokenizer is not None and ctx.rank == 0:
-        tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else
-    with (
-        MetricsLog(run_dir, resolved, state.step, enabled=ctx.rank == 0) as log,
-        _loader(state, data) as loader,
-        _saver(state, run_dir / "checkpoints") as saver,
-        console,
-    ):
-        watch = SpikeWatch(run_dir, state.step) if ctx.rank == 0 else None
-        saver.spike = watch.since if watch else 0
-        code, reason = _loop(state, loader, evaluator, log, console, stop, data, saver, watch, ending)
-    # the others wait: torchrun ends all ranks soon after the first has left
-    on_first_rank(lambda: ending.write(code, reason), ctx.world, ctx.device)
-    return code
 
 
 def _stopped_early(stop: StopRequest, cfg: Config, ctx: ParallelContext, console: Progress, ending: Ending) -> bool:
@@ -163,66 +202,30 @@ def _saver(state: TrainState, root: Path) -> Saver:
     return saver
 
 
-def _loader(state: TrainState, data: TrainingData) -> Loader:
-    cfg, ctx = state.cfg, state.ctx
-    return Loader(
-        data.order,
-        global_batch_size=cfg.train.global_batch_size,
-        micro_batch_size=cfg.train.micro_batch_size,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        start_sample=state.consumed_samples,
-        prefetch=cfg.data.prefetch,
-        mask=data.mask,
-        separate_eod=data.separate_eod,
-        fim=data.fim,
-        skip=read_ranges(cfg.data.skip_samples),
-    )
-
-
-def _loop(
-    state: TrainState,
-    loader: Loader,
-    evaluator: Evaluator | None,
-    log: MetricsLog,
-    console: Progress,
-    stop: StopRequest,
-    data: TrainingData,
-    saver: Saver,
-    watch: SpikeWatch | None,
-    ending: Ending,
-) -> tuple[int, str]:
-    cfg, ctx = state.cfg, state.ctx
+def _loop(run: Run, journal: Journal, saver: Saver, stop: StopRequest) -> tuple[int, str]:
+    """All steps of this start; (exit code, why it ends in one line)."""
+    state, cfg, console = run.state, run.state.cfg, journal.console
     saved = state.step
-    if evaluator and _left_out(state) and not _validate(state, evaluator, log, console, stop):
+    if run.evaluator and _left_out(state) and not validate(run, journal, stop):
         return _stopped(state, console, "with its validation")
-    timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
-    skipped = read_ranges(cfg.train.skip_steps)
-    while state.step < cfg.train.steps:
-        if holds(skipped, state.step + 1):
-            next(loader)
-            leave_behind(state)
-            log.left_out(state.step, state.consumed_tokens)
-            console.note(f"step {state.step}: left out (train.skip_steps), its batch is consumed")
-        else:
-            traced = state.step + 1 == timeline_step
-            _step(state, loader, log, console, data, saver, watch, traced=traced)
-        ending.step = state.step
+    for report in steps(run):
+        log_step(run, journal, saver, report)
+        journal.ending.step = state.step
         done = state.step == cfg.train.steps
-        stopping, busy, failed = _agreed((bool(stop), saver.busy, saver.failed), ctx)
+        stopping, busy, failed = _agreed((bool(stop), saver.busy, saver.failed), state.ctx)
         _tell(console, saver.advance(busy, failed))
         if stopping or done or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
             background = cfg.checkpoint.async_save and not (stopping or done)
-            _save(state, saver, data.facts, console, background=background, last=stopping or done)
+            save(run, console, saver, background=background, last=stopping or done)
             saved = state.step
-        unvalidated = evaluator is not None and _validation_due(state)
-        if evaluator and unvalidated and not stopping:  # after the save: it may take long, and can be made later
-            unvalidated = not _validate(state, evaluator, log, console, stop)
+        unvalidated = run.evaluator is not None and _validation_due(state)
+        if unvalidated and not stopping:  # after the save: it may take long, and can be made later
+            unvalidated = not validate(run, journal, stop)
             stopping = unvalidated
             if stopping and saver.in_flight == state.step:
                 _tell(console, saver.finish())
             elif stopping and saved < state.step:
-                _save(state, saver, data.facts, console, background=False, last=True)
+                save(run, console, saver, background=False, last=True)
         if stopping and (unvalidated or not done):
             return _stopped(state, console, "with its validation" if unvalidated else "from there")
     return EXIT_OK, "done"
@@ -233,50 +236,38 @@ def _stopped(state: TrainState, console: Progress, how: str) -> tuple[int, str]:
     return EXIT_REQUEUE, "stopped on a signal"
 
 
-def _step(
-    state: TrainState,
-    loader: Loader,
-    log: MetricsLog,
-    console: Progress,
-    data: TrainingData,
-    saver: Saver,
-    watch: SpikeWatch | None,
-    *,
-    traced: bool,
-) -> None:
-    """One optimizer step, and what is told of it."""
-    cfg, ctx = state.cfg, state.ctx
-    begin, first = time.perf_counter(), state.consumed_samples
-    batches = next(loader)
-    data_s = time.perf_counter() - begin
-    sent = dict(ctx.world.traffic)
-    result = train_step(state, batches, traced=traced, num_sources=len(data.names))
-    seconds = time.perf_counter() - begin
+def log_step(run: Run, journal: Journal, saver: Saver, report: StepReport) -> None:
+    """Record a step, show it, and look whether it stands out."""
+    state, result = run.state, report.result
+    if result is None:
+        journal.log.left_out(state.step, state.consumed_tokens)
+        journal.console.note(f"step {state.step}: left out (train.skip_steps), its batch is consumed")
+        return
     spike, note = False, ""
-    if watch is not None:  # it tells of rank 0, and only that one deletes checkpoints
-        samples = f"{first}-{state.consumed_samples - 1}"
-        spike, note = watch.see(state.step, result.loss, result.norms.norm, samples)
-        saver.spike = watch.since
-    record = log.step(
+    if journal.spikes is not None:
+        samples = f"{report.samples.start}-{report.samples.stop - 1}"
+        spike, note = journal.spikes.see(state.step, result.loss, result.norms.norm, samples)
+        saver.spike = journal.spikes.since
+    record = journal.log.step(
         state.step,
         result.loss,
         result.norms.norm,
         result.lr,
         state.consumed_tokens,
-        console.rates(result.tokens, seconds)
-        | {"data_s": data_s}
-        | {f"loss_{data.names[k]}": loss for k, loss in result.by_source.items()}
+        journal.console.rates(result.tokens, report.seconds)
+        | {"data_s": report.data_s}
+        | {f"loss_{run.data.names[k]}": loss for k, loss in result.by_source.items()}
         | ({"spike": 1.0} if spike else {})
-        | _sent_since(sent, ctx)
+        | {f"bytes_{axis}_{collective}": count for (axis, collective), count in sorted(report.sent.items()) if count}
         | _scale(state, result),
     )
-    console.step(record)
+    journal.console.step(record)
     if note:
-        console.note(note)
+        journal.console.note(note)
     if result.skipped:
-        console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
+        journal.console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
     if result.trace is not None:
-        write_timeline(Path(cfg.run.dir), state.plan, result.trace, ctx, state.step)
+        write_timeline(Path(state.cfg.run.dir), state.plan, result.trace, state.ctx, state.step)
 
 
 def _validation_due(state: TrainState) -> bool:
@@ -291,20 +282,16 @@ def _left_out(state: TrainState) -> bool:
     return _validation_due(state) and on_first_rank(lambda: lacks_validation(run, state.step), ctx.world, ctx.device)
 
 
-def _validate(state: TrainState, evaluator: Evaluator, log: MetricsLog, console: Progress, stop: StopRequest) -> bool:
+def validate(run: Run, journal: Journal, stop: StopRequest) -> bool:
     """Score the validation corpus; False, and no record, if a signal came on any rank meanwhile. Collective."""
-    score = evaluator.run_unless(lambda: _agreed((bool(stop),), state.ctx)[0], state.cfg.eval.batches)
+    state = run.state
+    assert run.evaluator is not None
+    score = run.evaluator.run_unless(lambda: _agreed((bool(stop),), state.ctx)[0], state.cfg.eval.batches)
     if score is None:
         return False
-    log.validation(state.step, score)
-    console.note(f"step {state.step}: validation {score}")
+    journal.log.validation(state.step, score)
+    journal.console.note(f"step {state.step}: validation {score}")
     return True
-
-
-def _sent_since(before: dict[tuple[str, str], float], ctx: ParallelContext) -> dict[str, float]:
-    """Bytes that this rank has sent since, as `bytes_<axis>_<collective>` (collectives.py: how they are counted)."""
-    sent = {key: total - before.get(key, 0.0) for key, total in ctx.world.traffic.items()}
-    return {f"bytes_{axis}_{collective}": count for (axis, collective), count in sorted(sent.items()) if count}
 
 
 def _scale(state: TrainState, result: StepResult) -> dict[str, float]:
@@ -320,13 +307,12 @@ def _agreed(flags: tuple[bool, ...], ctx: ParallelContext) -> tuple[bool, ...]:
     return tuple(bool(value) for value in all_reduce_(values, ctx.world, "max").tolist())
 
 
-def _save(
-    state: TrainState, saver: Saver, data_facts: dict[str, Any], console: Progress, *, background: bool, last: bool
-) -> None:
+def save(run: Run, console: Progress, saver: Saver, *, background: bool, last: bool) -> None:
     """Save this step: wait for a save that is still under way, then begin this one, and wait for it or do not."""
+    state = run.state
     if saver.in_flight is not None:
         _tell(console, saver.finish())
-    states, facts = state.optimizer.states(owned=True), facts_of(state, data_facts)
+    states, facts = state.optimizer.states(owned=True), facts_of(state, run.data.facts)
     saver.start(states, step=state.step, facts=facts, background=background, unproven=not (background or last))
     if background:
         console.note(f"step {state.step}: saving in the background")

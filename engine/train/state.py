@@ -1,12 +1,62 @@
-"""What a run is made of on one rank, from its config."""
+"""What a run is made of on one rank: its place in the mesh, stages, buckets, optimizer, and how far it has come."""
 
 from __future__ import annotations
 
-from engine.config.derived import Derived
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.checkpoint.format import Ancestor
+from engine.config.derived import Derived, derive
 from engine.config.schema import Config
+from engine.distributed.collectives import gather_json
+from engine.distributed.context import ParallelContext
 from engine.distributed.env import Env, pick_device
 from engine.distributed.launch import Mesh
-from engine.optim.precision import PRECISIONS
+from engine.distributed.sharding import Parameter, initialise_, parameters
+from engine.errors import ConfigError, Fault
+from engine.model.transformer import Transformer, build_stages, tensor_shapes
+from engine.ops.attention import chosen
+from engine.ops.fp8 import check_device
+from engine.ops.native import keep_freed_memory
+from engine.optim.adamw import FlatAdamW
+from engine.optim.clip import NormCounter
+from engine.optim.precision import PRECISIONS, LossScale
+from engine.parallel.gradients import GradBuckets, make_buckets, settle_before_use
+from engine.pipeline.actions import Plan
+from engine.pipeline.stage import Stage
+
+
+@dataclass
+class TrainState:
+    """One rank's share of a run. step: updates done; consumed_*: over all ranks since the beginning of the run.
+
+    order_begin: the sample at which epoch 0 of the sample order began; above 0 where it was another order before.
+    stages: the pipeline stages on this rank by number; params: of all of them, each once. before_update: returns when
+    weights and moments may change (a save in the background may still be copying them).
+    """
+
+    cfg: Config
+    ctx: ParallelContext
+    plan: Plan
+    stages: dict[int, Stage]
+    params: list[Parameter]
+    buckets: list[GradBuckets]
+    optimizer: FlatAdamW
+    norms: NormCounter
+    scale: LossScale
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    order_begin: int = 0
+    lineage: tuple[Ancestor, ...] = ()
+    before_update: Callable[[], None] = lambda: None
+
+    def settle(self) -> None:
+        """Return when all weights of this rank are there (ZeRO-1 may still gather them after a step)."""
+        for stage in self.buckets:
+            stage.settle()
 
 
 def mesh_of(cfg: Config, derived: Derived, env: Env) -> Mesh:
@@ -19,3 +69,54 @@ def mesh_of(cfg: Config, derived: Derived, env: Env) -> Mesh:
         timeout_s=cfg.parallel.timeout_s,
         transport=cfg.parallel.transport,
     )
+
+
+def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> TrainState:
+    """Stages, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved.
+
+    derived: what follows from it, where that is known already.
+    """
+    keep_freed_memory()
+    check_means(cfg, ctx)
+    derived = derived or derive(cfg)
+    stages: dict[int, Stage] = {}
+    params: list[Parameter] = []
+    for number, model, fresh in build_stages(cfg, ctx, derived):
+        if not cfg.checkpoint.init:  # else `start_from` fills them
+            initialise_(fresh, ctx, cfg.train.seed)
+        buckets = make_buckets(
+            fresh,
+            ctx,
+            grad_dtype=PRECISIONS[cfg.train.precision].main,
+            bucket_bytes=int(cfg.parallel.bucket_mib * 2**20),
+            overlap=cfg.parallel.overlap,
+            zero=cfg.parallel.zero == 1,
+            reduce_dtype=torch.bfloat16 if cfg.parallel.reduce_dtype == "bf16" else None,
+        )
+        shape = model.shape
+        stages[number] = Stage(model, parameters(model), buckets, cfg.model.hidden_size, shape.first, shape.last)
+        params += fresh
+    all_buckets = [stage.buckets for stage in stages.values() if stage.buckets is not None]
+    settle_before_use([stage.module for stage in stages.values() if isinstance(stage.module, Transformer)], all_buckets)
+    optimizer = FlatAdamW(all_buckets, cfg.optimizer, overlap=cfg.parallel.overlap_gather)
+    norms = NormCounter(all_buckets, ctx, list(tensor_shapes(cfg.model)), PRECISIONS[cfg.train.precision].main)
+    fp16 = cfg.train.precision == "fp16"
+    scale = LossScale(cfg.train.loss_scale, cfg.train.loss_scale_window) if fp16 else LossScale()
+    return TrainState(cfg, ctx, derived.plan, stages, params, all_buckets, optimizer, norms, scale)
+
+
+def check_means(cfg: Config, ctx: ParallelContext) -> None:
+    """Whether this device can do what train.attention and train.fp8 ask for, and all ranks do the same. Collective.
+
+    ConfigError where it cannot, or where ranks would choose differently because one has a package that another lacks.
+    """
+    check_device(cfg, ctx.device)
+    apart, wanted = cfg.data.separate_documents, cfg.train.attention
+    mine = chosen(ctx.device, ctx.dtype, cfg.model.head_dim, documents=apart, wanted=wanted)
+    names = gather_json(mine, ctx.world, ctx.device)
+    if len(set(names)) > 1:
+        found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))
+        repair = f"Install the same packages everywhere, or set train.attention {sorted(set(names))[0]}."
+        raise ConfigError(
+            [Fault("train.ranks-choose-differently", "train.attention", wanted, f"chooses {found}", repair)]
+        )

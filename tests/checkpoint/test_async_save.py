@@ -27,7 +27,9 @@ from engine.distributed.context import ParallelContext
 from engine.errors import EngineError
 from engine.monitor.metrics import read_metrics
 from engine.train.loop import train
-from engine.train.step import TrainState, facts_of, setup, train_step
+from engine.train.resume import facts_of
+from engine.train.state import TrainState, setup
+from engine.train.step import train_step
 from engine.util.files import locked
 from engine.util.signals import StopRequest
 from tests.support.cases import config, layout_of, random_batches, resolve, same_bytes

@@ -14,7 +14,9 @@ from engine.checkpoint.format import complete_steps, damages, find, read_manifes
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
-from engine.train.step import find_resume, resume, save_state, setup, train_step
+from engine.train.resume import find_resume, resume, save_state
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.checkpoints import FACTS, TWO, as_step, reseal, save_one
 from tests.support.errors import raises

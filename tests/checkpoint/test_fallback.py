@@ -17,7 +17,9 @@ from engine.checkpoint.format import step_dir, steps_descending
 from engine.checkpoint.storage import Disk
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, DamageError, EngineError
-from engine.train.step import TrainState, go_on, save_state, setup, train_step
+from engine.train.resume import go_on, save_state
+from engine.train.state import TrainState, setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches, weights_of
 from tests.support.harness import run_ranks
 

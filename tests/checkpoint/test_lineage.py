@@ -18,7 +18,9 @@ from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError, EngineError
-from engine.train.step import resume, save_state, setup, train_step
+from engine.train.resume import resume, save_state
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.errors import raises
 from tests.support.harness import run_ranks

@@ -19,7 +19,9 @@ from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, read_s
 from engine.checkpoint.storage import DISK, read_file, write_file
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, ConfigError, SecretError, WrongSecretError
-from engine.train.step import facts_of, resume, setup, start_from, train_step
+from engine.train.resume import facts_of, resume, start_from
+from engine.train.state import setup
+from engine.train.step import train_step
 from engine.util.files import SEALED
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.disk_double import MemoryDisk

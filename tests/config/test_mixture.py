@@ -16,7 +16,7 @@ from engine.config.mixture import read_mixture
 from engine.data.samples.corpora import TrainingData, open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader
+from engine.data.samples.loader import Loader, RankShare
 from engine.errors import ConfigError, DataError, Fault
 from tests.support.command import finish, train
 from tests.support.errors import raises
@@ -213,9 +213,12 @@ def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp
                 writer.add(np.append(np.arange(7, 7 + length), eod))
             writer.finish({"eod": eod})
     data = opened(str(tmp_path / "a"), **{"data.mask_eod": "true"})
-    assert (data.mask.after, data.facts["mask_eod"]) == ((5,), 5) and opened(str(tmp_path / "a")).mask.after == ()
+    assert (data.collate.mask.after, data.facts["mask_eod"]) == ((5,), 5) and opened(
+        str(tmp_path / "a")
+    ).collate.mask.after == ()
     sizes = {"global_batch_size": 20, "micro_batch_size": 20, "data_rank": 0, "data_size": 1}
-    with Loader(data.order, **sizes, mask=data.mask) as loader, Loader(data.order, **sizes) as plain:
+    share, plain_share = RankShare(data.order, **sizes, collate=data.collate), RankShare(data.order, **sizes)
+    with Loader(share) as loader, Loader(plain_share) as plain:
         (masked,), (whole,) = next(loader), next(plain)
     assert torch.equal(masked.tokens, whole.tokens) and torch.equal(masked.labels, whole.labels) and whole.mask.all()
     assert torch.equal(masked.mask, masked.tokens != 5) and not masked.mask.all()

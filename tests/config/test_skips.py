@@ -15,13 +15,14 @@ from engine.config.checks import relations
 from engine.config.schema import Config
 from engine.config.skips import below, holds, in_words, read_ranges
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader
+from engine.data.samples.loader import Loader, RankShare
 from engine.data.samples.order import SampleOrder
 from engine.distributed.context import ParallelContext
 from engine.errors import EngineError
 from engine.monitor.metrics import lacks_validation, read_metrics
 from engine.train.loop import train
-from engine.train.step import leave_behind, setup, train_step
+from engine.train.state import setup
+from engine.train.step import leave_behind, train_step
 from tests.support.cases import assemble, layout_of, resolve, weights_of, worst
 from tests.support.harness import run_ranks
 
@@ -57,7 +58,7 @@ def loader_of(cfg: Config, ctx: ParallelContext, prefix: str, skip: str) -> Load
 
     order = SampleOrder(IndexedDataset(prefix, 61), cfg.train.seq_len, cfg.train.seed)
     sizes = {"global_batch_size": BATCH, "micro_batch_size": cfg.train.micro_batch_size}
-    return Loader(order, **sizes, data_rank=ctx.data.rank, data_size=ctx.data.size, skip=read_ranges(skip))
+    return Loader(RankShare(order, **sizes, data_rank=ctx.data.rank, data_size=ctx.data.size, skip=read_ranges(skip)))
 
 
 def test_left_out_samples_count_nothing_in_every_layout(corpus: str) -> None:

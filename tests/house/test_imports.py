@@ -61,7 +61,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("inference.load",),
     ("inference.compare", "train.evaluate"),
     ("monitor",),
-    ("train.state", "train.step"),
+    ("train.state", "train.step", "train.resume", "train.run"),
     ("train.loop", "inference.generate"),
     ("cli",),
     ("__main__",),

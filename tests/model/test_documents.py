@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import Documents
+from engine.batch import Documents, MicroBatch
 from engine.config.schema import Config
 from engine.data.samples.corpora import open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader, MicroBatch
+from engine.data.samples.loader import Loader, RankShare
 from engine.distributed.context import ParallelContext
 from engine.train.evaluate import Evaluator
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import assemble, config, gradients_of, layout_of, worst
 from tests.support.harness import run_ranks
 
@@ -111,9 +112,9 @@ def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
         writer.finish({"eod": EOD})
     cfg = config(1, data_train=str(tmp_path / "packed"), data_separate_documents=True)
     data = open_training(cfg, None)
-    assert data.separate_eod == EOD and data.facts["separate_documents"] == EOD
+    assert data.collate.separate_eod == EOD and data.facts["separate_documents"] == EOD
     sizes = {"global_batch_size": 2, "micro_batch_size": 2, "data_rank": 0, "data_size": 1}
-    with Loader(data.order, **sizes, separate_eod=data.separate_eod) as loader:
+    with Loader(RankShare(data.order, **sizes, collate=data.collate)) as loader:
         (batch,) = next(loader)
     assert batch.documents is not None
     assert torch.equal(batch.documents.begin, Documents.ended_by(batch.tokens, EOD).begin)
@@ -121,7 +122,7 @@ def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> tuple[float, float]:
         state = setup(cfg, ctx)
         dataset = IndexedDataset(tmp_path / "packed")
-        score = Evaluator(state.plan, state.stages, ctx, dataset, cfg).run(0)
+        score = Evaluator(state.plan, state.stages, ctx, dataset, cfg, mask=data.collate.mask).run(0)
         count = data.order.samples_per_epoch
         whole, tail = data.order.gather(np.arange(count)), data.order.gather_tail()[None]
         assert tail.shape == (1, data.order.tail + 1) and data.order.tail > 0

@@ -18,7 +18,8 @@ from engine.distributed.context import ParallelContext
 from engine.distributed.rng import generator
 from engine.model.transformer import num_parameters, tensor_shapes
 from engine.planner.flops import flops_per_token
-from engine.train.step import TrainState, setup, train_step
+from engine.train.state import TrainState, setup
+from engine.train.step import train_step
 from tests.support.cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
 from tests.support.harness import run_ranks
 

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine.data.samples.loader import MicroBatch
+from engine.batch import MicroBatch
 from engine.distributed.context import ParallelContext
 from engine.errors import DataError, TrainingError
 from engine.model.transformer import Transformer
-from engine.train.step import TrainState, setup, train_step
+from engine.train.state import TrainState, setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches, weights_of
 from tests.support.harness import run_ranks
 

@@ -27,7 +27,8 @@ from engine.errors import CheckpointError, DataError
 from engine.monitor.ending import Ending
 from engine.monitor.plot import plot_loss
 from engine.train import loop
-from engine.train.step import StepResult, TrainState, train_step
+from engine.train.state import TrainState
+from engine.train.step import StepResult, train_step
 from tests.support.cases import layout_of, resolve
 from tests.support.errors import raises
 from tests.support.paths import ROOT

@@ -19,7 +19,8 @@ from engine.errors import TrainingError
 from engine.monitor.metrics import read_metrics
 from engine.monitor.spikes import CALM, SpikeWatch
 from engine.train import loop
-from engine.train.step import StepResult, TrainState, train_step
+from engine.train.state import TrainState
+from engine.train.step import StepResult, train_step
 from tests.support.cases import layout_of, resolve
 from tests.support.checkpoints import as_step, save_one
 from tests.support.harness import run_ranks

@@ -20,8 +20,8 @@ from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
 from engine.ops import attention
 from engine.ops.attention import IMPLEMENTATIONS, Case, causal_attention, choose, refusal
-from engine.train import step as train
-from engine.train.step import setup
+from engine.train import state as train
+from engine.train.state import setup
 from tests.support.cases import config, layout_of
 from tests.support.errors import raises
 from tests.support.harness import run_ranks

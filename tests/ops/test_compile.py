@@ -15,7 +15,8 @@ from engine.ops.activation import activation
 from engine.ops.compile import compiled
 from engine.pipeline.executor import execute
 from engine.pipeline.schedules import forward_only
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
 from tests.support.harness import run_ranks
 

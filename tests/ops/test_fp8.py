@@ -18,7 +18,8 @@ from engine.inference import load as inference
 from engine.ops import fp8
 from engine.ops.fp8 import E4M3, E5M2, Fp8, Scaled, _multiply, _quantize, _quantize_t
 from engine.ops.matmul import PLAIN
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import MODEL, assemble, config, gradients_of, layout_of, random_batches, worst
 from tests.support.errors import raises
 from tests.support.harness import run_ranks

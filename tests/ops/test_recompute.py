@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine.data.samples.loader import MicroBatch
+from engine.batch import MicroBatch
 from engine.distributed.context import ParallelContext
 from engine.model.transformer import Block
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.harness import run_ranks
 

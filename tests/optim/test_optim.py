@@ -29,7 +29,8 @@ from engine.optim.clip import NormCounter, clip_factor, sum_squares
 from engine.optim.lr import learning_rate
 from engine.parallel.gradients import GradBuckets, make_buckets
 from engine.planner.flops import flops_per_token, matmul_parameters
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.harness import run_ranks
 

@@ -17,7 +17,9 @@ from engine.distributed.context import ParallelContext
 from engine.errors import TrainingError
 from engine.optim.lr import learning_rate
 from engine.optim.precision import PRECISIONS, LossScale
-from engine.train.step import changed_since, resume, save_state, setup, train_step
+from engine.train.resume import changed_since, resume, save_state
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import assemble, config, gradients_of, held_pieces, layout_of, random_batches, worst
 from tests.support.harness import run_ranks
 

@@ -15,7 +15,8 @@ from engine.distributed.context import ParallelContext
 from engine.pipeline.actions import Op
 from engine.pipeline.timeline import read_timeline
 from engine.pipeline.trace import clock_offset, write_timeline
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.harness import run_ranks
 

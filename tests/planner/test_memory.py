@@ -7,7 +7,7 @@ import pytest
 from engine.distributed.context import ParallelContext
 from engine.optim.precision import PRECISIONS
 from engine.planner.memory import bytes_per_parameter
-from engine.train.step import setup
+from engine.train.state import setup
 from tests.support.cases import config, layout_of
 from tests.support.harness import run_ranks
 

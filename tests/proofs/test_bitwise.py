@@ -11,7 +11,9 @@ import torch
 
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
-from engine.train.step import TrainState, resume, save_state, setup, train_step
+from engine.train.resume import resume, save_state
+from engine.train.state import TrainState, setup
+from engine.train.step import train_step
 from tests.support.cases import assemble, config, held_pieces, layout_of, random_batches
 from tests.support.harness import run_ranks
 

@@ -19,7 +19,8 @@ from engine.distributed.context import Axis, ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.ops import native
 from engine.optim.lr import learning_rate
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
 from tests.support.harness import run_ranks
 from tests.support.numbers import attention_reference, rms_norm_reference, rope_reference, swiglu_reference

@@ -15,7 +15,9 @@ from engine.checkpoint.format import MANIFEST, read_manifest, step_dir
 from engine.checkpoint.load import Reader, load_into
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
-from engine.train.step import TrainState, resume, save_state, setup, train_step
+from engine.train.resume import resume, save_state
+from engine.train.state import TrainState, setup
+from engine.train.step import train_step
 from tests.support.cases import assemble, config, held_pieces, layout_of, random_batches, same_bytes
 from tests.support.harness import run_ranks
 

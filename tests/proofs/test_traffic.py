@@ -14,7 +14,8 @@ import torch
 from engine.config.derived import derive
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.harness import run_ranks
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.batch import MicroBatch
 from engine.config.derived import derive
 from engine.config.load import Resolved, load
 from engine.config.schema import Config
-from engine.data.samples.loader import MicroBatch
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
 from engine.optim.adamw import Held
-from engine.train.step import TrainState
+from engine.train.state import TrainState
 
 MODEL = {
     "vocab_size": 61,  # odd on purpose: every tensor degree pads it

@@ -11,7 +11,9 @@ from typing import Any
 from engine.checkpoint.format import with_digest
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
-from engine.train.step import save_state, setup, train_step
+from engine.train.resume import save_state
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.harness import run_ranks
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from engine.batch import LossMask
 from engine.config.checks import relations
+from engine.config.schema import Config
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.order import SampleOrder
@@ -25,12 +27,14 @@ from engine.inference.generate import sample
 from engine.inference.load import config_of
 from engine.model.transformer import StageShape, Transformer
 from engine.train.evaluate import Evaluator, Score, evaluate
-from engine.train.step import save_state, setup
+from engine.train.resume import save_state
+from engine.train.state import setup
 from tests.support.cases import MODEL, config, layout_of
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
 TEXT_BYTES = 5000
+ALL = LossMask()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prefix
 
 
-def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int) -> Score:
+def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int, mask: LossMask = ALL) -> Score:
     tensor, pipeline, data = degrees
     cfg = config(
         tensor * pipeline * data,
@@ -57,7 +61,7 @@ def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int) -
 
     def job(ctx: ParallelContext) -> Score:
         state = setup(cfg, ctx)
-        return Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg).run(batches)
+        return Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg, mask=mask).run(batches)
 
     scores = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert all(s == scores[0] for s in scores), "all ranks report the same"
@@ -89,6 +93,42 @@ def test_a_corpus_shorter_than_a_sample_is_scored(tmp_path: Path) -> None:
     assert one.tokens == 11 and 3 < one.loss < 6
     for degrees, mbs in [((1, 1, 2), 2), ((2, 2, 1), 4)]:
         assert score(tmp_path / "short", degrees, mbs, 0).loss == pytest.approx(one.loss, rel=1e-12)
+
+
+def masked_by_hand(cfg: Config, prefix: Path, mask: LossMask) -> tuple[float, int]:
+    """(mean loss of the labels that count, how many do) over a whole corpus, row by row with torch's cross-entropy."""
+    ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
+    model = setup(cfg, ctx).stages[0].module
+    order = SampleOrder(IndexedDataset(prefix), 16, cfg.train.seed, short=True)
+    losses = []
+    for row in [*order.gather(np.arange(order.samples_per_epoch)).tolist(), order.gather_tail().tolist()]:
+        with torch.no_grad():
+            logits = model.logits(torch.tensor([row[:-1]]))[0, :, :61]  # type: ignore[attr-defined]
+        for before, label, at in zip(row, row[1:], logits):
+            if before not in mask.after and label not in mask.labels:
+                losses.append(float(torch.nn.functional.cross_entropy(at, torch.tensor(label))))
+    return sum(losses) / len(losses), len(losses)
+
+
+def test_validation_counts_the_labels_that_training_counts(corpus: Path, tmp_path: Path) -> None:
+    """data.mask_eod and data.mask_tokens hold in validation, in every layout, and for `engine evaluate`."""
+    mask = LossMask(after=(5,), labels=(7, 9))
+    expected, count = masked_by_hand(config(1), corpus, mask)
+    assert count < IndexedDataset(corpus).num_tokens - 30
+    for degrees, mbs in [((1, 1, 1), 1), ((2, 1, 1), 2), ((1, 2, 2), 2)]:
+        found = score(corpus, degrees, mbs, 0, mask)
+        assert found.tokens == count and found.loss == pytest.approx(expected, rel=1e-11)
+        assert found.bpb == pytest.approx(expected / math.log(2) * IndexedDataset(corpus).num_tokens / TEXT_BYTES)
+    facts = {"mask_eod": 5, "mask_tokens": [7, 9]}
+    cfg = config(1)
+    made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, facts)), num_kv_heads=2)[0]
+    ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        evaluate(config_of(Path(made)), ctx, Path(made), str(corpus), 0)
+    assert f"loss {expected:.4f} nats/token" in out.getvalue() and f"over {count:,} tokens" in out.getvalue()
+    state, nothing = setup(cfg, ctx), LossMask(labels=tuple(range(61)))
+    with raises(DataError, "train.nothing-to-score", corpus):
+        Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg, mask=nothing).run(1)
 
 
 def test_logits_do_not_depend_on_the_layout() -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import tyro
 
+from engine.batch import MicroBatch
 from engine.config.derived import derive
 from engine.config.load import load
-from engine.data.samples.loader import MicroBatch
 from engine.distributed.context import make_context
 from engine.ops import native
-from engine.train.step import TrainState, setup, train_step
+from engine.train.state import TrainState, setup
+from engine.train.step import train_step
 
 
 @dataclass(frozen=True)

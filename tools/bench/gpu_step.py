@@ -11,14 +11,15 @@ import torch
 from gpu_measure import Session
 from torch import Tensor
 
+from engine.batch import MicroBatch
 from engine.config.derived import derive
 from engine.config.load import load
 from engine.config.schema import Config
-from engine.data.samples.loader import MicroBatch
 from engine.distributed.context import make_context
 from engine.optim.precision import PRECISIONS
 from engine.planner.flops import flops_per_token
-from engine.train.step import TrainState, setup, train_step
+from engine.train.state import TrainState, setup
+from engine.train.step import train_step
 
 STATE_BYTES = 18  # a parameter: bf16 weight, fp32 master, gradient and two moments
 

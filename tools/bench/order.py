@@ -26,7 +26,7 @@ from report import Row, finish, show, spread
 from engine.data.samples.blend import Turns
 from engine.data.samples.index_file import HEADER, MAGIC
 from engine.data.samples.indexed import IndexedDataset
-from engine.data.samples.loader import Slice
+from engine.data.samples.loader import RankShare
 from engine.data.samples.order import SampleOrder
 
 MEAN_TOKENS = 600
@@ -54,7 +54,7 @@ def make_corpus(prefix: Path, documents: int) -> None:
 
 def corpus(prefix: str, small: str) -> dict[str, float]:
     """In a fresh process: opening until 8 samples are there, then micro-batches in random access, as in training."""
-    Slice(SampleOrder(IndexedDataset(small), SEQ_LEN, 0), BATCH, BATCH, 0, 1).read(0)  # imports
+    RankShare(SampleOrder(IndexedDataset(small), SEQ_LEN, 0), BATCH, BATCH, 0, 1).read(0)  # imports
     opened = 0.0
 
     def start() -> SampleOrder:
@@ -67,8 +67,8 @@ def corpus(prefix: str, small: str) -> dict[str, float]:
         return order
 
     seconds, memory, order = peak_memory(start)
-    part = Slice(order, BATCH, BATCH, 0, 1)
-    one, two = (samples_per_s(part.read, BATCH, threads) for threads in (1, 2))
+    share = RankShare(order, BATCH, BATCH, 0, 1)
+    one, two = (samples_per_s(share.read, BATCH, threads) for threads in (1, 2))
     return {"seconds": seconds, "open": opened, "memory": memory, **one, "rate_2": two["rate"]}
 
 

@@ -85,11 +85,12 @@ def worker(out: str, *arguments: str) -> None:
     import engine.distributed.env
     import engine.distributed.launch
     import engine.train.loop
+    import engine.train.run
 
     stamps["import engine"] = [stamps["import torch"][1], time.time()]
     noting(stamps, engine.distributed.launch, "_join")
     noting(stamps, engine.distributed.launch, "make_context")
-    noting(stamps, engine.train.loop, "setup")
+    noting(stamps, engine.train.run, "setup")
     noting(stamps, engine.train.loop.MetricsLog, "__enter__")
     noting(stamps, engine.train.loop, "train_step")
     leave = engine.distributed.launch.leave

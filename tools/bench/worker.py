@@ -18,14 +18,15 @@ from measure import Case, Meter, Options, mine
 
 def engine(o: Options, case: Case) -> dict[str, Any]:
     """The engine in this process."""
+    from engine.batch import MicroBatch
     from engine.config.derived import derive
     from engine.config.load import load
-    from engine.data.samples.loader import MicroBatch
     from engine.distributed.collectives import all_reduce_
     from engine.distributed.context import ParallelContext
     from engine.distributed.env import read_env
     from engine.distributed.launch import Mesh, run
-    from engine.train.step import setup, train_step
+    from engine.train.state import setup
+    from engine.train.step import train_step
 
     values = {
         "model.hidden_size": o.hidden,

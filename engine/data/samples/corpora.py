@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from engine.batch import Collator, LossMask
 from engine.config.mixture import PATH, Mixture, read_mixture
 from engine.config.schema import Config
 from engine.data.samples.blend import BlendedOrder, Phase, integer_weights, smallest_share
 from engine.data.samples.fim import FillInTheMiddle
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.keyed import derive_key
-from engine.data.samples.loader import LossMask
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
 from engine.data.samples.special import fill_in_the_middle, masked_labels
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -32,8 +32,8 @@ _MOST_NOTES = 12
 class TrainingData:
     """order: the samples. names: of the sources of a blend, () for one corpus. facts: what a checkpoint remembers.
 
-    notes: what to tell the user about fill-in-the-middle and validation. mask: of data.mask_eod and data.mask_tokens.
-    separate_eod: the end-of-document token for data.separate_documents, None without. fim: None at data.fim_rate 0.
+    notes: what to tell the user about fill-in-the-middle and validation. collate: by data.mask_eod, mask_tokens and
+    separate_documents. fim: None at data.fim_rate 0.
     planned: of a blend, (step, weights from there on), the first at step 0; () for one corpus. shares: what to tell the
     user about the blend.
     """
@@ -42,8 +42,7 @@ class TrainingData:
     names: tuple[str, ...]
     facts: dict[str, Any]
     notes: tuple[str, ...]
-    mask: LossMask
-    separate_eod: int | None
+    collate: Collator
     fim: FillInTheMiddle | None
     mixture: Mixture
     planned: tuple[tuple[int, tuple[int, ...]], ...] = ()
@@ -75,15 +74,14 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     datasets = [open_data(prefix, cfg, tokenizer) for prefix in mixture.prefixes]
     _refuse_two_tokenizers(datasets)
     facts = data_facts(cfg.data.train, datasets)
-    mask, separate_eod, fim, read_facts = _reading(cfg, tokenizer, datasets, mixture)
+    collate, fim, read_facts = _reading(cfg, tokenizer, datasets, mixture)
     facts |= read_facts
     notes = [f"fill-in-the-middle: {read_facts['fim']}"] if fim is not None else []
     if cfg.data.valid and fingerprint(open_data(cfg.data.valid, cfg, tokenizer)) in map(fingerprint, datasets):
         notes.append("validation is on the training corpus (data.valid): its loss says nothing about new text")
-    reading = mask, separate_eod, fim
     if len(datasets) == 1:
         order = SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed)
-        return TrainingData(order, (), facts, tuple(notes), *reading, mixture)
+        return TrainingData(order, (), facts, tuple(notes), collate, fim, mixture)
     orders = [
         SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
         for k, dataset in enumerate(datasets)
@@ -94,7 +92,7 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     for step, weights in planned:
         facts[f"{DECLARED_FROM}{step}"] = _spelled(mixture.names, weights)
     blend = BlendedOrder(orders, [Phase(0, planned[0][1])])
-    return follow(TrainingData(blend, mixture.names, facts, tuple(notes), *reading, mixture, planned), cfg)
+    return follow(TrainingData(blend, mixture.names, facts, tuple(notes), collate, fim, mixture, planned), cfg)
 
 
 def follow(
@@ -150,17 +148,15 @@ def _drawn(names: Sequence[str], past: Mapping[str, Any]) -> list[Phase]:
 
 def _reading(
     cfg: Config, tokenizer: Tokenizer | None, datasets: Sequence[IndexedDataset], mixture: Mixture
-) -> tuple[LossMask, int | None, FillInTheMiddle | None, dict[str, Any]]:
+) -> tuple[Collator, FillInTheMiddle | None, dict[str, Any]]:
     """How samples are read: which labels count, how documents are kept apart, fill-in-the-middle; and as facts."""
     data, fim = cfg.data, None
     needed = [name for name in ("mask_eod", "separate_documents", "fim_rate") if getattr(data, name)]
     eods = {name: end_of_document(datasets, name, getattr(data, name)) for name in needed}
     facts: dict[str, Any] = {name: eod for name, eod in eods.items() if name != "fim_rate"}
-    labels: tuple[int, ...] = ()
     assert tokenizer is not None or not (data.mask_tokens or data.fim_rate)  # a config fault
     if data.mask_tokens and tokenizer is not None:
-        labels = masked_labels(data, tokenizer)
-        facts["mask_tokens"] = list(labels)
+        facts["mask_tokens"] = list(masked_labels(data, tokenizer))
     if data.fim_rate and tokenizer is not None:
         active = [wanted is not False for wanted in mixture.fim]
         fim = fill_in_the_middle(data, tokenizer, eods["fim_rate"], cfg.train.seed, active, begin_of_document(datasets))
@@ -168,8 +164,13 @@ def _reading(
         facts["fim"] = f"rate {data.fim_rate}, of that SPM {data.fim_spm_rate}, tokens {spelled}"
         if not all(active):
             facts["fim"] += f", in {', '.join(n for n, wanted in zip(mixture.names, active) if wanted)}"
-    after = (eods["mask_eod"],) if "mask_eod" in eods else ()
-    return LossMask(after, labels), eods.get("separate_documents"), fim, facts
+    return Collator(loss_mask(facts), eods.get("separate_documents")), fim, facts
+
+
+def loss_mask(facts: Mapping[str, Any]) -> LossMask:
+    """Which labels count, by the facts of a run: of data.mask_eod and data.mask_tokens."""
+    after = (facts["mask_eod"],) if "mask_eod" in facts else ()
+    return LossMask(after, tuple(facts.get("mask_tokens", ())))
 
 
 def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:

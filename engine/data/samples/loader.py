@@ -13,14 +13,14 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from engine.batch import Documents
+from engine.batch import Collator, MicroBatch
 from engine.config.skips import Ranges, holds
 from engine.data.samples.fim import FillInTheMiddle
 from engine.data.samples.keyed import Int64Array
@@ -40,59 +40,18 @@ class Order(Protocol):
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """One forward's worth of data. `tokens` and `labels` may be overlapping views of one [b, s + 1]: read only."""
+class RankShare:
+    """One data rank's share of every global batch, and how to read it.
 
-    tokens: torch.Tensor  # int64 [b, s]
-    labels: torch.Tensor  # int64 [b, s], the token after each of `tokens`
-    mask: torch.Tensor  # bool [b, s], True where the label counts in the loss
-    sources: torch.Tensor | None = None  # int64 [b], where each sample comes from in a blend
-    documents: Documents | None = None  # of [b, s]: which document of its row each token is of; None: all one
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same data on a device. To a GPU by pinned memory: from elsewhere every copy would be waited for.
-
-        And from rows that lie one after another: others torch first copies to memory that is not pinned.
-        """
-
-        def move(x: torch.Tensor) -> torch.Tensor:
-            pinned = x.contiguous().pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
-            return pinned.to(device, non_blocking=True)
-
-        sources = None if self.sources is None else move(self.sources)
-        apart = None
-        if self.documents is not None:
-            apart = Documents(move(self.documents.begin), move(self.documents.borders))
-        return MicroBatch(move(self.tokens), move(self.labels), move(self.mask), sources, apart)
-
-
-@dataclass(frozen=True)
-class LossMask:
-    """Which labels do not count: those that follow one of `after`, and those that are one of `labels` (token ids)."""
-
-    after: tuple[int, ...] = ()
-    labels: tuple[int, ...] = ()
-
-    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """True where the label counts; bool [b, s] for tokens and labels int64 [b, s]."""
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        for found, numbers in ((tokens, self.after), (labels, self.labels)):
-            if numbers:
-                mask &= ~torch.isin(found, torch.tensor(numbers))
-        return mask
-
-
-@dataclass(frozen=True)
-class Slice:
-    """This rank's share of every global batch, and how to read it."""
+    collate: makes micro-batches; fim: permutes some documents first; skip: samples that count nothing.
+    """
 
     order: Order
     global_batch_size: int
     micro_batch_size: int
     data_rank: int
     data_size: int
-    mask: LossMask = LossMask()
-    separate_eod: int | None = None
+    collate: Collator = field(default_factory=Collator)
     fim: FillInTheMiddle | None = None
     skip: Ranges = ()
 
@@ -108,21 +67,15 @@ class Slice:
             rows, lengths = changed.rows, changed.lengths
         skipped = np.array([holds(self.skip, sample) for sample in samples.tolist()])
         rows[skipped] = 0  # not only masked: what makes a number infinite would do so with no weight as well
-        batches = []
-        for low in range(0, local, self.micro_batch_size):
-            part = slice(low, low + self.micro_batch_size)
-            line = torch.from_numpy(rows[part])
-            tokens, labels = line[:, :-1], line[:, 1:]
-            mask = self.mask(tokens, labels) & ~torch.from_numpy(skipped[part])[:, None]
-            if self.fim is not None:  # its filling does not count
-                mask &= torch.arange(1, line.shape[1]) < torch.from_numpy(lengths[part])[:, None]
-            documents = None if self.separate_eod is None else Documents.ended_by(tokens, self.separate_eod)
-            batches.append(MicroBatch(tokens, labels, mask, torch.from_numpy(sources[part]), documents))
-        return batches
+        # a label behind the end of its row is filling
+        present = (np.arange(1, rows.shape[1]) < lengths[:, None]) & ~skipped[:, None]
+        parts = [slice(low, low + self.micro_batch_size) for low in range(0, local, self.micro_batch_size)]
+        columns = [torch.from_numpy(column) for column in (rows, present, sources)]
+        return [self.collate(*(column[part] for column in columns)) for part in parts]
 
 
 @dataclass(frozen=True)
-class _Pipe:
+class _BatchQueue:
     """Between the worker and the loader. `slots` counts batches that may still be made, so nothing ever polls."""
 
     slots: threading.Semaphore
@@ -134,64 +87,53 @@ class _Pipe:
         self.slots.release()
 
 
-def _produce(part: Slice, consumed: int, pipe: _Pipe) -> None:
+def _produce(share: RankShare, consumed: int, batches: _BatchQueue) -> None:
     """The worker. Knows no Loader, so that a forgotten Loader can be collected and end it."""
     try:
         while True:
-            pipe.slots.acquire()
-            if pipe.stop.is_set():
+            batches.slots.acquire()
+            if batches.stop.is_set():
                 return
-            pipe.ready.put(part.read(consumed))
-            consumed += part.global_batch_size
+            batches.ready.put(share.read(consumed))
+            consumed += share.global_batch_size
     except BaseException as err:  # whatever it is, it has to surface in the training thread
-        pipe.ready.put(err)
+        batches.ready.put(err)
 
 
 class Loader:
     """Iterator over global batches: each `next()` is this data rank's list[MicroBatch], without end.
 
     The worker starts with the first `next()` (so a Loader may be made before a fork) and keeps up to `prefetch` batches
-    ready. `mask`: which labels count; `separate_eod`: number the documents that it ends; `fim`: permute some of them
-    first; `skip`: samples that count nothing. The worker's exception is raised by `next()`, and by every later one.
-    Raises DataError for sizes that do not divide.
+    ready. The worker's exception is raised by `next()`, and by every later one. Raises DataError for sizes that do not
+    divide.
     """
 
-    def __init__(
-        self,
-        order: Order,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_rank: int,
-        data_size: int,
-        start_sample: int = 0,
-        prefetch: int = 2,
-        mask: LossMask = LossMask(),
-        separate_eod: int | None = None,
-        fim: FillInTheMiddle | None = None,
-        skip: Ranges = (),
-    ):
-        if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
+    def __init__(self, share: RankShare, *, start_sample: int = 0, prefetch: int = 2):
+        whole, micro, ranks = share.global_batch_size, share.micro_batch_size, share.data_size
+        if min(whole, micro, ranks, prefetch) < 1 or start_sample < 0:
             raise DataError(
-                f"global_batch_size = {global_batch_size}, micro_batch_size = {micro_batch_size}, data_size = "
-                f"{data_size}, prefetch = {prefetch}, start_sample = {start_sample}: sizes must be at least 1 and "
-                f"start_sample at least 0"
+                "samples.sizes-out-of-range",
+                f"global_batch_size = {whole}, micro_batch_size = {micro}, data_size = "
+                f"{ranks}, prefetch = {prefetch}, start_sample = {start_sample}: sizes must be at least 1 and "
+                f"start_sample at least 0",
             )
-        if not 0 <= data_rank < data_size:
-            raise DataError(f"data_rank = {data_rank}: expected to be in [0, data_size = {data_size})")
-        if global_batch_size % (micro_batch_size * data_size) != 0:
+        if not 0 <= share.data_rank < ranks:
             raise DataError(
-                f"global_batch_size = {global_batch_size} is not a multiple of micro_batch_size * data_size = "
-                f"{micro_batch_size} * {data_size} = {micro_batch_size * data_size}. Change one of the three."
+                "samples.data-rank-out-of-range",
+                f"data_rank = {share.data_rank}: expected to be in [0, data_size = {ranks})",
             )
-        self._part = Slice(
-            order, global_batch_size, micro_batch_size, data_rank, data_size, mask, separate_eod, fim, skip
-        )
+        if whole % (micro * ranks) != 0:
+            raise DataError(
+                "samples.batch-not-divisible",
+                f"global_batch_size = {whole} is not a multiple of micro_batch_size * data_size = "
+                f"{micro} * {ranks} = {micro * ranks}. Change one of the three.",
+            )
+        self._share = share
         self._consumed = start_sample
-        self._pipe = _Pipe(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
+        self._batches = _BatchQueue(threading.Semaphore(prefetch), queue.SimpleQueue(), threading.Event())
         self._worker: threading.Thread | None = None
         self._failure: BaseException | None = None
-        weakref.finalize(self, self._pipe.close)
+        weakref.finalize(self, self._batches.close)
 
     @property
     def consumed_samples(self) -> int:
@@ -204,23 +146,26 @@ class Loader:
     def __next__(self) -> list[MicroBatch]:
         if self._failure is not None:
             raise self._failure
-        if self._pipe.stop.is_set():
-            raise DataError("the data loader is closed: make a new one with start_sample = consumed_samples")
+        if self._batches.stop.is_set():
+            raise DataError(
+                "samples.loader-closed",
+                "the data loader is closed: make a new one with start_sample = consumed_samples",
+            )
         if self._worker is None:
-            arguments = (self._part, self._consumed, self._pipe)
+            arguments = (self._share, self._consumed, self._batches)
             self._worker = threading.Thread(target=_produce, args=arguments, name="data-prefetch", daemon=True)
             self._worker.start()
-        result = self._pipe.ready.get()
+        result = self._batches.ready.get()
         if isinstance(result, BaseException):
             self._failure = result
             raise result
-        self._pipe.slots.release()
-        self._consumed += self._part.global_batch_size
+        self._batches.slots.release()
+        self._consumed += self._share.global_batch_size
         return result
 
     def close(self) -> None:
         """Stop the worker, at most one batch later. Harmless twice."""
-        self._pipe.close()
+        self._batches.close()
         if self._worker is not None:
             self._worker.join(timeout=10.0)
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from engine.data.samples import blend as blend_module
 from engine.data.samples.blend import MAX_TOTAL, BlendedOrder, Phase, Turns, border, integer_weights, smallest_share
-from engine.data.samples.loader import Loader
+from engine.data.samples.loader import Loader, RankShare
 from engine.data.samples.native_index import chosen_index
 from engine.data.samples.order import SampleOrder
 from engine.distributed.context import ParallelContext
 from engine.errors import DataError
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import MODEL, config, layout_of
 from tests.support.corpora import BUILT, NATIVE, corpus
 from tests.support.errors import raises
@@ -258,7 +259,7 @@ def test_the_loader_tells_sources_and_layouts_do_not_matter(tmp_path: Path) -> N
         got: list[int] = []
         for rank in range(size):
             sizes = {"global_batch_size": 12, "micro_batch_size": micro, "data_rank": rank, "data_size": size}
-            with Loader(blend, **sizes, start_sample=96) as loader:
+            with Loader(RankShare(blend, **sizes), start_sample=96) as loader:
                 for batch in next(loader):
                     assert batch.sources is not None and batch.sources.dtype == torch.int64
                     got += batch.sources.tolist()
@@ -284,7 +285,7 @@ def test_losses_by_source_add_up_to_the_loss_in_every_layout(degrees: tuple[int,
 
 def per_source(cfg: Any, ctx: ParallelContext) -> tuple[float, dict[int, float]]:
     """Loss and losses by source of one step on four samples with 16, 5, 0 and 5 counted tokens."""
-    from engine.data.samples.loader import MicroBatch
+    from engine.batch import MicroBatch
 
     rows = torch.from_numpy(np.random.default_rng(3).integers(0, MODEL["vocab_size"], (4, 17)))
     mask = torch.arange(16)[None, :] < torch.tensor([16, 5, 0, 5])[:, None]

@@ -17,18 +17,19 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.batch import Documents
+from engine.batch import Collator, Documents, LossMask
 from engine.cli.main import main
 from engine.config.load import load
 from engine.data.samples.corpora import TrainingData, open_training
 from engine.data.samples.fim import FillInTheMiddle, Sentinels
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader, LossMask
+from engine.data.samples.loader import Loader, RankShare
 from engine.data.samples.special import FAMILIES, check, fill_in_the_middle, sentinels
 from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
 from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
-from engine.train.step import setup, train_step
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of
 from tests.support.command import finish, train
 from tests.support.errors import raises
@@ -206,7 +207,7 @@ def test_rows_keep_their_length_and_the_filling_does_not_count() -> None:
     assert changed.rows.shape == (3, len(short)) and changed.lengths[1] < len(short) == changed.lengths[2]
     mask = LossMask(after=(eod,), labels=(fim.sentinels.middle,))
     sizes = {"global_batch_size": 3, "micro_batch_size": 3, "data_rank": 0, "data_size": 1}
-    with Loader(Order(), **sizes, fim=fim, mask=mask, separate_eod=eod) as loader:
+    with Loader(RankShare(Order(), **sizes, fim=fim, collate=Collator(mask, eod))) as loader:
         (batch,) = next(loader)
     whole = torch.cat((batch.tokens, batch.labels[:, -1:]), 1)
     assert np.array_equal(whole.numpy(), changed.rows)
@@ -277,7 +278,7 @@ def test_layout_and_restarts_do_not_change_it(corpora: Path) -> None:
         out: list[Any] = [[] for _ in range(steps)]
         for rank in range(data_size):
             sizes = {"global_batch_size": 12, "micro_batch_size": micro, "data_rank": rank, "data_size": data_size}
-            with Loader(data.order, **sizes, start_sample=begin, fim=data.fim) as loader:
+            with Loader(RankShare(data.order, **sizes, fim=data.fim), start_sample=begin) as loader:
                 for step in range(steps):
                     out[step] += [row for batch in next(loader) for row in batch.labels.tolist()]
         return out
@@ -332,8 +333,7 @@ def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
         def job(ctx: ParallelContext) -> float:
             data = open_training(cfg, tokenizer_of("bpe"))
             sizes = {"global_batch_size": 4, "micro_batch_size": 1, "data_rank": ctx.data.rank, "data_size": world}
-            how = {"mask": data.mask, "separate_eod": data.separate_eod, "fim": data.fim}
-            with Loader(data.order, **sizes, **how) as loader:  # type: ignore[arg-type]
+            with Loader(RankShare(data.order, **sizes, collate=data.collate, fim=data.fim)) as loader:
                 return train_step(setup(cfg, ctx), next(loader)).loss
 
         return float(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0])

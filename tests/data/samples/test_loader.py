@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data.samples.loader import Loader
+from engine.data.samples.loader import Loader, RankShare
 from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
 from tests.support.corpora import corpus
+from tests.support.errors import raises
 
 
 def batches(order: SampleOrder, steps: int, micro: int, data_size: int, start: int = 0) -> list[list[list[int]]]:
@@ -23,7 +24,7 @@ def batches(order: SampleOrder, steps: int, micro: int, data_size: int, start: i
     out: list[list[list[int]]] = [[] for _ in range(steps)]
     for rank in range(data_size):
         sizes = {"global_batch_size": 12, "micro_batch_size": micro, "data_rank": rank, "data_size": data_size}
-        with Loader(order, **sizes, start_sample=start) as loader:
+        with Loader(RankShare(order, **sizes), start_sample=start) as loader:
             for step in range(steps):
                 for batch in next(loader):
                     assert batch.tokens.shape == batch.labels.shape == batch.mask.shape == (micro, order.seq_len)
@@ -44,7 +45,7 @@ def test_layout_and_restarts_do_not_change_the_samples(tmp_path: Path) -> None:
 
 
 def loader_of(order: Any, prefetch: int = 2) -> Loader:
-    return Loader(order, global_batch_size=2, micro_batch_size=1, data_rank=0, data_size=1, prefetch=prefetch)
+    return Loader(RankShare(order, 2, 1, data_rank=0, data_size=1), prefetch=prefetch)
 
 
 class FakeOrder:
@@ -59,18 +60,26 @@ class FakeOrder:
     def gather(self, samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         self.reads += 1
         if int(samples[-1]) >= self.fail_at:
-            raise DataError("torn at sample 4")
+            raise DataError("samples.torn", "torn at sample 4")
         return np.zeros((len(samples), 5), np.int64)
 
     def sources(self, samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.zeros(len(samples), np.int64)
 
 
-@pytest.mark.parametrize("sizes", [(6, 4, 0, 1), (8, 2, 0, 3), (8, 2, 2, 2), (8, 2, -1, 2), (8, 0, 0, 1)])
-def test_sizes_that_do_not_fit_are_refused(sizes: tuple[int, ...]) -> None:
-    names = ["global_batch_size", "micro_batch_size", "data_rank", "data_size"]
-    with pytest.raises(DataError, match=r"global_batch_size = \d|data_rank = "):
-        Loader(FakeOrder(), **dict(zip(names, sizes)))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("sizes", "code"),
+    [
+        ((6, 4, 0, 1), "samples.batch-not-divisible"),
+        ((8, 2, 0, 3), "samples.batch-not-divisible"),
+        ((8, 2, 2, 2), "samples.data-rank-out-of-range"),
+        ((8, 2, -1, 2), "samples.data-rank-out-of-range"),
+        ((8, 0, 0, 1), "samples.sizes-out-of-range"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes: tuple[int, int, int, int], code: str) -> None:
+    with raises(DataError, code):
+        Loader(RankShare(FakeOrder(), *sizes))
 
 
 def test_prefetch_errors_surface_in_their_place() -> None:
@@ -78,7 +87,7 @@ def test_prefetch_errors_surface_in_their_place() -> None:
         next(loader)
         next(loader)
         for _ in range(2):
-            with pytest.raises(DataError, match="torn at sample 4"):
+            with raises(DataError, "samples.torn"):
                 next(loader)
         assert loader.consumed_samples == 4
 
@@ -97,7 +106,7 @@ def test_prefetch_is_bounded_and_close_is_prompt() -> None:
     loader.close()
     loader.close()
     assert time.monotonic() - started < 1 and not loader._worker.is_alive()  # type: ignore[union-attr]
-    with pytest.raises(DataError, match="closed"):
+    with raises(DataError, "samples.loader-closed"):
         next(loader)
 
 

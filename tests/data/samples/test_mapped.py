@@ -15,7 +15,7 @@ import pytest
 
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.samples.loader import Loader
+from engine.data.samples.loader import Loader, RankShare
 from engine.data.samples.mapped import MappedFile
 from engine.data.samples.native_index import native_index
 from engine.data.samples.order import SampleOrder
@@ -47,7 +47,7 @@ def test_cut_short_while_training(data: IndexedDataset, suffix: str, kept: int) 
     """By whole pages (SIGBUS without the guard) and within the last one (zeros that look like tokens)."""
     order = SampleOrder(data, 32, 0)
     before = everything(order)
-    loader = Loader(order, global_batch_size=8, micro_batch_size=8, data_rank=0, data_size=1)
+    loader = Loader(RankShare(order, 8, 8, data_rank=0, data_size=1))
     next(loader)
     path = Path(f"{data.prefix}.{suffix}")
     whole = path.read_bytes()

@@ -28,7 +28,9 @@ from engine.interop.convert import export, import_folder
 from engine.interop.huggingface.companions import copy_beside
 from engine.interop.huggingface.weights import HfReader
 from engine.model.transformer import StageShape, Transformer
-from engine.train.step import save_state, setup, start_from, train_step
+from engine.train.resume import save_state, start_from
+from engine.train.state import setup
+from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches, same_bytes
 from tests.support.errors import raises
 from tests.support.harness import run_ranks

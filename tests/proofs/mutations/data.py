@@ -10,7 +10,7 @@ MUTATIONS = [
     Mutation(
         "samples_depend_on_the_data_degree",
         "a data rank takes samples of another (Megatron-Bridge#3503, bigscience Megatron-DeepSpeed#276)",
-        "engine.data.samples.loader:Slice.read",
+        "engine.data.samples.loader:RankShare.read",
         "first = consumed + self.data_rank * local",
         "first = consumed + self.data_rank",
         LOADER,
@@ -42,9 +42,9 @@ MUTATIONS = [
     Mutation(
         "fim_filling_counts",
         "the loss counts tokens that fill a row",
-        "engine.data.samples.loader:Slice.read",
-        "mask &= torch.arange(1, line.shape[1]) < torch.from_numpy(lengths[part])[:, None]",
-        "mask &= torch.arange(1, line.shape[1]) < line.shape[1]",
+        "engine.data.samples.loader:RankShare.read",
+        "np.arange(1, rows.shape[1]) < lengths[:, None]",
+        "np.arange(1, rows.shape[1]) < rows.shape[1]",
         ("test_rows_keep_their_length_and_the_filling_does_not_count",),
     ),
 ]

@@ -1,0 +1,88 @@
+"""A run on one rank, opened: its config made into state, data and validation, new or resumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from engine.checkpoint.format import read_manifest
+from engine.checkpoint.seal import storage_of
+from engine.config.derived import Derived
+from engine.config.load import Resolved
+from engine.config.skips import read_ranges
+from engine.data.samples.corpora import TrainingData, follow, open_data, open_training
+from engine.data.samples.loader import Loader, RankShare
+from engine.data.tokenize.tokenizer import Tokenizer
+from engine.distributed.collectives import on_first_rank
+from engine.distributed.context import ParallelContext
+from engine.interop.huggingface.companions import copy_beside
+from engine.train.evaluate import Evaluator
+from engine.train.resume import go_on, start_from
+from engine.train.state import TrainState, setup
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a rank trains and validates with. A context manager: it ends the loader's thread.
+
+    derived: what follows from the config. evaluator: None without data.valid. source: the checkpoint it goes on from, ""
+    where it begins. notes: what to tell of the weights it begins with.
+    """
+
+    state: TrainState
+    derived: Derived
+    data: TrainingData
+    loader: Loader
+    evaluator: Evaluator | None
+    tokenizer: Tokenizer | None
+    source: str
+    notes: tuple[str, ...]
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.loader.close()
+
+
+def open_run(resolved: Resolved, ctx: ParallelContext) -> Run:
+    """Open the data, build the model, and go on from the run folder's newest checkpoint, if there is one. Collective.
+
+    Raises ConfigError, DataError or CheckpointError where something does not fit.
+    """
+    cfg = resolved.config
+    tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
+    data = open_training(cfg, tokenizer)
+    state = setup(cfg, ctx, resolved.derived)
+    source = go_on(state, data.facts)
+    if source:
+        past = read_manifest(Path(source), storage_of(cfg.checkpoint.secret)).data
+        data = follow(data, cfg, state.step, state.consumed_samples, past)
+    data.order.begin_at(state.order_begin)
+    notes: list[str] = []
+    if not source and cfg.checkpoint.init:
+        begun, notes = start_from(state, Path(cfg.checkpoint.init))
+        on_first_rank(lambda: copy_beside(begun, Path(cfg.run.dir)), ctx.world, ctx.device)
+    evaluator = None
+    if cfg.data.valid:
+        valid = open_data(cfg.data.valid, cfg, tokenizer)
+        evaluator = Evaluator(state.plan, state.stages, ctx, valid, cfg, mask=data.collate.mask)
+    return Run(state, resolved.derived, data, _loader(state, data), evaluator, tokenizer, source, tuple(notes))
+
+
+def _loader(state: TrainState, data: TrainingData) -> Loader:
+    cfg, ctx = state.cfg, state.ctx
+    share = RankShare(
+        data.order,
+        cfg.train.global_batch_size,
+        cfg.train.micro_batch_size,
+        data_rank=ctx.data.rank,
+        data_size=ctx.data.size,
+        collate=data.collate,
+        fim=data.fim,
+        skip=read_ranges(cfg.data.skip_samples),
+    )
+    return Loader(share, start_sample=state.consumed_samples, prefetch=cfg.data.prefetch)

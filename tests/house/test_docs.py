@@ -17,6 +17,7 @@ PAGES = [
     "docs/data.md",
     "docs/cleaning.md",
     "docs/training.md",
+    "docs/library.md",
     "docs/parallelism.md",
     "docs/schedules.md",
     "docs/multinode.md",

@@ -1,0 +1,58 @@
+"""A training loop of one's own: it saves when validation gets better, and stops early when it no longer does.
+
+    python examples/library/custom_loop.py TRAIN VALID RUN
+    torchrun --nproc-per-node 2 examples/library/custom_loop.py TRAIN VALID RUN
+
+TRAIN, VALID: corpora that `engine prepare` has written. RUN: the folder for checkpoints; a second start goes on there.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import engine
+
+PATIENCE = 2  # validations in a row that are no better
+
+OPTIONS = {
+    **{"model.preset": "micro", "train.seq_len": "64", "train.global_batch_size": "8", "train.steps": "20"},
+    **{"eval.every": "5", "eval.batches": "2", "optimizer.lr": "0.003", "lr_schedule.warmup_steps": "2"},
+}
+
+
+def main(cfg: engine.Config, ctx: engine.ParallelContext) -> int:
+    """The loop of one rank. All ranks see the same losses and scores, so all decide alike."""
+    best, waited = math.inf, 0
+    with engine.open_run(cfg, ctx) as run:
+        assert run.evaluator is not None, "the config names a validation corpus"
+        for report in engine.steps(run):
+            say(ctx, f"step {run.state.step}: loss {report.result.loss:.4f}" if report.result else "left out")
+            if run.state.step % cfg.eval.every:
+                continue
+            score = run.evaluator.run(cfg.eval.batches)
+            say(ctx, f"step {run.state.step}: validation {score}")
+            if score.loss < best:
+                best, waited = score.loss, 0
+                engine.save_state(run.state, Path(cfg.run.dir) / "checkpoints", run.data.facts)
+            else:
+                waited += 1
+            if waited == PATIENCE:
+                break
+    return 0
+
+
+def say(ctx: engine.ParallelContext, text: str) -> None:
+    """Print on one of the ranks."""
+    if ctx.rank == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    train, valid, folder = sys.argv[1:]
+    env = engine.read_env()
+    options = OPTIONS | {"data.train": train, "data.valid": valid, "run.dir": folder}
+    cfg = engine.load_config([], options, world=env.world).config
+    code = engine.launch(lambda ctx: main(cfg, ctx), env, engine.mesh_of(cfg, env))
+    sys.exit(engine.leave(code, env))

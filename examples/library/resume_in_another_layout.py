@@ -1,0 +1,39 @@
+"""Train in one layout and go on in another: a checkpoint holds whole tensors and knows no ranks.
+
+    python examples/library/resume_in_another_layout.py CORPUS RUN 10
+    torchrun --nproc-per-node 2 examples/library/resume_in_another_layout.py CORPUS RUN 20
+
+The first trains ten steps on one process, the second ten more with every matrix cut between two tensor ranks: to the
+losses that one process would have come to, but for the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import engine
+
+OPTIONS = {
+    **{"model.preset": "micro", "train.seq_len": "64", "train.global_batch_size": "8"},
+    **{"optimizer.lr": "0.003", "lr_schedule.kind": "constant", "lr_schedule.warmup_steps": "0"},
+}
+
+
+def main(cfg: engine.Config, ctx: engine.ParallelContext) -> int:
+    """Go on from the newest checkpoint of the run folder, whatever layout saved it, and save at the end."""
+    with engine.open_run(cfg, ctx) as run:
+        for report in engine.steps(run):
+            if ctx.rank == 0 and report.result:
+                print(f"step {run.state.step} on {ctx.world.size}: loss {report.result.loss:.6f}", flush=True)
+        engine.save_state(run.state, Path(cfg.run.dir) / "checkpoints", run.data.facts)
+    return 0
+
+
+if __name__ == "__main__":
+    corpus, folder, steps = sys.argv[1:]
+    env = engine.read_env()
+    options = OPTIONS | {"data.train": corpus, "run.dir": folder, "train.steps": steps}
+    cfg = engine.load_config([], options | {"parallel.tensor": str(env.world)}, world=env.world).config
+    code = engine.launch(lambda ctx: main(cfg, ctx), env, engine.mesh_of(cfg, env))
+    sys.exit(engine.leave(code, env))

@@ -26,8 +26,8 @@ from engine.train.state import TrainState, setup
 class Run:
     """What a rank trains and validates with. A context manager: it ends the loader's thread.
 
-    derived: what follows from the config. evaluator: None without data.valid. source: the checkpoint it goes on from, ""
-    where it begins. notes: what to tell of the weights it begins with.
+    derived: what follows from the config. evaluator: None without data.valid. source: the checkpoint it goes on from,
+    "" where it begins. notes: what to tell of the weights it begins with.
     """
 
     state: TrainState

@@ -22,10 +22,10 @@ OPTIONS = {
 }
 
 
-def main(cfg: engine.Config, ctx: engine.ParallelContext) -> int:
+def main(resolved: engine.Resolved, ctx: engine.ParallelContext) -> int:
     """The loop of one rank. All ranks see the same losses and scores, so all decide alike."""
-    best, waited = math.inf, 0
-    with engine.open_run(cfg, ctx) as run:
+    cfg, best, waited = resolved.config, math.inf, 0
+    with engine.open_run(resolved, ctx) as run:
         assert run.evaluator is not None, "the config names a validation corpus"
         for report in engine.steps(run):
             say(ctx, f"step {run.state.step}: loss {report.result.loss:.4f}" if report.result else "left out")
@@ -53,6 +53,7 @@ if __name__ == "__main__":
     train, valid, folder = sys.argv[1:]
     env = engine.read_env()
     options = OPTIONS | {"data.train": train, "data.valid": valid, "run.dir": folder}
-    cfg = engine.load_config([], options, world=env.world).config
-    code = engine.launch(lambda ctx: main(cfg, ctx), env, engine.mesh_of(cfg, env))
+    resolved = engine.load_config([], options, world=env.world)
+    mesh = engine.mesh_of(resolved.config, resolved.derived, env)
+    code = engine.launch(lambda ctx: main(resolved, ctx), env, mesh)
     sys.exit(engine.leave(code, env))

@@ -20,13 +20,13 @@ OPTIONS = {
 }
 
 
-def main(cfg: engine.Config, ctx: engine.ParallelContext) -> int:
+def main(resolved: engine.Resolved, ctx: engine.ParallelContext) -> int:
     """Go on from the newest checkpoint of the run folder, whatever layout saved it, and save at the end."""
-    with engine.open_run(cfg, ctx) as run:
+    with engine.open_run(resolved, ctx) as run:
         for report in engine.steps(run):
             if ctx.rank == 0 and report.result:
                 print(f"step {run.state.step} on {ctx.world.size}: loss {report.result.loss:.6f}", flush=True)
-        engine.save_state(run.state, Path(cfg.run.dir) / "checkpoints", run.data.facts)
+        engine.save_state(run.state, Path(resolved.config.run.dir) / "checkpoints", run.data.facts)
     return 0
 
 
@@ -34,6 +34,7 @@ if __name__ == "__main__":
     corpus, folder, steps = sys.argv[1:]
     env = engine.read_env()
     options = OPTIONS | {"data.train": corpus, "run.dir": folder, "train.steps": steps}
-    cfg = engine.load_config([], options | {"parallel.tensor": str(env.world)}, world=env.world).config
-    code = engine.launch(lambda ctx: main(cfg, ctx), env, engine.mesh_of(cfg, env))
+    resolved = engine.load_config([], options | {"parallel.tensor": str(env.world)}, world=env.world)
+    mesh = engine.mesh_of(resolved.config, resolved.derived, env)
+    code = engine.launch(lambda ctx: main(resolved, ctx), env, mesh)
     sys.exit(engine.leave(code, env))

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import layout_of
-from harness import run_ranks
 
 import engine
 from engine.checkpoint.format import complete_steps
+from tests.support.harness import run_ranks
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "engine").is_dir())
 EXAMPLES = ROOT / "examples/library"
@@ -75,8 +74,9 @@ def example(name: str) -> Any:
 def lines_of(module: Any, folder: Path, world: int, options: dict[str, str], capfd: Any) -> list[str]:
     """What an example prints on so many ranks."""
     small = {"model.num_layers": "2", "train.seq_len": "16", "train.precision": "fp64", "train.device": "cpu"}
-    cfg = engine.load_config([], module.OPTIONS | small | {"run.dir": str(folder)} | options, world=world).config
-    codes = run_ranks(layout_of(cfg), lambda ctx: module.main(cfg, ctx), num_kv_heads=cfg.model.num_kv_heads)
+    resolved = engine.load_config([], module.OPTIONS | small | {"run.dir": str(folder)} | options, world=world)
+    kv_heads = resolved.config.model.num_kv_heads
+    codes = run_ranks(resolved.derived.layout, lambda ctx: module.main(resolved, ctx), num_kv_heads=kv_heads)
     assert codes == [0] * world
     return [line for line in capfd.readouterr().out.splitlines() if line.startswith("step ")]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from engine.cli.common import ends_on_signals, tell
+from engine.cli.common import ends_on_signals, parse, tell
 from engine.errors import EXIT_OK, ConfigError, Fault
 from engine.util.signals import Interrupts
 
@@ -39,7 +39,7 @@ def run(args: list[str], stop: Interrupts) -> int:
     from engine.cli.prepare_console import prepare_progress
     from engine.data.prepare.merge import merge
 
-    o = tyro.cli(MergeOptions, args=args, prog="engine merge-datasets")
+    o = parse(MergeOptions, args, "merge-datasets")
     faults = []
     if not o.input:
         text = "names nothing to merge"

@@ -21,6 +21,7 @@ import pytest
 
 from engine.data.clean import executors
 from engine.data.clean import run as clean_module
+from engine.data.clean.options import CleanOptions
 from engine.errors import DataError
 from tests.support.errors import raises
 from tests.support.texts import document, jsonl, needs_extra, outputs
@@ -211,3 +212,11 @@ def test_a_task_leaves_its_error(tmp_path: Path) -> None:
         executors._raise_failures(tmp_path)
     executors._raise_failures(tmp_path)  # told once
     shutil.rmtree(tmp_path)
+
+
+def test_what_datatrove_is_told() -> None:
+    def told(executor: Any, **how: Any) -> dict[str, Any]:
+        return CleanOptions(("a",), "o.jsonl", executor=executor, **how).of_executor()
+
+    assert told("slurm", slurm_partition="p") == {"workers": -1, "partition": "p", "time": "24:00:00"}
+    assert told("local") == {"workers": os.cpu_count()} and told("ray", workers=3) == {"workers": 3}

@@ -489,7 +489,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert text in out
     with pytest.raises(SystemExit) as end:
         main(["clean", "--input", name, "--output", str(tmp_path / "o.jsonl")])
-    assert end.value.code == 1 and "already there" in capsys.readouterr().err
+    assert end.value.code == 1 and f"error: {tmp_path}/o.jsonl, " in capsys.readouterr().err
     words = ["--tasks", "0", "--minhash-rows", "0", "--language-threshold", "2", "--executor", "slurm"]
     with pytest.raises(SystemExit) as end:
         main(["clean", "--input", name, "--output", str(tmp_path / "p.jsonl"), *words])

@@ -319,7 +319,7 @@ def test_a_language_without_rules_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit) as end:
         main(["clean", "--input", name, "--output", str(tmp_path / "o.jsonl"), "--quality-language", "ja"])
     err = " ".join(capsys.readouterr().err.split())
-    assert end.value.code == 2 and "--quality-language" in err and "ja" in err and "has no rules" in err
+    assert end.value.code == 2 and "--quality-language = 'ja'" in err
     assert list(tmp_path.iterdir()) == [tmp_path / "in.jsonl"]
 
 

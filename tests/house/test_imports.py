@@ -72,7 +72,9 @@ _TORCH_FREE_LEVELS = 12
 # module or package -> packages it must not know, whatever the levels say
 STRANGERS = {
     "model": ("pipeline", "optim", "data", "checkpoint", "interop"),
-    "pipeline": ("model",),
+    "pipeline": ("model", "data"),
+    "parallel": ("data",),
+    "optim": ("data",),
     "ops": ("data", "distributed.env", "distributed.launch"),
     "data.tokenize.tokenizer": ("data.read",),
     "data.tokenize.convert": ("data.read",),
@@ -81,7 +83,7 @@ STRANGERS = {
     "data.prepare": ("data.clean",),
 }
 # Who trains or uses a model: of data they may import these alone. How a corpus was made is nothing to them.
-USERS_OF_DATA = ("pipeline", "parallel", "optim", "checkpoint", "interop", "monitor", "train", "inference")
+USERS_OF_DATA = ("checkpoint", "interop", "monitor", "train", "inference")
 SERVED = ("data.samples", "data.tokenize.tokenizer", "data.tokenize.file_names")
 SERVED_TO = {"interop": ("data.tokenize.convert",)}  # which tokenizer file of a folder was converted
 TALKERS = tuple(
@@ -380,6 +382,7 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (strangers_stay_strangers, "model.feed_forward", "import engine.data.samples.loader"),
     (strangers_stay_strangers, "model.feed_forward", "from engine.interop.huggingface.weights import hf_name"),
     (strangers_stay_strangers, "pipeline.stage", "from engine.model.transformer import Transformer"),
+    (strangers_stay_strangers, "pipeline.executor", "from engine.data.samples.loader import Loader"),
     (strangers_stay_strangers, "data.prepare.merge", "from engine.data.clean.task import PartWriter"),
     (strangers_stay_strangers, "data.clean.run", "from engine.data.tokenize.tokenizer import Tokenizer"),
     (imports_point_down, "data.read.inputs", "from engine.data.tokenize.tokenizer import FILES"),

@@ -110,4 +110,4 @@ def idle(config: Config, sources: Mapping[str, str], *, given_by: set[str]) -> I
         value = getattr(getattr(config, section), name)
         said = sources.get(path) == "command line" or value != defaults[path]
         if sources.get(path) in given_by and said and not has_effect(config):
-            yield Fault("", path, value, why, repair)
+            yield Fault("config.without-effect", path, value, why, repair)

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from engine.config import hints, renames
-from engine.config.checks import ROPE_SCALES, relations
+from engine.config.checks import relations
 from engine.config.derived import (
     BALANCED,
     Derived,
@@ -30,6 +30,7 @@ from engine.config.derived import (
 )
 from engine.config.idle import idle
 from engine.config.mixture import read_mixture
+from engine.config.model_checks import ROPE_SCALES
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields, type_name
 from engine.errors import CheckpointError, ConfigError, Fault, PlanError
@@ -120,24 +121,48 @@ def _data_faults(config: Config) -> Sequence[Fault]:
     data = config.data
     needs = {"data.fim_rate": data.fim_rate, "data.mask_tokens": data.mask_tokens}
     repair = "Give the folder of the corpus' tokenizer."
-    faults = [Fault("", k, v, "needs data.tokenizer", repair) for k, v in needs.items() if v and not data.tokenizer]
+    faults = [
+        Fault("config.setting-missing", k, v, "needs data.tokenizer", repair)
+        for k, v in needs.items()
+        if v and not data.tokenizer
+    ]
     if data.fim_tokens and not data.fim_rate:
         faults.append(
-            Fault("", "data.fim_tokens", data.fim_tokens, "has no meaning without data.fim_rate", "Leave it out.")
+            Fault(
+                "config.without-effect",
+                "data.fim_tokens",
+                data.fim_tokens,
+                "has no meaning without data.fim_rate",
+                "Leave it out.",
+            )
         )
     if data.fim_tokens and len(set(data.fim_tokens.split())) != 3:
         relation, repair = "is not three different tokens", "Give the prefix, suffix and middle token, with spaces."
-        faults.append(Fault("", "data.fim_tokens", data.fim_tokens, relation, repair))
+        faults.append(Fault("config.fim-tokens-not-three", "data.fim_tokens", data.fim_tokens, relation, repair))
     try:
         wanted = read_mixture(data.train).fim if data.train else (None,)
     except ConfigError as error:
         return [*faults, *error.faults]
     if data.fim_rate and all(fim is False for fim in wanted):
         faults.append(
-            Fault("", "data.fim_rate", data.fim_rate, "is for no source: all say fim = false", "Set it to 0.")
+            Fault(
+                "config.settings-contradict",
+                "data.fim_rate",
+                data.fim_rate,
+                "is for no source: all say fim = false",
+                "Set it to 0.",
+            )
         )
     if not data.fim_rate and any(wanted):
-        faults.append(Fault("", "data.train", data.train, "says fim = true, but data.fim_rate is 0", "Such as 0.5."))
+        faults.append(
+            Fault(
+                "config.settings-contradict",
+                "data.train",
+                data.train,
+                "says fim = true, but data.fim_rate is 0",
+                "Such as 0.5.",
+            )
+        )
     return faults
 
 
@@ -180,22 +205,32 @@ def _unknown(path: str, value: object, source: str) -> Fault:
         relation += f"; of {hint.engine}" if hint.engine else ""
         relation += f": {hint.remark}" if hint.remark else ""
         repair = f"Did you mean {hint.ours}?" if hint.ours else "It has no counterpart here; docs/coming_from.md."
-    return Fault("", path, value, relation, repair)
+    return Fault("config.unknown-setting", path, value, relation, repair)
 
 
 def _stray(word: str) -> Fault:
     repair = "Options begin with two dashes." if word.startswith("-") else f"A config file is given as --config {word}."
-    return Fault("", "command line", word, "belongs to no option", repair)
+    return Fault("config.unknown-word", "command line", word, "belongs to no option", repair)
 
 
 def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
     try:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        faults.append(Fault("", "--config", str(file), f"cannot be read ({error})", "Give the path of a TOML file."))
+        faults.append(
+            Fault(
+                "config.file-not-readable",
+                "--config",
+                str(file),
+                f"cannot be read ({error})",
+                "Give the path of a TOML file.",
+            )
+        )
         return
     except tomllib.TOMLDecodeError as error:
-        faults.append(Fault("", "--config", str(file), f"is not valid TOML: {error}", "Mend that line."))
+        faults.append(
+            Fault("config.file-not-toml", "--config", str(file), f"is not valid TOML: {error}", "Mend that line.")
+        )
         return
     for section, values in (renames.todays(tree) if renames.of_run_folder(file) else tree).items():
         if isinstance(values, dict):
@@ -222,7 +257,9 @@ def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], faul
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         known = ", ".join(PRESETS)
-        faults.append(Fault("", "model.preset", name, f"is none of {known}", f"Did you mean {near}?"))
+        faults.append(
+            Fault("config.unknown-choice", "model.preset", name, f"is none of {known}", f"Did you mean {near}?")
+        )
         return
     for key, value in PRESETS[name].items():
         if key not in tree["model"]:
@@ -238,7 +275,9 @@ def model_config(path: Path, facts: Mapping[str, Any]) -> ModelConfig:
         repair = "The folder is damaged, or of a model that the engine does not have."
         raise ConfigError(
             [
-                Fault("", f"{path}: model.{item['loc'][0]}", item["input"], item["msg"], repair)
+                Fault(
+                    "config.weights-not-a-model", f"{path}: model.{item['loc'][0]}", item["input"], item["msg"], repair
+                )
                 for item in error.errors()
             ]
         ) from None
@@ -257,7 +296,9 @@ def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults
         faults += error.faults
         return {}
     except CheckpointError as error:
-        faults.append(Fault("", "checkpoint.init", path, str(error), "Give a folder with weights."))
+        faults.append(
+            Fault("config.init-not-readable", "checkpoint.init", path, str(error), "Give a folder with weights.")
+        )
         return {}
     for key, value in facts.items():
         if key not in tree["model"]:
@@ -276,7 +317,7 @@ def _contradictions(
         derived = name in ("num_kv_heads", "head_dim") and value == 0
         if value != start[name] and not derived:
             relation = f"({sources[f'model.{name}']}), but the weights of checkpoint.init have {start[name]!r}"
-            yield Fault("", f"model.{name}", value, relation, "Leave it out.")
+            yield Fault("config.init-contradicts", f"model.{name}", value, relation, "Leave it out.")
 
 
 def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config, set[str]]:
@@ -292,7 +333,7 @@ def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config
             field = by_path[f"{section}.{name}"]
             relation = item["msg"][0].lower() + item["msg"][1:]
             repair = f"Give {type_name(field.annotation)}; the default is {field.default!r}."
-            faults.append(Fault("", f"{section}.{name}", item["input"], relation, repair))
+            faults.append(Fault("config.value-not-valid", f"{section}.{name}", item["input"], relation, repair))
             wrong.add(f"{section}.{name}")
             good[section].pop(name, None)
         return Config.model_validate(good), wrong

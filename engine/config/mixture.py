@@ -65,10 +65,26 @@ def read_mixture(text: str) -> Mixture:
         return Mixture((_name(text),), (text,), "weight", (Change(0, (Fraction(1),)),), (None,))
     weights = [(word, _amount(word)) for word in words[::2]]
     faults = [
-        _fault(word, "is not a weight above 0", "Write WEIGHT PREFIX WEIGHT PREFIX ...") for word, n in weights if not n
+        Fault(
+            "config.mixture-weight-not-valid",
+            PATH,
+            word,
+            "is not a weight above 0",
+            "Write WEIGHT PREFIX WEIGHT PREFIX ...",
+        )
+        for word, n in weights
+        if not n
     ]
     if len(words) % 2:
-        faults.append(_fault(text, "is not weights and prefixes in turn", "Write WEIGHT PREFIX WEIGHT PREFIX ..."))
+        faults.append(
+            Fault(
+                "config.mixture-not-pairs",
+                PATH,
+                text,
+                "is not weights and prefixes in turn",
+                "Write WEIGHT PREFIX WEIGHT PREFIX ...",
+            )
+        )
     if not faults:
         faults = list(_repeated(words[1::2], "stands twice", "Add up its weights."))
     if faults:
@@ -76,10 +92,6 @@ def read_mixture(text: str) -> Mixture:
     names = _names(words[1::2])
     changes = (Change(0, tuple(n for _, n in weights if n)),)
     return Mixture(names, tuple(words[1::2]), "weight", changes, (None,) * len(names))
-
-
-def _fault(value: object, relation: str, repair: str) -> Fault:
-    return Fault("", PATH, value, relation, repair)
 
 
 def _name(prefix: str) -> str:
@@ -106,36 +118,64 @@ def _amount(value: object) -> Fraction | None:
 
 def _repeated(values: list[str], relation: str, repair: str) -> Iterator[Fault]:
     for value in dict.fromkeys(value for value in values if values.count(value) > 1):
-        yield _fault(value, relation, repair)
+        yield Fault("config.mixture-repeated", PATH, value, relation, repair)
 
 
-def _read_file(path: str) -> Mixture:
+def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Fault]]:
+    """Sources and changes of a file, and what is wrong with its other keys."""
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([_fault(path, f"cannot be read ({error})", "Give the path of a TOML file.")]) from None
+        raise ConfigError(
+            [
+                Fault(
+                    "config.file-not-readable", PATH, path, f"cannot be read ({error})", "Give the path of a TOML file."
+                )
+            ]
+        ) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError([_fault(path, f"is not valid TOML: {error}", "Mend that line.")]) from None
+        raise ConfigError(
+            [Fault("config.file-not-toml", PATH, path, f"is not valid TOML: {error}", "Mend that line.")]
+        ) from None
     faults = [
-        _fault(path, f"has {key!r}, which is not known", "There are [[source]] and [[change]].")
+        Fault(
+            "config.mixture-unknown-key",
+            PATH,
+            path,
+            f"has {key!r}, which is not known",
+            "There are [[source]] and [[change]].",
+        )
         for key in tree
         if key not in ("source", "change")
     ]
     sources, changes = tree.get("source", []), tree.get("change", [])
     if not all(isinstance(part, list) and all(isinstance(x, dict) for x in part) for part in (sources, changes)):
         faults.append(
-            _fault(path, "has [source] or [change] once", "Write [[source]] and [[change]], in two brackets.")
+            Fault(
+                "config.mixture-not-tables",
+                PATH,
+                path,
+                "has [source] or [change] once",
+                "Write [[source]] and [[change]], in two brackets.",
+            )
         )
         raise ConfigError(faults)
+    return sources, changes, faults
+
+
+def _read_file(path: str) -> Mixture:
+    sources, changes, faults = _read_tables(path)
     if not sources:
-        faults.append(_fault(path, "names no source", 'Write [[source]], prefix = "...", weight = 1.'))
+        faults.append(
+            Fault(
+                "config.mixture-empty", PATH, path, "names no source", 'Write [[source]], prefix = "...", weight = 1.'
+            )
+        )
     faults += [fault for number, source in enumerate(sources, 1) for fault in _source_faults(path, number, source)]
     amounts = [[key for key in KINDS if key in source] for source in sources]
     kinds = list(dict.fromkeys(given[0] for given in amounts if len(given) == 1))  # others are told by themselves
-    if len(kinds) > 1:
-        faults.append(_fault(path, f"mixes {' and '.join(kinds)}", "Use one kind for all sources."))
-    if changes and kinds and "weight" not in kinds:
-        faults.append(_fault(path, f"has changes beside {' and '.join(kinds)}", "Changes go with weights."))
+    faults += _kind_faults(path, kinds, changes)
+    if kinds and "weight" not in kinds:
         changes = []
     prefixes = [str(source.get("prefix", "")) for source in sources]
     short = _names(prefixes)
@@ -158,51 +198,132 @@ def _read_file(path: str) -> Mixture:
     return Mixture(tuple(names), tuple(prefixes), kind, _changes(path, first, changes), fim)
 
 
+def _kind_faults(path: str, kinds: list[str], changes: list[dict[str, Any]]) -> Iterator[Fault]:
+    if len(kinds) > 1:
+        repair = "Use one kind for all sources."
+        yield Fault("config.mixture-kinds-mixed", PATH, path, f"mixes {' and '.join(kinds)}", repair)
+    if changes and kinds and "weight" not in kinds:
+        relation = f"has changes beside {' and '.join(kinds)}"
+        yield Fault("config.mixture-kinds-mixed", PATH, path, relation, "Changes go with weights.")
+
+
 def _source_faults(path: str, number: int, source: dict[str, Any]) -> Iterator[Fault]:
     where = f"{path}: source {number}"
     for key in source:
         if key not in ("prefix", "name", "fim", *KINDS):
-            yield _fault(where, f"has {key!r}, which is not known", f"Known: prefix, name, {', '.join(KINDS)}, fim.")
+            yield Fault(
+                "config.mixture-unknown-key",
+                PATH,
+                where,
+                f"has {key!r}, which is not known",
+                f"Known: prefix, name, {', '.join(KINDS)}, fim.",
+            )
     if not isinstance(source.get("fim", True), bool):
-        yield _fault(where, f"has fim = {source['fim']!r}", "Write fim = true or fim = false.")
+        yield Fault(
+            "config.mixture-value-not-valid",
+            PATH,
+            where,
+            f"has fim = {source['fim']!r}",
+            "Write fim = true or fim = false.",
+        )
     for key in ("prefix", "name"):
         if not (isinstance(source.get(key, "-"), str) and source.get(key, "-")) or (key == "prefix" not in source):
-            yield _fault(where, f"has no {key} that is a text", f'Write {key} = "...".')
+            yield Fault(
+                "config.mixture-value-not-valid", PATH, where, f"has no {key} that is a text", f'Write {key} = "...".'
+            )
     given = [key for key in KINDS if key in source]
     if len(given) != 1:
-        yield _fault(where, f"has {' and '.join(given) or 'no amount'}", "Give one of weight, tokens, epochs.")
+        yield Fault(
+            "config.mixture-amounts-not-one",
+            PATH,
+            where,
+            f"has {' and '.join(given) or 'no amount'}",
+            "Give one of weight, tokens, epochs.",
+        )
     for key in given:
         amount = _amount(source[key])
         if amount is None or (amount == 0 and key != "weight"):
-            yield _fault(where, f"has {key} = {source[key]!r}, not a number above 0", "Such as 0.5.")
+            yield Fault(
+                "config.mixture-value-not-valid",
+                PATH,
+                where,
+                f"has {key} = {source[key]!r}, not a number above 0",
+                "Such as 0.5.",
+            )
 
 
 def _change_faults(path: str, number: int, change: dict[str, Any], names: list[str]) -> Iterator[Fault]:
     where = f"{path}: change {number}"
     for key in change:
         if key not in ("step", "weights"):
-            yield _fault(where, f"has {key!r}, which is not known", "Known: step, weights.")
+            yield Fault(
+                "config.mixture-unknown-key", PATH, where, f"has {key!r}, which is not known", "Known: step, weights."
+            )
     step, weights = change.get("step"), change.get("weights")
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-        yield _fault(where, f"has step = {step!r}, not a number of at least 1", "It is the number of steps before it.")
+        yield Fault(
+            "config.mixture-value-not-valid",
+            PATH,
+            where,
+            f"has step = {step!r}, not a number of at least 1",
+            "It is the number of steps before it.",
+        )
     if not isinstance(weights, dict):
-        yield _fault(where, f"has weights = {weights!r}", "Write weights = { NAME = NUMBER, ... }.")
+        yield Fault(
+            "config.mixture-value-not-valid",
+            PATH,
+            where,
+            f"has weights = {weights!r}",
+            "Write weights = { NAME = NUMBER, ... }.",
+        )
         return
     for name, value in weights.items():
         if name not in names:
-            yield _fault(where, f"names {name!r}, which is no source", f"There are {', '.join(names[:20])}.")
+            yield Fault(
+                "config.mixture-unknown-source",
+                PATH,
+                where,
+                f"names {name!r}, which is no source",
+                f"There are {', '.join(names[:20])}.",
+            )
         elif _amount(value) is None:
-            yield _fault(where, f"has {name} = {value!r}, not a number of at least 0", "Such as 0.5.")
+            yield Fault(
+                "config.mixture-value-not-valid",
+                PATH,
+                where,
+                f"has {name} = {value!r}, not a number of at least 0",
+                "Such as 0.5.",
+            )
 
 
 def _changes(path: str, first: dict[str, Fraction], changes: list[dict[str, Any]]) -> tuple[Change, ...]:
     """The amounts in force from step 0 and from each change on."""
     steps, amounts, result = [0, *(change["step"] for change in changes)], dict(first), []
     if any(a >= b for a, b in itertools.pairwise(steps)):
-        raise ConfigError([_fault(path, f"has changes at steps {steps[1:]}", "Order them by rising steps.")])
+        raise ConfigError(
+            [
+                Fault(
+                    "config.mixture-steps-not-rising",
+                    PATH,
+                    path,
+                    f"has changes at steps {steps[1:]}",
+                    "Order them by rising steps.",
+                )
+            ]
+        )
     for step, change in zip(steps, [{"weights": {}}, *changes]):
         amounts |= {name: _amount(value) or Fraction(0) for name, value in change["weights"].items()}
         if not any(amounts.values()):
-            raise ConfigError([_fault(path, f"leaves no source from step {step} on", "Give one a weight above 0.")])
+            raise ConfigError(
+                [
+                    Fault(
+                        "config.mixture-empty",
+                        PATH,
+                        path,
+                        f"leaves no source from step {step} on",
+                        "Give one a weight above 0.",
+                    )
+                ]
+            )
         result.append(Change(step, tuple(amounts.values())))
     return tuple(result)

@@ -170,6 +170,7 @@ def _share(
     if device.type == "cpu":
         links, why = connect_shared(members, rank, world, _gather(world), timeout_s)
     if why and transport == "shared":
-        fault = Fault("", "parallel.transport", "shared", why, "Use auto, which takes gloo where it has to.")
+        repair = "Use auto, which takes gloo where it has to."
+        fault = Fault("distributed.no-shared-memory", "parallel.transport", "shared", why, repair)
         raise ConfigError([fault])
     return links

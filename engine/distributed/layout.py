@@ -43,16 +43,19 @@ class Layout:
         degrees = {axis: getattr(self, axis) for axis in AXES}
         for axis, degree in degrees.items():
             if degree < 1:
-                raise LayoutError(f"parallel.{axis} = {degree}: a degree is at least 1")
+                raise LayoutError("distributed.degree-below-one", f"parallel.{axis} = {degree}: a degree is at least 1")
         product = self.pipeline * self.data * self.context * self.tensor
         if product != self.world:
             terms = " x ".join(f"{axis} {degree}" for axis, degree in degrees.items())
-            raise LayoutError(f"{terms} = {product} ranks, but there are {self.world}: make the product equal")
+            raise LayoutError(
+                "distributed.degrees-do-not-fit",
+                f"{terms} = {product} ranks, but there are {self.world}: make the product equal",
+            )
 
     def coords(self, rank: int) -> Coords:
         """The grid position of a rank."""
         if not 0 <= rank < self.world:
-            raise LayoutError(f"rank {rank} is outside 0..{self.world - 1}")
+            raise LayoutError("distributed.no-such-rank", f"rank {rank} is outside 0..{self.world - 1}")
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)

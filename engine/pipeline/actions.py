@@ -80,8 +80,10 @@ def parse_action(text: str) -> Action:
     # Exactly one of "is REDUCE" and "names a microbatch" holds.
     if found is None or (found[2] == Op.REDUCE) == (found[3] is not None):
         raise PlanError(
+            "pipeline.action-not-valid",
             f"{text!r} is not an action: expected <stage><op><microbatch> with op one of "
-            f"{', '.join(op for op in Op if op is not Op.REDUCE)}, or <stage>REDUCE; for example 2F0, 0SEND_F1, 3REDUCE"
+            f"{', '.join(op for op in Op if op is not Op.REDUCE)}, or <stage>REDUCE; "
+            "for example 2F0, 0SEND_F1, 3REDUCE",
         )
     return Action(Op(found[2]), int(found[1]), int(found[3]) if found[3] is not None else -1)
 
@@ -119,20 +121,28 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\S+", self.name):
-            raise PlanError(f"plan name {self.name!r} must be one word: it is a field of the text form")
+            raise PlanError(
+                "pipeline.plan-shape-wrong", f"plan name {self.name!r} must be one word: it is a field of the text form"
+            )
         if self.microbatches < 1:
-            raise PlanError(f"plan {self.name!r} has microbatches = {self.microbatches}; at least 1 is needed")
+            raise PlanError(
+                "pipeline.plan-shape-wrong",
+                f"plan {self.name!r} has microbatches = {self.microbatches}; at least 1 is needed",
+            )
         if set(self.placement) != set(range(self.num_ranks)) or not self.placement:
             raise PlanError(
+                "pipeline.plan-shape-wrong",
                 f"plan {self.name!r} has placement {self.placement} for {self.num_ranks} programs: every stage must be "
-                f"on a rank that has a program, and every rank must hold a stage"
+                f"on a rank that has a program, and every rank must hold a stage",
             )
         for rank, program in enumerate(self.programs):
             for position, step in enumerate(program):
                 fault = self._fault_of(step)
                 if fault:
                     shown = format_step(step) if step else "()"
-                    raise PlanError(f"plan {self.name!r} rank {rank} step {position} {shown}: {fault}")
+                    raise PlanError(
+                        "pipeline.step-not-valid", f"plan {self.name!r} rank {rank} step {position} {shown}: {fault}"
+                    )
 
     def _fault_of(self, step: Step) -> str | None:
         """Why `step` could not be part of any plan of this shape, or None."""
@@ -194,14 +204,18 @@ def parse_plan(text: str) -> Plan:
     header = _HEADER.fullmatch(lines[0]) if lines else None
     if header is None:
         raise PlanError(
+            "pipeline.plan-text-not-valid",
             f"{lines[0] if lines else ''!r} is not the header of a plan: expected "
-            f"'plan <name> microbatches=<n> placement=<rank>,<rank>,... backward=yes|no'"
+            f"'plan <name> microbatches=<n> placement=<rank>,<rank>,... backward=yes|no'",
         )
     programs = []
     for rank, line in enumerate(lines[1:]):
         label = f"rank {rank}:"
         if not line.startswith(label):
-            raise PlanError(f"line {line!r} of a plan should start with {label!r}: one line per rank, in order")
+            raise PlanError(
+                "pipeline.plan-text-not-valid",
+                f"line {line!r} of a plan should start with {label!r}: one line per rank, in order",
+            )
         programs.append(tuple(parse_step(word) for word in line.removeprefix(label).split()))
     placement = tuple(int(rank) for rank in header[3].split(","))
     return Plan(header[1], int(header[2]), placement, tuple(programs), backward=header[4] == "yes")

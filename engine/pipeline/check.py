@@ -45,7 +45,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 from engine.errors import PlanError
 from engine.pipeline.actions import (
@@ -76,12 +75,12 @@ def check(plan: Plan, memory_cap: float | None = None) -> None:
         _check_memory(plan, memory_cap)
 
 
-def _fail(plan: Plan, what: str, spots: Sequence[Spot]) -> NoReturn:
-    """Raises the PlanError for the fault at the first spot; all spots are marked in the grid."""
+def _at(plan: Plan, what: str, spots: Sequence[Spot]) -> str:
+    """The message of a fault at the first spot; all spots are marked in the grid."""
     rank, position = spots[0]
     program = plan.programs[rank]
     step = format_step(program[position]) if position < len(program) else "(end of program)"
-    raise PlanError(f"plan {plan.name!r} rank {rank} step {position} {step}: {what}\n{grid(plan, spots)}")
+    return f"plan {plan.name!r} rank {rank} step {position} {step}: {what}\n{grid(plan, spots)}"
 
 
 # 1. complete
@@ -93,18 +92,33 @@ def _check_complete(plan: Plan) -> dict[Action, Spot]:
     for rank, position, action in plan.walk():
         holder = plan.rank_of(action.stage)
         if holder != rank:
-            _fail(plan, f"{action} is on rank {rank}, but stage {action.stage} is on rank {holder}", [(rank, position)])
+            raise PlanError(
+                "pipeline.action-misplaced",
+                _at(
+                    plan,
+                    f"{action} is on rank {rank}, but stage {action.stage} is on rank {holder}",
+                    [(rank, position)],
+                ),
+            )
         if action in where:
-            _fail(plan, f"{action} is there twice; it must be done exactly once", [(rank, position), where[action]])
+            raise PlanError(
+                "pipeline.action-twice",
+                _at(plan, f"{action} is there twice; it must be done exactly once", [(rank, position), where[action]]),
+            )
         where[action] = (rank, position)
     needed: set[Action] = set()
     for action in _needed(plan, where):
         if action not in where:
-            _fail(plan, f"{action} is missing: {_why_needed(plan, action)}", [_nearest(plan, where, action)])
+            raise PlanError(
+                "pipeline.action-missing",
+                _at(plan, f"{action} is missing: {_why_needed(plan, action)}", [_nearest(plan, where, action)]),
+            )
         needed.add(action)
     for action, spot in where.items():
         if action not in needed:
-            _fail(plan, f"{action} is too much: {_why_not(plan, action)}", [spot])
+            raise PlanError(
+                "pipeline.action-too-much", _at(plan, f"{action} is too much: {_why_not(plan, action)}", [spot])
+            )
     return where
 
 
@@ -175,7 +189,9 @@ def _check_order(plan: Plan, where: dict[Action, Spot]) -> None:
         early, late = where.get(before), where.get(after)
         # A communication action that is absent has its neighbour on the same rank, and another relation stands for it.
         if early is not None and late is not None and early >= late:
-            _fail(plan, f"{after} must come after {before}: {why}", [late, early])
+            raise PlanError(
+                "pipeline.order-wrong", _at(plan, f"{after} must come after {before}: {why}", [late, early])
+            )
 
 
 def _order(plan: Plan, where: dict[Action, Spot]) -> Iterator[tuple[Action, Action, str]]:
@@ -224,12 +240,15 @@ def _check_channels(plan: Plan) -> dict[Spot, list[Spot]]:
         # As many sends as receives: the plan is complete, and every send has its receive on the same channel.
         for count, ((send, here), (receive, there)) in enumerate(zip(sent, receives[channel], strict=True)):
             if partner_of(send) != receive:
-                _fail(
-                    plan,
-                    f"message {count} from rank {channel[0]} to rank {channel[1]} is sent by {send}, but received by "
-                    f"{receive} (rank {there[0]} step {there[1]}): messages are matched by their order alone, so both "
-                    f"ranks must list them in the same order",
-                    [here, there],
+                raise PlanError(
+                    "pipeline.messages-mismatched",
+                    _at(
+                        plan,
+                        f"message {count} from rank {channel[0]} to rank {channel[1]} is sent by {send}, but received "
+                        f"by {receive} (rank {there[0]} step {there[1]}): messages are matched by their order alone, "
+                        f"so both ranks must list them in the same order",
+                        [here, there],
+                    ),
                 )
             partners[here].append(there)
             partners[there].append(here)
@@ -267,7 +286,9 @@ def _check_deadlock(plan: Plan, partners: dict[Spot, list[Spot]]) -> None:
     cycle = list(seen.values())[list(seen).index(rank) :]  # the way to the cycle is not part of it
     lines = [f"  {_name(plan, waiting)} waits for {_name(plan, needed)}" for waiting, needed in cycle]
     what = "deadlock with zero buffering: each of these ranks waits for a step that the next one never comes to"
-    _fail(plan, "\n".join([what, *lines]), [spot for pair in cycle for spot in pair])
+    raise PlanError(
+        "pipeline.deadlock", _at(plan, "\n".join([what, *lines]), [spot for pair in cycle for spot in pair])
+    )
 
 
 def _awaited(partners: dict[Spot, list[Spot]], spot: Spot, at: Sequence[int]) -> list[Spot]:
@@ -287,9 +308,12 @@ def _check_memory(plan: Plan, memory_cap: float) -> None:
     for rank, alive in enumerate(live_memory(plan)):
         for position, live in enumerate(alive):
             if live > memory_cap:
-                _fail(
-                    plan,
-                    f"{live:g} microbatches of one stage are alive on rank {rank} here, and {max(alive):g} at its "
-                    f"peak, but memory_cap = {memory_cap:g}: choose a schedule that keeps fewer, or raise the cap",
-                    [(rank, position)],
+                raise PlanError(
+                    "pipeline.cap-exceeded",
+                    _at(
+                        plan,
+                        f"{live:g} microbatches of one stage are alive on rank {rank} here, and {max(alive):g} at its "
+                        f"peak, but memory_cap = {memory_cap:g}: choose a schedule that keeps fewer, or raise the cap",
+                        [(rank, position)],
+                    ),
                 )

@@ -45,8 +45,9 @@ def add_communication(plan: Plan) -> Plan:
     for rank, position, action in plan.walk():
         if action.op in COMMUNICATION or action.op is Op.REDUCE:
             raise PlanError(
+                "pipeline.already-there",
                 f"plan {plan.name!r} rank {rank} step {position}: {action} is already there; add_communication takes "
-                f"a compute-only plan"
+                f"a compute-only plan",
             )
     programs: list[list[Step]] = [[] for _ in plan.programs]
     cursor = [0] * plan.num_ranks
@@ -108,7 +109,7 @@ def _stuck(plan: Plan, cursor: list[int], made: set[tuple[bool, int, int]]) -> P
     rank, at = spots[0]
     what = "the computations cannot be ordered: each rank waits for one that comes later or is not there"
     text = "\n".join([f"plan {plan.name!r} rank {rank} step {at}: {what}", *lines, grid(plan, spots)])
-    return PlanError(text)
+    return PlanError("pipeline.not-orderable", text)
 
 
 def add_reduce(plan: Plan) -> Plan:
@@ -129,7 +130,8 @@ def add_reduce(plan: Plan) -> Plan:
     for rank, position, action in plan.walk():
         if action.op is Op.REDUCE:
             raise PlanError(
+                "pipeline.already-there",
                 f"plan {plan.name!r} rank {rank} step {position}: {action} is already there; add_reduce takes a plan "
-                f"without REDUCE"
+                f"without REDUCE",
             )
     return replace(plan, programs=tuple(reduce(program) for program in plan.programs))

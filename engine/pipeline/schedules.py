@@ -160,7 +160,10 @@ def find_schedule(name: str) -> Schedule:
     """The schedule of that name; PlanError with the nearest one if there is none."""
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.0)
-        raise PlanError(f"unknown schedule {name!r}: did you mean {near[0]!r}? Known: {', '.join(SCHEDULES)}")
+        raise PlanError(
+            "pipeline.unknown-schedule",
+            f"unknown schedule {name!r}: did you mean {near[0]!r}? Known: {', '.join(SCHEDULES)}",
+        )
     return SCHEDULES[name]
 
 
@@ -168,11 +171,15 @@ def build(name: str, ranks: int, chunks: int, microbatches: int) -> Plan:
     """The plan of schedule `name`, with communication, proved and ready to run."""
     schedule = find_schedule(name)
     if min(ranks, chunks, microbatches) < 1:
-        raise PlanError(f"schedule {name!r}: ranks {ranks}, chunks {chunks}, microbatches {microbatches} must be >= 1")
+        raise PlanError(
+            "pipeline.degree-below-one",
+            f"schedule {name!r}: ranks {ranks}, chunks {chunks}, microbatches {microbatches} must be >= 1",
+        )
     if schedule.chunks is not None and chunks != schedule.chunks:
         raise PlanError(
+            "pipeline.chunks-do-not-fit",
             f"schedule {name!r} with chunks = {chunks}: it places {schedule.chunks} stage(s) on each rank. Set chunks "
-            f"to {schedule.chunks}, or choose interleaved, which takes any number"
+            f"to {schedule.chunks}, or choose interleaved, which takes any number",
         )
     return prove(schedule.make(ranks, chunks, microbatches))
 
@@ -186,7 +193,8 @@ def load_plan(path: Path) -> Plan:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(
-            f"{path}: cannot be read ({error}); give a plan as `engine schedule --save` writes it, or a .csv"
+            "pipeline.plan-not-readable",
+            f"{path}: cannot be read ({error}); give a plan as `engine schedule --save` writes it, or a .csv",
         ) from None
     try:
         plan = read_torch_csv(text, path.stem) if path.suffix == ".csv" else parse_plan(text)
@@ -195,7 +203,7 @@ def load_plan(path: Path) -> Plan:
         check(plan)
         return plan
     except PlanError as error:
-        raise PlanError(f"{path}: {error}") from None
+        raise PlanError("pipeline.plan-file-not-valid", f"{path}: {error}") from None
 
 
 def forward_only(like: Plan, microbatches: int) -> Plan:

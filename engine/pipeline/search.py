@@ -48,7 +48,10 @@ def search(
     None: 4000, and fewer for large plans.
     """
     if min(ranks, microbatches, chunks or 1) < 1:
-        raise PlanError(f"search: ranks {ranks}, microbatches {microbatches}, chunks {chunks} must be >= 1")
+        raise PlanError(
+            "pipeline.degree-below-one",
+            f"search: ranks {ranks}, microbatches {microbatches}, chunks {chunks} must be >= 1",
+        )
     share_costs(costs, ranks, ranks)  # complains about costs that do not fit before any work
     wheres = placements(ranks, chunks, placement)
     bound = min(lower_bound(where, microbatches, share_costs(costs, ranks, len(where))) for where in wheres)
@@ -60,8 +63,9 @@ def search(
     if not fitting:
         least = min(max(share_memory(plan)) for plan in plans)
         raise PlanError(
+            "pipeline.cap-too-small",
             f"no schedule of {microbatches} microbatches on {ranks} ranks fits a memory cap of {memory_cap:g} "
-            f"microbatches of one rank's share; the least that is known is {least:g}. Set the cap to that or more"
+            f"microbatches of one rank's share; the least that is known is {least:g}. Set the cap to that or more",
         )
     # Sorting is stable: of equals the first stays first, and the named ones come first.
     ranked = sorted(fitting, key=lambda plan: share_time(plan, costs))
@@ -95,7 +99,8 @@ def placements(ranks: int, chunks: int | None = None, placement: str | None = No
     ]
     if not found:
         raise PlanError(
-            f"placement {placement!r} with chunks = {chunks}: there is looped, with any number, and v, with 2"
+            "pipeline.placement-unknown",
+            f"placement {placement!r} with chunks = {chunks}: there is looped, with any number, and v, with 2",
         )
     return list(dict.fromkeys(found))
 

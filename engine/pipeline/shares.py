@@ -28,8 +28,9 @@ def share_costs(costs: Costs, ranks: int, stages: int) -> Costs:
             return (values[0] * ranks / stages,)
         if len(values) % ranks and len(values) != stages:
             raise PlanError(
+                "pipeline.costs-not-valid",
                 f"cost {name} has {len(values)} numbers for {ranks} ranks: give one, for a rank's share of the model, "
-                f"or one for each of {ranks}, {2 * ranks}, ... equal parts of it"
+                f"or one for each of {ranks}, {2 * ranks}, ... equal parts of it",
             )
         parts = len(values)
         if parts % stages == 0:

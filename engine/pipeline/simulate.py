@@ -40,8 +40,9 @@ class Costs:
             values = values if isinstance(values, tuple) else (values,)
             if len(values) not in (1, num_stages) or not all(0 <= value < math.inf for value in values):
                 raise PlanError(
+                    "pipeline.costs-not-valid",
                     f"cost {field.name} = {':'.join(map(str, values))}: give one number for all stages or one for each "
-                    f"of the {num_stages}, finite and none below 0"
+                    f"of the {num_stages}, finite and none below 0",
                 )
 
     @classmethod
@@ -55,9 +56,12 @@ class Costs:
             except ValueError:
                 equals = ""
             if not equals or name.strip() not in ("f", "i", "w", "comm"):
-                raise PlanError(f"{part!r} in costs {text!r} is not f=, i=, w= or comm= with numbers, such as f=1,i=1")
+                raise PlanError(
+                    "pipeline.costs-not-valid",
+                    f"{part!r} in costs {text!r} is not f=, i=, w= or comm= with numbers, such as f=1,i=1",
+                )
         if len(found.get("comm", (0.0,))) > 1:
-            raise PlanError(f"costs {text!r}: comm is one number")
+            raise PlanError("pipeline.costs-not-valid", f"costs {text!r}: comm is one number")
         return cls(found.get("f", cls.f), found.get("i", cls.i), found.get("w", cls.w), found.get("comm", (0.0,))[0])
 
 
@@ -123,7 +127,9 @@ def simulate(plan: Plan, costs: Costs | None = None) -> Timeline:
                     made[action.op is Op.F, action.stage, action.microbatch] = free[rank]
                 left -= 1
         if left == before:
-            raise PlanError(f"plan {plan.name!r}: its computations cannot be ordered; `check` says where")
+            raise PlanError(
+                "pipeline.not-orderable", f"plan {plan.name!r}: its computations cannot be ordered; `check` says where"
+            )
     return Timeline(plan, tuple(map(tuple, lanes)))
 
 

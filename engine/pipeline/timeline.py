@@ -37,17 +37,23 @@ def from_json(data: Mapping[str, Any]) -> tuple[Timeline, int]:
             for lane in data["lanes"]
         )
     except (PlanError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"not a measured timeline ({type(error).__name__}: {error})") from None
+        raise DataError(
+            "pipeline.timeline-not-valid", f"not a measured timeline ({type(error).__name__}: {error})"
+        ) from None
     wanted = [[step[0] for step in program] for program in compute_only(plan).programs]
     if [[event.action for event in lane] for lane in lanes] != wanted:
-        raise DataError("not a measured timeline: its lanes hold other actions than the programs of its plan")
+        raise DataError(
+            "pipeline.timeline-not-valid",
+            "not a measured timeline: its lanes hold other actions than the programs of its plan",
+        )
     for rank, lane in enumerate(lanes):
         last = -math.inf
         for event in lane:
             if not (last <= event.start <= event.end < math.inf):
                 raise DataError(
+                    "pipeline.timeline-not-valid",
                     f"not a measured timeline: rank {rank} has {event.action} from {event.start} to {event.end} after "
-                    f"an action that ended at {last}; each must start after the one before it and end after its start"
+                    f"an action that ended at {last}; each must start after the one before it and end after its start",
                 )
             last = event.end
     return Timeline(plan, lanes), step
@@ -57,12 +63,15 @@ def read_timeline(run: Path) -> tuple[Timeline, int]:
     """The timeline in a run folder; DataError with the file if it is missing or damaged."""
     path = run / TIMELINE_FILE
     if not path.exists():
-        raise DataError(f"{run}: no {TIMELINE_FILE}; give the folder of a run that has measured a step of a pipeline")
+        raise DataError(
+            "pipeline.timeline-missing",
+            f"{run}: no {TIMELINE_FILE}; give the folder of a run that has measured a step of a pipeline",
+        )
     try:
         with open(path, encoding="utf-8", opener=no_links) as file:
             return from_json(json.load(file))
     except (ValueError, DataError) as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError("pipeline.timeline-not-valid", f"{path}: {error}") from None
 
 
 def measured_costs(timeline: Timeline) -> Costs:

@@ -42,7 +42,10 @@ def read_torch_csv(text: str, name: str) -> Plan:
     rows = [line.split(",") for line in text.rstrip().splitlines()]
     cells = list(_cells(rows, name))
     if not cells:
-        raise PlanError(f"torch CSV {name!r} has no actions: expected one row per rank with cells such as 2F0 or 0B1")
+        raise PlanError(
+            "pipeline.csv-empty",
+            f"torch CSV {name!r} has no actions: expected one row per rank with cells such as 2F0 or 0B1",
+        )
     programs: list[list[Step]] = [[] for _ in rows]
     for cell in cells:
         programs[cell.row].append((cell.action,))
@@ -92,4 +95,7 @@ def _placement(cells: list[_Cell], name: str) -> tuple[int, ...]:
 
 
 def _fault(name: str, cell: _Cell, what: str) -> PlanError:
-    return PlanError(f"torch CSV {name!r} row {cell.row} column {cell.column} (from 0) {cell.text!r}: {what}")
+    return PlanError(
+        "pipeline.csv-cell-not-valid",
+        f"torch CSV {name!r} row {cell.row} column {cell.column} (from 0) {cell.text!r}: {what}",
+    )

@@ -38,7 +38,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.shares", "pipeline.list_schedules", "pipeline.improve", "pipeline.search"),
     ("pipeline.timeline", "pipeline.draw"),
     ("config.schema", "config.derived"),
-    ("config.checks", "config.idle", "planner", "interop.huggingface.config_json"),
+    ("config.checks", "config.model_checks", "config.idle", "planner", "interop.huggingface.config_json"),
     ("config.load",),
     ("cli.schedule_pages",),
     ("distributed.board",),  # no torch up to here

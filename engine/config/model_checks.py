@@ -1,0 +1,177 @@
+"""What must hold between a model's values, and between them and the tensor ranks: each fault with the repair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.config.derived import with_heads
+from engine.config.schema import Config, ModelConfig
+from engine.errors import Fault
+
+
+def multiples_near(value: int, divisor: int) -> str:
+    """The multiples of `divisor` around `value`, for a repair text."""
+    low = value // divisor * divisor
+    return f"{low} or {low + divisor}" if low else f"{divisor}"
+
+
+def model_relations(cfg: Config) -> Iterator[Fault]:
+    """Everything that must hold between the values of a model, and between them and parallel.tensor."""
+    m = with_heads(cfg.model)
+    kv = m.num_kv_heads
+    if m.num_heads % kv:
+        nearest = max(d for d in range(1, m.num_heads + 1) if m.num_heads % d == 0 and d <= kv)
+        yield Fault(
+            "config.kv-heads-do-not-divide",
+            "model.num_kv_heads",
+            kv,
+            f"does not divide model.num_heads = {m.num_heads}",
+            f"Nearest that does: {nearest}.",
+        )
+    if not cfg.model.head_dim and m.hidden_size % m.num_heads:
+        yield Fault(
+            "config.hidden-size-not-a-multiple",
+            "model.hidden_size",
+            m.hidden_size,
+            f"is not a multiple of model.num_heads = {m.num_heads}",
+            f"Use {multiples_near(m.hidden_size, m.num_heads)}, or set model.head_dim.",
+        )
+    yield from _position_relations(m)
+    if m.norm_offset and m.norm == "layernorm":
+        yield Fault(
+            "config.without-effect",
+            "model.norm_offset",
+            True,
+            "has no meaning for model.norm layernorm",
+            "Leave it out.",
+        )
+    if m.qk_norm_span != "head" and not m.qk_norm:
+        repair = "Leave it out, or set model.qk_norm true."
+        yield Fault(
+            "config.without-effect",
+            "model.qk_norm_span",
+            m.qk_norm_span,
+            "has no meaning without model.qk_norm",
+            repair,
+        )
+    yield from _tensor_relations(m, cfg.parallel.tensor)
+
+
+def _tensor_relations(m: ModelConfig, t: int) -> Iterator[Fault]:
+    kv = m.num_kv_heads
+    if m.num_heads % t:
+        yield Fault(
+            "config.tensor-does-not-divide",
+            "parallel.tensor",
+            t,
+            f"does not divide model.num_heads = {m.num_heads}",
+            f"Nearest degree that fits the model: {_nearest_tensor(m, t)}.",
+        )
+    if kv % t and t % kv:
+        yield Fault(
+            "config.tensor-does-not-divide",
+            "parallel.tensor",
+            t,
+            f"neither divides model.num_kv_heads = {kv} nor is a multiple of it",
+            f"Nearest degree that fits the model: {_nearest_tensor(m, t)}.",
+        )
+    if m.ffn_size % t:
+        yield Fault(
+            "config.tensor-does-not-divide",
+            "parallel.tensor",
+            t,
+            f"does not divide model.ffn_size = {m.ffn_size}",
+            f"Use model.ffn_size {multiples_near(m.ffn_size, t)}, or tensor {_nearest_tensor(m, t)}.",
+        )
+
+
+ROPE_SCALES = {  # what each fact of rope_scaling belongs to
+    "rope_factor": ("linear", "llama3", "yarn"),
+    "rope_original_seq_len": ("llama3", "yarn"),
+    "rope_low_freq_factor": ("llama3",),
+    "rope_high_freq_factor": ("llama3",),
+    "rope_beta_fast": ("yarn",),
+    "rope_beta_slow": ("yarn",),
+    "rope_attention_factor": ("yarn",),
+}
+
+
+def _position_relations(m: ModelConfig) -> Iterator[Fault]:
+    head_dim = m.head_dim
+    if m.positions == "learned":
+        for name, of_rope in (("rope_scaling", m.rope_scaling != "none"), ("rotary_fraction", m.rotary_fraction != 1)):
+            if of_rope:
+                relation = "belongs to rotary positions, but model.positions is learned"
+                yield Fault("config.without-effect", f"model.{name}", getattr(m, name), relation, "Leave it out.")
+    elif m.rotary_fraction == 1 and head_dim % 2:
+        yield Fault(
+            "config.rotation-odd", "model.head_dim", head_dim, "is odd, but RoPE rotates pairs", f"Use {head_dim + 1}."
+        )
+    elif not (rotated := int(head_dim * m.rotary_fraction)) or rotated % 2:
+        relation = f"of head_dim {head_dim} rotates {rotated} values, but RoPE rotates pairs"
+        near = max(2, rotated + rotated % 2) / head_dim
+        yield Fault("config.rotation-odd", "model.rotary_fraction", m.rotary_fraction, relation, f"Use {near:g}.")
+    for name, kinds in ROPE_SCALES.items():
+        if m.rope_scaling not in kinds and getattr(m, name) != ModelConfig.model_fields[name].default:
+            relation = f"has no meaning for model.rope_scaling {m.rope_scaling}"
+            yield Fault(
+                "config.without-effect",
+                f"model.{name}",
+                getattr(m, name),
+                relation,
+                f"Leave it out, or use {' or '.join(kinds)}.",
+            )
+    if m.rope_scaling == "llama3" and m.rope_low_freq_factor >= m.rope_high_freq_factor:
+        relation = f"is not below model.rope_high_freq_factor = {m.rope_high_freq_factor:g}"
+        yield Fault(
+            "config.rope-bounds-crossed",
+            "model.rope_low_freq_factor",
+            m.rope_low_freq_factor,
+            relation,
+            "Llama 3 has 1 and 4.",
+        )
+    if m.rope_scaling == "yarn" and m.rope_beta_slow >= m.rope_beta_fast:
+        relation = f"is not below model.rope_beta_fast = {m.rope_beta_fast:g}"
+        yield Fault(
+            "config.rope-bounds-crossed",
+            "model.rope_beta_slow",
+            m.rope_beta_slow,
+            relation,
+            "The usual values are 1 and 32.",
+        )
+
+
+def _nearest_tensor(m: ModelConfig, to: int) -> int:
+    """The tensor degree nearest to `to` that all three relations of a model with its heads filled in allow."""
+    kv = m.num_kv_heads
+    degrees = (d for d in range(1, m.num_heads + 1) if not m.num_heads % d and not m.ffn_size % d)
+    return min((d for d in degrees if not kv % d or not d % kv), key=lambda d: (abs(d - to), d))
+
+
+def fp8_relations(cfg: Config) -> Iterator[Fault]:
+    """What train.fp8 needs of the other values."""
+    t, m = cfg.train, with_heads(cfg.model)
+    if t.fp8 == "none":
+        return
+    if t.precision != "bf16":
+        yield Fault(
+            "config.setting-missing",
+            "train.fp8",
+            t.fp8,
+            f"needs train.precision bf16, not {t.precision}",
+            "Set it, or leave fp8 out.",
+        )
+    tensor, head_dim = cfg.parallel.tensor, m.head_dim
+    qkv = (m.num_heads // tensor + 2 * max(1, m.num_kv_heads // tensor)) * head_dim
+    up = (2 if m.gated_mlp else 1) * m.ffn_size // tensor
+    for name, value, size, what in (
+        ("model.hidden_size", m.hidden_size, m.hidden_size, "columns of matrices"),
+        ("model.head_dim", head_dim, qkv, "rows of q, k and v on a rank"),
+        ("model.head_dim", head_dim, m.num_heads // tensor * head_dim, "rows of q on a rank"),
+        ("model.ffn_size", m.ffn_size, m.ffn_size // tensor, "columns of down on a rank"),
+        ("model.ffn_size", m.ffn_size, up, "rows of up on a rank"),
+        ("train.seq_len", t.seq_len, t.micro_batch_size * t.seq_len, "tokens of a microbatch"),
+    ):
+        if size % 16:
+            relation = f"gives {size} {what}, no multiple of 16, which train.fp8 needs"
+            yield Fault("config.fp8-size-not-a-multiple", name, value, relation, "Change it, or use train.fp8 none.")

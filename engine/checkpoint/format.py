@@ -348,11 +348,6 @@ def steps_descending(root: Path, storage: Storage = DISK) -> list[int]:
     return sorted(steps, reverse=True)
 
 
-def complete_steps(root: Path, storage: Storage = DISK) -> list[int]:
-    """Steps of all complete checkpoints under `root`, ascending. Temporary and damaged folders do not count."""
-    return [step for step in reversed(steps_descending(root, storage)) if _complete(root, step, storage)]
-
-
 def newest(root: Path, storage: Storage = DISK, before: int | None = None) -> int | None:
     """The highest complete step under `root` (below `before`); warns of damaged ones that would be newer.
 
@@ -379,14 +374,6 @@ def newest(root: Path, storage: Storage = DISK, before: int | None = None) -> in
     if refused is not None:
         raise refused
     return None
-
-
-def _complete(root: Path, step: int, storage: Storage) -> bool:
-    try:
-        read_manifest(step_dir(root, step), storage)
-    except CheckpointError:
-        return False
-    return True
 
 
 def find(path: Path, storage: Storage = DISK) -> Path:

@@ -19,7 +19,7 @@ import torch
 import engine.train.loop as loop_module
 from engine.checkpoint import staging
 from engine.checkpoint import storage as storage_module
-from engine.checkpoint.format import complete_steps, damages, read_manifest, step_dir
+from engine.checkpoint.format import damages, read_manifest, step_dir
 from engine.checkpoint.save import Saver
 from engine.checkpoint.storage import Disk
 from engine.data.samples.indexed_writer import IndexedWriter
@@ -33,6 +33,7 @@ from engine.train.step import train_step
 from engine.util.files import locked
 from engine.util.signals import StopRequest
 from tests.support.cases import config, layout_of, random_batches, resolve, same_bytes
+from tests.support.checkpoints import complete_steps
 from tests.support.harness import run_ranks
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}

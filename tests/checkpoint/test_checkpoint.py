@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import engine.checkpoint.save as save_module
-from engine.checkpoint.format import complete_steps, damages, find, read_manifest
+from engine.checkpoint.format import damages, find, read_manifest
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
@@ -18,7 +18,7 @@ from engine.train.resume import find_resume, resume, save_state
 from engine.train.state import setup
 from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
-from tests.support.checkpoints import FACTS, TWO, as_step, reseal, save_one
+from tests.support.checkpoints import FACTS, TWO, as_step, complete_steps, reseal, save_one
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 

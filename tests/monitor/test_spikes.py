@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.checkpoint.format import complete_steps
 from engine.checkpoint.retention import forget_old
 from engine.checkpoint.storage import DISK
 from engine.data.samples.indexed_writer import IndexedWriter
@@ -22,7 +21,7 @@ from engine.train import loop
 from engine.train.state import TrainState
 from engine.train.step import StepResult, train_step
 from tests.support.cases import layout_of, resolve
-from tests.support.checkpoints import as_step, save_one
+from tests.support.checkpoints import as_step, complete_steps, save_one
 from tests.support.harness import run_ranks
 
 

@@ -1,16 +1,18 @@
-"""Checkpoints of a short training run on two ranks, and copies with an edited manifest."""
+"""Checkpoints of a short training run on two ranks, copies with an edited manifest, and which are there."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.format import with_digest
+from engine.checkpoint.format import read_manifest, step_dir, steps_descending, with_digest
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
+from engine.errors import CheckpointError
 from engine.train.resume import save_state
 from engine.train.state import setup
 from engine.train.step import train_step
@@ -19,6 +21,16 @@ from tests.support.harness import run_ranks
 
 FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 TWO = config(2, parallel_tensor=2)
+
+
+def complete_steps(root: Path) -> list[int]:
+    """Steps of all complete checkpoints under `root`, ascending. Temporary and damaged folders do not count."""
+    found = []
+    for step in reversed(steps_descending(root)):
+        with suppress(CheckpointError):
+            read_manifest(step_dir(root, step))
+            found.append(step)
+    return found
 
 
 def save_one(root: Path, cfg: Config = TWO, steps: int = 1) -> Path:

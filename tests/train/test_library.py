@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import engine
-from engine.checkpoint.format import complete_steps
+from tests.support.checkpoints import complete_steps
 from tests.support.harness import run_ranks
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "engine").is_dir())

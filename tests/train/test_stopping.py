@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.checkpoint.format import complete_steps
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.monitor.ending import Ending
@@ -24,6 +23,7 @@ from engine.monitor.metrics import lacks_validation, read_metrics
 from engine.train.evaluate import Evaluator
 from engine.train.loop import train
 from tests.support.cases import layout_of, resolve
+from tests.support.checkpoints import complete_steps
 from tests.support.examples import SCRIPT, environment
 from tests.support.harness import run_ranks
 from tests.support.launched import ranks

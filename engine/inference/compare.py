@@ -55,7 +55,8 @@ class Compared:
 def need_transformers() -> None:
     """Raises ConfigError where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError([Fault("", "--verify", True, "needs transformers", "pip install transformers.")])
+        repair = "pip install transformers."
+        raise ConfigError([Fault("inference.no-transformers", "--verify", True, "needs transformers", repair)])
 
 
 def compare_with_transformers(
@@ -108,11 +109,16 @@ def _load_theirs(folder: Path) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # a library of many errors
-        raise CheckpointError(f"{folder}: transformers does not load it: {str(error)[:500]}") from error
+        raise CheckpointError(
+            "inference.export-not-loaded", f"{folder}: transformers does not load it: {str(error)[:500]}"
+        ) from error
     model, said = loaded
     missing = sorted(said["missing_keys"]) + sorted(said["unexpected_keys"])
     if missing:
-        raise CheckpointError(f"{folder}: transformers misses or does not know these tensors: {', '.join(missing[:5])}")
+        raise CheckpointError(
+            "inference.export-tensors-differ",
+            f"{folder}: transformers misses or does not know these tensors: {', '.join(missing[:5])}",
+        )
     return model.eval()
 
 

@@ -36,8 +36,9 @@ def sample(
     ids = [*begin, *tokenizer.encode(prompt)] or [tokenizer.eod]
     limit = model.cfg.max_seq_len
     if len(ids) >= limit:
+        relation = f"fills the model's {limit} positions"
         raise ConfigError(
-            [Fault("", "--prompt", f"{len(ids)} tokens", f"fills the model's {limit} positions", "Shorten the prompt.")]
+            [Fault("inference.prompt-too-long", "--prompt", f"{len(ids)} tokens", relation, "Shorten the prompt.")]
         )
     draws = generator(seed, "sample", prompt)
     shown = tokenizer.decode(ids)

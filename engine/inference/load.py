@@ -76,7 +76,9 @@ def tokenizer_folder(checkpoint: Path, wanted: Path | None, storage: Storage = D
             if candidate == folder.parent.parent / "tokenizer":
                 refuse_links(folder.parent.parent)
             return candidate
-    raise CheckpointError(f"{checkpoint}: the run had no tokenizer; give one with --tokenizer DIR")
+    raise CheckpointError(
+        "inference.no-tokenizer", f"{checkpoint}: the run had no tokenizer; give one with --tokenizer DIR"
+    )
 
 
 def load_tokenizer(checkpoint: Path, wanted: Path | None, storage: Storage = DISK) -> Tokenizer:

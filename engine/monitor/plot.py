@@ -32,7 +32,9 @@ def plot_loss(runs: Sequence[Path], output: Path) -> list[str]:
             try:
                 training, validation, torn = read_metrics(run)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{run}: no readable metrics.jsonl ({error}); give a run folder") from None
+                raise DataError(
+                    "monitor.metrics-unreadable", f"{run}: no readable metrics.jsonl ({error}); give a run folder"
+                ) from None
             notes += [f"{run}: the last line of metrics.jsonl is torn and left out"] if torn else []
             colour = f"C{number}"
             steps = sorted(training)

@@ -16,11 +16,12 @@ import pytest
 from engine.checkpoint.format import step_dir, steps_descending
 from engine.checkpoint.storage import Disk
 from engine.distributed.context import ParallelContext
-from engine.errors import CheckpointError, DamageError, EngineError
+from engine.errors import DamageError, EngineError
 from engine.train.resume import go_on, save_state
 from engine.train.state import TrainState, setup
 from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches, weights_of
+from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
 FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
@@ -150,7 +151,7 @@ def test_a_broken_manifest_alone_never_begins_anew(runs: Path, tmp_path: Path) -
     cut(step_dir(run / "checkpoints", 3) / "manifest.json")
 
     def job(ctx: ParallelContext) -> None:
-        with pytest.raises((CheckpointError, EngineError), match="none that is whole"):
+        with raises(EngineError, "train.no-whole-checkpoint", run):
             resumed(run, ctx)
 
     run_ranks(layout_of(config(2, parallel_tensor=2)), job, num_kv_heads=2)

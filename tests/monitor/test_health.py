@@ -14,6 +14,7 @@ from engine.model.transformer import Transformer
 from engine.train.state import TrainState, setup
 from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches, weights_of
+from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
 
@@ -97,7 +98,7 @@ def test_a_batch_without_counted_tokens_is_refused() -> None:
     def job(ctx: ParallelContext) -> None:
         state = setup(cfg, ctx)
         batches = [MicroBatch(b.tokens, b.labels, torch.zeros_like(b.mask)) for b in random_batches(cfg, ctx, 0)]
-        with pytest.raises(DataError, match="every mask is empty"):
+        with raises(DataError, "train.no-token-counts"):
             train_step(state, batches)
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import LossMask
+from engine.batch import Collator, LossMask
 from engine.config.checks import relations
 from engine.config.schema import Config
 from engine.data.samples.indexed import IndexedDataset
@@ -28,8 +28,9 @@ from engine.inference.load import config_of
 from engine.model.transformer import StageShape, Transformer
 from engine.train.evaluate import Evaluator, Score, evaluate
 from engine.train.resume import save_state
+from engine.train.run import open_run
 from engine.train.state import setup
-from tests.support.cases import MODEL, config, layout_of
+from tests.support.cases import MODEL, config, layout_of, resolve
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
@@ -131,6 +132,19 @@ def test_validation_counts_the_labels_that_training_counts(corpus: Path, tmp_pat
         Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg, mask=nothing).run(1)
 
 
+def test_a_run_validates_with_the_mask_it_trains_with(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "c", vocab_size=MODEL["vocab_size"]) as writer:
+        for length in range(1, 40):
+            writer.add(np.append(np.arange(7, 7 + length), 5))
+        writer.finish({"eod": 5})
+    corpus = str(tmp_path / "c")
+    resolved = resolve(1, data_train=corpus, data_valid=corpus, data_mask_eod="true", run_dir=tmp_path / "run")
+    ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
+    with open_run(resolved, ctx) as run:
+        assert run.evaluator is not None
+        assert run.evaluator.collate == run.data.collate == Collator(LossMask(after=(5,)))
+
+
 def test_logits_do_not_depend_on_the_layout() -> None:
     """The slices of the vocabulary come together in order, without the padding: 61 ids over two ranks."""
     tokens = torch.arange(12).view(2, 6) * 5
@@ -198,7 +212,7 @@ def test_draws_follow_from_the_seed_and_stay_in_the_model(model: Transformer, to
     assert draw(model, tokenizer) == draw(model, tokenizer) != draw(model, tokenizer, seed=2)
     assert len(tokenizer.encode(draw(model, tokenizer, max_tokens=1000))) <= 24 * 4
     assert draw(model, tokenizer, prompt="") != ""
-    with pytest.raises(ConfigError, match="Shorten the prompt"):
+    with raises(ConfigError, "inference.prompt-too-long", 24):
         draw(model, tokenizer, prompt="text " * 30)
 
 

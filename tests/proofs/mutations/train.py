@@ -69,6 +69,14 @@ MUTATIONS = [
         ("test_the_score_does_not_depend_on_the_layout[2]",),
     ),
     Mutation(
+        "validation_counts_masked_labels",
+        "the score is of other labels than training optimises",
+        "engine.train.evaluate:Evaluator.__init__",
+        "Collator(mask, separate)",
+        "Collator(LossMask(), separate)",
+        ("test_validation_counts_the_labels_that_training_counts",),
+    ),
+    Mutation(
         "loss_scale_in_the_norm",
         "clipping looks at gradients that are still scaled",
         "engine.train.step:train_step",

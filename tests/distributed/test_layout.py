@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.distributed.layout import AXES, Coords, Layout
 from engine.errors import LayoutError
+from tests.support.errors import raises
 
 
 @st.composite
@@ -98,22 +99,22 @@ def test_the_table_shows_every_rank_once(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("degrees", "text"),
+    ("degrees", "code", "named"),
     [
-        ({"world": 8, "tensor": 3}, "pipeline 1 x data 1 x context 1 x tensor 3 = 3 ranks, but there are 8"),
-        ({"world": 1, "data": 2}, "= 2 ranks, but there are 1: make the product equal"),
-        ({"world": 1, "pipeline": 0}, "parallel.pipeline = 0: a degree is at least 1"),
-        ({"world": 1, "tensor": -1, "data": -1}, "a degree is at least 1"),
+        ({"world": 8, "tensor": 3}, "distributed.degrees-do-not-fit", "1 3 8"),
+        ({"world": 1, "data": 2}, "distributed.degrees-do-not-fit", "2 1"),
+        ({"world": 1, "pipeline": 0}, "distributed.degree-below-one", "0 1"),
+        ({"world": 1, "tensor": -1, "data": -1}, "distributed.degree-below-one", "1"),
     ],
 )
-def test_wrong_degrees(degrees: dict[str, int], text: str) -> None:
-    with pytest.raises(LayoutError, match=text):
+def test_wrong_degrees(degrees: dict[str, int], code: str, named: str) -> None:
+    with raises(LayoutError, code, *named.split()):
         Layout(**degrees)
 
 
 @pytest.mark.parametrize("rank", [-1, 4])
 def test_a_rank_outside(rank: int) -> None:
-    with pytest.raises(LayoutError, match=rf"rank {rank} is outside 0\.\.3"):
+    with raises(LayoutError, "distributed.no-such-rank", rank, "0..3"):
         Layout(4, tensor=4).coords(rank)
 
 

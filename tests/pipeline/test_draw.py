@@ -19,6 +19,7 @@ from engine.pipeline.passes import compute_only
 from engine.pipeline.schedules import build, load_plan
 from engine.pipeline.simulate import Costs, Event, Timeline, simulate
 from engine.pipeline.timeline import from_json, measured_costs, read_timeline, to_json
+from tests.support.errors import raises
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -123,7 +124,7 @@ def test_a_damaged_timeline_is_refused_with_its_file(what: str, tmp_path: Path) 
     data = to_json(simulate(build("1f1b", 2, 1, 2)), 3)
     damage(data, what)
     (tmp_path / "timeline.json").write_text(json.dumps(data))
-    with pytest.raises(DataError, match=r"timeline\.json: not a measured timeline"):
+    with raises(DataError, "pipeline.timeline-not-valid", "timeline.json"):
         read_timeline(tmp_path)
 
 

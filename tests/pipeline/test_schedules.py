@@ -35,6 +35,7 @@ from engine.pipeline.schedules import (
 )
 from engine.pipeline.schedules import single as first_microbatch
 from engine.pipeline.simulate import peak_memory, simulate
+from tests.support.errors import raises
 
 # --- a second opinion -------------------------------------------------------------------------------------------------
 
@@ -413,7 +414,7 @@ def test_memory_cap() -> None:
         plan = build(name, 3, chunks, 7)
         peak = max(peak_memory(plan))
         check(plan, memory_cap=peak)
-        with pytest.raises(PlanError, match=f"microbatches of one stage are alive .* memory_cap = {peak - 1:g}"):
+        with raises(PlanError, "pipeline.cap-exceeded", f"{peak - 1:g}"):
             check(plan, memory_cap=peak - 1)
     with pytest.raises(PlanError) as error:
         check(build("1f1b", 2, 1, 4), memory_cap=1)
@@ -432,7 +433,7 @@ def test_unbatched_1f1b_deadlocks(ranks: int) -> None:
     """Each message posted and waited for alone, right where it is needed: the reason for the slots of the pass."""
     plan = add_reduce(late(one_f_one_b(ranks, 1, 4), batched=False))
     assert rendezvous(plan) == "deadlock"
-    with pytest.raises(PlanError, match="deadlock with zero buffering") as error:
+    with raises(PlanError, "pipeline.deadlock") as error:
         check(plan)
     if ranks == 2:
         assert str(error.value) == (
@@ -622,13 +623,11 @@ def test_order_inside_a_batch_is_matched() -> None:
     rank 0: 0F0 0F1 (0SEND_F0;0SEND_F1)
     rank 1: (1RECV_F0;1RECV_F1) 1F0 1F1"""
     check(parse_plan(text))
-    with pytest.raises(
-        PlanError, match="message 0 from rank 0 to rank 1 is sent by 0SEND_F0, but received by 1RECV_F1"
-    ):
+    with raises(PlanError, "pipeline.messages-mismatched", "rank 0", "rank 1", "0SEND_F0", "1RECV_F1"):
         check(parse_plan(text.replace("(1RECV_F0;1RECV_F1)", "(1RECV_F1;1RECV_F0)")))
 
 
-# --- every refusal, with its words -----------------------------------------------------------------------------------
+# --- every refusal, with its code and what it names ------------------------------------------------------------------
 
 PAIR = """plan 1f1b microbatches=1 placement=0,1 backward=yes
 rank 0: 0F0 (0SEND_F0;0RECV_B0) 0B0 0REDUCE
@@ -644,40 +643,40 @@ rank 0: 0F0 0B0
 rank 1: 1B0 1F0"""
 
 CHECK_ERRORS = [
-    # plan text, what is replaced, by what, what the error says
-    (PAIR, "0B0 0REDUCE", "0B0 0REDUCE 1F0", r"rank 0 step 4 1F0: 1F0 is on rank 0, but stage 1 is on rank 1"),
-    (PAIR, "0F0", "0F0 0F0", r"rank 0 step 1 0F0: 0F0 is there twice; it must be done exactly once"),
-    (PAIR, " 1F0", "", r"1F0 is missing: each stage needs exactly one F of each microbatch"),
-    (PAIR, " 1B0", "", r"1B0 is missing: each stage needs of each microbatch exactly one B, or one I with one W"),
-    (PAIR, "0B0", "0I0", r"rank 0 step 2 0I0: 0W0 is missing: each stage needs of each microbatch exactly one B, or"),
-    (PAIR, " 1REDUCE", "", r"1REDUCE is missing: each stage needs exactly one REDUCE, after its last B or W"),
-    (PAIR, "1RECV_F0 ", "", r"1RECV_F0 is missing: stage 1 is on rank 1 and stage 0 on rank 0, so .* meet 0SEND_F0"),
-    (PAIR, "backward=yes", "backward=no", r"0RECV_B0 is too much: the plan is without backward"),
-    (PAIR, "0B0", "0I0 0W0 0B0", r"0B0 is too much: this backward is also split into I and W; keep B, or I with W"),
-    (ONE_RANK, "1F0", "0SEND_F0 1F0", r"0SEND_F0 is too much: stages 0 and 1 are on the same rank, where nothing is"),
-    (PAIR, "1RECV_F0 1F0", "1F0 1RECV_F0", r"rank 1 step 0 1F0: 1F0 must come after 1RECV_F0: it computes on what is"),
-    (PAIR, "0F0 (0SEND_F0;0RECV_B0)", "(0SEND_F0;0RECV_B0) 0F0", r"0SEND_F0 must come after 0F0: it sends what is"),
-    (ONE_RANK, "0F0 1F0", "1F0 0F0", r"1F0 must come after 0F0: the previous stage, on the same rank, makes its input"),
-    (PAIR, "1F0 1B0", "1B0 1F0", r"1B0 must come after 1F0: a backward uses the activations of its forward"),
-    (PAIR, "(0SEND_F0;0RECV_B0) 0B0", "0SEND_F0 0B0 0RECV_B0", r"0B0 must come after 0RECV_B0: it starts from the"),
-    (PAIR, "1B0 1REDUCE 1SEND_B0", "1SEND_B0 1B0 1REDUCE", r"1SEND_B0 must come after 1B0: it sends the gradient"),
-    (PAIR_SPLIT, "1I0 1W0", "1W0 1I0", r"1W0 must come after 1I0: W uses what I leaves behind"),
-    (PAIR, "1B0 1REDUCE", "1REDUCE 1B0", r"1REDUCE must come after 1B0: REDUCE needs the gradients of all"),
-    (PAIR_SPLIT, "1W0 1REDUCE", "1REDUCE 1W0", r"1REDUCE must come after 1W0: REDUCE needs the gradients of all"),
-    (ONE_RANK_SPLIT, "1I0 0I0", "0I0 1I0", r"0I0 must come after 1I0: the next stage, on the same rank, makes its"),
-    (ONE_RANK, "1B0 1REDUCE 0B0", "0B0 1B0 1REDUCE", r"0B0 must come after 1B0: the next stage, on the same rank,"),
+    # plan text, what is replaced, by what, the code of the error, what it names
+    (PAIR, "0B0 0REDUCE", "0B0 0REDUCE 1F0", "pipeline.action-misplaced", "0 4 1F0 1"),
+    (PAIR, "0F0", "0F0 0F0", "pipeline.action-twice", "0 1 0F0"),
+    (PAIR, " 1F0", "", "pipeline.action-missing", "1F0"),
+    (PAIR, " 1B0", "", "pipeline.action-missing", "1B0"),
+    (PAIR, "0B0", "0I0", "pipeline.action-missing", "0 2 0I0 0W0"),
+    (PAIR, " 1REDUCE", "", "pipeline.action-missing", "1REDUCE"),
+    (PAIR, "1RECV_F0 ", "", "pipeline.action-missing", "1RECV_F0 1 0 0SEND_F0"),
+    (PAIR, "backward=yes", "backward=no", "pipeline.action-too-much", "0RECV_B0"),
+    (PAIR, "0B0", "0I0 0W0 0B0", "pipeline.action-too-much", "0B0"),
+    (ONE_RANK, "1F0", "0SEND_F0 1F0", "pipeline.action-too-much", "0SEND_F0 0 1"),
+    (PAIR, "1RECV_F0 1F0", "1F0 1RECV_F0", "pipeline.order-wrong", "1 0 1F0 1RECV_F0"),
+    (PAIR, "0F0 (0SEND_F0;0RECV_B0)", "(0SEND_F0;0RECV_B0) 0F0", "pipeline.order-wrong", "0SEND_F0 0F0"),
+    (ONE_RANK, "0F0 1F0", "1F0 0F0", "pipeline.order-wrong", "1F0 0F0"),
+    (PAIR, "1F0 1B0", "1B0 1F0", "pipeline.order-wrong", "1B0 1F0"),
+    (PAIR, "(0SEND_F0;0RECV_B0) 0B0", "0SEND_F0 0B0 0RECV_B0", "pipeline.order-wrong", "0B0 0RECV_B0"),
+    (PAIR, "1B0 1REDUCE 1SEND_B0", "1SEND_B0 1B0 1REDUCE", "pipeline.order-wrong", "1SEND_B0 1B0"),
+    (PAIR_SPLIT, "1I0 1W0", "1W0 1I0", "pipeline.order-wrong", "1W0 1I0"),
+    (PAIR, "1B0 1REDUCE", "1REDUCE 1B0", "pipeline.order-wrong", "1REDUCE 1B0"),
+    (PAIR_SPLIT, "1W0 1REDUCE", "1REDUCE 1W0", "pipeline.order-wrong", "1REDUCE 1W0"),
+    (ONE_RANK_SPLIT, "1I0 0I0", "0I0 1I0", "pipeline.order-wrong", "0I0 1I0"),
+    (ONE_RANK, "1B0 1REDUCE 0B0", "0B0 1B0 1REDUCE", "pipeline.order-wrong", "0B0 1B0"),
 ]
 
 
-@pytest.mark.parametrize(("text", "old", "new", "message"), CHECK_ERRORS)
-def test_what_check_says(text: str, old: str, new: str, message: str) -> None:
+@pytest.mark.parametrize(("text", "old", "new", "code", "named"), CHECK_ERRORS)
+def test_what_check_says(text: str, old: str, new: str, code: str, named: str) -> None:
     check(parse_plan(text))
     assert old in text
     plan = parse_plan(text.replace(old, new, 1))
-    with pytest.raises(PlanError, match=message) as error:
+    with raises(PlanError, code, *named.split()) as error:
         check(plan)
     assert ">" in str(error.value).splitlines()[-1] or ">" in str(error.value).splitlines()[-2]  # the spot is marked
-    assert rendezvous(plan) != "ok" or "too much" in message
+    assert rendezvous(plan) != "ok" or code == "pipeline.action-too-much"
 
 
 def test_what_check_says_on_a_mismatch() -> None:
@@ -708,53 +707,56 @@ def steps(*texts: str) -> tuple[tuple[Step, ...], ...]:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "code", "named"),
     [
-        (lambda: parse_action("2X0"), r"'2X0' is not an action: expected <stage><op><microbatch>.*for example 2F0"),
-        (lambda: parse_action("0F"), "'0F' is not an action"),
-        (lambda: parse_action("0REDUCE1"), "'0REDUCE1' is not an action"),
-        (lambda: parse_action("F0 "), "'F0 ' is not an action"),
-        (lambda: parse_action("9" * 5000 + "F0"), "is not an action"),
-        (lambda: parse_step("(0F1;)"), "'' is not an action"),
-        (lambda: small_plan(name="a b"), "plan name 'a b' must be one word"),
-        (lambda: small_plan(microbatches=0), "plan 'x' has microbatches = 0; at least 1 is needed"),
-        (lambda: small_plan(placement=(0, 1)), r"plan 'x' has placement \(0, 1\) for 1 programs: every stage"),
-        (lambda: small_plan(placement=(), programs=()), r"plan 'x' has placement \(\) for 0 programs"),
-        (lambda: small_plan(programs=(((),),)), r"plan 'x' rank 0 step 0 \(\): a step holds at least one action"),
-        (lambda: small_plan(programs=steps("0F0", "(0F0;0B0)")), r"step 1 \(0F0;0B0\): only communication actions can"),
-        (lambda: small_plan(programs=steps("1F0")), "1F0: stage 1 is outside the 1 stages"),
-        (lambda: small_plan(programs=steps("0F1")), "0F1: microbatch 1 is outside the 1 microbatches"),
-        (lambda: small_plan(programs=(((Action(Op.REDUCE, 0, 0),),),)), "REDUCE concerns all microbatches and names"),
-        (lambda: small_plan(programs=steps("0SEND_F0")), "0SEND_F0 has no partner: stage 0 is the end of the pipeline"),
-        (lambda: small_plan(programs=steps("0RECV_F0")), "0RECV_F0 has no partner"),
-        (lambda: parse_plan(""), "'' is not the header of a plan: expected 'plan <name>"),
-        (lambda: parse_plan("plan x microbatches=1"), "'plan x microbatches=1' is not the header of a plan"),
-        (lambda: parse_plan(PAIR.replace("rank 1", "rank 2")), "should start with 'rank 1:': one line per rank"),
-        (lambda: add_communication(complete(one_f_one_b(2, 1, 1))), "step 1: 0SEND_F0 is already there; add_comm"),
-        (lambda: add_reduce(complete(one_f_one_b(2, 1, 1))), "step 4: 0REDUCE is already there; add_reduce takes"),
+        (lambda: parse_action("2X0"), "pipeline.action-not-valid", "2X0 2F0"),
+        (lambda: parse_action("0F"), "pipeline.action-not-valid", "0F"),
+        (lambda: parse_action("0REDUCE1"), "pipeline.action-not-valid", "0REDUCE1"),
+        (lambda: parse_action("F0 "), "pipeline.action-not-valid", "F0"),
+        (lambda: parse_action("9" * 5000 + "F0"), "pipeline.action-not-valid", ""),
+        (lambda: parse_step("(0F1;)"), "pipeline.action-not-valid", ""),
+        (lambda: small_plan(name="a b"), "pipeline.plan-shape-wrong", "'a b'"),
+        (lambda: small_plan(microbatches=0), "pipeline.plan-shape-wrong", "0 1"),
+        (lambda: small_plan(placement=(0, 1)), "pipeline.plan-shape-wrong", "0 1"),
+        (lambda: small_plan(placement=(), programs=()), "pipeline.plan-shape-wrong", "0"),
+        (lambda: small_plan(programs=(((),),)), "pipeline.step-not-valid", "0"),
+        (lambda: small_plan(programs=steps("0F0", "(0F0;0B0)")), "pipeline.step-not-valid", "1 0F0 0B0"),
+        (lambda: small_plan(programs=steps("1F0")), "pipeline.step-not-valid", "1F0 1"),
+        (lambda: small_plan(programs=steps("0F1")), "pipeline.step-not-valid", "0F1 1"),
+        (lambda: small_plan(programs=(((Action(Op.REDUCE, 0, 0),),),)), "pipeline.step-not-valid", "REDUCE"),
+        (lambda: small_plan(programs=steps("0SEND_F0")), "pipeline.step-not-valid", "0SEND_F0 0"),
+        (lambda: small_plan(programs=steps("0RECV_F0")), "pipeline.step-not-valid", "0RECV_F0"),
+        (lambda: parse_plan(""), "pipeline.plan-text-not-valid", ""),
+        (lambda: parse_plan("plan x microbatches=1"), "pipeline.plan-text-not-valid", "1"),
+        (lambda: parse_plan(PAIR.replace("rank 1", "rank 2")), "pipeline.plan-text-not-valid", "1"),
+        (lambda: add_communication(complete(one_f_one_b(2, 1, 1))), "pipeline.already-there", "1 0SEND_F0"),
+        (lambda: add_reduce(complete(one_f_one_b(2, 1, 1))), "pipeline.already-there", "4 0REDUCE"),
         (
             lambda: complete(parse_plan(STUCK)),
-            "0B0 waits for 1B0 on rank 1\n  rank 1 step 0 1B0 waits for 1F0 on rank 1",
+            "pipeline.not-orderable",
+            "0B0 1B0 1 0 1F0",
         ),
-        (lambda: complete(parse_plan(STUCK.replace("0F0 ", ""))), "rank 0 step 0 0B0 waits for 0F0 on rank 0"),
-        (lambda: simulate(parse_plan(STUCK)), "plan 'stuck': its computations cannot be ordered; `check` says where"),
-        (lambda: build("1f1b", 0, 1, 4), "schedule '1f1b': ranks 0, chunks 1, microbatches 4 must be >= 1"),
-        (lambda: build("interleaved", 2, 0, 4), "schedule 'interleaved': ranks 2, chunks 0, microbatches 4 must be"),
+        (lambda: complete(parse_plan(STUCK.replace("0F0 ", ""))), "pipeline.not-orderable", "0 0B0 0F0"),
+        (lambda: simulate(parse_plan(STUCK)), "pipeline.not-orderable", "stuck check"),
+        (lambda: build("1f1b", 0, 1, 4), "pipeline.degree-below-one", "1f1b 0 1 4"),
+        (lambda: build("interleaved", 2, 0, 4), "pipeline.degree-below-one", "2 0 4"),
         (
             lambda: build("1f1b", 2, 3, 4),
-            r"chunks = 3: it places 1 stage\(s\) on each rank. Set chunks to 1, or choose",
+            "pipeline.chunks-do-not-fit",
+            "3 1",
         ),
         (
             lambda: build("zb-v", 2, 1, 4),
-            r"chunks = 1: it places 2 stage\(s\) on each rank. Set chunks to 2, or choose",
+            "pipeline.chunks-do-not-fit",
+            "1 2",
         ),
-        (lambda: build("1F1B", 2, 1, 4), "unknown schedule '1F1B': did you mean '1f1b'\\? Known: gpipe, 1f1b, interl"),
-        (lambda: find_schedule("zbv"), "unknown schedule 'zbv': did you mean 'zb-v'"),
-        (lambda: build("gpip", 2, 1, 4), "unknown schedule 'gpip': did you mean 'gpipe'"),
+        (lambda: build("1F1B", 2, 1, 4), "pipeline.unknown-schedule", "1F1B 1f1b"),
+        (lambda: find_schedule("zbv"), "pipeline.unknown-schedule", "zbv zb-v"),
+        (lambda: build("gpip", 2, 1, 4), "pipeline.unknown-schedule", "gpip gpipe"),
     ],
 )
-def test_what_the_others_say(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(PlanError, match=message):
+def test_what_the_others_say(make: Callable[[], object], code: str, named: str) -> None:
+    with raises(PlanError, code, *named.split()):
         make()
 
 
@@ -764,7 +766,7 @@ def test_build_refuses_a_wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None
         return with_program(plan, 0, list(reversed(plan.programs[0])))
 
     monkeypatch.setitem(SCHEDULES, "wrong", Schedule(wrong, looped, 1))
-    with pytest.raises(PlanError, match="cannot be ordered"):
+    with raises(PlanError, "pipeline.not-orderable"):
         build("wrong", 2, 1, 2)
 
 

@@ -16,6 +16,7 @@ from engine.pipeline.check import check
 from engine.pipeline.passes import compute_only
 from engine.pipeline.schedules import SCHEDULES
 from engine.pipeline.torch_csv import read_torch_csv
+from tests.support.errors import raises
 
 # class of torch -> (stages on rank 0 of 4, the schedule of ours that does the same)
 CLASSES = {
@@ -72,7 +73,7 @@ def test_messages_are_taken_as_they_are() -> None:
         "rank 0: 0F0 0SEND_F0 0RECV_B0 0B0 0REDUCE\n"
         "rank 1: 1RECV_F0 1F0 1B0 1SEND_B0"
     )
-    with pytest.raises(PlanError, match="1REDUCE is missing"):
+    with raises(PlanError, "pipeline.action-missing", "1REDUCE"):
         check(plan)
     # Without any REDUCE_GRAD our pass adds them, and without any message all communication.
     assert str(read_torch_csv("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0", "x")).count("REDUCE") == 2
@@ -87,7 +88,7 @@ def test_what_deadlocks_is_refused() -> None:
     """The order of pytorch#172668: both send first."""
     text = "0F0,0F1,0SEND_F0,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1\n1RECV_F0,1F0,1B0,1SEND_B0,1RECV_F1,1F1,1B1,1SEND_B1"
     plan = read_torch_csv(text, "x")
-    with pytest.raises(PlanError, match="deadlock with zero buffering"):
+    with raises(PlanError, "pipeline.deadlock"):
         check(plan)
 
 
@@ -101,32 +102,33 @@ def test_a_cell_less_is_refused(name: str) -> None:
         for cells in ([], [rows[row][column]] * 2):
             broken = [list(each) for each in rows]
             broken[row][column : column + 1] = cells
-            with pytest.raises(PlanError, match=r"is missing|is there twice"):
+            with raises(PlanError, "pipeline.action-twice" if cells else "pipeline.action-missing"):
                 check(read_torch_csv("\n".join(",".join(each) for each in broken), "x"))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "named"),
     [
-        ("0F0,0X0", r"torch CSV 'x' row 0 column 1 \(from 0\) '0X0': '0X0' is not an action"),
-        ("0F0,0B0\n,1F0,,1B", r"row 1 column 3 \(from 0\) '1B': '1B' is not an action"),
-        ("0F0,(0F1;0B)OVERLAP_F_B", r"row 0 column 1 \(from 0\) '\(0F1;0B\)OVERLAP_F_B': '0B' is not an action"),
-        ("0F0,(0F1;0B0)", r"row 0 column 1 \(from 0\) '\(0F1;0B0\)': '\(0F1;0B0\)' is not an action"),
-        ('0F0,"0B0"', r"row 0 column 1 \(from 0\) '\"0B0\"': '\"0B0\"' is not an action"),
-        ("0F0,0REDUCE_GRAD0", r"row 0 column 1 .* is not an action"),
-        ("0F0,0B0\n0F1,1F0", r"row 1 column 0 \(from 0\) '0F1': stage 0 is on rank 0 already \('0F0'\)"),
-        ("0F0,1B0", r"row 0 column 1 \(from 0\) '1B0': no row has an F of stage 1"),
-        ("0F0,2F0", r"row 0 column 1 \(from 0\) '2F0': no row has an F of stage 1"),
-        ("0F0\n\n1F0", r"has placement \(0, 2\) for 3 programs: .* every rank must hold a stage"),
-        ("\n0F0", r"has placement \(1,\) for 2 programs"),
-        ("", r"torch CSV 'x' has no actions: expected one row per rank"),
-        ("0UNSHARD,,\n", r"torch CSV 'x' has no actions"),
-        ("0B0,0F0", r"rank 0 step 0: the computations cannot be ordered"),
-        ("0F0,0B0,0F999999999,0B999999999", r"0F1 is missing"),  # and it does not take all memory to find out
+        ("0F0,0X0", "pipeline.csv-cell-not-valid", "0 1 0X0"),
+        ("0F0,0B0\n,1F0,,1B", "pipeline.csv-cell-not-valid", "1 3 0 1B"),
+        ("0F0,(0F1;0B)OVERLAP_F_B", "pipeline.csv-cell-not-valid", "0 1 0F1 0B"),
+        ("0F0,(0F1;0B0)", "pipeline.csv-cell-not-valid", "0 1 0F1 0B0"),
+        ('0F0,"0B0"', "pipeline.csv-cell-not-valid", "0 1 0B0"),
+        ("0F0,0REDUCE_GRAD0", "pipeline.csv-cell-not-valid", "0 1"),
+        ("0F0,0B0\n0F1,1F0", "pipeline.csv-cell-not-valid", "1 0 0F1 0F0"),
+        ("0F0,1B0", "pipeline.csv-cell-not-valid", "0 1 1B0"),
+        ("0F0,2F0", "pipeline.csv-cell-not-valid", "0 1 2F0"),
+        ("0F0\n\n1F0", "pipeline.plan-shape-wrong", "0 2 3"),
+        ("\n0F0", "pipeline.plan-shape-wrong", "1 2"),
+        ("", "pipeline.csv-empty", ""),
+        ("0UNSHARD,,\n", "pipeline.csv-empty", ""),
+        ("0B0,0F0", "pipeline.not-orderable", "0"),
+        # and it does not take all memory to find out
+        ("0F0,0B0,0F999999999,0B999999999", "pipeline.action-missing", "0F1"),
     ],
 )
-def test_what_the_reader_says(text: str, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
+def test_what_the_reader_says(text: str, code: str, named: str) -> None:
+    with raises(PlanError, code, *named.split()):
         check(read_torch_csv(text, "x"))
 
 

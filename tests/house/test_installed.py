@@ -1,4 +1,4 @@
-"""A wheel as pip builds it in isolation, without torch, installed and used outside the tree."""
+"""Wheels installed and used outside the tree: as pip builds one in isolation, without torch, and as `build` does."""
 
 from __future__ import annotations
 
@@ -20,47 +20,95 @@ sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "")
 """
 
 
-@pytest.mark.heavy
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_a_wheel_built_without_torch_works_anywhere_and_says_what_it_lacks(tmp_path: Path) -> None:
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden/torch.py").write_text("raise ImportError('no torch here')")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        (tmp_path / "tree").mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / "tree")
-    shutil.copytree(ROOT / "csrc", tmp_path / "tree/csrc")
-    shutil.copytree(
-        ROOT / "engine", tmp_path / "tree/engine", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-    )
+class Installed:
+    """A package that was built and installed outside the tree, used from a folder of its own."""
 
-    def run(*command: str, path: str) -> str:
-        environment = os.environ | {"PYTHONPATH": str(tmp_path / path), "OMP_NUM_THREADS": "1"}
-        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.site = folder / "site"
+        for name in ("hidden", "elsewhere"):
+            (folder / name).mkdir()
+        (folder / "hidden/torch.py").write_text("raise ImportError('no torch here')")
+
+    def run(self, *command: str, path: str = "") -> str:
+        """What `python -m COMMAND` says, with this folder's `path` to import from; it must succeed."""
         done = subprocess.run(
             [sys.executable, "-m", *command],
-            cwd=tmp_path / "elsewhere",
-            env=environment,
+            cwd=self.folder / "elsewhere",
+            env=os.environ | {"PYTHONPATH": str(self.folder / path) if path else "", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             encoding="utf-8",
-            timeout=400,
+            timeout=1200,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    pip = ("pip", "-q", "--disable-pip-version-check")
-    options = ("--no-build-isolation", "--no-deps", "--no-index")
-    run(*pip, "wheel", *options, "-w", str(tmp_path / "dist"), str(tmp_path / "tree"), path="hidden")
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    run(*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel), path="hidden")
-    (tmp_path / "site/sitecustomize.py").write_text(NO_EDITABLE)
-    assert {p.name.split(".")[0] for p in (tmp_path / "site/engine").glob("*.so")} == {"_index", "_shared"}
+    def pip(self, *command: str) -> None:
+        self.run("pip", "-q", "--disable-pip-version-check", *command, "--no-deps", "--no-index", path="hidden")
+
+    def install(self) -> None:
+        """The one wheel of `dist`, to `site`."""
+        (wheel,) = (self.folder / "dist").glob("*.whl")
+        self.pip("install", "--target", str(self.site), str(wheel))
+        (self.site / "sitecustomize.py").write_text(NO_EDITABLE)
+
+    def extensions(self) -> set[str]:
+        return {p.name.split(".")[0] for p in (self.site / "engine").glob("*.so")}
+
+    def prepare_and_train(self) -> str:
+        """What a short training says, on the docs, with everything from this package."""
+        prepare = f"prepare --input {ROOT / 'docs'} --include *.md --tokenizer tok --train-vocab-size 512 --output c"
+        self.run("engine", *prepare.split(), "--valid-fraction", "0.2", path="site")
+        told = self.run("engine", *TRAIN.split(), "--train.seq-len", "32", "--run.dir", "run", path="site")
+        assert (self.folder / "elsewhere/run/metrics.jsonl").read_text(encoding="utf-8").count('"loss"') == 3
+        return told
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_wheel_built_without_torch_works_anywhere_and_says_what_it_lacks(tmp_path: Path) -> None:
+    installed = Installed(tmp_path)
+    (tmp_path / "tree").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "tree")
+    shutil.copytree(ROOT / "csrc", tmp_path / "tree/csrc")
+    shutil.copytree(
+        ROOT / "engine", tmp_path / "tree/engine", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    )
+    installed.pip("wheel", "--no-build-isolation", "-w", str(tmp_path / "dist"), str(tmp_path / "tree"))
+    installed.install()
+    assert installed.extensions() == {"_index", "_shared"}
     said = "not built: engine._ops (torch could not be imported when this was installed (no torch here))"
-    assert said in run("engine", "--version", path="site") and said in run("engine", "--help", path="site")
-    assert re.search(r"engine\._ops is not built .*--force-reinstall", run("engine", "doctor", path="site"))
-    prepare = f"prepare --input {ROOT / 'docs'} --include *.md --tokenizer tok --train-vocab-size 512 --output c"
-    run("engine", *prepare.split(), "--valid-fraction", "0.2", path="site")
-    told = run("engine", *TRAIN.split(), "--train.seq-len", "32", "--run.dir", "run", path="site")
+    for option in ("--version", "--help"):
+        assert said in installed.run("engine", option, path="site")
+    assert re.search(r"engine\._ops is not built .*--force-reinstall", installed.run("engine", "doctor", path="site"))
+    told = installed.prepare_and_train()
     assert "torch's own operators run instead" in told and "--force-reinstall" in told
-    assert (tmp_path / "elsewhere/run/metrics.jsonl").read_text(encoding="utf-8").count('"loss"') == 3
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_wheel_of_the_source_distribution_has_everything_and_works_anywhere(tmp_path: Path) -> None:
+    """`python -m build` makes the wheel from the sdist, so that has what a build needs; then all extensions run."""
+    pytest.importorskip("build")
+    known = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+    if known.returncode:
+        pytest.skip("this is no git checkout, nothing tells which files belong to it")
+    names = [name for name in known.stdout.split("\0") if name and (ROOT / name).is_file()]
+    for name in names:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    installed = Installed(tmp_path)
+    installed.run("build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(tmp_path / "tree"))
+    assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
+    shutil.rmtree(tmp_path / "tree")
+    installed.install()
+    there = {str(p.relative_to(installed.site)) for p in (installed.site / "engine").rglob("*") if p.is_file()}
+    assert {name for name in names if name.startswith("engine/")} <= there
+    assert installed.extensions() == {"_index", "_ops", "_shared"}
+    doctor = installed.run("engine", "doctor", path="site")
+    assert doctor.endswith("nothing is broken\n") and "is not built" not in doctor
+    assert "warning" not in installed.prepare_and_train()

@@ -43,8 +43,7 @@ class EngineError(Exception):
 
     exit_code = EXIT_ERROR
 
-    def __init__(self, code: str, message: str | None = None):
-        code, message = ("", code) if message is None else (code, message)
+    def __init__(self, code: str, message: str):
         super().__init__(code, message)  # both: an error that crosses processes is made again of them
         self.code = code
 

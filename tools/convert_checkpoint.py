@@ -57,9 +57,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     known = [option for action in parser._actions for option in action.option_strings]
     faults = [_fault(word.partition("=")[0], known) for word in rest if word.startswith("--")]
     if not faults and rest:
-        faults.append(Fault("", "argument", rest[0], "belongs to no option", "Leave it out."))
+        faults.append(Fault("convert.stray-argument", "argument", rest[0], "belongs to no option", "Leave it out."))
     if parsed.model_type != "GPT":
-        faults.append(Fault("", "--model-type", parsed.model_type, "is not GPT", "Decoders only: Use GPT."))
+        faults.append(
+            Fault("convert.not-gpt", "--model-type", parsed.model_type, "is not GPT", "Decoders only: Use GPT.")
+        )
     parsed.saver = parsed.saver or (HF[0] if parsed.loader in OURS else OURS[0])
     for option, name, known_names in (
         ("--loader", parsed.loader, (*HF, *MEGATRON, *OURS)),
@@ -67,15 +69,33 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     ):
         if name in MEGATRON and option == "--saver":
             repair = "Save a Hugging Face folder, and import that with Megatron's own loader."
-            faults.append(Fault("", option, name, "Megatron-LM's formats are read, not written", repair))
+            faults.append(
+                Fault("convert.format-not-written", option, name, "Megatron-LM's formats are read, not written", repair)
+            )
         elif name not in known_names:
-            faults.append(Fault("", option, name, f"is none of {', '.join(known_names)}", "Choose one."))
+            faults.append(
+                Fault("convert.format-unknown", option, name, f"is none of {', '.join(known_names)}", "Choose one.")
+            )
     if not faults and (parsed.loader in OURS) == (parsed.saver in OURS):
         faults.append(
-            Fault("", "--saver", parsed.saver, f"is the same side as --loader {parsed.loader}", "Leave it out.")
+            Fault(
+                "convert.both-of-one-side",
+                "--saver",
+                parsed.saver,
+                f"is the same side as --loader {parsed.loader}",
+                "Leave it out.",
+            )
         )
     if parsed.true_vocab_size and parsed.loader not in MEGATRON:
-        faults.append(Fault("", "--true-vocab-size", parsed.true_vocab_size, "is for --loader core", "Leave it out."))
+        faults.append(
+            Fault(
+                "convert.vocab-size-unused",
+                "--true-vocab-size",
+                parsed.true_vocab_size,
+                "is for --loader core",
+                "Leave it out.",
+            )
+        )
     if faults:
         raise ConfigError(faults)
     return parsed
@@ -83,9 +103,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _fault(option: str, known: Sequence[str]) -> Fault:
     if option in REFUSED:
-        return Fault("", option, "given", "is an option of Megatron-LM that is not supported here", REFUSED[option])
+        return Fault(
+            "convert.option-not-supported",
+            option,
+            "given",
+            "is an option of Megatron-LM that is not supported here",
+            REFUSED[option],
+        )
     near = difflib.get_close_matches(option, known, n=1)
-    return Fault("", option, "given", "is unknown", f"Did you mean {near[0]}?" if near else "See --help.")
+    return Fault(
+        "convert.option-unknown", option, "given", "is unknown", f"Did you mean {near[0]}?" if near else "See --help."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -110,7 +110,7 @@ def test_the_first_cause_is_told_once(failing: int, tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
         if ctx.rank == failing:
             time.sleep(0.2)  # the other one waits already
-            raise DataError(DAMAGED)
+            raise DataError("data.damaged", DAMAGED)
         all_reduce_(torch.zeros(1), ctx.world)
         return 0
 
@@ -137,7 +137,7 @@ def test_quiet_ranks_end_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_many_failures_are_told_once(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
-        raise TrainingError(f"loss is nan on {ctx.rank}")
+        raise TrainingError("train.not-finite", f"loss is nan on {ctx.rank}")
 
     results = ranks(job, tmp_path, world=4)
     assert [r.code for r in results] == [1] * 4
@@ -148,7 +148,7 @@ def test_many_failures_are_told_once(tmp_path: Path) -> None:
 
 def test_an_agreed_failure_is_told_once(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
-        raise_together(DataError(DAMAGED) if ctx.rank == 1 else None, ctx.world, CPU)
+        raise_together(DataError("data.damaged", DAMAGED) if ctx.rank == 1 else None, ctx.world, CPU)
         return 0
 
     results = ranks(job, tmp_path)
@@ -159,7 +159,7 @@ def test_an_agreed_failure_is_told_once(tmp_path: Path) -> None:
 
 def test_exit_code_is_that_of_the_error(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
-        raise ConfigError([Fault("", "data.train", "", "no training data given", "Make some.")])
+        raise ConfigError([Fault("data.none", "data.train", "", "no training data given", "Make some.")])
 
     assert [r.code for r in ranks(job, tmp_path)] == [2, 2]
 
@@ -242,7 +242,7 @@ def test_raise_together() -> None:
     """A rank with an error of its own raises that; the others name the first rank that has one; none: nothing."""
 
     def job(ctx: ParallelContext, failing: set[int]) -> tuple[str, str] | None:
-        error = DataError(f"bad {ctx.rank}") if ctx.rank in failing else None
+        error = DataError("data.bad", f"bad {ctx.rank}") if ctx.rank in failing else None
         try:
             raise_together(error, ctx.data, CPU)
         except EngineError as caught:

@@ -115,7 +115,7 @@ def test_of_a_run(corpus: str, tmp_path: Path, background: bool, monkeypatch: py
     def job(ctx: ParallelContext) -> list[str]:
         def breaking(state: TrainState, *args: Any, **options: Any) -> StepResult:
             if state.step == 13:
-                raise TrainingError("killed")
+                raise TrainingError("train.killed", "killed")
             result = train_step(state, *args, **options)
             if state.step == 7:
                 for stage in state.buckets:

@@ -36,7 +36,7 @@ def start(job: Job, env: Env, layout: Layout, timeout_s: float = 20.0, transport
 
 def last_rank_fails(ctx: ParallelContext) -> int:
     if ctx.rank == ctx.layout.world - 1:
-        raise DataError(DAMAGED)
+        raise DataError("data.damaged", DAMAGED)
     all_reduce_(torch.zeros(1), ctx.world)  # waits for a rank that will not come
     return 0
 

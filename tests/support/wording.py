@@ -30,8 +30,9 @@ class Raised:
 
 
 def errors(root: Path = ROOT) -> list[Raised]:
-    """Every error made in engine/, in the order of files and lines. code: None where it is no literal."""
-    trees = {path: ast.parse(path.read_text()) for path in sorted((root / "engine").rglob("*.py"))}
+    """Every error made in engine/ and tools/, in the order of files and lines. code: None where it is no literal."""
+    files = sorted(path for folder in ("engine", "tools") for path in (root / folder).rglob("*.py"))
+    trees = {path: ast.parse(path.read_text()) for path in files}
     kinds = _kinds(trees.values())
     return [
         _raised(call, scope, f"{path.relative_to(root)}:{call.lineno}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.errors import raises
 from tests.support.hf_folders import same_bits, tensors_of
 from tests.support.hf_models import save
 from tests.support.megatron_cases import LLAMA, save_dist
@@ -54,22 +55,26 @@ def test_from_megatron(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "values"),
     [
-        (["--model-type", "BERT", "--loader", "hf"], "--model-type = 'BERT': is not GPT"),
+        (["--model-type", "BERT", "--loader", "hf"], "not-gpt", ("--model-type = 'BERT'",)),
         (
             ["--model-type", "GPT", "--loader", "hf", "--saver", "core"],
-            "--saver = 'core': Megatron-LM's formats are read",
+            "format-not-written",
+            ("--saver = 'core'",),
         ),
-        (["--model-type", "GPT", "--loader", "gguf"], "--loader = 'gguf': is none of hf"),
-        (["--model-type", "GPT", "--loader", "hf", "--saver", "hf"], "is the same side as --loader hf"),
-        (["--model-type", "GPT", "--loader", "hf", "--true-vocab-size", "3"], "is for --loader core"),
-        (["--model-type", "GPT", "--loader", "hf", "--vocab-file", "v"], "is an option of Megatron-LM that"),
-        (["--model-type", "GPT", "--loader", "hf", "--saverr", "hf"], "Did you mean --saver?"),
-        (["--model-type", "GPT", "--loader", "hf", "more"], "belongs to no option"),
+        (["--model-type", "GPT", "--loader", "gguf"], "format-unknown", ("--loader = 'gguf'", "hf")),
+        (["--model-type", "GPT", "--loader", "hf", "--saver", "hf"], "both-of-one-side", ("--loader hf",)),
+        (
+            ["--model-type", "GPT", "--loader", "hf", "--true-vocab-size", "3"],
+            "vocab-size-unused",
+            ("--true-vocab-size = 3", "--loader core"),
+        ),
+        (["--model-type", "GPT", "--loader", "hf", "--vocab-file", "v"], "option-not-supported", ("--vocab-file",)),
+        (["--model-type", "GPT", "--loader", "hf", "--saverr", "hf"], "option-unknown", ("--saverr", "--saver?")),
+        (["--model-type", "GPT", "--loader", "hf", "more"], "stray-argument", ("'more'",)),
     ],
 )
-def test_what_is_refused(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_what_is_refused(words: list[str], code: str, values: tuple[str, ...]) -> None:
+    with raises(ConfigError, f"convert.{code}", *values):
         convert_checkpoint.parse([*words, "--load-dir", "a", "--save-dir", "b"])
-    assert message in str(caught.value)

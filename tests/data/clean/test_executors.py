@@ -201,7 +201,7 @@ def test_an_executor_that_cannot_start_says_so(
 
 def test_a_task_leaves_its_error(tmp_path: Path) -> None:
     def run(rank: int) -> None:
-        raise ValueError("too bad") if rank else DataError("a.jsonl:3: torn")
+        raise ValueError("too bad") if rank else DataError("data.torn", "a.jsonl:3: torn")
 
     task = executors.Task(run, tmp_path, str(Path.cwd()))
     for rank in (0, 1):

@@ -63,9 +63,15 @@ def test_a_stopped_run_goes_on(tmp_path: Path, file: Path, name: str, degrees: d
     root, ranks = unpacked(file, tmp_path), math.prod(degrees.values())
     run = root / name / "run"
     expected, before = facts((root / name / "expected.jsonl").read_text()), (run / "metrics.jsonl").read_text()
-    values = golden_run.options(name, root) | {f"parallel.{axis}": str(n) for axis, n in degrees.items()}
+    layout = {f"parallel.{axis}": str(degrees.get(axis, 1)) for axis in ("tensor", "pipeline", "data")}
+    values = golden_run.options(name, root) | layout
     resolved = load([], values | {"run.dir": str(run), "checkpoint.resume": "latest"}, world=ranks, refuse_idle=True)
     cfg = resolved.config
+    here = {key: x for key, x in values.items() if key.startswith("data.")}  # the file says where they were
+    saved = load(
+        [run / "config.toml"], here | layout | {"run.dir": str(run), "checkpoint.resume": "latest"}, world=ranks
+    )
+    assert saved.config == cfg
 
     def job(ctx: ParallelContext) -> int:
         return train(resolved, ctx, StopRequest())

@@ -25,6 +25,8 @@ timeout_s = 60
 global_batch_size = 8
 seq_len = 32
 precision = "fp64"
+[eval]
+every = 0
 [optimizer]
 lr = 1e-2
 [lr_schedule]

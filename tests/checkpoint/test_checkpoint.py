@@ -162,7 +162,7 @@ def test_resume_choices(saved: Path, tmp_path: Path) -> None:
 
     assert choose("auto") == choose("latest") == choose(str(tmp_path / "run"), "new")
     assert choose("auto", "new") == choose("never", "new") == ""
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with raises(CheckpointError, "checkpoint.not-found", tmp_path / "new"):
         choose("latest", "new")
     with raises(CheckpointError, "train.run-folder-taken"):
         choose("never")

@@ -229,5 +229,5 @@ def test_a_run_starts_from_a_signed_one_and_is_told_what_to_do_with_an_encrypted
         return f"{folder.name} {state.lineage[0].step}"
 
     assert run_ranks(layout_of(cfg), job, num_kv_heads=2) == ["step_00000001 1"]
-    with pytest.raises(ConfigError, match=r"is encrypted, and what model it is must be known.*engine export"):
+    with raises(ConfigError, "config.init-not-readable", "checkpoint.init", tmp_path / "encrypted", "engine export"):
         config(checkpoint_init=tmp_path / "encrypted", checkpoint_secret=f"file:{key}")

@@ -50,6 +50,10 @@ class EngineError(Exception):
     def __str__(self) -> str:
         return str(self.args[1])
 
+    def report(self) -> str:
+        """The text as it is printed: with the code at its end, as what to search for."""
+        return f"{self} [{self.code}]" if self.code else str(self)
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -62,7 +66,7 @@ class Fault:
     repair: str
 
     def __str__(self) -> str:
-        return f"{cut(self.path)} = {shown(self.value)}: {cut(self.relation, 1000)}. {self.repair}"
+        return f"{cut(self.path)} = {shown(self.value)}: {cut(self.relation, 1000)}. {self.repair} [{self.code}]"
 
 
 class ConfigError(EngineError):
@@ -78,6 +82,10 @@ class ConfigError(EngineError):
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[Sequence[Fault]]]:
         return type(self), (self.faults,)
+
+    def report(self) -> str:
+        """The text as it is printed: each fault has its code."""
+        return str(self)
 
 
 class LayoutError(EngineError):

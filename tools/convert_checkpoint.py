@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.report()}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
     for name in WITHOUT_MEANING:
         if getattr(args, name[2:].replace("-", "_")) is not None:

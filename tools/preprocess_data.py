@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with watched():
             _run(parse(sys.argv[1:] if argv is None else argv))
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.report()}", file=sys.stderr)
         return error.exit_code
     return EXIT_OK
 

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with watched():
             code = _run(args)
     except OutputError as error:  # what was buffered found no room
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.report()}", file=sys.stderr)
         code = error.exit_code
     if argv is None and args[:1] == ["prepare"] and code == EXIT_OK:
         os._exit(code)  # all is written; to take libraries and their tables apart would be a tenth of a second
@@ -53,7 +53,7 @@ def _run(args: list[str]) -> int:
         code: int = importlib.import_module(f"engine.cli.{_file(args[0])}").run(args[1:])
         return code
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.report()}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if error.filename is None:

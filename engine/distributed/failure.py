@@ -49,10 +49,12 @@ def report(error: Exception, env: Env, store: Store | None, timeout_s: float, bo
     Returns its first line, or its last where it is a traceback; empty when nothing was told.
     """
     expected = isinstance(error, EngineError)
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, EngineError):
+        text = error.report()
+    elif isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:
-        text = str(error) if expected else out_of_memory(error) or "".join(traceback.format_exception(error)).rstrip()
+        text = out_of_memory(error) or "".join(traceback.format_exception(error)).rstrip()
     lost = False
     if store is not None:
         what = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # without the place in gloo's source

@@ -411,7 +411,7 @@ def test_each_fault_is_said_in_full(case: str) -> None:
     assert set(named.split()) <= set(NAMED.findall(f"{fault.relation}. {fault.repair}"))
     if path in overrides and fault.value != "...":  # a secret is never shown
         assert str(fault.value) == str(overrides[path])
-    assert str(fault) == f"{path} = {fault.value!r}: {fault.relation}. {fault.repair}"
+    assert str(fault) == f"{path} = {fault.value!r}: {fault.relation}. {fault.repair} [{fault.code}]"
 
 
 @pytest.mark.usefixtures("plans")

@@ -67,17 +67,17 @@ def run(args: list[str]) -> int:
         kept = folder.parent.parent / "tokenizer"
         tokenizer = kept if kept.is_dir() else None  # what came with a folder goes out again, if it can be read or not
     dtype = None if imported and not o.dtype else _dtype(o.dtype or cfg.train.precision)
-    family, size = export(
+    family, size, changed = export(
         folder,
         o.output,
         dtype=dtype,
         tokenizer=tokenizer,
         eod=eod,
-        notes=notes,
         extra=o.copy_extra,
         max_shard_bytes=shard_bytes(o.shard_mib),
         storage=storage,
     )
+    notes += changed
     files = "config.json, generation_config.json" + (", tokenizer" if tokenizer else "")
     text = [f"note: {note}" for note in notes]
     text.append(f"wrote {o.output}: {family.architecture}, {size:,} bytes of weights, {files}")

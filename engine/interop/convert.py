@@ -229,14 +229,13 @@ def export(
     eod: int | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     storage: Storage = DISK,
-    notes: list[str] | None = None,
     extra: bool = False,
-) -> tuple[Family, int]:
-    """Write a checkpoint as a Hugging Face folder; returns the family and the bytes of the weights.
+) -> tuple[Family, int, list[str]]:
+    """Write a checkpoint as a Hugging Face folder; returns the family, the bytes of the weights and notes.
 
     Writes model-*.safetensors with their index, config.json, generation_config.json, and copies the tokenizer's files.
-    dtype: None for that of the checkpoint. eod: id of the tokenizer's end-of-document token. notes: what was changed
-    of the folder it came from is added, in words. extra: licence, model card and other small files of that folder too.
+    dtype: None for that of the checkpoint. eod: id of the tokenizer's end-of-document token. extra: licence, model
+    card and other small files of the folder it came from too. The notes say what was changed of that folder.
     Raises CheckpointError when `out` is there already, or no family is this model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -261,15 +260,13 @@ def export(
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizer / name, temporary / name)
     said += copy_extra(beside, temporary if extra else None)
-    if notes is not None:
-        notes += said
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     for name, facts in ((INDEX, index), (GENERATION, generation), (CONFIG, config)):
         write_synced(temporary / name, json.dumps(facts, indent=2).encode() + b"\n")
     sync_folder(temporary)
     os.rename(temporary, out)
     sync_folder(out.parent)
-    return family, total
+    return family, total, said
 
 
 def _write_weights(

@@ -65,7 +65,9 @@ def test_a_full_disk_under_the_output_is_an_error_and_no_silence(tmp_path: Path)
     with open("/dev/full", "w") as full:
         done = subprocess.run([*ENGINE, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "error: standard output cannot be written: No space left on device [cli.output-not-writable]\n"
+    assert (
+        done.stderr == "error: standard output cannot be written: No space left on device [cli.output-not-writable]\n"
+    )
 
 
 @pytest.mark.parametrize("target", ["closed pipe", pytest.param("full disk", marks=pytest.mark.heavy)])

@@ -80,7 +80,7 @@ def test_import_gives_transformers_logits_and_gradients(tmp_path: Path, name: st
 def test_round_trip_changes_no_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     save(name, tmp_path / "hf", dtype)
     folder, _ = import_folder(tmp_path / "hf", tmp_path / "run", max_shard_bytes=20_000)
-    family, size = export(folder, tmp_path / "back", dtype=None, tokenizer=None, eod=None, max_shard_bytes=20_000)
+    family, size, _ = export(folder, tmp_path / "back", dtype=None, tokenizer=None, eod=None, max_shard_bytes=20_000)
     assert same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
     assert meaning(tmp_path / "hf") == meaning(tmp_path / "back")
     assert [family.architecture] == json.loads((tmp_path / "hf/config.json").read_text())["architectures"]
@@ -158,7 +158,7 @@ def test_own_models_are_exported_with_their_tokenizer(tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer")
     folder = tmp_path / "run/checkpoints/step_00000001"
     words = {"dtype": torch.float32, "tokenizer": tmp_path / "tokenizer", "eod": tokenizer.eod}
-    family, _ = export(folder, tmp_path / "hf", **words)
+    family, *_ = export(folder, tmp_path / "hf", **words)
     assert family.architecture == "MistralForCausalLM"
     found = compare_with_transformers(tmp_path / "run", tmp_path / "hf", num_tokens=64)
     assert not found.fault and found.difference < 1e-5 and found.largest > 0.1

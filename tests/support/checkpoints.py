@@ -58,16 +58,3 @@ def as_step(saved: Path, root: Path, step: int) -> Path:
     folder = Path(shutil.copytree(saved, root / f"step_{step:08d}"))
     reseal(folder, lambda m: m.update(step=step))
     return folder
-
-
-def complete_steps(root: Path) -> list[int]:
-    """Steps of all complete checkpoints under `root`, ascending. Temporary and damaged folders do not count."""
-    return [step for step in reversed(steps_descending(root)) if _complete(step_dir(root, step))]
-
-
-def _complete(folder: Path) -> bool:
-    try:
-        read_manifest(folder)
-    except CheckpointError:
-        return False
-    return True

@@ -27,7 +27,7 @@ from engine.util.files import locked
 from engine.util.signals import StopRequest
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
-from tests.support.launched import CPU, DAMAGED, Ended, ended, forked, last_rank_fails, ranks, start
+from tests.support.launched import CPU, DAMAGED, TOLD, Ended, ended, forked, last_rank_fails, ranks, start
 from tests.support.paths import ROOT
 
 # -- the real thing ----------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def test_one_message_under_torchrun(tmp_path: Path) -> None:
     assert result.returncode != 0
     assert result.stdout == ""
     spoken = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert spoken == [f"error: rank 1: {DAMAGED}"], result.stderr
+    assert spoken == [f"error: rank 1: {TOLD}"], result.stderr
     summary = result.stderr.split("Root Cause")[1]
     assert "rank      : 1 (local_rank: 1)" in summary and f"rank 1: {DAMAGED}" in summary, result.stderr
     assert "Connection" not in result.stderr and "in last_rank_fails" not in result.stderr, result.stderr
@@ -115,7 +115,7 @@ def test_the_first_cause_is_told_once(failing: int, tmp_path: Path) -> None:
         return 0
 
     results = ranks(job, tmp_path)
-    assert results[failing] == Ended(1, f"error: rank {failing}: {DAMAGED}\n")
+    assert results[failing] == Ended(1, f"error: rank {failing}: {TOLD}\n")
     assert results[1 - failing] == Ended(1, "")
 
 
@@ -124,7 +124,7 @@ def test_an_error_is_told_where_torchrun_cannot_be(tmp_path: Path) -> None:
         os.environ["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "no such folder/error.json")  # or a full /tmp
         return last_rank_fails(ctx)
 
-    assert ranks(job, tmp_path)[1] == Ended(1, f"error: rank 1: {DAMAGED}\n")
+    assert ranks(job, tmp_path)[1] == Ended(1, f"error: rank 1: {TOLD}\n")
 
 
 def test_quiet_ranks_end_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_one_process_needs_no_group(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert start(job, Env(), Layout()) == 75
     assert start(last_rank_fails, Env(), Layout()) == 1
-    assert capsys.readouterr().err == f"error: {DAMAGED}\n"
+    assert capsys.readouterr().err == f"error: {TOLD}\n"
 
     def bug(ctx: ParallelContext) -> int:
         raise KeyError("x")

@@ -26,6 +26,7 @@ from engine.errors import DataError
 CPU = torch.device("cpu")
 TWO = Layout(2, data=2)
 DAMAGED = "corpus.bin: 3 bytes at offset 12, expected 4: prepare it again"
+TOLD = f"{DAMAGED} [data.damaged]"  # as it is printed
 Job = Callable[[ParallelContext], int]
 
 

@@ -222,7 +222,7 @@ def test_the_last_word_names_the_rank_that_had_the_cause(corpus: str, tmp_path: 
         "from engine.errors import DataError\n"
         "step = loop.train_step\n"
         "def failing(state, *args, **options):\n"
-        "    if state.step == 2 and state.ctx.rank == 1: raise DataError('the corpus is gone')\n"
+        "    if state.step == 2 and state.ctx.rank == 1: raise DataError('data.gone', 'the corpus is gone')\n"
         "    return step(state, *args, **options)\n"
         "loop.train_step = failing\n"
         "main(sys.argv[1:])\n"
@@ -240,6 +240,6 @@ def test_the_last_word_names_the_rank_that_had_the_cause(corpus: str, tmp_path: 
     assert done.returncode, done.stderr
     assert json.loads((tmp_path / "run/exit.json").read_text()) == {
         "code": 1,
-        "reason": "rank 1: the corpus is gone",
+        "reason": "rank 1: the corpus is gone [data.gone]",
         "step": 2,
     }

@@ -394,7 +394,7 @@ def small(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_cases.LAYERS", 1)
+    monkeypatch.setattr("tests.support.megatron_cases.LAYERS", 1)
     wanted = save_dist(tmp_path / "dist", small(LLAMA))
     seen = fuzz(tmp_path / "dist", FUZZ_DIST, 800, 0, wanted)
     assert sum(seen.values()) == 800 and seen["refused"] > 250 and seen["weights refused"] > 50
@@ -406,14 +406,14 @@ def test_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_thousands_of_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_cases.LAYERS", 1)
+    monkeypatch.setattr("tests.support.megatron_cases.LAYERS", 1)
     wanted = save_dist(tmp_path / "dist", small(LLAMA))
     assert sum(fuzz(tmp_path / "dist", FUZZ_DIST, 5_000, 2, wanted).values()) == 5_000
 
 
 def test_a_checksum_that_is_not_compared_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fuzz finds the fault that torch.load has."""
-    monkeypatch.setattr("megatron_cases.LAYERS", 1)
+    monkeypatch.setattr("tests.support.megatron_cases.LAYERS", 1)
     monkeypatch.setattr(archive.zlib, "crc32", lambda _: 0)
     monkeypatch.setattr(archive, "Record", lambda data, crc: Record(data, 0))
     wanted = save_dist(tmp_path / "dist", small(LLAMA))

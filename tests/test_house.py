@@ -121,8 +121,8 @@ def rooms_say(tree: Tree) -> Iterator[tuple[str, int]]:
     for folder in sorted(folders - {"engine"}):
         module = ast.parse(tree.get(f"{folder}/__init__.py", ""))
         text = ast.get_docstring(module) or ""
-        told = text.count("\n\n") >= 1 and ("mport" in text or "ever know" in text)
-        subject = folder.count("/") > 2 or folder.endswith("megatron")  # a subject inside a room: its first line does
+        told = text.count("\n\n") >= 1 and "mport" in text and "ever know" in text
+        subject = folder.count("/") > 2  # a subject inside a room: its first line does
         if not (text and (told or subject)):
             yield folder, 1
 
@@ -184,6 +184,8 @@ PLANTED: list[tuple[str, Tree]] = [
     ("no loose files", {"scripts/a.py": ""}),
     ("rooms say what they are for", {"engine/a/b.py": ""}),
     ("rooms say what they are for", {"engine/a/__init__.py": '"""A room."""\n', "engine/a/b.py": ""}),
+    ("rooms say what they are for", {"engine/a/__init__.py": '"""A.\n\nImports it."""\n', "engine/a/b.py": ""}),
+    ("rooms say what they are for", {"engine/a/__init__.py": '"""A.\n\nNever knows."""\n', "engine/a/b.py": ""}),
 ]
 
 
@@ -197,7 +199,7 @@ def test_what_is_allowed_is_not_reported() -> None:
         "engine/a/__init__.py": '"""A room.\n\nImports nothing, never knows anything.\n"""\n',
         "engine/a/b.py": "def f(a, b, c, d, e, f, g, h):\n" + "    x = 1\n" * 59,
         "engine/cli/b.py": "class B:\n    def f(self, a, b, c, d, e, f, g, h): ...\n",
-        "engine/cli/__init__.py": '"""Verbs.\n\nImports everything.\n"""\n',
+        "engine/cli/__init__.py": '"""Verbs.\n\nImports everything; others never know it.\n"""\n',
         "csrc/ops/a.cpp": "\n" * 400,
     }
     assert [found for rule in RULES.values() for found in rule(tree)] == []

@@ -1,5 +1,6 @@
-"""Text to tokens to samples, in five rooms: read -> tokenize, clean, prepare -> samples.
+"""Text to tokens to samples, in five rooms: read, clean, tokenize, prepare, samples.
 
-Training imports samples and the tokenizer, nothing else of data. workfolder.py: where clean, prepare and merge work
-until their output is complete, and from where the same command goes on.
+A room imports those before it in read -> tokenize -> samples -> clean, prepare. Training imports samples and the
+tokenizer, nothing else of data. workfolder.py: where clean, prepare and merge-datasets work until their output is
+complete, and from where the same command goes on. Never knows models or training.
 """

@@ -1,5 +1,5 @@
 """Ranks and what flows between them: layout, context, collectives, shared memory, launching, specs of shards.
 
-Imports config (torch-free parts here may be imported by it: layout, board). Nothing else calls torch.distributed. Never
-knows a model, a schedule or a corpus.
+Imports errors and util. Nothing else calls torch.distributed or reads the environment. layout and board need no torch:
+config may import them. Never knows a config, a model, a schedule or a corpus.
 """

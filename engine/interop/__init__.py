@@ -1,5 +1,5 @@
 """Other projects' models, in and out: Hugging Face folders, Megatron-LM checkpoints.
 
-Each is a source of rectangles of canonical tensors, like a checkpoint. Imports checkpoint, config and model's shapes;
-never knows training.
+Each is a source of rectangles of canonical tensors, like a checkpoint. Imports checkpoint, config, model's shapes and
+the tokenizer's files. Never knows training.
 """

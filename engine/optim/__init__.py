@@ -1,4 +1,4 @@
 """AdamW over flat buckets, clipping from ShardSpecs, the learning rate, precision.
 
-Imports parallel and distributed. Never knows the model's classes or where states are saved.
+Imports parallel, distributed, ops (kernels) and config. Never knows the model's classes or where states are saved.
 """

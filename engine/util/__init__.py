@@ -1,4 +1,4 @@
-"""Files, locks, signals, pictures' fonts, threads that read ahead, and what was built: for every room.
+"""Files, locks, signals, pictures' fonts, threads that read ahead, loading extensions, what was built: for every room.
 
-Imports errors and the standard library; never another room.
+Imports errors and the standard library. Never knows another room.
 """

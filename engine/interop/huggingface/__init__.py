@@ -1,4 +1,5 @@
 """Hugging Face folders: one table a family, config.json, weights, and the files beside them.
 
-`families` and `config_json` import no torch; the config reads presets and model.* from them.
+Imports checkpoint, config and model's shapes; `families` and `config_json` no torch, as the config reads presets and
+model.* from them. Never knows training, and never runs code of a folder.
 """

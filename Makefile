@@ -13,7 +13,8 @@ help:
 	@echo "make test-torch    the quick tests with the oldest torch that pyproject.toml allows"
 	@echo "make test-extras   the tests that need more than .venv has: datatrove, spaCy, ray, strace, network namespaces"
 	@echo "make test-mutations  puts in faults that other engines had, one at a time, and sees each caught"
-	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extension built"
+	@echo "make lint      style and types only"
+	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extensions built"
 	@echo "make bench     the engine beside its peers and the limits of this machine: one table, bench.json (BENCH=--quick: minutes)"
 
 venv: .venv/ready

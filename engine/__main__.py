@@ -7,7 +7,7 @@ from engine.util.signals import ASKING
 
 def main() -> None:
     """The command. Not at the import, which multiprocessing repeats in workers: they have to end on SIGTERM."""
-    # Until somebody answers them (engine.util.signals; or cli.py lets them through): imports take a tenth of a second.
+    # Until somebody answers them (engine.util.signals; or cli/main.py lets them through): imports take 0.1 s.
     signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     from engine.cli.main import main
 

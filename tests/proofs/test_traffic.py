@@ -1,4 +1,4 @@
-"""Bytes sent are counted exactly: what comm counts equals the formulas, and what training reports is what comm counts.
+"""Bytes sent are counted exactly: what collectives count equals the formulas, and what training reports is that.
 
 The formulas are those for a ring (a tensor of X bytes over n ranks: all-gather and reduce-scatter X (n-1)/n, all-reduce
 twice that), with X = s b h e of the activations between blocks; Korthikanti et al. 2022, section 4.2, counts the same.

@@ -1,4 +1,4 @@
-"""A labelled set for the rules of engine/data/pii, and what they reach on it: `python -m tests.data.clean.pii_cases`
+"""A labelled set for the rules of engine/data/clean/pii, and what they reach on it: `python -m tests.data.clean.pii_cases`
 (`python -m tests.data.clean.pii_cases a`, or `b`, `c`, `d`: on a set of tests/data/clean/pii_heldout).
 
 A line is a text in which [[kind|value]] marks what should be found; anything else that is found is a mistake. Half of

@@ -5,8 +5,8 @@ nothing is read twice and nothing unread is paid for. A block that is wanted who
 digested piece by piece as it comes, while the core's cache has it. Each thread reads a run of blocks through a handle
 of its own, so that the kernel reads ahead of each. Memory beyond the tensors to fill: one block a thread.
 
-A `TensorSource` is whatever holds canonical tensors: one of our checkpoints (`Reader`), a Hugging Face folder
-(interop.huggingface.weights.HfReader).
+A `TensorSource` is whatever holds canonical tensors: one of our checkpoints (`Reader`), or what a module of interop
+reads: a Hugging Face folder (`HfReader`), a checkpoint of Megatron-LM (`MegatronSource`).
 """
 
 from __future__ import annotations

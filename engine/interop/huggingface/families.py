@@ -3,8 +3,8 @@
 config.json is data that describes a model. A key that the family's class in transformers reads is either a fact that
 `ModelConfig` has, or must have the value that the engine's model computes with: a test compares the table with the
 source of transformers. A key that the class does not read changes nothing and is kept, unless it asks by name for
-something that the engine does not have (`LACKING`). Reading and writing (config_json.py) use the same table, and a model
-is exported as a family whose config.json reads back as exactly its facts: what a family cannot say is not lost in
+something that the engine does not have (`LACKING`). Reading and writing (config_json.py) use one table, and a model is
+exported as a family whose config.json reads back as exactly its facts: what a family cannot say is not lost in
 silence.
 """
 

@@ -1,5 +1,6 @@
-"""A labelled set for the rules of engine/data/clean/pii, and what they reach on it: `python -m tests.data.clean.pii_cases`
-(`python -m tests.data.clean.pii_cases a`, or `b`, `c`, `d`: on a set of tests/data/clean/pii_heldout).
+"""A labelled set for the rules of engine/data/clean/pii, and what they reach on it.
+
+`python -m tests.data.clean.pii_cases` prints that (with `a`, `b`, `c`, `d`: on a set of tests/data/clean/pii_heldout).
 
 A line is a text in which [[kind|value]] marks what should be found; anything else that is found is a mistake. Half of
 the lines hold nothing: version numbers, timestamps, ISBNs, order numbers, digests, ids with a wrong check digit. Some

@@ -37,7 +37,7 @@ def test_an_old_name_is_an_error_that_names_the_new_one(
             main(["train", *words, "--dry-run"])
         assert left.value.code == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
-        assert line.startswith(f"  - {old} = ") and line.endswith(f" Use {new}."), line
+        assert line.startswith(f"  - {old} = ") and line.endswith(f" Use {new}. [config.renamed]"), line
 
 
 def test_what_a_run_saved_is_read_as_it_is_meant(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class EngineError(Exception):
 
     def report(self) -> str:
         """The text as it is printed: with the code at its end, as what to search for."""
-        return f"{self} [{self.code}]" if self.code else str(self)
+        return f"{self} [{self.code}]"
 
 
 @dataclass(frozen=True)

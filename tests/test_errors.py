@@ -24,5 +24,11 @@ def test_a_config_error_says_every_fault() -> None:
         Fault("a.c", "x", "y", "is none", "Leave it out."),
     ]
     assert str(ConfigError(faults)) == (
-        "configuration has 2 faults:\n  - train.steps = 0: is too few. Use 1.\n  - x = 'y': is none. Leave it out."
+        "configuration has 2 faults:\n  - train.steps = 0: is too few. Use 1. [a.b]\n"
+        "  - x = 'y': is none. Leave it out. [a.c]"
     )
+
+
+def test_what_is_printed_ends_with_the_code() -> None:
+    assert CheckpointError("a.b", "text").report() == "text [a.b]"
+    assert ConfigError([Fault("a.b", "p", 1, "r", "f")]).report().endswith("p = 1: r. f [a.b]")

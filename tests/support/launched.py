@@ -22,6 +22,7 @@ from engine.distributed.env import Env, read_env
 from engine.distributed.launch import Mesh, run
 from engine.distributed.layout import Layout
 from engine.errors import DataError
+from engine.util.signals import ASKING
 
 CPU = torch.device("cpu")
 TWO = Layout(2, data=2)
@@ -63,6 +64,9 @@ def forked(body: Callable[[], int], log: Path) -> Iterator[int]:
             os.dup2(fd, 1)
             os.dup2(fd, 2)
             sys.stdout = sys.stderr = os.fdopen(fd, "w", buffering=1)
+            for number in ASKING:  # whatever a verb that ran in this process has left
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
             os._exit(body())
         except BaseException:
             os.write(2, traceback.format_exc().encode())

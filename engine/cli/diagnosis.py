@@ -177,7 +177,7 @@ def _attention(device: torch.device) -> Finding:
     """Which attention a run takes by itself, and why what it would rather take is not there."""
     name, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
     with native.forced(kernels=native.load()[0] is not None):  # else it would warn of what was just said
-        alone, apart = (attention.chosen(device, dtype, 128, documents=documents) for documents in (False, True))
+        alone, apart = (attention.attention_name(device, dtype, 128, documents=kept) for kept in (False, True))
     text = f"{name} on {device.type}: {alone}; documents kept apart: {apart}"
     return Finding("attention", "; ".join([text, *(attention.missing().values() if device.type == "cuda" else ())]))
 

@@ -14,7 +14,7 @@ from rich.table import Column
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.ops.apex import fused_norms
-from engine.ops.attention import chosen
+from engine.ops.attention import attention_name
 from engine.ops.native import in_words, kernels
 
 
@@ -56,9 +56,9 @@ class Progress:
         return f"{text}; norms: apex" if fused_norms(probe) and not kernels(probe) else text
 
     def _attention(self) -> str:
-        c = self.cfg
+        c, ctx = self.cfg, self.ctx
         apart = c.data.separate_documents
-        name = chosen(self.ctx.device, self.ctx.dtype, c.model.head_dim, documents=apart, wanted=c.train.attention)
+        name = attention_name(ctx.device, ctx.dtype, c.model.head_dim, documents=apart, wanted=c.train.attention)
         return name + ", documents kept apart" * apart
 
     def __enter__(self) -> Progress:

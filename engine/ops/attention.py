@@ -229,6 +229,8 @@ def causal_attention(
     return IMPLEMENTATIONS[choose(wanted, case)](q, k, v, documents)
 
 
-def chosen(device: torch.device, dtype: torch.dtype, head_dim: int, *, documents: bool, wanted: str = "auto") -> str:
+def attention_name(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, documents: bool, wanted: str = "auto"
+) -> str:
     """The implementation that runs on such heads. ConfigError where the wanted one cannot."""
     return choose(wanted, case_of(torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype), documents=documents))

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config.schema import Config
 from engine.errors import ConfigError, Fault
 from engine.ops.compile import compiled
 
@@ -97,11 +96,11 @@ class Fp8:
         return None
 
 
-def check_device(cfg: Config, device: torch.device) -> None:
-    """ConfigError where a GPU has no 8-bit floats."""
-    if cfg.train.fp8 == "none" or device.type != "cuda":
+def check_device(wanted: str, device: torch.device) -> None:
+    """ConfigError where a GPU has no 8-bit floats; wanted: train.fp8."""
+    if wanted == "none" or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         relation = f"needs a GPU of compute capability 8.9 (Ada, Hopper), this one has {capability[0]}.{capability[1]}"
-        raise ConfigError([Fault("ops.fp8-not-available", "train.fp8", cfg.train.fp8, relation, "Use none.")])
+        raise ConfigError([Fault("ops.fp8-not-available", "train.fp8", wanted, relation, "Use none.")])

@@ -17,7 +17,7 @@ from engine.distributed.launch import Mesh
 from engine.distributed.sharding import Parameter, initialise_, parameters
 from engine.errors import ConfigError, Fault
 from engine.model.transformer import Transformer, build_stages, tensor_shapes
-from engine.ops.attention import chosen
+from engine.ops.attention import attention_name
 from engine.ops.fp8 import check_device
 from engine.ops.native import keep_freed_memory
 from engine.optim.adamw import FlatAdamW
@@ -110,9 +110,9 @@ def check_means(cfg: Config, ctx: ParallelContext) -> None:
 
     ConfigError where it cannot, or where ranks would choose differently because one has a package that another lacks.
     """
-    check_device(cfg, ctx.device)
+    check_device(cfg.train.fp8, ctx.device)
     apart, wanted = cfg.data.separate_documents, cfg.train.attention
-    mine = chosen(ctx.device, ctx.dtype, cfg.model.head_dim, documents=apart, wanted=wanted)
+    mine = attention_name(ctx.device, ctx.dtype, cfg.model.head_dim, documents=apart, wanted=wanted)
     names = gather_json(mine, ctx.world, ctx.device)
     if len(set(names)) > 1:
         found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))

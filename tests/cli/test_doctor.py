@@ -21,7 +21,7 @@ from engine.distributed import pair
 from engine.distributed import shared_memory as shared
 from engine.distributed.pair import try_pair
 from engine.ops import native
-from engine.ops.attention import chosen
+from engine.ops.attention import attention_name
 
 CPU = torch.device("cpu")
 needs_ops = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
@@ -175,7 +175,7 @@ def test_what_ran_is_what_was_asked_for() -> None:
     assert {"RMSNorm", "LayerNorm", "RoPE", "SwiGLU", "gated GeLU", "cross entropy", "AdamW"} <= own
     assert "embedding" not in own and ("attention" in own) == ("attention, documents kept apart" in own)
     words = native.in_words(CPU, torch.float32)
-    assert (chosen(CPU, torch.float32, 16, documents=False) == "own") == ("attention" in own)
+    assert (attention_name(CPU, torch.float32, 16, documents=False) == "own") == ("attention" in own)
     assert ("matrix products: own" in words) == ("matrix product" in own)
     assert native.in_words(CPU, torch.float64).endswith("matrix products: torch")
     assert (

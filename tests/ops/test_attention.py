@@ -267,7 +267,7 @@ def test_ranks_that_choose_differently_are_refused(monkeypatch: pytest.MonkeyPat
     cfg = config(2, parallel_data=2)
 
     def job(ctx: ParallelContext) -> None:
-        monkeypatch.setattr(train, "chosen", lambda *a, **k: ["varlen", "sdpa"][ctx.rank])
+        monkeypatch.setattr(train, "attention_name", lambda *a, **k: ["varlen", "sdpa"][ctx.rank])
         with raises(ConfigError, "train.ranks-choose-differently", "varlen on rank 0", "sdpa on rank 1"):
             setup(cfg, ctx)
 

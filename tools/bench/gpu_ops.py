@@ -17,7 +17,7 @@ from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
 from engine.model.transformer import StageShape, Transformer
 from engine.ops.activation import activation
-from engine.ops.attention import IMPLEMENTATIONS, case_of, chosen, missing, refusal
+from engine.ops.attention import IMPLEMENTATIONS, attention_name, case_of, missing, refusal
 from engine.ops.fp8 import Fp8
 from engine.ops.matmul import PLAIN, Products
 from engine.ops.norm import add_rms_norm, rms_norm
@@ -179,7 +179,7 @@ def attention(session: Session) -> None:
     z = session.sizes
     probe = session.randn(1, 1, 1, z.head_dim)
     for documents in (False, True):
-        picked = chosen(session.device, session.dtype, z.head_dim, documents=documents)
+        picked = attention_name(session.device, session.dtype, z.head_dim, documents=documents)
         for seq in z.seqs:
             for name in IMPLEMENTATIONS:
                 case = case_of(probe, documents=documents)

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from engine.errors import EXIT_OK, ConfigError, Fault, PlanError
+from engine.pipeline.schedules import SCHEDULES, load_plan
 
 
 @dataclass
@@ -19,8 +20,7 @@ class ScheduleOptions:
     Costs and memory are for a rank's share of the model, 1 / ranks of it, so that all schedules can be compared.
     """
 
-    name: str = ""
-    """gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v or searched; empty: 1f1b"""
+    name: Annotated[str, tyro.conf.arg(help=f"{', '.join(SCHEDULES)} or searched; empty: 1f1b")] = ""
     ranks: int = 4
     """pipeline ranks"""
     microbatches: int = 8
@@ -58,7 +58,6 @@ def run(args: list[str]) -> int:
     from rich.console import Console
 
     from engine.cli import schedule_pages as report
-    from engine.pipeline.schedules import load_plan
     from engine.pipeline.simulate import Costs
 
     o = tyro.cli(ScheduleOptions, args=args, prog="engine schedule")
@@ -90,7 +89,6 @@ def _schedule_faults(o: ScheduleOptions) -> Iterator[Fault]:
     import difflib
 
     from engine.cli.schedule_pages import NAMES
-    from engine.pipeline.schedules import SCHEDULES
     from engine.pipeline.shares import share_costs
     from engine.pipeline.simulate import Costs
 

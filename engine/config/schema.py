@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from engine.pipeline.schedules import SCHEDULES
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, and an unknown key is an error."""
@@ -127,8 +129,9 @@ class ParallelConfig(Section):
     """cut the sequence over the tensor ranks outside the matrices (sequence parallelism)"""
     keep_gathered: bool = False
     """with sequence: keep gathered inputs of column-parallel products instead of gathering again in the backward"""
-    schedule: str = "1f1b"
-    """pipeline schedule: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v, or a file that `engine schedule` saved"""
+    schedule: str = Field(
+        "1f1b", description=f"pipeline schedule: {', '.join(SCHEDULES)}, or a file that `engine schedule` saved"
+    )
     chunks: int = Field(0, ge=0)
     """pipeline stages on each rank; 0: as the schedule has it (2 for interleaved and the V-shaped ones, else 1)"""
     layers: str = ""

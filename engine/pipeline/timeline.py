@@ -6,7 +6,6 @@ rank the computations in the order they ran, with start and end in seconds on on
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from engine.errors import DataError, PlanError
 from engine.pipeline.actions import Action, Op, parse_action, parse_plan
 from engine.pipeline.passes import compute_only
 from engine.pipeline.simulate import Costs, Event, Timeline
-from engine.util.files import no_links
+from engine.util.files import read_json
 
 TIMELINE_FILE = "timeline.json"
 
@@ -68,8 +67,7 @@ def read_timeline(run: Path) -> tuple[Timeline, int]:
             f"{run}: no {TIMELINE_FILE}; give the folder of a run that has measured a step of a pipeline",
         )
     try:
-        with open(path, encoding="utf-8", opener=no_links) as file:
-            return from_json(json.load(file))
+        return from_json(read_json(path, links=False))
     except (ValueError, DataError) as error:
         raise DataError("pipeline.timeline-not-valid", f"{path}: {error}") from None
 

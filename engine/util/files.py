@@ -55,12 +55,13 @@ def write_synced(path: Path, data: bytes) -> None:
         sync_file(file)
 
 
-def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of a regular file of at most `most` bytes; links are followed. OSError for anything else.
+def read_regular(path: Path, most: int, *, links: bool = True) -> bytes:
+    """The bytes of a regular file of at most `most` bytes. OSError for anything else, and for a link without `links`.
 
     A pipe would be waited for, and a device has no end.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+    how = os.O_NONBLOCK | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | how)) as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -74,12 +75,14 @@ def read_regular(path: Path, most: int) -> bytes:
     return data
 
 
-def read_json(path: Path, most: int = MOST_JSON_BYTES, loads: Callable[[bytes], Any] = json.loads) -> Any:
+def read_json(
+    path: Path, most: int = MOST_JSON_BYTES, loads: Callable[[bytes], Any] = json.loads, *, links: bool = True
+) -> Any:
     """The JSON value in a regular file of at most `most` bytes. OSError as `read_regular`; ValueError: no JSON.
 
     loads: another parser, for files of megabytes. Who calls says in its own words what is wrong with whose file.
     """
-    data = read_regular(path, most)
+    data = read_regular(path, most, links=links)
     try:
         return loads(data)
     except RecursionError as error:  # nested deeper than the parser goes

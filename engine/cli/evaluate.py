@@ -55,9 +55,10 @@ def run(args: list[str]) -> int:
     cfg = config_of(o.checkpoint, storage, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
     if faults := relations(cfg, env.world):
         raise ConfigError(faults)
+    derived = derive(cfg)
     code = run_on_ranks(
-        lambda ctx: evaluate(cfg, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches, storage),
+        lambda ctx: evaluate(cfg, derived, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches, storage),
         env,
-        mesh_of(cfg, derive(cfg), env),
+        mesh_of(cfg, derived, env),
     )
     return leave(code, env)

@@ -13,7 +13,7 @@ import torch
 from engine.batch import Collator, LossMask
 from engine.checkpoint.format import find, read_manifest
 from engine.checkpoint.storage import DISK, Storage
-from engine.config.derived import derive
+from engine.config.derived import Derived
 from engine.config.schema import Config
 from engine.data.samples.corpora import end_of_document, loss_mask
 from engine.data.samples.indexed import IndexedDataset
@@ -136,11 +136,18 @@ class Evaluator:
 
 
 def evaluate(
-    cfg: Config, ctx: ParallelContext, checkpoint: Path, data: str, batches: int, storage: Storage = DISK
+    cfg: Config,
+    derived: Derived,
+    ctx: ParallelContext,
+    checkpoint: Path,
+    data: str,
+    batches: int,
+    storage: Storage = DISK,
 ) -> int:
     """`engine evaluate`: score a corpus with a checkpoint and print the figures on rank 0. Collective.
 
-    batches: as many samples as so many global batches of the run had, whatever this layout makes of a batch; 0: all.
+    derived: what follows from cfg. batches: as many samples as so many global batches of the run had, whatever this
+    layout makes of a batch; 0: all.
     """
     if not data:
         relation = "no corpus given and the run had no data.valid"
@@ -152,7 +159,7 @@ def evaluate(
     manifest = read_manifest(folder, storage)
     batch, mask = int(manifest.config["train"]["global_batch_size"]), loss_mask(manifest.data)
     stages = {ctx.pipeline.rank: stage}
-    score = Evaluator(derive(cfg).plan, stages, ctx, dataset, cfg, mask=mask, batch=batch).run(batches)
+    score = Evaluator(derived.plan, stages, ctx, dataset, cfg, mask=mask, batch=batch).run(batches)
     if ctx.rank == 0:
         print(f"{folder} on {data}: {score}")
     return EXIT_OK

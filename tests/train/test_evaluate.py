@@ -14,6 +14,7 @@ import torch
 
 from engine.batch import Collator, LossMask
 from engine.config.checks import relations
+from engine.config.derived import derive
 from engine.config.schema import Config
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
@@ -125,7 +126,8 @@ def test_validation_counts_the_labels_that_training_counts(corpus: Path, tmp_pat
     made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, facts)), num_kv_heads=2)[0]
     ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        evaluate(config_of(Path(made)), ctx, Path(made), str(corpus), 0)
+        used = config_of(Path(made))
+        evaluate(used, derive(used), ctx, Path(made), str(corpus), 0)
     assert f"loss {expected:.4f} nats/token" in out.getvalue() and f"over {count:,} tokens" in out.getvalue()
     state, nothing = setup(cfg, ctx), LossMask(labels=tuple(range(61)))
     with raises(DataError, "train.nothing-to-score", corpus):
@@ -227,7 +229,7 @@ def test_batches_are_those_of_the_run_in_every_layout(corpus: Path, tmp_path: Pa
 
         def job(ctx: ParallelContext) -> str:
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                evaluate(found, ctx, Path(made), str(corpus), batches)
+                evaluate(found, derive(found), ctx, Path(made), str(corpus), batches)
             return out.getvalue()
 
         return run_ranks(layout_of(found), job, num_kv_heads=found.model.num_kv_heads)[0]

@@ -49,6 +49,7 @@ def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
                 "config.not-built", f"parallel.{name}", degree, f"{name} parallelism is not built yet", "Use 1."
             )
     p = p.model_copy(update={"context": 1})  # refused; what follows speaks of the others
+    cfg = cfg.model_copy(update={"parallel": p})
     shards = model_ranks(p)
     wanted = shards * (p.data or 1)
     if p.data and wanted != world:

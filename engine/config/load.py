@@ -95,7 +95,7 @@ def load(
     config, wrong = _parse(tree, faults)
     faults += _contradictions(config.model, start, given - {path.removeprefix("model.") for path in wrong}, sources)
     p = config.parallel
-    world = world or model_ranks(p) * max(1, p.data)
+    world = world or model_ranks(p.model_copy(update={"context": 1})) * max(1, p.data)  # of context more is refused
     plan = read_plan(p)
     # what a relation says of a value that is wrong by itself, or of what follows from it, would mislead
     if wrong & {"parallel.tensor", "parallel.pipeline", "parallel.data"}:

@@ -357,6 +357,29 @@ def test_the_table_names_only_what_exists() -> None:
         assert name in ENGINE
 
 
+def circles(trees: dict[str, ast.AST]) -> set[frozenset[str]]:
+    """Pairs of modules that import each other, straight or by way of others, inside functions too."""
+    imports = {module: {*engine_modules(tree)} - {"", module} for module, tree in trees.items()}
+
+    def reached(module: str) -> set[str]:
+        found, new = set[str](), {module}
+        while new := {target for one in new for target in imports.get(one, ())} - found:
+            found |= new
+        return found
+
+    below = {module: reached(module) for module in imports}
+    return {frozenset((a, b)) for a in below for b in below[a] if a != b and a in below.get(b, ())}
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """But for one pair: `Tokenizer.load` takes files of any kind, and what they are converted to is a Tokenizer."""
+    assert circles(ENGINE) == {frozenset({"data.tokenize.convert", "data.tokenize.tokenizer"})}
+    above, below = "def f():\n    from engine.ops.loss import g", "import engine.ops.norm"
+    planted = {"ops.norm": ast.parse("from engine.ops.rope import f"), "ops.rope": ast.parse(above)}
+    assert len(circles(planted | {"ops.loss": ast.parse(below)})) == 3
+    assert circles(planted) == set()
+
+
 def test_no_test_module_imports_another() -> None:
     trees = sources(ROOT / "tests")
     assert len(trees) > 80 and {"ops.test_ops", "support.harness"} <= trees.keys()

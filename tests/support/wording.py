@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 SNAPSHOT = ROOT / "tests" / "wording.txt"
 CODE = re.compile(r"[a-z_]+\.[a-z0-9]+(-[a-z0-9]+)*")
 _BASE, _MANY, _FAULT = "EngineError", "ConfigError", "Fault"  # a ConfigError is made of Faults, which have the codes

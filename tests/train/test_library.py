@@ -16,8 +16,8 @@ import pytest
 import engine
 from tests.support.checkpoints import complete_steps
 from tests.support.harness import run_ranks
+from tests.support.paths import ROOT
 
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "engine").is_dir())
 EXAMPLES = ROOT / "examples/library"
 
 

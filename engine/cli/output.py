@@ -82,7 +82,7 @@ def outlive() -> None:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Within, standard output and error are Streams that end the verb; at the end what they buffer is passed on."""
+    """Within, both standard streams are OutputStreams that end the verb; at the end what they buffer is passed on."""
     before = sys.stdout, sys.stderr
     sys.stdout = OutputStream("standard output", before[0], end)
     sys.stderr = OutputStream("standard error", before[1], end)

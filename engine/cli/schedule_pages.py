@@ -63,7 +63,7 @@ def plan_of(
 
 
 def simulated(label: str, plan: Plan, costs: Costs) -> TimelineRow:
-    """The entry of a plan under costs of a rank's share of the model (search.share_costs)."""
+    """The row of a plan under costs of a rank's share of the model (shares.share_costs)."""
     stage_costs = share_costs(costs, plan.num_ranks, plan.num_stages)
     return TimelineRow(label, simulate(plan, stage_costs), _bound(plan, stage_costs))
 

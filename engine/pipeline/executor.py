@@ -99,7 +99,7 @@ def execute(
     token_weight: float,
     trace: Trace | None = None,
 ) -> Tensor:
-    """Execution this rank's program of the plan over its microbatches; returns `Execution.losses`.
+    """Run this rank's program of the plan over its microbatches; returns `Execution.losses`.
 
     token_weight: what every counted token's loss weighs in the objective: 1 / (counted tokens of the global batch) for
     their mean, times the loss scale.

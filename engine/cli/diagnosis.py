@@ -19,7 +19,7 @@ import torch
 from engine.checkpoint.lineage import code_versions
 from engine.cli import selftest
 from engine.data.samples import native_index
-from engine.distributed import shared_memory as shared
+from engine.distributed import shared_memory
 from engine.distributed.launch import backends
 from engine.distributed.pair import try_pair
 from engine.ops import attention, native
@@ -134,7 +134,7 @@ def _communication(timeout_s: float) -> Iterator[Finding]:
 
 
 def _shared_memory(timeout_s: float) -> Finding:
-    module, why = shared.load()
+    module, why = shared_memory.load()
     if module is None:
         return Finding("shared memory", f"{why}, gloo carries all; {how_to_build()}")
     why = try_pair("shared", timeout_s)
@@ -145,7 +145,7 @@ def _shared_memory(timeout_s: float) -> Finding:
 def _extensions() -> Iterator[Finding]:
     found = {
         "engine._index, which gives the same order as numpy": native_index.load(),
-        "engine._shared": shared.load(),
+        "engine._shared": shared_memory.load(),
         f"engine._ops for torch {torch.__version__}": native.load(),
     }
     for what, (extension, why) in found.items():

@@ -17,8 +17,7 @@ import torch
 
 from engine.cli import diagnosis, selftest
 from engine.cli.main import main
-from engine.distributed import pair
-from engine.distributed import shared_memory as shared
+from engine.distributed import pair, shared_memory
 from engine.distributed.pair import try_pair
 from engine.ops import native
 from engine.ops.attention import attention_name
@@ -90,7 +89,7 @@ def test_processes_that_do_not_answer_are_not_waited_for() -> None:
 
 
 def test_why_memory_is_not_shared_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "load", lambda: (None, "no such extension"))
+    monkeypatch.setattr(shared_memory, "load", lambda: (None, "no such extension"))
     fork, answers = multiprocessing.get_context("fork"), []
     pipes = [fork.Pipe(duplex=False) for _ in range(2)]
     ranks = [

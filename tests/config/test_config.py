@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cli.main import main
-from engine.config import checks as relations_module
-from engine.config import load as resolve_module
-from engine.config import model_checks as model_module
-from engine.config import schema as config_module
+from engine.config import checks as checks_module
+from engine.config import load as load_module
+from engine.config import model_checks as model_checks_module
+from engine.config import schema as schema_module
 from engine.config.derived import derive
 from engine.config.load import Resolved, load
 from engine.config.presets import PRESETS
@@ -418,7 +418,7 @@ def test_each_fault_is_said_in_full(case: str) -> None:
 @pytest.mark.usefixtures("plans")
 def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A fault added to one of these modules without a case above fails here."""
-    modules = (config_module, relations_module, model_module, resolve_module)
+    modules = (schema_module, checks_module, model_checks_module, load_module)
     seen: set[tuple[str, int]] = set()
 
     def note(*args: Any) -> Fault:

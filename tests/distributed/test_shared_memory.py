@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.distributed import failure
-from engine.distributed import shared_memory as shared
+from engine.distributed import failure, shared_memory
 from engine.distributed.collectives import (
     Pending,
     all_gather_into_start,
@@ -38,7 +37,7 @@ from tests.support.errors import raises
 from tests.support.harness import run_ranks
 from tests.support.launched import ranks as launched
 
-pytestmark = pytest.mark.skipif(shared.load()[0] is None, reason=shared.load()[1])
+pytestmark = pytest.mark.skipif(shared_memory.load()[0] is None, reason=shared_memory.load()[1])
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
 Job = Callable[[ParallelContext], Any]
@@ -90,13 +89,13 @@ def operations(ctx: ParallelContext, seed: int, count: int, sleeps: float = 0.0)
 
 
 def run(world: int, job: Job, transport: str = "shared", ring: int = 0) -> list[Any]:
-    before = shared.RING, shared.PAIR_RING
+    before = shared_memory.RING, shared_memory.PAIR_RING
     if ring:
-        shared.RING = shared.PAIR_RING = ring
+        shared_memory.RING = shared_memory.PAIR_RING = ring
     try:
         return run_ranks(Layout(world, data=world), job, transport=transport)
     finally:
-        shared.RING, shared.PAIR_RING = before
+        shared_memory.RING, shared_memory.PAIR_RING = before
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -171,12 +170,12 @@ def test_a_blocked_rank_serves_every_axis() -> None:
             pending.wait()
         return [float(pending.wait().sum()) for pending in started]
 
-    before = shared.RING
-    shared.RING = 4096
+    before = shared_memory.RING
+    shared_memory.RING = 4096
     try:
         assert run_ranks(Layout(4, data=2, tensor=2), job, transport="shared") == [[18000.0, 36000.0]] * 4
     finally:
-        shared.RING = before
+        shared_memory.RING = before
 
 
 def test_ranks_that_disagree_are_told() -> None:
@@ -229,7 +228,9 @@ def test_a_fork_cannot_use_its_parents_link() -> None:
         assert ctx.data.link is not None
         del ctx.data.link.channel
         file = os.memfd_create("own")
-        make = functools.partial(shared.load()[0].Channel, file, 5, ranks=2, ring=4096, pair_ring=4096, spin=False)
+        make = functools.partial(
+            shared_memory.load()[0].Channel, file, 5, ranks=2, ring=4096, pair_ring=4096, spin=False
+        )
         ends = [make(rank=0, make=True), make(rank=1, make=False)]
         x = torch.ones(2, 5)
         for end, part in zip(ends, x, strict=True):
@@ -345,7 +346,7 @@ def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pyte
         texts = run(2, refused, "gloo")
         assert texts[0] == texts[1]
     monkeypatch.delattr(os, name)
-    assert f"built without os.{name}" in shared.load()[1] and run(2, job, "auto") == ["gloo"] * 2
+    assert f"built without os.{name}" in shared_memory.load()[1] and run(2, job, "auto") == ["gloo"] * 2
 
 
 def test_where_it_cannot_be_gloo_speaks_or_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,13 +355,13 @@ def test_where_it_cannot_be_gloo_speaks_or_the_run_is_refused(monkeypatch: pytes
 
     assert run(2, job) == [(False, "shared memory", 2.0)] * 2
     assert run(2, job, "gloo") == [(True, "gloo", 2.0)] * 2
-    monkeypatch.setattr(shared, "_namespace", os.getpid)  # as of ranks in two containers
+    monkeypatch.setattr(shared_memory, "_namespace", os.getpid)  # as of ranks in two containers
     assert run(2, job, "auto") == [(True, "gloo", 2.0)] * 2
     with pytest.raises(
         AssertionError, match=r"parallel\.transport = 'shared': rank 1 cannot open the memory of rank 0"
     ):
         run(2, job, "shared")
-    monkeypatch.setattr(shared, "load", lambda: (None, "engine._shared is not available (of course)"))
+    monkeypatch.setattr(shared_memory, "load", lambda: (None, "engine._shared is not available (of course)"))
     assert run(2, job, "auto") == [(True, "gloo", 2.0)] * 2
 
 

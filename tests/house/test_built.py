@@ -22,7 +22,7 @@ from engine.cli import diagnosis
 from engine.cli import main as cli
 from engine.data.samples import native_index
 from engine.ops import native
-from engine.util import build_notes as built
+from engine.util import build_notes
 from tests.support.paths import ROOT
 
 
@@ -124,7 +124,7 @@ def test_without_cuda_kernels_it_is_said_why(tree: Path, release: str | None, wh
 def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = tmp_path / "_build.json"
     notes.write_text(json.dumps({"engine._ops": "csrc/ops/cpu_only.cpp:1: error: no", "engine._index": "no compiler"}))
-    monkeypatch.setattr(built, "_NOTES", notes)
+    monkeypatch.setattr(build_notes, "_NOTES", notes)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "engine._index", None)
     monkeypatch.setattr(native, "load", native.load.__wrapped__)
@@ -165,10 +165,10 @@ def test_a_gpu_without_kernels_is_one_warning(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("text", ["", "[]", '{"engine._ops": 3}', "{", '{"other": "x"}'])
 def test_notes_that_are_no_notes_say_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(built, "_NOTES", tmp_path / "_build.json")
-    assert built.why_not("engine._ops") == ""
+    monkeypatch.setattr(build_notes, "_NOTES", tmp_path / "_build.json")
+    assert build_notes.why_not("engine._ops") == ""
     (tmp_path / "_build.json").write_text(text)
-    assert built.why_not("engine._ops") == ""
+    assert build_notes.why_not("engine._ops") == ""
 
 
 @pytest.mark.parametrize(
@@ -223,11 +223,11 @@ def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
 
 def test_the_command_that_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a source tree, and for a package that pip copied from a folder, an archive, a repository or a wheel."""
-    assert built.how_to_build() == f"build it: pip install --no-build-isolation --no-deps -e {ROOT}".replace(
+    assert build_notes.how_to_build() == f"build it: pip install --no-build-isolation --no-deps -e {ROOT}".replace(
         str(ROOT), "." if Path.cwd() == ROOT else str(ROOT)
     )
     (tmp_path / "engine").mkdir()
-    monkeypatch.setattr(built, "_HERE", tmp_path / "engine")
+    monkeypatch.setattr(build_notes, "_HERE", tmp_path / "engine")
     commit = {"vcs": "git", "commit_id": "abc"}
     cases: list[tuple[dict[str, object] | None, str]] = [
         ({"url": "file:///a%20b/trident", "dir_info": {}}, "--force-reinstall '/a b/trident'"),
@@ -239,8 +239,8 @@ def test_the_command_that_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for facts, end in cases:
         text = None if facts is None else json.dumps(facts)
         stand_in = SimpleNamespace(read_text=lambda name, text=text: text)
-        monkeypatch.setattr(built.importlib.metadata, "distribution", lambda name, found=stand_in: found)
-        told = built.how_to_build()
+        monkeypatch.setattr(build_notes.importlib.metadata, "distribution", lambda name, found=stand_in: found)
+        told = build_notes.how_to_build()
         assert told.startswith("build it: pip install setuptools wheel pybind11 && pip install --no-build-isolation")
         assert told.endswith(end), told
 
@@ -250,10 +250,10 @@ def test_the_first_look_tells_what_is_not_built(
 ) -> None:
     notes = tmp_path / "_build.json"
     notes.write_text(json.dumps({"engine._ops": "torch could not be imported"}))
-    monkeypatch.setattr(built, "_NOTES", notes)
+    monkeypatch.setattr(build_notes, "_NOTES", notes)
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        built.importlib.util, "find_spec", lambda name: None if name == "engine._ops" else found("engine")
+        build_notes.importlib.util, "find_spec", lambda name: None if name == "engine._ops" else found("engine")
     )
     said = "not built: engine._ops (torch could not be imported): what replaces it is slower; build it: pip install"
     for args in (["--version"], ["-V"], ["--help"]):
@@ -262,5 +262,5 @@ def test_the_first_look_tells_what_is_not_built(
         out, err = capsys.readouterr()
         assert ended.value.code == 0 and said in out + err
         assert args[0] == "--help" or out == f"engine {engine.__version__}\n"
-    monkeypatch.setattr(built.importlib.util, "find_spec", lambda name: found("engine"))
-    assert built.missing() == ""
+    monkeypatch.setattr(build_notes.importlib.util, "find_spec", lambda name: found("engine"))
+    assert build_notes.missing() == ""

@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from engine.checkpoint.format import newest
 from engine.checkpoint.storage import DISK, remove_tree
-from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import make_context
 from engine.errors import CheckpointError, DataError
 from engine.monitor.ending import Ending
@@ -30,6 +28,7 @@ from engine.train import loop
 from engine.train.state import TrainState
 from engine.train.step import StepResult, train_step
 from tests.support.cases import layout_of, resolve
+from tests.support.corpora import rows_of_61
 from tests.support.errors import raises
 from tests.support.paths import ROOT
 
@@ -54,12 +53,7 @@ def test_names_and_output_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("corpus") / "c"
-    with IndexedWriter(prefix, 61) as writer:
-        for k in range(60):
-            writer.add((np.arange(60) * 7 + k) % 61)
-        writer.finish({})
-    return str(prefix)
+    return rows_of_61(tmp_path_factory.mktemp("corpus") / "c")
 
 
 def config(folder: Path, prefix: str, **overrides: Any) -> Any:

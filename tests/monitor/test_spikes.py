@@ -12,7 +12,6 @@ import pytest
 
 from engine.checkpoint.retention import forget_old
 from engine.checkpoint.storage import DISK
-from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.errors import TrainingError
 from engine.monitor.metrics import read_metrics
@@ -22,6 +21,7 @@ from engine.train.state import TrainState
 from engine.train.step import StepResult, train_step
 from tests.support.cases import layout_of, resolve
 from tests.support.checkpoints import as_step, complete_steps, save_one
+from tests.support.corpora import rows_of_61
 from tests.support.harness import run_ranks
 
 
@@ -87,12 +87,7 @@ def test_keep_spares_the_last_before_a_spike(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = tmp_path_factory.mktemp("corpus") / "c"
-    with IndexedWriter(prefix, 61) as writer:
-        for k in range(60):
-            writer.add((np.arange(60) * 7 + k) % 61)
-        writer.finish({})
-    return str(prefix)
+    return rows_of_61(tmp_path_factory.mktemp("corpus") / "c")
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -20,7 +20,7 @@ from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
 from engine.ops import attention
 from engine.ops.attention import IMPLEMENTATIONS, Case, causal_attention, choose, refusal
-from engine.train import state as train
+from engine.train import state
 from engine.train.state import setup
 from tests.support.cases import config, layout_of
 from tests.support.errors import raises
@@ -267,7 +267,7 @@ def test_ranks_that_choose_differently_are_refused(monkeypatch: pytest.MonkeyPat
     cfg = config(2, parallel_data=2)
 
     def job(ctx: ParallelContext) -> None:
-        monkeypatch.setattr(train, "attention_name", lambda *a, **k: ["varlen", "sdpa"][ctx.rank])
+        monkeypatch.setattr(state, "attention_name", lambda *a, **k: ["varlen", "sdpa"][ctx.rank])
         with raises(ConfigError, "train.ranks-choose-differently", "varlen on rank 0", "sdpa on rank 1"):
             setup(cfg, ctx)
 

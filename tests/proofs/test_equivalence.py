@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import engine.parallel.gradients as buckets_module
+import engine.parallel.gradients as gradients_module
 from engine.config.schema import Config, ModelConfig
 from engine.distributed.collectives import all_gather_into_start, all_reduce_start, reduce_scatter_start
 from engine.distributed.context import Axis, ParallelContext, make_context
@@ -288,7 +288,7 @@ def test_what_is_on_its_way_is_waited_for(zero: int, monkeypatch: pytest.MonkeyP
     expected = run(cfg, 3)
     for start in (all_gather_into_start, all_reduce_start, reduce_scatter_start):
         late = lambda x, axis, start=start: Late(start, x, axis)  # noqa: E731
-        monkeypatch.setattr(buckets_module, start.__name__, late)
+        monkeypatch.setattr(gradients_module, start.__name__, late)
     found = run(cfg, 3)
     assert found["losses"] == expected["losses"] and found["norms"] == expected["norms"]
     assert worst(found["weights"], expected["weights"]) == 0

@@ -20,6 +20,12 @@ def exit_code(*words: Any) -> int:
     return int(end.value.code or 0)
 
 
+def told(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
+    """Exit code of `engine` with these words, run in this process, and what it printed."""
+    code, captured = exit_code(*words), capsys.readouterr()
+    return code, captured.out + captured.err
+
+
 def train(corpus: Path, run: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
     command = [str(BIN / "engine")]
     if ranks > 1:

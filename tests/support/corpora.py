@@ -24,3 +24,12 @@ def corpus(prefix: Path, lengths: list[int], vocab_size: int = 60_000) -> Indexe
             writer.add(np.arange(end - length + 1, end + 1) % vocab_size)
         writer.finish({})
     return IndexedDataset(prefix, vocab_size)
+
+
+def rows_of_61(prefix: Path) -> str:
+    """60 documents of 60 tokens below 61, for runs of a model with as many; returns the prefix."""
+    with IndexedWriter(prefix, 61) as writer:
+        for k in range(60):
+            writer.add((np.arange(60) * 7 + k) % 61)
+        writer.finish({})
+    return str(prefix)

@@ -15,19 +15,19 @@ import pytest
 
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
+from tests.support.texts import VOCABULARY
 from tests.support.verbs import train_tokenizer
 
-VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "lmnrst"]
 # Every call is a process of its own. Small shards, so that a run that stops has some behind it.
 PREPARE = """
 import sys
 from pathlib import Path
 from engine import errors
-from engine.data.prepare import flow as encoding
+from engine.data.prepare import flow
 from engine.data.prepare.options import PrepareOptions
 from engine.data.prepare.run import prepare
 from engine.data.read import document_source
-encoding.SHARD_BYTES = document_source._BATCH_BYTES = document_source._BLOCK_BYTES = 1 << 16
+flow.SHARD_BYTES = document_source._BATCH_BYTES = document_source._BLOCK_BYTES = 1 << 16
 try:
     prepare(PrepareOptions((sys.argv[1],), sys.argv[2], Path(sys.argv[3])), note=print)
 except errors.DataError as err:

@@ -21,7 +21,7 @@ import pytest
 import xxhash
 
 import engine.data.prepare.flow as module
-from engine.data.prepare import shards as parts
+from engine.data.prepare import shards
 from engine.data.prepare.report import PrepareReport
 from engine.data.read import document_source
 from engine.data.samples.indexed import IndexedDataset
@@ -160,17 +160,17 @@ def test_killed_with_the_tokenizer_to_train(tmp_path: Path, monkeypatch: pytest.
 
 PROGRAM = """
 import os, sys, threading, time
-import engine.data.prepare.shards as parts, engine.data.prepare.flow as encoding
+from engine.data.prepare import flow, shards
 from engine.data.read import document_source
-encoding.SHARD_BYTES, document_source._BATCH_DOCUMENTS, document_source._BLOCK_BYTES = 20000, 100, 5000
-delay, real = float(sys.argv.pop(1)), parts.Shards.commit
+flow.SHARD_BYTES, document_source._BATCH_DOCUMENTS, document_source._BLOCK_BYTES = 20000, 100, 5000
+delay, real = float(sys.argv.pop(1)), shards.Shards.commit
 def commit(self, state):
     real(self, state)
     if delay and self.num_shards == 3:
         threading.Timer(delay, os.kill, (os.getpid(), 9)).start()
     if delay and self.num_shards == 20:
         time.sleep(60)  # a slow machine: the signal is on its way
-parts.Shards.commit = commit
+shards.Shards.commit = commit
 import engine.cli.main
 engine.cli.main.main(["prepare", *sys.argv[1:]])
 """
@@ -252,7 +252,7 @@ def test_other_settings_or_inputs_are_refused_with_the_difference(
 def test_two_at_once_are_kept_apart(tmp_path: Path, tokenizer: Path) -> None:
     corpus(tmp_path)
     with (
-        parts.Shards(tmp_path / "out.parts", ["train"]),
+        shards.Shards(tmp_path / "out.parts", ["train"]),
         raises(DataError, "data.work-folder-locked", "out.parts", os.getpid()),
     ):
         run(tmp_path, tokenizer)
@@ -260,7 +260,7 @@ def test_two_at_once_are_kept_apart(tmp_path: Path, tokenizer: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [-1, 400, 2**31 - 1])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> None:
-    with parts.Shards(tmp_path / "p", ["train"]) as folder:
+    with shards.Shards(tmp_path / "p", ["train"]) as folder:
         folder.begin({})
         folder.open(400)
         folder.add("train", np.array([0, 399], np.int32), np.array([2], np.int32))
@@ -277,9 +277,9 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, tokenizer: Path, m
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, data)
 
-    real = parts._Grown.write
+    real = shards._Grown.write
     with monkeypatch.context() as patch:
-        patch.setattr(parts._Grown, "write", full)
+        patch.setattr(shards._Grown, "write", full)
         with raises(DataError, "data.disk-full", "out.parts/") as told:
             run(tmp_path, tokenizer)
     assert re.search(r"about [1-9][\d,]* .*, [1-9][\d,]* ", str(told.value))  # bytes needed, and free

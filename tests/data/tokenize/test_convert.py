@@ -12,8 +12,7 @@ import sentencepiece
 import tiktoken
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-import engine.data.tokenize.sentencepiece_model as pieces_module
-import engine.data.tokenize.tiktoken_ranks as ranks_module
+from engine.data.tokenize import sentencepiece_model, tiktoken_ranks
 from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.tiktoken_ranks import _ENCODINGS
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -27,7 +26,7 @@ TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))[:4]]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are compared with their library on few texts here; test_originals.py is about those."""
-    for module in (pieces_module, ranks_module):
+    for module in (sentencepiece_model, tiktoken_ranks):
         monkeypatch.setattr(module, "texts_for", lambda spellings: AWKWARD)
 
 

@@ -14,12 +14,10 @@ import tiktoken
 from sentencepiece import sentencepiece_model_pb2 as pb
 from tokenizers import Regex, normalizers
 
-import engine.data.tokenize.conversion_cache as kept
-import engine.data.tokenize.convert as foreign
+import engine.data.tokenize.convert as convert_module
 import engine.data.tokenize.encoder as encoder_module
-import engine.data.tokenize.sentencepiece_model as pieces_module
-import engine.data.tokenize.tiktoken_ranks as ranks_module
 from engine.data.samples.indexed import IndexedDataset
+from engine.data.tokenize import conversion_cache, sentencepiece_model, tiktoken_ranks
 from engine.data.tokenize.awkward import texts_for
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
@@ -175,7 +173,7 @@ def test_a_run_compares_its_own_texts(tmp_path: Path, monkeypatch: pytest.Monkey
     """A difference that only a text of the corpus shows: all is encoded anew by sentencepiece, or refused."""
     path, letter = tmp_path / "m.model", "\u4e00"
     original = trained(path, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
-    monkeypatch.setattr(pieces_module, "_piece_normalizer", lambda spec: wrong_at(letter))
+    monkeypatch.setattr(sentencepiece_model, "_piece_normalizer", lambda spec: wrong_at(letter))
     if late:
         monkeypatch.setattr(encoder_module, "_FIRST_CHARS", 0)
     texts = [*TEXTS[:7], f"one {letter}"] if not late else [f"one {letter}", *TEXTS[:7]]
@@ -192,7 +190,7 @@ def test_a_run_compares_its_own_texts(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_is_compared_is_told_by_the_place_in_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a thread that comes first with a later batch nor a resumption changes it."""
     trained(tmp_path / "m.model", model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
-    monkeypatch.setattr(pieces_module, "_piece_normalizer", lambda spec: wrong_at("\u2603"))
+    monkeypatch.setattr(sentencepiece_model, "_piece_normalizer", lambda spec: wrong_at("\u2603"))
     encoder = encoder_module.Encoder(Tokenizer.load(tmp_path / "m.model"))
     texts = [*TEXTS[:7], "one \u2603"]  # not among the samples
     encoder.encode_checked(texts, 1 << 20)
@@ -224,7 +222,7 @@ def test_a_difference_in_ranks_is_a_refusal(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary", other)
     with raises(DataError, "tokenize.not-convertible", "'snow \u2603' token 5 ", [257, 131]):
         prepare([tmp_path / "in.jsonl"], str(tmp_path / "out"), tokenizer=tmp_path / "r50k_base.tiktoken")
-    monkeypatch.setattr(ranks_module, "texts_for", lambda spellings: ["\u2603"])
+    monkeypatch.setattr(tiktoken_ranks, "texts_for", lambda spellings: ["\u2603"])
     with raises(DataError, "tokenize.not-convertible", "r50k_base.tiktoken", "'\u2603' token 0 "):
         Tokenizer.load(tmp_path / "r50k_base.tiktoken")
 
@@ -232,10 +230,10 @@ def test_a_difference_in_ranks_is_a_refusal(tmp_path: Path, monkeypatch: pytest.
 def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry is used again, but not when anything it follows from is another or when it is damaged; few are kept."""
     cache, made = tmp_path / "home/cache", []
-    monkeypatch.setattr(kept, "folder", lambda: cache)
-    convert = foreign._convert
-    monkeypatch.setattr(foreign, "_convert", lambda found: (made.append(found.path.name), convert(found))[1])
-    monkeypatch.setattr(pieces_module, "texts_for", lambda spellings: ["か\u3099"])
+    monkeypatch.setattr(conversion_cache, "folder", lambda: cache)
+    convert = convert_module._convert
+    monkeypatch.setattr(convert_module, "_convert", lambda found: (made.append(found.path.name), convert(found))[1])
+    monkeypatch.setattr(sentencepiece_model, "texts_for", lambda spellings: ["か\u3099"])
     path = tmp_path / "m.model"
     trained(path, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
 
@@ -258,7 +256,7 @@ def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         entry.write_bytes(damage)
         assert loads(1).digest == first.digest and loads(0).eod == 2
-    monkeypatch.setattr(kept, "_version", lambda name: "another")
+    monkeypatch.setattr(conversion_cache, "_version", lambda name: "another")
     loads(1)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     loads(0)
@@ -267,10 +265,10 @@ def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     trained(path, model_type="bpe", vocab_size=390)
     changed = loads(1)  # nmt_nfkc: sentencepiece's own ids
     assert changed.own is not None and (loads(0).digest, loads(0).note) == (changed.digest, changed.note)
-    monkeypatch.setattr(kept, "_MOST_ENTRIES", 2)
+    monkeypatch.setattr(conversion_cache, "_MOST_ENTRIES", 2)
     trained(path, model_type="unigram")
     assert loads(1).own is not None
     assert len(list(cache.iterdir())) == 2
     for impossible in (Path("/dev/null/cache"), Path("/proc/none")):
-        monkeypatch.setattr(kept, "folder", lambda where=impossible: where)
+        monkeypatch.setattr(conversion_cache, "folder", lambda where=impossible: where)
         assert loads(1).vocab_size == loads(1).vocab_size

@@ -12,8 +12,7 @@ import sentencepiece
 import tiktoken
 from tokenizers import normalizers
 
-import engine.data.tokenize.sentencepiece_model as pieces_module
-import engine.data.tokenize.tiktoken_ranks as ranks_module
+from engine.data.tokenize import sentencepiece_model, tiktoken_ranks
 from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.tiktoken_ranks import byte_letters
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -27,7 +26,7 @@ TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are compared with their library on few texts here; test_originals.py is about those."""
-    for module in (pieces_module, ranks_module):
+    for module in (sentencepiece_model, tiktoken_ranks):
         monkeypatch.setattr(module, "texts_for", lambda spellings: AWKWARD)
 
 
@@ -70,7 +69,7 @@ def rank_file(folder: Path, name: str = "mine") -> dict[bytes, int]:
 
 @pytest.mark.parametrize("name", ["cl100k_base", "o200k_base", "r50k_base"])
 def test_tiktoken_files_give_their_own_ids(tmp_path: Path, name: str) -> None:
-    ranks, (pattern, _) = rank_file(tmp_path), ranks_module._ENCODINGS[name]
+    ranks, (pattern, _) = rank_file(tmp_path), tiktoken_ranks._ENCODINGS[name]
     special = {"<|endoftext|>": len(ranks) + 7}  # a gap before it, as in cl100k_base
     (tmp_path / "mine.json").write_text(json.dumps({"pattern": pattern, "special_tokens": special}))
     chosen = Tokenizer.load(tmp_path / "mine.tiktoken")
@@ -98,7 +97,7 @@ def test_foreign_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "mine.json").write_text('{"pattern": 5}')
     refuse("mine.tiktoken", "tokenize.rules-invalid", value=tmp_path / "mine.json")
     path = piece_model(tmp_path, "bpe", normalization_rule_name="identity")
-    monkeypatch.setattr(pieces_module, "_piece_normalizer", lambda spec: normalizers.Replace(" ", "▁"))
+    monkeypatch.setattr(sentencepiece_model, "_piece_normalizer", lambda spec: normalizers.Replace(" ", "▁"))
     inexact = Tokenizer.load(path)  # then sentencepiece itself encodes
     assert inexact.own is not None and "instead of" in inexact.note
     monkeypatch.setitem(sys.modules, "sentencepiece", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cli.main import main
 from engine.config.load import load, model_config
 from engine.config.presets import PRESETS
 from engine.config.schema import ModelConfig
@@ -21,6 +21,7 @@ from engine.interop.convert import import_folder
 from engine.interop.huggingface.config_json import read_config, write_config
 from engine.interop.huggingface.families import FAMILIES
 from engine.interop.huggingface.weights import HfReader
+from tests.support.command import told
 from tests.support.errors import raises
 from tests.support.hf_folders import UP, rewrite
 from tests.support.hf_models import MODELS, build, save
@@ -326,13 +327,7 @@ def test_pickles_are_refused_with_what_to_do(folder: Path) -> None:
 
 def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """import, verify, export --verify, and the faults of each."""
-
-    def engine(*words: object) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out + captured.err
-
+    engine = functools.partial(told, capsys)
     run = tmp_path / "run"
     code, text = engine("import", folder, run, "--shard-mib", 0.02)
     assert code == 0 and "no tokenizer in the folder" in text and f"--checkpoint.init {run}" in text

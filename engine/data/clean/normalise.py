@@ -20,7 +20,7 @@ _MANY_LINES = re.compile(r"\n{3,}")
 
 
 def normalise(text: str) -> tuple[str, tuple[str, ...]]:
-    """The text, and which of `CHANGES` it took."""
+    """The text, and which of `_STEPS` changed it."""
     if text.isascii() and not _ASCII_WORK.search(text):
         return text, ()
     changes: list[str] = []
@@ -44,4 +44,3 @@ _STEPS = {
     "NFC": lambda text: unicodedata.normalize("NFC", text),
     "whitespace": _whitespace,
 }
-CHANGES = tuple(_STEPS)

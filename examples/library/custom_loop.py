@@ -50,7 +50,7 @@ def say(ctx: engine.ParallelContext, text: str) -> None:
 
 
 if __name__ == "__main__":
-    train, valid, folder = sys.argv[1:]
+    train, valid, folder = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
     env = engine.read_env()
     options = OPTIONS | {"data.train": train, "data.valid": valid, "run.dir": folder}
     resolved = engine.load_config([], options, world=env.world)

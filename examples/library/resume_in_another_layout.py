@@ -31,7 +31,7 @@ def main(resolved: engine.Resolved, ctx: engine.ParallelContext) -> int:
 
 
 if __name__ == "__main__":
-    corpus, folder, steps = sys.argv[1:]
+    corpus, folder, steps = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
     env = engine.read_env()
     options = OPTIONS | {"data.train": corpus, "run.dir": folder, "train.steps": steps}
     resolved = engine.load_config([], options | {"parallel.tensor": str(env.world)}, world=env.world)

@@ -25,7 +25,7 @@ class Documents:
     """
 
     begin: Tensor
-    borders: Tensor
+    cu_seqlens: Tensor
 
     @staticmethod
     def of(begin: Tensor) -> Documents:
@@ -33,8 +33,8 @@ class Documents:
         b, s = begin.shape
         position = torch.arange(s, device=begin.device)
         starts = (begin == position).flatten().nonzero().flatten()
-        borders = torch.cat((starts, starts.new_tensor([b * s]))).to(torch.int32)
-        return Documents(begin.contiguous(), borders)
+        cu_seqlens = torch.cat((starts, starts.new_tensor([b * s]))).to(torch.int32)
+        return Documents(begin.contiguous(), cu_seqlens)
 
     @staticmethod
     def ended_by(tokens: Tensor, eod: int) -> Documents:
@@ -46,7 +46,7 @@ class Documents:
 
     def again(self) -> Documents:
         """The same without what was made for it, a mask: for one forward, so that it goes with its graph."""
-        return Documents(self.begin, self.borders)
+        return Documents(self.begin, self.cu_seqlens)
 
     @property
     def positions(self) -> Tensor:
@@ -83,7 +83,7 @@ class MicroBatch:
         sources = None if self.sources is None else move(self.sources)
         apart = None
         if self.documents is not None:
-            apart = Documents(move(self.documents.begin), move(self.documents.borders))
+            apart = Documents(move(self.documents.begin), move(self.documents.cu_seqlens))
         return MicroBatch(move(self.tokens), move(self.labels), move(self.mask), sources, apart)
 
 

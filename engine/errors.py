@@ -1,7 +1,7 @@
 """Every error the engine raises on purpose, and the exit code each one ends the process with.
 
-An error says what is wrong, where, why, and what to do. A `Fault` is that sentence in four parts, so that a
-configuration with seven faults reports seven of them at once.
+An error says what is wrong, where, why, and what to do. A `FieldError` is that sentence in four parts, so that a
+configuration with seven errors reports seven of them at once.
 """
 
 from __future__ import annotations
@@ -56,35 +56,35 @@ class EngineError(Exception):
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One thing wrong with a configuration: `path = value`, the relation it breaks, and the repair."""
+class FieldError:
+    """One wrong value of a configuration: `path = value`, the problem, and the fix."""
 
     code: str
     path: str
     value: object
-    relation: str
-    repair: str
+    problem: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{cut(self.path)} = {shown(self.value)}: {cut(self.relation, 1000)}. {self.repair} [{self.code}]"
+        return f"{cut(self.path)} = {shown(self.value)}: {cut(self.problem, 1000)}. {self.fix} [{self.code}]"
 
 
 class ConfigError(EngineError):
-    """The configuration cannot be run. Carries all faults found, not only the first."""
+    """The configuration cannot be run. Carries all errors found, not only the first."""
 
     exit_code = EXIT_CONFIG
 
-    def __init__(self, faults: Sequence[Fault]):
-        self.faults = tuple(faults)
-        count = f"{len(faults)} faults" if len(faults) != 1 else "1 fault"
-        text = f"configuration has {count}:\n" + "\n".join(f"  - {f}" for f in self.faults)
+    def __init__(self, errors: Sequence[FieldError]):
+        self.errors = tuple(errors)
+        count = f"{len(errors)} errors" if len(errors) != 1 else "1 error"
+        text = f"configuration has {count}:\n" + "\n".join(f"  - {f}" for f in self.errors)
         super().__init__("config.faults", text)
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[Sequence[Fault]]]:
-        return type(self), (self.faults,)
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Sequence[FieldError]]]:
+        return type(self), (self.errors,)
 
     def report(self) -> str:
-        """The text as it is printed: each fault has its code."""
+        """The text as it is printed: each error has its code."""
         return str(self)
 
 

@@ -44,7 +44,7 @@ why = f"{x:,} degrees"
 if y:
     what, todo = "too hot", "Cool it."
     raise HeatError("kitchen.too-hot", f"{x!r}: {what}; {why}" + "\\n" + todo) from None
-faults = [Fault("kitchen.no-salt", f"salt.{x}", y, "is missing" if x else "is little", "Add some.")]
+faults = [FieldError("kitchen.no-salt", f"salt.{x}", y, "is missing" if x else "is little", "Add some.")]
 raise errors.HeatError("kitchen.too-hot", "the oven is " + why)
 """
 

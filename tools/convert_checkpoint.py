@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.cli.main import main as engine
-from engine.errors import EXIT_CONFIG, ConfigError, Fault
+from engine.errors import EXIT_CONFIG, ConfigError, FieldError
 
 HF = ("hf", "huggingface", "llama_mistral")
 OURS = ("trident",)
@@ -55,12 +55,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(name, help="accepted; has no meaning here", **action)
     parsed, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings]
-    faults = [_fault(word.partition("=")[0], known) for word in rest if word.startswith("--")]
-    if not faults and rest:
-        faults.append(Fault("convert.stray-argument", "argument", rest[0], "belongs to no option", "Leave it out."))
+    errors = [_fault(word.partition("=")[0], known) for word in rest if word.startswith("--")]
+    if not errors and rest:
+        errors.append(
+            FieldError("convert.stray-argument", "argument", rest[0], "belongs to no option", "Leave it out.")
+        )
     if parsed.model_type != "GPT":
-        faults.append(
-            Fault("convert.not-gpt", "--model-type", parsed.model_type, "is not GPT", "Decoders only: Use GPT.")
+        errors.append(
+            FieldError("convert.not-gpt", "--model-type", parsed.model_type, "is not GPT", "Decoders only: Use GPT.")
         )
     parsed.saver = parsed.saver or (HF[0] if parsed.loader in OURS else OURS[0])
     for option, name, known_names in (
@@ -68,17 +70,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ("--saver", parsed.saver, (*HF, *OURS)),
     ):
         if name in MEGATRON and option == "--saver":
-            repair = "Save a Hugging Face folder, and import that with Megatron's own loader."
-            faults.append(
-                Fault("convert.format-not-written", option, name, "Megatron-LM's formats are read, not written", repair)
+            fix = "Save a Hugging Face folder, and import that with Megatron's own loader."
+            errors.append(
+                FieldError(
+                    "convert.format-not-written", option, name, "Megatron-LM's formats are read, not written", fix
+                )
             )
         elif name not in known_names:
-            faults.append(
-                Fault("convert.format-unknown", option, name, f"is none of {', '.join(known_names)}", "Choose one.")
+            errors.append(
+                FieldError(
+                    "convert.format-unknown", option, name, f"is none of {', '.join(known_names)}", "Choose one."
+                )
             )
-    if not faults and (parsed.loader in OURS) == (parsed.saver in OURS):
-        faults.append(
-            Fault(
+    if not errors and (parsed.loader in OURS) == (parsed.saver in OURS):
+        errors.append(
+            FieldError(
                 "convert.both-of-one-side",
                 "--saver",
                 parsed.saver,
@@ -87,8 +93,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             )
         )
     if parsed.true_vocab_size and parsed.loader not in MEGATRON:
-        faults.append(
-            Fault(
+        errors.append(
+            FieldError(
                 "convert.vocab-size-unused",
                 "--true-vocab-size",
                 parsed.true_vocab_size,
@@ -96,14 +102,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                 "Leave it out.",
             )
         )
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     return parsed
 
 
-def _fault(option: str, known: Sequence[str]) -> Fault:
+def _fault(option: str, known: Sequence[str]) -> FieldError:
     if option in REFUSED:
-        return Fault(
+        return FieldError(
             "convert.option-not-supported",
             option,
             "given",
@@ -111,7 +117,7 @@ def _fault(option: str, known: Sequence[str]) -> Fault:
             REFUSED[option],
         )
     near = difflib.get_close_matches(option, known, n=1)
-    return Fault(
+    return FieldError(
         "convert.option-unknown", option, "given", "is unknown", f"Did you mean {near[0]}?" if near else "See --help."
     )
 

@@ -26,7 +26,7 @@ from engine.cli.prepare_console import prepare_progress, show_prepared
 from engine.data.prepare.options import PrepareOptions
 from engine.data.prepare.run import prepare
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, Fault
+from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, FieldError
 from engine.util.words import Words
 
 # The tokenizer: of which option, and whether BERT's texts are put in lower case first.
@@ -86,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse's, whose errors are faults like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([Fault("preprocess.bad-arguments", "arguments", "given", message, "See --help.")])
+        raise ConfigError([FieldError("preprocess.bad-arguments", "arguments", "given", message, "See --help.")])
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -116,17 +116,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(name, help="accepted; has no meaning here", default=None, **action)  # type: ignore[arg-type]
     parsed, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings]
-    faults = [_unsupported(word.partition("=")[0], known) for word in rest if word.startswith("--")]
-    if not faults and rest:
-        faults.append(Fault("preprocess.stray-argument", "argument", rest[0], "belongs to no option", "Leave it out."))
-    if faults := [*faults, *_faults(parsed)]:
-        raise ConfigError(faults)
+    errors = [_unsupported(word.partition("=")[0], known) for word in rest if word.startswith("--")]
+    if not errors and rest:
+        errors.append(
+            FieldError("preprocess.stray-argument", "argument", rest[0], "belongs to no option", "Leave it out.")
+        )
+    if errors := [*errors, *_errors(parsed)]:
+        raise ConfigError(errors)
     return parsed
 
 
-def _unsupported(option: str, known: Sequence[str]) -> Fault:
+def _unsupported(option: str, known: Sequence[str]) -> FieldError:
     if option in REFUSED:
-        return Fault(
+        return FieldError(
             "preprocess.unsupported-option",
             option,
             "given",
@@ -134,7 +136,7 @@ def _unsupported(option: str, known: Sequence[str]) -> Fault:
             REFUSED[option],
         )
     near = difflib.get_close_matches(option, known, n=1)
-    return Fault(
+    return FieldError(
         "preprocess.unknown-option",
         option,
         "given",
@@ -143,13 +145,13 @@ def _unsupported(option: str, known: Sequence[str]) -> Fault:
     )
 
 
-def _faults(args: argparse.Namespace) -> Iterator[Fault]:
+def _errors(args: argparse.Namespace) -> Iterator[FieldError]:
     if not args.input:
-        yield Fault("preprocess.no-input", "--input", "", "names nothing to read", "Give files of JSON lines.")
+        yield FieldError("preprocess.no-input", "--input", "", "names nothing to read", "Give files of JSON lines.")
     once = [name for name in args.input if name == "-" or Path(name).is_fifo()]
     if once and len(set(args.json_keys)) > 1:
         how = "Give a file, or a command for each key."
-        yield Fault(
+        yield FieldError(
             "preprocess.input-read-only-once",
             "--json-keys",
             " ".join(args.json_keys),
@@ -157,12 +159,12 @@ def _faults(args: argparse.Namespace) -> Iterator[Fault]:
             how,
         )
     if not args.output_prefix:
-        yield Fault(
+        yield FieldError(
             "preprocess.no-output-prefix", "--output-prefix", "", "is missing", "Such as --output-prefix corpus/mine."
         )
     kind = args.tokenizer_type
     if kind in REFUSED_TYPES:
-        yield Fault(
+        yield FieldError(
             "preprocess.unsupported-tokenizer-type",
             "--tokenizer-type",
             kind,
@@ -173,7 +175,7 @@ def _faults(args: argparse.Namespace) -> Iterator[Fault]:
         near = difflib.get_close_matches(kind, TOKENIZER_TYPES, n=1)
         hint = f"Did you mean {near[0]}? Or leave" if near else "Leave"
         text = f"is none of {', '.join(TOKENIZER_TYPES)}"
-        yield Fault(
+        yield FieldError(
             "preprocess.unknown-tokenizer-type",
             "--tokenizer-type",
             kind,
@@ -183,7 +185,7 @@ def _faults(args: argparse.Namespace) -> Iterator[Fault]:
     else:
         yield from _tokenizer_faults(args)
     if args.dataset_impl != "mmap":
-        yield Fault(
+        yield FieldError(
             "preprocess.unsupported-format",
             "--dataset-impl",
             args.dataset_impl,
@@ -191,9 +193,11 @@ def _faults(args: argparse.Namespace) -> Iterator[Fault]:
             "Leave it out.",
         )
     if args.workers < 0:
-        yield Fault("preprocess.number-too-small", "--workers", args.workers, "is below 0", "Use 0 for one a core.")
+        yield FieldError(
+            "preprocess.number-too-small", "--workers", args.workers, "is below 0", "Use 0 for one a core."
+        )
     if args.on_error not in ("stop", "skip"):
-        yield Fault(
+        yield FieldError(
             "preprocess.unknown-choice",
             "--on-error",
             args.on_error,
@@ -202,12 +206,12 @@ def _faults(args: argparse.Namespace) -> Iterator[Fault]:
         )
 
 
-def _tokenizer_faults(args: argparse.Namespace) -> Iterator[Fault]:
+def _tokenizer_faults(args: argparse.Namespace) -> Iterator[FieldError]:
     given = {"--tokenizer-model": args.tokenizer_model, "--vocab-file": args.vocab_file}
     wanted, _ = TOKENIZER_TYPES[args.tokenizer_type or "HuggingFaceTokenizer"]
     there = [option for option, path in given.items() if path is not None]
     if len(there) == 2:
-        yield Fault(
+        yield FieldError(
             "preprocess.two-tokenizers",
             "--vocab-file",
             str(args.vocab_file),
@@ -216,16 +220,16 @@ def _tokenizer_faults(args: argparse.Namespace) -> Iterator[Fault]:
         )
     elif there and there[0] not in wanted:
         text = f"is not what {args.tokenizer_type} is made of"
-        yield Fault("preprocess.wrong-tokenizer-file", there[0], str(given[there[0]]), text, f"Give {wanted[0]}.")
+        yield FieldError("preprocess.wrong-tokenizer-file", there[0], str(given[there[0]]), text, f"Give {wanted[0]}.")
     elif not there:
         how = f"Give {wanted[0]} a file; nothing is downloaded."
-        yield Fault("preprocess.no-tokenizer", wanted[0], "", "is missing: there is no tokenizer", how)
+        yield FieldError("preprocess.no-tokenizer", wanted[0], "", "is missing: there is no tokenizer", how)
     for option, path in (("--vocab-file", args.vocab_file), ("--merge-file", args.merge_file)):
         if path is not None and not path.is_file():
             how = "Nothing is downloaded: give the path of the file, or --tokenizer-model a folder with tokenizer.json."
-            yield Fault("preprocess.no-such-file", option, str(path), "is no file", how)
+            yield FieldError("preprocess.no-such-file", option, str(path), "is no file", how)
     if args.merge_file is not None and args.vocab_file is None:
-        yield Fault(
+        yield FieldError(
             "preprocess.merges-without-vocabulary",
             "--merge-file",
             str(args.merge_file),
@@ -233,7 +237,7 @@ def _tokenizer_faults(args: argparse.Namespace) -> Iterator[Fault]:
             "Give both, or neither.",
         )
     if args.tokenizer_type == "GPT2BPETokenizer" and args.vocab_file is not None and args.merge_file is None:
-        yield Fault(
+        yield FieldError(
             "preprocess.no-merges",
             "--merge-file",
             "",
@@ -257,9 +261,9 @@ def adds_bos(args: argparse.Namespace) -> bool:
         return False
     if behind or before != [_bos(tokenizer)]:
         text = f"puts the tokens {before} before and {behind} behind every text, as Megatron stores it"
-        repair = "Give --tokenizer-hf-no-include-special-tokens for the text alone, as that option gives in Megatron."
+        fix = "Give --tokenizer-hf-no-include-special-tokens for the text alone, as that option gives in Megatron."
         raise ConfigError(
-            [Fault("preprocess.template-adds-tokens", "--tokenizer-model", str(args.tokenizer_model), text, repair)]
+            [FieldError("preprocess.template-adds-tokens", "--tokenizer-model", str(args.tokenizer_model), text, fix)]
         )
     print(
         f"note: the template of {args.tokenizer_model} begins every text with token {before[0]} (BOS), which Megatron "

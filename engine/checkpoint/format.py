@@ -234,7 +234,7 @@ def _check_entries(manifest: Manifest) -> None:
                         raise ValueError(f"{kind} {name}: {len(part.digests)} digests for {blocks} blocks")
 
 
-def strangers(folder: Path, manifest: Manifest, storage: Storage = DISK) -> list[str]:
+def unexpected_files(folder: Path, manifest: Manifest, storage: Storage = DISK) -> list[str]:
     """Names in the folder that do not belong to the checkpoint; hidden ones, of file systems and tools, may."""
     return [n for n in storage.list(folder) if n not in manifest.files and n != MANIFEST and not n.startswith(".")]
 
@@ -253,16 +253,18 @@ def whole_file_digest(file: Path, storage: Storage = DISK) -> str:
     return found.hexdigest()
 
 
-def damages(folder: Path, manifest: Manifest, storage: Storage = DISK, *, fresh: bool = False) -> Iterator[str]:
+def find_damage(folder: Path, manifest: Manifest, storage: Storage = DISK, *, fresh: bool = False) -> Iterator[str]:
     """Read everything and say what is not as the manifest says: each damaged file, and the tensors in it."""
-    yield from (f"{folder / name}: does not belong to this checkpoint" for name in strangers(folder, manifest, storage))
+    yield from (
+        f"{folder / name}: does not belong to this checkpoint" for name in unexpected_files(folder, manifest, storage)
+    )
     for name in sorted(manifest.files):
         yield from file_damages(folder / name, manifest, storage, fresh=fresh)
 
 
 def prove_all(folder: Path, manifest: Manifest, storage: Storage = DISK) -> None:
-    """Read everything. Raises CheckpointError with all `damages`."""
-    if found := list(damages(folder, manifest, storage)):
+    """Read everything. Raises CheckpointError with all `find_damage`."""
+    if found := list(find_damage(folder, manifest, storage)):
         raise CheckpointError(
             "checkpoint.damaged", f"{folder}: {len(found)} faults:\n" + "\n".join(f"  - {fault}" for fault in found)
         )

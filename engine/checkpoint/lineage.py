@@ -24,7 +24,7 @@ from engine.checkpoint.format import Ancestor, Manifest
 from engine.config.schema import Config, LrScheduleConfig, OptimizerConfig
 from engine.config.skips import below, read_ranges
 from engine.data.samples.corpora import DECLARED_FROM, MIXED_FROM
-from engine.errors import CheckpointError, ConfigError, Fault
+from engine.errors import CheckpointError, ConfigError, FieldError
 from engine.optim.lr import learning_rate
 
 _FREE = {"preset"}  # of the model: a name for values that are compared themselves
@@ -180,8 +180,8 @@ def refuse(folder: Path, manifest: Manifest, found: Differences, cfg: Config) ->
     allowed = cfg.checkpoint.allow.replace(",", " ").split()
     known = {f"model.{k}" for k in type(cfg.model).model_fields if k not in _FREE} | {f"train.{k}" for k in _TRAIN}
     known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE, *_SKIPS}
-    faults = [
-        Fault(
+    errors = [
+        FieldError(
             "checkpoint.allow-unknown-field",
             "checkpoint.allow",
             word,
@@ -191,8 +191,8 @@ def refuse(folder: Path, manifest: Manifest, found: Differences, cfg: Config) ->
         for word in allowed
         if word not in known
     ]
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     refused = {name: pair for name, pair in found.items() if field_of(name) not in allowed}
     if refused:
         fields = list(dict.fromkeys(map(field_of, refused)))
@@ -217,7 +217,7 @@ def _nearest(word: str, known: set[str]) -> str:
     return difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.0)[0]
 
 
-def descend(
+def extend_lineage(
     folder: Path, manifest: Manifest, allowed: Differences, changed: Differences | None = None
 ) -> tuple[Ancestor, ...]:
     """The lineage of a run that goes on from `folder`: that of its checkpoint, and the checkpoint itself."""

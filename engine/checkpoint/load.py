@@ -32,7 +32,7 @@ from engine.checkpoint.format import (
     file_damages,
     prove,
     read_manifest,
-    strangers,
+    unexpected_files,
 )
 from engine.checkpoint.storage import DISK, OF_THE_PROCESS, Storage
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block, tensor_bytes
@@ -40,7 +40,7 @@ from engine.distributed.collectives import raise_together
 from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import Piece
 from engine.errors import CheckpointError, EngineError
-from engine.optim.adamw import Held
+from engine.optim.adamw import StateShard
 
 _THREADS = 2  # one digests or copies while the other waits for the disk
 
@@ -161,7 +161,7 @@ class Reader(TensorSource[TensorEntry]):
     def __init__(self, folder: Path, storage: Storage = DISK):
         self._storage = storage
         self.manifest: Manifest = read_manifest(folder, storage)
-        if others := strangers(folder, self.manifest, storage):
+        if others := unexpected_files(folder, self.manifest, storage):
             raise CheckpointError(
                 "checkpoint.unexpected-files",
                 f"{folder / others[0]}: does not belong to this checkpoint (of {len(others)} such files the first); "
@@ -265,7 +265,7 @@ def _overlap(rectangles: list[tuple[list[int], list[int]]]) -> bool:
     return False
 
 
-def load_into(reader: TensorSource[Any], states: Iterable[Held], ctx: ParallelContext) -> None:
+def load_into(reader: TensorSource[Any], states: Iterable[StateShard], ctx: ParallelContext) -> None:
     """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all."""
     error: EngineError | None = None
     pool, ended = ThreadPoolExecutor(_THREADS, "load"), threading.Event()
@@ -296,7 +296,7 @@ def _do(works: list[Callable[[], None]], ended: threading.Event) -> None:
         raise
 
 
-def _works(reader: TensorSource[Any], held: Held, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
+def _works(reader: TensorSource[Any], held: StateShard, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
     pieces = [
         (piece, *rectangle)
         for piece in held.param.spec.pieces(ctx)
@@ -310,7 +310,7 @@ def _works(reader: TensorSource[Any], held: Held, ctx: ParallelContext) -> Itera
         yield from reader.blocks(held.kind, piece.name, offset, held.flat[begin : begin + math.prod(shape)].view(shape))
 
 
-def _refuse_another_shape(reader: TensorSource[Any], held: Held, piece: Piece) -> None:
+def _refuse_another_shape(reader: TensorSource[Any], held: StateShard, piece: Piece) -> None:
     entry = reader.entries.get(held.kind, {}).get(piece.name)
     have = piece.global_shape if entry is None else entry.shape  # that it is missing is told when it is read
     if have != piece.global_shape:

@@ -46,7 +46,7 @@ from engine.distributed.collectives import all_reduce_, gather_json, on_first_ra
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.errors import CheckpointError
-from engine.optim.adamw import Held
+from engine.optim.adamw import StateShard
 
 _LOOK_S = 0.05  # a rank that waits for its own thread looks at the others so often
 _STOP_S = 5.0  # a thread that has been told to stop may take so long: it may be inside one slow write
@@ -127,12 +127,18 @@ class Saver:
         """Whether this rank's work has ended in an error."""
         return self._save is not None and self._save.work.done() and self._save.work.exception() is not None
 
-    def reserve(self, states: Iterable[Held]) -> None:
+    def reserve(self, states: Iterable[StateShard]) -> None:
         """Take the host memory that saving these states in the background needs. Not collective."""
         self._staging.reserve(states)
 
     def start(
-        self, states: Iterable[Held], *, step: int, facts: dict[str, Any], background: bool, unproven: bool = False
+        self,
+        states: Iterable[StateShard],
+        *,
+        step: int,
+        facts: dict[str, Any],
+        background: bool,
+        unproven: bool = False,
     ) -> None:
         """Begin to save; no other save may be in flight. Nothing here waits for a disk or another rank.
 
@@ -213,7 +219,7 @@ class Saver:
     # -- in the thread -------------------------------------------------------------------------------------------------
 
     def _write(
-        self, states: list[Held], ready: Callable[[], None], temporary: Path, stop: threading.Event
+        self, states: list[StateShard], ready: Callable[[], None], temporary: Path, stop: threading.Event
     ) -> dict[str, Any]:
         """This rank's part; returns {"file", "entry", "tensors": {kind: {name: {shape, dtype, slices}}}} as JSON."""
 
@@ -286,7 +292,7 @@ class Saver:
         )
 
 
-def check_room(root: Path, states: Iterable[Held], ctx: ParallelContext, storage: Storage = DISK) -> None:
+def check_room(root: Path, states: Iterable[StateShard], ctx: ParallelContext, storage: Storage = DISK) -> None:
     """Raise CheckpointError unless a checkpoint of these states can be written under `root` now. Collective."""
     tensors, _ = part_of(states, ctx)
     mine = sum(x.numel() * x.element_size() for x in tensors.values())
@@ -321,7 +327,7 @@ _NO_FACTS: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "confi
 
 def save(
     root: Path,
-    states: Iterable[Held],
+    states: Iterable[StateShard],
     ctx: ParallelContext,
     *,
     step: int,
@@ -336,7 +342,7 @@ def save(
         return saver.finish().folder
 
 
-def part_of(states: Iterable[Held], ctx: ParallelContext) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+def part_of(states: Iterable[StateShard], ctx: ParallelContext) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """What it writes: key -> tensor, and kind -> name -> TensorEntry as JSON, its slices without file and digests."""
     tensors: dict[str, Tensor] = {}
     index: dict[str, dict[str, Any]] = {}

@@ -32,7 +32,7 @@ from typing import Any
 
 from engine.checkpoint.storage import DISK, Hasher, Status, Storage, StoredFile, Writer, unseen
 from engine.distributed.env import secret_variable
-from engine.errors import CheckpointError, ConfigError, Fault, WrongSecretError
+from engine.errors import CheckpointError, ConfigError, FieldError, WrongSecretError
 from engine.util.files import SEALED
 
 SIGNED = "hmac_sha256"  # the kind of digest that signs
@@ -56,7 +56,7 @@ def read_secret(reference: str) -> bytes:
     """
     kind, colon, name = reference.partition(":")
     if not colon or not name or kind not in ("file", "env"):
-        fault = Fault(
+        fault = FieldError(
             "checkpoint.secret-no-reference",
             "secret",
             "...",
@@ -66,20 +66,20 @@ def read_secret(reference: str) -> bytes:
         raise ConfigError([fault])
     if kind == "env":
         if (secret := secret_variable(name)) is None:
-            fault = Fault(
+            fault = FieldError(
                 "checkpoint.secret-not-set", "secret", reference, "is not set", "Set it to at least 32 characters."
             )
             raise ConfigError([fault])
         return secret
     try:
         if Path(name).stat().st_mode & 0o077:
-            relation = "others than its owner may read it"
-            raise ConfigError([Fault("checkpoint.secret-open", "secret", reference, relation, f"chmod 600 {name}")])
+            problem = "others than its owner may read it"
+            raise ConfigError([FieldError("checkpoint.secret-open", "secret", reference, problem, f"chmod 600 {name}")])
         return Path(name).read_bytes()
     except OSError as error:
-        relation = f"cannot be read: {error.strerror}"
-        fault = Fault(
-            "checkpoint.secret-unreadable", "secret", reference, relation, "Give a file of at least 32 bytes."
+        problem = f"cannot be read: {error.strerror}"
+        fault = FieldError(
+            "checkpoint.secret-unreadable", "secret", reference, problem, "Give a file of at least 32 bytes."
         )
         raise ConfigError([fault]) from None
 

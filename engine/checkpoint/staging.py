@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from engine.optim.adamw import Held
+from engine.optim.adamw import StateShard
 
 
 class Staging:
@@ -17,7 +17,7 @@ class Staging:
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
-    def reserve(self, states: Iterable[Held]) -> list[Held]:
+    def reserve(self, states: Iterable[StateShard]) -> list[StateShard]:
         """Make sure of the buffers and their memory: a first save is then as quick as any. Returns them, unfilled."""
         states = list(states)
         if [(b.shape, b.dtype) for b in self._buffers] != [(h.flat.shape, h.flat.dtype) for h in states]:
@@ -27,7 +27,7 @@ class Staging:
             ]
         return [dataclasses.replace(h, flat=b) for h, b in zip(states, self._buffers)]
 
-    def copy(self, states: Iterable[Held]) -> tuple[list[Held], Callable[[], None], bool]:
+    def copy(self, states: Iterable[StateShard]) -> tuple[list[StateShard], Callable[[], None], bool]:
         """Copies of the states, what another thread calls before it reads them, and whether the states may change now.
 
         On the CPU that call does the copying, so that it runs beside the next forward and backward; states must not
@@ -50,7 +50,7 @@ class Staging:
         return copies, lambda: _copy(states, copies), False
 
 
-def _copy(states: list[Held], copies: list[Held]) -> None:
+def _copy(states: list[StateShard], copies: list[StateShard]) -> None:
     with torch.no_grad():
         for theirs, ours in zip(states, copies):
             ours.flat.copy_(theirs.flat, non_blocking=True)

@@ -13,7 +13,7 @@ from engine.checkpoint.load import Reader
 
 
 @dataclass(frozen=True)
-class TensorFacts:
+class TensorStats:
     """A canonical tensor: its kind, name, global shape, dtype, number of files it lies in, norm (NaN: not computed)."""
 
     kind: str
@@ -40,7 +40,7 @@ def summary(reader: Reader) -> Iterator[str]:
     yield from tell(m.lineage) or ["no earlier checkpoint: the run began with initial weights"]
 
 
-def tensor_facts(reader: Reader, *, norms: bool) -> Iterator[TensorFacts]:
+def tensor_stats(reader: Reader, *, norms: bool) -> Iterator[TensorStats]:
     """Every tensor of every kind, layers in order.
 
     norms: the L2 norm of each, in float64, which reads it, a rectangle at a time.
@@ -52,7 +52,7 @@ def tensor_facts(reader: Reader, *, norms: bool) -> Iterator[TensorFacts]:
                 parts = (reader.read(kind, name, part.offset, part.shape) for part in entry.slices)
                 norm = math.sqrt(sum(float(part.double().square_().sum()) for part in parts))
             files = len({part.file for part in entry.slices})
-            yield TensorFacts(kind, name, entry.shape, entry.dtype, files, norm)
+            yield TensorStats(kind, name, entry.shape, entry.dtype, files, norm)
 
 
 def _natural(name: str) -> list[str | int]:

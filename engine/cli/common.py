@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 from engine.util.signals import Interrupts, interruptible
 from engine.util.words import Words
 
@@ -53,7 +53,7 @@ def single_process(verb: str) -> None:
 
     world = read_env().world
     if world > 1:
-        fault = Fault(
+        fault = FieldError(
             "cli.one-process-only",
             "WORLD_SIZE",
             world,
@@ -82,5 +82,7 @@ def _finite(value: Any) -> Any:
 def shard_bytes(mib: float) -> int:
     """--shard-mib in bytes."""
     if not mib > 0:
-        raise ConfigError([Fault("cli.not-above-zero", "--shard-mib", mib, "is not above 0", "The default is 4096.")])
+        raise ConfigError(
+            [FieldError("cli.not-above-zero", "--shard-mib", mib, "is not above 0", "The default is 4096.")]
+        )
     return int(mib * 2**20)

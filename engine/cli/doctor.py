@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import tyro
 
 from engine.cli.common import single_process
-from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, Fault
+from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, FieldError
 
 
 @dataclass
@@ -27,19 +27,23 @@ def run(args: list[str]) -> int:
     o = tyro.cli(DoctorOptions, args=args, prog="engine doctor")
     if o.timeout_s <= 0:
         raise ConfigError(
-            [Fault("cli.not-above-zero", "--timeout-s", o.timeout_s, "is no time to wait", "Use a number above 0.")]
+            [
+                FieldError(
+                    "cli.not-above-zero", "--timeout-s", o.timeout_s, "is no time to wait", "Use a number above 0."
+                )
+            ]
         )
     single_process("doctor")
     from engine.cli.diagnosis import examine  # loads torch: faults are told before
 
-    faults = []
+    errors = []
     for finding in examine(o.timeout_s):
         print(f"{finding.topic:<16} {finding.text}", flush=True)  # at once: the next may end the process
-        faults += [finding] if finding.broken else []
-    if not faults:
+        errors += [finding] if finding.broken else []
+    if not errors:
         print("nothing is broken")
         return EXIT_OK
     print("broken:")
-    for finding in faults:
+    for finding in errors:
         print(f"  {finding.topic}: {finding.text}")
     return EXIT_ERROR

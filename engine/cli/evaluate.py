@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 
 
 @dataclass
@@ -44,17 +44,19 @@ def run(args: list[str]) -> int:
     o = tyro.cli(EvaluateOptions, args=args, prog="engine evaluate")
     degrees = {"--tensor": o.tensor, "--pipeline": o.pipeline}
     wrong = [
-        Fault("cli.too-small", k, v, "a degree is at least 1", "Use 1 or more.") for k, v in degrees.items() if v < 1
+        FieldError("cli.too-small", k, v, "a degree is at least 1", "Use 1 or more.")
+        for k, v in degrees.items()
+        if v < 1
     ]
     if o.batches < 0:
-        wrong.append(Fault("cli.too-small", "--batches", o.batches, "is below 0", "Use 0 for the whole corpus."))
+        wrong.append(FieldError("cli.too-small", "--batches", o.batches, "is below 0", "Use 0 for the whole corpus."))
     if wrong:
         raise ConfigError(wrong)
     env = read_env()
     storage = storage_of(o.secret)
     cfg = config_of(o.checkpoint, storage, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
-    if faults := relations(cfg, env.world):
-        raise ConfigError(faults)
+    if errors := relations(cfg, env.world):
+        raise ConfigError(errors)
     derived = derive(cfg)
     code = run_on_ranks(
         lambda ctx: evaluate(cfg, derived, ctx, o.checkpoint, o.data or cfg.data.valid, o.batches, storage),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from engine.cli.common import shard_bytes, single_process, tell
-from engine.errors import EXIT_OK, CheckpointError, ConfigError, EngineError, Fault
+from engine.errors import EXIT_OK, CheckpointError, ConfigError, EngineError, FieldError
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +104,6 @@ def _dtype(name: str) -> torch.dtype:
 
     if name not in PRECISIONS:
         raise ConfigError(
-            [Fault("cli.unknown-choice", "--dtype", name, f"is none of {', '.join(PRECISIONS)}", "Choose one.")]
+            [FieldError("cli.unknown-choice", "--dtype", name, f"is none of {', '.join(PRECISIONS)}", "Choose one.")]
         )
     return PRECISIONS[name].compute

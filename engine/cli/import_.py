@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from engine.cli.common import shard_bytes, single_process, tell
-from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.errors import EXIT_OK, ConfigError, FieldError
 
 
 @dataclass
@@ -50,16 +50,16 @@ def run(args: list[str]) -> int:
     single_process("import")
     if o.max_seq_len < 0:
         raise ConfigError(
-            [Fault("cli.too-small", "--max-seq-len", o.max_seq_len, "is below 0", "Use 0 for the folder's.")]
+            [FieldError("cli.too-small", "--max-seq-len", o.max_seq_len, "is below 0", "Use 0 for the folder's.")]
         )
     if o.vocab_size < 0:
         raise ConfigError(
-            [Fault("cli.too-small", "--vocab-size", o.vocab_size, "is below 0", "Use 0 for the checkpoint's.")]
+            [FieldError("cli.too-small", "--vocab-size", o.vocab_size, "is below 0", "Use 0 for the checkpoint's.")]
         )
     if o.encrypt and not o.secret:
         raise ConfigError(
             [
-                Fault(
+                FieldError(
                     "cli.missing-option", "--encrypt", True, "needs --secret", "Such as --secret file:/home/me/run.key."
                 )
             ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from engine.cli.common import ends_on_signals, tell
-from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.errors import EXIT_OK, ConfigError, FieldError
 from engine.util.signals import Interrupts
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ class InspectOptions:
 def run(args: list[str], stop: Interrupts) -> int:
     """Run the verb; returns the exit code."""
     o = tyro.cli(InspectOptions, args=args, prog="engine inspect")
-    if faults := list(inspect_faults(o)):
-        raise ConfigError(faults)
+    if errors := list(inspect_errors(o)):
+        raise ConfigError(errors)
     if Path(o.data).is_dir() and not Path(f"{o.data}.idx").exists():
         return inspect_checkpoint(o)
     return inspect_corpus(o)
 
 
-def inspect_faults(o: InspectOptions) -> Iterator[Fault]:
+def inspect_errors(o: InspectOptions) -> Iterator[FieldError]:
     """What is wrong with the options of `engine inspect`."""
     for option, (value, least) in {
         "--samples": (o.samples, 0),
@@ -71,16 +71,16 @@ def inspect_faults(o: InspectOptions) -> Iterator[Fault]:
         "--seed": (o.seed, 0),
     }.items():
         if value < least:
-            yield Fault("cli.too-small", option, value, f"is below {least}", f"Use {least} or more.")
+            yield FieldError("cli.too-small", option, value, f"is below {least}", f"Use {least} or more.")
     if o.output.suffix not in (".png", ".svg"):
         text = "is neither a .png nor a .svg file"
-        yield Fault("cli.no-picture-format", "--output", str(o.output), text, "End it in .png.")
+        yield FieldError("cli.no-picture-format", "--output", str(o.output), text, "End it in .png.")
     for option, share in (("--fim-rate", o.fim_rate), ("--fim-spm-rate", o.fim_spm_rate)):
         if not 0 <= share <= 1:
-            yield Fault("cli.no-share", option, share, "is not a share", "Use a number of 0 to 1.")
+            yield FieldError("cli.no-share", option, share, "is not a share", "Use a number of 0 to 1.")
     if o.fim_tokens and not o.fim_rate:
         text = "has no meaning without --fim-rate"
-        yield Fault("cli.without-effect", "--fim-tokens", o.fim_tokens, text, "Such as 0.5.")
+        yield FieldError("cli.without-effect", "--fim-tokens", o.fim_tokens, text, "Such as 0.5.")
 
 
 def inspect_corpus(o: InspectOptions) -> int:
@@ -150,7 +150,7 @@ def inspect_checkpoint(o: InspectOptions) -> int:
     from engine.checkpoint.format import find, prove_all
     from engine.checkpoint.load import Reader
     from engine.checkpoint.seal import storage_of
-    from engine.checkpoint.summary import summary, tensor_facts
+    from engine.checkpoint.summary import summary, tensor_stats
 
     storage = storage_of(o.secret)
     with Reader(find(Path(o.data), storage), storage) as reader:
@@ -163,7 +163,7 @@ def inspect_checkpoint(o: InspectOptions) -> int:
         width = max(map(len, (name for names in reader.manifest.tensors.values() for name in names)), default=0)
         if not o.json:
             tell(text)
-        for t in tensor_facts(reader, norms=o.norms):
+        for t in tensor_stats(reader, norms=o.norms):
             norm = f"  norm {t.norm:.6g}" if o.norms else ""
             shape = " x ".join(map(str, t.shape))
             facts["tensors"].append({**asdict(t), "norm": t.norm if o.norms else None})

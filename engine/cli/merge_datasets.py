@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from engine.cli.common import ends_on_signals, parse, tell
-from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.errors import EXIT_OK, ConfigError, FieldError
 from engine.util.signals import Interrupts
 
 
@@ -40,16 +40,16 @@ def run(args: list[str], stop: Interrupts) -> int:
     from engine.data.prepare.merge import merge
 
     o = parse(MergeOptions, args, "merge-datasets")
-    faults = []
+    errors = []
     if not o.input:
         text = "names nothing to merge"
-        faults.append(Fault("prepare.no-input", "--input", "", text, "Give prefixes, or a folder."))
+        errors.append(FieldError("prepare.no-input", "--input", "", text, "Give prefixes, or a folder."))
     if not o.output_prefix or o.output_prefix.endswith("/"):
         text = "is no prefix of file names"
-        repair = "Use corpus/all for corpus/all.bin ..."
-        faults.append(Fault("prepare.output-no-prefix", "--output-prefix", o.output_prefix, text, repair))
-    if faults:
-        raise ConfigError(faults)
+        fix = "Use corpus/all for corpus/all.bin ..."
+        errors.append(FieldError("prepare.output-no-prefix", "--output-prefix", o.output_prefix, text, fix))
+    if errors:
+        raise ConfigError(errors)
     with prepare_progress(quiet=o.json) as progress:
         report = merge(
             o.input, o.output_prefix, multimodal=o.multimodal, overwrite=o.overwrite, progress=progress, stop=stop

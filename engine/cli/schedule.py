@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from engine.errors import EXIT_OK, ConfigError, Fault, PlanError
+from engine.errors import EXIT_OK, ConfigError, FieldError, PlanError
 from engine.pipeline.schedules import SCHEDULES, load_plan
 
 
@@ -61,8 +61,8 @@ def run(args: list[str]) -> int:
     from engine.pipeline.simulate import Costs
 
     o = tyro.cli(ScheduleOptions, args=args, prog="engine schedule")
-    if faults := list(_schedule_faults(o)):
-        raise ConfigError(faults)
+    if errors := list(_schedule_errors(o)):
+        raise ConfigError(errors)
     names = o.compare or ((o.name,) if o.name else () if o.plan or o.run else ("1f1b",))
     entries, costs, unit = [], Costs.parse(o.costs), ""
     ranks, microbatches = o.ranks, o.microbatches
@@ -84,7 +84,7 @@ def run(args: list[str]) -> int:
     return EXIT_OK
 
 
-def _schedule_faults(o: ScheduleOptions) -> Iterator[Fault]:
+def _schedule_errors(o: ScheduleOptions) -> Iterator[FieldError]:
     """What is wrong with the options of `engine schedule`."""
     import difflib
 
@@ -95,11 +95,13 @@ def _schedule_faults(o: ScheduleOptions) -> Iterator[Fault]:
     for option, name in [("--name", o.name), *(("--compare", name) for name in o.compare)]:
         if name and name not in NAMES:
             near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]
-            yield Fault("cli.unknown-choice", option, name, f"is none of {', '.join(NAMES)}", f"Did you mean {near}?")
+            yield FieldError(
+                "cli.unknown-choice", option, name, f"is none of {', '.join(NAMES)}", f"Did you mean {near}?"
+            )
     counts = {"--ranks": (o.ranks, 1), "--microbatches": (o.microbatches, 1), "--chunks": (o.chunks, 0)}
     counts["--iterations"] = (o.iterations or 0, 0)
     bad = [
-        Fault("cli.too-small", k, v, f"is below {least}", f"Use {least} or more.")
+        FieldError("cli.too-small", k, v, f"is below {least}", f"Use {least} or more.")
         for k, (v, least) in counts.items()
         if v < least
     ]
@@ -107,7 +109,7 @@ def _schedule_faults(o: ScheduleOptions) -> Iterator[Fault]:
     needed = SCHEDULES[o.name].chunks if o.name in SCHEDULES and not o.compare else None
     if o.chunks > 0 and needed is not None and o.chunks != needed:
         text = f"{o.name} places {needed} stage{'s' if needed > 1 else ''} on each rank"
-        yield Fault(
+        yield FieldError(
             "cli.chunks-of-the-schedule",
             "--chunks",
             o.chunks,
@@ -119,9 +121,9 @@ def _schedule_faults(o: ScheduleOptions) -> Iterator[Fault]:
         if not bad and not (o.plan or o.run):
             share_costs(costs, o.ranks, o.ranks)
     except PlanError as error:
-        yield Fault("cli.bad-costs", "--costs", o.costs, str(error), "Write them as f=1,i=1,w=0.5,comm=0.1.")
+        yield FieldError("cli.bad-costs", "--costs", o.costs, str(error), "Write them as f=1,i=1,w=0.5,comm=0.1.")
     if o.memory_cap is not None and not o.memory_cap > 0:
-        yield Fault(
+        yield FieldError(
             "cli.not-above-zero",
             "--memory-cap",
             o.memory_cap,
@@ -131,10 +133,10 @@ def _schedule_faults(o: ScheduleOptions) -> Iterator[Fault]:
     yield from _excluded(o)
 
 
-def _excluded(o: ScheduleOptions) -> Iterator[Fault]:
+def _excluded(o: ScheduleOptions) -> Iterator[FieldError]:
     """Options that do not go together, and names of files."""
     if o.output.suffix not in (".png", ".svg"):
-        yield Fault(
+        yield FieldError(
             "cli.no-picture-format",
             "--output",
             str(o.output),
@@ -142,13 +144,13 @@ def _excluded(o: ScheduleOptions) -> Iterator[Fault]:
             "End it in .png; both are written.",
         )
     if o.name and o.compare:
-        yield Fault("cli.excludes", "--name", o.name, "stands beside --compare", "Give one of them.")
+        yield FieldError("cli.excludes", "--name", o.name, "stands beside --compare", "Give one of them.")
     if o.costs and o.run:
-        yield Fault(
+        yield FieldError(
             "cli.excludes", "--costs", o.costs, "stands beside --from, which has costs of its own", "Give one of them."
         )
     if o.save is not None and len(o.compare) + bool(o.name) + bool(o.plan) > 1:
-        yield Fault(
+        yield FieldError(
             "cli.several-plans",
             "--save",
             str(o.save),

@@ -33,12 +33,12 @@ from engine.parallel.gradients import make_buckets
 # of the largest value of the reference, or of 1; float32 keeps 6e-8, bf16 4e-3, and the sums here are short
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
-_ALONE = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64).alone
+_SELF = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64).self_axis
 _S, _B, _N, _M, _D = 40, 2, 4, 2, 16  # sequence, batch, heads, KV heads, head width
 
 
 @dataclass(frozen=True)
-class Tried:
+class OpCheck:
     """Largest difference of an op's outputs and gradients, relative as TOLERANCE is; error: what it raised instead."""
 
     name: str
@@ -78,8 +78,8 @@ def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     x = x.detach().requires_grad_()
     head = Parameter(weight.detach(), ShardSpec((Chunk("head", len(weight)),), other=weight.shape[1]))
     targets = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]) * 7
-    part, weights = VocabSlice(0, len(weight) - 3, _ALONE), torch.linspace(0, 1, targets.numel(), device=x.device)
-    losses = linear_cross_entropy(x, head, targets, weights.view(targets.shape), part, _ALONE, _ALONE)
+    part, weights = VocabSlice(0, len(weight) - 3, _SELF), torch.linspace(0, 1, targets.numel(), device=x.device)
+    losses = linear_cross_entropy(x, head, targets, weights.view(targets.shape), part, _SELF, _SELF)
     losses.sum().backward()
     assert x.grad is not None and head.grad is not None
     return losses.detach(), x.grad, head.grad
@@ -87,9 +87,9 @@ def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 def _product(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        out = native.multiply(a, b.t())
+        out = native.matmul(a, b.t())
         total = torch.ones(a.shape[1], b.shape[0], dtype=a.dtype, device=a.device)
-        native.add_product_(total, a.t(), out)
+        native.add_matmul_(total, a.t(), out)
     return out, total
 
 
@@ -153,14 +153,14 @@ OPS: dict[str, tuple[Op, Shapes]] = {
 }
 
 
-def try_ops(device: torch.device) -> Iterator[Tried]:
+def try_ops(device: torch.device) -> Iterator[OpCheck]:
     """Every op of OPS, on this device, in float32 and in bf16."""
     for name, (op, shapes) in OPS.items():
         for dtype in TOLERANCE:
             yield _try(name if dtype == torch.float32 else f"{name} in bf16", op, shapes, device, dtype)
 
 
-def _try(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tried:
+def _try(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> OpCheck:
     draw = torch.Generator().manual_seed(1)
     inputs = [torch.randn(shape, generator=draw, device="cpu").to(device, dtype) for shape in shapes]
     watch, tolerance = _Watch(), TOLERANCE[dtype]
@@ -170,9 +170,9 @@ def _try(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: torch.d
         with native.forced(kernels=False):
             exact = _run(op, [x.double() for x in inputs])
         off = max(_difference(a, b) for a, b in zip(found, exact, strict=True))
-        return Tried(name, watch.own, off, tolerance=tolerance)
+        return OpCheck(name, watch.own, off, tolerance=tolerance)
     except Exception as error:  # whatever it is: the next op is to be tried too
-        return Tried(name, watch.own, 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tolerance)
+        return OpCheck(name, watch.own, 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tolerance)
 
 
 def _run(op: Op, inputs: list[Tensor]) -> list[Tensor]:

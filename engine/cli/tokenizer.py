@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.cli.common import ends_on_signals, parse
-from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.errors import EXIT_OK, ConfigError, FieldError
 from engine.util.signals import Interrupts
 
 
@@ -16,8 +16,8 @@ def run(args: list[str], stop: Interrupts) -> int:
 
     if args[:1] not in (["train"], ["-h"], ["--help"]):
         told = " ".join(args[:1])
-        repair = "engine tokenizer train ..."
-        raise ConfigError([Fault("cli.tokenizer-not-train", "engine tokenizer", told, "is not train", repair)])
+        fix = "engine tokenizer train ..."
+        raise ConfigError([FieldError("cli.tokenizer-not-train", "engine tokenizer", told, "is not train", fix)])
     options = parse(TokenizerOptions, args[args[:1] == ["train"] :], "tokenizer train")
     with prepare_progress() as progress:
         trained = train_tokenizer(options, progress=progress, note=print, stop=stop)

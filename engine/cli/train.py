@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from engine.config.presets import PRESETS
-from engine.errors import EXIT_OK, ConfigError, Fault
+from engine.errors import EXIT_OK, ConfigError, FieldError
 from engine.util.signals import StopRequest
 
 _UNSET = "\0"
@@ -128,7 +128,11 @@ def run(args: list[str]) -> int:
             else "is for --dry-run; torchrun says how many there are"
         )
         raise ConfigError(
-            [Fault("cli.bad-world-size", "--world-size", options.world_size, text, "Use 0 for what the degrees need.")]
+            [
+                FieldError(
+                    "cli.bad-world-size", "--world-size", options.world_size, text, "Use 0 for what the degrees need."
+                )
+            ]
         )
     if options.dry_run:
         stop.release()

@@ -10,12 +10,12 @@ from engine.config.derived import BALANCED, chunks_of, data_degree, microbatches
 from engine.config.model_checks import fp8_relations, model_relations, multiples_near
 from engine.config.schema import CheckpointConfig, Config
 from engine.config.skips import read_ranges
-from engine.errors import Fault, PlanError
+from engine.errors import FieldError, PlanError
 from engine.pipeline.actions import Plan
 from engine.pipeline.schedules import SCHEDULES
 
 
-def relations(cfg: Config, world: int, plan: Plan | PlanError | None = None) -> list[Fault]:
+def relations(cfg: Config, world: int, plan: Plan | PlanError | None = None) -> list[FieldError]:
     """Everything that must hold between values, for this many ranks. plan: what `read_plan` found."""
     return [
         *model_relations(cfg),
@@ -26,12 +26,12 @@ def relations(cfg: Config, world: int, plan: Plan | PlanError | None = None) -> 
     ]
 
 
-def _skip_relations(cfg: Config) -> Iterator[Fault]:
+def _skip_relations(cfg: Config) -> Iterator[FieldError]:
     for path, value in (("train.skip_steps", cfg.train.skip_steps), ("data.skip_samples", cfg.data.skip_samples)):
         try:
             read_ranges(value)
         except ValueError as error:
-            yield Fault(
+            yield FieldError(
                 "config.ranges-not-valid",
                 path,
                 value,
@@ -40,12 +40,12 @@ def _skip_relations(cfg: Config) -> Iterator[Fault]:
             )
 
 
-def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[Fault]:
+def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[FieldError]:
     p = cfg.parallel
     for name in ("context", "expert"):
         degree = getattr(p, name)
         if degree > 1:
-            yield Fault(
+            yield FieldError(
                 "config.not-built", f"parallel.{name}", degree, f"{name} parallelism is not built yet", "Use 1."
             )
     p = p.model_copy(update={"context": 1})  # refused; what follows speaks of the others
@@ -53,7 +53,7 @@ def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
     shards = model_ranks(p)
     wanted = shards * (p.data or 1)
     if p.data and wanted != world:
-        yield Fault(
+        yield FieldError(
             "config.world-does-not-fit",
             "parallel",
             f"tensor {p.tensor} x pipeline {p.pipeline} x data {p.data}",
@@ -61,7 +61,7 @@ def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
             f"Start `torchrun --nproc-per-node {wanted} -m engine train ...`, or change the degrees.",
         )
     elif not p.data and world % shards:
-        yield Fault(
+        yield FieldError(
             "config.world-does-not-fit",
             "parallel",
             f"tensor {p.tensor} x pipeline {p.pipeline}",
@@ -72,7 +72,7 @@ def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
     data = data_degree(p, world)
     slice_ = data * cfg.train.micro_batch_size
     if cfg.train.global_batch_size % slice_:
-        yield Fault(
+        yield FieldError(
             "config.batch-not-a-multiple",
             "train.global_batch_size",
             cfg.train.global_batch_size,
@@ -81,18 +81,18 @@ def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
         )
 
 
-def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[Fault]:
+def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[FieldError]:
     p, m = cfg.parallel, cfg.model
     name = "parallel.schedule"
     if plan is None and p.schedule not in SCHEDULES:
         near = difflib.get_close_matches(p.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
         known = ", ".join(SCHEDULES)
-        yield Fault(
+        yield FieldError(
             "config.unknown-choice", name, p.schedule, f"is none of {known}, and no file", f"Did you mean {near}?"
         )
         return
     if isinstance(plan, PlanError):
-        yield Fault(
+        yield FieldError(
             "config.plan-not-valid", name, p.schedule, str(plan), "Save it again with `engine schedule --save`."
         )
         return
@@ -101,7 +101,7 @@ def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
         if (plan.num_ranks, plan.microbatches) != (p.pipeline, wanted):
             have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} microbatches"
             want = f"--ranks {p.pipeline} --microbatches {wanted}"
-            yield Fault(
+            yield FieldError(
                 "config.plan-does-not-fit",
                 name,
                 p.schedule,
@@ -112,7 +112,7 @@ def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
     chunks = chunks_of(p, plan)
     fixed = SCHEDULES[p.schedule].chunks if plan is None else chunks
     if fixed is not None and chunks != fixed:
-        yield Fault(
+        yield FieldError(
             "config.chunks-do-not-fit",
             "parallel.chunks",
             chunks,
@@ -129,7 +129,7 @@ def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
         fits = [d for d in range(1, m.num_layers + 1) if m.num_layers % (d * chunks) == 0]
         near_degree = f", or pipeline {min(fits, key=lambda d: (abs(d - p.pipeline), d))}" if fits else ""
         uneven = ",".join(str(m.num_layers // stages + (i < m.num_layers % stages)) for i in range(stages))
-        yield Fault(
+        yield FieldError(
             "config.layers-not-a-multiple",
             "parallel.pipeline",
             p.pipeline,
@@ -139,21 +139,21 @@ def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
         )
 
 
-def _layer_list_relations(text: str, stages: int, num_layers: int) -> Iterator[Fault]:
+def _layer_list_relations(text: str, stages: int, num_layers: int) -> Iterator[FieldError]:
     counts = text.split(",")
     even = ",".join(str(num_layers // stages + (i < num_layers % stages)) for i in range(stages))
     if not all(count.isdecimal() for count in counts):
-        repair = f"Give one for each stage, such as {even}, or {BALANCED}."
-        yield Fault("config.layers-not-a-list", "parallel.layers", text, "is not a list of numbers", repair)
+        fix = f"Give one for each stage, such as {even}, or {BALANCED}."
+        yield FieldError("config.layers-not-a-list", "parallel.layers", text, "is not a list of numbers", fix)
     elif len(counts) != stages or sum(map(int, counts)) != num_layers:
         found = f"is {sum(map(int, counts))} layers in {len(counts)} stages, not {num_layers} in {stages}"
-        yield Fault("config.layers-do-not-add-up", "parallel.layers", text, found, f"Such as {even}.")
+        yield FieldError("config.layers-do-not-add-up", "parallel.layers", text, found, f"Such as {even}.")
 
 
-def _train_relations(cfg: Config) -> Iterator[Fault]:
+def _train_relations(cfg: Config) -> Iterator[FieldError]:
     t, p = cfg.train, cfg.parallel
     if p.sequence and t.seq_len % p.tensor and not cfg.model.num_heads % p.tensor:
-        yield Fault(
+        yield FieldError(
             "config.seq-len-not-a-multiple",
             "train.seq_len",
             t.seq_len,
@@ -161,28 +161,30 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
             f"Use {multiples_near(t.seq_len, p.tensor)}, or parallel.sequence false.",
         )
     if p.keep_gathered and not (p.sequence and p.tensor > 1):
-        repair = "Leave it out, or use parallel.tensor 2 or more with parallel.sequence true."
-        yield Fault(
+        fix = "Leave it out, or use parallel.tensor 2 or more with parallel.sequence true."
+        yield FieldError(
             "config.without-effect",
             "parallel.keep_gathered",
             True,
             "has no meaning where the sequence is not cut",
-            repair,
+            fix,
         )
     if p.keep_gathered and t.recompute == "selective":
-        relation = "keeps what train.recompute selective computes again"
-        yield Fault("config.settings-contradict", "parallel.keep_gathered", True, relation, "Set one of the two back.")
+        problem = "keeps what train.recompute selective computes again"
+        yield FieldError(
+            "config.settings-contradict", "parallel.keep_gathered", True, problem, "Set one of the two back."
+        )
     if t.recompute == "none" and t.recompute_layers:
-        repair = "Set train.recompute to selective or full."
-        yield Fault(
+        fix = "Set train.recompute to selective or full."
+        yield FieldError(
             "config.without-effect",
             "train.recompute_layers",
             t.recompute_layers,
             "has no meaning without recompute",
-            repair,
+            fix,
         )
     if t.precision == "fp64" and p.reduce_dtype == "bf16":
-        yield Fault(
+        yield FieldError(
             "config.settings-contradict",
             "parallel.reduce_dtype",
             "bf16",
@@ -191,12 +193,12 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
         )
     yield from fp8_relations(cfg)
     if math.log2(t.loss_scale) % 1:
-        relation, near = "is not a power of two, so that scaling would round", 2 ** round(math.log2(t.loss_scale))
-        yield Fault(
-            "config.loss-scale-not-a-power-of-two", "train.loss_scale", t.loss_scale, relation, f"Nearest: {near}."
+        problem, near = "is not a power of two, so that scaling would round", 2 ** round(math.log2(t.loss_scale))
+        yield FieldError(
+            "config.loss-scale-not-a-power-of-two", "train.loss_scale", t.loss_scale, problem, f"Nearest: {near}."
         )
     if t.seq_len > cfg.model.max_seq_len:
-        yield Fault(
+        yield FieldError(
             "config.seq-len-too-long",
             "train.seq_len",
             t.seq_len,
@@ -206,11 +208,11 @@ def _train_relations(cfg: Config) -> Iterator[Fault]:
     yield from _lr_schedule_relations(cfg)
 
 
-def _lr_schedule_relations(cfg: Config) -> Iterator[Fault]:
+def _lr_schedule_relations(cfg: Config) -> Iterator[FieldError]:
     t, s = cfg.train, cfg.lr_schedule
     horizon = s.horizon_steps or t.steps
     if s.horizon_steps and s.kind == "constant":
-        yield Fault(
+        yield FieldError(
             "config.without-effect",
             "lr_schedule.horizon_steps",
             horizon,
@@ -218,16 +220,16 @@ def _lr_schedule_relations(cfg: Config) -> Iterator[Fault]:
             "Leave it out.",
         )
     elif s.horizon_steps and horizon <= s.warmup_steps:
-        relation = f"ends the decay before the warm-up of lr_schedule.warmup_steps = {s.warmup_steps} is over"
-        yield Fault(
+        problem = f"ends the decay before the warm-up of lr_schedule.warmup_steps = {s.warmup_steps} is over"
+        yield FieldError(
             "config.decay-does-not-fit",
             "lr_schedule.horizon_steps",
             horizon,
-            relation,
+            problem,
             f"Such as {max(t.steps, 2 * s.warmup_steps)}.",
         )
     elif s.kind == "wsd" and not 0 < s.decay_steps <= horizon - s.warmup_steps:
-        yield Fault(
+        yield FieldError(
             "config.decay-does-not-fit",
             "lr_schedule.decay_steps",
             s.decay_steps,
@@ -235,7 +237,7 @@ def _lr_schedule_relations(cfg: Config) -> Iterator[Fault]:
             f"A tenth of the run is usual: {max(1, horizon // 10)}.",
         )
     if s.kind != "wsd" and s.decay_steps:
-        yield Fault(
+        yield FieldError(
             "config.without-effect",
             "lr_schedule.decay_steps",
             s.decay_steps,
@@ -244,9 +246,9 @@ def _lr_schedule_relations(cfg: Config) -> Iterator[Fault]:
         )
 
 
-def _checkpoint_relations(c: CheckpointConfig) -> Iterator[Fault]:
+def _checkpoint_relations(c: CheckpointConfig) -> Iterator[FieldError]:
     if c.encrypt and not c.secret:
-        yield Fault(
+        yield FieldError(
             "config.setting-missing",
             "checkpoint.encrypt",
             True,
@@ -254,10 +256,10 @@ def _checkpoint_relations(c: CheckpointConfig) -> Iterator[Fault]:
             "Such as file:/home/me/run.key.",
         )
     if c.secret and not c.secret.startswith(("file:", "env:")):
-        relation, repair = "is neither file:PATH nor env:NAME", "Give where the secret is, never the secret itself."
-        yield Fault("config.secret-not-a-place", "checkpoint.secret", "...", relation, repair)
+        problem, fix = "is neither file:PATH nor env:NAME", "Give where the secret is, never the secret itself."
+        yield FieldError("config.secret-not-a-place", "checkpoint.secret", "...", problem, fix)
     if c.keep_every and not c.keep:
-        yield Fault(
+        yield FieldError(
             "config.setting-missing",
             "checkpoint.keep_every",
             c.keep_every,
@@ -266,7 +268,7 @@ def _checkpoint_relations(c: CheckpointConfig) -> Iterator[Fault]:
         )
     if c.keep_every and c.every and c.keep_every % c.every:
         near = max(1, round(c.keep_every / c.every)) * c.every
-        relation = f"is no multiple of checkpoint.every {c.every}, so few such steps are saved"
-        yield Fault(
-            "config.keep-every-not-a-multiple", "checkpoint.keep_every", c.keep_every, relation, f"Nearest: {near}."
+        problem = f"is no multiple of checkpoint.every {c.every}, so few such steps are saved"
+        yield FieldError(
+            "config.keep-every-not-a-multiple", "checkpoint.keep_every", c.keep_every, problem, f"Nearest: {near}."
         )

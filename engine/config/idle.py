@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from engine.config.schema import Config, fields
-from engine.errors import Fault
+from engine.errors import FieldError
 
 # setting: (whether it has an effect, why it has none, what to do)
 _Rule = tuple[Callable[[Config], bool], str, str]
@@ -102,12 +102,12 @@ RULES: dict[str, _Rule] = {
 }
 
 
-def idle(config: Config, sources: Mapping[str, str], *, given_by: set[str]) -> Iterator[Fault]:
+def idle(config: Config, sources: Mapping[str, str], *, given_by: set[str]) -> Iterator[FieldError]:
     """Every setting of RULES that was given and has no effect; given_by: the sources that count as giving."""
     defaults = {f"{section}.{name}": field.default for section, name, field in fields()}
-    for path, (has_effect, why, repair) in RULES.items():
+    for path, (has_effect, why, fix) in RULES.items():
         section, name = path.split(".")
         value = getattr(getattr(config, section), name)
         said = sources.get(path) == "command line" or value != defaults[path]
         if sources.get(path) in given_by and said and not has_effect(config):
-            yield Fault("config.without-effect", path, value, why, repair)
+            yield FieldError("config.without-effect", path, value, why, fix)

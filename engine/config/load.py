@@ -33,7 +33,7 @@ from engine.config.mixture import read_mixture
 from engine.config.model_checks import ROPE_SCALES
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields, type_name
-from engine.errors import CheckpointError, ConfigError, Fault, PlanError
+from engine.errors import CheckpointError, ConfigError, FieldError, PlanError
 from engine.interop.huggingface.config_json import facts_of
 from engine.pipeline.actions import Plan
 from engine.planner.flops import balanced_layers
@@ -80,55 +80,55 @@ def load(
     refuse_idle: settings that were given and have no effect are faults too (engine.config.idle), as a person expects.
     Raises ConfigError with every fault found.
     """
-    faults: list[Fault] = []
+    errors: list[FieldError] = []
     tree: dict[str, dict[str, Any]] = {section: {} for section in Config.model_fields}
     sources: dict[str, str] = {}
     for file in files:
-        for path, value in _read_toml(file, faults):
-            _put(tree, sources, path, value, f"file {file}", faults)
+        for path, value in _read_toml(file, errors):
+            _put(tree, sources, path, value, f"file {file}", errors)
     for path, text in overrides.items():
-        _put(tree, sources, path, text, "command line", faults)
-    faults += [_unknown(word[2:], "", "command line") if word.startswith("--") else _stray(word) for word in unknown]
-    _apply_preset(tree, sources, faults)
+        _put(tree, sources, path, text, "command line", errors)
+    errors += [_unknown(word[2:], "", "command line") if word.startswith("--") else _stray(word) for word in unknown]
+    _apply_preset(tree, sources, errors)
     given = set(tree["model"])
-    start = _apply_init(tree, sources, faults)
-    config, wrong = _parse(tree, faults)
-    faults += _contradictions(config.model, start, given - {path.removeprefix("model.") for path in wrong}, sources)
+    start = _apply_init(tree, sources, errors)
+    config, wrong = _parse(tree, errors)
+    errors += _contradictions(config.model, start, given - {path.removeprefix("model.") for path in wrong}, sources)
     p = config.parallel
     world = world or model_ranks(p.model_copy(update={"context": 1})) * max(1, p.data)  # of context more is refused
     plan = read_plan(p)
     # what a relation says of a value that is wrong by itself, or of what follows from it, would mislead
     if wrong & {"parallel.tensor", "parallel.pipeline", "parallel.data"}:
         wrong |= {"parallel = ", "train.global_batch_size"}
-    if any(fault.path == "model.preset" for fault in faults):
+    if any(fault.path == "model.preset" for fault in errors):
         wrong.add("model.")
-    faults += [f for f in relations(config, world, plan) if not any(path in str(f) for path in wrong)]
-    faults += _data_faults(config)
+    errors += [f for f in relations(config, world, plan) if not any(path in str(f) for path in wrong)]
+    errors += _data_errors(config)
     if refuse_idle and not wrong:
-        told = {fault.path for fault in faults}
+        told = {fault.path for fault in errors}
         given_by = {"command line", *(f"file {file}" for file in files)}
-        faults += [fault for fault in idle(config, sources, given_by=given_by) if fault.path not in told]
-    if faults:
-        raise ConfigError(faults)
+        errors += [fault for fault in idle(config, sources, given_by=given_by) if fault.path not in told]
+    if errors:
+        raise ConfigError(errors)
     assert not isinstance(plan, PlanError)  # which is a fault
     config = _fill_in(config, world, plan, sources)
     sources = {f"{s}.{n}": sources.get(f"{s}.{n}", "default") for s, n, _ in fields()}
     return Resolved(config, sources, derive(config, plan))
 
 
-def _data_faults(config: Config) -> Sequence[Fault]:
+def _data_errors(config: Config) -> Sequence[FieldError]:
     """What is wrong with data as texts. Not a relation: a checkpoint's data.train may name a file that is gone."""
     data = config.data
     needs = {"data.fim_rate": data.fim_rate, "data.mask_tokens": data.mask_tokens}
-    repair = "Give the folder of the corpus' tokenizer."
-    faults = [
-        Fault("config.setting-missing", k, v, "needs data.tokenizer", repair)
+    fix = "Give the folder of the corpus' tokenizer."
+    errors = [
+        FieldError("config.setting-missing", k, v, "needs data.tokenizer", fix)
         for k, v in needs.items()
         if v and not data.tokenizer
     ]
     if data.fim_tokens and not data.fim_rate:
-        faults.append(
-            Fault(
+        errors.append(
+            FieldError(
                 "config.without-effect",
                 "data.fim_tokens",
                 data.fim_tokens,
@@ -137,15 +137,15 @@ def _data_faults(config: Config) -> Sequence[Fault]:
             )
         )
     if data.fim_tokens and len(set(data.fim_tokens.split())) != 3:
-        relation, repair = "is not three different tokens", "Give the prefix, suffix and middle token, with spaces."
-        faults.append(Fault("config.fim-tokens-not-three", "data.fim_tokens", data.fim_tokens, relation, repair))
+        problem, fix = "is not three different tokens", "Give the prefix, suffix and middle token, with spaces."
+        errors.append(FieldError("config.fim-tokens-not-three", "data.fim_tokens", data.fim_tokens, problem, fix))
     try:
         wanted = read_mixture(data.train).fim if data.train else (None,)
     except ConfigError as error:
-        return [*faults, *error.faults]
+        return [*errors, *error.errors]
     if data.fim_rate and all(fim is False for fim in wanted):
-        faults.append(
-            Fault(
+        errors.append(
+            FieldError(
                 "config.settings-contradict",
                 "data.fim_rate",
                 data.fim_rate,
@@ -154,8 +154,8 @@ def _data_faults(config: Config) -> Sequence[Fault]:
             )
         )
     if not data.fim_rate and any(wanted):
-        faults.append(
-            Fault(
+        errors.append(
+            FieldError(
                 "config.settings-contradict",
                 "data.train",
                 data.train,
@@ -163,7 +163,7 @@ def _data_faults(config: Config) -> Sequence[Fault]:
                 "Such as 0.5.",
             )
         )
-    return faults
+    return errors
 
 
 def _fill_in(config: Config, world: int, plan: Plan | None, sources: dict[str, str]) -> Config:
@@ -196,29 +196,29 @@ def _known_paths() -> list[str]:
     return [f"{s}.{n}" for s, n, _ in fields()]
 
 
-def _unknown(path: str, value: object, source: str) -> Fault:
+def _unknown(path: str, value: object, source: str) -> FieldError:
     path = path.replace("-", "_")
     if new := renames.SETTINGS.get(path):
-        return Fault("config.renamed", path, value, f"has another name now ({source})", f"Use {new}.")
-    relation, repair = f"no such setting ({source})", "`engine train --help` lists all there are."
+        return FieldError("config.renamed", path, value, f"has another name now ({source})", f"Use {new}.")
+    problem, fix = f"no such setting ({source})", "`engine train --help` lists all there are."
     if hint := hints.setting(path, _known_paths()):
-        relation += f"; of {hint.engine}" if hint.engine else ""
-        relation += f": {hint.remark}" if hint.remark else ""
-        repair = f"Did you mean {hint.ours}?" if hint.ours else "It has no counterpart here; docs/coming_from.md."
-    return Fault("config.unknown-setting", path, value, relation, repair)
+        problem += f"; of {hint.engine}" if hint.engine else ""
+        problem += f": {hint.remark}" if hint.remark else ""
+        fix = f"Did you mean {hint.ours}?" if hint.ours else "It has no counterpart here; docs/coming_from.md."
+    return FieldError("config.unknown-setting", path, value, problem, fix)
 
 
-def _stray(word: str) -> Fault:
-    repair = "Options begin with two dashes." if word.startswith("-") else f"A config file is given as --config {word}."
-    return Fault("config.unknown-word", "command line", word, "belongs to no option", repair)
+def _stray(word: str) -> FieldError:
+    fix = "Options begin with two dashes." if word.startswith("-") else f"A config file is given as --config {word}."
+    return FieldError("config.unknown-word", "command line", word, "belongs to no option", fix)
 
 
-def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
+def _read_toml(file: Path, errors: list[FieldError]) -> Iterator[tuple[str, Any]]:
     try:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        faults.append(
-            Fault(
+        errors.append(
+            FieldError(
                 "config.file-not-readable",
                 "--config",
                 str(file),
@@ -228,37 +228,37 @@ def _read_toml(file: Path, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
         )
         return
     except tomllib.TOMLDecodeError as error:
-        faults.append(
-            Fault("config.file-not-toml", "--config", str(file), f"is not valid TOML: {error}", "Mend that line.")
+        errors.append(
+            FieldError("config.file-not-toml", "--config", str(file), f"is not valid TOML: {error}", "Mend that line.")
         )
         return
     for section, values in (renames.todays(tree) if renames.of_run_folder(file) else tree).items():
         if isinstance(values, dict):
             yield from ((f"{section}.{name}", value) for name, value in values.items())
         else:
-            faults.append(_unknown(section, values, f"file {file}"))
+            errors.append(_unknown(section, values, f"file {file}"))
 
 
 def _put(
-    tree: dict[str, Any], sources: dict[str, str], path: str, value: Any, source: str, faults: list[Fault]
+    tree: dict[str, Any], sources: dict[str, str], path: str, value: Any, source: str, errors: list[FieldError]
 ) -> None:
     if path not in _known_paths():
-        faults.append(_unknown(path, value, source))
+        errors.append(_unknown(path, value, source))
         return
     section, name = path.split(".")
     tree[section][name] = value
     sources[path] = source
 
 
-def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[Fault]) -> None:
+def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], errors: list[FieldError]) -> None:
     name = tree["model"].get("preset", "")
     if not name or not isinstance(name, str):  # the type check will say so
         return
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         known = ", ".join(PRESETS)
-        faults.append(
-            Fault("config.unknown-choice", "model.preset", name, f"is none of {known}", f"Did you mean {near}?")
+        errors.append(
+            FieldError("config.unknown-choice", "model.preset", name, f"is none of {known}", f"Did you mean {near}?")
         )
         return
     for key, value in PRESETS[name].items():
@@ -272,18 +272,18 @@ def model_config(path: Path, facts: Mapping[str, Any]) -> ModelConfig:
     try:
         return ModelConfig.model_validate(facts)
     except ValidationError as error:
-        repair = "The folder is damaged, or of a model that the engine does not have."
+        fix = "The folder is damaged, or of a model that the engine does not have."
         raise ConfigError(
             [
-                Fault(
-                    "config.weights-not-a-model", f"{path}: model.{item['loc'][0]}", item["input"], item["msg"], repair
+                FieldError(
+                    "config.weights-not-a-model", f"{path}: model.{item['loc'][0]}", item["input"], item["msg"], fix
                 )
                 for item in error.errors()
             ]
         ) from None
 
 
-def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[Fault]) -> dict[str, Any]:
+def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], errors: list[FieldError]) -> dict[str, Any]:
     """Fill in model.* from checkpoint.init where nothing else says it; returns what the folder says."""
     path = tree["checkpoint"].get("init")
     if not path or not isinstance(path, str):
@@ -293,11 +293,11 @@ def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults
         facts, said = facts_of(Path(path), int(wanted) if wanted.isdecimal() else None)
         facts = model_config(Path(said), facts).model_dump(exclude={"preset"})
     except ConfigError as error:
-        faults += error.faults
+        errors += error.errors
         return {}
     except CheckpointError as error:
-        faults.append(
-            Fault("config.init-not-readable", "checkpoint.init", path, str(error), "Give a folder with weights.")
+        errors.append(
+            FieldError("config.init-not-readable", "checkpoint.init", path, str(error), "Give a folder with weights.")
         )
         return {}
     for key, value in facts.items():
@@ -309,18 +309,18 @@ def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], faults
 
 def _contradictions(
     model: ModelConfig, start: Mapping[str, Any], given: set[str], sources: Mapping[str, str]
-) -> Iterator[Fault]:
+) -> Iterator[FieldError]:
     """Where model.* as given is not what the weights of checkpoint.init are of."""
     free = {"preset", "init_std", *(("max_seq_len",) if model.positions == "rope" else ())}
     for name in sorted(given & start.keys() - free):
         value = getattr(model, name)
         derived = name in ("num_kv_heads", "head_dim") and value == 0
         if value != start[name] and not derived:
-            relation = f"({sources[f'model.{name}']}), but the weights of checkpoint.init have {start[name]!r}"
-            yield Fault("config.init-contradicts", f"model.{name}", value, relation, "Leave it out.")
+            problem = f"({sources[f'model.{name}']}), but the weights of checkpoint.init have {start[name]!r}"
+            yield FieldError("config.init-contradicts", f"model.{name}", value, problem, "Leave it out.")
 
 
-def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config, set[str]]:
+def _parse(tree: dict[str, dict[str, Any]], errors: list[FieldError]) -> tuple[Config, set[str]]:
     """The tree as a Config, and the paths of values that are wrong by themselves: those are left at their defaults."""
     try:
         return Config.model_validate(tree), set()
@@ -331,9 +331,9 @@ def _parse(tree: dict[str, dict[str, Any]], faults: list[Fault]) -> tuple[Config
         for item in error.errors():
             section, name = map(str, item["loc"])
             field = by_path[f"{section}.{name}"]
-            relation = item["msg"][0].lower() + item["msg"][1:]
-            repair = f"Give {type_name(field.annotation)}; the default is {field.default!r}."
-            faults.append(Fault("config.value-not-valid", f"{section}.{name}", item["input"], relation, repair))
+            problem = item["msg"][0].lower() + item["msg"][1:]
+            fix = f"Give {type_name(field.annotation)}; the default is {field.default!r}."
+            errors.append(FieldError("config.value-not-valid", f"{section}.{name}", item["input"], problem, fix))
             wrong.add(f"{section}.{name}")
             good[section].pop(name, None)
         return Config.model_validate(good), wrong

@@ -26,7 +26,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 
 KINDS = ("weight", "tokens", "epochs")
 PATH = "data.train"
@@ -64,8 +64,8 @@ def read_mixture(text: str) -> Mixture:
     if len(words) == 1 or Path(f"{text}.idx").exists():  # a prefix may have spaces in it
         return Mixture((_name(text),), (text,), "weight", (Change(0, (Fraction(1),)),), (None,))
     weights = [(word, _amount(word)) for word in words[::2]]
-    faults = [
-        Fault(
+    errors = [
+        FieldError(
             "config.mixture-weight-not-valid",
             PATH,
             word,
@@ -76,8 +76,8 @@ def read_mixture(text: str) -> Mixture:
         if not n
     ]
     if len(words) % 2:
-        faults.append(
-            Fault(
+        errors.append(
+            FieldError(
                 "config.mixture-not-pairs",
                 PATH,
                 text,
@@ -85,10 +85,10 @@ def read_mixture(text: str) -> Mixture:
                 "Write WEIGHT PREFIX WEIGHT PREFIX ...",
             )
         )
-    if not faults:
-        faults = list(_repeated(words[1::2], "stands twice", "Add up its weights."))
-    if faults:
-        raise ConfigError(faults)
+    if not errors:
+        errors = list(_repeated(words[1::2], "stands twice", "Add up its weights."))
+    if errors:
+        raise ConfigError(errors)
     names = _names(words[1::2])
     changes = (Change(0, tuple(n for _, n in weights if n)),)
     return Mixture(names, tuple(words[1::2]), "weight", changes, (None,) * len(names))
@@ -116,29 +116,29 @@ def _amount(value: object) -> Fraction | None:
     return number if number <= _LARGEST else None
 
 
-def _repeated(values: list[str], relation: str, repair: str) -> Iterator[Fault]:
+def _repeated(values: list[str], problem: str, fix: str) -> Iterator[FieldError]:
     for value in dict.fromkeys(value for value in values if values.count(value) > 1):
-        yield Fault("config.mixture-repeated", PATH, value, relation, repair)
+        yield FieldError("config.mixture-repeated", PATH, value, problem, fix)
 
 
-def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Fault]]:
+def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[FieldError]]:
     """Sources and changes of a file, and what is wrong with its other keys."""
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             [
-                Fault(
+                FieldError(
                     "config.file-not-readable", PATH, path, f"cannot be read ({error})", "Give the path of a TOML file."
                 )
             ]
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
-            [Fault("config.file-not-toml", PATH, path, f"is not valid TOML: {error}", "Mend that line.")]
+            [FieldError("config.file-not-toml", PATH, path, f"is not valid TOML: {error}", "Mend that line.")]
         ) from None
-    faults = [
-        Fault(
+    errors = [
+        FieldError(
             "config.mixture-unknown-key",
             PATH,
             path,
@@ -150,8 +150,8 @@ def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]],
     ]
     sources, changes = tree.get("source", []), tree.get("change", [])
     if not all(isinstance(part, list) and all(isinstance(x, dict) for x in part) for part in (sources, changes)):
-        faults.append(
-            Fault(
+        errors.append(
+            FieldError(
                 "config.mixture-not-tables",
                 PATH,
                 path,
@@ -159,59 +159,59 @@ def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]],
                 "Write [[source]] and [[change]], in two brackets.",
             )
         )
-        raise ConfigError(faults)
-    return sources, changes, faults
+        raise ConfigError(errors)
+    return sources, changes, errors
 
 
 def _read_file(path: str) -> Mixture:
-    sources, changes, faults = _read_tables(path)
+    sources, changes, errors = _read_tables(path)
     if not sources:
-        faults.append(
-            Fault(
+        errors.append(
+            FieldError(
                 "config.mixture-empty", PATH, path, "names no source", 'Write [[source]], prefix = "...", weight = 1.'
             )
         )
-    faults += [fault for number, source in enumerate(sources, 1) for fault in _source_faults(path, number, source)]
+    errors += [fault for number, source in enumerate(sources, 1) for fault in _source_errors(path, number, source)]
     amounts = [[key for key in KINDS if key in source] for source in sources]
     kinds = list(dict.fromkeys(given[0] for given in amounts if len(given) == 1))  # others are told by themselves
-    faults += _kind_faults(path, kinds, changes)
+    errors += _kind_errors(path, kinds, changes)
     if kinds and "weight" not in kinds:
         changes = []
     prefixes = [str(source.get("prefix", "")) for source in sources]
     short = _names(prefixes)
     names = [str(source.get("name", short[k])) for k, source in enumerate(sources)]
     given = [prefix for prefix in prefixes if prefix]
-    faults += [
+    errors += [
         *_repeated(given, "stands twice", "Give it once."),
         *_repeated(
             [name for name in names if name] if len(set(given)) == len(given) else [],
             "is the name of two sources",
             'Give each a name = "..." of its own.',
         ),
-        *(fault for number, change in enumerate(changes, 1) for fault in _change_faults(path, number, change, names)),
+        *(fault for number, change in enumerate(changes, 1) for fault in _change_errors(path, number, change, names)),
     ]
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     kind = kinds[0]
     first = {name: _amount(source[kind]) or Fraction(0) for name, source in zip(names, sources)}
     fim = tuple(source.get("fim") for source in sources)
     return Mixture(tuple(names), tuple(prefixes), kind, _changes(path, first, changes), fim)
 
 
-def _kind_faults(path: str, kinds: list[str], changes: list[dict[str, Any]]) -> Iterator[Fault]:
+def _kind_errors(path: str, kinds: list[str], changes: list[dict[str, Any]]) -> Iterator[FieldError]:
     if len(kinds) > 1:
-        repair = "Use one kind for all sources."
-        yield Fault("config.mixture-kinds-mixed", PATH, path, f"mixes {' and '.join(kinds)}", repair)
+        fix = "Use one kind for all sources."
+        yield FieldError("config.mixture-kinds-mixed", PATH, path, f"mixes {' and '.join(kinds)}", fix)
     if changes and kinds and "weight" not in kinds:
-        relation = f"has changes beside {' and '.join(kinds)}"
-        yield Fault("config.mixture-kinds-mixed", PATH, path, relation, "Changes go with weights.")
+        problem = f"has changes beside {' and '.join(kinds)}"
+        yield FieldError("config.mixture-kinds-mixed", PATH, path, problem, "Changes go with weights.")
 
 
-def _source_faults(path: str, number: int, source: dict[str, Any]) -> Iterator[Fault]:
+def _source_errors(path: str, number: int, source: dict[str, Any]) -> Iterator[FieldError]:
     where = f"{path}: source {number}"
     for key in source:
         if key not in ("prefix", "name", "fim", *KINDS):
-            yield Fault(
+            yield FieldError(
                 "config.mixture-unknown-key",
                 PATH,
                 where,
@@ -219,7 +219,7 @@ def _source_faults(path: str, number: int, source: dict[str, Any]) -> Iterator[F
                 f"Known: prefix, name, {', '.join(KINDS)}, fim.",
             )
     if not isinstance(source.get("fim", True), bool):
-        yield Fault(
+        yield FieldError(
             "config.mixture-value-not-valid",
             PATH,
             where,
@@ -228,12 +228,12 @@ def _source_faults(path: str, number: int, source: dict[str, Any]) -> Iterator[F
         )
     for key in ("prefix", "name"):
         if not (isinstance(source.get(key, "-"), str) and source.get(key, "-")) or (key == "prefix" not in source):
-            yield Fault(
+            yield FieldError(
                 "config.mixture-value-not-valid", PATH, where, f"has no {key} that is a text", f'Write {key} = "...".'
             )
     given = [key for key in KINDS if key in source]
     if len(given) != 1:
-        yield Fault(
+        yield FieldError(
             "config.mixture-amounts-not-one",
             PATH,
             where,
@@ -243,7 +243,7 @@ def _source_faults(path: str, number: int, source: dict[str, Any]) -> Iterator[F
     for key in given:
         amount = _amount(source[key])
         if amount is None or (amount == 0 and key != "weight"):
-            yield Fault(
+            yield FieldError(
                 "config.mixture-value-not-valid",
                 PATH,
                 where,
@@ -252,16 +252,16 @@ def _source_faults(path: str, number: int, source: dict[str, Any]) -> Iterator[F
             )
 
 
-def _change_faults(path: str, number: int, change: dict[str, Any], names: list[str]) -> Iterator[Fault]:
+def _change_errors(path: str, number: int, change: dict[str, Any], names: list[str]) -> Iterator[FieldError]:
     where = f"{path}: change {number}"
     for key in change:
         if key not in ("step", "weights"):
-            yield Fault(
+            yield FieldError(
                 "config.mixture-unknown-key", PATH, where, f"has {key!r}, which is not known", "Known: step, weights."
             )
     step, weights = change.get("step"), change.get("weights")
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-        yield Fault(
+        yield FieldError(
             "config.mixture-value-not-valid",
             PATH,
             where,
@@ -269,7 +269,7 @@ def _change_faults(path: str, number: int, change: dict[str, Any], names: list[s
             "It is the number of steps before it.",
         )
     if not isinstance(weights, dict):
-        yield Fault(
+        yield FieldError(
             "config.mixture-value-not-valid",
             PATH,
             where,
@@ -279,7 +279,7 @@ def _change_faults(path: str, number: int, change: dict[str, Any], names: list[s
         return
     for name, value in weights.items():
         if name not in names:
-            yield Fault(
+            yield FieldError(
                 "config.mixture-unknown-source",
                 PATH,
                 where,
@@ -287,7 +287,7 @@ def _change_faults(path: str, number: int, change: dict[str, Any], names: list[s
                 f"There are {', '.join(names[:20])}.",
             )
         elif _amount(value) is None:
-            yield Fault(
+            yield FieldError(
                 "config.mixture-value-not-valid",
                 PATH,
                 where,
@@ -302,7 +302,7 @@ def _changes(path: str, first: dict[str, Fraction], changes: list[dict[str, Any]
     if any(a >= b for a, b in itertools.pairwise(steps)):
         raise ConfigError(
             [
-                Fault(
+                FieldError(
                     "config.mixture-steps-not-rising",
                     PATH,
                     path,
@@ -316,7 +316,7 @@ def _changes(path: str, first: dict[str, Fraction], changes: list[dict[str, Any]
         if not any(amounts.values()):
             raise ConfigError(
                 [
-                    Fault(
+                    FieldError(
                         "config.mixture-empty",
                         PATH,
                         path,

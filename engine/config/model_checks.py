@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from engine.config.derived import with_heads
 from engine.config.schema import Config, ModelConfig
-from engine.errors import Fault
+from engine.errors import FieldError
 
 
 def multiples_near(value: int, divisor: int) -> str:
@@ -15,13 +15,13 @@ def multiples_near(value: int, divisor: int) -> str:
     return f"{low} or {low + divisor}" if low else f"{divisor}"
 
 
-def model_relations(cfg: Config) -> Iterator[Fault]:
+def model_relations(cfg: Config) -> Iterator[FieldError]:
     """Everything that must hold between the values of a model, and between them and parallel.tensor."""
     m = with_heads(cfg.model)
     kv = m.num_kv_heads
     if m.num_heads % kv:
         nearest = max(d for d in range(1, m.num_heads + 1) if m.num_heads % d == 0 and d <= kv)
-        yield Fault(
+        yield FieldError(
             "config.kv-heads-do-not-divide",
             "model.num_kv_heads",
             kv,
@@ -29,7 +29,7 @@ def model_relations(cfg: Config) -> Iterator[Fault]:
             f"Nearest that does: {nearest}.",
         )
     if not cfg.model.head_dim and m.hidden_size % m.num_heads:
-        yield Fault(
+        yield FieldError(
             "config.hidden-size-not-a-multiple",
             "model.hidden_size",
             m.hidden_size,
@@ -38,7 +38,7 @@ def model_relations(cfg: Config) -> Iterator[Fault]:
         )
     yield from _position_relations(m)
     if m.norm_offset and m.norm == "layernorm":
-        yield Fault(
+        yield FieldError(
             "config.without-effect",
             "model.norm_offset",
             True,
@@ -46,21 +46,21 @@ def model_relations(cfg: Config) -> Iterator[Fault]:
             "Leave it out.",
         )
     if m.qk_norm_span != "head" and not m.qk_norm:
-        repair = "Leave it out, or set model.qk_norm true."
-        yield Fault(
+        fix = "Leave it out, or set model.qk_norm true."
+        yield FieldError(
             "config.without-effect",
             "model.qk_norm_span",
             m.qk_norm_span,
             "has no meaning without model.qk_norm",
-            repair,
+            fix,
         )
     yield from _tensor_relations(m, cfg.parallel.tensor)
 
 
-def _tensor_relations(m: ModelConfig, t: int) -> Iterator[Fault]:
+def _tensor_relations(m: ModelConfig, t: int) -> Iterator[FieldError]:
     kv = m.num_kv_heads
     if m.num_heads % t:
-        yield Fault(
+        yield FieldError(
             "config.tensor-does-not-divide",
             "parallel.tensor",
             t,
@@ -68,7 +68,7 @@ def _tensor_relations(m: ModelConfig, t: int) -> Iterator[Fault]:
             f"Nearest degree that fits the model: {_nearest_tensor(m, t)}.",
         )
     if kv % t and t % kv:
-        yield Fault(
+        yield FieldError(
             "config.tensor-does-not-divide",
             "parallel.tensor",
             t,
@@ -76,7 +76,7 @@ def _tensor_relations(m: ModelConfig, t: int) -> Iterator[Fault]:
             f"Nearest degree that fits the model: {_nearest_tensor(m, t)}.",
         )
     if m.ffn_size % t:
-        yield Fault(
+        yield FieldError(
             "config.tensor-does-not-divide",
             "parallel.tensor",
             t,
@@ -96,47 +96,47 @@ ROPE_SCALES = {  # what each fact of rope_scaling belongs to
 }
 
 
-def _position_relations(m: ModelConfig) -> Iterator[Fault]:
+def _position_relations(m: ModelConfig) -> Iterator[FieldError]:
     head_dim = m.head_dim
     if m.positions == "learned":
         for name, of_rope in (("rope_scaling", m.rope_scaling != "none"), ("rotary_fraction", m.rotary_fraction != 1)):
             if of_rope:
-                relation = "belongs to rotary positions, but model.positions is learned"
-                yield Fault("config.without-effect", f"model.{name}", getattr(m, name), relation, "Leave it out.")
+                problem = "belongs to rotary positions, but model.positions is learned"
+                yield FieldError("config.without-effect", f"model.{name}", getattr(m, name), problem, "Leave it out.")
     elif m.rotary_fraction == 1 and head_dim % 2:
-        yield Fault(
+        yield FieldError(
             "config.rotation-odd", "model.head_dim", head_dim, "is odd, but RoPE rotates pairs", f"Use {head_dim + 1}."
         )
     elif not (rotated := int(head_dim * m.rotary_fraction)) or rotated % 2:
-        relation = f"of head_dim {head_dim} rotates {rotated} values, but RoPE rotates pairs"
+        problem = f"of head_dim {head_dim} rotates {rotated} values, but RoPE rotates pairs"
         near = max(2, rotated + rotated % 2) / head_dim
-        yield Fault("config.rotation-odd", "model.rotary_fraction", m.rotary_fraction, relation, f"Use {near:g}.")
+        yield FieldError("config.rotation-odd", "model.rotary_fraction", m.rotary_fraction, problem, f"Use {near:g}.")
     for name, kinds in ROPE_SCALES.items():
         if m.rope_scaling not in kinds and getattr(m, name) != ModelConfig.model_fields[name].default:
-            relation = f"has no meaning for model.rope_scaling {m.rope_scaling}"
-            yield Fault(
+            problem = f"has no meaning for model.rope_scaling {m.rope_scaling}"
+            yield FieldError(
                 "config.without-effect",
                 f"model.{name}",
                 getattr(m, name),
-                relation,
+                problem,
                 f"Leave it out, or use {' or '.join(kinds)}.",
             )
     if m.rope_scaling == "llama3" and m.rope_low_freq_factor >= m.rope_high_freq_factor:
-        relation = f"is not below model.rope_high_freq_factor = {m.rope_high_freq_factor:g}"
-        yield Fault(
+        problem = f"is not below model.rope_high_freq_factor = {m.rope_high_freq_factor:g}"
+        yield FieldError(
             "config.rope-bounds-crossed",
             "model.rope_low_freq_factor",
             m.rope_low_freq_factor,
-            relation,
+            problem,
             "Llama 3 has 1 and 4.",
         )
     if m.rope_scaling == "yarn" and m.rope_beta_slow >= m.rope_beta_fast:
-        relation = f"is not below model.rope_beta_fast = {m.rope_beta_fast:g}"
-        yield Fault(
+        problem = f"is not below model.rope_beta_fast = {m.rope_beta_fast:g}"
+        yield FieldError(
             "config.rope-bounds-crossed",
             "model.rope_beta_slow",
             m.rope_beta_slow,
-            relation,
+            problem,
             "The usual values are 1 and 32.",
         )
 
@@ -148,13 +148,13 @@ def _nearest_tensor(m: ModelConfig, to: int) -> int:
     return min((d for d in degrees if not kv % d or not d % kv), key=lambda d: (abs(d - to), d))
 
 
-def fp8_relations(cfg: Config) -> Iterator[Fault]:
+def fp8_relations(cfg: Config) -> Iterator[FieldError]:
     """What train.fp8 needs of the other values."""
     t, m = cfg.train, with_heads(cfg.model)
     if t.fp8 == "none":
         return
     if t.precision != "bf16":
-        yield Fault(
+        yield FieldError(
             "config.setting-missing",
             "train.fp8",
             t.fp8,
@@ -173,5 +173,7 @@ def fp8_relations(cfg: Config) -> Iterator[Fault]:
         ("train.seq_len", t.seq_len, t.micro_batch_size * t.seq_len, "tokens of a microbatch"),
     ):
         if size % 16:
-            relation = f"gives {size} {what}, no multiple of 16, which train.fp8 needs"
-            yield Fault("config.fp8-size-not-a-multiple", name, value, relation, "Change it, or use train.fp8 none.")
+            problem = f"gives {size} {what}, no multiple of 16, which train.fp8 needs"
+            yield FieldError(
+                "config.fp8-size-not-a-multiple", name, value, problem, "Change it, or use train.fp8 none."
+            )

@@ -18,7 +18,7 @@ from engine.distributed.board import connect as connect_board
 from engine.distributed.layout import Layout
 from engine.distributed.shared_memory import Link
 from engine.distributed.shared_memory import connect as connect_shared
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class ParallelContext:
     context: Axis
     kv: Axis
     sequence: Axis
-    copies: Axis
-    ends: Axis
+    replicated: Axis
+    tied_stages: Axis
     world: Axis
-    alone: Axis
+    self_axis: Axis
     device: torch.device
     dtype: torch.dtype
 
@@ -71,7 +71,7 @@ class ParallelContext:
         assert isinstance(found, Axis), name
         return found
 
-    def speaks(self) -> str:
+    def transports(self) -> str:
         """What this rank's collectives go over, by axis where it differs."""
         network = "NCCL" if self.device.type == "cuda" else "gloo"
         ways: dict[str, list[str]] = {}
@@ -107,9 +107,9 @@ def make_context(
         **{axis: layout.group(axis, rank) for axis in ("tensor", "data", "context", "pipeline")},
         "kv": layout.replica_group(rank, num_kv_heads),
         "sequence": layout.group("tensor", rank) if layout.sequence else (rank,),
-        "copies": (rank,) if layout.sequence else layout.group("tensor", rank),
-        "ends": layout.ends_group(rank),
-        "alone": (rank,),
+        "replicated": (rank,) if layout.sequence else layout.group("tensor", rank),
+        "tied_stages": layout.tied_stages_group(rank),
+        "self_axis": (rank,),
     }
     # NCCL runs what a group is asked for in turn: on GPUs an axis with all ranks has a group of its own, else each
     # small agreement of the world would wait until that axis has gathered all weights.
@@ -129,7 +129,7 @@ def make_context(
     links = _share(members, rank, layout.world, torch.device(device), timeout_s, transport) if made else {}
     board = connect_board(rank, _gather(layout.world)) if made and not on_gpu else None
     for name, ranks in members.items():
-        shown = "tensor" if name in ("sequence", "copies") else name
+        shown = "tensor" if name in ("sequence", "replicated") else name
         group, link = made.get(groups[name]), links.get(ranks)
         axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, group, traffic, link, board)
     return ParallelContext(layout=layout, rank=rank, device=torch.device(device), dtype=dtype, **axes)
@@ -170,7 +170,7 @@ def _share(
     if device.type == "cpu":
         links, why = connect_shared(members, rank, world, _gather(world), timeout_s)
     if why and transport == "shared":
-        repair = "Use auto, which takes gloo where it has to."
-        fault = Fault("distributed.no-shared-memory", "parallel.transport", "shared", why, repair)
+        fix = "Use auto, which takes gloo where it has to."
+        fault = FieldError("distributed.no-shared-memory", "parallel.transport", "shared", why, fix)
         raise ConfigError([fault])
     return links

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ def read_env() -> Env:
         return Env()
     names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}
     texts = {name: os.environ.get(name) for name in names.values()}
-    faults = [
-        Fault(
+    errors = [
+        FieldError(
             "distributed.env-not-a-number",
             name,
             text,
@@ -39,8 +39,8 @@ def read_env() -> Env:
         for name, text in texts.items()
         if text is None or not text.isdecimal()
     ]
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     return Env(**{field: int(os.environ[name]) for field, name in names.items()})
 
 
@@ -50,9 +50,9 @@ def pick_device(wanted: str, env: Env) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and gpus < env.local_world):
         return torch.device("cpu")
     if gpus < env.local_world:
-        relation = f"{gpus} GPUs for {env.local_world} local ranks"
-        repair = "Use auto or cpu, or let each process see all GPUs of its node."
-        raise ConfigError([Fault("distributed.too-few-gpus", "train.device", "cuda", relation, repair)])
+        problem = f"{gpus} GPUs for {env.local_world} local ranks"
+        fix = "Use auto or cpu, or let each process see all GPUs of its node."
+        raise ConfigError([FieldError("distributed.too-few-gpus", "train.device", "cuda", problem, fix)])
     return torch.device("cuda", env.local_rank)
 
 

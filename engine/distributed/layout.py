@@ -84,7 +84,7 @@ class Layout:
         first = self.coords(rank).tensor // replicas * replicas
         return self.group("tensor", rank)[first : first + replicas]
 
-    def ends_group(self, rank: int) -> tuple[int, ...]:
+    def tied_stages_group(self, rank: int) -> tuple[int, ...]:
         """The ranks of this rank's column with the first and the last stage (tied embeddings live on both).
 
         Others stand alone; so does the first where it holds both.

@@ -9,7 +9,7 @@ import struct
 import torch
 
 from engine.distributed.env import Env, gloo_interface, master_address, take_gloo_interface
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
 
@@ -31,9 +31,9 @@ def choose_interface(env: Env, device: torch.device) -> None:
     master = master_address() or ""
     local = _address_towards(master)
     if local.startswith("127.") and master != "localhost" and not master.startswith("127."):
-        relation = f"is {local} on its own host {socket.gethostname()}: no other host reaches it there"
-        repair = "Give torchrun the address that the others use (--master-addr; --local-addr with c10d)."
-        raise ConfigError([Fault("distributed.master-on-loopback", "MASTER_ADDR", master, relation, repair)])
+        problem = f"is {local} on its own host {socket.gethostname()}: no other host reaches it there"
+        fix = "Give torchrun the address that the others use (--master-addr; --local-addr with c10d)."
+        raise ConfigError([FieldError("distributed.master-on-loopback", "MASTER_ADDR", master, problem, fix)])
     if name := _interface_of(local):
         take_gloo_interface(name)
 

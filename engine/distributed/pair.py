@@ -86,7 +86,7 @@ def _one_of_two(pipe: Connection, rank: int, file: str, transport: str, timeout_
             ctx.world.link.all_reduce(number, "sum").wait()
         answer = "" if number.item() == 3.0 else f"the sum of 1 and 2 came out as {number.item()}"
     except ConfigError as error:
-        answer = error.faults[0].relation
+        answer = error.errors[0].problem
     except Exception as error:
         answer = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     pipe.send_bytes(answer.encode())

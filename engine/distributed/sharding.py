@@ -134,7 +134,9 @@ class ShardSpec:
             begin = ctx.tensor.rank // replicas * length
             shape = self._shape(max(0, min(length, chunk.size - begin)))
             offset = tuple(min(begin, chunk.size) if d == self.dim else 0 for d in range(len(shape)))
-            counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)
+            counted = ctx.tensor.rank % replicas == 0 and (
+                "tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0
+            )
             pieces.append(
                 Piece(chunk.name, self._shape(chunk.size), self.dim, offset, shape, start, chunk.sum_over, counted)
             )

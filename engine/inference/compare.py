@@ -29,7 +29,7 @@ from engine.checkpoint.storage import DISK, Storage
 from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import parameters
-from engine.errors import CheckpointError, ConfigError, Fault
+from engine.errors import CheckpointError, ConfigError, FieldError
 from engine.inference.load import config_of, load_stage
 from engine.interop.huggingface.config_json import json_object
 from engine.interop.huggingface.families import FAMILIES
@@ -55,8 +55,8 @@ class Compared:
 def need_transformers() -> None:
     """Raises ConfigError where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
-        repair = "pip install transformers."
-        raise ConfigError([Fault("inference.no-transformers", "--verify", True, "needs transformers", repair)])
+        fix = "pip install transformers."
+        raise ConfigError([FieldError("inference.no-transformers", "--verify", True, "needs transformers", fix)])
 
 
 def compare_with_transformers(

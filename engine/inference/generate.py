@@ -12,7 +12,7 @@ import torch
 
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.rng import generator
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 from engine.model.transformer import Transformer
 
 
@@ -36,9 +36,9 @@ def sample(
     ids = [*begin, *tokenizer.encode(prompt)] or [tokenizer.eod]
     limit = model.cfg.max_seq_len
     if len(ids) >= limit:
-        relation = f"fills the model's {limit} positions"
+        problem = f"fills the model's {limit} positions"
         raise ConfigError(
-            [Fault("inference.prompt-too-long", "--prompt", f"{len(ids)} tokens", relation, "Shorten the prompt.")]
+            [FieldError("inference.prompt-too-long", "--prompt", f"{len(ids)} tokens", problem, "Shorten the prompt.")]
         )
     draws = generator(seed, "sample", prompt)
     shown = tokenizer.decode(ids)

@@ -17,7 +17,7 @@ from engine.distributed.layout import Layout
 from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer, stage_shapes
-from engine.optim.adamw import Held
+from engine.optim.adamw import StateShard
 from engine.optim.precision import PRECISIONS
 
 
@@ -53,7 +53,7 @@ def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Sto
     """This rank's stage of the model with the checkpoint's weights, without optimizer. Collective."""
     model = Transformer(cfg.model, ctx, stage_shapes(layers_of_stages(cfg))[ctx.pipeline.rank])
     with Reader(find(checkpoint, storage), storage) as reader:
-        load_into(reader, (Held(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
+        load_into(reader, (StateShard(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
     return model
 
 

@@ -33,7 +33,7 @@ from engine.config.schema import Config, DataConfig, ModelConfig, RunConfig, Tra
 from engine.data.tokenize.convert import find as find_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.layout import Layout
-from engine.errors import CheckpointError, ConfigError, DataError, Fault, SecretError
+from engine.errors import CheckpointError, ConfigError, DataError, FieldError, SecretError
 from engine.interop.huggingface.companions import (
     BESIDE,
     TOKENIZER_FACTS,
@@ -75,14 +75,14 @@ def open_foreign(
     """
     if is_megatron(path):
         if ignore_keys:
-            relation = f"is a key of config.json, and {path} is a checkpoint of Megatron-LM"
+            problem = f"is a key of config.json, and {path} is a checkpoint of Megatron-LM"
             raise ConfigError(
                 [
-                    Fault(
+                    FieldError(
                         "interop.ignore-key-without-config-json",
                         "--ignore-key",
                         ignore_keys[0],
-                        relation,
+                        problem,
                         "Leave it out.",
                     )
                 ]
@@ -193,8 +193,8 @@ def _run_config(model: ModelConfig, out: Path, precision: str) -> Config:
         data=DataConfig(tokenizer=str(out / "tokenizer") if (out / "tokenizer").exists() else ""),
     )
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"data": 1, "chunks": 1})})
-    if faults := relations(config, 1):
-        raise ConfigError(faults)
+    if errors := relations(config, 1):
+        raise ConfigError(errors)
     return config
 
 

@@ -12,9 +12,9 @@ from engine.batch import Documents
 from engine.config.schema import ModelConfig
 from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import Chunk
-from engine.model.layers import ColumnLinear, Means, Norm, RowLinear, SpreadRMSNorm
+from engine.model.layers import ColumnLinear, ComputeBackends, Norm, RowLinear, ShardedRMSNorm
 from engine.ops.attention import causal_attention
-from engine.ops.linear import Remake
+from engine.ops.linear import RecomputeRecipe
 from engine.ops.recompute import recompute
 from engine.ops.rope import rope, split_and_rope
 
@@ -27,10 +27,16 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, cfg: ModelConfig, ctx: ParallelContext, name: str, out_std: float, keep_gathered: bool, means: Means
+        self,
+        cfg: ModelConfig,
+        ctx: ParallelContext,
+        name: str,
+        out_std: float,
+        keep_gathered: bool,
+        backends: ComputeBackends,
     ):
         super().__init__()
-        t, d, h, products = ctx.tensor.size, cfg.head_dim, cfg.hidden_size, means.products
+        t, d, h, matmul = ctx.tensor.size, cfg.head_dim, cfg.hidden_size, backends.matmul
         kv_parts = min(cfg.num_kv_heads, t)
         self.n, self.m, self.d = cfg.num_heads // t, cfg.num_kv_heads // kv_parts, d
         chunks = (
@@ -38,30 +44,34 @@ class Attention(nn.Module):
             Chunk(f"{name}.k.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
             Chunk(f"{name}.v.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
         )
-        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx, keep_gathered, products, cfg.qkv_bias)
+        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx, keep_gathered, matmul, cfg.qkv_bias)
         bias = cfg.attention_out_bias
-        self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx, products, bias)
-        self.wanted, self.rope, self.split_and_rope = means.attention, means.fuse(rope), means.fuse(split_and_rope)
+        self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx, matmul, bias)
+        self.wanted, self.rope, self.split_and_rope = (
+            backends.attention,
+            backends.fuse(rope),
+            backends.fuse(split_and_rope),
+        )
         self.head_norms = self.projection_norms = None
         if cfg.qk_norm and cfg.qk_norm_span == "head":
             self.head_norms = nn.ModuleList(
-                Norm(f"{name}.{part}_norm", d, cfg, ctx, means, sum_over="tensor") for part in "qk"
+                Norm(f"{name}.{part}_norm", d, cfg, ctx, backends, sum_over="tensor") for part in "qk"
             )
         elif cfg.qk_norm:
             self.projection_norms = nn.ModuleList(
-                SpreadRMSNorm(replace(chunk, name=f"{name}.{part}_norm.weight"), cfg, ctx)
+                ShardedRMSNorm(replace(chunk, name=f"{name}.{part}_norm.weight"), cfg, ctx)
                 for part, chunk in zip("qk", chunks)
             )
 
     def forward(
-        self, x: Tensor, rope_table: Tensor, documents: Documents | None = None, remake: Remake | None = None
+        self, x: Tensor, rope_table: Tensor, documents: Documents | None = None, recipe: RecomputeRecipe | None = None
     ) -> Tensor:
         """x [s, b, h] -> [s, b, h]. documents: those that are kept apart.
 
-        remake: how to get x again instead of keeping it; the core is then recomputed.
+        recipe: recomputes x instead of saving it; the core is then recomputed.
         """
-        fused, core = self.qkv(x, remake), partial(self._core, documents=documents)
-        return self.out(recompute(core, fused, rope_table) if remake else core(fused, rope_table))
+        fused, core = self.qkv(x, recipe), partial(self._core, documents=documents)
+        return self.out(recompute(core, fused, rope_table) if recipe else core(fused, rope_table))
 
     def _core(self, fused: Tensor, rope_table: Tensor, documents: Documents | None) -> Tensor:
         """q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""

@@ -4,7 +4,7 @@ Shape legend (all files of the model):
     s  sequence     b  micro-batch     h  hidden     t  ranks of the tensor axis
     n  local query heads (num_heads / t)     m  local KV heads     d  head_dim
     f  local inner width (ffn_size / t)      v  local vocabulary (vocab_size / t, rounded up)
-Activations between blocks are [s, b, h] on the axis `ctx.copies`: the same on every tensor rank. Under sequence
+Activations between blocks are [s, b, h] on the axis `ctx.replicated`: the same on every tensor rank. Under sequence
 parallelism they are [s / t, b, h], a part on each rank of `ctx.sequence`; s below stands for either. One of the two
 axes has one rank, where every collective is the identity, so no layer asks which.
 """
@@ -25,14 +25,14 @@ from engine.distributed.collectives import all_gather, sum_from
 from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec, new_parameter
 from engine.ops.embedding import embedding
-from engine.ops.linear import Remake, linear
+from engine.ops.linear import RecomputeRecipe, linear
 from engine.ops.loss import VocabSlice, linear_cross_entropy
-from engine.ops.matmul import PLAIN, Products
-from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, spread_rms_norm
+from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
+from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, sharded_rms_norm
 
 
 @dataclass(frozen=True)
-class Saving:
+class RecomputePolicy:
     """What a block keeps for its backward (docs/training.md has the bytes).
 
     recompute: "none"; "selective": norms, activations and attention core are computed again; "full": the block is,
@@ -54,14 +54,14 @@ def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True)
-class Means:
+class ComputeBackends:
     """What a block computes with. attention: of ops.attention. products: of its matrices.
 
     fuse: what is done to each function between products, attention and collectives before it is used.
     """
 
     attention: str = "auto"
-    products: Products = PLAIN
+    matmul: MatmulBackend = PLAIN_MATMUL
     fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
 
 
@@ -83,28 +83,28 @@ class ColumnLinear(nn.Module):
         init_std: float,
         ctx: ParallelContext,
         keep_gathered: bool,
-        products: Products,
+        matmul: MatmulBackend,
         bias: bool = False,
     ):
         super().__init__()
-        self.copies, self.sequence, self.keep_gathered = ctx.copies, ctx.sequence, keep_gathered
-        self.products = products
+        self.replicated, self.sequence, self.keep_gathered = ctx.replicated, ctx.sequence, keep_gathered
+        self.matmul = matmul
         self.weight = new_parameter(ShardSpec(chunks, dim=0, other=in_size, init_std=init_std), ctx)
         self.bias: Parameter | None = None
         if bias:
             self.bias = new_parameter(ShardSpec(tuple(map(bias_of, chunks)), init_value=0.0, decay=False), ctx)
 
-    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
-        """remake: how to get x again instead of keeping it."""
+    def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
+        """recipe: recomputes x instead of saving it."""
         return linear(
             x,
             self.weight,
-            self.copies,
+            self.replicated,
             self.sequence,
             bias=self.bias,
             keep_gathered=self.keep_gathered,
-            remake=remake,
-            products=self.products,
+            recipe=recipe,
+            matmul=self.matmul,
         )
 
 
@@ -121,11 +121,16 @@ class RowLinear(nn.Module):
         out_size: int,
         init_std: float,
         ctx: ParallelContext,
-        products: Products,
+        matmul: MatmulBackend,
         bias: bool = False,
     ):
         super().__init__()
-        self.copies, self.sequence, self.alone, self.products = ctx.copies, ctx.sequence, ctx.alone, products
+        self.replicated, self.sequence, self.self_axis, self.matmul = (
+            ctx.replicated,
+            ctx.sequence,
+            ctx.self_axis,
+            matmul,
+        )
         chunk = Chunk(name, in_size, parts=ctx.tensor.size)
         self.weight = new_parameter(ShardSpec((chunk,), dim=1, other=out_size, init_std=init_std), ctx)
         self.bias: Parameter | None = None
@@ -133,10 +138,10 @@ class RowLinear(nn.Module):
             whole = bias_of(Chunk(name, out_size, sum_over=("sequence",)))
             self.bias = new_parameter(ShardSpec((whole,), init_value=0.0, decay=False), ctx)
 
-    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
-        """remake: how to get x again instead of keeping it."""
-        partial_sums = linear(x, self.weight, self.alone, self.alone, remake=remake, products=self.products)
-        out = sum_from(partial_sums, self.copies, self.sequence)
+    def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
+        """recipe: recomputes x instead of saving it."""
+        partial_sums = linear(x, self.weight, self.self_axis, self.self_axis, recipe=recipe, matmul=self.matmul)
+        out = sum_from(partial_sums, self.replicated, self.sequence)
         return out if self.bias is None else out + self.bias
 
 
@@ -153,7 +158,7 @@ class Norm(nn.Module):
         size: int,
         cfg: ModelConfig,
         ctx: ParallelContext,
-        means: Means = Means(),
+        backends: ComputeBackends = ComputeBackends(),
         sum_over: str = "sequence",
     ):
         super().__init__()
@@ -162,12 +167,12 @@ class Norm(nn.Module):
         self.weight = new_parameter(ShardSpec((chunk,), init_value=1.0 - offset, decay=False), ctx)
         self.bias: Parameter | None = None
         rms: dict[str, float] = {"eps": cfg.norm_eps, "offset": offset}
-        self.function: Callable[..., Tensor] = partial(means.fuse(rms_norm), **rms)
-        self.after_sum: Callable[..., tuple[Tensor, Tensor]] = partial(means.fuse(add_rms_norm), **rms)
+        self.function: Callable[..., Tensor] = partial(backends.fuse(rms_norm), **rms)
+        self.after_sum: Callable[..., tuple[Tensor, Tensor]] = partial(backends.fuse(add_rms_norm), **rms)
         if cfg.norm == "layernorm":
             self.bias = new_parameter(ShardSpec((bias_of(chunk),), init_value=0.0, decay=False), ctx)
-            self.function = partial(means.fuse(layer_norm), eps=cfg.norm_eps)
-            self.after_sum = partial(means.fuse(add_layer_norm), eps=cfg.norm_eps)
+            self.function = partial(backends.fuse(layer_norm), eps=cfg.norm_eps)
+            self.after_sum = partial(backends.fuse(add_layer_norm), eps=cfg.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(*self._inputs(x))
@@ -179,27 +184,27 @@ class Norm(nn.Module):
     def _inputs(self, *x: Tensor) -> tuple[Tensor, ...]:
         return (*x, self.weight) if self.bias is None else (*x, self.weight, self.bias)
 
-    def remake(self, x: Tensor) -> Remake:
+    def recipe(self, x: Tensor) -> RecomputeRecipe:
         """How to get `self(x)` again from x, which the norm keeps anyway."""
-        return Remake(self.function, self._inputs(x))
+        return RecomputeRecipe(self.function, self._inputs(x))
 
 
-class SpreadRMSNorm(nn.Module):
+class ShardedRMSNorm(nn.Module):
     """RMSNorm over a whole projection whose features are cut over the tensor axis, as `chunk` says."""
 
     def __init__(self, chunk: Chunk, cfg: ModelConfig, ctx: ParallelContext):
         super().__init__()
-        self.axis, self.copies, self.eps = ctx.tensor, ctx.tensor.size // chunk.parts, cfg.norm_eps
+        self.axis, self.replicas, self.eps = ctx.tensor, ctx.tensor.size // chunk.parts, cfg.norm_eps
         self.weight = new_parameter(ShardSpec((chunk,), decay=False), ctx)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., local features] -> the same shape."""
-        return spread_rms_norm(x, self.weight, self.eps, self.axis, self.copies)
+        return sharded_rms_norm(x, self.weight, self.eps, self.axis, self.replicas)
 
 
 def vocab_weight(name: str, vocab_size: int, hidden: int, std: float, tied: bool, ctx: ParallelContext) -> Parameter:
     """A [v, h] slice of an embedding or head matrix. Tied ones live on both pipeline ends under one canonical name."""
-    chunk = Chunk(name, vocab_size, parts=ctx.tensor.size, sum_over=("ends",) if tied else ())
+    chunk = Chunk(name, vocab_size, parts=ctx.tensor.size, sum_over=("tied_stages",) if tied else ())
     return new_parameter(ShardSpec((chunk,), dim=0, other=hidden, init_std=std), ctx)
 
 
@@ -208,12 +213,12 @@ class VocabEmbedding(nn.Module):
 
     def __init__(self, weight: Parameter, ctx: ParallelContext, scale: float = 1.0):
         super().__init__()
-        self.copies, self.sequence, self.weight = ctx.copies, ctx.sequence, weight
+        self.replicated, self.sequence, self.weight = ctx.replicated, ctx.sequence, weight
         self.start = weight.spec.pieces(ctx)[0].offset[0]
         self.scale = torch.tensor(scale, dtype=ctx.dtype).item()  # Gemma: rounded as the weights are
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = sum_from(embedding(self.weight, tokens.t().contiguous(), self.start), self.copies, self.sequence)
+        x = sum_from(embedding(self.weight, tokens.t().contiguous(), self.start), self.replicated, self.sequence)
         return x if self.scale == 1 else x * self.scale
 
 
@@ -241,14 +246,14 @@ class VocabHead(nn.Module):
 
     def __init__(self, weight: Parameter, ctx: ParallelContext):
         super().__init__()
-        self.copies, self.sequence, self.weight = ctx.copies, ctx.sequence, weight
+        self.replicated, self.sequence, self.weight = ctx.replicated, ctx.sequence, weight
         piece = weight.spec.pieces(ctx)[0]
         self.part, self.vocab_size = VocabSlice(piece.offset[0], piece.shape[0], ctx.tensor), piece.global_shape[0]
 
     def forward(self, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """x [s, b, h], labels and weights [b, s] -> each sample's weighted sum of its tokens' losses in nats [b]."""
         targets, weights = labels.t(), weights.t()
-        return linear_cross_entropy(x, self.weight, targets, weights, self.part, self.copies, self.sequence).sum(0)
+        return linear_cross_entropy(x, self.weight, targets, weights, self.part, self.replicated, self.sequence).sum(0)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> logits over the whole vocabulary [s, b, vocab_size], on every tensor rank; no gradient."""

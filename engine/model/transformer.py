@@ -23,11 +23,19 @@ from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter, parameters
 from engine.model.attention import Attention
 from engine.model.feed_forward import MLP
-from engine.model.layers import Means, Norm, PositionEmbedding, Saving, VocabEmbedding, VocabHead, vocab_weight
+from engine.model.layers import (
+    ComputeBackends,
+    Norm,
+    PositionEmbedding,
+    RecomputePolicy,
+    VocabEmbedding,
+    VocabHead,
+    vocab_weight,
+)
 from engine.ops.compile import compiled
 from engine.ops.fp8 import Fp8
-from engine.ops.linear import Remake
-from engine.ops.matmul import PLAIN
+from engine.ops.linear import RecomputeRecipe
+from engine.ops.matmul import PLAIN_MATMUL
 from engine.ops.recompute import recompute
 from engine.ops.rope import RopeScaling, rope_table
 
@@ -35,7 +43,7 @@ EMBED = "embed.weight"
 HEAD = "head.weight"
 POSITIONS = "positions.weight"
 FINAL_NORM = "norm"
-KEEP_ALL, BY_ITSELF = Saving(), Means()
+NO_RECOMPUTE, DEFAULT_BACKENDS = RecomputePolicy(), ComputeBackends()
 
 
 @dataclass(frozen=True)
@@ -63,17 +71,23 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, cfg: ModelConfig, ctx: ParallelContext, layer: int, saving: Saving, recompute: str, means: Means
+        self,
+        cfg: ModelConfig,
+        ctx: ParallelContext,
+        layer: int,
+        policy: RecomputePolicy,
+        recompute: str,
+        backends: ComputeBackends,
     ):
         super().__init__()
-        name, keep = f"layers.{layer}", saving.keep_gathered
+        name, keep = f"layers.{layer}", policy.keep_gathered
         self.recompute = recompute
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # GPT-2: residual sums keep their variance with depth
         self.post, self.parallel = cfg.norm_position == "post", cfg.parallel_residual
-        self.attention_norm = Norm(f"{name}.attention_norm", cfg.hidden_size, cfg, ctx, means)
-        self.attention = Attention(cfg, ctx, f"{name}.attention", out_std, keep, means)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", cfg.hidden_size, cfg, ctx, means)
-        self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std, keep, means)
+        self.attention_norm = Norm(f"{name}.attention_norm", cfg.hidden_size, cfg, ctx, backends)
+        self.attention = Attention(cfg, ctx, f"{name}.attention", out_std, keep, backends)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", cfg.hidden_size, cfg, ctx, backends)
+        self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std, keep, backends)
 
     def forward(self, x: Tensor, rope_table: Tensor, documents: Documents | None = None) -> Tensor:
         compute = partial(self._compute, documents=documents)
@@ -87,16 +101,18 @@ class Block(nn.Module):
             x = x + attended
             return x + self._branch(self.mlp_norm, self.mlp, x)
         x, normed = self.mlp_norm.of_sum(x, attended)
-        return x + self.mlp(normed, self._remake(self.mlp_norm, x))
+        return x + self.mlp(normed, self._recipe(self.mlp_norm, x))
 
     def _branch(self, norm: Norm, part: Attention | MLP, x: Tensor, *rest: Any) -> Tensor:
         """part(norm(x)), or norm(part(x))."""
         if self.post:
-            return norm(part(x, *rest, remake=Remake(_itself, (x,)) if self.recompute == "selective" else None))
-        return part(norm(x), *rest, remake=self._remake(norm, x))
+            return norm(
+                part(x, *rest, recipe=RecomputeRecipe(_itself, (x,)) if self.recompute == "selective" else None)
+            )
+        return part(norm(x), *rest, recipe=self._recipe(norm, x))
 
-    def _remake(self, norm: Norm, x: Tensor) -> Remake | None:
-        return norm.remake(x) if self.recompute == "selective" else None
+    def _recipe(self, norm: Norm, x: Tensor) -> RecomputeRecipe | None:
+        return norm.recipe(x) if self.recompute == "selective" else None
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -114,9 +130,9 @@ class Transformer(nn.Module):
         cfg: ModelConfig,
         ctx: ParallelContext,
         shape: StageShape,
-        saving: Saving = KEEP_ALL,
+        policy: RecomputePolicy = NO_RECOMPUTE,
         tied: Parameter | None = None,
-        means: Means = BY_ITSELF,
+        backends: ComputeBackends = DEFAULT_BACKENDS,
     ):
         super().__init__()
         self.cfg, self.ctx, self.shape = cfg, ctx, shape
@@ -127,10 +143,10 @@ class Transformer(nn.Module):
             self.embed = VocabEmbedding(weight, ctx, cfg.hidden_size**0.5 if cfg.scale_embeddings else 1.0)
             self.positions = PositionEmbedding(POSITIONS, cfg, ctx) if cfg.positions == "learned" else None
         self.layers = nn.ModuleDict(
-            {str(layer): Block(cfg, ctx, layer, saving, saving.of(i), means) for i, layer in enumerate(shape.layers)}
+            {str(layer): Block(cfg, ctx, layer, policy, policy.of(i), backends) for i, layer in enumerate(shape.layers)}
         )
         if shape.last:
-            self.norm = Norm(FINAL_NORM, cfg.hidden_size, cfg, ctx, means)
+            self.norm = Norm(FINAL_NORM, cfg.hidden_size, cfg, ctx, backends)
             if not cfg.tie_embeddings:
                 weight = vocab_weight(HEAD, *matrix)
             elif weight is None:  # the embedding lives on another rank: hold a copy under its name
@@ -186,10 +202,14 @@ def rope_scaling_of(cfg: ModelConfig) -> RopeScaling:
     )
 
 
-def means_of(train: TrainConfig) -> Means:
+def compute_backends(train: TrainConfig) -> ComputeBackends:
     """What train.attention, train.fp8 and train.compile ask for."""
-    products = PLAIN if train.fp8 == "none" else Fp8(rowwise=train.fp8 == "rowwise", compile=train.compile)
-    return Means(train.attention, products, compiled) if train.compile else Means(train.attention, products)
+    matmul = PLAIN_MATMUL if train.fp8 == "none" else Fp8(rowwise=train.fp8 == "rowwise", compile=train.compile)
+    return (
+        ComputeBackends(train.attention, matmul, compiled)
+        if train.compile
+        else ComputeBackends(train.attention, matmul)
+    )
 
 
 def build_stages(
@@ -199,11 +219,11 @@ def build_stages(
 
     A parameter is listed with the first stage that has it: a tied embedding is held once where both ends are here.
     """
-    saving = Saving(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
-    means = means_of(cfg.train)
+    policy = RecomputePolicy(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
+    backends = compute_backends(cfg.train)
     shapes, tied, known = stage_shapes(derived.layers), None, set()
     for number in derived.plan.stages_of(ctx.pipeline.rank):
-        model = Transformer(cfg.model, ctx, shapes[number], saving, tied, means)
+        model = Transformer(cfg.model, ctx, shapes[number], policy, tied, backends)
         if cfg.model.tie_embeddings and shapes[number].first:
             tied = model.embed.weight
         fresh = [p for p in parameters(model) if id(p) not in known]

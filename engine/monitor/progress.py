@@ -44,7 +44,7 @@ class Progress:
         if ctx.rank == 0:
             self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}{self._besides()}")
             if ctx.world.size > 1:
-                self.note(f"ranks speak over {ctx.speaks()}")
+                self.note(f"ranks speak over {ctx.transports()}")
         self.first_step = self.shown_step = step
 
     def _besides(self) -> str:

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.batch import Documents
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 from engine.ops.native import own_attention
 
 _PACKAGES = {
@@ -115,7 +115,11 @@ def choose(wanted: str, case: Case) -> str:
         return best
     if why := refusal(wanted, case, absent):
         raise ConfigError(
-            [Fault("ops.attention-not-available", "train.attention", wanted, why, f"Use auto, which is {best} here.")]
+            [
+                FieldError(
+                    "ops.attention-not-available", "train.attention", wanted, why, f"Use auto, which is {best} here."
+                )
+            ]
         )
     return wanted
 
@@ -186,8 +190,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Ten
             words["enable_gqa"] = True
         else:  # torch 2.11
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    borders, longest = documents.borders, q.shape[2]
-    return _unrowed(function(*map(_rows, (q, k, v)), borders, borders, longest, longest, **words), q)
+    cu_seqlens, longest = documents.cu_seqlens, q.shape[2]
+    return _unrowed(function(*map(_rows, (q, k, v)), cu_seqlens, cu_seqlens, longest, longest, **words), q)
 
 
 def _package(module: str) -> Callable[..., Tensor]:
@@ -198,8 +202,13 @@ def _package(module: str) -> Callable[..., Tensor]:
             out = out[0] if isinstance(out, tuple) else out  # some versions of 3 give the log-sum-exp too
             b, s, n, d = out.shape
             return out.transpose(0, 1).reshape(s, b, n * d)
-        borders, longest = documents.borders, q.shape[2]
-        words = {"cu_seqlens_q": borders, "cu_seqlens_k": borders, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        cu_seqlens, longest = documents.cu_seqlens, q.shape[2]
+        words = {
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_k": cu_seqlens,
+            "max_seqlen_q": longest,
+            "max_seqlen_k": longest,
+        }
         out = package.flash_attn_varlen_func(*map(_rows, (q, k, v)), **words, causal=True)
         return _unrowed(out[0] if isinstance(out, tuple) else out, q)
 

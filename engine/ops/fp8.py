@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 from engine.ops.compile import compiled
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -64,7 +64,7 @@ def _multiply(a: Scaled, b: Scaled, out_dtype: torch.dtype, *, fast: bool) -> Te
 
 
 class Fp8:
-    """`Products` in fp8. compile: amax and rounding as torch.compile fuses them."""
+    """`MatmulBackend` in fp8. compile: amax and rounding as torch.compile fuses them."""
 
     def __init__(self, *, rowwise: bool, compile: bool):
         self.rowwise, self.gradients = rowwise, E4M3 if rowwise else E5M2
@@ -102,5 +102,5 @@ def check_device(wanted: str, device: torch.device) -> None:
         return
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
-        relation = f"needs a GPU of compute capability 8.9 (Ada, Hopper), this one has {capability[0]}.{capability[1]}"
-        raise ConfigError([Fault("ops.fp8-not-available", "train.fp8", wanted, relation, "Use none.")])
+        problem = f"needs a GPU of compute capability 8.9 (Ada, Hopper), this one has {capability[0]}.{capability[1]}"
+        raise ConfigError([FieldError("ops.fp8-not-available", "train.fp8", wanted, problem, "Use none.")])

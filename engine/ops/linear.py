@@ -22,11 +22,11 @@ from torch import Tensor
 from engine.distributed.collectives import Pending, all_gather, all_gather_start, sum_start
 from engine.distributed.context import Axis
 from engine.distributed.sharding import Parameter
-from engine.ops.matmul import PLAIN, Products
+from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
 
 
 @dataclass(frozen=True)
-class Remake:
+class RecomputeRecipe:
     """Another way to a product's input: function(*tensors) gives it again, to the bit, so that it need not be kept."""
 
     function: Callable[..., Tensor]
@@ -40,12 +40,12 @@ class WeightGrad:
     weight: Parameter
     grad: Tensor
     restore: Callable[[], Pending]
-    products: Products = PLAIN
+    matmul: MatmulBackend = PLAIN_MATMUL
 
     @torch.no_grad()
     def run(self) -> None:
         """Add it to the weight's main gradient."""
-        accumulate(self.weight, self.grad, self.restore().wait(), self.products)
+        accumulate(self.weight, self.grad, self.restore().wait(), self.matmul)
 
 
 class _Linear(torch.autograd.Function):
@@ -55,24 +55,24 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Parameter,
         bias: Parameter | None,
-        copies: Axis,
+        replicated: Axis,
         sequence: Axis,
         keep_gathered: bool,
-        products: Products,
+        matmul: MatmulBackend,
         function: Callable[..., Tensor] | None,
         *tensors: Tensor,
     ) -> Tensor:
         full = all_gather(x, sequence)
-        ctx.weight, ctx.copies, ctx.sequence, ctx.products = weight, copies, sequence, products
+        ctx.weight, ctx.replicated, ctx.sequence, ctx.matmul = weight, replicated, sequence, matmul
         ctx.keep_gathered, ctx.function = keep_gathered, function
         ctx.save_for_backward(*(tensors if function else (full if keep_gathered else x,)))
-        out = products.forward(full, weight)
+        out = matmul.forward(full, weight)
         return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, weight, sequence, function = ctx.saved_tensors, ctx.weight, ctx.sequence, ctx.function
-        keep_gathered, products = ctx.keep_gathered, ctx.products
+        keep_gathered, matmul = ctx.keep_gathered, ctx.matmul
 
         def restore() -> Pending:
             if function is not None:
@@ -85,22 +85,22 @@ class _Linear(torch.autograd.Function):
         full = restore() if now else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = sum_start(products.input_grad(grad, weight), ctx.copies, sequence)
+            grad_x = sum_start(matmul.input_grad(grad, weight), ctx.replicated, sequence)
         grad_w = None
         if full is not None:
-            grad_w = accumulate(weight, grad, full.wait(), products)
+            grad_w = accumulate(weight, grad, full.wait(), matmul)
         elif deferred is not None:
-            deferred.append(WeightGrad(weight, grad, restore, products))
+            deferred.append(WeightGrad(weight, grad, restore, matmul))
         # a few numbers a token: not put off with the weight's, and autograd's own way into the bucket is good enough
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         nothing = (None,) * (5 + (function is not None) * len(saved))
         return (None if grad_x is None else grad_x.wait(), grad_w, grad_b, *nothing)
 
 
-def accumulate(weight: Parameter, grad: Tensor, x: Tensor, products: Products) -> Tensor | None:
+def accumulate(weight: Parameter, grad: Tensor, x: Tensor, matmul: MatmulBackend) -> Tensor | None:
     """Add grad^T x, over all rows, to the weight's main gradient; without a bucket, return it for autograd instead."""
     main = weight.main_grad
-    total = products.weight_grad(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), main)
+    total = matmul.weight_grad(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), main)
     if main is not None and weight.on_grad is not None:
         weight.on_grad()
     return total
@@ -109,19 +109,18 @@ def accumulate(weight: Parameter, grad: Tensor, x: Tensor, products: Products) -
 def linear(
     x: Tensor,
     weight: Parameter,
-    copies: Axis,
+    replicated: Axis,
     sequence: Axis,
     *,
     bias: Parameter | None = None,
     keep_gathered: bool = False,
-    remake: Remake | None = None,
-    products: Products = PLAIN,
+    recipe: RecomputeRecipe | None = None,
+    matmul: MatmulBackend = PLAIN_MATMUL,
 ) -> Tensor:
     """x [s, ..., in] times weight [out, in], plus bias [out] if any -> [s * sequence.size, ..., out].
 
-    x is gathered over `sequence` along its first dim; its gradient is summed over `copies` and reduce-scattered over
-    `sequence`. keep_gathered, remake: what is kept for the weight gradient; see the module text. products: how they are
-    computed.
+    x is gathered over `sequence` along its first dim; its gradient is summed over `replicated` and reduce-scattered
+    over `sequence`. keep_gathered, recipe: what is saved for the weight gradient; see the module text.
     """
-    function, tensors = (remake.function, remake.tensors) if remake else (None, ())
-    return _Linear.apply(x, weight, bias, copies, sequence, keep_gathered, products, function, *tensors)
+    function, tensors = (recipe.function, recipe.tensors) if recipe else (None, ())
+    return _Linear.apply(x, weight, bias, replicated, sequence, keep_gathered, matmul, function, *tensors)

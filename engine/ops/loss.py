@@ -27,7 +27,7 @@ from engine.distributed.collectives import Pending, all_gather, all_reduce_, sum
 from engine.distributed.context import Axis
 from engine.distributed.sharding import Parameter
 from engine.ops.matmul import add_outer_
-from engine.ops.native import kernels, multiply
+from engine.ops.native import kernels, matmul
 
 # In rows, not bytes: each chunk reads the weight twice more and adds to its gradient once more, which is to be small
 # beside its products, 6 FLOPs a row and element of the weight. CPU: docs/performance.md has the figures. GPU: adding a
@@ -57,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         part: VocabSlice,
-        copies: Axis,
+        replicated: Axis,
         sequence: Axis,
     ) -> Tensor:
         full = all_gather(x, sequence).contiguous()
@@ -67,9 +67,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, summed = torch.empty_like(weights), Pending(grad_x)
         for rows in _chunks(rows_x):
             losses[rows], grad = _chunk(rows_x[rows], weight, targets[rows], weights[rows], part)
-            rows_grad[rows] = multiply(grad, weight)
+            rows_grad[rows] = matmul(grad, weight)
             if rows.stop == len(rows_x):  # beside the last product
-                summed = sum_start(grad_x, copies, sequence)
+                summed = sum_start(grad_x, replicated, sequence)
             add_outer_(into, grad, rows_x[rows])
             del grad  # before the next chunk's is made
         ctx.weight = weight
@@ -106,7 +106,7 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Losses in nats of the tokens x [n, h], and a [n, V_local] that with weights [n] is the gradient of their weighted
     sum with respect to the logits, in the memory of these."""
-    logits, local = multiply(x, weight.t()), targets - part.start
+    logits, local = matmul(x, weight.t()), targets - part.start
     peak, total, at_target = _statistics(logits, local, part)
     if weights is not None:
         _gradient_(logits, local, peak, weights / total, weights, part.valid)
@@ -158,18 +158,18 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Parameter, targets: Tensor, weights: Tensor, part: VocabSlice, copies: Axis, sequence: Axis
+    x: Tensor, weight: Parameter, targets: Tensor, weights: Tensor, part: VocabSlice, replicated: Axis, sequence: Axis
 ) -> Tensor:
     """Of each token weight * -log softmax(x W^T)[target], in nats: its part of the objective, the sum of them all.
 
     x [s, b, h], weight [V_local, h], targets int64 (global ids) and weights [s * sequence.size, b] -> of their shape,
-    float32 or wider. x is gathered over `sequence` along its first dim; its gradient is summed over `copies` and
+    float32 or wider. x is gathered over `sequence` along its first dim; its gradient is summed over `replicated` and
     reduce-scattered over `sequence`. RuntimeError in the backward if the gradient of the result is not one.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     ids, shares = targets.reshape(-1), weights.reshape(-1).to(wide)
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(x, weight, ids, shares, part, copies, sequence).view(targets.shape)
+        return _LinearCrossEntropy.apply(x, weight, ids, shares, part, replicated, sequence).view(targets.shape)
     rows_x, losses = all_gather(x, sequence).reshape(-1, x.shape[-1]), torch.empty_like(shares)
     for rows in _chunks(rows_x):
         losses[rows] = _chunk(rows_x[rows], weight, ids[rows], None, part)[0]

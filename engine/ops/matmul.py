@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.ops.native import add_product_, multiply
+from engine.ops.native import add_matmul_, matmul
 
 
-class Products(Protocol):
+class MatmulBackend(Protocol):
     """How the matrix products of a linear layer are computed. Legend: t tokens, i inputs, o outputs; weight [o, i]."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -24,14 +24,14 @@ class Products(Protocol):
         """grad [t, o], x [t, i]: add grad^T x to main [o, i]; without one, return it."""
 
 
-class Plain:
+class PlainMatmul:
     """In the tensors' own dtype."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return multiply(x, weight.t())
+        return matmul(x, weight.t())
 
     def input_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
-        return multiply(grad, weight)
+        return matmul(grad, weight)
 
     def weight_grad(self, grad: Tensor, x: Tensor, main: Tensor | None) -> Tensor | None:
         if main is None:
@@ -40,13 +40,13 @@ class Plain:
         return None
 
 
-PLAIN = Plain()
+PLAIN_MATMUL = PlainMatmul()
 
 
 def add_outer_(main: Tensor, grad: Tensor, x: Tensor) -> None:
     """main [o, i] += grad^T x of grad [t, o], x [t, i]; main may be of a wider type."""
     if main.dtype == x.dtype:
-        add_product_(main, grad.t(), x)
+        add_matmul_(main, grad.t(), x)
     elif main.is_cuda and main.dtype == torch.float32 and _adds_wider(main.device, x.dtype):
         torch.ops.aten.addmm.dtype_out(main, grad.t(), x, torch.float32, out=main)
     else:

@@ -207,11 +207,11 @@ def in_words(device: torch.device, dtype: torch.dtype) -> str:
         why_not_own = f"own ones are for CPUs and CUDA, this is {device.type}"
     if why_not_own or kernels(probe) is None:
         return f"torch ({why_not_own or f'own ones are not for {dtype}'})"
-    products = "own" if _own_gemm(probe[0, 0]) else "torch"
-    return f"own (engine._ops for torch {torch.__version__}), matrix products: {products}"
+    matmul = "own" if _own_gemm(probe[0, 0]) else "torch"
+    return f"own (engine._ops for torch {torch.__version__}), matrix products: {matmul}"
 
 
-def multiply(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [..., k] times a matrix b [k, n] -> [..., n]."""
     rows = a.reshape(-1, a.shape[-1])
     if not _own_gemm(rows, b):
@@ -221,7 +221,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out [m, n] += a [m, k] b [k, n], all of one dtype."""
     if _own_gemm(out, a, b) and out.stride(1) == 1:
         _library().mm_(out, a, b, True)

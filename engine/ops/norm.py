@@ -3,7 +3,7 @@
 RMSNorm saves the input and one number a row; autograd's own graph would keep four tensors of the input's size.
 `add_rms_norm` and `add_layer_norm` take the residual sum before the norm along: that sum is read and written once, and
 the backward adds the gradient of the residual path on its way.
-`spread_rms_norm` is the same over a dim that is cut over an axis: the sum of squares, and its mirror in the backward,
+`sharded_rms_norm` is the same over a dim that is cut over an axis: the sum of squares, and its mirror in the backward,
 cross it.
 """
 
@@ -129,12 +129,12 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     return total, layer_norm(total, weight, bias, eps)
 
 
-class _SpreadRmsNorm(torch.autograd.Function):
+class _ShardedRmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, axis: Axis, copies: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, axis: Axis, replicas: int) -> Tensor:
         wide = _wide(x)
-        ctx.axis, ctx.copies, ctx.count = axis, copies, x.shape[-1] * axis.size // copies
-        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(copies * ctx.count)
+        ctx.axis, ctx.replicas, ctx.count = axis, replicas, x.shape[-1] * axis.size // replicas
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(replicas * ctx.count)
         scale = all_reduce_(squares, axis).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale).to(x.dtype).mul_(weight)
@@ -148,14 +148,14 @@ class _SpreadRmsNorm(torch.autograd.Function):
         grad_w = work.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         # each copy has a part of the gradient of the same values: the sum over all ranks is whole, and each copy
         # passes on its share of what follows from it
-        along = all_reduce_(work.mul_(wide_weight).sum(-1, keepdim=True), ctx.axis).div_(ctx.count * ctx.copies)
+        along = all_reduce_(work.mul_(wide_weight).sum(-1, keepdim=True), ctx.axis).div_(ctx.count * ctx.replicas)
         grad_x = torch.mul(wide_grad, wide_weight, out=work).sub_(normed.mul_(along)).mul_(scale)
         return grad_x.to(x.dtype), grad_w, None, None, None
 
 
-def spread_rms_norm(x: Tensor, weight: Tensor, eps: float, axis: Axis, copies: int) -> Tensor:
+def sharded_rms_norm(x: Tensor, weight: Tensor, eps: float, axis: Axis, replicas: int) -> Tensor:
     """`rms_norm` over a dim that is cut over `axis`: x [..., h * copies / axis.size], weight alike, h in all.
 
     copies: how many ranks hold the same part, each with a part of its gradient, which add up to the whole (KV heads).
     """
-    return _SpreadRmsNorm.apply(x, weight, eps, axis, copies)
+    return _ShardedRmsNorm.apply(x, weight, eps, axis, replicas)

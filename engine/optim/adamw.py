@@ -23,7 +23,7 @@ STATES = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Held:
+class StateShard:
     """What a rank holds of one state of one parameter: its elements [begin, begin + len(flat)), row by row.
 
     kind: "model" (the master weights), "exp_avg" or "exp_avg_sq".
@@ -111,7 +111,7 @@ class FlatAdamW:
         for stage in self.stages:
             stage.gather(overlap=self.overlap)
 
-    def states(self, *, owned: bool = False) -> Iterator[Held]:
+    def states(self, *, owned: bool = False) -> Iterator[StateShard]:
         """All that this rank holds; owned: only what it, and no other data rank, writes to a checkpoint."""
         for i, bucket in enumerate(self.buckets):
             of = bucket.own if owned else bucket.held
@@ -121,4 +121,4 @@ class FlatAdamW:
                     continue
                 at = bucket.starts[j] + begin - bucket.held.start
                 for kind, flats in (("model", self.masters), *self.moments.items()):
-                    yield Held(kind, p, begin, flats[i][at : at + end - begin])
+                    yield StateShard(kind, p, begin, flats[i][at : at + end - begin])

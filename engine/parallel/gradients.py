@@ -73,7 +73,7 @@ class Bucket:
         start = self.starts[index]
         return max(of.start - start, 0), min(of.stop - start, self.params[index].numel())
 
-    def settle(self) -> None:
+    def wait_for_weights(self) -> None:
         """Return when the weights are all there."""
         if self.gathering is not None:
             self.gathering.wait()
@@ -92,7 +92,7 @@ class GradBuckets:
     overlap: bool
     zero: bool
     reduce_dtype: torch.dtype
-    armed: bool = field(default=False)
+    expecting: bool = field(default=False)
 
     def zero_grad(self) -> None:
         """Forget all gradients: call before the first microbatch."""
@@ -100,18 +100,18 @@ class GradBuckets:
             b.grads.zero_()
             b.started, b.reducing = False, None
 
-    def arm(self, coming: Iterable[Parameter]) -> None:
+    def expect_last_gradients(self, coming: Iterable[Parameter]) -> None:
         """The gradients of these parameters are the last of this step: reduce every bucket as it completes."""
-        self.armed = self.overlap
+        self.expecting = self.overlap
         wanted = {id(p) for p in coming}
         for b in self.buckets:
             b.missing = sum(id(p) in wanted for p in b.params)
-            if self.armed and not b.missing and not b.late:
+            if self.expecting and not b.missing and not b.late:
                 self._start(b)
 
     def reduce(self) -> None:
         """This stage's backward is over: start whatever has not started yet (the REDUCE action)."""
-        self.armed = False
+        self.expecting = False
         for b in self.buckets:
             if not b.started and not b.late:
                 self._start(b)
@@ -135,15 +135,15 @@ class GradBuckets:
             for b in reversed(self.buckets):
                 b.gathering = all_gather_into_start(b.values, self.ctx.data)
                 if not overlap:
-                    b.settle()
+                    b.wait_for_weights()
 
-    def settle(self) -> None:
+    def wait_for_weights(self) -> None:
         """Return when all weights are there: before they are read by anything but a forward."""
         for b in self.buckets:
-            b.settle()
+            b.wait_for_weights()
 
     def _arrived(self, bucket: Bucket) -> None:
-        if self.armed:
+        if self.expecting:
             bucket.missing -= 1
             if bucket.missing == 0 and not bucket.late:
                 self._start(bucket)
@@ -186,7 +186,7 @@ def make_buckets(
     """
     groups: dict[tuple[bool, bool], list[list[Parameter]]] = {}
     for p in reversed(params):
-        late = any("ends" in c.sum_over for c in p.spec.chunks)
+        late = any("tied_stages" in c.sum_over for c in p.spec.chunks)
         runs = groups.setdefault((p.spec.decay, late), [[]])
         if runs[-1] and sum(q.numel() for q in runs[-1]) * grad_dtype.itemsize >= bucket_bytes:
             runs.append([])
@@ -202,7 +202,7 @@ def make_buckets(
     return made
 
 
-def settle_before_use(modules: Iterable[nn.Module], stages: Iterable[GradBuckets]) -> None:
+def wait_before_use(modules: Iterable[nn.Module], stages: Iterable[GradBuckets]) -> None:
     """Have every module wait for its own weights before its forward, so that their gather overlaps what runs before."""
     holder = {id(p): bucket for stage in stages if stage.zero for bucket in stage.buckets for p in bucket.params}
     for module in modules:
@@ -213,7 +213,7 @@ def settle_before_use(modules: Iterable[nn.Module], stages: Iterable[GradBuckets
 
 
 def _settler(bucket: Bucket) -> Callable[[nn.Module, Any], None]:
-    return lambda module, args: bucket.settle()
+    return lambda module, args: bucket.wait_for_weights()
 
 
 def _make_bucket(

@@ -58,7 +58,7 @@ class Stage:
         final: no later backward of this stage in this step, so its gradient buckets may be reduced as they complete.
         """
         if final and self.buckets is not None:
-            self.buckets.arm(self.params)
+            self.buckets.expect_last_gradients(self.params)
         return self._propagate(index, grad)
 
     def input_backward(self, index: int, grad: Tensor | None) -> Tensor | None:
@@ -80,7 +80,7 @@ class Stage:
         """W: the gradients that `input_backward` has put off. final: as for `backward`."""
         queue = self.deferred.pop(index)
         if final and self.buckets is not None:
-            self.buckets.arm([entry.weight for entry in queue])
+            self.buckets.expect_last_gradients([entry.weight for entry in queue])
         queue.reverse()
         while queue:  # taken off one by one: what each has kept is freed as soon as it is used
             queue.pop().run()

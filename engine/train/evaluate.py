@@ -20,7 +20,7 @@ from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.order import SampleOrder
 from engine.distributed.collectives import all_reduce_
 from engine.distributed.context import ParallelContext
-from engine.errors import EXIT_OK, ConfigError, DataError, Fault
+from engine.errors import EXIT_OK, ConfigError, DataError, FieldError
 from engine.inference.load import load_stage
 from engine.pipeline.actions import Plan
 from engine.pipeline.executor import execute, holds_loss
@@ -150,8 +150,8 @@ def evaluate(
     layout makes of a batch; 0: all.
     """
     if not data:
-        relation = "no corpus given and the run had no data.valid"
-        raise ConfigError([Fault("train.no-corpus-to-score", "--data", data, relation, "Give --data PREFIX.")])
+        problem = "no corpus given and the run had no data.valid"
+        raise ConfigError([FieldError("train.no-corpus-to-score", "--data", data, problem, "Give --data PREFIX.")])
     dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
     model = load_stage(checkpoint, cfg, ctx, storage)
     stage = Stage(model, (), None, cfg.model.hidden_size, model.shape.first, model.shape.last)

@@ -19,7 +19,7 @@ from engine.config.schema import Config
 from engine.config.skips import holds, read_ranges
 from engine.distributed.collectives import all_reduce_, on_first_rank
 from engine.distributed.context import ParallelContext
-from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, Fault
+from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, FieldError
 from engine.model.transformer import num_parameters
 from engine.monitor.ending import Ending
 from engine.monitor.metrics import MetricsLog, lacks_validation
@@ -94,7 +94,11 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: E
     ending = ending or Ending(Path(resolved.config.run.dir))
     if not resolved.config.data.train:
         raise ConfigError(
-            [Fault("train.no-data", "data.train", "", "no training data given", "Make some with `engine prepare`.")]
+            [
+                FieldError(
+                    "train.no-data", "data.train", "", "no training data given", "Make some with `engine prepare`."
+                )
+            ]
         )
     with ExitStack() as stack:
         on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack, ending), ctx.world, ctx.device)

@@ -13,8 +13,8 @@ from engine.checkpoint.lineage import (
     ORDER_BEGIN,
     changes,
     code_versions,
-    descend,
     differences,
+    extend_lineage,
     order_begin,
     refuse,
 )
@@ -101,7 +101,7 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
     state.scale.take(manifest.optimizer, manifest.config["train"]["precision"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
     state.order_begin = order_begin(manifest, data_facts)
-    state.lineage = descend(folder, manifest, allowed, changes(manifest, state.cfg))
+    state.lineage = extend_lineage(folder, manifest, allowed, changes(manifest, state.cfg))
 
 
 def changed_since(changed: Mapping[str, tuple[str, str]], scale: LossScale) -> str:
@@ -148,7 +148,7 @@ def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
     assert source is not None
     with source:
         if isinstance(source, Reader):
-            state.lineage = descend(source.folder, source.manifest, {"optimizer state": ("there", "new")})
+            state.lineage = extend_lineage(source.folder, source.manifest, {"optimizer state": ("there", "new")})
         load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
     state.optimizer.publish()
     return source.folder, source.notes if isinstance(source, HfReader) else []

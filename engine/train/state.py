@@ -15,7 +15,7 @@ from engine.distributed.context import ParallelContext
 from engine.distributed.env import Env, pick_device
 from engine.distributed.launch import Mesh
 from engine.distributed.sharding import Parameter, initialise_, parameters
-from engine.errors import ConfigError, Fault
+from engine.errors import ConfigError, FieldError
 from engine.model.transformer import Transformer, build_stages, tensor_shapes
 from engine.ops.attention import attention_name
 from engine.ops.fp8 import check_device
@@ -23,7 +23,7 @@ from engine.ops.native import keep_freed_memory
 from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import NormCounter
 from engine.optim.precision import PRECISIONS, LossScale
-from engine.parallel.gradients import GradBuckets, make_buckets, settle_before_use
+from engine.parallel.gradients import GradBuckets, make_buckets, wait_before_use
 from engine.pipeline.actions import Plan
 from engine.pipeline.stage import Stage
 
@@ -53,10 +53,10 @@ class TrainState:
     lineage: tuple[Ancestor, ...] = ()
     before_update: Callable[[], None] = lambda: None
 
-    def settle(self) -> None:
+    def wait_for_weights(self) -> None:
         """Return when all weights of this rank are there (ZeRO-1 may still gather them after a step)."""
         for stage in self.buckets:
-            stage.settle()
+            stage.wait_for_weights()
 
 
 def mesh_of(cfg: Config, derived: Derived, env: Env) -> Mesh:
@@ -97,7 +97,7 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
         stages[number] = Stage(model, parameters(model), buckets, cfg.model.hidden_size, shape.first, shape.last)
         params += fresh
     all_buckets = [stage.buckets for stage in stages.values() if stage.buckets is not None]
-    settle_before_use([stage.module for stage in stages.values() if isinstance(stage.module, Transformer)], all_buckets)
+    wait_before_use([stage.module for stage in stages.values() if isinstance(stage.module, Transformer)], all_buckets)
     optimizer = FlatAdamW(all_buckets, cfg.optimizer, overlap=cfg.parallel.overlap_gather)
     norms = NormCounter(all_buckets, ctx, list(tensor_shapes(cfg.model)), PRECISIONS[cfg.train.precision].main)
     fp16 = cfg.train.precision == "fp16"
@@ -116,7 +116,7 @@ def check_means(cfg: Config, ctx: ParallelContext) -> None:
     names = gather_json(mine, ctx.world, ctx.device)
     if len(set(names)) > 1:
         found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))
-        repair = f"Install the same packages everywhere, or set train.attention {sorted(set(names))[0]}."
+        fix = f"Install the same packages everywhere, or set train.attention {sorted(set(names))[0]}."
         raise ConfigError(
-            [Fault("train.ranks-choose-differently", "train.attention", wanted, f"chooses {found}", repair)]
+            [FieldError("train.ranks-choose-differently", "train.attention", wanted, f"chooses {found}", fix)]
         )

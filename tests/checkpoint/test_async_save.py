@@ -19,7 +19,7 @@ import torch
 import engine.train.loop as loop_module
 from engine.checkpoint import staging
 from engine.checkpoint import storage as storage_module
-from engine.checkpoint.format import damages, read_manifest, step_dir
+from engine.checkpoint.format import find_damage, read_manifest, step_dir
 from engine.checkpoint.save import Saver
 from engine.checkpoint.storage import Disk
 from engine.data.samples.indexed_writer import IndexedWriter
@@ -272,7 +272,7 @@ def test_stopped_at_random_moments(tmp_path: Path, moments: int) -> None:
     root = tmp_path / "stopped/checkpoints"
     steps = complete_steps(root)
     assert not [n for n in os.listdir(root) if n.startswith(".")] and len(steps) == 2
-    assert not list(damages(step_dir(root, steps[-1]), read_manifest(step_dir(root, steps[-1]))))
+    assert not list(find_damage(step_dir(root, steps[-1]), read_manifest(step_dir(root, steps[-1]))))
     exit_facts = json.loads((tmp_path / "stopped/exit.json").read_text())
     assert exit_facts["code"] == 75 and exit_facts["step"] == steps[-1]
 

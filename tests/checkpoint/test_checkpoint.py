@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import engine.checkpoint.save as save_module
-from engine.checkpoint.format import damages, find, read_manifest
+from engine.checkpoint.format import find, find_damage, read_manifest
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
@@ -49,7 +49,7 @@ def load(folder: Path, cfg: Config = TWO, facts: dict[str, Any] = FACTS) -> None
 
 def test_a_good_one_loads(copy: Path) -> None:
     load(copy)
-    assert not list(damages(copy, read_manifest(copy)))
+    assert not list(find_damage(copy, read_manifest(copy)))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

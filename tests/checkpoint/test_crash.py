@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from engine.checkpoint import retention
-from engine.checkpoint.format import damages, newest, read_manifest, step_dir
+from engine.checkpoint.format import find_damage, newest, read_manifest, step_dir
 from engine.checkpoint.load import Reader
 from engine.checkpoint.save import Saver
 from engine.errors import CheckpointError
@@ -38,7 +38,7 @@ def save(disk: MemoryDisk, step: int, *, keep: int = 0, keep_every: int = 0, run
 def run_of(disk: MemoryDisk, step: int) -> int:
     """Which run's values a checkpoint holds, all of them; AssertionError for a mix."""
     with Reader(step_dir(FOLDER, step), disk) as reader:
-        assert not list(damages(reader.folder, reader.manifest, disk))
+        assert not list(find_damage(reader.folder, reader.manifest, disk))
         for run in (0, 1):
             same = {
                 torch.equal(reader.whole(kind, name), values(step, kind, name, run))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.format import MODEL, damages, find, read_manifest, step_dir, with_digest
+from engine.checkpoint.format import MODEL, find, find_damage, read_manifest, step_dir, with_digest
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.storage import DISK
@@ -183,7 +183,7 @@ def test_no_damage_loads_in_silence_and_the_file_is_named(trials: int = 1000) ->
         except CheckpointError as error:
             assert any(name in str(error) for name in names), (kind.__name__, names, str(error))
         try:
-            verified += bool(list(damages(STEP, read_manifest(STEP, broken), broken)))
+            verified += bool(list(find_damage(STEP, read_manifest(STEP, broken), broken)))
         except CheckpointError:
             verified += 1
     print(f"damages: {trials} tried, {fired.total()} fired ({dict(fired)}), {silent} loaded in silence")
@@ -282,7 +282,7 @@ def test_schema_1_still_loads(tmp_path: Path) -> None:
     manifest["files"] = {file.name: {"size": size, "xxh3_128": xxhash.xxh3_128(file.read_bytes()).hexdigest()}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     load(DISK, find(tmp_path))
-    assert not list(damages(folder, read_manifest(folder)))
+    assert not list(find_damage(folder, read_manifest(folder)))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.format import damages, newest, step_dir
+from engine.checkpoint.format import find_damage, newest, step_dir
 from engine.checkpoint.load import Reader
 from engine.checkpoint.save import Saver
 from engine.checkpoint.storage import DISK
@@ -25,7 +25,7 @@ from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.errors import EngineError
-from engine.optim.adamw import Held
+from engine.optim.adamw import StateShard
 from tests.support.harness import run_ranks
 from tests.support.tiny_states import FACTS, SHAPES, context, states, values
 
@@ -67,7 +67,7 @@ def check(root: Path, allowed: set[int]) -> int:
     step = newest(root)
     assert step in allowed
     with Reader(step_dir(root, step)) as reader:
-        assert not list(damages(reader.folder, reader.manifest))
+        assert not list(find_damage(reader.folder, reader.manifest))
         for kind in ("model", "exp_avg", "exp_avg_sq"):
             for name in SHAPES:
                 assert torch.equal(reader.whole(kind, name), values(step, kind, name, 0))
@@ -206,7 +206,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         free = DISK.free_bytes(tmp_path)
         p = Parameter(torch.empty(100_000, dtype=torch.float64), ShardSpec((Chunk("a.weight", 100_000),)))
         with Saver(root, ctx) as saver:
-            saver.start([Held("model", p, 0, p.data)], step=2, facts=FACTS, background=False)
+            saver.start([StateShard("model", p, 0, p.data)], step=2, facts=FACTS, background=False)
             with pytest.raises(
                 EngineError, match=r"No space left on device; 800,000 bytes wanted here, \d\d\d,\d\d\d b"
             ):

@@ -12,7 +12,7 @@ import pytest
 from engine.checkpoint.format import read_manifest
 from engine.checkpoint.lineage import DATA_FIELDS, ORDER_BEGIN, code_versions, field_of, tell
 from engine.checkpoint.load import Reader
-from engine.checkpoint.summary import summary, tensor_facts
+from engine.checkpoint.summary import summary, tensor_stats
 from engine.data.samples.corpora import data_facts, fingerprint, open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
@@ -47,7 +47,7 @@ def go(
             if source is not None:
                 resume(state, source, facts)
         except EngineError as error:
-            return error.faults[0].code if isinstance(error, ConfigError) else error.code, str(error)
+            return error.errors[0].code if isinstance(error, ConfigError) else error.code, str(error)
         for _ in range(steps):
             train_step(state, random_batches(cfg, ctx, state.step))
         return "", str(save_state(state, root, facts))
@@ -138,7 +138,7 @@ def test_lineage_grows_and_is_told(first: Path, tmp_path: Path) -> None:
     assert lineage[0].config == lineage[1].config
     with Reader(third) as reader:
         assert "step 3" in (text := "\n".join(summary(reader))) and "16 -> 8" in text
-        facts = list(tensor_facts(reader, norms=True))
+        facts = list(tensor_stats(reader, norms=True))
         for fact in facts:
             whole = reader.whole(fact.kind, fact.name).double().numpy()
             assert np.isclose(fact.norm, np.linalg.norm(whole), rtol=1e-12)

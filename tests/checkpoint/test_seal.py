@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import seal as module
-from engine.checkpoint.format import damages, find, newest, read_manifest
+from engine.checkpoint.format import find, find_damage, newest, read_manifest
 from engine.checkpoint.load import Reader
 from engine.checkpoint.save import save
 from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, read_secret, sealed_bytes, storage_of
@@ -167,7 +167,7 @@ def test_a_checkpoint_needs_its_secret_and_shows_every_change(tmp_path: Path, en
     save_in(tmp_path, storage, steps=2)
     folder = find(tmp_path, storage)
     assert folder.name == "step_00000002" and resumed(folder, storage) == 2
-    assert list(damages(folder, read_manifest(folder, storage), storage)) == []
+    assert list(find_damage(folder, read_manifest(folder, storage), storage)) == []
     text = b"".join(path.read_bytes() for path in folder.iterdir())
     assert (b"embed.weight" in text) is not encrypt and SECRET not in text and SECRET.hex().encode() not in text
 
@@ -181,9 +181,9 @@ def test_a_checkpoint_needs_its_secret_and_shows_every_change(tmp_path: Path, en
     whole = file.read_bytes()
     for place in (9, 50, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert any("rank00001" in text for text in damages(folder, read_manifest(folder, storage), storage))
+        assert any("rank00001" in text for text in find_damage(folder, read_manifest(folder, storage), storage))
     shutil.copy(tmp_path / "step_00000001/rank00001.safetensors", file)  # a true file of another step
-    found = list(damages(folder, read_manifest(folder, storage), storage))
+    found = list(find_damage(folder, read_manifest(folder, storage), storage))
     assert found and all("rank00001" in text and "digest" in text for text in found)
     manifest = folder / "manifest.json"
     manifest.write_bytes((tmp_path / "step_00000001/manifest.json").read_bytes())

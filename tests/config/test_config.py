@@ -30,7 +30,7 @@ from engine.config.load import Resolved, load
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields
 from engine.distributed.env import Env, pick_device, read_env
-from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, Fault
+from engine.errors import EXIT_CONFIG, EXIT_OK, ConfigError, FieldError
 from engine.model.transformer import num_parameters
 from engine.pipeline.schedules import build
 from engine.planner.flops import balanced_layers, flops_per_token, stage_flops
@@ -397,10 +397,10 @@ def plans(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(folder)
 
 
-def faults_of(overrides: dict[str, Any], world: int | None = 1, files: tuple[Path, ...] = ()) -> tuple[Fault, ...]:
+def faults_of(overrides: dict[str, Any], world: int | None = 1, files: tuple[Path, ...] = ()) -> tuple[FieldError, ...]:
     with pytest.raises(ConfigError) as caught:
         load(files, {k: str(v) for k, v in overrides.items()}, world=world)
-    return caught.value.faults
+    return caught.value.errors
 
 
 @pytest.mark.usefixtures("plans")
@@ -409,10 +409,10 @@ def test_each_fault_is_said_in_full(case: str) -> None:
     overrides, world, path, code, named = RELATIONS[case]
     (fault,) = faults_of(overrides, world)
     assert (fault.path, fault.code) == (path, code)
-    assert set(named.split()) <= set(NAMED.findall(f"{fault.relation}. {fault.repair}"))
+    assert set(named.split()) <= set(NAMED.findall(f"{fault.problem}. {fault.fix}"))
     if path in overrides and fault.value != "...":  # a secret is never shown
         assert str(fault.value) == str(overrides[path])
-    assert str(fault) == f"{path} = {fault.value!r}: {fault.relation}. {fault.repair} [{fault.code}]"
+    assert str(fault) == f"{path} = {fault.value!r}: {fault.problem}. {fault.fix} [{fault.code}]"
 
 
 @pytest.mark.usefixtures("plans")
@@ -421,14 +421,14 @@ def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, 
     modules = (schema_module, checks_module, model_checks_module, load_module)
     seen: set[tuple[str, int]] = set()
 
-    def note(*args: Any) -> Fault:
+    def note(*args: Any) -> FieldError:
         frame = sys._getframe(1)
         seen.add((frame.f_globals["__name__"], frame.f_lineno))
-        return Fault(*args)
+        return FieldError(*args)
 
     for module in modules:
-        if hasattr(module, "Fault"):
-            monkeypatch.setattr(module, "Fault", note)
+        if hasattr(module, "FieldError"):
+            monkeypatch.setattr(module, "FieldError", note)
     for overrides, world, *_ in RELATIONS.values():
         faults_of(overrides, world)
     (tmp_path / "bad.toml").write_text("[model\n")
@@ -440,7 +440,7 @@ def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, 
         (module.__name__, node.lineno)
         for module in modules
         for node in ast.walk(ast.parse(inspect.getsource(module)))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Fault"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "FieldError"
     ]
     assert len(calls) >= 20
     assert set(calls) == seen
@@ -455,7 +455,7 @@ def test_the_repair_of_a_tensor_degree_works(world: int, heads: int, kv: int, ff
     try:
         load([], {k: str(v) for k, v in {**model, **batch, "parallel.tensor": world}.items()}, world=world)
     except ConfigError as error:
-        degrees = {re.search(r"(\d+)\.$", fault.repair).group(1) for fault in error.faults}  # type: ignore[union-attr]
+        degrees = {re.search(r"(\d+)\.$", fault.fix).group(1) for fault in error.errors}  # type: ignore[union-attr]
         assert len(degrees) == 1, "all faults about it give the same advice"
         values = {k: str(v) for k, v in {**model, **batch, "parallel.tensor": degrees.pop()}.items()}
         load([], values, world=None)
@@ -470,7 +470,7 @@ def test_all_faults_at_once_and_exit_code_2(capsys: pytest.CaptureFixture[str], 
     assert caught.value.code == EXIT_CONFIG == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: configuration has 7 faults:\n")
+    assert err.startswith("error: configuration has 7 errors:\n")
     for text in (
         f"train.steppes = 3: no such setting (file {file}). Did you mean train.steps?",
         f"modle.vocab_size = 5: no such setting (file {file}). Did you mean model.vocab_size?",
@@ -520,9 +520,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
     files = (tmp_path / "none.toml", tmp_path, binary)
-    faults = faults_of({}, files=files)
-    assert [f.value for f in faults] == [str(f) for f in files]
-    assert all(f.path == "--config" and "cannot be read" in f.relation for f in faults)
+    errors = faults_of({}, files=files)
+    assert [f.value for f in errors] == [str(f) for f in files]
+    assert all(f.path == "--config" and "cannot be read" in f.problem for f in errors)
 
 
 @pytest.mark.parametrize(
@@ -546,13 +546,13 @@ def test_no_word_of_the_command_line_is_dropped(
     options = parse_train(words, "engine train")
     with pytest.raises(ConfigError) as caught:
         load(options.files, options.overrides, unknown=options.unknown)
-    assert (path, value) in [(f.path, f.value) for f in caught.value.faults]
+    assert (path, value) in [(f.path, f.value) for f in caught.value.errors]
 
 
 @pytest.mark.parametrize(("section", "name"), [(s, n) for s, n, _ in fields()])
 def test_a_misspelt_setting_names_the_right_one(section: str, name: str) -> None:
     (fault,) = faults_of({f"{section}.{name[0]}{name.replace('_', '-')}": 1})
-    assert fault.repair == f"Did you mean {section}.{name}?"
+    assert fault.fix == f"Did you mean {section}.{name}?"
 
 
 def test_sources_and_precedence(tmp_path: Path) -> None:
@@ -801,10 +801,10 @@ def test_read_env(bare_env: pytest.MonkeyPatch) -> None:
     bare_env.setenv("LOCAL_RANK", "one")
     with pytest.raises(ConfigError) as caught:
         read_env()
-    assert [(f.path, f.value) for f in caught.value.faults] == [("WORLD_SIZE", None), ("LOCAL_RANK", "one")]
-    for fault in caught.value.faults:
-        assert fault.relation == "is not a number, but RANK is set ('5')"
-        assert fault.repair == "Start the ranks with torchrun."
+    assert [(f.path, f.value) for f in caught.value.errors] == [("WORLD_SIZE", None), ("LOCAL_RANK", "one")]
+    for fault in caught.value.errors:
+        assert fault.problem == "is not a number, but RANK is set ('5')"
+        assert fault.fix == "Start the ranks with torchrun."
 
 
 @pytest.mark.parametrize(

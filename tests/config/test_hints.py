@@ -29,8 +29,8 @@ def told(word: str) -> str:
     """What the error says at its end for an unknown option of the command line."""
     with pytest.raises(ConfigError) as caught:
         load([], {}, unknown=[word])
-    (fault,) = caught.value.faults
-    return fault.repair
+    (fault,) = caught.value.errors
+    return fault.fix
 
 
 @pytest.mark.parametrize(
@@ -147,15 +147,15 @@ def test_keys_of_files_get_the_same_answer(tmp_path: Path) -> None:
     file.write_text("lr = 3e-4\n[training]\nseq_len = 4096\n[train]\nepochs = 3\ndropout = 0.1\nxyzzy = 1\n")
     with pytest.raises(ConfigError) as caught:
         load([file], {})
-    assert [fault.repair for fault in caught.value.faults] == [
+    assert [fault.fix for fault in caught.value.errors] == [
         "Did you mean optimizer.lr?",
         "Did you mean train.seq_len?",
         "Did you mean train.steps?",
         "It has no counterpart here; docs/coming_from.md.",
         "`engine train --help` lists all there are.",
     ]
-    assert "of torchtitan" in caught.value.faults[1].relation
-    assert caught.value.faults[3].relation.endswith("there is no dropout; leave it out where it is 0")
+    assert "of torchtitan" in caught.value.errors[1].problem
+    assert caught.value.errors[3].problem.endswith("there is no dropout; leave it out where it is 0")
 
 
 @pytest.mark.parametrize(

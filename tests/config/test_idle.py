@@ -46,7 +46,7 @@ def paths(values: dict[str, Any], files: tuple[Path, ...] = ()) -> list[str]:
     try:
         load(files, {k: str(v) for k, v in values.items()}, refuse_idle=True)
     except ConfigError as error:
-        return [fault.path for fault in error.faults]
+        return [fault.path for fault in error.errors]
     return []
 
 

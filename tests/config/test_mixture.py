@@ -17,16 +17,16 @@ from engine.data.samples.corpora import TrainingData, open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader, RankShare
-from engine.errors import ConfigError, DataError, Fault
+from engine.errors import ConfigError, DataError, FieldError
 from tests.support.command import finish, train
 from tests.support.errors import raises
 
 
-def faults_of(text: str) -> tuple[Fault, ...]:
+def faults_of(text: str) -> tuple[FieldError, ...]:
     with pytest.raises(ConfigError) as caught:
         read_mixture(text)
-    assert all(fault.path == "data.train" for fault in caught.value.faults)
-    return caught.value.faults
+    assert all(fault.path == "data.train" for fault in caught.value.errors)
+    return caught.value.errors
 
 
 def write(folder: Path, text: str) -> str:
@@ -69,7 +69,7 @@ def test_a_file_with_names_and_changes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value", "relation", "repair"),
+    ("text", "value", "problem", "fix"),
     [
         ("0.7 a 0.3", "0.7 a 0.3", "is not weights and prefixes in turn", "Write WEIGHT PREFIX"),
         ("a 0.7 b 0.3", "a", "is not a weight above 0", "Write WEIGHT PREFIX"),
@@ -82,16 +82,16 @@ def test_a_file_with_names_and_changes(tmp_path: Path) -> None:
         ("none.toml", "none.toml", "cannot be read", "Give the path of a TOML file."),
     ],
 )
-def test_faults_of_a_line(text: str, value: str, relation: str, repair: str) -> None:
+def test_faults_of_a_line(text: str, value: str, problem: str, fix: str) -> None:
     fault = faults_of(text)[0]
-    assert fault.value == value and relation in fault.relation and repair in fault.repair
+    assert fault.value == value and problem in fault.problem and fix in fault.fix
 
 
 A, B = '[[source]]\nprefix = "a"\nweight = 1\n', '[[source]]\nprefix = "b"\nweight = 1\n'
 
 
 @pytest.mark.parametrize(
-    ("text", "relation", "repair"),
+    ("text", "problem", "fix"),
     [
         ("[[source]\n", "is not valid TOML", "Mend that line."),
         ("[run]\n" + A, "has 'run', which is not known", "There are [[source]] and [[change]]."),
@@ -134,16 +134,16 @@ A, B = '[[source]]\nprefix = "a"\nweight = 1\n', '[[source]]\nprefix = "b"\nweig
         ),
     ],
 )
-def test_faults_of_a_file(text: str, relation: str, repair: str, tmp_path: Path) -> None:
+def test_faults_of_a_file(text: str, problem: str, fix: str, tmp_path: Path) -> None:
     (fault,) = faults_of(write(tmp_path, text))
-    assert relation in fault.relation and repair in fault.repair
+    assert problem in fault.problem and fix in fault.fix
 
 
 def test_all_faults_come_at_once_with_those_of_the_config(tmp_path: Path) -> None:
     assert len(faults_of("a b c d -1")) == 4
     with pytest.raises(ConfigError) as caught:
         load([], {"data.train": "x a y b", "train.steps": "0"})
-    assert [f.path for f in caught.value.faults] == ["train.steps", "data.train", "data.train"]
+    assert [f.path for f in caught.value.errors] == ["train.steps", "data.train", "data.train"]
 
 
 @pytest.fixture(scope="module")
@@ -280,4 +280,4 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     text = str(error.value)
     for part in ("chnage", "wieght", "weight = -1", "no prefix", "mixes weight and tokens", "stands twice"):
         assert part in text
-    assert "step = 0" in text and "nosuch" in text and len(error.value.faults) == 8
+    assert "step = 0" in text and "nosuch" in text and len(error.value.errors) == 8

@@ -21,7 +21,7 @@ from engine.distributed.collectives import all_reduce_, gather_json, raise_toget
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.env import Env
 from engine.distributed.layout import Layout
-from engine.errors import ConfigError, DataError, EngineError, Fault, TrainingError
+from engine.errors import ConfigError, DataError, EngineError, FieldError, TrainingError
 from engine.util import signals
 from engine.util.files import locked
 from engine.util.signals import StopRequest
@@ -159,7 +159,7 @@ def test_an_agreed_failure_is_told_once(tmp_path: Path) -> None:
 
 def test_exit_code_is_that_of_the_error(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
-        raise ConfigError([Fault("data.none", "data.train", "", "no training data given", "Make some.")])
+        raise ConfigError([FieldError("data.none", "data.train", "", "no training data given", "Make some.")])
 
     assert [r.code for r in ranks(job, tmp_path)] == [2, 2]
 
@@ -233,7 +233,7 @@ def test_gather_json_of_different_sizes() -> None:
 def test_gather_json_follows_the_axis() -> None:
     layout = Layout(4, data=2, tensor=2)
     results = run_ranks(
-        layout, lambda ctx: gather_json(ctx.rank, ctx.data, CPU) + gather_json(ctx.rank, ctx.alone, CPU)
+        layout, lambda ctx: gather_json(ctx.rank, ctx.data, CPU) + gather_json(ctx.rank, ctx.self_axis, CPU)
     )
     assert results == [[0, 2, 0], [1, 3, 1], [0, 2, 2], [1, 3, 3]]
 

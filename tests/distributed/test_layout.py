@@ -71,13 +71,13 @@ def test_replica_groups_hold_the_same_heads(layout: Layout, num_kv_heads: int) -
 def test_ends_groups(layout: Layout) -> None:
     for rank in range(layout.world):
         at = layout.coords(rank)
-        group = layout.ends_group(rank)
+        group = layout.tied_stages_group(rank)
         if at.pipeline in (0, layout.pipeline - 1):
             stages = [0, layout.pipeline - 1] if layout.pipeline > 1 else [0]
             assert group == tuple(layout.rank(at._replace(pipeline=stage)) for stage in stages)
         else:
             assert group == (rank,)
-        assert all(layout.ends_group(other) == group for other in group)
+        assert all(layout.tied_stages_group(other) == group for other in group)
 
 
 def test_the_ranks_that_talk_most_are_neighbours() -> None:

@@ -146,9 +146,9 @@ def test_two_nodes_equal_one_process_and_stop_and_go_on(hosts: list[Host], tiny:
         assert codes(nodes) == [0, 0], output(run)
     assert f"tensor 2 x pipeline 2 x data 1, 1f1b; steps {saved + 1}..{saved + 3}, resuming" in output(run)[0]
 
-    alone = [sys.executable, "-m", "engine", "train", "--run.dir", str(tmp_path / "one"), *steps]
-    alone += ["--config", str(CONFIG), "--config", str(tiny), "--parallel.data", "1", "--parallel.tensor", "1"]
-    subprocess.run(alone, env=environment(), check=True, capture_output=True)
+    self_axis = [sys.executable, "-m", "engine", "train", "--run.dir", str(tmp_path / "one"), *steps]
+    self_axis += ["--config", str(CONFIG), "--config", str(tiny), "--parallel.data", "1", "--parallel.tensor", "1"]
+    subprocess.run(self_axis, env=environment(), check=True, capture_output=True)
     assert len(losses(run)) == saved + 3
     assert losses(run) == pytest.approx(losses(tmp_path / "one"), rel=1e-11, abs=0)
 

@@ -242,7 +242,7 @@ def test_names_and_facts() -> None:
     assert not found["norm.weight"].spec.decay
     assert found["layers.0.attention.q_norm.weight"].spec.chunks[0].sum_over == ("tensor",)
     assert model.head.weight is model.embed.weight, "tied on one stage: one parameter"
-    assert found["embed.weight"].spec.chunks[0].sum_over == ("ends",)
+    assert found["embed.weight"].spec.chunks[0].sum_over == ("tied_stages",)
 
 
 def test_a_parameter_without_a_spec_is_refused() -> None:

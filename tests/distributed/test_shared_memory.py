@@ -319,7 +319,7 @@ def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pyte
     """Also the one that could have; and where Python has no such function, as where it was built for an old system."""
 
     def job(ctx: ParallelContext) -> str:
-        return ctx.speaks()
+        return ctx.transports()
 
     def refused(_: ParallelContext) -> str:
         with raises(ConfigError, "distributed.no-shared-memory", *why) as error:
@@ -351,7 +351,7 @@ def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pyte
 
 def test_where_it_cannot_be_gloo_speaks_or_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def job(ctx: ParallelContext) -> tuple[Any, ...]:
-        return ctx.world.link is None, ctx.speaks(), all_reduce_(torch.ones(1), ctx.data).item()
+        return ctx.world.link is None, ctx.transports(), all_reduce_(torch.ones(1), ctx.data).item()
 
     assert run(2, job) == [(False, "shared memory", 2.0)] * 2
     assert run(2, job, "gloo") == [(True, "gloo", 2.0)] * 2

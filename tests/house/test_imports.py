@@ -70,7 +70,7 @@ _LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names
 _TORCH_FREE_LEVELS = 12
 
 # module or package -> packages it must not know, whatever the levels say
-STRANGERS = {
+MUST_NOT_KNOW = {
     "model": ("pipeline", "optim", "data", "checkpoint", "interop"),
     "pipeline": ("model", "data"),
     "parallel": ("data",),
@@ -86,10 +86,10 @@ STRANGERS = {
 USERS_OF_DATA = ("checkpoint", "interop", "monitor", "train", "inference")
 SERVED = ("data.samples", "data.tokenize.tokenizer", "data.tokenize.file_names")
 SERVED_TO = {"interop": ("data.tokenize.convert",)}  # which tokenizer file of a folder was converted
-TALKERS = tuple(
+MAY_USE_DIST = tuple(
     f"distributed.{name}" for name in ("collectives", "launch", "failure", "context", "pair")
 )  # may use torch.distributed
-HOLDERS = ("pipeline.executor", "parallel.gradients")  # may name the type dist.Work, and nothing else of it
+MAY_NAME_DIST_WORK = ("pipeline.executor", "parallel.gradients")  # may name the type dist.Work, and nothing else of it
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 
 Rule = Callable[[str, ast.AST], Iterator[str]]
@@ -186,7 +186,7 @@ def imports_are_absolute(module: str, tree: ast.AST) -> Iterator[str]:
 
 
 def strangers_stay_strangers(module: str, tree: ast.AST) -> Iterator[str]:
-    unknown = [name for mine, names in STRANGERS.items() if within(module, mine) for name in names]
+    unknown = [name for mine, names in MUST_NOT_KNOW.items() if within(module, mine) for name in names]
     for target in engine_modules(tree):
         if any(within(target, name) for name in unknown):
             yield f"{module} must not know {target}"
@@ -230,9 +230,9 @@ def environment_in_one_module_only(module: str, tree: ast.AST) -> Iterator[str]:
 
 def collectives_in_distributed_only(module: str, tree: ast.AST) -> Iterator[str]:
     """torch.distributed belongs to TALKERS; HOLDERS may write `dist.Work`."""
-    if module in TALKERS:
+    if module in MAY_USE_DIST:
         return
-    root, holder, aliases = "torch.distributed", module in HOLDERS, aliases_of(tree)
+    root, holder, aliases = "torch.distributed", module in MAY_NAME_DIST_WORK, aliases_of(tree)
     allowed = {root, f"{root}.Work"} if holder else set()
     for name in imported(tree):
         if name.startswith(root) and name not in allowed:
@@ -353,7 +353,7 @@ def test_texts_are_utf8_whatever_the_locale() -> None:
 def test_the_table_names_only_what_exists() -> None:
     for name in _LEVEL_OF:
         assert name in ENGINE, f"LEVELS names {name}, which is not in the tree"
-    for name in (*STRANGERS, *TALKERS, *HOLDERS, *USERS_OF_DATA, *SERVED, *SERVED_TO):
+    for name in (*MUST_NOT_KNOW, *MAY_USE_DIST, *MAY_NAME_DIST_WORK, *USERS_OF_DATA, *SERVED, *SERVED_TO):
         assert name in ENGINE
 
 

@@ -142,7 +142,7 @@ def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
 def test_documents_begin_after_the_last_token_of_the_one_before() -> None:
     documents = Documents.ended_by(torch.tensor([[1, EOD, 2, 3, EOD, EOD, 4], [5, 5, 5, 5, 5, 5, 5]]), EOD)
     assert documents.begin.tolist() == [[0, 0, 2, 2, 2, 5, 6], [0] * 7]
-    assert documents.borders.tolist() == [0, 2, 5, 6, 7, 14] and documents.borders.dtype == torch.int32
+    assert documents.cu_seqlens.tolist() == [0, 2, 5, 6, 7, 14] and documents.cu_seqlens.dtype == torch.int32
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], list(range(7))]
     seen = documents.mask[0, 0].long()
     assert seen.sum(1).tolist() == [p + 1 for p in documents.positions[0].tolist()]

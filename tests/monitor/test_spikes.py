@@ -114,7 +114,7 @@ def test_of_a_run(corpus: str, tmp_path: Path, background: bool, monkeypatch: py
             result = train_step(state, *args, **options)
             if state.step == 7:
                 for stage in state.buckets:
-                    stage.settle()
+                    stage.wait_for_weights()
                 for p in state.params:
                     p.data.mul_(30)
             return result

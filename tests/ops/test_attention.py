@@ -106,10 +106,10 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Ten
     return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).reshape(s, b, n * d)
 
 
-def rows_apart(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> Tensor:
+def rows_apart(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[total, n, d] with a document at a time: what a variable-length kernel computes."""
     out = []
-    for low, high in zip(borders.tolist(), borders.tolist()[1:]):
+    for low, high in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
         part = [x[low:high].transpose(0, 1)[None] for x in (q, k, v)]
         out.append(by_hand(*part, None).view(high - low, *q.shape[1:]))
     return torch.cat(out)

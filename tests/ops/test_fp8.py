@@ -62,7 +62,7 @@ def test_infinities_and_nans_stay_visible() -> None:
 @pytest.mark.parametrize("rowwise", [False, True])
 def test_each_product_is_near_the_exact_one(rowwise: bool) -> None:
     """Relative to the norm: two operands rounded at random are off by sqrt(2) 2^-4 / sqrt(3) = 5 %, 8 % with e5m2."""
-    products = Fp8(rowwise=rowwise, compile=False)
+    matmul = Fp8(rowwise=rowwise, compile=False)
     x, w, g = randn(6, 8, 64).to(BF16), randn(32, 64, seed=2).to(BF16), randn(6, 8, 32, seed=3).to(BF16)
     main = torch.ones(32, 64)
     exact = {
@@ -70,9 +70,9 @@ def test_each_product_is_near_the_exact_one(rowwise: bool) -> None:
         "x": g.double() @ w.double(),
         "w": g.double().view(-1, 32).t() @ x.double().view(-1, 64),
     }
-    assert products.weight_grad(g.view(-1, 32), x.view(-1, 64), main) is None
-    returned = products.weight_grad(g.view(-1, 32), x.view(-1, 64), None)
-    found = {"y": products.forward(x, w), "x": products.input_grad(g, w), "w": main - 1}
+    assert matmul.weight_grad(g.view(-1, 32), x.view(-1, 64), main) is None
+    returned = matmul.weight_grad(g.view(-1, 32), x.view(-1, 64), None)
+    found = {"y": matmul.forward(x, w), "x": matmul.input_grad(g, w), "w": main - 1}
     assert returned is not None and returned.dtype == BF16
     assert (returned.float() - found["w"]).norm() / found["w"].norm() < 4e-3
     for name, value in found.items():
@@ -99,9 +99,9 @@ def test_the_stand_in_is_what_torch_computes(rowwise: bool, monkeypatch: pytest.
         return mine
 
     monkeypatch.setattr(fp8, "_multiply", both)
-    products = Fp8(rowwise=rowwise, compile=False)
+    matmul = Fp8(rowwise=rowwise, compile=False)
     x, w, g = randn(64, 96).to(BF16), randn(32, 96, seed=2).to(BF16), randn(64, 32, seed=3).to(BF16)
-    products.forward(x, w), products.input_grad(g, w), products.weight_grad(g, x, torch.zeros(32, 96))
+    matmul.forward(x, w), matmul.input_grad(g, w), matmul.weight_grad(g, x, torch.zeros(32, 96))
     assert len(seen) == 3 and max(seen) < 8e-3  # one rounding to bf16
 
 

@@ -177,7 +177,7 @@ def parallel(ctx: ParallelContext, x: Tensor, weight: Tensor, targets: Tensor, w
     rows[:valid] = weight[start : start + valid]
     mine, head = like(x.chunk(ctx.sequence.size)[ctx.sequence.rank], x.dtype), parameter(rows, x.dtype)
     losses = linear_cross_entropy(
-        mine, head, targets, weights, VocabSlice(start, valid, axis), ctx.copies, ctx.sequence
+        mine, head, targets, weights, VocabSlice(start, valid, axis), ctx.replicated, ctx.sequence
     )
     losses.sum().backward()
     assert mine.grad is not None and head.grad is not None and not head.grad[valid:].any()

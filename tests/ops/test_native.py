@@ -166,7 +166,7 @@ def test_rows_and_threads_change_no_bit() -> None:
             losses = whole(tokens, head, ids(3000, 200, 1), torch.ones(200, 1))
             losses.sum().backward()
             assert leaf.grad is not None and tokens.grad is not None and head.grad is not None
-            products = [native.multiply(x, w.t()), losses, tokens.grad, head.grad]
+            products = [native.matmul(x, w.t()), losses, tokens.grad, head.grad]
             return [products[0], rms_norm(x, w[0], 1e-5), gated(x, "gelu"), out, leaf.grad, *products[1:]]
 
     before = torch.get_num_threads()
@@ -179,7 +179,7 @@ def test_rows_and_threads_change_no_bit() -> None:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
     with native.forced(gemm=True):
-        assert torch.equal(native.multiply(x[5:6], w.t()), one[0][5:6])
+        assert torch.equal(native.matmul(x[5:6], w.t()), one[0][5:6])
     assert torch.equal(rms_norm(x[5:6], w[0], 1e-5), one[1][5:6]) and torch.equal(gated(x[7:9], "gelu"), one[2][7:9])
 
 
@@ -218,4 +218,4 @@ def test_a_missing_extension_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(UserWarning, match="engine._ops is not built: torch's own operators run instead"):
         assert native.kernels(torch.ones(2)) is None
     with pytest.warns(UserWarning):
-        assert torch.equal(native.multiply(torch.eye(2), torch.ones(2, 2)), torch.ones(2, 2))
+        assert torch.equal(native.matmul(torch.eye(2), torch.ones(2, 2)), torch.ones(2, 2))

@@ -170,14 +170,14 @@ def test_attention_gradcheck() -> None:
 def test_linear_through_autograd(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     weight = parameter(randn(9, shape[-1], seed=1), dtype)
     agree(
-        lambda x: linear(x, weight, CTX.copies, CTX.sequence),
+        lambda x: linear(x, weight, CTX.replicated, CTX.sequence),
         lambda x: x @ weight.double().t(),
         (randn(*shape, layout=layout),),
         dtype,
     )
     x = like(randn(*shape, layout=layout), dtype)
     grad = randn(*shape[:-1], 9, seed=3).to(dtype)
-    linear(x, weight, CTX.copies, CTX.sequence).backward(grad)
+    linear(x, weight, CTX.replicated, CTX.sequence).backward(grad)
     expected = torch.einsum("...o,...i->oi", grad.double(), x.detach().double())
     assert weight.grad is not None and relative(weight.grad, expected) < TOLERANCE[dtype]
 
@@ -195,7 +195,7 @@ def test_linear_adds_into_main_grad(dtype: torch.dtype, main: torch.dtype) -> No
     expected = torch.ones(9, 7, dtype=torch.float64)
     for seed in (4, 5):
         x, grad = randn(5, 2, 7, seed=seed).to(dtype), randn(5, 2, 9, seed=seed + 9).to(dtype)
-        linear(x, weight, CTX.copies, CTX.sequence).backward(grad)  # x needs no gradient
+        linear(x, weight, CTX.replicated, CTX.sequence).backward(grad)  # x needs no gradient
         expected += torch.einsum("sbo,sbi->oi", grad.double(), x.double())
     assert weight.main_grad is bucket and weight.grad is None
     assert relative(weight.main_grad, expected) < TOLERANCE[dtype]
@@ -205,7 +205,9 @@ def test_linear_adds_into_main_grad(dtype: torch.dtype, main: torch.dtype) -> No
 
 def test_linear_gradcheck() -> None:
     weight = parameter(randn(3, 4, seed=1))
-    assert gradcheck(lambda x, w: linear(x, w, CTX.copies, CTX.sequence), (like(randn(2, 1, 4), torch.float64), weight))
+    assert gradcheck(
+        lambda x, w: linear(x, w, CTX.replicated, CTX.sequence), (like(randn(2, 1, 4), torch.float64), weight)
+    )
 
 
 def embedding_reference(weight: Tensor, tokens: Tensor, start: int) -> Tensor:
@@ -256,7 +258,7 @@ def parallel_linear(ctx: ParallelContext, x: Tensor, weight: Tensor, grad: Tenso
     rows = weight.shape[0] // ctx.tensor.size
     mine = slice(ctx.tensor.rank * rows, (ctx.tensor.rank + 1) * rows)
     p, x = parameter(weight[mine]), x.clone().requires_grad_()
-    out = linear(x, p, ctx.copies, ctx.sequence)
+    out = linear(x, p, ctx.replicated, ctx.sequence)
     out.backward(grad[..., mine])
     assert x.grad is not None and p.grad is not None
     return out.detach().numpy(), x.grad.numpy(), p.grad.numpy()

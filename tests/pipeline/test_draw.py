@@ -217,7 +217,7 @@ BAD_OPTIONS = [
     ("--costs f=nan", r"finite"),
     (
         "--ranks 0 --microbatches 0 --chunks -1",
-        r"has 3 faults:\n.*--ranks = 0.*\n.*--microbatches = 0.*\n.*--chunks = -1",
+        r"has 3 errors:\n.*--ranks = 0.*\n.*--microbatches = 0.*\n.*--chunks = -1",
     ),
     ("--memory-cap 0", r"--memory-cap = 0\.0: is not above 0"),
     ("--output a.pdf", r"--output = 'a\.pdf': is neither"),

@@ -43,7 +43,7 @@ def measured(cfg: Config) -> list[dict[tuple[str, str], float]]:
         batches = random_batches(cfg, ctx, 0)
         ctx.world.traffic.clear()
         train_step(state, batches)
-        state.settle()
+        state.wait_for_weights()
         return {key: count for key, count in ctx.world.traffic.items() if key[0] not in ("world", "kv")}
 
     return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.bfloat16)

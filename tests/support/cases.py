@@ -17,7 +17,7 @@ from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
-from engine.optim.adamw import Held
+from engine.optim.adamw import StateShard
 from engine.train.state import TrainState
 
 MODEL = {
@@ -96,11 +96,11 @@ def pieces_of(params: Iterable[tuple[Parameter, torch.Tensor]], ctx: ParallelCon
 
 def weights_of(state: TrainState) -> list[Any]:
     """`pieces_of` the weights of all stages on this rank."""
-    state.settle()
+    state.wait_for_weights()
     return pieces_of(((p, p) for p in state.params), state.ctx)
 
 
-def held_pieces(held: Iterable[Held], ctx: ParallelContext) -> list[Any]:
+def held_pieces(held: Iterable[StateShard], ctx: ParallelContext) -> list[Any]:
     """[(kind/name, global shape, offset, values)] of flat ranges of parameters, such as optimizer state."""
     found = []
     for part in held:
@@ -120,7 +120,7 @@ def gradients_of(state: TrainState) -> list[Any]:
             begin, end = bucket.overlap(index, bucket.held)
             if begin < end:
                 start = bucket.starts[index]
-                held.append(Held("grad", p, begin, bucket.grads[start + begin : start + end].clone()))
+                held.append(StateShard("grad", p, begin, bucket.grads[start + begin : start + end].clone()))
     return held_pieces(held, state.ctx)
 
 

@@ -22,7 +22,7 @@ def raises(kind: type[Kind], code: str, *values: object) -> Iterator[pytest.Exce
     with pytest.raises(kind) as caught:
         yield caught
     error = caught.value
-    codes = [fault.code for fault in error.faults] if isinstance(error, ConfigError) else [error.code]
+    codes = [fault.code for fault in error.errors] if isinstance(error, ConfigError) else [error.code]
     assert code in codes, f"{codes}: {error}"
     missing = [str(value) for value in values if str(value) not in str(error)]
     assert not missing, f"{missing} not in: {error}"

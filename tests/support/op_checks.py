@@ -21,7 +21,7 @@ from engine.ops import loss as loss_module
 from engine.ops import native
 from engine.ops.activation import gated
 from engine.ops.attention import causal_attention
-from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, spread_rms_norm
+from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, sharded_rms_norm
 from engine.ops.rope import rope, rope_table, split_and_rope
 from tests.support.numbers import (
     TOLERANCE,
@@ -53,7 +53,7 @@ def check_other_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     scaled = lambda x, w: rms_norm_reference(x, 1 + w, 1e-5)  # noqa: E731
     agree(lambda x, w: rms_norm(x, w, 1e-5, 1.0), scaled, (x, w), dtype)
     alone = Axis("tensor", 1, 0, (0,), None)
-    spread = lambda x, w: spread_rms_norm(x, w, 1e-5, alone, 1)  # noqa: E731
+    spread = lambda x, w: sharded_rms_norm(x, w, 1e-5, alone, 1)  # noqa: E731
     agree(spread, lambda x, w: rms_norm_reference(x, w, 1e-5), (x, w), dtype)
 
     def plain(x: Tensor, w: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from engine.checkpoint.storage import make_folders
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec
-from engine.optim.adamw import Held
+from engine.optim.adamw import StateShard
 from tests.support.disk_double import MemoryDisk
 
 FOLDER = Path("/run/checkpoints")
@@ -33,7 +33,7 @@ def values(step: int, kind: str, name: str, run: int) -> torch.Tensor:
     return torch.randn(SHAPES[name], generator=generator, dtype=torch.float64)
 
 
-def states(step: int, part: int = 0, parts: int = 1, run: int = 0) -> list[Held]:
+def states(step: int, part: int = 0, parts: int = 1, run: int = 0) -> list[StateShard]:
     """What one of several data ranks owns of a tiny model at a step; run: another one gives other values."""
     found = []
     for name, shape in SHAPES.items():
@@ -41,7 +41,7 @@ def states(step: int, part: int = 0, parts: int = 1, run: int = 0) -> list[Held]
         p = Parameter(torch.empty(shape, dtype=torch.float64), spec)
         begin, end = part * p.numel() // parts, (part + 1) * p.numel() // parts
         for kind in ("model", "exp_avg", "exp_avg_sq"):
-            found.append(Held(kind, p, begin, values(step, kind, name, run).view(-1)[begin:end].clone()))
+            found.append(StateShard(kind, p, begin, values(step, kind, name, run).view(-1)[begin:end].clone()))
     return found
 
 

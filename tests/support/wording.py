@@ -17,8 +17,8 @@ from tests.support.paths import ROOT
 
 SNAPSHOT = ROOT / "tests" / "wording.txt"
 CODE = re.compile(r"[a-z_]+\.[a-z0-9]+(-[a-z0-9]+)*")
-_BASE, _MANY, _FAULT = "EngineError", "ConfigError", "Fault"  # a ConfigError is made of Faults, which have the codes
-_FAULT_TEXT = ("path", "relation", "repair")
+_BASE, _MANY, _FIELD = "EngineError", "ConfigError", "FieldError"  # a ConfigError is made of FieldErrors, which have the codes
+_FIELD_TEXT = ("path", "problem", "fix")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def snapshot(raised: list[Raised]) -> str:
 
 
 def _kinds(trees: Iterator[ast.Module]) -> set[str]:
-    """EngineError, what derives from it, and Fault."""
+    """EngineError, what derives from it, and FieldError."""
     classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    kinds, before = {_BASE, _FAULT}, 0
+    kinds, before = {_BASE, _FIELD}, 0
     while len(kinds) > before:
         before = len(kinds)
         kinds |= {node.name for node in classes if kinds & {_name(base) for base in node.bases}}
@@ -90,11 +90,11 @@ def _raised(call: ast.Call, scope: ast.AST, where: str) -> Raised:
     args = [template(arg, scope) for arg in call.args]
     first = call.args[0] if call.args else None
     code = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else None
-    if _name(call.func) == _FAULT:
-        given = dict(zip(("code", "path", "value", "relation", "repair"), args))
+    if _name(call.func) == _FIELD:
+        given = dict(zip(("code", "path", "value", "problem", "fix"), args))
         given |= {word.arg: template(word.value, scope) for word in call.keywords if word.arg}
-        path, relation, repair = (given.get(name, "") for name in _FAULT_TEXT)
-        return Raised(where, code, f"{path}: {relation}" + (f". {repair}" if repair else ""))
+        path, problem, fix = (given.get(name, "") for name in _FIELD_TEXT)
+        return Raised(where, code, f"{path}: {problem}" + (f". {fix}" if fix else ""))
     return Raised(where, code, " ".join(args[1:]))
 
 

@@ -143,11 +143,11 @@ def test_a_begin_token_as_the_template_has_it(
     assert first("[CLS] $A") == (2, [])
 
 
-def faults(script: ModuleType, *arguments: Any) -> dict[str, str]:
+def errors(script: ModuleType, *arguments: Any) -> dict[str, str]:
     """The code of the fault of each option."""
     with pytest.raises(ConfigError) as error:
         script.parse([*map(str, arguments)])
-    return {fault.path: fault.code for fault in error.value.faults}
+    return {fault.path: fault.code for fault in error.value.errors}
 
 
 def test_everything_refused_is_told_at_once(
@@ -162,19 +162,19 @@ def test_everything_refused_is_told_at_once(
     assert not list(corpus.glob("my*"))
     assert script.main([*map(str, options[:4]), "--tokenizer-model", str(corpus / "none")]) == 1
     assert "none: no such file. Give" in capsys.readouterr().err
-    assert set(faults(script)) == {"--input", "--output-prefix", "--tokenizer-model"}
-    assert faults(script, *options, "--workers", "x") == {"arguments": "preprocess.bad-arguments"}
-    null = faults(script, *options, "--tokenizer-type", "NullTokenizer")
+    assert set(errors(script)) == {"--input", "--output-prefix", "--tokenizer-model"}
+    assert errors(script, *options, "--workers", "x") == {"arguments": "preprocess.bad-arguments"}
+    null = errors(script, *options, "--tokenizer-type", "NullTokenizer")
     assert null == {"--tokenizer-type": "preprocess.unsupported-tokenizer-type"}
-    assert set(faults(script, *options[:4], "--tokenizer-type", "GPT2BPETokenizer")) == {"--vocab-file"}
-    once = faults(script, "--input", "-", *options[2:], "--json-keys", "a", "b")
+    assert set(errors(script, *options[:4], "--tokenizer-type", "GPT2BPETokenizer")) == {"--vocab-file"}
+    once = errors(script, "--input", "-", *options[2:], "--json-keys", "a", "b")
     assert once == {"--json-keys": "preprocess.input-read-only-once"}
     here = corpus / "in.json"
     for wrong in (["--vocab-file", here], ["--merge-file", here], ["--tokenizer-type", "BertWordPieceCase"]):
-        assert len(faults(script, *options, *wrong)) == 1
+        assert len(errors(script, *options, *wrong)) == 1
     gpt2 = [*options[:4], "--tokenizer-type", "GPT2BPETokenizer", "--vocab-file"]
-    assert set(faults(script, *gpt2, here)) == {"--merge-file"}
-    absent = faults(script, *gpt2, "gpt2-vocab.json", "--merge-file", "gpt2-merges.txt")
+    assert set(errors(script, *gpt2, here)) == {"--merge-file"}
+    absent = errors(script, *gpt2, "gpt2-vocab.json", "--merge-file", "gpt2-merges.txt")
     assert absent == dict.fromkeys(("--vocab-file", "--merge-file"), "preprocess.no-such-file")
 
 
@@ -182,10 +182,10 @@ def test_every_option_of_megatron_is_taken_or_refused_by_name(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = OPTIONS.split()
-    found = faults(script, *(f"{option}=1" for option in options if option in script.REFUSED))
+    found = errors(script, *(f"{option}=1" for option in options if option in script.REFUSED))
     assert all(found[option] == "preprocess.unsupported-option" for option in options if option in script.REFUSED)
     taken = [option for option in options if option not in script.REFUSED]
-    assert "arguments" not in faults(script, *taken[:1], "x", "--no-such-option")
+    assert "arguments" not in errors(script, *taken[:1], "x", "--no-such-option")
     with pytest.raises(SystemExit):
         script.parse(["--help"])
     text = capsys.readouterr().out

@@ -42,7 +42,7 @@ from engine.checkpoint.tensorfile import tensor_bytes
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec
-from engine.optim.adamw import Held
+from engine.optim.adamw import StateShard
 from tests.support.harness import run_ranks
 
 ROWS, WIDTH, BLOCK = 4096, 1024, 16 << 20
@@ -67,7 +67,7 @@ class Options:
     """write every number here"""
 
 
-def states(ctx: ParallelContext, gib: float) -> list[Held]:
+def states(ctx: ParallelContext, gib: float) -> list[StateShard]:
     """This rank's part of matrices of 16 MiB and their moments."""
     found = []
     for number in range(round(gib * 2**30 / (3 * 4 * ROWS * WIDTH))):
@@ -75,11 +75,11 @@ def states(ctx: ParallelContext, gib: float) -> list[Held]:
         p = Parameter(torch.empty(ROWS, WIDTH, device="meta"), spec)
         begin, end = (ROWS * WIDTH * r // ctx.data.size for r in (ctx.data.rank, ctx.data.rank + 1))
         for kind in ("model", "exp_avg", "exp_avg_sq"):
-            found.append(Held(kind, p, begin, torch.randn(end - begin)))
+            found.append(StateShard(kind, p, begin, torch.randn(end - begin)))
     return found
 
 
-def plain_write(file: Path, held: list[Held]) -> None:
+def plain_write(file: Path, held: list[StateShard]) -> None:
     """The bytes of the state, one after another into room reserved for them, and a sync."""
     fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.posix_fallocate(fd, 0, sum(one.flat.nbytes for one in held))
@@ -91,7 +91,7 @@ def plain_write(file: Path, held: list[Held]) -> None:
     os.close(fd)
 
 
-def plain_read(file: Path, held: list[Held]) -> None:
+def plain_read(file: Path, held: list[StateShard]) -> None:
     """The same bytes back into the same tensors."""
     fd = os.open(file, os.O_RDONLY)
     for one in held:

@@ -170,7 +170,7 @@ class Meter:
         self.losses: list[float] = []
         self.warm: list[float] = []  # seconds of the steps before the clock
         self.taken: list[tuple[float, float, float]] = []  # cores that others used, seconds, processor s of all ranks
-        self.faults = 0
+        self.errors = 0
 
     @property
     def done(self) -> bool:
@@ -181,7 +181,7 @@ class Meter:
     def begin(self) -> None:
         """A step begins."""
         if len(self.warm) == self.warmup and not self.taken:
-            self.faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            self.errors = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         self.before = busy_s(), time.process_time(), time.perf_counter()
 
     def end(self, loss: float | None = None) -> None:
@@ -218,7 +218,7 @@ class Meter:
             "first_step_s": self.warm[0],
             "losses": self.losses,
             "parameters": self.parameters,
-            "page_faults_per_step": (after.ru_minflt - self.faults) // len(self.taken),
+            "page_faults_per_step": (after.ru_minflt - self.errors) // len(self.taken),
             "peak_rss_mib": peak,
             "peak_sum_mib": float(self.total(torch.tensor(peak).double())),
         }

@@ -32,8 +32,8 @@ def python_of(folder: Path) -> tuple[Path | None, str]:
         done = subprocess.run(command, capture_output=True, encoding="utf-8")
         if done.returncode:
             said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            faults = [line for line in said if line.startswith("ERROR")] or said[-1:]
-            return None, f"peers cannot be installed: {faults[0] if faults else 'no message'}"
+            errors = [line for line in said if line.startswith("ERROR")] or said[-1:]
+            return None, f"peers cannot be installed: {errors[0] if errors else 'no message'}"
     (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
     marker.write_text(wanted, encoding="utf-8")
     return python, ""

@@ -223,13 +223,13 @@ def one_round(
     o: Options, number: int, pythons: dict[str, Path], compiled: Path, runs: dict[str, list[Result]]
 ) -> dict[str, str]:
     """Every case once, in an order that turns; {case: why it could not be run}."""
-    faults, names = {}, list(pythons)
+    errors, names = {}, list(pythons)
     turn = number % max(1, len(names))
     for name in (*names[turn:], *names[:turn]):
         wait_until_quiet(o.quiet, o.patience)
         result = run_case(o, name, pythons[name], compiled)
         if "error" in result:
-            faults[name] = result["error"]
+            errors[name] = result["error"]
             print(f"round {number + 1}/{o.rounds}  {name:<18} {result['error']}", flush=True)
             if name in (column.ours for column in COLUMNS.values()):
                 sys.exit("\n".join(result.get("said", [])))
@@ -243,7 +243,7 @@ def one_round(
             f"{result['steps_made']} steps made",
             flush=True,
         )
-    return faults
+    return errors
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from engine.data.clean.chinese import Chinese
 from engine.data.clean.ngrams import MinHash
 from engine.data.clean.width import Width
 from engine.data.read.options import ReadOptions
-from engine.errors import Fault
+from engine.errors import FieldError
 from engine.util.words import NO_WORDS, TEXT, Words
 
 PiiKind = Literal["api_key", "email", "iban", "cn_id", "bank_card", "national_id", "us_ssn", "ip", "phone"]
@@ -120,7 +120,7 @@ class CleanOptions(ReadOptions):
         slurm = {"partition": self.slurm_partition, "time": self.slurm_time} if self.executor == "slurm" else {}
         return {"workers": self.workers or every, **slurm}
 
-    def faults(self) -> Iterator[Fault]:
+    def errors(self) -> Iterator[FieldError]:
         """What is wrong with them, all of it at once, before any work is done."""
         counts = {
             "--tasks": (self.tasks, 1),
@@ -132,31 +132,35 @@ class CleanOptions(ReadOptions):
         }
         for option, (value, least) in counts.items():
             if value < least:
-                yield Fault("clean.number-too-small", option, value, f"is below {least}", f"Use {least} or more.")
+                yield FieldError("clean.number-too-small", option, value, f"is below {least}", f"Use {least} or more.")
         if not self.input:
             what = "names nothing to read"
-            yield Fault("clean.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
+            yield FieldError("clean.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
         if self.on_error not in ("stop", "skip"):
             what = "is neither stop nor skip"
-            yield Fault("clean.unknown-choice", "--on-error", self.on_error, what, "Leave it out to stop.")
+            yield FieldError("clean.unknown-choice", "--on-error", self.on_error, what, "Leave it out to stop.")
         for code in self.language:
             if not re.fullmatch("[a-z]{2,3}", code):  # any other would drop every document
-                yield Fault("clean.no-language-code", "--language", code, "is no ISO 639 code", "Use en, zh, ...")
+                yield FieldError("clean.no-language-code", "--language", code, "is no ISO 639 code", "Use en, zh, ...")
         if self.quality_language not in ("auto", *QUALITY_LANGUAGES):
             what = (
                 "has no rules: the filters count words, and need a segmenter, stop words and limits for each language"
             )
             known = ", ".join(QUALITY_LANGUAGES)
-            repair = f"Use auto, which keeps documents in other languages and counts them, or {known}."
-            yield Fault("clean.no-quality-rules", "--quality-language", self.quality_language, what, repair)
+            fix = f"Use auto, which keeps documents in other languages and counts them, or {known}."
+            yield FieldError("clean.no-quality-rules", "--quality-language", self.quality_language, what, fix)
         if not 0 <= self.language_threshold <= 1:
             what = "is no probability"
-            yield Fault("clean.no-probability", "--language-threshold", self.language_threshold, what, "Use 0 to 1.")
+            yield FieldError(
+                "clean.no-probability", "--language-threshold", self.language_threshold, what, "Use 0 to 1."
+            )
         if self.executor == "slurm" and not self.slurm_partition:
-            yield Fault("clean.no-slurm-partition", "--slurm-partition", "", "Slurm jobs need one", "Give its name.")
+            yield FieldError(
+                "clean.no-slurm-partition", "--slurm-partition", "", "Slurm jobs need one", "Give its name."
+            )
         yield from self._without_effect()
 
-    def _without_effect(self) -> Iterator[Fault]:
+    def _without_effect(self) -> Iterator[FieldError]:
         """Options of steps that are off."""
         steps = {
             "--language": (bool(self.language), ("language_threshold",)),
@@ -172,6 +176,6 @@ class CleanOptions(ReadOptions):
             for name in names:
                 if not on and (value := getattr(self, name)) != defaults[name]:
                     shown = f"--no-{name}" if value is False else f"--{name}"
-                    repair = f"Leave it out, or give {step} too."
+                    fix = f"Leave it out, or give {step} too."
                     what = f"has no meaning without {step}"
-                    yield Fault("clean.option-without-effect", shown.replace("_", "-"), value, what, repair)
+                    yield FieldError("clean.option-without-effect", shown.replace("_", "-"), value, what, fix)

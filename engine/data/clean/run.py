@@ -48,8 +48,8 @@ def clean(
     Raises ConfigError for options that make no sense, DataError for all that stands in the way.
     """
     began, stop, o = time.monotonic(), Interrupts(heard=False) if stop is None else stop, options
-    if faults := list(options.faults()):
-        raise ConfigError(faults)
+    if errors := list(options.errors()):
+        raise ConfigError(errors)
     job = CleanJob(options, DocumentSource(()))
     mine = Own(job.targets, None, job.work)
     job = dataclasses.replace(job, source=o.source(mine, keep_rest=o.keep_columns))

@@ -9,7 +9,7 @@ from typing import Literal, Optional
 
 from engine.data.read.document_source import MAX_DOCUMENT_BYTES
 from engine.data.read.options import ReadOptions
-from engine.errors import Fault
+from engine.errors import FieldError
 from engine.util.words import NO_WORDS, TEXT, Words
 
 
@@ -71,41 +71,41 @@ class PrepareOptions(ReadOptions):
     overwrite: bool = False
     """replace files that are there, and the unfinished work of another call"""
 
-    def faults(self) -> Iterator[Fault]:
+    def errors(self) -> Iterator[FieldError]:
         """What is wrong with them, all of it at once, before any work is done."""
         if not self.input:
             what = "names nothing to read"
-            yield Fault("prepare.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
+            yield FieldError("prepare.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
         if not self.output or self.output.endswith("/"):
-            repair = "Use corpus/web for corpus/web-train.bin ..."
-            yield Fault("prepare.output-no-prefix", "--output", self.output, "is no prefix of file names", repair)
+            fix = "Use corpus/web for corpus/web-train.bin ..."
+            yield FieldError("prepare.output-no-prefix", "--output", self.output, "is no prefix of file names", fix)
         if self.on_error not in ("stop", "skip"):
             what = "is neither stop nor skip"
-            yield Fault("prepare.unknown-choice", "--on-error", self.on_error, what, "Leave it out to stop.")
-        yield from self._fraction_faults()
-        for option, value, least, repair in (
+            yield FieldError("prepare.unknown-choice", "--on-error", self.on_error, what, "Leave it out to stop.")
+        yield from self._fraction_errors()
+        for option, value, least, fix in (
             ("--workers", self.workers, 0, "Use 0 for one a core."),
             ("--max-document-bytes", self.max_document_bytes, 1, "Leave it out for 64 MiB."),
             ("--train-vocab-size", self.train_vocab_size, 0, "Use 0 for the tokenizer that is there."),
             ("--train-bytes", self.train_bytes, 0, "Use 0 for all train documents."),
         ):
             if value < least:
-                yield Fault("prepare.number-too-small", option, value, f"is below {least}", repair)
+                yield FieldError("prepare.number-too-small", option, value, f"is below {least}", fix)
         size = self.train_vocab_size
         if size and (self.merges is not None or self.lower_case is not None):
-            what, repair = "makes one without --merges, --lower-case", "Leave them out, or --train-vocab-size."
-            yield Fault("prepare.merges-of-a-trained-tokenizer", "--train-vocab-size", size, what, repair)
+            what, fix = "makes one without --merges, --lower-case", "Leave them out, or --train-vocab-size."
+            yield FieldError("prepare.merges-of-a-trained-tokenizer", "--train-vocab-size", size, what, fix)
         if self.train_bytes and not size:
             what = "has no meaning without --train-vocab-size"
-            yield Fault("prepare.option-without-effect", "--train-bytes", self.train_bytes, what, "Leave it out.")
+            yield FieldError("prepare.option-without-effect", "--train-bytes", self.train_bytes, what, "Leave it out.")
 
-    def _fraction_faults(self) -> Iterator[Fault]:
+    def _fraction_errors(self) -> Iterator[FieldError]:
         shares = {"--valid-fraction": self.valid_fraction, "--test-fraction": self.test_fraction}
         wrong = {option: share for option, share in shares.items() if not 0 <= share < 1}
         for option, share in wrong.items():
-            repair = "Use 0.01 for a hundredth, 0 for none."
-            yield Fault("prepare.fraction-out-of-range", option, share, "is not in [0, 1)", repair)
+            fix = "Use 0.01 for a hundredth, 0 for none."
+            yield FieldError("prepare.fraction-out-of-range", option, share, "is not in [0, 1)", fix)
         if not wrong and sum(shares.values()) >= 1:
             what = f"and --valid-fraction {self.valid_fraction} leave nothing to train on"
-            repair = "Together they have to be below 1."
-            yield Fault("prepare.nothing-to-train-on", "--test-fraction", self.test_fraction, what, repair)
+            fix = "Together they have to be below 1."
+            yield FieldError("prepare.nothing-to-train-on", "--test-fraction", self.test_fraction, what, fix)

@@ -49,8 +49,8 @@ def prepare(
     counted and listed), for outputs that exist unless `overwrite`, and for a split without documents; Stopped when
     `stop` says so.
     """
-    if faults := list(options.faults()):
-        raise ConfigError(faults)
+    if errors := list(options.errors()):
+        raise ConfigError(errors)
     stop = Interrupts(heard=False) if stop is None else stop
     job = PrepareJob(options, DocumentSource(()), suffixes, progress, note, stop)
     source = options.source(job.own, max_document_bytes=options.max_document_bytes)

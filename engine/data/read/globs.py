@@ -13,11 +13,11 @@ Unread = tuple[str, str]  # a path, and why it was not looked into
 
 
 class Glob:
-    """Looks for a pattern; afterwards `linked` and `faults` have the folders that were not looked into, and why."""
+    """Looks for a pattern; afterwards `linked` and `errors` have the folders that were not looked into, and why."""
 
     def __init__(self) -> None:
         self.linked: list[Unread] = []
-        self.faults: list[Unread] = []
+        self.errors: list[Unread] = []
 
     def paths(self, pattern: str) -> list[str]:
         """The paths that match, sorted; folders too, but not where the pattern has all that is in them."""
@@ -82,7 +82,7 @@ class Glob:
 
     def _missed(self, folder: str, err: OSError) -> None:
         if err.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            self._note(self.faults, folder, f"cannot look into this folder: {err.strerror}. Fix its permissions.")
+            self._note(self.errors, folder, f"cannot look into this folder: {err.strerror}. Fix its permissions.")
 
     def _note(self, here: list[Unread], folder: str, why: str) -> None:
         if (folder, why) not in here:

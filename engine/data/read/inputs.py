@@ -121,7 +121,7 @@ class _Lister:
         """What a glob matches, and the folders that it could not look into."""
         looked = Glob()
         found = looked.paths(given)
-        if not found and not looked.faults:
+        if not found and not looked.errors:
             raise DataError("read.no-match", f"{given}: no file matches this glob. Check the path of this input.")
         for folder, paths in itertools.groupby(found, os.path.dirname):
             names = _names_in(folder or ".")
@@ -129,7 +129,7 @@ class _Lister:
                 yield from self._found(path, names, _look(path), explicit=True)
         for path, why in looked.linked:
             yield _left_out(path, "linked folder", why)
-        for path, why in looked.faults:
+        for path, why in looked.errors:
             yield _left_out(path, "cannot be read", why, stops=True)
 
     def _new(self, file: InputFile, identity: object) -> InputFile:

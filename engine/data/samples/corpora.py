@@ -21,7 +21,7 @@ from engine.data.samples.keyed import derive_key
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
 from engine.data.samples.special import fill_in_the_middle, masked_labels
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.errors import ConfigError, DataError, Fault
+from engine.errors import ConfigError, DataError, FieldError
 
 DECLARED_FROM = "mixture from step "  # what data.train says from that step on
 MIXED_FROM = "mixture from sample "  # what is drawn from that sample on: before the samples consumed, a fact for good
@@ -54,10 +54,10 @@ def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedD
     dataset = IndexedDataset(prefix, vocab_size=cfg.model.vocab_size)
     made_with = dataset.meta.get("tokenizer_digest")
     if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
-        relation = f"is less than the {tokenizer.vocab_size} tokens of {cfg.data.tokenizer}"
-        repair = f"Use {tokenizer.vocab_size} or more."
+        problem = f"is less than the {tokenizer.vocab_size} tokens of {cfg.data.tokenizer}"
+        fix = f"Use {tokenizer.vocab_size} or more."
         raise ConfigError(
-            [Fault("samples.vocabulary-too-small", "model.vocab_size", cfg.model.vocab_size, relation, repair)]
+            [FieldError("samples.vocabulary-too-small", "model.vocab_size", cfg.model.vocab_size, problem, fix)]
         )
     if tokenizer is not None and made_with and tokenizer.digest != made_with:
         raise DataError(
@@ -203,13 +203,13 @@ def end_of_document(datasets: Sequence[IndexedDataset], option: str, value: obje
     found = {dataset.prefix: dataset.meta.get("eod") for dataset in datasets}
     for prefix, eod in found.items():
         if not isinstance(eod, int):
-            relation = f"needs the end-of-document token, and {prefix}.json names none"
-            repair = "Leave it out, or prepare the data with --append-eod."
-            raise ConfigError([Fault("samples.end-token-unknown", f"data.{option}", value, relation, repair)])
+            problem = f"needs the end-of-document token, and {prefix}.json names none"
+            fix = "Leave it out, or prepare the data with --append-eod."
+            raise ConfigError([FieldError("samples.end-token-unknown", f"data.{option}", value, problem, fix)])
     if len(set(found.values())) > 1:
         raise ConfigError(
             [
-                Fault(
+                FieldError(
                     "samples.end-token-ambiguous",
                     f"data.{option}",
                     value,
@@ -248,8 +248,8 @@ def _planned(mixture: Mixture, orders: list[SampleOrder]) -> tuple[tuple[int, tu
             shares = {k: amount * orders[k].samples_per_epoch for k, amount in shares.items()}
         shares = {k: share for k, share in shares.items() if share}
         least = smallest_share(list(shares.values()))
-        faults = [
-            Fault(
+        errors = [
+            FieldError(
                 "samples.blend-weights",
                 PATH,
                 mixture.names[k],
@@ -259,8 +259,8 @@ def _planned(mixture: Mixture, orders: list[SampleOrder]) -> tuple[tuple[int, tu
             for k, share in shares.items()
             if share < least
         ]
-        if faults:
-            raise ConfigError(faults)
+        if errors:
+            raise ConfigError(errors)
         weights = dict(zip(shares, integer_weights(list(shares.values()))))
         planned.append((change.step, tuple(weights.get(k, 0) for k in range(len(orders)))))
     return tuple(planned)

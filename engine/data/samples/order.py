@@ -71,11 +71,11 @@ class SampleOrder:
         self.samples_per_epoch, self.tail = divmod(dataset.num_tokens - 1, seq_len)
         if dataset.num_tokens < (2 if short else seq_len + 1):
             needs = "a label needs a token before it" if short else f"one needs seq_len + 1 = {seq_len + 1}"
-            repair = "Use a larger corpus" + ("." if short else " or a smaller seq_len.")
+            fix = "Use a larger corpus" + ("." if short else " or a smaller seq_len.")
             made = "label" if short else "sample"
             raise DataError(
                 "samples.corpus-too-small",
-                f"{dataset.prefix}: {dataset.num_tokens} tokens make no {made}: {needs}. {repair}",
+                f"{dataset.prefix}: {dataset.num_tokens} tokens make no {made}: {needs}. {fix}",
             )
         self._permute = module.permute if module else permute
         self._make: type[Stream] = module.Stream if module else Stream

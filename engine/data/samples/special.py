@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.config.schema import Config, DataConfig
 from engine.data.samples.fim import FillInTheMiddle, Pieces, Sentinels
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.errors import ConfigError, DataError, Fault
+from engine.errors import ConfigError, DataError, FieldError
 
 # prefix, suffix, middle
 FAMILIES = (
@@ -29,19 +29,19 @@ def check(cfg: Config) -> None:
         try:
             tokenizer = Tokenizer.load(Path(cfg.data.tokenizer))
         except DataError as error:
-            relation = f"cannot be used ({error})"
-            repair = "It is needed for data.fim_rate and data.mask_tokens."
+            problem = f"cannot be used ({error})"
+            fix = "It is needed for data.fim_rate and data.mask_tokens."
             raise ConfigError(
-                [Fault("samples.tokenizer-unusable", "data.tokenizer", cfg.data.tokenizer, relation, repair)]
+                [FieldError("samples.tokenizer-unusable", "data.tokenizer", cfg.data.tokenizer, problem, fix)]
             ) from None
-        if faults := [*_mask_faults(cfg.data, tokenizer), *_fim_faults(cfg.data, tokenizer)]:
-            raise ConfigError(faults)
+        if errors := [*_mask_errors(cfg.data, tokenizer), *_fim_errors(cfg.data, tokenizer)]:
+            raise ConfigError(errors)
 
 
 def masked_labels(data: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids of data.mask_tokens, rising. Raises ConfigError for one that is not there."""
-    if faults := list(_mask_faults(data, tokenizer)):
-        raise ConfigError(faults)
+    if errors := list(_mask_errors(data, tokenizer)):
+        raise ConfigError(errors)
     found = {tokenizer.token_id(token) for token in data.mask_tokens.split()}
     return tuple(sorted(number for number in found if number is not None))
 
@@ -60,9 +60,9 @@ def fill_in_the_middle(
     """
     found = sentinels(data, tokenizer)
     if eod in (found.prefix, found.suffix, found.middle):
-        relation, repair = "has the token that ends documents in it", "Name three tokens that are nothing else."
+        problem, fix = "has the token that ends documents in it", "Name three tokens that are nothing else."
         raise ConfigError(
-            [Fault("samples.fim-token-ends-documents", "data.fim_tokens", data.fim_tokens, relation, repair)]
+            [FieldError("samples.fim-token-ends-documents", "data.fim_tokens", data.fim_tokens, problem, fix)]
         )
     return FillInTheMiddle(
         tokenizer,
@@ -78,8 +78,8 @@ def fill_in_the_middle(
 
 def sentinels(data: DataConfig, tokenizer: Tokenizer) -> Sentinels:
     """The three tokens of data.fim_tokens, or of the first family that the tokenizer has. Raises ConfigError."""
-    if faults := list(_fim_faults(data, tokenizer)):
-        raise ConfigError(faults)
+    if errors := list(_fim_errors(data, tokenizer)):
+        raise ConfigError(errors)
     prefix, suffix, middle = map(tokenizer.token_id, _spellings(data, tokenizer))
     assert prefix is not None and suffix is not None and middle is not None  # _fim_faults has looked
     return Sentinels(prefix, suffix, middle)
@@ -93,37 +93,37 @@ def _spellings(data: DataConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
     return next(there, ())
 
 
-def _mask_faults(data: DataConfig, tokenizer: Tokenizer) -> Iterator[Fault]:
+def _mask_errors(data: DataConfig, tokenizer: Tokenizer) -> Iterator[FieldError]:
     yield from _unknown("data.mask_tokens", data.mask_tokens, data, tokenizer)
 
 
-def _fim_faults(data: DataConfig, tokenizer: Tokenizer) -> Iterator[Fault]:
+def _fim_errors(data: DataConfig, tokenizer: Tokenizer) -> Iterator[FieldError]:
     yield from _unknown("data.fim_tokens", data.fim_tokens, data, tokenizer)
     if not data.fim_rate:
         return
     if not _spellings(data, tokenizer):
         looked = "; ".join(" ".join(family) for family in FAMILIES)
-        relation = f"needs three tokens that {data.tokenizer} does not have (looked for {looked})"
-        repair = f"Name others by data.fim_tokens, or make a tokenizer that has them: {_MAKE}."
-        yield Fault("samples.fim-tokens-missing", "data.fim_rate", data.fim_rate, relation, repair)
+        problem = f"needs three tokens that {data.tokenizer} does not have (looked for {looked})"
+        fix = f"Name others by data.fim_tokens, or make a tokenizer that has them: {_MAKE}."
+        yield FieldError("samples.fim-tokens-missing", "data.fim_rate", data.fim_rate, problem, fix)
     if not Pieces(tokenizer).faithful:
-        relation = (
+        problem = (
             f"cuts texts, and {data.tokenizer} does not give texts back as they were (case or white space is lost)"
         )
-        yield Fault(
+        yield FieldError(
             "samples.fim-tokenizer-loses-text",
             "data.fim_rate",
             data.fim_rate,
-            relation,
+            problem,
             "Use a tokenizer of kind bpe or unigram, or leave it out.",
         )
 
 
-def _unknown(path: str, text: str, data: DataConfig, tokenizer: Tokenizer) -> Iterator[Fault]:
+def _unknown(path: str, text: str, data: DataConfig, tokenizer: Tokenizer) -> Iterator[FieldError]:
     known = list(tokenizer.added_tokens)
     for token in text.split():
         if token not in known and (path == "data.fim_tokens" or tokenizer.token_id(token) is None):
             what = "no token" if tokenizer.token_id(token) is None else "an ordinary token, which texts have"
             near = difflib.get_close_matches(token, known, n=3, cutoff=0.0)
-            repair = f"Nearest special tokens: {', '.join(near)}." if near else "It has no special tokens at all."
-            yield Fault("samples.special-token-unknown", path, token, f"is {what}, in {data.tokenizer}", repair)
+            fix = f"Nearest special tokens: {', '.join(near)}." if near else "It has no special tokens at all."
+            yield FieldError("samples.special-token-unknown", path, token, f"is {what}, in {data.tokenizer}", fix)

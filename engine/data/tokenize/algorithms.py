@@ -39,8 +39,8 @@ def train(texts: Iterable[str], recipe: Recipe, *, tell: bool = False) -> Made:
     `tell`: the libraries write how far they are on the standard error (engine.data.tokenize.train reads it). Raises
     DataError if the recipe is wrong or the texts do not do.
     """
-    if faults := list(recipe.faults()):
-        raise DataError("tokenize.recipe-faults", "\n".join(map(str, faults)))
+    if errors := list(recipe.errors()):
+        raise DataError("tokenize.recipe-faults", "\n".join(map(str, errors)))
     tokenizer = _TRAINERS[recipe.kind](_between(texts, recipe.user_tokens), recipe, tell)
     if recipe.user_tokens:
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in recipe.user_tokens])

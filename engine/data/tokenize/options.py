@@ -10,7 +10,7 @@ from typing import Literal, Optional
 
 from engine.data.read.options import ReadOptions
 from engine.data.tokenize.recipe import Recipe
-from engine.errors import Fault
+from engine.errors import FieldError
 from engine.util.words import NO_WORDS, TEXT, Words
 
 END = Words(("<|endoftext|>",))
@@ -70,11 +70,13 @@ class TokenizerOptions(ReadOptions):
         """What tokenizer to train, whatever the texts."""
         return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
 
-    def faults(self) -> Iterator[Fault]:
+    def errors(self) -> Iterator[FieldError]:
         """What is wrong with them, all of it at once, before any work is done."""
         if not self.input:
             what = "names nothing to read"
-            yield Fault("tokenize.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
+            yield FieldError("tokenize.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
         if self.max_bytes < 0:
-            yield Fault("tokenize.out-of-range", "--max-bytes", self.max_bytes, "is below 0", "Use 0 for everything.")
-        yield from self.recipe.faults()
+            yield FieldError(
+                "tokenize.out-of-range", "--max-bytes", self.max_bytes, "is below 0", "Use 0 for everything."
+            )
+        yield from self.recipe.errors()

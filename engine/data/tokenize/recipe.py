@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Regex
 
 from engine.data.tokenize.patterns import DIGITS, PATTERNS
-from engine.errors import Fault, cut
+from engine.errors import FieldError, cut
 
 KINDS = ("bpe", "unigram", "wordpiece")
 NORMALIZERS = ("none", "nfc", "nfkc")
@@ -83,26 +83,28 @@ class Recipe:
         unknown, texts_bytes = self.kind in UNKNOWN, 256 * (self.kind != "wordpiece")
         return len(self.special_tokens) + len(self.user_tokens) + unknown + texts_bytes
 
-    def faults(self) -> Iterator[Fault]:
+    def errors(self) -> Iterator[FieldError]:
         """What is wrong with it."""
         if self.kind not in KINDS:
-            yield Fault("tokenize.unknown-choice", "--kind", self.kind, f"is none of {', '.join(KINDS)}", "Choose one.")
+            yield FieldError(
+                "tokenize.unknown-choice", "--kind", self.kind, f"is none of {', '.join(KINDS)}", "Choose one."
+            )
             return
-        yield from self._token_faults()
+        yield from self._token_errors()
         for option, kinds in _MEANT_FOR.items():
             if getattr(self, option) not in ("", None) and self.kind not in kinds:
                 name = "--" + option.replace("_", "-")
                 why = _WHY_NOT[option, self.kind]
-                yield Fault(
+                yield FieldError(
                     "tokenize.option-has-no-effect",
                     name,
                     getattr(self, option),
                     f"does nothing for {self.kind}: {why}",
                     "Leave it out.",
                 )
-        yield from self._pattern_faults()
+        yield from self._pattern_errors()
         if self.normalizer not in NORMALIZERS:
-            yield Fault(
+            yield FieldError(
                 "tokenize.unknown-choice",
                 "--normalizer",
                 self.normalizer,
@@ -110,7 +112,7 @@ class Recipe:
                 "Choose one.",
             )
         if self.character_coverage is not None and not 0 < self.character_coverage <= 1:
-            yield Fault(
+            yield FieldError(
                 "tokenize.out-of-range",
                 "--character-coverage",
                 self.character_coverage,
@@ -119,7 +121,7 @@ class Recipe:
             )
         for option in ("min_frequency", "limit_alphabet", "max_token_length"):
             if getattr(self, option) is not None and getattr(self, option) < 1:
-                yield Fault(
+                yield FieldError(
                     "tokenize.out-of-range",
                     "--" + option.replace("_", "-"),
                     getattr(self, option),
@@ -127,7 +129,7 @@ class Recipe:
                     "Use 1 or more.",
                 )
         if self.kind == "bpe" and self.max_token_length == 1:
-            yield Fault(
+            yield FieldError(
                 "tokenize.out-of-range",
                 "--max-token-length",
                 1,
@@ -135,7 +137,7 @@ class Recipe:
                 "Use 2 or more.",
             )
         if self.kind == "unigram" and (self.max_token_length or 1) > 512:
-            yield Fault(
+            yield FieldError(
                 "tokenize.out-of-range",
                 "--max-token-length",
                 self.max_token_length,
@@ -143,10 +145,10 @@ class Recipe:
                 "sentencepiece takes 512.",
             )
 
-    def _token_faults(self) -> Iterator[Fault]:
+    def _token_errors(self) -> Iterator[FieldError]:
         special, own = list(self.special_tokens), list(self.user_tokens)
         if not special or len(set(special)) < len(special) or "" in special:
-            yield Fault(
+            yield FieldError(
                 "tokenize.special-tokens",
                 "--special-tokens",
                 special,
@@ -154,7 +156,7 @@ class Recipe:
                 "Name them.",
             )
         if len({*special, *own}) < len(set(special)) + len(own) or "" in own:
-            yield Fault(
+            yield FieldError(
                 "tokenize.user-tokens",
                 "--user-tokens",
                 own,
@@ -166,7 +168,7 @@ class Recipe:
             parts = ["256 bytes"] * (self.kind != "wordpiece") + [UNKNOWN.get(self.kind, "")] * (self.kind in UNKNOWN)
             parts += ["the characters that these are spelled with"] * (self.kind == "unigram")
             parts += [f"{len(special)} special"] + [f"{len(own)} of your own"] * bool(own)
-            yield Fault(
+            yield FieldError(
                 "tokenize.vocabulary-too-small",
                 "--vocab-size",
                 self.vocab_size,
@@ -174,16 +176,16 @@ class Recipe:
                 "Make it larger.",
             )
 
-    def _pattern_faults(self) -> Iterator[Fault]:
+    def _pattern_errors(self) -> Iterator[FieldError]:
         if self.digits and self.digits not in DIGITS:
-            yield Fault(
+            yield FieldError(
                 "tokenize.unknown-choice", "--digits", self.digits, f"is none of {', '.join(DIGITS)}", "Choose one."
             )
         if not self.split_pattern or self.split_pattern in PATTERNS:
             return
         if self.digits:
             what = "has no meaning beside a pattern of your own"
-            yield Fault(
+            yield FieldError(
                 "tokenize.digits-beside-pattern",
                 "--digits",
                 self.digits,
@@ -194,7 +196,7 @@ class Recipe:
             Regex(self.split_pattern)
         except Exception as err:  # the library raises bare Exception
             names = f"Give one of {', '.join(PATTERNS)}, or an expression in Oniguruma's syntax."
-            yield Fault(
+            yield FieldError(
                 "tokenize.pattern-invalid",
                 "--split-pattern",
                 self.split_pattern,

@@ -82,8 +82,8 @@ def train_tokenizer(
     `overwrite`, and inputs without text; Stopped when `stop` says so.
     """
     o, stop = options, stop or Interrupts(heard=False)
-    if faults := list(o.faults()):
-        raise ConfigError(faults)
+    if errors := list(o.errors()):
+        raise ConfigError(errors)
     _refuse(o)
     source = o.source(Own([o.output / name for name in FILES]))
     account = Account()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.derived import head_shape
-from engine.errors import CheckpointError, ConfigError, Fault, cut, shown
+from engine.errors import CheckpointError, ConfigError, FieldError, cut, shown
 from engine.interop.huggingface.families import (
     FAMILIES,
     FIXED,
@@ -33,7 +33,7 @@ _MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # no model comes near; more would be wo
 
 
 @dataclass(frozen=True)
-class Described:
+class ParsedConfig:
     """What a config.json says. facts: model.* values. notes: what was left out that changes no output, in words.
 
     extras: keys of no consequence for the model, which an export gives back.
@@ -60,7 +60,7 @@ def json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str] = ()) -> Described:
+def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str] = ()) -> ParsedConfig:
     """What a config.json says of a model. Raises ConfigError with everything in it that the engine does not have.
 
     max_seq_len: of the model that is made from it, where that is shorter: a sliding window may then be of no effect.
@@ -74,7 +74,7 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
         try:
             facts |= _read_field(raw, key, entry, facts)
         except ConfigError as error:
-            wrong += error.faults
+            wrong += error.errors
     if not wrong:
         facts |= head_shape(facts)
     rope_facts, rope_wrong, notes = _read_rope(raw, family)
@@ -83,19 +83,19 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
         facts.setdefault("rope_original_seq_len", facts.get("max_seq_len", 0))
     facts["max_seq_len"] = max_seq_len or facts.get("max_seq_len", 0)
     wrong += rope_wrong + list(_wrong_keys(raw, family, facts["max_seq_len"]))
-    faults = [
-        replace(fault, path=f"{path}: {fault.path}", value=raw.get(fault.path), repair=_repair(fault.path, family))
+    errors = [
+        replace(fault, path=f"{path}: {fault.path}", value=raw.get(fault.path), fix=_repair(fault.path, family))
         for fault in wrong
     ]
-    if faults := faults + _window_faults(raw, family, facts, path):
-        raise ConfigError(faults)
+    if errors := errors + _window_errors(raw, family, facts, path):
+        raise ConfigError(errors)
     notes += [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
     if "auto_map" in raw:
         notes.append("auto_map: left out, no code of the folder is run")
     if unread := [cut(key, 60) for key in raw if key not in known_keys(family) and not _is_lacking(raw, key)]:
         more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
         notes.append(f"{family.architecture} does not read {', '.join(unread[:5])}{more}: kept for exports")
-    return Described(family, facts, tuple(notes), extras(raw, family))
+    return ParsedConfig(family, facts, tuple(notes), extras(raw, family))
 
 
 def _family(raw: dict[str, Any], path: Path) -> Family:
@@ -103,29 +103,29 @@ def _family(raw: dict[str, Any], path: Path) -> Family:
     known = f"The engine knows {', '.join(f.architecture for f in FAMILIES.values())}."
     if family is None:
         what, kind = f"{path}: model_type", raw.get("model_type")
-        raise ConfigError([Fault("interop.model-type-unknown", what, kind, "is no family of the engine", known)])
+        raise ConfigError([FieldError("interop.model-type-unknown", what, kind, "is no family of the engine", known)])
     named = raw.get("architectures")
     if named is not None and named != [family.architecture]:
-        what, relation = f"{path}: architectures", f"is not {family.architecture}"
-        raise ConfigError([Fault("interop.architecture-unknown", what, named, relation, known)])
+        what, problem = f"{path}: architectures", f"is not {family.architecture}"
+        raise ConfigError([FieldError("interop.architecture-unknown", what, named, problem, known)])
     return family
 
 
 def _without(raw: dict[str, Any], ignore: Sequence[str], path: Path) -> dict[str, Any]:
-    relation, repair = f"is no key of {path}", "It ignores keys of config.json."
+    problem, fix = f"is no key of {path}", "It ignores keys of config.json."
     if odd := [key for key in ignore if key not in raw]:
-        raise ConfigError([Fault("interop.ignore-key-unknown", "--ignore-key", key, relation, repair) for key in odd])
+        raise ConfigError([FieldError("interop.ignore-key-unknown", "--ignore-key", key, problem, fix) for key in odd])
     return {key: value for key, value in raw.items() if key not in ignore} | (
         {"sliding_window": None} if "sliding_window" in ignore else {}
     )
 
 
-def _resolve_aliases(raw: dict[str, Any], family: Family) -> Iterator[Fault]:
+def _resolve_aliases(raw: dict[str, Any], family: Family) -> Iterator[FieldError]:
     """Give fields the values that stand under another name; a fault where two names differ."""
     for alias, key in family.aliases.items():
         if alias in raw and raw.setdefault(key, raw[alias]) != raw[alias]:
-            relation = f"is another name of {key}, which is {shown(raw[key])} here"
-            yield Fault("interop.key-names-differ", alias, raw[alias], relation, "")
+            problem = f"is another name of {key}, which is {shown(raw[key])} here"
+            yield FieldError("interop.key-names-differ", alias, raw[alias], problem, "")
 
 
 def fixed_keys(family: Family) -> dict[str, tuple[Any, ...]]:
@@ -157,20 +157,22 @@ def _repair(key: str, family: Family) -> str:
     return _CANNOT if key in needed else f"{_CANNOT} Should it change nothing here: engine import --ignore-key {key}"
 
 
-def _wrong_keys(raw: Mapping[str, Any], family: Family, longest: int) -> Iterator[Fault]:
+def _wrong_keys(raw: Mapping[str, Any], family: Family, longest: int) -> Iterator[FieldError]:
     """What is there beside the family's fields and changes the model."""
     fixed, known = fixed_keys(family), known_keys(family)
     for key, value in raw.items():
         if key == "layer_types" and isinstance(value, list):
             if odd := _odd_layers(raw, family, longest):
-                relation = f"the engine has full attention only, no {cut(', '.join(odd))}"
-                yield Fault("interop.attention-not-supported", key, value, relation, "")
+                problem = f"the engine has full attention only, no {cut(', '.join(odd))}"
+                yield FieldError("interop.attention-not-supported", key, value, problem, "")
         elif key in fixed:
             if value not in fixed[key]:
-                yield Fault("interop.key-value-fixed", key, value, f"the engine computes with {fixed[key][0]!r}", "")
+                yield FieldError(
+                    "interop.key-value-fixed", key, value, f"the engine computes with {fixed[key][0]!r}", ""
+                )
         elif key not in known and _is_lacking(raw, key):
-            relation = f"asks for {LACKING[key]}, which the engine does not have"
-            yield Fault("interop.key-not-supported", key, value, relation, "")
+            problem = f"asks for {LACKING[key]}, which the engine does not have"
+            yield FieldError("interop.key-not-supported", key, value, problem, "")
 
 
 def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) -> Facts:
@@ -180,26 +182,26 @@ def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) ->
         if key in raw and entry.null is not None:
             value = entry.null
         if value is REFUSED:
-            raise ConfigError([Fault("interop.key-null", key, value, "is null, which is no value here", "")])
+            raise ConfigError([FieldError("interop.key-null", key, value, "is null, which is no value here", "")])
         if value is None:
-            raise ConfigError([Fault("interop.key-missing", key, value, "is missing", "")])
+            raise ConfigError([FieldError("interop.key-missing", key, value, "is missing", "")])
     elif entry.values:
         if not isinstance(value, str) or value not in entry.values:
-            relation = f"is none of {', '.join(entry.values)}"
-            raise ConfigError([Fault("interop.key-value-unknown", key, value, relation, "")])
+            problem = f"is none of {', '.join(entry.values)}"
+            raise ConfigError([FieldError("interop.key-value-unknown", key, value, problem, "")])
         value = entry.values[value]
     elif isinstance(value, bool) or isinstance(entry.default, bool):
         if not (isinstance(value, bool) and isinstance(entry.default, bool)):
-            raise ConfigError([Fault("interop.key-type", key, value, "is of the wrong type", "")])
+            raise ConfigError([FieldError("interop.key-type", key, value, "is of the wrong type", "")])
     elif isinstance(entry.default, float):
         if not is_number(value) or value < 0:
-            raise ConfigError([Fault("interop.key-range", key, value, "is no finite number of at least 0", "")])
+            raise ConfigError([FieldError("interop.key-range", key, value, "is no finite number of at least 0", "")])
     elif not isinstance(value, int):
-        raise ConfigError([Fault("interop.key-type", key, value, "is of the wrong type", "")])
+        raise ConfigError([FieldError("interop.key-type", key, value, "is of the wrong type", "")])
     else:
         most = _MOST_LAYERS if "num_layers" in entry.facts else _MOST
         if not 1 <= value <= most:
-            raise ConfigError([Fault("interop.key-range", key, value, f"is not from 1 to {most:,}", "")])
+            raise ConfigError([FieldError("interop.key-range", key, value, f"is not from 1 to {most:,}", "")])
     return dict.fromkeys(entry.facts, value)
 
 
@@ -217,7 +219,7 @@ def _is_idle(name: str, value: Any, kind: str) -> bool:
     return value is None or (not isinstance(value, dict) and value in fixed.get(name, (value,)))
 
 
-def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[Fault], list[str]]:
+def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[FieldError], list[str]]:
     """(facts, faults, notes) of rotary positions, in transformers' forms before and since version 5.
 
     As transformers 5 has it: where both forms are there, rope_scaling counts and nothing of rope_parameters; what is
@@ -227,11 +229,11 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[Faul
         return {}, [], []
     facts: Facts = {"rope_theta": 10000.0, **family.rope_defaults}
     facts |= {fact: raw[key] for key, fact in family.rope_keys.items() if raw.get(key) is not None}
-    outside, notes, wrong = dict(facts), list[str](), list[Fault]()
+    outside, notes, wrong = dict(facts), list[str](), list[FieldError]()
     given = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
     odd = [key for key in given if not isinstance(raw[key], dict)]
     if odd or not given:
-        wrong = [Fault("interop.rope-not-an-object", key, raw[key], "is no JSON object", "") for key in odd]
+        wrong = [FieldError("interop.rope-not-an-object", key, raw[key], "is no JSON object", "") for key in odd]
         return facts, wrong + _odd_numbers(facts), []
     key, inner = given[0], raw[given[0]]
     if len(given) > 1 and any(inner.get(name) != value for name, value in raw["rope_parameters"].items()):
@@ -241,8 +243,8 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[Faul
     kind = "none" if kind == "default" else kind
     if kind not in family.rope_types:
         known = ", ".join(family.rope_types).replace("none", "default")
-        relation = f"rope_type {kind} is none that the engine has for {family.model_type}: {known}"
-        return facts, [Fault("interop.rope-type-unknown", key, inner, relation, "")], notes
+        problem = f"rope_type {kind} is none that the engine has for {family.model_type}: {known}"
+        return facts, [FieldError("interop.rope-type-unknown", key, inner, problem, "")], notes
     facts["rope_scaling"] = kind
     table = SCALING[kind] | {"rope_theta": "rope_theta"}
     if "rotary_fraction" in family.rope_keys.values():
@@ -251,10 +253,10 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[Faul
         if name in table and value is not None:
             facts[table[name]] = value
         elif not _is_idle(name, value, kind):
-            relation = f"{cut(name)} {shown(value)} is not known for rope_type {kind}"
-            wrong.append(Fault("interop.rope-entry-unknown", key, inner, relation, ""))
+            problem = f"{cut(name)} {shown(value)} is not known for rope_type {kind}"
+            wrong.append(FieldError("interop.rope-entry-unknown", key, inner, problem, ""))
     if "factor" in table and inner.get("factor") is None:
-        wrong.append(Fault("interop.rope-factor-missing", key, inner, "factor is missing", ""))
+        wrong.append(FieldError("interop.rope-factor-missing", key, inner, "factor is missing", ""))
     if "original_max_position_embeddings" in table and raw.get("original_max_position_embeddings") is not None:
         facts["rope_original_seq_len"] = raw["original_max_position_embeddings"]  # comes first in transformers
     for name, fact in family.rope_keys.items():
@@ -263,15 +265,15 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[Faul
     return facts, wrong + _odd_numbers(facts), notes
 
 
-def _odd_numbers(facts: Facts) -> list[Fault]:
+def _odd_numbers(facts: Facts) -> list[FieldError]:
     odd = {fact: value for fact, value in facts.items() if fact != "rope_scaling" and not is_number(value)}
     return [
-        Fault("interop.rope-number-malformed", "rope_parameters", value, f"{fact} {shown(value)} is no number", "")
+        FieldError("interop.rope-number-malformed", "rope_parameters", value, f"{fact} {shown(value)} is no number", "")
         for fact, value in odd.items()
     ]
 
 
-def _window_faults(raw: Mapping[str, Any], family: Family, facts: Facts, path: Path) -> list[Fault]:
+def _window_errors(raw: Mapping[str, Any], family: Family, facts: Facts, path: Path) -> list[FieldError]:
     """A sliding window that would be felt: what transformers reads of it, shorter than the context."""
     window, longest = raw.get("sliding_window", family.window), facts["max_seq_len"]
     if not family.windowed or window is None:
@@ -286,10 +288,10 @@ def _window_faults(raw: Mapping[str, Any], family: Family, facts: Facts, path: P
             return []
     if _whole(window) and window >= longest:
         return []  # nothing is ever out of the window
-    relation = f"is below the context of {longest}, and the engine attends to all of it"
-    repair = f"For sequences of at most {window} tokens the model is the same: take it with max_seq_len {window}."
-    repair += " Should it change nothing here: engine import --ignore-key sliding_window"
-    return [Fault("interop.window-not-supported", f"{path}: sliding_window", window, relation, repair)]
+    problem = f"is below the context of {longest}, and the engine attends to all of it"
+    fix = f"For sequences of at most {window} tokens the model is the same: take it with max_seq_len {window}."
+    fix += " Should it change nothing here: engine import --ignore-key sliding_window"
+    return [FieldError("interop.window-not-supported", f"{path}: sliding_window", window, problem, fix)]
 
 
 def _whole(value: Any) -> bool:

@@ -27,7 +27,7 @@ from engine.checkpoint.tensorfile import DTYPES
 from engine.config.load import model_config
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, cut
-from engine.interop.huggingface.config_json import Described, json_object, read_config
+from engine.interop.huggingface.config_json import ParsedConfig, json_object, read_config
 from engine.interop.huggingface.families import Family
 from engine.model.transformer import tensor_shapes
 
@@ -121,7 +121,7 @@ class HfReader(TensorSource[HfTensor]):
         super().__init__(folder, {})
         self._open: tuple[str, Any] = ("", None)
         self._lock = threading.Lock()
-        self.described: Described = read_config(folder / CONFIG, max_seq_len, ignore_keys)
+        self.described: ParsedConfig = read_config(folder / CONFIG, max_seq_len, ignore_keys)
         self.cfg: ModelConfig = model_config(folder, self.described.facts)
         self.notes: list[str] = list(self.described.notes)
         self.spare_head = f"{self.described.family.names['head']}.weight"  # some folders of tied models hold it too

@@ -73,13 +73,13 @@ class _Args:
     """Typed look-ups in args that collect faults instead of stopping at the first."""
 
     def __init__(self, values: Values):
-        self.values, self.faults = values, list[str]()
+        self.values, self.errors = values, list[str]()
 
     def count(self, name: str, most: int = MAX_COUNT) -> int:
         value = self.values.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
             return value
-        self.faults.append(f"{name} = {shown(value)} is no number from 1 to {most}")
+        self.errors.append(f"{name} = {shown(value)} is no number from 1 to {most}")
         return 1
 
     def number(self, name: str, default: float) -> float:
@@ -88,21 +88,21 @@ class _Args:
             return default
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
             return float(value)
-        self.faults.append(f"{name} = {shown(value)} is no number")
+        self.errors.append(f"{name} = {shown(value)} is no number")
         return default
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.values.get(name, default)
         if value is None or isinstance(value, bool):
             return bool(value)
-        self.faults.append(f"{name} = {shown(value)} is neither true nor false")
+        self.errors.append(f"{name} = {shown(value)} is neither true nor false")
         return default
 
     def choice(self, name: str, default: str, known: dict[str, str]) -> str:
         value = self.values.get(name, default)
         if isinstance(value, str) and value in known:
             return known[value]
-        self.faults.append(f"{name} = {shown(value)} is not read, only {', '.join(known)}")
+        self.errors.append(f"{name} = {shown(value)} is not read, only {', '.join(known)}")
         return known[default]
 
 
@@ -112,11 +112,11 @@ def model_facts(values: Values, where: str) -> Values:
     for name, neutral in _NEUTRAL.items():
         value = values.get(name)
         if not any(value is x or (type(value) is type(x) and value == x) for x in neutral):
-            a.faults.append(f"{name} = {shown(value)}: this engine's model has no such thing")
+            a.errors.append(f"{name} = {shown(value)}: this engine's model has no such thing")
     heads, hidden = a.count("num_attention_heads", MAX_HEADS), a.count("hidden_size")
     kv_heads = a.count("num_query_groups", MAX_HEADS) if a.flag("group_query_attention") else heads
     if heads % kv_heads:
-        a.faults.append(f"num_attention_heads = {heads} is no multiple of num_query_groups = {kv_heads}")
+        a.errors.append(f"num_attention_heads = {heads} is no multiple of num_query_groups = {kv_heads}")
     facts: Values = {
         "vocab_size": a.count("vocab_size") if values.get("vocab_size") is not None else 0,
         "hidden_size": hidden,
@@ -136,11 +136,11 @@ def model_facts(values: Values, where: str) -> Values:
         **_positions(a),
     }
     if facts["norm_offset"] and facts["norm"] == "layernorm":
-        a.faults.append("apply_layernorm_1p = True with LayerNorm: this engine's model has no such thing")
-    if a.faults:
+        a.errors.append("apply_layernorm_1p = True with LayerNorm: this engine's model has no such thing")
+    if a.errors:
         raise CheckpointError(
             "interop.megatron-args-not-supported",
-            f"{where}: cannot be imported; in its args\n" + "\n".join(f"  - {x}" for x in a.faults),
+            f"{where}: cannot be imported; in its args\n" + "\n".join(f"  - {x}" for x in a.errors),
         )
     return facts
 
@@ -171,7 +171,7 @@ def _positions(a: _Args) -> Values:
     stretch = a.values.get("rotary_seq_len_interpolation_factor") is not None
     if a.flag("use_rope_scaling"):
         if stretch:
-            a.faults.append("use_rope_scaling and rotary_seq_len_interpolation_factor together")
+            a.errors.append("use_rope_scaling and rotary_seq_len_interpolation_factor together")
         factor = a.number("rope_scaling_factor", 8.0)
         facts |= {"rope_scaling": "llama3", "rope_factor": factor, "rope_original_seq_len": 8192}
     elif stretch:

@@ -344,7 +344,7 @@ def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
 def test_faults_of_the_config_are_told_before_anything_starts(corpora: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load([], {"data.fim_rate": "0.5", "data.mask_tokens": "<pad>", "data.fim_tokens": "a b"})
-    assert [(f.path, f.relation) for f in caught.value.faults] == [
+    assert [(f.path, f.problem) for f in caught.value.errors] == [
         ("data.fim_rate", "needs data.tokenizer"),
         ("data.mask_tokens", "needs data.tokenizer"),
         ("data.fim_tokens", "is not three different tokens"),
@@ -357,7 +357,7 @@ def test_faults_of_the_config_are_told_before_anything_starts(corpora: Path, tmp
         opened(
             corpora, data__fim_tokens="<|fim_prefix|> <|fim_sufix|> x", data__mask_tokens="<|endoftxt|> <|fim_middle|>"
         )
-    assert [(f.path, f.value, f.relation.rpartition(" ")[0], f.repair.split(",")[0]) for f in caught.value.faults] == [
+    assert [(f.path, f.value, f.problem.rpartition(" ")[0], f.fix.split(",")[0]) for f in caught.value.errors] == [
         ("data.mask_tokens", "<|endoftxt|>", "is no token, in", "Nearest special tokens: <|endoftext|>"),
         ("data.fim_tokens", "<|fim_sufix|>", "is no token, in", "Nearest special tokens: <|fim_suffix|>"),
         ("data.fim_tokens", "x", "is an ordinary token, which texts have, in", "Nearest special tokens: <|endoftext|>"),

@@ -145,8 +145,8 @@ def test_every_place_is_looked_at(threads: int) -> None:
     pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * 2
     total = int(lengths.sum()) * 2
     assert module.check_sequences(lengths, pointers, 2, total, threads) == (-1, total)
-    borders = [*range(0, 9001, 4096), *range(0, 9001, 9001 // threads + 1)]
-    for i in sorted({0, 9000, *range(0, 9001, 97), *(b + d for b in borders for d in (-2, -1, 0, 1) if b)}):
+    cu_seqlens = [*range(0, 9001, 4096), *range(0, 9001, 9001 // threads + 1)]
+    for i in sorted({0, 9000, *range(0, 9001, 97), *(b + d for b in cu_seqlens for d in (-2, -1, 0, 1) if b)}):
         pointers[i] += 2
         assert module.check_sequences(lengths, pointers, 2, total, threads) == (i, pointers[i] - 2)
         assert module.check_rising(pointers, threads) == (i + 1 if lengths[i : i + 1] == 0 and i < 9000 else -1)

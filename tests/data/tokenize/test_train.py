@@ -196,7 +196,7 @@ def test_patterns_and_options_do_what_they_say() -> None:
         short = train(TEXTS[:3], kind=kind, max_token_length=longest)
         lengths = Counter(len(t) for t in tokens_of(short) if not t.startswith(("<|end", "<0x", "<unk>")))
         assert max(lengths) == 3 and lengths[3] > 20
-    least = next(n for n in range(258, 400) if not list(Recipe(n, "unigram").faults()))
+    least = next(n for n in range(258, 400) if not list(Recipe(n, "unigram").errors()))
     for size in (least + 1, least + 9, 400):  # hardly any room: bytes
         small = Tokenizer.train(iter(["中文测试文字"] * 9), size, kind="unigram")
         assert small.vocab_size <= size and small.decode(small.encode("中文测试")) == "中文测试"
@@ -233,7 +233,7 @@ REFUSED = (
 
 @pytest.mark.parametrize(("kind", "options", "words"), REFUSED)
 def test_options_that_would_do_nothing_are_refused(kind: str, options: dict[str, Any], words: str) -> None:
-    assert any(words in str(fault) for fault in Recipe(999, kind, **options).faults())
+    assert any(words in str(fault) for fault in Recipe(999, kind, **options).errors())
     with raises(DataError, "tokenize.recipe-faults", words):
         Tokenizer.train(iter(TEXTS), 999, kind=kind, **options)
 

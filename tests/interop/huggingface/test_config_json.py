@@ -125,14 +125,14 @@ def test_what_the_engine_does_not_have_is_refused_by_name(tmp_path: Path, case: 
     facts = {key: value for key, value in (LLAMA | change).items() if value is not None}
     with raises(ConfigError, f"interop.{code}", tmp_path / "config.json", *values) as caught:
         read(tmp_path, facts)
-    assert len(caught.value.faults) == 1
+    assert len(caught.value.errors) == 1
 
 
 def test_everything_is_refused_at_once(tmp_path: Path) -> None:
     with raises(ConfigError, "interop.key-not-supported", "num_experts", "hidden_act", "rope_scaling") as caught:
         read(tmp_path, LLAMA | {"num_experts": 2, "hidden_act": "x", "rope_scaling": {"type": "dynamic", "factor": 2}})
     codes = ["key-not-supported", "key-value-unknown", "rope-type-unknown"]
-    assert sorted(fault.code.removeprefix("interop.") for fault in caught.value.faults) == codes
+    assert sorted(fault.code.removeprefix("interop.") for fault in caught.value.errors) == codes
 
 
 @pytest.mark.parametrize(

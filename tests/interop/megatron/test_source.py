@@ -21,7 +21,7 @@ from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
 from engine.interop.megatron.source import MegatronSource, open_megatron
 from engine.model.transformer import StageShape, Transformer
-from engine.optim.adamw import Held
+from engine.optim.adamw import StateShard
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 from tests.support.megatron_cases import (
@@ -245,5 +245,5 @@ def test_a_model_is_filled_from_it(tmp_path: Path) -> None:
     with open_megatron(tmp_path) as source:
         alone = make_context(Layout(1), 0, num_kv_heads=source.cfg.num_kv_heads, dtype=torch.float32)
         model = Transformer(source.cfg, alone, StageShape(range(4), True, True))
-        load_into(source, (Held("model", p, 0, p.data.view(-1)) for p in parameters(model)), alone)
+        load_into(source, (StateShard("model", p, 0, p.data.view(-1)) for p in parameters(model)), alone)
     assert torch.equal(model.layers["3"].attention.qkv.weight[:24], wanted["layers.3.attention.q.weight"])

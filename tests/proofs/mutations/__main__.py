@@ -31,7 +31,7 @@ def main() -> int:
     warm()
     if output := healthy(chosen, extensions):
         console.print(output, markup=False)
-        console.print("the tests fail without any mutation: repair them first", style="bold red")
+        console.print("the tests fail without any mutation: fix them first", style="bold red")
         return 1
     table = Table("mutation", Column("caught by", overflow="fold"), "s", title=f"{len(chosen)} mutations")
     outcomes = []

@@ -1,4 +1,4 @@
-"""Faults of saving and of proving what was saved."""
+"""Faults of policy and of proving what was saved."""
 
 from __future__ import annotations
 

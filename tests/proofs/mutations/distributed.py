@@ -10,7 +10,8 @@ MUTATIONS = [
         "tied_gradient_counted_twice",
         "the tied weight is in the norm once for each pipeline end: 40 instead of 28.28 (Megatron#7227)",
         "engine.distributed.sharding:ShardSpec.pieces",
-        'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)',
+        "counted = ctx.tensor.rank % replicas == 0"
+        ' and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
         "counted = ctx.tensor.rank % replicas == 0",
         norms("tied-(1, 4, 1)"),
     ),
@@ -18,16 +19,18 @@ MUTATIONS = [
         "norm_counts_replicas",
         "weights that tensor ranks hold alike are counted by each of them (ROCm/TransformerEngine#715)",
         "engine.distributed.sharding:ShardSpec.pieces",
-        'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)',
-        'counted = "ends" not in chunk.sum_over or ctx.ends.rank == 0',
+        "counted = ctx.tensor.rank % replicas == 0"
+        ' and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
+        'counted = "tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0',
         norms("gqa-(2, 1, 1)"),
     ),
     Mutation(
         "norm_misses_tensor_shards",
         "only the first tensor rank's shards are counted (Megatron#5916)",
         "engine.distributed.sharding:ShardSpec.pieces",
-        'counted = ctx.tensor.rank % replicas == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)',
-        'counted = ctx.tensor.rank == 0 and ("ends" not in chunk.sum_over or ctx.ends.rank == 0)',
+        "counted = ctx.tensor.rank % replicas == 0"
+        ' and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
+        'counted = ctx.tensor.rank == 0 and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
         norms("gqa-(2, 1, 1)"),
     ),
     Mutation(
@@ -42,8 +45,8 @@ MUTATIONS = [
         "reduce_scatter_takes_its_own_part",
         "the partial sums are cut but not added (Megatron#7452)",
         "engine.distributed.collectives:sum_start",
-        "reduce_scatter_start(all_reduce_(x, copies), sequence)",
-        "Pending(all_reduce_(x, copies).chunk(sequence.size)[sequence.rank].clone())",
+        "reduce_scatter_start(all_reduce_(x, replicated), sequence)",
+        "Pending(all_reduce_(x, replicated).chunk(sequence.size)[sequence.rank].clone())",
         small("sequence"),
     ),
     Mutation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .catchers import PLAIN, hf, shape, small
+from .catchers import PLAIN_MATMUL, hf, shape, small
 from .patch import Mutation
 
 MUTATIONS = [
@@ -11,15 +11,15 @@ MUTATIONS = [
         "each tensor rank keeps the gradient of its part of the sequence (Megatron#1446, apex#1686)",
         "engine.model.layers:Norm.__init__",
         '"sequence"',
-        '"alone"',
+        '"self_axis"',
         small("sequence"),
     ),
     Mutation(
         "qk_norm_not_summed",
         "each tensor rank keeps the gradient of its own heads (NeMo-RL#3716)",
         "engine.model.attention:Attention.__init__",
-        'Norm(f"{name}.{part}_norm", d, cfg, ctx, means, sum_over="tensor")',
-        'Norm(f"{name}.{part}_norm", d, cfg, ctx, means, sum_over="alone")',
+        'Norm(f"{name}.{part}_norm", d, cfg, ctx, backends, sum_over="tensor")',
+        'Norm(f"{name}.{part}_norm", d, cfg, ctx, backends, sum_over="self_axis")',
         small("copies"),
     ),
     Mutation(
@@ -28,15 +28,15 @@ MUTATIONS = [
         "engine.model.layers:Norm.__init__",
         "ShardSpec((chunk,), init_value=1.0 - offset, decay=False)",
         "ShardSpec((chunk,), init_value=1.0 - offset)",
-        PLAIN,
+        PLAIN_MATMUL,
     ),
     Mutation(
         "row_bias_added_by_every_rank",
         "the bias of a row-parallel product is in the sum once for each tensor rank (gpt-neox#1220)",
         "engine.model.layers:RowLinear.forward",
         "return out if self.bias is None else out + self.bias",
-        "return out if self.bias is None else out + self.bias * max(self.copies.size, self.sequence.size)",
-        shape("gpt2-t4-copies"),
+        "return out if self.bias is None else out + self.bias * max(self.replicated.size, self.sequence.size)",
+        shape("gpt2-t4-replicated"),
     ),
     Mutation(
         "row_bias_gradient_not_summed",
@@ -52,7 +52,7 @@ MUTATIONS = [
         "engine.model.layers:bias_of",
         'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias")',
         'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias", sum_over=())',
-        shape("qwen2-t4-copies"),
+        shape("qwen2-t4-replicated"),
     ),
     Mutation(
         "positions_of_the_first_part",

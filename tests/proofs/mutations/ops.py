@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .catchers import PLAIN, hf, shape, small
+from .catchers import PLAIN_MATMUL, hf, shape, small
 from .patch import Mutation
 
 MUTATIONS = [
@@ -10,25 +10,25 @@ MUTATIONS = [
         "input_gradient_not_summed",
         "the mirror of the row-parallel sum is missing: each tensor rank passes on its part",
         "engine.ops.linear:_Linear.backward",
-        "grad_x = sum_start(products.input_grad(grad, weight), ctx.copies, sequence)",
-        "grad_x = Pending(products.input_grad(grad, weight).chunk(sequence.size)[sequence.rank].contiguous())",
+        "grad_x = sum_start(matmul.input_grad(grad, weight), ctx.replicated, sequence)",
+        "grad_x = Pending(matmul.input_grad(grad, weight).chunk(sequence.size)[sequence.rank].contiguous())",
         small("copies"),
     ),
     Mutation(
         "only_the_last_microbatch_trained",
         "a microbatch overwrites the gradient of those before it: the loss looks fine (Automodel#3530)",
         "engine.ops.matmul:add_outer_",
-        "add_product_(main, grad.t(), x)",
+        "add_matmul_(main, grad.t(), x)",
         "torch.mm(grad.t(), x, out=main)",
-        PLAIN,
+        PLAIN_MATMUL,
     ),
     Mutation(
         "gradient_is_a_moving_average",
         "what is accumulated is scaled down by each microbatch (torchtitan#1733)",
         "engine.ops.matmul:add_outer_",
-        "add_product_(main, grad.t(), x)",
+        "add_matmul_(main, grad.t(), x)",
         "torch.addmm(main, grad.t(), x, beta=0.5, out=main)",
-        PLAIN,
+        PLAIN_MATMUL,
     ),
     Mutation(
         "repeated_tokens_do_not_add_up",
@@ -36,7 +36,7 @@ MUTATIONS = [
         "engine.ops.embedding:_Embedding.backward",
         "target.index_add_(0, local.reshape(-1), grad.to(target.dtype))",
         "target[local.reshape(-1)] += grad.to(target.dtype)",
-        PLAIN,
+        PLAIN_MATMUL,
     ),
     Mutation(
         "vocabulary_padding_in_the_softmax",
@@ -89,24 +89,24 @@ MUTATIONS = [
     Mutation(
         "qk_norm_over_the_rank_only",
         "a norm over all heads is computed over the heads of each tensor rank",
-        "engine.ops.norm:_SpreadRmsNorm.forward",
+        "engine.ops.norm:_ShardedRmsNorm.forward",
         "scale = all_reduce_(squares, axis).add_(eps).rsqrt_()",
         "scale = squares.mul_(axis.size).add_(eps).rsqrt_()",
         shape("olmo2-t2"),
     ),
     Mutation(
         "qk_norm_counts_copies",
-        "copies of a KV head are in the mean square several times",
-        "engine.ops.norm:_SpreadRmsNorm.forward",
-        "copies * ctx.count",
+        "replicated of a KV head are in the mean square several times",
+        "engine.ops.norm:_ShardedRmsNorm.forward",
+        "replicated * ctx.count",
         "ctx.count",
         shape("olmo2-t4"),
     ),
     Mutation(
         "qk_norm_backward_counts_copies",
         "each copy of a KV head passes on the whole of what follows from all",
-        "engine.ops.norm:_SpreadRmsNorm.backward",
-        "ctx.count * ctx.copies",
+        "engine.ops.norm:_ShardedRmsNorm.backward",
+        "ctx.count * ctx.replicas",
         "ctx.count",
         shape("olmo2-t4"),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .catchers import PLAIN, RESUME, norms, small
+from .catchers import PLAIN_MATMUL, RESUME, norms, small
 from .patch import Mutation
 
 MUTATIONS = [
@@ -24,10 +24,10 @@ MUTATIONS = [
     ),
     Mutation(
         "tied_copies_diverge",
-        "the two copies are treated differently by the optimizer (Megatron#4641, Megatron-Bridge#5380)",
+        "the two replicated are treated differently by the optimizer (Megatron#4641, Megatron-Bridge#5380)",
         "engine.optim.adamw:FlatAdamW.step",
         "decay = self.cfg.weight_decay if bucket.decay else 0.0",
-        "decay = self.cfg.weight_decay if bucket.decay and not self.stages[0].ctx.ends.rank else 0.0",
+        "decay = self.cfg.weight_decay if bucket.decay and not self.stages[0].ctx.tied_stages.rank else 0.0",
         small("pipeline"),
     ),
     Mutation(
@@ -36,7 +36,7 @@ MUTATIONS = [
         "engine.optim.adamw:FlatAdamW.step",
         "own.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps)",
         "own.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps + 1)",
-        PLAIN,
+        PLAIN_MATMUL,
         path="kernels",
     ),
     Mutation(
@@ -45,7 +45,7 @@ MUTATIONS = [
         "engine.optim.adamw:FlatAdamW._reference",
         "float(self.steps - 1)",
         "float(self.steps)",
-        PLAIN,
+        PLAIN_MATMUL,
         path="torch",
     ),
     Mutation(

@@ -13,7 +13,7 @@ MUTATIONS = [
         "each end of the pipeline trains its copy with its own part of the gradient (Megatron#656)",
         "engine.parallel.gradients:GradBuckets._add_parts",
         "self.ctx.axis(name).size > 1",
-        'name != "ends" and self.ctx.axis(name).size > 1',
+        'name != "tied_stages" and self.ctx.axis(name).size > 1',
         small("pipeline"),
     ),
     Mutation(
@@ -51,7 +51,7 @@ MUTATIONS = [
     Mutation(
         "zero_gather_not_waited_for",
         "a forward reads weights that are still on their way (DeepSpeed#5545, #7188)",
-        "engine.parallel.gradients:settle_before_use",
+        "engine.parallel.gradients:wait_before_use",
         "part.register_forward_pre_hook(_settler(holder[id(p)]))",
         "holder[id(p)].gathering = None",
         LATE,

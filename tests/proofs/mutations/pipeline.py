@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .catchers import PLAIN, small
+from .catchers import PLAIN_MATMUL, small
 from .patch import Mutation
 
 MUTATIONS = [
@@ -12,7 +12,7 @@ MUTATIONS = [
         "engine.pipeline.executor:_forward",
         "run.token_weight",
         "1 / len(run.batches) / max(1, int(run.batches[action.microbatch].mask.sum()))",
-        PLAIN,
+        PLAIN_MATMUL,
     ),
     Mutation(
         "mask_aliased",

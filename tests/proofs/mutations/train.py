@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .catchers import PLAIN, RESUME, small
+from .catchers import PLAIN_MATMUL, RESUME, small
 from .patch import Mutation
 
 RESUME_BF16 = ("test_resume_in_the_same_layout_changes_no_bit[bf16-1]",)
@@ -32,7 +32,7 @@ MUTATIONS = [
         "engine.train.step:count_tokens",
         "total = sum(int(b.mask.sum()) for b in batches)",
         "total = sum(b.mask.numel() for b in batches)",
-        PLAIN,
+        PLAIN_MATMUL,
     ),
     Mutation(
         "loss_reported_by_every_tensor_rank",

@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 from engine.inference import load as inference
 from engine.ops import fp8
 from engine.ops.fp8 import E4M3, E5M2, Fp8, Scaled, _multiply, _quantize, _quantize_t
-from engine.ops.matmul import PLAIN
+from engine.ops.matmul import PLAIN_MATMUL
 from engine.train.state import setup
 from engine.train.step import train_step
 from tests.support.cases import MODEL, assemble, config, gradients_of, layout_of, random_batches, worst
@@ -176,7 +176,7 @@ def test_head_and_embedding_stay_in_bf16() -> None:
         return sorted(
             name.split(".", 2)[-1]
             for name, module in stage.module.named_modules()  # type: ignore[attr-defined]
-            if isinstance(getattr(module, "products", PLAIN), Fp8)
+            if isinstance(getattr(module, "matmul", PLAIN_MATMUL), Fp8)
         )
 
     ((*found,),) = run_ranks(layout_of(cfg), job, dtype=BF16)

@@ -21,7 +21,7 @@ from engine.ops.loss import VocabSlice, linear_cross_entropy
 from tests.support.harness import run_ranks
 from tests.support.numbers import CTX, DTYPES, TOLERANCE, ids, like, parameter, randn, relative, whole
 
-ALONE = CTX.alone
+ALONE = CTX.self_axis
 WAYS = pytest.mark.parametrize("kernels", [True, False], ids=["own", "torch"])
 
 

@@ -18,7 +18,7 @@ from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.ops.loss import VocabSlice, linear_cross_entropy
 
 CTX = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
-ALONE = CTX.alone
+ALONE = CTX.self_axis
 # largest difference allowed, relative to the largest value of the reference
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

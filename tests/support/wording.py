@@ -17,7 +17,11 @@ from tests.support.paths import ROOT
 
 SNAPSHOT = ROOT / "tests" / "wording.txt"
 CODE = re.compile(r"[a-z_]+\.[a-z0-9]+(-[a-z0-9]+)*")
-_BASE, _MANY, _FIELD = "EngineError", "ConfigError", "FieldError"  # a ConfigError is made of FieldErrors, which have the codes
+_BASE, _MANY, _FIELD = (
+    "EngineError",
+    "ConfigError",
+    "FieldError",
+)  # a ConfigError is made of FieldErrors, which have the codes
 _FIELD_TEXT = ("path", "problem", "fix")
 
 

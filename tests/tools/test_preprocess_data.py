@@ -156,7 +156,7 @@ def test_everything_refused_is_told_at_once(
     options = ["--input", corpus / "in.json", "--output-prefix", corpus / "my", "--tokenizer-model", corpus / "tok"]
     more = ["--split-sentences", "--merge-file", "m.txt", "--append-eos", "--tokenizer-type", "GPT3BPETokenizer"]
     done = call(*options, *more, "--workers", "-1")
-    assert done.returncode == 2 and "configuration has 4 faults" in done.stderr
+    assert done.returncode == 2 and "configuration has 4 errors" in done.stderr
     for text in ("--split-sentences", "Did you mean --append-eod?", "Did you mean GPT2BPETokenizer?", "below 0"):
         assert text in done.stderr
     assert not list(corpus.glob("my*"))

@@ -19,7 +19,7 @@ from engine.model.transformer import StageShape, Transformer
 from engine.ops.activation import activation
 from engine.ops.attention import IMPLEMENTATIONS, attention_name, case_of, missing, refusal
 from engine.ops.fp8 import Fp8
-from engine.ops.matmul import PLAIN, MatmulBackend
+from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
 from engine.ops.norm import add_rms_norm, rms_norm
 from engine.ops.rope import rope_table, split_and_rope
 
@@ -107,7 +107,7 @@ def products(session: Session) -> None:
     width = z.heads * z.head_dim
     shapes = {"q,k,v": (z.hidden, 3 * width), "out": (width, z.hidden), "gate,up": (z.hidden, 2 * z.ffn)}
     shapes |= {"down": (z.ffn, z.hidden), "head": (z.hidden, z.vocab)}
-    kinds: dict[str, MatmulBackend] = {"bf16": PLAIN, "fp8 tensorwise": Fp8(rowwise=False, compile=False)}
+    kinds: dict[str, MatmulBackend] = {"bf16": PLAIN_MATMUL, "fp8 tensorwise": Fp8(rowwise=False, compile=False)}
     kinds |= {"fp8 rowwise": Fp8(rowwise=True, compile=False)}
     if session.cuda:
         kinds["fp8 tensorwise, compiled"] = Fp8(rowwise=False, compile=True)

@@ -86,9 +86,8 @@ class Recipe:
     def errors(self) -> Iterator[FieldError]:
         """What is wrong with it."""
         if self.kind not in KINDS:
-            yield FieldError(
-                "tokenize.unknown-choice", "--kind", self.kind, f"is none of {', '.join(KINDS)}", "Choose one."
-            )
+            problem = f"is none of {', '.join(KINDS)}"
+            yield FieldError("tokenize.unknown-choice", "--kind", self.kind, problem, "Choose one.")
             return
         yield from self._token_errors()
         for option, kinds in _MEANT_FOR.items():

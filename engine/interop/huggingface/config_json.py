@@ -83,10 +83,7 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
         facts.setdefault("rope_original_seq_len", facts.get("max_seq_len", 0))
     facts["max_seq_len"] = max_seq_len or facts.get("max_seq_len", 0)
     wrong += rope_wrong + list(_wrong_keys(raw, family, facts["max_seq_len"]))
-    errors = [
-        replace(fault, path=f"{path}: {fault.path}", value=raw.get(fault.path), fix=_repair(fault.path, family))
-        for fault in wrong
-    ]
+    errors = [replace(e, path=f"{path}: {e.path}", value=raw.get(e.path), fix=_fix(e.path, family)) for e in wrong]
     if errors := errors + _window_errors(raw, family, facts, path):
         raise ConfigError(errors)
     notes += [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
@@ -152,7 +149,7 @@ def _is_lacking(raw: Mapping[str, Any], key: str) -> bool:
     return key in LACKING and bool(raw[key])
 
 
-def _repair(key: str, family: Family) -> str:
+def _fix(key: str, family: Family) -> str:
     needed = {*family.fields, *family.aliases}
     return _CANNOT if key in needed else f"{_CANNOT} Should it change nothing here: engine import --ignore-key {key}"
 
@@ -167,9 +164,8 @@ def _wrong_keys(raw: Mapping[str, Any], family: Family, longest: int) -> Iterato
                 yield FieldError("interop.attention-not-supported", key, value, problem, "")
         elif key in fixed:
             if value not in fixed[key]:
-                yield FieldError(
-                    "interop.key-value-fixed", key, value, f"the engine computes with {fixed[key][0]!r}", ""
-                )
+                problem = f"the engine computes with {fixed[key][0]!r}"
+                yield FieldError("interop.key-value-fixed", key, value, problem, "")
         elif key not in known and _is_lacking(raw, key):
             problem = f"asks for {LACKING[key]}, which the engine does not have"
             yield FieldError("interop.key-not-supported", key, value, problem, "")

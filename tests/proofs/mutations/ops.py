@@ -98,7 +98,7 @@ MUTATIONS = [
         "qk_norm_counts_copies",
         "replicated of a KV head are in the mean square several times",
         "engine.ops.norm:_ShardedRmsNorm.forward",
-        "replicated * ctx.count",
+        "replicas * ctx.count",
         "ctx.count",
         shape("olmo2-t4"),
     ),

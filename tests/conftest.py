@@ -25,6 +25,15 @@ def for_all() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Path]:
+    """A folder with the commands `engine`, `torchrun` and `python` that start fast (tests/support/warm.py)."""
+    from tests.support.warm import Warm
+
+    with Warm() as server:
+        yield server.folder
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config that makes the scripts of examples/ train a tiny model."""

@@ -87,13 +87,13 @@ def test_an_error_of_memory_says_what_to_change() -> None:
     assert out_of_memory(RuntimeError("shapes do not match")) == ""
 
 
-def test_evaluation_finds_the_data_from_another_folder(tmp_path: Path) -> None:
+def test_evaluation_finds_the_data_from_another_folder(tmp_path: Path, warm: Path) -> None:
     for name in ("train", "valid"):
         with IndexedWriter(tmp_path / name, vocab_size=97) as writer:
             for begin in range(40):
                 writer.add((begin + len(name) + np.arange(40)) % 97)
             writer.finish({})
-    engine = [sys.executable, "-m", "engine"]
+    engine = [str(warm / "engine")]
     sizes = ["--model.preset", "micro", "--train.seq-len", "16", "--train.steps", "1", "--monitor.tensorboard", "false"]
     data = ["--data.train", "train", "--data.valid", "valid", "--run.dir", "run"]
     done = subprocess.run([*engine, "train", *sizes, *data], cwd=tmp_path, capture_output=True, text=True)

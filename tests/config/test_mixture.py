@@ -231,8 +231,9 @@ def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp
         opened(f"1 {tmp_path}/a 1 {tmp_path}/b", **{"data.mask_eod": "true"})
 
 
-def run(corpora: Path, folder: Path, mix: str, steps: int, *options: str) -> tuple[int, str, str]:
-    return finish(train(Path(mix), folder, 1, "--train.steps", str(steps), "--lr-schedule.kind", "constant", *options))
+def run(commands: Path, folder: Path, mix: str, steps: int) -> tuple[int, str, str]:
+    options = ("--train.steps", str(steps), "--lr-schedule.kind", "constant")
+    return finish(train(Path(mix), folder, 1, *options, commands=commands))
 
 
 def records(folder: Path) -> dict[int, dict[str, float]]:
@@ -240,32 +241,32 @@ def records(folder: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: line for line in lines}
 
 
-def test_a_blend_trains_resumes_bit_by_bit_and_refuses_another(corpora: Path, tmp_path: Path) -> None:
+def test_a_blend_trains_resumes_bit_by_bit_and_refuses_another(corpora: Path, tmp_path: Path, warm: Path) -> None:
     text = "".join(f'[[source]]\nprefix = "{corpora / n}"\nweight = {w}\n' for n, w in (("web", 3), ("code", 1)))
     later = "[[change]]\nstep = 6\nweights = { code = 9 }\n"
     mix = write(tmp_path, text + later)
-    code, out, err = run(corpora, tmp_path / "whole", mix, 8)
+    code, out, err = run(warm, tmp_path / "whole", mix, 8)
     assert code == 0 and "source web: 40 of 64 samples" in out, err  # 36 of 48, then 4 of 16
     whole = records(tmp_path / "whole")
     assert all({"loss_web", "loss_code"} <= set(record) for record in whole.values())
     assert all(
         min(r["loss_web"], r["loss_code"]) <= r["loss"] <= max(r["loss_web"], r["loss_code"]) for r in whole.values()
     )
-    assert run(corpora, tmp_path / "parts", write(tmp_path, text), 5)[0] == 0
-    assert run(corpora, tmp_path / "parts", write(tmp_path, text + later), 8)[0] == 0  # the change is still to come
+    assert run(warm, tmp_path / "parts", write(tmp_path, text), 5)[0] == 0
+    assert run(warm, tmp_path / "parts", write(tmp_path, text + later), 8)[0] == 0  # the change is still to come
     parts = records(tmp_path / "parts")
     for step in range(6, 9):
         assert all(whole[step][k] == parts[step][k] for k in ("loss", "loss_web", "loss_code", "grad_norm"))
 
     def refused(folder: str, mix: str, *lines: str) -> None:
-        code, _, err = run(corpora, tmp_path / folder, mix, 12)
+        code, _, err = run(warm, tmp_path / folder, mix, 12)
         assert code == 1 and all(line in err for line in lines), err
 
     other = write(tmp_path, text.replace("weight = 3", "weight = 2") + later)
     refused("whole", other, "data.mixture from step 0: checkpoint 'web 3, code 1', now 'web 2, code 1'")
     refused("whole", write(tmp_path, text), "data.mixture from step 6: checkpoint 'web 1, code 3', now None")
     refused("whole", str(corpora / "web"), "data.source 1, code: checkpoint '60 documents, ", "now None")
-    assert run(corpora, tmp_path / "one", str(corpora / "web"), 2)[0] == 0
+    assert run(warm, tmp_path / "one", str(corpora / "web"), 2)[0] == 0
     refused("one", write(tmp_path, text), "data.source 0, web: checkpoint None, now '150 documents")
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import BIN, ROOT
 
 PAGES = [
     "README.md",
@@ -30,12 +29,14 @@ PAGES = [
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_a_page(page: str, tmp_path: Path) -> None:
+def test_commands_of_a_page(page: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The README's as a user runs them, all others in processes that start fast."""
     blocks = re.findall(r"^```bash test\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     assert blocks, f"{page} shows no command that is tested"
     for name in ("docs", "examples", "tools", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    commands = [] if page == "README.md" else [request.getfixturevalue("warm")]
+    path = ":".join(map(str, [*commands, BIN, os.environ["PATH"]]))
     script = "set -euo pipefail\n" + "\n".join(blocks)
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -26,10 +26,11 @@ def told(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
     return code, captured.out + captured.err
 
 
-def train(corpus: Path, run: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
-    command = [str(BIN / "engine")]
+def train(corpus: Path, run: Path, ranks: int, *options: str, commands: Path = BIN) -> subprocess.Popen[str]:
+    """Start `engine train` on a micro model. commands: the folder of `engine` and `torchrun`."""
+    command = [str(commands / "engine")]
     if ranks > 1:
-        command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", "engine"]
+        command = [str(commands / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", "engine"]
     command += ["train", "--run.dir", str(run), "--data.train", str(corpus), "--model.preset", "micro"]
     command += ["--model.vocab-size", "97", "--train.seq-len", "32", "--train.global-batch-size", "8"]
     command += ["--optimizer.lr", "1e-2", "--monitor.tensorboard", "false", *options]

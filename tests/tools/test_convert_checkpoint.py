@@ -24,25 +24,25 @@ from engine.checkpoint.load import Reader
 from engine.errors import ConfigError
 
 
-def test_there_and_back(tmp_path: Path) -> None:
+def test_there_and_back(tmp_path: Path, warm: Path) -> None:
     save("qwen3", tmp_path / "hf")
     for words in (
         ["--loader", "llama_mistral", "--load-dir", "hf", "--save-dir", "run", "--target-tensor-parallel-size", "2"],
         ["--loader", "trident", "--saver", "hf", "--load-dir", "run", "--save-dir", "back", "--no-checking"],
     ):
-        command = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), "--model-type", "GPT", *words]
+        command = [str(warm / "python"), str(ROOT / "tools/convert_checkpoint.py"), "--model-type", "GPT", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "has no meaning here: a checkpoint loads in any layout" in done.stdout
     assert same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
 
 
-def test_from_megatron(tmp_path: Path) -> None:
+def test_from_megatron(tmp_path: Path, warm: Path) -> None:
     """The documented command: a torch_dist checkpoint becomes a run, bit by bit, without its vocabulary's padding."""
     wanted = save_dist(tmp_path / "core" / "iter_0000007", LLAMA)
     (tmp_path / "core" / "latest_checkpointed_iteration.txt").write_text("7")
     words = ["--loader", "core", "--load-dir", "core", "--save-dir", "run", "--true-vocab-size", "40"]
-    command = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), "--model-type", "GPT", *words]
+    command = [str(warm / "python"), str(ROOT / "tools/convert_checkpoint.py"), "--model-type", "GPT", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with Reader(find(tmp_path / "run")) as reader:
@@ -50,7 +50,7 @@ def test_from_megatron(tmp_path: Path) -> None:
         for name, x in wanted.items():
             rows = x[:40] if name in ("embed.weight", "head.weight") else x
             assert torch.equal(reader.whole("model", name), rows), name
-    done = subprocess.run([sys.executable, "-m", "engine", "verify", "run"], capture_output=True, cwd=tmp_path)
+    done = subprocess.run([str(warm / "engine"), "verify", "run"], capture_output=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

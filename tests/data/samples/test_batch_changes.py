@@ -128,13 +128,13 @@ def test_what_may_be_allowed_repeats_and_skips_nothing(corpora: Path, tmp_path: 
     run.check({0: (3, 1, 0), 10: (1, 1, 0), 20: (1, 7, 0), 30: (1, 1, 1)})
 
 
-def test_the_command_keeps_the_step_of_a_change(corpora: Path, tmp_path: Path) -> None:
+def test_the_command_keeps_the_step_of_a_change(corpora: Path, tmp_path: Path, warm: Path) -> None:
     """Batches of 8, then 4 over two data ranks, then 16: the change stays at its step, and nothing is refused."""
     path, run = mix(corpora, tmp_path, {0: (1, 0, 0), 3: (0, 1, 0), 5: (0, 0, 1)}), tmp_path / "run"
     for ranks, batch, steps in ((1, 8, 2), (2, 4, 4), (1, 16, 6)):
         options = ("--train.steps", str(steps), "--train.global-batch-size", str(batch))
         options += ("--lr-schedule.kind", "constant")
-        code, _, err = finish(train(path, run, ranks, *options))
+        code, _, err = finish(train(path, run, ranks, *options, commands=warm))
         assert code == 0, err
     losses = [
         {name for name in json.loads(line) if name.startswith("loss_") and name != "loss_scale"}

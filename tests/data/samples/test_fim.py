@@ -341,7 +341,7 @@ def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
     assert loss(2) == pytest.approx(loss(1), rel=1e-12)
 
 
-def test_faults_of_the_config_are_told_before_anything_starts(corpora: Path, tmp_path: Path) -> None:
+def test_faults_of_the_config_are_told_before_anything_starts(corpora: Path, tmp_path: Path, warm: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load([], {"data.fim_rate": "0.5", "data.mask_tokens": "<pad>", "data.fim_tokens": "a b"})
     assert [(f.path, f.problem) for f in caught.value.errors] == [
@@ -371,7 +371,8 @@ def test_faults_of_the_config_are_told_before_anything_starts(corpora: Path, tmp
         Tokenizer.train(iter(CODE), 300, kind=kind, special_tokens=tokens).save(tmp_path / kind)
         with raises(ConfigError, fault, "data.fim_rate = ") as caught:
             check(load([], options(corpora, data__tokenizer=tmp_path / kind)).config)
-    code, _, err = finish(train(corpora / "code", tmp_path / "run", 2, *arguments(corpora, tmp_path / "bpe", 0.5)))
+    words = arguments(corpora, tmp_path / "bpe", 0.5)
+    code, _, err = finish(train(corpora / "code", tmp_path / "run", 2, *words, commands=warm))
     assert code != 0 and "engine tokenizer train --special-tokens" in err and err.count("looked for") == 1
     assert not (tmp_path / "run").exists()
 
@@ -393,12 +394,11 @@ def test_names_are_found_in_the_tokenizer_or_as_given(corpora: Path) -> None:
         assert vars(sentinels(data, own)) == {"prefix": 1, "suffix": 2, "middle": 3}
 
 
-def test_a_run_goes_on_bit_by_bit_and_refuses_another_setting(corpora: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_bit_by_bit_and_refuses_another_setting(corpora: Path, tmp_path: Path, warm: Path) -> None:
     def run(folder: str, steps: int, rate: float, *more: str) -> tuple[int, str, str]:
-        words = ("--train.steps", str(steps), "--lr-schedule.kind", "constant", *more)
-        return finish(
-            train(corpora / "code", tmp_path / folder, 1, *arguments(corpora, corpora / "tokenizer", rate), *words)
-        )
+        words = [*arguments(corpora, corpora / "tokenizer", rate), "--train.steps", str(steps), *more]
+        words += ["--lr-schedule.kind", "constant"]
+        return finish(train(corpora / "code", tmp_path / folder, 1, *words, commands=warm))
 
     code, out, err = run("whole", 4, 0.5, "--data.valid", str(corpora / "code"))
     assert code == 0 and "fill-in-the-middle: rate 0.5, of that SPM 0.5, tokens 1 2 3" in out, err

@@ -83,17 +83,18 @@ def test_plain_train_exits_75_on_sigterm(corpus: Path, tmp_path: Path) -> None:
     assert finish(process)[0] == 75
 
 
-def test_config_faults_end_with_2_and_are_told_once(corpus: Path, tmp_path: Path) -> None:
+def test_config_faults_end_with_2_and_are_told_once(corpus: Path, tmp_path: Path, warm: Path) -> None:
     options = ("--parallel.tensor", "3", "--train.stepz", "5", "--model.num-layers", "two")
     code, _, err = finish(train(corpus, tmp_path / "run", 1, *options))
     assert code == 2 and err.count("error:") == 1 and err.count("\n  - ") >= 3
     assert "Did you mean train.steps?" in err and not (tmp_path / "run").exists()
-    code, _, err = finish(train(corpus, tmp_path / "run", 2, "--parallel.tensor", "4"))
+    code, _, err = finish(train(corpus, tmp_path / "run", 2, "--parallel.tensor", "4", commands=warm))
     assert code != 0 and err.count("error: configuration has") == 1
 
 
-def test_bad_data_ends_all_ranks_with_one_message(corpus: Path, tmp_path: Path) -> None:
-    code, _, err = finish(train(corpus, tmp_path / "run", 2, "--parallel.data", "2", "--model.vocab-size", "96"))
+def test_bad_data_ends_all_ranks_with_one_message(corpus: Path, tmp_path: Path, warm: Path) -> None:
+    options = ("--parallel.data", "2", "--model.vocab-size", "96")
+    code, _, err = finish(train(corpus, tmp_path / "run", 2, *options, commands=warm))
     assert code != 0 and err.count("error: rank") == 1 and "96" in err
     code, _, err = finish(train(tmp_path / "nothing", tmp_path / "run", 1))
     assert code == 1 and "nothing.idx" in err and "Traceback" not in err
@@ -113,13 +114,13 @@ def test_help_and_unknown_verbs(arguments: list[str]) -> None:
     assert "--train.global-batch-size" in text if arguments == ["train", "--help"] else "usage: engine" in text
 
 
-def test_without_the_extension_one_warning_line_and_the_same_losses(corpus: Path, tmp_path: Path) -> None:
+def test_without_the_extension_one_warning_line_and_the_same_losses(corpus: Path, tmp_path: Path, warm: Path) -> None:
     hide = "import sys; sys.modules['engine._index'] = None; from engine.cli.main import main; main()"
     (tmp_path / "hidden.py").write_text(hide)
     losses = []
     for index, head in enumerate([["-m", "engine"], [str(tmp_path / "hidden.py")]]):
         run = tmp_path / f"run{index}"
-        command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", *head, "train"]
+        command = [str(warm / "torchrun"), "--standalone", "--nproc-per-node", "2", *head, "train"]
         command += ["--run.dir", str(run), "--data.train", str(corpus), "--model.preset", "micro", "--train.steps", "3"]
         command += ["--train.seq-len", "32", "--monitor.tensorboard", "false"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=90)

@@ -36,6 +36,8 @@ def tree(tmp_path: Path) -> Path:
     for room in ("data", "shared"):
         for file in (tmp_path / "csrc" / room).glob("*.cpp"):
             file.write_text("static int nothing;\n")
+    for file in (tmp_path / "csrc/kernels/cpu").glob("*.cpp"):
+        file.write_text("static int nothing;\n")
     for kernels in (tmp_path / "csrc").rglob("*.cu"):  # a torch with CUDA beside a real nvcc compiles them: minutes
         kernels.write_text("static int nothing;\n")
     (tmp_path / "engine").mkdir()

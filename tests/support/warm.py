@@ -32,7 +32,9 @@ from tests.support.paths import ROOT
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
-if name == "python" and (words[:1] + [""])[0].startswith("-") and words[:2] != ["-u", "-m"]:
+if name == "python" and words[:1] == ["-u"]:
+    words = words[1:]
+if name == "python" and (not words or words[0].startswith("-") and words[0] != "-m"):
     os.execv({python!r}, [{python!r}, *words])
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
@@ -138,8 +140,6 @@ def run(command: str, words: list[str]) -> None:
     name = Path(command).name
     if name == "torchrun":
         os.environ["PYTHON_EXEC"] = str(Path(command).with_name("python"))  # what the ranks are started with
-    if name == "python" and words[:1] == ["-u"]:
-        words = words[1:]
     module = {"engine": "engine", "torchrun": "torch.distributed.run"}.get(name)
     if name == "python" and words[:1] == ["-m"]:
         module, words = words[1], words[1:]

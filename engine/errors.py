@@ -19,7 +19,7 @@ EXIT_READER_GONE = 141  # 128 + SIGPIPE, as a shell says of a command whose outp
 _SHOWN = 200  # characters of a value that a message has room for
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value for a message: what stands in other people's files may be of any length and depth."""
     if isinstance(value, str | bytes) and len(value) > _SHOWN:
         return f"{value[:_SHOWN]!r}... ({len(value):,} in all)"
@@ -30,7 +30,7 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters in all)"
 
 
-def cut(text: str, most: int = 2 * _SHOWN) -> str:
+def truncate(text: str, most: int = 2 * _SHOWN) -> str:
     """The beginning of a text that should be short."""
     return text if len(text) <= most else f"{text[:most]}..."
 
@@ -66,7 +66,8 @@ class FieldError:
     fix: str
 
     def __str__(self) -> str:
-        return f"{cut(self.path)} = {shown(self.value)}: {cut(self.problem, 1000)}. {self.fix} [{self.code}]"
+        problem = truncate(self.problem, 1000)
+        return f"{truncate(self.path)} = {format_value(self.value)}: {problem}. {self.fix} [{self.code}]"
 
 
 class ConfigError(EngineError):
@@ -120,7 +121,7 @@ class TrainingError(EngineError):
     """Training cannot go on: non-finite loss or gradient, or ranks that disagree."""
 
 
-def out_of_memory(error: BaseException) -> str:
+def out_of_memory_help(error: BaseException) -> str:
     """What to do about an error that says that memory has run out, torch's on GPUs and CPUs or Python's; else empty."""
     text = str(error)
     names = {kind.__name__ for kind in type(error).__mro__}

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from engine.util.signals import ASKING, Interrupts, interruptible
+from engine.util.signals import STOP_SIGNALS, Interrupts, interruptible
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)  # until `interruptible` answers them
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `interruptible` answers them
 
 from engine.cli.output import watched
 from engine.cli.prepare_console import prepare_progress, show_prepared
@@ -27,7 +27,7 @@ from engine.data.prepare.options import PrepareOptions
 from engine.data.prepare.run import prepare
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import EXIT_OK, ConfigError, DataError, EngineError, FieldError
-from engine.util.words import Words
+from engine.util.words import StrTuple
 
 # The tokenizer: of which option, and whether BERT's texts are put in lower case first.
 TOKENIZER_TYPES: dict[str, tuple[tuple[str, ...], bool | None]] = {
@@ -307,12 +307,12 @@ def _lower(args: argparse.Namespace) -> bool | None:
 
 def _prepare(args: argparse.Namespace, key: str, bos: bool, stop: Interrupts) -> None:
     options = PrepareOptions(
-        Words(args.input),
+        StrTuple(args.input),
         f"{args.output_prefix}_{key}_document",
         args.tokenizer_model or args.vocab_file,
         merges=args.merge_file,
         lower_case=_lower(args),
-        json_key=Words((key,)),
+        json_key=StrTuple((key,)),
         format="jsonl",
         on_error=args.on_error,
         append_eod=args.append_eod,
@@ -339,7 +339,7 @@ def _run(args: argparse.Namespace) -> None:
     with interruptible("nothing is written; give the same command again") as stop:
         bos = adds_bos(args)
         for key in _keys_left(args, bos):
-            stop.go_on = lambda key=key: f"{key} is not begun; give the same command again"  # type: ignore[misc]
+            stop.resume_hint = lambda key=key: f"{key} is not begun; give the same command again"  # type: ignore[misc]
             _prepare(args, key, bos, stop)
 
 

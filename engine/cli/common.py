@@ -12,7 +12,7 @@ import tyro
 
 from engine.errors import ConfigError, FieldError
 from engine.util.signals import Interrupts, interruptible
-from engine.util.words import Words
+from engine.util.words import StrTuple
 
 Options = TypeVar("Options")
 _WORDS = tyro.constructors.ConstructorRegistry()
@@ -20,12 +20,12 @@ _WORDS = tyro.constructors.ConstructorRegistry()
 
 @_WORDS.primitive_rule
 def _words(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    if info.type is not Words:
+    if info.type is not StrTuple:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="[STR [STR ...]]",
-        instance_from_str=Words,
+        instance_from_str=StrTuple,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=list,
     )

@@ -23,7 +23,7 @@ from engine.distributed import shared_memory
 from engine.distributed.launch import backends
 from engine.distributed.pair import try_pair
 from engine.ops import attention, native
-from engine.util.build_notes import how_to_build, why_not
+from engine.util.build_notes import how_to_build, why_not_built
 
 # distribution -> (what is imported, a submodule that tells it from others of that name)
 OPTIONAL: dict[str, tuple[str, str]] = {
@@ -157,7 +157,7 @@ def _extensions() -> Iterator[Finding]:
             "extension",
             f"CUDA kernels for compute capability {built}"
             if built
-            else f"no CUDA kernels ({why_not('cuda') or 'nothing is known of why'}); {how_to_build()}",
+            else f"no CUDA kernels ({why_not_built('cuda') or 'nothing is known of why'}); {how_to_build()}",
         )
 
 

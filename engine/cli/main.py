@@ -13,8 +13,8 @@ import engine
 from engine.cli.output import OutputError, watched
 from engine.config.hints import nearest
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
-from engine.util.build_notes import missing
-from engine.util.signals import ASKING
+from engine.util.build_notes import missing_extensions
+from engine.util.signals import STOP_SIGNALS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(args: list[str]) -> int:
     if args[:1] in (["-V"], ["--version"]):
         print(f"engine {engine.__version__}")
-        print(missing(), end="\n" * bool(missing()), file=sys.stderr)
+        print(missing_extensions(), end="\n" * bool(missing_extensions()), file=sys.stderr)
         return EXIT_OK
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
@@ -49,7 +49,7 @@ def _run(args: list[str]) -> int:
         return EXIT_CONFIG
     try:
         if args[0] not in _HEARS:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         code: int = importlib.import_module(f"engine.cli.{_file(args[0])}").run(args[1:])
         return code
     except EngineError as error:
@@ -81,7 +81,7 @@ def _speak_utf8() -> None:
 
 def _overview() -> str:
     lines = [f"  {name:<14} {text}" for name, text in _VERBS.items()]
-    if text := missing():
+    if text := missing_extensions():
         lines += ["", text]
     return "usage: engine VERB [OPTIONS]   (engine VERB --help shows a verb's options)\n\n" + "\n".join(lines)
 

@@ -140,10 +140,10 @@ def run(args: list[str]) -> int:
     from engine.cli.output import outlive
     from engine.config.load import load
     from engine.data.samples.special import check
-    from engine.distributed.env import leave_code, read_env
+    from engine.distributed.env import read_env, write_exit_code
     from engine.distributed.launch import leave
     from engine.distributed.launch import run as run_on_ranks
-    from engine.monitor.ending import Ending
+    from engine.monitor.ending import ExitRecord
     from engine.train.loop import train
     from engine.train.state import mesh_of
 
@@ -155,13 +155,13 @@ def run(args: list[str]) -> int:
         mesh = mesh_of(resolved.config, resolved.derived, env)
         check(resolved.config)
     except ConfigError as error:
-        leave_code(error.exit_code)
+        write_exit_code(error.exit_code)
         if env.rank > 0:  # every rank finds the same faults: rank 0 tells them, and torchrun then ends the others
             stop.release()  # torchrun's SIGTERM ends the wait, or all would be told twice
             time.sleep(30)
         raise
-    ending = Ending(Path(resolved.config.run.dir))
-    code = run_on_ranks(lambda ctx: train(resolved, ctx, stop, ending), env, mesh, told=ending.write)
+    exit_record = ExitRecord(Path(resolved.config.run.dir))
+    code = run_on_ranks(lambda ctx: train(resolved, ctx, stop, exit_record), env, mesh, on_error=exit_record.write)
     return leave(code, env)
 
 

@@ -67,9 +67,9 @@ class WorkFolder:
 
     def disk(self, path: Path | None = None) -> contextlib.AbstractContextManager[None]:
         """Turns a full disk or a missing permission into a DataError that says how to go on."""
-        return writing(path or self.folder, self.go_on, self.room)
+        return writing(path or self.folder, self.resume_hint, self.room)
 
-    def go_on(self) -> str:
+    def resume_hint(self) -> str:
         """What to do once there is room."""
         return AGAIN
 

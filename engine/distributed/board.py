@@ -36,7 +36,7 @@ class Waitable(Protocol):
 
 
 @dataclass
-class Seen:
+class PeerStatus:
     """The ranks as one of them sees the others. behind: rank -> what it does instead; unknown: on other hosts."""
 
     behind: dict[int, str] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Board:
         self._times = memoryview(mmap.mmap(file, mmap.PAGESIZE)).cast("d")
         self._times[0] = self._times[1] = time.monotonic()
 
-    def beat(self) -> None:
+    def start_heartbeat(self) -> None:
         """Have a thread say from now on that this process runs."""
 
         def work() -> None:
@@ -71,28 +71,28 @@ class Board:
         finally:
             self._times[1] = time.monotonic()
 
-    def look(self, patience_s: float) -> Seen:
+    def peer_status(self, patience_s: float) -> PeerStatus:
         """What the other ranks do. Behind is who has not run, or has waited for nobody, for `patience_s`."""
-        seen, now = Seen(), time.monotonic()
+        peers, now = PeerStatus(), time.monotonic()
         for rank, (pid, host, file, number) in enumerate(self._rows):
             if rank == self._rank:
                 continue
             if host != self._rows[self._rank][1] or file < 0:
-                seen.unknown.append(rank)
+                peers.unknown.append(rank)
                 continue
             try:
                 beat, since, found = _PAGE.unpack(Path(f"/proc/{pid}/fd/{file}").read_bytes()[: _PAGE.size])
             except (OSError, struct.error):
                 found = -1
             if found != number:
-                seen.ended.append(rank)
+                peers.ended.append(rank)
             elif now - beat > patience_s:
-                seen.behind[rank] = f"its process ({pid}) has not run for {now - beat:.0f} s (stopped? out of memory?)"
+                peers.behind[rank] = f"its process ({pid}) has not run for {now - beat:.0f} s (stopped? out of memory?)"
             elif since > 0 and now - since > patience_s:
-                seen.behind[rank] = f"it runs (process {pid}), but has been busy alone for {now - since:.0f} s"
+                peers.behind[rank] = f"it runs (process {pid}), but has been busy alone for {now - since:.0f} s"
             else:
-                seen.waiting.append(rank)
-        return seen
+                peers.waiting.append(rank)
+        return peers
 
 
 def connect(rank: int, gather: Gather) -> Board | None:

@@ -114,7 +114,7 @@ def reduce_scatter_start(x: Tensor, axis: Axis) -> Pending:
     return Pending(out, _reduce_scatter(out, x.contiguous(), group=axis.group, async_op=True), axis.board)
 
 
-def sum_start(x: Tensor, replicated: Axis, sequence: Axis) -> Pending:
+def reduce_partial_sums_start(x: Tensor, replicated: Axis, sequence: Axis) -> Pending:
     """Start summing partial results over the tensor ranks: whole on each (copies), or a part on each (sequence)."""
     return (
         all_reduce_start(x, replicated)
@@ -123,27 +123,27 @@ def sum_start(x: Tensor, replicated: Axis, sequence: Axis) -> Pending:
     )
 
 
-class _SumFrom(torch.autograd.Function):
+class _ReducePartialSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, replicated: Axis, sequence: Axis) -> Tensor:
         ctx.sequence = sequence
         if replicated.size > 1:  # summed in place, and x is not ours; a reduce-scatter has a result of its own
             x = x.clone(memory_format=torch.contiguous_format)
-        return sum_start(x, replicated, sequence).wait()
+        return reduce_partial_sums_start(x, replicated, sequence).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return all_gather(grad, ctx.sequence), None, None
 
 
-def sum_from(x: Tensor, replicated: Axis, sequence: Axis) -> Tensor:
+def reduce_partial_sums(x: Tensor, replicated: Axis, sequence: Axis) -> Tensor:
     """Leave a tensor-parallel region: partial sums `x` [s, ...] become their sum, whole or cut along the sequence.
 
     Forward all-reduce, backward identity (Megatron's g: Shoeybi et al. 2019, figure 3), or forward reduce-scatter,
     backward all-gather (Korthikanti et al. 2022, figure 5). The mirror image lives in ops.linear, where the sum of the
     backward overlaps the weight gradient.
     """
-    return x if replicated.size == sequence.size == 1 else _SumFrom.apply(x, replicated, sequence)
+    return x if replicated.size == sequence.size == 1 else _ReducePartialSums.apply(x, replicated, sequence)
 
 
 def post(

@@ -71,7 +71,7 @@ class ParallelContext:
         assert isinstance(found, Axis), name
         return found
 
-    def transports(self) -> str:
+    def describe_transports(self) -> str:
         """What this rank's collectives go over, by axis where it differs."""
         network = "NCCL" if self.device.type == "cuda" else "gloo"
         ways: dict[str, list[str]] = {}
@@ -125,8 +125,8 @@ def make_context(
                 else dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
             )
     if on_gpu and made:
-        _greet(list(made.values()), torch.device(device))
-    links = _share(members, rank, layout.world, torch.device(device), timeout_s, transport) if made else {}
+        _connect_nccl(list(made.values()), torch.device(device))
+    links = _connect_shared(members, rank, layout.world, torch.device(device), timeout_s, transport) if made else {}
     board = connect_board(rank, _gather(layout.world)) if made and not on_gpu else None
     for name, ranks in members.items():
         shown = "tensor" if name in ("sequence", "replicated") else name
@@ -135,7 +135,7 @@ def make_context(
     return ParallelContext(layout=layout, rank=rank, device=torch.device(device), dtype=dtype, **axes)
 
 
-def _greet(groups: list[dist.ProcessGroup | None], device: torch.device) -> None:
+def _connect_nccl(groups: list[dist.ProcessGroup | None], device: torch.device) -> None:
     """Have NCCL connect every group now, at the same point on all ranks.
 
     It does so in the first call, which waits on the host for all ranks of the group. In the middle of a step that could
@@ -154,7 +154,7 @@ def _gather(world: int) -> Gather:
     return gather
 
 
-def _share(
+def _connect_shared(
     members: dict[str, tuple[int, ...]],
     rank: int,
     world: int,

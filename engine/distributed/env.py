@@ -56,7 +56,7 @@ def pick_device(wanted: str, env: Env) -> torch.device:
     return torch.device("cuda", env.local_rank)
 
 
-def leave_code(code: int) -> None:
+def write_exit_code(code: int) -> None:
     """Write the exit code of a failed start into the file that ENGINE_EXIT_CODE_FILE names: torchrun always says 1."""
     if file := os.environ.get("ENGINE_EXIT_CODE_FILE"):
         with suppress(OSError):
@@ -93,6 +93,6 @@ def gloo_interface() -> str | None:
     return os.environ.get("GLOO_SOCKET_IFNAME")
 
 
-def take_gloo_interface(name: str) -> None:
+def set_gloo_interface(name: str) -> None:
     """Have gloo take this network interface. It reads the variable when it connects."""
     os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -20,9 +20,9 @@ from typing import TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
-from engine.distributed.board import Board, Seen
+from engine.distributed.board import Board, PeerStatus
 from engine.distributed.env import Env, master_address, torchrun_error_file, under_torchrun
-from engine.errors import EXIT_ERROR, EngineError, out_of_memory
+from engine.errors import EXIT_ERROR, EngineError, out_of_memory_help
 from engine.util.signals import LAUNCHER
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ T = TypeVar("T")
 _FIRST = "engine/first_error"
 PATIENCE_S = 5.0  # a rank that merely lost its peers waits so long for the one that knows the cause
 STORE_S = 2.0  # an answer of the store that takes longer will not come
-_LOST = (
+_LOST_CONTACT_TEXTS = (
     "gloo",
     "NCCL",
     "Connection",
@@ -38,8 +38,8 @@ _LOST = (
     "Application timeout",
     "Timed out",
 )  # words of torch's errors
-_SILENT = ("Application timeout", "Timed out", "timed out", "timeout")
-_LOOK_S = 1.0  # so often a rank looks whether torchrun is still there
+_TIMEOUT_TEXTS = ("Application timeout", "Timed out", "timed out", "timeout")
+_POLL_S = 1.0  # so often a rank looks whether torchrun is still there
 _LINGER_S = 1.0  # torchrun names the process that ends first as the root cause: a rank with nothing to say ends later
 
 
@@ -54,43 +54,47 @@ def report(error: Exception, env: Env, store: Store | None, timeout_s: float, bo
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:
-        text = out_of_memory(error) or "".join(traceback.format_exception(error)).rstrip()
+        text = out_of_memory_help(error) or "".join(traceback.format_exception(error)).rstrip()
     lost = False
     if store is not None:
         what = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # without the place in gloo's source
-        lost = not expected and any(word in f"{type(error).__name__} {error}" for word in _LOST)
-        seen = board.look(timeout_s / 2) if lost and board is not None else Seen()  # now: the others are about to end
-        silent = lost and any(word in what for word in _SILENT)  # for timeout_s already: a cause would have been told
+        lost = not expected and any(word in f"{type(error).__name__} {error}" for word in _LOST_CONTACT_TEXTS)
+        peers = (
+            board.peer_status(timeout_s / 2) if lost and board is not None else PeerStatus()
+        )  # now: the others are about to end
+        silent = lost and any(
+            word in what for word in _TIMEOUT_TEXTS
+        )  # for timeout_s already: a cause would have been told
         first = _is_first(store, patience_s=0.0 if not lost else _LINGER_S if silent else PATIENCE_S)
         # Without the store nobody knows who was first. All ranks of this host have lost the same peers: one speaks.
         if first is False or (first is None and lost and env.local_rank > 0):
             time.sleep(_LINGER_S)
             return ""
         if lost:
-            text = _lost_contact(what, timeout_s if silent else None, seen, store_gone=first is None)
+            text = _lost_contact(what, timeout_s if silent else None, peers, store_gone=first is None)
         text = f"rank {env.rank}: {text}"
-        _tell_torchrun(text)
+        _write_torchrun_error(text)
     print(f"error: {text}", file=sys.stderr, flush=True)
     if expected or lost or isinstance(error, OSError):
         return text.partition("\n")[0]
     return f"{f'rank {env.rank}: ' * (store is not None)}{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _lost_contact(what: str, silent_s: float | None, seen: Seen, *, store_gone: bool) -> str:
+def _lost_contact(what: str, silent_s: float | None, peers: PeerStatus, *, store_gone: bool) -> str:
     """What a rank can say that lost its peers, or waited for them in vain for `silent_s`."""
     here, master = socket.gethostname(), master_address()
     if store_gone:
         text = f"lost contact with other ranks and with the first node, {master}: that host or the network is down"
-    elif silent_s is not None and seen.behind:
-        behind = "; ".join(f"rank {rank} is behind: {why}" for rank, why in seen.behind.items())
+    elif silent_s is not None and peers.behind:
+        behind = "; ".join(f"rank {rank} is behind: {why}" for rank, why in peers.behind.items())
         text = f"{behind}; others have waited {silent_s:g} s for it (parallel.timeout_s)"
     elif silent_s is not None:
         text = (
             f"no word from another rank for {silent_s:g} s (parallel.timeout_s): its host or the network is down, "
-            f"or it hangs{_heard(seen)}"
+            f"or it hangs{_others_status(peers)}"
         )
     else:
-        who = f"rank {_listed(seen.ended)}" if seen.ended else "another rank"
+        who = f"rank {_joined(peers.ended)}" if peers.ended else "another rank"
         text = f"lost contact with {who}, which went without a word (killed? out of memory?)"
     return (
         f"{text}: {what}\n  Look at the network of {here} and at what the other nodes say, then start the same command "
@@ -98,17 +102,17 @@ def _lost_contact(what: str, silent_s: float | None, seen: Seen, *, store_gone: 
     )
 
 
-def _heard(seen: Seen) -> str:
+def _others_status(peers: PeerStatus) -> str:
     """Of whom more is known where nobody is found to be behind."""
-    waiting = f"; rank {_listed(seen.waiting)} on this host waits as well" if seen.waiting else ""
-    return waiting + (f"; what rank {_listed(seen.unknown)} does is not known here" if seen.unknown else "")
+    waiting = f"; rank {_joined(peers.waiting)} on this host waits as well" if peers.waiting else ""
+    return waiting + (f"; what rank {_joined(peers.unknown)} does is not known here" if peers.unknown else "")
 
 
-def _listed(ranks: list[int]) -> str:
+def _joined(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _tell_torchrun(text: str) -> None:
+def _write_torchrun_error(text: str) -> None:
     """Leave the text where torchrun looks for the root cause (the format of torch's elastic ErrorHandler)."""
     if file := torchrun_error_file():
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
@@ -137,7 +141,7 @@ def end_with_launcher(env: Env) -> None:
 
     def work() -> None:
         while os.getppid() == LAUNCHER:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         with suppress(OSError):
             if env.local_rank == 0:
                 text = f"torchrun (process {LAUNCHER}) has ended without a word (killed?), and so do its ranks"

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from engine.distributed.board import Board
 from engine.distributed.context import ParallelContext, make_context
-from engine.distributed.env import Env, leave_code
+from engine.distributed.env import Env, write_exit_code
 from engine.distributed.failure import PATIENCE_S, STORE_S, bounded, end_with_launcher, report
 from engine.distributed.layout import Layout
 from engine.distributed.network import choose_interface
@@ -47,7 +47,7 @@ def run(
     env: Env,
     mesh: Mesh,
     *,
-    told: Callable[[int, str], None] = lambda code, text: None,
+    on_error: Callable[[int, str], None] = lambda code, text: None,
 ) -> int:
     """Connect the ranks, call main(ctx), and return its exit code; an exception becomes a message and a code.
 
@@ -66,7 +66,7 @@ def run(
             torch.cuda.set_device(mesh.device)
         if env.world > 1:
             store = _open_store(mesh.timeout_s)
-            _join(store, env, mesh.device, mesh.timeout_s)
+            _init_process_group(store, env, mesh.device, mesh.timeout_s)
         ctx = make_context(
             mesh.layout,
             env.rank,
@@ -78,15 +78,15 @@ def run(
             transport=mesh.transport,
         )
         if (board := ctx.world.board) is not None:
-            board.beat()
+            board.start_heartbeat()
         code = main(ctx)
         if store is not None and code != EXIT_OK:
-            _leave_together(store, env)
+            _wait_before_exit(store, env)
     except Exception as error:
         code = error.exit_code if isinstance(error, EngineError) else EXIT_ERROR
         if text := report(error, env, store, mesh.timeout_s, board):
-            leave_code(code)
-            told(code, text)
+            write_exit_code(code)
+            on_error(code, text)
         if store is not None:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -115,15 +115,15 @@ def _open_store(timeout_s: float) -> Store:
     return store
 
 
-def _join(store: Store, env: Env, device: torch.device, timeout_s: float) -> None:
+def _init_process_group(store: Store, env: Env, device: torch.device, timeout_s: float) -> None:
     choose_interface(env, device)
-    _meet(store, env, max(timeout_s, _START_S))
+    _wait_for_all_ranks(store, env, max(timeout_s, _START_S))
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world, timeout=timeout)
 
 
-def _meet(store: Store, env: Env, limit_s: float) -> None:
+def _wait_for_all_ranks(store: Store, env: Env, limit_s: float) -> None:
     """Wait until every rank has come this far: imports from a busy file system may take longer than any step does."""
     if store.add(_STARTED, 1) == env.world:
         store.set(_ALL_STARTED, "1")
@@ -138,7 +138,7 @@ def _meet(store: Store, env: Env, limit_s: float) -> None:
         ) from None
 
 
-def _leave_together(store: Store, env: Env) -> None:
+def _wait_before_exit(store: Store, env: Env) -> None:
     """Wait until all ranks are about to leave with a code other than 0: torchrun ends the others when one has left.
 
     Rank 0 may still be writing down how the run ended. Bounded: all is saved, a missing rank is no reason to stay.

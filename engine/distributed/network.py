@@ -8,7 +8,7 @@ import struct
 
 import torch
 
-from engine.distributed.env import Env, gloo_interface, master_address, take_gloo_interface
+from engine.distributed.env import Env, gloo_interface, master_address, set_gloo_interface
 from engine.errors import ConfigError, FieldError
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
@@ -24,7 +24,7 @@ def choose_interface(env: Env, device: torch.device) -> None:
     if gloo_interface() is not None:
         return
     if env.local_world == env.world:
-        take_gloo_interface("lo")
+        set_gloo_interface("lo")
         return
     if device.type == "cuda":
         return
@@ -35,7 +35,7 @@ def choose_interface(env: Env, device: torch.device) -> None:
         fix = "Give torchrun the address that the others use (--master-addr; --local-addr with c10d)."
         raise ConfigError([FieldError("distributed.master-on-loopback", "MASTER_ADDR", master, problem, fix)])
     if name := _interface_of(local):
-        take_gloo_interface(name)
+        set_gloo_interface(name)
 
 
 def _address_towards(host: str) -> str:

@@ -28,14 +28,14 @@ from engine.distributed.board import namespace as _namespace
 from engine.util import extension
 
 RING, PAIR_RING = 16 << 20, 4 << 20  # bytes of a rank's ring for collectives, and of that for messages to one other
-_MOST = 1 << 30  # of all rings of a group, in either use; only what was used once takes memory
+_MAX_RING_BYTES = 1 << 30  # of all rings of a group, in either use; only what was used once takes memory
 _PAGE = 4096
 _INTERFACE = 0  # of csrc/shared/module.cpp, counted up when a signature changes
-_LOOK_S = 0.1
-_WORDS = 256  # bytes of a reason that the other ranks are told
+_POLL_S = 0.1
+_REASON_BYTES = 256  # bytes of a reason that the other ranks are told
 _GROUP, _SENT, _RECEIVED = range(3)
 _ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER = 1, 2, 3
-_KINDS = (
+_DTYPES = (
     torch.float32,
     torch.float64,
     torch.bfloat16,
@@ -45,8 +45,8 @@ _KINDS = (
     torch.uint8,
     torch.bool,
 )
-_KIND_OF = {dtype: number for number, dtype in enumerate(_KINDS)}
-_OP_OF = {"sum": 0, "max": 1, "min": 2}
+_DTYPE_CODES = {dtype: number for number, dtype in enumerate(_DTYPES)}
+_OP_CODES = {"sum": 0, "max": 1, "min": 2}
 
 
 def load() -> tuple[Any, str]:
@@ -64,7 +64,7 @@ class Work:
     """An operation that was started: number `number` of its sort. into: where its result belongs, if not in place."""
 
     link: Link
-    sort: int
+    queue: int
     peer: int
     number: int
     into: tuple[Tensor, Tensor] | None = None
@@ -82,14 +82,14 @@ class Link:
 
     def __init__(self, channel: Any, ranks: tuple[int, ...], pids: Sequence[int], timeout_s: float):
         self.channel, self.ranks, self.pids, self.timeout_s = channel, ranks, tuple(pids), timeout_s
-        self._ends = select.poll()  # a descriptor of a process becomes readable when that has ended
+        self._exits = select.poll()  # a descriptor of a process becomes readable when that has ended
         self._position: dict[int, int] = {}
         for position, pid in enumerate(pids):
             if pid != os.getpid():
                 descriptor = os.pidfd_open(pid)
                 self._position[descriptor] = position
-                self._ends.register(descriptor, select.POLLIN)
-        self._held: dict[tuple[int, int], deque[tuple[int, Tensor, Tensor]]] = {}
+                self._exits.register(descriptor, select.POLLIN)
+        self._tensors_in_use: dict[tuple[int, int], deque[tuple[int, Tensor, Tensor]]] = {}
 
     def __del__(self) -> None:
         for descriptor in self._position:
@@ -113,25 +113,25 @@ class Link:
     def send(self, x: Tensor, peer: int) -> Work:
         """Send contiguous x to a position."""
         number = self.channel.send(x.data_ptr(), x.numel() * x.element_size(), peer)
-        return Work(self, _SENT, peer, self._hold(_SENT, peer, number, x, x))
+        return Work(self, _SENT, peer, self._keep_tensors(_SENT, peer, number, x, x))
 
     def receive(self, x: Tensor, peer: int) -> Work:
         """Receive contiguous x from a position."""
         number = self.channel.receive(x.data_ptr(), x.numel() * x.element_size(), peer)
-        return Work(self, _RECEIVED, peer, self._hold(_RECEIVED, peer, number, x, x))
+        return Work(self, _RECEIVED, peer, self._keep_tensors(_RECEIVED, peer, number, x, x))
 
     def _start(self, what: int, source: Tensor, out: Tensor, total: int, op: str = "sum") -> int:
         dtype = torch.uint8 if what == _ALL_GATHER else source.dtype
-        if (kind := _KIND_OF.get(dtype)) is None:
-            raise TypeError(f"tensors of {dtype} are not reduced; there are {', '.join(map(str, _KINDS))}")
-        number = self.channel.start(what, kind, _OP_OF[op], source.data_ptr(), out.data_ptr(), total)
-        return self._hold(_GROUP, 0, number, source, out)
+        if (kind := _DTYPE_CODES.get(dtype)) is None:
+            raise TypeError(f"tensors of {dtype} are not reduced; there are {', '.join(map(str, _DTYPES))}")
+        number = self.channel.start(what, kind, _OP_CODES[op], source.data_ptr(), out.data_ptr(), total)
+        return self._keep_tensors(_GROUP, 0, number, source, out)
 
-    def _hold(self, sort: int, peer: int, number: int, source: Tensor, out: Tensor) -> int:
+    def _keep_tensors(self, queue: int, peer: int, number: int, source: Tensor, out: Tensor) -> int:
         """Keep what an operation reads and writes until it is complete, even if nobody waits for it."""
-        held = self._held.setdefault((sort, peer), deque())
+        held = self._tensors_in_use.setdefault((queue, peer), deque())
         held.append((number, source, out))
-        completed = self.channel.completed(sort, peer)
+        completed = self.channel.completed(queue, peer)
         while held and held[0][0] <= completed:
             held.popleft()
         return number
@@ -139,17 +139,17 @@ class Link:
     def finish(self, work: Work) -> None:
         """Wait for an operation; see Work."""
         deadline = time.monotonic() + self.timeout_s
-        what = (work.sort, work.peer)
-        while not self.channel.wait(*what, work.number, _LOOK_S):
-            self._look_for_the_dead(work)
+        what = (work.queue, work.peer)
+        while not self.channel.wait(*what, work.number, _POLL_S):
+            self._check_for_exited_ranks(work)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"Timed out waiting {self.timeout_s:g} s in shared memory")  # for whom: board.py
 
-    def _look_for_the_dead(self, work: Work) -> None:
-        ended = {self._position[descriptor] for descriptor, _ in self._ends.poll(0)}
-        if not ended or self.channel.wait(work.sort, work.peer, work.number, 0.0):  # it may have done its part before
+    def _check_for_exited_ranks(self, work: Work) -> None:
+        ended = {self._position[descriptor] for descriptor, _ in self._exits.poll(0)}
+        if not ended or self.channel.wait(work.queue, work.peer, work.number, 0.0):  # it may have done its part before
             return
-        for position in self.channel.missing(work.sort, work.peer):
+        for position in self.channel.missing(work.queue, work.peer):
             if position in ended:
                 pid = self.pids[position]
                 raise ConnectionError(f"Connection lost: the process of rank {self.ranks[position]} ({pid}) has ended")
@@ -207,16 +207,16 @@ def connect(
             except OSError as error:  # nobody could tell who has ended
                 why = f"rank {rank} cannot watch the other processes: {error}"
         flags = [int(len(ranks) == 1 or ranks in links) for ranks in members.values()]
-        good = gather([*flags, *why.encode()[:_WORDS].ljust(_WORDS)])
+        good = gather([*flags, *why.encode()[:_REASON_BYTES].ljust(_REASON_BYTES)])
     finally:
         for file in files.values():
             os.close(file)
     shared = {r: link for r, link in links.items() if all(good[other][wanted[r]] for other in r)}
-    told = (bytes(row[len(flags) :]).decode(errors="replace").strip() for row in good)
-    return shared, next(filter(None, told), "")
+    reasons = (bytes(row[len(flags) :]).decode(errors="replace").strip() for row in good)
+    return shared, next(filter(None, reasons), "")
 
 
 def sizes(ranks: int) -> tuple[int, int]:
     """Bytes of a ring for collectives and of one for messages, in a group of so many ranks."""
-    ring = min(RING, max(_MOST // ranks // _PAGE, 16) * _PAGE)
-    return ring, min(PAIR_RING, max(_MOST // ranks**2 // _PAGE, 16) * _PAGE)
+    ring = min(RING, max(_MAX_RING_BYTES // ranks // _PAGE, 16) * _PAGE)
+    return ring, min(PAIR_RING, max(_MAX_RING_BYTES // ranks**2 // _PAGE, 16) * _PAGE)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engine.batch import Documents
 from engine.config.schema import ModelConfig
-from engine.distributed.collectives import all_gather, sum_from
+from engine.distributed.collectives import all_gather, reduce_partial_sums
 from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import Chunk, Parameter, ShardSpec, new_parameter
 from engine.ops.embedding import embedding
@@ -141,7 +141,7 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
         """recipe: recomputes x instead of saving it."""
         partial_sums = linear(x, self.weight, self.self_axis, self.self_axis, recipe=recipe, matmul=self.matmul)
-        out = sum_from(partial_sums, self.replicated, self.sequence)
+        out = reduce_partial_sums(partial_sums, self.replicated, self.sequence)
         return out if self.bias is None else out + self.bias
 
 
@@ -218,7 +218,9 @@ class VocabEmbedding(nn.Module):
         self.scale = torch.tensor(scale, dtype=ctx.dtype).item()  # Gemma: rounded as the weights are
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = sum_from(embedding(self.weight, tokens.t().contiguous(), self.start), self.replicated, self.sequence)
+        x = reduce_partial_sums(
+            embedding(self.weight, tokens.t().contiguous(), self.start), self.replicated, self.sequence
+        )
         return x if self.scale == 1 else x * self.scale
 
 

@@ -8,13 +8,13 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from engine.util.files import no_links, replace_synced, sync_file
+from engine.util.files import open_no_follow, replace_synced, sync_file
 
 _ROOM = 4096  # bytes taken at the start, so that the last word needs none
 _RUNNING = "running, or ended without a word (killed, power cut)"
 
 
-class Ending:
+class ExitRecord:
     """Of the run in a folder, whichever rank has the last word. step: the last one done, None before any is known.
 
     `begin` on one rank, once the folder is this run's; until `begun` nothing is written.
@@ -29,8 +29,8 @@ class Ending:
         """Say that the run is under way. OSError where the folder cannot be written."""
         with suppress(FileNotFoundError):
             self._spare.unlink()
-        replace_synced(self._file, self._facts(None, _RUNNING))
-        with open(self._spare, "wb", opener=no_links) as file:
+        replace_synced(self._file, self._record(None, _RUNNING))
+        with open(self._spare, "wb", opener=open_no_follow) as file:
             file.write(b" " * _ROOM)
             sync_file(file)
 
@@ -38,10 +38,10 @@ class Ending:
         """The last word: the exit code, and why in one line."""
         if not self.begun:
             return
-        data = self._facts(code, reason)
+        data = self._record(code, reason)
         try:
             if self._spare.exists():
-                with open(self._spare, "r+b", opener=no_links) as file:
+                with open(self._spare, "r+b", opener=open_no_follow) as file:
                     file.write(data)
                     file.truncate()
                     sync_file(file)
@@ -51,5 +51,5 @@ class Ending:
         except OSError as error:
             warnings.warn(f"{self._file} cannot be written ({error.strerror})", stacklevel=2)
 
-    def _facts(self, code: int | None, reason: str) -> bytes:
+    def _record(self, code: int | None, reason: str) -> bytes:
         return json.dumps({"code": code, "reason": reason[: _ROOM // 8], "step": self.step}).encode() + b"\n"

@@ -20,7 +20,7 @@ from engine.distributed.sharding import Parameter
 from engine.errors import TrainingError
 from engine.pipeline.actions import Plan
 from engine.pipeline.executor import execute
-from engine.pipeline.schedules import single
+from engine.pipeline.schedules import first_microbatch
 from engine.pipeline.stage import Stage
 
 
@@ -34,20 +34,20 @@ class NonFinite:
     samples: range
 
 
-def explain_non_finite(
+def raise_non_finite(
     plan: Plan,
     stages: Mapping[int, Stage],
     params: Sequence[Parameter],
     ctx: ParallelContext,
     batches: Sequence[MicroBatch],
     token_weight: float,
-    what: NonFinite,
+    failure: NonFinite,
 ) -> None:
     """Raise TrainingError on every rank, naming step, rank, microbatch, samples and tensor. Collective."""
-    alone = single(plan)
+    alone = first_microbatch(plan)
     mine: list[dict[str, Any]] = []
     rows = batches[0].tokens.shape[0]
-    mine_from = what.samples.start + ctx.data.rank * len(batches) * rows
+    mine_from = failure.samples.start + ctx.data.rank * len(batches) * rows
     for index, batch in enumerate(batches):
         here = range(mine_from + index * rows, mine_from + (index + 1) * rows)
         for stage in stages.values():
@@ -58,17 +58,17 @@ def explain_non_finite(
         if not bool(torch.isfinite(losses).all()):
             wrong = [here[k] for k in (~torch.isfinite(losses[0])).nonzero().flatten().tolist()]
             mine.append({"microbatch": index, "what": f"loss {float(losses.sum())}", "samples": wrong})
-        for name in _broken(params, ctx)[:1]:
+        for name in _non_finite_gradients(params, ctx)[:1]:
             mine.append({"microbatch": index, "what": f"gradient of {name}", "samples": list(here)})
     found = [
         (finding["microbatch"], rank, finding["what"], tuple(finding["samples"]))
         for rank, findings in enumerate(gather_json(mine, ctx.world, ctx.device))
         for finding in findings
     ]
-    raise TrainingError("monitor.non-finite", _message(sorted(found), what))
+    raise TrainingError("monitor.non-finite", _message(sorted(found), failure))
 
 
-def _broken(params: Sequence[Parameter], ctx: ParallelContext) -> list[str]:
+def _non_finite_gradients(params: Sequence[Parameter], ctx: ParallelContext) -> list[str]:
     names = []
     for p in params:
         assert p.main_grad is not None
@@ -80,13 +80,14 @@ def _broken(params: Sequence[Parameter], ctx: ParallelContext) -> list[str]:
 
 def _message(found: list[tuple[int, int, str, tuple[int, ...]]], step: NonFinite) -> str:
     tensors, samples = step.tensors, step.samples
-    what = f"step {step.step}: loss is {step.loss}"
-    what += f", non-finite gradient of {', '.join(tensors[:3])}" if tensors else ""
+    failure = f"step {step.step}: loss is {step.loss}"
+    failure += f", non-finite gradient of {', '.join(tensors[:3])}" if tensors else ""
     of_step = f"its samples are {samples.start}-{samples.stop - 1}"
     if not found:
         return (
-            f"{what}; {of_step}; replaying each microbatch alone gave finite numbers everywhere: the sum overflowed or "
-            "the hardware erred once. No weight was changed; start the same command again from the last checkpoint."
+            f"{failure}; {of_step}; each microbatch replayed alone gave finite numbers: the sum overflowed, or the "
+            "hardware made a transient error. No weight was changed; start the same command again to resume from the "
+            "last checkpoint."
         )
     first = found[0][0]
     ranks = sorted({rank for index, rank, *_ in found if index == first})
@@ -95,7 +96,9 @@ def _message(found: list[tuple[int, int, str, tuple[int, ...]]], step: NonFinite
     wrong = sorted(by_loss or {n for *_, numbers in found for n in numbers})
     named = in_words(read_ranges(" ".join(map(str, wrong))))
     place = f"first in microbatch {first} of rank {', '.join(map(str, ranks))} ({'; '.join(causes[:3])})"
-    text = f"{what}; {place}, in samples {named}; {of_step}. No weight was changed and the last checkpoint is intact. "
+    text = (
+        f"{failure}; {place}, in samples {named}; {of_step}. No weight was changed and the last checkpoint is intact. "
+    )
     if len(wrong) == len(samples):
         return (
             f"{text}All samples of the step are hit: the weights have diverged before it. Go back to an earlier "

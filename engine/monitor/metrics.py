@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.config.load import Resolved
 from engine.train.evaluate import Score
-from engine.util.files import no_links, replace_synced
+from engine.util.files import open_no_follow, replace_synced
 
 _CLOSE_S = 10.0  # TensorBoard may take so long to write its last events
 
@@ -84,7 +84,7 @@ class MetricsLog:
         record = {"step": step, **{f"val_{k}": v for k, v in score.as_dict().items()}}
         self._write(record, {f"val/{k}": v for k, v in score.as_dict().items()})
 
-    def left_out(self, step: int, tokens: int) -> None:
+    def skipped_step(self, step: int, tokens: int) -> None:
         """Record a step of train.skip_steps: {"step", "left_out", "tokens"}; it has no loss."""
         self._write({"step": step, "left_out": 1.0, "tokens": tokens}, {})
 
@@ -114,8 +114,8 @@ class _Lines:
     """metrics.jsonl, opened for appending without the half line that a killed writer may have left."""
 
     def __init__(self, path: Path):
-        self.path, self.told = path, False
-        self.file = open(path, "a+b", buffering=0, opener=no_links)  # noqa: SIM115  (closed by MetricsLog)
+        self.path, self.warned = path, False
+        self.file = open(path, "a+b", buffering=0, opener=open_no_follow)  # noqa: SIM115  (closed by MetricsLog)
         self.file.seek(0)
         self.end = self.file.read().rfind(b"\n") + 1
         self.file.truncate(self.end)
@@ -130,8 +130,8 @@ class _Lines:
         except OSError as error:
             with suppress(OSError):
                 self.file.truncate(self.end)
-            if not self.told:
-                self.told = True
+            if not self.warned:
+                self.warned = True
                 warnings.warn(
                     f"{self.path} cannot be written ({error.strerror}); going on, steps will be missing there",
                     stacklevel=2,
@@ -159,6 +159,6 @@ def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, 
 
 def _records(run_dir: Path) -> tuple[list[dict[str, float]], bool]:
     """All whole lines of metrics.jsonl in order, and whether there is a torn one behind them."""
-    with open(run_dir / "metrics.jsonl", encoding="utf-8", errors="replace", opener=no_links) as file:
+    with open(run_dir / "metrics.jsonl", encoding="utf-8", errors="replace", opener=open_no_follow) as file:
         whole, _, rest = file.read().rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()], bool(rest)

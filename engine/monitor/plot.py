@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import DataError, cut
+from engine.errors import DataError, truncate
 from engine.monitor.metrics import read_metrics
 from engine.util.glyphs import drawable
 
@@ -23,7 +23,7 @@ def plot_loss(runs: Sequence[Path], output: Path) -> list[str]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = names_apart(runs)
+    names = distinct_names(runs)
     with drawable(names) as label:
         figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
         drawn: set[float] = set()
@@ -59,7 +59,7 @@ def plot_loss(runs: Sequence[Path], output: Path) -> list[str]:
     return notes
 
 
-def names_apart(runs: Sequence[Path]) -> list[str]:
+def distinct_names(runs: Sequence[Path]) -> list[str]:
     """Of each run the last parts of its path, as many as tell all apart."""
     paths = [run.absolute().parts for run in runs]
     for length in range(1, max(map(len, paths), default=0) + 1):
@@ -90,7 +90,7 @@ def plot_lengths(
     filled = np.flatnonzero(documents)
     shown = range(int(filled[0]), int(filled[-1]) + 1)
     places = np.array(shown)
-    name = cut(name, 60)
+    name = truncate(name, 60)
     with drawable([name]) as label:
         figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
         axes.bar(places - 0.2, documents[places] / documents.sum(), 0.4, label="of the documents")
@@ -98,7 +98,7 @@ def plot_lengths(
         for place in (place for place in shown if not documents[place]):
             axes.text(place, 0, "none", ha="center", va="bottom", fontsize=7, color="grey")
         for (what, length), style in zip(marks.items(), ("-", "--", ":", "-.")):
-            at = length_place(edges, length)
+            at = length_position(edges, length)
             figures = f"{length:,}" if isinstance(length, int) else f"{length:,.1f}"
             axes.axvline(at, color="black", lw=1.2, ls=style, label=f"{what}: {figures} tokens")
         labels = [str(a) if b - a == 1 else f"{a:,}-{b - 1:,}" for a, b in zip(edges.tolist(), edges[1:].tolist())]
@@ -113,7 +113,7 @@ def plot_lengths(
         plt.close(figure)
 
 
-def length_place(edges: npt.NDArray[np.int64], length: float) -> float:
+def length_position(edges: npt.NDArray[np.int64], length: float) -> float:
     """Where a length is on an axis of classes: class k takes k - 0.5 to k + 0.5, and in it each length the same."""
     k = int(np.searchsorted(edges, length, side="right")) - 1
     return float(k - 0.5 + (length + 0.5 - edges[k]) / (edges[k + 1] - edges[k]))

@@ -42,12 +42,14 @@ class Progress:
             f"{cfg.parallel.schedule}; {steps}, {origin}"
         )
         if ctx.rank == 0:
-            self.note(f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}{self._besides()}")
+            self.note(
+                f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}{self._extra_kernels()}"
+            )
             if ctx.world.size > 1:
-                self.note(f"ranks speak over {ctx.transports()}")
+                self.note(f"ranks speak over {ctx.describe_transports()}")
         self.first_step = self.shown_step = step
 
-    def _besides(self) -> str:
+    def _extra_kernels(self) -> str:
         """What else computes beside our kernels and torch's operators."""
         train, probe = self.cfg.train, torch.empty(1, device=self.ctx.device, dtype=self.ctx.dtype)
         text = f"; products of blocks: fp8 {train.fp8}" if train.fp8 != "none" else ""

@@ -42,7 +42,7 @@ class SpikeWatch:
                         if (value := records[at][name]) is not None:
                             values.append(value)
 
-    def see(self, step: int, loss: float, norm: float, samples: str) -> tuple[bool, str]:
+    def observe(self, step: int, loss: float, norm: float, samples: str) -> tuple[bool, str]:
         """(whether the values of a step stand out, what to tell). samples: of the step, in words."""
         high = [
             f"{words} {value:.4g} where {self._median(name):.4g} is usual"

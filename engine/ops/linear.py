@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.distributed.collectives import Pending, all_gather, all_gather_start, sum_start
+from engine.distributed.collectives import Pending, all_gather, all_gather_start, reduce_partial_sums_start
 from engine.distributed.context import Axis
 from engine.distributed.sharding import Parameter
 from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
@@ -85,7 +85,7 @@ class _Linear(torch.autograd.Function):
         full = restore() if now else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = sum_start(matmul.input_grad(grad, weight), ctx.replicated, sequence)
+            grad_x = reduce_partial_sums_start(matmul.input_grad(grad, weight), ctx.replicated, sequence)
         grad_w = None
         if full is not None:
             grad_w = accumulate(weight, grad, full.wait(), matmul)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.distributed.collectives import Pending, all_gather, all_reduce_, sum_start
+from engine.distributed.collectives import Pending, all_gather, all_reduce_, reduce_partial_sums_start
 from engine.distributed.context import Axis
 from engine.distributed.sharding import Parameter
 from engine.ops.matmul import add_outer_
@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[rows], grad = _chunk(rows_x[rows], weight, targets[rows], weights[rows], part)
             rows_grad[rows] = matmul(grad, weight)
             if rows.stop == len(rows_x):  # beside the last product
-                summed = sum_start(grad_x, replicated, sequence)
+                summed = reduce_partial_sums_start(grad_x, replicated, sequence)
             add_outer_(into, grad, rows_x[rows])
             del grad  # before the next chunk's is made
         ctx.weight = weight

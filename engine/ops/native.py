@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.util import extension
-from engine.util.build_notes import why_not
+from engine.util.build_notes import why_not_built
 
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -153,7 +153,7 @@ def why_no_cuda(device: torch.device) -> str:
         return why
     built = library.cuda_capabilities()
     if not built:
-        return f"engine._ops has no CUDA kernels ({why_not('cuda') or 'torch had no CUDA when it was built'})"
+        return f"engine._ops has no CUDA kernels ({why_not_built('cuda') or 'torch had no CUDA when it was built'})"
     own = torch.cuda.get_device_capability(device)
     if runs_on(own, built):
         return ""

@@ -137,14 +137,14 @@ class Plan:
             )
         for rank, program in enumerate(self.programs):
             for position, step in enumerate(program):
-                fault = self._fault_of(step)
-                if fault:
+                problem = self._step_problem(step)
+                if problem:
                     shown = format_step(step) if step else "()"
                     raise PlanError(
-                        "pipeline.step-not-valid", f"plan {self.name!r} rank {rank} step {position} {shown}: {fault}"
+                        "pipeline.step-not-valid", f"plan {self.name!r} rank {rank} step {position} {shown}: {problem}"
                     )
 
-    def _fault_of(self, step: Step) -> str | None:
+    def _step_problem(self, step: Step) -> str | None:
         """Why `step` could not be part of any plan of this shape, or None."""
         if not step:
             return "a step holds at least one action; remove the empty one"

@@ -25,7 +25,7 @@ from engine.pipeline.stage import Stage
 _TO_NEXT = (Op.SEND_F, Op.RECV_F)
 
 
-class Trace:
+class ExecutionTrace:
     """When each computation of an execution began and ended on this rank, in seconds of time.perf_counter.
 
     On a GPU the times are those of the device, from events in its queue; `events` waits for it.
@@ -76,7 +76,7 @@ class Execution:
     batches: Sequence[MicroBatch]
     token_weight: float
     losses: Tensor
-    trace: Trace | None
+    trace: ExecutionTrace | None
     inbox: dict[tuple[Op, int, int], Pending] = field(default_factory=dict)
     outbox: dict[tuple[Op, int, int], Tensor] = field(default_factory=dict)
     sending: list[Pending] = field(default_factory=list)
@@ -97,7 +97,7 @@ def execute(
     ctx: ParallelContext,
     batches: Sequence[MicroBatch],
     token_weight: float,
-    trace: Trace | None = None,
+    trace: ExecutionTrace | None = None,
 ) -> Tensor:
     """Run this rank's program of the plan over its microbatches; returns `Execution.losses`.
 
@@ -136,7 +136,7 @@ def execute(
     return losses
 
 
-def holds_loss(plan: Plan, ctx: ParallelContext) -> bool:
+def contributes_loss(plan: Plan, ctx: ParallelContext) -> bool:
     """Whether what `execute` gives here counts in a sum over the world: of each data rank, one rank has its losses.
 
     They come out of the last stage, alike on all its tensor ranks: the first of these speaks.

@@ -16,7 +16,7 @@ _WORK = 4_000_000  # actions timed while a start is improved, if the number of i
 _MOST = 4000  # iterations at most then
 
 
-class _Board:
+class _TimedPlan:
     """A plan as numbers, to try thousands of small changes: timing as in `simulate`, which has the last word.
 
     An action is (op * stages + stage) * microbatches + microbatch, op 0, 1, 2 for F, I, W; B becomes I and W. Each
@@ -129,33 +129,33 @@ def improve(plan: Plan, costs: Costs, memory_cap: float | None, chooser: random.
     Late acceptance: a change is kept if the step is no longer than it was some changes ago, so that the search can
     leave a place from which every single move leads up.
     """
-    board = _Board(plan, share_costs(costs, plan.num_ranks, plan.num_stages), memory_cap)
+    timed = _TimedPlan(plan, share_costs(costs, plan.num_ranks, plan.num_stages), memory_cap)
     if iterations is None:
-        iterations = min(_MOST, _WORK // len(board.actions))
-    time = least = board.time()
-    best = [list(program) for program in board.programs]
+        iterations = min(_MOST, _WORK // len(timed.actions))
+    time = least = timed.time()
+    best = [list(program) for program in timed.programs]
     past = [time] * _PATIENCE
-    chain = board.critical()
+    chain = timed.critical()
     for turn in range(iterations):
-        if least <= board.bound * (1 + ROUNDING) or not chain:
+        if least <= timed.bound * (1 + ROUNDING) or not chain:
             break
         rank, later = chooser.choice(chain)
         places = (later, max(0, later - chooser.randint(1, _REACH)))
         source, target = places if chooser.random() < 0.5 else places[::-1]
-        if not board.move(rank, source, target):
+        if not timed.move(rank, source, target):
             continue
-        new = board.time()
+        new = timed.time()
         if new <= max(time, past[turn % _PATIENCE]) * (1 + ROUNDING):
-            time, chain = new, board.critical()
+            time, chain = new, timed.critical()
             if time < least * (1 - ROUNDING):
-                least, best = time, [list(program) for program in board.programs]
+                least, best = time, [list(program) for program in timed.programs]
         else:
-            board.programs[rank].insert(source, board.programs[rank].pop(target))
+            timed.programs[rank].insert(source, timed.programs[rank].pop(target))
         past[turn % _PATIENCE] = time
-    return board.as_plan(best)
+    return timed.as_plan(best)
 
 
-def merge(plan: Plan, costs: Costs) -> Plan:
+def merge_backward_halves(plan: Plan, costs: Costs) -> Plan:
     """Writes I and W that follow each other as one B, stage by stage, where that does not make the step longer.
 
     A whole backward costs a run less than its halves, but the gradient it makes for the stage above leaves later.

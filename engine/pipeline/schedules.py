@@ -181,7 +181,7 @@ def build(name: str, ranks: int, chunks: int, microbatches: int) -> Plan:
             f"schedule {name!r} with chunks = {chunks}: it places {schedule.chunks} stage(s) on each rank. Set chunks "
             f"to {schedule.chunks}, or choose interleaved, which takes any number",
         )
-    return prove(schedule.make(ranks, chunks, microbatches))
+    return complete_and_check(schedule.make(ranks, chunks, microbatches))
 
 
 def load_plan(path: Path) -> Plan:
@@ -199,7 +199,7 @@ def load_plan(path: Path) -> Plan:
     try:
         plan = read_torch_csv(text, path.stem) if path.suffix == ".csv" else parse_plan(text)
         if not any(action.op in COMMUNICATION for _, _, action in plan.walk()):
-            return prove(compute_only(plan))
+            return complete_and_check(compute_only(plan))
         check(plan)
         return plan
     except PlanError as error:
@@ -220,17 +220,17 @@ def forward_only(like: Plan, microbatches: int) -> Plan:
         )
         for rank in range(like.num_ranks)
     )
-    return prove(Plan("forward_only", microbatches, like.placement, programs, backward=False))
+    return complete_and_check(Plan("forward_only", microbatches, like.placement, programs, backward=False))
 
 
-def single(like: Plan) -> Plan:
+def first_microbatch(like: Plan) -> Plan:
     """The plan for the first of its microbatches alone, without REDUCE: for looking at microbatches one by one."""
     plan = complete(compute_only(like, 1))
     programs = tuple(tuple(step for step in program if step[0].op is not Op.REDUCE) for program in plan.programs)
     return replace(plan, programs=programs)
 
 
-def prove(plan: Plan) -> Plan:
+def complete_and_check(plan: Plan) -> Plan:
     """A compute-only plan with communication, after `check` has found nothing wrong with it."""
     plan = complete(plan)
     check(plan)

@@ -19,10 +19,10 @@ from dataclasses import replace
 
 from engine.errors import PlanError
 from engine.pipeline.actions import Plan
-from engine.pipeline.improve import improve, merge
+from engine.pipeline.improve import improve, merge_backward_halves
 from engine.pipeline.list_schedules import list_schedules
 from engine.pipeline.passes import compute_only
-from engine.pipeline.schedules import SCHEDULES, Placement, build, looped, prove, v_shaped
+from engine.pipeline.schedules import SCHEDULES, Placement, build, complete_and_check, looped, v_shaped
 from engine.pipeline.shares import ROUNDING, fits, lower_bound, share_costs, share_memory, share_time
 from engine.pipeline.simulate import Costs
 
@@ -55,7 +55,7 @@ def search(
     share_costs(costs, ranks, ranks)  # complains about costs that do not fit before any work
     wheres = placements(ranks, chunks, placement)
     bound = min(lower_bound(where, microbatches, share_costs(costs, ranks, len(where))) for where in wheres)
-    plans = [*named(ranks, microbatches, chunks, placement)]
+    plans = [*named_schedules(ranks, microbatches, chunks, placement)]
     if not any(fits(plan, memory_cap) and share_time(plan, costs) <= bound * (1 + ROUNDING) for plan in plans):
         for where in wheres:
             plans += list_schedules(where, ranks, microbatches, costs, memory_cap)
@@ -76,11 +76,13 @@ def search(
         (ranked[0], *improved), key=lambda plan: share_time(plan, costs) * (1 + ROUNDING * (plan is not ranked[0]))
     )
     if best is not ranked[0] or best.name == "list":
-        best = merge(best, costs)
-    return prove(replace(compute_only(best), name="searched"))
+        best = merge_backward_halves(best, costs)
+    return complete_and_check(replace(compute_only(best), name="searched"))
 
 
-def named(ranks: int, microbatches: int, chunks: int | None = None, placement: str | None = None) -> Iterator[Plan]:
+def named_schedules(
+    ranks: int, microbatches: int, chunks: int | None = None, placement: str | None = None
+) -> Iterator[Plan]:
     """Every named schedule on the placements that are asked for."""
     wanted = set(placements(ranks, chunks, placement))
     for name, schedule in SCHEDULES.items():

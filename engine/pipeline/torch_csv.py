@@ -73,7 +73,7 @@ def _cells(rows: list[list[str]], name: str) -> Iterator[_Cell]:
                 try:
                     action = parse_action(part.strip().replace("REDUCE_GRAD", "REDUCE"))
                 except PlanError as error:
-                    raise _fault(name, _Cell(row, column, word, Action(Op.F, 0)), str(error)) from None
+                    raise _cell_error(name, _Cell(row, column, word, Action(Op.F, 0)), str(error)) from None
                 yield _Cell(row, column, word, action)
 
 
@@ -85,16 +85,16 @@ def _placement(cells: list[_Cell], name: str) -> tuple[int, ...]:
         if op is Op.F and forwards.setdefault(stage, cell).row != cell.row:
             first = forwards[stage]
             what = f"stage {stage} is on rank {first.row} already ({first.text!r}), and a stage is on one rank only"
-            raise _fault(name, cell, what)
+            raise _cell_error(name, cell, what)
     for cell in cells:
         # Stages are numbered without gaps, so the one before must be there too.
         for stage in (cell.action.stage, cell.action.stage - 1):
             if stage >= 0 and stage not in forwards:
-                raise _fault(name, cell, f"no row has an F of stage {stage}, so there is no rank to place it on")
+                raise _cell_error(name, cell, f"no row has an F of stage {stage}, so there is no rank to place it on")
     return tuple(forwards[stage].row for stage in range(len(forwards)))
 
 
-def _fault(name: str, cell: _Cell, what: str) -> PlanError:
+def _cell_error(name: str, cell: _Cell, what: str) -> PlanError:
     return PlanError(
         "pipeline.csv-cell-not-valid",
         f"torch CSV {name!r} row {cell.row} column {cell.column} (from 0) {cell.text!r}: {what}",

@@ -11,7 +11,7 @@ import torch
 from engine.distributed.collectives import gather_json, post
 from engine.distributed.context import ParallelContext
 from engine.pipeline.actions import Plan, parse_action
-from engine.pipeline.executor import Trace
+from engine.pipeline.executor import ExecutionTrace
 from engine.pipeline.simulate import Event, Timeline
 from engine.pipeline.timeline import TIMELINE_FILE, to_json
 from engine.util.files import write_synced
@@ -19,7 +19,7 @@ from engine.util.files import write_synced
 _ROUNDS = 8
 
 
-def write_timeline(run_dir: Path, plan: Plan, trace: Trace, ctx: ParallelContext, step: int) -> None:
+def write_timeline(run_dir: Path, plan: Plan, trace: ExecutionTrace, ctx: ParallelContext, step: int) -> None:
     """Write RUN/timeline.json from the traces of the pipeline of data and tensor rank 0. Collective."""
     offset = clock_offset(ctx)
     mine = [(str(action), start - offset, end - offset) for action, start, end in trace.events()]

@@ -23,7 +23,7 @@ from engine.distributed.context import ParallelContext
 from engine.errors import EXIT_OK, ConfigError, DataError, FieldError
 from engine.inference.load import load_stage
 from engine.pipeline.actions import Plan
-from engine.pipeline.executor import execute, holds_loss
+from engine.pipeline.executor import contributes_loss, execute
 from engine.pipeline.schedules import forward_only
 from engine.pipeline.stage import Stage
 
@@ -99,7 +99,7 @@ class Evaluator:
             if stopping():
                 return None
             sums += self._chunk(mine[begin : begin + chunk], min(chunk, per_rank - begin))
-        loss, tokens = all_reduce_(sums * float(holds_loss(self.plan, ctx)), ctx.world).tolist()
+        loss, tokens = all_reduce_(sums * float(contributes_loss(self.plan, ctx)), ctx.world).tolist()
         if not tokens:
             raise DataError(
                 "train.nothing-to-score",

@@ -21,17 +21,17 @@ from engine.distributed.collectives import all_reduce_, on_first_rank
 from engine.distributed.context import ParallelContext
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, FieldError
 from engine.model.transformer import num_parameters
-from engine.monitor.ending import Ending
+from engine.monitor.ending import ExitRecord
 from engine.monitor.metrics import MetricsLog, lacks_validation
 from engine.monitor.progress import Progress
 from engine.monitor.spikes import SpikeWatch
 from engine.pipeline.simulate import simulate
 from engine.pipeline.trace import write_timeline
 from engine.planner.flops import flops_per_token, uneven_pipeline
-from engine.train.resume import changed_since, facts_of
+from engine.train.resume import changed_since, manifest_fields
 from engine.train.run import Run, open_run
 from engine.train.state import TrainState
-from engine.train.step import StepResult, leave_behind, train_step
+from engine.train.step import StepResult, advance_counters, train_step
 from engine.util.files import locked
 from engine.util.signals import StopRequest
 
@@ -52,13 +52,13 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class Journal:
+class RunOutputs:
     """Where a run is told of. spikes: on the one rank that watches for them, which also deletes checkpoints."""
 
     console: Progress
     log: MetricsLog
     spikes: SpikeWatch | None
-    ending: Ending
+    exit_record: ExitRecord
 
 
 def steps(run: Run) -> Iterator[StepReport]:
@@ -78,7 +78,7 @@ def _step(run: Run, *, skipped: bool, traced: bool) -> StepReport:
     data_s, before = time.perf_counter() - begin, dict(world.traffic)
     result = None
     if skipped:
-        leave_behind(state)
+        advance_counters(state)
     else:
         result = train_step(state, batches, traced=traced, num_sources=len(run.data.names))
     seconds = time.perf_counter() - begin
@@ -86,12 +86,12 @@ def _step(run: Run, *, skipped: bool, traced: bool) -> StepReport:
     return StepReport(range(first, state.consumed_samples), result, data_s, seconds, sent)
 
 
-def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: Ending | None = None) -> int:
+def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_record: ExitRecord | None = None) -> int:
     """The whole run on one rank; returns the exit code (0 done, 75 saved on a signal).
 
     ending: takes note of how it ends; an error is for the caller to write there.
     """
-    ending = ending or Ending(Path(resolved.config.run.dir))
+    exit_record = exit_record or ExitRecord(Path(resolved.config.run.dir))
     if not resolved.config.data.train:
         raise ConfigError(
             [
@@ -101,12 +101,14 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: E
             ]
         )
     with ExitStack() as stack:
-        on_first_rank(lambda: _claim(Path(resolved.config.run.dir), stack, ending), ctx.world, ctx.device)
-        ending.begun = True
-        return _train(resolved, ctx, stop, ending)
+        on_first_rank(
+            lambda: _lock_run_folder(Path(resolved.config.run.dir), stack, exit_record), ctx.world, ctx.device
+        )
+        exit_record.begun = True
+        return _train(resolved, ctx, stop, exit_record)
 
 
-def _claim(run_dir: Path, stack: ExitStack, ending: Ending) -> None:
+def _lock_run_folder(run_dir: Path, stack: ExitStack, exit_record: ExitRecord) -> None:
     """Refuse a folder that another run is writing into: each would remove what the other has half written."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,7 @@ def _claim(run_dir: Path, stack: ExitStack, ending: Ending) -> None:
                 "train.run-folder-in-use",
                 f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir",
             )
-        ending.begin()
+        exit_record.begin()
     except OSError as error:
         where = error.filename or run_dir
         raise CheckpointError(
@@ -125,18 +127,18 @@ def _claim(run_dir: Path, stack: ExitStack, ending: Ending) -> None:
         ) from None
 
 
-def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: Ending) -> int:
+def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_record: ExitRecord) -> int:
     cfg, run_dir = resolved.config, Path(resolved.config.run.dir)
     console = Progress(cfg, ctx, flops_per_token(cfg.model, cfg.train.seq_len))
-    if _stopped_early(stop, cfg, ctx, console, ending):
+    if _stopped_early(stop, cfg, ctx, console, exit_record):
         return EXIT_REQUEUE
     run = open_run(resolved, ctx)
     for note in run.notes:
         console.note(note)
-    if _stopped_early(stop, cfg, ctx, console, ending):
+    if _stopped_early(stop, cfg, ctx, console, exit_record):
         return EXIT_REQUEUE
     state = run.state
-    ending.step = state.step
+    exit_record.step = state.step
     if state.step < cfg.train.steps:
         storage = storage_of(cfg.checkpoint.secret)
         check_room(run_dir / "checkpoints", state.optimizer.states(owned=True), ctx, storage)
@@ -151,9 +153,9 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, ending: 
     ):
         watch = SpikeWatch(run_dir, state.step) if ctx.rank == 0 else None
         saver.spike = watch.since if watch else 0
-        code, reason = _loop(run, Journal(console, log, watch, ending), saver, stop)
+        code, reason = _loop(run, RunOutputs(console, log, watch, exit_record), saver, stop)
     # the others wait: torchrun ends all ranks soon after the first has left
-    on_first_rank(lambda: ending.write(code, reason), ctx.world, ctx.device)
+    on_first_rank(lambda: exit_record.write(code, reason), ctx.world, ctx.device)
     return code
 
 
@@ -178,15 +180,17 @@ def _announce(run: Run, console: Progress) -> None:
         console.note(uneven)
 
 
-def _stopped_early(stop: StopRequest, cfg: Config, ctx: ParallelContext, console: Progress, ending: Ending) -> bool:
+def _stopped_early(
+    stop: StopRequest, cfg: Config, ctx: ParallelContext, console: Progress, exit_record: ExitRecord
+) -> bool:
     """Whether any rank was asked to stop before the first step; says so then. Collective."""
     if not _agreed((bool(stop),), ctx)[0]:
         return False
 
     def tell() -> None:
         saved = newest(Path(cfg.run.dir) / "checkpoints", storage_of(cfg.checkpoint.secret))
-        ending.step = saved or 0
-        ending.write(EXIT_REQUEUE, "stopped on a signal before the first step")
+        exit_record.step = saved or 0
+        exit_record.write(EXIT_REQUEUE, "stopped on a signal before the first step")
         then = "begins anew" if saved is None else f"goes on from step {saved}"
         if cfg.checkpoint.resume not in ("auto", "latest"):
             then = "begins where this one did"
@@ -206,28 +210,28 @@ def _saver(state: TrainState, root: Path) -> Saver:
     return saver
 
 
-def _loop(run: Run, journal: Journal, saver: Saver, stop: StopRequest) -> tuple[int, str]:
+def _loop(run: Run, outputs: RunOutputs, saver: Saver, stop: StopRequest) -> tuple[int, str]:
     """All steps of this start; (exit code, why it ends in one line)."""
-    state, cfg, console = run.state, run.state.cfg, journal.console
+    state, cfg, console = run.state, run.state.cfg, outputs.console
     saved = state.step
-    if run.evaluator and _left_out(state) and not validate(run, journal, stop):
+    if run.evaluator and _validation_missing(state) and not validate(run, outputs, stop):
         return _stopped(state, console, "with its validation")
     for report in steps(run):
-        log_step(run, journal, saver, report)
-        journal.ending.step = state.step
+        log_step(run, outputs, saver, report)
+        outputs.exit_record.step = state.step
         done = state.step == cfg.train.steps
         stopping, busy, failed = _agreed((bool(stop), saver.busy, saver.failed), state.ctx)
-        _tell(console, saver.advance(busy, failed))
+        _report_saved(console, saver.advance(busy, failed))
         if stopping or done or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
             background = cfg.checkpoint.async_save and not (stopping or done)
             save(run, console, saver, background=background, last=stopping or done)
             saved = state.step
         unvalidated = run.evaluator is not None and _validation_due(state)
         if unvalidated and not stopping:  # after the save: it may take long, and can be made later
-            unvalidated = not validate(run, journal, stop)
+            unvalidated = not validate(run, outputs, stop)
             stopping = unvalidated
             if stopping and saver.in_flight == state.step:
-                _tell(console, saver.finish())
+                _report_saved(console, saver.finish())
             elif stopping and saved < state.step:
                 save(run, console, saver, background=False, last=True)
         if stopping and (unvalidated or not done):
@@ -240,36 +244,36 @@ def _stopped(state: TrainState, console: Progress, how: str) -> tuple[int, str]:
     return EXIT_REQUEUE, "stopped on a signal"
 
 
-def log_step(run: Run, journal: Journal, saver: Saver, report: StepReport) -> None:
+def log_step(run: Run, outputs: RunOutputs, saver: Saver, report: StepReport) -> None:
     """Record a step, show it, and look whether it stands out."""
     state, result = run.state, report.result
     if result is None:
-        journal.log.left_out(state.step, state.consumed_tokens)
-        journal.console.note(f"step {state.step}: left out (train.skip_steps), its batch is consumed")
+        outputs.log.skipped_step(state.step, state.consumed_tokens)
+        outputs.console.note(f"step {state.step}: left out (train.skip_steps), its batch is consumed")
         return
     spike, note = False, ""
-    if journal.spikes is not None:
+    if outputs.spikes is not None:
         samples = f"{report.samples.start}-{report.samples.stop - 1}"
-        spike, note = journal.spikes.see(state.step, result.loss, result.norms.norm, samples)
-        saver.spike = journal.spikes.since
-    record = journal.log.step(
+        spike, note = outputs.spikes.observe(state.step, result.loss, result.norms.norm, samples)
+        saver.spike = outputs.spikes.since
+    record = outputs.log.step(
         state.step,
         result.loss,
         result.norms.norm,
         result.lr,
         state.consumed_tokens,
-        journal.console.rates(result.tokens, report.seconds)
+        outputs.console.rates(result.tokens, report.seconds)
         | {"data_s": report.data_s}
         | {f"loss_{run.data.names[k]}": loss for k, loss in result.by_source.items()}
         | ({"spike": 1.0} if spike else {})
         | {f"bytes_{axis}_{collective}": count for (axis, collective), count in sorted(report.sent.items()) if count}
         | _scale(state, result),
     )
-    journal.console.step(record)
+    outputs.console.step(record)
     if note:
-        journal.console.note(note)
+        outputs.console.note(note)
     if result.skipped:
-        journal.console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
+        outputs.console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
     if result.trace is not None:
         write_timeline(Path(state.cfg.run.dir), state.plan, result.trace, state.ctx, state.step)
 
@@ -280,21 +284,21 @@ def _validation_due(state: TrainState) -> bool:
     return state.step == state.cfg.train.steps or bool(every and state.step % every == 0)
 
 
-def _left_out(state: TrainState) -> bool:
+def _validation_missing(state: TrainState) -> bool:
     """Whether an earlier start was stopped between this step and its validation. Collective."""
     ctx, run = state.ctx, Path(state.cfg.run.dir)
     return _validation_due(state) and on_first_rank(lambda: lacks_validation(run, state.step), ctx.world, ctx.device)
 
 
-def validate(run: Run, journal: Journal, stop: StopRequest) -> bool:
+def validate(run: Run, outputs: RunOutputs, stop: StopRequest) -> bool:
     """Score the validation corpus; False, and no record, if a signal came on any rank meanwhile. Collective."""
     state = run.state
     assert run.evaluator is not None
     score = run.evaluator.run_unless(lambda: _agreed((bool(stop),), state.ctx)[0], state.cfg.eval.batches)
     if score is None:
         return False
-    journal.log.validation(state.step, score)
-    journal.console.note(f"step {state.step}: validation {score}")
+    outputs.log.validation(state.step, score)
+    outputs.console.note(f"step {state.step}: validation {score}")
     return True
 
 
@@ -315,16 +319,16 @@ def save(run: Run, console: Progress, saver: Saver, *, background: bool, last: b
     """Save this step: wait for a save that is still under way, then begin this one, and wait for it or do not."""
     state = run.state
     if saver.in_flight is not None:
-        _tell(console, saver.finish())
-    states, facts = state.optimizer.states(owned=True), facts_of(state, run.data.facts)
+        _report_saved(console, saver.finish())
+    states, facts = state.optimizer.states(owned=True), manifest_fields(state, run.data.facts)
     saver.start(states, step=state.step, facts=facts, background=background, unproven=not (background or last))
     if background:
         console.note(f"step {state.step}: saving in the background")
     else:
-        _tell(console, saver.finish())
+        _report_saved(console, saver.finish())
 
 
-def _tell(console: Progress, saved: Saved | None) -> None:
+def _report_saved(console: Progress, saved: Saved | None) -> None:
     if saved is not None:
         console.note(f"step {saved.step}: saved {saved.folder}")
         for note in saved.notes:

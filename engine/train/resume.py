@@ -35,12 +35,12 @@ from engine.train.state import TrainState
 def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Path:
     """Save a checkpoint of the state as it is and wait until it is there. Collective."""
     c = state.cfg.checkpoint
-    states, facts = state.optimizer.states(owned=True), facts_of(state, data_facts)
+    states, facts = state.optimizer.states(owned=True), manifest_fields(state, data_facts)
     storage, step = storage_of(c.secret, encrypt=c.encrypt), state.step
     return save(root, states, state.ctx, step=step, facts=facts, keep=c.keep, keep_every=c.keep_every, storage=storage)
 
 
-def facts_of(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
+def manifest_fields(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of a state beside its tensors."""
     return {
         "consumed_samples": state.consumed_samples,
@@ -53,7 +53,7 @@ def facts_of(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def go_on(state: TrainState, data_facts: dict[str, Any]) -> str:
+def resume_run(state: TrainState, data_facts: dict[str, Any]) -> str:
     """Go on from the checkpoint that checkpoint.resume means; gives its folder, empty where a run begins. Collective.
 
     Of a run folder's checkpoints, one that turns out to be damaged is left out, with a warning, and the one before is

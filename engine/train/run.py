@@ -18,7 +18,7 @@ from engine.distributed.collectives import on_first_rank
 from engine.distributed.context import ParallelContext
 from engine.interop.huggingface.companions import copy_beside
 from engine.train.evaluate import Evaluator
-from engine.train.resume import go_on, start_from
+from engine.train.resume import resume_run, start_from
 from engine.train.state import TrainState, setup
 
 
@@ -57,7 +57,7 @@ def open_run(resolved: Resolved, ctx: ParallelContext) -> Run:
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
     data = open_training(cfg, tokenizer)
     state = setup(cfg, ctx, resolved.derived)
-    source = go_on(state, data.facts)
+    source = resume_run(state, data.facts)
     if source:
         past = read_manifest(Path(source), storage_of(cfg.checkpoint.secret)).data
         data = follow(data, cfg, state.step, state.consumed_samples, past)

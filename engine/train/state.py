@@ -77,7 +77,7 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
     derived: what follows from it, where that is known already.
     """
     keep_freed_memory()
-    check_means(cfg, ctx)
+    check_backends(cfg, ctx)
     derived = derived or derive(cfg)
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
@@ -105,7 +105,7 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
     return TrainState(cfg, ctx, derived.plan, stages, params, all_buckets, optimizer, norms, scale)
 
 
-def check_means(cfg: Config, ctx: ParallelContext) -> None:
+def check_backends(cfg: Config, ctx: ParallelContext) -> None:
     """Whether this device can do what train.attention and train.fp8 ask for, and all ranks do the same. Collective.
 
     ConfigError where it cannot, or where ranks would choose differently because one has a package that another lacks.

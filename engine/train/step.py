@@ -12,11 +12,11 @@ from engine.batch import MicroBatch
 from engine.distributed.collectives import all_reduce_
 from engine.distributed.context import ParallelContext
 from engine.errors import DataError
-from engine.monitor.health import NonFinite, explain_non_finite
+from engine.monitor.health import NonFinite, raise_non_finite
 from engine.optim.clip import GradNorms, clip_factor
 from engine.optim.lr import learning_rate
 from engine.pipeline.actions import Plan
-from engine.pipeline.executor import Trace, execute, holds_loss
+from engine.pipeline.executor import ExecutionTrace, contributes_loss, execute
 from engine.train.state import TrainState
 
 
@@ -33,7 +33,7 @@ class StepResult:
     lr: float
     tokens: int
     skipped: bool = False
-    trace: Trace | None = None
+    trace: ExecutionTrace | None = None
     by_source: dict[int, float] = field(default_factory=dict)
 
 
@@ -53,7 +53,7 @@ def train_step(
     batches = [b.to(ctx.device) for b in batches]
     for stage in state.buckets:
         stage.zero_grad()
-    trace = Trace(ctx.device) if traced else None
+    trace = ExecutionTrace(ctx.device) if traced else None
     losses = execute(state.plan, state.stages, ctx, batches, scale / tokens, trace)
     for stage in state.buckets:
         stage.wait()
@@ -65,17 +65,17 @@ def train_step(
     if not math.isfinite(loss) or not (finite or (state.scale.window and state.scale.value >= 1)):
         samples = range(state.consumed_samples, state.consumed_samples + cfg.train.global_batch_size)
         what = NonFinite(state.step + 1, loss, norms.non_finite(), samples)
-        explain_non_finite(state.plan, state.stages, state.params, ctx, batches, scale / tokens, what)
+        raise_non_finite(state.plan, state.stages, state.params, ctx, batches, scale / tokens, what)
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.lr_schedule)
     if finite:
         state.before_update()
         state.optimizer.step(lr, clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale)
-    leave_behind(state)
+    advance_counters(state)
     by_source = losses_by_source(losses * (tokens / scale), batches, state, num_sources) if num_sources else {}
     return StepResult(loss, norms, lr, tokens, not finite, trace, by_source)
 
 
-def leave_behind(state: TrainState) -> None:
+def advance_counters(state: TrainState) -> None:
     """Count a step as done and its batch as consumed: after its update, or without one (train.skip_steps)."""
     batch = state.cfg.train.global_batch_size
     state.step += 1
@@ -87,7 +87,7 @@ def count_tokens(batches: Sequence[MicroBatch], plan: Plan, ctx: ParallelContext
     """Tokens that count in the loss, over the microbatches of all data ranks."""
     total = sum(int(b.mask.sum()) for b in batches)
     if ctx.data.size > 1:  # over the world: the data axis may still gather the weights of the step before
-        mine = total * holds_loss(plan, ctx)
+        mine = total * contributes_loss(plan, ctx)
         total = int(all_reduce_(torch.tensor(mine, device=ctx.device), ctx.world).item())
     if total == 0:
         raise DataError(
@@ -100,7 +100,7 @@ def count_tokens(batches: Sequence[MicroBatch], plan: Plan, ctx: ParallelContext
 
 def sum_losses(losses: torch.Tensor, plan: Plan, ctx: ParallelContext) -> torch.Tensor:
     """The sum of all microbatches' losses over all data ranks, as weighted. Collective."""
-    return all_reduce_(losses.sum() * float(holds_loss(plan, ctx)), ctx.world)
+    return all_reduce_(losses.sum() * float(contributes_loss(plan, ctx)), ctx.world)
 
 
 def losses_by_source(
@@ -112,7 +112,7 @@ def losses_by_source(
     """
     ctx = state.ctx
     sums = torch.zeros(2, num_sources, dtype=torch.float64, device=ctx.device)
-    if holds_loss(state.plan, ctx):
+    if contributes_loss(state.plan, ctx):
         for row, batch in zip(losses, batches):
             assert batch.sources is not None
             sums[0].index_add_(0, batch.sources, row)

@@ -18,7 +18,7 @@ _NOTES = _HERE / "_build.json"
 _TOOLS = "pip install setuptools wheel pybind11"
 
 
-def why_not(what: str) -> str:
+def why_not_built(what: str) -> str:
     """Why "engine._index", "engine._ops" or "cuda" (its CUDA kernels) was not built; "" if nothing is known."""
     try:
         notes = read_json(_NOTES)
@@ -28,12 +28,12 @@ def why_not(what: str) -> str:
     return why if isinstance(why, str) else ""
 
 
-def missing() -> str:
+def missing_extensions() -> str:
     """One line about the extensions that are not there and how to build them; "" where all are. Imports none."""
     absent = [name for name in EXTENSIONS if importlib.util.find_spec(name) is None]
     if not absent:
         return ""
-    reasons = [f"{name} ({why})" if (why := why_not(name)) else name for name in absent]
+    reasons = [f"{name} ({why})" if (why := why_not_built(name)) else name for name in absent]
     return f"not built: {', '.join(reasons)}: what replaces it is slower; {how_to_build()}"
 
 
@@ -50,8 +50,8 @@ def _source() -> str:
     """Where pip took the installed package from (direct_url.json, PEP 610); words for it where that is a wheel."""
     try:
         record = importlib.metadata.distribution(DISTRIBUTION).read_text  # always as UTF-8
-        facts = json.loads(record("direct_url.json") or "{}")
-        url = str(facts.get("url", ""))
+        fields = json.loads(record("direct_url.json") or "{}")
+        url = str(fields.get("url", ""))
     except (importlib.metadata.PackageNotFoundError, AttributeError, OSError, ValueError):
         url = ""
     if not url or url.endswith(".whl"):
@@ -59,5 +59,5 @@ def _source() -> str:
     parts = urlsplit(url)
     if parts.scheme == "file":
         return shlex.quote(unquote(parts.path))
-    vcs = facts.get("vcs_info")
+    vcs = fields.get("vcs_info")
     return shlex.quote(f"{vcs['vcs']}+{url}@{vcs['commit_id']}" if vcs else url)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from engine.util.build_notes import how_to_build, why_not
+from engine.util.build_notes import how_to_build, why_not_built
 
 
 def _open_module(name: str) -> tuple[Any, str]:
@@ -23,7 +23,7 @@ def load(name: str, wanted: str, open_: Callable[[str], tuple[Any, str]] = _open
     wanted: what the engine calls, such as "interface 4"; a build that `open_` finds to be for anything else is refused.
     """
     if importlib.util.find_spec(name) is None:
-        why = why_not(name)
+        why = why_not_built(name)
         return None, f"{name} is not built ({why})" if why else f"{name} is not built"
     try:
         extension, found = open_(name)

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from engine.errors import DataError
 
-MOST_JSON_BYTES = 1 << 30  # of a file of our own; what is read of others has a bound of its own
+MAX_JSON_BYTES = 1 << 30  # of a file of our own; what is read of others has a bound of its own
 SEALED = b"TRDSEAL1"  # how an encrypted file begins (engine.checkpoint.seal)
 
 
@@ -36,7 +36,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def no_links(path: str, flags: int) -> int:
+def open_no_follow(path: str, flags: int) -> int:
     """An opener for `open` that does not follow a link: in a folder that others write to, it leads anywhere."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
@@ -50,7 +50,7 @@ def replace_synced(path: Path, data: bytes) -> None:
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a small file and make it durable (its name too, once the folder is synced). No link is followed."""
-    with open(path, "wb", opener=no_links) as file:
+    with open(path, "wb", opener=open_no_follow) as file:
         file.write(data)
         sync_file(file)
 
@@ -76,7 +76,7 @@ def read_regular(path: Path, most: int, *, links: bool = True) -> bytes:
 
 
 def read_json(
-    path: Path, most: int = MOST_JSON_BYTES, loads: Callable[[bytes], Any] = json.loads, *, links: bool = True
+    path: Path, most: int = MAX_JSON_BYTES, loads: Callable[[bytes], Any] = json.loads, *, links: bool = True
 ) -> Any:
     """The JSON value in a regular file of at most `most` bytes. OSError as `read_regular`; ValueError: no JSON.
 
@@ -90,21 +90,22 @@ def read_json(
 
 
 @contextmanager
-def writing(path: Path, go_on: Callable[[], str], needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turns a write that fails, on a full disk or without permission, into a DataError that says how to go on.
+def writing(path: Path, resume_hint: Callable[[], str], needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Turn a failed write (disk full, no permission) into a DataError that says how to resume.
 
-    `go_on`: what helps once there is room; `needed`: about how many bytes that is, asked before free ones are counted.
+    resume_hint: advice for when there is space again. needed: estimate of the bytes still to write; called before the
+    free space is read.
     """
     try:
         yield
     except OSError as err:
-        raise _write_error(err, path, needed(), go_on()) from err
+        raise _write_error(err, path, needed(), resume_hint()) from err
 
 
-def _write_error(err: OSError, path: Path, needed: int, go_on: str) -> DataError:
+def _write_error(err: OSError, path: Path, needed: int, resume_hint: str) -> DataError:
     where = err.filename or path
     if err.errno == errno.EFBIG:
-        text = f"{where}: the limit on the size of a file is reached (ulimit -f). Raise it. {go_on}"
+        text = f"{where}: the limit on the size of a file is reached (ulimit -f). Raise it. {resume_hint}"
         return DataError("data.file-size-limit", text)
     if err.errno not in (errno.ENOSPC, errno.EDQUOT):
         text = f"{where}: cannot be written: {err.strerror or err}. Choose another output, or change its permissions."
@@ -112,7 +113,7 @@ def _write_error(err: OSError, path: Path, needed: int, go_on: str) -> DataError
     folder = next((p for p in (path, *path.absolute().parents) if p.is_dir()), Path("/"))
     state = "the disk is full" if err.errno == errno.ENOSPC else "the quota of this user is used up"
     free = shutil.disk_usage(folder).free
-    text = f"{where}: {state}: about {needed:,} bytes are needed to go on, {free:,} are free. Make room. {go_on}"
+    text = f"{where}: {state}: about {needed:,} bytes are needed to go on, {free:,} are free. Make room. {resume_hint}"
     return DataError("data.disk-full", text)
 
 
@@ -123,7 +124,7 @@ def locked(path: Path) -> Iterator[str]:
     The system takes the lock back when the process ends, however it ends: none is ever stale. Warns on file systems
     that know no locks.
     """
-    with open(path, "a+b", opener=no_links) as file:
+    with open(path, "a+b", opener=open_no_follow) as file:
         holder = ""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

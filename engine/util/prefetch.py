@@ -15,10 +15,10 @@ T = TypeVar("T")
 U = TypeVar("U")
 Check = Callable[[], None]
 _END = object()
-_LOOK_S = 0.2  # between two calls of `check`
+_POLL_S = 0.2  # between two calls of `check`
 
 
-def beside(call: Callable[[], T]) -> Future[T]:
+def run_in_thread(call: Callable[[], T]) -> Future[T]:
     """The result of a call that a thread of its own makes: a native one, which lets others run meanwhile."""
     future: Future[T] = Future()
 
@@ -73,7 +73,7 @@ def _get(items: queue.Queue[object], check: Check) -> object:
     while True:
         check()
         with contextlib.suppress(queue.Empty):
-            return items.get(timeout=_LOOK_S)
+            return items.get(timeout=_POLL_S)
 
 
 def map_ahead(
@@ -101,7 +101,7 @@ def map_ahead(
 def _result(future: Future[U], check: Check) -> U:
     while True:
         check()
-        if wait((future,), _LOOK_S).done:
+        if wait((future,), _POLL_S).done:
             return future.result()
 
 

@@ -15,11 +15,11 @@ from types import FrameType
 from typing import NoReturn
 
 LAUNCHER = os.getppid()  # who started this process, noted before it can have ended
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_REQUEST_S = 2.0
 _SAME_KEYPRESS_S = 0.2
 _GRACE_S = 3.0  # for the main thread to end in order; a native call may hold it for minutes
-_LOOK_S = 0.2  # between looks, once a signal has come
+_POLL_S = 0.2  # between looks, once a signal has come
 _IMPORTED_S = 0.02  # between looks whether an import has ended
 _SHOW_CURSOR = b"\x1b[?25h\n"  # which a progress bar had hidden
 
@@ -36,9 +36,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._since = 0.0
-        self._before = {number: signal.getsignal(number) for number in ASKING}
+        self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.listen()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def listen(self) -> None:
         """Hear the signals; again, where a library has taken one of them for itself."""
@@ -75,23 +75,22 @@ class Stopped(BaseException):
 
 
 class Interrupts(StopRequest):
-    """The same signals end a verb that is no run of training: with one line on how to go on, and exit code 128 + n.
+    """The same signals for a command other than `train`: print one line on how to resume and exit with 128 + n.
 
-    `Stopped` is raised in the main thread, wherever that is; within `deferred` by `check` alone, and not before an
-    import is done, since native modules crash when their initialisation ends by an exception. What holds the main
-    thread (a native call, a pipe that nobody reads) has three seconds: then a thread that hears signals at once ends
-    the process, unless within `sealing`. So does a second signal. `go_on`: what is kept, and what to do; called from
-    either thread. A process that is forked meanwhile hears signals as before. With `heard` False (a call from a program
-    that has signals of its own) none is heard.
+    `Stopped` is raised in the main thread at any point; inside `deferred`, only by `check`; and never during an import,
+    because native modules crash when an exception ends their initialisation. If the main thread is blocked (a native
+    call, a pipe without a reader) for three seconds, a watcher thread ends the process, except inside `committing`. So
+    does a second signal. resume_hint: returns which work is kept and which command to give; called from either thread.
+    A process forked meanwhile handles signals as before. listen=False (the caller handles signals itself) ignores all.
     """
 
-    def __init__(self, go_on: str = "", heard: bool = True) -> None:
-        self.go_on: Callable[[], str] = lambda: go_on
+    def __init__(self, resume_hint: str = "", listen: bool = True) -> None:
+        self.resume_hint: Callable[[], str] = lambda: resume_hint
         self.signal, self._since, self._before = None, 0.0, {}
-        self._deferred = heard  # until `interruptible` is ready for Stopped
-        self._sealing = self._raised = self._told = self._ended = False
+        self._deferred = listen  # until `interruptible` is ready for Stopped
+        self._sealing = self._raised = self._reported = self._ended = False
         self._ends_at = math.inf
-        if heard:
+        if listen:
             self._heard, self._wakeup = os.pipe()
             os.set_blocking(self._wakeup, False)
             self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
@@ -115,7 +114,7 @@ class Interrupts(StopRequest):
         self.check()
 
     @contextmanager
-    def sealing(self) -> Iterator[None]:
+    def committing(self) -> Iterator[None]:
         """Within, what was done is made durable, and a slow disk may take its time."""
         self._sealing = True
         try:
@@ -127,9 +126,9 @@ class Interrupts(StopRequest):
     def leave(self, forced_by: int | None = None) -> NoReturn:
         """Say how to go on, once, and end the process whatever its other threads are doing."""
         first = self.signal or signal.SIGINT
-        if not self._told:
-            self._told = True
-            line = f"interrupted ({first.name}): {self.go_on()}\n".encode()
+        if not self._reported:
+            self._reported = True
+            line = f"interrupted ({first.name}): {self.resume_hint()}\n".encode()
             if select.select([], [2], [], 0)[1]:  # else the end would wait for whoever reads
                 with suppress(OSError):
                     os.write(2, (_SHOW_CURSOR if forced_by and os.isatty(2) else b"") + line)
@@ -147,7 +146,7 @@ class Interrupts(StopRequest):
             signal.signal(number, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None and number in ASKING:  # the thread has not come to it yet
+        if self.signal is None and number in STOP_SIGNALS:  # the thread has not come to it yet
             self.signal = signal.Signals(number)
         if self._deferred or self._raised:
             return
@@ -161,8 +160,8 @@ class Interrupts(StopRequest):
     def _watch(self) -> None:
         """Count the signals, and end the process if the main thread does not."""
         while not self._ended:
-            if select.select([self._heard], [], [], _LOOK_S if self.signal else None)[0]:
-                for number in filter(ASKING.__contains__, os.read(self._heard, 64)):
+            if select.select([self._heard], [], [], _POLL_S if self.signal else None)[0]:
+                for number in filter(STOP_SIGNALS.__contains__, os.read(self._heard, 64)):
                     if self._is_second(number):
                         self.leave(number)
                     self._ends_at = min(self._ends_at, self._since + _GRACE_S)
@@ -186,12 +185,12 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 @contextmanager
-def interruptible(go_on: str) -> Iterator[Interrupts]:
-    """Within, signals end this process as Interrupts says; `go_on` is what the line says until it is set anew.
+def interruptible(resume_hint: str) -> Iterator[Interrupts]:
+    """Within, signals end this process as Interrupts says; `resume_hint` is what the line says until it is set anew.
 
     A native library may take Stopped for its own failure (Rust's is no Exception): it is not told after a signal.
     """
-    stop = Interrupts(go_on)
+    stop = Interrupts(resume_hint)
     try:
         stop._deferred = False
         stop.check()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    Words = tuple[str, ...]
+    StrTuple = tuple[str, ...]
 else:
 
-    class Words(tuple):
+    class StrTuple(tuple):
         """A tuple of strings. For that type itself, tyro would import typeguard and with it unittest: 20 ms."""
 
 
-NO_WORDS, TEXT = Words(), Words(("text",))
+NO_STRINGS, TEXT_FIELD = StrTuple(), StrTuple(("text",))

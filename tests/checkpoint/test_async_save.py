@@ -27,7 +27,7 @@ from engine.distributed.context import ParallelContext
 from engine.errors import EngineError
 from engine.monitor.metrics import read_metrics
 from engine.train.loop import train
-from engine.train.resume import facts_of
+from engine.train.resume import manifest_fields
 from engine.train.state import TrainState, setup
 from engine.train.step import train_step
 from engine.util.files import locked
@@ -36,7 +36,7 @@ from tests.support.cases import config, layout_of, random_batches, resolve, same
 from tests.support.checkpoints import complete_steps
 from tests.support.harness import run_ranks
 
-FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 
 
 TWO = config(2, parallel_data=2, parallel_zero=1)
@@ -44,7 +44,7 @@ TWO = config(2, parallel_data=2, parallel_zero=1)
 
 def start(saver: Saver, state: TrainState, *, background: bool) -> None:
     states = state.optimizer.states(owned=True)
-    saver.start(states, step=state.step, facts=facts_of(state, FACTS), background=background)
+    saver.start(states, step=state.step, facts=manifest_fields(state, METADATA), background=background)
 
 
 def spoil(state: TrainState) -> None:

@@ -18,7 +18,7 @@ from engine.train.resume import find_resume, resume, save_state
 from engine.train.state import setup
 from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
-from tests.support.checkpoints import FACTS, TWO, as_step, complete_steps, reseal, save_one
+from tests.support.checkpoints import METADATA, TWO, as_step, complete_steps, reseal, save_one
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
@@ -33,7 +33,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / saved.name))
 
 
-def load(folder: Path, cfg: Config = TWO, facts: dict[str, Any] = FACTS) -> None:
+def load(folder: Path, cfg: Config = TWO, facts: dict[str, Any] = METADATA) -> None:
     def job(ctx: ParallelContext) -> tuple[str, str] | None:
         try:
             resume(setup(cfg, ctx), folder, facts)
@@ -136,7 +136,7 @@ def test_another_model_data_or_seed_is_refused_with_a_diff(copy: Path) -> None:
     with raises(CheckpointError, "checkpoint.of-another-run", "model.ffn_size", 48, 64, "train.seed", 1234, 7):
         load(copy, config(2, parallel_tensor=2, model_ffn_size=64, train_seed=7))
     with raises(CheckpointError, "checkpoint.of-another-run", '--checkpoint.allow "data.num_tokens"'):
-        load(copy, facts=FACTS | {"num_tokens": 2})
+        load(copy, facts=METADATA | {"num_tokens": 2})
 
 
 def test_latest_is_the_newest_complete_one(saved: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_failed_save_is_an_error_on_all_ranks_and_leaves_the_old_one(
 
             save_module.write_safetensors = full if (step, ctx.rank) == (1, 1) else write
             try:
-                save_state(state, tmp_path, FACTS)
+                save_state(state, tmp_path, METADATA)
                 messages.append("")
             except EngineError as error:
                 messages.append(str(error))

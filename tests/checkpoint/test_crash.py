@@ -25,13 +25,13 @@ from engine.checkpoint.save import Saver
 from engine.errors import CheckpointError
 from tests.support.disk_double import MemoryDisk, Op, crash_states, error
 from tests.support.errors import raises
-from tests.support.tiny_states import BLOCK, FACTS, FOLDER, SHAPES, context, save_by_two_ranks, states, values
+from tests.support.tiny_states import BLOCK, FOLDER, METADATA, SHAPES, context, save_by_two_ranks, states, values
 
 
 def save(disk: MemoryDisk, step: int, *, keep: int = 0, keep_every: int = 0, run: int = 0) -> tuple[str, ...]:
     saver = Saver(FOLDER, context(), keep=keep, keep_every=keep_every, storage=disk, block_bytes=BLOCK)
     with saver:
-        saver.start(states(step, run=run), step=step, facts=FACTS, background=bool(step % 2))
+        saver.start(states(step, run=run), step=step, facts=METADATA, background=bool(step % 2))
         return saver.finish().notes
 
 

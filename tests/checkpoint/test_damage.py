@@ -23,7 +23,7 @@ from engine.cli.main import main
 from engine.errors import CheckpointError
 from tests.support.disk_double import File, MemoryDisk
 from tests.support.errors import raises
-from tests.support.tiny_states import BLOCK, FACTS, FOLDER, SHAPES, context, save_by_two_ranks, states, values
+from tests.support.tiny_states import BLOCK, FOLDER, METADATA, SHAPES, context, save_by_two_ranks, states, values
 
 STEP = step_dir(FOLDER, 2)
 FILES = ["manifest.json", "rank00000.safetensors", "rank00001.safetensors"]
@@ -191,7 +191,7 @@ def test_no_damage_loads_in_silence_and_the_file_is_named(trials: int = 1000) ->
 
 
 def test_verify_names_the_file_and_the_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save(tmp_path, states(1), context(), step=1, facts=FACTS)
+    folder = save(tmp_path, states(1), context(), step=1, facts=METADATA)
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["verify", str(folder)])
     assert "every digest is right" in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_verify_names_the_file_and_the_tensor(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_every_handle_is_given_back_and_a_damage_stops_all_threads(tmp_path: Path, broken: bool) -> None:
-    folder = save(tmp_path, states(1), context(), step=1, facts=FACTS)
+    folder = save(tmp_path, states(1), context(), step=1, facts=METADATA)
     if broken:
         with (folder / "rank00000.safetensors").open("r+b") as file:
             file.seek(-1, os.SEEK_END)
@@ -226,7 +226,7 @@ def test_every_handle_is_given_back_and_a_damage_stops_all_threads(tmp_path: Pat
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
-    folder = save(tmp_path, states(1), context(), step=1, facts=FACTS)
+    folder = save(tmp_path, states(1), context(), step=1, facts=METADATA)
     load(DISK, folder)
     file = folder / "rank00000.safetensors"
     elsewhere = file.rename(tmp_path / "elsewhere")
@@ -245,7 +245,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 def test_nobody_else_may_read(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        folder = save(tmp_path / "run/checkpoints", states(1), context(), step=1, facts=FACTS)
+        folder = save(tmp_path / "run/checkpoints", states(1), context(), step=1, facts=METADATA)
     finally:
         os.umask(old)
     assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o640"}
@@ -278,7 +278,7 @@ def test_schema_1_still_loads(tmp_path: Path) -> None:
             part = {"file": file.name, "key": f"{kind}/{name}", "offset": [0] * len(shape), "shape": shape}
             table.setdefault(kind, {})[name] = {"shape": shape, "dtype": "F64", "slices": [part]}
     size = write_safetensors(file, tensors).size
-    manifest: dict[str, Any] = {"schema_version": 1, "step": 1, "layout": {"tensor": 1}, **FACTS, "tensors": table}
+    manifest: dict[str, Any] = {"schema_version": 1, "step": 1, "layout": {"tensor": 1}, **METADATA, "tensors": table}
     manifest["files"] = {file.name: {"size": size, "xxh3_128": xxhash.xxh3_128(file.read_bytes()).hexdigest()}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     load(DISK, find(tmp_path))

@@ -17,14 +17,14 @@ from engine.checkpoint.format import step_dir, steps_descending
 from engine.checkpoint.storage import Disk
 from engine.distributed.context import ParallelContext
 from engine.errors import DamageError, EngineError
-from engine.train.resume import go_on, save_state
+from engine.train.resume import resume_run, save_state
 from engine.train.state import TrainState, setup
 from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches, weights_of
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
-FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+METADATA = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 
 
 def flip(path: Path, place: int = -100) -> None:
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = setup(cfg, ctx)
         for step in range(3):
             train_step(state, random_batches(cfg, ctx, step))
-            save_state(state, whole / "checkpoints", FACTS)
+            save_state(state, whole / "checkpoints", METADATA)
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     for name, (damage, _) in DAMAGES.items():
@@ -77,7 +77,7 @@ def resumed(run: Path, ctx: ParallelContext, resume: str = "auto") -> tuple[str,
     state = setup(cfg, ctx)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        folder = go_on(state, FACTS)
+        folder = resume_run(state, METADATA)
     return folder, [str(w.message) for w in said if "left out" in str(w.message)], state
 
 
@@ -131,7 +131,7 @@ def test_the_run_goes_on_over_the_damaged_one(runs: Path, tmp_path: Path) -> Non
             if run == aside:
                 state.step -= 1  # the next save is of step 1: both damaged ones are later
             train_step(state, random_batches(cfg, ctx, 2))
-            save_state(state, run / "checkpoints", FACTS)
+            save_state(state, run / "checkpoints", METADATA)
         _, said, state = resumed(again, ctx)
         with pytest.raises(EngineError) as refused:
             resumed(nothing, ctx)
@@ -171,7 +171,7 @@ def test_what_is_wrong_with_the_process_is_no_damage(runs: Path, monkeypatch: py
         monkeypatch.setattr(Disk, "open", refuse)
         state = setup(config(1, run_dir=runs / "whole", checkpoint_resume="auto"), ctx)
         with pytest.raises(OSError, match="Too many open files") as caught:
-            go_on(state, FACTS)
+            resume_run(state, METADATA)
         return str(caught.value)
 
     assert "step_00000003" in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0]

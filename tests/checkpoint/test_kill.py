@@ -27,7 +27,7 @@ from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.errors import EngineError
 from engine.optim.adamw import StateShard
 from tests.support.harness import run_ranks
-from tests.support.tiny_states import FACTS, SHAPES, context, states, values
+from tests.support.tiny_states import METADATA, SHAPES, context, states, values
 
 STRACE = shutil.which("strace")
 needs_strace = pytest.mark.skipif(not STRACE, reason="strace is not installed (apt-get install strace)")
@@ -58,7 +58,7 @@ def injected(calls: str, what: str, log: Path) -> Iterator[None]:
 def save(root: Path, step: int, ctx: ParallelContext, *, keep: int = 0, block_bytes: int = 200) -> tuple[str, ...]:
     with Saver(root, ctx, keep=keep, block_bytes=block_bytes) as saver:
         part, parts = ctx.data.rank, ctx.data.size
-        saver.start(states(step, part, parts), step=step, facts=FACTS, background=False)
+        saver.start(states(step, part, parts), step=step, facts=METADATA, background=False)
         return saver.finish().notes
 
 
@@ -206,7 +206,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         free = DISK.free_bytes(tmp_path)
         p = Parameter(torch.empty(100_000, dtype=torch.float64), ShardSpec((Chunk("a.weight", 100_000),)))
         with Saver(root, ctx) as saver:
-            saver.start([StateShard("model", p, 0, p.data)], step=2, facts=FACTS, background=False)
+            saver.start([StateShard("model", p, 0, p.data)], step=2, facts=METADATA, background=False)
             with pytest.raises(
                 EngineError, match=r"No space left on device; 800,000 bytes wanted here, \d\d\d,\d\d\d b"
             ):

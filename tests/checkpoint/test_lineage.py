@@ -26,7 +26,7 @@ from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
 OTHER = "checkpoint.of-another-run"
-FACTS: dict[str, Any] = {
+METADATA: dict[str, Any] = {
     "prefix": "x",
     "num_documents": 1,
     "num_tokens": 1,
@@ -36,7 +36,7 @@ FACTS: dict[str, Any] = {
 
 
 def go(
-    root: Path, facts: dict[str, Any] = FACTS, source: Path | None = None, *, steps: int = 1, **overrides: Any
+    root: Path, facts: dict[str, Any] = METADATA, source: Path | None = None, *, steps: int = 1, **overrides: Any
 ) -> Path:
     """Some steps on one process, from `source` if given, then a save. Raises EngineError with the code of the first."""
     cfg = config(checkpoint_keep=0, **overrides)
@@ -83,10 +83,10 @@ def test_each_field_is_refused_allowed_and_remembered(
     first: Path, tmp_path: Path, overrides: dict[str, Any], facts: dict[str, Any], field: str
 ) -> None:
     with raises(EngineError, OTHER, f"  - {field}", f'--checkpoint.allow "{field}"'):
-        go(tmp_path, FACTS | facts, first, **overrides)
+        go(tmp_path, METADATA | facts, first, **overrides)
     with raises(EngineError, OTHER, f"  - {field}"):
-        go(tmp_path, FACTS | facts, first, checkpoint_allow="model.qk_norm", **overrides)
-    second = go(tmp_path, FACTS | facts, first, checkpoint_allow=f"{field}, model.qk_norm", **overrides)
+        go(tmp_path, METADATA | facts, first, checkpoint_allow="model.qk_norm", **overrides)
+    second = go(tmp_path, METADATA | facts, first, checkpoint_allow=f"{field}, model.qk_norm", **overrides)
     (parent,) = read_manifest(second).lineage
     assert (parent.checkpoint, parent.step) == (str(first), 1)
     assert [field_of(name) for name in parent.allowed] == [field] and parent.versions == code_versions()
@@ -95,11 +95,11 @@ def test_each_field_is_refused_allowed_and_remembered(
 def test_another_order_begins_where_it_was_allowed(first: Path, tmp_path: Path) -> None:
     """It is said how to go on, and later saves and resumes know where epoch 0 of the new order began."""
     with raises(EngineError, OTHER, "data.order: checkpoint 1, now 2", f"({code_versions()['engine']})"):
-        go(tmp_path, FACTS | {"order": 2}, first)
-    second = go(tmp_path, FACTS | {"order": 2}, first, checkpoint_allow="data.order")
-    third = go(tmp_path, FACTS | {"order": 2}, second)
+        go(tmp_path, METADATA | {"order": 2}, first)
+    second = go(tmp_path, METADATA | {"order": 2}, first, checkpoint_allow="data.order")
+    third = go(tmp_path, METADATA | {"order": 2}, second)
     assert [read_manifest(folder).data.get(ORDER_BEGIN) for folder in (first, second, third)] == [None, 4, 4]
-    fourth = go(tmp_path, FACTS | {"order": 3}, third, checkpoint_allow="data.order")
+    fourth = go(tmp_path, METADATA | {"order": 3}, third, checkpoint_allow="data.order")
     assert read_manifest(fourth).data[ORDER_BEGIN] == 12
     assert [parent.allowed for parent in read_manifest(fourth).lineage] == [
         {"data.order": ("1", "2")},
@@ -109,28 +109,28 @@ def test_another_order_begins_where_it_was_allowed(first: Path, tmp_path: Path) 
 
 
 def test_a_changed_mixture_of_the_future_is_no_difference(first: Path, tmp_path: Path) -> None:
-    go(tmp_path, FACTS | {"mixture from step 1": "web 2"}, first)
+    go(tmp_path, METADATA | {"mixture from step 1": "web 2"}, first)
 
 
 def test_where_the_samples_of_a_mixture_fell_is_no_difference_and_older_checkpoints_say_no_steps(
     tmp_path: Path,
 ) -> None:
     """Checkpoints from before there were steps hold samples alone, in batches of 4 here."""
-    old = go(tmp_path, FACTS | {"mixture from sample 0": "web 1", "mixture from sample 4": "web 3"}, steps=3)
+    old = go(tmp_path, METADATA | {"mixture from sample 0": "web 1", "mixture from sample 4": "web 3"}, steps=3)
     now = {"mixture from step 0": "web 1", "mixture from step 1": "web 3", "mixture from sample 8": "web 3"}
-    go(tmp_path / "b", FACTS | now, old)
+    go(tmp_path / "b", METADATA | now, old)
     with raises(EngineError, OTHER, "data.mixture from step 1: checkpoint 'web 3', now 'web 4'"):
-        go(tmp_path / "b", FACTS | now | {"mixture from step 1": "web 4"}, old)
+        go(tmp_path / "b", METADATA | now | {"mixture from step 1": "web 4"}, old)
 
 
 def test_an_unknown_field_to_allow_is_a_config_error(first: Path, tmp_path: Path) -> None:
     with raises(EngineError, "checkpoint.allow-unknown-field", "'train.seqlen'", "train.seq_len?"):
-        go(tmp_path, FACTS, first, checkpoint_allow="train.seqlen")
+        go(tmp_path, METADATA, first, checkpoint_allow="train.seqlen")
 
 
 def test_lineage_grows_and_is_told(first: Path, tmp_path: Path) -> None:
-    second = go(tmp_path, FACTS, first)
-    third = go(tmp_path, FACTS, second, train_seq_len=8, checkpoint_allow="train.seq_len")
+    second = go(tmp_path, METADATA, first)
+    third = go(tmp_path, METADATA, second, train_seq_len=8, checkpoint_allow="train.seq_len")
     lineage = read_manifest(third).lineage
     assert [parent.step for parent in lineage] == [1, 2]
     told = "\n".join(tell(lineage))
@@ -153,9 +153,9 @@ def test_a_field_that_came_later_had_its_default(first: Path, tmp_path: Path) ->
     for file in manifest.files:
         (old / file).write_bytes((first / file).read_bytes())
     (old / "manifest.json").write_bytes(manifest.encode())
-    go(tmp_path, FACTS, old)
+    go(tmp_path, METADATA, old)
     with raises(EngineError, OTHER, "model.qk_norm: checkpoint False, now True"):
-        go(tmp_path, FACTS, old, model_qk_norm=True)
+        go(tmp_path, METADATA, old, model_qk_norm=True)
 
 
 def test_every_fact_of_the_data_has_a_field(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, read_s
 from engine.checkpoint.storage import DISK, read_file, write_file
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, ConfigError, SecretError, WrongSecretError
-from engine.train.resume import facts_of, resume, start_from
+from engine.train.resume import manifest_fields, resume, start_from
 from engine.train.state import setup
 from engine.train.step import train_step
 from engine.util.files import SEALED
@@ -30,7 +30,7 @@ from tests.support.harness import run_ranks
 
 SECRET, OTHER = bytes(range(32)), bytes(range(1, 33))
 FILE = Path("/rank.safetensors")
-FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def save_in(root: Path, storage: Any, steps: int = 1) -> None:
         state = setup(cfg, ctx)
         for step in range(steps):
             train_step(state, random_batches(cfg, ctx, step))
-            save(root, state.optimizer.states(owned=True), ctx, step=step + 1, facts=facts_of(state, FACTS),
+            save(root, state.optimizer.states(owned=True), ctx, step=step + 1, facts=manifest_fields(state, METADATA),
                  storage=storage)  # fmt: skip
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
@@ -155,7 +155,7 @@ def resumed(folder: Path, storage: Any) -> int:
 
     def job(ctx: ParallelContext) -> int:
         state = setup(cfg, ctx)
-        resume(state, folder, FACTS, storage)
+        resume(state, folder, METADATA, storage)
         return state.step
 
     return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0]

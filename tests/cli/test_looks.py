@@ -19,9 +19,9 @@ from rich.console import Console
 
 from engine.cli.main import main
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.errors import out_of_memory
+from engine.errors import out_of_memory_help
 from engine.monitor.metrics import read_metrics
-from engine.monitor.plot import names_apart, plot_loss
+from engine.monitor.plot import distinct_names, plot_loss
 from engine.monitor.progress import Progress, duration
 from tests.support.paths import ROOT
 
@@ -64,8 +64,8 @@ def test_runs_are_named_apart_and_a_torn_line_is_left_out(tmp_path: Path) -> Non
     for run in runs:
         run.mkdir(parents=True)
         (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
-    assert names_apart(runs) == ["a/run", "b/run"]
-    assert names_apart([runs[0], tmp_path / "b/other"]) == ["run", "other"]
+    assert distinct_names(runs) == ["a/run", "b/run"]
+    assert distinct_names([runs[0], tmp_path / "b/other"]) == ["run", "other"]
     assert plot_loss(runs, tmp_path / "loss.svg") == [
         f"{run}: the last line of metrics.jsonl is torn and left out" for run in runs
     ]
@@ -81,10 +81,10 @@ def test_an_error_of_memory_says_what_to_change() -> None:
         raise AssertionError
 
     for error in (huge(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError()):
-        text = out_of_memory(error)
+        text = out_of_memory_help(error)
         assert text.startswith("out of memory: ")
         assert all(name in text for name in ("train.micro_batch_size", "train.recompute", "parallel.tensor"))
-    assert out_of_memory(RuntimeError("shapes do not match")) == ""
+    assert out_of_memory_help(RuntimeError("shapes do not match")) == ""
 
 
 def test_evaluation_finds_the_data_from_another_folder(tmp_path: Path, warm: Path) -> None:

@@ -27,7 +27,7 @@ from engine.util.files import locked
 from engine.util.signals import StopRequest
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
-from tests.support.launched import CPU, DAMAGED, TOLD, Ended, ended, forked, last_rank_fails, ranks, start
+from tests.support.launched import CPU, DAMAGED, PRINTED, RankExit, forked, last_rank_fails, ranks, start, wait_for_exit
 from tests.support.paths import ROOT
 
 # -- the real thing ----------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def test_one_message_under_torchrun(tmp_path: Path) -> None:
     assert result.returncode != 0
     assert result.stdout == ""
     spoken = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert spoken == [f"error: rank 1: {TOLD}"], result.stderr
+    assert spoken == [f"error: rank 1: {PRINTED}"], result.stderr
     summary = result.stderr.split("Root Cause")[1]
     assert "rank      : 1 (local_rank: 1)" in summary and f"rank 1: {DAMAGED}" in summary, result.stderr
     assert "Connection" not in result.stderr and "in last_rank_fails" not in result.stderr, result.stderr
@@ -70,7 +70,7 @@ def test_success(tmp_path: Path) -> None:
         assert all_reduce_(torch.tensor([ctx.rank + 1.0]), ctx.data).item() == 6
         return 75
 
-    assert ranks(job, tmp_path, world=3) == [Ended(75, "")] * 3
+    assert ranks(job, tmp_path, world=3) == [RankExit(75, "")] * 3
 
 
 def test_nobody_leaves_with_a_code_before_all_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +90,8 @@ def test_nobody_leaves_with_a_code_before_all_are_done(tmp_path: Path, monkeypat
 def test_a_rank_that_never_starts_is_missed() -> None:
     store = dist.HashStore()
     with raises(EngineError, "distributed.ranks-missing", "1 of 2", "0.1 s"):
-        launch._meet(store, Env(0, 2, 0, 1), 0.1)
-    launch._meet(store, Env(1, 2, 0, 1), 0.1)
+        launch._wait_for_all_ranks(store, Env(0, 2, 0, 1), 0.1)
+    launch._wait_for_all_ranks(store, Env(1, 2, 0, 1), 0.1)
 
 
 def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
@@ -115,8 +115,8 @@ def test_the_first_cause_is_told_once(failing: int, tmp_path: Path) -> None:
         return 0
 
     results = ranks(job, tmp_path)
-    assert results[failing] == Ended(1, f"error: rank {failing}: {TOLD}\n")
-    assert results[1 - failing] == Ended(1, "")
+    assert results[failing] == RankExit(1, f"error: rank {failing}: {PRINTED}\n")
+    assert results[1 - failing] == RankExit(1, "")
 
 
 def test_an_error_is_told_where_torchrun_cannot_be(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_an_error_is_told_where_torchrun_cannot_be(tmp_path: Path) -> None:
         os.environ["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "no such folder/error.json")  # or a full /tmp
         return last_rank_fails(ctx)
 
-    assert ranks(job, tmp_path)[1] == Ended(1, f"error: rank 1: {TOLD}\n")
+    assert ranks(job, tmp_path)[1] == RankExit(1, f"error: rank 1: {PRINTED}\n")
 
 
 def test_quiet_ranks_end_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_bug_comes_with_its_traceback(tmp_path: Path) -> None:
         return 0
 
     quiet, loud = ranks(job, tmp_path)
-    assert quiet == Ended(1, "") and loud.code == 1
+    assert quiet == RankExit(1, "") and loud.code == 1
     assert loud.text.startswith("error: rank 1: Traceback") and loud.text.count("Traceback") == 1
     assert loud.text.endswith("ValueError: never thought of that\n")
 
@@ -188,7 +188,7 @@ def test_a_rank_killed_without_a_word(tmp_path: Path, monkeypatch: pytest.Monkey
         return 0
 
     survivor, killed = ranks(job, tmp_path)
-    assert killed == Ended(-signal.SIGKILL, "")
+    assert killed == RankExit(-signal.SIGKILL, "")
     assert survivor.code == 1
     assert survivor.text.startswith("error: rank 0: lost contact with rank 1, which ")
     assert "(killed? out of memory?)" in survivor.text and survivor.text.count("error: ") == 1
@@ -204,7 +204,7 @@ def test_one_process_needs_no_group(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert start(job, Env(), Layout()) == 75
     assert start(last_rank_fails, Env(), Layout()) == 1
-    assert capsys.readouterr().err == f"error: {TOLD}\n"
+    assert capsys.readouterr().err == f"error: {PRINTED}\n"
 
     def bug(ctx: ParallelContext) -> int:
         raise KeyError("x")
@@ -218,7 +218,7 @@ def test_gloo_stays_on_loopback_on_one_machine(tmp_path: Path) -> None:
         print(os.environ["GLOO_SOCKET_IFNAME"])
         return 0
 
-    assert ranks(job, tmp_path) == [Ended(0, "lo\n")] * 2
+    assert ranks(job, tmp_path) == [RankExit(0, "lo\n")] * 2
 
 
 # -- agreements --------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_a_first_signal_is_noted(number: signal.Signals, tmp_path: Path) -> None
 
     log = tmp_path / "log"
     with forked(body, log) as pid:
-        assert ended(pid, log) == Ended(3, "")
+        assert wait_for_exit(pid, log) == RankExit(3, "")
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 
     log, begin = tmp_path / "log", time.monotonic()
     with forked(body, log) as pid:
-        assert ended(pid, log) == Ended(128 + signal.SIGUSR1, "")
+        assert wait_for_exit(pid, log) == RankExit(128 + signal.SIGUSR1, "")
     assert time.monotonic() - begin < 4
 
 
@@ -307,7 +307,7 @@ def test_the_same_signal_passed_on_by_the_launcher_is_one_request(
 
     log = tmp_path / "log"
     with forked(body, log) as pid:
-        assert ended(pid, log) == Ended(128 + signal.SIGTERM, "still here\n")
+        assert wait_for_exit(pid, log) == RankExit(128 + signal.SIGTERM, "still here\n")
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
 
     log = tmp_path / "log"
     with forked(body, log) as pid:
-        assert ended(pid, log) == Ended(130, "")
+        assert wait_for_exit(pid, log) == RankExit(130, "")
 
 
 def test_a_hang_up_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
 
     log = tmp_path / "log"
     with forked(body, log) as pid:
-        assert ended(pid, log) == Ended(3, "")
+        assert wait_for_exit(pid, log) == RankExit(3, "")
 
 
 def test_what_came_while_signals_were_blocked_is_heard(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_what_came_while_signals_were_blocked_is_heard(tmp_path: Path) -> None:
 
     log = tmp_path / "log"
     with forked(body, log) as pid:
-        assert ended(pid, log) == Ended(3, "")
+        assert wait_for_exit(pid, log) == RankExit(3, "")
 
 
 def test_a_released_request_lets_signals_be(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_a_released_request_lets_signals_be(tmp_path: Path) -> None:
 
     log = tmp_path / "log"
     with forked(body, log) as pid:
-        assert ended(pid, log) == Ended(-signal.SIGTERM, "")
+        assert wait_for_exit(pid, log) == RankExit(-signal.SIGTERM, "")
 
 
 # -- who is behind -----------------------------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def free(lock: Path) -> bool:
 def test_on_gpus_the_world_does_not_queue_behind_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     """An axis with all ranks has a group of its own there, and every group is connected once, in order."""
     greeted: list[Any] = []
-    monkeypatch.setattr(context, "_greet", lambda groups, device: greeted.extend(groups))
+    monkeypatch.setattr(context, "_connect_nccl", lambda groups, device: greeted.extend(groups))
 
     def job(ctx: ParallelContext) -> bool:
         on_gpu = make_context(

@@ -46,7 +46,7 @@ class Host:
         ip("-n", self.name, "link", "set", self.link, state)
 
 
-ALONE = Host("", "", "127.0.0.1")  # this machine as it is
+THIS_HOST = Host("", "", "127.0.0.1")  # this machine as it is
 
 
 def ip(*words: str) -> None:
@@ -187,7 +187,7 @@ def test_a_cut_link_ends_both_sides_with_one_message_each(hosts: list[Host], tin
 def test_a_signal_to_every_process_of_a_node_is_one_request(tiny: Path, tmp_path: Path) -> None:
     """Slurm may signal script, torchrun and ranks at once; the script and torchrun then pass the signal on as well."""
     run = tmp_path / "run"
-    with started([ALONE], tiny, run, "--train.steps", "100000") as nodes:
+    with started([THIS_HOST], tiny, run, "--train.steps", "100000") as nodes:
         wait_for_steps(run, nodes, 2)
         os.killpg(nodes[0].pid, signal.SIGTERM)
         assert codes(nodes) == [75], output(run)

@@ -40,7 +40,7 @@ from tests.support.launched import ranks as launched
 pytestmark = pytest.mark.skipif(shared_memory.load()[0] is None, reason=shared_memory.load()[1])
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
-Job = Callable[[ParallelContext], Any]
+RankFunction = Callable[[ParallelContext], Any]
 
 
 def tensor(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype, rank: int) -> Tensor:
@@ -88,7 +88,7 @@ def operations(ctx: ParallelContext, seed: int, count: int, sleeps: float = 0.0)
     return [results[number] for number in range(count)]
 
 
-def run(world: int, job: Job, transport: str = "shared", ring: int = 0) -> list[Any]:
+def run(world: int, job: RankFunction, transport: str = "shared", ring: int = 0) -> list[Any]:
     before = shared_memory.RING, shared_memory.PAIR_RING
     if ring:
         shared_memory.RING = shared_memory.PAIR_RING = ring
@@ -319,7 +319,7 @@ def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pyte
     """Also the one that could have; and where Python has no such function, as where it was built for an old system."""
 
     def job(ctx: ParallelContext) -> str:
-        return ctx.transports()
+        return ctx.describe_transports()
 
     def refused(_: ParallelContext) -> str:
         with raises(ConfigError, "distributed.no-shared-memory", *why) as error:
@@ -351,7 +351,7 @@ def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pyte
 
 def test_where_it_cannot_be_gloo_speaks_or_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def job(ctx: ParallelContext) -> tuple[Any, ...]:
-        return ctx.world.link is None, ctx.transports(), all_reduce_(torch.ones(1), ctx.data).item()
+        return ctx.world.link is None, ctx.describe_transports(), all_reduce_(torch.ones(1), ctx.data).item()
 
     assert run(2, job) == [(False, "shared memory", 2.0)] * 2
     assert run(2, job, "gloo") == [(True, "gloo", 2.0)] * 2

@@ -150,7 +150,7 @@ def test_a_gpu_without_kernels_is_one_warning(monkeypatch: pytest.MonkeyPatch) -
     """An extension without CUDA kernels, then one for other GPUs, then one for this."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cases = {"": r"no CUDA kernels \(nvcc not found in PATH\)", "8.0": "for compute capability 8.0, this GPU has 9.0"}
-    monkeypatch.setattr(native, "why_not", lambda what: "nvcc not found in PATH")
+    monkeypatch.setattr(native, "why_not_built", lambda name: "nvcc not found in PATH")
     for built_for, said in (cases | {"8.0 9.0+PTX": ""}).items():
         library = SimpleNamespace(cuda_capabilities=lambda words=built_for: words)
         monkeypatch.setattr(native, "load", lambda library=library: (library, "engine._ops"))
@@ -168,9 +168,9 @@ def test_a_gpu_without_kernels_is_one_warning(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("text", ["", "[]", '{"engine._ops": 3}', "{", '{"other": "x"}'])
 def test_notes_that_are_no_notes_say_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_notes, "_NOTES", tmp_path / "_build.json")
-    assert build_notes.why_not("engine._ops") == ""
+    assert build_notes.why_not_built("engine._ops") == ""
     (tmp_path / "_build.json").write_text(text)
-    assert build_notes.why_not("engine._ops") == ""
+    assert build_notes.why_not_built("engine._ops") == ""
 
 
 @pytest.mark.parametrize(
@@ -265,4 +265,4 @@ def test_the_first_look_tells_what_is_not_built(
         assert ended.value.code == 0 and said in out + err
         assert args[0] == "--help" or out == f"engine {engine.__version__}\n"
     monkeypatch.setattr(build_notes.importlib.util, "find_spec", lambda name: found("engine"))
-    assert build_notes.missing() == ""
+    assert build_notes.missing_extensions() == ""

@@ -16,7 +16,7 @@ from engine.errors import CheckpointError
 from engine.inference.compare import compare_with_transformers
 from engine.interop.convert import export, import_folder
 from engine.interop.huggingface.weights import SINGLE
-from tests.support.command import told
+from tests.support.command import run_cli
 from tests.support.errors import raises
 from tests.support.hf_folders import rewrite, tensors_of
 from tests.support.hf_models import save
@@ -100,7 +100,7 @@ def test_an_epsilon_is_found_where_activations_are_large(tmp_path: Path) -> None
 
 def test_the_command_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in the checkpoint: exit 1. A value that float16 does not have: refused, and nothing is left."""
-    engine = functools.partial(told, capsys)
+    engine = functools.partial(run_cli, capsys)
     save("llama", tmp_path / "hf")
     rewrite(tmp_path / "hf", lambda t: t[DOWN].view(-1)[5].fill_(float("nan")))
     assert engine("import", tmp_path / "hf", tmp_path / "run")[0] == 0

@@ -19,7 +19,7 @@ from engine.distributed.context import ParallelContext
 from engine.train.evaluate import Evaluator
 from engine.train.state import setup
 from engine.train.step import train_step
-from tests.support.cases import assemble, config, gradients_of, layout_of, worst
+from tests.support.cases import assemble, config, gradients_of, layout_of, max_relative_error
 from tests.support.harness import run_ranks
 
 S, EOD = 16, 60
@@ -90,7 +90,7 @@ def test_packed_documents_learn_as_if_alone(layout: dict[str, Any]) -> None:
     alone, grads_alone = result(config(1, train_global_batch_size=count, **model), apart)
     loss, grads = result(config(world, **layout), packed)
     assert loss == pytest.approx(alone, rel=1e-12)
-    assert worst(grads, grads_alone) < 1e-11
+    assert max_relative_error(grads, grads_alone) < 1e-11
 
 
 def test_without_numbers_documents_see_each_other() -> None:

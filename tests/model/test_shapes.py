@@ -20,7 +20,15 @@ from engine.model.transformer import num_parameters, tensor_shapes
 from engine.planner.flops import flops_per_token
 from engine.train.state import TrainState, setup
 from engine.train.step import train_step
-from tests.support.cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
+from tests.support.cases import (
+    assemble,
+    config,
+    gradients_of,
+    layout_of,
+    max_relative_error,
+    random_batches,
+    weights_of,
+)
 from tests.support.harness import run_ranks
 
 STEPS = 3
@@ -126,8 +134,8 @@ def test_layout_equals_one_process(shape: str, layout: str) -> None:
         many["weights"] = {
             name: x if "k.bias" not in name else one["weights"][name] for name, x in many["weights"].items()
         }
-    assert worst(many["grads"], one["grads"]) < 1e-11
-    assert worst(many["weights"], one["weights"]) < 1e-9
+    assert max_relative_error(many["grads"], one["grads"]) < 1e-11
+    assert max_relative_error(many["weights"], one["weights"]) < 1e-9
     assert all(np.abs(grad).max() > 1e-8 for grad in one["grads"].values())
 
 
@@ -142,7 +150,7 @@ def test_a_norm_with_offset_is_one_whose_weights_are_less_by_one() -> None:
     """`draw` takes them around their start, 0 or 1, so the two models are the same."""
     one, other = (run(config(1, model_num_layers=2, model_norm_offset=on)) for on in (False, True))
     assert other["losses"] == pytest.approx(one["losses"], rel=1e-11)
-    assert worst(other["grads"], one["grads"]) < 1e-11
+    assert max_relative_error(other["grads"], one["grads"]) < 1e-11
 
 
 def test_counts_follow_the_facts() -> None:

@@ -22,7 +22,7 @@ from engine.checkpoint.format import newest
 from engine.checkpoint.storage import DISK, remove_tree
 from engine.distributed.context import make_context
 from engine.errors import CheckpointError, DataError
-from engine.monitor.ending import Ending
+from engine.monitor.ending import ExitRecord
 from engine.monitor.plot import plot_loss
 from engine.train import loop
 from engine.train.state import TrainState
@@ -136,12 +136,12 @@ def test_a_tensorboard_that_cannot_write_is_left(corpus: str, tmp_path: Path, mo
 
 
 def test_the_last_word_needs_no_room(small_disk: Path) -> None:
-    ending = Ending(small_disk)
-    ending.begin()
-    ending.begun, ending.step = True, 7
+    exit_record = ExitRecord(small_disk)
+    exit_record.begin()
+    exit_record.begun, exit_record.step = True, 7
     assert json.loads((small_disk / "exit.json").read_text())["code"] is None
     fill(small_disk)
-    ending.write(1, "rank 3: a reason " * 200)
+    exit_record.write(1, "rank 3: a reason " * 200)
     facts = json.loads((small_disk / "exit.json").read_text())
     assert facts["code"] == 1 and facts["step"] == 7 and facts["reason"].startswith("rank 3: a reason")
     assert not (small_disk / ".exit.json").exists()

@@ -27,7 +27,7 @@ from tests.support.harness import run_ranks
 
 def feed(watch: SpikeWatch, losses: list[float], first: int = 1) -> list[int]:
     """The steps at which it says that the loss stands out."""
-    return [first + i for i, loss in enumerate(losses) if watch.see(first + i, loss, 1.0, "0-7")[0]]
+    return [first + i for i, loss in enumerate(losses) if watch.observe(first + i, loss, 1.0, "0-7")[0]]
 
 
 def test_what_stands_out(tmp_path: Path) -> None:
@@ -45,9 +45,9 @@ def test_what_stands_out(tmp_path: Path) -> None:
     assert feed(SpikeWatch(tmp_path / "b", 0), ragged) == []
     watch = SpikeWatch(tmp_path / "b", 0)
     assert feed(watch, falling) == []
-    high, note = watch.see(401, 2.0, 30.0, "3200-3207")
+    high, note = watch.observe(401, 2.0, 30.0, "3200-3207")
     assert high and "step 401: gradient norm 30 where 1 is usual; its samples are 3200-3207" in note
-    assert watch.see(402, 2.0, math.inf, "")[0] is False  # fp16 looks for its scale
+    assert watch.observe(402, 2.0, math.inf, "")[0] is False  # fp16 looks for its scale
 
 
 def test_a_spike_lasts_until_the_run_has_recovered_and_survives_a_restart(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from engine.ops.loss import VocabSlice, linear_cross_entropy
 from tests.support.harness import run_ranks
 from tests.support.numbers import CTX, DTYPES, TOLERANCE, ids, like, parameter, randn, relative, whole
 
-ALONE = CTX.self_axis
+SELF_AXIS = CTX.self_axis
 WAYS = pytest.mark.parametrize("kernels", [True, False], ids=["own", "torch"])
 
 
@@ -101,10 +101,10 @@ def test_gradients_are_slopes(kernels: bool) -> None:
     """Central differences of the objective, computed without gradient. gradcheck itself cannot run: it also looks at
     what a gradient of zero for the result gives."""
     x, head = like(randn(3, 2, 3), torch.float64), parameter(randn(5, 3, seed=1))
-    targets, weights, part = ids(4, 3, 2), randn(3, 2, seed=2), VocabSlice(0, 4, ALONE)
+    targets, weights, part = ids(4, 3, 2), randn(3, 2, seed=2), VocabSlice(0, 4, SELF_AXIS)
 
     def objective() -> Tensor:
-        return linear_cross_entropy(x, head, targets, weights, part, ALONE, ALONE).sum()
+        return linear_cross_entropy(x, head, targets, weights, part, SELF_AXIS, SELF_AXIS).sum()
 
     with native.forced(kernels=kernels and native.load()[0] is not None):
         objective().backward()

@@ -20,10 +20,18 @@ from engine.optim.precision import PRECISIONS, LossScale
 from engine.train.resume import changed_since, resume, save_state
 from engine.train.state import setup
 from engine.train.step import train_step
-from tests.support.cases import assemble, config, gradients_of, held_pieces, layout_of, random_batches, worst
+from tests.support.cases import (
+    assemble,
+    config,
+    gradients_of,
+    layout_of,
+    max_relative_error,
+    random_batches,
+    shard_pieces,
+)
 from tests.support.harness import run_ranks
 
-FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+METADATA = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 7))
@@ -78,7 +86,7 @@ def test_an_overflow_leaves_out_the_update_on_all_ranks_and_survives_a_restart(t
 
     def job(ctx: ParallelContext) -> Any:
         state = setup(cfg, ctx)
-        start = held_pieces(state.optimizer.states(), ctx)
+        start = shard_pieces(state.optimizer.states(), ctx)
         seen = []
         for step in range(100):
             result = train_step(state, random_batches(cfg, ctx, step))
@@ -86,20 +94,20 @@ def test_an_overflow_leaves_out_the_update_on_all_ranks_and_survives_a_restart(t
             assert result.lr == learning_rate(step + 1, cfg.train.steps, cfg.optimizer, cfg.lr_schedule)
             if not result.skipped:
                 break
-            same = held_pieces(state.optimizer.states(), ctx)
+            same = shard_pieces(state.optimizer.states(), ctx)
             assert all((a[3] == b[3]).all() for a, b in zip(start, same)) and state.step == step + 1
-        save_state(state, tmp_path, FACTS)
+        save_state(state, tmp_path, METADATA)
         again = setup(cfg, ctx)
-        resume(again, tmp_path / f"step_{state.step:08d}", FACTS)
+        resume(again, tmp_path / f"step_{state.step:08d}", METADATA)
         assert (again.scale, again.optimizer.steps, again.step) == (state.scale, state.optimizer.steps, state.step)
-        return seen, held_pieces(again.optimizer.states(), ctx), held_pieces(state.optimizer.states(), ctx)
+        return seen, shard_pieces(again.optimizer.states(), ctx), shard_pieces(state.optimizer.states(), ctx)
 
     ranks = run(cfg, job)
     assert all(r[0] == ranks[0][0] for r in ranks)
     seen = ranks[0][0]
     assert len(seen) > 3 and not seen[-1][0] and seen[-1][2] == 1
     assert [value for _, value, _ in seen[:-1]] == [2.0 ** (39 - i) for i in range(len(seen) - 1)]
-    assert worst(assemble([r[1] for r in ranks]), assemble([r[2] for r in ranks])) == 0
+    assert max_relative_error(assemble([r[1] for r in ranks]), assemble([r[2] for r in ranks])) == 0
 
 
 def test_a_scale_that_falls_below_one_is_an_error() -> None:
@@ -131,7 +139,7 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(zero: int) -> None:
 
         return assemble(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
 
-    difference = worst(grads("bf16"), grads("main"))
+    difference = max_relative_error(grads("bf16"), grads("main"))
     assert 1e-5 < difference < 3 * 2**-8  # each part and their sum are rounded to eight bits
 
 
@@ -145,12 +153,12 @@ def test_the_scale_is_undone_to_the_bit() -> None:
             state = setup(cfg, ctx)
             state.scale = scale
             results = [train_step(state, random_batches(cfg, ctx, step)) for step in range(2)]
-            return [(r.loss, r.norms) for r in results], held_pieces(state.optimizer.states(), ctx)
+            return [(r.loss, r.norms) for r in results], shard_pieces(state.optimizer.states(), ctx)
 
         return run_ranks(layout_of(cfg), job)[0]
 
     plain, scaled = states(LossScale()), states(LossScale(2.0**16, 1))
-    assert plain[0] == scaled[0] and worst(assemble([plain[1]]), assemble([scaled[1]])) == 0
+    assert plain[0] == scaled[0] and max_relative_error(assemble([plain[1]]), assemble([scaled[1]])) == 0
 
 
 def test_an_overflow_on_one_rank_is_one_on_all() -> None:
@@ -182,11 +190,11 @@ def test_a_scale_comes_from_a_run_that_had_one_and_from_nowhere_else(tmp_path: P
         def job(ctx: ParallelContext) -> Any:
             state = setup(cfg, ctx)
             if source is not None:
-                resume(state, source, FACTS)
+                resume(state, source, METADATA)
             begun = LossScale(state.scale.value, state.scale.window, state.scale.good)
             line = changed_since(state.lineage[-1].changed, state.scale) if state.lineage else ""
             train_step(state, random_batches(cfg, ctx, state.step))
-            return str(save_state(state, folder, FACTS)), begun, line
+            return str(save_state(state, folder, METADATA)), begun, line
 
         ((made, begun, line),) = run_ranks(layout_of(cfg), job, dtype=PRECISIONS[precision].compute)
         return Path(made), begun, line
@@ -234,4 +242,4 @@ def test_one_data_rank_sums_nothing_and_rounds_nothing() -> None:
 
         return assemble(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
 
-    assert worst(grads("bf16"), grads("main")) == 0
+    assert max_relative_error(grads("bf16"), grads("main")) == 0

@@ -13,11 +13,11 @@ from engine.errors import PlanError
 from engine.pipeline import search as search_module
 from engine.pipeline.actions import Action, Op, Plan
 from engine.pipeline.check import check
-from engine.pipeline.improve import _Board
+from engine.pipeline.improve import _TimedPlan
 from engine.pipeline.list_schedules import _ListRun, _Rule
 from engine.pipeline.passes import compute_only
-from engine.pipeline.schedules import build, prove
-from engine.pipeline.search import named, placements, search
+from engine.pipeline.schedules import build, complete_and_check
+from engine.pipeline.search import named_schedules, placements, search
 from engine.pipeline.shares import lower_bound, share_costs
 from engine.pipeline.shares import share_memory as memory
 from engine.pipeline.simulate import Costs, simulate
@@ -35,7 +35,7 @@ def time_of(plan: Plan, costs: Costs) -> float:
 
 
 def best_named(ranks: int, microbatches: int, costs: Costs, cap: float | None, chunks: int | None = None) -> float:
-    fitting = [plan for plan in named(ranks, microbatches, chunks) if cap is None or max(memory(plan)) <= cap]
+    fitting = [plan for plan in named_schedules(ranks, microbatches, chunks) if cap is None or max(memory(plan)) <= cap]
     return min((time_of(plan, costs) for plan in fitting), default=float("inf"))
 
 
@@ -152,32 +152,32 @@ def test_memory_is_in_microbatches_of_a_share() -> None:
 @given(problems(), st.integers(0, 1000))
 def test_the_board_times_plans_like_the_simulator(problem: dict[str, object], seed: int) -> None:
     ranks, microbatches, costs = (problem[k] for k in ("ranks", "microbatches", "costs"))
-    for plan in named(ranks, microbatches):
-        board = _Board(compute_only(plan), share_costs(costs, ranks, plan.num_stages), None)
+    for plan in named_schedules(ranks, microbatches):
+        timed = _TimedPlan(compute_only(plan), share_costs(costs, ranks, plan.num_stages), None)
         chooser = random.Random(seed)
         for _ in range(10):  # any moves: the timing must hold for plans that nobody would choose
             rank = chooser.randrange(ranks)
-            positions = range(len(board.programs[rank]))
-            board.move(rank, chooser.choice(positions), chooser.choice(positions))
-        moved = board.as_plan(board.programs)
+            positions = range(len(timed.programs[rank]))
+            timed.move(rank, chooser.choice(positions), chooser.choice(positions))
+        moved = timed.as_plan(timed.programs)
         try:
             expected = time_of(moved, costs)
         except PlanError:
             expected = float("inf")
-        assert board.time() == pytest.approx(expected, rel=1e-12)
+        assert timed.time() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_board_keeps_the_order_of_a_stage_and_the_room_of_a_rank() -> None:
-    board = _Board(compute_only(build("zb-h1", 2, 1, 3)), share_costs(Costs(), 2, 2), 2.0)
-    before = [list(program) for program in board.programs]
+    timed = _TimedPlan(compute_only(build("zb-h1", 2, 1, 3)), share_costs(Costs(), 2, 2), 2.0)
+    before = [list(program) for program in timed.programs]
     for rank, program in enumerate(before):
         for source in range(len(program)):
             for target in range(len(program)):
-                if board.move(rank, source, target):
-                    moved = board.as_plan(board.programs)
+                if timed.move(rank, source, target):
+                    moved = timed.as_plan(timed.programs)
                     assert keeps_order(moved) and max(memory(moved)) <= 2
-                    board.programs[rank] = list(program)
-                assert board.programs == before
+                    timed.programs[rank] = list(program)
+                assert timed.programs == before
 
 
 def test_rules_never_get_stuck_in_the_least_room() -> None:
@@ -188,7 +188,7 @@ def test_rules_never_get_stuck_in_the_least_room() -> None:
                 rule = _Rule(forward_first, deep_first, patience=1.0, room=chunks, taper=1)
                 plan = _ListRun(where, 3, 5, Costs(comm=0.5), rule).run()
                 assert max(memory(plan)) == 1
-                check(prove(plan))
+                check(complete_and_check(plan))
 
 
 def test_adjacent_halves_become_whole_backwards_where_that_costs_nothing() -> None:

@@ -14,15 +14,15 @@ from engine.distributed.context import ParallelContext
 from engine.train.resume import resume, save_state
 from engine.train.state import TrainState, setup
 from engine.train.step import train_step
-from tests.support.cases import assemble, config, held_pieces, layout_of, random_batches
+from tests.support.cases import assemble, config, layout_of, random_batches, shard_pieces
 from tests.support.harness import run_ranks
 
-FACTS = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+METADATA = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 
 
 def digest(state: TrainState, ctx: ParallelContext) -> list[Any]:
     """All canonical tensors of model and optimizer this rank holds, named kind/name."""
-    return held_pieces(state.optimizer.states(), ctx)
+    return shard_pieces(state.optimizer.states(), ctx)
 
 
 def steps(state: TrainState, ctx: ParallelContext, count: int) -> list[tuple[float, float]]:
@@ -111,12 +111,12 @@ def test_resume_in_the_same_layout_changes_no_bit(tmp_path: Path, precision: str
     def through(ctx: ParallelContext) -> Any:
         state = setup(cfg, ctx)
         losses = steps(state, ctx, stop)
-        save_state(state, tmp_path, FACTS)
+        save_state(state, tmp_path, METADATA)
         return losses + steps(state, ctx, 5 - stop), digest(state, ctx)
 
     def resumed(ctx: ParallelContext) -> Any:
         state = setup(cfg, ctx)
-        resume(state, tmp_path / f"step_{stop:08d}", FACTS)
+        resume(state, tmp_path / f"step_{stop:08d}", METADATA)
         assert state.consumed_samples == stop * cfg.train.global_batch_size
         return steps(state, ctx, 5 - stop), digest(state, ctx)
 
@@ -151,10 +151,10 @@ def test_resume_in_another_layout_holds_the_same_state(tmp_path: Path, tied: boo
         def job(ctx: ParallelContext) -> Any:
             state = setup(cfg, ctx)
             if step:
-                resume(state, tmp_path / f"step_{step:08d}", FACTS)
+                resume(state, tmp_path / f"step_{step:08d}", METADATA)
             before = digest(state, ctx)
             losses = steps(state, ctx, 1)
-            save_state(state, tmp_path, FACTS)
+            save_state(state, tmp_path, METADATA)
             return before, digest(state, ctx), losses[0][0]
 
         ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)

@@ -21,7 +21,15 @@ from engine.ops import native
 from engine.optim.lr import learning_rate
 from engine.train.state import setup
 from engine.train.step import train_step
-from tests.support.cases import assemble, config, gradients_of, layout_of, random_batches, weights_of, worst
+from tests.support.cases import (
+    assemble,
+    config,
+    gradients_of,
+    layout_of,
+    max_relative_error,
+    random_batches,
+    weights_of,
+)
 from tests.support.harness import run_ranks
 from tests.support.numbers import attention_reference, rms_norm_reference, rope_reference, swiglu_reference
 
@@ -142,11 +150,11 @@ def figures(case: Case) -> dict[str, float]:
     one = reference(**model, model_num_layers=cfg.model.num_layers, train_global_batch_size=batch_of(case))
     many = run(cfg)
     return {
-        "init": worst(many["init"], one["init"]),
+        "init": max_relative_error(many["init"], one["init"]),
         "loss": abs(many["losses"][0] / one["losses"][0] - 1),
         "norm": abs(many["norms"][0] / one["norms"][0] - 1),
-        "gradients": worst(many["grads"], one["grads"]),
-        "weights": worst(many["weights"], one["weights"]),
+        "gradients": max_relative_error(many["grads"], one["grads"]),
+        "weights": max_relative_error(many["weights"], one["weights"]),
     }
 
 
@@ -194,8 +202,8 @@ def test_special_layouts_equal_one_process(overrides: dict[str, Any]) -> None:
     model = {name: value for name, value in overrides.items() if name.startswith("model_")}
     one, many = reference(**model), run(config(world, **overrides))
     assert many["losses"][0] == pytest.approx(one["losses"][0], rel=1e-11)
-    assert worst(many["grads"], one["grads"]) < 1e-11
-    assert worst(many["weights"], one["weights"]) < 1e-9
+    assert max_relative_error(many["grads"], one["grads"]) < 1e-11
+    assert max_relative_error(many["weights"], one["weights"]) < 1e-9
 
 
 # -- two ranks and two steps: one small case for each way to cut, quick enough for proofs/mutations --------------------
@@ -224,11 +232,11 @@ def test_two_ranks_equal_one(name: str, **more: Any) -> None:
     cut = TINY | SMALL[name] | more
     model = {key: value for key, value in cut.items() if not key.startswith("parallel") and key != "train_recompute"}
     one, many = run(config(1, **model), 2), run(config(2, **cut), 2)
-    assert worst(many["init"], one["init"]) == 0
+    assert max_relative_error(many["init"], one["init"]) == 0
     assert many["losses"] == pytest.approx(one["losses"], rel=1e-11)
     assert many["norms"] == pytest.approx(one["norms"], rel=1e-11)
-    assert worst(many["grads"], one["grads"]) < 1e-11
-    assert worst(many["weights"], one["weights"]) < 1e-9
+    assert max_relative_error(many["grads"], one["grads"]) < 1e-11
+    assert max_relative_error(many["weights"], one["weights"]) < 1e-9
 
 
 @pytest.mark.skipif(native.load()[0] is None or not native.load()[0].attention_runs(), reason="needs AVX2")
@@ -253,7 +261,7 @@ def test_own_float32_kernels_in_a_layout(norm: str) -> None:
         many = run(config(2, **single, parallel_tensor=2), 2, torch.float32)
     for found in (one, many):
         assert found["losses"] == pytest.approx(exact["losses"], rel=1e-6)
-        assert 1e-8 < worst(found["grads"], exact["grads"]) < 5e-6
+        assert 1e-8 < max_relative_error(found["grads"], exact["grads"]) < 5e-6
 
 
 def test_a_step_leaves_its_batches_as_they_were() -> None:
@@ -291,7 +299,7 @@ def test_what_is_on_its_way_is_waited_for(zero: int, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(gradients_module, start.__name__, late)
     found = run(cfg, 3)
     assert found["losses"] == expected["losses"] and found["norms"] == expected["norms"]
-    assert worst(found["weights"], expected["weights"]) == 0
+    assert max_relative_error(found["weights"], expected["weights"]) == 0
 
 
 # -- one process against plain torch: what is wrong in every layout alike ---------------------------------------------
@@ -345,8 +353,8 @@ def test_one_process_equals_plain_torch(tied: bool) -> None:
         assert found["losses"][step] == pytest.approx(loss.item(), rel=1e-11)
         assert found["norms"][step] == pytest.approx(norm, rel=1e-10)
         if step == 0:
-            assert worst(found["grads"], grads) < 1e-10
-    assert worst(found["weights"], {name: x.detach().numpy() for name, x in w.items()}) < 1e-7
+            assert max_relative_error(found["grads"], grads) < 1e-10
+    assert max_relative_error(found["weights"], {name: x.detach().numpy() for name, x in w.items()}) < 1e-7
 
 
 def write_table(path: Path) -> None:

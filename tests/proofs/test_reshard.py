@@ -18,10 +18,10 @@ from engine.distributed.context import ParallelContext
 from engine.train.resume import resume, save_state
 from engine.train.state import TrainState, setup
 from engine.train.step import train_step
-from tests.support.cases import assemble, config, held_pieces, layout_of, random_batches, same_bytes
+from tests.support.cases import assemble, config, layout_of, random_batches, same_bytes, shard_pieces
 from tests.support.harness import run_ranks
 
-FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "tensor 4": (4, {"parallel_tensor": 4}),
@@ -53,7 +53,7 @@ def cfg_of(name: str, **overrides: Any) -> Config:
 def snapshot(state: TrainState) -> tuple[list[Any], tuple[Any, ...]]:
     """All tensors of the state that this rank holds, and its positions."""
     numbers = (state.step, state.consumed_samples, state.consumed_tokens, state.optimizer.steps)
-    return held_pieces(state.optimizer.states(), state.ctx), (*numbers, state.scale.value, state.scale.good)
+    return shard_pieces(state.optimizer.states(), state.ctx), (*numbers, state.scale.value, state.scale.good)
 
 
 def steps(state: TrainState, ctx: ParallelContext, count: int) -> list[float]:
@@ -76,7 +76,7 @@ def pairs(tmp_path: Path, names: list[str], dtype: torch.dtype, **overrides: Any
         def job(ctx: ParallelContext) -> Any:
             state = setup(cfg_of(name, **overrides), ctx)
             steps(state, ctx, STEP)
-            save_state(state, tmp_path / name, FACTS)
+            save_state(state, tmp_path / name, METADATA)
             return *snapshot(state), steps(state, ctx, NEXT)
 
         return outcome(run_ranks(layout_of(cfg_of(name)), job, num_kv_heads=2, dtype=dtype))
@@ -86,10 +86,10 @@ def pairs(tmp_path: Path, names: list[str], dtype: torch.dtype, **overrides: Any
             results = []
             for source in names:
                 state = setup(cfg_of(name, train_seed=1234, **overrides), ctx)
-                resume(state, step_dir(tmp_path / source, STEP), FACTS)
+                resume(state, step_dir(tmp_path / source, STEP), METADATA)
                 before = snapshot(state)
                 if source == name:
-                    save_state(state, tmp_path / f"{name} again", FACTS)
+                    save_state(state, tmp_path / f"{name} again", METADATA)
                 results.append((*before, steps(state, ctx, NEXT)))
             return results
 
@@ -153,7 +153,7 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
         state = setup(saved, ctx)
         resident_peak()
         before = resident_peak()
-        save_state(state, tmp_path, FACTS)
+        save_state(state, tmp_path, METADATA)
         return resident_peak() - before
 
     def load(ctx: ParallelContext) -> tuple[int, int, int]:

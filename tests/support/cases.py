@@ -100,7 +100,7 @@ def weights_of(state: TrainState) -> list[Any]:
     return pieces_of(((p, p) for p in state.params), state.ctx)
 
 
-def held_pieces(held: Iterable[StateShard], ctx: ParallelContext) -> list[Any]:
+def shard_pieces(held: Iterable[StateShard], ctx: ParallelContext) -> list[Any]:
     """[(kind/name, global shape, offset, values)] of flat ranges of parameters, such as optimizer state."""
     found = []
     for part in held:
@@ -113,7 +113,7 @@ def held_pieces(held: Iterable[StateShard], ctx: ParallelContext) -> list[Any]:
 
 
 def gradients_of(state: TrainState) -> list[Any]:
-    """`held_pieces` of the reduced gradients this rank holds; clipping is AdamW's and does not change them."""
+    """`shard_pieces` of the reduced gradients this rank holds; clipping is AdamW's and does not change them."""
     held = []
     for bucket in (b for stage in state.buckets for b in stage.buckets):
         for index, p in enumerate(bucket.params):
@@ -121,7 +121,7 @@ def gradients_of(state: TrainState) -> list[Any]:
             if begin < end:
                 start = bucket.starts[index]
                 held.append(StateShard("grad", p, begin, bucket.grads[start + begin : start + end].clone()))
-    return held_pieces(held, state.ctx)
+    return shard_pieces(held, state.ctx)
 
 
 def assemble(ranks: list[list[Any]]) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ def assemble(ranks: list[list[Any]]) -> dict[str, np.ndarray]:
     return whole
 
 
-def worst(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+def max_relative_error(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     """Largest difference between two sets of tensors, relative to each tensor's largest value."""
     assert a.keys() == b.keys()
     return max(float(np.abs(a[k] - b[k]).max() / max(np.abs(b[k]).max(), 1e-300)) for k in b)
@@ -150,11 +150,11 @@ __all__ = [
     "assemble",
     "config",
     "gradients_of",
-    "held_pieces",
     "layout_of",
+    "max_relative_error",
     "pieces_of",
     "random_batches",
     "resolve",
+    "shard_pieces",
     "weights_of",
-    "worst",
 ]

@@ -19,7 +19,7 @@ from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.harness import run_ranks
 
-FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 TWO = config(2, parallel_tensor=2)
 
 
@@ -38,7 +38,7 @@ def save_one(root: Path, cfg: Config = TWO, steps: int = 1) -> Path:
         state = setup(cfg, ctx)
         for step in range(steps):
             train_step(state, random_batches(cfg, ctx, step))
-            save_state(state, root, FACTS)
+            save_state(state, root, METADATA)
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     return root / f"step_{steps:08d}"

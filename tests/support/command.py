@@ -20,7 +20,7 @@ def exit_code(*words: Any) -> int:
     return int(end.value.code or 0)
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
+def run_cli(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
     """Exit code of `engine` with these words, run in this process, and what it printed."""
     code, captured = exit_code(*words), capsys.readouterr()
     return code, captured.out + captured.err

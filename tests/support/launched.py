@@ -22,16 +22,16 @@ from engine.distributed.env import Env, read_env
 from engine.distributed.launch import Mesh, run
 from engine.distributed.layout import Layout
 from engine.errors import DataError
-from engine.util.signals import ASKING
+from engine.util.signals import STOP_SIGNALS
 
 CPU = torch.device("cpu")
 TWO = Layout(2, data=2)
 DAMAGED = "corpus.bin: 3 bytes at offset 12, expected 4: prepare it again"
-TOLD = f"{DAMAGED} [data.damaged]"  # as it is printed
-Job = Callable[[ParallelContext], int]
+PRINTED = f"{DAMAGED} [data.damaged]"  # as it is printed
+RankFunction = Callable[[ParallelContext], int]
 
 
-def start(job: Job, env: Env, layout: Layout, timeout_s: float = 20.0, transport: str = "auto") -> int:
+def start(job: RankFunction, env: Env, layout: Layout, timeout_s: float = 20.0, transport: str = "auto") -> int:
     """launch.run as the command line calls it."""
     return run(job, env, Mesh(layout, 1, torch.float32, CPU, timeout_s, transport))
 
@@ -44,7 +44,7 @@ def last_rank_fails(ctx: ParallelContext) -> int:
 
 
 @dataclass(frozen=True)
-class Ended:
+class RankExit:
     """How a rank ended: its exit code (negative: the signal that killed it) and what it said."""
 
     code: int
@@ -64,9 +64,9 @@ def forked(body: Callable[[], int], log: Path) -> Iterator[int]:
             os.dup2(fd, 1)
             os.dup2(fd, 2)
             sys.stdout = sys.stderr = os.fdopen(fd, "w", buffering=1)
-            for number in ASKING:  # whatever a verb that ran in this process has left
+            for number in STOP_SIGNALS:  # whatever a verb that ran in this process has left
                 signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             os._exit(body())
         except BaseException:
             os.write(2, traceback.format_exc().encode())
@@ -79,12 +79,12 @@ def forked(body: Callable[[], int], log: Path) -> Iterator[int]:
             os.waitpid(pid, 0)
 
 
-def ended(pid: int, log: Path) -> Ended:
-    return Ended(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), log.read_text())
+def wait_for_exit(pid: int, log: Path) -> RankExit:
+    return RankExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), log.read_text())
 
 
 def ranks(
-    job: Job,
+    job: RankFunction,
     tmp_path: Path,
     world: int = 2,
     transport: str = "auto",
@@ -92,7 +92,7 @@ def ranks(
     layout: Layout | None = None,
     timeout_s: float = 20.0,
     stopped: int | None = None,
-) -> list[Ended]:
+) -> list[RankExit]:
     """Run a job on forked ranks, with the environment that torchrun's agent gives them and its store beside them.
 
     stopped: a rank that does not end by itself and is killed when the others have.
@@ -122,7 +122,7 @@ def ranks(
         for rank in order:
             if rank == stopped:
                 os.kill(pids[rank], signal.SIGKILL)
-            found[rank] = ended(pids[rank], logs[rank])
+            found[rank] = wait_for_exit(pids[rank], logs[rank])
         results = [found[rank] for rank in range(world)]
     os.close(reader)
     os.close(writer)

@@ -155,7 +155,7 @@ def dist_state(c: dict[str, Tensor], form: str) -> dict[str, Any]:
     return state | {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(HIDDEN, dtype=torch.int32)}
 
 
-def save_beside(folder: Path, args: dict[str, Any]) -> None:
+def save_common(folder: Path, args: dict[str, Any]) -> None:
     """common.pt and metadata.json."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 7}, folder / "common.pt")
@@ -165,7 +165,7 @@ def save_beside(folder: Path, args: dict[str, Any]) -> None:
 def save_dist(folder: Path, args: dict[str, Any], form: str = "stacked", dtype: torch.dtype = torch.float32) -> Any:
     """Write a `torch_dist` folder from one process; returns the canonical tensors."""
     c = canonical(args, dtype)
-    save_beside(folder, args)
+    save_common(folder, args)
     dcp.save(dist_state(c, form), checkpoint_id=folder, no_dist=True)
     return c
 
@@ -216,7 +216,7 @@ def save_legacy(
     return c
 
 
-def oddments() -> dict[str, Any]:
+def odd_values() -> dict[str, Any]:
     """What args and what lies beside them may hold, whose pickled names differ by Python, numpy or protocol."""
     return {
         "exit_signal": signal.SIGTERM,
@@ -234,7 +234,7 @@ def oddments() -> dict[str, Any]:
 def write_sample(path: Path) -> None:
     """A small torch_dist folder, zipped, as this Python, torch and numpy write it."""
     with tempfile.TemporaryDirectory() as folder:
-        save_dist(Path(folder), LLAMA | oddments(), dtype=torch.bfloat16)
+        save_dist(Path(folder), LLAMA | odd_values(), dtype=torch.bfloat16)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
             for file in sorted(Path(folder).iterdir()):
                 out.write(file, file.name)

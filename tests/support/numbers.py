@@ -18,7 +18,7 @@ from engine.distributed.sharding import Chunk, Parameter, ShardSpec
 from engine.ops.loss import VocabSlice, linear_cross_entropy
 
 CTX = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
-ALONE = CTX.self_axis
+SELF_AXIS = CTX.self_axis
 # largest difference allowed, relative to the largest value of the reference
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -119,8 +119,8 @@ def parameter(values: Tensor, dtype: torch.dtype = torch.float64, main: torch.dt
 
 def whole(x: Tensor, weight: Any, targets: Tensor, weights: Tensor) -> Tensor:
     """Cross entropy of each token on one rank, without padding."""
-    part = VocabSlice(0, len(weight), ALONE)
-    return linear_cross_entropy(x, weight, targets, weights, part, ALONE, ALONE)
+    part = VocabSlice(0, len(weight), SELF_AXIS)
+    return linear_cross_entropy(x, weight, targets, weights, part, SELF_AXIS, SELF_AXIS)
 
 
 def ids(vocab: int, *shape: int) -> Tensor:

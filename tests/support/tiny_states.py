@@ -20,7 +20,7 @@ from tests.support.disk_double import MemoryDisk
 
 FOLDER = Path("/run/checkpoints")
 SHAPES = {"a.weight": (5, 6), "b.weight": (7,)}
-FACTS: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
+METADATA: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
 BLOCK = 100  # bytes: several blocks a tensor
 
 
@@ -56,5 +56,5 @@ def save_by_two_ranks(disk: MemoryDisk, step: int) -> None:
         ctx = context(2, rank)
         file = temporary / f"rank{rank:05d}.safetensors"
         parts.append(write_part(disk, file, *part_of(states(step, rank, 2), ctx), block_bytes=BLOCK))
-    manifest = manifest_of(parts, context(2).layout, step, FACTS, BLOCK)
+    manifest = manifest_of(parts, context(2).layout, step, METADATA, BLOCK)
     assert retention.commit(disk, temporary, step_dir(FOLDER, step), manifest.encode()) is None

@@ -26,7 +26,7 @@ _FIELD_TEXT = ("path", "problem", "fix")
 
 
 @dataclass(frozen=True)
-class Raised:
+class ErrorSite:
     """One place that makes an error: what stands for its code, and its message."""
 
     where: str
@@ -34,7 +34,7 @@ class Raised:
     message: str
 
 
-def errors(root: Path = ROOT) -> list[Raised]:
+def errors(root: Path = ROOT) -> list[ErrorSite]:
     """Every error made in engine/ and tools/, in the order of files and lines. code: None where it is no literal."""
     files = sorted(path for folder in ("engine", "tools") for path in (root / folder).rglob("*.py"))
     trees = {path: ast.parse(path.read_text()) for path in files}
@@ -47,7 +47,7 @@ def errors(root: Path = ROOT) -> list[Raised]:
     ]
 
 
-def complaints(raised: list[Raised]) -> list[str]:
+def complaints(raised: list[ErrorSite]) -> list[str]:
     """What is wrong with the codes."""
     return [
         f"{error.where}: {'the code is no literal' if error.code is None else repr(error.code)}: "
@@ -57,7 +57,7 @@ def complaints(raised: list[Raised]) -> list[str]:
     ]
 
 
-def snapshot(raised: list[Raised]) -> str:
+def snapshot(raised: list[ErrorSite]) -> str:
     """A paragraph for each code: the code, then what it says, once each way."""
     found: dict[str, set[str]] = {}
     for error in raised:
@@ -90,7 +90,7 @@ def _calls(tree: ast.AST, names: set[str], scope: ast.AST | None = None) -> Iter
         yield from _calls(node, names, node if isinstance(node, ast.FunctionDef) else scope)
 
 
-def _raised(call: ast.Call, scope: ast.AST, where: str) -> Raised:
+def _raised(call: ast.Call, scope: ast.AST, where: str) -> ErrorSite:
     args = [template(arg, scope) for arg in call.args]
     first = call.args[0] if call.args else None
     code = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else None
@@ -98,8 +98,8 @@ def _raised(call: ast.Call, scope: ast.AST, where: str) -> Raised:
         given = dict(zip(("code", "path", "value", "problem", "fix"), args))
         given |= {word.arg: template(word.value, scope) for word in call.keywords if word.arg}
         path, problem, fix = (given.get(name, "") for name in _FIELD_TEXT)
-        return Raised(where, code, f"{path}: {problem}" + (f". {fix}" if fix else ""))
-    return Raised(where, code, " ".join(args[1:]))
+        return ErrorSite(where, code, f"{path}: {problem}" + (f". {fix}" if fix else ""))
+    return ErrorSite(where, code, " ".join(args[1:]))
 
 
 def template(node: ast.expr, scope: ast.AST) -> str:

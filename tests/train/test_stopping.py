@@ -18,7 +18,7 @@ import pytest
 
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
-from engine.monitor.ending import Ending
+from engine.monitor.ending import ExitRecord
 from engine.monitor.metrics import lacks_validation, read_metrics
 from engine.train.evaluate import Evaluator
 from engine.train.loop import train
@@ -139,9 +139,9 @@ def test_all_ranks_stay_until_exit_json_is_written(
 ) -> None:
     """torchrun ends the others soon after one has left, and a disk may be slow."""
     cfg = resolve(2, parallel_data=2, train_steps=1, data_train=corpus, run_dir=tmp_path / "run")
-    write = Ending.write
+    write = ExitRecord.write
 
-    def slow(self: Ending, code: int, reason: str) -> None:
+    def slow(self: ExitRecord, code: int, reason: str) -> None:
         time.sleep(1)
         write(self, code, reason)
 
@@ -149,7 +149,7 @@ def test_all_ranks_stay_until_exit_json_is_written(
         code = train(cfg, ctx, early)  # type: ignore[arg-type]
         return code, json.loads((tmp_path / "run/exit.json").read_text())["code"]
 
-    monkeypatch.setattr(Ending, "write", slow)
+    monkeypatch.setattr(ExitRecord, "write", slow)
     code = 75 if early else 0
     assert run_ranks(layout_of(cfg.config), one, num_kv_heads=cfg.config.model.num_kv_heads) == [(code, code)] * 2
 

@@ -88,7 +88,7 @@ def worker(out: str, *arguments: str) -> None:
     import engine.train.run
 
     stamps["import engine"] = [stamps["import torch"][1], time.time()]
-    noting(stamps, engine.distributed.launch, "_join")
+    noting(stamps, engine.distributed.launch, "_init_process_group")
     noting(stamps, engine.distributed.launch, "make_context")
     noting(stamps, engine.train.run, "setup")
     noting(stamps, engine.train.loop.MetricsLog, "__enter__")
@@ -108,8 +108,8 @@ PHASES = {  # title -> (phase whose end begins it, phase, whose end ends it); No
     "torchrun, until rank 0's first line": (None, "interpreter"),
     "import torch": ("interpreter", "import torch"),
     "import the engine": ("import torch", "import engine"),
-    "options, rendezvous, process group": ("import engine", "_join"),
-    "groups of the axes": ("_join", "make_context"),
+    "options, rendezvous, process group": ("import engine", "_init_process_group"),
+    "groups of the axes": ("_init_process_group", "make_context"),
     "data, model, buckets, optimizer": ("make_context", "setup"),
     "run folder, TensorBoard": ("setup", "__enter__"),
     "first step": ("__enter__", "train_step"),

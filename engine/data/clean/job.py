@@ -75,7 +75,7 @@ class CleanJob:
         }
         return as_json(facts)
 
-    def go_on(self) -> str:
+    def resume_hint(self) -> str:
         """What to do once there is room on the disk."""
         return f"{AGAIN[:-1]}: the parts that are complete are kept."
 

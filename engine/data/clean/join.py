@@ -48,7 +48,7 @@ class Joining:
         """Write the output, drops and report in the work folder; returns the report, and what goes where."""
         job = self.job
         output, dropped, report_path = (job.work / name for name in (f"output{job.suffix}", "dropped", "report"))
-        with writing(job.work, job.go_on, lambda: job.output_bytes(self.counts.text_bytes)):
+        with writing(job.work, job.resume_hint, lambda: job.output_bytes(self.counts.text_bytes)):
             try:
                 kept = self._write(output, dropped)
                 report = report_of(job, self.counts, kept)

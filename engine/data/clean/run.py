@@ -47,13 +47,13 @@ def clean(
     With `keep_columns`, what the records hold beside the text is written too, as it is; rules look at the text alone.
     Raises ConfigError for options that make no sense, DataError for all that stands in the way.
     """
-    began, stop, o = time.monotonic(), Interrupts(heard=False) if stop is None else stop, options
+    began, stop, o = time.monotonic(), Interrupts(listen=False) if stop is None else stop, options
     if errors := list(options.errors()):
         raise ConfigError(errors)
     job = CleanJob(options, DocumentSource(()))
     mine = Own(job.targets, None, job.work)
     job = dataclasses.replace(job, source=o.source(mine, keep_rest=o.keep_columns))
-    stop.go_on = job.left
+    stop.resume_hint = job.left
     _check(job)
     Cleaner(options)  # a missing package or evaluation file is told before any work
     if slurm_is_at_work(job.work):

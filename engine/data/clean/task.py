@@ -41,7 +41,7 @@ def run_task(job: CleanJob, task: int, progress: Callable[[ProgressEvent], None]
         return
     folder = job.work / f"{job.part(task).name}.{socket.gethostname()}.{os.getpid()}.tmp"
     cleaner, consumed, needed = Cleaner(job.options), 0, 0
-    with writing(job.work, job.go_on, lambda: needed):
+    with writing(job.work, job.resume_hint, lambda: needed):
         try:
             for done in _write_part(job, task, folder, cleaner, progress):
                 consumed = done

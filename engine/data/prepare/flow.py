@@ -60,7 +60,7 @@ class Flow:
             self.encoder = Encoder(self.tokenizer, fast=self.options.encoder == "auto" and not self.totals.fallback)
         self.encoder.note = self.totals.fallback or self.encoder.note
         parts.bytes_needed = self._bytes_needed
-        job.stop.go_on = self._go_on
+        job.stop.resume_hint = self._resume_hint
 
     def _begin_token(self) -> int:
         if self.tokenizer.bos == self.eod:
@@ -130,10 +130,10 @@ class Flow:
 
     def _seal(self) -> None:
         """Make a shard of what was added."""
-        with self.job.stop.sealing():
+        with self.job.stop.committing():
             self.parts.commit(dataclasses.asdict(self.totals))
 
-    def _go_on(self) -> str:
+    def _resume_hint(self) -> str:
         """What a signal leaves, and what to do."""
         job, state = self.job, self.parts.state
         again = AGAIN + ", with the same input," * job.reads_stdin

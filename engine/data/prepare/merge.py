@@ -99,7 +99,7 @@ def merge(
     which are joined too. `stop`: signals that end it, before or behind the renaming but not within. Raises DataError
     for corpora that do not fit together, damage, outputs that exist unless `overwrite`, and too little room.
     """
-    began, stop = time.monotonic(), Interrupts(heard=False) if stop is None else stop
+    began, stop = time.monotonic(), Interrupts(listen=False) if stop is None else stop
     corpora = [_Corpus.open(prefix)[0] for prefix in corpora_of(inputs)]
     _refuse_misfits(corpora, output, multimodal)
     folder, facts = Path(f"{output}.merging"), [corpus.facts for corpus in corpora]
@@ -112,7 +112,7 @@ def merge(
         moves = [(folder / name, path) for name, path in zip(_NAMES, paths_of(output)) if name in done["files"]]
         with stop.deferred():
             work.publish([path for path in paths_of(output) if path not in {to for _, to in moves}], moves)
-            stop.go_on = lambda: f"{output} is complete"
+            stop.resume_hint = lambda: f"{output} is complete"
     return MergeReport(**done["report"])
 
 

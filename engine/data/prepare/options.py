@@ -10,7 +10,7 @@ from typing import Literal, Optional
 from engine.data.read.document_source import MAX_DOCUMENT_BYTES
 from engine.data.read.options import ReadOptions
 from engine.errors import FieldError
-from engine.util.words import NO_WORDS, TEXT, Words
+from engine.util.words import NO_STRINGS, TEXT_FIELD, StrTuple
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class PrepareOptions(ReadOptions):
     Killed at any moment, the same command goes on where it was (its work is in OUTPUT.parts until it is done).
     """
 
-    input: Words
+    input: StrTuple
     """files, folders, globs, pipes, URLs (s3://..., of fsspec) or - for standard input, plain or .gz .zst .bz2 .xz;
     .jsonl: a document a line, .json: an array or one after the other, .csv .tsv .parquet .arrow: a row; else a file,
     or a line of it if its first lines are JSON objects with the key"""
@@ -42,11 +42,11 @@ class PrepareOptions(ReadOptions):
     """share of the documents that goes into the validation files"""
     test_fraction: float = 0.0
     """share of the documents that goes into the test files; the validation documents are the same with and without"""
-    include: Words = NO_WORDS
+    include: StrTuple = NO_STRINGS
     """inside folders, read only names that match one of these globs, such as '*.py' '*.rst'"""
-    exclude: Words = NO_WORDS
+    exclude: StrTuple = NO_STRINGS
     """inside folders, leave out names and subfolders that match one of these"""
-    json_key: Words = TEXT
+    json_key: StrTuple = TEXT_FIELD
     """key or column of the text, a.b for b in the object a; several are joined by a newline to one document. The value
     may be a list of strings (joined by newlines) or of messages {"role", "content"} (written as "role: content")"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""

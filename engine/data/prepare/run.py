@@ -51,7 +51,7 @@ def prepare(
     """
     if errors := list(options.errors()):
         raise ConfigError(errors)
-    stop = Interrupts(heard=False) if stop is None else stop
+    stop = Interrupts(listen=False) if stop is None else stop
     job = PrepareJob(options, DocumentSource(()), suffixes, progress, note, stop)
     source = options.source(job.own, max_document_bytes=options.max_document_bytes)
     job = dataclasses.replace(job, source=source)
@@ -68,7 +68,7 @@ def _run(job: PrepareJob) -> PrepareReport:
     given = None if job.options.train_vocab_size else job.given_tokenizer()
     settings = settings_of(job, given)
     if job.parts.exists():
-        job.stop.go_on = lambda: f"what is finished is kept in {job.parts}; {AGAIN} and it goes on behind it"
+        job.stop.resume_hint = lambda: f"what is finished is kept in {job.parts}; {AGAIN} and it goes on behind it"
     else:
         refuse_existing(job.outputs(), job.options.overwrite)
     with Shards(job.parts, job.splits) as parts:

@@ -92,7 +92,7 @@ class Shards(WorkFolder):
         self._files.clear()
         super().close()
 
-    def go_on(self) -> str:
+    def resume_hint(self) -> str:
         return f"Give the same command again: it goes on behind the {self.num_shards} shards that are finished."
 
     def room(self) -> int:

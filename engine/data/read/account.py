@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from engine.data.read.document_batch import Batch
 from engine.data.read.document_source import DocumentSource
-from engine.errors import DataError, cut
+from engine.errors import DataError, truncate
 
 _EXAMPLES = 3  # kept of each kind
 
@@ -29,7 +29,7 @@ class Account:
         counts[kind] = counts.get(kind, 0) + 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < _EXAMPLES:
-            examples.append(cut(text))
+            examples.append(truncate(text))
         return counts[kind]
 
     def lines(self) -> list[str]:
@@ -46,7 +46,7 @@ class Account:
         """Why these inputs have no text: what was seen, and what became of it."""
         unread = sum(file.drop is not None for file in source.files)
         empty = sum(not file.num_bytes and not file.once for file in source.files if file.drop is None)
-        text = f"no text in {cut(', '.join(source.given)) or 'no inputs'}: "
+        text = f"no text in {truncate(', '.join(source.given)) or 'no inputs'}: "
         text += _count(len(source.files) - unread, "file", "read") + (f" ({empty:,} of 0 bytes)" if empty else "")
         text += f", {_count(unread, 'file', 'not read')}" if unread else ""
         if source.excluded:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from engine.data.read.document_source import DocumentSource
 from engine.data.read.own import Own
-from engine.util.words import Words
+from engine.util.words import StrTuple
 
 
 class ReadOptions:
@@ -16,10 +16,10 @@ class ReadOptions:
     format: "" goes by the name of each file; on_error: "stop" at what cannot be read, or "skip" it.
     """
 
-    input: Words
-    include: Words
-    exclude: Words
-    json_key: Words
+    input: StrTuple
+    include: StrTuple
+    exclude: StrTuple
+    json_key: StrTuple
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"]
     on_error: Literal["stop", "skip"]
 

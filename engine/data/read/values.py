@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.errors import cut
+from engine.errors import truncate
 
 _MOST_NAMES = 8
 
@@ -37,7 +37,7 @@ def names_in(record: Mapping[str, Any]) -> str:
 
 def some_of(names: Sequence[str]) -> str:
     """The first of some names."""
-    shown = ", ".join(cut(name, 60) for name in names[:_MOST_NAMES]) or "none"
+    shown = ", ".join(truncate(name, 60) for name in names[:_MOST_NAMES]) or "none"
     return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
 
 

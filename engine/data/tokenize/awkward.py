@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from engine.errors import shown
+from engine.errors import format_value
 
 Ids = Sequence[Sequence[int]]
 _BATCH = 256
@@ -110,6 +110,6 @@ def compare(
                 continue
             place = next((i for i, (a, b) in enumerate(zip(ids, right)) if a != b), min(len(ids), len(right)))
             raise Difference(
-                f"of {shown(text)} token {place} and those behind it are {ids[place : place + 4]} instead of "
+                f"of {format_value(text)} token {place} and those behind it are {ids[place : place + 4]} instead of "
                 f"{right[place : place + 4]}, which {original.name} gives"
             )

@@ -19,7 +19,7 @@ import orjson
 from engine.data.tokenize.conversion_cache import cached, key_of
 from engine.data.tokenize.file_names import MODEL
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.errors import DataError, cut, shown
+from engine.errors import DataError, format_value, truncate
 from engine.util.files import read_json
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ def _refuse_added(found: Found, tokenizer: Tokenizer) -> None:
         if isinstance(text, str) and not facts.get("special") and str(tokenizer.token_id(text)) != str(number):
             raise DataError(
                 "tokenize.added-token-missing",
-                f"{found.path}: has no token {shown(text)} of id {cut(str(number), 20)}, which tokenizer_config.json "
-                f"beside it adds. Give tokenizer.json, which says how it is found in texts.",
+                f"{found.path}: has no token {format_value(text)} of id {truncate(str(number), 20)}, which "
+                f"tokenizer_config.json beside it adds. Give tokenizer.json, which says how it is found in texts.",
             )
 
 
@@ -266,7 +266,7 @@ def _config(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(name, str) or (name and not re.fullmatch(_PLAIN[kind], name)):
         raise DataError(
             "tokenize.class-unknown",
-            f"{path}: how {cut(str(name), 60)} cuts texts is not known from it. Give its tokenizer.json.",
+            f"{path}: how {truncate(str(name), 60)} cuts texts is not known from it. Give its tokenizer.json.",
         )
     added = path.parent / "added_tokens.json"
     if added.is_file() and kind != _TEKKEN:

@@ -21,7 +21,7 @@ import tokenizers
 
 from engine.data.tokenize.awkward import AWKWARD, Difference, compare
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.util.prefetch import beside
+from engine.util.prefetch import run_in_thread
 
 _SAMPLES, _SAMPLE_CHARS = 4, 512  # of a batch: a millisecond of the reference
 _FIRST_CHARS, _FIRST_CHARS_EACH = 1 << 18, 1 << 15  # of a run, compared with the original: a few tenths of a second
@@ -73,7 +73,7 @@ class Encoder:
             import gigatoken
 
             definition = self._tokenizer.text_only_definition()
-            made = beside(lambda: gigatoken.Tokenizer.from_json(definition))
+            made = run_in_thread(lambda: gigatoken.Tokenizer.from_json(definition))
             import awkward  # noqa: F401  (gigatoken would do without it, and give something else, if this failed later)
         except ImportError as err:
             self.note = f"gigatoken is not installed ({err})"

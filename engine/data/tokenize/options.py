@@ -11,16 +11,16 @@ from typing import Literal, Optional
 from engine.data.read.options import ReadOptions
 from engine.data.tokenize.recipe import Recipe
 from engine.errors import FieldError
-from engine.util.words import NO_WORDS, TEXT, Words
+from engine.util.words import NO_STRINGS, TEXT_FIELD, StrTuple
 
-END = Words(("<|endoftext|>",))
+END = StrTuple(("<|endoftext|>",))
 
 
 @dataclass(frozen=True)
 class TokenizerOptions(ReadOptions):
     """Train a tokenizer and write it as a Hugging Face folder."""
 
-    input: Words
+    input: StrTuple
     """files, folders, globs, URLs or -, as for `engine prepare`"""
     vocab_size: int
     """tokens in all, special ones included; fewer if the text does not offer enough"""
@@ -29,9 +29,9 @@ class TokenizerOptions(ReadOptions):
     kind: Literal["bpe", "unigram", "wordpiece"] = "bpe"
     """bpe (of bytes) and unigram (of characters, bytes for rare ones; extra formats: sentencepiece) can express any
     text; wordpiece is as BERT's, with [UNK], and alone may differ when it is trained on the same text again"""
-    special_tokens: Words = END
+    special_tokens: StrTuple = END
     """special tokens, ids from 0; the first ends documents"""
-    user_tokens: Words = NO_WORDS
+    user_tokens: StrTuple = NO_STRINGS
     """your own tokens: found in texts before anything else, unlike special ones; the last ids"""
     split_pattern: str = ""
     """what a word is, which no token reaches over: gpt2, cl100k (llama3), qwen, o200k, deepseek, or a regular
@@ -52,11 +52,11 @@ class TokenizerOptions(ReadOptions):
     max_bytes: int = 0
     """train on so many bytes of text at most, taken evenly from all the input (of standard input: the first ones);
     0: on everything (memory grows with the number of different words)"""
-    include: Words = NO_WORDS
+    include: StrTuple = NO_STRINGS
     """inside folders, read only names that match one of these globs"""
-    exclude: Words = NO_WORDS
+    exclude: StrTuple = NO_STRINGS
     """inside folders, leave out names and subfolders that match one of these"""
-    json_key: Words = TEXT
+    json_key: StrTuple = TEXT_FIELD
     """key or column of the text, a.b for b in the object a; several are joined by a newline"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
     """what the inputs are, whatever their names"""

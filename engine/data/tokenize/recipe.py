@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Regex
 
 from engine.data.tokenize.patterns import DIGITS, PATTERNS
-from engine.errors import FieldError, cut
+from engine.errors import FieldError, truncate
 
 KINDS = ("bpe", "unigram", "wordpiece")
 NORMALIZERS = ("none", "nfc", "nfkc")
@@ -199,6 +199,6 @@ class Recipe:
                 "tokenize.pattern-invalid",
                 "--split-pattern",
                 self.split_pattern,
-                f"is no regular expression: {cut(str(err))}",
+                f"is no regular expression: {truncate(str(err))}",
                 names,
             )

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from engine.data.tokenize.awkward import Difference, compare, encode_plain, texts_for
-from engine.errors import DataError, cut
+from engine.errors import DataError, truncate
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pieces
 _UNIGRAM, _BPE = 1, 2  # kinds of models
@@ -52,7 +52,7 @@ class Sentencepiece:
                     f"special tokens to NAME.json beside it, or give its tokenizer.json.",
                 ) from err
             raise DataError(
-                "tokenize.not-sentencepiece", f"{path}: not a sentencepiece model: {cut(str(err))}. Copy it anew."
+                "tokenize.not-sentencepiece", f"{path}: not a sentencepiece model: {truncate(str(err))}. Copy it anew."
             ) from err
         if self.proto.trainer_spec.model_type not in (_UNIGRAM, _BPE):
             raise DataError(

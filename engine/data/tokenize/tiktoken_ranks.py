@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from engine.data.tokenize.awkward import Difference, compare, encode_plain, texts_for
 from engine.data.tokenize.patterns import words
-from engine.errors import DataError, shown
+from engine.errors import DataError, format_value
 from engine.util.files import read_json
 
 # A .tiktoken file holds ranks alone; how text is split and the special ids are known by the encoding's name.
@@ -156,7 +156,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
                 raise ValueError(f"line {number} has {len(token) + 1} words")
             piece = base64.b64decode(spelled + b"=" * (-len(spelled) % 4), validate=True)
             if piece in ranks:
-                raise ValueError(f"line {number} repeats the token {shown(piece)}")
+                raise ValueError(f"line {number} repeats the token {format_value(piece)}")
             ranks[piece] = int(rank)
         if len(set(ranks.values())) < len(ranks) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("a rank stands there twice, or one of the 256 bytes is missing")

@@ -20,8 +20,8 @@ import orjson
 import tokenizers
 
 from engine.data.tokenize.file_names import COMPANIONS, DEFINITION, MODEL, TEMPLATES, TRAINING
-from engine.errors import DataError, cut
-from engine.util.prefetch import beside
+from engine.errors import DataError, truncate
+from engine.util.prefetch import run_in_thread
 
 if TYPE_CHECKING:
     from engine.data.tokenize.awkward import Original
@@ -64,7 +64,7 @@ class Tokenizer:
         self._definition = definition
         self._companions = companions
         self._eod_token = _configured(companions, "eos_token")[1]
-        built = beside(lambda: tokenizers.Tokenizer.from_str(definition))
+        built = run_in_thread(lambda: tokenizers.Tokenizer.from_str(definition))
         parsed = self._parsed = orjson.loads(definition)  # megabytes: read once
         canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         self.digest = hashlib.sha256(canonical.encode() if own is None else own.content).hexdigest()
@@ -113,9 +113,9 @@ class Tokenizer:
         file = path / DEFINITION if path.is_dir() else path
         try:
             definition = file.read_bytes().decode("utf-8")
-            beside = {name: file.parent / name for name in (TRAINING, *COMPANIONS)}
-            beside |= {f"{TEMPLATES}/{p.name}": p for p in sorted((file.parent / TEMPLATES).glob("*.jinja"))}
-            companions = {name: other.read_bytes() for name, other in beside.items() if other.is_file()}
+            run_in_thread = {name: file.parent / name for name in (TRAINING, *COMPANIONS)}
+            run_in_thread |= {f"{TEMPLATES}/{p.name}": p for p in sorted((file.parent / TEMPLATES).glob("*.jinja"))}
+            companions = {name: other.read_bytes() for name, other in run_in_thread.items() if other.is_file()}
             return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
             raise DataError(
@@ -125,7 +125,7 @@ class Tokenizer:
             ) from err
         except (OSError, ValueError) as err:
             raise DataError(
-                "tokenize.not-usable", f"{file}: not a usable tokenizer.json: {cut(str(err))}. Give {_formats()}."
+                "tokenize.not-usable", f"{file}: not a usable tokenizer.json: {truncate(str(err))}. Give {_formats()}."
             ) from err
 
     @classmethod

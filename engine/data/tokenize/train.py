@@ -81,7 +81,7 @@ def train_tokenizer(
     Raises ConfigError for options that make no sense, DataError for bad input, an `output` that has a tokenizer unless
     `overwrite`, and inputs without text; Stopped when `stop` says so.
     """
-    o, stop = options, stop or Interrupts(heard=False)
+    o, stop = options, stop or Interrupts(listen=False)
     if errors := list(o.errors()):
         raise ConfigError(errors)
     _refuse(o)
@@ -112,7 +112,7 @@ def train_tokenizer(
     trained.account = account
     with stop.deferred():
         save_whole(trained.tokenizer, o.output)
-        stop.go_on = lambda: f"{o.output} is written"
+        stop.resume_hint = lambda: f"{o.output} is written"
     return trained
 
 

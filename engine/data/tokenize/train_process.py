@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from engine.data.read.progress import StepEvent
 from engine.data.tokenize.recipe import Recipe
-from engine.errors import DataError, cut
+from engine.errors import DataError, truncate
 
 _END = 2**64 - 1
 _SEND_BYTES = 1 << 18  # at once
@@ -122,7 +122,7 @@ class TrainProcess:
             return DataError("tokenize.training-failed", self._said[-1].removeprefix("error: ").replace("\x1f", "\n"))
         return DataError(
             "tokenize.training-failed",
-            f"the training of the tokenizer failed: {cut(' | '.join(self._said[-5:]), 1000)}",
+            f"the training of the tokenizer failed: {truncate(' | '.join(self._said[-5:]), 1000)}",
         )
 
     def _begin(self, step: str, done: int = 0, total: int = 0) -> None:

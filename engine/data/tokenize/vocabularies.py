@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from engine.data.tokenize.tiktoken_ranks import byte_letters
-from engine.errors import DataError, shown
+from engine.errors import DataError, format_value
 from engine.util.files import read_json
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -37,7 +37,7 @@ def from_merges(path: Path, merges: Path, config: dict[str, Any]) -> tuple[str, 
         raise DataError(
             "tokenize.not-byte-level",
             f"{path}: not GPT-2's kind of vocabulary: {len(missing)} of the 256 letters that stand for bytes are not "
-            f"in it, such as {shown(missing[0])}. Give its tokenizer.json.",
+            f"in it, such as {format_value(missing[0])}. Give its tokenizer.json.",
         )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     tokenizer.decoder = decoders.ByteLevel()

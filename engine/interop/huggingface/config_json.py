@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.derived import head_shape
-from engine.errors import CheckpointError, ConfigError, FieldError, cut, shown
+from engine.errors import CheckpointError, ConfigError, FieldError, format_value, truncate
 from engine.interop.huggingface.families import (
     FAMILIES,
     FIXED,
@@ -54,7 +54,7 @@ def json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError("interop.json-unreadable", f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise CheckpointError("interop.json-malformed", f"{path}: cannot be read as JSON ({cut(str(error))})") from None
+        raise CheckpointError("interop.json-malformed", f"{path}: is not JSON ({truncate(str(error))})") from None
     if not isinstance(value, dict):
         raise CheckpointError("interop.json-not-an-object", f"{path}: is not a JSON object")
     return value
@@ -89,7 +89,7 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     notes += [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
     if "auto_map" in raw:
         notes.append("auto_map: left out, no code of the folder is run")
-    if unread := [cut(key, 60) for key in raw if key not in known_keys(family) and not _is_lacking(raw, key)]:
+    if unread := [truncate(key, 60) for key in raw if key not in known_keys(family) and not _is_lacking(raw, key)]:
         more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
         notes.append(f"{family.architecture} does not read {', '.join(unread[:5])}{more}: kept for exports")
     return ParsedConfig(family, facts, tuple(notes), extras(raw, family))
@@ -121,7 +121,7 @@ def _resolve_aliases(raw: dict[str, Any], family: Family) -> Iterator[FieldError
     """Give fields the values that stand under another name; a fault where two names differ."""
     for alias, key in family.aliases.items():
         if alias in raw and raw.setdefault(key, raw[alias]) != raw[alias]:
-            problem = f"is another name of {key}, which is {shown(raw[key])} here"
+            problem = f"is another name of {key}, which is {format_value(raw[key])} here"
             yield FieldError("interop.key-names-differ", alias, raw[alias], problem, "")
 
 
@@ -160,7 +160,7 @@ def _wrong_keys(raw: Mapping[str, Any], family: Family, longest: int) -> Iterato
     for key, value in raw.items():
         if key == "layer_types" and isinstance(value, list):
             if odd := _odd_layers(raw, family, longest):
-                problem = f"the engine has full attention only, no {cut(', '.join(odd))}"
+                problem = f"the engine has full attention only, no {truncate(', '.join(odd))}"
                 yield FieldError("interop.attention-not-supported", key, value, problem, "")
         elif key in fixed:
             if value not in fixed[key]:
@@ -249,7 +249,7 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[Fiel
         if name in table and value is not None:
             facts[table[name]] = value
         elif not _is_idle(name, value, kind):
-            problem = f"{cut(name)} {shown(value)} is not known for rope_type {kind}"
+            problem = f"{truncate(name)} {format_value(value)} is not known for rope_type {kind}"
             wrong.append(FieldError("interop.rope-entry-unknown", key, inner, problem, ""))
     if "factor" in table and inner.get("factor") is None:
         wrong.append(FieldError("interop.rope-factor-missing", key, inner, "factor is missing", ""))
@@ -257,14 +257,16 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[Fiel
         facts["rope_original_seq_len"] = raw["original_max_position_embeddings"]  # comes first in transformers
     for name, fact in family.rope_keys.items():
         if raw.get(name) is not None and outside[fact] != facts[fact]:
-            notes.append(f"{name} {shown(raw[name])} is not read: {shown(facts[fact])} in {key} counts")
+            notes.append(f"{name} {format_value(raw[name])} is not read: {format_value(facts[fact])} in {key} counts")
     return facts, wrong + _odd_numbers(facts), notes
 
 
 def _odd_numbers(facts: Facts) -> list[FieldError]:
     odd = {fact: value for fact, value in facts.items() if fact != "rope_scaling" and not is_number(value)}
     return [
-        FieldError("interop.rope-number-malformed", "rope_parameters", value, f"{fact} {shown(value)} is no number", "")
+        FieldError(
+            "interop.rope-number-malformed", "rope_parameters", value, f"{fact} {format_value(value)} is no number", ""
+        )
         for fact, value in odd.items()
     ]
 

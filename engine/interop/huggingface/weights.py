@@ -26,7 +26,7 @@ from engine.checkpoint.load import TensorSource
 from engine.checkpoint.tensorfile import DTYPES
 from engine.config.load import model_config
 from engine.config.schema import ModelConfig
-from engine.errors import CheckpointError, cut
+from engine.errors import CheckpointError, truncate
 from engine.interop.huggingface.config_json import ParsedConfig, json_object, read_config
 from engine.interop.huggingface.families import Family
 from engine.model.transformer import tensor_shapes
@@ -354,4 +354,4 @@ def _generation_notes(path: Path, vocab_size: int) -> list[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(cut(name, 100) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(truncate(name, 100) for name in names[:5]) + (", ..." if len(names) > 5 else "")

@@ -173,7 +173,7 @@ def test_killed_anywhere_nothing_is_half_there(folder: Path, monkeypatch: pytest
 
 
 def test_a_signal_while_it_is_published_comes_behind_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, stop = os.replace, Interrupts(heard=False)
+    real, stop = os.replace, Interrupts(listen=False)
 
     def interrupted(*arguments: Any) -> None:
         if str(arguments[1]).endswith("out.bin"):
@@ -183,7 +183,7 @@ def test_a_signal_while_it_is_published_comes_behind_it(folder: Path, monkeypatc
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(Stopped):
         merge([str(folder / "in")], str(folder / "out"), stop=stop)
-    assert stop.go_on() == f"{folder}/out is complete" and len(IndexedDataset(folder / "out")) == 7
+    assert stop.resume_hint() == f"{folder}/out is complete" and len(IndexedDataset(folder / "out")) == 7
 
 
 def test_too_little_room_is_told_before_any_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

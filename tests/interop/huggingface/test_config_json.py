@@ -21,7 +21,7 @@ from engine.interop.convert import import_folder
 from engine.interop.huggingface.config_json import read_config, write_config
 from engine.interop.huggingface.families import FAMILIES
 from engine.interop.huggingface.weights import HfReader
-from tests.support.command import told
+from tests.support.command import run_cli
 from tests.support.errors import raises
 from tests.support.hf_folders import UP, rewrite
 from tests.support.hf_models import MODELS, build, save
@@ -327,7 +327,7 @@ def test_pickles_are_refused_with_what_to_do(folder: Path) -> None:
 
 def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """import, verify, export --verify, and the faults of each."""
-    engine = functools.partial(told, capsys)
+    engine = functools.partial(run_cli, capsys)
     run = tmp_path / "run"
     code, text = engine("import", folder, run, "--shard-mib", 0.02)
     assert code == 0 and "no tokenizer in the folder" in text and f"--checkpoint.init {run}" in text

@@ -37,7 +37,7 @@ from tests.support.harness import run_ranks
 from tests.support.hf_folders import TOKENS, same_bits, tensors_of
 from tests.support.hf_models import MODELS, save
 
-FACTS: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
+METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_digest": None}
 
 
 def meaning(folder: Path) -> dict[str, Any]:
@@ -109,9 +109,9 @@ def test_starting_from_a_folder_in_any_layout_and_exporting_from_it(tmp_path: Pa
     def job(ctx: ParallelContext) -> None:
         state = setup(cfg, ctx)
         start_from(state, Path(cfg.checkpoint.init))
-        save_state(state, tmp_path / "run/checkpoints", FACTS)
+        save_state(state, tmp_path / "run/checkpoints", METADATA)
         train_step(state, random_batches(cfg, ctx, 0))
-        save_state(state, tmp_path / "run/checkpoints", FACTS)
+        save_state(state, tmp_path / "run/checkpoints", METADATA)
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
     copy_beside(tmp_path / "hf", tmp_path / "run")  # as `train` does: Phi-3 is a Llama whose matrices are fused
@@ -136,7 +136,7 @@ def test_starting_from_our_own_checkpoint_of_another_layout(tmp_path: Path) -> N
         state = setup(cfg, ctx)
         start_from(state, Path(cfg.checkpoint.init))
         assert (state.step, state.optimizer.steps) == (0, 0)
-        save_state(state, tmp_path / "run", FACTS)
+        save_state(state, tmp_path / "run", METADATA)
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
     with Reader(folder) as a, Reader(tmp_path / "run/step_00000000") as b:
@@ -151,7 +151,7 @@ def test_own_models_are_exported_with_their_tokenizer(tmp_path: Path) -> None:
     def job(ctx: Any) -> None:
         state = setup(cfg, ctx)
         train_step(state, random_batches(cfg, ctx, 0))
-        save_state(state, tmp_path / "run/checkpoints", FACTS)
+        save_state(state, tmp_path / "run/checkpoints", METADATA)
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
     tokenizer = Tokenizer.train(iter(["some text to learn from"]), 300)
@@ -175,7 +175,7 @@ def test_a_model_of_no_family_is_not_exported(tmp_path: Path) -> None:
     cfg = config(1, model_parallel_residual=True)
 
     def job(ctx: Any) -> None:
-        save_state(setup(cfg, ctx), tmp_path, FACTS)
+        save_state(setup(cfg, ctx), tmp_path, METADATA)
 
     run_ranks(layout_of(cfg), job)
     with raises(CheckpointError, "interop.no-architecture-fits", "model.parallel_residual = True"):

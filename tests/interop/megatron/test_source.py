@@ -33,7 +33,7 @@ from tests.support.megatron_cases import (
     VOCAB,
     canonical,
     dist_state,
-    save_beside,
+    save_common,
     save_dist,
     save_legacy,
 )
@@ -73,7 +73,7 @@ def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_torch_dist_of_two_ranks(tmp_path: Path) -> None:
     """Each of two gloo ranks writes its shards, as tensor ranks do."""
     wanted, state = canonical(LLAMA), dist_state(canonical(LLAMA), "stacked")
-    save_beside(tmp_path, LLAMA)
+    save_common(tmp_path, LLAMA)
 
     def job(ctx: Any) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -149,11 +149,11 @@ REFUSED: dict[str, Any] = {
 
 def test_models_of_another_kind_are_refused_all_at_once(tmp_path: Path) -> None:
     for name, value in REFUSED.items():
-        save_beside(tmp_path, LLAMA | {name: value})
+        save_common(tmp_path, LLAMA | {name: value})
         dcp.save({"x": torch.zeros(1)}, checkpoint_id=tmp_path, no_dist=True)
         with raises(CheckpointError, "interop.megatron-args-not-supported", name):
             open_megatron(tmp_path)
-    save_beside(tmp_path, LLAMA | {"num_experts": 8, "mtp_num_layers": 1, "swiglu": None, "apply_layernorm_1p": True})
+    save_common(tmp_path, LLAMA | {"num_experts": 8, "mtp_num_layers": 1, "swiglu": None, "apply_layernorm_1p": True})
     with raises(CheckpointError, "interop.megatron-args-not-supported", "num_experts = 8", "mtp_num_layers = 1"):
         open_megatron(tmp_path)
 
@@ -180,7 +180,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ]
     ):
         folder = tmp_path / str(number)
-        save_beside(folder, LLAMA)
+        save_common(folder, LLAMA)
         kept = {k: x for k, x in (state | change).items() if x is not None}
         dcp.save(kept, checkpoint_id=folder, no_dist=True)
         refused(folder, code, *values)

@@ -19,7 +19,7 @@ from engine.interop.megatron import symbolic
 from engine.interop.megatron.source import open_megatron
 from engine.interop.megatron.symbolic import Call, Global, parse
 from tests.support.errors import raises
-from tests.support.megatron_cases import LLAMA, canonical, oddments, save_dist
+from tests.support.megatron_cases import LLAMA, canonical, odd_values, save_dist
 
 SAMPLES = sorted(Path(__file__).with_name("written_by").glob("*.zip"))
 
@@ -45,13 +45,13 @@ def test_a_folder_that_others_wrote(tmp_path: Path, sample: Path) -> None:
 
 
 def test_a_folder_that_this_python_writes(tmp_path: Path) -> None:
-    save_dist(tmp_path, LLAMA | oddments())
+    save_dist(tmp_path, LLAMA | odd_values())
     assert open_megatron(tmp_path).cfg.vocab_size == LLAMA["vocab_size"]
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_protocol(protocol: int) -> None:
-    for what, value in oddments().items():
+    for what, value in odd_values().items():
         parse(pickle.dumps(value, protocol), what)
 
 

@@ -36,7 +36,7 @@ MUTATIONS = [
     Mutation(
         "sequence_gradient_not_gathered",
         "backward of the reduce-scatter repeats the rank's own part instead of gathering all (Megatron#7452)",
-        "engine.distributed.collectives:_SumFrom.backward",
+        "engine.distributed.collectives:_ReducePartialSums.backward",
         "return all_gather(grad, ctx.sequence), None, None",
         "return torch.cat([grad] * ctx.sequence.size), None, None",
         small("sequence"),
@@ -44,7 +44,7 @@ MUTATIONS = [
     Mutation(
         "reduce_scatter_takes_its_own_part",
         "the partial sums are cut but not added (Megatron#7452)",
-        "engine.distributed.collectives:sum_start",
+        "engine.distributed.collectives:reduce_partial_sums_start",
         "reduce_scatter_start(all_reduce_(x, replicated), sequence)",
         "Pending(all_reduce_(x, replicated).chunk(sequence.size)[sequence.rank].clone())",
         small("sequence"),

@@ -10,7 +10,7 @@ MUTATIONS = [
         "input_gradient_not_summed",
         "the mirror of the row-parallel sum is missing: each tensor rank passes on its part",
         "engine.ops.linear:_Linear.backward",
-        "grad_x = sum_start(matmul.input_grad(grad, weight), ctx.replicated, sequence)",
+        "grad_x = reduce_partial_sums_start(matmul.input_grad(grad, weight), ctx.replicated, sequence)",
         "grad_x = Pending(matmul.input_grad(grad, weight).chunk(sequence.size)[sequence.rank].contiguous())",
         small("copies"),
     ),

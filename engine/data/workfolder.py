@@ -19,8 +19,8 @@ from typing import Any, Self
 from engine.errors import DataError
 from engine.util.files import locked, read_json, sync_folder, write_synced, writing
 
-LOCK, SETTINGS, PLAN = "lock", "settings.json", "publish.json"
-AGAIN = "Give the same command again."
+LOCK, SETTINGS, PUBLISH_PLAN = "lock", "settings.json", "publish.json"
+RERUN = "Give the same command again."
 
 
 class WorkFolder:
@@ -33,12 +33,14 @@ class WorkFolder:
     def __init__(self, folder: Path, verb: str, owned: Collection[str] = ("*",)):
         self.folder = folder
         self.bytes_needed: Callable[[], int] = lambda: 0  # an estimate to the end, for the message of a full disk
-        self._begun = False
+        self._started = False
         self._open = contextlib.ExitStack()
-        with self.disk():
+        with self.disk_errors():
             if folder.exists() and not (folder / SETTINGS).exists():
-                strange = [path for path in folder.iterdir() if not any(fnmatch(path.name, p) for p in (LOCK, *owned))]
-                if strange:
+                unexpected = [
+                    path for path in folder.iterdir() if not any(fnmatch(path.name, p) for p in (LOCK, *owned))
+                ]
+                if unexpected:
                     text = f"{folder} is needed for the work and holds other files. Choose another output."
                     raise DataError("data.work-folder-of-others", text)
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +54,7 @@ class WorkFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._begun and self._is_empty():
+        if kind is not None and self._started and self._is_empty():
             self.discard()
         self.close()
 
@@ -65,15 +67,15 @@ class WorkFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
-    def disk(self, path: Path | None = None) -> contextlib.AbstractContextManager[None]:
+    def disk_errors(self, path: Path | None = None) -> contextlib.AbstractContextManager[None]:
         """Turns a full disk or a missing permission into a DataError that says how to go on."""
-        return writing(path or self.folder, self.resume_hint, self.room)
+        return writing(path or self.folder, self.resume_hint, self.release_space)
 
     def resume_hint(self) -> str:
         """What to do once there is room."""
-        return AGAIN
+        return RERUN
 
-    def room(self) -> int:
+    def release_space(self) -> int:
         """Bytes that are needed to go on."""
         return self.bytes_needed()
 
@@ -85,30 +87,34 @@ class WorkFolder:
     def settings(self) -> dict[str, Any] | None:
         """What the work here was begun with, None for a new folder."""
         try:
-            return work_json(self.folder / SETTINGS)
+            return read_work_json(self.folder / SETTINGS)
         except DataError:
             if self._is_empty():  # killed at the first line
                 return None
             raise
 
-    def plan(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+    def publish_plan(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """What publish.json holds: a kill came while the work with these settings was published."""
-        plan = work_json(self.folder / PLAN)
+        plan = read_work_json(self.folder / PUBLISH_PLAN)
         return plan if plan is not None and self.settings() in (None, settings) else None
 
     def resume(
-        self, settings: dict[str, Any], overwrite: bool, also: Sequence[dict[str, Any]] = (), worth: bool = True
+        self,
+        settings: dict[str, Any],
+        overwrite: bool,
+        compatible: Sequence[dict[str, Any]] = (),
+        worth_keeping: bool = True,
     ) -> bool:
         """Whether there is work with these settings to go on with; what a kill left half-written of it is removed.
 
-        `also`: other settings whose work is right for these. False: it is to be begun. Raises DataError for work with
-        other settings that is `worth` keeping, unless `overwrite`.
+        `compatible`: other settings whose work is valid for these too. False: the caller has to `start`. Raises
+        DataError for work with other settings, unless it is not `worth_keeping` or `overwrite` is set.
         """
         before = self.settings()
         if before is None:
             return False
-        if before != settings and before not in also:
-            if not worth or overwrite:
+        if before != settings and before not in compatible:
+            if not worth_keeping or overwrite:
                 return False
             lines = "\n".join(_differences(before, settings))
             raise DataError(
@@ -116,25 +122,25 @@ class WorkFolder:
                 f"{self.folder} holds the unfinished work of another call:\n{lines}\nGive the same options and inputs "
                 f"to go on with it, or --overwrite (or delete the folder) to start anew.",
             )
-        with self.disk():
+        with self.disk_errors():
             _remove(path for path in self.folder.iterdir() if path.name.endswith(".tmp"))
-        self._begun = True
+        self._started = True
         if before != settings:
             self.write_json(SETTINGS, settings)
         return True
 
-    def begin(self, settings: dict[str, Any]) -> None:
+    def start(self, settings: dict[str, Any]) -> None:
         """Start with nothing."""
-        with self.disk():
-            for name in (PLAN, SETTINGS):  # first, so that no kill leaves them beside half of the rest
+        with self.disk_errors():
+            for name in (PUBLISH_PLAN, SETTINGS):  # first, so that no kill leaves them beside half of the rest
                 (self.folder / name).unlink(missing_ok=True)
             _remove(path for path in self.folder.iterdir() if path.name != LOCK)
-        self._begun = True
+        self._started = True
         self.write_json(SETTINGS, settings)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """A small file, there as a whole or not at all."""
-        with self.disk(self.folder / name):
+        with self.disk_errors(self.folder / name):
             write_synced(self.folder / f"{name}.tmp", json.dumps(value, indent=1).encode() + b"\n")
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
             sync_folder(self.folder)
@@ -155,16 +161,16 @@ class WorkFolder:
                 os.replace(source, target)
             for parent in sorted({target.parent for _, target in moves}):
                 sync_folder(parent)
-            _remove(path for path in folder.iterdir() if path.name not in (PLAN, SETTINGS, LOCK))
-            for name in (SETTINGS, PLAN, LOCK):
+            _remove(path for path in folder.iterdir() if path.name not in (PUBLISH_PLAN, SETTINGS, LOCK))
+            for name in (SETTINGS, PUBLISH_PLAN, LOCK):
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()
         except OSError as err:
             text = f"{err.filename or folder}: cannot be published: {err.strerror or err}."
-            raise DataError("data.cannot-publish", f"{text} {AGAIN[:-1]}; nothing is lost.") from err
+            raise DataError("data.cannot-publish", f"{text} {RERUN[:-1]}; nothing is lost.") from err
 
 
-def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
+def reject_existing(paths: Sequence[Path], overwrite: bool) -> None:
     """Refuse to replace outputs that are there."""
     existing = [str(path) for path in paths if path.exists()]
     if existing and not overwrite:
@@ -175,12 +181,12 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
         )
 
 
-def as_json(facts: dict[str, Any]) -> dict[str, Any]:
+def json_round_trip(facts: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back, to be compared."""
     return json.loads(json.dumps(facts))
 
 
-def work_json(path: Path) -> dict[str, Any] | None:
+def read_work_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None if there is none."""
     try:
         value = read_json(path)
@@ -204,10 +210,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> I
         if isinstance(before, dict) and isinstance(now, dict):
             yield from _differences(before, now, f"{where}{key}: ")
         elif key in ("inputs", "files") and isinstance(before, list) and isinstance(now, list):
-            gone, come = [f for f in before if f not in now], [f for f in now if f not in before]
-            yield from (f"  input then {_input(fact)}" for fact in gone[:5])
-            yield from (f"  input now {_input(fact)}" for fact in come[:5])
-            if not gone and not come and before != now:
+            removed, added = [f for f in before if f not in now], [f for f in now if f not in before]
+            yield from (f"  input then {_input(fact)}" for fact in removed[:5])
+            yield from (f"  input now {_input(fact)}" for fact in added[:5])
+            if not removed and not added and before != now:
                 yield "  inputs in another order"
         elif before != now:
             yield f"  {where}{key}: then {before!r}, now {now!r}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.data.workfolder import LOCK, PLAN, SETTINGS, WorkFolder, refuse_existing
+from engine.data.workfolder import LOCK, PUBLISH_PLAN, SETTINGS, WorkFolder, reject_existing
 from engine.errors import DataError
 from tests.support.errors import raises
 
@@ -18,7 +18,7 @@ OURS: dict[str, Any] = {"version": 1, "inputs": ["a: 3 bytes"], "rules": {"pii":
 def begun(folder: Path) -> Path:
     """Work with these settings that was killed: a part that is complete, and one that is torn."""
     with WorkFolder(folder, "clean") as work:
-        work.begin(OURS)
+        work.start(OURS)
         (folder / "part").write_text("whole")
         (folder / "part.tmp").mkdir()
     return folder
@@ -33,7 +33,7 @@ def test_the_same_work_is_gone_on_with_and_torn_parts_go(tmp_path: Path) -> None
     with WorkFolder(folder, "clean") as work:
         assert work.resume(OURS, overwrite=False)
         assert names(folder) == {LOCK, SETTINGS, "part"}
-        assert work.resume({**OURS, "version": 2}, overwrite=False, also=[OURS])
+        assert work.resume({**OURS, "version": 2}, overwrite=False, compatible=[OURS])
         assert work.settings() == {**OURS, "version": 2}
 
 
@@ -44,15 +44,15 @@ def test_other_work_is_refused_with_the_difference(tmp_path: Path) -> None:
             work.resume(other, overwrite=False)
     assert "width" not in str(told.value) and "part" in names(folder)  # it is still there
     with WorkFolder(folder, "clean") as work:
-        assert not work.resume(other, overwrite=True) and not work.resume(other, overwrite=False, worth=False)
-        work.begin(other)
+        assert not work.resume(other, overwrite=True) and not work.resume(other, overwrite=False, worth_keeping=False)
+        work.start(other)
         assert names(folder) == {LOCK, SETTINGS}
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_no_settings_stand_beside_half_of_the_rest(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = begun(tmp_path / "work")
-    (folder / PLAN).write_text("{}")
+    (folder / PUBLISH_PLAN).write_text("{}")
     left, real = [at], os.unlink
 
     def killed(*args: Any, **kwargs: Any) -> None:
@@ -64,9 +64,9 @@ def test_no_settings_stand_beside_half_of_the_rest(at: int, tmp_path: Path, monk
     with WorkFolder(folder, "clean") as work, monkeypatch.context() as patch:
         patch.setattr(os, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
-            work.begin({})
+            work.start({})
         assert work.settings() is None or "part" in names(folder)
-        assert (folder / SETTINGS).exists() or not (folder / PLAN).exists()
+        assert (folder / SETTINGS).exists() or not (folder / PUBLISH_PLAN).exists()
 
 
 def test_torn_settings_alone_are_none_and_beside_work_an_error(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_others_are_left_alone(tmp_path: Path) -> None:
 def test_a_failure_before_any_work_leaves_no_folder(tmp_path: Path) -> None:
     for written in ("", "part"):
         with pytest.raises(KeyboardInterrupt), WorkFolder(tmp_path / "work", "clean") as work:
-            work.begin(OURS)
+            work.start(OURS)
             if written:
                 (tmp_path / "work" / written).write_text("")
             raise KeyboardInterrupt
@@ -117,13 +117,13 @@ def test_publishing_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         real(*args)
 
     with WorkFolder(folder, "clean") as work:
-        work.write_json(PLAN, {"moves": 2})
+        work.write_json(PUBLISH_PLAN, {"moves": 2})
         monkeypatch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             work.publish([tmp_path / "stale"], moves)
-    assert names(tmp_path) == {"work", "deep"} and names(folder) >= {SETTINGS, PLAN, "more"}
+    assert names(tmp_path) == {"work", "deep"} and names(folder) >= {SETTINGS, PUBLISH_PLAN, "more"}
     with WorkFolder(folder, "clean") as work:
-        assert work.plan(OURS) == {"moves": 2} and work.plan({}) is None
+        assert work.publish_plan(OURS) == {"moves": 2} and work.publish_plan({}) is None
         work.publish([tmp_path / "stale"], moves)
     assert names(tmp_path) == {"deep", "report"} and (tmp_path / "deep/out").read_text() == "whole"
 
@@ -131,5 +131,5 @@ def test_publishing_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_outputs_that_are_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("")
     with raises(DataError, "data.output-exists", tmp_path / "b"):
-        refuse_existing([tmp_path / "a", tmp_path / "b"], overwrite=False)
-    refuse_existing([tmp_path / "a", tmp_path / "b"], overwrite=True)
+        reject_existing([tmp_path / "a", tmp_path / "b"], overwrite=False)
+    reject_existing([tmp_path / "a", tmp_path / "b"], overwrite=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from engine.data.clean.language import language_by_script
-from engine.data.clean.libraries import need
+from engine.data.clean.libraries import require_package
 
 Chinese = Literal["keep", "simplified", "traditional"]
 _CONFIGS = {"simplified": "t2s", "traditional": "s2t"}
@@ -16,8 +16,8 @@ def chinese_converter(to: Chinese) -> Callable[[str], str] | None:
     """Writes Chinese with simplified or traditional characters and leaves Japanese and Korean; None for `keep`."""
     if to == "keep":
         return None
-    how = "Install the extra: pip install 'trident-engine[chinese]'"
-    opencc = need("opencc", f"--chinese {to}", how).OpenCC(_CONFIGS[to])
+    install_hint = "Install the extra: pip install 'trident-engine[chinese]'"
+    opencc = require_package("opencc", f"--chinese {to}", install_hint).OpenCC(_CONFIGS[to])
     return lambda text: text if text.isascii() or other_language(text) else opencc.convert(text)
 
 

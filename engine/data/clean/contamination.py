@@ -21,14 +21,14 @@ from engine.errors import DataError
 
 
 @dataclass(frozen=True)
-class Evaluations:
-    """What must not be in the training data. `origin`: which file each hash is from."""
+class EvaluationNgrams:
+    """What must not be in the training data. `file_index`: which file each hash is from."""
 
     files: tuple[str, ...]
     words: int
     fold_numbers: bool
     hashes: U64  # ascending
-    origin: npt.NDArray[np.int32]  # int32 [len(hashes)]
+    file_index: npt.NDArray[np.int32]  # int32 [len(hashes)]
     items: tuple[int, ...]  # of each file
     short_items: tuple[int, ...]  # of each file: shorter than `words`, not looked for
 
@@ -40,35 +40,43 @@ class Evaluations:
         words: int,
         fold_numbers: bool,
         convert: Callable[[str], str] | None = None,
-    ) -> Evaluations:
+    ) -> EvaluationNgrams:
         """Read evaluation files; any fault in them stops, as what is not read would not be looked for.
 
         `convert`: what was done to the documents' characters.
         """
-        hashes, origins = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
+        hashes, file_indices = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         names: list[str] = []
         items: list[int] = []
         short: list[int] = []
         for file in evaluation_files(files):
-            found, count, missed = [np.empty(0, np.uint64)], 0, 0
+            grams_of_file, count, too_short = [np.empty(0, np.uint64)], 0, 0
             for batch in DocumentSource((file,), tuple(keys)).batches():
                 for drop in batch.drops:
                     if drop.stops:
                         raise DataError("clean.evaluation-not-readable", f"evaluation file {drop}")
                 for text in batch.texts:
                     grams = _grams(convert(text) if convert else text, words, fold_numbers)[1]
-                    count, missed = count + 1, missed + (not grams.size)
-                    found.append(grams)
+                    count, too_short = count + 1, too_short + (not grams.size)
+                    grams_of_file.append(grams)
             if not count:
                 text = f"{file.name}: this evaluation file has no items, so nothing can be looked for."
                 raise DataError("clean.evaluation-empty", text)
-            hashes.append(np.concatenate(found))
-            origins.append(np.full(hashes[-1].size, len(names), np.int32))
-            names, items, short = [*names, file.name], [*items, count], [*short, missed]
-        every, index = np.unique(np.concatenate(hashes), return_index=True)
-        return cls(tuple(names), words, fold_numbers, every, np.concatenate(origins)[index], tuple(items), tuple(short))
+            hashes.append(np.concatenate(grams_of_file))
+            file_indices.append(np.full(hashes[-1].size, len(names), np.int32))
+            names, items, short = [*names, file.name], [*items, count], [*short, too_short]
+        unique_hashes, index = np.unique(np.concatenate(hashes), return_index=True)
+        return cls(
+            tuple(names),
+            words,
+            fold_numbers,
+            unique_hashes,
+            np.concatenate(file_indices)[index],
+            tuple(items),
+            tuple(short),
+        )
 
-    def look(self, text: str) -> tuple[str, str] | None:
+    def find_overlap(self, text: str) -> tuple[str, str] | None:
         """The evaluation file, and the words that it has in common with the text; None if there are none."""
         if not self.hashes.size:
             return None
@@ -80,7 +88,7 @@ class Evaluations:
         if not hits.size:
             return None
         first = int(hits[0])
-        return self.files[int(self.origin[at[first]])], " ".join(words[first : first + self.words])
+        return self.files[int(self.file_index[at[first]])], " ".join(words[first : first + self.words])
 
 
 def _grams(text: str, n: int, fold_numbers: bool) -> tuple[list[str], U64]:

@@ -17,7 +17,7 @@ _SLICE_ROWS = 1 << 22  # sorted at once: about 200 MB
 _READ_ROWS = 1 << 20
 
 
-def earliest(columns: Sequence[Sequence[Path]], count: int, width: int) -> npt.NDArray[np.int64]:
+def earliest_match(columns: Sequence[Sequence[Path]], count: int, width: int) -> npt.NDArray[np.int64]:
     """For each of `count` documents the number of the earliest one that shares a key with it, its own if there is none.
 
     `columns`: the files of each column in document order; a row is `width` uint64. int [count].

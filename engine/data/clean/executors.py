@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.clean.job import CleanJob
-from engine.data.clean.libraries import need
+from engine.data.clean.libraries import require_package
 from engine.errors import EXIT_ERROR, DataError, EngineError
 from engine.util.signals import Interrupts, Stopped
 
 _SLURM_JOB = "slurm-job"
-_LOOK_S = 0.5
-_HOW_RAY = "Install it: pip install ray"
+_POLL_S = 0.5
+_INSTALL_RAY = "Install it: pip install ray"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Task:
     folder: str  # relative paths are from here; Ray starts workers elsewhere
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        _end_with_parent()
+        _exit_with_parent()
         os.chdir(self.folder)
         note = self.work / f"failed-{rank:05d}"
         try:
@@ -51,14 +51,19 @@ class Task:
         note.unlink(missing_ok=True)  # of an earlier try
 
 
-def run_elsewhere(run: Callable[[int], None], job: CleanJob, stop: Interrupts) -> None:
+def run_on_executor(run: Callable[[int], None], job: CleanJob, stop: Interrupts) -> None:
     """Run the tasks; returns with some missing only if their Slurm jobs are still at work. Raises what failed."""
-    work, executor, options, missing = job.work, job.options.executor, job.options.of_executor(), job.missing
+    work, executor, options, missing = (
+        job.work_folder,
+        job.options.executor,
+        job.options.executor_options(),
+        job.missing,
+    )
     if not missing():
         return
     if executor == "slurm" and (note := work / _SLURM_JOB).exists():
         number, log = note.read_text(encoding="utf-8").split(maxsplit=1)
-        if _queued(number):
+        if _is_queued(number):
             return
         note.unlink()
         _raise_failures(work)
@@ -68,8 +73,8 @@ def run_elsewhere(run: Callable[[int], None], job: CleanJob, stop: Interrupts) -
             f"have been killed for time or memory. Logs are in {log}. Give the same command again to run them anew.",
         )
     if executor == "ray":
-        need("ray", "--executor ray", _HOW_RAY)
-    module = need(f"datatrove.executor.{executor}", f"--executor {executor}")
+        require_package("ray", "--executor ray", _INSTALL_RAY)
+    module = require_package(f"datatrove.executor.{executor}", f"--executor {executor}")
     for note in work.glob("failed-*"):
         note.unlink()
     log = str((work / f"logs-{time.time_ns()}").absolute())
@@ -77,15 +82,17 @@ def run_elsewhere(run: Callable[[int], None], job: CleanJob, stop: Interrupts) -
     if executor == "slurm":  # datatrove's job for statistics waits for ever if a task fails
         options = {**options, "sbatch_args": {"kill-on-invalid-dep": "yes"}}
     try:
-        kind = getattr(module, f"{executor.title()}PipelineExecutor")
-        started = kind(pipeline=pipeline, tasks=job.options.tasks, logging_dir=log, skip_completed=False, **options)
-        with _PREPARED[executor](stop):
+        executor_class = getattr(module, f"{executor.title()}PipelineExecutor")
+        started = executor_class(
+            pipeline=pipeline, tasks=job.options.tasks, logging_dir=log, skip_completed=False, **options
+        )
+        with _SETUP[executor](stop):
             started.run()
             if executor == "slurm":
                 (work / _SLURM_JOB).write_text(f"{started.job_id} {log}", encoding="utf-8")
     except (Exception, Stopped) as err:  # whatever a cluster's software throws
         if not stop:
-            time.sleep(_LOOK_S)  # a signal to the whole group broke the others, and may reach this process last
+            time.sleep(_POLL_S)  # a signal to the whole group broke the others, and may reach this process last
         if stop:
             raise Stopped from None
         _raise_failures(work)
@@ -108,12 +115,14 @@ def _local(stop: Interrupts) -> Iterator[None]:
     enough."""
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # gives back what the pool held, and tells of it
     try:
-        need("multiprocess.resource_tracker", "--executor local").ensure_running()  # it would unblock SIGINT
+        require_package("multiprocess.resource_tracker", "--executor local").ensure_running()  # it would unblock SIGINT
     finally:
         sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))
     try:
-        need("multiprocess.forkserver", "--executor local").ensure_running()  # workers are forked from this one
+        require_package(
+            "multiprocess.forkserver", "--executor local"
+        ).ensure_running()  # workers are forked from this one
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     yield
@@ -122,43 +131,43 @@ def _local(stop: Interrupts) -> Iterator[None]:
 @contextlib.contextmanager
 def _ray(stop: Interrupts) -> Iterator[None]:
     """Ray takes SIGTERM for itself when it starts, so it is started here; what was started here ends here."""
-    ray = need("ray", "--executor ray", _HOW_RAY)
-    ours = not ray.is_initialized()
-    if ours:
+    ray = require_package("ray", "--executor ray", _INSTALL_RAY)
+    started_here = not ray.is_initialized()
+    if started_here:
         ray.init()
         stop.listen()
     try:
         yield
     finally:
-        if ours:
+        if started_here:
             ray.shutdown()
 
 
-_PREPARED = {"local": _local, "slurm": Interrupts.deferred, "ray": _ray}  # a job's number is kept once it has one
+_SETUP = {"local": _local, "slurm": Interrupts.deferred, "ray": _ray}  # a job's number is kept once it has one
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """In a worker process: end once who started it has, however that was; nobody else would end this one."""
     starter = sys.modules.get("multiprocess")  # with which datatrove's local executor starts workers
     parent, before = starter.parent_process() if starter else None, os.getppid()
     if parent is None:
         return
 
-    def work() -> None:
+    def watch() -> None:
         while parent.is_alive() and os.getppid() == before:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         os._exit(EXIT_ERROR)
 
-    threading.Thread(target=work, daemon=True, name="parent").start()
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
-def slurm_is_at_work(work: Path) -> bool:
+def slurm_job_is_active(work: Path) -> bool:
     """Whether jobs of an earlier command may be writing in the work folder."""
     job = work / _SLURM_JOB
-    return job.exists() and _queued(job.read_text(encoding="utf-8").split()[0])
+    return job.exists() and _is_queued(job.read_text(encoding="utf-8").split()[0])
 
 
-def _queued(number: str) -> bool:
+def _is_queued(number: str) -> bool:
     """Whether Slurm still has a job of this number waiting or running."""
     try:
         done = subprocess.run(

@@ -11,7 +11,7 @@ from engine.data.clean.contamination import evaluation_files
 from engine.data.clean.options import CleanOptions
 from engine.data.read.document_source import DocumentSource
 from engine.data.read.inputs import InputFile
-from engine.data.workfolder import AGAIN, as_json
+from engine.data.workfolder import RERUN, json_round_trip
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _VERSION = 4  # of the parts; changes when a rule's code gives another result
@@ -25,43 +25,43 @@ class CleanJob:
     source: DocumentSource
 
     @property
-    def work(self) -> Path:
+    def work_folder(self) -> Path:
         return Path(f"{self.options.output}.work")
 
     @property
     def suffix(self) -> str:
         return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if self.options.output.endswith(s)), "")
 
-    def target(self, name: str) -> Path:
+    def output_path(self, name: str) -> Path:
         """corpus/clean.jsonl.zst -> corpus/clean-NAME."""
         return Path(f"{self.options.output.removesuffix(self.suffix)}-{name}")
 
     @property
-    def targets(self) -> list[Path]:
+    def output_paths(self) -> list[Path]:
         """Everything that is written."""
-        return [Path(self.options.output), self.target("dropped.jsonl"), self.target("report.json")]
+        return [Path(self.options.output), self.output_path("dropped.jsonl"), self.output_path("report.json")]
 
     def missing(self) -> list[int]:
         """Tasks without a part."""
         return [task for task in range(self.options.tasks) if not self.part(task).is_dir()]
 
     def part(self, task: int) -> Path:
-        return self.work / f"part-{task:05d}"
+        return self.work_folder / f"part-{task:05d}"
 
     def files(self, task: int) -> tuple[int, int]:
         """The input files of a task: first and one behind the last. Every file is in one task."""
         weights = [file.num_bytes + 1 for file in self.source.files]
         ends = itertools.accumulate(weights)
         total = sum(weights)
-        mine = [
+        files_of_task = [
             i for i, (end, size) in enumerate(zip(ends, weights)) if (end - size) * self.options.tasks // total == task
         ]
-        return (mine[0], mine[-1] + 1) if mine else (0, 0)
+        return (files_of_task[0], files_of_task[-1] + 1) if files_of_task else (0, 0)
 
     def settings(self) -> dict[str, Any]:
         """All that the result depends on."""
         o, source, evaluations = self.options, self.source, evaluation_files(self.options.decontaminate)
-        facts = {
+        settings = {
             "version": _VERSION,
             "inputs": [_identity(file) for file in source.files],
             "evaluation files": [_identity(file) for file in evaluations],
@@ -73,13 +73,13 @@ class CleanJob:
             "dropped text": o.dropped_text,
             "on error": o.on_error,
         }
-        return as_json(facts)
+        return json_round_trip(settings)
 
     def resume_hint(self) -> str:
         """What to do once there is room on the disk."""
-        return f"{AGAIN[:-1]}: the parts that are complete are kept."
+        return f"{RERUN[:-1]}: the parts that are complete are kept."
 
-    def left(self) -> str:
+    def interrupt_hint(self) -> str:
         """What a signal leaves in the work folder, and what to do."""
         tasks, missing, again = self.options.tasks, len(self.missing()), "give the same command again"
         if self.source.reads_once:
@@ -90,7 +90,9 @@ class CleanJob:
             )
         if missing == tasks:
             return f"nothing is kept yet; {again}"
-        return f"{tasks - missing} of {tasks} parts are kept in {self.work}; {again} and it goes on with the rest"
+        return (
+            f"{tasks - missing} of {tasks} parts are kept in {self.work_folder}; {again} and it goes on with the rest"
+        )
 
     def output_bytes(self, text_bytes: float) -> int:
         """About what the output takes: lines of JSON, and packed a third of it."""

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from engine.data.clean.duplicates import earliest
+from engine.data.clean.duplicates import earliest_match
 from engine.data.clean.job import CleanJob
 from engine.data.clean.report import report_of
-from engine.data.clean.rules import Counts, Place, text_size
+from engine.data.clean.rules import Counts, Location, text_size
 from engine.data.clean.task import drop_line
 from engine.data.read.document_batch import printable
 from engine.data.read.jsontext import loads
@@ -27,7 +27,7 @@ from engine.data.read.progress import ProgressEvent
 from engine.util.files import read_json, sync_file, write_synced, writing
 
 
-class Joining:
+class PartJoiner:
     """The pass over all parts. `progress`: who is told how far it is."""
 
     def __init__(self, job: CleanJob, progress: Callable[[ProgressEvent], None] | None):
@@ -35,20 +35,22 @@ class Joining:
         self.parts = [job.part(task) for task in range(job.options.tasks)]
         self.counts = Counts()
         for part in self.parts:
-            self.counts.add(Counts.of(read_json(part / "counts.json")))
-        self.tables = [_map(part / "places").reshape(-1, 3) for part in self.parts]  # file, record, bytes of text
-        self.starts = np.cumsum([0, *(len(table) for table in self.tables)])
+            self.counts.add(Counts.from_json(read_json(part / "counts.json")))
+        self.locations = [
+            _map_int64(part / "places").reshape(-1, 3) for part in self.parts
+        ]  # file, record, bytes of text
+        self.starts = np.cumsum([0, *(len(rows) for rows in self.locations)])
         o, total = job.options, int(self.starts[-1])
         # Of each document the first that is the same, and the first that is nearly the same, int64 [documents].
-        self.exact = earliest([[part / "exact" for part in self.parts]] if o.exact_duplicates else [], total, 2)
+        self.exact = earliest_match([[part / "exact" for part in self.parts]] if o.exact_duplicates else [], total, 2)
         bands = [[part / f"band-{band:02d}" for part in self.parts] for band in range(o.minhash_bands)]
-        self.near = earliest(bands, total, 1)
+        self.near = earliest_match(bands, total, 1)
 
     def run(self, began: float) -> tuple[dict[str, Any], list[tuple[Path, Path]]]:
         """Write the output, drops and report in the work folder; returns the report, and what goes where."""
         job = self.job
-        output, dropped, report_path = (job.work / name for name in (f"output{job.suffix}", "dropped", "report"))
-        with writing(job.work, job.resume_hint, lambda: job.output_bytes(self.counts.text_bytes)):
+        output, dropped, report_path = (job.work_folder / name for name in (f"output{job.suffix}", "dropped", "report"))
+        with writing(job.work_folder, job.resume_hint, lambda: job.output_bytes(self.counts.text_bytes)):
             try:
                 kept = self._write(output, dropped)
                 report = report_of(job, self.counts, kept)
@@ -58,7 +60,7 @@ class Joining:
                 for path in (output, dropped, report_path):
                     path.unlink(missing_ok=True)
                 raise
-        return report, list(zip((output, dropped, report_path), job.targets))
+        return report, list(zip((output, dropped, report_path), job.output_paths))
 
     def _write(self, output: Path, drops: Path) -> tuple[int, int]:
         """Write the output and the list of what was dropped; returns documents and bytes of text that stay."""
@@ -87,23 +89,23 @@ class Joining:
                 if self.progress is not None and number % 4096 == 0:
                     elapsed = time.monotonic() - began
                     self.progress(ProgressEvent("write", number, total, number, 0, elapsed, number, 0))
-        every = sum(int(table[:, 2].sum()) for table in self.tables)
-        gone = sum(self.counts.dropped_bytes[reason] for reason in ("exact duplicate", "near duplicate"))
-        return kept, every - gone
+        total_bytes = sum(int(rows[:, 2].sum()) for rows in self.locations)
+        dropped_bytes = sum(self.counts.dropped_bytes[reason] for reason in ("exact duplicate", "near duplicate"))
+        return kept, total_bytes - dropped_bytes
 
     def _drop(self, reason: str, number: int, original: int, line: bytes) -> bytes:
         """Count a duplicate; returns its line for the list of what was dropped."""
-        text, place, detail = loads(line)["text"], self._place(number), f"of {self._place(original)}"
-        self.counts.drop(reason, place, text_size(text), text, detail)
-        return drop_line(reason, detail, place, text if self.job.options.dropped_text else "")
+        text, location, detail = loads(line)["text"], self._location(number), f"of {self._location(original)}"
+        self.counts.drop(reason, location, text_size(text), text, detail)
+        return drop_line(reason, detail, location, text if self.job.options.dropped_text else "")
 
-    def _place(self, document: int) -> Place:
+    def _location(self, document: int) -> Location:
         part = int(np.searchsorted(self.starts, document, "right")) - 1
-        file, record, _ = self.tables[part][document - self.starts[part]]
-        return Place(printable(self.job.source.files[int(file)].name), int(record))
+        file, record, _ = self.locations[part][document - self.starts[part]]
+        return Location(printable(self.job.source.files[int(file)].name), int(record))
 
 
-def _map(path: Path) -> npt.NDArray[np.int64]:
+def _map_int64(path: Path) -> npt.NDArray[np.int64]:
     return np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)  # an empty file has no map
 
 

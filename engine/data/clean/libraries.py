@@ -8,12 +8,15 @@ from typing import Any
 from engine.errors import DataError
 
 
-def need(package: str, option: str, how: str = "Install the extra: pip install 'trident-engine[clean]'") -> Any:
+def require_package(
+    package: str, option: str, install_hint: str = "Install the extra: pip install 'trident-engine[clean]'"
+) -> Any:
     """The package, or an error that says how to get it."""
     try:
         return importlib.import_module(package)
     except ImportError as err:
         raise DataError(
             "clean.package-missing",
-            f"{option} needs the package {package.partition('.')[0]}, which cannot be imported ({err}). {how}.",
+            f"{option} needs the package {package.partition('.')[0]}, which cannot be imported ({err}). "
+            f"{install_hint}.",
         ) from err

@@ -24,36 +24,36 @@ from engine.data.clean.width import fold_width
 
 U64 = npt.NDArray[np.uint64]
 
-_ALONE = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-_WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
+_SINGLE = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_WORD = re.compile(rf"[{_SINGLE}]|[^\W_{_SINGLE}]+")
 # 1,000,000 or 12.5 or 1.234,5 or 7: groups of three behind one and the same mark, then a decimal part.
 _GROUPS = "|".join(rf"\d{{1,3}}(?:{mark}\d{{3}})+" for mark in (",", r"\.", "['’]", r"[ \u00a0\u2009\u202f]"))
 _NUMBER = rf"(?:{_GROUPS})(?:[.,]\d+)?(?!\d)|\d+(?:[.,]\d+)?"
-_WORD_OR_NUMBER = re.compile(rf"[^\W\d_{_ALONE}]+|[{_ALONE}]|{_NUMBER}")
+_WORD_OR_NUMBER = re.compile(rf"[^\W\d_{_SINGLE}]+|[{_SINGLE}]|{_NUMBER}")
 _NOT_DIGIT = re.compile(r"\D")
 _CHUNK = 4096  # shingles hashed at once: bounds memory to 4096 x bands x rows x 8 bytes
-_ORDERS_SEED = 0x7261_6E6B
+_PERMUTATIONS_SEED = 0x7261_6E6B
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text, in order."""
-    return _WORD.findall(_folded(text))
+    return _WORD.findall(_normalised(text))
 
 
-def _folded(text: str) -> str:
+def _normalised(text: str) -> str:
     """Without what makes no other word: composed or not, wide or not, capital or not."""
     return unicodedata.normalize("NFC", fold_width(text, "all").lower())
 
 
 def words_and_numbers_of(text: str) -> list[str]:
     """The same, where a number is one word, its digits: 1,000 is 1000."""
-    found: list[str] = _WORD_OR_NUMBER.findall(_folded(text))
+    found: list[str] = _WORD_OR_NUMBER.findall(_normalised(text))
     return [_NOT_DIGIT.sub("", word) if word[0].isdecimal() else word for word in found]
 
 
 def ngram_hashes(words: list[str], n: int) -> U64:
     """A hash of every n words in a row, uint64 [len(words) - n + 1], or [0] if there are fewer."""
-    return _of_runs(_of_words(words), n)
+    return _rolling_hashes(_word_hashes(words), n)
 
 
 def ngram_hashes_of_any_number(words: list[str], n: int) -> U64:
@@ -61,17 +61,17 @@ def ngram_hashes_of_any_number(words: list[str], n: int) -> U64:
 
     Not in n-grams of more numbers than other words: rows of tables would be the same whatever they say.
     """
-    single = _of_words(words)
-    exact = _of_runs(single, n)
+    single = _word_hashes(words)
+    exact = _rolling_hashes(single, n)
     is_number = np.fromiter((word[0].isdecimal() for word in words), np.bool_, len(words))
     if not exact.size or not is_number.any():
         return exact
     before = np.concatenate([[0], np.cumsum(is_number)])
-    folded = _of_runs(np.where(is_number, np.uint64(0), single), n)
+    folded = _rolling_hashes(np.where(is_number, np.uint64(0), single), n)
     return np.where(2 * (before[n:] - before[:-n]) > n, exact, folded)
 
 
-def _of_words(words: list[str]) -> U64:
+def _word_hashes(words: list[str]) -> U64:
     """A hash of each word."""
     known: dict[str, int] = {}
     digest = xxhash.xxh3_64_intdigest
@@ -82,7 +82,7 @@ def _of_words(words: list[str]) -> U64:
     )
 
 
-def _of_runs(single: U64, n: int) -> U64:
+def _rolling_hashes(single: U64, n: int) -> U64:
     """A hash of every n hashes in a row."""
     count = len(single) - n + 1
     if count <= 0:
@@ -114,7 +114,7 @@ class MinHash:
         shingles = np.unique(ngram_hashes(words, min(self.words, max(1, len(words)))))
         if not shingles.size:  # no words at all: only the very same text is a duplicate
             shingles = np.array([xxhash.xxh3_64_intdigest(text.encode())], np.uint64)
-        factors, offsets = self._orders()
+        factors, offsets = self._permutations()
         minima = np.full(factors.shape, np.iinfo(np.uint64).max, np.uint64)
         for begin in range(0, shingles.size, _CHUNK):
             chunk = shingles[begin : begin + _CHUNK, None]
@@ -126,12 +126,12 @@ class MinHash:
             key = _mix(key * np.uint64(0x9E37_79B9_7F4A_7C15) + table[:, row])
         return key
 
-    def _orders(self) -> tuple[U64, U64]:
+    def _permutations(self) -> tuple[U64, U64]:
         """The random orders, as (odd factor, offset) [bands * rows] each."""
         count = self.bands * self.rows
-        numbers = _mix(np.arange(1, 2 * count + 1, dtype=np.uint64) * np.uint64(_ORDERS_SEED))
+        numbers = _mix(np.arange(1, 2 * count + 1, dtype=np.uint64) * np.uint64(_PERMUTATIONS_SEED))
         return numbers[:count] | np.uint64(1), numbers[count:]
 
-    def chance(self, jaccard: float) -> float:
+    def detection_probability(self, jaccard: float) -> float:
         """That two texts which share this part of their shingles are found."""
         return float(1 - (1 - jaccard**self.rows) ** self.bands)

@@ -23,7 +23,7 @@ _RULES = (
     *("quality_language", "decontaminate", "decontaminate_key", "decontaminate_words", "fold_numbers"),
     *("pii", "pii_kinds", "exact_duplicates"),
 )
-_SPELLED = {"language": "languages", "decontaminate_key": "decontaminate_keys", "exact_duplicates": "exact"}
+_REPORTED_AS = {"language": "languages", "decontaminate_key": "decontaminate_keys", "exact_duplicates": "exact"}
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ class CleanOptions(ReadOptions):
 
     def rules(self) -> dict[str, Any]:
         """What is done to documents, as settings and reports spell it."""
-        rules = {_SPELLED.get(option, option): getattr(self, option) for option in _RULES}
+        rules = {_REPORTED_AS.get(option, option): getattr(self, option) for option in _RULES}
         return {**rules, "minhash": dataclasses.asdict(self.minhash)}
 
-    def of_executor(self) -> dict[str, Any]:
+    def executor_options(self) -> dict[str, Any]:
         """What datatrove's executor is given."""
-        every = os.cpu_count() or 1 if self.executor == "local" else -1
+        all_cores = os.cpu_count() or 1 if self.executor == "local" else -1
         slurm = {"partition": self.slurm_partition, "time": self.slurm_time} if self.executor == "slurm" else {}
-        return {"workers": self.workers or every, **slurm}
+        return {"workers": self.workers or all_cores, **slurm}
 
     def errors(self) -> Iterator[FieldError]:
         """What is wrong with them, all of it at once, before any work is done."""
@@ -158,9 +158,9 @@ class CleanOptions(ReadOptions):
             yield FieldError(
                 "clean.no-slurm-partition", "--slurm-partition", "", "Slurm jobs need one", "Give its name."
             )
-        yield from self._without_effect()
+        yield from self._options_without_effect()
 
-    def _without_effect(self) -> Iterator[FieldError]:
+    def _options_without_effect(self) -> Iterator[FieldError]:
         """Options of steps that are off."""
         steps = {
             "--language": (bool(self.language), ("language_threshold",)),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from engine.data.clean.language import Detector
-from engine.data.clean.libraries import need
+from engine.data.clean.libraries import require_package
 from engine.data.clean.quality_languages import Language, languages
 from engine.data.clean.width import fold_width
 
@@ -20,7 +20,7 @@ _BULLETS = str.maketrans(dict.fromkeys("●■◆▲★◎○※·・◇□△�
 Verdict = tuple[str, str]  # the text, and the reason to drop it or ""
 
 
-class Quality:
+class QualityFilters:
     """The chosen filters for each language that has rules."""
 
     def __init__(self, names: Sequence[str], language: str, detector: Detector | None):
@@ -33,15 +33,15 @@ class Quality:
         """ISO code, and whether there are rules for it."""
         if self._detector is None:
             return self._language, True
-        code, chance = self._detector.guess(text)
-        if code not in self.languages and chance < 0.65:  # word salad, lists, code: some language has to judge it
+        code, probability = self._detector.guess(text)
+        if code not in self.languages and probability < 0.65:  # word salad, lists, code: some language has to judge it
             code = "zh" if code == "ja" else "en"
         return code, code in self.languages
 
-    def look(self, text: str, code: str) -> Verdict:
+    def apply(self, text: str, code: str) -> Verdict:
         """The text and why it goes, by the rules of this language. `c4` takes lines out."""
         if code not in self._filters:
-            self._filters[code] = [_MAKERS[name](self.languages[code]) for name in self._names]
+            self._filters[code] = [_BUILDERS[name](self.languages[code]) for name in self._names]
         for name, judge in zip(self._names, self._filters[code]):
             text, reason = judge(text)
             if reason:
@@ -49,13 +49,13 @@ class Quality:
         return text, ""
 
 
-def _of_datatrove(name: str, limits: str) -> Callable[[Language], Callable[[str], Verdict]]:
+def _datatrove_filter(name: str, limits: str) -> Callable[[Language], Callable[[str], Verdict]]:
     """A filter of datatrove that leaves the text as it is."""
 
     def make(language: Language) -> Callable[[str], Verdict]:
         filters, document = (
-            need("datatrove.pipeline.filters", "--quality"),
-            need("datatrove.data", "--quality").Document,
+            require_package("datatrove.pipeline.filters", "--quality"),
+            require_package("datatrove.data", "--quality").Document,
         )
         chosen = getattr(filters, name)(language=language.splitter, **getattr(language, limits))
 
@@ -78,7 +78,7 @@ def _chinese_view(text: str) -> str:
 
 def _c4(language: Language) -> Callable[[str], Verdict]:
     """C4's rules for lines and pages (Raffel et al. 2020), with datatrove's defaults: equal to it for English."""
-    split = need("datatrove.utils.text", "--quality")
+    split = require_package("datatrove.utils.text", "--quality")
 
     def words_of(line: str) -> list[str]:
         if language.written_with_blanks:
@@ -108,9 +108,9 @@ def _c4(language: Language) -> Callable[[str], Verdict]:
     return judge
 
 
-_MAKERS: dict[str, Callable[[Language], Callable[[str], Verdict]]] = {
-    "gopher": _of_datatrove("GopherQualityFilter", "gopher"),
-    "gopher-repetition": _of_datatrove("GopherRepetitionFilter", "repetition"),
-    "fineweb": _of_datatrove("FineWebQualityFilter", "fineweb"),
+_BUILDERS: dict[str, Callable[[Language], Callable[[str], Verdict]]] = {
+    "gopher": _datatrove_filter("GopherQualityFilter", "gopher"),
+    "gopher-repetition": _datatrove_filter("GopherRepetitionFilter", "repetition"),
+    "fineweb": _datatrove_filter("FineWebQualityFilter", "fineweb"),
     "c4": _c4,
 }

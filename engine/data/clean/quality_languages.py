@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.data.clean.libraries import need
+from engine.data.clean.libraries import require_package
 
 # Words that nearly every text of a language has; a document needs two of them.
 _STOP_WORDS = {
@@ -50,17 +50,17 @@ class Language:
 
 def languages(option: str) -> dict[str, Language]:
     """ISO code -> language, for all that have rules."""
-    marks = sorted(need("datatrove.utils.text", option).TERMINAL_PUNCTUATION)
-    need("spacy", option)  # datatrove asks for it with the first document
+    marks = sorted(require_package("datatrove.utils.text", option).TERMINAL_PUNCTUATION)
+    require_package("spacy", option)  # datatrove asks for it with the first document
     ends, stops = (".", "?", "!", *_CLOSERS), (*marks, "…", *_CLOSERS)
-    found = {"en": Language("en")}
+    by_code = {"en": Language("en")}
     for code, words in _STOP_WORDS.items():
         policy = _POLICY["en"] + _POLICY[code]
-        found[code] = Language(code, {"stop_words": words.split()}, {}, {"stop_chars": stops}, ends, policy)
-    chinese = found["zh"]
+        by_code[code] = Language(code, {"stop_words": words.split()}, {}, {"stop_chars": stops}, ends, policy)
+    chinese = by_code["zh"]
     # The limits of FineWeb2 (its configs/cmn_Hani.yml), which were found on web pages in Mandarin. A Chinese word has
     # 1.7 characters where an English one has 5 and a blank: a line is short up to 10 characters instead of 30.
-    found["zh"] = Language(
+    by_code["zh"] = Language(
         _chinese_splitter(option),
         {
             **chinese.gopher,
@@ -84,13 +84,13 @@ def languages(option: str) -> dict[str, Language]:
         chinese.policy,
         written_with_blanks=False,
     )
-    return found
+    return by_code
 
 
 def _chinese_splitter(option: str) -> Any:
     """datatrove's interface to a segmenter, for jieba's dictionary in Rust."""
-    module: Any = need("datatrove.utils.word_tokenizers", option)
-    jieba = need("rjieba", option)
+    module: Any = require_package("datatrove.utils.word_tokenizers", option)
+    jieba = require_package("rjieba", option)
 
     class Jieba(module.WordTokenizer):
         def word_tokenize(self, text: str) -> list[str]:

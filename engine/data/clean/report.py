@@ -6,16 +6,16 @@ import os
 from typing import Any
 
 from engine.data.clean.job import CleanJob
-from engine.data.clean.rules import Counts, evaluations_of
+from engine.data.clean.rules import Counts, load_evaluations
 from engine.data.read.account import Account
 from engine.data.read.inputs import STDIN
 
-INPUT = "input: "  # before the reason of what could not be read
+INPUT_PREFIX = "input: "  # before the reason of what could not be read
 
 
 def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str, Any]:
     """The report as JSON has it. `kept`: documents and bytes of text that stay."""
-    options, source, evaluations = job.options, job.source, evaluations_of(job.options)
+    options, source, evaluations = job.options, job.source, load_evaluations(job.options)
     return {
         "output": options.output,
         "inputs": [name if "://" in name or name == STDIN else os.path.abspath(name) for name in source.given],
@@ -55,14 +55,16 @@ def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str,
 
 def _account(counts: Counts) -> Account:
     """Of what could not be read and what was noticed."""
-    dropped = {kind.removeprefix(INPUT): n for kind, n in counts.dropped.items() if kind.startswith(INPUT)}
+    dropped = {
+        kind.removeprefix(INPUT_PREFIX): n for kind, n in counts.dropped.items() if kind.startswith(INPUT_PREFIX)
+    }
     examples = {}
-    for what, counted in ((f"dropped: {INPUT}", dropped), ("noticed: ", counts.noticed)):
+    for prefix, counted in ((f"dropped: {INPUT_PREFIX}", dropped), ("noticed: ", counts.noticed)):
         for kind in counted:
-            examples[kind] = [_example(sample) for sample in counts.samples.get(f"{what}{kind}", [])]
+            examples[kind] = [_example(sample) for sample in counts.samples.get(f"{prefix}{kind}", [])]
     return Account(dropped, dict(counts.noticed), examples)
 
 
 def _example(sample: dict[str, Any]) -> str:
-    place = f"{sample['file']}:{sample['record']}" if sample["record"] else sample["file"]
-    return f"{place}: {sample.get('detail', '')}"
+    location = f"{sample['file']}:{sample['record']}" if sample["record"] else sample["file"]
+    return f"{location}: {sample.get('detail', '')}"

@@ -15,21 +15,21 @@ from typing import Any
 
 from engine.data.clean import pii
 from engine.data.clean.chinese import chinese_converter, other_language
-from engine.data.clean.contamination import Evaluations
-from engine.data.clean.language import Detector, language_filter
-from engine.data.clean.libraries import need
+from engine.data.clean.contamination import EvaluationNgrams
+from engine.data.clean.language import Detector, language_rule
+from engine.data.clean.libraries import require_package
 from engine.data.clean.normalise import normalise
 from engine.data.clean.options import CleanOptions
-from engine.data.clean.quality import Quality
+from engine.data.clean.quality import QualityFilters
 from engine.data.clean.width import fold_width
 
-SAMPLES = 5  # kept of each kind, the first ones in input order
+MAX_SAMPLES = 5  # kept of each kind, the first ones in input order
 _EXCERPT = 160
-_PLAIN = ("documents", "text_bytes", "samples")
+_NOT_COUNTERS = ("documents", "text_bytes", "samples")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a document is from."""
 
     file: str
@@ -58,9 +58,9 @@ class Counts:
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, facts: dict[str, Any]) -> Counts:
+    def from_json(cls, state: dict[str, Any]) -> Counts:
         """From JSON."""
-        values: dict[str, Any] = {k: Counter(v) if k not in _PLAIN else v for k, v in facts.items()}
+        values: dict[str, Any] = {k: Counter(v) if k not in _NOT_COUNTERS else v for k, v in state.items()}
         return cls(**values)
 
     def add(self, other: Counts) -> None:
@@ -71,21 +71,21 @@ class Counts:
             if isinstance(counter, Counter):
                 counter.update(getattr(other, name))
         for kind, samples in other.samples.items():
-            here = self.samples.setdefault(kind, [])
-            here += samples[: SAMPLES - len(here)]
+            kept = self.samples.setdefault(kind, [])
+            kept += samples[: MAX_SAMPLES - len(kept)]
 
-    def drop(self, reason: str, place: Place, size: int, text: str, detail: str) -> None:
+    def drop(self, reason: str, location: Location, size: int, text: str, detail: str) -> None:
         """Count a document that goes, with a sample."""
         self.dropped[reason] += 1
         self.dropped_bytes[reason] += size
-        self.sample(f"dropped: {reason}", place, detail, text)
+        self.sample(f"dropped: {reason}", location, detail, text)
 
-    def sample(self, kind: str, place: Place, detail: str = "", text: str = "") -> None:
+    def sample(self, kind: str, location: Location, detail: str = "", text: str = "") -> None:
         """Keep it if it is among the first of its kind. Of the text only an excerpt is shown."""
-        here = self.samples.setdefault(kind, [])
-        if len(here) < SAMPLES:
-            facts = {"detail": detail, "text": excerpt(text)}
-            here.append({"file": place.file, "record": place.record, **{k: v for k, v in facts.items() if v}})
+        kept = self.samples.setdefault(kind, [])
+        if len(kept) < MAX_SAMPLES:
+            shown = {"detail": detail, "text": excerpt(text)}
+            kept.append({"file": location.file, "record": location.record, **{k: v for k, v in shown.items() if v}})
 
 
 def excerpt(text: str) -> str:
@@ -98,11 +98,11 @@ def text_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def evaluations_of(options: CleanOptions) -> Evaluations:
+def load_evaluations(options: CleanOptions) -> EvaluationNgrams:
     """What must not be in the training data, read from its files and written as the documents are."""
     o = options
     convert = chinese_converter(o.chinese)
-    return Evaluations.read(o.decontaminate, o.decontaminate_key, o.decontaminate_words, o.fold_numbers, convert)
+    return EvaluationNgrams.read(o.decontaminate, o.decontaminate_key, o.decontaminate_words, o.fold_numbers, convert)
 
 
 class Cleaner:
@@ -110,38 +110,41 @@ class Cleaner:
 
     def __init__(self, rules: CleanOptions):
         self.rules, self.counts = rules, Counts()
-        self.fix = need("ftfy", "--fix-mojibake").fix_encoding if rules.fix_mojibake else None
+        self.fix = require_package("ftfy", "--fix-mojibake").fix_encoding if rules.fix_mojibake else None
         self.convert = chinese_converter(rules.chinese)
         auto = bool(rules.quality) and rules.quality_language == "auto"
         detector = Detector("--language" if rules.language else "--quality") if rules.language or auto else None
         self.language = (
-            language_filter(detector, rules.language, rules.language_threshold)
+            language_rule(detector, rules.language, rules.language_threshold)
             if detector is not None and rules.language
             else None
         )
         self.quality = (
-            Quality(rules.quality, rules.quality_language, detector if auto else None) if rules.quality else None
+            QualityFilters(rules.quality, rules.quality_language, detector if auto else None) if rules.quality else None
         )
-        self.evaluations = evaluations_of(rules) if rules.decontaminate else None
+        self.evaluations = load_evaluations(rules) if rules.decontaminate else None
 
-    def clean(self, text: str, place: Place) -> tuple[str, str, str]:
+    def clean(self, text: str, location: Location) -> tuple[str, str, str]:
         """The text as it is now, why it goes ("" if it stays), and what shows that."""
         counts, size = self.counts, text_size(text)
         counts.documents += 1
         counts.text_bytes += size
-        text, reason, detail = self._rules(text, place)
+        text, reason, detail = self._apply_rules(text, location)
         if reason:
-            counts.drop(reason, place, size, text, detail)
+            counts.drop(reason, location, size, text, detail)
         return text, reason, detail
 
-    def _rules(self, text: str, place: Place) -> tuple[str, str, str]:
+    def _apply_rules(self, text: str, location: Location) -> tuple[str, str, str]:
         rules, counts = self.rules, self.counts
-        text = self._spelling(text, place)
+        text = self._fix_characters(text, location)
         if not text.strip():
             return text, "empty", ""
         if self.language is not None and (reason := self.language(text)):
             return text, reason, ""
-        judge, text = self._judge_of(text), self._in_script(text)  # the script as it was written tells the language
+        judge, text = (
+            self._quality_filter(text),
+            self._convert_chinese(text),
+        )  # the script as it was written tells the language
         if judge is not None:
             before = text
             text, reason = judge(text)
@@ -149,17 +152,17 @@ class Cleaner:
                 return text, reason, ""
             if text != before:
                 counts.changed["lines taken out by a quality filter"] += 1
-        if self.evaluations is not None and (hit := self.evaluations.look(text)) is not None:
+        if self.evaluations is not None and (hit := self.evaluations.find_overlap(text)) is not None:
             counts.contaminated[hit[0]] += 1
             return text, "contaminated", f"{hit[0]}: {hit[1]}"
-        return self._personal(text, place) if rules.pii != "off" else (text, "", "")
+        return self._handle_pii(text, location) if rules.pii != "off" else (text, "", "")
 
-    def _spelling(self, text: str, place: Place) -> str:
+    def _fix_characters(self, text: str, location: Location) -> str:
         """The text with its characters as they should be."""
         rules, counts = self.rules, self.counts
         if self.fix is not None and (fixed := self.fix(text)) != text:
             counts.changed["mojibake"] += 1
-            counts.sample("changed: mojibake", place, text=fixed)
+            counts.sample("changed: mojibake", location, text=fixed)
             text = fixed
         if (folded := fold_width(text, rules.width)) != text:
             counts.changed["width"] += 1
@@ -169,7 +172,7 @@ class Cleaner:
             counts.changed.update(changes)
         return text
 
-    def _in_script(self, text: str) -> str:
+    def _convert_chinese(self, text: str) -> str:
         """Chinese in the characters that are wanted."""
         if self.convert is None or text.isascii():
             return text
@@ -179,18 +182,18 @@ class Cleaner:
             self.counts.not_applied[f"--chinese: {code}"] += 1
         return converted
 
-    def _judge_of(self, text: str) -> Callable[[str], tuple[str, str]] | None:
+    def _quality_filter(self, text: str) -> Callable[[str], tuple[str, str]] | None:
         """The quality rules for the language of a text, if there are any."""
         if self.quality is None:
             return None
-        code, known = self.quality.language_of(text)
-        if not known:
+        code, has_rules = self.quality.language_of(text)
+        if not has_rules:
             self.counts.not_applied[f"--quality: {code}"] += 1
             return None
         self.counts.judged[code] += 1
-        return functools.partial(self.quality.look, code=code)
+        return functools.partial(self.quality.apply, code=code)
 
-    def _personal(self, text: str, place: Place) -> tuple[str, str, str]:
+    def _handle_pii(self, text: str, location: Location) -> tuple[str, str, str]:
         rules, counts = self.rules, self.counts
         findings = pii.find(text, rules.pii_kinds)
         if not findings:
@@ -199,7 +202,7 @@ class Cleaner:
         counts.pii_findings.update(kinds)
         counts.pii_documents.update(kinds.keys())
         for finding in findings:
-            counts.sample(f"pii: {finding.kind}", place, pii.hint(text[finding.begin : finding.end]))
+            counts.sample(f"pii: {finding.kind}", location, pii.redact(text[finding.begin : finding.end]))
         if rules.pii == "drop":
             return text, "personal data", ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
         if rules.pii == "mask":

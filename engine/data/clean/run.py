@@ -19,9 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.data.clean.contamination import evaluation_files
-from engine.data.clean.executors import run_elsewhere, slurm_is_at_work
+from engine.data.clean.executors import run_on_executor, slurm_job_is_active
 from engine.data.clean.job import SUFFIXES, CleanJob
-from engine.data.clean.join import Joining
+from engine.data.clean.join import PartJoiner
 from engine.data.clean.options import CleanOptions
 from engine.data.clean.rules import Cleaner
 from engine.data.clean.task import run_task
@@ -29,12 +29,12 @@ from engine.data.read.account import unreadable
 from engine.data.read.document_source import DocumentSource
 from engine.data.read.own import Own
 from engine.data.read.progress import ProgressEvent
-from engine.data.workfolder import WorkFolder, refuse_existing
+from engine.data.workfolder import WorkFolder, reject_existing
 from engine.errors import ConfigError, DataError
 from engine.util.signals import Interrupts
 
 _PART_GLOB = "part-?????"
-_OWNED = ("part-*", "output*", "dropped", "report", "slurm-job", "failed-*", "logs-*", "*.tmp")
+_OWN_NAMES = ("part-*", "output*", "dropped", "report", "slurm-job", "failed-*", "logs-*", "*.tmp")
 
 
 def clean(
@@ -51,20 +51,20 @@ def clean(
     if errors := list(options.errors()):
         raise ConfigError(errors)
     job = CleanJob(options, DocumentSource(()))
-    mine = Own(job.targets, None, job.work)
-    job = dataclasses.replace(job, source=o.source(mine, keep_rest=o.keep_columns))
-    stop.resume_hint = job.left
+    own_files = Own(job.output_paths, None, job.work_folder)
+    job = dataclasses.replace(job, source=o.source(own_files, keep_rest=o.keep_columns))
+    stop.resume_hint = job.interrupt_hint
     _check(job)
     Cleaner(options)  # a missing package or evaluation file is told before any work
-    if slurm_is_at_work(job.work):
+    if slurm_job_is_active(job.work_folder):
         return None
-    with WorkFolder(job.work, "clean", _OWNED) as work:
+    with WorkFolder(job.work_folder, "clean", _OWN_NAMES) as work:
         _begin(job, work)
-        refuse_existing(job.targets, o.overwrite)  # another command may have ended in between
+        reject_existing(job.output_paths, o.overwrite)  # another command may have ended in between
         _run_tasks(job, progress, stop)
         if job.missing():
             return None
-        report, moves = Joining(job, progress).run(began)
+        report, moves = PartJoiner(job, progress).run(began)
         with stop.deferred():
             work.publish((), moves)
         return report
@@ -75,7 +75,7 @@ def _check(job: CleanJob) -> None:
     if not job.suffix:
         text = f"{o.output}: the output has to end in {', '.join(SUFFIXES)}. Choose such a name."
         raise DataError("clean.output-suffix", text)
-    refuse_existing(job.targets, o.overwrite)
+    reject_existing(job.output_paths, o.overwrite)
     if o.executor != "here" and job.source.reads_once:
         text = f"standard input cannot be read by tasks of executor {o.executor}, and no pipe. Give files."
         raise DataError("clean.input-read-only-once", text)
@@ -89,9 +89,9 @@ def _begin(job: CleanJob, work: WorkFolder) -> None:
     settings = job.settings()
     # What was made without meeting an error is right for --on-error skip too.
     strict = [{**settings, "on error": "stop"}] if job.options.skip_errors else []
-    resumed = work.resume(settings, job.options.overwrite, strict, worth=any(job.work.glob(_PART_GLOB)))
+    resumed = work.resume(settings, job.options.overwrite, strict, worth_keeping=any(job.work_folder.glob(_PART_GLOB)))
     if not resumed or job.source.reads_once:  # nothing tells whether standard input is the same
-        work.begin(settings)
+        work.start(settings)
 
 
 def _run_tasks(job: CleanJob, progress: Callable[[ProgressEvent], None] | None, stop: Interrupts) -> None:
@@ -99,4 +99,4 @@ def _run_tasks(job: CleanJob, progress: Callable[[ProgressEvent], None] | None, 
         for task in range(job.options.tasks):
             run_task(job, task, progress)
     else:
-        run_elsewhere(functools.partial(run_task, job), job, stop)
+        run_on_executor(functools.partial(run_task, job), job, stop)

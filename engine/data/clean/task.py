@@ -24,8 +24,8 @@ import zstandard
 
 from engine.data.clean.job import CleanJob
 from engine.data.clean.ngrams import MinHash
-from engine.data.clean.report import INPUT
-from engine.data.clean.rules import Cleaner, Counts, Place
+from engine.data.clean.report import INPUT_PREFIX
+from engine.data.clean.rules import Cleaner, Counts, Location
 from engine.data.read.columns import joined
 from engine.data.read.document_batch import Batch, Drop, printable
 from engine.data.read.document_source import DocumentSource
@@ -39,9 +39,9 @@ def run_task(job: CleanJob, task: int, progress: Callable[[ProgressEvent], None]
     """Write one part, unless it is there."""
     if job.part(task).is_dir():
         return
-    folder = job.work / f"{job.part(task).name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    folder = job.work_folder / f"{job.part(task).name}.{socket.gethostname()}.{os.getpid()}.tmp"
     cleaner, consumed, needed = Cleaner(job.options), 0, 0
-    with writing(job.work, job.resume_hint, lambda: needed):
+    with writing(job.work_folder, job.resume_hint, lambda: needed):
         try:
             for done in _write_part(job, task, folder, cleaner, progress):
                 consumed = done
@@ -95,24 +95,24 @@ def _clean_batch(
         _count_drop(drop, cleaner.counts, part)
     for note in batch.notes:
         cleaner.counts.noticed[note.kind] += 1
-        cleaner.counts.sample(f"noticed: {note.kind}", Place(printable(note.file), 0), detail=note.detail)
+        cleaner.counts.sample(f"noticed: {note.kind}", Location(printable(note.file), 0), detail=note.detail)
     for text, (number, record), rest in zip(batch.texts, batch.where, batch.rest or itertools.repeat({})):
-        place = Place(printable(source.files[number].name), record)
-        cleaned, reason, detail = cleaner.clean(text, place)
+        location = Location(printable(source.files[number].name), record)
+        cleaned, reason, detail = cleaner.clean(text, location)
         if reason:
-            part.drop(reason, detail, place, text)
+            part.drop(reason, detail, location, text)
         else:
-            renamed = part.keep(cleaned, place, first + number, rest)
+            renamed = part.keep(cleaned, location, first + number, rest)
             cleaner.counts.renamed.update(f"{old} -> {new}" for old, new in renamed.items())
 
 
 def _count_drop(drop: Drop, counts: Counts, part: PartWriter) -> None:
     """Something that could not be read: it is no document, but it is not lost in silence either."""
-    counts.dropped[f"{INPUT}{drop.reason}"] += 1
+    counts.dropped[f"{INPUT_PREFIX}{drop.reason}"] += 1
     if drop.reason != "blank line":
-        place = Place(printable(drop.file), drop.record)
-        counts.sample(f"dropped: {INPUT}{drop.reason}", place, detail=drop.detail)
-        part.drop(f"{INPUT}{drop.reason}", drop.detail, place, "")
+        location = Location(printable(drop.file), drop.record)
+        counts.sample(f"dropped: {INPUT_PREFIX}{drop.reason}", location, detail=drop.detail)
+        part.drop(f"{INPUT_PREFIX}{drop.reason}", drop.detail, location, "")
 
 
 class PartWriter:
@@ -136,23 +136,23 @@ class PartWriter:
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
-    def keep(self, text: str, place: Place, file: int, rest: Mapping[str, Any]) -> dict[str, str]:
+    def keep(self, text: str, location: Location, file: int, rest: Mapping[str, Any]) -> dict[str, str]:
         """Add a document with its other columns; returns those of them that are renamed, and to what."""
-        row, renamed = joined({"text": text, "file": place.file, "record": place.record}, rest)
+        row, renamed = joined({"text": text, "file": location.file, "record": location.record}, rest)
         self.kept.write(dumps(row, plain) + b"\n")
         data = text.encode()
         self.exact.write(np.frombuffer(xxhash.xxh3_128_digest(data), "<u8").tobytes())
-        self.places.write(np.array([file, place.record, len(data)], "<i8").tobytes())
+        self.places.write(np.array([file, location.record, len(data)], "<i8").tobytes())
         if self.bands:
             for out, key in zip(self.bands, self.minhash.keys(text).astype("<u8")):
                 out.write(key.tobytes())
         return renamed
 
-    def drop(self, reason: str, detail: str, place: Place, text: str) -> None:
-        self.dropped.write(drop_line(reason, detail, place, text if self.dropped_text else ""))
+    def drop(self, reason: str, detail: str, location: Location, text: str) -> None:
+        self.dropped.write(drop_line(reason, detail, location, text if self.dropped_text else ""))
 
 
-def drop_line(reason: str, detail: str, place: Place, text: str) -> bytes:
+def drop_line(reason: str, detail: str, location: Location, text: str) -> bytes:
     """A line of OUTPUT-dropped.jsonl."""
-    facts = {"file": place.file, "record": place.record, "reason": reason, "detail": detail, "text": text}
-    return dumps({key: value for key, value in facts.items() if value or key in ("file", "record")}) + b"\n"
+    entry = {"file": location.file, "record": location.record, "reason": reason, "detail": detail, "text": text}
+    return dumps({key: value for key, value in entry.items() if value or key in ("file", "record")}) + b"\n"

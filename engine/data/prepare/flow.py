@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.prepare.job import AGAIN, SPLITS, PrepareJob, stop_at_errors
+from engine.data.prepare.job import RERUN, SPLITS, PrepareJob, stop_at_errors
 from engine.data.prepare.pack import begin_documents
 from engine.data.prepare.report import PrepareReport, SplitReport, SplitTotals, Totals
 from engine.data.prepare.shards import Shards
@@ -40,29 +40,29 @@ SHARD_S = 30.0  # seconds, whichever comes first
 MAX_THREADS = 8  # unless asked for: what one thread reads keeps no more of them at work, and each holds a batch
 
 
-class Flow:
+class CorpusEncoder:
     """Encoding, from wherever the parts are to the end."""
 
-    def __init__(self, job: PrepareJob, parts: Shards, tokenizer: Tokenizer):
-        self.job, self.options, self.parts, self.tokenizer = job, job.options, parts, tokenizer
+    def __init__(self, job: PrepareJob, shards: Shards, tokenizer: Tokenizer):
+        self.job, self.options, self.shards, self.tokenizer = job, job.options, shards, tokenizer
         self.eod = tokenizer.eod if self.options.append_eod else None
-        self.bos = self._begin_token() if self.options.prepend_bos else None
-        parts.open(tokenizer.vocab_size)
-        for text in parts.warnings:
+        self.bos = self._bos_token() if self.options.prepend_bos else None
+        shards.open(tokenizer.vocab_size)
+        for text in shards.warnings:
             warnings.warn(text, stacklevel=2)
         self.totals = self._start()
         if self.totals.by_original:
             self.tokenizer = tokenizer.by_original(self.totals.fallback)
-        if parts.state is not None:
-            done = f"{self.totals.documents:,} documents in {parts.num_shards} shards"
-            job.note(f"going on with {job.parts}: {done} are done")
+        if shards.state is not None:
+            done = f"{self.totals.documents:,} documents in {shards.num_shards} shards"
+            job.note(f"going on with {job.parts_folder}: {done} are done")
         with job.stop.deferred():  # gigatoken calls Python, and panics at Stopped
             self.encoder = Encoder(self.tokenizer, fast=self.options.encoder == "auto" and not self.totals.fallback)
         self.encoder.note = self.totals.fallback or self.encoder.note
-        parts.bytes_needed = self._bytes_needed
+        shards.bytes_needed = self._bytes_needed
         job.stop.resume_hint = self._resume_hint
 
-    def _begin_token(self) -> int:
+    def _bos_token(self) -> int:
         if self.tokenizer.bos == self.eod:
             raise DataError(
                 "prepare.bos-is-eod",
@@ -72,8 +72,8 @@ class Flow:
         return self.tokenizer.bos
 
     def _start(self) -> Totals:
-        if self.parts.state is not None:
-            return Totals.of(self.parts.state)
+        if self.shards.state is not None:
+            return Totals.of(self.shards.state)
         return Totals(splits={split: SplitTotals() for split in self.job.splits})
 
     def run(self) -> dict[str, Any]:
@@ -83,14 +83,14 @@ class Flow:
         except Mismatch as err:
             self._fall_back(str(err), err.original)
             self._encode()
-        self._refuse_empty()
+        self._reject_empty()
         return self._finish()
 
     def _fall_back(self, difference: str, original: bool) -> None:
         """Begin again with the reference, or the original: what was encoded so far may be wrong too."""
         if original:
             self.tokenizer = self.tokenizer.by_original(difference)
-        self.parts.restart()
+        self.shards.restart()
         if self.job.reads_stdin:
             again = "give it as a file" if original else "give it again with --encoder tokenizers"
             raise DataError(
@@ -109,8 +109,8 @@ class Flow:
         here = (self.totals.consumed, sum(split.tokens for split in self.totals.splits.values()))
         committed_at = began
         stop = self.job.stop
-        batches = self._placed(self.job.source.batches(self.totals.cursor))
-        encoded_batches = map_ahead(self._encoded, batches, self._threads(), stop.check)
+        batches = self._with_starts(self.job.source.batches(self.totals.cursor))
+        encoded_batches = map_ahead(self._encode_batch, batches, self._num_threads(), stop.check)
         try:
             with stop.deferred(), contextlib.closing(encoded_batches):
                 for (batch, _), encoded in encoded_batches:
@@ -118,45 +118,45 @@ class Flow:
                     self._add(batch, *encoded)
                     now = time.monotonic()
                     self.totals.elapsed_s = before + now - began
-                    if self.parts.uncommitted_bytes >= SHARD_BYTES or now - committed_at >= SHARD_S:
-                        self._seal()
+                    if self.shards.uncommitted_bytes >= SHARD_BYTES or now - committed_at >= SHARD_S:
+                        self._commit_shard()
                         committed_at = now
                     self._report(here, now - began)
         except Stopped:
-            if self.parts.uncommitted_bytes:
-                self._seal()
+            if self.shards.uncommitted_bytes:
+                self._commit_shard()
             raise
-        self._seal()
+        self._commit_shard()
 
-    def _seal(self) -> None:
+    def _commit_shard(self) -> None:
         """Make a shard of what was added."""
         with self.job.stop.committing():
-            self.parts.commit(dataclasses.asdict(self.totals))
+            self.shards.commit(dataclasses.asdict(self.totals))
 
     def _resume_hint(self) -> str:
         """What a signal leaves, and what to do."""
-        job, state = self.job, self.parts.state
-        again = AGAIN + ", with the same input," * job.reads_stdin
+        job, state = self.job, self.shards.state
+        again = RERUN + ", with the same input," * job.reads_stdin
         if state is None:
             return f"nothing is kept yet; {again}"
-        if not job.parts.exists():
+        if not job.parts_folder.exists():
             return f"{self.options.output} is complete"
-        return f"{state['documents']:,} documents are kept in {job.parts}; {again} and it goes on behind them"
+        return f"{state['documents']:,} documents are kept in {job.parts_folder}; {again} and it goes on behind them"
 
-    def _placed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, int]]:
+    def _with_starts(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, int]]:
         """Each with the stored bytes before it."""
         before = self.totals.consumed
         for batch in batches:
             yield batch, before
             before = batch.consumed
 
-    def _encoded(self, placed: tuple[Batch, int]) -> EncodedBatch:
+    def _encode_batch(self, batch_and_start: tuple[Batch, int]) -> EncodedBatch:
         """Ids and lengths of the texts of a batch, and how many bytes of each are unknown. Raises Mismatch."""
-        batch, before = placed
+        batch, before = batch_and_start
         ids, lengths = self.encoder.encode_checked(batch.texts, before)
         return ids, lengths, self.encoder.unknown_bytes(batch.texts, ids, lengths)
 
-    def _threads(self) -> int:
+    def _num_threads(self) -> int:
         """That encode: as asked, or one a core."""
         if not self.encoder.is_threaded:
             return 1
@@ -167,8 +167,8 @@ class Flow:
         try:
             stop_at_errors(self.job, batch)
         except DataError:
-            if self.parts.num_shards:
-                self._seal()
+            if self.shards.num_shards:
+                self._commit_shard()
             raise
 
     def _add(
@@ -180,23 +180,23 @@ class Flow:
     ) -> None:
         """Append an encoded batch to its splits; count everything."""
         totals = self.totals
-        for told in totals.account.add(batch):
-            self.job.note(f"note: {told}")
+        for note in totals.account.add(batch):
+            self.job.note(f"note: {note}")
         for drop in batch.drops:
             if drop.reason != "blank line":
-                self.parts.skip(_drop_line(drop))
+                self.shards.add_skipped(_drop_line(drop))
         if batch.texts:
-            belongs = self.job.split_numbers(totals.documents, len(batch.texts))
+            split_of = self.job.split_numbers(totals.documents, len(batch.texts))
             for k, split in enumerate(SPLITS):
-                chosen = belongs == k
-                if chosen.any():
-                    totals.splits[split].unknown_bytes += int(unknown[chosen].sum())
-                if chosen.all():
+                selected = split_of == k
+                if selected.any():
+                    totals.splits[split].unknown_bytes += int(unknown[selected].sum())
+                if selected.all():
                     self._append(split, batch.texts, batch.where, ids, lengths)
-                elif chosen.any():
-                    numbers = np.flatnonzero(chosen)
+                elif selected.any():
+                    numbers = np.flatnonzero(selected)
                     texts, where = [batch.texts[i] for i in numbers], [batch.where[i] for i in numbers]
-                    self._append(split, texts, where, ids[np.repeat(chosen, lengths)], lengths[chosen])
+                    self._append(split, texts, where, ids[np.repeat(selected, lengths)], lengths[selected])
         totals.documents += len(batch.texts)
         totals.cursor, totals.consumed = batch.cursor, batch.consumed
 
@@ -211,7 +211,7 @@ class Flow:
         totals = self.totals.splits[split]
         if self.bos is not None:
             ids, lengths = begin_documents(ids, lengths, self.bos)
-        lengths = self.parts.add(split, ids, lengths, self.eod)
+        lengths = self.shards.add(split, ids, lengths, self.eod)
         filled = int(np.count_nonzero(lengths))
         totals.documents += filled
         totals.empty_documents += len(texts) - filled
@@ -235,18 +235,18 @@ class Flow:
     def _bytes_needed(self) -> int:
         """To the end, if the rest is like what was read; the index takes 12 bytes a document and its boundary 8."""
         done = max(1, self.totals.consumed)
-        written = self.parts.total_bytes + 20 * self.totals.documents
+        written = self.shards.total_bytes + 20 * self.totals.documents
         rest = written * max(0, self.job.total - done) // done
-        return rest + self.parts.uncommitted_bytes + 20 * self.totals.documents
+        return rest + self.shards.uncommitted_bytes + 20 * self.totals.documents
 
-    def _refuse_empty(self) -> None:
+    def _reject_empty(self) -> None:
         if not sum(totals.documents for totals in self.totals.splits.values()):
-            self.parts.discard()
+            self.shards.discard()
             empty = f" All of the {self.totals.documents:,} documents are empty." if self.totals.documents else ""
             raise self.totals.account.no_text(self.job.source, empty)
         for split, totals in self.totals.splits.items():
             if totals.documents == 0:
-                self.parts.discard()
+                self.shards.discard()
                 o = self.options
                 shares = f"valid_fraction = {o.valid_fraction}, test_fraction = {o.test_fraction}"
                 raise DataError(
@@ -258,13 +258,13 @@ class Flow:
 
     def _finish(self) -> dict[str, Any]:
         """Write index files, sidecars, report and the tokenizer's copy beside the data."""
-        job, parts, output = self.job, self.parts, Path(self.options.output)
+        job, shards, output = self.job, self.shards, Path(self.options.output)
         reports: dict[str, SplitReport] = {}
         for split in job.splits:
             totals = self.totals.splits[split]
             meta = {"tokenizer_digest": self.tokenizer.digest, "eod": self.eod, "text_bytes": totals.text_bytes}
             meta |= {"bos": self.bos} if self.bos is not None else {}
-            sidecar = parts.write_corpus(split, meta, totals.documents, totals.empty_documents)
+            sidecar = shards.write_corpus(split, meta, totals.documents, totals.empty_documents)
             reports[split] = SplitReport(
                 prefix=job.prefix(split),
                 bytes_per_token=totals.text_bytes / max(1, totals.tokens),
@@ -272,13 +272,13 @@ class Flow:
                 dtype=sidecar["dtype"],
                 **dataclasses.asdict(totals),
             )
-        crossed = {s: _cross_entropy(parts.counts[s], parts.counts["train"]) for s in reports if s != "train"}
+        cross_entropies = {s: _cross_entropy(shards.counts[s], shards.counts["train"]) for s in reports if s != "train"}
         report = PrepareReport(
             train=reports["train"],
             valid=reports.get("valid"),
             test=reports.get("test"),
-            valid_unigram_cross_entropy=crossed.get("valid"),
-            test_unigram_cross_entropy=crossed.get("test"),
+            valid_unigram_cross_entropy=cross_entropies.get("valid"),
+            test_unigram_cross_entropy=cross_entropies.get("test"),
             tokenizer=str(self.options.tokenizer),
             tokenizer_digest=self.tokenizer.digest,
             vocab_size=self.tokenizer.vocab_size,
@@ -289,20 +289,22 @@ class Flow:
             dropped=dict(sorted(self.totals.account.dropped.items())),
             noticed=dict(sorted(self.totals.account.noticed.items())),
             examples=dict(sorted(self.totals.account.examples.items())),
-            skipped=f"{output}-skipped.jsonl" if (parts.folder / "skipped.jsonl").stat().st_size else "",
+            skipped=f"{output}-skipped.jsonl" if (shards.folder / "skipped.jsonl").stat().st_size else "",
             encoder=self.encoder.name,
             encoder_note=self.encoder.note,
             elapsed_s=self.totals.elapsed_s,
         )
-        self.tokenizer.save(parts.folder / "tokenizer")
-        write_synced(parts.folder / "report.json", json.dumps(dataclasses.asdict(report), indent=1).encode() + b"\n")
+        self.tokenizer.save(shards.folder / "tokenizer")
+        write_synced(shards.folder / "report.json", json.dumps(dataclasses.asdict(report), indent=1).encode() + b"\n")
         moves: list[tuple[str, Path]] = []
-        if (beside := job.tokenizer_copy) is not None:
-            moves += [(f"tokenizer/{path.name}", beside / path.name) for path in (parts.folder / "tokenizer").iterdir()]
+        if (copy_folder := job.tokenizer_copy) is not None:
+            moves += [
+                (f"tokenizer/{path.name}", copy_folder / path.name) for path in (shards.folder / "tokenizer").iterdir()
+            ]
         for split in job.splits:
             names = (f"{split}.bin", f"{split}.idx", f"{split}.json")
             moves += zip(names, paths_of(job.prefix(split)))
-        if (parts.folder / "skipped.jsonl").stat().st_size:
+        if (shards.folder / "skipped.jsonl").stat().st_size:
             moves.append(("skipped.jsonl", Path(f"{output}-skipped.jsonl")))
         moves.append(("report.json", Path(f"{output}-report.json")))
         return {"moves": [[name, str(target)] for name, target in moves]}

@@ -19,12 +19,12 @@ from engine.data.samples.indexed import paths_of
 from engine.data.samples.keyed import derive_key
 from engine.data.tokenize.file_names import FILES
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.data.workfolder import as_json
+from engine.data.workfolder import json_round_trip
 from engine.util.signals import Interrupts
 
 SPLITS = ("train", "valid", "test")
 _SETTINGS_VERSION = 2
-AGAIN = "give the same command again"
+RERUN = "give the same command again"
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class PrepareJob:
     note: Callable[[str], None]
     stop: Interrupts
 
-    def given_tokenizer(self) -> Tokenizer:
+    def load_tokenizer(self) -> Tokenizer:
         """The one that is there. Raises DataError."""
         o = self.options
         return Tokenizer.load(o.tokenizer, o.parse_special, merges=o.merges, lower_case=o.lower_case)
 
     @property
-    def parts(self) -> Path:
+    def parts_folder(self) -> Path:
         return Path(f"{self.options.output}.parts")
 
     def prefix(self, split: str) -> str:
@@ -53,7 +53,7 @@ class PrepareJob:
     @property
     def splits(self) -> tuple[str, ...]:
         wanted = (True, self.options.valid_fraction > 0, self.options.test_fraction > 0)
-        return tuple(name for name, there in zip(SPLITS, wanted) if there)
+        return tuple(name for name, used in zip(SPLITS, wanted) if used)
 
     @property
     def total(self) -> int:
@@ -76,22 +76,22 @@ class PrepareJob:
         return self.source.reads_once
 
     @property
-    def own(self) -> Own:
+    def own_files(self) -> Own:
         """What is no input, though it may be in a folder that is one."""
-        return Own(self.targets(), self.options.tokenizer, self.parts)
+        return Own(self.output_paths(), self.options.tokenizer, self.parts_folder)
 
     @property
     def tokenizer_copy(self) -> Path | None:
         """The folder beside the data for the tokenizer's files; None if they are there anyway."""
-        beside = Path(f"{self.options.output}-tokenizer")
-        return None if beside.resolve() == self.options.tokenizer.resolve() else beside
+        folder = Path(f"{self.options.output}-tokenizer")
+        return None if folder.resolve() == self.options.tokenizer.resolve() else folder
 
-    def outputs(self) -> list[Path]:
+    def must_not_exist(self) -> list[Path]:
         """What must not be there: all of them, and a tokenizer where one is to be trained."""
         trained = [self.options.tokenizer / "tokenizer.json"] if self.options.train_vocab_size else []
-        return [*self.targets(), *trained]
+        return [*self.output_paths(), *trained]
 
-    def targets(self) -> list[Path]:
+    def output_paths(self) -> list[Path]:
         """Everything that is written, whatever the options."""
         corpora = [path for split in SPLITS for path in paths_of(self.prefix(split))]
         copy = [self.tokenizer_copy / name for name in FILES] if self.tokenizer_copy is not None else []
@@ -129,7 +129,7 @@ def settings_of(job: PrepareJob, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "suffixes": list(job.suffixes),
         "fast": o.encoder == "auto",
     }
-    return as_json(settings)
+    return json_round_trip(settings)
 
 
 def stop_at_errors(job: PrepareJob, batch: Batch) -> None:

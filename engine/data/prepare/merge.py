@@ -27,12 +27,12 @@ from engine.data.read.progress import ProgressEvent
 from engine.data.samples.index_file import CHUNK, HEADER, MAGIC, IntArray, chunks, code_of
 from engine.data.samples.indexed import IndexedDataset, paths_of
 from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
-from engine.data.workfolder import PLAN, WorkFolder, refuse_existing
+from engine.data.workfolder import PUBLISH_PLAN, WorkFolder, reject_existing
 from engine.errors import DataError
 from engine.util.files import sync_file, write_synced
 from engine.util.signals import Interrupts
 
-_AGREE = ("tokenizer_digest", "vocab_size", "eod", "bos")
+_MUST_AGREE = ("tokenizer_digest", "vocab_size", "eod", "bos")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Corpus:
         return cls(prefix, data.dtype, *sizes, stamps, data.meta), data
 
     @property
-    def facts(self) -> list[Any]:
+    def identity(self) -> list[Any]:
         return [
             self.prefix,
             self.dtype.name,
@@ -100,15 +100,15 @@ def merge(
     for corpora that do not fit together, damage, outputs that exist unless `overwrite`, and too little room.
     """
     began, stop = time.monotonic(), Interrupts(listen=False) if stop is None else stop
-    corpora = [_Corpus.open(prefix)[0] for prefix in corpora_of(inputs)]
-    _refuse_misfits(corpora, output, multimodal)
-    folder, facts = Path(f"{output}.merging"), [corpus.facts for corpus in corpora]
+    corpora = [_Corpus.open(prefix)[0] for prefix in find_corpora(inputs)]
+    _reject_mismatches(corpora, output, multimodal)
+    folder, identity = Path(f"{output}.merging"), [corpus.identity for corpus in corpora]
     needed = _bytes_needed(corpora)
-    with WorkFolder(folder, "merge-datasets", _NAMES) as work, work.disk():
+    with WorkFolder(folder, "merge-datasets", _NAMES) as work, work.disk_errors():
         work.bytes_needed = lambda: needed
-        done = work.plan({})
-        if done is None or done["facts"] != json.loads(json.dumps(facts)):
-            done = _make(work, corpora, output, overwrite, needed, progress, began)
+        done = work.publish_plan({})
+        if done is None or done.get("corpora") != json.loads(json.dumps(identity)):
+            done = _write_merged(work, corpora, output, overwrite, needed, progress, began)
         moves = [(folder / name, path) for name, path in zip(_NAMES, paths_of(output)) if name in done["files"]]
         with stop.deferred():
             work.publish([path for path in paths_of(output) if path not in {to for _, to in moves}], moves)
@@ -116,48 +116,48 @@ def merge(
     return MergeReport(**done["report"])
 
 
-_NAMES = ("bin", "idx", "json", PLAN, f"{PLAN}.tmp")
+_NAMES = ("bin", "idx", "json", PUBLISH_PLAN, f"{PUBLISH_PLAN}.tmp")
 
 
-def corpora_of(inputs: Sequence[str]) -> list[str]:
+def find_corpora(inputs: Sequence[str]) -> list[str]:
     """Prefixes of the corpora that are meant; raises DataError for half a corpus, none, or one that is given twice."""
-    found: list[str] = []
-    for given in inputs:
-        if os.path.isdir(given) and not os.path.isfile(f"{given}.idx"):
-            found += _in_folder(given)
-        elif glob.has_magic(given) and not os.path.isfile(f"{given}.idx"):
-            found += sorted({name.removesuffix(".idx") for name in glob.glob(given) if name.endswith(".idx")})
+    prefixes: list[str] = []
+    for entry in inputs:
+        if os.path.isdir(entry) and not os.path.isfile(f"{entry}.idx"):
+            prefixes += _in_folder(entry)
+        elif glob.has_magic(entry) and not os.path.isfile(f"{entry}.idx"):
+            prefixes += sorted({name.removesuffix(".idx") for name in glob.glob(entry) if name.endswith(".idx")})
         else:
-            found.append(given[:-4] if given.endswith((".bin", ".idx")) and os.path.isfile(given) else given)
-    if not found:
+            prefixes.append(entry[:-4] if entry.endswith((".bin", ".idx")) and os.path.isfile(entry) else entry)
+    if not prefixes:
         raise DataError(
             "prepare.nothing-to-merge",
             f"{', '.join(inputs) or 'no input'}: no PREFIX.idx there. Give prefixes, or a folder of corpora.",
         )
-    seen: dict[str, str] = {}
-    for prefix in found:
+    first_name: dict[str, str] = {}
+    for prefix in prefixes:
         path = os.path.realpath(f"{prefix}.idx")
-        if path in seen:
+        if path in first_name:
             raise DataError(
                 "prepare.corpus-twice",
-                f"{prefix}: is given twice (as {seen[path]} before): its documents would be in it twice.",
+                f"{prefix}: is given twice (as {first_name[path]} before): its documents would be in it twice.",
             )
-        seen[path] = prefix
-    return found
+        first_name[path] = prefix
+    return prefixes
 
 
 def _in_folder(folder: str) -> list[str]:
     """Of every .bin with its .idx in `folder`, sorted by their names without the suffix; folders in it are not read."""
     names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
     halves = {suffix: {n[:-4] for n in names if n.endswith(suffix)} for suffix in (".bin", ".idx")}
-    for there, absent in ((".bin", ".idx"), (".idx", ".bin")):
-        if alone := sorted(halves[there] - halves[absent]):
-            what = f"{os.path.join(folder, alone[0])}{there} stands alone, without its {absent}"
+    for present, absent in ((".bin", ".idx"), (".idx", ".bin")):
+        if unpaired := sorted(halves[present] - halves[absent]):
+            what = f"{os.path.join(folder, unpaired[0])}{present} stands alone, without its {absent}"
             raise DataError("prepare.half-a-corpus", f"{what}. Copy it too, or take this file out of the folder.")
     return [os.path.join(folder, name) for name in sorted(halves[".bin"])]
 
 
-def _refuse_misfits(corpora: Sequence[_Corpus], output: str, multimodal: bool) -> None:
+def _reject_mismatches(corpora: Sequence[_Corpus], output: str, multimodal: bool) -> None:
     first = corpora[0]
     for corpus in corpora:
         if os.path.realpath(f"{corpus.prefix}.idx") == os.path.realpath(f"{output}.idx"):
@@ -181,7 +181,7 @@ def _refuse_misfits(corpora: Sequence[_Corpus], output: str, multimodal: bool) -
                 f"{corpus.prefix}.idx: has no modes, so it is not multimodal. Leave out --multimodal.",
             )
     known = [corpus for corpus in corpora if corpus.meta]
-    for key in _AGREE:
+    for key in _MUST_AGREE:
         for corpus in known[1:]:
             a, b = known[0].meta.get(key), corpus.meta.get(key)
             if a != b:
@@ -196,7 +196,7 @@ def _bytes_needed(corpora: Sequence[_Corpus]) -> int:
     return sum(c.tokens * c.dtype.itemsize + 13 * c.sequences + 8 * c.boundaries + 4096 for c in corpora)
 
 
-def _make(
+def _write_merged(
     work: WorkFolder,
     corpora: Sequence[_Corpus],
     output: str,
@@ -208,15 +208,15 @@ def _make(
     """Write the files in `folder`, or leave no folder; returns what publish.json holds."""
     folder = work.folder
     try:
-        refuse_existing(paths_of(output), overwrite)
+        reject_existing(paths_of(output), overwrite)
         for name in _NAMES:
             (folder / name).unlink(missing_ok=True)
         if (free := shutil.disk_usage(folder).free) < needed:
             text = f"{folder}: about {needed:,} bytes are needed, {free:,} are free"
             raise DataError("prepare.disk-too-small", f"{text}. Make room, or choose an output on another disk.")
-        copied = _Copy(folder, corpora, progress, began)
+        copied = _Merger(folder, corpora, progress, began)
         sidecar = copied.run()
-        facts = sidecar or {}
+        meta = sidecar or {}
         report = MergeReport(
             output=output,
             corpora=[corpus.prefix for corpus in corpora],
@@ -225,22 +225,22 @@ def _make(
             tokens=sum(corpus.tokens for corpus in corpora),
             dtype=corpora[0].dtype.name,
             why_no_sidecar=copied.why_no_sidecar,
-            tokenizer_digest=facts.get("tokenizer_digest"),
-            unigram_entropy=facts.get("unigram_entropy"),
+            tokenizer_digest=meta.get("tokenizer_digest"),
+            unigram_entropy=meta.get("unigram_entropy"),
             elapsed_s=time.monotonic() - began,
         )
         if sidecar is not None:
             write_synced(folder / "json", sidecar_bytes(sidecar))
         files = ["bin", "idx", *(["json"] if sidecar is not None else [])]
-        done = {"facts": [corpus.facts for corpus in corpora], "files": files, "report": asdict(report)}
-        work.write_json(PLAN, done)
+        done = {"corpora": [corpus.identity for corpus in corpora], "files": files, "report": asdict(report)}
+        work.write_json(PUBLISH_PLAN, done)
     except BaseException:  # what is half-written would only fill the disk
         work.discard()
         raise
     return json.loads(json.dumps(done))
 
 
-class _Copy:
+class _Merger:
     """The pass over all corpora that writes `bin` and `idx`."""
 
     def __init__(
@@ -280,33 +280,33 @@ class _Copy:
         meta["bin_digest"] = self.digest.hexdigest()
         return sidecar_of(meta, self.corpora[0].dtype, self.counts, self.sequences, empty)
 
-    def _add(self, before: _Corpus, bin_: IO[bytes], idx: IO[bytes], n: int, d: int) -> None:
+    def _add(self, opened: _Corpus, bin_: IO[bytes], idx: IO[bytes], n: int, d: int) -> None:
         """Copy a corpus; n sequences and d boundaries are there in all."""
-        corpus, data = _Corpus.open(before.prefix)
-        if corpus.facts != before.facts:
+        corpus, data = _Corpus.open(opened.prefix)
+        if corpus.identity != opened.identity:
             raise DataError(
                 "prepare.corpus-changed",
                 f"{corpus.prefix}: was changed while it was merged. Give the same command again.",
             )
-        whole, base = xxhash.xxh3_128(), HEADER.size
+        own_digest, base = xxhash.xxh3_128(), HEADER.size
         for low in range(0, data.num_tokens, CHUNK):
             tokens = np.ascontiguousarray(data.tokens[low : low + CHUNK])
             data.check()
             bin_.write(tokens.data)
-            for digest in (self.digest, whole):
+            for digest in (self.digest, own_digest):
                 digest.update(tokens.view(np.uint8).data)
             self._count(data, low, tokens)
             self._report(low + len(tokens))
-        said = corpus.meta.get("bin_digest", whole.hexdigest())
-        if said != whole.hexdigest():
+        recorded = corpus.meta.get("bin_digest", own_digest.hexdigest())
+        if recorded != own_digest.hexdigest():
             raise DataError(
                 "prepare.corpus-damaged",
                 f"{corpus.prefix}.bin: its bytes are not those that its .json names. Restore or prepare it anew.",
             )
-        _put(idx, base + 4 * self.sequences, data.lengths, "<i4", 0)
-        _put(idx, base + 4 * n + 8 * self.sequences, data.pointers, "<i8", self.tokens * data.dtype.itemsize)
-        _put(idx, base + 12 * n + 8 * self.boundaries, data.boundaries[1:], "<i8", self.sequences)
-        _put(idx, base + 12 * n + 8 * d + self.sequences, data.modes, "<i1", 0)
+        _write_at(idx, base + 4 * self.sequences, data.lengths, "<i4", 0)
+        _write_at(idx, base + 4 * n + 8 * self.sequences, data.pointers, "<i8", self.tokens * data.dtype.itemsize)
+        _write_at(idx, base + 12 * n + 8 * self.boundaries, data.boundaries[1:], "<i8", self.sequences)
+        _write_at(idx, base + 12 * n + 8 * d + self.sequences, data.modes, "<i1", 0)
         data.check()
         self.sequences += corpus.sequences
         self.boundaries += corpus.boundaries - 1
@@ -330,7 +330,7 @@ class _Copy:
             self.progress(ProgressEvent(*event))  # type: ignore[arg-type]
 
 
-def _put(file: IO[bytes], offset: int, values: IntArray, dtype: str, plus: int) -> None:
+def _write_at(file: IO[bytes], offset: int, values: IntArray, dtype: str, plus: int) -> None:
     file.seek(offset)
     for piece in chunks(len(values)):
         part = values[piece]

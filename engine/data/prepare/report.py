@@ -41,9 +41,9 @@ class Totals:
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Totals:
-        splits = {name: SplitTotals(**facts) for name, facts in state["splits"].items()}
-        made = {"cursor": Cursor(**state["cursor"]), "account": Account(**state["account"]), "splits": splits}
-        return cls(**{**state, **made})
+        splits = {name: SplitTotals(**counts) for name, counts in state["splits"].items()}
+        state_of_parts = {"cursor": Cursor(**state["cursor"]), "account": Account(**state["account"]), "splits": splits}
+        return cls(**{**state, **state_of_parts})
 
 
 @dataclass(frozen=True)

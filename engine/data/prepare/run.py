@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.data.prepare.flow import Flow
-from engine.data.prepare.job import AGAIN, SPLITS, PrepareJob, settings_of, stop_at_errors
+from engine.data.prepare.flow import CorpusEncoder
+from engine.data.prepare.job import RERUN, SPLITS, PrepareJob, settings_of, stop_at_errors
 from engine.data.prepare.options import PrepareOptions
 from engine.data.prepare.report import PrepareReport, SplitReport
 from engine.data.prepare.shards import Shards
@@ -27,7 +27,7 @@ from engine.data.read.progress import Progress, ProgressEvent
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.data.tokenize.train import Spread, train_apart
-from engine.data.workfolder import PLAN, refuse_existing, work_json
+from engine.data.workfolder import PUBLISH_PLAN, read_work_json, reject_existing
 from engine.errors import ConfigError, DataError
 from engine.util.files import sync_folder
 from engine.util.prefetch import read_ahead
@@ -53,7 +53,7 @@ def prepare(
         raise ConfigError(errors)
     stop = Interrupts(listen=False) if stop is None else stop
     job = PrepareJob(options, DocumentSource(()), suffixes, progress, note, stop)
-    source = options.source(job.own, max_document_bytes=options.max_document_bytes)
+    source = options.source(job.own_files, max_document_bytes=options.max_document_bytes)
     job = dataclasses.replace(job, source=source)
     if options.train_vocab_size and source.reads_once:
         text = "standard input (-) and pipes can be read only once: train the tokenizer on files, or give one"
@@ -65,50 +65,52 @@ def prepare(
 
 def _run(job: PrepareJob) -> PrepareReport:
     """Go on with the work in PREFIX.parts, or begin it."""
-    given = None if job.options.train_vocab_size else job.given_tokenizer()
-    settings = settings_of(job, given)
-    if job.parts.exists():
-        job.stop.resume_hint = lambda: f"what is finished is kept in {job.parts}; {AGAIN} and it goes on behind it"
+    loaded = None if job.options.train_vocab_size else job.load_tokenizer()
+    settings = settings_of(job, loaded)
+    if job.parts_folder.exists():
+        job.stop.resume_hint = lambda: (
+            f"what is finished is kept in {job.parts_folder}; {RERUN} and it goes on behind it"
+        )
     else:
-        refuse_existing(job.outputs(), job.options.overwrite)
-    with Shards(job.parts, job.splits) as parts:
-        plan = parts.plan(settings)
+        reject_existing(job.must_not_exist(), job.options.overwrite)
+    with Shards(job.parts_folder, job.splits) as shards:
+        plan = shards.publish_plan(settings)
         if plan is not None:
-            return _publish(job, parts, plan)
-        if not parts.resume(settings, job.options.overwrite):
-            _refuse_beside(job, parts)
-            parts.begin(settings)
+            return _publish(job, shards, plan)
+        if not shards.resume(settings, job.options.overwrite):
+            _reject_existing_outputs(job, shards)
+            shards.start(settings)
         try:
-            chosen = given or _trained(job)
-            plan = Flow(job, parts, chosen).run()
+            tokenizer = loaded or _trained_tokenizer(job)
+            plan = CorpusEncoder(job, shards, tokenizer).run()
         except (DataError, Stopped) as err:
-            trained = isinstance(err, Stopped) and (job.parts / "trained").exists()
-            if not trained and not parts.has_shards():  # nothing worth keeping: the next try is as the first one
-                parts.discard()
+            trained = isinstance(err, Stopped) and (job.parts_folder / "trained").exists()
+            if not trained and not shards.has_shards():  # nothing worth keeping: the next try is as the first one
+                shards.discard()
             raise
-        parts.write_json(PLAN, plan)
-        return _publish(job, parts, plan)
+        shards.write_json(PUBLISH_PLAN, plan)
+        return _publish(job, shards, plan)
 
 
-def _refuse_beside(job: PrepareJob, parts: Shards) -> None:
+def _reject_existing_outputs(job: PrepareJob, shards: Shards) -> None:
     """Refuse to replace outputs beside a folder of parts; an empty one that a kill left goes away then."""
     try:
-        refuse_existing(job.outputs(), job.options.overwrite)
+        reject_existing(job.must_not_exist(), job.options.overwrite)
     except DataError:
-        if parts.settings() is None:
-            parts.discard()
+        if shards.settings() is None:
+            shards.discard()
         raise
 
 
-def _trained(job: PrepareJob) -> Tokenizer:
+def _trained_tokenizer(job: PrepareJob) -> Tokenizer:
     """The tokenizer that an earlier try trained, or a new one, kept in the parts folder."""
-    folder = job.parts / "trained"
+    folder = job.parts_folder / "trained"
     if not folder.exists():
         recipe, spread = Recipe(job.options.train_vocab_size), Spread(job.options.train_bytes, job.total)
         trained = train_apart(_train_texts(job, spread), recipe, spread, job.progress)
-        trained.tokenizer.save(job.parts / "trained.tmp")
-        (job.parts / "trained.tmp").rename(folder)
-        sync_folder(job.parts)
+        trained.tokenizer.save(job.parts_folder / "trained.tmp")
+        (job.parts_folder / "trained.tmp").rename(folder)
+        sync_folder(job.parts_folder)
     return Tokenizer.load(folder, job.options.parse_special)
 
 
@@ -127,14 +129,14 @@ def _train_texts(job: PrepareJob, spread: Spread) -> Iterator[str]:
         raise account.no_text(job.source)
 
 
-def _publish(job: PrepareJob, parts: Shards, plan: dict[str, Any]) -> PrepareReport:
+def _publish(job: PrepareJob, shards: Shards, plan: dict[str, Any]) -> PrepareReport:
     """The tokenizer first, as without it the ids mean nothing; the report last."""
-    trained = job.parts / "trained"
+    trained = job.parts_folder / "trained"
     if job.options.train_vocab_size and trained.exists():
         Tokenizer.load(trained).save(job.options.tokenizer)
-    moves = [(job.parts / name, Path(target)) for name, target in plan["moves"]]
+    moves = [(job.parts_folder / name, Path(target)) for name, target in plan["moves"]]
     targets = {target for _, target in moves}
-    parts.publish([path for path in job.targets() if path not in targets], moves)
-    facts = work_json(Path(f"{job.options.output}-report.json")) or {}
-    splits = {name: SplitReport(**facts[name]) if facts.get(name) else None for name in SPLITS}
-    return PrepareReport(**{**facts, **splits})
+    shards.publish([path for path in job.output_paths() if path not in targets], moves)
+    report = read_work_json(Path(f"{job.options.output}-report.json")) or {}
+    splits = {name: SplitReport(**report[name]) if report.get(name) else None for name in SPLITS}
+    return PrepareReport(**{**report, **splits})

@@ -26,48 +26,50 @@ from engine.data.prepare.pack import pack
 from engine.data.samples.index_file import write_index
 from engine.data.samples.indexed_writer import token_dtype
 from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
-from engine.data.workfolder import WorkFolder, work_json
+from engine.data.workfolder import WorkFolder, read_work_json
 from engine.errors import DataError
 from engine.util.files import sync_file, sync_folder, write_synced
 
-_CHECK_BYTES = _SEND_BYTES = 8 << 20
+_CHECK_BYTES = _WRITEBACK_BYTES = 8 << 20
 _SKIPPED = "skipped.jsonl"
 
 
-class _Grown:
+class _DataFile:
     """A data file: what was committed, and what was added since with its digest."""
 
     def __init__(self, path: Path):
         self.path = path
         self.committed = self.end = 0
         self.digest = xxhash.xxh3_128()  # of what was added since the last commit
-        self.whole = self.whole_committed = xxhash.xxh3_128()  # of the file to `end`, and to `committed`
+        self.file_digest = self.file_digest_committed = xxhash.xxh3_128()  # of the file to `end`, and to `committed`
         self.file: IO[bytes] = open(path, "ab")  # noqa: SIM115  (closed by Shards.close)
-        self._sent = 0
+        self._writeback_end = 0
 
     def write(self, data: memoryview | bytes) -> None:
         self.file.write(data)
         self.digest.update(data)
-        self.whole.update(data)
+        self.file_digest.update(data)
         self.end += memoryview(data).nbytes
-        if self.end - self._sent >= _SEND_BYTES and hasattr(os, "posix_fadvise"):
+        if self.end - self._writeback_end >= _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
             # Linux begins to write what is not on the disk yet; the sync that ends a shard then waits for little.
-            os.posix_fadvise(self.file.fileno(), self._sent, self.end - self._sent, os.POSIX_FADV_DONTNEED)
-            self._sent = self.end
+            os.posix_fadvise(
+                self.file.fileno(), self._writeback_end, self.end - self._writeback_end, os.POSIX_FADV_DONTNEED
+            )
+            self._writeback_end = self.end
 
     def commit(self) -> None:
         """Everything so far is in a shard."""
-        self.committed, self.digest, self.whole_committed = self.end, xxhash.xxh3_128(), self.whole.copy()
+        self.committed, self.digest, self.file_digest_committed = self.end, xxhash.xxh3_128(), self.file_digest.copy()
 
     def reset(self, committed: int) -> None:
         """Go back to what is committed, or to 0: nothing."""
         self.file.close()
         os.truncate(self.path, committed)
         self.file = open(self.path, "ab")  # noqa: SIM115
-        self.committed = self.end = self._sent = committed
+        self.committed = self.end = self._writeback_end = committed
         self.digest = xxhash.xxh3_128()
-        self.whole_committed = self.whole_committed if committed else xxhash.xxh3_128()
-        self.whole = self.whole_committed.copy()
+        self.file_digest_committed = self.file_digest_committed if committed else xxhash.xxh3_128()
+        self.file_digest = self.file_digest_committed.copy()
 
 
 class Shards(WorkFolder):
@@ -82,53 +84,53 @@ class Shards(WorkFolder):
         self.warnings: list[str] = []
         self.state: dict[str, Any] | None = None
         self.num_shards = 0
-        self._files: dict[str, _Grown] = {}
+        self._files: dict[str, _DataFile] = {}
         super().__init__(folder, "prepare")
 
     def close(self) -> None:
-        for grown in self._files.values():
+        for data_file in self._files.values():
             with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
-                grown.file.close()
+                data_file.file.close()
         self._files.clear()
         super().close()
 
     def resume_hint(self) -> str:
         return f"Give the same command again: it goes on behind the {self.num_shards} shards that are finished."
 
-    def room(self) -> int:
+    def release_space(self) -> int:
         """What is not committed is given back: it is made again, and what is then free is told."""
         needed = self.bytes_needed()
-        for grown in self._files.values():
+        for data_file in self._files.values():
             with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
-                grown.file.close()
+                data_file.file.close()
             with contextlib.suppress(OSError):
-                os.truncate(grown.path, grown.committed)
+                os.truncate(data_file.path, data_file.committed)
         return needed
 
     def open(self, vocab_size: int) -> None:
         """Open the data files behind the last good shard."""
         self.dtype = token_dtype(vocab_size)
         names = [f"{split}.{kind}" for split in self.splits for kind in ("bin", "lengths")] + [_SKIPPED]
-        with self.disk(self.folder):
-            self._files = {name: _Grown(self.folder / name) for name in names}
+        with self.disk_errors(self.folder):
+            self._files = {name: _DataFile(self.folder / name) for name in names}
         self.counts = {split: np.zeros(vocab_size, np.int64) for split in self.splits}
-        while self._take_shard():
+        while self._verify_next_shard():
             pass
-        behind = sorted((path for path in self._shard_files() if int(path.stem) > self.num_shards), reverse=True)
-        for path in behind:
+        discarded = sorted((path for path in self._shard_files() if int(path.stem) > self.num_shards), reverse=True)
+        for path in discarded:
             path.unlink()
-        if behind:
+        if discarded:
             self.warnings.append(f"{self.folder}: everything from shard {self.num_shards + 1} on is made again")
-        for grown in self._files.values():
-            grown.reset(grown.committed)
+        for data_file in self._files.values():
+            data_file.reset(data_file.committed)
 
     def restart(self) -> None:
         """Forget all shards: what they hold is not to be trusted."""
         for path in sorted(self._shard_files(), reverse=True):  # from the end: a kill leaves a shorter, whole beginning
             path.unlink()
         sync_folder(self.folder)
-        for grown in self._files.values():
-            grown.reset(0)
+        for data_file in self._files.values():
+            data_file.reset(0)
         for counts in self.counts.values():
             counts[:] = 0
         self.state, self.num_shards = None, 0
@@ -152,34 +154,34 @@ class Shards(WorkFolder):
         self._append(f"{split}.lengths", written.data)
         return written
 
-    def skip(self, line: bytes) -> None:
+    def add_skipped(self, line: bytes) -> None:
         """Append a line to the list of what was left out."""
         self._append(_SKIPPED, line)
 
     def _append(self, name: str, data: memoryview | bytes) -> None:
-        with self.disk(self.folder / name):
+        with self.disk_errors(self.folder / name):
             self._files[name].write(data)
 
     @property
     def uncommitted_bytes(self) -> int:
-        return sum(grown.end - grown.committed for grown in self._files.values())
+        return sum(data_file.end - data_file.committed for data_file in self._files.values())
 
     @property
     def total_bytes(self) -> int:
-        return sum(grown.end for grown in self._files.values())
+        return sum(data_file.end for data_file in self._files.values())
 
     def commit(self, state: dict[str, Any]) -> None:
         """Make everything added so far, and `state`, last."""
-        with self.disk(self.folder):
-            for grown in self._files.values():
-                if grown.end > grown.committed:
-                    sync_file(grown.file)
+        with self.disk_errors(self.folder):
+            for data_file in self._files.values():
+                if data_file.end > data_file.committed:
+                    sync_file(data_file.file)
         ranges = {name: [g.committed, g.end, g.digest.hexdigest()] for name, g in self._files.items()}
         self.write_json(f"{self.num_shards + 1:08d}.json", {"files": ranges, "state": state})
         self.num_shards += 1
         self.state = state
-        for grown in self._files.values():
-            grown.commit()
+        for data_file in self._files.values():
+            data_file.commit()
 
     def has_shards(self) -> bool:
         """Whether there are finished shards, looked at or not."""
@@ -188,32 +190,32 @@ class Shards(WorkFolder):
     def _shard_files(self) -> list[Path]:
         return [path for path in self.folder.glob("*.json") if path.stem.isdigit()]
 
-    def _take_shard(self) -> bool:
+    def _verify_next_shard(self) -> bool:
         """Check the next shard by its digests and count its tokens. False: there is none, or it is not good."""
         path = self.folder / f"{self.num_shards + 1:08d}.json"
         try:
-            shard = work_json(path)
+            shard = read_work_json(path)
         except DataError as err:
             self.warnings.append(str(err))
             return False
         if shard is None:
             return False
-        found = {name: self._digest(name, begin, end) for name, (begin, end, _) in shard["files"].items()}
-        wrong = [name for name, (begin, _, digest) in shard["files"].items() if found[name][0] != digest]
+        actual = {name: self._digest(name, begin, end) for name, (begin, end, _) in shard["files"].items()}
+        wrong = [name for name, (begin, _, digest) in shard["files"].items() if actual[name][0] != digest]
         wrong += [name for name, (begin, _, _) in shard["files"].items() if begin != self._files[name].committed]
         if wrong:
             self.warnings.append(f"{path}: {', '.join(wrong)} is not what was written")
             return False
         for name, (_, end, _) in shard["files"].items():
-            self._files[name].committed, self._files[name].whole_committed = end, found[name][2]
-            if found[name][1] is not None:
-                self.counts[name.removesuffix(".bin")] += found[name][1]
+            self._files[name].committed, self._files[name].file_digest_committed = end, actual[name][2]
+            if actual[name][1] is not None:
+                self.counts[name.removesuffix(".bin")] += actual[name][1]
         self.state, self.num_shards = shard["state"], self.num_shards + 1
         return True
 
     def _digest(self, name: str, begin: int, end: int) -> tuple[str, Any, Any]:
         """Digest of bytes of a data file, for tokens their histogram, and the hash of the file up to their end."""
-        digest, whole = xxhash.xxh3_128(), self._files[name].whole_committed.copy()
+        digest, whole = xxhash.xxh3_128(), self._files[name].file_digest_committed.copy()
         counts = np.zeros_like(self.counts[name.removesuffix(".bin")]) if name.endswith(".bin") else None
         with open(self.folder / name, "rb") as file:
             file.seek(begin)
@@ -232,11 +234,11 @@ class Shards(WorkFolder):
 
     def write_corpus(self, split: str, meta: dict[str, Any], documents: int, empty: int) -> dict[str, Any]:
         """Write .idx and sidecar of a split beside its .bin; returns the sidecar."""
-        meta = {**meta, "bin_digest": self._files[f"{split}.bin"].whole.hexdigest()}
+        meta = {**meta, "bin_digest": self._files[f"{split}.bin"].file_digest.hexdigest()}
         sidecar = sidecar_of(meta, self.dtype, self.counts[split], documents, empty)
         lengths_path = self.folder / f"{split}.lengths"
         lengths = np.memmap(lengths_path, "<i4", "r") if lengths_path.stat().st_size else np.empty(0, np.int32)
-        with self.disk(self.folder / f"{split}.idx"):
+        with self.disk_errors(self.folder / f"{split}.idx"):
             with open(self.folder / f"{split}.idx", "wb") as out:
                 write_index(out, self.dtype, lengths)
                 sync_file(out)

@@ -129,13 +129,13 @@ def test_near_duplicates_are_found_as_often_as_documented(share: float) -> None:
         x, y = (set(ngram_hashes(words_of(text), 5).tolist()) for text in (a, b))
         exact_share += len(x & y) / len(x | y) / pairs
         found += bool((minhash.keys(a) == minhash.keys(b)).any())
-    wanted = minhash.chance(exact_share)
+    wanted = minhash.detection_probability(exact_share)
     spread = 4 * (wanted * (1 - wanted) / pairs) ** 0.5 + 0.02
     assert abs(found / pairs - wanted) < spread, (found / pairs, wanted)
     table = near_duplicate_table()
     if share in table:  # what docs/cleaning.md says is what was found, and the chance at that J
         digits = 3 if share < 0.5 else 2
-        assert table[share] == (f"{minhash.chance(share):.{digits}f}", f"{found / pairs:.{digits}f}")
+        assert table[share] == (f"{minhash.detection_probability(share):.{digits}f}", f"{found / pairs:.{digits}f}")
 
 
 def test_keys_of_short_texts() -> None:
@@ -161,8 +161,8 @@ def test_the_earliest_of_a_group_stays_whatever_the_slices(
             file.write_bytes(piece.astype("<u8").tobytes())
         columns.append(files)
     wanted = [min(j for j in range(i + 1) if any((c[i] == c[j]).all() for c in keys)) for i in range(40)]
-    assert duplicates.earliest(columns, 40, 2).tolist() == wanted
-    assert duplicates.earliest([], 3, 1).tolist() == [0, 1, 2]
+    assert duplicates.earliest_match(columns, 40, 2).tolist() == wanted
+    assert duplicates.earliest_match([], 3, 1).tolist() == [0, 1, 2]
 
 
 def test_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_a_killed_run_goes_on(corpus: list[str], tmp_path: Path, monkeypatch: py
         parts.extend(os.stat(job.part(t) / "places").st_mtime_ns for t in range(3))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clean_module, "Joining", looks)
+    monkeypatch.setattr(clean_module, "PartJoiner", looks)
     with pytest.raises(KeyboardInterrupt):
         clean(corpus, output, tasks=3, on_error="skip")  # no error was met
     assert parts[1] == before  # not made anew
@@ -470,11 +470,11 @@ def test_options_of_steps_that_are_off_are_refused(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as ended:
         main(["clean", "--input", "none", "--output", "o.jsonl", *off.split(), *rest.split()])
     told = capsys.readouterr().err
-    assert ended.value.code == 2 and "has 9 faults" in told and "--no-fold-numbers" in told
+    assert ended.value.code == 2 and "has 9 errors" in told and "--no-fold-numbers" in told
     on = "--quality c4 --language zh --decontaminate a --executor slurm --slurm-partition p"
     with pytest.raises(SystemExit):
         main(["clean", "--input", "none", "--output", "o.jsonl", *on.split(), *off.split()[:5], "--minhash-rows", "4"])
-    assert "fault" not in capsys.readouterr().err
+    assert "has " not in capsys.readouterr().err
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -494,7 +494,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as end:
         main(["clean", "--input", name, "--output", str(tmp_path / "p.jsonl"), *words])
     err = capsys.readouterr().err
-    assert end.value.code == 2 and "5 faults" in err and "--slurm-partition" in err
+    assert end.value.code == 2 and "5 errors" in err and "--slurm-partition" in err
 
 
 def test_rules_are_what_the_report_says(tmp_path: Path) -> None:

@@ -128,11 +128,11 @@ def test_a_slurm_job_that_fails_is_told_by_the_next_command(
 def test_slurm_jobs_at_work_are_waited_for(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without datatrove: what the command does when its number is in the queue, over, or not to be had."""
     output, work = str(tmp_path / "out.jsonl"), tmp_path / "out.jsonl.work"
-    monkeypatch.setattr(executors, "need", lambda *_: pytest.fail("jobs were started a second time"))
+    monkeypatch.setattr(executors, "require_package", lambda *_: pytest.fail("jobs were started a second time"))
     monkeypatch.setattr(clean_module, "_run_tasks", lambda job, *_: clean_module.run_task(job, 0))
     assert clean(corpus, output, tasks=2) is None
     monkeypatch.undo()
-    monkeypatch.setattr(executors, "need", lambda *_: pytest.fail("jobs were started a second time"))
+    monkeypatch.setattr(executors, "require_package", lambda *_: pytest.fail("jobs were started a second time"))
     (work / "slurm-job").write_text("12 /some/log folder")
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
@@ -216,7 +216,7 @@ def test_a_task_leaves_its_error(tmp_path: Path) -> None:
 
 def test_what_datatrove_is_told() -> None:
     def told(executor: Any, **how: Any) -> dict[str, Any]:
-        return CleanOptions(("a",), "o.jsonl", executor=executor, **how).of_executor()
+        return CleanOptions(("a",), "o.jsonl", executor=executor, **how).executor_options()
 
     assert told("slurm", slurm_partition="p") == {"workers": -1, "partition": "p", "time": "24:00:00"}
     assert told("local") == {"workers": os.cpu_count()} and told("ray", workers=3) == {"workers": 3}

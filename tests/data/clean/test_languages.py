@@ -265,10 +265,10 @@ def test_c4_in_english_is_that_of_datatrove() -> None:
     from datatrove.data import Document
     from datatrove.pipeline.filters import C4QualityFilter
 
-    from engine.data.clean.quality import Quality
+    from engine.data.clean.quality import QualityFilters
 
     text = TEXTS["en"]
-    ours, theirs = Quality(("c4",), "en", None), C4QualityFilter()
+    ours, theirs = QualityFilters(("c4",), "en", None), C4QualityFilter()
     lines = ["Read more...", "two words.", "no end", "Turn on JavaScript, please.", "See our privacy policy here."]
     lines += ["A line with a citation [12] in it.", f"{'x' * 1001} is a long word.", "  blanks around the line.  ", ""]
     cases = [text, "\n".join([*text.split("\n"), *lines]), text.split("\n")[1], "", "\n\n"]
@@ -278,7 +278,7 @@ def test_c4_in_english_is_that_of_datatrove() -> None:
         document = Document(text=case, id="")
         result = theirs.filter(document)
         wanted = (document.text, "") if result is True else (case, f"quality: c4: {result[1]}")
-        assert ours.look(case, "en") == wanted
+        assert ours.apply(case, "en") == wanted
 
 
 @needs_clean

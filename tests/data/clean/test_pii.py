@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.clean.options import PiiKind
-from engine.data.clean.pii import KINDS, Entity, _take, find, hint, mask
+from engine.data.clean.pii import KINDS, Entity, _insert_if_free, find, mask, redact
 from engine.data.clean.pii.numbers import is_card, is_cn_id, luhn
 from tests.data.clean.pii_cases import cases, held_out, scores, table
 from tests.data.clean.pii_values import cn_id, with_luhn
@@ -158,14 +158,14 @@ def test_check_digits() -> None:
 
 def test_masking_replaces_just_the_findings() -> None:
     text = "mail tom@gmail.com or call 139-1234-5678 from 81.92.17.4, bye"
-    found = find(text)
-    assert [f.kind for f in found] == ["email", "phone", "ip"]
-    assert mask(text, found) == "mail [EMAIL] or call [PHONE] from [IP], bye"
-    assert find(mask(text, found)) == []
+    findings = find(text)
+    assert [f.kind for f in findings] == ["email", "phone", "ip"]
+    assert mask(text, findings) == "mail [EMAIL] or call [PHONE] from [IP], bye"
+    assert find(mask(text, findings)) == []
     assert [f.kind for f in find(text, ["ip"])] == ["ip"]
     assert mask(text, []) == text
-    assert hint("tom@gmail.com") == "to*********om" and hint("12345") == "*****"
-    assert hint("a1b2c3") == "a****3"  # of a short password too little to guess the rest
+    assert redact("tom@gmail.com") == "to*********om" and redact("12345") == "*****"
+    assert redact("a1b2c3") == "a****3"  # of a short password too little to guess the rest
 
 
 def test_of_two_overlapping_findings_the_first_one_stays() -> None:
@@ -177,7 +177,7 @@ def test_of_two_overlapping_findings_the_first_one_stays() -> None:
         Entity("d", 19, 30),
         Entity("e", 20, 21),
     ):
-        _take(taken, finding)
+        _insert_if_free(taken, finding)
     assert [f.kind for f in taken] == ["c", "a", "e"]
 
 
@@ -262,5 +262,5 @@ def test_the_documentation_has_these_figures() -> None:
         for kind in (kind for kind in KINDS if both[0][kind].labelled):
             count = " \\+ ".join(str(score[kind].labelled) for score in both)
             row = " | ".join(f"{score[kind].precision:.3f} / {score[kind].recall:.3f}" for score in both)
-            found = re.search(rf"\n\| {kind} \| {count} \|.*\| {row} \|\n", page)
-            assert found, f"{names}, as the rules stand: {kind}: {row}"
+            match = re.search(rf"\n\| {kind} \| {count} \|.*\| {row} \|\n", page)
+            assert match, f"{names}, as the rules stand: {kind}: {row}"

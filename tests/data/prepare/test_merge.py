@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from engine.cli.main import main
-from engine.data.prepare.merge import corpora_of, merge
+from engine.data.prepare.merge import find_corpora, merge
 from engine.data.samples.contents import verify
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ def test_prefixes_keep_the_order_they_are_given_in(folder: Path, capsys: pytest.
     assert not end.value.code and json.loads(capsys.readouterr().out)["tokens"] == 10
     megatron(folder / "want", [*CORPORA["c.d"], *CORPORA["a"]])
     assert (folder / "out.idx").read_bytes() == (folder / "want.idx").read_bytes()
-    assert corpora_of([str(folder / "in/a*")]) == [str(folder / "in/a"), str(folder / "in/a-b")]
+    assert find_corpora([str(folder / "in/a*")]) == [str(folder / "in/a"), str(folder / "in/a-b")]
 
 
 def prepared(folder: Path, name: str, texts: Sequence[str], **how: Any) -> str:

@@ -261,7 +261,7 @@ def test_two_at_once_are_kept_apart(tmp_path: Path, tokenizer: Path) -> None:
 @pytest.mark.parametrize("wrong", [-1, 400, 2**31 - 1])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> None:
     with shards.Shards(tmp_path / "p", ["train"]) as folder:
-        folder.begin({})
+        folder.start({})
         folder.open(400)
         folder.add("train", np.array([0, 399], np.int32), np.array([2], np.int32))
         with raises(DataError, "prepare.id-outside-the-vocabulary", wrong, "[0, 400)"):
@@ -277,9 +277,9 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, tokenizer: Path, m
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, data)
 
-    real = shards._Grown.write
+    real = shards._DataFile.write
     with monkeypatch.context() as patch:
-        patch.setattr(shards._Grown, "write", full)
+        patch.setattr(shards._DataFile, "write", full)
         with raises(DataError, "data.disk-full", "out.parts/") as told:
             run(tmp_path, tokenizer)
     assert re.search(r"about [1-9][\d,]* .*, [1-9][\d,]* ", str(told.value))  # bytes needed, and free

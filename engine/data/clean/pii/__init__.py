@@ -49,7 +49,7 @@ def find(text: str, kinds: Sequence[str] = ()) -> list[Entity]:
     for kind, search in KINDS.items():
         if not kinds or kind in kinds:
             for begin, end in search(scan):
-                _take(taken, Entity(kind, begin, end))
+                _insert_if_free(taken, Entity(kind, begin, end))
     return taken
 
 
@@ -62,13 +62,13 @@ def mask(text: str, findings: Sequence[Entity]) -> str:
     return "".join(pieces) + text[position:]
 
 
-def hint(value: str) -> str:
+def redact(value: str) -> str:
     """Enough of a finding to recognise its form, too little to use it: at most a third, first and last characters."""
     shown = min(2, len(value) // 6)
     return value[:shown] + "*" * min(12, len(value) - 2 * shown) + value[len(value) - shown :]
 
 
-def _take(taken: list[Entity], finding: Entity) -> None:
+def _insert_if_free(taken: list[Entity], finding: Entity) -> None:
     """Insert it in order of text, unless something there overlaps it."""
     at = bisect.bisect_left(taken, finding.begin, key=lambda other: other.begin)
     after_last = at == 0 or taken[at - 1].end <= finding.begin

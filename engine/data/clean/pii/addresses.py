@@ -64,8 +64,8 @@ def emails(scan: Scan) -> Iterator[tuple[int, int]]:
                 if end and not _is_no_email(scan, match, end):
                     yield match.start(), end
     if " dot " in text or " DOT " in text:
-        yield from _spelled_out(text, _DOT)
-    yield from _spelled_out(text, _BRACKETED)
+        yield from _obfuscated(text, _DOT)
+    yield from _obfuscated(text, _BRACKETED)
 
 
 def _domain_end(scan: Scan, match: re.Match[str]) -> int:
@@ -85,8 +85,8 @@ def _domain_end(scan: Scan, match: re.Match[str]) -> int:
     if _is_reserved(labels) or (len(labels) == 2 and top == "py"):  # Paraguay has .com.py; x@y.py is Python
         return 0
     if not _is_top(match["domain"].rpartition(".")[2] if end == match.end() else top):
-        said = _MAIL_WORD.search(scan.before(match.start(), 16))
-        return end if said and top.isalpha() and len(top) > 2 and top not in _RESERVED_TOPS else 0
+        is_labelled = _MAIL_WORD.search(scan.before(match.start(), 16))
+        return end if is_labelled and top.isalpha() and len(top) > 2 and top not in _RESERVED_TOPS else 0
     return end
 
 
@@ -120,7 +120,7 @@ def _is_no_email(scan: Scan, match: re.Match[str], end: int) -> bool:
     )
 
 
-def _spelled_out(text: str, gate: re.Pattern[str]) -> Iterator[tuple[int, int]]:
+def _obfuscated(text: str, gate: re.Pattern[str]) -> Iterator[tuple[int, int]]:
     """jane [at] posteo (dot) de, jane at posteo dot de: both signs in words, or one of them in brackets."""
     for match in (match for window in windows(text, gate, 64, 96) for match in _OBFUSCATED.finditer(text, *window)):
         labels = [label.lower() for label in _ANY_DOT.split(match["domain"])]

@@ -88,7 +88,7 @@ def _keys(scan: Scan, begin: int, end: int) -> Iterator[tuple[int, int]]:
     for match in _KEY.finditer(scan.text, begin, end):
         beginning = _BEGINNING.match(match[0])
         body = match[0][beginning.end() if beginning else 0 :]
-        if _is_random(body) if match[0].startswith("sk-") or not beginning else _is_drawn(body):
+        if _is_random(body) if match[0].startswith("sk-") or not beginning else _looks_generated(body):
             yield match.span()
 
 
@@ -115,14 +115,14 @@ def _entropy(value: str) -> float:
     return -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values())
 
 
-def _is_drawn(value: str) -> bool:
+def _looks_generated(value: str) -> bool:
     """No placeholder; for what stands behind the beginning that a service gives its keys."""
     return _PLACEHOLDER.search(value) is None and _entropy(value) >= 2.8
 
 
 def _is_random(value: str) -> bool:
     """Letters and digits mixed as in a drawn string: neither a placeholder, nor a name, a path or words."""
-    if not _is_drawn(value):
+    if not _looks_generated(value):
         return False
     parts = [part for part in _PARTS.split(value) if part]
     if len(parts) > 2 and all(re.fullmatch("[A-Za-z]{2,}[0-9]{0,2}|[0-9]{1,4}|[A-Za-z]", part) for part in parts):
@@ -225,16 +225,16 @@ def _named(scan: Scan) -> Iterator[tuple[int, int]]:
     low = text.encode("ascii", "replace").lower()  # a byte a character; ten times as fast to search as the text
     if any(name in low for name in (b"sk:", b"sk=", b'sk"', b"sk?")):
         yield from (match.span("value") for match in _SK.finditer(text) if _is_random(match["value"]))
-    places = [(stem, at) for stem in _STEMS for at in _places(low, stem.encode())]
+    positions = [(stem, at) for stem in _STEMS for at in _positions(low, stem.encode())]
     if not text.isascii():
-        places += [(match[0].lower(), match.start()) for match in _OTHER_STEMS.finditer(text)]
-        places += [(stem.lower(), at) for stem in ("contraseña", "Contraseña") for at in _places(text, stem)]
-    for stem, at in places:
+        positions += [(match[0].lower(), match.start()) for match in _OTHER_STEMS.finditer(text)]
+        positions += [(stem.lower(), at) for stem in ("contraseña", "Contraseña") for at in _positions(text, stem)]
+    for stem, at in positions:
         if span := _value_of(scan, stem, at, at + len(stem)):
             yield span
 
 
-def _places(text: AnyStr, part: AnyStr) -> Iterator[int]:
+def _positions(text: AnyStr, part: AnyStr) -> Iterator[int]:
     at = text.find(part)
     while at >= 0:
         yield at
@@ -269,7 +269,7 @@ def _value_of(scan: Scan, stem: str, at: int, end: int) -> tuple[int, int] | Non
 def _secret(scan: Scan, begin: int) -> tuple[int, int] | None:
     match = _VALUE.match(scan.text, begin)
     if (
-        match is None or scan.seen_often(match.end()) or scan.after(match.end(), 1) in tuple("([{")
+        match is None or scan.is_repeated(match.end()) or scan.after(match.end(), 1) in tuple("([{")
     ):  # a call or an expression, not a value
         return None
     value = match[0].rstrip(".:")

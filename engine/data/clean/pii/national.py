@@ -78,21 +78,21 @@ def _kr_rrn(value: str) -> bool:
     return century is not None and is_date(century + value[:6])
 
 
-_TIMES = [[(j + i) % 5 if j < 5 and i < 5 else 0 for i in range(10)] for j in range(10)]
+_DIHEDRAL = [[(j + i) % 5 if j < 5 and i < 5 else 0 for i in range(10)] for j in range(10)]
 for _j in range(10):
     for _i in range(10):
         flip, turn = _j >= 5, _i >= 5
-        _TIMES[_j][_i] = ((_j - _i if flip else _j + _i) % 5) + (5 if flip != turn else 0)
-_TURNS = [list(range(10)), [1, 5, 7, 6, 2, 8, 3, 0, 9, 4]]
-while len(_TURNS) < 8:
-    _TURNS.append([_TURNS[-1][_TURNS[1][i]] for i in range(10)])
+        _DIHEDRAL[_j][_i] = ((_j - _i if flip else _j + _i) % 5) + (5 if flip != turn else 0)
+_PERMUTATIONS = [list(range(10)), [1, 5, 7, 6, 2, 8, 3, 0, 9, 4]]
+while len(_PERMUTATIONS) < 8:
+    _PERMUTATIONS.append([_PERMUTATIONS[-1][_PERMUTATIONS[1][i]] for i in range(10)])
 
 
 def _in_aadhaar(value: str) -> bool:
     """Aadhaar: the check digit of Verhoeff."""
     check = 0
-    for place, digit in enumerate(reversed(value)):
-        check = _TIMES[check][_TURNS[place % 8][int(digit)]]
+    for position, digit in enumerate(reversed(value)):
+        check = _DIHEDRAL[check][_PERMUTATIONS[position % 8][int(digit)]]
     return check == 0
 
 
@@ -155,24 +155,24 @@ def national_ids(scan: Scan) -> Iterator[tuple[int, int]]:
             if not check(re.sub("[ .-]", "", match[0])):
                 continue
             bare = "bare" in form.groupindex and match["bare"] is not None
-            said = bool(words) and _is_said(scan, words, match.start())
-            if said or not (bare or is_code(scan, match.start())):
+            is_labelled = bool(words) and _has_label_nearby(scan, words, match.start())
+            if is_labelled or not (bare or is_code(scan, match.start())):
                 yield match.span()
-    for at in scan.capitals:
+    for at in scan.capital_pairs:
         for form, begin, check in (
             (_NINO, at, _uk_nino),
             (_FISCAL_CODE, at - 4, _it_fiscal_code),
             (_FISCAL_CODE, at - 5, _it_fiscal_code),
         ):
-            found = form.match(scan.text, begin) if begin >= 0 else None
+            hit = form.match(scan.text, begin) if begin >= 0 else None
             inside = re.match("[A-Za-z0-9_-]", scan.before(begin, 1))
-            if not found or inside or not check(re.sub("[ -]", "", found[0])):
+            if not hit or inside or not check(re.sub("[ -]", "", hit[0])):
                 continue
-            if not is_code(scan, begin) or _is_said(scan, _INSURANCE, begin):
-                yield found.span()
+            if not is_code(scan, begin) or _has_label_nearby(scan, _INSURANCE, begin):
+                yield hit.span()
 
 
-def _is_said(scan: Scan, words: str, begin: int) -> bool:
+def _has_label_nearby(scan: Scan, words: str, begin: int) -> bool:
     """Whether one of the words stands before, or over the column of a table."""
     before, heading = scan.before(begin, 60), scan.heading(begin)
     return (

@@ -152,7 +152,7 @@ _IBAN_LOW = re.compile(r"(?<![A-Za-z0-9_])[a-z]{2}[0-9]{2} ?[a-z0-9]{2}")
 def ibans(scan: Scan) -> Iterator[tuple[int, int]]:
     """International bank account numbers (ISO 13616): a country's length, and the remainder 1 of 97."""
     last = 0
-    for at in scan.capitals:
+    for at in scan.capital_pairs:
         inside = re.search(r"(?<!IBAN)(?<=[A-Za-z0-9_])$", scan.before(at, 4))
         end = 0 if inside or at < last else _iban_end(scan.text, at)
         if end:
@@ -160,8 +160,10 @@ def ibans(scan: Scan) -> Iterator[tuple[int, int]]:
             last = end
     for match in scan.matches(_IBAN_LOW):
         end = _iban_end(scan.text, match.start())
-        said = "iban" in scan.before(match.start(), 40).lower()
-        if end and (said or not re.search("[a-z]", scan.text[match.start() + 2 : end])):  # else the words of a dump
+        is_labelled = "iban" in scan.before(match.start(), 40).lower()
+        if end and (
+            is_labelled or not re.search("[a-z]", scan.text[match.start() + 2 : end])
+        ):  # else the words of a dump
             yield match.start(), end
 
 
@@ -199,9 +201,9 @@ _SSN_WORD = re.compile(
     r"\btin\b|"
     r"社会安全号码?|社保号)[^\n]{0,32}(?:\n[ \t]{0,4})?$|(?i:ssn)[\"']?[ :=,#-]{0,3}[\"']?$"
 )
-_SSN_BEHIND = re.compile(r"[ )\"',;]{0,3}[(\[]?(?i:ssn|social security)")
+_SSN_AFTER = re.compile(r"[ )\"',;]{0,3}[(\[]?(?i:ssn|social security)")
 _ACCOUNT = re.compile(r"(?i:\b(?:accounts?|acct|a/c|member|loan)\b[^\n0-9]{0,12}$)")
-_NOBODYS_SSN = words(
+_PLACEHOLDER_SSNS = words(
     "123456789 078051120 219099999 111223333 123121234 457555462"
 )  # of wallets, forms and advertisements
 
@@ -210,10 +212,10 @@ def us_ssns(scan: Scan) -> Iterator[tuple[int, int]]:
     """As 3-2-4 with hyphens; with blanks, points or nothing between only behind a word that says it."""
     for match in scan.matches(_SSN):
         digits = digits_of(match[0])
-        if len(set(digits)) < 3 or digits in _NOBODYS_SSN:
+        if len(set(digits)) < 3 or digits in _PLACEHOLDER_SSNS:
             continue
         before, heading = scan.before(match.start(), 56), scan.heading(match.start())
-        said = _SSN_WORD.search(before) or _SSN_WORD.search(heading) or _SSN_BEHIND.match(scan.text, match.end())
+        is_labelled = _SSN_WORD.search(before) or _SSN_WORD.search(heading) or _SSN_AFTER.match(scan.text, match.end())
         other = is_code(scan, match.start()) or _ACCOUNT.search(scan.before(match.start(), 32))
-        if said or (match["gap"] == "-" and not other):
+        if is_labelled or (match["gap"] == "-" and not other):
             yield match.span()

@@ -117,7 +117,7 @@ _WORLD = re.compile(rf"(?<![A-Za-z0-9_+#$€£¥])(?<![0-9][./:-]){_CANDIDATE}")
 def _world(scan: Scan, match: re.Match[str]) -> int:
     """Where the number ends, 0 if it is none."""
     end = match.end()
-    while end > match.start() and not (_ends(scan, end) and _fits_plan(scan.text[match.start() : end])):
+    while end > match.start() and not (_ends_here(scan, end) and _fits_plan(scan.text[match.start() : end])):
         end = _shorter(scan, match.start(), end)
     return end
 
@@ -131,7 +131,7 @@ def _shorter(scan: Scan, begin: int, end: int) -> int:
     return shorter.end() if shorter else 0
 
 
-def _ends(scan: Scan, end: int) -> bool:
+def _ends_here(scan: Scan, end: int) -> bool:
     return _ENDS.match(scan.text, end) is not None or _EXTENSION.match(scan.text, end) is not None
 
 
@@ -178,7 +178,7 @@ _TWO_DIGIT_AREA = words("8 4,4 3,4 7 2,2,2,2 3,2,2 3,3,2 6,2 2,3,2 4,3 6")
 def _trunk(scan: Scan, match: re.Match[str]) -> int:
     """Where the number ends, 0 if it is none: European, Asian and Australian forms with an area or mobile code."""
     end = match.end()
-    while end > match.start() and not (_ends(scan, end) and _is_trunk(scan.text[match.start() : end])):
+    while end > match.start() and not (_ends_here(scan, end) and _is_trunk(scan.text[match.start() : end])):
         end = _shorter(scan, match.start(), end)
     more = _PAIRS.match(scan.text, end) if _PAIRS.fullmatch(scan.text, match.start() + 2, end) else None
     return end if more is None or len(more[0]) // 3 % 5 == 0 else 0  # else the numbers of a lottery
@@ -296,7 +296,7 @@ def _labelled(scan: Scan, match: re.Match[str]) -> int:
     while end > match.start():
         number = scan.text[match.start() : end]
         digits = digits_of(number)
-        if 7 <= len(digits) <= 13 and not _DATE.match(number) and _ends(scan, end):
+        if 7 <= len(digits) <= 13 and not _DATE.match(number) and _ends_here(scan, end):
             fictional = _FICTION.fullmatch("1" + digits[-10:]) or _is_fiction(digits) or digits in _COUNTED
             decimal = re.fullmatch("[0-9]+[.][0-9]+", number)
             local = re.fullmatch("55501[0-9]{2}", digits)  # fiction without an area code

@@ -23,7 +23,7 @@ _FOLDED = re.compile(
 
 # At least seven digits in a row, with at most a few characters between two.
 _NUMBER = re.compile(r"[0-9](?:[ ().+/-]{0,4}[0-9]){6,}+")
-_CAPITALS = re.compile("[A-Z][A-Z][ -]?[0-9]{2}")
+_CAPITAL_PAIR = re.compile("[A-Z][A-Z][ -]?[0-9]{2}")
 _KEYLIKE = re.compile("[0-9]|hf_|A[KS]IA|AKID|LTAI")  # the keys of some services have no digit for certain
 _NO_NUMBER = re.compile(r"[0-9]+\.[0-9]+|(?:19|20)[0-9]{2}([-/.])[0-9]{1,2}\1[0-9]{1,2}(?:[ -]+[0-9]{1,2})?")
 
@@ -44,7 +44,7 @@ class Scan:
     def __init__(self, text: str) -> None:
         self.text = text if text.isascii() else _FOLDED.sub(lambda match: match[0].translate(_FOLD), text)
         self._first = self._line = 0  # of the table, and of the line in it, that `heading` has seen last
-        self._ends: Counter[int] = Counter()  # of values: how often each was looked at
+        self._end_counts: Counter[int] = Counter()  # of values: how often each was looked at
 
     @cached_property
     def numbers(self) -> Sequence[tuple[int, int]]:
@@ -52,9 +52,9 @@ class Scan:
         return list(windows(self.text, _NUMBER, 14, 6, lambda number: _NO_NUMBER.fullmatch(number) is None))
 
     @cached_property
-    def capitals(self) -> Sequence[int]:
+    def capital_pairs(self) -> Sequence[int]:
         """Where two capital letters stand before two digits, as at the beginning of an IBAN."""
-        return [match.start() for match in _CAPITALS.finditer(self.text)]
+        return [match.start() for match in _CAPITAL_PAIR.finditer(self.text)]
 
     def long_words(self) -> Iterator[tuple[int, int]]:
         """Where sixteen characters or more stand without a blank that may hold a key."""
@@ -71,10 +71,10 @@ class Scan:
         for window in self.numbers:
             yield from pattern.finditer(self.text, *window)
 
-    def seen_often(self, end: int) -> bool:
+    def is_repeated(self, end: int) -> bool:
         """Whether values that end here were asked for eight times before: names in one long run, and each asks."""
-        self._ends[end] += 1
-        return self._ends[end] > 8
+        self._end_counts[end] += 1
+        return self._end_counts[end] > 8
 
     def before(self, begin: int, n: int) -> str:
         """The n characters before a place."""

@@ -5,6 +5,7 @@ Each comparison is a function from texts to complaints; the pages have none, a p
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,14 @@ import pytest
 from engine.cli.main import _VERBS
 from tests.proofs.mutations import MUTATIONS
 from tests.support.paths import ROOT
-from tests.test_house import HEART, HEART_LINES
 from tools import house_picture, step_picture
 
 README, CHINESE, INDEX = ROOT / "README.md", ROOT / "README.zh.md", ROOT / "docs/index.md"
 README_LINES = 120
+# The packages of the core and its budget of lines, as tests/test_house.py counts them.
+_HOUSE = (ROOT / "tests/test_house.py").read_text(encoding="utf-8")
+CORE = ast.literal_eval(re.findall(r"^HEART = (\(.*?\))$", _HOUSE, re.M | re.S)[0])
+CORE_LINES = int(re.findall(r"^HEART_LINES = ([\d_]+)$", _HOUSE, re.M)[0])
 # Pages whose `paths` and `path: names` are looked up.
 MAPS = ("CONTRIBUTING.md", "docs/architecture.md")
 
@@ -92,7 +96,7 @@ def test_a_planted_difference_between_the_readmes_is_found(old: str, new: str, p
 def test_the_readme_is_short_and_names_the_budget_of_the_core(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count("\n") < README_LINES
-    assert f"{HEART_LINES:,}" in text
+    assert f"{CORE_LINES:,}" in text
 
 
 def test_the_index_names_every_page_and_every_command() -> None:
@@ -174,7 +178,7 @@ def test_the_picture_of_the_house_draws_imports_downwards(tmp_path: Path) -> Non
     assert all(row[a] >= row[b] for a in graph for b in graph[a])
     packages = {path.parent.name for path in (ROOT / "engine").glob("*/__init__.py")}
     assert packages <= set(graph) == set(house_picture.TEXTS)
-    assert all(h.removesuffix(".py") in house_picture.CORE for h in HEART)
+    assert all(h.removesuffix(".py") in house_picture.CORE for h in CORE)
     for name in ("optim/a.py", "optim/__init__.py", "model/b.py"):
         (tmp_path / "engine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "engine" / name).write_text("from engine.model.b import x\n" if name == "optim/a.py" else "")

@@ -23,7 +23,7 @@ import engine
 from engine.checkpoint.format import Ancestor, Manifest
 from engine.config.schema import Config, LrScheduleConfig, OptimizerConfig
 from engine.config.skips import below, read_ranges
-from engine.data.samples.corpora import DECLARED_FROM, MIXED_FROM
+from engine.data.samples.corpora import DECLARED_MIXTURE, USED_MIXTURE
 from engine.errors import CheckpointError, ConfigError, FieldError
 from engine.optim.lr import learning_rate
 
@@ -74,7 +74,7 @@ def code_versions() -> dict[str, str]:
     }
 
 
-def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) -> Differences:
+def differences(manifest: Manifest, cfg: Config, data_metadata: Mapping[str, Any]) -> Differences:
     """Facts of the run that differ: name -> (checkpoint, now). What may change freely is not among them.
 
     A blend's changes at this step and later may be changed, and so may what is left out of the steps and samples to
@@ -83,7 +83,7 @@ def differences(manifest: Manifest, cfg: Config, data_facts: Mapping[str, Any]) 
     """
     old, now = _configs(manifest, cfg)
     declared = _declared(manifest.data, old["train"]["global_batch_size"])
-    then, here = _past(declared, manifest.step), _past(data_facts, manifest.step)
+    then, here = _past(declared, manifest.step), _past(data_metadata, manifest.step)
     if "fingerprint" not in then:  # written before there was one
         here.pop("fingerprint", None)
     if "order" in here:
@@ -143,26 +143,26 @@ def _past(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
     return {
         name: value
         for name, value in facts.items()
-        if not name.startswith(MIXED_FROM)
-        and (not name.startswith(DECLARED_FROM) or int(name.removeprefix(DECLARED_FROM)) < max(1, step))
+        if not name.startswith(USED_MIXTURE)
+        and (not name.startswith(DECLARED_MIXTURE) or int(name.removeprefix(DECLARED_MIXTURE)) < max(1, step))
     }
 
 
 def _declared(facts: Mapping[str, Any], batch: int) -> dict[str, Any]:
     """A checkpoint's facts, a blend by its steps: engines that wrote no steps had one batch size for all of them."""
-    if any(name.startswith(DECLARED_FROM) for name in facts):
+    if any(name.startswith(DECLARED_MIXTURE) for name in facts):
         return dict(facts)
     steps = {
-        f"{DECLARED_FROM}{int(name.removeprefix(MIXED_FROM)) // batch}": value
+        f"{DECLARED_MIXTURE}{int(name.removeprefix(USED_MIXTURE)) // batch}": value
         for name, value in facts.items()
-        if name.startswith(MIXED_FROM)
+        if name.startswith(USED_MIXTURE)
     }
     return {**facts, **steps}
 
 
-def order_begin(manifest: Manifest, data_facts: Mapping[str, Any]) -> int:
+def order_begin(manifest: Manifest, data_metadata: Mapping[str, Any]) -> int:
     """The sample number at which a run that goes on from this checkpoint began with epoch 0 of its order."""
-    if manifest.data.get("order", 1) == data_facts.get("order", 1):
+    if manifest.data.get("order", 1) == data_metadata.get("order", 1):
         return int(manifest.data.get(ORDER_BEGIN, 0))
     return manifest.consumed_samples
 

@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from engine.data.prepare.report import PrepareReport, SplitReport
-from engine.data.read.account import Account
+from engine.data.read.account import ReadSummary
 from engine.data.read.progress import Progress, ProgressEvent, StepEvent
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.train import Trained
@@ -112,7 +112,7 @@ def show_prepared(report: PrepareReport) -> None:
         + (f" ({report.encoder_note})" if report.encoder_note else ""),
         markup=False,
     )
-    for line in Account(report.dropped, report.noticed, report.examples).lines():
+    for line in ReadSummary(report.dropped, report.noticed, report.examples).lines():
         console.print(line, markup=False)
     if report.skipped:
         console.print(f"what was dropped is listed in {report.skipped}", markup=False)

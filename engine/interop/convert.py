@@ -215,8 +215,8 @@ def _copy_tokenizer(folder: Path, out: Path) -> list[str]:
     made.save_definition(out)
     if source is None:
         return []
-    if made.own is not None:
-        return [f"{source.path.name} is used itself, by {made.own.name}: no tokenizer.json gives its ids"]
+    if made.sentencepiece is not None:
+        return [f"{source.path.name} is used itself, by {made.sentencepiece.name}: no tokenizer.json gives its ids"]
     return [f"tokenizer.json made from {source.path.name}"]
 
 

@@ -320,7 +320,7 @@ def save(run: Run, console: Progress, saver: Saver, *, background: bool, last: b
     state = run.state
     if saver.in_flight is not None:
         _report_saved(console, saver.finish())
-    states, facts = state.optimizer.states(owned=True), manifest_fields(state, run.data.facts)
+    states, facts = state.optimizer.states(owned=True), manifest_fields(state, run.data.metadata)
     saver.start(states, step=state.step, facts=facts, background=background, unproven=not (background or last))
     if background:
         console.note(f"step {state.step}: saving in the background")

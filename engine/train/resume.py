@@ -32,28 +32,28 @@ from engine.optim.precision import LossScale
 from engine.train.state import TrainState
 
 
-def save_state(state: TrainState, root: Path, data_facts: dict[str, Any]) -> Path:
+def save_state(state: TrainState, root: Path, data_metadata: dict[str, Any]) -> Path:
     """Save a checkpoint of the state as it is and wait until it is there. Collective."""
     c = state.cfg.checkpoint
-    states, facts = state.optimizer.states(owned=True), manifest_fields(state, data_facts)
+    states, facts = state.optimizer.states(owned=True), manifest_fields(state, data_metadata)
     storage, step = storage_of(c.secret, encrypt=c.encrypt), state.step
     return save(root, states, state.ctx, step=step, facts=facts, keep=c.keep, keep_every=c.keep_every, storage=storage)
 
 
-def manifest_fields(state: TrainState, data_facts: dict[str, Any]) -> dict[str, Any]:
+def manifest_fields(state: TrainState, data_metadata: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of a state beside its tensors."""
     return {
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
         "optimizer": {"steps": state.optimizer.steps, **state.scale.facts()},
         "config": state.cfg.model_dump(),
-        "data": data_facts | ({ORDER_BEGIN: state.order_begin} if state.order_begin else {}),
+        "data": data_metadata | ({ORDER_BEGIN: state.order_begin} if state.order_begin else {}),
         "versions": code_versions(),
         "lineage": state.lineage,
     }
 
 
-def resume_run(state: TrainState, data_facts: dict[str, Any]) -> str:
+def resume_run(state: TrainState, data_metadata: dict[str, Any]) -> str:
     """Go on from the checkpoint that checkpoint.resume means; gives its folder, empty where a run begins. Collective.
 
     Of a run folder's checkpoints, one that turns out to be damaged is left out, with a warning, and the one before is
@@ -64,7 +64,7 @@ def resume_run(state: TrainState, data_facts: dict[str, Any]) -> str:
     before: int | None = None
     while source := on_first_rank(partial(find_resume, cfg, before), ctx.world, ctx.device):
         try:
-            resume(state, Path(source), data_facts, storage)
+            resume(state, Path(source), data_metadata, storage)
             break
         except DamageError as error:
             if cfg.checkpoint.resume not in ("auto", "latest"):
@@ -74,7 +74,7 @@ def resume_run(state: TrainState, data_facts: dict[str, Any]) -> str:
     return str(source)
 
 
-def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage: Storage = DISK) -> None:
+def resume(state: TrainState, folder: Path, data_metadata: dict[str, Any], storage: Storage = DISK) -> None:
     """Go on from a checkpoint of any layout: weights, optimizer, step and data position. Collective.
 
     Refuses, with a list of old and new values, when model, data, sequence length or seed differ and are not allowed to.
@@ -88,7 +88,7 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
                 f"{folder} holds weights only, such as an import does: start a new run from it with "
                 f"--checkpoint.init {folder} and another --run.dir",
             )
-        allowed = refuse(folder, manifest, differences(manifest, state.cfg, data_facts), state.cfg)
+        allowed = refuse(folder, manifest, differences(manifest, state.cfg, data_metadata), state.cfg)
         try:
             load_into(reader, state.optimizer.states(), state.ctx)
         except EngineError as error:
@@ -100,7 +100,7 @@ def resume(state: TrainState, folder: Path, data_facts: dict[str, Any], storage:
     state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))
     state.scale.take(manifest.optimizer, manifest.config["train"]["precision"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
-    state.order_begin = order_begin(manifest, data_facts)
+    state.order_begin = order_begin(manifest, data_metadata)
     state.lineage = extend_lineage(folder, manifest, allowed, changes(manifest, state.cfg))
 
 

@@ -11,7 +11,7 @@ from engine.checkpoint.seal import storage_of
 from engine.config.derived import Derived
 from engine.config.load import Resolved
 from engine.config.skips import read_ranges
-from engine.data.samples.corpora import TrainingData, follow, open_data, open_training
+from engine.data.samples.corpora import TrainingData, open_data, open_training, resume_data
 from engine.data.samples.loader import Loader, RankShare
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.collectives import on_first_rank
@@ -57,10 +57,10 @@ def open_run(resolved: Resolved, ctx: ParallelContext) -> Run:
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None
     data = open_training(cfg, tokenizer)
     state = setup(cfg, ctx, resolved.derived)
-    source = resume_run(state, data.facts)
+    source = resume_run(state, data.metadata)
     if source:
         past = read_manifest(Path(source), storage_of(cfg.checkpoint.secret)).data
-        data = follow(data, cfg, state.step, state.consumed_samples, past)
+        data = resume_data(data, cfg, state.step, state.consumed_samples, past)
     data.order.begin_at(state.order_begin)
     notes: list[str] = []
     if not source and cfg.checkpoint.init:

@@ -13,7 +13,7 @@ from engine.checkpoint.format import read_manifest
 from engine.checkpoint.lineage import DATA_FIELDS, ORDER_BEGIN, code_versions, field_of, tell
 from engine.checkpoint.load import Reader
 from engine.checkpoint.summary import summary, tensor_stats
-from engine.data.samples.corpora import data_facts, fingerprint, open_training
+from engine.data.samples.corpora import data_metadata, fingerprint, open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
@@ -184,7 +184,7 @@ def test_the_fingerprint_tells_corpora_of_one_size_apart(tmp_path: Path) -> None
             writer.finish({})
         found.add(fingerprint(IndexedDataset(tmp_path / name)))
     assert len(found) == 3
-    a, b = (data_facts("x", [IndexedDataset(tmp_path / name)]) for name in ("a", "lengths"))
+    a, b = (data_metadata("x", [IndexedDataset(tmp_path / name)]) for name in ("a", "lengths"))
     assert a["num_tokens"] == b["num_tokens"] and a["fingerprint"] != b["fingerprint"]
 
 

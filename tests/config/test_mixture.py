@@ -187,12 +187,12 @@ def test_one_corpus_stays_as_it_was(corpora: Path) -> None:
     data = opened(str(corpora / "web"))
     dataset = IndexedDataset(corpora / "web")
     assert (data.names, data.notes) == ((), ())
-    assert data.facts == {
+    assert data.metadata == {
         "order": 2,
         "prefix": str(corpora / "web"),
         "num_documents": 150,
         "num_tokens": dataset.num_tokens,
-        "fingerprint": data.facts["fingerprint"],  # tests/checkpoint/test_lineage.py
+        "fingerprint": data.metadata["fingerprint"],  # tests/checkpoint/test_lineage.py
         "tokenizer_digest": "t1",
     }
 
@@ -213,7 +213,7 @@ def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp
                 writer.add(np.append(np.arange(7, 7 + length), eod))
             writer.finish({"eod": eod})
     data = opened(str(tmp_path / "a"), **{"data.mask_eod": "true"})
-    assert (data.collate.mask.after, data.facts["mask_eod"]) == ((5,), 5) and opened(
+    assert (data.collate.mask.after, data.metadata["mask_eod"]) == ((5,), 5) and opened(
         str(tmp_path / "a")
     ).collate.mask.after == ()
     sizes = {"global_batch_size": 20, "micro_batch_size": 20, "data_rank": 0, "data_size": 1}

@@ -23,7 +23,7 @@ import torch
 from machine import BATCH, BLEND_SAMPLES, SEED, SEQ_LEN, blend_weights, describe, peak_memory, samples_per_s
 from report import Row, finish, show, spread
 
-from engine.data.samples.blend import Turns
+from engine.data.samples.blend import SourceAssignment
 from engine.data.samples.index_file import HEADER, MAGIC
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.loader import RankShare
@@ -75,10 +75,10 @@ def corpus(prefix: str, small: str) -> dict[str, float]:
 def blend(sources: int) -> dict[str, float]:
     """A blend that is ready, has told whose its first batch is, and the counts at sample 10^8."""
     weights = blend_weights(sources).tolist()
-    Turns([1, 1]).counts(1)  # imports
+    SourceAssignment([1, 1]).counts(1)  # imports
 
     def work() -> None:
-        turns = Turns(weights)
+        turns = SourceAssignment(weights)
         turns.locate(np.arange(BATCH))
         turns.counts(BLEND_SAMPLES)
 

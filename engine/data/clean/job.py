@@ -67,7 +67,7 @@ class CleanJob:
             "evaluation files": [_identity(file) for file in evaluations],
             "json keys": list(source.keys),
             "format": source.format,
-            "keep columns": source.keep_rest,
+            "keep columns": source.keep_other_columns,
             "rules": o.rules(),
             "tasks": o.tasks,
             "dropped text": o.dropped_text,

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.data.clean.job import CleanJob
 from engine.data.clean.rules import Counts, load_evaluations
-from engine.data.read.account import Account
+from engine.data.read.account import ReadSummary
 from engine.data.read.inputs import STDIN
 
 INPUT_PREFIX = "input: "  # before the reason of what could not be read
@@ -21,7 +21,7 @@ def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str,
         "inputs": [name if "://" in name or name == STDIN else os.path.abspath(name) for name in source.given],
         "files_in": len(source.files),
         "documents_in": counts.documents,
-        "why_no_documents": "" if counts.documents else _account(counts).nothing(source),
+        "why_no_documents": "" if counts.documents else _account(counts).describe(source),
         "text_bytes_in": counts.text_bytes,
         "documents_kept": kept[0],
         "text_bytes_kept": kept[1],
@@ -29,7 +29,7 @@ def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str,
         "dropped": dict(sorted(counts.dropped.items())),
         "dropped_text_bytes": dict(sorted(counts.dropped_bytes.items())),
         "changed": dict(sorted(counts.changed.items())),
-        "other_columns": "kept" if source.keep_rest else "left out",
+        "other_columns": "kept" if source.keep_other_columns else "left out",
         "renamed_columns": dict(sorted(counts.renamed.items())),
         "quality_languages": dict(sorted(counts.judged.items())),
         "not_applied": dict(sorted(counts.not_applied.items())),
@@ -53,7 +53,7 @@ def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str,
     }
 
 
-def _account(counts: Counts) -> Account:
+def _account(counts: Counts) -> ReadSummary:
     """Of what could not be read and what was noticed."""
     dropped = {
         kind.removeprefix(INPUT_PREFIX): n for kind, n in counts.dropped.items() if kind.startswith(INPUT_PREFIX)
@@ -62,7 +62,7 @@ def _account(counts: Counts) -> Account:
     for prefix, counted in ((f"dropped: {INPUT_PREFIX}", dropped), ("noticed: ", counts.noticed)):
         for kind in counted:
             examples[kind] = [_example(sample) for sample in counts.samples.get(f"{prefix}{kind}", [])]
-    return Account(dropped, dict(counts.noticed), examples)
+    return ReadSummary(dropped, dict(counts.noticed), examples)
 
 
 def _example(sample: dict[str, Any]) -> str:

@@ -25,9 +25,9 @@ from engine.data.clean.join import PartJoiner
 from engine.data.clean.options import CleanOptions
 from engine.data.clean.rules import Cleaner
 from engine.data.clean.task import run_task
-from engine.data.read.account import unreadable
+from engine.data.read.account import no_text_error
 from engine.data.read.document_source import DocumentSource
-from engine.data.read.own import Own
+from engine.data.read.own import OwnFiles
 from engine.data.read.progress import ProgressEvent
 from engine.data.workfolder import WorkFolder, reject_existing
 from engine.errors import ConfigError, DataError
@@ -51,8 +51,8 @@ def clean(
     if errors := list(options.errors()):
         raise ConfigError(errors)
     job = CleanJob(options, DocumentSource(()))
-    own_files = Own(job.output_paths, None, job.work_folder)
-    job = dataclasses.replace(job, source=o.source(own_files, keep_rest=o.keep_columns))
+    own_files = OwnFiles(job.output_paths, None, job.work_folder)
+    job = dataclasses.replace(job, source=o.source(own_files, keep_other_columns=o.keep_columns))
     stop.resume_hint = job.interrupt_hint
     _check(job)
     Cleaner(options)  # a missing package or evaluation file is told before any work
@@ -81,7 +81,7 @@ def _check(job: CleanJob) -> None:
         raise DataError("clean.input-read-only-once", text)
     evaluation_files(o.decontaminate)
     if all(file.drop for file in job.source.files):
-        raise unreadable(job.source, o.skip_errors)
+        raise no_text_error(job.source, o.skip_errors)
 
 
 def _begin(job: CleanJob, work: WorkFolder) -> None:

@@ -26,10 +26,10 @@ from engine.data.clean.job import CleanJob
 from engine.data.clean.ngrams import MinHash
 from engine.data.clean.report import INPUT_PREFIX
 from engine.data.clean.rules import Cleaner, Counts, Location
-from engine.data.read.columns import joined
-from engine.data.read.document_batch import Batch, Drop, printable
+from engine.data.read.columns import merge_columns
+from engine.data.read.document_batch import DocumentBatch, DroppedItem, printable
 from engine.data.read.document_source import DocumentSource
-from engine.data.read.formats import plain
+from engine.data.read.formats import json_value
 from engine.data.read.jsontext import dumps
 from engine.data.read.progress import ProgressEvent
 from engine.util.files import writing
@@ -86,17 +86,17 @@ def _bytes_needed(job: CleanJob, folder: Path, counts: Counts, consumed: int) ->
 
 
 def _clean_batch(
-    job: CleanJob, batch: Batch, source: DocumentSource, first: int, cleaner: Cleaner, part: PartWriter
+    job: CleanJob, batch: DocumentBatch, source: DocumentSource, first: int, cleaner: Cleaner, part: PartWriter
 ) -> None:
     """Write what the rules leave of a batch; `first`: number of the task's first file."""
     for drop in batch.drops:
         if drop.stops and not job.options.skip_errors:
-            raise drop.refuse()
+            raise drop.error()
         _count_drop(drop, cleaner.counts, part)
     for note in batch.notes:
         cleaner.counts.noticed[note.kind] += 1
         cleaner.counts.sample(f"noticed: {note.kind}", Location(printable(note.file), 0), detail=note.detail)
-    for text, (number, record), rest in zip(batch.texts, batch.where, batch.rest or itertools.repeat({})):
+    for text, (number, record), rest in zip(batch.texts, batch.where, batch.other_columns or itertools.repeat({})):
         location = Location(printable(source.files[number].name), record)
         cleaned, reason, detail = cleaner.clean(text, location)
         if reason:
@@ -106,7 +106,7 @@ def _clean_batch(
             cleaner.counts.renamed.update(f"{old} -> {new}" for old, new in renamed.items())
 
 
-def _count_drop(drop: Drop, counts: Counts, part: PartWriter) -> None:
+def _count_drop(drop: DroppedItem, counts: Counts, part: PartWriter) -> None:
     """Something that could not be read: it is no document, but it is not lost in silence either."""
     counts.dropped[f"{INPUT_PREFIX}{drop.reason}"] += 1
     if drop.reason != "blank line":
@@ -136,10 +136,10 @@ class PartWriter:
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
-    def keep(self, text: str, location: Location, file: int, rest: Mapping[str, Any]) -> dict[str, str]:
+    def keep(self, text: str, location: Location, file: int, other_columns: Mapping[str, Any]) -> dict[str, str]:
         """Add a document with its other columns; returns those of them that are renamed, and to what."""
-        row, renamed = joined({"text": text, "file": location.file, "record": location.record}, rest)
-        self.kept.write(dumps(row, plain) + b"\n")
+        row, renamed = merge_columns({"text": text, "file": location.file, "record": location.record}, other_columns)
+        self.kept.write(dumps(row, json_value) + b"\n")
         data = text.encode()
         self.exact.write(np.frombuffer(xxhash.xxh3_128_digest(data), "<u8").tobytes())
         self.places.write(np.array([file, location.record, len(data)], "<i8").tobytes())

@@ -24,7 +24,7 @@ from engine.data.prepare.job import RERUN, SPLITS, PrepareJob, stop_at_errors
 from engine.data.prepare.pack import begin_documents
 from engine.data.prepare.report import PrepareReport, SplitReport, SplitTotals, Totals
 from engine.data.prepare.shards import Shards
-from engine.data.read.document_batch import Batch, Drop
+from engine.data.read.document_batch import DocumentBatch, DroppedItem
 from engine.data.read.progress import ProgressEvent
 from engine.data.samples.indexed import paths_of
 from engine.data.tokenize.encoder import Encoder, Mismatch
@@ -52,7 +52,7 @@ class CorpusEncoder:
             warnings.warn(text, stacklevel=2)
         self.totals = self._start()
         if self.totals.by_original:
-            self.tokenizer = tokenizer.by_original(self.totals.fallback)
+            self.tokenizer = tokenizer.with_original_ids(self.totals.fallback)
         if shards.state is not None:
             done = f"{self.totals.documents:,} documents in {shards.num_shards} shards"
             job.note(f"going on with {job.parts_folder}: {done} are done")
@@ -81,7 +81,7 @@ class CorpusEncoder:
         try:
             self._encode()
         except Mismatch as err:
-            self._fall_back(str(err), err.original)
+            self._fall_back(str(err), err.in_conversion)
             self._encode()
         self._reject_empty()
         return self._finish()
@@ -89,7 +89,7 @@ class CorpusEncoder:
     def _fall_back(self, difference: str, original: bool) -> None:
         """Begin again with the reference, or the original: what was encoded so far may be wrong too."""
         if original:
-            self.tokenizer = self.tokenizer.by_original(difference)
+            self.tokenizer = self.tokenizer.with_original_ids(difference)
         self.shards.restart()
         if self.job.reads_stdin:
             again = "give it as a file" if original else "give it again with --encoder tokenizers"
@@ -97,7 +97,11 @@ class CorpusEncoder:
                 "prepare.input-read-only-once",
                 f"{difference}. All has to be encoded anew, and standard input cannot be read again: {again}.",
             )
-        right = "sentencepiece itself" if self.tokenizer.own is not None else "the slower `tokenizers`, which is right"
+        right = (
+            "sentencepiece itself"
+            if self.tokenizer.sentencepiece is not None
+            else "the slower `tokenizers`, which is right"
+        )
         warnings.warn(f"{difference}. All of it is encoded anew by {right}; please report the text.", stacklevel=3)
         self.totals = self._start()
         self.totals.fallback, self.totals.by_original = difference, original
@@ -143,14 +147,14 @@ class CorpusEncoder:
             return f"{self.options.output} is complete"
         return f"{state['documents']:,} documents are kept in {job.parts_folder}; {again} and it goes on behind them"
 
-    def _with_starts(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, int]]:
+    def _with_starts(self, batches: Iterator[DocumentBatch]) -> Iterator[tuple[DocumentBatch, int]]:
         """Each with the stored bytes before it."""
         before = self.totals.consumed
         for batch in batches:
             yield batch, before
             before = batch.consumed
 
-    def _encode_batch(self, batch_and_start: tuple[Batch, int]) -> EncodedBatch:
+    def _encode_batch(self, batch_and_start: tuple[DocumentBatch, int]) -> EncodedBatch:
         """Ids and lengths of the texts of a batch, and how many bytes of each are unknown. Raises Mismatch."""
         batch, before = batch_and_start
         ids, lengths = self.encoder.encode_checked(batch.texts, before)
@@ -163,7 +167,7 @@ class CorpusEncoder:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.options.workers or min(cores, MAX_THREADS)
 
-    def _stop_at_errors(self, batch: Batch) -> None:
+    def _stop_at_errors(self, batch: DocumentBatch) -> None:
         try:
             stop_at_errors(self.job, batch)
         except DataError:
@@ -173,7 +177,7 @@ class CorpusEncoder:
 
     def _add(
         self,
-        batch: Batch,
+        batch: DocumentBatch,
         ids: npt.NDArray[np.int32],
         lengths: npt.NDArray[np.int32],
         unknown: npt.NDArray[np.int64],
@@ -243,7 +247,7 @@ class CorpusEncoder:
         if not sum(totals.documents for totals in self.totals.splits.values()):
             self.shards.discard()
             empty = f" All of the {self.totals.documents:,} documents are empty." if self.totals.documents else ""
-            raise self.totals.account.no_text(self.job.source, empty)
+            raise self.totals.account.error(self.job.source, empty)
         for split, totals in self.totals.splits.items():
             if totals.documents == 0:
                 self.shards.discard()
@@ -310,7 +314,7 @@ class CorpusEncoder:
         return {"moves": [[name, str(target)] for name, target in moves]}
 
 
-def _drop_line(drop: Drop) -> bytes:
+def _drop_line(drop: DroppedItem) -> bytes:
     return json.dumps(dataclasses.asdict(drop), ensure_ascii=True).encode() + b"\n"
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.prepare.options import PrepareOptions
-from engine.data.read.document_batch import Batch
+from engine.data.read.document_batch import DocumentBatch
 from engine.data.read.document_source import DocumentSource
-from engine.data.read.own import Own
+from engine.data.read.own import OwnFiles
 from engine.data.read.progress import Progress
 from engine.data.samples.indexed import paths_of
 from engine.data.samples.keyed import derive_key
@@ -76,9 +76,9 @@ class PrepareJob:
         return self.source.reads_once
 
     @property
-    def own_files(self) -> Own:
+    def own_files(self) -> OwnFiles:
         """What is no input, though it may be in a folder that is one."""
-        return Own(self.output_paths(), self.options.tokenizer, self.parts_folder)
+        return OwnFiles(self.output_paths(), self.options.tokenizer, self.parts_folder)
 
     @property
     def tokenizer_copy(self) -> Path | None:
@@ -132,7 +132,7 @@ def settings_of(job: PrepareJob, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return json_round_trip(settings)
 
 
-def stop_at_errors(job: PrepareJob, batch: Batch) -> None:
+def stop_at_errors(job: PrepareJob, batch: DocumentBatch) -> None:
     for drop in batch.drops:
         if drop.stops and not job.options.skip_errors:
-            raise drop.refuse()
+            raise drop.error()

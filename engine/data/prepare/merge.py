@@ -319,7 +319,7 @@ class _Merger:
         if wrong.any():
             k = int(np.argmax(wrong))
             data.vocab_size = len(self.counts)
-            raise data.refuse_token(*data.locate(low + k), int(tokens[k]))
+            raise data.token_error(*data.locate(low + k), int(tokens[k]))
         self.counts += np.bincount(tokens, minlength=len(self.counts))
 
     def _report(self, tokens: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.data.read.account import Account
+from engine.data.read.account import ReadSummary
 from engine.data.read.document_batch import START, Cursor
 
 
@@ -33,7 +33,7 @@ class Totals:
     cursor: Cursor = START
     consumed: int = 0
     documents: int = 0  # that could be read, empty ones too: the number of the next one
-    account: Account = field(default_factory=Account)
+    account: ReadSummary = field(default_factory=ReadSummary)
     splits: dict[str, SplitTotals] = field(default_factory=dict)
     fallback: str = ""  # why gigatoken, or a conversion, was given up
     by_original: bool = False  # it was the conversion: sentencepiece itself encodes
@@ -42,7 +42,11 @@ class Totals:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Totals:
         splits = {name: SplitTotals(**counts) for name, counts in state["splits"].items()}
-        state_of_parts = {"cursor": Cursor(**state["cursor"]), "account": Account(**state["account"]), "splits": splits}
+        state_of_parts = {
+            "cursor": Cursor(**state["cursor"]),
+            "account": ReadSummary(**state["account"]),
+            "splits": splits,
+        }
         return cls(**{**state, **state_of_parts})
 
 

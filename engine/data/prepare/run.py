@@ -21,12 +21,12 @@ from engine.data.prepare.job import RERUN, SPLITS, PrepareJob, settings_of, stop
 from engine.data.prepare.options import PrepareOptions
 from engine.data.prepare.report import PrepareReport, SplitReport
 from engine.data.prepare.shards import Shards
-from engine.data.read.account import Account, unreadable
+from engine.data.read.account import ReadSummary, no_text_error
 from engine.data.read.document_source import DocumentSource
 from engine.data.read.progress import Progress, ProgressEvent
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.data.tokenize.train import Spread, train_apart
+from engine.data.tokenize.train import TextSampler, train_in_subprocess
 from engine.data.workfolder import PUBLISH_PLAN, read_work_json, reject_existing
 from engine.errors import ConfigError, DataError
 from engine.util.files import sync_folder
@@ -59,7 +59,7 @@ def prepare(
         text = "standard input (-) and pipes can be read only once: train the tokenizer on files, or give one"
         raise DataError("prepare.training-reads-twice", text)
     if not any(file.drop is None and (file.num_bytes or file.once or "://" in file.name) for file in source.files):
-        raise unreadable(source, options.skip_errors)
+        raise no_text_error(source, options.skip_errors)
     return _run(job)
 
 
@@ -106,27 +106,27 @@ def _trained_tokenizer(job: PrepareJob) -> Tokenizer:
     """The tokenizer that an earlier try trained, or a new one, kept in the parts folder."""
     folder = job.parts_folder / "trained"
     if not folder.exists():
-        recipe, spread = Recipe(job.options.train_vocab_size), Spread(job.options.train_bytes, job.total)
-        trained = train_apart(_train_texts(job, spread), recipe, spread, job.progress)
+        recipe, sampler = Recipe(job.options.train_vocab_size), TextSampler(job.options.train_bytes, job.total)
+        trained = train_in_subprocess(_train_texts(job, sampler), recipe, sampler, job.progress)
         trained.tokenizer.save(job.parts_folder / "trained.tmp")
         (job.parts_folder / "trained.tmp").rename(folder)
         sync_folder(job.parts_folder)
     return Tokenizer.load(folder, job.options.parse_special)
 
 
-def _train_texts(job: PrepareJob, spread: Spread) -> Iterator[str]:
-    began, number, account = time.monotonic(), 0, Account()
+def _train_texts(job: PrepareJob, sampler: TextSampler) -> Iterator[str]:
+    began, number, account = time.monotonic(), 0, ReadSummary()
     for batch in read_ahead(job.source.batches()):
         stop_at_errors(job, batch)
         account.add(batch)
         splits = job.split_numbers(number, len(batch.texts))
         number += len(batch.texts)
-        yield from spread.take([text for text, split in zip(batch.texts, splits) if not split], batch.consumed)
+        yield from sampler.take([text for text, split in zip(batch.texts, splits) if not split], batch.consumed)
         if job.progress is not None:
             elapsed, consumed = time.monotonic() - began, batch.consumed
             job.progress(ProgressEvent("train tokenizer", consumed, job.total, number, 0, elapsed, consumed, 0))
     if not number:
-        raise account.no_text(job.source)
+        raise account.error(job.source)
 
 
 def _publish(job: PrepareJob, shards: Shards, plan: dict[str, Any]) -> PrepareReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.data.read.document_batch import Batch
+from engine.data.read.document_batch import DocumentBatch
 from engine.data.read.document_source import DocumentSource
 from engine.errors import DataError, truncate
 
@@ -12,14 +12,14 @@ _EXAMPLES = 3  # kept of each kind
 
 
 @dataclass
-class Account:
+class ReadSummary:
     """Counts of drops and notes by kind, and the first few of each as text."""
 
     dropped: dict[str, int] = field(default_factory=dict)
     noticed: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, batch: Batch) -> list[str]:
+    def add(self, batch: DocumentBatch) -> list[str]:
         """Count what a batch has; returns the notes that are the first of their kind, to be told at once."""
         for drop in batch.drops:
             self._count(self.dropped, drop.reason, str(drop))
@@ -42,7 +42,7 @@ class Account:
         first = next(iter(self.examples.get(kind, [])), "")
         return f", the first: {first}" if first else ""
 
-    def nothing(self, source: DocumentSource) -> str:
+    def describe(self, source: DocumentSource) -> str:
         """Why these inputs have no text: what was seen, and what became of it."""
         unread = sum(file.drop is not None for file in source.files)
         empty = sum(not file.num_bytes and not file.once for file in source.files if file.drop is None)
@@ -53,20 +53,20 @@ class Account:
             text += f", {_count(source.excluded, 'name', 'left out by --include and --exclude')}"
         return "\n".join([f"{text}.", *(f"  {line}" for line in self.lines())])
 
-    def no_text(self, source: DocumentSource, more: str = "") -> DataError:
-        """`nothing` as an error; `more` is added to it."""
-        return DataError("read.no-text", self.nothing(source) + more)
+    def error(self, source: DocumentSource, more: str = "") -> DataError:
+        """`describe` as an error; `more` is added to it."""
+        return DataError("read.no-text", self.describe(source) + more)
 
 
-def unreadable(source: DocumentSource, skip_errors: bool) -> DataError:
+def no_text_error(source: DocumentSource, skip_errors: bool) -> DataError:
     """The error for inputs that have no text, as all of them are left out or empty."""
-    account = Account()
+    account = ReadSummary()
     for batch in source.batches():
         for drop in batch.drops:
             if drop.stops and not skip_errors:
-                return drop.refuse()
+                return drop.error()
         account.add(batch)
-    return account.no_text(source)
+    return account.error(source)
 
 
 def _count(count: int, what: str, done: str) -> str:

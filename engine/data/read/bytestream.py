@@ -44,24 +44,24 @@ class ByteStream:
         except OSError as err:
             raise BadStream(f"{err.strerror or err}; check its permissions") from err
         self._compression = file.compression
-        self.found = ""  # how a file is packed whose name does not say it
+        self.detected_compression = ""  # how a file is packed whose name does not say it
         if file.once:
             try:
                 pipe = _PeekedPipe(self._raw)
             except OSError as err:
                 raise BadStream(f"{err.strerror or err}") from err
-            self._raw, self._compression = cast(IO[bytes], pipe), self._compression or packing_of(pipe.head)
+            self._raw, self._compression = cast(IO[bytes], pipe), self._compression or compression_of(pipe.head)
         elif not self._compression and "://" not in file.name:
-            self._compression = self.found = self._look()
+            self._compression = self.detected_compression = self._detect_compression()
         self._unpacked: Any = _unpack(self._raw, self._compression)
 
-    def _look(self) -> str:
+    def _detect_compression(self) -> str:
         try:
             head = self._raw.read(_MAGIC_BYTES)
             self._raw.seek(0)
         except OSError as err:
             raise BadStream(f"{err.strerror or err}, at its beginning") from err
-        return packing_of(head)
+        return compression_of(head)
 
     def __enter__(self) -> ByteStream:
         return self
@@ -163,7 +163,7 @@ class ByteStream:
         """Stored bytes read so far, for progress."""
         return self._raw.tell()
 
-    def changed(self) -> str:
+    def describe_change(self) -> str:
         """What happened to the file since it was listed; "" for nothing, or where it cannot be told."""
         if self.file.once or "://" in self.file.name:
             return ""
@@ -174,7 +174,7 @@ class ByteStream:
 
     def shrank(self) -> bool:
         """Whether some of what a changed file held may have been gone before it was read."""
-        return bool(self.changed()) and os.fstat(self._raw.fileno()).st_size < self.file.num_bytes
+        return bool(self.describe_change()) and os.fstat(self._raw.fileno()).st_size < self.file.num_bytes
 
 
 def _open(file: InputFile) -> IO[bytes]:
@@ -192,7 +192,7 @@ def _open(file: InputFile) -> IO[bytes]:
     return open(file.name, "rb")
 
 
-def packing_of(head: bytes) -> str:
+def compression_of(head: bytes) -> str:
     """The suffix of the archives that begin so; "" for none."""
     found = _MAGIC.match(head)
     return f".{found.lastgroup}" if found else ""
@@ -224,14 +224,14 @@ class _PeekedPipe:
 def _unpack(raw: IO[bytes], compression: str) -> IO[bytes]:
     unpackers: dict[str, Callable[[IO[bytes]], Any]] = {
         ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-        ".bz2": lambda raw: io.BufferedReader(_Members(raw, bz2.BZ2Decompressor), 1 << 18),
-        ".xz": lambda raw: io.BufferedReader(_Members(raw, lzma.LZMADecompressor, padding=b"\0"), 1 << 18),
-        ".zst": lambda raw: io.BufferedReader(_Members(raw, _Frame, _FRAME_BYTES), 1 << 18),
+        ".bz2": lambda raw: io.BufferedReader(_ConcatenatedStreams(raw, bz2.BZ2Decompressor), 1 << 18),
+        ".xz": lambda raw: io.BufferedReader(_ConcatenatedStreams(raw, lzma.LZMADecompressor, padding=b"\0"), 1 << 18),
+        ".zst": lambda raw: io.BufferedReader(_ConcatenatedStreams(raw, _ZstdFrame, _FRAME_BYTES), 1 << 18),
     }
     return unpackers[compression](raw) if compression else raw
 
 
-class _Frame:
+class _ZstdFrame:
     """A frame of zstd, with the methods that the standard library's decompressors have."""
 
     needs_input = True
@@ -258,7 +258,7 @@ class _Frame:
         return self._frame.unused_data
 
 
-class _Members(io.RawIOBase):
+class _ConcatenatedStreams(io.RawIOBase):
     """An archive of one or more streams, one after the other.
 
     The libraries' own readers take what follows a stream and is none, or a torn one, for the end of the text.

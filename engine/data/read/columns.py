@@ -8,22 +8,22 @@ from typing import Any
 RENAMED = "input_"  # before the name of a column that `clean` writes itself
 
 
-def rest_of(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def other_columns(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """The members of a record but those whose values are the text; of "a.b" the others of `a` stay."""
     rest = dict(record)
     for key in keys:
-        _take_out(rest, key)
+        _remove_key(rest, key)
     return rest
 
 
-def _take_out(record: dict[str, Any], key: str) -> bool:
+def _remove_key(record: dict[str, Any], key: str) -> bool:
     """Leave out what values.find finds; objects on the way are copied, and one that has nothing else goes."""
     if key in record:
         del record[key]
         return True
     for at in (at for at, char in enumerate(key) if char == "."):
         inner = record.get(key[:at])
-        if isinstance(inner, Mapping) and _take_out(copy := dict(inner), key[at + 1 :]):
+        if isinstance(inner, Mapping) and _remove_key(copy := dict(inner), key[at + 1 :]):
             if copy:
                 record[key[:at]] = copy
             else:
@@ -32,7 +32,7 @@ def _take_out(record: dict[str, Any], key: str) -> bool:
     return False
 
 
-def size_of(value: Any) -> int:
+def approximate_bytes(value: Any) -> int:
     """About how many bytes a value takes, whatever its depth: it bounds what is held at once."""
     size, waiting = 0, [value]
     while waiting:
@@ -48,7 +48,7 @@ def size_of(value: Any) -> int:
     return size
 
 
-def joined(own: Mapping[str, Any], rest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def merge_columns(own: Mapping[str, Any], rest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """(row, renamed): `own` and behind it the other columns; one that has a name of `own` is renamed to input_NAME.
 
     `renamed`: old name -> new one. No value is lost: where input_NAME is there too, it is input_input_NAME.

@@ -14,7 +14,7 @@ def printable(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Drop:
+class DroppedItem:
     """Something that was not handed out: `record` is its line, row or element (0: the file), counted from 1.
 
     `stops`: it is a fault of the input, so `--on-error stop` stops there; the others are by design (blank lines, files
@@ -31,7 +31,7 @@ class Drop:
         place = f"{self.file}{f':{self.record}' if self.record else ''}"
         return printable(": ".join(part for part in (place, self.reason, self.detail) if part))
 
-    def refuse(self) -> DataError:
+    def error(self) -> DataError:
         """The error that stops at this fault."""
         return DataError(
             "read.document-refused", f"{self} (--on-error skip leaves such documents out, and counts and lists them.)"
@@ -39,7 +39,7 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class Note:
+class InputNote:
     """Something about a file that the user should know, though nothing of it was left out."""
 
     file: str
@@ -65,7 +65,7 @@ START = Cursor()
 
 
 @dataclass
-class Batch:
+class DocumentBatch:
     """Texts in input order, (file number, record) of each, drops and notes on the way, where the next batch begins.
 
     rest: of each text the other columns of its record, empty unless DocumentSource.keep_rest.
@@ -73,18 +73,18 @@ class Batch:
 
     texts: list[str] = field(default_factory=list)
     where: list[tuple[int, int]] = field(default_factory=list)
-    rest: list[dict[str, Any]] = field(default_factory=list)
-    drops: list[Drop] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
+    other_columns: list[dict[str, Any]] = field(default_factory=list)
+    drops: list[DroppedItem] = field(default_factory=list)
+    notes: list[InputNote] = field(default_factory=list)
     cursor: Cursor = START
     consumed: int = 0  # stored bytes of all inputs up to the end of this batch
     num_chars: int = 0
 
-    def extend(self, block: Batch) -> None:
+    def extend(self, block: DocumentBatch) -> None:
         """Append what follows."""
         self.texts += block.texts
         self.where += block.where
-        self.rest += block.rest
+        self.other_columns += block.other_columns
         self.drops += block.drops
         self.notes += block.notes
         self.cursor = block.cursor

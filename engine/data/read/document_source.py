@@ -5,9 +5,9 @@ row; any other file is one document, UTF-8, unless its first lines are JSON obje
 the value of a key (of several keys: joined by a newline). A value may be a list: of strings, which are joined by
 newlines, or of messages {"role", "content"}, each written as "role: content".
 
-Nothing disappears in silence: whatever is not handed out is handed out as a `Drop`, and what the user should know of a
-file as a `Note`. Memory is a batch, or the largest
-document, whichever is more: what is longer than `max_document_bytes` is dropped without being held.
+Nothing disappears silently: each record or file that is skipped is reported as a `DroppedItem`, and anything else that
+the user should know about a file as an `InputNote`. Memory is one batch or the largest document, whichever is larger; a
+document longer than `max_document_bytes` is dropped without being held in memory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import orjson
 import xxhash
 
 from engine.data.read.bytestream import BadStream, ByteStream
-from engine.data.read.columns import rest_of, size_of
-from engine.data.read.document_batch import START, Batch, Cursor, Drop, Note, printable
+from engine.data.read.columns import approximate_bytes, other_columns
+from engine.data.read.document_batch import START, Cursor, DocumentBatch, DroppedItem, InputNote, printable
 from engine.data.read.formats import ZERO_BYTES, BadRecord, arrow_rows, csv_rows, parquet_rows
 from engine.data.read.inputs import InputFile, list_inputs
-from engine.data.read.jsontext import exact, json_values, loads
-from engine.data.read.own import Own
-from engine.data.read.recognise import is_binary, lines_of_objects, recognised
-from engine.data.read.values import find, names_in, text_of
+from engine.data.read.jsontext import json_values, loads, loads_exact_ints
+from engine.data.read.own import OwnFiles
+from engine.data.read.recognise import count_binary_zeros, detect_format, json_line_objects
+from engine.data.read.values import find, list_keys, text_of
 
 MAX_DOCUMENT_BYTES = 1 << 26  # beyond it a file or line is a dump of something, not a text
 FORMATS = {
@@ -47,7 +47,7 @@ _BATCH_DOCUMENTS = 8192
 _BLOCK_BYTES = 1 << 20  # bytes read at once
 _BOM = b"\xef\xbb\xbf"
 _UNREAD = object()
-ANOTHER_INPUT = "is not the input that the work began with; give the same again, or --overwrite"
+INPUT_CHANGED = "is not the input that the work began with; give the same again, or --overwrite"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DocumentSource:
     keys: Sequence[str] = ("text",)
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""  # "": by the file's name
     max_document_bytes: int = MAX_DOCUMENT_BYTES
-    keep_rest: bool = False  # hand out the other columns of every record too
+    keep_other_columns: bool = False  # hand out the other columns of every record too
     given: Sequence[str] = ()  # the inputs as they were named
     excluded: int = 0  # names in folders that --include and --exclude left out
 
@@ -68,11 +68,11 @@ class DocumentSource:
         inputs: Sequence[str | Path],
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
-        mine: Own | None = None,
+        own_files: OwnFiles | None = None,
         **how: Any,
     ) -> DocumentSource:
         """Of what list_inputs finds; `how`: the other fields."""
-        listing = list_inputs(inputs, include, exclude, mine)
+        listing = list_inputs(inputs, include, exclude, own_files)
         return cls(listing.files, given=tuple(map(str, inputs)), excluded=listing.excluded, **how)
 
     @property
@@ -80,10 +80,10 @@ class DocumentSource:
         """Whether there is a pipe or standard input among the files."""
         return any(file.once for file in self.files)
 
-    def batches(self, start: Cursor = START) -> Iterator[Batch]:
+    def batches(self, start: Cursor = START) -> Iterator[DocumentBatch]:
         """All batches from `start` on. Where one ends is a detail; their content one after the other is not."""
         before = sum(file.num_bytes for file in self.files[: start.file])
-        batch = Batch(cursor=start, consumed=before)
+        batch = DocumentBatch(cursor=start, consumed=before)
         for number in range(start.file, len(self.files)):
             begin = start if number == start.file else Cursor(number)
             for block in _FileReader(self, number).read(begin):
@@ -91,7 +91,7 @@ class DocumentSource:
                 batch.consumed = before + block.consumed
                 if batch.num_chars >= _BATCH_BYTES or len(batch.texts) + len(batch.drops) >= _BATCH_DOCUMENTS:
                     yield batch
-                    batch = Batch(cursor=batch.cursor, consumed=batch.consumed)
+                    batch = DocumentBatch(cursor=batch.cursor, consumed=batch.consumed)
             # How large a pipe is, nobody knows before its end.
             before = batch.consumed if self.files[number].once else before + self.files[number].num_bytes
             batch.cursor, batch.consumed = Cursor(number + 1), before
@@ -104,13 +104,13 @@ class _FileReader:
     def __init__(self, source: DocumentSource, number: int):
         self.file, self.number = source.files[number], number
         self.keys, self.limit = tuple(source.keys), source.max_document_bytes
-        self.asked = source.format
-        self.keep_rest = source.keep_rest
+        self.requested_format = source.format
+        self.keep_other_columns = source.keep_other_columns
         self.record = 0  # the last one looked at
 
-    def read(self, begin: Cursor) -> Iterator[Batch]:
+    def read(self, begin: Cursor) -> Iterator[DocumentBatch]:
         """From `begin` to the end of the file, or to where it cannot be read any further."""
-        readers: dict[str, Callable[[ByteStream, Cursor], Iterator[Batch]]] = {
+        readers: dict[str, Callable[[ByteStream, Cursor], Iterator[DocumentBatch]]] = {
             "jsonl": self._jsonl,
             "json": self._json,
             "csv": self._csv,
@@ -120,75 +120,75 @@ class _FileReader:
         }
         self.record = begin.record
         if self.file.drop is not None:
-            yield Batch(drops=[self.file.drop], cursor=Cursor(self.number + 1))
+            yield DocumentBatch(drops=[self.file.drop], cursor=Cursor(self.number + 1))
             return
         try:
             with ByteStream(self.file) as stream:
                 kind, notes = self._format(stream)
                 if begin == Cursor(self.number) and notes:
-                    yield Batch(notes=notes, cursor=begin)
-                yield from self._watched(stream, readers[kind](stream, begin))
+                    yield DocumentBatch(notes=notes, cursor=begin)
+                yield from self._report_changes(stream, readers[kind](stream, begin))
         except BadStream as err:
             yield self._dropped("cannot be read", str(err), self.record + 1 if self.record else 0)
 
-    def _watched(self, stream: ByteStream, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _report_changes(self, stream: ByteStream, batches: Iterator[DocumentBatch]) -> Iterator[DocumentBatch]:
         """The batches, and a word if the file was changed meanwhile: before the torn line that it may have become."""
         kind, told = "changed while it was read", False
         try:
             for batch in batches:
                 if batch.drops and not told and (told := stream.shrank()):
-                    batch.drops.insert(0, Drop(self.file.name, 0, kind, stream.changed()))
+                    batch.drops.insert(0, DroppedItem(self.file.name, 0, kind, stream.describe_change()))
                 yield batch
         except BadStream as err:
-            raise BadStream(f"{err}; {change}" if (change := stream.changed()) else str(err)) from err
-        if not told and (change := stream.changed()):
-            end = Batch(cursor=Cursor(self.number + 1), consumed=stream.consumed())
+            raise BadStream(f"{err}; {change}" if (change := stream.describe_change()) else str(err)) from err
+        if not told and (change := stream.describe_change()):
+            end = DocumentBatch(cursor=Cursor(self.number + 1), consumed=stream.consumed())
             if stream.shrank():
-                end.drops.append(Drop(self.file.name, 0, kind, change))
+                end.drops.append(DroppedItem(self.file.name, 0, kind, change))
             else:
-                end.notes.append(Note(self.file.name, kind, change))
+                end.notes.append(InputNote(self.file.name, kind, change))
             yield end
 
-    def _format(self, stream: ByteStream) -> tuple[str, list[Note]]:
+    def _format(self, stream: ByteStream) -> tuple[str, list[InputNote]]:
         """How the file is read: as asked, by its name, or by its first lines; and what to say of it."""
         again = self.file.same_as
-        notes = [Note(self.file.name, "read once more", f"the same file as {again}")] if again else []
-        if stream.found:
-            detail = f"its bytes are those of a {stream.found} archive, whatever its name"
-            notes.append(Note(self.file.name, "unpacked", detail))
-        kind = self.asked or FORMATS.get(self.file.suffix, "")
-        if kind == "json" and lines_of_objects(stream, self.limit):
+        notes = [InputNote(self.file.name, "read once more", f"the same file as {again}")] if again else []
+        if stream.detected_compression:
+            detail = f"its bytes are those of a {stream.detected_compression} archive, whatever its name"
+            notes.append(InputNote(self.file.name, "unpacked", detail))
+        kind = self.requested_format or FORMATS.get(self.file.suffix, "")
+        if kind == "json" and json_line_objects(stream, self.limit):
             kind = "jsonl"
         if not kind:
-            kind, noted, detail = recognised(stream, self.keys, self.limit)
+            kind, noted, detail = detect_format(stream, self.keys, self.limit)
             if self.file.once and not self.file.suffix and kind != "json":
                 kind, noted = "jsonl", ""  # what a pipe without a name is taken for
-            notes += [Note(self.file.name, noted, detail)] if noted else []
+            notes += [InputNote(self.file.name, noted, detail)] if noted else []
         return kind, notes
 
-    def _dropped(self, reason: str, detail: str, record: int, stops: bool = True) -> Batch:
+    def _dropped(self, reason: str, detail: str, record: int, stops: bool = True) -> DocumentBatch:
         """A batch of nothing but this drop, which ends the file."""
-        drop = Drop(self.file.name, record, reason, printable(detail), stops)
-        return Batch(drops=[drop], cursor=Cursor(self.number + 1), consumed=self.file.num_bytes)
+        drop = DroppedItem(self.file.name, record, reason, printable(detail), stops)
+        return DocumentBatch(drops=[drop], cursor=Cursor(self.number + 1), consumed=self.file.num_bytes)
 
-    def _drop(self, batch: Batch, reason: str, detail: str, stops: bool = True) -> None:
-        batch.drops.append(Drop(self.file.name, self.record, reason, printable(detail), stops))
+    def _drop(self, batch: DocumentBatch, reason: str, detail: str, stops: bool = True) -> None:
+        batch.drops.append(DroppedItem(self.file.name, self.record, reason, printable(detail), stops))
 
-    def _add(self, batch: Batch, text: str, record: Any = None) -> None:
+    def _add(self, batch: DocumentBatch, text: str, record: Any = None) -> None:
         if len(text) > self.limit:
             self._drop(batch, "too large", self._too_large(len(text)))
             return
         batch.texts.append(text)
         batch.where.append((self.number, self.record))
         batch.num_chars += len(text)
-        if self.keep_rest:
-            batch.rest.append(rest_of(record or {}, self.keys))
-            batch.num_chars += size_of(batch.rest[-1])
+        if self.keep_other_columns:
+            batch.other_columns.append(other_columns(record or {}, self.keys))
+            batch.num_chars += approximate_bytes(batch.other_columns[-1])
 
     def _too_large(self, size: int) -> str:
         return f"more than max_document_bytes = {self.limit:,} ({size:,} or more). Raise it, or split the document."
 
-    def _add_record(self, batch: Batch, value: Any) -> None:
+    def _add_record(self, batch: DocumentBatch, value: Any) -> None:
         """The text of a JSON object, or the drop that says why there is none."""
         if not isinstance(value, dict):
             wanted = f'expected a JSON object like {{"{self.keys[0]}": "..."}}'
@@ -198,7 +198,9 @@ class _FileReader:
             if not text.isascii():
                 text.encode()
         except LookupError as err:
-            detail = f"no key {err.args[0]!r}. The keys here are: {names_in(value)}; choose among them with --json-key."
+            detail = (
+                f"no key {err.args[0]!r}. The keys here are: {list_keys(value)}; choose among them with --json-key."
+            )
             return self._drop(batch, "missing key", detail)
         except TypeError as err:
             return self._drop(batch, "wrong type", f"{err}. Choose another --json-key.")
@@ -206,18 +208,18 @@ class _FileReader:
             return self._drop(batch, "not UTF-8", f"character {err.start} is half of a surrogate pair: no text.")
         return self._add(batch, text, value)
 
-    def _text(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
+    def _text(self, stream: ByteStream, begin: Cursor) -> Iterator[DocumentBatch]:
         """The file as one document. A file found in a folder may be no text: that is counted and does not stop."""
         explicit = self.file.explicit
         raw = _read_up_to(stream, self.limit + 1)
-        if zeros := is_binary(raw):
+        if zeros := count_binary_zeros(raw):
             yield self._dropped("zero bytes", f"{zeros:,} {ZERO_BYTES}.", 0, explicit)
             return
         if len(raw) > self.limit:
             detail = f"{self._too_large(len(raw))} Or convert the file to .jsonl."
             yield self._dropped("too large", detail, 0, explicit)
             return
-        batch = Batch(cursor=Cursor(self.number + 1), consumed=stream.consumed())
+        batch = DocumentBatch(cursor=Cursor(self.number + 1), consumed=stream.consumed())
         try:
             # A byte order mark says how the text is stored; it is not part of it.
             self._add(batch, raw.removeprefix(_BOM).decode("utf-8"))
@@ -226,17 +228,17 @@ class _FileReader:
             self._drop(batch, "not UTF-8", detail, explicit)
         yield batch
 
-    def _jsonl(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
+    def _jsonl(self, stream: ByteStream, begin: Cursor) -> Iterator[DocumentBatch]:
         digest = xxhash.xxh3_128() if self.file.once else None
         stream.skip(begin.offset, digest.update if digest else None)
         if digest and begin.digest and digest.hexdigest() != begin.digest:
-            raise BadStream(ANOTHER_INPUT)
+            raise BadStream(INPUT_CHANGED)
         offset, carry, ended, lost = begin.offset, b"", False, 0  # lost: bytes so far of a line that is too long
         zeros = False  # that line begins with zero bytes, or goes on with them
         while not ended:
             data = stream.read(_BLOCK_BYTES)
             ended = not data
-            batch = Batch()
+            batch = DocumentBatch()
             if lost:
                 rest, newline, data = data.partition(b"\n")
                 lost += len(rest) + len(newline)
@@ -268,10 +270,10 @@ class _FileReader:
             if batch.texts or batch.drops or newline:
                 yield batch
 
-    def _lines(self, batch: Batch, block: bytes) -> None:
+    def _lines(self, batch: DocumentBatch, block: bytes) -> None:
         """Every line of `block`. The plain case stays in this loop: it decides the speed of reading."""
-        read: Callable[[bytes], Any] = exact if self.keep_rest else orjson.loads
-        key, plain = self.keys[0], len(self.keys) == 1 and not self.keep_rest
+        read: Callable[[bytes], Any] = loads_exact_ints if self.keep_other_columns else orjson.loads
+        key, plain = self.keys[0], len(self.keys) == 1 and not self.keep_other_columns
         texts, where, number, limit = batch.texts, batch.where, self.number, self.limit
         record, chars = self.record, 0
         for record, line in enumerate(block.split(b"\n"), self.record + 1):
@@ -291,7 +293,7 @@ class _FileReader:
         self.record = record
         batch.num_chars += chars
 
-    def _line(self, batch: Batch, line: bytes, value: Any) -> None:
+    def _line(self, batch: DocumentBatch, line: bytes, value: Any) -> None:
         """A line that is not the plain case; `value` is what was read of it, if anything could."""
         if len(line) <= self.limit and value is not _UNREAD:
             return self._add_record(batch, value)
@@ -303,7 +305,7 @@ class _FileReader:
         if len(line) > self.limit:
             return self._drop(batch, "too large", f"a line of {len(line):,} bytes, {self._too_large(len(line))}")
         try:
-            value = exact(line) if self.keep_rest else loads(line)
+            value = loads_exact_ints(line) if self.keep_other_columns else loads(line)
         except UnicodeDecodeError as wrong:
             detail = f"byte {wrong.start} of the line is {line[wrong.start]:#04x}. Convert the file to UTF-8."
             return self._drop(batch, "not UTF-8", detail)
@@ -315,31 +317,31 @@ class _FileReader:
             return self._drop(batch, "malformed JSON", detail)
         return self._add_record(batch, value)
 
-    def _rows(self, rows: Iterator[tuple[Any, int]], begin: Cursor, size: int = 256) -> Iterator[Batch]:
+    def _rows(self, rows: Iterator[tuple[Any, int]], begin: Cursor, size: int = 256) -> Iterator[DocumentBatch]:
         """Batches of (row, bytes consumed): objects, or a BadRecord that says why a row could not be read.
 
         Of what can be read only once all rows are given, and those that are done have to be the ones of then.
         """
         digest = xxhash.xxh3_128() if self.file.once else None
-        batch, consumed, broken = Batch(), 0, None
+        batch, consumed, broken = DocumentBatch(), 0, None
         try:
             if digest:
-                self._pass_over(rows, begin, digest)
+                self._skip_rows(rows, begin, digest)
             for value, consumed in rows:
                 self.record += 1
                 self._add_row(batch, value, digest)
                 if len(batch.texts) + len(batch.drops) >= size or batch.num_chars >= _BLOCK_BYTES:
-                    batch.cursor, batch.consumed = self._behind_rows(digest), consumed
+                    batch.cursor, batch.consumed = self._cursor_after_rows(digest), consumed
                     yield batch
-                    batch = Batch()
+                    batch = DocumentBatch()
         except BadStream as err:  # what was read before it is not lost
             broken = err
-        batch.cursor, batch.consumed = self._behind_rows(digest), consumed
+        batch.cursor, batch.consumed = self._cursor_after_rows(digest), consumed
         yield batch
         if broken is not None:
             raise broken
 
-    def _add_row(self, batch: Batch, value: Any, digest: xxhash.xxh3_128 | None) -> None:
+    def _add_row(self, batch: DocumentBatch, value: Any, digest: xxhash.xxh3_128 | None) -> None:
         texts, drops = len(batch.texts), len(batch.drops)
         if isinstance(value, BadRecord):
             self._drop(batch, value.reason, value.detail, value.stops)
@@ -349,34 +351,36 @@ class _FileReader:
             for text in (*batch.texts[texts:], *map(str, batch.drops[drops:])):
                 digest.update(f"{len(text)} {text}".encode())
 
-    def _pass_over(self, rows: Iterator[tuple[Any, int]], begin: Cursor, digest: xxhash.xxh3_128) -> None:
+    def _skip_rows(self, rows: Iterator[tuple[Any, int]], begin: Cursor, digest: xxhash.xxh3_128) -> None:
         self.record = 0
         for value, _ in itertools.islice(rows, begin.offset):
             self.record += 1
-            self._add_row(Batch(), value, digest)
+            self._add_row(DocumentBatch(), value, digest)
         if begin.digest and digest.hexdigest() != begin.digest:
-            raise BadStream(ANOTHER_INPUT)
+            raise BadStream(INPUT_CHANGED)
 
-    def _behind_rows(self, digest: xxhash.xxh3_128 | None) -> Cursor:
+    def _cursor_after_rows(self, digest: xxhash.xxh3_128 | None) -> Cursor:
         return Cursor(self.number, self.record, self.record, digest.hexdigest() if digest else "")
 
-    def _done(self, begin: Cursor) -> int:
+    def _rows_to_skip(self, begin: Cursor) -> int:
         """Rows that a reader need not give."""
         return 0 if self.file.once else begin.offset
 
-    def _json(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        yield from self._rows(itertools.islice(json_values(stream, self.limit), self._done(begin), None), begin)
+    def _json(self, stream: ByteStream, begin: Cursor) -> Iterator[DocumentBatch]:
+        yield from self._rows(itertools.islice(json_values(stream, self.limit), self._rows_to_skip(begin), None), begin)
 
-    def _csv(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
+    def _csv(self, stream: ByteStream, begin: Cursor) -> Iterator[DocumentBatch]:
         separator = "\t" if self.file.suffix == ".tsv" else ","
-        rows = csv_rows(stream, separator, self.keys, self.limit, self.keep_rest)
-        yield from self._rows(itertools.islice(rows, self._done(begin), None), begin)
+        rows = csv_rows(stream, separator, self.keys, self.limit, self.keep_other_columns)
+        yield from self._rows(itertools.islice(rows, self._rows_to_skip(begin), None), begin)
 
-    def _parquet(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        yield from self._rows(parquet_rows(stream, self.keys, self._done(begin), self.keep_rest), begin)
+    def _parquet(self, stream: ByteStream, begin: Cursor) -> Iterator[DocumentBatch]:
+        yield from self._rows(
+            parquet_rows(stream, self.keys, self._rows_to_skip(begin), self.keep_other_columns), begin
+        )
 
-    def _arrow(self, stream: ByteStream, begin: Cursor) -> Iterator[Batch]:
-        yield from self._rows(arrow_rows(stream, self.keys, self._done(begin), self.keep_rest), begin)
+    def _arrow(self, stream: ByteStream, begin: Cursor) -> Iterator[DocumentBatch]:
+        yield from self._rows(arrow_rows(stream, self.keys, self._rows_to_skip(begin), self.keep_other_columns), begin)
 
 
 def _read_up_to(stream: ByteStream, size: int) -> bytes:

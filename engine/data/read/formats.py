@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.data.read.bytestream import BadStream, ByteStream
-from engine.data.read.columns import rest_of
-from engine.data.read.values import some_of
+from engine.data.read.columns import other_columns
+from engine.data.read.values import shorten_list
 from engine.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
@@ -74,10 +74,10 @@ def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: 
         if not names:
             yield _BLANK, stream.consumed()
     for name in columns:
-        if not _only([there for there in names if there == name], name):
-            raise _absent(name, names)
+        if not _unique_column([other for other in names if other == name], name):
+            raise _missing_column(name, names)
     if all_columns:
-        _refuse_twice(names)
+        _reject_duplicates(names)
     while True:
         try:
             row = next(rows)
@@ -91,7 +91,7 @@ def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: 
 
 
 _BLANK = BadRecord("blank line", "", stops=False)
-_FOREIGN = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, with surrogateescape
+_NON_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, with surrogateescape
 
 
 def _csv_row(row: list[str], names: Sequence[str], columns: Sequence[str], line: int) -> dict[str, str] | BadRecord:
@@ -110,7 +110,7 @@ def _csv_row(row: list[str], names: Sequence[str], columns: Sequence[str], line:
         for name, field in found.items():
             raw = field.encode("utf-8", "surrogateescape")
             found[name] = raw.decode("utf-8", "backslashreplace")
-            if name in columns and (wrong := _FOREIGN.search(field)):
+            if name in columns and (wrong := _NON_UTF8.search(field)):
                 detail = f"line {line}: byte {ord(wrong[0]) - 0xDC00:#04x}. Convert the file to UTF-8."
                 return BadRecord("not UTF-8", detail)
     return found
@@ -182,7 +182,7 @@ def _arrow(module: str) -> tuple[Any, Any]:
     return pyarrow, {"pyarrow.parquet": pyarrow.parquet, "pyarrow.ipc": pyarrow.ipc}[module]
 
 
-def _only(found: Sequence[Any], name: str) -> Any:
+def _unique_column(found: Sequence[Any], name: str) -> Any:
     """The one column of this name; None if there is none. Raises BadStream for several."""
     if len(found) > 1:
         raise BadStream(
@@ -191,42 +191,46 @@ def _only(found: Sequence[Any], name: str) -> Any:
     return found[0] if found else None
 
 
-def _absent(name: str, there: Sequence[str]) -> BadStream:
-    return BadStream(f"no column {name!r}. The columns here are: {some_of(there)}; choose among them with --json-key")
+def _missing_column(name: str, names: Sequence[str]) -> BadStream:
+    return BadStream(
+        f"no column {name!r}. The columns here are: {shorten_list(names)}; choose among them with --json-key"
+    )
 
 
-Ways = dict[str, list[str]]  # to a wanted column: its name, or for "a.b" that of the struct `a` and of the field in it
+ColumnPaths = dict[
+    str, list[str]
+]  # to a wanted column: its name, or for "a.b" that of the struct `a` and of the field in it
 
 
-def _columns(arrow: Any, schema: Any, wanted: Sequence[str], all_columns: bool) -> Ways:
+def _columns(arrow: Any, schema: Any, wanted: Sequence[str], all_columns: bool) -> ColumnPaths:
     """Where the wanted columns are. Raises BadStream for one that is not there, or there more than once.
 
     `all_columns`: of the others too.
     """
-    ways = {name: _way(arrow, schema, name) for name in wanted}
+    ways = {name: _column_path(arrow, schema, name) for name in wanted}
     for name, way in ways.items():
         if not way:
-            raise _absent(name, [leaf for field in schema for leaf in _leaves(arrow, field)])
+            raise _missing_column(name, [leaf for field in schema for leaf in _leaves(arrow, field)])
     if all_columns:
-        _refuse_twice(schema.names)
+        _reject_duplicates(schema.names)
         return {name: [name] for name in schema.names if name not in ways} | ways
     return ways
 
 
-def _refuse_twice(names: Sequence[str]) -> None:
+def _reject_duplicates(names: Sequence[str]) -> None:
     for name in names:
         if (count := names.count(name)) > 1:
             raise BadStream(f"{count} columns have the name {name!r}, and one name keeps one. Rename the others")
 
 
-def _way(arrow: Any, fields: Any, name: str) -> list[str]:
+def _column_path(arrow: Any, fields: Any, name: str) -> list[str]:
     """[] if no field is meant by `name`."""
-    if _only([field for field in fields if field.name == name], name):
+    if _unique_column([field for field in fields if field.name == name], name):
         return [name]
     for at in (at for at, char in enumerate(name) if char == "."):
         structs = [f for f in fields if f.name == name[:at] and arrow.types.is_struct(f.type)]
-        struct = _only(structs, name[:at])
-        if struct and (inside := _way(arrow, struct.type, name[at + 1 :])):
+        struct = _unique_column(structs, name[:at])
+        if struct and (inside := _column_path(arrow, struct.type, name[at + 1 :])):
             return [name[:at], *inside]
     return []
 
@@ -238,7 +242,7 @@ def _leaves(arrow: Any, field: Any) -> list[str]:
     return [field.name]
 
 
-def _objects(arrow: Any, batch: Any, ways: Ways, texts: Sequence[str]) -> Iterator[Any]:
+def _objects(arrow: Any, batch: Any, ways: ColumnPaths, texts: Sequence[str]) -> Iterator[Any]:
     """The wanted columns of the rows of a record batch; a row that does not decode does not hide the others.
 
     `texts`: which of them are the text; of the others no value can be wrong, and a struct is without its text.
@@ -260,7 +264,7 @@ def _objects(arrow: Any, batch: Any, ways: Ways, texts: Sequence[str]) -> Iterat
         row = dict(zip(ways, values))
         if inside:
             found = {name: row.pop(name) for name in inside}
-            row = rest_of(row, inside) | found
+            row = other_columns(row, inside) | found
         yield row
 
 
@@ -320,7 +324,7 @@ def _any_value(arrow: Any, scalar: Any) -> Any:
         return str(scalar)
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """What JSON has for a value of a column: times as ISO 8601, decimals as text, bytes as text or base64.
 
     Raises TypeError for others.

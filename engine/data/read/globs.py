@@ -9,15 +9,15 @@ import os
 import stat as modes
 from collections.abc import Callable, Iterator
 
-Unread = tuple[str, str]  # a path, and why it was not looked into
+SkippedFolder = tuple[str, str]  # a path, and why it was not looked into
 
 
 class Glob:
     """Looks for a pattern; afterwards `linked` and `errors` have the folders that were not looked into, and why."""
 
     def __init__(self) -> None:
-        self.linked: list[Unread] = []
-        self.errors: list[Unread] = []
+        self.linked: list[SkippedFolder] = []
+        self.errors: list[SkippedFolder] = []
 
     def paths(self, pattern: str) -> list[str]:
         """The paths that match, sorted; folders too, but not where the pattern has all that is in them."""
@@ -41,7 +41,7 @@ class Glob:
 
     def _deep(self, folder: str, parts: list[str], seen: dict[tuple[int, int], str]) -> Iterator[str]:
         """What matches `parts`, of which the first is `**`; `seen`: the folders that it was in, by what they are."""
-        if (stat := self._look(folder or ".", os.stat)) is None:
+        if (stat := self._stat(folder or ".", os.stat)) is None:
             return
         if (first := seen.setdefault((stat.st_dev, stat.st_ino), folder)) != folder:
             self._note(self.linked, folder, f"the same as {first or '.'}, which is read")
@@ -59,16 +59,16 @@ class Glob:
     def _inside(self, path: str, rest: list[str]) -> Iterator[str]:
         if rest and self._is_folder(path):
             yield from self._below(path, rest)
-        elif not rest and self._look(path, os.lstat):
+        elif not rest and self._stat(path, os.lstat):
             yield path
 
     def _is_folder(self, path: str) -> bool:
-        found = self._look(path, os.stat)
+        found = self._stat(path, os.stat)
         return found is not None and modes.S_ISDIR(found.st_mode)
 
-    def _look(self, path: str, look: Callable[[str], os.stat_result]) -> os.stat_result | None:
+    def _stat(self, path: str, stat: Callable[[str], os.stat_result]) -> os.stat_result | None:
         try:
-            return look(path)
+            return stat(path)
         except OSError as err:
             self._missed(os.path.dirname(path), err)
             return None
@@ -84,6 +84,6 @@ class Glob:
         if err.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             self._note(self.errors, folder, f"cannot look into this folder: {err.strerror}. Fix its permissions.")
 
-    def _note(self, here: list[Unread], folder: str, why: str) -> None:
+    def _note(self, here: list[SkippedFolder], folder: str, why: str) -> None:
         if (folder, why) not in here:
             here.append((folder, why))

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.data.read import own
-from engine.data.read.document_batch import Drop
+from engine.data.read.document_batch import DroppedItem
 from engine.data.read.globs import Glob
 from engine.errors import DataError
 
@@ -47,7 +47,7 @@ class InputFile:
     num_bytes: int  # as stored; 0 for a pipe
     stamp: str = ""
     once: bool = False
-    drop: Drop | None = None
+    drop: DroppedItem | None = None
     same_as: str = ""
 
     @property
@@ -73,35 +73,38 @@ def list_inputs(
     inputs: Sequence[str | Path],
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    mine: own.Own | None = None,
+    own_files: own.OwnFiles | None = None,
 ) -> Listing:
     """The files of `inputs`. `include`: globs on file names; `exclude`: on any part of the path.
 
-    Both apply within folders only; an empty `include` takes all. `mine`: what the call writes itself. Raises DataError
-    for an input that is not there, that is no file, that can be read only once and is given twice, or that is written.
+    Both apply within folders only; an empty `include` matches everything. `own_files`: files that this command writes,
+    which are not read. Raises DataError for an input that does not exist, is not a file, can be read only once but is
+    given twice, or is also an output.
     """
-    lister = _Lister(include, exclude, mine or own.Own())
+    lister = _Lister(include, exclude, own_files or own.OwnFiles())
     files = [file for given in map(str, inputs) for file in lister.files_of(given)]
     found = [file.name for file in files if not file.explicit and file.drop is None and "://" not in file.name]
     if found:
         read = [file.name for file in files if file.drop is None and "://" not in file.name]
         copies = {copy: f"the cleaned text of {other}, which is read" for copy, other in own.cleaned_copies(read)}
         copies = {name: copies[name] for name in found if name in copies}
-        files = [_left_out(file.name, own.REASON, copies[file.name]) if file.name in copies else file for file in files]
+        files = [
+            _skipped_file(file.name, own.REASON, copies[file.name]) if file.name in copies else file for file in files
+        ]
     return Listing(tuple(files), lister.excluded)
 
 
-def _left_out(name: str, reason: str, detail: str, stops: bool = False) -> InputFile:
-    return InputFile(name, False, 0, drop=Drop(name, 0, reason, detail, stops))
+def _skipped_file(name: str, reason: str, detail: str, stops: bool = False) -> InputFile:
+    return InputFile(name, False, 0, drop=DroppedItem(name, 0, reason, detail, stops))
 
 
 class _Lister:
     """Lists one input after the other."""
 
-    def __init__(self, include: Sequence[str], exclude: Sequence[str], mine: own.Own):
+    def __init__(self, include: Sequence[str], exclude: Sequence[str], own_files: own.OwnFiles):
         self.include, self.exclude = include, exclude
         self.excluded = 0
-        self._mine = mine.details()
+        self._own_reasons = own_files.reasons_by_file()
         self._first: dict[object, str] = {}  # identity of a file -> the name it was listed under first
 
     def files_of(self, given: str) -> Iterator[InputFile]:
@@ -119,18 +122,18 @@ class _Lister:
 
     def _glob(self, given: str) -> Iterator[InputFile]:
         """What a glob matches, and the folders that it could not look into."""
-        looked = Glob()
-        found = looked.paths(given)
-        if not found and not looked.errors:
+        search = Glob()
+        found = search.paths(given)
+        if not found and not search.errors:
             raise DataError("read.no-match", f"{given}: no file matches this glob. Check the path of this input.")
         for folder, paths in itertools.groupby(found, os.path.dirname):
             names = _names_in(folder or ".")
             for path in paths:
-                yield from self._found(path, names, _look(path), explicit=True)
-        for path, why in looked.linked:
-            yield _left_out(path, "linked folder", why)
-        for path, why in looked.errors:
-            yield _left_out(path, "cannot be read", why, stops=True)
+                yield from self._classify(path, names, _stat(path), explicit=True)
+        for path, why in search.linked:
+            yield _skipped_file(path, "linked folder", why)
+        for path, why in search.errors:
+            yield _skipped_file(path, "cannot be read", why, stops=True)
 
     def _new(self, file: InputFile, identity: object) -> InputFile:
         """The file, with the name of the same file before it."""
@@ -167,7 +170,7 @@ class _Lister:
             raise DataError(
                 "read.not-a-file", f"{path}: is {kind}, which cannot be read as text. Give a file, a pipe or a folder."
             )
-        if self._mine.get((stat.st_dev, stat.st_ino)):
+        if self._own_reasons.get((stat.st_dev, stat.st_ino)):
             raise DataError(
                 "read.input-is-output",
                 f"{path} is an input and would be written too. Choose an output outside the inputs.",
@@ -183,12 +186,12 @@ class _Lister:
             try:
                 stat = os.stat(folder)
                 if (first := read.setdefault((stat.st_dev, stat.st_ino), folder)) != folder:
-                    yield _left_out(folder, "linked folder", f"the same as {first}, which is read")
+                    yield _skipped_file(folder, "linked folder", f"the same as {first}, which is read")
                     continue
                 names = set(os.listdir(folder))
             except OSError as err:
                 detail = f"cannot list this folder: {err.strerror}. Exclude it or fix its permissions."
-                yield _left_out(folder, "cannot be read", detail, stops=True)
+                yield _skipped_file(folder, "cannot be read", detail, stops=True)
                 continue
             inside = []
             for name in sorted(names):
@@ -196,42 +199,44 @@ class _Lister:
                 if _matches(name, self.exclude):
                     self.excluded += 1
                     continue
-                look = _look(path)
-                if isinstance(look, OSError) or not modes.S_ISDIR(look.st_mode):
-                    yield from self._found(path, names, look, explicit=False)
-                elif (mine := self._own(path, look, names)) is None:
+                status = _stat(path)
+                if isinstance(status, OSError) or not modes.S_ISDIR(status.st_mode):
+                    yield from self._classify(path, names, status, explicit=False)
+                elif (reason := self._own_file_reason(path, status, names)) is None:
                     inside.append(path)
-                elif mine:
-                    yield _left_out(path, own.REASON, mine)
+                elif reason:
+                    yield _skipped_file(path, own.REASON, reason)
             waiting += reversed(inside)
 
-    def _found(self, path: str, names: Set[str], look: os.stat_result | OSError, explicit: bool) -> Iterator[InputFile]:
+    def _classify(
+        self, path: str, names: Set[str], stat: os.stat_result | OSError, explicit: bool
+    ) -> Iterator[InputFile]:
         """What a folder or a glob has: the file, or why it is not read; nothing for what --include leaves out."""
         if not explicit and self.include and not _matches(os.path.basename(path), self.include):
             self.excluded += 1
-        elif isinstance(look, OSError):
-            if os.path.islink(path) and look.errno != errno.EACCES:
-                yield _left_out(path, "broken link", _broken(path))
-            elif look.errno == errno.ENOENT:
-                yield _left_out(path, "gone", "it went away while the folder was listed")
+        elif isinstance(stat, OSError):
+            if os.path.islink(path) and stat.errno != errno.EACCES:
+                yield _skipped_file(path, "broken link", _broken(path))
+            elif stat.errno == errno.ENOENT:
+                yield _skipped_file(path, "gone", "it went away while the folder was listed")
             else:
-                yield _left_out(path, "cannot be read", f"{look.strerror}; check its permissions", stops=True)
-        elif (mine := self._own(path, look, names)) is not None:
-            if mine:
-                yield _left_out(path, own.REASON, mine)
-        elif not modes.S_ISREG(look.st_mode):
-            kind = _KINDS.get(modes.S_IFMT(look.st_mode), "something else")
-            named = modes.S_ISFIFO(look.st_mode) or modes.S_ISDIR(look.st_mode)
+                yield _skipped_file(path, "cannot be read", f"{stat.strerror}; check its permissions", stops=True)
+        elif (reason := self._own_file_reason(path, stat, names)) is not None:
+            if reason:
+                yield _skipped_file(path, own.REASON, reason)
+        elif not modes.S_ISREG(stat.st_mode):
+            kind = _KINDS.get(modes.S_IFMT(stat.st_mode), "something else")
+            named = modes.S_ISFIFO(stat.st_mode) or modes.S_ISDIR(stat.st_mode)
             hint = "; name it as an input if it is to be read" if named else ""
-            yield _left_out(path, "no regular file", f"it is {kind}{hint}")
+            yield _skipped_file(path, "no regular file", f"it is {kind}{hint}")
         else:
-            yield self._local(path, look, explicit)
+            yield self._local(path, stat, explicit)
 
-    def _own(self, path: str, stat: os.stat_result, names: Set[str]) -> str | None:
+    def _own_file_reason(self, path: str, stat: os.stat_result, names: Set[str]) -> str | None:
         """What to say of a file or folder that the engine wrote, "" to say nothing; None: of somebody else."""
-        if (detail := self._mine.get((stat.st_dev, stat.st_ino))) is not None:
+        if (detail := self._own_reasons.get((stat.st_dev, stat.st_ino))) is not None:
             return detail
-        return own.written_earlier(*os.path.split(path), names) or None
+        return own.describe_engine_file(*os.path.split(path), names) or None
 
     def _remote(self, url: str) -> Iterator[InputFile]:
         import fsspec
@@ -270,7 +275,7 @@ class _Lister:
                 stamp = next((info[key] for key in ("ETag", "mtime", "LastModified", "updated") if info.get(key)), "")
                 yield self._new(InputFile(name, explicit, int(info.get("size") or 0), str(stamp)), _identity(name))
             elif kind != "directory" or "**" not in url:
-                yield _left_out(name, "no regular file", f"it is a {kind}; name it as an input if it is to be read")
+                yield _skipped_file(name, "no regular file", f"it is a {kind}; name it as an input if it is to be read")
 
 
 def _identity(url: str) -> object:
@@ -282,7 +287,7 @@ def _identity(url: str) -> object:
     return url if stat is None else (stat.st_dev, stat.st_ino)
 
 
-def _look(path: str) -> os.stat_result | OSError:
+def _stat(path: str) -> os.stat_result | OSError:
     try:
         return os.stat(path)
     except OSError as err:

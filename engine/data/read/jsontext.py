@@ -20,7 +20,7 @@ from engine.data.read.formats import BadRecord
 MAX_DEPTH = 100_000  # of arrays and objects; what is deeper is made to break readers
 _BLOCK_BYTES = 1 << 20
 _LONG = re.compile(rb"[0-9]{19}")
-_HALVES = re.compile("[\ud800-\udfff]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -32,15 +32,15 @@ def loads(data: bytes) -> Any:
         return _decoded(data)
 
 
-def exact(data: bytes) -> Any:
+def loads_exact_ints(data: bytes) -> Any:
     """As `loads`, and whole numbers of any size stay: of those beyond 64 bits orjson makes a float."""
     return _decoded(data) if _LONG.search(data) else loads(data)
 
 
 def _decoded(data: bytes) -> Any:
     text = data.decode("utf-8")
-    value, end = _DECODER.raw_decode(text, _skip(text, 0))
-    if (end := _skip(text, end)) < len(text):
+    value, end = _DECODER.raw_decode(text, _skip_space(text, 0))
+    if (end := _skip_space(text, end)) < len(text):
         raise json.JSONDecodeError("Extra data", text, end)
     return value
 
@@ -53,39 +53,39 @@ def dumps(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=default)
     except RecursionError:
-        text = "".join(_written(value, default))
+        text = "".join(_dump_iteratively(value, default))
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", text).encode()
+        return _SURROGATES.sub(lambda half: f"\\u{ord(half[0]):04x}", text).encode()
 
 
-def _written(value: Any, default: Callable[[Any], Any] | None) -> Iterator[str]:
+def _dump_iteratively(value: Any, default: Callable[[Any], Any] | None) -> Iterator[str]:
     """The pieces of what json.dumps gives, with a stack of its own."""
     waiting: list[Any] = [value]  # values to write, and what stands between them as _Mark
     while waiting:
         one = waiting.pop()
-        if isinstance(one, _Mark):
+        if isinstance(one, _Literal):
             yield one
         elif isinstance(one, Mapping) and one:
-            inner: list[Any] = [_Mark("}")]
+            inner: list[Any] = [_Literal("}")]
             for name, member in reversed(list(one.items())):
-                inner += [member, _Mark(":"), name, _Mark(",")]
-            waiting += [*inner[:-1], _Mark("{")]
+                inner += [member, _Literal(":"), name, _Literal(",")]
+            waiting += [*inner[:-1], _Literal("{")]
         elif isinstance(one, list | tuple) and one:
-            inner = [_Mark("]")]
+            inner = [_Literal("]")]
             for element in reversed(one):
-                inner += [element, _Mark(",")]
-            waiting += [*inner[:-1], _Mark("[")]
+                inner += [element, _Literal(",")]
+            waiting += [*inner[:-1], _Literal("[")]
         else:
             yield json.dumps(one, ensure_ascii=False, default=default)
 
 
-class _Mark(str):
+class _Literal(str):
     """What is written as it is."""
 
 
-def _whole(digits: str) -> int | float:
+def _parse_int(digits: str) -> int | float:
     """Python limits the digits of an int: what is longer is a float, infinity."""
     try:
         return int(digits)
@@ -97,25 +97,25 @@ class _Decoder(json.JSONDecoder):
     """json's, which does not stop at Python's limit of recursion."""
 
     def __init__(self) -> None:
-        super().__init__(parse_int=_whole)
+        super().__init__(parse_int=_parse_int)
 
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
         try:
             return super().raw_decode(s, idx)
         except RecursionError:
-            return self._deep(s, idx)
+            return self._decode_iteratively(s, idx)
 
-    def _deep(self, text: str, at: int) -> tuple[Any, int]:
+    def _decode_iteratively(self, text: str, at: int) -> tuple[Any, int]:
         """The value that begins at `at`, and where it ends: what json does, with a stack of its own."""
         holders: list[Any] = []  # the arrays and objects that are open
         names: list[str] = []  # of the member that each open object reads
         while True:
-            at = _skip(text, at)
+            at = _skip_space(text, at)
             if (mark := text[at : at + 1]) in ("[", "{") and mark:
                 if len(holders) == MAX_DEPTH:
                     raise json.JSONDecodeError(f"nested more than {MAX_DEPTH:,} deep", text, at)
                 holders.append([] if mark == "[" else {})
-                at = _skip(text, at + 1)
+                at = _skip_space(text, at + 1)
                 if not text.startswith(_END[mark], at):
                     if mark == "{":
                         at = self._name(text, at, names)
@@ -130,9 +130,9 @@ class _Decoder(json.JSONDecoder):
                     holder.append(value)
                 else:
                     holder[names.pop()] = value
-                at = _skip(text, at)
+                at = _skip_space(text, at)
                 if text.startswith(",", at):
-                    at = at + 1 if in_array else self._name(text, _skip(text, at + 1), names)
+                    at = at + 1 if in_array else self._name(text, _skip_space(text, at + 1), names)
                     break
                 if not text.startswith("]" if in_array else "}", at):
                     raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
@@ -145,7 +145,7 @@ class _Decoder(json.JSONDecoder):
         if not text.startswith('"', at):
             raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
         name, at = super().raw_decode(text, at)
-        at = _skip(text, at)
+        at = _skip_space(text, at)
         if not text.startswith(":", at):
             raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
         names.append(name)
@@ -156,7 +156,7 @@ _DECODER = _Decoder()
 _END = {"[": "]", "{": "}"}
 
 
-def _skip(text: str, at: int) -> int:
+def _skip_space(text: str, at: int) -> int:
     """Behind the white space."""
     return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
 
@@ -164,11 +164,11 @@ def _skip(text: str, at: int) -> int:
 def first_element(head: bytes) -> Any:
     """Of an array whose beginning this is; None if there is none, or not all of it."""
     text = head.decode("utf-8-sig", "replace")
-    at = _skip(text, 0)
+    at = _skip_space(text, 0)
     if not text.startswith("[", at):
         return None
     try:
-        return _DECODER.raw_decode(text, _skip(text, at + 1))[0]
+        return _DECODER.raw_decode(text, _skip_space(text, at + 1))[0]
     except ValueError:
         return None
 
@@ -182,7 +182,7 @@ def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
     text, at, ended, array, first = "", 0, False, False, True
     foreign = False  # whether there was a byte that is no UTF-8, which is half a surrogate pair here
     while True:
-        at = _skip(text, at)
+        at = _skip_space(text, at)
         if at < len(text) and first:
             first, array = False, text[at] == "["
             at += array
@@ -201,13 +201,13 @@ def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
                 value, end = _DECODER.raw_decode(text, at)
                 behind = 2 if isinstance(value, int | float) else 0  # "e+" may end a block and the number go on
                 if ended or end + behind < len(text):
-                    if foreign and (half := _HALVES.search(text, at, end)):
+                    if foreign and (half := _SURROGATES.search(text, at, end)):
                         value = BadRecord("not UTF-8", f"byte {_byte(half[0])} in it. Convert the file to UTF-8.")
                     at = end
                     yield value, stream.consumed()
                     continue
             except json.JSONDecodeError as err:
-                if half := _HALVES.match(text, err.pos):
+                if half := _SURROGATES.match(text, err.pos):
                     raise BadStream(f"not UTF-8: byte {_byte(half[0])}; convert the file") from err
                 near = f"{err.msg} at {text[err.pos : err.pos + 20]!r}"
                 if ended:

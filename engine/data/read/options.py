@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from engine.data.read.document_source import DocumentSource
-from engine.data.read.own import Own
+from engine.data.read.own import OwnFiles
 from engine.util.words import StrTuple
 
 
@@ -28,7 +28,7 @@ class ReadOptions:
         """Whether documents that cannot be read are left out and counted."""
         return self.on_error == "skip"
 
-    def source(self, mine: Own, **how: Any) -> DocumentSource:
+    def source(self, own_files: OwnFiles, **how: Any) -> DocumentSource:
         """The documents. mine: what the call writes, which is no input; how: other fields of DocumentSource."""
         how = {"keys": tuple(self.json_key), "format": self.format, **how}
-        return DocumentSource.of(self.input, self.include, self.exclude, mine, **how)
+        return DocumentSource.of(self.input, self.include, self.exclude, own_files, **how)

@@ -24,14 +24,14 @@ Identity = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Own:
+class OwnFiles:
     """What a call writes (`outputs`) or needs (`tokenizer`), and the folder where it works, which is passed over."""
 
     outputs: Sequence[Path] = ()
     tokenizer: Path | None = None
     work: Path | None = None
 
-    def details(self) -> dict[Identity, str]:
+    def reasons_by_file(self) -> dict[Identity, str]:
         """What to say of each of them that exists; "" for the work folder, which only an unfinished call has."""
         every: list[tuple[Path | None, str]] = [(path, "this command writes it") for path in self.outputs]
         if self.tokenizer is not None and self.tokenizer.is_file():
@@ -44,22 +44,22 @@ class Own:
         return found
 
 
-def written_earlier(folder: str, name: str, names: Set[str]) -> str:
+def describe_engine_file(folder: str, name: str, names: Set[str]) -> str:
     """What an entry of a folder was to an earlier call; "" for what is none of its files. `names`: all there."""
 
-    def there(stem: str, *suffixes: str) -> bool:
+    def exists(stem: str, *suffixes: str) -> bool:
         return any(stem + suffix in names for suffix in suffixes)
 
     for suffix in _CORPUS:
         stem = name.removesuffix(suffix)
-        if stem != name and there(stem, ".bin") and there(stem, ".idx"):
+        if stem != name and exists(stem, ".bin") and exists(stem, ".idx"):
             return f"it belongs to the corpus {stem}.bin"
     for suffix in ("-skipped.jsonl", "-dropped.jsonl", "-tokenizer"):
         stem = name.removesuffix(suffix)
-        if stem != name and there(stem, "-report.json"):
+        if stem != name and exists(stem, "-report.json"):
             return f"it belongs to the report {stem}-report.json"
     stem = name.removesuffix("-report.json")
-    if stem != name and there(stem, "-dropped.jsonl", "-skipped.jsonl", "-train.idx", ".idx"):
+    if stem != name and exists(stem, "-dropped.jsonl", "-skipped.jsonl", "-train.idx", ".idx"):
         return f"the report on {stem}"
     if DEFINITION in names and name in FILES:
         return "it belongs to a tokenizer"

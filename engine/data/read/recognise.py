@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.data.read.bytestream import ByteStream
 from engine.data.read.jsontext import first_element, loads
-from engine.data.read.values import find, names_in
+from engine.data.read.values import find, list_keys
 
 _BLOCK_BYTES = 1 << 20
 _LINES = 16  # looked at
@@ -15,24 +15,24 @@ _BOM = b"\xef\xbb\xbf"
 _BEFORE = _BOM + b" \t\r\n"  # what may stand before a value
 
 
-def recognised(stream: ByteStream, keys: Sequence[str], limit: int) -> tuple[str, str, str]:
+def detect_format(stream: ByteStream, keys: Sequence[str], limit: int) -> tuple[str, str, str]:
     """(format, kind of note, its detail) of a file whose name says nothing; without anything to note both are empty."""
     head = stream.peek(_BLOCK_BYTES)
     if head.lstrip(_BEFORE)[:1] not in (b"{", b"[") and b"\n{" not in head:  # most files
         return "text", "", ""
     quoted = ", ".join(map(repr, keys))
-    objects = lines_of_objects(stream, limit)
+    objects = json_line_objects(stream, limit)
     if any(has_keys(value, keys) for value in objects):
         return "jsonl", "read as JSON lines", f"its first lines are objects with the key {quoted}"
     if objects:
-        detail = f"its lines are JSON objects without the key {quoted}. The keys here are: {names_in(objects[0])}"
+        detail = f"its lines are JSON objects without the key {quoted}. The keys here are: {list_keys(objects[0])}"
         return "text", "read as one text", f"{detail}; choose among them with --json-key"
     if has_keys(first_element(head), keys):
         return "json", "read as JSON", f"its first element is an object with the key {quoted}"
     return "text", "", ""
 
 
-def lines_of_objects(stream: ByteStream, limit: int) -> list[dict[str, Any]]:
+def json_line_objects(stream: ByteStream, limit: int) -> list[dict[str, Any]]:
     """The JSON objects among the first lines; [] unless most lines are such."""
     lines = [line for line in _first_lines(stream, limit) if line.strip()]
     if 2 * sum(line.lstrip()[:1] == b"{" for line in lines) <= len(lines):
@@ -69,7 +69,7 @@ def has_keys(value: Any, keys: Sequence[str]) -> bool:
         return False
 
 
-def is_binary(raw: bytes) -> int:
+def count_binary_zeros(raw: bytes) -> int:
     """How many zero bytes there are, if they are too many for a text: two in a row, or more than one in a hundred."""
     zeros = raw.count(0)
     return zeros if zeros and (b"\0\0" in raw or zeros * 100 > len(raw)) else 0

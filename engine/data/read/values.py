@@ -26,16 +26,16 @@ def find(record: Any, key: str) -> Any:
     raise LookupError(key)
 
 
-def names_in(record: Mapping[str, Any]) -> str:
+def list_keys(record: Mapping[str, Any]) -> str:
     """The keys of an object, those of objects in it as "a.b", as far as a message has room for."""
     names: list[str] = []
     for name in sorted(record):
         inner = record[name]
         names += [f"{name}.{key}" for key in sorted(inner)] if isinstance(inner, Mapping) and inner else [name]
-    return some_of(names)
+    return shorten_list(names)
 
 
-def some_of(names: Sequence[str]) -> str:
+def shorten_list(names: Sequence[str]) -> str:
     """The first of some names."""
     shown = ", ".join(truncate(name, 60) for name in names[:_MOST_NAMES]) or "none"
     return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
@@ -55,5 +55,7 @@ def _piece(value: Any, where: str) -> str:
         return value
     if isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str):
         return f"{value['role']}: {value['content']}"
-    found = f"an object with the keys {some_of(sorted(value))}" if isinstance(value, dict) else type(value).__name__
+    found = (
+        f"an object with the keys {shorten_list(sorted(value))}" if isinstance(value, dict) else type(value).__name__
+    )
     raise TypeError(f'{where} is {found}, expected a string or {{"role": "...", "content": "..."}}')

@@ -19,11 +19,11 @@ Which ones is decided by n alone, so that each block can be computed by itself. 
 * backward: at any earlier a no more not-done windows may be open already than the rest; so early releases should be.
 
 Taking of each open job the fraction frac(n * w_k) satisfies both, as fractions only grow until a deadline. The two
-families of conditions are chains, so the fractional solution can be rounded; `border` does it by walking the open jobs
-in the order of their releases, and whenever the sum of fractions passes an integer, choosing the earliest deadline
-among those walked past, which leaves the fewest late deadlines. Hall's condition then holds on the block between two
-borders, and earliest deadline first finds the schedule. `csrc/data/blend.cpp` does the same; tests hold the two equal
-and count every prefix.
+families of conditions are chains, so the fractional solution can be rounded. `block_state` does so: it walks the open
+jobs in the order of their releases, and whenever the sum of fractions passes an integer it chooses, among the jobs
+walked past, the one with the earliest deadline, which leaves the fewest late deadlines. Hall's condition then holds on
+the block between two boundaries, and earliest deadline first finds the schedule. `csrc/data/blend.cpp` does the same;
+tests check that the two are equal and count every prefix.
 
 Memory: two blocks. Time: a block is some microseconds to milliseconds; nothing is played from the beginning.
 """
@@ -41,7 +41,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.samples.keyed import Int64Array
-from engine.data.samples.native_index import chosen_index
+from engine.data.samples.native_index import select_index
 from engine.data.samples.order import SampleOrder
 from engine.errors import DataError
 
@@ -70,7 +70,7 @@ def smallest_share(shares: Sequence[Fraction]) -> Fraction:
     return sum(shares, Fraction(0)) * 2 / MAX_BLOCK
 
 
-def border(weights: Sequence[int], total: int, n: int) -> tuple[list[int], list[int], list[int]]:
+def block_state(weights: Sequence[int], total: int, n: int) -> tuple[list[int], list[int], list[int]]:
     """At sample n, for each source: samples before n, n * weight mod total, and 1 if its open job is done."""
     counts = [n * weight // total for weight in weights]
     part = [n * weight % total for weight in weights]
@@ -95,8 +95,8 @@ def blend_block(weights: Int64Array, start: int, length: int) -> Block:
     """
     values = [int(weight) for weight in weights]
     total, length = sum(values), int(length)
-    counts, part, ahead = border(values, total, start)
-    last, _, _ = border(values, total, start + length)
+    counts, part, ahead = block_state(values, total, start)
+    last, _, _ = block_state(values, total, start + length)
     sources, ordinals = np.empty(length, np.int32), np.empty(length, np.int32)
     made = [0] * len(values)
     begins: list[list[int]] = [[] for _ in range(length)]
@@ -128,7 +128,7 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class Turns:
+class SourceAssignment:
     """Whose turn each sample is, for fixed weights (integers >= 1, as `integer_weights` makes them).
 
     `native`: as for SampleOrder. Safe to use from several threads.
@@ -148,7 +148,7 @@ class Turns:
             )
         self.weights = np.array(weights, np.int64)
         self.block = max(MIN_BLOCK, 1 << (windows - 1).bit_length())
-        module = chosen_index(native)
+        module = select_index(native)
         self._make = module.blend_block if module else blend_block
         self._recent: dict[int, Block] = {}
 
@@ -209,14 +209,14 @@ class BlendedOrder:
         self.seq_len = orders[0].seq_len
         self._starts = np.array(starts, np.int64)
         self._active = [np.flatnonzero(phase.weights) for phase in phases]
-        self._turns = [Turns([w for w in phase.weights if w], native=native) for phase in phases]
+        self._assignments = [SourceAssignment([w for w in phase.weights if w], native=native) for phase in phases]
         self._before = [np.zeros(len(orders), np.int64)]
         for at, end in enumerate(starts[1:]):
             self._before.append(self._counts(at, end))
 
     def _counts(self, phase: int, n: int) -> Int64Array:
         counts = self._before[phase].copy()
-        counts[self._active[phase]] += self._turns[phase].counts(n - int(self._starts[phase]))
+        counts[self._active[phase]] += self._assignments[phase].counts(n - int(self._starts[phase]))
         return counts
 
     def begin_at(self, sample: int) -> None:
@@ -240,7 +240,7 @@ class BlendedOrder:
         phases = np.searchsorted(self._starts, samples, side="right") - 1
         for phase in np.unique(phases):
             rows = np.flatnonzero(phases == phase)
-            turn, number = self._turns[phase].locate(samples[rows] - self._starts[phase])
+            turn, number = self._assignments[phase].locate(samples[rows] - self._starts[phase])
             sources[rows] = self._active[phase][turn]
             numbers[rows] = number + self._before[phase][sources[rows]]
         return sources, numbers

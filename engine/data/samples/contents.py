@@ -21,7 +21,7 @@ from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 
 _CHUNK = 1 << 22  # elements at a time: bounds memory
-BORDER = "⟦document {}⟧"
+DOCUMENT_MARK = "⟦document {}⟧"
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,23 @@ def decoded_samples(
         if fim is not None:
             one = np.array([sample], np.int64)
             changed = fim(order.gather(one), one, order.sources(one))
-            text, fate = tokenizer.decode(changed.rows[0, : changed.lengths[0]].tolist()), sorted(changed.what.items())
+            text, fate = (
+                tokenizer.decode(changed.rows[0, : changed.lengths[0]].tolist()),
+                sorted(changed.outcomes.items()),
+            )
             yield f"sample {sample} ({', '.join(f'{k} {n}' for k, n in fate if n)}): {text}"
             continue
         parts = []
         for document, offset, length in order.parts(sample):
             text = tokenizer.decode(dataset[document][offset : offset + length].tolist())
             mark = f"{document}" if not offset else f"{document} from token {offset}"
-            parts.append(BORDER.format(mark) + text)
+            parts.append(DOCUMENT_MARK.format(mark) + text)
         dataset.check()
         yield f"sample {sample}: " + "".join(parts)
 
 
 def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
-    """Check what opening has not: every token, and the sidecar's facts. Returns what was found right.
+    """Check what opening a corpus does not: every token, and the sidecar. Returns a line for each check that passed.
 
     Raises DataError with all that is wrong. What the format proves by itself (sizes, pointers, boundaries) was checked
     when the corpus was opened.
@@ -148,23 +151,23 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
         )
     if not meta:
         return [*right, f"{json_path}: not there; the tokenizer is not known, nor the digest of the tokens"]
-    facts: dict[str, Any] = {"num_documents": dataset.num_documents, "max_token": largest, "dtype": dataset.dtype.name}
-    facts |= {"bin_digest": digest.hexdigest(), SIDECAR_DIGEST: sidecar_digest(meta)}
+    expected: dict[str, Any] = {"num_documents": dataset.num_documents, "max_token": largest}
+    expected |= {"dtype": dataset.dtype.name, "bin_digest": digest.hexdigest(), SIDECAR_DIGEST: sidecar_digest(meta)}
     if limit and limit == meta.get("vocab_size"):
-        facts["unigram_entropy"] = entropy(counts)
+        expected["unigram_entropy"] = entropy(counts)
     if tokenizer is not None:
-        facts["tokenizer_digest"] = tokenizer.digest
-    wrong_facts = [
+        expected["tokenizer_digest"] = tokenizer.digest
+    differences = [
         f"{name} is {meta[name]!r}, but the files have {value!r}"
-        for name, value in facts.items()
+        for name, value in expected.items()
         if name in meta and not _same(meta[name], value)
     ]
-    if wrong_facts:
+    if differences:
         raise DataError(
             "samples.sidecar-differs",
-            f"{json_path}: {'; '.join(wrong_facts)}. Write the corpus again, or restore the file.",
+            f"{json_path}: {'; '.join(differences)}. Write the corpus again, or restore the file.",
         )
-    return [*right, f"{json_path}: {', '.join(name for name in facts if name in meta)} are as it says"]
+    return [*right, f"{json_path}: {', '.join(name for name in expected if name in meta)} are as it says"]
 
 
 def _same(said: Any, found: Any) -> bool:

@@ -23,8 +23,8 @@ from engine.data.samples.special import fill_in_the_middle, masked_labels
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, FieldError
 
-DECLARED_FROM = "mixture from step "  # what data.train says from that step on
-MIXED_FROM = "mixture from sample "  # what is drawn from that sample on: before the samples consumed, a fact for good
+DECLARED_MIXTURE = "mixture from step "  # what data.train says from that step on
+USED_MIXTURE = "mixture from sample "  # what is drawn from that sample on: before the samples consumed, a fact for good
 _MOST_NOTES = 12
 
 
@@ -40,7 +40,7 @@ class TrainingData:
 
     order: SampleOrder | BlendedOrder
     names: tuple[str, ...]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     notes: tuple[str, ...]
     collate: Collator
     fim: FillInTheMiddle | None
@@ -72,37 +72,38 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     """Open everything `data.train` names. Raises ConfigError or DataError when something does not fit."""
     mixture = read_mixture(cfg.data.train)
     datasets = [open_data(prefix, cfg, tokenizer) for prefix in mixture.prefixes]
-    _refuse_two_tokenizers(datasets)
-    facts = data_facts(cfg.data.train, datasets)
-    collate, fim, read_facts = _reading(cfg, tokenizer, datasets, mixture)
-    facts |= read_facts
-    notes = [f"fill-in-the-middle: {read_facts['fim']}"] if fim is not None else []
+    _check_same_tokenizer(datasets)
+    metadata = data_metadata(cfg.data.train, datasets)
+    collate, fim, read_metadata = _reading(cfg, tokenizer, datasets, mixture)
+    metadata |= read_metadata
+    notes = [f"fill-in-the-middle: {read_metadata['fim']}"] if fim is not None else []
     if cfg.data.valid and fingerprint(open_data(cfg.data.valid, cfg, tokenizer)) in map(fingerprint, datasets):
         notes.append("validation is on the training corpus (data.valid): its loss says nothing about new text")
     if len(datasets) == 1:
         order = SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed)
-        return TrainingData(order, (), facts, tuple(notes), collate, fim, mixture)
+        return TrainingData(order, (), metadata, tuple(notes), collate, fim, mixture)
     orders = [
         SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
         for k, dataset in enumerate(datasets)
     ]
     planned = _planned(mixture, orders)
     for k, (name, dataset) in enumerate(zip(mixture.names, datasets)):
-        facts[f"source {k}, {name}"] = f"{dataset.num_documents} documents, {dataset.num_tokens} tokens"
+        metadata[f"source {k}, {name}"] = f"{dataset.num_documents} documents, {dataset.num_tokens} tokens"
     for step, weights in planned:
-        facts[f"{DECLARED_FROM}{step}"] = _spelled(mixture.names, weights)
+        metadata[f"{DECLARED_MIXTURE}{step}"] = _format_weights(mixture.names, weights)
     blend = BlendedOrder(orders, [Phase(0, planned[0][1])])
-    return follow(TrainingData(blend, mixture.names, facts, tuple(notes), collate, fim, mixture, planned), cfg)
+    return resume_data(TrainingData(blend, mixture.names, metadata, tuple(notes), collate, fim, mixture, planned), cfg)
 
 
-def follow(
+def resume_data(
     data: TrainingData, cfg: Config, step: int = 0, consumed: int = 0, past: Mapping[str, Any] | None = None
 ) -> TrainingData:
-    """The data as a run reads it after `step` steps and `consumed` samples, of which its checkpoint's facts are `past`.
+    """The data of a run that resumes after `step` steps and `consumed` samples. `past`: its checkpoint's data metadata.
 
-    What was drawn is what the checkpoint says, whatever batch size it was drawn with: each source goes on where it
-    stands. What data.train has for later steps begins with them, at this batch size. Where the sources are others, and
-    that was allowed, the blend is read as if it had always been this one, and a note says so.
+    The past mixture is taken from the checkpoint, for any batch size it was drawn with, so each source continues at its
+    own position. Later changes in data.train take effect at their steps, counted with the current batch size. If the
+    sources have changed (and the resume was allowed), the blend is read as if it had always been the current one, and a
+    note reports it.
     """
     if not isinstance(data.order, BlendedOrder):
         return data
@@ -113,19 +114,19 @@ def follow(
         phases.append(Phase(consumed if drawn else 0, weights))
     batch = cfg.train.global_batch_size
     phases += [Phase(consumed + (at - step) * batch, weights) for at, weights in data.planned if at > step]
-    facts = {name: value for name, value in data.facts.items() if not name.startswith(MIXED_FROM)}
-    facts |= {f"{MIXED_FROM}{phase.start}": _spelled(data.names, phase.weights) for phase in phases}
+    metadata = {name: value for name, value in data.metadata.items() if not name.startswith(USED_MIXTURE)}
+    metadata |= {f"{USED_MIXTURE}{phase.start}": _format_weights(data.names, phase.weights) for phase in phases}
     order = BlendedOrder(data.order.orders, phases)
     total = consumed + max(0, cfg.train.steps - step) * batch
     notes = _notes(data.mixture, order, cfg, total)
-    if consumed and not drawn and any(fact.startswith(MIXED_FROM) for fact in past or {}):
+    if consumed and not drawn and any(fact.startswith(USED_MIXTURE) for fact in past or {}):
         notes.insert(
             0, "the checkpoint's sources have other names: the blend is read as if it had always been this one"
         )
-    return replace(data, order=order, facts=facts, shares=tuple(notes))
+    return replace(data, order=order, metadata=metadata, shares=tuple(notes))
 
 
-def _spelled(names: Sequence[str], weights: Sequence[int]) -> str:
+def _format_weights(names: Sequence[str], weights: Sequence[int]) -> str:
     return ", ".join(f"{name} {weight}" for name, weight in zip(names, weights))
 
 
@@ -136,13 +137,13 @@ def _drawn(names: Sequence[str], past: Mapping[str, Any]) -> list[Phase]:
     """
     phases = []
     for fact, text in past.items():
-        if fact.startswith(MIXED_FROM):
+        if fact.startswith(USED_MIXTURE):
             patterns = (", ".join(f"{re.escape(n)} ([0-9]+)" for n in names[:k]) for k in range(len(names), 0, -1))
             found = next(filter(None, (re.fullmatch(pattern, str(text)) for pattern in patterns)), None)
             if found is None:
                 return []
             weights = [int(weight) for weight in found.groups()]
-            phases.append(Phase(int(fact.removeprefix(MIXED_FROM)), (*weights, *[0] * (len(names) - len(weights)))))
+            phases.append(Phase(int(fact.removeprefix(USED_MIXTURE)), (*weights, *[0] * (len(names) - len(weights)))))
     return sorted(phases, key=lambda phase: phase.start)
 
 
@@ -153,27 +154,27 @@ def _reading(
     data, fim = cfg.data, None
     needed = [name for name in ("mask_eod", "separate_documents", "fim_rate") if getattr(data, name)]
     eods = {name: end_of_document(datasets, name, getattr(data, name)) for name in needed}
-    facts: dict[str, Any] = {name: eod for name, eod in eods.items() if name != "fim_rate"}
+    metadata: dict[str, Any] = {name: eod for name, eod in eods.items() if name != "fim_rate"}
     assert tokenizer is not None or not (data.mask_tokens or data.fim_rate)  # a config fault
     if data.mask_tokens and tokenizer is not None:
-        facts["mask_tokens"] = list(masked_labels(data, tokenizer))
+        metadata["mask_tokens"] = list(masked_labels(data, tokenizer))
     if data.fim_rate and tokenizer is not None:
         active = [wanted is not False for wanted in mixture.fim]
         fim = fill_in_the_middle(data, tokenizer, eods["fim_rate"], cfg.train.seed, active, begin_of_document(datasets))
         spelled = f"{fim.sentinels.prefix} {fim.sentinels.suffix} {fim.sentinels.middle}"
-        facts["fim"] = f"rate {data.fim_rate}, of that SPM {data.fim_spm_rate}, tokens {spelled}"
+        metadata["fim"] = f"rate {data.fim_rate}, of that SPM {data.fim_spm_rate}, tokens {spelled}"
         if not all(active):
-            facts["fim"] += f", in {', '.join(n for n, wanted in zip(mixture.names, active) if wanted)}"
-    return Collator(loss_mask(facts), eods.get("separate_documents")), fim, facts
+            metadata["fim"] += f", in {', '.join(n for n, wanted in zip(mixture.names, active) if wanted)}"
+    return Collator(loss_mask(metadata), eods.get("separate_documents")), fim, metadata
 
 
-def loss_mask(facts: Mapping[str, Any]) -> LossMask:
+def loss_mask(metadata: Mapping[str, Any]) -> LossMask:
     """Which labels count, by the facts of a run: of data.mask_eod and data.mask_tokens."""
-    after = (facts["mask_eod"],) if "mask_eod" in facts else ()
-    return LossMask(after, tuple(facts.get("mask_tokens", ())))
+    after = (metadata["mask_eod"],) if "mask_eod" in metadata else ()
+    return LossMask(after, tuple(metadata.get("mask_tokens", ())))
 
 
-def data_facts(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
+def data_metadata(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
     """What a checkpoint remembers of its corpora, over all of them."""
     return {
         "prefix": prefix,
@@ -227,7 +228,7 @@ def begin_of_document(datasets: Sequence[IndexedDataset]) -> int | None:
     return next((bos for bos in found if isinstance(bos, int)), None)
 
 
-def _refuse_two_tokenizers(datasets: list[IndexedDataset]) -> None:
+def _check_same_tokenizer(datasets: list[IndexedDataset]) -> None:
     known = [dataset for dataset in datasets if dataset.meta.get("tokenizer_digest")]
     for dataset in known[1:]:
         a, b = known[0].meta["tokenizer_digest"], dataset.meta["tokenizer_digest"]

@@ -8,7 +8,7 @@ is cut at two characters in prefix p, middle m and suffix s, each encoded by its
 
 Cuts are between characters, not tokens: when code is completed, the cursor is often inside what would be a token. The
 row keeps its length: what becomes too long is cut at the end, what becomes too short is filled with the end-of-document
-token, and `Changed.lengths` tells where that begins (labels there do not count).
+token, and `FimResult.lengths` tells where that begins (labels there do not count).
 
 Every draw comes from derive_key(seed, "fim", sample, segment), so nothing depends on who reads a sample or in which
 order (Megatron draws from one generator in the order of access: more workers, or a resume, change the data).
@@ -51,12 +51,12 @@ class Sentinels:
 
 
 @dataclass
-class Changed:
+class FimResult:
     """rows int64 [n, seq_len + 1]; lengths int64 [n]: tokens before the filling; what: segments, by their fate."""
 
     rows: Int64Array
     lengths: Int64Array
-    what: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -77,7 +77,7 @@ class _Segment:
         return self.text[:a], self.text[a:b], self.text[b:]
 
 
-class Pieces:
+class SpanCodec:
     """Texts from inside of a document <-> tokens, so that texts side by side are tokens side by side."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -87,7 +87,7 @@ class Pieces:
         self._ids = tokenizer.encode(self._guard) if self._guard else []
         a, b = self.encode(_PROBE)
         together = None if a is None or b is None else self.decode([[*a, *b]])[0]
-        self.faithful = together == "".join(_PROBE)  # False: texts do not come back, for example in lower case
+        self.round_trips = together == "".join(_PROBE)  # False: texts do not come back, for example in lower case
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32] | None]:
         """Tokens of each text, int32 [length]; None where the guard before it grew together with it."""
@@ -119,30 +119,30 @@ class FillInTheMiddle:
     ):
         self.sentinels, self.eod, self.rate, self.spm_rate, self.seed = sentinels, eod, rate, spm_rate, seed
         self._bos = bos  # begins documents: it stays where it is, before the segment
-        self._pieces = Pieces(tokenizer)
+        self._pieces = SpanCodec(tokenizer)
         self._active = np.array(active, bool)
         reserved = tokenizer.special_ids | {eod, sentinels.prefix, sentinels.suffix, sentinels.middle}
         self._reserved = np.array(sorted(reserved), np.int64)
 
-    def __call__(self, rows: Int64Array, samples: Int64Array, sources: Int64Array) -> Changed:
+    def __call__(self, rows: Int64Array, samples: Int64Array, sources: Int64Array) -> FimResult:
         """The rows int64 [n, seq_len + 1] of global samples int64 [n] from sources int64 [n], changed; a copy."""
-        what: Counter[str] = Counter()
+        outcomes: Counter[str] = Counter()
         active = self._active[sources]
         chosen = [
-            s for row in np.flatnonzero(active).tolist() for s in self._choose(rows[row], row, samples[row], what)
+            s for row in np.flatnonzero(active).tolist() for s in self._choose(rows[row], row, samples[row], outcomes)
         ]
-        readable = self._read(rows, chosen, what)
+        readable = self._read(rows, chosen, outcomes)
         changed: dict[int, list[tuple[_Segment, Int64Array]]] = {}
-        for segment, tokens in self._write(rows, readable, what):
+        for segment, tokens in self._write(rows, readable, outcomes):
             changed.setdefault(segment.row, []).append((segment, tokens))
-        result = Changed(rows.copy(), np.full(len(rows), rows.shape[1], np.int64), what)
+        result = FimResult(rows.copy(), np.full(len(rows), rows.shape[1], np.int64), outcomes)
         for row, parts in changed.items():
             line = self._join(rows[row], parts)[: rows.shape[1]]
             result.rows[row, : len(line)], result.rows[row, len(line) :] = line, self.eod
             result.lengths[row] = len(line)
         return result
 
-    def _choose(self, row: Int64Array, number: int, sample: int, what: Counter[str]) -> list[_Segment]:
+    def _choose(self, row: Int64Array, number: int, sample: int, outcomes: Counter[str]) -> list[_Segment]:
         """The segments of a row that are to be changed: a draw each, by their number in the row."""
         ends = [*np.flatnonzero(row == self.eod).tolist(), len(row)]
         chosen, begin = [], 0
@@ -152,23 +152,23 @@ class FillInTheMiddle:
             if end > begin:
                 key = derive_key(self.seed, "fim", int(sample), at)
                 take = derive(key, 0) < self.rate * 2**64
-                what["chosen" if take else "plain"] += 1
+                outcomes["chosen" if take else "plain"] += 1
                 if take:
                     chosen.append(_Segment(number, begin, end, key))
             begin = end + 1
         return chosen
 
-    def _read(self, rows: Int64Array, segments: list[_Segment], what: Counter[str]) -> list[_Segment]:
+    def _read(self, rows: Int64Array, segments: list[_Segment], outcomes: Counter[str]) -> list[_Segment]:
         """Those whose tokens are text, with their texts and cuts."""
         pure = [s for s in segments if not np.isin(rows[s.row, s.begin : s.end], self._reserved).any()]
-        what["left: special token"] += len(segments) - len(pure)
+        outcomes["left: special token"] += len(segments) - len(pure)
         for segment, text in zip(pure, self._pieces.decode([rows[s.row, s.begin : s.end] for s in pure])):
             segment.text = text if _LOST not in text else self._trim(rows[segment.row], segment, text)
             n = len(segment.text) + 1
             a, b = (derive(segment.key, k) % n for k in (2, 3))
             segment.cuts = min(a, b), max(a, b)
         readable = [s for s in pure if s.text and _LOST not in s.text]
-        what["left: not a whole text"] += len(pure) - len(readable)
+        outcomes["left: not a whole text"] += len(pure) - len(readable)
         return readable
 
     def _trim(self, row: Int64Array, segment: _Segment, text: str) -> str:
@@ -182,7 +182,7 @@ class FillInTheMiddle:
         return text
 
     def _write(
-        self, rows: Int64Array, segments: list[_Segment], what: Counter[str]
+        self, rows: Int64Array, segments: list[_Segment], outcomes: Counter[str]
     ) -> list[tuple[_Segment, Int64Array]]:
         """The segments with their new tokens, those whose pieces do not give the text back left out."""
         ids = self._pieces.encode([piece for segment in segments for piece in segment.pieces()])
@@ -201,13 +201,13 @@ class FillInTheMiddle:
             p = np.concatenate((row[begin : begin + segment.head], p))
             s = np.concatenate((s, row[end - segment.tail : end]))
             spm = derive(segment.key, 1) < self.spm_rate * 2**64
-            what["SPM" if spm else "PSM"] += 1
+            outcomes["SPM" if spm else "PSM"] += 1
             t = self.sentinels
             order = (
                 ([t.prefix, t.suffix], s, [t.middle], p, m) if spm else ([t.prefix], p, [t.suffix], s, [t.middle], m)
             )
             done.append((segment, np.concatenate(order).astype(np.int64)))
-        what["left: pieces give another text"] += len(segments) - len(done)
+        outcomes["left: pieces give another text"] += len(segments) - len(done)
         return done
 
     def _join(self, row: Int64Array, parts: list[tuple[_Segment, Int64Array]]) -> Int64Array:

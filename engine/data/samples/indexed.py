@@ -105,7 +105,7 @@ class IndexedDataset:
         document = int(np.searchsorted(self.pointers, byte, side="right")) - 1
         return document, (byte - int(self.pointers[document])) // self.dtype.itemsize
 
-    def refuse_token(self, document: int, offset: int, value: int) -> DataError:
+    def token_error(self, document: int, offset: int, value: int) -> DataError:
         """The error for an id outside the vocabulary, the same at open and while gathering."""
         return DataError(
             "samples.token-outside-vocabulary",
@@ -146,7 +146,7 @@ class IndexedDataset:
             tokens = self.tokens[part]
             if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
                 first = part.start + int(np.argmax((tokens >= vocab_size) | (tokens < 0)))
-                raise self.refuse_token(*self.locate(first), int(self.tokens[first]))
+                raise self.token_error(*self.locate(first), int(self.tokens[first]))
 
 
 def _read_header(path: Path, raw: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:

@@ -41,7 +41,7 @@ def _wanted() -> ModuleType | None:
     return module
 
 
-def chosen_index(native: bool | None) -> ModuleType | None:
+def select_index(native: bool | None) -> ModuleType | None:
     """engine._index: None takes it if it is there, True insists (DataError), False refuses it."""
     module = None if native is False else _wanted()
     if native and module is None:

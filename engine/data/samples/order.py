@@ -28,7 +28,7 @@ import xxhash
 
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.keyed import MASK64, Int64Array, derive_key, permute
-from engine.data.samples.native_index import chosen_index
+from engine.data.samples.native_index import select_index
 from engine.data.samples.stream import GROUP_BLOCKS, Piece, Stream, blocks_of
 from engine.errors import DataError
 
@@ -63,7 +63,7 @@ class SampleOrder:
                 "samples.order-arguments",
                 f"seq_len = {seq_len}, seed = {seed}: expected seq_len >= 1 and 0 <= seed < 2^64",
             )
-        module = chosen_index(native)
+        module = select_index(native)
         self.dataset = dataset
         self.seq_len = seq_len
         self.seed = seed
@@ -155,7 +155,7 @@ class SampleOrder:
             ) from err
         data.check()
         if document >= 0:
-            raise data.refuse_token(document, offset, value)
+            raise data.token_error(document, offset, value)
         return tokens
 
     def _stream(self, epoch: int) -> Stream:

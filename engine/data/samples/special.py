@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engine.config.schema import Config, DataConfig
-from engine.data.samples.fim import FillInTheMiddle, Pieces, Sentinels
+from engine.data.samples.fim import FillInTheMiddle, Sentinels, SpanCodec
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, FieldError
 
@@ -106,7 +106,7 @@ def _fim_errors(data: DataConfig, tokenizer: Tokenizer) -> Iterator[FieldError]:
         problem = f"needs three tokens that {data.tokenizer} does not have (looked for {looked})"
         fix = f"Name others by data.fim_tokens, or make a tokenizer that has them: {_MAKE}."
         yield FieldError("samples.fim-tokens-missing", "data.fim_rate", data.fim_rate, problem, fix)
-    if not Pieces(tokenizer).faithful:
+    if not SpanCodec(tokenizer).round_trips:
         problem = (
             f"cuts texts, and {data.tokenizer} does not give texts back as they were (case or white space is lost)"
         )

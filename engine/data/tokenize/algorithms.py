@@ -22,18 +22,18 @@ from engine.data.tokenize.patterns import DIGITS, words
 from engine.data.tokenize.recipe import CHARACTER_COVERAGE, MAX_PIECE_LENGTH, MIN_FREQUENCY, UNKNOWN, Recipe
 from engine.errors import DataError
 
-Made = tuple[str, dict[str, bytes]]  # text of a tokenizer.json, and the files beside it
+TokenizerFiles = tuple[str, dict[str, bytes]]  # text of a tokenizer.json, and the files beside it
 _NORMALIZERS = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC}
 _THREADS = 16  # of sentencepiece: the sums, and so the tokens, depend on their number but not on that of the cores
 _NEVER = -1e6  # log-probability of what no text may become
 # Characters that mean something to sentencepiece, and what stands for them while it trains.
-_STAND_INS = {ord(char): 0x10FF00 + number for number, char in enumerate("\0\t\n\r▁▅⁇\ufffd")}
-_MEANT = {new: chr(old) for old, new in _STAND_INS.items()} | {ord("▁"): " "}
+_PLACEHOLDERS = {ord(char): 0x10FF00 + number for number, char in enumerate("\0\t\n\r▁▅⁇\ufffd")}
+_RESTORED = {new: chr(old) for old, new in _PLACEHOLDERS.items()} | {ord("▁"): " "}
 # No piece reaches over a blank, but for those in front of it, nor over the end of a line.
-_BETWEEN_BLANKS = re.compile(r" *[^ \n]{0,1000}\n+| *[^ \n]{1,1000}| +")
+_WORD_WITH_SPACES = re.compile(r" *[^ \n]{0,1000}\n+| *[^ \n]{1,1000}| +")
 
 
-def train(texts: Iterable[str], recipe: Recipe, *, tell: bool = False) -> Made:
+def train(texts: Iterable[str], recipe: Recipe, *, tell: bool = False) -> TokenizerFiles:
     """The tokenizer of `recipe` for these texts, and the names of its end token for transformers.
 
     `tell`: the libraries write how far they are on the standard error (engine.data.tokenize.train reads it). Raises
@@ -41,16 +41,16 @@ def train(texts: Iterable[str], recipe: Recipe, *, tell: bool = False) -> Made:
     """
     if errors := list(recipe.errors()):
         raise DataError("tokenize.recipe-faults", "\n".join(map(str, errors)))
-    tokenizer = _TRAINERS[recipe.kind](_between(texts, recipe.user_tokens), recipe, tell)
+    tokenizer = _TRAINERS[recipe.kind](_split_at_user_tokens(texts, recipe.user_tokens), recipe, tell)
     if recipe.user_tokens:
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in recipe.user_tokens])
     special = {"eos_token": recipe.special_tokens[0]}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     companions = {"tokenizer_config.json": config, "special_tokens_map.json": special}
-    return tokenizer.to_str(), {name: json.dumps(facts).encode() for name, facts in companions.items()}
+    return tokenizer.to_str(), {name: json.dumps(content).encode() for name, content in companions.items()}
 
 
-def _between(texts: Iterable[str], user_tokens: tuple[str, ...]) -> Iterator[str]:
+def _split_at_user_tokens(texts: Iterable[str], user_tokens: tuple[str, ...]) -> Iterator[str]:
     """What stands between the user's tokens, which are found first."""
     if not user_tokens:
         yield from texts
@@ -152,10 +152,10 @@ def _unigram(texts: Iterator[str], recipe: Recipe, tell: bool) -> tokenizers.Tok
         if splits:
             counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text))
         else:
-            counts.update(_BETWEEN_BLANKS.findall(text))
+            counts.update(_WORD_WITH_SPACES.findall(text))
     if not counts:
         raise DataError("tokenize.no-text", "no text to train on")
-    room = recipe.vocab_size - recipe.own_tokens()
+    room = recipe.vocab_size - recipe.num_reserved_tokens()
     alphabet = _alphabet(counts, recipe, room)
     pieces = _pieces(_known(counts, alphabet), recipe, alphabet, room, tell, by_rules=not splits)
     own = [*recipe.special_tokens, UNKNOWN["unigram"], *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -225,7 +225,7 @@ def _pieces(
     missing = sorted(alphabet - {char for word in counts for char in word})
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(f"{word.translate(_STAND_INS)}\t{count}" for word, count in counts.items()),
+            sentence_iterator=(f"{word.translate(_PLACEHOLDERS)}\t{count}" for word, count in counts.items()),
             input_format="tsv",
             model_writer=model,
             model_type="unigram",
@@ -250,7 +250,7 @@ def _pieces(
         raise DataError("tokenize.training-failed", f"sentencepiece cannot train on these texts: {err}") from err
     made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     numbers = [number for number in range(made.vocab_size()) if not made.is_unknown(number)]
-    pieces = [(made.id_to_piece(number).translate(_MEANT), made.get_score(number)) for number in numbers]
+    pieces = [(made.id_to_piece(number).translate(_RESTORED), made.get_score(number)) for number in numbers]
     least = min(score for _, score in pieces)
     return pieces + [(char, least - 0.01 * (1 + at)) for at, char in enumerate(missing)]
 

@@ -24,7 +24,7 @@ _SOURCES = (
     "sentencepiece_model.py",
     "tiktoken_ranks.py",
     "patterns.py",
-    "awkward.py",
+    "equivalence.py",
     "vocabularies.py",
 )
 _LIBRARIES = ("tokenizers", "sentencepiece", "tiktoken")
@@ -32,19 +32,19 @@ _MOST_ENTRIES, _MOST_BYTES = 32, 512 << 20
 _TORN_S = 3600.0  # what a killed process left is removed after this time
 _DIGEST = 64  # hex digits
 
-Facts = dict[str, str]
+Entry = dict[str, str]
 
 
-def cached(key: Callable[[], str], make: Callable[[], Facts], names: Sequence[str]) -> Facts:
+def cached(key: Callable[[], str], make: Callable[[], Entry], names: Sequence[str]) -> Entry:
     """The entry of `key`, with exactly these `names`, or what `make` gives, which is kept then."""
     before = key()
     file = folder() / before
-    if (facts := _read(file, names)) is not None:
-        return facts
-    facts = make()
+    if (entry := _read(file, names)) is not None:
+        return entry
+    entry = make()
     if key() == before:  # no file has changed meanwhile
-        _write(file, facts)
-    return facts
+        _write(file, entry)
+    return entry
 
 
 def folder() -> Path:
@@ -71,23 +71,23 @@ def _version(name: str) -> str:
         return "none"
 
 
-def _read(file: Path, names: Sequence[str]) -> Facts | None:
+def _read(file: Path, names: Sequence[str]) -> Entry | None:
     try:
         content = file.read_bytes()
         if content[:_DIGEST].decode() != hashlib.sha256(content[_DIGEST:]).hexdigest():
             return None
-        facts = orjson.loads(content[_DIGEST:])
+        entry = orjson.loads(content[_DIGEST:])
     except (OSError, ValueError):
         return None
-    if not isinstance(facts, dict) or set(facts) != set(names) or not all(isinstance(v, str) for v in facts.values()):
+    if not isinstance(entry, dict) or set(entry) != set(names) or not all(isinstance(v, str) for v in entry.values()):
         return None
     with suppress(OSError):
         os.utime(file)
-    return facts
+    return entry
 
 
-def _write(file: Path, facts: Facts) -> None:
-    content = orjson.dumps(facts)
+def _write(file: Path, entry: Entry) -> None:
+    content = orjson.dumps(entry)
     content = hashlib.sha256(content).hexdigest().encode() + content
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

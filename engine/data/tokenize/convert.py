@@ -23,7 +23,7 @@ from engine.errors import DataError, format_value, truncate
 from engine.util.files import read_json
 
 if TYPE_CHECKING:
-    from engine.data.tokenize.awkward import Original
+    from engine.data.tokenize.equivalence import OriginalLibrary
     from engine.data.tokenize.sentencepiece_model import Sentencepiece
 
 FORMATS = (
@@ -40,7 +40,7 @@ _NAMES = {
     _WORDPIECE: re.compile(r"(.*[-_.])?vocab\.txt"),
 }
 # Classes of transformers whose ids are those of the file: others move them or cut texts first.
-_PLAIN = {
+_SUPPORTED_CLASSES = {
     _SENTENCEPIECE: r"(Code)?Llama\w*|Gemma\w*|T5\w*|Baichuan\w*|InternLM\w*|PreTrained\w*",
     _TIKTOKEN: r"\w+",
     _TEKKEN: r"\w+",
@@ -50,24 +50,27 @@ _PLAIN = {
 
 
 # In a tokenizer_config.json: why the ids of the .model beside it are sentencepiece's own, so that this stays so.
-_MARK = "ids_by_sentencepiece"
+_REASON_KEY = "ids_by_sentencepiece"
 # Beside it: true, if the ids of a text without user-defined symbols are those of `tokenizers`.
-_NEAR = "but_for_symbols"
+_ONLY_SYMBOLS_KEY = "but_for_symbols"
 
 
 @dataclass(frozen=True)
-class Converted:
-    """`definition`: text of a tokenizer.json; `end`: the token that ends documents; `difference`: where its ids are not
-    those of the original, empty if there is none; `near`: of texts without a user-defined symbol they are."""
+class Conversion:
+    """Result of converting a tokenizer file to tokenizer.json.
+
+    definition: text of the tokenizer.json; end: end-of-document token; difference: the first difference found from the
+    original's ids, "" for none; exact_without_symbols: whether ids are equal for texts without user-defined symbols.
+    """
 
     definition: str
     end: str | None
     difference: str = ""
-    near: bool = True
+    exact_without_symbols: bool = True
 
 
 @dataclass(frozen=True)
-class Found:
+class TokenizerFile:
     """A file of a `kind`, with the `merges` that belong to it and what its tokenizer_config.json says."""
 
     kind: str
@@ -77,7 +80,7 @@ class Found:
     lower_case: bool | None
 
 
-def find(path: Path, merges: Path | None = None, lower_case: bool | None = None) -> Found | None:
+def find(path: Path, merges: Path | None = None, lower_case: bool | None = None) -> TokenizerFile | None:
     """What `path` holds, None for a tokenizer.json. Raises DataError, with what is taken, for anything else."""
     if path.is_dir():
         path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else _only_one(path)
@@ -97,122 +100,129 @@ def find(path: Path, merges: Path | None = None, lower_case: bool | None = None)
     if not kind:
         return None
     if kind == _MERGES:
-        merges = merges or _merges_of(path)
+        merges = merges or _merges_path(path)
         if not merges.is_file():
             raise DataError(
                 "tokenize.merges-missing",
                 f"{path}: a vocabulary without its merges: {merges} is no file. Give it by --merges.",
             )
     config = _config(path, kind)
-    return Found(kind, path, merges, config, lower_case)
+    return TokenizerFile(kind, path, merges, config, lower_case)
 
 
-def made_from(found: Found, parse_special: bool = False) -> Tokenizer:
+def load_converted(file: TokenizerFile, parse_special: bool = False) -> Tokenizer:
     """The tokenizer of what was found. Raises DataError if the file is damaged or cannot be converted exactly."""
-    made = _converted(found)
-    own = _sentencepiece(found) if made.difference else None
-    named: dict[str, Any] = {"eos_token": made.end} if made.end is not None else {}
-    named |= {"bos_token": found.config["bos_token"]} if "bos_token" in found.config else {}  # null: there is none
-    named |= {"eos_token": found.config["eos_token"]} if found.config.get("eos_token") is not None else {}
-    companions = companions_of(named, own, made.difference, made.near)
-    compared = found.kind in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN) and own is None
+    conversion = _converted(file)
+    sentencepiece = _sentencepiece(file) if conversion.difference else None
+    named: dict[str, Any] = {"eos_token": conversion.end} if conversion.end is not None else {}
+    named |= {"bos_token": file.config["bos_token"]} if "bos_token" in file.config else {}  # null: there is none
+    named |= {"eos_token": file.config["eos_token"]} if file.config.get("eos_token") is not None else {}
+    companions = companion_files(named, sentencepiece, conversion.difference, conversion.exact_without_symbols)
+    compared = file.kind in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN) and sentencepiece is None
     tokenizer = Tokenizer(
-        made.definition,
+        conversion.definition,
         companions,
         parse_special,
-        own=own,
-        near=made.near,
-        note=made.difference,
-        original=partial(original, found) if compared else None,
+        sentencepiece=sentencepiece,
+        exact_without_symbols=conversion.exact_without_symbols,
+        note=conversion.difference,
+        load_original=partial(load_original, file) if compared else None,
     )
-    if found.kind != _TEKKEN:
-        _refuse_added(found, tokenizer)
+    if file.kind != _TEKKEN:
+        _check_added_tokens(file, tokenizer)
     return tokenizer
 
 
-def _refuse_added(found: Found, tokenizer: Tokenizer) -> None:
+def _check_added_tokens(file: TokenizerFile, tokenizer: Tokenizer) -> None:
     """Tokens of tokenizer_config.json that are found in texts, and that the file does not have."""
-    listed = found.config.get("added_tokens_decoder")
+    listed = file.config.get("added_tokens_decoder")
     for number, token in listed.items() if isinstance(listed, dict) else ():
-        facts = token if isinstance(token, dict) else {}
-        text = facts.get("content")
-        if isinstance(text, str) and not facts.get("special") and str(tokenizer.token_id(text)) != str(number):
+        entry = token if isinstance(token, dict) else {}
+        text = entry.get("content")
+        if isinstance(text, str) and not entry.get("special") and str(tokenizer.token_id(text)) != str(number):
             raise DataError(
                 "tokenize.added-token-missing",
-                f"{found.path}: has no token {format_value(text)} of id {truncate(str(number), 20)}, which "
-                f"tokenizer_config.json beside it adds. Give tokenizer.json, which says how it is found in texts.",
+                f"{file.path}: has no token {format_value(text)} of id {truncate(str(number), 20)}, which "
+                f"tokenizer_config.json next to it adds. Give tokenizer.json, which says how it is matched in texts.",
             )
 
 
-def _converted(found: Found) -> Converted:
+def _converted(file: TokenizerFile) -> Conversion:
     """`_convert`, by the cache where that takes seconds."""
-    if found.kind not in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN):
-        return _convert(found)
-    beside = found.path.with_suffix(".json")  # of a .tiktoken
+    if file.kind not in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN):
+        return _convert(file)
+    beside = file.path.with_suffix(".json")  # of a .tiktoken
 
     def key() -> str:
         try:
-            facts = beside.read_bytes() if found.kind == _TIKTOKEN and beside.is_file() else b""
-            parts = [found.path.read_bytes(), found.kind.encode(), found.path.stem.encode(), facts]
+            rules = beside.read_bytes() if file.kind == _TIKTOKEN and beside.is_file() else b""
+            parts = [file.path.read_bytes(), file.kind.encode(), file.path.stem.encode(), rules]
         except OSError as err:
             raise DataError(
                 "tokenize.unreadable", f"{err.filename}: cannot be read: {err.strerror or err}. Check the tokenizer."
             ) from err
-        return key_of([*parts, json.dumps(found.config, sort_keys=True).encode()])
+        return key_of([*parts, json.dumps(file.config, sort_keys=True).encode()])
 
     def make() -> dict[str, str]:
-        made = _convert(found)
-        near = "yes" if made.near else "no"
-        return {"definition": made.definition, "end": made.end or "", "difference": made.difference, "near": near}
+        conversion = _convert(file)
+        return {
+            "definition": conversion.definition,
+            "end": conversion.end or "",
+            "difference": conversion.difference,
+            "exact_without_symbols": "yes" if conversion.exact_without_symbols else "no",
+        }
 
-    facts = cached(key, make, ("definition", "end", "difference", "near"))
-    return Converted(facts["definition"], facts["end"] or None, facts["difference"], facts["near"] == "yes")
+    entry = cached(key, make, ("definition", "end", "difference", "exact_without_symbols"))
+    exact_without_symbols = entry["exact_without_symbols"] == "yes"
+    return Conversion(entry["definition"], entry["end"] or None, entry["difference"], exact_without_symbols)
 
 
-def _convert(found: Found) -> Converted:
+def _convert(file: TokenizerFile) -> Conversion:
     """The definition of what was found. Raises DataError for damage, and for a difference in ranks."""
-    if found.kind == _SENTENCEPIECE:
+    if file.kind == _SENTENCEPIECE:
         from engine.data.tokenize.sentencepiece_model import difference, to_json
 
-        model = _sentencepiece(found)
+        model = _sentencepiece(file)
         definition = to_json(model)
-        if _MARK in found.config:
-            return Converted(definition, model.end, str(found.config[_MARK]), found.config.get(_NEAR) is True)
-        return Converted(definition, model.end, *difference(model, definition))
-    if found.kind in (_TIKTOKEN, _TEKKEN):
+        if _REASON_KEY in file.config:
+            return Conversion(
+                definition, model.end, str(file.config[_REASON_KEY]), file.config.get(_ONLY_SYMBOLS_KEY) is True
+            )
+        return Conversion(definition, model.end, *difference(model, definition))
+    if file.kind in (_TIKTOKEN, _TEKKEN):
         from engine.data.tokenize.tiktoken_ranks import Tiktoken
 
-        ranks = Tiktoken(found.path, found.kind == _TEKKEN)
-        return Converted(ranks.to_json(), ranks.end)
+        ranks = Tiktoken(file.path, file.kind == _TEKKEN)
+        return Conversion(ranks.to_json(), ranks.end)
     from engine.data.tokenize.vocabularies import from_merges, from_wordpiece
 
-    if found.merges is not None:
-        definition, end = from_merges(found.path, found.merges, found.config)
+    if file.merges is not None:
+        definition, end = from_merges(file.path, file.merges, file.config)
     else:
-        definition, end = from_wordpiece(found.path, found.config, found.lower_case)
-    return Converted(definition, end)
+        definition, end = from_wordpiece(file.path, file.config, file.lower_case)
+    return Conversion(definition, end)
 
 
-def original(found: Found) -> Original:
+def load_original(file: TokenizerFile) -> OriginalLibrary:
     """The library that the file is for."""
-    if found.kind == _SENTENCEPIECE:
-        return _sentencepiece(found)
+    if file.kind == _SENTENCEPIECE:
+        return _sentencepiece(file)
     from engine.data.tokenize.tiktoken_ranks import Tiktoken
 
-    return Tiktoken(found.path, found.kind == _TEKKEN)
+    return Tiktoken(file.path, file.kind == _TEKKEN)
 
 
-def _sentencepiece(found: Found) -> Sentencepiece:
+def _sentencepiece(file: TokenizerFile) -> Sentencepiece:
     from engine.data.tokenize.sentencepiece_model import Sentencepiece
 
-    return Sentencepiece(found.path)
+    return Sentencepiece(file.path)
 
 
 def _only_one(folder: Path) -> Path:
     """The file of a folder without tokenizer.json that is a tokenizer; copies of it under other names are it too."""
     names = sorted(folder.iterdir())
     there = {kind: [p for p in names if name.fullmatch(p.name) and p.is_file()] for kind, name in _NAMES.items()}
-    there[_MERGES] = [path for path in there[_MERGES] if _merges_of(path).is_file()]
+    there[_MERGES] = [path for path in there[_MERGES] if _merges_path(path).is_file()]
     files = [path for paths in there.values() for path in paths]
     if not files:
         raise DataError(
@@ -235,23 +245,23 @@ def _kind(path: Path) -> str:
     if path.suffix != ".json" or path.name == "tokenizer.json":
         return named
     try:
-        facts = read_json(path, loads=orjson.loads)
+        content = read_json(path, loads=orjson.loads)
     except (OSError, ValueError):
         return named
-    if isinstance(facts, dict) and not isinstance(facts.get("model"), dict):
-        if isinstance(facts.get("vocab"), list) and isinstance(facts.get("config"), dict):
+    if isinstance(content, dict) and not isinstance(content.get("model"), dict):
+        if isinstance(content.get("vocab"), list) and isinstance(content.get("config"), dict):
             return _TEKKEN
-        if facts and all(isinstance(number, int) for number in facts.values()):
+        if content and all(isinstance(number, int) for number in content.values()):
             return _MERGES
-    return "" if isinstance(facts, dict) and "model" in facts else named
+    return "" if isinstance(content, dict) and "model" in content else named
 
 
-def _merges_of(vocab: Path) -> Path:
+def _merges_path(vocab: Path) -> Path:
     """Where the merges of a vocabulary lie by the usual names."""
     if vocab.name == "encoder.json":
         return vocab.with_name("vocab.bpe")
-    head, found, _ = vocab.name.rpartition("vocab.json")
-    return vocab.with_name(f"{head}merges.txt" if found else "merges.txt")
+    head, separator, _ = vocab.name.rpartition("vocab.json")
+    return vocab.with_name(f"{head}merges.txt" if separator else "merges.txt")
 
 
 def _config(path: Path, kind: str) -> dict[str, Any]:
@@ -263,7 +273,7 @@ def _config(path: Path, kind: str) -> dict[str, Any]:
         raise DataError("tokenize.unreadable", f"{beside}: cannot be read: {err}. Copy it anew.") from err
     said = said if isinstance(said, dict) else {}
     name = said.get("tokenizer_class") or ""
-    if not isinstance(name, str) or (name and not re.fullmatch(_PLAIN[kind], name)):
+    if not isinstance(name, str) or (name and not re.fullmatch(_SUPPORTED_CLASSES[kind], name)):
         raise DataError(
             "tokenize.class-unknown",
             f"{path}: how {truncate(str(name), 60)} cuts texts is not known from it. Give its tokenizer.json.",
@@ -277,16 +287,19 @@ def _config(path: Path, kind: str) -> dict[str, Any]:
     return said
 
 
-def companions_of(
-    special: dict[str, Any], own: Sentencepiece | None = None, difference: str = "", near: bool = False
+def companion_files(
+    special: dict[str, Any],
+    sentencepiece: Sentencepiece | None = None,
+    difference: str = "",
+    exact_without_symbols: bool = False,
 ) -> dict[str, bytes]:
     """What lies beside a converted tokenizer: names of its `special` tokens, such as "eos_token", and a .model of which
     no tokenizer.json gives the ids."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if own is not None:  # which class transformers takes for a .model follows from the model's config.json
-        config = {_MARK: difference, _NEAR: near}
+    if sentencepiece is not None:  # which class transformers takes for a .model follows from the model's config.json
+        config = {_REASON_KEY: difference, _ONLY_SYMBOLS_KEY: exact_without_symbols}
     beside = {
         "tokenizer_config.json": json.dumps({**config, **special}).encode(),
         "special_tokens_map.json": json.dumps(special).encode(),
     }
-    return beside if own is None else {**beside, MODEL: own.content}
+    return beside if sentencepiece is None else {**beside, MODEL: sentencepiece.content}

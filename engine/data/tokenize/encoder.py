@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from engine.data.tokenize.awkward import AWKWARD, Difference, compare
+from engine.data.tokenize.equivalence import EDGE_CASES, ConversionMismatch, compare
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.util.prefetch import run_in_thread
 
@@ -29,11 +29,11 @@ Encoded = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 
 class Mismatch(Exception):
-    """gigatoken gave other ids than the reference, or (`original`) a conversion than the original."""
+    """gigatoken gave other ids than the reference, or (`in_conversion`) a conversion than the original."""
 
-    def __init__(self, text: str, original: bool = False):
+    def __init__(self, text: str, in_conversion: bool = False):
         super().__init__(text)
-        self.original = original
+        self.in_conversion = in_conversion
 
 
 class Encoder:
@@ -43,29 +43,31 @@ class Encoder:
         self._tokenizer = tokenizer
         self.name = f"tokenizers {tokenizers.__version__}"
         self.note = "" if fast else "as asked"
-        self._original = tokenizer.original() if tokenizer.original is not None else None
-        if tokenizer.own is not None:
-            self.name, self.note = tokenizer.own.name, f"no tokenizer.json gives its ids: {tokenizer.note}"
-            fast = fast and tokenizer.near and tokenizer.spelled_special is None
-            self._original = tokenizer.own if fast else None
+        self._original = tokenizer.load_original() if tokenizer.load_original is not None else None
+        if tokenizer.sentencepiece is not None:
+            self.name, self.note = tokenizer.sentencepiece.name, f"no tokenizer.json gives its ids: {tokenizer.note}"
+            fast = fast and tokenizer.exact_without_symbols and tokenizer.special_pattern is None
+            self._original = tokenizer.sentencepiece if fast else None
         self._reference = self.name
         self._fast: Any = self._load_fast() if fast else None
         if self._fast is not None:
             try:
-                self.check((*AWKWARD, "\x00\x01\x7f\x85\ufeff", *tokenizer.special_tokens), whole=True)
+                self.check((*EDGE_CASES, "\x00\x01\x7f\x85\ufeff", *tokenizer.special_tokens), whole=True)
             except Mismatch as err:
                 self._fast, self.note = None, str(err)
             else:
-                own = f", texts with user-defined symbols by {self.name}" if tokenizer.own is not None else ""
-                self.name, self.note = f"gigatoken {version('gigatoken')}{own}", ""
+                exceptions = (
+                    f", texts with user-defined symbols by {self.name}" if tokenizer.sentencepiece is not None else ""
+                )
+                self.name, self.note = f"gigatoken {version('gigatoken')}{exceptions}", ""
 
-        if tokenizer.own is not None and self._fast is None:
+        if tokenizer.sentencepiece is not None and self._fast is None:
             self._original = None  # it encodes itself
 
     @property
     def is_threaded(self) -> bool:
         """Whether a batch keeps one thread at work; `tokenizers` shares out every batch among threads of its own."""
-        return self._fast is not None or self._tokenizer.own is not None
+        return self._fast is not None or self._tokenizer.sentencepiece is not None
 
     def _load_fast(self) -> Any:
         """The gigatoken tokenizer, or None with the reason in `note`."""
@@ -106,13 +108,17 @@ class Encoder:
 
     def _encode_near(self, texts: Sequence[str]) -> Encoded:
         """By gigatoken, but for texts with a symbol that only sentencepiece takes as it does."""
-        own = self._tokenizer.own
-        if own is None or own.symbols is None or not any(having := [bool(own.symbols.search(text)) for text in texts]):
+        sentencepiece = self._tokenizer.sentencepiece
+        if (
+            sentencepiece is None
+            or sentencepiece.symbols is None
+            or not any(having := [bool(sentencepiece.symbols.search(text)) for text in texts])
+        ):
             return self._encode_fast(texts)
         plain = [text for text, has in zip(texts, having) if not has]
         ids, lengths = self._encode_fast(plain) if plain else (np.empty(0, np.int32), np.empty(0, np.int32))
         others = iter(np.split(ids, np.cumsum(lengths)[:-1]))
-        by_own = iter(own.encode_batch([text for text, has in zip(texts, having) if has]))
+        by_own = iter(sentencepiece.encode_batch([text for text, has in zip(texts, having) if has]))
         pieces = [np.array(next(by_own), np.int32) if has else next(others) for has in having]
         return np.concatenate(pieces), np.array([len(piece) for piece in pieces], np.int32)
 
@@ -151,12 +157,12 @@ class Encoder:
             left -= len(samples[-1]) + 1
         rest = texts[len(samples) :]
         samples += [text[:_SAMPLE_CHARS] for text in rest[:: max(1, len(rest) // _SAMPLES)][:_SAMPLES]]
-        if (spelled := self._tokenizer.spelled_special) is not None:  # no original takes special tokens from texts
+        if (spelled := self._tokenizer.special_pattern) is not None:  # no original takes special tokens from texts
             samples = [text for text in samples if not spelled.search(text)]
         try:
             compare(self._split, self._original, samples)
-        except Difference as err:
-            converted = self._tokenizer.own is None
+        except ConversionMismatch as err:
+            converted = self._tokenizer.sentencepiece is None
             raise Mismatch(f"the tokenizer.json made from the file differs from it: {err}", converted) from err
 
     def _split(self, texts: Sequence[str]) -> list[list[int]]:

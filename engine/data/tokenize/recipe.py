@@ -17,7 +17,7 @@ UNKNOWN = {"unigram": "<unk>", "wordpiece": "[UNK]"}  # unigram's is never used,
 MIN_FREQUENCY = 2
 CHARACTER_COVERAGE = 0.9995
 MAX_PIECE_LENGTH = 16
-_USUAL: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "bpe": {"split_pattern": "gpt2", "min_frequency": MIN_FREQUENCY},
     "unigram": {
         "split_pattern": "rules of sentencepiece",
@@ -28,7 +28,7 @@ _USUAL: dict[str, dict[str, Any]] = {
 }
 _BYTE_SPELLING = "<0x123456789ABCDEF>unk"
 # What an option is for; of other kinds it is refused, as it would do nothing.
-_MEANT_FOR = {
+_APPLIES_TO = {
     "split_pattern": ("bpe", "unigram"),
     "digits": ("bpe", "unigram"),
     "min_frequency": ("bpe", "wordpiece"),
@@ -68,17 +68,17 @@ class Recipe:
     limit_alphabet: int | None = None
     max_token_length: int | None = None
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The options that the kind has, with what is usual for it where nothing was said, for JSON."""
-        usual = _USUAL[self.kind]
-        given = {k: v for k, v in asdict(self).items() if self.kind in _MEANT_FOR.get(k, KINDS)}
+        usual = _DEFAULTS[self.kind]
+        given = {k: v for k, v in asdict(self).items() if self.kind in _APPLIES_TO.get(k, KINDS)}
         return {k: usual[k] if v in ("", None) and k in usual else v for k, v in given.items()}
 
     def required_characters(self) -> set[str]:
         """Unigram: characters that are pieces whatever the texts are, so that no text becomes the token <0x41>."""
         return {*_BYTE_SPELLING, *"".join(self.special_tokens)}
 
-    def own_tokens(self) -> int:
+    def num_reserved_tokens(self) -> int:
         """Tokens that are there before any text is read."""
         unknown, texts_bytes = self.kind in UNKNOWN, 256 * (self.kind != "wordpiece")
         return len(self.special_tokens) + len(self.user_tokens) + unknown + texts_bytes
@@ -90,7 +90,7 @@ class Recipe:
             yield FieldError("tokenize.unknown-choice", "--kind", self.kind, problem, "Choose one.")
             return
         yield from self._token_errors()
-        for option, kinds in _MEANT_FOR.items():
+        for option, kinds in _APPLIES_TO.items():
             if getattr(self, option) not in ("", None) and self.kind not in kinds:
                 name = "--" + option.replace("_", "-")
                 why = _WHY_NOT[option, self.kind]
@@ -162,7 +162,7 @@ class Recipe:
                 "should be all different, none special, none empty",
                 "Name others.",
             )
-        least = self.own_tokens() + (len(self.required_characters()) if self.kind == "unigram" else 0)
+        least = self.num_reserved_tokens() + (len(self.required_characters()) if self.kind == "unigram" else 0)
         if self.vocab_size < least:
             parts = ["256 bytes"] * (self.kind != "wordpiece") + [UNKNOWN.get(self.kind, "")] * (self.kind in UNKNOWN)
             parts += ["the characters that these are spelled with"] * (self.kind == "unigram")

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
-from engine.data.tokenize.awkward import Difference, compare, encode_plain, texts_for
+from engine.data.tokenize.equivalence import ConversionMismatch, compare, encode_plain, texts_for
 from engine.errors import DataError, truncate
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pieces
@@ -121,7 +121,7 @@ def difference(model: Sentencepiece, definition: str) -> tuple[str, bool]:
     texts = [*texts_for(spelled), *tied, *alone]
     try:
         compare(mine, model, texts)
-    except Difference as err:
+    except ConversionMismatch as err:
         first = str(err)
     else:
         return "", True
@@ -129,7 +129,7 @@ def difference(model: Sentencepiece, definition: str) -> tuple[str, bool]:
         return first, False
     try:
         compare(mine, model, [text for text in texts if not model.symbols.search(text)])
-    except Difference:
+    except ConversionMismatch:
         return first, False
     return first, True
 

@@ -12,7 +12,7 @@ import orjson
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from engine.data.tokenize.awkward import Difference, compare, encode_plain, texts_for
+from engine.data.tokenize.equivalence import ConversionMismatch, compare, encode_plain, texts_for
 from engine.data.tokenize.patterns import words
 from engine.errors import DataError, format_value
 from engine.util.files import read_json
@@ -57,7 +57,7 @@ class Tiktoken:
             self.first, ends = len(self.special), "</s>"
         else:
             self.ranks, ends = _read_ranks(path), "<|endoftext|>"
-            self.pattern, self.special = _encoding_facts(path)
+            self.pattern, self.special = _encoding_rules(path)
         self.end = ends if ends in self.special else None
         try:
             import tiktoken
@@ -107,7 +107,7 @@ class Tiktoken:
         texts = [token.decode(errors="replace") for token in ordered]
         try:
             compare(encode_plain(tokenizer), self, [*texts_for(texts), *special])
-        except Difference as err:
+        except ConversionMismatch as err:
             raise DataError(
                 "tokenize.not-convertible",
                 f"{self._path}: cannot be converted exactly: {err}. Give its tokenizer.json.",
@@ -118,12 +118,12 @@ class Tiktoken:
 def _read_tekken(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
     """Ranks, pattern and special tokens, which have the first ids, of Mistral's tekken.json."""
     try:
-        facts = read_json(path, loads=orjson.loads)
-        config = facts["config"]
+        content = read_json(path, loads=orjson.loads)
+        config = content["config"]
         pattern, first = str(config["pattern"]), int(config["default_num_special_tokens"])
-        used = facts["vocab"][: int(config["default_vocab_size"]) - first]
+        used = content["vocab"][: int(config["default_vocab_size"]) - first]
         ranks = {base64.b64decode(entry["token_bytes"], validate=True): int(entry["rank"]) for entry in used}
-        listed = facts.get("special_tokens") or [
+        listed = content.get("special_tokens") or [
             {"rank": number, "token_str": text} for number, text in enumerate(_TEKKEN_SPECIAL)
         ]
         named = {int(entry["rank"]): str(entry["token_str"]) for entry in listed}
@@ -171,20 +171,20 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _encoding_facts(path: Path) -> tuple[str, dict[str, int]]:
-    beside = path.with_suffix(".json")
-    if beside.exists():
+def _encoding_rules(path: Path) -> tuple[str, dict[str, int]]:
+    rules_path = path.with_suffix(".json")
+    if rules_path.exists():
         try:
-            facts = read_json(beside)
-            return str(facts["pattern"]), {str(k): int(v) for k, v in facts["special_tokens"].items()}
+            rules = read_json(rules_path)
+            return str(rules["pattern"]), {str(k): int(v) for k, v in rules["special_tokens"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
             text = f'expected {{"pattern": "...", "special_tokens": {{"...": id}}}} ({type(err).__name__}: {err})'
-            raise DataError("tokenize.rules-invalid", f"{beside}: {text}.") from err
+            raise DataError("tokenize.rules-invalid", f"{rules_path}: {text}.") from err
     if path.stem not in _ENCODINGS:
         raise DataError(
             "tokenize.ranks-without-rules",
             f"{path}: this file holds ranks alone, and {path.stem} is none of {', '.join(_ENCODINGS)}, whose rules are "
-            f'known. Write them to {beside}: {{"pattern": "...", "special_tokens": {{"<|endoftext|>": id}}}}.',
+            f'known. Write them to {rules_path}: {{"pattern": "...", "special_tokens": {{"<|endoftext|>": id}}}}.',
         )
     return _ENCODINGS[path.stem]
 

@@ -24,7 +24,7 @@ from engine.errors import DataError, truncate
 from engine.util.prefetch import run_in_thread
 
 if TYPE_CHECKING:
-    from engine.data.tokenize.awkward import Original
+    from engine.data.tokenize.equivalence import OriginalLibrary
     from engine.data.tokenize.sentencepiece_model import Sentencepiece
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,13 +36,13 @@ _USUAL_EOD = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 class Tokenizer:
     """A tokenizer and its identity. Make one with `load` or `train`.
 
-    Attributes: `vocab_size` (largest id + 1, added tokens included: what a model's embedding has to hold),
+    Attributes: `vocab_size` (largest id + 1, added tokens included: the rows that a model's embedding needs),
     `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it, or of a .model's
-    bytes), `own` (sentencepiece, where no tokenizer.json gives the ids of a .model: then it encodes), `note` (why),
-    `near` (only texts with user-defined symbols need `own`), `original` (loads the library that a converted file is
-    for, to compare with), `unknown` (id of what the vocabulary cannot express, None if there is none),
-    `special_tokens` (their spellings), `special_ids`,
-    `added_tokens` (spelling -> id of these and of the tokens that were added to be found in texts).
+    bytes), `sentencepiece` (the library, which encodes where no tokenizer.json reproduces the ids of a .model; else
+    None), `note` (why it does), `exact_without_symbols` (only texts with user-defined symbols need `sentencepiece`),
+    `load_original` (loads the library that a converted file was made for, to compare with), `unknown` (id of the
+    unknown token, None if there is none), `special_tokens` (their spellings), `special_ids`, `added_tokens` (spelling
+    -> id of the special tokens and of the user-defined tokens that are matched in texts first).
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Tokenizer:
         companions: dict[str, bytes],
         parse_special: bool = False,
         *,
-        own: Sentencepiece | None = None,
-        near: bool = False,
+        sentencepiece: Sentencepiece | None = None,
+        exact_without_symbols: bool = False,
         note: str = "",
-        original: Callable[[], Original] | None = None,
+        load_original: Callable[[], OriginalLibrary] | None = None,
     ):
         """`definition`: text of a tokenizer.json; `companions`: name -> content of the files beside it.
 
@@ -63,12 +63,17 @@ class Tokenizer:
         """
         self._definition = definition
         self._companions = companions
-        self._eod_token = _configured(companions, "eos_token")[1]
+        self._eod_token = _configured_token(companions, "eos_token")[1]
         built = run_in_thread(lambda: tokenizers.Tokenizer.from_str(definition))
         parsed = self._parsed = orjson.loads(definition)  # megabytes: read once
         canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        self.digest = hashlib.sha256(canonical.encode() if own is None else own.content).hexdigest()
-        self.own, self.near, self.note, self.original = own, near, note, original
+        self.digest = hashlib.sha256(canonical.encode() if sentencepiece is None else sentencepiece.content).hexdigest()
+        self.sentencepiece, self.exact_without_symbols, self.note, self.load_original = (
+            sentencepiece,
+            exact_without_symbols,
+            note,
+            load_original,
+        )
         try:
             self._tokenizer = built.result()
         except Exception as err:  # the library raises bare Exception
@@ -88,7 +93,7 @@ class Tokenizer:
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
         longest_first = sorted(map(re.escape, self.special_tokens), key=len, reverse=True)
         # What `parse_special` takes from texts, as one group.
-        self.spelled_special = re.compile(f"({'|'.join(longest_first)})") if parse_special and longest_first else None
+        self.special_pattern = re.compile(f"({'|'.join(longest_first)})") if parse_special and longest_first else None
 
     @classmethod
     def load(
@@ -106,10 +111,10 @@ class Tokenizer:
         """
         path = Path(path)
         if merges is not None or lower_case is not None or not _is_definition(path):
-            from engine.data.tokenize.convert import find, made_from
+            from engine.data.tokenize.convert import find, load_converted
 
             if (found := find(path, merges, lower_case)) is not None:
-                return made_from(found, parse_special)
+                return load_converted(found, parse_special)
         file = path / DEFINITION if path.is_dir() else path
         try:
             definition = file.read_bytes().decode("utf-8")
@@ -140,22 +145,22 @@ class Tokenizer:
 
         return cls(*train(texts, Recipe(vocab_size, **options)))
 
-    def by_original(self, difference: str) -> Tokenizer:
+    def with_original_ids(self, difference: str) -> Tokenizer:
         """This one with the ids of the .model that it was made from. Raises DataError if it is none."""
-        from engine.data.tokenize.convert import companions_of
+        from engine.data.tokenize.convert import companion_files
         from engine.data.tokenize.sentencepiece_model import Sentencepiece
 
-        own = self.original() if self.original is not None else None
-        if not isinstance(own, Sentencepiece):
+        sentencepiece = self.load_original() if self.load_original is not None else None
+        if not isinstance(sentencepiece, Sentencepiece):
             raise DataError(
                 "tokenize.not-convertible",
                 f"{difference}. This cannot be removed: give the tokenizer.json that its makers publish.",
             )
         return Tokenizer(
             self._definition,
-            companions_of(json.loads(self._companions["special_tokens_map.json"]), own, difference),
+            companion_files(json.loads(self._companions["special_tokens_map.json"]), sentencepiece, difference),
             self._parse_special,
-            own=own,
+            sentencepiece=sentencepiece,
             note=difference,
         )
 
@@ -176,7 +181,7 @@ class Tokenizer:
     @property
     def bos(self) -> int:
         """The id that begins a document. Raises DataError if the tokenizer has none, or says that it has none."""
-        said, token = _configured(self._companions, "bos_token")
+        said, token = _configured_token(self._companions, "bos_token")
         for spelling in ((token,) if token else ()) if said else _USUAL_BOS:
             number = self._tokenizer.token_to_id(spelling)
             if number is not None:
@@ -191,7 +196,7 @@ class Tokenizer:
     @property
     def template(self) -> tuple[list[int], list[int]]:
         """Ids that its stored template would put before and behind a text; here they are never added."""
-        if self.own is not None:
+        if self.sentencepiece is not None:
             return [], []
         whole, plain = self._tokenizer.encode("a").ids, self.encode("a")
         before = next((k for k in range(len(whole)) if whole[k : k + len(plain)] == plain), len(whole))
@@ -199,8 +204,8 @@ class Tokenizer:
 
     def unknown_bytes(self, text: str) -> int:
         """UTF-8 bytes of `text` that become the unknown token."""
-        if self.own is not None:
-            return self.own.unknown_bytes(text)
+        if self.sentencepiece is not None:
+            return self.sentencepiece.unknown_bytes(text)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         spans = {span for number, span in zip(encoding.ids, encoding.offsets) if number == self.unknown}
         return sum(len(text[begin:end].encode()) for begin, end in spans)
@@ -215,24 +220,24 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
-        if self.own is not None:
-            return self._own_ids([text])[0]
+        if self.sentencepiece is not None:
+            return self._sentencepiece_ids([text])[0]
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """Ids of each text, int32 [length], on all cores (by sentencepiece: on this thread)."""
-        if self.own is not None:
-            return [np.array(ids, dtype=np.int32) for ids in self._own_ids(texts)]
+        if self.sentencepiece is not None:
+            return [np.array(ids, dtype=np.int32) for ids in self._sentencepiece_ids(texts)]
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
-    def _own_ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _sentencepiece_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids by sentencepiece, which takes no special tokens from texts: where they are wanted, of what is between."""
-        assert self.own is not None
-        if self.spelled_special is None:
-            return self.own.encode_batch(texts)
-        found = [self.spelled_special.split(text) for text in texts]
-        between = iter(self.own.encode_batch([part for parts in found for part in parts[::2]]))
+        assert self.sentencepiece is not None
+        if self.special_pattern is None:
+            return self.sentencepiece.encode_batch(texts)
+        found = [self.special_pattern.split(text) for text in texts]
+        between = iter(self.sentencepiece.encode_batch([part for parts in found for part in parts[::2]]))
         return [
             [
                 number
@@ -271,8 +276,8 @@ class Tokenizer:
 
     def save_definition(self, folder: Path) -> None:
         """Write tokenizer.json, or the .model whose ids it does not give, beside the files that are there."""
-        if self.own is not None:
-            (folder / MODEL).write_bytes(self.own.content)
+        if self.sentencepiece is not None:
+            (folder / MODEL).write_bytes(self.sentencepiece.content)
             return
         (folder / DEFINITION).write_text(self._definition, encoding="utf-8")
 
@@ -287,7 +292,7 @@ def _formats() -> str:
     return FORMATS
 
 
-def _configured(companions: dict[str, bytes], what: str) -> tuple[bool, str | None]:
+def _configured_token(companions: dict[str, bytes], what: str) -> tuple[bool, str | None]:
     """Whether the files beside tokenizer.json say anything of `what`, such as "eos_token", and the token they name.
 
     The value is a string or {"content": string}; null says that there is none.

@@ -15,10 +15,10 @@ import tokenizers
 from tokenizers import normalizers
 
 import engine
-from engine.data.read.account import Account
-from engine.data.read.own import Own
+from engine.data.read.account import ReadSummary
+from engine.data.read.own import OwnFiles
 from engine.data.read.progress import Progress, ProgressEvent, StepEvent
-from engine.data.tokenize.awkward import AWKWARD
+from engine.data.tokenize.equivalence import EDGE_CASES
 from engine.data.tokenize.file_names import FILES, TRAINING
 from engine.data.tokenize.options import TokenizerOptions
 from engine.data.tokenize.recipe import Recipe
@@ -40,10 +40,10 @@ class Trained:
     documents: int
     text_bytes: int
     seconds: dict[str, float]
-    account: Account = field(default_factory=Account)
+    account: ReadSummary = field(default_factory=ReadSummary)
 
 
-class Spread:
+class TextSampler:
     """Takes at most so many bytes of text, evenly from all the input; 0: everything."""
 
     def __init__(self, max_bytes: int, total: int):
@@ -84,45 +84,47 @@ def train_tokenizer(
     o, stop = options, stop or Interrupts(listen=False)
     if errors := list(o.errors()):
         raise ConfigError(errors)
-    _refuse(o)
-    source = o.source(Own([o.output / name for name in FILES]))
-    account = Account()
+    _check_output(o)
+    source = o.source(OwnFiles([o.output / name for name in FILES]))
+    account = ReadSummary()
     total = sum(file.num_bytes for file in source.files)
-    spread = Spread(o.max_bytes, total)
+    sampler = TextSampler(o.max_bytes, total)
     began = time.monotonic()
 
     def texts() -> Iterator[str]:
         for batch in read_ahead(source.batches()):
             for drop in batch.drops:
                 if drop.stops and not o.skip_errors:
-                    raise drop.refuse()
+                    raise drop.error()
             for told in account.add(batch):
                 note(f"note: {told}")
-            yield from spread.take(batch.texts, batch.consumed)
+            yield from sampler.take(batch.texts, batch.consumed)
             if progress is not None:
                 elapsed = time.monotonic() - began
                 consumed = (batch.consumed, max(total, batch.consumed))
-                progress(ProgressEvent("train tokenizer", *consumed, spread.documents, 0, elapsed, batch.consumed, 0))
-            if spread.is_full:
+                progress(ProgressEvent("train tokenizer", *consumed, sampler.documents, 0, elapsed, batch.consumed, 0))
+            if sampler.is_full:
                 break
-        if not spread.text_bytes:
-            raise account.no_text(source)
+        if not sampler.text_bytes:
+            raise account.error(source)
 
-    trained = train_apart(texts(), o.recipe, spread, progress)
+    trained = train_in_subprocess(texts(), o.recipe, sampler, progress)
     trained.account = account
     with stop.deferred():
-        save_whole(trained.tokenizer, o.output)
+        save_atomically(trained.tokenizer, o.output)
         stop.resume_hint = lambda: f"{o.output} is written"
     return trained
 
 
-def train_apart(texts: Iterable[str], recipe: Recipe, spread: Spread, progress: Progress | None) -> Trained:
-    """Train in another process on what `spread` took; check what comes back on samples of the texts."""
+def train_in_subprocess(
+    texts: Iterable[str], recipe: Recipe, sampler: TextSampler, progress: Progress | None
+) -> Trained:
+    """Train in another process on what `sampler` took; check what comes back on samples of the texts."""
     samples: list[str] = []
 
     def seen() -> Iterator[str]:
         for text in texts:
-            if spread.documents.bit_count() == 1 or len(samples) < _SAMPLES // 2:  # document 1, 2, 4, 8 ... too
+            if sampler.documents.bit_count() == 1 or len(samples) < _SAMPLES // 2:  # document 1, 2, 4, 8 ... too
                 samples.append(text[:_SAMPLE_CHARS])
             yield text
 
@@ -132,13 +134,13 @@ def train_apart(texts: Iterable[str], recipe: Recipe, spread: Spread, progress: 
     if progress is not None:
         progress(StepEvent("verifying", 0, 0, 0.0))
     began = time.monotonic()
-    facts = {"engine": engine.__version__, "tokenizers": tokenizers.__version__, **recipe.facts()}
-    facts |= {"documents": spread.documents, "text_bytes": spread.text_bytes}
-    companions[TRAINING] = (json.dumps(facts, ensure_ascii=False, indent=1) + "\n").encode()
+    metadata = {"engine": engine.__version__, "tokenizers": tokenizers.__version__, **recipe.metadata()}
+    metadata |= {"documents": sampler.documents, "text_bytes": sampler.text_bytes}
+    companions[TRAINING] = (json.dumps(metadata, ensure_ascii=False, indent=1) + "\n").encode()
     tokenizer = Tokenizer(definition, companions)
     _verify(tokenizer, recipe, samples)
     seconds = {**apart.seconds, "verifying": time.monotonic() - began}
-    return Trained(tokenizer, spread.documents, spread.text_bytes, seconds)
+    return Trained(tokenizer, sampler.documents, sampler.text_bytes, seconds)
 
 
 def _verify(tokenizer: Tokenizer, recipe: Recipe, samples: Sequence[str]) -> None:
@@ -146,7 +148,7 @@ def _verify(tokenizer: Tokenizer, recipe: Recipe, samples: Sequence[str]) -> Non
     if recipe.kind == "wordpiece":  # it drops white space
         return
     normal = {"nfc": normalizers.NFC(), "nfkc": normalizers.NFKC()}.get(recipe.normalizer)
-    for text in (*samples, *AWKWARD):
+    for text in (*samples, *EDGE_CASES):
         expected = text if normal is None else normal.normalize_str(text)
         if (found := tokenizer.decode(tokenizer.encode(text))) != expected:
             raise DataError(
@@ -156,7 +158,7 @@ def _verify(tokenizer: Tokenizer, recipe: Recipe, samples: Sequence[str]) -> Non
             )
 
 
-def _refuse(options: TokenizerOptions) -> None:
+def _check_output(options: TokenizerOptions) -> None:
     """Before hours of work: what would stand in the way at the end."""
     output = options.output
     if options.kind == "unigram" and importlib.util.find_spec("sentencepiece") is None:
@@ -177,7 +179,7 @@ def _refuse(options: TokenizerOptions) -> None:
         )
 
 
-def save_whole(tokenizer: Tokenizer, output: Path) -> None:
+def save_atomically(tokenizer: Tokenizer, output: Path) -> None:
     """Write the folder; tokenizer.json, which makes it one, comes last. A failure leaves what was there."""
     output = output.absolute()
     aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")

@@ -29,7 +29,7 @@ from engine.errors import DataError, truncate
 
 _END = 2**64 - 1
 _SEND_BYTES = 1 << 18  # at once
-_LOOK_S = 0.2
+_POLL_S = 0.2
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from engine.data.tokenize.train_process import main; main()"
 _STAGES = {"Tokenize words": "spelling words", "Count pairs": "counting pairs", "Compute merges": "merging"}
 _LOGGED = (  # of sentencepiece, in the order in which they come
@@ -58,7 +58,7 @@ class TrainProcess:
         )
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
-        self._answer, self._said, self._heard, self._rest = b"", list[str](), 0, b""
+        self._answer, self._output_lines, self._log_position, self._rest = b"", list[str](), 0, b""
         self._step, self._done, self._total = "reading", 0, 0
         self._began = self._step_began = time.monotonic()
         self.seconds: dict[str, float] = {}
@@ -100,8 +100,8 @@ class TrainProcess:
         self._flush()
         self._begin("counting words")
         while self._reader.is_alive():
-            self._reader.join(_LOOK_S)
-            self._listen()
+            self._reader.join(_POLL_S)
+            self._read_progress()
             if self._progress is not None:
                 elapsed = time.monotonic() - self._step_began
                 self._progress(StepEvent(self._step, self._done, self._total, elapsed))
@@ -113,16 +113,18 @@ class TrainProcess:
 
     def _failure(self) -> DataError:
         code = self._process.wait()
-        self._listen()
+        self._read_progress()
         if code < 0:
             why = f"its process was ended by signal {-code}"
             hint = " Memory may have run out: --max-bytes trains on a part of the texts." if code == -9 else ""
             return DataError("tokenize.training-failed", f"the training of the tokenizer failed: {why}.{hint}")
-        if self._said and self._said[-1].startswith("error: "):
-            return DataError("tokenize.training-failed", self._said[-1].removeprefix("error: ").replace("\x1f", "\n"))
+        if self._output_lines and self._output_lines[-1].startswith("error: "):
+            return DataError(
+                "tokenize.training-failed", self._output_lines[-1].removeprefix("error: ").replace("\x1f", "\n")
+            )
         return DataError(
             "tokenize.training-failed",
-            f"the training of the tokenizer failed: {truncate(' | '.join(self._said[-5:]), 1000)}",
+            f"the training of the tokenizer failed: {truncate(' | '.join(self._output_lines[-5:]), 1000)}",
         )
 
     def _begin(self, step: str, done: int = 0, total: int = 0) -> None:
@@ -136,10 +138,10 @@ class TrainProcess:
         assert self._process.stdout is not None
         self._answer = self._process.stdout.read()
 
-    def _listen(self) -> None:
+    def _read_progress(self) -> None:
         """What it has said since: steps; anything else is kept for an error."""
-        heard = os.pread(self._log.fileno(), 1 << 24, self._heard)
-        self._heard += len(heard)
+        heard = os.pread(self._log.fileno(), 1 << 24, self._log_position)
+        self._log_position += len(heard)
         *lines, self._rest = (self._rest + heard).split(b"\n")
         for raw in lines:
             line = raw.decode(errors="replace").rstrip()
@@ -147,11 +149,11 @@ class TrainProcess:
                 said = json.loads(line)
                 self._begin(_STAGES.get(said["stage"], said["stage"]), said["current"], said["total"])
             elif known := next(((step, found) for one, step in _LOGGED if (found := one.search(line))), None):
-                self._begin(known[0], *self._rounds(known[1]))
+                self._begin(known[0], *self._em_rounds(known[1]))
             elif line and not _LOG_LINE.match(line):
-                self._said = [*self._said[-20:], line]
+                self._output_lines = [*self._output_lines[-20:], line]
 
-    def _rounds(self, found: re.Match[str]) -> tuple[int, int]:
+    def _em_rounds(self, found: re.Match[str]) -> tuple[int, int]:
         """Of sentencepiece's EM: how many rounds are done, and about how many there will be. Each keeps 3/4."""
         if not found.groups():
             return 0, 0
@@ -164,8 +166,8 @@ def main() -> None:
     from engine.data.tokenize.algorithms import train
 
     stdin = open(0, "rb", buffering=1 << 20)  # noqa: SIM115  (until the process ends)
-    facts = json.loads(stdin.readline())
-    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+    given = json.loads(stdin.readline())
+    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     recipe = Recipe(**options)
 
     def texts() -> Iterator[str]:

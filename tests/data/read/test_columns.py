@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cli.main import main
-from engine.data.read.columns import joined, rest_of
-from engine.data.read.jsontext import dumps, exact, loads
+from engine.data.read.columns import merge_columns, other_columns
+from engine.data.read.jsontext import dumps, loads, loads_exact_ints
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from tests.support.errors import raises
@@ -187,7 +187,7 @@ def test_columns_of_our_names_are_renamed_and_told(tmp_path: Path, capsys: pytes
 def test_of_nested_keys_the_others_stay() -> None:
     record = {"doc": {"text": "t", "id": 1}, "a.b": 2, "a": {"b": 3}, "only": {"text": "x"}}
     before = json.dumps(record)
-    assert rest_of(record, ("doc.text", "a.b", "only.text")) == {"doc": {"id": 1}, "a": {"b": 3}}
+    assert other_columns(record, ("doc.text", "a.b", "only.text")) == {"doc": {"id": 1}, "a": {"b": 3}}
     assert json.dumps(record) == before
 
 
@@ -201,7 +201,7 @@ json_values = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(json_values)
 def test_what_is_written_is_read_again(value: Any) -> None:
-    assert exact(dumps(value)) == value
+    assert loads_exact_ints(dumps(value)) == value
     deep = value
     for _ in range(1500):
         deep = [deep]
@@ -210,6 +210,6 @@ def test_what_is_written_is_read_again(value: Any) -> None:
 
 @given(st.dictionaries(st.sampled_from(["text", "input_text", "input_input_text", "x"]), st.integers()))
 def test_no_column_is_lost_by_renaming(rest: dict[str, int]) -> None:
-    row, renamed = joined({"text": "t"}, rest)
+    row, renamed = merge_columns({"text": "t"}, rest)
     assert row["text"] == "t" and len(row) == len(rest) + 1
     assert {name: row[renamed.get(name, name)] for name in rest} == rest

@@ -24,7 +24,7 @@ import zstandard
 
 import engine.data.read.document_source as module
 from engine.data.read import jsontext
-from engine.data.read.document_batch import START, Cursor, Drop
+from engine.data.read.document_batch import START, Cursor, DroppedItem
 from engine.data.read.document_source import DocumentSource
 from engine.data.read.inputs import list_inputs
 from engine.errors import DataError
@@ -33,7 +33,7 @@ from tests.support.errors import raises
 TEXTS = [f"document {i}\n\n" + 'ünïcode 今天, "quoted"\t' * (i % 9) for i in range(700)]
 
 
-def read(*inputs: str | Path, start: Cursor = START, **how: Any) -> tuple[list[str], list[Drop]]:
+def read(*inputs: str | Path, start: Cursor = START, **how: Any) -> tuple[list[str], list[DroppedItem]]:
     batches = list(DocumentSource.of(list(inputs), **how).batches(start))
     return [text for batch in batches for text in batch.texts], [drop for batch in batches for drop in batch.drops]
 
@@ -385,7 +385,7 @@ def test_deep_json_is_read_and_refused_as_shallow_json_is() -> None:
         text = random.choice([text, text[:at] + random.choice('",]}[{: 1') + text[at + random.randrange(2) :]]).lstrip()
         expected = outcome(plain.raw_decode, text)
         refused += expected == "refused"
-        assert outcome(lambda text: jsontext._DECODER._deep(text, 0), text) == expected, text
+        assert outcome(lambda text: jsontext._DECODER._decode_iteratively(text, 0), text) == expected, text
     assert 300 < refused < 1500
 
 

@@ -22,10 +22,10 @@ import pytest
 import zstandard
 
 import engine.data.read.document_source as module
-from engine.data.read.document_batch import START, Batch, Cursor
+from engine.data.read.document_batch import START, Cursor, DocumentBatch
 from engine.data.read.document_source import DocumentSource
 from engine.data.read.inputs import list_inputs
-from engine.data.read.own import Own
+from engine.data.read.own import OwnFiles
 from engine.errors import DataError
 from tests.support.errors import raises
 
@@ -40,15 +40,15 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def read(*inputs: str | Path, start: Cursor = START, **how: Any) -> Batch:
+def read(*inputs: str | Path, start: Cursor = START, **how: Any) -> DocumentBatch:
     """All of it as one batch."""
-    whole = Batch()
+    whole = DocumentBatch()
     for batch in DocumentSource.of(list(inputs), **how).batches(start):
         whole.extend(batch)
     return whole
 
 
-def left_out(batch: Batch) -> dict[str, str]:
+def left_out(batch: DocumentBatch) -> dict[str, str]:
     """Base name of each drop -> reason."""
     return {os.path.basename(drop.file): drop.reason for drop in batch.drops}
 
@@ -119,7 +119,7 @@ def test_other_input_is_noticed_in_every_format(tmp_path: Path, monkeypatch: pyt
     }
     for form, content in forms.items():
 
-        def batches(content: str, start: Cursor = START, form: str = form) -> list[Batch]:
+        def batches(content: str, start: Cursor = START, form: str = form) -> list[DocumentBatch]:
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
             return list(DocumentSource.of(["-"], format=form).batches(start))
 
@@ -145,7 +145,7 @@ def test_a_pipe_that_is_named_is_read_as_standard_input_is(
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
 
-    def batches(data: bytes, start: Cursor = START) -> list[Batch]:
+    def batches(data: bytes, start: Cursor = START) -> list[DocumentBatch]:
         writer = threading.Thread(target=pipe.write_bytes, args=(data,))
         writer.start()
         found = list(DocumentSource.of([pipe]).batches(start))
@@ -224,13 +224,15 @@ def test_what_the_engine_wrote_is_no_input(tmp_path: Path) -> None:
     write(tmp_path / "other/y-report.json", line(text="c"))
     assert read(tmp_path / "other").texts == ["b", "c"]
     # What this call writes; the folder it works in is there only if it was killed, and is no news.
-    mine = Own([tmp_path / "other/x.json", tmp_path / "none"], tmp_path / "other/z.model", tmp_path / "other/o.parts")
+    own_files = OwnFiles(
+        [tmp_path / "other/x.json", tmp_path / "none"], tmp_path / "other/z.model", tmp_path / "other/o.parts"
+    )
     write(tmp_path / "other/z.model", "text")
     write(tmp_path / "other/o.parts/settings.json", "{}")
-    batch = read(tmp_path / "other", mine=mine)
+    batch = read(tmp_path / "other", own_files=own_files)
     assert batch.texts == ["c"] and left_out(batch) == dict.fromkeys(["x.json", "z.model"], "own file")
     with raises(DataError, "read.input-is-output", "x.json"):
-        read(tmp_path / "other/x.json", mine=mine)
+        read(tmp_path / "other/x.json", own_files=own_files)
 
 
 def test_a_cleaned_copy_beside_its_source_is_left_out(tmp_path: Path) -> None:
@@ -398,8 +400,8 @@ def test_blank_lines_of_a_table_are_counted_and_hide_nothing(tmp_path: Path) -> 
 
 def test_a_byte_that_is_no_text_costs_one_row_or_element(tmp_path: Path) -> None:
     table = write(tmp_path / "a.csv", b"text,id\ncaf\xe9,1\nb,2\xe9\nc,3\n\0\0\0\0\0")
-    batch = read(table, keep_rest=True)
-    assert batch.texts == ["b", "c"] and batch.rest == [{"id": "2\\xe9"}, {"id": "3"}]
+    batch = read(table, keep_other_columns=True)
+    assert batch.texts == ["b", "c"] and batch.other_columns == [{"id": "2\\xe9"}, {"id": "3"}]
     assert [(d.record, d.reason) for d in batch.drops] == [(1, "not UTF-8"), (4, "zero bytes")]
     assert "line 2: byte 0xe9" in batch.drops[0].detail
     array = write(tmp_path / "a.json", b'[{"text": "a"}, {"text": "\xe9"}, {"text": "c", "x": "\\udce9"}]')

@@ -12,7 +12,7 @@ import pytest
 
 from engine.config.load import load
 from engine.data.samples.blend import BlendedOrder
-from engine.data.samples.corpora import TrainingData, follow, open_training
+from engine.data.samples.corpora import TrainingData, open_training, resume_data
 from engine.data.samples.indexed_writer import IndexedWriter
 from tests.support.command import finish, train
 
@@ -47,7 +47,7 @@ class Run:
 
     def __init__(self) -> None:
         self.step = self.consumed = 0
-        self.facts: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         self.read: list[list[tuple[str, int]]] = []  # of each step (source, number of the sample in it)
 
     def go(self, path: Path, batch: int, until: int) -> TrainingData:
@@ -55,13 +55,13 @@ class Run:
         cfg = load([], values | {"train.global_batch_size": str(batch)}).config
         data = open_training(cfg, None)
         if self.step:
-            data = follow(data, cfg, self.step, self.consumed, self.facts)
+            data = resume_data(data, cfg, self.step, self.consumed, self.metadata)
         assert isinstance(data.order, BlendedOrder)
         while self.step < until:
             sources, numbers = data.order.locate(np.arange(self.consumed, self.consumed + batch))
             self.read.append([(data.names[k], int(n)) for k, n in zip(sources, numbers)])
             self.step, self.consumed = self.step + 1, self.consumed + batch
-        self.facts = json.loads(json.dumps(data.facts))
+        self.metadata = json.loads(json.dumps(data.metadata))
         return data
 
     def check(self, plan: Plan) -> None:
@@ -96,7 +96,7 @@ def test_a_resume_at_the_same_batch_size_changes_nothing(corpora: Path, tmp_path
     plan: Plan = {0: (3, 2, 0), 7: (3, 2, 0), 20: (5, 2, 1), 33: (0, 1, 0)}
     path, whole = mix(corpora, tmp_path, plan), Run()
     data = whole.go(path, 8, 50)
-    assert [n for n in data.facts if n.startswith("mixture from s")] == [
+    assert [n for n in data.metadata if n.startswith("mixture from s")] == [
         *(f"mixture from step {n}" for n in plan),
         *(f"mixture from sample {8 * n}" for n in plan),
     ]

@@ -15,9 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.samples import blend as blend_module
-from engine.data.samples.blend import MAX_TOTAL, BlendedOrder, Phase, Turns, border, integer_weights, smallest_share
+from engine.data.samples.blend import (
+    MAX_TOTAL,
+    BlendedOrder,
+    Phase,
+    SourceAssignment,
+    block_state,
+    integer_weights,
+    smallest_share,
+)
 from engine.data.samples.loader import Loader, RankShare
-from engine.data.samples.native_index import chosen_index
+from engine.data.samples.native_index import select_index
 from engine.data.samples.order import SampleOrder
 from engine.distributed.context import ParallelContext
 from engine.errors import DataError
@@ -28,7 +36,7 @@ from tests.support.corpora import BUILT, NATIVE, corpus
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
-AWKWARD = [
+EDGE_CASES = [
     [1],
     [1, 1],
     [2, 1, 1],
@@ -58,20 +66,22 @@ def outside(weights: list[int], start: int, counts: Any, sources: Any) -> int:
 
 
 def check_block(weights: list[int], number: int) -> None:
-    turns = Turns(weights, native=False)
-    array, start = np.array(weights, np.int64), number * turns.block
-    counts, sources, ordinals = blend_module.blend_block(array, start, turns.block)
+    assignment = SourceAssignment(weights, native=False)
+    array, start = np.array(weights, np.int64), number * assignment.block
+    counts, sources, ordinals = blend_module.blend_block(array, start, assignment.block)
     assert outside(weights, start, counts, sources) == 0
     for k in range(len(weights)):
         assert ordinals[sources == k].tolist() == list(range(int((sources == k).sum())))
     after = counts + np.bincount(sources, minlength=len(weights))
-    assert after.tolist() == border(weights, sum(weights), start + turns.block)[0]  # the next block goes on from here
+    assert (
+        after.tolist() == block_state(weights, sum(weights), start + assignment.block)[0]
+    )  # the next block goes on from here
     if BUILT:
-        native = chosen_index(True).blend_block(array, start, turns.block)  # type: ignore[union-attr]
+        native = select_index(True).blend_block(array, start, assignment.block)  # type: ignore[union-attr]
         assert all(np.array_equal(a, b) for a, b in zip(native, (counts, sources, ordinals)))
 
 
-@pytest.mark.parametrize("weights", AWKWARD, ids=str)
+@pytest.mark.parametrize("weights", EDGE_CASES, ids=str)
 def test_every_prefix_is_within_one_sample(weights: list[int]) -> None:
     for number in (0, 1, 2, 10**5 + 1, 2**51):  # the last one: samples beyond 2^61
         check_block(weights, number)
@@ -98,11 +108,11 @@ def test_a_border_that_ignores_releases_is_seen() -> None:
             ahead[k], counts[k] = 1, counts[k] + 1
         return counts, part, ahead
 
-    right, broken = blend_module.border, 0
+    right, broken = blend_module.block_state, 0
     try:
         for faulty in (False, True):
-            blend_module.border = by_deadline if faulty else right  # type: ignore[assignment]
-            for weights in AWKWARD:
+            blend_module.block_state = by_deadline if faulty else right  # type: ignore[assignment]
+            for weights in EDGE_CASES:
                 for number in range(1, 6):
                     try:
                         counts, sources, _ = blend_module.blend_block(np.array(weights), number * 1024, 1024)
@@ -111,7 +121,7 @@ def test_a_border_that_ignores_releases_is_seen() -> None:
                         assert faulty
                         broken += 1
     finally:
-        blend_module.border = right
+        blend_module.block_state = right
     assert broken > 0
 
 
@@ -119,34 +129,34 @@ def test_a_border_that_ignores_releases_is_seen() -> None:
 def test_random_access_far_out_and_many_sources() -> None:
     rng = np.random.default_rng(0)
     weights = rng.integers(1000, 9000, 40_000).tolist()  # more than Megatron's int16 holds
-    turns = Turns(weights)
+    assignment = SourceAssignment(weights)
     far = np.array([0, 10**8, 2**33 + 5, 2**50], np.int64)
-    sources, numbers = turns.locate(far)
+    sources, numbers = assignment.locate(far)
     assert sources.min() >= 0 and sources.max() < 40_000
     total = sum(weights)
     for n, k, number in zip(far.tolist(), sources.tolist(), numbers.tolist()):
         assert abs(number * total - n * weights[k]) < total
-        assert turns.counts(n).sum() == n and turns.counts(n)[k] == number
-    assert len(np.unique(turns.locate(np.arange(200_000))[0])) == 40_000
+        assert assignment.counts(n).sum() == n and assignment.counts(n)[k] == number
+    assert len(np.unique(assignment.locate(np.arange(200_000))[0])) == 40_000
 
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_64_sources_over_a_hundred_million_samples_are_ready_at_once() -> None:
     weights = np.random.default_rng(1).integers(100, 10_000, 64).tolist()
     started = time.perf_counter()
-    turns = Turns(weights)
-    turns.locate(np.array([0]))
-    last = turns.counts(10**8)
+    assignment = SourceAssignment(weights)
+    assignment.locate(np.array([0]))
+    last = assignment.counts(10**8)
     assert time.perf_counter() - started < 0.5  # some milliseconds; Megatron's greedy loop: 11.7 s
     assert all(abs(int(c) * sum(weights) - 10**8 * w) < sum(weights) for c, w in zip(last, weights))
 
 
 @pytest.mark.parametrize("native", NATIVE)
 def test_order_of_reading_does_not_matter(native: bool) -> None:
-    turns = Turns([5, 3, 1], native=native)
+    assignment = SourceAssignment([5, 3, 1], native=native)
     samples = np.random.default_rng(0).permutation(5000)
-    sources, numbers = turns.locate(samples.astype(np.int64))
-    straight = Turns([5, 3, 1], native=native).locate(np.arange(5000))
+    sources, numbers = assignment.locate(samples.astype(np.int64))
+    straight = SourceAssignment([5, 3, 1], native=native).locate(np.arange(5000))
     assert np.array_equal(sources, straight[0][samples]) and np.array_equal(numbers, straight[1][samples])
     for k in range(3):  # each source's samples once each, in its own order
         assert straight[1][straight[0] == k].tolist() == list(range(int((straight[0] == k).sum())))
@@ -154,7 +164,7 @@ def test_order_of_reading_does_not_matter(native: bool) -> None:
 
 def test_the_turns_are_frozen() -> None:
     """Resuming an old run needs the old turns."""
-    turn = Turns([7, 2, 1], native=False).locate(np.arange(20))[0]
+    turn = SourceAssignment([7, 2, 1], native=False).locate(np.arange(20))[0]
     assert "".join(map(str, turn.tolist())) == "00010010020001001002"
 
 
@@ -165,7 +175,7 @@ def test_integer_weights() -> None:
     assert sum(huge) <= MAX_TOTAL and huge[1] / huge[0] == pytest.approx(3, rel=1e-11)
     least = smallest_share([Fraction(1), Fraction(2**21 - 1)])
     assert least == 1
-    assert Turns(integer_weights([Fraction(1), Fraction(2**21 - 1)]), native=False).block == 2**22
+    assert SourceAssignment(integer_weights([Fraction(1), Fraction(2**21 - 1)]), native=False).block == 2**22
 
 
 @pytest.mark.parametrize(
@@ -174,12 +184,12 @@ def test_integer_weights() -> None:
 )
 def test_weights_that_cannot_be_are_refused(weights: list[int], values: list[object]) -> None:
     with raises(DataError, "samples.blend-weights", *values):
-        Turns(weights, native=False)
+        SourceAssignment(weights, native=False)
 
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_native_refuses_what_would_overflow() -> None:
-    make = chosen_index(True).blend_block  # type: ignore[union-attr]
+    make = select_index(True).blend_block  # type: ignore[union-attr]
     one = np.array([1, 1], np.int64)
     for weights, start, length in [
         (np.array([], np.int64), 0, 1024),

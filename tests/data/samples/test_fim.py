@@ -137,7 +137,7 @@ def test_undone_it_is_the_same_text(kind: str, texts: list[str], seed: int, ends
     assert len(before) <= len(after) and not any(after[len(before) :])
     for old, new in zip(before, after):
         assert b"".join(table[i] for i in undo(new, fim.sentinels)) == b"".join(table[i] for i in old)
-    fate = changed.what
+    fate = changed.outcomes
     assert fate["chosen"] == sum(map(bool, before)) == sum(fate.values()) - fate["chosen"]
     assert fate["left: pieces give another text"] == fate["left: special token"] == 0
 
@@ -149,9 +149,9 @@ def test_nearly_all_segments_are_changed_torn_ones_too(kind: str) -> None:
     for text in TEXTS:
         ids = tokenizer.encode(text)
         for begin in range(6):
-            fate = change(fim_of(tokenizer), [ids[begin : len(ids) - begin]]).what
+            fate = change(fim_of(tokenizer), [ids[begin : len(ids) - begin]]).outcomes
             assert fate["PSM"] + fate["SPM"] == 1, (text, begin, fate)
-    fate = change(fim_of(tokenizer), [tokenizer.encode("a genuine \ufffd stays")]).what
+    fate = change(fim_of(tokenizer), [tokenizer.encode("a genuine \ufffd stays")]).outcomes
     assert fate["left: not a whole text"] == 1
 
 
@@ -160,7 +160,7 @@ def test_the_token_that_begins_documents_stays_before_them() -> None:
     eod, ids, bos = eod_of(tokenizer), tokenizer.encode(CODE[3]), tokenizer.vocab_size
     row = [bos, *ids, eod, bos, *ids, eod, bos] + [eod] * 20
     changed = change(fim_of(tokenizer, bos=bos), [row])
-    assert changed.what["PSM"] + changed.what["SPM"] == 2
+    assert changed.outcomes["PSM"] + changed.outcomes["SPM"] == 2
     first, second, third, *_ = segments(changed.rows[0].tolist(), eod)
     assert (first[0], second[0], third) == (bos, bos, [bos])
     for segment in (first, second):
@@ -174,14 +174,14 @@ def test_special_tokens_and_texts_that_do_not_come_back_stay() -> None:
     for special in vars(fim.sentinels).values():
         row = [*tokenizer.encode("before"), special, *tokenizer.encode("behind")]
         changed = change(fim, [row])
-        assert changed.rows.tolist() == [row] and changed.what["left: special token"] == 1
+        assert changed.rows.tolist() == [row] and changed.outcomes["left: special token"] == 1
     library = tokenizers.Tokenizer.from_str(tokenizer._definition)
     tab = tokenizer.encode("\t")
     library.normalizer = tokenizers.normalizers.Replace("\t", "_")
     lossy = Tokenizer(library.to_str(), {})
     row = [*tokenizer.encode("a"), *tab, *tokenizer.encode("b"), eod]
     changed = change(fim_of(lossy), [row])
-    assert changed.rows.tolist() == [row] and changed.what["left: pieces give another text"] == 1
+    assert changed.rows.tolist() == [row] and changed.outcomes["left: pieces give another text"] == 1
     assert change(fim, [row]).rows.tolist() != [row]
 
 
@@ -225,12 +225,12 @@ def test_rates_and_cuts_are_those_asked_for() -> None:
     eod, ids = eod_of(tokenizer), tokenizer.encode(CODE[3])
     rows = [[*ids, eod, *ids, eod] + [eod] * 80] * 1500
     changed = change(fim_of(tokenizer, 0.3, 0.25), rows)
-    fate = changed.what
+    fate = changed.outcomes
     assert fate["chosen"] + fate["plain"] == 3000 and fate["PSM"] + fate["SPM"] == fate["chosen"]
     assert abs(fate["chosen"] / 3000 - 0.3) < 0.03 and abs(fate["SPM"] / fate["chosen"] - 0.25) < 0.05
     two = change(fim_of(tokenizer), rows[:300])
     t, lengths = fim_of(tokenizer).sentinels, []
-    assert two.what["chosen"] == 600
+    assert two.outcomes["chosen"] == 600
     for row in two.rows.tolist():
         first, second, *_ = segments(row, eod)
         assert first != second  # the draws of a row differ
@@ -296,7 +296,7 @@ def test_a_source_of_a_blend_may_stay_plain(corpora: Path, tmp_path: Path) -> No
     text = "".join(f'[[source]]\nprefix = "{corpora / n}"\nweight = 1\n{fim}' for n, fim in parts.items())
     (tmp_path / "mix.toml").write_text(text)
     data = opened(corpora, data__train=tmp_path / "mix.toml")
-    assert data.facts["fim"].endswith(", in code") and data.notes[-1].endswith(", in code") and data.fim is not None
+    assert data.metadata["fim"].endswith(", in code") and data.notes[-1].endswith(", in code") and data.fim is not None
     samples = np.arange(60)
     rows, sources = data.order.gather(samples), data.order.sources(samples)
     differs = (data.fim(rows, samples, sources).rows != rows).any(1)
@@ -426,7 +426,7 @@ def test_inspect_shows_what_training_sees(corpora: Path, capsys: pytest.CaptureF
     assert code == 0 and data.fim is not None
     changed = data.fim(data.order.gather(sample), sample, np.zeros(1, np.int64))
     shown = tokenizer_of("bpe").decode(changed.rows[0].tolist()).split("\t")[0]  # a terminal has no tabs
-    assert shown in out and f"chosen {changed.what['chosen']}" in out
+    assert shown in out and f"chosen {changed.outcomes['chosen']}" in out
     code, _, err = inspect("--fim-rate", "2")
     assert code == 2 and "--fim-rate" in err
     code, _, err = inspect("--fim-tokens", "a b c")

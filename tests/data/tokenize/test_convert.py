@@ -13,7 +13,7 @@ import tiktoken
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from engine.data.tokenize import sentencepiece_model, tiktoken_ranks
-from engine.data.tokenize.awkward import AWKWARD
+from engine.data.tokenize.equivalence import EDGE_CASES
 from engine.data.tokenize.tiktoken_ranks import _ENCODINGS
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
@@ -27,7 +27,7 @@ TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))[:4]]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are compared with their library on few texts here; test_originals.py is about those."""
     for module in (sentencepiece_model, tiktoken_ranks):
-        monkeypatch.setattr(module, "texts_for", lambda spellings: AWKWARD)
+        monkeypatch.setattr(module, "texts_for", lambda spellings: EDGE_CASES)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,9 @@ def test_gpt2_files_are_their_tokenizer(files: Path, tmp_path: Path) -> None:
         (alone, tmp_path / "other.txt"),
     ):
         chosen = Tokenizer.load(path, merges=merges)
-        assert [chosen.encode(text) for text in (*TEXTS, *AWKWARD)] == [right.encode(t) for t in (*TEXTS, *AWKWARD)]
+        assert [chosen.encode(text) for text in (*TEXTS, *EDGE_CASES)] == [
+            right.encode(t) for t in (*TEXTS, *EDGE_CASES)
+        ]
         assert (chosen.eod, chosen.vocab_size) == (right.eod, right.vocab_size)
     with raises(DataError, "tokenize.merges-missing", "--merges"):
         Tokenizer.load(alone)
@@ -89,7 +91,7 @@ def test_bert_files_give_the_ids_of_bert(files: Path, tmp_path: Path, lower: boo
     theirs = BertTokenizerLegacy(str(tmp_path / "vocab.txt"), do_lower_case=lower)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
     for chosen in (Tokenizer.load(tmp_path), Tokenizer.load(files / "bert/vocab.txt", lower_case=lower)):
-        for text in ("Café THE  don't 今天天气!\u200b e\u0301nd", "\tabcend 123. \u00a0the\ufffd", *AWKWARD[:6]):
+        for text in ("Café THE  don't 今天天气!\u200b e\u0301nd", "\tabcend 123. \u00a0the\ufffd", *EDGE_CASES[:6]):
             assert chosen.encode(text) == theirs.convert_tokens_to_ids(theirs.tokenize(text)), text
         assert chosen.eod == 3 and chosen.unknown == 1
     assert Tokenizer.load(files / "bert").encode("CAFE") == [chosen.token_id("cafe")]  # no capital in its pieces
@@ -169,18 +171,21 @@ def test_tekken_files(tmp_path: Path) -> None:
     entries = [{"rank": r, "token_bytes": base64.b64encode(t).decode(), "token_str": None} for t, r in table.items()]
     used = len(entries) - 5  # the file holds more than the model has
     config = {"pattern": pattern, "default_vocab_size": used + 30, "default_num_special_tokens": 30, "version": "v3"}
-    facts: dict[str, object] = {"config": config, "vocab": entries}
-    (tmp_path / "tekken.json").write_text(json.dumps(facts))
+    content: dict[str, object] = {"config": config, "vocab": entries}
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
     kept = {token: rank for token, rank in table.items() if rank < used}
     theirs = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=kept, special_tokens={})
     chosen = Tokenizer.load(tmp_path)
-    for text in (*TEXTS, *AWKWARD):
+    for text in (*TEXTS, *EDGE_CASES):
         assert chosen.encode(text) == [rank + 30 for rank in theirs.encode_ordinary(text)]
         assert chosen.decode(chosen.encode(text)) == text
     assert (chosen.eod, chosen.vocab_size, chosen.token_id("[SUFFIX]")) == (2, used + 30, 16)
     assert chosen.token_id("<SPECIAL_29>") == 29
-    facts["special_tokens"] = [{"rank": 0, "token_str": "<none>", "is_control": True}, {"rank": 1, "token_str": "</s>"}]
-    (tmp_path / "tekken.json").write_text(json.dumps(facts))
+    content["special_tokens"] = [
+        {"rank": 0, "token_str": "<none>", "is_control": True},
+        {"rank": 1, "token_str": "</s>"},
+    ]
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
     assert Tokenizer.load(tmp_path / "tekken.json").eod == 1
     (tmp_path / "tekken.json").write_text('{"config": {"pattern": "a"}, "vocab": []}')
     with raises(DataError, "tokenize.not-tekken", tmp_path / "tekken.json"):

@@ -18,7 +18,7 @@ import engine.data.tokenize.convert as convert_module
 import engine.data.tokenize.encoder as encoder_module
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.tokenize import conversion_cache, sentencepiece_model, tiktoken_ranks
-from engine.data.tokenize.awkward import texts_for
+from engine.data.tokenize.equivalence import texts_for
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 from tests.support.errors import raises
@@ -28,9 +28,9 @@ TEXTS = ["def f(x):", "    return x + 1", "for i in range(10):", "がぎぐげ�
 
 
 def trained(path: Path, **options: object) -> sentencepiece.SentencePieceProcessor:
-    facts = {"vocab_size": 400, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 3, **options}
+    settings = {"vocab_size": 400, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 3, **options}
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **facts)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **settings)
     path.write_bytes(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
@@ -56,7 +56,7 @@ def test_blank_pieces_of_one_score_merge_as_sentencepiece_does(tmp_path: Path) -
     trained(path, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
     original = tie(path, ["▁" * n for n in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 1)], -1e9)
     chosen = Tokenizer.load(path)
-    assert chosen.own is None  # a tokenizer.json gives these ids: gigatoken can encode
+    assert chosen.sentencepiece is None  # a tokenizer.json gives these ids: gigatoken can encode
     for n in range(1, 200):
         for text in (f"x{' ' * n}y", " " * n, f"{' ' * n}return", f"\n{' ' * n}"):
             assert chosen.encode(text) == original.encode(text)
@@ -71,7 +71,7 @@ def test_what_no_definition_gives_sentencepiece_encodes(tmp_path: Path, kind: st
     if kind == "bpe":
         original = tie(path, ["QX", "XQ"], 0.0)
     chosen = Tokenizer.load(path)
-    assert chosen.own is not None and ("instead of" if kind == "bpe" else "ties differ") in chosen.note
+    assert chosen.sentencepiece is not None and ("instead of" if kind == "bpe" else "ties differ") in chosen.note
     texts = [
         "ofofor forfo",
         "か\u3099 ｶﾞ \u1112\u1161\u11ab ω\u0314\u0342\u0345",
@@ -112,7 +112,7 @@ def test_ties_that_only_some_texts_show(tmp_path: Path, letters: str, pieces: di
     for piece, score in pieces.items():
         original = tie(path, [piece], score)
     chosen = Tokenizer.load(path)
-    assert chosen.own is not None and chosen.encode(text) == original.encode(text)
+    assert chosen.sentencepiece is not None and chosen.encode(text) == original.encode(text)
 
 
 def test_symbols_that_appear_when_a_text_is_normalised(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_only_texts_with_symbols_need_sentencepiece(tmp_path: Path) -> None:
     chosen = Tokenizer.load(path)
     chosen.save(tmp_path / "folder")
     for tokenizer in (chosen, Tokenizer.load(tmp_path / "folder")):
-        assert tokenizer.own is not None and tokenizer.near
+        assert tokenizer.sentencepiece is not None and tokenizer.exact_without_symbols
         encoder = encoder_module.Encoder(tokenizer)
         assert encoder.name.startswith("gigatoken") and "user-defined symbols by sentencepiece" in encoder.name
         for some in (texts, texts[:1], texts[1:2]):
@@ -143,7 +143,7 @@ def test_only_texts_with_symbols_need_sentencepiece(tmp_path: Path) -> None:
         path, model_type="bpe", user_defined_symbols=["▁▁", "[REF]"], add_dummy_prefix=False, **options
     )
     exact = Tokenizer.load(path)  # as Gemma's
-    assert exact.own is None and [exact.encode(text) for text in texts] == prefixless.encode(texts)
+    assert exact.sentencepiece is None and [exact.encode(text) for text in texts] == prefixless.encode(texts)
 
 
 def test_texts_to_compare_on_are_what_the_docs_say() -> None:
@@ -183,7 +183,7 @@ def test_a_run_compares_its_own_texts(tmp_path: Path, monkeypatch: pytest.Monkey
     data = IndexedDataset(tmp_path / "out-train")
     assert [list(data[i]) for i in range(len(data))] == original.encode(texts)
     kept = Tokenizer.load(tmp_path / "out-tokenizer")
-    assert kept.own is not None and kept.digest == report.tokenizer_digest
+    assert kept.sentencepiece is not None and kept.digest == report.tokenizer_digest
     assert np.array_equal(kept.encode(texts[-1]), original.encode(texts[-1]))
 
 
@@ -244,7 +244,7 @@ def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return chosen
 
     first = loads(1)
-    assert (loads(0).digest, loads(0).own) == (first.digest, None)
+    assert (loads(0).digest, loads(0).sentencepiece) == (first.digest, None)
     (entry,) = cache.iterdir()
     other = entry.read_bytes().replace(b"version", b"versiom", 1)
     for damage in (
@@ -264,10 +264,10 @@ def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     loads(1)
     trained(path, model_type="bpe", vocab_size=390)
     changed = loads(1)  # nmt_nfkc: sentencepiece's own ids
-    assert changed.own is not None and (loads(0).digest, loads(0).note) == (changed.digest, changed.note)
+    assert changed.sentencepiece is not None and (loads(0).digest, loads(0).note) == (changed.digest, changed.note)
     monkeypatch.setattr(conversion_cache, "_MOST_ENTRIES", 2)
     trained(path, model_type="unigram")
-    assert loads(1).own is not None
+    assert loads(1).sentencepiece is not None
     assert len(list(cache.iterdir())) == 2
     for impossible in (Path("/dev/null/cache"), Path("/proc/none")):
         monkeypatch.setattr(conversion_cache, "folder", lambda where=impossible: where)

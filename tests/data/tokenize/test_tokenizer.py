@@ -13,7 +13,7 @@ import tiktoken
 from tokenizers import normalizers
 
 from engine.data.tokenize import sentencepiece_model, tiktoken_ranks
-from engine.data.tokenize.awkward import AWKWARD
+from engine.data.tokenize.equivalence import EDGE_CASES
 from engine.data.tokenize.tiktoken_ranks import byte_letters
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
@@ -27,13 +27,13 @@ TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are compared with their library on few texts here; test_originals.py is about those."""
     for module in (sentencepiece_model, tiktoken_ranks):
-        monkeypatch.setattr(module, "texts_for", lambda spellings: AWKWARD)
+        monkeypatch.setattr(module, "texts_for", lambda spellings: EDGE_CASES)
 
 
 def piece_model(folder: Path, kind: str, **options: object) -> Path:
     (folder / "text").write_text("\n".join(TEXTS))
-    facts = {"model_type": kind, "vocab_size": 600, "byte_fallback": True, "minloglevel": 3, **options}
-    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / kind), **facts)
+    settings = {"model_type": kind, "vocab_size": 600, "byte_fallback": True, "minloglevel": 3, **options}
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / kind), **settings)
     return folder / f"{kind}.model"
 
 
@@ -46,7 +46,7 @@ def test_sentencepiece_models_give_their_own_ids(tmp_path: Path, kind: str, like
     path = piece_model(tmp_path, kind, **options)
     chosen, original = Tokenizer.load(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
     assert (chosen.vocab_size, chosen.unknown, chosen.eod) == (600, 0, 2)
-    for text in (*TEXTS, *AWKWARD):
+    for text in (*TEXTS, *EDGE_CASES):
         mine, right = chosen.encode(text), original.encode(text)
         assert mine == right
     assert not {0, 1, 2} & set(chosen.encode("<unk><s></s>")) and 2 in Tokenizer.load(path, True).encode("</s>")
@@ -75,7 +75,7 @@ def test_tiktoken_files_give_their_own_ids(tmp_path: Path, name: str) -> None:
     chosen = Tokenizer.load(tmp_path / "mine.tiktoken")
     theirs = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     assert chosen.eod == len(ranks) + 7 == chosen.vocab_size - 1
-    for text in (*TEXTS, *AWKWARD, "<|endoftext|>"):
+    for text in (*TEXTS, *EDGE_CASES, "<|endoftext|>"):
         assert chosen.encode(text) == theirs.encode_ordinary(text)
         assert chosen.decode(chosen.encode(text)) == text
     assert chosen.eod in Tokenizer.load(tmp_path / "mine.tiktoken", True).encode("a<|endoftext|>")
@@ -99,6 +99,6 @@ def test_foreign_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.M
     path = piece_model(tmp_path, "bpe", normalization_rule_name="identity")
     monkeypatch.setattr(sentencepiece_model, "_piece_normalizer", lambda spec: normalizers.Replace(" ", "▁"))
     inexact = Tokenizer.load(path)  # then sentencepiece itself encodes
-    assert inexact.own is not None and "instead of" in inexact.note
+    assert inexact.sentencepiece is not None and "instead of" in inexact.note
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     refuse(path.name, "tokenize.sentencepiece-missing", value="trident-engine[formats]")

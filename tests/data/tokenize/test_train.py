@@ -23,11 +23,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import engine.data.tokenize.train as module
 from engine.data.read.progress import ProgressEvent, StepEvent
-from engine.data.tokenize.awkward import AWKWARD
 from engine.data.tokenize.encoder import Encoder
+from engine.data.tokenize.equivalence import EDGE_CASES
 from engine.data.tokenize.recipe import Recipe
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.data.tokenize.train import Spread, save_whole
+from engine.data.tokenize.train import TextSampler, save_atomically
 from engine.data.tokenize.train_process import TrainProcess
 from engine.errors import DataError
 from tests.support.errors import raises
@@ -60,8 +60,8 @@ def test_trained_tokenizers(tmp_path: Path, kind: str) -> None:
         assert chosen.unknown == 2 and Encoder(chosen).unknown_bytes(["the ☕", "", "the"], ids, lengths).sum() > 0
         assert chosen.unknown_bytes("the ☕ ") == 3
     else:
-        assert all(chosen.decode(chosen.encode(text)) == text for text in AWKWARD)
-        assert all(chosen.unknown not in chosen.encode(text) for text in AWKWARD)
+        assert all(chosen.decode(chosen.encode(text)) == text for text in EDGE_CASES)
+        assert all(chosen.unknown not in chosen.encode(text) for text in EDGE_CASES)
     with raises(DataError, "tokenize.output-exists", tmp_path / "tokenizer.json"):
         train_tokenizer([ROOT / "docs"], tmp_path, Recipe(700))
 
@@ -119,9 +119,9 @@ def test_unigram_of_chinese_is_as_good_as_sentencepiece(tmp_path: Path) -> None:
     trained = train_tokenizer([tmp_path / "in.jsonl"], tmp_path / "u", recipe)
     mine = trained.tokenizer
     model = io.BytesIO()
-    facts: dict[str, Any] = {"byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 3}
+    settings: dict[str, Any] = {"byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 3}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=2500, model_type="unigram", **facts
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=2500, model_type="unigram", **settings
     )
     original = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     assert sum(map(len, map(mine.encode, unseen))) < 1.02 * sum(map(len, map(original.encode, unseen)))
@@ -130,13 +130,13 @@ def test_unigram_of_chinese_is_as_good_as_sentencepiece(tmp_path: Path) -> None:
     assert mine.decode(mine.encode(tricky)) == tricky and not {0, 1, mine.unknown} & set(mine.encode(tricky))
     assert mine.decode(mine.encode("<0x41>")) == "<0x41>" and len(mine.encode("<0x41>")) > 1
     assert any(token.startswith("<0x") for token in (mine._tokenizer.id_to_token(i) for i in mine.encode("𝄞")))
-    assert all(mine.decode(mine.encode(text)) == text for text in (*unseen, *TEXTS, *AWKWARD))
+    assert all(mine.decode(mine.encode(text)) == text for text in (*unseen, *TEXTS, *EDGE_CASES))
     assert (
         Tokenizer.train(iter(texts), 2500, kind="unigram", special_tokens=recipe.special_tokens).digest == mine.digest
     )
-    facts = json.loads((tmp_path / "u" / "training.json").read_text())
-    assert (facts["kind"], facts["documents"], facts["character_coverage"]) == ("unigram", 400, 0.9995)
-    assert facts["text_bytes"] == sum(len(text.encode()) for text in texts)
+    metadata = json.loads((tmp_path / "u" / "training.json").read_text())
+    assert (metadata["kind"], metadata["documents"], metadata["character_coverage"]) == ("unigram", 400, 0.9995)
+    assert metadata["text_bytes"] == sum(len(text.encode()) for text in texts)
     assert {"reading", "finding pieces", "weighing pieces (EM)", "verifying"} <= set(trained.seconds)
 
 
@@ -151,7 +151,7 @@ def test_digits(kind: str, pattern: str, digits: str, longest: int) -> None:
     runs = [run for token in tokens_of(made) if "<0x" not in token for run in re.findall("[0-9]+", token)]
     assert max(map(len, runs)) == longest
     assert "1998" in " ".join(tokens_of(Tokenizer.train(iter(texts), 600)))  # which would be one by itself
-    assert all(made.decode(made.encode(text)) == text for text in (*texts[:2], *AWKWARD))
+    assert all(made.decode(made.encode(text)) == text for text in (*texts[:2], *EDGE_CASES))
     if kind == "bpe" and pattern in ("qwen", "deepseek"):
         assert Encoder(made).name.startswith("gigatoken"), Encoder(made).note
 
@@ -242,17 +242,17 @@ def test_a_part_of_the_text_is_taken_evenly(tmp_path: Path) -> None:
     texts = [f"{number:03} " + "x" * (number % 90) for number in range(1000)]
     stored = [len(text) + 1 for text in texts]
     for most in (1, 700, 9_000, 40_000, 10**9):
-        spread, taken, consumed = Spread(most, sum(stored)), list[str](), 0
+        sampler, taken, consumed = TextSampler(most, sum(stored)), list[str](), 0
         for first in range(0, 1000, 37):
             consumed += sum(stored[first : first + 37])
-            taken += spread.take(texts[first : first + 37], consumed)
+            taken += sampler.take(texts[first : first + 37], consumed)
         size = sum(map(len, taken))
-        assert (spread.text_bytes, spread.documents) == (size, len(taken))
+        assert (sampler.text_bytes, sampler.documents) == (size, len(taken))
         assert taken == texts if most > 10**6 else most <= size < most + 100
         if most == 9_000:  # a tenth of it from each tenth
             places = Counter(int(text[:3]) // 100 for text in taken)
             assert min(places.values()) >= 12 and len(places) == 10
-    first = Spread(700, 0)  # of standard input, whose end nobody knows
+    first = TextSampler(700, 0)  # of standard input, whose end nobody knows
     assert [*first.take(texts[:9], 0), *first.take(texts[9:], 0)] == texts[:35] and first.is_full
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     events: list[ProgressEvent | StepEvent] = []
@@ -344,7 +344,7 @@ def test_training_ends_with_the_verb_that_is_killed(tmp_path: Path, kind: str) -
 
 def test_a_tokenizer_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = (Tokenizer.train(iter([word * 9]), 300) for word in ("old words ", "new words "))
-    save_whole(old, tmp_path / "t")
+    save_atomically(old, tmp_path / "t")
     before = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
 
     def fails(*_: object) -> None:
@@ -358,16 +358,16 @@ def test_a_tokenizer_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch, raises(DataError, "tokenize.not-writable", "No space left"):
         patch.setattr(module.os, "replace", fails_late)
-        save_whole(new, tmp_path / "u")
+        save_atomically(new, tmp_path / "u")
     assert not (tmp_path / "u" / "tokenizer.json").exists()  # what makes the folder a tokenizer comes last
     shutil.rmtree(tmp_path / "u")
     for place, name in ((module.os, "replace"), (Tokenizer, "save_definition")):
         with monkeypatch.context() as patch, raises(DataError, "tokenize.not-writable", "No space left"):
             patch.setattr(place, name, fails)
-            save_whole(new, tmp_path / "t")
+            save_atomically(new, tmp_path / "t")
         assert {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
         assert [path.name for path in tmp_path.iterdir()] == ["t"]
-    save_whole(new, tmp_path / "t")
+    save_atomically(new, tmp_path / "t")
     assert Tokenizer.load(tmp_path / "t").digest == new.digest
     with monkeypatch.context() as patch, raises(DataError, "tokenize.sentencepiece-missing", "trident-engine[formats]"):
         patch.setitem(sys.modules, "sentencepiece", None)

@@ -13,7 +13,7 @@ import transformers
 
 from engine.cli.main import main
 from engine.data.samples.indexed_writer import IndexedWriter
-from engine.data.tokenize.awkward import AWKWARD
+from engine.data.tokenize.equivalence import EDGE_CASES
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import CheckpointError
 from engine.interop.convert import export, import_folder
@@ -70,10 +70,12 @@ def test_tokenizers_without_tokenizer_json(folder: Path, tmp_path: Path, capsys:
     right = transformers.AutoTokenizer.from_pretrained(folder)
     assert "tokenizer.json made from vocab.json" in engine(capsys, "import", folder, tmp_path / "run")
     ours = Tokenizer.load(tmp_path / "run/tokenizer")
-    for text in (*AWKWARD[:8], AWKWARD[9]):
+    for text in (*EDGE_CASES[:8], EDGE_CASES[9]):
         assert ours.encode(text) == right.encode(text)
     engine(capsys, "export", tmp_path / "run", tmp_path / "out")
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode(AWKWARD[2]) == right.encode(AWKWARD[2])
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode(EDGE_CASES[2]) == right.encode(
+        EDGE_CASES[2]
+    )
 
     change(folder, "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     assert "how Qwen2Tokenizer cuts texts is not known" in engine(capsys, "import", folder, tmp_path / "other")

@@ -15,7 +15,7 @@ Ids = Sequence[Sequence[int]]
 _BATCH = 256
 
 # White space runs, digits, contractions, scripts without spaces, combining marks, emoji, odd characters, code, markup.
-AWKWARD = (
+EDGE_CASES = (
     " ",
     "\n\n\n  \n\t\t x  y   z    \r\n \u00a0\u3000\u2028 end ",
     "don't DON'T I'll we’ve it'S 'tis",
@@ -37,7 +37,7 @@ _MARKS = "\u0301\u0323\u0308\u0327\u0345\u20dd\u3099\u309a\ufe0f"  # of no scrip
 _MOST_SEQUENCES = 20_000
 
 
-class Original(Protocol):
+class OriginalLibrary(Protocol):
     """The library that a tokenizer's file is for. `name`: with its version."""
 
     name: str
@@ -45,7 +45,7 @@ class Original(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> Ids: ...
 
 
-class Difference(Exception):
+class ConversionMismatch(Exception):
     """A conversion gives other ids than the original."""
 
 
@@ -61,7 +61,7 @@ def texts_for(spellings: Sequence[str]) -> list[str]:
     step = next(n for n in range(count * 5 // 8 + 1, count + 2) if math.gcd(n, count) == 1) if count else 1
     strewn = [spellings[i * step % count] for i in range(count)]
     beside = ["".join(each[at : at + 32]) for each in (spellings, strewn) for at in range(0, count, 32)]
-    return [*AWKWARD, *runs, *joined, *beside]
+    return [*EDGE_CASES, *runs, *joined, *beside]
 
 
 def _sequences(letters: set[str]) -> Iterator[str]:
@@ -98,7 +98,7 @@ def encode_plain(tokenizer: tokenizers.Tokenizer) -> Callable[[Sequence[str]], I
 
 def compare(
     mine: Callable[[Sequence[str]], Any],
-    original: Original,
+    original: OriginalLibrary,
     texts: Sequence[str],
 ) -> None:
     """Raises Difference with the first ids that are not the original's."""
@@ -109,7 +109,7 @@ def compare(
             if ids == right:
                 continue
             place = next((i for i, (a, b) in enumerate(zip(ids, right)) if a != b), min(len(ids), len(right)))
-            raise Difference(
+            raise ConversionMismatch(
                 f"of {format_value(text)} token {place} and those behind it are {ids[place : place + 4]} instead of "
                 f"{right[place : place + 4]}, which {original.name} gives"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.hints import setting
+from engine.config.hints import suggest
 from engine.config.peers import COMMON, MEGATRON, TORCHTITAN, Row
 from engine.config.schema import fields
 
@@ -132,7 +132,7 @@ def lines_of(config: tuple[tuple[str, str], ...]) -> list[str]:
     """One of the configurations above as rows of a table."""
     rows = ["| theirs | ours |", "|---|---|"]
     for theirs, ours in config:
-        hint = setting(theirs.split()[0], known())
+        hint = suggest(theirs.split()[0], known())
         assert hint is not None, theirs
         rows.append(f"| `{theirs}` | {f'`{ours}`' if ours else hint.remark} |")
     return rows

@@ -21,7 +21,7 @@ from engine.util.signals import STOP_SIGNALS, Interrupts, interruptible
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `interruptible` answers them
 
-from engine.cli.output import watched
+from engine.cli.output import watch_output
 from engine.cli.prepare_console import prepare_progress, show_prepared
 from engine.data.prepare.options import PrepareOptions
 from engine.data.prepare.run import prepare
@@ -346,7 +346,7 @@ def _run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        with watched():
+        with watch_output():
             _run(parse(sys.argv[1:] if argv is None else argv))
     except EngineError as error:
         print(f"error: {error.report()}", file=sys.stderr)

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.checkpoint.seal import SIGNED
 from engine.checkpoint.storage import DISK, OF_THE_PROCESS, Storage, read_file
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block
-from engine.config.renames import todays
+from engine.config.renames import to_current_names
 from engine.errors import CheckpointError, SecretError, WrongSecretError
 from engine.util.files import SEALED
 
@@ -182,7 +182,7 @@ def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
     try:
         raw = without_digest(read_file(storage, path), path, storage)
         manifest = Manifest.model_validate(raw)
-        manifest = manifest.model_copy(update={"config": todays(manifest.config)})
+        manifest = manifest.model_copy(update={"config": to_current_names(manifest.config)})
         _check_entries(manifest)
     except FileNotFoundError:
         raise CheckpointError(

@@ -22,7 +22,7 @@ import xxhash
 import engine
 from engine.checkpoint.format import Ancestor, Manifest
 from engine.config.schema import Config, LrScheduleConfig, OptimizerConfig
-from engine.config.skips import below, read_ranges
+from engine.config.skips import ranges_below, read_ranges
 from engine.data.samples.corpora import DECLARED_MIXTURE, USED_MIXTURE
 from engine.errors import CheckpointError, ConfigError, FieldError
 from engine.optim.lr import learning_rate
@@ -96,7 +96,8 @@ def differences(manifest: Manifest, cfg: Config, data_metadata: Mapping[str, Any
         pairs[f"{_RATE} (learning rate of step {manifest.step + 1})"] = rates
     for name, done in zip(_SKIPS, (manifest.step + 1, manifest.consumed_samples)):
         section, key = name.split(".")
-        pairs[name] = (below(read_ranges(old[section][key]), done), below(read_ranges(now[section][key]), done))
+        before, after = (ranges_below(read_ranges(config[section][key]), done) for config in (old, now))
+        pairs[name] = (before, after)
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

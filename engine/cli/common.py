@@ -36,7 +36,7 @@ def parse(options: type[Options], args: list[str], verb: str) -> Options:
     return tyro.cli(options, args=args, prog=f"engine {verb}", registry=_WORDS)
 
 
-def ends_on_signals(verb: Callable[[list[str], Interrupts], int]) -> Callable[[list[str]], int]:
+def stops_on_signals(verb: Callable[[list[str], Interrupts], int]) -> Callable[[list[str]], int]:
     """The verb, ended by signals with a line on how to go on."""
 
     @functools.wraps(verb)
@@ -63,12 +63,12 @@ def single_process(verb: str) -> None:
         raise ConfigError([fault])
 
 
-def tell(text: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
+def print_result(text: Sequence[str], fields: Mapping[str, Any] | None = None) -> None:
     """Print lines of text, or, where they are given, the facts as one JSON object; numbers that are none are null."""
-    for line in text if facts is None else ():
+    for line in text if fields is None else ():
         print(line)
-    if facts is not None:
-        print(json.dumps(_finite(facts)))
+    if fields is not None:
+        print(json.dumps(_finite(fields)))
 
 
 def _finite(value: Any) -> Any:

@@ -116,9 +116,9 @@ def _gpus() -> Iterator[Finding]:
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if backends()["nccl"] else "not built in"
     yield Finding("GPUs", f"{torch.cuda.device_count()}; {built}, NCCL {nccl}")
     for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        memory = f"{facts.total_memory / 2**30:.1f} GiB, compute capability {facts.major}.{facts.minor}"
-        yield Finding(f"GPU {index}", f"{facts.name}, {memory}")
+        fields = torch.cuda.get_device_properties(index)
+        memory = f"{fields.total_memory / 2**30:.1f} GiB, compute capability {fields.major}.{fields.minor}"
+        yield Finding(f"GPU {index}", f"{fields.name}, {memory}")
 
 
 def _communication(timeout_s: float) -> Iterator[Finding]:
@@ -166,11 +166,11 @@ def _kernels() -> Iterator[Finding]:
     for device in devices:
         yield Finding("kernels", f"fp32 on {device.type}: {native.in_words(device, torch.float32)}")
         yield _attention(device)
-        for tried in selftest.try_ops(device):
-            who = "own" if tried.own else "torch"
-            off = f"off by {tried.difference:.1e}, tolerance {tried.tolerance:.0e}"
-            text = f"{tried.name}: {who}; {tried.error or off}"
-            yield Finding(f"op on {device.type}", text + " WRONG" * tried.broken, broken=tried.broken)
+        for check in selftest.check_ops(device):
+            who = "own" if check.custom else "torch"
+            off = f"off by {check.difference:.1e}, tolerance {check.tolerance:.0e}"
+            text = f"{check.name}: {who}; {check.error or off}"
+            yield Finding(f"op on {device.type}", text + " WRONG" * check.broken, broken=check.broken)
 
 
 def _attention(device: torch.device) -> Finding:

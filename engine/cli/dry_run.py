@@ -27,7 +27,7 @@ def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
     """Print the dry run of a checked config; of settings those that differ from their defaults, or all (full)."""
     cfg, layout, plan = resolved.config, resolved.derived.layout, resolved.derived.plan
     console.print(_settings(resolved, full))
-    for line in _there(cfg):
+    for line in _data_status(cfg):
         console.print(line, markup=False, highlight=False)
     console.print(_stages(resolved))
     if layout.world <= _MAX_GRID_RANKS:
@@ -82,7 +82,7 @@ def _settings(resolved: Resolved, full: bool) -> Table:
     return table
 
 
-def _there(cfg: Config) -> Iterator[str]:
+def _data_status(cfg: Config) -> Iterator[str]:
     """Whether the data and the tokenizer that the config names are there."""
     prefixes = list(read_mixture(cfg.data.train).prefixes) if cfg.data.train else []
     if not prefixes:

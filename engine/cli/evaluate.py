@@ -32,7 +32,7 @@ def run(args: list[str]) -> int:
     """Run the verb; returns the exit code."""
 
     from engine.checkpoint.seal import storage_of
-    from engine.config.checks import relations
+    from engine.config.checks import config_errors
     from engine.config.derived import derive
     from engine.distributed.env import read_env
     from engine.distributed.launch import leave
@@ -55,7 +55,7 @@ def run(args: list[str]) -> int:
     env = read_env()
     storage = storage_of(o.secret)
     cfg = config_of(o.checkpoint, storage, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
-    if errors := relations(cfg, env.world):
+    if errors := config_errors(cfg, env.world):
         raise ConfigError(errors)
     derived = derive(cfg)
     code = run_on_ranks(

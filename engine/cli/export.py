@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from engine.cli.common import shard_bytes, single_process, tell
+from engine.cli.common import print_result, shard_bytes, single_process
 from engine.errors import EXIT_OK, CheckpointError, ConfigError, EngineError, FieldError
 
 if TYPE_CHECKING:
@@ -81,21 +81,21 @@ def run(args: list[str]) -> int:
     files = "config.json, generation_config.json" + (", tokenizer" if tokenizer else "")
     text = [f"note: {note}" for note in notes]
     text.append(f"wrote {o.output}: {family.architecture}, {size:,} bytes of weights, {files}")
-    facts: dict[str, Any] = {"verb": "export", "checkpoint": str(folder), "folder": str(o.output)}
-    facts |= {"architecture": family.architecture, "weight_bytes": size, "notes": notes, "compared": None}
+    fields: dict[str, Any] = {"verb": "export", "checkpoint": str(folder), "folder": str(o.output)}
+    fields |= {"architecture": family.architecture, "weight_bytes": size, "notes": notes, "compared": None}
     if o.verify:
         found = compare_with_transformers(o.checkpoint, o.output, dtype, storage)
-        if found.fault:
+        if found.problem:
             raise CheckpointError(
                 "cli.export-computes-otherwise",
-                f"{o.output}: transformers does not compute from it what the engine does: {found.fault}. Do not use it",
+                f"{o.output}: transformers computes other logits than the engine: {found.problem}. Do not use it",
             )
         text.append(
             f"transformers gives the same logits: largest difference {found.difference:.2e}, where rounding explains "
             f"{found.bound:.2e} (largest logit {found.largest:.2f})"
         )
-        facts["compared"] = {key: getattr(found, key) for key in ("difference", "bound", "largest")}
-    tell(text, facts if o.json else None)
+        fields["compared"] = {key: getattr(found, key) for key in ("difference", "bound", "largest")}
+    print_result(text, fields if o.json else None)
     return EXIT_OK
 
 

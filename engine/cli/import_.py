@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from engine.cli.common import shard_bytes, single_process, tell
+from engine.cli.common import print_result, shard_bytes, single_process
 from engine.errors import EXIT_OK, ConfigError, FieldError
 
 
@@ -74,6 +74,6 @@ def run(args: list[str]) -> int:
         storage=storage_of(o.secret, encrypt=o.encrypt),
     )
     text = [*(f"note: {note}" for note in notes), f"wrote {made}; train from it with --checkpoint.init {o.output}"]
-    facts = {"verb": "import", "folder": str(o.folder), "run": str(o.output), "checkpoint": str(made), "notes": notes}
-    tell(text, facts if o.json else None)
+    fields = {"verb": "import", "folder": str(o.folder), "run": str(o.output), "checkpoint": str(made), "notes": notes}
+    print_result(text, fields if o.json else None)
     return EXIT_OK

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from engine.cli.common import ends_on_signals, tell
+from engine.cli.common import print_result, stops_on_signals
 from engine.errors import EXIT_OK, ConfigError, FieldError
 from engine.util.signals import Interrupts
 
@@ -52,7 +52,7 @@ class InspectOptions:
     """print one JSON object instead of text"""
 
 
-@ends_on_signals
+@stops_on_signals
 def run(args: list[str], stop: Interrupts) -> int:
     """Run the verb; returns the exit code."""
     o = tyro.cli(InspectOptions, args=args, prog="engine inspect")
@@ -96,8 +96,8 @@ def inspect_corpus(o: InspectOptions) -> int:
     folder = contents.find_tokenizer(o.data, o.tokenizer)
     tokenizer = Tokenizer.load(folder) if folder else None
     c, console = contents.count(dataset), Console(highlight=False, soft_wrap=True, quiet=o.json)
-    facts: dict[str, Any] = {"verb": "inspect", "corpus": o.data, **asdict(c), "tokenizer": str(folder or "") or None}
-    facts |= {"proven": [], "samples": [], "picture": str(o.output)}
+    fields: dict[str, Any] = {"verb": "inspect", "corpus": o.data, **asdict(c), "tokenizer": str(folder or "") or None}
+    fields |= {"proven": [], "samples": [], "picture": str(o.output)}
     for line in (
         f"{o.data}: {c.documents:,} documents, {c.tokens:,} tokens, {c.bytes:,} bytes of {c.dtype}",
         f"tokens a document: {c.shortest:,} to {c.longest:,} (document {c.longest_document}), median {c.median:,}, "
@@ -106,8 +106,8 @@ def inspect_corpus(o: InspectOptions) -> int:
         f"tokenizer: {folder or 'none given and none beside the corpus: samples are not decoded'}",
     ):
         console.print(line, markup=False)
-    facts["tokenizer_is_the_datas"] = contents.tokenizer_fits(dataset, tokenizer)
-    if facts["tokenizer_is_the_datas"] is False and tokenizer is not None:
+    fields["tokenizer_is_the_datas"] = contents.tokenizer_fits(dataset, tokenizer)
+    if fields["tokenizer_is_the_datas"] is False and tokenizer is not None:
         warnings.warn(
             f"the tokenizer {folder} has the digest {tokenizer.digest}, and {o.data} was made with another one, "
             f"{dataset.meta['tokenizer_digest']}: what is decoded is not the text. Give the right one by --tokenizer.",
@@ -116,16 +116,16 @@ def inspect_corpus(o: InspectOptions) -> int:
     if o.verify:
         for line in contents.verify(dataset, tokenizer):
             console.print(f"right: {line}", markup=False)
-            facts["proven"].append(line)
+            fields["proven"].append(line)
     if tokenizer is not None and o.samples:
         for text in _samples(o, dataset, tokenizer, folder):
             console.print(text, markup=False)
-            facts["samples"].append(str(text))
+            fields["samples"].append(str(text))
     marks = {"median": c.median, "mean": c.mean, "95 % of the documents at most": c.p95}
     plot_lengths(*contents.histogram(dataset), marks, o.data, o.output)
     console.print(f"wrote {o.output}", markup=False)
     if o.json:
-        tell([], facts)
+        print_result([], fields)
     return EXIT_OK
 
 
@@ -155,20 +155,20 @@ def inspect_checkpoint(o: InspectOptions) -> int:
     storage = storage_of(o.secret)
     with Reader(find(Path(o.data), storage), storage) as reader:
         text = list(summary(reader))
-        facts: dict[str, Any] = {"verb": "inspect", "checkpoint": str(reader.folder), "step": reader.manifest.step}
-        facts |= {"summary": list(text), "digests_proven": o.verify, "tensors": []}
+        fields: dict[str, Any] = {"verb": "inspect", "checkpoint": str(reader.folder), "step": reader.manifest.step}
+        fields |= {"summary": list(text), "digests_proven": o.verify, "tensors": []}
         if o.verify:
             prove_all(reader.folder, reader.manifest, storage)
             text.append("every digest is right")
         width = max(map(len, (name for names in reader.manifest.tensors.values() for name in names)), default=0)
         if not o.json:
-            tell(text)
+            print_result(text)
         for t in tensor_stats(reader, norms=o.norms):
             norm = f"  norm {t.norm:.6g}" if o.norms else ""
             shape = " x ".join(map(str, t.shape))
-            facts["tensors"].append({**asdict(t), "norm": t.norm if o.norms else None})
+            fields["tensors"].append({**asdict(t), "norm": t.norm if o.norms else None})
             if not o.json:
-                tell([f"{t.kind:10}  {t.name:{width}}  {t.dtype:4}  {shape:14}  {t.files} files{norm}"])
+                print_result([f"{t.kind:10}  {t.name:{width}}  {t.dtype:4}  {shape:14}  {t.files} files{norm}"])
     if o.json:
-        tell([], facts)
+        print_result([], fields)
     return EXIT_OK

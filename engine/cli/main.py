@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 import engine
-from engine.cli.output import OutputError, watched
+from engine.cli.output import OutputError, watch_output
 from engine.config.hints import nearest
 from engine.errors import EXIT_CONFIG, EXIT_ERROR, EXIT_OK, EngineError
 from engine.util.build_notes import missing_extensions
@@ -20,11 +20,11 @@ from engine.util.signals import STOP_SIGNALS
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its code: 0 done, 1 error, 2 config error, 75 saved on a signal, 141 nobody reads."""
     if argv is None:
-        _speak_utf8()
+        _ensure_utf8()
     args = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # one line, without our source text
     try:
-        with watched():
+        with watch_output():
             code = _run(args)
     except OutputError as error:  # what was buffered found no room
         print(f"error: {error.report()}", file=sys.stderr)
@@ -43,12 +43,12 @@ def _run(args: list[str]) -> int:
         print(_overview())
         return EXIT_OK if args else EXIT_CONFIG
     if args[0] not in _VERBS:
-        meant = _MEANT.get(args[0].strip("-").replace("-", "_"), "") or nearest(args[0], _VERBS)
-        hint = f". Did you mean {meant}?" if meant else ""
+        suggestion = _SYNONYMS.get(args[0].strip("-").replace("-", "_"), "") or nearest(args[0], _VERBS)
+        hint = f". Did you mean {suggestion}?" if suggestion else ""
         print(f"error: no verb {args[0]!r}{hint}\n\n{_overview()}", file=sys.stderr)
         return EXIT_CONFIG
     try:
-        if args[0] not in _HEARS:
+        if args[0] not in _HANDLES_SIGNALS:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         code: int = importlib.import_module(f"engine.cli.{_file(args[0])}").run(args[1:])
         return code
@@ -69,7 +69,7 @@ def _file(verb: str) -> str:
     return "import_" if verb == "import" else verb.replace("-", "_")  # import is a word of Python
 
 
-def _speak_utf8() -> None:
+def _ensure_utf8() -> None:
     """Start again in Python's UTF-8 mode where the locale is another one.
 
     Names of files, arguments and what is printed are then UTF-8 as the content of every file is: a config written under
@@ -104,9 +104,9 @@ _VERBS = {
 }
 
 # Verbs that answer signals from their first line on, those too that came before (engine.__main__).
-_HEARS = ("clean", "prepare", "merge-datasets", "tokenizer", "inspect", "train")
+_HANDLES_SIGNALS = ("clean", "prepare", "merge-datasets", "tokenizer", "inspect", "train")
 
-_MEANT = {  # what others call it
+_SYNONYMS = {  # what others call it
     "pretrain": "train",
     "finetune": "train",
     "run": "train",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from engine.cli.common import ends_on_signals, parse, tell
+from engine.cli.common import parse, print_result, stops_on_signals
 from engine.errors import EXIT_OK, ConfigError, FieldError
 from engine.util.signals import Interrupts
 
@@ -31,7 +31,7 @@ class MergeOptions:
     """print one JSON object instead of text"""
 
 
-@ends_on_signals
+@stops_on_signals
 def run(args: list[str], stop: Interrupts) -> int:
     """Run the verb; returns the exit code."""
     from rich.console import Console
@@ -55,7 +55,7 @@ def run(args: list[str], stop: Interrupts) -> int:
             o.input, o.output_prefix, multimodal=o.multimodal, overwrite=o.overwrite, progress=progress, stop=stop
         )
     if o.json:
-        tell([], {"verb": "merge-datasets", **asdict(report)})
+        print_result([], {"verb": "merge-datasets", **asdict(report)})
         return EXIT_OK
     console = Console(highlight=False, soft_wrap=True)
     rate = report.tokens / 1e6 / max(report.elapsed_s, 1e-9)

@@ -1,7 +1,7 @@
 """Standard output and error when nobody reads them any more, or the disk under them is full.
 
-A verb of the command line ends in silence when the reader of its output has gone (`engine inspect run | head`), with
-141, as the shell says of a command that SIGPIPE ended. What must not end for want of a listener says so: `outlive`.
+A command exits silently with 141 when the reader of its output has gone (`engine inspect run | head`): the shell
+reports the same code for a command that SIGPIPE ended. A command that must survive this calls `survive_lost_output`.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class OutputStream:
         try:
             action()
         except OSError as error:
-            deafen(self.stream)
+            redirect_to_devnull(self.stream)
             self.policy(self.name, error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-def deafen(stream: TextIO) -> None:
+def redirect_to_devnull(stream: TextIO) -> None:
     """Lead the stream, and what it has buffered, to nowhere: or the interpreter would complain of it at its end."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -60,32 +60,32 @@ def deafen(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def end(name: str, error: OSError) -> None:
+def stop_command(name: str, error: OSError) -> None:
     """The policy of a verb: end. In silence when the reader has gone, with an error on a full disk."""
     if error.errno == errno.EPIPE:
         raise ReaderGone(EXIT_READER_GONE)
     raise OutputError("cli.output-not-writable", f"{name} cannot be written: {error.strerror}")
 
 
-def go_on(name: str, error: OSError) -> None:
+def warn_and_continue(name: str, error: OSError) -> None:
     """The policy of training: say it once where somebody may still read, and go on."""
     other = sys.stderr if name == "standard output" else sys.stdout
     print(f"warning: {name} cannot be written ({error.strerror}); going on without it", file=other, flush=True)
 
 
-def outlive() -> None:
+def survive_lost_output() -> None:
     """From now on this process goes on when its output cannot be written."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, OutputStream):
-            stream.policy = go_on
+            stream.policy = warn_and_continue
 
 
 @contextmanager
-def watched() -> Iterator[None]:
+def watch_output() -> Iterator[None]:
     """Within, both standard streams are OutputStreams that end the verb; at the end what they buffer is passed on."""
     before = sys.stdout, sys.stderr
-    sys.stdout = OutputStream("standard output", before[0], end)
-    sys.stderr = OutputStream("standard error", before[1], end)
+    sys.stdout = OutputStream("standard output", before[0], stop_command)
+    sys.stderr = OutputStream("standard error", before[1], stop_command)
     try:
         try:
             yield

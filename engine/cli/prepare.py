@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from engine.cli.common import ends_on_signals, parse
+from engine.cli.common import parse, stops_on_signals
 from engine.errors import EXIT_OK
 from engine.util.signals import Interrupts
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.data.read.progress import Progress, ProgressEvent, StepEvent
 
 
-@ends_on_signals
+@stops_on_signals
 def run(args: list[str], stop: Interrupts) -> int:
     """Run the verb; returns the exit code."""
     from engine.data.prepare.options import PrepareOptions

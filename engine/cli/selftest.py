@@ -42,7 +42,7 @@ class OpCheck:
     """Largest difference of an op's outputs and gradients, relative as TOLERANCE is; error: what it raised instead."""
 
     name: str
-    own: bool
+    custom: bool
     difference: float
     error: str = ""
     tolerance: float = TOLERANCE[torch.float32]
@@ -53,15 +53,15 @@ class OpCheck:
         return bool(self.error) or not self.difference <= self.tolerance
 
 
-class _Watch(TorchDispatchMode):
+class _OpObserver(TorchDispatchMode):
     """Notes whether an operator of ours was called."""
 
-    own = False
+    custom = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.own |= func.namespace == "trident"
+        self.custom |= func.namespace == "trident"
         return func(*args, **(kwargs or {}))
 
 
@@ -85,7 +85,7 @@ def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return losses.detach(), x.grad, head.grad
 
 
-def _product(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+def _matmul(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         out = native.matmul(a, b.t())
         total = torch.ones(a.shape[1], b.shape[0], dtype=a.dtype, device=a.device)
@@ -145,7 +145,7 @@ OPS: dict[str, tuple[Op, Shapes]] = {
     "attention, documents kept apart": (_documents, _HEADS),
     "SwiGLU": (activation("silu", True), [(_S, _B, 130)]),
     "gated GeLU": (activation("gelu_tanh", True), [(_S, _B, 130)]),
-    "matrix product": (_product, [(37, 90), (70, 90)]),
+    "matrix product": (_matmul, [(37, 90), (70, 90)]),
     "embedding": (_embedding, [(8, 33)]),
     "cross entropy": (_loss, [(15, 2, 20), (300, 20)]),
     "gradient norm": (_gradient_norm, [(33, 65)]),
@@ -153,37 +153,39 @@ OPS: dict[str, tuple[Op, Shapes]] = {
 }
 
 
-def try_ops(device: torch.device) -> Iterator[OpCheck]:
+def check_ops(device: torch.device) -> Iterator[OpCheck]:
     """Every op of OPS, on this device, in float32 and in bf16."""
     for name, (op, shapes) in OPS.items():
         for dtype in TOLERANCE:
-            yield _try(name if dtype == torch.float32 else f"{name} in bf16", op, shapes, device, dtype)
+            yield _check_op(name if dtype == torch.float32 else f"{name} in bf16", op, shapes, device, dtype)
 
 
-def _try(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> OpCheck:
+def _check_op(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> OpCheck:
     draw = torch.Generator().manual_seed(1)
     inputs = [torch.randn(shape, generator=draw, device="cpu").to(device, dtype) for shape in shapes]
-    watch, tolerance = _Watch(), TOLERANCE[dtype]
+    watch, tolerance = _OpObserver(), TOLERANCE[dtype]
     try:
         with watch, native.forced(kernels=native.load()[0] is not None):
             found = _run(op, inputs)
         with native.forced(kernels=False):
             exact = _run(op, [x.double() for x in inputs])
         off = max(_difference(a, b) for a, b in zip(found, exact, strict=True))
-        return OpCheck(name, watch.own, off, tolerance=tolerance)
-    except Exception as error:  # whatever it is: the next op is to be tried too
-        return OpCheck(name, watch.own, 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tolerance)
+        return OpCheck(name, watch.custom, off, tolerance=tolerance)
+    except Exception as error:  # any error: the next op must still be checked
+        return OpCheck(
+            name, watch.custom, 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tolerance
+        )
 
 
 def _run(op: Op, inputs: list[Tensor]) -> list[Tensor]:
     """Outputs, and gradients of the inputs where outputs have any."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    out = op(*leaves)
+    inputs_with_grad = [x.clone().requires_grad_() for x in inputs]
+    out = op(*inputs_with_grad)
     outs = [out] if isinstance(out, Tensor) else list(out)
     if not outs[0].requires_grad:
         return outs
     upstream = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).view(x.shape) for x in outs]
-    return [x.detach() for x in (*outs, *torch.autograd.grad(outs, leaves, upstream))]
+    return [x.detach() for x in (*outs, *torch.autograd.grad(outs, inputs_with_grad, upstream))]
 
 
 def _difference(a: Tensor, exact: Tensor) -> float:

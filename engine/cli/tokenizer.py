@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from engine.cli.common import ends_on_signals, parse
+from engine.cli.common import parse, stops_on_signals
 from engine.errors import EXIT_OK, ConfigError, FieldError
 from engine.util.signals import Interrupts
 
 
-@ends_on_signals
+@stops_on_signals
 def run(args: list[str], stop: Interrupts) -> int:
     """Run the verb; returns the exit code."""
     from engine.cli.prepare_console import prepare_progress, show_trained

@@ -137,7 +137,7 @@ def run(args: list[str]) -> int:
     if options.dry_run:
         stop.release()
         return _dry_run(options)
-    from engine.cli.output import outlive
+    from engine.cli.output import survive_lost_output
     from engine.config.load import load
     from engine.data.samples.special import check
     from engine.distributed.env import read_env, write_exit_code
@@ -147,11 +147,11 @@ def run(args: list[str]) -> int:
     from engine.train.loop import train
     from engine.train.state import mesh_of
 
-    outlive()  # a run of weeks does not end because the terminal it was started from is closed
+    survive_lost_output()  # a run of weeks does not end because the terminal it was started from is closed
     env = read_env()
     try:
-        resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world, refuse_idle=True)
-        resolved = resolved.anchored()
+        resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world, reject_idle=True)
+        resolved = resolved.with_absolute_paths()
         mesh = mesh_of(resolved.config, resolved.derived, env)
         check(resolved.config)
     except ConfigError as error:
@@ -169,7 +169,7 @@ def _dry_run(options: TrainOptions) -> int:
     from engine.config.load import load
 
     world = options.world_size or None
-    resolved = load(options.files, options.overrides, unknown=options.unknown, world=world, refuse_idle=True)
+    resolved = load(options.files, options.overrides, unknown=options.unknown, world=world, reject_idle=True)
     from rich.console import Console
 
     from engine.cli.dry_run import show  # needs torch: faults are told before

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from engine.cli.common import tell
+from engine.cli.common import print_result
 from engine.errors import EXIT_OK
 
 
@@ -37,6 +37,6 @@ def run(args: list[str]) -> int:
     prove_all(folder, manifest, storage)
     size = sum(entry.size for entry in manifest.files.values())
     text = f"{folder}: step {manifest.step}, {len(manifest.files)} files, {size:,} bytes, every digest is right"
-    facts = {"verb": "verify", "checkpoint": str(folder), "step": manifest.step}
-    tell([text], facts | {"files": len(manifest.files), "bytes": size} if o.json else None)
+    fields = {"verb": "verify", "checkpoint": str(folder), "step": manifest.step}
+    print_result([text], fields | {"files": len(manifest.files), "bytes": size} if o.json else None)
     return EXIT_OK

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from engine.config.derived import BALANCED, chunks_of, data_degree, microbatches, model_ranks
-from engine.config.model_checks import fp8_relations, model_relations, multiples_near
+from engine.config.model_checks import fp8_errors, model_errors, multiples_near
 from engine.config.schema import CheckpointConfig, Config
 from engine.config.skips import read_ranges
 from engine.errors import FieldError, PlanError
@@ -15,18 +15,18 @@ from engine.pipeline.actions import Plan
 from engine.pipeline.schedules import SCHEDULES
 
 
-def relations(cfg: Config, world: int, plan: Plan | PlanError | None = None) -> list[FieldError]:
+def config_errors(cfg: Config, world: int, plan: Plan | PlanError | None = None) -> list[FieldError]:
     """Everything that must hold between values, for this many ranks. plan: what `read_plan` found."""
     return [
-        *model_relations(cfg),
-        *_parallel_relations(cfg, world, plan),
-        *_train_relations(cfg),
-        *_checkpoint_relations(cfg.checkpoint),
-        *_skip_relations(cfg),
+        *model_errors(cfg),
+        *_parallel_errors(cfg, world, plan),
+        *_train_errors(cfg),
+        *_checkpoint_errors(cfg.checkpoint),
+        *_skip_errors(cfg),
     ]
 
 
-def _skip_relations(cfg: Config) -> Iterator[FieldError]:
+def _skip_errors(cfg: Config) -> Iterator[FieldError]:
     for path, value in (("train.skip_steps", cfg.train.skip_steps), ("data.skip_samples", cfg.data.skip_samples)):
         try:
             read_ranges(value)
@@ -40,7 +40,7 @@ def _skip_relations(cfg: Config) -> Iterator[FieldError]:
             )
 
 
-def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[FieldError]:
+def _parallel_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[FieldError]:
     p = cfg.parallel
     for name in ("context", "expert"):
         degree = getattr(p, name)
@@ -68,7 +68,7 @@ def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
             f"= {shards} does not divide the {world} processes",
             f"Start `torchrun --nproc-per-node {shards * -(-world // shards)} -m engine train ...`.",
         )
-    yield from _schedule_relations(cfg, world, plan)
+    yield from _schedule_errors(cfg, world, plan)
     data = data_degree(p, world)
     slice_ = data * cfg.train.micro_batch_size
     if cfg.train.global_batch_size % slice_:
@@ -81,7 +81,7 @@ def _parallel_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
         )
 
 
-def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[FieldError]:
+def _schedule_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> Iterator[FieldError]:
     p, m = cfg.parallel, cfg.model
     name = "parallel.schedule"
     if plan is None and p.schedule not in SCHEDULES:
@@ -124,7 +124,7 @@ def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
     if p.layers == BALANCED:
         return
     if p.layers:
-        yield from _layer_list_relations(p.layers, stages, m.num_layers)
+        yield from _layer_list_errors(p.layers, stages, m.num_layers)
     elif m.num_layers % stages:
         fits = [d for d in range(1, m.num_layers + 1) if m.num_layers % (d * chunks) == 0]
         near_degree = f", or pipeline {min(fits, key=lambda d: (abs(d - p.pipeline), d))}" if fits else ""
@@ -139,7 +139,7 @@ def _schedule_relations(cfg: Config, world: int, plan: Plan | PlanError | None) 
         )
 
 
-def _layer_list_relations(text: str, stages: int, num_layers: int) -> Iterator[FieldError]:
+def _layer_list_errors(text: str, stages: int, num_layers: int) -> Iterator[FieldError]:
     counts = text.split(",")
     even = ",".join(str(num_layers // stages + (i < num_layers % stages)) for i in range(stages))
     if not all(count.isdecimal() for count in counts):
@@ -150,7 +150,7 @@ def _layer_list_relations(text: str, stages: int, num_layers: int) -> Iterator[F
         yield FieldError("config.layers-do-not-add-up", "parallel.layers", text, found, f"Such as {even}.")
 
 
-def _train_relations(cfg: Config) -> Iterator[FieldError]:
+def _train_errors(cfg: Config) -> Iterator[FieldError]:
     t, p = cfg.train, cfg.parallel
     if p.sequence and t.seq_len % p.tensor and not cfg.model.num_heads % p.tensor:
         yield FieldError(
@@ -191,7 +191,7 @@ def _train_relations(cfg: Config) -> Iterator[FieldError]:
             "would spoil train.precision fp64",
             "Use main.",
         )
-    yield from fp8_relations(cfg)
+    yield from fp8_errors(cfg)
     if math.log2(t.loss_scale) % 1:
         problem, near = "is not a power of two, so that scaling would round", 2 ** round(math.log2(t.loss_scale))
         yield FieldError(
@@ -205,10 +205,10 @@ def _train_relations(cfg: Config) -> Iterator[FieldError]:
             f"is longer than model.max_seq_len = {cfg.model.max_seq_len}",
             f"Set model.max_seq_len to {t.seq_len} or more.",
         )
-    yield from _lr_schedule_relations(cfg)
+    yield from _lr_schedule_errors(cfg)
 
 
-def _lr_schedule_relations(cfg: Config) -> Iterator[FieldError]:
+def _lr_schedule_errors(cfg: Config) -> Iterator[FieldError]:
     t, s = cfg.train, cfg.lr_schedule
     horizon = s.horizon_steps or t.steps
     if s.horizon_steps and s.kind == "constant":
@@ -246,7 +246,7 @@ def _lr_schedule_relations(cfg: Config) -> Iterator[FieldError]:
         )
 
 
-def _checkpoint_relations(c: CheckpointConfig) -> Iterator[FieldError]:
+def _checkpoint_errors(c: CheckpointConfig) -> Iterator[FieldError]:
     if c.encrypt and not c.secret:
         yield FieldError(
             "config.setting-missing",

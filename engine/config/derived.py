@@ -49,7 +49,7 @@ def derive(config: Config, plan: Plan | None = None) -> Derived:
         sequence=p.sequence and p.tensor > 1,
         tail=plan.placement[-1],
     )
-    return Derived(layout, plan, layers_of_stages(config))
+    return Derived(layout, plan, layers_per_stage(config))
 
 
 def model_ranks(p: ParallelConfig) -> int:
@@ -98,7 +98,7 @@ def chunks_of(p: ParallelConfig, plan: Plan | None) -> int:
     return plan.num_stages // p.pipeline if plan is not None else SCHEDULES[p.schedule].chunks or 2
 
 
-def layers_of_stages(config: Config) -> tuple[int, ...]:
+def layers_per_stage(config: Config) -> tuple[int, ...]:
     """How many blocks each pipeline stage of a resolved config has, in order."""
     p = config.parallel
     if p.layers:

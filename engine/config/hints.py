@@ -15,41 +15,41 @@ from engine.config.peers import ENGINES
 
 @dataclass(frozen=True)
 class Hint:
-    """`ours`: the setting that was meant, empty where there is none; `remark`: values, or why; `engine`: whose name."""
+    """`ours`: the suggest that was meant, empty where there is none; `remark`: values, or why; `engine`: whose name."""
 
     ours: str
     remark: str = ""
     engine: str = ""
 
 
-def setting(path: str, known: Sequence[str]) -> Hint | None:
+def suggest(path: str, known: Sequence[str]) -> Hint | None:
     """What `section.name` or `name`, which is none of `known`, may mean."""
     path = path.strip("-").replace("-", "_").lower()
     name = path.rpartition(".")[2]
     by_name: dict[str, list[str]] = {}
     for other in known:
         by_name.setdefault(other.rpartition(".")[2], []).append(other)
-    if hint := _foreign().get(path):
+    if hint := _peer_names().get(path):
         return hint
-    names = by_name.keys() - _VAGUE
+    names = by_name.keys() - _VAGUE_OURS
     if name in names and len(by_name[name]) == 1:
         return Hint(by_name[name][0])
     if "." in path and (near := nearest(path, known)):
         return Hint(near)
-    if hint := _foreign().get(name):
+    if hint := _peer_names().get(name):
         return hint
     if "." not in path and (near := nearest(name, names)):
         return Hint(by_name[near][0])
-    near = nearest(name, _foreign())
-    return _foreign()[near] if near and len(name) > 7 else None
+    near = nearest(name, _peer_names())
+    return _peer_names()[near] if near and len(name) > 7 else None
 
 
-_VAGUE = {"data", "layers", "schedule", "kind", "every", "train", "batches"}  # of ours: these say little alone
-_VAGUE_THERE = {"name", "enable", "steps", "mode", "folder", "filter", "recipe", "implementation", "freq", "interval"}
+_VAGUE_OURS = {"data", "layers", "schedule", "kind", "every", "train", "batches"}  # of ours: these say little alone
+_VAGUE_THEIRS = {"name", "enable", "steps", "mode", "folder", "filter", "recipe", "implementation", "freq", "interval"}
 
 
 @cache
-def _foreign() -> dict[str, Hint]:
+def _peer_names() -> dict[str, Hint]:
     """Every name of another engine; the last part of torchtitan's too, where it is clear. Earlier engines win."""
     found: dict[str, Hint] = {}
     parts: dict[str, set[Hint]] = {}
@@ -60,8 +60,8 @@ def _foreign() -> dict[str, Hint]:
                 found.setdefault(key, hint)
                 if "." in key:
                     parts.setdefault(key.rpartition(".")[2], set()).add(hint)
-    clear = {name: next(iter(hints)) for name, hints in parts.items() if len(hints) == 1 and name not in _VAGUE_THERE}
-    return clear | found
+    clear = {name: next(iter(hints)) for name, hints in parts.items() if len(hints) == 1}
+    return {name: hint for name, hint in clear.items() if name not in _VAGUE_THEIRS} | found
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

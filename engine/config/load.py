@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from engine.config import hints, renames
-from engine.config.checks import relations
+from engine.config.checks import config_errors
 from engine.config.derived import (
     BALANCED,
     Derived,
@@ -47,7 +47,7 @@ class Resolved:
     sources: dict[str, str]
     derived: Derived
 
-    def anchored(self) -> Resolved:
+    def with_absolute_paths(self) -> Resolved:
         """The same with the paths of validation data and tokenizer absolute: `engine evaluate` works in any folder."""
         data = self.config.data
         paths = {
@@ -72,7 +72,7 @@ def load(
     *,
     unknown: Sequence[str] = (),
     world: int | None = 1,
-    refuse_idle: bool = False,
+    reject_idle: bool = False,
 ) -> Resolved:
     """Merge, type-check and check all relations; `world`: ranks the config must fit, None: as many as it needs.
 
@@ -102,9 +102,9 @@ def load(
         wrong |= {"parallel = ", "train.global_batch_size"}
     if any(fault.path == "model.preset" for fault in errors):
         wrong.add("model.")
-    errors += [f for f in relations(config, world, plan) if not any(path in str(f) for path in wrong)]
+    errors += [f for f in config_errors(config, world, plan) if not any(path in str(f) for path in wrong)]
     errors += _data_errors(config)
-    if refuse_idle and not wrong:
+    if reject_idle and not wrong:
         told = {fault.path for fault in errors}
         given_by = {"command line", *(f"file {file}" for file in files)}
         errors += [fault for fault in idle(config, sources, given_by=given_by) if fault.path not in told]
@@ -201,7 +201,7 @@ def _unknown(path: str, value: object, source: str) -> FieldError:
     if new := renames.SETTINGS.get(path):
         return FieldError("config.renamed", path, value, f"has another name now ({source})", f"Use {new}.")
     problem, fix = f"no such setting ({source})", "`engine train --help` lists all there are."
-    if hint := hints.setting(path, _known_paths()):
+    if hint := hints.suggest(path, _known_paths()):
         problem += f"; of {hint.engine}" if hint.engine else ""
         problem += f": {hint.remark}" if hint.remark else ""
         fix = f"Did you mean {hint.ours}?" if hint.ours else "It has no counterpart here; docs/coming_from.md."
@@ -232,7 +232,7 @@ def _read_toml(file: Path, errors: list[FieldError]) -> Iterator[tuple[str, Any]
             FieldError("config.file-not-toml", "--config", str(file), f"is not valid TOML: {error}", "Mend that line.")
         )
         return
-    for section, values in (renames.todays(tree) if renames.of_run_folder(file) else tree).items():
+    for section, values in (renames.to_current_names(tree) if renames.is_run_folder_config(file) else tree).items():
         if isinstance(values, dict):
             yield from ((f"{section}.{name}", value) for name, value in values.items())
         else:

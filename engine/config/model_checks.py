@@ -15,7 +15,7 @@ def multiples_near(value: int, divisor: int) -> str:
     return f"{low} or {low + divisor}" if low else f"{divisor}"
 
 
-def model_relations(cfg: Config) -> Iterator[FieldError]:
+def model_errors(cfg: Config) -> Iterator[FieldError]:
     """Everything that must hold between the values of a model, and between them and parallel.tensor."""
     m = with_heads(cfg.model)
     kv = m.num_kv_heads
@@ -36,7 +36,7 @@ def model_relations(cfg: Config) -> Iterator[FieldError]:
             f"is not a multiple of model.num_heads = {m.num_heads}",
             f"Use {multiples_near(m.hidden_size, m.num_heads)}, or set model.head_dim.",
         )
-    yield from _position_relations(m)
+    yield from _position_errors(m)
     if m.norm_offset and m.norm == "layernorm":
         yield FieldError(
             "config.without-effect",
@@ -54,10 +54,10 @@ def model_relations(cfg: Config) -> Iterator[FieldError]:
             "has no meaning without model.qk_norm",
             fix,
         )
-    yield from _tensor_relations(m, cfg.parallel.tensor)
+    yield from _tensor_errors(m, cfg.parallel.tensor)
 
 
-def _tensor_relations(m: ModelConfig, t: int) -> Iterator[FieldError]:
+def _tensor_errors(m: ModelConfig, t: int) -> Iterator[FieldError]:
     kv = m.num_kv_heads
     if m.num_heads % t:
         yield FieldError(
@@ -96,7 +96,7 @@ ROPE_SCALES = {  # what each fact of rope_scaling belongs to
 }
 
 
-def _position_relations(m: ModelConfig) -> Iterator[FieldError]:
+def _position_errors(m: ModelConfig) -> Iterator[FieldError]:
     head_dim = m.head_dim
     if m.positions == "learned":
         for name, of_rope in (("rope_scaling", m.rope_scaling != "none"), ("rotary_fraction", m.rotary_fraction != 1)):
@@ -148,7 +148,7 @@ def _nearest_tensor(m: ModelConfig, to: int) -> int:
     return min((d for d in degrees if not kv % d or not d % kv), key=lambda d: (abs(d - to), d))
 
 
-def fp8_relations(cfg: Config) -> Iterator[FieldError]:
+def fp8_errors(cfg: Config) -> Iterator[FieldError]:
     """What train.fp8 needs of the other values."""
     t, m = cfg.train, with_heads(cfg.model)
     if t.fp8 == "none":

@@ -21,7 +21,7 @@ SETTINGS = {  # old path -> new path
 }
 
 
-def todays(config: Mapping[str, Any]) -> dict[str, Any]:
+def to_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """A saved config (section -> name -> value) with today's names; what is not a section of names stays as it is."""
     found: dict[str, Any] = {section: values for section, values in config.items() if not isinstance(values, dict)}
     for section, values in config.items():
@@ -31,6 +31,6 @@ def todays(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def of_run_folder(file: Path) -> bool:
+def is_run_folder_config(file: Path) -> bool:
     """Whether a config file is the one that a run wrote into its folder."""
     return file.name == "config.toml" and file.with_name("metrics.jsonl").is_file()

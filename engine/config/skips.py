@@ -26,17 +26,17 @@ def read_ranges(text: str) -> Ranges:
     return tuple(joined)
 
 
-def holds(ranges: Ranges, number: int) -> bool:
+def contains(ranges: Ranges, number: int) -> bool:
     """Whether a number is in one of them."""
     at = bisect.bisect_right(ranges, number, key=lambda pair: pair[0]) - 1
     return at >= 0 and number <= ranges[at][1]
 
 
-def below(ranges: Ranges, limit: int) -> str:
+def ranges_below(ranges: Ranges, limit: int) -> str:
     """In words, what of them is below a number."""
-    return in_words(tuple((first, min(last, limit - 1)) for first, last in ranges if first < limit))
+    return format_ranges(tuple((first, min(last, limit - 1)) for first, last in ranges if first < limit))
 
 
-def in_words(ranges: Ranges) -> str:
+def format_ranges(ranges: Ranges) -> str:
     """As `read_ranges` reads them."""
     return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

@@ -36,11 +36,11 @@ from engine.interop.huggingface.families import FAMILIES
 
 SAFETY = 8.0
 _ROUNDOFF = 2.0**-24
-Change = Callable[[Tensor], Tensor]
+Transform = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """difference: largest of the logits; bound: what rounding explains of it; largest: the largest logit.
 
     fault: what is wrong, in words, empty for nothing.
@@ -49,7 +49,7 @@ class Compared:
     difference: float
     bound: float
     largest: float
-    fault: str = ""
+    problem: str = ""
 
 
 def need_transformers() -> None:
@@ -66,7 +66,7 @@ def compare_with_transformers(
     storage: Storage = DISK,
     *,
     num_tokens: int = 128,
-) -> Compared:
+) -> Comparison:
     """The engine's model of a checkpoint, its weights rounded to dtype (None: as they are), and the export of it.
 
     Raises CheckpointError where transformers does not load the folder.
@@ -85,17 +85,17 @@ def compare_with_transformers(
     tokens = torch.randint(cfg.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     our_layers = list(ours.layers.values())
     small = math.sqrt(cfg.model.norm_eps)
-    first: Compared | None = None
-    for shrink in (_itself, lambda x: x * (small / _size(x).mean().clamp(min=small))):
-        a = _states(our_layers, lambda: ours.logits(tokens), shrink)
-        again = _states(
-            our_layers, lambda: ours.logits(tokens), shrink, partial(_noisy, torch.Generator().manual_seed(1))
+    first: Comparison | None = None
+    for scale in (_identity, lambda x: x * (small / _size(x).mean().clamp(min=small))):
+        a = _layer_states(our_layers, lambda: ours.logits(tokens), scale)
+        again = _layer_states(
+            our_layers, lambda: ours.logits(tokens), scale, partial(_noisy, torch.Generator().manual_seed(1))
         )
-        b = _states(their_layers, lambda: theirs(tokens, use_cache=False).logits, shrink)
+        b = _layer_states(their_layers, lambda: theirs(tokens, use_cache=False).logits, scale)
         a, again = ([x.transpose(0, 1) for x in states[:-1]] + states[-1:] for states in (a, again))
-        found = _judge(a, again, b)
+        found = _compare_states(a, again, b)
         first = first or found
-        if found.fault:
+        if found.problem:
             return found
     assert first is not None
     return first
@@ -122,7 +122,7 @@ def _load_theirs(folder: Path) -> Any:
     return model.eval()
 
 
-def _itself(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
@@ -136,44 +136,44 @@ def _noisy(generator: torch.Generator, x: Tensor) -> Tensor:
     return x + uniform * (_ROUNDOFF * math.sqrt(x.shape[-1])) * _size(x)
 
 
-def _states(
-    layers: Sequence[nn.Module], compute: Callable[[], Tensor], shrink: Change, noise: Change = _itself
+def _layer_states(
+    layers: Sequence[nn.Module], compute: Callable[[], Tensor], scale: Transform, noise: Transform = _identity
 ) -> list[Tensor]:
     """What enters the first layer, what leaves each, and the logits."""
     states: list[Tensor] = []
 
-    def entering(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        states.append(noise(shrink(given[0])))
-        return (states[-1], *given[1:])
+    def before_first_layer(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        states.append(noise(scale(inputs[0])))
+        return (states[-1], *inputs[1:])
 
-    def leaving(module: nn.Module, given: Any, made: Any) -> Any:
-        states.append(noise(made[0] if isinstance(made, tuple) else made))
-        return (states[-1], *made[1:]) if isinstance(made, tuple) else states[-1]
+    def after_layer(module: nn.Module, inputs: Any, output: Any) -> Any:
+        states.append(noise(output[0] if isinstance(output, tuple) else output))
+        return (states[-1], *output[1:]) if isinstance(output, tuple) else states[-1]
 
     with ExitStack() as stack, torch.no_grad():
-        stack.callback(layers[0].register_forward_pre_hook(entering).remove)
+        stack.callback(layers[0].register_forward_pre_hook(before_first_layer).remove)
         for layer in layers:
-            stack.callback(layer.register_forward_hook(leaving).remove)
+            stack.callback(layer.register_forward_hook(after_layer).remove)
         logits = compute()
     return [*states, logits]
 
 
-def _judge(ours: Sequence[Tensor], again: Sequence[Tensor], theirs: Sequence[Tensor]) -> Compared:
+def _compare_states(ours: Sequence[Tensor], again: Sequence[Tensor], theirs: Sequence[Tensor]) -> Comparison:
     names = ["the embedding", *(f"layer {number}" for number in range(len(ours) - 2)), "the final norm or the head"]
     difference = bound = largest = 0.0
-    fault = ""
+    problem = ""
     for name, a, noisy, b in zip(names, ours, again, theirs, strict=True):
         difference, largest = float((a - b).abs().max()), float(a.abs().max())
         rounding = _ROUNDOFF * math.sqrt(ours[0].shape[-1]) * largest
         bound = SAFETY * max(float((a - noisy).abs().max()), rounding)
-        if fault:
+        if problem:
             continue
         if not (math.isfinite(largest) and math.isfinite(difference)):
             who = "the engine's own" if not math.isfinite(largest) else "transformers'"
-            fault = f"{who} values behind {name} are not finite"
+            problem = f"{who} values behind {name} are not finite"
         elif not difference <= bound:
-            fault = (
+            problem = (
                 f"{name} is the first that differs: by {difference:.2e} where values are up to {largest:.2e} and "
                 f"rounding explains {bound:.2e}"
             )
-    return Compared(difference, bound, largest, fault)
+    return Comparison(difference, bound, largest, problem)

@@ -8,7 +8,7 @@ from engine.checkpoint.format import MODEL, find, read_manifest
 from engine.checkpoint.links import refuse_links
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
-from engine.config.derived import data_degree, layers_of_stages
+from engine.config.derived import data_degree, layers_per_stage
 from engine.config.schema import Config
 from engine.data.tokenize.file_names import is_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def config_of(
 
 def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Storage = DISK) -> Transformer:
     """This rank's stage of the model with the checkpoint's weights, without optimizer. Collective."""
-    model = Transformer(cfg.model, ctx, stage_shapes(layers_of_stages(cfg))[ctx.pipeline.rank])
+    model = Transformer(cfg.model, ctx, stage_shapes(layers_per_stage(cfg))[ctx.pipeline.rank])
     with Reader(find(checkpoint, storage), storage) as reader:
         load_into(reader, (StateShard(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
     return model

@@ -26,7 +26,7 @@ from engine.checkpoint.retention import commit, tidy
 from engine.checkpoint.save import manifest_of, write_part
 from engine.checkpoint.storage import DISK, Storage, make_folders
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, LazyTensor, write_safetensors
-from engine.config.checks import relations
+from engine.config.checks import config_errors
 from engine.config.dtypes import SAFETENSORS_DTYPES
 from engine.config.load import model_config
 from engine.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -193,7 +193,7 @@ def _run_config(model: ModelConfig, out: Path, precision: str) -> Config:
         data=DataConfig(tokenizer=str(out / "tokenizer") if (out / "tokenizer").exists() else ""),
     )
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"data": 1, "chunks": 1})})
-    if errors := relations(config, 1):
+    if errors := config_errors(config, 1):
         raise ConfigError(errors)
     return config
 

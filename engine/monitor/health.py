@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from engine.batch import MicroBatch
-from engine.config.skips import in_words, read_ranges
+from engine.config.skips import format_ranges, read_ranges
 from engine.distributed.collectives import gather_json
 from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import Parameter
@@ -94,7 +94,7 @@ def _message(found: list[tuple[int, int, str, tuple[int, ...]]], step: NonFinite
     causes = list(dict.fromkeys(text for index, _, text, _ in found if index == first))
     by_loss = {n for _, _, text, numbers in found if text.startswith("loss") for n in numbers}
     wrong = sorted(by_loss or {n for *_, numbers in found for n in numbers})
-    named = in_words(read_ranges(" ".join(map(str, wrong))))
+    named = format_ranges(read_ranges(" ".join(map(str, wrong))))
     place = f"first in microbatch {first} of rank {', '.join(map(str, ranks))} ({'; '.join(causes[:3])})"
     text = (
         f"{failure}; {place}, in samples {named}; {of_step}. No weight was changed and the last checkpoint is intact. "

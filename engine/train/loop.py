@@ -16,7 +16,7 @@ from engine.checkpoint.save import Saved, Saver, check_room
 from engine.checkpoint.seal import storage_of
 from engine.config.load import Resolved
 from engine.config.schema import Config
-from engine.config.skips import holds, read_ranges
+from engine.config.skips import contains, read_ranges
 from engine.distributed.collectives import all_reduce_, on_first_rank
 from engine.distributed.context import ParallelContext
 from engine.errors import EXIT_OK, EXIT_REQUEUE, CheckpointError, ConfigError, FieldError
@@ -68,7 +68,7 @@ def steps(run: Run) -> Iterator[StepReport]:
     timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
     while state.step < cfg.train.steps:
         number = state.step + 1
-        yield _step(run, skipped=holds(skipped, number), traced=number == timeline_step)
+        yield _step(run, skipped=contains(skipped, number), traced=number == timeline_step)
 
 
 def _step(run: Run, *, skipped: bool, traced: bool) -> StepReport:

@@ -145,7 +145,7 @@ def test_an_op_that_raises_is_a_fault_and_the_others_are_tried(monkeypatch: pyte
         raise RuntimeError("no such instruction\nmore")
 
     monkeypatch.setitem(selftest.OPS, "RoPE", (fails, []))
-    tried = list(selftest.try_ops(CPU))
+    tried = list(selftest.check_ops(CPU))
     assert [t.name for t in tried] == [name + low for name in selftest.OPS for low in ("", " in bf16")]
     assert [(t.name, t.error) for t in tried if t.broken] == [
         (name, "RuntimeError: no such instruction") for name in ("RoPE", "RoPE in bf16")
@@ -170,7 +170,7 @@ def test_without_extensions_it_says_so_and_nothing_is_broken(
 
 @needs_ops
 def test_what_ran_is_what_was_asked_for() -> None:
-    own = {t.name for t in selftest.try_ops(CPU) if t.own}
+    own = {t.name for t in selftest.check_ops(CPU) if t.custom}
     assert {"RMSNorm", "LayerNorm", "RoPE", "SwiGLU", "gated GeLU", "cross entropy", "AdamW"} <= own
     assert "embedding" not in own and ("attention" in own) == ("attention, documents kept apart" in own)
     words = native.in_words(CPU, torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.cli.main import _MEANT, _VERBS, main
+from engine.cli.main import _SYNONYMS, _VERBS, main
 from engine.config import hints
 from engine.config.hints import nearest
 from engine.config.load import load
@@ -107,7 +107,7 @@ def test_random_words_get_no_hint() -> None:
     draw = random.Random(1)
     words = ["".join(draw.choice(string.ascii_lowercase) for _ in range(draw.randint(5, 14))) for _ in range(60)]
     for word in words:
-        assert hints.setting(word, KNOWN) is None and hints.setting(f"train.{word}", KNOWN) is None, word
+        assert hints.suggest(word, KNOWN) is None and hints.suggest(f"train.{word}", KNOWN) is None, word
         assert nearest(word, _VERBS) == "", word
 
 
@@ -132,7 +132,7 @@ def test_the_configurations_line_by_line_load_and_agree_with_the_table(
     config: tuple[tuple[str, str], ...], tmp_path: Path
 ) -> None:
     for theirs, ours in config:
-        hint = hints.setting(theirs.split()[0], KNOWN)
+        hint = hints.suggest(theirs.split()[0], KNOWN)
         assert hint is not None and hint.engine in ("Megatron-LM", "torchtitan"), theirs
         assert ours.split(" = ")[0] == hint.ours if ours else hint.remark, theirs
     file = tmp_path / "theirs.toml"
@@ -180,4 +180,4 @@ def test_other_words_are_no_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main([word])
         assert capsys.readouterr().err.startswith(f"error: no verb {word!r}\n")
-    assert all(verb in _VERBS for meant in _MEANT.values() for verb in meant.split(" or "))
+    assert all(verb in _VERBS for meant in _SYNONYMS.values() for verb in meant.split(" or "))

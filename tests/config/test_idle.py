@@ -44,7 +44,7 @@ BESIDE = {  # what makes it idle where the defaults do not
 
 def paths(values: dict[str, Any], files: tuple[Path, ...] = ()) -> list[str]:
     try:
-        load(files, {k: str(v) for k, v in values.items()}, refuse_idle=True)
+        load(files, {k: str(v) for k, v in values.items()}, reject_idle=True)
     except ConfigError as error:
         return [fault.path for fault in error.errors]
     return []

@@ -8,7 +8,7 @@ import pytest
 
 from engine.cli.main import main
 from engine.config.load import load
-from engine.config.renames import SETTINGS, todays
+from engine.config.renames import SETTINGS, to_current_names
 from engine.config.schema import Config, fields
 from engine.errors import ConfigError
 from tests.support.errors import raises
@@ -41,13 +41,13 @@ def test_an_old_name_is_an_error_that_names_the_new_one(
 
 
 def test_what_a_run_saved_is_read_as_it_is_meant(tmp_path: Path) -> None:
-    now = todays(OLD_TREE)
+    now = to_current_names(OLD_TREE)
     assert now == {
         "lr_schedule": {"kind": "linear", "warmup_steps": 7},
         "train": {"steps": 9},
         "eval": {"every": 7},
     }
-    assert todays(now) == now and todays(Config().model_dump()) == Config().model_dump()
+    assert to_current_names(now) == now and to_current_names(Config().model_dump()) == Config().model_dump()
     file = tmp_path / "config.toml"
     file.write_text(OLD_TOML)
     with raises(ConfigError, "config.renamed", "train.eval_every", "eval.every"):

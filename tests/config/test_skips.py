@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.checks import relations
+from engine.config.checks import config_errors
 from engine.config.schema import Config
-from engine.config.skips import below, holds, in_words, read_ranges
+from engine.config.skips import contains, format_ranges, ranges_below, read_ranges
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader, RankShare
 from engine.data.samples.order import SampleOrder
@@ -43,14 +43,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_ranges() -> None:
     assert read_ranges("") == () and read_ranges("7, 10-12 11-13\n14 3") == ((3, 3), (7, 7), (10, 14))
     ranges = read_ranges("3 7 10-14")
-    assert [n for n in range(20) if holds(ranges, n)] == [3, 7, 10, 11, 12, 13, 14]
-    assert in_words(ranges) == "3 7 10-14" and below(ranges, 12) == "3 7 10-11" and below(ranges, 3) == ""
+    assert [n for n in range(20) if contains(ranges, n)] == [3, 7, 10, 11, 12, 13, 14]
+    assert (
+        format_ranges(ranges) == "3 7 10-14"
+        and ranges_below(ranges, 12) == "3 7 10-11"
+        and ranges_below(ranges, 3) == ""
+    )
     for wrong in ("x", "3-", "-3", "5-4", "1e3", "1--2"):
         with pytest.raises(ValueError, match=re.escape(repr(wrong))):
             read_ranges(wrong)
     cfg = resolve().config
     bad = cfg.model_copy(update={"train": cfg.train.model_copy(update={"skip_steps": "a"})})
-    assert [fault.path for fault in relations(bad, 1)] == ["train.skip_steps"]
+    assert [fault.path for fault in config_errors(bad, 1)] == ["train.skip_steps"]
 
 
 def loader_of(cfg: Config, ctx: ParallelContext, prefix: str, skip: str) -> Loader:

@@ -34,7 +34,7 @@ def made(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def fault_of(made: tuple[Path, Path]) -> str:
-    return compare_with_transformers(*made).fault
+    return compare_with_transformers(*made).problem
 
 
 @pytest.mark.parametrize("name", ["llama3-rope", "gemma", "gpt2", "neox"])
@@ -44,8 +44,8 @@ def test_sound_exports_pass_in_every_dtype(tmp_path: Path, name: str) -> None:
     for dtype in (None, torch.bfloat16, torch.float16):
         export(folder, tmp_path / str(dtype), dtype=dtype, tokenizer=None, eod=None)
         found = compare_with_transformers(folder, tmp_path / str(dtype), dtype)
-        assert not found.fault and 0 < found.difference < found.bound < 1e-4 * found.largest
-    assert compare_with_transformers(folder, tmp_path / "torch.bfloat16").fault  # weights that are not rounded alike
+        assert not found.problem and 0 < found.difference < found.bound < 1e-4 * found.largest
+    assert compare_with_transformers(folder, tmp_path / "torch.bfloat16").problem  # weights that are not rounded alike
 
 
 def exchanged_heads(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ def exchanged_heads(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("change", "problem"),
     [
         (lambda t: t[DOWN].view(-1)[5].fill_(float("nan")), "transformers' values behind layer 1 are not finite"),
         (lambda t: t[DOWN].view(-1)[5].add_(1e-2), "layer 1 is the first that differs: by .* rounding explains"),
@@ -64,11 +64,11 @@ def exchanged_heads(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         (lambda t: t.update(exchanged_heads(t)), "layer 0 is the first"),
     ],
 )
-def test_wrong_weights_are_found_and_the_layer_named(made: tuple[Path, Path], change: Any, fault: str) -> None:
+def test_wrong_weights_are_found_and_the_layer_named(made: tuple[Path, Path], change: Any, problem: str) -> None:
     rewrite(made[1], change)
     tensors = tensors_of(made[1])
     save_file(tensors, made[1] / SINGLE, {"format": "pt"})
-    assert re.search(fault, fault_of(made))
+    assert re.search(problem, fault_of(made))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -80,7 +80,7 @@ def test_a_wrong_config_is_found(made: tuple[Path, Path], dtype: torch.dtype | N
     rope = {key: right[key] | {"rope_theta": 10100.0} for key in ("rope_parameters", "rope_scaling") if right.get(key)}
     for change in (rope, {"rms_norm_eps": 1e-5}, {"rms_norm_eps": 2e-6}, {"hidden_act": "gelu"}):
         path.write_text(json.dumps(right | change))
-        assert "is the first that differs" in compare_with_transformers(folder, out, dtype).fault, change
+        assert "is the first that differs" in compare_with_transformers(folder, out, dtype).problem, change
     path.write_text(json.dumps(right | {"attention_bias": True}))
     with raises(CheckpointError, "inference.export-tensors-differ", "model.layers.0", "bias"):
         compare_with_transformers(folder, out, dtype)

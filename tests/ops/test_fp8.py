@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config.checks import relations
+from engine.config.checks import config_errors
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
@@ -157,7 +157,7 @@ def test_a_checkpoint_is_evaluated_in_bf16_and_in_layouts_that_fp8_refuses(monke
     monkeypatch.setattr(inference, "find", lambda *_: Path())
     monkeypatch.setattr(inference, "read_manifest", lambda *_: SimpleNamespace(config=cfg.model_dump()))
     found = inference.config_of(Path(), tensor=8, world=8)  # 8 columns of down on a rank
-    assert found.train.fp8 == "none" and relations(found, 8) == []
+    assert found.train.fp8 == "none" and config_errors(found, 8) == []
 
 
 def test_an_older_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, file: Path, name: str, degrees: d
     expected, before = facts((root / name / "expected.jsonl").read_text()), (run / "metrics.jsonl").read_text()
     layout = {f"parallel.{axis}": str(degrees.get(axis, 1)) for axis in ("tensor", "pipeline", "data")}
     values = golden_run.options(name, root) | layout
-    resolved = load([], values | {"run.dir": str(run), "checkpoint.resume": "latest"}, world=ranks, refuse_idle=True)
+    resolved = load([], values | {"run.dir": str(run), "checkpoint.resume": "latest"}, world=ranks, reject_idle=True)
     cfg = resolved.config
     here = {key: x for key, x in values.items() if key.startswith("data.")}  # the file says where they were
     saved = load(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine.batch import Collator, LossMask
-from engine.config.checks import relations
+from engine.config.checks import config_errors
 from engine.config.derived import derive
 from engine.config.schema import Config
 from engine.data.samples.indexed import IndexedDataset
@@ -225,7 +225,7 @@ def test_batches_are_those_of_the_run_in_every_layout(corpus: Path, tmp_path: Pa
 
     def printed(tensor: int, pipeline: int, world: int, batches: int) -> str:
         found = config_of(Path(made), tensor=tensor, pipeline=pipeline, world=world)
-        assert not relations(found, world)
+        assert not config_errors(found, world)
 
         def job(ctx: ParallelContext) -> str:
             with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from engine.batch import Collator, MicroBatch
-from engine.config.skips import Ranges, holds
+from engine.config.skips import Ranges, contains
 from engine.data.samples.fim import FillInTheMiddle
 from engine.data.samples.keyed import Int64Array
 from engine.errors import DataError
@@ -65,7 +65,7 @@ class RankShare:
         if self.fim is not None:  # all micro-batches at once: one call of the tokenizer
             changed = self.fim(rows, samples, sources)
             rows, lengths = changed.rows, changed.lengths
-        skipped = np.array([holds(self.skip, sample) for sample in samples.tolist()])
+        skipped = np.array([contains(self.skip, sample) for sample in samples.tolist()])
         rows[skipped] = 0  # not only masked: what makes a number infinite would do so with no weight as well
         # a label behind the end of its row is filling
         present = (np.arange(1, rows.shape[1]) < lengths[:, None]) & ~skipped[:, None]

@@ -1,7 +1,7 @@
-"""Every error the engine raises on purpose, and the exit code each one ends the process with.
+"""The engine's exceptions, and the exit code of each.
 
-An error says what is wrong, where, why, and what to do. A `FieldError` is that sentence in four parts, so that a
-configuration with seven errors reports seven of them at once.
+A message names the problem, the place, the reason and the fix. A `FieldError` holds these as separate fields, so that a
+configuration with seven errors reports all seven at once.
 """
 
 from __future__ import annotations
@@ -12,46 +12,46 @@ from dataclasses import dataclass
 EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_CONFIG = 2
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: the state was saved on a signal, please start the same command again
-EXIT_READER_GONE = 141  # 128 + SIGPIPE, as a shell says of a command whose output nobody reads any more
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped on a signal after saving; start the same command again to resume
+EXIT_READER_GONE = 141  # 128 + SIGPIPE, the code a shell reports for a command whose output pipe was closed
 
 
-_SHOWN = 200  # characters of a value that a message has room for
+_MAX_VALUE_CHARS = 200  # longest value that a message prints in full
 
 
 def format_value(value: object) -> str:
-    """A value for a message: what stands in other people's files may be of any length and depth."""
-    if isinstance(value, str | bytes) and len(value) > _SHOWN:
-        return f"{value[:_SHOWN]!r}... ({len(value):,} in all)"
+    """repr of a value for a message, shortened: values from users' files may be of any length and depth."""
+    if isinstance(value, str | bytes) and len(value) > _MAX_VALUE_CHARS:
+        return f"{value[:_MAX_VALUE_CHARS]!r}... ({len(value):,} in all)"
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply; a whole number of thousands of digits
+    except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
         return f"a {type(value).__name__} that is too long to show"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters in all)"
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}... ({len(text):,} characters in all)"
 
 
-def truncate(text: str, most: int = 2 * _SHOWN) -> str:
-    """The beginning of a text that should be short."""
-    return text if len(text) <= most else f"{text[:most]}..."
+def truncate(text: str, max_chars: int = 2 * _MAX_VALUE_CHARS) -> str:
+    """The text, cut after `max_chars` characters."""
+    return text if len(text) <= max_chars else f"{text[:max_chars]}..."
 
 
 class EngineError(Exception):
-    """Base of all expected failures: its text is meant for a person, no traceback needed.
+    """Base of all expected errors: the message is for the user, and no traceback is printed.
 
-    `code`: "room.what-is-wrong", the same whatever the wording becomes; scripts and tests go by it.
+    code: "package.short-name", stable when the wording changes; scripts and tests match it.
     """
 
     exit_code = EXIT_ERROR
 
     def __init__(self, code: str, message: str):
-        super().__init__(code, message)  # both: an error that crosses processes is made again of them
+        super().__init__(code, message)  # both, because unpickling in another process calls the class with these
         self.code = code
 
     def __str__(self) -> str:
         return str(self.args[1])
 
     def report(self) -> str:
-        """The text as it is printed: with the code at its end, as what to search for."""
+        """The message as printed: it ends with the code, to search for."""
         return f"{self} [{self.code}]"
 
 
@@ -71,7 +71,7 @@ class FieldError:
 
 
 class ConfigError(EngineError):
-    """The configuration cannot be run. Carries all errors found, not only the first."""
+    """The configuration is not valid. Carries all errors found, not only the first."""
 
     exit_code = EXIT_CONFIG
 
@@ -85,7 +85,7 @@ class ConfigError(EngineError):
         return type(self), (self.errors,)
 
     def report(self) -> str:
-        """The text as it is printed: each error has its code."""
+        """The message as printed: each line ends with the code of its error."""
         return str(self)
 
 
@@ -98,31 +98,31 @@ class PlanError(EngineError):
 
 
 class DataError(EngineError):
-    """Data on disk or text input is missing, damaged or does not fit the model."""
+    """Data on disk or text input is missing, corrupt or does not fit the model."""
 
 
 class CheckpointError(EngineError):
-    """A checkpoint is missing, damaged, does not fit, or could not be written."""
+    """A checkpoint is missing, corrupt, does not fit, or could not be written."""
 
 
 class DamageError(CheckpointError):
-    """A checkpoint is not as it was written: torn, cut, changed bytes, files missing. Another one may do."""
+    """A checkpoint is corrupt: torn, truncated, bytes changed or files missing. An older one may still be whole."""
 
 
 class SecretError(CheckpointError):
-    """A checkpoint that is signed or encrypted, and no secret; or a secret, and a checkpoint that is not."""
+    """A signed or encrypted checkpoint was opened without a secret, or a plain checkpoint with one."""
 
 
 class WrongSecretError(SecretError):
-    """A signature that is not the secret's: another secret made it, or the file was changed."""
+    """The signature does not match the secret: it was made with another secret, or the file was changed."""
 
 
 class TrainingError(EngineError):
-    """Training cannot go on: non-finite loss or gradient, or ranks that disagree."""
+    """Training cannot continue: non-finite loss or gradient, or ranks that disagree."""
 
 
 def out_of_memory_help(error: BaseException) -> str:
-    """What to do about an error that says that memory has run out, torch's on GPUs and CPUs or Python's; else empty."""
+    """Advice for an out-of-memory error of torch (GPU or CPU) or Python; empty for any other error."""
     text = str(error)
     names = {kind.__name__ for kind in type(error).__mro__}
     if not (names & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in text or "std::bad_alloc" in text):
@@ -130,6 +130,7 @@ def out_of_memory_help(error: BaseException) -> str:
     why = next((line for line in text.splitlines() if "alloc" in line), text.partition("\n")[0])
     return (
         f"out of memory: {why.strip() or type(error).__name__}\n"
-        "  For activations: a smaller train.micro_batch_size, or train.recompute selective or full.\n"
-        "  For weights and optimizer: more ranks, parallel.tensor or parallel.pipeline; --dry-run says what they take."
+        "  For activations: lower train.micro_batch_size, or set train.recompute to selective or full.\n"
+        "  For weights and optimizer state: use more ranks, or raise parallel.tensor or parallel.pipeline; --dry-run "
+        "estimates the memory."
     )

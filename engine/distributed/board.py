@@ -1,11 +1,12 @@
-"""What a rank is doing, where the other ranks of its host can read it: to say who is behind when one waits in vain.
+"""Heartbeats of ranks that others on the same host can read, to name the rank that a timed-out collective waits for.
 
-Each rank has two times in a page of memory without a name (memfd), by CLOCK_MONOTONIC, which a host has one of:
+Each rank publishes two times in an anonymous page of memory (memfd), by CLOCK_MONOTONIC, which all processes of a host
+share:
 
-    beat    a thread writes it every half second: an old one is of a process that does not run (stopped, swapping)
-    since   when the rank last began (negative) or ended (positive) to wait for others in a collective or message
+    beat    written by a thread every half second: an old value means that the process does not run (stopped, swapping)
+    since   when the rank last started (negative) or ended (positive) a wait for others in a collective or message
 
-Others find the page through /proc by process id and a random number in it. No torch; nothing is sent to any rank.
+Others find the page through /proc by process id, and verify a random number in it. No torch; no messages between ranks.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ Gather = Callable[[list[int]], list[list[int]]]
 
 
 class Waitable(Protocol):
-    """What was started: dist.Work, or that of a link."""
+    """An operation in progress: a dist.Work, or the Work of a shared-memory link."""
 
     def wait(self) -> Any:
-        """Return when it is done."""
+        """Return when the operation is complete."""
 
 
 @dataclass
 class PeerStatus:
-    """The ranks as one of them sees the others. behind: rank -> what it does instead; unknown: on other hosts."""
+    """Status of the other ranks. behind: rank -> why it does not take part; ended: its process is gone;
+    waiting: in a collective; unknown: on another host."""
 
     behind: dict[int, str] = field(default_factory=dict)
     ended: list[int] = field(default_factory=list)
@@ -46,7 +48,7 @@ class PeerStatus:
 
 
 class Board:
-    """This rank's page, and where those of the others are. rows: of each rank process id, host, file, random number."""
+    """This rank's page, and where those of the others are. rows: per rank [process id, host, file, random number]."""
 
     def __init__(self, file: int, rank: int, rows: list[list[int]]):
         self._rank, self._rows = rank, rows
@@ -54,7 +56,7 @@ class Board:
         self._times[0] = self._times[1] = time.monotonic()
 
     def start_heartbeat(self) -> None:
-        """Have a thread say from now on that this process runs."""
+        """Start the thread that publishes that this process runs."""
 
         def work() -> None:
             while True:
@@ -64,7 +66,7 @@ class Board:
         threading.Thread(target=work, name="beat", daemon=True).start()
 
     def wait(self, work: Waitable) -> None:
-        """Wait for what was started with others."""
+        """Wait for an operation with other ranks, and publish the time of the wait."""
         self._times[1] = -time.monotonic()
         try:
             work.wait()
@@ -72,7 +74,7 @@ class Board:
             self._times[1] = time.monotonic()
 
     def peer_status(self, patience_s: float) -> PeerStatus:
-        """What the other ranks do. Behind is who has not run, or has waited for nobody, for `patience_s`."""
+        """Status of the other ranks. A rank is behind if it has not run, or not waited for others, for `patience_s`."""
         peers, now = PeerStatus(), time.monotonic()
         for rank, (pid, host, file, number) in enumerate(self._rows):
             if rank == self._rank:
@@ -96,7 +98,10 @@ class Board:
 
 
 def connect(rank: int, gather: Gather) -> Board | None:
-    """This rank's board; None where it can have none. Collective. gather: every rank's list of integers."""
+    """Create this rank's board; None if this Python or system has no memfd. Collective.
+
+    gather: all-gathers a list of integers.
+    """
     file, number = -1, secrets.randbits(48)
     with suppress(OSError, AttributeError):  # not every Python has memfd_create
         file = os.memfd_create("engine-board")
@@ -107,13 +112,13 @@ def connect(rank: int, gather: Gather) -> Board | None:
 
 
 def namespace() -> int:
-    """A number for the space of this process's id and for its network: who was put on another is another host."""
+    """Id of this process's PID and network namespaces; ranks in different namespaces count as different hosts."""
     processes, network = (os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "net"))
     return processes * 1_000_003 + network
 
 
 def _host() -> int:
-    """The same number for the processes that see each other in /proc: one start of one machine, and one namespace."""
+    """Id that processes share if they see each other in /proc: of one boot of one machine, and one namespace."""
     start = 0
     with suppress(OSError):
         start = int(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").partition("-")[0], 16)

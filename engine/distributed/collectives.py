@@ -1,11 +1,12 @@
-"""Collectives, their autograd pair, and small agreements between ranks. Each takes an Axis; size 1 is the identity.
+"""Collectives, one with autograd, and small agreements between ranks. Each takes an Axis; size 1 is the identity.
 
-CPU ranks of one host speak over shared memory where the axis has a link (shared_memory.py), else over the group.
+CPU ranks of one host use shared memory if the axis has a link (shared_memory.py), else the process group.
 
-Every call counts the bytes this rank sends, with ring algorithms, in `axis.traffic` under (axis name, collective):
+Every call adds the bytes this rank sends, assuming ring algorithms, to `axis.traffic` under (axis name, collective):
 all-reduce of X bytes over n ranks 2 X (n-1)/n, all-gather and reduce-scatter X (n-1)/n with X the full size, a send X.
 
-Objects cross ranks as JSON bytes only: torch's object collectives pickle, and a pickle from a peer is code.
+Objects are sent to other ranks as JSON only: torch's object collectives use pickle, and a pickle from a peer can run
+code.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from engine.distributed.board import Board, Waitable
 from engine.distributed.context import Axis
 from engine.errors import EngineError
 
-# torch 2.13 calls these _single and warns of the names that 2.11 has
+# torch 2.13 calls these _single and warns about the names of 2.11
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -31,7 +32,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 
 @dataclass
 class Pending:
-    """A tensor on its way. `wait()` gives it; until then neither it nor what it came from may be touched."""
+    """Result of an asynchronous operation. Until `wait()` returns it, neither it nor the input may be touched."""
 
     value: Tensor
     work: Waitable | None = None
@@ -53,7 +54,7 @@ def _count(axis: Axis, collective: str, num_bytes: float) -> None:
 
 
 def _ring(x: Tensor, axis: Axis) -> float:
-    """Bytes a rank sends to pass a tensor of x's size once round the ring."""
+    """Bytes a rank sends to pass a tensor of x's size once around the ring."""
     return x.numel() * x.element_size() * (axis.size - 1) / axis.size
 
 
@@ -91,7 +92,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 
 
 def all_gather_into_start(x: Tensor, axis: Axis) -> Pending:
-    """Start filling flat `x` [n * axis.size] in place: every rank has put its part where it belongs."""
+    """Start an in-place all-gather of flat `x` [n * axis.size]: each rank's part is already at its position."""
     if axis.size == 1:
         return Pending(x)
     _count(axis, "all_gather", _ring(x, axis))
@@ -102,7 +103,7 @@ def all_gather_into_start(x: Tensor, axis: Axis) -> Pending:
 
 
 def reduce_scatter_start(x: Tensor, axis: Axis) -> Pending:
-    """Start summing `x` over the axis; what comes is this rank's part of the first dim, a new tensor."""
+    """Start a reduce-scatter (sum) of `x`; the result is this rank's part of the first dim, a new tensor."""
     if axis.size == 1:
         return Pending(x)
     if x.shape[0] % axis.size:
@@ -115,7 +116,10 @@ def reduce_scatter_start(x: Tensor, axis: Axis) -> Pending:
 
 
 def reduce_partial_sums_start(x: Tensor, replicated: Axis, sequence: Axis) -> Pending:
-    """Start summing partial results over the tensor ranks: whole on each (copies), or a part on each (sequence)."""
+    """Start reducing partial sums over the tensor ranks: an all-reduce, or a reduce-scatter along the sequence.
+
+    At most one of the two axes has more than one rank. The all-reduce changes x in place.
+    """
     return (
         all_reduce_start(x, replicated)
         if sequence.size == 1
@@ -127,7 +131,7 @@ class _ReducePartialSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, replicated: Axis, sequence: Axis) -> Tensor:
         ctx.sequence = sequence
-        if replicated.size > 1:  # summed in place, and x is not ours; a reduce-scatter has a result of its own
+        if replicated.size > 1:  # the all-reduce is in place and x is the caller's; a reduce-scatter makes a new tensor
             x = x.clone(memory_format=torch.contiguous_format)
         return reduce_partial_sums_start(x, replicated, sequence).wait()
 
@@ -137,10 +141,10 @@ class _ReducePartialSums(torch.autograd.Function):
 
 
 def reduce_partial_sums(x: Tensor, replicated: Axis, sequence: Axis) -> Tensor:
-    """Leave a tensor-parallel region: partial sums `x` [s, ...] become their sum, whole or cut along the sequence.
+    """Leave a tensor-parallel region: reduce partial sums `x` [s, ...]; under sequence parallelism scatter along s.
 
     Forward all-reduce, backward identity (Megatron's g: Shoeybi et al. 2019, figure 3), or forward reduce-scatter,
-    backward all-gather (Korthikanti et al. 2022, figure 5). The mirror image lives in ops.linear, where the sum of the
+    backward all-gather (Korthikanti et al. 2022, figure 5). Its conjugate is in ops.linear, where the reduction of the
     backward overlaps the weight gradient.
     """
     return x if replicated.size == sequence.size == 1 else _ReducePartialSums.apply(x, replicated, sequence)
@@ -151,9 +155,9 @@ def post(
 ) -> tuple[list[Pending], list[Pending]]:
     """Post sends and receives together as one batch; peers are positions on the axis. Returns (sent, received).
 
-    A tensor being sent must not change before it is. NCCL has no tags: the k-th send to a peer meets the k-th receive
-    there, which the pipeline plan's check has proven to be the right one. NCCL also answers a batch with one work for
-    all of it, which everything in the batch then waits for.
+    A tensor must not change until its send is complete. NCCL has no tags: the k-th send to a peer matches the k-th
+    receive there; the check of the pipeline plan has proven that they belong together. NCCL returns one work for a
+    whole batch, so each of its messages waits for all.
     """
     for x, _ in sends:
         _count(axis, "send", x.numel() * x.element_size())
@@ -181,14 +185,14 @@ def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
 
 
 class _Report(NamedTuple):
-    """What other ranks hear of a rank's error."""
+    """A rank's error as sent to the other ranks."""
 
     code: str
     text: str
 
 
 def raise_together(error: EngineError | None, axis: Axis, device: torch.device) -> None:
-    """If any rank of the axis brings an error, raise it on all of them, naming the first rank that has one."""
+    """If any rank of the axis passes an error, raise on all: its own, or that of the first rank that has one."""
     reports = gather_json(None if error is None else [error.code, str(error)], axis, device)
     if error is not None:
         raise error
@@ -199,16 +203,17 @@ def raise_together(error: EngineError | None, axis: Axis, device: torch.device) 
 
 
 def on_first_rank(work: Callable[[], Any], axis: Axis, device: torch.device) -> Any:
-    """Run `work` on the first rank of the axis while the others wait; its JSON-serialisable result is everybody's.
+    """Run `work` on the first rank of the axis while the others wait; all ranks return its JSON-serialisable result.
 
-    So is its EngineError. What depends on a file system is decided this way: two ranks may see it differently.
+    An EngineError is raised on all ranks. Decisions that depend on a file system are made this way, because two ranks
+    may see it differently.
     """
     error: EngineError | None = None
     result: Any = None
     if axis.rank == 0:
         try:
             result = work()
-        except EngineError as fault:
-            error = fault
+        except EngineError as raised:
+            error = raised
     raise_together(error, axis, device)
     return gather_json(result, axis, device)[0]

@@ -1,4 +1,4 @@
-"""Axis and ParallelContext: what a rank knows about its place, passed as an argument and never reached for.
+"""Axis and ParallelContext: a rank's place in the mesh, always passed as an argument, never a global.
 
 `ParallelContext` is frozen and has no default: code that forgets to pass it fails at once instead of falling back to a
 global. Two contexts can live in one process (the tests use that).
@@ -23,10 +23,10 @@ from engine.errors import ConfigError, FieldError
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of the mesh as seen from one rank. `group` is None when there is nothing to talk to (size 1).
+    """One direction of the mesh as seen from one rank. group: None for size 1, or in a context without processes.
 
-    link: to the other ranks over shared memory where they have some; collectives and messages then go that way.
-    board: where this rank says that it waits, the same on all axes; on CPUs only.
+    link: shared memory with the other ranks; if there is one, collectives and messages use it instead of the group.
+    board: where this rank publishes that it waits, the same on all axes; on CPUs only.
     traffic: bytes this rank has sent, by (axis name, collective); the axes of a context share one counter.
     """
 
@@ -42,12 +42,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """A rank's place in the grid, and where and in what dtype its parameters live.
+    """A rank's place in the grid, and the device and dtype of its parameters.
 
     tensor, pipeline, data, context: the axes of the grid. kv: the tensor ranks that hold the same KV heads.
-    sequence: the tensor ranks that cut the sequence among them outside the matrices; copies: those that hold the same
-    activations there. One of the two is the tensor axis and the other this rank alone, so code takes both and asks for
-    neither. ends: the ranks of first and last stage (tied embeddings). world: all ranks. alone: this rank.
+    sequence: the tensor ranks over which activations outside the matrices are sharded along the sequence (sequence
+    parallelism); replicated: those that hold the same activations there. One of the two is the tensor axis, the other
+    only this rank, so code applies collectives of both without branching. tied_stages: the ranks of the first and last
+    stage (tied embeddings). world: all ranks. self_axis: only this rank.
     """
 
     layout: Layout
@@ -66,13 +67,13 @@ class ParallelContext:
     dtype: torch.dtype
 
     def axis(self, name: str) -> Axis:
-        """The axis of that name (ShardSpecs name axes, because they are written before any process exists)."""
+        """The axis of that name (a ShardSpec names axes, because it is created before any process group exists)."""
         found = getattr(self, name)
         assert isinstance(found, Axis), name
         return found
 
     def describe_transports(self) -> str:
-        """What this rank's collectives go over, by axis where it differs."""
+        """Transport of each axis in words, such as "shared memory (tensor), gloo (world)"; no axes if all use one."""
         network = "NCCL" if self.device.type == "cuda" else "gloo"
         ways: dict[str, list[str]] = {}
         for name in ("tensor", "pipeline", "data", "world"):
@@ -94,12 +95,12 @@ def make_context(
 ) -> ParallelContext:
     """The context of one rank. With `connect`, process groups are created (collective: every rank calls it).
 
-    Without `connect` the axes carry no groups: good for counting and for dry runs of any world size, and it is the
-    whole truth when the world is one rank. Every rank creates the axes in the same order and each axis partitions
-    the ranks, so the local synchronisation of `new_group` cannot deadlock.
+    Without `connect` the axes have no groups: enough for memory estimates and dry runs of any world size, and for a
+    world of one rank. Every rank creates the axes in the same order and each axis partitions the ranks, so the local
+    synchronisation of `new_group` cannot deadlock.
 
-    transport: of ranks on CPUs. auto: shared memory on the axes whose ranks are on one host, else gloo; gloo: only
-    that; shared: ConfigError on every rank if any axis cannot have shared memory.
+    transport: for ranks on CPUs. auto: shared memory on axes whose ranks are on one host, else gloo; gloo: gloo only;
+    shared: ConfigError on every rank if any axis cannot use shared memory.
     """
     made: dict[tuple[tuple[int, ...], bool], dist.ProcessGroup | None] = {}
     members = {
@@ -111,7 +112,7 @@ def make_context(
         "tied_stages": layout.tied_stages_group(rank),
         "self_axis": (rank,),
     }
-    # NCCL runs what a group is asked for in turn: on GPUs an axis with all ranks has a group of its own, else each
+    # NCCL runs the operations of a group in order. On GPUs, an axis with all ranks gets a separate group; else each
     # small agreement of the world would wait until that axis has gathered all weights.
     on_gpu = torch.device(device).type == "cuda"
     groups = {name: (ranks, on_gpu and name == "world") for name, ranks in members.items()}
@@ -136,10 +137,11 @@ def make_context(
 
 
 def _connect_nccl(groups: list[dist.ProcessGroup | None], device: torch.device) -> None:
-    """Have NCCL connect every group now, at the same point on all ranks.
+    """Make NCCL connect every group now, at the same point on all ranks.
 
-    It does so in the first call, which waits on the host for all ranks of the group. In the middle of a step that could
-    meet ranks that wait for others; and a batch of messages, of two ranks of a group only, may not be the first call.
+    NCCL connects a group in its first call, which blocks the host until all ranks of the group make it. In the middle
+    of a step this could deadlock with ranks that wait for others; and a batch of messages, which involves only two
+    ranks of a group, must not be the first call.
     """
     for group in groups:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -162,7 +164,7 @@ def _connect_shared(
     timeout_s: float,
     transport: str,
 ) -> dict[tuple[int, ...], Link]:
-    """The groups of this rank that speak over shared memory. Collective over the world."""
+    """Shared-memory links of this rank's groups, for those that can have one. Collective over the world."""
     if transport == "gloo":
         return {}
     links: dict[tuple[int, ...], Link] = {}
@@ -170,7 +172,6 @@ def _connect_shared(
     if device.type == "cpu":
         links, why = connect_shared(members, rank, world, _gather(world), timeout_s)
     if why and transport == "shared":
-        fix = "Use auto, which takes gloo where it has to."
-        fault = FieldError("distributed.no-shared-memory", "parallel.transport", "shared", why, fix)
-        raise ConfigError([fault])
+        fix = "Use auto, which falls back to gloo."
+        raise ConfigError([FieldError("distributed.no-shared-memory", "parallel.transport", "shared", why, fix)])
     return links

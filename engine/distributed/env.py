@@ -1,4 +1,4 @@
-"""What the environment says about this process: the only reader and writer of os.environ."""
+"""Environment variables: the only module that reads and writes os.environ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.errors import ConfigError, FieldError
 
 @dataclass(frozen=True)
 class Env:
-    """What torchrun says about this process; one rank alone without it."""
+    """Rank and world size of this process from torchrun; a single rank without it."""
 
     rank: int = 0
     world: int = 1
@@ -23,7 +23,7 @@ class Env:
 
 
 def read_env() -> Env:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, as torchrun sets them."""
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as torchrun sets them. ConfigError if one is no number."""
     if "RANK" not in os.environ:
         return Env()
     names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}
@@ -45,7 +45,7 @@ def read_env() -> Env:
 
 
 def pick_device(wanted: str, env: Env) -> torch.device:
-    """The device of this rank for train.device auto, cpu or cuda. ConfigError when a GPU is asked for in vain."""
+    """The device of this rank for train.device auto, cpu or cuda. ConfigError for cuda with fewer GPUs than ranks."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and gpus < env.local_world):
         return torch.device("cpu")
@@ -57,19 +57,19 @@ def pick_device(wanted: str, env: Env) -> torch.device:
 
 
 def write_exit_code(code: int) -> None:
-    """Write the exit code of a failed start into the file that ENGINE_EXIT_CODE_FILE names: torchrun always says 1."""
+    """Write the exit code of a failed start to the file ENGINE_EXIT_CODE_FILE: torchrun itself always exits with 1."""
     if file := os.environ.get("ENGINE_EXIT_CODE_FILE"):
         with suppress(OSError):
             Path(file).write_text(f"{code}\n", encoding="utf-8")
 
 
 def limit_encoder_threads(count: int) -> None:
-    """How many threads tokenizer libraries may use. They read it once, at their first batch."""
+    """Limit the threads of tokenizer libraries. They read the variable once, at their first batch."""
     os.environ["RAYON_NUM_THREADS"] = str(count)
 
 
 def secret_variable(name: str) -> bytes | None:
-    """The secret that the user has put into a variable; None where it is not set."""
+    """The secret in an environment variable; None if it is not set."""
     return os.environ[name].encode() if name in os.environ else None
 
 
@@ -79,20 +79,20 @@ def under_torchrun() -> bool:
 
 
 def torchrun_error_file() -> str | None:
-    """Where torchrun looks for the root cause."""
+    """The file from which torchrun reads the root cause; None without torchrun."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE")
 
 
 def master_address() -> str | None:
-    """The first node, as the user has named it to torchrun."""
+    """MASTER_ADDR, the address of the first node; None if it is not set."""
     return os.environ.get("MASTER_ADDR")
 
 
 def gloo_interface() -> str | None:
-    """The network interface that gloo is to take; None where nobody has named one."""
+    """The network interface that the user has chosen for gloo; None if not set."""
     return os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 def set_gloo_interface(name: str) -> None:
-    """Have gloo take this network interface. It reads the variable when it connects."""
+    """Choose gloo's network interface. gloo reads the variable when it connects."""
     os.environ["GLOO_SOCKET_IFNAME"] = name

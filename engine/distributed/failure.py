@@ -1,6 +1,6 @@
-"""What is reported when a rank fails, loses its peers, or loses its launcher: one message, by one rank.
+"""Error reports of failed ranks, lost peers and a lost launcher: one message, from one rank.
 
-Every wait is bounded: the store may be gone with its host.
+Every wait is bounded, because the store may be gone with its host.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from engine.util.signals import LAUNCHER
 T = TypeVar("T")
 
 _FIRST = "engine/first_error"
-PATIENCE_S = 5.0  # a rank that merely lost its peers waits so long for the one that knows the cause
-STORE_S = 2.0  # an answer of the store that takes longer will not come
+PATIENCE_S = 5.0  # a rank that merely lost its peers waits this long for the rank that knows the cause to report
+STORE_S = 2.0  # after this time an answer of the store will not come
 _LOST_CONTACT_TEXTS = (
     "gloo",
     "NCCL",
@@ -37,16 +37,16 @@ _LOST_CONTACT_TEXTS = (
     "DistBackendError",
     "Application timeout",
     "Timed out",
-)  # words of torch's errors
+)  # parts of torch's error messages
 _TIMEOUT_TEXTS = ("Application timeout", "Timed out", "timed out", "timeout")
-_POLL_S = 1.0  # so often a rank looks whether torchrun is still there
-_LINGER_S = 1.0  # torchrun names the process that ends first as the root cause: a rank with nothing to say ends later
+_POLL_S = 1.0  # interval at which a rank checks that torchrun still runs
+_LINGER_S = 1.0  # torchrun calls the process that ends first the root cause: ranks without a report end later
 
 
 def report(error: Exception, env: Env, store: Store | None, timeout_s: float, board: Board | None) -> str:
-    """Print the error unless another rank had one before; give torchrun's summary the same text.
+    """Print the error unless another rank has reported one before, and give torchrun's summary the same text.
 
-    Returns its first line, or its last where it is a traceback; empty when nothing was told.
+    Returns the message in one line; empty if nothing was printed.
     """
     expected = isinstance(error, EngineError)
     if isinstance(error, EngineError):
@@ -57,21 +57,19 @@ def report(error: Exception, env: Env, store: Store | None, timeout_s: float, bo
         text = out_of_memory_help(error) or "".join(traceback.format_exception(error)).rstrip()
     lost = False
     if store is not None:
-        what = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # without the place in gloo's source
+        first_line = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])  # drops the place in gloo's source
         lost = not expected and any(word in f"{type(error).__name__} {error}" for word in _LOST_CONTACT_TEXTS)
-        peers = (
-            board.peer_status(timeout_s / 2) if lost and board is not None else PeerStatus()
-        )  # now: the others are about to end
-        silent = lost and any(
-            word in what for word in _TIMEOUT_TEXTS
-        )  # for timeout_s already: a cause would have been told
-        first = _is_first(store, patience_s=0.0 if not lost else _LINGER_S if silent else PATIENCE_S)
-        # Without the store nobody knows who was first. All ranks of this host have lost the same peers: one speaks.
+        # read the status now: the other ranks are about to end
+        peers = board.peer_status(timeout_s / 2) if lost and board is not None else PeerStatus()
+        timed_out = lost and any(part in first_line for part in _TIMEOUT_TEXTS)
+        # after a time-out of timeout_s, a rank that knew the cause would have reported it: a short wait is enough
+        first = _is_first(store, patience_s=0.0 if not lost else _LINGER_S if timed_out else PATIENCE_S)
+        # Without the store the first rank is unknown. All ranks of this host have lost the same peers: one reports.
         if first is False or (first is None and lost and env.local_rank > 0):
             time.sleep(_LINGER_S)
             return ""
         if lost:
-            text = _lost_contact(what, timeout_s if silent else None, peers, store_gone=first is None)
+            text = _lost_contact(first_line, timeout_s if timed_out else None, peers, store_gone=first is None)
         text = f"rank {env.rank}: {text}"
         _write_torchrun_error(text)
     print(f"error: {text}", file=sys.stderr, flush=True)
@@ -80,8 +78,8 @@ def report(error: Exception, env: Env, store: Store | None, timeout_s: float, bo
     return f"{f'rank {env.rank}: ' * (store is not None)}{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _lost_contact(what: str, silent_s: float | None, peers: PeerStatus, *, store_gone: bool) -> str:
-    """What a rank can say that lost its peers, or waited for them in vain for `silent_s`."""
+def _lost_contact(error: str, silent_s: float | None, peers: PeerStatus, *, store_gone: bool) -> str:
+    """The message of a rank that lost its peers, or waited for them for `silent_s` without an answer."""
     here, master = socket.gethostname(), master_address()
     if store_gone:
         text = f"lost contact with other ranks and with the first node, {master}: that host or the network is down"
@@ -90,22 +88,22 @@ def _lost_contact(what: str, silent_s: float | None, peers: PeerStatus, *, store
         text = f"{behind}; others have waited {silent_s:g} s for it (parallel.timeout_s)"
     elif silent_s is not None:
         text = (
-            f"no word from another rank for {silent_s:g} s (parallel.timeout_s): its host or the network is down, "
+            f"no message from another rank for {silent_s:g} s (parallel.timeout_s): its host or the network is down, "
             f"or it hangs{_others_status(peers)}"
         )
     else:
         who = f"rank {_joined(peers.ended)}" if peers.ended else "another rank"
-        text = f"lost contact with {who}, which went without a word (killed? out of memory?)"
+        text = f"lost contact with {who}, which exited without an error (killed? out of memory?)"
     return (
-        f"{text}: {what}\n  Look at the network of {here} and at what the other nodes say, then start the same command "
-        "again: it goes on from the last checkpoint."
+        f"{text}: {error}\n  Check the network of {here} and the logs of the other nodes, then start the same command "
+        "again: it resumes from the last checkpoint."
     )
 
 
 def _others_status(peers: PeerStatus) -> str:
-    """Of whom more is known where nobody is found to be behind."""
+    """Status of the other ranks for a message, when none was found to be behind."""
     waiting = f"; rank {_joined(peers.waiting)} on this host waits as well" if peers.waiting else ""
-    return waiting + (f"; what rank {_joined(peers.unknown)} does is not known here" if peers.unknown else "")
+    return waiting + (f"; the state of rank {_joined(peers.unknown)} is not known here" if peers.unknown else "")
 
 
 def _joined(ranks: list[int]) -> str:
@@ -113,7 +111,7 @@ def _joined(ranks: list[int]) -> str:
 
 
 def _write_torchrun_error(text: str) -> None:
-    """Leave the text where torchrun looks for the root cause (the format of torch's elastic ErrorHandler)."""
+    """Write the text where torchrun reads the root cause (the format of torch's elastic ErrorHandler)."""
     if file := torchrun_error_file():
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with suppress(OSError):  # a full disk there must not hide the error
@@ -121,9 +119,9 @@ def _write_torchrun_error(text: str) -> None:
 
 
 def _is_first(store: Store, patience_s: float) -> bool | None:
-    """Whether no other rank has reported an error; None when the store is gone, as with its host.
+    """Whether no other rank has reported an error; None if the store is gone.
 
-    A rank that merely lost its peers gives the cause time to speak.
+    A rank that merely lost its peers first waits `patience_s` for the rank that knows the cause to report.
     """
 
     def ask() -> bool:
@@ -137,15 +135,15 @@ def _is_first(store: Store, patience_s: float) -> bool | None:
 
 
 def end_with_launcher(env: Env) -> None:
-    """End this rank once torchrun has, as by SIGKILL: nobody else would, and it would keep the run folder locked."""
+    """End this rank when torchrun is gone, as after SIGKILL: the rank would hang and keep the run folder locked."""
 
     def work() -> None:
         while os.getppid() == LAUNCHER:
             time.sleep(_POLL_S)
         with suppress(OSError):
             if env.local_rank == 0:
-                text = f"torchrun (process {LAUNCHER}) has ended without a word (killed?), and so do its ranks"
-                print(f"error: rank {env.rank}: {text}; the same command goes on", file=sys.stderr, flush=True)
+                text = f"torchrun (process {LAUNCHER}) exited without an error (killed?), so its ranks end too"
+                print(f"error: rank {env.rank}: {text}; the same command resumes", file=sys.stderr, flush=True)
         os._exit(EXIT_ERROR)
 
     if under_torchrun():
@@ -155,8 +153,8 @@ def end_with_launcher(env: Env) -> None:
 def bounded(work: Callable[[], T], limit_s: float) -> T | None:
     """The result of `work`, or None when it raises or takes longer than `limit_s`.
 
-    A store's client has no time-out of its own for an answer: on a cut line it waits until TCP gives up, a quarter of
-    an hour. The thread is left behind; the caller is about to end the process.
+    A store's client has no time-out for an answer: on a broken connection it waits until TCP gives up, a quarter of an
+    hour. The thread is abandoned; the caller is about to end the process.
     """
     results: list[T] = []
 

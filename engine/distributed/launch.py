@@ -1,4 +1,4 @@
-"""From the ranks of a launcher to a ParallelContext, and from an exception to one message and one exit code.
+"""Connects the ranks of a launcher into a ParallelContext, and turns an exception into one message and exit code.
 
 Under torchrun every rank runs the same command; without it there is one rank and no process group.
 """
@@ -27,12 +27,12 @@ from engine.errors import EXIT_ERROR, EXIT_OK, EngineError
 
 _STARTED, _ALL_STARTED = "engine/started", "engine/all_started"
 _LEAVING, _ALL_LEAVE = "engine/leaving", "engine/all_leave"
-_START_S = 120.0  # a start may take this long, even where parallel.timeout_s is for quick steps
+_START_S = 120.0  # a start may take this long even if parallel.timeout_s is shorter
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """What the ranks form, the same on all but for the device: the arguments of `make_context` without the rank."""
+    """Arguments of `make_context` except the rank; the same on all ranks, except for the device index."""
 
     layout: Layout
     num_kv_heads: int
@@ -51,16 +51,17 @@ def run(
 ) -> int:
     """Connect the ranks, call main(ctx), and return its exit code; an exception becomes a message and a code.
 
-    told: called on the one rank that tells the cause, with the code and the message in one line.
+    on_error: called with the exit code and the message in one line, only on the rank that reports the error.
 
-    When one rank fails, the others fail too (their peer is gone). The first cause is printed once, by the rank that
-    had it; the others leave quietly. A failed rank of several ends without clean-up: that could wait for the dead.
+    When one rank fails, the others fail too (their peer is gone). The first error is printed once, by its rank; the
+    other ranks exit without a message. With several ranks a failed one exits without clean-up, which could wait for
+    ranks that are gone.
     """
     store: Store | None = None
     board: Board | None = None
     end_with_launcher(env)
     if env.rank > 0:
-        warnings.simplefilter("ignore")  # rank 0 has the same to say
+        warnings.simplefilter("ignore")  # rank 0 prints the same warnings
     try:
         if mesh.device.type == "cuda":
             torch.cuda.set_device(mesh.device)
@@ -98,10 +99,10 @@ def run(
 
 
 def leave(code: int, env: Env) -> int:
-    """End this rank with `code` when it is one of several, without taking the interpreter down piece by piece.
+    """Exit this rank with `code`; one of several ranks uses os._exit, without interpreter shutdown.
 
-    Threads of the process groups may still hold the last reference to a tensor; one that reaches for an interpreter
-    which is going away aborts the process: seen as SIGABRT after a run whose every step and save had succeeded.
+    Threads of the process groups may hold the last reference to a tensor, and releasing it during interpreter shutdown
+    aborts the process: seen as SIGABRT after runs whose every step and save had succeeded.
     """
     if env.world > 1:
         sys.stdout.flush()
@@ -124,24 +125,24 @@ def _init_process_group(store: Store, env: Env, device: torch.device, timeout_s:
 
 
 def _wait_for_all_ranks(store: Store, env: Env, limit_s: float) -> None:
-    """Wait until every rank has come this far: imports from a busy file system may take longer than any step does."""
+    """Wait until every rank has started: imports from a busy file system may take longer than any step."""
     if store.add(_STARTED, 1) == env.world:
         store.set(_ALL_STARTED, "1")
     try:
         store.wait([_ALL_STARTED], timedelta(seconds=limit_s))
     except dist.DistStoreError:
-        came = bounded(lambda: store.add(_STARTED, 0), STORE_S)
+        started = bounded(lambda: store.add(_STARTED, 0), STORE_S)
         raise EngineError(
             "distributed.ranks-missing",
-            f"only {came if came else 'some'} of {env.world} ranks have started within {limit_s:g} s: look at what the "
-            "other nodes say, and that each was started with the same number of ranks",
+            f"only {started if started else 'some'} of {env.world} ranks have started within {limit_s:g} s: check the "
+            "logs of the other nodes, and that each was started with the same number of ranks",
         ) from None
 
 
 def _wait_before_exit(store: Store, env: Env) -> None:
-    """Wait until all ranks are about to leave with a code other than 0: torchrun ends the others when one has left.
+    """Before an exit with a code other than 0, wait for all ranks: torchrun kills the others once one has exited.
 
-    Rank 0 may still be writing down how the run ended. Bounded: all is saved, a missing rank is no reason to stay.
+    Rank 0 may still be writing exit.json. The wait is bounded, because everything is saved already.
     """
 
     def wait() -> None:
@@ -153,5 +154,5 @@ def _wait_before_exit(store: Store, env: Env) -> None:
 
 
 def backends() -> dict[str, bool]:
-    """The process-group backends that this torch is built with."""
+    """Process-group backend -> whether this torch was built with it."""
     return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}

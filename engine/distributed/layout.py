@@ -1,7 +1,7 @@
-"""Which rank is where: parallel degrees -> the rank grid -> the groups of every axis. Integers only.
+"""The rank grid: parallel degrees -> coordinates of every rank -> groups of every axis. Integers only.
 
-The grid is [pipeline, data, context, tensor] with tensor fastest, so that the ranks that talk most are neighbours on
-one machine. Nothing here needs torch or a process: planning 4,096 ranks costs nothing.
+The grid is [pipeline, data, context, tensor] with tensor fastest, so that the ranks that communicate most are
+neighbours on one machine. It needs neither torch nor processes: planning 4,096 ranks costs nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ AXES = ("pipeline", "data", "context", "tensor")  # slowest to fastest
 
 
 class Coords(NamedTuple):
-    """Where one rank stands in the grid, by axis."""
+    """Coordinates of one rank in the grid."""
 
     pipeline: int
     data: int
@@ -25,9 +25,9 @@ class Coords(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; their product is the number of ranks. Raises LayoutError when it is not.
+    """Degrees of parallelism. Raises LayoutError unless their product is `world`, the number of ranks.
 
-    sequence: whether the tensor ranks cut the sequence between them outside the matrices (sequence parallelism).
+    sequence: sequence parallelism over the tensor axis (activations outside the matrices are sharded along s).
     tail: the pipeline rank that holds the last stage; -1: the last one.
     """
 
@@ -76,7 +76,7 @@ class Layout:
         return tuple(self.group(axis, r) for r in range(self.world) if getattr(self.coords(r), axis) == 0)
 
     def replica_group(self, rank: int, num_kv_heads: int) -> tuple[int, ...]:
-        """The tensor ranks that hold the same key/value heads as `rank`: itself alone unless heads < ranks.
+        """The tensor ranks that hold the same key/value heads as `rank`: only itself unless heads < tensor ranks.
 
         With fewer KV heads than tensor ranks, head i is held by the contiguous ranks [i*t/n, (i+1)*t/n).
         """
@@ -85,16 +85,16 @@ class Layout:
         return self.group("tensor", rank)[first : first + replicas]
 
     def tied_stages_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks of this rank's column with the first and the last stage (tied embeddings live on both).
+        """The ranks of this rank's pipeline that hold the first and the last stage (both have the tied embedding).
 
-        Others stand alone; so does the first where it holds both.
+        For any other rank, and if one rank holds both stages, the group is only that rank.
         """
         column = self.group("pipeline", rank)
-        ends = (column[0], column[self.tail])
-        return tuple(dict.fromkeys(ends)) if rank in ends else (rank,)
+        holders = (column[0], column[self.tail])
+        return tuple(dict.fromkeys(holders)) if rank in holders else (rank,)
 
     def table(self) -> str:
-        """The grid as text, one line a pipeline stage and data replica, for people."""
+        """The grid as text, one line per pipeline rank and data rank."""
         lines = []
         for pp in range(self.pipeline):
             for dp in range(self.data):

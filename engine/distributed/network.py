@@ -1,4 +1,4 @@
-"""Which network interface gloo takes: loopback on one machine, on several the one that leads to the master."""
+"""Chooses gloo's network interface: loopback on one machine, on several the interface that routes to the master."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
 
 
 def choose_interface(env: Env, device: torch.device) -> None:
-    """Name the network interface for gloo, unless the user has: loopback on one machine, else the way to the master.
+    """Set gloo's network interface, unless the user has: loopback on one machine, else the route to the master.
 
-    Left alone, gloo binds to the address that the host's own name resolves to. On many systems that is 127.0.1.1 (a
-    line in /etc/hosts), which no other host can reach, or one of several networks that the other hosts are not on. The
-    way to MASTER_ADDR is known to work: the store has just been reached over it. NCCL looks at all interfaces itself.
+    By default, gloo binds to the address that the host's name resolves to. On many systems that is 127.0.1.1 (a line in
+    /etc/hosts), which no other host can reach, or a network that the other hosts are not on. The route to MASTER_ADDR
+    is known to work, because the store has just been reached over it. NCCL examines all interfaces itself.
     """
     if gloo_interface() is not None:
         return
@@ -31,25 +31,25 @@ def choose_interface(env: Env, device: torch.device) -> None:
     master = master_address() or ""
     local = _address_towards(master)
     if local.startswith("127.") and master != "localhost" and not master.startswith("127."):
-        problem = f"is {local} on its own host {socket.gethostname()}: no other host reaches it there"
-        fix = "Give torchrun the address that the others use (--master-addr; --local-addr with c10d)."
+        problem = f"resolves to {local} on {socket.gethostname()} itself: other hosts cannot reach that address"
+        fix = "Give torchrun an address that the other hosts can reach (--master-addr; --local-addr with c10d)."
         raise ConfigError([FieldError("distributed.master-on-loopback", "MASTER_ADDR", master, problem, fix)])
     if name := _interface_of(local):
         set_gloo_interface(name)
 
 
 def _address_towards(host: str) -> str:
-    """This host's IPv4 address on the way to `host`; empty when there is no such way (gloo then does as it likes)."""
+    """This host's IPv4 address on the route to `host`; empty if there is no route (gloo then uses its default)."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing: for a datagram socket the kernel only picks the route
+            probe.connect((host, 9))  # sends nothing: for a datagram socket the kernel only chooses the route
             return str(probe.getsockname()[0])
     except OSError:
         return ""
 
 
 def _interface_of(address: str) -> str:
-    """The network interface whose first IPv4 address this is; empty for none."""
+    """The network interface whose first IPv4 address is `address`; empty if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:

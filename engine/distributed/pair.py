@@ -1,4 +1,4 @@
-"""Whether two new processes on this machine can speak: what `engine doctor` tries of gloo and of shared memory."""
+"""Communication test between two new processes on this machine, over gloo or shared memory, for `engine doctor`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _END_S = 2.0  # a process whose pipe has closed ends within this time
 
 
 def try_pair(transport: str, timeout_s: float) -> str:
-    """Why two new processes on this machine cannot sum a number over gloo, or over shared memory ("shared").
+    """All-reduce a number between two new processes over gloo, or over shared memory ("shared"); "" or the error.
 
-    Empty if they can. Takes some seconds. They meet over a file and gloo, bound to the interface that ranks of a
-    training run on one machine would take.
+    Takes some seconds. The processes connect through a file store and gloo, bound to the interface that ranks of a
+    training run on one machine would use.
     """
     spawn = multiprocessing.get_context("spawn")  # this process may have threads, whose locks a fork would copy
     deadline = time.monotonic() + timeout_s
@@ -61,7 +61,7 @@ def _answer(pipe: Connection, process: SpawnProcess) -> str:
         return pipe.recv_bytes().decode()
     except EOFError:
         process.join(_END_S)
-        return f"died without a word (exit code {process.exitcode})"
+        return f"exited without an error message (exit code {process.exitcode})"
 
 
 def _one_of_two(pipe: Connection, rank: int, file: str, transport: str, timeout_s: float) -> None:
@@ -90,4 +90,4 @@ def _one_of_two(pipe: Connection, rank: int, file: str, transport: str, timeout_
     except Exception as error:
         answer = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     pipe.send_bytes(answer.encode())
-    time.sleep(timeout_s)  # until it is killed: a connection that closes early can take the other's answer with it
+    time.sleep(timeout_s)  # until it is killed: closing the connection early can lose the other process's answer

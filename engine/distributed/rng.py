@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, purpose, name), never of rank: every layout draws the same bits."""
+"""Random generators seeded by (seed, purpose, name), never by rank: every layout draws the same bits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def seed_for(seed: int, purpose: str, name: str) -> int:
-    """A 32-bit seed from the run's seed (all of its bits), what the numbers are for, and whose they are.
+    """A 32-bit seed derived from the run's seed (all of its bits), the purpose of the numbers, and a tensor name.
 
-    torch's CPU generator (a Mersenne Twister) takes 32 bits of a seed and drops the rest in silence.
+    torch's CPU generator (a Mersenne Twister) uses 32 bits of a seed and silently drops the rest.
     """
     digest = hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1 & 0xFFFFFFFF

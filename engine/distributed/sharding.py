@@ -1,17 +1,17 @@
-"""ShardSpec: what a parameter is a shard of, stated once where the parameter is created.
+"""ShardSpec: how a parameter is sharded, declared once where the parameter is created.
 
-Goal: one typed fact sheet from which initialisation, gradient sums, clipping, checkpoints, Hugging Face conversion and
-memory counts all read. Invariants:
+Goal: one typed record that initialisation, gradient reduction, clipping, checkpoints, Hugging Face conversion and
+memory estimates all use. Invariants:
 
 * A *canonical tensor* is unfused and global: `layers.3.attention.q.weight` of shape [num_heads * head_dim, hidden].
-  A fused parameter (q|k|v, gate|up) is several chunks, each a canonical tensor, laid one after another along `dim`.
-* `pieces(ctx)` lists, for one rank, the rectangle of each canonical tensor that it holds and where in the local
-  parameter it lies. Nobody else computes an offset.
-* A chunk cut in fewer parts than there are tensor ranks is replicated: rank r holds part r * parts // ranks.
+  A fused parameter (q|k|v, gate|up) is several chunks, each a canonical tensor, concatenated along `dim`.
+* `pieces(ctx)` lists, for one rank, the rectangle of each canonical tensor that it holds and its position in the local
+  parameter. No other code computes an offset.
+* A chunk with fewer parts than there are tensor ranks is replicated: rank r holds part r * parts // ranks.
 * The last part may be short (a vocabulary that the tensor degree does not divide); the local rows beyond it are
   padding: zero weight, zero gradient, in no checkpoint.
-* Replicas start from equal bits and receive equal gradients; where each replica sees only part of the gradient
-  (KV heads shared by ranks, QK-norms, tied embeddings) `sum_over` names the axis that adds the parts.
+* Replicas start bitwise equal and receive equal gradients. If each replica computes only part of the gradient (KV heads
+  shared by ranks, QK-norms, tied embeddings), `sum_over` names the axis over which the parts are summed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from engine.distributed.rng import generator
 class Chunk:
     """One canonical tensor inside a parameter.
 
-    name: canonical name. size: global length along the spec's `dim`. parts: in how many parts it is cut over the
-    tensor axis. sum_over: axes whose ranks each hold only a part of the gradient of the same values.
+    name: canonical name. size: global length along the spec's `dim`. parts: number of parts it is sharded into over the
+    tensor axis. sum_over: axes whose ranks each compute only a part of the gradient of the same values.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Chunk:
 class Piece:
     """The rectangle of one canonical tensor that one rank holds.
 
-    offset, shape: in the canonical tensor. start: where it begins in the local parameter, along `dim`.
-    counted: True on exactly one of the ranks that hold these values (the one that counts and saves them).
+    offset, shape: in the canonical tensor. start: offset in the local parameter, along `dim`.
+    counted: True on exactly one of the ranks that hold these values: the one that counts them in norms and saves them.
     """
 
     name: str
@@ -65,9 +65,9 @@ class Piece:
         return local.narrow(self.dim, self.start, self.shape[self.dim])
 
     def flat_range(self) -> tuple[int, int]:
-        """Which elements [begin, end) of the local parameter, counted row by row, the piece is.
+        """The piece's row-major range [begin, end) of elements in the local parameter.
 
-        One range, because a piece is either whole rows or all of its parameter.
+        It is a single range, because a piece is either whole rows or the whole parameter.
         """
         assert self.dim == 0 or self.start == 0
         width = math.prod(self.shape[1:]) if self.dim == 0 else 1
@@ -75,9 +75,10 @@ class Piece:
         return begin, begin + math.prod(self.shape)
 
     def rectangles(self, begin: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-        """The elements [begin, end) of the local parameter that lie in the piece, as rectangles of its tensor.
+        """The part of elements [begin, end) of the local parameter that is in the piece, as rectangles of its tensor.
 
-        Each is (offset, shape, first element): end of a row, whole rows, beginning of a row, as far as they are there.
+        Each is (offset, shape, first element). There are at most three: the end of a row, whole rows, the start of a
+        row.
         """
         first, last = self.flat_range()
         low, high, width = max(begin, first) - first, min(end, last) - first, math.prod(self.shape[1:])
@@ -103,10 +104,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Shape of the other dims, chunks along `dim`, initial values and decay of one parameter.
+    """Sharding, initial values and weight decay of one parameter.
 
-    other: length of the other dimension of a matrix, None for a vector. init_std: standard deviation of the normal
-    initial values, None for `init_value` everywhere. decay: whether weight decay applies (not to norms and biases).
+    chunks: canonical tensors along `dim`. other: length of the other dim of a matrix, None for a vector. init_std:
+    standard deviation of the normal initial values, None for `init_value` everywhere. decay: whether weight decay
+    applies (not to norms and biases).
     """
 
     chunks: tuple[Chunk, ...]
@@ -126,7 +128,7 @@ class ShardSpec:
         return self._shape(sum(-(-c.size // c.parts) for c in self.chunks))
 
     def pieces(self, ctx: ParallelContext) -> list[Piece]:
-        """What this rank holds, chunk by chunk in local order."""
+        """The pieces that this rank holds, one per chunk, in local order."""
         pieces, start = [], 0
         for chunk in self.chunks:
             length = -(-chunk.size // chunk.parts)
@@ -145,12 +147,12 @@ class ShardSpec:
 
 
 class Parameter(nn.Parameter):
-    """A parameter that knows what it is a shard of, and where its gradient goes.
+    """A parameter with its ShardSpec, and with the destination of its gradient.
 
-    spec: the facts. main_grad: a view into a flat gradient bucket (set by GradBuckets) into which every microbatch
-    is added; while it is None, gradients are ordinary autograd gradients in `.grad`. on_grad: called after each
-    addition, so that the bucket knows when it is complete. deferred: while it is a list, matmuls append their weight
-    gradients to it (ops.linear.WeightGrad) instead of computing them.
+    main_grad: a view into a flat gradient bucket (set by GradBuckets) to which the gradient of every microbatch is
+    added; while it is None, gradients are ordinary autograd gradients in `.grad`. on_grad: called after each addition,
+    so that the bucket knows when it is complete. deferred: while it is a list, matmuls append their weight gradients to
+    it (ops.linear.WeightGrad) instead of computing them.
     """
 
     spec: ShardSpec
@@ -174,7 +176,7 @@ class Parameter(nn.Parameter):
 
     @property
     def name(self) -> str:
-        """The canonical names it holds, for messages: `layers.0.attention.q.weight+...k.weight`."""
+        """The canonical names of its chunks, for messages: `layers.0.attention.q.weight+...k.weight`."""
         return "+".join(c.name for c in self.spec.chunks)
 
 
@@ -192,7 +194,8 @@ def parameters(module: nn.Module) -> list[Parameter]:
 
 
 def initialise_(params: Iterable[Parameter], ctx: ParallelContext, seed: int) -> None:
-    """Fill parameters in place: each canonical tensor is drawn whole, in float32, from (seed, name); pieces are kept.
+    """Initialise parameters in place: draw each whole canonical tensor in float32 from (seed, name), keep this rank's
+    piece.
 
     So the values do not depend on layout, device or dtype. Peak extra memory: one canonical tensor.
     """

@@ -1,11 +1,11 @@
 """Collectives and messages between CPU processes of one host over memory that they share (csrc/shared/channel.h).
 
-A segment is a file without a name (memfd): it is in no folder, takes no room of /dev/shm, and is gone with the last
-process that maps it, however that ends. The first rank of a group makes it; the others open it through /proc by that
-rank's process id and find a random number in it: that they can proves that they are on one host, and nothing else is
-asked. Where any rank of a group cannot, the group speaks over gloo.
+A segment is an anonymous file (memfd): it is in no folder, uses no space of /dev/shm, and disappears with the last
+process that maps it, even if that is killed. The first rank of a group creates it. The others open it through /proc by
+that rank's process id and verify a random number in it: success proves that they are on one host. If any rank of a
+group cannot, the group uses gloo.
 
-Whoever waits looks at the others ten times a second: one that has ended, or says nothing for too long, is an error.
+A waiting rank polls its peers ten times a second and raises if one has exited or made no progress for timeout_s.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from engine.distributed.board import Gather
 from engine.distributed.board import namespace as _namespace
 from engine.util import extension
 
-RING, PAIR_RING = 16 << 20, 4 << 20  # bytes of a rank's ring for collectives, and of that for messages to one other
-_MAX_RING_BYTES = 1 << 30  # of all rings of a group, in either use; only what was used once takes memory
+RING, PAIR_RING = 16 << 20, 4 << 20  # bytes of a rank's ring for collectives, and of its ring for messages to one peer
+_MAX_RING_BYTES = 1 << 30  # of all rings of a group, for each of the two kinds; only pages that were used take memory
 _PAGE = 4096
-_INTERFACE = 0  # of csrc/shared/module.cpp, counted up when a signature changes
+_INTERFACE = 0  # version of csrc/shared/module.cpp, incremented when a signature changes
 _POLL_S = 0.1
-_REASON_BYTES = 256  # bytes of a reason that the other ranks are told
+_REASON_BYTES = 256  # bytes of a reason that are sent to the other ranks
 _GROUP, _SENT, _RECEIVED = range(3)
 _ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER = 1, 2, 3
 _DTYPES = (
@@ -50,7 +50,7 @@ _OP_CODES = {"sum": 0, "max": 1, "min": 2}
 
 
 def load() -> tuple[Any, str]:
-    """(engine._shared, "") or (None, why it cannot be used)."""
+    """(engine._shared, "") or (None, the reason why it cannot be used)."""
     module, why = extension.load("engine._shared", f"interface {_INTERFACE}")
     if module is None:
         return None, why
@@ -61,7 +61,7 @@ def load() -> tuple[Any, str]:
 
 @dataclass(frozen=True)
 class Work:
-    """An operation that was started: number `number` of its sort. into: where its result belongs, if not in place."""
+    """A started operation: the `number`-th of its queue. into: (target, result) if the result must be copied."""
 
     link: Link
     queue: int
@@ -70,7 +70,7 @@ class Work:
     into: tuple[Tensor, Tensor] | None = None
 
     def wait(self) -> None:
-        """Return when it is complete. ConnectionError or TimeoutError when it never will be."""
+        """Return when it is complete. ConnectionError if a peer has exited, TimeoutError after `timeout_s`."""
         self.link.finish(self)
         if self.into is not None:
             target, result = self.into
@@ -78,11 +78,11 @@ class Work:
 
 
 class Link:
-    """One rank's end of a group's segment. Positions of ranks are those on the axis."""
+    """One rank's end of a group's segment. Peers are given by their position on the axis."""
 
     def __init__(self, channel: Any, ranks: tuple[int, ...], pids: Sequence[int], timeout_s: float):
         self.channel, self.ranks, self.pids, self.timeout_s = channel, ranks, tuple(pids), timeout_s
-        self._exits = select.poll()  # a descriptor of a process becomes readable when that has ended
+        self._exits = select.poll()  # a pidfd becomes readable when its process has ended
         self._position: dict[int, int] = {}
         for position, pid in enumerate(pids):
             if pid != os.getpid():
@@ -103,32 +103,32 @@ class Link:
         return Work(self, _GROUP, 0, number, None if flat.data_ptr() == x.data_ptr() else (x, flat))
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
-        """out [ranks * ...]: every rank's x, which is contiguous and may be its part of out."""
+        """Gather every rank's contiguous x into out [ranks * ...]; x may be its part of out."""
         return Work(self, _GROUP, 0, self._start(_ALL_GATHER, x, out, x.numel() * x.element_size()))
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
-        """out: this rank's part of the sum of all x, which is contiguous."""
+        """Sum all contiguous x and write this rank's part to out."""
         return Work(self, _GROUP, 0, self._start(_REDUCE_SCATTER, x, out, out.numel()))
 
     def send(self, x: Tensor, peer: int) -> Work:
-        """Send contiguous x to a position."""
+        """Send contiguous x to the peer at a position."""
         number = self.channel.send(x.data_ptr(), x.numel() * x.element_size(), peer)
         return Work(self, _SENT, peer, self._keep_tensors(_SENT, peer, number, x, x))
 
     def receive(self, x: Tensor, peer: int) -> Work:
-        """Receive contiguous x from a position."""
+        """Receive contiguous x from the peer at a position."""
         number = self.channel.receive(x.data_ptr(), x.numel() * x.element_size(), peer)
         return Work(self, _RECEIVED, peer, self._keep_tensors(_RECEIVED, peer, number, x, x))
 
-    def _start(self, what: int, source: Tensor, out: Tensor, total: int, op: str = "sum") -> int:
-        dtype = torch.uint8 if what == _ALL_GATHER else source.dtype
-        if (kind := _DTYPE_CODES.get(dtype)) is None:
-            raise TypeError(f"tensors of {dtype} are not reduced; there are {', '.join(map(str, _DTYPES))}")
-        number = self.channel.start(what, kind, _OP_CODES[op], source.data_ptr(), out.data_ptr(), total)
+    def _start(self, kind: int, source: Tensor, out: Tensor, total: int, op: str = "sum") -> int:
+        dtype = torch.uint8 if kind == _ALL_GATHER else source.dtype
+        if (dtype_code := _DTYPE_CODES.get(dtype)) is None:
+            raise TypeError(f"tensors of {dtype} are not reduced; supported are {', '.join(map(str, _DTYPES))}")
+        number = self.channel.start(kind, dtype_code, _OP_CODES[op], source.data_ptr(), out.data_ptr(), total)
         return self._keep_tensors(_GROUP, 0, number, source, out)
 
     def _keep_tensors(self, queue: int, peer: int, number: int, source: Tensor, out: Tensor) -> int:
-        """Keep what an operation reads and writes until it is complete, even if nobody waits for it."""
+        """Keep the tensors of an operation alive until it is complete, even if the caller never waits for it."""
         held = self._tensors_in_use.setdefault((queue, peer), deque())
         held.append((number, source, out))
         completed = self.channel.completed(queue, peer)
@@ -139,11 +139,10 @@ class Link:
     def finish(self, work: Work) -> None:
         """Wait for an operation; see Work."""
         deadline = time.monotonic() + self.timeout_s
-        what = (work.queue, work.peer)
-        while not self.channel.wait(*what, work.number, _POLL_S):
+        while not self.channel.wait(work.queue, work.peer, work.number, _POLL_S):
             self._check_for_exited_ranks(work)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"Timed out waiting {self.timeout_s:g} s in shared memory")  # for whom: board.py
+                raise TimeoutError(f"Timed out waiting {self.timeout_s:g} s in shared memory")  # board.py: for whom
 
     def _check_for_exited_ranks(self, work: Work) -> None:
         ended = {self._position[descriptor] for descriptor, _ in self._exits.poll(0)}
@@ -158,11 +157,11 @@ class Link:
 def connect(
     members: Mapping[str, tuple[int, ...]], rank: int, world: int, gather: Gather, timeout_s: float
 ) -> tuple[dict[tuple[int, ...], Link], str]:
-    """Links of the groups of this rank that share memory, by their ranks, and why some group, of any rank, has none
-    (the same words on all ranks; empty where all have). Collective.
+    """(link of each of this rank's groups that can share memory, reason why some group of any rank cannot). Collective.
 
-    members: the groups by name, every name on every rank; each name's groups share no rank. gather: every rank's list
-    of integers, all of one length.
+    Links are keyed by the ranks of their group. The reason is the same text on all ranks, empty if all groups can.
+    members: name -> group, with the same names on every rank; the groups of one name are disjoint. gather: all-gathers
+    a list of integers of the same length on all ranks.
     """
     module, why = load()
     names = list(members)
@@ -192,7 +191,7 @@ def connect(
                 continue
             try:
                 if space != _namespace():
-                    raise FileNotFoundError("another host, or another namespace of processes or network")
+                    raise FileNotFoundError("another host, or another PID or network namespace")
                 file = os.open(f"/proc/{pid}/fd/{theirs[index]}", os.O_RDWR | os.O_CLOEXEC)
                 try:
                     channels[ranks] = channel(file, ranks, number + index)
@@ -204,7 +203,7 @@ def connect(
         for ranks, made in channels.items():
             try:
                 links[ranks] = Link(made, ranks, [rows[r][0] for r in ranks], timeout_s)
-            except OSError as error:  # nobody could tell who has ended
+            except OSError as error:  # without pidfds a rank could not detect that another has exited
                 why = f"rank {rank} cannot watch the other processes: {error}"
         flags = [int(len(ranks) == 1 or ranks in links) for ranks in members.values()]
         good = gather([*flags, *why.encode()[:_REASON_BYTES].ljust(_REASON_BYTES)])
@@ -217,6 +216,6 @@ def connect(
 
 
 def sizes(ranks: int) -> tuple[int, int]:
-    """Bytes of a ring for collectives and of one for messages, in a group of so many ranks."""
+    """(bytes of a ring for collectives, bytes of a ring for messages) in a group of `ranks` ranks."""
     ring = min(RING, max(_MAX_RING_BYTES // ranks // _PAGE, 16) * _PAGE)
     return ring, min(PAIR_RING, max(_MAX_RING_BYTES // ranks**2 // _PAGE, 16) * _PAGE)

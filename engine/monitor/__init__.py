@@ -1,5 +1,5 @@
-"""What a person sees of a run: metrics, progress, health, spikes, pictures.
+"""Monitoring of a run: metrics, progress, non-finite values, spikes, plots, exit record.
 
-Imports what it looks at: config, distributed, ops, pipeline, the score of a validation. Never changes what it looks at,
-and never knows the loop that calls it.
+Imports the packages that it reports on: config, distributed, ops, pipeline, and the validation score. Changes no state
+of the run, and never knows the training loop.
 """

@@ -1,4 +1,4 @@
-"""RUN/exit.json: how a run ended. From its first moment on it is there and whole, on a full disk too."""
+"""RUN/exit.json: how a run ended. The file exists and is valid from the start of the run, even on a full disk."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from engine.util.files import open_no_follow, replace_synced, sync_file
 
-_ROOM = 4096  # bytes taken at the start, so that the last word needs none
-_RUNNING = "running, or ended without a word (killed, power cut)"
+_RESERVED_BYTES = 4096  # reserved at the start, so that the final record needs no space
+_RUNNING = "running, or ended without an error (killed, power cut)"
 
 
 class ExitRecord:
-    """Of the run in a folder, whichever rank has the last word. step: the last one done, None before any is known.
+    """Writes the exit record of a run; any rank may write the final one. step: the last step done, None if unknown.
 
-    `begin` on one rank, once the folder is this run's; until `begun` nothing is written.
+    One rank calls `begin` after the run folder is locked. Nothing is written until `begun` is set.
     """
 
     def __init__(self, run_dir: Path):
@@ -26,16 +26,16 @@ class ExitRecord:
         self.begun = False
 
     def begin(self) -> None:
-        """Say that the run is under way. OSError where the folder cannot be written."""
+        """Record that the run is in progress. OSError if the folder cannot be written."""
         with suppress(FileNotFoundError):
             self._spare.unlink()
         replace_synced(self._file, self._record(None, _RUNNING))
         with open(self._spare, "wb", opener=open_no_follow) as file:
-            file.write(b" " * _ROOM)
+            file.write(b" " * _RESERVED_BYTES)
             sync_file(file)
 
     def write(self, code: int, reason: str) -> None:
-        """The last word: the exit code, and why in one line."""
+        """Write the final record: the exit code, and the reason in one line."""
         if not self.begun:
             return
         data = self._record(code, reason)
@@ -52,4 +52,5 @@ class ExitRecord:
             warnings.warn(f"{self._file} cannot be written ({error.strerror})", stacklevel=2)
 
     def _record(self, code: int | None, reason: str) -> bytes:
-        return json.dumps({"code": code, "reason": reason[: _ROOM // 8], "step": self.step}).encode() + b"\n"
+        record = {"code": code, "reason": reason[: _RESERVED_BYTES // 8], "step": self.step}
+        return json.dumps(record).encode() + b"\n"

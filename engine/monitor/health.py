@@ -1,6 +1,6 @@
-"""Finding where a non-finite number came from, before any weight has changed.
+"""Finds the origin of a non-finite loss or gradient, before any weight has changed.
 
-The step is replayed one microbatch at a time with the same weights and without sums over data ranks; every rank
+The step is replayed one microbatch at a time with the same weights and without reductions over data ranks. Every rank
 reports the microbatches in which its losses or gradients are not finite, and all ranks raise the same error.
 """
 
@@ -26,7 +26,7 @@ from engine.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What a step came to: its number, loss, the tensors whose gradient is not finite, its samples' global numbers."""
+    """A failed step: its number, loss, tensors whose gradient is not finite, and global sample numbers."""
 
     step: int
     loss: float
@@ -52,16 +52,16 @@ def raise_non_finite(
         here = range(mine_from + index * rows, mine_from + (index + 1) * rows)
         for stage in stages.values():
             assert stage.buckets is not None
-            stage.buckets.overlap = False  # no sums over data ranks; the run ends here, nobody needs it back
+            stage.buckets.overlap = False  # no reductions over data ranks; not restored, because the run ends here
             stage.buckets.zero_grad()
         losses = execute(alone, stages, ctx, [batch], token_weight)
         if not bool(torch.isfinite(losses).all()):
             wrong = [here[k] for k in (~torch.isfinite(losses[0])).nonzero().flatten().tolist()]
-            mine.append({"microbatch": index, "what": f"loss {float(losses.sum())}", "samples": wrong})
+            mine.append({"microbatch": index, "cause": f"loss {float(losses.sum())}", "samples": wrong})
         for name in _non_finite_gradients(params, ctx)[:1]:
-            mine.append({"microbatch": index, "what": f"gradient of {name}", "samples": list(here)})
+            mine.append({"microbatch": index, "cause": f"gradient of {name}", "samples": list(here)})
     found = [
-        (finding["microbatch"], rank, finding["what"], tuple(finding["samples"]))
+        (finding["microbatch"], rank, finding["cause"], tuple(finding["samples"]))
         for rank, findings in enumerate(gather_json(mine, ctx.world, ctx.device))
         for finding in findings
     ]
@@ -101,11 +101,11 @@ def _message(found: list[tuple[int, int, str, tuple[int, ...]]], step: NonFinite
     )
     if len(wrong) == len(samples):
         return (
-            f"{text}All samples of the step are hit: the weights have diverged before it. Go back to an earlier "
-            "checkpoint (--checkpoint.resume PATH) with a lower optimizer.lr, or leaving out the steps that led here "
+            f"{text}All samples of the step are affected: the weights diverged before it. Go back to an earlier "
+            "checkpoint (--checkpoint.resume PATH) with a lower optimizer.lr, or skip the steps that led here "
             f'(--train.skip_steps "A-{step.step}")'
         )
     return (
-        f"{text}The same command would come to the same step: lower optimizer.lr, or leave these samples out "
+        f"{text}The same command would fail at the same step: lower optimizer.lr, or skip these samples "
         f'(--data.skip_samples "{named}") or the whole step (--train.skip_steps {step.step})'
     )

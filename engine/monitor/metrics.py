@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.toml, metrics.jsonl (one JSON object a line, full precision), TensorBoard events."""
+"""Log files of a run: config.toml, metrics.jsonl (one JSON object per line, full precision), TensorBoard events."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from engine.config.load import Resolved
 from engine.train.evaluate import Score
 from engine.util.files import open_no_follow, replace_synced
 
-_CLOSE_S = 10.0  # TensorBoard may take so long to write its last events
+_CLOSE_S = 10.0  # longest wait for TensorBoard to write its last events
 
 
 class MetricsLog:
-    """Writes on the one rank where `enabled`; elsewhere it only builds the records. A context manager.
+    """Writes the log files on the one rank where `enabled`; elsewhere it only builds the records. A context manager.
 
-    metrics.jsonl is appended to: after a resume a step may stand there twice, the later line is the one that counts.
-    A disk that is full costs lines and events and one warning each, never the run: checkpoints decide about that.
+    metrics.jsonl is appended to: after a resume it may contain a step twice, and the later line counts. On a full disk,
+    lines and events are lost, with one warning each, but training continues; only a failed checkpoint ends it.
     """
 
     def __init__(self, run_dir: Path, resolved: Resolved, first_step: int, *, enabled: bool):
@@ -65,33 +65,33 @@ class MetricsLog:
     def _without_board(self, error: OSError) -> None:
         self.board = None
         where = self.run_dir / "tensorboard"
-        warnings.warn(f"{where} cannot be written ({error.strerror}); going on without it", stacklevel=2)
+        warnings.warn(f"{where} cannot be written ({error.strerror}); continuing without TensorBoard", stacklevel=2)
 
     def _of_thread(self, error: Any) -> None:
         if not (isinstance(error.exc_value, OSError) and "AsyncWriter" in type(error.thread).__name__):
-            self._excepthook(error)  # else told by _write, which meets the same error
+            self._excepthook(error)  # otherwise _write gets the same error and reports it
 
     def step(
         self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, rates: dict[str, float]
     ) -> dict[str, float]:
-        """Record one step; `tokens` are those consumed since the beginning of the run. Returns the record."""
+        """Record one step; `tokens` counts those consumed since the start of the run. Returns the record."""
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, **rates}
         self._write(record, {f"train/{k}": v for k, v in record.items() if k != "step"})
         return record
 
     def validation(self, step: int, score: Score) -> None:
-        """Record a validation in a line of its own: {"step", "val_loss", ...}."""
+        """Record a validation in a separate line: {"step", "val_loss", ...}."""
         record = {"step": step, **{f"val_{k}": v for k, v in score.as_dict().items()}}
         self._write(record, {f"val/{k}": v for k, v in score.as_dict().items()})
 
     def skipped_step(self, step: int, tokens: int) -> None:
-        """Record a step of train.skip_steps: {"step", "left_out", "tokens"}; it has no loss."""
+        """Record a step skipped by train.skip_steps: {"step", "left_out", "tokens"}; it has no loss."""
         self._write({"step": step, "left_out": 1.0, "tokens": tokens}, {})
 
     def _write(self, record: dict[str, float], scalars: dict[str, float]) -> None:
         if self.lines is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-            self.lines.add(json.dumps(finite))  # JSON knows no NaN: the norm of a skipped step is null
+            self.lines.add(json.dumps(finite))  # JSON has no NaN: the norm of a skipped step is null
         if self.board is not None:
             try:
                 for name, value in scalars.items():
@@ -101,17 +101,17 @@ class MetricsLog:
 
 
 def lacks_validation(run_dir: Path, step: int) -> bool:
-    """Whether metrics.jsonl has this step but no validation after it: the run was stopped between the two."""
+    """Whether metrics.jsonl has this step but no validation after it: the run stopped between the two."""
     try:
         records, _ = _records(run_dir)
         of_step = ["val_loss" in record for record in records if record["step"] == step]
-    except (OSError, ValueError, TypeError, KeyError):  # none, or a line that a power cut has spoiled
+    except (OSError, ValueError, TypeError, KeyError):  # no file, or a line that a power cut has corrupted
         return False
     return bool(of_step) and not of_step[-1]
 
 
 class _Lines:
-    """metrics.jsonl, opened for appending without the half line that a killed writer may have left."""
+    """metrics.jsonl opened for appending; a partial last line of a killed writer is removed."""
 
     def __init__(self, path: Path):
         self.path, self.warned = path, False
@@ -133,7 +133,7 @@ class _Lines:
             if not self.warned:
                 self.warned = True
                 warnings.warn(
-                    f"{self.path} cannot be written ({error.strerror}); going on, steps will be missing there",
+                    f"{self.path} cannot be written ({error.strerror}); continuing, steps will be missing there",
                     stacklevel=2,
                 )
 
@@ -143,8 +143,11 @@ class _Lines:
 
 
 def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]], bool]:
-    """(training records, validation records) of a run by step; the later line of a step wins, also where it says that
-    the step was left out. Whether its last line is torn: a run that is writing it, or was killed while it did."""
+    """(training records by step, validation records by step, whether the last line is incomplete) of a run.
+
+    The last line of a step counts, also if it records the step as skipped. An incomplete last line means that the run
+    is writing it, or was killed while writing.
+    """
     training: dict[int, dict[str, float]] = {}
     validation: dict[int, dict[str, float]] = {}
     records, torn = _records(run_dir)
@@ -158,7 +161,7 @@ def read_metrics(run_dir: Path) -> tuple[dict[int, dict[str, float]], dict[int, 
 
 
 def _records(run_dir: Path) -> tuple[list[dict[str, float]], bool]:
-    """All whole lines of metrics.jsonl in order, and whether there is a torn one behind them."""
+    """All complete lines of metrics.jsonl in order, and whether an incomplete one follows."""
     with open(run_dir / "metrics.jsonl", encoding="utf-8", errors="replace", opener=open_no_follow) as file:
         whole, _, rest = file.read().rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()], bool(rest)

@@ -1,4 +1,4 @@
-"""Pictures of a run, the loss curve, and of a corpus, the lengths of its documents."""
+"""Plots: the loss curves of runs, and the document lengths of a corpus."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from engine.util.glyphs import drawable
 
 
 def plot_loss(runs: Sequence[Path], output: Path) -> list[str]:
-    """Draw training loss (line) and validation loss (dots) of each run over steps, in nats a token; returns remarks.
+    """Draw training loss (line) and validation loss (dots) of each run over steps, in nats per token; returns notes.
 
-    Where the validation corpus says its unigram entropy, that is a dashed line: below it, a model reads context.
+    The unigram entropy of the validation corpus, if known, is a dashed line: a model below it uses context.
     """
     import matplotlib
 
@@ -35,7 +35,7 @@ def plot_loss(runs: Sequence[Path], output: Path) -> list[str]:
                 raise DataError(
                     "monitor.metrics-unreadable", f"{run}: no readable metrics.jsonl ({error}); give a run folder"
                 ) from None
-            notes += [f"{run}: the last line of metrics.jsonl is torn and left out"] if torn else []
+            notes += [f"{run}: the last line of metrics.jsonl is incomplete and was skipped"] if torn else []
             colour = f"C{number}"
             steps = sorted(training)
             axes.plot(steps, [training[s]["loss"] for s in steps], color=colour, lw=1.2, label=f"{name}: training")
@@ -60,7 +60,7 @@ def plot_loss(runs: Sequence[Path], output: Path) -> list[str]:
 
 
 def distinct_names(runs: Sequence[Path]) -> list[str]:
-    """Of each run the last parts of its path, as many as tell all apart."""
+    """A name for each run: as many last parts of its path as make all names distinct."""
     paths = [run.absolute().parts for run in runs]
     for length in range(1, max(map(len, paths), default=0) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]
@@ -77,10 +77,10 @@ def plot_lengths(
     name: str,
     output: Path,
 ) -> None:
-    """Draw how many documents, and how many of the tokens, are in documents of edges[i] to edges[i + 1] - 1 tokens.
+    """Draw a histogram of document lengths: shares of documents and of tokens in classes edges[i] .. edges[i + 1] - 1.
 
-    Classes before the first and behind the last document are left out; one between them that is empty says so.
-    `marks`: lengths to mark by a line, such as {"median": 120}.
+    Empty classes before the first and after the last document are omitted; an empty one in between is labelled "none".
+    marks: lengths to mark by a line, such as {"median": 120}.
     """
     import matplotlib
 
@@ -97,10 +97,10 @@ def plot_lengths(
         axes.bar(places + 0.2, tokens[places] / max(1, tokens.sum()), 0.4, label="of the tokens")
         for place in (place for place in shown if not documents[place]):
             axes.text(place, 0, "none", ha="center", va="bottom", fontsize=7, color="grey")
-        for (what, length), style in zip(marks.items(), ("-", "--", ":", "-.")):
+        for (mark, length), style in zip(marks.items(), ("-", "--", ":", "-.")):
             at = length_position(edges, length)
             figures = f"{length:,}" if isinstance(length, int) else f"{length:,.1f}"
-            axes.axvline(at, color="black", lw=1.2, ls=style, label=f"{what}: {figures} tokens")
+            axes.axvline(at, color="black", lw=1.2, ls=style, label=f"{mark}: {figures} tokens")
         labels = [str(a) if b - a == 1 else f"{a:,}-{b - 1:,}" for a, b in zip(edges.tolist(), edges[1:].tolist())]
         axes.set_xticks(places, [labels[place] for place in shown], rotation=45, ha="right", fontsize=7)
         axes.set(xlim=(shown[0] - 0.6, shown[-1] + 0.6))
@@ -114,6 +114,6 @@ def plot_lengths(
 
 
 def length_position(edges: npt.NDArray[np.int64], length: float) -> float:
-    """Where a length is on an axis of classes: class k takes k - 0.5 to k + 0.5, and in it each length the same."""
+    """Position of a length on an axis of classes: class k spans k - 0.5 to k + 0.5, its lengths evenly spaced."""
     k = int(np.searchsorted(edges, length, side="right")) - 1
     return float(k - 0.5 + (length + 0.5 - edges[k]) / (edges[k + 1] - edges[k]))

@@ -1,4 +1,4 @@
-"""Progress for people: a rich bar on a terminal, otherwise one plain line every few seconds; rank 0 only."""
+"""Console progress of a run: a rich bar on a terminal, otherwise one plain line every few seconds; rank 0 only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engine.ops.native import in_words, kernels
 
 
 class Progress:
-    """Shows step, loss, gradient norm, rate, tokens/s, MFU or GFLOP/s, and the time left."""
+    """Shows step, loss, gradient norm, learning rate, tokens/s, MFU or GFLOP/s, and the time left."""
 
     def __init__(self, cfg: Config, ctx: ParallelContext, flops_per_token: int):
         self.cfg, self.ctx, self.flops_per_token = cfg, ctx, flops_per_token
@@ -29,7 +29,7 @@ class Progress:
         self.began = self.shown_at = time.perf_counter()
 
     def start(self, step: int, source: str, parameters: int) -> None:
-        """Say what is about to run, and from where."""
+        """Print a summary of the run: parameters, precision, layout, steps, and its starting point."""
         cfg, ctx = self.cfg, self.ctx
         degrees = f"tensor {ctx.tensor.size} x pipeline {ctx.pipeline.size} x data {ctx.data.size}"
         start = f"from the weights of {cfg.checkpoint.init}" if cfg.checkpoint.init else "from initial weights"
@@ -46,22 +46,22 @@ class Progress:
                 f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}{self._extra_kernels()}"
             )
             if ctx.world.size > 1:
-                self.note(f"ranks speak over {ctx.describe_transports()}")
+                self.note(f"ranks communicate over {ctx.describe_transports()}")
         self.first_step = self.shown_step = step
 
     def _extra_kernels(self) -> str:
-        """What else computes beside our kernels and torch's operators."""
+        """Compute backends other than the custom kernels and torch's operators, as text to append."""
         train, probe = self.cfg.train, torch.empty(1, device=self.ctx.device, dtype=self.ctx.dtype)
-        text = f"; products of blocks: fp8 {train.fp8}" if train.fp8 != "none" else ""
+        text = f"; matmuls of blocks: fp8 {train.fp8}" if train.fp8 != "none" else ""
         if train.compile:
-            return f"{text}; between products: torch.compile"
+            return f"{text}; between matmuls: torch.compile"
         return f"{text}; norms: apex" if fused_norms(probe) and not kernels(probe) else text
 
     def _attention(self) -> str:
         c, ctx = self.cfg, self.ctx
-        apart = c.data.separate_documents
-        name = attention_name(ctx.device, ctx.dtype, c.model.head_dim, documents=apart, wanted=c.train.attention)
-        return name + ", documents kept apart" * apart
+        masked = c.data.separate_documents
+        name = attention_name(ctx.device, ctx.dtype, c.model.head_dim, documents=masked, wanted=c.train.attention)
+        return name + ", document masking" * masked
 
     def __enter__(self) -> Progress:
         self.began = self.shown_at = time.perf_counter()
@@ -78,7 +78,7 @@ class Progress:
             self.bar.stop()
 
     def rates(self, tokens: int, seconds: float) -> dict[str, float]:
-        """Throughput of one step: tokens/s over all ranks, achieved GFLOP/s a rank, and MFU if the peak is known."""
+        """Throughput of one step: tokens/s over all ranks, achieved GFLOP/s per rank, and MFU if the peak is known."""
         per_second = tokens / seconds
         gflops = per_second * self.flops_per_token / self.ctx.world.size / 1e9
         rates = {"tokens_per_s": per_second, "step_s": seconds, "gflops_per_rank": gflops}
@@ -90,7 +90,7 @@ class Progress:
         """Show a step's record (as from MetricsLog.step)."""
         step, now = int(record["step"]), time.perf_counter()
         left = (self.cfg.train.steps - step) * (now - self.began) / max(1, step - self.first_step)
-        # what must be readable on 80 columns stands first
+        # the fields that must be readable on 80 columns come first
         text = f"loss {record['loss']:.4f}  {short(record['tokens_per_s'])} tokens/s  {duration(left)} left"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, text=f"{text}  {self._more(record)}")
@@ -113,12 +113,12 @@ class Progress:
         return text
 
     def note(self, text: str) -> None:
-        """Print a line with the time of day beside the progress."""
+        """Print a line with the time of day above the progress bar."""
         self.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
 
 
 def duration(seconds: float) -> str:
-    """A time for people, in its two largest units: 42 s, 7 min 05 s, 3 h 05 min, 2 d 15 h, 140 d."""
+    """A duration in its two largest units: 42 s, 7 min 05 s, 3 h 05 min, 2 d 15 h, 140 d."""
     total = round(seconds)
     if total < 60:
         return f"{total} s"
@@ -133,7 +133,7 @@ def duration(seconds: float) -> str:
 
 
 def short(count: float) -> str:
-    """A number of at most six characters or so: 93,000, 1.25M, 3.40B."""
+    """A count in about six characters: 93,000, 1.25M, 3.40B."""
     if count >= 999.5e6:
         return f"{count / 1e9:,.2f}B"
     return f"{count / 1e6:.2f}M" if count >= 999_500 else f"{count:,.0f}"

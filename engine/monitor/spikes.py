@@ -1,11 +1,11 @@
-"""Warning of losses and gradient norms that stand out, and remembering it until the run has recovered.
+"""Detects spikes of loss and gradient norm, warns, and remembers a spike until the run has recovered.
 
-A value stands out when it is above the median of the last WINDOW usual ones by more than 10 times their spread (1.4826
-times the median absolute deviation) and by more than a tenth of the median (a loss) or nine times it (a norm); among
-fewer than FEW values, by half the median and 0.5 (a norm: nine times it and 10). Values that stand out do not become
-usual ones, so a loss that stays up stays a spike. It is over after CALM steps in a row without one. Until then
-RUN/spike.json says so, and `checkpoint.keep` does not delete the last checkpoint before it, whatever restarts come
-between. After a restart the usual values are those of metrics.jsonl. On one rank: the others need not know of it.
+A value is a spike if it exceeds the median of the last WINDOW normal values by more than 10 times their spread (1.4826
+times the median absolute deviation) and by more than a tenth of the median (loss) or nine times the median (norm). With
+fewer than FEW values, it must exceed the median by half of it plus 0.5 (norm: nine times it plus 10). Spikes are not
+added to the normal values, so a loss that stays high stays a spike. A spike is over after CALM steps in a row without
+one. Until then RUN/spike.json records it, and `checkpoint.keep` does not delete the last checkpoint before it, also
+over restarts. After a restart the normal values are read from metrics.jsonl. Runs on one rank only.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ SPIKE_FILE = "spike.json"
 
 
 class SpikeWatch:
-    """Of a run that goes on after `step`. since: the step of the spike that is not over, 0 for none."""
+    """Spike detection for a run that continues after `step`. since: step of the current spike, 0 for none."""
 
     def __init__(self, run_dir: Path, step: int):
         self._file = run_dir / SPIKE_FILE
         self.since, self._calm = 0, 0
         with suppress(OSError, ValueError, TypeError, KeyError):
             self.since = int(read_json(self._file)["step"])
-        self._usual: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in ("loss", "grad_norm")}
+        self._normal: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in ("loss", "grad_norm")}
         with suppress(OSError, ValueError, TypeError, KeyError):
             records, _, _ = read_metrics(run_dir)
             for at in sorted(records):
                 if at <= step and (not self.since or at < self.since) and not records[at].get("spike"):
-                    for name, values in self._usual.items():
+                    for name, values in self._normal.items():
                         if (value := records[at][name]) is not None:
                             values.append(value)
 
     def observe(self, step: int, loss: float, norm: float, samples: str) -> tuple[bool, str]:
-        """(whether the values of a step stand out, what to tell). samples: of the step, in words."""
+        """(whether the step is a spike, message or ""). samples: of the step, as text."""
         high = [
-            f"{words} {value:.4g} where {self._median(name):.4g} is usual"
+            f"{words} {value:.4g} where {self._median(name):.4g} is normal"
             for name, words, value in (("loss", "loss", loss), ("grad_norm", "gradient norm", norm))
             if math.isfinite(value) and value > self._limit(name)
         ]
@@ -56,25 +56,25 @@ class SpikeWatch:
             self.since = step
             self._keep({"step": step, "loss": loss, "grad_norm": norm})
             return True, (
-                f"warning: step {step}: {' and '.join(high)}; its samples are {samples}. checkpoint.keep spares the "
-                "last checkpoint before it until this is over"
+                f"warning: step {step}: {' and '.join(high)}; its samples are {samples}. checkpoint.keep does not "
+                "delete the last checkpoint before it until the spike is over"
             )
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if math.isfinite(value):
-                self._usual[name].append(value)
+                self._normal[name].append(value)
         self._calm += 1
         if self.since and self._calm >= CALM and step >= self.since + CALM:
             begun, self.since = self.since, 0
             with suppress(OSError):
                 self._file.unlink(missing_ok=True)
-            return False, f"step {step}: {CALM} steps without a spike: that of step {begun} is over"
+            return False, f"step {step}: {CALM} steps without a spike: the spike of step {begun} is over"
         return False, ""
 
     def _median(self, name: str) -> float:
-        return statistics.median(self._usual[name])
+        return statistics.median(self._normal[name])
 
     def _limit(self, name: str) -> float:
-        values = self._usual[name]
+        values = self._normal[name]
         if not values:
             return math.inf
         median = abs(self._median(name))
@@ -83,9 +83,9 @@ class SpikeWatch:
         spread = 1.4826 * statistics.median(abs(value - self._median(name)) for value in values)
         return self._median(name) + max(10 * spread, (0.1 if name == "loss" else 9.0) * median)
 
-    def _keep(self, facts: dict[str, float]) -> None:
+    def _keep(self, spike: dict[str, float]) -> None:
         try:
-            replace_synced(self._file, json.dumps(facts).encode() + b"\n")
+            replace_synced(self._file, json.dumps(spike).encode() + b"\n")
         except OSError as error:
             warnings.warn(
                 f"{self._file} cannot be written ({error.strerror}): a restart forgets the spike", stacklevel=2

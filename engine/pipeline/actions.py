@@ -1,11 +1,11 @@
 """A pipeline schedule as data: actions, steps, plans, and their text form.
 
-Goal: one list that is generated, checked, drawn, simulated and run; there is no second copy of any schedule.
+Goal: one list is generated, checked, drawn, simulated and run; there is no second copy of any schedule.
 
-An `Action` is one thing a rank does. A `Step` is what a rank does at once: a single computation, a single REDUCE, or
-one or more communication actions that are posted together (one batch_isend_irecv) and waited for together. A `Plan`
-holds the steps of every rank in program order, and the placement of stages on ranks: any placement of any number of
-stages per rank (chunks), so looped and V-shaped ones too, but each stage lives on exactly one rank.
+An `Action` is one operation of a rank. A `Step` is one entry of a rank's program: a single computation, a single
+REDUCE, or one or more communication actions that are posted together (one batch_isend_irecv) and waited for together. A
+`Plan` holds the steps of every rank in program order, and the placement of stages on ranks. A rank may hold any number
+of stages (chunks) in any placement, looped and V-shaped included, but each stage is on exactly one rank.
 
 Text form, one header and one line per rank; `parse_plan(str(plan)) == plan`:
 
@@ -13,8 +13,8 @@ Text form, one header and one line per rank; `parse_plan(str(plan)) == plan`:
     rank 0: 0F0 (0SEND_F0;0RECV_B0) 0B0 0REDUCE
     rank 1: 1RECV_F0 1F0 1B0 1REDUCE 1SEND_B0
 
-Invariant: a Plan that exists is well-formed (every stage, rank and microbatch it names exists, steps hold what steps
-may hold). Whether it is also right (complete, in order, matched, free of deadlock) is for `check.check` to prove.
+Invariant: every Plan object is well-formed (each stage, rank and microbatch it names exists; each step is a valid
+combination of actions). `check.check` proves the rest: complete, in order, matched, free of deadlock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.errors import PlanError
 
 
 class Op(StrEnum):
-    """What an action does. B is the whole backward; I and W are its input-gradient and weight-gradient halves."""
+    """Kind of action. B is the whole backward; I and W are its input-gradient and weight-gradient halves."""
 
     F = "F"
     B = "B"
@@ -39,7 +39,7 @@ class Op(StrEnum):
     RECV_F = "RECV_F"  # receives the input of `stage` from stage - 1
     SEND_B = "SEND_B"  # sends the gradient of the input of `stage` to stage - 1
     RECV_B = "RECV_B"  # receives the gradient of the output of `stage` from stage + 1
-    REDUCE = "REDUCE"  # the gradients of `stage` are complete on this rank: start their sum over data parallel ranks
+    REDUCE = "REDUCE"  # the gradients of `stage` are complete on this rank: start their reduction over data ranks
 
 
 SENDS = frozenset({Op.SEND_F, Op.SEND_B})
@@ -68,7 +68,7 @@ class Action(NamedTuple):
 
 Step = tuple[Action, ...]
 
-# At most nine digits: no plan needs more, and int() refuses absurdly long numbers with an error of its own.
+# At most nine digits: no plan needs more, and int() raises a ValueError for numbers of thousands of digits.
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _ACTION = re.compile(f"{_NUMBER}(SEND_F|RECV_F|SEND_B|RECV_B|REDUCE|F|B|I|W){_NUMBER}?")
 _HEADER = re.compile(rf"plan (\S+) microbatches={_NUMBER} placement=([0-9]{{1,9}}(?:,[0-9]{{1,9}})*) backward=(yes|no)")
@@ -107,10 +107,10 @@ def parse_step(text: str) -> Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every rank of one pipeline does in one optimizer step, in program order.
+    """The programs of all ranks of one pipeline for one optimizer step.
 
-    name: of the schedule it comes from; one word.  microbatches: count.  placement: stage -> rank.
-    programs: one per rank.  backward: False for evaluation, where there are only forwards.
+    name: the schedule it comes from, one word.  microbatches: their number.  placement: stage -> rank.
+    programs: for each rank its steps in order.  backward: False for evaluation, which runs forwards only.
     """
 
     name: str
@@ -145,7 +145,7 @@ class Plan:
                     )
 
     def _step_problem(self, step: Step) -> str | None:
-        """Why `step` could not be part of any plan of this shape, or None."""
+        """Why `step` is not valid in a plan of this shape, or None."""
         if not step:
             return "a step holds at least one action; remove the empty one"
         if len(step) > 1 and any(action.op not in COMMUNICATION for action in step):
@@ -224,12 +224,12 @@ def parse_plan(text: str) -> Plan:
 def grid(plan: Plan, marks: Sequence[tuple[int, int]] = (), span: int = 4, limit: int = 16) -> str:
     """The programs as a table for error messages: a row per rank, a column per step, each (rank, step) mark in >...<.
 
-    Around the marks `span` columns and ranks are shown on either side, and never more than `limit` of either, so
-    that the message stays readable for large plans. A column is a place in the program, not a time.
+    Shows up to `span` columns and ranks on each side of the marks, and at most `limit` of either, so that the message
+    stays readable for large plans. A column is a position in the program, not a time.
     """
     longest = max(len(program) for program in plan.programs)
     ranks = _window([rank for rank, _ in marks], plan.num_ranks, span, limit)
-    # A mark may lie one past the end of a program, where an action is missing.
+    # A mark may be one past the end of a program, where an action is missing.
     steps = _window([step for _, step in marks], max([longest, *(step + 1 for _, step in marks)]), span, limit)
     table = [["step", *map(str, steps)]]
     for rank in ranks:

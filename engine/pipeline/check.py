@@ -1,29 +1,30 @@
-"""Proves that a plan is right before any rank runs it: `check(plan)` returns, or raises PlanError with the spot marked.
+"""Proves that a plan is correct before any rank runs it: `check(plan)` returns, or raises PlanError with the spot.
 
-What is proved, in this order (each proof relies on the ones before):
+It proves, in this order (each proof relies on the ones before):
 
 1. Complete. Every (stage, microbatch) has exactly one F, and exactly one B or one I with one W; every edge between
-   stages on different ranks has its send and its receive; every stage has one REDUCE; nothing else is there, and
-   everything is on the rank that holds its stage. Without backward there is only the forward part of this.
-2. In order on each rank. What an action uses was made in an earlier step: RECV_F < F < SEND_F, F < B or I,
+   stages on different ranks has its send and its receive; every stage has one REDUCE; there is no other action, and
+   each action is on the rank that holds its stage. Without backward only the forward part applies.
+2. In order on each rank. The inputs of an action come from earlier steps: RECV_F < F < SEND_F, F < B or I,
    RECV_B < B or I < SEND_B, I < W, every B and W of a stage < its REDUCE, and between neighbouring stages on the same
-   rank, where no message stands between them, F < F of the next stage and B or I < B or I of the previous one.
-3. Matched. NCCL has no tags: the k-th send from rank a to rank b is received by the k-th receive on b from a, whatever
-   the two meant. So these two must be the same tensor of the same microbatch. Order inside a step counts.
+   rank, which exchange no message, F < F of the next stage and B or I < B or I of the previous one.
+3. Matched. NCCL has no tags: the k-th send from rank a to rank b is received by the k-th receive on b from a. So these
+   two must be the same tensor of the same microbatch. Order inside a step counts.
 4. Free of deadlock with zero buffering (a send ends only when its receive has been posted, as for large messages over
-   NCCL). Dependencies between ranks need no proof of their own: they are messages, and messages wait.
-5. Within memory, if a cap is given: no rank keeps more activations alive than that (inputs that wait are not counted).
+   NCCL). Dependencies between ranks need no separate proof: they are messages, and messages wait.
+5. Within memory, if a cap is given: no rank keeps more activations alive than that (received inputs that wait for their
+   use are not counted).
 
-From these follows what the end of a step needs: a rank that comes to the end of its program has nothing in flight.
-Every message it sent is received and every one meant for it has arrived (1, 3), its gradients are complete and their
-sums started (1, 2). So whatever comes next may start there, after waiting for those sums, and the next step finds all
-channels empty. Plans that run on into the next step (ZB-H2 without its barrier) cannot be written in this form.
+Together these guarantee that a rank at the end of its program has nothing in flight: every message it sent is received
+and every message for it has arrived (1, 3), its gradients are complete and their reductions started (1, 2). So the next
+optimizer step may start after waiting for those reductions, and finds all channels empty. Plans that overlap with the
+next step (ZB-H2 without its barrier) cannot be written in this form.
 
-Collectives need no proof. Those inside F, B, I and W (tensor, context and expert parallel) and the sums that REDUCE
-starts (data parallel) are over ranks that hold the same stages and run the same program. So all members of a group
-issue the same sequence by construction, whatever order of stages the program has. Nor can they close a circle with the
-messages, even if REDUCE waited for its sum: all replicas of the pipeline have the same graph of events; if it has no
-cycle, they can go through it side by side in one order, in which the members of a group come to a collective together.
+Collectives need no proof. Those inside F, B, I and W (tensor, context and expert parallel) and the reductions that
+REDUCE starts (data parallel) run over ranks that hold the same stages and run the same program. So all members of a
+group issue the same sequence by construction, in any order of stages. Nor can they form a cycle with the messages, even
+if REDUCE waited for its result: all replicas of the pipeline have the same graph of events. If it has no cycle, all
+replicas can execute it in the same order, and then the members of a group reach each collective together.
 
 The model of 4. A step X has two events: posted(X), and completed(X), after which the next step of the rank is posted.
   - posted(X) -> completed(X) -> posted(next step)
@@ -32,13 +33,13 @@ The plan runs to its end under every timing if and only if this graph of events 
 order in which each event finds what it waits for, and along a cycle each event waits for itself.
 
 With one action per step, this is the same as contracting each matched send and receive into one node, because X and Y
-complete at the same moment, when both are posted. With batches contraction is too strict. It makes all steps that
-messages connect, over any number of ranks, complete at one moment, while in truth rank 1 goes on as soon as *its*
-messages have met their partners, even if the batch of rank 0 that served it still waits for rank 2. If rank 2 needs
-what rank 1 does next, contraction reports a deadlock that cannot happen; the graph of events does not.
+complete at the same moment, when both are posted. With batches, contraction is too strict. It makes all steps that
+messages connect, over any number of ranks, complete at one moment. Really, rank 1 continues as soon as *its* messages
+have met their partners, even if the batch of rank 0 that served it still waits for rank 2. If rank 2 needs the next
+action of rank 1, contraction reports a deadlock that cannot happen; the graph of events does not.
 
-As built, the graph is not stored: a plan that has no other faults is run, which visits the events in such an order or
-stops at a cycle; completed(X) is the moment at which the rank goes on to its next step.
+The graph is never built: the check runs a plan that passed 1 to 3, which visits the events in such an order or stops at
+a cycle. completed(X) is the moment at which the rank continues with its next step.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ Spot = tuple[int, int]  # (rank, position of the step in its program)
 
 
 def check(plan: Plan, memory_cap: float | None = None) -> None:
-    """Returns if the plan can be run as it stands; otherwise raises PlanError with what, where, why and the grid.
+    """Return if the plan is correct; else raise PlanError with the action, the place, the reason and the grid.
 
     memory_cap: the most activations that a rank may keep alive, in microbatches of one stage.
     """
@@ -75,19 +76,19 @@ def check(plan: Plan, memory_cap: float | None = None) -> None:
         _check_memory(plan, memory_cap)
 
 
-def _at(plan: Plan, what: str, spots: Sequence[Spot]) -> str:
-    """The message of a fault at the first spot; all spots are marked in the grid."""
+def _at(plan: Plan, problem: str, spots: Sequence[Spot]) -> str:
+    """The message of a problem at the first spot; the grid marks all spots."""
     rank, position = spots[0]
     program = plan.programs[rank]
     step = format_step(program[position]) if position < len(program) else "(end of program)"
-    return f"plan {plan.name!r} rank {rank} step {position} {step}: {what}\n{grid(plan, spots)}"
+    return f"plan {plan.name!r} rank {rank} step {position} {step}: {problem}\n{grid(plan, spots)}"
 
 
 # 1. complete
 
 
 def _check_complete(plan: Plan) -> dict[Action, Spot]:
-    """Where each action is, after proving that these are exactly the actions the plan needs."""
+    """The spot of each action, after proving that the plan holds exactly the actions it needs."""
     where: dict[Action, Spot] = {}
     for rank, position, action in plan.walk():
         holder = plan.rank_of(action.stage)
@@ -123,7 +124,7 @@ def _check_complete(plan: Plan) -> dict[Action, Spot]:
 
 
 def _needed(plan: Plan, where: dict[Action, Spot]) -> Iterator[Action]:
-    """Every action the plan must hold. A backward counts as split if any half of it is there."""
+    """Every action the plan must hold. A backward counts as split if either half of it is present."""
     for stage in range(plan.num_stages):
         above, below = _apart(plan, stage - 1, stage), _apart(plan, stage, stage + 1)
         for microbatch in range(plan.microbatches):
@@ -137,7 +138,7 @@ def _needed(plan: Plan, where: dict[Action, Spot]) -> Iterator[Action]:
 
 
 def _backward_ops(where: dict[Action, Spot], stage: int, microbatch: int) -> tuple[Op, ...]:
-    """(I, W) if this backward is split, else (B,); the first one uses and makes the gradients that travel."""
+    """(I, W) if this backward is split, else (B,); the first one uses and produces the gradients of activations."""
     split = Action(Op.I, stage, microbatch) in where or Action(Op.W, stage, microbatch) in where
     return (Op.I, Op.W) if split else (Op.B,)
 
@@ -170,14 +171,14 @@ def _why_not(plan: Plan, action: Action) -> str:
 
 
 def _nearest(plan: Plan, where: dict[Action, Spot], missing: Action) -> Spot:
-    """Where to point for an action that is not there: at the last one of its kin, or past the end of the program."""
+    """The spot to mark for a missing action: the last of the same stage and microbatch, else the end of the program."""
     rank = plan.rank_of(missing.stage)
-    kin = [
+    related = [
         spot
         for action, spot in where.items()
         if action.stage == missing.stage and missing.microbatch in (action.microbatch, -1)
     ]
-    return max(kin, default=(rank, len(plan.programs[rank])))
+    return max(related, default=(rank, len(plan.programs[rank])))
 
 
 # 2. in order on each rank
@@ -187,7 +188,7 @@ def _check_order(plan: Plan, where: dict[Action, Spot]) -> None:
     """Proves that on each rank every action comes after the ones whose result it uses."""
     for before, after, why in _order(plan, where):
         early, late = where.get(before), where.get(after)
-        # A communication action that is absent has its neighbour on the same rank, and another relation stands for it.
+        # If a communication action is absent, its neighbour is on the same rank and another constraint covers it.
         if early is not None and late is not None and early >= late:
             raise PlanError(
                 "pipeline.order-wrong", _at(plan, f"{after} must come after {before}: {why}", [late, early])
@@ -195,15 +196,15 @@ def _check_order(plan: Plan, where: dict[Action, Spot]) -> None:
 
 
 def _order(plan: Plan, where: dict[Action, Spot]) -> Iterator[tuple[Action, Action, str]]:
-    """Every (earlier, later, why) on a rank."""
+    """Every ordering constraint on a rank as (earlier, later, why)."""
     for stage in range(plan.num_stages):
         local_above = stage > 0 and plan.rank_of(stage - 1) == plan.rank_of(stage)
         local_below = stage + 1 < plan.num_stages and plan.rank_of(stage + 1) == plan.rank_of(stage)
         reduce = Action(Op.REDUCE, stage)
         for mb in range(plan.microbatches):
             forward = Action(Op.F, stage, mb)
-            yield Action(Op.RECV_F, stage, mb), forward, "it computes on what is received"
-            yield forward, Action(Op.SEND_F, stage, mb), "it sends what is computed"
+            yield Action(Op.RECV_F, stage, mb), forward, "it computes on the received activation"
+            yield forward, Action(Op.SEND_F, stage, mb), "it sends the computed activation"
             if local_above:
                 yield Action(Op.F, stage - 1, mb), forward, "the previous stage, on the same rank, makes its input"
             if not plan.backward:
@@ -214,7 +215,7 @@ def _order(plan: Plan, where: dict[Action, Spot]) -> Iterator[tuple[Action, Acti
             yield Action(Op.RECV_B, stage, mb), first, "it starts from the gradient that is received"
             yield first, Action(Op.SEND_B, stage, mb), "it sends the gradient that is computed"
             if last != first:
-                yield first, last, "W uses what I leaves behind"
+                yield first, last, "W uses tensors that I saves"
             yield last, reduce, "REDUCE needs the gradients of all microbatches"
             if local_below:
                 upstream = Action(_backward_ops(where, stage + 1, mb)[0], stage + 1, mb)
@@ -225,7 +226,7 @@ def _order(plan: Plan, where: dict[Action, Spot]) -> Iterator[tuple[Action, Acti
 
 
 def _check_channels(plan: Plan) -> dict[Spot, list[Spot]]:
-    """For each communication step, the steps its actions meet, after proving that they are meant for each other."""
+    """For each communication step, the partner steps of its actions, after proving that sends and receives match."""
     sends: defaultdict[tuple[int, int], list[tuple[Action, Spot]]] = defaultdict(list)
     receives: defaultdict[tuple[int, int], list[tuple[Action, Spot]]] = defaultdict(list)
     for rank, position, action in plan.walk():
@@ -259,12 +260,12 @@ def _check_channels(plan: Plan) -> dict[Spot, list[Spot]]:
 
 
 def _check_deadlock(plan: Plan, partners: dict[Spot, list[Spot]]) -> None:
-    """Proves that the graph of posted(step) events, as the module describes it, has no cycle.
+    """Prove that the graph of events in the module docstring has no cycle.
 
-    By letting them happen: a rank goes on from a step when every step that this one meets has been posted. What can
-    happen does, in whatever order it is tried; where ranks are left that cannot go on, there is a cycle.
+    It runs the plan: a rank completes a step once all partner steps have been posted. The order in which ranks are
+    tried does not matter; if some ranks can never continue, there is a cycle.
     """
-    at = [0] * plan.num_ranks  # the step that each rank has posted last; the end of its program when it is through
+    at = [0] * plan.num_ranks  # the step that each rank has posted last; the end of its program when it has finished
     moving = True
     while moving:
         moving = False
@@ -276,23 +277,23 @@ def _check_deadlock(plan: Plan, partners: dict[Spot, list[Spot]]) -> None:
     hanging = [rank for rank, program in enumerate(plan.programs) if at[rank] < len(program)]
     if not hanging:
         return
-    # Each rank that hangs waits for a step of another one that hangs, so that following them must come round.
+    # Each hanging rank waits for a step of another hanging rank, so following these edges must reach a cycle.
     seen: dict[int, tuple[Spot, Spot]] = {}  # rank -> (the step it waits in, the step it waits for)
     rank = hanging[0]
     while rank not in seen:
         needed = _awaited(partners, (rank, at[rank]), at)[0]
         seen[rank] = ((rank, at[rank]), needed)
         rank = needed[0]
-    cycle = list(seen.values())[list(seen).index(rank) :]  # the way to the cycle is not part of it
+    cycle = list(seen.values())[list(seen).index(rank) :]  # drop the path that leads to the cycle
     lines = [f"  {_name(plan, waiting)} waits for {_name(plan, needed)}" for waiting, needed in cycle]
-    what = "deadlock with zero buffering: each of these ranks waits for a step that the next one never comes to"
+    problem = "deadlock with zero buffering: each of these ranks waits for a step that the next one never reaches"
     raise PlanError(
-        "pipeline.deadlock", _at(plan, "\n".join([what, *lines]), [spot for pair in cycle for spot in pair])
+        "pipeline.deadlock", _at(plan, "\n".join([problem, *lines]), [spot for pair in cycle for spot in pair])
     )
 
 
 def _awaited(partners: dict[Spot, list[Spot]], spot: Spot, at: Sequence[int]) -> list[Spot]:
-    """Of the steps that the one at `spot` meets, those that have not been posted."""
+    """The partner steps of the step at `spot` that have not been posted."""
     return [(rank, position) for rank, position in partners.get(spot, ()) if at[rank] < position]
 
 
@@ -304,7 +305,7 @@ def _name(plan: Plan, spot: Spot) -> str:
 
 
 def _check_memory(plan: Plan, memory_cap: float) -> None:
-    """Proves that no rank keeps more than `memory_cap` activations alive."""
+    """Prove that no rank keeps more than `memory_cap` activations alive."""
     for rank, alive in enumerate(live_memory(plan)):
         for position, live in enumerate(alive):
             if live > memory_cap:

@@ -10,7 +10,7 @@ from engine.pipeline.actions import Op
 from engine.pipeline.simulate import Timeline
 from engine.util.glyphs import drawable
 
-# Of Okabe and Ito, told apart with any colour vision; the names are what the legend says.
+# Okabe-Ito palette, distinguishable with any colour vision; the texts are those of the legend.
 _COLOURS = {
     Op.F: ("#56B4E9", "F  forward"),
     Op.B: ("#E69F00", "B  backward"),
@@ -18,18 +18,18 @@ _COLOURS = {
     Op.W: ("#2BAF88", "W  weight gradient"),
 }
 _WIDTH = 13.0  # inches
-_ROW = 0.34  # inches of a rank
+_ROW = 0.34  # inches, height of a rank's row
 _GAP = 0.5  # inches between two schedules, for the title of the second
 _HEAD, _FOOT = 0.62, 0.5  # inches above the first row and below the last
-_CHARACTER = 0.62  # width of a digit, of the font's size
-_NUMBER_SIZES = (2.8, 8.5)  # points, of microbatch numbers: smaller ones are left out, larger ones of no use
+_CHARACTER = 0.62  # width of a digit relative to the font size
+_NUMBER_SIZES = (2.8, 8.5)  # points, smallest and largest font of microbatch numbers; smaller ones are not drawn
 
 
 def draw(timelines: Sequence[tuple[str, Timeline]], output: Path, unit: str = "") -> None:
-    """Draws (title, timeline) pairs to a PNG or SVG file, by the suffix of its name.
+    """Draw (title, timeline) pairs to a PNG or SVG file, chosen by the suffix of its name.
 
-    Of several chunks of a rank the first is the palest. Boxes hold the number of their microbatch where there is room
-    for it. `unit` is of the times, if they have one.
+    The first chunk of a rank is the palest. A box shows its microbatch number if that fits. unit: of the times, "" for
+    none.
     """
     import matplotlib
 
@@ -60,7 +60,7 @@ def draw(timelines: Sequence[tuple[str, Timeline]], output: Path, unit: str = ""
 
 
 def _lanes(axes: Any, timeline: Timeline, longest: float, inches: float) -> None:
-    """The boxes of all ranks. `inches`: of one unit of time."""
+    """Draw the boxes of all ranks. inches: width of one unit of time."""
     plan = timeline.plan
     begin = min((event.start for lane in timeline.lanes for event in lane), default=0.0)
     chunk_of = {stage: chunk for rank in range(plan.num_ranks) for chunk, stage in enumerate(plan.stages_of(rank))}
@@ -93,7 +93,7 @@ def _shade(op: Op, chunk: int, chunks: int) -> tuple[float, float, float]:
 
 
 def _legend(figure: Any, plt: Any, timelines: Sequence[tuple[str, Timeline]], height: float) -> None:
-    """What the colours and shades mean, of those that are there."""
+    """Draw the legend of the colours and shades in use."""
     ops = {event.action.op for _, timeline in timelines for lane in timeline.lanes for event in lane}
     chunks = max(timeline.plan.num_stages // timeline.plan.num_ranks for _, timeline in timelines)
     entries = [(colour, text) for op, (colour, text) in _COLOURS.items() if op in ops]

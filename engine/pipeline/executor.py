@@ -1,8 +1,8 @@
-"""Runs a checked plan, action by action: the list that was proven is the list that runs.
+"""Runs a checked plan, action by action: the plan that was proven is the plan that runs.
 
-The messages of a step are posted together. A receive is waited for when its tensor is used, a send before the next
-messages are posted: later than the zero-buffering model of `check` assumes, hence never a deadlock that it did not see,
-and at most one step's sends are kept alive.
+The messages of a step are posted together. A rank waits for a receive when it uses the tensor, and for a send before it
+posts the next messages. Both waits come later than the zero-buffering model of `check` assumes, so there is no deadlock
+that `check` did not see, and the sends of at most one step are kept alive.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _TO_NEXT = (Op.SEND_F, Op.RECV_F)
 
 
 class ExecutionTrace:
-    """When each computation of an execution began and ended on this rank, in seconds of time.perf_counter.
+    """Start and end of each computation of an execution on this rank, in seconds of time.perf_counter.
 
-    On a GPU the times are those of the device, from events in its queue; `events` waits for it.
+    On a GPU the times come from CUDA events; `events` waits for the device.
     """
 
     def __init__(self, device: torch.device):
@@ -49,7 +49,7 @@ class ExecutionTrace:
 
     @contextmanager
     def span(self, action: Action) -> Iterator[None]:
-        """Note the time from here to the end of the `with`."""
+        """Record start and end of the `with` block."""
         start = self._now()
         yield
         self._spans.append((action, start, self._now()))
@@ -63,11 +63,11 @@ class ExecutionTrace:
 
 @dataclass
 class Execution:
-    """The state of one execution of a plan on one rank. `losses` [microbatches, b]: in float64 what each
-    sample adds to the objective, zero off the last stage.
+    """The state of one execution of a plan on one rank.
 
-    inbox: (Op.F or Op.B, stage, microbatch) -> activation or gradient that the action of that name consumes.
-    outbox: the same key -> what the action of that name has produced for a neighbour.
+    losses [microbatches, b]: weighted loss of each sample (float64), zero unless the rank holds the last stage.
+    inbox: (Op.F or Op.B, stage, microbatch) -> activation or gradient that this action consumes.
+    outbox: the same key -> tensor to send to the neighbour whose action consumes it.
     """
 
     plan: Plan
@@ -83,7 +83,7 @@ class Execution:
 
     @contextmanager
     def span(self, action: Action) -> Iterator[None]:
-        """Trace a computation if that is wanted."""
+        """Trace a computation if tracing is on."""
         if self.trace is None:
             yield
         else:
@@ -101,9 +101,9 @@ def execute(
 ) -> Tensor:
     """Run this rank's program of the plan over its microbatches; returns `Execution.losses`.
 
-    token_weight: what every counted token's loss weighs in the objective: 1 / (counted tokens of the global batch) for
-    their mean, times the loss scale.
-    Activations between stages are [s, b, h] in the context's dtype (s: this rank's part where the sequence is cut). A
+    token_weight: weight of every counted token's loss in the objective: loss scale / counted tokens of the global
+    batch, which gives the mean loss times the scale.
+    Activations between stages are [s, b, h] in the context's dtype (s: the local part under sequence parallelism). A
     plan without backward runs under no_grad.
     """
     if len(batches) != plan.microbatches:
@@ -137,15 +137,15 @@ def execute(
 
 
 def contributes_loss(plan: Plan, ctx: ParallelContext) -> bool:
-    """Whether what `execute` gives here counts in a sum over the world: of each data rank, one rank has its losses.
+    """Whether this rank contributes its losses to a sum over the world: exactly one rank per data rank does.
 
-    They come out of the last stage, alike on all its tensor ranks: the first of these speaks.
+    All tensor ranks of the last stage hold the same losses, so only tensor rank 0 contributes.
     """
     return ctx.tensor.rank == 0 and ctx.pipeline.rank == plan.rank_of(plan.num_stages - 1)
 
 
 def _deliver(run: Execution, op: Op, stage: int, index: int, x: Tensor) -> None:
-    """Hand a result to the action (op, stage) that consumes it: directly when it is on this rank, else by a send."""
+    """Pass a result to the action (op, stage) that consumes it: directly if it is on this rank, else by a send."""
     if run.plan.rank_of(stage) == run.ctx.pipeline.rank:
         run.inbox[op, stage, index] = Pending(x)
     else:
@@ -164,7 +164,7 @@ def _forward(run: Execution, action: Action) -> None:
 
 
 def _backward(run: Execution, action: Action, *, final: bool) -> None:
-    """B, or I, which is B without the gradients of matrices."""
+    """Run B, or I, which is B without the gradients of matrices."""
     stage = run.stages[action.stage]
     grad = None if stage.last else run.inbox.pop((Op.B, action.stage, action.microbatch)).wait()
     with run.span(action):
@@ -177,7 +177,7 @@ def _backward(run: Execution, action: Action, *, final: bool) -> None:
 
 
 def _communicate(run: Execution, step: Step) -> None:
-    """Post a step's sends and receives together; see the module text for when each is waited for."""
+    """Post a step's sends and receives together; the module docstring says when each is waited for."""
     for sent in run.sending:
         sent.wait()
     sends, recvs, keys = [], [], []

@@ -1,4 +1,4 @@
-"""Local improvement of a plan: single actions move over a few neighbours, what does not make the step longer stays."""
+"""Local search on a plan: move single actions over a few neighbours and keep moves that do not lengthen the step."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from engine.pipeline.actions import Action, Op, Plan, Step
 from engine.pipeline.shares import OPS, ROUNDING, lower_bound, share_costs, share_time
 from engine.pipeline.simulate import Costs
 
-_PATIENCE = 20  # so many changes may pass until one has to pay
-_REACH = 6  # an action moves over so many others at most
-_WORK = 4_000_000  # actions timed while a start is improved, if the number of iterations is not given
-_MOST = 4000  # iterations at most then
+_PATIENCE = 20  # late acceptance: a change is compared with the time this many changes ago
+_REACH = 6  # an action moves over at most this many others
+_WORK = 4_000_000  # actions timed per start, if the number of iterations is not given
+_MOST = 4000  # most iterations in that case
 
 
 class _TimedPlan:
-    """A plan as numbers, to try thousands of small changes: timing as in `simulate`, which has the last word.
+    """A plan as integers, to try thousands of small changes; it computes the same times as `simulate`.
 
     An action is (op * stages + stage) * microbatches + microbatch, op 0, 1, 2 for F, I, W; B becomes I and W. Each
-    waits for at most one action of another rank (or chunk); that it comes after its own F or I, and in the order of
-    microbatches, `swap` keeps.
+    waits for at most one action of another rank (or chunk). `move` keeps it after its own F or I and in the order of
+    microbatches.
     """
 
     def __init__(self, plan: Plan, costs: Costs, memory_cap: float | None):
         self.plan, self.bound = plan, lower_bound(plan.placement, plan.microbatches, costs)
         self.per_op = plan.num_stages * plan.microbatches
         chunks = plan.num_stages / plan.num_ranks
-        self.room = math.inf if memory_cap is None else memory_cap * chunks * (1 + ROUNDING)
+        self.max_alive = math.inf if memory_cap is None else memory_cap * chunks * (1 + ROUNDING)
         self.actions = [
             Action(op, s, m) for op in OPS for s in range(plan.num_stages) for m in range(plan.microbatches)
         ]
@@ -47,11 +47,11 @@ class _TimedPlan:
         return [op * self.per_op + action.stage * self.plan.microbatches + action.microbatch for op in ops]
 
     def as_plan(self, programs: list[list[int]]) -> Plan:
-        """The plan that these programs stand for."""
+        """The plan of these programs."""
         return replace(self.plan, programs=tuple(tuple((self.actions[n],) for n in program) for program in programs))
 
     def time(self) -> float:
-        """How long the step takes; infinite if the ranks wait for each other. Leaves start and end of each action."""
+        """Duration of the step, infinite on deadlock. Also sets `start` and `end` of each action."""
         self.end = [-1.0] * len(self.actions)
         start, end, source, delay, length = self.start, self.end, self.source, self.delay, self.length
         at, free = [0] * len(self.programs), [0.0] * len(self.programs)
@@ -77,9 +77,9 @@ class _TimedPlan:
         return max(free) if all(map(len, self.programs)) and at == list(map(len, self.programs)) else math.inf
 
     def critical(self) -> list[tuple[int, int]]:
-        """(rank, position) of the actions on a longest chain of what waits for what, from the last one back.
+        """(rank, position) of actions on a critical path, from the last one back.
 
-        Those that start right when the one before them on their rank ends: only there can a change shorten the step.
+        Only actions that start when the previous one on their rank ends: a change elsewhere cannot shorten the step.
         """
         rank = max(range(len(self.programs)), key=lambda r: self.end[self.programs[r][-1]])
         at = len(self.programs[rank]) - 1
@@ -97,16 +97,16 @@ class _TimedPlan:
                 return found
 
     def move(self, rank: int, source: int, target: int) -> bool:
-        """Moves an action to another place in its program, unless that breaks an order or the room of its rank."""
+        """Move an action in its program; False, and no change, if that breaks an order or the rank's memory cap."""
         program = self.programs[rank]
         number = program[source]
         op, stage, microbatch = self.actions[number]
         for other in program[min(source, target) : max(source, target) + 1]:
-            beside = self.actions[other]
-            if other != number and beside.stage == stage and (beside.op is op or beside.microbatch == microbatch):
+            passed = self.actions[other]
+            if other != number and passed.stage == stage and (passed.op is op or passed.microbatch == microbatch):
                 return False
         program.insert(target, program.pop(source))
-        if self._alive(program) <= self.room:
+        if self._alive(program) <= self.max_alive:
             return True
         program.insert(source, program.pop(target))
         return False
@@ -124,10 +124,10 @@ class _TimedPlan:
 
 
 def improve(plan: Plan, costs: Costs, memory_cap: float | None, chooser: random.Random, iterations: int | None) -> Plan:
-    """Moves single actions on the longest chain over a few neighbours, and keeps the best plan that comes of it.
+    """Move single actions of the critical path over a few neighbours; returns the best plan found.
 
-    Late acceptance: a change is kept if the step is no longer than it was some changes ago, so that the search can
-    leave a place from which every single move leads up.
+    Late acceptance: a change is kept if the step is no longer than it was `_PATIENCE` changes ago, so that the search
+    can leave a local minimum.
     """
     timed = _TimedPlan(plan, share_costs(costs, plan.num_ranks, plan.num_stages), memory_cap)
     if iterations is None:
@@ -156,9 +156,9 @@ def improve(plan: Plan, costs: Costs, memory_cap: float | None, chooser: random.
 
 
 def merge_backward_halves(plan: Plan, costs: Costs) -> Plan:
-    """Writes I and W that follow each other as one B, stage by stage, where that does not make the step longer.
+    """Merge adjacent I and W into one B, stage by stage, where that does not lengthen the step.
 
-    A whole backward costs a run less than its halves, but the gradient it makes for the stage above leaves later.
+    A whole backward costs less than its two halves, but it sends the gradient to the previous stage later.
     """
     time = share_time(plan, costs)
     for stage in range(plan.num_stages):

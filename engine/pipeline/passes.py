@@ -1,12 +1,12 @@
 """Passes: pure functions plan -> plan that turn a compute-only schedule into a plan that can be run.
 
-`add_communication` runs the computations of all ranks in lockstep, one unit of time each, and posts both ends of every
-message at the end of the slot in which it is made: on the sender and on the receiver in the same batch number. So any
-schedule whose computations can be ordered at all gets a plan that is free of deadlock even without buffers: a batch
-waits only for the batches of the same slot. Receiving right before the use instead is too late for schedules with
-several stages on a rank: the last rank would wait in a send to the first, which waits for it.
+`add_communication` runs the computations of all ranks in lockstep, one time slot each. It posts both ends of a message
+at the end of the slot that produces it: on sender and receiver in the batch of the same slot. A batch waits only for
+batches of the same slot, so every schedule whose computations can be ordered gets a plan without deadlock, even without
+buffers. Posting each receive just before its use would be too late for schedules with several stages on a rank: the
+last rank would wait in a send to the first, which waits for the last.
 
-A schedule writes none of this. No pass proves anything: `check.check` does, on the result.
+Schedules contain no communication. Passes prove nothing: `check.check` does, on the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 from engine.errors import PlanError
 from engine.pipeline.actions import COMMUNICATION, Action, Op, Plan, Step, grid, partner_of
 
-_BACKWARD_START = frozenset({Op.B, Op.I})  # needs the gradient of the stage's output, makes that of its input
+_BACKWARD_START = frozenset({Op.B, Op.I})  # uses the gradient of the stage's output, produces that of its input
 _WEIGHT_GRADIENT = frozenset({Op.B, Op.W})  # adds to the gradients of the stage's weights
 
 
@@ -27,7 +27,7 @@ def complete(plan: Plan) -> Plan:
 
 
 def compute_only(plan: Plan, microbatches: int | None = None) -> Plan:
-    """The computations of a plan, of its first `microbatches` only if given: what the passes start from."""
+    """A plan without communication and REDUCE, the input of the passes. microbatches: keep only the first ones."""
     kept = plan.microbatches if microbatches is None else microbatches
 
     def keep(step: Step) -> bool:
@@ -37,10 +37,10 @@ def compute_only(plan: Plan, microbatches: int | None = None) -> Plan:
 
 
 def add_communication(plan: Plan) -> Plan:
-    """Adds SEND_F and RECV_F for each F, SEND_B and RECV_B for each B or I whose neighbour is on another rank.
+    """Add SEND_F and RECV_F for each F, SEND_B and RECV_B for each B or I whose neighbour stage is on another rank.
 
-    Between stages on the same rank the tensor just stays there. Raises PlanError when the computations of the ranks
-    wait for each other in a circle, or for one that is not there.
+    Stages on the same rank exchange no message. Raises PlanError if the computations of the ranks wait for each other
+    in a cycle, or for a computation that is missing.
     """
     for rank, position, action in plan.walk():
         if action.op in COMMUNICATION or action.op is Op.REDUCE:
@@ -76,7 +76,7 @@ def add_communication(plan: Plan) -> Plan:
 
 
 def _needs(plan: Plan, action: Action) -> list[tuple[bool, int, int]]:
-    """What must be made, on whatever rank, before the action can run (W follows its I on the same rank anyway)."""
+    """(is forward, stage, microbatch) of the tensors an action needs, made on any rank. W follows its I on its rank."""
     op, stage, microbatch = action
     if op is Op.F:
         return [(True, stage - 1, microbatch)] if stage else []
@@ -98,7 +98,7 @@ def _messages(plan: Plan, action: Action) -> list[Action]:
 
 
 def _stuck(plan: Plan, cursor: list[int], made: set[tuple[bool, int, int]]) -> PlanError:
-    """The error for computations that cannot be ordered: what each rank waits for."""
+    """The error for computations that cannot be ordered; it names the action that each rank waits for."""
     spots, lines = [], []
     for rank, (program, at) in enumerate(zip(plan.programs, cursor)):
         if at < len(program):
@@ -107,15 +107,15 @@ def _stuck(plan: Plan, cursor: list[int], made: set[tuple[bool, int, int]]) -> P
             spots.append((rank, at))
             lines.append(f"  rank {rank} step {at} {program[at][0]} waits for {wanted} on rank {plan.rank_of(stage)}")
     rank, at = spots[0]
-    what = "the computations cannot be ordered: each rank waits for one that comes later or is not there"
-    text = "\n".join([f"plan {plan.name!r} rank {rank} step {at}: {what}", *lines, grid(plan, spots)])
+    problem = "the computations cannot be ordered: each rank waits for one that comes later or is missing"
+    text = "\n".join([f"plan {plan.name!r} rank {rank} step {at}: {problem}", *lines, grid(plan, spots)])
     return PlanError("pipeline.not-orderable", text)
 
 
 def add_reduce(plan: Plan) -> Plan:
-    """Adds one REDUCE for each stage, right after the last B or W of the stage.
+    """Add one REDUCE for each stage, right after the last B or W of the stage.
 
-    Directly after it, before the communication that follows, so that the sum of the gradients overlaps the waiting.
+    It comes before the communication that follows, so that the gradient reduction overlaps the wait for messages.
     """
 
     def reduce(program: tuple[Step, ...]) -> tuple[Step, ...]:

@@ -1,14 +1,13 @@
 """Schedules: pure functions (ranks, chunks, microbatches) -> compute-only plan, and `build`, which makes one runnable.
 
 To add one: write the function, add its entry to SCHEDULES. Communication, batching and REDUCE come from passes.py;
-`build` has check.py prove the result, so a wrong schedule never reaches a rank.
+`build` checks the result with check.py, so a wrong schedule never reaches a rank.
 
 Every schedule runs the backwards of a stage (its W where they are split) in the order of the microbatches. Gradients
-are summed in that order, so a change of schedule changes no bit of the result.
+are summed in that order, so the result is bitwise the same under every schedule.
 
-None asks for a number of microbatches that fills its pattern: where that needs more, the pattern is written for more
-and the microbatches that are not there are left out of it. What is left still is in order, because actions of different
-microbatches do not need each other.
+No schedule needs a minimum number of microbatches. A pattern that needs more is generated for more, and the surplus
+microbatches are dropped. The rest stays in order, because actions of different microbatches are independent.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Placement = tuple[int, ...]  # stage -> rank
 
 
 def looped(ranks: int, chunks: int) -> Placement:
-    """Stage s on rank s mod ranks: the pipeline goes round `chunks` times."""
+    """Stage s on rank s mod ranks: the pipeline passes all ranks `chunks` times."""
     return tuple(range(ranks)) * chunks
 
 
@@ -39,7 +38,7 @@ def v_shaped(ranks: int, chunks: int) -> Placement:
 
 
 def gpipe(ranks: int, chunks: int, microbatches: int) -> Plan:
-    """All forwards, then all backwards (Huang et al. 2019). The simplest, and it keeps all `microbatches` alive."""
+    """All forwards, then all backwards (Huang et al. 2019). The simplest; it keeps all `microbatches` alive."""
     programs = [_ops(Op.F, rank, range(microbatches)) + _ops(Op.B, rank, range(microbatches)) for rank in range(ranks)]
     return Plan("gpipe", microbatches, looped(ranks, chunks), tuple(programs))
 
@@ -47,8 +46,8 @@ def gpipe(ranks: int, chunks: int, microbatches: int) -> Plan:
 def one_f_one_b(ranks: int, chunks: int, microbatches: int) -> Plan:
     """1F1B (PipeDream-flush): the bubble of GPipe, but rank r keeps at most ranks - r microbatches alive.
 
-    Warm-up: as many forwards as there are ranks below, so that the first gradient comes back just when it is needed.
-    Then one forward, one backward in turn, then the backwards that are left.
+    Warm-up: one forward per later rank, so that the first gradient arrives just when it is needed. Then one forward and
+    one backward in turn, then the remaining backwards.
     """
     programs = []
     for rank in range(ranks):
@@ -60,10 +59,10 @@ def one_f_one_b(ranks: int, chunks: int, microbatches: int) -> Plan:
 def interleaved(ranks: int, chunks: int, microbatches: int) -> Plan:
     """Interleaved 1F1B (Narayanan et al. 2021): 1 / chunks of the bubble of 1F1B, for chunks times the messages.
 
-    Microbatches go through in groups of `ranks`: a group through the first chunk of a rank, then the same group through
-    the second, ... and backwards in the opposite order of chunks. Warm-up: all chunks but the last for one group, and
-    two forwards for each rank below. Where `ranks` does not divide the microbatches, groups are a little larger, as
-    equal as they can be: the bubble stays what it is, and the activations of the larger groups are the price.
+    Microbatches run in groups of `ranks`: a group through the first chunk of a rank, then the same group through the
+    second, ...; backwards take the chunks in the opposite order. Warm-up: all chunks but the last for one group, and
+    two forwards for each later rank. If `ranks` does not divide the microbatches, groups are slightly larger, as equal
+    as possible: the bubble does not change, but the larger groups keep more activations.
     """
     groups = max(1, microbatches // ranks)
     bounds = [group * microbatches // groups for group in range(groups + 1)]
@@ -80,8 +79,8 @@ def interleaved(ranks: int, chunks: int, microbatches: int) -> Plan:
 def zb_h1(ranks: int, chunks: int, microbatches: int) -> Plan:
     """ZB-H1 (Qi et al. 2023): 1F1B with the backward split, a third of its bubble when F, I and W cost the same.
 
-    I is on the way to the rank above, W is not: rank r puts off up to r weight gradients and does them where it would
-    wait. Rank r holds ranks - r microbatches for their backward and r for their W, so no rank holds more than 1F1B.
+    The previous rank waits for I, no rank for W: rank r defers up to r weight gradients to times when it would be idle.
+    Rank r holds ranks - r microbatches for their backward and r for their W, so no rank holds more than 1F1B.
     """
     programs = []
     for rank in range(ranks):
@@ -104,9 +103,9 @@ def zb_h1(ranks: int, chunks: int, microbatches: int) -> Plan:
 def zb_v(ranks: int, chunks: int, microbatches: int) -> Plan:
     """ZB-V (Qi et al. 2024): two chunks on a V, no bubble when F, I and W cost the same, the memory of 1F1B.
 
-    Written as phases of rank r with F, I and W of the way down (stage r) and the way up (u). Warm-up: forwards down
-    until the first comes up again; then in turn up and down; then up forwards with their whole backward. Steady: one
-    of each. Cool-down: I of both ways while others wait for them, the W last.
+    Written as phases of rank r: F and I on its downward stage of the V, f and i on its upward stage, W on either.
+    Warm-up: downward forwards until the first microbatch comes up again; then upward and downward in turn; then upward
+    forwards with their whole backward. Steady: one of each. Cool-down: I of both halves while others wait, W last.
     """
     full = max(microbatches, 2 * ranks - 1)
     programs = []
@@ -119,10 +118,10 @@ def zb_v(ranks: int, chunks: int, microbatches: int) -> Plan:
 
 
 def dualpipe_v(ranks: int, chunks: int, microbatches: int) -> Plan:
-    """DualPipeV (DeepSeek 2025): two chunks on a V, forwards of one way beside backwards of the other.
+    """DualPipeV (DeepSeek 2025): two chunks on a V, forwards of one half of the V paired with backwards of the other.
 
-    Its pairs F and B lie next to each other, so that communication inside the one can hide behind the other. Backwards
-    are split only in the warm-up and the cool-down, where W fills what would be bubble.
+    Paired F and B are adjacent, so that communication inside one can overlap computation of the other. Backwards are
+    split only in the warm-up and the cool-down, where W fills the bubble.
     """
     full = max(microbatches, 2 * ranks)
     programs = []
@@ -136,9 +135,9 @@ def dualpipe_v(ranks: int, chunks: int, microbatches: int) -> Plan:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a run can choose. make: (ranks, chunks, microbatches) -> compute-only plan.
+    """A named schedule. make: (ranks, chunks, microbatches) -> compute-only plan.
 
-    chunks: how many stages a rank may hold (None: any number). placement: (ranks, chunks) -> rank of each stage.
+    chunks: number of stages per rank (None: any). placement: (ranks, chunks) -> rank of each stage.
     """
 
     make: Callable[[int, int, int], Plan]
@@ -157,7 +156,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def find_schedule(name: str) -> Schedule:
-    """The schedule of that name; PlanError with the nearest one if there is none."""
+    """The schedule of that name; PlanError that suggests the nearest name if there is none."""
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.0)
         raise PlanError(
@@ -168,7 +167,7 @@ def find_schedule(name: str) -> Schedule:
 
 
 def build(name: str, ranks: int, chunks: int, microbatches: int) -> Plan:
-    """The plan of schedule `name`, with communication, proved and ready to run."""
+    """The plan of schedule `name`, with communication, checked and ready to run."""
     schedule = find_schedule(name)
     if min(ranks, chunks, microbatches) < 1:
         raise PlanError(
@@ -179,22 +178,22 @@ def build(name: str, ranks: int, chunks: int, microbatches: int) -> Plan:
         raise PlanError(
             "pipeline.chunks-do-not-fit",
             f"schedule {name!r} with chunks = {chunks}: it places {schedule.chunks} stage(s) on each rank. Set chunks "
-            f"to {schedule.chunks}, or choose interleaved, which takes any number",
+            f"to {schedule.chunks}, or choose interleaved, which allows any number",
         )
     return complete_and_check(schedule.make(ranks, chunks, microbatches))
 
 
 def load_plan(path: Path) -> Plan:
-    """A plan from a torch CSV (.csv) or from our text form, proved, with the messages of the file if it has any.
+    """Load a plan from a torch CSV (.csv) or from the engine's text form, and check it.
 
-    Raises PlanError that names the file.
+    Messages in the file are kept; if there are none, they are added. Raises PlanError that names the file.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(
             "pipeline.plan-not-readable",
-            f"{path}: cannot be read ({error}); give a plan as `engine schedule --save` writes it, or a .csv",
+            f"{path}: cannot be read ({error}); give a plan written by `engine schedule --save`, or a torch .csv",
         ) from None
     try:
         plan = read_torch_csv(text, path.stem) if path.suffix == ".csv" else parse_plan(text)
@@ -207,9 +206,9 @@ def load_plan(path: Path) -> Plan:
 
 
 def forward_only(like: Plan, microbatches: int) -> Plan:
-    """Forwards without backwards on the placement of a plan, for evaluation, proved and ready to run.
+    """Forward-only plan on the placement of another plan, for evaluation, checked and ready to run.
 
-    Microbatches go in groups of one a rank through the stages of each rank, so that no more than a group waits.
+    Microbatches run in groups of `num_ranks` through the stages of each rank, so at most one group waits for a stage.
     """
     programs = tuple(
         tuple(
@@ -224,14 +223,14 @@ def forward_only(like: Plan, microbatches: int) -> Plan:
 
 
 def first_microbatch(like: Plan) -> Plan:
-    """The plan for the first of its microbatches alone, without REDUCE: for looking at microbatches one by one."""
+    """The plan for its first microbatch only, without REDUCE: for replaying microbatches one by one."""
     plan = complete(compute_only(like, 1))
     programs = tuple(tuple(step for step in program if step[0].op is not Op.REDUCE) for program in plan.programs)
     return replace(plan, programs=programs)
 
 
 def complete_and_check(plan: Plan) -> Plan:
-    """A compute-only plan with communication, after `check` has found nothing wrong with it."""
+    """Add communication and REDUCE to a compute-only plan, and check the result (PlanError if it is wrong)."""
     plan = complete(plan)
     check(plan)
     return plan
@@ -243,16 +242,16 @@ def _ops(op: Op, stage: int, microbatches: Iterable[int]) -> tuple[Step, ...]:
 
 
 def _alternate(forwards: tuple[Step, ...], backwards: tuple[Step, ...], *, warm_up: int) -> tuple[Step, ...]:
-    """`warm_up` forwards, then one forward and one backward in turn, then the backwards that are left."""
+    """`warm_up` forwards, then one forward and one backward in turn, then the remaining backwards."""
     warm_up = min(warm_up, len(forwards))
     pairs = (step for pair in zip(forwards[warm_up:], backwards) for step in pair)
     return (*forwards[:warm_up], *pairs, *backwards[len(forwards) - warm_up :])
 
 
 def _phases(phases: list[tuple[str, int]], rank: int, ranks: int) -> tuple[Step, ...]:
-    """The program of a rank on a V, from (letters, times): F I B on its stage down, f i b on the one up.
+    """The program of a rank on a V, from (letters, times): F I B on its downward stage, f i b on its upward stage.
 
-    Each takes the next microbatch of its kind; W is the oldest weight gradient that an I of either way has left.
+    Each letter takes the next microbatch of its kind; W takes the oldest weight gradient that an I has deferred.
     """
     stages = {True: rank, False: 2 * ranks - 1 - rank}
     forwards, backwards = {True: 0, False: 0}, {True: 0, False: 0}

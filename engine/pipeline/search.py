@@ -1,14 +1,14 @@
 """Searched schedules: the best plan a heuristic finds for given costs and a memory cap. Pure Python, deterministic.
 
-Never worse under `simulate` than the best named schedule that fits the cap, because those are where it starts. Beside
-them stand list schedules: all ranks run in simulated time, and each rank that is free takes the ready action its rule
-likes best. The best few are then improved by moving single actions, keeping what does not make the step longer.
-Finding the best schedule is NP-hard; nothing here claims to have found it, `lower_bound` says how far away it may be.
+Never worse under `simulate` than the best named schedule that fits the cap, because the search starts from those and
+from list schedules: in simulated time, each free rank starts the ready action that its rule prefers. Local search
+then improves the best few by moving single actions and keeping moves that do not lengthen the step. Finding the optimal
+schedule is NP-hard; the result need not be optimal, and `lower_bound` bounds the distance.
 
 Units: costs and memory are for one rank's share of the model (engine.pipeline.shares).
 
 Invariant: on every stage F, I and W each run in the order of the microbatches, as in the named schedules, so that
-gradients are summed in the same order and no bit of the result depends on the schedule.
+gradients are summed in the same order and the result is bitwise the same under every schedule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.pipeline.schedules import SCHEDULES, Placement, build, complete_and_
 from engine.pipeline.shares import ROUNDING, fits, lower_bound, share_costs, share_memory, share_time
 from engine.pipeline.simulate import Costs
 
-_STARTS = 3  # so many plans are improved
+_STARTS = 3  # number of plans that local search improves
 _CHUNKS = (1, 2)  # numbers of chunks to try when none is given
 
 
@@ -41,18 +41,18 @@ def search(
     seed: int = 0,
     iterations: int | None = None,
 ) -> Plan:
-    """The fastest plan found whose peak memory is at most `memory_cap` on every rank, proved and ready to run.
+    """The fastest plan found whose peak memory is at most `memory_cap` on every rank, checked and ready to run.
 
-    chunks: stages a rank; None: one and two are tried.  placement: "looped", "v", or None for both.  costs,
-    memory_cap: for one rank's share of the model (see the top).  iterations: moves tried on each of the best starts;
-    None: 4000, and fewer for large plans.
+    chunks: stages per rank; None tries one and two.  placement: "looped", "v", or None for both.  costs, memory_cap:
+    for one rank's share of the model (module docstring).  iterations: moves tried on each of the best starts; None:
+    4000, fewer for large plans.
     """
     if min(ranks, microbatches, chunks or 1) < 1:
         raise PlanError(
             "pipeline.degree-below-one",
             f"search: ranks {ranks}, microbatches {microbatches}, chunks {chunks} must be >= 1",
         )
-    share_costs(costs, ranks, ranks)  # complains about costs that do not fit before any work
+    share_costs(costs, ranks, ranks)  # raises for costs that do not fit, before any work
     wheres = placements(ranks, chunks, placement)
     bound = min(lower_bound(where, microbatches, share_costs(costs, ranks, len(where))) for where in wheres)
     plans = [*named_schedules(ranks, microbatches, chunks, placement)]
@@ -65,9 +65,9 @@ def search(
         raise PlanError(
             "pipeline.cap-too-small",
             f"no schedule of {microbatches} microbatches on {ranks} ranks fits a memory cap of {memory_cap:g} "
-            f"microbatches of one rank's share; the least that is known is {least:g}. Set the cap to that or more",
+            f"microbatches of one rank's share; the least known is {least:g}. Set the cap to that or more",
         )
-    # Sorting is stable: of equals the first stays first, and the named ones come first.
+    # Sorting is stable: of equally fast plans a named one comes first.
     ranked = sorted(fitting, key=lambda plan: share_time(plan, costs))
     chooser = random.Random(seed)
     starts = _distinct(ranked)[:_STARTS] if share_time(ranked[0], costs) > bound * (1 + ROUNDING) else []
@@ -83,7 +83,7 @@ def search(
 def named_schedules(
     ranks: int, microbatches: int, chunks: int | None = None, placement: str | None = None
 ) -> Iterator[Plan]:
-    """Every named schedule on the placements that are asked for."""
+    """Every named schedule on the requested placements."""
     wanted = set(placements(ranks, chunks, placement))
     for name, schedule in SCHEDULES.items():
         for count in _CHUNKS if chunks is None else (chunks,):
@@ -92,7 +92,7 @@ def named_schedules(
 
 
 def placements(ranks: int, chunks: int | None = None, placement: str | None = None) -> list[Placement]:
-    """Straight (looped with one chunk), looped and V placements with that many chunks; PlanError if there is none."""
+    """Straight (looped with one chunk), looped and V placements with `chunks` chunks; PlanError if there is none."""
     found = [
         shape(ranks, count)
         for count in (_CHUNKS if chunks is None else (chunks,))
@@ -102,13 +102,13 @@ def placements(ranks: int, chunks: int | None = None, placement: str | None = No
     if not found:
         raise PlanError(
             "pipeline.placement-unknown",
-            f"placement {placement!r} with chunks = {chunks}: there is looped, with any number, and v, with 2",
+            f"placement {placement!r} with chunks = {chunks}: choose looped with any number of chunks, or v with 2",
         )
     return list(dict.fromkeys(found))
 
 
 def _distinct(plans: list[Plan]) -> list[Plan]:
-    """The plans without repetitions, the best of each placement first: the best start need not be the fastest plan."""
+    """The plans without duplicates, the best of each placement first: the best start need not be the fastest plan."""
     first = {plan.placement: plan for plan in reversed(plans)}
     rest = {plan.programs: plan for plan in plans if all(plan is not other for other in first.values())}
     return [*(plan for plan in plans if plan is first[plan.placement]), *rest.values()]

@@ -1,8 +1,8 @@
-"""Costs, memory and time in units of one rank's share of the model: the same for schedules of any number of stages.
+"""Costs, memory and time per rank's share of the model, comparable between schedules with any number of stages.
 
-Schedules with different numbers of stages are compared on the same model, so costs and memory are for one rank's
-share, 1 / ranks of the model: a rank's share of F takes `f`, a chunk of it f / chunks, and memory counts microbatches
-of one share.
+Schedules with different numbers of stages are compared on the same model. So costs and memory are for one rank's share,
+1 / ranks of the model: F of a share takes `f`, F of one of its chunks f / chunks, and memory counts microbatches of one
+share.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ OPS = (Op.F, Op.I, Op.W)
 def share_costs(costs: Costs, ranks: int, stages: int) -> Costs:
     """Costs of each of `stages` stages, from costs of one rank's share.
 
-    One number is what 1 / ranks of the model takes. A list of n numbers says what each of n equal parts of the model
-    takes, in order (n a multiple of ranks); stages that are larger or smaller than a part take the sum or the fraction.
+    A single number is the cost of 1 / ranks of the model. A list of n numbers gives the costs of n equal parts of the
+    model, in order (n a multiple of ranks); a stage larger or smaller than a part costs the sum or the fraction.
     """
 
     def spread(name: str, values: tuple[float, ...]) -> tuple[float, ...]:
@@ -36,7 +36,7 @@ def share_costs(costs: Costs, ranks: int, stages: int) -> Costs:
         if parts % stages == 0:
             size = parts // stages
             return tuple(sum(values[s * size : (s + 1) * size]) for s in range(stages))
-        # In units of 1 / (parts * stages) of the model, so that all borders are whole numbers.
+        # In units of 1 / (parts * stages) of the model, so that all boundaries are integers.
         pieces = [values[x // stages] / stages for x in range(parts * stages)]
         return tuple(sum(pieces[s * parts : (s + 1) * parts]) for s in range(stages))
 
@@ -51,24 +51,24 @@ def share_memory(plan: Plan) -> list[float]:
 
 
 def lower_bound(placement: Placement, microbatches: int, costs: Costs, backward: bool = True) -> float:
-    """A time that no plan on this placement can beat: of the ranks, the longest way to its first forward and its work.
+    """A lower bound on the step time of any plan on this placement.
 
-    At least the time that the busiest rank computes. `costs` are those of the stages.
+    The maximum over ranks of the earliest start of its first forward plus all its computation. costs: of the stages.
     """
     ops = OPS if backward else (Op.F,)
-    bound = way = 0.0  # way: until the first microbatch can be at the stage
+    bound = earliest = 0.0  # earliest: when the first microbatch can be at the stage
     for stage, rank in enumerate(placement):
         if rank not in placement[:stage]:
             held = [s for s, holder in enumerate(placement) if holder == rank]
             work = sum(costs.of(Action(op, s, 0)) for op in ops for s in held)
-            bound = max(bound, way + work * microbatches)
+            bound = max(bound, earliest + work * microbatches)
         away = placement[stage + 1 : stage + 2] != (rank,)
-        way += costs.of(Action(Op.F, stage, 0)) + costs.comm * away
+        earliest += costs.of(Action(Op.F, stage, 0)) + costs.comm * away
     return bound
 
 
 def share_time(plan: Plan, costs: Costs) -> float:
-    """How long a step takes, with costs of one rank's share."""
+    """Duration of a step, from costs of one rank's share."""
     return simulate(plan, share_costs(costs, plan.num_ranks, plan.num_stages)).time
 
 

@@ -1,8 +1,8 @@
-"""What a plan would cost: time, bubble and memory from the costs of F, I, W and of a message. Pure Python.
+"""Simulated time, bubble and memory of a plan, from the costs of F, I, W and of a message. Pure Python.
 
-The model: a rank computes one action at a time in program order; an action starts when its rank is free and its inputs
-are there; a message arrives `comm` after the computation that makes it and disturbs nobody; B takes as long as I and W.
-That no rank waits for another to *take* a message is for `check` to see to.
+The model: a rank computes one action at a time in program order. An action starts when its rank is free and its inputs
+have arrived. A message arrives `comm` after the computation that produces it and costs no compute time. B takes as long
+as I and W together. Sends never block in this model; `check` proves that the plan does not need them to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.pipeline.passes import compute_only
 
 @dataclass(frozen=True)
 class Costs:
-    """Time of F, I and W of each stage and of a message between ranks, in any one unit.
+    """Time of F, I and W of each stage and of a message between ranks, all in the same unit.
 
     f, i, w: one number for all stages, or one for each.
     """
@@ -29,12 +29,12 @@ class Costs:
     comm: float = 0.0
 
     def of(self, action: Action) -> float:
-        """How long a computation takes."""
+        """Duration of a computation."""
         parts = {Op.F: (self.f,), Op.I: (self.i,), Op.W: (self.w,), Op.B: (self.i, self.w)}[action.op]
         return sum(part[action.stage % len(part)] for part in parts)
 
     def check(self, num_stages: int) -> None:
-        """Raises PlanError unless there is one number, or one for each stage, and none is negative."""
+        """Raise PlanError unless each cost is one number or one for each stage, finite and not negative."""
         for field in fields(self):
             values = getattr(self, field.name)
             values = values if isinstance(values, tuple) else (values,)
@@ -47,7 +47,7 @@ class Costs:
 
     @classmethod
     def parse(cls, text: str) -> Costs:
-        """From `f=1,i=1,w=0.5,comm=0.1`; numbers for each stage are joined by colons: `f=1:1:1:2.5`."""
+        """Parse `f=1,i=1,w=0.5,comm=0.1`; colons separate numbers per stage: `f=1:1:1:2.5`."""
         found: dict[str, tuple[float, ...]] = {}
         for part in filter(None, text.split(",")):
             name, equals, values = part.partition("=")
@@ -58,10 +58,10 @@ class Costs:
             if not equals or name.strip() not in ("f", "i", "w", "comm"):
                 raise PlanError(
                     "pipeline.costs-not-valid",
-                    f"{part!r} in costs {text!r} is not f=, i=, w= or comm= with numbers, such as f=1,i=1",
+                    f"{part!r} in costs {text!r}: expected f=, i=, w= or comm= with numbers, such as f=1,i=1",
                 )
         if len(found.get("comm", (0.0,))) > 1:
-            raise PlanError("pipeline.costs-not-valid", f"costs {text!r}: comm is one number")
+            raise PlanError("pipeline.costs-not-valid", f"costs {text!r}: comm must be a single number")
         return cls(found.get("f", cls.f), found.get("i", cls.i), found.get("w", cls.w), found.get("comm", (0.0,))[0])
 
 
@@ -76,14 +76,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each rank did what, simulated or measured. `lanes`: the events of every rank, in order of time."""
+    """Start and end of every computation, simulated or measured. lanes: the events of each rank in time order."""
 
     plan: Plan
     lanes: tuple[tuple[Event, ...], ...]
 
     @property
     def time(self) -> float:
-        """From the first start to the last end on any rank: all wait for the slowest before the optimizer."""
+        """From the first start to the last end on any rank: all ranks wait for the slowest before the optimizer."""
         ends = [event.end for lane in self.lanes for event in lane]
         return max(ends, default=0.0) - min((event.start for lane in self.lanes for event in lane), default=0.0)
 
@@ -99,17 +99,17 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Share of all ranks' time in which they do not compute."""
+        """Fraction of the ranks' total time in which they do not compute."""
         return sum(self.idle) / (self.time * len(self.lanes)) if self.time else 0.0
 
 
 def simulate(plan: Plan, costs: Costs | None = None) -> Timeline:
-    """The timeline of a plan's computations under these costs. Raises PlanError if they cannot be ordered."""
+    """The timeline of a plan's computations at these costs. Raises PlanError if they cannot be ordered."""
     costs = costs or Costs()
     costs.check(plan.num_stages)
     programs = [[step[0] for step in program] for program in compute_only(plan).programs]
     lanes: list[list[Event]] = [[] for _ in programs]
-    made: dict[tuple[bool, int, int], float] = {}  # (is forward, stage, microbatch) -> when it was made
+    made: dict[tuple[bool, int, int], float] = {}  # (is forward, stage, microbatch) -> end of its computation
     free = [0.0] * plan.num_ranks
     left = sum(map(len, programs))
     while left:
@@ -134,7 +134,7 @@ def simulate(plan: Plan, costs: Costs | None = None) -> Timeline:
 
 
 def _ready(plan: Plan, action: Action, made: Mapping[tuple[bool, int, int], float], comm: float) -> float | None:
-    """When the inputs of an action are on its rank; None while one is not made."""
+    """When all inputs of an action are on its rank; None while one has not been computed."""
     op, stage, microbatch = action
     if op is Op.F:
         return _arrival(plan, stage, (True, stage - 1, microbatch), made, comm) if stage else 0.0
@@ -160,10 +160,10 @@ def peak_memory(plan: Plan, sizes: Sequence[float] = (1.0,), kept_for_w: float =
 
 
 def live_memory(plan: Plan, sizes: Sequence[float] = (1.0,), kept_for_w: float = 1.0) -> list[list[float]]:
-    """For each rank, the activations alive after each of its steps; what is received and not yet used is not counted.
+    """For each rank, the activations alive after each of its steps; received tensors not yet used are not counted.
 
-    sizes: of one microbatch on each stage (one number: all alike). F makes it, B or W frees it; I frees all but the
-    share `kept_for_w`. Without backward nothing is kept: one at a time is alive.
+    sizes: size of one microbatch's activations on each stage (one number: the same on all). F allocates them, B or W
+    frees them; I frees all but the fraction `kept_for_w`. Without backward only one microbatch is alive at a time.
     """
     changes = {Op.F: 1.0, Op.B: -1.0, Op.I: kept_for_w - 1.0, Op.W: -kept_for_w}
     alive: list[list[float]] = []

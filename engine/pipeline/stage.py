@@ -1,7 +1,7 @@
-"""One pipeline stage on one rank: runs a module forward and backward by microbatch and keeps what lies between.
+"""One pipeline stage on one rank: runs a module forward and backward per microbatch and saves tensors in between.
 
-It does not know what the module is: anything that maps (x, labels, weights, documents) to an activation, or on the last
-stage to each sample's part of the objective, will do. The objective is the sum of these over samples and microbatches.
+The module maps (x, labels, weights, documents) to an activation, or on the last stage to the weighted loss of each
+sample. The objective is the sum of these over samples and microbatches. Nothing else is assumed about the module.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from engine.parallel.gradients import GradBuckets
 
 @dataclass
 class Stage:
-    """module(x, labels, weights, documents) with activations [s, b, width]; first: x is tokens; last: losses come out.
+    """A module on one rank: module(x, labels, weights, documents) with activations [s, b, width].
 
-    params: of the module, each of which may defer its gradient. buckets: None for a stage that only runs forward.
-    live: microbatch -> (input, output) from F to its backward. deferred: microbatch -> weight gradients from I to W.
+    first: x is tokens [b, s]. last: the output is losses [b]. params: the module's parameters, which may defer their
+    gradients. buckets: None for a stage that only runs forward. live: microbatch -> (input, output) between F and its
+    backward. deferred: microbatch -> weight gradients between I and W.
     """
 
     module: Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
@@ -36,9 +37,9 @@ class Stage:
     deferred: dict[int, list[WeightGrad]] = field(default_factory=dict)
 
     def forward(self, index: int, x: Tensor | None, batch: MicroBatch, token_weight: float) -> Tensor:
-        """Run microbatch number `index` on received x (None on the first stage); keeps what its backward needs.
+        """Run microbatch `index` on the received x (None on the first stage); saves tensors for its backward.
 
-        token_weight: what the loss of every counted token weighs in the objective.
+        token_weight: weight of every counted token's loss in the objective.
         """
         if self.first:
             x = batch.tokens
@@ -54,18 +55,19 @@ class Stage:
     def backward(self, index: int, grad: Tensor | None, *, final: bool) -> Tensor | None:
         """B: back-propagate `grad` of the forward's result; returns the gradient of x (None on the first stage).
 
-        grad: None on the last stage, whose result is what is differentiated.
-        final: no later backward of this stage in this step, so its gradient buckets may be reduced as they complete.
+        grad: None on the last stage, whose result is the loss itself.
+        final: this is the last backward of this stage in the step, so its gradient buckets may be reduced as they
+        complete.
         """
         if final and self.buckets is not None:
             self.buckets.expect_last_gradients(self.params)
         return self._propagate(index, grad)
 
     def input_backward(self, index: int, grad: Tensor | None) -> Tensor | None:
-        """I: `backward` with the gradients of matrices put off to `weight_backward`.
+        """I: `backward` with the gradients of matrices deferred to `weight_backward`.
 
-        Those of embeddings and norms, a few numbers a token, are computed at once: they would keep more than they cost.
-        That of the output head is there since the forward (ops.loss).
+        Gradients of embeddings and norms are computed at once: deferring them would save more memory than compute. The
+        gradient of the output head was computed in the forward (ops.loss).
         """
         queue: list[WeightGrad] = []
         for p in self.params:
@@ -77,12 +79,12 @@ class Stage:
         return grad_x
 
     def weight_backward(self, index: int, *, final: bool) -> None:
-        """W: the gradients that `input_backward` has put off. final: as for `backward`."""
+        """W: compute the gradients that `input_backward` deferred. final: as for `backward`."""
         queue = self.deferred.pop(index)
         if final and self.buckets is not None:
             self.buckets.expect_last_gradients([entry.weight for entry in queue])
         queue.reverse()
-        while queue:  # taken off one by one: what each has kept is freed as soon as it is used
+        while queue:  # popped one by one: the tensors each has saved are freed as soon as they are used
             queue.pop().run()
 
     def _propagate(self, index: int, grad: Tensor | None) -> Tensor | None:

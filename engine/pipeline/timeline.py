@@ -1,7 +1,7 @@
-"""Measured timelines: the file a training run writes, and the costs that can be read off it. Pure Python.
+"""Measured timelines: the file that a training run writes, and the costs derived from it. Pure Python.
 
-RUN/timeline.json: {"step": 3, "plan": "plan 1f1b ...", "lanes": [[["0F0", 0.0, 0.0021], ...], ...]}: of every pipeline
-rank the computations in the order they ran, with start and end in seconds on one clock.
+RUN/timeline.json: {"step": 3, "plan": "plan 1f1b ...", "lanes": [[["0F0", 0.0, 0.0021], ...], ...]}: for every pipeline
+rank its computations in the order they ran, with start and end in seconds on one clock.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ TIMELINE_FILE = "timeline.json"
 
 
 def to_json(timeline: Timeline, step: int) -> dict[str, Any]:
-    """What is written to TIMELINE_FILE."""
+    """The JSON value of TIMELINE_FILE."""
     lanes = [[[str(event.action), event.start, event.end] for event in lane] for lane in timeline.lanes]
     return {"step": step, "plan": str(timeline.plan), "lanes": lanes}
 
 
 def from_json(data: Mapping[str, Any]) -> tuple[Timeline, int]:
-    """The timeline and its step, after a look at whether the times are times and belong to the plan."""
+    """Parse a timeline and its step; DataError unless its events are those of the plan, with valid times."""
     try:
         plan, step = parse_plan(data["plan"]), int(data["step"])
         lanes = tuple(
@@ -43,7 +43,7 @@ def from_json(data: Mapping[str, Any]) -> tuple[Timeline, int]:
     if [[event.action for event in lane] for lane in lanes] != wanted:
         raise DataError(
             "pipeline.timeline-not-valid",
-            "not a measured timeline: its lanes hold other actions than the programs of its plan",
+            "not a measured timeline: the actions of its lanes are not those of its plan",
         )
     for rank, lane in enumerate(lanes):
         last = -math.inf
@@ -52,19 +52,19 @@ def from_json(data: Mapping[str, Any]) -> tuple[Timeline, int]:
                 raise DataError(
                     "pipeline.timeline-not-valid",
                     f"not a measured timeline: rank {rank} has {event.action} from {event.start} to {event.end} after "
-                    f"an action that ended at {last}; each must start after the one before it and end after its start",
+                    f"an action that ended at {last}; each must start after the previous one and end after its start",
                 )
             last = event.end
     return Timeline(plan, lanes), step
 
 
 def read_timeline(run: Path) -> tuple[Timeline, int]:
-    """The timeline in a run folder; DataError with the file if it is missing or damaged."""
+    """Read the timeline of a run folder; DataError that names the file if it is missing or not valid."""
     path = run / TIMELINE_FILE
     if not path.exists():
         raise DataError(
             "pipeline.timeline-missing",
-            f"{run}: no {TIMELINE_FILE}; give the folder of a run that has measured a step of a pipeline",
+            f"{run}: no {TIMELINE_FILE}; give the folder of a run that has done its monitor.timeline_step-th step",
         )
     try:
         return from_json(read_json(path, links=False))
@@ -73,12 +73,12 @@ def read_timeline(run: Path) -> tuple[Timeline, int]:
 
 
 def measured_costs(timeline: Timeline) -> Costs:
-    """Costs of each stage, and of a message, as medians over the microbatches: one slow action does not count.
+    """Costs of each stage, and of a message, as medians over the microbatches, so that one slow action does not matter.
 
-    A stage that runs whole backwards has half of one as I and half as W: their sum is all that was measured, and all
-    that `simulate` uses of it. A message takes the median time from the end of the action that makes a tensor to the
-    start of the one on another rank that needs it, over those that were waited for: where the rank was busy until
-    later, the message is not what took the time.
+    For a stage with whole backwards, I and W are half of B each: only the sum was measured, and `simulate` uses only
+    the sum. The cost of a message is the median time from the end of the action that produces a tensor to the start of
+    the action on another rank that consumes it. Only actions whose rank was idle count: elsewhere the message was not
+    the bottleneck.
     """
     ends = {event.action: event.end for lane in timeline.lanes for event in lane}
     taken: dict[tuple[Op, int], list[float]] = {}
@@ -87,9 +87,9 @@ def measured_costs(timeline: Timeline) -> Costs:
         idle_since = -math.inf
         for event in lane:
             taken.setdefault((event.action.op, event.action.stage), []).append(event.end - event.start)
-            made = _made(timeline, event.action, rank, ends)
-            if made is not None and made > idle_since:
-                waits.append(max(0.0, event.start - made))
+            sent = _remote_input_end(timeline, event.action, rank, ends)
+            if sent is not None and sent > idle_since:
+                waits.append(max(0.0, event.start - sent))
             idle_since = event.end
 
     def of(op: Op, stage: int) -> float:
@@ -100,8 +100,8 @@ def measured_costs(timeline: Timeline) -> Costs:
     return Costs(f, i, w, median(waits) if waits else 0.0)
 
 
-def _made(timeline: Timeline, action: Action, rank: int, ends: Mapping[Action, float]) -> float | None:
-    """When another rank made what the action needs from it; None if it needs nothing from another rank."""
+def _remote_input_end(timeline: Timeline, action: Action, rank: int, ends: Mapping[Action, float]) -> float | None:
+    """When another rank finished computing an input of the action; None if it needs no input from another rank."""
     op, stage, microbatch = action
     neighbour = {Op.F: stage - 1, Op.W: -1}.get(op, stage + 1)
     if not 0 <= neighbour < timeline.plan.num_stages or timeline.plan.rank_of(neighbour) == rank:

@@ -1,12 +1,12 @@
-"""Reads the schedule files of torch.distributed.pipelining (`_dump_csv`) into plans, so that `check` can prove them.
+"""Reads schedule files of torch.distributed.pipelining (`_dump_csv`) into plans that `check` can prove.
 
 One row per rank, in order; the cells of a row are the actions of the rank in program order, empty cells are idle time:
 
     0F0,0F1,,0B0,,0B1
     ,1F0,1B0,1F1,1B1
 
-torch writes two kinds and so this reads two. A file without messages (compute_only) gets them from our passes. One
-with SEND and RECV cells (compute_comms) is taken as it is, each message a step of its own: torch checks nothing in it.
+torch writes two kinds of files. A file without messages (compute_only) gets them from the engine's passes. A file with
+SEND and RECV cells (compute_comms) is read unchanged, each message as a separate step; torch does not check such files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FORWARD = (Op.F, Op.SEND_F, Op.RECV_F)
 
 
 class _Cell(NamedTuple):
-    """An action and where it was read."""
+    """An action and its cell in the file."""
 
     row: int
     column: int
@@ -34,10 +34,10 @@ class _Cell(NamedTuple):
 
 
 def read_torch_csv(text: str, name: str) -> Plan:
-    """The plan of a schedule file, with communication and REDUCE, not yet proved. Raises PlanError for a bad cell.
+    """The plan of a schedule file, with communication and REDUCE, not yet checked. Raises PlanError for a bad cell.
 
-    A stage is on the rank that has its F cells. UNSHARD and RESHARD are dropped: our stages hold their weights. The
-    parts of an OVERLAP_F_B cell are done one after another. REDUCE_GRAD is our REDUCE; a file without any gets them.
+    A stage is on the rank that has its F cells. UNSHARD and RESHARD are dropped: here stages hold their weights. The
+    parts of an OVERLAP_F_B cell run one after another. REDUCE_GRAD becomes REDUCE; a file without any gets them.
     """
     rows = [line.split(",") for line in text.rstrip().splitlines()]
     cells = list(_cells(rows, name))
@@ -63,7 +63,7 @@ def read_torch_csv(text: str, name: str) -> Plan:
 
 
 def _cells(rows: list[list[str]], name: str) -> Iterator[_Cell]:
-    """Every action of the file that is one of ours, row by row."""
+    """Every action of the file that the engine has, row by row."""
     for row, words in enumerate(rows):
         for column, word in enumerate(map(str.strip, words)):
             overlap = _OVERLAP.fullmatch(word)
@@ -78,24 +78,24 @@ def _cells(rows: list[list[str]], name: str) -> Iterator[_Cell]:
 
 
 def _placement(cells: list[_Cell], name: str) -> tuple[int, ...]:
-    """The rank of each stage: where its F are, which must be one place."""
+    """The rank of each stage: the row with its F cells, which must be a single one."""
     forwards: dict[int, _Cell] = {}
     for cell in cells:
         op, stage, _ = cell.action
         if op is Op.F and forwards.setdefault(stage, cell).row != cell.row:
             first = forwards[stage]
-            what = f"stage {stage} is on rank {first.row} already ({first.text!r}), and a stage is on one rank only"
-            raise _cell_error(name, cell, what)
+            problem = f"stage {stage} is already on rank {first.row} ({first.text!r}), and a stage is on one rank only"
+            raise _cell_error(name, cell, problem)
     for cell in cells:
-        # Stages are numbered without gaps, so the one before must be there too.
+        # Stages are numbered without gaps, so the previous one must exist too.
         for stage in (cell.action.stage, cell.action.stage - 1):
             if stage >= 0 and stage not in forwards:
                 raise _cell_error(name, cell, f"no row has an F of stage {stage}, so there is no rank to place it on")
     return tuple(forwards[stage].row for stage in range(len(forwards)))
 
 
-def _cell_error(name: str, cell: _Cell, what: str) -> PlanError:
+def _cell_error(name: str, cell: _Cell, problem: str) -> PlanError:
     return PlanError(
         "pipeline.csv-cell-not-valid",
-        f"torch CSV {name!r} row {cell.row} column {cell.column} (from 0) {cell.text!r}: {what}",
+        f"torch CSV {name!r} row {cell.row} column {cell.column} (from 0) {cell.text!r}: {problem}",
     )

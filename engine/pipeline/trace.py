@@ -20,7 +20,7 @@ _ROUNDS = 8
 
 
 def write_timeline(run_dir: Path, plan: Plan, trace: ExecutionTrace, ctx: ParallelContext, step: int) -> None:
-    """Write RUN/timeline.json from the traces of the pipeline of data and tensor rank 0. Collective."""
+    """Write RUN/timeline.json from the traces of the pipeline with data and tensor rank 0. Collective."""
     offset = clock_offset(ctx)
     mine = [(str(action), start - offset, end - offset) for action, start, end in trace.events()]
     lanes = gather_json(mine, ctx.pipeline, ctx.device)
@@ -35,10 +35,11 @@ def _events(lane: list[tuple[str, float, float]], zero: float) -> tuple[Event, .
 
 
 def clock_offset(ctx: ParallelContext) -> float:
-    """Seconds by which this rank's clock is ahead of that of the first rank of its pipeline. Collective.
+    """Seconds by which this rank's clock is ahead of the clock of its pipeline's first rank. Collective.
 
-    Every rank answers the first one's messages with its own time; of the rounds the quickest counts, halfway between
-    asking and the answer (Cristian 1989). The error is at most half of that round trip. 0 on the first rank.
+    Every rank answers the first rank's messages with its time. The fastest of several rounds counts, and the answer is
+    taken to be made halfway between request and reply (Cristian 1989). The error is at most half of that round trip. 0
+    on the first rank.
     """
     axis = ctx.pipeline
     offset = 0.0

@@ -1,5 +1,5 @@
 """Training: state, step, resuming, the loop, and validation.
 
-Imports everything below: model, pipeline, optim, checkpoint, interop, inference.load, monitor, data.samples, the
+Imports all lower packages: model, pipeline, optim, checkpoint, interop, inference.load, monitor, data.samples, the
 tokenizer. Never knows the command line.
 """

@@ -1,4 +1,4 @@
-"""Validation loss, perplexity and bits per byte of a corpus, in any layout, through the same executor."""
+"""Validation loss, perplexity and bits per byte of a corpus, in any layout, run by the pipeline executor."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from engine.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean nats a scored token; ppl: exp(loss); bpb: bits per byte of text, if all tokens cost as much as those
-    scored do; tokens: how many were scored: those that data.mask_eod and data.mask_tokens leave.
+    """Validation result. loss: mean nats per scored token. ppl: exp(loss). tokens: number of scored tokens.
 
-    unigram: entropy of the corpus' tokens in nats, what a model reaches that reads no context. It and bpb are None
-    when the corpus' sidecar file does not say.
+    Tokens masked by data.mask_eod and data.mask_tokens are not scored. bpb: bits per byte of text, assuming that tokens
+    that are not scored have the same mean loss. unigram: entropy of the corpus' tokens in nats, the loss of the best
+    model without context. bpb and unigram are None if the corpus' JSON file lacks the statistics.
     """
 
     loss: float
@@ -44,7 +44,7 @@ class Score:
     tokens: int
 
     def as_dict(self) -> dict[str, float]:
-        """The figures that are there, by name."""
+        """The values that are not None, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
@@ -56,10 +56,10 @@ class Score:
 
 
 class Evaluator:
-    """Scores samples of one corpus, as training would: labels that do not count there do not count here.
+    """Scores samples of one corpus with the loss mask of training.
 
-    The samples, and so the score, do not depend on the layout. plan: any that places the stages as they are.
-    mask: which labels count. batch: sequences in what `run` calls a global batch; 0: as in `cfg`.
+    The samples, and so the score, do not depend on the layout. plan: any plan with the placement of `stages`.
+    mask: the loss mask. batch: sequences per global batch of `run`; 0: as in `cfg`.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class Evaluator:
         self.collate = Collator(mask, separate)
 
     def run(self, batches: int) -> Score:
-        """Score the first `batches` global batches of the order, 0: every label of the corpus once. Collective."""
+        """Score the first `batches` global batches of the sample order; 0: the whole corpus once. Collective."""
         score = self.run_unless(lambda: False, batches)
         assert score is not None
         return score
 
     def run_unless(self, stopping: Callable[[], bool], batches: int) -> Score | None:
-        """As `run`, but None once `stopping` is true: asked before each global batch, the same on all ranks."""
+        """As `run`, but None once `stopping()` is true; called before each global batch, equal on all ranks."""
         ctx, mbs = self.ctx, self.cfg.train.micro_batch_size
-        total = self.order.samples_per_epoch + (self.order.tail > 0)  # the last one is shorter
+        total = self.order.samples_per_epoch + (self.order.tail > 0)  # the last sample may be shorter
         if batches:
             total = min(total, batches * self.batch)
         mine = np.arange(ctx.data.rank, total, ctx.data.size, dtype=np.int64)
@@ -103,12 +103,12 @@ class Evaluator:
         if not tokens:
             raise DataError(
                 "train.nothing-to-score",
-                f"{self.dataset.prefix}: no token counts in the loss by data.mask_eod and data.mask_tokens",
+                f"{self.dataset.prefix}: data.mask_eod and data.mask_tokens mask every token",
             )
         return self._score(loss / tokens, int(tokens))
 
     def _chunk(self, samples: np.ndarray, count: int) -> torch.Tensor:
-        """[loss sum, scored tokens] of `count` samples; where this rank has fewer, the rest counts nothing."""
+        """[loss sum, scored tokens] of `count` samples; if this rank has fewer, the rest is fully masked padding."""
         mbs = self.cfg.train.micro_batch_size
         padded = -(-count // mbs) * mbs
         rows = torch.zeros(padded, self.cfg.train.seq_len + 1, dtype=torch.int64)
@@ -144,13 +144,13 @@ def evaluate(
     batches: int,
     storage: Storage = DISK,
 ) -> int:
-    """`engine evaluate`: score a corpus with a checkpoint and print the figures on rank 0. Collective.
+    """`engine evaluate`: score a corpus with a checkpoint and print the result on rank 0. Collective.
 
-    derived: what follows from cfg. batches: as many samples as so many global batches of the run had, whatever this
-    layout makes of a batch; 0: all.
+    derived: computed from cfg. batches: number of global batches, of the batch size of the run that saved the
+    checkpoint, in any layout; 0: the whole corpus.
     """
     if not data:
-        problem = "no corpus given and the run had no data.valid"
+        problem = "no corpus was given and the run had no data.valid"
         raise ConfigError([FieldError("train.no-corpus-to-score", "--data", data, problem, "Give --data PREFIX.")])
     dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
     model = load_stage(checkpoint, cfg, ctx, storage)

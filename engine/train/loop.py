@@ -1,4 +1,4 @@
-"""The loop around `train_step`: steps one by one, and with each what a run does besides: log, save, validate, stop."""
+"""The training loop around `train_step`: logging, checkpoints, validation, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from engine.util.signals import StopRequest
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of a run. samples: their global numbers. result: None for one that train.skip_steps leaves out.
+    """One step of a run. samples: global sample numbers. result: None for a step skipped by train.skip_steps.
 
-    data_s, seconds: that it waited for data, and that it took in all. sent: bytes that this rank has sent in it, by
+    data_s: seconds spent waiting for data. seconds: duration of the step. sent: bytes that this rank sent in it, by
     (axis, collective).
     """
 
@@ -53,7 +53,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class RunOutputs:
-    """Where a run is told of. spikes: on the one rank that watches for them, which also deletes checkpoints."""
+    """The outputs of a run other than checkpoints. spikes: only on rank 0, which also deletes old checkpoints."""
 
     console: Progress
     log: MetricsLog
@@ -62,7 +62,7 @@ class RunOutputs:
 
 
 def steps(run: Run) -> Iterator[StepReport]:
-    """Take step after step until train.steps, and report each. What is done between two of them is the caller's."""
+    """Run steps until train.steps and yield a report of each. The caller logs, saves and validates in between."""
     state, cfg = run.state, run.state.cfg
     skipped = read_ranges(cfg.train.skip_steps)
     timeline_step = min(state.step + cfg.monitor.timeline_step, cfg.train.steps) if cfg.monitor.timeline_step else 0
@@ -87,9 +87,9 @@ def _step(run: Run, *, skipped: bool, traced: bool) -> StepReport:
 
 
 def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_record: ExitRecord | None = None) -> int:
-    """The whole run on one rank; returns the exit code (0 done, 75 saved on a signal).
+    """The whole run on one rank; returns the exit code (0: done, 75: saved and stopped on a signal).
 
-    ending: takes note of how it ends; an error is for the caller to write there.
+    exit_record: written at the end of the run; on an error the caller writes it.
     """
     exit_record = exit_record or ExitRecord(Path(resolved.config.run.dir))
     if not resolved.config.data.train:
@@ -109,7 +109,7 @@ def train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_reco
 
 
 def _lock_run_folder(run_dir: Path, stack: ExitStack, exit_record: ExitRecord) -> None:
-    """Refuse a folder that another run is writing into: each would remove what the other has half written."""
+    """Lock the run folder; CheckpointError if another run writes there: each would delete the other's partial files."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         refuse_links(run_dir)
@@ -117,13 +117,14 @@ def _lock_run_folder(run_dir: Path, stack: ExitStack, exit_record: ExitRecord) -
         if holder:
             raise CheckpointError(
                 "train.run-folder-in-use",
-                f"{run_dir}: another run ({holder}) is writing here; end it, or choose another --run.dir",
+                f"{run_dir}: another run ({holder}) is writing here; stop it, or choose another --run.dir",
             )
         exit_record.begin()
     except OSError as error:
         where = error.filename or run_dir
         raise CheckpointError(
-            "train.run-folder-not-writable", f"{where}: {error.strerror}; make room, or choose another --run.dir"
+            "train.run-folder-not-writable",
+            f"{where}: {error.strerror}; free space or fix its permissions, or choose another --run.dir",
         ) from None
 
 
@@ -144,7 +145,7 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_rec
         check_room(run_dir / "checkpoints", state.optimizer.states(owned=True), ctx, storage)
     _announce(run, console)
     if run.tokenizer is not None and ctx.rank == 0:
-        run.tokenizer.save(run_dir / "tokenizer")  # a run folder is whole: export and generate need nothing else
+        run.tokenizer.save(run_dir / "tokenizer")  # so export and generate need only the run folder
     with (
         MetricsLog(run_dir, resolved, state.step, enabled=ctx.rank == 0) as log,
         run,
@@ -154,20 +155,20 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_rec
         watch = SpikeWatch(run_dir, state.step) if ctx.rank == 0 else None
         saver.spike = watch.since if watch else 0
         code, reason = _loop(run, RunOutputs(console, log, watch, exit_record), saver, stop)
-    # the others wait: torchrun ends all ranks soon after the first has left
+    # all ranks wait for this: torchrun kills the others soon after the first has exited
     on_first_rank(lambda: exit_record.write(code, reason), ctx.world, ctx.device)
     return code
 
 
 def _announce(run: Run, console: Progress) -> None:
-    """Say what is about to run, and what of it the user may not expect."""
+    """Print a summary of the run, and notes on anything that the user may not expect."""
     state, data = run.state, run.data
     cfg, ctx = state.cfg, state.ctx
     console.start(state.step, run.source, num_parameters(cfg.model))
     if run.source and (changed := state.lineage[-1].changed):
         console.note(changed_since(changed, state.scale))
     if state.order_begin:
-        console.note(f"the sample order is another since sample {state.order_begin:,}: epochs are counted from there")
+        console.note(f"the sample order changed at sample {state.order_begin:,}: epochs are counted from there")
     for note in (*data.shares, *data.notes):
         console.note(note)
     if state.plan.microbatches < ctx.pipeline.size:
@@ -183,20 +184,20 @@ def _announce(run: Run, console: Progress) -> None:
 def _stopped_early(
     stop: StopRequest, cfg: Config, ctx: ParallelContext, console: Progress, exit_record: ExitRecord
 ) -> bool:
-    """Whether any rank was asked to stop before the first step; says so then. Collective."""
+    """Whether any rank got a stop signal before the first step; if so, prints and records it. Collective."""
     if not _agreed((bool(stop),), ctx)[0]:
         return False
 
-    def tell() -> None:
+    def record() -> None:
         saved = newest(Path(cfg.run.dir) / "checkpoints", storage_of(cfg.checkpoint.secret))
         exit_record.step = saved or 0
         exit_record.write(EXIT_REQUEUE, "stopped on a signal before the first step")
-        then = "begins anew" if saved is None else f"goes on from step {saved}"
+        then = "starts from the beginning" if saved is None else f"resumes from step {saved}"
         if cfg.checkpoint.resume not in ("auto", "latest"):
-            then = "begins where this one did"
+            then = "starts from the same point"
         console.note(f"stopped on a signal before the first step: nothing to save yet; the same command {then}")
 
-    on_first_rank(tell, ctx.world, ctx.device)
+    on_first_rank(record, ctx.world, ctx.device)
     return True
 
 
@@ -211,7 +212,7 @@ def _saver(state: TrainState, root: Path) -> Saver:
 
 
 def _loop(run: Run, outputs: RunOutputs, saver: Saver, stop: StopRequest) -> tuple[int, str]:
-    """All steps of this start; (exit code, why it ends in one line)."""
+    """Run all steps of this start; returns (exit code, reason in one line)."""
     state, cfg, console = run.state, run.state.cfg, outputs.console
     saved = state.step
     if run.evaluator and _validation_missing(state) and not validate(run, outputs, stop):
@@ -227,7 +228,7 @@ def _loop(run: Run, outputs: RunOutputs, saver: Saver, stop: StopRequest) -> tup
             save(run, console, saver, background=background, last=stopping or done)
             saved = state.step
         unvalidated = run.evaluator is not None and _validation_due(state)
-        if unvalidated and not stopping:  # after the save: it may take long, and can be made later
+        if unvalidated and not stopping:  # after the save: a validation may take long, and can be repeated later
             unvalidated = not validate(run, outputs, stop)
             stopping = unvalidated
             if stopping and saver.in_flight == state.step:
@@ -240,16 +241,16 @@ def _loop(run: Run, outputs: RunOutputs, saver: Saver, stop: StopRequest) -> tup
 
 
 def _stopped(state: TrainState, console: Progress, how: str) -> tuple[int, str]:
-    console.note(f"stopped on a signal after step {state.step}; the same command goes on {how}")
+    console.note(f"stopped on a signal after step {state.step}; the same command resumes {how}")
     return EXIT_REQUEUE, "stopped on a signal"
 
 
 def log_step(run: Run, outputs: RunOutputs, saver: Saver, report: StepReport) -> None:
-    """Record a step, show it, and look whether it stands out."""
+    """Record a step, show it, and check for a spike of loss or gradient norm."""
     state, result = run.state, report.result
     if result is None:
         outputs.log.skipped_step(state.step, state.consumed_tokens)
-        outputs.console.note(f"step {state.step}: left out (train.skip_steps), its batch is consumed")
+        outputs.console.note(f"step {state.step}: skipped (train.skip_steps), its batch is consumed")
         return
     spike, note = False, ""
     if outputs.spikes is not None:
@@ -273,25 +274,25 @@ def log_step(run: Run, outputs: RunOutputs, saver: Saver, report: StepReport) ->
     if note:
         outputs.console.note(note)
     if result.skipped:
-        outputs.console.note(f"step {state.step}: a gradient overflowed in fp16, update left out, loss scale halved")
+        outputs.console.note(f"step {state.step}: a gradient overflowed in fp16: step skipped, loss scale halved")
     if result.trace is not None:
         write_timeline(Path(state.cfg.run.dir), state.plan, result.trace, state.ctx, state.step)
 
 
 def _validation_due(state: TrainState) -> bool:
-    """Whether a validation belongs after this step, if there is a corpus for it."""
+    """Whether this step is to be followed by a validation, if there is a validation corpus."""
     every = state.cfg.eval.every
     return state.step == state.cfg.train.steps or bool(every and state.step % every == 0)
 
 
 def _validation_missing(state: TrainState) -> bool:
-    """Whether an earlier start was stopped between this step and its validation. Collective."""
+    """Whether an earlier start stopped after this step but before its validation. Collective."""
     ctx, run = state.ctx, Path(state.cfg.run.dir)
     return _validation_due(state) and on_first_rank(lambda: lacks_validation(run, state.step), ctx.world, ctx.device)
 
 
 def validate(run: Run, outputs: RunOutputs, stop: StopRequest) -> bool:
-    """Score the validation corpus; False, and no record, if a signal came on any rank meanwhile. Collective."""
+    """Score the validation corpus; False, and no record, if a signal arrived on any rank meanwhile. Collective."""
     state = run.state
     assert run.evaluator is not None
     score = run.evaluator.run_unless(lambda: _agreed((bool(stop),), state.ctx)[0], state.cfg.eval.batches)
@@ -303,25 +304,25 @@ def validate(run: Run, outputs: RunOutputs, stop: StopRequest) -> bool:
 
 
 def _scale(state: TrainState, result: StepResult) -> dict[str, float]:
-    """fp16: the loss scale after the step, and whether its update was left out."""
+    """In fp16: the loss scale after the step, and whether the step was skipped."""
     return {"loss_scale": state.scale.value, "skipped": float(result.skipped)} if state.scale.window else {}
 
 
 def _agreed(flags: tuple[bool, ...], ctx: ParallelContext) -> tuple[bool, ...]:
-    """Of each flag, whether any rank has it set."""
+    """For each flag, whether any rank has set it. Collective."""
     if ctx.world.size == 1:
-        return flags  # a GPU would have to be waited for
+        return flags  # avoids a synchronisation with the GPU
     values = torch.tensor([float(flag) for flag in flags], device=ctx.device)
     return tuple(bool(value) for value in all_reduce_(values, ctx.world, "max").tolist())
 
 
 def save(run: Run, console: Progress, saver: Saver, *, background: bool, last: bool) -> None:
-    """Save this step: wait for a save that is still under way, then begin this one, and wait for it or do not."""
+    """Save this step: wait for a save in progress, then start this one, in the background or waiting for its end."""
     state = run.state
     if saver.in_flight is not None:
         _report_saved(console, saver.finish())
-    states, facts = state.optimizer.states(owned=True), manifest_fields(state, run.data.metadata)
-    saver.start(states, step=state.step, facts=facts, background=background, unproven=not (background or last))
+    states, fields = state.optimizer.states(owned=True), manifest_fields(state, run.data.metadata)
+    saver.start(states, step=state.step, facts=fields, background=background, unproven=not (background or last))
     if background:
         console.note(f"step {state.step}: saving in the background")
     else:

@@ -1,4 +1,4 @@
-"""How a state is saved and resumed: in any layout, from a run's own checkpoints or from weights alone."""
+"""Saving and resuming a TrainState in any layout, from a run's checkpoints or from weights only."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ from engine.train.state import TrainState
 
 
 def save_state(state: TrainState, root: Path, data_metadata: dict[str, Any]) -> Path:
-    """Save a checkpoint of the state as it is and wait until it is there. Collective."""
+    """Save a checkpoint of the state under `root` and wait until it is complete; returns its folder. Collective.
+
+    data_metadata: description of the training data, for the manifest.
+    """
     c = state.cfg.checkpoint
-    states, facts = state.optimizer.states(owned=True), manifest_fields(state, data_metadata)
+    states, fields = state.optimizer.states(owned=True), manifest_fields(state, data_metadata)
     storage, step = storage_of(c.secret, encrypt=c.encrypt), state.step
-    return save(root, states, state.ctx, step=step, facts=facts, keep=c.keep, keep_every=c.keep_every, storage=storage)
+    return save(root, states, state.ctx, step=step, facts=fields, keep=c.keep, keep_every=c.keep_every, storage=storage)
 
 
 def manifest_fields(state: TrainState, data_metadata: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says of a state beside its tensors."""
+    """Fields of a checkpoint's manifest except its tensors: counters, optimizer, config, data, versions, lineage."""
     return {
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
@@ -54,10 +57,10 @@ def manifest_fields(state: TrainState, data_metadata: dict[str, Any]) -> dict[st
 
 
 def resume_run(state: TrainState, data_metadata: dict[str, Any]) -> str:
-    """Go on from the checkpoint that checkpoint.resume means; gives its folder, empty where a run begins. Collective.
+    """Resume from the checkpoint selected by checkpoint.resume; returns its folder, "" for a new run. Collective.
 
-    Of a run folder's checkpoints, one that turns out to be damaged is left out, with a warning, and the one before is
-    taken. One that was asked for by its path is refused.
+    A corrupt checkpoint of the run folder is skipped with a warning, and the previous one is used. If the user gave the
+    path of a corrupt checkpoint, DamageError is raised.
     """
     cfg, ctx = state.cfg, state.ctx
     storage = storage_of(cfg.checkpoint.secret)
@@ -69,30 +72,31 @@ def resume_run(state: TrainState, data_metadata: dict[str, Any]) -> str:
         except DamageError as error:
             if cfg.checkpoint.resume not in ("auto", "latest"):
                 raise
-            warnings.warn(f"left out: {error}", stacklevel=2)
+            warnings.warn(f"skipped: {error}", stacklevel=2)
             before = int(Path(source).name.removeprefix("step_"))
     return str(source)
 
 
 def resume(state: TrainState, folder: Path, data_metadata: dict[str, Any], storage: Storage = DISK) -> None:
-    """Go on from a checkpoint of any layout: weights, optimizer, step and data position. Collective.
+    """Load a checkpoint of any layout: weights, optimizer, step and data position. Collective.
 
-    Refuses, with a list of old and new values, when model, data, sequence length or seed differ and are not allowed to.
-    Raises DamageError on all ranks when any finds the checkpoint damaged; weights may then be those of no step.
+    Raises CheckpointError, with old and new values, if model, data, sequence length or seed differ and
+    checkpoint.allow does not list them. Raises DamageError on all ranks if any finds the checkpoint corrupt; some
+    weights may then be loaded and others not.
     """
     with _opened(folder, storage, state.ctx) as reader:
         manifest = reader.manifest
         if reader.names(MODEL) and not reader.names("exp_avg"):
             raise CheckpointError(
                 "train.weights-only",
-                f"{folder} holds weights only, such as an import does: start a new run from it with "
+                f"{folder} holds only weights, such as an imported model: start a new run from it with "
                 f"--checkpoint.init {folder} and another --run.dir",
             )
         allowed = refuse(folder, manifest, differences(manifest, state.cfg, data_metadata), state.cfg)
         try:
             load_into(reader, state.optimizer.states(), state.ctx)
         except EngineError as error:
-            if any(name.startswith("model.") for name in allowed):  # another model was allowed: it may just not fit
+            if any(name.startswith("model.") for name in allowed):  # a changed model was allowed: tensors may not fit
                 raise
             raise DamageError(error.code, str(error)) from None
     state.optimizer.publish()
@@ -105,35 +109,35 @@ def resume(state: TrainState, folder: Path, data_metadata: dict[str, Any], stora
 
 
 def changed_since(changed: Mapping[str, tuple[str, str]], scale: LossScale) -> str:
-    """One line of what differs from the checkpoint, name -> (old, new), though nothing refuses it."""
+    """One line with the allowed differences from the checkpoint. changed: name -> (old, new)."""
     text = ", ".join(f"{name} {old or 'none'} -> {new or 'none'}" for name, (old, new) in changed.items())
-    begun = f" (the loss scale begins at {scale.value:,.0f})" if scale.window and "train.precision" in changed else ""
+    begun = f" (the loss scale starts at {scale.value:,.0f})" if scale.window and "train.precision" in changed else ""
     return f"changed since the checkpoint: {text}{begun}"
 
 
 def _opened(folder: Path, storage: Storage, ctx: ParallelContext) -> Reader:
-    """A reader on every rank, or the same kind of error on every rank. Collective."""
+    """A reader on every rank, or an error of the same class on every rank. Collective."""
     error: EngineError | None = None
     reader: Reader | None = None
     try:
         reader = Reader(folder, storage)
-    except EngineError as fault:
-        error = fault
+    except EngineError as raised:
+        error = raised
     secret = any(gather_json(isinstance(error, SecretError), ctx.world, ctx.device))
     try:
         raise_together(error, ctx.world, ctx.device)
-    except EngineError as fault:
+    except EngineError as raised:
         if secret:
             raise
-        raise DamageError(fault.code, str(fault)) from None
+        raise DamageError(raised.code, str(raised)) from None
     assert reader is not None
     return reader
 
 
 def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
-    """Take the weights of a Hugging Face folder or a checkpoint of any layout; the optimizer is new. Collective.
+    """Load the weights of a Hugging Face folder or a checkpoint of any layout; the optimizer stays new. Collective.
 
-    Returns the folder they were in, and what of it is not read or not as it says, in words.
+    Returns the folder of the weights, and notes on its contents that are ignored or inconsistent.
     """
     ctx = state.ctx
     error: EngineError | None = None
@@ -142,8 +146,8 @@ def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
         source = open_source(path, state.cfg.model.max_seq_len, storage_of(state.cfg.checkpoint.secret))
         if ctx.rank == 0 and isinstance(source, HfReader):
             source.check_spare_head()
-    except EngineError as fault:
-        error = fault
+    except EngineError as raised:
+        error = raised
     raise_together(error, ctx.world, ctx.device)
     assert source is not None
     with source:
@@ -155,7 +159,7 @@ def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
 
 
 def find_resume(cfg: Config, before: int | None = None) -> str:
-    """The checkpoint to go on from, by checkpoint.resume; empty to start anew. before: of a step below this one."""
+    """The checkpoint that checkpoint.resume selects; "" to start a new run. before: only steps below this one."""
     wanted, run = cfg.checkpoint.resume, Path(cfg.run.dir)
     storage, root = storage_of(cfg.checkpoint.secret), run / "checkpoints"
     if wanted not in ("auto", "never") and before is None:
@@ -170,7 +174,7 @@ def find_resume(cfg: Config, before: int | None = None) -> str:
     if have is None and steps_descending(root, storage):
         raise CheckpointError(
             "train.no-whole-checkpoint",
-            f"{run} holds checkpoints, but none that is whole (the warnings say why): restore one, or begin anew with "
-            "another --run.dir",
+            f"{run} holds checkpoints, but none that is complete (see the warnings): restore one, or start a new run "
+            "with another --run.dir",
         )
     return "" if have is None else str(step_dir(root, have))

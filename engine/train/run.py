@@ -1,4 +1,4 @@
-"""A run on one rank, opened: its config made into state, data and validation, new or resumed."""
+"""Opens a run on one rank: builds state, data and validation from the config, new or resumed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from engine.train.state import TrainState, setup
 
 @dataclass(frozen=True)
 class Run:
-    """What a rank trains and validates with. A context manager: it ends the loader's thread.
+    """State, data and validation of a run on one rank. A context manager that ends the loader's thread.
 
-    derived: what follows from the config. evaluator: None without data.valid. source: the checkpoint it goes on from,
-    "" where it begins. notes: what to tell of the weights it begins with.
+    derived: computed from the config. evaluator: None without data.valid. source: the checkpoint that the run resumes
+    from, "" for a new run. notes: remarks for the user on the initial weights.
     """
 
     state: TrainState
@@ -49,9 +49,9 @@ class Run:
 
 
 def open_run(resolved: Resolved, ctx: ParallelContext) -> Run:
-    """Open the data, build the model, and go on from the run folder's newest checkpoint, if there is one. Collective.
+    """Open the data, build the model, and resume from the checkpoint that checkpoint.resume selects. Collective.
 
-    Raises ConfigError, DataError or CheckpointError where something does not fit.
+    Raises ConfigError, DataError or CheckpointError if config, data or checkpoint do not fit together.
     """
     cfg = resolved.config
     tokenizer = Tokenizer.load(Path(cfg.data.tokenizer)) if cfg.data.tokenizer else None

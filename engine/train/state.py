@@ -1,4 +1,4 @@
-"""What a run is made of on one rank: its place in the mesh, stages, buckets, optimizer, and how far it has come."""
+"""Training state of one rank: its place in the mesh, stages, gradient buckets, optimizer, and progress counters."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from engine.pipeline.stage import Stage
 
 @dataclass
 class TrainState:
-    """One rank's share of a run. step: updates done; consumed_*: over all ranks since the beginning of the run.
+    """One rank's part of the training state. step: steps done. consumed_*: over all ranks since the start of the run.
 
-    order_begin: the sample at which epoch 0 of the sample order began; above 0 where it was another order before.
-    stages: the pipeline stages on this rank by number; params: of all of them, each once. before_update: returns when
-    weights and moments may change (a save in the background may still be copying them).
+    order_begin: the sample at which epoch 0 of the current sample order began; above 0 if the order changed. stages:
+    this rank's pipeline stages by number. params: parameters of all of them, each once. before_update: returns when
+    weights and moments may change (a background save may still be copying them).
     """
 
     cfg: Config
@@ -54,13 +54,13 @@ class TrainState:
     before_update: Callable[[], None] = lambda: None
 
     def wait_for_weights(self) -> None:
-        """Return when all weights of this rank are there (ZeRO-1 may still gather them after a step)."""
+        """Return when all weights of this rank are complete (ZeRO-1 may still all-gather them after a step)."""
         for stage in self.buckets:
             stage.wait_for_weights()
 
 
 def mesh_of(cfg: Config, derived: Derived, env: Env) -> Mesh:
-    """What the ranks of a run form. ConfigError when it asks for a GPU in vain."""
+    """The mesh of a run, for `engine.launch`. ConfigError if it needs a GPU that is not there."""
     return Mesh(
         derived.layout,
         num_kv_heads=cfg.model.num_kv_heads,
@@ -72,9 +72,9 @@ def mesh_of(cfg: Config, derived: Derived, env: Env) -> Mesh:
 
 
 def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> TrainState:
-    """Stages, flat buckets, optimizer and checked plan of this rank, with initial weights. `cfg` is resolved.
+    """Build this rank's stages, buckets, optimizer and checked plan, with initial weights. Collective.
 
-    derived: what follows from it, where that is known already.
+    cfg: resolved. derived: computed from cfg, to avoid computing it again.
     """
     keep_freed_memory()
     check_backends(cfg, ctx)
@@ -82,7 +82,7 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
     for number, model, fresh in build_stages(cfg, ctx, derived):
-        if not cfg.checkpoint.init:  # else `start_from` fills them
+        if not cfg.checkpoint.init:  # else `start_from` loads them
             initialise_(fresh, ctx, cfg.train.seed)
         buckets = make_buckets(
             fresh,
@@ -106,17 +106,17 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
 
 
 def check_backends(cfg: Config, ctx: ParallelContext) -> None:
-    """Whether this device can do what train.attention and train.fp8 ask for, and all ranks do the same. Collective.
+    """Check that this device supports train.attention and train.fp8, and that all ranks choose the same. Collective.
 
-    ConfigError where it cannot, or where ranks would choose differently because one has a package that another lacks.
+    ConfigError if it does not, or if ranks choose differently because one has a package that another lacks.
     """
     check_device(cfg.train.fp8, ctx.device)
-    apart, wanted = cfg.data.separate_documents, cfg.train.attention
-    mine = attention_name(ctx.device, ctx.dtype, cfg.model.head_dim, documents=apart, wanted=wanted)
+    masked, wanted = cfg.data.separate_documents, cfg.train.attention
+    mine = attention_name(ctx.device, ctx.dtype, cfg.model.head_dim, documents=masked, wanted=wanted)
     names = gather_json(mine, ctx.world, ctx.device)
     if len(set(names)) > 1:
         found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))
-        fix = f"Install the same packages everywhere, or set train.attention {sorted(set(names))[0]}."
+        fix = f"Install the same packages on all hosts, or set train.attention {sorted(set(names))[0]}."
         raise ConfigError(
             [FieldError("train.ranks-choose-differently", "train.attention", wanted, f"chooses {found}", fix)]
         )

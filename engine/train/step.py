@@ -22,10 +22,10 @@ from engine.train.state import TrainState
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports: mean loss in nats a counted token, norms before clipping, rate, tokens.
+    """Result of one optimizer step. loss: mean nats per counted token. norms: before clipping. lr: learning rate.
 
-    skipped: a gradient overflowed in fp16 and no weight was changed. trace: of the executor if asked for.
-    by_source: source of a blend -> its mean loss, of those that had a counted token in this step.
+    tokens: number of counted tokens. skipped: a gradient overflowed in fp16 and no weight changed. trace: of the
+    executor, if requested. by_source: source of a blend -> its mean loss, for sources with counted tokens in this step.
     """
 
     loss: float
@@ -42,14 +42,14 @@ def train_step(
 ) -> StepResult:
     """One optimizer step on this data rank's microbatches; identical results on all ranks.
 
-    num_sources: of a blend, to tell their losses apart.
+    num_sources: number of sources of a blend, to report a loss for each; 0 for none.
 
-    The loss is sum of token losses / counted tokens over the whole global batch, and the count is known before the
+    The loss is the sum of token losses / counted tokens over the whole global batch; the count is computed before the
     forward. A non-finite loss or gradient raises TrainingError on every rank before any weight has changed; in fp16 a
-    non-finite gradient only leaves this update out and halves the loss scale.
+    non-finite gradient only skips the step and halves the loss scale.
     """
     cfg, ctx, scale = state.cfg, state.ctx, state.scale.value
-    tokens = count_tokens(batches, state.plan, ctx)  # on the host: a GPU would have to be waited for
+    tokens = count_tokens(batches, state.plan, ctx)  # on the host, to avoid a synchronisation with the GPU
     batches = [b.to(ctx.device) for b in batches]
     for stage in state.buckets:
         stage.zero_grad()
@@ -58,14 +58,14 @@ def train_step(
     for stage in state.buckets:
         stage.wait()
     summed = sum_losses(losses, state.plan, ctx)
-    norms = state.norms(scale)  # the one place where the host waits for a GPU: all that is to be read is there then
+    norms = state.norms(scale)  # the only synchronisation with the GPU: all values that the host reads are ready then
     loss = float(summed) / scale
     finite = math.isfinite(norms.norm)
     state.scale.update(finite)
     if not math.isfinite(loss) or not (finite or (state.scale.window and state.scale.value >= 1)):
         samples = range(state.consumed_samples, state.consumed_samples + cfg.train.global_batch_size)
-        what = NonFinite(state.step + 1, loss, norms.non_finite(), samples)
-        raise_non_finite(state.plan, state.stages, state.params, ctx, batches, scale / tokens, what)
+        failure = NonFinite(state.step + 1, loss, norms.non_finite(), samples)
+        raise_non_finite(state.plan, state.stages, state.params, ctx, batches, scale / tokens, failure)
     lr = learning_rate(state.step + 1, cfg.train.steps, cfg.optimizer, cfg.lr_schedule)
     if finite:
         state.before_update()
@@ -76,7 +76,7 @@ def train_step(
 
 
 def advance_counters(state: TrainState) -> None:
-    """Count a step as done and its batch as consumed: after its update, or without one (train.skip_steps)."""
+    """Count a step as done and its batch as consumed, after its update or without one (train.skip_steps)."""
     batch = state.cfg.train.global_batch_size
     state.step += 1
     state.consumed_samples += batch
@@ -84,22 +84,22 @@ def advance_counters(state: TrainState) -> None:
 
 
 def count_tokens(batches: Sequence[MicroBatch], plan: Plan, ctx: ParallelContext) -> int:
-    """Tokens that count in the loss, over the microbatches of all data ranks."""
+    """Number of tokens that the loss mask counts, over the microbatches of all data ranks. Collective."""
     total = sum(int(b.mask.sum()) for b in batches)
-    if ctx.data.size > 1:  # over the world: the data axis may still gather the weights of the step before
+    if ctx.data.size > 1:  # over the world: the data axis may still be gathering the weights of the previous step
         mine = total * contributes_loss(plan, ctx)
         total = int(all_reduce_(torch.tensor(mine, device=ctx.device), ctx.world).item())
     if total == 0:
         raise DataError(
             "train.no-token-counts",
-            "no token of this global batch counts in the loss: every mask is empty; look at the data, "
-            "or leave the step out with --train.skip_steps",
+            "the loss mask excludes every token of this global batch; check the data, or skip the step with "
+            "--train.skip_steps",
         )
     return total
 
 
 def sum_losses(losses: torch.Tensor, plan: Plan, ctx: ParallelContext) -> torch.Tensor:
-    """The sum of all microbatches' losses over all data ranks, as weighted. Collective."""
+    """Sum of the weighted losses of all microbatches over all data ranks. Collective."""
     return all_reduce_(losses.sum() * float(contributes_loss(plan, ctx)), ctx.world)
 
 
@@ -108,7 +108,7 @@ def losses_by_source(
 ) -> dict[int, float]:
     """Source -> sum of its token losses / its counted tokens, over the whole global batch. Collective.
 
-    losses [microbatches, b]: of each sample the sum of its token losses in nats.
+    losses [microbatches, b]: for each sample the sum of its token losses in nats.
     """
     ctx = state.ctx
     sums = torch.zeros(2, num_sources, dtype=torch.float64, device=ctx.device)

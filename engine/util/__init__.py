@@ -1,4 +1,4 @@
-"""Files, locks, signals, pictures' fonts, threads that read ahead, loading extensions, what was built: for every room.
+"""Utilities for all packages: files, locks, signals, fonts of plots, prefetch threads, loading of C++ extensions.
 
-Imports errors and the standard library. Never knows another room.
+Imports errors and the standard library. Never knows another package.
 """

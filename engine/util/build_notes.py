@@ -1,4 +1,4 @@
-"""Which extension is not there, why (`setup.py` noted it when it built the package), and what command builds it."""
+"""Missing C++ extensions: which, why (`setup.py` recorded it when it built the package), and how to build them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _NOTES = _HERE / "_build.json"
 _TOOLS = "pip install setuptools wheel pybind11"
 
 
-def why_not_built(what: str) -> str:
-    """Why "engine._index", "engine._ops" or "cuda" (its CUDA kernels) was not built; "" if nothing is known."""
+def why_not_built(name: str) -> str:
+    """Why "engine._index", "engine._shared", "engine._ops" or "cuda" (its kernels) was not built; "" if unknown."""
     try:
         notes = read_json(_NOTES)
     except (OSError, ValueError):
         return ""
-    why = notes.get(what, "") if isinstance(notes, dict) else ""
+    why = notes.get(name, "") if isinstance(notes, dict) else ""
     return why if isinstance(why, str) else ""
 
 
 def missing_extensions() -> str:
-    """One line about the extensions that are not there and how to build them; "" where all are. Imports none."""
+    """One line that names the missing extensions and how to build them; "" if none is missing. Imports none."""
     absent = [name for name in EXTENSIONS if importlib.util.find_spec(name) is None]
     if not absent:
         return ""
     reasons = [f"{name} ({why})" if (why := why_not_built(name)) else name for name in absent]
-    return f"not built: {', '.join(reasons)}: what replaces it is slower; {how_to_build()}"
+    return f"not built: {', '.join(reasons)}: the fallbacks are slower; {how_to_build()}"
 
 
 def how_to_build() -> str:
-    """ "build it: COMMAND", which compiles beside the torch that is installed; a build isolated by pip has none."""
+    """ "build it: COMMAND". The command compiles against the installed torch; pip's isolated build has no torch."""
     tree = _HERE.parent
     if (tree / "setup.py").is_file() and (tree / "csrc").is_dir():
         where = "." if tree == Path.cwd() else shlex.quote(str(tree))
@@ -47,7 +47,7 @@ def how_to_build() -> str:
 
 
 def _source() -> str:
-    """Where pip took the installed package from (direct_url.json, PEP 610); words for it where that is a wheel."""
+    """Source of the installed package for pip (direct_url.json, PEP 610); a placeholder if it came from a wheel."""
     try:
         record = importlib.metadata.distribution(DISTRIBUTION).read_text  # always as UTF-8
         fields = json.loads(record("direct_url.json") or "{}")

@@ -1,4 +1,4 @@
-"""The C++ extensions: the one way to load one, to say why it cannot be used, and to warn of that in one line."""
+"""Loads the C++ extensions, reports why one cannot be used, and warns about it in one line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from engine.util.build_notes import how_to_build, why_not_built
 
 
 def _open_module(name: str) -> tuple[Any, str]:
-    """A Python module and what it was built for: its attribute `interface`, 0 where it has none."""
+    """(module, its version "interface N"), from its attribute `interface`; 0 if it has none."""
     module = importlib.import_module(name)
     return module, f"interface {getattr(module, 'interface', 0)}"
 
 
 def load(name: str, wanted: str, open_: Callable[[str], tuple[Any, str]] = _open_module) -> tuple[Any, str]:
-    """(the extension, "") or (None, why it cannot be used): not built, does not load, or built for another engine.
+    """(the extension, "") or (None, the reason): not built, cannot be loaded, or built for another engine version.
 
-    wanted: what the engine calls, such as "interface 4"; a build that `open_` finds to be for anything else is refused.
+    wanted: the version that the engine needs, such as "interface 4"; a build for which `open_` returns another one is
+    not used.
     """
     if importlib.util.find_spec(name) is None:
         why = why_not_built(name)
@@ -33,5 +34,5 @@ def load(name: str, wanted: str, open_: Callable[[str], tuple[Any, str]] = _open
 
 
 def warn(why: str, instead: str) -> None:
-    """One line for the user: why an extension is not used, what runs instead, and the command that builds it."""
+    """Warn the user in one line: why an extension is not used, the fallback, and the command that builds it."""
     warnings.warn(f"{why}: {instead}; {how_to_build()}", stacklevel=6)

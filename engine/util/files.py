@@ -1,4 +1,4 @@
-"""Writing files so that a crash or a power cut leaves the old content or the new; reading small ones whole."""
+"""Atomic and durable writes (a crash or power cut leaves the old content or the new), bounded reads, and locks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import IO, Any
 
 from engine.errors import DataError
 
-MAX_JSON_BYTES = 1 << 30  # of a file of our own; what is read of others has a bound of its own
-SEALED = b"TRDSEAL1"  # how an encrypted file begins (engine.checkpoint.seal)
+MAX_JSON_BYTES = 1 << 30  # of a file that the engine has written; files from elsewhere have smaller limits
+SEALED = b"TRDSEAL1"  # first bytes of an encrypted file (engine.checkpoint.seal)
 
 
 def sync_file(file: IO[bytes]) -> None:
-    """Make what was written to an open file durable."""
+    """Make the data written to an open file durable."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -37,15 +37,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_no_follow(path: str, flags: int) -> int:
-    """An opener for `open` that does not follow a link: in a folder that others write to, it leads anywhere."""
+    """An opener for `open` that follows no symlink: in a folder that other users can write to, it may lead anywhere."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def replace_synced(path: Path, data: bytes) -> None:
-    """Put a small file in the place of what is there: after a crash it is the one or the other."""
-    beside = path.with_name(f".{path.name}.new")
-    write_synced(beside, data)
-    os.replace(beside, path)
+    """Replace a small file atomically: after a crash it has the old content or the new."""
+    temporary = path.with_name(f".{path.name}.new")
+    write_synced(temporary, data)
+    os.replace(temporary, path)
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -55,34 +55,33 @@ def write_synced(path: Path, data: bytes) -> None:
         sync_file(file)
 
 
-def read_regular(path: Path, most: int, *, links: bool = True) -> bytes:
-    """The bytes of a regular file of at most `most` bytes. OSError for anything else, and for a link without `links`.
+def read_regular(path: Path, max_bytes: int, *, links: bool = True) -> bytes:
+    """The bytes of a regular file of at most `max_bytes` bytes; OSError for anything else. links=False: no symlinks.
 
-    A pipe would be waited for, and a device has no end.
+    Reading a pipe would block, and a device has no end.
     """
-    how = os.O_NONBLOCK | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | how)) as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
+    extra = os.O_NONBLOCK | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | extra)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        data = file.read(min(most, facts.st_size) + 1)  # as much memory as this is set aside at once
-        if len(data) > facts.st_size:  # it grows
-            data += file.read(most + 1 - len(data))
-    if len(data) > most:
-        raise OSError(
-            errno.EFBIG, f"has {max(len(data), facts.st_size):,} bytes, and more than {most:,} are not read", str(path)
-        )
+        data = file.read(min(max_bytes, status.st_size) + 1)  # read() allocates this much memory at once
+        if len(data) > status.st_size:  # the file is growing
+            data += file.read(max_bytes + 1 - len(data))
+    if len(data) > max_bytes:
+        size = max(len(data), status.st_size)
+        raise OSError(errno.EFBIG, f"has {size:,} bytes, more than the limit of {max_bytes:,}", str(path))
     return data
 
 
 def read_json(
-    path: Path, most: int = MAX_JSON_BYTES, loads: Callable[[bytes], Any] = json.loads, *, links: bool = True
+    path: Path, max_bytes: int = MAX_JSON_BYTES, loads: Callable[[bytes], Any] = json.loads, *, links: bool = True
 ) -> Any:
-    """The JSON value in a regular file of at most `most` bytes. OSError as `read_regular`; ValueError: no JSON.
+    """The JSON value in a regular file of at most `max_bytes` bytes. OSError as `read_regular`; ValueError: not JSON.
 
-    loads: another parser, for files of megabytes. Who calls says in its own words what is wrong with whose file.
+    loads: the parser; pass a faster one for files of megabytes. Callers turn the errors into messages for their files.
     """
-    data = read_regular(path, most, links=links)
+    data = read_regular(path, max_bytes, links=links)
     try:
         return loads(data)
     except RecursionError as error:  # nested deeper than the parser goes
@@ -105,7 +104,7 @@ def writing(path: Path, resume_hint: Callable[[], str], needed: Callable[[], int
 def _write_error(err: OSError, path: Path, needed: int, resume_hint: str) -> DataError:
     where = err.filename or path
     if err.errno == errno.EFBIG:
-        text = f"{where}: the limit on the size of a file is reached (ulimit -f). Raise it. {resume_hint}"
+        text = f"{where}: the limit on the size of a file was reached (ulimit -f). Raise it. {resume_hint}"
         return DataError("data.file-size-limit", text)
     if err.errno not in (errno.ENOSPC, errno.EDQUOT):
         text = f"{where}: cannot be written: {err.strerror or err}. Choose another output, or change its permissions."
@@ -113,16 +112,16 @@ def _write_error(err: OSError, path: Path, needed: int, resume_hint: str) -> Dat
     folder = next((p for p in (path, *path.absolute().parents) if p.is_dir()), Path("/"))
     state = "the disk is full" if err.errno == errno.ENOSPC else "the quota of this user is used up"
     free = shutil.disk_usage(folder).free
-    text = f"{where}: {state}: about {needed:,} bytes are needed to go on, {free:,} are free. Make room. {resume_hint}"
+    text = f"{where}: {state}: about {needed:,} more bytes are needed, {free:,} are free. Free space. {resume_hint}"
     return DataError("data.disk-full", text)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[str]:
-    """Hold a lock file; gives who holds it ("process 12 on host"), empty when that is now this process.
+    """Take a lock file; yields "" if this process now holds it, else its holder, such as "process 12 on host".
 
-    The system takes the lock back when the process ends, however it ends: none is ever stale. Warns on file systems
-    that know no locks.
+    The system releases the lock when the process ends, even if it is killed, so a lock is never stale. Warns on file
+    systems without locks.
     """
     with open(path, "a+b", opener=open_no_follow) as file:
         holder = ""
@@ -132,9 +131,11 @@ def locked(path: Path) -> Iterator[str]:
             file.seek(0)
             holder = file.read(200).decode(errors="replace").strip() or "another process"
         except OSError as error:
-            warnings.warn(f"{path}: no lock on this file system ({error.strerror}): start no second run", stacklevel=3)
+            warnings.warn(
+                f"{path}: this file system has no locks ({error.strerror}): do not start a second run", stacklevel=3
+            )
         if not holder:
             file.truncate(0)
-            with suppress(OSError):  # on a full disk nobody is named
+            with suppress(OSError):  # on a full disk the holder stays unnamed
                 os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield holder

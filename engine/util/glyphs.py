@@ -1,9 +1,9 @@
-"""Foreign text in pictures: fonts that are installed and have its characters, Latin letters or escapes where none has.
+"""Text of any script in plots: finds installed fonts with its characters, else writes Latin letters or escapes.
 
-matplotlib draws a box for a character that its font lacks. It takes a list of fonts and looks through it character by
-character, so the first installed ones that together have everything are put behind its own. They are looked for in the
-folders of the system, not in matplotlib's cache, which does not know what was installed since. Of characters that no
-font has, the text is written in Latin letters (anyascii, in the extra `chinese`) or as escapes; a warning says so.
+matplotlib draws a box for a character that its font lacks. It accepts a list of fonts and tries them character by
+character, so the first installed fonts that together have all characters are added after its default. They are looked
+for in the font folders of the system, because matplotlib's cache misses fonts installed later. Characters that no font
+has are written in Latin letters (anyascii, in the extra `chinese`) or as escapes, with a warning.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# By their file names: fonts with many characters, so that one or two are enough.
+# File names of fonts with many characters, so that one or two fonts are enough.
 _LIKELY = re.compile(
     r"cjk|sourcehan|wqy|zenhei|microhei|fallback|msyh|simsun|simhei|pingfang|stheiti|hiragino|uming|ukai|ipa[gm]|takao|vl-"
     r"|meiryo|yugoth|nanum|malgun|unifont|arialuni|noto",
     re.IGNORECASE,
 )
 _REGULAR = re.compile("regular|zenhei|microhei", re.IGNORECASE)
-_MOST_FONTS = 200  # that are opened, at some 10 ms each
+_MOST_FONTS = 200  # opened at most; each takes about 10 ms
 
 
 @contextmanager
 def drawable(texts: Sequence[str]) -> Iterator[Callable[[str], str]]:
-    """Within, matplotlib can draw `texts`; gives the function that makes a label of one of them."""
+    """Inside the block, matplotlib can draw `texts`; yields a function that turns one of them into a label."""
     import matplotlib
 
     families, missing = _fonts({char for text in texts for char in text if char.isprintable()})
@@ -35,7 +35,7 @@ def drawable(texts: Sequence[str]) -> Iterator[Callable[[str], str]]:
         _warn(texts, missing)
     log = logging.getLogger("matplotlib.font_manager")
     before = log.level
-    log.setLevel(logging.ERROR)  # it remarks that such fonts come in one weight, once for each text
+    log.setLevel(logging.ERROR)  # else it warns once per text that such fonts have only one weight
     try:
         with matplotlib.rc_context({"font.family": [*matplotlib.rcParams["font.family"], *families]}):
             yield lambda text: _label(text, missing)
@@ -44,7 +44,7 @@ def drawable(texts: Sequence[str]) -> Iterator[Callable[[str], str]]:
 
 
 def _fonts(wanted: set[str]) -> tuple[list[str], frozenset[str]]:
-    """Families to look through behind matplotlib's own, and characters that none of them has."""
+    """(font families to try after matplotlib's default, characters that none of them has)."""
     from matplotlib import font_manager, rcParams
     from matplotlib.ft2font import FT2Font
 
@@ -66,7 +66,7 @@ def _fonts(wanted: set[str]) -> tuple[list[str], frozenset[str]]:
 
 
 def _installed() -> list[str]:
-    """Paths of the system's fonts, those first that are likely to have much."""
+    """Paths of the system's fonts, those likely to have many characters first."""
     from matplotlib import font_manager
 
     def order(path: str) -> tuple[bool, bool, int, str]:
@@ -78,7 +78,7 @@ def _installed() -> list[str]:
 
 
 def _opened(path: str) -> Any:
-    """The font, None for one that is damaged or has pictures of fixed sizes."""
+    """The font; None if it is corrupt or a bitmap font."""
     from matplotlib.ft2font import FT2Font
 
     try:
@@ -89,7 +89,7 @@ def _opened(path: str) -> Any:
 
 
 def _label(text: str, missing: frozenset[str]) -> str:
-    """`text` as matplotlib draws it: no formulas, nothing hidden from a legend, nothing that it has no glyph for."""
+    """`text` for matplotlib: no math mode, not hidden from the legend, no character without a glyph."""
     drawn = "".join(char if char.isprintable() else _escaped(char) for char in text)
     if missing:
         runs = re.compile(f"[{''.join(map(re.escape, sorted(missing)))}]+")
@@ -121,7 +121,7 @@ def _warn(texts: Sequence[str], missing: frozenset[str]) -> None:
     drawn = _label(text, missing)
     latin = "" if _anyascii() else "; `pip install 'trident-engine[chinese]'` gives Latin letters instead of escapes"
     warnings.warn(
-        f"no installed font has {shown}: {text[:60]} is {drawn[:120]} in the picture. Install one, such as "
+        f"no installed font has {shown}: {text[:60]} is written as {drawn[:120]} in the plot. Install a font, such as "
         f"fonts-noto-cjk or fonts-wqy-zenhei for Chinese{latin}.",
         stacklevel=4,
     )

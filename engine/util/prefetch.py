@@ -1,4 +1,4 @@
-"""Run an iterator, or a function of its items, in threads a few items ahead of the consumer."""
+"""Prefetching: run an iterator, or a function of its items, in threads a few items ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _POLL_S = 0.2  # between two calls of `check`
 
 
 def run_in_thread(call: Callable[[], T]) -> Future[T]:
-    """The result of a call that a thread of its own makes: a native one, which lets others run meanwhile."""
+    """Run a call in a separate thread; for native calls, which release the interpreter lock."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -28,20 +28,20 @@ def run_in_thread(call: Callable[[], T]) -> Future[T]:
         except BaseException as err:
             future.set_exception(err)
 
-    threading.Thread(target=work, daemon=True, name="beside").start()
+    threading.Thread(target=work, daemon=True, name="run-in-thread").start()
     return future
 
 
 def read_ahead(source: Iterator[T], depth: int = 2, check: Check = lambda: None) -> Generator[T, None, None]:
-    """The items of `source` in order; its exception is raised where it stood. Memory: `depth` + 2 items.
+    """The items of `source` in order; its exception is raised at its position. Memory: `depth` + 2 items.
 
-    `check` is called while an item is waited for, and may end that by an exception.
+    check: called while the consumer waits for an item; it may raise to end the wait.
     """
     items: queue.Queue[object] = queue.Queue(depth)
-    left = threading.Event()  # the consumer is gone
+    consumer_gone = threading.Event()
 
     def put(item: object) -> bool:
-        while not left.is_set():
+        while not consumer_gone.is_set():
             try:
                 items.put(item, timeout=0.1)
                 return True
@@ -64,9 +64,9 @@ def read_ahead(source: Iterator[T], depth: int = 2, check: Check = lambda: None)
         while (item := _get(items, check)) is not _END:
             if isinstance(item, _Failed):
                 raise item.error
-            yield item  # type: ignore[misc]  # what work() puts besides T was taken out above
+            yield item  # type: ignore[misc]  # it is a T: _Failed and _END were handled above
     finally:
-        left.set()
+        consumer_gone.set()
 
 
 def _get(items: queue.Queue[object], check: Check) -> object:
@@ -79,10 +79,10 @@ def _get(items: queue.Queue[object], check: Check) -> object:
 def map_ahead(
     call: Callable[[T], U], source: Iterator[T], threads: int, check: Check = lambda: None
 ) -> Generator[tuple[T, U], None, None]:
-    """(item, call(item)) in the order of `source`, which one thread reads and `threads` threads work on.
+    """(item, call(item)) in the order of `source`: one thread reads the items, `threads` threads make the calls.
 
-    An exception of a call, or of `source`, is raised where it stood. Memory: `threads` + 2 items and results. `check`
-    is called while a result is waited for; when it raises Stopped, no call is waited for.
+    An exception of a call, or of `source`, is raised at its position. Memory: `threads` + 2 items and results. check:
+    called while the consumer waits for a result; if it raises Stopped, running calls are not waited for.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="map-ahead")
     pairs = read_ahead(((item, pool.submit(call, item)) for item in source), threads, check)

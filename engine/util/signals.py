@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop. Only the standard library: they are heard before torch is imported."""
+"""Signals that ask a run to save and stop. Standard library only, to be installed before torch is imported."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-LAUNCHER = os.getppid()  # who started this process, noted before it can have ended
+LAUNCHER = os.getppid()  # id of the parent process, read before the parent can have ended
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_REQUEST_S = 2.0
 _SAME_KEYPRESS_S = 0.2
-_GRACE_S = 3.0  # for the main thread to end in order; a native call may hold it for minutes
-_POLL_S = 0.2  # between looks, once a signal has come
-_IMPORTED_S = 0.02  # between looks whether an import has ended
-_SHOW_CURSOR = b"\x1b[?25h\n"  # which a progress bar had hidden
+_GRACE_S = 3.0  # for the main thread to end in order; a native call may block it for minutes
+_POLL_S = 0.2  # polling interval once a signal has arrived
+_IMPORTED_S = 0.02  # interval of checks whether an import has ended
+_SHOW_CURSOR = b"\x1b[?25h\n"  # a progress bar had hidden the cursor
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1, Ctrl-C (SIGINT) or SIGHUP asks for a save and an orderly stop; a second one stops at once.
+    """SIGTERM, SIGUSR1, Ctrl-C (SIGINT) or SIGHUP requests a save and an orderly stop; a second one exits at once.
 
     The same signal again within two seconds is the same request: Slurm or a shell signals a whole process group, and
-    torchrun or a script passes on what it got as well. Nobody waits so long with a second Ctrl-C, nor does it come that
-    way, so there it is a fifth of a second. A SIGHUP that is ignored, as nohup has it, stays ignored. What came while
-    the signals were blocked (examples/pretrain_7b.sh starts ranks so: none is lost before Python runs) is heard now.
+    torchrun or a script forwards the signal as well. Ctrl-C is not forwarded like this, and users press it again
+    sooner, so for SIGINT the limit is 0.2 seconds. A SIGHUP that is ignored (nohup) stays ignored. Signals that arrived
+    while they were blocked are handled now: examples/pretrain_7b.sh starts ranks with signals blocked, so that none is
+    lost before Python runs.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def listen(self) -> None:
-        """Hear the signals; again, where a library has taken one of them for itself."""
+        """Install the handlers; call again after a library may have replaced one."""
         for number, before in self._before.items():
             if number != signal.SIGHUP or before != signal.SIG_IGN:
                 signal.signal(number, self._note)
@@ -51,7 +52,7 @@ class StopRequest:
             os._exit(128 + number)
 
     def _is_second(self, number: int) -> bool:
-        """Note a signal that came. True: it is another one than the first, whose time is noted."""
+        """Record a signal. True if it is a second request, not a repetition of the first."""
         now = time.monotonic()
         same_s = _SAME_KEYPRESS_S if number == signal.SIGINT else _SAME_REQUEST_S
         if self._since:
@@ -63,7 +64,7 @@ class StopRequest:
         return self.signal is not None
 
     def release(self) -> None:
-        """Let signals do what they did before, what has come included: there will be nothing to save."""
+        """Restore the previous handlers, and send the signal that has arrived to them: there is nothing to save."""
         for number, before in self._before.items():
             signal.signal(number, before)
         if self.signal is not None:
@@ -71,7 +72,7 @@ class StopRequest:
 
 
 class Stopped(BaseException):
-    """Ends a verb on a signal. Not an Exception: no code in between takes it for a failure of its own."""
+    """Raised on a signal to end a command. Not an Exception, so that no code in between handles it as its own error."""
 
 
 class Interrupts(StopRequest):
@@ -99,13 +100,13 @@ class Interrupts(StopRequest):
             super().__init__()
 
     def check(self) -> None:
-        """Raise Stopped if a signal came."""
+        """Raise Stopped if a signal has arrived."""
         if self.signal is not None:
             raise Stopped
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, what stands between two calls of `check` is done as a whole."""
+        """Inside the block, Stopped is raised only by `check`: the code between two calls is never interrupted."""
         self._deferred = True
         try:
             yield
@@ -115,7 +116,7 @@ class Interrupts(StopRequest):
 
     @contextmanager
     def committing(self) -> Iterator[None]:
-        """Within, what was done is made durable, and a slow disk may take its time."""
+        """Inside the block, results are made durable, so the time limit for a blocked main thread is suspended."""
         self._sealing = True
         try:
             yield
@@ -124,18 +125,18 @@ class Interrupts(StopRequest):
             self._sealing = False
 
     def leave(self, forced_by: int | None = None) -> NoReturn:
-        """Say how to go on, once, and end the process whatever its other threads are doing."""
+        """Print once how to resume, and exit the process even if other threads are running."""
         first = self.signal or signal.SIGINT
         if not self._reported:
             self._reported = True
             line = f"interrupted ({first.name}): {self.resume_hint()}\n".encode()
-            if select.select([], [2], [], 0)[1]:  # else the end would wait for whoever reads
+            if select.select([], [2], [], 0)[1]:  # else the exit would block until stderr is read
                 with suppress(OSError):
                     os.write(2, (_SHOW_CURSOR if forced_by and os.isatty(2) else b"") + line)
         os._exit(128 + (forced_by or first))
 
     def release(self) -> None:
-        """Let signals do what they did before: the verb has ended by itself."""
+        """Restore the previous handlers: the command has ended normally."""
         self._ended = True
         signal.set_wakeup_fd(self._wakeup_before)
         os.write(self._wakeup, bytes(1))  # ends the thread
@@ -146,15 +147,15 @@ class Interrupts(StopRequest):
             signal.signal(number, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None and number in STOP_SIGNALS:  # the thread has not come to it yet
+        if self.signal is None and number in STOP_SIGNALS:  # the watcher thread has not recorded it yet
             self.signal = signal.Signals(number)
         if self._deferred or self._raised:
             return
         if _importing(frame):
-            self._before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self._note))  # comes here again
+            self._before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self._note))  # retry by a timer
             signal.setitimer(signal.ITIMER_REAL, _IMPORTED_S)
             return
-        self._raised = True  # once: what ends by it is not to be disturbed
+        self._raised = True  # once: the clean-up that follows must not be interrupted
         raise Stopped
 
     def _watch(self) -> None:
@@ -170,7 +171,7 @@ class Interrupts(StopRequest):
         os.close(self._heard)
 
     def _forked(self) -> None:
-        """In a process that was forked: its signals are not those of this one."""
+        """Restore the previous handlers in a forked process."""
         if not self._ended:
             signal.set_wakeup_fd(-1)
             for number, before in self._before.items():
@@ -186,9 +187,9 @@ def _importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def interruptible(resume_hint: str) -> Iterator[Interrupts]:
-    """Within, signals end this process as Interrupts says; `resume_hint` is what the line says until it is set anew.
+    """Inside the block, signals end this process as in Interrupts. resume_hint: the printed line, until it is replaced.
 
-    A native library may take Stopped for its own failure (Rust's is no Exception): it is not told after a signal.
+    A native library may turn Stopped into its own error (Rust's is no Exception): after a signal it is not reported.
     """
     stop = Interrupts(resume_hint)
     try:

@@ -78,7 +78,7 @@ def resumed(run: Path, ctx: ParallelContext, resume: str = "auto") -> tuple[str,
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         folder = resume_run(state, METADATA)
-    return folder, [str(w.message) for w in said if "left out" in str(w.message)], state
+    return folder, [str(w.message) for w in said if "skipped" in str(w.message)], state
 
 
 def same(a: TrainState, b: TrainState) -> bool:
@@ -107,7 +107,7 @@ def test_the_one_before_is_taken_and_the_damage_told(runs: Path) -> None:
     told, _ = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert len(told) == 2 * len(DAMAGES)
     for (name, (_, words)), left_out, refused in zip(DAMAGES.items(), told[::2], told[1::2]):
-        assert left_out.startswith("left out: "), name
+        assert left_out.startswith("skipped: "), name
         for text in (left_out, refused):
             assert re.search(words, text), (name, text)
 

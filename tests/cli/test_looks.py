@@ -67,7 +67,7 @@ def test_runs_are_named_apart_and_a_torn_line_is_left_out(tmp_path: Path) -> Non
     assert distinct_names(runs) == ["a/run", "b/run"]
     assert distinct_names([runs[0], tmp_path / "b/other"]) == ["run", "other"]
     assert plot_loss(runs, tmp_path / "loss.svg") == [
-        f"{run}: the last line of metrics.jsonl is torn and left out" for run in runs
+        f"{run}: the last line of metrics.jsonl is incomplete and was skipped" for run in runs
     ]
     assert read_metrics(runs[0]) == ({1: {"step": 1, "loss": 2.0}}, {}, True)
 

@@ -429,7 +429,7 @@ def test_a_rank_ends_when_torchrun_is_killed(tmp_path: Path, monkeypatch: pytest
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert soon(lambda: free(lock), 10)
-    assert re.search(r"error: rank 1: torchrun \(process \d+\) has ended without a word", rank_log.read_text())
+    assert re.search(r"error: rank 1: torchrun \(process \d+\) exited without an error", rank_log.read_text())
 
 
 def soon(what: Callable[[], bool], limit_s: float) -> bool:

@@ -172,14 +172,14 @@ def test_a_cut_link_ends_both_sides_with_one_message_each(hosts: list[Host], tin
     near, far = output(run)
     spoken = [[line for line in text.splitlines() if line.startswith("error: ")] for text in (near, far)]
     assert [len(lines) for lines in spoken] == [1, 1], near + far
-    silence = rf"error: rank [01]: no word from another rank for {TIMEOUT_S} s \(parallel.timeout_s\): its host or the"
+    silence = rf"error: rank [01]: no message from another rank for {TIMEOUT_S} s \(parallel.timeout_s\): its host or"
     assert re.match(silence, spoken[0][0]), near
     gone = (
         rf"error: rank 2: lost contact with other ranks and with the first node, {hosts[0].address}: that host or the"
     )
     assert re.match(gone, spoken[1][0]), far
     for text in (near, far):
-        assert "then start the same command again: it goes on from the last checkpoint." in text
+        assert "then start the same command again: it resumes from the last checkpoint." in text
         assert "in train_step" not in text and text.count("Traceback") == 1  # that of torchrun
 
 

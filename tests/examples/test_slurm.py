@@ -141,7 +141,7 @@ def test_slurm_signals_requeues_and_goes_on(cluster: dict[str, str], tiny: Path,
         return text
 
     text = until(f"saved on a signal: job {job} queues up again", 240)
-    stopped = re.search(r"stopped on a signal after step (\d+); the same command goes on from there", text)
+    stopped = re.search(r"stopped on a signal after step (\d+); the same command resumes from there", text)
     assert stopped, text
     assert (run / f"checkpoints/step_{int(stopped[1]):08d}/manifest.json").exists()
     until(f"resuming from {run}/checkpoints/step_{int(stopped[1]):08d}", 240)

@@ -257,7 +257,7 @@ def test_the_first_look_tells_what_is_not_built(
     monkeypatch.setattr(
         build_notes.importlib.util, "find_spec", lambda name: None if name == "engine._ops" else found("engine")
     )
-    said = "not built: engine._ops (torch could not be imported): what replaces it is slower; build it: pip install"
+    said = "not built: engine._ops (torch could not be imported): the fallbacks are slower; build it: pip install"
     for args in (["--version"], ["-V"], ["--help"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(args)

@@ -129,7 +129,7 @@ def test_a_tensorboard_that_cannot_write_is_left(corpus: str, tmp_path: Path, mo
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     with pytest.warns(
-        UserWarning, match=r"tensorboard cannot be written \(No space left on device\); going on"
+        UserWarning, match=r"tensorboard cannot be written \(No space left on device\); continuing"
     ) as said:
         assert train(config(tmp_path / "run", corpus, monitor_tensorboard=True)) == 0
     assert len(said) == 1 and max(calls) == 2

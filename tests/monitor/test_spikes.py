@@ -46,14 +46,14 @@ def test_what_stands_out(tmp_path: Path) -> None:
     watch = SpikeWatch(tmp_path / "b", 0)
     assert feed(watch, falling) == []
     high, note = watch.observe(401, 2.0, 30.0, "3200-3207")
-    assert high and "step 401: gradient norm 30 where 1 is usual; its samples are 3200-3207" in note
+    assert high and "step 401: gradient norm 30 where 1 is normal; its samples are 3200-3207" in note
     assert watch.observe(402, 2.0, math.inf, "")[0] is False  # fp16 looks for its scale
 
 
 def test_a_spike_lasts_until_the_run_has_recovered_and_survives_a_restart(tmp_path: Path) -> None:
     def again(step: int, first: SpikeWatch) -> SpikeWatch:
         watch = SpikeWatch(tmp_path, step)
-        watch._usual = first._usual  # as from metrics.jsonl, which the test below reads
+        watch._normal = first._normal  # as from metrics.jsonl, which the test below reads
         return watch
 
     watch = SpikeWatch(tmp_path, 0)

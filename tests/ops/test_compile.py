@@ -107,11 +107,11 @@ def test_what_cannot_be_one_graph_is_an_error() -> None:
     ("changes", "said"),
     [
         ({}, ""),
-        ({"train_compile": True}, "; between products: torch.compile"),
+        ({"train_compile": True}, "; between matmuls: torch.compile"),
         (
             {"train_compile": True, "train_precision": "bf16", "train_fp8": "rowwise", "model_ffn_size": 64}
             | {"model_head_dim": 16},
-            "; products of blocks: fp8 rowwise; between products: torch.compile",
+            "; matmuls of blocks: fp8 rowwise; between matmuls: torch.compile",
         ),
     ],
     ids=["plain", "compile", "fp8"],

@@ -208,7 +208,7 @@ def test_a_scale_comes_from_a_run_that_had_one_and_from_nowhere_else(tmp_path: P
             made, begun, line = go("fp16", tmp_path / "half", source)
             assert begun == LossScale(2.0**12, 1000, 0)
             assert line == (
-                f"changed since the checkpoint: train.precision {precision} -> fp16 (the loss scale begins at 4,096)"
+                f"changed since the checkpoint: train.precision {precision} -> fp16 (the loss scale starts at 4,096)"
             )
             parent = read_manifest(made).lineage[-1]
             assert parent.changed == {"train.precision": (precision, "fp16")}

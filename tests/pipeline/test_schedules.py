@@ -438,7 +438,7 @@ def test_unbatched_1f1b_deadlocks(ranks: int) -> None:
     if ranks == 2:
         assert str(error.value) == (
             "plan '1f1b' rank 0 step 3 0SEND_F1: deadlock with zero buffering: each of these ranks waits for a step "
-            "that the next one never comes to\n"
+            "that the next one never reaches\n"
             "  rank 0 step 3 0SEND_F1 waits for rank 1 step 4 1RECV_F1\n"
             "  rank 1 step 3 1SEND_B0 waits for rank 0 step 4 0RECV_B0\n"
             "step    0         1         2    3           4           5    6    7         8\n"

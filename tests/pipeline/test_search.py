@@ -185,7 +185,7 @@ def test_rules_never_get_stuck_in_the_least_room() -> None:
         chunks = len(where) // 3
         for forward_first in (False, True):
             for deep_first in (False, True):
-                rule = _Rule(forward_first, deep_first, patience=1.0, room=chunks, taper=1)
+                rule = _Rule(forward_first, deep_first, patience=1.0, max_alive=chunks, taper=1)
                 plan = _ListRun(where, 3, 5, Costs(comm=0.5), rule).run()
                 assert max(memory(plan)) == 1
                 check(complete_and_check(plan))

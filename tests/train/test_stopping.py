@@ -176,11 +176,13 @@ def test_a_signal_before_the_first_step_is_told_and_asks_for_another_start(
     assert run_ranks(layout_of(cfg.config), lambda ctx: train(cfg, ctx, Always())) == [75]  # type: ignore[arg-type]
     facts = {"code": 75, "reason": "stopped on a signal before the first step", "step": 0}
     assert json.loads((tmp_path / "run/exit.json").read_text()) == facts
-    told = "stopped on a signal before the first step: nothing to save yet; the same command begins anew\n"
+    told = (
+        "stopped on a signal before the first step: nothing to save yet; the same command starts from the beginning\n"
+    )
     assert capfd.readouterr().out[len("12:34:56 ") :] == told
     assert run_ranks(layout_of(cfg.config), lambda ctx: train(cfg, ctx, Stop())) == [0]  # type: ignore[arg-type]
     assert run_ranks(layout_of(cfg.config), lambda ctx: train(cfg, ctx, Always())) == [75]  # type: ignore[arg-type]
-    assert capfd.readouterr().out.endswith("nothing to save yet; the same command goes on from step 2\n")
+    assert capfd.readouterr().out.endswith("nothing to save yet; the same command resumes from step 2\n")
 
 
 # -- the script, at any moment -----------------------------------------------------------------------------------------

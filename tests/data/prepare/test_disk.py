@@ -100,7 +100,7 @@ def test_a_full_disk_ends_with_a_message_and_goes_on_with_more_room(program: str
     assert len(logs) > 4, "the disk was never full"
     for text in logs[:-1]:
         assert "error: " in text and "/disk/out" in text, text
-        assert " bytes are needed to go on, " in text and " are free. Make room. Give the same command again" in text
+        assert " more bytes are needed, " in text and " are free. Free space. Give the same command again" in text
     for size in SIZES_KB[: len(logs) - 1]:
         names = (tmp_path / f"names.{size}").read_text().split()
         assert set(names) <= {"out.parts", "out.jsonl.work"}  # nothing half-written has a final name, or stays

@@ -28,12 +28,12 @@ from engine.pipeline.schedules import (
     Schedule,
     build,
     find_schedule,
+    first_microbatch,
     forward_only,
     gpipe,
     looped,
     one_f_one_b,
 )
-from engine.pipeline.schedules import single as first_microbatch
 from engine.pipeline.simulate import peak_memory, simulate
 from tests.support.errors import raises
 

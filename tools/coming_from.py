@@ -1,12 +1,16 @@
-"""Makes docs/coming_from.md of engine/config/peers.py: python tools/coming_from.py > docs/coming_from.md (tested)."""
+"""Write docs/coming_from/*.md from the tables in engine/config/peers.py; a test compares them."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from engine.config.hints import suggest
 from engine.config.peers import COMMON, MEGATRON, TORCHTITAN, Row
 from engine.config.schema import fields
 
-# a line of theirs, and the same in our TOML; empty where the table says why there is none
+FOLDER = Path(__file__).resolve().parents[1] / "docs/coming_from"
+
+# a line of their configuration, and the same setting in our TOML; empty where the table says why there is none
 LLAMA_3_8B_MEGATRON: tuple[tuple[str, str], ...] = (
     ("--num-layers 32", "model.num_layers = 32"),
     ("--hidden-size 4096", "model.hidden_size = 4096"),
@@ -111,25 +115,45 @@ LLAMA_3_8B_TORCHTITAN: tuple[tuple[str, str], ...] = (
     ("float8.enable_fsdp_float8_all_gather = false", ""),
     ('float8.filter_fqns = "output"', ""),
 )
-TORCHTITAN_MORE = ("train.global_batch_size = 64", 'train.precision = "bf16"')  # what is not in their file
+TORCHTITAN_MORE = ("train.global_batch_size = 64", 'train.precision = "bf16"')  # settings that their file does not have
 
-TEXT = """# Coming from another engine
+OTHERS = """An unknown option is looked up in these tables, and the error names the setting of this engine
+([overview](../coming_from.md)):"""
 
-An option that belongs to another engine gets this table's answer as its error: `engine train --save-interval 500` says
-`Did you mean checkpoint.every?`, and `--hidden-dropout` that there is none here and why. Settings are given in TOML
-files (`--config FILE`, section and name) or as `--section.name VALUE`; `engine train --help` lists all of them.
+MEGATRON_TEXT = f"""# Coming from Megatron-LM
 
-Data in Megatron's `.bin/.idx` format is read as it is; its checkpoints are read by `engine import`
-([how](megatron.md)), and so are Hugging Face folders ([families](huggingface.md)). `engine prepare` does what
-`tools/preprocess_data.py` does, resumably ([data](data.md)).
+{OTHERS}
 
-Five things that are not there, so that nobody looks for them: ZeRO-2, ZeRO-3 and FSDP; context and expert parallelism;
-dropout; a profiler; Weights & Biases.
+```bash test
+engine train --tensor-model-parallel-size 4 2> error.txt || grep 'Did you mean parallel.tensor' error.txt
+```
+
+Its `.bin/.idx` data is read as it is, its checkpoints are read by [`engine import`](../megatron.md), and
+`tools/preprocess_data.py` takes the arguments of its script ([data](../data.md#to-and-from-megatron-lm)). In the
+tables, `-` means that there is no such setting.
+"""
+
+TORCHTITAN_TEXT = """# Coming from torchtitan
+
+`llama3_8b.toml` of torchtitan for 64 GPUs, as a configuration of this engine. The dry run checks it and prints the
+layout and its memory, without a GPU:
+"""
+
+OTHER_TEXT = f"""# Names from other engines
+
+{OTHERS}
+
+```bash test
+engine train --per-device-train-batch-size 4 2> error.txt || grep 'Did you mean train.micro_batch_size' error.txt
+```
+
+The names below come from Hugging Face's Trainer, DeepSpeed, nanoGPT and others. They are found with dashes or
+underscores, alone or in any section (`--lr`, `--train.lr`). `-` means that there is no such setting.
 """
 
 
 def lines_of(config: tuple[tuple[str, str], ...]) -> list[str]:
-    """One of the configurations above as rows of a table."""
+    """One of the configurations above as a table."""
     rows = ["| theirs | ours |", "|---|---|"]
     for theirs, ours in config:
         hint = suggest(theirs.split()[0], known())
@@ -140,7 +164,7 @@ def lines_of(config: tuple[tuple[str, str], ...]) -> list[str]:
 
 def table(rows: tuple[Row, ...]) -> list[str]:
     """A table of peers.py."""
-    lines = ["| theirs | ours | |", "|---|---|---|"]
+    lines = ["| theirs | ours | remark |", "|---|---|---|"]
     for theirs, ours, remark in rows:
         names = ", ".join(f"`{name}`" for name in theirs.split())
         lines.append(f"| {names} | {f'`{ours}`' if ours else '-'} | {remark} |")
@@ -148,12 +172,12 @@ def table(rows: tuple[Row, ...]) -> list[str]:
 
 
 def known() -> list[str]:
-    """All settings there are."""
+    """The paths of all settings."""
     return [f"{section}.{name}" for section, name, _ in fields()]
 
 
 def toml(lines: tuple[str, ...]) -> str:
-    """`section.name = value` lines as a TOML file, each once."""
+    """A TOML file from lines `section.name = value`, without repetitions."""
     sections: dict[str, list[str]] = {}
     for line in dict.fromkeys(filter(None, lines)):
         section, _, rest = line.partition(".")
@@ -161,30 +185,36 @@ def toml(lines: tuple[str, ...]) -> str:
     return "\n\n".join(f"[{section}]\n" + "\n".join(rest) for section, rest in sections.items())
 
 
-def page() -> str:
-    """The whole page."""
+def pages() -> dict[str, str]:
+    """File name -> text of every page."""
     ours = (*(line for _, line in LLAMA_3_8B_TORCHTITAN), *TORCHTITAN_MORE)
-    parts = [
-        TEXT,
-        "## Llama-3-8B of Megatron-LM, line by line",
+    dry_run = (
+        f"```bash test\ncat > llama-3-8b.toml <<'END'\n{toml(ours)}\nEND\n"
+        "engine train --config llama-3-8b.toml --dry-run --world-size 64\n```"
+    )
+    megatron = [
+        MEGATRON_TEXT,
+        "## Llama-3-8B, line by line",
         "`examples/llama/train_llama3_8b_h100_fp8.sh` of Megatron-LM:",
         "\n".join(lines_of(LLAMA_3_8B_MEGATRON)),
-        "## Llama-3-8B of torchtitan, line by line",
-        "`llama3_8b.toml` of torchtitan, for 64 GPUs:",
-        "\n".join(lines_of(LLAMA_3_8B_TORCHTITAN)),
-        "torchtitan trains in bf16 and takes one sequence a GPU without being told; here both are said. The whole:",
-        f"```bash test\ncat > llama-3-8b.toml <<'END'\n{toml(ours)}\nEND\n"
-        "engine train --config llama-3-8b.toml --dry-run --world-size 64\n```",
-        "## Options of Megatron-LM",
+        "## Options",
         "\n".join(table(MEGATRON)),
-        "## Settings of torchtitan",
-        "\n".join(table(TORCHTITAN)),
-        "## Names that are common elsewhere",
-        "With dashes or underscores, alone or in any section.",
-        "\n".join(table(COMMON)),
     ]
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    torchtitan = [
+        TORCHTITAN_TEXT,
+        dry_run,
+        "torchtitan trains in bf16 with one sequence per GPU by default; here both are stated. In the tables, `-`\n"
+        "means that there is no such setting.",
+        "## Llama-3-8B, line by line",
+        "\n".join(lines_of(LLAMA_3_8B_TORCHTITAN)),
+        "## Settings",
+        "\n".join(table(TORCHTITAN)),
+    ]
+    others = [OTHER_TEXT, "\n".join(table(COMMON))]
+    parts = {"megatron_lm.md": megatron, "torchtitan.md": torchtitan, "other_engines.md": others}
+    return {name: "\n\n".join(part.strip("\n") for part in texts) + "\n" for name, texts in parts.items()}
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text)

@@ -52,7 +52,7 @@ WITHOUT_MEANING = {
     **{"--partitions": int, "--log-interval": int, "--keep-sequential-samples": None, "--chunk-size": int},
     **{"--use-gigatoken": None, "--tokenizer-hf-no-use-fast": None, "--keep-newlines": None, "--lang": str},
 }
-_TIKTOKEN = "Write NAME.json with the pattern and the special tokens beside NAME.tiktoken (docs/data.md)."
+_TIKTOKEN = "Write NAME.json with the pattern and the special tokens beside NAME.tiktoken (docs/tokenizers.md)."
 _SIZES = "Leave it out: a corpus does not depend on it, and the tokenizer says how many tokens it has."
 _OPTIMAL = "Leave it out: all cores are used."
 REFUSED = {

@@ -1,4 +1,4 @@
-"""Options of other engines beside ours: what a wrong option's error names, and what docs/coming_from.md prints.
+"""Options of other engines and ours: used by the error for an unknown option and printed in docs/coming_from/*.md.
 
 A row: their names (with spaces between those that mean the same), ours (empty: there is no such thing here), and a
 remark: how values translate, or why there is none. Pure data; engine.config.hints looks things up in it.
@@ -131,7 +131,7 @@ MEGATRON: tuple[Row, ...] = (
     ("--adam-beta2", "optimizer.beta2", ""),
     ("--adam-eps", "optimizer.eps", ""),
     ("--clip-grad", "optimizer.clip_norm", ""),
-    ("--data-path --train-data-path --data-args-path", "data.train", "a prefix, or a blend in quotes; docs/data.md"),
+    ("--data-path --train-data-path --data-args-path", "data.train", "a prefix, or a blend in quotes; docs/samples.md"),
     ("--valid-data-path", "data.valid", ""),
     ("--test-data-path", "", "engine evaluate RUN --data PREFIX does that"),
     ("--split", "data.valid", "a corpus of its own: engine prepare --valid-fraction makes it"),

@@ -35,7 +35,7 @@ def main(resolved: engine.Resolved, ctx: engine.ParallelContext) -> int:
             say(ctx, f"step {run.state.step}: validation {score}")
             if score.loss < best:
                 best, waited = score.loss, 0
-                engine.save_state(run.state, Path(cfg.run.dir) / "checkpoints", run.data.facts)
+                engine.save_state(run.state, Path(cfg.run.dir) / "checkpoints", run.data.metadata)
             else:
                 waited += 1
             if waited == PATIENCE:

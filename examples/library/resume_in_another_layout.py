@@ -26,7 +26,7 @@ def main(resolved: engine.Resolved, ctx: engine.ParallelContext) -> int:
         for report in engine.steps(run):
             if ctx.rank == 0 and report.result:
                 print(f"step {run.state.step} on {ctx.world.size}: loss {report.result.loss:.6f}", flush=True)
-        engine.save_state(run.state, Path(resolved.config.run.dir) / "checkpoints", run.data.facts)
+        engine.save_state(run.state, Path(resolved.config.run.dir) / "checkpoints", run.data.metadata)
     return 0
 
 

@@ -11,20 +11,10 @@ import pytest
 
 from tests.support.paths import BIN, ROOT
 
-PAGES = [
-    "README.md",
-    "docs/data.md",
-    "docs/cleaning.md",
-    "docs/training.md",
-    "docs/library.md",
-    "docs/parallelism.md",
-    "docs/schedules.md",
-    "docs/multinode.md",
-    "docs/checkpoints.md",
-    "docs/huggingface.md",
-    "docs/reliability.md",
-    "docs/coming_from.md",
-]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+TEXTS = [*sorted(ROOT.glob("*.md")), *DOCS]
+LATER = {"architecture.md", "glossary.md", "index.md"}  # these open without a command
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in DOCS if "```bash test\n" in p.read_text())]
 
 
 @pytest.mark.timeout(900)
@@ -33,7 +23,7 @@ def test_commands_of_a_page(page: str, tmp_path: Path, request: pytest.FixtureRe
     """The README's as a user runs them, all others in processes that start fast."""
     blocks = re.findall(r"^```bash test\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     assert blocks, f"{page} shows no command that is tested"
-    for name in ("docs", "examples", "tools", "README.md"):
+    for name in ("docs", "examples", "tools", "tests", "pyproject.toml", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     commands = [] if page == "README.md" else [request.getfixturevalue("warm")]
     path = ":".join(map(str, [*commands, BIN, os.environ["PATH"]]))
@@ -43,10 +33,29 @@ def test_commands_of_a_page(page: str, tmp_path: Path, request: pytest.FixtureRe
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+def test_every_page_opens_with_a_command_and_fits_in_a_reading() -> None:
+    for page in DOCS:
+        text = page.read_text()
+        assert text.count("\n") <= 250, f"{page.name} has {text.count(chr(10))} lines"
+        if page.name not in LATER and page.parent.name != "lab":
+            opening, fence, _ = text.partition("```")
+            first = text[len(opening) :].startswith("```bash test\n")
+            assert fence and first, f"{page.name} opens without a tested command"
+            assert opening.count("\n") <= 12 and "\n## " not in opening, f"{page.name}: the first command comes late"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for page in TEXTS:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", page.read_text()):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name} links to {target}#{anchor}"
 
 
 def test_every_folder_of_the_engine_is_in_the_map() -> None:
@@ -56,7 +65,7 @@ def test_every_folder_of_the_engine_is_in_the_map() -> None:
 
 
 def test_tables_have_as_many_cells_in_every_row() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in TEXTS:
         width = 0
         for number, line in enumerate(page.read_text().splitlines(), 1):
             cells = len(re.split(r"(?<!\\)\|", line)) if line.startswith("|") else 0

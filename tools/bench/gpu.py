@@ -6,7 +6,7 @@
 It builds the extension, runs the checks, measures this machine's two limits (a large bf16 product of random values, a
 large copy), then times each operation against them, every attention that can run, and whole steps of Llama-2-7B's
 shape. Results go to $OUT/gpu.json (else ./gpu.json) after every figure, so an end of time loses nothing.
-docs/performance.md has the command with all that must travel to a machine without a network.
+--wheels installs missing packages from a folder of wheels, for a machine without a network.
 """
 
 from __future__ import annotations

@@ -427,7 +427,7 @@ def scores(chosen: list[Case]) -> dict[str, Score]:
 
 
 def table(chosen: list[Case]) -> str:
-    """The figures as docs/cleaning.md has them; a test holds the two together."""
+    """The figures as docs/personal_data.md has them; a test holds the two together."""
     lines = [f"{len(chosen)} lines, {sum(not case.spans for case in chosen)} of them with nothing to find:", ""]
     lines += ["| kind | labelled | found | wrong | precision | recall |", "|---|---|---|---|---|---|"]
     for kind, s in scores(chosen).items():

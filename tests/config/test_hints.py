@@ -156,7 +156,7 @@ def test_keys_of_files_get_the_same_answer(tmp_path: Path) -> None:
         "`engine train --help` lists all there are.",
     ]
     assert "of torchtitan" in caught.value.errors[1].problem
-    assert caught.value.errors[3].problem.endswith("there is no dropout; leave it out where it is 0")
+    assert caught.value.errors[3].problem.endswith("there is no dropout; omit the option if it is 0")
 
 
 @pytest.mark.parametrize(

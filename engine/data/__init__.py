@@ -1,6 +1,6 @@
-"""Text to tokens to samples, in five rooms: read, clean, tokenize, prepare, samples.
+"""Text to tokens to samples, in five packages: read, clean, tokenize, prepare, samples.
 
-A room imports those before it in read -> tokenize -> samples -> clean, prepare. Training imports samples and the
-tokenizer, nothing else of data. workfolder.py: where clean, prepare and merge-datasets work until their output is
-complete, and from where the same command goes on. Never knows models or training.
+A package imports only those before it in the order read -> tokenize -> samples -> clean, prepare. Training imports
+samples and the tokenizer, nothing else of data. workfolder.py: the folder in which clean, prepare and merge-datasets
+work until their output is complete, and from which the same command resumes. Never imports models or training.
 """

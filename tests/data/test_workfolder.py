@@ -39,10 +39,12 @@ def test_the_same_work_is_gone_on_with_and_torn_parts_go(tmp_path: Path) -> None
 
 def test_other_work_is_refused_with_the_difference(tmp_path: Path) -> None:
     folder, other = begun(tmp_path / "work"), {**OURS, "inputs": ["b"], "rules": {"pii": "off", "width": "keep"}}
-    with raises(DataError, "data.work-of-another-call", folder, "rules: pii: then 'mask', now 'off'", "now b") as told:
+    with raises(
+        DataError, "data.work-of-another-call", folder, "rules: pii: was 'mask', now 'off'", "added: b"
+    ) as raised:
         with WorkFolder(folder, "clean") as work:
             work.resume(other, overwrite=False)
-    assert "width" not in str(told.value) and "part" in names(folder)  # it is still there
+    assert "width" not in str(raised.value) and "part" in names(folder)  # it is still there
     with WorkFolder(folder, "clean") as work:
         assert not work.resume(other, overwrite=True) and not work.resume(other, overwrite=False, worth_keeping=False)
         work.start(other)

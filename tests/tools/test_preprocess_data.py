@@ -80,7 +80,7 @@ def test_a_command_of_megatron_works_as_it_is(
     for path in corpus.glob("my_title_document*"):
         path.unlink() if path.is_file() else shutil.rmtree(path)
     assert script.main([*map(str, options), "--tokenizer-model", str(corpus / "bos")]) == 1, "another tokenizer"
-    assert "already there" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     os.utime(corpus / "in.json", (later := time.time() + 60, later))
     assert script.main([*map(str, options)]) == 1, "the input has changed"
     os.utime(corpus / "in.json", (0, 0))

@@ -1,4 +1,4 @@
-"""Raw text to cleaned JSONL: `engine clean`. Rules a document, then duplicates among what they leave.
+"""Raw text to cleaned JSONL, `engine clean`: rules for each document, then removal of duplicates among the kept ones.
 
-Imports data.read and the work folder; of data nothing else. Never knows tokens or training.
+Of engine.data, imports only read and workfolder. Never imports tokenizers or training.
 """

@@ -13,7 +13,7 @@ _CONFIGS = {"simplified": "t2s", "traditional": "s2t"}
 
 
 def chinese_converter(to: Chinese) -> Callable[[str], str] | None:
-    """Writes Chinese with simplified or traditional characters and leaves Japanese and Korean; None for `keep`."""
+    """Converter to simplified or traditional characters that leaves Japanese and Korean unchanged; None for `keep`."""
     if to == "keep":
         return None
     install_hint = "Install the extra: pip install 'trident-engine[chinese]'"
@@ -22,5 +22,5 @@ def chinese_converter(to: Chinese) -> Callable[[str], str] | None:
 
 
 def other_language(text: str) -> str:
-    """`ja` or `ko`, whose characters OpenCC would change too; else ""."""
+    """`ja` or `ko` if the text is in that language, whose characters OpenCC would change too; else ""."""
     return code if (code := language_by_script(text)) in ("ja", "ko") else ""

@@ -1,8 +1,8 @@
-"""Documents that hold questions of an evaluation: found by a run of n words in common.
+"""Decontamination: finds documents that share an n-gram of words with an item of an evaluation file.
 
-Any number counts as any other (unless `fold_numbers` is off), as a question whose numbers were changed is still the
-question. The n-grams of the evaluation files are held as sorted hashes (8 bytes each). An item shorter than n words
-cannot be found this way; it is counted, so that nobody takes silence for cleanliness.
+All numbers are equal (unless `fold_numbers` is off), because a question with other numbers is still that question. The
+n-grams of the evaluation files are in memory as sorted hashes, 8 bytes each. Items shorter than n words cannot be found
+this way; they are counted and reported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engine.errors import DataError
 
 @dataclass(frozen=True)
 class EvaluationNgrams:
-    """What must not be in the training data. `file_index`: which file each hash is from."""
+    """N-gram hashes of all evaluation files. file_index: the file of each hash."""
 
     files: tuple[str, ...]
     words: int
@@ -30,7 +30,7 @@ class EvaluationNgrams:
     hashes: U64  # ascending
     file_index: npt.NDArray[np.int32]  # int32 [len(hashes)]
     items: tuple[int, ...]  # of each file
-    short_items: tuple[int, ...]  # of each file: shorter than `words`, not looked for
+    short_items: tuple[int, ...]  # of each file: shorter than `words`, so they cannot be found
 
     @classmethod
     def read(
@@ -41,9 +41,9 @@ class EvaluationNgrams:
         fold_numbers: bool,
         convert: Callable[[str], str] | None = None,
     ) -> EvaluationNgrams:
-        """Read evaluation files; any fault in them stops, as what is not read would not be looked for.
+        """Read evaluation files. Raises DataError for any unreadable item, as it could not be searched for.
 
-        `convert`: what was done to the documents' characters.
+        convert: conversion of Chinese characters that is also applied to the documents; None for none.
         """
         hashes, file_indices = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         names: list[str] = []
@@ -60,7 +60,7 @@ class EvaluationNgrams:
                     count, too_short = count + 1, too_short + (not grams.size)
                     grams_of_file.append(grams)
             if not count:
-                text = f"{file.name}: this evaluation file has no items, so nothing can be looked for."
+                text = f"{file.name}: this evaluation file has no items, so documents cannot be compared with it."
                 raise DataError("clean.evaluation-empty", text)
             hashes.append(np.concatenate(grams_of_file))
             file_indices.append(np.full(hashes[-1].size, len(names), np.int32))
@@ -77,7 +77,7 @@ class EvaluationNgrams:
         )
 
     def find_overlap(self, text: str) -> tuple[str, str] | None:
-        """The evaluation file, and the words that it has in common with the text; None if there are none."""
+        """(Evaluation file, shared n words) of the first n-gram in common with the text; None if there is none."""
         if not self.hashes.size:
             return None
         words, grams = _grams(text, self.words, self.fold_numbers)
@@ -92,7 +92,7 @@ class EvaluationNgrams:
 
 
 def _grams(text: str, n: int, fold_numbers: bool) -> tuple[list[str], U64]:
-    """The words of a text, and the hashes of every n of them in a row."""
+    """The words of a text, and the hash of every n-gram of them."""
     if fold_numbers:
         words = words_and_numbers_of(text)
         return words, ngram_hashes_of_any_number(words, n)
@@ -101,7 +101,7 @@ def _grams(text: str, n: int, fold_numbers: bool) -> tuple[list[str], U64]:
 
 
 def evaluation_files(given: Sequence[str]) -> list[InputFile]:
-    """The files to read; one that is missing or cannot be read is told before any work is done."""
+    """The evaluation files. Raises DataError for missing or unreadable ones, before any work is done."""
     try:
         files = list_inputs(given).files
     except DataError as err:
@@ -111,9 +111,9 @@ def evaluation_files(given: Sequence[str]) -> list[InputFile]:
         if file.drop is not None:
             raise DataError("clean.evaluation-not-readable", f"evaluation file {file.drop}")
         if file.once:
-            text = f"evaluation file {file.name}: is a pipe, and is read more than once. Give a file."
+            text = f"evaluation file {file.name}: is a pipe, but it has to be read more than once. Give a file."
             raise DataError("clean.evaluation-is-a-pipe", text)
     if given and not read:
-        text = f"--decontaminate {' '.join(given)}: no evaluation file there. Check the path."
+        text = f"--decontaminate {' '.join(given)}: no evaluation file found. Check the path."
         raise DataError("clean.evaluation-not-found", text)
     return read

@@ -1,8 +1,8 @@
-"""Which documents repeat an earlier one, from keys on disk: any number of documents in a bounded memory.
+"""Finds documents that duplicate an earlier one, from keys on disk, in bounded memory.
 
-Every document has one row in each column file: `exact` (two 64-bit halves of the digest of its text) and one key for
-every MinHash band. Documents with the same key form a group, and the earliest stays. A column is looked at in slices
-of its key range, each small enough to be sorted in memory; what stays in memory is one number a document.
+Every document has one row in each column file: `exact` (both 64-bit halves of the digest of its text) and one key for
+each MinHash band. Documents with equal keys form a group, of which the earliest is kept. A column is processed in
+slices of the key range, each small enough to sort in memory; in addition to a slice, memory holds 8 bytes per document.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _READ_ROWS = 1 << 20
 
 
 def earliest_match(columns: Sequence[Sequence[Path]], count: int, width: int) -> npt.NDArray[np.int64]:
-    """For each of `count` documents the number of the earliest one that shares a key with it, its own if there is none.
+    """Number of the earliest document that shares a key with each document (itself if none), int64 [count].
 
-    `columns`: the files of each column in document order; a row is `width` uint64. int [count].
+    columns: the files of each column, in document order; a row is `width` uint64.
     """
     first = np.arange(count, dtype=np.int64)
     slices = max(1, -(-count // _SLICE_ROWS))
@@ -34,7 +34,7 @@ def earliest_match(columns: Sequence[Sequence[Path]], count: int, width: int) ->
 def _slice(
     files: Sequence[Path], width: int, number: int, slices: int
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """Rows [n, width] whose first key is in this part of the range of keys, and their document numbers [n]."""
+    """Rows uint64 [n, width] whose first key is in slice `number` of `slices`, and their document numbers int64 [n]."""
     keys: list[npt.NDArray[np.uint64]] = [np.empty((0, width), np.uint64)]
     documents: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     begin = 0

@@ -1,8 +1,8 @@
-"""Tasks of `engine clean` run by datatrove's executors: processes here, Slurm jobs, Ray workers.
+"""Runs tasks of `engine clean` on datatrove's executors: local processes, Slurm jobs, Ray workers.
 
-A task that fails leaves its error in the work folder, since Slurm and Ray keep it in a log only: whoever looks next
-tells it. Slurm jobs go on after the command has ended; their number is kept, so that the same command waits for them
-instead of doing the work twice.
+A failed task writes its error to the work folder, because Slurm and Ray keep it only in a log; the command that finds
+it raises it. Slurm jobs continue after the command has ended. Their job number is stored, so that the same command
+waits for them instead of starting them again.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _INSTALL_RAY = "Install it: pip install ray"
 
 @dataclass(frozen=True)
 class Task:
-    """What an executor calls, wherever it runs. `run`: does task number n; picklable by name."""
+    """Pipeline step that an executor calls in its worker. run: runs task number n; must be picklable by name."""
 
     run: Callable[[int], None]
     work: Path
-    folder: str  # relative paths are from here; Ray starts workers elsewhere
+    folder: str  # directory of relative paths; Ray starts workers in another one
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         _exit_with_parent()
@@ -48,11 +48,11 @@ class Task:
             with contextlib.suppress(OSError):
                 note.write_text(text, encoding="utf-8")
             raise
-        note.unlink(missing_ok=True)  # of an earlier try
+        note.unlink(missing_ok=True)  # left by an earlier attempt
 
 
 def run_on_executor(run: Callable[[int], None], job: CleanJob, stop: Interrupts) -> None:
-    """Run the tasks; returns with some missing only if their Slurm jobs are still at work. Raises what failed."""
+    """Run the missing tasks. Raises DataError if one fails; afterwards, tasks are missing only if Slurm runs them."""
     work, executor, options, missing = (
         job.work_folder,
         job.options.executor,
@@ -69,8 +69,8 @@ def run_on_executor(run: Callable[[int], None], job: CleanJob, stop: Interrupts)
         _raise_failures(work)
         raise DataError(
             "clean.slurm-tasks-lost",
-            f"Slurm job {number} has ended, but the tasks {missing()} are not done and left no error: they may "
-            f"have been killed for time or memory. Logs are in {log}. Give the same command again to run them anew.",
+            f"Slurm job {number} has ended, but tasks {missing()} are not done and left no error: they may "
+            f"have been killed (time or memory limit). Logs are in {log}. Give the same command to run them again.",
         )
     if executor == "ray":
         require_package("ray", "--executor ray", _INSTALL_RAY)
@@ -79,7 +79,7 @@ def run_on_executor(run: Callable[[int], None], job: CleanJob, stop: Interrupts)
         note.unlink()
     log = str((work / f"logs-{time.time_ns()}").absolute())
     pipeline = [Task(run, work, str(Path.cwd()))]
-    if executor == "slurm":  # datatrove's job for statistics waits for ever if a task fails
+    if executor == "slurm":  # datatrove's statistics job would wait indefinitely if a task failed
         options = {**options, "sbatch_args": {"kill-on-invalid-dep": "yes"}}
     try:
         executor_class = getattr(module, f"{executor.title()}PipelineExecutor")
@@ -90,9 +90,9 @@ def run_on_executor(run: Callable[[int], None], job: CleanJob, stop: Interrupts)
             started.run()
             if executor == "slurm":
                 (work / _SLURM_JOB).write_text(f"{started.job_id} {log}", encoding="utf-8")
-    except (Exception, Stopped) as err:  # whatever a cluster's software throws
+    except (Exception, Stopped) as err:  # cluster software raises exceptions of any type
         if not stop:
-            time.sleep(_POLL_S)  # a signal to the whole group broke the others, and may reach this process last
+            time.sleep(_POLL_S)  # a signal to the process group stopped the workers, and may reach this process last
         if stop:
             raise Stopped from None
         _raise_failures(work)
@@ -105,24 +105,24 @@ def run_on_executor(run: Callable[[int], None], job: CleanJob, stop: Interrupts)
     if lost := missing():
         raise DataError(
             "clean.tasks-without-result",
-            f"--executor {executor}: the tasks {lost} ended without a result. Logs are in {log}.",
+            f"--executor {executor}: tasks {lost} ended without a result. Logs are in {log}.",
         )
 
 
 @contextlib.contextmanager
 def _local(stop: Interrupts) -> Iterator[None]:
-    """What a pool starts hears no signal but SIGTERM, by which it is ended, and does not say that it was: one line is
-    enough."""
-    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # gives back what the pool held, and tells of it
+    """Workers of a pool block all stop signals but SIGTERM, which ends them; they print nothing, as this process
+    prints the one line."""
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # it would warn of the resources that it releases
     try:
-        require_package("multiprocess.resource_tracker", "--executor local").ensure_running()  # it would unblock SIGINT
+        require_package(
+            "multiprocess.resource_tracker", "--executor local"
+        ).ensure_running()  # started first, as it would unblock SIGINT
     finally:
         sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))
     try:
-        require_package(
-            "multiprocess.forkserver", "--executor local"
-        ).ensure_running()  # workers are forked from this one
+        require_package("multiprocess.forkserver", "--executor local").ensure_running()  # workers are forked from it
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     yield
@@ -130,7 +130,7 @@ def _local(stop: Interrupts) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ray(stop: Interrupts) -> Iterator[None]:
-    """Ray takes SIGTERM for itself when it starts, so it is started here; what was started here ends here."""
+    """Start Ray (it replaces the SIGTERM handler, which is then restored), and shut it down if it was started here."""
     ray = require_package("ray", "--executor ray", _INSTALL_RAY)
     started_here = not ray.is_initialized()
     if started_here:
@@ -143,12 +143,16 @@ def _ray(stop: Interrupts) -> Iterator[None]:
             ray.shutdown()
 
 
-_SETUP = {"local": _local, "slurm": Interrupts.deferred, "ray": _ray}  # a job's number is kept once it has one
+_SETUP = {
+    "local": _local,
+    "slurm": Interrupts.deferred,
+    "ray": _ray,
+}  # deferred: a submitted job's number is always stored
 
 
 def _exit_with_parent() -> None:
-    """In a worker process: end once who started it has, however that was; nobody else would end this one."""
-    starter = sys.modules.get("multiprocess")  # with which datatrove's local executor starts workers
+    """In a worker process: exit when the parent process has ended for any reason, as nothing else would end it."""
+    starter = sys.modules.get("multiprocess")  # used by datatrove's local executor to start workers
     parent, before = starter.parent_process() if starter else None, os.getppid()
     if parent is None:
         return
@@ -162,28 +166,28 @@ def _exit_with_parent() -> None:
 
 
 def slurm_job_is_active(work: Path) -> bool:
-    """Whether jobs of an earlier command may be writing in the work folder."""
+    """Whether Slurm jobs of an earlier command may still write to the work folder."""
     job = work / _SLURM_JOB
     return job.exists() and _is_queued(job.read_text(encoding="utf-8").split()[0])
 
 
 def _is_queued(number: str) -> bool:
-    """Whether Slurm still has a job of this number waiting or running."""
+    """Whether a Slurm job is still pending or running. Raises DataError if squeue fails."""
     try:
         done = subprocess.run(
             ["squeue", "--noheader", "--jobs", number], capture_output=True, encoding="utf-8", timeout=60
         )
     except (OSError, subprocess.TimeoutExpired) as err:
-        text = f"squeue: {err}. It is needed to ask for Slurm job {number}; run this where Slurm is."
+        text = f"squeue: {err}. It is needed to query Slurm job {number}. Run this command where Slurm is installed."
         raise DataError("clean.no-squeue", text) from err
-    if done.returncode and "Invalid job id" not in done.stderr:  # which it says of jobs that are long over
+    if done.returncode and "Invalid job id" not in done.stderr:  # its answer for jobs that ended long ago
         text = f"squeue --jobs {number}: {done.stderr.strip()}. Try again when Slurm answers."
         raise DataError("clean.squeue-failed", text)
     return done.returncode == 0 and bool(done.stdout.strip())
 
 
 def _raise_failures(work: Path) -> None:
-    """Raise the first error that a task left, and forget them all: the next command tries again."""
+    """Raise the first error that a task left, and delete all of them, so that the next command tries again."""
     notes = sorted(work.glob("failed-*"))
     texts = [note.read_text(encoding="utf-8") for note in notes]
     for note in notes:

@@ -1,4 +1,4 @@
-"""What a task of `engine clean` needs to know, and what it leaves where."""
+"""One `engine clean` command: its options and inputs, its tasks, and the paths of parts and outputs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from engine.data.read.inputs import InputFile
 from engine.data.workfolder import RERUN, json_round_trip
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_VERSION = 4  # of the parts; changes when a rule's code gives another result
+_VERSION = 4  # of the part format; increased when a rule gives another result
 
 
 @dataclass(frozen=True)
 class CleanJob:
-    """What to do: options, and inputs that were found."""
+    """Options and inputs of one `engine clean` command."""
 
     options: CleanOptions
     source: DocumentSource
@@ -38,7 +38,7 @@ class CleanJob:
 
     @property
     def output_paths(self) -> list[Path]:
-        """Everything that is written."""
+        """All output files."""
         return [Path(self.options.output), self.output_path("dropped.jsonl"), self.output_path("report.json")]
 
     def missing(self) -> list[int]:
@@ -49,7 +49,7 @@ class CleanJob:
         return self.work_folder / f"part-{task:05d}"
 
     def files(self, task: int) -> tuple[int, int]:
-        """The input files of a task: first and one behind the last. Every file is in one task."""
+        """Range [first, end) of input files of a task. Every file belongs to exactly one task."""
         weights = [file.num_bytes + 1 for file in self.source.files]
         ends = itertools.accumulate(weights)
         total = sum(weights)
@@ -59,7 +59,7 @@ class CleanJob:
         return (files_of_task[0], files_of_task[-1] + 1) if files_of_task else (0, 0)
 
     def settings(self) -> dict[str, Any]:
-        """All that the result depends on."""
+        """Everything the result depends on, as read back from JSON."""
         o, source, evaluations = self.options, self.source, evaluation_files(self.options.decontaminate)
         settings = {
             "version": _VERSION,
@@ -76,26 +76,22 @@ class CleanJob:
         return json_round_trip(settings)
 
     def resume_hint(self) -> str:
-        """What to do once there is room on the disk."""
-        return f"{RERUN[:-1]}: the parts that are complete are kept."
+        """How to resume once there is space on the disk."""
+        return f"{RERUN[:-1]}: complete parts are kept."
 
     def interrupt_hint(self) -> str:
-        """What a signal leaves in the work folder, and what to do."""
+        """Message after a signal: which work is kept, and how to resume."""
         tasks, missing, again = self.options.tasks, len(self.missing()), "give the same command again"
         if self.source.reads_once:
             return f"nothing is kept of standard input; {again}"
         if missing == tasks == 1:
-            return (
-                f"nothing is kept yet; {again} (with --tasks N, of N parts of the input each is kept when it is done)"
-            )
+            return f"nothing is kept yet; {again} (with --tasks N, finished parts of N are kept)"
         if missing == tasks:
             return f"nothing is kept yet; {again}"
-        return (
-            f"{tasks - missing} of {tasks} parts are kept in {self.work_folder}; {again} and it goes on with the rest"
-        )
+        return f"{tasks - missing} of {tasks} parts are kept in {self.work_folder}; {again} to resume with the rest"
 
     def output_bytes(self, text_bytes: float) -> int:
-        """About what the output takes: lines of JSON, and packed a third of it."""
+        """Estimated size of the output: lines of JSON, about a third of it if compressed."""
         return int(1.1 * text_bytes if self.suffix == ".jsonl" else 0.4 * text_bytes)
 
 

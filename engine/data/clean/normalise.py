@@ -1,7 +1,6 @@
-"""One spelling for one text: Unicode form, line ends, control characters and blanks.
+"""Text normalisation: Unicode NFC, line ends, control characters and spaces.
 
-What carries meaning stays: indentation, tabs, single blank lines, joiners inside words and emoji. The result of the
-result is the same.
+Characters with a meaning are kept: indentation, tabs, single blank lines, joiners inside words and emoji. Idempotent.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# Control characters (tab and newline aside), byte order mark, blanks of no width, bidirectional overrides, soft hyphen.
+# Control characters but tab and newline, byte order mark, zero-width spaces, bidirectional overrides, soft hyphen.
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]"
 )
@@ -20,7 +19,7 @@ _MANY_LINES = re.compile(r"\n{3,}")
 
 
 def normalise(text: str) -> tuple[str, tuple[str, ...]]:
-    """The text, and which of `_STEPS` changed it."""
+    """(Normalised text, names of the steps that changed it)."""
     if text.isascii() and not _ASCII_WORK.search(text):
         return text, ()
     changes: list[str] = []

@@ -106,22 +106,22 @@ class CleanOptions(ReadOptions):
 
     @property
     def minhash(self) -> MinHash:
-        """How near-duplicates are found."""
+        """Parameters of the search for near-duplicates."""
         return MinHash(self.minhash_bands, self.minhash_rows, self.minhash_words)
 
     def rules(self) -> dict[str, Any]:
-        """What is done to documents, as settings and reports spell it."""
+        """Options of all rules, under their names in settings and reports."""
         rules = {_REPORTED_AS.get(option, option): getattr(self, option) for option in _RULES}
         return {**rules, "minhash": dataclasses.asdict(self.minhash)}
 
     def executor_options(self) -> dict[str, Any]:
-        """What datatrove's executor is given."""
+        """Keyword arguments of datatrove's executor."""
         all_cores = os.cpu_count() or 1 if self.executor == "local" else -1
         slurm = {"partition": self.slurm_partition, "time": self.slurm_time} if self.executor == "slurm" else {}
         return {"workers": self.workers or all_cores, **slurm}
 
     def errors(self) -> Iterator[FieldError]:
-        """What is wrong with them, all of it at once, before any work is done."""
+        """All errors of the options, before any work is done."""
         counts = {
             "--tasks": (self.tasks, 1),
             "--workers": (self.workers, 0),
@@ -134,34 +134,34 @@ class CleanOptions(ReadOptions):
             if value < least:
                 yield FieldError("clean.number-too-small", option, value, f"is below {least}", f"Use {least} or more.")
         if not self.input:
-            what = "names nothing to read"
-            yield FieldError("clean.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
+            problem = "names no input"
+            yield FieldError("clean.no-input", "--input", "", problem, "Give files, folders, globs, URLs or -.")
         if self.on_error not in ("stop", "skip"):
-            what = "is neither stop nor skip"
-            yield FieldError("clean.unknown-choice", "--on-error", self.on_error, what, "Leave it out to stop.")
+            problem = "is neither stop nor skip"
+            yield FieldError("clean.unknown-choice", "--on-error", self.on_error, problem, "Omit it to stop.")
         for code in self.language:
             if not re.fullmatch("[a-z]{2,3}", code):  # any other would drop every document
-                yield FieldError("clean.no-language-code", "--language", code, "is no ISO 639 code", "Use en, zh, ...")
+                yield FieldError(
+                    "clean.no-language-code", "--language", code, "is not an ISO 639 code", "Use en, zh, ..."
+                )
         if self.quality_language not in ("auto", *QUALITY_LANGUAGES):
-            what = (
-                "has no rules: the filters count words, and need a segmenter, stop words and limits for each language"
-            )
+            problem = "has no rules: the filters need a segmenter, stop words and limits for each language"
             known = ", ".join(QUALITY_LANGUAGES)
             fix = f"Use auto, which keeps documents in other languages and counts them, or {known}."
-            yield FieldError("clean.no-quality-rules", "--quality-language", self.quality_language, what, fix)
+            yield FieldError("clean.no-quality-rules", "--quality-language", self.quality_language, problem, fix)
         if not 0 <= self.language_threshold <= 1:
-            what = "is no probability"
+            problem = "is not a probability"
             yield FieldError(
-                "clean.no-probability", "--language-threshold", self.language_threshold, what, "Use 0 to 1."
+                "clean.no-probability", "--language-threshold", self.language_threshold, problem, "Use 0 to 1."
             )
         if self.executor == "slurm" and not self.slurm_partition:
             yield FieldError(
-                "clean.no-slurm-partition", "--slurm-partition", "", "Slurm jobs need one", "Give its name."
+                "clean.no-slurm-partition", "--slurm-partition", "", "is required by --executor slurm", "Give its name."
             )
         yield from self._options_without_effect()
 
     def _options_without_effect(self) -> Iterator[FieldError]:
-        """Options of steps that are off."""
+        """Errors of options whose step is off."""
         steps = {
             "--language": (bool(self.language), ("language_threshold",)),
             "--quality": (bool(self.quality), ("quality_language",)),
@@ -176,6 +176,6 @@ class CleanOptions(ReadOptions):
             for name in names:
                 if not on and (value := getattr(self, name)) != defaults[name]:
                     shown = f"--no-{name}" if value is False else f"--{name}"
-                    fix = f"Leave it out, or give {step} too."
-                    what = f"has no meaning without {step}"
-                    yield FieldError("clean.option-without-effect", shown.replace("_", "-"), value, what, fix)
+                    fix = f"Omit it, or give {step} too."
+                    problem = f"has no effect without {step}"
+                    yield FieldError("clean.option-without-effect", shown.replace("_", "-"), value, problem, fix)

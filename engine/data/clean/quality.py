@@ -1,7 +1,7 @@
-"""Heuristic quality filters: Gopher's and FineWeb's as datatrove has them, and C4's, by the rules of a language.
+"""Heuristic quality filters: Gopher and FineWeb as implemented by datatrove, and C4, with limits for each language.
 
-They count words, so a language needs a segmenter, and stop words, marks and limits of its own. A document is judged in
-its own language or not at all: English limits drop nearly all Chinese text, and nearly all German text too.
+They count words, so each language needs its own segmenter, stop words, punctuation and limits. A document is judged by
+the rules of its language or not at all: English limits drop nearly all Chinese text, and nearly all German text too.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from engine.data.clean.width import fold_width
 _CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 _BULLETS = str.maketrans(dict.fromkeys("●■◆▲★◎○※·・◇□△☆►▶", "•"))
 
-Verdict = tuple[str, str]  # the text, and the reason to drop it or ""
+Verdict = tuple[str, str]  # (text, reason to drop it, or "")
 
 
 class QualityFilters:
-    """The chosen filters for each language that has rules."""
+    """The selected filters, for each language that has rules."""
 
     def __init__(self, names: Sequence[str], language: str, detector: Detector | None):
-        """`language`: an ISO code for all documents, or `auto`, for which a detector is needed."""
+        """language: an ISO code for all documents, or `auto`, which requires a detector."""
         self.languages = languages("--quality")
         self._names, self._language, self._detector = names, language, detector
         self._filters: dict[str, list[Callable[[str], Verdict]]] = {}
 
     def language_of(self, text: str) -> tuple[str, bool]:
-        """ISO code, and whether there are rules for it."""
+        """(ISO code, whether there are rules for it)."""
         if self._detector is None:
             return self._language, True
         code, probability = self._detector.guess(text)
-        if code not in self.languages and probability < 0.65:  # word salad, lists, code: some language has to judge it
+        if code not in self.languages and probability < 0.65:  # lists, code, noise: judged by a default language
             code = "zh" if code == "ja" else "en"
         return code, code in self.languages
 
     def apply(self, text: str, code: str) -> Verdict:
-        """The text and why it goes, by the rules of this language. `c4` takes lines out."""
+        """Apply the filters of a language; returns (text, reason to drop it or ""). Only `c4` changes the text."""
         if code not in self._filters:
             self._filters[code] = [_BUILDERS[name](self.languages[code]) for name in self._names]
         for name, judge in zip(self._names, self._filters[code]):
@@ -50,7 +50,7 @@ class QualityFilters:
 
 
 def _datatrove_filter(name: str, limits: str) -> Callable[[Language], Callable[[str], Verdict]]:
-    """A filter of datatrove that leaves the text as it is."""
+    """Builder of a datatrove filter that does not change the text."""
 
     def make(language: Language) -> Callable[[str], Verdict]:
         filters, document = (
@@ -71,13 +71,13 @@ def _datatrove_filter(name: str, limits: str) -> Callable[[Language], Callable[[
 
 
 def _chinese_view(text: str) -> str:
-    """The text with the marks that datatrove looks for: every bullet is •, and …… ends a sentence as 。 does."""
+    """The text with the punctuation that datatrove knows: every bullet becomes •, and …… becomes 。 (sentence end)."""
     lines = fold_width(text, "half").replace("……", "。").split("\n")
     return "\n".join(line[:8].translate(_BULLETS) + line[8:] for line in lines)
 
 
 def _c4(language: Language) -> Callable[[str], Verdict]:
-    """C4's rules for lines and pages (Raffel et al. 2020), with datatrove's defaults: equal to it for English."""
+    """C4's rules for lines and pages (Raffel et al. 2020) with datatrove's defaults; equal to datatrove for English."""
     split = require_package("datatrove.utils.text", "--quality")
 
     def words_of(line: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the quality filters have to know of a language: how to split it into words, stop words, marks, limits."""
+"""Parameters of the quality filters for each language: segmenter, stop words, punctuation and limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.data.clean.libraries import require_package
 
-# Words that nearly every text of a language has; a document needs two of them.
+# Words in nearly every text of a language; a document has to contain two of them.
 _STOP_WORDS = {
     "de": "der die das und in von zu den mit ist nicht auf für ein eine im dem sie auch als an es",
     "es": "de la que el en y a los se del las un por con no una su para es al lo",
@@ -19,8 +19,8 @@ _STOP_WORDS = {
     "ru": "и в не на что с по как это для из от к а у но за то о или",
     "zh": "的 了 是 在 和 有 不 为 也 就 与 而 这 他 我 对 以 中 上 个 到 被 将 都 為 與 這 對 個 將",
 }
-_CLOSERS = "\"'”’»›“」』）】》)"  # may stand behind the mark that ends a sentence
-# What pages say about themselves: a line with it is no text. The English ones, which are C4's, count everywhere.
+_CLOSERS = "\"'”’»›“」』）】》)"  # may follow the punctuation that ends a sentence
+# Phrases of boilerplate lines, which are dropped. The English ones, which are C4's, apply to all languages.
 _POLICY = {
     "en": ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"),
     "de": ("nutzungsbedingungen", "datenschutzerklärung", "verwendet cookies", "verwenden cookies", "nutzt cookies"),
@@ -37,7 +37,7 @@ _CHINESE_SENTENCE = re.compile(rf"[^。！？!?…\n]*(?:[。！？!?…]+[{re.e
 
 @dataclass(frozen=True)
 class Language:
-    """The limits that are not given here are datatrove's, for English."""
+    """Filter parameters of one language. Limits not given here are datatrove's defaults, which are for English."""
 
     splitter: Any  # datatrove's name of the language, or its WordTokenizer
     gopher: dict[str, Any] = field(default_factory=dict)
@@ -49,17 +49,17 @@ class Language:
 
 
 def languages(option: str) -> dict[str, Language]:
-    """ISO code -> language, for all that have rules."""
+    """ISO code -> parameters, for all languages with rules."""
     marks = sorted(require_package("datatrove.utils.text", option).TERMINAL_PUNCTUATION)
-    require_package("spacy", option)  # datatrove asks for it with the first document
+    require_package("spacy", option)  # datatrove imports it at the first document
     ends, stops = (".", "?", "!", *_CLOSERS), (*marks, "…", *_CLOSERS)
     by_code = {"en": Language("en")}
     for code, words in _STOP_WORDS.items():
         policy = _POLICY["en"] + _POLICY[code]
         by_code[code] = Language(code, {"stop_words": words.split()}, {}, {"stop_chars": stops}, ends, policy)
     chinese = by_code["zh"]
-    # The limits of FineWeb2 (its configs/cmn_Hani.yml), which were found on web pages in Mandarin. A Chinese word has
-    # 1.7 characters where an English one has 5 and a blank: a line is short up to 10 characters instead of 30.
+    # Limits of FineWeb2 (its configs/cmn_Hani.yml), tuned on web pages in Mandarin. A Chinese word has 1.7 characters,
+    # an English one 5 and a space: so a line is short up to 10 characters instead of 30.
     by_code["zh"] = Language(
         _chinese_splitter(option),
         {

@@ -1,4 +1,4 @@
-"""The report of `engine clean`: what was read, dropped, changed and found, with samples."""
+"""The report of `engine clean`: counts of read, dropped and changed documents and of findings, with samples."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from engine.data.clean.rules import Counts, load_evaluations
 from engine.data.read.account import ReadSummary
 from engine.data.read.inputs import STDIN
 
-INPUT_PREFIX = "input: "  # before the reason of what could not be read
+INPUT_PREFIX = "input: "  # of the reasons for unreadable input
 
 
 def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str, Any]:
-    """The report as JSON has it. `kept`: documents and bytes of text that stay."""
+    """The report as a JSON object. kept: number of kept documents and of their text bytes."""
     options, source, evaluations = job.options, job.source, load_evaluations(job.options)
     return {
         "output": options.output,
@@ -29,7 +29,7 @@ def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str,
         "dropped": dict(sorted(counts.dropped.items())),
         "dropped_text_bytes": dict(sorted(counts.dropped_bytes.items())),
         "changed": dict(sorted(counts.changed.items())),
-        "other_columns": "kept" if source.keep_other_columns else "left out",
+        "other_columns": "kept" if source.keep_other_columns else "omitted",
         "renamed_columns": dict(sorted(counts.renamed.items())),
         "quality_languages": dict(sorted(counts.judged.items())),
         "not_applied": dict(sorted(counts.not_applied.items())),
@@ -54,7 +54,7 @@ def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str,
 
 
 def _account(counts: Counts) -> ReadSummary:
-    """Of what could not be read and what was noticed."""
+    """Counts of unreadable inputs and of notes, with examples."""
     dropped = {
         kind.removeprefix(INPUT_PREFIX): n for kind, n in counts.dropped.items() if kind.startswith(INPUT_PREFIX)
     }

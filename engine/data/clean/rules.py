@@ -1,8 +1,8 @@
-"""What happens to one document of `engine clean`, and what is counted on the way.
+"""The rules that `engine clean` applies to one document, and their counts.
 
 Order: mojibake, width, normalise, language, Chinese script, quality, decontamination, personal data. Cheap rules and
-those that look at the text as it was written come first; masks come last, so that no other rule sees them. Duplicates
-are found afterwards among what is kept (engine/data/clean/duplicates.py), as that needs all documents.
+those that need the original text come first; masks come last, so that no other rule sees them. Duplicates are found
+afterwards among the kept documents (engine/data/clean/duplicates.py), because that needs all of them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from engine.data.clean.options import CleanOptions
 from engine.data.clean.quality import QualityFilters
 from engine.data.clean.width import fold_width
 
-MAX_SAMPLES = 5  # kept of each kind, the first ones in input order
+MAX_SAMPLES = 5  # of each kind, the first ones in input order
 _EXCERPT = 160
 _NOT_COUNTERS = ("documents", "text_bytes", "samples")
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a document is from."""
+    """Source of a document: file name, and line, row or element, counted from 1 (0: the whole file)."""
 
     file: str
     record: int
@@ -41,30 +41,34 @@ class Location:
 
 @dataclass
 class Counts:
-    """Everything counted; the sum of the parts' counts is the count of the whole, whatever the parts."""
+    """All counts of a part or of the whole command; the counts of the parts add up to those of the whole."""
 
     documents: int = 0  # read
     text_bytes: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # documents by reason
-    noticed: Counter[str] = field(default_factory=Counter)  # input files by what was noticed of them
+    noticed: Counter[str] = field(default_factory=Counter)  # input files by kind of note
     dropped_bytes: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(default_factory=Counter)  # documents by what was done to them
-    renamed: Counter[str] = field(default_factory=Counter)  # other columns, "old -> new", by documents that are kept
+    changed: Counter[str] = field(default_factory=Counter)  # documents by kind of change
+    renamed: Counter[str] = field(
+        default_factory=Counter
+    )  # renamed other columns, "old -> new": number of kept documents
     pii_findings: Counter[str] = field(default_factory=Counter)
     pii_documents: Counter[str] = field(default_factory=Counter)
     contaminated: Counter[str] = field(default_factory=Counter)  # documents by evaluation file
-    judged: Counter[str] = field(default_factory=Counter)  # documents by the language whose quality rules were applied
-    not_applied: Counter[str] = field(default_factory=Counter)  # documents that a rule was not made for, and stay
+    judged: Counter[str] = field(default_factory=Counter)  # documents by language of the applied quality rules
+    not_applied: Counter[str] = field(
+        default_factory=Counter
+    )  # documents kept because a rule does not apply to their language
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> Counts:
-        """From JSON."""
+        """Counts read from a part's counts.json."""
         values: dict[str, Any] = {k: Counter(v) if k not in _NOT_COUNTERS else v for k, v in state.items()}
         return cls(**values)
 
     def add(self, other: Counts) -> None:
-        """Add what follows in input order."""
+        """Add the counts of the next part, in input order."""
         self.documents += other.documents
         self.text_bytes += other.text_bytes
         for name, counter in vars(self).items():
@@ -75,13 +79,13 @@ class Counts:
             kept += samples[: MAX_SAMPLES - len(kept)]
 
     def drop(self, reason: str, location: Location, size: int, text: str, detail: str) -> None:
-        """Count a document that goes, with a sample."""
+        """Count a dropped document and keep a sample. size: bytes of its text."""
         self.dropped[reason] += 1
         self.dropped_bytes[reason] += size
         self.sample(f"dropped: {reason}", location, detail, text)
 
     def sample(self, kind: str, location: Location, detail: str = "", text: str = "") -> None:
-        """Keep it if it is among the first of its kind. Of the text only an excerpt is shown."""
+        """Keep a sample if it is among the first of its kind, with an excerpt of the text."""
         kept = self.samples.setdefault(kind, [])
         if len(kept) < MAX_SAMPLES:
             shown = {"detail": detail, "text": excerpt(text)}
@@ -89,24 +93,24 @@ class Counts:
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a text, for people; personal data is masked in it whatever the options."""
-    return pii.mask(text, pii.find(text))[:_EXCERPT]  # of the whole: a private key may go on far behind the excerpt
+    """The start of a text, for reports; personal data is always masked, regardless of the options."""
+    return pii.mask(text, pii.find(text))[:_EXCERPT]  # whole text: a private key may end far after the excerpt
 
 
 def text_size(text: str) -> int:
-    """Bytes of UTF-8."""
+    """Size in bytes of UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
 
 
 def load_evaluations(options: CleanOptions) -> EvaluationNgrams:
-    """What must not be in the training data, read from its files and written as the documents are."""
+    """Read the evaluation files, with the same conversion of Chinese characters as the documents."""
     o = options
     convert = chinese_converter(o.chinese)
     return EvaluationNgrams.read(o.decontaminate, o.decontaminate_key, o.decontaminate_words, o.fold_numbers, convert)
 
 
 class Cleaner:
-    """Applies the rules among the options to one document after the other."""
+    """Applies the selected rules to documents, one by one, and counts."""
 
     def __init__(self, rules: CleanOptions):
         self.rules, self.counts = rules, Counts()
@@ -125,7 +129,7 @@ class Cleaner:
         self.evaluations = load_evaluations(rules) if rules.decontaminate else None
 
     def clean(self, text: str, location: Location) -> tuple[str, str, str]:
-        """The text as it is now, why it goes ("" if it stays), and what shows that."""
+        """(Cleaned text, reason to drop it or "", detail of the reason)."""
         counts, size = self.counts, text_size(text)
         counts.documents += 1
         counts.text_bytes += size
@@ -144,7 +148,7 @@ class Cleaner:
         judge, text = (
             self._quality_filter(text),
             self._convert_chinese(text),
-        )  # the script as it was written tells the language
+        )  # the original script identifies the language
         if judge is not None:
             before = text
             text, reason = judge(text)
@@ -158,7 +162,7 @@ class Cleaner:
         return self._handle_pii(text, location) if rules.pii != "off" else (text, "", "")
 
     def _fix_characters(self, text: str, location: Location) -> str:
-        """The text with its characters as they should be."""
+        """Apply the character-level rules: mojibake, width, normalisation."""
         rules, counts = self.rules, self.counts
         if self.fix is not None and (fixed := self.fix(text)) != text:
             counts.changed["mojibake"] += 1
@@ -173,7 +177,7 @@ class Cleaner:
         return text
 
     def _convert_chinese(self, text: str) -> str:
-        """Chinese in the characters that are wanted."""
+        """Convert Chinese to the requested script."""
         if self.convert is None or text.isascii():
             return text
         if (converted := self.convert(text)) != text:
@@ -183,7 +187,7 @@ class Cleaner:
         return converted
 
     def _quality_filter(self, text: str) -> Callable[[str], tuple[str, str]] | None:
-        """The quality rules for the language of a text, if there are any."""
+        """The quality filters for the language of a text; None if there are none."""
         if self.quality is None:
             return None
         code, has_rules = self.quality.language_of(text)

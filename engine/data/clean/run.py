@@ -1,13 +1,13 @@
-"""Raw text to cleaned JSONL: the rules document by document, then duplicates among what they leave.
+"""Raw text to cleaned JSONL: rules for each document, then duplicates among the kept documents.
 
-The input files are cut into `tasks` runs of about the same size. A task (here, or in a process, Slurm job or Ray worker
-that datatrove starts) writes a part: its documents with the keys that duplicates are found by, what it dropped, and its
-counts. When all parts are there, one pass over the keys finds the duplicates and one over the documents writes the
-output. Order and content do not depend on the number of tasks, nor on where they ran. Memory: a batch of documents,
-and one number a document while duplicates are looked for.
+The input files are divided into `tasks` consecutive groups of about equal size. A task (in this process, or in a
+process, Slurm job or Ray worker started by datatrove) writes a part: kept documents with their duplicate keys, dropped
+documents, and counts. When all parts exist, one pass over the keys finds duplicates and one over the documents writes
+the output. Order and content do not depend on the number of tasks or on where they ran. Memory: a batch of documents,
+and 8 bytes per document during the search for duplicates.
 
-OUTPUT.work/ holds the parts; a part appears under its name only when it is complete, so the same command goes on after
-a kill with the parts that are missing. Outputs are written there too and renamed at the end, the report last.
+OUTPUT.work/ holds the parts. A part gets its name only when it is complete, so that after a kill the same command runs
+only the missing ones. Outputs are written there too and renamed at the end, the report last.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def clean(
     progress: Callable[[ProgressEvent], None] | None = None,
     stop: Interrupts | None = None,
 ) -> dict[str, Any] | None:
-    """Clean the inputs into OUTPUT; returns the report, or None if the tasks are still running elsewhere.
+    """Clean the inputs into OUTPUT; returns the report, or None if Slurm jobs are still running the tasks.
 
-    With `keep_columns`, what the records hold beside the text is written too, as it is; rules look at the text alone.
-    Raises ConfigError for options that make no sense, DataError for all that stands in the way.
+    With `keep_columns`, the other columns of the records are written too, unchanged; rules see only the text. Raises
+    ConfigError for invalid options, and DataError for bad input, existing outputs or failed tasks.
     """
     began, stop, o = time.monotonic(), Interrupts(listen=False) if stop is None else stop, options
     if errors := list(options.errors()):
@@ -55,12 +55,12 @@ def clean(
     job = dataclasses.replace(job, source=o.source(own_files, keep_other_columns=o.keep_columns))
     stop.resume_hint = job.interrupt_hint
     _check(job)
-    Cleaner(options)  # a missing package or evaluation file is told before any work
+    Cleaner(options)  # reports a missing package or evaluation file before any work
     if slurm_job_is_active(job.work_folder):
         return None
     with WorkFolder(job.work_folder, "clean", _OWN_NAMES) as work:
         _begin(job, work)
-        reject_existing(job.output_paths, o.overwrite)  # another command may have ended in between
+        reject_existing(job.output_paths, o.overwrite)  # another command may have written them meanwhile
         _run_tasks(job, progress, stop)
         if job.missing():
             return None
@@ -73,11 +73,11 @@ def clean(
 def _check(job: CleanJob) -> None:
     o = job.options
     if not job.suffix:
-        text = f"{o.output}: the output has to end in {', '.join(SUFFIXES)}. Choose such a name."
+        text = f"{o.output}: the output name has to end in {', '.join(SUFFIXES)}."
         raise DataError("clean.output-suffix", text)
     reject_existing(job.output_paths, o.overwrite)
     if o.executor != "here" and job.source.reads_once:
-        text = f"standard input cannot be read by tasks of executor {o.executor}, and no pipe. Give files."
+        text = f"tasks of --executor {o.executor} cannot read standard input or pipes. Give files."
         raise DataError("clean.input-read-only-once", text)
     evaluation_files(o.decontaminate)
     if all(file.drop for file in job.source.files):
@@ -85,12 +85,12 @@ def _check(job: CleanJob) -> None:
 
 
 def _begin(job: CleanJob, work: WorkFolder) -> None:
-    """Go on with the parts that are there, or start with none."""
+    """Resume with the existing parts, or start with none."""
     settings = job.settings()
-    # What was made without meeting an error is right for --on-error skip too.
+    # Parts finished without an error under --on-error stop are valid for --on-error skip too.
     strict = [{**settings, "on error": "stop"}] if job.options.skip_errors else []
     resumed = work.resume(settings, job.options.overwrite, strict, worth_keeping=any(job.work_folder.glob(_PART_GLOB)))
-    if not resumed or job.source.reads_once:  # nothing tells whether standard input is the same
+    if not resumed or job.source.reads_once:  # standard input may differ from that of the earlier command
         work.start(settings)
 
 

@@ -1,7 +1,6 @@
-"""A task of `engine clean`: it reads its files, applies the rules, and writes a part.
+"""A task of `engine clean`: reads its input files, applies the rules, and writes a part.
 
-A part is a folder: documents with the keys that duplicates are found by, drops, and counts. It appears under its name
-only when it is complete.
+A part is a folder with kept documents, their duplicate keys, drops and counts. It gets its name only when complete.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from engine.util.files import writing
 
 
 def run_task(job: CleanJob, task: int, progress: Callable[[ProgressEvent], None] | None = None) -> None:
-    """Write one part, unless it is there."""
+    """Write the part of a task, unless it exists."""
     if job.part(task).is_dir():
         return
     folder = job.work_folder / f"{job.part(task).name}.{socket.gethostname()}.{os.getpid()}.tmp"
@@ -49,7 +48,7 @@ def run_task(job: CleanJob, task: int, progress: Callable[[ProgressEvent], None]
                 shutil.rmtree(folder)
             else:
                 os.replace(folder, job.part(task))
-        except BaseException:  # what is half-written would only fill the disk
+        except BaseException:  # a half-written part would only fill the disk
             needed = _bytes_needed(job, folder, cleaner.counts, consumed)
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -58,7 +57,7 @@ def run_task(job: CleanJob, task: int, progress: Callable[[ProgressEvent], None]
 def _write_part(
     job: CleanJob, task: int, folder: Path, cleaner: Cleaner, progress: Callable[[ProgressEvent], None] | None
 ) -> Iterator[int]:
-    """Write the files of a part in `folder`; yields how many stored bytes of its input are done."""
+    """Write the files of a part in `folder`; yields the number of input bytes (as stored) processed so far."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     first, last = job.files(task)
@@ -77,7 +76,7 @@ def _write_part(
 
 
 def _bytes_needed(job: CleanJob, folder: Path, counts: Counts, consumed: int) -> int:
-    """Of the parts that are missing and of the output, if the rest is like what was read."""
+    """Estimate for the missing parts and the output, extrapolated from `consumed` bytes of this task."""
     total = sum(file.num_bytes for file in job.source.files)
     waiting = sum(f.num_bytes for task in job.missing() for f in job.source.files[slice(*job.files(task))])
     written = sum(path.stat().st_size for path in folder.glob("*"))
@@ -88,7 +87,7 @@ def _bytes_needed(job: CleanJob, folder: Path, counts: Counts, consumed: int) ->
 def _clean_batch(
     job: CleanJob, batch: DocumentBatch, source: DocumentSource, first: int, cleaner: Cleaner, part: PartWriter
 ) -> None:
-    """Write what the rules leave of a batch; `first`: number of the task's first file."""
+    """Apply the rules to a batch and write it to the part. first: number of the task's first file."""
     for drop in batch.drops:
         if drop.stops and not job.options.skip_errors:
             raise drop.error()
@@ -107,7 +106,7 @@ def _clean_batch(
 
 
 def _count_drop(drop: DroppedItem, counts: Counts, part: PartWriter) -> None:
-    """Something that could not be read: it is no document, but it is not lost in silence either."""
+    """Count an unreadable input and list it, except blank lines, which are only counted."""
     counts.dropped[f"{INPUT_PREFIX}{drop.reason}"] += 1
     if drop.reason != "blank line":
         location = Location(printable(drop.file), drop.record)
@@ -116,7 +115,7 @@ def _count_drop(drop: DroppedItem, counts: Counts, part: PartWriter) -> None:
 
 
 class PartWriter:
-    """The files of a part. `kept.jsonl.zst` has the output's lines; the key files have a row for each of them."""
+    """Writes a part's files. `kept.jsonl.zst` has lines of the output, and each key file one row for each of them."""
 
     def __init__(self, folder: Path, minhash: MinHash, dropped_text: bool):
         self.minhash, self.dropped_text, self.stack = minhash, dropped_text, contextlib.ExitStack()
@@ -137,7 +136,7 @@ class PartWriter:
         self.stack.close()
 
     def keep(self, text: str, location: Location, file: int, other_columns: Mapping[str, Any]) -> dict[str, str]:
-        """Add a document with its other columns; returns those of them that are renamed, and to what."""
+        """Add a document with its other columns; returns the renamed columns, old -> new name."""
         row, renamed = merge_columns({"text": text, "file": location.file, "record": location.record}, other_columns)
         self.kept.write(dumps(row, json_value) + b"\n")
         data = text.encode()
@@ -153,6 +152,6 @@ class PartWriter:
 
 
 def drop_line(reason: str, detail: str, location: Location, text: str) -> bytes:
-    """A line of OUTPUT-dropped.jsonl."""
+    """A line of OUTPUT-dropped.jsonl; empty fields are omitted."""
     entry = {"file": location.file, "record": location.record, "reason": reason, "detail": detail, "text": text}
     return dumps({key: value for key, value in entry.items() if value or key in ("file", "record")}) + b"\n"

@@ -1,4 +1,4 @@
-"""Full and half width: the two widths in which East Asian fonts hold Latin letters, digits, kana and hangul."""
+"""Folding of full-width and half-width characters: Latin letters, digits, kana and hangul in East Asian text."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Literal
 Width = Literal["keep", "half", "all"]
 
 _FULL = {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)} | {"￠": "¢", "￡": "£", "￥": "¥", "￦": "₩"}
-_CHINESE = "，：；！？（）～"  # the ordinary marks of Chinese and Japanese text, which are of full width by nature
+_CHINESE = "，：；！？（）～"  # ordinary Chinese and Japanese punctuation, full-width by nature
 _TABLES = {
     "half": str.maketrans({full: half for full, half in _FULL.items() if full not in _CHINESE}),
     "all": str.maketrans(_FULL | {"\u3000": " "}),
 }
-# Kana, their marks and hangul of half width, with a letter before them that a voicing mark may belong to.
+# Half-width kana, their marks and hangul, with the letter before them that a voicing mark may belong to.
 _HALF_RUN = re.compile(r"[\u3041-\u30fe]?[\uff61-\uffdc\uffe8-\uffee]+")
 _BETWEEN_DIGITS = re.compile(r"(?<=[0-9])(?:：(?=[0-9])|，(?=[0-9]{3}(?![0-9])))")
 _ANY = re.compile(r"[\u3000\uff01-\uffee]")
 
 
 def fold_width(text: str, width: Width) -> str:
-    """One width for each character; the result of the result is the same.
+    """Convert every character to its ordinary width. Idempotent.
 
-    `half`: Latin letters, digits and signs of half width (７．８％ -> 7.8%), kana and hangul of full width. Marks of
-    Chinese text stay (，：；！？（）～), except between digits, where they are part of a number or a time. `all`: those
-    marks and the blank of full width too.
+    half: Latin letters, digits and signs become half-width (７．８％ -> 7.8%), kana and hangul full-width. Chinese
+    punctuation (，：；！？（）～) stays, except between digits, where it is part of a number or a time. all: that
+    punctuation and the full-width space become half-width too. keep: no change.
     """
     if width == "keep" or text.isascii() or not _ANY.search(text):
         return text

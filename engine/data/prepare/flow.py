@@ -1,8 +1,8 @@
-"""The work of `prepare`: batches of documents read, encoded and appended to the parts, each in a thread of its own.
+"""The work of `prepare`: batches of documents are read, encoded and appended to shards by concurrent threads.
 
-Reading (orjson, unpacking), encoding (a batch a thread) and adding (end tokens, histogram, digest, write, sync) go on
-at the same time on successive batches; memory is about five batches more than threads, and what happens to a batch
-happens in input order. A fault met by an earlier stage is raised where it stands in that order.
+Reading (orjson, decompression), encoding (one batch per thread) and appending (end tokens, histogram, digest, write,
+sync) run concurrently on successive batches. At most about num_threads + 5 batches are in memory. Batches are appended
+in input order; an error of an earlier step is raised when its batch is due in that order.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from engine.util.prefetch import map_ahead
 from engine.util.signals import Stopped
 
 EncodedBatch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]
-SHARD_BYTES = 256 << 20  # of data written: what a kill can cost at most, or
-SHARD_S = 30.0  # seconds, whichever comes first
-MAX_THREADS = 8  # unless asked for: what one thread reads keeps no more of them at work, and each holds a batch
+SHARD_BYTES = 256 << 20  # a shard is committed after so many bytes written
+SHARD_S = 30.0  # or after so many seconds; a kill loses at most the uncommitted rest
+MAX_THREADS = 8  # default limit: one reader feeds no more encoder threads, and each of them holds a batch
 
 
 class CorpusEncoder:
-    """Encoding, from wherever the parts are to the end."""
+    """Encodes all documents that the shards do not contain yet, commits them in shards and writes the final files."""
 
     def __init__(self, job: PrepareJob, shards: Shards, tokenizer: Tokenizer):
         self.job, self.options, self.shards, self.tokenizer = job, job.options, shards, tokenizer
@@ -55,8 +55,8 @@ class CorpusEncoder:
             self.tokenizer = tokenizer.with_original_ids(self.totals.fallback)
         if shards.state is not None:
             done = f"{self.totals.documents:,} documents in {shards.num_shards} shards"
-            job.note(f"going on with {job.parts_folder}: {done} are done")
-        with job.stop.deferred():  # gigatoken calls Python, and panics at Stopped
+            job.note(f"resuming {job.parts_folder}: {done} are done")
+        with job.stop.deferred():  # gigatoken calls back into Python and panics if that raises Stopped
             self.encoder = Encoder(self.tokenizer, fast=self.options.encoder == "auto" and not self.totals.fallback)
         self.encoder.note = self.totals.fallback or self.encoder.note
         shards.bytes_needed = self._bytes_needed
@@ -66,8 +66,8 @@ class CorpusEncoder:
         if self.tokenizer.bos == self.eod:
             raise DataError(
                 "prepare.bos-is-eod",
-                f"prepend_bos: token {self.eod} of {self.options.tokenizer} both begins and ends documents: between "
-                f"two of them it would stand twice. Leave out --prepend-bos, or give --no-append-eod too.",
+                f"prepend_bos: token {self.eod} of {self.options.tokenizer} is both BOS and end-of-document, so it "
+                f"would occur twice between two documents. Omit --prepend-bos, or give --no-append-eod too.",
             )
         return self.tokenizer.bos
 
@@ -77,7 +77,7 @@ class CorpusEncoder:
         return Totals(splits={split: SplitTotals() for split in self.job.splits})
 
     def run(self) -> dict[str, Any]:
-        """Encode what is left; returns what is to be published."""
+        """Encode the remaining documents; returns the content of publish.json."""
         try:
             self._encode()
         except Mismatch as err:
@@ -87,7 +87,7 @@ class CorpusEncoder:
         return self._finish()
 
     def _fall_back(self, difference: str, original: bool) -> None:
-        """Begin again with the reference, or the original: what was encoded so far may be wrong too."""
+        """Encode all again with the reference encoder (`original`: sentencepiece), as all ids so far may be wrong."""
         if original:
             self.tokenizer = self.tokenizer.with_original_ids(difference)
         self.shards.restart()
@@ -95,14 +95,12 @@ class CorpusEncoder:
             again = "give it as a file" if original else "give it again with --encoder tokenizers"
             raise DataError(
                 "prepare.input-read-only-once",
-                f"{difference}. All has to be encoded anew, and standard input cannot be read again: {again}.",
+                f"{difference}. All documents have to be encoded again, but standard input can be read only once: "
+                f"{again}.",
             )
-        right = (
-            "sentencepiece itself"
-            if self.tokenizer.sentencepiece is not None
-            else "the slower `tokenizers`, which is right"
-        )
-        warnings.warn(f"{difference}. All of it is encoded anew by {right}; please report the text.", stacklevel=3)
+        right = "sentencepiece itself" if self.tokenizer.sentencepiece is not None else "the slower but correct `tokenizers`"
+        text = f"{difference}. All documents are encoded again by {right}. Please report this text."
+        warnings.warn(text, stacklevel=3)
         self.totals = self._start()
         self.totals.fallback, self.totals.by_original = difference, original
         self.encoder = Encoder(self.tokenizer, fast=False)
@@ -133,35 +131,39 @@ class CorpusEncoder:
         self._commit_shard()
 
     def _commit_shard(self) -> None:
-        """Make a shard of what was added."""
+        """Commit all appended data as a shard."""
         with self.job.stop.committing():
             self.shards.commit(dataclasses.asdict(self.totals))
 
     def _resume_hint(self) -> str:
-        """What a signal leaves, and what to do."""
+        """Message after a signal: which work is kept, and how to resume."""
         job, state = self.job, self.shards.state
         again = RERUN + ", with the same input," * job.reads_stdin
         if state is None:
             return f"nothing is kept yet; {again}"
         if not job.parts_folder.exists():
             return f"{self.options.output} is complete"
-        return f"{state['documents']:,} documents are kept in {job.parts_folder}; {again} and it goes on behind them"
+        return f"{state['documents']:,} documents are kept in {job.parts_folder}; {again} to resume after them"
 
     def _with_starts(self, batches: Iterator[DocumentBatch]) -> Iterator[tuple[DocumentBatch, int]]:
-        """Each with the stored bytes before it."""
+        """Each batch with the number of input bytes (as stored) before it."""
         before = self.totals.consumed
         for batch in batches:
             yield batch, before
             before = batch.consumed
 
     def _encode_batch(self, batch_and_start: tuple[DocumentBatch, int]) -> EncodedBatch:
-        """Ids and lengths of the texts of a batch, and how many bytes of each are unknown. Raises Mismatch."""
+        """Encode a batch; raises Mismatch if the fast encoder differs from the reference.
+
+        Returns ids int32 [T] of the concatenated documents, lengths int32 [documents], and the number of bytes of each
+        document that the vocabulary cannot represent, int64 [documents].
+        """
         batch, before = batch_and_start
         ids, lengths = self.encoder.encode_checked(batch.texts, before)
         return ids, lengths, self.encoder.unknown_bytes(batch.texts, ids, lengths)
 
     def _num_threads(self) -> int:
-        """That encode: as asked, or one a core."""
+        """Number of encoder threads: as requested, else one per core, at most MAX_THREADS."""
         if not self.encoder.is_threaded:
             return 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -182,7 +184,7 @@ class CorpusEncoder:
         lengths: npt.NDArray[np.int32],
         unknown: npt.NDArray[np.int64],
     ) -> None:
-        """Append an encoded batch to its splits; count everything."""
+        """Append an encoded batch to its splits and update all counts."""
         totals = self.totals
         for note in totals.account.add(batch):
             self.job.note(f"note: {note}")
@@ -237,7 +239,7 @@ class CorpusEncoder:
         self.job.progress(ProgressEvent("encode", totals.consumed, total, totals.documents, tokens, elapsed_s, *here))
 
     def _bytes_needed(self) -> int:
-        """To the end, if the rest is like what was read; the index takes 12 bytes a document and its boundary 8."""
+        """Estimate for the rest of the work, extrapolated; per document, .idx takes 12 bytes, its boundary 8."""
         done = max(1, self.totals.consumed)
         written = self.shards.total_bytes + 20 * self.totals.documents
         rest = written * max(0, self.job.total - done) // done
@@ -246,7 +248,7 @@ class CorpusEncoder:
     def _reject_empty(self) -> None:
         if not sum(totals.documents for totals in self.totals.splits.values()):
             self.shards.discard()
-            empty = f" All of the {self.totals.documents:,} documents are empty." if self.totals.documents else ""
+            empty = f" All {self.totals.documents:,} documents are empty." if self.totals.documents else ""
             raise self.totals.account.error(self.job.source, empty)
         for split, totals in self.totals.splits.items():
             if totals.documents == 0:
@@ -255,13 +257,13 @@ class CorpusEncoder:
                 shares = f"valid_fraction = {o.valid_fraction}, test_fraction = {o.test_fraction}"
                 raise DataError(
                     "prepare.empty-split",
-                    f"{self.job.prefix(split)}: of {self.totals.documents} documents none with text is in the "
-                    f"{split} split ({shares}). "
-                    f"A document is never cut: give more documents, change the fractions (0: none) or the seed.",
+                    f"{self.job.prefix(split)}: the {split} split ({shares}) got no text from "
+                    f"{self.totals.documents:,} documents. Documents are never divided between splits: give more "
+                    f"documents, or change the fractions (0: no split) or the seed.",
                 )
 
     def _finish(self) -> dict[str, Any]:
-        """Write index files, sidecars, report and the tokenizer's copy beside the data."""
+        """Write index files, sidecars, the report and the tokenizer's copy; returns the content of publish.json."""
         job, shards, output = self.job, self.shards, Path(self.options.output)
         reports: dict[str, SplitReport] = {}
         for split in job.splits:
@@ -319,6 +321,6 @@ def _drop_line(drop: DroppedItem) -> bytes:
 
 
 def _cross_entropy(counts: npt.NDArray[np.int64], train_counts: npt.NDArray[np.int64]) -> float:
-    """Nats per token of `counts` int64 [V] under the add-one smoothed unigrams of `train_counts` int64 [V]."""
+    """Cross entropy, nats/token, of `counts` int64 [V] under add-one smoothed unigrams of `train_counts` int64 [V]."""
     log_p = np.log((train_counts + 1) / (train_counts.sum() + train_counts.size))
     return float(-(counts * log_p).sum() / counts.sum())

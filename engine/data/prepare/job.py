@@ -1,4 +1,4 @@
-"""What `prepare` is asked to do: its checked arguments, what the output depends on, and what may stand in its way."""
+"""One `prepare` command: its options and inputs, its output paths, and the settings that the output depends on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RERUN = "give the same command again"
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """What to do: options, inputs that were found, and who is told."""
+    """Options, inputs and callbacks of one `prepare` command."""
 
     options: PrepareOptions
     source: DocumentSource
@@ -39,7 +39,7 @@ class PrepareJob:
     stop: Interrupts
 
     def load_tokenizer(self) -> Tokenizer:
-        """The one that is there. Raises DataError."""
+        """Load the existing tokenizer. Raises DataError."""
         o = self.options
         return Tokenizer.load(o.tokenizer, o.parse_special, merges=o.merges, lower_case=o.lower_case)
 
@@ -60,10 +60,10 @@ class PrepareJob:
         return sum(file.num_bytes for file in self.source.files)
 
     def split_numbers(self, first: int, count: int) -> npt.NDArray[np.int8]:
-        """Where in SPLITS each of the documents from number `first` on belongs, int8 [count].
+        """Index into SPLITS of each of `count` documents, starting with number `first`; int8 [count].
 
-        valid is the lower end of the hashes and test the upper one, so that neither fraction moves the other's
-        documents: those of valid are the same with and without a test split, and both only grow with their fractions.
+        Each document number is hashed. valid takes the lowest hashes and test the highest, so that the valid documents
+        are the same with and without a test split, and both splits only grow with their fractions.
         """
         if not self.options.valid_fraction and not self.options.test_fraction:
             return np.zeros(count, np.int8)
@@ -77,22 +77,22 @@ class PrepareJob:
 
     @property
     def own_files(self) -> OwnFiles:
-        """What is no input, though it may be in a folder that is one."""
+        """Files of this command that are not read, even if they are inside an input folder."""
         return OwnFiles(self.output_paths(), self.options.tokenizer, self.parts_folder)
 
     @property
     def tokenizer_copy(self) -> Path | None:
-        """The folder beside the data for the tokenizer's files; None if they are there anyway."""
+        """Folder next to the data for a copy of the tokenizer's files; None if the tokenizer already is in it."""
         folder = Path(f"{self.options.output}-tokenizer")
         return None if folder.resolve() == self.options.tokenizer.resolve() else folder
 
     def must_not_exist(self) -> list[Path]:
-        """What must not be there: all of them, and a tokenizer where one is to be trained."""
+        """All outputs, and tokenizer.json if a tokenizer is to be trained."""
         trained = [self.options.tokenizer / "tokenizer.json"] if self.options.train_vocab_size else []
         return [*self.output_paths(), *trained]
 
     def output_paths(self) -> list[Path]:
-        """Everything that is written, whatever the options."""
+        """All files that `prepare` may write, under any options."""
         corpora = [path for split in SPLITS for path in paths_of(self.prefix(split))]
         copy = [self.tokenizer_copy / name for name in FILES] if self.tokenizer_copy is not None else []
         return [
@@ -104,8 +104,8 @@ class PrepareJob:
 
 
 def settings_of(job: PrepareJob, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """All that the output depends on, as JSON gives it back. How errors are met is not among it: `skip` may go on
-    where `stop` stopped."""
+    """Everything the output depends on, as read back from JSON. on_error is not part of it: `skip` may resume where
+    `stop` stopped."""
     o = job.options
     files = [[file.name, file.num_bytes, file.stamp] for file in job.source.files]
     if tokenizer is None:

@@ -1,11 +1,12 @@
-"""Several corpora joined to one, end to end: bitwise what tools/merge_datasets.py of Megatron-LM writes.
+"""Concatenates corpora: `.bin` and `.idx` are bitwise equal to the output of Megatron-LM's tools/merge_datasets.py.
 
-`.bin` is the bytes of all of them; in `.idx` the lengths stand one after the other, pointers go on where the one before
-ended, and document boundaries go on with its number of sequences. The sidecar, which Megatron does not have, is made
-anew from the tokens as they pass, where every corpus has one; what those say has to agree.
+`.bin` concatenates the bytes. In `.idx`, lengths are concatenated, pointers are shifted by the bytes and document
+boundaries by the sequences of the corpora before. The sidecar, which Megatron does not have, is computed from the
+copied tokens if every corpus has one; their tokenizer_digest, vocab_size, eod and bos must be equal.
 
-Work is done in OUTPUT.merging and renamed at the end: a kill leaves nothing under the output's name. Corpora are opened
-one at a time, so that thousands of them need neither files nor maps at once; memory is a few MiB and two histograms.
+Files are written in OUTPUT.merging and renamed at the end, so that a kill leaves nothing under the output's name.
+Corpora are opened one at a time, so thousands of them need few open files and maps. Memory: a few MiB and two
+histograms.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _MUST_AGREE = ("tokenizer_digest", "vocab_size", "eod", "bos")
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was merged. sequences: what training reads as documents; why_no_sidecar: "" where one is written."""
+    """Result of a merge. sequences: training reads each as a document. why_no_sidecar: "" if one is written."""
 
     output: str
     corpora: list[str]
@@ -53,7 +54,7 @@ class MergeReport:
 
 @dataclass
 class _Corpus:
-    """A corpus as it was when first opened. digests of .bin and sidecar are compared while it is copied."""
+    """Metadata of a corpus when it was first opened, compared again when it is copied. stamps: mtimes in ns."""
 
     prefix: str
     dtype: np.dtype[Any]
@@ -93,11 +94,11 @@ def merge(
     progress: Callable[[ProgressEvent], None] | None = None,
     stop: Interrupts | None = None,
 ) -> MergeReport:
-    """Write OUTPUT.bin, .idx and, where all corpora have one, .json of the corpora that `inputs` name, in that order.
+    """Concatenate corpora, in input order, into OUTPUT.bin, OUTPUT.idx and, if all have a sidecar, OUTPUT.json.
 
-    `inputs`: prefixes, and folders, whose corpora are sorted by name as Megatron does. `multimodal`: they have modes,
-    which are joined too. `stop`: signals that end it, before or behind the renaming but not within. Raises DataError
-    for corpora that do not fit together, damage, outputs that exist unless `overwrite`, and too little room.
+    inputs: prefixes, globs, and folders, whose corpora are sorted by name as in Megatron-LM. multimodal: the corpora
+    have modes, which are concatenated too. stop: signals that end the merge, but not during the renames. Raises
+    DataError for incompatible or corrupt corpora, outputs that exist unless `overwrite`, and too little disk space.
     """
     began, stop = time.monotonic(), Interrupts(listen=False) if stop is None else stop
     corpora = [_Corpus.open(prefix)[0] for prefix in find_corpora(inputs)]
@@ -120,7 +121,7 @@ _NAMES = ("bin", "idx", "json", PUBLISH_PLAN, f"{PUBLISH_PLAN}.tmp")
 
 
 def find_corpora(inputs: Sequence[str]) -> list[str]:
-    """Prefixes of the corpora that are meant; raises DataError for half a corpus, none, or one that is given twice."""
+    """Expand `inputs` to corpus prefixes. Raises DataError for half a corpus, none, or the same corpus twice."""
     prefixes: list[str] = []
     for entry in inputs:
         if os.path.isdir(entry) and not os.path.isfile(f"{entry}.idx"):
@@ -132,7 +133,7 @@ def find_corpora(inputs: Sequence[str]) -> list[str]:
     if not prefixes:
         raise DataError(
             "prepare.nothing-to-merge",
-            f"{', '.join(inputs) or 'no input'}: no PREFIX.idx there. Give prefixes, or a folder of corpora.",
+            f"{', '.join(inputs) or 'no input'}: no PREFIX.idx found. Give prefixes, or a folder of corpora.",
         )
     first_name: dict[str, str] = {}
     for prefix in prefixes:
@@ -140,20 +141,21 @@ def find_corpora(inputs: Sequence[str]) -> list[str]:
         if path in first_name:
             raise DataError(
                 "prepare.corpus-twice",
-                f"{prefix}: is given twice (as {first_name[path]} before): its documents would be in it twice.",
+                f"{prefix}: is given twice (first as {first_name[path]}): its documents would be duplicated."
+                " Give it only once.",
             )
         first_name[path] = prefix
     return prefixes
 
 
 def _in_folder(folder: str) -> list[str]:
-    """Of every .bin with its .idx in `folder`, sorted by their names without the suffix; folders in it are not read."""
+    """Prefixes of the corpora in `folder` (not in subfolders), sorted by name. Raises DataError for half a corpus."""
     names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
     halves = {suffix: {n[:-4] for n in names if n.endswith(suffix)} for suffix in (".bin", ".idx")}
     for present, absent in ((".bin", ".idx"), (".idx", ".bin")):
         if unpaired := sorted(halves[present] - halves[absent]):
-            what = f"{os.path.join(folder, unpaired[0])}{present} stands alone, without its {absent}"
-            raise DataError("prepare.half-a-corpus", f"{what}. Copy it too, or take this file out of the folder.")
+            what = f"{os.path.join(folder, unpaired[0])}{present} has no {absent}"
+            raise DataError("prepare.half-a-corpus", f"{what}. Copy that file too, or move this one out of the folder.")
     return [os.path.join(folder, name) for name in sorted(halves[".bin"])]
 
 
@@ -167,18 +169,18 @@ def _reject_mismatches(corpora: Sequence[_Corpus], output: str, multimodal: bool
         if corpus.dtype != first.dtype:
             raise DataError(
                 "prepare.token-sizes-differ",
-                f"{corpus.prefix} has tokens of {corpus.dtype.name}, {first.prefix} of {first.dtype.name}: their "
-                f"vocabularies differ. Merge corpora of one tokenizer; prepare the text of one of them again.",
+                f"{corpus.prefix} has {corpus.dtype.name} tokens, but {first.prefix} has {first.dtype.name}: their "
+                f"vocabularies differ. Merge corpora of the same tokenizer, or prepare the text of one of them again.",
             )
         if corpus.multimodal and not multimodal:
             raise DataError(
                 "prepare.multimodal-not-asked",
-                f"{corpus.prefix}.idx: has modes (a multimodal corpus). Give --multimodal to join them too.",
+                f"{corpus.prefix}.idx: has modes (a multimodal corpus). Give --multimodal to merge the modes too.",
             )
         if multimodal and corpus.sequences and not corpus.multimodal:
             raise DataError(
                 "prepare.not-multimodal",
-                f"{corpus.prefix}.idx: has no modes, so it is not multimodal. Leave out --multimodal.",
+                f"{corpus.prefix}.idx: has no modes, so it is not multimodal. Omit --multimodal.",
             )
     known = [corpus for corpus in corpora if corpus.meta]
     for key in _MUST_AGREE:
@@ -187,8 +189,8 @@ def _reject_mismatches(corpora: Sequence[_Corpus], output: str, multimodal: bool
             if a != b:
                 raise DataError(
                     "prepare.corpora-differ",
-                    f"{known[0].prefix}.json has {key} {a}, {corpus.prefix}.json has {b}: an id means two things, or "
-                    f"documents end or begin in two ways. Prepare both with one tokenizer and the same options.",
+                    f"{known[0].prefix}.json has {key} {a}, but {corpus.prefix}.json has {b}: token ids or document "
+                    f"boundaries would be inconsistent. Prepare both with the same tokenizer and options.",
                 )
 
 
@@ -205,15 +207,15 @@ def _write_merged(
     progress: Callable[[ProgressEvent], None] | None,
     began: float,
 ) -> dict[str, Any]:
-    """Write the files in `folder`, or leave no folder; returns what publish.json holds."""
+    """Write all files in the work folder, or remove it on an error; returns the content of publish.json."""
     folder = work.folder
     try:
         reject_existing(paths_of(output), overwrite)
         for name in _NAMES:
             (folder / name).unlink(missing_ok=True)
         if (free := shutil.disk_usage(folder).free) < needed:
-            text = f"{folder}: about {needed:,} bytes are needed, {free:,} are free"
-            raise DataError("prepare.disk-too-small", f"{text}. Make room, or choose an output on another disk.")
+            text = f"{folder}: about {needed:,} bytes are needed, but only {free:,} are free"
+            raise DataError("prepare.disk-too-small", f"{text}. Free disk space, or choose an output on another disk.")
         copied = _Merger(folder, corpora, progress, began)
         sidecar = copied.run()
         meta = sidecar or {}
@@ -234,14 +236,14 @@ def _write_merged(
         files = ["bin", "idx", *(["json"] if sidecar is not None else [])]
         done = {"corpora": [corpus.identity for corpus in corpora], "files": files, "report": asdict(report)}
         work.write_json(PUBLISH_PLAN, done)
-    except BaseException:  # what is half-written would only fill the disk
+    except BaseException:  # half-written files would only fill the disk
         work.discard()
         raise
     return json.loads(json.dumps(done))
 
 
 class _Merger:
-    """The pass over all corpora that writes `bin` and `idx`."""
+    """Copies all corpora into `bin` and `idx` in one pass, with histogram and digest of the tokens."""
 
     def __init__(
         self,
@@ -255,10 +257,10 @@ class _Merger:
         vocab_size = 0 if self.why_no_sidecar else int(corpora[0].meta["vocab_size"])
         self.counts = np.zeros(vocab_size, np.int64)
         self.digest = xxhash.xxh3_128()
-        self.sequences, self.boundaries, self.tokens = 0, 1, 0  # so far; every .idx begins with the boundary 0
+        self.sequences, self.boundaries, self.tokens = 0, 1, 0  # copied so far; every .idx starts with boundary 0
 
     def run(self) -> dict[str, Any] | None:
-        """Write both files; returns the sidecar, None where there is to be none."""
+        """Write both files; returns the sidecar, None if it cannot be computed."""
         n = sum(corpus.sequences for corpus in self.corpora)
         d = 1 + sum(corpus.boundaries - 1 for corpus in self.corpora)
         with open(self.folder / "bin", "wb") as bin_, open(self.folder / "idx", "wb") as idx:
@@ -281,12 +283,12 @@ class _Merger:
         return sidecar_of(meta, self.corpora[0].dtype, self.counts, self.sequences, empty)
 
     def _add(self, opened: _Corpus, bin_: IO[bytes], idx: IO[bytes], n: int, d: int) -> None:
-        """Copy a corpus; n sequences and d boundaries are there in all."""
+        """Append a corpus. n, d: number of sequences and boundaries of the merged corpus."""
         corpus, data = _Corpus.open(opened.prefix)
         if corpus.identity != opened.identity:
             raise DataError(
                 "prepare.corpus-changed",
-                f"{corpus.prefix}: was changed while it was merged. Give the same command again.",
+                f"{corpus.prefix}: was changed during the merge. Give the same command again.",
             )
         own_digest, base = xxhash.xxh3_128(), HEADER.size
         for low in range(0, data.num_tokens, CHUNK):
@@ -301,7 +303,7 @@ class _Merger:
         if recorded != own_digest.hexdigest():
             raise DataError(
                 "prepare.corpus-damaged",
-                f"{corpus.prefix}.bin: its bytes are not those that its .json names. Restore or prepare it anew.",
+                f"{corpus.prefix}.bin: its digest differs from that in its .json. Restore it, or prepare it again.",
             )
         _write_at(idx, base + 4 * self.sequences, data.lengths, "<i4", 0)
         _write_at(idx, base + 4 * n + 8 * self.sequences, data.pointers, "<i8", self.tokens * data.dtype.itemsize)
@@ -338,9 +340,9 @@ def _write_at(file: IO[bytes], offset: int, values: IntArray, dtype: str, plus: 
 
 
 def _why_no_sidecar(corpora: Sequence[_Corpus]) -> str:
-    """A reason why the facts of a sidecar are not known of all corpora, or nothing."""
+    """Reason why no sidecar can be computed, or ""."""
     without = [corpus.prefix for corpus in corpora if not isinstance(corpus.meta.get("vocab_size"), int)]
     if not without:
         return ""
     more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-    return f"{without[0]}{more} of {len(corpora)} corpora have none, so their tokenizer is not known"
+    return f"{without[0]}{more} of {len(corpora)} corpora have no sidecar, so their tokenizer is unknown"

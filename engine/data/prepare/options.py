@@ -72,32 +72,32 @@ class PrepareOptions(ReadOptions):
     """replace files that are there, and the unfinished work of another call"""
 
     def errors(self) -> Iterator[FieldError]:
-        """What is wrong with them, all of it at once, before any work is done."""
+        """All errors of the options, before any work is done."""
         if not self.input:
-            what = "names nothing to read"
-            yield FieldError("prepare.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
+            problem = "names no input"
+            yield FieldError("prepare.no-input", "--input", "", problem, "Give files, folders, globs, URLs or -.")
         if not self.output or self.output.endswith("/"):
             fix = "Use corpus/web for corpus/web-train.bin ..."
-            yield FieldError("prepare.output-no-prefix", "--output", self.output, "is no prefix of file names", fix)
+            yield FieldError("prepare.output-no-prefix", "--output", self.output, "is not a prefix of file names", fix)
         if self.on_error not in ("stop", "skip"):
-            what = "is neither stop nor skip"
-            yield FieldError("prepare.unknown-choice", "--on-error", self.on_error, what, "Leave it out to stop.")
+            problem = "is neither stop nor skip"
+            yield FieldError("prepare.unknown-choice", "--on-error", self.on_error, problem, "Omit it to stop.")
         yield from self._fraction_errors()
         for option, value, least, fix in (
-            ("--workers", self.workers, 0, "Use 0 for one a core."),
-            ("--max-document-bytes", self.max_document_bytes, 1, "Leave it out for 64 MiB."),
-            ("--train-vocab-size", self.train_vocab_size, 0, "Use 0 for the tokenizer that is there."),
+            ("--workers", self.workers, 0, "Use 0 for one per core."),
+            ("--max-document-bytes", self.max_document_bytes, 1, "Omit it for 64 MiB."),
+            ("--train-vocab-size", self.train_vocab_size, 0, "Use 0 for an existing tokenizer."),
             ("--train-bytes", self.train_bytes, 0, "Use 0 for all train documents."),
         ):
             if value < least:
                 yield FieldError("prepare.number-too-small", option, value, f"is below {least}", fix)
         size = self.train_vocab_size
         if size and (self.merges is not None or self.lower_case is not None):
-            what, fix = "makes one without --merges, --lower-case", "Leave them out, or --train-vocab-size."
-            yield FieldError("prepare.merges-of-a-trained-tokenizer", "--train-vocab-size", size, what, fix)
+            problem, fix = "trains a tokenizer without --merges and --lower-case", "Omit them, or --train-vocab-size."
+            yield FieldError("prepare.merges-of-a-trained-tokenizer", "--train-vocab-size", size, problem, fix)
         if self.train_bytes and not size:
-            what = "has no meaning without --train-vocab-size"
-            yield FieldError("prepare.option-without-effect", "--train-bytes", self.train_bytes, what, "Leave it out.")
+            problem = "has no effect without --train-vocab-size"
+            yield FieldError("prepare.option-without-effect", "--train-bytes", self.train_bytes, problem, "Omit it.")
 
     def _fraction_errors(self) -> Iterator[FieldError]:
         shares = {"--valid-fraction": self.valid_fraction, "--test-fraction": self.test_fraction}
@@ -106,6 +106,6 @@ class PrepareOptions(ReadOptions):
             fix = "Use 0.01 for a hundredth, 0 for none."
             yield FieldError("prepare.fraction-out-of-range", option, share, "is not in [0, 1)", fix)
         if not wrong and sum(shares.values()) >= 1:
-            what = f"and --valid-fraction {self.valid_fraction} leave nothing to train on"
-            fix = "Together they have to be below 1."
-            yield FieldError("prepare.nothing-to-train-on", "--test-fraction", self.test_fraction, what, fix)
+            problem = f"and --valid-fraction {self.valid_fraction} leave no documents to train on"
+            fix = "Make their sum less than 1."
+            yield FieldError("prepare.nothing-to-train-on", "--test-fraction", self.test_fraction, problem, fix)

@@ -1,4 +1,4 @@
-"""Encoded documents to what a .bin holds: begin tokens, then in one pass end tokens, range check, histogram, dtype."""
+"""Encoded documents to the content of a .bin: BOS and end tokens, range check, histogram and dtype conversion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Packed = tuple[npt.NDArray[Any], npt.NDArray[np.int32], int | None]
 def begin_documents(
     tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], bos: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """(tokens, lengths) with `bos` before every document that is not empty; shapes as for `pack`."""
+    """Insert `bos` before every non-empty document; returns (tokens, lengths), shapes as for `pack`."""
     filled = lengths > 0
     starts = np.cumsum(lengths) - lengths
     return np.insert(tokens, starts[filled], np.int32(bos)), lengths + filled
@@ -28,11 +28,12 @@ def pack(
     dtype: np.dtype[Any],
     counts: npt.NDArray[np.int64],
 ) -> Packed:
-    """(tokens [T'] in `dtype`, lengths int32 [documents], None), or in the last place an id outside the vocabulary.
+    """Append `eod` to every non-empty document, convert to `dtype`, and add the token histogram to `counts`.
 
-    tokens: int32 [T], the documents one after the other; lengths: int32 [documents]. `eod`, if there is one, follows
-    every document that is not empty: an end after an empty one would end the one before a second time. counts: int64
-    [vocab_size], to which the histogram is added (of no meaning if an id is outside).
+    tokens: int32 [T], concatenated documents; lengths: int32 [documents]. eod: None for no end token; empty documents
+    get none, as it would end the document before a second time. counts: int64 [vocab_size], updated in place.
+    Returns (tokens [T'], lengths int32 [documents], None), or an id outside the vocabulary as the last element; then
+    tokens and counts are meaningless.
     """
     module = native_index()
     if module is None:
@@ -51,12 +52,12 @@ def pack_reference(
     dtype: np.dtype[Any],
     counts: npt.NDArray[np.int64],
 ) -> Packed:
-    """The same in numpy: what the native function is held to, and what works without it."""
+    """`pack` in numpy: the reference for tests, and the fallback if the extension is not built."""
     filled = lengths > 0
     if eod is not None:
         tokens = np.insert(tokens, np.cumsum(lengths)[filled], np.int32(eod))
         lengths = lengths + filled
-    outside = np.flatnonzero(tokens.view(np.uint32) >= len(counts))  # negative ones are large here
+    outside = np.flatnonzero(tokens.view(np.uint32) >= len(counts))  # negative ids are large as uint32
     if outside.size:
         return tokens.astype(dtype), lengths, int(tokens[outside[0]])
     counts += np.bincount(tokens, minlength=len(counts))

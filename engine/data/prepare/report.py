@@ -1,7 +1,7 @@
-"""What `prepare` counts: running totals, which a shard keeps, and the report at the end.
+"""Counts of `prepare`: running totals, which every shard stores, and the final report.
 
-The report holds what makes the first losses of a run judgeable: ln(vocab_size) is where it starts, the cross entropy
-of the valid tokens under the train unigram distribution is what a model reaches without reading any context.
+The report gives reference values for the first losses of a run: training starts at ln(vocab_size), and a model that
+ignores context reaches the cross entropy of the valid tokens under the train unigram distribution.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.data.read.document_batch import START, Cursor
 
 @dataclass
 class SplitTotals:
-    """Running counts of one split. `documents` counts those with text."""
+    """Running counts of one split. documents: non-empty ones."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -28,15 +28,15 @@ class SplitTotals:
 
 @dataclass
 class Totals:
-    """All counts, and where reading goes on: what a shard keeps."""
+    """All counts, and the position where reading resumes; stored in every shard."""
 
     cursor: Cursor = START
     consumed: int = 0
-    documents: int = 0  # that could be read, empty ones too: the number of the next one
+    documents: int = 0  # readable ones, including empty ones; also the number of the next document
     account: ReadSummary = field(default_factory=ReadSummary)
     splits: dict[str, SplitTotals] = field(default_factory=dict)
-    fallback: str = ""  # why gigatoken, or a conversion, was given up
-    by_original: bool = False  # it was the conversion: sentencepiece itself encodes
+    fallback: str = ""  # why gigatoken or a converted tokenizer is no longer used, "" if it is
+    by_original: bool = False  # the conversion differed: sentencepiece itself encodes
     elapsed_s: float = 0.0
 
     @classmethod
@@ -52,7 +52,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One written corpus. `documents` counts those with text, `unigram_entropy` is in nats per token."""
+    """One written corpus. documents: non-empty ones. unigram_entropy: in nats per token."""
 
     prefix: str
     documents: int
@@ -69,9 +69,11 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` did; also written to PREFIX-report.json. `dropped`: left-out files or lines by reason, each of
-    them with its place in PREFIX-skipped.jsonl (`skipped`; blank lines are not listed). `noticed`: files by what was
-    noticed of them, such as JSON lines under another name. `examples`: the first few of each kind."""
+    """Result of `prepare`, also written to PREFIX-report.json.
+
+    dropped: number of skipped files and lines by reason; PREFIX-skipped.jsonl (`skipped`) lists each but blank lines.
+    noticed: number of files by note, such as JSON lines under another name. examples: the first few of each kind.
+    """
 
     train: SplitReport
     valid: SplitReport | None
@@ -81,8 +83,8 @@ class PrepareReport:
     tokenizer: str
     tokenizer_digest: str
     vocab_size: int
-    bos: int | None  # that begins each document, None: none does
-    eod: int | None  # that ends each
+    bos: int | None  # first token of each document, None: no BOS
+    eod: int | None  # last token of each document, None: no EOD
     documents_in: int
     bytes_in: int
     dropped: dict[str, int]

@@ -1,11 +1,11 @@
-"""Raw text to PREFIX-train, -valid and -test: choose the split, train the tokenizer if asked, encode, count.
+"""Raw text to PREFIX-train, -valid and -test: choose the split, train a tokenizer if requested, encode, count.
 
-The split is by document, by a keyed hash of its number: spread over the corpus (a tail split measures whatever was
-appended last), stable when documents are added at the end, and no document is in two. A tokenizer is trained on the
-train documents only. Everything streams: memory is a few batches of text and their encodings, not the corpus.
+The split of a document is a keyed hash of its number: each split samples the whole corpus (a split of the tail would
+measure only the text appended last), is stable when documents are added at the end, and the splits are disjoint. A
+tokenizer is trained on the train documents only. Everything streams: memory is a few batches, not the corpus.
 
-Reading, encoding and adding (flow.py) go on side by side and fill data files in PREFIX.parts/ (shards.py says how these
-outlive a kill), which are published under their names when all is there. Documents stay in input order.
+Reading, encoding and appending (flow.py) run concurrently and fill data files in PREFIX.parts/ (shards.py: how these
+survive a kill), which get their final names when all are complete. Documents stay in input order.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def prepare(
 ) -> PrepareReport:
     """Tokenise the inputs into OUTPUT-train and, where their fractions are > 0, OUTPUT-valid and OUTPUT-test.
 
-    `suffixes`: of the three. Killed at any moment, the same call goes on where the last shard ended; `stop` seals one
-    first. Raises ConfigError for options that make no sense; DataError for bad input (with `on_error` "skip" it is
-    counted and listed), for outputs that exist unless `overwrite`, and for a split without documents; Stopped when
-    `stop` says so.
+    suffixes: of the three prefixes. After a kill at any moment, the same call resumes after the last shard; on a signal
+    (`stop`) a shard is committed first, then Stopped is raised. Raises ConfigError for invalid options, and DataError
+    for bad input (with on_error "skip" it is counted and listed), outputs that exist unless `overwrite`, and a split
+    without documents.
     """
     if errors := list(options.errors()):
         raise ConfigError(errors)
@@ -56,7 +56,9 @@ def prepare(
     source = options.source(job.own_files, max_document_bytes=options.max_document_bytes)
     job = dataclasses.replace(job, source=source)
     if options.train_vocab_size and source.reads_once:
-        text = "standard input (-) and pipes can be read only once: train the tokenizer on files, or give one"
+        text = (
+            "standard input (-) and pipes can be read only once: train the tokenizer on files, or give an existing one"
+        )
         raise DataError("prepare.training-reads-twice", text)
     if not any(file.drop is None and (file.num_bytes or file.once or "://" in file.name) for file in source.files):
         raise no_text_error(source, options.skip_errors)
@@ -64,13 +66,11 @@ def prepare(
 
 
 def _run(job: PrepareJob) -> PrepareReport:
-    """Go on with the work in PREFIX.parts, or begin it."""
+    """Resume the work in PREFIX.parts, or start it."""
     loaded = None if job.options.train_vocab_size else job.load_tokenizer()
     settings = settings_of(job, loaded)
     if job.parts_folder.exists():
-        job.stop.resume_hint = lambda: (
-            f"what is finished is kept in {job.parts_folder}; {RERUN} and it goes on behind it"
-        )
+        job.stop.resume_hint = lambda: f"finished shards are kept in {job.parts_folder}; {RERUN} to resume after them"
     else:
         reject_existing(job.must_not_exist(), job.options.overwrite)
     with Shards(job.parts_folder, job.splits) as shards:
@@ -85,7 +85,9 @@ def _run(job: PrepareJob) -> PrepareReport:
             plan = CorpusEncoder(job, shards, tokenizer).run()
         except (DataError, Stopped) as err:
             trained = isinstance(err, Stopped) and (job.parts_folder / "trained").exists()
-            if not trained and not shards.has_shards():  # nothing worth keeping: the next try is as the first one
+            if (
+                not trained and not shards.has_shards()
+            ):  # nothing worth keeping: the next command starts like a first one
                 shards.discard()
             raise
         shards.write_json(PUBLISH_PLAN, plan)
@@ -93,7 +95,7 @@ def _run(job: PrepareJob) -> PrepareReport:
 
 
 def _reject_existing_outputs(job: PrepareJob, shards: Shards) -> None:
-    """Refuse to replace outputs beside a folder of parts; an empty one that a kill left goes away then."""
+    """Raise DataError if outputs exist; removes the parts folder first if it is the empty rest of a killed command."""
     try:
         reject_existing(job.must_not_exist(), job.options.overwrite)
     except DataError:
@@ -103,7 +105,7 @@ def _reject_existing_outputs(job: PrepareJob, shards: Shards) -> None:
 
 
 def _trained_tokenizer(job: PrepareJob) -> Tokenizer:
-    """The tokenizer that an earlier try trained, or a new one, kept in the parts folder."""
+    """The tokenizer that an earlier call trained and saved in the parts folder, else train and save it there."""
     folder = job.parts_folder / "trained"
     if not folder.exists():
         recipe, sampler = Recipe(job.options.train_vocab_size), TextSampler(job.options.train_bytes, job.total)
@@ -130,7 +132,7 @@ def _train_texts(job: PrepareJob, sampler: TextSampler) -> Iterator[str]:
 
 
 def _publish(job: PrepareJob, shards: Shards, plan: dict[str, Any]) -> PrepareReport:
-    """The tokenizer first, as without it the ids mean nothing; the report last."""
+    """Publish the tokenizer first, as ids are useless without it, and the report last."""
     trained = job.parts_folder / "trained"
     if job.options.train_vocab_size and trained.exists():
         Tokenizer.load(trained).save(job.options.tokenizer)

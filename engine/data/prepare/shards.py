@@ -1,13 +1,14 @@
-"""Work in progress of `prepare`: a folder from which it goes on after a kill, and never anything half-written.
+"""Work folder of `prepare`: data files committed in shards, so that a killed command resumes without half-written data.
 
-`PREFIX.parts/` holds data files that only grow, `settings.json`, and one small `NNNNNNNN.json` for each finished shard:
-how far every data file goes and the digest of the bytes added, the caller's state (where reading goes on, all counts).
+`PREFIX.parts/` holds append-only data files, `settings.json`, and a small `NNNNNNNN.json` for each finished shard: the
+byte range of every data file with its digest, and the caller's state (position in the input, all counts).
 
-Order of a commit, which is what makes it safe: data files synced; shard file written under another name, synced,
-renamed; folder synced. So bytes count only if a shard file says so. On resuming, every shard is checked by its digests,
-what lies behind the last good one is cut off, and the work goes on there, with the same bytes as if never disturbed.
+A commit is safe by its order: sync the data files; write the shard file under another name, sync and rename it; sync
+the folder. So bytes are valid only if a shard file covers them. On resuming, every shard is verified by its digests,
+everything after the last valid one is truncated, and the work continues there with the same bytes as an undisturbed
+run.
 
-Settings, lock and publishing are those of any work folder (engine/data/workfolder.py).
+Settings, lock and publishing are those of every work folder (engine/data/workfolder.py).
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ _SKIPPED = "skipped.jsonl"
 
 
 class _DataFile:
-    """A data file: what was committed, and what was added since with its digest."""
+    """An append-only data file: the committed bytes, and the bytes appended since with their digest."""
 
     def __init__(self, path: Path):
         self.path = path
         self.committed = self.end = 0
-        self.digest = xxhash.xxh3_128()  # of what was added since the last commit
+        self.digest = xxhash.xxh3_128()  # of the bytes since the last commit
         self.file_digest = self.file_digest_committed = xxhash.xxh3_128()  # of the file to `end`, and to `committed`
         self.file: IO[bytes] = open(path, "ab")  # noqa: SIM115  (closed by Shards.close)
         self._writeback_end = 0
@@ -51,18 +52,18 @@ class _DataFile:
         self.file_digest.update(data)
         self.end += memoryview(data).nbytes
         if self.end - self._writeback_end >= _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
-            # Linux begins to write what is not on the disk yet; the sync that ends a shard then waits for little.
+            # Makes Linux start writing dirty pages, so that the sync at the end of a shard waits for little.
             os.posix_fadvise(
                 self.file.fileno(), self._writeback_end, self.end - self._writeback_end, os.POSIX_FADV_DONTNEED
             )
             self._writeback_end = self.end
 
     def commit(self) -> None:
-        """Everything so far is in a shard."""
+        """Mark all bytes so far as part of a shard."""
         self.committed, self.digest, self.file_digest_committed = self.end, xxhash.xxh3_128(), self.file_digest.copy()
 
     def reset(self, committed: int) -> None:
-        """Go back to what is committed, or to 0: nothing."""
+        """Truncate to `committed` bytes: those of all shards, or 0."""
         self.file.close()
         os.truncate(self.path, committed)
         self.file = open(self.path, "ab")  # noqa: SIM115
@@ -73,10 +74,10 @@ class _DataFile:
 
 
 class Shards(WorkFolder):
-    """The open folder of `prepare`.
+    """The open work folder of `prepare`.
 
-    `state`: what the last commit kept, None at the start; `warnings`: shards that were not good.
-    `counts[split]` int64 [vocab_size]: histogram of the tokens so far.
+    state: the caller's state at the last commit, None before the first. warnings: messages about invalid shards.
+    counts[split]: int64 [vocab_size], histogram of the tokens so far.
     """
 
     def __init__(self, folder: Path, splits: Sequence[str]):
@@ -95,10 +96,10 @@ class Shards(WorkFolder):
         super().close()
 
     def resume_hint(self) -> str:
-        return f"Give the same command again: it goes on behind the {self.num_shards} shards that are finished."
+        return f"Give the same command again: it resumes after the {self.num_shards} finished shards."
 
     def release_space(self) -> int:
-        """What is not committed is given back: it is made again, and what is then free is told."""
+        """Truncate uncommitted data, which the resumed command writes again; returns the bytes needed to finish."""
         needed = self.bytes_needed()
         for data_file in self._files.values():
             with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
@@ -108,7 +109,7 @@ class Shards(WorkFolder):
         return needed
 
     def open(self, vocab_size: int) -> None:
-        """Open the data files behind the last good shard."""
+        """Open the data files at the end of the last valid shard; verifies all shards."""
         self.dtype = token_dtype(vocab_size)
         names = [f"{split}.{kind}" for split in self.splits for kind in ("bin", "lengths")] + [_SKIPPED]
         with self.disk_errors(self.folder):
@@ -120,13 +121,15 @@ class Shards(WorkFolder):
         for path in discarded:
             path.unlink()
         if discarded:
-            self.warnings.append(f"{self.folder}: everything from shard {self.num_shards + 1} on is made again")
+            self.warnings.append(f"{self.folder}: shard {self.num_shards + 1} and all later ones are made again")
         for data_file in self._files.values():
             data_file.reset(data_file.committed)
 
     def restart(self) -> None:
-        """Forget all shards: what they hold is not to be trusted."""
-        for path in sorted(self._shard_files(), reverse=True):  # from the end: a kill leaves a shorter, whole beginning
+        """Delete all shards, because their content may be wrong."""
+        for path in sorted(
+            self._shard_files(), reverse=True
+        ):  # last first: a kill then leaves the shards before it, still valid
             path.unlink()
         sync_folder(self.folder)
         for data_file in self._files.values():
@@ -142,20 +145,20 @@ class Shards(WorkFolder):
         lengths: npt.NDArray[np.int32],
         eod: int | None = None,
     ) -> npt.NDArray[np.int32]:
-        """Append documents: their tokens one after the other, int32 [T], and lengths int32 [documents].
+        """Append documents: tokens int32 [T] (concatenated) and lengths int32 [documents].
 
-        `eod` is put behind each that is not empty. Returns the lengths as written, int32 [documents].
+        eod: appended to every non-empty document. Returns the lengths as written, int32 [documents].
         """
         packed, written, wrong = pack(tokens, lengths, eod, self.dtype, self.counts[split])
         if wrong is not None:
-            text = f"the tokenizer gave id {wrong}, not in [0, {len(self.counts[split])})"
+            text = f"the tokenizer returned id {wrong}, which is not in [0, {len(self.counts[split])}). Report this."
             raise DataError("prepare.id-outside-the-vocabulary", text)
         self._append(f"{split}.bin", packed.data)
         self._append(f"{split}.lengths", written.data)
         return written
 
     def add_skipped(self, line: bytes) -> None:
-        """Append a line to the list of what was left out."""
+        """Append a line to the list of skipped inputs."""
         self._append(_SKIPPED, line)
 
     def _append(self, name: str, data: memoryview | bytes) -> None:
@@ -171,7 +174,7 @@ class Shards(WorkFolder):
         return sum(data_file.end for data_file in self._files.values())
 
     def commit(self, state: dict[str, Any]) -> None:
-        """Make everything added so far, and `state`, last."""
+        """Make all appended data and `state` durable as a new shard."""
         with self.disk_errors(self.folder):
             for data_file in self._files.values():
                 if data_file.end > data_file.committed:
@@ -184,14 +187,14 @@ class Shards(WorkFolder):
             data_file.commit()
 
     def has_shards(self) -> bool:
-        """Whether there are finished shards, looked at or not."""
+        """Whether finished shards exist, verified or not."""
         return bool(self._shard_files())
 
     def _shard_files(self) -> list[Path]:
         return [path for path in self.folder.glob("*.json") if path.stem.isdigit()]
 
     def _verify_next_shard(self) -> bool:
-        """Check the next shard by its digests and count its tokens. False: there is none, or it is not good."""
+        """Verify the next shard by its digests and count its tokens. False if there is none or it is invalid."""
         path = self.folder / f"{self.num_shards + 1:08d}.json"
         try:
             shard = read_work_json(path)
@@ -204,7 +207,7 @@ class Shards(WorkFolder):
         wrong = [name for name, (begin, _, digest) in shard["files"].items() if actual[name][0] != digest]
         wrong += [name for name, (begin, _, _) in shard["files"].items() if begin != self._files[name].committed]
         if wrong:
-            self.warnings.append(f"{path}: {', '.join(wrong)} is not what was written")
+            self.warnings.append(f"{path}: {', '.join(wrong)} differs from the digest")
             return False
         for name, (_, end, _) in shard["files"].items():
             self._files[name].committed, self._files[name].file_digest_committed = end, actual[name][2]
@@ -214,7 +217,7 @@ class Shards(WorkFolder):
         return True
 
     def _digest(self, name: str, begin: int, end: int) -> tuple[str, Any, Any]:
-        """Digest of bytes of a data file, for tokens their histogram, and the hash of the file up to their end."""
+        """(Digest of bytes [begin, end) of a data file, histogram if it holds tokens, running hash of [0, end))."""
         digest, whole = xxhash.xxh3_128(), self._files[name].file_digest_committed.copy()
         counts = np.zeros_like(self.counts[name.removesuffix(".bin")]) if name.endswith(".bin") else None
         with open(self.folder / name, "rb") as file:
@@ -230,10 +233,10 @@ class Shards(WorkFolder):
                     counts += np.bincount(tokens, minlength=len(counts))
         return digest.hexdigest(), counts, whole
 
-    # ---- the end ----
+    # ---- final files ----
 
     def write_corpus(self, split: str, meta: dict[str, Any], documents: int, empty: int) -> dict[str, Any]:
-        """Write .idx and sidecar of a split beside its .bin; returns the sidecar."""
+        """Write .idx and sidecar of a split next to its .bin; returns the sidecar."""
         meta = {**meta, "bin_digest": self._files[f"{split}.bin"].file_digest.hexdigest()}
         sidecar = sidecar_of(meta, self.dtype, self.counts[split], documents, empty)
         lengths_path = self.folder / f"{split}.lengths"

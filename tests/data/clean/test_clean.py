@@ -296,7 +296,7 @@ def test_a_killed_run_goes_on(corpus: list[str], tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         clean(corpus, output, tasks=3)
     assert not Path(output).exists() and (tmp_path / "out.jsonl.work" / "part-00001").is_dir()
-    with raises(DataError, "data.work-of-another-call", "rules: pii: then 'report', now 'off'"):
+    with raises(DataError, "data.work-of-another-call", "rules: pii: was 'report', now 'off'"):
         clean(corpus, output, pii="off", tasks=3)
     before = os.stat(tmp_path / "out.jsonl.work" / "part-00001" / "places").st_mtime_ns
     done += [0, 1]

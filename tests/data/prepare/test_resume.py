@@ -232,14 +232,17 @@ def test_other_settings_or_inputs_are_refused_with_the_difference(
 ) -> None:
     folder = begun(tmp_path, tokenizer, monkeypatch)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with raises(DataError, "data.work-of-another-call", "append_eod: then True, now False\n  seed: then 0, now 7\n"):
+    with raises(DataError, "data.work-of-another-call", "append_eod: was True, now False\n  seed: was 0, now 7\n"):
         run(tmp_path, tokenizer, append_eod=False, seed=7)
     Tokenizer.train(iter(TEXTS), 300).save(tmp_path / "another")
-    with raises(DataError, "data.work-of-another-call", "tokenizer: digest: then ", ", now "):
+    with raises(DataError, "data.work-of-another-call", "tokenizer: digest: was ", ", now "):
         run(tmp_path, tmp_path / "another")
     os.utime(tmp_path / "in.jsonl", ns=(0, 0))
     with raises(
-        DataError, "data.work-of-another-call", f"input then {tmp_path}/in.jsonl", f"input now {tmp_path}/in.jsonl"
+        DataError,
+        "data.work-of-another-call",
+        f"input removed: {tmp_path}/in.jsonl",
+        f"input added: {tmp_path}/in.jsonl",
     ):
         run(tmp_path, tokenizer)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

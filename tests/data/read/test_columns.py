@@ -181,7 +181,7 @@ def test_columns_of_our_names_are_renamed_and_told(tmp_path: Path, capsys: pytes
     assert (rows[1]["input_record"], rows[1]["input_input_record"]) == (1, 2)
     assert set(report["renamed_columns"]) >= {"file -> input_file", "record -> input_record"}
     rows, report = cleaned(tmp_path, tmp_path / "a.jsonl", keep_columns=False)
-    assert [sorted(row) for row in rows] == [["file", "record", "text"]] * 2 and report["other_columns"] == "left out"
+    assert [sorted(row) for row in rows] == [["file", "record", "text"]] * 2 and report["other_columns"] == "omitted"
 
 
 def test_of_nested_keys_the_others_stay() -> None:

@@ -1,10 +1,10 @@
-"""Personal data and secrets in text: addresses, phones, bank accounts and cards, identity numbers, keys and passwords.
+"""Detection of personal data and secrets: addresses, phones, bank accounts, cards, identity numbers, keys, passwords.
 
-A cheap scan finds the places, a pattern proposes, a check decides: check digits, calendar dates, issuer and country
-prefixes, reserved ranges, and the few characters around. What is reserved for documentation or cannot reach a person
-(example.com, 192.168.*, 555-0100) is no finding. Every repetition is bounded, so that no text takes long.
+A cheap scan finds candidate regions, a pattern proposes a match, and checks decide: check digits, calendar dates,
+issuer and country prefixes, reserved ranges, and the context. Values reserved for documentation or not personal
+(example.com, 192.168.*, 555-0100) are no findings. Every repetition in a pattern is bounded, so that no text is slow.
 
-Order decides overlaps: a kind that is listed earlier in `KINDS` takes the characters.
+Of overlapping findings, the one whose kind comes first in `KINDS` is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS: dict[str, Callable[[Scan], Iterator[tuple[int, int]]]] = {
 
 @dataclass(frozen=True)
 class Entity:
-    """text[begin:end] is of this kind."""
+    """A finding: text[begin:end] is of this kind."""
 
     kind: str
     begin: int
@@ -43,7 +43,7 @@ class Entity:
 
 
 def find(text: str, kinds: Sequence[str] = ()) -> list[Entity]:
-    """All findings in order, none overlapping. `kinds`: a subset of KINDS, empty: all."""
+    """All findings in text order, without overlaps. kinds: a subset of KINDS; empty: all."""
     taken: list[Entity] = []
     scan = Scan(text)
     for kind, search in KINDS.items():
@@ -63,13 +63,13 @@ def mask(text: str, findings: Sequence[Entity]) -> str:
 
 
 def redact(value: str) -> str:
-    """Enough of a finding to recognise its form, too little to use it: at most a third, first and last characters."""
+    """The value with all but its first and last characters masked; shows at most a third of it."""
     shown = min(2, len(value) // 6)
     return value[:shown] + "*" * min(12, len(value) - 2 * shown) + value[len(value) - shown :]
 
 
 def _insert_if_free(taken: list[Entity], finding: Entity) -> None:
-    """Insert it in order of text, unless something there overlaps it."""
+    """Insert a finding in text order, unless it overlaps another one."""
     at = bisect.bisect_left(taken, finding.begin, key=lambda other: other.begin)
     after_last = at == 0 or taken[at - 1].end <= finding.begin
     before_next = at == len(taken) or finding.end <= taken[at].begin

@@ -15,11 +15,11 @@ _RESERVED_TOPS = frozenset(("example", "test", "invalid", "localhost", "local", 
 _RESERVED_NAMES = frozenset(("users.noreply.github.com",))
 _PLACEHOLDERS = re.compile(r"(?:your|my)-?(?:domain|company|email|host|site|server)|example[0-9]?")
 _PLACEHOLDER = re.compile(
-    r"(?:you|your\.?(?:name|email|address)|name|user(?:name)?|someone|somebody|first(?:name)?\.?last(?:name)?|xxx+)"
+    r"(?:you|your\.?(?:name|email|address)|name|user(?:name)?|some(?:one|body)|first(?:name)?\.?last(?:name)?|xxx+)"
     r"@(?:domain|company|email|mail|host|site|server|xxx+)\.[a-z]+"
 )
 
-_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without blanks, so that words run into an address
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces, so words may adjoin an address
 _ALPHABET = "A-Za-z0-9\u00c0-\u024f\u0370-\u052f\u0590-\u06ff\u0900-\u097f"
 _LOCAL = (
     rf"(?:[{_ALPHABET}_](?:[{_ALPHABET}._%+-]|(?<=[A-Za-z])'(?=[A-Za-z])){{0,63}}"
@@ -55,7 +55,7 @@ _NO_NAMES = words("me us him her it them is are was look looks available shop on
 
 
 def emails(scan: Scan) -> Iterator[tuple[int, int]]:
-    """E-mail addresses: a top-level domain that exists (or the word e-mail before it), and no reserved name."""
+    """Spans of e-mail addresses: with an existing top-level domain (or the word e-mail before) and no reserved name."""
     text = scan.text
     for at in (pattern for sign, pattern in _ATS.items() if sign in text):
         for window in windows(text, at, 80, 260):
@@ -69,19 +69,19 @@ def emails(scan: Scan) -> Iterator[tuple[int, int]]:
 
 
 def _domain_end(scan: Scan, match: re.Match[str]) -> int:
-    """Where the address ends, 0 if its domain does not exist or is reserved."""
+    """End of the address, 0 if its domain does not exist or is reserved."""
     labels = match["domain"].lower().split(".")
     end = match.end()
     top = match["domain"].rpartition(".")[2]
     if len(labels) > 2 and not _is_top(top) and top.istitle():  # "a@b.com.Then ..."
         end -= len(labels.pop()) + 1
     top = labels[-1]
-    if re.match(f"[{_CJK}]", top):  # words may follow without a blank
+    if re.match(f"[{_CJK}]", top):  # words may follow without a space
         known = next((top[:n] for n in range(len(top), 0, -1) if top[:n] in INTERNATIONAL), "")
         return end - len(top) + len(known) if known else 0
     numbers = [label for label in labels[:-1] if label.isdigit()]
     if len(numbers) > 1 or any(len(n) < 3 for n in numbers) or re.fullmatch("[0-9]x", labels[0]):
-        return 0  # a version behind a package, an icon for dense screens
+        return 0  # package@version, or an icon name like logo@2x.png
     if _is_reserved(labels) or (len(labels) == 2 and top == "py"):  # Paraguay has .com.py; x@y.py is Python
         return 0
     if not _is_top(match["domain"].rpartition(".")[2] if end == match.end() else top):
@@ -91,7 +91,7 @@ def _domain_end(scan: Scan, match: re.Match[str]) -> int:
 
 
 def _is_top(top: str) -> bool:
-    """Whether a top-level domain exists; a matrix's .mT is none."""
+    """Whether a top-level domain exists, in a plausible case (not the .mT of a matrix)."""
     one_case = top.islower() or top.isupper() or top.istitle() or not top.isascii()
     low = top.lower()
     return (low in COUNTRIES and one_case) or low in GENERIC or low in INTERNATIONAL or low.startswith("xn--")
@@ -121,7 +121,7 @@ def _is_no_email(scan: Scan, match: re.Match[str], end: int) -> bool:
 
 
 def _obfuscated(text: str, gate: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """jane [at] posteo (dot) de, jane at posteo dot de: both signs in words, or one of them in brackets."""
+    """Spans of obfuscated addresses, such as jane [at] posteo (dot) de, jane at posteo dot de."""
     for match in (match for window in windows(text, gate, 64, 96) for match in _OBFUSCATED.finditer(text, *window)):
         labels = [label.lower() for label in _ANY_DOT.split(match["domain"])]
         while len(labels) > 2 and not _is_top(labels[-1]):
@@ -185,7 +185,7 @@ _AFTER_ADDRESS = re.compile(r":[0-9]{2,5}(?![0-9.])|/(?:[0-9]|[12][0-9]|3[0-2])(
 
 
 def ips(scan: Scan) -> Iterator[tuple[int, int]]:
-    """Public addresses, IPv4 and IPv6; four small numbers count only where the text speaks of an address."""
+    """Spans of public IPv4 and IPv6 addresses; four small numbers count only if the context mentions an address."""
     text = scan.text
     for window in windows(text, _DOTTED, 3):
         for pattern in (_IPV4, _SECOND_OF_RANGE):

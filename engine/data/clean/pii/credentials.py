@@ -1,4 +1,4 @@
-"""Keys, tokens and passwords: forms that services give their keys, values behind a name, passwords in URLs."""
+"""Keys, tokens and passwords: by the formats of services, by a name before the value, and in URLs and commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEX = "[0-9a-f]"
 _KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{'|'.join(f'{begin}{rest}' for begin, rest in FORMS)})(?![A-Za-z0-9_-])")
 _BEGINNING = re.compile("|".join(f"(?:{begin})" for begin, _ in FORMS if begin))
 
-# Addresses that anyone may post to, and parameters that hold a key.
+# Webhook URLs (anyone who has one can post), and URL parameters that contain a key.
 _HOOK = re.compile(
     r"discord(?:app)?\.com/api/(?:v[0-9]{1,2}/)?webhooks/[0-9]{16,20}/[A-Za-z0-9_-]{50,90}|"
     r"hooks\.slack\.com/(?:services|workflows|triggers)/[A-Z0-9]{8,12}/[A-Z0-9]{8,12}/[A-Za-z0-9]{18,40}|"
@@ -35,7 +35,7 @@ _PARAMETER = re.compile(
     r"X-Amz-Signature=(?P<amazon>[0-9a-f]{64})(?![0-9a-f])|"
     r"(?<![A-Za-z0-9+/])(?P<azure>[A-Za-z0-9+/]{86}==)(?![A-Za-z0-9+/=])"
 )
-# A key id and its secret without a name, as in the CSV files that the clouds hand out.
+# A key id followed by its secret, without a name, as in the CSV files of cloud providers.
 _PAIR = re.compile(
     r"(?<![A-Za-z0-9])(?:A[KS]IA[0-9A-Z]{16}[\s,;:|/\"']{1,6}(?P<amazon>[A-Za-z0-9+/]{40})|"
     r"LTAI[0-9A-Za-z]{12,26}[\s,;:|/\"']{1,6}(?P<alibaba>[A-Za-z0-9]{30})|"
@@ -54,7 +54,7 @@ _LONG_TOKEN = re.compile(r"[A-Za-z0-9_+/-]{16,}+={0,2}")
 
 
 def secrets(scan: Scan) -> Iterator[tuple[int, int]]:
-    """Keys, tokens and passwords."""
+    """Spans of keys, tokens and passwords."""
     text = scan.text
     if "-----BEGIN" in text:
         for match in _PRIVATE_KEY.finditer(text):
@@ -78,7 +78,7 @@ def secrets(scan: Scan) -> Iterator[tuple[int, int]]:
 
 
 def _keys(scan: Scan, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """What has the form of a key in a part of the text."""
+    """Spans of values in a known key format in text[begin:end]."""
     for match in _JSON_WEB_TOKEN.finditer(scan.text, begin, end):
         yield match.span()
     for match in _PARAMETER.finditer(scan.text, begin, end):
@@ -93,17 +93,17 @@ def _keys(scan: Scan, begin: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _is_digest(scan: Scan, begin: int) -> bool:
-    """A SHA-512 in base64, as lock files have it."""
+    """Whether the value is a base64 SHA-512 digest, as in lock files."""
     return re.search(r"(?i:sha-?512|integrity|digest|hash)[\"':= -]{0,6}$", scan.before(begin, 20)) is not None
 
 
-# ---- a value that looks drawn by chance ----
+# ---- values that look random ----
 
 _PLACEHOLDER = re.compile(
     r"(?i)x{4}|\*{3}|\.{3}|0{7}|example|your[_-]|_here|placeholder|change[_-]?me|1234567|abcdefg|redacted|dummy|"
     r"insert[_-]|"
     r"Eby8vdM02xNOcqFlqUwJ|C2y6yDjf5/R\+ob0N8A7C|SflKxwRJSMeKKF2QT4fw|"
-    r"4eC39HqLyjWD|BQokikJOvBiI2"  # of emulators and manuals
+    r"4eC39HqLyjWD|BQokikJOvBiI2"  # keys of emulators and manuals
 )
 _WORD = re.compile("[A-Z]?[a-z]{3,}|[A-Z]{4,}")
 _CAMEL = re.compile("[A-Z][a-z]{2,}|(?<![A-Za-z])[a-z]{3,}(?![0-9])|(?<![A-Za-z])[A-Z]{3,}(?![a-z0-9])")
@@ -116,12 +116,12 @@ def _entropy(value: str) -> float:
 
 
 def _looks_generated(value: str) -> bool:
-    """No placeholder; for what stands behind the beginning that a service gives its keys."""
+    """Whether a value after a service's key prefix is no placeholder and has enough entropy."""
     return _PLACEHOLDER.search(value) is None and _entropy(value) >= 2.8
 
 
 def _is_random(value: str) -> bool:
-    """Letters and digits mixed as in a drawn string: neither a placeholder, nor a name, a path or words."""
+    """Whether letters and digits are mixed as in a random string: no placeholder, name, path or words."""
     if not _looks_generated(value):
         return False
     parts = [part for part in _PARTS.split(value) if part]
@@ -140,7 +140,7 @@ def _is_random(value: str) -> bool:
     return (digits >= 2 and changes >= max(3, len(value) // 16)) or (mixed and (digits > 0 or len(value) >= 20))
 
 
-# ---- passwords in addresses ----
+# ---- passwords in URLs and commands ----
 
 _URL_PASSWORD = re.compile(
     r"://(?P<user>[^\s/:@\"'<>`]{0,64}):(?P<password>[^\s/@\"'<>`]{4,128}(?:@[^\s/@\"'<>`.:]{1,32}(?=@))?)@[\w\[]"
@@ -166,18 +166,18 @@ def _url_passwords(scan: Scan) -> Iterator[tuple[int, int]]:
 
 
 def _kinds(value: str) -> int:
-    """Of small letters, capitals, digits and signs, how many it has."""
+    """How many of these classes occur: lower case, upper case, digits, other signs."""
     return sum(re.search(kind, value) is not None for kind in ("[a-z]", "[A-Z]", "[0-9]", r"[^\sA-Za-z0-9_-]"))
 
 
 def _is_weak(password: str) -> bool:
-    """What manuals write where a password goes."""
+    """Whether a password is a placeholder, as in manuals."""
     low = password.lower()
     word = re.search("passw|secret|example|your|change.?me|placeholder|token|xxx|[*]{3}|[.]{3}|•••", low) is not None
     return low in _WEAK or (word and _kinds(password) < 3) or len(set(password)) < 3
 
 
-# ---- values behind a name ----
+# ---- values after a name ----
 
 _STEMS = ("key", "token", "secret", "pass", "pwd", "credential", "bearer", "basic ", "kennwort")
 _OTHER_STEMS = re.compile("[密口令私пП비パ](?:(?<=密)[码碼钥]|(?<=口)令|(?<=令)牌|(?<=私)钥|ароль|밀번호|スワード)")
@@ -194,7 +194,7 @@ _SK = re.compile(
     r"(?<![A-Za-z0-9_-])(?:sk|SK|Sk)[\"']?[ ]?[:=：][ ]?[\"']?(?P<value>[A-Za-z0-9+/]{24,64}={0,2})(?![A-Za-z0-9+/=_-])"
 )
 _QUALIFIED = re.compile(rf"(?i:{'|'.join(sorted(_QUALIFIERS))})[_. -]?$")
-# Values that are shown to everybody, and tokens of text.
+# Names of public values, and of tokens of a text.
 _PUBLIC_NAMES = words(
     "csrf xsrf next page continuation pad eos bos unk mask sep cls sync public cache partition primary foreign "
     "sort cancellation cancelation site anti-forgery antiforgery start end stop max min num n new special "
@@ -211,7 +211,7 @@ _JOIN = re.compile(
     r"(?:(?:Bearer|bearer|Basic|Token|token)[ ])?"
 )
 _VALUE = re.compile(r"[A-Za-z0-9_+/.~=%:-]{16,2000}+(?![A-Za-z0-9_+/.~=%:-])")
-# Behind a name and a blank alone: as no word is.
+# After a name and only a space: mixed as no word is.
 _MIXED = re.compile(r"(?=[\w-]{0,60}[A-Z])(?=[\w-]{0,60}[a-z])(?=[\w-]{0,60}[0-9])[A-Za-z0-9_-]{24,200}+(?![\w./=(\[])")
 _PASSWORD = re.compile(r"[^\s\"'`<>,;&|，。；、）]{6,64}+")
 _OPTION = re.compile(
@@ -220,9 +220,11 @@ _OPTION = re.compile(
 
 
 def _named(scan: Scan) -> Iterator[tuple[int, int]]:
-    """api_key = "...", client_secret: ..., --token ..., Bearer ...: a value behind a name that says so."""
+    """Spans of secrets after a name of a secret: api_key = "...", client_secret: ..., --token ..., Bearer ..."""
     text = scan.text
-    low = text.encode("ascii", "replace").lower()  # a byte a character; ten times as fast to search as the text
+    low = text.encode(
+        "ascii", "replace"
+    ).lower()  # one byte per character, so offsets are equal; ten times faster to search than the text
     if any(name in low for name in (b"sk:", b"sk=", b'sk"', b"sk?")):
         yield from (match.span("value") for match in _SK.finditer(text) if _is_random(match["value"]))
     positions = [(stem, at) for stem in _STEMS for at in _positions(low, stem.encode())]
@@ -242,7 +244,7 @@ def _positions(text: AnyStr, part: AnyStr) -> Iterator[int]:
 
 
 def _value_of(scan: Scan, stem: str, at: int, end: int) -> tuple[int, int] | None:
-    """The secret behind the name that has this stem, if there is one."""
+    """Span of the secret after the name with this stem (at text[at:end]), None if there is none."""
     text, before = scan.text, scan.before(at, 24)
     if stem == "basic ":
         return _basic_login(scan, end) if before[-16:].lower().rstrip(" \"':=").endswith("authorization") else None
@@ -301,7 +303,7 @@ def _password(scan: Scan, join: re.Match[str]) -> tuple[int, int] | None:
 
 
 def _basic_login(scan: Scan, begin: int) -> tuple[int, int] | None:
-    """Authorization: Basic and user:password in base64."""
+    """Span of the base64 user:password after `Authorization: Basic`, None if it is none."""
     match = re.compile(r"[A-Za-z0-9+/]{8,200}={0,2}").match(scan.text, begin)
     if match is None:
         return None

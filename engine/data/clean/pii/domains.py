@@ -1,4 +1,4 @@
-"""Top-level domains as IANA's root zone lists them (24 May 2024). Newer ones are taken where the text says e-mail."""
+"""Top-level domains of IANA's root zone (24 May 2024). Newer ones are accepted after a word for e-mail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forms that services give their keys and tokens: how each begins, and how it goes on."""
+"""Formats of keys and tokens of services: pattern of the prefix, and pattern of the rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _W = "[A-Za-z0-9_-]"
 _HEX = "[0-9a-f]"
 UUID = f"{_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}"
 
-# What begins like this and is as long is a key: (beginning, rest). A service in a line.
+# (prefix, rest), with the service as a comment.
 FORMS = (
     ("(?:AKIA|ASIA|ABIA|ACCA)", "[0-9A-Z]{16}"),  # AWS
     ("AIza", f"{_W}{{35}}"),  # Google Cloud

@@ -1,4 +1,4 @@
-"""Identity, tax and insurance numbers of other countries, each with its check."""
+"""Identity, tax and insurance numbers of nine countries, each with its check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ENDS = r"(?![A-Za-z0-9_]|[.,/-][0-9])"
 
 
 def _de_tax_id(value: str) -> bool:
-    """Steuer-Identifikationsnummer: one digit twice or three times among the first ten, ISO 7064 mod 11-10."""
+    """Steuer-Identifikationsnummer: one of the first ten digits occurs two or three times; ISO 7064 mod 11-10."""
     counts = sorted(value[:10].count(digit) for digit in set(value[:10]))
     if value[0] == "0" or counts[-1] not in (2, 3) or len(counts) < 8 or (len(counts) > 1 and counts[-2] > 1):
         return False
@@ -23,7 +23,7 @@ def _de_tax_id(value: str) -> bool:
 
 
 def _fr_nir(value: str) -> bool:
-    """Numéro de sécurité sociale: sex, month and department, and 97 less the remainder."""
+    """Numéro de sécurité sociale: sex, month, department, and a key of 97 minus the remainder mod 97."""
     month, department = int(value[3:5]), value[5:7]
     if not (1 <= month <= 12 or 20 <= month <= 42 or month >= 50) or department == "00":
         return False
@@ -32,7 +32,7 @@ def _fr_nir(value: str) -> bool:
 
 
 def _uk_nino(value: str) -> bool:
-    """National Insurance number: letters that are given out; it has no check digit."""
+    """National Insurance number: an allocated prefix; it has no check digit."""
     prefix = value[:2]
     return (
         not set(prefix) & set("DFIQUV")
@@ -42,7 +42,7 @@ def _uk_nino(value: str) -> bool:
 
 
 def _es_dni(value: str) -> bool:
-    """DNI and NIE: a letter that is the remainder of 23."""
+    """DNI and NIE: the check letter is the remainder mod 23."""
     number = value[:-1].replace("X", "0", 1).replace("Y", "1", 1).replace("Z", "2", 1)
     return number.isdigit() and len(set(number)) > 1 and "TRWAGMYFPDXBNJZSQVHLCKE"[int(number) % 23] == value[-1]
 
@@ -52,7 +52,7 @@ _ODD = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", _ODD_VALUES)) | dict(zip("01234567
 
 
 def _it_fiscal_code(value: str) -> bool:
-    """Codice fiscale: a letter that is the sum of 26."""
+    """Codice fiscale: the check letter is a weighted sum mod 26."""
     even = sum(int(c) if c.isdigit() else ord(c) - 65 for c in value[1:15:2])
     return (even + sum(_ODD[c] for c in value[0:15:2])) % 26 == ord(value[15]) - 65
 
@@ -63,7 +63,7 @@ def _ch_ahv(value: str) -> bool:
 
 
 def _br_cpf(value: str) -> bool:
-    """CPF: two digits, remainders of 11."""
+    """CPF: two check digits mod 11."""
     if len(set(value)) == 1:
         return False
     for n in (9, 10):
@@ -73,7 +73,7 @@ def _br_cpf(value: str) -> bool:
 
 
 def _kr_rrn(value: str) -> bool:
-    """Resident registration number: a birth date and the century; since 2020 without a check digit."""
+    """Resident registration number: birth date and century digit; since 2020 without a check digit."""
     century = {"1": "19", "2": "19", "3": "20", "4": "20", "5": "19", "6": "19", "7": "20", "8": "20"}.get(value[6])
     return century is not None and is_date(century + value[:6])
 
@@ -89,15 +89,15 @@ while len(_PERMUTATIONS) < 8:
 
 
 def _in_aadhaar(value: str) -> bool:
-    """Aadhaar: the check digit of Verhoeff."""
+    """Aadhaar: the check digit of Verhoeff's algorithm."""
     check = 0
     for position, digit in enumerate(reversed(value)):
         check = _DIHEDRAL[check][_PERMUTATIONS[position % 8][int(digit)]]
     return check == 0
 
 
-# (form, check, words that must stand before the bare form). A form with a group `bare` has its usual blanks or points;
-# where that group matched, it is without them, and only behind a word is it taken.
+# (pattern, check, words required before the bare form). A pattern with a group `bare` matches the usual separators, or,
+# in that group, the digits without them; the bare form counts only after one of the words.
 _FORMS: tuple[tuple[re.Pattern[str], Callable[[str], bool], str], ...] = (
     (
         re.compile(
@@ -149,7 +149,7 @@ _FISCAL_CODE = re.compile(
 
 
 def national_ids(scan: Scan) -> Iterator[tuple[int, int]]:
-    """Numbers of persons in Germany, France, the United Kingdom, Spain, Italy, Switzerland, Brazil, Korea and India."""
+    """Spans of identity numbers of DE, FR, GB, ES, IT, CH, BR, KR and IN."""
     for form, check, words in _FORMS:
         for match in scan.matches(form):
             if not check(re.sub("[ .-]", "", match[0])):
@@ -173,7 +173,7 @@ def national_ids(scan: Scan) -> Iterator[tuple[int, int]]:
 
 
 def _has_label_nearby(scan: Scan, words: str, begin: int) -> bool:
-    """Whether one of the words stands before, or over the column of a table."""
+    """Whether one of the words occurs before the number, or in the heading of its table column."""
     before, heading = scan.before(begin, 60), scan.heading(begin)
     return (
         re.search(rf"(?i:{words})[^\n]{{0,30}}$", before) is not None or re.search(f"(?i:{words})", heading) is not None

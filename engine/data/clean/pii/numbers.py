@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from engine.data.clean.pii.scan import Scan, words
 
-# Before a number: no letter, digit or sign of money; no digit with a point, as of a decimal; no digit with a hyphen.
+# Before a number: no letter, digit or currency sign; no digit with a decimal point or a hyphen.
 NOT_IN_NUMBER = r"(?<![A-Za-z0-9_#$€£¥])(?<![0-9][.:-])(?:(?<![0-9]/)|(?<=[0-9]{7}/))(?<![A-Za-z]-)(?<![^0-9]0,)"
 NUMBER_ENDS = r"(?![A-Za-z0-9_%*^]|[.:-][0-9]|/[0-9](?![0-9 -]{6}))"
 
@@ -41,18 +41,18 @@ _BEFORE_CODE = re.compile(
 
 
 def is_code(scan: Scan, begin: int) -> bool:
-    """Whether the words before say that the number is an order, a serial number, a timestamp."""
+    """Whether the words before label the number as an order, a serial number, a timestamp or the like."""
     return _BEFORE_CODE.search(scan.before(begin, 40)) is not None
 
 
 def digits_of(text: str) -> str:
-    """Without what stands between them."""
+    """The digits of a text, without separators."""
     return re.sub("[^0-9]", "", text)
 
 
 # ---- Chinese identity numbers ----
 
-_NOT_IN_ID = NOT_IN_NUMBER.replace("0-9_", "0-9")  # in names of files there are _ around
+_NOT_IN_ID = NOT_IN_NUMBER.replace("0-9_", "0-9")  # in file names it may be between _
 _CN_ID = re.compile(
     rf"{_NOT_IN_ID}[1-8][0-9]{{5}}(?P<gap>[ -]?)(?:[0-9]{{8}}(?P=gap)|"
     rf"[0-9]{{4}} [0-9]{{4}} )[0-9]{{3}}[0-9Xx](?![A-Za-z0-9]|[.-][0-9])"
@@ -64,14 +64,14 @@ _ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 
 
 def cn_ids(scan: Scan) -> Iterator[tuple[int, int]]:
-    """Chinese identity numbers, in one or as 6-8-4."""
+    """Spans of Chinese identity numbers, joined or grouped 6-8-4."""
     for match in scan.matches(_CN_ID):
         if is_cn_id(re.sub("[ -]", "", match[0])):
             yield match.span()
 
 
 def is_cn_id(value: str) -> bool:
-    """Province, birth date and check digit (GB 11643, ISO 7064 mod 11-2) of an 18-character Chinese ID number."""
+    """Whether province, birth date and check digit (GB 11643, ISO 7064 mod 11-2) of an 18-character ID are valid."""
     total = sum(weight * int(digit) for weight, digit in zip(_ID_WEIGHTS, value))
     if value[:2] not in _PROVINCES or "10X98765432"[total % 11] != value[17].upper():
         return False
@@ -98,23 +98,23 @@ _TEST_CARDS = words(
     "378282246310005 371449635398431 378734493671000 6011111111111117 6011000990139424 30569309025904 "
     "38520000023237 3530111333300000 3566002020360505 4000056655665556 5200828282828210 2223003122003222 "
     "6200000000000005 4000002500003155"
-)  # of payment manuals: nobody's
+)  # test numbers of payment services
 _CARD_WORD = re.compile(r"(?i:visa|cards?|karten?|carte|tarjeta|carta|卡)[^\n]{0,24}$")
 _MAESTRO = words("5018 5020 5038 5893 6304 6759 6761 6762 6763")
 
 
 def cards(scan: Scan) -> Iterator[tuple[int, int]]:
-    """Numbers of payment cards."""
+    """Spans of payment card numbers."""
     for match in scan.matches(_CARD):
         digits = digits_of(match[0])
         if not is_card(digits) or digits in _TEST_CARDS or is_code(scan, match.start()):
             continue
-        if len(digits) > 13 or _CARD_WORD.search(scan.before(match.start(), 40)):  # 13 are no longer given out
+        if len(digits) > 13 or _CARD_WORD.search(scan.before(match.start(), 40)):  # 13 digits are no longer issued
             yield match.span()
 
 
 def is_card(digits: str) -> bool:
-    """An issuer's prefix, its length, and the Luhn check digit."""
+    """Whether issuer prefix, length and Luhn check digit are valid."""
     first, n = int(digits[:4]), len(digits)
     issued = (
         (digits[0] == "4" and n in (13, 16, 19))  # Visa
@@ -150,7 +150,7 @@ _IBAN_LOW = re.compile(r"(?<![A-Za-z0-9_])[a-z]{2}[0-9]{2} ?[a-z0-9]{2}")
 
 
 def ibans(scan: Scan) -> Iterator[tuple[int, int]]:
-    """International bank account numbers (ISO 13616): a country's length, and the remainder 1 of 97."""
+    """Spans of IBANs (ISO 13616): the country's length, and remainder 1 mod 97."""
     last = 0
     for at in scan.capital_pairs:
         inside = re.search(r"(?<!IBAN)(?<=[A-Za-z0-9_])$", scan.before(at, 4))
@@ -163,7 +163,7 @@ def ibans(scan: Scan) -> Iterator[tuple[int, int]]:
         is_labelled = "iban" in scan.before(match.start(), 40).lower()
         if end and (
             is_labelled or not re.search("[a-z]", scan.text[match.start() + 2 : end])
-        ):  # else the words of a dump
+        ):  # else words of a hex dump
             yield match.start(), end
 
 
@@ -171,7 +171,7 @@ _GAPS = " .-"
 
 
 def _iban_end(text: str, begin: int) -> int:
-    """Where the number that begins here ends, 0 if it is none."""
+    """End of the IBAN that begins here, 0 if there is none."""
     length = _IBAN_LENGTH.get(text[begin : begin + 2].upper(), 0)
     value, at, gaps = "", begin, 0
     while len(value) < length and at < len(text):
@@ -205,11 +205,11 @@ _SSN_AFTER = re.compile(r"[ )\"',;]{0,3}[(\[]?(?i:ssn|social security)")
 _ACCOUNT = re.compile(r"(?i:\b(?:accounts?|acct|a/c|member|loan)\b[^\n0-9]{0,12}$)")
 _PLACEHOLDER_SSNS = words(
     "123456789 078051120 219099999 111223333 123121234 457555462"
-)  # of wallets, forms and advertisements
+)  # printed on wallets, forms and advertisements
 
 
 def us_ssns(scan: Scan) -> Iterator[tuple[int, int]]:
-    """As 3-2-4 with hyphens; with blanks, points or nothing between only behind a word that says it."""
+    """Spans of SSNs: 3-2-4 with hyphens; other separators or none count only next to a word for SSN."""
     for match in scan.matches(_SSN):
         digits = digits_of(match[0])
         if len(set(digits)) < 3 or digits in _PLACEHOLDER_SSNS:

@@ -1,4 +1,4 @@
-"""Phone numbers: by the country's plan behind a plus sign, in national forms, and behind a word for phone."""
+"""Phone numbers: international, by the numbering plan of the country; in national forms; and after a word for phone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _NO_LABEL = re.compile(
 
 
 def has_label(scan: Scan, begin: int) -> bool:
-    """Whether a word for phone stands before, with a few words such as `number is` between."""
+    """Whether a word for phone occurs before the number, with at most a few words such as `number is` between."""
     before = scan.before(begin, 64)
     bare = _JOINS.sub("", before)
     scheme = bare.endswith(("wa.me/", "tel", "callto", "sms")) and before[-1:] in (":", "/")
@@ -82,7 +82,7 @@ def has_label(scan: Scan, begin: int) -> bool:
     return False
 
 
-# ---- numbers behind a plus sign or 00: digits of a country behind its code, ITU-T E.164 ----
+# ---- international numbers, after + or 00: digits after the country code, ITU-T E.164 ----
 
 _PLAN_LENGTHS = words(
     "1:10-10 7:10-10 20:8-10 27:9-9 30:10-10 31:9-9 32:8-9 33:9-9 34:9-9 36:8-9 39:8-11 40:9-9 41:9-9 43:7-13 "
@@ -96,9 +96,9 @@ _PLANS = {
 }
 _OTHER_PLANS = re.compile("(?:2[1-69]|3[578]|42|5[09]|6[789]|8[058]|9[67])[0-9]|99[2-8]")
 
-_DIALLED = words("31 32 33 34 39 41 43 44 45 46 47 48 49 81 82 86 91")  # behind 00 without a blank
+_DIALLED = words("31 32 33 34 39 41 43 44 45 46 47 48 49 81 82 86 91")  # codes accepted after 00 without a space
 
-# Numbers that regulators keep for films and books, by code and national number.
+# Numbers that regulators reserve for films and books: country code and national number.
 _FICTION = re.compile(
     r"1[2-9][0-9]{2}55501[0-9]{2}|"
     r"44(?:11[3-8]496|1[2-6]1496|191498|207946|289649|292018|808157|909879)0[0-9]{3}|44289649[67][0-9]{3}|"
@@ -111,11 +111,11 @@ _CANDIDATE = (
     rf"(?:\((?:\+|00)[1-9][0-9]{{0,3}}\)|\(?(?:\+|(?<![0-9)\]*] )\+ |\b00 ?|\b011 )[1-9][0-9]{{0,14}}+)"
     rf"(?:{_SEP}?\(0\){_SEP}?[0-9]{{1,14}}+)?(?:(?:{_SEP}?\(|\){_SEP}?|{_SEP})[0-9]{{1,14}}+){{0,6}}+"
 )
-_WORLD = re.compile(rf"(?<![A-Za-z0-9_+#$€£¥])(?<![0-9][./:-]){_CANDIDATE}")
+_INTERNATIONAL = re.compile(rf"(?<![A-Za-z0-9_+#$€£¥])(?<![0-9][./:-]){_CANDIDATE}")
 
 
-def _world(scan: Scan, match: re.Match[str]) -> int:
-    """Where the number ends, 0 if it is none."""
+def _international_end(scan: Scan, match: re.Match[str]) -> int:
+    """End of the number, 0 if it is none."""
     end = match.end()
     while end > match.start() and not (_ends_here(scan, end) and _fits_plan(scan.text[match.start() : end])):
         end = _shorter(scan, match.start(), end)
@@ -126,7 +126,7 @@ _SHORTER = re.compile(r".*[0-9)](?=[ ]+\(?[0-9]+\)?$|[ -]+[0-9]{1,5}$)", re.S)
 
 
 def _shorter(scan: Scan, begin: int, end: int) -> int:
-    """Without the last group: what is behind a blank may be another number, and behind a hyphen an extension."""
+    """End without the last group, which may be another number (after a space) or an extension (after a hyphen)."""
     shorter = _SHORTER.match(scan.text, begin, end)
     return shorter.end() if shorter else 0
 
@@ -153,7 +153,7 @@ def _fits_plan(number: str) -> bool:
     if not low <= len(rest) <= high or _FICTION.fullmatch(code + rest):
         return False
     if sign and sign[1] != "+" and number.isdigit() and code not in _DIALLED:
-        return False  # an identifier filled up with zeros
+        return False  # an identifier padded with zeros
     if code == "1":
         return re.match("[2-9][0-9]{2}[2-9]", rest) is not None
     if code == "86":
@@ -161,9 +161,9 @@ def _fits_plan(number: str) -> bool:
     return rest[0] in {"33": "123456789", "34": "56789"}.get(code, "0123456789")
 
 
-# ---- national forms that begin with 0 ----
+# ---- national forms with a leading 0 ----
 
-_TRUNK = re.compile(
+_LEADING_ZERO = re.compile(
     rf"{NOT_IN_NUMBER}(?<![A-Za-z][./])(?<!\+)(?:\(0[1-9][0-9]{{0,4}}\)|0[1-9][0-9]{{0,4}}(?![0-9])|"
     rf"(?P<joined>0[1-9][0-9]{{8,10}}+))"
     rf"(?(joined)|(?:{_SEP}?[0-9]{{2,9}}+)(?:{_SEP}[0-9]{{1,6}}+){{0,5}}+)"
@@ -175,19 +175,19 @@ _JOINED_MOBILE = re.compile(
 _TWO_DIGIT_AREA = words("8 4,4 3,4 7 2,2,2,2 3,2,2 3,3,2 6,2 2,3,2 4,3 6")
 
 
-def _trunk(scan: Scan, match: re.Match[str]) -> int:
-    """Where the number ends, 0 if it is none: European, Asian and Australian forms with an area or mobile code."""
+def _national_end(scan: Scan, match: re.Match[str]) -> int:
+    """End of the number, 0 if it is none: European, Asian and Australian forms with an area or mobile code."""
     end = match.end()
-    while end > match.start() and not (_ends_here(scan, end) and _is_trunk(scan.text[match.start() : end])):
+    while end > match.start() and not (_ends_here(scan, end) and _fits_national_form(scan.text[match.start() : end])):
         end = _shorter(scan, match.start(), end)
     more = _PAIRS.match(scan.text, end) if _PAIRS.fullmatch(scan.text, match.start() + 2, end) else None
-    return end if more is None or len(more[0]) // 3 % 5 == 0 else 0  # else the numbers of a lottery
+    return end if more is None or len(more[0]) // 3 % 5 == 0 else 0  # else lottery numbers
 
 
 _PAIRS = re.compile("(?:[ -][0-9]{2}(?![0-9])){0,30}")
 
 
-def _is_trunk(number: str) -> bool:
+def _fits_national_form(number: str) -> bool:
     groups = re.findall("[0-9]+", number)
     digits = "".join(groups)
     area, rest = groups[0], groups[1:]
@@ -245,18 +245,18 @@ _LABELLED = re.compile(
 )
 
 
-_COUNTED = "01234567890123456789"  # what people type for a number
-_IN_ACCOUNT = re.compile("(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}[ -](?:[A-Z0-9]{4}[ -]){1,7}$")  # an IBAN, check wrong
+_COUNTED = "01234567890123456789"  # placeholders that people type
+_IN_ACCOUNT = re.compile("(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}[ -](?:[A-Z0-9]{4}[ -]){1,7}$")  # an IBAN with a wrong check
 
 
 def phones(scan: Scan) -> Iterator[tuple[int, int]]:
-    """Phone and fax numbers, with their extension."""
-    for match in scan.matches(_WORLD):
-        end = _world(scan, match)
+    """Spans of phone and fax numbers, with their extension."""
+    for match in scan.matches(_INTERNATIONAL):
+        end = _international_end(scan, match)
         if end and not _IN_ACCOUNT.search(scan.before(match.start(), 44)):
             yield _span(scan, match.start(), end)
-    for match in scan.matches(_TRUNK):
-        end = _trunk(scan, match)
+    for match in scan.matches(_LEADING_ZERO):
+        end = _national_end(scan, match)
         if end and not _is_other(scan, match.start()):
             yield _span(scan, match.start(), end)
     for pattern in (_NATIONAL, _US_SPACED):
@@ -273,7 +273,7 @@ def phones(scan: Scan) -> Iterator[tuple[int, int]]:
 
 
 def _span(scan: Scan, begin: int, end: int) -> tuple[int, int]:
-    """With the extension, and without a bracket that does not close in it."""
+    """Span with the extension, and without an opening bracket that is not closed inside."""
     return begin + (scan.text[begin] == "(" and ")" not in scan.text[begin:end]), _with_extension(scan, end)
 
 
@@ -283,7 +283,7 @@ def _with_extension(scan: Scan, end: int) -> int:
 
 
 def _is_other(scan: Scan, begin: int) -> bool:
-    """An order, a serial number: unless a word for phone stands nearer; the groups of an IBAN."""
+    """Whether the number is part of an IBAN, or labelled as an order or serial number and not as a phone."""
     if _IN_ACCOUNT.search(scan.before(begin, 44)):
         return True
     return is_code(scan, begin) and not has_label(scan, begin)
@@ -299,7 +299,7 @@ def _labelled(scan: Scan, match: re.Match[str]) -> int:
         if 7 <= len(digits) <= 13 and not _DATE.match(number) and _ends_here(scan, end):
             fictional = _FICTION.fullmatch("1" + digits[-10:]) or _is_fiction(digits) or digits in _COUNTED
             decimal = re.fullmatch("[0-9]+[.][0-9]+", number)
-            local = re.fullmatch("55501[0-9]{2}", digits)  # fiction without an area code
+            local = re.fullmatch("55501[0-9]{2}", digits)  # fictional, without an area code
             return 0 if fictional or local or decimal or len(set(digits)) < 3 else end
         end = _shorter(scan, match.start(), end)
     return 0

@@ -1,4 +1,4 @@
-"""The work folder of clean, prepare and merge: gone on with, refused, begun anew, published; whatever a kill left."""
+"""The work folder of clean, prepare and merge: resumed, rejected, restarted and published after a kill at any point."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS: dict[str, Any] = {"version": 1, "inputs": ["a: 3 bytes"], "rules": {"pii":
 
 
 def begun(folder: Path) -> Path:
-    """Work with these settings that was killed: a part that is complete, and one that is torn."""
+    """Killed work with settings OURS: one complete part, and one torn part."""
     with WorkFolder(folder, "clean") as work:
         work.start(OURS)
         (folder / "part").write_text("whole")
@@ -28,7 +28,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_same_work_is_gone_on_with_and_torn_parts_go(tmp_path: Path) -> None:
+def test_the_same_work_is_resumed_without_torn_parts(tmp_path: Path) -> None:
     folder = begun(tmp_path / "work")
     with WorkFolder(folder, "clean") as work:
         assert work.resume(OURS, overwrite=False)
@@ -37,14 +37,14 @@ def test_the_same_work_is_gone_on_with_and_torn_parts_go(tmp_path: Path) -> None
         assert work.settings() == {**OURS, "version": 2}
 
 
-def test_other_work_is_refused_with_the_difference(tmp_path: Path) -> None:
+def test_other_work_is_rejected_with_the_difference(tmp_path: Path) -> None:
     folder, other = begun(tmp_path / "work"), {**OURS, "inputs": ["b"], "rules": {"pii": "off", "width": "keep"}}
     with raises(
         DataError, "data.work-of-another-call", folder, "rules: pii: was 'mask', now 'off'", "added: b"
     ) as raised:
         with WorkFolder(folder, "clean") as work:
             work.resume(other, overwrite=False)
-    assert "width" not in str(raised.value) and "part" in names(folder)  # it is still there
+    assert "width" not in str(raised.value) and "part" in names(folder)  # the work is kept
     with WorkFolder(folder, "clean") as work:
         assert not work.resume(other, overwrite=True) and not work.resume(other, overwrite=False, worth_keeping=False)
         work.start(other)
@@ -52,7 +52,7 @@ def test_other_work_is_refused_with_the_difference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_no_settings_stand_beside_half_of_the_rest(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_never_remain_with_half_of_the_work(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = begun(tmp_path / "work")
     (folder / PUBLISH_PLAN).write_text("{}")
     left, real = [at], os.unlink
@@ -71,7 +71,7 @@ def test_no_settings_stand_beside_half_of_the_rest(at: int, tmp_path: Path, monk
         assert (folder / SETTINGS).exists() or not (folder / PUBLISH_PLAN).exists()
 
 
-def test_torn_settings_alone_are_none_and_beside_work_an_error(tmp_path: Path) -> None:
+def test_torn_settings_are_ignored_without_work_and_an_error_with_work(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
     (folder / SETTINGS).write_text('{"version"')
@@ -82,12 +82,12 @@ def test_torn_settings_alone_are_none_and_beside_work_an_error(tmp_path: Path) -
             work.resume(OURS, overwrite=True)
 
 
-def test_others_are_left_alone(tmp_path: Path) -> None:
+def test_other_commands_and_files_are_left_alone(tmp_path: Path) -> None:
     folder = begun(tmp_path / "work")
     with WorkFolder(folder, "clean"), raises(DataError, "data.work-folder-locked", folder, os.getpid()):
         WorkFolder(folder, "prepare")
     (folder / "thesis.tex").write_text("years")
-    WorkFolder(folder, "clean", owned=("part*",)).close()  # with settings it is ours
+    WorkFolder(folder, "clean", owned=("part*",)).close()  # with settings it is a work folder
     (folder / SETTINGS).unlink()
     with raises(DataError, "data.work-folder-of-others", folder):
         WorkFolder(folder, "clean", owned=("part*",))
@@ -130,7 +130,7 @@ def test_publishing_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert names(tmp_path) == {"deep", "report"} and (tmp_path / "deep/out").read_text() == "whole"
 
 
-def test_outputs_that_are_there_are_refused(tmp_path: Path) -> None:
+def test_existing_outputs_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("")
     with raises(DataError, "data.output-exists", tmp_path / "b"):
         reject_existing([tmp_path / "a", tmp_path / "b"], overwrite=False)

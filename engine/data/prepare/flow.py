@@ -98,7 +98,11 @@ class CorpusEncoder:
                 f"{difference}. All documents have to be encoded again, but standard input can be read only once: "
                 f"{again}.",
             )
-        right = "sentencepiece itself" if self.tokenizer.sentencepiece is not None else "the slower but correct `tokenizers`"
+        right = (
+            "sentencepiece itself"
+            if self.tokenizer.sentencepiece is not None
+            else "the slower but correct `tokenizers`"
+        )
         text = f"{difference}. All documents are encoded again by {right}. Please report this text."
         warnings.warn(text, stacklevel=3)
         self.totals = self._start()

@@ -1,12 +1,12 @@
-"""A labelled set for the rules of engine/data/clean/pii, and what they reach on it.
+"""Labelled development set for the rules of engine/data/clean/pii, and their precision and recall.
 
-`python -m tests.data.clean.pii_cases` prints that (with `a`, `b`, `c`, `d`: on a set of tests/data/clean/pii_heldout).
+`python -m tests.data.clean.pii_cases` prints these (with `a`, `b`, `c`, `d`: on a set of tests/data/clean/pii_heldout).
 
-A line is a text in which [[kind|value]] marks what should be found; anything else that is found is a mistake. Half of
-the lines hold nothing: version numbers, timestamps, ISBNs, order numbers, digests, ids with a wrong check digit. Some
-positives are written as people write them to get past rules, and some of those are missed; they stay in the set.
+A line is a text in which [[kind|value]] marks each expected finding; any other finding is wrong. Half of the lines have
+none: version numbers, timestamps, ISBNs, order numbers, digests, ids with a wrong check digit. Some positives are
+obfuscated, as people do to evade rules; some of those are missed, and they stay in the set.
 
-Values are drawn with a fixed seed, so that no real person's number and no usable key stands in this file.
+Values are drawn with a fixed seed, so that this file contains no real person's number and no usable key.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MARK = re.compile(r"\[\[(\w+)\|(.*?)\]\]", re.S)
 
 @dataclass(frozen=True)
 class Case:
-    """A text, and (kind, begin, end) of everything in it that is personal."""
+    """A text, and (kind, begin, end) of each expected finding."""
 
     text: str
     spans: tuple[tuple[str, int, int], ...]
@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Score:
-    """Counts of one kind. A finding is right if its kind is and it shares characters with a labelled span."""
+    """Counts of one kind. A finding is right if it overlaps a labelled span of the same kind."""
 
     labelled: int
     found: int
@@ -388,17 +388,17 @@ def api_keys(draw: random.Random) -> Iterator[str]:
 
 
 def cases() -> list[Case]:
-    """The whole set, always the same."""
+    """The whole development set, always the same."""
     draw = random.Random(20261122)
     return [Case.of(line) for make in (emails, ips, phones, cn_ids, cards, api_keys, lines) for line in make(draw)]
 
 
-# The held-out set has a kind for each country's numbers, and one for passwords in URLs.
+# The held-out sets have separate kinds for each country's numbers and for passwords in URLs.
 _KIND_OF = {"url_password": "api_key", "de_tax_id": "national_id", "fr_nir": "national_id", "uk_nino": "national_id"}
 
 
 def held_out(name: str) -> list[Case]:
-    """Set "a", "b", "c" or "d" of tests/data/clean/pii_heldout, whose README has the rules of its labels."""
+    """Set "a", "b", "c" or "d" of tests/data/clean/pii_heldout; its README states the labelling rules."""
     chosen = []
     for line in (Path(__file__).parent / "pii_heldout" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -413,7 +413,7 @@ def held_out(name: str) -> list[Case]:
 
 
 def scores(chosen: list[Case]) -> dict[str, Score]:
-    """Of every kind."""
+    """Score of every kind."""
     counts = {kind: [0, 0, 0, 0] for kind in KINDS}
     for case in chosen:
         findings = find(case.text)
@@ -427,7 +427,7 @@ def scores(chosen: list[Case]) -> dict[str, Score]:
 
 
 def table(chosen: list[Case]) -> str:
-    """The figures as docs/personal_data.md has them; a test holds the two together."""
+    """The table of docs/personal_data.md; a test compares the two."""
     lines = [f"{len(chosen)} lines, {sum(not case.spans for case in chosen)} of them with nothing to find:", ""]
     lines += ["| kind | labelled | found | wrong | precision | recall |", "|---|---|---|---|---|---|"]
     for kind, s in scores(chosen).items():

@@ -1,8 +1,8 @@
-"""Lines of the development set that show one form of a country, a service or a notation each.
+"""Lines of the development set, each with one form of a country, a service or a notation.
 
-[[kind|value]] is to be found, {{value}} is not. In both, places are drawn: # is a digit, ¤ a hexadecimal digit, ¿ a
-letter or digit, § a capital letter or digit of base 32; a name in angle brackets calls the maker of that name, and ↵
-is a line end.
+[[kind|value]] is an expected finding, {{value}} is none. Both are templates: # is a random digit, ¤ a hexadecimal
+digit, ¿ a letter or digit, § a capital letter or digit of base 32; <name> calls the generator of that name, and ↵ is a
+line end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Makers of values that look like personal data: numbers with a right or a wrong check digit, and forms with places.
+"""Generators of values that look like personal data: numbers with a right or wrong check digit, and templates.
 
-Written apart from the product's own checks. All are drawn by chance: nobody's number and no usable key.
+Written independently of the engine's checks. All values are random: no real person's number and no usable key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def letters(draw: random.Random, n: int, alphabet: str = "") -> str:
 
 
 def with_luhn(body: str) -> str:
-    """`body` and the check digit behind it; written apart from the product's own code."""
+    """`body` with its Luhn check digit; independent of the engine's code."""
     total = 0
     for place, character in enumerate(reversed(body)):
         value = int(character) * (2 if place % 2 == 0 else 1)
@@ -117,7 +117,7 @@ def _cpf(draw: random.Random) -> str:
 
 
 def _aadhaar(draw: random.Random) -> str:
-    """The digit that makes it valid, by the dihedral group of order ten."""
+    """A number with the check digit of Verhoeff's algorithm, by the dihedral group of order ten."""
 
     def times(a: int, b: int) -> int:
         rotated = (a % 5 + b % 5) % 5 if a < 5 else (a % 5 - b % 5) % 5
@@ -139,7 +139,7 @@ def _aadhaar(draw: random.Random) -> str:
 
 
 def _numbers(draw: random.Random, name: str, how: str) -> str:
-    """A value with a right (or, with bad before, a wrong) check digit, in the grouping that `how` says."""
+    """A value with a right (or, if name or how starts with bad, a wrong) check digit, grouped as `how` says."""
     if "iban" in name:
         return _iban(draw, name, how)
     if name in ("b64", "b64u", "hex", "w", "alpha"):
@@ -186,7 +186,7 @@ def _numbers(draw: random.Random, name: str, how: str) -> str:
 
 
 def fill(draw: random.Random, form: str) -> str:
-    """A form with its places drawn."""
+    """Replace the placeholders of a template by random values."""
     form = re.sub(r"<(?!at>)(\w+) ?([^>]*)>", lambda m: _numbers(draw, m[1], m[2]), form)
     alphabets = {
         "#": "0123456789",

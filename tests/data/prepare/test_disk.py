@@ -1,4 +1,4 @@
-"""A disk that is really full, a limit on file sizes, no permission: what is said, and that the work goes on."""
+"""A really full disk, a file size limit, missing permission: the message, and that the work resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.data.tokenize.tokenizer import Tokenizer
 from tests.support.texts import VOCABULARY
 from tests.support.verbs import train_tokenizer
 
-# Every call is a process of its own. Small shards, so that a run that stops has some behind it.
+# Every call is a separate process. Small shards, so that a stopped run has finished some.
 PREPARE = """
 import sys
 from pathlib import Path
@@ -69,7 +69,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of what has to be the same: data, not the report with its seconds."""
+    """SHA-256 of the data files, which have to be equal; not of the report, which contains times."""
     names = ("out-train.bin", "out-train.idx", "out-train.json", "out.jsonl", "out-dropped.jsonl")
     files = [folder / name for name in names if (folder / name).exists()]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -78,13 +78,13 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.skipif(sys.platform != "linux" or not may_mount(), reason="needs the right to mount a tmpfs (unshare -m)")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("program", [PREPARE, CLEAN], ids=["prepare", "clean"])
-def test_a_full_disk_ends_with_a_message_and_goes_on_with_more_room(program: str, given: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_with_a_message_and_resumes_with_more_space(program: str, given: Path, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "disk").mkdir()
     call = [sys.executable, "-c", program, str(given / "in")]
     done = subprocess.run([*call, str(tmp_path / "whole" / "out"), str(given / "tok")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # In a mount name space of its own, which goes away with its disk; outputs are copied out at the end.
+    # In a separate mount namespace, which disappears with its disk; outputs are copied out at the end.
     script = f"""
         cd {tmp_path}; mount -t tmpfs -o size={SIZES_KB[0]}k none disk
         for size in {" ".join(map(str, SIZES_KB))}; do
@@ -103,10 +103,10 @@ def test_a_full_disk_ends_with_a_message_and_goes_on_with_more_room(program: str
         assert " more bytes are needed, " in text and " are free. Free space. Give the same command again" in text
     for size in SIZES_KB[: len(logs) - 1]:
         names = (tmp_path / f"names.{size}").read_text().split()
-        assert set(names) <= {"out.parts", "out.jsonl.work"}  # nothing half-written has a final name, or stays
+        assert set(names) <= {"out.parts", "out.jsonl.work"}  # no half-written file has a final name or is left
     assert digests(tmp_path / "result") == digests(tmp_path / "whole") != {}
     if program is PREPARE:
-        assert any("documents in " in text and " shards are done" in text for text in logs)  # and not from the start
+        assert any("documents in " in text and " shards are done" in text for text in logs)  # not from the start
 
 
 @pytest.mark.parametrize("program", [PREPARE, CLEAN], ids=["prepare", "clean"])
@@ -127,14 +127,14 @@ def test_a_folder_without_permission(program: str, given: Path, for_all: Path) -
     shutil.copytree(given, for_all / "given")
     (for_all / "given").chmod(0o755)
     call = [sys.executable, "-c", program, *map(str, (for_all / "given/in", locked / "sub/out", for_all / "given/tok"))]
-    if os.geteuid() == 0:  # whom permissions do not hold up: as nobody
+    if os.geteuid() == 0:  # root ignores permissions: run as an unprivileged user
         if subprocess.run(["setpriv", "--version"], capture_output=True).returncode:
             pytest.skip("runs as root, and there is no setpriv")
         call = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *call]
         if subprocess.run(
             [*call[:4], sys.executable, "-c", "import engine.data.clean.run"], capture_output=True
         ).returncode:
-            pytest.skip("nobody may not read this checkout")
+            pytest.skip("the user nobody cannot read this checkout")
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 1 and "cannot be written: Permission denied. Choose another" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and f"{locked}/sub" in done.stderr

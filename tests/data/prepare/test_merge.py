@@ -1,7 +1,7 @@
-"""`engine merge-datasets`: the bytes that Megatron-LM's merge_datasets.py writes, true sidecars, nothing half done.
+"""`engine merge-datasets`: bytes equal to Megatron-LM's merge_datasets.py, correct sidecars, never half an output.
 
-`megatron` builds the expected .idx from the format's description with struct alone. On multimodal and plain corpora
-with empty and many-sequence documents it was compared with the script itself (commit d98e8a64): the same bytes.
+`megatron` builds the expected .idx from the format description with struct only. It was compared with the script itself
+(commit d98e8a64) on multimodal and plain corpora with empty and multi-sequence documents: equal bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CORPORA: dict[str, Documents] = {
 
 
 def megatron(prefix: Path, documents: Documents, code: int = 8, modes: bool = False) -> None:
-    """Write documents in the format: uint16 for code 8, int32 for 4."""
+    """Write documents in Megatron's format: uint16 for code 8, int32 for code 4."""
     letter, size = ("H", 2) if code == 8 else ("i", 4)
     sequences = [sequence for document in documents for sequence in document]
     bounds = [0]
@@ -77,7 +77,7 @@ def test_the_bytes_are_megatrons_in_its_order(tmp_path: Path, code: int, modes: 
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"want{suffix}").read_bytes()
     assert (report.sequences, report.documents, report.tokens) == (7, 6, 17)
-    assert not (tmp_path / "out.json").exists() and "have none" in report.why_no_sidecar
+    assert not (tmp_path / "out.json").exists() and "have no sidecar" in report.why_no_sidecar
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.bin", "out.idx", "want.bin", "want.idx"]
 
 
@@ -109,7 +109,7 @@ def test_the_sidecar_is_that_of_the_whole_text(tmp_path: Path) -> None:
     assert len(verify(IndexedDataset(tmp_path / "out"), Tokenizer.load(tmp_path / "tok"))) == 3
 
 
-def test_what_does_not_fit_is_refused_and_leaves_nothing(folder: Path) -> None:
+def test_incompatible_corpora_are_rejected_and_leave_no_files(folder: Path) -> None:
     megatron(folder / "wide", [[[1]]], code=4)
     megatron(folder / "seen", [[[1]]], modes=True)
     (folder / "half.bin").write_bytes(b"")
@@ -123,8 +123,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(folder: Path) -> None:
         ([str(folder / "none")], "samples.corpus-not-found", "none.idx"),
         ([one, bos], "prepare.corpora-differ", "bos None"),
     ]
-    for inputs, code, told in cases:
-        with raises(DataError, code, told):
+    for inputs, code, part in cases:
+        with raises(DataError, code, part):
             merge(inputs, str(folder / "out"))
     with raises(DataError, "prepare.not-multimodal", "a.idx"):
         merge([a], str(folder / "out"), multimodal=True)
@@ -144,7 +144,7 @@ def test_damage_in_a_corpus_is_found_while_it_is_copied(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("out*"))
 
 
-def test_killed_anywhere_nothing_is_half_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_never_leaves_half_an_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge([str(folder / "in/a-b")], str(folder / "out"))
     old = files(folder)
     real, calls = os.replace, [0]
@@ -166,13 +166,13 @@ def test_killed_anywhere_nothing_is_half_there(folder: Path, monkeypatch: pytest
             assert files(folder) == old
             with raises(DataError, "data.output-exists", "out.idx"):
                 merge([str(folder / "in")], str(folder / "out"))
-        merge([str(folder / "in")], str(folder / "out"), overwrite=at == 1)  # goes on with what is complete
+        merge([str(folder / "in")], str(folder / "out"), overwrite=at == 1)  # resumes with complete files
         megatron(folder / "want", [d for name in ("B", "a", "a-b", "c.d") for d in CORPORA[name]])
         for suffix in (".bin", ".idx"):
             assert (folder / f"out{suffix}").read_bytes() == (folder / f"want{suffix}").read_bytes()
 
 
-def test_a_signal_while_it_is_published_comes_behind_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_publishing_is_handled_after_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, stop = os.replace, Interrupts(listen=False)
 
     def interrupted(*arguments: Any) -> None:
@@ -186,7 +186,7 @@ def test_a_signal_while_it_is_published_comes_behind_it(folder: Path, monkeypatc
     assert stop.resume_hint() == f"{folder}/out is complete" and len(IndexedDataset(folder / "out")) == 7
 
 
-def test_too_little_room_is_told_before_any_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_any_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100))  # type: ignore[attr-defined]
     with raises(DataError, "prepare.disk-too-small", "100"):
         merge([str(folder / "in")], str(folder / "out"))

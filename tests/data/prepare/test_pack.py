@@ -1,4 +1,4 @@
-"""Packing encoded documents: the native pass gives what the numpy reference gives, and refuses what leads outside."""
+"""Packing encoded documents: the native function equals the numpy reference, and rejects out-of-bounds arguments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_native_is_the_reference(documents: list[list[int]], eod: int | None, dt
 
 
 @pytest.mark.parametrize("wrong", [-1, VOCAB_SIZE, 2**31 - 1, -(2**31)])
-def test_an_id_outside_the_vocabulary_is_given_back(wrong: int) -> None:
+def test_an_id_outside_the_vocabulary_is_returned(wrong: int) -> None:
     tokens, lengths = np.array([1, wrong, 2], np.int32), np.array([2, 1], np.int32)
     for function in (pack, pack_reference):
         counts = np.zeros(VOCAB_SIZE, np.int64)
@@ -52,17 +52,17 @@ def test_an_id_outside_the_vocabulary_is_given_back(wrong: int) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"lengths": np.array([4], np.int32)}, IndexError),  # more than there are tokens
+        ({"lengths": np.array([4], np.int32)}, IndexError),  # more than the number of tokens
         ({"lengths": np.array([-1, 4], np.int32)}, ValueError),
-        ({"out": np.zeros(3, np.uint16)}, IndexError),  # no room for the end
+        ({"out": np.zeros(3, np.uint16)}, IndexError),  # no space for the end token
         ({"out": np.zeros(4, np.int64)}, ValueError),
         ({"out": np.zeros(8, np.uint16)[::2]}, ValueError),
         ({"tokens": np.array([1, 2, 3], np.int64)}, ValueError),
-        ({"counts": np.zeros(65537, np.int64)}, ValueError),  # does not fit uint16
-        ({"counts": np.zeros(VOCAB_SIZE, np.int32)}, TypeError),  # a converted copy would be counted into and lost
+        ({"counts": np.zeros(65537, np.int64)}, ValueError),  # too large for uint16
+        ({"counts": np.zeros(VOCAB_SIZE, np.int32)}, TypeError),  # counts would go into a converted copy and be lost
     ],
 )
-def test_native_refuses_what_leads_outside(change: dict[str, Any], error: type[Exception]) -> None:
+def test_native_rejects_out_of_bounds_arguments(change: dict[str, Any], error: type[Exception]) -> None:
     arguments: dict[str, Any] = {
         "tokens": np.array([1, 2, 3], np.int32),
         "lengths": np.array([3], np.int32),

@@ -1,4 +1,4 @@
-"""Raw text -> tokenizer -> corpora: nothing changed, nothing lost in silence, everything counted."""
+"""Raw text -> tokenizer -> corpora: no text is changed or lost silently, and everything is counted."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_spelled_out_special_token_is_text(tokenizer: Tokenizer, tmp_path: Path,
         assert [list(i) for i in chosen.encode_batch([text, ""])] == [ids, []]
 
 
-def test_transformers_loads_what_we_save(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_transformers_loads_saved_tokenizers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -94,7 +94,7 @@ def test_stored_truncation_padding_and_templates_are_off(tokenizer: Tokenizer, t
     assert loaded.digest != tokenizer.digest
 
 
-def test_bad_tokenizers_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_bad_tokenizers_are_rejected(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with raises(DataError, "tokenize.none-in-folder", tmp_path):
         Tokenizer.load(tmp_path)
     for content in ("{", "{}", '{"model": 3}'):
@@ -190,8 +190,8 @@ def test_a_begin_token_before_every_document(tmp_path: Path, append_eod: bool) -
     if append_eod:
         with raises(DataError, "prepare.bos-is-eod", tmp_path / "tok"):
             run(tmp_path, TEXTS, overwrite=True, **how)
-    for said in ({"bos_token": None}, {"bos_token": "<none>"}):
-        config.write_text(json.dumps({"eos_token": "<|endoftext|>", **said}))
+    for bos_token in ({"bos_token": None}, {"bos_token": "<none>"}):
+        config.write_text(json.dumps({"eos_token": "<|endoftext|>", **bos_token}))
         with raises(DataError, "tokenize.no-begin-token"):
             run(tmp_path, TEXTS, overwrite=True, **how)
 
@@ -217,16 +217,16 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "code", "told"),
+    ("texts", "code", "part"),
     [
         (["only one document"], "prepare.empty-split", "valid_fraction = 0.2"),
         ([""] * 9, "read.no-text", 9),
     ],
 )
-def test_a_split_without_documents_is_refused(tmp_path: Path, texts: list[str], code: str, told: object) -> None:
-    with raises(DataError, code, told):
+def test_a_split_without_documents_is_rejected(tmp_path: Path, texts: list[str], code: str, part: object) -> None:
+    with raises(DataError, code, part):
         run(tmp_path, texts)
-    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]  # no tokenizer either: the next try is not refused
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]  # no tokenizer either: the next call is not rejected
 
 
 def test_bad_input_stops_cleanly(tmp_path: Path) -> None:
@@ -257,10 +257,10 @@ def test_no_documents_is_explained(tmp_path: Path, tokenizer: Tokenizer) -> None
     (tmp_path / "in").mkdir()
 
     def why(**options: Any) -> str:
-        with pytest.raises(DataError) as told:
+        with pytest.raises(DataError) as raised:
             prepare([tmp_path / "in"], str(tmp_path / "out"), tokenizer=tmp_path / "tok", **options)
         assert not list(tmp_path.glob("out*"))
-        return str(told.value)
+        return str(raised.value)
 
     assert why() == f"no text in {tmp_path}/in: 0 files were read."
     (tmp_path / "in/broken.jsonl").symlink_to("nowhere")
@@ -284,15 +284,13 @@ def test_no_documents_is_explained(tmp_path: Path, tokenizer: Tokenizer) -> None
     ]
 
 
-def test_what_was_noticed_is_in_the_report(
-    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notes_are_in_the_report(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer.save(tmp_path / "tok")
     file = jsonl(tmp_path / "a.txt", TEXTS)
-    told: list[str] = []
-    report = prepare([file, file], str(tmp_path / "out"), tokenizer=tmp_path / "tok", note=told.append)
+    notes: list[str] = []
+    report = prepare([file, file], str(tmp_path / "out"), tokenizer=tmp_path / "tok", note=notes.append)
     assert report.noticed == {"read as JSON lines": 2, "read once more": 1} and report.documents_in == 2 * len(TEXTS)
     assert report.examples["read once more"] == [f"{file}: read once more: the same file as {file}"]
-    assert told == [f"note: {report.examples[kind][0]}" for kind in ("read as JSON lines", "read once more")]
+    assert notes == [f"note: {report.examples[kind][0]}" for kind in ("read as JSON lines", "read once more")]
     show_prepared(report)
     assert f"noticed: 2 read as JSON lines, the first: {file}: read as JSON lines: its" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`prepare` killed anywhere goes on to the same bytes; what is damaged, different or full is told and never used."""
+"""`prepare` killed at any point resumes to the same bytes; damage, other settings and a full disk are reported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # line {i % 7} of ü
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the product may catch it."""
+    """Simulates SIGKILL: the engine must not catch it."""
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +67,20 @@ def run(folder: Path, tokenizer: Path, **options: Any) -> PrepareReport:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """Every written file by name, the report without its time."""
+    """Content of every written file by name, the report without its times and paths."""
     found = {
         str(p.relative_to(folder)): p.read_bytes()
         for p in sorted(folder.glob("out*/*")) + sorted(folder.glob("out*.*"))
         if p.is_file()
     }
-    facts = json.loads(found.pop("out-report.json").replace(str(folder).encode(), b""))
-    return {**found, "report": json.dumps({**facts, "elapsed_s": 0, "tokenizer": ""}).encode()} | {
+    report = json.loads(found.pop("out-report.json").replace(str(folder).encode(), b""))
+    return {**found, "report": json.dumps({**report, "elapsed_s": 0, "tokenizer": ""}).encode()} | {
         name: data.replace(str(folder).encode(), b"") for name, data in found.items() if "skipped" in name
     }
 
 
 def killing(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
-    """Make the `at`-th call that changes the disk the last one, half of them before and half after it happened."""
+    """Raise Killed at the `at`-th call that changes the disk: before the change if `at` is odd, after it if even."""
     calls = [0]
 
     def hooked(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,14 +134,14 @@ def test_killed_at_every_change_of_the_disk(
         notes: list[str] = []
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)  # a kill damages nothing, so nothing is made again
+                warnings.simplefilter("error", UserWarning)  # a kill damages nothing, so no shard may be made again
                 run(folder, tokenizer, note=notes.append)
         except DataError as err:
-            assert err.code == "data.output-exists"  # killed after the last file was in its place
+            assert err.code == "data.output-exists"  # killed after the last rename
         resumed += bool(notes)
         assert outputs(folder) == undisturbed, at
         assert not (folder / "out.parts").exists(), at
-        at += 1 if at < 12 else 3  # all kinds of moments, at both parities, in a bearable time
+        at += 1 if at < 12 else 3  # all kinds of calls, both parities, in an acceptable time
     assert at > 40 and resumed > 5
 
 
@@ -169,7 +169,7 @@ def commit(self, state):
     if delay and self.num_shards == 3:
         threading.Timer(delay, os.kill, (os.getpid(), 9)).start()
     if delay and self.num_shards == 20:
-        time.sleep(60)  # a slow machine: the signal is on its way
+        time.sleep(60)  # a slow machine: the signal will still come
 shards.Shards.commit = commit
 import engine.cli.main
 engine.cli.main.main(["prepare", *sys.argv[1:]])
@@ -184,14 +184,14 @@ def test_sigkill_of_the_command(tmp_path: Path, tokenizer: Path) -> None:
         command = [sys.executable, "-c", PROGRAM, str(delay), *map(str, options)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
         assert done.returncode == code, done.stderr
-    assert "going on with" in done.stdout
+    assert "resuming " in done.stdout
     prepare([tmp_path / "in.jsonl"], str(tmp_path / "whole"), tokenizer=tokenizer)
     for suffix in ("bin", "idx", "json"):
         same_bytes(tmp_path / f"out-train.{suffix}", tmp_path / f"whole-train.{suffix}")
 
 
 def begun(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, at: int = 42, **options: Any) -> Path:
-    """A run that was killed after a few shards; its folder of parts."""
+    """Kill a run after a few shards; returns its parts folder."""
     corpus(folder)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killing(patch, at)
@@ -222,12 +222,12 @@ def test_damaged_parts_are_made_again(
     else:
         path.write_bytes(data + b"torn" if damage == "longer" else data[:100])
     run(tmp_path, tokenizer)
-    told = [str(warning.message) for warning in recwarn if "made again" in str(warning.message)]
-    assert bool(told) == (damage != "longer"), told
+    reported = [str(warning.message) for warning in recwarn if "made again" in str(warning.message)]
+    assert bool(reported) == (damage != "longer"), reported
     assert outputs(tmp_path) == whole(tmp_path, tokenizer)
 
 
-def test_other_settings_or_inputs_are_refused_with_the_difference(
+def test_other_settings_or_inputs_are_rejected_with_the_difference(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = begun(tmp_path, tokenizer, monkeypatch)
@@ -252,7 +252,7 @@ def test_other_settings_or_inputs_are_refused_with_the_difference(
         run(tmp_path, tokenizer)
 
 
-def test_two_at_once_are_kept_apart(tmp_path: Path, tokenizer: Path) -> None:
+def test_two_commands_at_once_are_rejected(tmp_path: Path, tokenizer: Path) -> None:
     corpus(tmp_path)
     with (
         shards.Shards(tmp_path / "out.parts", ["train"]),
@@ -262,7 +262,7 @@ def test_two_at_once_are_kept_apart(tmp_path: Path, tokenizer: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 400, 2**31 - 1])
-def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> None:
+def test_ids_outside_the_vocabulary_are_rejected(tmp_path: Path, wrong: int) -> None:
     with shards.Shards(tmp_path / "p", ["train"]) as folder:
         folder.start({})
         folder.open(400)
@@ -271,7 +271,9 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> N
             folder.add("train", np.array([1, wrong], np.int32), np.array([2], np.int32))
 
 
-def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_resumed_from(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus(tmp_path)
 
     def full(self: Any, data: memoryview, limit: list[int] = [9000]) -> None:  # noqa: B006  (shared on purpose)
@@ -283,15 +285,15 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, tokenizer: Path, m
     real = shards._DataFile.write
     with monkeypatch.context() as patch:
         patch.setattr(shards._DataFile, "write", full)
-        with raises(DataError, "data.disk-full", "out.parts/") as told:
+        with raises(DataError, "data.disk-full", "out.parts/") as raised:
             run(tmp_path, tokenizer)
-    assert re.search(r"about [1-9][\d,]* .*, [1-9][\d,]* ", str(told.value))  # bytes needed, and free
+    assert re.search(r"about [1-9][\d,]* .*, [1-9][\d,]* ", str(raised.value))  # bytes needed, and bytes free
     notes: list[str] = []
     run(tmp_path, tokenizer, note=notes.append)
-    assert "going on with" in notes[0] and outputs(tmp_path) == whole(tmp_path, tokenizer)
+    assert "resuming " in notes[0] and outputs(tmp_path) == whole(tmp_path, tokenizer)
 
 
-def test_skip_goes_on_where_stop_stopped(tmp_path: Path, tokenizer: Path) -> None:
+def test_skip_resumes_where_stop_stopped(tmp_path: Path, tokenizer: Path) -> None:
     corpus(tmp_path, [*TEXTS, "BAD", *TEXTS])
     spoil(tmp_path)
     for _ in range(2):
@@ -299,7 +301,7 @@ def test_skip_goes_on_where_stop_stopped(tmp_path: Path, tokenizer: Path) -> Non
             run(tmp_path, tokenizer, on_error="stop")
     notes: list[str] = []
     report = run(tmp_path, tokenizer, note=notes.append)
-    assert "going on with" in notes[0] and report.dropped == {"wrong type": 1}
+    assert "resuming " in notes[0] and report.dropped == {"wrong type": 1}
     assert (
         report.documents_in
         == 600
@@ -310,8 +312,8 @@ def test_skip_goes_on_where_stop_stopped(tmp_path: Path, tokenizer: Path) -> Non
 
 
 @pytest.fixture
-def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """gigatoken gives a wrong id from its n-th batch on."""
+def wrong_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Make gigatoken return wrong ids from the ninth batch on."""
     calls, real = [0], Encoder._encode_fast
 
     def wrong(self: Encoder, texts: list[str]) -> Any:
@@ -323,24 +325,24 @@ def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield calls
 
 
-def test_a_difference_falls_back_loudly_and_for_all_text(tmp_path: Path, tokenizer: Path, lying: list[int]) -> None:
+def test_a_difference_falls_back_loudly_and_for_all_text(tmp_path: Path, tokenizer: Path, wrong_ids: list[int]) -> None:
     corpus(tmp_path)
-    with pytest.warns(UserWarning, match="differs from tokenizers .* at token .* is encoded anew"):
+    with pytest.warns(UserWarning, match="differs from tokenizers .* at token .* are encoded again"):
         report = run(tmp_path, tokenizer)
-    assert report.encoder.startswith("tokenizers ") and "differs" in report.encoder_note and lying[0] > 8
+    assert report.encoder.startswith("tokenizers ") and "differs" in report.encoder_note and wrong_ids[0] > 8
     assert (tmp_path / "out-train.bin").read_bytes() == whole_by_reference(tmp_path, tokenizer)
     sidecar = json.loads((tmp_path / "out-train.json").read_bytes())
     digest = xxhash.xxh3_128_hexdigest((tmp_path / "out-train.bin").read_bytes())
-    assert sidecar["bin_digest"] == digest  # nothing of the first try is in it
+    assert sidecar["bin_digest"] == digest  # no bytes of the first attempt are in it
 
 
 def test_standard_input_cannot_fall_back(
-    tmp_path: Path, tokenizer: Path, lying: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, wrong_ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(corpus(tmp_path).read_bytes())))
     with raises(DataError, "prepare.input-read-only-once", "--encoder tokenizers"):
         prepare(["-"], str(tmp_path / "out"), tokenizer=tokenizer)
-    assert lying[0] > 8 and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    assert wrong_ids[0] > 8 and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_the_tokenizer_travels_with_the_data(tmp_path: Path, tokenizer: Path) -> None:
@@ -351,7 +353,7 @@ def test_the_tokenizer_travels_with_the_data(tmp_path: Path, tokenizer: Path) ->
         path.unlink()
     with raises(DataError, "data.output-exists", "out-tokenizer/tokenizer.json"):
         run(tmp_path, tokenizer)
-    run(tmp_path, tmp_path / "out-tokenizer")  # itself: it stays
+    run(tmp_path, tmp_path / "out-tokenizer")  # the tokenizer is its own copy: it is not moved
     assert Tokenizer.load(tmp_path / "out-tokenizer").digest == Tokenizer.load(tokenizer).digest
 
 
@@ -375,7 +377,7 @@ def test_both_encoders_give_the_same_and_the_order_is_kept(tmp_path: Path, token
 
 
 @pytest.mark.parametrize("encoder", ["auto", "tokenizers"])
-def test_special_tokens_are_text_unless_asked(tmp_path: Path, tokenizer: Path, encoder: str) -> None:
+def test_special_tokens_are_text_unless_requested(tmp_path: Path, tokenizer: Path, encoder: str) -> None:
     corpus(tmp_path, ["one<|endoftext|>two"])
     report = run(tmp_path, tokenizer, valid_fraction=0.0, encoder=encoder)
     plain = report.train.tokens
@@ -411,13 +413,13 @@ def test_the_output_may_be_inside_the_input_folder(tmp_path: Path, tokenizer: Pa
     spoil(tmp_path)
     with raises(DataError, "read.document-refused", "wrong type"):
         prepare([tmp_path], str(tmp_path / "out"), tokenizer=tokenizer)
-    assert (tmp_path / "out.parts/settings.json").exists()  # which is no other input
+    assert (tmp_path / "out.parts/settings.json").exists()  # it is not read as input
     notes: list[str] = []
     report = prepare([tmp_path], str(tmp_path / "out"), tokenizer=tokenizer, on_error="skip", note=notes.append)
-    assert "going on with" in notes[0] and report.dropped == {"wrong type": 1}
+    assert "resuming " in notes[0] and report.dropped == {"wrong type": 1}
     tokens = (tmp_path / "out-train.bin").read_bytes()
     again = prepare([tmp_path], str(tmp_path / "out"), tokenizer=tokenizer, on_error="skip", overwrite=True)
-    written = len([path for path in tmp_path.glob("out-*") if path.is_file()]) + 1  # and the tokenizer's folder
+    written = len([path for path in tmp_path.glob("out-*") if path.is_file()]) + 1  # plus the tokenizer folder
     assert again.dropped == {"own file": written, "wrong type": 1}
     assert again.examples["own file"][0].endswith("this command writes it")
     assert (tmp_path / "out-train.bin").read_bytes() == tokens

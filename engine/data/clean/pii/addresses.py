@@ -202,7 +202,7 @@ def ips(scan: Scan) -> Iterator[tuple[int, int]]:
 
 
 def _is_version(scan: Scan, value: str, match: re.Match[str]) -> bool:
-    """A version, a section, an object identifier: so the words around say, or small numbers without a word of hosts."""
+    """Whether it is a version, section number or OID: by the context, or small numbers without a word for hosts."""
     before, after = scan.before(match.start(), 48), scan.after(match.end(), 16)
     numbers = [int(part) for part in value.split(".")]
     if re.match(r" - (?:-|[a-z]+) \[", after):

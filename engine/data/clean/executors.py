@@ -111,8 +111,7 @@ def run_on_executor(run: Callable[[int], None], job: CleanJob, stop: Interrupts)
 
 @contextlib.contextmanager
 def _local(stop: Interrupts) -> Iterator[None]:
-    """Workers of a pool block all stop signals but SIGTERM, which ends them; they print nothing, as this process
-    prints the one line."""
+    """Prepare a process pool whose workers block all stop signals but SIGTERM, which ends them, and print nothing."""
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # it would warn of the resources that it releases
     try:
         require_package(
@@ -143,11 +142,7 @@ def _ray(stop: Interrupts) -> Iterator[None]:
             ray.shutdown()
 
 
-_SETUP = {
-    "local": _local,
-    "slurm": Interrupts.deferred,
-    "ray": _ray,
-}  # deferred: a submitted job's number is always stored
+_SETUP = {"local": _local, "slurm": Interrupts.deferred, "ray": _ray}  # deferred: a job's number is always stored
 
 
 def _exit_with_parent() -> None:

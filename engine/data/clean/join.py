@@ -36,9 +36,8 @@ class PartJoiner:
         self.counts = Counts()
         for part in self.parts:
             self.counts.add(Counts.from_json(read_json(part / "counts.json")))
-        self.locations = [
-            _map_int64(part / "places").reshape(-1, 3) for part in self.parts
-        ]  # file, record, bytes of text
+        # Of each part int64 [documents, 3]: file, record, bytes of text.
+        self.locations = [_map_int64(part / "places").reshape(-1, 3) for part in self.parts]
         self.starts = np.cumsum([0, *(len(rows) for rows in self.locations)])
         o, total = job.options, int(self.starts[-1])
         # For each document the number of the earliest exact and the earliest near duplicate, int64 [documents].
@@ -106,9 +105,8 @@ class PartJoiner:
 
 
 def _map_int64(path: Path) -> npt.NDArray[np.int64]:
-    return (
-        np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)
-    )  # an empty file cannot be mapped
+    is_empty = path.stat().st_size == 0  # an empty file cannot be mapped
+    return np.empty(0, np.int64) if is_empty else np.memmap(path, "<i8", "r")
 
 
 def _lines(path: Path) -> Iterator[bytes]:

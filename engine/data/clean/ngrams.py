@@ -52,7 +52,7 @@ def words_and_numbers_of(text: str) -> list[str]:
 
 
 def ngram_hashes(words: list[str], n: int) -> U64:
-    """Hash of every n-gram, uint64 [len(words) - n + 1], or [0] if there are fewer than n words."""
+    """Hash of every n-gram, uint64 [max(0, len(words) - n + 1)]."""
     return _rolling_hashes(_word_hashes(words), n)
 
 
@@ -83,7 +83,7 @@ def _word_hashes(words: list[str]) -> U64:
 
 
 def _rolling_hashes(single: U64, n: int) -> U64:
-    """Hash of every n consecutive hashes, uint64 [len(single) - n + 1]."""
+    """Hash of every n consecutive hashes, uint64 [max(0, len(single) - n + 1)]."""
     count = len(single) - n + 1
     if count <= 0:
         return np.empty(0, np.uint64)

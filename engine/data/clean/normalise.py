@@ -12,7 +12,7 @@ import unicodedata
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]"
 )
-_BLANKS = re.compile(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f]")  # not U+3000, which indents Chinese and Japanese text
+_SPACES = re.compile(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f]")  # not U+3000, which indents Chinese and Japanese text
 _LINE_ENDS = re.compile(r"\r\n?|\x85|\u2028|\u2029")
 _TRAILING = re.compile(r"[ \t\u3000]+$", re.M)
 _MANY_LINES = re.compile(r"\n{3,}")
@@ -32,7 +32,7 @@ def normalise(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _whitespace(text: str) -> str:
-    text = _TRAILING.sub("", _BLANKS.sub(" ", text))
+    text = _TRAILING.sub("", _SPACES.sub(" ", text))
     return _MANY_LINES.sub("\n\n", text).strip("\n")
 
 

@@ -60,7 +60,7 @@ def _datatrove_filter(name: str, limits: str) -> Callable[[Language], Callable[[
         chosen = getattr(filters, name)(language=language.splitter, **getattr(language, limits))
 
         def judge(text: str) -> Verdict:
-            view = text if language.written_with_blanks else _chinese_view(text)
+            view = text if language.written_with_spaces else _chinese_view(text)
             result = chosen.filter(document(text=view, id=""))
             keep, reason = result if isinstance(result, tuple) else (result, "")
             return text, "" if keep else reason or "dropped"
@@ -81,7 +81,7 @@ def _c4(language: Language) -> Callable[[str], Verdict]:
     split = require_package("datatrove.utils.text", "--quality")
 
     def words_of(line: str) -> list[str]:
-        if language.written_with_blanks:
+        if language.written_with_spaces:
             return line.split()
         return [word for word in split.split_into_words(line, language.splitter) if any(map(str.isalnum, word))]
 

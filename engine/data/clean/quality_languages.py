@@ -45,7 +45,7 @@ class Language:
     fineweb: dict[str, Any] = field(default_factory=dict)
     ends: tuple[str, ...] = (".", "?", "!", '"', "'")  # of a line that is text
     policy: tuple[str, ...] = _POLICY["en"]
-    written_with_blanks: bool = True
+    written_with_spaces: bool = True
 
 
 def languages(option: str) -> dict[str, Language]:
@@ -82,7 +82,7 @@ def languages(option: str) -> dict[str, Language]:
         },
         (*ends, "。", "？", "！", "……"),
         chinese.policy,
-        written_with_blanks=False,
+        written_with_spaces=False,
     )
     return by_code
 

@@ -21,7 +21,7 @@ def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str,
         "inputs": [name if "://" in name or name == STDIN else os.path.abspath(name) for name in source.given],
         "files_in": len(source.files),
         "documents_in": counts.documents,
-        "why_no_documents": "" if counts.documents else _account(counts).describe(source),
+        "why_no_documents": "" if counts.documents else _read_summary(counts).describe(source),
         "text_bytes_in": counts.text_bytes,
         "documents_kept": kept[0],
         "text_bytes_kept": kept[1],
@@ -53,7 +53,7 @@ def report_of(job: CleanJob, counts: Counts, kept: tuple[int, int]) -> dict[str,
     }
 
 
-def _account(counts: Counts) -> ReadSummary:
+def _read_summary(counts: Counts) -> ReadSummary:
     """Counts of unreadable inputs and of notes, with examples."""
     dropped = {
         kind.removeprefix(INPUT_PREFIX): n for kind, n in counts.dropped.items() if kind.startswith(INPUT_PREFIX)

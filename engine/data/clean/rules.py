@@ -49,16 +49,12 @@ class Counts:
     noticed: Counter[str] = field(default_factory=Counter)  # input files by kind of note
     dropped_bytes: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)  # documents by kind of change
-    renamed: Counter[str] = field(
-        default_factory=Counter
-    )  # renamed other columns, "old -> new": number of kept documents
+    renamed: Counter[str] = field(default_factory=Counter)  # kept documents by renamed column, "old -> new"
     pii_findings: Counter[str] = field(default_factory=Counter)
     pii_documents: Counter[str] = field(default_factory=Counter)
     contaminated: Counter[str] = field(default_factory=Counter)  # documents by evaluation file
     judged: Counter[str] = field(default_factory=Counter)  # documents by language of the applied quality rules
-    not_applied: Counter[str] = field(
-        default_factory=Counter
-    )  # documents kept because a rule does not apply to their language
+    not_applied: Counter[str] = field(default_factory=Counter)  # documents by rule that does not support their language
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
@@ -145,10 +141,8 @@ class Cleaner:
             return text, "empty", ""
         if self.language is not None and (reason := self.language(text)):
             return text, reason, ""
-        judge, text = (
-            self._quality_filter(text),
-            self._convert_chinese(text),
-        )  # the original script identifies the language
+        judge = self._quality_filter(text)  # before the conversion, as the original script identifies the language
+        text = self._convert_chinese(text)
         if judge is not None:
             before = text
             text, reason = judge(text)

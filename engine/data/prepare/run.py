@@ -85,9 +85,7 @@ def _run(job: PrepareJob) -> PrepareReport:
             plan = CorpusEncoder(job, shards, tokenizer).run()
         except (DataError, Stopped) as err:
             trained = isinstance(err, Stopped) and (job.parts_folder / "trained").exists()
-            if (
-                not trained and not shards.has_shards()
-            ):  # nothing worth keeping: the next command starts like a first one
+            if not trained and not shards.has_shards():  # nothing worth keeping for the next command
                 shards.discard()
             raise
         shards.write_json(PUBLISH_PLAN, plan)

@@ -127,9 +127,7 @@ class Shards(WorkFolder):
 
     def restart(self) -> None:
         """Delete all shards, because their content may be wrong."""
-        for path in sorted(
-            self._shard_files(), reverse=True
-        ):  # last first: a kill then leaves the shards before it, still valid
+        for path in sorted(self._shard_files(), reverse=True):  # last first: after a kill, the rest is still valid
             path.unlink()
         sync_folder(self.folder)
         for data_file in self._files.values():

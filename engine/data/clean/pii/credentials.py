@@ -270,9 +270,9 @@ def _value_of(scan: Scan, stem: str, at: int, end: int) -> tuple[int, int] | Non
 
 def _secret(scan: Scan, begin: int) -> tuple[int, int] | None:
     match = _VALUE.match(scan.text, begin)
-    if (
-        match is None or scan.is_repeated(match.end()) or scan.after(match.end(), 1) in tuple("([{")
-    ):  # a call or an expression, not a value
+    if match is None or scan.is_repeated(match.end()):
+        return None
+    if scan.after(match.end(), 1) in tuple("([{"):  # a call or an expression, not a value
         return None
     value = match[0].rstrip(".:")
     if scan.text[begin - 1] not in "\"'`" and re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", value):

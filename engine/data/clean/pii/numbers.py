@@ -93,12 +93,12 @@ _CARD = re.compile(
     rf"[0-9]{{3,5}}(?P<gap>[ .-])[0-9]{{4,13}}(?:(?P=gap)[0-9]{{4,5}}){{0,3}}(?:(?P=gap)[0-9]{{1,3}})?)"
     r"(?![A-Za-z0-9_]|[.-][0-9])"
 )
-_TEST_CARDS = words(
+_TEST_CARDS = words(  # of payment services
     "4111111111111111 4242424242424242 4012888888881881 4222222222222 5555555555554444 5105105105105100 "
     "378282246310005 371449635398431 378734493671000 6011111111111117 6011000990139424 30569309025904 "
     "38520000023237 3530111333300000 3566002020360505 4000056655665556 5200828282828210 2223003122003222 "
     "6200000000000005 4000002500003155"
-)  # test numbers of payment services
+)
 _CARD_WORD = re.compile(r"(?i:visa|cards?|karten?|carte|tarjeta|carta|卡)[^\n]{0,24}$")
 _MAESTRO = words("5018 5020 5038 5893 6304 6759 6761 6762 6763")
 
@@ -161,9 +161,8 @@ def ibans(scan: Scan) -> Iterator[tuple[int, int]]:
     for match in scan.matches(_IBAN_LOW):
         end = _iban_end(scan.text, match.start())
         is_labelled = "iban" in scan.before(match.start(), 40).lower()
-        if end and (
-            is_labelled or not re.search("[a-z]", scan.text[match.start() + 2 : end])
-        ):  # else words of a hex dump
+        no_lower_case = not re.search("[a-z]", scan.text[match.start() + 2 : end])  # not words of a hex dump
+        if end and (is_labelled or no_lower_case):
             yield match.start(), end
 
 
@@ -203,9 +202,8 @@ _SSN_WORD = re.compile(
 )
 _SSN_AFTER = re.compile(r"[ )\"',;]{0,3}[(\[]?(?i:ssn|social security)")
 _ACCOUNT = re.compile(r"(?i:\b(?:accounts?|acct|a/c|member|loan)\b[^\n0-9]{0,12}$)")
-_PLACEHOLDER_SSNS = words(
-    "123456789 078051120 219099999 111223333 123121234 457555462"
-)  # printed on wallets, forms and advertisements
+# Printed on wallets, forms and advertisements.
+_PLACEHOLDER_SSNS = words("123456789 078051120 219099999 111223333 123121234 457555462")
 
 
 def us_ssns(scan: Scan) -> Iterator[tuple[int, int]]:

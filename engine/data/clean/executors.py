@@ -114,9 +114,8 @@ def _local(stop: Interrupts) -> Iterator[None]:
     """Prepare a process pool whose workers block all stop signals but SIGTERM, which ends them, and print nothing."""
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # it would warn of the resources that it releases
     try:
-        require_package(
-            "multiprocess.resource_tracker", "--executor local"
-        ).ensure_running()  # started first, as it would unblock SIGINT
+        # Started before the signals are blocked, as it would unblock SIGINT.
+        require_package("multiprocess.resource_tracker", "--executor local").ensure_running()
     finally:
         sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))

@@ -222,9 +222,7 @@ _OPTION = re.compile(
 def _named(scan: Scan) -> Iterator[tuple[int, int]]:
     """Spans of secrets after a name of a secret: api_key = "...", client_secret: ..., --token ..., Bearer ..."""
     text = scan.text
-    low = text.encode(
-        "ascii", "replace"
-    ).lower()  # one byte per character, so offsets are equal; ten times faster to search than the text
+    low = text.encode("ascii", "replace").lower()  # one byte per character: equal offsets, ten times faster to search
     if any(name in low for name in (b"sk:", b"sk=", b'sk"', b"sk?")):
         yield from (match.span("value") for match in _SK.finditer(text) if _is_random(match["value"]))
     positions = [(stem, at) for stem in _STEMS for at in _positions(low, stem.encode())]

@@ -116,7 +116,7 @@ def test_incompatible_corpora_are_rejected_and_leave_no_files(folder: Path) -> N
     one, bos = prepared(folder, "one", ["words"]), prepared(folder, "bos", ["words"], prepend_bos=True)
     a, before = str(folder / "in/a"), files(folder)
     cases: list[tuple[list[str], str, str]] = [
-        ([a, str(folder / "wide")], "prepare.token-sizes-differ", "wide has tokens of int32"),
+        ([a, str(folder / "wide")], "prepare.token-sizes-differ", "wide has int32 tokens"),
         ([a, str(folder / "seen")], "prepare.multimodal-not-asked", "seen.idx"),
         ([a, f"{folder}/in/../in/a"], "prepare.corpus-twice", "in/../in/a"),
         ([str(folder)], "prepare.half-a-corpus", "half.bin"),

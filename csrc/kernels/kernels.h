@@ -1,6 +1,8 @@
-// The CPU kernels behind the operators of ops/: raw pointers, no torch. Each says what a row is; rows never depend on one another.
+// The CPU kernels behind the operators of ops/, on raw pointers, without torch. Rows are computed independently of each
+// other.
 //
-// T: float, double, bf16 or f16, the type of activations. Wide<T>: what is computed in, float or (for double) double.
+// T: the type of activations, float, double, bf16 or f16. Wide<T>: the type of computation, double for double, else
+// float.
 #pragma once
 
 #include <cstdint>
@@ -25,20 +27,21 @@ struct WideOf<double> {
 template <class T>
 using Wide = typename WideOf<T>::type;
 
-// y = x s w over rows of h, where s = scale[row] = 1 / sqrt(mean(x^2) + eps). offset 0: x s is rounded to T before it is
-// multiplied by w; else by offset + w, and rounded once. residual (may be null): sum = x + residual, rounded to T, is
-// written and takes x's place.
+// y = x s w for rows of h values, where s = scale[row] = 1 / sqrt(mean(x^2) + eps). With offset 0, x s is rounded to T
+// and then multiplied by w; otherwise x s is multiplied by offset + w and rounded once. If residual is not null, sum =
+// x + residual, rounded to T, is written and normalised instead of x.
 template <class T>
 void rms_norm(const T* x, const T* residual, T* sum, const T* w, T* y, Wide<T>* scale, int64_t rows, int64_t h,
               double eps, double offset, int threads);
 
-// gx of x (of the sum, where there was one), and gw[h] summed over the rows in an order that depends on their number only.
-// grad_sum (may be null): the gradient that reaches x beside the norm, added to gx.
+// gx: the gradient of x (or of the sum, if there was a residual). gw[h]: summed over the rows in an order that depends
+// only on the number of rows. grad_sum (may be null): the gradient of x from outside the norm (residual path), added to
+// gx.
 template <class T>
 void rms_norm_backward(const T* grad, const T* grad_sum, const T* x, const T* w, const Wide<T>* scale, T* gx, T* gw,
                        int64_t rows, int64_t h, double offset, int threads);
 
-// The same with the mean taken off first and b added: y = (x - mean) s w + b, stats[0][row] = mean, stats[1][row] = s.
+// LayerNorm: y = (x - mean) s w + b with s = 1 / sqrt(variance + eps); stats[0][row] = mean, stats[1][row] = s.
 template <class T>
 void layer_norm(const T* x, const T* residual, T* sum, const T* w, const T* b, T* y, Wide<T>* stats, int64_t rows,
                 int64_t h, double eps, int threads);
@@ -46,16 +49,16 @@ template <class T>
 void layer_norm_backward(const T* grad, const T* grad_sum, const T* x, const T* w, const Wide<T>* stats, T* gx, T* gw,
                          T* gb, int64_t rows, int64_t h, int threads);
 
-// What gates: x sigmoid(x), x times the normal distribution's integral up to x, the same by tanh.
+// Activation of the gate: x sigmoid(x); x times the standard normal CDF at x; the tanh approximation of the latter.
 enum Kind : int { SILU, GELU, GELU_TANH, KINDS };
 
-// rows of 2 f: gate | up -> act(gate) * up, rows of f.
+// Gated activation: rows of 2 f values, gate | up -> rows of f values, act(gate) * up.
 template <class T>
 void gated(const T* fused, T* y, int kind, int64_t rows, int64_t f, int threads);
 template <class T>
 void gated_backward(const T* grad, const T* fused, T* gfused, int kind, int64_t rows, int64_t f, int threads);
 
-// Sizes of a fused q|k|v: s positions, b samples, n query and m key/value heads of d, of which the first r are rotated.
+// Sizes of a fused q|k|v: s positions, b samples, n query and m KV heads of d values, the first r of which are rotated.
 struct HeadShape {
     int64_t s, b, n, m, d, r;
 };
@@ -67,33 +70,33 @@ struct Heads {
     int64_t sample, head, position;
 };
 
-// fused [s, b, (n + 2 m) d] -> q, k rotated by table [2, s, r / 2], v as it is.
+// fused [s, b, (n + 2 m) d] -> q and k, rotated by cos and sin [s, r / 2], and v, unchanged.
 template <class T>
 void rope(const T* fused, const T* cos, const T* sin, Heads<T> q, Heads<T> k, Heads<T> v, HeadShape shape, int threads);
 
-// The gradients of q, k (rotated back) and v -> that of fused.
+// The gradients of q, k and v -> the gradient of fused; those of q and k are rotated back.
 template <class T>
 void rope_backward(Heads<const T> q, Heads<const T> k, Heads<const T> v, const T* cos, const T* sin, T* fused,
                    HeadShape shape, int threads);
 
-// Causal attention of float32 heads, softmax over scale * q k; out [s, b, n * d], lse [b, n, s]: log of the sums. shape.r
-// is not used. begin [b, s] (may be null: zeros): row i sees columns begin[i] .. i; non-decreasing along a sample.
-// Needs AVX2: attention_runs says whether it is there.
+// Causal attention of float32 heads, softmax over scale * q k. out [s, b, n * d]; lse [b, n, s]: log-sum-exp of the
+// scores. shape.r is not used. begin [b, s] (null: all zeros): query i attends to keys begin[i] .. i; non-decreasing
+// along a sample. Needs AVX2: attention_runs returns whether the processor has it.
 bool attention_runs();
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,
                float* lse, HeadShape shape, double scale, int threads);
-// grad: that of out, as heads.
+// grad: the gradient of out, as heads.
 void attention_backward(Heads<const float> grad, Heads<const float> q, Heads<const float> k, Heads<const float> v,
                         const int64_t* begin, const float* out, const float* lse, Heads<float> gq, Heads<float> gk,
                         Heads<float> gv, HeadShape shape, double scale, int threads);
 
-// Rows of v logits, the first `valid` of which count: stats[0][row] = max, [1] = sum exp(x - max), [2] = x[target].
-// target < 0 or >= valid: it lies with another rank, and [2] is 0.
+// For rows of v logits, over the first `valid` columns: stats[0][row] = max, [1] = sum exp(x - max), [2] = x[target].
+// If target < 0 or >= valid, another rank has the target's logit, and [2] is 0.
 template <class T>
 void softmax_stats(const T* logits, const int64_t* target, Wide<T>* stats, int64_t rows, int64_t v, int64_t valid,
                    int threads);
 
-// logits <- exp(x - peak) * scale - [column == target] * grad, in place; columns from `valid` on become 0.
+// In place: logits <- exp(x - peak) * scale - (column == target ? grad : 0); columns from `valid` on become 0.
 template <class T>
 void softmax_gradient(T* logits, const int64_t* target, const Wide<T>* peak, const Wide<T>* scale, const Wide<T>* grad,
                       int64_t rows, int64_t v, int64_t valid, int threads);
@@ -103,12 +106,12 @@ struct AdamW {
     int64_t step;                                       // counts from 1
 };
 
-// One pass over n values: moments and masters updated, values (if not null, another type) rounded from the masters.
+// AdamW in one pass over n values: updates moments and master weights; values (if not null) are the rounded masters.
 template <class W, class T>
 void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how, int threads);
 
-// out[i]: the sum of squares of x[bounds[2 i]] .. x[bounds[2 i + 1]), for k ranges of the n values, added in double in an
-// order that depends on a range's length only.
+// out[i]: the sum of squares of the range [bounds[2 i], bounds[2 i + 1]) of x, for k ranges of the n values. Added in
+// double, in an order that depends only on the length of a range.
 template <class T>
 void sum_squares(const T* x, int64_t n, const int64_t* bounds, double* out, int64_t k, int threads);
 

@@ -1,4 +1,4 @@
-// Matrix product and attention in float32 (see ops.h): on other devices torch's libraries do these.
+// GEMM and attention in float32, CPU only (see ops.h); on other devices torch's libraries compute them.
 
 #include "ops/ops.h"
 
@@ -11,26 +11,27 @@ namespace {
 Matrix matrix(const Tensor& x, const char* name) {
     const int64_t row = x.stride(0), col = x.stride(1);
     const bool thin = x.size(0) <= 1 || x.size(1) <= 1;
-    want(row == 1 || col == 1 || thin, "mm_", std::string(name) + " has no dimension of stride 1");
-    want(row >= 0 && col >= 0, "mm_", std::string(name) + " has a negative stride");
-    // The packing wants stride 1 along the other dimension of a single row or column.
+    require(row == 1 || col == 1 || thin, "mm_", std::string(name) + " has no dimension of stride 1");
+    require(row >= 0 && col >= 0, "mm_", std::string(name) + " has a negative stride");
+    // For a single row or column, packing needs stride 1 along the other dimension.
     return {data<float>(x), x.size(0) <= 1 && col != 1 ? 1 : row, x.size(1) <= 1 && row != 1 ? 1 : col};
 }
 
-HeadShape want_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin, const char* op) {
-    want_heads(q, k, v, op);
+HeadShape require_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin, const char* op) {
+    require_heads(q, k, v, op);
     const int64_t b = q.size(0), n = q.size(1), s = q.size(2), d = q.size(3), m = k.size(1);
-    want_type(q.scalar_type() == at::kFloat, op, std::string("wants float32, got ") + toString(q.scalar_type()));
-    want(m > 0 && n % m == 0, op, "q has " + std::to_string(n) + " heads, k " + std::to_string(m));
+    require_type(q.scalar_type() == at::kFloat, op, std::string("expected float32, got ") + toString(q.scalar_type()));
+    require(m > 0 && n % m == 0, op, "q has " + std::to_string(n) + " heads, k " + std::to_string(m));
     if (begin) {
-        want_typed(*begin, at::kLong, {b, s}, q, op, "begin");
+        require_typed(*begin, at::kLong, {b, s}, q, op, "begin");
         const int64_t* first = data<int64_t>(*begin);
         for (int64_t i = 0; i < b * s; i++)
-            want(first[i] >= (i % s ? first[i - 1] : 0) && first[i] <= i % s, op,
-                 "begin[" + std::to_string(i / s) + ", " + std::to_string(i % s) + "] is " + std::to_string(first[i]) +
-                     ": wanted from the one before (or 0) to its own position");
+            require(first[i] >= (i % s ? first[i - 1] : 0) && first[i] <= i % s, op,
+                    "begin[" + std::to_string(i / s) + ", " + std::to_string(i % s) + "] is " +
+                        std::to_string(first[i]) +
+                        ": expected at least the previous one (or 0) and at most its own position");
     }
-    want(trident::attention_runs(), op, "this processor has no AVX2");
+    require(trident::attention_runs(), op, "this processor has no AVX2");
     return {s, b, n, m, d, 0};
 }
 
@@ -39,21 +40,22 @@ HeadShape want_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
 void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add) {
     const char* op = "mm_";
     for (const auto& [x, name] : {std::pair{&std::as_const(out), "out"}, {&a, "a"}, {&b, "b"}}) {
-        want_device(*x, op, name);
-        want(x->dim() == 2, op, std::string(name) + " " + shape(*x) + " is not a matrix");
-        want_type(x->scalar_type() == at::kFloat, op, std::string("wants float32, got ") + toString(x->scalar_type()));
+        require_device(*x, op, name);
+        require(x->dim() == 2, op, std::string(name) + " " + shape(*x) + " is not a matrix");
+        require_type(x->scalar_type() == at::kFloat, op,
+                     std::string("expected float32, got ") + toString(x->scalar_type()));
     }
-    want(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1), op,
-         shape(a) + " times " + shape(b) + " into " + shape(out));
-    want(out.size(1) <= 1 || out.stride(1) == 1, op, "rows of the result must be contiguous");
-    want(trident::sgemm_runs(), op, "this processor has no AVX2");
+    require(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1), op,
+            shape(a) + " times " + shape(b) + " into " + shape(out));
+    require(out.size(1) <= 1 || out.stride(1) == 1, op, "rows of the result must be contiguous");
+    require(trident::sgemm_runs(), op, "this processor has no AVX2");
     trident::sgemm(out.size(0), out.size(1), a.size(1), matrix(a, "a"), matrix(b, "b"), data<float>(out), out.stride(0),
                    add, threads());
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin,
                                      double scale) {
-    const HeadShape x = want_attention(q, k, v, begin, "attention");
+    const HeadShape x = require_attention(q, k, v, begin, "attention");
     Tensor out = at::empty({x.s, x.b, x.n * x.d}, q.options()), lse = at::empty({x.b, x.n, x.s}, q.options());
     if (out.numel() > 0)
         trident::attention(heads<const float, float>(q), heads<const float, float>(k), heads<const float, float>(v),
@@ -65,10 +67,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
                                                       const Tensor& v, const Tensor& out, const Tensor& lse,
                                                       const Optional& begin, double scale) {
     const char* op = "attention_backward";
-    const HeadShape x = want_attention(q, k, v, begin, op);
-    want_like(grad, {x.s, x.b, x.n * x.d}, q, op, "grad");
-    want_like(out, {x.s, x.b, x.n * x.d}, q, op, "out");
-    want_like(lse, {x.b, x.n, x.s}, q, op, "lse");
+    const HeadShape x = require_attention(q, k, v, begin, op);
+    require_like(grad, {x.s, x.b, x.n * x.d}, q, op, "grad");
+    require_like(out, {x.s, x.b, x.n * x.d}, q, op, "out");
+    require_like(lse, {x.b, x.n, x.s}, q, op, "lse");
     Tensor gq = at::empty({x.b, x.n, x.s, x.d}, q.options()), gk = at::empty({x.b, x.m, x.s, x.d}, q.options());
     Tensor gv = at::empty({x.b, x.m, x.s, x.d}, q.options());
     const Heads<const float> g{data<float>(grad), x.n * x.d, x.d, x.b * x.n * x.d};

@@ -1,4 +1,4 @@
-// RMSNorm and LayerNorm, alone and with the residual sum before them (see ops.h).
+// RMSNorm and LayerNorm, with or without the residual addition before them (see ops.h).
 
 #include "ops/ops.h"
 
@@ -6,28 +6,28 @@ namespace trident::ops {
 
 namespace {
 
-// Checks x [.., h] and vectors [h] of its type; returns h.
-int64_t want_rows(const Tensor& x, std::initializer_list<std::pair<const Tensor*, const char*>> vectors,
-                  const char* op) {
-    want(x.dim() >= 1, op, "x has no dimension");
-    want_plain(x, op, "x");
+// Checks x [.., h], and that the vectors are [h] and of x's type; returns h.
+int64_t require_rows(const Tensor& x, std::initializer_list<std::pair<const Tensor*, const char*>> vectors,
+                     const char* op) {
+    require(x.dim() >= 1, op, "x has no dimension");
+    require_plain(x, op, "x");
     const int64_t h = x.size(-1);
-    for (const auto& [vector, name] : vectors) want_like(*vector, {h}, x, op, name);
+    for (const auto& [vector, name] : vectors) require_like(*vector, {h}, x, op, name);
     return h;
 }
 
-// For a backward: the gradients, and what the forward kept, `sizes` of it.
-void want_gradients(const Tensor& grad, const Optional& grad_sum, const Tensor& x, const Tensor& kept,
-                    at::IntArrayRef sizes, const char* op, const char* name) {
-    want_like(grad, x.sizes(), x, op, "grad");
-    if (grad_sum) want_like(*grad_sum, x.sizes(), x, op, "grad_sum");
-    want_typed(kept, wide(x.scalar_type()), sizes, x, op, name);
+// For a backward: checks the gradients, and the tensor that the forward saved: its name and sizes.
+void require_gradients(const Tensor& grad, const Optional& grad_sum, const Tensor& x, const Tensor& saved,
+                       at::IntArrayRef sizes, const char* op, const char* name) {
+    require_like(grad, x.sizes(), x, op, "grad");
+    if (grad_sum) require_like(*grad_sum, x.sizes(), x, op, "grad_sum");
+    require_typed(saved, wide(x.scalar_type()), sizes, x, op, name);
 }
 
 std::tuple<Tensor, Tensor> rms(const Tensor& x, const Tensor* residual, const Tensor& sum, const Tensor& weight,
                                double eps, double offset, const char* op) {
-    const int64_t h = want_rows(x, {{&weight, "weight"}}, op);
-    if (residual) want_like(*residual, x.sizes(), x, op, "residual");
+    const int64_t h = require_rows(x, {{&weight, "weight"}}, op);
+    if (residual) require_like(*residual, x.sizes(), x, op, "residual");
     Tensor y = at::empty_like(x), scale = at::empty({rows_of(x, h)}, x.options().dtype(wide(x.scalar_type())));
     dispatch(x, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor> rms(const Tensor& x, const Tensor* residual, const Te
 
 std::tuple<Tensor, Tensor> layer(const Tensor& x, const Tensor* residual, const Tensor& sum, const Tensor& weight,
                                  const Tensor& bias, double eps, const char* op) {
-    const int64_t h = want_rows(x, {{&weight, "weight"}, {&bias, "bias"}}, op);
-    if (residual) want_like(*residual, x.sizes(), x, op, "residual");
+    const int64_t h = require_rows(x, {{&weight, "weight"}, {&bias, "bias"}}, op);
+    if (residual) require_like(*residual, x.sizes(), x, op, "residual");
     Tensor y = at::empty_like(x), stats = at::empty({2, rows_of(x, h)}, x.options().dtype(wide(x.scalar_type())));
     dispatch(x, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
@@ -67,8 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& r
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Optional& grad_sum, const Tensor& x,
                                              const Tensor& weight, const Tensor& scale, double offset) {
     const char* op = "rms_norm_backward";
-    const int64_t h = want_rows(x, {{&weight, "weight"}}, op), rows = rows_of(x, h);
-    want_gradients(grad, grad_sum, x, scale, {rows}, op, "scale");
+    const int64_t h = require_rows(x, {{&weight, "weight"}}, op), rows = rows_of(x, h);
+    require_gradients(grad, grad_sum, x, scale, {rows}, op, "scale");
     Tensor gx = at::empty_like(x), gw = at::empty_like(weight);
     dispatch(x, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);
@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Optional& grad_sum, const Tensor& x,
                                                        const Tensor& weight, const Tensor& stats) {
     const char* op = "layer_norm_backward";
-    const int64_t h = want_rows(x, {{&weight, "weight"}}, op), rows = rows_of(x, h);
-    want_gradients(grad, grad_sum, x, stats, {2, rows}, op, "stats");
+    const int64_t h = require_rows(x, {{&weight, "weight"}}, op), rows = rows_of(x, h);
+    require_gradients(grad, grad_sum, x, stats, {2, rows}, op, "stats");
     Tensor gx = at::empty_like(x), gw = at::empty_like(weight), gb = at::empty_like(weight);
     dispatch(x, op, [&](auto tag, const auto& where) {
         using T = TYPE_OF(tag);

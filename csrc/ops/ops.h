@@ -1,5 +1,6 @@
-// What the operators share: checks that raise Python errors with the operator's name, and the way from tensors to the
-// kernels of kernels.h. Below, all operators; schemas.cpp has their schemas, each other file those of one concept.
+// Shared by all operators: argument checks that raise Python errors with the operator's name, and the conversion of
+// tensors to the arguments of the kernels in kernels.h. Below, all operators are declared; schemas.cpp has their
+// schemas.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,12 +21,12 @@ namespace trident::ops {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-inline void want(bool holds, const char* op, const std::string& what) {
-    TORCH_CHECK_VALUE(holds, "trident::", op, ": ", what);
+inline void require(bool condition, const char* op, const std::string& problem) {
+    TORCH_CHECK_VALUE(condition, "trident::", op, ": ", problem);
 }
 
-inline void want_type(bool holds, const char* op, const std::string& what) {
-    TORCH_CHECK_TYPE(holds, "trident::", op, ": ", what);
+inline void require_type(bool condition, const char* op, const std::string& problem) {
+    TORCH_CHECK_TYPE(condition, "trident::", op, ": ", problem);
 }
 
 inline std::string shape(at::IntArrayRef sizes) {
@@ -36,39 +37,39 @@ inline std::string shape(at::IntArrayRef sizes) {
 
 inline std::string shape(const Tensor& x) { return shape(x.sizes()); }
 
-// The device is one that the operator's kernels run on.
-inline void want_device(const Tensor& x, const char* op, const char* name) {
-    want(x.is_cpu() || on_gpu(x.device()), op,
-         std::string(name) + " is on " + x.device().str() + ", wanted " + DEVICES);
+// x is on a device that the kernels run on.
+inline void require_device(const Tensor& x, const char* op, const char* name) {
+    require(x.is_cpu() || on_gpu(x.device()), op,
+            std::string(name) + " is on " + x.device().str() + ", expected " + DEVICES);
 }
 
-inline void want_plain(const Tensor& x, const char* op, const char* name) {
-    want_device(x, op, name);
-    want(x.is_contiguous(), op, std::string(name) + " " + shape(x) + " is not contiguous");
+inline void require_plain(const Tensor& x, const char* op, const char* name) {
+    require_device(x, op, name);
+    require(x.is_contiguous(), op, std::string(name) + " " + shape(x) + " is not contiguous");
 }
 
-inline void want_shape(const Tensor& x, at::IntArrayRef sizes, const char* op, const char* name) {
-    if (x.sizes() != sizes) want(false, op, std::string(name) + " is " + shape(x) + ", wanted " + shape(sizes));
+inline void require_shape(const Tensor& x, at::IntArrayRef sizes, const char* op, const char* name) {
+    if (x.sizes() != sizes) require(false, op, std::string(name) + " is " + shape(x) + ", expected " + shape(sizes));
 }
 
-// x is contiguous, of this type, of these sizes and where `like` is.
-inline void want_typed(const Tensor& x, at::ScalarType type, at::IntArrayRef sizes, const Tensor& like, const char* op,
-                       const char* name) {
-    want_plain(x, op, name);
-    want(x.device() == like.device(), op,
-         std::string(name) + " is on " + x.device().str() + ", the others on " + like.device().str());
-    want_type(x.scalar_type() == type, op,
-              std::string(name) + " is " + toString(x.scalar_type()) + ", wanted " + toString(type));
-    want_shape(x, sizes, op, name);
+// x is contiguous, has this type and these sizes, and is on the device of `like`.
+inline void require_typed(const Tensor& x, at::ScalarType type, at::IntArrayRef sizes, const Tensor& like,
+                          const char* op, const char* name) {
+    require_plain(x, op, name);
+    require(x.device() == like.device(), op,
+            std::string(name) + " is on " + x.device().str() + ", the others on " + like.device().str());
+    require_type(x.scalar_type() == type, op,
+                 std::string(name) + " is " + toString(x.scalar_type()) + ", expected " + toString(type));
+    require_shape(x, sizes, op, name);
 }
 
-inline void want_like(const Tensor& x, at::IntArrayRef sizes, const Tensor& like, const char* op, const char* name) {
-    want_typed(x, like.scalar_type(), sizes, like, op, name);
+inline void require_like(const Tensor& x, at::IntArrayRef sizes, const Tensor& like, const char* op, const char* name) {
+    require_typed(x, like.scalar_type(), sizes, like, op, name);
 }
 
 inline at::ScalarType wide(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Calls f with a null pointer of the kernels' own type for a tensor's type, and where they run: what on_device gives.
+// Calls f(tag, where). tag: a null pointer to the kernels' C++ type for x's dtype. where: from on_device.
 template <class F>
 void dispatch(const Tensor& x, const char* op, F f) {
     on_device(x, [&](const auto& where) {
@@ -78,7 +79,8 @@ void dispatch(const Tensor& x, const char* op, F f) {
             case at::kBFloat16: return f(static_cast<bf16*>(nullptr), where);
             case at::kHalf: return f(static_cast<f16*>(nullptr), where);
             default:
-                want_type(false, op, std::string("wants floating-point tensors, got ") + toString(x.scalar_type()));
+                require_type(false, op,
+                             std::string("expected floating-point tensors, got ") + toString(x.scalar_type()));
         }
     });
 }
@@ -95,21 +97,21 @@ T* data(const Optional& x) {
     return x ? data<T>(*x) : nullptr;
 }
 
-// A tensor [b, heads, s, d] of P, read as T.
+// A tensor [b, heads, s, d] of P, as the kernels' view of T.
 template <class T, class P>
 Heads<T> heads(const Tensor& x) {
     return {data<P>(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// [b, heads, s, d] of one type on one device, rows of stride 1; k and v alike.
-inline void want_heads(const Tensor& q, const Tensor& k, const Tensor& v, const char* op) {
-    want(q.dim() == 4 && k.dim() == 4, op, "wants [b, heads, s, d], got " + shape(q) + " and " + shape(k));
+// q, k, v are [b, heads, s, d] of one type on one device, with stride 1 along d; k and v have the same shape.
+inline void require_heads(const Tensor& q, const Tensor& k, const Tensor& v, const char* op) {
+    require(q.dim() == 4 && k.dim() == 4, op, "expected [b, heads, s, d], got " + shape(q) + " and " + shape(k));
     for (const auto& [x, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) {
-        want_device(*x, op, name);
-        want(x->device() == q.device(), op, "q, k and v are on different devices");
-        want_type(x->scalar_type() == q.scalar_type(), op, "q, k and v have different types");
-        want_shape(*x, {q.size(0), x == &q ? q.size(1) : k.size(1), q.size(2), q.size(3)}, op, name);
-        want(q.size(3) <= 1 || x->stride(3) == 1, op, std::string(name) + " has no stride of 1 along d");
+        require_device(*x, op, name);
+        require(x->device() == q.device(), op, "q, k and v are on different devices");
+        require_type(x->scalar_type() == q.scalar_type(), op, "q, k and v have different types");
+        require_shape(*x, {q.size(0), x == &q ? q.size(1) : k.size(1), q.size(2), q.size(3)}, op, name);
+        require(q.size(3) <= 1 || x->stride(3) == 1, op, std::string(name) + " has no stride of 1 along d");
     }
 }
 
@@ -128,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Optional& grad_sum, const Tensor& x,
                                                        const Tensor& weight, const Tensor& stats);
 
-// ---- model.cpp: gated products, RoPE, cross entropy
+// ---- model.cpp: gated activations, RoPE, cross entropy
 
 Tensor gated(const Tensor& fused, int64_t kind);
 Tensor gated_backward(const Tensor& grad, const Tensor& fused, int64_t kind);
@@ -138,7 +140,7 @@ Tensor softmax_stats(const Tensor& logits, const Tensor& target, int64_t valid);
 void softmax_gradient_(Tensor& logits, const Tensor& target, const Tensor& peak, const Tensor& scale,
                        const Tensor& grad, int64_t valid);
 
-// ---- cpu_only.cpp: matrix product and attention, for which others have libraries
+// ---- cpu_only.cpp: GEMM and attention; other devices have libraries for them
 
 void mm_(Tensor& out, const Tensor& a, const Tensor& b, bool add);
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& begin,

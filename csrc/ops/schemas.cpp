@@ -1,8 +1,8 @@
-// The operators `trident::*`: their schemas, and what this library says of itself.
+// The operators `trident::*`: their schemas, and functions that describe this build.
 //
-// A wrong shape, type or device is a Python error with the operator's name, never a crash. Autograd and shape functions
-// are registered in Python (engine/ops): the operators here compute and allocate, nothing else. All want contiguous
-// tensors unless they say otherwise; callers make them so.
+// A wrong shape, type or device raises a Python error with the operator's name and never crashes. Autograd and shape
+// functions are registered in Python (engine/ops); the operators here only allocate and compute. Unless stated
+// otherwise, they need contiguous tensors, which the callers provide.
 
 #include "ops/ops.h"
 
@@ -18,7 +18,7 @@ namespace {
 
 std::string built_for() { return BUILT_FOR; }
 
-// The compute capabilities that the CUDA kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty: there are none.
+// The compute capabilities that the CUDA kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty without kernels.
 std::string cuda_capabilities() {
 #ifdef WITH_CUDA
     return WITH_CUDA;
@@ -31,7 +31,7 @@ bool gemm_wins() { return trident::sgemm_wins(); }
 
 bool attention_runs() { return trident::attention_runs(); }
 
-// Keeps freed memory for the next step instead of giving each large tensor's pages back and faulting them in again.
+// Keeps freed memory for later allocations, instead of returning each large tensor's pages and faulting them in again.
 bool keep_freed_memory() {
 #if defined(__GLIBC__)
     return mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, 0x7fffffff) && mallopt(M_TOP_PAD, 1 << 26);
@@ -86,8 +86,8 @@ TORCH_LIBRARY(trident, lib) {
 
 namespace {
 
-// The operators that run wherever tensors may be.
-void everywhere(torch::Library& lib) {
+// Registers the operators that exist for all devices.
+void implement_all_devices(torch::Library& lib) {
     namespace ops = trident::ops;
     lib.impl("rms_norm", ops::rms_norm);
     lib.impl("add_rms_norm", ops::add_rms_norm);
@@ -108,12 +108,12 @@ void everywhere(torch::Library& lib) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(trident, CPU, lib) {
-    everywhere(lib);
+    implement_all_devices(lib);
     lib.impl("mm_", trident::ops::mm_);
     lib.impl("attention", trident::ops::attention);
     lib.impl("attention_backward", trident::ops::attention_backward);
 }
 
 #ifdef WITH_CUDA
-TORCH_LIBRARY_IMPL(trident, CUDA, lib) { everywhere(lib); }
+TORCH_LIBRARY_IMPL(trident, CUDA, lib) { implement_all_devices(lib); }
 #endif

@@ -1,4 +1,4 @@
-// The current CUDA stream, by what every torch has, with CUDA or without: no header of CUDA is needed to build this.
+// The current CUDA stream, through an interface that every torch has, so that building this needs no CUDA headers.
 
 #ifdef WITH_CUDA
 

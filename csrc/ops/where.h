@@ -1,5 +1,5 @@
-// Where the kernels of an operator run: the one place that decides. CPU kernels take a number of threads as their last
-// argument, CUDA kernels (built WITH_CUDA) a Queue.
+// Device dispatch: the only place that decides where an operator's kernels run. The last argument of a CPU kernel is
+// the number of threads, that of a CUDA kernel (built WITH_CUDA) a Queue.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,20 +22,20 @@ inline int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads
 
 constexpr const char* DEVICES = "cpu or cuda";
 
-// stream.cpp; tests put another in its place, which sends CPU tensors to the CUDA kernels.
+// Defined in stream.cpp. Tests link a replacement that sends CPU tensors to the CUDA kernels.
 bool on_gpu(c10::Device device);
 void* current_stream(c10::Device device);
 
-// f(where), with the tensor's device as the current one.
+// Calls f(where) with the tensor's device as the current device.
 template <class F>
 void on_device(const at::Tensor& x, F f) {
     if (!on_gpu(x.device())) return f(threads());
     const c10::DeviceGuard guard(x.device());
-    // given back at the end; what is queued on the stream by then comes before the next use
-    std::vector<at::Tensor> held;
+    // freed when this function returns: the kernels queued on the stream by then run before any later use of the memory
+    std::vector<at::Tensor> scratch;
     f(Queue{current_stream(x.device()), [&](size_t bytes) {
-                held.push_back(at::empty({int64_t(bytes)}, x.options().dtype(at::kByte)));
-                return held.back().data_ptr();
+                scratch.push_back(at::empty({int64_t(bytes)}, x.options().dtype(at::kByte)));
+                return scratch.back().data_ptr();
             }});
 }
 

@@ -1,1 +1,1 @@
-"""The C++ and CUDA sources built another way: under sanitizers, over an emulated GPU, by nvcc."""
+"""The C++ and CUDA sources in special builds: with sanitizers, on an emulated GPU, with nvcc."""

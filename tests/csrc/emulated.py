@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc on the CPU (tests/csrc/cuda_emulator): compiling them, memory for them, calling them."""
+"""The CUDA kernels of csrc on the CPU emulator (tests/csrc/cuda_emulator): compilation, guarded memory, calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.support.paths import ROOT
 
 EMULATOR = ROOT / "tests/csrc/cuda_emulator"
-# signed overflow, shifts, misaligned 16-byte accesses and the like end the process with a message on stderr
+# signed overflow, invalid shifts, misaligned 16-byte accesses and the like end the process with a message on stderr
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 CHECKED = ["-fsanitize=alignment,signed-integer-overflow,shift,bounds", "-fno-sanitize-recover=all"]
 ALL_CHECKED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
@@ -25,7 +25,7 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 
 
 def compile_emulated(csrc: Path = ROOT / "csrc", flags: Sequence[str] = CHECKED, keep: Path = KEEP) -> Path:
-    """A library of the kernels in `csrc` and the emulator; kept in `keep` under a name made from its sources."""
+    """Build a library of the kernels in `csrc` and the emulator; cached in `keep` under a hash of its sources."""
     units = [*sorted(csrc.rglob("*.cu")), *sorted(EMULATOR.glob("*.c*"))]
     texts = [p.read_bytes() for p in (*units, *sorted(csrc.rglob("*.h")), *sorted(EMULATOR.glob("include/*.h")))]
     key = hashlib.sha256(b"\0".join([*texts, " ".join([*FLAGS, *flags]).encode()])).hexdigest()[:16]
@@ -34,7 +34,7 @@ def compile_emulated(csrc: Path = ROOT / "csrc", flags: Sequence[str] = CHECKED,
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    mine = str(os.getpid())  # two processes may build the same at once
+    mine = str(os.getpid())  # two processes may build the same library at the same time
 
     def compiled(unit: Path) -> str:
         target = folder / f"{unit.name}.{mine}.o"
@@ -58,19 +58,19 @@ def run(command: list[str]) -> None:
 
 
 class Kernels:
-    """The library's functions, called with tensors (null for None), numbers and lists; an error of theirs is raised."""
+    """Calls the library's functions with tensors (None: null), numbers and lists, and raises their errors."""
 
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
 
     def seed(self, seed: int, processors: int = 3) -> None:
-        """Fixes the order of threads and blocks from here on."""
+        """Set the seed of the order of threads and blocks, and the number of multiprocessors."""
         self.library.emulator_seed(ctypes.c_uint64(seed), processors)
 
     def __call__(self, name: str, *arguments: Tensor | int | float | Sequence[int] | Sequence[float] | None) -> None:
         function = getattr(self.library, name)
         function.restype = ctypes.c_char_p
-        kept = []  # arrays must live until the call is over
+        kept = []  # arrays must live until the call returns
         for x in arguments:
             if isinstance(x, Tensor):
                 kept.append(ctypes.c_void_p(x.data_ptr()))
@@ -90,44 +90,45 @@ class Kernels:
 
 
 class Memory:
-    """Tensors with guards around them: what a kernel writes beside its results, or into its inputs, is found."""
+    """Allocates tensors between guard values, to detect writes outside of a kernel's results or into its inputs."""
 
     GUARD = 64  # values on either side
 
     def __init__(self) -> None:
-        self.rooms: list[tuple[Tensor, int, Tensor]] = []  # with the guards; values between them; as it should be
+        # (buffer with guards, start of the values between them, expected content)
+        self.buffers: list[tuple[Tensor, int, Tensor]] = []
 
-    def _room(self, shape: Sequence[int], dtype: torch.dtype, off: int) -> tuple[Tensor, Tensor]:
+    def _buffer(self, shape: Sequence[int], dtype: torch.dtype, off: int) -> tuple[Tensor, Tensor]:
         count = torch.Size(shape).numel()
-        room = torch.full((count + 2 * self.GUARD,), 77, dtype=dtype)
-        begin = self.GUARD + off  # torch's memory begins at multiples of 64 bytes
-        self.rooms.append((room, begin, room.clone()))
-        return room, room[begin : begin + count].view(*shape)
+        buffer = torch.full((count + 2 * self.GUARD,), 77, dtype=dtype)
+        begin = self.GUARD + off  # torch aligns its memory to 64 bytes
+        self.buffers.append((buffer, begin, buffer.clone()))
+        return buffer, buffer[begin : begin + count].view(*shape)
 
     def give(self, values: Tensor, off: int = 0) -> Tensor:
-        """A copy that begins `off` values after a multiple of 16 bytes; no kernel may write to it."""
-        room, inner = self._room(values.shape, values.dtype, off)
+        """An input: a copy that starts `off` values after a multiple of 16 bytes. No kernel may write to it."""
+        buffer, inner = self._buffer(values.shape, values.dtype, off)
         inner.copy_(values)
-        self.rooms[-1][2].copy_(room)
+        self.buffers[-1][2].copy_(buffer)
         return inner
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, off: int = 0) -> Tensor:
-        """Room for a result; holds NaN."""
-        room, inner = self._room(shape, dtype, off)
+        """An output, filled with NaN."""
+        buffer, inner = self._buffer(shape, dtype, off)
         inner.fill_(torch.nan)
-        self.rooms[-1][2].copy_(room)
+        self.buffers[-1][2].copy_(buffer)
         return inner
 
     def lend(self, values: Tensor, off: int = 0) -> Tensor:
-        """A copy that a kernel is to write to."""
+        """An in-place argument: a copy that a kernel reads and writes."""
         return self.take(values.shape, values.dtype, off).copy_(values)
 
     def check(self, *results: Tensor) -> None:
-        """Nothing but the results has changed since the last check."""
+        """Assert that nothing except the results has changed since the last check."""
         starts = {x.data_ptr() for x in results}
-        for room, begin, expected in self.rooms:
-            values = slice(begin, begin + len(room) - 2 * self.GUARD)
-            if room[begin:].data_ptr() in starts:
-                expected[values] = room[values]
-            bits = (x.view(torch.int16 if x.element_size() == 2 else torch.int32) for x in (room, expected))
-            assert torch.equal(*bits), "a kernel wrote beside its results"
+        for buffer, begin, expected in self.buffers:
+            values = slice(begin, begin + len(buffer) - 2 * self.GUARD)
+            if buffer[begin:].data_ptr() in starts:
+                expected[values] = buffer[values]
+            bits = (x.view(torch.int16 if x.element_size() == 2 else torch.int32) for x in (buffer, expected))
+            assert torch.equal(*bits), "a kernel wrote outside its results"

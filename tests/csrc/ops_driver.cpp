@@ -1,6 +1,6 @@
-// Every CPU kernel on random shapes, for the sanitizers (tests/csrc/test_sanitized.py): each tensor is a heap block of its
-// exact size, so that a step beside it is seen; outputs begin as NaN, and every one of them must be written. Products and
-// attention run on all tiles that this processor has, and must agree.
+// Every CPU kernel on random shapes, for the sanitizers (tests/csrc/test_sanitized.py). Each tensor is a heap block of
+// its exact size, so that accesses outside it are detected. Outputs start as NaN and must be written completely. GEMM
+// and attention run on all tiles that this processor supports, and the results must agree.
 //
 //     ops_driver ROUNDS
 
@@ -39,9 +39,9 @@ std::vector<T> draw(int64_t n) {
     return values;
 }
 
-// Room for an output; `check` then wants every number of it written.
+// An output filled with NaN; `check` later requires that every value was written.
 template <class T>
-std::vector<T> room(int64_t n) {
+std::vector<T> output(int64_t n) {
     std::vector<T> values(static_cast<size_t>(n));
     for (T& x : values) write(x, NAN);
     return values;
@@ -54,7 +54,7 @@ void check(const std::vector<T>& values, const char* what) {
             std::fprintf(stderr, "%s is not all written, or not finite\n", what), std::abort();
 }
 
-// [b, heads, s, d] as views of one of three layouts, in a block that ends with the last number.
+// [b, heads, s, d] as a view in one of three layouts, in a block that ends with the last value.
 template <class T>
 struct View {
     std::vector<T> values;
@@ -63,7 +63,7 @@ struct View {
 
 template <class T>
 View<T> view(bool fill, int64_t b, int64_t n, int64_t s, int64_t d) {
-    View<T> x{fill ? draw<T>(b * n * s * d) : room<T>(b * n * s * d), {}};
+    View<T> x{fill ? draw<T>(b * n * s * d) : output<T>(b * n * s * d), {}};
     T* p = x.values.data();
     const int64_t kind = pick(0, 2);
     if (kind == 0) x.heads = {p, n * s * d, s * d, d};
@@ -90,8 +90,8 @@ void norms() {
     const int64_t rows = pick(0, 4) ? pick(0, 200) : 0, h = pick(1, 130), n = rows * h;
     const auto x = draw<T>(n), r = draw<T>(n), w = draw<T>(h), b = draw<T>(h), g = draw<T>(n), more = draw<T>(n);
     const bool added = pick(0, 1), passed = pick(0, 1);
-    auto sum = room<T>(added ? n : 0), y = room<T>(n), gx = room<T>(n), gw = room<T>(h), gb = room<T>(h);
-    auto scale = room<W>(rows), stats = room<W>(2 * rows);
+    auto sum = output<T>(added ? n : 0), y = output<T>(n), gx = output<T>(n), gw = output<T>(h), gb = output<T>(h);
+    auto scale = output<W>(rows), stats = output<W>(2 * rows);
     const T *residual = added ? r.data() : nullptr, *extra = passed ? more.data() : nullptr;
     const double offset = double(pick(0, 1));
     rms_norm<T>(x.data(), residual, sum.data(), w.data(), y.data(), scale.data(), rows, h, 1e-5, offset, threads);
@@ -99,7 +99,7 @@ void norms() {
     rms_norm_backward<T>(g.data(), extra, rms_in.data(), w.data(), scale.data(), gx.data(), gw.data(), rows, h, offset,
                          threads);
     check(sum, "sum"), check(y, "y of RMSNorm"), check(gx, "gx"), check(gw, "gw");
-    y = room<T>(n), gx = room<T>(n), gw = room<T>(h), sum = room<T>(added ? n : 0);
+    y = output<T>(n), gx = output<T>(n), gw = output<T>(h), sum = output<T>(added ? n : 0);
     layer_norm<T>(x.data(), residual, sum.data(), w.data(), b.data(), y.data(), stats.data(), rows, h, 1e-5, threads);
     const auto layer_in = added ? sum : x;
     layer_norm_backward<T>(g.data(), extra, layer_in.data(), w.data(), stats.data(), gx.data(), gw.data(), gb.data(),
@@ -108,12 +108,12 @@ void norms() {
 }
 
 template <class T>
-void products_and_loss() {
+void gated_and_loss() {
     using W = Wide<T>;
     const int64_t rows = pick(0, 60), f = pick(1, 150), v = pick(1, 3000), valid = pick(0, v), tokens = pick(0, 12);
     const auto fused = draw<T>(2 * rows * f), g = draw<T>(rows * f);
     for (int kind = 0; kind < KINDS; kind++) {
-        auto y = room<T>(rows * f), gx = room<T>(2 * rows * f);
+        auto y = output<T>(rows * f), gx = output<T>(2 * rows * f);
         gated<T>(fused.data(), y.data(), kind, rows, f, threads);
         gated_backward<T>(g.data(), fused.data(), gx.data(), kind, rows, f, threads);
         check(y, "gated"), check(gx, "gradient of gated");
@@ -134,7 +134,7 @@ void rotations() {
     const int64_t half = pick(0, d / 2);
     const auto fused = draw<T>(s * b * (n + 2 * m) * d), cos = draw<T>(s * half), sin = draw<T>(s * half);
     auto q = view<T>(false, b, n, s, d), k = view<T>(false, b, m, s, d), v = view<T>(false, b, m, s, d);
-    auto back = room<T>(s * b * (n + 2 * m) * d);
+    auto back = output<T>(s * b * (n + 2 * m) * d);
     const HeadShape shape{s, b, n, m, d, 2 * half};
     rope<T>(fused.data(), cos.data(), sin.data(), q.heads, k.heads, v.heads, shape, threads);
     check(q.values, "q"), check(k.values, "k"), check(v.values, "v");
@@ -147,7 +147,7 @@ void optimizer(bool low) {
     const int64_t n = pick(0, 20'000);
     auto p = draw<W>(n), g = draw<W>(n), m = draw<W>(n), v = draw<W>(n);
     for (W& x : v) x = std::abs(x);
-    auto values = room<T>(low ? n : 0);
+    auto values = output<T>(low ? n : 0);
     adamw<W, T>(p.data(), g.data(), m.data(), v.data(), low ? values.data() : nullptr, n,
                 {1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5, pick(1, 9)}, threads);
     check(p, "masters"), check(values, "values");
@@ -159,12 +159,12 @@ void squares() {
     const auto x = draw<T>(n);
     std::vector<int64_t> bounds;
     for (int64_t i = 0; i < k; i++) bounds.push_back(pick(0, n)), bounds.push_back(pick(bounds.back(), n));
-    auto out = room<double>(k);
+    auto out = output<double>(k);
     sum_squares<T>(x.data(), int64_t(x.size()), bounds.data(), out.data(), k, threads);
     check(out, "sums of squares");
 }
 
-// The tiles that run here.
+// The tiles that this processor supports.
 std::vector<const Tiles*> all_tiles() {
     std::vector<const Tiles*> found;
     for (const Tiles* tiles : {avx512_tiles(), avx2_tiles()})
@@ -172,7 +172,7 @@ std::vector<const Tiles*> all_tiles() {
     return found;
 }
 
-// Numbers of about 1, which the other tiles add in the same order but round to another vector's fused products and sums.
+// Compares values of about 1 from two kinds of tiles, which add in the same order but may round differently (FMA).
 void same(const std::vector<float>& values, const std::vector<float>& first, const char* what) {
     for (size_t i = 0; i < values.size(); i++)
         if (!(std::abs(values[i] - first[i]) <= 1e-3f * (1 + std::abs(first[i]))))
@@ -193,7 +193,7 @@ void attentions() {
     std::vector<std::vector<float>> first;
     for (const Tiles* tiles : all_tiles()) {
         auto gq = again(empty_q), gk = again(empty_k), gv = again(empty_k);
-        auto out = room<float>(s * b * n * d), lse = room<float>(b * n * s);
+        auto out = output<float>(s * b * n * d), lse = output<float>(b * n * s);
         tiles->forward(constant(q), constant(k), constant(v), documents, out.data(), lse.data(), shape, 0.3, threads);
         check(out, "attention"), check(lse, "lse");
         tiles->backward({grad.data(), n * d, d, b * n * d}, constant(q), constant(k), constant(v), documents,
@@ -205,16 +205,16 @@ void attentions() {
     }
 }
 
-void products() {
+void gemms() {
     const int64_t m = pick(0, 90), n = pick(0, 90), k = pick(0, 3) ? pick(0, 90) : pick(500, 1100),
                   ldc = n + pick(0, 5);
     const auto a = draw<float>(m * k), b = draw<float>(k * n);
     const bool across = pick(0, 1), down = pick(0, 1), add = pick(0, 1);
-    const auto before = add ? draw<float>(m * ldc) : room<float>(m * ldc);
+    const auto before = add ? draw<float>(m * ldc) : output<float>(m * ldc);
     for (const Tiles* tiles : all_tiles()) {
         auto c = before;
-        tiles->product(m, n, k, {a.data(), across ? 1 : k, across ? m : 1}, {b.data(), down ? 1 : n, down ? k : 1},
-                       c.data(), ldc, add, threads);
+        tiles->gemm(m, n, k, {a.data(), across ? 1 : k, across ? m : 1}, {b.data(), down ? 1 : n, down ? k : 1},
+                    c.data(), ldc, add, threads);
         for (int64_t i = 0; i < m; i++) {
             std::vector<float> row(c.begin() + i * ldc, c.begin() + i * ldc + n), plain;
             for (int64_t j = 0; j < n; j++) {
@@ -223,7 +223,7 @@ void products() {
                     sum += double(a[size_t(across ? p * m + i : i * k + p)]) * b[size_t(down ? j * k + p : p * n + j)];
                 plain.push_back(float(sum));
             }
-            check(row, "product"), same(row, plain, "product");
+            check(row, "gemm"), same(row, plain, "gemm");
         }
     }
 }
@@ -235,12 +235,12 @@ int main(int, char** words) {
     for (int round = 0; round < rounds; round++) {
         threads = 1 + round % 3;
         norms<float>(), norms<double>(), norms<bf16>(), norms<f16>();
-        products_and_loss<float>(), products_and_loss<double>(), products_and_loss<bf16>(), products_and_loss<f16>();
+        gated_and_loss<float>(), gated_and_loss<double>(), gated_and_loss<bf16>(), gated_and_loss<f16>();
         rotations<float>(), rotations<double>(), rotations<bf16>(), rotations<f16>();
         optimizer<float, float>(false), optimizer<double, double>(false);
         optimizer<float, bf16>(true), optimizer<float, f16>(true);
         squares<float>(), squares<double>(), squares<bf16>(), squares<f16>();
-        attentions(), products();
+        attentions(), gemms();
     }
     std::printf("%d rounds", rounds);
     for (const Tiles* tiles : all_tiles()) std::printf(", %s", tiles->name);

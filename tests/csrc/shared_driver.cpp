@@ -1,9 +1,10 @@
-// The ranks of a group as threads of one process, for the sanitizers (tests/csrc/test_shared_sanitized.py): random collectives
-// and messages over two links, several in flight and waited for in random order, each result compared with the one
-// computed plainly. Rings are tiny, so that most operations are larger than a ring and all of its edges are met.
+// The ranks of a group as threads of one process, for the sanitizers (tests/csrc/test_shared_sanitized.py). They run
+// random collectives and messages over two links, with several in flight and waited for in random order, and compare
+// each result with a direct computation. Rings are tiny, so that most operations exceed a ring and reach all of its
+// edge cases.
 //
-// A rank has a `Process` of its own, so that no lock orders what ranks do; and all use one mapping of a segment, since the
-// thread sanitizer knows memory by its address. Every tensor is a heap block of its exact size.
+// Each rank has a separate `Process`, so that no lock orders the ranks. All ranks use the same mapping of a segment,
+// because the thread sanitizer identifies memory by its address. Every tensor is a heap block of its exact size.
 //
 //     shared_driver ROUNDS
 
@@ -47,7 +48,7 @@ std::shared_ptr<Segment> segment(int ranks, uint64_t ring, uint64_t pair_ring) {
     return made;
 }
 
-// What all ranks agree on.
+// One operation, the same on all ranks.
 struct Step {
     int link;
     What what;
@@ -71,7 +72,7 @@ Step draw(Random& random, int ranks) {
     return step;
 }
 
-// Small whole numbers: their sums are exact in every type.
+// Small integers, whose sums are exact in every type.
 int number(const Step& step, int rank, uint64_t i) {
     uint64_t x = step.seed + 0x9e3779b97f4a7c15 * (i * 8 + uint64_t(rank) + 1);
     x = (x ^ x >> 29) * 0xbf58476d1ce4e5b9;
@@ -97,7 +98,7 @@ void write(Scalar kind, char* to, int x) {
     }
 }
 
-// Numbers [low, low + count) of what a rank brings.
+// Values [low, low + count) of a rank's input.
 Bytes numbers(const Step& step, int rank, uint64_t low, uint64_t count) {
     const uint64_t size = size_of(step.kind);
     Bytes bytes(count * size);
@@ -131,7 +132,7 @@ struct Work {
     Bytes from, to, expected;
 };
 
-// `me`: the rank, which on the second link has another position.
+// `me`: the rank; its position on the second link is different.
 class Rank {
   public:
     Rank(const std::vector<std::shared_ptr<Segment>>& segments, int me, int ranks, bool spin, uint64_t seed)
@@ -231,7 +232,7 @@ void round(uint64_t seed) {
     for (std::thread& thread : threads) thread.join();
 }
 
-// A segment's counters, and whatever else its ranks say to each other.
+// The counters and announcements of a segment's ranks.
 Bytes announced(const Segment& segment) {
     const char* begin = reinterpret_cast<const char*>(&segment.member(0));
     return Bytes(begin, begin + segment.plan.bytes() - segment.plan.members());
@@ -247,7 +248,7 @@ std::string refused(F call) {
     return "";
 }
 
-// Every call gives `text` as the reason why not; the buffer is gone meanwhile, so nothing may touch it.
+// Every call must fail with `text`, without accessing the buffer, which has been freed.
 void all_refused(Channel& channel, const std::string& text) {
     auto gone = std::make_unique<Bytes>(4096);
     const uint64_t at = address(*gone);
@@ -260,7 +261,8 @@ void all_refused(Channel& channel, const std::string& text) {
     must(refused([&] { channel.missing(COLLECTIVES, 0); }) == text, "missing is not refused");
 }
 
-// Ranks 0 and 1 disagree on link `a`. Rank 0 learns of it while it starts something on `b`: that too is not touched again.
+// Ranks 0 and 1 disagree on link `a`. Rank 0 notices it when it starts an operation on `b`, and then uses neither link
+// again.
 void disagree() {
     const auto a = segment(2, PAGE, PAGE), b = segment(2, PAGE, PAGE);
     Process one, two;
@@ -276,7 +278,7 @@ void disagree() {
     must(ours ==
              "ranks disagree: position 1 of the group makes an all-gather of 8 x byte where position 0 makes an "
              "all-reduce of 8 x float32 (max)",
-         "the disagreement is not told");
+         "the disagreement is not reported");
     x.reset(), y.reset();
     const Bytes before_a = announced(*a), before_b = announced(*b);
     for (Channel* channel : {&b0, &a0}) all_refused(*channel, ours);
@@ -284,7 +286,7 @@ void disagree() {
     must(before_a == announced(*a) && before_b == announced(*b), "a broken link writes");
 }
 
-// A fork uses nothing of its parent and destroys what it has without a word, even if some thread held the lock.
+// A forked child uses nothing of its parent and destroys its objects silently, even if a thread held the lock.
 void fork_and_use() {
     const auto shared = segment(2, PAGE, PAGE);
     Process one, two;

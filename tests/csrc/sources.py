@@ -1,4 +1,4 @@
-"""The C++ sources that are built here with other flags."""
+"""The C++ sources that these tests build with special flags."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What lies between torch and the CUDA kernels, without a GPU.
+"""The binding of the CUDA kernels to torch, tested without a GPU.
 
-The operators are built WITH_CUDA over the emulator, so that CPU tensors go to the CUDA kernels, and the tests of the
-operators run on them as they are. And nvcc compiles every kernel file for the GPUs we name.
+The operators are built WITH_CUDA on the emulator, which sends CPU tensors to the CUDA kernels, and the operators' own
+tests run on this build. In addition, nvcc compiles every kernel file for the supported GPUs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.csrc.emulated import FLAGS, ROOT, run
 from tests.csrc.sources import KERNELS
 
 NVCC = shutil.which("nvcc")
-# As setup.py builds the CPU kernels: sums that are not vectorised round more than the operators' tests allow.
+# Flags of setup.py for the CPU kernels: sums that are not vectorised round more than the operators' tests allow.
 AS_BUILT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -31,18 +31,18 @@ AS_BUILT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc/kernels/cuda").glob("*.cu")))
 def test_nvcc_compiles(source: str, arch: str, tmp_path: Path) -> None:
-    """Without a warning."""
+    """Every warning is an error."""
     command = [str(NVCC), "-std=c++17", "-O3", "-Werror", "all-warnings", f"-arch={arch}", f"-I{ROOT / 'csrc'}", "-c"]
     run([*command, str(ROOT / "csrc/kernels/cuda" / source), "-o", str(tmp_path / "kernels.o")])
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 def test_packs_are_read_and_written_at_once(tmp_path: Path) -> None:
-    """In PTX: every access of a kernel over packs of 8 bf16 is 16 bytes wide (nvcc has split stores of structs)."""
+    """In the PTX, every access of a kernel on packs of 8 bf16 is 16 bytes wide (nvcc has split stores of structs)."""
     source, ptx = str(ROOT / "csrc/kernels/cuda/model.cu"), tmp_path / "model.ptx"
     run([str(NVCC), "-std=c++17", "-O3", "-arch=sm_90", f"-I{ROOT / 'csrc'}", "-ptx", source, "-o", str(ptx)])
     bodies = re.findall(r"\.entry \S*(?:turn|gate_\w+?)INS_4bf16ELi8E(.*?)^}", ptx.read_text(), re.M | re.S)
-    assert len(bodies) == 2 + 2 * 3  # turned and back; three gates, forward and backward
+    assert len(bodies) == 2 + 2 * 3  # RoPE forward and backward; three gates, forward and backward
     for body in bodies:
         accesses = re.findall(r"\b(?:ld|st)\.global\.\S+", body)
         assert len(accesses) >= 3 and all(".v4.u32" in access for access in accesses), accesses
@@ -50,7 +50,7 @@ def test_packs_are_read_and_written_at_once(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package whose engine._ops has the CUDA kernels, emulated, in place of the CPU's."""
+    """A copy of the package whose engine._ops has the emulated CUDA kernels instead of the CPU kernels."""
     folder = tmp_path_factory.mktemp("emulated")
     shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns("_ops*", "__pycache__"))
     for name in ("tests", "pyproject.toml", "README.md"):
@@ -62,14 +62,14 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     includes = [f"-I{emulator / 'include'}", f"-I{csrc}", f"-I{home / 'include'}"]
     macros = ['-DWITH_CUDA="8.0"', f'-DBUILT_FOR="{torch.__version__}"']
 
-    def compiled(unit: Path) -> str:
+    def compile_unit(unit: Path) -> str:
         target = str(folder / f"{unit.parent.name}_{unit.name}.o")
         flags = [*FLAGS, *AS_BUILT] if unit in KERNELS else FLAGS
         run(["g++", *flags, "-fopenmp", *macros, *includes, "-x", "c++", "-c", str(unit), "-o", target])
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, units))
+        objects = list(pool.map(compile_unit, units))
     target = folder / "engine" / f"_ops{sysconfig.get_config_var('EXT_SUFFIX')}"
     libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
     run(["g++", "-shared", "-fopenmp", *objects, *libraries, "-o", str(target)])

@@ -1,7 +1,7 @@
 """csrc built with the address and undefined-behaviour sanitizers.
 
-csrc/data runs under the tests of what it does; the CPU kernels of the operators under a driver of their own
-(ops_driver.cpp), without Python and torch.
+csrc/data runs its usual Python tests; the CPU kernels of the operators run in a separate driver (ops_driver.cpp),
+without Python and torch.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ SUITE = [
     "tests/data/samples/test_indexed.py",
     "tests/data/prepare/test_pack.py",
 ]
-# Memory that Python itself keeps to the end is no leak of ours; forks and time limits say nothing under a sanitizer.
-LEFT_OUT = "not heavy and not fork and not layout and not at_once and not fallback"
+# Tests of forks and time limits are meaningless under a sanitizer. Leak detection is off: Python keeps memory to the
+# end.
+TEST_FILTER = "not heavy and not fork and not layout and not at_once and not fallback"
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 
@@ -57,7 +58,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     subprocess.run(command, check=True, capture_output=True, text=True)
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")  # the last: else throw is not intercepted
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")  # without the last, throw is not intercepted
     ]
     environment = os.environ | {
         "LD_PRELOAD": " ".join(libraries),
@@ -68,7 +69,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return folder, environment
 
 
-def in_it(sanitized: tuple[Path, dict[str, str]], *words: str) -> subprocess.CompletedProcess[str]:
+def run_sanitized(sanitized: tuple[Path, dict[str, str]], *words: str) -> subprocess.CompletedProcess[str]:
     folder, environment = sanitized
     return subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=800, check=False
@@ -77,22 +78,24 @@ def in_it(sanitized: tuple[Path, dict[str, str]], *words: str) -> subprocess.Com
 
 @pytest.mark.heavy
 def test_order_blends_and_fuzz_are_clean(sanitized: tuple[Path, dict[str, str]]) -> None:
-    done = in_it(sanitized, "-m", "pytest", "-q", "-x", "-k", LEFT_OUT, "-m", "not heavy", "--timeout", "600", *SUITE)
+    done = run_sanitized(
+        sanitized, "-m", "pytest", "-q", "-x", "-k", TEST_FILTER, "-m", "not heavy", "--timeout", "600", *SUITE
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout or "100%" in done.stdout
 
 
 @pytest.mark.heavy
 def test_it_is_the_sanitized_build_that_runs(sanitized: tuple[Path, dict[str, str]]) -> None:
-    """A clean run proves nothing if another build was loaded: this one has the sanitizer's symbols."""
-    done = in_it(sanitized, "-c", "import engine._index as m; print(m.__file__)")
+    """A clean run is meaningless if another build was loaded: the loaded one has the sanitizer's symbols."""
+    done = run_sanitized(sanitized, "-c", "import engine._index as m; print(m.__file__)")
     assert done.stdout.startswith(str(sanitized[0])), done.stderr
     assert b"__asan_init" in Path(done.stdout.strip()).read_bytes()
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CPU kernels and their driver, one object a file. Without clones: the loader picks too early."""
+    """The CPU kernels and their driver. Without clones, which the loader selects before the sanitizer is ready."""
     folder = tmp_path_factory.mktemp("kernels")
     flags = [*FLAGS, "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-DNO_CLONES", "-w"]
 
@@ -109,7 +112,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("rounds", [40, pytest.param(2000, marks=pytest.mark.heavy)])
 def test_kernels_are_clean(driver: Path, rounds: int) -> None:
-    """Random shapes, no rows, strided heads, documents; scratch memory begins as NaN, so nothing unwritten is read."""
+    """Random shapes, zero rows, strided heads, documents. Fresh memory is NaN, so reads of unwritten values show."""
     options = {"ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000"}
     done = subprocess.run([driver, str(rounds)], env=os.environ | options, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

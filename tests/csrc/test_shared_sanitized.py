@@ -1,7 +1,7 @@
-"""What ranks do in the memory that they share, under the thread, address and undefined-behaviour sanitizers.
+"""The shared-memory transport under the thread, address and undefined-behaviour sanitizers.
 
-A driver without Python (shared_driver.cpp) runs the ranks as threads. That the thread sanitizer sees the protocol is
-proved by weakening it: without any one of its orderings there is a data race.
+A driver without Python (shared_driver.cpp) runs the ranks as threads. To prove that the thread sanitizer checks the
+protocol, each of its memory orderings is weakened in turn, which must cause a data race.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from tests.support.paths import ROOT
 
 UNITS = [ROOT / f"csrc/shared/{x}.cpp" for x in ("channel", "segment", "reduce")]
 UNITS += [ROOT / "tests/csrc/shared_driver.cpp"]
-# Without clones: the loader picks too early. Fences, which this sanitizer does not know, order here only who sleeps.
+# No clones: the loader selects them before the sanitizer is ready. -Wno-tsan: the thread sanitizer ignores fences,
+# which here order only the sleeping of ranks.
 FLAGS = ["-std=c++20", "-O1", "-DNO_CLONES", "-fno-omit-frame-pointer", "-w", "-Wno-tsan"]
 THREAD = [*FLAGS, "-fsanitize=thread"]
 ADDRESS = [*FLAGS, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 
-WEAKER = [  # where, and an ordering that a reader or a writer relies on; one of each direction first
+WEAKER = [  # (file, a memory ordering that a reader or a writer needs), first one of each kind
     ("segment.h", "published.store(++next_, std::memory_order_release)"),
     ("segment.h", "done->load(std::memory_order_acquire)"),
     ("channel.h", "lane.published.load(std::memory_order_acquire)"),
@@ -38,7 +39,7 @@ WEAKER = [  # where, and an ordering that a reader or a writer relies on; one of
 ]
 
 
-def compiled(units: Sequence[Path], flags: Sequence[str], csrc: Path, folder: Path) -> list[str]:
+def compile_units(units: Sequence[Path], flags: Sequence[str], csrc: Path, folder: Path) -> list[str]:
     def build(unit: Path) -> str:
         target = str(folder / f"{unit.stem}.o")
         subprocess.run(["g++", *flags, f"-I{csrc}", "-c", str(unit), "-o", target], check=True)
@@ -48,18 +49,18 @@ def compiled(units: Sequence[Path], flags: Sequence[str], csrc: Path, folder: Pa
         return list(pool.map(build, units))
 
 
-def linked(objects: Sequence[str], flags: Sequence[str], target: Path) -> Path:
+def link(objects: Sequence[str], flags: Sequence[str], target: Path) -> Path:
     subprocess.run(["g++", *flags, *objects, "-o", str(target)], check=True)
     return target
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A prefix for commands with which the thread sanitizer runs here."""
+def tsan_prefix(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command prefix with which the thread sanitizer runs on this machine."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "empty.cpp").write_text("int main() {}\n")
-    program = linked(compiled([folder / "empty.cpp"], THREAD, folder, folder), THREAD, folder / "empty")
-    for prefix in ([], ["setarch", "-R"]):  # it knows fewer layouts of memory than some kernels draw from
+    program = link(compile_units([folder / "empty.cpp"], THREAD, folder, folder), THREAD, folder / "empty")
+    for prefix in ([], ["setarch", "-R"]):  # it fails under the address randomization of some kernels
         if prefix and shutil.which(prefix[0]) is None:
             continue
         done = subprocess.run([*prefix, str(program)], capture_output=True, text=True, check=False)
@@ -69,9 +70,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def threaded(alone: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The objects of the driver for the thread sanitizer, the channel first."""
-    return compiled(UNITS, [*THREAD, "-g"], ROOT / "csrc", tmp_path_factory.mktemp("thread"))
+def tsan_objects(tsan_prefix: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The driver's objects for the thread sanitizer; the first is that of channel.cpp."""
+    return compile_units(UNITS, [*THREAD, "-g"], ROOT / "csrc", tmp_path_factory.mktemp("thread"))
 
 
 def run(program: Path, rounds: int, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -81,21 +82,21 @@ def run(program: Path, rounds: int, prefix: Sequence[str] = ()) -> subprocess.Co
 
 
 @pytest.mark.parametrize("rounds", [6, pytest.param(60, marks=pytest.mark.heavy)])
-def test_ranks_do_not_race(threaded: list[str], alone: list[str], tmp_path: Path, rounds: int) -> None:
-    done = run(linked(threaded, THREAD, tmp_path / "driver"), rounds, alone)
+def test_ranks_do_not_race(tsan_objects: list[str], tsan_prefix: list[str], tmp_path: Path, rounds: int) -> None:
+    done = run(link(tsan_objects, THREAD, tmp_path / "driver"), rounds, tsan_prefix)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{rounds} rounds\n", "")
 
 
 @pytest.fixture(scope="module")
-def addressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def asan_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("address")
-    return linked(compiled(UNITS, ADDRESS, ROOT / "csrc", folder), ADDRESS, folder / "driver")
+    return link(compile_units(UNITS, ADDRESS, ROOT / "csrc", folder), ADDRESS, folder / "driver")
 
 
 @pytest.mark.parametrize("rounds", [15, pytest.param(200, marks=pytest.mark.heavy)])
-def test_nothing_is_read_or_written_beside_a_tensor(addressed: Path, rounds: int) -> None:
-    """Nor one that is gone; nor is anything leaked."""
-    done = run(addressed, rounds)
+def test_no_access_outside_a_tensor(asan_driver: Path, rounds: int) -> None:
+    """The address sanitizer also finds accesses to freed tensors, and leaks."""
+    done = run(asan_driver, rounds)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{rounds} rounds\n", "")
 
 
@@ -103,13 +104,13 @@ def test_nothing_is_read_or_written_beside_a_tensor(addressed: Path, rounds: int
     ("file", "ordered"), [pytest.param(*w, marks=[pytest.mark.heavy] * (i > 1)) for i, w in enumerate(WEAKER)]
 )
 def test_a_weaker_order_is_a_race(
-    threaded: list[str], alone: list[str], tmp_path: Path, file: str, ordered: str
+    tsan_objects: list[str], tsan_prefix: list[str], tmp_path: Path, file: str, ordered: str
 ) -> None:
     csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     text = (csrc / "shared" / file).read_text()
     assert text.count(ordered) == 1
     relaxed = ordered.replace("_release", "_relaxed").replace("_acquire", "_relaxed")
     (csrc / "shared" / file).write_text(text.replace(ordered, relaxed))
-    objects = compiled([csrc / "shared/channel.cpp"], THREAD, csrc, tmp_path) + threaded[1:]
-    done = run(linked(objects, THREAD, tmp_path / "driver"), 20, alone)
+    objects = compile_units([csrc / "shared/channel.cpp"], THREAD, csrc, tmp_path) + tsan_objects[1:]
+    done = run(link(objects, THREAD, tmp_path / "driver"), 20, tsan_prefix)
     assert done.returncode and "ThreadSanitizer: data race" in done.stderr, done.stderr[-2000:]

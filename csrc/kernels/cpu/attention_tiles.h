@@ -1,10 +1,10 @@
 // Causal attention in float32 on tiles of tile.h, forward and backward (the recomputing backward of Dao et al. 2022).
 //
-// One task is a sample and a key/value head; its query heads come one after another, so that with grouped queries the
-// gradients of k and v are summed in one place and no k or v is repeated. Queries go by blocks of rows, few enough that
-// the block's scores over all keys stay in L2, and enough that all keys are not read anew too often; what lies beyond the
-// diagonal is skipped tile by tile, and so is what lies before the first key that a row sees where documents are kept
-// apart. Sums of a row run over the keys in order, one after another: nothing depends on threads or on other samples.
+// One task is one sample and one KV head. Its query heads are processed in sequence, so that with grouped queries the
+// gradients of k and v are summed in one place and k and v are never repeated. Queries are processed in blocks of rows:
+// few enough rows that a block's scores over all keys stay in L2, and enough that the keys are not re-read too often.
+// Tiles beyond the diagonal are skipped, and with document masking also tiles before the first key that a row attends
+// to. The sums of a row run over the keys in order, so results do not depend on threads or on other samples.
 #pragma once
 
 #include <vector>
@@ -16,18 +16,18 @@ namespace trident::TILES {
 
 namespace {
 
-constexpr int64_t SCORES = 64 * 1024;  // floats of a block's scores, if that makes
-constexpr int64_t ROWS = 192;          // so many rows: with 12, a backward over 8,192 keys takes 2.5 times as long
+constexpr int64_t SCORES = 64 * 1024;  // floats of scores per block, unless that gives fewer than
+constexpr int64_t ROWS = 192;          // rows per block: with 12, a backward over 8,192 keys takes 2.5 times as long
 
 int64_t up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
 
-// The first key that each row of a sample sees; non-decreasing.
+// The first key that each row of a sample attends to; non-decreasing.
 struct Begin {
     const int64_t* p;
     int64_t operator[](int64_t row) const { return p ? p[row] : 0; }
 };
 
-// Sizes and strides of one call. ld: keys rounded up to whole tiles; dd: d rounded up; rows: of a block of queries.
+// Sizes and strides of one call. ld, dd: number of keys and d, rounded up to whole tiles; rows: per block of queries.
 struct Plan {
     HeadShape x;
     int64_t ld, dd, rows;
@@ -37,7 +37,7 @@ struct Plan {
     }
 };
 
-// Scratch memory of one thread, by name, kept between calls.
+// Scratch buffers of one thread, by slot, reused across calls.
 struct Scratch {
     std::vector<Buffer> buffers;
     std::vector<int64_t> sizes;
@@ -52,18 +52,18 @@ enum Slot : size_t { SCORE, SLOPE, KEYS, VALUES, KEYS_BY_D, QUERY, GRAD, ROW, QU
 
 TILE_TARGET_BEGIN
 
-// Panels of `lines` of x along d, as the left (W = MR) or right (W = NR) operand of a product over d.
+// Packs `lines` positions of x as the left (W = MR) or right (W = NR) operand of a matmul that sums over d.
 template <int64_t W>
 void pack_over_d(Heads<const float> x, int64_t first, int64_t lines, int64_t d, float* to) {
     pack<W>(x.p + first * x.position, x.position, 1, lines, d, to);
 }
 
-// The right operand of a product over positions: panels [d / NR][count][NR].
+// Packs the right operand of a matmul that sums over positions: panels [d / NR][count][NR].
 void pack_over_positions(Heads<const float> x, int64_t first, int64_t count, int64_t d, float* to) {
     pack<NR>(x.p + first * x.position, 1, x.position, d, count, to);
 }
 
-// out[MR i .. ][keys] = a b for the keys that each panel of rows sees, from a whole tile's begin on.
+// out[MR i .. ][keys] = a b for the keys that each panel of rows attends to, from the start of a whole tile.
 void scores(const Plan& plan, Begin begin, int64_t q0, int64_t rows, const float* a, const float* b, float* out) {
     const int64_t d = plan.x.d;
     for (int64_t i = 0; i < rows; i += MR) {
@@ -73,8 +73,8 @@ void scores(const Plan& plan, Begin begin, int64_t q0, int64_t rows, const float
     }
 }
 
-// Row of position p: scores -> exp(scale (x - max)) from key `begin` to p, zeros in the rest of [low, end). Returns the
-// sum; *peak: scale max.
+// For the row of position p: scores -> exp(scale (x - max)) at keys [begin, p], zeros in the rest of [low, end).
+// Returns the sum of the exponentials; *peak = scale * max.
 float exponentials(float* x, int64_t low, int64_t begin, int64_t p, int64_t end, float scale, float* peak) {
     float top = x[begin], sum = 0;
 #pragma omp simd reduction(max : top)
@@ -125,8 +125,8 @@ void forward_head(const Plan& plan, Begin begin, Heads<const float> q, const flo
     }
 }
 
-// Probabilities into p (from scores) and gradients of the scores into g (from those of the probabilities), of one row
-// that sees [begin, position]; zeros in the rest of [low, end).
+// For one row that attends to keys [begin, position]: p from scores to probabilities, g from gradients of the
+// probabilities to gradients of the scores; zeros in the rest of [low, end).
 void slopes(float* p, float* g, int64_t low, int64_t begin, int64_t position, int64_t end, float scale, float lse,
             float delta) {
 #pragma omp simd
@@ -141,13 +141,13 @@ void slopes(float* p, float* g, int64_t low, int64_t begin, int64_t position, in
     }
 }
 
-// to[key] += sum over the block's rows of a[row][key] b[row], for all keys that some row sees.
+// to[key] += sum over the block's rows of a[row][key] b[row], for all keys that any row attends to.
 void add_by_keys(const Plan& plan, Begin begin, int64_t q0, int64_t rows, const float* a, const float* b,
                  Heads<float> to) {
     const int64_t s = plan.x.s, d = plan.x.d, seen = std::min(s, q0 + rows);
-    int64_t last = 0;  // rows from it on see keys after j's tile only
+    int64_t last = 0;  // rows from here on attend only to keys after j's tile
     for (int64_t j = begin[q0] / MR * MR; j < seen; j += MR) {
-        const int64_t first = std::max<int64_t>(0, (j - q0) / MR * MR);  // rows before it do not see key j
+        const int64_t first = std::max<int64_t>(0, (j - q0) / MR * MR);  // rows before it do not attend to key j
         while (last < rows && begin[q0 + last] < j + MR) last++;
         if (last <= first) continue;
         for (int64_t c = 0; c < d; c += NR)
@@ -181,7 +181,7 @@ void backward_head(const Plan& plan, Begin begin, Heads<const float> q, Heads<co
                 float delta = 0;
 #pragma omp simd reduction(+ : delta)
                 for (int64_t c = 0; c < d; c++) delta += g[c] * o[c];
-                // from whole tiles of keys that may read this row
+                // zero from the start of a whole tile, because add_by_keys reads whole tiles of keys
                 const int64_t from = std::min(low, begin[row] / MR * MR), end = up(std::min(last, q0 + i + MR), MR);
                 slopes(score + (i + r) * ld, slope + (i + r) * ld, from, begin[row], row, std::min(end, ld), plan.scale,
                        lse[row], delta);

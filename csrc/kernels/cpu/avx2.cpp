@@ -1,4 +1,4 @@
-// Products and attention with AVX2.
+// GEMM and attention with AVX2.
 
 #include "kernels/cpu/tiles.h"
 

@@ -1,4 +1,4 @@
-// Products and attention with AVX-512.
+// GEMM and attention with AVX-512.
 
 #include "kernels/cpu/tiles.h"
 

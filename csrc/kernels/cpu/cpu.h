@@ -1,6 +1,6 @@
-// What the CPU kernels of kernels/kernels.h share. Every body is compiled for AVX-512, AVX2 and plain x86-64, and the loader
-// picks (CLONES); on other processors once. Loops are written so that gcc vectorises them. Clones cannot be templates:
-// each file has one set of plain functions for each type, by a macro.
+// Shared by the CPU kernels of kernels/kernels.h. Every function marked CLONES is compiled for AVX-512, AVX2 and
+// baseline x86-64, and the loader selects one; on other processors it is compiled once. Loops are written so that gcc
+// vectorises them. Clones cannot be templates, so each file defines plain functions for each type.
 #pragma once
 
 #include <algorithm>
@@ -25,21 +25,21 @@ INLINE float wide(f16 x) { return float(__builtin_bit_cast(_Float16, x.bits)); }
 
 INLINE void put(float& to, float x) { to = x; }
 INLINE void put(double& to, double x) { to = x; }
-INLINE void put(bf16& to, float x) {  // to nearest, ties to even; NaN stays NaN
+INLINE void put(bf16& to, float x) {  // round to nearest, ties to even; NaN stays NaN
     const uint32_t u = __builtin_bit_cast(uint32_t, x), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     to.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 INLINE void put(f16& to, float x) { to.bits = __builtin_bit_cast(uint16_t, _Float16(x)); }
 
-// x as T keeps it.
+// x rounded to T.
 template <class T>
 INLINE Wide<T> rounded(Wide<T> x) {
-    T kept;
-    put(kept, x);
-    return wide(kept);
+    T narrow;
+    put(narrow, x);
+    return wide(narrow);
 }
 
-// f(begin, end) over parts of [0, count), one a thread; tiny work stays on this thread.
+// f(begin, end) over parts of [0, count), one per thread; small work stays on the calling thread.
 template <class F>
 void split(int64_t count, int64_t work, int threads, F f) {
     const int64_t parts = work < (1 << 15) ? 1 : std::min<int64_t>(threads, count);

@@ -8,11 +8,11 @@ namespace trident {
 
 inline __attribute__((always_inline)) double exp_of(double x) { return std::exp(x); }
 
-// To 1e-7 relative (Cephes' polynomial), 0 below -87, written without branches.
+// Relative error at most 1e-7 (the polynomial of Cephes); 0 below -87; without branches.
 inline __attribute__((always_inline)) float exp_of(float x) {
     float c = x < -87.0f ? -87.0f : x;
     c = c > 88.7f ? 88.7f : c;
-    const float n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // to nearest
+    const float n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to nearest
     const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;

@@ -1,12 +1,12 @@
 // C (+)= A B in float32 (Goto & van de Geijn 2008: pack blocks, keep a tile of C in registers).
 //
-// Why our own: MKL, which torch calls, reaches 0.82 of the FMA peak of a Zen 4, this 0.92; on a Zen 3 (no AVX-512)
-// this is 1.23 times as fast at 4096^3 (docs/performance.md). On processors that are not AMD's `sgemm_wins` says no. And
-// here the result of a row never depends on how many rows a call has, nor on the number of threads: each element is one
-// running sum over k, in blocks whose borders depend on K only.
+// Why a custom GEMM: on a Zen 4, MKL, which torch calls, reaches 0.82 of the FMA peak, this one 0.92; on a Zen 3 (no
+// AVX-512) this one is 1.23 times as fast as MKL at 4096^3 (docs/performance.md). On processors not made by AMD,
+// `sgemm_wins` returns false. Also, a row of the result never depends on the number of rows of the call or on the
+// number of threads: each element is one running sum over k, in blocks whose boundaries depend only on K.
 //
-// A block of B (up to 512 x 256, 512 KiB; with AVX2 half of it) stays in L2 while the panels of A stream past it. Threads
-// share C by columns or rows, whichever there are more of, and pack for themselves: no barrier.
+// A block of B (up to 512 x 256, 512 KiB; half of that with AVX2) stays in L2 while the panels of A stream past it.
+// Threads divide C by columns or by rows, whichever are more, and each packs its own blocks, so no barrier is needed.
 #pragma once
 
 #include "kernels/cpu/tile.h"
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t KC = 512, NC = 8 * NR, MC = 150 * MR;
 
-// Packing buffers live as long as their thread: a step makes hundreds of products.
+// Packing buffers live as long as their thread, because a step calls hundreds of GEMMs.
 struct Workspace {
     Buffer a, b;
     int64_t a_size = 0, b_size = 0;

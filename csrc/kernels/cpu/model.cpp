@@ -1,4 +1,4 @@
-// Gated products, RoPE and cross entropy on the CPU.
+// Gated activations, RoPE and cross entropy on the CPU.
 
 #include <cstring>
 
@@ -9,9 +9,9 @@ namespace trident {
 
 namespace {
 
-// ---- gated products: act(gate) * up
+// ---- gated activations: act(gate) * up
 
-// The activations of kernels.h's Kind: their value at x, and with it their slope.
+// The activations of Kind (kernels.h): the value at x, or the value and the derivative.
 
 template <class W>
 struct Silu {
@@ -23,13 +23,14 @@ struct Silu {
     }
 };
 
-// Standard normal: its density, and its integral up to x.
+// The standard normal distribution: density and CDF at x.
 INLINE double normal(double x, double* density) {
     *density = 0.3989422804014327 * std::exp(-0.5 * x * x);
     return 0.5 * std::erfc(-0.7071067811865476 * x);
 }
 
-// Within 1e-7, also relative to small values: erfc(z) = exp(-z^2) t Q(t), t = 1 / (1 + 0.4 z), Q fitted to 2e-9 on [0, 7].
+// Error at most 1e-7, also relative to small values: erfc(z) = exp(-z^2) t Q(t), t = 1 / (1 + 0.4 z), Q fitted to 2e-9
+// on [0, 7].
 INLINE float normal(float x, float* density) {
     const float e = exp_of(-0.5f * x * x), t = 1.0f / (1.0f + 0.4f * 0.70710678f * std::fabs(x));
     float q = -3.613690658e-2f;
@@ -92,7 +93,7 @@ INLINE void gated_row_backward(const T* grad, const T* gate, const T* up, T* gga
     }
 }
 
-// ---- RoPE: one head of one position. sign -1 turns back.
+// ---- RoPE of one head at one position. sign -1 rotates back.
 
 template <class T>
 INLINE void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t r, int64_t d, Wide<T> sign) {
@@ -112,7 +113,7 @@ INLINE void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t r, int6
 template <class T>
 INLINE void stats_row(const T* x, int64_t target, Wide<T>* peak, Wide<T>* sum, Wide<T>* at, int64_t valid) {
     using W = Wide<T>;
-    constexpr int64_t BLOCK = 2048;  // stays in the first cache between its maximum and its sum
+    constexpr int64_t BLOCK = 2048;  // stays in L1 between the pass for the maximum and the pass for the sum
     W best = -INFINITY, total = 0;
     for (int64_t i0 = 0; i0 < valid; i0 += BLOCK) {
         const int64_t i1 = std::min(valid, i0 + BLOCK);

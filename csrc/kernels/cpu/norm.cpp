@@ -1,4 +1,4 @@
-// RMSNorm and LayerNorm on the CPU. A row is read from memory once: what follows finds it in the first cache.
+// RMSNorm and LayerNorm on the CPU. A row is read from memory once; later passes over it read from L1.
 
 #include <vector>
 
@@ -8,7 +8,7 @@ namespace trident {
 
 namespace {
 
-// sum = x + residual, as T keeps it.
+// sum = x + residual, rounded to T.
 template <class T>
 INLINE void add_row(const T* x, const T* residual, T* sum, int64_t h) {
 #pragma omp simd
@@ -32,7 +32,8 @@ INLINE void rms_row(const T* x, const T* w, T* y, Wide<T>* scale, int64_t h, dou
     }
 }
 
-// gx, with the gradient `more` of the sum if there is one, and the row's part of the weight's gradient added to gw.
+// Computes gx, plus the gradient `more` of the residual sum if not null, and adds the row's part of the weight's
+// gradient to gw.
 template <class T>
 INLINE void rms_row_backward(const T* g, const T* more, const T* x, const T* w, Wide<T> s, T* gx, Wide<T>* gw,
                              int64_t h, Wide<T> offset) {
@@ -128,8 +129,8 @@ FOR_TYPE(double)
 FOR_TYPE(bf16)
 FOR_TYPE(f16)
 
-// Sums over all rows of `width` numbers that f(first row, last row, to) adds up: blocks of rows first, then the blocks in
-// turn, so that the order of a sum follows from the number of rows, not from the threads.
+// Sums `width` numbers over all rows; f(first row, last row, to) adds up a block of rows. The blocks are then added in
+// sequence, so that the order of a sum depends on the number of rows, not on the threads.
 template <class W, class F>
 std::vector<W> sum_by_blocks(int64_t rows, int64_t width, int threads, F f) {
     constexpr int64_t BLOCK = 64;

@@ -1,4 +1,4 @@
-// The optimizer's passes over flat buckets on the CPU: AdamW, and sums of squares for the gradient norm.
+// The optimizer's kernels on flat buckets on the CPU: AdamW, and sums of squares for the gradient norm.
 
 #include <vector>
 
@@ -70,7 +70,7 @@ void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how
                        W(std::sqrt(correction2)),
                        W(how.eps),
                        W(how.scale)};
-    constexpr int64_t BLOCK = 4096;  // masters are still in the first cache when they are rounded
+    constexpr int64_t BLOCK = 4096;  // master weights are still in L1 when they are rounded
     split((n + BLOCK - 1) / BLOCK, n, threads, [=](int64_t a, int64_t z) {
         for (int64_t i = a * BLOCK; i < std::min(n, z * BLOCK); i += BLOCK) {
             const int64_t count = std::min(BLOCK, n - i);
@@ -82,9 +82,9 @@ void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how
 
 template <class T>
 void sum_squares(const T* x, int64_t, const int64_t* bounds, double* out, int64_t k, int threads) {
-    // counted from a range's own begin: its sum does not depend on its place or on threads
+    // blocks count from the start of a range, so that its sum does not depend on its place or on the threads
     constexpr int64_t BLOCK = 8192;
-    std::vector<int64_t> first(size_t(k) + 1, 0);  // block number at which each range begins
+    std::vector<int64_t> first(size_t(k) + 1, 0);  // number of the first block of each range
     for (int64_t i = 0; i < k; i++)
         first[size_t(i) + 1] = first[size_t(i)] + (bounds[2 * i + 1] - bounds[2 * i] + BLOCK - 1) / BLOCK;
     const int64_t blocks = first.back();

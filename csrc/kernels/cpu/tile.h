@@ -1,9 +1,9 @@
-// What products are made of: a tile of C in registers, and packing for it. For gemm_tiles.h and attention_tiles.h, which
-// avx512.cpp and avx2.cpp compile, each with TILES its name: the namespace that all of this then lies in.
+// The building blocks of GEMM: a tile of C in registers, and the packing of operands. For gemm_tiles.h and
+// attention_tiles.h, which avx512.cpp and avx2.cpp compile into a namespace of their name (TILES).
 //
-// With AVX-512 a tile is 14 x 32: 28 accumulators, two vectors of B, one broadcast of A; with AVX2 6 x 16: 12 of 16
-// registers. The terms of each element are added in the order of k, one after another: the result does not depend on
-// where the element lies in its tile.
+// With AVX-512 a tile is 14 x 32: 28 accumulators, two vectors of B, one broadcast of A. With AVX2 it is 6 x 16: 12 of
+// the 16 registers. The terms of each element are added in the order of k, so the result does not depend on the
+// element's place in its tile.
 #pragma once
 
 #include <algorithm>
@@ -48,8 +48,8 @@ TILE_TARGET_BEGIN
 typedef float Vector __attribute__((vector_size(4 * V), aligned(4 * V)));
 typedef float Anywhere __attribute__((vector_size(4 * V), aligned(4)));
 
-// dst[p * width + i] = src[i * line + p] for V p and `count` <= V i. Writes V values at each p, the last of which the
-// next p (or the next panel) writes again: there must be room for two more behind the end.
+// dst[p * width + i] = src[i * line + p] for V values of p and `count` <= V values of i. Writes V values at each p; the
+// surplus ones are overwritten by the next p (or the next panel), so dst needs space for two more values at its end.
 #if WITH_AVX512
 inline __attribute__((always_inline)) void transpose(const float* src, int64_t line, int64_t count, float* dst,
                                                      int64_t width) {
@@ -101,7 +101,7 @@ inline __attribute__((always_inline)) void transpose(const float* src, int64_t l
 // Panels of W lines (rows of A, columns of B): dst[panel][k][W]. line: stride between lines, step: along k.
 template <int64_t W>
 inline void pack(const float* src, int64_t line, int64_t step, int64_t lines, int64_t k, float* dst) {
-    if (line == 1) {  // lines lie side by side: copy runs, several panels at a time to stay within a page
+    if (line == 1) {  // adjacent lines are contiguous: copy runs, several panels at a time to stay within a page
         constexpr int64_t GROUP = 8 * W;
         for (int64_t l0 = 0; l0 < lines; l0 += GROUP) {
             int64_t group = std::min(GROUP, lines - l0);
@@ -135,7 +135,7 @@ inline void pack(const float* src, int64_t line, int64_t step, int64_t lines, in
     }
 }
 
-// c[MR][NR] (+)= a[k][MR]^T b[k][NR]; a_step: from one k of a to the next.
+// c[MR][NR] (+)= a[k][MR]^T b[k][NR]; a_step: stride of a along k.
 inline __attribute__((always_inline)) void tile(int64_t k, const float* a, int64_t a_step, const float* b, float* c,
                                                 int64_t ldc, bool add) {
     Vector acc[MR][2];
@@ -164,7 +164,7 @@ inline __attribute__((always_inline)) void tile(int64_t k, const float* a, int64
         }
 }
 
-// The same where only rows x cols of the tile are there.
+// The same for a partial tile of rows x cols.
 inline void tile_part(int64_t k, const float* a, int64_t a_step, const float* b, float* c, int64_t ldc, bool add,
                       int64_t rows, int64_t cols) {
     if (rows >= MR && cols >= NR) return tile(k, a, a_step, b, c, ldc, add);

@@ -1,4 +1,4 @@
-// Which tiles run: the widest that this processor has.
+// Selects the widest tiles that this processor supports.
 
 #include "kernels/cpu/tiles.h"
 
@@ -24,7 +24,7 @@ bool sgemm_wins() {
 }
 
 void sgemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, bool add, int threads) {
-    widest()->product(m, n, k, a, b, c, ldc, add, threads);
+    widest()->gemm(m, n, k, a, b, c, ldc, add, threads);
 }
 
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, const int64_t* begin, float* out,

@@ -1,4 +1,4 @@
-// Products and attention on tiles (tile.h), compiled once for each width of vectors; tiles.cpp picks.
+// GEMM and attention on tiles (tile.h), compiled once for each vector width; tiles.cpp selects one.
 #pragma once
 
 #include "kernels/cpu/gemm.h"
@@ -8,12 +8,12 @@ namespace trident {
 
 struct Tiles {
     const char* name;
-    decltype(&sgemm) product;
+    decltype(&sgemm) gemm;
     decltype(&attention) forward;
     decltype(&attention_backward) backward;
 };
 
-// Null where this processor has not what they need, or the compiler was not gcc for x86-64.
+// Null if the processor lacks the instructions, or the compiler was not gcc for x86-64.
 const Tiles* avx512_tiles();
 const Tiles* avx2_tiles();
 

@@ -1,7 +1,7 @@
-// What the CUDA kernels share: types, 16-byte accesses, sums over the threads of a row, launches. No torch.
+// Shared by the CUDA kernels: types, 16-byte accesses, reductions over the threads of a row, launches. No torch.
 //
-// Also compiled by g++ with tests/csrc/cuda_emulator/include in place of CUDA's headers: hence no <<<>>>, and one array of
-// shared memory. Offsets are 64-bit throughout.
+// g++ compiles the kernels too, with tests/csrc/cuda_emulator/include in place of CUDA's headers, so there is no <<<>>>
+// and only one array of shared memory. All offsets are 64-bit.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,7 +35,7 @@ __device__ __forceinline__ T narrow(Wide<T> x) {
         return x;
 }
 
-// N values that are read and written at once; at 16 bytes one instruction does it.
+// N values that are loaded and stored together; 16 bytes take one instruction.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
     T at[N];
@@ -48,7 +48,7 @@ template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load(const T* from) {
     return *reinterpret_cast<const Pack<T, N>*>(from);
 }
-// By the intrinsic for a plain store of a vector: assigned structs are often written value by value (seen in nvcc 13's PTX).
+// Uses the intrinsic of a plain vector store: nvcc 13 often stores assigned structs value by value (seen in its PTX).
 template <int N, class T>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& x) {
     if constexpr (sizeof(T) == 2 && N > 1) {
@@ -66,13 +66,14 @@ __device__ __forceinline__ void store(T* to, const Pack<T, N>& x) {
     }
 }
 
-// Whether rows of `width` values that begin here can be read as packs: every pointer and the width are multiples.
+// Whether rows of `width` values at these pointers can be accessed as packs: pointers and width are multiples of a
+// pack.
 template <class T, class... Pointer>
 bool packs(int64_t width, const Pointer*... p) {
     return width % FULL<T> == 0 && ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
 }
 
-// f(integral constant): the values in a pack, FULL where all that is packed allows it, else 1.
+// Calls f(integral constant) with the number of values per pack: FULL if `full`, else 1.
 template <class T, class F>
 void by_pack(bool full, F f) {
     if (full)
@@ -81,11 +82,11 @@ void by_pack(bool full, F f) {
         f(std::integral_constant<int, 1>());
 }
 
-// ---- teams: the threads that work on one row, threadIdx.x of a block whose threadIdx.y are rows
+// ---- teams: the threads that work on one row. In a block, threadIdx.x is the thread of a team, threadIdx.y the row.
 
 constexpr int TEAM_MIN = 8, TEAM_MAX = 512, BLOCK = 256;  // powers of two
 
-// The team for rows of so many packs, of which a thread takes `each` at a time.
+// The team size for rows of this many packs, if a thread processes `each` packs at a time.
 inline int team_for(int64_t packs, int each) {
     int team = TEAM_MIN;
     while (team < TEAM_MAX && int64_t(team) * each < packs) team *= 2;
@@ -95,15 +96,15 @@ inline dim3 block_of(int team) { return dim3(team, team < BLOCK ? BLOCK / team :
 
 constexpr size_t TEAM_BYTES = TEAM_MAX / 32 * sizeof(double);  // shared memory that `over_team` needs
 
-// op over the values of a team's threads, in an order that depends on the team's size only; every thread gets it. All
-// threads of the block must call it.
+// Reduces the values of a team's threads with op, in an order that depends only on the team size; every thread gets the
+// result. All threads of the block must call it.
 template <class W, class F>
 __device__ W over_team(W x, F op) {
     const int team = blockDim.x;
     for (int with = (team < 32 ? team : 32) / 2; with > 0; with /= 2) x = op(x, __shfl_xor_sync(0xffffffff, x, with));
     if (team <= 32) return x;
     W* parts = reinterpret_cast<W*>(shared_memory) + threadIdx.y * (team / 32);
-    __syncthreads();  // what was here before has been read
+    __syncthreads();  // earlier values have been read
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
     x = parts[0];
@@ -121,7 +122,7 @@ inline void check(cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Multiprocessors of the current device.
+// The number of multiprocessors of the current device.
 inline int processors() {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
@@ -129,7 +130,7 @@ inline int processors() {
     return count;
 }
 
-// Blocks that fill the device `times` over, or fewer if the work ends before.
+// The number of blocks: `times` per multiprocessor, or fewer if `wanted` is smaller.
 inline unsigned blocks_for(int64_t wanted, int times) {
     const int64_t most = int64_t(processors()) * times;
     return unsigned(wanted < 1 ? 1 : wanted < most ? wanted : most);

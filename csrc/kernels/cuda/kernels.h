@@ -1,5 +1,5 @@
-// The CUDA kernels behind the operators: those of kernels/kernels.h with a queue in place of threads. Pointers are to memory of the
-// current device; nothing waits. No torch.
+// The CUDA kernels behind the operators: as in kernels/kernels.h, with a Queue instead of `threads`. Pointers are to
+// memory of the current device. Calls are asynchronous. No torch.
 #pragma once
 
 #include <functional>
@@ -8,8 +8,8 @@
 
 namespace trident {
 
-// Where kernels go. scratch: memory of the current device, which nothing else uses until what was queued before the Queue
-// ended has run.
+// The stream of the kernels. scratch: allocates memory of the current device, which stays unused by others until all
+// kernels that were queued during the lifetime of the Queue have run.
 struct Queue {
     void* stream;  // cudaStream_t
     std::function<void*(size_t bytes)> scratch;
@@ -50,7 +50,7 @@ void softmax_gradient(T* logits, const int64_t* target, const Wide<T>* peak, con
 template <class W, class T>
 void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how, const Queue& queue);
 
-// bounds lie on the device too, where nobody has looked at them: one that is no range of [0, n) gives NaN.
+// bounds are on the device and therefore unchecked: an entry that is not a range of [0, n) gives NaN.
 template <class T>
 void sum_squares(const T* x, int64_t n, const int64_t* bounds, double* out, int64_t k, const Queue& queue);
 

@@ -1,4 +1,4 @@
-// Gated products, RoPE and the two passes of the cross entropy on a GPU: each reads its inputs once and writes once.
+// Gated activations, RoPE and the two passes of the cross entropy on a GPU. Each reads its inputs once and writes once.
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/kernels.h"
@@ -9,14 +9,15 @@ namespace cuda {
 
 namespace {
 
-// ---- gated products: threads of a block lie along f, further rows of blocks along the rows
+// ---- gated activations: blockIdx.x and threadIdx.x run along f, blockIdx.y and threadIdx.y along the rows
 
 template <class W>
 struct Gate {
     W value, slope;
 };
 
-// The activation and its derivative. x is multiplied last: where the other factor is 0, minus infinity gives NaN as in torch.
+// The activation and its derivative. x is multiplied last, so that minus infinity times a factor of 0 gives NaN as in
+// torch.
 template <int KIND, class W>
 __device__ __forceinline__ Gate<W> gate_of(W x) {
     if constexpr (KIND == SILU) {
@@ -32,7 +33,7 @@ __device__ __forceinline__ Gate<W> gate_of(W x) {
     }
 }
 
-// f(begin of a pack in [.., f], begin of its gate in [.., 2 f]) for every pack of this thread.
+// Calls run(offset of a pack in [.., f], offset of its gate in [.., 2 f]) for every pack of this thread.
 template <int N, class F>
 __device__ __forceinline__ void each_pack(int64_t rows, int64_t f, F run) {
     for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(BLOCK)
     });
 }
 
-// f(block, grid, pack size, kind) for rows of width f.
+// Calls f(block, grid, pack size, kind) for rows of width f.
 template <class T, class F>
 void by_shape(bool packed, int kind, int64_t rows, int64_t f, F run) {
     if (rows == 0 || f == 0) return;
@@ -85,8 +86,8 @@ void by_shape(bool packed, int kind, int64_t rows, int64_t f, F run) {
     });
 }
 
-// ---- RoPE: blockIdx.x is a position of a sample, threadIdx.y a head. A head has r / 2 pairs that are turned (or, of v,
-// copied), and d - r single values; both in packs.
+// ---- RoPE: blockIdx.x is a position of a sample, threadIdx.y a head. Of a head, r / 2 pairs are rotated (in v:
+// copied) and d - r single values are copied, both in packs.
 
 template <class T>
 struct Turn {
@@ -153,20 +154,20 @@ void run_turn(Turn<T> a, const Queue& queue) {
     by_pack<T>(packed, [&](auto n) {
         const int team = std::min(team_for((half + x.d - x.r) / n, 1), BLOCK);
         const dim3 block(team, BLOCK / team);
-        const int64_t most = (heads + block.y - 1) / block.y;  // blocks along the heads, where positions are too few
+        const int64_t most = (heads + block.y - 1) / block.y;  // blocks along the heads, if there are too few positions
         const int64_t wanted = std::clamp<int64_t>(int64_t(processors()) * 8 / rows, 1, std::min<int64_t>(most, 65535));
         launch(turn<T, n, BACK>, dim3(unsigned(std::min<int64_t>(rows, 1 << 30)), unsigned(wanted)), block, 0,
                queue.stream, a);
     });
 }
 
-// ---- cross entropy: a team a row. Rows may begin anywhere, as vocabularies are odd: what comes before and after the
-// packs of a row is taken one by one.
+// ---- cross entropy: one team per row. Rows can start at any alignment, as vocabulary sizes may be odd, so the values
+// before the first and after the last whole pack of a row are processed one by one.
 
 template <class T>
 struct Row {
     T* x;
-    int64_t head, packs, tail, v;  // values before the packs; packs; where the values after them begin; and end
+    int64_t head, packs, tail, v;  // values before the packs; packs; start and end of the values after them
 
     __device__ Row(T* begin, int64_t count) : x(begin), v(count) {
         const int64_t off = int64_t(reinterpret_cast<uintptr_t>(begin) % 16 / sizeof(T));
@@ -176,7 +177,8 @@ struct Row {
         tail = head + packs * FULL<T>;
     }
 
-    // f(values, how many, index of the first) over this thread's part. Several packs are asked for before one is used.
+    // Calls run(pack, index of its first value) for this thread's part. Several packs are loaded before the first is
+    // used.
     template <class F>
     __device__ __forceinline__ void each(F run) const {
         constexpr int N = FULL<T>, AHEAD = 4;
@@ -200,7 +202,7 @@ struct Row {
     }
 };
 
-// For logits: __expf is 2 ulp off near 0 and more far below, where what it gives no longer counts in a sum.
+// For logits: the error of __expf is 2 ulp near 0, and larger only for values so small that they do not affect a sum.
 __device__ __forceinline__ float soft_exp(float x) { return __expf(x); }
 __device__ __forceinline__ double soft_exp(double x) { return std::exp(x); }
 
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(TEAM_MAX)
     for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < rows; first += int64_t(gridDim.x) * blockDim.y) {
         const int64_t number = first + threadIdx.y;
         const bool there = number < rows;
-        W peak = -INFINITY, sum = 0;  // online: sum is of exp(x - peak), whatever the peak has been so far
+        W peak = -INFINITY, sum = 0;  // online softmax: sum of exp(x - peak), with the peak so far
         if (there) {
             Row<const T>(logits + number * v, valid).each([&](const auto& values, int64_t) {
                 constexpr int N = sizeof(values.at) / sizeof(T);
@@ -219,7 +221,7 @@ __global__ void __launch_bounds__(TEAM_MAX)
 #pragma unroll
                 for (int j = 0; j < N; j++) top = wide(values.at[j]) > top ? wide(values.at[j]) : top;
                 if (top > peak) {
-                    sum *= soft_exp(peak - top);  // 0 the first time
+                    sum *= soft_exp(peak - top);  // a factor of 0 the first time
                     peak = top;
                 }
                 const W shift = peak == -INFINITY ? W(0) : peak;

@@ -1,7 +1,7 @@
-// RMSNorm and LayerNorm on a GPU. A team of threads has a row: what it reads stays in registers until it is written, so
-// memory is read once and written once. A thread keeps to its columns from row to row: their weights are read once, and
-// their gradients add up in registers. Then each team writes one row of partial sums, and a second kernel adds those rows in
-// a fixed order; no atomics, so the same device gives the same bits.
+// RMSNorm and LayerNorm on a GPU. A team of threads processes a row and keeps it in registers until the output is
+// written, so memory is read once and written once. A thread has the same columns in all rows, so it loads their
+// weights once and accumulates their gradients in registers. Each team then writes one row of partial sums, and a
+// second kernel adds these rows in a fixed order. There are no atomics, so the same device gives the same bits.
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/kernels.h"
@@ -12,7 +12,7 @@ namespace cuda {
 
 namespace {
 
-constexpr int KEEP = 2;  // packs of a row that a thread holds; of wider rows the rest is read again, from a cache
+constexpr int KEEP = 2;  // packs of a row that a thread holds in registers; the rest is re-read from cache
 
 template <class T>
 struct Forward {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(TEAM_MAX) forward(Forward<T> a) {
             for (int j = 0; j < N; j++) x.at[j] = narrow<T>(wide(x.at[j]) + wide(y.at[j]));
             store(a.sum + begin + i * N, x);
         };
-        const auto total = [&](auto of) {  // of every value of the row
+        const auto total = [&](auto of) {  // sum of of(value) over the row
             W part = 0;
 #pragma unroll
             for (int k = 0; k < KEEP; k++)
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(TEAM_MAX) backward(Backward<T> a) {
         const int64_t i = threadIdx.x + k * team;
         if ((mine[k] = i < packs)) weight[k] = load<N>(a.w + i * N);
     }
-    for (int64_t i = rest; i < packs; i += team)  // sums of columns beyond: no other thread touches them
+    for (int64_t i = rest; i < packs; i += team)  // columns beyond KEEP packs; no other thread uses them
         for (int j = 0; j < N; j++) {
             parts_w[i * N + j] = 0;
             if (CENTRED) parts_b[i * N + j] = 0;
@@ -200,9 +200,9 @@ struct Sums {
     T* to[2];
 };
 
-constexpr int COLUMNS = 32, RUNS = 16;  // of a block: a thread adds every RUNS-th row of its column
+constexpr int COLUMNS = 32, RUNS = 16;  // shape of a block; a thread adds every RUNS-th row of its column
 
-// to[blockIdx.y][column] = the sum over `teams` rows of parts [gridDim.y, teams, h].
+// to[blockIdx.y][column] = the sum of parts [gridDim.y, teams, h] over the teams.
 template <class T>
 __global__ void add_parts(const Wide<T>* parts, int64_t teams, int64_t h, Sums<T> sums) {
     using W = Wide<T>;

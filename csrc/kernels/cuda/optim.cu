@@ -1,4 +1,4 @@
-// What the optimizer does to flat buckets, on a GPU.
+// The optimizer's kernels on flat buckets on a GPU: AdamW, and sums of squares for the gradient norm.
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/kernels.h"
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(BLOCK) adamw_step(Flat<W, T> a, Factors<W> f) 
     for (; i < packs; i += step) update<N>(a, i * N, f);
 }
 
-// ---- sums of squares: every block takes its share of every range, another one of each so that all have work
+// ---- sums of squares: every block processes one share of every range, a different share in each, to balance the load
 
 constexpr int SHARES = 512, AHEAD = 4;
 
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(BLOCK)
             const int64_t off = int64_t(reinterpret_cast<uintptr_t>(x + begin) % 16 / sizeof(T)), count = end - begin;
             const int64_t head = off == 0 ? 0 : N - off < count ? N - off : count, packs = (count - head) / N;
             const int64_t tail = head + packs * N, step = int64_t(SHARES) * BLOCK;
-            if (share == 0) {  // what the packs leave at both ends, less than a block
+            if (share == 0) {  // the values before and after the packs, fewer than a block has threads
                 if (threadIdx.x < head) sum += square(x[begin + threadIdx.x]);
                 if (tail + threadIdx.x < count) sum += square(x[begin + tail + threadIdx.x]);
             }
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(BLOCK)
                         for (int j = 0; j < N; j++) sum += square(kept[a].at[j]);
             }
         }
-        if (share == 0 || share * BLOCK * N < end - begin) sum = team_sum(sum);  // the same for all threads
+        if (share == 0 || share * BLOCK * N < end - begin) sum = team_sum(sum);  // the same condition for all threads
         if (threadIdx.x == 0) parts[range * SHARES + share] = sum;
     }
 }

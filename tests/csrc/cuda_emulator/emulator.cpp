@@ -1,14 +1,14 @@
 // Runs kernels on the CPU: see include/cuda_runtime.h.
 //
-// The order of execution is the worst that CUDA allows, drawn anew from a seed for each block and again after each block
-// barrier: warps go one after another in a random order, each as far as it gets before the next begins, and between two
-// warp-wide exchanges the lanes of a warp do too. So a result that needs a barrier which is not there comes out wrong, if
-// not with every seed then with most. Shared memory holds NaN before a block begins, as what another block left there is
-// nobody's to read, and what lies behind the bytes asked for is watched.
+// Threads run in an adversarial order that CUDA allows, drawn from a seed for each block and after each block barrier:
+// the warps run in a random order, each as far as possible before the next starts, and between two warp-wide exchanges
+// the lanes of a warp do the same. So a missing barrier gives a wrong result with most seeds. Shared memory is NaN when
+// a block starts, because values of another block must not be read, and the memory after the requested bytes is
+// watched.
 //
-// Faults that end a launch with an error that says who waits for whom: a warp-wide exchange that a lane of its mask never
-// joins, a lane that asks a lane outside the mask, a block barrier that some threads never reach, a launch that no GPU
-// takes, and writing beyond the shared memory asked for.
+// These faults end a launch with an error that names the waiting threads: a warp-wide exchange that a lane of its mask
+// never joins, a lane that reads from a lane outside the mask, a block barrier that some threads never reach, an
+// invalid launch configuration, and a write beyond the requested shared memory.
 
 #include <csetjmp>
 #include <ucontext.h>
@@ -21,7 +21,7 @@
 
 #include "include/cuda_runtime.h"
 
-// ASan must be told of every change of stacks; elsewhere these do nothing.
+// ASan has to be notified of every stack switch; in other builds these functions do nothing.
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -34,7 +34,7 @@
 
 namespace emulator {
 
-constexpr size_t GUARD_BYTES = 4096;  // behind the shared memory that a launch may ask for
+constexpr size_t GUARD_BYTES = 4096;  // after the largest shared memory that a launch can request
 constexpr unsigned char FILL = 0xff;  // as floats and doubles: NaN
 
 }  // namespace emulator
@@ -50,19 +50,19 @@ constexpr size_t STACK_BYTES = 64 << 10;
 enum class State { ready, exchanging, at_barrier, done };
 
 struct Fiber {
-    ucontext_t begin;  // entered by this, left and entered again by jumps, which spare system calls
+    ucontext_t begin;  // first entered through this, then by jumps, which need no system calls
     jmp_buf again;
     bool entered = false;
     std::unique_ptr<char[]> stack;
-    void* kept = nullptr;  // ASan's
+    void* kept = nullptr;  // used by ASan
     State state = State::ready;
     uint3 thread;
-    unsigned mask;  // of the exchange it waits in
-    bool turn;      // which of the warp's two sets of values its next exchange uses
+    unsigned mask;  // of the exchange that it waits for
+    bool turn;      // which of the warp's two value sets its next exchange uses
 };
 
 struct Warp {
-    uint64_t values[2][WARP];  // a lane may be one exchange ahead of another that has yet to read
+    uint64_t values[2][WARP];  // two, because a lane may be one exchange ahead of a lane that has not read yet
 };
 
 Fiber fibers[MAX_THREADS];
@@ -71,10 +71,10 @@ jmp_buf scheduler;
 void* scheduler_kept = nullptr;
 [[maybe_unused]] const void* scheduler_stack = nullptr;
 [[maybe_unused]] size_t scheduler_bytes = 0;
-int running = 0;  // which fiber
+int running = 0;  // index of the running fiber
 const std::function<void()>* body = nullptr;
 std::mt19937_64 order_source(1);
-int processors = 3;  // few, so that small tests go round grid-stride loops
+int processors = 3;  // few, so that small tests iterate grid-stride loops
 std::string fault;
 
 void yield() {
@@ -84,7 +84,7 @@ void yield() {
     __sanitizer_finish_switch_fiber(me.kept, &scheduler_stack, &scheduler_bytes);
 }
 
-// What a fiber does, block after block.
+// The main function of a fiber; runs one block after another.
 void enter() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_bytes);
     while (true) {
@@ -109,7 +109,7 @@ void resume(int i) {
 
 void prepare(int i) {
     Fiber& f = fibers[i];
-    if (f.state != State::done) {  // new, or left in the middle of a launch that failed
+    if (f.state != State::done) {  // new, or abandoned in a failed launch
         if (!f.stack) f.stack.reset(new char[STACK_BYTES]);
         getcontext(&f.begin);
         f.begin.uc_stack = {f.stack.get(), 0, STACK_BYTES};
@@ -131,7 +131,7 @@ std::string name(int i) {
     return "thread " + text(t) + " of block " + text(b);
 }
 
-// Lets go what waits for nobody else in a warp; false: nothing does.
+// Resumes the lanes of a warp whose exchange is complete; returns false if there are none.
 bool complete_exchanges(int first, int count) {
     bool any = false;
     for (int i = first; i < first + count; i++) {
@@ -150,7 +150,7 @@ bool complete_exchanges(int first, int count) {
     return any;
 }
 
-// Runs a warp until all its threads are at a block barrier or done.
+// Runs a warp until all its threads have reached a block barrier or returned.
 bool run_warp(int first, int count) {
     std::vector<int> lanes(count);
     std::iota(lanes.begin(), lanes.end(), first);
@@ -253,7 +253,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
     return *value = emulator::processors, cudaSuccess;
 }
 
-// For the tests: the order that follows, and how many multiprocessors the GPU has.
+// For tests: sets the seed of the order, and the number of multiprocessors of the GPU.
 extern "C" void emulator_seed(uint64_t seed, int processors) {
     emulator::order_source.seed(seed);
     emulator::processors = processors;

@@ -1,5 +1,6 @@
-// The CUDA kernels of csrc on the emulator, for ctypes: one C function an operator, which returns null or what went wrong.
-// type: 0 float, 1 double, 2 bf16, 3 f16, of what the operator works on (of adamw: of `values`, and 1 means double all over).
+// The CUDA kernels of csrc on the emulator, for ctypes: one C function per operator, which returns null or an error
+// message. type: 0 float, 1 double, 2 bf16, 3 f16, the type of the tensors (adamw: of `values`; with 1 all tensors are
+// double).
 
 #include <cstdlib>
 #include <cstring>
@@ -15,7 +16,8 @@ using namespace trident;
 
 std::string message;
 
-// Calls f with a null pointer of the type and a queue whose scratch memory holds NaN and goes when the kernels have run.
+// Calls f with a null pointer of the type, and a queue whose scratch memory is filled with NaN and freed after the
+// kernels.
 template <class F>
 const char* call(int type, F f) {
     std::vector<void*> held;
@@ -102,7 +104,7 @@ const char* gated_backward(int type, void* grad, void* fused, void* gfused, int 
     });
 }
 
-// strides: those of q, k and v along sample, head and position; shape: s, b, n, m, d, r.
+// strides: of q, k and v along sample, head and position; shape: s, b, n, m, d, r.
 const char* rope(int type, void* fused, void* cos, void* sin, void* q, void* k, void* v, const int64_t* strides,
                  const int64_t* shape, bool back) {
     return call(type, [&](auto* tag, const Queue& queue) {

@@ -1,4 +1,4 @@
-// Small kernels with a fault each, and a sound one: what the emulator must, and must not, complain about.
+// Small kernels, each with a correct and a faulty variant: the emulator must report the faulty one only.
 
 #include "kernels/cuda/device.h"
 
@@ -6,7 +6,7 @@ namespace {
 
 constexpr int THREADS = 96;
 
-// Every thread gives a number and takes that of the thread opposite.
+// Every thread writes a number and reads that of the opposite thread.
 __global__ void swap_numbers(float* out, bool barrier) {
     float* numbers = reinterpret_cast<float*>(shared_memory);
     numbers[threadIdx.x] = float(threadIdx.x);
@@ -14,7 +14,7 @@ __global__ void swap_numbers(float* out, bool barrier) {
     out[threadIdx.x] = numbers[THREADS - 1 - threadIdx.x];
 }
 
-// The same twice over the same memory: between the two, all must have taken.
+// The same twice with the same memory: all threads must have read before the second write.
 __global__ void swap_twice(float* out, bool barrier) {
     float* numbers = reinterpret_cast<float*>(shared_memory);
     for (int round = 0; round < 2; round++) {
@@ -25,7 +25,7 @@ __global__ void swap_twice(float* out, bool barrier) {
     }
 }
 
-// The lanes of a warp by shared memory.
+// Exchange between the lanes of a warp through shared memory.
 __global__ void swap_in_warp(float* out, bool barrier) {
     float* numbers = reinterpret_cast<float*>(shared_memory);
     numbers[threadIdx.x] = float(threadIdx.x);
@@ -57,7 +57,7 @@ __global__ void by_another_block(float* out, bool here) {
 
 }  // namespace
 
-// The kernel of this number over 96 floats, sound or not; null, or what the emulator says.
+// Runs the kernel of this number on 96 floats, in the correct (sound) or the faulty variant; returns null or the error.
 extern "C" const char* run_fault(int number, float* out, bool sound) {
     static std::string message;
     constexpr void (*kernels[])(float*, bool) = {swap_numbers,     swap_twice, swap_in_warp,    diverged_shuffle,

@@ -1,4 +1,4 @@
-// See cuda_runtime.h: rounding to bfloat16, to nearest, ties to even, as the hardware does it (NaN becomes 0x7fff).
+// See cuda_runtime.h. Rounds to bfloat16 as the hardware does: to nearest, ties to even, NaN becomes 0x7fff.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,4 +1,4 @@
-// See cuda_runtime.h: float16, by the compiler's own type.
+// See cuda_runtime.h. float16, implemented with the compiler's type.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,8 +1,9 @@
-// What the kernels of csrc use of CUDA, for a plain C++ compiler: found instead of NVIDIA's header of the same name, so the
-// same .cu files run on a CPU. One fiber a thread, one block at a time (emulator.cpp says in what order); `__shared__` is
-// understood for `extern` arrays of namespace scope only, so that all shared memory lies in one place that can be watched.
+// The part of CUDA that the kernels of csrc use, for a plain C++ compiler. It replaces NVIDIA's header of the same
+// name, so that the same .cu files run on a CPU: one fiber per thread, one block at a time (in the order of
+// emulator.cpp). `__shared__` is supported for `extern` arrays at namespace scope only, so that all shared memory is
+// one watched array.
 //
-// It proves indices, barriers and arithmetic. It says nothing about speed, and floating-point functions are the C library's.
+// It verifies indices, barriers and arithmetic, but not speed; floating-point functions are those of the C library.
 #pragma once
 
 #include <algorithm>
@@ -57,16 +58,16 @@ struct cudaLaunchConfig_t {
 namespace emulator {
 
 constexpr int MAX_THREADS = 1024, WARP = 32;
-constexpr size_t SHARED_BYTES = 48 << 10;  // more has to be asked for on a GPU
+constexpr size_t SHARED_BYTES = 48 << 10;  // a GPU needs an explicit request for more
 
 struct Position {
     uint3 thread, block;
     dim3 block_size, grid_size;
 };
-extern Position here;  // of the fiber that runs
+extern Position here;  // of the running fiber
 
 void block_barrier();
-// All lanes of `mask` give a value; each gets that of lane `from`. Bits of up to 8 bytes.
+// Each lane of `mask` provides a value of up to 8 bytes and receives the value of lane `from`.
 uint64_t exchange(unsigned mask, uint64_t bits, int from);
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
@@ -114,7 +115,7 @@ void __stwb(T* to, T value) {
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline float __expf(float x) { return std::exp(x); }
 
-// As the runtime's own: arguments are converted to the kernel's types.
+// As in the CUDA runtime, arguments are converted to the kernel's parameter types.
 template <class... Formal, class... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Formal...), Actual&&... actual) {
     return emulator::run(*config, [&] { kernel(Formal(actual)...); });

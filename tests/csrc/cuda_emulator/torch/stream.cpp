@@ -1,4 +1,4 @@
-// In place of csrc/ops/stream.cpp: CPU tensors go to the CUDA kernels, which the emulator runs.
+// Replaces csrc/ops/stream.cpp: CPU tensors are sent to the CUDA kernels, which the emulator runs.
 
 #include "ops/where.h"
 

@@ -1,9 +1,9 @@
-"""What a step eats: micro-batches, which of their labels count, and where their documents begin.
+"""Micro-batches: tokens, labels, the loss mask, and the document boundaries of packed sequences.
 
-Rows of tokens become micro-batches in one place, `Collator`, in training and in validation.
+`Collator` is the only place where rows of tokens become micro-batches, in training and in validation.
 
-Document boundaries are one representation, made once with the batch (on the host, so that no GPU has to be asked for a
-length), from which every attention kernel takes what it wants: begins, borders (cu_seqlens), or a mask.
+Document boundaries are computed once, with the batch, on the host: reading a length back from a GPU would make the host
+wait for it. Each attention kernel reads the form that it needs: document starts, cu_seqlens, or a mask.
 
 Legend: b micro_batch_size, s seq_len.
 """
@@ -19,61 +19,65 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """begin int64 [b, s]: where, in its row, the document of each position begins.
+    """Document boundaries of a micro-batch of packed sequences.
 
-    borders int32 [k + 1]: where documents begin when the b rows are laid one after another, rising, and b * s at last.
+    starts: int64 [b, s], for each position, the index in its row at which its document starts.
+    cu_seqlens: int32 [k + 1], ascending: the starts of all k documents in the concatenated rows, then b * s.
     """
 
-    begin: Tensor
+    starts: Tensor
     cu_seqlens: Tensor
 
     @staticmethod
-    def of(begin: Tensor) -> Documents:
-        """From begins [b, s]. On a GPU this waits for it: the number of documents is the size of a tensor."""
-        b, s = begin.shape
-        position = torch.arange(s, device=begin.device)
-        starts = (begin == position).flatten().nonzero().flatten()
-        cu_seqlens = torch.cat((starts, starts.new_tensor([b * s]))).to(torch.int32)
-        return Documents(begin.contiguous(), cu_seqlens)
+    def from_starts(starts: Tensor) -> Documents:
+        """Documents from the start of each position's document, int64 [b, s].
+
+        Synchronizes with a GPU, because the number of documents is the size of a tensor.
+        """
+        b, s = starts.shape
+        position = torch.arange(s, device=starts.device)
+        offsets = (starts == position).flatten().nonzero().flatten()
+        cu_seqlens = torch.cat((offsets, offsets.new_tensor([b * s]))).to(torch.int32)
+        return Documents(starts.contiguous(), cu_seqlens)
 
     @staticmethod
-    def ended_by(tokens: Tensor, eod: int) -> Documents:
-        """Documents of rows of tokens [b, s] in which each but the last of a row ends with the token `eod`."""
+    def from_eod(tokens: Tensor, eod: int) -> Documents:
+        """Documents of rows of tokens, int64 [b, s]: a new one starts after each token `eod` (end of document)."""
         position = torch.arange(tokens.shape[1], device=tokens.device)
-        begins = torch.ones_like(tokens, dtype=torch.bool)
-        begins[:, 1:] = tokens[:, :-1] == eod
-        return Documents.of((position * begins).cummax(1).values)
+        is_start = torch.ones_like(tokens, dtype=torch.bool)
+        is_start[:, 1:] = tokens[:, :-1] == eod
+        return Documents.from_starts((position * is_start).cummax(1).values)
 
-    def again(self) -> Documents:
-        """The same without what was made for it, a mask: for one forward, so that it goes with its graph."""
-        return Documents(self.begin, self.cu_seqlens)
+    def without_mask(self) -> Documents:
+        """A copy without the cached mask, for one forward: its mask is then freed with the autograd graph."""
+        return Documents(self.starts, self.cu_seqlens)
 
     @property
     def positions(self) -> Tensor:
-        """int64 [b, s]: the position of each token in its document, from 0."""
-        return torch.arange(self.begin.shape[1], device=self.begin.device) - self.begin
+        """The position of each token in its document, from 0: int64 [b, s]."""
+        return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
     @cached_property
     def mask(self) -> Tensor:
-        """bool [b, 1, s, s], True where a row sees a column; made when first asked for and kept."""
-        column = torch.arange(self.begin.shape[1], device=self.begin.device)
-        return ((column >= self.begin[..., None]) & (column <= column[:, None]))[:, None]
+        """The causal mask within documents, bool [b, 1, s, s]: True where query i attends to key j. Cached."""
+        column = torch.arange(self.starts.shape[1], device=self.starts.device)
+        return ((column >= self.starts[..., None]) & (column <= column[:, None]))[:, None]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's worth of data. `tokens` and `labels` may be overlapping views of one [b, s + 1]: read only."""
+    """The data of one forward pass. Read only: `tokens` and `labels` may be overlapping views of one [b, s + 1]."""
 
     tokens: Tensor  # int64 [b, s]
-    labels: Tensor  # int64 [b, s], the token after each of `tokens`
-    mask: Tensor  # bool [b, s], True where the label counts in the loss
-    sources: Tensor | None = None  # int64 [b], where each sample comes from in a blend
-    documents: Documents | None = None  # of [b, s]: which document of its row each token is of; None: all one
+    labels: Tensor  # int64 [b, s], the next token of each position
+    mask: Tensor  # bool [b, s], the loss mask: True where the label counts in the loss
+    sources: Tensor | None = None  # int64 [b], the index of each sample's corpus in the data blend
+    documents: Documents | None = None  # boundaries for document masking; None: each row is one document
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same data on a device. To a GPU by pinned memory: from elsewhere every copy would be waited for.
+        """The same data on a device. To a GPU through pinned memory, as only such copies are asynchronous.
 
-        And from rows that lie one after another: others torch first copies to memory that is not pinned.
+        Tensors are made contiguous first, because torch would stage strided ones in memory that is not pinned.
         """
 
         def move(x: Tensor) -> Tensor:
@@ -81,38 +85,40 @@ class MicroBatch:
             return pinned.to(device, non_blocking=True)
 
         sources = None if self.sources is None else move(self.sources)
-        apart = None
+        documents = None
         if self.documents is not None:
-            apart = Documents(move(self.documents.begin), move(self.documents.cu_seqlens))
-        return MicroBatch(move(self.tokens), move(self.labels), move(self.mask), sources, apart)
+            documents = Documents(move(self.documents.starts), move(self.documents.cu_seqlens))
+        return MicroBatch(move(self.tokens), move(self.labels), move(self.mask), sources, documents)
 
 
 @dataclass(frozen=True)
 class LossMask:
-    """Which labels do not count: those that follow one of `after`, and those that are one of `labels` (token ids)."""
+    """Labels to exclude from the loss, by token id: those that follow a token of `after`, and those in `labels`."""
 
     after: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
 
     def __call__(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """True where the label counts; bool [b, s] for tokens and labels int64 [b, s]."""
+        """The loss mask of tokens and labels int64 [b, s]: bool [b, s], True where the label counts."""
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        for found, numbers in ((tokens, self.after), (labels, self.labels)):
-            if numbers:
-                mask &= ~torch.isin(found, torch.tensor(numbers))
+        for values, excluded in ((tokens, self.after), (labels, self.labels)):
+            if excluded:
+                mask &= ~torch.isin(values, torch.tensor(excluded))
         return mask
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes micro-batches of rows of tokens. mask: which labels count; separate_eod: the token that ends documents
-    which attention keeps apart, None: the documents of a row see each other."""
+    """Turns rows of tokens into micro-batches.
+
+    separate_eod: the token that ends a document, for document masking; None: tokens attend across documents.
+    """
 
     mask: LossMask = LossMask()
     separate_eod: int | None = None
 
     def __call__(self, rows: Tensor, present: Tensor, sources: Tensor | None = None) -> MicroBatch:
-        """From rows int64 [b, s + 1], of which the labels present bool [b, s] are no filling; sources int64 [b]."""
+        """rows int64 [b, s + 1]; present bool [b, s], False where the label is padding; sources int64 [b]."""
         tokens, labels = rows[:, :-1], rows[:, 1:]
-        documents = None if self.separate_eod is None else Documents.ended_by(tokens, self.separate_eod)
+        documents = None if self.separate_eod is None else Documents.from_eod(tokens, self.separate_eod)
         return MicroBatch(tokens, labels, self.mask(tokens, labels) & present, sources, documents)

@@ -164,7 +164,7 @@ def _extensions() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     devices = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
     for device in devices:
-        yield Finding("kernels", f"fp32 on {device.type}: {native.in_words(device, torch.float32)}")
+        yield Finding("kernels", f"fp32 on {device.type}: {native.describe_kernels(device, torch.float32)}")
         yield _attention(device)
         for check in selftest.check_ops(device):
             who = "own" if check.custom else "torch"
@@ -179,7 +179,9 @@ def _attention(device: torch.device) -> Finding:
     with native.forced(kernels=native.load()[0] is not None):  # else it would warn of what was just said
         alone, apart = (attention.attention_name(device, dtype, 128, documents=kept) for kept in (False, True))
     text = f"{name} on {device.type}: {alone}; documents kept apart: {apart}"
-    return Finding("attention", "; ".join([text, *(attention.missing().values() if device.type == "cuda" else ())]))
+    return Finding(
+        "attention", "; ".join([text, *(attention.missing_packages().values() if device.type == "cuda" else ())])
+    )
 
 
 def _packages() -> Iterator[Finding]:

@@ -71,7 +71,7 @@ def _rope(fused: Tensor) -> tuple[Tensor, ...]:
 
 def _documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     begin = torch.arange(_S, device=q.device) // 15 * 15
-    return causal_attention(q, k, v, Documents.of(begin.expand(_B, _S)))
+    return causal_attention(q, k, v, Documents.from_starts(begin.expand(_B, _S)))
 
 
 def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

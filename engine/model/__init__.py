@@ -1,4 +1,5 @@
-"""The Transformer: the readable part. No parallel degree is ever tested here.
+"""The Transformer: blocks, attention, MLP, parallel layers. No code here branches on a parallel degree.
 
-Imports ops, distributed, config, batch. Never knows pipeline plans, optimizers, data or checkpoints.
+Start with transformer.py; layers.py has the shape legend. Imports ops, distributed, config and batch. Independent of
+pipeline plans, optimizers, data and checkpoints.
 """

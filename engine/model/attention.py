@@ -1,4 +1,4 @@
-"""Grouped-query self-attention, heads cut over the tensor axis (shape legend in layers.py)."""
+"""Grouped-query self-attention with heads sharded across the tensor axis (shape legend in layers.py)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from engine.ops.rope import rope, split_and_rope
 
 
 class Attention(nn.Module):
-    """One fused q|k|v projection, RoPE, causal attention, output projection.
+    """Causal self-attention: fused q|k|v projection, QK-norms if configured, RoPE, attention core, output projection.
 
-    With fewer KV heads than tensor ranks, the ranks that share a head hold copies of it, and each sees the gradient
-    of its own query heads only: the k and v chunks are summed over the `kv` axis.
+    With fewer KV heads than tensor ranks, the ranks that share a KV head hold replicas of its weights. Each replica
+    gets only the gradient of its local query heads, so the k and v chunks are summed over the `kv` axis.
     """
 
     def __init__(
@@ -47,11 +47,8 @@ class Attention(nn.Module):
         self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx, keep_gathered, matmul, cfg.qkv_bias)
         bias = cfg.attention_out_bias
         self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx, matmul, bias)
-        self.wanted, self.rope, self.split_and_rope = (
-            backends.attention,
-            backends.fuse(rope),
-            backends.fuse(split_and_rope),
-        )
+        self.implementation = backends.attention
+        self.rope, self.split_and_rope = backends.fuse(rope), backends.fuse(split_and_rope)
         self.head_norms = self.projection_norms = None
         if cfg.qk_norm and cfg.qk_norm_span == "head":
             self.head_norms = nn.ModuleList(
@@ -66,15 +63,15 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope_table: Tensor, documents: Documents | None = None, recipe: RecomputeRecipe | None = None
     ) -> Tensor:
-        """x [s, b, h] -> [s, b, h]. documents: those that are kept apart.
+        """x [s, b, h] -> [s, b, h]. rope_table: from ops.rope. documents: boundaries for document masking.
 
-        recipe: recomputes x instead of saving it; the core is then recomputed.
+        recipe: recompute x in the backward instead of saving it; the attention core is then recomputed too.
         """
         fused, core = self.qkv(x, recipe), partial(self._core, documents=documents)
         return self.out(recompute(core, fused, rope_table) if recipe else core(fused, rope_table))
 
     def _core(self, fused: Tensor, rope_table: Tensor, documents: Documents | None) -> Tensor:
-        """q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""
+        """QK-norms, RoPE and attention: q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""
         s, b, _ = fused.shape
         if self.projection_norms is not None:
             fused = self._norm_projections(fused)
@@ -84,7 +81,7 @@ class Attention(nn.Module):
             heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
             q, k, v = heads.split([self.n, self.m, self.m], dim=1)
             q, k = (self.rope(norm(x), rope_table) for norm, x in zip(self.head_norms, (q, k)))
-        return causal_attention(q, k, v, documents, self.wanted)
+        return causal_attention(q, k, v, documents, self.implementation)
 
     def _norm_projections(self, fused: Tensor) -> Tensor:
         assert self.projection_norms is not None

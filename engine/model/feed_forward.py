@@ -1,4 +1,4 @@
-"""MLP, gated or plain, inner width cut over the tensor axis (shape legend in layers.py)."""
+"""Gated or plain MLP with its inner width sharded across the tensor axis (shape legend in layers.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.ops.linear import RecomputeRecipe
 
 
 class MLP(nn.Module):
-    """One fused gate|up projection (or up alone), activation, down projection: [s, b, h] -> [s, b, h]."""
+    """Fused gate|up projection (plain MLP: up only), activation, down projection: [s, b, h] -> [s, b, h]."""
 
     def __init__(
         self,
@@ -33,6 +33,6 @@ class MLP(nn.Module):
         self.activation = backends.fuse(activation(cfg.activation, cfg.gated_mlp))
 
     def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
-        """recipe: recomputes x instead of saving it; the activation is then made again too."""
+        """recipe: recompute x in the backward instead of saving it; the activation is then recomputed too."""
         fused = self.up(x, recipe)
         return self.down(self.activation(fused), RecomputeRecipe(self.activation, (fused,)) if recipe else None)

@@ -1,12 +1,13 @@
-"""Parallel layers. Each takes the context and its canonical name, and states its ShardSpec where it makes its weight.
+"""Tensor- and sequence-parallel layers. Each takes a context and a canonical name, and defines its weight's ShardSpec.
 
 Shape legend (all files of the model):
     s  sequence     b  micro-batch     h  hidden     t  ranks of the tensor axis
     n  local query heads (num_heads / t)     m  local KV heads     d  head_dim
     f  local inner width (ffn_size / t)      v  local vocabulary (vocab_size / t, rounded up)
-Activations between blocks are [s, b, h] on the axis `ctx.replicated`: the same on every tensor rank. Under sequence
-parallelism they are [s / t, b, h], a part on each rank of `ctx.sequence`; s below stands for either. One of the two
-axes has one rank, where every collective is the identity, so no layer asks which.
+Without sequence parallelism, activations between blocks are [s, b, h], replicated across the axis `ctx.replicated`.
+With it they are [s / t, b, h], sharded across `ctx.sequence`; below, s means either. In both cases the tensor ranks
+form one of the two axes and the other axis has size 1, where every collective is the identity. So layers call the
+collectives of both axes and never branch on the mode.
 """
 
 from __future__ import annotations
@@ -33,47 +34,49 @@ from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, 
 
 @dataclass(frozen=True)
 class RecomputePolicy:
-    """What a block keeps for its backward (docs/training.md has the bytes).
+    """Activation recomputation: which activations a block saves for the backward (docs/training.md has the bytes).
 
-    recompute: "none"; "selective": norms, activations and attention core are computed again; "full": the block is,
-    from its input. layers: in how many blocks of a stage, from its first; 0: all. keep_gathered: the inputs of
-    column-parallel products, whole instead of a part of the sequence each.
+    recompute: "none"; "selective" recomputes norms, activation functions and the attention core; "full" recomputes the
+    whole block from its input. layers: recompute in this many blocks of a stage, the first ones; 0: in all.
+    keep_gathered: under sequence parallelism, save the gathered input of column-parallel matmuls, not the local shard.
     """
 
     recompute: str = "none"
     layers: int = 0
     keep_gathered: bool = False
 
-    def of(self, index: int) -> str:
-        """What the block number `index` of a stage recomputes."""
+    def mode_of(self, index: int) -> str:
+        """The recompute mode of the block at position `index` of its stage: "none", "selective" or "full"."""
         return self.recompute if not self.layers or index < self.layers else "none"
 
 
-def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return function
 
 
 @dataclass(frozen=True)
 class ComputeBackends:
-    """What a block computes with. attention: of ops.attention. products: of its matrices.
+    """Compute backends of a block.
 
-    fuse: what is done to each function between products, attention and collectives before it is used.
+    attention: implementation name (ops.attention) or "auto". matmul: matmuls of the linear layers. fuse: wrapper for
+    the functions between matmuls, attention and collectives: the identity or torch.compile.
     """
 
     attention: str = "auto"
     matmul: MatmulBackend = PLAIN_MATMUL
-    fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
+    fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = _identity
 
 
 def bias_of(chunk: Chunk) -> Chunk:
-    """The bias that belongs to a chunk of output features, cut and summed as they are."""
+    """The bias chunk of a weight chunk: named `...bias`, sharded and summed the same way."""
     return replace(chunk, name=chunk.name.removesuffix("weight") + "bias")
 
 
 class ColumnLinear(nn.Module):
-    """[s, b, h] -> [s, b, local out]: rows of the weight (output features) are cut over the tensor axis, and the bias.
+    """Column-parallel linear: [s, b, h] -> [s, b, local out], weight rows (output features) and bias sharded.
 
-    Takes a part of the sequence where it is cut, gives all of it.
+    Under sequence parallelism the input is this rank's part of the sequence; it is gathered, and the output covers the
+    whole sequence.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class ColumnLinear(nn.Module):
             self.bias = new_parameter(ShardSpec(tuple(map(bias_of, chunks)), init_value=0.0, decay=False), ctx)
 
     def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
-        """recipe: recomputes x instead of saving it."""
+        """recipe: recompute x in the backward instead of saving it."""
         return linear(
             x,
             self.weight,
@@ -109,9 +112,10 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """[s, b, local in] -> [s, b, h]: columns of the weight (input features) are cut; partial outputs are summed.
+    """Row-parallel linear: [s, b, local in] -> [s, b, h], weight columns (input features) sharded, outputs summed.
 
-    Gives a part of the sequence where it is cut. The bias is whole on every tensor rank and added once, to the sum.
+    Under sequence parallelism the sum is reduce-scattered, and the output is this rank's part of the sequence. The bias
+    is replicated and added once, after the sum.
     """
 
     def __init__(
@@ -125,12 +129,8 @@ class RowLinear(nn.Module):
         bias: bool = False,
     ):
         super().__init__()
-        self.replicated, self.sequence, self.self_axis, self.matmul = (
-            ctx.replicated,
-            ctx.sequence,
-            ctx.self_axis,
-            matmul,
-        )
+        self.replicated, self.sequence, self.self_axis = ctx.replicated, ctx.sequence, ctx.self_axis
+        self.matmul = matmul
         chunk = Chunk(name, in_size, parts=ctx.tensor.size)
         self.weight = new_parameter(ShardSpec((chunk,), dim=1, other=out_size, init_std=init_std), ctx)
         self.bias: Parameter | None = None
@@ -139,17 +139,17 @@ class RowLinear(nn.Module):
             self.bias = new_parameter(ShardSpec((whole,), init_value=0.0, decay=False), ctx)
 
     def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
-        """recipe: recomputes x instead of saving it."""
+        """recipe: recompute x in the backward instead of saving it."""
         partial_sums = linear(x, self.weight, self.self_axis, self.self_axis, recipe=recipe, matmul=self.matmul)
         out = reduce_partial_sums(partial_sums, self.replicated, self.sequence)
         return out if self.bias is None else out + self.bias
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dim, as the config says; weight and bias are whole on every tensor rank.
+    """RMSNorm or LayerNorm (cfg.norm) over the last dim; weight and bias are replicated across tensor ranks.
 
-    sum_over names the axis whose ranks each see only part of the weight's gradient: "sequence" where a rank normalises
-    its part of the sequence, "tensor" where it normalises its own heads (QK-norms).
+    sum_over: the axis whose ranks each compute only a part of the weight's gradient. "sequence" where a rank normalises
+    its part of the sequence, "tensor" where it normalises its local heads (QK-norms).
     """
 
     def __init__(
@@ -168,29 +168,29 @@ class Norm(nn.Module):
         self.bias: Parameter | None = None
         rms: dict[str, float] = {"eps": cfg.norm_eps, "offset": offset}
         self.function: Callable[..., Tensor] = partial(backends.fuse(rms_norm), **rms)
-        self.after_sum: Callable[..., tuple[Tensor, Tensor]] = partial(backends.fuse(add_rms_norm), **rms)
+        self.add_norm_function: Callable[..., tuple[Tensor, Tensor]] = partial(backends.fuse(add_rms_norm), **rms)
         if cfg.norm == "layernorm":
             self.bias = new_parameter(ShardSpec((bias_of(chunk),), init_value=0.0, decay=False), ctx)
             self.function = partial(backends.fuse(layer_norm), eps=cfg.norm_eps)
-            self.after_sum = partial(backends.fuse(add_layer_norm), eps=cfg.norm_eps)
+            self.add_norm_function = partial(backends.fuse(add_layer_norm), eps=cfg.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(*self._inputs(x))
 
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """x + residual, and the norm of it."""
-        return self.after_sum(*self._inputs(x, residual))
+    def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual sum x + residual, and its norm, fused: x, residual [..., size] -> (sum, norm of the sum)."""
+        return self.add_norm_function(*self._inputs(x, residual))
 
     def _inputs(self, *x: Tensor) -> tuple[Tensor, ...]:
         return (*x, self.weight) if self.bias is None else (*x, self.weight, self.bias)
 
     def recipe(self, x: Tensor) -> RecomputeRecipe:
-        """How to get `self(x)` again from x, which the norm keeps anyway."""
+        """A recipe that recomputes `self(x)` from x, which the norm saves for its own backward anyway."""
         return RecomputeRecipe(self.function, self._inputs(x))
 
 
 class ShardedRMSNorm(nn.Module):
-    """RMSNorm over a whole projection whose features are cut over the tensor axis, as `chunk` says."""
+    """RMSNorm over a whole projection (QK-norm of OLMo 2), features sharded across the tensor axis as in `chunk`."""
 
     def __init__(self, chunk: Chunk, cfg: ModelConfig, ctx: ParallelContext):
         super().__init__()
@@ -203,19 +203,22 @@ class ShardedRMSNorm(nn.Module):
 
 
 def vocab_weight(name: str, vocab_size: int, hidden: int, std: float, tied: bool, ctx: ParallelContext) -> Parameter:
-    """A [v, h] slice of an embedding or head matrix. Tied ones live on both pipeline ends under one canonical name."""
+    """This rank's slice [v, h] of an embedding or head matrix.
+
+    tied: the first and last pipeline stage hold replicas under one canonical name, and their gradients are summed.
+    """
     chunk = Chunk(name, vocab_size, parts=ctx.tensor.size, sum_over=("tied_stages",) if tied else ())
     return new_parameter(ShardSpec((chunk,), dim=0, other=hidden, init_std=std), ctx)
 
 
 class VocabEmbedding(nn.Module):
-    """tokens [b, s] -> [s, b, h] times `scale`; each tensor rank looks up its slice of the vocabulary."""
+    """Vocabulary-parallel token embedding: tokens [b, s] -> [s, b, h], times `scale`."""
 
     def __init__(self, weight: Parameter, ctx: ParallelContext, scale: float = 1.0):
         super().__init__()
         self.replicated, self.sequence, self.weight = ctx.replicated, ctx.sequence, weight
         self.start = weight.spec.pieces(ctx)[0].offset[0]
-        self.scale = torch.tensor(scale, dtype=ctx.dtype).item()  # Gemma: rounded as the weights are
+        self.scale = torch.tensor(scale, dtype=ctx.dtype).item()  # as in Gemma: rounded to the weights' dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = reduce_partial_sums(
@@ -225,7 +228,7 @@ class VocabEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """A learned vector for each position; a rank looks up those of its part of the sequence."""
+    """Learned absolute position embedding; each rank looks up the positions of its part of the sequence."""
 
     def __init__(self, name: str, cfg: ModelConfig, ctx: ParallelContext):
         super().__init__()
@@ -234,7 +237,7 @@ class PositionEmbedding(nn.Module):
         self.weight = new_parameter(ShardSpec((chunk,), dim=0, other=cfg.hidden_size, init_std=cfg.init_std), ctx)
 
     def forward(self, x: Tensor, documents: Documents | None) -> Tensor:
-        """Add them to x [s, b, h]. documents, of the whole sequence: positions start again in each."""
+        """Add the position embeddings to x [s, b, h]. documents (of the whole sequence): positions restart in each."""
         if documents is None:
             positions = torch.arange(x.shape[0] * self.sequence.size, device=x.device)[None]
         else:
@@ -244,21 +247,23 @@ class PositionEmbedding(nn.Module):
 
 
 class VocabHead(nn.Module):
-    """Output projection and loss over the sliced vocabulary."""
+    """Vocabulary-parallel output projection, fused with the cross entropy loss."""
 
     def __init__(self, weight: Parameter, ctx: ParallelContext):
         super().__init__()
         self.replicated, self.sequence, self.weight = ctx.replicated, ctx.sequence, weight
         piece = weight.spec.pieces(ctx)[0]
-        self.part, self.vocab_size = VocabSlice(piece.offset[0], piece.shape[0], ctx.tensor), piece.global_shape[0]
+        self.vocab_slice = VocabSlice(piece.offset[0], piece.shape[0], ctx.tensor)
+        self.vocab_size = piece.global_shape[0]
 
     def forward(self, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """x [s, b, h], labels and weights [b, s] -> each sample's weighted sum of its tokens' losses in nats [b]."""
+        """x [s, b, h], labels and weights [b, s] -> [b], each sample's sum of token losses (nats) times weights."""
         targets, weights = labels.t(), weights.t()
-        return linear_cross_entropy(x, self.weight, targets, weights, self.part, self.replicated, self.sequence).sum(0)
+        axes = self.replicated, self.sequence
+        return linear_cross_entropy(x, self.weight, targets, weights, self.vocab_slice, *axes).sum(0)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [s, b, h] -> logits over the whole vocabulary [s, b, vocab_size], on every tensor rank; no gradient."""
+        """x [s, b, h] -> logits [s, b, vocab_size], gathered on every tensor rank; without autograd."""
         with torch.no_grad():
             local = all_gather(x, self.sequence) @ self.weight.t()
-            return all_gather(local, self.part.axis, dim=-1)[..., : self.vocab_size]
+            return all_gather(local, self.vocab_slice.axis, dim=-1)[..., : self.vocab_size]

@@ -1,7 +1,7 @@
-"""The Transformer: a range of blocks, with the embedding before the first and the head after the last.
+"""The decoder-only Transformer: embedding, blocks, final norm, head.
 
-A pipeline stage is this same class with fewer blocks, keyed by absolute layer number, so canonical names never depend
-on the layout.
+A pipeline stage is the same class with a range of the blocks. Blocks are keyed by their layer number in the whole
+model, so canonical parameter names do not depend on the layout.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NO_RECOMPUTE, DEFAULT_BACKENDS = RecomputePolicy(), ComputeBackends()
 
 @dataclass(frozen=True)
 class StageShape:
-    """Which part of the model a stage is: its blocks; first: the embedding too; last: the final norm and head too."""
+    """The part of the model in one stage: `layers`; if first, the embedding; if last, the final norm and the head."""
 
     layers: range
     first: bool
@@ -56,7 +56,7 @@ class StageShape:
 
 
 def stage_shapes(counts: Sequence[int]) -> list[StageShape]:
-    """Every stage of a pipeline of so many blocks each, in order."""
+    """The stages of a pipeline, in order, given the number of blocks of each."""
     shapes, begin = [], 0
     for stage, count in enumerate(counts):
         shapes.append(StageShape(range(begin, begin + count), stage == 0, stage == len(counts) - 1))
@@ -65,9 +65,10 @@ def stage_shapes(counts: Sequence[int]) -> list[StageShape]:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): [s, b, h] -> [s, b, h].
+    """One Transformer block, [s, b, h] -> [s, b, h]: x = x + attention(norm(x)), then x = x + mlp(norm(x)).
 
-    Norms may come after instead, x + norm(attention(x)), and attention and MLP may read the same x.
+    cfg.norm_position "post" normalises the outputs instead, x + norm(attention(x)). cfg.parallel_residual computes
+    attention and MLP from the same x. recompute: "none", "selective" or "full" (RecomputePolicy).
     """
 
     def __init__(
@@ -100,29 +101,28 @@ class Block(nn.Module):
         if self.post:
             x = x + attended
             return x + self._branch(self.mlp_norm, self.mlp, x)
-        x, normed = self.mlp_norm.of_sum(x, attended)
+        x, normed = self.mlp_norm.add_and_norm(x, attended)
         return x + self.mlp(normed, self._recipe(self.mlp_norm, x))
 
-    def _branch(self, norm: Norm, part: Attention | MLP, x: Tensor, *rest: Any) -> Tensor:
-        """part(norm(x)), or norm(part(x))."""
+    def _branch(self, norm: Norm, sublayer: Attention | MLP, x: Tensor, *rest: Any) -> Tensor:
+        """sublayer(norm(x)), or norm(sublayer(x)) with post-norm."""
         if self.post:
-            return norm(
-                part(x, *rest, recipe=RecomputeRecipe(_itself, (x,)) if self.recompute == "selective" else None)
-            )
-        return part(norm(x), *rest, recipe=self._recipe(norm, x))
+            recipe = RecomputeRecipe(_identity, (x,)) if self.recompute == "selective" else None
+            return norm(sublayer(x, *rest, recipe=recipe))
+        return sublayer(norm(x), *rest, recipe=self._recipe(norm, x))
 
     def _recipe(self, norm: Norm, x: Tensor) -> RecomputeRecipe | None:
         return norm.recipe(x) if self.recompute == "selective" else None
 
 
-def _itself(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
 class Transformer(nn.Module):
-    """The blocks of one stage; on the first stage tokens come in, on the last a loss (or logits) comes out.
+    """The model of one pipeline stage: the first takes tokens, the last returns losses or logits.
 
-    tied: the embedding matrix where another stage on this rank holds it already.
+    policy: activation recomputation. tied: the embedding matrix, if another stage on this rank already holds it.
     """
 
     def __init__(
@@ -142,14 +142,13 @@ class Transformer(nn.Module):
             weight = vocab_weight(EMBED, *matrix)
             self.embed = VocabEmbedding(weight, ctx, cfg.hidden_size**0.5 if cfg.scale_embeddings else 1.0)
             self.positions = PositionEmbedding(POSITIONS, cfg, ctx) if cfg.positions == "learned" else None
-        self.layers = nn.ModuleDict(
-            {str(layer): Block(cfg, ctx, layer, policy, policy.of(i), backends) for i, layer in enumerate(shape.layers)}
-        )
+        blocks = (Block(cfg, ctx, n, policy, policy.mode_of(i), backends) for i, n in enumerate(shape.layers))
+        self.layers = nn.ModuleDict(dict(zip(map(str, shape.layers), blocks)))
         if shape.last:
             self.norm = Norm(FINAL_NORM, cfg.hidden_size, cfg, ctx, backends)
             if not cfg.tie_embeddings:
                 weight = vocab_weight(HEAD, *matrix)
-            elif weight is None:  # the embedding lives on another rank: hold a copy under its name
+            elif weight is None:  # the embedding is on another rank: hold a replica under its name
                 weight = vocab_weight(EMBED, *matrix)
             self.head = VocabHead(weight, ctx)
         self.rope: Tensor = torch.empty(2, 0, cfg.rotary_dim // 2)
@@ -161,35 +160,37 @@ class Transformer(nn.Module):
         return self.rope[:, :seq_len]
 
     def hidden(self, x: Tensor, documents: Documents | None = None) -> Tensor:
-        """tokens [b, s] on the first stage, [s, b, h] on others -> [s, b, h] (normed on the last stage).
+        """Hidden states: tokens [b, s] on the first stage, else [s, b, h] -> [s, b, h] (normalised on the last stage).
 
-        documents: of the whole sequence, which attention then does not leave.
+        documents: boundaries of the whole sequence, for document masking.
         """
         if self.shape.first:
             x = self.embed(x)
             if self.positions is not None:
                 x = self.positions(x, documents)
         table = self._rope_for(x.shape[0] * self.ctx.sequence.size)
-        documents = None if documents is None else documents.again()
+        documents = None if documents is None else documents.without_mask()
         for block in self.layers.values():
             x = block(x, table, documents)
         return self.norm(x) if self.shape.last else x
 
     def forward(self, x: Tensor, labels: Tensor, weights: Tensor, documents: Documents | None = None) -> Tensor:
-        """`hidden`; on the last stage each sample's sum [b] of its tokens' losses times weights [b, s] (labels [b, s]).
+        """Hidden states [s, b, h]; on the last stage [b], each sample's weighted sum of token losses in nats.
 
-        The objective is the sum of these: what scales it belongs into the weights (ops.loss).
+        x as for `hidden`; labels int64 [b, s]; weights float [b, s], of each token's loss. The training objective is
+        the sum over the samples. Every factor of it, such as 1 / tokens or a loss scale, has to be in the weights,
+        because gradients are computed in the forward (ops.loss).
         """
         x = self.hidden(x, documents)
         return self.head(x, labels, weights) if self.shape.last else x
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """tokens [b, s] -> [b, s, vocab_size]; needs the whole model on this pipeline rank."""
+        """Logits: tokens [b, s] -> [b, s, vocab_size]. Only for a model whose stages are all on this pipeline rank."""
         return self.head.logits(self.hidden(tokens)).transpose(0, 1)
 
 
 def rope_scaling_of(cfg: ModelConfig) -> RopeScaling:
-    """The stretching of rotary angles that a config asks for."""
+    """The RoPE scaling of a model config."""
     return RopeScaling(
         cfg.rope_scaling,
         cfg.rope_factor,
@@ -203,41 +204,40 @@ def rope_scaling_of(cfg: ModelConfig) -> RopeScaling:
 
 
 def compute_backends(train: TrainConfig) -> ComputeBackends:
-    """What train.attention, train.fp8 and train.compile ask for."""
+    """The backends selected by train.attention, train.fp8 and train.compile."""
     matmul = PLAIN_MATMUL if train.fp8 == "none" else Fp8(rowwise=train.fp8 == "rowwise", compile=train.compile)
-    return (
-        ComputeBackends(train.attention, matmul, compiled)
-        if train.compile
-        else ComputeBackends(train.attention, matmul)
-    )
+    if train.compile:
+        return ComputeBackends(train.attention, matmul, compiled)
+    return ComputeBackends(train.attention, matmul)
 
 
 def build_stages(
     cfg: Config, ctx: ParallelContext, derived: Derived
 ) -> Iterator[tuple[int, Transformer, list[Parameter]]]:
-    """The pipeline stages of one rank, in rising order: (number, model, its parameters). `derived` is of cfg.
+    """Build the pipeline stages of this rank, in ascending order: (stage number, model, its parameters).
 
-    A parameter is listed with the first stage that has it: a tied embedding is held once where both ends are here.
+    derived: derived from cfg. A parameter is listed only with the first stage that uses it, so a tied embedding is held
+    once if the first and the last stage are both on this rank.
     """
     policy = RecomputePolicy(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
     backends = compute_backends(cfg.train)
-    shapes, tied, known = stage_shapes(derived.layers), None, set()
+    shapes, tied, listed = stage_shapes(derived.layers), None, set()
     for number in derived.plan.stages_of(ctx.pipeline.rank):
         model = Transformer(cfg.model, ctx, shapes[number], policy, tied, backends)
         if cfg.model.tie_embeddings and shapes[number].first:
             tied = model.embed.weight
-        fresh = [p for p in parameters(model) if id(p) not in known]
-        known |= {id(p) for p in fresh}
-        yield number, model, fresh
+        params = [p for p in parameters(model) if id(p) not in listed]
+        listed |= {id(p) for p in params}
+        yield number, model, params
 
 
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> global shape of every tensor of a model, in canonical order. Costs no memory."""
+    """Canonical name -> global shape of every tensor of a model, in canonical order. Allocates no memory."""
     ctx = make_context(Layout(), 0, num_kv_heads=cfg.num_kv_heads, dtype=torch.float32, device="meta")
-    whole = Transformer(cfg, ctx, StageShape(range(cfg.num_layers), True, True))
-    return {piece.name: piece.global_shape for p in parameters(whole) for piece in p.spec.pieces(ctx)}
+    model = Transformer(cfg, ctx, StageShape(range(cfg.num_layers), True, True))
+    return {piece.name: piece.global_shape for p in parameters(model) for piece in p.spec.pieces(ctx)}
 
 
 def num_parameters(cfg: ModelConfig) -> int:
-    """Parameters of the whole model, each counted once (tied ones too)."""
+    """The number of parameters of the whole model; tied ones count once."""
     return sum(math.prod(shape) for shape in tensor_shapes(cfg).values())

@@ -15,7 +15,7 @@ from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.ops.apex import fused_norms
 from engine.ops.attention import attention_name
-from engine.ops.native import in_words, kernels
+from engine.ops.native import describe_kernels, kernels
 
 
 class Progress:
@@ -42,9 +42,8 @@ class Progress:
             f"{cfg.parallel.schedule}; {steps}, {origin}"
         )
         if ctx.rank == 0:
-            self.note(
-                f"kernels: {in_words(ctx.device, ctx.dtype)}, attention: {self._attention()}{self._extra_kernels()}"
-            )
+            running = describe_kernels(ctx.device, ctx.dtype)
+            self.note(f"kernels: {running}, attention: {self._attention()}{self._extra_kernels()}")
             if ctx.world.size > 1:
                 self.note(f"ranks communicate over {ctx.describe_transports()}")
         self.first_step = self.shown_step = step
@@ -60,7 +59,7 @@ class Progress:
     def _attention(self) -> str:
         c, ctx = self.cfg, self.ctx
         masked = c.data.separate_documents
-        name = attention_name(ctx.device, ctx.dtype, c.model.head_dim, documents=masked, wanted=c.train.attention)
+        name = attention_name(ctx.device, ctx.dtype, c.model.head_dim, documents=masked, requested=c.train.attention)
         return name + ", document masking" * masked
 
     def __enter__(self) -> Progress:

@@ -1,4 +1,5 @@
-"""Operations: one file an op, a torch implementation each, autograd written out; kernels chosen in native.py alone.
+"""Operations: one file per op, with a torch reference and a hand-written backward; native.py selects custom kernels.
 
-Imports distributed (an op that talks gets an Axis), batch, config. Never knows the model, data or how it was launched.
+Imports distributed (an op that communicates takes an Axis), batch and config. Independent of the model, data and
+launch.
 """

@@ -1,4 +1,4 @@
-"""What an MLP does between its products: an activation, or a gate's activation times up (Shazeer 2020)."""
+"""Activation functions of the MLP: plain, or gated, act(gate) * up (GLU variants, Shazeer 2020)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
 }
-KINDS = {name: kind for kind, name in enumerate(PLAIN)}  # as csrc/kernels/kernels.h numbers them
+KINDS = {name: kind for kind, name in enumerate(PLAIN)}  # the numbers in csrc/kernels/kernels.h
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused: Tensor, name: str) -> Tensor:
         ctx.name = name
-        if own := kernels(fused):
+        if custom := kernels(fused):
             fused = fused.contiguous()
             ctx.save_for_backward(fused)
-            return own.gated(fused, KINDS[name])
+            return custom.gated(fused, KINDS[name])
         ctx.save_for_backward(fused)
         gate, up = fused.chunk(2, dim=-1)
         return PLAIN[name](gate).mul_(up)
@@ -35,8 +35,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (fused,) = ctx.saved_tensors
-        if own := kernels(grad, fused):
-            return own.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name]), None
+        if custom := kernels(grad, fused):
+            return custom.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name]), None
         gate, up = fused.chunk(2, dim=-1)
         out = torch.empty_like(fused)
         grad_gate, grad_up = out.chunk(2, dim=-1)
@@ -52,13 +52,19 @@ class _Gated(torch.autograd.Function):
 
 
 def gated(fused: Tensor, name: str) -> Tensor:
-    """fused [..., 2f] = gate | up  ->  act(gate) * up [..., f]; name: "silu" (SwiGLU), "gelu" or "gelu_tanh"."""
-    if torch.compiler.is_compiling():  # it makes one pass of the formula
+    """Gated activation: fused [..., 2f] = gate | up -> act(gate) * up [..., f].
+
+    name: "silu" (SwiGLU), "gelu" or "gelu_tanh". Only the input is saved for backward.
+    """
+    if torch.compiler.is_compiling():  # it fuses the plain formula into one kernel
         gate, up = fused.chunk(2, dim=-1)
         return PLAIN[name](gate) * up
     return _Gated.apply(fused, name)
 
 
-def activation(name: str, of_gate: bool) -> Callable[[Tensor], Tensor]:
-    """fused [..., 2f] = gate | up, or plain [..., f] -> [..., f]; name: of ModelConfig.activation."""
-    return partial(gated, name=name) if of_gate else PLAIN[name]
+def activation(name: str, is_gated: bool) -> Callable[[Tensor], Tensor]:
+    """The activation function of an MLP by its name in ModelConfig.activation.
+
+    Gated, it maps fused [..., 2f] = gate | up to [..., f]; plain, [..., f] to [..., f].
+    """
+    return partial(gated, name=name) if is_gated else PLAIN[name]

@@ -1,6 +1,6 @@
-"""NVIDIA apex's fused norms, where it is installed with its CUDA extension: the second choice, after our own kernels.
+"""Fused norms of NVIDIA apex, if installed with its CUDA extension: the second choice, after the custom kernels.
 
-PyPI has another package named apex; NVIDIA's is known by its submodules.
+The apex on PyPI is another package; NVIDIA's is recognised by its submodules.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @functools.cache
 def _load() -> tuple[Any, str]:
-    """(apex.normalization.fused_layer_norm or None, why not)."""
+    """(apex.normalization.fused_layer_norm or None, the import error)."""
     try:
         importlib.import_module("fused_layer_norm_cuda")
         return importlib.import_module("apex.normalization.fused_layer_norm"), ""
@@ -23,5 +23,5 @@ def _load() -> tuple[Any, str]:
 
 
 def fused_norms(x: Tensor) -> Any:
-    """apex's module with fused_rms_norm_affine and fused_layer_norm_affine if they can run on x, else None."""
+    """The apex module with fused_rms_norm_affine and fused_layer_norm_affine, or None if they cannot run on x."""
     return _load()[0] if x.is_cuda else None

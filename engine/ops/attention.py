@@ -1,18 +1,18 @@
-"""Causal attention, and which of several implementations of it runs.
+"""Causal attention with grouped queries and document masking, in several implementations.
 
-Documents that share a sequence can be kept apart (`Documents`). Positions need not start again with each of them: RoPE
-turns q and k by their positions, and their product knows the difference of the two only.
+Document masking (`Documents`) restricts attention to the tokens of the same document of a packed sequence. With RoPE,
+positions need not restart in each document: scores depend only on the difference of two positions.
 
-Which implementation runs is a pure function of the device, the dtype, the width of a head, whether documents are kept
-apart, and what can be imported (`choose`): the same in every step, and after a restart on the same machine.
+Which implementation runs is a pure function (`select_implementation`) of the device, the dtype, head_dim, document
+masking, and the packages that can be imported: the same in every step, and after a restart on the same machine.
 
-    own           our kernel, csrc/kernels/cpu/attention_tiles.h; nothing is made of the size s x s
-    cudnn         torch's SDPA, cuDNN's kernel before flash: the fastest of torch's on Hopper
-    flash         torch's SDPA, its flash kernel (FlashAttention 2)
-    varlen        torch.nn.attention.varlen: flash over documents of unequal lengths
-    flash-attn-3  the package flash_attn_interface (Hopper), with or without documents
-    flash-attn-2  the package flash_attn, with or without documents
-    sdpa          torch's SDPA as it chooses, with a mask where documents are kept apart: the reference
+    own           the custom CPU kernel, csrc/kernels/cpu/attention_tiles.h; allocates nothing of size s x s
+    cudnn         torch's SDPA with cuDNN's kernel, then flash: the fastest of torch's on Hopper
+    flash         torch's SDPA with its flash kernel (FlashAttention 2)
+    varlen        torch.nn.attention.varlen: flash kernel for packed sequences (cu_seqlens)
+    flash-attn-3  the package flash_attn_interface (Hopper), with or without document masking
+    flash-attn-2  the package flash_attn, with or without document masking
+    sdpa          torch's SDPA with its default backend, and an explicit mask for document masking: the reference
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engine.batch import Documents
 from engine.errors import ConfigError, FieldError
-from engine.ops.native import own_attention
+from engine.ops.native import can_run_custom_attention
 
 _PACKAGES = {
     "flash-attn-3": "flash_attn_interface",
@@ -42,27 +42,31 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Case:
-    """What the choice depends on. capability: of a CUDA device, such as (9, 0). own: our kernel could run."""
+class AttentionCase:
+    """The inputs of the selection.
+
+    documents: with document masking. capability: compute capability of the CUDA device, such as (9, 0). custom: the
+    custom kernel can run.
+    """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     documents: bool = False
     capability: tuple[int, int] = (0, 0)
-    own: bool = False
+    custom: bool = False
 
 
-def case_of(q: Tensor, *, documents: bool) -> Case:
-    """The case of queries (or anything of their device, dtype and last dim)."""
+def attention_case(q: Tensor, *, documents: bool) -> AttentionCase:
+    """The case of q (only its device, dtype and last dim, head_dim, are read)."""
     capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
-    own = q.device.type == "cpu" and own_attention(q)
-    return Case(q.device.type, q.dtype, q.shape[-1], documents, capability, own)
+    custom = q.device.type == "cpu" and can_run_custom_attention(q)
+    return AttentionCase(q.device.type, q.dtype, q.shape[-1], documents, capability, custom)
 
 
 @functools.cache
-def missing() -> Mapping[str, str]:
-    """Implementation -> why its package cannot be imported, of those that need one and do not have it."""
+def missing_packages() -> Mapping[str, str]:
+    """Implementation -> why the package that it needs cannot be imported; empty if all can."""
     found = {}
     for name, module in _PACKAGES.items():
         try:
@@ -72,56 +76,59 @@ def missing() -> Mapping[str, str]:
     return found
 
 
-def refusal(name: str, case: Case, absent: Mapping[str, str]) -> str:
-    """Why an implementation cannot run in a case; empty if it can."""
+def why_unavailable(name: str, case: AttentionCase, missing: Mapping[str, str]) -> str:
+    """Why the implementation `name` cannot run in a case; "" if it can. missing: from `missing_packages`."""
     if name == "sdpa":
         return ""
     if name == "own":
-        return "" if case.own else "needs fp32 on a CPU with AVX2, and engine._ops built"
+        return "" if case.custom else "needs fp32 on a CPU with AVX2, and engine._ops built"
     if case.device != "cuda" or case.capability < (8, 0):
-        return f"needs a GPU of compute capability 8.0, this is {_device_in_words(case)}"
+        return f"needs a GPU of compute capability 8.0 or higher, this is {_describe_device(case)}"
     if case.dtype not in _HALF:
         return "needs train.precision bf16 or fp16"
     widest = 128 if name == "cudnn" else 256
     if case.head_dim > widest or case.head_dim % 8:
-        return f"needs model.head_dim a multiple of 8 up to {widest}, not {case.head_dim}"
+        return f"needs model.head_dim to be a multiple of 8 and at most {widest}, not {case.head_dim}"
     if name in ("cudnn", "flash") and case.documents:
-        return "cannot keep documents apart (data.separate_documents)"
+        return "has no document masking (data.separate_documents)"
     if name == "varlen" and not case.documents:
-        return "is for documents that are kept apart (data.separate_documents)"
+        return "needs document masking (data.separate_documents)"
     if name == "flash-attn-3" and case.capability[0] != 9:
-        return f"is written for Hopper, this is {_device_in_words(case)}"
-    return absent.get(name, "")
+        return f"runs on Hopper only (compute capability 9.0), this is {_describe_device(case)}"
+    return missing.get(name, "")
 
 
-def _device_in_words(case: Case) -> str:
+def _describe_device(case: AttentionCase) -> str:
     return f"{case.device} {case.capability[0]}.{case.capability[1]}" if case.device == "cuda" else case.device
 
 
-def _preferred(case: Case) -> tuple[str, ...]:
+def _preference(case: AttentionCase) -> tuple[str, ...]:
     if case.documents:
         return "own", "flash-attn-3", "flash-attn-2", "varlen", "sdpa"
-    if case.capability >= (9, 0):  # flash 2 reaches half of what Hopper's own kernels do
+    if case.capability >= (9, 0):  # FlashAttention 2 reaches half the speed of kernels written for Hopper
         return "own", "flash-attn-3", "cudnn", "flash", "sdpa"
     return "own", "flash", "sdpa"
 
 
 @functools.lru_cache(maxsize=64)
-def choose(wanted: str, case: Case) -> str:
-    """The implementation that runs in a case. ConfigError, with the reason, where a wanted one cannot."""
-    absent = missing() if case.device == "cuda" else {}
-    best = next(name for name in _preferred(case) if not refusal(name, case, absent))
-    if wanted == "auto":
+def select_implementation(requested: str, case: AttentionCase) -> str:
+    """The implementation that runs in a case: `requested`, or the fastest available one for "auto".
+
+    ConfigError with the reason if the requested implementation cannot run.
+    """
+    missing = missing_packages() if case.device == "cuda" else {}
+    best = next(name for name in _preference(case) if not why_unavailable(name, case, missing))
+    if requested == "auto":
         return best
-    if why := refusal(wanted, case, absent):
+    if why := why_unavailable(requested, case, missing):
         raise ConfigError(
             [
                 FieldError(
-                    "ops.attention-not-available", "train.attention", wanted, why, f"Use auto, which is {best} here."
+                    "ops.attention-not-available", "train.attention", requested, why, f"Use auto, which is {best} here."
                 )
             ]
         )
-    return wanted
+    return requested
 
 
 class _CustomAttention(torch.autograd.Function):
@@ -138,44 +145,44 @@ class _CustomAttention(torch.autograd.Function):
         return *grads, None
 
 
-def _own(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+def _custom(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _CustomAttention.apply(q, k, v, None if documents is None else documents.begin)
+    return _CustomAttention.apply(q, k, v, None if documents is None else documents.starts)
 
 
-def _joined(out: Tensor) -> Tensor:
+def _merge_heads(out: Tensor) -> Tensor:
     """[b, n, s, d] -> [s, b, n d]."""
     b, n, s, d = out.shape
     return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-    """Fastest on a CPU where a head's rows lie one after another, so `rope` writes them so and v is copied: with views
-    of [s, b, n, d] torch's kernel takes a third longer, many times what the copy costs."""
+    """On a CPU, torch's kernel takes a third longer on views of [s, b, n, d] than on contiguous heads, many times the
+    cost of a copy. So `rope` writes q and k contiguously, and v is copied here."""
     n, m = q.shape[1], k.shape[1]
     if n == m:
         v = v.contiguous()
-    else:  # each KV head serves a run of query heads
+    else:  # each KV head serves n / m consecutive query heads
         k, v = (x.repeat_interleave(n // m, dim=1) for x in (k, v))
     mask = None if documents is None else documents.mask
-    return _joined(scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None))
+    return _merge_heads(scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None))
 
 
-def _restricted(*backends: SDPBackend) -> Callable[..., Tensor]:
+def _sdpa_backends(*backends: SDPBackend) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         with sdpa_kernel(list(backends), set_priority=True):
             grouped = q.shape[1] != k.shape[1]
-            return _joined(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped))
+            return _merge_heads(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped))
 
     return run
 
 
-def _rows(x: Tensor) -> Tensor:
+def _pack_rows(x: Tensor) -> Tensor:
     """[b, n, s, d] -> [b s, n, d]."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _unrowed(rows: Tensor, q: Tensor) -> Tensor:
+def _unpack_rows(rows: Tensor, q: Tensor) -> Tensor:
     """[b s, n, d] -> [s, b, n d] for queries [b, n, s, d]."""
     b, n, s, d = q.shape
     return rows.view(b, s, n * d).transpose(0, 1).contiguous()
@@ -184,62 +191,67 @@ def _unrowed(rows: Tensor, q: Tensor) -> Tensor:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     assert documents is not None
     function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    words: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    kwargs: dict[str, Any] = {"window_size": (-1, 0)}  # causal
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in inspect.signature(function).parameters:
-            words["enable_gqa"] = True
+            kwargs["enable_gqa"] = True
         else:  # torch 2.11
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     cu_seqlens, longest = documents.cu_seqlens, q.shape[2]
-    return _unrowed(function(*map(_rows, (q, k, v)), cu_seqlens, cu_seqlens, longest, longest, **words), q)
+    return _unpack_rows(function(*map(_pack_rows, (q, k, v)), cu_seqlens, cu_seqlens, longest, longest, **kwargs), q)
 
 
-def _package(module: str) -> Callable[..., Tensor]:
+def _flash_attn_package(module: str) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         package = importlib.import_module(module)
         if documents is None:
             out = package.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
-            out = out[0] if isinstance(out, tuple) else out  # some versions of 3 give the log-sum-exp too
+            out = out[0] if isinstance(out, tuple) else out  # some versions of 3 also return the log-sum-exp
             b, s, n, d = out.shape
             return out.transpose(0, 1).reshape(s, b, n * d)
         cu_seqlens, longest = documents.cu_seqlens, q.shape[2]
-        words = {
+        kwargs = {
             "cu_seqlens_q": cu_seqlens,
             "cu_seqlens_k": cu_seqlens,
             "max_seqlen_q": longest,
             "max_seqlen_k": longest,
         }
-        out = package.flash_attn_varlen_func(*map(_rows, (q, k, v)), **words, causal=True)
-        return _unrowed(out[0] if isinstance(out, tuple) else out, q)
+        out = package.flash_attn_varlen_func(*map(_pack_rows, (q, k, v)), **kwargs, causal=True)
+        return _unpack_rows(out[0] if isinstance(out, tuple) else out, q)
 
     return run
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]] = {
-    "own": _own,
-    "cudnn": _restricted(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
-    "flash": _restricted(SDPBackend.FLASH_ATTENTION),
+    "own": _custom,
+    "cudnn": _sdpa_backends(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
+    "flash": _sdpa_backends(SDPBackend.FLASH_ATTENTION),
     "varlen": _varlen,
-    "flash-attn-3": _package(_PACKAGES["flash-attn-3"]),
-    "flash-attn-2": _package(_PACKAGES["flash-attn-2"]),
+    "flash-attn-3": _flash_attn_package(_PACKAGES["flash-attn-3"]),
+    "flash-attn-2": _flash_attn_package(_PACKAGES["flash-attn-2"]),
     "sdpa": _sdpa,
 }
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, wanted: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, requested: str = "auto"
 ) -> Tensor:
-    """q [b, n, s, d], k and v [b, n_kv, s, d] with n a multiple of n_kv -> [s, b, n * d]. Softmax scale 1/sqrt(d).
+    """Causal attention with grouped queries, softmax scale 1/sqrt(d).
 
-    documents: no row sees a column of another document than its own; None: all columns up to its own.
-    wanted: an implementation by name, or auto.
+    q [b, n, s, d], k and v [b, m, s, d] with n a multiple of m -> [s, b, n * d]. documents: boundaries for document
+    masking; None: every token attends to all tokens up to itself. requested: implementation name, or "auto".
     """
-    case = case_of(q, documents=documents is not None)
-    return IMPLEMENTATIONS[choose(wanted, case)](q, k, v, documents)
+    case = attention_case(q, documents=documents is not None)
+    return IMPLEMENTATIONS[select_implementation(requested, case)](q, k, v, documents)
 
 
 def attention_name(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, documents: bool, wanted: str = "auto"
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, documents: bool, requested: str = "auto"
 ) -> str:
-    """The implementation that runs on such heads. ConfigError where the wanted one cannot."""
-    return choose(wanted, case_of(torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype), documents=documents))
+    """The name of the implementation for heads of this dtype and head_dim on a device.
+
+    documents: with document masking. ConfigError if the requested one cannot run.
+    """
+    return select_implementation(
+        requested, attention_case(torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype), documents=documents)
+    )

@@ -1,4 +1,4 @@
-"""Token embedding over a slice of the vocabulary; the gradient goes straight into the flat bucket."""
+"""Vocabulary-parallel token embedding whose backward accumulates directly into the flat gradient bucket."""
 
 from __future__ import annotations
 
@@ -36,5 +36,9 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding(weight: Parameter, tokens: Tensor, start: int) -> Tensor:
-    """Rows of weight [V_local, h] for tokens (any shape, int64); ids outside [start, start + V_local) give zeros."""
+    """Look up tokens (int64, any shape) in this rank's vocabulary slice: weight [V_local, h] -> [*tokens.shape, h].
+
+    The slice holds the ids [start, start + V_local); tokens outside it give zeros, so a sum over the tensor ranks gives
+    the embedding.
+    """
     return _Embedding.apply(weight, tokens, start)

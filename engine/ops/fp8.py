@@ -1,18 +1,19 @@
-"""Matrix products in 8-bit floats (Micikevicius et al. 2022), with scales taken from the tensor at hand.
+"""FP8 matmuls (Micikevicius et al. 2022) with current scaling.
 
-Each operand is divided by a scale, so that its largest value (amax) becomes the largest of the format, and rounded; the
-product adds up in float32 and is multiplied by the scales. "Current scaling": amax is of this very tensor, no history.
+Each operand is divided by a scale that maps its largest magnitude (amax) to the largest value of the format, then
+rounded. The matmul accumulates in float32, and its result is multiplied by the scales. "Current scaling" means that
+amax is computed from the tensor itself, not from a history of earlier steps.
 
-* tensorwise: one scale a tensor. Weights and activations are e4m3 (3 bits of mantissa, up to 448), gradients e5m2 (2
-  bits, up to 57344): they spread over more powers of two than one scale for all of them can cover in e4m3.
-* rowwise: a scale for each row of the one and each column of the other operand; one row spreads less, so gradients are
-  e4m3 too. The weight gradient, whose rows would be those of the whole batch, stays tensorwise.
+* tensorwise: one scale per tensor. Weights and activations are e4m3 (3 mantissa bits, up to 448). Gradients are e5m2
+  (2 mantissa bits, up to 57344), because they span more powers of two than e4m3 covers with a single scale.
+* rowwise: one scale per row of the left and per column of the right operand. A single row spans less, so gradients are
+  e4m3 too. The weight gradient, whose rows would span the whole batch, stays tensorwise.
 
-The forward adds with Hopper's fast accumulation, the gradients without. The weight gradient is added to the float32
-main gradient. On a CPU the rounded operands are multiplied in float32, which is what the tests compare with.
+The forward uses Hopper's fast accumulation, the gradients do not. The weight gradient is added to the float32 main
+gradient. On a CPU the rounded operands are multiplied in float32, which is the reference of the tests.
 
-Under tensor parallelism every rank scales its own piece of a weight, by its own amax: a finer scale than one for the
-whole, so another layout rounds differently, and runs agree as runs in fp8 do, not to the last bits.
+Under tensor parallelism each rank scales its shard of a weight by the shard's amax. These scales are finer than one for
+the whole weight, so results differ between layouts by FP8 rounding, not only in the last bits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 @dataclass(frozen=True)
 class Scaled:
-    """values * scale is what it stands for. values: fp8 [m, k]; scale float32: [] or [m, 1]."""
+    """A scaled FP8 matrix that represents values * scale. values: fp8 [m, k]; scale: float32, [] or [m, 1]."""
 
     values: Tensor
     scale: Tensor
@@ -42,7 +43,7 @@ class Scaled:
 
 
 def _quantize(x: Tensor, dtype: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor]:
-    """x [m, k] -> values in dtype and their scale."""
+    """x [m, k] -> (values in dtype [m, k], scale float32: [] or, by row, [m, 1])."""
     wide = x.float()
     amax = wide.abs().amax(dim=1, keepdim=True) if by_row else wide.abs().amax()
     top = torch.finfo(dtype).max
@@ -51,12 +52,12 @@ def _quantize(x: Tensor, dtype: torch.dtype, by_row: bool) -> tuple[Tensor, Tens
 
 
 def _quantize_t(x: Tensor, dtype: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor]:
-    """`_quantize` of x^T, laid out row by row: tensor cores want both operands along the dim that is summed over."""
+    """`_quantize` of x^T, made contiguous: FP8 tensor cores need both operands contiguous along the reduced dim."""
     return _quantize(x.t().contiguous(), dtype, by_row)
 
 
 def _multiply(a: Scaled, b: Scaled, out_dtype: torch.dtype, *, fast: bool) -> Tensor:
-    """a [m, k] times b [k, n], b column by column."""
+    """a [m, k] times b [k, n] -> [m, n]; b in column-major order."""
     if a.values.is_cuda:
         scales = a.scale.contiguous(), b.scale.contiguous()
         return torch._scaled_mm(a.values, b.values, *scales, out_dtype=out_dtype, use_fast_accum=fast)
@@ -64,7 +65,7 @@ def _multiply(a: Scaled, b: Scaled, out_dtype: torch.dtype, *, fast: bool) -> Te
 
 
 class Fp8:
-    """`MatmulBackend` in fp8. compile: amax and rounding as torch.compile fuses them."""
+    """FP8 `MatmulBackend`. compile: fuse amax and rounding with torch.compile."""
 
     def __init__(self, *, rowwise: bool, compile: bool):
         self.rowwise, self.gradients = rowwise, E4M3 if rowwise else E5M2
@@ -96,11 +97,11 @@ class Fp8:
         return None
 
 
-def check_device(wanted: str, device: torch.device) -> None:
-    """ConfigError where a GPU has no 8-bit floats; wanted: train.fp8."""
-    if wanted == "none" or device.type != "cuda":
+def check_device(requested: str, device: torch.device) -> None:
+    """Raise ConfigError if train.fp8 is requested on a GPU without FP8."""
+    if requested == "none" or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
-        problem = f"needs a GPU of compute capability 8.9 (Ada, Hopper), this one has {capability[0]}.{capability[1]}"
-        raise ConfigError([FieldError("ops.fp8-not-available", "train.fp8", wanted, problem, "Use none.")])
+        problem = f"needs a GPU of compute capability 8.9 or higher (Ada, Hopper), not {capability[0]}.{capability[1]}"
+        raise ConfigError([FieldError("ops.fp8-not-available", "train.fp8", requested, problem, "Use none.")])

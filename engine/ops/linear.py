@@ -1,13 +1,13 @@
-"""y = x W^T + b, its collectives, and its weight gradient as data.
+"""The linear layer y = x W^T + b with its tensor-parallel collectives and gradient accumulation fused into the GEMM.
 
-The usual autograd path makes a temporary of the weight's size for every microbatch and adds it afterwards; here the
-GEMM itself accumulates (beta = 1) into the flat gradient bucket, at once or, when the pipeline splits the backward in
-I and W, later (`WeightGrad`).
+Plain autograd allocates a temporary of the weight's size per micro-batch and adds it to the gradient. Here the GEMM
+itself accumulates (beta = 1) into the flat gradient bucket: in the backward, or later if the pipeline schedule splits
+the backward into input gradients (I) and weight gradients (W); `WeightGrad` is such a deferred gradient.
 
-Under sequence parallelism x is cut along the sequence and gathered for the product. What is kept for the weight
-gradient of a column-parallel product is then a choice: the shard, gathered again in the backward (2 s b h / t bytes
-kept in bf16, one more all-gather of s b h), or the gathered input (2 s b h bytes, no more traffic). The gather of the
-one and the sum of the input gradient run beside the two products of the backward.
+Under sequence parallelism x is sharded along the sequence and all-gathered for the matmul. For the weight gradient
+there are two choices: save the shard and gather it again in the backward (saves 2 s b h / t bytes in bf16, costs one
+more all-gather of s b h), or save the gathered input (2 s b h bytes, no extra traffic). In the backward, the all-gather
+overlaps the input-gradient matmul, and the sum of the input gradient overlaps the weight-gradient matmul.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
 
 @dataclass(frozen=True)
 class RecomputeRecipe:
-    """Another way to a product's input: function(*tensors) gives it again, to the bit, so that it need not be kept."""
+    """How to recompute a matmul's input bit-exactly, as function(*tensors), so that the input need not be saved."""
 
     function: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
@@ -35,7 +35,10 @@ class RecomputeRecipe:
 
 @dataclass(frozen=True)
 class WeightGrad:
-    """A weight gradient that is still to be computed: grad [.., out] and what its input is got back from."""
+    """A deferred weight gradient (the W of a split backward).
+
+    grad [..., out]: gradient of the output. restore: starts the recomputation or the all-gather of the input.
+    """
 
     weight: Parameter
     grad: Tensor
@@ -44,7 +47,7 @@ class WeightGrad:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Add it to the weight's main gradient."""
+        """Compute the gradient and add it to the weight's main gradient."""
         accumulate(self.weight, self.grad, self.restore().wait(), self.matmul)
 
 
@@ -91,14 +94,17 @@ class _Linear(torch.autograd.Function):
             grad_w = accumulate(weight, grad, full.wait(), matmul)
         elif deferred is not None:
             deferred.append(WeightGrad(weight, grad, restore, matmul))
-        # a few numbers a token: not put off with the weight's, and autograd's own way into the bucket is good enough
+        # The bias gradient is cheap, so it is never deferred and takes autograd's usual path into the bucket.
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         nothing = (None,) * (5 + (function is not None) * len(saved))
         return (None if grad_x is None else grad_x.wait(), grad_w, grad_b, *nothing)
 
 
 def accumulate(weight: Parameter, grad: Tensor, x: Tensor, matmul: MatmulBackend) -> Tensor | None:
-    """Add grad^T x, over all rows, to the weight's main gradient; without a bucket, return it for autograd instead."""
+    """Add grad^T x to the weight's main gradient; without a gradient bucket, return it for autograd instead.
+
+    grad [..., out] and x [..., in] with the same number of rows.
+    """
     main = weight.main_grad
     total = matmul.weight_grad(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), main)
     if main is not None and weight.on_grad is not None:
@@ -117,10 +123,11 @@ def linear(
     recipe: RecomputeRecipe | None = None,
     matmul: MatmulBackend = PLAIN_MATMUL,
 ) -> Tensor:
-    """x [s, ..., in] times weight [out, in], plus bias [out] if any -> [s * sequence.size, ..., out].
+    """Linear layer that enters a tensor-parallel region: x [s, ..., in] -> [s * sequence.size, ..., out].
 
-    x is gathered over `sequence` along its first dim; its gradient is summed over `replicated` and reduce-scattered
-    over `sequence`. keep_gathered, recipe: what is saved for the weight gradient; see the module text.
+    weight [out, in], bias [out]. x is all-gathered over `sequence` along its first dim; its gradient is all-reduced
+    over `replicated` and reduce-scattered over `sequence`. Saved for the weight gradient: x, or with keep_gathered the
+    gathered x, or with a recipe only the tensors to recompute x from. matmul: backend of the three matmuls.
     """
     function, tensors = (recipe.function, recipe.tensors) if recipe else (None, ())
     return _Linear.apply(x, weight, bias, replicated, sequence, keep_gathered, matmul, function, *tensors)

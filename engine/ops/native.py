@@ -1,7 +1,7 @@
-"""Which implementation an op runs: our own kernels (csrc/ops) where they are built and fit, else torch's.
+"""Selects the implementation of each op: the custom kernels (csrc/ops) if they are built and applicable, else torch.
 
-Every op asks here and nowhere else, so there is one place that knows what is loaded. The torch code of an op is its
-reference: tests compare the two, and the engine runs on it where the extension is missing or the tensors are elsewhere.
+This is the only module that loads the extension, and every op asks it. The torch code of an op is its reference: tests
+compare the two, and it runs where the extension is missing or has no kernels for the tensors' device.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass
-class _Choice:
-    """What tests may force. kernels: own kernels at all; gemm: own matrix products, None: where they are faster."""
+class _Overrides:
+    """Overrides for tests (`forced`). kernels: use custom kernels; gemm: the custom GEMM, None: where it is faster."""
 
     kernels: bool = True
     gemm: bool | None = None
 
 
-_CHOICE = _Choice()
+_OVERRIDES = _Overrides()
 
 
 def _open(name: str) -> tuple[Any, str]:
-    """torch.ops.trident, and which torch it was built for."""
+    """Load the extension: (torch.ops.trident, the torch version that it was built for)."""
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None  # found by extension.load
     torch.ops.load_library(spec.origin)
@@ -43,7 +43,7 @@ def _open(name: str) -> tuple[Any, str]:
 
 @functools.cache
 def load() -> tuple[Any, str]:
-    """(torch.ops.trident, "") or (None, why it cannot be used). Loads the extension once per process."""
+    """Load the extension once per process: (torch.ops.trident, "") or (None, why it cannot be used)."""
     library, why = extension.load("engine._ops", f"torch {torch.__version__}", _open)
     if library is not None:
         _register_shapes()
@@ -51,7 +51,7 @@ def load() -> tuple[Any, str]:
 
 
 def _register_shapes() -> None:
-    """Tell torch.compile and meta tensors what the operators return; those that return nothing need no telling."""
+    """Register the output shapes of the operators for torch.compile and meta tensors."""
 
     def stats(x: Tensor, *sizes: int) -> Tensor:
         return x.new_empty(*sizes, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -98,12 +98,12 @@ def _register_shapes() -> None:
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernels refuse tensors of several devices; one of them being "meta" must not hide that."""
+    """Wrap a shape function to reject tensors of several devices, as the kernels do, even if one of them is "meta"."""
 
     def checked(*arguments: Any) -> Any:
         devices = sorted({str(x.device) for x in arguments if isinstance(x, Tensor)})
         if len(devices) > 1:
-            raise ValueError(f"trident::{name}: tensors are on {' and '.join(devices)}, wanted one device")
+            raise ValueError(f"trident::{name}: all tensors must be on one device, not {' and '.join(devices)}")
         return fake(*arguments)
 
     return checked
@@ -113,27 +113,28 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def _library() -> Any:
     library, why = load()
     if library is None:
-        extension.warn(why, "torch's own operators run instead, slower")
+        extension.warn(why, "torch's operators run instead, slower")
     return library
 
 
 def references_only() -> bool:
-    """Whether plain torch code is to run: in a test that asks for it, and in what torch.compile makes."""
-    return not _CHOICE.kernels or torch.compiler.is_compiling()
+    """Whether ops must run their torch code: under torch.compile, and in tests that force it."""
+    return not _OVERRIDES.kernels or torch.compiler.is_compiling()
 
 
 @functools.cache
 def _cuda_library(device: torch.device) -> Any:
     if why := why_no_cuda(device):
-        extension.warn(why, "torch's own operators run instead, slower")
+        extension.warn(why, "torch's operators run instead, slower")
         return None
     return load()[0]
 
 
 def kernels(*tensors: Tensor) -> Any:
-    """torch.ops.trident if our kernels are to run on these tensors, of one device and one floating type; else None.
+    """torch.ops.trident if custom kernels are to run on these tensors, else None: then the op runs its torch code.
 
-    On the CPU wherever the extension is built; on a GPU where it was built with CUDA kernels for it.
+    The tensors must have the same device and the same floating-point dtype. CPU: if the extension is built. GPU: if it
+    was built with CUDA kernels for this compute capability.
     """
     if references_only():
         return None
@@ -147,21 +148,25 @@ def kernels(*tensors: Tensor) -> Any:
 
 @functools.cache
 def why_no_cuda(device: torch.device) -> str:
-    """Why our CUDA kernels cannot run on this GPU; "" if they can."""
+    """Why the custom CUDA kernels cannot run on this GPU; "" if they can."""
     library, why = load()
     if library is None:
         return why
     built = library.cuda_capabilities()
     if not built:
-        return f"engine._ops has no CUDA kernels ({why_not_built('cuda') or 'torch had no CUDA when it was built'})"
-    own = torch.cuda.get_device_capability(device)
-    if runs_on(own, built):
+        reason = why_not_built("cuda") or "the torch of that build had no CUDA"
+        return f"engine._ops was built without CUDA kernels ({reason})"
+    capability = torch.cuda.get_device_capability(device)
+    if runs_on(capability, built):
         return ""
-    return f"the CUDA kernels were built for compute capability {built}, this GPU has {own[0]}.{own[1]}"
+    return f"the CUDA kernels were built for compute capability {built}, this GPU has {capability[0]}.{capability[1]}"
 
 
 def runs_on(capability: tuple[int, int], built: str) -> bool:
-    """Whether code for `built` ("8.0 9.0+PTX") runs on a GPU: PTX on all later ones, else within its major number."""
+    """Whether kernels built for the targets `built` ("8.0 9.0+PTX") run on a GPU of this compute capability.
+
+    A target runs on the same major version from its minor version on; with +PTX, on all later capabilities.
+    """
     for word in built.replace(";", " ").split():
         number, ptx, _ = word.partition("+PTX")
         major, minor = (int(part) for part in number.rstrip("af").split("."))
@@ -176,12 +181,12 @@ def _gemm_wins() -> bool:
     return library is not None and library.gemm_wins()
 
 
-def _own_gemm(*matrices: Tensor) -> bool:
+def _use_custom_gemm(*matrices: Tensor) -> bool:
     if not all(x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2 for x in matrices):
         return False
-    if not _CHOICE.kernels or not all(1 in x.stride() and min(x.stride()) >= 0 for x in matrices):
+    if not _OVERRIDES.kernels or not all(1 in x.stride() and min(x.stride()) >= 0 for x in matrices):
         return False
-    return _gemm_wins() if _CHOICE.gemm is None else _CHOICE.gemm
+    return _gemm_wins() if _OVERRIDES.gemm is None else _OVERRIDES.gemm
 
 
 @functools.cache
@@ -190,31 +195,31 @@ def _attention_runs() -> bool:
     return library is not None and library.attention_runs()
 
 
-def own_attention(*heads: Tensor) -> bool:
-    """Whether our attention is to run: float32 on a CPU with AVX2."""
+def can_run_custom_attention(*heads: Tensor) -> bool:
+    """Whether the custom attention kernel can run on these tensors: float32 on a CPU with AVX2."""
     fits = heads[0].device.type == "cpu" and heads[0].dtype == torch.float32
     return fits and kernels(*heads) is not None and _attention_runs()
 
 
-def in_words(device: torch.device, dtype: torch.dtype) -> str:
-    """What runs on tensors of this device and type, and why, in half a line."""
+def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """One line for the user: which kernels run on tensors of this device and dtype, and why not the custom ones."""
     probe = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
     if device.type == "cuda":
-        why_not_own = why_no_cuda(probe.device)
+        reason = why_no_cuda(probe.device)
     elif device.type == "cpu":
-        why_not_own = load()[1]
+        reason = load()[1]
     else:
-        why_not_own = f"own ones are for CPUs and CUDA, this is {device.type}"
-    if why_not_own or kernels(probe) is None:
-        return f"torch ({why_not_own or f'own ones are not for {dtype}'})"
-    matmul = "own" if _own_gemm(probe[0, 0]) else "torch"
-    return f"own (engine._ops for torch {torch.__version__}), matrix products: {matmul}"
+        reason = f"custom kernels exist for CPUs and CUDA, not for {device.type}"
+    if reason or kernels(probe) is None:
+        return f"torch ({reason or f'there are no custom kernels for {dtype}'})"
+    matmul = "custom" if _use_custom_gemm(probe[0, 0]) else "torch"
+    return f"custom (engine._ops for torch {torch.__version__}), matmul: {matmul}"
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., k] times a matrix b [k, n] -> [..., n]."""
+    """Matmul a [..., k] times b [k, n] -> [..., n]. Not differentiable."""
     rows = a.reshape(-1, a.shape[-1])
-    if not _own_gemm(rows, b):
+    if not _use_custom_gemm(rows, b):
         return torch.matmul(a, b)
     out = torch.empty(*a.shape[:-1], b.shape[1], dtype=a.dtype)
     _library().mm_(out.view(-1, b.shape[1]), rows, b, False)
@@ -222,18 +227,18 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out [m, n] += a [m, k] b [k, n], all of one dtype."""
-    if _own_gemm(out, a, b) and out.stride(1) == 1:
+    """In place: out [m, n] += a [m, k] b [k, n], all of the same dtype."""
+    if _use_custom_gemm(out, a, b) and out.stride(1) == 1:
         _library().mm_(out, a, b, True)
     else:
         torch.addmm(out, a, b, out=out)
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory of this process for the next tensors; False where that cannot be asked for.
+    """Make the C library keep freed memory for later allocations; False if that is not supported here.
 
-    A step frees and takes the same large tensors again and again; by default each goes back to the system and comes
-    back as page faults.
+    Each step frees and allocates the same large tensors. By default their memory is returned to the system, and every
+    new allocation causes page faults.
     """
     library = _library()
     return library is not None and bool(library.keep_freed_memory())
@@ -241,10 +246,10 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def forced(*, kernels: bool = True, gemm: bool | None = None) -> Iterator[None]:
-    """For tests: run on the references, or with or without own matrix products, whatever is faster here."""
-    before = _CHOICE.kernels, _CHOICE.gemm
-    _CHOICE.kernels, _CHOICE.gemm = kernels, gemm
+    """For tests: run ops without custom kernels (kernels=False), or with or without the custom GEMM (gemm)."""
+    before = _OVERRIDES.kernels, _OVERRIDES.gemm
+    _OVERRIDES.kernels, _OVERRIDES.gemm = kernels, gemm
     try:
         yield
     finally:
-        _CHOICE.kernels, _CHOICE.gemm = before
+        _OVERRIDES.kernels, _OVERRIDES.gemm = before

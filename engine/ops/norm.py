@@ -1,10 +1,10 @@
-"""RMSNorm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * w; LayerNorm (Ba et al. 2016). In float32 or wider.
+"""RMSNorm (Zhang & Sennrich 2019), y = x / sqrt(mean(x^2) + eps) * w, and LayerNorm (Ba et al. 2016).
 
-RMSNorm saves the input and one number a row; autograd's own graph would keep four tensors of the input's size.
-`add_rms_norm` and `add_layer_norm` take the residual sum before the norm along: that sum is read and written once, and
-the backward adds the gradient of the residual path on its way.
-`sharded_rms_norm` is the same over a dim that is cut over an axis: the sum of squares, and its mirror in the backward,
-cross it.
+Computed in float32, or float64 for float64 inputs. RMSNorm saves the input and one number per row; plain autograd would
+save four tensors of the input's size. `add_rms_norm` and `add_layer_norm` fuse the residual addition before the norm:
+the sum is read and written once, and the backward adds the gradient of the residual path in the same pass.
+`sharded_rms_norm` normalises a dim that is sharded across an axis: the sum of squares, and its counterpart in the
+backward, are all-reduced over the axis.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """The reference."""
+    """RMSNorm in torch: the reference of the custom kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -34,8 +34,8 @@ class _RmsNorm(torch.autograd.Function):
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         ctx.offset = offset
-        # torch.compile of 2.11 gives no gradient to what was written to, or came out of a `to` that did nothing, and is
-        # then returned (pytorch#180642)
+        # Return a new tensor: torch.compile of 2.11 loses the gradient of a returned tensor that was written to in
+        # place, or that is the result of a `to` without effect (pytorch#180642).
         if offset:
             y = wide * scale * (_wide(weight) + offset)
             return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -51,13 +51,13 @@ class _RmsNorm(torch.autograd.Function):
         work = wide_grad * normed
         grad_w = work.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         along = work.mul_(wide_weight).mean(-1, keepdim=True)
-        # copy_, not out=: torch.compile refuses that for the strided heads of a QK-norm
+        # copy_, not out=: torch.compile rejects out= for the strided heads of a QK-norm
         grad_x = work.copy_(wide_grad).mul_(wide_weight).sub_(normed.mul_(along)).mul_(scale)
         return grad_x.to(x.dtype), grad_w, None, None
 
 
 class _CustomNorm(torch.autograd.Function):
-    """On our kernels: RMSNorm, or with a bias LayerNorm, of x -> y; with a residual, of their sum -> sum, y."""
+    """RMSNorm, or LayerNorm if there is a bias, by the custom kernels: x -> y, or (x, residual) -> (sum, y)."""
 
     @staticmethod
     def forward(
@@ -66,36 +66,36 @@ class _CustomNorm(torch.autograd.Function):
         ops, terms = torch.ops.trident, [t.contiguous() for t in (x, residual) if t is not None]
         if bias is None:
             op = ops.rms_norm if residual is None else ops.add_rms_norm
-            *summed, y, kept = op(*terms, weight, eps, offset)
+            *summed, y, stats = op(*terms, weight, eps, offset)
         else:
             op = ops.layer_norm if residual is None else ops.add_layer_norm
-            *summed, y, kept = op(*terms, weight, bias, eps)
+            *summed, y, stats = op(*terms, weight, bias, eps)
         normed = summed[0] if summed else terms[0]
-        ctx.save_for_backward(normed, weight, kept)
-        ctx.summed, ctx.centred, ctx.offset = residual is not None, bias is not None, offset
+        ctx.save_for_backward(normed, weight, stats)
+        ctx.summed, ctx.is_layer_norm, ctx.offset = residual is not None, bias is not None, offset
         ctx.set_materialize_grads(False)
         return (normed, y) if summed else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ops, (x, weight, kept) = torch.ops.trident, ctx.saved_tensors
+        ops, (x, weight, stats) = torch.ops.trident, ctx.saved_tensors
         grad_sum, grad = grads if ctx.summed else (None, grads[0])
         if grad is None:
             return grad_sum, grad_sum, None, None, None, None
         grad, grad_sum = grad.contiguous(), None if grad_sum is None else grad_sum.contiguous()
         grad_b = None
-        if ctx.centred:
-            grad_x, grad_w, grad_b = ops.layer_norm_backward(grad, grad_sum, x, weight, kept)
+        if ctx.is_layer_norm:
+            grad_x, grad_w, grad_b = ops.layer_norm_backward(grad, grad_sum, x, weight, stats)
         else:
-            grad_x, grad_w = ops.rms_norm_backward(grad, grad_sum, x, weight, kept, ctx.offset)
+            grad_x, grad_w = ops.rms_norm_backward(grad, grad_sum, x, weight, stats, ctx.offset)
         return grad_x, grad_x if ctx.summed else None, grad_w, grad_b, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """Normalise the last dim of x [..., h] by its root mean square and scale by offset + weight [h].
+    """RMSNorm: divide x [..., h] by the root mean square of its last dim, times offset + weight [h].
 
-    With an offset the product is rounded to x's dtype once, at the end, as Gemma does it; without one, x is rounded
-    before it is scaled, as Llama does it.
+    Rounding to x's dtype: with an offset once, at the end, as in Gemma; without one before the multiplication by the
+    weight, as in Llama.
     """
     if kernels(x, weight):
         return _CustomNorm.apply(x, None, weight, None, eps, offset)
@@ -105,7 +105,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """x + residual, and `rms_norm` of it: to the bit what the two give in turn."""
+    """The residual sum x + residual and its `rms_norm`, fused: bit-exactly equal to the two in sequence."""
     if kernels(x, residual, weight):
         return _CustomNorm.apply(x, residual, weight, None, eps, offset)
     total = x + residual
@@ -113,7 +113,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Subtract the mean of the last dim of x [..., h], divide by the deviation, times weight [h], plus bias [h]."""
+    """LayerNorm over the last dim of x [..., h]: (x - mean) / sqrt(variance + eps) * weight [h] + bias [h]."""
     if kernels(x, weight, bias):
         return _CustomNorm.apply(x, None, weight, bias, eps, 0.0)
     if not references_only() and (apex := fused_norms(x)):
@@ -122,7 +122,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual, and `layer_norm` of it: to the bit what the two give in turn."""
+    """The residual sum x + residual and its `layer_norm`, fused: bit-exactly equal to the two in sequence."""
     if kernels(x, residual, weight, bias):
         return _CustomNorm.apply(x, residual, weight, bias, eps, 0.0)
     total = x + residual
@@ -146,16 +146,17 @@ class _ShardedRmsNorm(torch.autograd.Function):
         normed = _wide(x) * scale
         work = wide_grad * normed
         grad_w = work.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        # each copy has a part of the gradient of the same values: the sum over all ranks is whole, and each copy
-        # passes on its share of what follows from it
+        # Each replica holds a part of the gradient of the same values. The sum over all ranks is complete, so each
+        # replica applies 1 / replicas of the correction: their input gradients then add up to the whole.
         along = all_reduce_(work.mul_(wide_weight).sum(-1, keepdim=True), ctx.axis).div_(ctx.count * ctx.replicas)
         grad_x = torch.mul(wide_grad, wide_weight, out=work).sub_(normed.mul_(along)).mul_(scale)
         return grad_x.to(x.dtype), grad_w, None, None, None
 
 
 def sharded_rms_norm(x: Tensor, weight: Tensor, eps: float, axis: Axis, replicas: int) -> Tensor:
-    """`rms_norm` over a dim that is cut over `axis`: x [..., h * copies / axis.size], weight alike, h in all.
+    """`rms_norm` over a dim of global size h that is sharded across `axis`.
 
-    copies: how many ranks hold the same part, each with a part of its gradient, which add up to the whole (KV heads).
+    x [..., h * replicas / axis.size], weight [h * replicas / axis.size]. replicas: number of ranks that hold the same
+    shard, each with a partial gradient; the partial gradients add up to the whole (KV heads shared by ranks).
     """
     return _ShardedRmsNorm.apply(x, weight, eps, axis, replicas)

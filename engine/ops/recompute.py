@@ -1,7 +1,7 @@
-"""Run a function again in the backward instead of keeping what lies between its inputs and its output.
+"""Activation recomputation (Chen et al. 2016): save only a function's inputs, and run it again in the backward.
 
-Activation recomputation (Chen et al. 2016). Its inputs are all that is kept. The same operations on the same values
-give the same bits, so nothing changes but time and memory. The engine draws no random numbers in a forward pass.
+The same operations on the same values give the same bits, so only time and memory change. No RNG state is saved: the
+engine draws no random numbers in a forward pass.
 """
 
 from __future__ import annotations
@@ -31,5 +31,8 @@ class _Recompute(torch.autograd.Function):
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """function(*inputs), keeping only the inputs. Gradients reach them and the parameters that the function uses."""
+    """function(*inputs), saving only the inputs for backward.
+
+    Gradients flow to the inputs and to the parameters that the function uses.
+    """
     return _Recompute.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)

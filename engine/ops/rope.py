@@ -1,7 +1,7 @@
-"""Rotary position embedding (Su et al. 2021), in the half-split convention of the Hugging Face Llama weights.
+"""Rotary position embedding (RoPE, Su et al. 2021), in the half-split convention of the Hugging Face Llama weights.
 
-The rotation is orthogonal, so its backward is the rotation by the opposite angle and nothing but the table is saved.
-A table narrower than the head rotates its first values only (GPT-NeoX); an empty one, none.
+The rotation is orthogonal, so the backward rotates by the opposite angle and only the table is saved. A table narrower
+than head_dim rotates the first dims of a head only (partial rotary, GPT-NeoX); an empty table rotates none.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from engine.ops.native import kernels
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How angles are stretched for contexts `factor` times as long as `original_seq_len`; kind "none": not at all.
+    """RoPE scaling for contexts `factor` times as long as `original_seq_len`.
 
-    linear: all alike. llama3: the slow ones, with a smooth passage between low_freq and high_freq turns over the
-    original context (Llama 3.1's reference code). yarn: the same between beta_slow and beta_fast turns, with a ramp
-    over the dims, and the rotated values times attention_factor (Peng et al. 2023; 0: their 0.1 ln(factor) + 1).
+    kind: "none"; "linear": divide all frequencies by `factor`; "llama3": divide the low frequencies, with a smooth
+    transition between low_freq and high_freq rotations over the original context (reference code of Llama 3.1); "yarn"
+    (Peng et al. 2023): the transition is a linear ramp over the dims between beta_slow and beta_fast rotations, and
+    rotated values are multiplied by attention_factor (0: 0.1 ln(factor) + 1, as in the paper).
     """
 
     kind: str = "none"
@@ -34,8 +35,8 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float = 0.0
 
-    def stretch(self, frequency: Tensor, theta: float) -> Tensor:
-        """Radians a position [d/2] -> the same, stretched."""
+    def scale_frequencies(self, frequency: Tensor, theta: float) -> Tensor:
+        """Scale the rotary frequencies [d/2], in radians per position; theta: the RoPE base."""
         if self.kind == "linear":
             return frequency / self.factor
         if self.kind == "llama3":
@@ -52,12 +53,12 @@ class RopeScaling:
         return frequency
 
     def _dim(self, turns: float, theta: float, width: int) -> float:
-        """The dim whose angle turns so often over the original context."""
+        """The (fractional) dim whose angle makes `turns` rotations over the original context."""
         return width * math.log(self.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     @property
     def magnitude(self) -> float:
-        """What cos and sin are multiplied by."""
+        """The factor of cos and sin: YaRN's attention factor, 1 for other kinds."""
         if self.kind != "yarn":
             return 1.0
         return self.attention_factor or (0.1 * math.log(self.factor) + 1.0)
@@ -74,9 +75,9 @@ def rope_table(
     dtype: torch.dtype,
     scaling: RopeScaling = NO_SCALING,
 ) -> Tensor:
-    """cos and sin of position * theta^(-2i/width), stretched by `scaling`: [2, seq_len, width/2].
+    """The RoPE table, cos and sin of position * theta^(-2i/width) with `scaling`: [2, seq_len, width/2] in `dtype`.
 
-    float32 whatever the model's dtype is, as the Hugging Face models compute it, but float64 for float64 models.
+    width: number of rotated dims. Computed in float32 as in the Hugging Face models, in float64 for float64 models.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, width, 2, device=device, dtype=torch.int64).to(wide) / max(width, 1)
@@ -84,13 +85,13 @@ def rope_table(
     if scaling.kind == "none":
         angle = position / theta**exponent
     else:
-        angle = position * scaling.stretch(1.0 / theta**exponent, theta)
+        angle = position * scaling.scale_frequencies(1.0 / theta**exponent, theta)
     return torch.stack((angle.cos(), angle.sin())).mul_(scaling.magnitude).to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = 2 * cos.shape[-1]
-    if torch.compiler.is_compiling():  # it makes one pass of the formula, and nothing of writing into views
+    if torch.compiler.is_compiling():  # it fuses the plain formula, but not writes into views
         a, b = x[..., :width].chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., width:]), dim=-1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -115,9 +116,9 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x [b, heads, s, d] by its positions 0..s-1; table from `rope_table`, cut to [2, s, width/2], width <= d.
+    """Apply RoPE to x [b, heads, s, d] at positions 0..s-1; table [2, s, width/2] from `rope_table`, width <= d.
 
-    The result is contiguous whatever the strides of x are: the pass that rotates also lays out for attention.
+    The result is contiguous for any strides of x, as attention needs it.
     """
     return _Rope.apply(x, table)
 
@@ -135,7 +136,7 @@ class _FusedRope(torch.autograd.Function):
 
 
 def split_and_rope(fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q|k|v [s, b, (n + 2 m) d] -> q [b, n, s, d] and k [b, m, s, d], both rotated, and v [b, m, s, d]."""
+    """Split fused q|k|v and apply RoPE to q and k: [s, b, (n + 2 m) d] -> q [b, n, s, d], k and v [b, m, s, d]."""
     if kernels(fused, table):
         return _FusedRope.apply(fused.contiguous(), table.contiguous(), n, m)
     s, b, _ = fused.shape

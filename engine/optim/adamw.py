@@ -1,8 +1,8 @@
-"""AdamW (Loshchilov & Hutter 2019) over flat buckets: one fused pass a bucket.
+"""AdamW (Loshchilov & Hutter 2019) over flat buckets: one fused kernel per bucket.
 
-Master weights: in fp32 and fp64 they are the bucket's own values; in bf16 and fp16 a float32 copy that those values are
-rounded from in each update. Moments have the dtype of the masters. Under ZeRO-1 a rank has masters and moments of
-its own range of each bucket only, and the weights are gathered after the update.
+Master weights: with fp32 and fp64 they are the bucket's values; with bf16 and fp16 they are a float32 copy, which each
+update rounds into the values. Moments have the dtype of the master weights. Under ZeRO-1 a rank holds master weights
+and moments only of its range of each bucket, and the weights are all-gathered after the update.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ STATES = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StateShard:
-    """What a rank holds of one state of one parameter: its elements [begin, begin + len(flat)), row by row.
+    """This rank's contiguous row-major slice [begin, begin + len(flat)) of one state of one parameter.
 
-    kind: "model" (the master weights), "exp_avg" or "exp_avg_sq".
+    kind: "model" (master weights), "exp_avg" or "exp_avg_sq" (first and second moment).
     """
 
     kind: str
@@ -36,9 +36,9 @@ class StateShard:
 
 
 class FlatAdamW:
-    """Optimizer state of the buckets of all stages on this rank. `steps` counts updates done.
+    """AdamW for the buckets of all pipeline stages on this rank.
 
-    overlap: let the gathers of ZeRO-1 run on after `step`.
+    overlap: `step` returns while the all-gathers of ZeRO-1 are in flight. steps: number of updates done.
     """
 
     def __init__(self, stages: Sequence[GradBuckets], cfg: OptimizerConfig, *, overlap: bool = True):
@@ -50,23 +50,23 @@ class FlatAdamW:
 
     @staticmethod
     def _master(bucket: Bucket) -> Tensor:
-        values = bucket.part(bucket.values, bucket.held)
+        values = bucket.view_range(bucket.values, bucket.update_range)
         return values if values.dtype == bucket.grads.dtype else values.to(bucket.grads.dtype)
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """Update all parameters from the buckets' gradients times grad_scale (clipping, fp16's loss scale).
+        """Update all parameters from the buckets' gradients times grad_scale (clipping and the fp16 loss scale).
 
-        The gradients stay as they are: our kernels multiply as they read.
+        The gradients are not modified: the kernels apply the factor as they read them.
         """
         self.steps += 1
         for i, (bucket, master) in enumerate(zip(self.buckets, self.masters)):
-            grads, low = bucket.part(bucket.grads, bucket.held), self._rounded(bucket, master)
+            grads, low = bucket.view_range(bucket.grads, bucket.update_range), self._compute_weights(bucket, master)
             decay = self.cfg.weight_decay if bucket.decay else 0.0
             first, second = (self.moments[name][i] for name in STATES)
-            if own := kernels(master, grads):
+            if custom := kernels(master, grads):
                 betas, eps = (self.cfg.beta1, self.cfg.beta2), self.cfg.eps
-                own.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps)
+                custom.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps)
                 continue
             if grad_scale != 1.0:
                 grads = grads * grad_scale
@@ -94,15 +94,15 @@ class FlatAdamW:
         )
 
     @staticmethod
-    def _rounded(bucket: Bucket, master: Tensor) -> Tensor | None:
-        """What the model computes with, where that is not the masters themselves."""
-        values = bucket.part(bucket.values, bucket.held)
+    def _compute_weights(bucket: Bucket, master: Tensor) -> Tensor | None:
+        """The low-precision weights of the model, or None if the master weights are the model's weights."""
+        values = bucket.view_range(bucket.values, bucket.update_range)
         return None if values.dtype == master.dtype else values
 
-    def publish(self) -> None:
-        """The masters were written from outside: round them for the model and send them to other ranks."""
+    def masters_to_weights(self) -> None:
+        """Round the master weights into the model's weights and all-gather them; call after loading master weights."""
         for bucket, master in zip(self.buckets, self.masters):
-            low = self._rounded(bucket, master)
+            low = self._compute_weights(bucket, master)
             if low is not None:
                 low.copy_(master)
         self._gather()
@@ -112,13 +112,13 @@ class FlatAdamW:
             stage.gather(overlap=self.overlap)
 
     def states(self, *, owned: bool = False) -> Iterator[StateShard]:
-        """All that this rank holds; owned: only what it, and no other data rank, writes to a checkpoint."""
+        """The state shards of this rank; owned: only those that it, and no other data rank, writes to a checkpoint."""
         for i, bucket in enumerate(self.buckets):
-            of = bucket.own if owned else bucket.held
+            span = bucket.owned_range if owned else bucket.update_range
             for j, p in enumerate(bucket.params):
-                begin, end = bucket.overlap(j, of)
+                begin, end = bucket.intersection(j, span)
                 if begin >= end:
                     continue
-                at = bucket.starts[j] + begin - bucket.held.start
+                at = bucket.starts[j] + begin - bucket.update_range.start
                 for kind, flats in (("model", self.masters), *self.moments.items()):
                     yield StateShard(kind, p, begin, flats[i][at : at + end - begin])

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore wrongly."""
+"""The learning rate schedule as a pure function of the step, so that checkpoints need no schedule state."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from engine.config.schema import LrScheduleConfig, OptimizerConfig
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig, schedule: LrScheduleConfig) -> float:
-    """The rate used by step number `step` (1-based) of a run of `steps`.
+    """The learning rate of step `step` (1-based) of a run of `steps` steps.
 
-    Linear warm-up to optimizer.lr over schedule.warmup_steps, then down to lr * min_lr_ratio: cosine (Loshchilov &
-    Hutter 2017) or linear over the rest; wsd (Hu et al. 2024) holds and decays linearly over the last decay_steps. The
-    decay ends at schedule.horizon_steps, or without it at `steps`; later steps keep what it ended with.
+    Linear warm-up to optimizer.lr over schedule.warmup_steps, then decay to lr * min_lr_ratio. cosine (Loshchilov &
+    Hutter 2017) and linear decay over all remaining steps; wsd (warmup-stable-decay, Hu et al. 2024) keeps the peak and
+    decays linearly over the last decay_steps; constant does not decay. The decay ends at schedule.horizon_steps if set,
+    else at `steps`; later steps keep the final rate.
     """
     peak, floor, warmup = optimizer.lr, optimizer.lr * schedule.min_lr_ratio, schedule.warmup_steps
     if step <= warmup:

@@ -1,4 +1,4 @@
-"""Which dtype is what: weights and activations, and the main gradients with the master weights; fp16's loss scale."""
+"""The dtypes of mixed-precision training, and dynamic loss scaling for fp16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """compute: parameters and activations. main: gradients, masters, moments."""
+    """The dtypes of train.precision. compute: parameters and activations. main: gradients, master weights, moments."""
 
     compute: torch.dtype
     main: torch.dtype
@@ -26,35 +26,36 @@ PRECISIONS = {
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018): gradients of fp16 are computed times `value`, a power of two.
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018): the loss is multiplied by `value`, a power of two.
 
-    Halved when a gradient overflows (that update is left out), doubled after `window` updates without. window 0: fixed,
-    for the formats whose range is that of float32: these have no scale that a checkpoint could keep. All ranks see the
-    same global norm, so they agree without a word.
+    The scale is halved when a gradient overflows (that step is skipped) and doubled after `window` steps without
+    overflow, counted in good_steps. window 0: fixed at 1, for formats with the range of float32; checkpoints then
+    record no scale. All ranks see the same global norm, so they agree without communication.
     """
 
     value: float = 1.0
     window: int = 0
-    good: int = 0
+    good_steps: int = 0
 
-    def facts(self) -> dict[str, float]:
-        """What a checkpoint keeps of it; nothing where it is fixed."""
-        return {"loss_scale": self.value, "good_steps": self.good} if self.window else {}
+    def state_dict(self) -> dict[str, float]:
+        """The fields for a checkpoint; empty if the scale is fixed."""
+        return {"loss_scale": self.value, "good_steps": self.good_steps} if self.window else {}
 
-    def take(self, facts: Mapping[str, float], precision: str) -> None:
-        """Go on with the scale of a checkpoint of a run in this precision; only one of fp16 has any to take.
+    def load_state_dict(self, state: Mapping[str, float], precision: str) -> None:
+        """Continue with the scale of a checkpoint; precision: train.precision of the run that wrote it.
 
-        Checkpoints of other precisions may hold the number 1 (engines up to 0.1 wrote it), which was never a scale.
+        Only the scale of an fp16 run is used. Checkpoints of other precisions may record a meaningless 1 (written by
+        engines up to 0.1).
         """
-        if self.window and precision == "fp16" and "loss_scale" in facts:
-            self.value, self.good = facts["loss_scale"], int(facts["good_steps"])
+        if self.window and precision == "fp16" and "loss_scale" in state:
+            self.value, self.good_steps = state["loss_scale"], int(state["good_steps"])
 
     def update(self, finite: bool) -> None:
-        """Take note of one step's gradients."""
+        """Adjust the scale after one step; finite: its gradients did not overflow."""
         if not self.window:
             return
-        self.good = self.good + 1 if finite else 0
+        self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.value /= 2
-        elif self.good >= self.window:  # more: a resume has made the window smaller
-            self.value, self.good = self.value * 2, 0
+        elif self.good_steps >= self.window:  # greater if a resumed run has a smaller window
+            self.value, self.good_steps = self.value * 2, 0

@@ -1,4 +1,4 @@
-"""Algorithms that move data between ranks outside the forward pass: gradients in flat buckets.
+"""Data-parallel communication outside the forward pass: flat gradient buckets and the weight gathers of ZeRO-1.
 
-Imports distributed. Never knows which layers the parameters belong to, or which schedule runs.
+Imports distributed. Independent of the layers that the parameters belong to and of the pipeline schedule.
 """

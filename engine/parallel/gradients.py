@@ -1,20 +1,22 @@
-"""Flat gradient buckets: main gradients in one contiguous tensor each, reduced over the data ranks as they complete.
+"""Flat gradient buckets: gradients accumulate in contiguous tensors that are reduced over the data ranks when complete.
 
-Goal: the reduction of a bucket runs while the backward of earlier layers still computes, and with ZeRO-1 the weights of
-later layers travel while the forward of earlier ones does. Invariants:
+Goal: the reduction of a bucket overlaps the backward of earlier layers, and with ZeRO-1 the all-gather of the weights
+of later layers overlaps the forward of earlier ones. Invariants:
 
 * A bucket's `values` hold the parameters (each parameter is a view into it) and `grads` their main gradients, in the
-  same order at the same offsets: the optimizer is a function of flat tensors.
-* Every data rank *owns* an equal flat range of each bucket: it counts it in the gradient norm and writes it to
-  checkpoints. Under ZeRO-1 (Rajbhandari et al. 2020) it also is all that the rank reduces and updates (`held`).
-* Gradients add up over microbatches and are *summed* over data ranks: the loss is already divided by the global token
-  count, so nothing is averaged.
-* Communication order is the order in which buckets complete; autograd runs the same graph on every rank of an axis,
-  so it is the same on all of them. Sums that need both pipeline ends (tied embeddings) wait for `reduce`, because the
-  two ends finish at different times ("late" buckets).
-* Partial gradients of replicated values (spec `sum_over`) are added over their axis before the data reduction.
+  same order at the same offsets, so the optimizer works on flat tensors.
+* Every data rank *owns* an equal flat range of each bucket (`owned_range`): it counts this range in the gradient norm
+  and writes it to checkpoints. Under ZeRO-1 (Rajbhandari et al. 2020) this is also the only range whose gradients it
+  reduces and whose weights it updates (`update_range`).
+* Gradients accumulate over micro-batches and are *summed*, not averaged, over data ranks: the loss is already divided
+  by the global token count.
+* Communication order is the order in which buckets complete. Autograd runs the same graph on every rank of an axis, so
+  the order is the same on all of them. Buckets of tied embeddings ("late" buckets) are summed over the first and last
+  stage. The two stages finish at different times, so these sums start in `wait`, at the end of the plan.
+* Partial gradients of replicated values (spec `sum_over`) are summed over their axis before the data-parallel
+  reduction.
 
-What breaks if wrong: a missed sum shows as a loss curve that looks fine and a gradient norm that does not.
+If a sum is missing, the loss curve looks right but the gradient norm is wrong.
 """
 
 from __future__ import annotations
@@ -36,14 +38,16 @@ from engine.distributed.collectives import (
 from engine.distributed.context import ParallelContext
 from engine.distributed.sharding import Parameter
 
-_ALIGN = 64  # elements: every parameter, and every rank's range, starts on its own cache line, whatever the dtype
+_ALIGN = 64  # elements, so that every parameter and every rank's range starts on its own cache line for any dtype
 
 
 @dataclass
 class Bucket:
-    """Parameters that are stored, reduced and updated together. decay: weight decay applies to all of them.
+    """Parameters that are stored, reduced and updated together, as flat tensors.
 
-    own, held: [begin, end) of the flat tensors; see the module text. gathering: the weights, while they travel.
+    starts: offset of each parameter in the flat tensors, in elements. decay: apply weight decay to all of them. late:
+    holds tied embeddings. owned_range, update_range: ranges of the flat tensors, see the module docstring.
+    missing_grads: parameters whose last gradient of the step has not arrived. gathering: the all-gather in flight.
     """
 
     params: list[Parameter]
@@ -52,29 +56,29 @@ class Bucket:
     grads: Tensor
     decay: bool
     late: bool
-    own: range
-    held: range
-    missing: int = 0
+    owned_range: range
+    update_range: range
+    missing_grads: int = 0
     started: bool = False
     reducing: Pending | None = None
     gathering: Pending | None = None
 
     def view(self, flat: Tensor, index: int) -> Tensor:
-        """Parameter number `index` as a view of a flat tensor laid out like this bucket."""
+        """The parameter at `index` as a view of a flat tensor with this bucket's layout."""
         p = self.params[index]
         return flat[self.starts[index] : self.starts[index] + p.numel()].view(p.shape)
 
-    def part(self, flat: Tensor, of: range) -> Tensor:
-        """A range of a flat tensor laid out like this bucket, as a view."""
-        return flat[of.start : of.stop]
+    def view_range(self, flat: Tensor, span: range) -> Tensor:
+        """A range of a flat tensor with this bucket's layout, as a view."""
+        return flat[span.start : span.stop]
 
-    def overlap(self, index: int, of: range) -> tuple[int, int]:
-        """Which elements [begin, end) of parameter number `index` lie in a range of the bucket; begin >= end: none."""
+    def intersection(self, index: int, span: range) -> tuple[int, int]:
+        """The elements [begin, end) of the parameter at `index` in a range of the bucket; none if begin >= end."""
         start = self.starts[index]
-        return max(of.start - start, 0), min(of.stop - start, self.params[index].numel())
+        return max(span.start - start, 0), min(span.stop - start, self.params[index].numel())
 
     def wait_for_weights(self) -> None:
-        """Return when the weights are all there."""
+        """Wait until the all-gather of this bucket's weights is complete."""
         if self.gathering is not None:
             self.gathering.wait()
             self.gathering = None
@@ -82,9 +86,10 @@ class Bucket:
 
 @dataclass
 class GradBuckets:
-    """All buckets of one pipeline stage. See the module text for order and invariants.
+    """All gradient buckets of one pipeline stage. Order and invariants: see the module docstring.
 
-    overlap: reduce as buckets complete, not at the end. zero: ZeRO-1. reduce_dtype: what gradients are summed in.
+    overlap: reduce buckets as they complete, not at the end. zero: ZeRO-1. reduce_dtype: dtype of the reductions.
+    expecting: the gradients that arrive now are the last of this step.
     """
 
     ctx: ParallelContext
@@ -95,42 +100,49 @@ class GradBuckets:
     expecting: bool = field(default=False)
 
     def zero_grad(self) -> None:
-        """Forget all gradients: call before the first microbatch."""
+        """Zero all gradients; call before the first micro-batch of a step."""
         for b in self.buckets:
             b.grads.zero_()
             b.started, b.reducing = False, None
 
-    def expect_last_gradients(self, coming: Iterable[Parameter]) -> None:
-        """The gradients of these parameters are the last of this step: reduce every bucket as it completes."""
+    def expect_last_gradients(self, params: Iterable[Parameter]) -> None:
+        """Announce that the next gradients of these parameters are the last of this step.
+
+        With `overlap`, each bucket is reduced as soon as all its gradients have arrived. Call before the last
+        micro-batch's backward.
+        """
         self.expecting = self.overlap
-        wanted = {id(p) for p in coming}
+        wanted = {id(p) for p in params}
         for b in self.buckets:
-            b.missing = sum(id(p) in wanted for p in b.params)
-            if self.expecting and not b.missing and not b.late:
+            b.missing_grads = sum(id(p) in wanted for p in b.params)
+            if self.expecting and not b.missing_grads and not b.late:
                 self._start(b)
 
     def reduce(self) -> None:
-        """This stage's backward is over: start whatever has not started yet (the REDUCE action)."""
+        """After this stage's backward: start the reductions that have not started yet (the plan's REDUCE action)."""
         self.expecting = False
         for b in self.buckets:
             if not b.started and not b.late:
                 self._start(b)
 
     def wait(self) -> None:
-        """The plan is over: return when every gradient held is the global sum."""
+        """After the plan: return when all gradients in each bucket's `update_range` are global sums."""
         for b in self.buckets:
             assert b.started or b.late, "reduce() comes before wait()"
             if not b.started:
                 self._start(b)
         for b in self.buckets:
             if b.reducing is not None:
-                total, target = b.reducing.wait(), b.part(b.grads, b.held)
+                total, target = b.reducing.wait(), b.view_range(b.grads, b.update_range)
                 if total.data_ptr() != target.data_ptr():
                     target.copy_(total)
                 b.reducing = None
 
     def gather(self, *, overlap: bool) -> None:
-        """ZeRO-1: send every rank's range of the weights to the others, those of the first layers first."""
+        """ZeRO-1: all-gather the updated weights, first layers first; a no-op without ZeRO-1.
+
+        overlap: return while the all-gathers are in flight.
+        """
         if self.zero:
             for b in reversed(self.buckets):
                 b.gathering = all_gather_into_start(b.values, self.ctx.data)
@@ -138,24 +150,24 @@ class GradBuckets:
                     b.wait_for_weights()
 
     def wait_for_weights(self) -> None:
-        """Return when all weights are there: before they are read by anything but a forward."""
+        """Wait for all all-gathers; call before weights are read outside a forward."""
         for b in self.buckets:
             b.wait_for_weights()
 
-    def _arrived(self, bucket: Bucket) -> None:
+    def _grad_arrived(self, bucket: Bucket) -> None:
         if self.expecting:
-            bucket.missing -= 1
-            if bucket.missing == 0 and not bucket.late:
+            bucket.missing_grads -= 1
+            if bucket.missing_grads == 0 and not bucket.late:
                 self._start(bucket)
 
     def _start(self, bucket: Bucket) -> None:
         bucket.started = True
-        self._add_parts(bucket)
+        self._sum_replicated(bucket)
         x = bucket.grads.to(self.reduce_dtype)
         bucket.reducing = reduce_scatter_start(x, self.ctx.data) if self.zero else all_reduce_start(x, self.ctx.data)
 
-    def _add_parts(self, bucket: Bucket) -> None:
-        """Sum the gradients of replicated values, one message for all of an axis."""
+    def _sum_replicated(self, bucket: Bucket) -> None:
+        """All-reduce the partial gradients of replicated values, in one message per axis."""
         parts: dict[str, list[Tensor]] = {}
         for index, p in enumerate(bucket.params):
             main = bucket.view(bucket.grads, index)
@@ -179,10 +191,10 @@ def make_buckets(
     zero: bool = False,
     reduce_dtype: torch.dtype | None = None,
 ) -> GradBuckets:
-    """Move parameters into flat buckets, in reverse order (the backward's), and route their gradients there.
+    """Move parameters into flat buckets, in reverse order (the order of the backward), and route their gradients there.
 
-    Bias- and norm-like parameters (no decay) and late ones (tied over the pipeline) get buckets of their own.
-    reduce_dtype: of sums over several data ranks; None for grad_dtype.
+    Parameters without weight decay (biases, norms) and tied embeddings get separate buckets. bucket_bytes: a bucket is
+    closed when its gradients reach this size. reduce_dtype: dtype of sums over several data ranks; None: grad_dtype.
     """
     groups: dict[tuple[bool, bool], list[list[Parameter]]] = {}
     for p in reversed(params):
@@ -191,28 +203,28 @@ def make_buckets(
         if runs[-1] and sum(q.numel() for q in runs[-1]) * grad_dtype.itemsize >= bucket_bytes:
             runs.append([])
         runs[-1].append(p)
-    if reduce_dtype is None or ctx.data.size == 1:  # alone there is nothing to sum, and so nothing to round
+    if reduce_dtype is None or ctx.data.size == 1:  # one rank sums nothing, so it must not round either
         reduce_dtype = grad_dtype
-    made = GradBuckets(ctx, [], overlap, zero and ctx.data.size > 1, reduce_dtype)
+    stage = GradBuckets(ctx, [], overlap, zero and ctx.data.size > 1, reduce_dtype)
     for (decay, late), runs in groups.items():
-        made.buckets += [_make_bucket(run, ctx, grad_dtype, decay, late, made.zero) for run in runs]
-    for bucket in made.buckets:
+        stage.buckets += [_make_bucket(run, ctx, grad_dtype, decay, late, stage.zero) for run in runs]
+    for bucket in stage.buckets:
         for index, p in enumerate(bucket.params):
-            _route(p, bucket, index, made)
-    return made
+            _route_gradient(p, bucket, index, stage)
+    return stage
 
 
 def wait_before_use(modules: Iterable[nn.Module], stages: Iterable[GradBuckets]) -> None:
-    """Have every module wait for its own weights before its forward, so that their gather overlaps what runs before."""
+    """Make each module wait for its weights just before its forward, so that all-gathers overlap earlier modules."""
     holder = {id(p): bucket for stage in stages if stage.zero for bucket in stage.buckets for p in bucket.params}
     for module in modules:
         for part in module.modules():
             for p in part.parameters(recurse=False):
                 if id(p) in holder:
-                    part.register_forward_pre_hook(_settler(holder[id(p)]))
+                    part.register_forward_pre_hook(_wait_hook(holder[id(p)]))
 
 
-def _settler(bucket: Bucket) -> Callable[[nn.Module, Any], None]:
+def _wait_hook(bucket: Bucket) -> Callable[[nn.Module, Any], None]:
     return lambda module, args: bucket.wait_for_weights()
 
 
@@ -236,22 +248,25 @@ def _make_bucket(
     return bucket
 
 
-def _route(p: Parameter, bucket: Bucket, index: int, owner: GradBuckets) -> None:
-    """Send the parameter's gradients to its main gradient, whichever way they come.
+def _route_gradient(p: Parameter, bucket: Bucket, index: int, owner: GradBuckets) -> None:
+    """Route all gradients of a parameter to its main gradient.
 
-    Our own GEMMs add there themselves and call `on_grad`; for the rest (norm weights) autograd fills `.grad`, which
-    is moved over as soon as it is there.
+    Matmuls and the embedding accumulate into the main gradient themselves and call `on_grad`. For other parameters,
+    such as norm weights, autograd fills `.grad`, and a hook adds it to the main gradient at once.
     """
     p.main_grad = bucket.view(bucket.grads, index)
-    p.on_grad = lambda: owner._arrived(bucket)
+    p.on_grad = lambda: owner._grad_arrived(bucket)
 
-    p.register_post_accumulate_grad_hook(_move)
+    p.register_post_accumulate_grad_hook(_move_grad)
 
 
-def _move(p: Tensor) -> None:
-    """The hook of all parameters. It holds none itself: Python cannot free what a hook holds of the tensor it is on."""
+def _move_grad(p: Tensor) -> None:
+    """Hook that adds `.grad` to the main gradient.
+
+    Not a closure: Python could never free a tensor that is referenced by its own hook.
+    """
     assert isinstance(p, Parameter)
-    if p.grad is None:  # our own op has added it; torch 2.13 calls the hook all the same
+    if p.grad is None:  # already accumulated by the op; torch 2.13 calls the hook even so
         return
     assert p.main_grad is not None and p.on_grad is not None
     p.main_grad.add_(p.grad)

@@ -1,4 +1,4 @@
-"""Counting before running: parameters, floating-point operations, memory.
+"""Estimates from the config alone, without running: parameters, FLOPs, memory.
 
-Imports config and pipeline's plans; never torch. Never knows a tensor: what it counts follows from the config.
+Imports config and pipeline's plans, never torch.
 """

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, from the config alone."""
+"""FLOPs of a training step, computed from the config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _matmul_parameters_of_layer(cfg: ModelConfig) -> int:
 
 
 def matmul_parameters(cfg: ModelConfig) -> int:
-    """Weights that every token is multiplied with: all matrices, the output head included, the embedding not."""
+    """The number of weights that take part in matmuls for each token: all matrices and the head, not the embedding."""
     return cfg.num_layers * _matmul_parameters_of_layer(cfg) + cfg.vocab_size * cfg.hidden_size
 
 
@@ -25,17 +25,17 @@ def _attention_of_layer(cfg: ModelConfig, seq_len: int) -> int:
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> int:
-    """Model FLOPs of forward and backward for one token: 6 a matmul weight, plus causal attention.
+    """Model FLOPs of forward and backward for one token: 6 per matmul weight, plus causal attention.
 
-    Attention (scores and values): 2 matmuls of 2 * seq * width FLOPs forward, twice that backward, 12 * seq * width;
-    half of it, because a token sees only the tokens before it (Megatron-LM counts the same way since 2024). Nothing
-    is added for recomputation.
+    Attention (scores and values): 2 matmuls of 2 * seq_len * width FLOPs in the forward and twice that in the backward,
+    12 * seq_len * width in all; half of it, because attention is causal (Megatron-LM counts the same way since 2024).
+    Recomputation is not counted.
     """
     return 6 * matmul_parameters(cfg) + cfg.num_layers * _attention_of_layer(cfg, seq_len)
 
 
 def stage_flops(cfg: ModelConfig, seq_len: int, layers: Sequence[int]) -> list[int]:
-    """`flops_per_token` cut into pipeline stages of so many layers each; the head is with the last."""
+    """`flops_per_token` of each pipeline stage. layers: number of layers per stage; the last stage has the head."""
     layer = 6 * _matmul_parameters_of_layer(cfg) + _attention_of_layer(cfg, seq_len)
     flops = [count * layer for count in layers]
     flops[-1] += 6 * cfg.vocab_size * cfg.hidden_size
@@ -43,8 +43,10 @@ def stage_flops(cfg: ModelConfig, seq_len: int, layers: Sequence[int]) -> list[i
 
 
 def balanced_layers(cfg: ModelConfig, seq_len: int, stages: int) -> list[int]:
-    """Layers of each stage such that the heaviest computes as little as possible; the earlier ones, which keep
-    more microbatches' activations, get the smaller counts of what remains. Of a resolved model."""
+    """The number of layers of each stage that minimises the FLOPs of the heaviest stage, for a resolved model config.
+
+    Where counts cannot be equal, earlier stages get fewer layers, because they hold activations of more micro-batches.
+    """
 
     def split(last: int) -> list[int]:
         base, more = divmod(cfg.num_layers - last, stages - 1)
@@ -56,13 +58,15 @@ def balanced_layers(cfg: ModelConfig, seq_len: int, stages: int) -> list[int]:
 
 
 def uneven_pipeline(cfg: Config, derived: Derived) -> str:
-    """How much the heaviest pipeline rank of a resolved config computes beyond the mean, and what would be better;
-    empty where `balanced` would gain less than a twentieth."""
+    """A note for the user about an unbalanced pipeline: the load of the heaviest rank, and the layers that reduce it.
+
+    Empty if `--parallel.layers balanced` would gain less than 5%. cfg has to be resolved.
+    """
     balanced = balanced_layers(cfg.model, cfg.train.seq_len, derived.plan.num_stages)
-    now, then = (_heaviest(cfg, derived.plan, layers) for layers in (derived.layers, balanced))
-    if now < 1.05 * then:
+    now, best = (_heaviest(cfg, derived.plan, layers) for layers in (derived.layers, balanced))
+    if now < 1.05 * best:
         return ""
-    better = f"--parallel.layers balanced ({','.join(map(str, balanced))}) makes it {then:.2f}"
+    better = f"--parallel.layers balanced ({','.join(map(str, balanced))}) makes it {best:.2f}"
     return f"the heaviest pipeline rank computes {now:.2f} times the mean; {better}"
 
 

@@ -1,4 +1,4 @@
-"""Memory of a run before it runs, from the config alone."""
+"""Memory of a training run, computed from the config."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from engine.config.schema import Config
 
 
 def bytes_per_parameter(cfg: Config, data: int) -> float:
-    """Bytes a rank takes for weights, gradients and optimizer state of a parameter that it holds.
+    """Bytes per local parameter for its weight, gradient and optimizer state.
 
-    The weight is in train.precision and its gradient in the main dtype. Two moments and, where the two dtypes differ, a
-    master weight are in the main dtype too; with parallel.zero they are divided among the `data` ranks.
+    The weight is in train.precision, its gradient in the main dtype. The two moments and, if the two dtypes differ, the
+    master weight are in the main dtype too; with parallel.zero they are sharded across the `data` data-parallel ranks.
     """
     compute, main = cfg.train.precision, MAIN_DTYPE[cfg.train.precision]
     state = DTYPE_BYTES[main] * (2 if compute == main else 3)

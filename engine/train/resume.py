@@ -48,7 +48,7 @@ def manifest_fields(state: TrainState, data_metadata: dict[str, Any]) -> dict[st
     return {
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
-        "optimizer": {"steps": state.optimizer.steps, **state.scale.facts()},
+        "optimizer": {"steps": state.optimizer.steps, **state.scale.state_dict()},
         "config": state.cfg.model_dump(),
         "data": data_metadata | ({ORDER_BEGIN: state.order_begin} if state.order_begin else {}),
         "versions": code_versions(),
@@ -99,10 +99,10 @@ def resume(state: TrainState, folder: Path, data_metadata: dict[str, Any], stora
             if any(name.startswith("model.") for name in allowed):  # a changed model was allowed: tensors may not fit
                 raise
             raise DamageError(error.code, str(error)) from None
-    state.optimizer.publish()
+    state.optimizer.masters_to_weights()
     state.step = manifest.step
     state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))
-    state.scale.take(manifest.optimizer, manifest.config["train"]["precision"])
+    state.scale.load_state_dict(manifest.optimizer, manifest.config["train"]["precision"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
     state.order_begin = order_begin(manifest, data_metadata)
     state.lineage = extend_lineage(folder, manifest, allowed, changes(manifest, state.cfg))
@@ -154,7 +154,7 @@ def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
         if isinstance(source, Reader):
             state.lineage = extend_lineage(source.folder, source.manifest, {"optimizer state": ("there", "new")})
         load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
-    state.optimizer.publish()
+    state.optimizer.masters_to_weights()
     return source.folder, source.notes if isinstance(source, HfReader) else []
 
 

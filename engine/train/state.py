@@ -112,7 +112,7 @@ def check_backends(cfg: Config, ctx: ParallelContext) -> None:
     """
     check_device(cfg.train.fp8, ctx.device)
     masked, wanted = cfg.data.separate_documents, cfg.train.attention
-    mine = attention_name(ctx.device, ctx.dtype, cfg.model.head_dim, documents=masked, wanted=wanted)
+    mine = attention_name(ctx.device, ctx.dtype, cfg.model.head_dim, documents=masked, requested=wanted)
     names = gather_json(mine, ctx.world, ctx.device)
     if len(set(names)) > 1:
         found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))

@@ -90,7 +90,7 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path, case: str) -> 
                 (state.scale.value, state.optimizer.steps, state.step) = kept
                 for held, copy in zip(state.optimizer.states(), copies):
                     held.flat.copy_(copy)
-                state.optimizer.publish()
+                state.optimizer.masters_to_weights()
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
     different = []

@@ -173,12 +173,13 @@ def test_what_ran_is_what_was_asked_for() -> None:
     own = {t.name for t in selftest.check_ops(CPU) if t.custom}
     assert {"RMSNorm", "LayerNorm", "RoPE", "SwiGLU", "gated GeLU", "cross entropy", "AdamW"} <= own
     assert "embedding" not in own and ("attention" in own) == ("attention, documents kept apart" in own)
-    words = native.in_words(CPU, torch.float32)
+    words = native.describe_kernels(CPU, torch.float32)
     assert (attention_name(CPU, torch.float32, 16, documents=False) == "own") == ("attention" in own)
-    assert ("matrix products: own" in words) == ("matrix product" in own)
-    assert native.in_words(CPU, torch.float64).endswith("matrix products: torch")
+    assert ("matmul: custom" in words) == ("matrix product" in own)
+    assert native.describe_kernels(CPU, torch.float64).endswith("matmul: torch")
     assert (
-        native.in_words(torch.device("meta"), torch.float32) == "torch (own ones are for CPUs and CUDA, this is meta)"
+        native.describe_kernels(torch.device("meta"), torch.float32)
+        == "torch (custom kernels exist for CPUs and CUDA, not for meta)"
     )
 
 

@@ -1,4 +1,4 @@
-"""The checks of the operators on a GPU, and what only a GPU has: streams, tensors of two devices."""
+"""The checks of the operators on a GPU, and GPU-only behaviour: streams, tensors on two devices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_an_operator(check: Callable[..., None], case: tuple[Any, ...]) -> None:
     check(*case)
 
 
-def test_each_op_of_the_doctor_runs_on_our_kernels() -> None:
+def test_each_op_of_the_doctor_runs_on_custom_kernels() -> None:
     tried = {t.name: t for t in selftest.check_ops(GPU)}
     assert not [t for t in tried.values() if t.broken]
     for name in ("RMSNorm", "RoPE", "cross entropy", "AdamW"):
@@ -43,7 +43,7 @@ def test_each_op_of_the_doctor_runs_on_our_kernels() -> None:
 
 
 def test_kernels_go_to_the_current_stream() -> None:
-    """A long wait before them on that stream: were they on another, they would read what is not there yet."""
+    """The stream waits long before the input is written: a kernel on another stream would read the old input."""
     x, w = torch.zeros(4000, 512), torch.ones(512)
     y = torch.ops.trident.rms_norm(x, w, 1e-5, 0.0)[0]
     torch.cuda.synchronize()
@@ -55,7 +55,7 @@ def test_kernels_go_to_the_current_stream() -> None:
     assert float((y - 1).abs().max()) < 1e-5
 
 
-def test_the_same_bits_again() -> None:
+def test_a_second_call_has_the_same_bits() -> None:
     x, w = randn(3000, 1000).float(), randn(1000, seed=1).float()
     ops = native.load()[0]
     scale = ops.rms_norm(x, w, 1e-5, 0.0)[1]
@@ -63,11 +63,11 @@ def test_the_same_bits_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
-def test_tensors_of_two_devices_are_refused() -> None:
+def test_tensors_on_two_devices_are_rejected() -> None:
     with pytest.raises(ValueError, match="weight is on cpu, the others on cuda:0"):
         torch.ops.trident.rms_norm(torch.ones(2, 3), torch.ones(3, device="cpu"), 1e-5, 0.0)
 
 
-def test_what_only_cpus_have_is_refused_by_name() -> None:
+def test_cpu_only_operators_are_rejected_by_name() -> None:
     with pytest.raises(NotImplementedError, match="trident::attention"):
         torch.ops.trident.attention(*[torch.ones(1, 1, 2, 4)] * 3, None, 0.5)

@@ -135,7 +135,7 @@ def test_doctor_and_warnings_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert told[-1].startswith("engine._ops is not built (csrc/ops/cpu_only.cpp:1: error: no); build it: pip install")
     assert native_index.load()[0] is None
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
-    said = "not built .csrc/ops/cpu_only.cpp:1: error: no.: torch's own operators run instead"
+    said = "not built .csrc/ops/cpu_only.cpp:1: error: no.: torch's operators run instead"
     with pytest.warns(UserWarning, match=said):
         assert native._library() is None
 
@@ -149,7 +149,10 @@ class Gpu:
 def test_a_gpu_without_kernels_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """An extension without CUDA kernels, then one for other GPUs, then one for this."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cases = {"": r"no CUDA kernels \(nvcc not found in PATH\)", "8.0": "for compute capability 8.0, this GPU has 9.0"}
+    cases = {
+        "": r"without CUDA kernels \(nvcc not found in PATH\)",
+        "8.0": "for compute capability 8.0, this GPU has 9.0",
+    }
     monkeypatch.setattr(native, "why_not_built", lambda name: "nvcc not found in PATH")
     for built_for, said in (cases | {"8.0 9.0+PTX": ""}).items():
         library = SimpleNamespace(cuda_capabilities=lambda words=built_for: words)

@@ -1,4 +1,4 @@
-"""Documents that share a sequence and are kept apart: as exact as sequences of their own, in any layout."""
+"""Document masking: packed documents give the same losses and gradients as separate sequences, in any layout."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.support.cases import assemble, config, gradients_of, layout_of, max_r
 from tests.support.harness import run_ranks
 
 S, EOD = 16, 60
-LENGTHS = [[5, 11], [16], [1, 1, 14], [7, 8, 1]]  # of the documents of each row, the closing token included
+LENGTHS = [[5, 11], [16], [1, 1, 14], [7, 8, 1]]  # of the documents of each row, each with its EOD token
 
 
 def rows() -> torch.Tensor:
-    """int64 [4, S + 1]: documents end with EOD, which is nowhere else."""
+    """int64 [4, S + 1]; EOD occurs only at the end of documents."""
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, EOD, (len(LENGTHS), S + 1), generator=generator)
     for row, lengths in zip(tokens, LENGTHS):
@@ -35,19 +35,19 @@ def rows() -> torch.Tensor:
     return tokens
 
 
-def packed(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
-    """The rows with their documents numbered; a document's last token does not predict the next one's first."""
+def packed_batches(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
+    """The rows as packed sequences with document boundaries; the loss mask excludes labels in the next document."""
     whole = rows()
     tokens, labels = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
     mask = tokens != EOD
     local, mbs = len(LENGTHS) // ctx.data.size, cfg.train.micro_batch_size
     begin = ctx.data.rank * local
     parts = [slice(i, i + mbs) for i in range(begin, begin + local, mbs)]
-    return [MicroBatch(tokens[p], labels[p], mask[p], documents=Documents.ended_by(tokens[p], EOD)) for p in parts]
+    return [MicroBatch(tokens[p], labels[p], mask[p], documents=Documents.from_eod(tokens[p], EOD)) for p in parts]
 
 
-def apart(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
-    """Every document in a row of its own, filled up with what does not count."""
+def separate_batches(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
+    """Every document in a separate row, padded with tokens outside the loss mask."""
     batches = []
     for row, lengths in zip(rows(), LENGTHS):
         begin = 0
@@ -83,28 +83,28 @@ def result(cfg: Config, batches: Any) -> tuple[float, dict[str, Any]]:
     ],
     ids=str,
 )
-def test_packed_documents_learn_as_if_alone(layout: dict[str, Any]) -> None:
+def test_packed_documents_train_like_separate_rows(layout: dict[str, Any]) -> None:
     world = layout.get("parallel_tensor", 1) * layout.get("parallel_pipeline", 1) * layout.get("parallel_data", 1)
     model = {name: value for name, value in layout.items() if name.startswith("model")}
     count = sum(map(len, LENGTHS))
-    alone, grads_alone = result(config(1, train_global_batch_size=count, **model), apart)
-    loss, grads = result(config(world, **layout), packed)
+    alone, grads_alone = result(config(1, train_global_batch_size=count, **model), separate_batches)
+    loss, grads = result(config(world, **layout), packed_batches)
     assert loss == pytest.approx(alone, rel=1e-12)
     assert max_relative_error(grads, grads_alone) < 1e-11
 
 
-def test_without_numbers_documents_see_each_other() -> None:
+def test_without_masking_tokens_attend_across_documents() -> None:
     """The check above can fail."""
 
     def crossing(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
-        return [MicroBatch(b.tokens, b.labels, b.mask) for b in packed(cfg, ctx)]
+        return [MicroBatch(b.tokens, b.labels, b.mask) for b in packed_batches(cfg, ctx)]
 
     loss, _ = result(config(1), crossing)
-    assert abs(loss / result(config(1), packed)[0] - 1) > 1e-6
+    assert abs(loss / result(config(1), packed_batches)[0] - 1) > 1e-6
 
 
-def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
-    """The option reaches both; the score is that of the same rows with their documents numbered by hand."""
+def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
+    """data.separate_documents reaches both; the score equals that of the same rows with boundaries set by hand."""
     with IndexedWriter(tmp_path / "packed", vocab_size=61) as writer:
         for row, lengths in zip(rows(), LENGTHS):
             for part in row[:S].split(lengths):
@@ -117,7 +117,7 @@ def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
     with Loader(RankShare(data.order, **sizes, collate=data.collate)) as loader:
         (batch,) = next(loader)
     assert batch.documents is not None
-    assert torch.equal(batch.documents.begin, Documents.ended_by(batch.tokens, EOD).begin)
+    assert torch.equal(batch.documents.starts, Documents.from_eod(batch.tokens, EOD).starts)
 
     def job(ctx: ParallelContext) -> tuple[float, float]:
         state = setup(cfg, ctx)
@@ -131,7 +131,7 @@ def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
         for part in (torch.from_numpy(whole), torch.from_numpy(tail)):
             tokens, labels = part[:, :-1].contiguous(), part[:, 1:].contiguous()
             with torch.no_grad():
-                losses = stage.module(tokens, labels, torch.ones_like(tokens), Documents.ended_by(tokens, EOD))
+                losses = stage.module(tokens, labels, torch.ones_like(tokens), Documents.from_eod(tokens, EOD))
             total, number = total + float(losses.sum()), number + tokens.numel()
         return score.loss, total / number
 
@@ -140,8 +140,8 @@ def test_loader_and_validation_keep_documents_apart(tmp_path: Path) -> None:
 
 
 def test_documents_begin_after_the_last_token_of_the_one_before() -> None:
-    documents = Documents.ended_by(torch.tensor([[1, EOD, 2, 3, EOD, EOD, 4], [5, 5, 5, 5, 5, 5, 5]]), EOD)
-    assert documents.begin.tolist() == [[0, 0, 2, 2, 2, 5, 6], [0] * 7]
+    documents = Documents.from_eod(torch.tensor([[1, EOD, 2, 3, EOD, EOD, 4], [5, 5, 5, 5, 5, 5, 5]]), EOD)
+    assert documents.starts.tolist() == [[0, 0, 2, 2, 2, 5, 6], [0] * 7]
     assert documents.cu_seqlens.tolist() == [0, 2, 5, 6, 7, 14] and documents.cu_seqlens.dtype == torch.int32
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], list(range(7))]
     seen = documents.mask[0, 0].long()

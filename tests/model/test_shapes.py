@@ -1,7 +1,7 @@
-"""Models of every family's shape equal one process in every layout, and each fact of the config does what it says.
+"""Models with the shape of every family equal one process in every layout, and every model field has its effect.
 
-Weights are drawn anew, biases and norms too: at their usual start of zeros and ones a bias that is added twice, or a
-norm that is left out, would not show.
+All weights are redrawn, biases and norms included: with the usual initial zeros and ones, a bias that is added twice or
+a norm that is skipped would not show.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_tie_embeddings": True,
     },
     "llama3": {"model_rope_scaling": "llama3", "model_rope_factor": 8, "model_rope_original_seq_len": 8},
-    # what no family has together
+    # options that no family combines
     "all": {
         "model_norm": "layernorm",
         "model_norm_position": "post",
@@ -79,7 +79,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "t2": {"parallel_tensor": 2, "train_recompute": "selective"},
     "t4": {"parallel_tensor": 4, "parallel_keep_gathered": True},
-    "t4-copies": {"parallel_tensor": 4, "parallel_sequence": False, "train_recompute": "selective"},
+    "t4-replicated": {"parallel_tensor": 4, "parallel_sequence": False, "train_recompute": "selective"},
     "p2-zb-full": {"parallel_pipeline": 2, "parallel_schedule": "zb-h1", "train_recompute": "full"},
     "d2-t2-full": {"parallel_data": 2, "parallel_tensor": 2, "train_recompute": "full"},
     "t2-p2-zb": {
@@ -92,7 +92,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def draw(state: TrainState) -> None:
-    """Every canonical tensor anew, from its name: around what it would start from."""
+    """Redraw every canonical tensor around its usual initial value, seeded by its name."""
     with torch.no_grad():
         for p in state.params:
             for piece in p.spec.pieces(state.ctx):
@@ -139,21 +139,21 @@ def test_layout_equals_one_process(shape: str, layout: str) -> None:
     assert all(np.abs(grad).max() > 1e-8 for grad in one["grads"].values())
 
 
-@pytest.mark.parametrize("fact", ["scale_embeddings", "parallel_residual", "qkv_bias", "mlp_bias"])
-def test_every_fact_changes_the_loss(fact: str) -> None:
-    """A fact that parses and does nothing would pass every comparison above."""
-    losses = [run(config(1, model_num_layers=2, **{f"model_{fact}": on}))["losses"][0] for on in (False, True)]
+@pytest.mark.parametrize("field", ["scale_embeddings", "parallel_residual", "qkv_bias", "mlp_bias"])
+def test_every_model_field_changes_the_loss(field: str) -> None:
+    """A field that is parsed and ignored would pass every comparison above."""
+    losses = [run(config(1, model_num_layers=2, **{f"model_{field}": on}))["losses"][0] for on in (False, True)]
     assert abs(losses[1] / losses[0] - 1) > 1e-6
 
 
-def test_a_norm_with_offset_is_one_whose_weights_are_less_by_one() -> None:
-    """`draw` takes them around their start, 0 or 1, so the two models are the same."""
+def test_a_norm_offset_of_one_equals_weights_larger_by_one() -> None:
+    """`draw` centres the weights at their initial value, 0 or 1, so the two models are equal."""
     one, other = (run(config(1, model_num_layers=2, model_norm_offset=on)) for on in (False, True))
     assert other["losses"] == pytest.approx(one["losses"], rel=1e-11)
     assert max_relative_error(other["grads"], one["grads"]) < 1e-11
 
 
-def test_counts_follow_the_facts() -> None:
+def test_counts_follow_the_model_fields() -> None:
     gated, plain = (config(1, model_gated_mlp=on).model for on in (True, False))
     matrix = gated.num_layers * gated.hidden_size * gated.ffn_size
     assert num_parameters(gated) - num_parameters(plain) == matrix

@@ -1,4 +1,4 @@
-"""NVIDIA apex's norms: taken where it is there and our own kernels are not, and told from the other apex."""
+"""Norms of NVIDIA apex: used if it is installed and custom kernels are not; the other package named apex is ignored."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from engine.ops.norm import add_rms_norm, layer_norm, rms_norm
 
 
 @pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A stand-in with NVIDIA's names that computes the same; the names of the functions that were called."""
+def fake_apex(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A fake apex that computes the same norms; yields the names of the functions that were called."""
     called: list[str] = []
 
     def fused_rms_norm_affine(x: Tensor, weight: Tensor, normalized_shape: Any, eps: float = 1e-6) -> Tensor:
@@ -45,22 +45,22 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
 
 
-def test_second_choice(there: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_choice(fake_apex: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "kernels", lambda *x: None)
     x, residual, w, b = randn(4, 6), randn(4, 6), randn(6), randn(6)
     found = torch.autograd.grad(rms_norm(x, w, 1e-5).sum(), (x, w))
-    assert there == ["rms_norm"]
+    assert fake_apex == ["rms_norm"]
     layer_norm(x, w, b, 1e-5)
     add_rms_norm(x, residual, w, 1e-5)
-    assert there == ["rms_norm", "layer_norm", "rms_norm"]
-    rms_norm(x, w, 1e-5, offset=1.0)  # which apex does not have
+    assert fake_apex == ["rms_norm", "layer_norm", "rms_norm"]
+    rms_norm(x, w, 1e-5, offset=1.0)  # apex has no offset
     monkeypatch.setattr(norm, "references_only", lambda: True)
     exact = torch.autograd.grad(rms_norm(x, w, 1e-5).sum(), (x, w))
-    assert len(there) == 3
+    assert len(fake_apex) == 3
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, exact, strict=True))
 
 
-def test_our_own_come_first(there: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_kernels_come_first(fake_apex: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Own:
         @staticmethod
         def apply(x: Tensor, *rest: Any) -> Tensor:
@@ -69,10 +69,10 @@ def test_our_own_come_first(there: list[str], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(norm, "kernels", lambda *x: True)
     monkeypatch.setattr(norm, "_CustomNorm", Own)
     rms_norm(randn(2, 3), randn(3), 1e-5)
-    assert there == []
+    assert fake_apex == []
 
 
-def test_another_apex_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_apex_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     apex._load.cache_clear()
     module, why = apex._load()

@@ -1,6 +1,6 @@
-"""What lies between Python and the kernels of csrc: shapes for torch.compile, and a wrong call is a Python error.
+"""The boundary between Python and csrc: shape functions for torch.compile, and Python errors for wrong arguments.
 
-Every operator is called once rightly (`calls`); each of its tensors is then given another type, device and shape.
+Each operator has one valid call (`calls`); each of its tensors is then given another dtype, device and shape.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(OPS is None, reason=native.load()[1])
 
 @functools.cache
 def calls() -> dict[str, tuple[Any, ...]]:
-    """Operator -> arguments that it takes."""
+    """Operator -> valid arguments."""
     gen = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -55,14 +55,14 @@ def calls() -> dict[str, tuple[Any, ...]]:
 
 
 NAMES = [] if OPS is None else list(calls())
-# another right call: one more column of logits or values, one more dimension of rows
+# still valid: one more column of logits or values, one more dimension of rows
 FREE = {(0, "softmax_stats", 0), (0, "softmax_gradient_", 0), (0, "sum_squares", 0)}
 FREE |= {(1, "rms_norm", 0), (1, "layer_norm", 0), (1, "gated", 0)}
 STRIDED = {"rope_backward": (0, 1, 2), "attention": (0, 1, 2), "attention_backward": (1, 2, 3), "mm_": (0, 1, 2)}
 
 
 def with_one_changed(name: str, change: Callable[[Tensor], Tensor]) -> list[tuple[int, tuple[Any, ...]]]:
-    """The call of an operator with one of its tensors changed: for each, its place and the arguments."""
+    """The calls of an operator with one tensor changed: (index of the argument, arguments)."""
     arguments = calls()[name]
     places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
     return [(i, (*arguments[:i], change(arguments[i]), *arguments[i + 1 :])) for i in places]
@@ -76,7 +76,7 @@ def test_every_operator_is_here() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_for_compilers(name: str) -> None:
-    """Schemas tell what is written to, and shape functions what is returned (torch's own check)."""
+    """torch's opcheck: schemas declare the arguments that are written, shape functions the returned tensors."""
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(OPS, name).default, calls()[name], test_utils=checks)
 
@@ -97,7 +97,7 @@ def test_another_device_is_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_shape_is_an_error(name: str) -> None:
-    """One more column; one more dimension; no dimension at all."""
+    """One more column, one more dimension, or no dimension."""
     changes: list[Callable[[Tensor], Tensor]] = [
         lambda x: torch.nn.functional.pad(x, (0, 1)),
         lambda x: x[None],
@@ -113,7 +113,7 @@ def test_another_shape_is_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strides_are_an_error(name: str) -> None:
-    """Every second number of a tensor twice as long; where strides are taken, along the last dimension."""
+    """A stride of 2 along the last dimension, which even operators that accept strides reject."""
 
     def spread(x: Tensor) -> Tensor:
         return torch.stack((x, x), -1)[..., 0]
@@ -134,14 +134,14 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "width",
         lambda: OPS.rms_norm(_x, torch.ones(4), 1e-5, 0.0),
         ValueError,
-        r"weight is \[4\], wanted \[3\]",
+        r"weight is \[4\], expected \[3\]",
     ),
-    ("type", lambda: OPS.rms_norm(_x, _row.double(), 1e-5, 0.0), TypeError, "weight is Double, wanted Float"),
+    ("type", lambda: OPS.rms_norm(_x, _row.double(), 1e-5, 0.0), TypeError, "weight is Double, expected Float"),
     (
         "whole numbers",
         lambda: OPS.gated(torch.ones(2, 4).long(), 0),
         TypeError,
-        "wants floating-point tensors",
+        "expected floating-point tensors",
     ),
     ("odd", lambda: OPS.gated(torch.ones(2, 5), 0), ValueError, r"fused \[2, 5\] is not gate \| up"),
     ("strides", lambda: OPS.gated(torch.ones(4, 2).t(), 0), ValueError, "is not contiguous"),
@@ -177,12 +177,12 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "table",
         lambda: OPS.rope(torch.ones(2, 1, 6), torch.ones(2, 3, 1), 1, 1),
         ValueError,
-        r"wanted \[2, 2, at most 1\]",
+        r"expected \[2, 2, at most 1\]",
     ),
     ("product", lambda: OPS.mm_(torch.ones(2, 2), _x, torch.ones(2, 2), False), ValueError, "times"),
     ("matrix", lambda: OPS.mm_(torch.ones(2), _x, torch.ones(3, 2), False), ValueError, "is not a matrix"),
     ("out", lambda: OPS.mm_(torch.ones(2, 2).t(), *[torch.ones(2, 2)] * 2, False), ValueError, "rows of the result"),
-    ("double", lambda: OPS.mm_(*[torch.ones(2, 2).double()] * 3, False), TypeError, "wants float32"),
+    ("double", lambda: OPS.mm_(*[torch.ones(2, 2).double()] * 3, False), TypeError, "expected float32"),
     (
         "group",
         lambda: OPS.attention(_heads(3), _heads(2), _heads(2), None, 1.0),
@@ -190,7 +190,7 @@ WRONG: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "3 heads",
     ),
     ("valid", lambda: OPS.softmax_stats(_x, torch.zeros(2).long(), 4), ValueError, "valid is 4"),
-    ("target", lambda: OPS.softmax_stats(_x, torch.zeros(2), 3), TypeError, "target is Float, wanted Long"),
+    ("target", lambda: OPS.softmax_stats(_x, torch.zeros(2), 3), TypeError, "target is Float, expected Long"),
     ("step", lambda: OPS.adamw_(*[torch.ones(2)] * 4, None, *[0.1] * 6, 0), ValueError, "step counts from 1"),
     ("low", lambda: OPS.adamw_(*[torch.ones(2)] * 4, torch.ones(2), *[0.1] * 6, 1), TypeError, "values are Float"),
 ]

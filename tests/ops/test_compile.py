@@ -1,4 +1,4 @@
-"""train.compile: parts of a block through torch.compile give the same training as without, in every kind of run."""
+"""train.compile: training with compiled functions equals training without, in every kind of run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.harness import run_ranks
 
 
 def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
-    """Losses of two steps and of a validation, the second step's gradients, and the weights."""
+    """(losses of two steps and of a validation, gradients of the second step, weights)."""
 
     def job(ctx: ParallelContext) -> Any:
         state = setup(cfg, ctx)
@@ -70,7 +70,7 @@ def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
     ids=str,
 )
 @pytest.mark.timeout(600)
-def test_equal_to_what_is_not_compiled(layout: dict[str, Any]) -> None:
+def test_equal_to_uncompiled(layout: dict[str, Any]) -> None:
     world = 2 if any(name.startswith("parallel") for name in layout) else 1
     losses, grads, weights = trained(config(world, **layout))
     other = trained(config(world, train_compile=True, **layout))
@@ -81,7 +81,7 @@ def test_equal_to_what_is_not_compiled(layout: dict[str, Any]) -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_rounding_to_fp8_compiled() -> None:
-    """Amax and rounding as one pass give the same numbers to a rounding of bf16."""
+    """Compiled amax and rounding give the same numbers up to one rounding of bf16."""
     small = {"train_precision": "bf16", "model_head_dim": 16, "model_ffn_size": 64, "train_fp8": "tensorwise"}
     losses = []
     for compile in (False, True):
@@ -94,7 +94,7 @@ def test_rounding_to_fp8_compiled() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_what_cannot_be_one_graph_is_an_error() -> None:
+def test_a_graph_break_is_an_error() -> None:
     def asks_for_a_value(x: torch.Tensor) -> torch.Tensor:
         return x if x.sum() > 0 else -x
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_one_graph_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({}, ""),
         ({"train_compile": True}, "; between matmuls: torch.compile"),
@@ -116,9 +116,11 @@ def test_what_cannot_be_one_graph_is_an_error() -> None:
     ],
     ids=["plain", "compile", "fp8"],
 )
-def test_a_run_says_what_computes(changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_its_compute_backends(
+    changes: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = config(1, **changes)
     ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float64)
     Progress(cfg, ctx, 1).start(0, "", 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " kernels: " in line]
-    assert line.partition("attention: ")[2].partition(";")[0] in ("own", "sdpa") and line.endswith(said or "sdpa")
+    assert line.partition("attention: ")[2].partition(";")[0] in ("own", "sdpa") and line.endswith(expected or "sdpa")

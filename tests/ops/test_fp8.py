@@ -1,4 +1,4 @@
-"""Products in 8-bit floats: against float64, against torch's own on the CPU, in every layout, and what is refused."""
+"""FP8 matmuls: against float64, against torch's _scaled_mm on the CPU, in every layout; rejected configs and GPUs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_quantizing_keeps_the_largest_value_and_rounds_the_rest(dtype: torch.dty
     back = values.float() * scale
     top = x.abs().amax(1, keepdim=True) if by_row else x.abs().amax()
     assert values[1 if by_row else 2].float().abs().max() == torch.finfo(dtype).max
-    # normal numbers round relatively, those below the smallest normal one absolutely
+    # the rounding error is relative for normal numbers, absolute below the smallest normal number
     floor = top * torch.finfo(dtype).smallest_normal / torch.finfo(dtype).max
     assert ((back - x).abs() <= torch.maximum(x.abs(), floor) * ROUNDING[dtype] * 1.001).all()
     turned, scale_t = _quantize_t(x, dtype, by_row)
@@ -49,7 +49,7 @@ def test_quantizing_keeps_the_largest_value_and_rounds_the_rest(dtype: torch.dty
 
 
 def test_infinities_and_nans_stay_visible() -> None:
-    """An overflowed gradient must not come out as a finite one."""
+    """An overflowed gradient must not become finite."""
     for bad in (math.inf, math.nan):
         x = randn(16, 16)
         x[3, 5] = bad
@@ -60,8 +60,8 @@ def test_infinities_and_nans_stay_visible() -> None:
 
 
 @pytest.mark.parametrize("rowwise", [False, True])
-def test_each_product_is_near_the_exact_one(rowwise: bool) -> None:
-    """Relative to the norm: two operands rounded at random are off by sqrt(2) 2^-4 / sqrt(3) = 5 %, 8 % with e5m2."""
+def test_each_matmul_is_near_the_exact_one(rowwise: bool) -> None:
+    """Error relative to the norm: with two randomly rounded operands sqrt(2) 2^-4 / sqrt(3) = 5 %, with e5m2 8 %."""
     matmul = Fp8(rowwise=rowwise, compile=False)
     x, w, g = randn(6, 8, 64).to(BF16), randn(32, 64, seed=2).to(BF16), randn(6, 8, 32, seed=3).to(BF16)
     main = torch.ones(32, 64)
@@ -77,13 +77,13 @@ def test_each_product_is_near_the_exact_one(rowwise: bool) -> None:
     assert (returned.float() - found["w"]).norm() / found["w"].norm() < 4e-3
     for name, value in found.items():
         assert value.shape == exact[name].shape and value.dtype == (torch.float32 if name == "w" else BF16)
-        off = float((value.double() - exact[name]).norm() / exact[name].norm())
-        assert 1e-3 < off < (0.05 if rowwise and name != "w" else 0.08), (name, off)
+        error = float((value.double() - exact[name]).norm() / exact[name].norm())
+        assert 1e-3 < error < (0.05 if rowwise and name != "w" else 0.08), (name, error)
 
 
 @pytest.mark.parametrize("rowwise", [False, True])
-def test_the_stand_in_is_what_torch_computes(rowwise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU the rounded operands are multiplied in float32; torch._scaled_mm takes them with the same layouts."""
+def test_the_cpu_emulation_equals_torch(rowwise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU path multiplies the rounded operands in float32; torch._scaled_mm accepts the same memory layouts."""
     seen = []
 
     def both(a: Scaled, b: Scaled, out_dtype: torch.dtype, *, fast: bool) -> torch.Tensor:
@@ -120,23 +120,23 @@ def step(cfg: Config) -> tuple[float, dict[str, Any]]:
 
 @pytest.mark.parametrize("mode", ["tensorwise", "rowwise"])
 def test_every_layout_computes_the_same(mode: str) -> None:
-    """Where a microbatch's tensors are whole, the scales are the same and only the order of the sums differs."""
+    """If the tensors of a micro-batch are not sharded, scales are equal and only the order of sums differs."""
     loss, grads = step(config(1, train_fp8=mode, **SMALL))
     plain_loss, plain = step(config(1, **SMALL))
-    off = max_relative_error(grads, plain)
-    assert loss == pytest.approx(plain_loss, rel=1e-2) and 1e-3 < off < 0.5
+    error = max_relative_error(grads, plain)
+    assert loss == pytest.approx(plain_loss, rel=1e-2) and 1e-3 < error < 0.5
     for layout in (
         {"parallel_data": 2, "train_recompute": "full"},
         {"parallel_pipeline": 2, "parallel_schedule": "zb-h1", "train_recompute": "selective"},
     ):
         other_loss, other = step(config(2, train_fp8=mode, **SMALL, **layout))
         assert other_loss == pytest.approx(loss, rel=1e-6) and max_relative_error(other, grads) < 1e-5, layout
-    cut_loss, cut = step(config(2, train_fp8=mode, parallel_tensor=2, **SMALL))
-    assert cut_loss == pytest.approx(loss, rel=1e-2) and max_relative_error(cut, plain) < 2 * off + 0.1
+    sharded_loss, sharded = step(config(2, train_fp8=mode, parallel_tensor=2, **SMALL))
+    assert sharded_loss == pytest.approx(loss, rel=1e-2) and max_relative_error(sharded, plain) < 2 * error + 0.1
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"train_precision": "fp32"}, "train.fp8 = 'tensorwise': needs train.precision bf16, not fp32"),
         ({"model_hidden_size": 40}, "model.hidden_size = 40: gives 40 columns of matrices, no multiple of 16"),
@@ -146,10 +146,10 @@ def test_every_layout_computes_the_same(mode: str) -> None:
     ],
     ids=str,
 )
-def test_refused(changes: dict[str, Any], said: str) -> None:
+def test_refused(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         config(1, train_fp8="tensorwise", **(SMALL | changes))
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_a_checkpoint_is_evaluated_in_bf16_and_in_layouts_that_fp8_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

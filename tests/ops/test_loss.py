@@ -1,4 +1,4 @@
-"""Cross entropy with its projection against torch's own: losses, gradients, chunks, tensor ranks, memory, misuse."""
+"""Fused linear cross entropy against torch's: losses, gradients, chunks, tensor ranks, memory, misuse."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor
 @DTYPES
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (7, 13), (5, 2), (0, 3), (1100, 100)])
 def test_logits_as_given(tokens: int, vocab: int, dtype: torch.dtype, kernels: bool) -> None:
-    """With the identity as weight, the input is the logits to the bit; the last shape is two chunks."""
+    """With the identity as weight, the logits are bitwise equal to the input; the last shape has two chunks."""
     logits = randn(tokens, 1, vocab) * 5
-    logits[:1] += 1000  # exp of it would overflow
+    logits[:1] += 1000  # its exp would overflow
     leaf, head = like(logits, dtype), parameter(torch.eye(vocab), dtype)
     targets, weights = ids(vocab, tokens, 1), randn(tokens, 1, seed=2)
     with native.forced(kernels=kernels and native.load()[0] is not None):
@@ -60,8 +60,8 @@ def test_logits_as_given(tokens: int, vocab: int, dtype: torch.dtype, kernels: b
 def test_chunks_and_main_gradients(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, main: torch.dtype, kernels: bool
 ) -> None:
-    """Two microbatches of 200 tokens, in 1, 2 and 4 chunks: the gradient is in the bucket after the forward, `on_grad`
-    comes with each backward, and neither loss nor gradient depends on the chunks."""
+    """Two micro-batches of 200 tokens in 1, 2 and 4 chunks: the gradient is in the bucket after the forward, `on_grad`
+    fires in each backward, and neither loss nor gradient depends on the chunks."""
     found = []
     for rows in (200, 128, 1):
         monkeypatch.setattr(loss_module, "_CPU_ROWS", rows)
@@ -80,9 +80,9 @@ def test_chunks_and_main_gradients(
             expected += grads[1]
             with native.forced(kernels=kernels and native.load()[0] is not None):
                 with torch.no_grad():
-                    alone = whole(x, head, targets, weights)
+                    without_grad = whole(x, head, targets, weights)
                 losses = whole(x, head, targets, weights)
-            assert torch.equal(alone, losses)
+            assert torch.equal(without_grad, losses)
             assert head.main_grad is not None and relative(head.main_grad, expected) < TOLERANCE[dtype]
             before = head.main_grad.clone()
             losses.sum().backward()
@@ -98,8 +98,8 @@ def test_chunks_and_main_gradients(
 
 @WAYS
 def test_gradients_are_slopes(kernels: bool) -> None:
-    """Central differences of the objective, computed without gradient. gradcheck itself cannot run: it also looks at
-    what a gradient of zero for the result gives."""
+    """Gradients equal central differences of the objective. torch's gradcheck cannot be used: it also tests a result
+    gradient of zero, which this op rejects."""
     x, head = like(randn(3, 2, 3), torch.float64), parameter(randn(5, 3, seed=1))
     targets, weights, part = ids(4, 3, 2), randn(3, 2, seed=2), VocabSlice(0, 4, SELF_AXIS)
 
@@ -130,7 +130,7 @@ def test_a_gradient_other_than_one_raises(wrong: float) -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """The largest result of any operation, and the most bytes of large ones (`least` elements) alive at once."""
+    """Records the largest tensor, and the peak bytes of large tensors (at least `least` elements) alive at once."""
 
     def __init__(self, least: int):
         super().__init__()
@@ -153,7 +153,7 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("way", ["own", "torch"])
 def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch, way: str, grad: bool) -> None:
-    """300 tokens in 5 chunks of 64: no tensor is larger than a chunk, of chunks one is alive (torch: a copy too)."""
+    """300 tokens in 5 chunks of 64: no tensor exceeds a chunk, and only one chunk is alive (in torch, plus a copy)."""
     if way == "own" and native.load()[0] is None:
         pytest.skip(native.load()[1])
     monkeypatch.setattr(loss_module, "_CPU_ROWS", 64)
@@ -168,7 +168,7 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch, way: 
 
 
 def parallel(ctx: ParallelContext, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> dict[str, Any]:
-    """What this rank gets of its part of x and its rows of the weight; what padding holds must not matter."""
+    """Losses and gradients of this rank's part of x and rows of the weight; padding values must not matter."""
     axis, vocab = ctx.tensor, len(weight)
     width = -(-vocab // axis.size)
     start = min(axis.rank * width, vocab)
@@ -200,7 +200,7 @@ def parallel(ctx: ParallelContext, x: Tensor, weight: Tensor, targets: Tensor, w
 def test_tensor_ranks(
     monkeypatch: pytest.MonkeyPatch, tensor: int, vocab: int, dtype: torch.dtype, sequence: bool, kernels: bool
 ) -> None:
-    """The vocabulary cut with padding, the sequence cut or not, two chunks."""
+    """Vocabulary sharded with padding, with and without sequence parallelism, two chunks."""
     monkeypatch.setattr(loss_module, "_CPU_ROWS", 64)
     x, weight = (randn(48, 2, 6) * 2).to(dtype), randn(vocab, 6, seed=1).to(dtype)
     x[3] *= 40

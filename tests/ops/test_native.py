@@ -1,8 +1,8 @@
-"""Our CPU kernels against the float64 reference and against the torch code that they replace; their error paths.
+"""Custom CPU kernels against the float64 reference and against the torch code that they replace.
 
-tests/ops/test_ops.py runs every op as the engine calls it, hence on these kernels where they are built. Here: both ways
-agree, odd sizes and strides of matrices, and that rows, threads and neighbours change no bit. A wrong call:
-test_boundaries.py.
+tests/ops/test_ops.py runs every op as the engine calls it, so on these kernels if they are built. Here: both
+implementations agree, for odd sizes and strides, and rows, threads and neighbours change no bit. For wrong arguments
+see test_boundaries.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype) -> N
     [(1, 1, 1, 1, 1), (2, 4, 2, 33, 5), (1, 3, 3, 14, 32), (2, 2, 1, 300, 48), (1, 2, 2, 513, 64), (1, 6, 1, 1030, 80)],
 )
 def test_attention_equals_the_float64_reference(b: int, n: int, m: int, s: int, d: int) -> None:
-    """Sizes around those of tiles and blocks of rows; scores up to 20, so that softmax is anything but flat."""
+    """Sizes around those of tiles and blocks of rows; scores up to 20, so that the softmax is peaked."""
     inputs = [randn(b, heads, s, d, seed=i).float() * 2 for i, heads in enumerate((n, m, m))]
     exact, (own, torchs) = reference(*inputs, op=causal_attention), both(causal_attention, *inputs)
     for a, c, e in zip(own, torchs, exact, strict=True):
@@ -53,9 +53,9 @@ def test_attention_takes_any_strides_and_no_row_depends_on_what_follows() -> Non
     assert torch.equal(whole[:, 1:], causal_attention(q[1:], k[1:], v[1:]))
 
 
-def begins(b: int, s: int, kind: str) -> Tensor:
-    """int64 [b, s], the first position of each position's document."""
-    if kind == "alone":
+def document_starts(b: int, s: int, kind: str) -> Tensor:
+    """int64 [b, s], the start of each position's document. kind: "single" is one token per document."""
+    if kind == "single":
         return torch.arange(s).expand(b, s).contiguous()
     if kind == "one":
         return torch.zeros(b, s, dtype=torch.int64)
@@ -64,28 +64,30 @@ def begins(b: int, s: int, kind: str) -> Tensor:
 
 
 @needs_tiles
-@pytest.mark.parametrize("kind", ["alone", "one", "short", "long"])
+@pytest.mark.parametrize("kind", ["single", "one", "short", "long"])
 @pytest.mark.parametrize(
     ("b", "n", "m", "s", "d"),
     [(1, 1, 1, 1, 1), (2, 4, 2, 33, 5), (2, 2, 1, 300, 48), (1, 2, 2, 513, 64), (2, 6, 1, 1030, 80)],
 )
-def test_attention_keeps_documents_apart(b: int, n: int, m: int, s: int, d: int, kind: str) -> None:
-    """Forward and backward beside a softmax over a written-out mask in float64."""
-    begin = begins(b, s, kind)
+def test_attention_with_document_masking(b: int, n: int, m: int, s: int, d: int, kind: str) -> None:
+    """Forward and backward against a float64 softmax with an explicit mask."""
+    begin = document_starts(b, s, kind)
     q, k, v = (randn(b, heads, s, d, seed=i).float() * 2 for i, heads in enumerate((n, m, m)))
     grad, scale = randn(s, b, n * d, seed=9).float(), d**-0.5
     out, lse = OPS.attention(q, k, v, begin, scale)
     found = [out, *OPS.attention_backward(grad, q, k, v, out, lse, begin, scale)]
     column = torch.arange(s)
-    seen = (column >= begin[:, None, :, None]) & (column <= column[:, None])
+    visible = (column >= begin[:, None, :, None]) & (column <= column[:, None])
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     keys, values = (x.repeat_interleave(n // m, 1) for x in leaves[1:])
-    scores = (leaves[0] @ keys.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
+    scores = (leaves[0] @ keys.transpose(2, 3) * scale).masked_fill(~visible, -torch.inf)
     exact = (scores.softmax(-1) @ values).permute(2, 0, 1, 3).reshape(s, b, n * d)
     wanted = [exact, *torch.autograd.grad(exact, leaves, grad.double())]
     assert relative(lse, scores.logsumexp(-1)) < 3e-6 or s == 1
     for x, e in zip(found, wanted, strict=True):
-        assert relative(x, e, floor=10.0 if kind == "alone" else 1.0) < 4e-6  # alone: what cancels to 0 is as large
+        assert (
+            relative(x, e, floor=10.0 if kind == "single" else 1.0) < 4e-6
+        )  # single: terms that cancel to 0 are this large
     if kind == "one":
         whole = OPS.attention(q, k, v, None, scale)
         assert torch.equal(whole[0], out) and torch.equal(whole[1], lse)
@@ -94,7 +96,7 @@ def test_attention_keeps_documents_apart(b: int, n: int, m: int, s: int, d: int,
 @needs_tiles
 def test_attention_does_not_see_other_documents() -> None:
     """Other keys and values change no bit of a document's outputs and of its keys' gradients."""
-    begin = begins(1, 200, "short")
+    begin = document_starts(1, 200, "short")
     apart = int(begin[0, 120])
     q, k, v, grad = (randn(1, 2, 200, 24, seed=i).float() for i in range(4))
     grad = grad.permute(2, 0, 1, 3).reshape(200, 1, 48)
@@ -114,7 +116,7 @@ def test_a_norm_after_a_sum_is_the_two_in_turn(own: bool, dtype: torch.dtype) ->
 
 
 def matrix(rows: int, cols: int, layout: str, seed: int) -> Tensor:
-    """float32, as rows, as the transpose of rows, or cut out of a larger one."""
+    """A float32 matrix: contiguous, transposed, or a slice of a larger one."""
     if layout == "transposed":
         return randn(cols, rows, seed=seed).float().t()
     if layout == "cut":
@@ -128,21 +130,21 @@ def matrix(rows: int, cols: int, layout: str, seed: int) -> Tensor:
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 1, 1), (14, 32, 16), (15, 33, 17), (3, 1, 600), (1, 70, 513), (29, 257, 1025), (2115, 40, 5)]
 )
-def test_matrix_product(m: int, n: int, k: int, layout_a: str, layout_b: str) -> None:
+def test_gemm(m: int, n: int, k: int, layout_a: str, layout_b: str) -> None:
     a, b = matrix(m, k, layout_a, 0), matrix(k, n, layout_b, 1)
     exact = a.double() @ b.double()
-    room = torch.full((m + 2, n + 5), 7.0)
-    out = room[1:-1, 2:-3]
+    buffer = torch.full((m + 2, n + 5), 7.0)
+    out = buffer[1:-1, 2:-3]
     OPS.mm_(out, a, b, False)
     assert relative(out, exact, floor=1.0) < 3e-6
     OPS.mm_(out, a, b, True)
     assert relative(out, 2 * exact, floor=1.0) < 3e-6
     out.fill_(7.0)
-    assert bool((room == 7.0).all()), "it wrote beside its result"
+    assert bool((buffer == 7.0).all()), "it wrote outside its result"
 
 
 @needs_tiles
-def test_matrix_product_of_nothing() -> None:
+def test_gemm_of_empty_matrices() -> None:
     out = torch.ones(3, 4)
     OPS.mm_(out, torch.ones(3, 0), torch.ones(0, 4), True)
     assert bool((out == 1).all())
@@ -153,7 +155,7 @@ def test_matrix_product_of_nothing() -> None:
 
 @needs_tiles
 def test_rows_and_threads_change_no_bit() -> None:
-    """A row of a product, a norm or an attention is the same alone, among others, and on one thread or two."""
+    """A row of a matmul, norm or attention has the same bits alone or among other rows, and on one thread or three."""
     x, w = randn(200, 600, seed=1).float(), randn(70, 600, seed=2).float()
     heads = [randn(2, 3, 90, 32, seed=i).float() for i in range(3)]
 
@@ -166,8 +168,8 @@ def test_rows_and_threads_change_no_bit() -> None:
             losses = whole(tokens, head, ids(3000, 200, 1), torch.ones(200, 1))
             losses.sum().backward()
             assert leaf.grad is not None and tokens.grad is not None and head.grad is not None
-            products = [native.matmul(x, w.t()), losses, tokens.grad, head.grad]
-            return [products[0], rms_norm(x, w[0], 1e-5), gated(x, "gelu"), out, leaf.grad, *products[1:]]
+            matmuls = [native.matmul(x, w.t()), losses, tokens.grad, head.grad]
+            return [matmuls[0], rms_norm(x, w[0], 1e-5), gated(x, "gelu"), out, leaf.grad, *matmuls[1:]]
 
     before = torch.get_num_threads()
     try:
@@ -215,7 +217,7 @@ def test_a_missing_extension_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> 
     for cached in (native._library, native._gemm_wins, native._attention_runs):
         monkeypatch.setattr(native, cached.__name__, cached.__wrapped__)
     monkeypatch.setattr(native, "load", lambda: (None, "engine._ops is not built"))
-    with pytest.warns(UserWarning, match="engine._ops is not built: torch's own operators run instead"):
+    with pytest.warns(UserWarning, match="engine._ops is not built: torch's operators run instead"):
         assert native.kernels(torch.ones(2)) is None
     with pytest.warns(UserWarning):
         assert torch.equal(native.matmul(torch.eye(2), torch.ones(2, 2)), torch.ones(2, 2))

@@ -1,4 +1,4 @@
-"""Every op against plain torch autograd: values and gradients, odd shapes, strides, dtypes, and over tensor ranks."""
+"""Every op against plain torch autograd: values and gradients, odd shapes, strides, dtypes, tensor ranks."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def test_part_of_a_head_is_rotated(width: int, dtype: torch.dtype) -> None:
 
 
 def test_rope_lays_out_for_attention() -> None:
-    """From [s, b, n, d] as the projection gives it, heads become rows that lie one after another."""
+    """The output is contiguous for the projection's layout [s, b, n, d]."""
     x = randn(5, 2, 3, 4).permute(1, 2, 0, 3)
     assert not x.is_contiguous() and rope_op(x, 100.0).is_contiguous()
     assert relative(rope_op(x, 100.0), rope_reference(x, 100.0)) < 1e-12
 
 
 def test_rope_keeps_scores_relative() -> None:
-    """The score of two rotated vectors depends on the distance of their positions only."""
+    """The score of two rotated vectors depends only on the distance of their positions."""
     q, k = randn(8).expand(1, 1, 12, 8), randn(8, seed=1).expand(1, 1, 12, 8)
     scores = torch.einsum("bnsd,bntd->st", rope_op(q, 50.0), rope_op(k, 50.0))
     for distance in range(12):
@@ -93,7 +93,7 @@ def test_rope_gradcheck() -> None:
 def test_rope_table_keeps_float32_positions_for_bf16_models() -> None:
     table = rope_table(4096, 8, 10000.0, torch.device("cpu"), torch.bfloat16)
     exact = torch.cos(torch.arange(4096, dtype=torch.float64))
-    assert relative(table[0, :, 0].float(), exact) < 5e-3  # bf16 rounds cos, it must not round the position
+    assert relative(table[0, :, 0].float(), exact) < 5e-3  # bf16 may round cos, but not the position
 
 
 # -- SwiGLU -----------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_linear_through_autograd(shape: tuple[int, ...], layout: str, dtype: tor
     ids=str,
 )
 def test_linear_adds_into_main_grad(dtype: torch.dtype, main: torch.dtype) -> None:
-    """Two microbatches add up on top of what is there; autograd's own .grad stays empty; on_grad is called for each."""
+    """Two micro-batches accumulate onto the existing gradient; `.grad` stays None; on_grad is called for each."""
     weight, calls = parameter(randn(9, 7, seed=1), dtype, main), []
     weight.on_grad = lambda: calls.append(weight.main_grad.sum().item())  # type: ignore[union-attr]
     bucket = weight.main_grad
@@ -218,7 +218,7 @@ def embedding_reference(weight: Tensor, tokens: Tensor, start: int) -> Tensor:
 @DTYPES
 @pytest.mark.parametrize("start", [0, 5, 100])
 def test_embedding(start: int, dtype: torch.dtype) -> None:
-    """Ids below and beyond the slice (and its last rows) give zeros and no gradient; repeated ids add up."""
+    """Ids outside the slice (and padding rows) give zeros and no gradient; gradients of repeated ids add up."""
     tokens = torch.tensor([[0, 4, 5, 6], [11, 12, 5, 5], [300, 10, 0, 11]]).t()
     weight = parameter(randn(7, 3), dtype)
     wide = weight.detach().double().requires_grad_()
@@ -254,7 +254,7 @@ def test_embedding_gradcheck() -> None:
 
 
 def parallel_linear(ctx: ParallelContext, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Any, Any, Any]:
-    """Column-parallel: this rank's rows of the weight. Returns output, gradient of x and of the rows."""
+    """Column-parallel linear with this rank's rows of the weight: (output, gradient of x, gradient of the rows)."""
     rows = weight.shape[0] // ctx.tensor.size
     mine = slice(ctx.tensor.rank * rows, (ctx.tensor.rank + 1) * rows)
     p, x = parameter(weight[mine]), x.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Recomputation: what a microbatch keeps from its forward to its backward, counted tensor by tensor."""
+"""Activation recomputation: the bytes that a micro-batch saves for backward, counted tensor by tensor."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SIZES: dict[str, Any] = {
 }
 
 
-def kept_bytes(tensor: int = 1, **change: Any) -> int:
-    """Bytes of all distinct storages that autograd keeps for one microbatch, weights and the loss's own left out."""
+def saved_bytes(tensor: int = 1, **change: Any) -> int:
+    """Bytes of all distinct storages that autograd saves for one micro-batch, without weights and loss."""
     cfg = config(tensor, parallel_tensor=tensor, **SIZES, **change)
 
     def job(ctx: ParallelContext) -> int:
@@ -44,7 +44,7 @@ def kept_bytes(tensor: int = 1, **change: Any) -> int:
         def pack(x: torch.Tensor) -> torch.Tensor:
             storage = x.untyped_storage()
             if x.is_floating_point() and storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage  # held here, so that no address is used twice
+                storages[storage.data_ptr()] = storage  # keep it alive, so that no address is reused
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -54,38 +54,38 @@ def kept_bytes(tensor: int = 1, **change: Any) -> int:
     return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0]
 
 
-def test_each_step_up_keeps_less() -> None:
-    none, selective, full = (kept_bytes(train_recompute=mode) for mode in ("none", "selective", "full"))
+def test_each_recompute_mode_saves_less() -> None:
+    none, selective, full = (saved_bytes(train_recompute=mode) for mode in ("none", "selective", "full"))
     activation = S * B * H * 8
     assert full < selective < none
-    # what full gives up is nearly all: of each block only its input stays
-    head = kept_bytes(train_recompute="full") - LAYERS * activation
+    # full recomputation saves only the input of each block
+    head = saved_bytes(train_recompute="full") - LAYERS * activation
     assert none - full > 0.85 * (none - head)
-    # selective gives up both normed inputs, the product of the MLP and the core's own output; it keeps q|k|v as
-    # projected instead of as rotated
-    product = S * B * F * 8
-    assert none - selective >= LAYERS * (2 * activation + product + activation)
+    # selective does not save both normalised inputs, the gated MLP activation and the output of the attention core; it
+    # saves q|k|v as projected instead of rotated
+    gated = S * B * F * 8
+    assert none - selective >= LAYERS * (2 * activation + gated + activation)
 
 
 def test_layers_are_counted() -> None:
-    kept = [kept_bytes(train_recompute="full", train_recompute_layers=n) for n in range(1, LAYERS + 1)]
-    assert kept[-1] == kept_bytes(train_recompute="full")
-    steps = [a - b for a, b in zip([kept_bytes(), *kept], kept)]
-    assert min(steps) > 0.98 * max(steps)  # the first one still keeps the table of rotations
+    saved = [saved_bytes(train_recompute="full", train_recompute_layers=n) for n in range(1, LAYERS + 1)]
+    assert saved[-1] == saved_bytes(train_recompute="full")
+    steps = [a - b for a, b in zip([saved_bytes(), *saved], saved)]
+    assert min(steps) > 0.98 * max(steps)  # the first one still saves the RoPE table
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_sequence_parallelism_divides_what_is_kept_between_matrices(mode: str) -> None:
-    whole, cut = (kept_bytes(2, parallel_sequence=cut, train_recompute=mode) for cut in (False, True))
-    gathered = kept_bytes(2, train_recompute=mode, parallel_keep_gathered=True)
+def test_sequence_parallelism_divides_saved_activations(mode: str) -> None:
+    whole, cut = (saved_bytes(2, parallel_sequence=cut, train_recompute=mode) for cut in (False, True))
+    gathered = saved_bytes(2, train_recompute=mode, parallel_keep_gathered=True)
     half = S // 2 * B * H * 8
-    per_block = {"none": 4, "full": 1}[mode]  # both residuals and both normed inputs; the input of the block
+    per_block = {"none": 4, "full": 1}[mode]  # both residuals and both normalised inputs; the input of the block
     assert whole - cut >= LAYERS * per_block * half
     assert gathered - cut == {"none": 2 * LAYERS * half, "full": 0}[mode]
 
 
 def test_split_backwards_recompute_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under I and W a block is computed twice in all, in F and in I, not once more for W."""
+    """With a split backward (I and W), a block is computed twice, in F and in I, and not again for W."""
     change = {"parallel_schedule": "zb-h1", "parallel_pipeline": 2, "train_micro_batch_size": 1}
     cfg = config(2, **{**SIZES, **change}, train_recompute="full")
     calls = []

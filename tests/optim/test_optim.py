@@ -1,4 +1,4 @@
-"""AdamW over flat buckets, the learning rate, gradient norms and clipping, and the FLOPs they are reported with."""
+"""AdamW over flat buckets, the learning rate, gradient norms and clipping, and FLOPs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def context(dtype: torch.dtype) -> ParallelContext:
 
 
 def make(dtype: torch.dtype, grad_dtype: torch.dtype, values: dict[str, Tensor]) -> tuple[list[Parameter], GradBuckets]:
-    """Parameters of the given values in buckets of at least 512 bytes; vectors do not decay."""
+    """Parameters with the given values, in buckets of at least 512 bytes; vectors have no weight decay."""
     ctx = context(dtype)
     params = []
     for name, x in values.items():
@@ -60,7 +60,7 @@ def values(seed: int) -> dict[str, Tensor]:
 
 
 def test_adamw_equals_torch() -> None:
-    """Ten steps with a changing rate, matrices with and vectors without decay, several buckets with padding between."""
+    """Ten steps with a changing rate, matrices with and vectors without weight decay, several buckets with padding."""
     cfg = OptimizerConfig(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.3)
     params, buckets = make(F64, F64, values(0))
     assert len(buckets.buckets) >= 3 and {b.decay for b in buckets.buckets} == {True, False}
@@ -84,7 +84,7 @@ def test_adamw_equals_torch() -> None:
     for p, x in zip(params, theirs, strict=True):
         assert torch.allclose(p, x, rtol=1e-13, atol=1e-14), p.name
         assert not torch.allclose(p, values(0)[p.name], rtol=1e-3)
-    found = {(held.kind, held.param.name): held.flat.view(held.param.shape) for held in optimizer.states()}
+    found = {(shard.kind, shard.param.name): shard.flat.view(shard.param.shape) for shard in optimizer.states()}
     assert len(found) == 3 * len(params)
     for x, name in zip(theirs, values(0), strict=True):
         for kind in STATES:
@@ -94,7 +94,7 @@ def test_adamw_equals_torch() -> None:
         used = torch.zeros_like(bucket.values, dtype=torch.bool)
         for index in range(len(bucket.params)):
             bucket.view(used, index).fill_(True)
-        assert not bucket.values[~used].any(), "padding between parameters moved"
+        assert not bucket.values[~used].any(), "padding between parameters was changed"
 
 
 def test_wide_precisions_have_no_second_copy() -> None:
@@ -104,7 +104,7 @@ def test_wide_precisions_have_no_second_copy() -> None:
 
 
 def test_bf16_does_not_lose_tiny_updates() -> None:
-    """A hundred updates of 1e-4 around 1, where bf16 has steps of 4e-3: lost singly, kept by the masters."""
+    """A hundred updates of 1e-4 near 1, where bf16 has steps of 4e-3: the master weights keep them."""
     params, buckets = make(BF16, F32, {"w": torch.ones(4, 3)})
     optimizer = FlatAdamW([buckets], OptimizerConfig(weight_decay=0.0))
     (p,) = params
@@ -115,7 +115,7 @@ def test_bf16_does_not_lose_tiny_updates() -> None:
         optimizer.step(1e-4)
         if step == 0:
             assert (p == 1).all(), "one update is too small for bf16"
-    master = next(held.flat.view(4, 3) for held in optimizer.states() if held.kind == "model")
+    master = next(shard.flat.view(4, 3) for shard in optimizer.states() if shard.kind == "model")
     assert torch.allclose(master, torch.full((4, 3), 0.99), rtol=1e-5)
     assert torch.equal(p, master.to(BF16)) and (p < 1).all()
 
@@ -161,11 +161,11 @@ def test_learning_rate_at_hand_computed_points(kind: str, options: dict[str, Any
     floor=st.floats(0, 1),
 )
 def test_learning_rate_has_the_right_shape(kind: str, steps: int, warmup: int, decay: int, floor: float) -> None:
-    """Up by equal parts, never up again, no jump, at the floor in the end, and never 0 while there is a floor."""
+    """Linear warm-up, then never rising, no jump, at the floor at the end, and never 0 if there is a floor."""
     warmup = min(warmup, steps)
     decay = min(decay, steps - warmup)
     if kind == "wsd" and decay == 0:
-        return  # the config refuses it
+        return  # the config rejects it
     options = {"decay_steps": decay if kind == "wsd" else 0, "warmup_steps": warmup, "min_lr_ratio": floor}
     rates = [rate(step, kind, steps, **options) for step in range(1, steps + 1)]
     assert rates[:warmup] == pytest.approx([2.0 * (i + 1) / warmup for i in range(warmup)])
@@ -189,7 +189,7 @@ def canonical_gradient(cfg: Config) -> dict[str, Tensor]:
 
 
 def with_gradient(cfg: Config, ctx: ParallelContext, whole: dict[str, Tensor]) -> tuple[list[Parameter], GradBuckets]:
-    """This rank's stage with its part of a gradient; the padding holds what must not be counted."""
+    """This rank's stage with its part of a gradient; the padding has values that must not be counted."""
     model = Transformer(cfg.model, ctx, stage_shapes(derive(cfg).layers)[ctx.pipeline.rank])
     params = parameters(model)
     buckets = make_buckets(params, ctx, grad_dtype=F64, bucket_bytes=1 << 14, overlap=False)
@@ -201,7 +201,7 @@ def with_gradient(cfg: Config, ctx: ParallelContext, whole: dict[str, Tensor]) -
     return params, buckets
 
 
-def laid_out(degrees: tuple[int, int, int], **model: Any) -> Config:
+def layout_config(degrees: tuple[int, int, int], **model: Any) -> Config:
     tensor, pipeline, data = degrees
     return config(
         tensor * pipeline * data, parallel_tensor=tensor, parallel_pipeline=pipeline, parallel_data=data, **model
@@ -222,8 +222,8 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("degrees", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 4, 1), (4, 2, 1)], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_norm_is_that_of_the_whole_gradient(model: str, degrees: tuple[int, int, int]) -> None:
-    """Replicas and both ends of a tied embedding count once, padding not at all: summed here, without processes."""
-    cfg = laid_out(degrees, **MODELS[model])
+    """Replicas and tied embeddings are counted once, padding is not. Summed over ranks here, without processes."""
+    cfg = layout_config(degrees, **MODELS[model])
     layout, whole = layout_of(cfg), canonical_gradient(cfg)
     total = torch.zeros(len(whole), dtype=F64)
     for rank in range(layout.world):
@@ -235,7 +235,7 @@ def test_the_norm_is_that_of_the_whole_gradient(model: str, degrees: tuple[int, 
 
 @pytest.mark.parametrize("degrees", [(2, 2, 1), (1, 2, 2), (4, 1, 1)], ids=str)
 def test_all_ranks_know_the_same_norm(degrees: tuple[int, int, int]) -> None:
-    cfg = laid_out(degrees, **MODELS["tied qk-norm"])
+    cfg = layout_config(degrees, **MODELS["tied qk-norm"])
     whole = canonical_gradient(cfg)
 
     def job(ctx: ParallelContext) -> tuple[float, dict[str, float]]:
@@ -253,7 +253,7 @@ def test_all_ranks_know_the_same_norm(degrees: tuple[int, int, int]) -> None:
 
 
 def test_a_pipeline_rank_without_parameters_takes_the_same_branch() -> None:
-    """The middle stage holds no block. The norm, beyond float32, is a number or infinite for all ranks alike."""
+    """The middle stage has no block. A norm beyond float32 is the same number (or infinity) on all ranks."""
     cfg = config(3, parallel_pipeline=3, parallel_layers="2,0,2")
 
     def job(ctx: ParallelContext) -> tuple[float, int, int]:
@@ -297,11 +297,13 @@ def test_clipping(norm: float, limit: float, factor: float) -> None:
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("dtype", "main"), [(F64, F64), (F32, F32), (BF16, F32), (torch.float16, F32)], ids=str)
 def test_a_scale_of_the_gradient_is_that_of_the_update(dtype: torch.dtype, main: torch.dtype, own: bool) -> None:
-    """step(lr, c) with gradients g is step(lr) with c g, and leaves g alone; the model reads rounded masters."""
+    """step(lr, c) with gradients g equals step(lr) with c g, without modifying g; the model has the rounded masters."""
     found = []
     for scale in (1.0, 0.3):
         params, buckets = make(dtype, main, values(0))
-        optimizer = FlatAdamW([buckets], OptimizerConfig(eps=1e-3))  # a coarse eps: the scale shows in every update
+        optimizer = FlatAdamW(
+            [buckets], OptimizerConfig(eps=1e-3)
+        )  # a large eps, so that the scale affects every update
         with native.forced(kernels=own):
             for step in range(1, 4):
                 for p, grad in zip(params, values(step).values(), strict=True):
@@ -319,7 +321,7 @@ def test_a_scale_of_the_gradient_is_that_of_the_update(dtype: torch.dtype, main:
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 @pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
 def test_sums_of_squares(dtype: torch.dtype) -> None:
-    """Ranges of every size, empty and overlapping too; no bit depends on threads or on where a range lies."""
+    """Ranges of every size, empty and overlapping ones too; no bit depends on threads or on the place of a range."""
     flat = torch.randn(70_001, generator=generator(1, "test", "squares"), dtype=F64).to(dtype)
     ranges = [(0, 0), (0, 1), (3, 70_001), (70_001, 70_001), (5, 8197), (5, 8198), (60_000, 60_007)]
     exact = [float(flat[a:b].double().square().sum()) for a, b in ranges]
@@ -342,12 +344,14 @@ def test_flops_of_a_small_model_by_hand() -> None:
     cfg = ModelConfig(vocab_size=10, hidden_size=8, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4, ffn_size=6)
     projections = 8 * 8 + 2 * 8 * 4 + 8 * 8  # q, k and v, out
     assert matmul_parameters(cfg) == 3 * (projections + 3 * 8 * 6) + 10 * 8 == 1088
-    causal = 3 * 2 * (2 * 5 * 8) // 2  # forward and twice that backward, scores and values, half of 5 positions of 8
+    causal = (
+        3 * 2 * (2 * 5 * 8) // 2
+    )  # forward and twice that backward; scores and values; causal half of 5 positions, width 8
     assert flops_per_token(cfg, 5) == 6 * 1088 + 3 * causal == 7248
 
 
 def test_flops_are_what_torch_counts() -> None:
-    """Matrix products of a real forward and backward, as torch's own counter sees them."""
+    """The matmul FLOPs equal those that torch's counter finds in a real forward and backward."""
     cfg = config(1, model_qk_norm=True)
     ctx = context(F64)
     model = Transformer(cfg.model, ctx, StageShape(range(cfg.model.num_layers), True, True))
@@ -356,13 +360,13 @@ def test_flops_are_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens, torch.ones(3, 12, dtype=torch.bool)).sum().backward()
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    products = sum(n for op, n in counted.items() if "attention" not in op)
-    assert products == 36 * 6 * matmul_parameters(cfg.model)
+    matmuls = sum(n for op, n in counted.items() if "attention" not in op)
+    assert matmuls == 36 * 6 * matmul_parameters(cfg.model)
 
 
 @pytest.mark.parametrize("preset", ["llama-2-7b", "llama-3-8b", "mistral-7b", "qwen3-8b"])
 def test_flops_of_a_7b_are_6n(preset: str) -> None:
-    """6 a parameter, without the embedding and the norms, which are not multiplied; attention adds a few percent."""
+    """6 FLOPs per parameter, without embedding and norms, which have no matmul; attention adds a few percent."""
     cfg = load([], {"model.preset": preset}).config.model
     per_layer = 2 * cfg.hidden_size + (2 * cfg.head_dim if cfg.qk_norm else 0)
     norms = cfg.num_layers * per_layer + cfg.hidden_size
@@ -371,12 +375,12 @@ def test_flops_of_a_7b_are_6n(preset: str) -> None:
     assert 0.9 < flops_per_token(cfg, 2048) / (6 * num_parameters(cfg)) < 1.1
 
 
-def test_a_state_that_is_done_with_is_freed() -> None:
-    """Parameters and buckets hold each other; nothing that gc does not see may hold them too."""
+def test_an_unused_state_is_freed() -> None:
+    """Parameters and buckets refer to each other, and no reference that gc cannot see keeps them alive."""
     params, buckets = make(F64, F64, values(0))
     x = params[0].sum()
     x.backward()
-    kept = weakref.ref(buckets.buckets[0])
+    bucket = weakref.ref(buckets.buckets[0])
     del params, buckets, x
     gc.collect()
-    assert kept() is None
+    assert bucket() is None

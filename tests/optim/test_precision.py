@@ -1,4 +1,4 @@
-"""fp16: the loss scale, updates that are left out on all ranks alike, and what a checkpoint keeps of it."""
+"""fp16: the loss scale, steps skipped on all ranks, the loss scale in checkpoints; dtypes of gradient reductions."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_the_scale_follows_the_overflows(finite: list[bool], window: int) -> Non
         scale.update(good)
         assert scale.value in ((before, 2 * before) if good else (before / 2,))
     run = len(finite) - 1 - max((i for i, good in enumerate(finite) if not good), default=-1)
-    assert scale.good == run % window
+    assert scale.good_steps == run % window
 
 
 def test_a_smaller_window_after_a_resume_does_not_stop_the_growth() -> None:
-    scale = LossScale(1024.0, 3, good=7)  # of a run with window 10
+    scale = LossScale(1024.0, 3, good_steps=7)  # from a run with window 10
     scale.update(True)
-    assert (scale.value, scale.good) == (2048.0, 0)
+    assert (scale.value, scale.good_steps) == (2048.0, 0)
 
 
 def test_other_precisions_have_no_scale() -> None:
@@ -80,8 +80,8 @@ def test_fp16_learns_what_fp32_learns() -> None:
     assert half[0] == pytest.approx(whole[0], rel=5e-3) and half[0][-1] < half[0][0] - 0.2
 
 
-def test_an_overflow_leaves_out_the_update_on_all_ranks_and_survives_a_restart(tmp_path: Path) -> None:
-    """The first scale is far too large: updates are left out until it fits; weights and optimizer stay as they were."""
+def test_an_overflow_skips_the_step_on_all_ranks_and_survives_a_restart(tmp_path: Path) -> None:
+    """The first scale is far too large: steps are skipped until it fits, without changing weights or optimizer."""
     cfg = fp16(train_loss_scale=2.0**40, train_loss_scale_window=3)
 
     def job(ctx: ParallelContext) -> Any:
@@ -115,7 +115,7 @@ def test_a_scale_that_falls_below_one_is_an_error() -> None:
 
     def job(ctx: ParallelContext) -> str:
         state = setup(cfg, ctx)
-        for p in state.params:  # a gradient that no scale can help
+        for p in state.params:  # a gradient that overflows at any scale
             p.register_hook(lambda grad: None if grad is None else grad * torch.inf)
         try:
             train_step(state, random_batches(cfg, ctx, 0))
@@ -140,11 +140,11 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(zero: int) -> None:
         return assemble(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
 
     difference = max_relative_error(grads("bf16"), grads("main"))
-    assert 1e-5 < difference < 3 * 2**-8  # each part and their sum are rounded to eight bits
+    assert 1e-5 < difference < 3 * 2**-8  # each part and the sum are rounded to eight bits
 
 
-def test_the_scale_is_undone_to_the_bit() -> None:
-    """In float64 a power of two rounds nothing: AdamW hardly sees the scale of a gradient, so look at everything."""
+def test_the_scale_is_undone_bitwise() -> None:
+    """In float64 a power of two causes no rounding. Compare norms and all states: AdamW is almost scale-invariant."""
 
     def states(scale: LossScale) -> Any:
         cfg = config(1, model_num_layers=1, optimizer_clip_norm=0.05)
@@ -162,7 +162,7 @@ def test_the_scale_is_undone_to_the_bit() -> None:
 
 
 def test_an_overflow_on_one_rank_is_one_on_all() -> None:
-    """Only tensor rank 1 holds the gradient that overflows."""
+    """Only tensor rank 1 has the gradient that overflows."""
     cfg = config(2, model_num_layers=1, parallel_tensor=2, train_precision="fp16")
 
     def job(ctx: ParallelContext) -> Any:
@@ -181,8 +181,8 @@ def test_an_overflow_on_one_rank_is_one_on_all() -> None:
     assert run(cfg, job) == [(True, cfg.train.loss_scale / 2, 0)] * 2
 
 
-def test_a_scale_comes_from_a_run_that_had_one_and_from_nowhere_else(tmp_path: Path) -> None:
-    """Chains of precisions, each resuming from the checkpoint before; engines up to 0.1 wrote scale 1 in them all."""
+def test_only_fp16_runs_hand_on_a_loss_scale(tmp_path: Path) -> None:
+    """Chains of precisions, each resuming from the last checkpoint; engines up to 0.1 wrote scale 1 in all."""
 
     def go(precision: str, folder: Path, source: Path | None, **change: Any) -> tuple[Path, LossScale, str]:
         cfg = config(1, model_num_layers=1, train_precision=precision, train_loss_scale=2.0**12, **change)
@@ -191,39 +191,39 @@ def test_a_scale_comes_from_a_run_that_had_one_and_from_nowhere_else(tmp_path: P
             state = setup(cfg, ctx)
             if source is not None:
                 resume(state, source, METADATA)
-            begun = LossScale(state.scale.value, state.scale.window, state.scale.good)
+            start = LossScale(state.scale.value, state.scale.window, state.scale.good_steps)
             line = changed_since(state.lineage[-1].changed, state.scale) if state.lineage else ""
             train_step(state, random_batches(cfg, ctx, state.step))
-            return str(save_state(state, folder, METADATA)), begun, line
+            return str(save_state(state, folder, METADATA)), start, line
 
-        ((made, begun, line),) = run_ranks(layout_of(cfg), job, dtype=PRECISIONS[precision].compute)
-        return Path(made), begun, line
+        ((saved, start, line),) = run_ranks(layout_of(cfg), job, dtype=PRECISIONS[precision].compute)
+        return Path(saved), start, line
 
     first = {p: go(p, tmp_path / p, None)[0] for p in ("fp64", "fp32", "bf16", "fp16")}
     for precision, folder in first.items():
-        kept = read_manifest(folder).optimizer
-        assert ("loss_scale" in kept) == ("good_steps" in kept) == (precision == "fp16")
+        saved = read_manifest(folder).optimizer
+        assert ("loss_scale" in saved) == ("good_steps" in saved) == (precision == "fp16")
     for precision in ("fp64", "fp32", "bf16"):
         for source in (first[precision], with_scale_one(first[precision], tmp_path / f"old {precision}")):
-            made, begun, line = go("fp16", tmp_path / "half", source)
-            assert begun == LossScale(2.0**12, 1000, 0)
+            half, start, line = go("fp16", tmp_path / "half", source)
+            assert start == LossScale(2.0**12, 1000, 0)
             assert line == (
                 f"changed since the checkpoint: train.precision {precision} -> fp16 (the loss scale starts at 4,096)"
             )
-            parent = read_manifest(made).lineage[-1]
+            parent = read_manifest(half).lineage[-1]
             assert parent.changed == {"train.precision": (precision, "fp16")}
             assert f"  changed: train.precision: {precision} -> fp16" in tell([parent])
-    again, begun, line = go("fp16", tmp_path / "again", first["fp16"], train_loss_scale_window=1)
-    assert begun == LossScale(2.0**12, 1, 1)  # its own
+    again, start, line = go("fp16", tmp_path / "again", first["fp16"], train_loss_scale_window=1)
+    assert start == LossScale(2.0**12, 1, 1)  # restored from the checkpoint
     assert read_manifest(again).optimizer["loss_scale"] == 2.0**13 and not read_manifest(again).lineage[-1].changed
-    back, begun, line = go("bf16", tmp_path / "back", again)
-    assert begun == LossScale() and line == "changed since the checkpoint: train.precision fp16 -> bf16"
+    back, start, line = go("bf16", tmp_path / "back", again)
+    assert start == LossScale() and line == "changed since the checkpoint: train.precision fp16 -> bf16"
     assert "loss_scale" not in read_manifest(back).optimizer
     assert go("fp16", tmp_path / "last", back)[1].value == 2.0**12
 
 
 def with_scale_one(folder: Path, to: Path) -> Path:
-    """The checkpoint as older engines wrote it."""
+    """A copy of the checkpoint with the loss scale 1 that older engines wrote."""
     shutil.copytree(folder, to / folder.name)
     manifest = read_manifest(folder)
     manifest.optimizer.update(loss_scale=1.0, good_steps=0)

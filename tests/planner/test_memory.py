@@ -1,4 +1,4 @@
-"""The memory of a rank, counted from the config, is what a run's state takes."""
+"""The memory estimate from the config equals the memory of a run's state."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def test_bytes_of_a_parameter_on_two_data_ranks(precision: str, zero: int, expec
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_is_what_a_state_takes(precision: str) -> None:
-    """Weights and gradients of one of two data ranks, and its half of moments and masters, padding aside."""
+def test_the_estimate_equals_the_state_of_a_run(precision: str) -> None:
+    """Weights and gradients of one of two data ranks, and its half of moments and master weights, up to padding."""
     cfg = config(2, train_precision=precision, parallel_bucket_mib=1000)
 
     def job(ctx: ParallelContext) -> tuple[int, int]:
         state = setup(cfg, ctx)
-        held = [*state.params, *(p.main_grad for p in state.params)]
-        held += [part.flat for part in state.optimizer.states(owned=True)]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+        tensors = [*state.params, *(p.main_grad for p in state.params)]
+        tensors += [shard.flat for shard in state.optimizer.states(owned=True)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         return sum(p.numel() for p in state.params), sum(storages.values())
 
     dtype = PRECISIONS[precision].compute

@@ -1,1 +1,1 @@
-"""Proofs that a layout does not change the result: equivalence, bits, resharding, traffic, and the mutations."""
+"""Proofs that a layout does not change the result: equivalence, bitwise equality, resharding, traffic, mutations."""

@@ -1,9 +1,9 @@
-"""Makes a golden file: stopped runs of today's format with their corpora, and how today's code goes on from them.
+"""Creates a golden file: stopped runs in the current format, their corpora, and the metrics of their continuation.
 
     python tests/proofs/golden_run.py tests/proofs/golden/schema2.zip
 
-To be run by the code whose format is to be kept, and never again for the same format. `RUNS` are the same runs in the
-words of today's config: test_golden.py goes on with them, whatever they were called when the file was made.
+Run it once per format, with the code that writes the format. `RUNS` are the same runs with the current names of config
+fields: test_golden.py resumes them with these, even if the fields had other names when the file was created.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         "lr_schedule": {"kind": "linear", "warmup_steps": 3, "min_lr_ratio": 0.2},
         "data": {"train": "0.6 {root}/web 0.4 {root}/code", "valid": "{root}/web", "fim_rate": 0.5},
     },
-    # one process, which had itself resumed; updates left out by overflow, a loss scale, masks
+    # one process, resumed once before; steps skipped by overflow, a loss scale, loss masks
     "fp16": {
         "model": {**SHAPE, "num_layers": 2, "hidden_size": 8, "ffn_size": 16, "norm": "layernorm"},
         "train": {
@@ -55,7 +55,12 @@ COMMON = {
 }
 RANKS = {"fp32": (4, "--parallel.tensor", "2", "--parallel.pipeline", "2"), "fp16": (1,)}
 SPECIAL = ("<|endoftext|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
-TIMES = ("tokens_per_s", "step_s", "gflops_per_rank", "data_s")  # of metrics.jsonl, and traffic, which no run repeats
+TIMES = (
+    "tokens_per_s",
+    "step_s",
+    "gflops_per_rank",
+    "data_s",
+)  # fields of metrics.jsonl that differ in every run, as traffic does
 
 
 def options(name: str, root: Path) -> dict[str, str]:
@@ -68,7 +73,7 @@ def options(name: str, root: Path) -> dict[str, str]:
 
 
 def train(name: str, folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    """Start the run in folder/NAME, in the layout that it has in the file."""
+    """Start the run in folder/NAME, in the layout of the golden file."""
     ranks, *layout = RANKS[name]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "engine", "train", "--run.dir", f"{name}/run", *layout]
@@ -82,7 +87,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def prepare(folder: Path) -> None:
-    """Two corpora, and the tokenizer that is trained on the first."""
+    """Create two corpora, and a tokenizer trained on the first."""
     draw, words = random.Random(0), ["the", "of", "and", "to", "while", "return", "def", "self", "value", "loss"]
     for name in ("web", "code"):
         lines = (" ".join(draw.choices(words, k=draw.randint(2, 40))) for _ in range(60))
@@ -103,8 +108,8 @@ def make(path: Path) -> None:
         folder = Path(temporary)
         prepare(folder)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-            kept = [folder / f"{name}.{suffix}" for name in ("web", "code") for suffix in ("bin", "idx", "json")]
-            kept += folder.glob("tokenizer/*")
+            files = [folder / f"{name}.{suffix}" for name in ("web", "code") for suffix in ("bin", "idx", "json")]
+            files += folder.glob("tokenizer/*")
             for name in RUNS:
                 run = folder / name / "run"
                 if name == "fp16":
@@ -115,11 +120,11 @@ def make(path: Path) -> None:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
                 assert json.loads((run / "exit.json").read_text())["code"] == 75
-                kept += [file for file in run.rglob("*") if file.is_file()]
+                files += [file for file in run.rglob("*") if file.is_file()]
                 stopped = max(r["step"] for r in records(run))
-                for file in sorted(kept):
+                for file in sorted(files):
                     archive.write(file, file.relative_to(folder))
-                kept.clear()
+                files.clear()
                 scored = [sys.executable, "-m", "engine", "evaluate", str(run), "--data", "web"]
                 archive.writestr(f"{name}/evaluated.txt", subprocess.check_output(scored, cwd=folder, text=True))
                 assert train(name, folder).wait() == 0

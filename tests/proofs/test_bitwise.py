@@ -1,4 +1,4 @@
-"""What may not change a single bit: schedule, recomputation, ZeRO-1, bucket size, overlap, stopping and resuming."""
+"""Options that must not change a single bit: schedule, recomputation, ZeRO-1, bucket size, overlap; and resuming."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METADATA = {"prefix": "x", "num_documents": 1, "num_tokens": 1, "tokenizer_diges
 
 
 def digest(state: TrainState, ctx: ParallelContext) -> list[Any]:
-    """All canonical tensors of model and optimizer this rank holds, named kind/name."""
+    """This rank's pieces of all canonical tensors of model and optimizer, named kind/name."""
     return shard_pieces(state.optimizer.states(), ctx)
 
 
@@ -43,7 +43,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
-# what each is to change, and the base it is changed in
+# (base config, changes to apply to it one at a time)
 PIPELINE = {"parallel_pipeline": 2, "parallel_data": 2, "model_num_layers": 4}
 TENSOR = {"parallel_tensor": 2, "parallel_data": 2, "model_num_layers": 2, "model_qk_norm": True}
 TIED = {"parallel_pipeline": 2, "parallel_data": 2, "model_num_layers": 2, "model_tie_embeddings": True}
@@ -83,8 +83,8 @@ CHANGES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize(("base", "changes"), CHANGES, ids=["pipeline", "tensor", "tied"])
-def test_what_may_change_no_bit(base: dict[str, Any], changes: list[dict[str, Any]], precision: str) -> None:
-    """Schedule, recomputation, ZeRO-1, bucket size, overlaps: all move work and bytes, none changes arithmetic."""
+def test_options_that_change_no_bit(base: dict[str, Any], changes: list[dict[str, Any]], precision: str) -> None:
+    """Schedule, recomputation, ZeRO-1, bucket size and overlap move work and bytes, but change no arithmetic."""
     base = {**base, "train_global_batch_size": 8, "train_precision": precision}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     losses, state = run(config(4, **base), dtype)
@@ -95,7 +95,7 @@ def test_what_may_change_no_bit(base: dict[str, Any], changes: list[dict[str, An
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pipeline_degree_changes_no_bit(precision: str) -> None:
-    """Cutting the layers over ranks moves activations, it does not change them."""
+    """Distributing the layers over pipeline ranks moves activations but does not change them."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     one = run(config(1, train_precision=precision, model_num_layers=4), dtype)
     four = run(config(4, train_precision=precision, model_num_layers=4, parallel_pipeline=4), dtype)
@@ -132,7 +132,7 @@ RESHARD = [(1, 1, 1), (4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1,
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_resume_in_another_layout_holds_the_same_state(tmp_path: Path, tied: bool) -> None:
-    """A checkpoint of each layout, loaded in the next one: equal state, and the losses go on in float64."""
+    """A checkpoint of each layout is resumed in the next one: equal state, and the float64 losses continue."""
 
     def cfg_of(degrees: tuple[int, int, int]) -> Config:
         tensor, pipeline, data = degrees

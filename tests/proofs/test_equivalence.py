@@ -37,7 +37,7 @@ STEPS = 20
 
 
 def trajectory(ctx: ParallelContext, cfg: Config, steps: int = STEPS) -> dict[str, Any]:
-    """Train on random batches; what step 1 gave, the gradients it summed up, and the weights at the end."""
+    """Train on random batches: losses and norms of all steps, gradients of step 1, initial and final weights."""
     state = setup(cfg, ctx)
     init = weights_of(state)
     results, grads = [], []
@@ -82,7 +82,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied_qk": {"model_tie_embeddings": True, "model_qk_norm": True},
 }
 
-# What a layout chooses from. The cases below are drawn so that every two values of two factors that can meet do.
+# The options of a layout. The cases below cover every possible pair of values of two different options.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "tensor": (1, 2, 4),
     "pipeline": (1, 2, 4),
@@ -98,31 +98,34 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 Case = dict[str, Any]
 
 
-def possible(case: Case, most: int) -> bool:
-    """Whether the config takes it, and `most` processes are enough."""
-    kept = case["keep_gathered"] and (not case["sequence"] or case["tensor"] == 1 or case["recompute"] == "selective")
-    return not kept and case["tensor"] * case["pipeline"] * case["data"] <= most
+def is_possible(case: Case, most: int) -> bool:
+    """Whether the config is valid and needs at most `most` processes."""
+    invalid = case["keep_gathered"] and (
+        not case["sequence"] or case["tensor"] == 1 or case["recompute"] == "selective"
+    )
+    return not invalid and case["tensor"] * case["pipeline"] * case["data"] <= most
 
 
 def pairs(case: Case) -> set[tuple[Any, ...]]:
     return {(a, case[a], b, case[b]) for a, b in combinations(FACTORS, 2)}
 
 
-def covering() -> list[Case]:
-    """Cases in which every pair of values occurs that can: each the best of many drawn at random, always the same.
+def covering_cases() -> list[Case]:
+    """A covering array: cases in which every possible pair of values occurs.
 
-    First the pairs that four processes can show, then the rest on eight.
+    Greedy: each case is the best of a fixed random sample. First the pairs that fit four processes, then those that
+    need eight.
     """
     rng = random.Random(3)
     drawn = [{name: rng.choice(values) for name, values in FACTORS.items()} for _ in range(6_000)]
     found: list[Case] = []
     for most in (4, 8):
-        pool = [(pairs(case), case) for case in drawn if possible(case, most)]
-        missing = set().union(*(met for met, _ in pool)).difference(*map(pairs, found))
+        pool = [(pairs(case), case) for case in drawn if is_possible(case, most)]
+        missing = set().union(*(covered for covered, _ in pool)).difference(*map(pairs, found))
         while missing:
-            met, case = max(pool, key=lambda entry: len(entry[0] & missing))
+            covered, case = max(pool, key=lambda entry: len(entry[0] & missing))
             found.append(case)
-            missing -= met
+            missing -= covered
     return found
 
 
@@ -144,7 +147,7 @@ def config_of(case: Case) -> Config:
 
 
 def figures(case: Case) -> dict[str, float]:
-    """The worst relative difference to one process of each thing that must not differ."""
+    """The largest relative difference to one process: initial weights, loss, norm, gradients, final weights."""
     cfg = config_of(case)
     model = MODELS[case["model"]]
     one = reference(**model, model_num_layers=cfg.model.num_layers, train_global_batch_size=batch_of(case))
@@ -158,14 +161,14 @@ def figures(case: Case) -> dict[str, float]:
     }
 
 
-def quick(case: Case) -> bool:
-    """Whether `make test` runs it too, not only `make test-all`: the first, which show most pairs, and one of 8."""
+def is_quick(case: Case) -> bool:
+    """Whether `make test` runs the case, not only `make test-all`: the first, with most pairs, and one on 8 ranks."""
     eight = [c for c in CASES if c["tensor"] * c["pipeline"] * c["data"] == 8]
     return case in CASES[:15] or case == eight[0]
 
 
 LIMITS = {"init": 0.0, "loss": 1e-11, "norm": 1e-11, "gradients": 1e-11, "weights": 1e-9}
-CASES = covering()
+CASES = covering_cases()
 
 
 def name_of(case: Case) -> str:
@@ -178,7 +181,7 @@ def name_of(case: Case) -> str:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=name_of(c), marks=[] if quick(c) else pytest.mark.heavy) for c in CASES],
+    [pytest.param(c, id=name_of(c), marks=[] if is_quick(c) else pytest.mark.heavy) for c in CASES],
 )
 def test_layout_equals_one_process(case: Case) -> None:
     found = figures(case)
@@ -206,13 +209,18 @@ def test_special_layouts_equal_one_process(overrides: dict[str, Any]) -> None:
     assert max_relative_error(many["weights"], one["weights"]) < 1e-9
 
 
-# -- two ranks and two steps: one small case for each way to cut, quick enough for proofs/mutations --------------------
+# -- two ranks and two steps: one small case per way of sharding, fast enough for proofs/mutations ---------------------
 
 TINY: dict[str, Any] = {"model_num_layers": 2, "model_hidden_size": 16, "model_num_heads": 4, "model_ffn_size": 24}
 TINY |= {"train_seq_len": 8, "optimizer_clip_norm": 0.05, "model_tie_embeddings": True, "model_qk_norm": True}
 SMALL: dict[str, dict[str, Any]] = {
     "sequence": {"parallel_tensor": 2, "model_num_kv_heads": 1},
-    "copies": {"parallel_tensor": 2, "model_num_kv_heads": 1, "parallel_sequence": False, "train_recompute": "full"},
+    "replicated": {
+        "parallel_tensor": 2,
+        "model_num_kv_heads": 1,
+        "parallel_sequence": False,
+        "train_recompute": "full",
+    },
     "pipeline": {"parallel_pipeline": 2},
     "split": {"parallel_pipeline": 2, "parallel_schedule": "zb-h1", "train_recompute": "full"},
     "interleaved": {"parallel_pipeline": 2, "parallel_schedule": "interleaved", "model_num_layers": 4},
@@ -223,15 +231,15 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_two_ranks_equal_one_over_gloo(name: str) -> None:
-    """The others speak over shared memory where it is built."""
+    """Other tests use shared memory if it is built."""
     test_two_ranks_equal_one(name, parallel_transport="gloo")
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_two_ranks_equal_one(name: str, **more: Any) -> None:
-    cut = TINY | SMALL[name] | more
-    model = {key: value for key, value in cut.items() if not key.startswith("parallel") and key != "train_recompute"}
-    one, many = run(config(1, **model), 2), run(config(2, **cut), 2)
+    options = TINY | SMALL[name] | more
+    model = {key: x for key, x in options.items() if not key.startswith("parallel") and key != "train_recompute"}
+    one, many = run(config(1, **model), 2), run(config(2, **options), 2)
     assert max_relative_error(many["init"], one["init"]) == 0
     assert many["losses"] == pytest.approx(one["losses"], rel=1e-11)
     assert many["norms"] == pytest.approx(one["norms"], rel=1e-11)
@@ -241,22 +249,22 @@ def test_two_ranks_equal_one(name: str, **more: Any) -> None:
 
 @pytest.mark.skipif(native.load()[0] is None or not native.load()[0].attention_runs(), reason="needs AVX2")
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-def test_own_float32_kernels_in_a_layout(norm: str) -> None:
-    """float64 never reaches our matrix product and attention: two steps in float32 beside them, alone and cut in two.
+def test_custom_float32_kernels_in_a_layout(norm: str) -> None:
+    """The custom GEMM and attention exist in float32 only: two steps on one and two ranks, compared with float64.
 
-    float32 keeps 6e-8, and some thirty sums of up to 320 follow one another: 5e-6 of a tensor's largest gradient. A
-    missed sum, a swapped half or a head too many shows at 1e-2 and more.
+    float32 has a precision of 6e-8, and about thirty sums of up to 320 terms follow one another: 5e-6 of a tensor's
+    largest gradient. A missing sum, a swapped half or an extra head causes errors of 1e-2 and more.
     """
-    cut: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "train_seq_len": 80,
         "model_max_seq_len": 80,
         "model_hidden_size": 64,
         "model_ffn_size": 96,
         "model_norm": norm,
     }
-    exact = run(config(1, **cut), 2)
+    exact = run(config(1, **sizes), 2)
     with native.forced(gemm=True):
-        single = {**cut, "train_precision": "fp32"}
+        single = {**sizes, "train_precision": "fp32"}
         one = run(config(1, **single), 2, torch.float32)
         many = run(config(2, **single, parallel_tensor=2), 2, torch.float32)
     for found in (one, many):
@@ -264,8 +272,8 @@ def test_own_float32_kernels_in_a_layout(norm: str) -> None:
         assert 1e-8 < max_relative_error(found["grads"], exact["grads"]) < 5e-6
 
 
-def test_a_step_leaves_its_batches_as_they_were() -> None:
-    """A mask that a forward changes is another mask when the same tensor comes again."""
+def test_a_step_does_not_modify_its_batches() -> None:
+    """A batch whose mask is modified in a forward would be a different batch when it is used again."""
     cfg = config(1, **TINY)
 
     def job(ctx: ParallelContext) -> bool:
@@ -277,36 +285,36 @@ def test_a_step_leaves_its_batches_as_they_were() -> None:
     assert run_ranks(layout_of(cfg), job) == [True]
 
 
-class Late:
-    """A collective on the slowest of all networks: nothing has moved before it is waited for."""
+class SlowCollective:
+    """A collective on an infinitely slow network: nothing is transferred before `wait`."""
 
     def __init__(self, start: Any, x: torch.Tensor, axis: Axis):
         self.start, self.x, self.axis = start, x, axis
-        apart = start is reduce_scatter_start  # its result is another tensor, which nobody has written yet
-        self.value = x.new_full((len(x) // axis.size,), torch.nan) if apart else x
+        new_tensor = start is reduce_scatter_start  # its result is a new tensor, not yet written
+        self.value = x.new_full((len(x) // axis.size,), torch.nan) if new_tensor else x
 
     def wait(self) -> torch.Tensor:
         return self.start(self.x, self.axis).wait()
 
 
 @pytest.mark.parametrize("zero", [1, 0])
-def test_what_is_on_its_way_is_waited_for(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sum or a gather that nobody waits for may well be there in time on a quiet machine; here it never is."""
+def test_pending_collectives_are_waited_for(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum or all-gather without a `wait` may finish in time on an idle machine; here it never does."""
     cfg = config(2, **TINY, parallel_data=2, parallel_zero=zero)
     expected = run(cfg, 3)
     for start in (all_gather_into_start, all_reduce_start, reduce_scatter_start):
-        late = lambda x, axis, start=start: Late(start, x, axis)  # noqa: E731
+        late = lambda x, axis, start=start: SlowCollective(start, x, axis)  # noqa: E731
         monkeypatch.setattr(gradients_module, start.__name__, late)
     found = run(cfg, 3)
     assert found["losses"] == expected["losses"] and found["norms"] == expected["norms"]
     assert max_relative_error(found["weights"], expected["weights"]) == 0
 
 
-# -- one process against plain torch: what is wrong in every layout alike ---------------------------------------------
+# -- one process against plain torch: errors that are the same in every layout -----------------------------------------
 
 
 def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:
-    """The summed loss of the counted tokens, with torch's autograd and nothing of the engine."""
+    """The sum of the losses of the tokens in the loss mask, by torch's autograd without code of the engine."""
     b, s = batch.tokens.shape
     norm = lambda x, name: rms_norm_reference(x, w[f"{name}.weight"], cfg.norm_eps)  # noqa: E731
     x = w["embed.weight"][batch.tokens.t()]
@@ -329,7 +337,7 @@ def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any) -> torc
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_process_equals_plain_torch(tied: bool) -> None:
-    """Accumulation over microbatches, uneven masks, clipping, AdamW and decay: the reference of all other tests."""
+    """Gradient accumulation, uneven masks, clipping, AdamW, weight decay: the reference of all other tests."""
     cfg = config(1, **TINY | {"model_tie_embeddings": tied}, optimizer_weight_decay=0.3)
     found = run(cfg, 3)
     w = {name: torch.from_numpy(x.copy()).requires_grad_() for name, x in found["init"].items()}
@@ -358,7 +366,7 @@ def test_one_process_equals_plain_torch(tied: bool) -> None:
 
 
 def write_table(path: Path) -> None:
-    """docs/equivalence.md: the figures of every case, as measured here and now."""
+    """Write docs/equivalence.md, with the differences of every case as measured now."""
     lines = [
         "# Equivalence",
         "",
@@ -387,7 +395,7 @@ def write_table(path: Path) -> None:
         assert found["init"] == 0
         worst_of = {name: max(value, worst_of[name]) for name, value in found.items()}
         degrees = " x ".join(str(case[name]) for name in ("tensor", "pipeline", "data"))
-        options = [name for name, of in MATTERS.items() if case[name] and case[of] > 1]
+        options = [name for name, of in RELEVANT_DEGREE.items() if case[name] and case[of] > 1]
         options += [f"recompute {case['recompute']}"] * (case["recompute"] != "none")
         texts = [degrees, case["schedule"], ", ".join([*options, f"micro-batch {case['micro_batch_size']}"])]
         lines.append(_row([*texts, case["model"]], found))
@@ -396,8 +404,8 @@ def write_table(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-# option -> the degree without which it has no effect
-MATTERS = {"sequence": "tensor", "keep_gathered": "tensor", "zero": "data"}
+# option -> the axis whose degree must exceed 1 for it to have an effect
+RELEVANT_DEGREE = {"sequence": "tensor", "keep_gathered": "tensor", "zero": "data"}
 
 
 def _row(texts: list[str], found: dict[str, float]) -> str:

@@ -1,9 +1,9 @@
-"""Runs that older engines stopped go on here with the numbers that those engines had, in the same and in other layouts.
+"""Runs stopped by older engines resume with the metrics of those engines, in the same and in other layouts.
 
-`golden/*.zip` were made by `python tests/proofs/golden_run.py` of the engines whose format they are. The numbers are
-in fp32 and fp16, so they are equal to the bit only on one kind of processor and in one layout: the tolerances are those
-of a few steps in another order of sums. What a wrong resumption changes (another sample, a lost moment or loss scale,
-another learning rate) is thousands of times more.
+`golden/*.zip` were created by `python tests/proofs/golden_run.py` of the engines that wrote the format. The metrics are
+in fp32 and fp16 and bitwise equal only on the same kind of processor and in the same layout, so the tolerances allow a
+few steps with another order of sums. The effects of a wrong resume (another sample, a lost moment or loss scale,
+another learning rate) are thousands of times larger.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ def unpacked(file: Path, folder: Path) -> Path:
     return folder
 
 
-def facts(lines: str) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; -1 for what has no value, such as the norm of a gradient that overflowed."""
+def metrics(lines: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, with -1 for missing values, such as the norm of a gradient that overflowed."""
     return [{k: -1 if x is None else x for k, x in json.loads(line).items()} for line in lines.splitlines()]
 
 
 @pytest.mark.parametrize(("file", "name", "degrees"), CASES)
-def test_a_stopped_run_goes_on(tmp_path: Path, file: Path, name: str, degrees: dict[str, int]) -> None:
+def test_a_stopped_run_resumes(tmp_path: Path, file: Path, name: str, degrees: dict[str, int]) -> None:
     root, ranks = unpacked(file, tmp_path), math.prod(degrees.values())
     run = root / name / "run"
-    expected, before = facts((root / name / "expected.jsonl").read_text()), (run / "metrics.jsonl").read_text()
+    expected, before = metrics((root / name / "expected.jsonl").read_text()), (run / "metrics.jsonl").read_text()
     layout = {f"parallel.{axis}": str(degrees.get(axis, 1)) for axis in ("tensor", "pipeline", "data")}
     values = golden_run.options(name, root) | layout
     resolved = load([], values | {"run.dir": str(run), "checkpoint.resume": "latest"}, world=ranks, reject_idle=True)
     cfg = resolved.config
-    here = {key: x for key, x in values.items() if key.startswith("data.")}  # the file says where they were
+    here = {key: x for key, x in values.items() if key.startswith("data.")}  # the saved config has their original paths
     saved = load(
         [run / "config.toml"], here | layout | {"run.dir": str(run), "checkpoint.resume": "latest"}, world=ranks
     )
@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, file: Path, name: str, degrees: d
     assert set(run_ranks(derive(cfg).layout, job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)) == {0}
     after = (run / "metrics.jsonl").read_text()
     assert after.startswith(before)
-    found = facts(after[len(before) :])
+    found = metrics(after[len(before) :])
     assert len(found) == len(expected)
     for line, wanted in zip(found, expected):
         assert {k: line[k] for k in wanted if k in EXACT} == {k: wanted[k] for k in wanted if k in EXACT}
@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, file: Path, name: str, degrees: d
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_verb_reads_it(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_reads_it(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = unpacked(file, tmp_path)
     run, picture = str(root / "fp32/run"), ["--output", str(root / "picture.png")]
     verbs = [["verify", run], ["inspect", run], ["plot", run, str(root / "fp16/run"), *picture]]
@@ -98,7 +98,7 @@ def test_every_verb_reads_it(tmp_path: Path, file: Path, capsys: pytest.CaptureF
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             main(verb)
-        told = capsys.readouterr()
-        assert left.value.code == 0, told.err
-    losses = [re.findall(r"loss ([\d.]+)", text) for text in (told.out, (root / "fp32/evaluated.txt").read_text())]
+        printed = capsys.readouterr()
+        assert left.value.code == 0, printed.err
+    losses = [re.findall(r"loss ([\d.]+)", text) for text in (printed.out, (root / "fp32/evaluated.txt").read_text())]
     assert losses[0] == losses[1] and len(losses[0]) == 1

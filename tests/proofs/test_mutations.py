@@ -1,4 +1,4 @@
-"""Mutations: every one fits the code; what does not fit says why; caught, surviving and broken ones are told apart."""
+"""Mutations: all fit the code; errors explain a misfit; caught, surviving and broken mutations are distinguished."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def test_names_are_unique() -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_it_fits_and_changes_the_code(mutation: Mutation) -> None:
-    """So a change of the code that leaves a mutation behind shows here, in a moment, with its name."""
+    """A change of the code that makes a mutation obsolete fails here, quickly and with its name."""
     source = mutation.file(ROOT).read_text()
     faulty = ast.dump(ast.parse(mutation.patch(source)))
     assert faulty != ast.dump(ast.parse(source))
-    anew = ast.unparse(ast.parse(source))  # no comments, other quotes, other lines
-    assert ast.dump(ast.parse(mutation.patch(anew))) == faulty
+    reformatted = ast.unparse(ast.parse(source))  # no comments, other quotes, other lines
+    assert ast.dump(ast.parse(mutation.patch(reformatted))) == faulty
     for test in mutation.tests:
         assert (ROOT / node_id(test).partition("::")[0]).is_file()
 
@@ -126,15 +126,15 @@ from tests.proofs.mutations import MUTATIONS, trial
 known = {x.name: x for x in MUTATIONS}["bf16_without_masters"]
 tried = [known, *(replace(known, name=new, new=new) for new in (known.old, "await master", "no_such_name(master)"))]
 tried.append(replace(known, name="old", old="no_such_text"))
-trial.WARM = "torch hypothesis torch.utils.flop_counter"
-trial.warm()
+trial.PRELOADED = "torch hypothesis torch.utils.flop_counter"
+trial.preload()
 json.dump({x.name: [x.caught, x.by] for x in trial.attempt(tried)}, sys.stdout)
 """
 
 
 @pytest.mark.timeout(300)
-def test_a_fault_is_caught_and_told_from_survivors_and_broken_ones() -> None:
-    """In a process of its own: the runner forks, and must not have the engine imported when it does."""
+def test_caught_surviving_and_broken_mutations_are_distinguished() -> None:
+    """In a separate process, because the runner forks and must not have imported the engine."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
     found = json.loads(done.stdout)
     known = BY_NAME["bf16_without_masters"]
@@ -147,4 +147,4 @@ def test_a_fault_is_caught_and_told_from_survivors_and_broken_ones() -> None:
 
 
 def test_a_silent_hang_is_not_caught() -> None:
-    assert judge(None, "") == (False, "HANG of 400 s without a word from the harness")
+    assert judge(None, "") == (False, "HANG of 400 s without a report from the harness")

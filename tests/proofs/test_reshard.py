@@ -1,4 +1,4 @@
-"""Any layout from any layout: each pair of eight has equal states and goes on with equal losses; no rank has it all."""
+"""Resharding: equal states and next losses for all pairs of eight layouts; no rank holds the whole model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def cfg_of(name: str, **overrides: Any) -> Config:
 def snapshot(state: TrainState) -> tuple[list[Any], tuple[Any, ...]]:
     """All tensors of the state that this rank holds, and its positions."""
     numbers = (state.step, state.consumed_samples, state.consumed_tokens, state.optimizer.steps)
-    return shard_pieces(state.optimizer.states(), state.ctx), (*numbers, state.scale.value, state.scale.good)
+    return shard_pieces(state.optimizer.states(), state.ctx), (*numbers, state.scale.value, state.scale.good_steps)
 
 
 def steps(state: TrainState, ctx: ParallelContext, count: int) -> list[float]:
@@ -106,7 +106,7 @@ def pairs(tmp_path: Path, names: list[str], dtype: torch.dtype, **overrides: Any
                 assert losses == pytest.approx(wanted_losses, rel=1e-11), (source, target)
             compared += 1
         a, b = step_dir(tmp_path / target, STEP), step_dir(tmp_path / f"{target} again", STEP)
-        for file in set(os.listdir(a)) - {MANIFEST}:  # what was loaded and saved again is the same, to the last byte
+        for file in set(os.listdir(a)) - {MANIFEST}:  # a state that is loaded and saved again has identical bytes
             same_bytes(a / file, b / file)
         first, again = read_manifest(a), read_manifest(b)
         assert [parent.checkpoint for parent in again.lineage] == [str(a)] and not first.lineage
@@ -133,9 +133,9 @@ def test_all_pairs_in_fp16_with_masters_and_scale(tmp_path: Path) -> None:
 
 
 def resident_peak() -> int:
-    """Bytes: the most of this process' memory that was resident since the last call.
+    """Peak resident memory of this process since the last call, in bytes.
 
-    Freed memory, which the engine has the C library keep, is given back first: reusing it would not be seen.
+    Freed memory that the C library keeps for the engine is returned to the system first, as its reuse would not show.
     """
     ctypes.CDLL(None).malloc_trim(0)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -145,7 +145,7 @@ def resident_peak() -> int:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
 def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
-    """Peak of resident memory while loading (and saving), in another layout than it was saved in."""
+    """Peak resident memory while saving, and while loading in another layout."""
     model = {"model_hidden_size": 256, "model_ffn_size": 1024, "model_num_layers": 4, "model_max_seq_len": 16}
     saved, loaded = (config(4, **{f"parallel_{axis}": 4}, **model) for axis in ("tensor", "pipeline"))
 
@@ -158,8 +158,8 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
 
     def load(ctx: ParallelContext) -> tuple[int, int, int]:
         state = setup(loaded, ctx)
-        for held in state.optimizer.states():
-            held.flat.fill_(0)  # its own share is there before we look
+        for shard in state.optimizer.states():
+            shard.flat.fill_(0)  # make this rank's share resident before the measurement
         resident_peak()
         before = resident_peak()
         with Reader(step_dir(tmp_path, 0)) as reader:

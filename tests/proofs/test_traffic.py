@@ -1,7 +1,7 @@
-"""Bytes sent are counted exactly: what collectives count equals the formulas, and what training reports is that.
+"""Communication volume: the bytes counted by the collectives in a training step equal the formulas exactly.
 
-The formulas are those for a ring (a tensor of X bytes over n ranks: all-gather and reduce-scatter X (n-1)/n, all-reduce
-twice that), with X = s b h e of the activations between blocks; Korthikanti et al. 2022, section 4.2, counts the same.
+The formulas are for ring algorithms: for a tensor of X bytes over n ranks, all-gather and reduce-scatter send X
+(n-1)/n, all-reduce twice that. X = s b h e for activations between blocks, as in Korthikanti et al. 2022, section 4.2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ACT, MAIN = 2, 4  # bytes of bf16 activations and of float32 gradients and stati
 
 
 def measured(cfg: Config) -> list[dict[tuple[str, str], float]]:
-    """What each rank sent in one step."""
+    """The bytes that each rank sent in one step, by (axis, collective)."""
 
     def job(ctx: ParallelContext) -> dict[tuple[str, str], float]:
         state = setup(cfg, ctx)
@@ -50,10 +50,10 @@ def measured(cfg: Config) -> list[dict[tuple[str, str], float]]:
 
 
 def tensor_bytes(cfg: Config, layers: int, *, first: bool, last: bool) -> dict[tuple[str, str], float]:
-    """What a rank sends over the tensor axis in a step, by collective."""
+    """The bytes that a rank sends over the tensor axis in one step, by (axis, collective)."""
     m, t, p = cfg.model, cfg.train, cfg.parallel
     microbatches, share = derive(cfg).plan.microbatches, (p.tensor - 1) / p.tensor
-    x = t.seq_len * t.micro_batch_size * m.hidden_size * ACT * share  # an activation once round the ring
+    x = t.seq_len * t.micro_batch_size * m.hidden_size * ACT * share  # one activation around the ring
     full = t.recompute == "full"
     statistics = 2 * 3 * t.seq_len * t.micro_batch_size * MAIN * share * last  # cross entropy: peak, sum, target
     if not p.sequence:
@@ -62,7 +62,7 @@ def tensor_bytes(cfg: Config, layers: int, *, first: bool, last: bool) -> dict[t
     again = not p.keep_gathered
     gathers = layers * (2 + 2 + 2 * again + 2 * full) + first + last
     scatters = layers * (2 + 2 + 2 * full) + first + last
-    norms = 2 * (2 * layers + last) * m.hidden_size * MAIN * share  # their gradients, once a step
+    norms = 2 * (2 * layers + last) * m.hidden_size * MAIN * share  # gradients of norm weights, once per step
     return {
         ("tensor", "all_gather"): microbatches * gathers * x,
         ("tensor", "reduce_scatter"): microbatches * scatters * x,
@@ -92,10 +92,12 @@ def test_tensor_axis(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize(("schedule", "times"), [("1f1b", 1), ("interleaved", 2), ("zb-v", 2)])
 def test_pipeline_axis(schedule: str, times: int, tensor: int) -> None:
-    """An activation forward and a gradient backward for every microbatch and boundary between ranks."""
+    """One activation forward and one gradient backward for every micro-batch and boundary between ranks."""
     cfg = config(2 * tensor, parallel_pipeline=2, parallel_tensor=tensor, parallel_schedule=schedule, **SIZES)
     t = cfg.train
-    x = t.seq_len * t.micro_batch_size * cfg.model.hidden_size * ACT / tensor  # a part of the sequence each
+    x = (
+        t.seq_len * t.micro_batch_size * cfg.model.hidden_size * ACT / tensor
+    )  # each tensor rank sends its part of the sequence
     crossings = {"1f1b": 1, "interleaved": 3, "zb-v": 2}[schedule]
     total = sum(sent["pipeline", "send"] for sent in measured(cfg)) / tensor
     assert total == derive(cfg).plan.microbatches * crossings * 2 * x

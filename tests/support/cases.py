@@ -117,7 +117,7 @@ def gradients_of(state: TrainState) -> list[Any]:
     held = []
     for bucket in (b for stage in state.buckets for b in stage.buckets):
         for index, p in enumerate(bucket.params):
-            begin, end = bucket.overlap(index, bucket.held)
+            begin, end = bucket.intersection(index, bucket.update_range)
             if begin < end:
                 start = bucket.starts[index]
                 held.append(StateShard("grad", p, begin, bucket.grads[start + begin : start + end].clone()))

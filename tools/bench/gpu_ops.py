@@ -17,7 +17,7 @@ from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
 from engine.model.transformer import StageShape, Transformer
 from engine.ops.activation import activation
-from engine.ops.attention import IMPLEMENTATIONS, attention_name, case_of, missing, refusal
+from engine.ops.attention import IMPLEMENTATIONS, attention_case, attention_name, missing_packages, why_unavailable
 from engine.ops.fp8 import Fp8
 from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
 from engine.ops.norm import add_rms_norm, rms_norm
@@ -182,9 +182,9 @@ def attention(session: Session) -> None:
         picked = attention_name(session.device, session.dtype, z.head_dim, documents=documents)
         for seq in z.seqs:
             for name in IMPLEMENTATIONS:
-                case = case_of(probe, documents=documents)
+                case = attention_case(probe, documents=documents)
                 what = f"{name}, sequence {seq}" + ", 8 documents" * documents + " (auto)" * (name == picked)
-                if why := refusal(name, case, missing() if session.cuda else {}):
+                if why := why_unavailable(name, case, missing_packages() if session.cuda else {}):
                     session.record(what, refused=why)
                     continue
                 if name == "sdpa" and documents and session.cuda and seq > 4096:
@@ -200,7 +200,7 @@ def _attention(session: Session, what: str, name: str, seq: int, documents: bool
     apart = None
     if documents:
         begin = torch.arange(seq, device=session.device) // length * length
-        apart = Documents.of(begin.expand(b, seq))
+        apart = Documents.from_starts(begin.expand(b, seq))
     run = IMPLEMENTATIONS[name]
     with torch.no_grad():
         forward = session.time_s(lambda: run(q, k, v, apart))

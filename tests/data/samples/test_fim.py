@@ -216,7 +216,7 @@ def test_rows_keep_their_length_and_the_filling_does_not_count() -> None:
     expected &= torch.arange(1, len(short))[None] < torch.from_numpy(changed.lengths)[:, None]
     assert torch.equal(batch.mask, expected) and not batch.mask[1, changed.lengths[1] - 1 :].any()
     assert batch.documents is not None
-    assert torch.equal(batch.documents.begin, Documents.ended_by(batch.tokens, eod).begin)
+    assert torch.equal(batch.documents.starts, Documents.from_eod(batch.tokens, eod).starts)
     assert (batch.labels == fim.sentinels.middle).any() and (batch.labels == fim.sentinels.prefix).any()
 
 

@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import MUTATIONS, __doc__
-from .trial import attempt, built, healthy, warm
+from .trial import attempt, built, healthy, preload
 
 
 def main() -> int:
-    """Run the suite; the exit code says whether every mutation was caught."""
+    """Run the suite; the exit code is 0 if every mutation was caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these mutations only")
-    parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
-    parser.add_argument("--without-extensions", action="store_true", help="run the tests as if none were built")
+    parser.add_argument("--jobs", type=int, default=2, help="number of mutations to run in parallel")
+    parser.add_argument("--without-extensions", action="store_true", help="run as if no extension were built")
     args = parser.parse_args()
     unknown = set(args.only or ()) - {m.name for m in MUTATIONS}
     if unknown:
@@ -28,7 +28,7 @@ def main() -> int:
     extensions = built() and not args.without_extensions
     impossible = [m.name for m in chosen if m.path == "kernels" and not extensions]
     chosen = [m for m in chosen if m.name not in impossible]
-    warm()
+    preload()
     if output := healthy(chosen, extensions):
         console.print(output, markup=False)
         console.print("the tests fail without any mutation: fix them first", style="bold red")
@@ -43,10 +43,10 @@ def main() -> int:
         table.add_row(outcome.name, outcome.by.replace("[", r"\["), f"{outcome.seconds:.0f}", style=style)
     console.print(table)
     caught = sum(outcome.caught for outcome in outcomes)
-    with_what = "with the extensions" if extensions else "without extensions"
-    console.print(f"{caught} of {len(chosen)} caught {with_what} in {time.monotonic() - begin:.0f} s")
+    build = "with the extensions" if extensions else "without extensions"
+    console.print(f"{caught} of {len(chosen)} caught {build} in {time.monotonic() - begin:.0f} s")
     if impossible:
-        console.print(f"not tried, since their code runs with built extensions only: {', '.join(impossible)}")
+        console.print(f"not tried, because their code runs only with built extensions: {', '.join(impossible)}")
     return int(caught < len(chosen))
 
 

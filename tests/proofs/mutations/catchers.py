@@ -1,4 +1,4 @@
-"""Tests that catch the mutations of several rooms."""
+"""Tests that catch mutations of several packages."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ def small(*names: str) -> tuple[str, ...]:
 
 
 def shape(name: str) -> tuple[str, ...]:
-    """A family's shape in a layout."""
+    """A case of test_shapes: FAMILY-LAYOUT."""
     return (f"test_shapes::test_layout_equals_one_process[{name}]",)
 
 
 def hf(name: str) -> tuple[str, ...]:
-    """A family beside transformers."""
+    """A family's comparison with transformers."""
     return (f"test_import_gives_transformers_logits_and_gradients[{name}]",)
 
 
 def norms(*cases: str) -> tuple[str, ...]:
-    """Cases of the test that gives every layout a known gradient."""
+    """Cases of the test that counts the norm of a known gradient in several layouts."""
     return tuple(f"test_the_norm_is_that_of_the_whole_gradient[{case}]" for case in cases)

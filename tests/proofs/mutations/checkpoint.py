@@ -1,4 +1,4 @@
-"""Faults of policy and of proving what was saved."""
+"""Faults of saving, of verification and of the retention of checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MUTATIONS = [
     ),
     Mutation(
         "host_copy_made_once",
-        "every save in the background writes the first one's values (NeMo-RL#3312)",
+        "every background save writes the values of the first one (NeMo-RL#3312)",
         "engine.checkpoint.staging:_copy",
         "ours.flat.copy_(theirs.flat, non_blocking=True)",
         "if not ours.flat.any():\n    ours.flat.copy_(theirs.flat)",
@@ -32,7 +32,7 @@ MUTATIONS = [
     ),
     Mutation(
         "digests_not_compared",
-        "a flipped bit loads in silence (torch.load, safetensors: no checksum is looked at)",
+        "a flipped bit is loaded silently (torch.load and safetensors verify no checksum)",
         "engine.checkpoint.format:prove",
         "part.digests and found != part.digests[block]",
         "not part.digests and found != part.digests[block]",
@@ -40,7 +40,7 @@ MUTATIONS = [
     ),
     Mutation(
         "old_ones_deleted_unproven",
-        "older checkpoints are deleted though the new one cannot be read back",
+        "older checkpoints are deleted although the new one cannot be read back",
         "engine.checkpoint.save:Saver._write",
         "self.keep",
         "not self.keep",
@@ -48,7 +48,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rename_not_synced",
-        "what was reported as saved is gone after a power cut",
+        "a checkpoint reported as saved is lost after a power failure",
         "engine.checkpoint.retention:commit",
         "storage.sync_folder(final.parent)",
         "pass",

@@ -1,4 +1,4 @@
-"""Faults of what a sample is and who reads it."""
+"""Faults of samples and of their distribution to ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LOADER = ("test_layout_and_restarts_do_not_change_the_samples",)
 MUTATIONS = [
     Mutation(
         "samples_depend_on_the_data_degree",
-        "a data rank takes samples of another (Megatron-Bridge#3503, bigscience Megatron-DeepSpeed#276)",
+        "a data rank reads samples of another rank (Megatron-Bridge#3503, bigscience Megatron-DeepSpeed#276)",
         "engine.data.samples.loader:RankShare.read",
         "first = consumed + self.data_rank * local",
         "first = consumed + self.data_rank",
@@ -17,7 +17,7 @@ MUTATIONS = [
     ),
     Mutation(
         "data_restarts_at_sample_0",
-        "after a resume the first samples come again (Megatron-Bridge#3503, accelerate#2016)",
+        "after a resume the first samples are repeated (Megatron-Bridge#3503, accelerate#2016)",
         "engine.data.samples.loader:Loader.__init__",
         "self._consumed = start_sample",
         "self._consumed = 0",
@@ -25,7 +25,7 @@ MUTATIONS = [
     ),
     Mutation(
         "fim_in_order_of_access",
-        "fill-in-the-middle depends on who reads a sample (Megatron's GPTFIMDataset draws in the order of access)",
+        "fill-in-the-middle depends on the reader of a sample (Megatron's GPTFIMDataset draws in access order)",
         "engine.data.samples.fim:FillInTheMiddle._choose",
         'derive_key(self.seed, "fim", int(sample), at)',
         'derive_key(self.seed, "fim", number, at)',
@@ -33,7 +33,7 @@ MUTATIONS = [
     ),
     Mutation(
         "fim_turns_torn_characters_into_text",
-        "half a character at a sample's border becomes U+FFFD",
+        "half a character at the boundary of a sample becomes U+FFFD",
         "engine.data.samples.fim:FillInTheMiddle._read",
         "s.text and _LOST not in s.text",
         "s.text",
@@ -41,7 +41,7 @@ MUTATIONS = [
     ),
     Mutation(
         "fim_filling_counts",
-        "the loss counts tokens that fill a row",
+        "padding tokens are in the loss",
         "engine.data.samples.loader:RankShare.read",
         "np.arange(1, rows.shape[1]) < lengths[:, None]",
         "np.arange(1, rows.shape[1]) < rows.shape[1]",

@@ -1,4 +1,4 @@
-"""Faults of collectives, of shards, and of what each rank counts and draws."""
+"""Faults of collectives, shards, counted pieces and random draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .patch import Mutation
 MUTATIONS = [
     Mutation(
         "tied_gradient_counted_twice",
-        "the tied weight is in the norm once for each pipeline end: 40 instead of 28.28 (Megatron#7227)",
+        "the norm counts the tied weight on both the first and last stage: 40 instead of 28.28 (Megatron#7227)",
         "engine.distributed.sharding:ShardSpec.pieces",
         "counted = ctx.tensor.rank % replicas == 0"
         ' and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
@@ -17,7 +17,7 @@ MUTATIONS = [
     ),
     Mutation(
         "norm_counts_replicas",
-        "weights that tensor ranks hold alike are counted by each of them (ROCm/TransformerEngine#715)",
+        "weights replicated across tensor ranks are counted by each of them (ROCm/TransformerEngine#715)",
         "engine.distributed.sharding:ShardSpec.pieces",
         "counted = ctx.tensor.rank % replicas == 0"
         ' and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
@@ -35,7 +35,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sequence_gradient_not_gathered",
-        "backward of the reduce-scatter repeats the rank's own part instead of gathering all (Megatron#7452)",
+        "the backward of the reduce-scatter repeats the local part instead of all-gathering (Megatron#7452)",
         "engine.distributed.collectives:_ReducePartialSums.backward",
         "return all_gather(grad, ctx.sequence), None, None",
         "return torch.cat([grad] * ctx.sequence.size), None, None",
@@ -43,7 +43,7 @@ MUTATIONS = [
     ),
     Mutation(
         "reduce_scatter_takes_its_own_part",
-        "the partial sums are cut but not added (Megatron#7452)",
+        "partial sums are scattered but not summed (Megatron#7452)",
         "engine.distributed.collectives:reduce_partial_sums_start",
         "reduce_scatter_start(all_reduce_(x, replicated), sequence)",
         "Pending(all_reduce_(x, replicated).chunk(sequence.size)[sequence.rank].clone())",
@@ -51,7 +51,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gather_along_the_wrong_dim",
-        "what was gathered along the first dim is not moved back: logits of the wrong tokens",
+        "the dim that was gathered first is not moved back: logits of the wrong tokens",
         "engine.distributed.collectives:all_gather",
         "return all_gather_start(x.movedim(dim, 0), axis).wait().movedim(0, dim)",
         "return all_gather_start(x.movedim(dim, 0), axis).wait().reshape(*x.shape[:dim], -1, *x.shape[dim:][1:])",
@@ -67,15 +67,15 @@ MUTATIONS = [
     ),
     Mutation(
         "initial_values_by_rank",
-        "each rank draws from its own generator (pytorch#168058, Megatron-Bridge#5396)",
+        "each rank draws from a different generator (pytorch#168058, Megatron-Bridge#5396)",
         "engine.distributed.sharding:initialise_",
         'generator(seed, "init", piece.name)',
         'generator(seed + ctx.rank, "init", piece.name)',
-        small("copies"),
+        small("replicated"),
     ),
     Mutation(
         "layers_initialised_identically",
-        "layers of interleaved chunks start from equal values (OLMo-core's changelog)",
+        "layers of interleaved chunks have equal initial values (OLMo-core's changelog)",
         "engine.distributed.sharding:initialise_",
         'generator(seed, "init", piece.name)',
         'generator(seed, "init", piece.name.partition("layers.")[2].lstrip("0123456789") or piece.name)',

@@ -1,4 +1,4 @@
-"""Faults of reading other engines' models."""
+"""Faults of importing models of other engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MUTATIONS = [
     ),
     Mutation(
         "keys_that_count_ignored",
-        "a key of config.json that changes the model is dropped without a word",
+        "a key of config.json that changes the model is ignored silently",
         "engine.interop.huggingface.config_json:_wrong_keys",
         "value not in fixed[key]",
         "value not in family.fixed.get(key, (value,))",

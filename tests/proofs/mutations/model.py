@@ -1,4 +1,4 @@
-"""Faults of layers: biases, norms, positions, what is replicated."""
+"""Faults of layers: biases, norms, positions, replicated parameters."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MUTATIONS = [
     ),
     Mutation(
         "qk_norm_not_summed",
-        "each tensor rank keeps the gradient of its own heads (NeMo-RL#3716)",
+        "each tensor rank keeps only the gradient of its local heads (NeMo-RL#3716)",
         "engine.model.attention:Attention.__init__",
         'Norm(f"{name}.{part}_norm", d, cfg, ctx, backends, sum_over="tensor")',
         'Norm(f"{name}.{part}_norm", d, cfg, ctx, backends, sum_over="self_axis")',
-        small("copies"),
+        small("replicated"),
     ),
     Mutation(
         "weight_decay_on_norms",
@@ -32,7 +32,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row_bias_added_by_every_rank",
-        "the bias of a row-parallel product is in the sum once for each tensor rank (gpt-neox#1220)",
+        "the bias of a row-parallel layer is added once per tensor rank (gpt-neox#1220)",
         "engine.model.layers:RowLinear.forward",
         "return out if self.bias is None else out + self.bias",
         "return out if self.bias is None else out + self.bias * max(self.replicated.size, self.sequence.size)",
@@ -48,7 +48,7 @@ MUTATIONS = [
     ),
     Mutation(
         "kv_bias_replicas_not_summed",
-        "ranks that share a KV head each keep its bias gradient of their own queries",
+        "ranks that share a KV head each keep only the bias gradient of their local query heads",
         "engine.model.layers:bias_of",
         'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias")',
         'return replace(chunk, name=chunk.name.removesuffix("weight") + "bias", sum_over=())',
@@ -64,11 +64,11 @@ MUTATIONS = [
     ),
     Mutation(
         "positions_run_on_over_documents",
-        "learned positions do not begin again with a document",
+        "learned positions do not restart with each document",
         "engine.batch:Documents.positions",
-        "torch.arange(self.begin.shape[1], device=self.begin.device) - self.begin",
-        "torch.arange(self.begin.shape[1], device=self.begin.device) - 0 * self.begin",
-        ("test_packed_documents_learn_as_if_alone",),
+        "torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts",
+        "torch.arange(self.starts.shape[1], device=self.starts.device) - 0 * self.starts",
+        ("test_packed_documents_train_like_separate_rows",),
     ),
     Mutation(
         "rope_scaling_ignored",

@@ -1,4 +1,4 @@
-"""Faults of single operations, of our kernels and of plain torch."""
+"""Faults of single operations, in the custom kernels and in torch code."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from .patch import Mutation
 MUTATIONS = [
     Mutation(
         "input_gradient_not_summed",
-        "the mirror of the row-parallel sum is missing: each tensor rank passes on its part",
+        "the backward of a column-parallel matmul does not sum: each tensor rank keeps its partial input gradient",
         "engine.ops.linear:_Linear.backward",
         "grad_x = reduce_partial_sums_start(matmul.input_grad(grad, weight), ctx.replicated, sequence)",
         "grad_x = Pending(matmul.input_grad(grad, weight).chunk(sequence.size)[sequence.rank].contiguous())",
-        small("copies"),
+        small("replicated"),
     ),
     Mutation(
         "only_the_last_microbatch_trained",
-        "a microbatch overwrites the gradient of those before it: the loss looks fine (Automodel#3530)",
+        "a micro-batch overwrites the gradients of earlier ones: the loss looks fine (Automodel#3530)",
         "engine.ops.matmul:add_outer_",
         "add_matmul_(main, grad.t(), x)",
         "torch.mm(grad.t(), x, out=main)",
@@ -24,7 +24,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradient_is_a_moving_average",
-        "what is accumulated is scaled down by each microbatch (torchtitan#1733)",
+        "the accumulated gradient is scaled down by each micro-batch (torchtitan#1733)",
         "engine.ops.matmul:add_outer_",
         "add_matmul_(main, grad.t(), x)",
         "torch.addmm(main, grad.t(), x, beta=0.5, out=main)",
@@ -32,7 +32,7 @@ MUTATIONS = [
     ),
     Mutation(
         "repeated_tokens_do_not_add_up",
-        "of a token that comes twice, the embedding keeps one gradient",
+        "for a token that occurs twice, the embedding keeps only one gradient",
         "engine.ops.embedding:_Embedding.backward",
         "target.index_add_(0, local.reshape(-1), grad.to(target.dtype))",
         "target[local.reshape(-1)] += grad.to(target.dtype)",
@@ -40,15 +40,15 @@ MUTATIONS = [
     ),
     Mutation(
         "vocabulary_padding_in_the_softmax",
-        "the columns beyond the vocabulary take part in the sum",
+        "padding columns beyond the vocabulary are included in the sum",
         "engine.ops.loss:_statistics",
-        "stats(logits, local, part.valid)",
+        "stats(logits, local, vocab_slice.valid)",
         "stats(logits, local, logits.shape[1])",
-        small("copies"),
+        small("replicated"),
     ),
     Mutation(
         "logits_of_two_chunks_alive",
-        "the chunk before is kept while the next one's logits are made",
+        "the logits of the previous chunk stay alive while the next ones are computed",
         "engine.ops.loss:_LinearCrossEntropy.forward",
         "del grad",
         "kept = grad",
@@ -56,7 +56,7 @@ MUTATIONS = [
     ),
     Mutation(
         "last_chunk_left_out_of_the_sum",
-        "the sum over the tensor ranks starts before the gradient of the last chunk is there",
+        "the sum over the tensor ranks starts before the gradient of the last chunk is computed",
         "engine.ops.loss:_LinearCrossEntropy.forward",
         "rows.stop == len(rows_x)",
         "rows.start == 0",
@@ -64,9 +64,9 @@ MUTATIONS = [
     ),
     Mutation(
         "head_gradient_scaled_afterwards",
-        "a factor on the loss reaches the input's gradient or none, not the weight's",
+        "a factor applied to the loss afterwards does not reach the weight's gradient",
         "engine.ops.loss:_LinearCrossEntropy.backward",
-        "torch._assert_async((grad == 1).all(), _NOT_ONE)",
+        "torch._assert_async((grad == 1).all(), _GRADIENT_NOT_ONE)",
         "pass",
         ("test_a_gradient_other_than_one_raises[0.5]",),
     ),
@@ -76,11 +76,11 @@ MUTATIONS = [
         "engine.ops.recompute:_Recompute.backward",
         "torch.autograd.backward(out, grad)",
         "torch.autograd.backward(out, grad, retain_graph=True), torch.autograd.backward(out, grad)",
-        small("copies"),
+        small("replicated"),
     ),
     Mutation(
         "bias_gradient_dropped",
-        "the bias of a column-parallel product is never trained",
+        "the bias of a column-parallel layer is never trained",
         "engine.ops.linear:_Linear.backward",
         "grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None",
         "torch.zeros_like(grad.reshape(-1, grad.shape[-1]).sum(0)) if ctx.needs_input_grad[2] else None",
@@ -88,7 +88,7 @@ MUTATIONS = [
     ),
     Mutation(
         "qk_norm_over_the_rank_only",
-        "a norm over all heads is computed over the heads of each tensor rank",
+        "a norm over all heads is computed over the local heads of each tensor rank",
         "engine.ops.norm:_ShardedRmsNorm.forward",
         "scale = all_reduce_(squares, axis).add_(eps).rsqrt_()",
         "scale = squares.mul_(axis.size).add_(eps).rsqrt_()",
@@ -96,7 +96,7 @@ MUTATIONS = [
     ),
     Mutation(
         "qk_norm_counts_copies",
-        "replicated of a KV head are in the mean square several times",
+        "replicas of a KV head are counted several times in the mean square",
         "engine.ops.norm:_ShardedRmsNorm.forward",
         "replicas * ctx.count",
         "ctx.count",
@@ -104,7 +104,7 @@ MUTATIONS = [
     ),
     Mutation(
         "qk_norm_backward_counts_copies",
-        "each copy of a KV head passes on the whole of what follows from all",
+        "each replica of a KV head applies the whole correction instead of its share",
         "engine.ops.norm:_ShardedRmsNorm.backward",
         "ctx.count * ctx.replicas",
         "ctx.count",
@@ -112,7 +112,7 @@ MUTATIONS = [
     ),
     Mutation(
         "residual_gradient_dropped",
-        "the gradient that reaches the sum beside the norm is lost: the embedding hears the MLPs only",
+        "the gradient of the residual path around the norm is lost: the embedding is trained by the MLPs only",
         "engine.ops.norm:_CustomNorm.backward",
         "grad_sum, grad = grads if ctx.summed else (None, grads[0])",
         "grad_sum, grad = (None, grads[-1])",
@@ -121,25 +121,25 @@ MUTATIONS = [
     ),
     Mutation(
         "norm_offset_ignored_in_the_backward",
-        "Gemma's 1 + weight is weight where our kernel computes the gradient",
+        "the custom kernel's gradient uses weight instead of Gemma's 1 + weight",
         "engine.ops.norm:_CustomNorm.backward",
-        "ops.rms_norm_backward(grad, grad_sum, x, weight, kept, ctx.offset)",
-        "ops.rms_norm_backward(grad, grad_sum, x, weight, kept, 0.0)",
+        "ops.rms_norm_backward(grad, grad_sum, x, weight, stats, ctx.offset)",
+        "ops.rms_norm_backward(grad, grad_sum, x, weight, stats, 0.0)",
         ("test_kernels_equal_the_float64_reference",),
         path="kernels",
     ),
     Mutation(
         "gate_of_another_kind",
-        "the backward takes a gelu for the one by tanh",
+        "the backward uses the exact GELU instead of the tanh approximation",
         "engine.ops.activation:_Gated.backward",
-        "own.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name])",
-        'own.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name.removesuffix("_tanh")])',
+        "custom.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name])",
+        'custom.gated_backward(grad.contiguous(), fused.contiguous(), KINDS[ctx.name.removesuffix("_tanh")])',
         ("test_kernels_equal_the_float64_reference",),
         path="kernels",
     ),
     Mutation(
         "norm_weight_without_its_one",
-        "the gradient of x is that of a norm scaled by weight, not by 1 + weight",
+        "the gradient of x belongs to a norm scaled by weight instead of 1 + weight",
         "engine.ops.norm:_RmsNorm.backward",
         "wide_weight = wide_weight + ctx.offset",
         "wide_weight = wide_weight + 0.0",

@@ -5,28 +5,28 @@ from __future__ import annotations
 from .catchers import small
 from .patch import Mutation
 
-LATE = ("test_what_is_on_its_way_is_waited_for[1]",)
+LATE = ("test_pending_collectives_are_waited_for[1]",)
 
 MUTATIONS = [
     Mutation(
-        "tied_gradient_not_summed_over_the_ends",
-        "each end of the pipeline trains its copy with its own part of the gradient (Megatron#656)",
-        "engine.parallel.gradients:GradBuckets._add_parts",
+        "tied_gradient_not_summed_over_the_stages",
+        "the first and last stage each train their replica with a partial gradient (Megatron#656)",
+        "engine.parallel.gradients:GradBuckets._sum_replicated",
         "self.ctx.axis(name).size > 1",
         'name != "tied_stages" and self.ctx.axis(name).size > 1',
         small("pipeline"),
     ),
     Mutation(
         "kv_replicas_not_summed",
-        "the ranks that share a KV head each keep the gradient of their own queries (bigcode Megatron-LM#35)",
-        "engine.parallel.gradients:GradBuckets._add_parts",
+        "ranks that share a KV head each keep the gradient of their local query heads (bigcode Megatron-LM#35)",
+        "engine.parallel.gradients:GradBuckets._sum_replicated",
         "self.ctx.axis(name).size > 1",
         'name != "kv" and self.ctx.axis(name).size > 1',
-        small("copies"),
+        small("replicated"),
     ),
     Mutation(
         "gradient_averaged_over_data_ranks",
-        "divided by the data degree although the loss is already global (Megatron#673, #906)",
+        "gradients are divided by the data degree although the loss is already global (Megatron#673, #906)",
         "engine.parallel.gradients:GradBuckets._start",
         "x = bucket.grads.to(self.reduce_dtype)",
         "x = bucket.grads.to(self.reduce_dtype) / self.ctx.data.size",
@@ -34,7 +34,7 @@ MUTATIONS = [
     ),
     Mutation(
         "zero_gather_forgotten",
-        "after the update nobody sends its weights: data ranks drift apart (nanotron#242)",
+        "updated weights are not gathered, so data ranks diverge (nanotron#242)",
         "engine.parallel.gradients:GradBuckets.gather",
         "self.zero",
         "self.zero and overlap is None",
@@ -42,7 +42,7 @@ MUTATIONS = [
     ),
     Mutation(
         "embedding_stale_under_zero",
-        "the tied embedding is left out of the gather (Megatron#844)",
+        "the tied embedding is not gathered (Megatron#844)",
         "engine.parallel.gradients:GradBuckets.gather",
         "reversed(self.buckets)",
         "reversed([b for b in self.buckets if not b.late])",
@@ -50,9 +50,9 @@ MUTATIONS = [
     ),
     Mutation(
         "zero_gather_not_waited_for",
-        "a forward reads weights that are still on their way (DeepSpeed#5545, #7188)",
+        "a forward reads weights before their all-gather is complete (DeepSpeed#5545, #7188)",
         "engine.parallel.gradients:wait_before_use",
-        "part.register_forward_pre_hook(_settler(holder[id(p)]))",
+        "part.register_forward_pre_hook(_wait_hook(holder[id(p)]))",
         "holder[id(p)].gathering = None",
         LATE,
     ),
@@ -60,8 +60,8 @@ MUTATIONS = [
         "gradient_sum_not_waited_for",
         "the optimizer reads gradients that are still being summed (DeepSpeed#8061, #6351)",
         "engine.parallel.gradients:GradBuckets.wait",
-        "total, target = b.reducing.wait(), b.part(b.grads, b.held)",
-        "total, target = b.reducing.value, b.part(b.grads, b.held)",
+        "total, target = b.reducing.wait(), b.view_range(b.grads, b.update_range)",
+        "total, target = b.reducing.value, b.view_range(b.grads, b.update_range)",
         LATE,
     ),
 ]

@@ -1,7 +1,7 @@
-"""A mutation: a fault put into one function, at a statement or an expression that is found by its syntax tree.
+"""A mutation: a fault injected into one function, replacing a statement or expression found by its syntax tree.
 
-The code may be formatted anew, commented, and moved within its function: the mutation still fits. Where it does not,
-the error says what was looked for, where, and how often it is there.
+So it still fits if the code is reformatted, commented or moved within its function. If it does not fit, the error
+states the pattern, the place, and how often the pattern occurs there.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 @dataclass(frozen=True)
 class Mutation:
-    """One fault. why: what went wrong and where; old -> new in the function `where`; tests: one of them fails.
+    """One fault: replace `old` by `new` in the function `where`; at least one of `tests` has to fail.
 
-    where: "module:function", such as "engine.optim.clip:NormCounter.__call__".
-    old, new: two expressions, else two statements (`pass` to delete one, several lines to add some).
-    nth: which `old` of how many there are in the function: (2, 3) is the second of three.
-    tests: "test_function[case]", with "test_module::" before it where several modules have one of that name.
-    path: "both" where the fault shows with and without the extensions, "kernels" or "torch" where only that one has it.
+    why: the effect of the fault, and where it occurred. where: "module:function", such as
+    "engine.optim.clip:NormCounter.__call__". old, new: two expressions, or two statements (`pass` to delete one,
+    several lines to add some). nth: (index, count) of `old` among its occurrences in the function: (2, 3) is the second
+    of three. tests: "test_function[case]", prefixed by "test_module::" if several modules have a function of that name.
+    path: "both" if the fault shows with and without the extensions, else the only path that has it, "kernels" or
+    "torch".
     """
 
     name: str
@@ -37,28 +38,28 @@ class Mutation:
     path: str = "both"
 
     def file(self, root: Path) -> Path:
-        """The file of the module, in the repository at `root`. Raises LookupError when there is none."""
+        """The file of the module in the repository at `root`. LookupError if there is none."""
         module = self.where.partition(":")[0]
         stem = root / module.replace(".", "/")
         for path in (Path(f"{stem}.py"), stem / "__init__.py"):
             if path.is_file():
                 return path
-        raise LookupError(f"mutation {self.name}: there is no module {module}: write its `where` anew")
+        raise LookupError(f"mutation {self.name}: there is no module {module}: update its `where`")
 
     def apply(self, root: Path) -> None:
-        """Put the fault into the copy of the repository at `root`. LookupError when it does not fit."""
+        """Inject the fault into the copy of the repository at `root`. LookupError if it does not fit."""
         path = self.file(root)
         path.write_text(self.patch(path.read_text()))
 
     def patch(self, source: str) -> str:
-        """The module's source with the fault in it, all other text as it was. LookupError when it does not fit."""
+        """The module's source with the fault, all other text unchanged. LookupError if it does not fit."""
         pattern, new = self._pattern()
         wanted, (number, count) = ast.dump(pattern), self.nth
         found = [n for n in _nodes(self._function(source)) if type(n) is type(pattern) and ast.dump(n) == wanted]
         if len(found) != count:
             raise LookupError(
                 f"mutation {self.name}: {self.where} has {len(found)} of `{self.old}`, not {count}; "
-                "the code has moved on: write it anew"
+                "the code has changed: update the mutation"
             )
         node = sorted(found, key=lambda n: (n.lineno, n.col_offset))[number - 1]
         lines = source.encode().split(b"\n")
@@ -67,7 +68,7 @@ class Mutation:
         return (before + new.replace("\n", "\n" + " " * node.col_offset).encode() + after).decode()
 
     def _pattern(self) -> tuple[Any, str]:
-        """The tree to look for, and the text to put there: that of an expression in parentheses."""
+        """The syntax tree to find, and its replacement as text (expressions in parentheses)."""
         try:
             ast.parse(self.new, mode="eval")
             return ast.parse(self.old, mode="eval").body, f"({self.new})"
@@ -81,7 +82,7 @@ class Mutation:
         if len(found) != 1:
             raise LookupError(
                 f"mutation {self.name}: {module} has {len(found)} functions {wanted}, not one; "
-                "the code has moved on: write its `where` anew"
+                "the code has changed: update its `where`"
             )
         return found[0]
 
@@ -97,7 +98,7 @@ def _functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, ast.AST]]
 
 
 def _nodes(tree: ast.AST) -> Iterator[Any]:
-    """All nodes from `tree` down, but those within f-strings: Python 3.11 does not know where they are."""
+    """All nodes of `tree` except those in f-strings, whose positions Python 3.11 does not record."""
     yield tree
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, ast.JoinedStr):

@@ -1,4 +1,4 @@
-"""Faults of the executor and of stages."""
+"""Faults of the pipeline executor and of stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .patch import Mutation
 MUTATIONS = [
     Mutation(
         "loss_is_a_mean_of_microbatch_means",
-        "accumulated microbatches weigh the same however few tokens they count (transformers#24725, #34191)",
+        "accumulated micro-batches have equal weight despite different token counts (transformers#24725, #34191)",
         "engine.pipeline.executor:_forward",
         "run.token_weight",
         "1 / len(run.batches) / max(1, int(run.batches[action.microbatch].mask.sum()))",
@@ -16,15 +16,15 @@ MUTATIONS = [
     ),
     Mutation(
         "mask_aliased",
-        "a forward changes the mask it was given (Megatron#1298: it shrinks in every iteration)",
+        "a forward modifies the mask of its batch (Megatron#1298: it shrinks in every iteration)",
         "engine.pipeline.stage:Stage.forward",
         "weights = batch.mask * torch.tensor(token_weight, dtype=torch.float64)",
         "weights = batch.mask * torch.tensor(token_weight, dtype=torch.float64)\nbatch.mask[:, -1] = False",
-        ("test_a_step_leaves_its_batches_as_they_were",),
+        ("test_a_step_does_not_modify_its_batches",),
     ),
     Mutation(
         "reduce_before_the_last_microbatch",
-        "buckets are summed after the first microbatch, the rest stays local (DeepSpeed#7188)",
+        "buckets are reduced after the first micro-batch, later gradients stay local (DeepSpeed#7188)",
         "engine.pipeline.executor:execute",
         "{step[0].stage: step[0] for step in program if step[0].op in (Op.B, Op.W)}",
         "{step[0].stage: step[0] for step in reversed(program) if step[0].op in (Op.B, Op.W)}",
@@ -48,10 +48,10 @@ MUTATIONS = [
     ),
     Mutation(
         "receive_buffer_reused",
-        "the next activation is received over the one whose backward is still to come (gpt-neox#1004)",
+        "the next activation overwrites one whose backward has not run yet (gpt-neox#1004)",
         "engine.pipeline.executor:_communicate",
         "torch.empty(shape, dtype=run.ctx.dtype, device=run.ctx.device), peer",
         "run.__dict__.setdefault('buffer', torch.empty(shape, dtype=run.ctx.dtype)).detach(), peer",
-        ("test_what_may_change_no_bit[pipeline-fp32]",),  # gpipe: all are received before any backward
+        ("test_options_that_change_no_bit[pipeline-fp32]",),  # gpipe: all are received before any backward
     ),
 ]

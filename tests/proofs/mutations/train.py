@@ -1,4 +1,4 @@
-"""Faults of a step, of resuming, and of validation."""
+"""Faults of the training step, of resuming and of validation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from .catchers import PLAIN_MATMUL, RESUME, small
 from .patch import Mutation
 
 RESUME_BF16 = ("test_resume_in_the_same_layout_changes_no_bit[bf16-1]",)
-OVERFLOW = ("test_an_overflow_leaves_out_the_update_on_all_ranks_and_survives_a_restart",)
-UNDONE = ("test_the_scale_is_undone_to_the_bit",)
+OVERFLOW = ("test_an_overflow_skips_the_step_on_all_ranks_and_survives_a_restart",)
+UNDONE = ("test_the_scale_is_undone_bitwise",)
 
 MUTATIONS = [
     Mutation(
@@ -16,11 +16,11 @@ MUTATIONS = [
         "engine.train.step:train_step",
         "clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale",
         "1.0 if ctx.tensor.rank else clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale",
-        small("copies"),
+        small("replicated"),
     ),
     Mutation(
         "loss_is_a_mean_of_data_rank_means",
-        "each data rank divides by its own count of tokens (torchtune#1875, Fast-LLM#426)",
+        "each data rank divides by its local token count (torchtune#1875, Fast-LLM#426)",
         "engine.train.step:count_tokens",
         "total = int(all_reduce_(torch.tensor(mine, device=ctx.device), ctx.world).item())",
         "total = total * ctx.data.size",
@@ -28,7 +28,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loss_counts_masked_tokens",
-        "divided by the length of the sequences instead of the tokens that count (nanochat#59)",
+        "the loss is divided by the sequence length instead of the number of unmasked tokens (nanochat#59)",
         "engine.train.step:count_tokens",
         "total = sum(int(b.mask.sum()) for b in batches)",
         "total = sum(b.mask.numel() for b in batches)",
@@ -36,15 +36,15 @@ MUTATIONS = [
     ),
     Mutation(
         "loss_reported_by_every_tensor_rank",
-        "the reported loss is added up over ranks that all have it",
+        "the reported loss is summed over ranks that all have the same loss",
         "engine.train.step:sum_losses",
         "losses.sum() * float(contributes_loss(plan, ctx))",
         "losses.sum()",
-        small("copies"),
+        small("replicated"),
     ),
     Mutation(
         "pipeline_gradient_scaled_by_tokens",
-        "with a pipeline the division by the global token count is lost (torchtitan#2972)",
+        "with a pipeline the division by the global token count is missing (torchtitan#2972)",
         "engine.train.step:train_step",
         "scale / tokens",
         "scale if ctx.pipeline.size > 1 else scale / tokens",
@@ -53,7 +53,7 @@ MUTATIONS = [
     ),
     Mutation(
         "pipeline_gradient_averaged_over_microbatches",
-        "with a pipeline the gradient is divided by the number of microbatches once more (torchtitan#1733, #1759)",
+        "with a pipeline the gradient is divided again by the number of micro-batches (torchtitan#1733, #1759)",
         "engine.train.step:train_step",
         "scale / tokens",
         "scale / tokens / (len(batches) if ctx.pipeline.size > 1 else 1)",
@@ -70,7 +70,7 @@ MUTATIONS = [
     ),
     Mutation(
         "validation_counts_masked_labels",
-        "the score is of other labels than training optimises",
+        "validation scores other labels than training optimises",
         "engine.train.evaluate:Evaluator.__init__",
         "Collator(mask, separate)",
         "Collator(LossMask(), separate)",
@@ -78,7 +78,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loss_scale_in_the_norm",
-        "clipping looks at gradients that are still scaled",
+        "clipping uses gradients that still have the loss scale",
         "engine.train.step:train_step",
         "norms = state.norms(scale)",
         "norms = state.norms()",
@@ -86,7 +86,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loss_scale_not_undone",
-        "AdamW gets scaled gradients and hardly shows it",
+        "AdamW gets gradients with the loss scale, which it hides almost completely",
         "engine.train.step:train_step",
         "clip_factor(norms.norm, cfg.optimizer.clip_norm) / scale",
         "clip_factor(norms.norm, cfg.optimizer.clip_norm)",
@@ -94,7 +94,7 @@ MUTATIONS = [
     ),
     Mutation(
         "overflow_decided_by_each_rank",
-        "only the rank that holds the overflow leaves the update out",
+        "only the rank with the overflow skips the step",
         "engine.train.step:train_step",
         "finite = math.isfinite(norms.norm)",
         "finite = bool(torch.isfinite(state.norms.local()).all())",
@@ -102,7 +102,7 @@ MUTATIONS = [
     ),
     Mutation(
         "skipped_update_counted_by_adam",
-        "an update that was left out moves the bias correction (OLMo-core's SkipStep)",
+        "a skipped step advances the bias correction (OLMo-core's SkipStep)",
         "engine.train.step:train_step",
         "advance_counters(state)",
         "state.optimizer.steps += not finite\nleave_behind(state)",
@@ -119,7 +119,7 @@ MUTATIONS = [
     ),
     Mutation(
         "moments_not_loaded",
-        "weights come from the checkpoint, the optimizer starts anew (DeepSpeed#7786)",
+        "weights come from the checkpoint, the optimizer state is reset (DeepSpeed#7786)",
         "engine.train.resume:resume",
         "load_into(reader, state.optimizer.states(), state.ctx)",
         'load_into(reader, (held for held in state.optimizer.states() if held.kind == "model"), state.ctx)',
@@ -127,15 +127,15 @@ MUTATIONS = [
     ),
     Mutation(
         "masters_loaded_but_not_published",
-        "the model computes with what it had before the load (DeepSpeed#762)",
+        "the model keeps the weights from before the load (DeepSpeed#762)",
         "engine.train.resume:resume",
-        "state.optimizer.publish()",
+        "state.optimizer.masters_to_weights()",
         "pass",
         RESUME_BF16,
     ),
     Mutation(
         "adam_step_lost",
-        "after a resume the bias correction starts anew (Automodel#3882)",
+        "after a resume the bias correction restarts (Automodel#3882)",
         "engine.train.resume:resume",
         'state.optimizer.steps = int(manifest.optimizer.get("steps", manifest.step))',
         "state.optimizer.steps = 0",
@@ -143,7 +143,7 @@ MUTATIONS = [
     ),
     Mutation(
         "schedule_restarts_at_resume",
-        "the learning rate counts the steps since the process began (gpt-neox#1029, Megatron#7468)",
+        "the learning rate counts the steps since the process started (gpt-neox#1029, Megatron#7468)",
         "engine.train.step:train_step",
         "state.step + 1",
         'state.step + 1 - state.__dict__.setdefault("begun", state.step)',
@@ -152,7 +152,7 @@ MUTATIONS = [
     ),
     Mutation(
         "update_overtakes_the_copy",
-        "a save in the background writes values of a later step (pytorch#144657, NVRx#376)",
+        "a background save writes values of a later step (pytorch#144657, NVRx#376)",
         "engine.train.step:train_step",
         "state.before_update()",
         "pass",

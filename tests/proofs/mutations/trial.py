@@ -1,6 +1,6 @@
-"""Trying mutations: each in a copy of the repository of its own, in a fork, judged by how the tests end.
+"""Runs mutations: each in a separate copy of the repository and a forked process, judged by the outcome of its tests.
 
-Tests run in a fork of this process, which has imported everything but the engine: a mutation costs what its test does.
+The parent process has imported everything except the engine, so a mutation takes only the time of its tests.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ import pytest
 from .patch import ROOT, Mutation
 
 TIMEOUT_S = 400.0
-WARM = "torch torch.distributed torch.utils.flop_counter torch.utils.tensorboard sympy numpy hypothesis.strategies"
-WARM += " pydantic tyro safetensors tokenizers matplotlib.figure"
-# errors that a mutation makes of its own, instead of being caught by a test
-OWN_ERRORS = re.compile(
+PRELOADED = "torch torch.distributed torch.utils.flop_counter torch.utils.tensorboard sympy numpy hypothesis.strategies"
+PRELOADED += " pydantic tyro safetensors tokenizers matplotlib.figure"
+# errors of a mutation itself, which do not count as caught by a test
+OTHER_ERRORS = re.compile(
     r"^(?:E +)?(?:NameError|ImportError|SyntaxError|AttributeError|UnboundLocalError)\b", re.MULTILINE
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a mutation. caught: a test failed as it should; by: that test, or what went wrong instead."""
+    """The result of a mutation. caught: a test failed by an assertion; by: that test, or the other outcome."""
 
     name: str
     caught: bool
@@ -46,13 +46,13 @@ class Outcome:
 
 
 def built() -> bool:
-    """Whether there are extensions."""
+    """Whether extensions are built."""
     return any((ROOT / "engine").rglob("*.so"))
 
 
 @cache
 def _modules_of_tests() -> dict[str, list[str]]:
-    """Name of every test function -> the modules that have one of it, as paths in the repository."""
+    """Name of every test function -> the modules that define it, as paths in the repository."""
     found: dict[str, list[str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE):
@@ -61,9 +61,9 @@ def _modules_of_tests() -> dict[str, list[str]]:
 
 
 def node_id(test: str) -> str:
-    """pytest's id of "test_function[case]" or "test_module::test_function[case]", wherever the module lies.
+    """pytest's id of "test_function[case]" or "test_module::test_function[case]", in any folder.
 
-    Raises LookupError when there is none, or more than one.
+    LookupError if there is none, or more than one.
     """
     module, _, call = test.rpartition("::")
     function = call.partition("[")[0]
@@ -74,23 +74,23 @@ def node_id(test: str) -> str:
 
 
 def copy_repository(to: Path, extensions: bool) -> None:
-    """What the tests need; extensions: with those that are built."""
-    left_out = shutil.ignore_patterns("__pycache__", *(() if extensions else ("*.so",)))
+    """Copy the files that the tests need; extensions: include the built ones."""
+    ignored = shutil.ignore_patterns("__pycache__", *(() if extensions else ("*.so",)))
     for folder in ("engine", "tests"):
-        shutil.copytree(ROOT / folder, to / folder, ignore=left_out)
+        shutil.copytree(ROOT / folder, to / folder, ignore=ignored)
     shutil.copy2(ROOT / "pyproject.toml", to)
 
 
 def run_tests(root: Path, node_ids: Iterable[str]) -> None:
-    """In a fork: pytest in the copy of the repository at `root`, its exit code as the process's."""
+    """In a forked process: run pytest in the copy of the repository at `root`, and exit with its exit code."""
     os.chdir(root)
     log = os.open(root / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.path[:] = [str(root)] + [entry for entry in sys.path if ROOT not in (Path(entry), Path(entry).parent)]
-    # an editable install finds the submodules that a copy lacks, such as extensions left out, in the original
+    # an editable install would find submodules that the copy lacks, such as omitted extensions, in the original
     sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:  # this package is the original's
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:  # of the original
         del sys.modules[name]
     os.environ["PYTHONPATH"] = str(root)
     engine = importlib.import_module("engine")
@@ -104,28 +104,28 @@ def run_tests(root: Path, node_ids: Iterable[str]) -> None:
 
 
 def judge(code: int | None, output: str) -> tuple[bool, str]:
-    """Whether a test failed by an assertion, and which; else what happened."""
+    """(caught, the test that failed by an assertion or else the outcome)."""
     if code is None:
-        return False, f"HANG of {TIMEOUT_S:.0f} s without a word from the harness"
+        return False, f"HANG of {TIMEOUT_S:.0f} s without a report from the harness"
     if code == 0:
         return False, "SURVIVED"
     failed = re.search(r"^FAILED tests/(\S+?::\S+(?: [^-]*\])?)", output, re.MULTILINE)
     if code != 1 or failed is None:
         return False, f"BROKEN: pytest exit code {code}: {output.strip()[-500:]}"
-    own = OWN_ERRORS.search(output)
-    return (False, f"BROKEN: {own.group()} in {failed.group(1)}") if own else (True, failed.group(1))
+    other_error = OTHER_ERRORS.search(output)
+    return (False, f"BROKEN: {other_error.group()} in {failed.group(1)}") if other_error else (True, failed.group(1))
 
 
 @dataclass
 class Attempt:
-    """One mutation (None: none at all) on its way, in its own copy of the repository."""
+    """A running mutation (None: the unchanged code) in its own copy of the repository."""
 
     mutation: Mutation | None
     tests: Iterable[str]
     extensions: bool
 
     def start(self) -> None:
-        """Copy, mutate, fork. Raises LookupError when the mutation does not fit, or a test is not there."""
+        """Copy, mutate, fork. LookupError if the mutation does not fit or a test does not exist."""
         node_ids = [node_id(test) for test in self.tests]
         self.begin = time.monotonic()
         self.folder = tempfile.TemporaryDirectory(prefix="mutation_")
@@ -152,9 +152,9 @@ class Attempt:
 
 
 def attempt(mutations: Iterable[Mutation], jobs: int = 2, extensions: bool = True) -> Iterator[Outcome]:
-    """Try the mutations, `jobs` at a time, each on a fresh copy; outcomes as they come.
+    """Run the mutations, `jobs` at a time, each on a fresh copy; yields outcomes as they finish.
 
-    extensions: leave the built ones in where the mutation is not one of the torch path.
+    extensions: run with the built extensions, except mutations of the torch path.
     """
     waiting = [Attempt(m, m.tests, extensions and m.path != "torch") for m in mutations]
     running: list[Attempt] = []
@@ -176,7 +176,7 @@ def attempt(mutations: Iterable[Mutation], jobs: int = 2, extensions: bool = Tru
 
 
 def healthy(mutations: Iterable[Mutation], extensions: bool) -> str:
-    """Run the tests of all mutations without any of them; empty when they pass, else pytest's output."""
+    """Run the tests of all mutations on the unchanged code: "" if they pass, else pytest's output."""
     for with_them in (True, False):
         those = [m.tests for m in mutations if (extensions and m.path != "torch") == with_them]
         if not those:
@@ -193,7 +193,7 @@ def healthy(mutations: Iterable[Mutation], extensions: bool) -> str:
     return ""
 
 
-def warm() -> None:
-    """Import what takes long, once; never the engine or a test."""
-    for name in WARM.split():
+def preload() -> None:
+    """Import slow modules once; never the engine or a test."""
+    for name in PRELOADED.split():
         importlib.import_module(name)

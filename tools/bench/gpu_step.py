@@ -54,7 +54,7 @@ def make(session: Session, layers: int, seq: int, **changes: Any) -> TrainState:
         for p in state.params:
             p.fill_(1.0) if p.dim() == 1 else p.normal_(0.0, cfg.model.init_std)
         for bucket, master in zip(state.optimizer.buckets, state.optimizer.masters):
-            master.copy_(bucket.part(bucket.values, bucket.held))
+            master.copy_(bucket.view_range(bucket.values, bucket.update_range))
     return state
 
 

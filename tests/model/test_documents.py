@@ -112,7 +112,7 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
         writer.finish({"eod": EOD})
     cfg = config(1, data_train=str(tmp_path / "packed"), data_separate_documents=True)
     data = open_training(cfg, None)
-    assert data.collate.separate_eod == EOD and data.facts["separate_documents"] == EOD
+    assert data.collate.separate_eod == EOD and data.metadata["separate_documents"] == EOD
     sizes = {"global_batch_size": 2, "micro_batch_size": 2, "data_rank": 0, "data_size": 1}
     with Loader(RankShare(data.order, **sizes, collate=data.collate)) as loader:
         (batch,) = next(loader)

@@ -1,4 +1,4 @@
-// The work behind channel.h.
+// Implementation of channel.h.
 
 #include "shared/channel.h"
 
@@ -21,18 +21,18 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr uint64_t CHUNK = 1 << 20;
-constexpr uint64_t ONE_ROUND = 1 << 16;  // bytes up to which every rank adds everything itself
+constexpr uint64_t ONE_ROUND = 1 << 16;  // largest all-reduce in bytes that every rank reduces completely
 constexpr int64_t SLEEP_NS = 2'000'000;
 
 uint64_t message_tag(uint64_t bytes) { return uint64_t(MESSAGE) << 56 | bytes; }
 
 std::string in_words(uint64_t tag) {
     const char* names[] = {"?", "all-reduce", "all-gather", "reduce-scatter", "message"};
-    const uint64_t what = tag >> 56, kind = tag >> 48 & 15;
-    return std::string(what == ALL_REDUCE || what == ALL_GATHER ? "an " : "a ") + names[what <= 4 ? what : 0] + " of " +
+    const uint64_t kind = tag >> 56, type = tag >> 48 & 15;
+    return std::string(kind == ALL_REDUCE || kind == ALL_GATHER ? "an " : "a ") + names[kind <= 4 ? kind : 0] + " of " +
            std::to_string(tag & ((1ull << 48) - 1)) + " x " +
-           (what == ALL_REDUCE || what == REDUCE_SCATTER ? name_of(kind) : "byte") +
-           (what == ALL_REDUCE ? std::string(" (") + reduction_name(tag >> 52 & 15) + ")" : "");
+           (kind == ALL_REDUCE || kind == REDUCE_SCATTER ? name_of(type) : "byte") +
+           (kind == ALL_REDUCE ? std::string(" (") + reduction_name(tag >> 52 & 15) + ")" : "");
 }
 
 }  // namespace
@@ -40,7 +40,7 @@ std::string in_words(uint64_t tag) {
 Channel::Channel(std::shared_ptr<Segment> segment, Process& process, int rank, bool spin)
     : segment_(std::move(segment)), process_(process), pid_(getpid()), me_(uint64_t(rank)), n_(segment_->plan.ranks),
       spin_(spin) {
-    if (rank < 0 || me_ >= n_) throw std::invalid_argument("a rank is one of its group");
+    if (rank < 0 || me_ >= n_) throw std::invalid_argument("the rank is not in the group");
     std::vector<const Counter*> all;
     for (uint64_t q = 0; q < n_; q++) all.push_back(&member(q).done);
     ring_ = std::make_unique<Ring>(member(me_).lane, segment_->data(me_), segment_->plan.ring, all);
@@ -56,7 +56,7 @@ Channel::Channel(std::shared_ptr<Segment> segment, Process& process, int rank, b
 }
 
 Channel::~Channel() {
-    if (getpid() != pid_) return;  // in a fork only the segment is unmapped
+    if (getpid() != pid_) return;  // in a fork, only unmap the segment
     const std::lock_guard<std::mutex> guard(process_.mutex);
     std::erase(process_.channels, this);
 }
@@ -67,7 +67,7 @@ void Channel::refuse_forks() const {
                                  std::to_string(pid_) + "); its fork (" + std::to_string(pid) + ") cannot use it");
 }
 
-// What every call begins with. Forks first: in one the mutex may be locked for ever.
+// The start of every call. It checks for forks before locking: in a fork the mutex may stay locked indefinitely.
 Channel::Lock Channel::enter() const {
     refuse_forks();
     return lock();
@@ -79,10 +79,10 @@ Channel::Lock Channel::lock() const {
     return held;
 }
 
-uint64_t Channel::start(int what, int kind, int reduce, uint64_t from, uint64_t to, uint64_t total) {
-    const bool gather = what == ALL_GATHER;
-    Operation op{What(what),
-                 gather ? Scalar::u8 : Scalar(kind),
+uint64_t Channel::start(int kind, int type, int reduce, uint64_t from, uint64_t to, uint64_t total) {
+    const bool gather = kind == ALL_GATHER;
+    Operation op{Kind(kind),
+                 gather ? Scalar::u8 : Scalar(type),
                  gather ? 0 : reduce,
                  reinterpret_cast<const char*>(from),
                  reinterpret_cast<char*>(to),
@@ -90,9 +90,9 @@ uint64_t Channel::start(int what, int kind, int reduce, uint64_t from, uint64_t 
                  1,
                  false};
     uint64_t chunk = std::min(CHUNK, segment_->plan.ring / 4) / op.size();
-    if (what == REDUCE_SCATTER) chunk /= n_ - 1;
+    if (kind == REDUCE_SCATTER) chunk /= n_ - 1;
     op.step = std::max<uint64_t>(chunk, 1);
-    op.two_rounds = what == ALL_REDUCE && n_ > 2 && total * op.size() > ONE_ROUND;
+    op.two_rounds = kind == ALL_REDUCE && n_ > 2 && total * op.size() > ONE_ROUND;
     const Lock guard = enter();
     ops_.push_back(op);
     started_++;
@@ -118,12 +118,12 @@ uint64_t Channel::receive(uint64_t to, uint64_t bytes, int peer) {
     return i.started;
 }
 
-uint64_t Channel::completed(int sort, int peer) {
+uint64_t Channel::completed(int queue, int peer) {
     const Lock guard = enter();
-    return complete(sort, size_t(peer));
+    return complete(queue, size_t(peer));
 }
 
-bool Channel::wait(int sort, int peer, uint64_t number, double seconds) {
+bool Channel::wait(int queue, int peer, uint64_t number, double seconds) {
     const auto end = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
     int idle = 0;
     refuse_forks();
@@ -132,10 +132,10 @@ bool Channel::wait(int sort, int peer, uint64_t number, double seconds) {
         {
             const Lock guard = lock();
             const bool any = progress_all();
-            if (complete(sort, size_t(peer)) >= number) return true;
+            if (complete(queue, size_t(peer)) >= number) return true;
             if (any) idle = 0;
             bell = member(me_).bell.load(std::memory_order_acquire);
-            const std::vector<int> missing = lacking(sort, peer);
+            const std::vector<int> missing = lacking(queue, peer);
             whom = missing.empty() ? 0 : uint32_t(missing[0]) + 1;
         }
         if (Clock::now() >= end) return false;
@@ -148,16 +148,16 @@ bool Channel::wait(int sort, int peer, uint64_t number, double seconds) {
         bool any;
         {
             const Lock guard = lock();
-            any = progress_all() || complete(sort, size_t(peer)) >= number;
+            any = progress_all() || complete(queue, size_t(peer)) >= number;
         }
         if (!any) sleep(bell);
         member(me_).waits_for.store(0, std::memory_order_relaxed);
     }
 }
 
-std::vector<int> Channel::missing(int sort, int peer) {
+std::vector<int> Channel::missing(int queue, int peer) {
     const Lock guard = enter();
-    return lacking(sort, peer);
+    return lacking(queue, peer);
 }
 
 bool Channel::progress() {
@@ -181,13 +181,13 @@ bool Channel::progress_all() {
     return any;
 }
 
-uint64_t Channel::complete(int sort, size_t peer) const {
-    if (sort == COLLECTIVES) return first_;
-    return sort == SENDS ? outgoing_.at(peer).finished : incoming_.at(peer).finished;
+uint64_t Channel::complete(int queue, size_t peer) const {
+    if (queue == COLLECTIVES) return first_;
+    return queue == SENDS ? outgoing_.at(peer).finished : incoming_.at(peer).finished;
 }
 
-std::vector<int> Channel::lacking(int sort, int peer) const {
-    if (sort != COLLECTIVES) return {peer};
+std::vector<int> Channel::lacking(int queue, int peer) const {
+    if (queue != COLLECTIVES) return {peer};
     std::vector<int> found;
     const auto look = [&](auto behind) {
         for (uint64_t q = 0; q < n_ && found.size() < n_; q++)
@@ -202,7 +202,7 @@ std::vector<int> Channel::lacking(int sort, int peer) const {
     return found;
 }
 
-// The operation under a cursor, or null when all that was started is behind it.
+// The operation at a cursor; null if the cursor is past the last started one.
 const Operation* Channel::at(Cursor& cursor) {
     if (cursor.op < first_) cursor.op = first_, cursor.chunk = 0;
     while (cursor.op < started_ && cursor.chunk >= ops_[cursor.op - first_].chunks()) cursor.op++, cursor.chunk = 0;
@@ -242,15 +242,15 @@ bool Channel::publish() {
     bool any = false;
     while (const Operation* op = at(put_)) {
         const uint64_t low = put_.chunk * op->step, count = std::min(op->step, op->total - low), size = op->size();
-        const bool scatter = op->what == REDUCE_SCATTER;
-        char* room = ring_->reserve(count * size * (scatter ? n_ - 1 : 1));
-        if (!room) break;
+        const bool scatter = op->kind == REDUCE_SCATTER;
+        char* space = ring_->reserve(count * size * (scatter ? n_ - 1 : 1));
+        if (!space) break;
         if (!scatter)
-            std::memcpy(room, op->from + low * size, count * size);
+            std::memcpy(space, op->from + low * size, count * size);
         else
             for (uint64_t q = 0; q < n_; q++)
                 if (q != me_)
-                    std::memcpy(room + (q - (q > me_)) * count * size, op->from + (q * op->total + low) * size,
+                    std::memcpy(space + (q - (q > me_)) * count * size, op->from + (q * op->total + low) * size,
                                 count * size);
         ring_->publish(op->tag());
         ring_bells();
@@ -269,7 +269,7 @@ bool Channel::take() {
         if (!there) break;
         for (uint64_t q = 0; q < n_; q++) agree(slot(q, taken_.number).tag, op->tag(), q);
         const uint64_t low = taken_.chunk * op->step, count = std::min(op->step, op->total - low);
-        if (op->what == ALL_GATHER)
+        if (op->kind == ALL_GATHER)
             gather(*op, low, count);
         else
             add(*op, low, count);
@@ -295,7 +295,7 @@ void Channel::add(const Operation& op, uint64_t low, uint64_t count) {
     const uint64_t size = op.size();
     uint64_t begin = 0, end = count;
     if (op.two_rounds) begin = count * me_ / n_, end = count * (me_ + 1) / n_;
-    const bool scatter = op.what == REDUCE_SCATTER;
+    const bool scatter = op.kind == REDUCE_SCATTER;
     parts_.resize(n_);
     for (uint64_t q = 0; q < n_; q++) {
         if (q == me_)
@@ -304,7 +304,7 @@ void Channel::add(const Operation& op, uint64_t low, uint64_t count) {
             parts_[q] = bytes_of(q, taken_.number) + (scatter ? (me_ - (me_ > q)) * count : begin) * size;
     }
     char* to = op.to + (low + begin) * size;
-    reduce(op.kind, op.reduce, parts_.data(), int(n_), to, int64_t(end - begin));
+    reduce(op.type, op.reduce, parts_.data(), int(n_), to, int64_t(end - begin));
     if (op.two_rounds) std::memcpy(bytes_of(me_, taken_.number) + begin * size, to, (end - begin) * size);
 }
 
@@ -347,9 +347,9 @@ bool Channel::push(Outgoing& o) {
         Message& m = o.queue.front();
         while (m.moved < m.bytes) {
             const uint64_t count = std::min(most, m.bytes - m.moved);
-            char* room = o.ring->reserve(count);
-            if (!room) return any;
-            std::memcpy(room, m.at + m.moved, count);
+            char* space = o.ring->reserve(count);
+            if (!space) return any;
+            std::memcpy(space, m.at + m.moved, count);
             o.ring->publish(message_tag(m.bytes));
             ring_bells();
             m.moved += count;

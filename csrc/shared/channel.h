@@ -1,29 +1,31 @@
-// One rank's part in the collectives and messages of a group over a segment. No torch, no Python.
+// One rank's side of the collectives and messages of a group over a shared-memory segment. No torch, no Python.
 //
-// Goal: what gloo sends through the loopback in 7 ms is copied here in one. An operation is cut into chunks; the chunks
-// of all collectives of a group form one sequence, the same on all ranks, since all call the same collectives in the same
-// order. A rank
-//   publishes  chunk t: copies what others need of its tensor into its ring, describes it, raises `published` to t + 1;
-//   takes      chunk t when all have published it: adds or copies it into its result; in an all-reduce in two rounds it
-//              adds only its own part, leaves the sum in its ring, and raises `summed` to t + 1;
-//   finishes   chunk t (in two rounds: when all have summed it, copying their parts), raises `done` to t + 1.
-// Room in a ring is used again when all ranks are done with what was there. In what order bytes and counters are written
-// and read: segment.h.
+// Goal: copy in 1 ms what gloo sends through the loopback in 7 ms. An operation is split into chunks. The chunks of all
+// collectives of a group form one sequence, the same on all ranks, because all ranks call the same collectives in the
+// same order. A rank
+//   publishes  chunk t: copies the part of its tensor that others need into its ring, writes the chunk's tag, and sets
+//              `published` to t + 1;
+//   takes      chunk t once all ranks have published it: reduces or copies it into its result. In a two-round
+//              all-reduce it reduces only its own part, leaves the sum in its ring, and sets `summed` to t + 1;
+//   finishes   chunk t (in two rounds: once all have summed it, copies their parts), and sets `done` to t + 1.
+// Space in a ring is reused once all ranks are done with its chunk. segment.h describes the memory order of bytes and
+// counters.
 //
-// No thread works in the background: whoever starts an operation or waits for one does all that can be done on all links
-// of its process. So a rank that waits on a link serves all links of its process; a rank that computes or waits in gloo
-// is served when it comes back.
+// There is no background thread: every call that starts an operation or waits for one makes all possible progress on
+// all links of its process. So a rank that waits on one link serves all links of its process. A rank that computes, or
+// waits in gloo, makes progress in its next call.
 //
-// Sleeping: who waits says for whom (`waits_for`), looks once more, and sleeps on its own `bell`; who has raised a counter
-// looks who waits for it, and rings. Both put a full fence between the store and the load, so that one of the two sees
-// the other; a sleep is short in any case, because other segments may need serving.
+// Sleeping: a waiting rank stores the rank that it waits for (`waits_for`), checks once more, and sleeps on its `bell`.
+// A rank that has raised a counter checks who waits for it, and rings that bell. Both put a full fence between the
+// store and the load, so that at least one of the two sees the other. Sleeps are short, because other segments may need
+// progress.
 //
-// Sums are made in the order of ranks, in float32 for half precision, once for every element: the same bits on all ranks.
-// A maximum or minimum with a NaN is NaN. What breaks if wrong: ranks that do not call the same operations in the same
-// order read each other's bytes as something else; so each chunk carries what it is of, and a difference is an error.
-// After one no channel that the process had touches a segment or a tensor again: the call that failed may have been on
-// another channel, whose operation nobody will wait for. Nor does a channel in a fork of its process: the counters have
-// one writer, which is the parent.
+// Sums are computed in the order of ranks, in float32 for half precision, once for every element, so they are bitwise
+// equal on all ranks. A maximum or minimum with a NaN is NaN. What breaks if wrong: ranks that call different
+// operations would misread each other's bytes. So each chunk carries a tag of its operation, and a mismatch is an
+// error. After it no channel of the process touches a segment or a tensor again: the failed call may have been on
+// another channel, whose operation is never waited for. A channel does nothing in a fork of its process either: each
+// counter has one writer, the parent.
 #pragma once
 
 #include <sys/types.h>
@@ -40,12 +42,12 @@
 
 namespace trident {
 
-enum What : uint64_t { ALL_REDUCE = 1, ALL_GATHER, REDUCE_SCATTER, MESSAGE };
-enum Sort : int { COLLECTIVES = 0, SENDS, RECEIVES };  // what is counted: of the group, to a peer, from a peer
+enum Kind : uint64_t { ALL_REDUCE = 1, ALL_GATHER, REDUCE_SCATTER, MESSAGE };
+enum Queue : int { COLLECTIVES = 0, SENDS, RECEIVES };  // separately numbered: of the group, to a peer, from a peer
 
 struct Operation {
-    What what;
-    Scalar kind;
+    Kind kind;
+    Scalar type;
     int reduce;
     const char* from;
     char* to;
@@ -53,13 +55,13 @@ struct Operation {
     bool two_rounds;
 
     uint64_t chunks() const { return (total + step - 1) / step; }
-    uint64_t size() const { return size_of(kind); }
-    uint64_t tag() const { return uint64_t(what) << 56 | uint64_t(reduce) << 52 | uint64_t(kind) << 48 | total; }
+    uint64_t size() const { return size_of(type); }
+    uint64_t tag() const { return uint64_t(kind) << 56 | uint64_t(reduce) << 52 | uint64_t(type) << 48 | total; }
 };
 
 class Channel;
 
-struct Process {  // what a process takes part in
+struct Process {  // all channels of a process, which progress together
     std::mutex mutex;
     std::vector<Channel*> channels;
 };
@@ -71,22 +73,22 @@ class Channel {
     Channel(const Channel&) = delete;
     Channel& operator=(const Channel&) = delete;
 
-    // Starts a collective (`what`, `kind` and `reduce` as in the enumerations); returns its number, the first being 1.
-    uint64_t start(int what, int kind, int reduce, uint64_t from, uint64_t to, uint64_t total);
+    // Starts a collective (`kind`: Kind, `type`: Scalar, `reduce`: Reduction); returns its number, counted from 1.
+    uint64_t start(int kind, int type, int reduce, uint64_t from, uint64_t to, uint64_t total);
     uint64_t send(uint64_t from, uint64_t bytes, int peer);
     uint64_t receive(uint64_t to, uint64_t bytes, int peer);
 
-    // How many operations of this sort are complete.
-    uint64_t completed(int sort, int peer);
+    // Number of operations of a queue that are complete.
+    uint64_t completed(int queue, int peer);
 
-    // Works on everything until so many are complete (true), or for about so many seconds (false).
-    bool wait(int sort, int peer, uint64_t number, double seconds);
+    // Makes progress until `number` operations of the queue are complete (true) or about `seconds` have passed (false).
+    bool wait(int queue, int peer, uint64_t number, double seconds);
 
-    // The ranks whose next deed the oldest operation of this sort waits for.
-    std::vector<int> missing(int sort, int peer);
+    // The ranks for which the oldest operation of the queue waits.
+    std::vector<int> missing(int queue, int peer);
 
   private:
-    struct Cursor {  // a chunk of an operation, and its number in the group's sequence
+    struct Cursor {  // position: operation, chunk of it, and the chunk's number in the group's sequence
         uint64_t op = 0, chunk = 0, number = 0;
         void step() { chunk++, number++; }
     };
@@ -119,8 +121,8 @@ class Channel {
     bool push(Outgoing& o);
     bool pull(Incoming& i, uint64_t q);
     void agree(uint64_t theirs, uint64_t ours, uint64_t q);
-    uint64_t complete(int sort, size_t peer) const;
-    std::vector<int> lacking(int sort, int peer) const;
+    uint64_t complete(int queue, size_t peer) const;
+    std::vector<int> lacking(int queue, int peer) const;
     const Operation* at(Cursor& cursor);
     void ring_bells();
     void sleep(uint32_t bell);
@@ -138,12 +140,12 @@ class Channel {
     const bool spin_;
     std::unique_ptr<Ring> ring_;
     std::deque<Operation> ops_;         // from number first_ on
-    uint64_t first_ = 0, started_ = 0;  // collectives that are complete, and that were started
+    uint64_t first_ = 0, started_ = 0;  // numbers of complete and of started collectives
     Cursor put_, taken_, done_;
     std::vector<Outgoing> outgoing_;
     std::vector<Incoming> incoming_;
     std::vector<const char*> parts_;
-    std::string broken_;  // why it is refused from now on
+    std::string broken_;  // error of every further call, empty if none
 };
 
 }  // namespace trident

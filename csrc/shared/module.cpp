@@ -1,4 +1,4 @@
-// Python's way to channel.h, for engine/distributed/shared_memory.py.
+// Python bindings of channel.h, for engine/distributed/shared_memory.py.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,8 +12,9 @@ namespace {
 
 using trident::Channel;
 
-// What this process takes part in; called with the interpreter locked. A fork begins anew: its parent's channels are not
-// its own, and its parent's mutex may be locked for ever. Never freed, since channels may live as long as the process.
+// The channels of this process; called with the GIL held. A fork gets a new object: the parent's channels do not belong
+// to it, and the parent's mutex may stay locked indefinitely. Never freed, because channels may live as long as the
+// process.
 trident::Process& here() {
     static trident::Process* process = nullptr;
     static pid_t pid = 0;

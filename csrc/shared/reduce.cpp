@@ -1,4 +1,4 @@
-// The loops behind reduce.h, compiled as those of kernels/cpu/cpu.h are.
+// The loops of reduce.h, compiled for several CPU types with the macros of kernels/cpu/cpu.h.
 
 #include "shared/reduce.h"
 
@@ -18,7 +18,7 @@ INLINE void put(uint8_t& to, uint8_t x) { to = x; }
 
 namespace {
 
-constexpr int64_t BLOCK = 1024;  // elements that are added at a time: they stay in the first-level cache
+constexpr int64_t BLOCK = 1024;  // elements reduced at a time, so that they stay in the L1 cache
 
 struct Sum {
     template <class W>

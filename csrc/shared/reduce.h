@@ -13,8 +13,8 @@ uint64_t size_of(Scalar kind);
 const char* name_of(uint64_t kind);
 const char* reduction_name(uint64_t reduction);
 
-// to[i] = in[0][i] (+) in[1][i] (+) ..., added from the left; half precision in float, rounded once. `to` may be one of
-// the arrays. Floating maxima and minima are NaN where any is; a sum of booleans is their maximum.
+// to[i] = in[0][i] (+) in[1][i] (+) ..., from left to right; half precision in float, rounded once. `to` may be one of
+// the arrays. A floating-point maximum or minimum is NaN if any input is NaN; a sum of booleans is their maximum.
 void reduce(Scalar kind, int reduction, const char* const* in, int n, char* to, int64_t count);
 
 }  // namespace trident

@@ -1,4 +1,4 @@
-// A segment's file: made or recognised, mapped, unmapped.
+// Creates or opens the file of a segment, and maps it.
 
 #include "shared/segment.h"
 
@@ -14,20 +14,20 @@ namespace trident {
 
 namespace {
 
-[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
+[[noreturn]] void fail(const char* call) { throw std::system_error(errno, std::generic_category(), call); }
 
 }  // namespace
 
 Segment::Segment(int fd, uint64_t token, int ranks, uint64_t ring, uint64_t pair_ring, bool make)
     : plan{uint64_t(ranks), ring, pair_ring} {
     if (ranks < 2 || ring < PAGE || ring % PAGE || pair_ring < PAGE || pair_ring % PAGE)
-        throw std::invalid_argument("a segment is for two ranks or more, with rings of whole pages");
+        throw std::invalid_argument("a segment needs at least two ranks, and rings of whole pages");
     if (make) {
         if (ftruncate(fd, off_t(plan.bytes()))) fail("ftruncate");
     } else {
-        struct stat facts;
-        if (fstat(fd, &facts)) fail("fstat");
-        if (uint64_t(facts.st_size) != plan.bytes()) throw std::runtime_error("not the segment of this group");
+        struct stat status;
+        if (fstat(fd, &status)) fail("fstat");
+        if (uint64_t(status.st_size) != plan.bytes()) throw std::runtime_error("not the segment of this group");
     }
     void* at = mmap(nullptr, plan.bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED) fail("mmap");

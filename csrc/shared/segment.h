@@ -1,12 +1,12 @@
-// What lies in the memory that the ranks of a group share, where it lies, and the writing end of a ring in it.
+// Memory layout of a group's shared segment, and the writing end of a ring in it.
 //
-// A segment holds, for each rank, a ring of bytes that only this rank fills, and counters that only this rank raises;
-// for each ordered pair of ranks a smaller ring for messages, and its counters. What they are for: channel.h.
+// A segment holds, for each rank, a ring of bytes that only this rank writes and counters that only this rank raises;
+// and for each ordered pair of ranks a smaller ring for messages, with its counters. channel.h says how they are used.
 //
-// Order: a counter is stored with `release` after the bytes and the description that it announces were written, and
+// Memory order: a counter is stored with `release` after the bytes and the tag that it announces were written, and
 // loaded with `acquire` before they are read: a reader that sees the number sees the bytes. `done` is stored with
-// `release` after the last read, and loaded with `acquire` before the room is written again: no write overtakes a read.
-// Every counter has one writer.
+// `release` after the last read, and loaded with `acquire` before the space is written again: no write overtakes a
+// read. Every counter has one writer.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +39,7 @@ struct alignas(LINE) Member {
     alignas(LINE) Counter summed;
     alignas(LINE) Counter done;
     alignas(LINE) std::atomic<uint32_t> bell;
-    std::atomic<uint32_t> waits_for;  // rank + 1; 0: nobody
+    std::atomic<uint32_t> waits_for;  // rank + 1; 0: no rank
 };
 
 struct alignas(LINE) Pair {
@@ -54,7 +54,7 @@ struct Head {
 
 inline uint64_t rounded(uint64_t x, uint64_t to) { return (x + to - 1) / to * to; }
 
-// Where things lie in a segment.
+// Byte offsets of the parts of a segment.
 struct Plan {
     uint64_t ranks, ring, pair_ring;
     uint64_t members() const { return PAGE; }
@@ -64,10 +64,10 @@ struct Plan {
     uint64_t bytes() const { return pair_rings() + ranks * ranks * pair_ring; }
 };
 
-// A segment as it is mapped here, until this is destroyed.
+// A mapped segment; the destructor unmaps it.
 class Segment {
   public:
-    // Makes a segment (fd: an empty file) or maps one. token: tells it from any other file.
+    // Creates a segment (fd: an empty file) or maps an existing one. token: random number that identifies it.
     Segment(int fd, uint64_t token, int ranks, uint64_t ring, uint64_t pair_ring, bool make);
     ~Segment();
     Segment(const Segment&) = delete;
@@ -102,7 +102,7 @@ class Ring {
         return least;
     }
 
-    // Room for so many bytes, or null until readers have gone on.
+    // Reserves space for `bytes` bytes; null if readers have not freed enough yet.
     char* reserve(uint64_t bytes) {
         const uint64_t done = least_done(), need = rounded(std::max<uint64_t>(bytes, 1), LINE);
         while (!used_.empty() && used_.front().chunk < done) used_.pop_front();

@@ -51,8 +51,8 @@ std::shared_ptr<Segment> segment(int ranks, uint64_t ring, uint64_t pair_ring) {
 // One operation, the same on all ranks.
 struct Step {
     int link;
-    What what;
-    Scalar kind;
+    Kind kind;
+    Scalar type;
     int reduce;
     uint64_t total;
     int from, to;  // of a message
@@ -61,14 +61,14 @@ struct Step {
 
 Step draw(Random& random, int ranks) {
     Step step;
-    step.link = int(pick(random, 0, 1)), step.what = What(pick(random, ALL_REDUCE, MESSAGE)), step.seed = random();
-    step.kind = Scalar(pick(random, 0, 7)), step.reduce = int(pick(random, 0, 2));
+    step.link = int(pick(random, 0, 1)), step.kind = Kind(pick(random, ALL_REDUCE, MESSAGE)), step.seed = random();
+    step.type = Scalar(pick(random, 0, 7)), step.reduce = int(pick(random, 0, 2));
     step.from = int(pick(random, 0, ranks - 1));
     step.to = int((step.from + pick(random, 1, ranks - 1)) % ranks);
     const int64_t most[] = {0, 3, 100, 2000, 20000}, chosen = pick(random, 0, 4);
     step.total = uint64_t(pick(random, 0, most[chosen]));
-    if (step.what == ALL_REDUCE && chosen == 4)  // two rounds
-        step.total = (1 << 16) / size_of(step.kind) + step.total % 999 + 1;
+    if (step.kind == ALL_REDUCE && chosen == 4)  // two rounds
+        step.total = (1 << 16) / size_of(step.type) + step.total % 999 + 1;
     return step;
 }
 
@@ -77,7 +77,7 @@ int number(const Step& step, int rank, uint64_t i) {
     uint64_t x = step.seed + 0x9e3779b97f4a7c15 * (i * 8 + uint64_t(rank) + 1);
     x = (x ^ x >> 29) * 0xbf58476d1ce4e5b9;
     const int y = int(x >> 40 & 31);
-    return step.kind == Scalar::b8 ? y & 1 : step.kind == Scalar::u8 ? y : y - 16;
+    return step.type == Scalar::b8 ? y & 1 : step.type == Scalar::u8 ? y : y - 16;
 }
 
 template <class T>
@@ -100,15 +100,15 @@ void write(Scalar kind, char* to, int x) {
 
 // Values [low, low + count) of a rank's input.
 Bytes numbers(const Step& step, int rank, uint64_t low, uint64_t count) {
-    const uint64_t size = size_of(step.kind);
+    const uint64_t size = size_of(step.type);
     Bytes bytes(count * size);
-    for (uint64_t i = 0; i < count; i++) write(step.kind, bytes.data() + i * size, number(step, rank, low + i));
+    for (uint64_t i = 0; i < count; i++) write(step.type, bytes.data() + i * size, number(step, rank, low + i));
     return bytes;
 }
 
 Bytes reduced(const Step& step, int ranks, uint64_t low, uint64_t count) {
-    const uint64_t size = size_of(step.kind);
-    const int how = step.kind == Scalar::b8 && step.reduce == SUM ? int(MAX) : step.reduce;
+    const uint64_t size = size_of(step.type);
+    const int how = step.type == Scalar::b8 && step.reduce == SUM ? int(MAX) : step.reduce;
     Bytes bytes(count * size);
     for (uint64_t i = 0; i < count; i++) {
         int total = number(step, 0, low + i);
@@ -116,7 +116,7 @@ Bytes reduced(const Step& step, int ranks, uint64_t low, uint64_t count) {
             const int x = number(step, q, low + i);
             total = how == SUM ? total + x : how == MAX ? std::max(total, x) : std::min(total, x);
         }
-        write(step.kind, bytes.data() + i * size, total);
+        write(step.type, bytes.data() + i * size, total);
     }
     return bytes;
 }
@@ -126,7 +126,7 @@ uint64_t address(const Bytes& bytes) { return reinterpret_cast<uint64_t>(bytes.d
 // An operation in flight.
 struct Work {
     Channel* channel;
-    Sort sort;
+    Queue queue;
     int peer;
     uint64_t number;
     Bytes from, to, expected;
@@ -157,26 +157,26 @@ class Rank {
     void begin(const Step& step) {
         Channel& channel = *channels_[size_t(step.link)];
         const int me = position(me_, step.link);
-        const uint64_t n = uint64_t(ranks_), total = step.total, bytes = total * size_of(step.kind);
+        const uint64_t n = uint64_t(ranks_), total = step.total, bytes = total * size_of(step.type);
         Work work{&channel, COLLECTIVES, 0, 0, {}, {}, {}};
-        if (step.what == MESSAGE) {
+        if (step.kind == MESSAGE) {
             if (me == step.from) {
-                work.from = numbers(step, me, 0, total), work.sort = SENDS, work.peer = step.to;
+                work.from = numbers(step, me, 0, total), work.queue = SENDS, work.peer = step.to;
                 work.number = channel.send(address(work.from), bytes, step.to);
             } else if (me == step.to) {
-                work.to.resize(bytes), work.sort = RECEIVES, work.peer = step.from;
+                work.to.resize(bytes), work.queue = RECEIVES, work.peer = step.from;
                 work.expected = numbers(step, step.from, 0, total);
                 work.number = channel.receive(address(work.to), bytes, step.from);
             } else {
                 return;
             }
-        } else if (step.what == ALL_REDUCE) {
+        } else if (step.kind == ALL_REDUCE) {
             const bool in_place = pick(own_, 0, 1);
             (in_place ? work.to : work.from) = numbers(step, me, 0, total);
             work.to.resize(bytes);
             work.expected = reduced(step, ranks_, 0, total);
             work.number = start(channel, step, address(in_place ? work.to : work.from), address(work.to), total);
-        } else if (step.what == REDUCE_SCATTER) {
+        } else if (step.kind == REDUCE_SCATTER) {
             work.from = numbers(step, me, 0, n * total);
             work.to.resize(bytes);
             work.expected = reduced(step, ranks_, uint64_t(me) * total, total);
@@ -197,17 +197,17 @@ class Rank {
     }
 
     uint64_t start(Channel& channel, const Step& step, uint64_t from, uint64_t to, uint64_t total) {
-        return channel.start(step.what, int(step.kind), step.reduce, from, to, total);
+        return channel.start(step.kind, int(step.type), step.reduce, from, to, total);
     }
 
     void end() {
         const auto which = pending_.begin() + pick(own_, 0, int64_t(pending_.size()) - 1);
         const Work work = std::move(*which);
         pending_.erase(which);
-        for (int tries = 0; !work.channel->wait(work.sort, work.peer, work.number, 0.1); tries++)
+        for (int tries = 0; !work.channel->wait(work.queue, work.peer, work.number, 0.1); tries++)
             must(tries < 600, "an operation does not end");
-        must(work.channel->completed(work.sort, work.peer) >= work.number, "complete, but not counted");
-        must(work.sort == SENDS || work.to == work.expected, "a result is wrong");
+        must(work.channel->completed(work.queue, work.peer) >= work.number, "complete, but not counted");
+        must(work.queue == SENDS || work.to == work.expected, "a result is wrong");
     }
 
     const int me_, ranks_;

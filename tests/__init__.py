@@ -1,1 +1,1 @@
-"""Tests of the engine: a folder for each of its rooms, proofs, and what they share (support)."""
+"""Tests of the engine: a folder for each of its packages, proofs, and shared helpers (support)."""

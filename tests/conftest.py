@@ -1,4 +1,4 @@
-"""What all tests share: fixtures, and the list of what did not run."""
+"""Fixtures of all tests, and the summary of skipped tests."""
 
 import tempfile
 from collections import Counter
@@ -13,13 +13,13 @@ pytest.register_assert_rewrite("tests.support")
 
 @pytest.fixture(autouse=True)
 def no_kept_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenizers are converted anew: tests plant faults in conversions, which must neither be hidden nor stay."""
+    """Disable the conversion cache: tests plant errors in conversions, which must be neither hidden nor kept."""
     monkeypatch.setattr("engine.data.tokenize.conversion_cache.folder", lambda: Path("/dev/null/none"))
 
 
 @pytest.fixture
 def for_all() -> Iterator[Path]:
-    """A folder that other users reach too: pytest's own are shut to them whenever another pytest begins."""
+    """A folder that other users can reach: pytest restricts access to its temporary folders at each start."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Why tests did not run, each reason once; docs/testing.md says what makes them run."""
+    """Print why tests were skipped, each reason once; docs/testing.md says how to run them."""
     reasons: dict[str, Counter[str]] = {}
     for report in terminalreporter.stats.get("skipped", ()):
         file, _, reason = report.longrepr if isinstance(report.longrepr, tuple) else (report.nodeid, 0, "")

@@ -1,4 +1,4 @@
-"""Errors: what they say, and that they cross processes whole."""
+"""Errors: their messages, and that pickling preserves them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_an_error_crosses_processes_whole() -> None:
         assert getattr(again, "errors", None) == getattr(error, "errors", None)
 
 
-def test_a_config_error_says_every_fault() -> None:
+def test_a_config_error_lists_every_error() -> None:
     errors = [
         FieldError("a.b", "train.steps", 0, "is too few", "Use 1."),
         FieldError("a.c", "x", "y", "is none", "Leave it out."),

@@ -1,4 +1,4 @@
-"""Every error has a code, and tests/wording.txt says what each says."""
+"""Every error has a code, and tests/wording.txt holds the current messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_every_error_has_a_code() -> None:
 def test_the_wording_is_the_recorded_one() -> None:
     found, recorded = snapshot(errors()).splitlines(), SNAPSHOT.read_text().splitlines()
     change = "\n".join(difflib.unified_diff(recorded, found, "recorded", "found", lineterm="", n=1))
-    assert not change, f"{change}\nIf this is meant: python -m tests.support.wording"
+    assert not change, f"{change}\nIf this is intended: python -m tests.support.wording"
 
 
 def planted(tmp_path: Path, body: str) -> Path:
@@ -34,7 +34,7 @@ def planted(tmp_path: Path, body: str) -> Path:
      "HeatError('too-hot', 'x')", "HeatError('kitchen.TooHot', 'x')", "HeatError(f'kitchen.{x}', 'x')",
      "HeatError('kitchen.too-hot.at-all', 'x')", "HeatError('kitchen.too--hot', 'x')", "HeatError(*x)"],
 )  # fmt: skip
-def test_a_code_that_is_none_is_refused(call: str, tmp_path: Path) -> None:
+def test_an_invalid_code_is_reported(call: str, tmp_path: Path) -> None:
     found = complaints(errors(planted(tmp_path, f"raise {call}")))
     assert [complaint.partition(": ")[0] for complaint in found] == ["engine/kitchen/oven.py:4"]
 

@@ -54,7 +54,7 @@ TEXTS = {
     "cli": "the engine command",
 }
 CORE = {"errors", "layout", "plans", "config", "batch", "distributed", "ops", "parallel", "model", "pipeline", "optim"}
-CORE |= {"evaluate", "train"}  # HEART of tests/test_house.py
+CORE |= {"evaluate", "train"}  # as CORE of tests/test_house.py
 WIDTH, HEIGHT, GAP, ROW = 168, 44, 24, 84
 
 

@@ -152,7 +152,7 @@ def test_a_missing_sync_is_seen(lie: str, monkeypatch: pytest.MonkeyPatch) -> No
     real = MemoryDisk._do
 
     def do(self: MemoryDisk, op: Op) -> None:
-        if op.what != lie:
+        if op.kind != lie:
             real(self, op)
 
     monkeypatch.setattr(MemoryDisk, "_do", do)
@@ -205,7 +205,7 @@ def test_nothing_is_deleted_when_the_new_one_reads_back_differently() -> None:
     save(disk, 1)
 
     def flip(op: Op) -> None:
-        if op.what == "sync":  # on its way to the disk
+        if op.kind == "sync":  # on its way to the disk
             file = disk.tree[op.path]
             assert file is not None
             file.data[-1] ^= 1

@@ -1,4 +1,4 @@
-"""Starting and ending ranks: one message and one exit code whatever fails, agreements between ranks, signals."""
+"""Starting and ending ranks: one message and one exit code for any failure, agreements between ranks, signals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.harness import run_ranks
 from tests.support.launched import CPU, DAMAGED, PRINTED, RankExit, forked, last_rank_fails, ranks, start, wait_for_exit
 from tests.support.paths import ROOT
 
-# -- the real thing ----------------------------------------------------------------------------------------------------
+# -- with torchrun -----------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys
@@ -49,8 +49,8 @@ def test_one_message_under_torchrun(tmp_path: Path) -> None:
     result = subprocess.run(torchrun, capture_output=True, text=True, timeout=110, check=False, env=env)
     assert result.returncode != 0
     assert result.stdout == ""
-    spoken = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert spoken == [f"error: rank 1: {PRINTED}"], result.stderr
+    printed = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert printed == [f"error: rank 1: {PRINTED}"], result.stderr
     summary = result.stderr.split("Root Cause")[1]
     assert "rank      : 1 (local_rank: 1)" in summary and f"rank 1: {DAMAGED}" in summary, result.stderr
     assert "Connection" not in result.stderr and "in last_rank_fails" not in result.stderr, result.stderr
@@ -61,7 +61,7 @@ def test_one_message_under_torchrun(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quiet ranks stay for a second, for torchrun's summary; only the real torchrun needs that."""
+    """Ranks without a report end a second later, for torchrun's summary; only the real torchrun needs that."""
     monkeypatch.setattr(failure, "_LINGER_S", 0.0)
 
 
@@ -73,8 +73,8 @@ def test_success(tmp_path: Path) -> None:
     assert ranks(job, tmp_path, world=3) == [RankExit(75, "")] * 3
 
 
-def test_nobody_leaves_with_a_code_before_all_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun ends the others when one has left: rank 0 would have no time to write exit.json."""
+def test_no_rank_exits_with_a_code_before_all_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun kills the other ranks once one has exited: rank 0 would have no time to write exit.json."""
     monkeypatch.setattr(dist, "destroy_process_group", lambda: print(time.monotonic()))
 
     def job(ctx: ParallelContext) -> int:
@@ -94,7 +94,7 @@ def test_a_rank_that_never_starts_is_missed() -> None:
     launch._wait_for_all_ranks(store, Env(1, 2, 0, 1), 0.1)
 
 
-def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
+def test_a_store_that_does_not_answer_blocks_no_rank() -> None:
     class Dead:
         def add(self, key: str, amount: int) -> int:
             time.sleep(60)
@@ -106,10 +106,10 @@ def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_the_first_cause_is_told_once(failing: int, tmp_path: Path) -> None:
+def test_the_first_cause_is_reported_once(failing: int, tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
         if ctx.rank == failing:
-            time.sleep(0.2)  # the other one waits already
+            time.sleep(0.2)  # by now the other rank waits
             raise DataError("data.damaged", DAMAGED)
         all_reduce_(torch.zeros(1), ctx.world)
         return 0
@@ -119,7 +119,7 @@ def test_the_first_cause_is_told_once(failing: int, tmp_path: Path) -> None:
     assert results[1 - failing] == RankExit(1, "")
 
 
-def test_an_error_is_told_where_torchrun_cannot_be(tmp_path: Path) -> None:
+def test_an_error_is_printed_where_torchruns_file_cannot_be_written(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
         os.environ["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "no such folder/error.json")  # or a full /tmp
         return last_rank_fails(ctx)
@@ -128,25 +128,25 @@ def test_an_error_is_told_where_torchrun_cannot_be(tmp_path: Path) -> None:
 
 
 def test_quiet_ranks_end_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun calls whoever ends first the root cause."""
+    """torchrun calls the process that ends first the root cause."""
     monkeypatch.setattr(failure, "_LINGER_S", 1.5)
     begin = time.monotonic()
     assert [r.text != "" for r in ranks(last_rank_fails, tmp_path)] == [False, True]
     assert time.monotonic() - begin > 1.5
 
 
-def test_many_failures_are_told_once(tmp_path: Path) -> None:
+def test_many_failures_are_reported_once(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
         raise TrainingError("train.not-finite", f"loss is nan on {ctx.rank}")
 
     results = ranks(job, tmp_path, world=4)
     assert [r.code for r in results] == [1] * 4
-    # a rank that is still connecting may say so through gloo's own log as well
+    # a rank that is still connecting may also print a line of gloo's log
     texts = [line for r in results for line in r.text.splitlines() if line.startswith("error: ")]
     assert len(texts) == 1 and texts[0].startswith("error: rank ")
 
 
-def test_an_agreed_failure_is_told_once(tmp_path: Path) -> None:
+def test_an_agreed_failure_is_reported_once(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> int:
         raise_together(DataError("data.damaged", DAMAGED) if ctx.rank == 1 else None, ctx.world, CPU)
         return 0
@@ -177,7 +177,7 @@ def test_a_bug_comes_with_its_traceback(tmp_path: Path) -> None:
     assert loud.text.endswith("ValueError: never thought of that\n")
 
 
-def test_a_rank_killed_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_rank_is_reported_by_a_survivor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     is_first = failure._is_first
     monkeypatch.setattr(failure, "_is_first", lambda store, patience_s: is_first(store, min(patience_s, 0.3)))
 
@@ -239,7 +239,7 @@ def test_gather_json_follows_the_axis() -> None:
 
 
 def test_raise_together() -> None:
-    """A rank with an error of its own raises that; the others name the first rank that has one; none: nothing."""
+    """A rank with an error raises that; the others raise the first rank's; without errors nothing is raised."""
 
     def job(ctx: ParallelContext, failing: set[int]) -> tuple[str, str] | None:
         error = DataError("data.bad", f"bad {ctx.rank}") if ctx.rank in failing else None
@@ -311,7 +311,7 @@ def test_the_same_signal_passed_on_by_the_launcher_is_one_request(
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    """Nobody waits two seconds with it, as for other signals that are passed on by several."""
+    """Unlike other signals, which several processes forward, it is not one request for two seconds."""
 
     def body() -> int:
         StopRequest()
@@ -338,7 +338,7 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
         assert wait_for_exit(pid, log) == RankExit(3, "")
 
 
-def test_what_came_while_signals_were_blocked_is_heard(tmp_path: Path) -> None:
+def test_signals_that_arrive_while_blocked_are_handled(tmp_path: Path) -> None:
     def body() -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -366,7 +366,7 @@ def test_a_released_request_lets_signals_be(tmp_path: Path) -> None:
 
 
 def neighbours_wait(ctx: ParallelContext) -> int:
-    """A sum of two ranks, then one across: only rank 1 waits for rank 3, which stops; the others wait for those."""
+    """Reduce over data, then over tensor; rank 3 is stopped: ranks 1 and 2 wait for it, and rank 0 for rank 1."""
     for step in range(3):
         if ctx.rank == 3 and step == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -432,9 +432,9 @@ def test_a_rank_ends_when_torchrun_is_killed(tmp_path: Path, monkeypatch: pytest
     assert re.search(r"error: rank 1: torchrun \(process \d+\) exited without an error", rank_log.read_text())
 
 
-def soon(what: Callable[[], bool], limit_s: float) -> bool:
+def soon(condition: Callable[[], bool], limit_s: float) -> bool:
     deadline = time.monotonic() + limit_s
-    while not what():
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
@@ -447,16 +447,16 @@ def free(lock: Path) -> bool:
 
 
 def test_on_gpus_the_world_does_not_queue_behind_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An axis with all ranks has a group of its own there, and every group is connected once, in order."""
-    greeted: list[Any] = []
-    monkeypatch.setattr(context, "_connect_nccl", lambda groups, device: greeted.extend(groups))
+    """An axis with all ranks has a separate group on GPUs, and every group is connected once, in order."""
+    connected: list[Any] = []
+    monkeypatch.setattr(context, "_connect_nccl", lambda groups, device: connected.extend(groups))
 
     def job(ctx: ParallelContext) -> bool:
         on_gpu = make_context(
             ctx.layout, ctx.rank, num_kv_heads=1, dtype=torch.bfloat16, device="cuda:0", connect=True, timeout_s=30.0
         )
         assert ctx.world.group is ctx.data.group and not ctx.tensor.group
-        assert greeted == [on_gpu.world.group, on_gpu.data.group]
+        assert connected == [on_gpu.world.group, on_gpu.data.group]
         all_reduce_(torch.ones(1), ctx.world)  # the other rank may still be connecting to this one
         return on_gpu.world.group is not on_gpu.data.group
 

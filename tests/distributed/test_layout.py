@@ -1,4 +1,4 @@
-"""The rank grid: coordinates and ranks are inverse, every axis partitions the ranks, replicas and ends are right."""
+"""The rank grid: coordinates and ranks are inverse, every axis partitions the ranks, replica and tied groups match."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_groups_partition_the_ranks(layout: Layout) -> None:
 def test_replica_groups_hold_the_same_heads(layout: Layout, num_kv_heads: int) -> None:
     t, n = layout.tensor, num_kv_heads
     if n % t and t % n:
-        return  # the config refuses it
+        return  # the config rejects it
     for rank in range(layout.world):
         group = layout.replica_group(rank, n)
 
@@ -68,7 +68,7 @@ def test_replica_groups_hold_the_same_heads(layout: Layout, num_kv_heads: int) -
 
 @quick
 @given(layouts())
-def test_ends_groups(layout: Layout) -> None:
+def test_groups_of_tied_stages(layout: Layout) -> None:
     for rank in range(layout.world):
         at = layout.coords(rank)
         group = layout.tied_stages_group(rank)

@@ -1,7 +1,7 @@
 """Several nodes: two hosts as network namespaces, and the scripts that start one torchrun on each.
 
-A namespace has interfaces, addresses and routes of its own and nothing but a cable to the other: what binds to the
-loopback, or to whatever the host's name resolves to, is not reached from there.
+Each namespace has separate interfaces, addresses and routes, and only a cable to the other. A socket bound to the
+loopback, or to the address of the host's name, cannot be reached from the other namespace.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[Host]]:
-    """Two hosts with a cable between them; removed whatever happens."""
+    """Two hosts with a cable between them; always removed at the end."""
     if shutil.which("ip") is None:
         pytest.skip("no `ip` (iproute2): two hosts cannot be made")
     pair = [Host(f"engine{os.getpid()}n{i}", f"cable{i}", f"10.77.0.{i + 1}") for i in range(2)]
@@ -80,7 +80,7 @@ def hosts() -> Iterator[list[Host]]:
 
 @contextmanager
 def started(hosts: list[Host], config: Path, run: Path, *options: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """The script on every host, two ranks each: gives the processes, kills what is left of them."""
+    """Run the script on every host, two ranks each: yields the processes, and kills the remaining ones at the end."""
     nodes: list[subprocess.Popen[str]] = []
     try:
         for rank, host in enumerate(hosts):
@@ -117,7 +117,7 @@ def codes(nodes: list[subprocess.Popen[str]], timeout_s: float = 200) -> list[in
 
 
 def output(run: Path) -> list[str]:
-    """What each node said."""
+    """The output of each node."""
     return [path.read_text() for path in sorted(run.parent.glob(f"{run.name}.*.log"))]
 
 
@@ -132,7 +132,7 @@ def wait_for_steps(run: Path, nodes: list[subprocess.Popen[str]], steps: int) ->
 
 
 @pytest.mark.timeout(400)
-def test_two_nodes_equal_one_process_and_stop_and_go_on(hosts: list[Host], tiny: Path, tmp_path: Path) -> None:
+def test_two_nodes_equal_one_process_and_stop_and_resume(hosts: list[Host], tiny: Path, tmp_path: Path) -> None:
     """Data parallel over the cable; SIGUSR1 to one node's script: saved, 75 on both; then a pipeline over the cable."""
     run = tmp_path / "run"
     with started(hosts, tiny, run, "--train.steps", "100000") as nodes:
@@ -156,7 +156,7 @@ def test_two_nodes_equal_one_process_and_stop_and_go_on(hosts: list[Host], tiny:
 @pytest.mark.heavy
 @pytest.mark.timeout(400)
 def test_a_cut_link_ends_both_sides_with_one_message_each(hosts: list[Host], tiny: Path, tmp_path: Path) -> None:
-    """No packet says goodbye: both sides find out by the time-out, and the far one has lost torchrun's store too."""
+    """No connection is closed: both sides notice by the time-out, and the far one has also lost torchrun's store."""
     run = tmp_path / "run"
     with started(hosts, tiny, run, "--train.steps", "100000", "--parallel.timeout-s", str(TIMEOUT_S)) as nodes:
         wait_for_steps(run, nodes, 2)
@@ -170,14 +170,14 @@ def test_a_cut_link_ends_both_sides_with_one_message_each(hosts: list[Host], tin
         finally:
             hosts[1].set_link("up")
     near, far = output(run)
-    spoken = [[line for line in text.splitlines() if line.startswith("error: ")] for text in (near, far)]
-    assert [len(lines) for lines in spoken] == [1, 1], near + far
+    printed = [[line for line in text.splitlines() if line.startswith("error: ")] for text in (near, far)]
+    assert [len(lines) for lines in printed] == [1, 1], near + far
     silence = rf"error: rank [01]: no message from another rank for {TIMEOUT_S} s \(parallel.timeout_s\): its host or"
-    assert re.match(silence, spoken[0][0]), near
+    assert re.match(silence, printed[0][0]), near
     gone = (
         rf"error: rank 2: lost contact with other ranks and with the first node, {hosts[0].address}: that host or the"
     )
-    assert re.match(gone, spoken[1][0]), far
+    assert re.match(gone, printed[1][0]), far
     for text in (near, far):
         assert "then start the same command again: it resumes from the last checkpoint." in text
         assert "in train_step" not in text and text.count("Traceback") == 1  # that of torchrun
@@ -185,7 +185,7 @@ def test_a_cut_link_ends_both_sides_with_one_message_each(hosts: list[Host], tin
 
 @pytest.mark.timeout(400)
 def test_a_signal_to_every_process_of_a_node_is_one_request(tiny: Path, tmp_path: Path) -> None:
-    """Slurm may signal script, torchrun and ranks at once; the script and torchrun then pass the signal on as well."""
+    """Slurm may signal script, torchrun and ranks at once; the script and torchrun then forward the signal as well."""
     run = tmp_path / "run"
     with started([THIS_HOST], tiny, run, "--train.steps", "100000") as nodes:
         wait_for_steps(run, nodes, 2)
@@ -211,7 +211,7 @@ def test_the_interface_is_the_users_the_loopback_or_the_way_to_the_master(monkey
     assert chosen(near, "10.77.0.1") == "lo"
     assert chosen(near, "10.77.0.1", given="eth7") == "eth7"
     assert chosen(far, "10.77.0.1", given="eth7") == "eth7"
-    assert chosen(far, "127.0.0.1") == "lo"  # two nodes that are one machine, and say so
+    assert chosen(far, "127.0.0.1") == "lo"  # two nodes on one machine, with a loopback master address
     assert chosen(far, "no.such.host.invalid") is None
     assert chosen(far, "127.0.0.1", device="cuda") is None
     monkeypatch.setattr(network, "_address_towards", lambda host: "127.0.1.1")
@@ -254,7 +254,7 @@ def test_a_dry_run_shows_the_command_and_the_run() -> None:
         ({"GPUS_PER_NODE": "0"}, "error: GPUS_PER_NODE=0 is not a whole number of at least 1"),
     ],
 )
-def test_what_is_missing_is_said(variables: dict[str, str], message: str) -> None:
+def test_missing_variables_are_reported(variables: dict[str, str], message: str) -> None:
     done = bash(str(SCRIPT), "--dry-run", **variables)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
@@ -264,12 +264,12 @@ def test_what_is_missing_is_said(variables: dict[str, str], message: str) -> Non
     ("torchrun", "code"),
     [
         ("exit 0", 0),
-        ("exit 1", 1),  # and not 75: the exit.json that says so is of an earlier start
-        ("kill -USR1 $$; exit 3", 3),  # to every process of the job: torchrun is not the one to end
+        ("exit 1", 1),  # and not 75: that exit.json is from an earlier start
+        ("kill -USR1 $$; exit 3", 3),  # a signal to every process of the job does not end torchrun
         ("""echo '{"code": 75, "step": 4}' > run/exit.json; exit 1""", 75),
         ("""echo '{"code": 1, "step": 4}' > run/exit.json; exit 1""", 1),
-        ("echo 2 > $ENGINE_EXIT_CODE_FILE; exit 1", 2),  # a fault of the configuration
-        # a second signal ended the ranks at once: they had no time to say so
+        ("echo 2 > $ENGINE_EXIT_CODE_FILE; exit 1", 2),  # a configuration error
+        # a second signal ended the ranks at once: they had no time to write exit.json
         ("""echo '{"code": null}' > run/exit.json; for i in 1 2; do kill -USR1 $PPID; sleep 0.5; done; exit 1""", 138),
     ],
 )

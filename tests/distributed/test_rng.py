@@ -1,4 +1,4 @@
-"""Seeds: every bit that a run can give counts, and none is asked for that torch would drop."""
+"""Seeds: every bit of the run's seed matters, and no seed has more bits than torch uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_torch_takes_32_bits_of_a_seed_and_ours_have_no_more() -> None:
     def draw(seed: int) -> torch.Tensor:
         return torch.rand(4, generator=torch.Generator("cpu").manual_seed(seed))
 
-    assert torch.equal(draw(5), draw(5 + 2**32)), "torch takes more by now: let seed_for give it"
+    assert torch.equal(draw(5), draw(5 + 2**32)), "torch now uses more bits: let seed_for return them"
     seeds = [seed_for(1234, "init", f"layers.{i}.w") for i in range(2000)]
     assert max(seeds).bit_length() == 32 and len(set(seeds)) == len(seeds)
 

@@ -1,4 +1,4 @@
-"""ShardSpec: counted pieces tile every canonical tensor exactly once; initial bits do not know the layout."""
+"""ShardSpec: counted pieces tile every canonical tensor exactly once; initial values do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def contexts(layout: Layout, num_kv_heads: int = 1 << 20, **options: Any) -> lis
 
 @st.composite
 def specs(draw: st.DrawFn) -> tuple[int, ShardSpec]:
-    """A tensor degree and a spec whose chunks are cut in any number of parts that divides it; sizes may be smaller."""
+    """A tensor degree and a spec; the parts of each chunk divide the degree, and its size may be smaller than they."""
     tensor = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     divisors = [d for d in range(1, tensor + 1) if tensor % d == 0]
     chunks = tuple(
@@ -66,13 +66,13 @@ def test_counted_pieces_tile_every_tensor_once(case: tuple[int, ShardSpec]) -> N
         assert local.max() <= 1, "two pieces share local rows"
     for name, count in counts.items():
         assert (count == 1).all(), name
-    assert {r for r in held if 0 not in r[2]} == set(owner), "a replica holds something nobody counts"
+    assert {r for r in held if 0 not in r[2]} == set(owner), "a replica holds values that no rank counts"
 
 
 @settings(deadline=None, max_examples=100)
 @given(specs())
 def test_local_shapes(case: tuple[int, ShardSpec]) -> None:
-    """The same on every rank, and never a whole part more than needed."""
+    """The shape is the same on every rank, with less than one part of padding."""
     tensor, spec = case
     shape = spec.local_shape()
     assert len(shape) == (1 if spec.other is None else 2)
@@ -88,7 +88,7 @@ def test_local_shapes(case: tuple[int, ShardSpec]) -> None:
 
 
 def test_fused_kv_with_fewer_heads_than_ranks() -> None:
-    """8 query heads and 2 KV heads of width 3 on 4 ranks: ranks 0 and 1 share KV head 0. Written out by hand."""
+    """8 query heads and 2 KV heads of width 3 on 4 ranks: ranks 0 and 1 share KV head 0. Expected values by hand."""
     spec = ShardSpec(
         (
             Chunk("q", 24, parts=4),
@@ -121,7 +121,7 @@ def test_padded_vocabulary_with_a_rank_that_holds_nothing() -> None:
     ]
     assert spec.local_shape() == (2, 2)
     far = ShardSpec((Chunk("embed", 3, parts=8),)).pieces(contexts(Layout(8, tensor=8))[7])[0]
-    assert far.offset == (3,) and far.shape == (0,), "an offset never lies outside the tensor"
+    assert far.offset == (3,) and far.shape == (0,), "an offset is never outside the tensor"
 
 
 def test_row_split() -> None:

@@ -1,6 +1,6 @@
-"""Shared memory between ranks: what comes is what gloo gives, whatever the sizes, strides, types, order and timing.
+"""Shared memory between ranks: results equal those of gloo for all sizes, strides, dtypes, orders and timings.
 
-Rings are made tiny here, so that most operations are larger than a ring and all of its edges are met.
+Rings are tiny here, so that most operations are larger than a ring and every wrap-around is tested.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ def tensor(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype, rank
 
 
 def operations(ctx: ParallelContext, seed: int, count: int, sleeps: float = 0.0) -> list[Tensor]:
-    """Random collectives and messages, several at a time, waited for in random order; their results in order."""
+    """Random collectives and messages, several in flight, waited for in random order; returns the results in order."""
     draw, own, axis = random.Random(seed), random.Random(seed * 64 + ctx.rank), ctx.data
     results: dict[int, Tensor] = {}
     pending: list[tuple[int, Pending]] = []
     for number in range(count):
         dtype = draw.choice(TYPES)
         shape = (axis.size * draw.choice([0, 1, 2, 7]), draw.choice([1, 3, 64, 1000]))
-        what = draw.choice(["reduce", "gather", "into", "scatter", "message"])
+        kind = draw.choice(["reduce", "gather", "into", "scatter", "message"])
         x = tensor(draw, shape, dtype, ctx.rank)
         if own.random() < sleeps:
             time.sleep(own.random() * 0.01)
-        if what == "reduce":
+        if kind == "reduce":
             started = all_reduce_start(x, axis, draw.choice(["sum", "max", "min"]))
-        elif what == "gather":
+        elif kind == "gather":
             started = all_gather_start(x, axis)
-        elif what == "into":
+        elif kind == "into":
             started = all_gather_into_start(x.contiguous().view(-1), axis)
-        elif what == "scatter":
+        elif kind == "scatter":
             started = reduce_scatter_start(x, axis)
         else:
             turn = draw.randrange(1, axis.size)
@@ -119,7 +119,7 @@ def test_results_are_those_of_gloo(world: int, ring: int) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_stress(world: int) -> None:
-    """Ranks that come late at every corner, and more of them than cores."""
+    """Ranks sleep at random points, and there are more ranks than cores."""
 
     def job(ctx: ParallelContext) -> list[Tensor]:
         return operations(ctx, 7, 150, sleeps=0.2)
@@ -129,7 +129,7 @@ def test_stress(world: int) -> None:
 
 
 def test_every_rank_has_the_same_bits() -> None:
-    """Also where each adds only its own part; and those of adding in the order of ranks."""
+    """Also in two rounds, where each rank sums only one part; and they equal a sum in the order of ranks."""
 
     def job(ctx: ParallelContext) -> tuple[Tensor, Tensor]:
         draw = random.Random(3)
@@ -149,7 +149,7 @@ def test_a_nan_is_not_lost() -> None:
         assert all(bool(x.isnan().all()) for x in results)
 
 
-def test_what_nobody_waits_for_is_kept_until_it_is_done() -> None:
+def test_tensors_are_kept_until_an_operation_is_done_without_a_wait() -> None:
     def job(ctx: ParallelContext) -> float:
         for _ in range(20):
             all_reduce_start(torch.full((5000,), 1.0), ctx.data)  # larger than the ring; the tensor is not held here
@@ -160,7 +160,7 @@ def test_what_nobody_waits_for_is_kept_until_it_is_done() -> None:
 
 
 def test_a_blocked_rank_serves_every_axis() -> None:
-    """Each rank first waits for what the other waits for last, on another axis: nothing here has room in its ring."""
+    """The ranks wait for two axes in opposite orders, with operations that are larger than their rings."""
 
     def job(ctx: ParallelContext) -> list[float]:
         axes = [ctx.data, ctx.tensor]
@@ -178,7 +178,7 @@ def test_a_blocked_rank_serves_every_axis() -> None:
         shared_memory.RING = before
 
 
-def test_ranks_that_disagree_are_told() -> None:
+def test_ranks_that_disagree_raise_an_error() -> None:
     def job(ctx: ParallelContext) -> str:
         try:
             if ctx.rank == 0:
@@ -197,30 +197,30 @@ def test_ranks_that_disagree_are_told() -> None:
 
 
 def test_ranks_that_disagree_are_refused_from_then_on() -> None:
-    """With the same words, whatever they call and on whichever link: nobody knows what the others still do."""
+    """Every later call on any link raises the same message: the state of the other ranks is not known."""
 
     def job(ctx: ParallelContext) -> list[str]:
-        def said(call: Callable[[], Any]) -> str:
+        def message_of(call: Callable[[], Any]) -> str:
             with pytest.raises(RuntimeError) as error:
                 call()
             return str(error.value)
 
         x, other = torch.ones(4), 1 - ctx.data.rank
-        first = said(lambda: all_reduce_start(x, ctx.data, "max" if ctx.rank == 0 else "min").wait())
+        first = message_of(lambda: all_reduce_start(x, ctx.data, "max" if ctx.rank == 0 else "min").wait())
         calls: list[Callable[[], Any]] = [
             lambda: all_reduce_start(x, ctx.data, "max"),
             lambda: all_gather_start(x, ctx.world),
             lambda: post([(x, other)], [], ctx.data),
             lambda: post([], [(x, other)], ctx.data),
         ]
-        return [first, *map(said, calls)]
+        return [first, *map(message_of, calls)]
 
     for texts in run(2, job):
         assert "ranks disagree: position" in texts[0] and set(texts) == {texts[0]}
 
 
 def test_a_fork_cannot_use_its_parents_link() -> None:
-    """It may make one of its own, and let go of the parent's; the parent's goes on."""
+    """It may create a new one and drop the parent's, and the parent's still works."""
 
     def in_fork(ctx: ParallelContext) -> str:
         with pytest.raises(RuntimeError, match="belongs to the process that made it") as error:
@@ -284,7 +284,7 @@ def test_a_rank_that_left_after_its_part_is_not_missed() -> None:
     def job(ctx: ParallelContext) -> float:
         started = all_reduce_start(torch.ones(3), ctx.data)
         if ctx.rank == 0:
-            time.sleep(0.5)  # the other one has gone meanwhile
+            time.sleep(0.5)  # meanwhile the other rank has exited
         return float(started.wait().sum())
 
     assert run(2, job) == [6.0, 6.0]
@@ -316,7 +316,7 @@ def test_signal_handlers_run_while_a_rank_waits() -> None:
     ],
 )
 def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the one that could have; and where Python has no such function, as where it was built for an old system."""
+    """Also the rank that could use it; and if Python lacks the function, because it was built on an old system."""
 
     def job(ctx: ParallelContext) -> str:
         return ctx.describe_transports()
@@ -349,7 +349,7 @@ def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pyte
     assert f"built without os.{name}" in shared_memory.load()[1] and run(2, job, "auto") == ["gloo"] * 2
 
 
-def test_where_it_cannot_be_gloo_speaks_or_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_shared_memory_gloo_is_used_or_the_run_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     def job(ctx: ParallelContext) -> tuple[Any, ...]:
         return ctx.world.link is None, ctx.describe_transports(), all_reduce_(torch.ones(1), ctx.data).item()
 
@@ -383,10 +383,10 @@ def test_a_killed_rank_ends_the_others_with_one_message(
 
     begin = time.monotonic()
     results = launched(job, tmp_path, world=3, transport=transport)
-    told = [line for r in results for line in r.text.splitlines() if line.startswith("error: ")]
-    assert [r.code for r in results] == [1, 1, -signal.SIGKILL] and len(told) == 1, results
-    assert "lost contact with rank 2, which exited without an error (killed? out of memory?)" in told[0]
-    assert transport == "gloo" or "the process of rank 2 (" in told[0]
+    printed = [line for r in results for line in r.text.splitlines() if line.startswith("error: ")]
+    assert [r.code for r in results] == [1, 1, -signal.SIGKILL] and len(printed) == 1, results
+    assert "lost contact with rank 2, which exited without an error (killed? out of memory?)" in printed[0]
+    assert transport == "gloo" or "the process of rank 2 (" in printed[0]
     assert time.monotonic() - begin < 30
 
 
@@ -397,7 +397,7 @@ def test_nothing_is_left_behind() -> None:
         all_reduce_(torch.ones(1), ctx.data)
         links = [entry.path for entry in os.scandir("/proc/self/fd")]
         names = [os.readlink(path) for path in links if os.path.lexists(path)]
-        return sum("memfd" in name and "engine-board" not in name for name in names)  # others read the board there
+        return sum("memfd" in name and "engine-board" not in name for name in names)  # the board stays open for readers
 
     assert run(2, job) == [0, 0]
     assert set(os.listdir("/dev/shm")) - before == set()

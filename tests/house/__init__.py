@@ -1,1 +1,1 @@
-"""Conduct of the repository: imports, documentation, building, installing."""
+"""Rules of the repository: imports, documentation, building, installing."""

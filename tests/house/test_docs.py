@@ -1,4 +1,4 @@
-"""The documentation does what it says: every block marked `bash test` is run, in order, in an empty folder."""
+"""The commands of the documentation work: every block marked `bash test` runs, in order, in an empty folder."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Conduct of the source, read with `ast`: imports point down, and what must not be in the product is not there.
+"""Rules about imports and forbidden calls, checked with `ast`: packages import only lower ones, no pickle, no shell.
 
-Every rule is a function (module name, syntax tree) -> complaints. The product has none; each planted violation has one.
+Every rule is a function (module name, syntax tree) -> complaints. The engine has none; each planted violation has one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 
 from tests.support.paths import ROOT
 
-# A module may import modules of earlier rows, and those of its own package in its own row. A package without a dot
-# stands for all its modules. No module may be missing: where it belongs is decided when it is written.
+# A module may import modules of earlier rows, and modules of the same package in the same row. A package without a dot
+# means all its modules. Every module must be listed, so that its level is decided when it is written.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),  # "" is engine/__init__.py
     ("util",),
@@ -69,7 +69,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 _LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 _TORCH_FREE_LEVELS = 12
 
-# module or package -> packages it must not know, whatever the levels say
+# module or package -> packages that it must not import, even if the levels allow it
 MUST_NOT_KNOW = {
     "model": ("pipeline", "optim", "data", "checkpoint", "interop"),
     "pipeline": ("model", "data"),
@@ -82,34 +82,34 @@ MUST_NOT_KNOW = {
     "data.clean": ("data.tokenize", "data.samples", "data.prepare"),
     "data.prepare": ("data.clean",),
 }
-# Who trains or uses a model: of data they may import these alone. How a corpus was made is nothing to them.
+# Packages that train or use a model may import only these parts of data; they must not depend on how a corpus was made.
 USERS_OF_DATA = ("checkpoint", "interop", "monitor", "train", "inference")
 SERVED = ("data.samples", "data.tokenize.tokenizer", "data.tokenize.file_names")
-SERVED_TO = {"interop": ("data.tokenize.convert",)}  # which tokenizer file of a folder was converted
+SERVED_TO = {"interop": ("data.tokenize.convert",)}  # to find which tokenizer file of a folder was converted
 MAY_USE_DIST = tuple(
     f"distributed.{name}" for name in ("collectives", "launch", "failure", "context", "pair")
 )  # may use torch.distributed
-MAY_NAME_DIST_WORK = ("pipeline.executor", "parallel.gradients")  # may name the type dist.Work, and nothing else of it
+MAY_NAME_DIST_WORK = ("pipeline.executor", "parallel.gradients")  # may name the type dist.Work, and no other name
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 
 Rule = Callable[[str, ast.AST], Iterator[str]]
 
 
 def row(module: str) -> str | None:
-    """The entry of LEVELS that a module (without "engine.") falls under: itself, or else the nearest room around it."""
+    """The entry of LEVELS for a module (without "engine."): the module itself, else the nearest enclosing package."""
     if module in _LEVEL_OF:
         return module
     if any(name.startswith(module + ".") for name in _LEVEL_OF):
-        return ""  # a room whose files stand in several rows: its __init__ is a docstring
-    room = module.rpartition(".")[0]
-    return row(room) or None if room else None
+        return ""  # a package whose modules are in several rows: its __init__ is only a docstring
+    package = module.rpartition(".")[0]
+    return row(package) or None if package else None
 
 
 Aliases = dict[str, str]
 
 
 def aliases_of(tree: ast.AST) -> Aliases:
-    """Local name -> what it was imported as: `import numpy as np`, `from torch import distributed as dist`."""
+    """Local name -> full name of the import: `import numpy as np`, `from torch import distributed as dist`."""
     found: Aliases = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -130,7 +130,7 @@ def dotted(node: ast.AST, aliases: Aliases | None = None) -> str:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Full names of everything imported, wherever in the file: `from a import b` gives `a.b`."""
+    """Full names of all imports, anywhere in the file: `from a import b` gives `a.b`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -152,7 +152,7 @@ def engine_modules(tree: ast.AST) -> Iterator[str]:
 
 
 def within(module: str, package: str) -> bool:
-    """Whether a module is a package or stands in it."""
+    """Whether a module is `package` or inside it."""
     return f"{module}.".startswith(f"{package}.")
 
 
@@ -174,9 +174,9 @@ def imports_point_down(module: str, tree: ast.AST) -> Iterator[str]:
         if theirs is None:
             yield f"{target} has no place in LEVELS"
         elif _LEVEL_OF[theirs] > _LEVEL_OF[mine]:
-            yield f"{module} imports {target}, which stands above it"
+            yield f"{module} imports {target}, which is on a higher level"
         elif _LEVEL_OF[theirs] == _LEVEL_OF[mine] and theirs.split(".")[0] != mine.split(".")[0] and theirs:
-            yield f"{module} imports {target}, which stands beside it"
+            yield f"{module} imports {target}, which is on the same level in another package"
 
 
 def imports_are_absolute(module: str, tree: ast.AST) -> Iterator[str]:
@@ -185,7 +185,7 @@ def imports_are_absolute(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"{module}: relative import of {name}"
 
 
-def strangers_stay_strangers(module: str, tree: ast.AST) -> Iterator[str]:
+def packages_import_only_what_they_may(module: str, tree: ast.AST) -> Iterator[str]:
     unknown = [name for mine, names in MUST_NOT_KNOW.items() if within(module, mine) for name in names]
     for target in engine_modules(tree):
         if any(within(target, name) for name in unknown):
@@ -193,11 +193,11 @@ def strangers_stay_strangers(module: str, tree: ast.AST) -> Iterator[str]:
 
 
 def training_reads_samples_alone(module: str, tree: ast.AST) -> Iterator[str]:
-    room = module.split(".")[0]
-    if room not in USERS_OF_DATA:
+    package = module.split(".")[0]
+    if package not in USERS_OF_DATA:
         return
     for target in engine_modules(tree):
-        if within(target, "data") and not any(within(target, name) for name in (*SERVED, *SERVED_TO.get(room, ()))):
+        if within(target, "data") and not any(within(target, name) for name in (*SERVED, *SERVED_TO.get(package, ()))):
             yield f"{module} imports {target}: of data only {', '.join(SERVED)}"
 
 
@@ -229,7 +229,7 @@ def environment_in_one_module_only(module: str, tree: ast.AST) -> Iterator[str]:
 
 
 def collectives_in_distributed_only(module: str, tree: ast.AST) -> Iterator[str]:
-    """torch.distributed belongs to TALKERS; HOLDERS may write `dist.Work`."""
+    """Only MAY_USE_DIST modules use torch.distributed; MAY_NAME_DIST_WORK modules may name `dist.Work`."""
     if module in MAY_USE_DIST:
         return
     root, holder, aliases = "torch.distributed", module in MAY_NAME_DIST_WORK, aliases_of(tree)
@@ -244,7 +244,7 @@ def collectives_in_distributed_only(module: str, tree: ast.AST) -> Iterator[str]
 
 
 def nothing_runs_what_it_reads(module: str, tree: ast.AST) -> Iterator[str]:
-    """No pickle in any dress, no eval or exec, no shell, no remote code."""
+    """No pickle in any form, no eval or exec, no shell, no remote code."""
     for name in imported(tree):
         if name.split(".")[0] in PICKLERS or name.split(".")[-1] in ("_pickle", "pickle"):
             yield f"{module}: imports {name}"
@@ -278,7 +278,7 @@ def _runs(node: ast.AST, aliases: Aliases) -> Iterator[str]:
 
 
 def texts_name_their_encoding(module: str, tree: ast.AST) -> Iterator[str]:
-    """A text file or a pipe without `encoding=` is read in whatever the locale says."""
+    """A text file or a pipe without `encoding=` would be read in the encoding of the locale."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -288,7 +288,7 @@ def texts_name_their_encoding(module: str, tree: ast.AST) -> Iterator[str]:
         owner = dotted(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         text = name in ("read_text", "write_text") or any(word in given for word in ("text", "universal_newlines"))
         opened = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call)
-        opened = opened and dotted(node.func.value.func) == "fsspec.open"  # its mode is the other's
+        opened = opened and dotted(node.func.value.func) == "fsspec.open"  # it has the mode of fsspec.open
         if (name == "open" and owner not in ("os", "io") and not opened) or name == "fdopen":
             at = 0 if method and name == "open" else 1
             mode = given.get("mode", node.args[at] if len(node.args) > at else None)
@@ -299,18 +299,18 @@ def texts_name_their_encoding(module: str, tree: ast.AST) -> Iterator[str]:
 
 
 def no_test_is_imported(module: str, tree: ast.AST) -> Iterator[str]:
-    """No test module or test is imported: what two test modules need is in tests/support."""
+    """No test module or test is imported: shared code of test modules is in tests/support."""
     for name in imported(tree):
         if any(part.startswith("test_") for part in name.split(".")):
             yield f"{module} imports {name}: share it through tests/support"
 
 
-_TEXT_IS_NO_PIPE = ("document", "sample", "update")  # calls whose argument `text` is one
+_TEXT_IS_NO_PIPE = ("document", "sample", "update")  # functions whose argument `text` is a text, not a pipe mode
 
 STRUCTURE: tuple[Rule, ...] = (
     imports_point_down,
     imports_are_absolute,
-    strangers_stay_strangers,
+    packages_import_only_what_they_may,
     training_reads_samples_alone,
     torch_comes_late,
     no_global_statement,
@@ -358,7 +358,7 @@ def test_the_table_names_only_what_exists() -> None:
 
 
 def circles(trees: dict[str, ast.AST]) -> set[frozenset[str]]:
-    """Pairs of modules that import each other, straight or by way of others, inside functions too."""
+    """Pairs of modules that import each other, directly or through others, including imports inside functions."""
     imports = {module: {*engine_modules(tree)} - {"", module} for module, tree in trees.items()}
 
     def reached(module: str) -> set[str]:
@@ -372,7 +372,7 @@ def circles(trees: dict[str, ast.AST]) -> set[frozenset[str]]:
 
 
 def test_no_two_modules_import_each_other() -> None:
-    """But for one pair: `Tokenizer.load` takes files of any kind, and what they are converted to is a Tokenizer."""
+    """Except one pair: `Tokenizer.load` accepts files of any kind, and converting them returns a Tokenizer."""
     assert circles(ENGINE) == {frozenset({"data.tokenize.convert", "data.tokenize.tokenizer"})}
     above, below = "def f():\n    from engine.ops.loss import g", "import engine.ops.norm"
     planted = {"ops.norm": ast.parse("from engine.ops.rope import f"), "ops.rope": ast.parse(above)}
@@ -391,8 +391,8 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (imports_point_down, "model.layers", "from engine.pipeline.executor import execute"),
     (imports_point_down, "distributed.layout", "import engine.config.schema"),
     (imports_point_down, "distributed.layout", "from engine.config import load"),
-    (imports_point_down, "distributed.sharding", "from engine.distributed.collectives import all_reduce_"),  # beside
-    (imports_point_down, "ops.norm", "from engine.data.samples.keyed import permute"),  # beside
+    (imports_point_down, "distributed.sharding", "from engine.distributed.collectives import all_reduce_"),
+    (imports_point_down, "ops.norm", "from engine.data.samples.keyed import permute"),
     (imports_point_down, "planner.flops", "def f():\n    from engine.model.transformer import Block"),
     (imports_point_down, "errors", "import importlib\nimportlib.import_module('engine.config.schema')"),
     (imports_point_down, "pipeline.schedules", "from engine.pipeline.executor import execute"),
@@ -400,14 +400,18 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (imports_point_down, "pipeline.newcomer", ""),
     (imports_are_absolute, "distributed.collectives", "from . import context"),
     (imports_are_absolute, "distributed.collectives", "from .context import Axis"),
-    (strangers_stay_strangers, "model.layers", "from engine.pipeline.actions import Op"),
-    (strangers_stay_strangers, "model.feed_forward", "from engine.optim import lr"),
-    (strangers_stay_strangers, "model.feed_forward", "import engine.data.samples.loader"),
-    (strangers_stay_strangers, "model.feed_forward", "from engine.interop.huggingface.weights import hf_name"),
-    (strangers_stay_strangers, "pipeline.stage", "from engine.model.transformer import Transformer"),
-    (strangers_stay_strangers, "pipeline.executor", "from engine.data.samples.loader import Loader"),
-    (strangers_stay_strangers, "data.prepare.merge", "from engine.data.clean.task import PartWriter"),
-    (strangers_stay_strangers, "data.clean.run", "from engine.data.tokenize.tokenizer import Tokenizer"),
+    (packages_import_only_what_they_may, "model.layers", "from engine.pipeline.actions import Op"),
+    (packages_import_only_what_they_may, "model.feed_forward", "from engine.optim import lr"),
+    (packages_import_only_what_they_may, "model.feed_forward", "import engine.data.samples.loader"),
+    (
+        packages_import_only_what_they_may,
+        "model.feed_forward",
+        "from engine.interop.huggingface.weights import hf_name",
+    ),
+    (packages_import_only_what_they_may, "pipeline.stage", "from engine.model.transformer import Transformer"),
+    (packages_import_only_what_they_may, "pipeline.executor", "from engine.data.samples.loader import Loader"),
+    (packages_import_only_what_they_may, "data.prepare.merge", "from engine.data.clean.task import PartWriter"),
+    (packages_import_only_what_they_may, "data.clean.run", "from engine.data.tokenize.tokenizer import Tokenizer"),
     (imports_point_down, "data.read.inputs", "from engine.data.tokenize.tokenizer import FILES"),
     (imports_point_down, "data.tokenize.train", "from engine.data.prepare.report import Totals"),
     (imports_point_down, "data.samples.order", "from engine.data.prepare.pack import pack"),
@@ -495,7 +499,7 @@ def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
 
 
 def test_the_light_modules_load_without_torch() -> None:
-    """Not through a third party either; and --help and the faults of a dry run come before torch is loaded."""
+    """Not through a third-party package either; --help and the errors of a dry run come before torch is loaded."""
     light = [m for m in ENGINE if (name := row(m)) is not None and _LEVEL_OF[name] < _TORCH_FREE_LEVELS]
     assert {"config.schema", "cli.schedule_pages", "planner.flops", "pipeline.schedules"} <= set(light)
     light += [m for m in ENGINE if m.startswith("cli.") and m not in ("cli.diagnosis", "cli.selftest", "cli.dry_run")]

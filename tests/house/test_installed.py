@@ -1,4 +1,4 @@
-"""Wheels installed and used outside the tree: as pip builds one in isolation, without torch, and as `build` does."""
+"""Wheels installed and used outside the source tree: built by pip in isolation, without torch, and by `build`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 from tests.support.paths import ROOT
 
 TRAIN = "train --model.preset micro --data.train c-train --data.valid c-valid --data.tokenizer tok --train.steps 3"
-# An editable install beside the tests finds in the tree the submodules that the installed package lacks.
+# An editable install in the tests' environment would find submodules that the installed package lacks.
 NO_EDITABLE = """import sys
 sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 """
 
 
 class Installed:
-    """A package that was built and installed outside the tree, used from a folder of its own."""
+    """A package built and installed outside the source tree, and used from a separate folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -31,7 +31,7 @@ class Installed:
         (folder / "hidden/torch.py").write_text("raise ImportError('no torch here')")
 
     def run(self, *command: str, path: str = "") -> str:
-        """What `python -m COMMAND` says, with this folder's `path` to import from; it must succeed."""
+        """Output of `python -m COMMAND` with this folder's `path` in PYTHONPATH; it must succeed."""
         done = subprocess.run(
             [sys.executable, "-m", *command],
             cwd=self.folder / "elsewhere",
@@ -48,7 +48,7 @@ class Installed:
         self.run("pip", "-q", "--disable-pip-version-check", *command, "--no-deps", "--no-index", path="hidden")
 
     def install(self) -> None:
-        """The one wheel of `dist`, to `site`."""
+        """Install the only wheel of `dist` to `site`."""
         (wheel,) = (self.folder / "dist").glob("*.whl")
         self.pip("install", "--target", str(self.site), str(wheel))
         (self.site / "sitecustomize.py").write_text(NO_EDITABLE)
@@ -57,12 +57,12 @@ class Installed:
         return {p.name.split(".")[0] for p in (self.site / "engine").glob("*.so")}
 
     def prepare_and_train(self) -> str:
-        """What a short training says, on the docs, with everything from this package."""
+        """Output of a short training on the docs, run with this package only."""
         prepare = f"prepare --input {ROOT / 'docs'} --include *.md --tokenizer tok --train-vocab-size 512 --output c"
         self.run("engine", *prepare.split(), "--valid-fraction", "0.2", path="site")
-        told = self.run("engine", *TRAIN.split(), "--train.seq-len", "32", "--run.dir", "run", path="site")
+        printed = self.run("engine", *TRAIN.split(), "--train.seq-len", "32", "--run.dir", "run", path="site")
         assert (self.folder / "elsewhere/run/metrics.jsonl").read_text(encoding="utf-8").count('"loss"') == 3
-        return told
+        return printed
 
 
 @pytest.mark.heavy
@@ -80,23 +80,23 @@ def test_a_wheel_built_without_torch_works_anywhere_and_says_what_it_lacks(tmp_p
     installed.pip("wheel", "--no-build-isolation", "-w", str(tmp_path / "dist"), str(tmp_path / "tree"))
     installed.install()
     assert installed.extensions() == {"_index", "_shared"}
-    said = "not built: engine._ops (torch could not be imported when this was installed (no torch here))"
+    expected = "not built: engine._ops (torch could not be imported when this was installed (no torch here))"
     for option in ("--version", "--help"):
-        assert said in installed.run("engine", option, path="site")
+        assert expected in installed.run("engine", option, path="site")
     assert re.search(r"engine\._ops is not built .*--force-reinstall", installed.run("engine", "doctor", path="site"))
-    told = installed.prepare_and_train()
-    assert "torch's operators run instead" in told and "--force-reinstall" in told
+    printed = installed.prepare_and_train()
+    assert "torch's operators run instead" in printed and "--force-reinstall" in printed
 
 
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_wheel_of_the_source_distribution_has_everything_and_works_anywhere(tmp_path: Path) -> None:
-    """`python -m build` makes the wheel from the sdist, so that has what a build needs; then all extensions run."""
+    """`python -m build` builds the wheel from the sdist, so the sdist is complete; then all extensions work."""
     pytest.importorskip("build")
     known = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     if known.returncode:
-        pytest.skip("this is no git checkout, nothing tells which files belong to it")
+        pytest.skip("not a git checkout: the files of the repository are not known")
     names = [name for name in known.stdout.split("\0") if name and (ROOT / name).is_file()]
     for name in names:
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)

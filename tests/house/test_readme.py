@@ -21,8 +21,8 @@ README, CHINESE, INDEX = ROOT / "README.md", ROOT / "README.zh.md", ROOT / "docs
 README_LINES = 120
 # The packages of the core and its budget of lines, as tests/test_house.py counts them.
 _HOUSE = (ROOT / "tests/test_house.py").read_text(encoding="utf-8")
-CORE = ast.literal_eval(re.findall(r"^HEART = (\(.*?\))$", _HOUSE, re.M | re.S)[0])
-CORE_LINES = int(re.findall(r"^HEART_LINES = ([\d_]+)$", _HOUSE, re.M)[0])
+CORE = ast.literal_eval(re.findall(r"^CORE = (\(.*?\))$", _HOUSE, re.M | re.S)[0])
+CORE_LINES = int(re.findall(r"^CORE_LINES = ([\d_]+)$", _HOUSE, re.M)[0])
 # Pages whose `paths` and `path: names` are looked up.
 MAPS = ("CONTRIBUTING.md", "docs/architecture.md")
 

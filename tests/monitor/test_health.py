@@ -105,12 +105,12 @@ def test_a_batch_without_counted_tokens_is_refused() -> None:
 
 
 def diverge(state: TrainState) -> None:
-    """Make every loss infinite: weights of no use."""
+    """Make every loss NaN by setting all weights to NaN."""
     for p in state.params:
         p.data.fill_(torch.nan)
 
 
-def test_diverged_weights_are_told_from_a_bad_sample() -> None:
+def test_diverged_weights_are_distinguished_from_a_bad_sample() -> None:
     cfg = config(2, parallel_data=2, train_global_batch_size=4)
 
     def job(ctx: ParallelContext) -> str:
@@ -121,4 +121,4 @@ def test_diverged_weights_are_told_from_a_bad_sample() -> None:
         return str(error.value)
 
     for message in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads):
-        assert "in samples 0-3; its samples are 0-3" in message and "the weights have diverged before it" in message
+        assert "in samples 0-3; its samples are 0-3" in message and "the weights diverged before it" in message

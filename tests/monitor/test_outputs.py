@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints: in UTF-8, through no link, and never at the cost of the run."""
+"""Output files of a run other than checkpoints: UTF-8, not through links, and a failed write never ends the run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.paths import ROOT
 
 
 def test_names_and_output_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
-    """With PYTHONUTF8=0 in the C locale, Python itself takes everything for ASCII."""
+    """With PYTHONUTF8=0 in the C locale, Python itself uses ASCII for everything."""
     (tmp_path / "größe.toml").write_text('[run]\ndir = "läufe/größe"\n', encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "engine", "train", "--config", "größe.toml", "--data.train", "döcs", "--dry-run"],
@@ -48,7 +48,7 @@ def test_names_and_output_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
     assert all(name.encode() in done.stdout for name in ("größe.toml", "läufe/größe", "döcs"))
 
 
-# -- a full disk, links, the last word ---------------------------------------------------------------------------------
+# -- a full disk, links, the exit record -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def config(folder: Path, prefix: str, **overrides: Any) -> Any:
 
 
 def train(resolved: Any, during: Callable[[TrainState], None] = lambda state: None) -> int:
-    """In this process; `during` is called before each step."""
+    """Train in this process; `during` is called before each step."""
 
     def step(state: TrainState, *args: Any, **options: Any) -> StepResult:
         during(state)
@@ -101,10 +101,10 @@ def test_a_full_disk_costs_lines_and_not_the_run(small_disk: Path, corpus: str) 
         if state.step == 60:
             (small_disk / "filler").unlink()
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert train(config(run, corpus, train_steps=70), during) == 0
-    texts = [str(w.message) for w in said]
+    texts = [str(w.message) for w in caught]
     assert sum("metrics.jsonl cannot be written (No space left" in text for text in texts) == 1, texts
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
@@ -130,24 +130,24 @@ def test_a_tensorboard_that_cannot_write_is_left(corpus: str, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     with pytest.warns(
         UserWarning, match=r"tensorboard cannot be written \(No space left on device\); continuing"
-    ) as said:
+    ) as caught:
         assert train(config(tmp_path / "run", corpus, monitor_tensorboard=True)) == 0
-    assert len(said) == 1 and max(calls) == 2
+    assert len(caught) == 1 and max(calls) == 2
 
 
-def test_the_last_word_needs_no_room(small_disk: Path) -> None:
+def test_the_exit_record_needs_no_disk_space(small_disk: Path) -> None:
     exit_record = ExitRecord(small_disk)
     exit_record.begin()
     exit_record.begun, exit_record.step = True, 7
     assert json.loads((small_disk / "exit.json").read_text())["code"] is None
     fill(small_disk)
     exit_record.write(1, "rank 3: a reason " * 200)
-    facts = json.loads((small_disk / "exit.json").read_text())
-    assert facts["code"] == 1 and facts["step"] == 7 and facts["reason"].startswith("rank 3: a reason")
+    record = json.loads((small_disk / "exit.json").read_text())
+    assert record["code"] == 1 and record["step"] == 7 and record["reason"].startswith("rank 3: a reason")
     assert not (small_disk / ".exit.json").exists()
 
 
-def test_too_little_room_or_none_to_write_is_found_at_the_start(small_disk: Path, corpus: str) -> None:
+def test_too_little_space_or_a_read_only_folder_is_found_at_the_start(small_disk: Path, corpus: str) -> None:
     fill(small_disk)
     with open(small_disk / "filler", "r+b") as file:
         file.truncate(file.seek(0, 2) - 200_000)
@@ -192,7 +192,7 @@ def test_links_in_a_run_folder_are_refused(name: str, corpus: str, tmp_path: Pat
             plot_loss([run], tmp_path / "x.png")
 
 
-def test_a_linked_checkpoint_is_left_out_and_what_it_leads_to_stays(corpus: str, tmp_path: Path) -> None:
+def test_a_linked_checkpoint_is_skipped_and_its_target_stays(corpus: str, tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere/step_00000002"
     assert train(config(run, corpus, train_steps=2)) == 0
     (run / "checkpoints/step_00000002").rename(tmp_path / "x")
@@ -207,8 +207,8 @@ def test_a_linked_checkpoint_is_left_out_and_what_it_leads_to_stays(corpus: str,
     assert sorted(p.name for p in elsewhere.iterdir()) == ["manifest.json", "rank00000.safetensors"]
 
 
-def test_the_last_word_names_the_rank_that_had_the_cause(corpus: str, tmp_path: Path) -> None:
-    """Two ranks under torchrun; the corpus that rank 1 alone reads is cut short."""
+def test_the_exit_record_names_the_rank_that_had_the_cause(corpus: str, tmp_path: Path) -> None:
+    """Two ranks under torchrun; rank 1 raises an error at step 2."""
     for suffix in ("bin", "idx", "json"):
         shutil.copy(f"{corpus}.{suffix}", tmp_path / f"c.{suffix}")
     program = (

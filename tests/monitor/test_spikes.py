@@ -1,4 +1,4 @@
-"""A loss that stands out is told, recorded, and keeps the last checkpoint before it, also over a restart."""
+"""A loss spike is reported, recorded, and keeps the last checkpoint before it, also over a restart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.harness import run_ranks
 
 
 def feed(watch: SpikeWatch, losses: list[float], first: int = 1) -> list[int]:
-    """The steps at which it says that the loss stands out."""
+    """The steps that it reports as spikes."""
     return [first + i for i, loss in enumerate(losses) if watch.observe(first + i, loss, 1.0, "0-7")[0]]
 
 
@@ -47,7 +47,7 @@ def test_what_stands_out(tmp_path: Path) -> None:
     assert feed(watch, falling) == []
     high, note = watch.observe(401, 2.0, 30.0, "3200-3207")
     assert high and "step 401: gradient norm 30 where 1 is normal; its samples are 3200-3207" in note
-    assert watch.observe(402, 2.0, math.inf, "")[0] is False  # fp16 looks for its scale
+    assert watch.observe(402, 2.0, math.inf, "")[0] is False  # fp16 is searching for its loss scale
 
 
 def test_a_spike_lasts_until_the_run_has_recovered_and_survives_a_restart(tmp_path: Path) -> None:
@@ -58,12 +58,12 @@ def test_a_spike_lasts_until_the_run_has_recovered_and_survives_a_restart(tmp_pa
 
     watch = SpikeWatch(tmp_path, 0)
     assert feed(watch, [2.0] * 30) == [] and watch.since == 0
-    assert feed(watch, [5.0] * 100, 31) == list(range(31, 131))  # a loss that stays up is no new usual
+    assert feed(watch, [5.0] * 100, 31) == list(range(31, 131))  # a loss that stays high does not become normal
     assert watch.since == 31 and json.loads((tmp_path / "spike.json").read_text())["step"] == 31
     watch = again(130, watch)
     assert watch.since == 31
     assert feed(watch, [2.0] * (CALM - 1), 131) == [] and watch.since == 31
-    watch = again(28, watch)  # gone back before it
+    watch = again(28, watch)  # resumed from a checkpoint before the spike
     assert feed(watch, [2.0] * (CALM + 2), 29) == [] and watch.since == 31
     assert feed(watch, [2.0], 31 + CALM) == [] and watch.since == 0 and not (tmp_path / "spike.json").exists()
 
@@ -79,8 +79,8 @@ def test_keep_spares_the_last_before_a_spike(tmp_path: Path) -> None:
         return complete_steps(root)
 
     assert left(1, 0, (2, 4, 6, 8)) == [8]
-    assert left(1, 6, (2, 4, 6, 8)) == [4, 8]  # the weights of 4 gave the loss of 5, which did not stand out
-    assert left(1, 5, (2, 4, 6, 8)) == [2, 8]  # those of 4 gave that of 5, which did
+    assert left(1, 6, (2, 4, 6, 8)) == [4, 8]  # the weights of step 4 gave the loss of step 5, which is normal
+    assert left(1, 5, (2, 4, 6, 8)) == [2, 8]  # the weights of step 4 gave the loss of step 5, a spike
     assert left(2, 20, (2, 4, 6, 8)) == [6, 8]
     assert left(1, 3, (4, 6)) == [6] and left(1, 3, (2, 4, 6)) == [2, 6]
 
@@ -92,7 +92,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("background", [True, False])
 def test_of_a_run(corpus: str, tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights break at step 8, the run dies, is started again, and still has the checkpoint of step 6."""
+    """The weights are corrupted at step 8, the run fails, is restarted, and still has the checkpoint of step 6."""
 
     def cfg(steps: int) -> Any:
         return resolve(
@@ -120,14 +120,14 @@ def test_of_a_run(corpus: str, tmp_path: Path, background: bool, monkeypatch: py
             return result
 
         loop.train_step = breaking
-        said = []
+        errors = []
         for steps in (20, 16):
             try:
                 loop.train(cfg(steps), ctx, False)  # type: ignore[arg-type]
             except TrainingError as error:
-                said.append(str(error))
+                errors.append(str(error))
             loop.train_step = train_step
-        return said
+        return errors
 
     assert run_ranks(layout_of(cfg(20).config), job, num_kv_heads=2) == [["killed"]] * 2
     records, _, _ = read_metrics(tmp_path / "run")
@@ -136,8 +136,8 @@ def test_of_a_run(corpus: str, tmp_path: Path, background: bool, monkeypatch: py
     assert complete_steps(tmp_path / "run/checkpoints") == [6, 16]
 
 
-def test_it_is_spared_where_the_next_start_leaves_its_first_steps_out(corpus: str, tmp_path: Path) -> None:
-    """Nothing has looked at a loss when the first checkpoint of that start deletes older ones."""
+def test_it_is_kept_when_the_next_start_skips_its_first_steps(corpus: str, tmp_path: Path) -> None:
+    """No loss has been observed when the first checkpoint of that start deletes older ones."""
 
     def start(steps: int, skip: str) -> None:
         cfg = resolve(

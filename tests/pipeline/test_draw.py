@@ -1,4 +1,4 @@
-"""Pictures and measured timelines of schedules, and `engine schedule` as a user types it."""
+"""Plots and measured timelines of schedules, and the `engine schedule` command."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_picture_has_a_row_per_rank_and_a_number_in_every_box(tmp_path: Path) 
         assert {(0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00), (0xF0, 0xE4, 0x42), (0x2B, 0xAF, 0x88)} <= colours
 
 
-def test_numbers_that_would_be_too_small_are_left_out(tmp_path: Path) -> None:
+def test_numbers_that_would_be_too_small_are_not_drawn(tmp_path: Path) -> None:
     draw([("many", simulate(build("zb-v", 8, 2, 99)))], tmp_path / "a.svg")
     shown = texts(tmp_path / "a.svg")
     assert "42" not in shown and "rank 7" in shown and "time" in shown
@@ -228,7 +228,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize("words, message", BAD_OPTIONS)
-def test_bad_options_are_told(words: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_reported(words: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = engine(capsys, *words.split())
     assert code == 2 and out == "" and re.search(message, err), err
     assert not list(here.iterdir())
@@ -249,7 +249,7 @@ FAULTY_FILES = [
 
 
 @pytest.mark.parametrize("words, message", FAULTY_FILES)
-def test_faulty_files_are_told(words: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faulty_files_are_reported(words: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "text.plan").write_text("hello")
     (here / "bytes.plan").write_bytes(b"\xff\xfe\x00")
     (here / "short.csv").write_text("0F0,0F1,0B0\n")

@@ -1,7 +1,7 @@
-"""Schedules, passes and the proof of plans.
+"""Schedules, passes and the check of plans.
 
-The second opinion is `rendezvous` below: it runs a plan rank by rank with messages that nobody buffers and shares no
-code with check.py. What it says and what `check` says must agree, on right plans and on broken ones.
+`rendezvous` below is an independent check: it runs a plan rank by rank with unbuffered messages and shares no code with
+check.py. Both must agree, on correct plans and on broken ones.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from engine.pipeline.schedules import (
 from engine.pipeline.simulate import peak_memory, simulate
 from tests.support.errors import raises
 
-# --- a second opinion -------------------------------------------------------------------------------------------------
+# --- an independent check ---------------------------------------------------------------------------------------------
 
 
 class Broken(Exception):
-    """Why a plan does not run to a right end."""
+    """The reason why a plan fails."""
 
 
 class Rendezvous:
-    """Runs a plan with rendezvous messages: a step that posts messages ends when all of them have met their partner."""
+    """Runs a plan with rendezvous messages: a communication step ends when every message has met its partner."""
 
     def __init__(self, plan: Plan):
         self.plan, self.at = plan, [0] * plan.num_ranks
-        self.has: set[tuple[str, int, int]] = set()  # what was made or received; a stage lives on one rank only
+        self.has: set[tuple[str, int, int]] = set()  # computed or received tensors; each stage is on one rank only
         self.posted: dict[tuple[str, int, int], list[Action]] = {}  # ("send" | "receive", from, to) -> in order
         self.open: list[list[tuple[Action, tuple[str, int, int], int]] | None] = [None] * plan.num_ranks
 
@@ -132,14 +132,14 @@ class Rendezvous:
                 self.need("whole", stage, each)
             self.make("reduced", stage, 0)
 
-    def need(self, *what: object) -> None:
-        if what not in self.has:
+    def need(self, *tensor: object) -> None:
+        if tensor not in self.has:
             raise Broken("order")
 
-    def make(self, what: str, stage: int, mb: int) -> None:
-        if (what, stage, mb) in self.has:
+    def make(self, name: str, stage: int, mb: int) -> None:
+        if (name, stage, mb) in self.has:
             raise Broken("twice")
-        self.has.add((what, stage, mb))
+        self.has.add((name, stage, mb))
 
     def verify_end(self) -> None:
         for stage in range(len(self.plan.placement)):
@@ -155,12 +155,12 @@ def other(key: tuple[str, int, int]) -> tuple[str, int, int]:
 
 
 def rendezvous(plan: Plan) -> str:
-    """ "ok", or why the plan does not run to a right end."""
+    """ "ok", or the reason why the plan fails."""
     return Rendezvous(plan).run()
 
 
 def verdict(plan: Plan) -> str:
-    """check's answer: "ok", or the first line of its error, after a look at whether the grid shows the place."""
+    """check's answer: "ok", or the first line of its error; asserts that the grid marks the spot."""
     try:
         check(plan)
     except PlanError as error:
@@ -171,13 +171,13 @@ def verdict(plan: Plan) -> str:
     return "ok"
 
 
-# --- communication as others place it: an independent second way ------------------------------------------------------
+# --- communication as in Megatron: an alternative to the passes -------------------------------------------------------
 
 
 def late(plan: Plan, *, batched: bool) -> Plan:
-    """Each receive right before its use and each send right after its tensor is made, a step each as in Megatron.
+    """Add each receive right before its use and each send right after its computation, as separate steps.
 
-    batched: those that follow each other directly are posted together.
+    batched: adjacent messages are posted together.
     """
 
     def message(op: Op, action: Action, other: int) -> list[Step]:
@@ -218,7 +218,7 @@ rank 0: 0F0 0F1 0I0 0F2 0I1 0W0 0I2 0W1 0W2
 rank 1: 1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2
 """)
 
-# Rank 0 sends to rank 1 and receives from rank 2 at once, and the message it receives depends on the one it sends.
+# Rank 0 sends to rank 1 and receives from rank 2 in one batch, and the received message depends on the sent one.
 LOOP = parse_plan("""
 plan loop microbatches=1 placement=0,1,2,0 backward=no
 rank 0: 0F0 3F0
@@ -273,11 +273,11 @@ rank 1: 1F0 2F0 1F1 2F1 1F2 2B0 2F2 1B0 1F3 2B1 2F3 1B1 1F4 2B2 2F4 1B2 2B3 1B3 
 def test_schedule_as_text(case: tuple[str, int, int, int]) -> None:
     name, *sizes = case
     assert str(SCHEDULES[name].make(*sizes)) == GOLDEN[case].strip()
-    assert compute_only(build(*case)) == SCHEDULES[name].make(*sizes)  # the passes move no computation
+    assert compute_only(build(*case)) == SCHEDULES[name].make(*sizes)  # the passes do not move computations
 
 
 def test_plans_as_text() -> None:
-    """Both ends of a message come after the computations that run while it is made, in one batch where they can."""
+    """Both ends of a message come after the computations of its time slot, in one batch where possible."""
     plan = build("1f1b", 3, 1, 3)
     assert str(plan) == (
         "plan 1f1b microbatches=3 placement=0,1,2 backward=yes\n"
@@ -308,14 +308,14 @@ def test_plans_as_text() -> None:
 # --- every size, against the formulas of the papers -------------------------------------------------------------------
 
 FAMILIES = [(name, chunks) for name, s in SCHEDULES.items() for chunks in ([s.chunks] if s.chunks else (1, 2, 3, 4))]
-# F, I and W of one chunk take 1 each. What dualpipe-v has here is half of its authors' (p - 1)(F&B + B - 3W): that
-# is for pairs which begin and end as one; here the parts come one after another, and what each makes leaves at once.
+# F, I and W of one chunk take 1 each. The value of dualpipe-v is half of its authors' (p - 1)(F&B + B - 3W): theirs is
+# for pairs that start and end together; here the parts run one after another, and each sends its result at once.
 IDLE: dict[str, Callable[[int], int]] = {
     "gpipe": lambda p: 3 * (p - 1),  # (p - 1)(F + B)
     "1f1b": lambda p: 3 * (p - 1),
     "interleaved": lambda p: 3 * (p - 1),  # of a chunk, so 1 / chunks of that of 1F1B
     "zb-h1": lambda p: p - 1,  # (p - 1)(F + I - W)
-    "zb-v": lambda p: p - 1,  # none but the start, which the barrier before the optimizer makes everyone wait for
+    "zb-v": lambda p: p - 1,  # only at the start: all ranks wait for it at the barrier before the optimizer
     "dualpipe-v": lambda p: p - 1,
 }
 # (ranks, chunks, microbatches, rank) -> microbatches of one chunk alive at the peak, and on the worst rank
@@ -331,7 +331,7 @@ PEAK: dict[str, Callable[[int, int, int, int], int]] = {
 
 
 def fills(name: str, ranks: int, microbatches: int) -> bool:
-    """Whether the formulas hold: with fewer microbatches there are not enough to fill the pattern."""
+    """Whether the formulas apply: there are enough microbatches to fill the pattern."""
     return {
         "gpipe": True,
         "1f1b": microbatches >= ranks,
@@ -352,7 +352,7 @@ def test_every_size_is_right(name: str, chunks: int) -> None:
             for _, _, (op, stage, microbatch) in plan.walk():
                 if op in (Op.B, Op.W):
                     weights[stage].append(microbatch)
-            # The same order everywhere: gradients sum to the same bits.
+            # The same order in every schedule: gradient sums are bitwise equal.
             assert all(order == list(range(microbatches)) for order in weights.values()), sizes
             peaks = peak_memory(plan)
             expected = [PEAK[name](*sizes, rank) for rank in range(ranks)]
@@ -365,7 +365,7 @@ def test_every_size_is_right(name: str, chunks: int) -> None:
 
 
 def test_more_chunks_less_idle() -> None:
-    """In units of what a rank holds, at equal numbers of layers: the reason for each schedule after the first two."""
+    """Idle time per rank's share, at equal numbers of layers: each schedule after the first two reduces it."""
     idle = {(name, v): simulate(build(name, 4, v, 16)).idle[0] / v for name, v in FAMILIES}
     assert idle["gpipe", 1] == idle["1f1b", 1] == 9 and idle["interleaved", 2] == 4.5 and idle["interleaved", 4] == 2.25
     assert idle["interleaved", 3] == idle["zb-h1", 1] == 3 and idle["zb-v", 2] == idle["dualpipe-v", 2] == 1.5
@@ -380,7 +380,7 @@ def test_forwards_alone_on_every_placement(name: str, chunks: int) -> None:
 
 
 def test_plans_of_a_thousand_gpus_are_quick() -> None:
-    """Seconds, not minutes: a plan is made and proved before a run starts, and on every rank."""
+    """Seconds, not minutes: every rank builds and checks the plan before a run starts."""
     start = time.process_time()
     build("interleaved", 16, 4, 64)
     assert time.process_time() - start < 10
@@ -430,7 +430,7 @@ def test_memory_cap() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_unbatched_1f1b_deadlocks(ranks: int) -> None:
-    """Each message posted and waited for alone, right where it is needed: the reason for the slots of the pass."""
+    """Messages posted one by one, right where they are needed, deadlock: this is why the pass uses time slots."""
     plan = add_reduce(late(one_f_one_b(ranks, 1, 4), batched=False))
     assert rendezvous(plan) == "deadlock"
     with raises(PlanError, "pipeline.deadlock") as error:
@@ -449,7 +449,7 @@ def test_unbatched_1f1b_deadlocks(ranks: int) -> None:
 
 
 def contracted_is_acyclic(plan: Plan) -> bool:
-    """The stricter criterion: every set of steps that messages connect is one node."""
+    """The stricter criterion: all steps connected by messages are contracted into one node."""
     spot_of = {action: (rank, position) for rank, position, action in plan.walk()}
     node: dict[tuple[int, int], tuple[int, int]] = {spot: spot for spot in spot_of.values()}
 
@@ -480,13 +480,13 @@ def test_no_false_alarm_for_batches() -> None:
 
 @pytest.mark.parametrize(("name", "chunks"), FAMILIES)
 def test_plans_pass_the_stricter_criterion_too(name: str, chunks: int) -> None:
-    """A batch waits only for batches of its slot, so even if each slot ended everywhere at once nobody would hang."""
+    """A batch waits only for batches of its slot, so no rank hangs even if all ranks must end each slot together."""
     for ranks, microbatches in [(2, 3), (3, 7), (5, 4)]:
         assert contracted_is_acyclic(build(name, ranks, chunks, microbatches))
 
 
 def random_plan(rng: random.Random) -> Plan:
-    """A random placement, a random order of the work that respects all dependencies, random batches, some swaps."""
+    """A plan with a random placement, a random valid order of computations, random batches, and some swaps."""
     ranks, chunks, microbatches = rng.randint(2, 4), rng.choice([1, 1, 2]), rng.randint(1, 4)
     placement = list(range(ranks)) * chunks
     if rng.random() < 0.5:
@@ -521,7 +521,7 @@ def random_plan(rng: random.Random) -> Plan:
 
 
 def swap(plan: Plan, rank: int, first: int, second: int | None) -> Plan:
-    """Swaps two steps of a rank; the second is the one after the first if it is None."""
+    """Swap two steps of a rank; second=None: the step after the first."""
     program = list(plan.programs[rank])
     i = first % len(program)
     j = (i + 1 if second is None else second) % len(program)
@@ -534,22 +534,24 @@ def with_program(plan: Plan, rank: int, program: list[Step]) -> Plan:
 
 
 def assert_agreement(plan: Plan) -> str:
-    """check and the second opinion agree; returns what check says. Only on deadlock must both give the same reason:
-    order and matching are properties of the text for check, while `rendezvous` may hang before it comes to them."""
-    said, happened = verdict(plan), rendezvous(plan)
-    assert (said == "ok") == (happened == "ok"), (said, happened, str(plan))
-    if "deadlock" in said:
-        assert happened == "deadlock", (said, str(plan))
-    return said
+    """Assert that check and `rendezvous` agree; returns check's answer.
+
+    The reasons must be the same only for a deadlock: `rendezvous` may hang before an order or matching error.
+    """
+    answer, happened = verdict(plan), rendezvous(plan)
+    assert (answer == "ok") == (happened == "ok"), (answer, happened, str(plan))
+    if "deadlock" in answer:
+        assert happened == "deadlock", (answer, str(plan))
+    return answer
 
 
 def test_check_agrees_with_the_second_opinion_on_random_plans() -> None:
     rng = random.Random(20240607)
     seen: Counter[str] = Counter()
     for _ in range(1000):
-        said = assert_agreement(random_plan(rng))
-        seen[next(word for word in ("ok", "deadlock", "message", "must come after") if word in said)] += 1
-    assert min(seen.values()) > 40 and len(seen) == 4, seen  # each kind of answer was put to the test
+        answer = assert_agreement(random_plan(rng))
+        seen[next(word for word in ("ok", "deadlock", "message", "must come after") if word in answer)] += 1
+    assert min(seen.values()) > 40 and len(seen) == 4, seen  # each kind of answer occurred often
 
 
 # --- broken plans ----------------------------------------------------------------------------------------------------
@@ -574,8 +576,8 @@ def test_any_drop_is_refused(spot: tuple[Plan, int, int], which: int) -> None:
     dropped = step.pop(which % len(step))
     program[position : position + 1] = [tuple(step)] if step else []
     broken = with_program(plan, rank, program)
-    said = assert_agreement(broken)
-    assert re.search(r"\w+ is missing", said) and (str(dropped) in said or dropped.op in (Op.I, Op.W)), said
+    answer = assert_agreement(broken)
+    assert re.search(r"\w+ is missing", answer) and (str(dropped) in answer or dropped.op in (Op.I, Op.W)), answer
 
 
 @settings(max_examples=200, deadline=None)
@@ -597,8 +599,8 @@ def test_trading_actions_between_ranks_is_refused(spot: tuple[Plan, int, int], d
     there = data.draw(st.integers(0, len(plan.programs[other]) - 1))
     programs = [list(program) for program in plan.programs]
     programs[rank][position], programs[other][there] = programs[other][there], programs[rank][position]
-    said = verdict(replace(plan, programs=tuple(map(tuple, programs))))
-    assert re.search(r"\w+ is on rank \d, but stage \d+ is on rank \d", said)
+    answer = verdict(replace(plan, programs=tuple(map(tuple, programs))))
+    assert re.search(r"\w+ is on rank \d, but stage \d+ is on rank \d", answer)
 
 
 @settings(max_examples=400, deadline=None)
@@ -618,7 +620,7 @@ def test_order_inside_a_batch_counts(spot: tuple[Plan, int, int], rng: random.Ra
 
 
 def test_order_inside_a_batch_is_matched() -> None:
-    """Two stages apart, two messages of one batch on one channel: only the order tells them apart."""
+    """Two messages of one batch on one channel: only their order distinguishes them."""
     text = """plan x microbatches=2 placement=0,1 backward=no
     rank 0: 0F0 0F1 (0SEND_F0;0SEND_F1)
     rank 1: (1RECV_F0;1RECV_F1) 1F0 1F1"""
@@ -627,7 +629,7 @@ def test_order_inside_a_batch_is_matched() -> None:
         check(parse_plan(text.replace("(1RECV_F0;1RECV_F1)", "(1RECV_F1;1RECV_F0)")))
 
 
-# --- every refusal, with its code and what it names ------------------------------------------------------------------
+# --- every error, with its code and values ---------------------------------------------------------------------------
 
 PAIR = """plan 1f1b microbatches=1 placement=0,1 backward=yes
 rank 0: 0F0 (0SEND_F0;0RECV_B0) 0B0 0REDUCE
@@ -643,7 +645,7 @@ rank 0: 0F0 0B0
 rank 1: 1B0 1F0"""
 
 CHECK_ERRORS = [
-    # plan text, what is replaced, by what, the code of the error, what it names
+    # plan text, old text, its replacement, code of the error, values in the message
     (PAIR, "0B0 0REDUCE", "0B0 0REDUCE 1F0", "pipeline.action-misplaced", "0 4 1F0 1"),
     (PAIR, "0F0", "0F0 0F0", "pipeline.action-twice", "0 1 0F0"),
     (PAIR, " 1F0", "", "pipeline.action-missing", "1F0"),
@@ -775,7 +777,7 @@ def test_build_refuses_a_wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    """Any well-formed plan, right or not."""
+    """Any well-formed plan, correct or not."""
     ranks, microbatches = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     extra = draw(st.lists(st.integers(0, ranks - 1), max_size=4))
     placement = draw(st.permutations([*range(ranks), *extra]))
@@ -825,8 +827,8 @@ def test_grid() -> None:
     assert len(grid(plan, [(0, 0), (31, 100)]).splitlines()) == 18  # never more than 16 ranks
 
 
-def test_a_fault_in_the_check_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the deadlock proof the comparison with `rendezvous` must fail, or it compares nothing."""
+def test_a_bug_in_the_check_would_be_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the deadlock proof, the comparison with `rendezvous` must fail; else it would prove nothing."""
     monkeypatch.setattr(check_module, "_check_deadlock", lambda plan, partners: None)
     with pytest.raises(AssertionError):
         test_check_agrees_with_the_second_opinion_on_random_plans()

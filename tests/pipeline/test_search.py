@@ -1,4 +1,4 @@
-"""The searched schedule: right, within its cap, never worse than a named one, and better where that is possible."""
+"""The searched schedule: correct, within its cap, never worse than a named one, and better where possible."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def test_the_same_seed_finds_the_same_plan() -> None:
 
 
 def test_moves_pay() -> None:
-    """Without moves the list schedules alone are found: the local search must add to them."""
+    """The local search must improve on the list schedules alone."""
     costs = Costs(comm=0.3)
     assert time_of(search(4, 8, costs, memory_cap=4), costs) < time_of(
         search(4, 8, costs, memory_cap=4, iterations=0), costs
     )
 
 
-def test_a_cap_that_nothing_fits_is_told_with_the_least_that_does() -> None:
+def test_a_cap_that_nothing_fits_is_reported_with_the_least_that_fits() -> None:
     with raises(PlanError, "pipeline.cap-too-small", "0.5", "1."):
         search(4, 8, Costs(), memory_cap=0.5)
     with raises(PlanError, "pipeline.degree-below-one", "microbatches 0"):
@@ -150,12 +150,12 @@ def test_memory_is_in_microbatches_of_a_share() -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(problems(), st.integers(0, 1000))
-def test_the_board_times_plans_like_the_simulator(problem: dict[str, object], seed: int) -> None:
+def test_timed_plans_agree_with_the_simulator(problem: dict[str, object], seed: int) -> None:
     ranks, microbatches, costs = (problem[k] for k in ("ranks", "microbatches", "costs"))
     for plan in named_schedules(ranks, microbatches):
         timed = _TimedPlan(compute_only(plan), share_costs(costs, ranks, plan.num_stages), None)
         chooser = random.Random(seed)
-        for _ in range(10):  # any moves: the timing must hold for plans that nobody would choose
+        for _ in range(10):  # random moves: the timing must also hold for bad plans
             rank = chooser.randrange(ranks)
             positions = range(len(timed.programs[rank]))
             timed.move(rank, chooser.choice(positions), chooser.choice(positions))
@@ -167,7 +167,7 @@ def test_the_board_times_plans_like_the_simulator(problem: dict[str, object], se
         assert timed.time() == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_board_keeps_the_order_of_a_stage_and_the_room_of_a_rank() -> None:
+def test_moves_keep_the_order_of_a_stage_and_the_memory_cap_of_a_rank() -> None:
     timed = _TimedPlan(compute_only(build("zb-h1", 2, 1, 3)), share_costs(Costs(), 2, 2), 2.0)
     before = [list(program) for program in timed.programs]
     for rank, program in enumerate(before):
@@ -180,7 +180,7 @@ def test_the_board_keeps_the_order_of_a_stage_and_the_room_of_a_rank() -> None:
                 assert timed.programs == before
 
 
-def test_rules_never_get_stuck_in_the_least_room() -> None:
+def test_rules_never_get_stuck_at_the_smallest_cap() -> None:
     for where in placements(3):
         chunks = len(where) // 3
         for forward_first in (False, True):
@@ -194,7 +194,7 @@ def test_rules_never_get_stuck_in_the_least_room() -> None:
 def test_adjacent_halves_become_whole_backwards_where_that_costs_nothing() -> None:
     plan = search(2, 4, Costs(comm=0.1), chunks=1)
     ops = [a.op for _, _, a in plan.walk() if a.stage == 0]
-    assert Op.B in ops  # nobody waits for the input gradient of the first stage
+    assert Op.B in ops  # no rank waits for the input gradient of the first stage
     split = compute_only(plan)
     programs = tuple(
         tuple(

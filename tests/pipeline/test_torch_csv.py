@@ -1,4 +1,4 @@
-"""Schedule files of torch.distributed.pipelining, written by torch's own schedule classes, read and proved."""
+"""Reading and checking schedule files written by the schedule classes of torch.distributed.pipelining."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.pipeline.schedules import SCHEDULES
 from engine.pipeline.torch_csv import read_torch_csv
 from tests.support.errors import raises
 
-# class of torch -> (stages on rank 0 of 4, the schedule of ours that does the same)
+# torch class -> (stages on rank 0 of 4, the engine's schedule that is the same)
 CLASSES = {
     "ScheduleInterleaved1F1B": ((0, 4), "interleaved"),
     "ScheduleZBVZeroBubble": ((0, 7), "zb-v"),
@@ -29,7 +29,7 @@ CLASSES = {
 
 
 def torch_csv(name: str, kind: str) -> str:
-    """What _dump_csv of the class writes for 4 ranks, 8 stages and 8 microbatches, without a process group."""
+    """The output of the class's _dump_csv for 4 ranks, 8 stages and 8 microbatches, without a process group."""
     of_rank_0 = [
         SimpleNamespace(stage_index=i, num_stages=8, group_size=4, group_rank=0, is_first=i == 0, is_last=i == 7)
         for i in CLASSES[name][0]
@@ -56,11 +56,11 @@ def test_what_torch_writes_is_read_and_right(name: str, kind: str) -> None:
     check(plan)
     assert (plan.num_ranks, plan.num_stages, plan.microbatches, plan.backward) == (4, 8, 8, True)
     ours = CLASSES[name][1]
-    if ours is not None:  # two hands have written the same schedule
+    if ours is not None:  # two independent implementations of the same schedule
         mine = SCHEDULES[ours].make(4, 2, 8)
         assert plan.placement == mine.placement
         assert no_weights(compute_only(plan)) == no_weights(mine)
-        if ours != "zb-v":  # whose weight gradients torch ends in another order
+        if ours != "zb-v":  # torch's ZB-V ends its weight gradients in another order
             assert compute_only(plan).programs == mine.programs
 
 
@@ -75,7 +75,7 @@ def test_messages_are_taken_as_they_are() -> None:
     )
     with raises(PlanError, "pipeline.action-missing", "1REDUCE"):
         check(plan)
-    # Without any REDUCE_GRAD our pass adds them, and without any message all communication.
+    # Without any REDUCE_GRAD the pass adds REDUCE, and without any message it adds all communication.
     assert str(read_torch_csv("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0", "x")).count("REDUCE") == 2
     check(read_torch_csv("0F0,,,0B0,0REDUCE_GRAD\n,1F0,1B0", "x"))
     check(read_torch_csv("0F0,1F0,1B0,0B0,0REDUCE_GRAD,1REDUCE_GRAD", "x"))
@@ -94,7 +94,7 @@ def test_what_deadlocks_is_refused() -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_cell_less_is_refused(name: str) -> None:
-    """And so is a cell that is there twice: what torch itself takes without a word in files with communication."""
+    """A duplicate cell is rejected too; torch itself accepts both silently in files with communication."""
     rng, rows = random.Random(1), [row.split(",") for row in torch_csv(name, "compute_comms").splitlines()]
     for _ in range(40):
         row = rng.randrange(len(rows))
@@ -123,7 +123,7 @@ def test_a_cell_less_is_refused(name: str) -> None:
         ("", "pipeline.csv-empty", ""),
         ("0UNSHARD,,\n", "pipeline.csv-empty", ""),
         ("0B0,0F0", "pipeline.not-orderable", "0"),
-        # and it does not take all memory to find out
+        # and the check does not use memory for all the missing microbatches
         ("0F0,0B0,0F999999999,0B999999999", "pipeline.action-missing", "0F1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The measured timeline: clocks of ranks that differ are aligned, and the file says what ran when."""
+"""The measured timeline: different clocks of ranks are aligned, and the file holds start and end of each action."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.harness import run_ranks
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 def test_ranks_with_wrong_clocks_are_drawn_on_one(schedule: str, tmp_path: Path) -> None:
-    """Rank r's clock is 1,000 r seconds ahead; on the common one every F still begins after the one before it ended."""
+    """Rank r's clock is 1,000 r seconds ahead; aligned, every F starts after the F of the previous stage ended."""
     cfg = config(4, parallel_pipeline=2, parallel_tensor=2, parallel_schedule=schedule)
 
     def job(ctx: ParallelContext) -> Any:
@@ -39,7 +39,7 @@ def test_ranks_with_wrong_clocks_are_drawn_on_one(schedule: str, tmp_path: Path)
     offsets = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert offsets[:2] == [0.0, 0.0]
     assert offsets[2:] == pytest.approx([1000.0, 1000.0], abs=0.05)
-    timeline, step = read_timeline(tmp_path)  # looks at the order on each rank itself
+    timeline, step = read_timeline(tmp_path)  # this verifies the order on each rank
     assert step == 2 and 0 < timeline.time < 30
     ends = {event.action: event.end for lane in timeline.lanes for event in lane}
     starts = {event.action: event.start for lane in timeline.lanes for event in lane}

@@ -1,1 +1,1 @@
-"""What several test modules use: ranks, configs, models, corpora, doubles. Nothing here is a test."""
+"""Helpers of several test modules: ranks, configs, models, corpora, test doubles. Contains no tests."""

@@ -1,4 +1,4 @@
-"""Small configs, random batches, and assembling what ranks hold into canonical tensors. Shared by the tests."""
+"""Small configs, random batches, and canonical tensors assembled from the pieces of all ranks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ MODEL = {
 
 
 def same_bytes(a: Path, b: Path) -> None:
-    """AssertionError unless two files are equal, with the first byte that is not. (pytest, asked to compare the bytes
-    themselves, draws up their difference line by line where CI is set in the environment: minutes for a checkpoint.)"""
+    """AssertionError with the first different byte, unless two files are equal.
+
+    (If CI is set in the environment, pytest prints a line-by-line difference of unequal bytes: minutes for a
+    checkpoint.)
+    """
     x, y = (np.frombuffer(path.read_bytes(), np.uint8) for path in (a, b))
     if len(x) != len(y):
         raise AssertionError(f"{a} has {len(x)} bytes, {b} has {len(y)}")
@@ -63,7 +66,7 @@ def resolve(world: int = 1, **overrides: Any) -> Resolved:
 
 
 def config(world: int = 1, **overrides: Any) -> Config:
-    """`resolve`, without the sources."""
+    """The config of `resolve`, without the sources of its values."""
     return resolve(world, **overrides).config
 
 
@@ -86,7 +89,7 @@ def random_batches(cfg: Config, ctx: ParallelContext, step: int) -> list[MicroBa
 
 
 def pieces_of(params: Iterable[tuple[Parameter, torch.Tensor]], ctx: ParallelContext) -> list[Any]:
-    """[(name, global shape, offset, values)] of every piece this rank holds, replicas too."""
+    """[(name, global shape, offset, values)] of every piece this rank holds, replicas included."""
     return [
         (piece.name, piece.global_shape, piece.offset, piece.of(x).detach().double().numpy().copy())
         for p, x in params
@@ -113,7 +116,7 @@ def shard_pieces(held: Iterable[StateShard], ctx: ParallelContext) -> list[Any]:
 
 
 def gradients_of(state: TrainState) -> list[Any]:
-    """`shard_pieces` of the reduced gradients this rank holds; clipping is AdamW's and does not change them."""
+    """`shard_pieces` of the reduced gradients of this rank, before clipping (AdamW clips without changing them)."""
     held = []
     for bucket in (b for stage in state.buckets for b in stage.buckets):
         for index, p in enumerate(bucket.params):

@@ -1,4 +1,4 @@
-"""Checkpoints of a short training run on two ranks, copies with an edited manifest, and which are there."""
+"""Checkpoints of a short training run on two ranks, and copies with an edited manifest."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def save_one(root: Path, cfg: Config = TWO, steps: int = 1) -> Path:
 
 
 def reseal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Edit a manifest and give it the digest that it then has."""
+    """Edit a manifest and recompute its digest."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_bytes())
     del manifest["xxh3_128"]
@@ -54,7 +54,7 @@ def reseal(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def as_step(saved: Path, root: Path, step: int) -> Path:
-    """A copy of a checkpoint that is one of another step."""
+    """Copy a checkpoint under another step number."""
     folder = Path(shutil.copytree(saved, root / f"step_{step:08d}"))
     reseal(folder, lambda m: m.update(step=step))
     return folder

@@ -1,4 +1,4 @@
-"""The `engine` command as a user types it: in this process, and training in processes of its own."""
+"""The `engine` command as a user types it: in this process, or training in separate processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.support.paths import BIN
 
 
 def exit_code(*words: Any) -> int:
-    """Of `engine` with these words, run in this process."""
+    """Run `engine WORDS` in this process; returns its exit code."""
     with pytest.raises(SystemExit) as end:
         main([str(word) for word in words])
     return int(end.value.code or 0)
 
 
 def run_cli(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
-    """Exit code of `engine` with these words, run in this process, and what it printed."""
+    """Run `engine WORDS` in this process; returns its exit code and output (stdout, then stderr)."""
     code, captured = exit_code(*words), capsys.readouterr()
     return code, captured.out + captured.err
 

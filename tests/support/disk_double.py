@@ -1,9 +1,9 @@
-"""A disk in memory that records what is done to it and makes every state that a crash may leave.
+"""In-memory disk that records every operation and generates every state that a crash may leave.
 
-The model is POSIX at its weakest (Pillai et al. 2014, "All file systems are not created equal"): of what was done
-before the crash, the content written to a file is certain only after its sync, and a name (new, renamed, deleted) only
-after a sync of the folder it is in. Everything else is there, torn, or not there, in any combination that a file system
-can be in: an operation whose folder or file is not there has not happened either.
+The model is POSIX at its weakest (Pillai et al. 2014, "All file systems are not created equal"): after a crash, the
+content of a file is durable only if the file was synced before, and a name (new, renamed, deleted) only if its folder
+was synced. Every other operation may be complete, torn or lost, in any combination that a file system can produce: an
+operation whose folder or file was lost is lost too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from engine.checkpoint.storage import DISK, Status, unseen
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. what: mkdir, create, write, sync, sync_folder, rename, unlink, rmdir. file: number of a file."""
+    """One operation. kind: mkdir, create, write, sync, sync_folder, rename, unlink, rmdir. file: number of a file."""
 
-    what: str
+    kind: str
     path: str
     to: str = ""
     file: int = 0
@@ -41,9 +41,9 @@ def error(number: int, path: Path | str) -> OSError:
 
 
 class MemoryDisk:
-    """Implements Storage. tree: path -> a File, or None for a folder. log: what was done since `log` was emptied.
+    """Implements Storage. tree: path -> a File, or None for a folder. log: operations since `log` was emptied.
 
-    before: called with each operation that changes the disk, ahead of it; it may raise.
+    before: called before each operation that changes the disk; it may raise.
     """
 
     digest_name, digest, hasher = DISK.digest_name, staticmethod(DISK.digest), staticmethod(DISK.hasher)
@@ -61,26 +61,26 @@ class MemoryDisk:
         other._files = self._files
         return other
 
-    # -- what a crash leaves -------------------------------------------------------------------------------------------
+    # -- states after a crash ------------------------------------------------------------------------------------------
 
     def apply(self, op: Op, size: int | None = None) -> None:
-        """Do an operation if it is possible; size: only so many bytes of a write."""
+        """Apply an operation if it is possible. size: apply only the first `size` bytes of a write."""
         tree, parent = self.tree, str(Path(op.path).parent)
-        if op.what == "write":
+        if op.kind == "write":
             for file in tree.values():
                 if file is not None and file.number == op.file:
                     data = op.data[:size]
                     file.data[op.at : op.at + len(data)] = data
         elif parent not in tree:
             return
-        elif op.what == "mkdir":
+        elif op.kind == "mkdir":
             tree.setdefault(op.path, None)
-        elif op.what == "create":
+        elif op.kind == "create":
             tree[op.path] = File(op.file, bytearray(op.at))
-        elif op.what == "rename" and op.path in tree and not self._below(op.to):
+        elif op.kind == "rename" and op.path in tree and not self._below(op.to):
             for path in [op.path, *self._below(op.path)]:
                 tree[op.to + path[len(op.path) :]] = tree.pop(path)
-        elif op.what == "unlink" or (op.what == "rmdir" and not self._below(op.path)):
+        elif op.kind == "unlink" or (op.kind == "rmdir" and not self._below(op.path)):
             tree.pop(op.path, None)
 
     def _below(self, folder: str) -> list[str]:
@@ -180,22 +180,22 @@ class _MemorySource:
 
 
 def certain(log: list[Op]) -> list[bool]:
-    """Which of the operations, all of them done before a crash, are durable."""
+    """For each operation of the log, whether it is durable after a crash at its end."""
     durable = [False] * len(log)
     for i, op in enumerate(log):
-        if op.what == "sync":
-            durable[: i + 1] = [d or (o.what == "write" and o.file == op.file) for d, o in zip(durable, log[: i + 1])]
-        elif op.what == "sync_folder":
+        if op.kind == "sync":
+            durable[: i + 1] = [d or (o.kind == "write" and o.file == op.file) for d, o in zip(durable, log[: i + 1])]
+        elif op.kind == "sync_folder":
             for k, o in enumerate(log[:i]):
-                names = o.what in ("mkdir", "create", "rename", "unlink", "rmdir")
+                names = o.kind in ("mkdir", "create", "rename", "unlink", "rmdir")
                 durable[k] |= names and _folder_then(o.to or o.path, log[k + 1 : i]) == op.path
     return durable
 
 
 def _folder_then(path: str, later: list[Op]) -> str:
-    """The folder that a name is in, after its folder may have been renamed."""
+    """The folder of a name after later renames of its folders."""
     for op in later:
-        if op.what == "rename" and path.startswith(op.path + "/"):
+        if op.kind == "rename" and path.startswith(op.path + "/"):
             path = op.to + path[len(op.path) :]
     return str(Path(path).parent)
 
@@ -203,12 +203,15 @@ def _folder_then(path: str, later: list[Op]) -> str:
 def crash_states(
     before: MemoryDisk, log: list[Op], rng: random.Random, samples: int
 ) -> Iterator[tuple[int, MemoryDisk]]:
-    """(number of operations done, disk) for every prefix of the log: nothing lost; all lost that can be; only names in
-    order lost; and `samples` times any combination, writes torn anywhere."""
-    written = {op.file for op in log if op.what == "create"}
+    """(number of operations done, disk) for every prefix of the log.
+
+    Per prefix: nothing lost; everything lost that can be; lost from a certain operation on; and `samples` random
+    combinations with writes torn anywhere.
+    """
+    written = {op.file for op in log if op.kind == "create"}
     for done in range(len(log) + 1):
         prefix, durable = log[:done], certain(log[:done])
-        open_ops = [i for i in range(done) if not durable[i] and not prefix[i].what.startswith("sync")]
+        open_ops = [i for i in range(done) if not durable[i] and not prefix[i].kind.startswith("sync")]
         choices = [set(open_ops), set()]
         choices += [{i for i in open_ops if i < cut} for cut in open_ops[1:4]]
         choices += [{i for i in open_ops if rng.random() < rng.choice((0.2, 0.5, 0.8))} for _ in range(samples)]
@@ -218,9 +221,9 @@ def crash_states(
                 if durable[i]:
                     disk.apply(op)
                 elif i in kept:
-                    torn = number > 1 and op.what == "write" and rng.random() < 0.4
+                    torn = number > 1 and op.kind == "write" and rng.random() < 0.4
                     disk.apply(op, rng.randrange(len(op.data) + 1) if torn and op.data else None)
-            synced = {op.file for op in prefix if op.what == "sync"}
+            synced = {op.file for op in prefix if op.kind == "sync"}
             for file in disk.tree.values():
                 if number > 1 and file is not None and file.number in written - synced and rng.random() < 0.3:
                     del file.data[rng.randrange(len(file.data) + 1) :]  # its size is as uncertain as its content

@@ -1,4 +1,4 @@
-"""Errors by their stable code, instead of by their wording (tests/wording.txt holds that)."""
+"""Matches errors by their stable code, not by their wording (which is in tests/wording.txt)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Kind = TypeVar("Kind", bound=EngineError)
 
 @contextmanager
 def raises(kind: type[Kind], code: str, *values: object) -> Iterator[pytest.ExceptionInfo[Kind]]:
-    """The block raises a `kind` with this code, whose text names the values: files, lines, numbers; no words.
+    """Assert that the block raises a `kind` with this code, and that its message contains the values.
 
-    Of a ConfigError one of the faults has the code.
+    Values are files, lines and numbers, not words. In a ConfigError, one of the errors must have the code.
     """
     with pytest.raises(kind) as caught:
         yield caught
     error = caught.value
-    codes = [fault.code for fault in error.errors] if isinstance(error, ConfigError) else [error.code]
+    codes = [one.code for one in error.errors] if isinstance(error, ConfigError) else [error.code]
     assert code in codes, f"{codes}: {error}"
     missing = [str(value) for value in values if str(value) not in str(error)]
     assert not missing, f"{missing} not in: {error}"

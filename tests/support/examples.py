@@ -12,7 +12,7 @@ from engine.data.samples.indexed_writer import IndexedWriter
 from tests.support.paths import BIN, ROOT
 
 SCRIPT, SLURM = ROOT / "examples/pretrain_7b.sh", ROOT / "examples/pretrain_7b.slurm"
-PORT = str(20000 + os.getpid() % 10000)  # hosts have theirs to themselves; on this machine others may listen
+PORT = str(20000 + os.getpid() % 10000)  # avoids ports of other processes; each host namespace has separate ports
 TINY = """
 [model]
 preset = "micro"
@@ -42,14 +42,14 @@ tensorboard = false
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without what a launcher may have left in it, and with the tools of this Python."""
+    """This process's environment without a launcher's variables, with this Python's commands first in PATH."""
     names = ("RANK", "WORLD_SIZE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE")
     kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith("SLURM_")}
     return kept | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | more
 
 
 def tiny_config(folder: Path) -> Path:
-    """A config in `folder` that makes the 7B script train a tiny float64 model on a corpus that counts."""
+    """A config in `folder` that makes the 7B script train a tiny float64 model on a corpus of consecutive numbers."""
     rng = np.random.default_rng(0)
     with IndexedWriter(folder / "counting", vocab_size=97) as writer:
         for _ in range(200):
@@ -61,7 +61,7 @@ def tiny_config(folder: Path) -> Path:
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of every step, which must be there once each and in order."""
+    """The losses of all steps; asserts that each step is recorded once and in order."""
     path = run / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))

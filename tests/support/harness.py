@@ -1,7 +1,7 @@
-"""Run a function on N ranks (gloo, and shared memory if built), forked from this process, which has imported torch.
+"""Runs a function on N ranks (gloo, and shared memory if built), forked from this process, which has imported torch.
 
-No ports (a file store), one thread a rank, a watchdog that dumps every rank's stack, and the first failing rank's
-traceback re-raised here with its rank.
+It uses no ports (a file store) and one thread per rank. A watchdog dumps every rank's stack, and the first failing
+rank's traceback is raised here with its rank.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import sympy  # noqa: F401  torch imports it in its first backward: a second in each rank unless it is here before the fork
+import sympy  # noqa: F401  torch imports it in its first backward: before the fork it saves a second in each rank
 import torch
 import torch.distributed as dist
 
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 
-torch.set_num_threads(1)  # before any fork: a child does not inherit worker threads, only their locks
+torch.set_num_threads(1)  # before any fork: a child inherits locks of worker threads, but not the threads
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -69,7 +69,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
             try:
                 ok, value = pickle.loads(pending.pop(rank).recv_bytes())
             except EOFError:
-                raise AssertionError(f"rank {rank} died without a word") from None
+                raise AssertionError(f"rank {rank} exited without a result") from None
             if not ok:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
             results[rank] = value

@@ -28,7 +28,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def rewrite(folder: Path, change: Any) -> None:
-    """The tensors of a folder, changed, in one file."""
+    """Apply `change` to the tensors of a folder and save them in one file."""
     tensors = {key: x.clone() for key, x in tensors_of(folder).items()}
     change(tensors)
     for file in folder.glob("*.safetensors*"):

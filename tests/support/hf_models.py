@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made by transformers. Shared by the tests of import and export."""
+"""Tiny random transformers models of every family, for the tests of import and export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 disable_progress_bar()
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA |= {"num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64}
-LLAMA |= {"pad_token_id": None}  # transformers trains no embedding of it
+LLAMA |= {"pad_token_id": None}  # transformers does not train the embedding of a padding token
 BIASED = {"attention_bias": True, "mlp_bias": True}
 ROPE3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE3 |= {"original_max_position_embeddings": 32}
@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model with weights, biases and norms away from where they start."""
+    """A model whose weights, biases and norms differ from their initial values."""
     kind, words = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**words)
     config._attn_implementation = "eager"

@@ -1,4 +1,4 @@
-"""Ranks as torchrun starts them, forked: the agent's store, the environment, exit codes and output."""
+"""Forked ranks in the environment of torchrun: the agent's store, variables, exit codes and output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from engine.util.signals import STOP_SIGNALS
 CPU = torch.device("cpu")
 TWO = Layout(2, data=2)
 DAMAGED = "corpus.bin: 3 bytes at offset 12, expected 4: prepare it again"
-PRINTED = f"{DAMAGED} [data.damaged]"  # as it is printed
+PRINTED = f"{DAMAGED} [data.damaged]"  # the message as printed
 RankFunction = Callable[[ParallelContext], int]
 
 
@@ -45,7 +45,7 @@ def last_rank_fails(ctx: ParallelContext) -> int:
 
 @dataclass(frozen=True)
 class RankExit:
-    """How a rank ended: its exit code (negative: the signal that killed it) and what it said."""
+    """How a rank ended: its exit code (negative: the signal that killed it) and its output."""
 
     code: int
     text: str
@@ -53,9 +53,9 @@ class RankExit:
 
 @contextmanager
 def forked(body: Callable[[], int], log: Path) -> Iterator[int]:
-    """Run body in a child whose output goes into `log`; its result is the exit code. Gives the process id.
+    """Run `body` in a child process with output to `log`; its result is the exit code. Yields the process id.
 
-    This process stays without threads: a child that inherits a lock of the C library in another thread's hand hangs.
+    This process must have no other threads: a child that inherits a locked lock of the C library hangs.
     """
     pid = os.fork()
     if pid == 0:
@@ -64,7 +64,7 @@ def forked(body: Callable[[], int], log: Path) -> Iterator[int]:
             os.dup2(fd, 1)
             os.dup2(fd, 2)
             sys.stdout = sys.stderr = os.fdopen(fd, "w", buffering=1)
-            for number in STOP_SIGNALS:  # whatever a verb that ran in this process has left
+            for number in STOP_SIGNALS:  # a command that ran in this process may have left handlers
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             os._exit(body())
@@ -74,7 +74,7 @@ def forked(body: Callable[[], int], log: Path) -> Iterator[int]:
     try:
         yield pid
     finally:
-        with suppress(ProcessLookupError):  # it has been waited for, as it should
+        with suppress(ProcessLookupError):  # normally it has ended and been waited for
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
@@ -93,9 +93,9 @@ def ranks(
     timeout_s: float = 20.0,
     stopped: int | None = None,
 ) -> list[RankExit]:
-    """Run a job on forked ranks, with the environment that torchrun's agent gives them and its store beside them.
+    """Run a job on forked ranks, with the environment and the store of torchrun's agent.
 
-    stopped: a rank that does not end by itself and is killed when the others have.
+    stopped: a rank that does not end by itself; it is killed when the others have ended.
     """
     reader, writer = os.pipe()
 

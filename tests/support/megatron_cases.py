@@ -99,7 +99,7 @@ def padded(x: Tensor) -> Tensor:
 
 
 def by_group(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Megatron's order of rows: for each key/value head its query heads, then k, then v."""
+    """Megatron's row order of a fused QKV: for each key/value head its query heads, then k, then v."""
     kv, rest = k.shape[0] // HEAD_DIM, q.shape[1:]
     parts = [x.view(kv, -1, *rest) for x in (q, k, v)]
     return torch.cat(parts, 1).reshape(-1, *rest)
@@ -141,7 +141,7 @@ def ends(c: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dist_state(c: dict[str, Tensor], form: str) -> dict[str, Any]:
-    """Everything that a `torch_dist` folder holds of the model. form: stacked, layers or halves."""
+    """All model tensors of a `torch_dist` folder. form: stacked, layers or halves."""
     layers = [layer_tensors(c, i, fused_norms=True) for i in range(LAYERS)]
     state: dict[str, Any] = dict(ends(c))
     if form == "stacked":
@@ -217,7 +217,7 @@ def save_legacy(
 
 
 def odd_values() -> dict[str, Any]:
-    """What args and what lies beside them may hold, whose pickled names differ by Python, numpy or protocol."""
+    """Values in and around args whose pickled names differ between versions of Python, numpy or the protocol."""
     return {
         "exit_signal": signal.SIGTERM,
         "load": pathlib.PosixPath("/a/b"),

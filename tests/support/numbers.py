@@ -1,4 +1,4 @@
-"""Random tensors, comparisons within the rounding of a type, and the operators written out in float64."""
+"""Random tensors, comparisons within the rounding of a dtype, and float64 references of the operators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engine.ops.loss import VocabSlice, linear_cross_entropy
 
 CTX = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
 SELF_AXIS = CTX.self_axis
-# largest difference allowed, relative to the largest value of the reference
+# max error allowed, relative to the largest value of the reference
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 Op = Callable[..., Tensor]
@@ -63,7 +63,7 @@ def agree(
     grad_layout: str = "plain",
     floor: float = 1e-300,
 ) -> None:
-    """op in `dtype` and reference in float64, on the same (rounded) inputs and upstream gradient."""
+    """Assert that `op` in `dtype` equals the float64 `reference`, gradients included, on the same rounded inputs."""
     mine = [like(x, dtype) for x in inputs]
     theirs = [x.detach().double().requires_grad_() for x in mine]
     before = [x.detach().clone() for x in mine]
@@ -99,7 +99,7 @@ def swiglu_reference(fused: Tensor) -> Tensor:
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[b, n, s, d] -> [s, b, n * d], head by head, with the mask written out."""
+    """[b, n, s, d] -> [s, b, n * d], computed head by head with an explicit mask."""
     b, n, s, d = q.shape
     future = torch.ones(s, s, dtype=torch.bool).triu(1)
     heads = []

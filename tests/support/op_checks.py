@@ -1,6 +1,6 @@
-"""Checks of the operators that hold on every device, and their cases.
+"""Checks of the operators for every device, and their cases.
 
-tests/ops runs them on the CPU, tests/gpu on a GPU: tensors are made on torch's default device.
+tests/ops runs them on the CPU, tests/gpu on a GPU: tensors are created on torch's default device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_rms_norm(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> N
 
 
 def check_rms_norm_of_tiny_and_huge_rows(scale: float) -> None:
-    """eps matters for the one, overflow of x^2 would for the other; a row of zeros stays zero with finite gradients."""
+    """eps matters for tiny rows, x^2 may overflow for huge ones; a zero row stays zero with finite gradients."""
     x = randn(4, 1, 8) * scale
     x[1] = 0
     op, reference = (functools.partial(f, eps=1e-6) for f in (rms_norm, rms_norm_reference))
@@ -48,7 +48,7 @@ def check_rms_norm_of_tiny_and_huge_rows(scale: float) -> None:
 
 
 def check_other_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Scaled by 1 + weight; over a dim that is cut, here in one part; with mean and bias."""
+    """Scaled by 1 + weight; over a sharded dim (here one shard); with mean and bias."""
     x, w = randn(*shape), randn(shape[-1], seed=1)
     scaled = lambda x, w: rms_norm_reference(x, 1 + w, 1e-5)  # noqa: E731
     agree(lambda x, w: rms_norm(x, w, 1e-5, 1.0), scaled, (x, w), dtype)
@@ -80,7 +80,7 @@ def check_rope(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
 
 
 def check_part_of_a_head_is_rotated(width: int, dtype: torch.dtype) -> None:
-    """The first values; the rest stays as it is, to the bit. None of them: a copy, laid out for attention."""
+    """The first `width` values are rotated, the rest is bitwise unchanged. Width 0: a copy laid out for attention."""
     x = randn(2, 3, 5, 6)
 
     def op(x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ OPS = native.load()[0]
 
 
 def both(op: Callable[..., Any], *inputs: Tensor) -> list[list[Tensor]]:
-    """Outputs and gradients of op, on our kernels and on the references."""
+    """Outputs and gradients of op, with the custom kernels and with the references."""
     found = []
     for kernels in (True, False):
         with native.forced(kernels=kernels, gemm=kernels):
@@ -114,7 +114,7 @@ def both(op: Callable[..., Any], *inputs: Tensor) -> list[list[Tensor]]:
 
 
 def reference(*inputs: Tensor, op: Callable[..., Any]) -> list[Tensor]:
-    """Outputs and gradients of op by torch's code in float64."""
+    """Outputs and gradients of op with torch's operators in float64."""
     return both(op, *(x.double() for x in inputs))[1]
 
 
@@ -147,7 +147,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
 
 
 def check_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype) -> None:
-    """Forward and backward, each within the tolerance of its type; and as near to it as torch's own code (twofold)."""
+    """Forward and backward are within the tolerance of the dtype, and at most twice as inexact as torch's operators."""
     op, shapes = OPERATORS[name]
     inputs = [randn(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
     exact, (own, torchs) = reference(*inputs, op=op), both(op, *inputs)
@@ -157,12 +157,12 @@ def check_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype) -> 
             assert not a.any()
             continue
         assert relative(a, c) < TOLERANCE[dtype]
-        units = 16 if dtype == torch.float64 else 4  # in float64 the reference is as inexact as what it judges
+        units = 16 if dtype == torch.float64 else 4  # in float64 the reference is as inexact as the kernel
         assert relative(a, c) < 2 * relative(b, c) + units * torch.finfo(dtype).eps
 
 
 def check_a_norm_after_a_sum_is_the_two_in_turn(own: bool, dtype: torch.dtype) -> None:
-    """To the bit forward; backward to rounding, 1e-12 in float64; the sum's own gradient comes along, or alone."""
+    """Forward bitwise, backward within rounding (1e-12 in float64); the sum has a gradient too, or the only one."""
     x, r, w, b = (randn(*shape, seed=i).to(dtype) for i, shape in enumerate(((70, 3, 33), (70, 3, 33), (33,), (33,))))
     pairs: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] = [
         (lambda x, r, w: add_rms_norm(x, r, w, 1e-5), lambda s, w: rms_norm(s, w, 1e-5), (w,)),
@@ -188,7 +188,7 @@ def check_a_norm_after_a_sum_is_the_two_in_turn(own: bool, dtype: torch.dtype) -
 
 
 def check_softmax_ways_agree(dtype: torch.dtype, valid: int) -> None:
-    """Huge logits, minus infinity, targets of other ranks, padding, a rank without a part of the vocabulary."""
+    """Huge logits, minus infinity, targets on other ranks, padding, a rank without a part of the vocabulary."""
     logits = randn(30, 70).to(dtype) * 10
     logits[3] += 1000
     logits[4, 5:] = -torch.inf
@@ -202,7 +202,7 @@ def check_softmax_ways_agree(dtype: torch.dtype, valid: int) -> None:
         x = logits.clone()
         peak, total, at_target = stats(x, targets, valid)
         grad = torch.linspace(0.1, 1, 30, dtype=peak.dtype)
-        shift = peak if valid else torch.zeros_like(peak)  # as the ranks that have a part say
+        shift = peak if valid else torch.zeros_like(peak)  # the maximum over the ranks that have a part
         gradient(x, targets, shift, grad / total.clamp_min(1), grad, valid)
         inside = (targets >= 0) & (targets < valid)
         assert torch.equal(x, logits) is False and not x[:, valid:].any()
@@ -213,7 +213,7 @@ def check_softmax_ways_agree(dtype: torch.dtype, valid: int) -> None:
 
 
 def check_adamw(low: torch.dtype | None, dtype: torch.dtype) -> None:
-    """Five steps as torch.optim's, gradients scaled on the way; the low-precision copy is the rounded master."""
+    """Five steps equal torch.optim's, with scaled gradients; the low-precision copy is the rounded master weight."""
     if low and dtype == torch.float64:
         return
     n = 10_001
@@ -242,7 +242,7 @@ def check_bf16_rounds_as_torch_does() -> None:
 
 
 def check_references_run_where_kernels_are_refused() -> None:
-    """The two ways differ in their last bits, which shows that `forced` reaches the ops."""
+    """Kernel and reference differ in their last bits, which shows that `forced` reaches the operators."""
     x, w = randn(64, 500).float(), randn(500, seed=1).float()
     with native.forced(kernels=False):
         assert native.kernels(x) is None
@@ -270,5 +270,5 @@ CASES: dict[Callable[..., None], list[tuple[Any, ...]]] = {
 
 
 def over_cases(check: Callable[..., None]) -> pytest.MarkDecorator:
-    """Parametrises a test with the arguments of a check."""
+    """Parametrise a test with the arguments of a check."""
     return pytest.mark.parametrize(list(inspect.signature(check).parameters), CASES[check], ids=str)

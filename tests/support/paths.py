@@ -1,4 +1,4 @@
-"""Places that tests need: the repository, and the commands of this Python."""
+"""Paths of the repository and of this Python's commands."""
 
 from __future__ import annotations
 

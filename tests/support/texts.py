@@ -1,4 +1,4 @@
-"""Random documents for `engine clean`, and what it wrote."""
+"""Random documents for `engine clean`, and its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of two weights, saved into a folder or a double of a disk: made-up values, no training."""
+"""A model of two weights with random values, saved to a folder or an in-memory disk, without training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def values(step: int, kind: str, name: str, run: int) -> torch.Tensor:
 
 
 def states(step: int, part: int = 0, parts: int = 1, run: int = 0) -> list[StateShard]:
-    """What one of several data ranks owns of a tiny model at a step; run: another one gives other values."""
+    """State shards of data rank `part` of `parts` of a tiny model at a step. run: other runs have other values."""
     found = []
     for name, shape in SHAPES.items():
         spec = ShardSpec((Chunk(name, shape[0]),), other=shape[1] if len(shape) > 1 else None)
@@ -46,7 +46,7 @@ def states(step: int, part: int = 0, parts: int = 1, run: int = 0) -> list[State
 
 
 def save_by_two_ranks(disk: MemoryDisk, step: int) -> None:
-    """What two ranks do, in one of the orders it may happen."""
+    """The operations of a save by two ranks, in one of the possible orders."""
     temporary = FOLDER / f".step_{step:08d}.two-1.tmp"
     retention.tidy(disk, FOLDER, temporary)
     make_folders(disk, FOLDER)

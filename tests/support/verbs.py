@@ -1,4 +1,4 @@
-"""`prepare`, `clean` and `train_tokenizer` called by keywords, with paths of any kind."""
+"""Keyword versions of `prepare`, `clean` and `train_tokenizer` that accept str or Path."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ if code < 0:
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
-THIRD_PARTY = (  # what commands import besides the engine, whose modules note what process they are in
+THIRD_PARTY = (  # packages that commands import; engine modules are left to the copies: they record their process
     "matplotlib.pyplot",
     "tokenizers",
     "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",

@@ -1,8 +1,8 @@
-"""The wording of all errors, read from the source: `python -m tests.support.wording` rewrites tests/wording.txt.
+"""The messages of all errors, read from the source: `python -m tests.support.wording` rewrites tests/wording.txt.
 
-Every error has a code, "room.kebab-case-name": a literal where it is raised, or `error.code` of an error that is passed
-on. What it says stands in one file, sorted by code, with {expressions} where values go: so a change of wording shows
-there, and tests match codes.
+Every error has a code, "package.kebab-case-name": a literal where it is raised, or `error.code` of another error.
+tests/wording.txt lists the messages by code, with {expressions} for values, so that a change of wording is visible
+there while tests match codes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _BASE, _MANY, _FIELD = (
     "EngineError",
     "ConfigError",
     "FieldError",
-)  # a ConfigError is made of FieldErrors, which have the codes
+)  # a ConfigError consists of FieldErrors, which have the codes
 _FIELD_TEXT = ("path", "problem", "fix")
 
 
 @dataclass(frozen=True)
 class ErrorSite:
-    """One place that makes an error: what stands for its code, and its message."""
+    """A call that creates an error: its place, code and message."""
 
     where: str
     code: str | None
@@ -35,7 +35,7 @@ class ErrorSite:
 
 
 def errors(root: Path = ROOT) -> list[ErrorSite]:
-    """Every error made in engine/ and tools/, in the order of files and lines. code: None where it is no literal."""
+    """Every call in engine/ and tools/ that creates an error, by file and line. code: None if it is not a literal."""
     files = sorted(path for folder in ("engine", "tools") for path in (root / folder).rglob("*.py"))
     trees = {path: ast.parse(path.read_text()) for path in files}
     kinds = _kinds(trees.values())
@@ -48,17 +48,17 @@ def errors(root: Path = ROOT) -> list[ErrorSite]:
 
 
 def complaints(raised: list[ErrorSite]) -> list[str]:
-    """What is wrong with the codes."""
+    """Problems with the codes."""
     return [
-        f"{error.where}: {'the code is no literal' if error.code is None else repr(error.code)}: "
-        'the first argument is the code, such as "room.kebab-case-name"'
+        f"{error.where}: {'the code is not a literal' if error.code is None else repr(error.code)}: "
+        'the first argument must be the code, such as "package.kebab-case-name"'
         for error in raised
         if error.code is None or not CODE.fullmatch(error.code)
     ]
 
 
 def snapshot(raised: list[ErrorSite]) -> str:
-    """A paragraph for each code: the code, then what it says, once each way."""
+    """A paragraph for each code: the code, then its distinct messages."""
     found: dict[str, set[str]] = {}
     for error in raised:
         if error.code is not None and CODE.fullmatch(error.code):
@@ -67,7 +67,7 @@ def snapshot(raised: list[ErrorSite]) -> str:
 
 
 def _kinds(trees: Iterator[ast.Module]) -> set[str]:
-    """EngineError, what derives from it, and FieldError."""
+    """EngineError, its subclasses, and FieldError."""
     classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     kinds, before = {_BASE, _FIELD}, 0
     while len(kinds) > before:
@@ -103,7 +103,7 @@ def _raised(call: ast.Call, scope: ast.AST, where: str) -> ErrorSite:
 
 
 def template(node: ast.expr, scope: ast.AST) -> str:
-    """A message with {expressions} and <either | or>. A name is what its function gave it last before, if text."""
+    """A message with {expressions} and <either | or>. A name is replaced by the last text assigned to it, if any."""
     if isinstance(node, ast.Constant):
         return node.value.replace("\n", "\\n") if isinstance(node.value, str) else str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -120,7 +120,7 @@ def template(node: ast.expr, scope: ast.AST) -> str:
 
 
 def _given(name: ast.Name, scope: ast.AST) -> ast.expr | None:
-    """The text that the function gives a name, nearest before its use; None when it is of another kind."""
+    """The text assigned to a name in the function, last before its use; None if the value is not a text."""
     given = [
         (value.lineno, value)
         for node in ast.walk(scope)
@@ -140,7 +140,7 @@ def _pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]
 
 
 def _is_text(node: ast.expr) -> bool:
-    """Whether an expression is a text that is written out: a literal, or made of literals."""
+    """Whether an expression is a string literal, or composed of literals."""
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, ast.Add) and (_is_text(node.left) or _is_text(node.right))
     if isinstance(node, ast.IfExp):

@@ -1,4 +1,4 @@
-"""Scores and continuations: the same in every layout, and what they say is true."""
+"""Validation scores and generated text: correct, and the same in every layout."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int, m
 
 @pytest.mark.parametrize("batches", [0, 2])
 def test_the_score_does_not_depend_on_the_layout(corpus: Path, batches: int) -> None:
-    """The number of samples is odd: some data ranks have one fewer, and the last microbatch is not full."""
+    """The number of samples is odd: some data ranks have one sample less, and the last microbatch is not full."""
     dataset = IndexedDataset(corpus)
     samples = SampleOrder(dataset, 16, 1234).samples_per_epoch
     assert samples % 2 == 1
@@ -98,7 +98,7 @@ def test_a_corpus_shorter_than_a_sample_is_scored(tmp_path: Path) -> None:
 
 
 def masked_by_hand(cfg: Config, prefix: Path, mask: LossMask) -> tuple[float, int]:
-    """(mean loss of the labels that count, how many do) over a whole corpus, row by row with torch's cross-entropy."""
+    """(mean loss of the counted labels, their number) over a whole corpus, row by row with torch's cross-entropy."""
     ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
     model = setup(cfg, ctx).stages[0].module
     order = SampleOrder(IndexedDataset(prefix), 16, cfg.train.seed, short=True)
@@ -113,7 +113,7 @@ def masked_by_hand(cfg: Config, prefix: Path, mask: LossMask) -> tuple[float, in
 
 
 def test_validation_counts_the_labels_that_training_counts(corpus: Path, tmp_path: Path) -> None:
-    """data.mask_eod and data.mask_tokens hold in validation, in every layout, and for `engine evaluate`."""
+    """data.mask_eod and data.mask_tokens apply to validation, in every layout, and to `engine evaluate`."""
     mask = LossMask(after=(5,), labels=(7, 9))
     expected, count = masked_by_hand(config(1), corpus, mask)
     assert count < IndexedDataset(corpus).num_tokens - 30
@@ -121,9 +121,11 @@ def test_validation_counts_the_labels_that_training_counts(corpus: Path, tmp_pat
         found = score(corpus, degrees, mbs, 0, mask)
         assert found.tokens == count and found.loss == pytest.approx(expected, rel=1e-11)
         assert found.bpb == pytest.approx(expected / math.log(2) * IndexedDataset(corpus).num_tokens / TEXT_BYTES)
-    facts = {"mask_eod": 5, "mask_tokens": [7, 9]}
+    metadata = {"mask_eod": 5, "mask_tokens": [7, 9]}
     cfg = config(1)
-    made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, facts)), num_kv_heads=2)[0]
+    made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, metadata)), num_kv_heads=2)[
+        0
+    ]
     ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         used = config_of(Path(made))
@@ -148,7 +150,7 @@ def test_a_run_validates_with_the_mask_it_trains_with(tmp_path: Path) -> None:
 
 
 def test_logits_do_not_depend_on_the_layout() -> None:
-    """The slices of the vocabulary come together in order, without the padding: 61 ids over two ranks."""
+    """The vocabulary shards are gathered in order, without the padding: 61 ids over two ranks."""
     tokens = torch.arange(12).view(2, 6) * 5
 
     def logits(tensor: int) -> list[Any]:
@@ -219,7 +221,7 @@ def test_draws_follow_from_the_seed_and_stay_in_the_model(model: Transformer, to
 
 
 def test_batches_are_those_of_the_run_in_every_layout(corpus: Path, tmp_path: Path) -> None:
-    """Three data ranks cannot share the 4 sequences of the run's global batch; the score is of 2 x 4 all the same."""
+    """4 sequences of the run's global batch do not divide over 3 data ranks; the score is still over 2 x 4."""
     cfg = config(1)
     made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, {})), num_kv_heads=2)[0]
 

@@ -1,4 +1,4 @@
-"""The names of `import engine`, and the examples that are written with them."""
+"""The public names of `import engine`, and the examples that use them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def example(name: str) -> Any:
 
 
 def lines_of(module: Any, folder: Path, world: int, options: dict[str, str], capfd: Any) -> list[str]:
-    """What an example prints on so many ranks."""
+    """The lines that an example prints on `world` ranks."""
     small = {"model.num_layers": "2", "train.seq_len": "16", "train.precision": "fp64", "train.device": "cpu"}
     resolved = engine.load_config([], module.OPTIONS | small | {"run.dir": str(folder)} | options, world=world)
     kv_heads = resolved.config.model.num_kv_heads
@@ -81,8 +81,8 @@ def lines_of(module: Any, folder: Path, world: int, options: dict[str, str], cap
     return [line for line in capfd.readouterr().out.splitlines() if line.startswith("step ")]
 
 
-def test_a_loop_of_ones_own_in_sixty_lines(corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """It trains, validates, saves the better ones and stops early, alike on one rank and on two."""
+def test_a_custom_loop_in_sixty_lines(corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It trains, validates, saves checkpoints that improve and stops early, with equal output on one and two ranks."""
     assert len((EXAMPLES / "custom_loop.py").read_text().splitlines()) <= 60
     module, options = example("custom_loop"), {"data.train": corpus, "data.valid": corpus, "optimizer.lr": "0.1"}
     options |= {"eval.every": "2", "train.steps": "30", "eval.batches": "1"}
@@ -94,7 +94,7 @@ def test_a_loop_of_ones_own_in_sixty_lines(corpus: str, tmp_path: Path, capfd: p
     assert list(scores)[-1] < 30, "it has stopped early"
 
 
-def test_going_on_in_another_layout_is_as_if_nothing_had_changed(
+def test_resuming_in_another_layout_changes_nothing(
     corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     module = example("resume_in_another_layout")

@@ -1,4 +1,4 @@
-"""Stopping a run, and runs that stand still: saved before it is validated, told at any moment, and who is behind."""
+"""Stopping a run by a signal at any moment, and runs that hang: saving, exit codes, and which rank is behind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Stop:
-    """A stop request of one rank that comes with its `at`-th chunk of a validation; 0: never."""
+    """A stop request of one rank that arrives with its `at`-th chunk of a validation; 0: never."""
 
     def __init__(self, at: int = 0):
         self.at, self.chunks = at, 0
@@ -51,7 +51,7 @@ class Stop:
 
 
 def job(cfg: Any, ctx: ParallelContext, at: int) -> tuple[int, int]:
-    """(exit code, chunks that were validated), the signal coming to the last rank only."""
+    """(exit code, number of validated chunks); only the last rank gets the signal."""
     stop = Stop(at if ctx.rank == ctx.world.size - 1 else 0)
     chunk = Evaluator._chunk
 
@@ -59,7 +59,7 @@ def job(cfg: Any, ctx: ParallelContext, at: int) -> tuple[int, int]:
         stop.chunks += 1
         return chunk(self, samples, count)
 
-    Evaluator._chunk = counted  # type: ignore[method-assign]  # a rank of its own process: undone for its next run
+    Evaluator._chunk = counted  # type: ignore[method-assign]  # undone below, for the next run in this process
     try:
         return train(cfg, ctx, stop), stop.chunks  # type: ignore[arg-type]
     finally:
@@ -72,7 +72,7 @@ def validations(run: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("degrees", [{}, {"parallel_pipeline": 2}])
 def test_a_signal_during_validation_finds_the_step_saved(degrees: dict[str, int], corpus: str, tmp_path: Path) -> None:
-    """At the last step and at another; the next start makes up for the validation, and all is as if undisturbed."""
+    """At the last step and at another; the next start repeats the validation, and all results are as without a stop."""
 
     def cfg_of(name: str, **more: Any) -> Any:
         return resolve(
@@ -137,7 +137,7 @@ def test_the_step_is_saved_before_it_is_validated(
 def test_all_ranks_stay_until_exit_json_is_written(
     early: bool, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun ends the others soon after one has left, and a disk may be slow."""
+    """torchrun kills the other ranks soon after one has exited, and a disk may be slow."""
     cfg = resolve(2, parallel_data=2, train_steps=1, data_train=corpus, run_dir=tmp_path / "run")
     write = ExitRecord.write
 
@@ -155,7 +155,7 @@ def test_all_ranks_stay_until_exit_json_is_written(
 
 
 def test_a_spoiled_line_of_metrics_stops_no_start(tmp_path: Path) -> None:
-    """What a power cut leaves; whether the step still lacks its validation is then not known."""
+    """A corrupt line after a power cut: whether the step lacks its validation is then not known."""
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 4, "loss": 1.0}\n')
     assert lacks_validation(tmp_path, 4)
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -164,7 +164,7 @@ def test_a_spoiled_line_of_metrics_stops_no_start(tmp_path: Path) -> None:
     assert not lacks_validation(tmp_path / "none", 6)
 
 
-def test_a_signal_before_the_first_step_is_told_and_asks_for_another_start(
+def test_a_signal_before_the_first_step_is_reported_and_asks_for_another_start(
     corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cfg = resolve(1, train_steps=2, data_train=corpus, run_dir=tmp_path / "run")
@@ -174,12 +174,12 @@ def test_a_signal_before_the_first_step_is_told_and_asks_for_another_start(
             return True
 
     assert run_ranks(layout_of(cfg.config), lambda ctx: train(cfg, ctx, Always())) == [75]  # type: ignore[arg-type]
-    facts = {"code": 75, "reason": "stopped on a signal before the first step", "step": 0}
-    assert json.loads((tmp_path / "run/exit.json").read_text()) == facts
-    told = (
+    record = {"code": 75, "reason": "stopped on a signal before the first step", "step": 0}
+    assert json.loads((tmp_path / "run/exit.json").read_text()) == record
+    printed = (
         "stopped on a signal before the first step: nothing to save yet; the same command starts from the beginning\n"
     )
-    assert capfd.readouterr().out[len("12:34:56 ") :] == told
+    assert capfd.readouterr().out[len("12:34:56 ") :] == printed
     assert run_ranks(layout_of(cfg.config), lambda ctx: train(cfg, ctx, Stop())) == [0]  # type: ignore[arg-type]
     assert run_ranks(layout_of(cfg.config), lambda ctx: train(cfg, ctx, Always())) == [75]  # type: ignore[arg-type]
     assert capfd.readouterr().out.endswith("nothing to save yet; the same command resumes from step 2\n")
@@ -214,7 +214,7 @@ sys.exit(1 if rank.wait() else 0)
 
 @pytest.mark.parametrize("group", [False, True])
 def test_a_signal_before_there_are_ranks_is_kept_for_them(group: bool, tmp_path: Path) -> None:
-    """Heard once, by a rank that starts later and listens later still; sent to every process it ends no torchrun."""
+    """It arrives once, at a rank that starts later and installs its handler later; sent to all, it ends no torchrun."""
     (tmp_path / "torchrun").write_text(TORCHRUN)
     (tmp_path / "torchrun").chmod(0o755)
     (tmp_path / "rank.py").write_text(RANK)
@@ -234,8 +234,8 @@ def test_a_signal_before_there_are_ranks_is_kept_for_them(group: bool, tmp_path:
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
 def test_signals_at_random_moments(tiny: Path, tmp_path: Path) -> None:
-    """40 starts of two ranks, a signal to the script or its process group each: 75, and said why, 40 times."""
-    rng, run, told = random.Random(40), tmp_path / "run", []
+    """40 starts of two ranks, each with a signal to the script or its process group: exit code 75 and one message."""
+    rng, run, printed = random.Random(40), tmp_path / "run", []
     for trial in range(40):
         number = rng.choice([signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
         group, delay = rng.random() < 0.5, rng.choice([rng.uniform(0.05, 0.3), rng.uniform(0, 4), rng.uniform(2, 12)])
@@ -258,11 +258,11 @@ def test_signals_at_random_moments(tiny: Path, tmp_path: Path) -> None:
             if script.returncode is None:
                 os.killpg(script.pid, signal.SIGKILL)
                 script.wait()
-        said = log.read_text()
-        why = re.findall(r"stopped on (?:a signal|SIG\w+) (before|after) ", said)
-        assert code == 75 and len(why) == 1, (trial, number, group, delay, code, said)
-        told += why
-    print(f"{told.count('before')} before the first step, {told.count('after')} after one")
+        errors = log.read_text()
+        why = re.findall(r"stopped on (?:a signal|SIG\w+) (before|after) ", errors)
+        assert code == 75 and len(why) == 1, (trial, number, group, delay, code, errors)
+        printed += why
+    print(f"{printed.count('before')} before the first step, {printed.count('after')} after one")
 
 
 # -- who is behind -----------------------------------------------------------------------------------------------------
@@ -297,8 +297,8 @@ def test_a_stopped_rank_is_named_in_every_layout(transport: str, corpus: str, tm
             return train(cfg, ctx, Stop())  # type: ignore[arg-type]  # noqa: B023
 
         results = ranks(endless, folder, 4, transport, layout=layout_of(cfg.config), timeout_s=6.0, stopped=victim)
-        said = [line for r in results for line in r.text.splitlines() if line.startswith("error: ")]
-        assert len(said) == 1, results
-        text = said[0].partition(": ")[2].partition(": ")[2]  # without who says it
-        assert text.startswith(f"rank {victim} is behind: its process "), (LAYOUTS[number], victim, said)
-        assert set(re.findall(r"rank (\d)", text)) == {str(victim)}, said
+        errors = [line for r in results for line in r.text.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, results
+        text = errors[0].partition(": ")[2].partition(": ")[2]  # without "error: rank N: "
+        assert text.startswith(f"rank {victim} is behind: its process "), (LAYOUTS[number], victim, errors)
+        assert set(re.findall(r"rank (\d)", text)) == {str(victim)}, errors

@@ -1,4 +1,4 @@
-"""engine/util/extension.py: what of an extension is refused, and in which words."""
+"""engine/util/extension.py: which extensions are rejected, and with which message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.util import build_notes, extension
 def test_what_does_not_load_or_was_built_for_another_engine_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each with its reason in one line; the module itself only where all fits."""
+    """Each with its reason in one line; a module that fits is returned."""
     (tmp_path / "broken_extension.py").write_text("raise ImportError('undefined symbol: x\\nand more')")
     (tmp_path / "older_extension.py").write_text("interface = 3")
     (tmp_path / "silent_extension.py").touch()

@@ -1,4 +1,4 @@
-"""Small files, whole: what may be read, and what a JSON file may be."""
+"""Bounded reads of small files, and of JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_what_is_no_json_is_a_value_error(tmp_path: Path, content: bytes) -> Non
 
 
 def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
-    """A pipe would be waited for; a file may be larger than anybody wants in memory."""
+    """Reading a pipe would block; a file may be too large for memory."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_bytes(b"[" + b"1," * 50 + b"1]")
     for name in ("pipe", "large", "none", "."):

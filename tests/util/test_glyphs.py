@@ -1,4 +1,4 @@
-"""Pictures: every character is drawn, by a font that has it or in other letters; every run is in the legend; marks."""
+"""Plots: every character is drawn, by a font that has it or in other letters; every run is in the legend; marks."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from engine.util.glyphs import drawable
 from tests.support.command import exit_code
 from tests.support.corpora import corpus
 
-# matplotlib brings a font along with characters that its usual one lacks: what a CJK font is to Chinese.
+# matplotlib ships a font with characters that its default lacks: it plays the role of a CJK font for Chinese.
 OTHER = Path(matplotlib.get_data_path()) / "fonts/ttf/STIXGeneral.ttf"
 CHINESE = "训练"
 
 
 def lacking(path: Path) -> str:
-    """A printable character that this font has and DejaVu Sans has not."""
+    """A printable character that this font has and DejaVu Sans lacks."""
     usual = FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
     return next(chr(code) for code in FT2Font(str(path)).get_charmap() if code not in usual and chr(code).isprintable())
 
@@ -48,7 +48,7 @@ def run_folder(path: Path) -> Path:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The axes of the figure that was drawn last."""
+    """Returns the axes of the last figure."""
     monkeypatch.setattr(plt, "close", lambda figure: None)
     yield lambda: plt.gcf().axes[0]
     monkeypatch.undo()
@@ -57,7 +57,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_font_that_has_the_characters_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if not OTHER.is_file():
-        pytest.skip("this matplotlib brings no other font along")
+        pytest.skip("this matplotlib ships no other font")
     name = f"run {lacking(OTHER)}"
     (tmp_path / "torn.ttf").write_bytes(b"is no font")
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "torn.ttf"), str(OTHER)])
@@ -111,7 +111,7 @@ def test_marks_and_empty_classes(tmp_path: Path, shown: Any) -> None:
     assert [line.get_xdata()[0] for line in axes.lines] == [2.625, 5.5 + 29.75 / 32, 5.5 + 8.5 / 32]
 
 
-def test_another_tokenizer_than_the_datas_is_told(
+def test_a_tokenizer_other_than_the_datas_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, other = (Tokenizer.train(iter([text] * 9), 270) for text in ("some words", "quite different"))
@@ -120,13 +120,13 @@ def test_another_tokenizer_than_the_datas_is_told(
     with IndexedWriter(tmp_path / "c", made.vocab_size) as writer:
         writer.add(np.array(made.encode("some words")))
         writer.finish({"tokenizer_digest": made.digest})
-    for folder, told in (("made", False), ("other", True)):
+    for folder, differs in (("made", False), ("other", True)):
         how = ["--tokenizer", tmp_path / folder, "--samples", 0, "--output", tmp_path / "l.png", "--json"]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert exit_code("inspect", tmp_path / "c", *how) == 0
         assert [f"{made.digest}: what is decoded is not the text" in str(one.message) for one in caught] == [
             True
-        ] * told
-        assert json.loads(capsys.readouterr().out)["tokenizer_is_the_datas"] is not told
+        ] * differs
+        assert json.loads(capsys.readouterr().out)["tokenizer_is_the_datas"] is not differs
     assert len(IndexedDataset(tmp_path / "c")) == 1

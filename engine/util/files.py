@@ -104,7 +104,7 @@ def writing(path: Path, resume_hint: Callable[[], str], needed: Callable[[], int
 def _write_error(err: OSError, path: Path, needed: int, resume_hint: str) -> DataError:
     where = err.filename or path
     if err.errno == errno.EFBIG:
-        text = f"{where}: the limit on the size of a file was reached (ulimit -f). Raise it. {resume_hint}"
+        text = f"{where}: the limit on the size of a file is reached (ulimit -f). Raise it. {resume_hint}"
         return DataError("data.file-size-limit", text)
     if err.errno not in (errno.ENOSPC, errno.EDQUOT):
         text = f"{where}: cannot be written: {err.strerror or err}. Choose another output, or change its permissions."

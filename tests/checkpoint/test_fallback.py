@@ -139,7 +139,7 @@ def test_the_run_goes_on_over_the_damaged_one(runs: Path, tmp_path: Path) -> Non
         return state.step, str(refused.value)
 
     for step, message in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads):
-        assert step == 3 and "holds checkpoints, but none that is whole" in message
+        assert step == 3 and "holds checkpoints, but none that is complete" in message
     assert steps_descending(again / "checkpoints") == [3, 2]  # keep 2
     names = sorted(p.name for p in (aside / "checkpoints").iterdir())
     assert names == ["abandoned_step_00000002", "abandoned_step_00000003", "step_00000001"]

@@ -166,7 +166,7 @@ def test_a_cut_link_ends_both_sides_with_one_message_each(hosts: list[Host], tin
             assert codes(nodes) == [1, 1], output(run)
             assert (
                 TIMEOUT_S - 2 < time.monotonic() - cut < TIMEOUT_S + 40
-            )  # 5 on a quiet machine; without bounds TCP keeps it waiting for minutes
+            )  # 5 s on an idle machine; without bounded waits TCP would take minutes
         finally:
             hosts[1].set_link("up")
     near, far = output(run)

@@ -28,7 +28,7 @@ def contexts(layout: Layout, num_kv_heads: int = 1 << 20, **options: Any) -> lis
 
 @st.composite
 def specs(draw: st.DrawFn) -> tuple[int, ShardSpec]:
-    """A tensor degree and a spec; the parts of each chunk divide the degree, and its size may be smaller than they."""
+    """A tensor degree and a spec. The parts of each chunk divide the degree; its size may be smaller than the parts."""
     tensor = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     divisors = [d for d in range(1, tensor + 1) if tensor % d == 0]
     chunks = tuple(

@@ -44,7 +44,7 @@ RankFunction = Callable[[ParallelContext], Any]
 
 
 def tensor(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype, rank: int) -> Tensor:
-    """The same on every call with the same state of `draw`, but for the rank; sometimes with strides."""
+    """Random values that depend on the state of `draw` and the rank only; sometimes with strides."""
     generator = torch.Generator().manual_seed(draw.randrange(1 << 30) * 16 + rank)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * 9
     x = x.abs().to(dtype) if dtype in (torch.uint8, torch.bool) else x.to(dtype)

@@ -52,7 +52,7 @@ def links(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """The `commands` that stand in sentences."""
+    """The `commands` within sentences."""
     inline = re.findall(r"`([^`\n]+)`", without_blocks(text))
     return sorted({code for code in inline if re.match(r"(make|engine|pip|sbatch|\.) ", code)})
 

@@ -91,27 +91,27 @@ def test_one_slow_action_does_not_change_measured_costs() -> None:
     assert found.f + found.i + found.w == pytest.approx((1.0,) * 6) and found.comm == pytest.approx(0.1)
 
 
-def damage(data: dict[str, Any], what: str) -> None:
+def damage(data: dict[str, Any], kind: str) -> None:
     lane = data["lanes"][1]
-    if what == "no plan":
+    if kind == "no plan":
         del data["plan"]
-    elif what == "bad plan":
+    elif kind == "bad plan":
         data["plan"] = "no plan"
-    elif what == "lane missing":
+    elif kind == "lane missing":
         data["lanes"].pop()
-    elif what == "event missing":
+    elif kind == "event missing":
         lane.pop()
-    elif what == "unknown action":
+    elif kind == "unknown action":
         lane[0][0] = "1G0"
-    elif what == "time is text":
+    elif kind == "time is text":
         lane[0][1] = "soon"
-    elif what == "ends before start":
+    elif kind == "ends before start":
         lane[0][2] = lane[0][1] - 1
-    elif what == "not a number":
+    elif kind == "not a number":
         lane[0][2] = float("nan")
-    elif what == "overlap":
+    elif kind == "overlap":
         lane[1][1] = lane[0][2] - 0.5
-    elif what == "lanes are no list":
+    elif kind == "lanes are no list":
         data["lanes"] = 3
 
 
@@ -119,10 +119,10 @@ DAMAGES = ("no plan", "bad plan", "lane missing", "event missing", "unknown acti
 DAMAGES += ("ends before start", "not a number", "overlap", "lanes are no list")
 
 
-@pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_timeline_is_refused_with_its_file(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_timeline_is_rejected_with_its_file(kind: str, tmp_path: Path) -> None:
     data = to_json(simulate(build("1f1b", 2, 1, 2)), 3)
-    damage(data, what)
+    damage(data, kind)
     (tmp_path / "timeline.json").write_text(json.dumps(data))
     with raises(DataError, "pipeline.timeline-not-valid", "timeline.json"):
         read_timeline(tmp_path)
@@ -244,7 +244,7 @@ FAULTY_FILES = [
     ("--plan sends.plan", r"error: sends\.plan: plan 'sends' rank \d step \d+ .*: .*\n"),
     ("--from none", r"error: none: no timeline\.json"),
     ("--from run", r"error: run/timeline\.json: "),
-    ("--name searched --memory-cap 0.5", r"the least that is known is 1\. "),
+    ("--name searched --memory-cap 0.5", r"the least known is 1\. "),
 ]
 
 

@@ -1,9 +1,9 @@
 """`engine`, `torchrun` and `python` without two seconds of imports each: forked from a process that has imported torch.
 
 A test puts `Warm.folder` first in PATH. The commands in it ask the server, this file run as a program, for a copy of
-itself that has the caller's arguments, folder, environment and standard streams, and from there on the real code runs:
-`torch.distributed.run`, `engine.__main__`, a script. Signals are passed on, the exit code or signal comes back, and a
-command whose caller was killed is killed. So what a command does is tested; how its process starts is not.
+itself with the caller's arguments, folder, environment and standard streams. The copy then runs the real code:
+`torch.distributed.run`, `engine.__main__`, a script. Signals are forwarded, the exit code or signal is returned, and a
+command whose caller was killed is killed. So the command itself is tested, but not how its process starts.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ def serve(path: str) -> tuple[str, list[str]]:
 
 
 def run(command: str, words: list[str]) -> None:
-    """What the command's own process would run, as `__main__`."""
+    """Run the command's code as `__main__`, as a separate process would."""
     name = Path(command).name
     if name == "torchrun":
-        os.environ["PYTHON_EXEC"] = str(Path(command).with_name("python"))  # what the ranks are started with
+        os.environ["PYTHON_EXEC"] = str(Path(command).with_name("python"))  # torchrun starts the ranks with it
     module = {"engine": "engine", "torchrun": "torch.distributed.run"}.get(name)
     if name == "python" and words[:1] == ["-m"]:
         module, words = words[1], words[1:]

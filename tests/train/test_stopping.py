@@ -285,7 +285,7 @@ def test_a_stopped_rank_is_named_in_every_layout(transport: str, corpus: str, tm
             parallel_pipeline=pipeline,
             parallel_data=data,
             model_num_layers=4,
-            train_precision="fp32",  # as `ranks` has it
+            train_precision="fp32",  # as in `ranks`
             train_steps=1_000_000,
             data_train=corpus,
             run_dir=folder / "run",

@@ -103,7 +103,9 @@ def test_marks_and_empty_classes(tmp_path: Path, shown: Any) -> None:
     plot_lengths(*histogram(data), marks, "c", tmp_path / "lengths.png")
     axes = shown()
     ticks = [text.get_text() for text in axes.get_xticklabels()]
-    assert ticks[0] == "4-7" and ticks[-1] == "512-1,023" and len(ticks) == 8  # no class before or behind them
+    assert (
+        ticks[0] == "4-7" and ticks[-1] == "512-1,023" and len(ticks) == 8
+    )  # no empty class before the first or after the last
     assert sum(text.get_text() == "none" for text in axes.texts) == 5
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend[:3] == ["median: 4 tokens", "mean: 61.2 tokens", "95 %: 40 tokens"]

@@ -1,18 +1,18 @@
 """The checkpoint format: a folder of safetensors files and one JSON manifest, written last.
 
     checkpoints/step_00000100/
-        manifest.json            schema, step, config, data, and where every tensor lies
-        rank00000.safetensors    what each rank wrote: rectangles of canonical tensors
+        manifest.json            schema, step, config, data, and the location of every tensor
+        rank00000.safetensors    one file for each rank: rectangles of canonical tensors
 
 Tensors are *canonical* (unfused, global; engine.distributed.sharding) and of three kinds: "model" (master weights),
-"exp_avg" and "exp_avg_sq". The manifest lists for each the global shape, the dtype and the rectangles that make it up,
-so any layout reads any layout's checkpoint. A folder is complete when its manifest is there: it is written under a
-temporary name, synced and renamed as a whole. "Latest" is the highest complete step; there is no pointer to go stale.
-No pickle anywhere.
+"exp_avg" and "exp_avg_sq". For each tensor the manifest lists the global shape, the dtype and the rectangles that make
+it up, so any layout can load a checkpoint of any other. The folder is written under a temporary name, synced, and then
+renamed; it is complete if its manifest exists. "Latest" is the highest complete step: there is no pointer file that
+could become stale. Nothing is pickled.
 
-Nothing in the folder is without a digest: the manifest begins with that of its own remaining bytes, and holds those of
-every file's header and of every rectangle's blocks (engine.checkpoint.tensorfile). Schema 1 had one for each whole file
-and none for the manifest; it is still read.
+Every byte of the folder is covered by a digest: the manifest starts with the digest of its remaining bytes, and lists
+the digests of every file's header and of every rectangle's blocks (engine.checkpoint.tensorfile). Schema 1, which is
+still read, had one digest per file and none for the manifest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.checkpoint.seal import SIGNED
-from engine.checkpoint.storage import DISK, OF_THE_PROCESS, Storage, read_file
+from engine.checkpoint.storage import DISK, PROCESS_ERRNOS, Storage, read_file
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block
 from engine.config.renames import to_current_names
 from engine.errors import CheckpointError, SecretError, WrongSecretError
@@ -48,7 +48,7 @@ class _Entry(BaseModel):
 
 
 class FileSlice(_Entry):
-    """A rectangle of a tensor: which file and key hold it, where it belongs, and the digests of its blocks of rows."""
+    """A stored rectangle of a tensor: file and key, offset in the tensor, and digests of its blocks of rows."""
 
     file: str
     key: str
@@ -58,7 +58,7 @@ class FileSlice(_Entry):
 
 
 class TensorEntry(_Entry):
-    """A canonical tensor: global shape, dtype name of safetensors, and the rectangles that make it up."""
+    """A canonical tensor: global shape, dtype as safetensors names it, and the rectangles that make it up."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -66,7 +66,7 @@ class TensorEntry(_Entry):
 
 
 class FileEntry(_Entry):
-    """Size of one file in bytes and XXH3-128 of its header. xxh3_128: of the whole file, in schema 1 only."""
+    """Size of a file in bytes and digest of its header. xxh3_128: digest of the whole file (schema 1 only)."""
 
     size: int
     header: str = ""
@@ -74,9 +74,10 @@ class FileEntry(_Entry):
 
 
 class Ancestor(_Entry):
-    """A checkpoint that this run went on from.
+    """A checkpoint that this run resumed from.
 
-    allowed: what differed by permission; changed: what may differ freely and shows in the numbers; name -> (old, new).
+    allowed: differences that checkpoint.allow permitted. changed: changes that needed no permission but affect the
+    results. Both: name -> (old, new). config: digest of the config.
     """
 
     checkpoint: str
@@ -90,10 +91,10 @@ class Ancestor(_Entry):
 
 
 class Manifest(_Entry):
-    """Everything a checkpoint is; see the module text. `data` identifies corpus and tokenizer.
+    """Metadata of a checkpoint; see the module docstring. data: identifies corpus and tokenizer.
 
-    optimizer: "steps", updates done (fewer than `step` where fp16 left some out); in fp16 the state of the loss scale.
-    lineage: the checkpoints that the run went on from, oldest first.
+    optimizer: "steps", the number of updates (less than `step` if fp16 skipped some), and in fp16 the loss-scale state.
+    lineage: the checkpoints that the run resumed from, oldest first.
     block_bytes: see `tensorfile.rows_per_block`.
     """
 
@@ -120,24 +121,24 @@ _FIRST_ENTRY = re.compile(rb'\{"(xxh3_128|hmac_sha256)": "([0-9a-f]*)')
 
 
 def with_digest(body: bytes, storage: Storage = DISK) -> bytes:
-    """A JSON object's bytes with their digest put in front, as its first entry: the bytes of a manifest file."""
+    """The JSON object `body` with its digest inserted as the first entry: the bytes of a manifest file."""
     assert body.startswith(b"{")
     rest = b'",' + body[1:]
     return b'{"%s": "%s' % (storage.digest_name.encode(), storage.digest(rest).encode()) + rest
 
 
 def without_digest(data: bytes, path: Path, storage: Storage = DISK) -> Any:
-    """The parsed JSON of a manifest file whose digest is right. CheckpointError or ValueError for anything else.
+    """Verify the digest of a manifest file and parse its JSON. Raises CheckpointError or ValueError if invalid.
 
-    Raises SecretError where the checkpoint is signed or encrypted and `storage` has no secret, or the other way round.
+    Raises SecretError if the checkpoint is signed or encrypted and `storage` has no secret, or the other way round.
     """
     first = _FIRST_ENTRY.match(data)
     kind = first[1].decode() if first else ""
     if data.startswith(SEALED) or (kind == SIGNED and storage.digest_name != SIGNED):
-        what = "encrypted" if data.startswith(SEALED) else "signed"
+        protection = "encrypted" if data.startswith(SEALED) else "signed"
         raise SecretError(
             "checkpoint.secret-needed",
-            f"{path}: is {what}: give its secret (--checkpoint.secret in training, --secret elsewhere)",
+            f"{path}: is {protection}: give its secret (--checkpoint.secret in training, --secret elsewhere)",
         )
     if first and kind == storage.digest_name:
         wanted, rest = first[2].decode(), data[first.end() :]
@@ -145,39 +146,39 @@ def without_digest(data: bytes, path: Path, storage: Storage = DISK) -> Any:
             if kind == SIGNED:
                 raise WrongSecretError(
                     "checkpoint.wrong-secret",
-                    f"{path}: its signature is not of this secret: another one, or it was changed",
+                    f"{path}: the signature does not match: the secret is another one, or the manifest was changed",
                 )
             raise CheckpointError(
                 "checkpoint.manifest-digest-differs",
-                f"{path}: damaged manifest, or edited: its digest is {found}, it says {wanted}; "
-                "take another checkpoint",
+                f"{path}: damaged manifest (or an edited one): its digest is {found}, it states {wanted}; "
+                "use another checkpoint",
             )
     raw = json.loads(data)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and not 1 <= version <= SCHEMA:
         raise CheckpointError(
             "checkpoint.schema-unknown",
-            f"{path}: schema version {version}, this engine reads 1 to {SCHEMA}: use the engine version that wrote it",
+            f"{path}: schema version {version}; this engine reads 1 to {SCHEMA}: use the engine that wrote it",
         )
     if storage.digest_name == SIGNED and kind != SIGNED:
         raise SecretError(
             "checkpoint.not-signed",
-            f"{path}: is not signed, so anybody may have written it. If you trust it, leave the secret out, or start "
-            "from its weights by --checkpoint.init",
+            f"{path}: is not signed, so its origin is unknown. If you trust it, give no secret, or start from its "
+            "weights with --checkpoint.init",
         )
     if not first and (version != 1 or "xxh3_128" in raw):
-        raise ValueError("it does not begin with its digest")
+        raise ValueError("it does not start with its digest")
     raw.pop(kind, None)
     return raw
 
 
 def step_dir(root: Path, step: int) -> Path:
-    """Folder of the checkpoint of one step."""
+    """Folder of the checkpoint of `step`."""
     return root / f"step_{step:08d}"
 
 
 def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
-    """Parse and check a manifest: digest, schema, plain names, the folder's step, every file there with its size."""
+    """Read and check a manifest: digest, schema, plain file names, the folder's step, and all files' sizes."""
     path = folder / MANIFEST
     try:
         raw = without_digest(read_file(storage, path), path, storage)
@@ -190,13 +191,13 @@ def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
         ) from None
     except (OSError, ValueError, RecursionError, ValidationError) as error:
         raise CheckpointError(
-            "checkpoint.manifest-damaged", f"{path}: damaged manifest ({error}); take another checkpoint"
+            "checkpoint.manifest-damaged", f"{path}: damaged manifest ({error}); use another checkpoint"
         ) from None
     named = _STEP_DIR.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
         raise CheckpointError(
             "checkpoint.folder-of-another-step",
-            f"{path}: is of step {manifest.step}, but its folder is named {folder.name}; give the folder back its name",
+            f"{path}: is of step {manifest.step}, but its folder is named {folder.name}; rename the folder back",
         )
     for name, entry in manifest.files.items():
         if not _FILE_NAME.fullmatch(name) or name in (".", ".."):
@@ -210,37 +211,37 @@ def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
             found = found if status is None or status.kind == "file" else "not a regular file"
             raise CheckpointError(
                 "checkpoint.file-not-as-listed",
-                f"{folder / name}: {found}, the manifest says {entry.size} bytes; take another checkpoint",
+                f"{folder / name}: {found}, but the manifest lists {entry.size} bytes; use another checkpoint",
             )
     return manifest
 
 
 def _check_entries(manifest: Manifest) -> None:
-    """ValueError where the parts of a manifest do not belong together, whatever its digest says."""
+    """Raise ValueError if entries of a manifest are inconsistent, even when its digest is right."""
     for kind, entries in manifest.tensors.items():
         for name, entry in entries.items():
             if entry.dtype not in DTYPES:
-                raise ValueError(f"{kind} {name}: dtype {entry.dtype!r} is none of {', '.join(DTYPES)}")
+                raise ValueError(f"{kind} {name}: dtype {entry.dtype!r} is not one of {', '.join(DTYPES)}")
             for part in entry.slices:
                 inside = len(part.offset) == len(part.shape) == len(entry.shape) and all(
                     o >= 0 and n > 0 and o + n <= size for o, n, size in zip(part.offset, part.shape, entry.shape)
                 )
                 if not inside:
-                    raise ValueError(f"{kind} {name}: {part.offset}+{part.shape} is no part of {entry.shape}")
+                    raise ValueError(f"{kind} {name}: {part.offset}+{part.shape} is outside {entry.shape}")
                 if manifest.schema_version > 1:
                     rows = rows_per_block(part.shape, DTYPES[entry.dtype].itemsize, manifest.block_bytes)
-                    blocks = -(-part.shape[0] // rows)
-                    if len(part.digests) != blocks:
-                        raise ValueError(f"{kind} {name}: {len(part.digests)} digests for {blocks} blocks")
+                    num_blocks = -(-part.shape[0] // rows)
+                    if len(part.digests) != num_blocks:
+                        raise ValueError(f"{kind} {name}: {len(part.digests)} digests for {num_blocks} blocks")
 
 
 def unexpected_files(folder: Path, manifest: Manifest, storage: Storage = DISK) -> list[str]:
-    """Names in the folder that do not belong to the checkpoint; hidden ones, of file systems and tools, may."""
+    """Non-hidden files that the manifest does not list. (Hidden files come from file systems and tools.)"""
     return [n for n in storage.list(folder) if n not in manifest.files and n != MANIFEST and not n.startswith(".")]
 
 
 def whole_file_digest(file: Path, storage: Storage = DISK) -> str:
-    """XXH3-128 of all bytes of a file, hexadecimal: what schema 1 recorded."""
+    """Hexadecimal XXH3-128 of all bytes of a file, as schema 1 recorded it."""
     found = xxhash.xxh3_128()
     source = storage.open(file)
     try:
@@ -253,33 +254,35 @@ def whole_file_digest(file: Path, storage: Storage = DISK) -> str:
     return found.hexdigest()
 
 
-def find_damage(folder: Path, manifest: Manifest, storage: Storage = DISK, *, fresh: bool = False) -> Iterator[str]:
-    """Read everything and say what is not as the manifest says: each damaged file, and the tensors in it."""
+def find_damage(folder: Path, manifest: Manifest, storage: Storage = DISK, *, uncached: bool = False) -> Iterator[str]:
+    """Read all files and yield a message for each corruption, naming the file and the tensor."""
     yield from (
         f"{folder / name}: does not belong to this checkpoint" for name in unexpected_files(folder, manifest, storage)
     )
     for name in sorted(manifest.files):
-        yield from file_damages(folder / name, manifest, storage, fresh=fresh)
+        yield from find_file_damage(folder / name, manifest, storage, uncached=uncached)
 
 
-def prove_all(folder: Path, manifest: Manifest, storage: Storage = DISK) -> None:
-    """Read everything. Raises CheckpointError with all `find_damage`."""
+def verify_all(folder: Path, manifest: Manifest, storage: Storage = DISK) -> None:
+    """Read all files. Raises CheckpointError with everything that `find_damage` reports."""
     if found := list(find_damage(folder, manifest, storage)):
         raise CheckpointError(
-            "checkpoint.damaged", f"{folder}: {len(found)} faults:\n" + "\n".join(f"  - {fault}" for fault in found)
+            "checkpoint.damaged", f"{folder}: {len(found)} errors:\n" + "\n".join(f"  - {text}" for text in found)
         )
 
 
-def file_damages(file: Path, manifest: Manifest, storage: Storage = DISK, *, fresh: bool = False) -> Iterator[str]:
-    """What is damaged in one file of a checkpoint. fresh: read it from the device where possible."""
+def find_file_damage(
+    file: Path, manifest: Manifest, storage: Storage = DISK, *, uncached: bool = False
+) -> Iterator[str]:
+    """Yield a message for each corruption in one file of a checkpoint. uncached: bypass the page cache if possible."""
     entry = manifest.files[file.name]
     if manifest.schema_version == 1:
         found = whole_file_digest(file, storage)
         if found != entry.xxh3_128:
-            yield f"{file}: damaged: digest {found}, the manifest says {entry.xxh3_128}"
+            yield f"{file}: damaged: digest {found}, the manifest lists {entry.xxh3_128}"
         return
     try:
-        opened = TensorFile(file, storage, header=entry.header, fresh=fresh)
+        opened = TensorFile(file, storage, header=entry.header, uncached=uncached)
     except (OSError, CheckpointError) as error:
         yield str(error)
         return
@@ -288,26 +291,26 @@ def file_damages(file: Path, manifest: Manifest, storage: Storage = DISK, *, fre
             for name, tensor in entries.items():
                 for part in tensor.slices:
                     if part.file == file.name:
-                        yield from _slice_damages(opened, kind, name, tensor.dtype, part, manifest.block_bytes)
+                        yield from _find_slice_damage(opened, kind, name, tensor.dtype, part, manifest.block_bytes)
     finally:
         opened.close()
 
 
-def _slice_damages(
+def _find_slice_damage(
     opened: TensorFile, kind: str, name: str, dtype: str, part: FileSlice, block_bytes: int
 ) -> Iterator[str]:
     if opened.entries.get(part.key, ())[:2] != (dtype, part.shape):
-        yield f"{opened.file}: holds no {dtype} tensor {part.key} of shape {list(part.shape)}, as the manifest says"
+        yield f"{opened.file}: has no {dtype} tensor {part.key} of shape {list(part.shape)}, which the manifest lists"
         return
     for block in range(len(part.digests)):
         try:
-            prove(opened, part, block, dtype, block_bytes)
+            verify_block(opened, part, block, dtype, block_bytes)
         except CheckpointError as error:
             yield f"{error} (tensor {kind} {name})"
 
 
 def block_rows(part: FileSlice, block: int, dtype: str, block_bytes: int) -> tuple[int, int, int]:
-    """(first row, row after the last, bytes) of a block of a rectangle."""
+    """(first row, end row (exclusive), bytes) of block number `block` of a rectangle."""
     itemsize = DTYPES[dtype].itemsize
     rows = rows_per_block(part.shape, itemsize, block_bytes)
     first, last = block * rows, min((block + 1) * rows, part.shape[0])
@@ -317,75 +320,75 @@ def block_rows(part: FileSlice, block: int, dtype: str, block_bytes: int) -> tup
     return first, last, size
 
 
-def prove(
+def verify_block(
     opened: TensorFile, part: FileSlice, block: int, dtype: str, block_bytes: int, into: memoryview | None = None
 ) -> memoryview:
-    """Read one block of a rectangle (into `into`) and compare it with its digest. CheckpointError when it differs."""
+    """Read a block of a rectangle (into `into`) and verify its digest. Raises CheckpointError if it differs."""
     first, last, size = block_rows(part, block, dtype, block_bytes)
     into = memoryview(bytearray(size)) if into is None else into
     try:
         found = opened.read_rows(part.key, first, last, into)
     except OSError as error:
-        if error.errno in OF_THE_PROCESS:
+        if error.errno in PROCESS_ERRNOS:
             raise
         raise CheckpointError(
             "checkpoint.file-unreadable",
-            f"{opened.file}: {part.key}: {error.strerror or error}; take another checkpoint",
+            f"{opened.file}: {part.key}: {error.strerror or error}; use another checkpoint",
         ) from None
     if part.digests and found != part.digests[block]:
         raise CheckpointError(
             "checkpoint.digest-differs",
             f"{opened.file}: damaged: digest {found} of {part.key} rows {first}..{last - 1}, "
-            f"the manifest says {part.digests[block]}; take another checkpoint",
+            f"the manifest lists {part.digests[block]}; use another checkpoint",
         )
     return into
 
 
 def steps_descending(root: Path, storage: Storage = DISK) -> list[int]:
-    """Steps of all checkpoint folders under `root`, complete or not, newest first."""
-    if (there := storage.stat(root)) is None or there.kind == "file":
+    """Steps of all checkpoint folders under `root`, newest first, including incomplete ones."""
+    if (status := storage.stat(root)) is None or status.kind == "file":
         return []
     found = [(name, _STEP_DIR.fullmatch(name)) for name in storage.list(root)]
     steps = [int(match[1]) for name, match in found if match and name == step_dir(root, int(match[1])).name]
     return sorted(steps, reverse=True)
 
 
-def newest(root: Path, storage: Storage = DISK, before: int | None = None) -> int | None:
-    """The highest complete step under `root` (below `before`); warns of damaged ones that would be newer.
+def newest_step(root: Path, storage: Storage = DISK, before: int | None = None) -> int | None:
+    """The highest complete step under `root` (below `before`, if given). Warns about newer damaged ones.
 
-    Raises SecretError where a newer one cannot be read without its secret, or none can with this one: a run must not
-    begin anew beside checkpoints that it cannot open.
+    Raises SecretError if a newer one needs a secret, or if no checkpoint can be read with this secret: a run must not
+    start from step 0 in a folder of checkpoints that it cannot open.
     """
-    refused: WrongSecretError | None = None
+    wrong_secret: WrongSecretError | None = None
     for step in steps_descending(root, storage):
         if before is not None and step >= before:
             continue
         try:
-            if (there := storage.stat(step_dir(root, step))) is not None and there.kind != "folder":
-                raise CheckpointError("checkpoint.not-a-folder", f"{step_dir(root, step)}: is a link, or no folder")
+            if (status := storage.stat(step_dir(root, step))) is not None and status.kind != "folder":
+                raise CheckpointError("checkpoint.not-a-folder", f"{step_dir(root, step)}: is a link or not a folder")
             read_manifest(step_dir(root, step), storage)
             return step
         except WrongSecretError as error:
-            refused = refused or error
-            why = str(error)
+            wrong_secret = wrong_secret or error
+            reason = str(error)
         except SecretError:
             raise
         except CheckpointError as error:
-            why = str(error)
-        warnings.warn(f"left out: {why}", stacklevel=2)
-    if refused is not None:
-        raise refused
+            reason = str(error)
+        warnings.warn(f"skipped: {reason}", stacklevel=2)
+    if wrong_secret is not None:
+        raise wrong_secret
     return None
 
 
-def find(path: Path, storage: Storage = DISK) -> Path:
-    """The checkpoint folder meant by a path: itself, or the newest one of a run or checkpoints folder."""
+def find_checkpoint(path: Path, storage: Storage = DISK) -> Path:
+    """The checkpoint folder that a path names: the path itself, or the newest one of a run or checkpoints folder."""
     if (path / MANIFEST).exists() or _STEP_DIR.fullmatch(path.name):
         read_manifest(path, storage)
         return path
     for root in (path / "checkpoints", path):
-        if (step := newest(root, storage)) is not None:
+        if (step := newest_step(root, storage)) is not None:
             return step_dir(root, step)
     raise CheckpointError(
-        "checkpoint.not-found", f"{path}: no complete checkpoint here; give a run folder or a step_... folder"
+        "checkpoint.not-found", f"{path}: there is no complete checkpoint here; give a run folder or a step_... folder"
     )

@@ -1,12 +1,12 @@
-"""Loading: any layout from any layout. A rank reads the rectangles it holds, whatever rectangles were written.
+"""Loading: any layout from any layout. Each rank reads the rectangles it needs, independent of those that were written.
 
-What is read proves itself: bytes come in blocks of whole rows, each compared with its digest before it is used, so that
-nothing is read twice and nothing unread is paid for. A block that is wanted whole goes straight into the tensor, and is
-digested piece by piece as it comes, while the core's cache has it. Each thread reads a run of blocks through a handle
-of its own, so that the kernel reads ahead of each. Memory beyond the tensors to fill: one block a thread.
+Reads are verified: bytes are read in blocks of whole rows, and each block is compared with its digest before use. So
+nothing is read twice, and only the necessary blocks are read. A block that is needed as a whole is read directly into
+the tensor and digested piece by piece while it is in the core's cache. Each thread reads consecutive blocks through
+its own file handle, so that the kernel reads ahead. Memory in addition to the tensors to fill: one block per thread.
 
-A `TensorSource` is whatever holds canonical tensors: one of our checkpoints (`Reader`), or what a module of interop
-reads: a Hugging Face folder (`HfReader`), a checkpoint of Megatron-LM (`MegatronSource`).
+A `TensorSource` provides canonical tensors: from one of our checkpoints (`Reader`), or in interop from a Hugging Face
+folder (`HfReader`) or a Megatron-LM checkpoint (`MegatronSource`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from engine.checkpoint.format import (
     Manifest,
     TensorEntry,
     block_rows,
-    file_damages,
-    prove,
+    find_file_damage,
     read_manifest,
     unexpected_files,
+    verify_block,
 )
-from engine.checkpoint.storage import DISK, OF_THE_PROCESS, Storage
+from engine.checkpoint.storage import DISK, PROCESS_ERRNOS, Storage
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block, tensor_bytes
 from engine.distributed.collectives import raise_together
 from engine.distributed.context import ParallelContext
@@ -42,11 +42,11 @@ from engine.distributed.sharding import Piece
 from engine.errors import CheckpointError, EngineError
 from engine.optim.adamw import StateShard
 
-_THREADS = 2  # one digests or copies while the other waits for the disk
+_THREADS = 2  # one thread digests or copies while the other waits for the disk
 
 
 class TensorMeta(Protocol):
-    """A canonical tensor: global shape, dtype name of safetensors."""
+    """A canonical tensor: global shape, and dtype as safetensors names it."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -55,7 +55,7 @@ class TensorMeta(Protocol):
 
 
 class Rectangle(Protocol):
-    """A part of a tensor: where it begins, and its shape."""
+    """A rectangular part of a tensor: offset and shape."""
 
     @property
     def offset(self) -> tuple[int, ...]: ...
@@ -68,9 +68,9 @@ R = TypeVar("R", bound=Rectangle)
 
 
 class TensorSource(ABC, Generic[E]):
-    """Rectangles of canonical tensors from one folder. A context manager; files open on first use.
+    """Reads rectangles of canonical tensors from a folder. A context manager; files are opened on first use.
 
-    entries: kind -> canonical name -> what is there.
+    entries: kind -> canonical name -> metadata of the stored tensor.
     """
 
     def __init__(self, folder: Path, entries: Mapping[str, Mapping[str, E]]):
@@ -84,78 +84,78 @@ class TensorSource(ABC, Generic[E]):
 
     @abstractmethod
     def close(self) -> None:
-        """Give the files back."""
+        """Close the files."""
 
     def verify(self, *, part: int = 0, parts: int = 1) -> None:
-        """Raise CheckpointError for damage that reading does not show, in files number part, part + parts, ..."""
+        """Check what lazy reads would miss, in every `parts`-th file from number `part`. Raises CheckpointError."""
 
     @abstractmethod
-    def _works(self, name: str, entry: E, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
-        """The work of filling `out` with a rectangle that lies inside the tensor."""
+    def _fill_tasks(self, name: str, entry: E, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+        """Calls that together fill `out` with the rectangle at `offset`, which is inside the tensor."""
 
-    def names(self, kind: str) -> dict[str, tuple[int, ...]]:
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Canonical name -> global shape of all tensors of a kind."""
         return {name: entry.shape for name, entry in self.entries.get(kind, {}).items()}
 
     def read(self, kind: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A rectangle of a tensor, put together from whatever rectangles hold it, in its stored dtype.
+        """A rectangle of a tensor in its stored dtype, assembled from the stored rectangles that contain it.
 
-        Raises CheckpointError when the tensor is not there, the rectangle is not covered exactly once, or damaged.
+        Raises CheckpointError if the tensor is missing or damaged, or the rectangle is not covered exactly once.
         """
         out = torch.empty(shape, dtype=DTYPES[self._entry(kind, name).dtype])
-        for work in self.blocks(kind, name, offset, out):
-            work()
+        for fill in self.fill_tasks(kind, name, offset, out):
+            fill()
         return out
 
-    def whole(self, kind: str, name: str) -> Tensor:
+    def read_whole(self, kind: str, name: str) -> Tensor:
         """A whole canonical tensor."""
         shape = self._entry(kind, name).shape
         return self.read(kind, name, (0,) * len(shape), shape)
 
-    def blocks(self, kind: str, name: str, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
-        """The work of filling `out` (any dtype, any device) with the rectangle at `offset`, block by block.
+    def fill_tasks(self, kind: str, name: str, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
+        """Calls that together fill `out` (any dtype, any device) with the rectangle at `offset`, one per block.
 
-        The calls may be made in any order and by several threads.
+        They may be called in any order and by several threads.
         """
         entry, shape = self._entry(kind, name), tuple(out.shape)
         if len(shape) != len(entry.shape) or any(o + n > size for o, n, size in zip(offset, shape, entry.shape)):
             raise CheckpointError(
                 "checkpoint.shape-differs",
-                f"{self.folder}: {name} has shape {list(entry.shape)}, but rows {offset}+{shape} are wanted; "
-                "it is of another model",
+                f"{self.folder}: {name} has shape {list(entry.shape)}, but rows {offset}+{shape} are needed; "
+                "the checkpoint is from another model",
             )
-        yield from self._works(f"{kind} {name}", entry, offset, out)
+        yield from self._fill_tasks(f"{kind} {name}", entry, offset, out)
 
     def _entry(self, kind: str, name: str) -> E:
         entry = self.entries.get(kind, {}).get(name)
         if entry is None:
             raise CheckpointError(
-                "checkpoint.tensor-missing", f"{self.folder}: holds no {kind} tensor {name}; it is of another model"
+                "checkpoint.tensor-missing", f"{self.folder}: has no {kind} tensor {name}; it is from another model"
             )
         return entry
 
-    def _meeting(
+    def _overlapping(
         self, name: str, parts: Iterable[R], offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> list[tuple[R, list[int], list[int]]]:
-        """The parts that hold something of a wanted rectangle, and where they do: [low, high), global.
+        """The parts that overlap a wanted rectangle, each with the overlap [low, high) in global indices.
 
-        Raises CheckpointError unless every value of it is there once.
+        Raises CheckpointError unless the parts contain every value of the rectangle exactly once.
         """
-        found = [(part, *_common(offset, shape, part)) for part in parts]
+        found = [(part, *_intersection(offset, shape, part)) for part in parts]
         found = [(part, low, high) for part, low, high in found if all(a < b for a, b in zip(low, high))]
         covered = sum(math.prod(b - a for a, b in zip(low, high)) for _, low, high in found)
-        if covered != math.prod(shape) or _overlap([(low, high) for _, low, high in found]):
+        if covered != math.prod(shape) or _any_overlap([(low, high) for _, low, high in found]):
             raise CheckpointError(
                 "checkpoint.values-missing",
-                f"{self.folder}: {name}: {covered} of {math.prod(shape)} values are there; damaged",
+                f"{self.folder}: {name}: only {covered} of {math.prod(shape)} values exist, or some twice; damaged",
             )
         return found
 
 
 class Reader(TensorSource[TensorEntry]):
-    """The source that one of our checkpoints is.
+    """Reads canonical tensors from one of our checkpoints.
 
-    Raises CheckpointError for a folder whose manifest is not right or that holds files of something else.
+    Raises CheckpointError if the manifest is invalid or the folder has files that it does not list.
     """
 
     def __init__(self, folder: Path, storage: Storage = DISK):
@@ -164,8 +164,8 @@ class Reader(TensorSource[TensorEntry]):
         if others := unexpected_files(folder, self.manifest, storage):
             raise CheckpointError(
                 "checkpoint.unexpected-files",
-                f"{folder / others[0]}: does not belong to this checkpoint (of {len(others)} such files the first); "
-                "move it away, or take another checkpoint",
+                f"{folder / others[0]}: does not belong to this checkpoint (the first of {len(others)} such files); "
+                "move it away, or use another checkpoint",
             )
         super().__init__(folder, self.manifest.tensors)
         self._open: dict[str, TensorFile] = {}
@@ -176,11 +176,11 @@ class Reader(TensorSource[TensorEntry]):
             file.close()
         self._open.clear()
 
-    def _works(
+    def _fill_tasks(
         self, name: str, entry: TensorEntry, offset: tuple[int, ...], out: Tensor
     ) -> Iterator[Callable[[], None]]:
         size = self.manifest.block_bytes or 16 << 20
-        for part, low, high in self._meeting(name, entry.slices, offset, tuple(out.shape)):
+        for part, low, high in self._overlapping(name, entry.slices, offset, tuple(out.shape)):
             rows = rows_per_block(part.shape, DTYPES[entry.dtype].itemsize, size)
             for block in range((low[0] - part.offset[0]) // rows, -(-(high[0] - part.offset[0]) // rows)):
                 yield partial(self._fill, out, offset, entry, part, low, high, block, size)
@@ -196,7 +196,7 @@ class Reader(TensorSource[TensorEntry]):
         block: int,
         block_bytes: int,
     ) -> None:
-        """Put what one block of a rectangle has of [low, high) (global) into `out`, which lies at `offset`."""
+        """Copy the part of one block that is in [low, high) (global) into `out`, whose first value is at `offset`."""
         first, last, num_bytes = block_rows(part, block, entry.dtype, block_bytes)
         begin, end = max(low[0], part.offset[0] + first), min(high[0], part.offset[0] + last)
         target = out[
@@ -205,10 +205,10 @@ class Reader(TensorSource[TensorEntry]):
         dtype, file = DTYPES[entry.dtype], self._file(part, entry.dtype)
         whole = end - begin == last - first and tuple(target.shape[1:]) == part.shape[1:]
         if whole and target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous():
-            prove(file, part, block, entry.dtype, block_bytes, tensor_bytes(target))
+            verify_block(file, part, block, entry.dtype, block_bytes, tensor_bytes(target))
             return
         rows = torch.empty((last - first, *part.shape[1:]), dtype=dtype)
-        prove(file, part, block, entry.dtype, block_bytes, tensor_bytes(rows)[:num_bytes])
+        verify_block(file, part, block, entry.dtype, block_bytes, tensor_bytes(rows)[:num_bytes])
         within = ((begin - first, end - first), *zip(low[1:], high[1:]))
         target.copy_(rows[tuple(slice(a - o, b - o) for (a, b), o in zip(within, part.offset))])
 
@@ -217,44 +217,44 @@ class Reader(TensorSource[TensorEntry]):
         with self._lock:
             file = self._open.get(part.file)
             if file is None:
-                file = self._open[part.file] = self._opened(path, part)
+                file = self._open[part.file] = self._open_file(path, part)
         if file.entries.get(part.key, ())[:2] != (dtype, part.shape):
             have = file.entries.get(part.key)
             raise CheckpointError(
                 "checkpoint.tensor-not-as-listed",
-                f"{path}: {part.key} has {f'shape {list(have[1])} {have[0]}' if have else 'no bytes here'}, "
-                f"not {list(part.shape)} {dtype}; take another checkpoint",
+                f"{path}: {part.key} has {f'shape {list(have[1])} {have[0]}' if have else 'no bytes in this file'}, "
+                f"not {list(part.shape)} {dtype}; use another checkpoint",
             )
         return file
 
-    def _opened(self, path: Path, part: FileSlice) -> TensorFile:
+    def _open_file(self, path: Path, part: FileSlice) -> TensorFile:
         listed = self.manifest.files.get(part.file)
         if listed is None:
             raise CheckpointError(
                 "checkpoint.file-not-listed",
-                f"{self.folder}: {part.key} lies in {part.file}, which the manifest does not list",
+                f"{self.folder}: {part.key} is in {part.file}, which the manifest does not list",
             )
         if self.manifest.schema_version == 1:
-            for damage in file_damages(path, self.manifest, self._storage):
-                raise CheckpointError("checkpoint.digest-differs", f"{damage}; take another checkpoint")
+            for damage in find_file_damage(path, self.manifest, self._storage):
+                raise CheckpointError("checkpoint.digest-differs", f"{damage}; use another checkpoint")
         try:
             return TensorFile(path, self._storage, header=listed.header)
         except OSError as error:
-            if error.errno in OF_THE_PROCESS:  # no reason to fall back on an older checkpoint
+            if error.errno in PROCESS_ERRNOS:  # not damage: do not fall back to an older checkpoint
                 raise
             raise CheckpointError(
-                "checkpoint.file-unreadable", f"{path}: {error.strerror or error}; take another checkpoint"
+                "checkpoint.file-unreadable", f"{path}: {error.strerror or error}; use another checkpoint"
             ) from None
 
 
-def _common(offset: tuple[int, ...], shape: tuple[int, ...], part: Rectangle) -> tuple[list[int], list[int]]:
-    """Where a wanted rectangle and a stored one meet: [low, high), empty where low >= high in some dim."""
+def _intersection(offset: tuple[int, ...], shape: tuple[int, ...], part: Rectangle) -> tuple[list[int], list[int]]:
+    """Overlap [low, high) of a wanted and a stored rectangle; empty if low >= high in some dim."""
     low = [max(a, b) for a, b in zip(offset, part.offset)]
     return low, [min(a + n, b + k) for a, n, b, k in zip(offset, shape, part.offset, part.shape)]
 
 
-def _overlap(rectangles: list[tuple[list[int], list[int]]]) -> bool:
-    """Whether any two rectangles have a value in common."""
+def _any_overlap(rectangles: list[tuple[list[int], list[int]]]) -> bool:
+    """Whether any two of these rectangles overlap."""
     ordered = sorted(rectangles)
     for i, (low, high) in enumerate(ordered):
         for other_low, other_high in ordered[i + 1 :]:
@@ -266,56 +266,58 @@ def _overlap(rectangles: list[tuple[list[int], list[int]]]) -> bool:
 
 
 def load_into(reader: TensorSource[Any], states: Iterable[StateShard], ctx: ParallelContext) -> None:
-    """Fill this rank's tensors from a checkpoint of any layout. Collective: a fault on one rank is one on all."""
+    """Fill this rank's state shards from a checkpoint of any layout. Collective: all ranks raise if one fails."""
     error: EngineError | None = None
     pool, ended = ThreadPoolExecutor(_THREADS, "load"), threading.Event()
     try:
         reader.verify(part=ctx.rank, parts=ctx.world.size)
-        works = [work for held in states for work in _works(reader, held, ctx)]
-        runs = [works[len(works) * i // _THREADS : len(works) * (i + 1) // _THREADS] for i in range(_THREADS)]
-        for done in [pool.submit(_do, run, ended) for run in runs]:
+        tasks = [task for shard in states for task in _fill_tasks(reader, shard, ctx)]
+        runs = [tasks[len(tasks) * i // _THREADS : len(tasks) * (i + 1) // _THREADS] for i in range(_THREADS)]
+        for done in [pool.submit(_run_tasks, run, ended) for run in runs]:
             done.result()
-    except EngineError as fault:
-        error = fault
+    except EngineError as caught:
+        error = caught
     finally:
         ended.set()
         pool.shutdown()
     raise_together(error, ctx.world, ctx.device)
 
 
-def _do(works: list[Callable[[], None]], ended: threading.Event) -> None:
-    """One after another, until one raises, here or in another thread."""
+def _run_tasks(tasks: list[Callable[[], None]], ended: threading.Event) -> None:
+    """Run tasks in order until one raises, in this thread or in another."""
     try:
-        with torch.no_grad():  # a thread has its own mode
-            for work in works:
+        with torch.no_grad():  # grad mode is per thread
+            for task in tasks:
                 if ended.is_set():
                     return
-                work()
+                task()
     except BaseException:
         ended.set()
         raise
 
 
-def _works(reader: TensorSource[Any], held: StateShard, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
+def _fill_tasks(reader: TensorSource[Any], shard: StateShard, ctx: ParallelContext) -> Iterator[Callable[[], None]]:
     pieces = [
         (piece, *rectangle)
-        for piece in held.param.spec.pieces(ctx)
-        for rectangle in piece.rectangles(held.begin, held.begin + len(held.flat))
+        for piece in shard.param.spec.pieces(ctx)
+        for rectangle in piece.rectangles(shard.begin, shard.begin + len(shard.flat))
     ]
-    if sum(math.prod(shape) for _, _, shape, _ in pieces) < len(held.flat):
-        held.flat.zero_()  # padding rows are in no checkpoint
+    if sum(math.prod(shape) for _, _, shape, _ in pieces) < len(shard.flat):
+        shard.flat.zero_()  # checkpoints do not contain padding rows
     for piece, offset, shape, first in pieces:
-        _refuse_another_shape(reader, held, piece)
-        begin = first - held.begin
-        yield from reader.blocks(held.kind, piece.name, offset, held.flat[begin : begin + math.prod(shape)].view(shape))
+        _check_shape(reader, shard, piece)
+        begin = first - shard.begin
+        yield from reader.fill_tasks(
+            shard.kind, piece.name, offset, shard.flat[begin : begin + math.prod(shape)].view(shape)
+        )
 
 
-def _refuse_another_shape(reader: TensorSource[Any], held: StateShard, piece: Piece) -> None:
-    entry = reader.entries.get(held.kind, {}).get(piece.name)
-    have = piece.global_shape if entry is None else entry.shape  # that it is missing is told when it is read
+def _check_shape(reader: TensorSource[Any], shard: StateShard, piece: Piece) -> None:
+    entry = reader.entries.get(shard.kind, {}).get(piece.name)
+    have = piece.global_shape if entry is None else entry.shape  # a missing tensor is reported when it is read
     if have != piece.global_shape:
         raise CheckpointError(
             "checkpoint.shape-differs",
-            f"{reader.folder}: {piece.name} has shape {list(have)}, the model wants "
-            f"{list(piece.global_shape)}; it is of another model",
+            f"{reader.folder}: {piece.name} has shape {list(have)}, the model needs "
+            f"{list(piece.global_shape)}; the checkpoint is from another model",
         )

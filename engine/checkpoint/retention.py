@@ -1,7 +1,8 @@
-"""Making a written folder the checkpoint of its step, and what becomes of the others. All on one rank.
+"""Commits a written folder as the checkpoint of its step, and deletes or renames older ones. Runs on one rank only.
 
-Order is everything here: a name is synced before the next thing relies on it, and nothing is deleted under its own
-name. Hidden names (`.step_...`) are never read; what a crash leaves of them, the next save removes.
+The order of operations is what survives crashes: a name is synced before any later operation relies on it, and a folder
+is renamed to a hidden name before it is deleted. Hidden names (`.step_...`) are never read; the next save removes those
+that a crash left behind.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from engine.checkpoint.storage import Storage, remove_tree, write_file
 from engine.errors import CheckpointError
 
 
-def tidy(storage: Storage, root: Path, current: Path) -> None:
-    """Remove what killed saves and deletions have left behind, as far as possible: it does no harm."""
+def remove_leftovers(storage: Storage, root: Path, current: Path) -> None:
+    """Remove the remains of interrupted saves and deletions. Errors are ignored, as the remains are harmless."""
     if storage.stat(root) is None:
         return
     for name in storage.list(root):
@@ -25,10 +26,11 @@ def tidy(storage: Storage, root: Path, current: Path) -> None:
 
 
 def commit(storage: Storage, temporary: Path, final: Path, manifest: bytes) -> Path | None:
-    """Write the manifest and give the folder its name, durably; returns where an older folder of that name now lies.
+    """Write the manifest and rename the folder to its final name, durably. Returns where a replaced folder was moved.
 
-    There is one where this step had been saved before and the run went back behind it, or where that one was damaged.
-    A crash between the two renames leaves neither under the name: the run goes on from where it had gone back to.
+    A folder is replaced if this step had been saved before and the run then resumed from an earlier step, or if the
+    earlier save was damaged. A crash between the two renames leaves no folder of this name: the run then resumes from
+    that earlier step again.
     """
     write_file(storage, temporary / MANIFEST, manifest)
     storage.sync_folder(temporary)
@@ -41,7 +43,7 @@ def commit(storage: Storage, temporary: Path, final: Path, manifest: bytes) -> P
 
 
 def set_aside_newer(storage: Storage, root: Path, step: int) -> list[str]:
-    """Rename checkpoints of later steps: the run went back behind them, so they are not what "latest" means."""
+    """Rename checkpoints of later steps, so that "latest" is the step that this run just saved. Returns notes."""
     notes = []
     for newer in steps_descending(root, storage):
         if newer > step:
@@ -49,20 +51,22 @@ def set_aside_newer(storage: Storage, root: Path, step: int) -> list[str]:
             while storage.stat(root / name) is not None:
                 name += "_"
             storage.rename(step_dir(root, newer), root / name)
-            notes.append(f"step {newer} was saved before this run went back behind it: it is now {root / name}")
+            notes.append(
+                f"step {newer} is from before this run resumed at an earlier step; it was renamed to {root / name}"
+            )
     if notes:
         storage.sync_folder(root)
     return notes
 
 
-def forget_old(storage: Storage, root: Path, step: int, keep: int, keep_every: int, spike: int = 0) -> None:
-    """Delete all checkpoints before `step` but the newest `keep`, this one among them, and multiples of `keep_every`.
+def delete_old(storage: Storage, root: Path, step: int, keep: int, keep_every: int, spike: int = 0) -> None:
+    """Delete checkpoints before `step`, except the newest `keep` (`step` included) and multiples of `keep_every`.
 
-    spike: a step whose loss stands out, 0 for none. The last checkpoint from before it stays as well: of two steps
-    before, as the loss of a step is that of the weights of the one before it.
+    spike: step of a loss spike, 0 for none. The last checkpoint from before it is kept too: one of step spike - 2 or
+    earlier, because the loss of a step is computed with the weights of the step before.
 
-    This one's files have been read back by the ranks that wrote them; its manifest is, here, before anything goes.
-    Each is renamed away first, so that none is ever half there.
+    The ranks that wrote the files of `step` have read them back; its manifest is read back here, before any deletion.
+    Each folder is renamed first, so that no half-deleted folder has a checkpoint's name.
     """
     if not keep:
         return
@@ -72,7 +76,7 @@ def forget_old(storage: Storage, root: Path, step: int, keep: int, keep_every: i
     for older in steps_descending(root, storage):
         if older >= step:
             continue
-        if kept < keep:  # a damaged one does not count, and stays as long as it might be of use
+        if kept < keep:  # damaged ones are not counted, and kept while they may be useful
             kept += _complete(storage, step_dir(root, older))
         elif older != spared and not (keep_every and older % keep_every == 0):
             old.append(step_dir(root, older))
@@ -88,7 +92,7 @@ def forget_old(storage: Storage, root: Path, step: int, keep: int, keep_every: i
 
 
 def _before_spike(storage: Storage, root: Path, spike: int) -> int | None:
-    """The newest complete step whose weights are known to be from before it; else the newest that may be."""
+    """Newest complete step with weights certainly from before the spike; if none, the newest step below `spike`."""
     before = [s for s in steps_descending(root, storage) if s < spike and _complete(storage, step_dir(root, s))]
     return next((s for s in before if s <= spike - 2), before[0] if before else None)
 

@@ -1,22 +1,22 @@
-"""Signed and encrypted checkpoints: HMAC-SHA256 and AES-256-GCM in a storage layer, for what is confidential.
+"""Signed and encrypted checkpoints: a storage layer with HMAC-SHA256 and AES-256-GCM.
 
-Goal: who has the files but not the secret cannot change, swap, shorten or mix them unnoticed (signed), nor read
-weights, names or config (encrypted). One secret of at least 32 bytes serves both; keys are derived from it by
-HKDF-SHA256 (RFC 5869). The secret itself is in no config, manifest or log (see `read_secret`).
+Goal: an attacker who has the files but not the secret cannot change, swap, truncate or mix them undetected (signed),
+and cannot read weights, names or config (encrypted). One secret of at least 32 bytes serves both; keys are derived from
+it with HKDF-SHA256 (RFC 5869). The secret itself is never written to a config, manifest or log (see `read_secret`).
 
-Signed: every digest of a checkpoint (of the manifest, of headers, of blocks) is an HMAC instead of an XXH3-128, so that
-nobody can make one without the secret. Nothing else differs, and tensors stay plain safetensors.
+Signed: every digest of a checkpoint (manifest, headers, blocks) is an HMAC instead of an XXH3-128, so it cannot be
+computed without the secret. Nothing else differs; tensors stay plain safetensors.
 
-Encrypted: signed, and each file is sealed, so that any range of it can be read without the rest:
+Encrypted: signed, and each file is sealed in chunks, so that any range can be read without the rest:
 
     0   8 bytes  magic "TRDSEAL1"
-    8   32       salt, random: the file's key is HKDF(secret, salt, info = its name), so no nonce ever serves twice
+    8   32       random salt: the file's key is HKDF(secret, salt, info = file name), so no nonce is used twice
     40  u64      bytes of the content, little-endian
     48  chunks of 1 MiB of content (the last one shorter), each followed by its 16-byte tag;
-        nonce: number of the chunk; authenticated with it: the head
+        nonce: number of the chunk; additional authenticated data: the first 48 bytes
 
-A chunk that was moved, or a file that was cut or extended, fails like a flipped bit; a file of another checkpoint
-opens, and then does not have the digests of this one's manifest.
+A moved chunk and a truncated or extended file are detected like a flipped bit. A file of another checkpoint can be
+decrypted, but does not match the digests in this checkpoint's manifest.
 """
 
 from __future__ import annotations
@@ -30,74 +30,74 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.storage import DISK, Hasher, Status, Storage, StoredFile, Writer, unseen
+from engine.checkpoint.storage import DISK, Hasher, Status, Storage, StoredFile, Writer, ignore_piece
 from engine.distributed.env import secret_variable
 from engine.errors import CheckpointError, ConfigError, FieldError, WrongSecretError
 from engine.util.files import SEALED
 
-SIGNED = "hmac_sha256"  # the kind of digest that signs
+SIGNED = "hmac_sha256"  # digest name of signed checkpoints
 SALT_BYTES, TAG_BYTES, CHUNK_BYTES = 32, 16, 1 << 20
 HEAD_BYTES = len(SEALED) + SALT_BYTES + 8
 MIN_SECRET_BYTES = 32
 
 
-def storage_of(reference: str, *, encrypt: bool = False) -> Storage:
-    """The disk, or with a reference to a secret (file:PATH or env:NAME) a storage that signs and, if asked, encrypts.
+def open_storage(reference: str, *, encrypt: bool = False) -> Storage:
+    """DISK, or with a reference to a secret (file:PATH or env:NAME) a storage that signs and, if asked, encrypts.
 
-    Raises ConfigError or CheckpointError for a secret that is not there or too short.
+    Raises ConfigError or CheckpointError if the secret does not exist or is too short.
     """
     return SecretStorage(Seal(read_secret(reference)), encrypt=encrypt) if reference else DISK
 
 
 def read_secret(reference: str) -> bytes:
-    """The secret that file:PATH or env:NAME refers to. It is never shown, and what is no reference is not either.
+    """Read the secret that file:PATH or env:NAME refers to. Errors show neither the secret nor an invalid reference.
 
-    Raises ConfigError when it is not there, or in a file that others may read.
+    Raises ConfigError if it does not exist, or is in a file that other users may read.
     """
     kind, colon, name = reference.partition(":")
     if not colon or not name or kind not in ("file", "env"):
-        fault = FieldError(
+        invalid = FieldError(
             "checkpoint.secret-no-reference",
             "secret",
             "...",
             "is neither file:PATH nor env:NAME",
-            "Give where the secret is, not the secret.",
+            "Give the place of the secret, not the secret.",
         )
-        raise ConfigError([fault])
+        raise ConfigError([invalid])
     if kind == "env":
         if (secret := secret_variable(name)) is None:
-            fault = FieldError(
+            invalid = FieldError(
                 "checkpoint.secret-not-set", "secret", reference, "is not set", "Set it to at least 32 characters."
             )
-            raise ConfigError([fault])
+            raise ConfigError([invalid])
         return secret
     try:
         if Path(name).stat().st_mode & 0o077:
-            problem = "others than its owner may read it"
+            problem = "may be read by other users than its owner"
             raise ConfigError([FieldError("checkpoint.secret-open", "secret", reference, problem, f"chmod 600 {name}")])
         return Path(name).read_bytes()
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
-        fault = FieldError(
+        invalid = FieldError(
             "checkpoint.secret-unreadable", "secret", reference, problem, "Give a file of at least 32 bytes."
         )
-        raise ConfigError([fault]) from None
+        raise ConfigError([invalid]) from None
 
 
 def sealed_bytes(content_bytes: int) -> int:
-    """Size of the sealed file of so many bytes of content."""
+    """Size in bytes of a sealed file with `content_bytes` of content."""
     return HEAD_BYTES + content_bytes + TAG_BYTES * -(-content_bytes // CHUNK_BYTES)
 
 
 def hkdf(secret: bytes, salt: bytes, info: bytes) -> bytes:
-    """32 bytes from a secret (RFC 5869 with SHA-256, one block)."""
+    """Derive 32 bytes from a secret (HKDF of RFC 5869 with SHA-256, one block)."""
     pseudo_random = hmac.digest(salt or bytes(32), secret, "sha256")
     return hmac.digest(pseudo_random, info + b"\x01", "sha256")
 
 
 @dataclass(frozen=True)
 class Seal:
-    """What a secret can do. Its repr does not show it."""
+    """Signs and encrypts with a secret, which its repr does not show."""
 
     secret: bytes = field(repr=False)
 
@@ -114,16 +114,16 @@ class Seal:
         return hkdf(self.secret, b"", b"trident checkpoint digest v1")
 
     def sign(self, data: bytes | bytearray | memoryview = b"") -> Hasher:
-        """HMAC-SHA256 of some bytes, and of those that its `update` takes in later."""
+        """HMAC-SHA256 of `data` and of all bytes added by `update` later."""
         return hmac.new(self._sign_key, data, hashlib.sha256)
 
     def new_cipher(self, file: Path, content_bytes: int) -> Cipher:
-        """To seal a new file."""
+        """Cipher for a new file, with a random salt."""
         head = SEALED + secrets.token_bytes(SALT_BYTES) + content_bytes.to_bytes(8, "little")
-        return self.cipher_of(file, head)
+        return self.cipher_for(file, head)
 
-    def cipher_of(self, file: Path, head: bytes) -> Cipher:
-        """To read a sealed file that begins with `head`."""
+    def cipher_for(self, file: Path, head: bytes) -> Cipher:
+        """Cipher for an existing sealed file that starts with `head`."""
         salt = head[len(SEALED) : len(SEALED) + SALT_BYTES]
         key = hkdf(self.secret, salt, b"trident checkpoint file v1 " + file.name.encode())
         return Cipher(key, head, file)
@@ -131,7 +131,7 @@ class Seal:
 
 @dataclass(frozen=True)
 class Cipher:
-    """One sealed file: its key and its first bytes."""
+    """Encrypts and decrypts chunks of one sealed file. head: its first 48 bytes."""
 
     key: bytes = field(repr=False)
     head: bytes
@@ -139,7 +139,7 @@ class Cipher:
 
     @property
     def content_bytes(self) -> int:
-        """Bytes of the content, as the head says."""
+        """Bytes of the content, as stated in the head."""
         return int.from_bytes(self.head[-8:], "little")
 
     @cached_property
@@ -151,12 +151,12 @@ class Cipher:
             raise CheckpointError("checkpoint.cryptography-missing", text) from None
         return AESGCM(self.key)
 
-    def close_chunk(self, number: int, content: bytes | bytearray | memoryview) -> bytes:
-        """Chunk `number`, sealed: its bytes of content and a tag."""
+    def encrypt_chunk(self, number: int, content: bytes | bytearray | memoryview) -> bytes:
+        """Encrypt chunk `number`: ciphertext followed by its tag."""
         return self._aes.encrypt(number.to_bytes(12, "little"), content, self.head)
 
-    def open_chunk(self, number: int, raw: bytes | bytearray | memoryview) -> bytes:
-        """The content of a sealed chunk. Raises WrongSecretError if it is not the one that was written."""
+    def decrypt_chunk(self, number: int, raw: bytes | bytearray | memoryview) -> bytes:
+        """Decrypt chunk `number`. Raises WrongSecretError if it was changed or the secret is another one."""
         aes = self._aes
         from cryptography.exceptions import InvalidTag
 
@@ -165,13 +165,13 @@ class Cipher:
         except InvalidTag:
             raise WrongSecretError(
                 "checkpoint.sealed-chunk-not-opened",
-                f"{self.file}: bytes {number * CHUNK_BYTES} and on cannot be opened: the file was changed or damaged, "
-                f"or the secret is another one",
+                f"{self.file}: the content from byte {number * CHUNK_BYTES} on cannot be decrypted: the file was "
+                "changed or damaged, or the secret is wrong",
             ) from None
 
 
 class _SealedWriter:
-    """Seals what is written, a chunk at a time; the last one when the file is synced."""
+    """Encrypts and writes full chunks; the last, shorter one is written by `sync`."""
 
     def __init__(self, inner: Writer, cipher: Cipher):
         self._inner, self._cipher = inner, cipher
@@ -181,7 +181,7 @@ class _SealedWriter:
     def write(self, data: memoryview) -> None:
         data = data.cast("B")
         while len(data):
-            if not self._pending and len(data) >= CHUNK_BYTES:  # no copy of what is whole already
+            if not self._pending and len(data) >= CHUNK_BYTES:  # full chunks are not copied
                 self._put(data[:CHUNK_BYTES])
                 data = data[CHUNK_BYTES:]
                 continue
@@ -204,32 +204,32 @@ class _SealedWriter:
             self._pending = bytearray()
 
     def _put(self, chunk: bytearray | memoryview) -> None:
-        self._inner.write(memoryview(self._cipher.close_chunk(self._number, chunk)))
+        self._inner.write(memoryview(self._cipher.encrypt_chunk(self._number, chunk)))
         self._number += 1
 
 
 class _SealedFile:
-    """Opens ranges of a sealed file. size: of the content."""
+    """Decrypts ranges of a sealed file. size: of the content."""
 
     def __init__(self, inner: StoredFile, cipher: Cipher):
         self._inner, self._cipher, self.size = inner, cipher, cipher.content_bytes
         if inner.size != sealed_bytes(self.size):
             raise CheckpointError(
                 "checkpoint.sealed-size-differs",
-                f"{cipher.file}: has {inner.size} bytes, its head promises {sealed_bytes(self.size)}; it was cut, "
-                "extended or damaged",
+                f"{cipher.file}: has {inner.size} bytes, but its head states {sealed_bytes(self.size)}; it was "
+                "truncated, extended or damaged",
             )
 
-    def read_into(self, offset: int, into: memoryview, seen: Callable[[memoryview], None] = unseen) -> None:
+    def read_into(self, offset: int, into: memoryview, on_piece: Callable[[memoryview], None] = ignore_piece) -> None:
         into, filled = into.cast("B"), 0
         while filled < len(into):
             number, skip = divmod(offset + filled, CHUNK_BYTES)
             size = min(CHUNK_BYTES, self.size - number * CHUNK_BYTES)
             raw = bytearray(max(0, size) + TAG_BYTES)
             self._inner.read_into(HEAD_BYTES + number * (CHUNK_BYTES + TAG_BYTES), memoryview(raw))
-            content = memoryview(self._cipher.open_chunk(number, raw))[skip : skip + len(into) - filled]
+            content = memoryview(self._cipher.decrypt_chunk(number, raw))[skip : skip + len(into) - filled]
             into[filled : filled + len(content)] = content
-            seen(into[filled : filled + len(content)])
+            on_piece(into[filled : filled + len(content)])
             filled += len(content)
 
     def close(self) -> None:
@@ -237,7 +237,7 @@ class _SealedFile:
 
 
 class SecretStorage:
-    """A storage whose digests are signatures and, with `encrypt`, whose new files are sealed; it reads both kinds."""
+    """Storage whose digests are signatures. encrypt: new files are encrypted too. Reads plain and encrypted files."""
 
     digest_name = SIGNED
 
@@ -259,14 +259,14 @@ class SecretStorage:
         cipher = self._seal.new_cipher(path, size)
         return _SealedWriter(self._inner.create(path, sealed_bytes(size)), cipher)
 
-    def open(self, path: Path, *, fresh: bool = False) -> StoredFile:
-        source = self._inner.open(path, fresh=fresh)
+    def open(self, path: Path, *, uncached: bool = False) -> StoredFile:
+        source = self._inner.open(path, uncached=uncached)
         try:
             head = bytearray(min(source.size, HEAD_BYTES))
             source.read_into(0, memoryview(head))
             if not head.startswith(SEALED):
                 return source
-            return _SealedFile(source, self._seal.cipher_of(path, bytes(head)))
+            return _SealedFile(source, self._seal.cipher_for(path, bytes(head)))
         except BaseException:
             source.close()
             raise

@@ -1,4 +1,4 @@
-"""Host copies of what a rank owns, so that training goes on while they are written."""
+"""Host copies of a rank's state shards, so that training continues while they are written."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from engine.optim.adamw import StateShard
 
 
 class Staging:
-    """Buffers in host memory, kept from one save to the next; page-locked where the state lives on a GPU."""
+    """Buffers in host memory, reused by every save; page-locked if the states are on a GPU."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
     def reserve(self, states: Iterable[StateShard]) -> list[StateShard]:
-        """Make sure of the buffers and their memory: a first save is then as quick as any. Returns them, unfilled."""
+        """Allocate the buffers now, so that the first save is as fast as later ones. Returns them unfilled."""
         states = list(states)
         if [(b.shape, b.dtype) for b in self._buffers] != [(h.flat.shape, h.flat.dtype) for h in states]:
             self._buffers = [
                 torch.zeros(len(h.flat), dtype=h.flat.dtype, pin_memory=h.flat.device.type == "cuda").fill_(0)
-                for h in states  # fill_: zeros alone leaves it to the first write to find the memory
+                for h in states  # fill_ touches the pages: zeros alone allocates them at the first write
             ]
         return [dataclasses.replace(h, flat=b) for h, b in zip(states, self._buffers)]
 
     def copy(self, states: Iterable[StateShard]) -> tuple[list[StateShard], Callable[[], None], bool]:
-        """Copies of the states, what another thread calls before it reads them, and whether the states may change now.
+        """(copies of the states, `ready` to call in another thread before reading them, whether the states may change).
 
-        On the CPU that call does the copying, so that it runs beside the next forward and backward; states must not
-        change before it is over. On a GPU the copies are queued here, behind and ahead of the work of its current
-        stream, so that whatever that stream does to the states later comes after them, and the call waits for them.
+        CPU: `ready` does the copying, so it overlaps the next forward and backward; the states must not change before
+        it returns. GPU: the copies are enqueued on the current stream, so later work of that stream may change the
+        states, and `ready` waits for the copies.
         """
         states = list(states)
         copies = self.reserve(states)
@@ -43,7 +43,7 @@ class Staging:
             done.record()
 
             def wait() -> None:
-                with torch.cuda.device(device):  # a new thread begins on GPU 0, which is another rank's
+                with torch.cuda.device(device):  # a new thread starts on GPU 0, which belongs to another rank
                     done.synchronize()
 
             return copies, wait, True
@@ -52,5 +52,5 @@ class Staging:
 
 def _copy(states: list[StateShard], copies: list[StateShard]) -> None:
     with torch.no_grad():
-        for theirs, ours in zip(states, copies):
-            ours.flat.copy_(theirs.flat, non_blocking=True)
+        for state, copy in zip(states, copies):
+            copy.flat.copy_(state.flat, non_blocking=True)

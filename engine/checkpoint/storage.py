@@ -1,12 +1,11 @@
-"""The few file operations that checkpoints are made of, behind one interface.
+"""The file operations that checkpoints need, behind one interface (`Storage`).
 
-Everything that saving, committing, cleaning up, finding and loading does to a disk goes through a `Storage`. `DISK` is
-the real one. Tests put in one that records, and so can make every state that a crash or a power cut may leave; a layer
-that encrypts files can be put between in the same way: bytes pass through `Writer.write` and `StoredFile.read_into`
-only.
+Saving, committing, cleaning up, finding and loading touch the disk only through a `Storage`. `DISK` is the real one.
+Tests use one that records operations, and reproduce every state that a crash or power failure can leave. Encryption is
+a layer of the same kind (engine.checkpoint.seal): bytes pass only through `Writer.write` and `StoredFile.read_into`.
 
-Durability, as POSIX has it: what was written to a file is safe after its `sync`, a name (of a new file or folder, or
-after a rename) after `sync_folder` of the folder it is in; without them any part of it may be missing after a crash.
+Durability as in POSIX: file contents are safe after `sync` of the file; a name (new file, new folder, rename) is safe
+after `sync_folder` of the folder that contains it. Without these, any part may be missing after a crash.
 """
 
 from __future__ import annotations
@@ -23,20 +22,22 @@ from typing import Protocol
 import xxhash
 
 FILE_MODE, FOLDER_MODE = 0o640, 0o750
-_MANY = 64 << 20  # bytes a single call may write; Linux caps it at 2 GiB
-_PIECE = 256 << 10  # bytes read and shown at a time: a core's own cache still has them when they are digested
+_MAX_CALL_BYTES = 64 << 20  # bytes a single call may write; Linux caps it at 2 GiB
+_PIECE_BYTES = (
+    256 << 10
+)  # bytes read and passed on at a time: they are still in the core's cache when they are digested
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a name stands for, not following links. kind: "file", "folder" or "other"; size in bytes of a file."""
+    """Type and size of a directory entry; links are not followed. kind: "file", "folder" or "other". size: in bytes."""
 
     kind: str
     size: int
 
 
 class Writer(Protocol):
-    """A new file, written from beginning to end."""
+    """A new file, written sequentially."""
 
     def write(self, data: memoryview) -> None:
         """Append bytes."""
@@ -45,66 +46,66 @@ class Writer(Protocol):
         """Make everything written durable."""
 
     def close(self) -> None:
-        """Give the handle back."""
+        """Close the file handle."""
 
 
 class Hasher(Protocol):
-    """A digest in the making."""
+    """Incremental digest."""
 
     def update(self, data: bytes | bytearray | memoryview, /) -> None:
-        """Take in the next bytes."""
+        """Add the next bytes."""
 
     def hexdigest(self) -> str:
-        """The digest of all bytes taken in, hexadecimal."""
+        """Hexadecimal digest of all bytes added so far."""
 
 
-def unseen(piece: memoryview) -> None:
-    """For reads that nobody watches."""
+def ignore_piece(piece: memoryview) -> None:
+    """Default callback of reads: does nothing."""
 
 
 class StoredFile(Protocol):
-    """A file to read from; any number of threads may. size: in bytes."""
+    """A file open for reading, by any number of threads. size: in bytes."""
 
     size: int
 
-    def read_into(self, offset: int, into: memoryview, seen: Callable[[memoryview], None] = unseen) -> None:
-        """Fill `into` from byte `offset` on; OSError (EIO) where the file ends before.
+    def read_into(self, offset: int, into: memoryview, on_piece: Callable[[memoryview], None] = ignore_piece) -> None:
+        """Fill `into`, starting at byte `offset`. Raises OSError (EIO) if the file is too short.
 
-        seen: shown the filled pieces of `into` one after another, each right after it was filled.
+        on_piece: called with each filled piece of `into`, in order, right after the piece was read.
         """
 
     def close(self) -> None:
-        """Give the handle back."""
+        """Close the file handle."""
 
 
 class Storage(Protocol):
-    """See the module text. All that touch the disk raise OSError with the path in `filename`.
+    """File operations and digests; see the module docstring. Disk errors are OSErrors with the path in `filename`.
 
-    digest_name: the kind of digest that `digest` gives.
+    digest_name: the algorithm of `digest`.
     """
 
     digest_name: str
 
     def digest(self, data: bytes | bytearray | memoryview) -> str:
-        """The digest by which bytes are recognised, hexadecimal."""
+        """Hexadecimal digest of `data`."""
 
     def hasher(self) -> Hasher:
-        """The same digest of bytes that come in pieces."""
+        """The same digest, computed incrementally."""
 
     def make_folder(self, path: Path) -> None:
-        """Make one folder, with FOLDER_MODE; FileExistsError where the name is taken."""
+        """Create one folder with FOLDER_MODE. Raises FileExistsError if the name is taken."""
 
     def create(self, path: Path, size: int) -> Writer:
-        """Start a file of `size` bytes, with FILE_MODE; room for it is reserved. An old file is replaced."""
+        """Create a file of `size` bytes with FILE_MODE, reserving its space. Replaces an existing file."""
 
-    def open(self, path: Path, *, fresh: bool = False) -> StoredFile:
-        """Open a regular file (no link) for reading; fresh: from the device, not from memory, where possible."""
+    def open(self, path: Path, *, uncached: bool = False) -> StoredFile:
+        """Open a regular file (not a link) for reading. uncached: bypass the page cache where possible."""
 
     def sync_folder(self, path: Path) -> None:
-        """Make the names in a folder durable."""
+        """Make the directory entries of a folder durable."""
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file or folder another name; nothing of that name may be there (an empty folder may)."""
+        """Rename a file or folder. The new name must be free, or an empty folder."""
 
     def unlink(self, path: Path) -> None:
         """Delete a file or link."""
@@ -113,22 +114,22 @@ class Storage(Protocol):
         """Delete an empty folder."""
 
     def list(self, path: Path) -> list[str]:
-        """Names in a folder, sorted."""
+        """Sorted names in a folder."""
 
     def stat(self, path: Path) -> Status | None:
-        """What is there; None for nothing."""
+        """Status of the entry at `path`; None if there is none."""
 
     def free_bytes(self, path: Path) -> int:
-        """Bytes that can still be written below a folder that exists."""
+        """Bytes that can still be written below an existing folder."""
 
 
-# What a failed open or read then says is of this process (open files, rights, memory), not of the file.
-OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM)
+# These errors are about this process (open files, permissions, memory), not about the file.
+PROCESS_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM)
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """An OSError of an open file knows no name: add it."""
+def _with_path(path: Path) -> Iterator[None]:
+    """Add the path to OSErrors from open file handles, which lack it."""
     try:
         yield
     except OSError as error:
@@ -141,7 +142,7 @@ class _DiskWriter:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fd = os.open(path, flags, FILE_MODE)
         if size:
-            with _naming(path):
+            with _with_path(path):
                 try:
                     os.posix_fallocate(self._fd, 0, size)
                 except OSError as error:
@@ -150,14 +151,14 @@ class _DiskWriter:
                         raise
 
     def write(self, data: memoryview) -> None:
-        with _naming(self._path):
+        with _with_path(self._path):
             while data:
-                done = os.pwrite(self._fd, data[:_MANY], self._end)
+                done = os.pwrite(self._fd, data[:_MAX_CALL_BYTES], self._end)
                 self._end += done
                 data = data[done:]
 
     def sync(self) -> None:
-        with _naming(self._path):
+        with _with_path(self._path):
             os.fsync(self._fd)
 
     def close(self) -> None:
@@ -165,24 +166,24 @@ class _DiskWriter:
 
 
 class _DiskFile:
-    def __init__(self, path: Path, fresh: bool):
+    def __init__(self, path: Path, uncached: bool):
         self._path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        facts = os.fstat(self._fd)
-        if not stat_module.S_ISREG(facts.st_mode):
+        info = os.fstat(self._fd)
+        if not stat_module.S_ISREG(info.st_mode):
             os.close(self._fd)
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        self.size = facts.st_size
-        if fresh:
+        self.size = info.st_size
+        if uncached:
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def read_into(self, offset: int, into: memoryview, seen: Callable[[memoryview], None] = unseen) -> None:
-        with _naming(self._path):
+    def read_into(self, offset: int, into: memoryview, on_piece: Callable[[memoryview], None] = ignore_piece) -> None:
+        with _with_path(self._path):
             while into:
-                done = os.preadv(self._fd, [into[:_PIECE]], offset)
+                done = os.preadv(self._fd, [into[:_PIECE_BYTES]], offset)
                 if done == 0:
                     raise OSError(errno.EIO, f"ends at byte {offset}, {len(into)} more were expected")
-                seen(into[:done])
+                on_piece(into[:done])
                 offset += done
                 into = into[done:]
 
@@ -191,12 +192,12 @@ class _DiskFile:
 
 
 class Disk:
-    """The real file system. XXH3-128 finds damage; it is no protection against an attacker (engine.checkpoint.seal)."""
+    """The real file system. XXH3-128 detects corruption, not attackers (for those: engine.checkpoint.seal)."""
 
     digest_name = "xxh3_128"
 
     def digest(self, data: bytes | bytearray | memoryview) -> str:
-        return xxhash.xxh3_128_hexdigest(data)  # releases the interpreter's lock on large data
+        return xxhash.xxh3_128_hexdigest(data)  # releases the GIL on large data
 
     def hasher(self) -> Hasher:
         return xxhash.xxh3_128()
@@ -207,11 +208,11 @@ class Disk:
     def create(self, path: Path, size: int) -> Writer:
         return _DiskWriter(path, size)
 
-    def open(self, path: Path, *, fresh: bool = False) -> StoredFile:
-        return _DiskFile(path, fresh)
+    def open(self, path: Path, *, uncached: bool = False) -> StoredFile:
+        return _DiskFile(path, uncached)
 
     def sync_folder(self, path: Path) -> None:
-        with _naming(path):
+        with _with_path(path):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(handle)
@@ -232,24 +233,24 @@ class Disk:
 
     def stat(self, path: Path) -> Status | None:
         try:
-            facts = os.lstat(path)
+            info = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        kind = "file" if stat_module.S_ISREG(facts.st_mode) else "other"
-        return Status("folder" if stat_module.S_ISDIR(facts.st_mode) else kind, facts.st_size)
+        kind = "file" if stat_module.S_ISREG(info.st_mode) else "other"
+        return Status("folder" if stat_module.S_ISDIR(info.st_mode) else kind, info.st_size)
 
     def free_bytes(self, path: Path) -> int:
-        facts = os.statvfs(path)
-        return facts.f_bavail * facts.f_frsize
+        info = os.statvfs(path)
+        return info.f_bavail * info.f_frsize
 
 
 DISK = Disk()
 
 
 def make_folders(storage: Storage, path: Path) -> None:
-    """Make a folder and those above it, as far as they are not there, durable but for the last one's name.
+    """Create a folder and its missing parents. All are durable except the name of the last one.
 
-    Several ranks may do so at once.
+    Several ranks may do this at once.
     """
     if storage.stat(path) is not None:
         return
@@ -271,7 +272,7 @@ def read_file(storage: Storage, path: Path) -> bytes:
 
 
 def write_file(storage: Storage, path: Path, data: bytes) -> None:
-    """Write a small file and make its content durable (its name is, once the folder is synced)."""
+    """Write a small file and make its content durable (its name becomes durable when the folder is synced)."""
     writer = storage.create(path, len(data))
     try:
         writer.write(memoryview(data))
@@ -281,11 +282,11 @@ def write_file(storage: Storage, path: Path, data: bytes) -> None:
 
 
 def remove_tree(storage: Storage, folder: Path) -> None:
-    """Delete a folder of files and folders, or the link that is there instead of one.
+    """Delete a folder recursively; a link or file at that path is only unlinked.
 
-    What another process deletes meanwhile is gone as well.
+    Entries that another process deletes in the meantime are skipped.
     """
-    if (there := storage.stat(folder)) is not None and there.kind != "folder":
+    if (status := storage.stat(folder)) is not None and status.kind != "folder":
         storage.unlink(folder)
         return
     for name in storage.list(folder):

@@ -1,4 +1,4 @@
-"""Looking at a checkpoint: what it holds, how large its tensors are, and where it came from."""
+"""Human-readable summary of a checkpoint: contents, tensor norms and lineage."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.checkpoint.format import MODEL
-from engine.checkpoint.lineage import config_digest, tell
+from engine.checkpoint.lineage import config_digest, format_lineage
 from engine.checkpoint.load import Reader
 
 
 @dataclass(frozen=True)
 class TensorStats:
-    """A canonical tensor: its kind, name, global shape, dtype, number of files it lies in, norm (NaN: not computed)."""
+    """Statistics of a canonical tensor. shape: global. files: number of files. norm: L2, NaN if not computed."""
 
     kind: str
     name: str
@@ -25,7 +25,7 @@ class TensorStats:
 
 
 def summary(reader: Reader) -> Iterator[str]:
-    """Step, data position, layout, sizes and lineage in lines for people."""
+    """Step, data position, layout, sizes and lineage, as lines of text."""
     m = reader.manifest
     degrees = " x ".join(f"{axis} {n}" for axis, n in m.layout.items() if n > 1) or "one process"
     parameters = sum(math.prod(entry.shape) for entry in m.tensors.get(MODEL, {}).values())
@@ -37,13 +37,13 @@ def summary(reader: Reader) -> Iterator[str]:
     yield f"optimizer: {optimizer or 'no state, weights only'}"
     yield f"written by {degrees}: {', '.join(f'{name} {v}' for name, v in m.versions.items())}"
     yield f"config {config_digest(m.config)}"
-    yield from tell(m.lineage) or ["no earlier checkpoint: the run began with initial weights"]
+    yield from format_lineage(m.lineage) or ["no earlier checkpoint: the run started from initial weights"]
 
 
 def tensor_stats(reader: Reader, *, norms: bool) -> Iterator[TensorStats]:
-    """Every tensor of every kind, layers in order.
+    """Statistics of every tensor, by kind, with layers in numerical order.
 
-    norms: the L2 norm of each, in float64, which reads it, a rectangle at a time.
+    norms: compute L2 norms in float64, which reads all tensors, one rectangle at a time.
     """
     for kind, entries in reader.manifest.tensors.items():
         for name, entry in sorted(entries.items(), key=lambda item: _natural(item[0])):
@@ -56,5 +56,5 @@ def tensor_stats(reader: Reader, *, norms: bool) -> Iterator[TensorStats]:
 
 
 def _natural(name: str) -> list[str | int]:
-    """Sorts layers.2 before layers.10."""
+    """Sort key that puts layers.2 before layers.10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

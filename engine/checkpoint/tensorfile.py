@@ -1,8 +1,8 @@
-"""One safetensors file: its header, its digests, writing it in one pass, reading blocks of it that prove themselves.
+"""Writes a safetensors file in one pass, computing digests, and reads it in blocks that can be verified one by one.
 
-A tensor is digested in *blocks* of whole rows, at most `block_bytes` each unless one row is longer: a reader that wants
-some rows reads and proves the blocks they lie in and nothing else. The header has a digest of its own, so that every
-byte of a file is under exactly one digest. Which kind of digest is the storage's choice.
+A tensor is digested in *blocks* of whole rows. A block has at most `block_bytes`, unless one row is longer. To read
+some rows, only the blocks that contain them are read and verified. The header has its own digest, so each byte of the
+file is covered by exactly one digest. The storage chooses the digest algorithm.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK_BYTES = 16 << 20
 HeaderEntry = tuple[str, tuple[int, ...], int, int]  # dtype name, shape, first byte in the file, byte after the last
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_IN_FLIGHT = 4  # blocks that wait for their digest while the next ones are written
+_IN_FLIGHT = 4  # blocks whose digests may be pending while the next ones are written
 
 
 def rows_per_block(shape: tuple[int, ...], itemsize: int, block_bytes: int) -> int:
-    """How many rows (indices of the first dim) a block has."""
+    """Number of rows (indices of the first dim) in a block."""
     return max(1, block_bytes // max(1, math.prod(shape[1:]) * itemsize))
 
 
 def tensor_bytes(x: Tensor) -> memoryview:
-    """The raw little-endian bytes of a tensor, without a copy where it is contiguous and on the CPU."""
+    """Raw little-endian bytes of a tensor; no copy if it is contiguous and on the CPU."""
     flat = x.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when its turn to be written comes, so that a file may be larger than memory.
+    """A tensor that is computed only when it is about to be written, so that a file may be larger than memory.
 
-    make: gives a tensor of this dtype and shape; called once, in another thread, while the tensor before is written.
+    make: returns a tensor of this dtype and shape. Called once, in another thread, while the previous one is written.
     """
 
     dtype: torch.dtype
@@ -57,35 +57,35 @@ class LazyTensor:
     make: Callable[[], Tensor]
 
 
-def _made(tensors: Mapping[str, Tensor | LazyTensor]) -> Generator[tuple[str, Tensor], None, None]:
-    """Names and tensors in order. Memory: three of those that were pending."""
+def _materialized(tensors: Mapping[str, Tensor | LazyTensor]) -> Generator[tuple[str, Tensor], None, None]:
+    """Names and tensors in order. At most three lazy tensors are in memory at a time."""
     if not any(isinstance(x, LazyTensor) for x in tensors.values()):
         yield from cast(Mapping[str, Tensor], tensors).items()
         return
-    with closing(map_ahead(lambda item: _make(item[1]), iter(tensors.items()), 1)) as ahead:
+    with closing(map_ahead(lambda item: _materialize(item[1]), iter(tensors.items()), 1)) as ahead:
         for (name, _), x in ahead:
             yield name, x
 
 
-def _make(x: Tensor | LazyTensor) -> Tensor:
+def _materialize(x: Tensor | LazyTensor) -> Tensor:
     if isinstance(x, Tensor):
         return x
-    made = x.make()
-    assert made.dtype == x.dtype and tuple(made.shape) == x.shape  # the header is written already
-    return made
+    tensor = x.make()
+    assert tensor.dtype == x.dtype and tuple(tensor.shape) == x.shape  # the header is already written
+    return tensor
 
 
 @dataclass(frozen=True)
-class Written:
-    """What was written: size in bytes, digest of the header, and digests of each key's blocks."""
+class WrittenFile:
+    """Size of a written file in bytes, digest of its header, and digests of the blocks of each key."""
 
     size: int
     header: str
     digests: dict[str, tuple[str, ...]]
 
 
-def header_of(tensors: Mapping[str, Tensor | LazyTensor], metadata: dict[str, str] | None) -> tuple[bytes, int]:
-    """The bytes before the first tensor, and the size of the whole file."""
+def build_header(tensors: Mapping[str, Tensor | LazyTensor], metadata: dict[str, str] | None) -> tuple[bytes, int]:
+    """(all bytes before the first tensor, size of the whole file in bytes)."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, x in tensors.items():
@@ -104,14 +104,14 @@ def write_safetensors(
     storage: Storage = DISK,
     block_bytes: int = BLOCK_BYTES,
     proceed: Callable[[], None] = lambda: None,
-) -> Written:
-    """Write and sync a safetensors file block by block, without a copy of contiguous CPU tensors.
+) -> WrittenFile:
+    """Write and sync a safetensors file block by block, without copying contiguous CPU tensors.
 
-    The library's own writer takes the whole file as one bytes object; here a second thread digests each block while it
-    is being written, and a third makes the next of those tensors that are pending. proceed: called before each block;
-    what it raises ends the writing. OSError as storage raises it.
+    (The writer of the safetensors library needs the whole file as one bytes object.) A second thread digests each block
+    while it is written, and a third computes the next lazy tensor. proceed: called before each block; an exception from
+    it stops the writing. Raises OSError as storage does.
     """
-    head, size = header_of(tensors, metadata)
+    head, size = build_header(tensors, metadata)
     digests: dict[str, list[str]] = {name: [] for name in tensors}
     waiting: deque[tuple[str, Future[str]]] = deque()
 
@@ -122,16 +122,16 @@ def write_safetensors(
 
     out = storage.create(file, size)
     try:
-        with ThreadPoolExecutor(1, "digest") as other, closing(_made(tensors)) as made:
+        with ThreadPoolExecutor(1, "digest") as digester, closing(_materialized(tensors)) as ready:
             out.write(memoryview(head))
-            for name, x in made:
+            for name, x in ready:
                 data = tensor_bytes(x)
                 row = math.prod(x.shape[1:]) * x.element_size()
                 step = rows_per_block(tuple(x.shape), x.element_size(), block_bytes) * row
                 for begin in range(0, len(data), max(1, step)):
                     proceed()
                     block = data[begin : begin + step]
-                    waiting.append((name, other.submit(storage.digest, block)))
+                    waiting.append((name, digester.submit(storage.digest, block)))
                     out.write(block)
                     collect(_IN_FLIGHT)
             collect(0)
@@ -139,19 +139,19 @@ def write_safetensors(
         out.sync()
     finally:
         out.close()
-    return Written(size, storage.digest(head), {name: tuple(found) for name, found in digests.items()})
+    return WrittenFile(size, storage.digest(head), {name: tuple(found) for name, found in digests.items()})
 
 
 class TensorFile:
-    """An open safetensors file: where each key's bytes lie.
+    """An open safetensors file. entries: dtype, shape and byte range of each key.
 
-    header: the digest that its header must have, empty where it is not known. Raises CheckpointError for another, and
-    for one that is not sound.
+    header: expected digest of the header, empty if unknown. Raises CheckpointError if the digest differs or the header
+    is invalid.
     """
 
-    def __init__(self, file: Path, storage: Storage, *, header: str = "", fresh: bool = False):
-        self.file, self._storage, self._fresh = file, storage, fresh
-        # of each thread its own: the kernel reads ahead of one stream a handle
+    def __init__(self, file: Path, storage: Storage, *, header: str = "", uncached: bool = False):
+        self.file, self._storage, self._uncached = file, storage, uncached
+        # one handle per thread, because the kernel reads ahead for one stream per handle
         self._sources: dict[int, StoredFile] = {}
         try:
             self.entries = self._read_header(self._source(), header)
@@ -166,7 +166,7 @@ class TensorFile:
         self._sources.clear()
 
     def read_rows(self, key: str, first: int, last: int, into: memoryview) -> str:
-        """Fill `into` with rows [first, last) of a key; returns the digest of what is in it then."""
+        """Fill `into` with rows [first, last) of a key; returns the digest of these bytes."""
         _, shape, begin, end = self.entries[key]
         row, hasher = (end - begin) // max(1, shape[0]), self._storage.hasher()
         self._source().read_into(begin + first * row, into[: (last - first) * row], hasher.update)
@@ -175,7 +175,7 @@ class TensorFile:
     def _source(self) -> StoredFile:
         thread = threading.get_ident()
         if thread not in self._sources:
-            self._sources[thread] = self._storage.open(self.file, fresh=self._fresh)
+            self._sources[thread] = self._storage.open(self.file, uncached=self._uncached)
         return self._sources[thread]
 
     def _read_header(self, source: StoredFile, wanted: str) -> dict[str, HeaderEntry]:
@@ -190,14 +190,14 @@ class TensorFile:
         if wanted and (found := self._storage.digest(length + text)) != wanted:
             raise CheckpointError(
                 "checkpoint.digest-differs",
-                f"{self.file}: damaged: digest {found} of its header, the manifest says {wanted}; "
-                "take another checkpoint",
+                f"{self.file}: damaged: digest {found} of its header, the manifest lists {wanted}; "
+                "use another checkpoint",
             )
         if not possible:
             raise CheckpointError(
                 "checkpoint.tensor-header-damaged",
-                f"{self.file}: damaged: its header would have {count} bytes, the file has {size}; "
-                "take another checkpoint",
+                f"{self.file}: damaged: its header states a length of {count} bytes, the file has {size}; "
+                "use another checkpoint",
             )
         try:
             table = json.loads(text)
@@ -206,7 +206,7 @@ class TensorFile:
             raise CheckpointError(
                 "checkpoint.tensor-header-damaged",
                 f"{self.file}: damaged: its header cannot be read ({type(error).__name__}: {error}); "
-                "take another checkpoint",
+                "use another checkpoint",
             ) from None
 
     def _entries(self, table: dict[str, Any], start: int, size: int) -> Iterator[tuple[str, HeaderEntry]]:
@@ -218,7 +218,9 @@ class TensorFile:
             if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
                 raise ValueError(f"{name}: offsets and shape must be whole numbers")
             if begin != at or end - begin != math.prod(shape) * DTYPES[e["dtype"]].itemsize:
-                raise ValueError(f"{name}: bytes {begin} to {end} are not its {e['dtype']} {list(shape)} from {at} on")
+                raise ValueError(
+                    f"{name}: bytes {begin} to {end} do not hold a {e['dtype']} {list(shape)} starting at {at}"
+                )
             yield name, (e["dtype"], shape, start + begin, start + end)
             at = end
         if start + at != size:

@@ -31,7 +31,7 @@ class EvaluateOptions:
 def run(args: list[str]) -> int:
     """Run the verb; returns the exit code."""
 
-    from engine.checkpoint.seal import storage_of
+    from engine.checkpoint.seal import open_storage
     from engine.config.checks import config_errors
     from engine.config.derived import derive
     from engine.distributed.env import read_env
@@ -53,7 +53,7 @@ def run(args: list[str]) -> int:
     if wrong:
         raise ConfigError(wrong)
     env = read_env()
-    storage = storage_of(o.secret)
+    storage = open_storage(o.secret)
     cfg = config_of(o.checkpoint, storage, tensor=o.tensor, pipeline=o.pipeline, world=env.world)
     if errors := config_errors(cfg, env.world):
         raise ConfigError(errors)

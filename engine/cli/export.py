@@ -42,8 +42,8 @@ class ExportOptions:
 def run(args: list[str]) -> int:
     """Run the verb; returns the exit code."""
 
-    from engine.checkpoint.format import find, read_manifest
-    from engine.checkpoint.seal import storage_of
+    from engine.checkpoint.format import find_checkpoint, read_manifest
+    from engine.checkpoint.seal import open_storage
     from engine.inference.compare import compare_with_transformers, need_transformers
     from engine.inference.load import config_of, load_tokenizer, tokenizer_folder
     from engine.interop.convert import export
@@ -52,8 +52,8 @@ def run(args: list[str]) -> int:
     single_process("export")
     if o.verify:
         need_transformers()
-    storage = storage_of(o.secret)
-    cfg, folder = config_of(o.checkpoint, storage), find(o.checkpoint, storage)
+    storage = open_storage(o.secret)
+    cfg, folder = config_of(o.checkpoint, storage), find_checkpoint(o.checkpoint, storage)
     imported = "exp_avg" not in read_manifest(folder, storage).tensors
     tokenizer: Path | None = None
     eod, notes = None, list[str]()

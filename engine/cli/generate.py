@@ -38,13 +38,13 @@ class GenerateOptions:
 def run(args: list[str]) -> int:
     """Run the verb; returns the exit code."""
 
-    from engine.checkpoint.seal import storage_of
+    from engine.checkpoint.seal import open_storage
     from engine.inference.generate import sample
     from engine.inference.load import load_model, load_tokenizer
 
     o = tyro.cli(GenerateOptions, args=args, prog="engine generate")
     single_process("generate")
-    storage = storage_of(o.secret)
+    storage = open_storage(o.secret)
     model, tokenizer = load_model(o.checkpoint, storage), load_tokenizer(o.checkpoint, o.tokenizer, storage)
     print(o.prompt, end="", flush=True)
     for text in sample(

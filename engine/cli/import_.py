@@ -43,7 +43,7 @@ class ImportOptions:
 def run(args: list[str]) -> int:
     """Run the verb; returns the exit code."""
 
-    from engine.checkpoint.seal import storage_of
+    from engine.checkpoint.seal import open_storage
     from engine.interop.convert import import_folder
 
     o = tyro.cli(ImportOptions, args=args, prog="engine import")
@@ -71,7 +71,7 @@ def run(args: list[str]) -> int:
         vocab_size=o.vocab_size or None,
         ignore_keys=o.ignore_key,
         max_shard_bytes=shard_bytes(o.shard_mib),
-        storage=storage_of(o.secret, encrypt=o.encrypt),
+        storage=open_storage(o.secret, encrypt=o.encrypt),
     )
     text = [*(f"note: {note}" for note in notes), f"wrote {made}; train from it with --checkpoint.init {o.output}"]
     fields = {"verb": "import", "folder": str(o.folder), "run": str(o.output), "checkpoint": str(made), "notes": notes}

@@ -147,18 +147,18 @@ def _samples(o: InspectOptions, dataset: IndexedDataset, tokenizer: Tokenizer, f
 
 def inspect_checkpoint(o: InspectOptions) -> int:
     """`engine inspect` of a checkpoint."""
-    from engine.checkpoint.format import find, prove_all
+    from engine.checkpoint.format import find_checkpoint, verify_all
     from engine.checkpoint.load import Reader
-    from engine.checkpoint.seal import storage_of
+    from engine.checkpoint.seal import open_storage
     from engine.checkpoint.summary import summary, tensor_stats
 
-    storage = storage_of(o.secret)
-    with Reader(find(Path(o.data), storage), storage) as reader:
+    storage = open_storage(o.secret)
+    with Reader(find_checkpoint(Path(o.data), storage), storage) as reader:
         text = list(summary(reader))
         fields: dict[str, Any] = {"verb": "inspect", "checkpoint": str(reader.folder), "step": reader.manifest.step}
         fields |= {"summary": list(text), "digests_proven": o.verify, "tensors": []}
         if o.verify:
-            prove_all(reader.folder, reader.manifest, storage)
+            verify_all(reader.folder, reader.manifest, storage)
             text.append("every digest is right")
         width = max(map(len, (name for names in reader.manifest.tensors.values() for name in names)), default=0)
         if not o.json:

@@ -27,14 +27,14 @@ class VerifyOptions:
 def run(args: list[str]) -> int:
     """Run the verb; returns the exit code."""
 
-    from engine.checkpoint.format import find, prove_all, read_manifest
-    from engine.checkpoint.seal import storage_of
+    from engine.checkpoint.format import find_checkpoint, read_manifest, verify_all
+    from engine.checkpoint.seal import open_storage
 
     o = tyro.cli(VerifyOptions, args=args, prog="engine verify")
-    storage = storage_of(o.secret)
-    folder = find(o.checkpoint, storage)
+    storage = open_storage(o.secret)
+    folder = find_checkpoint(o.checkpoint, storage)
     manifest = read_manifest(folder, storage)
-    prove_all(folder, manifest, storage)
+    verify_all(folder, manifest, storage)
     size = sum(entry.size for entry in manifest.files.values())
     text = f"{folder}: step {manifest.step}, {len(manifest.files)} files, {size:,} bytes, every digest is right"
     fields = {"verb": "verify", "checkpoint": str(folder), "step": manifest.step}

@@ -34,7 +34,7 @@ from engine.config.model_checks import ROPE_SCALES
 from engine.config.presets import PRESETS
 from engine.config.schema import Config, ModelConfig, fields, type_name
 from engine.errors import CheckpointError, ConfigError, FieldError, PlanError
-from engine.interop.huggingface.config_json import facts_of
+from engine.interop.huggingface.config_json import read_model_fields
 from engine.pipeline.actions import Plan
 from engine.planner.flops import balanced_layers
 
@@ -290,7 +290,7 @@ def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], errors
         return {}
     wanted = str(tree["model"].get("max_seq_len", ""))
     try:
-        facts, said = facts_of(Path(path), int(wanted) if wanted.isdecimal() else None)
+        facts, said = read_model_fields(Path(path), int(wanted) if wanted.isdecimal() else None)
         facts = model_config(Path(said), facts).model_dump(exclude={"preset"})
     except ConfigError as error:
         errors += error.errors

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.checkpoint.format import MODEL, find, read_manifest
-from engine.checkpoint.links import refuse_links
+from engine.checkpoint.format import MODEL, find_checkpoint, read_manifest
+from engine.checkpoint.links import reject_links
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
 from engine.config.derived import data_degree, layers_per_stage
@@ -28,7 +28,7 @@ def config_of(
 
     train.global_batch_size is the next that these data ranks can share, so it says nothing about the run's own.
     """
-    config = Config.model_validate(read_manifest(find(checkpoint, storage), storage).config)
+    config = Config.model_validate(read_manifest(find_checkpoint(checkpoint, storage), storage).config)
     parallel = config.parallel.model_copy(
         update={
             "tensor": tensor,
@@ -52,7 +52,7 @@ def config_of(
 def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Storage = DISK) -> Transformer:
     """This rank's stage of the model with the checkpoint's weights, without optimizer. Collective."""
     model = Transformer(cfg.model, ctx, stage_shapes(layers_per_stage(cfg))[ctx.pipeline.rank])
-    with Reader(find(checkpoint, storage), storage) as reader:
+    with Reader(find_checkpoint(checkpoint, storage), storage) as reader:
         load_into(reader, (StateShard(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
     return model
 
@@ -69,12 +69,12 @@ def tokenizer_folder(checkpoint: Path, wanted: Path | None, storage: Storage = D
     """`wanted`, or the copy in the run folder, or the folder the run was given."""
     if wanted is not None:
         return wanted
-    folder = find(checkpoint, storage)
+    folder = find_checkpoint(checkpoint, storage)
     given = read_manifest(folder, storage).config["data"]["tokenizer"]
     for candidate in (folder.parent.parent / "tokenizer", Path(given)):
         if (candidate == folder.parent.parent / "tokenizer" or given) and is_tokenizer(candidate):
             if candidate == folder.parent.parent / "tokenizer":
-                refuse_links(folder.parent.parent)
+                reject_links(folder.parent.parent)
             return candidate
     raise CheckpointError(
         "inference.no-tokenizer", f"{checkpoint}: the run had no tokenizer; give one with --tokenizer DIR"

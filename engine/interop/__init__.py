@@ -1,5 +1,5 @@
-"""Other projects' models, in and out: Hugging Face folders, Megatron-LM checkpoints.
+"""Import and export of other projects' models: Hugging Face folders and Megatron-LM checkpoints.
 
-Each is a source of rectangles of canonical tensors, like a checkpoint. Imports checkpoint, config, model's shapes and
-the tokenizer's files. Never knows training.
+Each format is a source of rectangles of canonical tensors, like a checkpoint. Imports checkpoint, config, the model's
+shapes and the tokenizer's files. Knows nothing of training.
 """

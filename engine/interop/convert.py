@@ -1,8 +1,8 @@
-"""Weights of others in, Hugging Face folders out: `import_folder` and `export`. CPU, one process, streaming.
+"""Imports weights of other projects (`import_folder`) and exports Hugging Face folders (`export`), in one CPU process.
 
-In memory at any time: one shard of what is written and one tensor. Both write under a temporary name and rename at the
-end. What of a folder is not the model (token ids, dropout rates, generation settings) lies beside the checkpoints of a
-run in `hugging_face/` and comes back in its exports.
+Both stream: one output shard and one tensor are in memory at a time. Both write under a temporary name and rename at
+the end. Settings of a folder that are not part of the model (token ids, dropout rates, generation settings) are kept in
+`hugging_face/` of the run folder, and written again by its exports.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint.format import MODEL, find, step_dir
+from engine.checkpoint.format import MODEL, find_checkpoint, step_dir
 from engine.checkpoint.lineage import code_versions
 from engine.checkpoint.load import Reader, TensorSource
-from engine.checkpoint.retention import commit, tidy
-from engine.checkpoint.save import manifest_of, write_part
+from engine.checkpoint.retention import commit, remove_leftovers
+from engine.checkpoint.save import build_manifest, write_part
 from engine.checkpoint.storage import DISK, Storage, make_folders
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, DTYPES, LazyTensor, write_safetensors
 from engine.config.checks import config_errors
@@ -35,12 +35,12 @@ from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.layout import Layout
 from engine.errors import CheckpointError, ConfigError, DataError, FieldError, SecretError
 from engine.interop.huggingface.companions import (
-    BESIDE,
-    TOKENIZER_FACTS,
-    content,
-    copy_beside,
+    COMPANIONS_DIR,
+    TOKENIZER_METADATA,
+    copy_companions,
     copy_extra,
     extra_files,
+    read_inside,
     tokenizer_files,
 )
 from engine.interop.huggingface.config_json import extras, json_object, read_config, rope_forms, write_config
@@ -50,10 +50,10 @@ from engine.interop.huggingface.weights import (
     GENERATION,
     INDEX,
     HfReader,
-    assembled,
-    contents,
-    places,
-    token_ids,
+    assemble,
+    group_by_key,
+    locate_tensors,
+    parse_token_ids,
 )
 from engine.interop.megatron.folder import is_megatron
 from engine.interop.megatron.source import MegatronSource, open_megatron
@@ -69,13 +69,13 @@ Importable = HfReader | MegatronSource
 def open_foreign(
     path: Path, max_seq_len: int | None = None, vocab_size: int | None = None, ignore_keys: Sequence[str] = ()
 ) -> Importable:
-    """The weights of a Hugging Face folder, or of a checkpoint of Megatron-LM (vocab_size: without its padding).
+    """Open the weights of a Hugging Face folder or of a Megatron-LM checkpoint.
 
-    ignore_keys: of config.json, which are then read as if they were not there.
+    vocab_size: rows of a Megatron embedding without its padding. ignore_keys: keys of config.json to treat as absent.
     """
     if is_megatron(path):
         if ignore_keys:
-            problem = f"is a key of config.json, and {path} is a checkpoint of Megatron-LM"
+            problem = f"is a key of config.json, but {path} is a Megatron-LM checkpoint"
             raise ConfigError(
                 [
                     FieldError(
@@ -83,7 +83,7 @@ def open_foreign(
                         "--ignore-key",
                         ignore_keys[0],
                         problem,
-                        "Leave it out.",
+                        "Remove the option.",
                     )
                 ]
             )
@@ -92,18 +92,18 @@ def open_foreign(
 
 
 def open_source(path: Path, max_seq_len: int | None = None, storage: Storage = DISK) -> TensorSource[Any]:
-    """The weights of a Hugging Face folder, or of one of our checkpoints or run folders, signed or not.
+    """Open the weights of a Hugging Face folder, or of one of our checkpoints or run folders, signed or not.
 
-    storage: with the secret of one that is signed.
+    storage: has the secret, if the checkpoint is signed.
     """
     if (path / CONFIG).exists():
         return HfReader(path, max_seq_len)
     try:
-        return Reader(find(path))
+        return Reader(find_checkpoint(path))
     except SecretError:
         if storage is DISK:
             raise
-        return Reader(find(path, storage), storage)
+        return Reader(find_checkpoint(path, storage), storage)
 
 
 def import_folder(
@@ -116,30 +116,30 @@ def import_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     storage: Storage = DISK,
 ) -> tuple[Path, list[str]]:
-    """Write what `open_foreign` opens as a run folder with one checkpoint of step 0; returns that, and notes in words.
+    """Import weights as a run folder with a checkpoint of step 0. Returns the checkpoint folder and notes for the user.
 
-    The tensors keep their dtypes and bits. ignore_keys: as of `open_foreign`; the manifest names them. Raises
-    ConfigError or CheckpointError for whatever the engine does not have.
+    Tensors are copied bit-exactly, in their dtypes. ignore_keys: see `open_foreign`; they are recorded in the manifest.
+    Raises ConfigError or CheckpointError for anything that the engine does not support.
     """
     if (out / "checkpoints").exists():
-        raise CheckpointError("interop.run-has-checkpoints", f"{out}: holds checkpoints already; choose another folder")
+        raise CheckpointError("interop.run-has-checkpoints", f"{out}: already has checkpoints; choose another folder")
     with open_foreign(folder, max_seq_len, vocab_size, ignore_keys) as reader:
         reader.verify()
         notes, architecture = _copy_tokenizer(folder, out / "tokenizer"), "megatron"
         if isinstance(reader, HfReader):
-            reader.check_spare_head()
-            notes, architecture = [*reader.notes, *notes], reader.described.family.architecture
-        config = _run_config(reader.cfg, out, _PRECISIONS[DTYPE_NAMES[_widest(reader)]])
+            reader.check_tied_head()
+            notes, architecture = [*reader.notes, *notes], reader.hf_config.family.architecture
+        config = _run_config(reader.cfg, out, _PRECISIONS[DTYPE_NAMES[_widest_stored_dtype(reader)]])
         root, final = out / "checkpoints", step_dir(out / "checkpoints", 0)
         temporary = root / f".{final.name}.tmp"
-        tidy(storage, root, temporary)
+        remove_leftovers(storage, root, temporary)
         make_folders(storage, temporary)
-        sizes = {name: _bytes(entry.shape, entry.dtype) for name, entry in reader.entries[MODEL].items()}
+        sizes = {name: _num_bytes(entry.shape, entry.dtype) for name, entry in reader.entries[MODEL].items()}
         parts = [
             _write_shard(reader, storage, temporary / f"model-{number:05d}.safetensors", names)
-            for number, names in enumerate(runs(sizes, max_shard_bytes), 1)
+            for number, names in enumerate(split_by_bytes(sizes, max_shard_bytes), 1)
         ]
-        facts = {
+        metadata = {
             "consumed_samples": 0,
             "consumed_tokens": 0,
             "config": config.model_dump(),
@@ -147,29 +147,29 @@ def import_folder(
             | ({"ignored_keys": list(ignore_keys)} if ignore_keys else {}),
             "versions": code_versions(),
         }
-        manifest = manifest_of(parts, Layout(), 0, facts, BLOCK_BYTES)
+        manifest = build_manifest(parts, Layout(), 0, metadata, BLOCK_BYTES)
         if isinstance(reader, HfReader):
-            copy_beside(folder, out)
-            if left := extra_files(folder)[1]:
-                notes = [*notes, f"left out, neither read nor kept for exports: {', '.join(left)}"]
+            copy_companions(folder, out)
+            if skipped := extra_files(folder)[1]:
+                notes = [*notes, f"skipped, neither read nor kept for exports: {', '.join(skipped)}"]
         commit(storage, temporary, final, manifest.encode(storage))
     return final, notes
 
 
-def widest_of(names: Iterable[str]) -> torch.dtype:
-    """The dtype that holds all of these (safetensors' names) exactly: of BF16 and F16 it is float32."""
+def widest_dtype(names: Iterable[str]) -> torch.dtype:
+    """The dtype that represents all of these (as safetensors names them) exactly; for BF16 and F16: float32."""
     return reduce(torch.promote_types, [DTYPES[name] for name in sorted(names)])
 
 
-def _widest(source: TensorSource[Any]) -> torch.dtype:
-    return widest_of({entry.dtype for entry in source.entries[MODEL].values()})
+def _widest_stored_dtype(source: TensorSource[Any]) -> torch.dtype:
+    return widest_dtype({entry.dtype for entry in source.entries[MODEL].values()})
 
 
 def _write_shard(reader: Importable, storage: Storage, file: Path, names: list[str]) -> dict[str, Any]:
-    """Write these tensors, whole, as one file of a checkpoint; what its manifest needs to know of it."""
+    """Write whole tensors as one file of a checkpoint; returns its manifest entries."""
     entries = {name: reader.entries[MODEL][name] for name in names}
     tensors = {
-        f"{MODEL}/{name}": LazyTensor(DTYPES[entry.dtype], tuple(entry.shape), partial(reader.whole, MODEL, name))
+        f"{MODEL}/{name}": LazyTensor(DTYPES[entry.dtype], tuple(entry.shape), partial(reader.read_whole, MODEL, name))
         for name, entry in entries.items()
     }
     index = {
@@ -199,25 +199,26 @@ def _run_config(model: ModelConfig, out: Path, precision: str) -> Config:
 
 
 def _copy_tokenizer(folder: Path, out: Path) -> list[str]:
-    """Copy the tokenizer's files; where there is no tokenizer.json, make it from what is there."""
+    """Copy the tokenizer files; build tokenizer.json from the others if it is missing. Returns notes for the user."""
     found = tokenizer_files(folder)
     if not found:
-        return ["no tokenizer in the folder: give one with --tokenizer where it is needed"]
+        return ["no tokenizer in the folder: pass --tokenizer to commands that need one"]
     for name in found:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_synced(out / name, content(folder, name))
+        write_synced(out / name, read_inside(folder, name))
     if "tokenizer.json" in found:
         return []
     try:
-        source, made = find_tokenizer(folder), Tokenizer.load(folder)
+        source, tokenizer = find_tokenizer(folder), Tokenizer.load(folder)
     except DataError as error:
-        return [f"no tokenizer.json in the folder, and none could be made: {error}"]
-    made.save_definition(out)
+        return [f"no tokenizer.json in the folder, and it could not be built: {error}"]
+    tokenizer.save_definition(out)
     if source is None:
         return []
-    if made.sentencepiece is not None:
-        return [f"{source.path.name} is used itself, by {made.sentencepiece.name}: no tokenizer.json gives its ids"]
-    return [f"tokenizer.json made from {source.path.name}"]
+    if tokenizer.sentencepiece is not None:
+        library = tokenizer.sentencepiece.name
+        return [f"{source.path.name} is used directly, by {library}: no tokenizer.json produces its ids"]
+    return [f"tokenizer.json built from {source.path.name}"]
 
 
 def export(
@@ -231,24 +232,24 @@ def export(
     storage: Storage = DISK,
     extra: bool = False,
 ) -> tuple[Family, int, list[str]]:
-    """Write a checkpoint as a Hugging Face folder; returns the family, the bytes of the weights and notes.
+    """Export a checkpoint as a Hugging Face folder. Returns (family, bytes of the weights, notes for the user).
 
-    Writes model-*.safetensors with their index, config.json, generation_config.json, and copies the tokenizer's files.
-    dtype: None for that of the checkpoint. eod: id of the tokenizer's end-of-document token. extra: licence, model
-    card and other small files of the folder it came from too. The notes say what was changed of that folder.
-    Raises CheckpointError when `out` is there already, or no family is this model.
+    Writes model-*.safetensors with their index, config.json and generation_config.json, and copies the tokenizer files.
+    dtype: None keeps the checkpoint's. eod: id of the tokenizer's end-of-document token. extra: also copy the licence,
+    model card and other small files of the imported folder. The notes list differences from the imported folder.
+    Raises CheckpointError if `out` exists, or no family can express this model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError("interop.output-exists", f"{out}: is there already; choose another folder")
-    beside = folder.parent.parent / BESIDE
+        raise CheckpointError("interop.output-exists", f"{out}: already exists; choose another folder")
+    companions = folder.parent.parent / COMPANIONS_DIR
     with Reader(folder, storage) as reader:
         cfg = ModelConfig.model_validate(reader.manifest.config["model"])
-        family, config, generation = _describe(cfg, beside)
-        said = _renamed_end(beside, config, generation, eod)
-        config["dtype"] = config["torch_dtype"] = str(dtype or _stated(beside, reader)).removeprefix("torch.")
+        family, config, generation = _config_files(cfg, companions)
+        notes = _update_token_ids(companions, config, generation, eod)
+        config["dtype"] = config["torch_dtype"] = str(dtype or _stated_dtype(companions, reader)).removeprefix("torch.")
         temporary = out.parent / f".{out.name}.tmp"
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted export
         temporary.mkdir()
         try:
             total, weight_map = _write_weights(reader, cfg, family, temporary, dtype, max_shard_bytes)
@@ -259,129 +260,131 @@ def export(
         for name in tokenizer_files(tokenizer):
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(tokenizer / name, temporary / name)
-    said += copy_extra(beside, temporary if extra else None)
+    notes += copy_extra(companions, temporary if extra else None)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    for name, facts in ((INDEX, index), (GENERATION, generation), (CONFIG, config)):
-        write_synced(temporary / name, json.dumps(facts, indent=2).encode() + b"\n")
+    for name, value in ((INDEX, index), (GENERATION, generation), (CONFIG, config)):
+        write_synced(temporary / name, json.dumps(value, indent=2).encode() + b"\n")
     sync_folder(temporary)
     os.rename(temporary, out)
     sync_folder(out.parent)
-    return family, total, said
+    return family, total, notes
 
 
 def _write_weights(
     reader: Reader, cfg: ModelConfig, family: Family, out: Path, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> tuple[int, dict[str, str]]:
-    """(bytes, their name -> file): the weights in shards of at most so many bytes, three tensors in memory."""
-    found, theirs = places(cfg, family)
-    inside = contents(found)
-    kinds = {key: dtype or DTYPES[reader.entries[MODEL][names[0]].dtype] for key, names in inside.items()}
-    sizes = {key: math.prod(shape) * kinds[key].itemsize for key, shape in theirs.items()}
-    shards = list(runs(sizes, max_shard_bytes))
+    """Write the weights in shards. Returns (bytes, Hugging Face name -> file). At most three tensors are in memory."""
+    slices, hf_shapes = locate_tensors(cfg, family)
+    names_by_key = group_by_key(slices)
+    kinds = {key: dtype or DTYPES[reader.entries[MODEL][names[0]].dtype] for key, names in names_by_key.items()}
+    sizes = {key: math.prod(shape) * kinds[key].itemsize for key, shape in hf_shapes.items()}
+    shards = list(split_by_bytes(sizes, max_shard_bytes))
 
-    def made(key: str) -> Tensor:
-        parts = {name: _narrowed(name, reader.whole(MODEL, name), kinds[key]) for name in inside[key]}
-        return assembled(parts, found, theirs[key])
+    def make(key: str) -> Tensor:
+        parts = {name: _cast(name, reader.read_whole(MODEL, name), kinds[key]) for name in names_by_key[key]}
+        return assemble(parts, slices, hf_shapes[key])
 
     weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {key: LazyTensor(kinds[key], theirs[key], partial(made, key)) for key in keys}
+        shard = {key: LazyTensor(kinds[key], hf_shapes[key], partial(make, key)) for key in keys}
         write_safetensors(out / file, shard, {"format": "pt"})
         weight_map |= dict.fromkeys(keys, file)
     return sum(sizes.values()), weight_map
 
 
-def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a dtype. Raises CheckpointError where a finite value of it is beyond that."""
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a tensor to `dtype`. Raises CheckpointError if a finite value would overflow to infinity."""
     result = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrower and bool(result.isinf().any()) and bool((result.isinf() & tensor.isfinite()).any()):
         most, kind = float(tensor[tensor.isfinite()].abs().max()), str(dtype).removeprefix("torch.")
-        text = f"holds {most:.4g}, and {kind} ends at {torch.finfo(dtype).max:.4g}: it would become infinite"
+        text = f"has the value {most:.4g}, and the largest in {kind} is {torch.finfo(dtype).max:.4g}: it would overflow"
         raise CheckpointError("interop.value-out-of-range", f"{name}: {text}. Export with --dtype bf16 or fp32")
     return result
 
 
-def _describe(cfg: ModelConfig, beside: Path) -> tuple[Family, dict[str, Any], dict[str, Any]]:
-    """(family, config.json, generation_config.json): what computes this model, with what is kept of its origin."""
-    origin = json_object(beside / CONFIG) if (beside / CONFIG).exists() else {}
+def _config_files(cfg: ModelConfig, companions: Path) -> tuple[Family, dict[str, Any], dict[str, Any]]:
+    """(family, config.json, generation_config.json) of a model, with the settings kept from the imported folder."""
+    origin = json_object(companions / CONFIG) if (companions / CONFIG).exists() else {}
     near = [f.model_type for f in FAMILIES.values() if cfg.preset.startswith(f.preset)]
-    facts, defaults = (model.model_dump(exclude={"preset"}) for model in (cfg, ModelConfig()))
-    if origin and _says(beside / CONFIG, facts):
+    fields, defaults = (model.model_dump(exclude={"preset"}) for model in (cfg, ModelConfig()))
+    if origin and _describes_model(companions / CONFIG, fields):
         family = FAMILIES[origin["model_type"]]
-        config = {key: value for key, value in origin.items() if key not in _OF_THE_WRITER}
-        config |= rope_forms(facts, family, config)
+        config = {key: value for key, value in origin.items() if key not in _WRITER_KEYS}
+        config |= rope_forms(fields, family, config)
     else:
-        family, config = write_config(facts, defaults, [str(origin.get("model_type")), *near])
+        family, config = write_config(fields, defaults, [str(origin.get("model_type")), *near])
         config |= _extras(origin, family) if origin else {"use_cache": True}
     generation: dict[str, Any] = {"do_sample": True}
-    if (beside / GENERATION).exists():
-        generation = json_object(beside / GENERATION)
+    if (companions / GENERATION).exists():
+        generation = json_object(companions / GENERATION)
     elif origin:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config.get(key) is not None}
     return family, config, generation
 
 
-def _renamed_end(beside: Path, config: dict[str, Any], generation: dict[str, Any], eod: int | None) -> list[str]:
-    """Let the ids of both files be those of the tokenizer, where it is not the folder's any more; notes in words.
+def _update_token_ids(
+    companions: Path, config: dict[str, Any], generation: dict[str, Any], eod: int | None
+) -> list[str]:
+    """Set the token ids in both files to those of a tokenizer that replaced the folder's own. Returns notes.
 
-    eod ends documents. What the folder says stays where it names eod too, or where its own tokenizer had the same eod.
-    Ids that were the old end (GPT-2's beginning, a padding) follow it.
+    eod: id of the end-of-document token. Nothing changes if the folder lists eod too, or if its own tokenizer had the
+    same eod. Other ids that were equal to the old end (GPT-2's bos, a padding id) change with it.
     """
-    if not (beside / CONFIG).exists():
-        for facts in (config, generation):
-            facts |= {"bos_token_id": eod, "eos_token_id": eod}
+    if not (companions / CONFIG).exists():
+        for settings in (config, generation):
+            settings |= {"bos_token_id": eod, "eos_token_id": eod}
         return []
-    old = [i for facts in (config, generation) for i in token_ids(facts.get("eos_token_id"))]
-    kept = json_object(beside / TOKENIZER_FACTS) if (beside / TOKENIZER_FACTS).exists() else {}
+    old = [i for settings in (config, generation) for i in parse_token_ids(settings.get("eos_token_id"))]
+    kept = json_object(companions / TOKENIZER_METADATA) if (companions / TOKENIZER_METADATA).exists() else {}
     if eod is None or not old or eod in old or kept.get("eos_token_id") == eod:
         return []
-    for facts in (config, generation):
-        facts |= {key: eod for key in ("bos_token_id", "pad_token_id") if facts.get(key) in old}
-        facts["eos_token_id"] = eod
-    return [f"eos_token_id is {eod}, the tokenizer's: the folder said {', '.join(map(str, dict.fromkeys(old)))}"]
+    for settings in (config, generation):
+        settings |= {key: eod for key in ("bos_token_id", "pad_token_id") if settings.get(key) in old}
+        settings["eos_token_id"] = eod
+    return [f"eos_token_id is {eod}, the tokenizer's: the folder had {', '.join(map(str, dict.fromkeys(old)))}"]
 
 
-def _stated(beside: Path, reader: Reader) -> torch.dtype:
-    """The dtype that the folder's config.json gave its weights, if one of them has it; else what holds all of them."""
-    origin = json_object(beside / CONFIG) if (beside / CONFIG).exists() else {}
+def _stated_dtype(companions: Path, reader: Reader) -> torch.dtype:
+    """The dtype named in the folder's config.json if any tensor has it; otherwise the widest dtype of the tensors."""
+    origin = json_object(companions / CONFIG) if (companions / CONFIG).exists() else {}
     stored = {
         str(DTYPES[entry.dtype]).removeprefix("torch."): DTYPES[entry.dtype] for entry in reader.entries[MODEL].values()
     }
-    return stored.get(str(origin.get("dtype") or origin.get("torch_dtype"))) or _widest(reader)
+    return stored.get(str(origin.get("dtype") or origin.get("torch_dtype"))) or _widest_stored_dtype(reader)
 
 
-_OF_THE_WRITER = ("auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+_WRITER_KEYS = ("auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
-def _says(path: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of exactly this model."""
+def _describes_model(path: Path, fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes exactly the model with these fields."""
     try:
-        return model_config(path, read_config(path).facts).model_dump(exclude={"preset"}) == facts
+        return model_config(path, read_config(path).model_fields).model_dump(exclude={"preset"}) == fields
     except ConfigError:
         return False
 
 
 def _extras(origin: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """What a folder's config.json says beside the model: token ids, dropout rates, settings of generation."""
-    ours = {*_OF_THE_WRITER, "architectures", "model_type"}
-    return {key: value for key, value in extras(origin, family).items() if key not in ours}
+    """Keys of a config.json that are not part of the model: token ids, dropout rates, generation settings."""
+    written = {*_WRITER_KEYS, "architectures", "model_type"}
+    return {key: value for key, value in extras(origin, family).items() if key not in written}
 
 
-def runs(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    """Names cut in runs of at most `most` bytes, or of one name."""
-    run: list[str] = []
+def split_by_bytes(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Split names into consecutive groups of at most `max_bytes`, or of a single larger tensor."""
+    group: list[str] = []
     size = 0
     for name, each in sizes.items():
-        if run and size + each > most:
-            yield run
-            run, size = [], 0
-        run.append(name)
+        if group and size + each > max_bytes:
+            yield group
+            group, size = [], 0
+        group.append(name)
         size += each
-    yield run
+    yield group
 
 
-def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.batch import Collator, LossMask
-from engine.checkpoint.format import find, read_manifest
+from engine.checkpoint.format import find_checkpoint, read_manifest
 from engine.checkpoint.storage import DISK, Storage
 from engine.config.derived import Derived
 from engine.config.schema import Config
@@ -155,7 +155,7 @@ def evaluate(
     dataset = IndexedDataset(data, vocab_size=cfg.model.vocab_size)
     model = load_stage(checkpoint, cfg, ctx, storage)
     stage = Stage(model, (), None, cfg.model.hidden_size, model.shape.first, model.shape.last)
-    folder = find(checkpoint, storage)
+    folder = find_checkpoint(checkpoint, storage)
     manifest = read_manifest(folder, storage)
     batch, mask = int(manifest.config["train"]["global_batch_size"]), loss_mask(manifest.data)
     stages = {ctx.pipeline.rank: stage}

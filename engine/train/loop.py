@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.format import newest
-from engine.checkpoint.links import refuse_links
-from engine.checkpoint.save import Saved, Saver, check_room
-from engine.checkpoint.seal import storage_of
+from engine.checkpoint.format import newest_step
+from engine.checkpoint.links import reject_links
+from engine.checkpoint.save import SavedCheckpoint, Saver, check_space
+from engine.checkpoint.seal import open_storage
 from engine.config.load import Resolved
 from engine.config.schema import Config
 from engine.config.skips import contains, read_ranges
@@ -112,7 +112,7 @@ def _lock_run_folder(run_dir: Path, stack: ExitStack, exit_record: ExitRecord) -
     """Lock the run folder; CheckpointError if another run writes there: each would delete the other's partial files."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        refuse_links(run_dir)
+        reject_links(run_dir)
         holder = stack.enter_context(locked(run_dir / "lock"))
         if holder:
             raise CheckpointError(
@@ -141,8 +141,8 @@ def _train(resolved: Resolved, ctx: ParallelContext, stop: StopRequest, exit_rec
     state = run.state
     exit_record.step = state.step
     if state.step < cfg.train.steps:
-        storage = storage_of(cfg.checkpoint.secret)
-        check_room(run_dir / "checkpoints", state.optimizer.states(owned=True), ctx, storage)
+        storage = open_storage(cfg.checkpoint.secret)
+        check_space(run_dir / "checkpoints", state.optimizer.states(owned=True), ctx, storage)
     _announce(run, console)
     if run.tokenizer is not None and ctx.rank == 0:
         run.tokenizer.save(run_dir / "tokenizer")  # so export and generate need only the run folder
@@ -189,7 +189,7 @@ def _stopped_early(
         return False
 
     def record() -> None:
-        saved = newest(Path(cfg.run.dir) / "checkpoints", storage_of(cfg.checkpoint.secret))
+        saved = newest_step(Path(cfg.run.dir) / "checkpoints", open_storage(cfg.checkpoint.secret))
         exit_record.step = saved or 0
         exit_record.write(EXIT_REQUEUE, "stopped on a signal before the first step")
         then = "starts from the beginning" if saved is None else f"resumes from step {saved}"
@@ -203,11 +203,11 @@ def _stopped_early(
 
 def _saver(state: TrainState, root: Path) -> Saver:
     c = state.cfg.checkpoint
-    storage = storage_of(c.secret, encrypt=c.encrypt)
+    storage = open_storage(c.secret, encrypt=c.encrypt)
     saver = Saver(root, state.ctx, keep=c.keep, keep_every=c.keep_every, storage=storage)
     if c.every and c.async_save:
         saver.reserve(state.optimizer.states(owned=True))
-    state.before_update = saver.copied
+    state.before_update = saver.wait_copied
     return saver
 
 
@@ -322,14 +322,14 @@ def save(run: Run, console: Progress, saver: Saver, *, background: bool, last: b
     if saver.in_flight is not None:
         _report_saved(console, saver.finish())
     states, fields = state.optimizer.states(owned=True), manifest_fields(state, run.data.metadata)
-    saver.start(states, step=state.step, facts=fields, background=background, unproven=not (background or last))
+    saver.start(states, step=state.step, metadata=fields, background=background, loss_unknown=not (background or last))
     if background:
         console.note(f"step {state.step}: saving in the background")
     else:
         _report_saved(console, saver.finish())
 
 
-def _report_saved(console: Progress, saved: Saved | None) -> None:
+def _report_saved(console: Progress, saved: SavedCheckpoint | None) -> None:
     if saved is not None:
         console.note(f"step {saved.step}: saved {saved.folder}")
         for note in saved.notes:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.format import MODEL, find, newest, step_dir, steps_descending
+from engine.checkpoint.format import MODEL, find_checkpoint, newest_step, step_dir, steps_descending
 from engine.checkpoint.lineage import (
     ORDER_BEGIN,
     changes,
@@ -16,11 +16,11 @@ from engine.checkpoint.lineage import (
     differences,
     extend_lineage,
     order_begin,
-    refuse,
+    require_resumable,
 )
 from engine.checkpoint.load import Reader, TensorSource, load_into
 from engine.checkpoint.save import save
-from engine.checkpoint.seal import storage_of
+from engine.checkpoint.seal import open_storage
 from engine.checkpoint.storage import DISK, Storage
 from engine.config.schema import Config
 from engine.distributed.collectives import gather_json, on_first_rank, raise_together
@@ -39,8 +39,10 @@ def save_state(state: TrainState, root: Path, data_metadata: dict[str, Any]) -> 
     """
     c = state.cfg.checkpoint
     states, fields = state.optimizer.states(owned=True), manifest_fields(state, data_metadata)
-    storage, step = storage_of(c.secret, encrypt=c.encrypt), state.step
-    return save(root, states, state.ctx, step=step, facts=fields, keep=c.keep, keep_every=c.keep_every, storage=storage)
+    storage, step = open_storage(c.secret, encrypt=c.encrypt), state.step
+    return save(
+        root, states, state.ctx, step=step, metadata=fields, keep=c.keep, keep_every=c.keep_every, storage=storage
+    )
 
 
 def manifest_fields(state: TrainState, data_metadata: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def resume_run(state: TrainState, data_metadata: dict[str, Any]) -> str:
     path of a corrupt checkpoint, DamageError is raised.
     """
     cfg, ctx = state.cfg, state.ctx
-    storage = storage_of(cfg.checkpoint.secret)
+    storage = open_storage(cfg.checkpoint.secret)
     before: int | None = None
     while source := on_first_rank(partial(find_resume, cfg, before), ctx.world, ctx.device):
         try:
@@ -86,13 +88,13 @@ def resume(state: TrainState, folder: Path, data_metadata: dict[str, Any], stora
     """
     with _opened(folder, storage, state.ctx) as reader:
         manifest = reader.manifest
-        if reader.names(MODEL) and not reader.names("exp_avg"):
+        if reader.shapes(MODEL) and not reader.shapes("exp_avg"):
             raise CheckpointError(
                 "train.weights-only",
                 f"{folder} holds only weights, such as an imported model: start a new run from it with "
                 f"--checkpoint.init {folder} and another --run.dir",
             )
-        allowed = refuse(folder, manifest, differences(manifest, state.cfg, data_metadata), state.cfg)
+        allowed = require_resumable(folder, manifest, differences(manifest, state.cfg, data_metadata), state.cfg)
         try:
             load_into(reader, state.optimizer.states(), state.ctx)
         except EngineError as error:
@@ -143,9 +145,9 @@ def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
     error: EngineError | None = None
     source: TensorSource[Any] | None = None
     try:
-        source = open_source(path, state.cfg.model.max_seq_len, storage_of(state.cfg.checkpoint.secret))
+        source = open_source(path, state.cfg.model.max_seq_len, open_storage(state.cfg.checkpoint.secret))
         if ctx.rank == 0 and isinstance(source, HfReader):
-            source.check_spare_head()
+            source.check_tied_head()
     except EngineError as raised:
         error = raised
     raise_together(error, ctx.world, ctx.device)
@@ -161,10 +163,10 @@ def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
 def find_resume(cfg: Config, before: int | None = None) -> str:
     """The checkpoint that checkpoint.resume selects; "" to start a new run. before: only steps below this one."""
     wanted, run = cfg.checkpoint.resume, Path(cfg.run.dir)
-    storage, root = storage_of(cfg.checkpoint.secret), run / "checkpoints"
+    storage, root = open_storage(cfg.checkpoint.secret), run / "checkpoints"
     if wanted not in ("auto", "never") and before is None:
-        return str(find(run if wanted == "latest" else Path(wanted), storage))
-    have = newest(root, storage, before)
+        return str(find_checkpoint(run if wanted == "latest" else Path(wanted), storage))
+    have = newest_step(root, storage, before)
     if wanted == "never" and have is not None:
         raise CheckpointError(
             "train.run-folder-taken",

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from engine.checkpoint.format import read_manifest
-from engine.checkpoint.seal import storage_of
+from engine.checkpoint.seal import open_storage
 from engine.config.derived import Derived
 from engine.config.load import Resolved
 from engine.config.skips import read_ranges
@@ -16,7 +16,7 @@ from engine.data.samples.loader import Loader, RankShare
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.collectives import on_first_rank
 from engine.distributed.context import ParallelContext
-from engine.interop.huggingface.companions import copy_beside
+from engine.interop.huggingface.companions import copy_companions
 from engine.train.evaluate import Evaluator
 from engine.train.resume import resume_run, start_from
 from engine.train.state import TrainState, setup
@@ -59,13 +59,13 @@ def open_run(resolved: Resolved, ctx: ParallelContext) -> Run:
     state = setup(cfg, ctx, resolved.derived)
     source = resume_run(state, data.metadata)
     if source:
-        past = read_manifest(Path(source), storage_of(cfg.checkpoint.secret)).data
+        past = read_manifest(Path(source), open_storage(cfg.checkpoint.secret)).data
         data = resume_data(data, cfg, state.step, state.consumed_samples, past)
     data.order.begin_at(state.order_begin)
     notes: list[str] = []
     if not source and cfg.checkpoint.init:
         begun, notes = start_from(state, Path(cfg.checkpoint.init))
-        on_first_rank(lambda: copy_beside(begun, Path(cfg.run.dir)), ctx.world, ctx.device)
+        on_first_rank(lambda: copy_companions(begun, Path(cfg.run.dir)), ctx.world, ctx.device)
     evaluator = None
     if cfg.data.valid:
         valid = open_data(cfg.data.valid, cfg, tokenizer)

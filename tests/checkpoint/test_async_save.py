@@ -44,7 +44,7 @@ TWO = config(2, parallel_data=2, parallel_zero=1)
 
 def start(saver: Saver, state: TrainState, *, background: bool) -> None:
     states = state.optimizer.states(owned=True)
-    saver.start(states, step=state.step, facts=manifest_fields(state, METADATA), background=background)
+    saver.start(states, step=state.step, metadata=manifest_fields(state, METADATA), background=background)
 
 
 def spoil(state: TrainState) -> None:
@@ -80,7 +80,7 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path, case: str) -> 
             for step in range(2):  # the second time the buffers are used again (NeMo-RL#3312 wrote the first for ever)
                 train_step(state, random_batches(cfg, ctx, step))
                 start(background, state, background=True)
-                background.copied()  # as train_step does before its update
+                background.wait_copied()  # as train_step does before its update
                 start(waits, state, background=False)
                 waits.finish()
                 kept = (state.scale.value, state.optimizer.steps, state.step)
@@ -120,7 +120,7 @@ def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.Monkey
         state = setup(TWO, ctx)
         with Saver(tmp_path / "waits", ctx) as waits, Saver(tmp_path / "background", ctx) as background:
             if guarded:
-                state.before_update = background.copied
+                state.before_update = background.wait_copied
             train_step(state, random_batches(TWO, ctx, 0))
             start(waits, state, background=False)
             waits.finish()
@@ -222,7 +222,7 @@ def run(cfg: Any, ctx: ParallelContext, delay: float, disk_delay: float) -> tupl
     once)."""
     disk = Slow()
     disk.delay = disk_delay
-    loop_module.storage_of = lambda reference, encrypt=False: disk  # a rank of its own process: nothing to undo
+    loop_module.open_storage = lambda reference, encrypt=False: disk  # a rank of its own process: nothing to undo
     stop = StopRequest()
     timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import engine.checkpoint.save as save_module
-from engine.checkpoint.format import find, find_damage, read_manifest
+from engine.checkpoint.format import find_checkpoint, find_damage, read_manifest
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, EngineError
@@ -33,10 +33,10 @@ def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / saved.name))
 
 
-def load(folder: Path, cfg: Config = TWO, facts: dict[str, Any] = METADATA) -> None:
+def load(folder: Path, cfg: Config = TWO, data: dict[str, Any] = METADATA) -> None:
     def job(ctx: ParallelContext) -> tuple[str, str] | None:
         try:
-            resume(setup(cfg, ctx), folder, facts)
+            resume(setup(cfg, ctx), folder, data)
         except EngineError as error:
             return error.code, str(error)
         return None
@@ -136,7 +136,7 @@ def test_another_model_data_or_seed_is_refused_with_a_diff(copy: Path) -> None:
     with raises(CheckpointError, "checkpoint.of-another-run", "model.ffn_size", 48, 64, "train.seed", 1234, 7):
         load(copy, config(2, parallel_tensor=2, model_ffn_size=64, train_seed=7))
     with raises(CheckpointError, "checkpoint.of-another-run", '--checkpoint.allow "data.num_tokens"'):
-        load(copy, facts=METADATA | {"num_tokens": 2})
+        load(copy, data=METADATA | {"num_tokens": 2})
 
 
 def test_latest_is_the_newest_complete_one(saved: Path, tmp_path: Path) -> None:
@@ -146,12 +146,12 @@ def test_latest_is_the_newest_complete_one(saved: Path, tmp_path: Path) -> None:
     (root / "step_00000003/manifest.json").unlink()  # killed before the manifest
     (root / ".step_00000004.tmp").mkdir()
     assert complete_steps(root) == [1, 2]
-    with pytest.warns(UserWarning, match=r"left out: .*step_00000003: no manifest\.json"):
-        assert find(tmp_path) == root / "step_00000002" == find(root)
+    with pytest.warns(UserWarning, match=r"skipped: .*step_00000003: no manifest\.json"):
+        assert find_checkpoint(tmp_path) == root / "step_00000002" == find_checkpoint(root)
     with raises(CheckpointError, "checkpoint.incomplete", root / "step_00000003"):
-        find(root / "step_00000003")
+        find_checkpoint(root / "step_00000003")
     with raises(CheckpointError, "checkpoint.not-found", tmp_path / "elsewhere"):
-        find(tmp_path / "elsewhere")
+        find_checkpoint(tmp_path / "elsewhere")
 
 
 def test_resume_choices(saved: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_failed_save_is_an_error_on_all_ranks_and_leaves_the_old_one(
     for messages in run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads):
         assert messages[0] == messages[2] == ""
         assert "No space left on device" in messages[1] and "rank00001.safetensors" in messages[1]
-        assert "bytes free" in messages[1] and "earlier checkpoints are untouched" in messages[1]
+        assert "bytes free" in messages[1] and "earlier checkpoints are unchanged" in messages[1]
     assert complete_steps(tmp_path) == [1, 3]
     load(tmp_path / "step_00000001")
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from engine.checkpoint import retention
-from engine.checkpoint.format import find_damage, newest, read_manifest, step_dir
+from engine.checkpoint.format import find_damage, newest_step, read_manifest, step_dir
 from engine.checkpoint.load import Reader
 from engine.checkpoint.save import Saver
 from engine.errors import CheckpointError
@@ -31,7 +31,7 @@ from tests.support.tiny_states import BLOCK, FOLDER, METADATA, SHAPES, context, 
 def save(disk: MemoryDisk, step: int, *, keep: int = 0, keep_every: int = 0, run: int = 0) -> tuple[str, ...]:
     saver = Saver(FOLDER, context(), keep=keep, keep_every=keep_every, storage=disk, block_bytes=BLOCK)
     with saver:
-        saver.start(states(step, run=run), step=step, facts=METADATA, background=bool(step % 2))
+        saver.start(states(step, run=run), step=step, metadata=METADATA, background=bool(step % 2))
         return saver.finish().notes
 
 
@@ -41,7 +41,7 @@ def run_of(disk: MemoryDisk, step: int) -> int:
         assert not list(find_damage(reader.folder, reader.manifest, disk))
         for run in (0, 1):
             same = {
-                torch.equal(reader.whole(kind, name), values(step, kind, name, run))
+                torch.equal(reader.read_whole(kind, name), values(step, kind, name, run))
                 for kind in ("model", "exp_avg", "exp_avg_sq")
                 for name in SHAPES
             }
@@ -54,7 +54,7 @@ def run_of(disk: MemoryDisk, step: int) -> int:
 def latest(disk: MemoryDisk) -> int | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of damaged ones that are left out
-        return newest(FOLDER, disk)
+        return newest_step(FOLDER, disk)
 
 
 Action = Callable[[MemoryDisk], object]
@@ -196,7 +196,7 @@ def test_going_back_sets_later_steps_aside_and_never_deletes_the_new_one() -> No
         "step_00000001",
         "step_00000002",
     ]
-    assert len(notes) == 2 and "step 6 was saved before this run went back behind it" in notes[0]
+    assert len(notes) == 2 and "step 6 is from before this run resumed at an earlier step" in notes[0]
 
 
 def test_nothing_is_deleted_when_the_new_one_reads_back_differently() -> None:

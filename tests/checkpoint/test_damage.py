@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.format import MODEL, find, find_damage, read_manifest, step_dir, with_digest
+from engine.checkpoint.format import MODEL, find_checkpoint, find_damage, read_manifest, step_dir, with_digest
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.storage import DISK
@@ -191,7 +191,7 @@ def test_no_damage_loads_in_silence_and_the_file_is_named(trials: int = 1000) ->
 
 
 def test_verify_names_the_file_and_the_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save(tmp_path, states(1), context(), step=1, facts=METADATA)
+    folder = save(tmp_path, states(1), context(), step=1, metadata=METADATA)
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["verify", str(folder)])
     assert "every digest is right" in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_verify_names_the_file_and_the_tensor(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_every_handle_is_given_back_and_a_damage_stops_all_threads(tmp_path: Path, broken: bool) -> None:
-    folder = save(tmp_path, states(1), context(), step=1, facts=METADATA)
+    folder = save(tmp_path, states(1), context(), step=1, metadata=METADATA)
     if broken:
         with (folder / "rank00000.safetensors").open("r+b") as file:
             file.seek(-1, os.SEEK_END)
@@ -226,7 +226,7 @@ def test_every_handle_is_given_back_and_a_damage_stops_all_threads(tmp_path: Pat
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
-    folder = save(tmp_path, states(1), context(), step=1, facts=METADATA)
+    folder = save(tmp_path, states(1), context(), step=1, metadata=METADATA)
     load(DISK, folder)
     file = folder / "rank00000.safetensors"
     elsewhere = file.rename(tmp_path / "elsewhere")
@@ -245,7 +245,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 def test_nobody_else_may_read(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        folder = save(tmp_path / "run/checkpoints", states(1), context(), step=1, facts=METADATA)
+        folder = save(tmp_path / "run/checkpoints", states(1), context(), step=1, metadata=METADATA)
     finally:
         os.umask(old)
     assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o640"}
@@ -261,7 +261,7 @@ def test_blocks_are_read_as_far_as_they_are_wanted() -> None:
         (data_of(disk, FILES[1]))[-1] ^= 1
         assert torch.equal(reader.read(MODEL, "a.weight", (1, 2), (2, 3)), values(2, MODEL, "a.weight", 0)[1:3, 2:5])
         with raises(CheckpointError, "checkpoint.digest-differs", "rank00000.safetensors", "exp_avg_sq/b.weight"):
-            reader.whole("exp_avg_sq", "b.weight")
+            reader.read_whole("exp_avg_sq", "b.weight")
 
 
 def test_schema_1_still_loads(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_schema_1_still_loads(tmp_path: Path) -> None:
     manifest: dict[str, Any] = {"schema_version": 1, "step": 1, "layout": {"tensor": 1}, **METADATA, "tensors": table}
     manifest["files"] = {file.name: {"size": size, "xxh3_128": xxhash.xxh3_128(file.read_bytes()).hexdigest()}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    load(DISK, find(tmp_path))
+    load(DISK, find_checkpoint(tmp_path))
     assert not list(find_damage(folder, read_manifest(folder)))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

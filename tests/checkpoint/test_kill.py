@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.format import find_damage, newest, step_dir
+from engine.checkpoint.format import find_damage, newest_step, step_dir
 from engine.checkpoint.load import Reader
 from engine.checkpoint.save import Saver
 from engine.checkpoint.storage import DISK
@@ -58,19 +58,19 @@ def injected(calls: str, what: str, log: Path) -> Iterator[None]:
 def save(root: Path, step: int, ctx: ParallelContext, *, keep: int = 0, block_bytes: int = 200) -> tuple[str, ...]:
     with Saver(root, ctx, keep=keep, block_bytes=block_bytes) as saver:
         part, parts = ctx.data.rank, ctx.data.size
-        saver.start(states(step, part, parts), step=step, facts=METADATA, background=False)
+        saver.start(states(step, part, parts), step=step, metadata=METADATA, background=False)
         return saver.finish().notes
 
 
 def check(root: Path, allowed: set[int]) -> int:
     """The newest checkpoint, whole and with its own values."""
-    step = newest(root)
+    step = newest_step(root)
     assert step in allowed
     with Reader(step_dir(root, step)) as reader:
         assert not list(find_damage(reader.folder, reader.manifest))
         for kind in ("model", "exp_avg", "exp_avg_sq"):
             for name in SHAPES:
-                assert torch.equal(reader.whole(kind, name), values(step, kind, name, 0))
+                assert torch.equal(reader.read_whole(kind, name), values(step, kind, name, 0))
     return step
 
 
@@ -187,7 +187,7 @@ def test_an_error_at_every_call_on_either_rank(tmp_path: Path, cases: list[tuple
             assert all(told) == any(told), f"one rank failed and another did not: {told}"
             assert max(seconds for _, seconds in messages) < 10
             if told[0] and not told[0].startswith("note: "):
-                assert all("bytes wanted here" in t and "bytes free" in t and text in t for t in told), (kind, told)
+                assert all("bytes needed here" in t and "bytes free" in t and text in t for t in told), (kind, told)
     print(f"errors on rank {failing} of 2 at {[k for k, _ in cases]}: {fired} fired, told on both ranks within 10 s")
     assert fired >= 4
 
@@ -206,9 +206,9 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         free = DISK.free_bytes(tmp_path)
         p = Parameter(torch.empty(100_000, dtype=torch.float64), ShardSpec((Chunk("a.weight", 100_000),)))
         with Saver(root, ctx) as saver:
-            saver.start([StateShard("model", p, 0, p.data)], step=2, facts=METADATA, background=False)
+            saver.start([StateShard("model", p, 0, p.data)], step=2, metadata=METADATA, background=False)
             with pytest.raises(
-                EngineError, match=r"No space left on device; 800,000 bytes wanted here, \d\d\d,\d\d\d b"
+                EngineError, match=r"No space left on device; 800,000 bytes needed here, \d\d\d,\d\d\d b"
             ):
                 saver.finish()
         assert check(root, {1}) == 1 and os.listdir(root) == ["step_00000001"]

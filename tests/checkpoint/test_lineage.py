@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine.checkpoint.format import read_manifest
-from engine.checkpoint.lineage import DATA_FIELDS, ORDER_BEGIN, code_versions, field_of, tell
+from engine.checkpoint.lineage import DATA_FIELDS, ORDER_BEGIN, code_versions, field_of, format_lineage
 from engine.checkpoint.load import Reader
 from engine.checkpoint.summary import summary, tensor_stats
 from engine.data.samples.corpora import data_metadata, fingerprint, open_training
@@ -36,7 +36,7 @@ METADATA: dict[str, Any] = {
 
 
 def go(
-    root: Path, facts: dict[str, Any] = METADATA, source: Path | None = None, *, steps: int = 1, **overrides: Any
+    root: Path, data: dict[str, Any] = METADATA, source: Path | None = None, *, steps: int = 1, **overrides: Any
 ) -> Path:
     """Some steps on one process, from `source` if given, then a save. Raises EngineError with the code of the first."""
     cfg = config(checkpoint_keep=0, **overrides)
@@ -45,12 +45,12 @@ def go(
         state = setup(cfg, ctx)
         try:
             if source is not None:
-                resume(state, source, facts)
+                resume(state, source, data)
         except EngineError as error:
             return error.errors[0].code if isinstance(error, ConfigError) else error.code, str(error)
         for _ in range(steps):
             train_step(state, random_batches(cfg, ctx, state.step))
-        return "", str(save_state(state, root, facts))
+        return "", str(save_state(state, root, data))
 
     ((code, text),) = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     if code:
@@ -64,7 +64,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "facts", "field"),
+    ("overrides", "data", "field"),
     [
         ({"train_seq_len": 8}, {}, "train.seq_len"),
         ({"train_seed": 5}, {}, "train.seed"),
@@ -80,13 +80,13 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_each_field_is_refused_allowed_and_remembered(
-    first: Path, tmp_path: Path, overrides: dict[str, Any], facts: dict[str, Any], field: str
+    first: Path, tmp_path: Path, overrides: dict[str, Any], data: dict[str, Any], field: str
 ) -> None:
     with raises(EngineError, OTHER, f"  - {field}", f'--checkpoint.allow "{field}"'):
-        go(tmp_path, METADATA | facts, first, **overrides)
+        go(tmp_path, METADATA | data, first, **overrides)
     with raises(EngineError, OTHER, f"  - {field}"):
-        go(tmp_path, METADATA | facts, first, checkpoint_allow="model.qk_norm", **overrides)
-    second = go(tmp_path, METADATA | facts, first, checkpoint_allow=f"{field}, model.qk_norm", **overrides)
+        go(tmp_path, METADATA | data, first, checkpoint_allow="model.qk_norm", **overrides)
+    second = go(tmp_path, METADATA | data, first, checkpoint_allow=f"{field}, model.qk_norm", **overrides)
     (parent,) = read_manifest(second).lineage
     assert (parent.checkpoint, parent.step) == (str(first), 1)
     assert [field_of(name) for name in parent.allowed] == [field] and parent.versions == code_versions()
@@ -133,16 +133,16 @@ def test_lineage_grows_and_is_told(first: Path, tmp_path: Path) -> None:
     third = go(tmp_path, METADATA, second, train_seq_len=8, checkpoint_allow="train.seq_len")
     lineage = read_manifest(third).lineage
     assert [parent.step for parent in lineage] == [1, 2]
-    told = "\n".join(tell(lineage))
-    assert str(first) in told and str(second) in told and "allowed: train.seq_len: 16 -> 8" in told
+    text = "\n".join(format_lineage(lineage))
+    assert str(first) in text and str(second) in text and "allowed: train.seq_len: 16 -> 8" in text
     assert lineage[0].config == lineage[1].config
     with Reader(third) as reader:
         assert "step 3" in (text := "\n".join(summary(reader))) and "16 -> 8" in text
-        facts = list(tensor_stats(reader, norms=True))
-        for fact in facts:
-            whole = reader.whole(fact.kind, fact.name).double().numpy()
-            assert np.isclose(fact.norm, np.linalg.norm(whole), rtol=1e-12)
-        assert {fact.kind for fact in facts} == {"model", "exp_avg", "exp_avg_sq"}
+        stats = list(tensor_stats(reader, norms=True))
+        for one in stats:
+            whole = reader.read_whole(one.kind, one.name).double().numpy()
+            assert np.isclose(one.norm, np.linalg.norm(whole), rtol=1e-12)
+        assert {one.kind for one in stats} == {"model", "exp_avg", "exp_avg_sq"}
 
 
 def test_a_field_that_came_later_had_its_default(first: Path, tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_every_fact_of_the_data_has_a_field(tmp_path: Path) -> None:
                 writer.add(rng.integers(0, 61, 40))
             writer.finish({})
     cfg = config(data_train=f"1 {tmp_path}/a 2 {tmp_path}/b")
-    facts = open_training(cfg, None).facts
-    assert {field_of(name) for name in facts} - {"prefix"} <= set(DATA_FIELDS)
+    fields = open_training(cfg, None).metadata
+    assert {field_of(name) for name in fields} - {"prefix"} <= set(DATA_FIELDS)
 
 
 def test_the_fingerprint_tells_corpora_of_one_size_apart(tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_a_learning_rate_that_jumps_is_refused_with_both_values(
     if rates is None:
         go(tmp_path / "b", source=source, steps=left, **RATES | now)
         return
-    told = f" of step {steps + 1}): checkpoint {rates[0]:.6g}, now {rates[1]:.6g}\n"
+    text = f" of step {steps + 1}): checkpoint {rates[0]:.6g}, now {rates[1]:.6g}\n"
     kept = "horizon-steps 12 " if now.keys() & {"train_steps"} else ""
-    with raises(EngineError, OTHER, told, kept, '--checkpoint.allow "lr_schedule"'):
+    with raises(EngineError, OTHER, text, kept, '--checkpoint.allow "lr_schedule"'):
         go(tmp_path / "b", source=source, **RATES | now)
     made = go(tmp_path / "b", source=source, checkpoint_allow="lr_schedule", **RATES | now)
     (parent,) = read_manifest(made).lineage

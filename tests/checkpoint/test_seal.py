@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import seal as module
-from engine.checkpoint.format import find, find_damage, newest, read_manifest
+from engine.checkpoint.format import find_checkpoint, find_damage, newest_step, read_manifest
 from engine.checkpoint.load import Reader
 from engine.checkpoint.save import save
-from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, read_secret, sealed_bytes, storage_of
+from engine.checkpoint.seal import HEAD_BYTES, Seal, SecretStorage, hkdf, open_storage, read_secret, sealed_bytes
 from engine.checkpoint.storage import DISK, read_file, write_file
 from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, ConfigError, SecretError, WrongSecretError
@@ -133,7 +133,7 @@ def test_a_secret_comes_from_a_private_file_or_the_environment(tmp_path: Path, m
     with raises(ConfigError, "checkpoint.secret-no-reference") as error:
         read_secret("hunter2-is-my-secret-itself")
     assert "hunter2" not in str(error.value)
-    assert storage_of("") is DISK
+    assert open_storage("") is DISK
 
 
 def save_in(root: Path, storage: Any, steps: int = 1) -> None:
@@ -144,8 +144,8 @@ def save_in(root: Path, storage: Any, steps: int = 1) -> None:
         state = setup(cfg, ctx)
         for step in range(steps):
             train_step(state, random_batches(cfg, ctx, step))
-            save(root, state.optimizer.states(owned=True), ctx, step=step + 1, facts=manifest_fields(state, METADATA),
-                 storage=storage)  # fmt: skip
+            save(root, state.optimizer.states(owned=True), ctx, step=step + 1, storage=storage,
+                 metadata=manifest_fields(state, METADATA))  # fmt: skip
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
 
@@ -165,17 +165,17 @@ def resumed(folder: Path, storage: Any) -> int:
 def test_a_checkpoint_needs_its_secret_and_shows_every_change(tmp_path: Path, encrypt: bool) -> None:
     storage = SecretStorage(Seal(SECRET), encrypt=encrypt)
     save_in(tmp_path, storage, steps=2)
-    folder = find(tmp_path, storage)
+    folder = find_checkpoint(tmp_path, storage)
     assert folder.name == "step_00000002" and resumed(folder, storage) == 2
     assert list(find_damage(folder, read_manifest(folder, storage), storage)) == []
     text = b"".join(path.read_bytes() for path in folder.iterdir())
     assert (b"embed.weight" in text) is not encrypt and SECRET not in text and SECRET.hex().encode() not in text
 
     with raises(SecretError, "checkpoint.secret-needed", "encrypted" if encrypt else "signed", "--checkpoint.secret"):
-        find(tmp_path)
+        find_checkpoint(tmp_path)
     code = "sealed-chunk-not-opened" if encrypt else "wrong-secret"
     with raises(WrongSecretError, f"checkpoint.{code}"), pytest.warns(UserWarning):
-        newest(tmp_path, SecretStorage(Seal(OTHER)))  # never None: a run would begin anew beside its checkpoints
+        newest_step(tmp_path, SecretStorage(Seal(OTHER)))  # never None: a run would begin anew beside its checkpoints
 
     file = folder / "rank00001.safetensors"
     whole = file.read_bytes()
@@ -203,16 +203,16 @@ def test_an_edited_signed_manifest_is_refused(tmp_path: Path) -> None:
 def test_a_plain_checkpoint_is_refused_where_a_secret_is_given(tmp_path: Path) -> None:
     save_in(tmp_path, DISK)
     with raises(SecretError, "checkpoint.not-signed", "--checkpoint.init"):
-        newest(tmp_path, SecretStorage(Seal(SECRET)))
+        newest_step(tmp_path, SecretStorage(Seal(SECRET)))
 
 
 def test_both_kinds_are_read_whichever_is_written_now(tmp_path: Path) -> None:
     save_in(tmp_path, SecretStorage(Seal(SECRET)))
     with Reader(tmp_path / "step_00000001", SecretStorage(Seal(SECRET), encrypt=True)) as reader:
-        signed = reader.whole("model", "norm.weight")
+        signed = reader.read_whole("model", "norm.weight")
     save_in(tmp_path / "b", SecretStorage(Seal(SECRET), encrypt=True))
     with Reader(tmp_path / "b/step_00000001", SecretStorage(Seal(SECRET))) as reader:
-        assert reader.whole("model", "norm.weight").equal(signed)
+        assert reader.read_whole("model", "norm.weight").equal(signed)
 
 
 def test_a_run_starts_from_a_signed_one_and_is_told_what_to_do_with_an_encrypted_one(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.format import newest
+from engine.checkpoint.format import newest_step
 from engine.checkpoint.storage import DISK, remove_tree
 from engine.distributed.context import make_context
 from engine.errors import CheckpointError, DataError
@@ -202,7 +202,7 @@ def test_a_linked_checkpoint_is_skipped_and_its_target_stays(corpus: str, tmp_pa
     with raises(CheckpointError, "checkpoint.link", run / "checkpoints/step_00000002"):
         train(config(run, corpus))
     with pytest.warns(UserWarning, match="step_00000002: is a link"):
-        assert newest(run / "checkpoints") is None
+        assert newest_step(run / "checkpoints") is None
     remove_tree(DISK, run / "checkpoints/step_00000002")
     assert sorted(p.name for p in elsewhere.iterdir()) == ["manifest.json", "rank00000.safetensors"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.checkpoint.retention import forget_old
+from engine.checkpoint.retention import delete_old
 from engine.checkpoint.storage import DISK
 from engine.distributed.context import ParallelContext
 from engine.errors import TrainingError
@@ -75,7 +75,7 @@ def test_keep_spares_the_last_before_a_spike(tmp_path: Path) -> None:
         root = tmp_path / f"{keep}-{spike}-{len(steps)}"
         for step in steps:
             as_step(saved, root, step)
-        forget_old(DISK, root, steps[-1], keep, 0, spike)
+        delete_old(DISK, root, steps[-1], keep, 0, spike)
         return complete_steps(root)
 
     assert left(1, 0, (2, 4, 6, 8)) == [8]

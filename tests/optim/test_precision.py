@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.checkpoint.format import read_manifest
-from engine.checkpoint.lineage import tell
+from engine.checkpoint.lineage import format_lineage
 from engine.distributed.context import ParallelContext
 from engine.errors import TrainingError
 from engine.optim.lr import learning_rate
@@ -212,7 +212,7 @@ def test_only_fp16_runs_hand_on_a_loss_scale(tmp_path: Path) -> None:
             )
             parent = read_manifest(half).lineage[-1]
             assert parent.changed == {"train.precision": (precision, "fp16")}
-            assert f"  changed: train.precision: {precision} -> fp16" in tell([parent])
+            assert f"  changed: train.precision: {precision} -> fp16" in format_lineage([parent])
     again, start, line = go("fp16", tmp_path / "again", first["fp16"], train_loss_scale_window=1)
     assert start == LossScale(2.0**12, 1, 1)  # restored from the checkpoint
     assert read_manifest(again).optimizer["loss_scale"] == 2.0**13 and not read_manifest(again).lineage[-1].changed

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.checkpoint.storage import DISK, Status, unseen
+from engine.checkpoint.storage import DISK, Status, ignore_piece
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class MemoryDisk:
         self._do(Op("create", str(path), file=self._files, at=size))
         return _MemoryWriter(self, str(path), self._files)
 
-    def open(self, path: Path, *, fresh: bool = False) -> _MemorySource:
+    def open(self, path: Path, *, uncached: bool = False) -> _MemorySource:
         file = self._must(path)
         if file is None:
             raise error(errno.EISDIR, path)
@@ -169,11 +169,11 @@ class _MemorySource:
     def __init__(self, path: Path, file: File):
         self._path, self._file, self.size = path, file, len(file.data)
 
-    def read_into(self, offset: int, into: memoryview, seen: Callable[[memoryview], None] = unseen) -> None:
+    def read_into(self, offset: int, into: memoryview, on_piece: Callable[[memoryview], None] = ignore_piece) -> None:
         if offset + len(into) > len(self._file.data):
             raise error(errno.EIO, self._path)
         into[:] = self._file.data[offset : offset + len(into)]
-        seen(into)
+        on_piece(into)
 
     def close(self) -> None:
         pass

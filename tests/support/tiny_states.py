@@ -10,7 +10,7 @@ import torch
 
 from engine.checkpoint import retention
 from engine.checkpoint.format import step_dir
-from engine.checkpoint.save import manifest_of, part_of, write_part
+from engine.checkpoint.save import build_manifest, build_part, write_part
 from engine.checkpoint.storage import make_folders
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
@@ -48,13 +48,13 @@ def states(step: int, part: int = 0, parts: int = 1, run: int = 0) -> list[State
 def save_by_two_ranks(disk: MemoryDisk, step: int) -> None:
     """The operations of a save by two ranks, in one of the possible orders."""
     temporary = FOLDER / f".step_{step:08d}.two-1.tmp"
-    retention.tidy(disk, FOLDER, temporary)
+    retention.remove_leftovers(disk, FOLDER, temporary)
     make_folders(disk, FOLDER)
     disk.make_folder(temporary)
     parts = []
     for rank in (1, 0):
         ctx = context(2, rank)
         file = temporary / f"rank{rank:05d}.safetensors"
-        parts.append(write_part(disk, file, *part_of(states(step, rank, 2), ctx), block_bytes=BLOCK))
-    manifest = manifest_of(parts, context(2).layout, step, METADATA, BLOCK)
+        parts.append(write_part(disk, file, *build_part(states(step, rank, 2), ctx), block_bytes=BLOCK))
+    manifest = build_manifest(parts, context(2).layout, step, METADATA, BLOCK)
     assert retention.commit(disk, temporary, step_dir(FOLDER, step), manifest.encode()) is None

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import convert_checkpoint
 
-from engine.checkpoint.format import find
+from engine.checkpoint.format import find_checkpoint
 from engine.checkpoint.load import Reader
 from engine.errors import ConfigError
 
@@ -45,12 +45,12 @@ def test_from_megatron(tmp_path: Path, warm: Path) -> None:
     command = [str(warm / "python"), str(ROOT / "tools/convert_checkpoint.py"), "--model-type", "GPT", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    with Reader(find(tmp_path / "run")) as reader:
-        assert reader.names("model").keys() == wanted.keys()
+    with Reader(find_checkpoint(tmp_path / "run")) as reader:
+        assert reader.shapes("model").keys() == wanted.keys()
         for name, x in wanted.items():
             rows = x[:40] if name in ("embed.weight", "head.weight") else x
-            assert torch.equal(reader.whole("model", name), rows), name
-    done = subprocess.run([str(warm / "engine"), "verify", "run"], capture_output=True, cwd=tmp_path)
+            assert torch.equal(reader.read_whole("model", name), rows), name
+    done = subprocess.run([sys.executable, "-m", "engine", "verify", "run"], capture_output=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

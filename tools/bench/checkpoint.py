@@ -130,7 +130,7 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
         return float(seconds)
 
     def start(step: int, background: bool) -> None:
-        saver.start(held, step=step, facts=FACTS, background=background)
+        saver.start(held, step=step, metadata=FACTS, background=background)
 
     def save() -> None:
         start(1, False)
@@ -169,12 +169,12 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
         begin = time.perf_counter()
         blocked = timed(lambda: start(2, True))
         compute(o.step_s)
-        now["async, blocked"] = blocked + timed(saver.copied)
+        now["async, blocked"] = blocked + timed(saver.wait_copied)
         saver.finish()
         now["async, whole"] = time.perf_counter() - begin
 
     def ours_copy(now: dict[str, float]) -> None:
-        now["async, copy alone"] = timed(lambda: (start(3, True), saver.copied()))
+        now["async, copy alone"] = timed(lambda: (start(3, True), saver.wait_copied()))
         saver.finish()
 
     def dcp_waits(now: dict[str, float]) -> None:

@@ -1,6 +1,6 @@
-"""config.json of Hugging Face folders, read and written by the tables of `families`. No torch.
+"""Reads and writes config.json of Hugging Face folders, using the tables in `families`. Does not import torch.
 
-See there for what is refused, and why a model that is written is read back as the same.
+See `families` for the keys that are rejected, and for why a written model reads back as the same model.
 """
 
 from __future__ import annotations
@@ -13,42 +13,34 @@ from typing import Any
 
 from engine.config.derived import head_shape
 from engine.errors import CheckpointError, ConfigError, FieldError, format_value, truncate
-from engine.interop.huggingface.families import (
-    FAMILIES,
-    FIXED,
-    HARMLESS,
-    LACKING,
-    REFUSED,
-    ROPE_FIXED,
-    SCALING,
-    Family,
-    Field,
-)
+from engine.interop.huggingface import families
+from engine.interop.huggingface.families import FAMILIES, ConfigKey, Family
 from engine.util.files import SEALED, read_json
 
-Facts = dict[str, Any]
-_CANNOT = "The engine cannot compute this model."
-_MOST_BYTES = 64 << 20  # of a JSON file; the index of a model of 10^5 tensors has some 10 MB
-_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # no model comes near; more would be worked on for long before it is refused
+Fields = dict[str, Any]
+_CANNOT_COMPUTE = "The engine cannot compute this model."
+_IGNORE = "If the key has no effect in this model: engine import --ignore-key"
+_MAX_JSON_BYTES = 64 << 20  # of a JSON file; the index of a model with 10^5 tensors has about 10 MB
+_MAX_INT, _MAX_LAYERS = 2**31 - 1, 10_000  # far above any model; larger values would be slow to reject
 
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """What a config.json says. facts: model.* values. notes: what was left out that changes no output, in words.
+    """A parsed config.json. model_fields: model.* values. notes: messages about ignored settings that change no output.
 
-    extras: keys of no consequence for the model, which an export gives back.
+    extras: keys that are not part of the model, which an export writes again.
     """
 
     family: Family
-    facts: Facts
+    model_fields: Fields
     notes: tuple[str, ...]
-    extras: Facts
+    extras: Fields
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError."""
+    """Read a JSON object from a file. Raises CheckpointError."""
     try:
-        value = read_json(path, _MOST_BYTES)
+        value = read_json(path, _MAX_JSON_BYTES)
     except FileNotFoundError:
         raise CheckpointError("interop.json-missing", f"{path}: no such file") from None
     except OSError as error:
@@ -61,129 +53,134 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str] = ()) -> ParsedConfig:
-    """What a config.json says of a model. Raises ConfigError with everything in it that the engine does not have.
+    """Read the model that a config.json describes. Raises ConfigError with every setting that is not supported.
 
-    max_seq_len: of the model that is made from it, where that is shorter: a sliding window may then be of no effect.
-    ignore: keys that are read as if they were not there (sliding_window: as null), because whoever asks knows better.
+    max_seq_len: of the model, if shorter than the folder's; a sliding window may then have no effect.
+    ignore: keys to treat as absent (sliding_window: as null), because the caller knows that they have no effect.
     """
-    raw = _without(json_object(path), ignore, path)
+    raw = _drop_ignored(json_object(path), ignore, path)
     family = _family(raw, path)
-    facts: Facts = dict(family.facts)
+    fields: Fields = dict(family.model_fields)
     wrong = list(_resolve_aliases(raw, family))
-    for key, entry in family.fields.items():
+    for key, entry in family.config_keys.items():
         try:
-            facts |= _read_field(raw, key, entry, facts)
+            fields |= _read_field(raw, key, entry, fields)
         except ConfigError as error:
             wrong += error.errors
     if not wrong:
-        facts |= head_shape(facts)
-    rope_facts, rope_wrong, notes = _read_rope(raw, family)
-    facts |= rope_facts
-    if facts.get("rope_scaling") in ("llama3", "yarn"):
-        facts.setdefault("rope_original_seq_len", facts.get("max_seq_len", 0))
-    facts["max_seq_len"] = max_seq_len or facts.get("max_seq_len", 0)
-    wrong += rope_wrong + list(_wrong_keys(raw, family, facts["max_seq_len"]))
+        fields |= head_shape(fields)
+    rope_fields, rope_wrong, notes = _read_rope(raw, family)
+    fields |= rope_fields
+    if fields.get("rope_scaling") in ("llama3", "yarn"):
+        fields.setdefault("rope_original_seq_len", fields.get("max_seq_len", 0))
+    fields["max_seq_len"] = max_seq_len or fields.get("max_seq_len", 0)
+    wrong += rope_wrong + list(_key_errors(raw, family, fields["max_seq_len"]))
     errors = [replace(e, path=f"{path}: {e.path}", value=raw.get(e.path), fix=_fix(e.path, family)) for e in wrong]
-    if errors := errors + _window_errors(raw, family, facts, path):
+    if errors := errors + _window_errors(raw, family, fields, path):
         raise ConfigError(errors)
     notes += [f"{key} {raw[key]}: the engine trains without dropout" for key in family.dropouts if raw.get(key)]
     if "auto_map" in raw:
-        notes.append("auto_map: left out, no code of the folder is run")
-    if unread := [truncate(key, 60) for key in raw if key not in known_keys(family) and not _is_lacking(raw, key)]:
+        notes.append("auto_map: ignored, no code of the folder is run")
+    if unread := [truncate(key, 60) for key in raw if key not in known_keys(family) and not _is_unsupported(raw, key)]:
         more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
         notes.append(f"{family.architecture} does not read {', '.join(unread[:5])}{more}: kept for exports")
-    return ParsedConfig(family, facts, tuple(notes), extras(raw, family))
+    return ParsedConfig(family, fields, tuple(notes), extras(raw, family))
 
 
 def _family(raw: dict[str, Any], path: Path) -> Family:
     family = FAMILIES.get(str(raw.get("model_type")))
-    known = f"The engine knows {', '.join(f.architecture for f in FAMILIES.values())}."
+    known = f"Supported: {', '.join(f.architecture for f in FAMILIES.values())}."
     if family is None:
-        what, kind = f"{path}: model_type", raw.get("model_type")
-        raise ConfigError([FieldError("interop.model-type-unknown", what, kind, "is no family of the engine", known)])
+        key, kind = f"{path}: model_type", raw.get("model_type")
+        raise ConfigError(
+            [FieldError("interop.model-type-unknown", key, kind, "is not a family that the engine supports", known)]
+        )
     named = raw.get("architectures")
     if named is not None and named != [family.architecture]:
-        what, problem = f"{path}: architectures", f"is not {family.architecture}"
-        raise ConfigError([FieldError("interop.architecture-unknown", what, named, problem, known)])
+        key, problem = f"{path}: architectures", f"is not {family.architecture}"
+        raise ConfigError([FieldError("interop.architecture-unknown", key, named, problem, known)])
     return family
 
 
-def _without(raw: dict[str, Any], ignore: Sequence[str], path: Path) -> dict[str, Any]:
-    problem, fix = f"is no key of {path}", "It ignores keys of config.json."
-    if odd := [key for key in ignore if key not in raw]:
-        raise ConfigError([FieldError("interop.ignore-key-unknown", "--ignore-key", key, problem, fix) for key in odd])
+def _drop_ignored(raw: dict[str, Any], ignore: Sequence[str], path: Path) -> dict[str, Any]:
+    problem, fix = f"is not a key of {path}", "Give keys of config.json."
+    if unknown := [key for key in ignore if key not in raw]:
+        raise ConfigError(
+            [FieldError("interop.ignore-key-unknown", "--ignore-key", key, problem, fix) for key in unknown]
+        )
     return {key: value for key, value in raw.items() if key not in ignore} | (
         {"sliding_window": None} if "sliding_window" in ignore else {}
     )
 
 
 def _resolve_aliases(raw: dict[str, Any], family: Family) -> Iterator[FieldError]:
-    """Give fields the values that stand under another name; a fault where two names differ."""
+    """Copy values of aliases to the keys that they stand for. Yields an error if both are given and differ."""
     for alias, key in family.aliases.items():
         if alias in raw and raw.setdefault(key, raw[alias]) != raw[alias]:
-            problem = f"is another name of {key}, which is {format_value(raw[key])} here"
+            problem = f"is an alias of {key}, which is {format_value(raw[key])} here"
             yield FieldError("interop.key-names-differ", alias, raw[alias], problem, "")
 
 
 def fixed_keys(family: Family) -> dict[str, tuple[Any, ...]]:
-    """Keys that transformers reads and whose value must be one of these."""
+    """Keys that transformers reads -> the values that the engine supports."""
     partial = "rope_theta" in family.rope_keys and "partial_rotary_factor" not in family.rope_keys
-    return {**FIXED, **family.fixed, **({"partial_rotary_factor": (None, 1)} if partial else {})}
+    return {**families.FIXED, **family.fixed, **({"partial_rotary_factor": (None, 1)} if partial else {})}
 
 
 def known_keys(family: Family) -> set[str]:
-    """All keys whose meaning is known, be it that they have none; transformers reads no other key of this family."""
+    """All keys of a family with a known meaning or known to have no effect; transformers reads no others."""
     rope = ("rope_scaling", "rope_parameters", "original_max_position_embeddings") if family.rope_keys else ()
     window = ("sliding_window", "layer_types", family.window_switch)
-    named = {*family.fields, *family.aliases, *fixed_keys(family), *family.rope_keys, *rope, *window}
-    return named | {*HARMLESS, *family.harmless, *family.dropouts}
+    named = {*family.config_keys, *family.aliases, *fixed_keys(family), *family.rope_keys, *rope, *window}
+    return named | {*families.HARMLESS, *family.harmless, *family.dropouts}
 
 
-def extras(raw: Mapping[str, Any], family: Family) -> Facts:
-    """What a config.json says beside the model, which an export gives back."""
-    model = known_keys(family) - {*HARMLESS, *family.harmless, *family.dropouts}
-    return {k: v for k, v in raw.items() if k not in model and k != "auto_map" and not _is_lacking(raw, k)}
+def extras(raw: Mapping[str, Any], family: Family) -> Fields:
+    """Keys of a config.json that are not part of the model, which an export writes again."""
+    model = known_keys(family) - {*families.HARMLESS, *family.harmless, *family.dropouts}
+    return {k: v for k, v in raw.items() if k not in model and k != "auto_map" and not _is_unsupported(raw, k)}
 
 
-def _is_lacking(raw: Mapping[str, Any], key: str) -> bool:
-    return key in LACKING and bool(raw[key])
+def _is_unsupported(raw: Mapping[str, Any], key: str) -> bool:
+    return key in families.UNSUPPORTED and bool(raw[key])
 
 
 def _fix(key: str, family: Family) -> str:
-    needed = {*family.fields, *family.aliases}
-    return _CANNOT if key in needed else f"{_CANNOT} Should it change nothing here: engine import --ignore-key {key}"
+    if key in family.config_keys or key in family.aliases:
+        return _CANNOT_COMPUTE
+    return f"{_CANNOT_COMPUTE} {_IGNORE} {key}"
 
 
-def _wrong_keys(raw: Mapping[str, Any], family: Family, longest: int) -> Iterator[FieldError]:
-    """What is there beside the family's fields and changes the model."""
+def _key_errors(raw: Mapping[str, Any], family: Family, longest: int) -> Iterator[FieldError]:
+    """Errors for keys that change the model and are not among the family's config_keys."""
     fixed, known = fixed_keys(family), known_keys(family)
     for key, value in raw.items():
         if key == "layer_types" and isinstance(value, list):
-            if odd := _odd_layers(raw, family, longest):
-                problem = f"the engine has full attention only, no {truncate(', '.join(odd))}"
+            if kinds := _unsupported_layer_types(raw, family, longest):
+                problem = f"the engine has full attention only, not {truncate(', '.join(kinds))}"
                 yield FieldError("interop.attention-not-supported", key, value, problem, "")
         elif key in fixed:
             if value not in fixed[key]:
-                problem = f"the engine computes with {fixed[key][0]!r}"
+                problem = f"the engine supports only {fixed[key][0]!r}"
                 yield FieldError("interop.key-value-fixed", key, value, problem, "")
-        elif key not in known and _is_lacking(raw, key):
-            problem = f"asks for {LACKING[key]}, which the engine does not have"
+        elif key not in known and _is_unsupported(raw, key):
+            problem = f"asks for {families.UNSUPPORTED[key]}, which the engine does not have"
             yield FieldError("interop.key-not-supported", key, value, problem, "")
 
 
-def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) -> Facts:
+def _read_field(raw: Mapping[str, Any], key: str, entry: ConfigKey, fields: Fields) -> Fields:
     value = raw.get(key)
     if value is None:
-        value = entry.default(facts) if callable(entry.default) else entry.default
+        value = entry.default(fields) if callable(entry.default) else entry.default
         if key in raw and entry.null is not None:
             value = entry.null
-        if value is REFUSED:
-            raise ConfigError([FieldError("interop.key-null", key, value, "is null, which is no value here", "")])
+        if value is families.REJECT_NULL:
+            raise ConfigError([FieldError("interop.key-null", key, value, "is null, which is not allowed here", "")])
         if value is None:
             raise ConfigError([FieldError("interop.key-missing", key, value, "is missing", "")])
     elif entry.values:
         if not isinstance(value, str) or value not in entry.values:
-            problem = f"is none of {', '.join(entry.values)}"
+            problem = f"is not one of {', '.join(entry.values)}"
             raise ConfigError([FieldError("interop.key-value-unknown", key, value, problem, "")])
         value = entry.values[value]
     elif isinstance(value, bool) or isinstance(entry.default, bool):
@@ -191,14 +188,14 @@ def _read_field(raw: Mapping[str, Any], key: str, entry: Field, facts: Facts) ->
             raise ConfigError([FieldError("interop.key-type", key, value, "is of the wrong type", "")])
     elif isinstance(entry.default, float):
         if not is_number(value) or value < 0:
-            raise ConfigError([FieldError("interop.key-range", key, value, "is no finite number of at least 0", "")])
+            raise ConfigError([FieldError("interop.key-range", key, value, "is not a finite number of at least 0", "")])
     elif not isinstance(value, int):
         raise ConfigError([FieldError("interop.key-type", key, value, "is of the wrong type", "")])
     else:
-        most = _MOST_LAYERS if "num_layers" in entry.facts else _MOST
-        if not 1 <= value <= most:
-            raise ConfigError([FieldError("interop.key-range", key, value, f"is not from 1 to {most:,}", "")])
-    return dict.fromkeys(entry.facts, value)
+        limit = _MAX_LAYERS if "num_layers" in entry.model_fields else _MAX_INT
+        if not 1 <= value <= limit:
+            raise ConfigError([FieldError("interop.key-range", key, value, f"is not between 1 and {limit:,}", "")])
+    return dict.fromkeys(entry.model_fields, value)
 
 
 def is_number(value: object) -> bool:
@@ -209,146 +206,144 @@ def is_number(value: object) -> bool:
         return False
 
 
-def _is_idle(name: str, value: Any, kind: str) -> bool:
-    """Whether transformers computes the same without this entry of rope_scaling. One by kinds of layers has dicts."""
-    fixed = ROPE_FIXED.get(kind, {}) | {"partial_rotary_factor": (1,)}
+def _has_no_effect(name: str, value: Any, kind: str) -> bool:
+    """Whether transformers ignores this entry of rope_scaling. (A dict is per layer type: not ignored.)"""
+    fixed = families.ROPE_FIXED.get(kind, {}) | {"partial_rotary_factor": (1,)}
     return value is None or (not isinstance(value, dict) and value in fixed.get(name, (value,)))
 
 
-def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Facts, list[FieldError], list[str]]:
-    """(facts, faults, notes) of rotary positions, in transformers' forms before and since version 5.
+def _read_rope(raw: Mapping[str, Any], family: Family) -> tuple[Fields, list[FieldError], list[str]]:
+    """(model fields, errors, notes) of rotary positions, in the forms of transformers 4 and of 5.
 
-    As transformers 5 has it: where both forms are there, rope_scaling counts and nothing of rope_parameters; what is
-    said inside of either counts before the keys beside them.
+    As in transformers 5: if both forms are present, rope_scaling is used and rope_parameters is ignored entirely, and
+    their entries take precedence over keys outside them.
     """
     if not family.rope_keys:
         return {}, [], []
-    facts: Facts = {"rope_theta": 10000.0, **family.rope_defaults}
-    facts |= {fact: raw[key] for key, fact in family.rope_keys.items() if raw.get(key) is not None}
-    outside, notes, wrong = dict(facts), list[str](), list[FieldError]()
+    fields: Fields = {"rope_theta": 10000.0, **family.rope_defaults}
+    fields |= {field: raw[key] for key, field in family.rope_keys.items() if raw.get(key) is not None}
+    outside, notes, wrong = dict(fields), list[str](), list[FieldError]()
     given = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
-    odd = [key for key in given if not isinstance(raw[key], dict)]
-    if odd or not given:
-        wrong = [FieldError("interop.rope-not-an-object", key, raw[key], "is no JSON object", "") for key in odd]
-        return facts, wrong + _odd_numbers(facts), []
+    invalid = [key for key in given if not isinstance(raw[key], dict)]
+    if invalid or not given:
+        wrong = [FieldError("interop.rope-not-an-object", key, raw[key], "is not a JSON object", "") for key in invalid]
+        return fields, wrong + _number_errors(fields), []
     key, inner = given[0], raw[given[0]]
     if len(given) > 1 and any(inner.get(name) != value for name, value in raw["rope_parameters"].items()):
-        notes.append("rope_parameters is not read: rope_scaling beside it says something else and counts")
+        notes.append("rope_parameters is not read: rope_scaling differs from it and takes precedence")
     names = {str(inner[name]) for name in ("rope_type", "type") if inner.get(name) is not None} or {"default"}
     kind = names.pop() if len(names) == 1 else " and ".join(sorted(names))
     kind = "none" if kind == "default" else kind
     if kind not in family.rope_types:
         known = ", ".join(family.rope_types).replace("none", "default")
-        problem = f"rope_type {kind} is none that the engine has for {family.model_type}: {known}"
-        return facts, [FieldError("interop.rope-type-unknown", key, inner, problem, "")], notes
-    facts["rope_scaling"] = kind
-    table = SCALING[kind] | {"rope_theta": "rope_theta"}
+        problem = f"rope_type {kind} is not supported for {family.model_type}, only: {known}"
+        return fields, [FieldError("interop.rope-type-unknown", key, inner, problem, "")], notes
+    fields["rope_scaling"] = kind
+    table = families.ROPE_SCALING[kind] | {"rope_theta": "rope_theta"}
     if "rotary_fraction" in family.rope_keys.values():
         table["partial_rotary_factor"] = "rotary_fraction"
     for name, value in inner.items():
         if name in table and value is not None:
-            facts[table[name]] = value
-        elif not _is_idle(name, value, kind):
-            problem = f"{truncate(name)} {format_value(value)} is not known for rope_type {kind}"
+            fields[table[name]] = value
+        elif not _has_no_effect(name, value, kind):
+            problem = f"{truncate(name)} {format_value(value)} is not supported for rope_type {kind}"
             wrong.append(FieldError("interop.rope-entry-unknown", key, inner, problem, ""))
     if "factor" in table and inner.get("factor") is None:
         wrong.append(FieldError("interop.rope-factor-missing", key, inner, "factor is missing", ""))
     if "original_max_position_embeddings" in table and raw.get("original_max_position_embeddings") is not None:
-        facts["rope_original_seq_len"] = raw["original_max_position_embeddings"]  # comes first in transformers
-    for name, fact in family.rope_keys.items():
-        if raw.get(name) is not None and outside[fact] != facts[fact]:
-            notes.append(f"{name} {format_value(raw[name])} is not read: {format_value(facts[fact])} in {key} counts")
-    return facts, wrong + _odd_numbers(facts), notes
+        fields["rope_original_seq_len"] = raw["original_max_position_embeddings"]  # takes precedence in transformers
+    for name, field in family.rope_keys.items():
+        if raw.get(name) is not None and outside[field] != fields[field]:
+            notes.append(
+                f"{name} {format_value(raw[name])} is not read: {format_value(fields[field])} in {key} takes precedence"
+            )
+    return fields, wrong + _number_errors(fields), notes
 
 
-def _odd_numbers(facts: Facts) -> list[FieldError]:
-    odd = {fact: value for fact, value in facts.items() if fact != "rope_scaling" and not is_number(value)}
+def _number_errors(fields: Fields) -> list[FieldError]:
     return [
         FieldError(
-            "interop.rope-number-malformed", "rope_parameters", value, f"{fact} {format_value(value)} is no number", ""
+            "interop.rope-number-malformed", "rope_parameters", v, f"{name} {format_value(v)} is not a number", ""
         )
-        for fact, value in odd.items()
+        for name, v in fields.items()
+        if name != "rope_scaling" and not is_number(v)
     ]
 
 
-def _window_errors(raw: Mapping[str, Any], family: Family, facts: Facts, path: Path) -> list[FieldError]:
-    """A sliding window that would be felt: what transformers reads of it, shorter than the context."""
-    window, longest = raw.get("sliding_window", family.window), facts["max_seq_len"]
+def _window_errors(raw: Mapping[str, Any], family: Family, fields: Fields, path: Path) -> list[FieldError]:
+    """Errors if transformers would apply a sliding window that is shorter than the context."""
+    window, longest = raw.get("sliding_window", family.window), fields["max_seq_len"]
     if not family.windowed or window is None:
         return []
     if family.window_switch:
         if not raw.get(family.window_switch):
             return []
-        layers, first = facts.get("num_layers", 0), raw.get("max_window_layers", 28)
+        layers, first = fields.get("num_layers", 0), raw.get("max_window_layers", 28)
         if raw.get("layer_types") is None and isinstance(first, int) and first >= layers:
-            return []  # those layers alone have it
+            return []  # only layers from max_window_layers on have a window
         if isinstance(raw.get("layer_types"), list) and "sliding_attention" not in raw["layer_types"]:
             return []
-    if _whole(window) and window >= longest:
-        return []  # nothing is ever out of the window
-    problem = f"is below the context of {longest}, and the engine attends to all of it"
-    fix = f"For sequences of at most {window} tokens the model is the same: take it with max_seq_len {window}."
-    fix += " Should it change nothing here: engine import --ignore-key sliding_window"
+    if type(window) is int and window >= longest:
+        return []  # the window covers the whole context
+    problem = f"is less than the context of {longest}, and the engine attends to all of it"
+    fix = f"Up to {window} tokens the model is the same: use max_seq_len {window}."
+    fix += f" {_IGNORE} sliding_window"
     return [FieldError("interop.window-not-supported", f"{path}: sliding_window", window, problem, fix)]
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _odd_layers(raw: Mapping[str, Any], family: Family, longest: int) -> list[str]:
-    """Kinds of layers that the engine does not have. One with a window that is never felt is a full one."""
+def _unsupported_layer_types(raw: Mapping[str, Any], family: Family, longest: int) -> list[str]:
+    """Layer types that the engine does not support. A window that covers the whole context counts as full attention."""
     window = raw.get("sliding_window", family.window)
-    idle = family.windowed and _whole(window) and window >= longest
+    no_effect = family.windowed and type(window) is int and window >= longest
     if family.window_switch and not raw.get(family.window_switch):
-        idle = False  # transformers has no window then, and no such layer without one
+        no_effect = False  # transformers then has no window, which such a layer needs
     kinds = {str(kind) for kind in raw["layer_types"]} - {"full_attention"}
-    return sorted(kinds - ({"sliding_attention"} if idle else set()))
+    return sorted(kinds - ({"sliding_attention"} if no_effect else set()))
 
 
-def write_config(facts: Facts, defaults: Facts, prefer: Sequence[str] = ()) -> tuple[Family, dict[str, Any]]:
-    """The family and the config.json that say exactly `facts`, all of ModelConfig's but the preset.
+def write_config(fields: Fields, defaults: Fields, prefer: Sequence[str] = ()) -> tuple[Family, dict[str, Any]]:
+    """(family, config.json) that describe exactly the model with `fields`, all of ModelConfig's except the preset.
 
-    defaults: ModelConfig's own. prefer: model types to try first. Raises CheckpointError when no family can say it.
+    defaults: of ModelConfig. prefer: model types to try first. Raises CheckpointError if no family fits.
     """
     order = [FAMILIES[name] for name in dict.fromkeys((*prefer, *FAMILIES)) if name in FAMILIES]
     lacking: list[tuple[list[str], Family]] = []
     for family in order:
-        config = _write(facts, family)
-        said = {**defaults, **family.facts, **_read_rope(config, family)[0]}
-        for key, entry in family.fields.items():
-            said |= _read_field(config, key, entry, said)
-        said |= head_shape(said)
-        differing = [name for name, value in facts.items() if said[name] != value]
+        config = _build_config(fields, family)
+        read_back = {**defaults, **family.model_fields, **_read_rope(config, family)[0]}
+        for key, entry in family.config_keys.items():
+            read_back |= _read_field(config, key, entry, read_back)
+        read_back |= head_shape(read_back)
+        differing = [name for name, value in fields.items() if read_back[name] != value]
         if not differing:
             return family, config
         lacking.append((differing, family))
     differing, family = min(lacking, key=lambda pair: len(pair[0]))
-    values = ", ".join(f"model.{name} = {facts[name]!r}" for name in differing)
+    values = ", ".join(f"model.{name} = {fields[name]!r}" for name in differing)
     raise CheckpointError(
         "interop.no-architecture-fits",
-        f"no Hugging Face architecture that the engine knows is this model; {family.architecture} comes nearest, but "
-        f"has no {values}. A model that is to be exported starts from a preset or from a Hugging Face folder.",
+        f"none of the supported Hugging Face architectures can express this model; {family.architecture} is "
+        f"nearest, but cannot have {values}. To export a model, start it from a preset or from a Hugging Face folder.",
     )
 
 
-def _write(facts: Facts, family: Family) -> dict[str, Any]:
-    """The family's config.json of the facts; what it cannot say, reading it back shows."""
+def _build_config(fields: Fields, family: Family) -> dict[str, Any]:
+    """The family's config.json for `fields`. Fields that it cannot express differ when it is read back."""
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    for key, entry in family.fields.items():
-        value = facts[entry.facts[0]]
-        words = [word for word, ours in entry.values.items() if ours == value]
-        config[key] = words[0] if words else next(iter(entry.values), value)
+    for key, entry in family.config_keys.items():
+        value = fields[entry.model_fields[0]]
+        names = [name for name, ours in entry.values.items() if ours == value]
+        config[key] = names[0] if names else next(iter(entry.values), value)
     config |= {key: values[0] for key, values in family.fixed.items() if values[0] is not None}
     config |= dict.fromkeys(family.dropouts, 0.0)
     if family.rope_keys:
-        kind = facts["rope_scaling"]
+        kind = fields["rope_scaling"]
         named = {"rope_type": "default" if kind == "none" else kind}
-        scaling = {key: facts[fact] for key, fact in SCALING.get(kind, {}).items() if facts[fact]}
-        inner = {"rope_theta": facts["rope_theta"]}
+        scaling = {key: fields[field] for key, field in families.ROPE_SCALING.get(kind, {}).items() if fields[field]}
+        inner = {"rope_theta": fields["rope_theta"]}
         if "rotary_fraction" in family.rope_keys.values():
-            inner["partial_rotary_factor"] = facts["rotary_fraction"]
-        config |= {key: facts[fact] for key, fact in family.rope_keys.items()}
+            inner["partial_rotary_factor"] = fields["rotary_fraction"]
+        config |= {key: fields[field] for key, field in family.rope_keys.items()}
         config["rope_parameters"] = named | inner | scaling
         if kind != "none":
             config["rope_scaling"] = named | inner | scaling
@@ -359,27 +354,27 @@ def _write(facts: Facts, family: Family) -> dict[str, Any]:
     return config
 
 
-def rope_forms(facts: Facts, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of rotary positions in the forms of transformers 4 and 5, beside what `config` holds in one of them."""
+def rope_forms(fields: Fields, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of rotary positions in the forms of both transformers 4 and 5, completing those in `config`."""
     if not family.rope_keys:
         return {}
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = "default" if facts["rope_scaling"] == "none" else facts["rope_scaling"]
-    inner = {"rope_type": kind} | given | {"rope_theta": facts["rope_theta"]}
+    kind = "default" if fields["rope_scaling"] == "none" else fields["rope_scaling"]
+    inner = {"rope_type": kind} | given | {"rope_theta": fields["rope_theta"]}
     usual = {"rotary_fraction": 1.0, **family.rope_defaults}
     outside = {
-        key: facts[fact] for key, fact in family.rope_keys.items() if key in config or facts[fact] != usual.get(fact)
+        key: fields[name] for key, name in family.rope_keys.items() if key in config or fields[name] != usual.get(name)
     }
     return outside | {"rope_parameters": inner} | ({"rope_scaling": inner} if kind != "default" else {})
 
 
-def facts_of(path: Path, max_seq_len: int | None = None) -> tuple[Facts, str]:
-    """(model.* facts, what said so) of a Hugging Face folder, or of one of our checkpoints or run folders.
+def read_model_fields(path: Path, max_seq_len: int | None = None) -> tuple[Fields, str]:
+    """(model.* values, the file they are from) of a Hugging Face folder, or of one of our checkpoints or run folders.
 
     Raises ConfigError or CheckpointError.
     """
     if (path / "config.json").exists():
-        return read_config(path / "config.json", max_seq_len).facts, str(path / "config.json")
+        return read_config(path / "config.json", max_seq_len).model_fields, str(path / "config.json")
     manifests = [path / "manifest.json"]
     for root in (path / "checkpoints", path):
         manifests += sorted(root.glob("step_*/manifest.json"), reverse=True)
@@ -389,12 +384,12 @@ def facts_of(path: Path, max_seq_len: int | None = None) -> tuple[Facts, str]:
                 if file.read(len(SEALED)) == SEALED:
                     raise CheckpointError(
                         "interop.model-encrypted",
-                        f"{manifest}: is encrypted, and what model it is must be known before the secret is read: "
-                        "`engine export CHECKPOINT FOLDER --secret ...`, and start from that folder",
+                        f"{manifest}: is encrypted, but the model must be known before the secret is read. Run "
+                        "`engine export CHECKPOINT FOLDER --secret ...` and start from that folder",
                     )
             model = (json_object(manifest).get("config") or {}).get("model")
             if isinstance(model, dict):
                 return {name: value for name, value in model.items() if name != "preset"}, str(manifest)
     raise CheckpointError(
-        "interop.no-model-here", f"{path}: neither a Hugging Face folder (config.json) nor a checkpoint is here"
+        "interop.no-model-here", f"{path}: is neither a Hugging Face folder (config.json) nor a checkpoint"
     )

@@ -3,8 +3,8 @@
 config.json is data that describes a model. A key that the family's class in transformers reads is either a fact that
 `ModelConfig` has, or must have the value that the engine's model computes with: a test compares the table with the
 source of transformers. A key that the class does not read changes nothing and is kept, unless it asks by name for
-something that the engine does not have (`LACKING`). Reading and writing (config_json.py) use one table, and a model is
-exported as a family whose config.json reads back as exactly its facts: what a family cannot say is not lost in
+something that the engine does not have (`UNSUPPORTED`). Reading and writing (config_json.py) use one table, and a model
+is exported as a family whose config.json reads back as exactly its facts: what a family cannot say is not lost in
 silence.
 """
 
@@ -14,18 +14,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-REFUSED = object()
+REJECT_NULL = object()
 
 
 @dataclass(frozen=True)
-class Field:
+class ConfigKey:
     """A key of config.json. facts: what it says of the model, all the same. default: what its absence says.
 
     values: their words -> ours, where they differ; the first of several with one meaning is written. null: what a null
     says where that is not the default; REFUSED where transformers takes none and a guess could be wrong.
     """
 
-    facts: tuple[str, ...]
+    model_fields: tuple[str, ...]
     default: Any = None
     values: Mapping[str, str] = field(default_factory=dict)
     null: Any = None
@@ -48,9 +48,9 @@ class Family:
     architecture: str
     model_type: str
     preset: str
-    fields: Mapping[str, Field]
+    config_keys: Mapping[str, ConfigKey]
     names: Mapping[str, str]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    model_fields: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     harmless: tuple[str, ...] = ()
@@ -69,22 +69,22 @@ class Family:
 
 _GELU = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", **_GELU}
-_COMMON: dict[str, Field] = {
-    "vocab_size": Field(("vocab_size",)),
-    "hidden_size": Field(("hidden_size",)),
-    "intermediate_size": Field(("ffn_size",)),
-    "num_hidden_layers": Field(("num_layers",)),
-    "num_attention_heads": Field(("num_heads",)),
-    "num_key_value_heads": Field(("num_kv_heads",), 0),
-    "head_dim": Field(("head_dim",), 0),
-    "hidden_act": Field(("activation",), "silu", _ACTIVATIONS),
-    "max_position_embeddings": Field(("max_seq_len",), 2048),
-    "initializer_range": Field(("init_std",), 0.02),
-    "rms_norm_eps": Field(("norm_eps",), 1e-6),
-    "tie_word_embeddings": Field(("tie_embeddings",), False),
+_COMMON: dict[str, ConfigKey] = {
+    "vocab_size": ConfigKey(("vocab_size",)),
+    "hidden_size": ConfigKey(("hidden_size",)),
+    "intermediate_size": ConfigKey(("ffn_size",)),
+    "num_hidden_layers": ConfigKey(("num_layers",)),
+    "num_attention_heads": ConfigKey(("num_heads",)),
+    "num_key_value_heads": ConfigKey(("num_kv_heads",), 0),
+    "head_dim": ConfigKey(("head_dim",), 0),
+    "hidden_act": ConfigKey(("activation",), "silu", _ACTIVATIONS),
+    "max_position_embeddings": ConfigKey(("max_seq_len",), 2048),
+    "initializer_range": ConfigKey(("init_std",), 0.02),
+    "rms_norm_eps": ConfigKey(("norm_eps",), 1e-6),
+    "tie_word_embeddings": ConfigKey(("tie_embeddings",), False),
 }
-_KV_32 = {"num_key_value_heads": Field(("num_kv_heads",), 32, null=0)}
-_ATTENTION_BIAS = {"attention_bias": Field(("qkv_bias", "attention_out_bias"), False)}
+_KV_32 = {"num_key_value_heads": ConfigKey(("num_kv_heads",), 32, null=0)}
+_ATTENTION_BIAS = {"attention_bias": ConfigKey(("qkv_bias", "attention_out_bias"), False)}
 _LLAMA_NAMES = {
     "embed": "model.embed_tokens",
     "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
@@ -113,7 +113,7 @@ _TABLE = (
         "LlamaForCausalLM",
         "llama",
         "llama-",
-        fields=_COMMON | _ATTENTION_BIAS | {"mlp_bias": Field(("mlp_bias",), False)},
+        config_keys=_COMMON | _ATTENTION_BIAS | {"mlp_bias": ConfigKey(("mlp_bias",), False)},
         names=_LLAMA_NAMES,
         fixed={"rope_interleaved": (None, False), "is_llama_config": (None, True)},
         harmless=("pretraining_tp",),  # sums in another order: rounding only
@@ -122,10 +122,10 @@ _TABLE = (
         "MistralForCausalLM",
         "mistral",
         "mistral-",
-        fields=_COMMON
+        config_keys=_COMMON
         | {
-            "num_key_value_heads": Field(("num_kv_heads",), 8, null=REFUSED),
-            "max_position_embeddings": Field(("max_seq_len",), 131072),
+            "num_key_value_heads": ConfigKey(("num_kv_heads",), 8, null=REJECT_NULL),
+            "max_position_embeddings": ConfigKey(("max_seq_len",), 131072),
         },
         names=_LLAMA_NAMES,
         windowed=True,
@@ -135,8 +135,8 @@ _TABLE = (
         "Qwen2ForCausalLM",
         "qwen2",
         "qwen2",
-        facts={"qkv_bias": True},
-        fields=_COMMON | _KV_32 | {"max_position_embeddings": Field(("max_seq_len",), 32768)},
+        model_fields={"qkv_bias": True},
+        config_keys=_COMMON | _KV_32 | {"max_position_embeddings": ConfigKey(("max_seq_len",), 32768)},
         names=_LLAMA_NAMES,
         fixed={"use_mrope": (None, False)},
         harmless=("max_window_layers",),
@@ -148,13 +148,13 @@ _TABLE = (
         "Qwen3ForCausalLM",
         "qwen3",
         "qwen3",
-        facts={"qk_norm": True},
-        fields=_COMMON
+        model_fields={"qk_norm": True},
+        config_keys=_COMMON
         | _KV_32
         | _ATTENTION_BIAS
         | {
-            "head_dim": Field(("head_dim",), 128, null=REFUSED),
-            "max_position_embeddings": Field(("max_seq_len",), 32768),
+            "head_dim": ConfigKey(("head_dim",), 128, null=REJECT_NULL),
+            "max_position_embeddings": ConfigKey(("max_seq_len",), 32768),
         },
         names=_LLAMA_NAMES,
         harmless=("max_window_layers",),
@@ -166,18 +166,18 @@ _TABLE = (
         "GemmaForCausalLM",
         "gemma",
         "gemma-",
-        facts={"norm_offset": True, "scale_embeddings": True},
-        fields=_COMMON
+        model_fields={"norm_offset": True, "scale_embeddings": True},
+        config_keys=_COMMON
         | _ATTENTION_BIAS
         | {
-            "num_key_value_heads": Field(("num_kv_heads",), 16, null=REFUSED),
-            "head_dim": Field(("head_dim",), 256, null=REFUSED),
+            "num_key_value_heads": ConfigKey(("num_kv_heads",), 16, null=REJECT_NULL),
+            "head_dim": ConfigKey(("head_dim",), 256, null=REJECT_NULL),
             # the first releases say "gelu" and mean the tanh formula, as transformers says too
-            "hidden_act": Field(
+            "hidden_act": ConfigKey(
                 ("activation",), "gelu_tanh", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh", "silu": "silu"}
             ),
-            "max_position_embeddings": Field(("max_seq_len",), 8192),
-            "tie_word_embeddings": Field(("tie_embeddings",), True),
+            "max_position_embeddings": ConfigKey(("max_seq_len",), 8192),
+            "tie_word_embeddings": ConfigKey(("tie_embeddings",), True),
         },
         names=_LLAMA_NAMES,
         fixed={
@@ -189,8 +189,8 @@ _TABLE = (
         "Olmo2ForCausalLM",
         "olmo2",
         "olmo-2",
-        facts={"norm_position": "post", "qk_norm": True, "qk_norm_span": "projection"},
-        fields=_COMMON | _ATTENTION_BIAS | {"rms_norm_eps": Field(("norm_eps",), 1e-5)},
+        model_fields={"norm_position": "post", "qk_norm": True, "qk_norm_span": "projection"},
+        config_keys=_COMMON | _ATTENTION_BIAS | {"rms_norm_eps": ConfigKey(("norm_eps",), 1e-5)},
         names=_LLAMA_NAMES
         | {
             "layers.{}.attention_norm": "model.layers.{}.post_attention_layernorm",
@@ -201,8 +201,11 @@ _TABLE = (
         "Phi3ForCausalLM",
         "phi3",
         "phi-",
-        fields=_COMMON
-        | {"rms_norm_eps": Field(("norm_eps",), 1e-5), "max_position_embeddings": Field(("max_seq_len",), 4096)},
+        config_keys=_COMMON
+        | {
+            "rms_norm_eps": ConfigKey(("norm_eps",), 1e-5),
+            "max_position_embeddings": ConfigKey(("max_seq_len",), 4096),
+        },
         names=_LLAMA_NAMES
         | _QKV_OF_PHI3
         | dict.fromkeys(("layers.{}.mlp.gate", "layers.{}.mlp.up"), "model.layers.{}.mlp.gate_up_proj"),
@@ -217,18 +220,18 @@ _TABLE = (
         "GPT2LMHeadModel",
         "gpt2",
         "gpt2",
-        facts={"norm": "layernorm", "positions": "learned", "gated_mlp": False, **_ALL_BIASES},
-        fields={
-            "vocab_size": Field(("vocab_size",), 50257),
-            "n_embd": Field(("hidden_size",), 768),
-            "n_layer": Field(("num_layers",), 12),
-            "n_head": Field(("num_heads",), 12),
-            "n_inner": Field(("ffn_size",), lambda facts: 4 * facts["hidden_size"]),
-            "n_positions": Field(("max_seq_len",), 1024),
-            "activation_function": Field(("activation",), "gelu_tanh", {"gelu_new": "gelu_tanh", **_ACTIVATIONS}),
-            "layer_norm_epsilon": Field(("norm_eps",), 1e-5),
-            "initializer_range": Field(("init_std",), 0.02),
-            "tie_word_embeddings": Field(("tie_embeddings",), True),
+        model_fields={"norm": "layernorm", "positions": "learned", "gated_mlp": False, **_ALL_BIASES},
+        config_keys={
+            "vocab_size": ConfigKey(("vocab_size",), 50257),
+            "n_embd": ConfigKey(("hidden_size",), 768),
+            "n_layer": ConfigKey(("num_layers",), 12),
+            "n_head": ConfigKey(("num_heads",), 12),
+            "n_inner": ConfigKey(("ffn_size",), lambda fields: 4 * fields["hidden_size"]),
+            "n_positions": ConfigKey(("max_seq_len",), 1024),
+            "activation_function": ConfigKey(("activation",), "gelu_tanh", {"gelu_new": "gelu_tanh", **_ACTIVATIONS}),
+            "layer_norm_epsilon": ConfigKey(("norm_eps",), 1e-5),
+            "initializer_range": ConfigKey(("init_std",), 0.02),
+            "tie_word_embeddings": ConfigKey(("tie_embeddings",), True),
         },
         names={
             "embed": "transformer.wte",
@@ -273,15 +276,15 @@ _TABLE = (
         "GPTNeoXForCausalLM",
         "gpt_neox",
         "pythia-",
-        facts={"norm": "layernorm", "gated_mlp": False, "mlp_bias": True},
-        fields={
+        model_fields={"norm": "layernorm", "gated_mlp": False, "mlp_bias": True},
+        config_keys={
             name: _COMMON[name] for name in _COMMON if name not in ("num_key_value_heads", "head_dim", "rms_norm_eps")
         }
         | {
-            "attention_bias": Field(("qkv_bias", "attention_out_bias"), True),
-            "hidden_act": Field(("activation",), "gelu", _ACTIVATIONS),
-            "layer_norm_eps": Field(("norm_eps",), 1e-5),
-            "use_parallel_residual": Field(("parallel_residual",), True),
+            "attention_bias": ConfigKey(("qkv_bias", "attention_out_bias"), True),
+            "hidden_act": ConfigKey(("activation",), "gelu", _ACTIVATIONS),
+            "layer_norm_eps": ConfigKey(("norm_eps",), 1e-5),
+            "use_parallel_residual": ConfigKey(("parallel_residual",), True),
         },
         names={
             "embed": "gpt_neox.embed_in",
@@ -321,7 +324,7 @@ HARMLESS = (
     "_name_or_path",
 )
 # Keys that are met in the wild, and what they ask for
-LACKING = {
+UNSUPPORTED = {
     "quantization_config": "quantised weights",
     "attn_logit_softcapping": "softcapping",
     "final_logit_softcapping": "softcapping",
@@ -340,7 +343,7 @@ ROPE_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "yarn": {"truncate": (True,), "mscale": (), "mscale_all_dim": ()},
 }
 # rope_scaling's keys <-> facts, by the kind that ModelConfig calls it
-SCALING: dict[str, dict[str, str]] = {
+ROPE_SCALING: dict[str, dict[str, str]] = {
     "none": {},
     "linear": {"factor": "rope_factor"},
     "llama3": {

@@ -52,7 +52,7 @@ class HfSlice:
     start: int
     transposed: bool
 
-    def within(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+    def stored_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """A rectangle of this one, counted from its corner -> where it is in the tensor."""
         rows = slice(index[0].start + self.start, index[0].stop + self.start)
         return (index[1], rows) if self.transposed else (rows, *index[1:])
@@ -76,21 +76,21 @@ def hf_name(canonical: str, family: Family) -> str:
     return f"{family.names[stem.replace(number[0], '.{}.', 1)].format(number[1])}.{suffix}"
 
 
-def places(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[HfSlice]], dict[str, tuple[int, ...]]]:
+def locate_tensors(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[HfSlice]], dict[str, tuple[int, ...]]]:
     """Canonical name -> its places, files left empty; their name -> the shape it must have."""
     shapes = tensor_shapes(cfg)
     inside: dict[str, list[str]] = {}
     for name in shapes:
         inside.setdefault(hf_name(name, family), []).append(name)
     found: dict[str, list[HfSlice]] = {}
-    theirs: dict[str, tuple[int, ...]] = {}
+    hf_shapes: dict[str, tuple[int, ...]] = {}
     for key, names in inside.items():
         stem = key.rsplit(".", 1)[0]
         groups = cfg.num_heads if stem.endswith(family.by_head) and family.by_head else 1
         transposed = bool(family.transposed) and stem.endswith(family.transposed) and len(shapes[names[0]]) == 2
         rows = sum(shapes[name][0] for name in names)
         rest = shapes[names[0]][1:]
-        theirs[key] = (*rest, rows) if transposed else (rows, *rest)
+        hf_shapes[key] = (*rest, rows) if transposed else (rows, *rest)
         before = 0
         for name in names:
             each = shapes[name][0] // groups
@@ -106,14 +106,14 @@ def places(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[HfSlice]], 
                 for group in range(groups)
             ]
             before += each
-    return found, theirs
+    return found, hf_shapes
 
 
 class HfReader(TensorSource[HfTensor]):
     """The source that a Hugging Face folder is. Raises ConfigError or CheckpointError for all that it cannot be.
 
     max_seq_len: of the model that is made of it, where that is less than the folder's. ignore_keys: of its config.json.
-    Attributes: `described` (its config.json), `cfg` (the model), `notes` (what of the folder is not read, or is not as
+    Attributes: `hf_config` (its config.json), `cfg` (the model), `notes` (what of the folder is not read, or is not as
     it says, in words).
     """
 
@@ -121,10 +121,10 @@ class HfReader(TensorSource[HfTensor]):
         super().__init__(folder, {})
         self._open: tuple[str, Any] = ("", None)
         self._lock = threading.Lock()
-        self.described: ParsedConfig = read_config(folder / CONFIG, max_seq_len, ignore_keys)
-        self.cfg: ModelConfig = model_config(folder, self.described.facts)
-        self.notes: list[str] = list(self.described.notes)
-        self.spare_head = f"{self.described.family.names['head']}.weight"  # some folders of tied models hold it too
+        self.hf_config: ParsedConfig = read_config(folder / CONFIG, max_seq_len, ignore_keys)
+        self.cfg: ModelConfig = model_config(folder, self.hf_config.model_fields)
+        self.notes: list[str] = list(self.hf_config.notes)
+        self.head_key = f"{self.hf_config.family.names['head']}.weight"  # some folders of tied models hold it too
         if (folder / GENERATION).exists():
             self.notes += _generation_notes(folder / GENERATION, self.cfg.vocab_size)
         try:
@@ -185,7 +185,7 @@ class HfReader(TensorSource[HfTensor]):
         self._compare_with_index(found, listed)
         others = {p.name for p in self.folder.glob("*.safetensors")} - set(names)
         if others:
-            self.notes.append(f"not read: {_some(sorted(others))}, which the model's weights do not name")
+            self.notes.append(f"not read: {_first_names(sorted(others))}, which the model's weights do not name")
         if (self.folder / "adapter_config.json").exists():
             self.notes.append("adapter_config.json: no adapter is read, the model is that of the weights beside it")
         return found
@@ -200,7 +200,7 @@ class HfReader(TensorSource[HfTensor]):
 
     def _compare_with_index(self, found: Mapping[str, str], listed: Mapping[str, str]) -> None:
         """Take from a stale index what transformers takes too, with a note; refuse it where a tensor is missing."""
-        spare = {self.spare_head} if self.cfg.tie_embeddings else set()
+        spare = {self.head_key} if self.cfg.tie_embeddings else set()
         missing = [key for key in listed if key not in found and key not in spare]
         if missing:
             text = (
@@ -213,13 +213,13 @@ class HfReader(TensorSource[HfTensor]):
         moved = [key for key, file in listed.items() if found.get(key, file) != file]
         moved += [key for key in found if listed and key not in listed]
         if moved:
-            self.notes.append(f"{INDEX} is stale: {_some(moved)} lie elsewhere than it says, and are read there")
+            self.notes.append(f"{INDEX} is stale: {_first_names(moved)} lie elsewhere than it says, and are read there")
 
     def _no_weights(self) -> CheckpointError:
         pickled = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if not pickled:
             others = sorted(p.name for p in self.folder.glob("*.safetensors"))
-            there = f", only {_some(others)}; rename a single whole one to {SINGLE}" if others else ""
+            there = f", only {_first_names(others)}; rename a single whole one to {SINGLE}" if others else ""
             return CheckpointError("interop.no-weights", f"{self.folder}: neither {SINGLE} nor {INDEX} is here{there}")
         return CheckpointError(
             "interop.weights-are-pickles",
@@ -234,29 +234,29 @@ class HfReader(TensorSource[HfTensor]):
 
     def _locate(self, files: Mapping[str, str]) -> dict[str, HfTensor]:
         """Check names, shapes and dtypes of all tensors and say where the canonical ones are."""
-        family = self.described.family
-        found, theirs = places(self.cfg, family)
+        family = self.hf_config.family
+        found, hf_shapes = locate_tensors(self.cfg, family)
         headless = not any(key.startswith(family.prefix) for key in files)  # saved without its head: no prefix
-        actual = {key: key.removeprefix(family.prefix) if headless else key for key in theirs}
+        actual = {key: key.removeprefix(family.prefix) if headless else key for key in hf_shapes}
         embed = hf_name("embed.weight", family)
-        if self.cfg.tie_embeddings and actual[embed] not in files and self.spare_head in files:
-            actual[embed] = self.spare_head  # one matrix under two names, of which this one was saved
+        if self.cfg.tie_embeddings and actual[embed] not in files and self.head_key in files:
+            actual[embed] = self.head_key  # one matrix under two names, of which this one was saved
         if missing := [key for key in actual.values() if key not in files]:
             beside = (self.folder / SINGLE).exists() and (self.folder / INDEX).exists()
             where = f" (only {SINGLE} was read, not {INDEX})" if beside else ""
             raise CheckpointError(
                 "interop.tensors-missing",
-                f"{self.folder}: lacks {len(missing)} tensors of the model: {_some(missing)}{where}",
+                f"{self.folder}: lacks {len(missing)} tensors of the model: {_first_names(missing)}{where}",
             )
-        known = {*actual.values(), *([self.spare_head] if self.cfg.tie_embeddings else [])}
+        known = {*actual.values(), *([self.head_key] if self.cfg.tie_embeddings else [])}
         extra = [key for key in files if key not in known and not key.endswith(family.buffers)]
         if extra:
             raise CheckpointError(
                 "interop.tensors-unknown",
                 f"{self.folder}: holds {len(extra)} tensors that {family.architecture} with this {CONFIG} does not "
-                f"have: {_some(extra)}; the engine refuses to leave them out",
+                f"have: {_first_names(extra)}; the engine refuses to leave them out",
             )
-        for key, shape in theirs.items():
+        for key, shape in hf_shapes.items():
             have, dtype = self.headers[actual[key]]
             if have != shape:
                 text = f"{actual[key]} has shape {list(have)}, {CONFIG} says {list(shape)}"
@@ -271,27 +271,29 @@ class HfReader(TensorSource[HfTensor]):
             located[name] = HfTensor(shape, self.headers[key][1], slices)
         return located
 
-    def _works(self, name: str, entry: HfTensor, offset: tuple[int, ...], out: Tensor) -> Iterator[Callable[[], None]]:
-        for part, low, high in self._meeting(name, entry.slices, offset, tuple(out.shape)):
+    def _fill_tasks(
+        self, name: str, entry: HfTensor, offset: tuple[int, ...], out: Tensor
+    ) -> Iterator[Callable[[], None]]:
+        for part, low, high in self._overlapping(name, entry.slices, offset, tuple(out.shape)):
             within = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, part.offset))
             target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))]
             yield partial(self._fill, target, part, within)
 
     def _fill(self, target: Tensor, part: HfSlice, within: tuple[slice, ...]) -> None:
         try:
-            block: Tensor = self._file(part.file).get_slice(part.key)[part.within(within)]
+            block: Tensor = self._file(part.file).get_slice(part.key)[part.stored_index(within)]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 "interop.shard-unreadable", f"{self.folder / part.file}: {part.key}: {error}; get the file again"
             ) from None
         target.copy_(block.t() if part.transposed else block)
 
-    def check_spare_head(self, rows: int = 4096) -> None:
+    def check_tied_head(self, rows: int = 4096) -> None:
         """A folder of a tied model may hold the head too: then it must be the embedding. Raises CheckpointError."""
-        if not self.cfg.tie_embeddings or self.spare_head not in self.files:
+        if not self.cfg.tie_embeddings or self.head_key not in self.files:
             return
-        shape = self.names(MODEL)["embed.weight"]
-        head = self._file(self.files[self.spare_head]).get_slice(self.spare_head)
+        shape = self.shapes(MODEL)["embed.weight"]
+        head = self._file(self.files[self.head_key]).get_slice(self.head_key)
         same = tuple(head.get_shape()) == shape
         for begin in range(0, shape[0] if same else 0, rows):
             count = min(rows, shape[0] - begin)
@@ -301,13 +303,13 @@ class HfReader(TensorSource[HfTensor]):
         if not same:
             raise CheckpointError(
                 "interop.head-is-not-the-embedding",
-                f"{self.folder}: tie_word_embeddings is true, but {self.spare_head} is there and "
-                f"is not the embedding matrix, {hf_name('embed.weight', self.described.family)}; "
+                f"{self.folder}: tie_word_embeddings is true, but {self.head_key} is there and "
+                f"is not the embedding matrix, {hf_name('embed.weight', self.hf_config.family)}; "
                 "if the model has a head of its own, config.json must say tie_word_embeddings false",
             )
 
 
-def assembled(parts: Mapping[str, Tensor], found: Mapping[str, list[HfSlice]], shape: tuple[int, ...]) -> Tensor:
+def assemble(parts: Mapping[str, Tensor], found: Mapping[str, list[HfSlice]], shape: tuple[int, ...]) -> Tensor:
     """Their tensor of this shape from all the canonical ones that lie in it; of one that is all of it, no copy."""
     if len(parts) == 1:
         [(name, values)] = parts.items()
@@ -317,12 +319,12 @@ def assembled(parts: Mapping[str, Tensor], found: Mapping[str, list[HfSlice]], s
     for name, values in parts.items():
         for place in found[name]:
             rows = slice(place.offset[0], place.offset[0] + place.shape[0])
-            target = place.within(tuple(slice(0, length) for length in place.shape))
+            target = place.stored_index(tuple(slice(0, length) for length in place.shape))
             out[target] = values[rows].t() if place.transposed else values[rows]
     return out
 
 
-def contents(found: Mapping[str, list[HfSlice]]) -> dict[str, list[str]]:
+def group_by_key(found: Mapping[str, list[HfSlice]]) -> dict[str, list[str]]:
     """Their name -> the canonical tensors that lie in it, in order."""
     inside: dict[str, list[str]] = {}
     for name, parts in found.items():
@@ -330,7 +332,7 @@ def contents(found: Mapping[str, list[HfSlice]]) -> dict[str, list[str]]:
     return inside
 
 
-def token_ids(value: Any) -> list[int]:
+def parse_token_ids(value: Any) -> list[int]:
     """The ids that a key such as eos_token_id holds: one, several or none. Raises ValueError for anything else."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
@@ -343,7 +345,7 @@ def _generation_notes(path: Path, vocab_size: int) -> list[str]:
     facts, notes = json_object(path), []
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         try:
-            ids = token_ids(facts.get(key))
+            ids = parse_token_ids(facts.get(key))
         except ValueError as error:
             raise CheckpointError(
                 "interop.generation-config-malformed", f"{path}: {key} {error}; correct it, or remove the file"
@@ -353,5 +355,5 @@ def _generation_notes(path: Path, vocab_size: int) -> list[str]:
     return notes
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(truncate(name, 100) for name in names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,4 +1,5 @@
-"""Megatron-LM's checkpoints, read without unpickling: symbolic -> archive -> dcp, sheets -> folder, names -> source.
+"""Reads Megatron-LM checkpoints without unpickling them.
 
-Imports checkpoint and config. Never knows training, and never calls anything that a file names.
+Layers: symbolic -> archive -> dcp, sharded_tensor -> folder, names -> source. Imports checkpoint and config. Knows
+nothing of training, and never calls anything that a file names.
 """

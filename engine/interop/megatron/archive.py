@@ -77,7 +77,7 @@ class StoredTensor:
 
     def read(self, begin: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A copy of the rectangle of `shape` that begins at `begin`, which the caller knows to be inside."""
-        data = self.archive.checked(self.record)
+        data = self.archive.read_member(self.record)
         size = self.dtype.itemsize
         first = self.offset + sum(b * s for b, s in zip(begin, self.strides))
         strides = tuple(s * size for s in self.strides)
@@ -108,10 +108,10 @@ class Archive:
                 "interop.megatron-archive-byte-order",
                 f"{where}: byte order {shown(bytes(order.data[:8]))}; only little is read",
             )
-        archive.value = parse(archive.checked("data.pkl"), f"{where}: data.pkl")
+        archive.value = parse(archive.read_member("data.pkl"), f"{where}: data.pkl")
         return archive
 
-    def checked(self, name: str) -> memoryview:
+    def read_member(self, name: str) -> memoryview:
         """The bytes of a member, whose checksum is compared on first use."""
         record = self.records.get(name)
         if record is None:

@@ -20,17 +20,17 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.interop.megatron.archive import Archive, StoredTensor, is_count, map_file, sizes
-from engine.interop.megatron.sheets import Part, Sheet
+from engine.interop.megatron.sharded_tensor import ShardedTensor, TensorPart
 from engine.interop.megatron.symbolic import Call, Global, is_call, parse, shown
 
 METADATA = ".metadata"
-_NAMES = "torch.distributed.checkpoint.metadata"
+_DCP_MODULE = "torch.distributed.checkpoint.metadata"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 @dataclass(frozen=True)
-class _Range:
+class _BlobRange:
     """Where a blob lies."""
 
     file: str
@@ -39,12 +39,12 @@ class _Range:
 
 
 class DcpFolder:
-    """The tensors of a DCP folder: `names()`, and `sheet(name)` to read one. Files are mapped on first use."""
+    """The tensors of a DCP folder: `names()`, and `tensor(name)` to read one. Files are mapped on first use."""
 
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder / METADATA)
         root = parse(map_file(folder / METADATA), self.where)
-        state = self._state(root, f"{_NAMES} Metadata", "the metadata")
+        state = self._state(root, f"{_DCP_MODULE} Metadata", "the metadata")
         entries, places = state.get("state_dict_metadata"), state.get("storage_data")
         if not isinstance(entries, dict) or not isinstance(places, dict):
             raise CheckpointError(
@@ -59,16 +59,18 @@ class DcpFolder:
         self._entries: dict[str, Any] = entries
         self._places = self._index(places)
         self._files: dict[str, memoryview] = {}
-        self._blobs: dict[_Range, StoredTensor] = {}
+        self._blobs: dict[_BlobRange, StoredTensor] = {}
 
     def names(self) -> list[str]:
         """Names of all tensors (byte objects left out)."""
-        return [name for name, entry in self._entries.items() if not is_call(entry, f"{_NAMES} BytesStorageMetadata")]
+        return [
+            name for name, entry in self._entries.items() if not is_call(entry, f"{_DCP_MODULE} BytesStorageMetadata")
+        ]
 
-    def sheet(self, name: str) -> Sheet:
+    def tensor(self, name: str) -> ShardedTensor:
         """One tensor, its chunks not yet opened and not yet checked against each other. Raises CheckpointError."""
         where = f"{self.where}: {shown(name)}"
-        state = self._state(self._entries[name], f"{_NAMES} TensorStorageMetadata", shown(name))
+        state = self._state(self._entries[name], f"{_DCP_MODULE} TensorStorageMetadata", shown(name))
         shape, chunks = sizes(state.get("size"), where), state.get("chunks")
         properties = state.get("properties")
         if not isinstance(properties, Call) or not isinstance(properties.state, tuple) or not isinstance(chunks, list):
@@ -84,8 +86,8 @@ class DcpFolder:
         dtype = _DTYPES[kind.name]
         parts = []
         for chunk in chunks:
-            facts = self._state(chunk, f"{_NAMES} ChunkStorageMetadata", shown(name))
-            offset, size = sizes(facts.get("offsets"), where), sizes(facts.get("sizes"), where)
+            fields = self._state(chunk, f"{_DCP_MODULE} ChunkStorageMetadata", shown(name))
+            offset, size = sizes(fields.get("offsets"), where), sizes(fields.get("sizes"), where)
             if len(offset) != len(shape) or len(size) != len(shape):
                 raise CheckpointError(
                     "interop.megatron-chunk-malformed",
@@ -97,15 +99,15 @@ class DcpFolder:
                     "interop.megatron-chunk-missing",
                     f"{where}: the chunk at {list(offset)} lies nowhere; the file is damaged",
                 )
-            parts.append(Part(offset, size, self._opener(name, place, size, dtype), (0,) * len(shape)))
-        return Sheet(where, dtype, shape, tuple(parts))
+            parts.append(TensorPart(offset, size, self._opener(name, place, size, dtype), (0,) * len(shape)))
+        return ShardedTensor(where, dtype, shape, tuple(parts))
 
     def _opener(
-        self, name: str, place: _Range, shape: tuple[int, ...], dtype: torch.dtype
+        self, name: str, place: _BlobRange, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Callable[[], StoredTensor]:
         return partial(self._blob, name, place, shape, dtype)
 
-    def _blob(self, name: str, place: _Range, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
+    def _blob(self, name: str, place: _BlobRange, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
         if place not in self._blobs:
             if place.file not in self._files:
                 self._files[place.file] = map_file(self.folder / place.file)
@@ -127,11 +129,11 @@ class DcpFolder:
             )
         return found
 
-    def _index(self, places: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...]], _Range]:
+    def _index(self, places: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...]], _BlobRange]:
         """(name, offset of the chunk) -> where its blob lies; byte objects are left out."""
-        found: dict[tuple[str, tuple[int, ...]], _Range] = {}
+        found: dict[tuple[str, tuple[int, ...]], _BlobRange] = {}
         for index, place in places.items():
-            key = self._state(index, f"{_NAMES} MetadataIndex", "a place")
+            key = self._state(index, f"{_DCP_MODULE} MetadataIndex", "a place")
             info = self._state(place, "torch.distributed.checkpoint.filesystem _StorageInfo", "a place")
             name, where = key.get("fqn"), f"{self.where}: {shown(key.get('fqn'))}"
             if not isinstance(name, str):
@@ -161,7 +163,7 @@ class DcpFolder:
                 raise CheckpointError(
                     "interop.megatron-chunk-repeated", f"{where}: the chunk at {list(at)} is listed twice; damaged"
                 )
-            found[name, at] = _Range(file, offset, length)
+            found[name, at] = _BlobRange(file, offset, length)
         return found
 
     def _state(self, value: object, name: str, what: str) -> dict[Any, Any]:

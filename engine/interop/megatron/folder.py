@@ -4,7 +4,7 @@
     iter_XXXXXXX/                        `torch_dist`: a DCP folder with common.pt (args) and metadata.json
       mp_rank_TT[_PPP]/model_optim_rng.pt    legacy: one archive a rank; matrices cut over T, layers over P
 
-Both become sheets (`sheets`) of global tensors, one a layer: `decoder.layers.N.mlp.linear_fc1.weight`.
+Both become sheets (`tensors`) of global tensors, one a layer: `decoder.layers.N.mlp.linear_fc1.weight`.
 A gated fc1 is all of gate, then all of up, as `torch_dist` has it; legacy files hold both halves of each tensor rank.
 """
 
@@ -21,8 +21,8 @@ from engine.errors import CheckpointError
 from engine.interop.megatron.archive import Archive, StoredTensor, map_file
 from engine.interop.megatron.dcp import METADATA, DcpFolder
 from engine.interop.megatron.names import Values
-from engine.interop.megatron.sheets import Part, Sheet
-from engine.interop.megatron.symbolic import is_call, mapping, shown
+from engine.interop.megatron.sharded_tensor import ShardedTensor, TensorPart
+from engine.interop.megatron.symbolic import as_dict, is_call, shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON, FORMAT, RANK_FILE = "common.pt", "metadata.json", "model_optim_rng.pt"
@@ -46,7 +46,7 @@ class RankFile:
 
 
 @dataclass(frozen=True)
-class Stored:
+class MegatronFolder:
     """A checkpoint of Megatron: its folder, args, iteration, and what holds the tensors."""
 
     folder: Path
@@ -54,11 +54,11 @@ class Stored:
     iteration: int
     source: DcpFolder | dict[tuple[int, int], RankFile]
 
-    def sheets(self, *, gated: bool) -> dict[str, Sheet]:
+    def tensors(self, *, gated: bool) -> dict[str, ShardedTensor]:
         """Name -> checked sheet of every tensor of the model. Raises CheckpointError."""
         if isinstance(self.source, DcpFolder):
-            return _dcp_sheets(self.source)
-        return _legacy_sheets(self.source, gated)
+            return _dcp_tensors(self.source)
+        return _legacy_tensors(self.source, gated)
 
 
 def is_megatron(path: Path) -> bool:
@@ -66,16 +66,16 @@ def is_megatron(path: Path) -> bool:
     return any((path / name).exists() for name in (TRACKER, METADATA, FORMAT)) or any(path.glob("mp_rank_*"))
 
 
-def open_stored(path: Path) -> Stored:
+def open_folder(path: Path) -> MegatronFolder:
     """Open a folder of Megatron. Raises CheckpointError."""
     folder = _folder(path)
     if (folder / METADATA).exists() or (folder / FORMAT).exists():
         _check_format(folder / FORMAT)
         archive = Archive.open(map_file(folder / COMMON), str(folder / COMMON))
-        return Stored(folder, *_facts(archive), DcpFolder(folder))
+        return MegatronFolder(folder, *_args_and_iteration(archive), DcpFolder(folder))
     ranks = _rank_files(folder)
-    args, iteration = _facts(ranks[0, 0].archive)
-    return Stored(folder, args, iteration, ranks)
+    args, iteration = _args_and_iteration(ranks[0, 0].archive)
+    return MegatronFolder(folder, args, iteration, ranks)
 
 
 def _folder(path: Path) -> Path:
@@ -103,8 +103,8 @@ def _folder(path: Path) -> Path:
 
 def _check_format(file: Path) -> None:
     try:
-        facts = json.loads(bytes(map_file(file)[: 1 << 20]))
-        backend = facts["sharded_backend"]
+        fields = json.loads(bytes(map_file(file)[: 1 << 20]))
+        backend = fields["sharded_backend"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             "interop.megatron-metadata-json-damaged", f"{file}: damaged ({shown(str(error))}); take another copy"
@@ -116,9 +116,9 @@ def _check_format(file: Path) -> None:
         )
 
 
-def _facts(archive: Archive) -> tuple[Values, int]:
+def _args_and_iteration(archive: Archive) -> tuple[Values, int]:
     """args and iteration of an archive."""
-    top = mapping(archive.value) or {}
+    top = as_dict(archive.value) or {}
     args = top.get("args")
     if not is_call(args, "argparse Namespace") or not isinstance(args.state, dict):  # type: ignore[union-attr]
         raise CheckpointError(
@@ -130,17 +130,17 @@ def _facts(archive: Archive) -> tuple[Values, int]:
     return args.state, iteration if isinstance(iteration, int) and 0 <= iteration < 1 << 53 else 0  # type: ignore[union-attr]
 
 
-def _dcp_sheets(source: DcpFolder) -> dict[str, Sheet]:
-    found: dict[str, Sheet] = {}
+def _dcp_tensors(source: DcpFolder) -> dict[str, ShardedTensor]:
+    found: dict[str, ShardedTensor] = {}
     for name in source.names():
         if _NOT_MODEL.fullmatch(name):
             continue
-        sheet = source.sheet(name)
+        tensor = source.tensor(name)
         if stacked := _STACKED.fullmatch(name):
-            new = {f"decoder.layers.{i}.{stacked[1]}": layer for i, layer in enumerate(sheet.layers())}
+            new = {f"decoder.layers.{i}.{stacked[1]}": layer for i, layer in enumerate(tensor.layers())}
         else:
-            sheet.check()
-            new = {name: sheet}
+            tensor.check()
+            new = {name: tensor}
         if twice := found.keys() & new.keys():
             raise CheckpointError(
                 "interop.megatron-tensor-repeated",
@@ -148,31 +148,31 @@ def _dcp_sheets(source: DcpFolder) -> dict[str, Sheet]:
             )
         found |= new
     _join_halves(found)
-    for sheet in found.values():
-        for part in sheet.parts:
-            part.stored()  # opens the blob: shape and dtype are compared before anything is read
+    for tensor in found.values():
+        for part in tensor.parts:
+            part.open_tensor()  # opens the blob: shape and dtype are compared before anything is read
     return found
 
 
-def _join_halves(sheets: dict[str, Sheet]) -> None:
+def _join_halves(tensors: dict[str, ShardedTensor]) -> None:
     """Gate and up that were saved as tensors of their own (`singleton_local_shards`) become one fc1 again."""
-    for gate_name in [name for name in sheets if name.endswith(("linear_fc1.weight_w", "linear_fc1.bias_w"))]:
+    for gate_name in [name for name in tensors if name.endswith(("linear_fc1.weight_w", "linear_fc1.bias_w"))]:
         name = gate_name.removesuffix("_w")
-        gate, up = sheets.pop(gate_name), sheets.pop(f"{name}_v", None)
-        if up is None or up.shape != gate.shape or up.dtype != gate.dtype or name in sheets:
+        gate, up = tensors.pop(gate_name), tensors.pop(f"{name}_v", None)
+        if up is None or up.shape != gate.shape or up.dtype != gate.dtype or name in tensors:
             raise CheckpointError(
                 "interop.megatron-gate-half-missing", f"{gate.where}: has no second half of the same shape; damaged"
             )
-        sheets[name] = _concatenated(gate.where, [gate, up])
+        tensors[name] = _concatenate(gate.where, [gate, up])
 
 
-def _concatenated(where: str, sheets: list[Sheet]) -> Sheet:
+def _concatenate(where: str, tensors: list[ShardedTensor]) -> ShardedTensor:
     """Sheets one below the other along dim 0."""
     parts, rows = [], 0
-    for sheet in sheets:
-        parts += [replace(p, offset=(p.offset[0] + rows, *p.offset[1:])) for p in sheet.parts]
-        rows += sheet.shape[0]
-    return Sheet(where, sheets[0].dtype, (rows, *sheets[0].shape[1:]), tuple(parts))
+    for tensor in tensors:
+        parts += [replace(p, offset=(p.offset[0] + rows, *p.offset[1:])) for p in tensor.parts]
+        rows += tensor.shape[0]
+    return ShardedTensor(where, tensors[0].dtype, (rows, *tensors[0].shape[1:]), tuple(parts))
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], RankFile]:
@@ -208,8 +208,8 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], RankFile]:
 
 def _rank_file(path: Path) -> RankFile:
     archive = Archive.open(map_file(path), str(path))
-    top = mapping(archive.value) or {}
-    chunks = [mapping(top[name]) for name in ("model", *(f"model{i}" for i in range(64))) if name in top]
+    top = as_dict(archive.value) or {}
+    chunks = [as_dict(top[name]) for name in ("model", *(f"model{i}" for i in range(64))) if name in top]
     if not chunks or any(chunk is None for chunk in chunks):
         raise CheckpointError(
             "interop.megatron-model-missing", f"{path}: holds no `model`; it is damaged, or of another program"
@@ -224,13 +224,13 @@ def _rank_file(path: Path) -> RankFile:
     return RankFile(archive, tuple(chunk for chunk in chunks if chunk is not None))
 
 
-def _legacy_sheets(ranks: dict[tuple[int, int], RankFile], gated: bool) -> dict[str, Sheet]:
-    tensor, pipeline = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
-    found: dict[str, Sheet] = {}
+def _legacy_tensors(ranks: dict[tuple[int, int], RankFile], gated: bool) -> dict[str, ShardedTensor]:
+    num_tensor_ranks, num_stages = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
+    found: dict[str, ShardedTensor] = {}
     layers = 0
     for number in range(max(len(file.chunks) for file in ranks.values())):
-        for stage in range(pipeline):
-            shards = [_tensors(ranks[t, stage], number) for t in range(tensor)]
+        for stage in range(num_stages):
+            shards = [_chunk_tensors(ranks[t, stage], number) for t in range(num_tensor_ranks)]
             names, depth = shards[0].keys(), 0
             for other in shards[1:]:
                 if unlike := names ^ other.keys():
@@ -243,15 +243,15 @@ def _legacy_sheets(ranks: dict[tuple[int, int], RankFile], gated: bool) -> dict[
                 if match := _LAYER.fullmatch(name):
                     full = f"decoder.layers.{layers + int(match[1])}.{match[2]}"
                     depth = max(depth, int(match[1]) + 1)
-                sheet = _joined(name, [shard[name] for shard in shards], gated)
+                tensor = _join_ranks(name, [shard[name] for shard in shards], gated)
                 if full in found:
-                    require_same(found[full], sheet)
-                found[full] = sheet
+                    require_same(found[full], tensor)
+                found[full] = tensor
             layers += depth
     return found
 
 
-def _tensors(file: RankFile, number: int) -> dict[str, StoredTensor]:
+def _chunk_tensors(file: RankFile, number: int) -> dict[str, StoredTensor]:
     """Name -> tensor of one chunk of a rank's model."""
     if number >= len(file.chunks):
         raise CheckpointError(
@@ -269,7 +269,7 @@ def _tensors(file: RankFile, number: int) -> dict[str, StoredTensor]:
     return found
 
 
-def _joined(name: str, shards: list[StoredTensor], gated: bool) -> Sheet:
+def _join_ranks(name: str, shards: list[StoredTensor], gated: bool) -> ShardedTensor:
     """The global tensor of the shards of all tensor ranks. Raises CheckpointError."""
     first, where = shards[0], f"{shards[0].archive.where}: {shown(name)}"
     if any(x.shape != first.shape or x.dtype != first.dtype for x in shards) or 0 in first.shape:
@@ -280,7 +280,7 @@ def _joined(name: str, shards: list[StoredTensor], gated: bool) -> Sheet:
     if name.endswith(_ROW) and len(first.shape) == 2:
         rows, width = first.shape
         parts = [_part((0, i * width), first.shape, x, (0, 0)) for i, x in enumerate(shards)]
-        sheet = Sheet(where, first.dtype, (rows, width * len(shards)), tuple(parts))
+        tensor = ShardedTensor(where, first.dtype, (rows, width * len(shards)), tuple(parts))
     elif name.endswith((*_COLUMN, *_GATED)) and first.shape:
         runs = 2 if gated and name.endswith(_GATED) else 1
         rows, rest = first.shape[0] // runs, first.shape[1:]
@@ -290,30 +290,32 @@ def _joined(name: str, shards: list[StoredTensor], gated: bool) -> Sheet:
             for run in range(runs)
             for i, x in enumerate(shards)
         ]
-        sheet = Sheet(where, first.dtype, (runs * rows * len(shards), *rest), tuple(parts))
+        tensor = ShardedTensor(where, first.dtype, (runs * rows * len(shards), *rest), tuple(parts))
     else:
-        sheets = [Sheet(where, x.dtype, x.shape, (_part((0,) * len(x.shape), x.shape, x, None),)) for x in shards]
-        sheet = sheets[0]
-        for other in sheets[1:]:
-            require_same(sheet, other)
-    sheet.check()
-    return sheet
+        copies = [
+            ShardedTensor(where, x.dtype, x.shape, (_part((0,) * len(x.shape), x.shape, x, None),)) for x in shards
+        ]
+        tensor = copies[0]
+        for other in copies[1:]:
+            require_same(tensor, other)
+    tensor.check()
+    return tensor
 
 
 def _part(
     offset: tuple[int, ...], shape: tuple[int, ...], stored: StoredTensor, origin: tuple[int, ...] | None
-) -> Part:
-    return Part(offset, shape, lambda: stored, offset if origin is None else origin)
+) -> TensorPart:
+    return TensorPart(offset, shape, lambda: stored, offset if origin is None else origin)
 
 
-def require_same(one: Sheet, other: Sheet) -> None:
+def require_same(one: ShardedTensor, other: ShardedTensor) -> None:
     """Raises CheckpointError unless two copies of a tensor are equal, bit by bit, compared by blocks of rows."""
     equal = one.shape == other.shape and one.dtype == other.dtype
     rows = one.shape[0] if one.shape else 0
     for begin in range(0, rows if equal else 0, 4096):
         blocks = [torch.empty((min(4096, rows - begin), *one.shape[1:]), dtype=one.dtype) for _ in range(2)]
-        for sheet, block in zip((one, other), blocks):
-            sheet.read_into(block, (begin, *(0,) * (len(one.shape) - 1)))
+        for tensor, block in zip((one, other), blocks):
+            tensor.read_into(block, (begin, *(0,) * (len(one.shape) - 1)))
         equal = equal and torch.equal(*(block.view(torch.uint8) for block in blocks))
     if not equal:
         raise CheckpointError(

@@ -50,7 +50,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowPattern:
     """Which rows of a fused matrix a tensor is: runs of `each` rows, `period` apart, from row `first` on."""
 
     each: int
@@ -59,14 +59,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class MegatronTensor:
+class TensorMapping:
     """A canonical tensor: its shape, Megatron's names of the matrix that holds it, that matrix' shape, and its rows."""
 
     canonical: str
     shape: tuple[int, ...]
     names: tuple[str, ...]
     fused: tuple[int, ...]
-    rows: Rows
+    rows: RowPattern
 
 
 class _Args:
@@ -106,7 +106,7 @@ class _Args:
         return known[default]
 
 
-def model_facts(values: Values, where: str) -> Values:
+def model_fields_from_args(values: Values, where: str) -> Values:
     """ModelConfig's fields from Megatron's args; vocab_size is 0 where args do not tell. Raises CheckpointError."""
     a = _Args(values)
     for name, neutral in _NEUTRAL.items():
@@ -117,7 +117,7 @@ def model_facts(values: Values, where: str) -> Values:
     kv_heads = a.count("num_query_groups", MAX_HEADS) if a.flag("group_query_attention") else heads
     if heads % kv_heads:
         a.errors.append(f"num_attention_heads = {heads} is no multiple of num_query_groups = {kv_heads}")
-    facts: Values = {
+    fields: Values = {
         "vocab_size": a.count("vocab_size") if values.get("vocab_size") is not None else 0,
         "hidden_size": hidden,
         "num_layers": a.count("num_layers", MAX_LAYERS),
@@ -135,14 +135,14 @@ def model_facts(values: Values, where: str) -> Values:
         **_biases_and_activation(a),
         **_positions(a),
     }
-    if facts["norm_offset"] and facts["norm"] == "layernorm":
+    if fields["norm_offset"] and fields["norm"] == "layernorm":
         a.errors.append("apply_layernorm_1p = True with LayerNorm: this engine's model has no such thing")
     if a.errors:
         raise CheckpointError(
             "interop.megatron-args-not-supported",
             f"{where}: cannot be imported; in its args\n" + "\n".join(f"  - {x}" for x in a.errors),
         )
-    return facts
+    return fields
 
 
 def _biases_and_activation(a: _Args) -> Values:
@@ -163,7 +163,7 @@ def _positions(a: _Args) -> Values:
     kind = a.choice("position_embedding_type", "learned_absolute", {"learned_absolute": "learned", "rope": "rope"})
     if kind == "learned":
         return {"positions": kind}
-    facts: Values = {
+    fields: Values = {
         "positions": kind,
         "rope_theta": a.number("rotary_base", 10000.0),
         "rotary_fraction": a.number("rotary_percent", 1.0),
@@ -173,13 +173,13 @@ def _positions(a: _Args) -> Values:
         if stretch:
             a.errors.append("use_rope_scaling and rotary_seq_len_interpolation_factor together")
         factor = a.number("rope_scaling_factor", 8.0)
-        facts |= {"rope_scaling": "llama3", "rope_factor": factor, "rope_original_seq_len": 8192}
+        fields |= {"rope_scaling": "llama3", "rope_factor": factor, "rope_original_seq_len": 8192}
     elif stretch:
-        facts |= {"rope_scaling": "linear", "rope_factor": a.number("rotary_seq_len_interpolation_factor", 1.0)}
-    return facts
+        fields |= {"rope_scaling": "linear", "rope_factor": a.number("rotary_seq_len_interpolation_factor", 1.0)}
+    return fields
 
 
-def table(m: ModelConfig, padded_vocab_size: int) -> Iterator[MegatronTensor]:
+def map_tensors(m: ModelConfig, padded_vocab_size: int) -> Iterator[TensorMapping]:
     """Every canonical tensor of a model and where Megatron keeps it."""
     h, d, kv, f = m.hidden_size, m.head_dim, m.num_kv_heads, m.ffn_size
     group = m.num_heads // kv * d  # rows of q in one group
@@ -194,9 +194,9 @@ def table(m: ModelConfig, padded_vocab_size: int) -> Iterator[MegatronTensor]:
             m, f"{mine}.attention_norm", h, f"{attention}.linear_qkv.layer_norm_", f"{theirs}.input_layernorm."
         )
         qkv = (
-            ("q", m.num_heads * d, Rows(group, period)),
-            ("k", kv * d, Rows(d, period, group)),
-            ("v", kv * d, Rows(d, period, group + d)),
+            ("q", m.num_heads * d, RowPattern(group, period)),
+            ("k", kv * d, RowPattern(d, period, group)),
+            ("v", kv * d, RowPattern(d, period, group + d)),
         )
         yield from _fused(f"{mine}.attention", qkv, f"{attention}.linear_qkv", kv * period, h, m.qkv_bias)
         if m.qk_norm:
@@ -204,7 +204,11 @@ def table(m: ModelConfig, padded_vocab_size: int) -> Iterator[MegatronTensor]:
                 yield from _norm(m, f"{mine}.attention.{part}_norm", d, f"{attention}.{part}_layernorm.")
         yield from _row(f"{mine}.attention.out", f"{attention}.linear_proj", h, m.num_heads * d, m.attention_out_bias)
         yield from _norm(m, f"{mine}.mlp_norm", h, f"{mlp}.linear_fc1.layer_norm_", f"{theirs}.pre_mlp_layernorm.")
-        halves = (("gate", f, Rows(f)), ("up", f, Rows(f, first=f))) if m.gated_mlp else (("up", f, Rows(f)),)
+        halves = (
+            (("gate", f, RowPattern(f)), ("up", f, RowPattern(f, first=f)))
+            if m.gated_mlp
+            else (("up", f, RowPattern(f)),)
+        )
         yield from _fused(f"{mine}.mlp", halves, f"{mlp}.linear_fc1", len(halves) * f, h, m.mlp_bias)
         yield from _row(f"{mine}.mlp.down", f"{mlp}.linear_fc2", h, f, m.mlp_bias)
     yield from _norm(m, "norm", h, "decoder.final_layernorm.")
@@ -214,25 +218,25 @@ def table(m: ModelConfig, padded_vocab_size: int) -> Iterator[MegatronTensor]:
 
 def _plain(
     canonical: str, names: tuple[str, ...], shape: tuple[int, ...], fused: tuple[int, ...] | None = None
-) -> MegatronTensor:
-    return MegatronTensor(canonical, shape, names, fused or shape, Rows(shape[0]))
+) -> TensorMapping:
+    return TensorMapping(canonical, shape, names, fused or shape, RowPattern(shape[0]))
 
 
-def _norm(m: ModelConfig, canonical: str, size: int, *prefixes: str) -> Iterator[MegatronTensor]:
+def _norm(m: ModelConfig, canonical: str, size: int, *prefixes: str) -> Iterator[TensorMapping]:
     for part in ("weight", "bias") if m.norm == "layernorm" else ("weight",):
         yield _plain(f"{canonical}.{part}", tuple(prefix + part for prefix in prefixes), (size,))
 
 
 def _fused(
-    canonical: str, parts: tuple[tuple[str, int, Rows], ...], name: str, rows: int, width: int, bias: bool
-) -> Iterator[MegatronTensor]:
+    canonical: str, parts: tuple[tuple[str, int, RowPattern], ...], name: str, rows: int, width: int, bias: bool
+) -> Iterator[TensorMapping]:
     for part, size, which in parts:
-        yield MegatronTensor(f"{canonical}.{part}.weight", (size, width), (f"{name}.weight",), (rows, width), which)
+        yield TensorMapping(f"{canonical}.{part}.weight", (size, width), (f"{name}.weight",), (rows, width), which)
         if bias:
-            yield MegatronTensor(f"{canonical}.{part}.bias", (size,), (f"{name}.bias",), (rows,), which)
+            yield TensorMapping(f"{canonical}.{part}.bias", (size,), (f"{name}.bias",), (rows,), which)
 
 
-def _row(canonical: str, name: str, rows: int, width: int, bias: bool) -> Iterator[MegatronTensor]:
+def _row(canonical: str, name: str, rows: int, width: int, bias: bool) -> Iterator[TensorMapping]:
     yield _plain(f"{canonical}.weight", (f"{name}.weight",), (rows, width))
     if bias:
         yield _plain(f"{canonical}.bias", (f"{name}.bias",), (rows,))

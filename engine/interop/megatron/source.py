@@ -1,8 +1,9 @@
 """Checkpoints of Megatron-LM as a source of canonical tensors: which model they are, and under which names.
 
-`open_megatron(path)` gives what engine.checkpoint.load.Reader gives (`names`, `read`, `whole`), reading rectangles of
-mapped files, and the ModelConfig that Megatron's args mean. Nothing is unpickled (docs/megatron.md). What this engine's
-model cannot compute is refused by its name in args; so is a tensor that has no place in the model.
+`open_megatron(path)` has the interface of engine.checkpoint.load.Reader (`shapes`, `read`, `read_whole`) and the
+ModelConfig that Megatron's args describe. It reads rectangles of memory-mapped files. Nothing is unpickled
+(docs/megatron.md). Args that this engine's model cannot compute are rejected by name; so is a tensor that has no place
+in the model.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ from engine.checkpoint.load import TensorSource
 from engine.checkpoint.tensorfile import DTYPE_NAMES
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
-from engine.interop.megatron.folder import open_stored, require_same
-from engine.interop.megatron.names import MegatronTensor, Rows, model_facts, table
-from engine.interop.megatron.sheets import Sheet
+from engine.interop.megatron.folder import open_folder, require_same
+from engine.interop.megatron.names import RowPattern, TensorMapping, map_tensors, model_fields_from_args
+from engine.interop.megatron.sharded_tensor import ShardedTensor
 from engine.interop.megatron.symbolic import shown
 
 
 @dataclass(frozen=True)
-class SheetTensor:
+class SourceTensor:
     """A canonical tensor: its shape, the name of its dtype, and the rows of a sheet that it is."""
 
     shape: tuple[int, ...]
     dtype: str
-    sheet: Sheet
-    rows: Rows
+    stored: ShardedTensor
+    rows: RowPattern
 
 
-class MegatronSource(TensorSource[SheetTensor]):
+class MegatronSource(TensorSource[SourceTensor]):
     """The source that one of Megatron's checkpoints is. `cfg`: its model; `step`: its iteration.
 
     Of the model only: optimizer state is not imported.
     """
 
-    def __init__(self, folder: Path, cfg: ModelConfig, step: int, tensors: dict[str, SheetTensor]):
+    def __init__(self, folder: Path, cfg: ModelConfig, step: int, tensors: dict[str, SourceTensor]):
         super().__init__(folder, {MODEL: tensors})
         self.cfg, self.step = cfg, step
 
@@ -52,25 +53,25 @@ class MegatronSource(TensorSource[SheetTensor]):
 
     def verify(self, *, part: int = 0, parts: int = 1) -> None:
         """Compare torch's checksums of every `parts`-th storage, from number `part` on. Raises CheckpointError."""
-        sheets = [entry.sheet for entry in self.entries[MODEL].values()]
-        stored = {(id(x.archive), x.record): x for sheet in sheets for x in (p.stored() for p in sheet.parts)}
-        for tensor in list(stored.values())[part::parts]:
-            tensor.archive.checked(tensor.record)
+        tensors = [entry.stored for entry in self.entries[MODEL].values()]
+        storages = {(id(x.archive), x.record): x for tensor in tensors for x in (p.open_tensor() for p in tensor.parts)}
+        for tensor in list(storages.values())[part::parts]:
+            tensor.archive.read_member(tensor.record)
 
-    def _works(
-        self, name: str, entry: SheetTensor, offset: tuple[int, ...], out: Tensor
+    def _fill_tasks(
+        self, name: str, entry: SourceTensor, offset: tuple[int, ...], out: Tensor
     ) -> Iterator[Callable[[], None]]:
         rows, done = entry.rows, 0
         while done < out.shape[0]:
             run, inside = divmod(offset[0] + done, rows.each)
             number = min(rows.each - inside, out.shape[0] - done)
             at = (run * rows.period + rows.first + inside, *offset[1:])
-            yield partial(self._fill, out[done : done + number], entry.sheet, at)
+            yield partial(self._fill, out[done : done + number], entry.stored, at)
             done += number
 
-    def _fill(self, target: Tensor, sheet: Sheet, at: tuple[int, ...]) -> None:
-        block = torch.empty(target.shape, dtype=sheet.dtype)
-        sheet.read_into(block, at)
+    def _fill(self, target: Tensor, stored: ShardedTensor, at: tuple[int, ...]) -> None:
+        block = torch.empty(target.shape, dtype=stored.dtype)
+        stored.read_into(block, at)
         target.copy_(block)
 
 
@@ -81,57 +82,57 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
     its true size). Without, the padding stays: rows that were never trained towards a token.
     Raises CheckpointError: damaged or hostile files, models that this engine does not have.
     """
-    stored = open_stored(path)
-    where = str(stored.folder)
-    facts = model_facts(stored.args, where)
-    sheets = stored.sheets(gated=facts["gated_mlp"])
-    embedding = sheets.get("embedding.word_embeddings.weight")
+    source = open_folder(path)
+    where = str(source.folder)
+    fields = model_fields_from_args(source.args, where)
+    stored_tensors = source.tensors(gated=fields["gated_mlp"])
+    embedding = stored_tensors.get("embedding.word_embeddings.weight")
     if embedding is None or not embedding.shape:
         raise CheckpointError(
             "interop.megatron-embedding-missing",
             f"{where}: embedding.word_embeddings.weight is missing; the folder is not whole",
         )
     padded = embedding.shape[0]
-    facts["vocab_size"] = vocab_size or facts["vocab_size"] or padded
+    fields["vocab_size"] = vocab_size or fields["vocab_size"] or padded
     try:
-        model = ModelConfig.model_validate(facts)
+        model = ModelConfig.model_validate(fields)
     except ValidationError as error:
         text = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors()[:3])
         raise CheckpointError("interop.megatron-args-of-no-model", f"{where}: args are of no model: {text}") from None
-    if not facts["vocab_size"] <= padded:
+    if not fields["vocab_size"] <= padded:
         raise CheckpointError(
             "interop.megatron-vocabulary-differs",
-            f"{where}: a vocabulary of {facts['vocab_size']}, but the embedding has {padded} rows",
+            f"{where}: a vocabulary of {fields['vocab_size']}, but the embedding has {padded} rows",
         )
-    if model.tie_embeddings and (copy := sheets.pop("output_layer.weight", None)):
+    if model.tie_embeddings and (copy := stored_tensors.pop("output_layer.weight", None)):
         require_same(embedding, copy)
     tensors = {}
-    for entry in table(model, padded):
-        sheet = _take(sheets, entry, where)
-        tensors[entry.canonical] = SheetTensor(entry.shape, DTYPE_NAMES[sheet.dtype], sheet, entry.rows)
-    used = {id(tensor.sheet) for tensor in tensors.values()}
-    if unknown := [name for name, sheet in sheets.items() if id(sheet) not in used]:
+    for entry in map_tensors(model, padded):
+        stored = _lookup(stored_tensors, entry, where)
+        tensors[entry.canonical] = SourceTensor(entry.shape, DTYPE_NAMES[stored.dtype], stored, entry.rows)
+    used = {id(tensor.stored) for tensor in tensors.values()}
+    if unknown := [name for name, stored in stored_tensors.items() if id(stored) not in used]:
         listed = ", ".join(shown(name) for name in unknown[:5]) + (" ..." if len(unknown) > 5 else "")
         raise CheckpointError(
             "interop.megatron-tensors-unknown", f"{where}: {len(unknown)} tensors have no place in the model: {listed}"
         )
-    return MegatronSource(stored.folder, model, stored.iteration, tensors)
+    return MegatronSource(source.folder, model, source.iteration, tensors)
 
 
-def _take(sheets: dict[str, Sheet], entry: MegatronTensor, where: str) -> Sheet:
+def _lookup(stored_tensors: dict[str, ShardedTensor], entry: TensorMapping, where: str) -> ShardedTensor:
     """The sheet that an entry of the table is rows of. Raises CheckpointError."""
-    have = [sheets[name] for name in entry.names if name in sheets]
+    have = [stored_tensors[name] for name in entry.names if name in stored_tensors]
     if len(have) != 1:
         fault = "is there twice" if have else "is missing"
         raise CheckpointError(
             "interop.megatron-tensor-missing",
             f"{where}: {' or '.join(entry.names)} {fault}; args are of another model, or it is damaged",
         )
-    sheet = have[0]
-    if sheet.shape != entry.fused or sheet.dtype not in DTYPE_NAMES:
+    stored = have[0]
+    if stored.shape != entry.fused or stored.dtype not in DTYPE_NAMES:
         raise CheckpointError(
             "interop.megatron-shape-differs",
-            f"{sheet.where}: a {sheet.dtype} of shape {list(sheet.shape)}, but args want {list(entry.fused)}; "
+            f"{stored.where}: a {stored.dtype} of shape {list(stored.shape)}, but args want {list(entry.fused)}; "
             "they are of another model",
         )
-    return sheet
+    return stored

@@ -8,7 +8,7 @@ nothing; a small stack machine turns them into numbers, texts, lists, tuples, di
     Call(function, args)        a call or an object; never made. `state`, `items`, `entries`: what was put into it later
     Persistent(id)              a storage that lies beside the pickle
 
-Pythons, numpys and protocols name one thing differently: each is known here by one name (`MOVED`, `_Machine.call`).
+Pythons, numpys and protocols name one thing differently: here each has one name (`RENAMED_MODULES`, `_Machine.call`).
 
 Invariants: every opcode and every global is on a list below, else the file is refused; size, opcodes, depth of
 the stack and length of integers are bounded, so time and memory are too. Values may share parts, or hold themselves:
@@ -37,7 +37,7 @@ _DCP = "torch.distributed.checkpoint"
 _CORE = "megatron.core"
 
 # The module that a file names -> where this reader looks its names up. The modules below one move with it.
-MOVED = {
+RENAMED_MODULES = {
     "__builtin__": "builtins",  # in pickles of protocol 2
     "_io": "io",
     "pathlib._local": "pathlib",  # Python 3.13 alone
@@ -151,14 +151,14 @@ def parse(data: bytes | memoryview, where: str) -> Any:
         for count, (opcode, argument, at) in enumerate(pickletools.genops(io.BytesIO(data))):
             position = at or 0
             if count >= MAX_OPCODES:
-                raise _RefusedError(f"more than {MAX_OPCODES} opcodes")
+                raise _RejectedError(f"more than {MAX_OPCODES} opcodes")
             if opcode.name == "STOP":
                 if (rest := len(data) - position - 1) != 0:
-                    raise _RefusedError(f"{rest} bytes after the end")
+                    raise _RejectedError(f"{rest} bytes after the end")
                 return machine.result()
             machine.step(opcode.name, argument)
-    except (_RefusedError, ValueError, OverflowError, EOFError, IndexError, TypeError) as error:
-        text = str(error) if isinstance(error, _RefusedError) else f"damaged ({shown(str(error))})"
+    except (_RejectedError, ValueError, OverflowError, EOFError, IndexError, TypeError) as error:
+        text = str(error) if isinstance(error, _RejectedError) else f"damaged ({shown(str(error))})"
         raise CheckpointError(
             "interop.megatron-description-not-read",
             f"{where}: offset {position}: {text}; nothing of the file was run. It is damaged or not what it seems: "
@@ -169,7 +169,7 @@ def parse(data: bytes | memoryview, where: str) -> Any:
     )  # genops ends at STOP or raises
 
 
-class _RefusedError(Exception):
+class _RejectedError(Exception):
     """Why a pickle is not read; `parse` adds where."""
 
 
@@ -180,24 +180,24 @@ def _key(value: object) -> Any:
     small = isinstance(value, int) and abs(value) < 1 << 60
     if small or value is None or isinstance(value, (str, bytes, float, Call, Global)):
         return value
-    raise _RefusedError(f"{shown(value)} as the key of a dict")
+    raise _RejectedError(f"{shown(value)} as the key of a dict")
 
 
-def _known_by(module: str) -> str:
+def _canonical_module(module: str) -> str:
     """The name by which this reader knows a module."""
-    for old, new in MOVED.items():
+    for old, new in RENAMED_MODULES.items():
         if module == old or module.startswith(f"{old}."):
             return new + module.removeprefix(old)
     return module
 
 
-def _member(args: tuple[Any, ...]) -> tuple[Global, tuple[str]]:
+def _enum_member(args: tuple[Any, ...]) -> tuple[Global, tuple[str]]:
     """getattr's arguments as a call of an enum with the name of its member; anything else is refused."""
     if len(args) == 2 and isinstance(args[0], Global) and isinstance(args[1], str):
         enum, name = args
         if f"{enum.module} {enum.name}" in ENUMS:
             return enum, (name,)
-    raise _RefusedError(f"calls builtins.getattr of {shown(args[0]) if args else 'nothing'}, which is no enum")
+    raise _RejectedError(f"calls builtins.getattr of {shown(args[0]) if args else 'nothing'}, which is no enum")
 
 
 class _Machine:
@@ -210,16 +210,16 @@ class _Machine:
 
     def result(self) -> Any:
         if len(self.stack) != 1 or self.marks:
-            raise _RefusedError(f"{len(self.stack)} values at the end, not one")
+            raise _RejectedError(f"{len(self.stack)} values at the end, not one")
         if isinstance(self.stack[0], Global):
-            raise _RefusedError(f"is but the name {shown(self.stack[0])}, which no checkpoint needs alone")
+            raise _RejectedError(f"is but the name {shown(self.stack[0])}, which no checkpoint needs alone")
         return self.stack[0]
 
     def step(self, name: str, argument: Any) -> None:
         """Carry out one opcode."""
         if name in _LITERALS:
             if isinstance(argument, int) and argument.bit_length() > 8 * MAX_INTEGER_BYTES:
-                raise _RefusedError("an integer of absurd length")
+                raise _RejectedError("an integer of absurd length")
             self.push(argument)
         elif name in _CONSTANTS:
             self.push(_CONSTANTS[name]())
@@ -227,16 +227,16 @@ class _Machine:
             self.memo[len(self.memo) if argument is None else argument] = self.top()
         elif name in ("BINGET", "LONG_BINGET"):
             if argument not in self.memo:
-                raise _RefusedError(f"memo {argument} was never filled")
+                raise _RejectedError(f"memo {argument} was never filled")
             self.push(self.memo[argument])
         elif name in _STEPS:
             _STEPS[name](self, argument)
         elif name not in ("PROTO", "FRAME"):
-            raise _RefusedError(f"opcode {name} is not among those that checkpoints need")
+            raise _RejectedError(f"opcode {name} is not among those that checkpoints need")
 
     def push(self, value: Any) -> None:
         if len(self.stack) >= MAX_STACK:
-            raise _RefusedError(f"a stack of more than {MAX_STACK}")
+            raise _RejectedError(f"a stack of more than {MAX_STACK}")
         self.stack.append(value)
 
     def top(self) -> Any:
@@ -255,11 +255,11 @@ class _Machine:
 
     def _above_mark(self, number: int) -> None:
         if len(self.stack) - (self.marks[-1] if self.marks else 0) < number:
-            raise _RefusedError("takes values that are not on the stack")
+            raise _RejectedError("takes values that are not on the stack")
 
     def pop_mark(self) -> list[Any]:
         if not self.marks:
-            raise _RefusedError("no mark on the stack")
+            raise _RejectedError("no mark on the stack")
         begin = self.marks.pop()
         values = self.stack[begin:]
         del self.stack[begin:]
@@ -267,30 +267,30 @@ class _Machine:
 
     def mark(self, _: Any) -> None:
         if len(self.marks) >= MAX_STACK:
-            raise _RefusedError(f"more than {MAX_STACK} open marks")
+            raise _RejectedError(f"more than {MAX_STACK} open marks")
         self.marks.append(len(self.stack))
 
     def named(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise _RefusedError("a global whose name is no text")
-        known = _known_by(module)
+            raise _RejectedError("a global whose name is no text")
+        known = _canonical_module(module)
         if f"{known} {name}" not in GLOBALS:
-            raise _RefusedError(f"names {shown(f'{module}.{name}')}, which no checkpoint needs")
+            raise _RejectedError(f"names {shown(f'{module}.{name}')}, which no checkpoint needs")
         self.push(Global(known, name))
 
     def call(self, _: Any) -> None:
         function, args = self.pop_many(2)
         if not isinstance(function, Global) or not isinstance(args, tuple):
-            raise _RefusedError(f"calls {shown(function)}")
+            raise _RejectedError(f"calls {shown(function)}")
         if function == Global("builtins", "getattr"):
-            function, args = _member(args)
+            function, args = _enum_member(args)
         self.push(Call(function, args))
 
     def build(self, _: Any) -> None:
         state = self.pop()
         target = self.top()
         if not isinstance(target, Call) or target.state is not None:
-            raise _RefusedError(f"sets the state of {shown(target)}")
+            raise _RejectedError(f"sets the state of {shown(target)}")
         target.state = state
 
     def append(self, values: list[Any]) -> None:
@@ -298,7 +298,7 @@ class _Machine:
         if isinstance(target, Call):
             target = target.entries
         if not isinstance(target, list):
-            raise _RefusedError(f"appends to {shown(target)}")
+            raise _RejectedError(f"appends to {shown(target)}")
         target.extend(values)
 
     def set_items(self, values: list[Any]) -> None:
@@ -306,10 +306,10 @@ class _Machine:
         if isinstance(target, Call):
             target = target.items
         if not isinstance(target, dict) or len(values) % 2:
-            raise _RefusedError(f"sets items of {shown(target)}")
+            raise _RejectedError(f"sets items of {shown(target)}")
         for key, value in zip(values[::2], values[1::2]):
             if (key := _key(key)) in target:
-                raise _RefusedError(f"sets {shown(key)} twice")
+                raise _RejectedError(f"sets {shown(key)} twice")
             target[key] = value
 
 
@@ -346,7 +346,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
 }
 
 
-def mapping(value: object) -> dict[Any, Any] | None:
+def as_dict(value: object) -> dict[Any, Any] | None:
     """The items of a dict or OrderedDict; None for anything else."""
     if isinstance(value, Call) and value.function == Global("collections", "OrderedDict") and not value.args:
         return value.items

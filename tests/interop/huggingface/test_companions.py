@@ -17,7 +17,7 @@ from engine.data.tokenize.equivalence import EDGE_CASES
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import CheckpointError
 from engine.interop.convert import export, import_folder
-from engine.interop.huggingface.companions import content, copy_beside
+from engine.interop.huggingface.companions import copy_companions, read_inside
 from tests.support.errors import raises
 from tests.support.hf_folders import rewrite
 from tests.support.hf_models import ROPE3, save
@@ -38,13 +38,13 @@ def engine(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def said(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / name).read_text())
-    return facts
+    fields: dict[str, Any] = json.loads((folder / name).read_text())
+    return fields
 
 
-def change(folder: Path, name: str = "config.json", **facts: Any) -> None:
+def change(folder: Path, name: str = "config.json", **fields: Any) -> None:
     path = folder / name
-    path.write_text(json.dumps((said(folder, name) if path.exists() else {}) | facts))
+    path.write_text(json.dumps((said(folder, name) if path.exists() else {}) | fields))
 
 
 def test_several_chat_templates_come_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,29 +168,29 @@ def test_small_files_are_copied_if_asked_and_never_dropped_in_silence(
     assert "not copied" not in engine(capsys, "export", tmp_path / "run", tmp_path / "out", "--copy-extra")
     assert (tmp_path / "out/LICENSE").read_text() == "free" and (tmp_path / "out/README.md").read_text() == "card"
     assert not (tmp_path / "out/link.txt").exists()
-    copy_beside(tmp_path / "run/checkpoints/step_00000000", tmp_path / "next")  # a run that starts from the import
+    copy_companions(tmp_path / "run/checkpoints/step_00000000", tmp_path / "next")  # a run that starts from the import
     assert (tmp_path / "next/hugging_face/extra/LICENSE").read_text() == "free"
 
 
 def test_every_verb_on_a_folder_speaks_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def facts(*words: object) -> dict[str, Any]:
+    def fields(*words: object) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(engine(capsys, *words, "--json"))
         assert found["verb"] == words[0]
         return found
 
     run = tmp_path / "run"
-    found = facts("import", folder, run)
+    found = fields("import", folder, run)
     assert found["checkpoint"] == str(run / "checkpoints/step_00000000") and "no tokenizer" in str(found["notes"])
-    assert facts("verify", run)["step"] == 0
-    found = facts("inspect", run, "--no-norms")
+    assert fields("verify", run)["step"] == 0
+    found = fields("inspect", run, "--no-norms")
     assert found["step"] == 0 and found["tensors"][0]["shape"] and found["tensors"][0]["norm"] is None
-    found = facts("export", run, tmp_path / "out", "--verify")
+    found = fields("export", run, tmp_path / "out", "--verify")
     assert found["architecture"] == "GPT2LMHeadModel" and found["compared"]["difference"] < found["compared"]["bound"]
     with IndexedWriter(tmp_path / "corpus", vocab_size=97) as writer:
         writer.add(np.array([1, 2, 3], dtype=np.int32))
         writer.add(np.array([4, 5], dtype=np.int32))
         writer.finish({})
-    found = facts("inspect", tmp_path / "corpus", "--output", tmp_path / "picture.png", "--verify")
+    found = fields("inspect", tmp_path / "corpus", "--output", tmp_path / "picture.png", "--verify")
     assert found["documents"] == 2 and found["tokens"] == 5 and found["picture"] == str(tmp_path / "picture.png")
 
 
@@ -201,11 +201,11 @@ def test_links_out_of_a_folder_are_not_copied_but_a_hub_cache_is_read(tmp_path: 
     (tmp_path / "models--a--b/blobs").mkdir()
     (tmp_path / "models--a--b/blobs/abc").write_text("blob", encoding="utf-8")
     (snapshot / "merges.txt").symlink_to("../../blobs/abc")
-    assert content(snapshot, "merges.txt") == b"blob"
+    assert read_inside(snapshot, "merges.txt") == b"blob"
     (snapshot / "vocab.json").symlink_to(tmp_path / "private")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/a.jinja").write_text("secret", encoding="utf-8")
     (snapshot / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     for name in ("vocab.json", "additional_chat_templates/a.jinja"):
         with raises(CheckpointError, "interop.companion-is-a-link", snapshot / name):
-            content(snapshot, name)
+            read_inside(snapshot, name)

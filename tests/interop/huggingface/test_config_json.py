@@ -40,9 +40,9 @@ LLAMA: dict[str, Any] = {
 DEFAULTS = ModelConfig().model_dump(exclude={"preset"})
 
 
-def read(tmp_path: Path, facts: Any, max_seq_len: int | None = None) -> dict[str, Any]:
-    (tmp_path / "config.json").write_text(facts if isinstance(facts, str) else json.dumps(facts))
-    return read_config(tmp_path / "config.json", max_seq_len).facts
+def read(tmp_path: Path, fields: Any, max_seq_len: int | None = None) -> dict[str, Any]:
+    (tmp_path / "config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
+    return read_config(tmp_path / "config.json", max_seq_len).model_fields
 
 
 # change of a good Llama -> what the fault says
@@ -122,9 +122,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_the_engine_does_not_have_is_refused_by_name(tmp_path: Path, case: str) -> None:
     change, code, values = REFUSED[case]
-    facts = {key: value for key, value in (LLAMA | change).items() if value is not None}
+    fields = {key: value for key, value in (LLAMA | change).items() if value is not None}
     with raises(ConfigError, f"interop.{code}", tmp_path / "config.json", *values) as caught:
-        read(tmp_path, facts)
+        read(tmp_path, fields)
     assert len(caught.value.errors) == 1
 
 
@@ -158,8 +158,8 @@ def test_everything_is_refused_at_once(tmp_path: Path) -> None:
 )
 def test_what_changes_nothing_is_taken(tmp_path: Path, change: dict[str, Any]) -> None:
     assert model_config(tmp_path, read(tmp_path, LLAMA | change)) == model_config(tmp_path, read(tmp_path, LLAMA))
-    described = read_config(tmp_path / "config.json")
-    assert not {"auto_map", "hidden_size"} & described.extras.keys()
+    parsed = read_config(tmp_path / "config.json")
+    assert not {"auto_map", "hidden_size"} & parsed.extras.keys()
 
 
 def test_not_json_and_not_there(tmp_path: Path) -> None:
@@ -175,11 +175,11 @@ def test_what_is_written_reads_back(tmp_path: Path, name: str) -> None:
     """Without the folder it came from: the table alone. And transformers reads it as the same model."""
     config = build(name).config
     config.save_pretrained(tmp_path)
-    described = read_config(tmp_path / "config.json")
-    facts = model_config(tmp_path, described.facts).model_dump(exclude={"preset"})
-    family, written = write_config(facts, DEFAULTS, [described.family.model_type])
-    assert family is described.family
-    assert model_config(tmp_path, read(tmp_path, written)).model_dump(exclude={"preset"}) == facts
+    parsed = read_config(tmp_path / "config.json")
+    fields = model_config(tmp_path, parsed.model_fields).model_dump(exclude={"preset"})
+    family, written = write_config(fields, DEFAULTS, [parsed.family.model_type])
+    assert family is parsed.family
+    assert model_config(tmp_path, read(tmp_path, written)).model_dump(exclude={"preset"}) == fields
     theirs = type(config).from_pretrained(tmp_path).to_dict()
     derived = ("head_dim", "n_inner", "hidden_act", "partial_rotary_factor", "rope_parameters", "dtype")
     of_the_folder = ("bos_token_id", "eos_token_id", "pad_token_id", "attn_pdrop", "embd_pdrop", "resid_pdrop")
@@ -235,22 +235,22 @@ OTHERS: dict[str, Any] = {
 @given(st.sets(st.sampled_from(sorted(ModelConfig.model_fields.keys() - {"preset"})), max_size=8))
 def test_what_no_family_can_say_is_never_lost(changed: set[str]) -> None:
     """Any model: either a config.json that reads back as exactly it, or a refusal that names what is in the way."""
-    facts = DEFAULTS | {"num_kv_heads": 8, "head_dim": 32}
+    fields = DEFAULTS | {"num_kv_heads": 8, "head_dim": 32}
     for name in changed:
-        value = facts[name]
-        facts[name] = OTHERS.get(name, not value if isinstance(value, bool) else value * 2)
+        value = fields[name]
+        fields[name] = OTHERS.get(name, not value if isinstance(value, bool) else value * 2)
     if "rope_scaling" in changed:
-        facts["rope_original_seq_len"] = 8  # a resolved config has it
+        fields["rope_original_seq_len"] = 8  # a resolved config has it
     try:
-        family, config = write_config(facts, DEFAULTS)
+        family, config = write_config(fields, DEFAULTS)
     except CheckpointError as error:
-        assert any(f"model.{name} = {value!r}" in str(error) for name, value in facts.items())
+        assert any(f"model.{name} = {value!r}" in str(error) for name, value in fields.items())
         return
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        described = read_config(Path(folder) / "config.json")
-    assert described.family is family
-    assert DEFAULTS | described.facts == facts
+        parsed = read_config(Path(folder) / "config.json")
+    assert parsed.family is family
+    assert DEFAULTS | parsed.model_fields == fields
 
 
 # -- damaged and foreign folders --------------------------------------------------------------------------------------

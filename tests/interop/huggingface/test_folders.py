@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from engine.errors import CheckpointError, ConfigError
 from engine.inference.load import config_of, load_model
-from engine.interop.convert import import_folder, widest_of
+from engine.interop.convert import import_folder, widest_dtype
 from engine.interop.huggingface.config_json import read_config
 from engine.interop.huggingface.families import FAMILIES
 from engine.interop.huggingface.weights import INDEX, SINGLE, HfReader
@@ -137,8 +137,8 @@ def test_precision_is_a_function_of_the_folder(folder: Path, tmp_path: Path) -> 
     import_folder(folder, tmp_path / "run")
     assert config_of(tmp_path / "run").train.precision == "fp32"
     for names in itertools.permutations(("F16", "BF16", "BF16")):
-        assert widest_of(names) == torch.float32
-    assert widest_of(["BF16"]) == torch.bfloat16 and widest_of(["F16", "F64", "BF16"]) == torch.float64
+        assert widest_dtype(names) == torch.float32
+    assert widest_dtype(["BF16"]) == torch.bfloat16 and widest_dtype(["F16", "F64", "BF16"]) == torch.float64
 
 
 # -- config.json ------------------------------------------------------------------------------------------------------
@@ -171,27 +171,27 @@ PARAMETERS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.rope_keys])
 def test_both_rope_forms_are_read_as_transformers_reads_them(tmp_path: Path, kind: str) -> None:
     family, taken = FAMILIES[kind], 0
-    base = sized(kind) | ({"num_key_value_heads": 4} if "num_key_value_heads" in family.fields else {})
+    base = sized(kind) | ({"num_key_value_heads": 4} if "num_key_value_heads" in family.config_keys else {})
     base |= {"sliding_window": None} if family.windowed else {}
     beside = [dict.fromkeys(keys, 0.5) for n in range(len(family.rope_keys) + 1)
               for keys in itertools.combinations(family.rope_keys, n)]  # fmt: skip
     for outside, scaling, parameters in itertools.product(beside, SCALINGS, PARAMETERS):
         raw = json.loads(json.dumps(base | outside | scaling | parameters))
         try:
-            described = read(tmp_path, raw)
+            parsed = read(tmp_path, raw)
         except ConfigError:
             continue  # a kind that the family lacks
-        facts, said = described.facts, transformers.CONFIG_MAPPING[kind].from_dict(raw).rope_parameters
+        fields, said = parsed.model_fields, transformers.CONFIG_MAPPING[kind].from_dict(raw).rope_parameters
         taken += 1
-        rope_type = facts.get("rope_scaling", "none").replace("none", "default")
-        assert (facts["rope_theta"], rope_type) == (said["rope_theta"], said["rope_type"]), raw
-        assert facts.get("rotary_fraction", 1.0) == said.get("partial_rotary_factor", 1.0), raw
+        rope_type = fields.get("rope_scaling", "none").replace("none", "default")
+        assert (fields["rope_theta"], rope_type) == (said["rope_theta"], said["rope_type"]), raw
+        assert fields.get("rotary_fraction", 1.0) == said.get("partial_rotary_factor", 1.0), raw
         if rope_type != "default":
-            assert facts["rope_factor"] == said["factor"], raw
+            assert fields["rope_factor"] == said["factor"], raw
         if rope_type in ("llama3", "yarn"):
-            assert facts["rope_original_seq_len"] == said["original_max_position_embeddings"], raw
+            assert fields["rope_original_seq_len"] == said["original_max_position_embeddings"], raw
         if scaling.get("rope_scaling") and parameters:
-            assert any("rope_parameters is not read" in note for note in described.notes), raw
+            assert any("rope_parameters is not read" in note for note in parsed.notes), raw
     assert taken >= 12
 
 
@@ -199,7 +199,7 @@ def test_both_rope_forms_are_read_as_transformers_reads_them(tmp_path: Path, kin
 def test_what_is_not_said_is_what_transformers_takes(tmp_path: Path, kind: str) -> None:
     """num_key_value_heads of Qwen is 32 where it is missing and as many as heads where it is null."""
     family = FAMILIES[kind]
-    for key, entry in family.fields.items():
+    for key, entry in family.config_keys.items():
         for null in (False, True):
             raw = {k: v for k, v in sized(kind).items() if k != key} | ({key: None} if null else {})
             if family.windowed:
@@ -213,7 +213,7 @@ def test_what_is_not_said_is_what_transformers_takes(tmp_path: Path, kind: str) 
                 continue
             if entry.default is None:
                 continue  # a size, which has to be said
-            found = read(tmp_path, raw).facts[entry.facts[0]]
+            found = read(tmp_path, raw).model_fields[entry.model_fields[0]]
             said = {"num_key_value_heads": 4, "head_dim": 16, "n_inner": 256}[key] if said is None else said
             assert found == entry.values.get(said, said) if isinstance(said, str) else found == said, (key, null)
 

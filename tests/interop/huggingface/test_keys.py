@@ -78,7 +78,7 @@ def test_every_key_that_transformers_reads_is_in_the_table(model_type: str) -> N
     assert not unknown, f"{family.architecture} reads {sorted(unknown)}, and the table does not say what they mean"
 
 
-def described(tmp_path: Path, change: dict[str, Any], **options: Any) -> Any:
+def parse(tmp_path: Path, change: dict[str, Any], **options: Any) -> Any:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | change), encoding="utf-8")
     return read_config(tmp_path / "config.json", **options)
 
@@ -97,9 +97,9 @@ def described(tmp_path: Path, change: dict[str, Any], **options: Any) -> Any:
     ids=lambda change: next(iter(change)),
 )
 def test_a_key_that_is_not_read_is_harmless_and_comes_back(tmp_path: Path, change: dict[str, Any]) -> None:
-    plain = described(tmp_path, {k: v for k, v in change.items() if k == "rope_scaling"})
-    with_keys = described(tmp_path, change)
-    assert with_keys.facts == plain.facts
+    plain = parse(tmp_path, {k: v for k, v in change.items() if k == "rope_scaling"})
+    with_keys = parse(tmp_path, change)
+    assert with_keys.model_fields == plain.model_fields
     extras = {key: value for key, value in change.items() if key != "rope_scaling"}
     assert extras.items() <= with_keys.extras.items()
     if set(extras) - {"num_experts", "alibi", "logit_scale"}:
@@ -121,12 +121,12 @@ def test_a_key_that_is_read_or_asks_for_more_is_refused_unless_ignored(
 ) -> None:
     ((key, value),) = change.items()
     with raises(ConfigError, f"interop.{code}", f"{key} = {value!r}", f"--ignore-key {key}"):
-        described(tmp_path, change)
-    ignored = described(tmp_path, change, ignore=(key,))
-    assert ignored.facts == described(tmp_path, {}).facts
+        parse(tmp_path, change)
+    ignored = parse(tmp_path, change, ignore=(key,))
+    assert ignored.model_fields == parse(tmp_path, {}).model_fields
     assert key not in ignored.extras
     with raises(ConfigError, "interop.ignore-key-unknown", "wobble"):  # a word that is no key there
-        described(tmp_path, change, ignore=(key, "wobble"))
+        parse(tmp_path, change, ignore=(key, "wobble"))
 
 
 def test_names_of_one_thing_that_differ_are_refused(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_names_of_one_thing_that_differ_are_refused(tmp_path: Path) -> None:
 
     def read(change: dict[str, Any]) -> Any:
         (tmp_path / "config.json").write_text(json.dumps(gpt2 | change), encoding="utf-8")
-        return read_config(tmp_path / "config.json").facts
+        return read_config(tmp_path / "config.json").model_fields
 
     assert read({"hidden_size": 32, "num_hidden_layers": 2}) == read({})
     with raises(ConfigError, "interop.key-names-differ", "hidden_size = 64", "n_embd", 32):
@@ -168,7 +168,7 @@ DEEP = "[" * 200_000
 )
 def test_malformed_values_are_short_errors(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, CheckpointError)) as caught:
-        model_config(tmp_path, described(tmp_path, change).facts)
+        model_config(tmp_path, parse(tmp_path, change).model_fields)
     assert len(str(caught.value)) < 1500
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.checkpoint.format import MODEL, prove_all, read_manifest
+from engine.checkpoint.format import MODEL, read_manifest, verify_all
 from engine.checkpoint.load import Reader
 from engine.config.load import load
 from engine.config.schema import ModelConfig
@@ -25,7 +25,7 @@ from engine.errors import CheckpointError
 from engine.inference.compare import compare_with_transformers
 from engine.inference.load import load_model
 from engine.interop.convert import export, import_folder
-from engine.interop.huggingface.companions import copy_beside
+from engine.interop.huggingface.companions import copy_companions
 from engine.interop.huggingface.weights import HfReader
 from engine.model.transformer import StageShape, Transformer
 from engine.train.resume import save_state, start_from
@@ -42,8 +42,8 @@ METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, 
 
 def meaning(folder: Path) -> dict[str, Any]:
     """What transformers makes of a config.json, without who wrote it."""
-    facts = AutoConfig.from_pretrained(folder).to_dict()
-    return {k: v for k, v in facts.items() if k not in ("transformers_version", "_name_or_path")}
+    fields = AutoConfig.from_pretrained(folder).to_dict()
+    return {k: v for k, v in fields.items() if k not in ("transformers_version", "_name_or_path")}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,7 +51,7 @@ def test_import_gives_transformers_logits_and_gradients(tmp_path: Path, name: st
     theirs = save(name, tmp_path / "hf")
     folder, _ = import_folder(tmp_path / "hf", tmp_path / "run", max_shard_bytes=20_000)
     manifest = read_manifest(folder)
-    prove_all(folder, manifest)
+    verify_all(folder, manifest)
     assert len(manifest.files) > 1 and manifest.step == 0
     ours = load_model(tmp_path / "run")
     with torch.no_grad():
@@ -69,9 +69,9 @@ def test_import_gives_transformers_logits_and_gradients(tmp_path: Path, name: st
         p.data = p.grad
     theirs.save_pretrained(tmp_path / "grads")
     with HfReader(tmp_path / "grads") as reader:
-        assert reader.names(MODEL).keys() == grads.keys()
+        assert reader.shapes(MODEL).keys() == grads.keys()
         for key, grad in grads.items():
-            expected = reader.whole(MODEL, key)
+            expected = reader.read_whole(MODEL, key)
             assert float((grad - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), key
 
 
@@ -114,7 +114,7 @@ def test_starting_from_a_folder_in_any_layout_and_exporting_from_it(tmp_path: Pa
         save_state(state, tmp_path / "run/checkpoints", METADATA)
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
-    copy_beside(tmp_path / "hf", tmp_path / "run")  # as `train` does: Phi-3 is a Llama whose matrices are fused
+    copy_companions(tmp_path / "hf", tmp_path / "run")  # as `train` does: Phi-3 is a Llama whose matrices are fused
     for step in (0, 1):
         folder = tmp_path / f"run/checkpoints/step_{step:08d}"
         export(folder, tmp_path / f"out{step}", dtype=torch.float32, tokenizer=None, eod=None)
@@ -140,8 +140,8 @@ def test_starting_from_our_own_checkpoint_of_another_layout(tmp_path: Path) -> N
 
     run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
     with Reader(folder) as a, Reader(tmp_path / "run/step_00000000") as b:
-        assert a.names(MODEL) == b.names(MODEL)
-        assert all(torch.equal(a.whole(MODEL, name), b.whole(MODEL, name)) for name in a.names(MODEL))
+        assert a.shapes(MODEL) == b.shapes(MODEL)
+        assert all(torch.equal(a.read_whole(MODEL, name), b.read_whole(MODEL, name)) for name in a.shapes(MODEL))
 
 
 def test_own_models_are_exported_with_their_tokenizer(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def outcome(folder: Path, wanted: dict[str, torch.Tensor], weights_only: bool) -
     """What opening and reading all did: refused, or read; after damage to weights only, what is read is right."""
     try:
         with open_megatron(folder) as source:
-            found = {name: source.whole("model", name) for name in source.names("model")}
+            found = {name: source.read_whole("model", name) for name in source.shapes("model")}
     except CheckpointError as error:
         assert str(folder) in str(error) and len(str(error)) < 4000
         return "refused"

@@ -41,11 +41,11 @@ from tests.support.megatron_cases import (
 
 def assert_holds(source: MegatronSource, wanted: dict[str, Tensor]) -> None:
     """Names, shapes, every bit, and rectangles that cross whatever boundaries there are."""
-    assert source.names("model") == {name: tuple(x.shape) for name, x in wanted.items()}
-    assert source.names("exp_avg") == {}
+    assert source.shapes("model") == {name: tuple(x.shape) for name, x in wanted.items()}
+    assert source.shapes("exp_avg") == {}
     generator = torch.Generator().manual_seed(1)
     for name, x in wanted.items():
-        whole = source.whole("model", name)
+        whole = source.read_whole("model", name)
         assert whole.dtype == x.dtype and torch.equal(whole, x), name
         for _ in range(3):
             begin = [int(torch.randint(n, (), generator=generator)) for n in x.shape]
@@ -122,7 +122,7 @@ def test_what_args_mean(tmp_path: Path) -> None:
     )
     assert cfg(LLAMA | {"rotary_seq_len_interpolation_factor": 3}).rope_scaling == "linear"
     assert cfg(LLAMA | {"vocab_size": None}).vocab_size == PADDED
-    assert open_megatron(tmp_path, vocab_size=40).names("model")["head.weight"] == (40, 16)
+    assert open_megatron(tmp_path, vocab_size=40).shapes("model")["head.weight"] == (40, 16)
     with raises(CheckpointError, "interop.megatron-vocabulary-differs", 49, 48):
         open_megatron(tmp_path, vocab_size=49)
 
@@ -161,8 +161,8 @@ def test_models_of_another_kind_are_refused_all_at_once(tmp_path: Path) -> None:
 def refused(path: Path, code: str, *values: object) -> None:
     with raises(CheckpointError, f"interop.megatron-{code}", *values):
         source = open_megatron(path)
-        for name in source.names("model"):
-            source.whole("model", name)
+        for name in source.shapes("model"):
+            source.read_whole("model", name)
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:

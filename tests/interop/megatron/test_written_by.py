@@ -40,8 +40,8 @@ def test_a_folder_that_others_wrote(tmp_path: Path, sample: Path) -> None:
     wanted = canonical(LLAMA, torch.bfloat16)
     with open_megatron(tmp_path) as source:
         source.verify()
-        assert source.step == 7 and source.names("model") == {name: tuple(x.shape) for name, x in wanted.items()}
-        assert all(torch.equal(source.whole("model", name), x) for name, x in wanted.items())
+        assert source.step == 7 and source.shapes("model") == {name: tuple(x.shape) for name, x in wanted.items()}
+        assert all(torch.equal(source.read_whole("model", name), x) for name, x in wanted.items())
 
 
 def test_a_folder_that_this_python_writes(tmp_path: Path) -> None:
@@ -105,5 +105,8 @@ def test_no_more_than_the_names_that_moved(name: str) -> None:
 
 
 def test_names_are_known_by_one_module() -> None:
-    moved: dict[str, Any] = symbolic.MOVED
-    assert not [name for name in symbolic.GLOBALS if symbolic._known_by(name.split()[0]) != name.split()[0]] and moved
+    moved: dict[str, Any] = symbolic.RENAMED_MODULES
+    assert (
+        not [name for name in symbolic.GLOBALS if symbolic._canonical_module(name.split()[0]) != name.split()[0]]
+        and moved
+    )

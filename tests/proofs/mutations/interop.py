@@ -9,7 +9,7 @@ MUTATIONS = [
     Mutation(
         "fused_heads_taken_for_fused_matrices",
         "query_key_value of GPT-NeoX is q of all heads, then k, then v (gpt-neox#712: gibberish)",
-        "engine.interop.huggingface.weights:places",
+        "engine.interop.huggingface.weights:locate_tensors",
         "groups = cfg.num_heads if stem.endswith(family.by_head) and family.by_head else 1",
         "groups = 1",
         hf("neox"),
@@ -17,7 +17,7 @@ MUTATIONS = [
     Mutation(
         "keys_that_count_ignored",
         "a key of config.json that changes the model is ignored silently",
-        "engine.interop.huggingface.config_json:_wrong_keys",
+        "engine.interop.huggingface.config_json:_key_errors",
         "value not in fixed[key]",
         "value not in family.fixed.get(key, (value,))",
         ("test_what_the_engine_does_not_have_is_refused_by_name",),

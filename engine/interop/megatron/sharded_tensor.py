@@ -13,27 +13,27 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.interop.megatron.archive import StoredTensor
 
-MAX_PARTS = 1024  # of one sheet: a matrix of one layer is cut over tensor ranks, sometimes over data ranks too
+MAX_PARTS = 1024  # of one layer: a matrix of one layer is cut over tensor ranks, sometimes over data ranks too
 
 
 @dataclass(frozen=True)
-class Part:
-    """A rectangle of a sheet, and where it begins in the stored tensor (which may have leading dims of its own)."""
+class TensorPart:
+    """A rectangle of a layer, and where it begins in the stored tensor (which may have leading dims of its own)."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    stored: Callable[[], StoredTensor]
+    open_tensor: Callable[[], StoredTensor]
     origin: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ShardedTensor:
     """A tensor of `shape` made of parts that cover it exactly once (`check`). `where` names it in messages."""
 
     where: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
     def check(self) -> None:
         """Raises CheckpointError unless the parts lie inside and cover every value exactly once."""
@@ -64,22 +64,24 @@ class Sheet:
         if meets.sum() != len(self.parts):  # each meets itself
             raise CheckpointError("interop.megatron-parts-overlap", f"{self.where}: parts overlap; damaged")
 
-    def layers(self) -> list[Sheet]:
-        """The indices of the first dim as checked sheets without that dim. Raises CheckpointError."""
+    def layers(self) -> list[ShardedTensor]:
+        """The indices of the first dim as checked layers without that dim. Raises CheckpointError."""
         if not self.shape or sum(part.shape[0] for part in self.parts if part.shape) > MAX_PARTS * 1000:
             raise CheckpointError(
                 "interop.megatron-stack-malformed",
                 f"{self.where}: shape {list(self.shape)} in {len(self.parts)} parts; damaged",
             )
-        parts: list[list[Part]] = [[] for _ in range(self.shape[0])]
+        parts: list[list[TensorPart]] = [[] for _ in range(self.shape[0])]
         for part in self.parts:
             for index in range(part.offset[0], min(part.offset[0] + part.shape[0], len(parts))):
                 origin = (part.origin[0] + index - part.offset[0], *part.origin[1:])
-                parts[index].append(Part(part.offset[1:], part.shape[1:], part.stored, origin))
-        sheets = [Sheet(f"{self.where}[{i}]", self.dtype, self.shape[1:], tuple(p)) for i, p in enumerate(parts)]
-        for sheet in sheets:
-            sheet.check()
-        return sheets
+                parts[index].append(TensorPart(part.offset[1:], part.shape[1:], part.open_tensor, origin))
+        layers = [
+            ShardedTensor(f"{self.where}[{i}]", self.dtype, self.shape[1:], tuple(p)) for i, p in enumerate(parts)
+        ]
+        for layer in layers:
+            layer.check()
+        return layers
 
     def read_into(self, out: Tensor, offset: tuple[int, ...]) -> None:
         """Fill `out` with the rectangle of its shape that begins at `offset`. Raises CheckpointError."""
@@ -91,5 +93,5 @@ class Sheet:
             lead = len(part.origin) - len(part.shape)
             begin = tuple(o + lo - b for o, lo, b in zip(part.origin[lead:], low, part.offset))
             shape = tuple(hi - lo for lo, hi in zip(low, high))
-            block = part.stored().read((*part.origin[:lead], *begin), (*(1,) * lead, *shape))
+            block = part.open_tensor().read((*part.origin[:lead], *begin), (*(1,) * lead, *shape))
             out[tuple(slice(lo - a, hi - a) for lo, hi, a in zip(low, high, offset))] = block.view(shape)

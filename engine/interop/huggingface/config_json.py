@@ -114,7 +114,7 @@ def _drop_ignored(raw: dict[str, Any], ignore: Sequence[str], path: Path) -> dic
 
 
 def _resolve_aliases(raw: dict[str, Any], family: Family) -> Iterator[FieldError]:
-    """Copy values of aliases to the keys that they stand for. Yields an error if both are given and differ."""
+    """Copy values of aliases to the keys that they name. Yields an error if both are given and differ."""
     for alias, key in family.aliases.items():
         if alias in raw and raw.setdefault(key, raw[alias]) != raw[alias]:
             problem = f"is an alias of {key}, which is {format_value(raw[key])} here"

@@ -1,11 +1,10 @@
-"""Hugging Face model families, one table each: config.json <-> model.* facts, and where which tensor lies. No torch.
+"""Tables of Hugging Face model families: config.json keys <-> model.* fields, and names of tensors. No torch.
 
-config.json is data that describes a model. A key that the family's class in transformers reads is either a fact that
-`ModelConfig` has, or must have the value that the engine's model computes with: a test compares the table with the
-source of transformers. A key that the class does not read changes nothing and is kept, unless it asks by name for
-something that the engine does not have (`UNSUPPORTED`). Reading and writing (config_json.py) use one table, and a model
-is exported as a family whose config.json reads back as exactly its facts: what a family cannot say is not lost in
-silence.
+config.json is data that describes a model. A key that the family's class in transformers reads is either a field of
+`ModelConfig`, or must have the value that the engine's model implements; a test compares the tables with the source of
+transformers. A key that the class does not read has no effect and is kept, unless its name asks for an unsupported
+feature (`UNSUPPORTED`). Reading and writing (config_json.py) use the same table. A model is exported only as a family
+whose config.json reads back as exactly its fields, so nothing that a family cannot express is lost silently.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ REJECT_NULL = object()
 
 @dataclass(frozen=True)
 class ConfigKey:
-    """A key of config.json. facts: what it says of the model, all the same. default: what its absence says.
+    """A key of config.json. model_fields: the model.* fields that it sets. default: value if the key is absent.
 
-    values: their words -> ours, where they differ; the first of several with one meaning is written. null: what a null
-    says where that is not the default; REFUSED where transformers takes none and a guess could be wrong.
+    values: Hugging Face's values -> ours, if they differ; of several with the same meaning the first is written. null:
+    meaning of null if it is not the default; REJECT_NULL if transformers accepts no null and a guess could be wrong.
     """
 
     model_fields: tuple[str, ...]
@@ -33,16 +32,16 @@ class ConfigKey:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. See the module text.
+    """One architecture; see the module docstring.
 
-    facts: what all its models are, beside ModelConfig's defaults. fields: config.json's keys. fixed: keys with the only
-    values the engine can compute with, None among them where the key may be null; the first is written (FIXED: those of
-    all families). aliases: other names of a field that transformers reads as that field. harmless: keys
-    that say nothing of what is computed. names: canonical tensors without ".weight"/".bias" -> theirs, {} the layer;
-    several of ours with the same one of theirs lie in it one after another, or, where it is in `by_head`, so in each
-    head's rows. transposed: matrices stored as [in, out]. prefix: left out by models that were saved without head.
-    windowed: `sliding_window` is read; window: what its absence says; window_switch: the key that turns it on, and with
-    it go `layer_types` and `max_window_layers`. preset: how names of presets begin.
+    model_fields: values shared by all its models that differ from ModelConfig's defaults. config_keys: keys of
+    config.json. fixed: keys -> the values that the engine supports, None if the key may be null; the first is written
+    (FIXED: the same for all families). aliases: other names that transformers accepts for a key. harmless: keys without
+    effect on the model. names: canonical tensors without ".weight"/".bias" -> Hugging Face names, {} the layer; tensors
+    with the same Hugging Face name are fused in it, concatenated along dim 0, or within each head's rows if the
+    name is in `by_head`. transposed: matrices stored as [in, out]. prefix: absent in models saved without a head.
+    windowed: `sliding_window` is read. window: its default. window_switch: the key that enables it; then `layer_types`
+    and `max_window_layers` are read too. preset: prefix of preset names.
     """
 
     architecture: str
@@ -116,7 +115,7 @@ _TABLE = (
         config_keys=_COMMON | _ATTENTION_BIAS | {"mlp_bias": ConfigKey(("mlp_bias",), False)},
         names=_LLAMA_NAMES,
         fixed={"rope_interleaved": (None, False), "is_llama_config": (None, True)},
-        harmless=("pretraining_tp",),  # sums in another order: rounding only
+        harmless=("pretraining_tp",),  # changes the order of sums: rounding only
     ),
     Family(
         "MistralForCausalLM",
@@ -172,7 +171,7 @@ _TABLE = (
         | {
             "num_key_value_heads": ConfigKey(("num_kv_heads",), 16, null=REJECT_NULL),
             "head_dim": ConfigKey(("head_dim",), 256, null=REJECT_NULL),
-            # the first releases say "gelu" and mean the tanh formula, as transformers says too
+            # "gelu" in the first releases means the tanh formula, in transformers too
             "hidden_act": ConfigKey(
                 ("activation",), "gelu_tanh", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh", "silu": "silu"}
             ),
@@ -213,7 +212,7 @@ _TABLE = (
         rope_keys={"rope_theta": "rope_theta", "partial_rotary_factor": "rotary_fraction"},
         fixed={"attention_bias": (None, False), "mlp_bias": (None, False)},
         dropouts=("attention_dropout", "embd_pdrop", "resid_pdrop"),
-        rope_types=("none",),  # transformers takes yarn for longrope here
+        rope_types=("none",),  # here transformers treats yarn as longrope
         windowed=True,
     ),
     Family(
@@ -307,14 +306,16 @@ _TABLE = (
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _TABLE}
 
-# Keys that transformers reads of a config of any family -> the values that leave the model as it is
+# Keys that transformers reads for any family -> the values that do not change the model
 FIXED: dict[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
     "attention_chunk_size": (None,),
     "per_layer_config": (None, {}),
-    **dict.fromkeys(("text_config", "text_encoder", "decoder", "generator"), (None,)),  # a config inside counts instead
+    **dict.fromkeys(
+        ("text_config", "text_encoder", "decoder", "generator"), (None,)
+    ),  # a nested config would be used instead
 }
-# Keys of any family that say nothing of what is computed
+# Keys of any family without effect on the model
 HARMLESS = (
     *("architectures", "auto_map", "bos_token_id", "classifier_dropout", "dtype", "eos_token_id", "id2label"),
     *("gradient_checkpointing", "is_decoder", "is_encoder_decoder", "label2id", "max_sequence_length", "model_type"),
@@ -323,7 +324,7 @@ HARMLESS = (
     *("unsloth_fixed", "unsloth_version", "use_cache", "_attn_implementation", "_attn_implementation_autoset"),
     "_name_or_path",
 )
-# Keys that are met in the wild, and what they ask for
+# Keys found in published files -> the unsupported feature that they ask for
 UNSUPPORTED = {
     "quantization_config": "quantised weights",
     "attn_logit_softcapping": "softcapping",
@@ -338,11 +339,11 @@ UNSUPPORTED = {
     "transformers_weights": "weights in a file of another name",
     "query_pre_attn_scalar": "another softmax scale",
 }
-# What transformers reads in rope_scaling beside SCALING, and the engine does not have; the values that change nothing
+# Entries of rope_scaling that transformers reads and the engine does not support -> values without effect
 ROPE_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "yarn": {"truncate": (True,), "mscale": (), "mscale_all_dim": ()},
 }
-# rope_scaling's keys <-> facts, by the kind that ModelConfig calls it
+# Entries of rope_scaling <-> model fields, by model.rope_scaling
 ROPE_SCALING: dict[str, dict[str, str]] = {
     "none": {},
     "linear": {"factor": "rope_factor"},

@@ -1,9 +1,9 @@
-"""A Hugging Face folder as a source of canonical tensors, and back: exact rearrangements, by the tables of `families`.
+"""Reads canonical tensors from a Hugging Face folder, and assembles its tensors again: exact rearrangements.
 
-Every canonical tensor is a set of rectangles of theirs: all of one, rows of a fused one, each head's rows of one that
-is fused by heads, or any of these of a transposed matrix. So a rank reads what it holds from a folder of any family, as
-it does from our own checkpoints, and no tensor is ever whole in memory that need not be. Nothing of the folder is run:
-safetensors only, file names from the index are plain names, no pickle.
+By the tables of `families`, each canonical tensor is a set of rectangles of Hugging Face tensors: a whole tensor, rows
+of a fused one, the rows of each head of one fused by heads, or any of these of a transposed matrix. So a rank reads
+only its own part from a folder of any family, as from our checkpoints, without loading whole tensors. No code of the
+folder is run: only safetensors files are read, index entries must be plain file names, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
 
 @dataclass(frozen=True)
 class HfSlice:
-    """A rectangle of a canonical tensor, and where it is: in tensor `key` of `file` from row `start` on, all columns.
+    """A rectangle of a canonical tensor, stored in tensor `key` of `file` starting at row `start`, in all columns.
 
-    transposed: the tensor holds it as [columns, rows].
+    offset, shape: in the canonical tensor. transposed: stored as [columns, rows].
     """
 
     file: str
@@ -53,14 +53,14 @@ class HfSlice:
     transposed: bool
 
     def stored_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """A rectangle of this one, counted from its corner -> where it is in the tensor."""
+        """Index of a part of this rectangle (relative to its corner) in the stored tensor."""
         rows = slice(index[0].start + self.start, index[0].stop + self.start)
         return (index[1], rows) if self.transposed else (rows, *index[1:])
 
 
 @dataclass(frozen=True)
 class HfTensor:
-    """A canonical tensor of a folder."""
+    """A canonical tensor and its location in a Hugging Face folder."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -68,7 +68,7 @@ class HfTensor:
 
 
 def hf_name(canonical: str, family: Family) -> str:
-    """Their name of the tensor that a canonical one lies in."""
+    """Hugging Face name of the tensor that contains this canonical tensor."""
     stem, suffix = canonical.rsplit(".", 1)
     number = re.search(r"\.(\d+)\.", stem)
     if number is None:
@@ -77,44 +77,44 @@ def hf_name(canonical: str, family: Family) -> str:
 
 
 def locate_tensors(cfg: ModelConfig, family: Family) -> tuple[dict[str, list[HfSlice]], dict[str, tuple[int, ...]]]:
-    """Canonical name -> its places, files left empty; their name -> the shape it must have."""
+    """(canonical name -> its rectangles, without file names; Hugging Face name -> expected shape)."""
     shapes = tensor_shapes(cfg)
-    inside: dict[str, list[str]] = {}
+    names_by_key: dict[str, list[str]] = {}
     for name in shapes:
-        inside.setdefault(hf_name(name, family), []).append(name)
-    found: dict[str, list[HfSlice]] = {}
+        names_by_key.setdefault(hf_name(name, family), []).append(name)
+    slices: dict[str, list[HfSlice]] = {}
     hf_shapes: dict[str, tuple[int, ...]] = {}
-    for key, names in inside.items():
+    for key, names in names_by_key.items():
         stem = key.rsplit(".", 1)[0]
         groups = cfg.num_heads if stem.endswith(family.by_head) and family.by_head else 1
         transposed = bool(family.transposed) and stem.endswith(family.transposed) and len(shapes[names[0]]) == 2
         rows = sum(shapes[name][0] for name in names)
         rest = shapes[names[0]][1:]
         hf_shapes[key] = (*rest, rows) if transposed else (rows, *rest)
-        before = 0
+        start = 0
         for name in names:
-            each = shapes[name][0] // groups
-            found[name] = [
+            num_rows = shapes[name][0] // groups
+            slices[name] = [
                 HfSlice(
                     "",
                     key,
-                    (group * each, *(0 for _ in rest)),
-                    (each, *rest),
-                    group * (rows // groups) + before,
+                    (group * num_rows, *(0 for _ in rest)),
+                    (num_rows, *rest),
+                    group * (rows // groups) + start,
                     transposed,
                 )
                 for group in range(groups)
             ]
-            before += each
-    return found, hf_shapes
+            start += num_rows
+    return slices, hf_shapes
 
 
 class HfReader(TensorSource[HfTensor]):
-    """The source that a Hugging Face folder is. Raises ConfigError or CheckpointError for all that it cannot be.
+    """Reads canonical tensors from a Hugging Face folder.
 
-    max_seq_len: of the model that is made of it, where that is less than the folder's. ignore_keys: of its config.json.
-    Attributes: `hf_config` (its config.json), `cfg` (the model), `notes` (what of the folder is not read, or is not as
-    it says, in words).
+    Raises ConfigError or CheckpointError if the folder is unsupported or inconsistent. max_seq_len: of the model, if
+    less than the folder's. ignore_keys: keys of config.json to treat as absent. Attributes: `hf_config` (the parsed
+    config.json), `cfg` (the model), `notes` (messages about files and keys that are not read or are stale).
     """
 
     def __init__(self, folder: Path, max_seq_len: int | None = None, ignore_keys: Sequence[str] = ()):
@@ -124,7 +124,9 @@ class HfReader(TensorSource[HfTensor]):
         self.hf_config: ParsedConfig = read_config(folder / CONFIG, max_seq_len, ignore_keys)
         self.cfg: ModelConfig = model_config(folder, self.hf_config.model_fields)
         self.notes: list[str] = list(self.hf_config.notes)
-        self.head_key = f"{self.hf_config.family.names['head']}.weight"  # some folders of tied models hold it too
+        self.head_key = (
+            f"{self.hf_config.family.names['head']}.weight"  # also stored in some folders with tied embeddings
+        )
         if (folder / GENERATION).exists():
             self.notes += _generation_notes(folder / GENERATION, self.cfg.vocab_size)
         try:
@@ -139,26 +141,26 @@ class HfReader(TensorSource[HfTensor]):
         self._open = ("", None)
 
     def _file(self, name: str) -> Any:
-        """A file, open. One at a time is held: a mapped file counts in this process's memory, page by page as read."""
+        """Open a file and close the previous one: pages read from a mapped file count as this process's memory."""
         with self._lock:
             if self._open[0] != name:
-                if not (self.folder / name).is_file():  # a pipe would be waited for
+                if not (self.folder / name).is_file():  # opening a pipe would block
                     raise OSError(errno.EINVAL, "is not a regular file")
                 self._open = (name, safe_open(self.folder / name, framework="pt"))
             return self._open[1]
 
     def _files(self) -> dict[str, str]:
-        """Their tensor name -> file. As in transformers a single file comes before an index."""
+        """Hugging Face name -> file. As in transformers, a single file takes precedence over an index."""
         listed: dict[str, Any] = {}
         names = [SINGLE]
         if (self.folder / SINGLE).exists():
             if (self.folder / INDEX).exists():
-                self.notes.append(f"{INDEX} is not read: {SINGLE} is there too and comes first, as in transformers")
+                self.notes.append(f"{INDEX} is not read: {SINGLE} exists too and takes precedence, as in transformers")
         elif (self.folder / INDEX).exists():
             listed = json_object(self.folder / INDEX).get("weight_map") or {}
             if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
                 raise CheckpointError(
-                    "interop.index-malformed", f"{self.folder / INDEX}: has no weight_map of names and files; damaged"
+                    "interop.index-malformed", f"{self.folder / INDEX}: has no weight_map from names to files; damaged"
                 )
             names = sorted(set(listed.values()))
         else:
@@ -168,26 +170,26 @@ class HfReader(TensorSource[HfTensor]):
             if not _PLAIN.fullmatch(name):
                 raise CheckpointError(
                     "interop.shard-name-not-plain",
-                    f"{self.folder / INDEX}: {name!r} is not the plain name of a safetensors file",
+                    f"{self.folder / INDEX}: {name!r} is not a plain name of a safetensors file",
                 )
             if not (self.folder / name).exists():
-                text = "which is not here: a shard is missing, or the index is a stale one of another save"
+                text = "which does not exist: a shard is missing, or the index is from another save"
                 raise CheckpointError(
-                    "interop.shard-missing", f"{self.folder / INDEX}: names {name}, {text}; get the files again"
+                    "interop.shard-missing", f"{self.folder / INDEX}: names {name}, {text}; download the files again"
                 )
             for key in self._keys(name):
                 if key in found:
-                    text = f"{key} is in {found[key]} and in {name}; the folder is a mixture of two saves"
+                    text = f"{key} is in both {found[key]} and {name}; the folder mixes two saves"
                     raise CheckpointError(
-                        "interop.tensor-twice", f"{self.folder}: {text}. Remove the files of one of them"
+                        "interop.tensor-twice", f"{self.folder}: {text}. Remove the files of one save"
                     )
                 found[key] = name
         self._compare_with_index(found, listed)
         others = {p.name for p in self.folder.glob("*.safetensors")} - set(names)
         if others:
-            self.notes.append(f"not read: {_first_names(sorted(others))}, which the model's weights do not name")
+            self.notes.append(f"not read: {_first_names(sorted(others))}, which are not files of the model's weights")
         if (self.folder / "adapter_config.json").exists():
-            self.notes.append("adapter_config.json: no adapter is read, the model is that of the weights beside it")
+            self.notes.append("adapter_config.json: adapters are not read, only the weights in this folder")
         return found
 
     def _keys(self, name: str) -> list[str]:
@@ -195,37 +197,37 @@ class HfReader(TensorSource[HfTensor]):
             return list(self._file(name).keys())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                "interop.shard-unreadable", f"{self.folder / name}: {error}; get the file again"
+                "interop.shard-unreadable", f"{self.folder / name}: {error}; download the file again"
             ) from None
 
     def _compare_with_index(self, found: Mapping[str, str], listed: Mapping[str, str]) -> None:
-        """Take from a stale index what transformers takes too, with a note; refuse it where a tensor is missing."""
+        """Accept a stale index with a note, as transformers does. Raises CheckpointError for missing tensors."""
         spare = {self.head_key} if self.cfg.tie_embeddings else set()
         missing = [key for key in listed if key not in found and key not in spare]
         if missing:
-            text = (
-                f"{missing[0]} is not in {listed[missing[0]]}, where the index says it is, nor in another of its files"
-            )
+            text = f"{missing[0]} is not in {listed[missing[0]]}, which the index names, nor in another of its files"
             raise CheckpointError(
                 "interop.index-stale",
-                f"{self.folder / INDEX}: {text}; a stale index of another save? Get the files again",
+                f"{self.folder / INDEX}: {text}; is the index from another save? Download the files again",
             )
         moved = [key for key, file in listed.items() if found.get(key, file) != file]
         moved += [key for key in found if listed and key not in listed]
         if moved:
-            self.notes.append(f"{INDEX} is stale: {_first_names(moved)} lie elsewhere than it says, and are read there")
+            self.notes.append(
+                f"{INDEX} is stale: {_first_names(moved)} are in other files than it lists, and are read there"
+            )
 
     def _no_weights(self) -> CheckpointError:
         pickled = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if not pickled:
             others = sorted(p.name for p in self.folder.glob("*.safetensors"))
-            there = f", only {_first_names(others)}; rename a single whole one to {SINGLE}" if others else ""
-            return CheckpointError("interop.no-weights", f"{self.folder}: neither {SINGLE} nor {INDEX} is here{there}")
+            there = f", only {_first_names(others)}; rename a single complete file to {SINGLE}" if others else ""
+            return CheckpointError("interop.no-weights", f"{self.folder}: has neither {SINGLE} nor {INDEX}{there}")
         return CheckpointError(
             "interop.weights-are-pickles",
-            f"{self.folder}: the weights are in {pickled[0]}, a pickle, which can run code when it is read; the engine "
-            "reads safetensors only. Get the model's safetensors files, or in a sandbox: AutoModelForCausalLM"
-            ".from_pretrained(DIR).save_pretrained(NEW) of transformers writes them",
+            f"{self.folder}: the weights are in {pickled[0]}, a pickle, which can run code when it is loaded; the "
+            "engine reads safetensors only. Download the model's safetensors files, or write them in a sandbox with "
+            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
         )
 
     def _header(self, file: str, key: str) -> tuple[tuple[int, ...], str]:
@@ -233,17 +235,17 @@ class HfReader(TensorSource[HfTensor]):
         return tuple(view.get_shape()), str(view.get_dtype())
 
     def _locate(self, files: Mapping[str, str]) -> dict[str, HfTensor]:
-        """Check names, shapes and dtypes of all tensors and say where the canonical ones are."""
+        """Check names, shapes and dtypes of all tensors, and locate the canonical ones."""
         family = self.hf_config.family
         found, hf_shapes = locate_tensors(self.cfg, family)
-        headless = not any(key.startswith(family.prefix) for key in files)  # saved without its head: no prefix
+        headless = not any(key.startswith(family.prefix) for key in files)  # saved without a head: names have no prefix
         actual = {key: key.removeprefix(family.prefix) if headless else key for key in hf_shapes}
         embed = hf_name("embed.weight", family)
         if self.cfg.tie_embeddings and actual[embed] not in files and self.head_key in files:
-            actual[embed] = self.head_key  # one matrix under two names, of which this one was saved
+            actual[embed] = self.head_key  # tied: the matrix was saved under the head's name
         if missing := [key for key in actual.values() if key not in files]:
-            beside = (self.folder / SINGLE).exists() and (self.folder / INDEX).exists()
-            where = f" (only {SINGLE} was read, not {INDEX})" if beside else ""
+            both = (self.folder / SINGLE).exists() and (self.folder / INDEX).exists()
+            where = f" (only {SINGLE} was read, not {INDEX})" if both else ""
             raise CheckpointError(
                 "interop.tensors-missing",
                 f"{self.folder}: lacks {len(missing)} tensors of the model: {_first_names(missing)}{where}",
@@ -253,16 +255,16 @@ class HfReader(TensorSource[HfTensor]):
         if extra:
             raise CheckpointError(
                 "interop.tensors-unknown",
-                f"{self.folder}: holds {len(extra)} tensors that {family.architecture} with this {CONFIG} does not "
-                f"have: {_first_names(extra)}; the engine refuses to leave them out",
+                f"{self.folder}: has {len(extra)} tensors that {family.architecture} with this {CONFIG} does not have, "
+                f"and the engine does not ignore them: {_first_names(extra)}",
             )
         for key, shape in hf_shapes.items():
             have, dtype = self.headers[actual[key]]
             if have != shape:
-                text = f"{actual[key]} has shape {list(have)}, {CONFIG} says {list(shape)}"
+                text = f"{actual[key]} has shape {list(have)}, but {CONFIG} states {list(shape)}"
                 raise CheckpointError("interop.shape-differs", f"{self.folder / files[actual[key]]}: {text}")
             if dtype not in DTYPES:
-                text = f"{actual[key]} is {dtype}; the engine reads {', '.join(DTYPES)}, no quantised weights"
+                text = f"{actual[key]} is {dtype}; the engine reads {', '.join(DTYPES)}, not quantised weights"
                 raise CheckpointError("interop.dtype-not-read", f"{self.folder / files[actual[key]]}: {text}")
         located: dict[str, HfTensor] = {}
         for name, shape in tensor_shapes(self.cfg).items():
@@ -284,12 +286,12 @@ class HfReader(TensorSource[HfTensor]):
             block: Tensor = self._file(part.file).get_slice(part.key)[part.stored_index(within)]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                "interop.shard-unreadable", f"{self.folder / part.file}: {part.key}: {error}; get the file again"
+                "interop.shard-unreadable", f"{self.folder / part.file}: {part.key}: {error}; download the file again"
             ) from None
         target.copy_(block.t() if part.transposed else block)
 
     def check_tied_head(self, rows: int = 4096) -> None:
-        """A folder of a tied model may hold the head too: then it must be the embedding. Raises CheckpointError."""
+        """Check that a head stored with tied embeddings equals the embedding. Raises CheckpointError if not."""
         if not self.cfg.tie_embeddings or self.head_key not in self.files:
             return
         shape = self.shapes(MODEL)["embed.weight"]
@@ -303,55 +305,55 @@ class HfReader(TensorSource[HfTensor]):
         if not same:
             raise CheckpointError(
                 "interop.head-is-not-the-embedding",
-                f"{self.folder}: tie_word_embeddings is true, but {self.head_key} is there and "
-                f"is not the embedding matrix, {hf_name('embed.weight', self.hf_config.family)}; "
-                "if the model has a head of its own, config.json must say tie_word_embeddings false",
+                f"{self.folder}: tie_word_embeddings is true, but {self.head_key} differs from the embedding matrix, "
+                f"{hf_name('embed.weight', self.hf_config.family)}; "
+                "if the model has a separate head, set tie_word_embeddings to false in config.json",
             )
 
 
-def assemble(parts: Mapping[str, Tensor], found: Mapping[str, list[HfSlice]], shape: tuple[int, ...]) -> Tensor:
-    """Their tensor of this shape from all the canonical ones that lie in it; of one that is all of it, no copy."""
+def assemble(parts: Mapping[str, Tensor], slices: Mapping[str, list[HfSlice]], shape: tuple[int, ...]) -> Tensor:
+    """Assemble a (possibly fused) Hugging Face tensor from its canonical parts; no copy if there is only one."""
     if len(parts) == 1:
         [(name, values)] = parts.items()
-        if len(found[name]) == 1:
-            return values.t() if found[name][0].transposed else values
+        if len(slices[name]) == 1:
+            return values.t() if slices[name][0].transposed else values
     out = torch.empty(shape, dtype=next(iter(parts.values())).dtype)
     for name, values in parts.items():
-        for place in found[name]:
-            rows = slice(place.offset[0], place.offset[0] + place.shape[0])
-            target = place.stored_index(tuple(slice(0, length) for length in place.shape))
-            out[target] = values[rows].t() if place.transposed else values[rows]
+        for part in slices[name]:
+            rows = slice(part.offset[0], part.offset[0] + part.shape[0])
+            target = part.stored_index(tuple(slice(0, length) for length in part.shape))
+            out[target] = values[rows].t() if part.transposed else values[rows]
     return out
 
 
-def group_by_key(found: Mapping[str, list[HfSlice]]) -> dict[str, list[str]]:
-    """Their name -> the canonical tensors that lie in it, in order."""
-    inside: dict[str, list[str]] = {}
-    for name, parts in found.items():
-        inside.setdefault(parts[0].key, []).append(name)
-    return inside
+def group_by_key(slices: Mapping[str, list[HfSlice]]) -> dict[str, list[str]]:
+    """Hugging Face name -> the canonical tensors in it, in order."""
+    names_by_key: dict[str, list[str]] = {}
+    for name, parts in slices.items():
+        names_by_key.setdefault(parts[0].key, []).append(name)
+    return names_by_key
 
 
 def parse_token_ids(value: Any) -> list[int]:
-    """The ids that a key such as eos_token_id holds: one, several or none. Raises ValueError for anything else."""
+    """Value of a key such as eos_token_id (an id, a list or null) as a list. Raises ValueError for anything else."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"{value!r}"[:100] + " is no token id")
+        raise ValueError(f"{value!r}"[:100] + " is not a token id")
     return list(ids)
 
 
 def _generation_notes(path: Path, vocab_size: int) -> list[str]:
-    """Check a generation_config.json now, as exports give it back; notes of ids that the model does not have."""
-    facts, notes = json_object(path), []
+    """Check a generation_config.json, as exports write it again. Returns notes on ids outside the vocabulary."""
+    settings, notes = json_object(path), []
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         try:
-            ids = parse_token_ids(facts.get(key))
+            ids = parse_token_ids(settings.get(key))
         except ValueError as error:
             raise CheckpointError(
                 "interop.generation-config-malformed", f"{path}: {key} {error}; correct it, or remove the file"
             ) from None
-        if odd := [i for i in ids if i >= vocab_size]:
-            notes.append(f"{path.name}: {key} {odd[0]} is outside of the vocabulary of {vocab_size}")
+        if unknown := [i for i in ids if i >= vocab_size]:
+            notes.append(f"{path.name}: {key} {unknown[0]} is outside the vocabulary of {vocab_size}")
     return notes
 
 

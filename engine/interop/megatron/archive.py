@@ -1,10 +1,10 @@
-"""torch's zip archives (.pt files, and the blobs inside .distcp files), mapped, without unpickling.
+"""Reads torch's zip archives (.pt files, and the blobs in .distcp files), memory-mapped and without unpickling.
 
-An archive holds NAME/data.pkl, the description (read by `symbolic`), and NAME/data/N, raw little-endian
-storages, stored uncompressed. Everything that a file claims (sizes, offsets, shapes, strides) is compared with what is
-there, in Python's integers, before a byte is read. Storages stay mapped: reading a rectangle copies that rectangle.
-Checksums: torch writes each storage's CRC-32 (0 where that was turned off) and does not look at it when it loads; here
-it is compared when a storage is first read.
+An archive has NAME/data.pkl, which describes the tensors (read by `symbolic`), and NAME/data/N, the raw little-endian
+storages, uncompressed. All sizes, offsets, shapes and strides in a file are checked against the actual bytes, with
+Python integers, before anything is read. Storages stay mapped: reading a rectangle copies only that rectangle.
+Checksums: torch writes the CRC-32 of each storage (0 if disabled) but does not check it on load. Here it is checked
+when a storage is first read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.interop.megatron.symbolic import Call, Global, Persistent, is_call, parse, shown
 
-MAX_DIRECTORY_BYTES = 16 << 20  # of an archive's table of contents: some 200,000 storages
+MAX_DIRECTORY_BYTES = 16 << 20  # of an archive's table of contents: about 200,000 storages
 MAX_DIMS = 8
 
 STORAGES = {
@@ -42,14 +42,19 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # tensors are copied as words: numpy has no bfloat16
+_WORDS = {
+    1: np.uint8,
+    2: np.uint16,
+    4: np.uint32,
+    8: np.uint64,
+}  # tensors are copied as unsigned integers: numpy has no bfloat16
 
 
 def map_file(path: Path) -> memoryview:
-    """A file's bytes, mapped read-only. Raises CheckpointError."""
+    """Memory-map a file read-only. Raises CheckpointError."""
     try:
         if not path.is_file():
-            raise CheckpointError("interop.megatron-file-missing", f"{path}: is missing (or no regular file)")
+            raise CheckpointError("interop.megatron-file-missing", f"{path}: is missing, or not a regular file")
         with path.open("rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:
@@ -58,7 +63,7 @@ def map_file(path: Path) -> memoryview:
 
 @dataclass(frozen=True)
 class Record:
-    """One member of an archive: its bytes and the CRC-32 that the archive claims (0: none)."""
+    """A member of an archive: its bytes and its CRC-32 in the archive (0: none)."""
 
     data: memoryview
     crc: int
@@ -66,7 +71,7 @@ class Record:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a mapped storage; offset and strides count values."""
+    """A tensor in a mapped storage. offset, strides: in values, not bytes."""
 
     archive: Archive
     record: str
@@ -76,7 +81,7 @@ class StoredTensor:
     strides: tuple[int, ...]
 
     def read(self, begin: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A copy of the rectangle of `shape` that begins at `begin`, which the caller knows to be inside."""
+        """Copy the rectangle of `shape` at `begin`. The caller guarantees that it is inside the tensor."""
         data = self.archive.read_member(self.record)
         size = self.dtype.itemsize
         first = self.offset + sum(b * s for b, s in zip(begin, self.strides))
@@ -87,7 +92,7 @@ class StoredTensor:
 
 @dataclass
 class Archive:
-    """One archive. `value`: what data.pkl describes; tensors in it are calls, which `tensor` makes StoredTensors of."""
+    """An open archive. value: parsed data.pkl; tensors in it are calls, which `tensor` converts to StoredTensors."""
 
     where: str
     records: dict[str, Record]
@@ -96,42 +101,42 @@ class Archive:
 
     @classmethod
     def open(cls, data: memoryview, where: str) -> Archive:
-        """Read an archive's table of contents and description. Raises CheckpointError."""
+        """Read an archive's table of contents and data.pkl. Raises CheckpointError."""
         if bytes(data[:4]) != b"PK\x03\x04":
             raise CheckpointError(
                 "interop.megatron-archive-not-zip",
-                f"{where}: is no zip archive as torch has written since 1.6; load and save it with a newer torch first",
+                f"{where}: is not a zip archive, which torch writes since 1.6; save it again with a newer torch",
             )
         archive = cls(where, _records(data, where), None)
         if (order := archive.records.get("byteorder")) is not None and bytes(order.data[:8]) != b"little":
             raise CheckpointError(
                 "interop.megatron-archive-byte-order",
-                f"{where}: byte order {shown(bytes(order.data[:8]))}; only little is read",
+                f"{where}: byte order {shown(bytes(order.data[:8]))}; only little-endian is read",
             )
         archive.value = parse(archive.read_member("data.pkl"), f"{where}: data.pkl")
         return archive
 
     def read_member(self, name: str) -> memoryview:
-        """The bytes of a member, whose checksum is compared on first use."""
+        """The bytes of a member; its checksum is verified on first use."""
         record = self.records.get(name)
         if record is None:
             raise CheckpointError(
                 "interop.megatron-archive-member-missing",
-                f"{self.where}: holds no {shown(name)}; it is damaged or not what it seems",
+                f"{self.where}: has no {shown(name)}; it is damaged or not a torch archive",
             )
         if name not in self._checked:
             if record.crc and (found := zlib.crc32(record.data)) != record.crc:
                 raise CheckpointError(
                     "interop.megatron-archive-checksum-differs",
-                    f"{self.where}: {name}: damaged: checksum {found:08x}, the archive says {record.crc:08x}; "
-                    "take another copy",
+                    f"{self.where}: {name}: damaged: checksum {found:08x}, the archive lists {record.crc:08x}; "
+                    "use another copy",
                 )
             self._checked.add(name)
         return record.data
 
-    def tensor(self, value: object, what: str) -> StoredTensor:
-        """The tensor that a call in `value` describes; `what` names it in messages. Raises CheckpointError."""
-        where = f"{self.where}: {what}"
+    def tensor(self, value: object, name: str) -> StoredTensor:
+        """Convert a call from `self.value` to a tensor. name: for messages. Raises CheckpointError."""
+        where = f"{self.where}: {name}"
         if is_call(value, "torch._utils _rebuild_parameter") and isinstance(value, Call) and value.args:
             value = value.args[0]
         if not isinstance(value, Call) or not is_call(value, "torch._utils _rebuild_tensor_v2"):
@@ -153,8 +158,8 @@ class Archive:
         if record is None or number > have or (number and last >= have):
             raise CheckpointError(
                 "interop.megatron-tensor-outside-storage",
-                f"{where}: shape {list(shape)}, strides {list(strides)}, offset {offset} needs more than the {have} "
-                f"values of storage {key}; the file is damaged: take another copy",
+                f"{where}: shape {list(shape)}, strides {list(strides)}, offset {offset} exceed the {have} "
+                f"values of storage {key}; the file is damaged: use another copy",
             )
         return StoredTensor(self, f"data/{key}", dtype, offset, shape, strides)
 
@@ -165,16 +170,16 @@ def is_count(value: object) -> TypeGuard[int]:
 
 
 def sizes(value: object, where: str) -> tuple[int, ...]:
-    """A tuple of at most MAX_DIMS counts, or torch.Size of one. Raises CheckpointError."""
+    """Check that a value is a shape: a tuple of at most MAX_DIMS counts, or torch.Size. Raises CheckpointError."""
     if isinstance(value, Call) and is_call(value, "torch Size") and len(value.args) == 1:
         value = value.args[0]
     if not isinstance(value, tuple) or len(value) > MAX_DIMS or not all(is_count(x) for x in value):
-        raise CheckpointError("interop.megatron-shape-malformed", f"{where}: {shown(value)} is no shape")
+        raise CheckpointError("interop.megatron-shape-malformed", f"{where}: {shown(value)} is not a shape")
     return value
 
 
 def _storage(identity: object, where: str) -> tuple[str, torch.dtype]:
-    """("storage", type, key, device, number of values) -> key and dtype."""
+    """("storage", type, key, device, number of values) -> (key, dtype)."""
     if isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage":
         _, kind, key, _, _ = identity
         plain = isinstance(key, str) and re.fullmatch(r"[0-9]{1,9}", key)
@@ -182,13 +187,13 @@ def _storage(identity: object, where: str) -> tuple[str, torch.dtype]:
             return key, STORAGES[kind.name]
         raise CheckpointError(
             "interop.megatron-storage-not-read",
-            f"{where}: storage {shown(key)} of {shown(kind)} is not read; only {', '.join(STORAGES)}",
+            f"{where}: storage {shown(key)} of type {shown(kind)} is not read, only {', '.join(STORAGES)}",
         )
-    raise CheckpointError("interop.megatron-storage-malformed", f"{where}: {shown(identity)} is no storage")
+    raise CheckpointError("interop.megatron-storage-malformed", f"{where}: {shown(identity)} is not a storage")
 
 
 class _Window(io.RawIOBase):
-    """A mapped range as the file that `zipfile` wants; one read gives at most MAX_DIRECTORY_BYTES."""
+    """File object for `zipfile` over a mapped range; a single read returns at most MAX_DIRECTORY_BYTES."""
 
     def __init__(self, data: memoryview):
         self.data, self.at = data, 0
@@ -199,15 +204,12 @@ class _Window(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        at = offset + (0, self.at, len(self.data))[whence]
+    def seek(self, offset: int, origin: int = 0) -> int:
+        at = offset + (0, self.at, len(self.data))[origin]
         if at < 0:
             raise OSError("seeks before the beginning")
         self.at = at
         return at
-
-    def tell(self) -> int:
-        return self.at
 
     def read(self, size: int = -1) -> bytes:
         end = len(self.data) if size < 0 else min(len(self.data), self.at + size)
@@ -222,7 +224,7 @@ class _Window(io.RawIOBase):
 
 
 def _records(data: memoryview, where: str) -> dict[str, Record]:
-    """Name without the archive's own prefix -> record."""
+    """Member name without the archive's prefix -> record."""
     try:
         with zipfile.ZipFile(_Window(data)) as archive:
             members = archive.infolist()
@@ -233,7 +235,7 @@ def _records(data: memoryview, where: str) -> dict[str, Record]:
             if not name or name in found or root != members[0].filename.partition("/")[0]:
                 raise CheckpointError(
                     "interop.megatron-archive-member-repeated",
-                    f"{where}: member {shown(member.filename)} is out of place or there twice",
+                    f"{where}: member {shown(member.filename)} is misplaced or duplicated",
                 )
             found[name] = Record(_member(data, member, end, where), member.CRC)
         return found
@@ -249,12 +251,12 @@ def _records(data: memoryview, where: str) -> dict[str, Record]:
         IndexError,
     ) as error:
         raise CheckpointError(
-            "interop.megatron-archive-damaged", f"{where}: damaged archive ({shown(str(error))}); take another copy"
+            "interop.megatron-archive-damaged", f"{where}: damaged archive ({shown(str(error))}); use another copy"
         ) from None
 
 
 def _member(data: memoryview, member: zipfile.ZipInfo, end: int, where: str) -> memoryview:
-    """The bytes of a member: after its local header, which must agree with the table of contents, and before `end`."""
+    """The bytes of a member. Its local header must match the table of contents, and its bytes end before `end`."""
     at, name = member.header_offset, shown(member.filename)
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.compress_size != member.file_size:
         raise CheckpointError(
@@ -264,7 +266,7 @@ def _member(data: memoryview, member: zipfile.ZipInfo, end: int, where: str) -> 
     if at < 0 or at + 30 > end:
         raise CheckpointError(
             "interop.megatron-archive-member-out-of-place",
-            f"{where}: member {name} would begin at {at}, outside the archive",
+            f"{where}: member {name} starts at {at}, outside the archive",
         )
     magic, name_bytes, extra_bytes = struct.unpack("<4s22xHH", data[at : at + 30])
     begin = at + 30 + name_bytes + extra_bytes
@@ -272,11 +274,11 @@ def _member(data: memoryview, member: zipfile.ZipInfo, end: int, where: str) -> 
     if magic != b"PK\x03\x04" or local != member.orig_filename.encode():
         raise CheckpointError(
             "interop.megatron-archive-member-out-of-place",
-            f"{where}: member {name}: no such header at {at}; the archive is damaged",
+            f"{where}: member {name}: its header is not at {at}; the archive is damaged",
         )
     if begin + member.file_size > end:
         raise CheckpointError(
             "interop.megatron-archive-member-out-of-place",
-            f"{where}: member {name} would reach to {begin + member.file_size}, over the end at {end}",
+            f"{where}: member {name} ends at {begin + member.file_size}, after the end of the data at {end}",
         )
     return data[begin : begin + member.file_size]

@@ -1,10 +1,10 @@
-"""Checkpoints of torch.distributed.checkpoint (DCP), Megatron's `torch_dist` among them, without its pickle reader.
+"""Reads checkpoints of torch.distributed.checkpoint (DCP), such as Megatron's `torch_dist`, without unpickling.
 
     .metadata        a pickle: name -> global shape, dtype and chunks; (name, offset) -> file, position, length
-    __R_N.distcp     blobs one after the other, each one chunk as an archive of torch (`archive`)
+    __R_N.distcp     concatenated blobs, each a torch archive (`archive`) with one chunk
 
-`.metadata` is read as inert nodes (`symbolic`). What it says is believed as far as it fits: plain file
-names in the same folder, ranges inside the files, chunks inside the shapes, blobs of the very shape and dtype.
+`.metadata` is parsed to inert nodes (`symbolic`), and everything in it is checked: file names are plain and in the same
+folder, ranges are inside the files, chunks are inside the shapes, and blobs have exactly the listed shape and dtype.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float64, torch.float
 
 @dataclass(frozen=True)
 class _BlobRange:
-    """Where a blob lies."""
+    """File and byte range of a blob."""
 
     file: str
     offset: int
@@ -39,7 +39,7 @@ class _BlobRange:
 
 
 class DcpFolder:
-    """The tensors of a DCP folder: `names()`, and `tensor(name)` to read one. Files are mapped on first use."""
+    """The tensors of a DCP folder: `names()` lists them, `tensor(name)` opens one. Files are mapped on first use."""
 
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder / METADATA)
@@ -49,12 +49,12 @@ class DcpFolder:
         if not isinstance(entries, dict) or not isinstance(places, dict):
             raise CheckpointError(
                 "interop.megatron-metadata-empty",
-                f"{self.where}: lists no tensors or no places; it is damaged or not what it seems",
+                f"{self.where}: has no tensors or no storage locations; it is damaged or not DCP metadata",
             )
         if not all(isinstance(name, str) for name in entries):
             raise CheckpointError(
                 "interop.megatron-tensor-name-malformed",
-                f"{self.where}: names a tensor by something that is no text; it is damaged",
+                f"{self.where}: the name of a tensor is not a string; the file is damaged",
             )
         self._entries: dict[str, Any] = entries
         self._places = self._index(places)
@@ -62,13 +62,13 @@ class DcpFolder:
         self._blobs: dict[_BlobRange, StoredTensor] = {}
 
     def names(self) -> list[str]:
-        """Names of all tensors (byte objects left out)."""
+        """Names of all tensors (without byte objects)."""
         return [
             name for name, entry in self._entries.items() if not is_call(entry, f"{_DCP_MODULE} BytesStorageMetadata")
         ]
 
     def tensor(self, name: str) -> ShardedTensor:
-        """One tensor, its chunks not yet opened and not yet checked against each other. Raises CheckpointError."""
+        """A tensor whose chunks are not yet opened, and not yet checked to cover it. Raises CheckpointError."""
         where = f"{self.where}: {shown(name)}"
         state = self._state(self._entries[name], f"{_DCP_MODULE} TensorStorageMetadata", shown(name))
         shape, chunks = sizes(state.get("size"), where), state.get("chunks")
@@ -81,7 +81,7 @@ class DcpFolder:
         if not isinstance(kind, Global) or kind.module != "torch" or kind.name not in _DTYPES:
             raise CheckpointError(
                 "interop.megatron-dtype-not-read",
-                f"{where}: dtype {shown(kind)} is not read; only {', '.join(_DTYPES)}",
+                f"{where}: dtype {shown(kind)} is not read, only {', '.join(_DTYPES)}",
             )
         dtype = _DTYPES[kind.name]
         parts = []
@@ -97,7 +97,7 @@ class DcpFolder:
             if place is None:
                 raise CheckpointError(
                     "interop.megatron-chunk-missing",
-                    f"{where}: the chunk at {list(offset)} lies nowhere; the file is damaged",
+                    f"{where}: the chunk at {list(offset)} has no storage location; the file is damaged",
                 )
             parts.append(TensorPart(offset, size, self._opener(name, place, size, dtype), (0,) * len(shape)))
         return ShardedTensor(where, dtype, shape, tuple(parts))
@@ -116,7 +116,7 @@ class DcpFolder:
             if end > len(data):
                 raise CheckpointError(
                     "interop.megatron-file-cut-short",
-                    f"{where}: the file has {len(data)} bytes; it is cut short: take another copy",
+                    f"{where}: the file has {len(data)} bytes; it is truncated: use another copy",
                 )
             archive = Archive.open(data[place.offset : end], where)
             self._blobs[place] = archive.tensor(archive.value, "the chunk")
@@ -124,21 +124,21 @@ class DcpFolder:
         if found.shape != shape or found.dtype != dtype:
             raise CheckpointError(
                 "interop.megatron-chunk-differs-from-metadata",
-                f"{self.folder / place.file}: {shown(name)}: a {found.dtype} of shape {list(found.shape)}, "
-                f"but {METADATA} says {dtype} of {list(shape)}; the files do not belong together",
+                f"{self.folder / place.file}: {shown(name)}: is {found.dtype} of shape {list(found.shape)}, "
+                f"but {METADATA} lists {dtype} of {list(shape)}; the files do not belong together",
             )
         return found
 
     def _index(self, places: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...]], _BlobRange]:
-        """(name, offset of the chunk) -> where its blob lies; byte objects are left out."""
+        """(name, offset of the chunk) -> range of its blob, without byte objects."""
         found: dict[tuple[str, tuple[int, ...]], _BlobRange] = {}
         for index, place in places.items():
-            key = self._state(index, f"{_DCP_MODULE} MetadataIndex", "a place")
-            info = self._state(place, "torch.distributed.checkpoint.filesystem _StorageInfo", "a place")
+            key = self._state(index, f"{_DCP_MODULE} MetadataIndex", "a storage location")
+            info = self._state(place, "torch.distributed.checkpoint.filesystem _StorageInfo", "a storage location")
             name, where = key.get("fqn"), f"{self.where}: {shown(key.get('fqn'))}"
             if not isinstance(name, str):
                 raise CheckpointError(
-                    "interop.megatron-tensor-name-malformed", f"{where}: is no name; the file is damaged"
+                    "interop.megatron-tensor-name-malformed", f"{where}: is not a name; the file is damaged"
                 )
             if key.get("offset") is None:
                 continue
@@ -146,17 +146,17 @@ class DcpFolder:
             if not isinstance(file, str) or not _FILE.fullmatch(file):
                 raise CheckpointError(
                     "interop.megatron-file-name-not-plain",
-                    f"{where}: lies in {shown(file)}, which is no plain file name; tampered with",
+                    f"{where}: is stored in {shown(file)}, which is not a plain file name; the file was manipulated",
                 )
             if not is_count(offset) or not is_count(length):
                 raise CheckpointError(
                     "interop.megatron-place-malformed",
-                    f"{where}: lies at {shown(offset)}, {shown(length)} bytes long; damaged",
+                    f"{where}: is stored at {shown(offset)} with {shown(length)} bytes; damaged",
                 )
             if info.get("transform_descriptors"):
                 raise CheckpointError(
                     "interop.megatron-chunk-compressed",
-                    f"{where}: is compressed or encrypted; save it without an extension",
+                    f"{where}: is compressed or encrypted; save it without DCP extensions",
                 )
             at = sizes(key["offset"], where)
             if (name, at) in found:
@@ -166,11 +166,11 @@ class DcpFolder:
             found[name, at] = _BlobRange(file, offset, length)
         return found
 
-    def _state(self, value: object, name: str, what: str) -> dict[Any, Any]:
-        """What was put into an object of class `name`. Raises CheckpointError for anything else."""
+    def _state(self, value: object, name: str, label: str) -> dict[Any, Any]:
+        """Attributes of an object of class `name`. label: for messages. Raises CheckpointError for anything else."""
         if not isinstance(value, Call) or not is_call(value, name) or not isinstance(value.state, dict):
             raise CheckpointError(
                 "interop.megatron-object-of-another-class",
-                f"{self.where}: {what} is {shown(value)}, not {name.split()[-1]}; damaged",
+                f"{self.where}: {label} is {shown(value)}, not {name.split()[-1]}; damaged",
             )
         return value.state

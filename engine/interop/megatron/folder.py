@@ -1,11 +1,11 @@
-"""Megatron-LM's checkpoint folders: args and tensors by Megatron-core's own names, whatever layout wrote them.
+"""Reads Megatron-LM checkpoint folders: args, and global tensors by Megatron-core's names, for any parallel layout.
 
-    latest_checkpointed_iteration.txt    names iter_XXXXXXX (or release); the folder beside it may be given too
+    latest_checkpointed_iteration.txt    names iter_XXXXXXX (or release) in the same folder, which can be given directly
     iter_XXXXXXX/                        `torch_dist`: a DCP folder with common.pt (args) and metadata.json
-      mp_rank_TT[_PPP]/model_optim_rng.pt    legacy: one archive a rank; matrices cut over T, layers over P
+      mp_rank_TT[_PPP]/model_optim_rng.pt    legacy: an archive per rank; matrices sharded across T, layers across P
 
-Both become sheets (`tensors`) of global tensors, one a layer: `decoder.layers.N.mlp.linear_fc1.weight`.
-A gated fc1 is all of gate, then all of up, as `torch_dist` has it; legacy files hold both halves of each tensor rank.
+Both formats become one `ShardedTensor` per layer, such as `decoder.layers.N.mlp.linear_fc1.weight`. A gated fc1 is the
+whole gate, then the whole up, as in `torch_dist`; in legacy files each tensor rank has its part of both.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d{1,4})\.(.+)")
 _RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?(_\d{3})?")
 _NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\..*|rng_state.*|.*\._extra_state(/.*)?")
-_COLUMN = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias")  # cut along dim 0
-_GATED = ("linear_fc1.weight", "linear_fc1.bias")  # cut along dim 0 too, each half for itself
-_ROW = ("linear_proj.weight", "linear_fc2.weight")  # cut along dim 1
+_COLUMN = (
+    "word_embeddings.weight",
+    "output_layer.weight",
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+)  # sharded along dim 0
+_GATED = ("linear_fc1.weight", "linear_fc1.bias")  # gate and up separately sharded along dim 0
+_ROW = ("linear_proj.weight", "linear_fc2.weight")  # sharded along dim 1
 
 
 @dataclass(frozen=True)
 class RankFile:
-    """One legacy file: the description of everything, and the chunks of the model (several when interleaved)."""
+    """A legacy file: its archive, and the chunks of the model (several if the schedule is interleaved)."""
 
     archive: Archive
     chunks: tuple[Values, ...]
@@ -47,7 +52,7 @@ class RankFile:
 
 @dataclass(frozen=True)
 class MegatronFolder:
-    """A checkpoint of Megatron: its folder, args, iteration, and what holds the tensors."""
+    """An open Megatron-LM checkpoint: folder, args, iteration, and the DCP folder or legacy files with its tensors."""
 
     folder: Path
     args: Values
@@ -55,19 +60,19 @@ class MegatronFolder:
     source: DcpFolder | dict[tuple[int, int], RankFile]
 
     def tensors(self, *, gated: bool) -> dict[str, ShardedTensor]:
-        """Name -> checked sheet of every tensor of the model. Raises CheckpointError."""
+        """Megatron name -> tensor, for all tensors of the model, checked to be complete. Raises CheckpointError."""
         if isinstance(self.source, DcpFolder):
             return _dcp_tensors(self.source)
         return _legacy_tensors(self.source, gated)
 
 
 def is_megatron(path: Path) -> bool:
-    """Whether a folder looks like one that Megatron-LM saved."""
+    """Whether a folder looks like a Megatron-LM checkpoint."""
     return any((path / name).exists() for name in (TRACKER, METADATA, FORMAT)) or any(path.glob("mp_rank_*"))
 
 
 def open_folder(path: Path) -> MegatronFolder:
-    """Open a folder of Megatron. Raises CheckpointError."""
+    """Open a Megatron-LM checkpoint folder. Raises CheckpointError."""
     folder = _folder(path)
     if (folder / METADATA).exists() or (folder / FORMAT).exists():
         _check_format(folder / FORMAT)
@@ -79,9 +84,11 @@ def open_folder(path: Path) -> MegatronFolder:
 
 
 def _folder(path: Path) -> Path:
-    """The checkpoint's own folder: the path, or the one that the tracker file beside its iterations names."""
+    """The folder of the checkpoint: the path, or the subfolder that its tracker file names."""
     if not path.is_dir():
-        raise CheckpointError("interop.megatron-not-a-folder", f"{path}: is no folder; give one that Megatron-LM saved")
+        raise CheckpointError(
+            "interop.megatron-not-a-folder", f"{path}: is not a folder; give one that Megatron-LM saved"
+        )
     tracker = path / TRACKER
     if not tracker.exists():
         return path
@@ -90,41 +97,40 @@ def _folder(path: Path) -> Path:
     if text != "release" and not re.fullmatch(r"\d{1,12}", text):
         raise CheckpointError(
             "interop.megatron-tracker-malformed",
-            f"{tracker}: holds {shown(text)}, no number; give the iter_... folder itself",
+            f"{tracker}: contains {shown(text)}, which is not a number; give the iter_... folder itself",
         )
     folder = path / ("release" if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir():
         raise CheckpointError(
             "interop.megatron-tracked-step-missing",
-            f"{tracker}: names {folder.name}, which is not there; give another iter_... folder",
+            f"{tracker}: names {folder.name}, which does not exist; give another iter_... folder",
         )
     return folder
 
 
 def _check_format(file: Path) -> None:
     try:
-        fields = json.loads(bytes(map_file(file)[: 1 << 20]))
-        backend = fields["sharded_backend"]
+        backend = json.loads(bytes(map_file(file)[: 1 << 20]))["sharded_backend"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            "interop.megatron-metadata-json-damaged", f"{file}: damaged ({shown(str(error))}); take another copy"
+            "interop.megatron-metadata-json-damaged", f"{file}: damaged ({shown(str(error))}); use another copy"
         ) from None
     if backend != "torch_dist":
         raise CheckpointError(
             "interop.megatron-format-not-read",
-            f"{file}: format {shown(backend)} is not read; only torch_dist and the legacy format",
+            f"{file}: format {shown(backend)} is not read, only torch_dist and the legacy format",
         )
 
 
 def _args_and_iteration(archive: Archive) -> tuple[Values, int]:
-    """args and iteration of an archive."""
+    """(args, iteration) from an archive."""
     top = as_dict(archive.value) or {}
     args = top.get("args")
     if not is_call(args, "argparse Namespace") or not isinstance(args.state, dict):  # type: ignore[union-attr]
         raise CheckpointError(
             "interop.megatron-args-missing",
-            f"{archive.where}: holds no `args`, which say what the model is; only checkpoints that Megatron-LM's own "
-            "training saved have them",
+            f"{archive.where}: has no `args`, which describe the model; only checkpoints that were saved by "
+            "Megatron-LM's training have them",
         )
     iteration = top.get("iteration")
     return args.state, iteration if isinstance(iteration, int) and 0 <= iteration < 1 << 53 else 0  # type: ignore[union-attr]
@@ -144,18 +150,18 @@ def _dcp_tensors(source: DcpFolder) -> dict[str, ShardedTensor]:
         if twice := found.keys() & new.keys():
             raise CheckpointError(
                 "interop.megatron-tensor-repeated",
-                f"{source.where}: {shown(min(twice))} is there alone and stacked; damaged",
+                f"{source.where}: {shown(min(twice))} exists both per layer and stacked; damaged",
             )
         found |= new
     _join_halves(found)
     for tensor in found.values():
         for part in tensor.parts:
-            part.open_tensor()  # opens the blob: shape and dtype are compared before anything is read
+            part.open_tensor()  # opens the blob, which checks shape and dtype before any read
     return found
 
 
 def _join_halves(tensors: dict[str, ShardedTensor]) -> None:
-    """Gate and up that were saved as tensors of their own (`singleton_local_shards`) become one fc1 again."""
+    """Join gate and up that were saved as separate tensors (`singleton_local_shards`) into one fc1."""
     for gate_name in [name for name in tensors if name.endswith(("linear_fc1.weight_w", "linear_fc1.bias_w"))]:
         name = gate_name.removesuffix("_w")
         gate, up = tensors.pop(gate_name), tensors.pop(f"{name}_v", None)
@@ -167,7 +173,7 @@ def _join_halves(tensors: dict[str, ShardedTensor]) -> None:
 
 
 def _concatenate(where: str, tensors: list[ShardedTensor]) -> ShardedTensor:
-    """Sheets one below the other along dim 0."""
+    """Concatenate tensors along dim 0, without reading them."""
     parts, rows = [], 0
     for tensor in tensors:
         parts += [replace(p, offset=(p.offset[0] + rows, *p.offset[1:])) for p in tensor.parts]
@@ -176,32 +182,32 @@ def _concatenate(where: str, tensors: list[ShardedTensor]) -> ShardedTensor:
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], RankFile]:
-    """(tensor rank, pipeline rank) -> file; all of a full grid."""
+    """(tensor rank, pipeline rank) -> file, for a complete grid of ranks. Raises CheckpointError."""
     found: dict[tuple[int, int], RankFile] = {}
     for entry in sorted(folder.glob("mp_rank_*"))[: MAX_RANKS + 1]:
         match = _RANK.fullmatch(entry.name)
         if match is None or match[3] or len(found) >= MAX_RANKS:
             raise CheckpointError(
                 "interop.megatron-rank-folder-unknown",
-                f"{entry}: is no mp_rank_TT or mp_rank_TT_PPP; expert-parallel files are not read",
+                f"{entry}: is not named mp_rank_TT or mp_rank_TT_PPP; expert-parallel files are not read",
             )
         rank = (int(match[1]), int(match[2] or 0))
         if rank in found:
             raise CheckpointError(
-                "interop.megatron-rank-repeated", f"{entry}: tensor rank {rank[0]} of stage {rank[1]} is there twice"
+                "interop.megatron-rank-repeated", f"{entry}: tensor rank {rank[0]} of stage {rank[1]} exists twice"
             )
         found[rank] = _rank_file(entry / RANK_FILE)
     if not found:
         raise CheckpointError(
             "interop.megatron-no-checkpoint",
-            f"{folder}: holds neither {METADATA} nor mp_rank_... folders; no checkpoint of Megatron",
+            f"{folder}: has neither {METADATA} nor mp_rank_... folders, so it is not a Megatron-LM checkpoint",
         )
     t, p = (1 + max(rank[axis] for rank in found) for axis in (0, 1))
     missing = [(i, j) for i in range(t) for j in range(p) if (i, j) not in found][:3] if len(found) != t * p else []
     if missing:
         raise CheckpointError(
             "interop.megatron-ranks-missing",
-            f"{folder}: no files of (tensor rank, stage) {missing}; copy the whole folder",
+            f"{folder}: the files of (tensor rank, stage) {missing} are missing; copy the whole folder",
         )
     return found
 
@@ -212,14 +218,14 @@ def _rank_file(path: Path) -> RankFile:
     chunks = [as_dict(top[name]) for name in ("model", *(f"model{i}" for i in range(64))) if name in top]
     if not chunks or any(chunk is None for chunk in chunks):
         raise CheckpointError(
-            "interop.megatron-model-missing", f"{path}: holds no `model`; it is damaged, or of another program"
+            "interop.megatron-model-missing", f"{path}: has no `model`; it is damaged, or from another program"
         )
     for chunk in chunks:
         if chunk and "language_model" in chunk:
             raise CheckpointError(
                 "interop.megatron-before-core",
-                f"{path}: is of Megatron's models before Megatron-core; let its tools/checkpoint/convert.py "
-                "save it with --target-ckpt-format torch_dist first",
+                f"{path}: is of a model before Megatron-core; convert it first with Megatron-LM's "
+                "tools/checkpoint/convert.py and --target-ckpt-format torch_dist",
             )
     return RankFile(archive, tuple(chunk for chunk in chunks if chunk is not None))
 
@@ -236,7 +242,7 @@ def _legacy_tensors(ranks: dict[tuple[int, int], RankFile], gated: bool) -> dict
                 if unlike := names ^ other.keys():
                     raise CheckpointError(
                         "interop.megatron-tensor-not-on-all-ranks",
-                        f"{ranks[0, stage].archive.where}: {shown(min(unlike))} is not on all ranks",
+                        f"{ranks[0, stage].archive.where}: {shown(min(unlike))} is missing on some tensor ranks",
                     )
             for name in names:
                 full = name
@@ -252,17 +258,18 @@ def _legacy_tensors(ranks: dict[tuple[int, int], RankFile], gated: bool) -> dict
 
 
 def _chunk_tensors(file: RankFile, number: int) -> dict[str, StoredTensor]:
-    """Name -> tensor of one chunk of a rank's model."""
+    """Name -> tensor, for chunk `number` of a rank's model."""
     if number >= len(file.chunks):
         raise CheckpointError(
             "interop.megatron-chunk-counts-differ",
-            f"{file.archive.where}: has {len(file.chunks)} chunks of the model, other ranks have more",
+            f"{file.archive.where}: has {len(file.chunks)} chunks of the model, but other ranks have more",
         )
     found = {}
     for name, value in file.chunks[number].items():
         if not isinstance(name, str):
             raise CheckpointError(
-                "interop.megatron-tensor-name-malformed", f"{file.archive.where}: {shown(name)} as the name of a tensor"
+                "interop.megatron-tensor-name-malformed",
+                f"{file.archive.where}: {shown(name)} is not a name of a tensor",
             )
         if not _NOT_MODEL.fullmatch(name):
             found[name] = file.archive.tensor(value, shown(name))
@@ -270,12 +277,12 @@ def _chunk_tensors(file: RankFile, number: int) -> dict[str, StoredTensor]:
 
 
 def _join_ranks(name: str, shards: list[StoredTensor], gated: bool) -> ShardedTensor:
-    """The global tensor of the shards of all tensor ranks. Raises CheckpointError."""
+    """Join the shards of all tensor ranks to a global tensor. Raises CheckpointError."""
     first, where = shards[0], f"{shards[0].archive.where}: {shown(name)}"
     if any(x.shape != first.shape or x.dtype != first.dtype for x in shards) or 0 in first.shape:
         raise CheckpointError(
             "interop.megatron-ranks-do-not-join",
-            f"{where}: shapes or dtypes differ over the tensor ranks, or a shape is empty; damaged",
+            f"{where}: shapes or dtypes differ between tensor ranks, or a shape is empty; damaged",
         )
     if name.endswith(_ROW) and len(first.shape) == 2:
         rows, width = first.shape
@@ -309,7 +316,7 @@ def _part(
 
 
 def require_same(one: ShardedTensor, other: ShardedTensor) -> None:
-    """Raises CheckpointError unless two copies of a tensor are equal, bit by bit, compared by blocks of rows."""
+    """Raise CheckpointError unless two copies of a tensor are bitwise equal. Compares blocks of 4,096 rows."""
     equal = one.shape == other.shape and one.dtype == other.dtype
     rows = one.shape[0] if one.shape else 0
     for begin in range(0, rows if equal else 0, 4096):
@@ -320,5 +327,5 @@ def require_same(one: ShardedTensor, other: ShardedTensor) -> None:
     if not equal:
         raise CheckpointError(
             "interop.megatron-copies-differ",
-            f"{one.where}: copies that should be the same differ on another rank ({other.where})",
+            f"{one.where}: differs from its copy on another rank ({other.where})",
         )

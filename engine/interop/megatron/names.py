@@ -1,8 +1,8 @@
-"""What Megatron's args and tensor names mean here: ModelConfig's fields, and the table of names.
+"""Maps Megatron's args to ModelConfig fields, and canonical tensor names to Megatron's.
 
-Megatron-core keeps q, k and v of one key/value head together ("group": its query heads, then k, then v), gate above up
-in one fc1, and calls the norm before a matrix either by the block (`input_layernorm`) or by the matrix that fuses it
-(`linear_qkv.layer_norm_weight`, Transformer Engine; `torch_dist` uses these names whatever the model was made of).
+Megatron-core stores q, k and v of one key/value head together (a "group": its query heads, then k, then v), and gate
+above up in one fc1. The norm before a matrix is named after the block (`input_layernorm`) or after the matrix that it
+is fused with (`linear_qkv.layer_norm_weight`, Transformer Engine; `torch_dist` always uses these names).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Values = dict[str, Any]
 MAX_COUNT = 1 << 31
 MAX_LAYERS = MAX_HEADS = 4096
 
-# args that change what the model computes -> the values that mean "as this engine does"
+# args that change the model -> the values for which it is the same as this engine's
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "num_experts": (None, 0),
     "multi_latent_attention": (None, False),
@@ -51,7 +51,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class RowPattern:
-    """Which rows of a fused matrix a tensor is: runs of `each` rows, `period` apart, from row `first` on."""
+    """Rows of a fused matrix: runs of `each` rows, one every `period` rows, starting at row `first`."""
 
     each: int
     period: int = 0
@@ -60,7 +60,7 @@ class RowPattern:
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """A canonical tensor: its shape, Megatron's names of the matrix that holds it, that matrix' shape, and its rows."""
+    """A canonical tensor and its location: possible Megatron names of the fused matrix, its shape, and the rows."""
 
     canonical: str
     shape: tuple[int, ...]
@@ -70,16 +70,16 @@ class TensorMapping:
 
 
 class _Args:
-    """Typed look-ups in args that collect faults instead of stopping at the first."""
+    """Typed access to args that collects errors instead of raising at the first."""
 
     def __init__(self, values: Values):
         self.values, self.errors = values, list[str]()
 
-    def count(self, name: str, most: int = MAX_COUNT) -> int:
+    def count(self, name: str, limit: int = MAX_COUNT) -> int:
         value = self.values.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit:
             return value
-        self.errors.append(f"{name} = {shown(value)} is no number from 1 to {most}")
+        self.errors.append(f"{name} = {shown(value)} is not a number from 1 to {limit}")
         return 1
 
     def number(self, name: str, default: float) -> float:
@@ -88,7 +88,7 @@ class _Args:
             return default
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
             return float(value)
-        self.errors.append(f"{name} = {shown(value)} is no number")
+        self.errors.append(f"{name} = {shown(value)} is not a number")
         return default
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -102,21 +102,21 @@ class _Args:
         value = self.values.get(name, default)
         if isinstance(value, str) and value in known:
             return known[value]
-        self.errors.append(f"{name} = {shown(value)} is not read, only {', '.join(known)}")
+        self.errors.append(f"{name} = {shown(value)} is not supported, only {', '.join(known)}")
         return known[default]
 
 
 def model_fields_from_args(values: Values, where: str) -> Values:
-    """ModelConfig's fields from Megatron's args; vocab_size is 0 where args do not tell. Raises CheckpointError."""
+    """ModelConfig fields from Megatron's args; vocab_size is 0 if args do not have it. Raises CheckpointError."""
     a = _Args(values)
     for name, neutral in _NEUTRAL.items():
         value = values.get(name)
         if not any(value is x or (type(value) is type(x) and value == x) for x in neutral):
-            a.errors.append(f"{name} = {shown(value)}: this engine's model has no such thing")
+            a.errors.append(f"{name} = {shown(value)}: not supported by this engine's model")
     heads, hidden = a.count("num_attention_heads", MAX_HEADS), a.count("hidden_size")
     kv_heads = a.count("num_query_groups", MAX_HEADS) if a.flag("group_query_attention") else heads
     if heads % kv_heads:
-        a.errors.append(f"num_attention_heads = {heads} is no multiple of num_query_groups = {kv_heads}")
+        a.errors.append(f"num_attention_heads = {heads} is not a multiple of num_query_groups = {kv_heads}")
     fields: Values = {
         "vocab_size": a.count("vocab_size") if values.get("vocab_size") is not None else 0,
         "hidden_size": hidden,
@@ -136,11 +136,11 @@ def model_fields_from_args(values: Values, where: str) -> Values:
         **_positions(a),
     }
     if fields["norm_offset"] and fields["norm"] == "layernorm":
-        a.errors.append("apply_layernorm_1p = True with LayerNorm: this engine's model has no such thing")
+        a.errors.append("apply_layernorm_1p = True with LayerNorm: not supported by this engine's model")
     if a.errors:
         raise CheckpointError(
             "interop.megatron-args-not-supported",
-            f"{where}: cannot be imported; in its args\n" + "\n".join(f"  - {x}" for x in a.errors),
+            f"{where}: cannot be imported because of its args:\n" + "\n".join(f"  - {x}" for x in a.errors),
         )
     return fields
 
@@ -149,7 +149,7 @@ def _biases_and_activation(a: _Args) -> Values:
     biases, gated = a.flag("add_bias_linear", True), a.flag("swiglu")
     tanh = a.flag("openai_gelu") or (
         biases and a.flag("bias_gelu_fusion", True)
-    )  # the fused kernel is the tanh formula
+    )  # the fused kernel uses the tanh formula
     return {
         "gated_mlp": gated,
         "activation": "silu" if gated else "gelu_tanh" if tanh else "gelu",
@@ -168,19 +168,19 @@ def _positions(a: _Args) -> Values:
         "rope_theta": a.number("rotary_base", 10000.0),
         "rotary_fraction": a.number("rotary_percent", 1.0),
     }
-    stretch = a.values.get("rotary_seq_len_interpolation_factor") is not None
+    interpolated = a.values.get("rotary_seq_len_interpolation_factor") is not None
     if a.flag("use_rope_scaling"):
-        if stretch:
-            a.errors.append("use_rope_scaling and rotary_seq_len_interpolation_factor together")
+        if interpolated:
+            a.errors.append("use_rope_scaling and rotary_seq_len_interpolation_factor cannot both be set")
         factor = a.number("rope_scaling_factor", 8.0)
         fields |= {"rope_scaling": "llama3", "rope_factor": factor, "rope_original_seq_len": 8192}
-    elif stretch:
+    elif interpolated:
         fields |= {"rope_scaling": "linear", "rope_factor": a.number("rotary_seq_len_interpolation_factor", 1.0)}
     return fields
 
 
 def map_tensors(m: ModelConfig, padded_vocab_size: int) -> Iterator[TensorMapping]:
-    """Every canonical tensor of a model and where Megatron keeps it."""
+    """All canonical tensors of a model with their locations in Megatron's checkpoints."""
     h, d, kv, f = m.hidden_size, m.head_dim, m.num_kv_heads, m.ffn_size
     group = m.num_heads // kv * d  # rows of q in one group
     period = group + 2 * d
@@ -188,29 +188,29 @@ def map_tensors(m: ModelConfig, padded_vocab_size: int) -> Iterator[TensorMappin
     if m.positions == "learned":
         yield _plain("positions.weight", ("embedding.position_embeddings.weight",), (m.max_seq_len, h))
     for layer in range(m.num_layers):
-        mine, theirs = f"layers.{layer}", f"decoder.layers.{layer}"
-        attention, mlp = f"{theirs}.self_attention", f"{theirs}.mlp"
+        ours, block = f"layers.{layer}", f"decoder.layers.{layer}"
+        attention, mlp = f"{block}.self_attention", f"{block}.mlp"
         yield from _norm(
-            m, f"{mine}.attention_norm", h, f"{attention}.linear_qkv.layer_norm_", f"{theirs}.input_layernorm."
+            m, f"{ours}.attention_norm", h, f"{attention}.linear_qkv.layer_norm_", f"{block}.input_layernorm."
         )
         qkv = (
             ("q", m.num_heads * d, RowPattern(group, period)),
             ("k", kv * d, RowPattern(d, period, group)),
             ("v", kv * d, RowPattern(d, period, group + d)),
         )
-        yield from _fused(f"{mine}.attention", qkv, f"{attention}.linear_qkv", kv * period, h, m.qkv_bias)
+        yield from _fused(f"{ours}.attention", qkv, f"{attention}.linear_qkv", kv * period, h, m.qkv_bias)
         if m.qk_norm:
             for part in "qk":
-                yield from _norm(m, f"{mine}.attention.{part}_norm", d, f"{attention}.{part}_layernorm.")
-        yield from _row(f"{mine}.attention.out", f"{attention}.linear_proj", h, m.num_heads * d, m.attention_out_bias)
-        yield from _norm(m, f"{mine}.mlp_norm", h, f"{mlp}.linear_fc1.layer_norm_", f"{theirs}.pre_mlp_layernorm.")
+                yield from _norm(m, f"{ours}.attention.{part}_norm", d, f"{attention}.{part}_layernorm.")
+        yield from _row(f"{ours}.attention.out", f"{attention}.linear_proj", h, m.num_heads * d, m.attention_out_bias)
+        yield from _norm(m, f"{ours}.mlp_norm", h, f"{mlp}.linear_fc1.layer_norm_", f"{block}.pre_mlp_layernorm.")
         halves = (
             (("gate", f, RowPattern(f)), ("up", f, RowPattern(f, first=f)))
             if m.gated_mlp
             else (("up", f, RowPattern(f)),)
         )
-        yield from _fused(f"{mine}.mlp", halves, f"{mlp}.linear_fc1", len(halves) * f, h, m.mlp_bias)
-        yield from _row(f"{mine}.mlp.down", f"{mlp}.linear_fc2", h, f, m.mlp_bias)
+        yield from _fused(f"{ours}.mlp", halves, f"{mlp}.linear_fc1", len(halves) * f, h, m.mlp_bias)
+        yield from _row(f"{ours}.mlp.down", f"{mlp}.linear_fc2", h, f, m.mlp_bias)
     yield from _norm(m, "norm", h, "decoder.final_layernorm.")
     if not m.tie_embeddings:
         yield _plain("head.weight", ("output_layer.weight",), (m.vocab_size, h), (padded_vocab_size, h))

@@ -1,4 +1,4 @@
-"""A tensor spread over stored tensors: rectangles of it, each a rectangle of one of them. Read piece by piece."""
+"""A global tensor made of parts: each part is a rectangle of it that is stored in another tensor, and read lazily."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.interop.megatron.archive import StoredTensor
 
-MAX_PARTS = 1024  # of one layer: a matrix of one layer is cut over tensor ranks, sometimes over data ranks too
+MAX_PARTS = 1024  # of a tensor: a matrix of one layer is sharded across tensor ranks, sometimes across data ranks too
 
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A rectangle of a layer, and where it begins in the stored tensor (which may have leading dims of its own)."""
+    """A rectangle of a sharded tensor. origin: its start in the stored tensor, which may have extra leading dims."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A tensor of `shape` made of parts that cover it exactly once (`check`). `where` names it in messages."""
+    """A tensor of `shape` whose parts cover it exactly once (`check` verifies this). where: its name in messages."""
 
     where: str
     dtype: torch.dtype
@@ -36,11 +36,11 @@ class ShardedTensor:
     parts: tuple[TensorPart, ...]
 
     def check(self) -> None:
-        """Raises CheckpointError unless the parts lie inside and cover every value exactly once."""
+        """Raise CheckpointError unless the parts are inside the shape and cover every value exactly once."""
         if not 1 <= len(self.parts) <= MAX_PARTS:
             raise CheckpointError(
                 "interop.megatron-too-many-parts",
-                f"{self.where}: in {len(self.parts)} parts; 1 to {MAX_PARTS} are read",
+                f"{self.where}: has {len(self.parts)} parts; 1 to {MAX_PARTS} are read",
             )
         covered = 0
         for part in self.parts:
@@ -49,23 +49,23 @@ class ShardedTensor:
             ):
                 raise CheckpointError(
                     "interop.megatron-part-out-of-place",
-                    f"{self.where}: a part of shape {list(part.shape)} at {list(part.offset)} lies outside its shape "
+                    f"{self.where}: a part of shape {list(part.shape)} at {list(part.offset)} is outside its shape "
                     f"{list(self.shape)}; damaged",
                 )
             covered += math.prod(part.shape)
         if covered != math.prod(self.shape):
             raise CheckpointError(
                 "interop.megatron-values-missing",
-                f"{self.where}: {covered} of {math.prod(self.shape)} values are there; damaged",
+                f"{self.where}: the parts have {covered} values, not {math.prod(self.shape)}; damaged",
             )
         begin = np.array([part.offset for part in self.parts], np.int64)
         end = begin + np.array([part.shape for part in self.parts], np.int64)
-        meets = ((begin[:, None] < end) & (begin < end[:, None])).all(-1)
-        if meets.sum() != len(self.parts):  # each meets itself
+        overlaps = ((begin[:, None] < end) & (begin < end[:, None])).all(-1)
+        if overlaps.sum() != len(self.parts):  # each part overlaps itself
             raise CheckpointError("interop.megatron-parts-overlap", f"{self.where}: parts overlap; damaged")
 
     def layers(self) -> list[ShardedTensor]:
-        """The indices of the first dim as checked layers without that dim. Raises CheckpointError."""
+        """Split a stacked tensor along dim 0 into one checked tensor per layer. Raises CheckpointError."""
         if not self.shape or sum(part.shape[0] for part in self.parts if part.shape) > MAX_PARTS * 1000:
             raise CheckpointError(
                 "interop.megatron-stack-malformed",
@@ -84,7 +84,7 @@ class ShardedTensor:
         return layers
 
     def read_into(self, out: Tensor, offset: tuple[int, ...]) -> None:
-        """Fill `out` with the rectangle of its shape that begins at `offset`. Raises CheckpointError."""
+        """Fill `out` with the rectangle of its shape at `offset`. Raises CheckpointError."""
         for part in self.parts:
             low = [max(a, b) for a, b in zip(offset, part.offset)]
             high = [min(a + n, b + k) for a, n, b, k in zip(offset, out.shape, part.offset, part.shape)]

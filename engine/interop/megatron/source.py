@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM as a source of canonical tensors: which model they are, and under which names.
+"""Reads canonical tensors and the model config from a Megatron-LM checkpoint.
 
 `open_megatron(path)` has the interface of engine.checkpoint.load.Reader (`shapes`, `read`, `read_whole`) and the
 ModelConfig that Megatron's args describe. It reads rectangles of memory-mapped files. Nothing is unpickled
@@ -30,7 +30,7 @@ from engine.interop.megatron.symbolic import shown
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A canonical tensor: its shape, the name of its dtype, and the rows of a sheet that it is."""
+    """A canonical tensor: shape, dtype as safetensors names it, and its rows in a Megatron tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -39,9 +39,9 @@ class SourceTensor:
 
 
 class MegatronSource(TensorSource[SourceTensor]):
-    """The source that one of Megatron's checkpoints is. `cfg`: its model; `step`: its iteration.
+    """Reads canonical tensors from a Megatron-LM checkpoint. cfg: its model. step: its iteration.
 
-    Of the model only: optimizer state is not imported.
+    Only the model: optimizer state is not imported.
     """
 
     def __init__(self, folder: Path, cfg: ModelConfig, step: int, tensors: dict[str, SourceTensor]):
@@ -49,10 +49,10 @@ class MegatronSource(TensorSource[SourceTensor]):
         self.cfg, self.step = cfg, step
 
     def close(self) -> None:
-        self.entries = {}  # the maps go with the last view of them
+        self.entries = {}  # files are unmapped with their last view
 
     def verify(self, *, part: int = 0, parts: int = 1) -> None:
-        """Compare torch's checksums of every `parts`-th storage, from number `part` on. Raises CheckpointError."""
+        """Check torch's checksums of every `parts`-th storage from number `part`. Raises CheckpointError."""
         tensors = [entry.stored for entry in self.entries[MODEL].values()]
         storages = {(id(x.archive), x.record): x for tensor in tensors for x in (p.open_tensor() for p in tensor.parts)}
         for tensor in list(storages.values())[part::parts]:
@@ -78,9 +78,9 @@ class MegatronSource(TensorSource[SourceTensor]):
 def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
     """Open a `torch_dist` or legacy checkpoint of Megatron-LM.
 
-    vocab_size: rows of the embedding to keep, where args do not say it (Megatron pads the vocabulary and often forgets
-    its true size). Without, the padding stays: rows that were never trained towards a token.
-    Raises CheckpointError: damaged or hostile files, models that this engine does not have.
+    vocab_size: number of embedding rows to keep, if args do not have it (Megatron pads the vocabulary and often does
+    not store its true size). Otherwise the padding is kept: rows that no token ever used.
+    Raises CheckpointError for damaged or malicious files and for unsupported models.
     """
     source = open_folder(path)
     where = str(source.folder)
@@ -90,7 +90,7 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
     if embedding is None or not embedding.shape:
         raise CheckpointError(
             "interop.megatron-embedding-missing",
-            f"{where}: embedding.word_embeddings.weight is missing; the folder is not whole",
+            f"{where}: embedding.word_embeddings.weight is missing; the folder is incomplete",
         )
     padded = embedding.shape[0]
     fields["vocab_size"] = vocab_size or fields["vocab_size"] or padded
@@ -98,11 +98,13 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
         model = ModelConfig.model_validate(fields)
     except ValidationError as error:
         text = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors()[:3])
-        raise CheckpointError("interop.megatron-args-of-no-model", f"{where}: args are of no model: {text}") from None
+        raise CheckpointError(
+            "interop.megatron-args-of-no-model", f"{where}: the args do not describe a valid model: {text}"
+        ) from None
     if not fields["vocab_size"] <= padded:
         raise CheckpointError(
             "interop.megatron-vocabulary-differs",
-            f"{where}: a vocabulary of {fields['vocab_size']}, but the embedding has {padded} rows",
+            f"{where}: the vocabulary has {fields['vocab_size']} tokens, but the embedding has only {padded} rows",
         )
     if model.tie_embeddings and (copy := stored_tensors.pop("output_layer.weight", None)):
         require_same(embedding, copy)
@@ -120,19 +122,19 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
 
 
 def _lookup(stored_tensors: dict[str, ShardedTensor], entry: TensorMapping, where: str) -> ShardedTensor:
-    """The sheet that an entry of the table is rows of. Raises CheckpointError."""
+    """The stored tensor that contains a canonical one. Raises CheckpointError."""
     have = [stored_tensors[name] for name in entry.names if name in stored_tensors]
     if len(have) != 1:
-        fault = "is there twice" if have else "is missing"
+        problem = "exists twice" if have else "is missing"
         raise CheckpointError(
             "interop.megatron-tensor-missing",
-            f"{where}: {' or '.join(entry.names)} {fault}; args are of another model, or it is damaged",
+            f"{where}: {' or '.join(entry.names)} {problem}; the args are from another model, or it is damaged",
         )
     stored = have[0]
     if stored.shape != entry.fused or stored.dtype not in DTYPE_NAMES:
         raise CheckpointError(
             "interop.megatron-shape-differs",
-            f"{stored.where}: a {stored.dtype} of shape {list(stored.shape)}, but args want {list(entry.fused)}; "
-            "they are of another model",
+            f"{stored.where}: is {stored.dtype} of shape {list(stored.shape)}, but by the args it is "
+            f"{list(entry.fused)}; they are from another model",
         )
     return stored

@@ -1,18 +1,18 @@
-"""Pickled bytes as plain data: the opcodes are interpreted here, and nothing that they name is imported or called.
+"""Reads pickles as plain data: interprets the opcodes without importing or calling anything that they name.
 
-torch's own archives (.pt, .distcp, DCP's .metadata) describe their contents by a pickle. Unpickling runs whatever the
-file says. This reader runs nothing: `pickletools.genops` of the standard library cuts the bytes into opcodes, importing
-nothing; a small stack machine turns them into numbers, texts, lists, tuples, dicts and three kinds of inert nodes:
+torch's files (.pt, .distcp, DCP's .metadata) describe their contents with a pickle, and unpickling can run any code.
+This reader runs none: `pickletools.genops` of the standard library splits the bytes into opcodes without imports, and a
+small stack machine turns them into numbers, strings, lists, tuples, dicts and three kinds of inert nodes:
 
     Global(module, name)        a name; never looked up
-    Call(function, args)        a call or an object; never made. `state`, `items`, `entries`: what was put into it later
-    Persistent(id)              a storage that lies beside the pickle
+    Call(function, args)        a call or an object; never executed. `state`, `items`, `entries`: set on it afterwards
+    Persistent(id)              a storage outside the pickle
 
-Pythons, numpys and protocols name one thing differently: here each has one name (`RENAMED_MODULES`, `_Machine.call`).
+Versions of Python, numpy and pickle differ in names: here each object has one (`RENAMED_MODULES`, `_Machine.call`).
 
-Invariants: every opcode and every global is on a list below, else the file is refused; size, opcodes, depth of
-the stack and length of integers are bounded, so time and memory are too. Values may share parts, or hold themselves:
-who reads them must go only where a known format leads, and show them in messages only through `shown`.
+Invariants: a file is rejected if any opcode or global is not listed below. Size, number of opcodes, stack depth and
+integer length are limited, which bounds time and memory. Values may share parts or contain themselves: callers must
+only follow the structure of a known format, and print values in messages only through `shown`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.errors import CheckpointError
 
 MAX_BYTES = 64 << 20
 MAX_OPCODES = 4_000_000
-MAX_STACK = 100_000  # pickle writes containers in runs of 1,000; tuples lie on the stack whole
+MAX_STACK = 100_000  # pickle writes containers in batches of 1,000, but tuples are on the stack as a whole
 MAX_INTEGER_BYTES = 256
 
 _DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2"
@@ -36,15 +36,15 @@ _NUMPY = "Float64 Float32 Float16 Int64 Int32 Int16 Int8 UInt64 UInt32 UInt16 UI
 _DCP = "torch.distributed.checkpoint"
 _CORE = "megatron.core"
 
-# The module that a file names -> where this reader looks its names up. The modules below one move with it.
+# Module name in a file -> module name used here; also applies to submodules.
 RENAMED_MODULES = {
     "__builtin__": "builtins",  # in pickles of protocol 2
     "_io": "io",
-    "pathlib._local": "pathlib",  # Python 3.13 alone
+    "pathlib._local": "pathlib",  # Python 3.13 only
     "numpy.core": "numpy._core",  # numpy 1
 }
 
-# What the first releases of Python 3.11 write by name: getattr(CLASS, NAME), later CLASS(VALUE).
+# Enums: early releases of Python 3.11 write members as getattr(CLASS, NAME), later ones as CLASS(VALUE).
 ENUMS = {
     *(f"{_CORE}.transformer.enums {name}" for name in ("AttnBackend", "CudaGraphScope", "AttnMaskType", "LayerType")),
     f"{_CORE}.enums ModelType",
@@ -54,10 +54,10 @@ ENUMS = {
     "signal Signals",
 }
 
-# What Megatron's checkpoints name (megatron/core/safe_globals.py lists most), torch's tensors and DCP's metadata.
+# Globals of Megatron's checkpoints (most are in megatron/core/safe_globals.py), torch's tensors and DCP's metadata.
 GLOBALS = {
     *ENUMS,
-    "builtins getattr",  # of ENUMS alone: see `call`
+    "builtins getattr",  # only for ENUMS: see `_Machine.call`
     *(f"torch {name}" for name in _DTYPES.split()),
     *(f"torch {name}Storage" for name in _STORAGES.split()),
     *(f"torch {name}" for name in ("Size", "device", "strided")),
@@ -82,7 +82,7 @@ GLOBALS = {
     *(f"builtins {name}" for name in ("set", "frozenset", "bytearray")),
     *(
         f"builtins {name}" for name in ("int", "long", "float", "bool", "str", "unicode", "list", "dict")
-    ),  # defaultdicts'
+    ),  # of defaultdict
     *(f"pathlib {name}" for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
     *(f"signal SIG{name}" for name in ("TERM", "INT", "HUP", "USR1", "USR2", "ALRM", "QUIT", "CONT", "XCPU")),
     "io BytesIO",
@@ -108,7 +108,7 @@ class Global:
 
 @dataclass(eq=False)
 class Call:
-    """A call or an object that was not made: of what, with which arguments, and what was put into it afterwards."""
+    """A call that was not executed, or an object that was not created. state, items, entries: set on it afterwards."""
 
     function: Global
     args: tuple[Any, ...]
@@ -125,7 +125,7 @@ class Persistent:
 
 
 def shown(value: object) -> str:
-    """A value for a message: short, and safe whatever a file put into it."""
+    """A value as short text for messages, safe for any content of a file."""
     if isinstance(value, (str, bytes)):
         return ascii(value[:80]) + ("..." if len(value) > 80 else "")
     if value is None or isinstance(value, (bool, int, float)):
@@ -136,14 +136,14 @@ def shown(value: object) -> str:
 
 
 def parse(data: bytes | memoryview, where: str) -> Any:
-    """The value that pickled `data` describes. `where` names it in messages. Raises CheckpointError.
+    """Parse a pickle into plain data and nodes. where: its name in messages. Raises CheckpointError.
 
-    A dict's keys are texts, numbers, None, or nodes (told apart by identity).
+    Dict keys are strings, numbers, None, or nodes (compared by identity).
     """
     if len(data) > MAX_BYTES:
         raise CheckpointError(
             "interop.megatron-description-too-long",
-            f"{where}: {len(data)} bytes of description, at most {MAX_BYTES} are read",
+            f"{where}: the pickle has {len(data)} bytes; at most {MAX_BYTES} are read",
         )
     machine = _Machine()
     position = 0
@@ -161,20 +161,20 @@ def parse(data: bytes | memoryview, where: str) -> Any:
         text = str(error) if isinstance(error, _RejectedError) else f"damaged ({shown(str(error))})"
         raise CheckpointError(
             "interop.megatron-description-not-read",
-            f"{where}: offset {position}: {text}; nothing of the file was run. It is damaged or not what it seems: "
-            "take another copy",
+            f"{where}: offset {position}: {text}; nothing in the file was run. It is damaged or not a checkpoint: "
+            "use another copy",
         ) from None
     raise CheckpointError(
-        "interop.megatron-description-ends-early", f"{where}: ends in the middle"
+        "interop.megatron-description-ends-early", f"{where}: ends before its STOP opcode; use another copy"
     )  # genops ends at STOP or raises
 
 
 class _RejectedError(Exception):
-    """Why a pickle is not read; `parse` adds where."""
+    """Reason why a pickle is rejected; `parse` adds the location."""
 
 
 def _key(value: object) -> Any:
-    """A dict key whose hash is cheap and cannot be made to collide; tuples become nodes, told apart by identity."""
+    """A dict key whose hash is cheap and safe from crafted collisions; tuples become nodes, compared by identity."""
     if isinstance(value, tuple):
         return Call(Global("builtins", "tuple"), value)
     small = isinstance(value, int) and abs(value) < 1 << 60
@@ -184,7 +184,7 @@ def _key(value: object) -> Any:
 
 
 def _canonical_module(module: str) -> str:
-    """The name by which this reader knows a module."""
+    """The name that this reader uses for a module."""
     for old, new in RENAMED_MODULES.items():
         if module == old or module.startswith(f"{old}."):
             return new + module.removeprefix(old)
@@ -192,16 +192,16 @@ def _canonical_module(module: str) -> str:
 
 
 def _enum_member(args: tuple[Any, ...]) -> tuple[Global, tuple[str]]:
-    """getattr's arguments as a call of an enum with the name of its member; anything else is refused."""
+    """Arguments of getattr as a call of an enum with the member's name; anything else is rejected."""
     if len(args) == 2 and isinstance(args[0], Global) and isinstance(args[1], str):
         enum, name = args
         if f"{enum.module} {enum.name}" in ENUMS:
             return enum, (name,)
-    raise _RejectedError(f"calls builtins.getattr of {shown(args[0]) if args else 'nothing'}, which is no enum")
+    raise _RejectedError(f"calls builtins.getattr of {shown(args[0]) if args else 'nothing'}, which is not an enum")
 
 
 class _Machine:
-    """The stack machine. Names of opcodes are those of pickletools; what is not in the tables is refused."""
+    """The stack machine. Opcodes are named as in pickletools; those that are not in the tables are rejected."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -212,14 +212,14 @@ class _Machine:
         if len(self.stack) != 1 or self.marks:
             raise _RejectedError(f"{len(self.stack)} values at the end, not one")
         if isinstance(self.stack[0], Global):
-            raise _RejectedError(f"is but the name {shown(self.stack[0])}, which no checkpoint needs alone")
+            raise _RejectedError(f"contains only the name {shown(self.stack[0])}; no checkpoint does")
         return self.stack[0]
 
     def step(self, name: str, argument: Any) -> None:
-        """Carry out one opcode."""
+        """Execute one opcode."""
         if name in _LITERALS:
             if isinstance(argument, int) and argument.bit_length() > 8 * MAX_INTEGER_BYTES:
-                raise _RejectedError("an integer of absurd length")
+                raise _RejectedError(f"an integer of more than {MAX_INTEGER_BYTES} bytes")
             self.push(argument)
         elif name in _CONSTANTS:
             self.push(_CONSTANTS[name]())
@@ -227,12 +227,12 @@ class _Machine:
             self.memo[len(self.memo) if argument is None else argument] = self.top()
         elif name in ("BINGET", "LONG_BINGET"):
             if argument not in self.memo:
-                raise _RejectedError(f"memo {argument} was never filled")
+                raise _RejectedError(f"memo {argument} was never set")
             self.push(self.memo[argument])
         elif name in _STEPS:
             _STEPS[name](self, argument)
         elif name not in ("PROTO", "FRAME"):
-            raise _RejectedError(f"opcode {name} is not among those that checkpoints need")
+            raise _RejectedError(f"opcode {name} does not occur in checkpoints")
 
     def push(self, value: Any) -> None:
         if len(self.stack) >= MAX_STACK:
@@ -272,10 +272,10 @@ class _Machine:
 
     def named(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise _RejectedError("a global whose name is no text")
+            raise _RejectedError("a global whose name is not a string")
         known = _canonical_module(module)
         if f"{known} {name}" not in GLOBALS:
-            raise _RejectedError(f"names {shown(f'{module}.{name}')}, which no checkpoint needs")
+            raise _RejectedError(f"names {shown(f'{module}.{name}')}, which does not occur in checkpoints")
         self.push(Global(known, name))
 
     def call(self, _: Any) -> None:
@@ -354,5 +354,5 @@ def as_dict(value: object) -> dict[Any, Any] | None:
 
 
 def is_call(value: object, name: str) -> bool:
-    """Whether a value is a call or object of `name`, written "module name"."""
+    """Whether a value is a call or object of `name`, given as "module name"."""
     return isinstance(value, Call) and f"{value.function.module} {value.function.name}" == name

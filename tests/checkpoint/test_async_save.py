@@ -1,4 +1,4 @@
-"""Saving in the background: the state at the call, whatever training does meanwhile; the same files as without."""
+"""Background saves write the state at the time of the call, and the same files as blocking saves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def start(saver: Saver, state: TrainState, *, background: bool) -> None:
 
 
 def spoil(state: TrainState) -> None:
-    """Overwrite everything that a checkpoint holds."""
+    """Overwrite all states that a checkpoint contains."""
     with torch.no_grad():
         for held in state.optimizer.states():
             held.flat.fill_(-1.0)
@@ -77,7 +77,7 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path, case: str) -> 
     def job(ctx: ParallelContext) -> None:
         state = setup(cfg, ctx)
         with Saver(tmp_path / "waits", ctx) as waits, Saver(tmp_path / "background", ctx) as background:
-            for step in range(2):  # the second time the buffers are used again (NeMo-RL#3312 wrote the first for ever)
+            for step in range(2):  # the second save reuses the buffers (NeMo-RL#3312 always wrote the first state)
                 train_step(state, random_batches(cfg, ctx, step))
                 start(background, state, background=True)
                 background.wait_copied()  # as train_step does before its update
@@ -107,7 +107,7 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path, case: str) -> 
     "guarded", [True, pytest.param(False, marks=pytest.mark.xfail(strict=True, raises=AssertionError))]
 )
 def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool) -> None:
-    """The copy is slow: the next step's forward and backward overtake it, its update must not (unguarded it would)."""
+    """The copy is slow: the next step's forward and backward may overtake it, but its update must wait."""
     copy = staging._copy
 
     def slowly(states: Any, copies: Any) -> None:
@@ -138,7 +138,7 @@ def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class Slow(Disk):
-    """Each file takes a while, so that training can overtake it; counts saves that are under way at once."""
+    """A storage whose files are slow, so that training can overtake a save; counts concurrent saves."""
 
     delay = 0.0
     writing: set[str]
@@ -201,7 +201,7 @@ def test_an_error_surfaces_at_the_next_step_on_all_ranks(tmp_path: Path, failing
     results = run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads)
     for message, seconds in results:
         assert "checkpoint not saved" in message and "No space left on device" in message and where in message
-        assert "bytes wanted here" in message and seconds < 10
+        assert "bytes needed here" in message and seconds < 10
     assert complete_steps(tmp_path) == [1, 3] and not [n for n in os.listdir(tmp_path) if n.startswith(".")]
 
 
@@ -218,11 +218,13 @@ LOOP = loop_module._loop
 
 
 def run(cfg: Any, ctx: ParallelContext, delay: float, disk_delay: float) -> tuple[int, int]:
-    """One training on this rank; SIGTERM to the last rank `delay` s after its loop begins; (exit code, most saves at
-    once)."""
+    """Train on this rank, with SIGTERM to the last rank `delay` s after its loop starts.
+
+    Returns (exit code, largest number of concurrent saves).
+    """
     disk = Slow()
     disk.delay = disk_delay
-    loop_module.open_storage = lambda reference, encrypt=False: disk  # a rank of its own process: nothing to undo
+    loop_module.open_storage = lambda reference, encrypt=False: disk  # each rank is a process, so this is not undone
     stop = StopRequest()
     timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM))
 
@@ -241,8 +243,8 @@ def run(cfg: Any, ctx: ParallelContext, delay: float, disk_delay: float) -> tupl
 @pytest.mark.parametrize("moments", [5, pytest.param(50, marks=pytest.mark.heavy)])
 @pytest.mark.timeout(600)
 def test_stopped_at_random_moments(tmp_path: Path, moments: int) -> None:
-    """SIGTERM while saves are under way nearly always; each run goes on from the last one. What comes out is bitwise
-    what an undisturbed run without background saves gives."""
+    """SIGTERM while a save is nearly always in flight; each run resumes the previous one. The result is bitwise equal
+    to an uninterrupted run without background saves."""
     prefix = corpus(tmp_path)
 
     def cfg_of(name: str, **overrides: Any) -> Any:
@@ -301,7 +303,7 @@ def test_stopped_at_random_moments(tmp_path: Path, moments: int) -> None:
 
 
 class _After:
-    """A stop request that comes true after so many steps."""
+    """A stop request that becomes true after `steps` steps."""
 
     def __init__(self, steps: int):
         self.left = steps + 2  # the loop asks twice before the first step
@@ -321,16 +323,16 @@ def test_the_next_save_waits_and_progress_says_so(tmp_path: Path, capfd: pytest.
     )
     ranks = run_ranks(layout_of(cfg.config), lambda ctx: run(cfg, ctx, 0, 0.3), num_kv_heads=2)
     assert ranks == [(0, 1), (0, 1)] and complete_steps(tmp_path / "run/checkpoints") == [1, 2, 3, 4]
-    told = capfd.readouterr().out
+    output = capfd.readouterr().out
     for step in (1, 2, 3):
-        assert f"step {step}: saving in the background\n" in told
+        assert f"step {step}: saving in the background\n" in output
     for step in (1, 2, 3, 4):
-        assert told.count(f"step {step}: saved {tmp_path}/run/checkpoints/step_0000000{step}\n") == 1
-    assert told.index("step 1: saved") < told.index("step 2: saving in the background")
-    assert "step 4: saving in the background" not in told, "the last one is waited for"
+        assert output.count(f"step {step}: saved {tmp_path}/run/checkpoints/step_0000000{step}\n") == 1
+    assert output.index("step 1: saved") < output.index("step 2: saving in the background")
+    assert "step 4: saving in the background" not in output, "the last one is waited for"
 
 
-def test_two_runs_in_one_folder_are_kept_apart(tmp_path: Path) -> None:
+def test_two_runs_in_one_folder_are_rejected(tmp_path: Path) -> None:
     cfg = resolve(2, parallel_data=2, train_steps=1, data_train=corpus(tmp_path), run_dir=tmp_path / "run")
 
     def refused(ctx: ParallelContext) -> str:
@@ -343,8 +345,8 @@ def test_two_runs_in_one_folder_are_kept_apart(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run/lock") as holder:
         assert not holder
-        for told in run_ranks(layout_of(cfg.config), refused, num_kv_heads=2):
-            assert f"another run (process {os.getpid()} on " in told and "choose another --run.dir" in told
+        for output in run_ranks(layout_of(cfg.config), refused, num_kv_heads=2):
+            assert f"another run (process {os.getpid()} on " in output and "choose another --run.dir" in output
     assert run_ranks(layout_of(cfg.config), refused, num_kv_heads=2) == ["", ""]
 
 
@@ -356,7 +358,7 @@ def test_the_host_memory_is_taken_once() -> None:
             before = [b.data_ptr() for b in saver._staging._buffers]
             copies, ready, ordered = saver._staging.copy(state.optimizer.states(owned=True))
             ready()
-            assert not ordered  # on a CPU it is that call which copies
+            assert not ordered  # on a CPU this call does the copying
             return before == [h.flat.data_ptr() for h in copies] and sum(len(h.flat) for h in copies) > 0
 
     assert all(run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads))

@@ -1,4 +1,4 @@
-"""Damaged, torn and foreign checkpoints are refused with the file named; nothing committed is ever lost."""
+"""Damaged, truncated and foreign checkpoints are rejected with the file named; no committed checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_torn_missing_and_foreign_files_are_refused(copy: Path) -> None:
     ],
 )
 def test_an_edited_manifest_is_refused(copy: Path, edit: Any, code: str, values: tuple[Any, ...]) -> None:
-    """Sealed again, as by an attacker: the parts of a manifest must fit each other, the files and the model as well."""
+    """With a recomputed digest, as by an attacker: the manifest must also fit itself, the files and the model."""
     reseal(copy, edit)
     with raises(CheckpointError, f"checkpoint.{code}", *values):
         load(copy)
@@ -171,7 +171,7 @@ def test_resume_choices(saved: Path, tmp_path: Path) -> None:
 def test_a_failed_save_is_an_error_on_all_ranks_and_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1's disk is full at step 2: nobody reports a save, step 1 is intact, and a later save works."""
+    """Rank 1's disk is full at step 2: no rank reports a save, step 1 is intact, and a later save works."""
     write = save_module.write_safetensors
 
     def job(ctx: ParallelContext) -> list[str]:

@@ -1,8 +1,8 @@
-"""A crash at any operation of a save, with any part of what was not synced lost: the old or the new checkpoint loads.
+"""A crash at any operation of a save, losing any unsynced data: the old or the new checkpoint loads.
 
-The disk is a double in memory (tests/support/disk_double.py), which enumerates the states. After each: the newest
-checkpoint is the one before or the one being saved, whole, with its own values; the next save works and leaves nothing
-behind.
+The disk is an in-memory double (tests/support/disk_double.py) that enumerates the possible states. After each crash the
+newest checkpoint is the previous one or the one being saved, complete and with the right values; the next save works
+and leaves no other files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def save(disk: MemoryDisk, step: int, *, keep: int = 0, keep_every: int = 0, run
 
 
 def run_of(disk: MemoryDisk, step: int) -> int:
-    """Which run's values a checkpoint holds, all of them; AssertionError for a mix."""
+    """The run whose values a checkpoint has. Raises AssertionError if it has values of several runs."""
     with Reader(step_dir(FOLDER, step), disk) as reader:
         assert not list(find_damage(reader.folder, reader.manifest, disk))
         for run in (0, 1):
@@ -53,7 +53,7 @@ def run_of(disk: MemoryDisk, step: int) -> int:
 
 def latest(disk: MemoryDisk) -> int | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of damaged ones that are left out
+        warnings.simplefilter("ignore", UserWarning)  # about damaged checkpoints that are skipped
         return newest_step(FOLDER, disk)
 
 
@@ -61,7 +61,7 @@ Action = Callable[[MemoryDisk], object]
 
 
 def killed_save(disk: MemoryDisk) -> None:
-    """Leave what a save of step 2 leaves that was killed before its manifest."""
+    """Leave the files of a save of step 2 that was killed before it wrote its manifest."""
     dead = False
 
     def kill(op: Op) -> None:
@@ -82,7 +82,7 @@ def damaged(disk: MemoryDisk) -> None:
     disk.unlink(step_dir(FOLDER, 2) / "rank00000.safetensors")
 
 
-# name -> (what is there before, what is saved, steps that may be the newest after a crash)
+# name -> (setup, save, steps that may be the newest after a crash)
 SCENARIOS: dict[str, tuple[list[Action], list[Action], set[int | None]]] = {
     "first": ([], [lambda d: save(d, 1)], {None, 1}),
     "one more": ([lambda d: save(d, 1)], [lambda d: save(d, 2)], {1, 2}),
@@ -102,7 +102,7 @@ SCENARIOS: dict[str, tuple[list[Action], list[Action], set[int | None]]] = {
 
 
 def enumerate_crashes(scenario: str, samples: int) -> tuple[int, int]:
-    """Check every state; returns how many, and in how many of them something was lost."""
+    """Check every crash state; returns (number of states, number of states that lost something)."""
     prepare, actions, allowed = SCENARIOS[scenario]
     disk = MemoryDisk()
     disk.make_folder(Path("/run"))
@@ -144,15 +144,15 @@ def test_thousands_of_crash_states() -> None:
     assert seen >= 2000 and lossy >= 2000
 
 
-# -- faults that are planted: the enumeration sees each ----------------------------------------------------------------
+# -- planted bugs: the enumeration detects each ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lie", ["sync", "sync_folder"])
-def test_a_missing_sync_is_seen(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("omitted", ["sync", "sync_folder"])
+def test_a_missing_sync_is_detected(omitted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = MemoryDisk._do
 
     def do(self: MemoryDisk, op: Op) -> None:
-        if op.kind != lie:
+        if op.kind != omitted:
             real(self, op)
 
     monkeypatch.setattr(MemoryDisk, "_do", do)
@@ -160,7 +160,7 @@ def test_a_missing_sync_is_seen(lie: str, monkeypatch: pytest.MonkeyPatch) -> No
         enumerate_crashes("one more", samples=10)
 
 
-def test_deleting_before_the_new_one_is_durable_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_before_the_new_one_is_durable_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     real = retention.commit
 
     def early(disk: Any, temporary: Path, final: Path, manifest: bytes) -> Path | None:
@@ -173,10 +173,10 @@ def test_deleting_before_the_new_one_is_durable_is_seen(monkeypatch: pytest.Monk
         enumerate_crashes("keep", samples=2)
 
 
-# -- what stays, and what a disk that refuses leaves -------------------------------------------------------------------
+# -- retention, and disks that return errors ---------------------------------------------------------------------------
 
 
-def test_what_is_kept() -> None:
+def test_retention() -> None:
     disk = MemoryDisk()
     disk.make_folder(Path("/run"))
     for step in range(1, 12):
@@ -184,7 +184,7 @@ def test_what_is_kept() -> None:
     assert disk.list(FOLDER) == [f"step_{step:08d}" for step in (4, 8, 10, 11)]
 
 
-def test_going_back_sets_later_steps_aside_and_never_deletes_the_new_one() -> None:
+def test_resuming_earlier_renames_later_steps_and_never_deletes_the_new_one() -> None:
     disk = MemoryDisk()
     disk.make_folder(Path("/run"))
     for step in (1, 5, 6):
@@ -218,10 +218,10 @@ def test_nothing_is_deleted_when_the_new_one_reads_back_differently() -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
 def test_an_error_at_any_operation(code: int) -> None:
-    """It is told with path, bytes wanted and free; the one before loads, nothing is left, the next save works."""
-    at, fired, told, left = 0, 0, 0, 0
+    """The error shows path, bytes needed and free; the previous checkpoint loads, and the next save cleans up."""
+    at, fired, rejected, left = 0, 0, 0, 0
 
-    def refuse(op: Op) -> None:
+    def fail(op: Op) -> None:
         nonlocal left
         left -= 1
         if left == 0:
@@ -233,14 +233,14 @@ def test_an_error_at_any_operation(code: int) -> None:
         disk.make_folder(Path("/run"))
         save(disk, 1)
         save(disk, 2)
-        left, disk.before, disk.free = at, refuse, 12345
+        left, disk.before, disk.free = at, fail, 12345
         notes: tuple[str, ...] = ()
         try:
             notes = save(disk, 3, keep=1)
         except CheckpointError as error:
-            told += 1
+            rejected += 1
             assert os.strerror(code) in str(error) and "12,345 bytes free" in str(error)
-            assert "bytes wanted here" in str(error) and str(FOLDER) in str(error)
+            assert "bytes needed here" in str(error) and str(FOLDER) in str(error)
             assert latest(disk) in (2, 3) and run_of(disk, latest(disk) or 0) == 0
         if left > 0:
             break
@@ -250,5 +250,5 @@ def test_an_error_at_any_operation(code: int) -> None:
             assert "could not be cleaned up" in notes[0] and latest(disk) == 3
         save(disk, 3, keep=1)
         assert disk.list(FOLDER) == ["step_00000003"] and read_manifest(step_dir(FOLDER, 3), disk).step == 3
-    print(f"errors injected: {fired} fired, {told} saves refused, the others only failed to clean up")
-    assert fired > 15 and told > 10
+    print(f"errors injected: {fired} fired, {rejected} saves failed, the others only failed to clean up")
+    assert fired > 15 and rejected > 10

@@ -1,4 +1,4 @@
-"""A thousand kinds of damage to a checkpoint: none loads, and the damaged file is named. Old schemas still load."""
+"""A thousand random corruptions of a checkpoint: none loads, and the damaged file is named. Old schemas still load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILES = ["manifest.json", "rank00000.safetensors", "rank00001.safetensors"]
 
 
 def load(disk: Any, folder: Path = STEP) -> None:
-    """What resuming does: read the manifest, then all that a rank holds; the values must be those saved."""
+    """Load as a resume does: the manifest, then all tensors of a rank. The values must be those that were saved."""
     held = states(0)
     with Reader(folder, disk) as reader:
         load_into(reader, held, context())
@@ -101,14 +101,14 @@ def extra(disk: MemoryDisk, rng: random.Random) -> set[str]:
 
 
 def of_another_step(disk: MemoryDisk, rng: random.Random) -> set[str]:
-    """The same file of the step before: same names, same shapes, same size."""
+    """Replace a file by the one of the previous step: same names, shapes and size."""
     name = rng.choice(FILES)
     disk.tree[str(STEP / name)] = disk.tree[str(step_dir(FOLDER, 1) / name)]
     return {name}
 
 
 def moved(disk: MemoryDisk, rng: random.Random) -> set[str]:
-    """The whole folder under the name of another step."""
+    """Rename the folder to another step."""
     for path in disk._below(str(STEP)):
         del disk.tree[path]
     for path in disk._below(str(step_dir(FOLDER, 1))):
@@ -123,7 +123,7 @@ def folder_instead(disk: MemoryDisk, rng: random.Random) -> set[str]:
 
 
 def edited(disk: MemoryDisk, rng: random.Random) -> set[str]:
-    """A value of the manifest changed, or two of a kind swapped, anywhere in it; its digest is left as it was."""
+    """Change one value anywhere in the manifest, or swap two of the same kind, without updating its digest."""
     manifest = json.loads(bytes(data_of(disk, "manifest.json")))
     places: list[tuple[Any, Any]] = []
 
@@ -169,7 +169,7 @@ def whole() -> MemoryDisk:
     return disk
 
 
-def test_no_damage_loads_in_silence_and_the_file_is_named(trials: int = 1000) -> None:
+def test_no_damage_loads_silently_and_the_file_is_named(trials: int = 1000) -> None:
     disk, rng, fired, silent, verified = whole(), random.Random(trials), Counter[str](), 0, 0
     load(disk)
     for _ in range(trials):
@@ -203,9 +203,9 @@ def test_verify_names_the_file_and_the_tensor(tmp_path: Path, capsys: pytest.Cap
     (folder / "left.safetensors").touch()
     with pytest.raises(SystemExit, match=r"^1$"):
         main(["verify", str(folder)])
-    told = capsys.readouterr().err
-    assert "3 faults" in told and "left.safetensors: does not belong to this checkpoint" in told
-    assert "(tensor exp_avg_sq b.weight)" in told and "(tensor exp_avg b.weight)" not in told
+    reported = capsys.readouterr().err
+    assert "3 errors" in reported and "left.safetensors: does not belong to this checkpoint" in reported
+    assert "(tensor exp_avg_sq b.weight)" in reported and "(tensor exp_avg b.weight)" not in reported
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -242,7 +242,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
         DISK.open(tmp_path / "pipe")
 
 
-def test_nobody_else_may_read(tmp_path: Path) -> None:
+def test_other_users_cannot_read(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         folder = save(tmp_path / "run/checkpoints", states(1), context(), step=1, metadata=METADATA)
@@ -253,7 +253,7 @@ def test_nobody_else_may_read(tmp_path: Path) -> None:
 
 
 def test_blocks_are_read_as_far_as_they_are_wanted() -> None:
-    """Damage in rows that a rank does not hold does not concern it; in the block of a row that it holds it does."""
+    """Damage in blocks that a rank does not need is not reported; in a block of a row that it needs it is."""
     disk = whole()
     with Reader(STEP, disk) as reader:
         part = next(p for p in reader.manifest.tensors[MODEL]["a.weight"].slices if p.file == FILES[1])
@@ -265,7 +265,7 @@ def test_blocks_are_read_as_far_as_they_are_wanted() -> None:
 
 
 def test_schema_1_still_loads(tmp_path: Path) -> None:
-    """As engine 0.1.0 wrote it: a digest for each whole file, none for the manifest."""
+    """As engine 0.1.0 wrote it: a digest per whole file, and none for the manifest."""
     import xxhash
 
     folder = tmp_path / "step_00000001"

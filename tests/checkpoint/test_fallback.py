@@ -1,4 +1,4 @@
-"""`checkpoint.resume auto`: whatever is damaged in the newest checkpoint, the run goes on from the one before."""
+"""`checkpoint.resume auto`: if the newest checkpoint is damaged in any way, the run resumes from the previous one."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit in a tensor of rank 0": (lambda f: flip(f / FILES[0]), f"{FILES[0]}: damaged: digest"),
     "bit in a tensor of rank 1": (lambda f: flip(f / FILES[1]), f"rank 1: .*{FILES[1]}: damaged: digest"),
     "bit in a header": (lambda f: flip(f / FILES[1], 20), FILES[1]),
-    "file cut": (lambda f: cut(f / FILES[0]), "the manifest says"),
+    "file cut": (lambda f: cut(f / FILES[0]), "the manifest lists"),
     "file missing": (lambda f: (f / FILES[1]).unlink(), f"{FILES[1]}: missing"),
     "manifest torn": (lambda f: cut(f / "manifest.json"), "manifest"),
     "bit in the manifest": (lambda f: flip(f / "manifest.json"), "damaged manifest"),
     "manifest missing": (lambda f: (f / "manifest.json").unlink(), r"no manifest\.json"),
-    "a stranger's file": (lambda f: (f / "rank00002.safetensors").write_bytes(b"x"), "does not belong"),
+    "an unexpected file": (lambda f: (f / "rank00002.safetensors").write_bytes(b"x"), "does not belong"),
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with steps 1 to 3 for each damage, which their step 3 has."""
+    """For each kind of damage, a run folder with steps 1 to 3 whose step 3 is damaged."""
     folder = tmp_path_factory.mktemp("runs")
     whole = folder / "whole"
     cfg = config(2, parallel_tensor=2)
@@ -72,48 +72,48 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resumed(run: Path, ctx: ParallelContext, resume: str = "auto") -> tuple[str, list[str], TrainState]:
-    """(the folder gone on from, what was said, the state)."""
+    """Resume a run; returns (checkpoint folder, warnings about skipped checkpoints, state)."""
     cfg = config(2, parallel_tensor=2, run_dir=run, checkpoint_resume=resume, checkpoint_keep=2)
     state = setup(cfg, ctx)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         folder = resume_run(state, METADATA)
-    return folder, [str(w.message) for w in said if "skipped: " in str(w.message)], state
+    return folder, [str(w.message) for w in warned if "skipped: " in str(w.message)], state
 
 
 def same(a: TrainState, b: TrainState) -> bool:
     return a.step == b.step and all(np.array_equal(x[3], y[3]) for x, y in zip(weights_of(a), weights_of(b)))
 
 
-def test_the_one_before_is_taken_and_the_damage_told(runs: Path) -> None:
+def test_the_previous_checkpoint_is_used_and_the_damage_reported(runs: Path) -> None:
     cfg = config(2, parallel_tensor=2)
 
     def job(ctx: ParallelContext) -> list[str]:
         _, _, wanted = resumed(runs / "whole", ctx, str(step_dir(runs / "whole/checkpoints", 2)))
-        told = []
+        messages = []
         for name in DAMAGES:
             for resume in ("auto", "latest"):
-                folder, said, state = resumed(runs / name, ctx, resume)
+                folder, warned, state = resumed(runs / name, ctx, resume)
                 assert folder == str(step_dir(runs / name / "checkpoints", 2)), name
                 assert same(state, wanted), name
                 if ctx.rank == 0:
-                    assert len(said) == 1 and "step_00000003" in said[0], (name, said)
-            told += said
-            with pytest.raises(EngineError) as refused:  # asked for by its path
+                    assert len(warned) == 1 and "step_00000003" in warned[0], (name, warned)
+            messages += warned
+            with pytest.raises(EngineError) as refused:  # selected by its path
                 resumed(runs / name, ctx, str(step_dir(runs / name / "checkpoints", 3)))
-            told.append(str(refused.value))
-        return told
+            messages.append(str(refused.value))
+        return messages
 
-    told, _ = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
-    assert len(told) == 2 * len(DAMAGES)
-    for (name, (_, words)), skipped, refused in zip(DAMAGES.items(), told[::2], told[1::2]):
+    messages, _ = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    assert len(messages) == 2 * len(DAMAGES)
+    for (name, (_, words)), skipped, refused in zip(DAMAGES.items(), messages[::2], messages[1::2]):
         assert skipped.startswith("skipped: "), name
         for text in (skipped, refused):
             assert re.search(words, text), (name, text)
 
 
-def test_the_run_goes_on_over_the_damaged_one(runs: Path, tmp_path: Path) -> None:
-    """The step that was damaged is saved anew; one that is not reached yet is set aside; all damaged is an error."""
+def test_the_damaged_step_is_saved_again(runs: Path, tmp_path: Path) -> None:
+    """The damaged step is saved again; damaged later steps are renamed; if all are damaged, that is an error."""
     again, aside, nothing = tmp_path / "again", tmp_path / "aside", tmp_path / "nothing"
     for run in (again, aside, nothing):
         shutil.copytree(runs / "whole", run)
@@ -126,13 +126,13 @@ def test_the_run_goes_on_over_the_damaged_one(runs: Path, tmp_path: Path) -> Non
 
     def job(ctx: ParallelContext) -> tuple[int, str]:
         for run, step in ((again, 2), (aside, 1)):
-            _, said, state = resumed(run, ctx)
-            assert state.step == step and (ctx.rank or len(said) == 3 - step)
+            _, warned, state = resumed(run, ctx)
+            assert state.step == step and (ctx.rank or len(warned) == 3 - step)
             if run == aside:
-                state.step -= 1  # the next save is of step 1: both damaged ones are later
+                state.step -= 1  # the next save is of step 1, so both damaged ones are later
             train_step(state, random_batches(cfg, ctx, 2))
             save_state(state, run / "checkpoints", METADATA)
-        _, said, state = resumed(again, ctx)
+        _, warned, state = resumed(again, ctx)
         with pytest.raises(EngineError) as refused:
             resumed(nothing, ctx)
         assert not isinstance(refused.value, DamageError)
@@ -145,7 +145,7 @@ def test_the_run_goes_on_over_the_damaged_one(runs: Path, tmp_path: Path) -> Non
     assert names == ["abandoned_step_00000002", "abandoned_step_00000003", "step_00000001"]
 
 
-def test_a_broken_manifest_alone_never_begins_anew(runs: Path, tmp_path: Path) -> None:
+def test_a_broken_manifest_never_restarts_the_run(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(step_dir(runs / "whole/checkpoints", 3), step_dir(run / "checkpoints", 3))
     cut(step_dir(run / "checkpoints", 3) / "manifest.json")
@@ -157,8 +157,8 @@ def test_a_broken_manifest_alone_never_begins_anew(runs: Path, tmp_path: Path) -
     run_ranks(layout_of(config(2, parallel_tensor=2)), job, num_kv_heads=2)
 
 
-def test_what_is_wrong_with_the_process_is_no_damage(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many open files say nothing of a checkpoint: falling back on an older one would set a good one aside."""
+def test_errors_of_the_process_are_not_damage(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files are not damage: falling back to an older checkpoint would discard a good one."""
     cfg = config(1)
     open_ = Disk.open
 

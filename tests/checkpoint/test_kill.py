@@ -1,4 +1,4 @@
-"""Real processes, a real disk: SIGKILL and errors put in by strace at every system call of a save, and a full disk."""
+"""Real processes on a real disk: SIGKILL and errors injected by strace at every system call of a save; a full disk."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from tests.support.tiny_states import METADATA, SHAPES, context, states, values
 STRACE = shutil.which("strace")
 needs_strace = pytest.mark.skipif(not STRACE, reason="strace is not installed (apt-get install strace)")
 
-# each row: one kind of call, by the names that architectures have for it
+# each row: one kind of call, with its names on different architectures
 CALLS = ["pwrite64", "fsync", "rename,?renameat,?renameat2", "unlink,?unlinkat", "rmdir", "mkdir,?mkdirat", "fallocate"]
 MORE = ["openat", "getdents64", "close"]
 
 
 @contextmanager
 def injected(calls: str, what: str, log: Path) -> Iterator[None]:
-    """strace traces this process, all its threads, and puts `what` into the calls."""
+    """Attach strace to this process and all its threads, and inject `what` into the calls."""
     names = ",".join(name if name.startswith("?") else f"?{name}" for name in calls.split(","))
     command = [str(STRACE), "-f", "-o", str(log), "-e", f"trace={names}", "-e", f"inject={names}:{what}"]
     tracer = subprocess.Popen([*command, "-p", str(os.getpid())], stderr=subprocess.PIPE, text=True)
@@ -63,7 +63,7 @@ def save(root: Path, step: int, ctx: ParallelContext, *, keep: int = 0, block_by
 
 
 def check(root: Path, allowed: set[int]) -> int:
-    """The newest checkpoint, whole and with its own values."""
+    """The newest checkpoint, checked to be complete and to have the right values."""
     step = newest_step(root)
     assert step in allowed
     with Reader(step_dir(root, step)) as reader:
@@ -75,7 +75,7 @@ def check(root: Path, allowed: set[int]) -> int:
 
 
 def child(body: Callable[[], None]) -> int:
-    """Run body in a forked process; its exit code, negative for a signal."""
+    """Run `body` in a forked process; returns its exit code, negative for a signal."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -121,14 +121,14 @@ def kill_everywhere(tmp_path: Path, calls: list[str]) -> int:
 )
 @pytest.mark.timeout(600)
 def test_killed_at_every_system_call(tmp_path: Path, calls: list[str]) -> None:
-    """The save has two older checkpoints, of which it deletes both: the clean-up is part of it."""
+    """The save deletes two older checkpoints, so the clean-up is tested too."""
     fired = kill_everywhere(tmp_path, calls)
     print(f"SIGKILL at system calls {calls}: {fired} fired; each time the old or the new checkpoint loaded")
     assert fired >= 3
 
 
 def errors_everywhere(ctx: ParallelContext, tmp_path: Path, kind: str, error: str, failing: int) -> list[Any]:
-    """On every rank: [(whether it fired, message, seconds)] of saves with an error at the 1st, 2nd, ... call."""
+    """For each rank: [(whether the error fired, message, seconds)] of saves with an error at the 1st, 2nd, ... call."""
     seen: list[Any] = []
     while True:
         root = tmp_path / f"{len(seen)}"
@@ -183,17 +183,17 @@ def test_an_error_at_every_call_on_either_rank(tmp_path: Path, cases: list[tuple
         text = {"ENOSPC": "No space left on device", "EIO": "Input/output error"}[error]
         for messages in zip(*results):
             fired += 1
-            told = [message for message, _ in messages]
-            assert all(told) == any(told), f"one rank failed and another did not: {told}"
+            texts = [message for message, _ in messages]
+            assert all(texts) == any(texts), f"one rank failed and another did not: {texts}"
             assert max(seconds for _, seconds in messages) < 10
-            if told[0] and not told[0].startswith("note: "):
-                assert all("bytes needed here" in t and "bytes free" in t and text in t for t in told), (kind, told)
+            if texts[0] and not texts[0].startswith("note: "):
+                assert all("bytes needed here" in t and "bytes free" in t and text in t for t in texts), (kind, texts)
     print(f"errors on rank {failing} of 2 at {[k for k, _ in cases]}: {fired} fired, told on both ranks within 10 s")
     assert fired >= 4
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """A tmpfs of 512 KiB in a mount namespace of its own: a save that does not fit is told and leaves the room free."""
+    """On a tmpfs of 512 KiB in a separate mount namespace, a save that does not fit is an error and frees its space."""
 
     def body() -> None:
         if ctypes.CDLL(None, use_errno=True).unshare(0x00020000) != 0:  # CLONE_NEWNS

@@ -1,4 +1,4 @@
-"""Resuming refuses what differs, field by field, unless it is allowed, and later checkpoints remember it."""
+"""Resuming rejects each differing field unless it is allowed, and later checkpoints record what was allowed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ METADATA: dict[str, Any] = {
 def go(
     root: Path, data: dict[str, Any] = METADATA, source: Path | None = None, *, steps: int = 1, **overrides: Any
 ) -> Path:
-    """Some steps on one process, from `source` if given, then a save. Raises EngineError with the code of the first."""
+    """Train in one process, resuming from `source` if given, and save. Raises EngineError with the first code."""
     cfg = config(checkpoint_keep=0, **overrides)
 
     def job(ctx: ParallelContext) -> tuple[str, str]:
@@ -74,7 +74,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({}, {"fingerprint": "b"}, "data.fingerprint"),
         ({}, {"tokenizer_digest": "u"}, "data.tokenizer_digest"),
         ({}, {"mask_eod": 0}, "data.mask_eod"),
-        ({}, {"order": 2}, "data.order"),  # the checkpoint says none: the first
+        ({}, {"order": 2}, "data.order"),  # the checkpoint has none: version 1
         ({}, {"source 0, web": "1 documents"}, "data.source"),
         ({}, {"mixture from step 0": "web 1"}, "data.mixture"),
     ],
@@ -93,7 +93,7 @@ def test_each_field_is_refused_allowed_and_remembered(
 
 
 def test_another_order_begins_where_it_was_allowed(first: Path, tmp_path: Path) -> None:
-    """It is said how to go on, and later saves and resumes know where epoch 0 of the new order began."""
+    """The error explains how to resume; later saves and resumes know where epoch 0 of the new order began."""
     with raises(EngineError, OTHER, "data.order: checkpoint 1, now 2", f"({code_versions()['engine']})"):
         go(tmp_path, METADATA | {"order": 2}, first)
     second = go(tmp_path, METADATA | {"order": 2}, first, checkpoint_allow="data.order")
@@ -115,7 +115,7 @@ def test_a_changed_mixture_of_the_future_is_no_difference(first: Path, tmp_path:
 def test_where_the_samples_of_a_mixture_fell_is_no_difference_and_older_checkpoints_say_no_steps(
     tmp_path: Path,
 ) -> None:
-    """Checkpoints from before there were steps hold samples alone, in batches of 4 here."""
+    """Older checkpoints record only samples, not steps; here in batches of 4."""
     old = go(tmp_path, METADATA | {"mixture from sample 0": "web 1", "mixture from sample 4": "web 3"}, steps=3)
     now = {"mixture from step 0": "web 1", "mixture from step 1": "web 3", "mixture from sample 8": "web 3"}
     go(tmp_path / "b", METADATA | now, old)
@@ -128,7 +128,7 @@ def test_an_unknown_field_to_allow_is_a_config_error(first: Path, tmp_path: Path
         go(tmp_path, METADATA, first, checkpoint_allow="train.seqlen")
 
 
-def test_lineage_grows_and_is_told(first: Path, tmp_path: Path) -> None:
+def test_lineage_grows_and_is_printed(first: Path, tmp_path: Path) -> None:
     second = go(tmp_path, METADATA, first)
     third = go(tmp_path, METADATA, second, train_seq_len=8, checkpoint_allow="train.seq_len")
     lineage = read_manifest(third).lineage
@@ -158,7 +158,7 @@ def test_a_field_that_came_later_had_its_default(first: Path, tmp_path: Path) ->
         go(tmp_path, METADATA, old, model_qk_norm=True)
 
 
-def test_every_fact_of_the_data_has_a_field(tmp_path: Path) -> None:
+def test_all_data_metadata_has_a_field(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         with IndexedWriter(tmp_path / name, vocab_size=61) as writer:
@@ -170,7 +170,7 @@ def test_every_fact_of_the_data_has_a_field(tmp_path: Path) -> None:
     assert {field_of(name) for name in fields} - {"prefix"} <= set(DATA_FIELDS)
 
 
-def test_the_fingerprint_tells_corpora_of_one_size_apart(tmp_path: Path) -> None:
+def test_the_fingerprint_distinguishes_corpora_of_the_same_size(tmp_path: Path) -> None:
     tokens = np.random.default_rng(1).integers(0, 61, (50, 700))
     found = set()
     for name in ("a", "again", "token", "lengths"):
@@ -194,7 +194,7 @@ RATES = {"lr_schedule_warmup_steps": 2, "optimizer_lr": 1e-3, "lr_schedule_min_l
 
 @pytest.mark.parametrize(
     ("then", "steps", "now", "rates"),
-    [  # what the checkpoint's run would have had at the next step, and what this one has, by hand; None: no jump
+    [  # learning rates of the next step, computed by hand: (of the checkpoint's run, of this run); None: no jump
         ({}, 12, {"train_steps": 24}, (1e-4, 1e-4 + 9e-4 * (0.5 + 0.5 * math.cos(math.pi / 2)))),
         ({}, 12, {"train_steps": 24, "lr_schedule_horizon_steps": 12}, None),
         ({"lr_schedule_horizon_steps": 24}, 12, {"lr_schedule_horizon_steps": 24, "train_steps": 30}, None),
@@ -218,7 +218,7 @@ RATES = {"lr_schedule_warmup_steps": 2, "optimizer_lr": 1e-3, "lr_schedule_min_l
             None,  # before the decay
         ),
         ({}, 6, {"train_global_batch_size": 8}, None),
-        ({}, 12, {"train_steps": 11}, None),  # nothing left to do
+        ({}, 12, {"train_steps": 11}, None),  # all steps are done
     ],
 )
 def test_a_learning_rate_that_jumps_is_refused_with_both_values(
@@ -239,4 +239,4 @@ def test_a_learning_rate_that_jumps_is_refused_with_both_values(
     (changed,) = now.keys() - then.keys() | ({"train_steps"} & now.keys())
     section = "lr_schedule" if changed.startswith("lr_schedule_") else changed.partition("_")[0]
     assert list(parent.changed) == [f"{section}.{changed.removeprefix(section)[1:]}"]
-    go(tmp_path / "c", source=made, **RATES | now)  # and then it is the run's own
+    go(tmp_path / "c", source=made, **RATES | now)  # afterwards the new schedule is the run's own

@@ -1,4 +1,4 @@
-"""Sealed files open to the same bytes, in any range, with the right secret, and in no other way."""
+"""Encrypted files decrypt to the same bytes in any range with the right secret, and otherwise not at all."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def sealed(content: bytes, cut: int = 5) -> tuple[MemoryDisk, bytes]:
-    """A memory disk with the sealed file, written in pieces, and the raw bytes of it."""
+    """(memory disk with an encrypted file that was written in pieces, the raw bytes of that file)."""
     disk = MemoryDisk()
     writer = SecretStorage(Seal(SECRET), disk, encrypt=True).create(FILE, len(content))
     for begin in range(0, len(content), cut):
@@ -77,7 +77,7 @@ def test_every_change_of_every_byte_is_found(small_chunks: None) -> None:
     disk, raw = sealed(bytes(40))
     for place in range(len(raw)):
         write_file(disk, FILE, raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
-        if place < len(SEALED):  # a plain file then, whose digests are not those of the manifest
+        if place < len(SEALED):  # it then looks like a plain file, whose digests differ from the manifest
             assert opened(disk, 0, 40) != bytes(40)
             continue
         size = HEAD_BYTES - 8 <= place < HEAD_BYTES
@@ -102,7 +102,7 @@ def test_another_secret_name_order_or_length_is_refused(small_chunks: None) -> N
         opened(disk, 0, 64)
 
 
-def test_no_two_files_are_alike_and_no_secret_is_shown() -> None:
+def test_no_two_files_are_equal_and_no_secret_is_shown() -> None:
     assert sealed(bytes(64))[1] != sealed(bytes(64))[1]
     seal = Seal(SECRET)
     assert SECRET.hex() not in repr(seal) and repr(SECRET) not in repr(seal)
@@ -137,7 +137,7 @@ def test_a_secret_comes_from_a_private_file_or_the_environment(tmp_path: Path, m
 
 
 def save_in(root: Path, storage: Any, steps: int = 1) -> None:
-    """One to `steps` steps on two ranks, each saved."""
+    """Train `steps` steps on two ranks and save each."""
     cfg = config(2, parallel_tensor=2)
 
     def job(ctx: ParallelContext) -> None:
@@ -175,14 +175,14 @@ def test_a_checkpoint_needs_its_secret_and_shows_every_change(tmp_path: Path, en
         find_checkpoint(tmp_path)
     code = "sealed-chunk-not-opened" if encrypt else "wrong-secret"
     with raises(WrongSecretError, f"checkpoint.{code}"), pytest.warns(UserWarning):
-        newest_step(tmp_path, SecretStorage(Seal(OTHER)))  # never None: a run would begin anew beside its checkpoints
+        newest_step(tmp_path, SecretStorage(Seal(OTHER)))  # not None: a run must not start from step 0 here
 
     file = folder / "rank00001.safetensors"
     whole = file.read_bytes()
     for place in (9, 50, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         assert any("rank00001" in text for text in find_damage(folder, read_manifest(folder, storage), storage))
-    shutil.copy(tmp_path / "step_00000001/rank00001.safetensors", file)  # a true file of another step
+    shutil.copy(tmp_path / "step_00000001/rank00001.safetensors", file)  # a valid file of another step
     found = list(find_damage(folder, read_manifest(folder, storage), storage))
     assert found and all("rank00001" in text and "digest" in text for text in found)
     manifest = folder / "manifest.json"

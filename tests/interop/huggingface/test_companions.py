@@ -1,4 +1,4 @@
-"""What lies beside the weights of a Hugging Face folder comes back, and says nothing else than the export is."""
+"""Companion files of a Hugging Face folder are exported again, consistent with the exported model."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def engine(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return captured.out
 
 
-def said(folder: Path, name: str = "config.json") -> dict[str, Any]:
+def read_json(folder: Path, name: str = "config.json") -> dict[str, Any]:
     fields: dict[str, Any] = json.loads((folder / name).read_text())
     return fields
 
 
 def change(folder: Path, name: str = "config.json", **fields: Any) -> None:
     path = folder / name
-    path.write_text(json.dumps((said(folder, name) if path.exists() else {}) | fields))
+    path.write_text(json.dumps((read_json(folder, name) if path.exists() else {}) | fields))
 
 
 def test_several_chat_templates_come_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,20 +55,20 @@ def test_several_chat_templates_come_back(folder: Path, tmp_path: Path, capsys: 
     engine(capsys, "import", folder, tmp_path / "run")
     engine(capsys, "export", tmp_path / "run", tmp_path / "out")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
-    Tokenizer.load(folder).save(tmp_path / "copy")  # as a run that starts from the folder does
+    Tokenizer.load(folder).save(tmp_path / "copy")  # as in a run that starts from the folder
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == tokenizer.chat_template
 
 
 def test_tokenizers_without_tokenizer_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """GPT-2's two files become one that gives transformers' ids; those of others are kept as they are."""
+    """GPT-2's two files become a tokenizer.json that gives transformers' ids; files of other kinds are copied."""
     trained = Tokenizer.train(iter(["text to learn from, 12 words and don't"] * 9), 290)
     trained.save(tmp_path / "trained")
-    model = said(tmp_path / "trained", "tokenizer.json")["model"]
+    model = read_json(tmp_path / "trained", "tokenizer.json")["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
     change(folder, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>")
     right = transformers.AutoTokenizer.from_pretrained(folder)
-    assert "tokenizer.json made from vocab.json" in engine(capsys, "import", folder, tmp_path / "run")
+    assert "tokenizer.json built from vocab.json" in engine(capsys, "import", folder, tmp_path / "run")
     ours = Tokenizer.load(tmp_path / "run/tokenizer")
     for text in (*EDGE_CASES[:8], EDGE_CASES[9]):
         assert ours.encode(text) == right.encode(text)
@@ -86,23 +86,25 @@ def test_tokenizers_without_tokenizer_json(folder: Path, tmp_path: Path, capsys:
 
 
 def test_ids_follow_another_tokenizer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run with another end token: config.json and generation_config.json kept the old one."""
+    """A run with another end token: config.json and generation_config.json had kept the old one."""
     Tokenizer.train(iter(["text to learn from"]), 300).save(folder)
     change(folder, bos_token_id=50, eos_token_id=50, pad_token_id=3)
     change(folder, "generation_config.json", eos_token_id=[50, 51], pad_token_id=50, temperature=0.5)
     engine(capsys, "import", folder, tmp_path / "run")
-    engine(capsys, "export", tmp_path / "run", tmp_path / "same")  # the folder's own disagreement is the folder's
-    assert said(tmp_path / "same")["eos_token_id"] == 50
+    engine(
+        capsys, "export", tmp_path / "run", tmp_path / "same"
+    )  # the folder's files may disagree, and are exported as they are
+    assert read_json(tmp_path / "same")["eos_token_id"] == 50
     Tokenizer.train(iter(["text"]), 300, special_tokens=("<a>", "<end>")).save(tmp_path / "new")
     change(tmp_path / "new", "tokenizer_config.json", eos_token="<end>")
     text = engine(capsys, "export", tmp_path / "run", tmp_path / "out", "--tokenizer", tmp_path / "new")
-    assert "note: eos_token_id is 1, the tokenizer's: the folder said 50, 51" in text
-    config, generation = said(tmp_path / "out"), said(tmp_path / "out", "generation_config.json")
+    assert "note: eos_token_id is 1, the tokenizer's: the folder had 50, 51" in text
+    config, generation = read_json(tmp_path / "out"), read_json(tmp_path / "out", "generation_config.json")
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 1, 3)
     assert (generation["eos_token_id"], generation["pad_token_id"], generation["temperature"]) == (1, 1, 0.5)
     change(tmp_path / "run/hugging_face", "generation_config.json", eos_token_id=[1, 50])
     engine(capsys, "export", tmp_path / "run", tmp_path / "named", "--tokenizer", tmp_path / "new")
-    assert said(tmp_path / "named")["eos_token_id"] == 50  # the end is among those that the folder has
+    assert read_json(tmp_path / "named")["eos_token_id"] == 50  # the folder lists this end token too
 
 
 def test_generation_config_is_checked_at_import(folder: Path, tmp_path: Path) -> None:
@@ -117,23 +119,23 @@ def test_generation_config_is_checked_at_import(folder: Path, tmp_path: Path) ->
             import_folder(folder, tmp_path / "run")
     path.write_text('{"eos_token_id": [1, 61]}')
     _, notes = import_folder(folder, tmp_path / "run")
-    assert any("eos_token_id 61 is outside of the vocabulary of 61" in note for note in notes)
+    assert any("eos_token_id 61 is outside the vocabulary of 61" in note for note in notes)
 
 
 def test_dtype_is_the_folders(folder: Path, tmp_path: Path) -> None:
-    """Norms in float32 among bfloat16: what config.json says, a model of bfloat16."""
+    """Norms in float32 among bfloat16: the export has the dtype in config.json, bfloat16."""
     rewrite(folder, lambda t: t.update({k: x if "ln" in k else x.bfloat16() for k, x in t.items()}))
     change(folder, dtype="bfloat16", torch_dtype=None)
     checkpoint, _ = import_folder(folder, tmp_path / "run")
     export(checkpoint, tmp_path / "out", dtype=None, tokenizer=None, eod=None)
-    assert said(tmp_path / "out")["dtype"] == said(tmp_path / "out")["torch_dtype"] == "bfloat16"
+    assert read_json(tmp_path / "out")["dtype"] == read_json(tmp_path / "out")["torch_dtype"] == "bfloat16"
     export(checkpoint, tmp_path / "wide", dtype=torch.float32, tokenizer=None, eod=None)
-    assert said(tmp_path / "wide")["dtype"] == "float32"
+    assert read_json(tmp_path / "wide")["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("form", ["new", "old", "older"])
 def test_exports_have_both_rope_forms(tmp_path: Path, form: str) -> None:
-    """transformers 4 reads rope_theta and rope_scaling, and took 10000 for folders that 5 had saved."""
+    """transformers 4 reads rope_theta and rope_scaling, and used 10000 for folders saved by version 5."""
     folder = tmp_path / "hf"
     save("llama3-rope" if form != "older" else "llama-linear", folder)
     new = transformers.AutoConfig.from_pretrained(folder).rope_parameters
@@ -143,7 +145,7 @@ def test_exports_have_both_rope_forms(tmp_path: Path, form: str) -> None:
         change(folder, rope_scaling={key: value for key, value in scaling.items() if value is not None})
     checkpoint, _ = import_folder(folder, tmp_path / "run")
     export(checkpoint, tmp_path / "out", dtype=None, tokenizer=None, eod=None)
-    out = said(tmp_path / "out")
+    out = read_json(tmp_path / "out")
     assert out["rope_theta"] == new["rope_theta"]
     for key, value in new.items():
         assert out["rope_parameters"][key] == value and out["rope_scaling"][key] == value
@@ -151,7 +153,7 @@ def test_exports_have_both_rope_forms(tmp_path: Path, form: str) -> None:
     assert {key: value for key, value in again.items() if key != "type"} == new
 
 
-def test_small_files_are_copied_if_asked_and_never_dropped_in_silence(
+def test_small_files_are_copied_if_asked_and_never_dropped_silently(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "LICENSE").write_text("free")
@@ -161,9 +163,9 @@ def test_small_files_are_copied_if_asked_and_never_dropped_in_silence(
     (tmp_path / "private").write_text("secret")
     (folder / "link.txt").symlink_to(tmp_path / "private")
     text = engine(capsys, "import", folder, tmp_path / "run")
-    assert "note: left out, neither read nor kept for exports: large.txt, link.txt, original" in text
+    assert "note: skipped, neither read nor kept for exports: large.txt, link.txt, original" in text
     text = engine(capsys, "export", tmp_path / "run", tmp_path / "plain")
-    assert "note: not copied: LICENSE, README.md of the folder it came from; --copy-extra takes them" in text
+    assert "note: not copied: LICENSE, README.md of the imported folder; use --copy-extra" in text
     assert not (tmp_path / "plain/LICENSE").exists()
     assert "not copied" not in engine(capsys, "export", tmp_path / "run", tmp_path / "out", "--copy-extra")
     assert (tmp_path / "out/LICENSE").read_text() == "free" and (tmp_path / "out/README.md").read_text() == "card"

@@ -1,4 +1,4 @@
-"""config.json: what is read, what is refused by name, and that what is written reads back as the same model."""
+"""config.json: keys that are read, keys that are rejected by name, and that a written model reads back the same."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read(tmp_path: Path, fields: Any, max_seq_len: int | None = None) -> dict[st
     return read_config(tmp_path / "config.json", max_seq_len).model_fields
 
 
-# change of a good Llama -> what the fault says
+# change of a valid Llama -> (change, error code, values in the message)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": (
         {"model_type": "mamba"},
@@ -172,7 +172,7 @@ def test_not_json_and_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_written_reads_back(tmp_path: Path, name: str) -> None:
-    """Without the folder it came from: the table alone. And transformers reads it as the same model."""
+    """Written from the table alone, without the original folder; transformers reads it as the same model."""
     config = build(name).config
     config.save_pretrained(tmp_path)
     parsed = read_config(tmp_path / "config.json")
@@ -233,8 +233,8 @@ OTHERS: dict[str, Any] = {
 
 @settings(deadline=None, max_examples=200)
 @given(st.sets(st.sampled_from(sorted(ModelConfig.model_fields.keys() - {"preset"})), max_size=8))
-def test_what_no_family_can_say_is_never_lost(changed: set[str]) -> None:
-    """Any model: either a config.json that reads back as exactly it, or a refusal that names what is in the way."""
+def test_fields_that_no_family_can_express_are_never_lost(changed: set[str]) -> None:
+    """Any model gives a config.json that reads back as exactly that model, or an error that names the obstacles."""
     fields = DEFAULTS | {"num_kv_heads": 8, "head_dim": 32}
     for name in changed:
         value = fields[name]
@@ -326,14 +326,14 @@ def test_pickles_are_refused_with_what_to_do(folder: Path) -> None:
 
 
 def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """import, verify, export --verify, and the faults of each."""
+    """import, verify, export --verify, and errors of each."""
     engine = functools.partial(run_cli, capsys)
     run = tmp_path / "run"
     code, text = engine("import", folder, run, "--shard-mib", 0.02)
     assert code == 0 and "no tokenizer in the folder" in text and f"--checkpoint.init {run}" in text
     assert engine("verify", run)[0] == 0
     code, text = engine("import", folder, run)
-    assert code == 1 and "holds checkpoints already; choose another folder" in text
+    assert code == 1 and "already has checkpoints; choose another folder" in text
     code, text = engine("export", run, tmp_path / "back", "--verify")
     assert code == 0 and "LlamaForCausalLM" in text and "transformers gives the same logits" in text
     assert engine("export", run, tmp_path / "back")[0] == 1

@@ -1,6 +1,6 @@
-"""Folders that say a thing twice, or half: read as transformers reads them, or refused with both sides named.
+"""Folders with redundant or missing information: read as transformers reads them, or rejected naming both sides.
 
-Each case is of a public report: folders saved again over an old index, both RoPE forms, one of two tied names.
+Each case is from a public report: folders saved over an old index, both RoPE forms, one of two tied names.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def notes_of(folder: Path) -> str:
 
 
 def test_a_single_file_comes_before_an_index(folder: Path, tmp_path: Path) -> None:
-    """`save_pretrained` into a sharded folder leaves the old index; and a stray single file hides the shards."""
+    """`save_pretrained` into a sharded folder leaves the old index, and the single file takes precedence."""
     index = (folder / INDEX).read_bytes()
     tensors = tensors_of(folder)
     tensors[UP] = tensors[UP] * 2
     save_file(tensors, folder / SINGLE, {"format": "pt"})
-    assert "index.json is not read: model.safetensors is there too" in notes_of(folder)
+    assert "index.json is not read: model.safetensors exists too" in notes_of(folder)
     assert "not read: model-0000" in notes_of(folder)
     assert same_logits(folder, tmp_path / "both")
     for file in folder.glob("model-*"):
@@ -85,23 +85,23 @@ def test_stale_indexes(folder: Path, tmp_path: Path) -> None:
     listed: dict[str, str] = index["weight_map"]
     files = sorted(set(listed.values()))
 
-    def say(weight_map: dict[str, str]) -> None:
+    def write_index(weight_map: dict[str, str]) -> None:
         path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
     other = next(name for name in files if name != listed[UP])
-    say(listed | {UP: other})  # all of the files are there, one tensor in another of them
-    assert f"is stale: {UP} lie elsewhere" in notes_of(folder) and same_logits(folder, tmp_path / "moved")
-    say({key: file for key, file in listed.items() if key != UP})  # a tensor that the index does not name
-    assert f"is stale: {UP} lie elsewhere" in notes_of(folder) and same_logits(folder, tmp_path / "unnamed")
-    say(listed | {HEAD: listed[UP]})  # a tied head that no file has: torchtitan's exports
+    write_index(listed | {UP: other})  # all files exist, but one tensor is in another of them
+    assert f"is stale: {UP} are in other files" in notes_of(folder) and same_logits(folder, tmp_path / "moved")
+    write_index({key: file for key, file in listed.items() if key != UP})  # a tensor that is not in the index
+    assert f"is stale: {UP} are in other files" in notes_of(folder) and same_logits(folder, tmp_path / "unnamed")
+    write_index(listed | {HEAD: listed[UP]})  # a tied head that is in no file, as in torchtitan's exports
     assert same_logits(folder, tmp_path / "head")
-    say(listed | {UP: "model-00001-of-00099.safetensors"})
+    write_index(listed | {UP: "model-00001-of-00099.safetensors"})
     with raises(CheckpointError, "interop.shard-missing", path, "model-00001-of-00099.safetensors"):
         HfReader(folder)
-    say(dict.fromkeys(listed, listed[UP]))
+    write_index(dict.fromkeys(listed, listed[UP]))
     with raises(CheckpointError, "interop.index-stale", path, listed[UP]):
         HfReader(folder)
-    say(listed)
+    write_index(listed)
     tensors = tensors_of(folder)
     both = {key: tensors[key] for key in listed if listed[key] == other} | {UP: tensors[UP] + 1}
     save_file(both, folder / other, {"format": "pt"})
@@ -109,15 +109,15 @@ def test_stale_indexes(folder: Path, tmp_path: Path) -> None:
         HfReader(folder)
 
 
-def test_weights_that_are_not_read_are_told(folder: Path) -> None:
+def test_unread_weights_are_reported(folder: Path) -> None:
     save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
-    assert "not read: adapter_model.safetensors" in notes_of(folder) and "no adapter is read" in notes_of(folder)
+    assert "not read: adapter_model.safetensors" in notes_of(folder) and "adapters are not read" in notes_of(folder)
 
 
 @pytest.mark.parametrize("name", ["llama-tied-biased", "gpt2"])
 def test_a_tied_model_may_be_saved_under_either_name(tmp_path: Path, name: str) -> None:
-    """Deduplication of shared tensors keeps one of two names; both of them with different values are refused."""
+    """Deduplication of shared tensors keeps one of two names; both names with different values are rejected."""
     folder = tmp_path / "hf"
     save(name, folder)
     embed = EMBED if name != "gpt2" else "transformer.wte.weight"
@@ -132,7 +132,7 @@ def test_a_tied_model_may_be_saved_under_either_name(tmp_path: Path, name: str) 
 
 
 def test_precision_is_a_function_of_the_folder(folder: Path, tmp_path: Path) -> None:
-    """bfloat16 matrices with float16 norms: what holds both is float32. The hash seed decided."""
+    """bfloat16 matrices with float16 norms give float32. (Once this depended on the hash seed.)"""
     rewrite(folder, lambda t: t.update({k: x.half() if "norm" in k else x.bfloat16() for k, x in t.items()}))
     import_folder(folder, tmp_path / "run")
     assert config_of(tmp_path / "run").train.precision == "fp32"
@@ -173,31 +173,31 @@ def test_both_rope_forms_are_read_as_transformers_reads_them(tmp_path: Path, kin
     family, taken = FAMILIES[kind], 0
     base = sized(kind) | ({"num_key_value_heads": 4} if "num_key_value_heads" in family.config_keys else {})
     base |= {"sliding_window": None} if family.windowed else {}
-    beside = [dict.fromkeys(keys, 0.5) for n in range(len(family.rope_keys) + 1)
+    outsides = [dict.fromkeys(keys, 0.5) for n in range(len(family.rope_keys) + 1)
               for keys in itertools.combinations(family.rope_keys, n)]  # fmt: skip
-    for outside, scaling, parameters in itertools.product(beside, SCALINGS, PARAMETERS):
+    for outside, scaling, parameters in itertools.product(outsides, SCALINGS, PARAMETERS):
         raw = json.loads(json.dumps(base | outside | scaling | parameters))
         try:
             parsed = read(tmp_path, raw)
         except ConfigError:
-            continue  # a kind that the family lacks
-        fields, said = parsed.model_fields, transformers.CONFIG_MAPPING[kind].from_dict(raw).rope_parameters
+            continue  # a rope type that the family does not support
+        fields, expected = parsed.model_fields, transformers.CONFIG_MAPPING[kind].from_dict(raw).rope_parameters
         taken += 1
         rope_type = fields.get("rope_scaling", "none").replace("none", "default")
-        assert (fields["rope_theta"], rope_type) == (said["rope_theta"], said["rope_type"]), raw
-        assert fields.get("rotary_fraction", 1.0) == said.get("partial_rotary_factor", 1.0), raw
+        assert (fields["rope_theta"], rope_type) == (expected["rope_theta"], expected["rope_type"]), raw
+        assert fields.get("rotary_fraction", 1.0) == expected.get("partial_rotary_factor", 1.0), raw
         if rope_type != "default":
-            assert fields["rope_factor"] == said["factor"], raw
+            assert fields["rope_factor"] == expected["factor"], raw
         if rope_type in ("llama3", "yarn"):
-            assert fields["rope_original_seq_len"] == said["original_max_position_embeddings"], raw
+            assert fields["rope_original_seq_len"] == expected["original_max_position_embeddings"], raw
         if scaling.get("rope_scaling") and parameters:
             assert any("rope_parameters is not read" in note for note in parsed.notes), raw
     assert taken >= 12
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_what_is_not_said_is_what_transformers_takes(tmp_path: Path, kind: str) -> None:
-    """num_key_value_heads of Qwen is 32 where it is missing and as many as heads where it is null."""
+def test_missing_keys_have_the_defaults_of_transformers(tmp_path: Path, kind: str) -> None:
+    """num_key_value_heads of Qwen is 32 if missing, and the number of heads if null."""
     family = FAMILIES[kind]
     for key, entry in family.config_keys.items():
         for null in (False, True):
@@ -205,20 +205,21 @@ def test_what_is_not_said_is_what_transformers_takes(tmp_path: Path, kind: str) 
             if family.windowed:
                 raw["sliding_window"] = None
             try:
-                said = getattr(transformers.CONFIG_MAPPING[kind].from_dict(dict(raw)), key, None)
+                expected = getattr(transformers.CONFIG_MAPPING[kind].from_dict(dict(raw)), key, None)
             except (TypeError, ValueError, StrictDataclassError):
                 if key in ("num_key_value_heads", "head_dim"):
                     with raises(ConfigError, "interop.key-null", f"{key} = None"):
                         read(tmp_path, raw)
                 continue
             if entry.default is None:
-                continue  # a size, which has to be said
+                continue  # a size, which is required
             found = read(tmp_path, raw).model_fields[entry.model_fields[0]]
-            said = {"num_key_value_heads": 4, "head_dim": 16, "n_inner": 256}[key] if said is None else said
-            assert found == entry.values.get(said, said) if isinstance(said, str) else found == said, (key, null)
+            expected = {"num_key_value_heads": 4, "head_dim": 16, "n_inner": 256}[key] if expected is None else expected
+            expected = entry.values.get(expected, expected) if isinstance(expected, str) else expected
+            assert found == expected, (key, null)
 
 
-IDLE: list[tuple[str, dict[str, Any]]] = [
+NO_EFFECT: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"sliding_window": 8}),
     ("gemma", {"sliding_window": 8}),
     ("mistral", {"sliding_window": 128, "layer_types": ["sliding_attention"] * 2}),
@@ -229,7 +230,7 @@ IDLE: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 2}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 128, "layer_types": ["sliding_attention"] * 2}),
 ]
-FELT: list[tuple[str, dict[str, Any]]] = [
+EFFECTIVE: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"sliding_window": 127}),
     ("mistral", {"max_position_embeddings": 8192}),
     ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 2}),
@@ -241,17 +242,17 @@ FELT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "words"), IDLE + FELT, ids=str)
-def test_windows_that_are_never_felt_are_taken(tmp_path: Path, kind: str, words: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("kind", "words"), NO_EFFECT + EFFECTIVE, ids=str)
+def test_windows_without_effect_are_accepted(tmp_path: Path, kind: str, words: dict[str, Any]) -> None:
     raw = sized(kind) | {"num_key_value_heads": 4} | words
-    if (kind, words) in FELT:
+    if (kind, words) in EFFECTIVE:
         with raises(ConfigError, "interop.window-not-supported", "sliding_window"):
             read(tmp_path, raw)
         return
     read(tmp_path, raw)
     raw |= {"head_dim": 8, "pad_token_id": None}
     model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[kind].from_dict(dict(raw)))
-    with torch.no_grad():  # the last of all positions sees the first
+    with torch.no_grad():  # the last position attends to the first
         tokens = torch.arange(256).view(2, 128) % 97
         tokens[1] = tokens[0]
         tokens[1, 0] += 1

@@ -1,7 +1,7 @@
-"""Which keys of config.json matter: those that transformers reads. Its own source is the oracle, key by key.
+"""Keys of config.json that matter are those that transformers reads, checked against its source.
 
-A key that the family's class does not read changes nothing, whatever it is called; one that it reads is in the family's
-table, so that a value which the engine cannot compute is refused. Published files met keys of both kinds.
+A key that the family's class does not read has no effect, even if its name suggests one. A key that it reads is in the
+family's table, so that unsupported values are rejected. Published files have keys of both kinds.
 """
 
 from __future__ import annotations
@@ -28,14 +28,20 @@ LLAMA: dict[str, Any] = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48},
     **{"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "max_position_embeddings": 64},
 }
-# What the source reads of a config that is no key of a file: properties, methods, what other tasks' classes read
+# Attributes of configs in the source that are not keys of the file: properties, methods, keys of other tasks' classes
 NO_KEYS = {
     *dir(transformers.PreTrainedConfig),
     *("num_labels", "problem_type", "classifier_dropout", "_rope_type_labels", "nested_rope_parameter_keys"),
     *("cumulative_length", "kv_sharing_modes", "crossattention", "q_attn", "summary_last_dropout", "is_heterogeneous"),
-    *("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "head_dim"),  # by any name
+    *(
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "head_dim",
+    ),  # under any alias
 }
-# Other tasks' classes read these, or a method of the family's own takes the place of the one that does
+# Keys read only by other tasks' classes, or by a method that the family overrides
 NOT_BY_THIS_CLASS = {
     "gpt2": {"hidden_dropout", "rope_parameters"},
     "gpt_neox": {"rope_theta", "partial_rotary_factor"},
@@ -43,7 +49,7 @@ NOT_BY_THIS_CLASS = {
 
 
 def reads(file: Path) -> set[str]:
-    """Attributes that a source file reads of something called config, and fields that its config class declares."""
+    """Attributes that a source file reads from a variable named config, and fields that its config class declares."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
@@ -73,7 +79,7 @@ def test_every_key_that_transformers_reads_is_in_the_table(model_type: str) -> N
     read |= {"decoder", "generator", "text_config", "text_encoder"}  # names in strings
     read -= NOT_BY_THIS_CLASS.get(model_type, set())
     read |= set(transformers.CONFIG_MAPPING[model_type].attribute_map)
-    assert len(read) > 25  # the source has been found and understood
+    assert len(read) > 25  # the source was found and parsed
     unknown = read - known_keys(family) - NO_KEYS
     assert not unknown, f"{family.architecture} reads {sorted(unknown)}, and the table does not say what they mean"
 
@@ -125,7 +131,7 @@ def test_a_key_that_is_read_or_asks_for_more_is_refused_unless_ignored(
     ignored = parse(tmp_path, change, ignore=(key,))
     assert ignored.model_fields == parse(tmp_path, {}).model_fields
     assert key not in ignored.extras
-    with raises(ConfigError, "interop.ignore-key-unknown", "wobble"):  # a word that is no key there
+    with raises(ConfigError, "interop.ignore-key-unknown", "wobble"):  # not a key of the file
         parse(tmp_path, change, ignore=(key, "wobble"))
 
 
@@ -200,7 +206,7 @@ def test_ignored_keys_are_recorded_and_pipes_are_refused(tmp_path: Path, capsys:
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     back = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
     assert "num_experts" not in back and back["x"] == 1
-    for name in ("model.safetensors", "config.json"):  # nobody will ever write into these pipes
+    for name in ("model.safetensors", "config.json"):  # these pipes have no writer, so opening them would block
         (tmp_path / "hf" / name).unlink()
         os.mkfifo(tmp_path / "hf" / name)
         assert main(["import", str(tmp_path / "hf"), str(tmp_path / "run2"), "--ignore-key", "num_experts"]) == 1

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, beside transformers: logits, gradients, every bit of a round trip, in any layout."""
+"""Import and export of Hugging Face folders against transformers: logits, gradients, round trips, any layout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ METADATA: dict[str, Any] = {"prefix": "x", "num_documents": 1, "num_tokens": 1, 
 
 
 def meaning(folder: Path) -> dict[str, Any]:
-    """What transformers makes of a config.json, without who wrote it."""
+    """The config that transformers reads from a folder, without the keys about its writer."""
     fields = AutoConfig.from_pretrained(folder).to_dict()
     return {k: v for k, v in fields.items() if k not in ("transformers_version", "_name_or_path")}
 
@@ -65,7 +65,7 @@ def test_import_gives_transformers_logits_and_gradients(tmp_path: Path, name: st
     losses = torch.nn.functional.cross_entropy(theirs(TOKENS).logits.transpose(1, 2), labels, reduction="none")
     (losses * mask).sum().backward()
     grads = {piece.name: piece.of(p.grad) for p in parameters(ours) for piece in p.spec.pieces(ours.ctx)}
-    for p in theirs.parameters():  # their gradients, read as their weights are
+    for p in theirs.parameters():  # transformers' gradients, read through the same mapping as weights
         p.data = p.grad
     theirs.save_pretrained(tmp_path / "grads")
     with HfReader(tmp_path / "grads") as reader:
@@ -91,8 +91,8 @@ def test_round_trip_changes_no_bit(tmp_path: Path, name: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("name", ["llama3-rope", "gemma", "olmo2", "phi3", "gpt2", "neox"])
 def test_starting_from_a_folder_in_any_layout_and_exporting_from_it(tmp_path: Path, name: str) -> None:
-    """`checkpoint.init` on 2 x 2 ranks: the weights are the folder's, bit by bit; the export of the next step computes
-    what transformers does, and the export of the start is the folder."""
+    """`checkpoint.init` on 2 x 2 ranks: the weights are bitwise those of the folder. The export of the next step gives
+    the logits of transformers, and the export of the start equals the folder."""
     save(name, tmp_path / "hf")
     words = {
         "checkpoint.init": tmp_path / "hf",
@@ -125,7 +125,7 @@ def test_starting_from_a_folder_in_any_layout_and_exporting_from_it(tmp_path: Pa
 
 
 def test_starting_from_our_own_checkpoint_of_another_layout(tmp_path: Path) -> None:
-    """Weights only: the optimizer is new, and so are step and data position."""
+    """Weights only: optimizer, step and data position start from zero."""
     save("qwen2", tmp_path / "hf")
     folder, _ = import_folder(tmp_path / "hf", tmp_path / "imported")
     words = {"checkpoint.init": str(tmp_path / "imported"), "parallel.tensor": "2", "train.seq_len": "16"}
@@ -145,7 +145,7 @@ def test_starting_from_our_own_checkpoint_of_another_layout(tmp_path: Path) -> N
 
 
 def test_own_models_are_exported_with_their_tokenizer(tmp_path: Path) -> None:
-    """No folder they came from: the family is the one that is the model, the first in the table, or the preset's."""
+    """Without an imported folder, the family is the first in the table that fits the model, or that of the preset."""
     cfg = config(2, train_precision="fp32", parallel_tensor=2, run_dir=tmp_path / "run", model_preset="mistral-7b")
 
     def job(ctx: Any) -> None:
@@ -182,8 +182,8 @@ def test_a_model_of_no_family_is_not_exported(tmp_path: Path) -> None:
         export(tmp_path / "step_00000000", tmp_path / "hf", dtype=None, tokenizer=None, eod=None)
 
 
-def test_what_lies_beside_the_weights_comes_back(tmp_path: Path) -> None:
-    """Token ids, dropout rates, generation settings, tokenizer, chat template: bytes or meaning, through a run."""
+def test_companion_files_are_exported(tmp_path: Path) -> None:
+    """Token ids, dropout rates, generation settings, tokenizer and chat template survive a run."""
     model = save("gpt2", tmp_path / "hf")
     model.generation_config.do_sample, model.generation_config.temperature = True, 0.7
     model.generation_config.save_pretrained(tmp_path / "hf")
@@ -198,7 +198,7 @@ def test_what_lies_beside_the_weights_comes_back(tmp_path: Path) -> None:
 
 
 def test_folders_saved_without_their_head(tmp_path: Path) -> None:
-    """The first GPT-2 releases: names without `transformer.`, and the causal mask saved as if it were a weight."""
+    """The first GPT-2 releases: names without `transformer.`, and the causal mask saved like a weight."""
     model = save("gpt2", tmp_path / "hf")
     from safetensors.torch import save_file
 
@@ -264,7 +264,9 @@ def test_memory_is_a_shard_and_a_tensor(tmp_path: Path, name: str) -> None:
         whole = sum(x.numel() * 4 for x in save("wide", tmp_path / "hf", shard="100MB").state_dict().values())
     finally:
         del MODELS["wide"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once, and is not counted
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536"
+    }  # return freed memory to the system at once, so that it is not counted
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     assert result.returncode == 0, result.stderr

@@ -1,6 +1,6 @@
-"""Files that want to run code, to fill the memory or to lie: refused in words, nothing run, nothing wrong read.
+"""Malicious files (code execution, memory bombs, false metadata) are rejected; nothing is run or read wrongly.
 
-The canary is a file that every planted call would make. Each kind of pickle is first shown to work on `pickle` itself.
+The canary is a file that each planted call would create. Each pickle is first shown to work with `pickle` itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.support.megatron_cases import LLAMA, save_dist, save_legacy
 
 
 class Calls:
-    """Pickles as a call of `function`."""
+    """An object that pickles as a call of `function`."""
 
     def __init__(self, function: Callable[..., Any], *args: Any):
         self.call = function, args
@@ -46,11 +46,11 @@ class Calls:
         return self.call
 
 
-NOT_RUN = "interop.megatron-description-not-read"  # and nothing of the file was run
+NOT_RUN = "interop.megatron-description-not-read"  # part of every message: nothing was run
 
 
 def canaries(path: Path) -> dict[str, bytes]:
-    """Pickles that make the file `path` when they are read by `pickle`."""
+    """Pickles that create the file `path` when `pickle` loads them."""
     touch = f"touch {path}"
     source = f"open({str(path)!r}, 'w').close()"
     import builtins
@@ -73,8 +73,8 @@ def canaries(path: Path) -> dict[str, bytes]:
     return found
 
 
-def test_no_canary_sings(tmp_path: Path) -> None:
-    """In a pickle itself, as data.pkl of a legacy file and of common.pt, and as .metadata."""
+def test_no_canary_is_executed(tmp_path: Path) -> None:
+    """As a bare pickle, as data.pkl of a legacy file and of common.pt, and as .metadata."""
     canary = tmp_path / "canary"
     save_dist(tmp_path / "dist", LLAMA)
     save_legacy(tmp_path / "old", LLAMA, 1, 1)
@@ -103,7 +103,7 @@ def test_no_canary_sings(tmp_path: Path) -> None:
 
 
 def repack(path: Path, description: bytes) -> None:
-    """A torch archive with another data.pkl."""
+    """A torch archive with its data.pkl replaced."""
     with zipfile.ZipFile(path, "w") as out:
         out.writestr("x/data.pkl", description)
         out.writestr("x/byteorder", b"little")
@@ -116,7 +116,7 @@ def test_every_global_and_opcode_off_the_list_is_refused() -> None:
     assert allowed <= names and {"INST", "OBJ", "EXT1", "PERSID", "NEWOBJ_EX", "NEXT_BUFFER", "GET"} <= names - allowed
     machine = symbolic._Machine()
     for name in sorted(names - allowed):
-        with pytest.raises(Exception, match="is not among those"):
+        with pytest.raises(Exception, match="does not occur in checkpoints"):
             machine.step(name, None)
     for module, name in [("os", "system"), ("builtins", "eval"), ("builtins", "getattr"), ("torch", "load"), ("", "")]:
         with raises(CheckpointError, NOT_RUN, f"{module}.{name}"):
@@ -129,7 +129,7 @@ def test_plain_data_and_objects() -> None:
     value = {"a": [1, -(2**40), 1.5, True, None, "ü", b"x", (1,), (1, 2), (1, 2, 3, 4), {"b": {}}], 3: "c"}
     for protocol in (2, 3, 4, 5):
         found = parse(pickle.dumps(value, protocol), "x")
-        if protocol > 2:  # bytes are a call of _codecs.encode before
+        if protocol > 2:  # protocol 2 writes bytes as a call of _codecs.encode
             assert found == value
     array = parse(pickle.dumps(np.arange(3), 2), "x")
     assert isinstance(array, Call) and array.function.name == "_reconstruct"
@@ -137,7 +137,7 @@ def test_plain_data_and_objects() -> None:
     assert node.function == Global("argparse", "Namespace") and node.state == {"x": Global("torch", "bfloat16")}
 
 
-OPCODES = 500_000  # instead of symbolic.MAX_OPCODES, which take long where memory is traced
+OPCODES = 500_000  # less than symbolic.MAX_OPCODES, which are slow under tracemalloc
 
 BOMBS: dict[str, Callable[[], bytes]] = {
     "many opcodes": lambda: b"\x80\x02" + b"N0" * 10 + b"]" * 200_000 + b".",
@@ -177,11 +177,11 @@ def test_bombs_are_refused_in_bounded_time_and_memory(name: str, monkeypatch: py
     tracemalloc.stop()
     assert len(str(caught.value)) < 500 and "x: " in str(caught.value)
     assert peak < (1 << 20) + 4 * len(raw) and peak < 400 << 20, f"{peak >> 20} MiB"
-    assert time.monotonic() - start < 60  # no measurement: a stop for what does not end
+    assert time.monotonic() - start < 60  # not a measurement, only a bound for endless loops
 
 
 def test_shared_parts_cost_nothing() -> None:
-    """2^40 leaves in 200 bytes, and a tower of 100,000 tuples: made, and no message walks them."""
+    """2^40 leaves in 200 bytes, and 100,000 nested tuples: they are parsed, and no message traverses them."""
     doubled = b"\x80\x04)" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(40)) + b"."
     for raw in (doubled, b"\x80\x04)" + b"\x85" * 100_000 + b"."):
         value = parse(raw, "x")
@@ -191,7 +191,7 @@ def test_shared_parts_cost_nothing() -> None:
 
 
 def edited(folder: Path, change: Callable[[Metadata], None]) -> None:
-    """Change a .metadata through DCP's own classes."""
+    """Modify a .metadata file with DCP's own classes."""
     path = folder / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     change(metadata)
@@ -224,8 +224,8 @@ def resized(size: tuple[Any, ...]) -> Callable[[Metadata], None]:
     return apply
 
 
-# lie -> (how, code, values)
-LIES: dict[str, tuple[Any, ...]] = {
+# name -> (modification, error code, values in the message)
+FALSE_METADATA: dict[str, tuple[Any, ...]] = {
     "up": (places(lambda x: setattr(x, "relative_path", "../secret")), "file-name-not-plain", "../secret"),
     "absolute": (places(lambda x: setattr(x, "relative_path", "/etc/passwd")), "file-name-not-plain", "/etc/passwd"),
     "hidden": (places(lambda x: setattr(x, "relative_path", ".metadata")), "file-name-not-plain", ".metadata"),
@@ -247,21 +247,21 @@ LIES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_metadata_that_lies_is_refused(tmp_path: Path, lie: str) -> None:
+@pytest.mark.parametrize("case", FALSE_METADATA)
+def test_false_metadata_is_rejected(tmp_path: Path, case: str) -> None:
     folder = tmp_path / "a"
     save_dist(folder, LLAMA)
     (tmp_path / "secret").write_bytes((folder / "__0_0.distcp").read_bytes())
     (folder / "folder").mkdir()
     open_megatron(folder)
-    how, code, *values = LIES[lie]
+    how, code, *values = FALSE_METADATA[case]
     edited(folder, how)
     with raises(CheckpointError, f"interop.megatron-{code}", folder, *values):
         open_megatron(folder)
 
 
 def tensor_file(path: Path, args: tuple[Any, ...], storage: str = "FloatStorage") -> None:
-    """An archive whose value is `_rebuild_tensor_v2` of made-up arguments on a storage of 6 floats."""
+    """An archive whose value is `_rebuild_tensor_v2` with given arguments, on a storage of 6 floats."""
     pickled = io.BytesIO()
     torch.save({"x": torch.zeros(6)}, pickled)
     made = pickle.dumps(("PERSISTENT", *args), 2)
@@ -337,11 +337,11 @@ def test_archives_that_are_not_torchs(tmp_path: Path) -> None:
     os.remove(path)
     refused("file-missing")
     os.mkfifo(path)
-    refused("file-missing")  # and does not wait for a writer
+    refused("file-missing")  # and does not block waiting for a writer
 
 
 def changed(raw: bytes, rng: np.random.Generator) -> bytes:
-    """One to three changes: a bit, a byte, a number at any place, a cut, a repeat, a hole, rubbish."""
+    """One to three random changes: a bit, a byte, a number, a truncation, a repetition, zeros, or garbage."""
     out = bytearray(raw)
     for _ in range(int(rng.integers(1, 4))):
         kind, at = int(rng.integers(7)), int(rng.integers(max(1, len(out))))
@@ -365,7 +365,7 @@ def changed(raw: bytes, rng: np.random.Generator) -> bytes:
 
 
 def outcome(folder: Path, wanted: dict[str, torch.Tensor], weights_only: bool) -> str:
-    """What opening and reading all did: refused, or read; after damage to weights only, what is read is right."""
+    """Result of opening and reading all: refused or read. If only weights were damaged, values must be right."""
     try:
         with open_megatron(folder) as source:
             found = {name: source.read_whole("model", name) for name in source.shapes("model")}
@@ -415,7 +415,7 @@ def test_thousands_of_damaged_folders(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_checksum_that_is_not_compared_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fuzz finds the fault that torch.load has."""
+    """Without the checksum, as in torch.load, the fuzz test fails."""
     monkeypatch.setattr("tests.support.megatron_cases.LAYERS", 1)
     monkeypatch.setattr(archive.zlib, "crc32", lambda _: 0)
     monkeypatch.setattr(archive, "Record", lambda data, crc: Record(data, 0))
@@ -447,7 +447,7 @@ def test_any_run_of_opcodes_gives_a_value_or_words(opcodes: list[bytes]) -> None
 
 
 def test_real_optimizer_states_pass(tmp_path: Path) -> None:
-    """Random states, schedulers and Adam's moments lie in legacy files too, and are not read."""
+    """Legacy files also contain random states, schedulers and Adam's moments, which are ignored."""
     import random
 
     save_legacy(tmp_path, LLAMA, 1, 1)

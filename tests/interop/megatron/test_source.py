@@ -1,4 +1,4 @@
-"""Megatron-LM's checkpoints, as torch itself writes them, come in bit by bit; what this engine has not is refused."""
+"""Megatron-LM checkpoints written by torch are read bitwise; unsupported models are rejected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.support.megatron_cases import (
 
 
 def assert_holds(source: MegatronSource, wanted: dict[str, Tensor]) -> None:
-    """Names, shapes, every bit, and rectangles that cross whatever boundaries there are."""
+    """Check names, shapes and all values bitwise, and rectangles across any shard boundaries."""
     assert source.shapes("model") == {name: tuple(x.shape) for name, x in wanted.items()}
     assert source.shapes("exp_avg") == {}
     generator = torch.Generator().manual_seed(1)
@@ -71,7 +71,7 @@ def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_torch_dist_of_two_ranks(tmp_path: Path) -> None:
-    """Each of two gloo ranks writes its shards, as tensor ranks do."""
+    """Two gloo ranks write their shards, as tensor ranks do."""
     wanted, state = canonical(LLAMA), dist_state(canonical(LLAMA), "stacked")
     save_common(tmp_path, LLAMA)
 
@@ -101,7 +101,7 @@ def test_legacy(tmp_path: Path, model: str, shape: tuple[int, int, int]) -> None
         source.verify()
 
 
-def test_what_args_mean(tmp_path: Path) -> None:
+def test_args_to_model_fields(tmp_path: Path) -> None:
     def cfg(args: dict[str, Any]) -> ModelConfig:
         shutil.rmtree(tmp_path)
         save_dist(tmp_path, args)
@@ -220,7 +220,7 @@ def test_legacy_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_of_a_weight_is_found(tmp_path: Path) -> None:
-    """torch.load does not look at its own checksums; where they were turned off, there is nothing to look at."""
+    """torch.load ignores its own checksums. If they were disabled when saving, nothing can be detected."""
     save_legacy(tmp_path, LLAMA, 1, 1)
     path = legacy_file(tmp_path)
     raw = bytearray(path.read_bytes())
@@ -240,7 +240,7 @@ def test_a_flipped_bit_of_a_weight_is_found(tmp_path: Path) -> None:
 
 
 def test_a_model_is_filled_from_it(tmp_path: Path) -> None:
-    """What `load_into` asks for, on tensor rank 1 of 2 (a context without processes)."""
+    """`load_into` on tensor rank 1 of 2 (a context without processes)."""
     wanted = save_dist(tmp_path, LLAMA)
     with open_megatron(tmp_path) as source:
         alone = make_context(Layout(1), 0, num_kv_heads=source.cfg.num_kv_heads, dtype=torch.float32)

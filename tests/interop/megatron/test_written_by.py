@@ -1,4 +1,4 @@
-"""Megatron folders that other Pythons, torches and numpys wrote are read: real ones, and the names of each by hand.
+"""Reads Megatron folders written by other versions of Python, torch and numpy: real folders and hand-made pickles.
 
 `written_by/*.zip` were made by `python -m tests.support.megatron_cases tests/interop/megatron/written_by` under the
 versions in their names.
@@ -27,7 +27,7 @@ NOT_RUN = "interop.megatron-description-not-read"
 
 
 def test_there_are_samples_of_each_kind() -> None:
-    """Enums by name (early 3.11), pathlib._local (3.13), numpy.core (numpy 1), two torches."""
+    """Enums by name (early 3.11), pathlib._local (3.13), numpy.core (numpy 1), two versions of torch."""
     names = " ".join(path.stem for path in SAMPLES)
     assert all(version in names for version in ("python3.11.2-", "python3.12.", "python3.13."))
     assert "numpy1." in names and "numpy2." in names and len({path.stem.split("-")[1] for path in SAMPLES}) > 1
@@ -55,7 +55,7 @@ def test_every_protocol(protocol: int) -> None:
         parse(pickle.dumps(value, protocol), what)
 
 
-# pickle.dumps(pathlib.PosixPath("/a/b")) and of others, as the releases named wrote them
+# pickle.dumps(pathlib.PosixPath("/a/b")) and others, as written by the named versions
 WRITTEN = {
     "3.11.7": (
         b"\x80\x02cpathlib\nPosixPath\nq\x00X\x01\x00\x00\x00/q\x01X\x01\x00\x00\x00aq\x02\x86q\x04Rq\x05.",
@@ -67,14 +67,14 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("version", WRITTEN)
-def test_a_path_is_one_thing_whoever_wrote_it(version: str) -> None:
+def test_a_path_is_the_same_from_any_version(version: str) -> None:
     data, first = WRITTEN[version]
     path = parse(data, version)
     assert isinstance(path, Call) and path.function == Global("pathlib", "PosixPath") and path.args[0] == first
 
 
 def call(function: str, *args: str) -> bytes:
-    """A pickle that calls MODULE NAME with names (those with a space) and texts."""
+    """A pickle that calls MODULE NAME with arguments: globals (those with a space) and strings."""
     parts = [
         f"c{a.replace(' ', chr(10))}\n".encode() if " " in a else b"X" + len(a).to_bytes(4, "little") + a.encode()
         for a in (function, *args)
@@ -83,7 +83,7 @@ def call(function: str, *args: str) -> bytes:
 
 
 def test_a_member_of_an_enum_by_name() -> None:
-    """Python 3.11.2 writes getattr(Enum, name); getattr of anything else stays refused."""
+    """Python 3.11.2 writes getattr(Enum, name); getattr of anything else is rejected."""
     enum = "megatron.core.transformer.enums AttnBackend"
     for builtins in ("__builtin__", "builtins"):
         found = parse(call(f"{builtins} getattr", enum, "flash"), "x")
@@ -92,7 +92,7 @@ def test_a_member_of_an_enum_by_name() -> None:
     for args in calls:
         with raises(CheckpointError, NOT_RUN, "builtins.getattr"):
             parse(call("builtins getattr", *args), "x")
-    with raises(CheckpointError, NOT_RUN, "builtins.getattr of builtins.getattr"):  # no chain of them either
+    with raises(CheckpointError, NOT_RUN, "builtins.getattr of builtins.getattr"):  # nor a chain of getattr
         parse(call("builtins getattr", "builtins getattr", "x"), "x")
 
 

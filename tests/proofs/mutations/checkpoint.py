@@ -36,7 +36,7 @@ MUTATIONS = [
         "engine.checkpoint.format:verify_block",
         "part.digests and found != part.digests[block]",
         "not part.digests and found != part.digests[block]",
-        ("test_no_damage_loads_in_silence_and_the_file_is_named",),
+        ("test_no_damage_loads_silently_and_the_file_is_named",),
     ),
     Mutation(
         "old_ones_deleted_unproven",

@@ -82,14 +82,15 @@ def differences(manifest: Manifest, cfg: Config, data_metadata: Mapping[str, Any
     """
     old, now = _configs(manifest, cfg)
     declared = _with_steps(manifest.data, old["train"]["global_batch_size"])
-    then, here = _past_fields(declared, manifest.step), _past_fields(data_metadata, manifest.step)
-    if "fingerprint" not in then:  # the checkpoint is older than this field
-        here.pop("fingerprint", None)
-    if "order" in here:
-        then.setdefault("order", 1)  # likewise
+    data_then, data_now = (_past_fields(fields, manifest.step) for fields in (declared, data_metadata))
+    if "fingerprint" not in data_then:  # the checkpoint is older than this field
+        data_now.pop("fingerprint", None)
+    if "order" in data_now:
+        data_then.setdefault("order", 1)  # older checkpoints do not record it
     pairs = {f"model.{k}": (old["model"][k], v) for k, v in now["model"].items() if k not in _NOT_COMPARED}
     pairs |= {f"train.{k}": (old["train"][k], now["train"][k]) for k in _TRAIN}
-    pairs |= {f"data.{k}": (then.get(k), here.get(k)) for k in (then | here) if k not in ("prefix", ORDER_BEGIN)}
+    ignored = ("prefix", ORDER_BEGIN)
+    pairs |= {f"data.{k}": (data_then.get(k), data_now.get(k)) for k in (data_then | data_now) if k not in ignored}
     rates = _next_rates(manifest, cfg)
     if manifest.step < cfg.train.steps and abs(rates[0] - rates[1]) > _MAX_RATE_CHANGE * max(rates):
         pairs[f"{_RATE} (learning rate of step {manifest.step + 1})"] = rates

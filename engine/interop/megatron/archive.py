@@ -42,12 +42,8 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_WORDS = {
-    1: np.uint8,
-    2: np.uint16,
-    4: np.uint32,
-    8: np.uint64,
-}  # tensors are copied as unsigned integers: numpy has no bfloat16
+# Tensors are copied as unsigned integers, because numpy has no bfloat16. Item size -> dtype.
+_UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def map_file(path: Path) -> memoryview:
@@ -86,8 +82,8 @@ class StoredTensor:
         size = self.dtype.itemsize
         first = self.offset + sum(b * s for b, s in zip(begin, self.strides))
         strides = tuple(s * size for s in self.strides)
-        words = np.ndarray(shape, _WORDS[size], data, first * size, strides).copy()
-        return torch.from_numpy(words).view(self.dtype)
+        values = np.ndarray(shape, _UINTS[size], data, first * size, strides).copy()
+        return torch.from_numpy(values).view(self.dtype)
 
 
 @dataclass

@@ -38,8 +38,11 @@ class Waitable(Protocol):
 
 @dataclass
 class PeerStatus:
-    """Status of the other ranks. behind: rank -> why it does not take part; ended: its process is gone;
-    waiting: in a collective; unknown: on another host."""
+    """Status of the other ranks, as seen from one rank.
+
+    behind: rank -> why it does not take part. ended: ranks whose process is gone. waiting: ranks that wait for others.
+    unknown: ranks on other hosts.
+    """
 
     behind: dict[int, str] = field(default_factory=dict)
     ended: list[int] = field(default_factory=list)

@@ -23,7 +23,7 @@ class Env:
 
 
 def read_env() -> Env:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as torchrun sets them. ConfigError if one is no number."""
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as torchrun sets them. ConfigError if one is not a number."""
     if "RANK" not in os.environ:
         return Env()
     names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}

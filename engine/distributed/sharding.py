@@ -194,10 +194,10 @@ def parameters(module: nn.Module) -> list[Parameter]:
 
 
 def initialise_(params: Iterable[Parameter], ctx: ParallelContext, seed: int) -> None:
-    """Initialise parameters in place: draw each whole canonical tensor in float32 from (seed, name), keep this rank's
-    piece.
+    """Initialise parameters in place, with values that do not depend on layout, device or dtype.
 
-    So the values do not depend on layout, device or dtype. Peak extra memory: one canonical tensor.
+    Each canonical tensor is drawn whole in float32 from (seed, name), and each rank keeps its piece. Peak extra memory:
+    one canonical tensor.
     """
     with torch.no_grad():
         for p in params:

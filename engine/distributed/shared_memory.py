@@ -137,7 +137,7 @@ class Link:
         return number
 
     def finish(self, work: Work) -> None:
-        """Wait for an operation; see Work."""
+        """Wait for an operation; raises as `Work.wait`."""
         deadline = time.monotonic() + self.timeout_s
         while not self.channel.wait(work.queue, work.peer, work.number, _POLL_S):
             self._check_for_exited_ranks(work)
@@ -157,11 +157,11 @@ class Link:
 def connect(
     members: Mapping[str, tuple[int, ...]], rank: int, world: int, gather: Gather, timeout_s: float
 ) -> tuple[dict[tuple[int, ...], Link], str]:
-    """(link of each of this rank's groups that can share memory, reason why some group of any rank cannot). Collective.
+    """Create shared-memory links for this rank's groups; returns (links, reason why some group has none). Collective.
 
-    Links are keyed by the ranks of their group. The reason is the same text on all ranks, empty if all groups can.
-    members: name -> group, with the same names on every rank; the groups of one name are disjoint. gather: all-gathers
-    a list of integers of the same length on all ranks.
+    Links are keyed by the ranks of their group. The reason is the same text on all ranks, empty if every group of every
+    rank has a link. members: name -> group, with the same names on every rank; the groups of one name are disjoint.
+    gather: all-gathers a list of integers of the same length on all ranks.
     """
     module, why = load()
     names = list(members)

@@ -66,7 +66,8 @@ class Progress:
         self.began = self.shown_at = time.perf_counter()
         if self.console.is_terminal and not self.console.quiet:
             place = TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=5))
-            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, ratio=1))  # cut on the right
+            # truncated on the right if the terminal is narrow
+            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, ratio=1))
             self.bar = Bar(place, text, console=self.console, expand=True)
             self.bar.add_task("train", total=self.cfg.train.steps, completed=self.first_step, text="")
             self.bar.start()

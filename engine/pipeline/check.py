@@ -185,7 +185,7 @@ def _nearest(plan: Plan, where: dict[Action, Spot], missing: Action) -> Spot:
 
 
 def _check_order(plan: Plan, where: dict[Action, Spot]) -> None:
-    """Proves that on each rank every action comes after the ones whose result it uses."""
+    """Prove that on each rank every action comes after the ones whose results it uses."""
     for before, after, why in _order(plan, where):
         early, late = where.get(before), where.get(after)
         # If a communication action is absent, its neighbour is on the same rank and another constraint covers it.

@@ -63,7 +63,7 @@ class ExecutionTrace:
 
 @dataclass
 class Execution:
-    """The state of one execution of a plan on one rank.
+    """State of one execution of a plan on one rank.
 
     losses [microbatches, b]: weighted loss of each sample (float64), zero unless the rank holds the last stage.
     inbox: (Op.F or Op.B, stage, microbatch) -> activation or gradient that this action consumes.

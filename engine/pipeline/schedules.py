@@ -104,8 +104,9 @@ def zb_v(ranks: int, chunks: int, microbatches: int) -> Plan:
     """ZB-V (Qi et al. 2024): two chunks on a V, no bubble when F, I and W cost the same, the memory of 1F1B.
 
     Written as phases of rank r: F and I on its downward stage of the V, f and i on its upward stage, W on either.
-    Warm-up: downward forwards until the first microbatch comes up again; then upward and downward in turn; then upward
-    forwards with their whole backward. Steady: one of each. Cool-down: I of both halves while others wait, W last.
+    Warm-up: downward forwards until the first microbatch reaches the upward stage; then upward and downward in turn;
+    then upward forwards with their whole backward. Steady: one of each. Cool-down: I of both halves while others wait,
+    W last.
     """
     full = max(microbatches, 2 * ranks - 1)
     programs = []

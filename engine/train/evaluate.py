@@ -146,8 +146,8 @@ def evaluate(
 ) -> int:
     """`engine evaluate`: score a corpus with a checkpoint and print the result on rank 0. Collective.
 
-    derived: computed from cfg. batches: number of global batches, of the batch size of the run that saved the
-    checkpoint, in any layout; 0: the whole corpus.
+    derived: computed from cfg. batches: number of global batches to score, each as large as in the run that saved the
+    checkpoint; 0: the whole corpus.
     """
     if not data:
         problem = "no corpus was given and the run had no data.valid"

@@ -90,7 +90,7 @@ def read_json(
 
 @contextmanager
 def writing(path: Path, resume_hint: Callable[[], str], needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turn a failed write (disk full, no permission) into a DataError that says how to resume.
+    """Turn a write error inside the block (disk full, no permission) into a DataError that says how to resume.
 
     resume_hint: advice for when there is space again. needed: estimate of the bytes still to write; called before the
     free space is read.

@@ -112,7 +112,7 @@ class CorpusEncoder:
 
     def _encode(self) -> None:
         began, before = time.monotonic(), self.totals.elapsed_s
-        here = (self.totals.consumed, sum(split.tokens for split in self.totals.splits.values()))
+        start = (self.totals.consumed, sum(split.tokens for split in self.totals.splits.values()))
         committed_at = began
         stop = self.job.stop
         batches = self._with_starts(self.job.source.batches(self.totals.cursor))
@@ -127,7 +127,7 @@ class CorpusEncoder:
                     if self.shards.uncommitted_bytes >= SHARD_BYTES or now - committed_at >= SHARD_S:
                         self._commit_shard()
                         committed_at = now
-                    self._report(here, now - began)
+                    self._report(start, now - began)
         except Stopped:
             if self.shards.uncommitted_bytes:
                 self._commit_shard()
@@ -238,9 +238,9 @@ class CorpusEncoder:
         if self.job.progress is None:
             return
         totals, tokens = self.totals, sum(split.tokens for split in self.totals.splits.values())
-        here = (totals.consumed - start[0], tokens - start[1])
-        total = max(self.job.total, totals.consumed)
-        self.job.progress(ProgressEvent("encode", totals.consumed, total, totals.documents, tokens, elapsed_s, *here))
+        new_bytes, new_tokens = totals.consumed - start[0], tokens - start[1]  # by this process
+        done = (totals.consumed, max(self.job.total, totals.consumed), totals.documents, tokens)
+        self.job.progress(ProgressEvent("encode", *done, elapsed_s, new_bytes, new_tokens))
 
     def _bytes_needed(self) -> int:
         """Estimate for the rest of the work, extrapolated; per document, .idx takes 12 bytes, its boundary 8."""

@@ -46,9 +46,9 @@ with signals.interruptible("do it again") as stop:
     if sys.argv[1] == "import": pause()
     if sys.argv[1] == "deferred": wait(stop.deferred())
     if sys.argv[1] == "sealing":
-        with stop.deferred(), stop.sealing(): time.sleep(0.9); print("sealed", flush=True)
+        with stop.deferred(), stop.committing(): time.sleep(0.9); print("sealed", flush=True)
     if sys.argv[1] == "hung":
-        with stop.deferred(), stop.sealing(): native()
+        with stop.deferred(), stop.committing(): native()
 """
 SMALL = """
 import sys
@@ -193,7 +193,7 @@ def test_prepare_seals_what_it_has_and_goes_on_to_the_same_bytes(tokenizer: Path
     assert "documents are kept in" in errors and "with the same input" in errors and errors.count("\n") == 1
     assert (tmp_path / "o.parts" / "00000001.json").exists()
     done = subprocess.run([sys.executable, "-m", "engine", *command], input=data, capture_output=True, timeout=60)
-    assert done.returncode == 0 and b"going on" in done.stdout, done.stderr
+    assert done.returncode == 0 and b"resuming " in done.stdout, done.stderr
     prepare([tmp_path / "in.jsonl"], str(tmp_path / "whole"), tokenizer=tokenizer)
     for name in ("bin", "idx"):
         assert (tmp_path / f"o-train.{name}").read_bytes() == (tmp_path / f"whole-train.{name}").read_bytes()

@@ -75,7 +75,7 @@ def test_a_command_of_megatron_works_as_it_is(
     for key, texts in {"text": TEXTS, "title": [f"{text[:6]}\nx" for text in TEXTS]}.items():
         data = IndexedDataset(corpus / f"my_{key}_document", chosen.vocab_size)
         assert [list(data[i]) for i in range(len(data))] == [[*chosen.encode(text), chosen.eod] for text in texts]
-    assert script.main([*map(str, options)]) == 1 and "so this is done" in capsys.readouterr().err
+    assert script.main([*map(str, options)]) == 1 and "so this work is done" in capsys.readouterr().err
     before = stored(corpus / "my_title_document")
     for path in corpus.glob("my_title_document*"):
         path.unlink() if path.is_file() else shutil.rmtree(path)

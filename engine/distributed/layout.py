@@ -49,7 +49,7 @@ class Layout:
             terms = " x ".join(f"{axis} {degree}" for axis, degree in degrees.items())
             raise LayoutError(
                 "distributed.degrees-do-not-fit",
-                f"{terms} = {product} ranks, but there are {self.world}: make the product equal",
+                f"{terms} = {product} ranks, but there are {self.world}: choose degrees whose product is {self.world}",
             )
 
     def coords(self, rank: int) -> Coords:

@@ -118,7 +118,7 @@ def _check_complete(plan: Plan) -> dict[Action, Spot]:
     for action, spot in where.items():
         if action not in needed:
             raise PlanError(
-                "pipeline.action-too-much", _at(plan, f"{action} is too much: {_why_not(plan, action)}", [spot])
+                "pipeline.action-too-much", _at(plan, f"{action} must not be there: {_why_not(plan, action)}", [spot])
             )
     return where
 

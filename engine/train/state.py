@@ -118,5 +118,13 @@ def check_backends(cfg: Config, ctx: ParallelContext) -> None:
         found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))
         fix = f"Install the same packages on all hosts, or set train.attention {sorted(set(names))[0]}."
         raise ConfigError(
-            [FieldError("train.ranks-choose-differently", "train.attention", wanted, f"chooses {found}", fix)]
+            [
+                FieldError(
+                    "train.ranks-choose-differently",
+                    "train.attention",
+                    wanted,
+                    f"ranks choose differently: {found}",
+                    fix,
+                )
+            ]
         )

@@ -154,7 +154,7 @@ def test_refused(changes: dict[str, Any], expected: str) -> None:
 
 def test_a_checkpoint_is_evaluated_in_bf16_and_in_layouts_that_fp8_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(1, train_fp8="tensorwise", **SMALL)
-    monkeypatch.setattr(inference, "find", lambda *_: Path())
+    monkeypatch.setattr(inference, "find_checkpoint", lambda *_: Path())
     monkeypatch.setattr(inference, "read_manifest", lambda *_: SimpleNamespace(config=cfg.model_dump()))
     found = inference.config_of(Path(), tensor=8, world=8)  # 8 columns of down on a rank
     assert found.train.fp8 == "none" and config_errors(found, 8) == []

@@ -19,7 +19,7 @@ from engine.ops import loss as loss_module
 from engine.ops import native
 from engine.ops.loss import VocabSlice, linear_cross_entropy
 from tests.support.harness import run_ranks
-from tests.support.numbers import CTX, DTYPES, TOLERANCE, ids, like, parameter, randn, relative, whole
+from tests.support.numbers import CTX, DTYPES, TOLERANCE, ids, like, parameter, randn, relative, token_losses
 
 SELF_AXIS = CTX.self_axis
 WAYS = pytest.mark.parametrize("kernels", [True, False], ids=["own", "torch"])
@@ -39,7 +39,7 @@ def test_logits_as_given(tokens: int, vocab: int, dtype: torch.dtype, kernels: b
     leaf, head = like(logits, dtype), parameter(torch.eye(vocab), dtype)
     targets, weights = ids(vocab, tokens, 1), randn(tokens, 1, seed=2)
     with native.forced(kernels=kernels and native.load()[0] is not None):
-        losses = whole(leaf, head, targets, weights)
+        losses = token_losses(leaf, head, targets, weights)
         losses.sum().backward()
     assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     wide, matrix = (x.detach().double().requires_grad_() for x in (leaf, head))
@@ -80,8 +80,8 @@ def test_chunks_and_main_gradients(
             expected += grads[1]
             with native.forced(kernels=kernels and native.load()[0] is not None):
                 with torch.no_grad():
-                    without_grad = whole(x, head, targets, weights)
-                losses = whole(x, head, targets, weights)
+                    without_grad = token_losses(x, head, targets, weights)
+                losses = token_losses(x, head, targets, weights)
             assert torch.equal(without_grad, losses)
             assert head.main_grad is not None and relative(head.main_grad, expected) < TOLERANCE[dtype]
             before = head.main_grad.clone()
@@ -123,7 +123,7 @@ def test_gradients_are_slopes(kernels: bool) -> None:
 @pytest.mark.parametrize("wrong", [0.5, 0.0, float("nan")])
 def test_a_gradient_other_than_one_raises(wrong: float) -> None:
     x, head = like(randn(3, 2, 5), torch.float64), parameter(randn(7, 5, seed=1))
-    losses = whole(x, head, ids(7, 3, 2), torch.ones(3, 2))
+    losses = token_losses(x, head, ids(7, 3, 2), torch.ones(3, 2))
     with pytest.raises(RuntimeError, match="scale the objective by `weights`"):
         (losses.sum() * wrong).backward()
     assert x.grad is None and head.grad is None
@@ -160,7 +160,7 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch, way: 
     x, head = like(randn(150, 2, 8), torch.float32), parameter(randn(1000, 8, seed=1), torch.float32, torch.float32)
     chunk = 64 * 1000
     with native.forced(kernels=way == "own"), torch.set_grad_enabled(grad), Sizes(chunk // 2) as sizes:
-        losses = whole(x, head, ids(1000, 150, 2), torch.ones(150, 2))
+        losses = token_losses(x, head, ids(1000, 150, 2), torch.ones(150, 2))
         if grad:
             losses.sum().backward()
     assert sizes.largest == chunk

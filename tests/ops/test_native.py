@@ -18,7 +18,7 @@ from engine.ops.activation import gated
 from engine.ops.attention import causal_attention
 from engine.ops.norm import rms_norm
 from tests.support import op_checks
-from tests.support.numbers import ids, like, parameter, randn, relative, whole
+from tests.support.numbers import ids, like, parameter, randn, relative, token_losses
 from tests.support.op_checks import OPS, both, reference
 
 pytestmark = pytest.mark.skipif(OPS is None, reason=native.load()[1])
@@ -165,7 +165,7 @@ def test_rows_and_threads_change_no_bit() -> None:
             out = causal_attention(leaf, *heads[1:])
             out.backward(torch.ones_like(out))
             tokens, head = like(x[:, None], torch.float32), parameter(randn(3000, 600, seed=3), torch.float32)
-            losses = whole(tokens, head, ids(3000, 200, 1), torch.ones(200, 1))
+            losses = token_losses(tokens, head, ids(3000, 200, 1), torch.ones(200, 1))
             losses.sum().backward()
             assert leaf.grad is not None and tokens.grad is not None and head.grad is not None
             matmuls = [native.matmul(x, w.t()), losses, tokens.grad, head.grad]

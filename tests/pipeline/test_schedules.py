@@ -40,7 +40,7 @@ from tests.support.errors import raises
 # --- an independent check ---------------------------------------------------------------------------------------------
 
 
-class Broken(Exception):
+class PlanFailure(Exception):
     """The reason why a plan fails."""
 
 
@@ -60,7 +60,7 @@ class Rendezvous:
             if any(at < len(program) for at, program in zip(self.at, self.plan.programs)):
                 return "deadlock"
             self.verify_end()
-        except Broken as broken:
+        except PlanFailure as broken:
             return str(broken)
         return "ok"
 
@@ -85,7 +85,7 @@ class Rendezvous:
     def post(self, rank: int, action: Action) -> tuple[Action, tuple[str, int, int], int]:
         op, stage, mb = action
         if self.plan.placement[stage] != rank:
-            raise Broken("misplaced")
+            raise PlanFailure("misplaced")
         peer = self.plan.placement[stage + (1 if op in ("SEND_F", "RECV_B") else -1)]
         if op in ("SEND_F", "SEND_B"):
             self.need("output" if op == "SEND_F" else "input gradient", stage, mb)
@@ -102,14 +102,14 @@ class Rendezvous:
         up = [a.stage for a in (action, partner) if a.op in ("RECV_F", "SEND_B")]
         down = [a.stage for a in (action, partner) if a.op in ("SEND_F", "RECV_B")]
         if not near or not (forwards or kinds == {"SEND_B", "RECV_B"}) or len(up) != 1 or up[0] != down[0] + 1:
-            raise Broken("mismatch")
+            raise PlanFailure("mismatch")
         if action.op in ("RECV_F", "RECV_B"):
             self.make("input" if forwards else "output gradient", action.stage, action.microbatch)
 
     def compute(self, rank: int, op: str, stage: int, mb: int) -> None:
         place, last = self.plan.placement, len(self.plan.placement) - 1
         if place[stage] != rank:
-            raise Broken("misplaced")
+            raise PlanFailure("misplaced")
         if op == "F":
             if stage > 0:
                 self.need("input", stage, mb)
@@ -134,20 +134,20 @@ class Rendezvous:
 
     def need(self, *tensor: object) -> None:
         if tensor not in self.has:
-            raise Broken("order")
+            raise PlanFailure("order")
 
     def make(self, name: str, stage: int, mb: int) -> None:
         if (name, stage, mb) in self.has:
-            raise Broken("twice")
+            raise PlanFailure("twice")
         self.has.add((name, stage, mb))
 
     def verify_end(self) -> None:
         for stage in range(len(self.plan.placement)):
             for mb in range(self.plan.microbatches):
                 if not {("output", stage, mb), ("whole" if self.plan.backward else "output", stage, mb)} <= self.has:
-                    raise Broken("incomplete")
+                    raise PlanFailure("incomplete")
             if self.plan.backward and ("reduced", stage, 0) not in self.has:
-                raise Broken("incomplete")
+                raise PlanFailure("incomplete")
 
 
 def other(key: tuple[str, int, int]) -> tuple[str, int, int]:
@@ -174,7 +174,7 @@ def verdict(plan: Plan) -> str:
 # --- communication as in Megatron: an alternative to the passes -------------------------------------------------------
 
 
-def late(plan: Plan, *, batched: bool) -> Plan:
+def just_in_time(plan: Plan, *, batched: bool) -> Plan:
     """Add each receive right before its use and each send right after its computation, as separate steps.
 
     batched: adjacent messages are posted together.
@@ -431,7 +431,7 @@ def test_memory_cap() -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_unbatched_1f1b_deadlocks(ranks: int) -> None:
     """Messages posted one by one, right where they are needed, deadlock: this is why the pass uses time slots."""
-    plan = add_reduce(late(one_f_one_b(ranks, 1, 4), batched=False))
+    plan = add_reduce(just_in_time(one_f_one_b(ranks, 1, 4), batched=False))
     assert rendezvous(plan) == "deadlock"
     with raises(PlanError, "pipeline.deadlock") as error:
         check(plan)
@@ -471,7 +471,7 @@ def contracted_is_acyclic(plan: Plan) -> bool:
 
 
 def test_no_false_alarm_for_batches() -> None:
-    plan = late(LOOP, batched=True)
+    plan = just_in_time(LOOP, batched=True)
     assert "(0SEND_F0;3RECV_F0)" in str(plan)
     assert not contracted_is_acyclic(plan)
     assert rendezvous(plan) == "ok"
@@ -514,7 +514,7 @@ def random_plan(rng: random.Random) -> Plan:
             needs.discard(pick)
     plan = Plan("random", microbatches, tuple(placement), tuple(map(tuple, programs)))
     how = rng.choice(["alone", "batched", "slots"])
-    plan = add_reduce(add_communication(plan) if how == "slots" else late(plan, batched=how == "batched"))
+    plan = add_reduce(add_communication(plan) if how == "slots" else just_in_time(plan, batched=how == "batched"))
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
         plan = swap(plan, rng.randrange(ranks), rng.randrange(1000), None)
     return plan
@@ -558,7 +558,7 @@ def test_check_agrees_with_the_second_opinion_on_random_plans() -> None:
 
 RIGHT = [build(name, p, chunks, m) for name, chunks in FAMILIES for p, m in [(1, 2), (2, 1), (2, 3), (3, 4), (4, 3)]]
 RIGHT += [forward_only(plan, m) for plan in RIGHT[1::5] for m in (1, 3)]
-RIGHT += [complete(V_SHAPED), complete(ZERO_BUBBLE), complete(LOOP), late(LOOP, batched=True)]
+RIGHT += [complete(V_SHAPED), complete(ZERO_BUBBLE), complete(LOOP), just_in_time(LOOP, batched=True)]
 
 spots = st.sampled_from(RIGHT).flatmap(
     lambda plan: st.integers(0, plan.num_ranks - 1).flatmap(
@@ -682,7 +682,7 @@ def test_what_check_says(text: str, old: str, new: str, code: str, named: str) -
 
 
 def test_what_check_says_on_a_mismatch() -> None:
-    right = add_reduce(late(gpipe(2, 1, 2), batched=True))
+    right = add_reduce(just_in_time(gpipe(2, 1, 2), batched=True))
     check(right)
     plan = parse_plan(str(right).replace("1RECV_F0 1F0 1RECV_F1 1F1", "1RECV_F1 1F1 1RECV_F0 1F0"))
     assert rendezvous(plan) == "mismatch"

@@ -130,7 +130,7 @@ def layer_tensors(c: dict[str, Tensor], layer: int, fused_norms: bool) -> dict[s
     return found
 
 
-def ends(c: dict[str, Tensor]) -> dict[str, Tensor]:
+def outer_tensors(c: dict[str, Tensor]) -> dict[str, Tensor]:
     """Megatron-core's global tensors outside the layers."""
     found = {"embedding.word_embeddings.weight": padded(c["embed.weight"])}
     if "positions.weight" in c:
@@ -143,7 +143,7 @@ def ends(c: dict[str, Tensor]) -> dict[str, Tensor]:
 def dist_state(c: dict[str, Tensor], form: str) -> dict[str, Any]:
     """All model tensors of a `torch_dist` folder. form: stacked, layers or halves."""
     layers = [layer_tensors(c, i, fused_norms=True) for i in range(LAYERS)]
-    state: dict[str, Any] = dict(ends(c))
+    state: dict[str, Any] = dict(outer_tensors(c))
     if form == "stacked":
         state |= {f"decoder.layers.{name}": torch.stack([x[name] for x in layers]) for name in layers[0]}
     else:
@@ -170,7 +170,7 @@ def save_dist(folder: Path, args: dict[str, Any], form: str = "stacked", dtype: 
     return c
 
 
-def cut(name: str, x: Tensor, tp: int, gated: bool) -> list[Tensor]:
+def tensor_shards(name: str, x: Tensor, tp: int, gated: bool) -> list[Tensor]:
     """The shards that the tensor ranks of a legacy checkpoint hold."""
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return [part.contiguous() for part in x.chunk(tp, 1)]
@@ -188,7 +188,7 @@ def save_legacy(
 ) -> dict[str, Tensor]:
     """Write a legacy folder tp x pp with `chunks` interleaved stages a rank, with a tracker; returns the canonical."""
     c = canonical(args)
-    outside, each = ends(c), LAYERS // (pp * chunks)
+    outside, each = outer_tensors(c), LAYERS // (pp * chunks)
     for t in range(tp):
         for p in range(pp):
             file: dict[str, Any] = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 7}
@@ -205,7 +205,7 @@ def save_legacy(
                     model |= {k: x for k, x in outside.items() if not k.startswith("embedding.")}
                     if pp > 1 and "head.weight" not in c:
                         model["output_layer.weight"] = outside["embedding.word_embeddings.weight"]
-                shards = {k: x if x is None else cut(k, x, tp, args["swiglu"])[t] for k, x in model.items()}
+                shards = {k: x if x is None else tensor_shards(k, x, tp, args["swiglu"])[t] for k, x in model.items()}
                 file["model" if chunks == 1 else f"model{v}"] = shards
             name = f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "")
             folder = root / "iter_0000007" / name

@@ -1,4 +1,4 @@
-# Two commands to know: `make demo` and `make test`. `make venv` builds just the environment both use.
+# Start with `make demo` and `make test`; both use the environment of `make venv`.
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
@@ -6,16 +6,16 @@ BIN := .venv/bin
 .PHONY: help venv demo test quick test-all test-mutations test-pythons test-torch test-extras lint bench clean
 
 help:
-	@echo "make demo      raw text -> trained, resumed, evaluated, exported model on this machine's CPU (minutes)"
-	@echo "make test      lint, types and all quick tests"
-	@echo "make test-all  the long matrices and the mutations too"
-	@echo "make test-pythons  make test on every Python from 3.11 on that is installed (PYTHONS='3.12 3.13': on these)"
-	@echo "make test-torch    the quick tests with the oldest torch that pyproject.toml allows"
-	@echo "make test-extras   the tests that need more than .venv has: datatrove, spaCy, ray, strace, network namespaces"
-	@echo "make test-mutations  puts in faults that other engines had, one at a time, and sees each caught"
-	@echo "make lint      style and types only"
-	@echo "make venv      only .venv with everything pinned in constraints.txt and the C++ extensions built"
-	@echo "make bench     the engine beside its peers and the limits of this machine: one table, bench.json (BENCH=--quick: minutes)"
+	@echo "make demo      raw text to a trained, resumed, evaluated and exported model on the CPU (minutes)"
+	@echo "make test      check style and types, run all quick tests"
+	@echo "make test-all  also run the long test matrices and the mutations"
+	@echo "make test-pythons  make test with every installed Python from 3.11 on (PYTHONS='3.12 3.13': only these)"
+	@echo "make test-torch    run the quick tests with the oldest torch that pyproject.toml allows"
+	@echo "make test-extras   run the tests that need more than .venv: datatrove, spaCy, ray, strace, network namespaces"
+	@echo "make test-mutations  insert bugs that other engines had, one at a time, and check that a test fails"
+	@echo "make lint      check style and types only"
+	@echo "make venv      create .venv with the versions of constraints.txt and build the C++ extensions"
+	@echo "make bench     compare the engine with other engines and this machine's limits (BENCH=--quick: minutes)"
 
 venv: .venv/ready
 
@@ -56,7 +56,7 @@ test-pythons:
 test-torch:
 	PIP_ARGS="$(PIP_ARGS)" $(PYTHON) tools/pythons.py --oldest-torch
 
-# Where `make test` skips tests for want of something optional. What is missing still is told at the end.
+# Test files where `make test` skips tests that need optional packages. Skipped tests are listed at the end.
 EXTRA_TESTS ?= $(addprefix tests/,data/clean checkpoint/test_kill.py distributed/test_multinode.py data/prepare/test_disk.py csrc/test_cuda_binding.py ops/test_fp8.py)
 
 test-extras: build/extras/ready

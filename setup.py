@@ -1,11 +1,11 @@
-"""Builds the optional extensions, each only where what it needs is there; without them references run.
+"""Builds the optional C++ extensions whose requirements are installed; without them the reference code runs.
 
-engine._index (csrc/data): sample order and batch gather, pybind11, no torch. engine._shared (csrc/shared): collectives
-over shared memory, likewise; for Linux. engine._ops (csrc/ops, csrc/kernels): operators registered with torch, no
-Python; needs torch when it is built, hence `--no-build-isolation`. Its CUDA kernels (csrc/kernels/cuda) are built where
-torch has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for the compute capabilities of
-TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0. What cannot be built, and why, is told here and kept in
-engine/_build.json for `engine doctor`.
+engine._index (csrc/data): sample order and batch gather; pybind11, no torch. engine._shared (csrc/shared): collectives
+over shared memory; pybind11, no torch, Linux only. engine._ops (csrc/ops, csrc/kernels): operators registered with
+torch, no Python; needs torch at build time, hence `--no-build-isolation`. Its CUDA kernels (csrc/kernels/cuda) are
+built if torch has CUDA and nvcc of the same CUDA release is found (CUDA_HOME, PATH), for the compute capabilities of
+TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0. Extensions that could not be built are printed with the reason, which
+engine/_build.json keeps for `engine doctor`.
 """
 
 import json
@@ -22,13 +22,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FAILED: dict[str, str] = {}  # what is not built -> why
+FAILED: dict[str, str] = {}  # name of an extension that was not built -> reason
 CAPABILITIES = "8.0 9.0+PTX"
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 
 def ops() -> Extension | None:
-    """The torch operators, or None where torch is not importable."""
+    """The torch operators, or None if torch cannot be imported."""
     try:
         import torch
     except ImportError as error:
@@ -36,7 +36,7 @@ def ops() -> Extension | None:
         return None
     root = Path(torch.__file__).parent
     flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
-    flags += ["-Wno-maybe-uninitialized"]  # a false alarm in gcc 12's own avx512fintrin.h
+    flags += ["-Wno-maybe-uninitialized"]  # a false alarm in gcc 12's avx512fintrin.h
     return Extension(
         "engine._ops",
         [*sorted(glob("csrc/ops/*.cpp")), *sorted(glob("csrc/kernels/cpu/*.cpp"))],
@@ -53,7 +53,7 @@ def ops() -> Extension | None:
 
 
 def plain(name: str, folder: str, std: int, flags: tuple[str, ...] = ()) -> Extension | None:
-    """An extension without torch, or None where pybind11 is missing."""
+    """A pybind11 extension that does not need torch, or None if pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError as error:
@@ -72,7 +72,7 @@ def plain(name: str, folder: str, std: int, flags: tuple[str, ...] = ()) -> Exte
 
 
 def find_nvcc(cuda: str) -> str:
-    """nvcc of the same major release as `cuda`, torch's. RuntimeError says why there is none."""
+    """Path of an nvcc with the major release of `cuda`, which is torch's. RuntimeError gives the reason if none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = (
         shutil.which("nvcc", path=f"{home}/bin")
@@ -81,15 +81,15 @@ def find_nvcc(cuda: str) -> str:
     )
     if nvcc is None:
         raise RuntimeError(f"nvcc not found in {home + '/bin' if home else 'PATH or /usr/local/cuda/bin'}")
-    said = subprocess.run([nvcc, "--version"], capture_output=True, encoding="utf-8", check=True).stdout
-    release = re.search(r"release (\d+)\.", said)
+    version = subprocess.run([nvcc, "--version"], capture_output=True, encoding="utf-8", check=True).stdout
+    release = re.search(r"release (\d+)\.", version)
     if release is None or release[1] != cuda.split(".")[0]:
         raise RuntimeError(f"{nvcc} is of CUDA {release[1] if release else '?'}, torch is built for {cuda}")
     return nvcc
 
 
 def find_cudart(nvcc: str, torch_folder: Path) -> str:
-    """The CUDA runtime that torch itself loads, else the toolkit's."""
+    """Path of the CUDA runtime that torch loads, else of the toolkit's."""
     toolkit = Path(nvcc).resolve().parent.parent
     folders = [
         *sorted(torch_folder.parent.glob("nvidia/*/lib")),
@@ -100,11 +100,11 @@ def find_cudart(nvcc: str, torch_folder: Path) -> str:
     for folder in folders:
         for path in sorted(folder.glob("libcudart.so*")):
             return str(path)
-    raise RuntimeError(f"libcudart.so is in none of {', '.join(map(str, folders))}")
+    raise RuntimeError(f"libcudart.so was not found in {', '.join(map(str, folders))}")
 
 
 def gencode(capabilities: str) -> list[str]:
-    """nvcc's options for "8.0 9.0+PTX"."""
+    """nvcc's options for compute capabilities such as "8.0 9.0+PTX"."""
     flags = []
     for word in capabilities.replace(";", " ").split():
         number, plus, _ = word.partition("+PTX")
@@ -114,7 +114,7 @@ def gencode(capabilities: str) -> list[str]:
 
 
 def add_cuda(extension: Extension, folder: Path) -> None:
-    """Compiles the CUDA kernels into `folder` and makes them part of engine._ops, where torch has CUDA at all."""
+    """Compile the CUDA kernels into `folder` and add them to engine._ops; nothing if torch has no CUDA."""
     import torch
 
     if torch.version.cuda is None:
@@ -153,12 +153,12 @@ def add_cuda(extension: Extension, folder: Path) -> None:
 
 
 def first_errors(log: str) -> str:
-    """The compiler's first two lines that tell of an error."""
+    """The first two lines of the compiler's log that report an error."""
     return "; ".join([line.strip() for line in log.splitlines() if re.search(r"\berror\b", line, re.I)][:2])
 
 
-def shortly(error: BaseException) -> str:
-    """What is known of a command that failed without a word."""
+def short_reason(error: BaseException) -> str:
+    """Reason of a build error whose log has no error line."""
     while error.__context__ is not None and not isinstance(error, subprocess.CalledProcessError):
         error = error.__context__
     if isinstance(error, subprocess.CalledProcessError):
@@ -167,17 +167,17 @@ def shortly(error: BaseException) -> str:
 
 
 class Build(build_ext):
-    """build_ext that keeps why an extension was not built, and leaves no older build of it behind."""
+    """build_ext that records why an extension was not built, and removes older builds of it."""
 
-    settings = ""  # what engine._ops is built with: another torch, or CUDA where there was none, builds it anew
+    settings = ""  # of engine._ops: it is rebuilt for another torch version or for new CUDA settings
 
     def run(self) -> None:
-        # while extensions are built, setuptools does not know that they will be copied into the source tree
+        # during the build setuptools does not know that extensions will be copied into the source tree
         self.homes = {e.name: Path(self.get_ext_fullpath(e.name)) for e in self.extensions}
         self.notes = Path(self.get_ext_fullpath("engine._ops")).parent / "_build.json"
         super().run()
-        for what, why in FAILED.items():
-            print(f"warning: {what} is not built: {why}", file=sys.stderr)
+        for name, reason in FAILED.items():
+            print(f"warning: {name} was not built: {reason}", file=sys.stderr)
         self.notes.parent.mkdir(parents=True, exist_ok=True)
         self.notes.write_text(json.dumps({"settings": self.settings, **FAILED}, indent=1) + "\n", encoding="utf-8")
 
@@ -193,16 +193,16 @@ class Build(build_ext):
             error = None
             try:
                 super().build_extension(ext)
-            except Exception as raised:  # a compiler fails in many ways; setuptools decides which is the end
+            except Exception as raised:  # compilers raise many types; setuptools decides which are fatal
                 error = raised
             finally:
                 os.dup2(stderr, 2)
                 os.close(stderr)
             log.seek(0)
-            said = log.read().decode(errors="replace")
-        sys.stderr.write(said)
+            output = log.read().decode(errors="replace")
+        sys.stderr.write(output)
         if error is not None:
-            FAILED[ext.name] = first_errors(said) or shortly(error)
+            FAILED[ext.name] = first_errors(output) or short_reason(error)
             for path in (self.homes[ext.name], Path(self.get_ext_fullpath(ext.name))):
                 path.unlink(missing_ok=True)
             raise error

@@ -1,7 +1,7 @@
 """Trident: a 3D-parallel (tensor x pipeline x data) training engine for language models.
 
-The names below are the library. Each is loaded when it is first asked for: `import engine` loads neither torch nor
-anything else of the engine.
+The names below are the library's public interface. Each is imported on first access, so `import engine` loads neither
+torch nor any other module of the engine.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what type checkers and editors see of _HOMES
+if TYPE_CHECKING:  # the names of _HOMES for type checkers and editors
     from engine.batch import Collator, LossMask, MicroBatch
     from engine.config.load import Resolved
     from engine.config.load import load as load_config

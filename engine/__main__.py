@@ -6,8 +6,8 @@ from engine.util.signals import STOP_SIGNALS
 
 
 def main() -> None:
-    """The command. Not at the import, which multiprocessing repeats in workers: they have to end on SIGTERM."""
-    # Until somebody answers them (engine.util.signals; or cli/main.py lets them through): imports take 0.1 s.
+    """Run the command. Not at import, which multiprocessing repeats in its workers, and these must end on SIGTERM."""
+    # Blocked until a handler exists (engine.util.signals) or cli/main.py unblocks them: imports take 0.1 s.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     from engine.cli.main import main
 

@@ -1,38 +1,38 @@
 #!/usr/bin/env bash
-# Llama-2-7B on one or several nodes: the same command on every node, once each. docs/multinode.md tells more.
+# Llama-2-7B on one or several nodes: run the same command once on every node. See docs/multinode.md.
 #
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 examples/pretrain_7b.sh --data.train /data/corpus-train ...
 #
 #   NNODES         number of nodes (1)
-#   NODE_RANK      which of them this is, from 0 (needed from two nodes on; SLURM_NODEID if Slurm says)
-#   MASTER_ADDR    address of node 0 as the others reach it (needed from two nodes on)
-#   MASTER_PORT    a free port there (29500)
+#   NODE_RANK      index of this node, from 0 (required for two or more nodes; default: SLURM_NODEID)
+#   MASTER_ADDR    address of node 0 as seen by the others (required for two or more nodes)
+#   MASTER_PORT    a free port on node 0 (29500)
 #   GPUS_PER_NODE  ranks on every node (8)
 #
-# Everything else goes to `engine train` and overrides configs/llama-2-7b.toml. --dry-run shows commands and run only.
-# SIGUSR1, SIGTERM, Ctrl-C or SIGHUP to this script, from its first line on, reaches every rank here: the run is saved, and
-# the script ends with 75. A second signal, later, ends the ranks at once. A SIGHUP that nohup ignores stays ignored.
+# All options go to `engine train` and override configs/llama-2-7b.toml. --dry-run only prints the command and the run.
+# SIGUSR1, SIGTERM, Ctrl-C or SIGHUP to this script, from its first line on, is forwarded to every rank of the node: the
+# run is saved, and the script exits with 75. A second signal ends the ranks immediately. nohup's ignored SIGHUP stays so.
 stop='' launcher='' signals=0 passed_on=0
-noted() { # name of the signal
+on_signal() { # name of the signal
     stop=$1 signals=$((signals + 1))
-    [[ -z $launcher ]] || tell_ranks
+    [[ -z $launcher ]] || forward_to_ranks
 }
 for name in USR1 TERM INT HUP; do
-    # shellcheck disable=SC2064  # the name is meant as it is now
-    trap "noted $name" "$name"
+    # shellcheck disable=SC2064  # expand the name now
+    trap "on_signal $name" "$name"
 done
 set -euo pipefail
 
-# Tells every rank once, those that torchrun has still to start as well; in a process that stays as long as torchrun does.
-tell_ranks() {
+# Forwards the signal once to every rank, also to ranks that torchrun starts later, from a process that lives as long as it.
+forward_to_ranks() {
     passed_on=$signals
     (
         trap '' USR1 TERM INT HUP
-        told=' '
+        signalled=' '
         while kill -0 "$launcher" 2>/dev/null; do
             for rank in $(cat "/proc/$launcher/task/"*/children 2>/dev/null || true); do
-                [[ $told == *" $rank "* ]] || kill -s "$stop" "$rank" 2>/dev/null || true
-                told+="$rank "
+                [[ $signalled == *" $rank "* ]] || kill -s "$stop" "$rank" 2>/dev/null || true
+                signalled+="$rank "
             done
             sleep 0.2
         done
@@ -50,7 +50,7 @@ number() { # name, value, least
     fi
 }
 
-# No subshell or program before the ranks: a signal to the whole process group would end it, and this script with it.
+# Start no subshell or program before the ranks: a signal to the process group would end it, and with it this script.
 here=${BASH_SOURCE[0]}
 [[ $here == */* ]] || here=./$here
 here=${here%/*}
@@ -90,8 +90,7 @@ fi
 number NODE_RANK "$node_rank" 0
 ((10#$node_rank < nnodes)) || fail "NODE_RANK=$node_rank with NNODES=$nnodes: the nodes are 0 to $((nnodes - 1))"
 
-# data = 0: whatever number of replicas the nodes make room for. cuda: a node without its GPUs says so, and the job ends,
-# instead of training 7B on its CPU.
+# data 0: as many replicas as the ranks allow. cuda: a node without GPUs is an error instead of training 7B on its CPU.
 train=(train --config "$here/configs/llama-2-7b.toml" --parallel.data 0 --train.device cuda)
 train+=("${overrides[@]}" --run.dir "$run_dir")
 launch=(torchrun --nnodes "$nnodes" --node-rank "$node_rank" --nproc-per-node "$gpus_per_node")
@@ -104,49 +103,49 @@ if $dry_run; then
     exec "${check[@]}"
 fi
 
-# torchrun kills its ranks 30 s after it passed a SIGTERM on: too early for a long step and a large checkpoint.
+# By default torchrun kills its ranks 30 s after a SIGTERM: too early for a long step and a large checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-ENGINE_EXIT_CODE_FILE=$(mktemp) || [[ -n $stop ]] || exit 1 # a signal to the whole group ends it as well
+ENGINE_EXIT_CODE_FILE=$(mktemp) || [[ -n $stop ]] || exit 1 # a signal to the process group also ends mktemp
 export ENGINE_EXIT_CODE_FILE
 trap 'rm -f "$ENGINE_EXIT_CODE_FILE"' EXIT
 
 nothing_to_save() {
-    printf 'stopped on SIG%s before the ranks had started: nothing to save yet; the same command goes on\n' "$stop" >&2
+    printf 'stopped by SIG%s before the ranks had started: nothing to save yet; the same command resumes\n' "$stop" >&2
     exit 75
 }
 
-# How the last start ended must not be taken for how this one does. Every node removes it: none begins before all have.
+# The result of an earlier start must not be taken for this one's. Every node removes it before the ranks start.
 rm -f "$run_dir/exit.json" || [[ -n $stop ]] || exit 1
-((nnodes > 1)) || [[ -z $stop ]] || nothing_to_save # of several nodes the others would wait for this one
+((nnodes > 1)) || [[ -z $stop ]] || nothing_to_save # with several nodes the others would wait for this one
 
-# Signals stay blocked in torchrun, which would end or stop the ranks in its own way where Slurm or a terminal sends them to
-# every process, and in ranks until they listen, a few seconds later: what comes before is kept for them.
+# Signals are blocked in torchrun, which would end the ranks itself if Slurm or a terminal signals every process, and in
+# the ranks until they install handlers a few seconds later: signals that arrive earlier stay pending.
 block='import os, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 os.execvp(sys.argv[1], sys.argv[1:])'
 python -c "$block" "${launch[@]}" "${train[@]}" &
 launcher=$!
 
-((passed_on == signals)) || tell_ranks
+((passed_on == signals)) || forward_to_ranks
 
 while kill -0 "$launcher" 2>/dev/null; do
-    wait "$launcher" || true # also returns when a signal has come
+    wait "$launcher" || true # also returns when a signal arrives
 done
 code=0
 wait "$launcher" || code=$?
 
-# torchrun says 1 whatever its ranks say; the run folder says 75 when all was saved on a signal, or nothing was to be.
+# torchrun exits with 1 for any failure of a rank; exit.json has 75 if the run was saved on a signal or needed no saving.
 if ((code != 0)) && grep -qs '"code": 75' "$run_dir/exit.json"; then
     code=75
 elif [[ -n $stop ]] && ((code == 128 + $(kill -l "$stop"))); then
-    nothing_to_save # it came while the launcher was not there yet
-elif ((code != 0 && signals > 1)) && ! grep -qs '"code": [0-9]' "$run_dir/exit.json"; then # the second one ended the ranks
+    nothing_to_save # the signal came before the launcher started
+elif ((code != 0 && signals > 1)) && ! grep -qs '"code": [0-9]' "$run_dir/exit.json"; then # the second signal ended the ranks
     code=$((128 + $(kill -l "$stop")))
 fi
-# What no scheduler should try again: a fault of the configuration, which the rank that found it leaves there, and of a run
-# that had begun in exit.json, for the other nodes.
+# No scheduler should retry a config error. The rank that found it writes 2 to ENGINE_EXIT_CODE_FILE; a run that had started
+# also to exit.json, for the other nodes.
 if ((code == 1)) && { [[ $(<"${ENGINE_EXIT_CODE_FILE:-/dev/null}") == 2 ]] || grep -qs '"code": 2,' "$run_dir/exit.json"; }; then
     code=2
 fi

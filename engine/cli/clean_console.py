@@ -1,4 +1,4 @@
-"""The report of `engine clean` as tables for people."""
+"""The report of `engine clean` as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from rich.table import Table
 
 
 def show_clean_report(report: dict[str, Any]) -> None:
-    """Print what was kept, dropped and found, with the first sample of each."""
+    """Print the counts of kept, dropped and found documents, each with its first sample. report: of data.clean."""
     console = Console(highlight=False, soft_wrap=True)
-    table = Table("what", "documents", "text MB", "for example")
+    table = Table("result", "documents", "text (MB)", "first example")
     table.add_row("read", f"{report['documents_in']:,}", _mb(report["text_bytes_in"]), "")
     for reason, count in report["dropped"].items():
         size = report["dropped_text_bytes"].get(reason, 0)
@@ -19,36 +19,40 @@ def show_clean_report(report: dict[str, Any]) -> None:
     table.add_row("kept", f"{report['documents_kept']:,}", _mb(report["text_bytes_kept"]), "", style="bold")
     console.print(table)
     for kind, count in report["noticed"].items():
-        console.print(f"noticed: {count:,} {kind}, the first: {_example(report, f'noticed: {kind}')}")
+        console.print(f"noticed: {count:,} {kind}; the first: {_example(report, f'noticed: {kind}')}")
     if report["why_no_documents"]:
         console.print(report["why_no_documents"], markup=False)
     if report["changed"]:
         console.print(f"documents changed: {_counts(report['changed'])}", markup=False)
     for names, documents in report["renamed_columns"].items():
         console.print(
-            f"column renamed, as clean writes one of that name: {names}, in {documents:,} documents", markup=False
+            f"column renamed, because clean writes a column of that name: {names}, in {documents:,} documents",
+            markup=False,
         )
     if report["quality_languages"]:
-        console.print(f"quality judged by the rules of: {_counts(report['quality_languages'])}", markup=False)
+        console.print(
+            f"documents checked by the quality rules of each language: {_counts(report['quality_languages'])}",
+            markup=False,
+        )
     if report["not_applied"]:
         left = _counts(report["not_applied"])
-        console.print(f"left as they are, as a rule is not made for their language: {left}", markup=False)
+        console.print(f"documents kept unchecked because a rule does not support their language: {left}", markup=False)
     if report["pii"]["mode"] != "off":
-        found = Table("personal data", "findings", "documents", "for example")
+        found = Table("personal data", "findings", "documents", "first example")
         for kind, count in report["pii"]["findings"].items():
             found.add_row(kind, f"{count:,}", f"{report['pii']['documents'][kind]:,}", _example(report, f"pii: {kind}"))
-        done = {"report": "left as it is", "mask": "masked", "drop": "its documents dropped"}[report["pii"]["mode"]]
+        done = {"report": "kept", "mask": "masked", "drop": "dropped with its documents"}[report["pii"]["mode"]]
         console.print(found if found.row_count else "no personal data found", markup=False)
         if found.row_count:
-            console.print(f"personal data is {done}", markup=False)
+            console.print(f"personal data was {done}", markup=False)
     for entry in report["evaluations"]:
         console.print(
             f"evaluation file {entry['file']}: {entry['items']:,} items, "
             f"{entry['documents_dropped']:,} documents dropped, "
-            f"{entry['too_short_to_look_for']:,} items too short to look for",
+            f"{entry['too_short_to_look_for']:,} items too short to search for",
             markup=False,
         )
-    console.print(f"wrote {report['output']}, {report['elapsed_s']:.1f} s", markup=False)
+    console.print(f"wrote {report['output']} in {report['elapsed_s']:.1f} s", markup=False)
 
 
 def _counts(table: dict[str, int]) -> str:

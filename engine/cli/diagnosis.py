@@ -1,6 +1,6 @@
-"""What an engineer wants to know before asking for help: versions, machine, kernels, and whether they work.
+"""The findings of `engine doctor`: versions, machine, devices, communication and kernels, and whether they work.
 
-What is optional and not there is told and is no fault; a self-test that fails is one.
+Missing optional packages are reported, not counted as errors; a failing self-test is an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.distributed.pair import try_pair
 from engine.ops import attention, native
 from engine.util.build_notes import how_to_build, why_not_built
 
-# distribution -> (what is imported, a submodule that tells it from others of that name)
+# distribution -> (module to import, a submodule that other packages of the same name do not have)
 OPTIONAL: dict[str, tuple[str, str]] = {
     "apex": ("apex", "normalization"),  # PyPI has another apex, which is not NVIDIA's
     "flash-attn": ("flash_attn", ""),
@@ -43,7 +43,7 @@ OPTIONAL: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what it is about, what was found, and whether that is a fault."""
+    """One line of the report: a topic, the text about it, and whether it is an error."""
 
     topic: str
     text: str
@@ -51,7 +51,7 @@ class Finding:
 
 
 def examine(timeout_s: float) -> Iterator[Finding]:
-    """All findings, each as soon as it is known; timeout_s: patience with gloo's two processes."""
+    """Yield all findings, each as soon as it is known. timeout_s: time limit of the two-process tests, in seconds."""
     yield from _versions()
     yield from _machine()
     yield from _gpus()
@@ -81,12 +81,12 @@ def _machine() -> Iterator[Finding]:
     memory = {name: int(text.split()[0]) / 2**20 for name, text in _pairs("/proc/meminfo") if text.endswith("kB")}
     if "MemAvailable" in memory:
         limit = _memory_limit_gib()
-        within = "" if limit is None else f"; this process's group may use {limit:.1f} GiB"
+        within = "" if limit is None else f"; the cgroup of this process may use {limit:.1f} GiB"
         yield Finding("memory", f"{memory['MemAvailable']:.1f} GiB free of {memory['MemTotal']:.1f} GiB{within}")
 
 
 def _pairs(file: str) -> Iterator[tuple[str, str]]:
-    """`name : value` of each line; nothing where there is no such file (not Linux)."""
+    """Yield (name, value) of each `name : value` line; nothing if the file does not exist (not Linux)."""
     path = Path(file)
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         name, colon, value = line.partition(":")
@@ -95,7 +95,7 @@ def _pairs(file: str) -> Iterator[tuple[str, str]]:
 
 
 def _memory_limit_gib() -> float | None:
-    """What a container may use (cgroup 2, else 1); None where there is no limit below the machine's memory."""
+    """Memory limit of the container in GiB (cgroup 2, else 1); None without a limit."""
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         path = Path(file)
         if path.exists() and (text := path.read_text(encoding="utf-8").strip()).isdecimal() and int(text) < 1 << 60:
@@ -125,9 +125,11 @@ def _communication(timeout_s: float) -> Iterator[Finding]:
     built = backends()
     yield Finding("backends", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in built.items()))
     if not built["gloo"]:
-        yield Finding("gloo", "this torch is built without it: several processes on CPUs cannot run", broken=True)
+        yield Finding(
+            "gloo", "this torch is built without it, so training on several CPU processes is not possible", broken=True
+        )
     elif why := try_pair("gloo", timeout_s):
-        yield Finding("gloo", f"two processes on this machine cannot sum a number: {why}", broken=True)
+        yield Finding("gloo", f"two processes on this machine could not sum a number: {why}", broken=True)
     else:
         yield Finding("gloo", "two processes on this machine have summed a number")
         yield _shared_memory(timeout_s)
@@ -136,10 +138,10 @@ def _communication(timeout_s: float) -> Iterator[Finding]:
 def _shared_memory(timeout_s: float) -> Finding:
     module, why = shared_memory.load()
     if module is None:
-        return Finding("shared memory", f"{why}, gloo carries all; {how_to_build()}")
+        return Finding("shared memory", f"{why}, so gloo is used instead; {how_to_build()}")
     why = try_pair("shared", timeout_s)
     done = "two processes on this machine have summed a number"
-    return Finding("shared memory", f"cannot be had here, gloo carries all: {why}" if why else done)
+    return Finding("shared memory", f"not available here, so gloo is used instead: {why}" if why else done)
 
 
 def _extensions() -> Iterator[Finding]:
@@ -157,7 +159,7 @@ def _extensions() -> Iterator[Finding]:
             "extension",
             f"CUDA kernels for compute capability {built}"
             if built
-            else f"no CUDA kernels ({why_not_built('cuda') or 'nothing is known of why'}); {how_to_build()}",
+            else f"no CUDA kernels ({why_not_built('cuda') or 'the reason is not recorded'}); {how_to_build()}",
         )
 
 
@@ -167,18 +169,18 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("kernels", f"fp32 on {device.type}: {native.describe_kernels(device, torch.float32)}")
         yield _attention(device)
         for check in selftest.check_ops(device):
-            who = "own" if check.custom else "torch"
-            off = f"off by {check.difference:.1e}, tolerance {check.tolerance:.0e}"
-            text = f"{check.name}: {who}; {check.error or off}"
+            kernel = "custom kernel" if check.custom else "torch"
+            error = f"max error {check.difference:.1e}, tolerance {check.tolerance:.0e}"
+            text = f"{check.name}: {kernel}; {check.error or error}"
             yield Finding(f"op on {device.type}", text + " WRONG" * check.broken, broken=check.broken)
 
 
 def _attention(device: torch.device) -> Finding:
-    """Which attention a run takes by itself, and why what it would rather take is not there."""
+    """The attention implementation that `auto` selects, and why faster ones are not available."""
     name, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
-    with native.forced(kernels=native.load()[0] is not None):  # else it would warn of what was just said
-        alone, apart = (attention.attention_name(device, dtype, 128, documents=kept) for kept in (False, True))
-    text = f"{name} on {device.type}: {alone}; documents kept apart: {apart}"
+    with native.forced(kernels=native.load()[0] is not None):  # else it would warn about a missing extension again
+        plain, masked = (attention.attention_name(device, dtype, 128, documents=mask) for mask in (False, True))
+    text = f"{name} on {device.type}: {plain}; with document masking: {masked}"
     return Finding(
         "attention", "; ".join([text, *(attention.missing_packages().values() if device.type == "cuda" else ())])
     )
@@ -188,12 +190,12 @@ def _packages() -> Iterator[Finding]:
     versions = {name: _version(name, *where) for name, where in OPTIONAL.items()}
     found = [f"{name} {version}" for name, version in versions.items() if version]
     missing = [name for name, version in versions.items() if not version]
-    yield Finding("optional", ", ".join(found) or "nothing")
-    yield Finding("not installed", ", ".join(missing) or "nothing")
+    yield Finding("optional", ", ".join(found) or "none")
+    yield Finding("not installed", ", ".join(missing) or "none")
 
 
 def _version(distribution: str, module: str, submodule: str) -> str:
-    """The version of an installed package, which is not imported: that may take seconds. Empty when it is not there."""
+    """Version of an installed package; empty if it is missing. Does not import it, which may take seconds."""
     try:
         spec = importlib.util.find_spec(module)
     except ValueError:  # it is in sys.modules without one
@@ -206,4 +208,4 @@ def _version(distribution: str, module: str, submodule: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "of unknown version"
+        return "(unknown version)"

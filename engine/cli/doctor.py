@@ -4,41 +4,48 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tyro
-
-from engine.cli.common import single_process
+from engine.cli.common import Help, parse, single_process
 from engine.errors import EXIT_ERROR, EXIT_OK, ConfigError, FieldError
 
 
 @dataclass
 class DoctorOptions:
-    """Say what this installation and machine are, try each op against float64 and gloo between two processes.
+    """Report versions, devices and kernels of this installation, and test them.
 
-    Exit code 0 when nothing is broken (what is merely not there is told), 1 with the faults listed last.
+    Checks each op against float64 and sums a number between two processes. The exit code is 0 if nothing is broken
+    (missing optional packages are only reported), else 1 with the errors listed last.
     """
 
     timeout_s: float = 60.0
-    """seconds that the two processes may take to start and to sum a number over gloo"""
+    """seconds that the two processes may take to start and to sum a number over gloo; raise it on a slow machine"""
+
+
+HELP = Help(
+    examples=(
+        ("Check this installation", "engine doctor"),
+        ("Allow the two gloo processes five minutes on a slow machine", "engine doctor --timeout-s 300"),
+    ),
+)
 
 
 def run(args: list[str]) -> int:
-    """Run the verb; returns the exit code."""
+    """Run the command; returns the exit code."""
 
-    o = tyro.cli(DoctorOptions, args=args, prog="engine doctor")
+    o = parse(DoctorOptions, args, "doctor", HELP)
     if o.timeout_s <= 0:
         raise ConfigError(
             [
                 FieldError(
-                    "cli.not-above-zero", "--timeout-s", o.timeout_s, "is no time to wait", "Use a number above 0."
+                    "cli.not-above-zero", "--timeout-s", o.timeout_s, "is not above 0", "Give seconds, such as 60."
                 )
             ]
         )
     single_process("doctor")
-    from engine.cli.diagnosis import examine  # loads torch: faults are told before
+    from engine.cli.diagnosis import examine  # loads torch, so option errors are reported first
 
     errors = []
     for finding in examine(o.timeout_s):
-        print(f"{finding.topic:<16} {finding.text}", flush=True)  # at once: the next may end the process
+        print(f"{finding.topic:<16} {finding.text}", flush=True)  # immediately: the next check may crash the process
         errors += [finding] if finding.broken else []
     if not errors:
         print("nothing is broken")

@@ -1,4 +1,4 @@
-"""What a run would be, printed before anything runs: config with sources, who holds what, sizes. No processes."""
+"""`engine train --dry-run`: print config with sources, layout, memory and FLOPs of a run without starting processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_GRID_RANKS = 64
 
 
 def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
-    """Print the dry run of a checked config; of settings those that differ from their defaults, or all (full)."""
+    """Print the dry run of a checked config. full: also settings that have their default."""
     cfg, layout, plan = resolved.config, resolved.derived.layout, resolved.derived.plan
     console.print(_settings(resolved, full))
     for line in _data_status(cfg):
@@ -46,11 +46,11 @@ def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
         ("ranks", f"{layout.world:,}"),
         ("parameters in total", f"{num_parameters(cfg.model):,}"),
         ("tokens per step", f"{tokens:,} ({train.global_batch_size} sequences of {train.seq_len})"),
-        ("tokens in all", f"{tokens * train.steps:,} ({train.steps} steps)"),
-        ("microbatches per step and rank", f"{plan.microbatches} of {train.micro_batch_size}"),
-        ("pipeline", f"{plan.name}, bubble {simulate(plan).bubble:.1%} if F, I and W cost the same on all stages"),
-        ("activations kept on a rank", f"of {kept:g} microbatches of a stage at most"),
-        ("model FLOPs", f"{flops / 1e9:,.2f} GFLOP a token, {flops * tokens / 1e12:,.2f} TFLOP a step"),
+        ("tokens in total", f"{tokens * train.steps:,} ({train.steps} steps)"),
+        ("micro-batches per step and rank", f"{plan.microbatches} of {train.micro_batch_size} sequences"),
+        ("pipeline", f"{plan.name}, bubble {simulate(plan).bubble:.1%} if F, I and W take the same time on all stages"),
+        ("activations in memory on a rank", f"at most those of {kept:g} micro-batches of a stage"),
+        ("model FLOPs", f"{flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e12:,.2f} TFLOP per step"),
     ):
         console.print(f"{label}: {value}", highlight=False)
     if uneven := uneven_pipeline(cfg, resolved.derived):
@@ -73,32 +73,32 @@ def _settings(resolved: Resolved, full: bool) -> Table:
         section, name = path.split(".")
         value = getattr(getattr(resolved.config, section), name)
         if source.startswith("file "):
-            source = f"file {Path(source[5:]).name}"  # the whole path would not fit beside it
+            source = f"file {Path(source[5:]).name}"  # the whole path would not fit into the column
         if full or value != defaults[path]:
             table.add_row(escape(path), escape(str(value)), escape(source), style="" if source != "default" else "dim")
     if not full:
-        table.caption = "all other settings are at their defaults: --full lists them"
+        table.caption = "All other settings have their defaults; --full lists them."
         table.caption_justify = "left"
     return table
 
 
 def _data_status(cfg: Config) -> Iterator[str]:
-    """Whether the data and the tokenizer that the config names are there."""
+    """Lines that say whether the data and tokenizer files of the config exist."""
     prefixes = list(read_mixture(cfg.data.train).prefixes) if cfg.data.train else []
     if not prefixes:
-        yield "data.train: not given; `engine prepare` makes some"
+        yield "data.train: not set; `engine prepare` writes a corpus"
     for name, prefix in [
         *(("data.train", p) for p in prefixes),
         *([("data.valid", cfg.data.valid)] * bool(cfg.data.valid)),
     ]:
         missing = [f"{prefix}{end}" for end in (".bin", ".idx") if not Path(f"{prefix}{end}").is_file()]
-        yield f"{name}: {prefix}: {'there' if not missing else 'not there: ' + ' and '.join(missing)}"
+        yield f"{name}: {prefix}: {'found' if not missing else 'missing: ' + ' and '.join(missing)}"
     if cfg.data.valid and cfg.data.valid in prefixes:
-        yield "note: validation is on the training corpus (data.valid): its loss says nothing about new text"
+        yield "note: data.valid is also a training corpus, so the validation loss says nothing about new text"
     if cfg.data.tokenizer:
         folder = Path(cfg.data.tokenizer)
-        there = (folder / "tokenizer.json").is_file() or folder.is_file()
-        yield f"data.tokenizer: {folder}: {'there' if there else 'not there'}"
+        found = (folder / "tokenizer.json").is_file() or folder.is_file()
+        yield f"data.tokenizer: {folder}: {'found' if found else 'missing'}"
 
 
 def _stages(resolved: Resolved) -> Table:

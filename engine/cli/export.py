@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from engine.cli.common import print_result, shard_bytes, single_process
+from engine.cli.common import Help, parse, print_result, shard_bytes, single_process
 from engine.errors import EXIT_OK, CheckpointError, ConfigError, EngineError, FieldError
 
 if TYPE_CHECKING:
@@ -17,30 +17,49 @@ if TYPE_CHECKING:
 
 @dataclass
 class ExportOptions:
-    """Write a checkpoint as a Hugging Face folder, of the family that is its model. On one process, streaming."""
+    """Write a checkpoint as a Hugging Face folder.
+
+    The folder has the format of the model's family. Runs on one process and streams the weights.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
     """run folder (its newest checkpoint) or step folder"""
     output: tyro.conf.Positional[Path]
     """new folder for config.json, weights and tokenizer"""
     dtype: str = ""
-    """fp32, bf16, fp16 or fp64; empty: the precision of the run, or as imported"""
+    """dtype of the weights: fp32, bf16, fp16 or fp64; empty: train.precision of the run, or unchanged for an imported
+    checkpoint"""
     shard_mib: float = 4096.0
-    """size of a file that is written, which is also what is held in memory"""
+    """maximum size of a weight file in MiB; also the memory that the export needs"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; default: the copy in the run folder"""
+    """folder with tokenizer.json; not set: the copy in the run folder"""
     verify: bool = False
-    """load the result with transformers and compare its logits with the engine's"""
+    """load the result with transformers and compare its logits with the engine's; needs memory for both models"""
     secret: str = ""
     """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
     copy_extra: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """copy the licence, the model card and other small files of the Hugging Face folder that the model came from"""
+    """also copy the licence, model card and other small files of the Hugging Face folder that the model came from"""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """print one JSON object instead of text"""
 
 
+HELP = Help(
+    examples=(
+        ("Write the newest checkpoint of a run for transformers", "engine export runs/demo hf/demo"),
+        (
+            "Write bf16 weights and compare the logits of transformers with the engine's",
+            "engine export runs/demo hf/demo --dtype bf16 --verify",
+        ),
+    ),
+    groups={
+        "output": ("dtype", "shard_mib", "tokenizer", "copy_extra"),
+        "check": ("verify", "secret", "json"),
+    },
+)
+
+
 def run(args: list[str]) -> int:
-    """Run the verb; returns the exit code."""
+    """Run the command; returns the exit code."""
 
     from engine.checkpoint.format import find_checkpoint, read_manifest
     from engine.checkpoint.seal import open_storage
@@ -48,7 +67,7 @@ def run(args: list[str]) -> int:
     from engine.inference.load import config_of, load_tokenizer, tokenizer_folder
     from engine.interop.convert import export
 
-    o = tyro.cli(ExportOptions, args=args, prog="engine export")
+    o = parse(ExportOptions, args, "export", HELP)
     single_process("export")
     if o.verify:
         need_transformers()
@@ -65,7 +84,7 @@ def run(args: list[str]) -> int:
             raise
         notes.append(str(error))
         kept = folder.parent.parent / "tokenizer"
-        tokenizer = kept if kept.is_dir() else None  # what came with a folder goes out again, if it can be read or not
+        tokenizer = kept if kept.is_dir() else None  # exported unchanged even if the engine cannot read it
     dtype = None if imported and not o.dtype else _dtype(o.dtype or cfg.train.precision)
     family, size, changed = export(
         folder,
@@ -91,7 +110,7 @@ def run(args: list[str]) -> int:
                 f"{o.output}: transformers computes other logits than the engine: {found.problem}. Do not use it",
             )
         text.append(
-            f"transformers gives the same logits: largest difference {found.difference:.2e}, where rounding explains "
+            f"transformers computes the same logits: max error {found.difference:.2e}, rounding bound "
             f"{found.bound:.2e} (largest logit {found.largest:.2f})"
         )
         fields["compared"] = {key: getattr(found, key) for key in ("difference", "bound", "largest")}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from engine.cli.common import print_result, stops_on_signals
+from engine.cli.common import Help, parse, print_result, stops_on_signals
 from engine.errors import EXIT_OK, ConfigError, FieldError
 from engine.util.signals import Interrupts
 
@@ -21,41 +21,59 @@ if TYPE_CHECKING:
 
 @dataclass
 class InspectOptions:
-    """Look at a corpus (counts, a picture of its lengths, random samples as training sees them, a whole check) or at a
-    checkpoint (step, data position, lineage, and every tensor with shape, dtype and norm)."""
+    """Show the contents of a corpus or of a checkpoint.
+
+    Of a corpus: counts, a histogram of document lengths, and random samples as training sees them. Of a checkpoint:
+    step, data position, lineage, and every tensor with shape, dtype and norm.
+    """
 
     data: tyro.conf.Positional[str]
-    """prefix of the .bin/.idx; or a checkpoint: run folder (its newest one) or step folder"""
+    """prefix of a corpus (.bin/.idx); or a checkpoint: run folder (its newest one) or step folder"""
     norms: bool = True
-    """checkpoint: read every tensor and print its L2 norm"""
+    """checkpoint: read every tensor and print its L2 norm; --no-norms is faster"""
     tokenizer: Path | None = None
-    """folder with tokenizer.json; left out: PREFIX-tokenizer, or tokenizer beside the corpus"""
+    """corpus: folder with tokenizer.json that decodes the samples; not set: PREFIX-tokenizer, or a folder `tokenizer`
+    next to the corpus"""
     samples: int = 3
-    """samples to draw and decode; 0: none"""
+    """corpus: number of random samples to decode; 0: none"""
     seq_len: int = 256
-    """tokens a sample"""
+    """corpus: tokens per sample"""
     seed: int = 0
-    """which samples are drawn follows from it"""
+    """corpus: seed that selects the samples"""
     fim_rate: float = 0.0
-    """show the samples after fill-in-the-middle, as a run with train.seed = --seed and this data.fim_rate sees them"""
+    """corpus: show samples after fill-in-the-middle, as a run with train.seed = --seed and this data.fim_rate sees
+    them"""
     fim_spm_rate: float = 0.5
-    """as data.fim_spm_rate"""
+    """corpus: as data.fim_spm_rate"""
     fim_tokens: str = ""
-    """as data.fim_tokens"""
+    """corpus: as data.fim_tokens"""
     output: Path = Path("lengths.png")
-    """picture of the lengths of documents, PNG or SVG"""
+    """corpus: PNG or SVG file for the histogram of document lengths"""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """read everything: every token and what the sidecar says of it; of a checkpoint every digest"""
+    """read everything: every token and every field of the sidecar of a corpus; every digest of a checkpoint"""
     secret: str = ""
-    """file:PATH or env:NAME of the secret of a signed or encrypted checkpoint"""
+    """checkpoint: file:PATH or env:NAME of the secret of a signed or encrypted one"""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """print one JSON object instead of text"""
 
 
+HELP = Help(
+    examples=(
+        ("Show a corpus and decode five random samples", "engine inspect corpus/web-train --samples 5"),
+        ("Show a checkpoint without reading its tensors", "engine inspect runs/demo --no-norms"),
+    ),
+    groups={
+        "samples": ("tokenizer", "samples", "seq_len", "seed", "fim_rate", "fim_spm_rate", "fim_tokens"),
+        "checkpoint": ("norms", "secret"),
+        "output": ("output", "verify", "json"),
+    },
+)
+
+
 @stops_on_signals
 def run(args: list[str], stop: Interrupts) -> int:
-    """Run the verb; returns the exit code."""
-    o = tyro.cli(InspectOptions, args=args, prog="engine inspect")
+    """Run the command; returns the exit code."""
+    o = parse(InspectOptions, args, "inspect", HELP)
     if errors := list(inspect_errors(o)):
         raise ConfigError(errors)
     if Path(o.data).is_dir() and not Path(f"{o.data}.idx").exists():
@@ -64,7 +82,7 @@ def run(args: list[str], stop: Interrupts) -> int:
 
 
 def inspect_errors(o: InspectOptions) -> Iterator[FieldError]:
-    """What is wrong with the options of `engine inspect`."""
+    """The errors of the options of `engine inspect`."""
     for option, (value, least) in {
         "--samples": (o.samples, 0),
         "--seq-len": (o.seq_len, 1),
@@ -77,14 +95,14 @@ def inspect_errors(o: InspectOptions) -> Iterator[FieldError]:
         yield FieldError("cli.no-picture-format", "--output", str(o.output), text, "End it in .png.")
     for option, share in (("--fim-rate", o.fim_rate), ("--fim-spm-rate", o.fim_spm_rate)):
         if not 0 <= share <= 1:
-            yield FieldError("cli.no-share", option, share, "is not a share", "Use a number of 0 to 1.")
+            yield FieldError("cli.no-share", option, share, "is not between 0 and 1", "Use a fraction, such as 0.5.")
     if o.fim_tokens and not o.fim_rate:
-        text = "has no meaning without --fim-rate"
-        yield FieldError("cli.without-effect", "--fim-tokens", o.fim_tokens, text, "Such as 0.5.")
+        text = "has no effect without --fim-rate"
+        yield FieldError("cli.without-effect", "--fim-tokens", o.fim_tokens, text, "Add --fim-rate, such as 0.5.")
 
 
 def inspect_corpus(o: InspectOptions) -> int:
-    """`engine inspect` of a corpus."""
+    """Run `engine inspect` for a corpus."""
     from rich.console import Console
 
     from engine.data.samples import contents
@@ -100,22 +118,22 @@ def inspect_corpus(o: InspectOptions) -> int:
     fields |= {"proven": [], "samples": [], "picture": str(o.output)}
     for line in (
         f"{o.data}: {c.documents:,} documents, {c.tokens:,} tokens, {c.bytes:,} bytes of {c.dtype}",
-        f"tokens a document: {c.shortest:,} to {c.longest:,} (document {c.longest_document}), median {c.median:,}, "
-        f"mean {c.mean:,.1f}, 95 % at most {c.p95:,}",
-        *([f"bytes of text a token: {c.text_bytes / max(1, c.tokens):.3f}"] if c.text_bytes else []),
-        f"tokenizer: {folder or 'none given and none beside the corpus: samples are not decoded'}",
+        f"tokens per document: {c.shortest:,} to {c.longest:,} (document {c.longest_document}), median {c.median:,}, "
+        f"mean {c.mean:,.1f}, 95 % have at most {c.p95:,}",
+        *([f"bytes of text per token: {c.text_bytes / max(1, c.tokens):.3f}"] if c.text_bytes else []),
+        f"tokenizer: {folder or 'none given and none next to the corpus, so samples are not decoded'}",
     ):
         console.print(line, markup=False)
     fields["tokenizer_is_the_datas"] = contents.tokenizer_fits(dataset, tokenizer)
     if fields["tokenizer_is_the_datas"] is False and tokenizer is not None:
         warnings.warn(
-            f"the tokenizer {folder} has the digest {tokenizer.digest}, and {o.data} was made with another one, "
-            f"{dataset.meta['tokenizer_digest']}: what is decoded is not the text. Give the right one by --tokenizer.",
+            f"the tokenizer {folder} has the digest {tokenizer.digest}, but {o.data} was encoded with another one, "
+            f"{dataset.meta['tokenizer_digest']}: decoded samples are wrong. Give the right one with --tokenizer.",
             stacklevel=2,
         )
     if o.verify:
         for line in contents.verify(dataset, tokenizer):
-            console.print(f"right: {line}", markup=False)
+            console.print(f"verified: {line}", markup=False)
             fields["proven"].append(line)
     if tokenizer is not None and o.samples:
         for text in _samples(o, dataset, tokenizer, folder):
@@ -130,7 +148,7 @@ def inspect_corpus(o: InspectOptions) -> int:
 
 
 def _samples(o: InspectOptions, dataset: IndexedDataset, tokenizer: Tokenizer, folder: Path | None) -> Iterator[object]:
-    """Decoded samples, as a run with these settings sees them."""
+    """Decode random samples as a run with these settings sees them."""
     from engine.config.schema import DataConfig
     from engine.data.samples.contents import decoded_samples
     from engine.data.samples.corpora import begin_of_document, end_of_document
@@ -146,7 +164,7 @@ def _samples(o: InspectOptions, dataset: IndexedDataset, tokenizer: Tokenizer, f
 
 
 def inspect_checkpoint(o: InspectOptions) -> int:
-    """`engine inspect` of a checkpoint."""
+    """Run `engine inspect` for a checkpoint."""
     from engine.checkpoint.format import find_checkpoint, verify_all
     from engine.checkpoint.load import Reader
     from engine.checkpoint.seal import open_storage
@@ -159,7 +177,7 @@ def inspect_checkpoint(o: InspectOptions) -> int:
         fields |= {"summary": list(text), "digests_proven": o.verify, "tensors": []}
         if o.verify:
             verify_all(reader.folder, reader.manifest, storage)
-            text.append("every digest is right")
+            text.append("all digests match")
         width = max(map(len, (name for names in reader.manifest.tensors.values() for name in names)), default=0)
         if not o.json:
             print_result(text)

@@ -1,4 +1,4 @@
-"""The `engine` command: one verb a capability, each in the file of its name."""
+"""The `engine` command: dispatches to engine.cli.NAME.run and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from engine.util.signals import STOP_SIGNALS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a verb and exit with its code: 0 done, 1 error, 2 config error, 75 saved on a signal, 141 nobody reads."""
+    """Run a command and exit with its code.
+
+    0: done, 1: error, 2: config error, 75: saved after a signal, 130: interrupted, 141: the output's reader has gone.
+    """
     if argv is None:
         _ensure_utf8()
     args = list(sys.argv[1:] if argv is None else argv)
@@ -26,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with watch_output():
             code = _run(args)
-    except OutputError as error:  # what was buffered found no room
+    except OutputError as error:  # the buffered output did not fit on the disk
         print(f"error: {error.report()}", file=sys.stderr)
         code = error.exit_code
     if argv is None and args[:1] == ["prepare"] and code == EXIT_OK:
-        os._exit(code)  # all is written; to take libraries and their tables apart would be a tenth of a second
+        os._exit(code)  # everything is written; freeing the libraries' tables would take 0.1 s
     sys.exit(code)
 
 
@@ -45,7 +48,7 @@ def _run(args: list[str]) -> int:
     if args[0] not in _VERBS:
         suggestion = _SYNONYMS.get(args[0].strip("-").replace("-", "_"), "") or nearest(args[0], _VERBS)
         hint = f". Did you mean {suggestion}?" if suggestion else ""
-        print(f"error: no verb {args[0]!r}{hint}\n\n{_overview()}", file=sys.stderr)
+        print(f"error: unknown command {args[0]!r}{hint}\n\n{_overview()}", file=sys.stderr)
         return EXIT_CONFIG
     try:
         if args[0] not in _HANDLES_SIGNALS:
@@ -65,15 +68,15 @@ def _run(args: list[str]) -> int:
 
 
 def _file(verb: str) -> str:
-    """The module of engine.cli that a verb is in."""
-    return "import_" if verb == "import" else verb.replace("-", "_")  # import is a word of Python
+    """Name of the module of engine.cli that contains a command."""
+    return "import_" if verb == "import" else verb.replace("-", "_")  # import is a keyword of Python
 
 
 def _ensure_utf8() -> None:
-    """Start again in Python's UTF-8 mode where the locale is another one.
+    """Restart in Python's UTF-8 mode if the locale has another encoding.
 
-    Names of files, arguments and what is printed are then UTF-8 as the content of every file is: a config written under
-    one locale is read under another. (Python does so by itself for the C locale, unless it is told PYTHONUTF8=0.)
+    File names, arguments and output are then UTF-8, like the content of all files, so that a config written under one
+    locale can be read under another. (Python does this itself for the C locale, unless PYTHONUTF8=0.)
     """
     if sys.getfilesystemencoding() != "utf-8" and "utf8" not in sys._xoptions:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
@@ -83,30 +86,30 @@ def _overview() -> str:
     lines = [f"  {name:<14} {text}" for name, text in _VERBS.items()]
     if text := missing_extensions():
         lines += ["", text]
-    return "usage: engine VERB [OPTIONS]   (engine VERB --help shows a verb's options)\n\n" + "\n".join(lines)
+    return "usage: engine COMMAND [OPTIONS]   (engine COMMAND --help lists its options)\n\n" + "\n".join(lines)
 
 
 _VERBS = {
-    "clean": "raw text -> cleaned text: filters, test questions, personal data, duplicates",
-    "prepare": "raw text -> tokenizer and memory-mapped train/valid/test files",
-    "merge-datasets": "join tokenised corpora to one, as Megatron-LM's merge_datasets.py",
+    "clean": "filter raw text; remove test questions, personal data and duplicates",
+    "prepare": "convert raw text to memory-mapped train/valid/test files",
+    "merge-datasets": "concatenate tokenised corpora, as Megatron-LM's merge_datasets.py",
     "tokenizer": "train a tokenizer: engine tokenizer train ...",
-    "inspect": "look at a corpus (counts, lengths, samples) or at a checkpoint (tensors, norms, lineage)",
+    "inspect": "show a corpus (counts, lengths, samples) or a checkpoint (tensors, lineage)",
     "train": "train a model, on one process or on many under torchrun",
-    "evaluate": "validation loss, perplexity and bits per byte of a checkpoint",
+    "evaluate": "compute validation loss, perplexity and bits per byte of a checkpoint",
     "generate": "continue a prompt with a checkpoint",
-    "import": "write a Hugging Face folder or a checkpoint of Megatron-LM as a checkpoint",
+    "import": "convert a Hugging Face folder or a Megatron-LM checkpoint",
     "export": "write a checkpoint as a Hugging Face folder",
     "verify": "check every file of a checkpoint against its digests",
     "plot": "draw the loss curve of runs",
-    "schedule": "prove, simulate, draw, compare and search pipeline schedules",
-    "doctor": "what is installed, which kernels run here, and whether they and gloo work",
+    "schedule": "check, simulate, draw, compare and search pipeline schedules",
+    "doctor": "report versions and devices, and test kernels and communication",
 }
 
-# Verbs that answer signals from their first line on, those too that came before (engine.__main__).
+# Commands that handle signals from their first line on, also those that arrived earlier (engine.__main__).
 _HANDLES_SIGNALS = ("clean", "prepare", "merge-datasets", "tokenizer", "inspect", "train")
 
-_SYNONYMS = {  # what others call it
+_SYNONYMS = {  # command names of other engines
     "pretrain": "train",
     "finetune": "train",
     "run": "train",

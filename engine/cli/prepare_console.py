@@ -1,4 +1,4 @@
-"""Progress and report of `engine prepare` for people; without torch, which would double the time to start."""
+"""Progress and report of `engine prepare` in the terminal. Does not import torch, which would double the start time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.data.tokenize.train import Trained
 
 @contextmanager
 def prepare_progress(every_s: float = 5.0, quiet: bool = False) -> Iterator[Progress]:
-    """A callback for data.prepare: a bar on a terminal, otherwise a line every few seconds; nothing if `quiet`."""
+    """Progress callback of data.prepare: a bar on a terminal, else a line every `every_s` seconds; quiet: nothing."""
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     shown = {"at": time.perf_counter()}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
@@ -59,13 +59,13 @@ def prepare_progress(every_s: float = 5.0, quiet: bool = False) -> Iterator[Prog
                 shown["at"] = time.perf_counter()
                 done = event.input_bytes / max(1, event.input_bytes_total)
                 left = (event.input_bytes_total - event.input_bytes) / max(rate, 1e-9)
-                console.print(f"{event.phase}: {done:.0%}, {text}, left {left:.0f} s")
+                console.print(f"{event.phase}: {done:.0%}, {text}, {left:.0f} s left")
 
         yield show
 
 
 def show_trained(trained: Trained, recipe: Recipe, output: Path) -> None:
-    """Say what `engine tokenizer train` made, from what, and what each step took."""
+    """Print the result of `engine tokenizer train`: the tokenizer, its input, and the seconds of each step."""
     for line in trained.account.lines():
         print(line)
     steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in trained.seconds.items())
@@ -73,40 +73,40 @@ def show_trained(trained: Trained, recipe: Recipe, output: Path) -> None:
     tokenizer = trained.tokenizer
     print(f"tokenizer {output}: {recipe.kind}, {tokenizer.vocab_size:,} tokens, digest {tokenizer.digest[:16]}")
     if tokenizer.vocab_size < recipe.vocab_size:
-        print(f"--vocab-size was {recipe.vocab_size:,}, but the text offers no more")
+        print(f"--vocab-size was {recipe.vocab_size:,}, but the text does not offer more tokens")
 
 
 def show_prepared(report: PrepareReport) -> None:
-    """Print a table of what `prepare` wrote, and what it left out."""
+    """Print a table of the files that `prepare` wrote, and the documents that it dropped."""
     splits = [split for split in (report.train, report.valid, report.test) if split is not None]
     table = Table("", *(split.prefix for split in splits))
     rows: dict[str, Callable[[SplitReport], str]] = {
         "documents": lambda split: f"{split.documents:,}",
-        "empty documents, left out": lambda split: f"{split.empty_documents:,}",
-        "text MB": lambda split: f"{split.text_bytes / 1e6:,.2f}",
+        "empty documents, dropped": lambda split: f"{split.empty_documents:,}",
+        "text (MB)": lambda split: f"{split.text_bytes / 1e6:,.2f}",
         "tokens": lambda split: f"{split.tokens:,}",
         "bytes/token": lambda split: f"{split.bytes_per_token:.3f}",
         "longest document": lambda split: f"{split.longest_document_tokens:,} tokens",
         "unknown bytes": lambda split: f"{split.unknown_bytes:,}",
         "unigram entropy (nats)": lambda split: f"{split.unigram_entropy:.4f}",
     }
-    for what, figure in rows.items():
-        table.add_row(what, *map(figure, splits))
+    for label, figure in rows.items():
+        table.add_row(label, *map(figure, splits))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    crossed = {"valid": report.valid_unigram_cross_entropy, "test": report.test_unigram_cross_entropy}
-    for name, nats in crossed.items():
+    cross_entropies = {"valid": report.valid_unigram_cross_entropy, "test": report.test_unigram_cross_entropy}
+    for name, nats in cross_entropies.items():
         if nats is not None:
             console.print(
-                f"{name} tokens under the train unigrams: {nats:.4f} nats/token: what a model reaches that reads no "
-                f"context"
+                f"{name} cross-entropy under the train unigrams: {nats:.4f} nats/token, the loss of a model that "
+                f"ignores the context"
             )
     if report.bos is not None:
-        console.print(f"token {report.bos} begins every document")
+        console.print(f"every document starts with token {report.bos}")
     dropped = sum(report.dropped.values())
     rate = report.bytes_in / 1e6 / max(report.elapsed_s, 1e-9)
     console.print(
-        f"in: {report.documents_in + dropped:,} documents, {report.bytes_in / 1e6:,.2f} MB; "
+        f"input: {report.documents_in + dropped:,} documents, {report.bytes_in / 1e6:,.2f} MB; "
         f"kept {report.documents_in:,}, dropped {dropped:,}; "
         f"{report.elapsed_s:.1f} s, {rate:,.2f} MB/s with {report.encoder}"
         + (f" ({report.encoder_note})" if report.encoder_note else ""),
@@ -115,5 +115,5 @@ def show_prepared(report: PrepareReport) -> None:
     for line in ReadSummary(report.dropped, report.noticed, report.examples).lines():
         console.print(line, markup=False)
     if report.skipped:
-        console.print(f"what was dropped is listed in {report.skipped}", markup=False)
+        console.print(f"dropped documents are listed in {report.skipped}", markup=False)
     console.print(f"tokenizer {report.tokenizer}: {report.vocab_size:,} tokens, digest {report.tokenizer_digest[:16]}")

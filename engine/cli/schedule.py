@@ -9,50 +9,75 @@ from typing import Annotated
 
 import tyro
 
+from engine.cli.common import Help, parse
 from engine.errors import EXIT_OK, ConfigError, FieldError, PlanError
 from engine.pipeline.schedules import SCHEDULES, load_plan
 
 
 @dataclass
 class ScheduleOptions:
-    """Prove, simulate and draw pipeline schedules: named, searched, read from a file, or as a run has measured them.
+    """Check, simulate, draw, compare and search pipeline schedules.
 
-    Costs and memory are for a rank's share of the model, 1 / ranks of it, so that all schedules can be compared.
+    A schedule is named, searched, read from a file (--plan) or measured in a run (--from). Costs and memory are those
+    of a rank's share of the model (1 / ranks of it), so all schedules can be compared.
     """
 
     name: Annotated[str, tyro.conf.arg(help=f"{', '.join(SCHEDULES)} or searched; empty: 1f1b")] = ""
     ranks: int = 4
-    """pipeline ranks"""
+    """number of pipeline ranks"""
     microbatches: int = 8
-    """microbatches of a step"""
+    """number of micro-batches per step"""
     chunks: int = 0
-    """stages on each rank; 0: what the schedule needs, 2 for interleaved, the better of 1 and 2 for searched"""
+    """pipeline stages on each rank; 0: as the schedule needs, 2 for interleaved, the better of 1 and 2 for searched"""
     costs: str = ""
-    """time of a share's forward, input gradient and weight gradient, and of a message, such as f=1,i=1,w=1,comm=0.1
-    (left out: comm 0, others 1); f=1:1:1:1.5 for equal parts of the model in order, as many as ranks or a multiple"""
+    """times of forward, input gradient and weight gradient of a rank's share of the model, and of a message, such as
+    f=1,i=1,w=1,comm=0.1 (not set: comm 0, others 1; in any unit); f=1:1:1:1.5 for equal parts of the model in order, as
+    many as ranks or a multiple"""
     memory_cap: float | None = None
-    """most activations a rank may hold, in microbatches of a share: a limit for searched, a remark for the others"""
+    """maximum activations on a rank, in micro-batches of a rank's share: a limit for searched, a remark for other
+    schedules"""
     compare: tuple[str, ...] = ()
-    """names to draw under one another instead of --name"""
+    """names of schedules to draw below each other, instead of --name"""
     plan: Path | None = None
-    """file with a plan to prove and draw: text as --save writes it, or a .csv of torch.distributed.pipelining"""
+    """file with a plan to check and draw: text from --save, or a .csv of torch.distributed.pipelining"""
     run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """run folder: draw its measured step above the simulation with the costs measured in it; names that are given are
-    simulated with these costs too, for as many ranks and microbatches"""
+    """run folder: draw its measured step above the simulation with the measured costs; schedules that are named are
+    simulated with these costs too, for the run's ranks and micro-batches"""
     output: Path = Path("schedule.png")
-    """picture; both .png and .svg are written"""
+    """picture; both a .png and a .svg file are written"""
     save: Path | None = None
     """write the plan to this file, for --plan here or --parallel.schedule in training"""
     text: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """print the plan"""
     seed: int = 0
-    """of the search: the same seed finds the same plan"""
+    """seed of the search; the same seed finds the same plan"""
     iterations: int | None = None
-    """changes that the search tries on each of its best starts; left out: 4000, and fewer for large plans"""
+    """changes that the search tries on each of its best starts; not set: 4000, and fewer for large plans; more may find
+    a shorter plan"""
+
+
+HELP = Help(
+    examples=(
+        (
+            "Compare four schedules on 4 ranks with 16 micro-batches",
+            "engine schedule --compare gpipe 1f1b interleaved zb-v --ranks 4 --microbatches 16",
+        ),
+        (
+            "Search a plan that stays below 4 micro-batches of activations and save it for training",
+            "engine schedule --name searched --memory-cap 4 --save plan.txt",
+        ),
+    ),
+    groups={
+        "plan": ("name", "compare", "plan", "run", "ranks", "microbatches", "chunks"),
+        "simulation": ("costs", "memory_cap"),
+        "search": ("seed", "iterations"),
+        "output": ("output", "save", "text"),
+    },
+)
 
 
 def run(args: list[str]) -> int:
-    """Run the verb; returns the exit code."""
+    """Run the command; returns the exit code."""
     import functools
 
     from rich.console import Console
@@ -60,7 +85,7 @@ def run(args: list[str]) -> int:
     from engine.cli import schedule_pages as report
     from engine.pipeline.simulate import Costs
 
-    o = tyro.cli(ScheduleOptions, args=args, prog="engine schedule")
+    o = parse(ScheduleOptions, args, "schedule", HELP)
     if errors := list(_schedule_errors(o)):
         raise ConfigError(errors)
     names = o.compare or ((o.name,) if o.name else () if o.plan or o.run else ("1f1b",))
@@ -85,7 +110,7 @@ def run(args: list[str]) -> int:
 
 
 def _schedule_errors(o: ScheduleOptions) -> Iterator[FieldError]:
-    """What is wrong with the options of `engine schedule`."""
+    """The errors of the options of `engine schedule`."""
     import difflib
 
     from engine.cli.schedule_pages import NAMES
@@ -114,7 +139,7 @@ def _schedule_errors(o: ScheduleOptions) -> Iterator[FieldError]:
             "--chunks",
             o.chunks,
             text,
-            "Leave it out, or choose interleaved, which takes any number.",
+            "Omit it, or choose interleaved, which takes any number.",
         )
     try:
         costs = Costs.parse(o.costs)
@@ -128,13 +153,13 @@ def _schedule_errors(o: ScheduleOptions) -> Iterator[FieldError]:
             "--memory-cap",
             o.memory_cap,
             "is not above 0",
-            "Give microbatches, or leave it out for no cap.",
+            "Give a number of micro-batches, or omit it for no cap.",
         )
     yield from _excluded(o)
 
 
 def _excluded(o: ScheduleOptions) -> Iterator[FieldError]:
-    """Options that do not go together, and names of files."""
+    """Errors of options that exclude each other, and of file names."""
     if o.output.suffix not in (".png", ".svg"):
         yield FieldError(
             "cli.no-picture-format",
@@ -144,16 +169,16 @@ def _excluded(o: ScheduleOptions) -> Iterator[FieldError]:
             "End it in .png; both are written.",
         )
     if o.name and o.compare:
-        yield FieldError("cli.excludes", "--name", o.name, "stands beside --compare", "Give one of them.")
+        yield FieldError("cli.excludes", "--name", o.name, "excludes --compare", "Give one of them.")
     if o.costs and o.run:
         yield FieldError(
-            "cli.excludes", "--costs", o.costs, "stands beside --from, which has costs of its own", "Give one of them."
+            "cli.excludes", "--costs", o.costs, "excludes --from, which has measured costs", "Give one of them."
         )
     if o.save is not None and len(o.compare) + bool(o.name) + bool(o.plan) > 1:
         yield FieldError(
             "cli.several-plans",
             "--save",
             str(o.save),
-            "takes one plan, and here are several",
-            "Save each with a --name of its own.",
+            "takes one plan, but several are given",
+            "Save each plan with a separate --name.",
         )

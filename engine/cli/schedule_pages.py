@@ -1,4 +1,4 @@
-"""What `engine schedule` shows: plans by name, from files or from runs, as a table and a picture."""
+"""Table and picture of `engine schedule`: plans by name, from files or from runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 SEARCHED = "searched"
 NAMES = (*SCHEDULES, SEARCHED)
-_DEFAULT_CHUNKS = 2  # of the schedules that take any number
+_DEFAULT_CHUNKS = 2  # for schedules that take any number
 
 
 @dataclass(frozen=True)
 class TimelineRow:
-    """A row of the table: a timeline, what it is called, and the time that no plan on its placement can beat."""
+    """A row of the table: label, timeline, and a lower bound on the time of any plan with the same placement."""
 
     label: str
     timeline: Timeline
@@ -35,7 +35,7 @@ class TimelineRow:
         return self.timeline.plan
 
     def title(self, unit: str) -> str:
-        """What stands above its picture."""
+        """Title of its picture."""
         timeline = self.timeline
         time = f"{timeline.time:.4g}{f' {unit}' if unit else ''}"
         return (
@@ -54,7 +54,7 @@ def plan_of(
     seed: int = 0,
     iterations: int | None = None,
 ) -> Plan:
-    """The plan of one of NAMES. `chunks` counts where the schedule leaves the choice."""
+    """Build the plan of one of NAMES. `chunks` is used by schedules that take any number of chunks."""
     if name == SEARCHED:
         return search(
             ranks, microbatches, costs, chunks=chunks, memory_cap=memory_cap, seed=seed, iterations=iterations
@@ -63,7 +63,7 @@ def plan_of(
 
 
 def simulated(label: str, plan: Plan, costs: Costs) -> TimelineRow:
-    """The row of a plan under costs of a rank's share of the model (shares.share_costs)."""
+    """Simulate a plan. costs: of a rank's share of the model (shares.share_costs)."""
     stage_costs = share_costs(costs, plan.num_ranks, plan.num_stages)
     return TimelineRow(label, simulate(plan, stage_costs), _bound(plan, stage_costs))
 
@@ -73,7 +73,7 @@ def _bound(plan: Plan, stage_costs: Costs) -> float:
 
 
 def measured(run: Path) -> tuple[list[TimelineRow], Costs]:
-    """The step that a run has measured, the same plan simulated with the costs measured in it, and these; in ms."""
+    """(rows, costs in ms): the measured step of a run, and its plan simulated with the measured costs."""
     seconds, step = read_timeline(run)
     lanes = tuple(tuple(Event(e.action, e.start * 1e3, e.end * 1e3) for e in lane) for lane in seconds.lanes)
     timeline = replace(seconds, lanes=lanes)
@@ -87,7 +87,7 @@ def measured(run: Path) -> tuple[list[TimelineRow], Costs]:
 
 
 def show(entries: Sequence[TimelineRow], console: Console, unit: str = "", memory_cap: float | None = None) -> None:
-    """The table: time, bubble and memory of each entry."""
+    """Print time, lower bound, bubble and memory of each row as a table. unit: of the times."""
     from rich.table import Table
 
     table = Table("schedule", "ranks x stages", f"time{f' ({unit})' if unit else ''}", "lower bound", "bubble")
@@ -108,13 +108,13 @@ def show(entries: Sequence[TimelineRow], console: Console, unit: str = "", memor
 
 
 def save(plan: Plan, path: Path) -> None:
-    """Writes the plan's text, with its communication."""
+    """Write the plan's text, including its communication."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{plan}\n", encoding="utf-8")
 
 
 def picture(entries: Sequence[TimelineRow], output: Path, unit: str = "") -> tuple[Path, Path]:
-    """Draws the entries to a PNG and an SVG file of that name; returns both paths."""
+    """Draw the rows to a PNG and an SVG file of that name; returns both paths."""
     from engine.pipeline.draw import draw
 
     paths = (output.with_suffix(".png"), output.with_suffix(".svg"))

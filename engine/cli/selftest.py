@@ -1,7 +1,7 @@
-"""Each operation of a training step once, in float32 and bf16, against its own reference: torch's code in float64.
+"""Compare each operation of a training step, in float32 and bf16, with torch's code in float64.
 
-Small and quick: it finds a kernel that this machine miscompiles or miscomputes, not a rare shape (the tests do that).
-Which implementation ran is observed, not asked for, so there is no second opinion about who decides.
+Small and quick: it finds a kernel that is miscompiled or wrong on this machine; rare shapes are left to the tests.
+Which implementation ran is observed at the dispatcher, so the selection logic exists only once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import NormCounter
 from engine.parallel.gradients import make_buckets
 
-# of the largest value of the reference, or of 1; float32 keeps 6e-8, bf16 4e-3, and the sums here are short
+# relative to the largest reference value, at least 1; roundoff is 6e-8 (float32), 4e-3 (bf16), and sums are short
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 _SELF = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64).self_axis
@@ -39,7 +39,10 @@ _S, _B, _N, _M, _D = 40, 2, 4, 2, 16  # sequence, batch, heads, KV heads, head w
 
 @dataclass(frozen=True)
 class OpCheck:
-    """Largest difference of an op's outputs and gradients, relative as TOLERANCE is; error: what it raised instead."""
+    """Max error of an op's outputs and gradients, relative as TOLERANCE is.
+
+    custom: whether a custom kernel ran. error: text of the exception that the op raised, else empty.
+    """
 
     name: str
     custom: bool
@@ -49,12 +52,12 @@ class OpCheck:
 
     @property
     def broken(self) -> bool:
-        """Whether it raised or is off."""
+        """Whether it raised or exceeds the tolerance."""
         return bool(self.error) or not self.difference <= self.tolerance
 
 
 class _OpObserver(TorchDispatchMode):
-    """Notes whether an operator of ours was called."""
+    """Records whether a custom operator was called."""
 
     custom = False
 
@@ -142,10 +145,10 @@ OPS: dict[str, tuple[Op, Shapes]] = {
     "residual sum with LayerNorm": (_add_layer_norm, [(_S, _B, 70), (_S, _B, 70), (70,), (70,)]),
     "RoPE": (_rope, [(_S, _B, (_N + 2 * _M) * _D)]),
     "attention": (causal_attention, _HEADS),
-    "attention, documents kept apart": (_documents, _HEADS),
+    "attention with document masking": (_documents, _HEADS),
     "SwiGLU": (activation("silu", True), [(_S, _B, 130)]),
     "gated GeLU": (activation("gelu_tanh", True), [(_S, _B, 130)]),
-    "matrix product": (_matmul, [(37, 90), (70, 90)]),
+    "matmul": (_matmul, [(37, 90), (70, 90)]),
     "embedding": (_embedding, [(8, 33)]),
     "cross entropy": (_loss, [(15, 2, 20), (300, 20)]),
     "gradient norm": (_gradient_norm, [(33, 65)]),
@@ -154,7 +157,7 @@ OPS: dict[str, tuple[Op, Shapes]] = {
 
 
 def check_ops(device: torch.device) -> Iterator[OpCheck]:
-    """Every op of OPS, on this device, in float32 and in bf16."""
+    """Check every op of OPS on this device, in float32 and in bf16."""
     for name, (op, shapes) in OPS.items():
         for dtype in TOLERANCE:
             yield _check_op(name if dtype == torch.float32 else f"{name} in bf16", op, shapes, device, dtype)
@@ -169,8 +172,8 @@ def _check_op(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: to
             found = _run(op, inputs)
         with native.forced(kernels=False):
             exact = _run(op, [x.double() for x in inputs])
-        off = max(_difference(a, b) for a, b in zip(found, exact, strict=True))
-        return OpCheck(name, watch.custom, off, tolerance=tolerance)
+        difference = max(_difference(a, b) for a, b in zip(found, exact, strict=True))
+        return OpCheck(name, watch.custom, difference, tolerance=tolerance)
     except Exception as error:  # any error: the next op must still be checked
         return OpCheck(
             name, watch.custom, 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tolerance
@@ -178,7 +181,7 @@ def _check_op(name: str, op: Op, shapes: Shapes, device: torch.device, dtype: to
 
 
 def _run(op: Op, inputs: list[Tensor]) -> list[Tensor]:
-    """Outputs, and gradients of the inputs where outputs have any."""
+    """Outputs of the op, and gradients of its inputs if the outputs require grad."""
     inputs_with_grad = [x.clone().requires_grad_() for x in inputs]
     out = op(*inputs_with_grad)
     outs = [out] if isinstance(out, Tensor) else list(out)

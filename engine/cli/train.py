@@ -1,7 +1,7 @@
-"""`engine train`. Its options are made by tyro from the config schema.
+"""`engine train`. Its options are generated from the config schema.
 
-They are read as text and checked together with the TOML files (engine.config.load), so that one run reports every fault
-wherever it stands.
+They are read as text and checked together with the TOML files (engine.config.load), so that one start reports every
+error of both.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from engine.cli.common import Help, print_end_of_help
 from engine.config.presets import PRESETS
 from engine.errors import EXIT_OK, ConfigError, FieldError
 from engine.util.signals import StopRequest
@@ -25,7 +26,7 @@ _UNSET = "\0"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What the command line of a training run says, unchecked."""
+    """The command line of a training run, not yet checked. overrides: dotted path -> text."""
 
     files: tuple[Path, ...]
     overrides: Mapping[str, str]
@@ -38,9 +39,14 @@ class TrainOptions:
 def parse_train(args: Sequence[str], prog: str) -> TrainOptions:
     """Read `--config FILE`, `--section.name VALUE`, `--dry-run` and `--world-size N`."""
     parsed: Any
-    parsed, rest = tyro.cli(
-        _train_type(), args=list(args), prog=prog, description=_TRAIN_TEXT, return_unknown_args=True
-    )
+    try:
+        parsed, rest = tyro.cli(
+            _train_type(), args=list(args), prog=prog, description=_SUMMARY, return_unknown_args=True
+        )
+    except SystemExit as end:
+        if end.code == 0:  # after --help
+            print_end_of_help(_NOTES, HELP)
+        raise
     given = dataclasses.asdict(parsed)
     overrides = {
         f"{section}.{name}": value
@@ -56,7 +62,7 @@ def parse_train(args: Sequence[str], prog: str) -> TrainOptions:
 
 
 def _unknown(rest: Sequence[str]) -> tuple[str, ...]:
-    """Options nobody knows without their values, and words that belong to no option (a file without --config)."""
+    """Unknown options without their values, and words that belong to no option (such as a file without --config)."""
     found: list[str] = []
     value_may_follow = False
     for word in rest:
@@ -69,23 +75,35 @@ def _unknown(rest: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-_TRAIN_TEXT = (
-    "Train a model. Values: default < preset < config files (later ones win) < command line. "
-    "On several processes: torchrun --nproc-per-node N -m engine train ... with the same options."
+_SUMMARY = "Train a model, on one process or on many under torchrun."
+_NOTES = (
+    "Each value comes from the last of these that gives it: default, preset, initial weights (checkpoint.init), config "
+    "files in the order given, command line. `--dry-run` prints the resolved config and the layout and starts nothing.",
+)
+HELP = Help(
+    examples=(
+        (
+            "Train the smallest preset on one process",
+            "engine train --model.preset tiny --data.train corpus/web-train --run.dir runs/demo --train.steps 200",
+        ),
+        (
+            "Train a config file on 8 ranks, each matrix split across 2 and the layers across 2, with validation",
+            "torchrun --nproc-per-node 8 -m engine train --config run.toml --parallel.tensor 2 --parallel.pipeline 2 "
+            "--data.valid corpus/web-valid --eval.every 100",
+        ),
+    ),
 )
 
 
 def _train_type() -> type:
-    from engine.config.schema import (  # pydantic and all checks: a tenth of a second that only training needs
-        fields,
-        type_name,
-    )
+    # pydantic and all checks: a tenth of a second that only training needs
+    from engine.config.schema import Config, fields, type_name
 
     sections: dict[str, list[Any]] = {}
     for section, name, field in fields():
         text = field.description or ""
         if name == "preset":
-            text = f"start from a named model, other model.* values override it: {', '.join(PRESETS)}"
+            text += f": {', '.join(PRESETS)}"
         kind_name = type_name(field.annotation)
         default = json.dumps(field.default) if isinstance(field.default, str | bool) else field.default
         note = tyro.conf.arg(
@@ -102,10 +120,10 @@ def _train_type() -> type:
         ("world_size", int, 0),
     ]
     texts = {
-        "config": "TOML file; may be given several times, later ones win",
-        "dry_run": "print config, layout and sizes for any world size, without processes, and stop",
-        "full": "dry run: print the settings at their defaults too",
-        "world_size": "number of ranks to assume in a dry run; 0: what the degrees need",
+        "config": "TOML file with sections as below; may be given several times, later files win",
+        "dry_run": "print config, layout and memory for any number of ranks, then exit; starts no processes",
+        "full": "with --dry-run: also print the settings that have their defaults",
+        "world_size": "with --dry-run: number of ranks; 0: the product of the degrees",
     }
     named: list[Any] = [
         (name, Annotated[kind, tyro.conf.arg(help=texts[name])], dataclasses.field(default=default))
@@ -113,24 +131,29 @@ def _train_type() -> type:
     ]
     for section, entries in sections.items():
         part = dataclasses.make_dataclass(f"{section.title()}Options", entries)
+        part.__doc__ = Config.model_fields[section].annotation.__doc__
         named.append((section, part, dataclasses.field(default_factory=part)))
     return dataclasses.make_dataclass("TrainArguments", named)
 
 
 def run(args: list[str]) -> int:
-    """Run the verb; returns the exit code."""
-    stop = StopRequest()  # first: what follows takes seconds
+    """Run the command; returns the exit code."""
+    stop = StopRequest()  # first, because the imports below take seconds
     options = parse_train(args, "engine train")
     if options.world_size < 0 or (options.world_size and not options.dry_run):
         text = (
             "is not a number of ranks"
             if options.world_size < 0
-            else "is for --dry-run; torchrun says how many there are"
+            else "has no effect without --dry-run: torchrun sets the number of ranks"
         )
         raise ConfigError(
             [
                 FieldError(
-                    "cli.bad-world-size", "--world-size", options.world_size, text, "Use 0 for what the degrees need."
+                    "cli.bad-world-size",
+                    "--world-size",
+                    options.world_size,
+                    text,
+                    "Use 0 for the product of the degrees.",
                 )
             ]
         )
@@ -147,7 +170,7 @@ def run(args: list[str]) -> int:
     from engine.train.loop import train
     from engine.train.state import mesh_of
 
-    survive_lost_output()  # a run of weeks does not end because the terminal it was started from is closed
+    survive_lost_output()  # a run of weeks must survive the closing of its terminal
     env = read_env()
     try:
         resolved = load(options.files, options.overrides, unknown=options.unknown, world=env.world, reject_idle=True)
@@ -156,8 +179,8 @@ def run(args: list[str]) -> int:
         check(resolved.config)
     except ConfigError as error:
         write_exit_code(error.exit_code)
-        if env.rank > 0:  # every rank finds the same faults: rank 0 tells them, and torchrun then ends the others
-            stop.release()  # torchrun's SIGTERM ends the wait, or all would be told twice
+        if env.rank > 0:  # every rank finds the same errors: rank 0 reports them, then torchrun ends the others
+            stop.release()  # torchrun's SIGTERM ends the wait; without it each rank would repeat the report
             time.sleep(30)
         raise
     exit_record = ExitRecord(Path(resolved.config.run.dir))
@@ -172,7 +195,7 @@ def _dry_run(options: TrainOptions) -> int:
     resolved = load(options.files, options.overrides, unknown=options.unknown, world=world, reject_idle=True)
     from rich.console import Console
 
-    from engine.cli.dry_run import show  # needs torch: faults are told before
+    from engine.cli.dry_run import show  # needs torch, so config errors are reported first
     from engine.data.samples.special import check
 
     check(resolved.config)

@@ -1,4 +1,4 @@
-"""What must hold between the values of a config, for a number of ranks: each fault with the repair."""
+"""Checks between the values of a config for a given number of ranks. Each error says how to fix it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.pipeline.schedules import SCHEDULES
 
 
 def config_errors(cfg: Config, world: int, plan: Plan | PlanError | None = None) -> list[FieldError]:
-    """Everything that must hold between values, for this many ranks. plan: what `read_plan` found."""
+    """All errors between values of a config, for `world` ranks. plan: result of `read_plan`."""
     return [
         *model_errors(cfg),
         *_parallel_errors(cfg, world, plan),
@@ -36,7 +36,7 @@ def _skip_errors(cfg: Config) -> Iterator[FieldError]:
                 path,
                 value,
                 f"{error}",
-                'Write numbers and ranges with spaces, such as "7 10-12".',
+                'Write numbers and ranges separated by spaces, such as "7 10-12".',
             )
 
 
@@ -48,7 +48,7 @@ def _parallel_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> 
             yield FieldError(
                 "config.not-built", f"parallel.{name}", degree, f"{name} parallelism is not built yet", "Use 1."
             )
-    p = p.model_copy(update={"context": 1})  # refused; what follows speaks of the others
+    p = p.model_copy(update={"context": 1})  # already reported; the checks below are about the other degrees
     cfg = cfg.model_copy(update={"parallel": p})
     shards = model_ranks(p)
     wanted = shards * (p.data or 1)
@@ -88,7 +88,7 @@ def _schedule_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> 
         near = difflib.get_close_matches(p.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
         known = ", ".join(SCHEDULES)
         yield FieldError(
-            "config.unknown-choice", name, p.schedule, f"is none of {known}, and no file", f"Did you mean {near}?"
+            "config.unknown-choice", name, p.schedule, f"is neither one of {known} nor a file", f"Did you mean {near}?"
         )
         return
     if isinstance(plan, PlanError):
@@ -99,7 +99,7 @@ def _schedule_errors(cfg: Config, world: int, plan: Plan | PlanError | None) -> 
     if plan is not None:
         wanted = microbatches(cfg, data_degree(p, world))
         if (plan.num_ranks, plan.microbatches) != (p.pipeline, wanted):
-            have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} microbatches"
+            have = f"is a plan for {plan.num_ranks} ranks and {plan.microbatches} micro-batches"
             want = f"--ranks {p.pipeline} --microbatches {wanted}"
             yield FieldError(
                 "config.plan-does-not-fit",
@@ -146,8 +146,8 @@ def _layer_list_errors(text: str, stages: int, num_layers: int) -> Iterator[Fiel
         fix = f"Give one for each stage, such as {even}, or {BALANCED}."
         yield FieldError("config.layers-not-a-list", "parallel.layers", text, "is not a list of numbers", fix)
     elif len(counts) != stages or sum(map(int, counts)) != num_layers:
-        found = f"is {sum(map(int, counts))} layers in {len(counts)} stages, not {num_layers} in {stages}"
-        yield FieldError("config.layers-do-not-add-up", "parallel.layers", text, found, f"Such as {even}.")
+        problem = f"has {sum(map(int, counts))} layers in {len(counts)} stages, not {num_layers} in {stages}"
+        yield FieldError("config.layers-do-not-add-up", "parallel.layers", text, problem, f"Use for example {even}.")
 
 
 def _train_errors(cfg: Config) -> Iterator[FieldError]:
@@ -157,7 +157,7 @@ def _train_errors(cfg: Config) -> Iterator[FieldError]:
             "config.seq-len-not-a-multiple",
             "train.seq_len",
             t.seq_len,
-            f"is not a multiple of parallel.tensor = {p.tensor}, which cut the sequence",
+            f"is not a multiple of parallel.tensor = {p.tensor}, whose ranks shard the sequence",
             f"Use {multiples_near(t.seq_len, p.tensor)}, or parallel.sequence false.",
         )
     if p.keep_gathered and not (p.sequence and p.tensor > 1):
@@ -166,13 +166,13 @@ def _train_errors(cfg: Config) -> Iterator[FieldError]:
             "config.without-effect",
             "parallel.keep_gathered",
             True,
-            "has no meaning where the sequence is not cut",
+            "has no effect unless the sequence is sharded",
             fix,
         )
     if p.keep_gathered and t.recompute == "selective":
-        problem = "keeps what train.recompute selective computes again"
+        problem = "saves the activations that train.recompute selective recomputes"
         yield FieldError(
-            "config.settings-contradict", "parallel.keep_gathered", True, problem, "Set one of the two back."
+            "config.settings-contradict", "parallel.keep_gathered", True, problem, "Remove one of the two."
         )
     if t.recompute == "none" and t.recompute_layers:
         fix = "Set train.recompute to selective or full."
@@ -180,7 +180,7 @@ def _train_errors(cfg: Config) -> Iterator[FieldError]:
             "config.without-effect",
             "train.recompute_layers",
             t.recompute_layers,
-            "has no meaning without recompute",
+            "has no effect without train.recompute",
             fix,
         )
     if t.precision == "fp64" and p.reduce_dtype == "bf16":
@@ -188,12 +188,12 @@ def _train_errors(cfg: Config) -> Iterator[FieldError]:
             "config.settings-contradict",
             "parallel.reduce_dtype",
             "bf16",
-            "would spoil train.precision fp64",
+            "would round the gradients of train.precision fp64",
             "Use main.",
         )
     yield from fp8_errors(cfg)
     if math.log2(t.loss_scale) % 1:
-        problem, near = "is not a power of two, so that scaling would round", 2 ** round(math.log2(t.loss_scale))
+        problem, near = "is not a power of two, so scaling would round", 2 ** round(math.log2(t.loss_scale))
         yield FieldError(
             "config.loss-scale-not-a-power-of-two", "train.loss_scale", t.loss_scale, problem, f"Nearest: {near}."
         )
@@ -216,7 +216,7 @@ def _lr_schedule_errors(cfg: Config) -> Iterator[FieldError]:
             "config.without-effect",
             "lr_schedule.horizon_steps",
             horizon,
-            "has no meaning for constant",
+            "has no effect for lr_schedule.kind constant",
             "Leave it out.",
         )
     elif s.horizon_steps and horizon <= s.warmup_steps:
@@ -226,7 +226,7 @@ def _lr_schedule_errors(cfg: Config) -> Iterator[FieldError]:
             "lr_schedule.horizon_steps",
             horizon,
             problem,
-            f"Such as {max(t.steps, 2 * s.warmup_steps)}.",
+            f"Use for example {max(t.steps, 2 * s.warmup_steps)}.",
         )
     elif s.kind == "wsd" and not 0 < s.decay_steps <= horizon - s.warmup_steps:
         yield FieldError(
@@ -241,7 +241,7 @@ def _lr_schedule_errors(cfg: Config) -> Iterator[FieldError]:
             "config.without-effect",
             "lr_schedule.decay_steps",
             s.decay_steps,
-            f"has no meaning for {s.kind}",
+            f"has no effect for lr_schedule.kind {s.kind}",
             "Leave it out, or use wsd.",
         )
 

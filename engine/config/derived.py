@@ -1,7 +1,7 @@
-"""What follows from a config's values, each fact worked out in one place; `Derived` holds those that a start needs.
+"""Values that follow from a config, each computed in one place; `Derived` has those that a start needs.
 
-`engine.config.load` makes it once and carries it along beside the config (`Resolved`). A plan file is read and proven
-there and nowhere else.
+`engine.config.load` computes it once and returns it with the config (`Resolved`). A plan file is read and checked only
+there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ BALANCED = "balanced"  # parallel.layers, before it is resolved
 
 @dataclass(frozen=True)
 class Derived:
-    """Facts of a resolved config. plan: what each pipeline rank does in a step, with its number of micro-batches;
-    layers: how many blocks each pipeline stage has, in order."""
+    """Values derived from a resolved config.
+
+    plan: the actions of each pipeline rank in a step, with the number of micro-batches. layers: number of blocks of
+    each pipeline stage, in order.
+    """
 
     layout: Layout
     plan: Plan
@@ -31,9 +34,9 @@ class Derived:
 
 
 def derive(config: Config, plan: Plan | None = None) -> Derived:
-    """What follows from a resolved config. plan: of its plan file, where that has been read already.
+    """Compute the derived values of a resolved config. plan: of its plan file, if that was already read.
 
-    Raises PlanError when a plan file cannot be read or is none.
+    Raises PlanError if the plan file cannot be read or is not a plan.
     """
     p = config.parallel
     if p.schedule in SCHEDULES:
@@ -53,26 +56,26 @@ def derive(config: Config, plan: Plan | None = None) -> Derived:
 
 
 def model_ranks(p: ParallelConfig) -> int:
-    """Ranks that hold one copy of the model between them."""
+    """Number of ranks that share one copy of the model."""
     return p.tensor * p.pipeline * p.context
 
 
 def data_degree(p: ParallelConfig, world: int) -> int:
-    """Ranks that share the batch: as given, or all that the other degrees leave of `world`; at least 1."""
+    """Number of data ranks: as given, else `world` divided by the other degrees; at least 1."""
     return p.data or max(1, world // model_ranks(p))
 
 
 def microbatches(config: Config, data: int) -> int:
-    """Micro-batches that each of so many data ranks takes through its pipeline in an optimizer step."""
+    """Number of micro-batches per optimizer step in the pipeline of each of `data` data ranks."""
     return config.train.global_batch_size // (data * config.train.micro_batch_size)
 
 
-def head_shape(facts: Mapping[str, Any]) -> dict[str, int]:
-    """num_kv_heads and head_dim of a model, given by its values: what is 0 or missing follows from the others."""
-    heads = facts["num_heads"]
+def head_shape(fields: Mapping[str, Any]) -> dict[str, int]:
+    """num_kv_heads and head_dim of a model; if 0 or missing they are derived from the other model fields."""
+    heads = fields["num_heads"]
     return {
-        "num_kv_heads": facts.get("num_kv_heads") or heads,
-        "head_dim": facts.get("head_dim") or facts["hidden_size"] // heads,
+        "num_kv_heads": fields.get("num_kv_heads") or heads,
+        "head_dim": fields.get("head_dim") or fields["hidden_size"] // heads,
     }
 
 
@@ -82,7 +85,7 @@ def with_heads(model: ModelConfig) -> ModelConfig:
 
 
 def read_plan(p: ParallelConfig) -> Plan | PlanError | None:
-    """The proven plan of the file that parallel.schedule names, or why it is none; None where it names no file."""
+    """The checked plan of the file that parallel.schedule names, or its error; None if it names no file."""
     if p.schedule in SCHEDULES or not Path(p.schedule).is_file():
         return None
     try:
@@ -92,14 +95,14 @@ def read_plan(p: ParallelConfig) -> Plan | PlanError | None:
 
 
 def chunks_of(p: ParallelConfig, plan: Plan | None) -> int:
-    """Pipeline stages on each rank: as given, or as the schedule or the plan of its file has it."""
+    """Number of pipeline stages on each rank: as given, else as the schedule or the plan file defines."""
     if p.chunks:
         return p.chunks
     return plan.num_stages // p.pipeline if plan is not None else SCHEDULES[p.schedule].chunks or 2
 
 
 def layers_per_stage(config: Config) -> tuple[int, ...]:
-    """How many blocks each pipeline stage of a resolved config has, in order."""
+    """Number of blocks of each pipeline stage of a resolved config, in order."""
     p = config.parallel
     if p.layers:
         return tuple(int(count) for count in p.layers.split(","))

@@ -1,4 +1,4 @@
-"""Number formats by the names of train.precision, without torch (engine.optim.precision has torch's)."""
+"""Dtypes by the names of train.precision, without torch (engine.optim.precision has torch's)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What somebody may have meant who typed a setting, a verb or a choice that does not exist.
+"""Suggestions for a setting, a command or a choice that does not exist.
 
-A hint is given where the name is one that another engine has (engine.config.peers), where it stands in another section,
-or where it is a few letters off. Otherwise there is none: a wrong hint costs more than no hint.
+A name gets a hint if another engine has it (engine.config.peers), if it exists in another section, or if it is
+misspelt by a few letters. Otherwise there is none: a wrong hint costs more than no hint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.config.peers import ENGINES
 
 @dataclass(frozen=True)
 class Hint:
-    """`ours`: the suggest that was meant, empty where there is none; `remark`: values, or why; `engine`: whose name."""
+    """ours: the suggested setting, empty if there is none. remark: values, or the reason. engine: whose name it is."""
 
     ours: str
     remark: str = ""
@@ -23,7 +23,7 @@ class Hint:
 
 
 def suggest(path: str, known: Sequence[str]) -> Hint | None:
-    """What `section.name` or `name`, which is none of `known`, may mean."""
+    """Suggest a setting for `section.name` or `name`, which is not one of `known`."""
     path = path.strip("-").replace("-", "_").lower()
     name = path.rpartition(".")[2]
     by_name: dict[str, list[str]] = {}
@@ -44,13 +44,21 @@ def suggest(path: str, known: Sequence[str]) -> Hint | None:
     return _peer_names()[near] if near and len(name) > 7 else None
 
 
-_VAGUE_OURS = {"data", "layers", "schedule", "kind", "every", "train", "batches"}  # of ours: these say little alone
+_VAGUE_OURS = {
+    "data",
+    "layers",
+    "schedule",
+    "kind",
+    "every",
+    "train",
+    "batches",
+}  # settings whose last part says little alone
 _VAGUE_THEIRS = {"name", "enable", "steps", "mode", "folder", "filter", "recipe", "implementation", "freq", "interval"}
 
 
 @cache
 def _peer_names() -> dict[str, Hint]:
-    """Every name of another engine; the last part of torchtitan's too, where it is clear. Earlier engines win."""
+    """Hints by name of another engine, or by the last part of torchtitan's if unambiguous. Earlier engines win."""
     found: dict[str, Hint] = {}
     parts: dict[str, set[Hint]] = {}
     for engine, rows in ENGINES.items():
@@ -65,19 +73,19 @@ def _peer_names() -> dict[str, Hint]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The one of `known` that is at most a few slips of the finger from `word`; empty for none, or for several.
+    """The one of `known` that is a few typing errors from `word`; empty for none or several.
 
-    A slip: a letter too many, too few or wrong, or two neighbours exchanged; a whole word more or less is none. One
-    slip from 3 letters (from 2 beside a section), two from 7, three from 12; each part between dots on its own.
+    A typing error: an extra, missing or wrong letter, or two exchanged neighbours; not an extra or missing word.
+    Allowed: one error from 3 letters (from 2 after a section), two from 7, three from 12; for each part between dots.
     """
     found: list[tuple[int, str]] = []
     for other in known:
         pairs = list(zip(word.split("."), other.split(".")))
         if word.count(".") != other.count(".") or any(_one_more_word(a, b) for a, b in pairs):
             continue
-        slips = [_slips(a, b) for a, b in pairs]
-        if all(n <= _allowed(a, b, alone=len(pairs) == 1) for n, (a, b) in zip(slips, pairs)):
-            found.append((sum(slips), other))
+        errors = [_typing_errors(a, b) for a, b in pairs]
+        if all(n <= _allowed(a, b, alone=len(pairs) == 1) for n, (a, b) in zip(errors, pairs)):
+            found.append((sum(errors), other))
     found.sort()
     return found[0][1] if found and (len(found) == 1 or found[0][0] < found[1][0]) else ""
 
@@ -88,12 +96,12 @@ def _allowed(a: str, b: str, *, alone: bool) -> int:
 
 
 def _one_more_word(a: str, b: str) -> bool:
-    """Whether one of the names is the other and a word besides: v_head_dim is no misspelt head_dim."""
+    """Whether one name is the other plus a word: v_head_dim is not a misspelt head_dim."""
     words, others = set(a.split("_")), set(b.split("_"))
     return words < others or others < words
 
 
-def _slips(a: str, b: str) -> int:
+def _typing_errors(a: str, b: str) -> int:
     """Edit distance with exchanged neighbours (optimal string alignment)."""
     rows = [list(range(len(b) + 1))]
     for i, x in enumerate(a, 1):

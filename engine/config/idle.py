@@ -1,8 +1,8 @@
-"""Settings that somebody gave and that would do nothing, or that contradict each other: refused instead of ignored.
+"""Settings that were given but have no effect, or contradict each other: an error instead of being ignored.
 
-Only values that were given count, never defaults, presets or what the weights to start from say; a file counts where
-it differs from the default, so that a run's config.toml loads back. What has an effect in some layouts only (zero,
-overlap) is left alone: the same settings are for every layout.
+Only given values count, not defaults, presets or model fields of the initial weights; a value in a file counts if it
+differs from the default, so that a run's config.toml loads back. Settings with an effect in some layouts only (zero,
+overlap) are not checked, so that one config serves every layout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from engine.config.schema import Config, fields
 from engine.errors import FieldError
 
-# setting: (whether it has an effect, why it has none, what to do)
+# setting: (whether it has an effect, problem, fix)
 _Rule = tuple[Callable[[Config], bool], str, str]
 
 RULES: dict[str, _Rule] = {
@@ -47,7 +47,7 @@ RULES: dict[str, _Rule] = {
         "Set every as well.",
     ),
     "checkpoint.keep_every": (
-        lambda c: c.checkpoint.every > 0 or not c.checkpoint.keep,  # without keep: engine.config.checks says so
+        lambda c: c.checkpoint.every > 0 or not c.checkpoint.keep,  # without keep: an error of engine.config.checks
         "has no effect without checkpoint.every: only the last step is saved",
         "Set every as well.",
     ),
@@ -58,17 +58,17 @@ RULES: dict[str, _Rule] = {
     ),
     "checkpoint.allow": (
         lambda c: c.checkpoint.resume != "never",
-        "has no effect where checkpoint.resume is never",
+        "has no effect if checkpoint.resume is never",
         "Leave it out.",
     ),
     "checkpoint.init": (
         lambda c: c.checkpoint.resume in ("auto", "never"),
-        "would be ignored: checkpoint.resume names what to go on from",
+        "would be ignored, because checkpoint.resume names the checkpoint to resume from",
         "Leave one of the two out.",
     ),
     "parallel.overlap_gather": (
         lambda c: c.parallel.zero > 0,
-        "has no effect where parallel.zero is 0",
+        "has no effect if parallel.zero is 0",
         "Leave it out.",
     ),
     "data.fim_spm_rate": (
@@ -78,21 +78,21 @@ RULES: dict[str, _Rule] = {
     ),
     "model.rope_theta": (
         lambda c: c.model.positions == "rope",
-        "belongs to rotary positions, but model.positions is learned",
+        "is for rotary positions, but model.positions is learned",
         "Leave it out.",
     ),
     "model.qk_norm_span": (lambda c: c.model.qk_norm, "has no effect without model.qk_norm", "Leave it out."),
     "lr_schedule.warmup_steps": (
-        lambda c: (  # a horizon: this may be the first part of a longer run. wsd: in engine.config.checks
+        lambda c: (  # with a horizon this may be the first part of a longer run; wsd: see engine.config.checks
             c.lr_schedule.warmup_steps <= max(c.train.steps, c.lr_schedule.horizon_steps) or c.lr_schedule.kind == "wsd"
         ),
         "is longer than the run (train.steps)",
-        "The learning rate would never reach its peak: use a hundredth of the run, or train longer.",
+        "The learning rate would never reach its peak: use 1 % of the run, or train longer.",
     ),
     "monitor.timeline_step": (
         lambda c: c.monitor.timeline_step <= c.train.steps,
-        "is beyond the run (train.steps)",
-        "Use a step that there is, or 0 for none.",
+        "is after the end of the run (train.steps)",
+        "Use a step of the run, or 0 for none.",
     ),
     "train.recompute_layers": (
         lambda c: c.train.recompute_layers <= c.model.num_layers,
@@ -103,11 +103,11 @@ RULES: dict[str, _Rule] = {
 
 
 def idle(config: Config, sources: Mapping[str, str], *, given_by: set[str]) -> Iterator[FieldError]:
-    """Every setting of RULES that was given and has no effect; given_by: the sources that count as giving."""
+    """Errors of all settings of RULES that were given and have no effect. given_by: sources that count as given."""
     defaults = {f"{section}.{name}": field.default for section, name, field in fields()}
     for path, (has_effect, why, fix) in RULES.items():
         section, name = path.split(".")
         value = getattr(getattr(config, section), name)
-        said = sources.get(path) == "command line" or value != defaults[path]
-        if sources.get(path) in given_by and said and not has_effect(config):
+        typed_or_changed = sources.get(path) == "command line" or value != defaults[path]
+        if sources.get(path) in given_by and typed_or_changed and not has_effect(config):
             yield FieldError("config.without-effect", path, value, why, fix)

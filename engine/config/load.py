@@ -1,7 +1,7 @@
-"""From TOML files, presets and dotted overrides to a checked config, every fault reported at once.
+"""Load a checked config from TOML files, presets and dotted overrides; all errors are reported together.
 
-Values are looked up in this order, later wins: default < preset < weights to start from < config files < command line.
-`Resolved.sources` remembers where each came from.
+Precedence, later wins: default < preset < initial weights (checkpoint.init) < config files < command line.
+`Resolved.sources` records the origin of each value.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from engine.planner.flops import balanced_layers
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checked config, for each dotted path where its value came from, and what follows from the values."""
+    """A checked config, the source of each value by dotted path, and the derived values."""
 
     config: Config
     sources: dict[str, str]
     derived: Derived
 
     def with_absolute_paths(self) -> Resolved:
-        """The same with the paths of validation data and tokenizer absolute: `engine evaluate` works in any folder."""
+        """Copy with absolute paths of validation data and tokenizer, so that `engine evaluate` works in any folder."""
         data = self.config.data
         paths = {
             name: str(Path(getattr(data, name)).absolute()) for name in ("valid", "tokenizer") if getattr(data, name)
@@ -74,11 +74,10 @@ def load(
     world: int | None = 1,
     reject_idle: bool = False,
 ) -> Resolved:
-    """Merge, type-check and check all relations; `world`: ranks the config must fit, None: as many as it needs.
+    """Merge and check a config. world: number of ranks it must fit; None: as many as it needs.
 
-    overrides: dotted path -> text from the command line. unknown: further words of the command line nobody knows.
-    refuse_idle: settings that were given and have no effect are faults too (engine.config.idle), as a person expects.
-    Raises ConfigError with every fault found.
+    overrides: dotted path -> text from the command line. unknown: words of the command line that are not options.
+    reject_idle: given settings without effect are errors too (engine.config.idle). Raises ConfigError with all errors.
     """
     errors: list[FieldError] = []
     tree: dict[str, dict[str, Any]] = {section: {} for section in Config.model_fields}
@@ -95,32 +94,34 @@ def load(
     config, wrong = _parse(tree, errors)
     errors += _contradictions(config.model, start, given - {path.removeprefix("model.") for path in wrong}, sources)
     p = config.parallel
-    world = world or model_ranks(p.model_copy(update={"context": 1})) * max(1, p.data)  # of context more is refused
+    world = world or model_ranks(p.model_copy(update={"context": 1})) * max(
+        1, p.data
+    )  # a context degree above 1 is an error
     plan = read_plan(p)
-    # what a relation says of a value that is wrong by itself, or of what follows from it, would mislead
+    # errors about an invalid value, or about values derived from it, would mislead: drop them
     if wrong & {"parallel.tensor", "parallel.pipeline", "parallel.data"}:
         wrong |= {"parallel = ", "train.global_batch_size"}
-    if any(fault.path == "model.preset" for fault in errors):
+    if any(error.path == "model.preset" for error in errors):
         wrong.add("model.")
-    errors += [f for f in config_errors(config, world, plan) if not any(path in str(f) for path in wrong)]
+    errors += [error for error in config_errors(config, world, plan) if not any(path in str(error) for path in wrong)]
     errors += _data_errors(config)
     if reject_idle and not wrong:
-        told = {fault.path for fault in errors}
+        reported = {error.path for error in errors}
         given_by = {"command line", *(f"file {file}" for file in files)}
-        errors += [fault for fault in idle(config, sources, given_by=given_by) if fault.path not in told]
+        errors += [error for error in idle(config, sources, given_by=given_by) if error.path not in reported]
     if errors:
         raise ConfigError(errors)
-    assert not isinstance(plan, PlanError)  # which is a fault
+    assert not isinstance(plan, PlanError)  # already raised as an error
     config = _fill_in(config, world, plan, sources)
     sources = {f"{s}.{n}": sources.get(f"{s}.{n}", "default") for s, n, _ in fields()}
     return Resolved(config, sources, derive(config, plan))
 
 
 def _data_errors(config: Config) -> Sequence[FieldError]:
-    """What is wrong with data as texts. Not a relation: a checkpoint's data.train may name a file that is gone."""
+    """Errors of the data section. Not part of config_errors: a checkpoint's data.train may name a deleted file."""
     data = config.data
     needs = {"data.fim_rate": data.fim_rate, "data.mask_tokens": data.mask_tokens}
-    fix = "Give the folder of the corpus' tokenizer."
+    fix = "Set data.tokenizer to the folder of the corpus' tokenizer."
     errors = [
         FieldError("config.setting-missing", k, v, "needs data.tokenizer", fix)
         for k, v in needs.items()
@@ -132,12 +133,12 @@ def _data_errors(config: Config) -> Sequence[FieldError]:
                 "config.without-effect",
                 "data.fim_tokens",
                 data.fim_tokens,
-                "has no meaning without data.fim_rate",
+                "has no effect without data.fim_rate",
                 "Leave it out.",
             )
         )
     if data.fim_tokens and len(set(data.fim_tokens.split())) != 3:
-        problem, fix = "is not three different tokens", "Give the prefix, suffix and middle token, with spaces."
+        problem, fix = "is not three different tokens", "Give the prefix, suffix and middle token, separated by spaces."
         errors.append(FieldError("config.fim-tokens-not-three", "data.fim_tokens", data.fim_tokens, problem, fix))
     try:
         wanted = read_mixture(data.train).fim if data.train else (None,)
@@ -149,7 +150,7 @@ def _data_errors(config: Config) -> Sequence[FieldError]:
                 "config.settings-contradict",
                 "data.fim_rate",
                 data.fim_rate,
-                "is for no source: all say fim = false",
+                "applies to no source: all have fim = false",
                 "Set it to 0.",
             )
         )
@@ -159,15 +160,15 @@ def _data_errors(config: Config) -> Sequence[FieldError]:
                 "config.settings-contradict",
                 "data.train",
                 data.train,
-                "says fim = true, but data.fim_rate is 0",
-                "Such as 0.5.",
+                "has fim = true, but data.fim_rate is 0",
+                "Set data.fim_rate, for example to 0.5.",
             )
         )
     return errors
 
 
 def _fill_in(config: Config, world: int, plan: Plan | None, sources: dict[str, str]) -> Config:
-    """Replace the zeros that mean "work it out" by numbers, so that nobody downstream works them out again."""
+    """Replace zeros that mean "derive it" by the derived values, so that no later code derives them again."""
     model, parallel = config.model, config.parallel
     derived = {
         **{("model", name): value for name, value in head_shape(model.model_dump()).items()},
@@ -199,17 +200,17 @@ def _known_paths() -> list[str]:
 def _unknown(path: str, value: object, source: str) -> FieldError:
     path = path.replace("-", "_")
     if new := renames.SETTINGS.get(path):
-        return FieldError("config.renamed", path, value, f"has another name now ({source})", f"Use {new}.")
-    problem, fix = f"no such setting ({source})", "`engine train --help` lists all there are."
+        return FieldError("config.renamed", path, value, f"was renamed ({source})", f"Use {new}.")
+    problem, fix = f"no such setting ({source})", "`engine train --help` lists all settings."
     if hint := hints.suggest(path, _known_paths()):
-        problem += f"; of {hint.engine}" if hint.engine else ""
+        problem += f"; an option of {hint.engine}" if hint.engine else ""
         problem += f": {hint.remark}" if hint.remark else ""
-        fix = f"Did you mean {hint.ours}?" if hint.ours else "It has no counterpart here; docs/coming_from.md."
+        fix = f"Did you mean {hint.ours}?" if hint.ours else "It has no counterpart here; see docs/coming_from.md."
     return FieldError("config.unknown-setting", path, value, problem, fix)
 
 
 def _stray(word: str) -> FieldError:
-    fix = "Options begin with two dashes." if word.startswith("-") else f"A config file is given as --config {word}."
+    fix = "Options start with two dashes." if word.startswith("-") else f"Give a config file as --config {word}."
     return FieldError("config.unknown-word", "command line", word, "belongs to no option", fix)
 
 
@@ -229,7 +230,7 @@ def _read_toml(file: Path, errors: list[FieldError]) -> Iterator[tuple[str, Any]
         return
     except tomllib.TOMLDecodeError as error:
         errors.append(
-            FieldError("config.file-not-toml", "--config", str(file), f"is not valid TOML: {error}", "Mend that line.")
+            FieldError("config.file-not-toml", "--config", str(file), f"is not valid TOML: {error}", "Fix that line.")
         )
         return
     for section, values in (renames.to_current_names(tree) if renames.is_run_folder_config(file) else tree).items():
@@ -252,7 +253,7 @@ def _put(
 
 def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], errors: list[FieldError]) -> None:
     name = tree["model"].get("preset", "")
-    if not name or not isinstance(name, str):  # the type check will say so
+    if not name or not isinstance(name, str):  # reported by the type check
         return
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
@@ -267,12 +268,12 @@ def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], erro
             sources[f"model.{key}"] = f"preset {name}"
 
 
-def model_config(path: Path, facts: Mapping[str, Any]) -> ModelConfig:
-    """The model that facts read from a file describe. Raises ConfigError where they are impossible."""
+def model_config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
+    """Build the ModelConfig from model fields read from the file `path`. Raises ConfigError for invalid values."""
     try:
-        return ModelConfig.model_validate(facts)
+        return ModelConfig.model_validate(fields)
     except ValidationError as error:
-        fix = "The folder is damaged, or of a model that the engine does not have."
+        fix = "The folder is damaged, or its model is not supported."
         raise ConfigError(
             [
                 FieldError(
@@ -284,14 +285,14 @@ def model_config(path: Path, facts: Mapping[str, Any]) -> ModelConfig:
 
 
 def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], errors: list[FieldError]) -> dict[str, Any]:
-    """Fill in model.* from checkpoint.init where nothing else says it; returns what the folder says."""
+    """Fill in unset model.* from the folder checkpoint.init; returns the folder's model fields."""
     path = tree["checkpoint"].get("init")
     if not path or not isinstance(path, str):
         return {}
     wanted = str(tree["model"].get("max_seq_len", ""))
     try:
-        facts, said = read_model_fields(Path(path), int(wanted) if wanted.isdecimal() else None)
-        facts = model_config(Path(said), facts).model_dump(exclude={"preset"})
+        values, file = read_model_fields(Path(path), int(wanted) if wanted.isdecimal() else None)
+        values = model_config(Path(file), values).model_dump(exclude={"preset"})
     except ConfigError as error:
         errors += error.errors
         return {}
@@ -300,17 +301,17 @@ def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], errors
             FieldError("config.init-not-readable", "checkpoint.init", path, str(error), "Give a folder with weights.")
         )
         return {}
-    for key, value in facts.items():
+    for key, value in values.items():
         if key not in tree["model"]:
             tree["model"][key] = value
-            sources[f"model.{key}"] = f"file {said}"
-    return facts
+            sources[f"model.{key}"] = f"file {file}"
+    return values
 
 
 def _contradictions(
     model: ModelConfig, start: Mapping[str, Any], given: set[str], sources: Mapping[str, str]
 ) -> Iterator[FieldError]:
-    """Where model.* as given is not what the weights of checkpoint.init are of."""
+    """Errors of given model.* values that differ from the model of checkpoint.init."""
     free = {"preset", "init_std", *(("max_seq_len",) if model.positions == "rope" else ())}
     for name in sorted(given & start.keys() - free):
         value = getattr(model, name)
@@ -321,7 +322,7 @@ def _contradictions(
 
 
 def _parse(tree: dict[str, dict[str, Any]], errors: list[FieldError]) -> tuple[Config, set[str]]:
-    """The tree as a Config, and the paths of values that are wrong by themselves: those are left at their defaults."""
+    """(config, paths of invalid values): invalid values get their defaults, so that the others can be checked."""
     try:
         return Config.model_validate(tree), set()
     except ValidationError as error:

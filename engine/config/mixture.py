@@ -1,4 +1,4 @@
-"""What `data.train` says: one corpus, or several with weights, token budgets or epochs. Text only, no file of data.
+"""Parse `data.train`: one corpus, or a blend of several with weights, token budgets or epochs. Opens no data file.
 
 corpus/web-train                                 one corpus
 0.7 corpus/web-train 0.3 corpus/code-train       weights and prefixes in turn
@@ -7,12 +7,12 @@ mix.toml                                         the same as a file, with names,
     [[source]]
     prefix = "corpus/web-train"
     weight = 0.7                # or tokens = 2_000_000_000, or epochs = 1.5: one kind for all sources
-    name = "web"                # in metrics; left out: the last part of the prefix
-    fim = false                 # no fill-in-the-middle here, whatever data.fim_rate says for the others
+    name = "web"                # in metrics; default: the last part of the prefix
+    fim = false                 # no fill-in-the-middle for this source, even if data.fim_rate is above 0
 
-    [[change]]                  # only with weights: from this optimizer step on
+    [[change]]                  # only with weights: in force after this optimizer step
     step = 1000
-    weights = { web = 0.2 }     # those not named keep theirs; 0: none of it
+    weights = { web = 0.2 }     # other sources keep their weight; 0: exclude it
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LARGEST = Fraction(10) ** 18
 
 @dataclass(frozen=True)
 class Change:
-    """After `step` optimizer steps source k has amounts[k] >= 0."""
+    """Amounts in force after `step` optimizer steps: amounts[k] >= 0 of source k."""
 
     step: int
     amounts: tuple[Fraction, ...]
@@ -44,9 +44,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources by name and prefix; `kind` says what the amounts are. The first change is at step 0.
+    """Names and prefixes of the sources, and their amounts over the steps; the first change is at step 0.
 
-    fim: for each source, whether fill-in-the-middle is for it; None: not said.
+    kind: unit of the amounts, one of KINDS. fim: whether fill-in-the-middle applies to each source; None: not given.
     """
 
     names: tuple[str, ...]
@@ -57,11 +57,11 @@ class Mixture:
 
 
 def read_mixture(text: str) -> Mixture:
-    """Understand `data.train`. Raises ConfigError with every fault found."""
+    """Parse the text of `data.train`. Raises ConfigError with all errors found."""
     words = text.split()
     if text.endswith(".toml"):
         return _read_file(text)
-    if len(words) == 1 or Path(f"{text}.idx").exists():  # a prefix may have spaces in it
+    if len(words) == 1 or Path(f"{text}.idx").exists():  # a prefix may contain spaces
         return Mixture((_name(text),), (text,), "weight", (Change(0, (Fraction(1),)),), (None,))
     weights = [(word, _amount(word)) for word in words[::2]]
     errors = [
@@ -81,12 +81,12 @@ def read_mixture(text: str) -> Mixture:
                 "config.mixture-not-pairs",
                 PATH,
                 text,
-                "is not weights and prefixes in turn",
+                "is not a list of weights and prefixes in turn",
                 "Write WEIGHT PREFIX WEIGHT PREFIX ...",
             )
         )
     if not errors:
-        errors = list(_repeated(words[1::2], "stands twice", "Add up its weights."))
+        errors = list(_repeated(words[1::2], "is given twice", "Add up its weights."))
     if errors:
         raise ConfigError(errors)
     names = _names(words[1::2])
@@ -99,18 +99,18 @@ def _name(prefix: str) -> str:
 
 
 def _names(prefixes: list[str]) -> tuple[str, ...]:
-    """The last parts of the prefixes, or where two are the same the prefixes."""
+    """The last parts of the prefixes, or the whole prefixes if two last parts are equal."""
     short = tuple(map(_name, prefixes))
     return short if len(set(short)) == len(short) else tuple(prefixes)
 
 
 def _amount(value: object) -> Fraction | None:
-    """An exact number from text or TOML; None for anything else, and for what no run could need."""
+    """An exact number from text or TOML; None for anything else and for numbers above 1e18."""
     text = repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not _NUMBER.fullmatch(text) or len(text) > 40:
         return None
     exponent = text.lower().partition("e")[2]
-    if exponent and abs(int(exponent)) > 30:  # Fraction would write the power of ten out
+    if exponent and abs(int(exponent)) > 30:  # Fraction would compute the power of ten
         return None
     number = Fraction(text)
     return number if number <= _LARGEST else None
@@ -122,7 +122,7 @@ def _repeated(values: list[str], problem: str, fix: str) -> Iterator[FieldError]
 
 
 def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[FieldError]]:
-    """Sources and changes of a file, and what is wrong with its other keys."""
+    """(sources, changes, errors of other keys) of a blend file. Raises ConfigError if it cannot be read."""
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -135,7 +135,7 @@ def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]],
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
-            [FieldError("config.file-not-toml", PATH, path, f"is not valid TOML: {error}", "Mend that line.")]
+            [FieldError("config.file-not-toml", PATH, path, f"is not valid TOML: {error}", "Fix that line.")]
         ) from None
     errors = [
         FieldError(
@@ -143,7 +143,7 @@ def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]],
             PATH,
             path,
             f"has {key!r}, which is not known",
-            "There are [[source]] and [[change]].",
+            "Known: [[source]] and [[change]].",
         )
         for key in tree
         if key not in ("source", "change")
@@ -155,8 +155,8 @@ def _read_tables(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]],
                 "config.mixture-not-tables",
                 PATH,
                 path,
-                "has [source] or [change] once",
-                "Write [[source]] and [[change]], in two brackets.",
+                "has [source] or [change] in single brackets",
+                "Write [[source]] and [[change]].",
             )
         )
         raise ConfigError(errors)
@@ -171,9 +171,9 @@ def _read_file(path: str) -> Mixture:
                 "config.mixture-empty", PATH, path, "names no source", 'Write [[source]], prefix = "...", weight = 1.'
             )
         )
-    errors += [fault for number, source in enumerate(sources, 1) for fault in _source_errors(path, number, source)]
+    errors += [error for number, source in enumerate(sources, 1) for error in _source_errors(path, number, source)]
     amounts = [[key for key in KINDS if key in source] for source in sources]
-    kinds = list(dict.fromkeys(given[0] for given in amounts if len(given) == 1))  # others are told by themselves
+    kinds = list(dict.fromkeys(given[0] for given in amounts if len(given) == 1))  # other counts have a separate error
     errors += _kind_errors(path, kinds, changes)
     if kinds and "weight" not in kinds:
         changes = []
@@ -182,13 +182,13 @@ def _read_file(path: str) -> Mixture:
     names = [str(source.get("name", short[k])) for k, source in enumerate(sources)]
     given = [prefix for prefix in prefixes if prefix]
     errors += [
-        *_repeated(given, "stands twice", "Give it once."),
+        *_repeated(given, "is given twice", "Give it once."),
         *_repeated(
             [name for name in names if name] if len(set(given)) == len(given) else [],
             "is the name of two sources",
-            'Give each a name = "..." of its own.',
+            'Give each source a separate name = "...".',
         ),
-        *(fault for number, change in enumerate(changes, 1) for fault in _change_errors(path, number, change, names)),
+        *(error for number, change in enumerate(changes, 1) for error in _change_errors(path, number, change, names)),
     ]
     if errors:
         raise ConfigError(errors)
@@ -203,8 +203,8 @@ def _kind_errors(path: str, kinds: list[str], changes: list[dict[str, Any]]) -> 
         fix = "Use one kind for all sources."
         yield FieldError("config.mixture-kinds-mixed", PATH, path, f"mixes {' and '.join(kinds)}", fix)
     if changes and kinds and "weight" not in kinds:
-        problem = f"has changes beside {' and '.join(kinds)}"
-        yield FieldError("config.mixture-kinds-mixed", PATH, path, problem, "Changes go with weights.")
+        problem = f"combines changes with {' and '.join(kinds)}"
+        yield FieldError("config.mixture-kinds-mixed", PATH, path, problem, "Use weights with changes.")
 
 
 def _source_errors(path: str, number: int, source: dict[str, Any]) -> Iterator[FieldError]:
@@ -229,7 +229,11 @@ def _source_errors(path: str, number: int, source: dict[str, Any]) -> Iterator[F
     for key in ("prefix", "name"):
         if not (isinstance(source.get(key, "-"), str) and source.get(key, "-")) or (key == "prefix" not in source):
             yield FieldError(
-                "config.mixture-value-not-valid", PATH, where, f"has no {key} that is a text", f'Write {key} = "...".'
+                "config.mixture-value-not-valid",
+                PATH,
+                where,
+                f"has no {key}, or one that is not a string",
+                f'Write {key} = "...".',
             )
     given = [key for key in KINDS if key in source]
     if len(given) != 1:
@@ -248,7 +252,7 @@ def _source_errors(path: str, number: int, source: dict[str, Any]) -> Iterator[F
                 PATH,
                 where,
                 f"has {key} = {source[key]!r}, not a number above 0",
-                "Such as 0.5.",
+                "Use a number such as 0.5.",
             )
 
 
@@ -266,7 +270,7 @@ def _change_errors(path: str, number: int, change: dict[str, Any], names: list[s
             PATH,
             where,
             f"has step = {step!r}, not a number of at least 1",
-            "It is the number of steps before it.",
+            "Give the number of optimizer steps before the change.",
         )
     if not isinstance(weights, dict):
         yield FieldError(
@@ -283,8 +287,8 @@ def _change_errors(path: str, number: int, change: dict[str, Any], names: list[s
                 "config.mixture-unknown-source",
                 PATH,
                 where,
-                f"names {name!r}, which is no source",
-                f"There are {', '.join(names[:20])}.",
+                f"names {name!r}, which is not a source",
+                f"Sources: {', '.join(names[:20])}.",
             )
         elif _amount(value) is None:
             yield FieldError(
@@ -292,12 +296,12 @@ def _change_errors(path: str, number: int, change: dict[str, Any], names: list[s
                 PATH,
                 where,
                 f"has {name} = {value!r}, not a number of at least 0",
-                "Such as 0.5.",
+                "Use a number such as 0.5.",
             )
 
 
 def _changes(path: str, first: dict[str, Fraction], changes: list[dict[str, Any]]) -> tuple[Change, ...]:
-    """The amounts in force from step 0 and from each change on."""
+    """The amounts from step 0 and after each change."""
     steps, amounts, result = [0, *(change["step"] for change in changes)], dict(first), []
     if any(a >= b for a, b in itertools.pairwise(steps)):
         raise ConfigError(
@@ -320,7 +324,7 @@ def _changes(path: str, first: dict[str, Fraction], changes: list[dict[str, Any]
                         "config.mixture-empty",
                         PATH,
                         path,
-                        f"leaves no source from step {step} on",
+                        f"has no source with a weight above 0 after step {step}",
                         "Give one a weight above 0.",
                     )
                 ]

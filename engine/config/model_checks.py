@@ -1,4 +1,4 @@
-"""What must hold between a model's values, and between them and the tensor ranks: each fault with the repair."""
+"""Checks between the values of a model, and between these and the tensor degree. Each error says how to fix it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from engine.errors import FieldError
 
 
 def multiples_near(value: int, divisor: int) -> str:
-    """The multiples of `divisor` around `value`, for a repair text."""
+    """The multiples of `divisor` around `value`, as text for a fix."""
     low = value // divisor * divisor
     return f"{low} or {low + divisor}" if low else f"{divisor}"
 
 
 def model_errors(cfg: Config) -> Iterator[FieldError]:
-    """Everything that must hold between the values of a model, and between them and parallel.tensor."""
+    """All errors between the values of a model, and between these and parallel.tensor."""
     m = with_heads(cfg.model)
     kv = m.num_kv_heads
     if m.num_heads % kv:
@@ -42,7 +42,7 @@ def model_errors(cfg: Config) -> Iterator[FieldError]:
             "config.without-effect",
             "model.norm_offset",
             True,
-            "has no meaning for model.norm layernorm",
+            "has no effect for model.norm layernorm",
             "Leave it out.",
         )
     if m.qk_norm_span != "head" and not m.qk_norm:
@@ -51,7 +51,7 @@ def model_errors(cfg: Config) -> Iterator[FieldError]:
             "config.without-effect",
             "model.qk_norm_span",
             m.qk_norm_span,
-            "has no meaning without model.qk_norm",
+            "has no effect without model.qk_norm",
             fix,
         )
     yield from _tensor_errors(m, cfg.parallel.tensor)
@@ -85,7 +85,7 @@ def _tensor_errors(m: ModelConfig, t: int) -> Iterator[FieldError]:
         )
 
 
-ROPE_SCALES = {  # what each fact of rope_scaling belongs to
+ROPE_SCALES = {  # field -> values of rope_scaling that use it
     "rope_factor": ("linear", "llama3", "yarn"),
     "rope_original_seq_len": ("llama3", "yarn"),
     "rope_low_freq_factor": ("llama3",),
@@ -101,7 +101,7 @@ def _position_errors(m: ModelConfig) -> Iterator[FieldError]:
     if m.positions == "learned":
         for name, of_rope in (("rope_scaling", m.rope_scaling != "none"), ("rotary_fraction", m.rotary_fraction != 1)):
             if of_rope:
-                problem = "belongs to rotary positions, but model.positions is learned"
+                problem = "is for rotary positions, but model.positions is learned"
                 yield FieldError("config.without-effect", f"model.{name}", getattr(m, name), problem, "Leave it out.")
     elif m.rotary_fraction == 1 and head_dim % 2:
         yield FieldError(
@@ -113,7 +113,7 @@ def _position_errors(m: ModelConfig) -> Iterator[FieldError]:
         yield FieldError("config.rotation-odd", "model.rotary_fraction", m.rotary_fraction, problem, f"Use {near:g}.")
     for name, kinds in ROPE_SCALES.items():
         if m.rope_scaling not in kinds and getattr(m, name) != ModelConfig.model_fields[name].default:
-            problem = f"has no meaning for model.rope_scaling {m.rope_scaling}"
+            problem = f"has no effect for model.rope_scaling {m.rope_scaling}"
             yield FieldError(
                 "config.without-effect",
                 f"model.{name}",
@@ -142,14 +142,14 @@ def _position_errors(m: ModelConfig) -> Iterator[FieldError]:
 
 
 def _nearest_tensor(m: ModelConfig, to: int) -> int:
-    """The tensor degree nearest to `to` that all three relations of a model with its heads filled in allow."""
+    """The tensor degree nearest to `to` that divides the model. m: with its head_shape filled in."""
     kv = m.num_kv_heads
     degrees = (d for d in range(1, m.num_heads + 1) if not m.num_heads % d and not m.ffn_size % d)
     return min((d for d in degrees if not kv % d or not d % kv), key=lambda d: (abs(d - to), d))
 
 
 def fp8_errors(cfg: Config) -> Iterator[FieldError]:
-    """What train.fp8 needs of the other values."""
+    """Errors of other values that train.fp8 does not support."""
     t, m = cfg.train, with_heads(cfg.model)
     if t.fp8 == "none":
         return
@@ -164,16 +164,16 @@ def fp8_errors(cfg: Config) -> Iterator[FieldError]:
     tensor, head_dim = cfg.parallel.tensor, m.head_dim
     qkv = (m.num_heads // tensor + 2 * max(1, m.num_kv_heads // tensor)) * head_dim
     up = (2 if m.gated_mlp else 1) * m.ffn_size // tensor
-    for name, value, size, what in (
+    for name, value, size, unit in (
         ("model.hidden_size", m.hidden_size, m.hidden_size, "columns of matrices"),
         ("model.head_dim", head_dim, qkv, "rows of q, k and v on a rank"),
         ("model.head_dim", head_dim, m.num_heads // tensor * head_dim, "rows of q on a rank"),
         ("model.ffn_size", m.ffn_size, m.ffn_size // tensor, "columns of down on a rank"),
         ("model.ffn_size", m.ffn_size, up, "rows of up on a rank"),
-        ("train.seq_len", t.seq_len, t.micro_batch_size * t.seq_len, "tokens of a microbatch"),
+        ("train.seq_len", t.seq_len, t.micro_batch_size * t.seq_len, "tokens of a micro-batch"),
     ):
         if size % 16:
-            problem = f"gives {size} {what}, no multiple of 16, which train.fp8 needs"
+            problem = f"gives {size} {unit}, not a multiple of 16 as train.fp8 needs"
             yield FieldError(
                 "config.fp8-size-not-a-multiple", name, value, problem, "Change it, or use train.fp8 none."
             )

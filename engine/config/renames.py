@@ -1,7 +1,7 @@
-"""Settings that earlier versions had under another name: an error for who writes one, a translation for what is saved.
+"""Renamed settings of earlier versions: an error in user input, translated in files that the engine wrote.
 
-A person's file or command line with an old name is refused, and the error names the new one. What the engine itself
-wrote (a run folder's config.toml, a checkpoint's manifest) is read as it is meant.
+An old name in a user's file or command line is an error that gives the new name. Files of the engine itself (a run
+folder's config.toml, a checkpoint's manifest) are read with the names translated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SETTINGS = {  # old path -> new path
 
 
 def to_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config (section -> name -> value) with today's names; what is not a section of names stays as it is."""
+    """Translate a saved config (section -> name -> value) to the current names; entries that are not sections stay."""
     found: dict[str, Any] = {section: values for section, values in config.items() if not isinstance(values, dict)}
     for section, values in config.items():
         for name, value in values.items() if isinstance(values, dict) else ():
@@ -32,5 +32,5 @@ def to_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_run_folder_config(file: Path) -> bool:
-    """Whether a config file is the one that a run wrote into its folder."""
+    """Whether a config file is the config.toml that a run wrote into its folder."""
     return file.name == "config.toml" and file.with_name("metrics.jsonl").is_file()

@@ -1,4 +1,4 @@
-"""What a run leaves out by number, written as "7 10-12": samples (data.skip_samples) and steps (train.skip_steps)."""
+"""Numbers of samples (data.skip_samples) and steps (train.skip_steps) to skip, written as "7 10-12"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Ranges = tuple[tuple[int, int], ...]  # [first, last], ascending, none touching 
 
 
 def read_ranges(text: str) -> Ranges:
-    """Numbers and ranges with both ends in, with spaces or commas between. ValueError names what is neither."""
+    """Parse numbers and inclusive ranges, separated by spaces or commas. ValueError names an invalid word."""
     found: list[tuple[int, int]] = []
     for word in text.replace(",", " ").split():
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", word)
@@ -27,16 +27,16 @@ def read_ranges(text: str) -> Ranges:
 
 
 def contains(ranges: Ranges, number: int) -> bool:
-    """Whether a number is in one of them."""
+    """Whether one of the ranges contains the number."""
     at = bisect.bisect_right(ranges, number, key=lambda pair: pair[0]) - 1
     return at >= 0 and number <= ranges[at][1]
 
 
 def ranges_below(ranges: Ranges, limit: int) -> str:
-    """In words, what of them is below a number."""
+    """The parts of the ranges below a limit, as text."""
     return format_ranges(tuple((first, min(last, limit - 1)) for first, last in ranges if first < limit))
 
 
 def format_ranges(ranges: Ranges) -> str:
-    """As `read_ranges` reads them."""
+    """Format ranges as text that `read_ranges` parses."""
     return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

@@ -1,4 +1,4 @@
-"""Using a trained model: opening a checkpoint in any layout, generating, comparing with other implementations.
+"""Using a trained model: load a checkpoint in any layout, generate text, compare with other implementations.
 
 Imports model, checkpoint, interop and the tokenizer. Never knows training or the command line.
 """

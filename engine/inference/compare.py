@@ -1,14 +1,14 @@
-"""Whether transformers computes from an export what the engine computes from the checkpoint, layer by layer.
+"""Compare, layer by layer, the logits of an export in transformers with those of its checkpoint in the engine.
 
-Both compute in float32 from the weights as exported, on the same tokens, so all that may differ is how sums are
-rounded. How far that may carry is measured on the model itself: the engine computes a second time with noise at every
-layer, as large as the rounding of a sum of hidden_size terms (unit roundoff x sqrt(hidden_size) x the token's root
-mean square), and whatever the layers make of it is in the difference of the two results. transformers may differ by
-`SAFETY` times as much: sound exports of all families, 32 to 256 wide and 2 to 48 deep, stay below 2.4 times, most below
-1, while a rope_theta, an epsilon or an order of heads that is wrong is far above.
+Both compute in float32 from the exported weights on the same tokens, so only the rounding of sums may differ. Its
+effect is measured on the model itself: the engine runs a second time with noise at every layer, as large as the
+rounding of a sum of hidden_size terms (unit roundoff x sqrt(hidden_size) x the token's root mean square); the
+difference of the two runs includes how the layers amplify it. transformers may differ by `SAFETY` times as much:
+correct exports of all families, 32 to 256 wide and 2 to 48 deep, stay below 2.4 times, most below 1, while a wrong
+rope_theta, epsilon or order of heads is far above.
 
-An epsilon matters where activations are small. So everything is done twice, the second time with what enters the first
-layer scaled down to the size of the square root of norm_eps.
+An epsilon matters only where activations are small. So everything runs twice, the second time with the input of the
+first layer scaled down to the square root of norm_eps.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Transform = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """difference: largest of the logits; bound: what rounding explains of it; largest: the largest logit.
+    """Result of a comparison. difference: max error of the logits; bound: the part that rounding explains.
 
-    fault: what is wrong, in words, empty for nothing.
+    largest: the largest logit. problem: description of the first difference that is too large, else empty.
     """
 
     difference: float
@@ -53,9 +53,9 @@ class Comparison:
 
 
 def need_transformers() -> None:
-    """Raises ConfigError where it is not installed."""
+    """Raise ConfigError if transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
-        fix = "pip install transformers."
+        fix = "Install it: pip install transformers."
         raise ConfigError([FieldError("inference.no-transformers", "--verify", True, "needs transformers", fix)])
 
 
@@ -67,9 +67,10 @@ def compare_with_transformers(
     *,
     num_tokens: int = 128,
 ) -> Comparison:
-    """The engine's model of a checkpoint, its weights rounded to dtype (None: as they are), and the export of it.
+    """Compare the logits of a checkpoint in the engine with those of its export `folder` in transformers.
 
-    Raises CheckpointError where transformers does not load the folder.
+    dtype: of the exported weights, to which the engine's are rounded; None: unchanged. Raises CheckpointError if
+    transformers does not load the folder.
     """
     theirs = _load_theirs(folder)
     cfg = config_of(checkpoint, storage)
@@ -108,16 +109,16 @@ def _load_theirs(folder: Path) -> Any:
     disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # a library of many errors
+    except Exception as error:  # transformers raises many types
         raise CheckpointError(
-            "inference.export-not-loaded", f"{folder}: transformers does not load it: {str(error)[:500]}"
+            "inference.export-not-loaded", f"{folder}: transformers cannot load it: {str(error)[:500]}"
         ) from error
-    model, said = loaded
-    missing = sorted(said["missing_keys"]) + sorted(said["unexpected_keys"])
-    if missing:
+    model, info = loaded
+    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if wrong:
         raise CheckpointError(
             "inference.export-tensors-differ",
-            f"{folder}: transformers misses or does not know these tensors: {', '.join(missing[:5])}",
+            f"{folder}: these tensors are missing or unknown to transformers: {', '.join(wrong[:5])}",
         )
     return model.eval()
 
@@ -139,7 +140,10 @@ def _noisy(generator: torch.Generator, x: Tensor) -> Tensor:
 def _layer_states(
     layers: Sequence[nn.Module], compute: Callable[[], Tensor], scale: Transform, noise: Transform = _identity
 ) -> list[Tensor]:
-    """What enters the first layer, what leaves each, and the logits."""
+    """Input of the first layer, output of each layer (both after `noise`), and the logits.
+
+    scale: applied to the input of the first layer.
+    """
     states: list[Tensor] = []
 
     def before_first_layer(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -169,11 +173,11 @@ def _compare_states(ours: Sequence[Tensor], again: Sequence[Tensor], theirs: Seq
         if problem:
             continue
         if not (math.isfinite(largest) and math.isfinite(difference)):
-            who = "the engine's own" if not math.isfinite(largest) else "transformers'"
-            problem = f"{who} values behind {name} are not finite"
+            owner = "the engine's" if not math.isfinite(largest) else "transformers'"
+            problem = f"{owner} values after {name} are not finite"
         elif not difference <= bound:
             problem = (
-                f"{name} is the first that differs: by {difference:.2e} where values are up to {largest:.2e} and "
+                f"{name} is the first that differs: max error {difference:.2e} for values up to {largest:.2e}, while "
                 f"rounding explains {bound:.2e}"
             )
     return Comparison(difference, bound, largest, problem)

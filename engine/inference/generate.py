@@ -1,7 +1,7 @@
-"""Continue a prompt with a checkpoint, on one process (any layout's checkpoint loads there).
+"""Continue a prompt with a checkpoint, on one process (a checkpoint of any layout loads there).
 
-The whole sequence is run again for every new token: right and simple, and fine for looking at what a model has
-learned; there is no key/value cache yet.
+The whole sequence is computed again for every new token: simple, and fast enough for a look at a model's progress.
+There is no key/value cache yet.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def sample(
     seed: int,
     prepend_bos: bool = False,
 ) -> Iterator[str]:
-    """Yield the continuation piece by piece until the end-of-document token or max_tokens.
+    """Yield the continuation in pieces of text until the end-of-document token or max_tokens.
 
-    temperature 0 takes the likeliest token every time; otherwise a draw among the top_k likeliest (0: all), a function
-    of seed. prepend_bos: begin with BOS, as documents of `engine prepare --prepend-bos`; DataError if there is none.
+    temperature 0 takes the most likely token each time; otherwise tokens are sampled among the top_k most likely (0:
+    all), determined by seed and prompt. prepend_bos: start with BOS, as `engine prepare --prepend-bos` does; DataError
+    if the tokenizer has none. ConfigError if the prompt fills the model's positions.
     """
-    begin = [tokenizer.bos] if prepend_bos else []
-    ids = [*begin, *tokenizer.encode(prompt)] or [tokenizer.eod]
+    prefix = [tokenizer.bos] if prepend_bos else []
+    ids = [*prefix, *tokenizer.encode(prompt)] or [tokenizer.eod]
     limit = model.cfg.max_seq_len
     if len(ids) >= limit:
         problem = f"fills the model's {limit} positions"
@@ -55,6 +56,6 @@ def sample(
             return
         ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+        if not text.endswith("\ufffd"):  # an incomplete character: wait for its other bytes
             yield text[len(shown) :]
             shown = text

@@ -1,4 +1,4 @@
-"""A checkpoint as a model to use: its config in the layout at hand, its weights, its tokenizer."""
+"""Load a checkpoint for use: its config in the current layout, its weights, its tokenizer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from engine.optim.precision import PRECISIONS
 def config_of(
     checkpoint: Path, storage: Storage = DISK, *, tensor: int = 1, pipeline: int = 1, world: int = 1
 ) -> Config:
-    """The config a checkpoint was saved with, its layout replaced; data degree: what the other two leave.
+    """The config of a checkpoint with its layout replaced. world: number of ranks; the data degree follows from it.
 
-    train.global_batch_size is the next that these data ranks can share, so it says nothing about the run's own.
+    train.global_batch_size is rounded up to a multiple that these data ranks can split: not always the run's own.
     """
     config = Config.model_validate(read_manifest(find_checkpoint(checkpoint, storage), storage).config)
     parallel = config.parallel.model_copy(
@@ -50,7 +50,7 @@ def config_of(
 
 
 def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Storage = DISK) -> Transformer:
-    """This rank's stage of the model with the checkpoint's weights, without optimizer. Collective."""
+    """Load this rank's stage of the model from a checkpoint, without optimizer state. Collective."""
     model = Transformer(cfg.model, ctx, stage_shapes(layers_per_stage(cfg))[ctx.pipeline.rank])
     with Reader(find_checkpoint(checkpoint, storage), storage) as reader:
         load_into(reader, (StateShard(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
@@ -58,7 +58,7 @@ def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Sto
 
 
 def load_model(checkpoint: Path, storage: Storage = DISK) -> Transformer:
-    """The whole model on this process, in the precision it was trained in, on the CPU."""
+    """Load the whole model on this process, on the CPU, in the precision it was trained in."""
     cfg = config_of(checkpoint, storage)
     dtype = PRECISIONS[cfg.train.precision].compute
     ctx = make_context(Layout(), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
@@ -66,7 +66,10 @@ def load_model(checkpoint: Path, storage: Storage = DISK) -> Transformer:
 
 
 def tokenizer_folder(checkpoint: Path, wanted: Path | None, storage: Storage = DISK) -> Path:
-    """`wanted`, or the copy in the run folder, or the folder the run was given."""
+    """Folder of the tokenizer: `wanted`, else the copy in the run folder, else the run's data.tokenizer.
+
+    Raises CheckpointError if there is none.
+    """
     if wanted is not None:
         return wanted
     folder = find_checkpoint(checkpoint, storage)
@@ -77,10 +80,10 @@ def tokenizer_folder(checkpoint: Path, wanted: Path | None, storage: Storage = D
                 reject_links(folder.parent.parent)
             return candidate
     raise CheckpointError(
-        "inference.no-tokenizer", f"{checkpoint}: the run had no tokenizer; give one with --tokenizer DIR"
+        "inference.no-tokenizer", f"{checkpoint}: the run has no tokenizer; give one with --tokenizer DIR"
     )
 
 
 def load_tokenizer(checkpoint: Path, wanted: Path | None, storage: Storage = DISK) -> Tokenizer:
-    """The tokenizer of `tokenizer_folder`."""
+    """Load the tokenizer of `tokenizer_folder`."""
     return Tokenizer.load(tokenizer_folder(checkpoint, wanted, storage))

@@ -1,10 +1,10 @@
-"""Train in one layout and go on in another: a checkpoint holds whole tensors and knows no ranks.
+"""Train in one layout and resume in another: a checkpoint contains whole tensors, independent of ranks.
 
     python examples/library/resume_in_another_layout.py CORPUS RUN 10
     torchrun --nproc-per-node 2 examples/library/resume_in_another_layout.py CORPUS RUN 20
 
-The first trains ten steps on one process, the second ten more with every matrix cut between two tensor ranks: to the
-losses that one process would have come to, but for the rounding of sums.
+The first command trains ten steps on one process, the second ten more with every matrix sharded across two tensor
+ranks. The losses equal those of one process, except for the rounding of sums.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPTIONS = {
 
 
 def main(resolved: engine.Resolved, ctx: engine.ParallelContext) -> int:
-    """Go on from the newest checkpoint of the run folder, whatever layout saved it, and save at the end."""
+    """Resume from the newest checkpoint of the run folder, saved in any layout, and save at the end."""
     with engine.open_run(resolved, ctx) as run:
         for report in engine.steps(run):
             if ctx.rank == 0 and report.result:

@@ -194,7 +194,7 @@ def test_verify_names_the_file_and_the_tensor(tmp_path: Path, capsys: pytest.Cap
     folder = save(tmp_path, states(1), context(), step=1, metadata=METADATA)
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["verify", str(folder)])
-    assert "every digest is right" in capsys.readouterr().out
+    assert "all digests match" in capsys.readouterr().out
     file = folder / "rank00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -45,12 +45,12 @@ def test_a_dry_run_shows_what_was_changed_in_80_columns(
     assert "optimizer.lr" in out and "optimizer.beta1" not in out and "--full" in out
     assert "optimizer.beta1" in shown(capsys, "--config", str(CONFIG), "--full")
     told = " ".join(out.split())
-    assert "data.train: data/corpus-train: not there" in told and "data.tokenizer: data/tokenizer: not there" in told
+    assert "data.train: data/corpus-train: missing" in told and "data.tokenizer: data/tokenizer: missing" in told
     (tmp_path / "data/tokenizer").mkdir(parents=True)
     for name in ("corpus-train.bin", "corpus-train.idx", "tokenizer/tokenizer.json"):
         (tmp_path / "data" / name).touch()
     told = " ".join(shown(capsys, "--config", str(CONFIG)).split())
-    assert "data.train: data/corpus-train: there" in told and "data.tokenizer: data/tokenizer: there" in told
+    assert "data.train: data/corpus-train: found" in told and "data.tokenizer: data/tokenizer: found" in told
 
 
 def test_a_dry_run_says_that_a_long_model_trains_on_short_sequences(capsys: pytest.CaptureFixture[str]) -> None:

@@ -478,7 +478,7 @@ def test_all_faults_at_once_and_exit_code_2(capsys: pytest.CaptureFixture[str], 
         "train.steps = 0: input should be greater than or equal to 1. Give int; the default is 100.",
         "optimizer.lr = 'fast': input should be a valid number",
         "model.num_kv_heads = 3: does not divide model.num_heads = 8. Nearest that does: 2.",
-        "train.loss_scale = 3.0: is not a power of two, so that scaling would round. Nearest: 4.",
+        "train.loss_scale = 3.0: is not a power of two, so scaling would round. Nearest: 4.",
     ):
         assert err.count(text) == 1, text
 
@@ -499,8 +499,8 @@ def test_a_fault_does_not_cause_others() -> None:
     [
         ("[model\n", "is not valid TOML: Expected ']' at the end of a table declaration (at line 1, column 7)"),
         ("steps = 3\n", "steps = 3: no such setting"),
-        ("[train]\nsteps = true\n", "train.steps = True: is neither a number nor a text. Give int"),
-        ("[optimizer]\nlr = true\n", "optimizer.lr = True: is neither a number nor a text. Give float"),
+        ("[train]\nsteps = true\n", "train.steps = True: is neither a number nor a string. Give int"),
+        ("[optimizer]\nlr = true\n", "optimizer.lr = True: is neither a number nor a string. Give float"),
         ("[train]\nsteps = 1.5\n", "train.steps = 1.5: input should be a valid integer"),
         ("[train]\nsteps = [1]\n", "train.steps = [1]: input should be a valid integer"),
         ("[train.steps]\na = 1\n", "train.steps = {'a': 1}: input should be a valid integer"),
@@ -694,10 +694,10 @@ def test_dry_run_for_4096_ranks(capsys: pytest.CaptureFixture[str]) -> None:
         "ranks: 4,096",
         "parameters in total: 8,030,261,248",
         "tokens per step: 4,194,304 (1024 sequences of 4096)",
-        "microbatches per step and rank: 16 of 1",
-        "pipeline: 1f1b, bubble 30.4% if F, I and W cost the same on all stages",
-        "activations kept on a rank: of 8 microbatches of a stage at most",
-        "model FLOPs: 48.25 GFLOP a token",
+        "micro-batches per step and rank: 16 of 1 sequences",
+        "pipeline: 1f1b, bubble 30.4% if F, I and W take the same time on all stages",
+        "activations in memory on a rank: at most those of 8 micro-batches of a stage",
+        "model FLOPs: 48.25 GFLOP per token",
     ):
         assert line in out.splitlines() or line in out, line
 
@@ -778,7 +778,7 @@ def test_overview_and_wrong_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n  {verb} " in overview
     assert run_cli() == EXIT_CONFIG
     assert run_cli("trane") == EXIT_CONFIG
-    assert "no verb 'trane'" in capsys.readouterr().err
+    assert "unknown command 'trane'" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -858,8 +858,8 @@ def no_degree(tmp_path: Path) -> list[str]:
     ("arguments", "expected"),
     [
         (no_data, "data.train = '': no training data given. Make some with `engine prepare`."),
-        (no_degree, "--pipeline = -1: a degree is at least 1. Use 1 or more."),
-        (no_ranks, "--world-size = -4: is not a number of ranks. Use 0 for what the degrees need."),
+        (no_degree, "--pipeline = -1: is below 1. Use 1 or more ranks."),
+        (no_ranks, "--world-size = -4: is not a number of ranks. Use 0 for the product of the degrees."),
     ],
 )
 def test_faults_found_later_end_with_2_too(
@@ -896,4 +896,4 @@ def test_single_process_verbs_refuse_torchrun(
 
 def test_world_size_belongs_to_the_dry_run(bare_env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("train", "--world-size", "8") == EXIT_CONFIG
-    assert "--world-size = 8: is for --dry-run" in capsys.readouterr().err
+    assert "--world-size = 8: has no effect without --dry-run" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_names_of_others_and_misspellings_find_ours(option: str, ours: str) -> N
     ],
 )
 def test_what_has_no_counterpart_says_so_and_why(option: str) -> None:
-    assert told(option) == "It has no counterpart here; docs/coming_from.md."
+    assert told(option) == "It has no counterpart here; see docs/coming_from.md."
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_what_has_no_counterpart_says_so_and_why(option: str) -> None:
     ],
 )
 def test_no_hint_rather_than_a_wrong_one(option: str) -> None:
-    assert told(option) == "`engine train --help` lists all there are."
+    assert told(option) == "`engine train --help` lists all settings."
 
 
 def test_random_words_get_no_hint() -> None:
@@ -152,8 +152,8 @@ def test_keys_of_files_get_the_same_answer(tmp_path: Path) -> None:
         "Did you mean optimizer.lr?",
         "Did you mean train.seq_len?",
         "Did you mean train.steps?",
-        "It has no counterpart here; docs/coming_from.md.",
-        "`engine train --help` lists all there are.",
+        "It has no counterpart here; see docs/coming_from.md.",
+        "`engine train --help` lists all settings.",
     ]
     assert "of torchtitan" in caught.value.errors[1].problem
     assert caught.value.errors[3].problem.endswith("there is no dropout; omit the option if it is 0")
@@ -173,12 +173,12 @@ def test_a_mistyped_verb_gets_a_hint(word: str, hint: str, capsys: pytest.Captur
     with pytest.raises(SystemExit) as caught:
         main([word])
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: no verb {word!r}. Did you mean {hint}?\n")
+    assert capsys.readouterr().err.startswith(f"error: unknown command {word!r}. Did you mean {hint}?\n")
 
 
 def test_other_words_are_no_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("banana", "launch", "test", "--verbose"):
         with pytest.raises(SystemExit):
             main([word])
-        assert capsys.readouterr().err.startswith(f"error: no verb {word!r}\n")
+        assert capsys.readouterr().err.startswith(f"error: unknown command {word!r}\n")
     assert all(verb in _VERBS for meant in _SYNONYMS.values() for verb in meant.split(" or "))

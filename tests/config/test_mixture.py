@@ -71,14 +71,14 @@ def test_a_file_with_names_and_changes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value", "problem", "fix"),
     [
-        ("0.7 a 0.3", "0.7 a 0.3", "is not weights and prefixes in turn", "Write WEIGHT PREFIX"),
+        ("0.7 a 0.3", "0.7 a 0.3", "is not a list of weights", "Write WEIGHT PREFIX"),
         ("a 0.7 b 0.3", "a", "is not a weight above 0", "Write WEIGHT PREFIX"),
         ("0 a 1 b", "0", "is not a weight above 0", "Write WEIGHT PREFIX"),
         ("1e999999999 a 1 b", "1e999999999", "is not a weight above 0", "Write WEIGHT PREFIX"),
         ("1e19 a 1 b", "1e19", "is not a weight above 0", "Write WEIGHT PREFIX"),
         ("-1 a 1 b", "-1", "is not a weight above 0", "Write WEIGHT PREFIX"),
         ("nan a 1 b", "nan", "is not a weight above 0", "Write WEIGHT PREFIX"),
-        ("1 a 2 a", "a", "stands twice", "Add up its weights."),
+        ("1 a 2 a", "a", "is given twice", "Add up its weights."),
         ("none.toml", "none.toml", "cannot be read", "Give the path of a TOML file."),
     ],
 )
@@ -93,40 +93,64 @@ A, B = '[[source]]\nprefix = "a"\nweight = 1\n', '[[source]]\nprefix = "b"\nweig
 @pytest.mark.parametrize(
     ("text", "problem", "fix"),
     [
-        ("[[source]\n", "is not valid TOML", "Mend that line."),
-        ("[run]\n" + A, "has 'run', which is not known", "There are [[source]] and [[change]]."),
+        ("[[source]\n", "is not valid TOML", "Fix that line."),
+        ("[run]\n" + A, "has 'run', which is not known", "Known: [[source]] and [[change]]."),
         ("", "names no source", "Write [[source]]"),
-        ('[source]\nprefix = "a"\n', "has [source] or [change] once", "in two brackets"),
-        ("source = [1]\n", "has [source] or [change] once", "in two brackets"),
+        ('[source]\nprefix = "a"\n', "has [source] or [change] in single brackets", "Write [[source]] and [[change]]."),
+        ("source = [1]\n", "has [source] or [change] in single brackets", "Write [[source]] and [[change]]."),
         (A + "wait = 1\n", "has 'wait', which is not known", "Known: prefix, name, weight, tokens, epochs, fim."),
-        ("[[source]]\nweight = 1\n", "has no prefix that is a text", 'Write prefix = "..."'),
-        ("[[source]]\nprefix = 3\nweight = 1\n", "has no prefix that is a text", 'Write prefix = "..."'),
-        (A + 'name = ""\n', "has no name that is a text", 'Write name = "..."'),
+        ("[[source]]\nweight = 1\n", "has no prefix, or one that is not a string", 'Write prefix = "..."'),
+        ("[[source]]\nprefix = 3\nweight = 1\n", "has no prefix, or one that is not a string", 'Write prefix = "..."'),
+        (A + 'name = ""\n', "has no name, or one that is not a string", 'Write name = "..."'),
         ('[[source]]\nprefix = "a"\n', "has no amount", "Give one of weight, tokens, epochs."),
         (A + "tokens = 5\n", "has weight and tokens", "Give one of weight, tokens, epochs."),
-        ('[[source]]\nprefix = "a"\nepochs = 0\n', "has epochs = 0, not a number above 0", "Such as 0.5."),
-        ('[[source]]\nprefix = "a"\nweight = "x"\n', "has weight = 'x', not a number above 0", "Such as 0.5."),
-        ('[[source]]\nprefix = "a"\nweight = true\n', "has weight = True, not a number above 0", "Such as 0.5."),
-        ('[[source]]\nprefix = "a"\nweight = inf\n', "has weight = inf, not a number above 0", "Such as 0.5."),
+        ('[[source]]\nprefix = "a"\nepochs = 0\n', "has epochs = 0, not a number above 0", "Use a number such as 0.5."),
+        (
+            '[[source]]\nprefix = "a"\nweight = "x"\n',
+            "has weight = 'x', not a number above 0",
+            "Use a number such as 0.5.",
+        ),
+        (
+            '[[source]]\nprefix = "a"\nweight = true\n',
+            "has weight = True, not a number above 0",
+            "Use a number such as 0.5.",
+        ),
+        (
+            '[[source]]\nprefix = "a"\nweight = inf\n',
+            "has weight = inf, not a number above 0",
+            "Use a number such as 0.5.",
+        ),
         (A + '[[source]]\nprefix = "b"\ntokens = 5\n', "mixes weight and tokens", "Use one kind for all sources."),
-        ('[[source]]\nprefix = "a"\ntokens = 1\n[[change]]\nstep = 1\n', "has changes beside tokens", "with weights."),
-        (A + A, "stands twice", "Give it once."),
-        (A + B + 'name = "a"\n', "is the name of two sources", 'Give each a name = "..." of its own.'),
+        (
+            '[[source]]\nprefix = "a"\ntokens = 1\n[[change]]\nstep = 1\n',
+            "combines changes with tokens",
+            "weights with changes.",
+        ),
+        (A + A, "is given twice", "Give it once."),
+        (A + B + 'name = "a"\n', "is the name of two sources", 'Give each source a separate name = "...".'),
         (A + "[[change]]\nstep = 1\nweights = {}\nx = 1\n", "has 'x', which is not known", "Known: step, weights."),
         (
             A + "[[change]]\nweights = {}\n",
             "has step = None, not a number of at least 1",
-            "It is the number of steps before it.",
+            "Give the number of optimizer steps before the change.",
         ),
         (
             A + "[[change]]\nstep = 0\nweights = {}\n",
             "has step = 0, not a number of at least 1",
-            "number of steps before it.",
+            "number of optimizer steps before the change.",
         ),
         (A + "[[change]]\nstep = 1\n", "has weights = None", "Write weights = { NAME = NUMBER, ... }."),
-        (A + "[[change]]\nstep = 1\nweights = { c = 1 }\n", "names 'c', which is no source", "There are a."),
-        (A + "[[change]]\nstep = 1\nweights = { a = -1 }\n", "has a = -1, not a number of at least 0", "Such as 0.5."),
-        (A + "[[change]]\nstep = 1\nweights = { a = 0 }\n", "leaves no source from step 1 on", "a weight above 0."),
+        (A + "[[change]]\nstep = 1\nweights = { c = 1 }\n", "names 'c', which is not a source", "Sources: a."),
+        (
+            A + "[[change]]\nstep = 1\nweights = { a = -1 }\n",
+            "has a = -1, not a number of at least 0",
+            "Use a number such as 0.5.",
+        ),
+        (
+            A + "[[change]]\nstep = 1\nweights = { a = 0 }\n",
+            "has no source with a weight above 0 after step 1",
+            "a weight above 0.",
+        ),
         (
             A + "[[change]]\nstep = 5\nweights = {}\n[[change]]\nstep = 5\nweights = {}\n",
             "has changes at steps [5, 5]",
@@ -279,6 +303,6 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         read_mixture(str(path))
     text = str(error.value)
-    for part in ("chnage", "wieght", "weight = -1", "no prefix", "mixes weight and tokens", "stands twice"):
+    for part in ("chnage", "wieght", "weight = -1", "no prefix", "mixes weight and tokens", "is given twice"):
         assert part in text
     assert "step = 0" in text and "nosuch" in text and len(error.value.errors) == 8

@@ -1,4 +1,4 @@
-"""`make demo` in a shortened form, with everything that it shows."""
+"""The short version of `make demo`: its commands, files and console lines."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def test_the_demo(
         assert (tmp_path / "demo" / file).exists()
     lines = [json.loads(line) for line in (tmp_path / "demo/run/metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1)), "the resumed run goes on where the first one stopped"
+    assert steps == list(range(1, len(steps) + 1)), "the resumed run must continue where the first one stopped"
 
 
-def test_a_second_demo_starts_anew_and_removes_no_more_than_the_first_made(
+def test_a_second_demo_removes_only_the_outputs_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "demo"
     monkeypatch.syspath_prepend(str(DEMO.parent))
     demo = importlib.import_module("demo")
-    assert demo.make_room(folder) and capsys.readouterr().out == ""
+    assert demo.prepare_folder(folder) and capsys.readouterr().out == ""
     for name in ("data/a.bin", "run/metrics.jsonl", "loss.png", "notes.txt", "mine/a.bin"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-    assert demo.make_room(folder)
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "starts anew" in said
+    assert demo.prepare_folder(folder)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "is from an earlier demo: removing" in out
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
         demo.MARK,
         "notes.txt",
@@ -66,5 +66,5 @@ def test_a_second_demo_starts_anew_and_removes_no_more_than_the_first_made(
     }
     (folder / demo.MARK).unlink()
     monkeypatch.setattr(sys, "argv", ["demo.py", "--short", "--folder", str(folder)])
-    assert demo.main() == 1 and "is no demo's" in capsys.readouterr().out
+    assert demo.main() == 1 and "not from a demo" in capsys.readouterr().out
     assert (folder / "mine/a.bin").exists()

@@ -1,4 +1,4 @@
-"""examples/pretrain_7b.slurm under a Slurm of two nodes that are both this machine, made and removed by the test."""
+"""examples/pretrain_7b.slurm on a temporary Slurm cluster whose two nodes are both this machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PartitionName=all Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Slurm of two nodes, which are this machine, with daemons of its own; gives the environment of its commands."""
+    """A Slurm cluster with separate daemons and two nodes on this machine; yields the environment of its commands."""
     daemons = ("munged", "slurmctld", "slurmd")
     paths = os.environ["PATH"] + ":/usr/sbin:/sbin"
     if absent := [name for name in (*daemons, "sbatch") if shutil.which(name, path=paths) is None]:
@@ -53,15 +53,15 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     if os.geteuid() != 0:
         pytest.skip("slurmd starts jobs as root only")
     port = 30000 + os.getpid() % 5000
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path is short, and others may enter
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a short path for the socket, readable by other users
     folder.chmod(0o755)
     for name in ("state", "spool-node1", "spool-node2"):
         (folder / name).mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
-    facts = {"host": socket.gethostname().split(".")[0], "folder": folder, "user": "root"}
-    facts |= {"port": port, "first": port + 1, "second": port + 2}
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(**facts))
+    values = {"host": socket.gethostname().split(".")[0], "folder": folder, "user": "root"}
+    values |= {"port": port, "first": port + 1, "second": port + 2}
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(**values))
     (folder / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
     environ = environment(SLURM_CONF=str(folder / "slurm.conf"))
     environ["PATH"] += ":/usr/sbin:/sbin"
@@ -77,8 +77,8 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
             time.sleep(1)
         deadline = time.monotonic() + 60
         while slurm(environ, "sinfo", "-h", "-o", "%D %t") != "2 idle":
-            said = "\n".join(path.read_text(errors="replace")[-1500:] for path in folder.glob("*.out"))
-            assert time.monotonic() < deadline and all(p.poll() is None for p in running), said
+            output = "\n".join(path.read_text(errors="replace")[-1500:] for path in folder.glob("*.out"))
+            assert time.monotonic() < deadline and all(p.poll() is None for p in running), output
             time.sleep(0.5)
         yield environ
     finally:
@@ -103,8 +103,8 @@ def slurm(environ: dict[str, str], *words: str) -> str:
 
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
-def test_slurm_signals_requeues_and_goes_on(cluster: dict[str, str], tiny: Path, tmp_path: Path) -> None:
-    """Two nodes with a rank each: SIGUSR1 before the time is up, saved, 75, queued up again, resumed at that step."""
+def test_slurm_signals_requeues_and_resumes(cluster: dict[str, str], tiny: Path, tmp_path: Path) -> None:
+    """Two nodes with one rank each: SIGUSR1 before the time limit, saved, exit 75, requeued, resumed at that step."""
     run, log = tmp_path / "run", tmp_path / "log"
     environ = cluster | {"GPUS_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
     words = [
@@ -133,14 +133,14 @@ def test_slurm_signals_requeues_and_goes_on(cluster: dict[str, str], tiny: Path,
     assert done.returncode == 0, done.stderr
     job = done.stdout.strip()
 
-    def until(what: str, limit_s: float) -> str:
+    def until(line: str, limit_s: float) -> str:
         deadline = time.monotonic() + limit_s
-        while what not in (text := log.read_text() if log.exists() else ""):
+        while line not in (text := log.read_text() if log.exists() else ""):
             assert time.monotonic() < deadline, text + slurm(environ, "scontrol", "show", "job", job)
             time.sleep(0.5)
         return text
 
-    text = until(f"saved on a signal: job {job} queues up again", 240)
+    text = until(f"saved on a signal: job {job} is requeued", 240)
     stopped = re.search(r"stopped on a signal after step (\d+); the same command resumes from there", text)
     assert stopped, text
     assert (run / f"checkpoints/step_{int(stopped[1]):08d}/manifest.json").exists()

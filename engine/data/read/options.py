@@ -10,18 +10,28 @@ from engine.util.words import StrTuple
 
 
 class ReadOptions:
-    """Base of the options of a verb that reads documents; each declares these fields with a help of its own.
+    """Base of the options of the commands that read documents: the fields with their help texts.
 
-    input: files, folders, globs, URLs, "-"; include and exclude: globs within folders; json_key: keys of the text;
-    format: "" goes by the name of each file; on_error: "stop" at what cannot be read, or "skip" it.
+    Each command declares these fields again, with its defaults and without a text.
     """
 
     input: StrTuple
+    """files, folders, globs, pipes, URLs (s3://..., with fsspec) or - for standard input; plain or .gz .zst .bz2 .xz.
+    .jsonl: one document per line; .json: an array or concatenated objects; .csv .tsv .parquet .arrow: one per row;
+    other files: one per file, or per line if the first lines are JSON objects with the key"""
     include: StrTuple
+    """inside folders, read only files whose names match one of these globs, such as '*.py' '*.rst'"""
     exclude: StrTuple
+    """inside folders, skip files and subfolders whose names match one of these globs"""
     json_key: StrTuple
+    """key or column of the text; a.b is b in the object a; several are joined by a newline into one document. The value
+    may be a string, a list of strings (joined by newlines) or of messages {"role", "content"} (written as "role:
+    content")"""
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"]
+    """format of all inputs, if their names do not show it; not set: by the file name, and jsonl for standard input"""
     on_error: Literal["stop", "skip"]
+    """for malformed JSON, a missing key, a wrong type, invalid UTF-8, a document that is too large or a damaged
+    archive: stop with file and line, or skip the document, count it and list it"""
 
     @property
     def skip_errors(self) -> bool:

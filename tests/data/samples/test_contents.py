@@ -47,7 +47,7 @@ def test_the_command(prefix: Path, capsys: pytest.CaptureFixture[str], tmp_path:
     out = capsys.readouterr().out
     data = IndexedDataset(prefix)
     assert f"120 documents, {data.num_tokens:,} tokens, {2 * data.num_tokens:,} bytes of uint16" in out
-    assert out.count("right: ") == 3 and "tokenizer_digest are as it says" in out
+    assert out.count("verified: ") == 3 and "tokenizer_digest are as it says" in out
     assert out.count("\nsample ") == 2 and "⟦document " in out and "[not a mark] naïve" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert run(prefix, "--output", "x.jpg", "--samples", -1, "--seq-len", 0) == 2

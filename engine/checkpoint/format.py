@@ -127,7 +127,7 @@ def with_digest(body: bytes, storage: Storage = DISK) -> bytes:
     return b'{"%s": "%s' % (storage.digest_name.encode(), storage.digest(rest).encode()) + rest
 
 
-def without_digest(data: bytes, path: Path, storage: Storage = DISK) -> Any:
+def parse_verified(data: bytes, path: Path, storage: Storage = DISK) -> Any:
     """Verify the digest of a manifest file and parse its JSON. Raises CheckpointError or ValueError if invalid.
 
     Raises SecretError if the checkpoint is signed or encrypted and `storage` has no secret, or the other way round.
@@ -181,7 +181,7 @@ def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
     """Read and check a manifest: digest, schema, plain file names, the folder's step, and all files' sizes."""
     path = folder / MANIFEST
     try:
-        raw = without_digest(read_file(storage, path), path, storage)
+        raw = parse_verified(read_file(storage, path), path, storage)
         manifest = Manifest.model_validate(raw)
         manifest = manifest.model_copy(update={"config": to_current_names(manifest.config)})
         _check_entries(manifest)

@@ -196,17 +196,18 @@ def require_resumable(folder: Path, manifest: Manifest, found: Differences, cfg:
     ]
     if errors:
         raise ConfigError(errors)
-    refused = {name: pair for name, pair in found.items() if field_of(name) not in allowed}
-    if refused:
-        fields = list(dict.fromkeys(map(field_of, refused)))
+    rejected = {name: pair for name, pair in found.items() if field_of(name) not in allowed}
+    if rejected:
+        fields = list(dict.fromkeys(map(field_of, rejected)))
         reasons = {_RATE: "had another learning rate", "data.order": "was trained in another sample order"}
         raise CheckpointError(
             "checkpoint.of-another-run",
             f"{folder} {reasons.get(' '.join(fields), 'belongs to another run')}:\n"
             + "\n".join(
-                f"  - {name}: checkpoint {_format_value(a)}, now {_format_value(b)}" for name, (a, b) in refused.items()
+                f"  - {name}: checkpoint {_format_value(a)}, now {_format_value(b)}"
+                for name, (a, b) in rejected.items()
             )
-            + (_ORDER_CHANGED.format(engine=manifest.versions.get("engine")) if "data.order" in refused else "")
+            + (_ORDER_CHANGED.format(engine=manifest.versions.get("engine")) if "data.order" in rejected else "")
             + "\nUse the old values, or choose another --run.dir for a new run."
             + (_horizon_hint(manifest, cfg) if _RATE in fields else "")
             + f' If the change is intended, allow these fields: --checkpoint.allow "{" ".join(fields)}"',

@@ -42,7 +42,7 @@ def commit(storage: Storage, temporary: Path, final: Path, manifest: bytes) -> P
     return replaced
 
 
-def set_aside_newer(storage: Storage, root: Path, step: int) -> list[str]:
+def rename_newer(storage: Storage, root: Path, step: int) -> list[str]:
     """Rename checkpoints of later steps, so that "latest" is the step that this run just saved. Returns notes."""
     notes = []
     for newer in steps_descending(root, storage):
@@ -77,7 +77,7 @@ def delete_old(storage: Storage, root: Path, step: int, keep: int, keep_every: i
         if older >= step:
             continue
         if kept < keep:  # damaged ones are not counted, and kept while they may be useful
-            kept += _complete(storage, step_dir(root, older))
+            kept += _is_complete(storage, step_dir(root, older))
         elif older != spared and not (keep_every and older % keep_every == 0):
             old.append(step_dir(root, older))
     trash = [folder.with_name(f".{folder.name}.deleted") for folder in old]
@@ -93,11 +93,11 @@ def delete_old(storage: Storage, root: Path, step: int, keep: int, keep_every: i
 
 def _before_spike(storage: Storage, root: Path, spike: int) -> int | None:
     """Newest complete step with weights certainly from before the spike; if none, the newest step below `spike`."""
-    before = [s for s in steps_descending(root, storage) if s < spike and _complete(storage, step_dir(root, s))]
+    before = [s for s in steps_descending(root, storage) if s < spike and _is_complete(storage, step_dir(root, s))]
     return next((s for s in before if s <= spike - 2), before[0] if before else None)
 
 
-def _complete(storage: Storage, folder: Path) -> bool:
+def _is_complete(storage: Storage, folder: Path) -> bool:
     try:
         read_manifest(folder, storage)
     except CheckpointError:

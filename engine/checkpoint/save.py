@@ -38,7 +38,7 @@ from engine.checkpoint.format import (
     find_file_damage,
     step_dir,
 )
-from engine.checkpoint.retention import commit, delete_old, remove_leftovers, set_aside_newer
+from engine.checkpoint.retention import commit, delete_old, remove_leftovers, rename_newer
 from engine.checkpoint.staging import Staging
 from engine.checkpoint.storage import DISK, Storage, make_folders, remove_tree
 from engine.checkpoint.tensorfile import BLOCK_BYTES, DTYPE_NAMES, LazyTensor, write_safetensors
@@ -271,7 +271,7 @@ class Saver:
         except OSError as error:
             raise self._write_error(error, final, len(data)) from None
         try:
-            notes = set_aside_newer(self._storage, self.root, save.step)
+            notes = rename_newer(self._storage, self.root, save.step)
             delete_old(self._storage, self.root, save.step, save.keep, self.keep_every, self.spike)
             if replaced is not None:
                 remove_tree(self._storage, replaced)

@@ -46,7 +46,7 @@ def tensor_stats(reader: Reader, *, norms: bool) -> Iterator[TensorStats]:
     norms: compute L2 norms in float64, which reads all tensors, one rectangle at a time.
     """
     for kind, entries in reader.manifest.tensors.items():
-        for name, entry in sorted(entries.items(), key=lambda item: _natural(item[0])):
+        for name, entry in sorted(entries.items(), key=lambda item: _natural_order(item[0])):
             norm = math.nan
             if norms:
                 parts = (reader.read(kind, name, part.offset, part.shape) for part in entry.slices)
@@ -55,6 +55,6 @@ def tensor_stats(reader: Reader, *, norms: bool) -> Iterator[TensorStats]:
             yield TensorStats(kind, name, entry.shape, entry.dtype, files, norm)
 
 
-def _natural(name: str) -> list[str | int]:
+def _natural_order(name: str) -> list[str | int]:
     """Sort key that puts layers.2 before layers.10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

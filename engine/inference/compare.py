@@ -31,7 +31,7 @@ from engine.distributed.layout import Layout
 from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError, ConfigError, FieldError
 from engine.inference.load import config_of, load_stage
-from engine.interop.huggingface.config_json import json_object
+from engine.interop.huggingface.config_json import read_json_object
 from engine.interop.huggingface.families import FAMILIES
 
 SAFETY = 8.0
@@ -79,7 +79,7 @@ def compare_with_transformers(
     if dtype is not None:
         for parameter in parameters(ours):
             parameter.data.copy_(parameter.data.to(dtype))
-    family = FAMILIES[str(json_object(folder / "config.json")["model_type"])]
+    family = FAMILIES[str(read_json_object(folder / "config.json")["model_type"])]
     block = family.names["layers.{}.attention_norm"].rsplit(".", 1)[0]
     their_layers = [theirs.get_submodule(block.format(layer)) for layer in range(cfg.model.num_layers)]
     shape = (2, min(num_tokens, cfg.model.max_seq_len))

@@ -43,7 +43,7 @@ from engine.interop.huggingface.companions import (
     read_inside,
     tokenizer_files,
 )
-from engine.interop.huggingface.config_json import extras, json_object, read_config, rope_forms, write_config
+from engine.interop.huggingface.config_json import extras, read_config, read_json_object, rope_forms, write_config
 from engine.interop.huggingface.families import FAMILIES, Family
 from engine.interop.huggingface.weights import (
     CONFIG,
@@ -306,7 +306,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _config_files(cfg: ModelConfig, companions: Path) -> tuple[Family, dict[str, Any], dict[str, Any]]:
     """(family, config.json, generation_config.json) of a model, with the settings kept from the imported folder."""
-    origin = json_object(companions / CONFIG) if (companions / CONFIG).exists() else {}
+    origin = read_json_object(companions / CONFIG) if (companions / CONFIG).exists() else {}
     near = [f.model_type for f in FAMILIES.values() if cfg.preset.startswith(f.preset)]
     fields, defaults = (model.model_dump(exclude={"preset"}) for model in (cfg, ModelConfig()))
     if origin and _describes_model(companions / CONFIG, fields):
@@ -318,7 +318,7 @@ def _config_files(cfg: ModelConfig, companions: Path) -> tuple[Family, dict[str,
         config |= _extras(origin, family) if origin else {"use_cache": True}
     generation: dict[str, Any] = {"do_sample": True}
     if (companions / GENERATION).exists():
-        generation = json_object(companions / GENERATION)
+        generation = read_json_object(companions / GENERATION)
     elif origin:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config.get(key) is not None}
@@ -338,7 +338,7 @@ def _update_token_ids(
             settings |= {"bos_token_id": eod, "eos_token_id": eod}
         return []
     old = [i for settings in (config, generation) for i in parse_token_ids(settings.get("eos_token_id"))]
-    kept = json_object(companions / TOKENIZER_METADATA) if (companions / TOKENIZER_METADATA).exists() else {}
+    kept = read_json_object(companions / TOKENIZER_METADATA) if (companions / TOKENIZER_METADATA).exists() else {}
     if eod is None or not old or eod in old or kept.get("eos_token_id") == eod:
         return []
     for settings in (config, generation):
@@ -349,7 +349,7 @@ def _update_token_ids(
 
 def _stated_dtype(companions: Path, reader: Reader) -> torch.dtype:
     """The dtype named in the folder's config.json if any tensor has it; otherwise the widest dtype of the tensors."""
-    origin = json_object(companions / CONFIG) if (companions / CONFIG).exists() else {}
+    origin = read_json_object(companions / CONFIG) if (companions / CONFIG).exists() else {}
     stored = {
         str(DTYPES[entry.dtype]).removeprefix("torch."): DTYPES[entry.dtype] for entry in reader.entries[MODEL].values()
     }

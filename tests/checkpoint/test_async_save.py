@@ -335,7 +335,7 @@ def test_the_next_save_waits_and_progress_says_so(tmp_path: Path, capfd: pytest.
 def test_two_runs_in_one_folder_are_rejected(tmp_path: Path) -> None:
     cfg = resolve(2, parallel_data=2, train_steps=1, data_train=corpus(tmp_path), run_dir=tmp_path / "run")
 
-    def refused(ctx: ParallelContext) -> str:
+    def rejected(ctx: ParallelContext) -> str:
         try:
             train(cfg, ctx, StopRequest())
         except EngineError as error:
@@ -345,12 +345,12 @@ def test_two_runs_in_one_folder_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run/lock") as holder:
         assert not holder
-        for output in run_ranks(layout_of(cfg.config), refused, num_kv_heads=2):
+        for output in run_ranks(layout_of(cfg.config), rejected, num_kv_heads=2):
             assert f"another run (process {os.getpid()} on " in output and "choose another --run.dir" in output
-    assert run_ranks(layout_of(cfg.config), refused, num_kv_heads=2) == ["", ""]
+    assert run_ranks(layout_of(cfg.config), rejected, num_kv_heads=2) == ["", ""]
 
 
-def test_the_host_memory_is_taken_once() -> None:
+def test_host_memory_is_allocated_once() -> None:
     def job(ctx: ParallelContext) -> bool:
         state = setup(TWO, ctx)
         with Saver(Path("/nowhere"), ctx) as saver:

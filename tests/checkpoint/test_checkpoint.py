@@ -41,10 +41,10 @@ def load(folder: Path, cfg: Config = TWO, data: dict[str, Any] = METADATA) -> No
             return error.code, str(error)
         return None
 
-    refusals = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
-    assert all(refusals) or not any(refusals), "one rank failed and another did not"
-    if refusals[0]:
-        raise CheckpointError(*refusals[0])
+    errors = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    assert all(errors) or not any(errors), "one rank failed and another did not"
+    if errors[0]:
+        raise CheckpointError(*errors[0])
 
 
 def test_a_good_one_loads(copy: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_flipped_bit_is_found_and_the_file_named(copy: Path, rank: int, place:
         load(copy)
 
 
-def test_torn_missing_and_foreign_files_are_refused(copy: Path) -> None:
+def test_torn_missing_and_foreign_files_are_rejected(copy: Path) -> None:
     file = copy / "rank00001.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
@@ -125,14 +125,14 @@ def test_torn_missing_and_foreign_files_are_refused(copy: Path) -> None:
         ),
     ],
 )
-def test_an_edited_manifest_is_refused(copy: Path, edit: Any, code: str, values: tuple[Any, ...]) -> None:
+def test_an_edited_manifest_is_rejected(copy: Path, edit: Any, code: str, values: tuple[Any, ...]) -> None:
     """With a recomputed digest, as by an attacker: the manifest must also fit itself, the files and the model."""
     reseal(copy, edit)
     with raises(CheckpointError, f"checkpoint.{code}", *values):
         load(copy)
 
 
-def test_another_model_data_or_seed_is_refused_with_a_diff(copy: Path) -> None:
+def test_another_model_data_or_seed_is_rejected_with_a_diff(copy: Path) -> None:
     with raises(CheckpointError, "checkpoint.of-another-run", "model.ffn_size", 48, 64, "train.seed", 1234, 7):
         load(copy, config(2, parallel_tensor=2, model_ffn_size=64, train_seed=7))
     with raises(CheckpointError, "checkpoint.of-another-run", '--checkpoint.allow "data.num_tokens"'):

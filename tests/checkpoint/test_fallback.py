@@ -99,16 +99,16 @@ def test_the_previous_checkpoint_is_used_and_the_damage_reported(runs: Path) -> 
                 if ctx.rank == 0:
                     assert len(warned) == 1 and "step_00000003" in warned[0], (name, warned)
             messages += warned
-            with pytest.raises(EngineError) as refused:  # selected by its path
+            with pytest.raises(EngineError) as rejected:  # selected by its path
                 resumed(runs / name, ctx, str(step_dir(runs / name / "checkpoints", 3)))
-            messages.append(str(refused.value))
+            messages.append(str(rejected.value))
         return messages
 
     messages, _ = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert len(messages) == 2 * len(DAMAGES)
-    for (name, (_, words)), skipped, refused in zip(DAMAGES.items(), messages[::2], messages[1::2]):
+    for (name, (_, words)), skipped, rejected in zip(DAMAGES.items(), messages[::2], messages[1::2]):
         assert skipped.startswith("skipped: "), name
-        for text in (skipped, refused):
+        for text in (skipped, rejected):
             assert re.search(words, text), (name, text)
 
 
@@ -133,10 +133,10 @@ def test_the_damaged_step_is_saved_again(runs: Path, tmp_path: Path) -> None:
             train_step(state, random_batches(cfg, ctx, 2))
             save_state(state, run / "checkpoints", METADATA)
         _, warned, state = resumed(again, ctx)
-        with pytest.raises(EngineError) as refused:
+        with pytest.raises(EngineError) as rejected:
             resumed(nothing, ctx)
-        assert not isinstance(refused.value, DamageError)
-        return state.step, str(refused.value)
+        assert not isinstance(rejected.value, DamageError)
+        return state.step, str(rejected.value)
 
     for step, message in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads):
         assert step == 3 and "holds checkpoints, but none that is complete" in message
@@ -162,13 +162,13 @@ def test_errors_of_the_process_are_not_damage(runs: Path, monkeypatch: pytest.Mo
     cfg = config(1)
     open_ = Disk.open
 
-    def refuse(self: Disk, path: Path, *, uncached: bool = False) -> Any:
+    def fail(self: Disk, path: Path, *, uncached: bool = False) -> Any:
         if "step_00000003" in str(path) and path.suffix == ".safetensors" and not uncached:
             raise OSError(errno.EMFILE, "Too many open files", str(path))
         return open_(self, path, uncached=uncached)
 
     def job(ctx: ParallelContext) -> str:
-        monkeypatch.setattr(Disk, "open", refuse)
+        monkeypatch.setattr(Disk, "open", fail)
         state = setup(config(1, run_dir=runs / "whole", checkpoint_resume="auto"), ctx)
         with pytest.raises(OSError, match="Too many open files") as caught:
             resume_run(state, METADATA)

@@ -79,7 +79,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({}, {"mixture from step 0": "web 1"}, "data.mixture"),
     ],
 )
-def test_each_field_is_refused_allowed_and_remembered(
+def test_each_field_is_rejected_allowed_and_remembered(
     first: Path, tmp_path: Path, overrides: dict[str, Any], data: dict[str, Any], field: str
 ) -> None:
     with raises(EngineError, OTHER, f"  - {field}", f'--checkpoint.allow "{field}"'):
@@ -221,7 +221,7 @@ RATES = {"lr_schedule_warmup_steps": 2, "optimizer_lr": 1e-3, "lr_schedule_min_l
         ({}, 12, {"train_steps": 11}, None),  # all steps are done
     ],
 )
-def test_a_learning_rate_that_jumps_is_refused_with_both_values(
+def test_a_learning_rate_that_jumps_is_rejected_with_both_values(
     tmp_path: Path, then: dict[str, Any], steps: int, now: dict[str, Any], rates: tuple[float, float] | None
 ) -> None:
     source = go(tmp_path / "a", steps=steps, **RATES | then)

@@ -85,7 +85,7 @@ def test_every_change_of_every_byte_is_found(small_chunks: None) -> None:
             opened(disk, 0, 40)
 
 
-def test_another_secret_name_order_or_length_is_refused(small_chunks: None) -> None:
+def test_another_secret_name_order_or_length_is_rejected(small_chunks: None) -> None:
     disk, raw = sealed(bytes(64))
     with raises(WrongSecretError, "checkpoint.sealed-chunk-not-opened", FILE, 0):
         opened(disk, 0, 64, secret=OTHER)
@@ -191,7 +191,7 @@ def test_a_checkpoint_needs_its_secret_and_shows_every_change(tmp_path: Path, en
         read_manifest(folder, storage)
 
 
-def test_an_edited_signed_manifest_is_refused(tmp_path: Path) -> None:
+def test_an_edited_signed_manifest_is_rejected(tmp_path: Path) -> None:
     storage = SecretStorage(Seal(SECRET))
     save_in(tmp_path, storage)
     manifest = tmp_path / "step_00000001/manifest.json"
@@ -200,7 +200,7 @@ def test_an_edited_signed_manifest_is_refused(tmp_path: Path) -> None:
         read_manifest(manifest.parent, storage)
 
 
-def test_a_plain_checkpoint_is_refused_where_a_secret_is_given(tmp_path: Path) -> None:
+def test_a_plain_checkpoint_is_rejected_where_a_secret_is_given(tmp_path: Path) -> None:
     save_in(tmp_path, DISK)
     with raises(SecretError, "checkpoint.not-signed", "--checkpoint.init"):
         newest_step(tmp_path, SecretStorage(Seal(SECRET)))

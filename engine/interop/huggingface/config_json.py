@@ -37,7 +37,7 @@ class ParsedConfig:
     extras: Fields
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises CheckpointError."""
     try:
         value = read_json(path, _MAX_JSON_BYTES)
@@ -58,7 +58,7 @@ def read_config(path: Path, max_seq_len: int | None = None, ignore: Sequence[str
     max_seq_len: of the model, if shorter than the folder's; a sliding window may then have no effect.
     ignore: keys to treat as absent (sliding_window: as null), because the caller knows that they have no effect.
     """
-    raw = _drop_ignored(json_object(path), ignore, path)
+    raw = _drop_ignored(read_json_object(path), ignore, path)
     family = _family(raw, path)
     fields: Fields = dict(family.model_fields)
     wrong = list(_resolve_aliases(raw, family))
@@ -387,7 +387,7 @@ def read_model_fields(path: Path, max_seq_len: int | None = None) -> tuple[Field
                         f"{manifest}: is encrypted, but the model must be known before the secret is read. Run "
                         "`engine export CHECKPOINT FOLDER --secret ...` and start from that folder",
                     )
-            model = (json_object(manifest).get("config") or {}).get("model")
+            model = (read_json_object(manifest).get("config") or {}).get("model")
             if isinstance(model, dict):
                 return {name: value for name, value in model.items() if name != "preset"}, str(manifest)
     raise CheckpointError(

@@ -27,7 +27,7 @@ from engine.checkpoint.tensorfile import DTYPES
 from engine.config.load import model_config
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, truncate
-from engine.interop.huggingface.config_json import ParsedConfig, json_object, read_config
+from engine.interop.huggingface.config_json import ParsedConfig, read_config, read_json_object
 from engine.interop.huggingface.families import Family
 from engine.model.transformer import tensor_shapes
 
@@ -157,7 +157,7 @@ class HfReader(TensorSource[HfTensor]):
             if (self.folder / INDEX).exists():
                 self.notes.append(f"{INDEX} is not read: {SINGLE} exists too and takes precedence, as in transformers")
         elif (self.folder / INDEX).exists():
-            listed = json_object(self.folder / INDEX).get("weight_map") or {}
+            listed = read_json_object(self.folder / INDEX).get("weight_map") or {}
             if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
                 raise CheckpointError(
                     "interop.index-malformed", f"{self.folder / INDEX}: has no weight_map from names to files; damaged"
@@ -344,7 +344,7 @@ def parse_token_ids(value: Any) -> list[int]:
 
 def _generation_notes(path: Path, vocab_size: int) -> list[str]:
     """Check a generation_config.json, as exports write it again. Returns notes on ids outside the vocabulary."""
-    settings, notes = json_object(path), []
+    settings, notes = read_json_object(path), []
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         try:
             ids = parse_token_ids(settings.get(key))

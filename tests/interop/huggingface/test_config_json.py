@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_engine_does_not_have_is_refused_by_name(tmp_path: Path, case: str) -> None:
+def test_unsupported_keys_are_rejected_by_name(tmp_path: Path, case: str) -> None:
     change, code, values = REFUSED[case]
     fields = {key: value for key, value in (LLAMA | change).items() if value is not None}
     with raises(ConfigError, f"interop.{code}", tmp_path / "config.json", *values) as caught:
@@ -128,7 +128,7 @@ def test_what_the_engine_does_not_have_is_refused_by_name(tmp_path: Path, case: 
     assert len(caught.value.errors) == 1
 
 
-def test_everything_is_refused_at_once(tmp_path: Path) -> None:
+def test_everything_is_rejected_at_once(tmp_path: Path) -> None:
     with raises(ConfigError, "interop.key-not-supported", "num_experts", "hidden_act", "rope_scaling") as caught:
         read(tmp_path, LLAMA | {"num_experts": 2, "hidden_act": "x", "rope_scaling": {"type": "dynamic", "factor": 2}})
     codes = ["key-not-supported", "key-value-unknown", "rope-type-unknown"]
@@ -156,7 +156,7 @@ def test_everything_is_refused_at_once(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_changes_nothing_is_taken(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_keys_without_effect_are_accepted(tmp_path: Path, change: dict[str, Any]) -> None:
     assert model_config(tmp_path, read(tmp_path, LLAMA | change)) == model_config(tmp_path, read(tmp_path, LLAMA))
     parsed = read_config(tmp_path / "config.json")
     assert not {"auto_map", "hidden_size"} & parsed.extras.keys()
@@ -171,7 +171,7 @@ def test_not_json_and_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_written_reads_back(tmp_path: Path, name: str) -> None:
+def test_a_written_config_reads_back(tmp_path: Path, name: str) -> None:
     """Written from the table alone, without the original folder; transformers reads it as the same model."""
     config = build(name).config
     config.save_pretrained(tmp_path)
@@ -276,7 +276,7 @@ def folder(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_other_tensors_than_the_model_has_are_refused(
+def test_unexpected_tensors_are_rejected(
     folder: Path, tmp_path: Path, change: Any, code: str, values: tuple[Any, ...]
 ) -> None:
     rewrite(folder, change)
@@ -285,12 +285,12 @@ def test_other_tensors_than_the_model_has_are_refused(
     assert not (tmp_path / "run/checkpoints/step_00000000").exists()
 
 
-def test_a_tied_head_that_is_the_embedding_is_taken(folder: Path, tmp_path: Path) -> None:
+def test_a_tied_head_equal_to_the_embedding_is_accepted(folder: Path, tmp_path: Path) -> None:
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     import_folder(folder, tmp_path / "run")
 
 
-def test_damaged_indexes_are_refused(folder: Path) -> None:
+def test_damaged_indexes_are_rejected(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     listed = index["weight_map"]
@@ -308,14 +308,14 @@ def test_damaged_indexes_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -1])
-def test_torn_files_are_refused(folder: Path, cut: int) -> None:
+def test_torn_files_are_rejected(folder: Path, cut: int) -> None:
     file = sorted(folder.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:cut])
     with raises(CheckpointError, "interop.shard-unreadable", file):
         HfReader(folder)
 
 
-def test_pickles_are_refused_with_what_to_do(folder: Path) -> None:
+def test_pickles_are_rejected_with_what_to_do(folder: Path) -> None:
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     with raises(CheckpointError, "interop.no-weights", folder, "model.safetensors"):

@@ -122,9 +122,7 @@ def test_a_key_that_is_not_read_is_harmless_and_comes_back(tmp_path: Path, chang
         ({"num_experts": 8}, "key-not-supported"),
     ],
 )
-def test_a_key_that_is_read_or_asks_for_more_is_refused_unless_ignored(
-    tmp_path: Path, change: dict[str, Any], code: str
-) -> None:
+def test_unsupported_keys_are_rejected_unless_ignored(tmp_path: Path, change: dict[str, Any], code: str) -> None:
     ((key, value),) = change.items()
     with raises(ConfigError, f"interop.{code}", f"{key} = {value!r}", f"--ignore-key {key}"):
         parse(tmp_path, change)
@@ -135,7 +133,7 @@ def test_a_key_that_is_read_or_asks_for_more_is_refused_unless_ignored(
         parse(tmp_path, change, ignore=(key, "wobble"))
 
 
-def test_names_of_one_thing_that_differ_are_refused(tmp_path: Path) -> None:
+def test_aliases_with_different_values_are_rejected(tmp_path: Path) -> None:
     gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}
 
     def read(change: dict[str, Any]) -> Any:
@@ -179,14 +177,14 @@ def test_malformed_values_are_short_errors(tmp_path: Path, change: dict[str, Any
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "", "nul", "\x00" * 100, '{"a": ' + "9" * 10_000 + "}"])
-def test_what_is_no_json_is_a_short_error(tmp_path: Path, text: str) -> None:
+def test_invalid_json_is_a_short_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises((ConfigError, CheckpointError)) as caught:
         read_config(tmp_path / "config.json")
     assert len(str(caught.value)) < 1500
 
 
-def test_ignored_keys_are_recorded_and_pipes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ignored_keys_are_recorded_and_pipes_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def main(words: list[str]) -> int:
         with pytest.raises(SystemExit) as stop:
             cli.main(words)

@@ -109,7 +109,7 @@ def repack(path: Path, description: bytes) -> None:
         out.writestr("x/byteorder", b"little")
 
 
-def test_every_global_and_opcode_off_the_list_is_refused() -> None:
+def test_every_global_and_opcode_off_the_list_is_rejected() -> None:
     allowed = {*symbolic._LITERALS, *symbolic._CONSTANTS, *symbolic._STEPS}
     allowed |= {"PROTO", "FRAME", "STOP", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"}
     names = {opcode.name for opcode in pickletools.opcodes}
@@ -166,7 +166,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs_are_refused_in_bounded_time_and_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bombs_are_rejected_in_bounded_time_and_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symbolic, "MAX_OPCODES", OPCODES)
     raw = BOMBS[name]()
     tracemalloc.start()
@@ -308,14 +308,14 @@ def test_shapes_and_strides_stay_inside_the_storage(tmp_path: Path, args: tuple[
 def test_archives_that_are_not_torchs(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
 
-    def refused(code: str) -> None:
+    def rejected(code: str) -> None:
         with raises(CheckpointError, f"interop.megatron-{code}", path):
             Archive.open(archive.map_file(path), str(path))
 
     good = pickle.dumps({"a": 1}, 2)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr("x/data.pkl", good)
-    refused("archive-member-compressed")
+    rejected("archive-member-compressed")
     for names, code in (
         (["x/data.pkl", "y/data.pkl"], "archive-member-repeated"),
         (["data.pkl"], "archive-member-repeated"),
@@ -325,19 +325,19 @@ def test_archives_that_are_not_torchs(tmp_path: Path) -> None:
         with zipfile.ZipFile(path, "w") as out:
             for name in names:
                 out.writestr(name, good)
-        refused(code)
+        rejected(code)
     with zipfile.ZipFile(path, "w") as out:
         out.writestr("x/data.pkl", good)
         out.writestr("x/byteorder", "big")
-    refused("archive-byte-order")
+    rejected("archive-byte-order")
     path.write_bytes(pickle.dumps({"a": 1}))
-    refused("archive-not-zip")
+    rejected("archive-not-zip")
     path.write_bytes(b"")
-    refused("file-unreadable")
+    rejected("file-unreadable")
     os.remove(path)
-    refused("file-missing")
+    rejected("file-missing")
     os.mkfifo(path)
-    refused("file-missing")  # and does not block waiting for a writer
+    rejected("file-missing")  # and does not block waiting for a writer
 
 
 def changed(raw: bytes, rng: np.random.Generator) -> bytes:
@@ -365,13 +365,13 @@ def changed(raw: bytes, rng: np.random.Generator) -> bytes:
 
 
 def outcome(folder: Path, wanted: dict[str, torch.Tensor], weights_only: bool) -> str:
-    """Result of opening and reading all: refused or read. If only weights were damaged, values must be right."""
+    """Result of opening and reading all: rejected or read. If only weights were damaged, values must be right."""
     try:
         with open_megatron(folder) as source:
             found = {name: source.read_whole("model", name) for name in source.shapes("model")}
     except CheckpointError as error:
         assert str(folder) in str(error) and len(str(error)) < 4000
-        return "refused"
+        return "rejected"
     if weights_only:
         assert found.keys() == wanted.keys() and all(torch.equal(x, wanted[name]) for name, x in found.items())
     return "read"
@@ -400,10 +400,10 @@ def test_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("tests.support.megatron_cases.LAYERS", 1)
     wanted = save_dist(tmp_path / "dist", small(LLAMA))
     seen = fuzz(tmp_path / "dist", FUZZ_DIST, 800, 0, wanted)
-    assert sum(seen.values()) == 800 and seen["refused"] > 250 and seen["weights refused"] > 50
+    assert sum(seen.values()) == 800 and seen["rejected"] > 250 and seen["weights rejected"] > 50
     wanted = save_legacy(tmp_path / "old", small(LLAMA), 1, 1)
     seen = fuzz(tmp_path / "old", ["iter_0000007/mp_rank_00/model_optim_rng.pt"], 300, 1, wanted)
-    assert sum(seen.values()) == 300 and seen["refused"] > 150
+    assert sum(seen.values()) == 300 and seen["rejected"] > 150
 
 
 @pytest.mark.heavy
@@ -414,7 +414,7 @@ def test_thousands_of_damaged_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sum(fuzz(tmp_path / "dist", FUZZ_DIST, 5_000, 2, wanted).values()) == 5_000
 
 
-def test_a_checksum_that_is_not_compared_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checksum_that_is_not_compared_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the checksum, as in torch.load, the fuzz test fails."""
     monkeypatch.setattr("tests.support.megatron_cases.LAYERS", 1)
     monkeypatch.setattr(archive.zlib, "crc32", lambda _: 0)

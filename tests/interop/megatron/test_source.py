@@ -147,7 +147,7 @@ REFUSED: dict[str, Any] = {
 }
 
 
-def test_models_of_another_kind_are_refused_all_at_once(tmp_path: Path) -> None:
+def test_models_of_another_kind_are_rejected_all_at_once(tmp_path: Path) -> None:
     for name, value in REFUSED.items():
         save_common(tmp_path, LLAMA | {name: value})
         dcp.save({"x": torch.zeros(1)}, checkpoint_id=tmp_path, no_dist=True)
@@ -158,14 +158,14 @@ def test_models_of_another_kind_are_refused_all_at_once(tmp_path: Path) -> None:
         open_megatron(tmp_path)
 
 
-def refused(path: Path, code: str, *values: object) -> None:
+def rejected(path: Path, code: str, *values: object) -> None:
     with raises(CheckpointError, f"interop.megatron-{code}", *values):
         source = open_megatron(path)
         for name in source.shapes("model"):
             source.read_whole("model", name)
 
 
-def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_rejected(tmp_path: Path) -> None:
     state = dist_state(canonical(LLAMA), "layers")
     norm = "decoder.final_layernorm.weight"
     for number, (change, code, *values) in enumerate(
@@ -183,40 +183,40 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         save_common(folder, LLAMA)
         kept = {k: x for k, x in (state | change).items() if x is not None}
         dcp.save(kept, checkpoint_id=folder, no_dist=True)
-        refused(folder, code, *values)
+        rejected(folder, code, *values)
 
 
 def legacy_file(root: Path, rank: str = "mp_rank_00") -> Path:
     return root / "iter_0000007" / rank / "model_optim_rng.pt"
 
 
-def test_legacy_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+def test_incomplete_legacy_folders_are_rejected(tmp_path: Path) -> None:
     save_legacy(tmp_path, QWEN, 2, 2)
     one = legacy_file(tmp_path, "mp_rank_01_001")
     top = torch.load(one, weights_only=False)
     name = "decoder.layers.1.self_attention.q_layernorm.weight"
     top["model"][name] = top["model"][name] + 1
     torch.save(top, one)
-    refused(tmp_path, "copies-differ", name)
+    rejected(tmp_path, "copies-differ", name)
     top["model"][name] = top["model"][name] - 1
     top["model"]["output_layer.weight"] = top["model"]["output_layer.weight"] + 1
     torch.save(top, one)
-    refused(tmp_path, "copies-differ", "q_layernorm")
+    rejected(tmp_path, "copies-differ", "q_layernorm")
     del top["model"]["output_layer.weight"]
     torch.save(top, one)
-    refused(tmp_path, "tensor-not-on-all-ranks", "output_layer.weight")
+    rejected(tmp_path, "tensor-not-on-all-ranks", "output_layer.weight")
     shutil.rmtree(one.parent)
-    refused(tmp_path, "ranks-missing", [(1, 1)])
+    rejected(tmp_path, "ranks-missing", [(1, 1)])
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("../../etc")
-    refused(tmp_path, "tracker-malformed", "../../etc")
+    rejected(tmp_path, "tracker-malformed", "../../etc")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
-    refused(tmp_path, "tracked-step-missing", "iter_0000008")
+    rejected(tmp_path, "tracked-step-missing", "iter_0000008")
     torch.save({"args": top["args"], "model": {"language_model": {}}}, legacy_file(tmp_path, "mp_rank_00_000"))
-    refused(tmp_path / "iter_0000007", "before-core", "tools/checkpoint/convert.py")
-    refused(tmp_path / "nowhere", "not-a-folder", tmp_path / "nowhere")
+    rejected(tmp_path / "iter_0000007", "before-core", "tools/checkpoint/convert.py")
+    rejected(tmp_path / "nowhere", "not-a-folder", tmp_path / "nowhere")
     (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
     (tmp_path / "latest_checkpointed_iteration.txt").unlink()
-    refused(tmp_path, "format-not-read", "zarr")
+    rejected(tmp_path, "format-not-read", "zarr")
 
 
 def test_a_flipped_bit_of_a_weight_is_found(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_flipped_bit_of_a_weight_is_found(tmp_path: Path) -> None:
     x = canonical(LLAMA)["layers.2.mlp.down.weight"].numpy().tobytes()
     raw[raw.index(x) + 5] ^= 1
     path.write_bytes(raw)
-    refused(tmp_path, "archive-checksum-differs", "data/")
+    rejected(tmp_path, "archive-checksum-differs", "data/")
     with raises(CheckpointError, "interop.megatron-archive-checksum-differs", "data/"):
         open_megatron(tmp_path).verify()
     shutil.rmtree(tmp_path)

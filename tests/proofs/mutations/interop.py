@@ -20,6 +20,6 @@ MUTATIONS = [
         "engine.interop.huggingface.config_json:_key_errors",
         "value not in fixed[key]",
         "value not in family.fixed.get(key, (value,))",
-        ("test_what_the_engine_does_not_have_is_refused_by_name",),
+        ("test_unsupported_keys_are_rejected_by_name",),
     ),
 ]

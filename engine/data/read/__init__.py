@@ -1,5 +1,5 @@
-"""Documents from files: which files, what kind, decompressed, row by row, with what was left out and why.
+"""Reads documents from input files: lists the files, detects their format, decompresses them and yields their rows.
 
-Imports errors, util and the names of a tokenizer's files (which are no input). Never knows tokens, and never why the
-documents are read.
+Imports errors, util and the names of tokenizer files (which are not inputs). Does not depend on tokens or on what the
+documents are used for.
 """

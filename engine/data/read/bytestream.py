@@ -1,7 +1,7 @@
 """The bytes of an input, plain or compressed.
 
-A stream is read in pieces of a bounded size, whatever a compressed file unfolds to, and an archive that ends too early
-raises `BadStream` instead of looking like the end of the text.
+A stream is read in pieces of bounded size, also if a compressed file expands to a huge one. A truncated archive raises
+`BadStream` instead of ending like a complete text.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from engine.data.read.inputs import STDIN, InputFile
 
 _MAGIC = re.compile(rb"(?P<gz>\x1f\x8b)|(?P<zst>\x28\xb5\x2f\xfd)|(?P<bz2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\0)")
 _MAGIC_BYTES = 10
-_FRAME_BYTES = 2048  # of zstd fed at once: the worst case unfolds it 32,768 times
-_WINDOW_BYTES = 1 << 31  # of zstd: as far back as `zstd --long=31` refers
+_FRAME_BYTES = 2048  # compressed zstd bytes fed at once: in the worst case they expand 32,768 times
+_WINDOW_BYTES = 1 << 31  # zstd window limit: that of `zstd --long=31`
 
 
 class BadStream(Exception):
-    """The stored bytes cannot be unpacked any further; the text says how."""
+    """The file cannot be read or decompressed any further; the message says why."""
 
 
 class ByteStream:
-    """Unpacked bytes of one input. Use as a context manager; `offset` counts what was read."""
+    """Decompressed bytes of one input. Use as a context manager; `offset` is the number of bytes read so far."""
 
     def __init__(self, file: InputFile):
         self.file = file
@@ -44,7 +44,7 @@ class ByteStream:
         except OSError as err:
             raise BadStream(f"{err.strerror or err}; check its permissions") from err
         self._compression = file.compression
-        self.detected_compression = ""  # how a file is packed whose name does not say it
+        self.detected_compression = ""  # compression found in the content but not in the name
         if file.once:
             try:
                 pipe = _PeekedPipe(self._raw)
@@ -75,7 +75,7 @@ class ByteStream:
     def read(self, size: int) -> bytes:
         """Up to `size` bytes, b"" at the end. Raises BadStream for a damaged or truncated archive.
 
-        What can be unpacked before the damage is given first: only what is lost is reported as lost.
+        Bytes before the damage are returned first, so that only the lost part is reported as lost.
         """
         if self._ahead:
             data, self._ahead = self._ahead[:size], self._ahead[size:]
@@ -97,7 +97,7 @@ class ByteStream:
         return b"".join(pieces)
 
     def peek(self, size: int) -> bytes:
-        """What `read` will give next: `size` bytes of it, if there are as many, or more."""
+        """The bytes that `read` returns next, without consuming them: `size` or more, fewer only at the end."""
         if len(self._ahead) < size:
             ahead, self._ahead = self._ahead, b""
             try:
@@ -123,16 +123,16 @@ class ByteStream:
             raise BadStream(f"the archive ends too early, {done}") from err
         except (zlib.error, lzma.LZMAError) as err:
             raise BadStream(f"the archive is damaged, {done}: {err}") from err
-        except OSError as err:  # the unpackers raise it without a number for damage
-            what = f"{err.strerror}, {done}" if err.errno else f"the archive is damaged, {done}: {err}"
-            raise BadStream(what) from err
+        except OSError as err:  # the decompressors raise it without errno for damage
+            problem = f"{err.strerror}, {done}" if err.errno else f"the archive is damaged, {done}: {err}"
+            raise BadStream(problem) from err
         if not data and not offset and not self._raw.tell():
-            raise BadStream("the archive is empty: not even its beginning is there")
+            raise BadStream("the archive is empty: it does not even have a header")
         return data
 
-    def skip(self, size: int, seen: Callable[[bytes], None] | None = None) -> None:
-        """Go on `size` bytes; `seen` gets them. A plain file is not read for it, a compressed one has to be."""
-        if seen is None and not self._compression and not self.file.once:
+    def skip(self, size: int, on_data: Callable[[bytes], None] | None = None) -> None:
+        """Skip `size` bytes and pass them to `on_data`. Without it a plain file is not read, only a compressed one."""
+        if on_data is None and not self._compression and not self.file.once:
             self.offset += size
             self._raw.seek(self.offset)
             self._ahead = b""
@@ -142,11 +142,11 @@ class ByteStream:
             if not data:
                 raise BadStream("is shorter than it was when the work began")
             size -= len(data)
-            if seen is not None:
-                seen(data)
+            if on_data is not None:
+                on_data(data)
 
     def seekable(self) -> IO[bytes]:
-        """The file itself, for formats that are read from their end; unpacked into a temporary file if need be."""
+        """A seekable file, for formats that are read from their end; decompressed to a temporary file if necessary."""
         if not self._compression and not self.file.once:
             return self._raw
         try:
@@ -156,7 +156,9 @@ class ByteStream:
                     self._spooled.write(data)
             self._spooled.seek(0)
         except OSError as err:
-            raise BadStream(f"cannot be unpacked into {tempfile.gettempdir()} (TMPDIR): {err.strerror or err}") from err
+            raise BadStream(
+                f"cannot be decompressed into {tempfile.gettempdir()} (TMPDIR): {err.strerror or err}"
+            ) from err
         return self._spooled
 
     def consumed(self) -> int:
@@ -164,7 +166,7 @@ class ByteStream:
         return self._raw.tell()
 
     def describe_change(self) -> str:
-        """What happened to the file since it was listed; "" for nothing, or where it cannot be told."""
+        """How the file has changed since it was listed; "" if it has not, and for pipes and URLs (not checked)."""
         if self.file.once or "://" in self.file.name:
             return ""
         now = os.fstat(self._raw.fileno())
@@ -173,7 +175,7 @@ class ByteStream:
         return f"it had {self.file.num_bytes:,} bytes when the work began, and has {now.st_size:,} now"
 
     def shrank(self) -> bool:
-        """Whether some of what a changed file held may have been gone before it was read."""
+        """Whether the file has become shorter, so that some of its content may be lost."""
         return bool(self.describe_change()) and os.fstat(self._raw.fileno()).st_size < self.file.num_bytes
 
 
@@ -193,13 +195,13 @@ def _open(file: InputFile) -> IO[bytes]:
 
 
 def compression_of(head: bytes) -> str:
-    """The suffix of the archives that begin so; "" for none."""
+    """File suffix (".gz", ...) of the compression whose magic bytes `head` starts with; "" for none."""
     found = _MAGIC.match(head)
     return f".{found.lastgroup}" if found else ""
 
 
 class _PeekedPipe:
-    """A stream that cannot be sought in, and its first bytes."""
+    """A stream that cannot seek; its first bytes are read ahead into `head`."""
 
     def __init__(self, raw: IO[bytes]):
         self._raw, self._count = raw, 0
@@ -232,7 +234,7 @@ def _unpack(raw: IO[bytes], compression: str) -> IO[bytes]:
 
 
 class _ZstdFrame:
-    """A frame of zstd, with the methods that the standard library's decompressors have."""
+    """A zstd frame with the interface of the standard library's decompressors."""
 
     needs_input = True
 
@@ -243,7 +245,7 @@ class _ZstdFrame:
         self._error, self._frame = zstandard.ZstdError, new.decompressobj()
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        """All that `data` gives: it cannot be told to stop, so it is fed little at once."""
+        """All output of `data`: the library has no max_length, so callers pass little input at a time."""
         try:
             return self._frame.decompress(data)
         except self._error as err:
@@ -259,9 +261,9 @@ class _ZstdFrame:
 
 
 class _ConcatenatedStreams(io.RawIOBase):
-    """An archive of one or more streams, one after the other.
+    """Reads one or more concatenated compressed streams.
 
-    The libraries' own readers take what follows a stream and is none, or a torn one, for the end of the text.
+    The libraries' own readers silently end at trailing garbage or at a truncated stream; this one raises.
     """
 
     def __init__(self, raw: IO[bytes], new: Callable[[], Any], at_once: int = 1 << 16, padding: bytes = b""):

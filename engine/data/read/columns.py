@@ -1,15 +1,15 @@
-"""The other columns of a document: what its record holds beside the text (id, url, date, ...), which `clean` keeps."""
+"""Columns of a record other than its text (id, url, date, ...), which `engine clean` keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-RENAMED = "input_"  # before the name of a column that `clean` writes itself
+RENAMED = "input_"  # prefix of an input column whose name `clean` uses for a column of its output
 
 
 def other_columns(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The members of a record but those whose values are the text; of "a.b" the others of `a` stay."""
+    """The record without the members `keys`, which are the text. For a key "a.b" the other members of `a` are kept."""
     rest = dict(record)
     for key in keys:
         _remove_key(rest, key)
@@ -17,7 +17,7 @@ def other_columns(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, A
 
 
 def _remove_key(record: dict[str, Any], key: str) -> bool:
-    """Leave out what values.find finds; objects on the way are copied, and one that has nothing else goes."""
+    """Remove the member that values.find finds. Nested objects are copied; one that becomes empty is removed too."""
     if key in record:
         del record[key]
         return True
@@ -33,30 +33,30 @@ def _remove_key(record: dict[str, Any], key: str) -> bool:
 
 
 def approximate_bytes(value: Any) -> int:
-    """About how many bytes a value takes, whatever its depth: it bounds what is held at once."""
+    """Approximate size of a value of any depth in bytes, to bound the memory of a batch."""
     size, waiting = 0, [value]
     while waiting:
-        one = waiting.pop()
+        item = waiting.pop()
         size += 8
-        if isinstance(one, str | bytes):
-            size += len(one)
-        elif isinstance(one, Mapping):
-            waiting += one.keys()
-            waiting += one.values()
-        elif isinstance(one, list | tuple):
-            waiting += one
+        if isinstance(item, str | bytes):
+            size += len(item)
+        elif isinstance(item, Mapping):
+            waiting += item.keys()
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            waiting += item
     return size
 
 
-def merge_columns(own: Mapping[str, Any], rest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(row, renamed): `own` and behind it the other columns; one that has a name of `own` is renamed to input_NAME.
+def merge_columns(output: Mapping[str, Any], rest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(row, renamed): `output` followed by the columns `rest`. A column with a name in `output` becomes input_NAME.
 
-    `renamed`: old name -> new one. No value is lost: where input_NAME is there too, it is input_input_NAME.
+    `renamed`: old name -> new name. No value is lost: if input_NAME exists too, the new name is input_input_NAME.
     """
-    row, renamed = dict(own), {}
+    row, renamed = dict(output), {}
     for name, value in rest.items():
         new = name
-        while new in own or (new != name and (new in rest or new in row)):
+        while new in output or (new != name and (new in rest or new in row)):
             new = RENAMED + new
         if new != name:
             renamed[name] = new

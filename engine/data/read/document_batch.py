@@ -1,4 +1,4 @@
-"""What reading hands on: documents, what was left out of them and why, what was noticed, and where to go on."""
+"""A batch of documents as the reader yields it: texts, dropped items, notes, and the cursor to resume from."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from engine.errors import DataError
 
 
 def printable(text: str) -> str:
-    """A text that any terminal and file takes: names and keys of other people's files may hold halves of characters."""
+    """The text with lone surrogates escaped, which file names and keys may contain and UTF-8 outputs reject."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
 class DroppedItem:
-    """Something that was not handed out: `record` is its line, row or element (0: the file), counted from 1.
+    """A record or file that was skipped. record: its line, row or element, counted from 1; 0: the whole file.
 
-    `stops`: it is a fault of the input, so `--on-error stop` stops there; the others are by design (blank lines, files
-    of a folder that are not text) and only counted.
+    stops: it is an error in the input, at which `--on-error stop` stops. The others are skipped by design (blank lines,
+    files of a folder that are not text) and only counted.
     """
 
     file: str
@@ -32,15 +32,15 @@ class DroppedItem:
         return printable(": ".join(part for part in (place, self.reason, self.detail) if part))
 
     def error(self) -> DataError:
-        """The error that stops at this fault."""
+        """The error to raise for it under `--on-error stop`."""
         return DataError(
-            "read.document-refused", f"{self} (--on-error skip leaves such documents out, and counts and lists them.)"
+            "read.document-refused", f"{self} (--on-error skip skips such documents, and counts and lists them.)"
         )
 
 
 @dataclass(frozen=True)
 class InputNote:
-    """Something about a file that the user should know, though nothing of it was left out."""
+    """A remark about a file for the user, such as how it is read; nothing of the file was dropped."""
 
     file: str
     kind: str
@@ -52,8 +52,11 @@ class InputNote:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where reading goes on: file number, unpacked bytes or records of it that are done, records of it, and for what
-    can be read only once the digest of those bytes, as nothing else tells whether it is the same input again."""
+    """Position from which reading resumes.
+
+    file: number of the file; offset: its decompressed bytes (JSON lines) or records (other formats) already done;
+    record: its records already done; digest: of the input so far, for a pipe, to check that it is the same input again.
+    """
 
     file: int = 0
     offset: int = 0
@@ -66,9 +69,9 @@ START = Cursor()
 
 @dataclass
 class DocumentBatch:
-    """Texts in input order, (file number, record) of each, drops and notes on the way, where the next batch begins.
+    """Texts in input order with (file number, record) of each, drops and notes, and the cursor of the next batch.
 
-    rest: of each text the other columns of its record, empty unless DocumentSource.keep_rest.
+    other_columns: those of the record of each text; empty unless DocumentSource.keep_other_columns.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -81,7 +84,7 @@ class DocumentBatch:
     num_chars: int = 0
 
     def extend(self, block: DocumentBatch) -> None:
-        """Append what follows."""
+        """Append the next block of the same input."""
         self.texts += block.texts
         self.where += block.where
         self.other_columns += block.other_columns

@@ -1,9 +1,9 @@
-"""Documents from inputs, in input order, as batches: the texts, what was left out and why, and where to go on.
+"""Reads documents from input files, in input order, as batches of texts with skipped items and a resume cursor.
 
-`.jsonl` is one document a line, `.json` an array of documents or one after the other, `.csv .tsv .parquet .arrow` one a
-row; any other file is one document, UTF-8, unless its first lines are JSON objects with the key. A document's text is
-the value of a key (of several keys: joined by a newline). A value may be a list: of strings, which are joined by
-newlines, or of messages {"role", "content"}, each written as "role: content".
+`.jsonl` has one document per line, `.json` an array of documents or concatenated ones, `.csv .tsv .parquet .arrow` one
+per row. Any other file is one UTF-8 document, unless its first lines are JSON objects with the key. The text of a
+document is the value of a key (values of several keys are joined by a newline). A value may be a list of strings, which
+are joined by newlines, or a list of messages {"role", "content"}, each written as "role: content".
 
 Nothing disappears silently: each record or file that is skipped is reported as a `DroppedItem`, and anything else that
 the user should know about a file as an `InputNote`. Memory is one batch or the largest document, whichever is larger; a
@@ -32,7 +32,7 @@ from engine.data.read.own import OwnFiles
 from engine.data.read.recognise import count_binary_zeros, detect_format, json_line_objects
 from engine.data.read.values import find, list_keys, text_of
 
-MAX_DOCUMENT_BYTES = 1 << 26  # beyond it a file or line is a dump of something, not a text
+MAX_DOCUMENT_BYTES = 1 << 26  # a longer file or line is a data dump, not a text
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -47,20 +47,20 @@ _BATCH_DOCUMENTS = 8192
 _BLOCK_BYTES = 1 << 20  # bytes read at once
 _BOM = b"\xef\xbb\xbf"
 _UNREAD = object()
-INPUT_CHANGED = "is not the input that the work began with; give the same again, or --overwrite"
+INPUT_CHANGED = "is not the input that this command started with; give the same input, or --overwrite"
 
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """What to read and how."""
+    """The input files and how to read them."""
 
     files: Sequence[InputFile]
     keys: Sequence[str] = ("text",)
     format: Literal["", "jsonl", "json", "csv", "parquet", "arrow", "text"] = ""  # "": by the file's name
     max_document_bytes: int = MAX_DOCUMENT_BYTES
-    keep_other_columns: bool = False  # hand out the other columns of every record too
-    given: Sequence[str] = ()  # the inputs as they were named
-    excluded: int = 0  # names in folders that --include and --exclude left out
+    keep_other_columns: bool = False  # also return the other columns of every record
+    given: Sequence[str] = ()  # the inputs as given by the user
+    excluded: int = 0  # number of names in folders excluded by --include and --exclude
 
     @classmethod
     def of(
@@ -71,17 +71,17 @@ class DocumentSource:
         own_files: OwnFiles | None = None,
         **how: Any,
     ) -> DocumentSource:
-        """Of what list_inputs finds; `how`: the other fields."""
+        """Source of the files that list_inputs finds; `how`: the remaining fields."""
         listing = list_inputs(inputs, include, exclude, own_files)
         return cls(listing.files, given=tuple(map(str, inputs)), excluded=listing.excluded, **how)
 
     @property
     def reads_once(self) -> bool:
-        """Whether there is a pipe or standard input among the files."""
+        """Whether one of the files is a pipe or standard input, which can be read only once."""
         return any(file.once for file in self.files)
 
     def batches(self, start: Cursor = START) -> Iterator[DocumentBatch]:
-        """All batches from `start` on. Where one ends is a detail; their content one after the other is not."""
+        """All batches from `start`. Batch boundaries may vary; the sequence of documents does not."""
         before = sum(file.num_bytes for file in self.files[: start.file])
         batch = DocumentBatch(cursor=start, consumed=before)
         for number in range(start.file, len(self.files)):
@@ -92,24 +92,24 @@ class DocumentSource:
                 if batch.num_chars >= _BATCH_BYTES or len(batch.texts) + len(batch.drops) >= _BATCH_DOCUMENTS:
                     yield batch
                     batch = DocumentBatch(cursor=batch.cursor, consumed=batch.consumed)
-            # How large a pipe is, nobody knows before its end.
+            # The size of a pipe is known only at its end.
             before = batch.consumed if self.files[number].once else before + self.files[number].num_bytes
             batch.cursor, batch.consumed = Cursor(number + 1), before
         yield batch
 
 
 class _FileReader:
-    """Reads one file as a sequence of small batches, whose `consumed` counts this file alone."""
+    """Reads one file as a sequence of small batches; their `consumed` counts only this file."""
 
     def __init__(self, source: DocumentSource, number: int):
         self.file, self.number = source.files[number], number
         self.keys, self.limit = tuple(source.keys), source.max_document_bytes
         self.requested_format = source.format
         self.keep_other_columns = source.keep_other_columns
-        self.record = 0  # the last one looked at
+        self.record = 0  # the last record read, counted from 1
 
     def read(self, begin: Cursor) -> Iterator[DocumentBatch]:
-        """From `begin` to the end of the file, or to where it cannot be read any further."""
+        """Batches from `begin` to the end of the file, or to the point where it cannot be read any further."""
         readers: dict[str, Callable[[ByteStream, Cursor], Iterator[DocumentBatch]]] = {
             "jsonl": self._jsonl,
             "json": self._json,
@@ -132,16 +132,16 @@ class _FileReader:
             yield self._dropped("cannot be read", str(err), self.record + 1 if self.record else 0)
 
     def _report_changes(self, stream: ByteStream, batches: Iterator[DocumentBatch]) -> Iterator[DocumentBatch]:
-        """The batches, and a word if the file was changed meanwhile: before the torn line that it may have become."""
-        kind, told = "changed while it was read", False
+        """The batches, with a drop or note if the file has changed meanwhile, before any truncated line it caused."""
+        kind, reported = "changed while it was read", False
         try:
             for batch in batches:
-                if batch.drops and not told and (told := stream.shrank()):
+                if batch.drops and not reported and (reported := stream.shrank()):
                     batch.drops.insert(0, DroppedItem(self.file.name, 0, kind, stream.describe_change()))
                 yield batch
         except BadStream as err:
             raise BadStream(f"{err}; {change}" if (change := stream.describe_change()) else str(err)) from err
-        if not told and (change := stream.describe_change()):
+        if not reported and (change := stream.describe_change()):
             end = DocumentBatch(cursor=Cursor(self.number + 1), consumed=stream.consumed())
             if stream.shrank():
                 end.drops.append(DroppedItem(self.file.name, 0, kind, change))
@@ -150,11 +150,11 @@ class _FileReader:
             yield end
 
     def _format(self, stream: ByteStream) -> tuple[str, list[InputNote]]:
-        """How the file is read: as asked, by its name, or by its first lines; and what to say of it."""
+        """(format, notes) of the file: the requested format, else by its name, else by its first lines."""
         again = self.file.same_as
         notes = [InputNote(self.file.name, "read once more", f"the same file as {again}")] if again else []
         if stream.detected_compression:
-            detail = f"its bytes are those of a {stream.detected_compression} archive, whatever its name"
+            detail = f"its content is a {stream.detected_compression} archive, although its name does not say so"
             notes.append(InputNote(self.file.name, "unpacked", detail))
         kind = self.requested_format or FORMATS.get(self.file.suffix, "")
         if kind == "json" and json_line_objects(stream, self.limit):
@@ -162,12 +162,12 @@ class _FileReader:
         if not kind:
             kind, noted, detail = detect_format(stream, self.keys, self.limit)
             if self.file.once and not self.file.suffix and kind != "json":
-                kind, noted = "jsonl", ""  # what a pipe without a name is taken for
+                kind, noted = "jsonl", ""  # default for a pipe, which has no suffix
             notes += [InputNote(self.file.name, noted, detail)] if noted else []
         return kind, notes
 
     def _dropped(self, reason: str, detail: str, record: int, stops: bool = True) -> DocumentBatch:
-        """A batch of nothing but this drop, which ends the file."""
+        """A batch with only this drop; it ends the file."""
         drop = DroppedItem(self.file.name, record, reason, printable(detail), stops)
         return DocumentBatch(drops=[drop], cursor=Cursor(self.number + 1), consumed=self.file.num_bytes)
 
@@ -189,7 +189,7 @@ class _FileReader:
         return f"more than max_document_bytes = {self.limit:,} ({size:,} or more). Raise it, or split the document."
 
     def _add_record(self, batch: DocumentBatch, value: Any) -> None:
-        """The text of a JSON object, or the drop that says why there is none."""
+        """Add the text of a JSON object, or a drop with the reason why it has none."""
         if not isinstance(value, dict):
             wanted = f'expected a JSON object like {{"{self.keys[0]}": "..."}}'
             return self._drop(batch, "wrong type", f"{wanted}, found {type(value).__name__}.")
@@ -205,11 +205,11 @@ class _FileReader:
         except TypeError as err:
             return self._drop(batch, "wrong type", f"{err}. Choose another --json-key.")
         except UnicodeEncodeError as err:
-            return self._drop(batch, "not UTF-8", f"character {err.start} is half of a surrogate pair: no text.")
+            return self._drop(batch, "not UTF-8", f"character {err.start} is a lone surrogate, which is not text.")
         return self._add(batch, text, value)
 
     def _text(self, stream: ByteStream, begin: Cursor) -> Iterator[DocumentBatch]:
-        """The file as one document. A file found in a folder may be no text: that is counted and does not stop."""
+        """The file as one document. A file of a folder that is not text is counted and never stops the run."""
         explicit = self.file.explicit
         raw = _read_up_to(stream, self.limit + 1)
         if zeros := count_binary_zeros(raw):
@@ -221,7 +221,7 @@ class _FileReader:
             return
         batch = DocumentBatch(cursor=Cursor(self.number + 1), consumed=stream.consumed())
         try:
-            # A byte order mark says how the text is stored; it is not part of it.
+            # The byte order mark describes the encoding; it is not part of the text.
             self._add(batch, raw.removeprefix(_BOM).decode("utf-8"))
         except UnicodeDecodeError as err:
             detail = f"Byte {err.start} is {err.object[err.start]:#04x}; convert or unpack it."
@@ -234,7 +234,7 @@ class _FileReader:
         if digest and begin.digest and digest.hexdigest() != begin.digest:
             raise BadStream(INPUT_CHANGED)
         offset, carry, ended, lost = begin.offset, b"", False, 0  # lost: bytes so far of a line that is too long
-        zeros = False  # that line begins with zero bytes, or goes on with them
+        zeros = False  # whether that line begins with or contains zero bytes
         while not ended:
             data = stream.read(_BLOCK_BYTES)
             ended = not data
@@ -262,7 +262,7 @@ class _FileReader:
                     digest.update(block + newline)
             batch.cursor = Cursor(self.number, offset, self.record, digest.hexdigest() if digest else "")
             batch.consumed = stream.consumed()
-            if len(carry) > self.limit + 1:  # nothing of it is handed out, so it need not be held to its end
+            if len(carry) > self.limit + 1:  # the line is dropped, so it need not be kept in memory to its end
                 lost, zeros = len(carry), not (carry[0] and carry[-1])
                 if digest:
                     digest.update(carry)
@@ -271,7 +271,7 @@ class _FileReader:
                 yield batch
 
     def _lines(self, batch: DocumentBatch, block: bytes) -> None:
-        """Every line of `block`. The plain case stays in this loop: it decides the speed of reading."""
+        """Add every line of `block`. The common case is inlined in this loop, which determines the reading speed."""
         read: Callable[[bytes], Any] = loads_exact_ints if self.keep_other_columns else orjson.loads
         key, plain = self.keys[0], len(self.keys) == 1 and not self.keep_other_columns
         texts, where, number, limit = batch.texts, batch.where, self.number, self.limit
@@ -294,10 +294,10 @@ class _FileReader:
         batch.num_chars += chars
 
     def _line(self, batch: DocumentBatch, line: bytes, value: Any) -> None:
-        """A line that is not the plain case; `value` is what was read of it, if anything could."""
+        """Add a line that is not the common case; `value`: its parsed JSON, or _UNREAD if parsing failed."""
         if len(line) <= self.limit and value is not _UNREAD:
             return self._add_record(batch, value)
-        line = line.removeprefix(_BOM)  # files with one may have been put together
+        line = line.removeprefix(_BOM)  # several files with one may have been concatenated
         if not line.strip():
             return self._drop(batch, "blank line", "", stops=False)
         if not (line[0] and line[-1]):
@@ -312,15 +312,16 @@ class _FileReader:
         except json.JSONDecodeError as err:
             detail = (
                 f"{err}. Every line has to be one complete JSON object in UTF-8; "
-                f"repair or delete this line (the last one is often torn by an interrupted copy)."
+                f"fix or delete this line (an interrupted copy often truncates the last one)."
             )
             return self._drop(batch, "malformed JSON", detail)
         return self._add_record(batch, value)
 
     def _rows(self, rows: Iterator[tuple[Any, int]], begin: Cursor, size: int = 256) -> Iterator[DocumentBatch]:
-        """Batches of (row, bytes consumed): objects, or a BadRecord that says why a row could not be read.
+        """Batches of `rows`, each (row, bytes consumed); a row is an object, or a BadRecord with the reason.
 
-        Of what can be read only once all rows are given, and those that are done have to be the ones of then.
+        A pipe cannot skip rows, so `rows` then starts at its beginning, and the digest of the rows already done is
+        compared with the cursor's.
         """
         digest = xxhash.xxh3_128() if self.file.once else None
         batch, consumed, broken = DocumentBatch(), 0, None
@@ -334,7 +335,7 @@ class _FileReader:
                     batch.cursor, batch.consumed = self._cursor_after_rows(digest), consumed
                     yield batch
                     batch = DocumentBatch()
-        except BadStream as err:  # what was read before it is not lost
+        except BadStream as err:  # the rows read before the error are still yielded
             broken = err
         batch.cursor, batch.consumed = self._cursor_after_rows(digest), consumed
         yield batch
@@ -363,7 +364,7 @@ class _FileReader:
         return Cursor(self.number, self.record, self.record, digest.hexdigest() if digest else "")
 
     def _rows_to_skip(self, begin: Cursor) -> int:
-        """Rows that a reader need not give."""
+        """Number of rows that the reader may skip; 0 for a pipe, whose rows go into the digest."""
         return 0 if self.file.once else begin.offset
 
     def _json(self, stream: ByteStream, begin: Cursor) -> Iterator[DocumentBatch]:

@@ -1,7 +1,7 @@
-"""Rows of `.csv`, `.parquet` and `.arrow`, one after the other in bounded memory.
+"""Readers for rows of `.csv`, `.parquet` and `.arrow` files in bounded memory.
 
-Each reader gives (record, stored bytes consumed); a record that cannot be read is a `BadRecord` in its place, and
-what makes the rest of a file unreadable raises BadStream.
+Each reader yields (record, stored bytes consumed). A record that cannot be read is replaced by a `BadRecord`; an error
+that makes the rest of the file unreadable raises BadStream.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from engine.data.read.values import shorten_list
 from engine.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
-_ROWS = 256  # of a column file at once
-_MOST_BYTES = 64 << 20  # of rows with all of their columns
-ZERO_BYTES = "zero bytes, as in a binary file, in UTF-16, or where a crash left a file unwritten"
+_ROWS = 256  # rows of a column file read at once
+_MOST_BYTES = 64 << 20  # bound for the rows read at once with all their columns
+ZERO_BYTES = "zero bytes, as in a binary file, in UTF-16, or where a crash left part of a file unwritten"
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """Stands where a record cannot be read."""
+    """Placeholder for a record that cannot be read, with the reason."""
 
     reason: str
     detail: str
@@ -42,7 +42,7 @@ Rows = Iterator[tuple[Any, int]]
 
 
 class _Raw(io.RawIOBase):
-    """A ByteStream as the standard library reads it."""
+    """Adapter: a ByteStream as a raw stream of the standard library."""
 
     def __init__(self, stream: ByteStream):
         self._stream = stream
@@ -57,20 +57,23 @@ class _Raw(io.RawIOBase):
 
 
 def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: int, all_columns: bool = False) -> Rows:
-    """One object a row, by the names in the first row, which has to have each of `columns` once (or all of its own)."""
+    """One object per row, with the names of the first row, which must have each of `columns` exactly once.
+
+    all_columns: keep the other columns too; then no two columns may have the same name.
+    """
     csv.field_size_limit(limit)
     lines = io.TextIOWrapper(
         io.BufferedReader(_Raw(stream), _BLOCK_BYTES), encoding="utf-8-sig", errors="surrogateescape", newline=""
     )
     rows = csv.reader(lines, delimiter=separator, strict=True)
     names: list[str] = []
-    while not names:  # blank lines may stand before them
+    while not names:  # blank lines may precede the header
         try:
             names = next(rows)
         except StopIteration:
             return
         except csv.Error as err:
-            raise BadStream(f"the first row, which has the names of the columns, is malformed CSV: {err}") from err
+            raise BadStream(f"the first row (the column names) is malformed CSV: {err}") from err
         if not names:
             yield _BLANK, stream.consumed()
     for name in columns:
@@ -91,11 +94,11 @@ def csv_rows(stream: ByteStream, separator: str, columns: Sequence[str], limit: 
 
 
 _BLANK = BadRecord("blank line", "", stops=False)
-_NON_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, with surrogateescape
+_NON_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, decoded with surrogateescape
 
 
 def _csv_row(row: list[str], names: Sequence[str], columns: Sequence[str], line: int) -> dict[str, str] | BadRecord:
-    """The object of a row, in whose text there are bytes of UTF-8 only; in other columns others are written `\\xe9`."""
+    """The object of a row. Bytes that are not UTF-8 drop the row in a text column, and become `\\xe9` in the others."""
     if not row:
         return _BLANK
     if any("\0\0" in field for field in row):
@@ -117,27 +120,27 @@ def _csv_row(row: list[str], names: Sequence[str], columns: Sequence[str], line:
 
 
 def parquet_rows(stream: ByteStream, columns: Sequence[str], start: int, all_columns: bool = False) -> Rows:
-    """Rows from number `start` on, with the given columns only, which have to be there, or with all of them."""
+    """Rows from number `start`, with only `columns`, which must exist, or with all columns."""
     arrow, parquet = _arrow("pyarrow.parquet")
     try:
         file = parquet.ParquetFile(
             stream.seekable(), pre_buffer=False, buffer_size=_BLOCK_BYTES, page_checksum_verification=True
         )
-        ways = _columns(arrow, file.schema_arrow, columns, all_columns)
-        wanted = None if all_columns else [".".join(way) for way in ways.values()]
+        paths = _columns(arrow, file.schema_arrow, columns, all_columns)
+        wanted = None if all_columns else [".".join(path) for path in paths.values()]
         done = 0
         for group in range(file.num_row_groups):
-            facts = file.metadata.row_group(group)
-            rows = facts.num_rows
+            metadata = file.metadata.row_group(group)
+            rows = metadata.num_rows
             if done + rows > start:
                 size = _ROWS
-                if all_columns:  # pictures and sounds among them are large
-                    size = max(1, min(_ROWS, _MOST_BYTES * rows // max(1, facts.total_byte_size)))
+                if all_columns:  # columns such as images and audio are large
+                    size = max(1, min(_ROWS, _MOST_BYTES * rows // max(1, metadata.total_byte_size)))
                 for batch in file.iter_batches(size, row_groups=[group], columns=wanted, use_threads=False):
                     skip = max(0, min(len(batch), start - done))
                     done += len(batch)
                     share = int(done / max(1, file.metadata.num_rows) * stream.file.num_bytes)
-                    yield from ((row, share) for row in _objects(arrow, batch.slice(skip), ways, columns))
+                    yield from ((row, share) for row in _objects(arrow, batch.slice(skip), paths, columns))
             else:
                 done += rows
     except (arrow.ArrowException, OSError) as err:
@@ -145,7 +148,7 @@ def parquet_rows(stream: ByteStream, columns: Sequence[str], start: int, all_col
 
 
 def arrow_rows(stream: ByteStream, columns: Sequence[str], start: int, all_columns: bool = False) -> Rows:
-    """Rows of an Arrow IPC file or stream (what `datasets` keeps is a stream) from `start` on; columns as above."""
+    """Rows of an Arrow IPC file or stream (`datasets` stores streams) from number `start`; columns as above."""
     arrow, ipc = _arrow("pyarrow.ipc")
     try:
         raw = stream.seekable()
@@ -157,13 +160,13 @@ def arrow_rows(stream: ByteStream, columns: Sequence[str], start: int, all_colum
         else:
             file = ipc.open_stream(raw)
             batches = iter(file)
-        ways = _columns(arrow, file.schema, columns, all_columns)
+        paths = _columns(arrow, file.schema, columns, all_columns)
         done = 0
         for batch in batches:
             skip = max(0, min(len(batch), start - done))
             done += len(batch)
             for begin in range(skip, len(batch), _ROWS):
-                rows = _objects(arrow, batch.slice(begin, _ROWS), ways, columns)
+                rows = _objects(arrow, batch.slice(begin, _ROWS), paths, columns)
                 yield from ((row, stream.consumed()) for row in rows)
     except (arrow.ArrowException, OSError) as err:
         raise BadStream(f"not readable as Arrow: {err}") from err
@@ -183,10 +186,10 @@ def _arrow(module: str) -> tuple[Any, Any]:
 
 
 def _unique_column(found: Sequence[Any], name: str) -> Any:
-    """The one column of this name; None if there is none. Raises BadStream for several."""
+    """The only column with this name; None if there is none. Raises BadStream if there are several."""
     if len(found) > 1:
         raise BadStream(
-            f"{len(found)} columns have the name {name!r}: nothing says which is the text. Rename the others"
+            f"{len(found)} columns have the name {name!r}, so the text column is ambiguous. Rename the others"
         )
     return found[0] if found else None
 
@@ -197,34 +200,32 @@ def _missing_column(name: str, names: Sequence[str]) -> BadStream:
     )
 
 
-ColumnPaths = dict[
-    str, list[str]
-]  # to a wanted column: its name, or for "a.b" that of the struct `a` and of the field in it
+ColumnPaths = dict[str, list[str]]  # wanted column -> [its name], or for "a.b" [struct name, field name, ...]
 
 
 def _columns(arrow: Any, schema: Any, wanted: Sequence[str], all_columns: bool) -> ColumnPaths:
-    """Where the wanted columns are. Raises BadStream for one that is not there, or there more than once.
+    """Paths of the wanted columns. Raises BadStream for one that is missing, or present more than once.
 
-    `all_columns`: of the others too.
+    all_columns: also paths of the other columns.
     """
-    ways = {name: _column_path(arrow, schema, name) for name in wanted}
-    for name, way in ways.items():
-        if not way:
+    paths = {name: _column_path(arrow, schema, name) for name in wanted}
+    for name, path in paths.items():
+        if not path:
             raise _missing_column(name, [leaf for field in schema for leaf in _leaves(arrow, field)])
     if all_columns:
         _reject_duplicates(schema.names)
-        return {name: [name] for name in schema.names if name not in ways} | ways
-    return ways
+        return {name: [name] for name in schema.names if name not in paths} | paths
+    return paths
 
 
 def _reject_duplicates(names: Sequence[str]) -> None:
     for name in names:
         if (count := names.count(name)) > 1:
-            raise BadStream(f"{count} columns have the name {name!r}, and one name keeps one. Rename the others")
+            raise BadStream(f"{count} columns have the name {name!r}, and only one could be kept. Rename the others")
 
 
 def _column_path(arrow: Any, fields: Any, name: str) -> list[str]:
-    """[] if no field is meant by `name`."""
+    """Path of the column `name`; [] if there is none."""
     if _unique_column([field for field in fields if field.name == name], name):
         return [name]
     for at in (at for at, char in enumerate(name) if char == "."):
@@ -236,56 +237,57 @@ def _column_path(arrow: Any, fields: Any, name: str) -> list[str]:
 
 
 def _leaves(arrow: Any, field: Any) -> list[str]:
-    """The names that a column can be asked for by."""
+    """The names by which a column or its fields can be selected."""
     if arrow.types.is_struct(field.type):
         return [f"{field.name}.{leaf}" for inner in field.type for leaf in _leaves(arrow, inner)]
     return [field.name]
 
 
-def _objects(arrow: Any, batch: Any, ways: ColumnPaths, texts: Sequence[str]) -> Iterator[Any]:
-    """The wanted columns of the rows of a record batch; a row that does not decode does not hide the others.
+def _objects(arrow: Any, batch: Any, paths: ColumnPaths, texts: Sequence[str]) -> Iterator[Any]:
+    """The rows of a record batch with the columns `paths`. A row that does not decode does not affect the others.
 
-    `texts`: which of them are the text; of the others no value can be wrong, and a struct is without its text.
+    texts: the columns that are the document text. Other columns accept any value; a struct that contains a text column
+    is returned without it.
     """
     try:
         columns = [
             _values(arrow, column) if name in texts else _any_values(arrow, column)
-            for name, column in ((name, _column(arrow, batch, way)) for name, way in ways.items())
+            for name, column in ((name, _column(arrow, batch, path)) for name, path in paths.items())
         ]
     except UnicodeDecodeError:
         if len(batch) > 1:
             for number in range(len(batch)):
-                yield from _objects(arrow, batch.slice(number, 1), ways, texts)
+                yield from _objects(arrow, batch.slice(number, 1), paths, texts)
         else:
-            yield BadRecord("not UTF-8", "the text column holds bytes that are no UTF-8")
+            yield BadRecord("not UTF-8", "the text column contains bytes that are not UTF-8")
         return
-    inside = [name for name in texts if ways[name][0] != name and ways[name][0] in ways]
+    inside = [name for name in texts if paths[name][0] != name and paths[name][0] in paths]
     for values in zip(*columns):
-        row = dict(zip(ways, values))
+        row = dict(zip(paths, values))
         if inside:
             found = {name: row.pop(name) for name in inside}
             row = other_columns(row, inside) | found
         yield row
 
 
-def _column(arrow: Any, batch: Any, way: list[str]) -> Any:
-    column = batch.column(way[0])
-    return arrow.compute.struct_field(column, way[1:]) if way[1:] else column
+def _column(arrow: Any, batch: Any, path: list[str]) -> Any:
+    column = batch.column(path[0])
+    return arrow.compute.struct_field(column, path[1:]) if path[1:] else column
 
 
 def _values(arrow: Any, column: Any) -> list[Any]:
-    """Of a column that is text. Raises UnicodeDecodeError."""
+    """Values of a text column. Raises UnicodeDecodeError."""
     try:
         values = column.to_pylist()
     except UnicodeDecodeError:
         raise
-    except (ValueError, OverflowError):  # of messages, beside their content
+    except (ValueError, OverflowError):  # other fields of messages may have no Python value
         values = _any_values(arrow, column)
     return [value.decode("utf-8") if isinstance(value, bytes) else value for value in values]
 
 
 def _any_values(arrow: Any, column: Any) -> list[Any]:
-    """Of a column that is no text: what Python has no value for is given as Arrow writes it."""
+    """Values of a column that is not text. A value without a Python equivalent is returned as Arrow's text of it."""
     if not _has_nanoseconds(arrow, column.type):
         with contextlib.suppress(arrow.ArrowException, ValueError, OverflowError):
             return list(column.to_pylist())
@@ -293,11 +295,11 @@ def _any_values(arrow: Any, column: Any) -> list[Any]:
 
 
 def _has_nanoseconds(arrow: Any, kind: Any) -> bool:
-    """Somewhere in it: Python's times have none, and pandas' are there or not."""
+    """Whether a type contains nanosecond times: Python's have none, and Arrow uses pandas' only if it is installed."""
     if isinstance(kind, arrow.DictionaryType):
         return _has_nanoseconds(arrow, kind.value_type)
     inner = (kind.field(number).type for number in range(kind.num_fields))
-    return getattr(kind, "unit", "") == "ns" or any(_has_nanoseconds(arrow, one) for one in inner)
+    return getattr(kind, "unit", "") == "ns" or any(_has_nanoseconds(arrow, field) for field in inner)
 
 
 def _any_value(arrow: Any, scalar: Any) -> Any:
@@ -316,16 +318,16 @@ def _any_value(arrow: Any, scalar: Any) -> Any:
             return scalar.as_py()
     try:
         return scalar.cast(arrow.string()).as_py()
-    except UnicodeDecodeError:  # it says string, and holds something else
+    except UnicodeDecodeError:  # a string column with bytes that are not UTF-8
         return scalar.as_buffer().to_pybytes()
     except (arrow.ArrowException, ValueError):
-        if arrow.types.is_timestamp(scalar.type):  # in a zone that nobody here knows
+        if arrow.types.is_timestamp(scalar.type):  # in an unknown time zone
             return _any_value(arrow, scalar.cast(arrow.timestamp(scalar.type.unit, "UTC")))
         return str(scalar)
 
 
 def json_value(value: Any) -> Any:
-    """What JSON has for a value of a column: times as ISO 8601, decimals as text, bytes as text or base64.
+    """JSON form of a column value: times as ISO 8601, decimals as text, bytes as text or base64.
 
     Raises TypeError for others.
     """

@@ -1,4 +1,4 @@
-"""What a glob matches, as Python's `glob` does, but each folder once below `**`, and what cannot be listed is told."""
+"""Glob matching like Python's `glob`, but `**` visits each folder once and unreadable folders are reported."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import os
 import stat as modes
 from collections.abc import Callable, Iterator
 
-SkippedFolder = tuple[str, str]  # a path, and why it was not looked into
+SkippedFolder = tuple[str, str]  # (path, reason)
 
 
 class Glob:
-    """Looks for a pattern; afterwards `linked` and `errors` have the folders that were not looked into, and why."""
+    """Searches for a pattern; afterwards `linked` and `errors` list the folders that were skipped, with the reason."""
 
     def __init__(self) -> None:
         self.linked: list[SkippedFolder] = []
         self.errors: list[SkippedFolder] = []
 
     def paths(self, pattern: str) -> list[str]:
-        """The paths that match, sorted; folders too, but not where the pattern has all that is in them."""
+        """The matching paths, sorted. A pattern that ends in `**` or `**/*` matches files only; others folders too."""
         parts = [part for part in pattern.split("/") if part]
         found = set(self._below("/" if pattern.startswith("/") else "", parts))
         if "**" in parts[-2:] and parts[-1] in ("*", "**"):
@@ -28,7 +28,7 @@ class Glob:
         return sorted(found)
 
     def _below(self, folder: str, parts: list[str]) -> Iterator[str]:
-        """What matches `parts` in a folder."""
+        """Paths in `folder` that match the pattern `parts`."""
         part, rest = parts[0], parts[1:]
         if part == "**":
             yield from self._deep(folder, parts, {})
@@ -40,7 +40,7 @@ class Glob:
                     yield from self._inside(os.path.join(folder, name), rest)
 
     def _deep(self, folder: str, parts: list[str], seen: dict[tuple[int, int], str]) -> Iterator[str]:
-        """What matches `parts`, of which the first is `**`; `seen`: the folders that it was in, by what they are."""
+        """Paths that match `parts`, the first of which is `**`; `seen`: the visited folders by (device, inode)."""
         if (stat := self._stat(folder or ".", os.stat)) is None:
             return
         if (first := seen.setdefault((stat.st_dev, stat.st_ino), folder)) != folder:
@@ -82,8 +82,8 @@ class Glob:
 
     def _missed(self, folder: str, err: OSError) -> None:
         if err.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            self._note(self.errors, folder, f"cannot look into this folder: {err.strerror}. Fix its permissions.")
+            self._note(self.errors, folder, f"cannot list this folder: {err.strerror}. Fix its permissions.")
 
-    def _note(self, here: list[SkippedFolder], folder: str, why: str) -> None:
-        if (folder, why) not in here:
-            here.append((folder, why))
+    def _note(self, skipped: list[SkippedFolder], folder: str, why: str) -> None:
+        if (folder, why) not in skipped:
+            skipped.append((folder, why))

@@ -1,8 +1,8 @@
-"""Which files are read: paths, folders, globs, URLs, pipes and standard input.
+"""Lists the input files: paths, folders, globs, URLs, pipes and standard input.
 
-The order is the same everywhere: inputs as given, folders and globs sorted. Nothing vanishes: what a folder or a glob
-has and is not read stands in the list with the drop that says why, but for what --include and --exclude leave out,
-which is counted.
+The order is deterministic: inputs as given, folders and globs sorted. Nothing disappears: each entry of a folder or
+glob that is not read is listed with a drop that gives the reason, except for the names excluded by --include and
+--exclude, which are only counted.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read. `explicit`: named by the user, so it may not be left out. `stamp` changes with the content.
+    """A file to read. `explicit`: named by the user, so it may not be skipped. `stamp` changes with the content.
 
-    `once`: a pipe or standard input, which cannot be read again. `drop`: it is not read, for this reason. `same_as`:
+    `once`: a pipe or standard input, which cannot be read again. `drop`: why it is not read, None if it is. `same_as`:
     the name under which the same file was listed before.
     """
 
@@ -57,13 +57,13 @@ class InputFile:
 
     @property
     def suffix(self) -> str:
-        """What the content is, compression aside: ".jsonl" of "a.jsonl.zst"."""
+        """Suffix without that of the compression: ".jsonl" for "a.jsonl.zst"."""
         return os.path.splitext(self.name[: len(self.name) - len(self.compression)])[1].lower()
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files in reading order; and how many names in folders --include and --exclude left out."""
+    """The files in reading order, and how many names in folders --include and --exclude excluded."""
 
     files: tuple[InputFile, ...]
     excluded: int
@@ -99,13 +99,13 @@ def _skipped_file(name: str, reason: str, detail: str, stops: bool = False) -> I
 
 
 class _Lister:
-    """Lists one input after the other."""
+    """Lists the files of one input after another."""
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str], own_files: own.OwnFiles):
         self.include, self.exclude = include, exclude
         self.excluded = 0
         self._own_reasons = own_files.reasons_by_file()
-        self._first: dict[object, str] = {}  # identity of a file -> the name it was listed under first
+        self._first: dict[object, str] = {}  # identity of a file -> name under which it was listed first
 
     def files_of(self, given: str) -> Iterator[InputFile]:
         """The files of one input."""
@@ -121,7 +121,7 @@ class _Lister:
             yield from self._glob(given)
 
     def _glob(self, given: str) -> Iterator[InputFile]:
-        """What a glob matches, and the folders that it could not look into."""
+        """The files that match a glob, and the folders that could not be listed."""
         search = Glob()
         found = search.paths(given)
         if not found and not search.errors:
@@ -136,7 +136,7 @@ class _Lister:
             yield _skipped_file(path, "cannot be read", why, stops=True)
 
     def _new(self, file: InputFile, identity: object) -> InputFile:
-        """The file, with the name of the same file before it."""
+        """The file, with `same_as` set if it was listed before. Raises DataError for a second use of a pipe."""
         first = self._first.get(identity)
         if first is not None and file.once:
             raise DataError("read.given-twice", f"{_shown(file)} is given more than once; it can be read only once")
@@ -156,7 +156,7 @@ class _Lister:
         except (OSError, ValueError) as err:
             if os.path.islink(path):
                 raise DataError(
-                    "read.broken-link", f"{path}: a broken link: {_broken(path)}. Repair it, or give another input."
+                    "read.broken-link", f"{path}: a broken link: {_broken(path)}. Fix it, or give another input."
                 ) from err
             if not isinstance(err, OSError) or err.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise DataError(
@@ -166,7 +166,7 @@ class _Lister:
                 "read.not-accessible", f"{path}: {err.strerror}. Check the path and permissions of this input."
             ) from err
         if not modes.S_ISREG(stat.st_mode) and not modes.S_ISFIFO(stat.st_mode):
-            kind = _KINDS.get(modes.S_IFMT(stat.st_mode), "no file")
+            kind = _KINDS.get(modes.S_IFMT(stat.st_mode), "not a file")
             raise DataError(
                 "read.not-a-file", f"{path}: is {kind}, which cannot be read as text. Give a file, a pipe or a folder."
             )
@@ -178,7 +178,7 @@ class _Lister:
         return self._local(path, stat, True)
 
     def _walk(self, top: str) -> Iterator[InputFile]:
-        """The files of a folder, then those of the folders in it, links followed; each folder once."""
+        """The files of a folder and then of its subfolders. Follows links; visits each folder once."""
         read: dict[tuple[int, int], str] = {}
         waiting = [top]
         while waiting:
@@ -211,14 +211,14 @@ class _Lister:
     def _classify(
         self, path: str, names: Set[str], stat: os.stat_result | OSError, explicit: bool
     ) -> Iterator[InputFile]:
-        """What a folder or a glob has: the file, or why it is not read; nothing for what --include leaves out."""
+        """The file at a path of a folder or glob, or why it is not read; nothing if --include excludes it."""
         if not explicit and self.include and not _matches(os.path.basename(path), self.include):
             self.excluded += 1
         elif isinstance(stat, OSError):
             if os.path.islink(path) and stat.errno != errno.EACCES:
                 yield _skipped_file(path, "broken link", _broken(path))
             elif stat.errno == errno.ENOENT:
-                yield _skipped_file(path, "gone", "it went away while the folder was listed")
+                yield _skipped_file(path, "gone", "it was removed while the folder was listed")
             else:
                 yield _skipped_file(path, "cannot be read", f"{stat.strerror}; check its permissions", stops=True)
         elif (reason := self._own_file_reason(path, stat, names)) is not None:
@@ -227,13 +227,13 @@ class _Lister:
         elif not modes.S_ISREG(stat.st_mode):
             kind = _KINDS.get(modes.S_IFMT(stat.st_mode), "something else")
             named = modes.S_ISFIFO(stat.st_mode) or modes.S_ISDIR(stat.st_mode)
-            hint = "; name it as an input if it is to be read" if named else ""
+            hint = "; to read it, give it as an input" if named else ""
             yield _skipped_file(path, "no regular file", f"it is {kind}{hint}")
         else:
             yield self._local(path, stat, explicit)
 
     def _own_file_reason(self, path: str, stat: os.stat_result, names: Set[str]) -> str | None:
-        """What to say of a file or folder that the engine wrote, "" to say nothing; None: of somebody else."""
+        """Why a file or folder that the engine wrote is skipped, "" to skip it silently; None: any other file."""
         if (detail := self._own_reasons.get((stat.st_dev, stat.st_ino))) is not None:
             return detail
         return own.describe_engine_file(*os.path.split(path), names) or None
@@ -244,26 +244,26 @@ class _Lister:
         try:
             system, path = fsspec.core.url_to_fs(url)
             if glob.has_magic(path):
-                facts, explicit = system.glob(path, detail=True), True
+                entries, explicit = system.glob(path, detail=True), True
             elif system.isdir(path):
-                facts, explicit = system.find(path, detail=True), False
+                entries, explicit = system.find(path, detail=True), False
             else:
-                facts, explicit = {path: system.info(path)}, True
+                entries, explicit = {path: system.info(path)}, True
         except ImportError as err:
             raise DataError(
                 "read.url-library-missing", f"{url}: {err}. Install the package that fsspec names for this kind of URL."
             ) from err
         except FileNotFoundError as err:
             raise DataError("read.not-found", f"{url}: no such file or folder. Check the URL of this input.") from err
-        except Exception as err:  # every storage library has errors of its own
+        except Exception as err:  # every storage library raises its own exceptions
             raise DataError(
                 "read.url-not-listed",
                 f"{url}: cannot be listed: {type(err).__name__}: {err}. Check the URL and access.",
             ) from err
-        if not facts:
-            raise DataError("read.not-found", f"{url}: no file there. Check the URL of this input.")
-        for found in sorted(facts):
-            info: dict[str, Any] = facts[found]
+        if not entries:
+            raise DataError("read.not-found", f"{url}: no file found. Check the URL of this input.")
+        for found in sorted(entries):
+            info: dict[str, Any] = entries[found]
             parts = PurePosixPath(found.removeprefix(path)).parts
             name, kind = system.unstrip_protocol(found), info.get("type", "file")
             if not explicit and (
@@ -275,11 +275,11 @@ class _Lister:
                 stamp = next((info[key] for key in ("ETag", "mtime", "LastModified", "updated") if info.get(key)), "")
                 yield self._new(InputFile(name, explicit, int(info.get("size") or 0), str(stamp)), _identity(name))
             elif kind != "directory" or "**" not in url:
-                yield _skipped_file(name, "no regular file", f"it is a {kind}; name it as an input if it is to be read")
+                yield _skipped_file(name, "no regular file", f"it is a {kind}; to read it, give it as an input")
 
 
 def _identity(url: str) -> object:
-    """Of what a URL names, which may be a local file."""
+    """Identity of the file at a URL; (device, inode) for a local file."""
     try:
         stat = os.stat(url.removeprefix("file://")) if url.startswith("file://") else None
     except OSError:
@@ -302,12 +302,12 @@ def _names_in(folder: str) -> Set[str]:
 
 
 def _broken(path: str) -> str:
-    """What to say of a link that leads to nothing."""
+    """Description of a link whose target does not exist."""
     try:
         target = os.readlink(path)
     except OSError:
         target = "?"
-    return f"it leads to {target}"
+    return f"it points to {target}"
 
 
 def _shown(file: InputFile) -> str:

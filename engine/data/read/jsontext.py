@@ -1,7 +1,7 @@
-"""JSON, as much of it as Python's `json` takes, and deeper than that goes.
+"""JSON parsing and writing that accepts all that Python's `json` accepts, and deeper nesting.
 
-What other writers leave in fields that nobody reads here must not lose a good text: NaN and Infinity, halves of
-surrogate pairs, numbers of any size, any depth up to 100,000. orjson refuses these; it is asked first for its speed.
+Unusual values in other fields of a record must not lose its text: NaN and Infinity, lone surrogates, numbers of any
+size, nesting up to 100,000 deep. orjson rejects these; it is tried first because it is fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import orjson
 from engine.data.read.bytestream import BadStream, ByteStream
 from engine.data.read.formats import BadRecord
 
-MAX_DEPTH = 100_000  # of arrays and objects; what is deeper is made to break readers
+MAX_DEPTH = 100_000  # nested arrays and objects; deeper input is an attack on parsers
 _BLOCK_BYTES = 1 << 20
 _LONG = re.compile(rb"[0-9]{19}")
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -25,7 +25,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def loads(data: bytes) -> Any:
-    """The one value of a line. Raises UnicodeDecodeError, or json.JSONDecodeError for what is no JSON."""
+    """Parse one line. Raises UnicodeDecodeError, or json.JSONDecodeError if it is not JSON."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -33,7 +33,7 @@ def loads(data: bytes) -> Any:
 
 
 def loads_exact_ints(data: bytes) -> Any:
-    """As `loads`, and whole numbers of any size stay: of those beyond 64 bits orjson makes a float."""
+    """Like `loads`, but integers of any size stay exact; orjson turns those beyond 64 bits into floats."""
     return _decoded(data) if _LONG.search(data) else loads(data)
 
 
@@ -46,9 +46,9 @@ def _decoded(data: bytes) -> Any:
 
 
 def dumps(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
-    """A value as one line of JSON in UTF-8, all that `loads` takes; `default` as json's.
+    """Write a value as one line of UTF-8 JSON; accepts all that `loads` returns. `default`: as in json.dumps.
 
-    Half a surrogate pair is written as its escape: UTF-8 has no bytes for it.
+    A lone surrogate is written as its escape, since UTF-8 cannot encode it.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=default)
@@ -61,32 +61,32 @@ def dumps(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
 
 
 def _dump_iteratively(value: Any, default: Callable[[Any], Any] | None) -> Iterator[str]:
-    """The pieces of what json.dumps gives, with a stack of its own."""
-    waiting: list[Any] = [value]  # values to write, and what stands between them as _Mark
+    """The output of json.dumps in pieces, with an explicit stack instead of recursion."""
+    waiting: list[Any] = [value]  # values to write, and the text between them as _Literal
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, _Literal):
-            yield one
-        elif isinstance(one, Mapping) and one:
+        item = waiting.pop()
+        if isinstance(item, _Literal):
+            yield item
+        elif isinstance(item, Mapping) and item:
             inner: list[Any] = [_Literal("}")]
-            for name, member in reversed(list(one.items())):
+            for name, member in reversed(list(item.items())):
                 inner += [member, _Literal(":"), name, _Literal(",")]
             waiting += [*inner[:-1], _Literal("{")]
-        elif isinstance(one, list | tuple) and one:
+        elif isinstance(item, list | tuple) and item:
             inner = [_Literal("]")]
-            for element in reversed(one):
+            for element in reversed(item):
                 inner += [element, _Literal(",")]
             waiting += [*inner[:-1], _Literal("[")]
         else:
-            yield json.dumps(one, ensure_ascii=False, default=default)
+            yield json.dumps(item, ensure_ascii=False, default=default)
 
 
 class _Literal(str):
-    """What is written as it is."""
+    """Text that is written as it is."""
 
 
 def _parse_int(digits: str) -> int | float:
-    """Python limits the digits of an int: what is longer is a float, infinity."""
+    """An int; a float (infinity) if it has more digits than Python parses as int."""
     try:
         return int(digits)
     except ValueError:
@@ -94,7 +94,7 @@ def _parse_int(digits: str) -> int | float:
 
 
 class _Decoder(json.JSONDecoder):
-    """json's, which does not stop at Python's limit of recursion."""
+    """json's decoder without the limit of Python's recursion depth."""
 
     def __init__(self) -> None:
         super().__init__(parse_int=_parse_int)
@@ -106,9 +106,9 @@ class _Decoder(json.JSONDecoder):
             return self._decode_iteratively(s, idx)
 
     def _decode_iteratively(self, text: str, at: int) -> tuple[Any, int]:
-        """The value that begins at `at`, and where it ends: what json does, with a stack of its own."""
-        holders: list[Any] = []  # the arrays and objects that are open
-        names: list[str] = []  # of the member that each open object reads
+        """(value that begins at `at`, its end), like json, with an explicit stack instead of recursion."""
+        holders: list[Any] = []  # the open arrays and objects
+        names: list[str] = []  # name of the current member of each open object
         while True:
             at = _skip_space(text, at)
             if (mark := text[at : at + 1]) in ("[", "{") and mark:
@@ -141,7 +141,7 @@ class _Decoder(json.JSONDecoder):
                 return value, at
 
     def _name(self, text: str, at: int, names: list[str]) -> int:
-        """Put a member's name on `names`; returns where its value begins."""
+        """Append a member's name to `names`; returns the position of its value."""
         if not text.startswith('"', at):
             raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
         name, at = super().raw_decode(text, at)
@@ -157,12 +157,12 @@ _END = {"[": "]", "{": "}"}
 
 
 def _skip_space(text: str, at: int) -> int:
-    """Behind the white space."""
+    """Position after white space."""
     return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches the empty string too
 
 
 def first_element(head: bytes) -> Any:
-    """Of an array whose beginning this is; None if there is none, or not all of it."""
+    """First element of the array that `head` begins; None if it is not an array, or the element is incomplete."""
     text = head.decode("utf-8-sig", "replace")
     at = _skip_space(text, 0)
     if not text.startswith("[", at):
@@ -174,13 +174,13 @@ def first_element(head: bytes) -> Any:
 
 
 def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
-    """(value, stored bytes consumed): the elements of an array, or values one after the other with space between.
+    """(value, stored bytes consumed) for each element of an array, or each of several values separated by white space.
 
-    A value with bytes that are no UTF-8 is a BadRecord.
+    A value with bytes that are not UTF-8 becomes a BadRecord.
     """
     incremental = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     text, at, ended, array, first = "", 0, False, False, True
-    foreign = False  # whether there was a byte that is no UTF-8, which is half a surrogate pair here
+    foreign = False  # whether a byte was not UTF-8; surrogateescape decodes it to a lone surrogate
     while True:
         at = _skip_space(text, at)
         if at < len(text) and first:
@@ -193,13 +193,13 @@ def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
         if array and text.startswith("]", at):
             text += _read_text(stream, incremental, _BLOCK_BYTES)[0]
             if rest := text[at + 1 :].strip():
-                what = "zero bytes" if rest.startswith("\0") else repr(rest[:20])
-                raise BadStream(f"malformed JSON: {what} after the end of the array")
+                extra = "zero bytes" if rest.startswith("\0") else repr(rest[:20])
+                raise BadStream(f"malformed JSON: {extra} after the end of the array")
             return
         if at < len(text):
             try:
                 value, end = _DECODER.raw_decode(text, at)
-                behind = 2 if isinstance(value, int | float) else 0  # "e+" may end a block and the number go on
+                behind = 2 if isinstance(value, int | float) else 0  # "e+" may end a block in the middle of a number
                 if ended or end + behind < len(text):
                     if foreign and (half := _SURROGATES.search(text, at, end)):
                         value = BadRecord("not UTF-8", f"byte {_byte(half[0])} in it. Convert the file to UTF-8.")
@@ -217,16 +217,16 @@ def json_values(stream: ByteStream, limit: int) -> Iterator[tuple[Any, int]]:
                     raise BadStream(text) from err
         elif ended:
             if array:
-                raise BadStream("malformed JSON: the array has no end; the file is torn")
+                raise BadStream("malformed JSON: the array has no end; the file is truncated")
             return
-        # As much again as there is: a large element is then parsed a few times, not once a block.
+        # Doubles the text, so that a large element is parsed a few times, not once per block.
         more, ended = _read_text(stream, incremental, max(_BLOCK_BYTES, len(text) - at))
         text, at = text[at:] + more, 0
         foreign = foreign or not _is_unicode(more)
 
 
 def _read_text(stream: ByteStream, decoder: codecs.IncrementalDecoder, size: int) -> tuple[str, bool]:
-    """More text, and whether there is none behind it."""
+    """(more text, whether the stream has ended)."""
     data = stream.read(size)
     return decoder.decode(data, not data), not data
 

@@ -1,4 +1,4 @@
-"""What to read, as the options of a verb say it: the same for training a tokenizer, prepare and clean."""
+"""Options for reading documents, shared by `engine tokenizer train`, `prepare` and `clean`."""
 
 from __future__ import annotations
 

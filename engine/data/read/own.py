@@ -1,7 +1,7 @@
-"""Files in an input folder that are no input: what the engine itself wrote there, in this call or an earlier one.
+"""Finds files in an input folder that are not inputs, because the engine wrote them in this or an earlier command.
 
-Read as text, a corpus beside its source would count documents twice, or stop at a sidecar without the key. They are
-told by their names and neighbours.
+Read as text, a corpus next to its source would count documents twice, or stop at a sidecar without the key. Such files
+are recognised by their names and by other files next to them.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ Identity = tuple[int, int]
 
 @dataclass(frozen=True)
 class OwnFiles:
-    """What a call writes (`outputs`) or needs (`tokenizer`), and the folder where it works, which is passed over."""
+    """Files that a command writes (`outputs`) or uses (`tokenizer`), and its work folder; none of them is read."""
 
     outputs: Sequence[Path] = ()
     tokenizer: Path | None = None
     work: Path | None = None
 
     def reasons_by_file(self) -> dict[Identity, str]:
-        """What to say of each of them that exists; "" for the work folder, which only an unfinished call has."""
-        every: list[tuple[Path | None, str]] = [(path, "this command writes it") for path in self.outputs]
+        """(device, inode) -> reason to skip, for each that exists; "" (no message) for the work folder."""
+        reasons: list[tuple[Path | None, str]] = [(path, "this command writes it") for path in self.outputs]
         if self.tokenizer is not None and self.tokenizer.is_file():
-            every.append((self.tokenizer, "the tokenizer of this command"))
-        every.append((self.work, ""))
+            reasons.append((self.tokenizer, "the tokenizer of this command"))
+        reasons.append((self.work, ""))
         found = {}
-        for path, detail in every:
+        for path, detail in reasons:
             if path is not None and (stat := _stat(path)) is not None:
                 found[stat.st_dev, stat.st_ino] = detail
         return found
 
 
 def describe_engine_file(folder: str, name: str, names: Set[str]) -> str:
-    """What an entry of a folder was to an earlier call; "" for what is none of its files. `names`: all there."""
+    """Why a folder entry is output of an earlier command; "" if it is not. `names`: all names in the folder."""
 
     def exists(stem: str, *suffixes: str) -> bool:
         return any(stem + suffix in names for suffix in suffixes)
@@ -64,30 +64,30 @@ def describe_engine_file(folder: str, name: str, names: Set[str]) -> str:
     if DEFINITION in names and name in FILES:
         return "it belongs to a tokenizer"
     if name.endswith(_WORK) and os.path.isfile(os.path.join(folder, name, "settings.json")):
-        return "unfinished work of another call"
+        return "unfinished work of another command"
     return ""
 
 
 def cleaned_copies(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(a cleaned file, what it was made from) where both are among `names`, by the report that `engine clean` left."""
+    """(cleaned file, its source) for pairs where both are among `names`, by the reports that `engine clean` wrote."""
     sources = {name: made_from for name in names if (made_from := _sources(name))}
-    every = {os.path.realpath(name): name for name in names} if sources else {}
+    by_real_path = {os.path.realpath(name): name for name in names} if sources else {}
     for name, made_from in sources.items():
         real = os.path.realpath(name)
-        for other, shown in every.items():
+        for other, shown in by_real_path.items():
             if other != real and any(other == path or other.startswith(path + os.sep) for path in made_from):
                 yield name, shown
                 break
 
 
 def _sources(name: str) -> list[str]:
-    """What a file was cleaned from, by the report beside it; [] for any other file."""
+    """Sources of a cleaned file, by the report next to it; [] for any other file."""
     stem = next((name.removesuffix(suffix) for suffix in _CLEANED if name.endswith(suffix)), "")
     if not stem or not os.path.isfile(f"{stem}-dropped.jsonl"):
         return []
     try:
-        facts: Any = read_json(Path(f"{stem}-report.json"))
-        return [os.path.realpath(path) for path in facts["inputs"] if isinstance(path, str)]
+        report: Any = read_json(Path(f"{stem}-report.json"))
+        return [os.path.realpath(path) for path in report["inputs"] if isinstance(path, str)]
     except (OSError, ValueError, LookupError, TypeError):
         return []
 

@@ -1,4 +1,4 @@
-"""Progress of a long call over documents: events for whoever shows them (a console, a test)."""
+"""Progress events of long commands over documents, for a console or a test to show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """How far a phase is. `input_bytes` of `input_bytes_total` is the fraction done; `_here`: by this process."""
+    """Progress of a phase; `input_bytes / input_bytes_total` is the fraction done. `_here`: done by this process."""
 
     phase: Literal["train tokenizer", "encode", "clean", "write", "merge"]
     input_bytes: int
@@ -23,7 +23,7 @@ class ProgressEvent:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """How far a step of training a tokenizer is; `total` 0: the library does not tell."""
+    """Progress of a step of training a tokenizer; `total` 0: unknown, the library does not report it."""
 
     phase: ClassVar[str] = "train tokenizer"
     step: str

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, where its name does not say: JSON under another name, binary, or text."""
+"""Detects the format of a file from its first bytes if its name is ambiguous: JSON lines, JSON, binary or text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from engine.data.read.jsontext import first_element, loads
 from engine.data.read.values import find, list_keys
 
 _BLOCK_BYTES = 1 << 20
-_LINES = 16  # looked at
+_LINES = 16  # first lines that are examined
 _BOM = b"\xef\xbb\xbf"
-_BEFORE = _BOM + b" \t\r\n"  # what may stand before a value
+_BEFORE = _BOM + b" \t\r\n"  # allowed before a value
 
 
 def detect_format(stream: ByteStream, keys: Sequence[str], limit: int) -> tuple[str, str, str]:
-    """(format, kind of note, its detail) of a file whose name says nothing; without anything to note both are empty."""
+    """(format, kind of note, its detail) of a file without a known suffix; the note is empty if there is none."""
     head = stream.peek(_BLOCK_BYTES)
     if head.lstrip(_BEFORE)[:1] not in (b"{", b"[") and b"\n{" not in head:  # most files
         return "text", "", ""
@@ -33,7 +33,7 @@ def detect_format(stream: ByteStream, keys: Sequence[str], limit: int) -> tuple[
 
 
 def json_line_objects(stream: ByteStream, limit: int) -> list[dict[str, Any]]:
-    """The JSON objects among the first lines; [] unless most lines are such."""
+    """The JSON objects among the first lines; [] unless most lines are JSON objects."""
     lines = [line for line in _first_lines(stream, limit) if line.strip()]
     if 2 * sum(line.lstrip()[:1] == b"{" for line in lines) <= len(lines):
         return []
@@ -42,7 +42,7 @@ def json_line_objects(stream: ByteStream, limit: int) -> list[dict[str, Any]]:
 
 
 def _first_lines(stream: ByteStream, limit: int) -> list[bytes]:
-    """Whole lines, behind blank ones. A first one that may be an object is waited for as long as a document may be."""
+    """Complete first lines after leading blank ones. A first line that may be an object is read up to `limit` bytes."""
     size = _BLOCK_BYTES
     head = stream.peek(size).lstrip(_BEFORE)
     if head[:1] == b"{":
@@ -62,7 +62,7 @@ def _value(line: bytes) -> Any:
 
 
 def has_keys(value: Any, keys: Sequence[str]) -> bool:
-    """Whether it is an object that has them."""
+    """Whether `value` is an object with all `keys`."""
     try:
         return isinstance(value, dict) and all(find(value, key) is not Ellipsis for key in keys)
     except LookupError:
@@ -70,6 +70,6 @@ def has_keys(value: Any, keys: Sequence[str]) -> bool:
 
 
 def count_binary_zeros(raw: bytes) -> int:
-    """How many zero bytes there are, if they are too many for a text: two in a row, or more than one in a hundred."""
+    """Number of zero bytes if `raw` is binary (two in a row, or more than one in a hundred bytes), else 0."""
     zeros = raw.count(0)
     return zeros if zeros and (b"\0\0" in raw or zeros * 100 > len(raw)) else 0

@@ -1,4 +1,4 @@
-"""The text of a document from the value of a key."""
+"""Extracts the text of a document from the value of a key."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _MOST_NAMES = 8
 
 
 def find(record: Any, key: str) -> Any:
-    """The value of `key` in an object: of a member of that name, or else, for "a.b", of `b` in the object `a`.
+    """The value of `key` in an object: the member of that name, or else, for "a.b", member `b` of the object `a`.
 
-    Raises LookupError where there is none.
+    Raises LookupError if there is none.
     """
     if isinstance(record, Mapping):
         if key in record:
@@ -27,7 +27,7 @@ def find(record: Any, key: str) -> Any:
 
 
 def list_keys(record: Mapping[str, Any]) -> str:
-    """The keys of an object, those of objects in it as "a.b", as far as a message has room for."""
+    """The keys of an object (of nested objects as "a.b") for a message, shortened."""
     names: list[str] = []
     for name in sorted(record):
         inner = record[name]
@@ -36,13 +36,13 @@ def list_keys(record: Mapping[str, Any]) -> str:
 
 
 def shorten_list(names: Sequence[str]) -> str:
-    """The first of some names."""
+    """The first few names, and how many more there are."""
     shown = ", ".join(truncate(name, 60) for name in names[:_MOST_NAMES]) or "none"
     return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
 
 
 def text_of(value: Any, where: str) -> str:
-    """A document's text from a JSON value. Raises TypeError, with what it is, for a value that is no text."""
+    """A document's text from a JSON value. Raises TypeError, which names the type found, if it is not text."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):

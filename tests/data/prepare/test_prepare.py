@@ -269,13 +269,13 @@ def test_no_documents_is_explained(tmp_path: Path, tokenizer: Tokenizer) -> None
     lines = why(exclude=("*.log",)).splitlines()
     assert lines[0] == (
         f"no text in {tmp_path}/in: 1 file was read (1 of 0 bytes), 1 file was not read, "
-        f"1 name was left out by --include and --exclude."
+        f"1 name was excluded by --include and --exclude."
     )
-    broken = f"  dropped: 1 broken link, the first: {tmp_path}/in/broken.jsonl: broken link: it leads to nowhere"
+    broken = f"  dropped: 1 broken link, the first: {tmp_path}/in/broken.jsonl: broken link: it points to nowhere"
     assert lines[1:] == [broken]
     (tmp_path / "in/a.jsonl").write_text('{"body": "x", "id": 1}\n\n' * 4)
     lines = why(exclude=("*.log", "empty*"), on_error="skip").splitlines()
-    assert lines[0].startswith(f"no text in {tmp_path}/in: 1 file was read, 1 file was not read, 2 names were left out")
+    assert lines[0].startswith(f"no text in {tmp_path}/in: 1 file was read, 1 file was not read, 2 names were excluded")
     assert lines[1:] == [
         f"  dropped: 4 missing key, the first: {tmp_path}/in/a.jsonl:1: missing key: no key 'text'. "
         f"The keys here are: body, id; choose among them with --json-key.",

@@ -174,7 +174,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("-", start=batches[1].cursor)[0] == [text for batch in batches[2:] for text in batch.texts]
     feed(lines().replace(b"document 3", b"document 4"))
     texts, drops = read("-", start=batches[1].cursor)
-    assert texts == [] and "is not the input that the work began with" in str(drops[0])
+    assert texts == [] and "is not the input that this command started with" in str(drops[0])
     feed(b"one document")
     assert read("-", format="text")[0] == ["one document"]
 
@@ -195,7 +195,7 @@ def test_keys_lists_and_messages(tmp_path: Path) -> None:
     "line,words",
     [
         (b'{"text": "torn', "malformed JSON"),
-        (b'{"text": "\\ud800"}', "not UTF-8: character 0 is half of a surrogate pair"),
+        (b'{"text": "\\ud800"}', "not UTF-8: character 0 is a lone surrogate"),
         (b'{"body": "x", "id": 1}', "missing key: no key 'text'. The keys here are: body, id"),
         (b'{"text": 5}', "wrong type: 'text' is int"),
         (b'{"text": null}', "wrong type: 'text' is NoneType"),

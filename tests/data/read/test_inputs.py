@@ -131,7 +131,7 @@ def test_other_input_is_noticed_in_every_format(tmp_path: Path, monkeypatch: pyt
             assert [text for one in rest for text in one.texts] == texts[texts.index(batch.texts[-1]) + 1 :]
         other = batches(content.replace("document 7", "document 8"), found[0].cursor)
         assert not any(batch.texts for batch in other)
-        assert "is not the input that the work began with" in str(other[0].drops[0])
+        assert "is not the input that this command started with" in str(other[0].drops[0])
 
 
 @pytest.mark.parametrize("packing", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
@@ -157,7 +157,7 @@ def test_a_pipe_that_is_named_is_read_as_standard_input_is(
     assert found[-1].consumed == len(data), "the bytes that were read are told"
     assert [text for batch in batches(data, found[0].cursor) for text in batch.texts] == texts[len(found[0].texts) :]
     other = batches(packing(b"".join(line(text=f"other {i}").encode() for i in range(300))), found[0].cursor)
-    assert "is not the input that the work began with" in str(other[0].drops[0])
+    assert "is not the input that this command started with" in str(other[0].drops[0])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert read("-").texts == texts
 
@@ -186,10 +186,10 @@ def test_files_that_may_not_be_read_stop(for_all: Path) -> None:
         f"{for_all}/in/secret.txt: cannot be read: Permission denied; check its permissions|True",
         f"{for_all}/in/blind/c.txt: cannot be read: Permission denied; check its permissions|True",
         f"{for_all}/in/shut{unread}list this folder: Permission denied. Exclude it or fix its permissions.|True",
-        f"{for_all}/in/blind{unread}look into this folder: Permission denied. Fix its permissions.|True",
-        f"{for_all}/in/shut{unread}look into this folder: Permission denied. Fix its permissions.|True",
-        f"{for_all}/in/blind{unread}look into this folder: Permission denied. Fix its permissions.|True",
-        f"{for_all}/in/shut{unread}look into this folder: Permission denied. Fix its permissions.|True",
+        f"{for_all}/in/blind{unread}list this folder: Permission denied. Fix its permissions.|True",
+        f"{for_all}/in/shut{unread}list this folder: Permission denied. Fix its permissions.|True",
+        f"{for_all}/in/blind{unread}list this folder: Permission denied. Fix its permissions.|True",
+        f"{for_all}/in/shut{unread}list this folder: Permission denied. Fix its permissions.|True",
     ], done.stderr
 
 

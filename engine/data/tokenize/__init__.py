@@ -1,5 +1,5 @@
-"""Text <-> token ids: the tokenizer, files of other libraries converted to it, and training one.
+"""Tokenizers: text <-> token ids, conversion of other libraries' tokenizer files, and training a tokenizer.
 
-Imports errors and util; only training one imports data.read, whose documents it trains on. Never knows corpora or
-training of models.
+Imports errors and util; only tokenizer training imports data.read, whose documents it trains on. Does not depend on
+corpora or model training.
 """

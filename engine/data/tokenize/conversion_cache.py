@@ -1,8 +1,8 @@
-"""Conversions of tokenizers that were made before, in ~/.cache/trident-engine/tokenizers: making one takes seconds.
+"""Cache of tokenizer conversions in ~/.cache/trident-engine/tokenizers, as a conversion takes seconds.
 
-An entry is named by a digest of all that it follows from: the bytes of the files, what stands beside them, the source
-and the libraries of the conversion. It begins with a digest of itself, so that a damaged one is noticed and made anew.
-The least recently used go away. Whatever is wrong with the folder, a conversion is made as if there were none.
+An entry is named by a digest of everything it depends on: the tokenizer's files and their settings, the source code of
+the conversion and the versions of its libraries. It begins with a digest of its content, so that a damaged entry is
+detected and made again. Least recently used entries are removed. If the folder is unusable, the cache is bypassed.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _SOURCES = (
 )
 _LIBRARIES = ("tokenizers", "sentencepiece", "tiktoken")
 _MOST_ENTRIES, _MOST_BYTES = 32, 512 << 20
-_TORN_S = 3600.0  # what a killed process left is removed after this time
+_TORN_S = 3600.0  # temporary files of killed processes are removed after this time
 _DIGEST = 64  # hex digits
 
 Entry = dict[str, str]
 
 
 def cached(key: Callable[[], str], make: Callable[[], Entry], names: Sequence[str]) -> Entry:
-    """The entry of `key`, with exactly these `names`, or what `make` gives, which is kept then."""
+    """The cached entry of `key`, with exactly the fields `names`; otherwise the result of `make`, which is stored."""
     before = key()
     file = folder() / before
     if (entry := _read(file, names)) is not None:
         return entry
     entry = make()
-    if key() == before:  # no file has changed meanwhile
+    if key() == before:  # only if no file has changed meanwhile
         _write(file, entry)
     return entry
 
 
 def folder() -> Path:
-    """Where entries are; RuntimeError, where the user has no home, is as a folder that cannot be written."""
+    """Folder of the entries; for a user without a home directory a path that cannot be written."""
     try:
         return Path.home() / ".cache" / "trident-engine" / "tokenizers"
     except RuntimeError:
@@ -56,7 +56,7 @@ def folder() -> Path:
 
 
 def key_of(parts: Sequence[bytes]) -> str:
-    """The name of what follows from these bytes, in this version of everything."""
+    """Entry name: digest of `parts`, of this source code and of the library versions."""
     hashed = hashlib.sha256()
     sources = [Path(__file__).with_name(name).read_bytes() for name in _SOURCES]
     for part in (*parts, *sources, *(_version(name).encode() for name in _LIBRARIES)):
@@ -103,7 +103,7 @@ def _write(file: Path, entry: Entry) -> None:
 
 
 def _bound(where: Path) -> None:
-    """Remove the least recently used entries beyond the bounds, and what killed processes left."""
+    """Remove the least recently used entries beyond the limits, and old temporary files of killed processes."""
     entries = []
     for path in where.iterdir():
         status = path.stat()

@@ -1,8 +1,8 @@
-"""Tokenizers in other files than tokenizer.json: found by name and content, and converted to the one definition.
+"""Finds tokenizer files of other formats by name and content, and converts them to tokenizer.json.
 
-A conversion is believed after it gave the same ids as the library that the file is for, on many awkward texts. So a
-converted tokenizer encodes, travels, is exported and is identified like any other. A sentencepiece model of which no
-tokenizer.json gives the ids stays what it is, and sentencepiece itself encodes; other differences are refused.
+A conversion is accepted only if it gives the same ids as the library the file was made for, on many edge-case texts.
+Afterwards a converted tokenizer encodes and is copied, exported and identified like any other. A sentencepiece model
+whose ids no tokenizer.json reproduces is kept, and sentencepiece itself encodes; other differences are errors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMATS = (
     "vocab.json with merges.txt, BERT's vocab.txt, or a folder with one of them"
 )
 _SENTENCEPIECE, _TIKTOKEN, _TEKKEN, _MERGES, _WORDPIECE = "sentencepiece", "tiktoken", "tekken", "merges", "wordpiece"
-# The encodings of file names; the order decides nothing, as a folder with two of them is refused.
+# Kinds by file name. Their order does not matter, since a folder with two of them is rejected.
 _NAMES = {
     _SENTENCEPIECE: re.compile(r".*\.model(\.v\d+\w*)?"),
     _TIKTOKEN: re.compile(r".*\.tiktoken"),
@@ -39,7 +39,7 @@ _NAMES = {
     _MERGES: re.compile(r"(.*[-_.])?vocab\.json|encoder\.json"),
     _WORDPIECE: re.compile(r"(.*[-_.])?vocab\.txt"),
 }
-# Classes of transformers whose ids are those of the file: others move them or cut texts first.
+# Classes of transformers that use the ids of the file; others shift the ids or split texts first.
 _SUPPORTED_CLASSES = {
     _SENTENCEPIECE: r"(Code)?Llama\w*|Gemma\w*|T5\w*|Baichuan\w*|InternLM\w*|PreTrained\w*",
     _TIKTOKEN: r"\w+",
@@ -49,9 +49,9 @@ _SUPPORTED_CLASSES = {
 }
 
 
-# In a tokenizer_config.json: why the ids of the .model beside it are sentencepiece's own, so that this stays so.
+# Key in tokenizer_config.json: why sentencepiece itself encodes the .model next to it, so that a copy does so too.
 _REASON_KEY = "ids_by_sentencepiece"
-# Beside it: true, if the ids of a text without user-defined symbols are those of `tokenizers`.
+# Second key: true if `tokenizers` gives the same ids for texts without user-defined symbols.
 _ONLY_SYMBOLS_KEY = "but_for_symbols"
 
 
@@ -71,7 +71,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """A file of a `kind`, with the `merges` that belong to it and what its tokenizer_config.json says."""
+    """A tokenizer file of a `kind`, its merges file, and the content of the tokenizer_config.json next to it."""
 
     kind: str
     path: Path
@@ -81,7 +81,7 @@ class TokenizerFile:
 
 
 def find(path: Path, merges: Path | None = None, lower_case: bool | None = None) -> TokenizerFile | None:
-    """What `path` holds, None for a tokenizer.json. Raises DataError, with what is taken, for anything else."""
+    """The tokenizer file at `path`, None for a tokenizer.json. Raises DataError for anything else."""
     if path.is_dir():
         path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else _only_one(path)
     kind = _kind(path) if path.is_file() else next((k for k, name in _NAMES.items() if name.fullmatch(path.name)), "")
@@ -90,12 +90,12 @@ def find(path: Path, merges: Path | None = None, lower_case: bool | None = None)
     if merges is not None and kind != _MERGES:
         raise DataError(
             "tokenize.merges-without-vocabulary",
-            f"{merges}: merges belong to a vocab.json, which {path} is not. Leave them out.",
+            f"{merges}: merges belong to a vocab.json, but {path} is none. Omit --merges.",
         )
     if lower_case is not None and kind != _WORDPIECE:
         raise DataError(
             "tokenize.lower-case-has-no-effect",
-            f"{path}: is no vocab.txt, so it says itself what happens to capital letters. Leave --lower-case out.",
+            f"{path}: is not a vocab.txt; the file itself defines the handling of capital letters. Omit --lower-case.",
         )
     if not kind:
         return None
@@ -104,14 +104,14 @@ def find(path: Path, merges: Path | None = None, lower_case: bool | None = None)
         if not merges.is_file():
             raise DataError(
                 "tokenize.merges-missing",
-                f"{path}: a vocabulary without its merges: {merges} is no file. Give it by --merges.",
+                f"{path}: a vocabulary without its merges: {merges} is not a file. Give its path with --merges.",
             )
     config = _config(path, kind)
     return TokenizerFile(kind, path, merges, config, lower_case)
 
 
 def load_converted(file: TokenizerFile, parse_special: bool = False) -> Tokenizer:
-    """The tokenizer of what was found. Raises DataError if the file is damaged or cannot be converted exactly."""
+    """Convert a tokenizer file. Raises DataError if it is damaged or cannot be converted exactly."""
     conversion = _converted(file)
     sentencepiece = _sentencepiece(file) if conversion.difference else None
     named: dict[str, Any] = {"eos_token": conversion.end} if conversion.end is not None else {}
@@ -134,7 +134,7 @@ def load_converted(file: TokenizerFile, parse_special: bool = False) -> Tokenize
 
 
 def _check_added_tokens(file: TokenizerFile, tokenizer: Tokenizer) -> None:
-    """Tokens of tokenizer_config.json that are found in texts, and that the file does not have."""
+    """Raise DataError if tokenizer_config.json adds non-special tokens that the tokenizer file does not have."""
     listed = file.config.get("added_tokens_decoder")
     for number, token in listed.items() if isinstance(listed, dict) else ():
         entry = token if isinstance(token, dict) else {}
@@ -148,14 +148,14 @@ def _check_added_tokens(file: TokenizerFile, tokenizer: Tokenizer) -> None:
 
 
 def _converted(file: TokenizerFile) -> Conversion:
-    """`_convert`, by the cache where that takes seconds."""
+    """`_convert`, cached for the kinds whose conversion takes seconds."""
     if file.kind not in (_SENTENCEPIECE, _TIKTOKEN, _TEKKEN):
         return _convert(file)
-    beside = file.path.with_suffix(".json")  # of a .tiktoken
+    rules_path = file.path.with_suffix(".json")  # of a .tiktoken
 
     def key() -> str:
         try:
-            rules = beside.read_bytes() if file.kind == _TIKTOKEN and beside.is_file() else b""
+            rules = rules_path.read_bytes() if file.kind == _TIKTOKEN and rules_path.is_file() else b""
             parts = [file.path.read_bytes(), file.kind.encode(), file.path.stem.encode(), rules]
         except OSError as err:
             raise DataError(
@@ -178,7 +178,7 @@ def _converted(file: TokenizerFile) -> Conversion:
 
 
 def _convert(file: TokenizerFile) -> Conversion:
-    """The definition of what was found. Raises DataError for damage, and for a difference in ranks."""
+    """Convert the file. Raises DataError if it is damaged, or if ids of a file of ranks differ."""
     if file.kind == _SENTENCEPIECE:
         from engine.data.tokenize.sentencepiece_model import difference, to_json
 
@@ -204,7 +204,7 @@ def _convert(file: TokenizerFile) -> Conversion:
 
 
 def load_original(file: TokenizerFile) -> OriginalLibrary:
-    """The library that the file is for."""
+    """Load the library that the file was made for."""
     if file.kind == _SENTENCEPIECE:
         return _sentencepiece(file)
     from engine.data.tokenize.tiktoken_ranks import Tiktoken
@@ -219,28 +219,28 @@ def _sentencepiece(file: TokenizerFile) -> Sentencepiece:
 
 
 def _only_one(folder: Path) -> Path:
-    """The file of a folder without tokenizer.json that is a tokenizer; copies of it under other names are it too."""
+    """The only tokenizer file in a folder without tokenizer.json; identical copies under other names are allowed."""
     names = sorted(folder.iterdir())
-    there = {kind: [p for p in names if name.fullmatch(p.name) and p.is_file()] for kind, name in _NAMES.items()}
-    there[_MERGES] = [path for path in there[_MERGES] if _merges_path(path).is_file()]
-    files = [path for paths in there.values() for path in paths]
+    by_kind = {kind: [p for p in names if name.fullmatch(p.name) and p.is_file()] for kind, name in _NAMES.items()}
+    by_kind[_MERGES] = [path for path in by_kind[_MERGES] if _merges_path(path).is_file()]
+    files = [path for paths in by_kind.values() for path in paths]
     if not files:
         raise DataError(
             "tokenize.none-in-folder",
             f"{folder}: no tokenizer in this folder. Give {FORMATS}. Names on a hub are not downloaded: "
-            f"fetch it first, or make one with `engine tokenizer train`.",
+            f"download it first, or train one with `engine tokenizer train`.",
         )
     if any(path.read_bytes() != files[0].read_bytes() for path in files[1:]):
         raise DataError(
             "tokenize.several-in-folder",
-            f"{folder}: holds several tokenizers and no tokenizer.json: {', '.join(p.name for p in files)}. "
+            f"{folder}: contains several tokenizers and no tokenizer.json: {', '.join(p.name for p in files)}. "
             f"Give the path of one.",
         )
     return files[0]
 
 
 def _kind(path: Path) -> str:
-    """Of a file that is there: by its name, but for JSON, which says itself what it is. "" for a tokenizer.json."""
+    """Kind of an existing file, by its name, or by its content for JSON; "" for a tokenizer.json."""
     named = next((kind for kind, name in _NAMES.items() if name.fullmatch(path.name)), "")
     if path.suffix != ".json" or path.name == "tokenizer.json":
         return named
@@ -257,7 +257,7 @@ def _kind(path: Path) -> str:
 
 
 def _merges_path(vocab: Path) -> Path:
-    """Where the merges of a vocabulary lie by the usual names."""
+    """Path of the merges of a vocabulary by the usual names."""
     if vocab.name == "encoder.json":
         return vocab.with_name("vocab.bpe")
     head, separator, _ = vocab.name.rpartition("vocab.json")
@@ -265,26 +265,26 @@ def _merges_path(vocab: Path) -> Path:
 
 
 def _config(path: Path, kind: str) -> dict[str, Any]:
-    """tokenizer_config.json beside the file. Raises DataError if its class numbers tokens in a way of its own."""
-    beside = path.parent / "tokenizer_config.json"
+    """tokenizer_config.json next to the file. Raises DataError if its class is not known to use the file's ids."""
+    config_path = path.parent / "tokenizer_config.json"
     try:
-        said = read_json(beside) if beside.is_file() else {}
+        config = read_json(config_path) if config_path.is_file() else {}
     except (OSError, ValueError) as err:
-        raise DataError("tokenize.unreadable", f"{beside}: cannot be read: {err}. Copy it anew.") from err
-    said = said if isinstance(said, dict) else {}
-    name = said.get("tokenizer_class") or ""
+        raise DataError("tokenize.unreadable", f"{config_path}: cannot be read: {err}. Copy it again.") from err
+    config = config if isinstance(config, dict) else {}
+    name = config.get("tokenizer_class") or ""
     if not isinstance(name, str) or (name and not re.fullmatch(_SUPPORTED_CLASSES[kind], name)):
         raise DataError(
             "tokenize.class-unknown",
-            f"{path}: how {truncate(str(name), 60)} cuts texts is not known from it. Give its tokenizer.json.",
+            f"{path}: how {truncate(str(name), 60)} splits texts is not known from this file. Give its tokenizer.json.",
         )
     added = path.parent / "added_tokens.json"
     if added.is_file() and kind != _TEKKEN:
         raise DataError(
             "tokenize.added-tokens-unknown",
-            f"{path}: how the tokens of {added.name} beside it are found is not known. Give tokenizer.json.",
+            f"{path}: how the tokens of {added.name} next to it are matched is not known. Give its tokenizer.json.",
         )
-    return said
+    return config
 
 
 def companion_files(
@@ -293,13 +293,13 @@ def companion_files(
     difference: str = "",
     exact_without_symbols: bool = False,
 ) -> dict[str, bytes]:
-    """What lies beside a converted tokenizer: names of its `special` tokens, such as "eos_token", and a .model of which
-    no tokenizer.json gives the ids."""
+    """Companion files of a converted tokenizer: {name: content} with its `special` tokens such as "eos_token", and the
+    .model if no tokenizer.json reproduces its ids."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if sentencepiece is not None:  # which class transformers takes for a .model follows from the model's config.json
+    if sentencepiece is not None:  # transformers selects the class for a .model by the model's config.json
         config = {_REASON_KEY: difference, _ONLY_SYMBOLS_KEY: exact_without_symbols}
-    beside = {
+    files = {
         "tokenizer_config.json": json.dumps({**config, **special}).encode(),
         "special_tokens_map.json": json.dumps(special).encode(),
     }
-    return beside if sentencepiece is None else {**beside, MODEL: sentencepiece.content}
+    return files if sentencepiece is None else {**files, MODEL: sentencepiece.content}

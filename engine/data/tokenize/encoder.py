@@ -1,12 +1,12 @@
-"""Batches of texts to token ids, by gigatoken where it can, by `tokenizers` otherwise.
+"""Encodes batches of texts to token ids, with gigatoken where possible, otherwise with `tokenizers`.
 
-`tokenizers` is the reference: what it gives is right. gigatoken (BPE only, some fifty times faster) is trusted after it
-agreed on a set of awkward strings, and it is asked again about samples of every batch. Where it differs, `Mismatch`
-tells the caller to begin again with the reference, as earlier text may differ as well.
+`tokenizers` is the reference: its ids are correct by definition. gigatoken (BPE only, about fifty times faster) is used
+if it agrees on a set of edge cases, and is checked again on samples of every batch. If it differs, `Mismatch` makes the
+caller start again with the reference, since earlier text may differ as well.
 
-A tokenizer that came from a .model or a file of ranks is compared in the same way with the library that the file is
-for: the first documents of a run whole, and samples of every batch. Where no tokenizer.json gives the ids of a .model,
-sentencepiece itself encodes.
+A tokenizer converted from a .model or a file of ranks is also compared with the library the file was made for: on the
+first documents of a run completely, later on samples of every batch. If no tokenizer.json reproduces the ids of a
+.model, sentencepiece itself encodes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from engine.data.tokenize.equivalence import EDGE_CASES, ConversionMismatch, com
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.util.prefetch import run_in_thread
 
-_SAMPLES, _SAMPLE_CHARS = 4, 512  # of a batch: a millisecond of the reference
-_FIRST_CHARS, _FIRST_CHARS_EACH = 1 << 18, 1 << 15  # of a run, compared with the original: a few tenths of a second
+_SAMPLES, _SAMPLE_CHARS = 4, 512  # of a batch; takes the reference a millisecond
+_FIRST_CHARS, _FIRST_CHARS_EACH = 1 << 18, 1 << 15  # of a run, compared with the original; takes some 0.1 s
 Encoded = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 
 class Mismatch(Exception):
-    """gigatoken gave other ids than the reference, or (`in_conversion`) a conversion than the original."""
+    """gigatoken differs from the reference, or (`in_conversion`) a converted tokenizer from its original."""
 
     def __init__(self, text: str, in_conversion: bool = False):
         super().__init__(text)
@@ -37,15 +37,18 @@ class Mismatch(Exception):
 
 
 class Encoder:
-    """Encodes for `prepare`, from any number of threads. `name`: the library; `note`: why it is not gigatoken."""
+    """Thread-safe encoder for `engine prepare`. `name`: the library used; `note`: why it is not gigatoken."""
 
     def __init__(self, tokenizer: Tokenizer, *, fast: bool = True):
         self._tokenizer = tokenizer
         self.name = f"tokenizers {tokenizers.__version__}"
-        self.note = "" if fast else "as asked"
+        self.note = "" if fast else "as requested"
         self._original = tokenizer.load_original() if tokenizer.load_original is not None else None
         if tokenizer.sentencepiece is not None:
-            self.name, self.note = tokenizer.sentencepiece.name, f"no tokenizer.json gives its ids: {tokenizer.note}"
+            self.name, self.note = (
+                tokenizer.sentencepiece.name,
+                f"no tokenizer.json reproduces its ids: {tokenizer.note}",
+            )
             fast = fast and tokenizer.exact_without_symbols and tokenizer.special_pattern is None
             self._original = tokenizer.sentencepiece if fast else None
         self._reference = self.name
@@ -66,7 +69,7 @@ class Encoder:
 
     @property
     def is_threaded(self) -> bool:
-        """Whether a batch keeps one thread at work; `tokenizers` shares out every batch among threads of its own."""
+        """Whether a batch uses one thread only; `tokenizers` distributes every batch over its own threads."""
         return self._fast is not None or self._tokenizer.sentencepiece is not None
 
     def _load_fast(self) -> Any:
@@ -75,19 +78,19 @@ class Encoder:
             import gigatoken
 
             definition = self._tokenizer.text_only_definition()
-            made = run_in_thread(lambda: gigatoken.Tokenizer.from_json(definition))
-            import awkward  # noqa: F401  (gigatoken would do without it, and give something else, if this failed later)
+            loading = run_in_thread(lambda: gigatoken.Tokenizer.from_json(definition))
+            import awkward  # noqa: F401  (if gigatoken failed to import it later, it would silently return another type)
         except ImportError as err:
             self.note = f"gigatoken is not installed ({err})"
             return None
         try:
-            return made.result()
-        except Exception as err:  # whatever it does not support it refuses with errors of its own
-            self.note = f"gigatoken does not take this tokenizer: {str(err).splitlines()[0]}"
+            return loading.result()
+        except Exception as err:  # it raises its own exceptions for unsupported tokenizers
+            self.note = f"gigatoken does not support this tokenizer: {str(err).splitlines()[0]}"
             return None
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Ids of all texts one after the other, int32 [T], and the length of each, int32 [texts]."""
+        """Concatenated ids of all texts, int32 [T], and the number of ids of each text, int32 [texts]."""
         if self._fast is not None:
             return self._encode_near(texts)
         ids = self._tokenizer.encode_batch(texts)
@@ -95,10 +98,10 @@ class Encoder:
         return (np.concatenate(ids) if ids else np.empty(0, np.int32)), lengths
 
     def encode_checked(self, texts: Sequence[str], before: int = 0) -> Encoded:
-        """As `encode`, and some of `texts` are given to the reference too. Raises Mismatch.
+        """Like `encode`, but checks some of `texts` against the reference. Raises Mismatch.
 
-        `before`: bytes of the input before them. It tells the first texts of a run from later ones, whichever thread
-        comes first, and also after a resumption.
+        before: number of input bytes before `texts`. It identifies the first texts of a run, in any order of threads
+        and also after a resume.
         """
         if not texts:
             return np.empty(0, np.int32), np.empty(0, np.int32)
@@ -107,7 +110,7 @@ class Encoder:
         return self.encode(texts)
 
     def _encode_near(self, texts: Sequence[str]) -> Encoded:
-        """By gigatoken, but for texts with a symbol that only sentencepiece takes as it does."""
+        """Encode with gigatoken, but texts with user-defined symbols of a .model with sentencepiece."""
         sentencepiece = self._tokenizer.sentencepiece
         if (
             sentencepiece is None
@@ -123,30 +126,30 @@ class Encoder:
         return np.concatenate(pieces), np.array([len(piece) for piece in pieces], np.int32)
 
     def _encode_fast(self, texts: Sequence[str]) -> Encoded:
-        # On this thread: several that share one encoder cost half the processor time of the library's own pool.
+        # On this thread: several threads that share one encoder need half the CPU time of the library's own pool.
         layout = self._fast.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         return ids.view(np.int32), np.diff(offsets).astype(np.int32)
 
     def check(self, texts: Sequence[str], whole: bool = False) -> None:
-        """Ask gigatoken and the reference about a few of `texts` (`whole`: all). Raises Mismatch."""
+        """Compare gigatoken with the reference on samples of `texts` (`whole`: on all). Raises Mismatch."""
         if self._fast is None:
             return
         step = 1 if whole else max(1, len(texts) // _SAMPLES)
         samples = list(texts) if whole else [text[:_SAMPLE_CHARS] for text in texts[::step][:_SAMPLES]]
         ids, lengths = self._encode_near(samples)
-        wanted = [self._tokenizer.encode(text) for text in samples]
-        for text, mine, right in zip(samples, np.split(ids, np.cumsum(lengths)[:-1]), wanted):
-            if not np.array_equal(mine, right):
-                at = next((i for i, (a, b) in enumerate(zip(mine, right)) if a != b), min(len(mine), len(right)))
+        references = [self._tokenizer.encode(text) for text in samples]
+        for text, fast, right in zip(samples, np.split(ids, np.cumsum(lengths)[:-1]), references):
+            if not np.array_equal(fast, right):
+                at = next((i for i, (a, b) in enumerate(zip(fast, right)) if a != b), min(len(fast), len(right)))
                 raise Mismatch(
                     f"gigatoken {version('gigatoken')} differs from {self._reference} at token {at} of {text[:60]!r}: "
-                    f"{mine[at : at + 3].tolist()} instead of {right[at : at + 3]}"
+                    f"{fast[at : at + 3].tolist()} instead of {right[at : at + 3]}"
                 )
 
     def _check_original(self, texts: Sequence[str], before: int) -> None:
-        """Ask the original about `texts`, of which soon only a few are given to it. Raises Mismatch."""
+        """Compare with the original library: the first texts of a run, later samples. Raises Mismatch."""
         if self._original is None:
             return
         samples, left = [], _FIRST_CHARS - before
@@ -157,13 +160,13 @@ class Encoder:
             left -= len(samples[-1]) + 1
         rest = texts[len(samples) :]
         samples += [text[:_SAMPLE_CHARS] for text in rest[:: max(1, len(rest) // _SAMPLES)][:_SAMPLES]]
-        if (spelled := self._tokenizer.special_pattern) is not None:  # no original takes special tokens from texts
-            samples = [text for text in samples if not spelled.search(text)]
+        if (pattern := self._tokenizer.special_pattern) is not None:  # no original parses special tokens in texts
+            samples = [text for text in samples if not pattern.search(text)]
         try:
             compare(self._split, self._original, samples)
         except ConversionMismatch as err:
             converted = self._tokenizer.sentencepiece is None
-            raise Mismatch(f"the tokenizer.json made from the file differs from it: {err}", converted) from err
+            raise Mismatch(f"the tokenizer.json converted from the file differs from it: {err}", converted) from err
 
     def _split(self, texts: Sequence[str]) -> list[list[int]]:
         ids, lengths = self.encode(texts)
@@ -172,7 +175,7 @@ class Encoder:
     def unknown_bytes(
         self, texts: Sequence[str], ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.int64]:
-        """Bytes of each text that became the unknown token, int64 [texts]: they are lost to a model."""
+        """Bytes of each text that became the unknown token and are lost for the model, int64 [texts]."""
         lost, unknown = np.zeros(len(texts), np.int64), self._tokenizer.unknown
         if unknown is not None:
             hits = np.flatnonzero(ids == unknown)

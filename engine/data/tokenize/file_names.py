@@ -1,13 +1,13 @@
-"""Names of the files that make up a tokenizer's folder; of the whole room alone, data.read may know these."""
+"""Names of the files in a tokenizer folder; the only module of this package that data.read may import."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 DEFINITION = "tokenizer.json"
-MODEL = "tokenizer.model"  # sentencepiece's, where no tokenizer.json gives its ids
-TRAINING = "training.json"  # how it was trained, if here
-# What transformers keeps beside tokenizer.json: carried along unread, but for the name of the end token.
+MODEL = "tokenizer.model"  # sentencepiece's, if no tokenizer.json reproduces its ids
+TRAINING = "training.json"  # recipe and statistics of a tokenizer trained by the engine
+# Files of transformers next to tokenizer.json: copied without interpretation, except for the end token's name.
 COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"),
     *("chat_template.json", "vocab.json", "merges.txt", MODEL),

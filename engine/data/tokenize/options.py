@@ -63,14 +63,14 @@ class TokenizerOptions(ReadOptions):
 
     @property
     def recipe(self) -> Recipe:
-        """What tokenizer to train, whatever the texts."""
+        """The recipe of the tokenizer: all options that do not concern the texts."""
         return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
 
     def errors(self) -> Iterator[FieldError]:
-        """What is wrong with them, all of it at once, before any work is done."""
+        """All errors in the options, before any work starts."""
         if not self.input:
-            what = "names nothing to read"
-            yield FieldError("tokenize.no-input", "--input", "", what, "Give files, folders, globs, URLs or -.")
+            problem = "names nothing to read"
+            yield FieldError("tokenize.no-input", "--input", "", problem, "Give files, folders, globs, URLs or -.")
         if self.max_bytes < 0:
             yield FieldError(
                 "tokenize.out-of-range", "--max-bytes", self.max_bytes, "is below 0", "Use 0 for everything."

@@ -1,15 +1,15 @@
-"""How texts are cut into words before their tokens are looked for: the patterns of well-known tokenizers, by name.
+"""Pre-tokenization patterns of well-known tokenizers by name: they split texts into words before BPE.
 
-A token never reaches over the end of a word. Digits can be kept in runs, one by one, or in groups of three.
+A token never crosses a word boundary. Digits can be split as runs, one by one, or in groups of three.
 """
 
 from __future__ import annotations
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_NUMBER = "NUMBER"  # where the rule for digits stands
+_NUMBER = "NUMBER"  # placeholder for the rule for digits
 DIGITS = {"individual": r"\p{N}", "triples": r"\p{N}{1,3}"}
 
-# name -> patterns, each applied to what the one before it left as a word; and the rule for digits of its makers
+# name -> (patterns, each applied to the words of the one before; the original rule for digits)
 _NAMED: dict[str, tuple[tuple[str, ...], str]] = {
     "gpt2": ((r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|NUMBER| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",), r" ?\p{N}+"),
     "cl100k": (
@@ -29,7 +29,7 @@ _NAMED: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         DIGITS["triples"],
     ),
-    "deepseek": (  # of V3: Chinese and Japanese never share a word with other scripts
+    "deepseek": (  # of V3: a word with Chinese or Japanese has no other script
         (
             _NUMBER,
             "[一-龥\u3040-ゟ゠-ヿ]+",
@@ -45,11 +45,11 @@ PATTERNS = tuple(sorted(_NAMED))
 
 
 def words(pattern: str, digits: str = "") -> tuple[str, ...]:
-    """Regular expressions of `pattern`: a name of PATTERNS, with the `digits` of DIGITS if asked, or an expression.
+    """Regular expressions of `pattern`: a name in PATTERNS, with the rule `digits` if given, or an expression.
 
-    They are for `tokenizers` (Oniguruma's syntax), one after the other: what an expression matches is a word by itself.
+    In the syntax of `tokenizers` (Oniguruma), to be applied one after another; each match becomes a separate word.
     """
     if pattern not in _NAMED:
         return (pattern,)
-    named, own = _NAMED[pattern]
-    return tuple(one.replace(_NUMBER, DIGITS[digits] if digits else own) for one in named)
+    expressions, default = _NAMED[pattern]
+    return tuple(one.replace(_NUMBER, DIGITS[digits] if digits else default) for one in expressions)

@@ -1,4 +1,4 @@
-"""What tokenizer to train: all that its making depends on besides the texts, checked before any text is read."""
+"""Recipe of a tokenizer: all training settings, which are checked before any text is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.errors import FieldError, truncate
 
 KINDS = ("bpe", "unigram", "wordpiece")
 NORMALIZERS = ("none", "nfc", "nfkc")
-UNKNOWN = {"unigram": "<unk>", "wordpiece": "[UNK]"}  # unigram's is never used, but the model has to have one
+UNKNOWN = {"unigram": "<unk>", "wordpiece": "[UNK]"}  # unigram never uses it, but its model needs one
 MIN_FREQUENCY = 2
 CHARACTER_COVERAGE = 0.9995
 MAX_PIECE_LENGTH = 16
@@ -27,7 +27,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "wordpiece": {"min_frequency": MIN_FREQUENCY},
 }
 _BYTE_SPELLING = "<0x123456789ABCDEF>unk"
-# What an option is for; of other kinds it is refused, as it would do nothing.
+# Kinds that an option applies to; for others it is an error, as it would have no effect.
 _APPLIES_TO = {
     "split_pattern": ("bpe", "unigram"),
     "digits": ("bpe", "unigram"),
@@ -37,8 +37,8 @@ _APPLIES_TO = {
     "max_token_length": ("bpe", "unigram"),
 }
 _WHY_NOT = {
-    ("split_pattern", "wordpiece"): "it cuts at white space and punctuation, as BERT's",
-    ("digits", "wordpiece"): "it cuts at white space and punctuation, as BERT's",
+    ("split_pattern", "wordpiece"): "it splits at white space and punctuation, like BERT's",
+    ("digits", "wordpiece"): "it splits at white space and punctuation, like BERT's",
     ("character_coverage", "bpe"): "it works on bytes, and its alphabet is all 256 of them",
     ("character_coverage", "wordpiece"): "its alphabet is a number of characters: --limit-alphabet",
     ("limit_alphabet", "bpe"): "it works on bytes, and its alphabet is all 256 of them",
@@ -50,10 +50,11 @@ _WHY_NOT = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a tokenizer is trained. "" and None: as is usual for `kind`.
+    """Settings for training a tokenizer. "" and None: the default of `kind`.
 
-    `special_tokens`: ids from 0, the first ends documents. `user_tokens`: found in texts before anything else.
-    `split_pattern`: what the words are (patterns.py). `max_token_length`: bytes of bpe, characters of unigram.
+    `special_tokens`: ids from 0, the first ends documents. `user_tokens`: matched in texts before anything else.
+    `split_pattern`: pre-tokenization into words (patterns.py). `max_token_length`: bytes for bpe, characters for
+    unigram.
     """
 
     vocab_size: int
@@ -69,24 +70,24 @@ class Recipe:
     max_token_length: int | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """The options that the kind has, with what is usual for it where nothing was said, for JSON."""
-        usual = _DEFAULTS[self.kind]
+        """The settings that apply to the kind, with its defaults filled in, for training.json."""
+        defaults = _DEFAULTS[self.kind]
         given = {k: v for k, v in asdict(self).items() if self.kind in _APPLIES_TO.get(k, KINDS)}
-        return {k: usual[k] if v in ("", None) and k in usual else v for k, v in given.items()}
+        return {k: defaults[k] if v in ("", None) and k in defaults else v for k, v in given.items()}
 
     def required_characters(self) -> set[str]:
-        """Unigram: characters that are pieces whatever the texts are, so that no text becomes the token <0x41>."""
+        """Unigram: characters that are always pieces, so that the text "<0x41>" never becomes that byte token."""
         return {*_BYTE_SPELLING, *"".join(self.special_tokens)}
 
     def num_reserved_tokens(self) -> int:
-        """Tokens that are there before any text is read."""
-        unknown, texts_bytes = self.kind in UNKNOWN, 256 * (self.kind != "wordpiece")
-        return len(self.special_tokens) + len(self.user_tokens) + unknown + texts_bytes
+        """Number of tokens that exist before training: special and user tokens, unknown token, bytes."""
+        unknown, num_bytes = self.kind in UNKNOWN, 256 * (self.kind != "wordpiece")
+        return len(self.special_tokens) + len(self.user_tokens) + unknown + num_bytes
 
     def errors(self) -> Iterator[FieldError]:
-        """What is wrong with it."""
+        """All errors in the recipe."""
         if self.kind not in KINDS:
-            problem = f"is none of {', '.join(KINDS)}"
+            problem = f"is not one of {', '.join(KINDS)}"
             yield FieldError("tokenize.unknown-choice", "--kind", self.kind, problem, "Choose one.")
             return
         yield from self._token_errors()
@@ -98,8 +99,8 @@ class Recipe:
                     "tokenize.option-has-no-effect",
                     name,
                     getattr(self, option),
-                    f"does nothing for {self.kind}: {why}",
-                    "Leave it out.",
+                    f"has no effect for {self.kind}: {why}",
+                    "Omit it.",
                 )
         yield from self._pattern_errors()
         if self.normalizer not in NORMALIZERS:
@@ -107,7 +108,7 @@ class Recipe:
                 "tokenize.unknown-choice",
                 "--normalizer",
                 self.normalizer,
-                f"is none of {', '.join(NORMALIZERS)}",
+                f"is not one of {', '.join(NORMALIZERS)}",
                 "Choose one.",
             )
         if self.character_coverage is not None and not 0 < self.character_coverage <= 1:
@@ -115,8 +116,8 @@ class Recipe:
                 "tokenize.out-of-range",
                 "--character-coverage",
                 self.character_coverage,
-                "is no share",
-                "Such as 0.9995.",
+                "is not a share in (0, 1]",
+                "Use a value such as 0.9995.",
             )
         for option in ("min_frequency", "limit_alphabet", "max_token_length"):
             if getattr(self, option) is not None and getattr(self, option) < 1:
@@ -141,11 +142,11 @@ class Recipe:
                 "--max-token-length",
                 self.max_token_length,
                 "is above 512",
-                "sentencepiece takes 512.",
+                "sentencepiece accepts up to 512.",
             )
 
     def _token_errors(self) -> Iterator[FieldError]:
-        special, own = list(self.special_tokens), list(self.user_tokens)
+        special, user = list(self.special_tokens), list(self.user_tokens)
         if not special or len(set(special)) < len(special) or "" in special:
             yield FieldError(
                 "tokenize.special-tokens",
@@ -154,19 +155,19 @@ class Recipe:
                 "should be at least one, all different, none empty",
                 "Name them.",
             )
-        if len({*special, *own}) < len(set(special)) + len(own) or "" in own:
+        if len({*special, *user}) < len(set(special)) + len(user) or "" in user:
             yield FieldError(
                 "tokenize.user-tokens",
                 "--user-tokens",
-                own,
+                user,
                 "should be all different, none special, none empty",
                 "Name others.",
             )
         least = self.num_reserved_tokens() + (len(self.required_characters()) if self.kind == "unigram" else 0)
         if self.vocab_size < least:
             parts = ["256 bytes"] * (self.kind != "wordpiece") + [UNKNOWN.get(self.kind, "")] * (self.kind in UNKNOWN)
-            parts += ["the characters that these are spelled with"] * (self.kind == "unigram")
-            parts += [f"{len(special)} special"] + [f"{len(own)} of your own"] * bool(own)
+            parts += ["the characters of their spellings"] * (self.kind == "unigram")
+            parts += [f"{len(special)} special tokens"] + [f"{len(user)} user tokens"] * bool(user)
             yield FieldError(
                 "tokenize.vocabulary-too-small",
                 "--vocab-size",
@@ -178,17 +179,17 @@ class Recipe:
     def _pattern_errors(self) -> Iterator[FieldError]:
         if self.digits and self.digits not in DIGITS:
             yield FieldError(
-                "tokenize.unknown-choice", "--digits", self.digits, f"is none of {', '.join(DIGITS)}", "Choose one."
+                "tokenize.unknown-choice", "--digits", self.digits, f"is not one of {', '.join(DIGITS)}", "Choose one."
             )
         if not self.split_pattern or self.split_pattern in PATTERNS:
             return
         if self.digits:
-            what = "has no meaning beside a pattern of your own"
+            problem = "has no effect with a custom pattern"
             yield FieldError(
                 "tokenize.digits-beside-pattern",
                 "--digits",
                 self.digits,
-                what,
+                problem,
                 r"Write it into the pattern: \p{N} or \p{N}{1,3}.",
             )
         try:
@@ -199,6 +200,6 @@ class Recipe:
                 "tokenize.pattern-invalid",
                 "--split-pattern",
                 self.split_pattern,
-                f"is no regular expression: {truncate(str(err))}",
+                f"is not a regular expression: {truncate(str(err))}",
                 names,
             )

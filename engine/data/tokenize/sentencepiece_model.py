@@ -1,4 +1,4 @@
-"""sentencepiece's .model files, BPE and unigram, as a tokenizer.json."""
+"""Converts sentencepiece .model files (BPE and unigram) to tokenizer.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ _MOST_OVERLAPS, _MOST_SYMBOLS = 20_000, 2_000
 
 
 class Sentencepiece:
-    """The library itself, for the text of one `.model`. `pieces`: every spelling with its score."""
+    """Encodes with the sentencepiece library and one `.model` file.
+
+    proto: the parsed file; content: its bytes; symbols: pattern of the user-defined symbols, None without; end: the end
+    token, None without.
+    """
 
     def __init__(self, path: Path):
         """Raises DataError if the file is damaged or the library is missing."""
@@ -44,15 +48,15 @@ class Sentencepiece:
                 "tokenize.unreadable",
                 f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer.",
             ) from err
-        except Exception as err:  # protobuf and sentencepiece have errors of their own
+        except Exception as err:  # protobuf and sentencepiece raise their own exceptions
             if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", self.content):  # Llama 3's tokenizer.model
                 raise DataError(
                     "tokenize.ranks-named-model",
-                    f"{path}: holds ranks, as a .tiktoken file. Copy it to NAME.tiktoken and write its pattern and "
-                    f"special tokens to NAME.json beside it, or give its tokenizer.json.",
+                    f"{path}: has ranks, like a .tiktoken file. Copy it to NAME.tiktoken and write its pattern and "
+                    f"special tokens to NAME.json in the same folder, or give its tokenizer.json.",
                 ) from err
             raise DataError(
-                "tokenize.not-sentencepiece", f"{path}: not a sentencepiece model: {truncate(str(err))}. Copy it anew."
+                "tokenize.not-sentencepiece", f"{path}: not a sentencepiece model: {truncate(str(err))}. Copy it again."
             ) from err
         if self.proto.trainer_spec.model_type not in (_UNIGRAM, _BPE):
             raise DataError(
@@ -61,33 +65,33 @@ class Sentencepiece:
             )
         if not self.proto.pieces:
             raise DataError(
-                "tokenize.not-sentencepiece", f"{path}: not a sentencepiece model: it has no pieces. Copy it anew."
+                "tokenize.not-sentencepiece", f"{path}: not a sentencepiece model: it has no pieces. Copy it again."
             )
         self.name = f"sentencepiece {version('sentencepiece')}"
         pieces = [(piece.piece, float(piece.score)) for piece in self.proto.pieces]
         self.is_unigram = self.proto.trainer_spec.model_type == _UNIGRAM
         symbols = [re.escape(piece.piece) for piece in self.proto.pieces if piece.type == _USER_DEFINED]
-        # The texts that have one are matched on before anything else happens to them.
+        # They are matched in a text before it is normalised.
         self.symbols = re.compile("|".join(symbols).replace("▁", "[ ▁]")) if symbols else None
         spec = self.proto.normalizer_spec
         moved = spec.remove_extra_whitespaces or spec.add_dummy_prefix
-        # Whether `symbols` finds them, as normalising makes none.
+        # Whether `symbols` finds all of them: true if normalisation cannot create one.
         self.shows_symbols = not spec.precompiled_charsmap and not (moved and any("▁" in one for one in symbols))
         end = self._processor.eos_id()
         self.end = pieces[end][0] if end >= 0 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; other threads run meanwhile."""
+        """Ids of each text; releases the GIL."""
         return list(self._processor.encode(list(texts), out_type=int, num_threads=1))
 
     def unknown_bytes(self, text: str) -> int:
-        """UTF-8 bytes of `text`, normalised, that become the unknown token."""
+        """Number of UTF-8 bytes of the normalised `text` that become the unknown token."""
         ids, spelled = self._processor.encode(text, out_type=int), self._processor.encode(text, out_type=str)
         return sum(len(s.encode()) for number, s in zip(ids, spelled) if number == self._processor.unk_id())
 
 
 def to_json(model: Sentencepiece) -> str:
-    """The text of a tokenizer.json that is at least near a `.model`; `difference` says whether it gives its ids."""
+    """Text of the tokenizer.json closest to a `.model`; `difference` checks whether it reproduces the ids."""
     proto = model.proto
     tokenizer = tokenizers.Tokenizer(_piece_model(proto))
     spec = proto.normalizer_spec
@@ -98,29 +102,29 @@ def to_json(model: Sentencepiece) -> str:
     tokenizer.decoder = decoders.Sequence(steps)
     control = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
-    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     plain = not (spec.add_dummy_prefix or spec.remove_extra_whitespaces or spec.precompiled_charsmap)
-    # Found in the normalised text, where blanks are "▁", unless normalising a symbol itself gives something else.
-    tokenizer.add_tokens([AddedToken(text, normalized=plain, special=False) for text in own])
+    # Matched in the normalised text, where spaces are "▁", unless normalisation would change the symbol itself.
+    tokenizer.add_tokens([AddedToken(text, normalized=plain, special=False) for text in symbols])
     return str(tokenizer.to_str())
 
 
 def difference(model: Sentencepiece, definition: str) -> tuple[str, bool]:
-    """The first of many texts of which the definition gives other ids, "" if none; and whether there is none among the
-    texts without a user-defined symbol.
+    """(first difference of the definition's ids from the model's on many texts, "" for none; whether texts without
+    user-defined symbols have none).
     """
-    if model.is_unigram:  # 0|00 or 00|0: no comparison on other texts tells which comes out
-        return f"{model.name} adds the scores of a unigram model up in another precision, so ties differ", False
-    mine = encode_plain(tokenizers.Tokenizer.from_str(definition))
+    if model.is_unigram:  # ties such as 0|00 and 00|0: comparing other texts cannot show which one is chosen
+        return f"{model.name} sums the scores of a unigram model in another precision, so ties differ", False
+    encode = encode_plain(tokenizers.Tokenizer.from_str(definition))
     spelled = [piece.piece.replace("▁", " ") for piece in model.proto.pieces if piece.type != _BYTE]
-    tied, untold = _ties(model.proto)
-    if untold:
-        return untold, False
-    own = [piece.piece.replace("▁", " ") for piece in model.proto.pieces if piece.type == _USER_DEFINED]
-    alone = [text for one in own[:_MOST_SYMBOLS] for text in (one, one.strip(" "), f"x  {one}  {one}y")]
-    texts = [*texts_for(spelled), *tied, *alone]
+    tied, undecidable = _ties(model.proto)
+    if undecidable:
+        return undecidable, False
+    symbols = [piece.piece.replace("▁", " ") for piece in model.proto.pieces if piece.type == _USER_DEFINED]
+    with_symbols = [text for one in symbols[:_MOST_SYMBOLS] for text in (one, one.strip(" "), f"x  {one}  {one}y")]
+    texts = [*texts_for(spelled), *tied, *with_symbols]
     try:
-        compare(mine, model, texts)
+        compare(encode, model, texts)
     except ConversionMismatch as err:
         first = str(err)
     else:
@@ -128,49 +132,49 @@ def difference(model: Sentencepiece, definition: str) -> tuple[str, bool]:
     if model.symbols is None or not model.shows_symbols:
         return first, False
     try:
-        compare(mine, model, [text for text in texts if not model.symbols.search(text)])
+        compare(encode, model, [text for text in texts if not model.symbols.search(text)])
     except ConversionMismatch:
         return first, False
     return first, True
 
 
 def _ties(proto: Any) -> tuple[list[str], str]:
-    """Texts that show whether pairs of one score are merged in sentencepiece's order, which is from left to right; and
-    why no texts can show it, "" if they can.
+    """(texts that show whether pairs with equal scores are merged in sentencepiece's order, left to right; why no texts
+    can show it, "" if they can).
     """
     pairs, scores = _merges(proto)
-    found_first = {piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED}  # before any merging
+    found_first = {piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED}  # matched before any merge
     pairs = [pair for pair in pairs if not found_first & {*pair, "".join(pair)}]
     groups: dict[float, list[tuple[int, str, str]]] = {}
     for rank, (left, right) in enumerate(pairs):
         groups.setdefault(scores[left + right], []).append((rank, left, right))
-    tied = {score: some for score, some in groups.items() if len({left + right for _, left, right in some}) > 1}
-    beside = {score: ({left for _, left, _ in some}, {right for _, _, right in some}) for score, some in tied.items()}
+    tied = {score: group for score, group in groups.items() if len({left + right for _, left, right in group}) > 1}
+    parts = {score: ({left for _, left, _ in group}, {right for _, _, right in group}) for score, group in tied.items()}
     for left, right in pairs:
-        # The first of two merges decides, though they share no piece, if it makes one that goes on before the second.
+        # Two tied merges without a common piece interact if the first makes a piece that merges on before the second.
         for part, other, end in ((left, right, 0), (right, left, 1)):
             score = scores[part]
-            if len(part) > 1 and score in tied and score < scores[left + right] and other in beside[score][end]:
-                return [], f"the score of {left + right!r} is above that of {part!r}, which another piece has too"
+            if len(part) > 1 and score in tied and score < scores[left + right] and other in parts[score][end]:
+                return [], f"the score of {left + right!r} is above that of {part!r}, which another piece shares"
     texts: list[str] = []
-    for some in groups.values():
+    for group in groups.values():
         ending, beginning = dict[str, list[tuple[int, str]]](), dict[str, list[tuple[int, str]]]()
-        for rank, left, right in some:
+        for rank, left, right in group:
             ending.setdefault(right, []).append((rank, left))
             beginning.setdefault(left, []).append((rank, right))
         for middle in ending.keys() & beginning.keys():
             for rank, right in beginning[middle]:
-                # Those that the definition merges after this one, though they stand to the left of it.
+                # Pairs to the left of this one that the definition nevertheless merges later.
                 for _, left in itertools.takewhile(lambda one: one[0] > rank, reversed(ending[middle])):  # noqa: B023
                     texts.append(left + middle + right)
                     if len(texts) > _MOST_OVERLAPS:
                         return [], f"more than {_MOST_OVERLAPS:,} pairs of pieces with one score overlap"
-    # Once behind the blank that may be put before a text, once behind a letter that no piece goes on from.
+    # Each text twice: after the space that may be prepended, and after a newline, which no piece crosses.
     return [f"{text}\n{text}".replace("▁", " ") for text in sorted(texts)], ""
 
 
 def _merges(proto: Any) -> tuple[list[tuple[str, str]], dict[str, float]]:
-    """Pairs of pieces that make a piece, best first, and the score of every piece."""
+    """(pairs of pieces that merge to a piece, best first; score of every piece)."""
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     pairs = [(whole[:at], whole[at:]) for whole in scores for at in range(1, len(whole))]
@@ -178,7 +182,7 @@ def _merges(proto: Any) -> tuple[list[tuple[str, str]], dict[str, float]]:
     ties = Counter(scores.values())
 
     def place(pair: tuple[str, str]) -> tuple[float, int, int, int]:
-        # Of equal scores sentencepiece merges the leftmost pair, so that a run of blanks grows from its left end.
+        # For equal scores sentencepiece merges the leftmost pair, so a run of spaces grows from its left end.
         score = scores[pair[0] + pair[1]]
         return -score, -len(pair[0]) if ties[score] > 1 else 0, ids[pair[0]], ids[pair[1]]
 
@@ -190,7 +194,7 @@ def _piece_model(proto: Any) -> models.Model:
     if proto.trainer_spec.model_type == _UNIGRAM:
         usable = (_NORMAL, _USER_DEFINED)
         lowest = min((piece.score for piece in proto.pieces if piece.type in usable), default=0.0)
-        # Control and byte pieces never come from text: the characters "<s>" must not become the token.
+        # Control and byte pieces never match text: the characters "<s>" must not become the token.
         vocab = [(piece.piece, piece.score if piece.type in usable else lowest - 50.0) for piece in proto.pieces]
         return models.Unigram(vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=fallback)
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
@@ -200,11 +204,11 @@ def _piece_model(proto: Any) -> models.Model:
 def _piece_normalizer(spec: Any) -> normalizers.Normalizer:
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
-        # Blanks alone: Strip would take line ends too.
+        # Only spaces: Strip would remove line ends too.
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend("▁"))
     steps.append(normalizers.Replace(" ", "▁"))
     if spec.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(r"▁+\z"), ""))  # the letter itself, too
+        steps.append(normalizers.Replace(Regex(r"▁+\z"), ""))  # "▁" characters of the text itself, too
     return normalizers.Sequence(steps)

@@ -1,4 +1,4 @@
-"""Files of ranks, .tiktoken and tekken.json: byte-level BPE, which merges what has the lowest rank together."""
+"""Converts files of ranks (.tiktoken, tekken.json): byte-level BPE that merges the pair of lowest rank first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.data.tokenize.patterns import words
 from engine.errors import DataError, format_value
 from engine.util.files import read_json
 
-# A .tiktoken file holds ranks alone; how text is split and the special ids are known by the encoding's name.
+# A .tiktoken file contains only ranks; the split pattern and special ids follow from the name of the encoding.
 _ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
     "r50k_base": (words("gpt2")[0], {"<|endoftext|>": 50256}),
     "cl100k_base": (
@@ -33,10 +33,10 @@ _ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
     "o200k_base": (words("o200k")[0], {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
 }
 _ENCODINGS["p50k_base"] = _ENCODINGS["r50k_base"]
-# whisper's: its further special tokens are not for texts, and follow this one.
+# Whisper's; its other special tokens never occur in texts, and follow this one.
 _ENCODINGS["gpt2"] = _ENCODINGS["r50k_base"]
 _ENCODINGS["multilingual"] = (_ENCODINGS["r50k_base"][0], {"<|endoftext|>": 50257})
-# Special tokens of a tekken.json that lists none, in the order of their ids.
+# Special tokens of a tekken.json without a list of them, in the order of their ids.
 _TEKKEN_SPECIAL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
     *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
@@ -45,11 +45,11 @@ _TEKKEN_SPECIAL = (
 
 
 class Tiktoken:
-    """A file of ranks, as tiktoken encodes with it: the id of a token is its rank + `first`."""
+    """Encodes with the tiktoken library and a file of ranks; the id of a token is its rank + `first`."""
 
     def __init__(self, path: Path, tekken: bool):
-        """A `.tiktoken` file, of an encoding known by name or with NAME.json {"pattern", "special_tokens"} beside it,
-        or a `tekken` file. Raises DataError if it is damaged, or the library is missing.
+        """Load a `.tiktoken` file of a known encoding, or with NAME.json {"pattern", "special_tokens"} next to it, or a
+        `tekken` file. Raises DataError if it is damaged, or the library is missing.
         """
         self._path, self.first = path, 0
         if tekken:
@@ -69,10 +69,10 @@ class Tiktoken:
             self._encoding = tiktoken.Encoding(
                 path.stem, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={}
             )
-        except Exception as err:  # it panics on a bad pattern, ...
+        except Exception as err:  # it panics on a bad pattern, for example
             raise DataError(
                 "tokenize.tiktoken-refuses",
-                f"{path}: tiktoken does not take it: {err}. Copy it anew, or check its .json.",
+                f"{path}: tiktoken rejects it: {err}. Copy it again, or check its .json.",
             ) from err
         self.name = f"tiktoken {version('tiktoken')}"
 
@@ -81,19 +81,19 @@ class Tiktoken:
         return [[number + self.first for number in self._encoding.encode_ordinary(text)] for text in texts]
 
     def to_json(self) -> str:
-        """Text of a tokenizer.json. Raises DataError if its ids are others."""
+        """Text of an equivalent tokenizer.json. Raises DataError if its ids differ."""
         letters = byte_letters()
         ranks, special = self.ranks, self.special
         spell = {token: "".join(letters[byte] for byte in token) for token in ranks if token}
         ordered = sorted(ranks, key=ranks.__getitem__)
         pairs = [(token[:at], token[at:]) for token in ordered for at in range(1, len(token))]
         merges = [(spell[left], spell[right]) for left, right in pairs if left in ranks and right in ranks]
-        # The special tokens stand in the model's vocabulary as well: `tokenizers` would close the gap before their ids.
+        # Special tokens are in the model's vocabulary too, or `tokenizers` would close the gap before their ids.
         vocab = {text: ranks[token] + self.first for token, text in spell.items()} | special
         if len(set(vocab.values())) < len(vocab) or len(vocab) < len(spell) + len(special):
             raise DataError(
                 "tokenize.special-tokens-clash",
-                f"{self._path}: special tokens have ids or spellings that other tokens have too. Check its .json.",
+                f"{self._path}: special tokens share ids or spellings with other tokens. Check its .json.",
             )
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -116,7 +116,7 @@ class Tiktoken:
 
 
 def _read_tekken(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
-    """Ranks, pattern and special tokens, which have the first ids, of Mistral's tekken.json."""
+    """(ranks, pattern, special tokens, which have the first ids) of Mistral's tekken.json."""
     try:
         content = read_json(path, loads=orjson.loads)
         config = content["config"]
@@ -133,18 +133,18 @@ def _read_tekken(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
         ) from err
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise DataError(
-            "tokenize.not-tekken", f"{path}: not a tekken.json: {type(err).__name__}: {str(err)[:200]}. Copy it anew."
+            "tokenize.not-tekken", f"{path}: not a tekken.json: {type(err).__name__}: {str(err)[:200]}. Copy it again."
         ) from err
     special = {named.get(number, f"<SPECIAL_{number}>"): number for number in range(first)}
     if len(special) < first or len(ranks) < len(used):
         raise DataError(
-            "tokenize.not-tekken", f"{path}: not a tekken.json: two of its tokens are the same. Copy it anew."
+            "tokenize.not-tekken", f"{path}: not a tekken.json: two of its tokens are the same. Copy it again."
         )
     return ranks, pattern, special
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """A base64 token and a rank a line; whisper's files have one without a token, which no text contains."""
+    """Ranks of a file with a base64 token and a rank per line; Whisper's have one line with an empty token."""
     ranks: dict[bytes, int] = {}
     try:
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -159,14 +159,15 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
                 raise ValueError(f"line {number} repeats the token {format_value(piece)}")
             ranks[piece] = int(rank)
         if len(set(ranks.values())) < len(ranks) or not all(bytes([byte]) in ranks for byte in range(256)):
-            raise ValueError("a rank stands there twice, or one of the 256 bytes is missing")
+            raise ValueError("it has a rank twice, or one of the 256 bytes is missing")
     except OSError as err:
         raise DataError(
             "tokenize.unreadable", f"{path}: cannot be read: {err.strerror or err}. Check the path of the tokenizer."
         ) from err
     except (ValueError, binascii.Error) as err:
         raise DataError(
-            "tokenize.not-tiktoken", f"{path}: not a .tiktoken file, which has a base64 token and a rank a line: {err}."
+            "tokenize.not-tiktoken",
+            f"{path}: not a .tiktoken file, which has a base64 token and a rank per line: {err}.",
         ) from err
     return ranks
 
@@ -183,14 +184,14 @@ def _encoding_rules(path: Path) -> tuple[str, dict[str, int]]:
     if path.stem not in _ENCODINGS:
         raise DataError(
             "tokenize.ranks-without-rules",
-            f"{path}: this file holds ranks alone, and {path.stem} is none of {', '.join(_ENCODINGS)}, whose rules are "
+            f"{path}: this file has only ranks, and {path.stem} is not one of {', '.join(_ENCODINGS)}, whose rules are "
             f'known. Write them to {rules_path}: {{"pattern": "...", "special_tokens": {{"<|endoftext|>": id}}}}.',
         )
     return _ENCODINGS[path.stem]
 
 
 def byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary."""
+    """The character that represents each byte in a byte-level vocabulary."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]

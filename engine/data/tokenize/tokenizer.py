@@ -1,8 +1,8 @@
-"""Text <-> token ids, around the `tokenizers` library, with the traps of a stored tokenizer.json taken out.
+"""Tokenizer around the `tokenizers` library: text <-> token ids, without the pitfalls of a stored tokenizer.json.
 
-Text is text: a document that contains the characters `<|endoftext|>` gets the ids of those characters, never the
-special id, so no document can end another one. Stored truncation and padding are switched off (they would cut or fill
-documents in silence), and so are templates that add BOS or EOS: what ends a document is decided by `prepare` alone.
+Special tokens in texts are text: a document that contains the characters `<|endoftext|>` gets the ids of those
+characters, never the special id, so it cannot end a document. Stored truncation and padding are disabled (they would
+silently shorten or pad documents), and so are templates that add BOS or EOS: only `prepare` adds these tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _USUAL_EOD = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
 
 class Tokenizer:
-    """A tokenizer and its identity. Make one with `load` or `train`.
+    """A tokenizer and its digest. Create one with `load` or `train`.
 
     Attributes: `vocab_size` (largest id + 1, added tokens included: the rows that a model's embedding needs),
     `digest` (sha256 hex of tokenizer.json in canonical form, so that formatting does not change it, or of a .model's
@@ -56,16 +56,16 @@ class Tokenizer:
         note: str = "",
         load_original: Callable[[], OriginalLibrary] | None = None,
     ):
-        """`definition`: text of a tokenizer.json; `companions`: name -> content of the files beside it.
+        """`definition`: text of a tokenizer.json; `companions`: name -> content of the files next to it.
 
-        `parse_special`: a special token spelled out in a text is that token, not its characters.
-        Raises ValueError if `tokenizers` refuses the definition, or a companion is not JSON.
+        `parse_special`: the spelling of a special token in a text becomes that token, not its characters.
+        Raises ValueError if `tokenizers` rejects the definition, or a companion is not JSON.
         """
         self._definition = definition
         self._companions = companions
         self._eod_token = _configured_token(companions, "eos_token")[1]
-        built = run_in_thread(lambda: tokenizers.Tokenizer.from_str(definition))
-        parsed = self._parsed = orjson.loads(definition)  # megabytes: read once
+        loading = run_in_thread(lambda: tokenizers.Tokenizer.from_str(definition))
+        parsed = self._parsed = orjson.loads(definition)  # megabytes: parsed once
         canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         self.digest = hashlib.sha256(canonical.encode() if sentencepiece is None else sentencepiece.content).hexdigest()
         self.sentencepiece, self.exact_without_symbols, self.note, self.load_original = (
@@ -75,13 +75,13 @@ class Tokenizer:
             load_original,
         )
         try:
-            self._tokenizer = built.result()
+            self._tokenizer = loading.result()
         except Exception as err:  # the library raises bare Exception
             raise ValueError(str(err)) from err
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._parse_special = parse_special
-        self._tokenizer.encode_special_tokens = not parse_special  # True: encode their spelling as text
+        self._tokenizer.encode_special_tokens = not parse_special  # True: encodes their spelling as text
         model = parsed["model"]
         unknown = model.get("unk_token")
         self.unknown = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
@@ -92,7 +92,7 @@ class Tokenizer:
         self.special_tokens = tuple(token.content for token in added.values() if token.special)
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
         longest_first = sorted(map(re.escape, self.special_tokens), key=len, reverse=True)
-        # What `parse_special` takes from texts, as one group.
+        # The special tokens that `parse_special` matches in texts, as one group.
         self.special_pattern = re.compile(f"({'|'.join(longest_first)})") if parse_special and longest_first else None
 
     @classmethod
@@ -104,10 +104,10 @@ class Tokenizer:
         merges: Path | None = None,
         lower_case: bool | None = None,
     ) -> Tokenizer:
-        """From a tokenizer.json, any file that engine/data/tokenize/convert.py knows, or a folder with one of them.
+        """Load a tokenizer.json, any other file that convert.py supports, or a folder with one of them.
 
-        `merges`: the file that belongs to a vocab.json, where names do not tell; `lower_case`: what is done to texts
-        before BERT's vocab.txt, None as the files say. Raises DataError if it is missing or not readable.
+        `merges`: merges of a vocab.json, if not under the usual name; `lower_case`: whether BERT's vocab.txt lowercases
+        texts, None: as the files say. Raises DataError if the tokenizer is missing or not readable.
         """
         path = Path(path)
         if merges is not None or lower_case is not None or not _is_definition(path):
@@ -118,15 +118,15 @@ class Tokenizer:
         file = path / DEFINITION if path.is_dir() else path
         try:
             definition = file.read_bytes().decode("utf-8")
-            run_in_thread = {name: file.parent / name for name in (TRAINING, *COMPANIONS)}
-            run_in_thread |= {f"{TEMPLATES}/{p.name}": p for p in sorted((file.parent / TEMPLATES).glob("*.jinja"))}
-            companions = {name: other.read_bytes() for name, other in run_in_thread.items() if other.is_file()}
+            paths = {name: file.parent / name for name in (TRAINING, *COMPANIONS)}
+            paths |= {f"{TEMPLATES}/{p.name}": p for p in sorted((file.parent / TEMPLATES).glob("*.jinja"))}
+            companions = {name: other.read_bytes() for name, other in paths.items() if other.is_file()}
             return cls(definition, companions, parse_special)
         except FileNotFoundError as err:
             raise DataError(
                 "tokenize.not-found",
-                f"{file}: no such file. Give {_formats()}. Names on a hub are not downloaded: fetch it first, or "
-                f"make one with `engine tokenizer train`.",
+                f"{file}: no such file. Give {_formats()}. Names on a hub are not downloaded: download it first, or "
+                f"train one with `engine tokenizer train`.",
             ) from err
         except (OSError, ValueError) as err:
             raise DataError(
@@ -135,10 +135,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:
-        """A tokenizer made from texts, in this process; `options`: as engine.data.tokenize.recipe.Recipe.
+        """Train a tokenizer on texts, in this process; `options`: fields of engine.data.tokenize.recipe.Recipe.
 
-        `bpe` and `unigram` have a token for each byte: any text survives. `wordpiece` is as BERT's: it drops white
-        space and has [UNK]. The result is smaller than `vocab_size` when the texts do not offer enough.
+        `bpe` and `unigram` have a token for each byte, so any text can be encoded. `wordpiece` is like BERT's: it drops
+        white space and has [UNK]. The vocabulary is smaller than `vocab_size` if the texts have too few candidates.
         """
         from engine.data.tokenize.algorithms import train
         from engine.data.tokenize.recipe import Recipe
@@ -146,7 +146,7 @@ class Tokenizer:
         return cls(*train(texts, Recipe(vocab_size, **options)))
 
     def with_original_ids(self, difference: str) -> Tokenizer:
-        """This one with the ids of the .model that it was made from. Raises DataError if it is none."""
+        """The same tokenizer, but encoding with the .model it was converted from. Raises DataError if there is none."""
         from engine.data.tokenize.convert import companion_files
         from engine.data.tokenize.sentencepiece_model import Sentencepiece
 
@@ -154,7 +154,7 @@ class Tokenizer:
         if not isinstance(sentencepiece, Sentencepiece):
             raise DataError(
                 "tokenize.not-convertible",
-                f"{difference}. This cannot be removed: give the tokenizer.json that its makers publish.",
+                f"{difference}. The engine cannot correct this: give the tokenizer.json that its authors publish.",
             )
         return Tokenizer(
             self._definition,
@@ -166,7 +166,7 @@ class Tokenizer:
 
     @property
     def eod(self) -> int:
-        """The id that ends a document. Raises DataError if the tokenizer has none."""
+        """Id of the end-of-document token. Raises DataError if the tokenizer has none."""
         for token in (self._eod_token,) if self._eod_token is not None else _USUAL_EOD:
             number = self._tokenizer.token_to_id(token)
             if number is not None:
@@ -180,22 +180,24 @@ class Tokenizer:
 
     @property
     def bos(self) -> int:
-        """The id that begins a document. Raises DataError if the tokenizer has none, or says that it has none."""
-        said, token = _configured_token(self._companions, "bos_token")
-        for spelling in ((token,) if token else ()) if said else _USUAL_BOS:
+        """Id of the begin-of-document token. Raises DataError if the tokenizer has none, or declares to have none."""
+        is_configured, token = _configured_token(self._companions, "bos_token")
+        for spelling in ((token,) if token else ()) if is_configured else _USUAL_BOS:
             number = self._tokenizer.token_to_id(spelling)
             if number is not None:
                 return int(number)
-        looked = f"tokenizer_config.json has {token!r} as bos_token" if said else f"looked for {', '.join(_USUAL_BOS)}"
+        reason = f"looked for {', '.join(_USUAL_BOS)}"
+        if is_configured:
+            reason = f"tokenizer_config.json has {token!r} as bos_token"
         raise DataError(
             "tokenize.no-begin-token",
-            f"the tokenizer has no token that begins a document ({looked}). Prepare without --prepend-bos, or name a "
+            f"the tokenizer has no begin-of-document token ({reason}). Prepare without --prepend-bos, or name a "
             f'token that it has in its tokenizer_config.json, "bos_token": "...".',
         )
 
     @property
     def template(self) -> tuple[list[int], list[int]]:
-        """Ids that its stored template would put before and behind a text; here they are never added."""
+        """(ids before, ids after) that its stored template would add to a text; the engine never adds them."""
         if self.sentencepiece is not None:
             return [], []
         whole, plain = self._tokenizer.encode("a").ids, self.encode("a")
@@ -203,7 +205,7 @@ class Tokenizer:
         return whole[:before], whole[before + len(plain) :]
 
     def unknown_bytes(self, text: str) -> int:
-        """UTF-8 bytes of `text` that become the unknown token."""
+        """Number of UTF-8 bytes of `text` that become the unknown token."""
         if self.sentencepiece is not None:
             return self.sentencepiece.unknown_bytes(text)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -211,7 +213,7 @@ class Tokenizer:
         return sum(len(text[begin:end].encode()) for begin, end in spans)
 
     def text_only_definition(self) -> str:
-        """tokenizer.json for a library that always parses special tokens: without them, unless they are wanted."""
+        """tokenizer.json for a library that always parses special tokens: without them, unless `parse_special`."""
         definition = {**self._parsed, "truncation": None, "padding": None}
         if not self._parse_special:
             added = definition.get("added_tokens") or []
@@ -219,20 +221,20 @@ class Tokenizer:
         return orjson.dumps(definition).decode()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added."""
+        """Ids of `text`, without any added special tokens."""
         if self.sentencepiece is not None:
             return self._sentencepiece_ids([text])[0]
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Ids of each text, int32 [length], on all cores (by sentencepiece: on this thread)."""
+        """Ids of each text, int32 [length]; uses all cores (sentencepiece: only this thread)."""
         if self.sentencepiece is not None:
             return [np.array(ids, dtype=np.int32) for ids in self._sentencepiece_ids(texts)]
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _sentencepiece_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids by sentencepiece, which takes no special tokens from texts: where they are wanted, of what is between."""
+        """Ids from sentencepiece, which does not parse special tokens: texts are split at them if `parse_special`."""
         assert self.sentencepiece is not None
         if self.special_pattern is None:
             return self.sentencepiece.encode_batch(texts)
@@ -248,20 +250,20 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens spelled out."""
+        """Text of `ids`, including the spelling of special tokens."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def decode_batch(self, pieces: Sequence[Sequence[int]]) -> list[str]:
-        """`decode` of each of several, on all cores."""
+        """`decode` for several sequences, on all cores."""
         return list(self._tokenizer.decode_batch(list(pieces), skip_special_tokens=False))
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its spelling in the vocabulary, None if there is none."""
+        """Id of the token with this spelling in the vocabulary, None if there is none."""
         number = self._tokenizer.token_to_id(token)
         return None if number is None else int(number)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and the files beside it as transformers reads them; a loaded one as it was."""
+        """Write tokenizer.json and its companion files in the layout of transformers; a loaded one unchanged."""
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -275,7 +277,7 @@ class Tokenizer:
             ) from err
 
     def save_definition(self, folder: Path) -> None:
-        """Write tokenizer.json, or the .model whose ids it does not give, beside the files that are there."""
+        """Write only tokenizer.json, or the .model if sentencepiece encodes; other files of the folder stay."""
         if self.sentencepiece is not None:
             (folder / MODEL).write_bytes(self.sentencepiece.content)
             return
@@ -292,17 +294,17 @@ def _formats() -> str:
     return FORMATS
 
 
-def _configured_token(companions: dict[str, bytes], what: str) -> tuple[bool, str | None]:
-    """Whether the files beside tokenizer.json say anything of `what`, such as "eos_token", and the token they name.
+def _configured_token(companions: dict[str, bytes], name: str) -> tuple[bool, str | None]:
+    """(whether the companion files have a field `name` such as "eos_token", the token in it).
 
-    The value is a string or {"content": string}; null says that there is none.
+    The value is a string or {"content": string}; null declares that there is none.
     """
-    said = False
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        config = json.loads(companions.get(name, b"{}"))
-        said |= isinstance(config, dict) and what in config
-        token: Any = config.get(what) if isinstance(config, dict) else None
+    is_configured = False
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        config = json.loads(companions.get(file, b"{}"))
+        is_configured |= isinstance(config, dict) and name in config
+        token: Any = config.get(name) if isinstance(config, dict) else None
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return True, token
-    return said, None
+    return is_configured, None

@@ -1,4 +1,4 @@
-"""A tokenizer from raw text: `engine tokenizer train`, and the one that `prepare` trains."""
+"""Trains a tokenizer on input files, for `engine tokenizer train` and `engine prepare --train-vocab-size`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SAMPLES, _SAMPLE_CHARS = 64, 2000
 
 @dataclass
 class Trained:
-    """A trained tokenizer, documents and bytes of text that it saw, seconds by step, and what was left out."""
+    """A trained tokenizer, the documents and text bytes it was trained on, seconds by step, and skipped items."""
 
     tokenizer: Tokenizer
     documents: int
@@ -44,7 +44,10 @@ class Trained:
 
 
 class TextSampler:
-    """Takes at most so many bytes of text, evenly from all the input; 0: everything."""
+    """Selects at most `max_bytes` of text, evenly spread over all the input; 0: everything.
+
+    total: stored bytes of the input, 0: unknown (then the first texts are taken).
+    """
 
     def __init__(self, max_bytes: int, total: int):
         self._max, self._total = max_bytes, total
@@ -52,11 +55,11 @@ class TextSampler:
 
     @property
     def is_full(self) -> bool:
-        """Whether no document will be taken any more."""
+        """Whether no more documents will be selected."""
         return bool(self._max) and not self._total and self.text_bytes >= self._max
 
     def take(self, texts: Sequence[str], consumed: int) -> Iterator[str]:
-        """Of texts that end at stored byte `consumed` of `total` (0: not known, the first ones are taken)."""
+        """The selected ones of `texts`, which end at stored byte `consumed` of the input."""
         sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         due = self._max * min(1.0, consumed / self._total) if self._total else 0.0
         share, before, passed = (due - self.text_bytes) / max(1, sum(sizes)), self.text_bytes, 0
@@ -78,8 +81,8 @@ def train_tokenizer(
 ) -> Trained:
     """Train a tokenizer on the documents of the inputs and write the folder, whole or not at all.
 
-    Raises ConfigError for options that make no sense, DataError for bad input, an `output` that has a tokenizer unless
-    `overwrite`, and inputs without text; Stopped when `stop` says so.
+    Raises ConfigError for invalid options; DataError for bad input, for inputs without text, and for an `output` with a
+    tokenizer unless `overwrite`; Stopped if `stop` receives a signal.
     """
     o, stop = options, stop or Interrupts(listen=False)
     if errors := list(o.errors()):
@@ -96,8 +99,8 @@ def train_tokenizer(
             for drop in batch.drops:
                 if drop.stops and not o.skip_errors:
                     raise drop.error()
-            for told in account.add(batch):
-                note(f"note: {told}")
+            for text in account.add(batch):
+                note(f"note: {text}")
             yield from sampler.take(batch.texts, batch.consumed)
             if progress is not None:
                 elapsed = time.monotonic() - began
@@ -119,18 +122,18 @@ def train_tokenizer(
 def train_in_subprocess(
     texts: Iterable[str], recipe: Recipe, sampler: TextSampler, progress: Progress | None
 ) -> Trained:
-    """Train in another process on what `sampler` took; check what comes back on samples of the texts."""
+    """Train in a subprocess on `texts`, which `sampler` has selected; verify the result on samples of them."""
     samples: list[str] = []
 
-    def seen() -> Iterator[str]:
+    def sampled() -> Iterator[str]:
         for text in texts:
             if sampler.documents.bit_count() == 1 or len(samples) < _SAMPLES // 2:  # document 1, 2, 4, 8 ... too
                 samples.append(text[:_SAMPLE_CHARS])
             yield text
 
-    with TrainProcess(recipe, progress) as apart:
-        apart.send(seen())
-        definition, companions = apart.finish()
+    with TrainProcess(recipe, progress) as process:
+        process.send(sampled())
+        definition, companions = process.finish()
     if progress is not None:
         progress(StepEvent("verifying", 0, 0, 0.0))
     began = time.monotonic()
@@ -139,12 +142,12 @@ def train_in_subprocess(
     companions[TRAINING] = (json.dumps(metadata, ensure_ascii=False, indent=1) + "\n").encode()
     tokenizer = Tokenizer(definition, companions)
     _verify(tokenizer, recipe, samples)
-    seconds = {**apart.seconds, "verifying": time.monotonic() - began}
+    seconds = {**process.seconds, "verifying": time.monotonic() - began}
     return Trained(tokenizer, sampler.documents, sampler.text_bytes, seconds)
 
 
 def _verify(tokenizer: Tokenizer, recipe: Recipe, samples: Sequence[str]) -> None:
-    """Texts have to survive, in their normal form."""
+    """Raise DataError unless texts decode to themselves, after Unicode normalisation if the recipe has one."""
     if recipe.kind == "wordpiece":  # it drops white space
         return
     normal = {"nfc": normalizers.NFC(), "nfkc": normalizers.NFKC()}.get(recipe.normalizer)
@@ -159,7 +162,7 @@ def _verify(tokenizer: Tokenizer, recipe: Recipe, samples: Sequence[str]) -> Non
 
 
 def _check_output(options: TokenizerOptions) -> None:
-    """Before hours of work: what would stand in the way at the end."""
+    """Before hours of work: raise DataError for problems that would prevent writing the result."""
     output = options.output
     if options.kind == "unigram" and importlib.util.find_spec("sentencepiece") is None:
         raise DataError(
@@ -169,24 +172,24 @@ def _check_output(options: TokenizerOptions) -> None:
     if (output / "tokenizer.json").exists() and not options.overwrite:
         raise DataError(
             "tokenize.output-exists",
-            f"{output / 'tokenizer.json'}: already there. Choose another folder, or give --overwrite.",
+            f"{output / 'tokenizer.json'}: already exists. Choose another folder, or give --overwrite.",
         )
     parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise DataError(
             "tokenize.not-writable",
-            f"{output}: cannot be made, as {parent} is no folder that can be written. Choose another.",
+            f"{output}: cannot be created, as {parent} is not a writable folder. Choose another.",
         )
 
 
 def save_atomically(tokenizer: Tokenizer, output: Path) -> None:
-    """Write the folder; tokenizer.json, which makes it one, comes last. A failure leaves what was there."""
+    """Write the folder via a temporary one, tokenizer.json last. After an error the previous tokenizer is intact."""
     output = output.absolute()
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        tokenizer.save(aside)
+        tokenizer.save(temporary)
         output.mkdir(parents=True, exist_ok=True)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "tokenizer.json"):
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "tokenizer.json"):
             os.replace(path, output / path.name)
         sync_folder(output)
     except OSError as err:
@@ -194,4 +197,4 @@ def save_atomically(tokenizer: Tokenizer, output: Path) -> None:
             "tokenize.not-writable", f"{output}: cannot write the tokenizer: {err.strerror or err}. Choose another."
         ) from err
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Trains a tokenizer in a process of its own, so that this one can tell how far it is and end it at any moment.
+"""Trains a tokenizer in a subprocess, so that the parent can report progress and stop it at any moment.
 
-The libraries that train return to Python only when they are done. The other process gets a line of JSON (the recipe)
-and the texts, each as 8 bytes of length and UTF-8, then the length END, and answers with one JSON object; how far it is
-stands on its standard error. It ends when this one does, and its memory is given back.
+The training libraries return to Python only at the end. The subprocess reads a line of JSON (the recipe) and the texts,
+each as 8 bytes of length and UTF-8, then the length END, and answers with one JSON object. It writes its progress to
+standard error. It exits when the parent exits, and its memory is released.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from engine.data.tokenize.recipe import Recipe
 from engine.errors import DataError, truncate
 
 _END = 2**64 - 1
-_SEND_BYTES = 1 << 18  # at once
+_SEND_BYTES = 1 << 18  # sent at once
 _POLL_S = 0.2
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from engine.data.tokenize.train_process import main; main()"
 _STAGES = {"Tokenize words": "spelling words", "Count pairs": "counting pairs", "Compute merges": "merging"}
-_LOGGED = (  # of sentencepiece, in the order in which they come
+_LOGGED = (  # log lines of sentencepiece, in their order
     (re.compile(r"Loaded all \d+ sentences"), "sorting words"),
     (re.compile(r"Extracting seed|Making suffix array"), "finding pieces"),
     (re.compile(r"Initialized \d+ seed"), "weighing pieces (EM)"),
@@ -42,19 +42,19 @@ _LOG_LINE = re.compile(r"^([IWEF]\d{4} |WARNING: All log|[a-z_]+ \{|[ }]|[a-z_]+
 
 
 class TrainProcess:
-    """The other process, from here. `seconds`: of each step, in order; `send` texts, then `finish`."""
+    """The subprocess, seen from the parent: `send` texts, then `finish`. `seconds`: duration of each step, in order."""
 
     def __init__(self, recipe: Recipe, progress: Callable[[StepEvent], None] | None):
         self._recipe, self._progress = recipe, progress
         root = str(Path(__file__).resolve().parents[3])
-        # A file, no pipe: a line for each of 100,000 merges, and each would wake this process, and let that one wait.
+        # A file, not a pipe: each of 100,000 lines (one per merge) would wake this process and delay the other.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
         self._process = subprocess.Popen(
             [sys.executable, "-X", "utf8", "-c", _START, root],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            start_new_session=True,  # Ctrl-C is this process's to hear
+            start_new_session=True,  # only the parent handles Ctrl-C
         )
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
@@ -75,11 +75,11 @@ class TrainProcess:
         self._reader.join()
         for file in (self._process.stdin, self._process.stdout, self._log):
             if file is not None:
-                with contextlib.suppress(OSError):  # what it buffers has no reader
+                with contextlib.suppress(OSError):  # buffered data has no reader any more
                     file.close()
 
     def send(self, texts: Iterable[str]) -> None:
-        """Pass the texts on, as fast as they are taken."""
+        """Send the texts, as fast as the subprocess reads them."""
         for text in texts:
             data = text.encode()
             self._buffer += len(data).to_bytes(8, "little") + data
@@ -95,7 +95,7 @@ class TrainProcess:
         self._buffer.clear()
 
     def finish(self) -> tuple[str, dict[str, bytes]]:
-        """Wait for the tokenizer: text of its tokenizer.json, and the files beside it. Raises DataError."""
+        """Wait for the result: (text of tokenizer.json, companion files). Raises DataError if training failed."""
         self._buffer += _END.to_bytes(8, "little")
         self._flush()
         self._begin("counting words")
@@ -108,15 +108,15 @@ class TrainProcess:
         if self._process.wait() or not self._answer:
             raise self._failure()
         self._begin("")
-        made = json.loads(self._answer)
-        return made["definition"], {name: text.encode() for name, text in made["companions"].items()}
+        result = json.loads(self._answer)
+        return result["definition"], {name: text.encode() for name, text in result["companions"].items()}
 
     def _failure(self) -> DataError:
         code = self._process.wait()
         self._read_progress()
         if code < 0:
-            why = f"its process was ended by signal {-code}"
-            hint = " Memory may have run out: --max-bytes trains on a part of the texts." if code == -9 else ""
+            why = f"its process was killed by signal {-code}"
+            hint = " Memory may have run out: --max-bytes trains on part of the texts." if code == -9 else ""
             return DataError("tokenize.training-failed", f"the training of the tokenizer failed: {why}.{hint}")
         if self._output_lines and self._output_lines[-1].startswith("error: "):
             return DataError(
@@ -139,22 +139,22 @@ class TrainProcess:
         self._answer = self._process.stdout.read()
 
     def _read_progress(self) -> None:
-        """What it has said since: steps; anything else is kept for an error."""
-        heard = os.pread(self._log.fileno(), 1 << 24, self._log_position)
-        self._log_position += len(heard)
-        *lines, self._rest = (self._rest + heard).split(b"\n")
+        """Read its new log lines: update the current step, keep other lines for an error message."""
+        data = os.pread(self._log.fileno(), 1 << 24, self._log_position)
+        self._log_position += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
         for raw in lines:
             line = raw.decode(errors="replace").rstrip()
             if line.startswith('{"stage"'):
-                said = json.loads(line)
-                self._begin(_STAGES.get(said["stage"], said["stage"]), said["current"], said["total"])
+                event = json.loads(line)
+                self._begin(_STAGES.get(event["stage"], event["stage"]), event["current"], event["total"])
             elif known := next(((step, found) for one, step in _LOGGED if (found := one.search(line))), None):
                 self._begin(known[0], *self._em_rounds(known[1]))
             elif line and not _LOG_LINE.match(line):
                 self._output_lines = [*self._output_lines[-20:], line]
 
     def _em_rounds(self, found: re.Match[str]) -> tuple[int, int]:
-        """Of sentencepiece's EM: how many rounds are done, and about how many there will be. Each keeps 3/4."""
+        """(EM rounds of sentencepiece done, estimated total). Each round keeps 3/4 of the pieces."""
         if not found.groups():
             return 0, 0
         left = max(0, math.ceil(math.log(int(found[1]) / (1.1 * self._recipe.vocab_size), 4 / 3)))
@@ -162,10 +162,10 @@ class TrainProcess:
 
 
 def main() -> None:
-    """The other process."""
+    """Entry point of the subprocess."""
     from engine.data.tokenize.algorithms import train
 
-    stdin = open(0, "rb", buffering=1 << 20)  # noqa: SIM115  (until the process ends)
+    stdin = open(0, "rb", buffering=1 << 20)  # noqa: SIM115  (open until the process exits)
     given = json.loads(stdin.readline())
     options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     recipe = Recipe(**options)
@@ -173,21 +173,21 @@ def main() -> None:
     def texts() -> Iterator[str]:
         while (size := int.from_bytes(_exactly(stdin, 8), "little")) != _END:
             yield _exactly(stdin, size).decode()
-        threading.Thread(target=lambda: stdin.read(1) or os._exit(1), daemon=True).start()  # nobody waits any more
+        threading.Thread(target=lambda: stdin.read(1) or os._exit(1), daemon=True).start()  # the parent has exited
 
     try:
-        definition, companions = train(texts(), recipe, tell=True)
+        definition, companions = train(texts(), recipe, report_progress=True)
     except DataError as err:
         print("error: " + str(err).replace("\n", "\x1f"), file=sys.stderr)
         os._exit(1)
-    made = {"definition": definition, "companions": {name: data.decode() for name, data in companions.items()}}
-    sys.stdout.buffer.write(json.dumps(made).encode())
+    result = {"definition": definition, "companions": {name: data.decode() for name, data in companions.items()}}
+    sys.stdout.buffer.write(json.dumps(result).encode())
     sys.stdout.flush()
-    os._exit(0)  # a thread waits for standard input
+    os._exit(0)  # without waiting for the thread that reads standard input
 
 
 def _exactly(stream: BinaryIO, size: int) -> bytes:
     data = stream.read(size)
     if len(data) < size:
-        os._exit(1)  # who sent the texts has ended
+        os._exit(1)  # the parent has exited
     return data

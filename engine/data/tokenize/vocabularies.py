@@ -1,4 +1,4 @@
-"""GPT-2's vocab.json with merges.txt, and BERT's vocab.txt, as a tokenizer.json."""
+"""Converts GPT-2's vocab.json with merges.txt, and BERT's vocab.txt, to tokenizer.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def from_merges(path: Path, merges: Path, config: dict[str, Any]) -> tuple[str, str | None]:
-    """The definition and the end token of a byte-level BPE: `path` holds its ids, `merges` its pairs, best first."""
+    """(tokenizer.json, end token) of a byte-level BPE with the ids in `path` and the pairs in `merges`, best first."""
     try:
         vocab = {str(token): int(number) for token, number in read_json(path).items()}
         lines = merges.read_bytes().decode().split("\n")
@@ -30,14 +30,14 @@ def from_merges(path: Path, merges: Path, config: dict[str, Any]) -> tuple[str, 
     except Exception as err:  # the library raises bare Exception
         raise DataError(
             "tokenize.merges-do-not-fit",
-            f"{path}: not a vocabulary that {merges} belongs to: {str(err)[:200]}. Copy both anew.",
+            f"{path}: not the vocabulary that belongs to {merges}: {str(err)[:200]}. Copy both again.",
         ) from err
     missing = [letter for letter in byte_letters() if letter not in vocab]
     if missing:
         raise DataError(
             "tokenize.not-byte-level",
-            f"{path}: not GPT-2's kind of vocabulary: {len(missing)} of the 256 letters that stand for bytes are not "
-            f"in it, such as {format_value(missing[0])}. Give its tokenizer.json.",
+            f"{path}: not GPT-2's kind of vocabulary: {len(missing)} of the 256 characters for bytes are missing, "
+            f"such as {format_value(missing[0])}. Give its tokenizer.json.",
         )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,20 +49,20 @@ def from_merges(path: Path, merges: Path, config: dict[str, Any]) -> tuple[str, 
 
 
 def from_wordpiece(path: Path, config: dict[str, Any], lower_case: bool | None) -> tuple[str, str | None]:
-    """The definition and the end token ([SEP]) of BERT's vocabulary, a piece a line.
+    """(tokenizer.json, end token, [SEP] by default) of BERT's vocabulary with one piece per line.
 
-    `lower_case` None: as tokenizer_config.json says ("do_lower_case"), or else unless a piece has a capital letter.
+    `lower_case` None: by "do_lower_case" in tokenizer_config.json, or else true unless a piece has a capital letter.
     """
     try:
         pieces = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as err:
-        raise DataError("tokenize.unreadable", f"{path}: cannot be read: {err}. Copy it anew.") from err
+        raise DataError("tokenize.unreadable", f"{path}: cannot be read: {err}. Copy it again.") from err
     pieces = [piece.rstrip("\r") for piece in pieces]
-    vocab = {piece: number for number, piece in enumerate(pieces)}  # of two equal lines the last one counts, as in BERT
+    vocab = {piece: number for number, piece in enumerate(pieces)}  # the last of equal lines counts, as in BERT
     if "[UNK]" not in vocab:
         raise DataError(
             "tokenize.not-wordpiece",
-            f"{path}: not BERT's vocab.txt, a piece a line and [UNK] among them. Give its tokenizer.json.",
+            f"{path}: not BERT's vocab.txt, which has one piece per line, including [UNK]. Give its tokenizer.json.",
         )
     if lower_case is None:
         lower_case = config.get("do_lower_case")
@@ -82,7 +82,7 @@ def from_wordpiece(path: Path, config: dict[str, Any], lower_case: bool | None) 
     return tokenizer.to_str(), end if end in vocab else None
 
 
-def _token(said: Any) -> str | None:
-    """A token in a tokenizer_config.json: a string or {"content": string}."""
-    said = said.get("content") if isinstance(said, dict) else said
-    return said if isinstance(said, str) else None
+def _token(value: Any) -> str | None:
+    """A token in a tokenizer_config.json, either a string or {"content": string}."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None

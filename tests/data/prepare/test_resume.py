@@ -360,7 +360,7 @@ def test_the_tokenizer_travels_with_the_data(tmp_path: Path, tokenizer: Path) ->
 def whole_by_reference(folder: Path, tokenizer: Path) -> bytes:
     corpus(folder / "reference")
     report = run(folder / "reference", tokenizer, encoder="tokenizers")
-    assert report.encoder.startswith("tokenizers ") and report.encoder_note == "as asked"
+    assert report.encoder.startswith("tokenizers ") and report.encoder_note == "as requested"
     return (folder / "reference/out-train.bin").read_bytes()
 
 

@@ -90,7 +90,7 @@ def test_what_no_definition_gives_sentencepiece_encodes(tmp_path: Path, kind: st
     assert (again.digest, again.encode(texts[1]), again.eod) == (chosen.digest, original.encode(texts[1]), 2)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     report = prepare([tmp_path / "in.jsonl"], str(tmp_path / "out"), tokenizer=path, append_eod=False)
-    assert report.encoder.startswith("sentencepiece") and "no tokenizer.json gives its ids" in report.encoder_note
+    assert report.encoder.startswith("sentencepiece") and "no tokenizer.json reproduces its ids" in report.encoder_note
     data = IndexedDataset(tmp_path / "out-train")
     assert [list(data[i]) for i in range(len(data))] == [ids for ids in original.encode(texts) if ids]
     assert Tokenizer.load(tmp_path / "out-tokenizer").digest == report.tokenizer_digest == chosen.digest
@@ -178,7 +178,9 @@ def test_a_run_compares_its_own_texts(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(encoder_module, "_FIRST_CHARS", 0)
     texts = [*TEXTS[:7], f"one {letter}"] if not late else [f"one {letter}", *TEXTS[:7]]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    with pytest.warns(UserWarning, match="differs from it: of .*instead of.*encoded anew by sentencepiece itself"):
+    with pytest.warns(
+        UserWarning, match="differs from it: the ids of .*instead of.*encoded anew by sentencepiece itself"
+    ):
         report = prepare([tmp_path / "in.jsonl"], str(tmp_path / "out"), tokenizer=path, append_eod=False)
     data = IndexedDataset(tmp_path / "out-train")
     assert [list(data[i]) for i in range(len(data))] == original.encode(texts)

@@ -78,7 +78,7 @@ def test_tokenizers_without_tokenizer_json(folder: Path, tmp_path: Path, capsys:
     )
 
     change(folder, "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
-    assert "how Qwen2Tokenizer cuts texts is not known" in engine(capsys, "import", folder, tmp_path / "other")
+    assert "how Qwen2Tokenizer splits texts is not known" in engine(capsys, "import", folder, tmp_path / "other")
     engine(capsys, "export", tmp_path / "other", tmp_path / "kept")
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         assert (tmp_path / "kept" / name).read_bytes() == (folder / name).read_bytes()

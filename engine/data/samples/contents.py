@@ -1,4 +1,4 @@
-"""Looking at a corpus: counts, lengths of documents, decoded samples with document borders, and a whole check."""
+"""Inspects a corpus: statistics, document lengths, decoded samples with document boundaries, full verification."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from engine.data.tokenize.file_names import is_tokenizer
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import DataError
 
-_CHUNK = 1 << 22  # elements at a time: bounds memory
+_CHUNK = 1 << 22  # elements read at a time, to bound memory
 DOCUMENT_MARK = "⟦document {}⟧"
 
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """documents with tokens; lengths are in tokens; p95: 95 % of the documents have at most so many.
+    """Statistics of a corpus. documents: those with tokens; lengths in tokens; p95: 95th percentile of the lengths.
 
-    text_bytes: of the sidecar, None without.
+    text_bytes: from the sidecar, None without it.
     """
 
     documents: int
@@ -45,9 +45,9 @@ class CorpusStatistics:
 
 
 def count(dataset: IndexedDataset) -> CorpusStatistics:
-    """The figures of a corpus. Raises DataError for one without documents."""
+    """Statistics of a corpus. Raises DataError if it has no documents."""
     if not dataset.num_documents:
-        raise DataError("samples.corpus-empty", f"{dataset.prefix}: there are no documents in it")
+        raise DataError("samples.corpus-empty", f"{dataset.prefix}: the corpus has no documents")
     lengths = dataset.lengths
     text_bytes = dataset.meta.get("text_bytes")
     return CorpusStatistics(
@@ -66,7 +66,7 @@ def count(dataset: IndexedDataset) -> CorpusStatistics:
 
 
 def histogram(dataset: IndexedDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(edges [n + 1], documents [n], their tokens [n]) in classes that double: 0, 1, 2-3, 4-7, ... tokens."""
+    """(edges [n + 1], documents [n], their tokens [n]) in bins of doubling width: 0, 1, 2-3, 4-7, ... tokens."""
     bits = math.ceil(math.log2(int(dataset.lengths.max()) + 1)) if dataset.num_documents else 0
     edges = np.array([0, *(1 << b for b in range(bits + 1))], np.int64)
     documents, tokens = np.zeros(len(edges) - 1, np.int64), np.zeros(len(edges) - 1, np.int64)
@@ -86,9 +86,9 @@ def decoded_samples(
     seed: int,
     fim: FillInTheMiddle | None = None,
 ) -> Iterator[str]:
-    """Samples as training sees them, drawn by `seed`: text with a mark where each document begins or goes on.
+    """Decoded samples as training sees them, drawn by `seed`, with a mark where each document begins or continues.
 
-    With `fim` as they are after it: special tokens spelled out instead of the marks, and what became of the segments.
+    With `fim`: the samples after fill-in-the-middle, without marks but with special tokens, and counts of outcomes.
     """
     order = SampleOrder(dataset, seq_len, seed)
     picked = np.random.default_rng(seed).integers(0, order.samples_per_epoch, count)
@@ -114,8 +114,8 @@ def decoded_samples(
 def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
     """Check what opening a corpus does not: every token, and the sidecar. Returns a line for each check that passed.
 
-    Raises DataError with all that is wrong. What the format proves by itself (sizes, pointers, boundaries) was checked
-    when the corpus was opened.
+    Raises DataError with all differences. Sizes, pointers and boundaries were already checked when the corpus was
+    opened.
     """
     bin_path, idx_path, json_path = paths_of(dataset.prefix)
     meta = dataset.meta
@@ -140,17 +140,17 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
         largest = max(largest, int(tokens.max()))
         if limit:
             counts += np.bincount(tokens, minlength=limit)
-    right = [
-        f"{idx_path}: {dataset.num_documents:,} lengths, pointers and boundaries fit each other and the size of .bin",
+    passed = [
+        f"{idx_path}: {dataset.num_documents:,} lengths, pointers and boundaries fit the size of .bin",
         f"{bin_path}: {dataset.num_tokens:,} tokens are in [0, {limit:,})" if limit else f"{bin_path}: no token < 0",
     ]
     if not meta and json_path.exists():
         raise DataError(
             "samples.sidecar-differs",
-            f"{json_path}: describes another file (the warning says how). Delete or restore it.",
+            f"{json_path}: describes another file (see the warning). Delete or restore it.",
         )
     if not meta:
-        return [*right, f"{json_path}: not there; the tokenizer is not known, nor the digest of the tokens"]
+        return [*passed, f"{json_path}: does not exist; the tokenizer and the digest of the tokens are unknown"]
     expected: dict[str, Any] = {"num_documents": dataset.num_documents, "max_token": largest}
     expected |= {"dtype": dataset.dtype.name, "bin_digest": digest.hexdigest(), SIDECAR_DIGEST: sidecar_digest(meta)}
     if limit and limit == meta.get("vocab_size"):
@@ -167,24 +167,24 @@ def verify(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
             "samples.sidecar-differs",
             f"{json_path}: {'; '.join(differences)}. Write the corpus again, or restore the file.",
         )
-    return [*right, f"{json_path}: {', '.join(name for name in expected if name in meta)} are as it says"]
+    return [*passed, f"{json_path}: {', '.join(name for name in expected if name in meta)} match the files"]
 
 
-def _same(said: Any, found: Any) -> bool:
+def _same(stored: Any, found: Any) -> bool:
     if isinstance(found, float):
-        return isinstance(said, int | float) and math.isclose(said, found, rel_tol=1e-9, abs_tol=1e-12)
-    return bool(said == found)
+        return isinstance(stored, int | float) and math.isclose(stored, found, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(stored == found)
 
 
 def tokenizer_fits(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> bool | None:
-    """Whether the corpus was made with this tokenizer; None without one, or where no sidecar tells."""
+    """Whether the corpus was made with this tokenizer; None if unknown (no tokenizer, or no digest in the sidecar)."""
     made_with = dataset.meta.get("tokenizer_digest")
     return None if tokenizer is None or not made_with else bool(tokenizer.digest == made_with)
 
 
 def find_tokenizer(prefix: str, given: Path | None) -> Path | None:
-    """The folder given, or the one beside the corpus: PREFIX-tokenizer (as `prepare` writes it for PREFIX-train,
-    PREFIX-valid and PREFIX-test), or tokenizer or . in the same folder.
+    """The tokenizer folder of a corpus: the given one, else PREFIX-tokenizer (also for PREFIX-train, PREFIX-valid and
+    PREFIX-test, as `prepare` writes it), else `tokenizer` or `.` in the folder of the corpus. None if there is none.
     """
     if given is not None:
         return given

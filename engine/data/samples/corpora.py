@@ -1,4 +1,4 @@
-"""What a training run reads: the corpora that `data.train` names, as one order of samples, with their facts."""
+"""Opens the corpora that `data.train` names as one order of samples, with metadata for the checkpoint."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from engine.data.samples.special import fill_in_the_middle, masked_labels
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, FieldError
 
-DECLARED_MIXTURE = "mixture from step "  # what data.train says from that step on
-USED_MIXTURE = "mixture from sample "  # what is drawn from that sample on: before the samples consumed, a fact for good
+DECLARED_MIXTURE = "mixture from step "  # data metadata: weights that data.train declares from that step on
+USED_MIXTURE = "mixture from sample "  # weights used from that sample on; final once the samples are consumed
 _MOST_NOTES = 12
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """order: the samples. names: of the sources of a blend, () for one corpus. facts: what a checkpoint remembers.
+    """The training data of a run.
 
-    notes: what to tell the user about fill-in-the-middle and validation. collate: by data.mask_eod, mask_tokens and
-    separate_documents. fim: None at data.fim_rate 0.
-    planned: of a blend, (step, weights from there on), the first at step 0; () for one corpus. shares: what to tell the
-    user about the blend.
+    order: the samples. names: those of the sources of a blend, () for one corpus. metadata: stored in checkpoints.
+    notes: messages about fill-in-the-middle and validation. collate: applies data.mask_eod, mask_tokens and
+    separate_documents. fim: None if data.fim_rate is 0. planned: for a blend, (step, weights from that step on), the
+    first at step 0; () for one corpus. shares: messages about the blend.
     """
 
     order: SampleOrder | BlendedOrder
@@ -50,7 +50,7 @@ class TrainingData:
 
 
 def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
-    """Open a corpus for this model; refuses one that was made with another tokenizer."""
+    """Open a corpus for this model. Raises DataError if it was made with another tokenizer."""
     dataset = IndexedDataset(prefix, vocab_size=cfg.model.vocab_size)
     made_with = dataset.meta.get("tokenizer_digest")
     if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
@@ -63,13 +63,13 @@ def open_data(prefix: str, cfg: Config, tokenizer: Tokenizer | None) -> IndexedD
         raise DataError(
             "samples.tokenizer-differs",
             f"{prefix}: was made with the tokenizer of digest {made_with}, but data.tokenizer "
-            f"{cfg.data.tokenizer} has {tokenizer.digest}: give the right one, or prepare the data again",
+            f"{cfg.data.tokenizer} has {tokenizer.digest}: use the same tokenizer, or prepare the data again",
         )
     return dataset
 
 
 def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
-    """Open everything `data.train` names. Raises ConfigError or DataError when something does not fit."""
+    """Open all corpora that `data.train` names. Raises ConfigError or DataError if one does not fit the config."""
     mixture = read_mixture(cfg.data.train)
     datasets = [open_data(prefix, cfg, tokenizer) for prefix in mixture.prefixes]
     _check_same_tokenizer(datasets)
@@ -78,7 +78,7 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     metadata |= read_metadata
     notes = [f"fill-in-the-middle: {read_metadata['fim']}"] if fim is not None else []
     if cfg.data.valid and fingerprint(open_data(cfg.data.valid, cfg, tokenizer)) in map(fingerprint, datasets):
-        notes.append("validation is on the training corpus (data.valid): its loss says nothing about new text")
+        notes.append("validation uses the training corpus (data.valid), so its loss does not measure new text")
     if len(datasets) == 1:
         order = SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed)
         return TrainingData(order, (), metadata, tuple(notes), collate, fim, mixture)
@@ -119,9 +119,9 @@ def resume_data(
     order = BlendedOrder(data.order.orders, phases)
     total = consumed + max(0, cfg.train.steps - step) * batch
     notes = _notes(data.mixture, order, cfg, total)
-    if consumed and not drawn and any(fact.startswith(USED_MIXTURE) for fact in past or {}):
+    if consumed and not drawn and any(name.startswith(USED_MIXTURE) for name in past or {}):
         notes.insert(
-            0, "the checkpoint's sources have other names: the blend is read as if it had always been this one"
+            0, "the checkpoint's sources have other names: the blend is read as if it had always been the current one"
         )
     return replace(data, order=order, metadata=metadata, shares=tuple(notes))
 
@@ -131,31 +131,31 @@ def _format_weights(names: Sequence[str], weights: Sequence[int]) -> str:
 
 
 def _drawn(names: Sequence[str], past: Mapping[str, Any]) -> list[Phase]:
-    """What a checkpoint says was drawn of these sources, by rising start; later names may not have been there yet.
+    """Phases used so far according to a checkpoint's data metadata, by start; later sources may be missing in them.
 
-    Empty where it says nothing, or has other sources.
+    Empty if the checkpoint has no phases, or has other sources.
     """
     phases = []
-    for fact, text in past.items():
-        if fact.startswith(USED_MIXTURE):
+    for name, text in past.items():
+        if name.startswith(USED_MIXTURE):
             patterns = (", ".join(f"{re.escape(n)} ([0-9]+)" for n in names[:k]) for k in range(len(names), 0, -1))
             found = next(filter(None, (re.fullmatch(pattern, str(text)) for pattern in patterns)), None)
             if found is None:
                 return []
             weights = [int(weight) for weight in found.groups()]
-            phases.append(Phase(int(fact.removeprefix(USED_MIXTURE)), (*weights, *[0] * (len(names) - len(weights)))))
+            phases.append(Phase(int(name.removeprefix(USED_MIXTURE)), (*weights, *[0] * (len(names) - len(weights)))))
     return sorted(phases, key=lambda phase: phase.start)
 
 
 def _reading(
     cfg: Config, tokenizer: Tokenizer | None, datasets: Sequence[IndexedDataset], mixture: Mixture
 ) -> tuple[Collator, FillInTheMiddle | None, dict[str, Any]]:
-    """How samples are read: which labels count, how documents are kept apart, fill-in-the-middle; and as facts."""
+    """(collator with loss mask and document masking, fill-in-the-middle transform, their metadata)."""
     data, fim = cfg.data, None
     needed = [name for name in ("mask_eod", "separate_documents", "fim_rate") if getattr(data, name)]
     eods = {name: end_of_document(datasets, name, getattr(data, name)) for name in needed}
     metadata: dict[str, Any] = {name: eod for name, eod in eods.items() if name != "fim_rate"}
-    assert tokenizer is not None or not (data.mask_tokens or data.fim_rate)  # a config fault
+    assert tokenizer is not None or not (data.mask_tokens or data.fim_rate)  # a config error, checked before
     if data.mask_tokens and tokenizer is not None:
         metadata["mask_tokens"] = list(masked_labels(data, tokenizer))
     if data.fim_rate and tokenizer is not None:
@@ -169,13 +169,13 @@ def _reading(
 
 
 def loss_mask(metadata: Mapping[str, Any]) -> LossMask:
-    """Which labels count, by the facts of a run: of data.mask_eod and data.mask_tokens."""
+    """Loss mask from the data metadata of a run (data.mask_eod and data.mask_tokens)."""
     after = (metadata["mask_eod"],) if "mask_eod" in metadata else ()
     return LossMask(after, tuple(metadata.get("mask_tokens", ())))
 
 
 def data_metadata(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:
-    """What a checkpoint remembers of its corpora, over all of them."""
+    """Metadata over all corpora that a checkpoint stores."""
     return {
         "prefix": prefix,
         "order": ORDER_VERSION,
@@ -187,9 +187,9 @@ def data_metadata(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]
 
 
 def fingerprint(dataset: IndexedDataset) -> str:
-    """XXH3-64 of a corpus' lengths and tokens at up to 256 evenly spaced places: tells another corpus of the same size.
+    """XXH3-64 of lengths and tokens at up to 256 evenly spaced places: detects another corpus of the same size.
 
-    A sample of it, so that opening stays cheap; `engine inspect --verify` reads every token.
+    Samples the corpus, so that opening stays cheap; `engine inspect --verify` reads every token.
     """
     digest = xxhash.xxh3_64()
     for values, run in ((dataset.lengths, 64), (dataset.tokens, 512)):
@@ -200,12 +200,12 @@ def fingerprint(dataset: IndexedDataset) -> str:
 
 
 def end_of_document(datasets: Sequence[IndexedDataset], option: str, value: object = True) -> int:
-    """The end-of-document token of all corpora, as their sidecars have it; `option` of [data] is what needs it."""
+    """End-of-document token of all corpora, from their sidecars; `option` of [data] is the one that needs it."""
     found = {dataset.prefix: dataset.meta.get("eod") for dataset in datasets}
     for prefix, eod in found.items():
         if not isinstance(eod, int):
             problem = f"needs the end-of-document token, and {prefix}.json names none"
-            fix = "Leave it out, or prepare the data with --append-eod."
+            fix = "Omit it, or prepare the data with --append-eod."
             raise ConfigError([FieldError("samples.end-token-unknown", f"data.{option}", value, problem, fix)])
     if len(set(found.values())) > 1:
         raise ConfigError(
@@ -214,8 +214,8 @@ def end_of_document(datasets: Sequence[IndexedDataset], option: str, value: obje
                     "samples.end-token-ambiguous",
                     f"data.{option}",
                     value,
-                    f"finds several: {found}",
-                    "Prepare with one tokenizer.",
+                    f"finds several end-of-document tokens: {found}",
+                    "Prepare all corpora with one tokenizer.",
                 )
             ]
         )
@@ -223,7 +223,7 @@ def end_of_document(datasets: Sequence[IndexedDataset], option: str, value: obje
 
 
 def begin_of_document(datasets: Sequence[IndexedDataset]) -> int | None:
-    """The token that `engine prepare --prepend-bos` put before documents, as the sidecars have it; None without."""
+    """Token that `engine prepare --prepend-bos` put before documents, from the sidecars; None without."""
     found = (dataset.meta.get("bos") for dataset in datasets)
     return next((bos for bos in found if isinstance(bos, int)), None)
 
@@ -235,13 +235,13 @@ def _check_same_tokenizer(datasets: list[IndexedDataset]) -> None:
         if a != b:
             raise DataError(
                 "samples.tokenizer-differs",
-                f"{known[0].prefix} was made with the tokenizer of digest {a}, {dataset.prefix} with {b}: the same id "
-                f"means two things. Prepare both with one tokenizer.",
+                f"{known[0].prefix} was made with the tokenizer of digest {a}, {dataset.prefix} with {b}: an id "
+                f"has two meanings. Prepare both with one tokenizer.",
             )
 
 
 def _planned(mixture: Mixture, orders: list[SampleOrder]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """What data.train says: (step, integer weights from there on)."""
+    """(step, integer weights from that step on) for each change declared in data.train."""
     planned = []
     for change in mixture.changes:
         shares = dict(enumerate(change.amounts))
@@ -268,7 +268,7 @@ def _planned(mixture: Mixture, orders: list[SampleOrder]) -> tuple[tuple[int, tu
 
 
 def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config, total: int) -> list[str]:
-    """How often the run reads each source in `total` samples, and whether budgets fit its length."""
+    """Messages: how often the run reads each source in `total` samples, and whether its length fits the amounts."""
     counts = order.counts(total).tolist()
     notes = [
         f"source {name}: {count:,} of {total:,} samples ({count / total:.2%}), "
@@ -286,7 +286,7 @@ def _notes(mixture: Mixture, order: BlendedOrder, cfg: Config, total: int) -> li
         if abs(total - wanted) > max(1.0, 0.001 * wanted):
             steps = cfg.train.steps - round((total - wanted) / cfg.train.global_batch_size)
             notes.append(
-                f"the {mixture.kind} asked for make {steps:,} steps, the run has {cfg.train.steps:,}: each source gets "
+                f"the requested {mixture.kind} need {steps:,} steps, the run has {cfg.train.steps:,}: each source gets "
                 f"{total / wanted:.3g} times its amount"
             )
     return notes

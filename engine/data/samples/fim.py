@@ -1,27 +1,28 @@
 """Fill-in-the-middle (Bavarian et al. 2022) as a pure function of (seed, global sample number, row).
 
-A row of seq_len + 1 tokens is cut at the end-of-document token into segments. With probability `rate` a segment's text
-is cut at two characters in prefix p, middle m and suffix s, each encoded by itself, and becomes
+A row of seq_len + 1 tokens is split at the end-of-document token into segments. With probability `rate` a segment's
+text is cut at two characters into prefix p, middle m and suffix s, which are encoded separately, and becomes
 
     PSM   <prefix> p <suffix> s <middle> m        or, with probability `spm_rate` of those,
     SPM   <prefix> <suffix> s <middle> p m
 
-Cuts are between characters, not tokens: when code is completed, the cursor is often inside what would be a token. The
-row keeps its length: what becomes too long is cut at the end, what becomes too short is filled with the end-of-document
-token, and `FimResult.lengths` tells where that begins (labels there do not count).
+Cuts are between characters, not tokens: when code is completed, the cursor is often in the middle of a token. The row
+keeps its length: a longer result is truncated, a shorter one is padded with the end-of-document token from position
+`FimResult.lengths` (labels there are masked).
 
-Every draw comes from derive_key(seed, "fim", sample, segment), so nothing depends on who reads a sample or in which
-order (Megatron draws from one generator in the order of access: more workers, or a resume, change the data).
+All random numbers come from derive_key(seed, "fim", sample, segment), so the result does not depend on which rank reads
+a sample or in which order (Megatron draws from one generator in the order of access, so more workers or a resume change
+the data).
 
-Text is never altered. A segment stays as it is when its tokens cannot be written anew:
-* it has a special token in it (whose spelling would be encoded as text), or one of the three sentinels;
-* its tokens are no whole text: the border of a sample may tear a UTF-8 character. The torn tokens (at most 3 at either
-  end) are kept as tokens, before p and behind s, and the text between them is what is cut. Should U+FFFD be left in
-  the middle, the segment stays;
-* the three pieces do not decode to the segment's text again, which is checked each time.
+Text is never altered. A segment is left unchanged if its tokens cannot be encoded again:
+* it contains a special token (whose spelling would be encoded as text), or one of the three sentinels;
+* its tokens do not decode to valid text. A sample boundary may split a UTF-8 character; the tokens of such a character
+  (at most 3 at either end) are kept as tokens, before p and after s, and only the text between them is cut. If U+FFFD
+  remains in the text, the segment is left unchanged;
+* the three parts do not decode to the segment's text, which is checked each time.
 
-A tokenizer that puts a space before a text (sentencepiece) would put one into the middle of words. Pieces are then
-encoded and decoded behind a line break that is taken off again. What breaks if this file is wrong: nothing visibly.
+A tokenizer that adds a space before a text (sentencepiece) would add one in the middle of words. The parts are then
+encoded and decoded after a newline that is removed again. If this file is wrong, nothing fails visibly.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ import numpy.typing as npt
 from engine.data.samples.keyed import Int64Array, derive, derive_key
 from engine.data.tokenize.tokenizer import Tokenizer
 
-_TORN = 3  # tokens that a torn character leaves at most: 3 of its 4 bytes
+_MOST_SPLIT = 3  # most tokens of a split character: 3 of its 4 bytes
 _LOST = "\ufffd"
 _PROBE = ("if A:\n    b", " = c(d)  # e\n")
 
 
 @dataclass(frozen=True)
 class Sentinels:
-    """Ids of the three tokens."""
+    """Ids of the three sentinel tokens."""
 
     prefix: int
     suffix: int
@@ -52,7 +53,7 @@ class Sentinels:
 
 @dataclass
 class FimResult:
-    """rows int64 [n, seq_len + 1]; lengths int64 [n]: tokens before the filling; what: segments, by their fate."""
+    """rows int64 [n, seq_len + 1]; lengths int64 [n]: without the padding; outcomes: number of segments by kind."""
 
     rows: Int64Array
     lengths: Int64Array
@@ -61,7 +62,10 @@ class FimResult:
 
 @dataclass
 class _Segment:
-    """Row, its tokens [begin, end), the key of its draws; then text without torn ends, and cuts in it."""
+    """Tokens [begin, end) of a row, with the key of its random numbers.
+
+    head, tail: tokens of split characters at either end; text: that between them; cuts: two positions in it.
+    """
 
     row: int
     begin: int
@@ -78,7 +82,7 @@ class _Segment:
 
 
 class SpanCodec:
-    """Texts from inside of a document <-> tokens, so that texts side by side are tokens side by side."""
+    """Encodes and decodes spans from inside documents, so that concatenated spans are concatenated tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -87,23 +91,23 @@ class SpanCodec:
         self._ids = tokenizer.encode(self._guard) if self._guard else []
         a, b = self.encode(_PROBE)
         together = None if a is None or b is None else self.decode([[*a, *b]])[0]
-        self.round_trips = together == "".join(_PROBE)  # False: texts do not come back, for example in lower case
+        self.round_trips = together == "".join(_PROBE)  # False: texts are lost, for example lowercased
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32] | None]:
-        """Tokens of each text, int32 [length]; None where the guard before it grew together with it."""
+        """Tokens of each text, int32 [length]; None if the guard before the text merged with it."""
         n = len(self._ids)
         found = self._tokenizer.encode_batch([self._guard + text for text in texts])
         return [ids[n:] if ids[:n].tolist() == self._ids else None for ids in found]
 
     def decode(self, pieces: Sequence[Sequence[int] | Int64Array]) -> list[str]:
-        """Text of each piece; it begins with U+FFFD where a torn character swallowed the guard."""
+        """Text of each piece; it begins with U+FFFD if a split character merged with the guard."""
         n = len(self._guard)
         texts = self._tokenizer.decode_batch([[*self._ids, *map(int, ids)] for ids in pieces])
         return [text[n:] if text.startswith(self._guard) else _LOST + text for text in texts]
 
 
 class FillInTheMiddle:
-    """The transform. `active`: for each source of a blend, whether its samples are changed. Holds no state."""
+    """The stateless transform. `active`: for each source of a blend, whether it applies to its samples."""
 
     def __init__(
         self,
@@ -118,14 +122,14 @@ class FillInTheMiddle:
         bos: int | None = None,
     ):
         self.sentinels, self.eod, self.rate, self.spm_rate, self.seed = sentinels, eod, rate, spm_rate, seed
-        self._bos = bos  # begins documents: it stays where it is, before the segment
+        self._bos = bos  # begins documents; it stays in place, before the segment
         self._pieces = SpanCodec(tokenizer)
         self._active = np.array(active, bool)
         reserved = tokenizer.special_ids | {eod, sentinels.prefix, sentinels.suffix, sentinels.middle}
         self._reserved = np.array(sorted(reserved), np.int64)
 
     def __call__(self, rows: Int64Array, samples: Int64Array, sources: Int64Array) -> FimResult:
-        """The rows int64 [n, seq_len + 1] of global samples int64 [n] from sources int64 [n], changed; a copy."""
+        """Transformed copy of the rows int64 [n, seq_len + 1] of global samples int64 [n] from sources int64 [n]."""
         outcomes: Counter[str] = Counter()
         active = self._active[sources]
         chosen = [
@@ -143,7 +147,7 @@ class FillInTheMiddle:
         return result
 
     def _choose(self, row: Int64Array, number: int, sample: int, outcomes: Counter[str]) -> list[_Segment]:
-        """The segments of a row that are to be changed: a draw each, by their number in the row."""
+        """The segments of a row to transform: one draw each, keyed by their number in the row."""
         ends = [*np.flatnonzero(row == self.eod).tolist(), len(row)]
         chosen, begin = [], 0
         for at, end in enumerate(ends):
@@ -159,7 +163,7 @@ class FillInTheMiddle:
         return chosen
 
     def _read(self, rows: Int64Array, segments: list[_Segment], outcomes: Counter[str]) -> list[_Segment]:
-        """Those whose tokens are text, with their texts and cuts."""
+        """The segments whose tokens are valid text, with their texts and cuts."""
         pure = [s for s in segments if not np.isin(rows[s.row, s.begin : s.end], self._reserved).any()]
         outcomes["left: special token"] += len(segments) - len(pure)
         for segment, text in zip(pure, self._pieces.decode([rows[s.row, s.begin : s.end] for s in pure])):
@@ -172,8 +176,8 @@ class FillInTheMiddle:
         return readable
 
     def _trim(self, row: Int64Array, segment: _Segment, text: str) -> str:
-        """Take torn characters off the ends, as few tokens as will do; the text of the rest, or as it was."""
-        ends = sorted(((h, t) for h in range(_TORN + 1) for t in range(_TORN + 1)), key=sum)
+        """Remove split characters at the ends with as few tokens as possible; returns the remaining text, or `text`."""
+        ends = sorted(((h, t) for h in range(_MOST_SPLIT + 1) for t in range(_MOST_SPLIT + 1)), key=sum)
         texts = self._pieces.decode([row[segment.begin + h : segment.end - t] for h, t in ends])
         for (h, t), rest in zip(ends, texts):
             if _LOST not in rest:
@@ -184,7 +188,7 @@ class FillInTheMiddle:
     def _write(
         self, rows: Int64Array, segments: list[_Segment], outcomes: Counter[str]
     ) -> list[tuple[_Segment, Int64Array]]:
-        """The segments with their new tokens, those whose pieces do not give the text back left out."""
+        """(segment, new tokens) for the segments whose parts decode to the original text again."""
         ids = self._pieces.encode([piece for segment in segments for piece in segment.pieces()])
         triples = [(p, m, s) for p, m, s in zip(ids[::3], ids[1::3], ids[2::3])]
         whole = [
@@ -211,7 +215,7 @@ class FillInTheMiddle:
         return done
 
     def _join(self, row: Int64Array, parts: list[tuple[_Segment, Int64Array]]) -> Int64Array:
-        """The row with some segments (in order) replaced; any length."""
+        """The row with some segments replaced, in order; any length."""
         line, at = [], 0
         for segment, tokens in parts:
             line += [row[at : segment.begin], tokens]

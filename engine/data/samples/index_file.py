@@ -1,4 +1,4 @@
-"""The .idx file of Megatron's format: its layout, and writing it.
+"""Layout and writer of the .idx file of Megatron's indexed dataset format.
 
 `PREFIX.idx` is little-endian:
 
@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-# 6 and 7 are floats, and Megatron and gpt-neox disagree on which is which; no token id is a float anyway.
+# 6 and 7 are floats, in an order on which Megatron and gpt-neox disagree; token ids are never floats.
 DTYPES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-CHUNK = 1 << 22  # elements looked at in one go: bounds memory, whatever the size of the corpus
+CHUNK = 1 << 22  # elements processed at once: bounds memory for a corpus of any size
 
 IntArray = npt.NDArray[Any]
 
@@ -36,14 +36,14 @@ def chunks(total: int, size: int = CHUNK) -> Iterator[slice]:
 
 
 def code_of(dtype: np.dtype[Any]) -> int:
-    """The number that stands for a dtype."""
+    """Code of a dtype in the header."""
     return next(code for code, name in DTYPES.items() if np.dtype(name) == dtype)
 
 
 def write_index(out: IO[bytes], dtype: np.dtype[Any], lengths: IntArray) -> None:
-    """Write an .idx for documents of `lengths` int32 [documents] in tokens; 0 is an empty one, which is no sequence.
+    """Write an .idx for documents of `lengths` int32 [documents] in tokens; one of length 0 has no sequence.
 
-    Streams: `lengths` may be a map of a file larger than memory.
+    Streams: `lengths` may be a memory map of a file larger than memory.
     """
     num_sequences = sum(int(np.count_nonzero(lengths[part])) for part in chunks(len(lengths)))
     out.write(HEADER.pack(MAGIC, 1, code_of(dtype), num_sequences, len(lengths) + 1))

@@ -1,14 +1,15 @@
-"""Reading tokenised corpora in Megatron's .bin/.idx format, byte compatible in both directions.
+"""Reads tokenised corpora in Megatron's .bin/.idx format, byte compatible in both directions.
 
-`PREFIX.bin` holds token ids back to back: no header, no padding. `PREFIX.idx` is in engine/data/samples/index_file.py,
-writing in engine/data/samples/indexed_writer.py.
+`PREFIX.bin` contains concatenated token ids without header or padding. See index_file.py for `PREFIX.idx` and
+indexed_writer.py for writing.
 
-The format has no checksum, no token count and no tokenizer id, so a reader that trusts it trains on garbage in
-silence. Two things stand against that: everything the bytes can prove is proven at open, and our writer adds a sidecar
-`PREFIX.json` with the facts the format lacks (largest token, tokenizer digest, entropy). A corpus without the sidecar,
-written by Megatron itself, is as welcome; checking its vocabulary then costs one scan of .bin.
+The format has no checksum, token count or tokenizer id, so a reader that trusts it may silently train on garbage. Two
+measures prevent this: opening checks everything that the bytes allow to check, and our writer adds a sidecar
+`PREFIX.json` with the fields that the format lacks (largest token, tokenizer digest, entropy). A corpus without the
+sidecar, as Megatron writes it, is accepted too; checking its vocabulary then takes one scan of .bin.
 
-As in Megatron's GPT code one *sequence* is one document here; the boundary array is checked, written, not used.
+As in Megatron's GPT code, one *sequence* is one document; the document boundaries are checked and written, but not
+used.
 Legend: N sequences, D boundaries, T tokens in all.
 """
 
@@ -32,7 +33,7 @@ from engine.util.files import read_json
 
 
 def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
-    """(.bin, .idx, .json) of a prefix. Appended, not replaced: a prefix may contain dots."""
+    """(.bin, .idx, .json) of a prefix. The suffixes are appended, as a prefix may contain dots."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
 
 
@@ -40,27 +41,27 @@ def _damaged(path: Path, where: str, found: str, expected: str) -> DataError:
     return DataError(
         "samples.corpus-damaged",
         f"{path}: {where}: found {found}, expected {expected}. "
-        f"The file is damaged, torn or not Megatron's; write it again with `engine prepare` or copy it anew.",
+        f"The file is damaged, truncated or not Megatron's; write it again with `engine prepare` or copy it again.",
     )
 
 
 class IndexedDataset:
-    """A .bin/.idx pair, memory mapped and proven consistent at open.
+    """A memory-mapped .bin/.idx corpus, checked for consistency when opened.
 
     Attributes: `prefix` (str), `dtype`, `lengths` int32 [N] in tokens, `pointers` int64 [N] in bytes, `boundaries`
     int64 [D], `modes` int8 [N] if multimodal, else [0], `tokens` dtype [T], `num_documents` (= N), `num_tokens` (= T),
-    `vocab_size` (as given), `meta` (the sidecar or {}). The arrays are views into read-only maps (see `check`), and
-    `lengths`, `pointers` and `boundaries` are not aligned (the header has 34 bytes): slice them freely, but native code
-    has to load them bytewise.
+    `vocab_size` (as given), `meta` (the sidecar or {}). The arrays are views of read-only memory maps (see `check`).
+    `lengths`, `pointers` and `boundaries` are not aligned, as the header has 34 bytes: numpy handles this, but native
+    code has to load them bytewise.
 
-    Raises DataError for anything that does not fit: see the checks, in this order, in `__init__`.
+    Raises DataError for any inconsistency, checked in the order of `__init__`.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None):
         if sys.byteorder != "little":
             raise DataError(
                 "samples.big-endian",
-                "the .bin/.idx format is little-endian and this machine is not; use another machine",
+                "the .bin/.idx format is little-endian, but this machine is big-endian; use another machine",
             )
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
@@ -84,7 +85,7 @@ class IndexedDataset:
         self.check()
 
     def check(self) -> None:
-        """Raise DataError if a file was cut short under its readers: what they read is then not the corpus."""
+        """Raise DataError if a file was truncated while open: the data read is then not the corpus."""
         for file in self._files:
             file.check()
 
@@ -99,19 +100,19 @@ class IndexedDataset:
         return self.tokens[start : start + int(self.lengths[index])]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(document, offset in it) of the token at `position` of .bin."""
+        """(document, offset in it) of the token at index `position` of .bin."""
         byte = position * self.dtype.itemsize
-        # Right of equal pointers: of documents that start at one byte, all but the last are empty.
+        # side="right": of documents that start at the same byte, all but the last are empty.
         document = int(np.searchsorted(self.pointers, byte, side="right")) - 1
         return document, (byte - int(self.pointers[document])) // self.dtype.itemsize
 
     def token_error(self, document: int, offset: int, value: int) -> DataError:
-        """The error for an id outside the vocabulary, the same at open and while gathering."""
+        """The error for an id outside the vocabulary, used when opening and when gathering samples."""
         return DataError(
             "samples.token-outside-vocabulary",
             f"{self.prefix}.bin: document {document}, token {offset}: id {value} is not in [0, {self.vocab_size}). "
             f"The corpus was made with another tokenizer, or is damaged: prepare it with this model's tokenizer, or "
-            f"set the model's vocab_size to that tokenizer's.",
+            f"set model.vocab_size to that of the corpus.",
         )
 
     def _read_sidecar(self, path: Path) -> dict[str, Any]:
@@ -141,7 +142,7 @@ class IndexedDataset:
     def _check_vocabulary(self, vocab_size: int) -> None:
         max_token = self.meta.get("max_token")
         if isinstance(max_token, int) and max_token < vocab_size:
-            return  # a sidecar that lies is caught while gathering
+            return  # a wrong sidecar is detected when gathering samples
         for part in chunks(self.num_tokens):
             tokens = self.tokens[part]
             if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
@@ -150,7 +151,7 @@ class IndexedDataset:
 
 
 def _read_header(path: Path, raw: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
-    """(token dtype, N, D), after the magic, version, dtype code and the exact file size were checked."""
+    """(token dtype, N, D), after checking the magic, version, dtype code and exact file size."""
     if raw.size < HEADER.size:
         raise _damaged(path, "size", f"{raw.size} bytes", f"at least the {HEADER.size} of the header")
     magic, version, code, num_sequences, num_boundaries = HEADER.unpack(raw[: HEADER.size].tobytes())
@@ -163,7 +164,7 @@ def _read_header(path: Path, raw: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any],
     if num_boundaries < 1:
         raise _damaged(path, "offset 26 (boundaries)", "0", "documents + 1")
     size = HEADER.size + 12 * num_sequences + 8 * num_boundaries
-    if raw.size not in (size, size + num_sequences):  # the latter: with the multimodal modes, which we do not need
+    if raw.size not in (size, size + num_sequences):  # the latter with multimodal modes, which are not used
         expected = f"{size} bytes for {num_sequences} sequences and {num_boundaries} boundaries"
         raise _damaged(path, "size", f"{raw.size} bytes", expected)
     return np.dtype(DTYPES[code]), num_sequences, num_boundaries
@@ -172,7 +173,7 @@ def _read_header(path: Path, raw: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any],
 def _check_sequences(
     idx_path: Path, bin_path: Path, lengths: IntArray, pointers: IntArray, itemsize: int, bin_bytes: int
 ) -> None:
-    """Lengths are not negative, pointers are their running sum in bytes, and the sum is the size of .bin."""
+    """Check that lengths are not negative, pointers are their running sum in bytes, and the sum is the size of .bin."""
     if module := native_index():
         i, end = module.check_sequences(lengths, pointers, itemsize, bin_bytes, _threads(len(lengths)))
     else:
@@ -201,9 +202,9 @@ def _check_boundaries(path: Path, boundaries: IntArray, num_sequences: int) -> N
 
 
 def check_sequences(lengths: IntArray, pointers: IntArray, itemsize: int, most: int) -> tuple[int, int]:
-    """Reference: (first wrong sequence, -1 for a negative length or else the pointer it should have).
+    """Reference: (first wrong sequence, -1 for a negative length or else the expected pointer).
 
-    Or (-1, bytes of all), if no sequence is wrong before their sum passes `most` bytes.
+    Or (-1, total bytes), if no sequence is wrong before the sum exceeds `most` bytes.
     """
     end = 0
     for part in chunks(len(lengths)):
@@ -230,6 +231,6 @@ def check_rising(boundaries: IntArray) -> int:
 
 
 def _threads(count: int) -> int:
-    """For a check of so many numbers: all cores up to 4, which saturate memory, if each has a million to look at."""
+    """Threads to check `count` numbers: one per million, at most the cores and 4, which saturate memory bandwidth."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 4, 1 + count // (1 << 20))

@@ -1,4 +1,4 @@
-"""Writing tokenised corpora in Megatron's .bin/.idx format, with the sidecar, whole or not at all."""
+"""Writes tokenised corpora atomically in Megatron's .bin/.idx format, with a sidecar."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from engine.data.samples.sidecar import sidecar_bytes, sidecar_of
 from engine.errors import DataError
 from engine.util.files import sync_file, sync_folder, writing
 
-UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for the writer; a reader has to honour the code in the header instead
+UINT16_VOCAB_LIMIT = 65500  # Megatron's rule for writers; readers use the dtype code in the header
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype Megatron's writer picks for a vocabulary."""
+    """Token dtype that Megatron's writer selects for a vocabulary size."""
     return np.dtype("<u2") if vocab_size < UINT16_VOCAB_LIMIT else np.dtype("<i4")
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin, .idx and .json; none of them exists under its name before all of them are complete.
+    """Writes PREFIX.bin, .idx and .json; they are renamed to these names only after all of them are complete.
 
-    Bytes go to temporary names beside the targets and are synced before the renames; the sidecar comes last. Leaving
-    the `with` block by an exception, or without `finish`, removes the temporaries and touches nothing else. Memory:
-    4 bytes a document and a buffer of a few MiB. `counts` int64 [vocab_size] is the histogram of the tokens written.
+    Data is written to temporary files in the same folder and synced before the renames; the sidecar is renamed last.
+    Leaving the `with` block by an exception, or without `finish`, removes the temporary files and changes nothing else.
+    Memory: 4 bytes per document and a buffer of a few MiB. `counts` int64 [vocab_size] is the histogram of the tokens.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int):
@@ -69,16 +69,16 @@ class IndexedWriter:
             if kind is None:
                 raise DataError(
                     "samples.writer-not-finished",
-                    f"{self.prefix}: the writer was left without finish(meta), so nothing was written",
+                    f"{self.prefix}: the writer was closed without finish(meta), so nothing was written",
                 )
 
     @property
     def num_documents(self) -> int:
-        """Sequences so far: documents that had at least one token."""
+        """Number of sequences so far: documents with at least one token."""
         return len(self._lengths) - self._num_empty
 
     def add(self, tokens: IntArray) -> None:
-        """Append one document, integers [length]. An empty one is a repeated boundary and no sequence, as in Megatron.
+        """Append one document, integers [length]. As in Megatron, an empty one repeats a boundary and has no sequence.
 
         Raises DataError for an id outside [0, vocab_size), a wrong dtype or shape, or more than 2^31 - 1 tokens.
         """
@@ -91,7 +91,7 @@ class IndexedWriter:
         if tokens.size > MAX_SEQUENCE_TOKENS:
             raise DataError(
                 "samples.document-too-long",
-                f"{self.prefix}: document {number} has {tokens.size} tokens; the format ends at 2^31 - 1",
+                f"{self.prefix}: document {number} has {tokens.size} tokens; the format allows at most 2^31 - 1",
             )
         if tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
@@ -100,7 +100,7 @@ class IndexedWriter:
                 raise DataError(
                     "samples.token-outside-vocabulary",
                     f"{self.prefix}: document {number}: id {wrong} is not in [0, {self.vocab_size}). "
-                    f"Give the writer the vocab_size of the tokenizer that made these ids.",
+                    f"Pass the vocab_size of the tokenizer that made these ids.",
                 )
             self._pending.append(tokens.astype(self.dtype))
             self._pending_tokens += tokens.size
@@ -111,7 +111,7 @@ class IndexedWriter:
         self._lengths.append(tokens.size)
 
     def finish(self, meta: dict[str, Any]) -> dict[str, Any]:
-        """Complete and publish the three files; returns the sidecar. `meta` adds facts the tokens do not tell."""
+        """Complete and publish the three files; returns the sidecar. `meta`: additional fields of the sidecar."""
         self._flush()
         with self._disk(self._targets[0]):
             sync_file(self._bin)
@@ -125,7 +125,7 @@ class IndexedWriter:
             with open(self._temporaries[2], "wb") as out:
                 out.write(sidecar_bytes(sidecar))
                 sync_file(out)
-            # Over an older corpus: its .idx and sidecar go first, so that no crash leaves them beside the new .bin.
+            # Remove .idx and sidecar of an older corpus first, so that no crash leaves them next to the new .bin.
             for target in self._targets[:0:-1]:
                 target.unlink(missing_ok=True)
             for temporary, target in zip(self._temporaries, self._targets):
@@ -135,15 +135,15 @@ class IndexedWriter:
         return sidecar
 
     def abort(self) -> None:
-        """Drop everything written so far. Harmless twice."""
+        """Remove everything written so far. May be called twice."""
         self._pending.clear()
-        with contextlib.suppress(OSError):  # closing flushes, which on a full disk fails a second time
+        with contextlib.suppress(OSError):  # close() flushes, which fails again on a full disk
             self._bin.close()
         for path in self._temporaries:
             path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        """Write what is pending in one piece: per document, a bincount over the vocabulary would dominate."""
+        """Write the pending documents at once: a bincount over the vocabulary per document would dominate the time."""
         if not self._pending:
             return
         tokens = np.concatenate(self._pending)
@@ -156,6 +156,6 @@ class IndexedWriter:
         self._pending_tokens = 0
 
     def _disk(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        """Turns a full disk or a missing permission into a DataError that names the file."""
+        """Convert a full disk or a missing permission to a DataError that names the file."""
         needed = self._pending_tokens * self.dtype.itemsize + 20 * len(self._lengths)
-        return writing(path, lambda: "Nothing was published, and temporaries are removed.", lambda: needed)
+        return writing(path, lambda: "Nothing was published, and the temporary files are removed.", lambda: needed)

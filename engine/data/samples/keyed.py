@@ -1,10 +1,11 @@
-"""Randomness without state: 64-bit keys derived from a seed and words, and permutations computed from a key.
+"""Stateless randomness: 64-bit keys derived from a seed and words, and permutations computed from a key.
 
-Keyed permutation: a balanced Feistel network over the smallest domain of an even number of bits that holds [0, n), with
-cycle walking (Black & Rogaway 2002: apply again while the result is >= n; the domain is below 4n, so < 4 turns on
-average). Any Feistel network is a bijection whatever its round function, so "each exactly once" holds by construction.
-Four rounds are indistinguishable from random for big halves (Luby & Rackoff 1988), but ours may have one bit; the extra
-ones make small domains mix too. ROUNDS is part of the definition: changing it changes every order.
+Keyed permutation: a balanced Feistel network over the smallest domain of an even number of bits that contains [0, n),
+with cycle walking (Black & Rogaway 2002: apply it again while the result is >= n; the domain is below 4n, so this takes
+< 4 iterations on average). A Feistel network is a bijection for any round function, so "each exactly once" holds by
+construction. Four rounds are indistinguishable from random for large halves (Luby & Rackoff 1988), but ours may have
+one bit; the additional rounds mix small domains well too. ROUNDS is part of the definition: changing it changes every
+order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
-# Purposes separate the streams of keys drawn from one seed; "split" is used by prepare, "source" for blends.
+# Purposes separate the keys derived from one seed; "split" is used by prepare, "source" by blends.
 PURPOSES = {"blocks": 1, "documents": 2, "samples": 3, "split": 4, "source": 5, "fim": 6, "rounds": 7}
 
 Int64Array = npt.NDArray[np.int64]
@@ -25,7 +26,7 @@ Uint64Array = npt.NDArray[np.uint64]
 
 
 def mix64(value: int) -> int:
-    """The finaliser of splitmix64, a bijection of 64-bit integers."""
+    """Finaliser of splitmix64, a bijection of 64-bit integers."""
     value = ((value ^ (value >> 30)) * _MIX1) & MASK64
     value = ((value ^ (value >> 27)) * _MIX2) & MASK64
     return value ^ (value >> 31)

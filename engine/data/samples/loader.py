@@ -1,8 +1,8 @@
-"""From sample numbers to the micro-batches of one data-parallel rank, prefetched by one background thread.
+"""Data loader: the micro-batches of one data-parallel rank, prefetched by one background thread.
 
-The global batch that follows `consumed` samples is the samples [consumed, consumed + global_batch_size), whatever the
-layout. Data rank r takes the r-th contiguous slice of it and cuts the slice into micro-batches, in order. So
-`consumed_samples` is all there is to resume from, also with another data-parallel size or micro-batch size.
+The global batch after `consumed` samples is the samples [consumed, consumed + global_batch_size) in every layout. Data
+rank r takes the r-th contiguous slice of it and splits the slice into micro-batches, in order. So `consumed_samples` is
+the only state needed to resume, also with another data-parallel size or micro-batch size.
 
 Legend: b micro_batch_size, s seq_len.
 """
@@ -36,14 +36,14 @@ class Order(Protocol):
         """Tokens of samples int64 [n]; int64 [n, seq_len + 1]."""
 
     def sources(self, samples: Int64Array) -> Int64Array:
-        """Which source of a blend each of samples int64 [n] comes from."""
+        """Source in the blend of each of samples int64 [n]; int64 [n]."""
 
 
 @dataclass(frozen=True)
 class RankShare:
-    """One data rank's share of every global batch, and how to read it.
+    """One data rank's slice of every global batch, and how to read it.
 
-    collate: makes micro-batches; fim: permutes some documents first; skip: samples that count nothing.
+    collate: makes micro-batches; fim: applied to the rows before; skip: ranges of samples whose labels are masked.
     """
 
     order: Order
@@ -62,12 +62,12 @@ class RankShare:
         samples = np.arange(first, first + local, dtype=np.int64)
         rows, sources = self.order.gather(samples), self.order.sources(samples)
         lengths = np.full(local, rows.shape[1])
-        if self.fim is not None:  # all micro-batches at once: one call of the tokenizer
-            changed = self.fim(rows, samples, sources)
-            rows, lengths = changed.rows, changed.lengths
+        if self.fim is not None:  # for all micro-batches at once: a single call of the tokenizer
+            result = self.fim(rows, samples, sources)
+            rows, lengths = result.rows, result.lengths
         skipped = np.array([contains(self.skip, sample) for sample in samples.tolist()])
-        rows[skipped] = 0  # not only masked: what makes a number infinite would do so with no weight as well
-        # a label behind the end of its row is filling
+        rows[skipped] = 0  # not only masked: a token that makes an activation infinite would do so with weight 0 too
+        # labels after the end of the row are padding
         present = (np.arange(1, rows.shape[1]) < lengths[:, None]) & ~skipped[:, None]
         parts = [slice(low, low + self.micro_batch_size) for low in range(0, local, self.micro_batch_size)]
         columns = [torch.from_numpy(column) for column in (rows, present, sources)]
@@ -76,7 +76,7 @@ class RankShare:
 
 @dataclass(frozen=True)
 class _BatchQueue:
-    """Between the worker and the loader. `slots` counts batches that may still be made, so nothing ever polls."""
+    """Queue from the worker to the loader. `slots`: batches that may still be produced, so neither side polls."""
 
     slots: threading.Semaphore
     ready: queue.SimpleQueue[list[MicroBatch] | BaseException]
@@ -88,7 +88,7 @@ class _BatchQueue:
 
 
 def _produce(share: RankShare, consumed: int, batches: _BatchQueue) -> None:
-    """The worker. Knows no Loader, so that a forgotten Loader can be collected and end it."""
+    """Worker thread. It has no reference to the Loader, so that garbage collection of a Loader stops its worker."""
     try:
         while True:
             batches.slots.acquire()
@@ -96,16 +96,16 @@ def _produce(share: RankShare, consumed: int, batches: _BatchQueue) -> None:
                 return
             batches.ready.put(share.read(consumed))
             consumed += share.global_batch_size
-    except BaseException as err:  # whatever it is, it has to surface in the training thread
+    except BaseException as err:  # any exception must be raised in the training thread
         batches.ready.put(err)
 
 
 class Loader:
-    """Iterator over global batches: each `next()` is this data rank's list[MicroBatch], without end.
+    """Infinite iterator over global batches: each `next()` returns this data rank's list[MicroBatch].
 
-    The worker starts with the first `next()` (so a Loader may be made before a fork) and keeps up to `prefetch` batches
-    ready. The worker's exception is raised by `next()`, and by every later one. Raises DataError for sizes that do not
-    divide.
+    The worker starts with the first `next()` (so a Loader may be created before a fork) and keeps up to `prefetch`
+    batches ready. An exception of the worker is raised by this and every later `next()`. Raises DataError for sizes
+    that do not divide.
     """
 
     def __init__(self, share: RankShare, *, start_sample: int = 0, prefetch: int = 2):
@@ -137,7 +137,7 @@ class Loader:
 
     @property
     def consumed_samples(self) -> int:
-        """Global samples of all batches handed out, start_sample included; batches only prefetched do not count."""
+        """Global samples of all batches returned, including start_sample; prefetched batches do not count."""
         return self._consumed
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
@@ -149,7 +149,7 @@ class Loader:
         if self._batches.stop.is_set():
             raise DataError(
                 "samples.loader-closed",
-                "the data loader is closed: make a new one with start_sample = consumed_samples",
+                "the data loader is closed: create a new one with start_sample = consumed_samples",
             )
         if self._worker is None:
             arguments = (self._share, self._consumed, self._batches)
@@ -164,7 +164,7 @@ class Loader:
         return result
 
     def close(self) -> None:
-        """Stop the worker, at most one batch later. Harmless twice."""
+        """Stop the worker, after at most one more batch. May be called twice."""
         self._batches.close()
         if self._worker is not None:
             self._worker.join(timeout=10.0)

@@ -1,7 +1,7 @@
-"""A file as an array of bytes in memory that notices when the file is cut short under its reader.
+"""Memory-mapped file that detects when it is truncated while it is being read.
 
-A page of a mapped file that is gone cannot be looked for first: touching it raises SIGBUS. csrc/data/guard.h puts zeros
-in its place and remembers it, and whoever has read asks `check` before using anything. Reading costs nothing more.
+Reading a page that no longer exists raises SIGBUS, and this cannot be tested in advance. csrc/data/guard.h replaces the
+page by zeros and records it; the reader calls `check` before it uses the data. Reads have no overhead.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from engine.errors import DataError
 class MappedFile:
     """All bytes of a file, uint8 [size], read-only. Raises DataError if it cannot be opened.
 
-    native: engine._index. Without it a file that is cut short between two checks is noticed, and one that is cut short
-    while it is being read ends the process (SIGBUS).
+    native: engine._index. Without it, a truncation between reads is still detected, but reading a missing page ends the
+    process (SIGBUS).
     """
 
     def __init__(self, path: Path, native: ModuleType | None):
@@ -30,7 +30,7 @@ class MappedFile:
         self.bytes: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
         try:
             with path.open("rb") as file:
-                if path.stat().st_size:  # mmap refuses empty files; an empty corpus is a valid one
+                if path.stat().st_size:  # mmap rejects empty files, but an empty corpus is valid
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as err:
             hint = " Give the prefix without the suffix." if path.stem.endswith((".bin", ".idx")) else ""
@@ -49,18 +49,18 @@ class MappedFile:
                 weakref.finalize(self._map, native.release, self._token).atexit = False
 
     def check(self) -> None:
-        """Raise DataError if not all that was read since the file was opened can have been its own bytes."""
+        """Raise DataError if some data read since the file was opened may not be its content."""
         if self._map is None:
             return
         size, lost = self._map.size(), self._native.lost(self._token) if self._native else -1
         if size < len(self.bytes):
-            what = f"was cut short while it was read: it had {len(self.bytes)} bytes and has {size}"
+            problem = f"was truncated while it was read: it had {len(self.bytes)} bytes and now has {size}"
         elif lost >= 0:
-            what = f"its bytes from {lost} on could not be read: it was cut short meanwhile, or its disk has failed"
+            problem = f"its bytes from offset {lost} could not be read: it was truncated, or its disk has failed"
         else:
             return
         raise DataError(
             "samples.corpus-cut-short",
-            f"{self.path}: {what}. Nothing was learnt from what was read then. Restore the file, and write new ones "
-            "under another name; then start the same command again.",
+            f"{self.path}: {problem}. The model was not trained on the invalid data. Restore the file (write new files "
+            "under another name), then start the same command again.",
         )

@@ -1,24 +1,25 @@
-"""Which tokens make sample i: a pure function (seed, epoch, i) -> tokens.
+"""Sample order: the tokens of sample i as a pure function (seed, epoch, i) -> tokens.
 
-Nothing is shuffled in memory, stored or cached on disk.
+No shuffled index is held in memory or cached on disk.
 
 Definition. T tokens, S = seq_len; keys and keyed permutations as in keyed.py.
 
-* The stream of epoch e is all documents, each once and in one piece, shuffled as stream.py says: T tokens.
-* n = (T - 1) // S samples an epoch. Sample j of epoch e is stream[k * S : k * S + S + 1] with k = the keyed permutation
-  of range(n) (key: seed, "samples", e) at j. Neighbours in the stream share one token: a label here, an input there.
-* The tail of an epoch, the (T - 1) % S last tokens of its stream, is in no sample of it; another epoch's tail is of
-  other documents. Who has to see every token once, as evaluation has, takes `gather_tail` too.
+* The stream of epoch e contains all documents, each once and in one piece, shuffled as defined in stream.py: T tokens.
+* An epoch has n = (T - 1) // S samples. Sample j of epoch e is stream[k * S : k * S + S + 1] with k = the keyed
+  permutation of range(n) (key: seed, "samples", e) at j. Neighbours in the stream share one token: a label of the first
+  and an input of the second.
+* The tail of an epoch, the last (T - 1) % S tokens of its stream, is in none of its samples; the tails of other epochs
+  are other documents. Evaluation, which has to see every token once, also uses `gather_tail`.
 * Global sample i is sample i % n of epoch i // n.
 
-What follows from it:
-* Resume needs one integer, the samples consumed; extending a run never changes its past, as no epoch knows of another.
-  (Megatron's order depends on the number of requested samples: extending a run may reshuffle everything before.)
+Consequences:
+* Resuming needs one integer, the number of consumed samples. Extending a run never changes its past, as epochs are
+  independent. (Megatron's order depends on the number of requested samples: extending a run may reshuffle its past.)
 * The samples of a global batch do not depend on data-parallel size, micro-batch size, workers or restarts.
 
-ORDER_VERSION counts definitions. Another one puts other tokens at a sample number, so a run that goes on from a
-checkpoint of another version (engine.checkpoint.lineage asks first) reads epoch 0 of this one from there: `begin_at`.
-What breaks if this file is wrong: nothing visibly.
+ORDER_VERSION numbers the definitions. Another version has other tokens at a sample number, so a run that resumes from a
+checkpoint of another version (which engine.checkpoint.lineage has to allow) starts epoch 0 at that sample: `begin_at`.
+If this file is wrong, nothing fails visibly.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from engine.data.samples.native_index import select_index
 from engine.data.samples.stream import GROUP_BLOCKS, Piece, Stream, blocks_of
 from engine.errors import DataError
 
-ORDER_VERSION = 2  # 1: documents were permuted within blocks of 1,024 neighbours only
+ORDER_VERSION = 2  # 1 permuted documents only within blocks of 1,024 neighbours
 _MAX_INT64 = (1 << 63) - 1
 _DIGEST_SAMPLES = 256  # samples gathered at a time by digest(): bounds its memory
 
@@ -40,11 +41,10 @@ _DIGEST_SAMPLES = 256  # samples gathered at a time by digest(): bounds its memo
 class SampleOrder:
     """The samples of `dataset` for a seed, as defined at the top of this file.
 
-    `native` None takes the C++ extension if it is there, else numpy with one warning; True insists, False refuses it.
+    `native`: None uses the C++ extension if available, else numpy with a warning; True requires it, False disables it.
     Attributes: `dataset`, `seq_len`, `seed`, `samples_per_epoch`, `tail` (labels of an epoch that are in no sample),
-    `native`. Safe to use from several threads.
-    Raises DataError when the corpus is too short for one sample (with `short`: for one label), or the arguments make no
-    sense.
+    `native`. Thread-safe.
+    Raises DataError if the corpus is too short for one sample (with `short`: for one label), or arguments are invalid.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SampleOrder:
         *,
         native: bool | None = None,
         short: bool = False,
-        blocks: int | None = None,  # part of the definition, as group_blocks; other values are for tests
+        blocks: int | None = None,  # like group_blocks part of the definition; other values are for tests
         group_blocks: int = GROUP_BLOCKS,
     ):
         if seq_len < 1 or not 0 <= seed <= MASK64 or group_blocks < 1:
@@ -70,12 +70,12 @@ class SampleOrder:
         self.native = module is not None
         self.samples_per_epoch, self.tail = divmod(dataset.num_tokens - 1, seq_len)
         if dataset.num_tokens < (2 if short else seq_len + 1):
-            needs = "a label needs a token before it" if short else f"one needs seq_len + 1 = {seq_len + 1}"
+            needs = "a label needs a token before it" if short else f"it needs seq_len + 1 = {seq_len + 1}"
             fix = "Use a larger corpus" + ("." if short else " or a smaller seq_len.")
-            made = "label" if short else "sample"
+            unit = "label" if short else "sample"
             raise DataError(
                 "samples.corpus-too-small",
-                f"{dataset.prefix}: {dataset.num_tokens} tokens make no {made}: {needs}. {fix}",
+                f"{dataset.prefix}: {dataset.num_tokens} tokens are too few for one {unit}: {needs}. {fix}",
             )
         self._permute = module.permute if module else permute
         self._make: type[Stream] = module.Stream if module else Stream
@@ -85,11 +85,11 @@ class SampleOrder:
         self._recent: dict[int, Stream] = {}
 
     def begin_at(self, sample: int) -> None:
-        """Let sample number `sample` be the first of epoch 0; there is none before it."""
+        """Make sample number `sample` the first of epoch 0; earlier samples cannot be read."""
         self._begin = sample
 
     def gather(self, samples: Int64Array) -> Int64Array:
-        """Tokens of global samples int64 [n], any order, any epochs; int64 [n, seq_len + 1].
+        """Tokens of global samples int64 [n] in any order and of any epochs; int64 [n, seq_len + 1].
 
         Raises DataError for a sample number before the first and for a token outside the dataset's vocabulary.
         """
@@ -101,7 +101,7 @@ class SampleOrder:
                 f"{samples + self._begin}",
             )
         epochs = samples // self.samples_per_epoch
-        if len(samples) and epochs.min() == epochs.max():  # nearly always: nothing to copy together
+        if len(samples) and epochs.min() == epochs.max():  # the usual case, without another copy
             epoch = int(epochs[0])
             return self._read(epoch, self._positions(epoch, samples % self.samples_per_epoch), self.seq_len + 1)
         out = np.empty((len(samples), self.seq_len + 1), np.int64)
@@ -112,18 +112,18 @@ class SampleOrder:
         return out
 
     def gather_tail(self, epoch: int = 0) -> Int64Array:
-        """The last tokens of an epoch's stream, int64 [tail + 1]: the last label of its samples and those behind it."""
+        """Last tokens of an epoch's stream, int64 [tail + 1]: the last label of its samples and the tokens after it."""
         start = np.array([self.samples_per_epoch * self.seq_len], np.int64)
         return self._read(epoch, start, self.tail + 1)[0]
 
     def parts(self, sample: int) -> list[Piece]:
-        """What a global sample is made of: (document, offset in it, tokens taken) in order. To look at, not fast."""
+        """Pieces of a global sample: (document, offset in it, number of tokens) in order. For inspection; not fast."""
         epoch, number = divmod(sample - self._begin, self.samples_per_epoch)
         (position,) = self._positions(epoch, np.array([number], np.int64)).tolist()
         return self._stream(epoch).parts(position, self.seq_len + 1)
 
     def sources(self, samples: Int64Array) -> Int64Array:
-        """Which source each of samples int64 [n] comes from: there is one here; int64 [n]."""
+        """Source of each of samples int64 [n]: all 0, as there is only one; int64 [n]."""
         return np.zeros(len(samples), np.int64)
 
     def digest(self, start: int, count: int) -> str:
@@ -135,7 +135,7 @@ class SampleOrder:
         return state.hexdigest()
 
     def _positions(self, epoch: int, samples: Int64Array) -> Int64Array:
-        """Where the samples int64 [n] of an epoch begin in its stream, int64 [n]."""
+        """Positions in the stream where the samples int64 [n] of an epoch begin, int64 [n]."""
         key = derive_key(self.seed, "samples", epoch)
         chunks: Int64Array = self._permute(self.samples_per_epoch, key, samples)
         return chunks * self.seq_len
@@ -159,12 +159,12 @@ class SampleOrder:
         return tokens
 
     def _stream(self, epoch: int) -> Stream:
-        """The stream of an epoch, the reference or C++. Two are kept, as a global batch may span the end of one."""
+        """Stream of an epoch, numpy or C++. Two are cached, as a global batch may span two epochs."""
         stream = self._recent.get(epoch)
         if stream is None:
             data = self.dataset
             keys = [derive_key(self.seed, purpose, epoch) for purpose in ("blocks", "documents", "rounds")]
             stream = self._make(data.tokens, data.lengths, data.pointers, self._blocks, self._group_blocks, *keys)
             kept = dict(list(self._recent.items())[-1:])
-            self._recent = {**kept, epoch: stream}  # one assignment: readers in other threads see old or new
+            self._recent = {**kept, epoch: stream}  # one assignment: other threads see the old or the new dict
         return stream

@@ -1,4 +1,4 @@
-"""PREFIX.json beside a corpus: the facts that .bin/.idx lack, so that a mix-up is an error and not a strange loss."""
+"""PREFIX.json of a corpus: fields that .bin/.idx lack, so that mixed-up files raise an error before training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def entropy(counts: IntArray) -> float:
 def sidecar_of(
     meta: dict[str, Any], dtype: np.dtype[Any], counts: IntArray, documents: int, empty: int
 ) -> dict[str, Any]:
-    """The facts that .bin/.idx lack: `meta`, and those that follow from the histogram `counts` int64 [vocab_size]."""
+    """Content of the sidecar: `meta`, and fields computed from the token histogram `counts` int64 [vocab_size]."""
     used = np.flatnonzero(counts)
     num_tokens = int(counts.sum())
     return {
@@ -49,6 +49,6 @@ def sidecar_bytes(sidecar: dict[str, Any]) -> bytes:
 
 
 def sidecar_digest(sidecar: dict[str, Any]) -> str:
-    """Digest of all that a sidecar says."""
-    said = {name: value for name, value in sidecar.items() if name != SIDECAR_DIGEST}
-    return xxhash.xxh3_64_hexdigest(json.dumps(said, sort_keys=True).encode())
+    """Digest of all other fields of a sidecar."""
+    fields = {name: value for name, value in sidecar.items() if name != SIDECAR_DIGEST}
+    return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())

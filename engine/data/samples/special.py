@@ -1,4 +1,4 @@
-"""Special tokens that the config names by their spelling, looked up in the tokenizer; every fault at once."""
+"""Looks up the special tokens that the config names by spelling; reports all errors at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAKE = "engine tokenizer train --special-tokens '<|endoftext|>' " + " ".join(f"
 
 
 def check(cfg: Config) -> None:
-    """Everything about data.fim_* and data.mask_tokens that needs only the tokenizer. Raises ConfigError."""
+    """Check data.fim_* and data.mask_tokens against the tokenizer. Raises ConfigError."""
     if cfg.data.tokenizer and (cfg.data.fim_rate or cfg.data.mask_tokens):
         try:
             tokenizer = Tokenizer.load(Path(cfg.data.tokenizer))
@@ -39,7 +39,7 @@ def check(cfg: Config) -> None:
 
 
 def masked_labels(data: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids of data.mask_tokens, rising. Raises ConfigError for one that is not there."""
+    """Sorted ids of data.mask_tokens. Raises ConfigError for an unknown token."""
     if errors := list(_mask_errors(data, tokenizer)):
         raise ConfigError(errors)
     found = {tokenizer.token_id(token) for token in data.mask_tokens.split()}
@@ -54,13 +54,13 @@ def fill_in_the_middle(
     active: Sequence[bool] = (True,),
     bos: int | None = None,
 ) -> FillInTheMiddle:
-    """What data.fim_* ask for; `seed` is train.seed, `bos` is what begins documents.
+    """The transform that data.fim_* configure; seed: train.seed; bos: token that begins documents.
 
-    Raises ConfigError where the tokenizer does not fit.
+    Raises ConfigError if the tokenizer does not fit.
     """
     found = sentinels(data, tokenizer)
     if eod in (found.prefix, found.suffix, found.middle):
-        problem, fix = "has the token that ends documents in it", "Name three tokens that are nothing else."
+        problem, fix = "includes the end-of-document token", "Name three tokens without another use."
         raise ConfigError(
             [FieldError("samples.fim-token-ends-documents", "data.fim_tokens", data.fim_tokens, problem, fix)]
         )
@@ -81,16 +81,16 @@ def sentinels(data: DataConfig, tokenizer: Tokenizer) -> Sentinels:
     if errors := list(_fim_errors(data, tokenizer)):
         raise ConfigError(errors)
     prefix, suffix, middle = map(tokenizer.token_id, _spellings(data, tokenizer))
-    assert prefix is not None and suffix is not None and middle is not None  # _fim_faults has looked
+    assert prefix is not None and suffix is not None and middle is not None  # checked by _fim_errors
     return Sentinels(prefix, suffix, middle)
 
 
 def _spellings(data: DataConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Three spellings, () where there are none."""
+    """Spellings of the three tokens, () if there are none."""
     if data.fim_tokens:
         return tuple(data.fim_tokens.split())
-    there = (family for family in FAMILIES if all(token in tokenizer.added_tokens for token in family))
-    return next(there, ())
+    families = (family for family in FAMILIES if all(token in tokenizer.added_tokens for token in family))
+    return next(families, ())
 
 
 def _mask_errors(data: DataConfig, tokenizer: Tokenizer) -> Iterator[FieldError]:
@@ -104,18 +104,16 @@ def _fim_errors(data: DataConfig, tokenizer: Tokenizer) -> Iterator[FieldError]:
     if not _spellings(data, tokenizer):
         looked = "; ".join(" ".join(family) for family in FAMILIES)
         problem = f"needs three tokens that {data.tokenizer} does not have (looked for {looked})"
-        fix = f"Name others by data.fim_tokens, or make a tokenizer that has them: {_MAKE}."
+        fix = f"Name others in data.fim_tokens, or train a tokenizer that has them: {_MAKE}."
         yield FieldError("samples.fim-tokens-missing", "data.fim_rate", data.fim_rate, problem, fix)
     if not SpanCodec(tokenizer).round_trips:
-        problem = (
-            f"cuts texts, and {data.tokenizer} does not give texts back as they were (case or white space is lost)"
-        )
+        problem = f"splits texts, but {data.tokenizer} does not decode texts exactly (case or white space is lost)"
         yield FieldError(
             "samples.fim-tokenizer-loses-text",
             "data.fim_rate",
             data.fim_rate,
             problem,
-            "Use a tokenizer of kind bpe or unigram, or leave it out.",
+            "Use a tokenizer of kind bpe or unigram, or omit it.",
         )
 
 
@@ -123,7 +121,7 @@ def _unknown(path: str, text: str, data: DataConfig, tokenizer: Tokenizer) -> It
     known = list(tokenizer.added_tokens)
     for token in text.split():
         if token not in known and (path == "data.fim_tokens" or tokenizer.token_id(token) is None):
-            what = "no token" if tokenizer.token_id(token) is None else "an ordinary token, which texts have"
+            kind = "no token" if tokenizer.token_id(token) is None else "an ordinary token, not a special one,"
             near = difflib.get_close_matches(token, known, n=3, cutoff=0.0)
             fix = f"Nearest special tokens: {', '.join(near)}." if near else "It has no special tokens at all."
-            yield FieldError("samples.special-token-unknown", path, token, f"is {what}, in {data.tokenizer}", fix)
+            yield FieldError("samples.special-token-unknown", path, token, f"is {kind} of {data.tokenizer}", fix)

@@ -1,26 +1,26 @@
-"""The documents of a corpus in the order of an epoch, as one stream of tokens in random access.
+"""Shuffled stream of the documents of an epoch: one sequence of tokens with random access.
 
 Definition. All integers; N documents, B = `blocks_of(N)` blocks; keys of (seed, purpose, epoch) as in keyed.py.
 
 * Block b is the documents [b * N // B, (b + 1) * N // B): neighbours in the file, 100 to 400 of them in a large corpus.
-  Within an epoch it is read in file order from its document number derive("documents" key, b) % size on, and round.
-* The blocks stand in the order of a keyed permutation ("blocks"): block b at place p(b). The places are cut in groups
-  of 1,024, and a group with k blocks in quarters: quarter q has those at [q * k // 4, (q + 1) * k // 4) of the group.
-* A group is read in passes, each taking the next document of every block that has one left; a pass is four rounds, one
-  for each quarter. Round t (pass t // 4, quarter t % 4) takes the quarter's blocks in the order of a keyed permutation
+  Within an epoch it is read in file order, cyclically, starting at its document derive("documents" key, b) % size.
+* The blocks are in the order of a keyed permutation ("blocks"): block b at place p(b). The places are divided into
+  groups of 1,024, and a group of k blocks into quarters: quarter q is the places [q * k // 4, (q + 1) * k // 4).
+* A group is read in passes; each pass takes the next document of every block that has one left. A pass has four rounds,
+  one per quarter. Round t (pass t // 4, quarter t % 4) takes the quarter's blocks in the order of a keyed permutation
   of their number (derive(derive("rounds" key, group), t)).
-* The stream is the rounds of all groups, one after the other: every document once, in one piece.
+* The stream is the concatenated rounds of all groups: every document once, in one piece.
 
-What follows from it:
-* As far as a sample can tell, documents are shuffled over the whole corpus: those it holds come from as many blocks,
-  drawn anew, anywhere in the file. Documents of one block are at least three quarters of a group, 768 blocks, apart in
-  the stream (fewer only in a group's last pass, where some blocks have none left). What a sorted corpus does to batches
-  is measured beside a full shuffle (tools/bench/shuffle.py).
-* Opening reads a pointer a block, and needs 8 bytes a group. A group is added up when it is first looked at: one pass
-  over its lengths, 8 bytes a round (up to 256 documents) kept and 16 a block. A lookup bisects groups, then rounds, and
-  walks to its place in the round from the nearer end. Nothing is stored in files, so nothing can be stale.
+Consequences:
+* Within the length of a sample, documents are shuffled over the whole corpus: each document of a sample comes from a
+  different, randomly drawn block anywhere in the file. Documents of one block are at least three quarters of a group,
+  768 blocks, apart in the stream (less only in the last pass of a group, where some blocks have none left).
+  tools/bench/shuffle.py compares the batches of a sorted corpus with those of a full shuffle.
+* Opening reads one pointer per block and needs 8 bytes per group. A group is summed at its first use: one pass over its
+  lengths, after which 8 bytes per round (up to 256 documents) and 16 per block are kept. A lookup bisects the groups,
+  then the rounds, and walks within the round from the nearer end. No index files exist that could become stale.
 
-Stream is the numpy reference; `csrc/data/order.cpp` computes the same faster; tests hold the two equal.
+Stream is the numpy reference; `csrc/data/order.cpp` computes the same faster; tests check that both are equal.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from engine.data.samples.keyed import Int64Array, derive, derive_each, permute
 GROUP_BLOCKS = 1024
 QUARTERS = 4
 MIN_BLOCKS = 1 << 14
-_MIN_SIZE = 100  # documents a block, where there are more blocks than that
+_MIN_SIZE = 100  # documents per block in corpora with more than MIN_BLOCKS blocks
 
 Piece = tuple[int, int, int]  # (document, offset in it, tokens taken)
 
 
 def blocks_of(documents: int) -> int:
-    """Blocks of a corpus: 2^14, or the largest power of four with 100 documents each; a document each if too few.
+    """Number of blocks: 2^14, or the largest power of four with 100 documents per block; at most one per document.
 
-    A power of four is the whole domain of its permutation: no cycle walking.
+    A power of four is exactly the domain of its permutation, so no cycle walking is needed.
     """
     blocks = MIN_BLOCKS
     while 4 * blocks * _MIN_SIZE <= documents:
@@ -55,8 +55,8 @@ def blocks_of(documents: int) -> int:
 class Stream:
     """Numpy reference. tokens [T], lengths int32 [N] in tokens, pointers int64 [N] in bytes; three keys of the epoch.
 
-    `blocks` and `group_blocks` are part of the definition: blocks_of(N), GROUP_BLOCKS; others are for tests.
-    Raises IndexError or ValueError where the arrays do not fit each other.
+    `blocks` and `group_blocks` are part of the definition: blocks_of(N), GROUP_BLOCKS; other values are for tests.
+    Raises IndexError or ValueError if the arrays are inconsistent.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class Stream:
         self._group_blocks, self._document_key, self._round_key = group_blocks, document_key, round_key
         self._first = np.arange(blocks + 1, dtype=np.int64) * len(lengths) // blocks
         self._order = np.argsort(permute(blocks, block_key, np.arange(blocks, dtype=np.int64)))  # place -> block
-        begins = np.append(pointers // tokens.itemsize, len(tokens))[self._first]
-        ends = np.cumsum(np.diff(begins)[self._order])
+        starts = np.append(pointers // tokens.itemsize, len(tokens))[self._first]
+        ends = np.cumsum(np.diff(starts)[self._order])
         last = np.append(np.arange(group_blocks, blocks, group_blocks), blocks) - 1
-        self._prefix = np.concatenate(([0], ends[last]))  # [groups + 1] tokens before each
+        self._prefix = np.concatenate(([0], ends[last]))  # [groups + 1] tokens before each group
         self._group = functools.lru_cache(maxsize=None)(self._make_group)
 
     def gather(self, positions: Int64Array, count: int, limit: int) -> tuple[Int64Array, Piece]:
         """stream[p : p + count] for each p of `positions` int64 [n]; int64 [n, count].
 
-        The second result is (document, offset, value) of the first token outside [0, limit), where gathering stops, or
-        (-1, -1, 0).
+        The second result is (document, offset, value) of the first token outside [0, limit), at which gathering stops,
+        or (-1, -1, 0).
         """
         out = np.zeros((len(positions), count), np.int64)
         for row, position in enumerate(positions.tolist()):
@@ -101,7 +101,7 @@ class Stream:
         return out, (-1, -1, 0)
 
     def parts(self, position: int, count: int) -> list[Piece]:
-        """What stream[position : position + count] is made of, in order."""
+        """Pieces of stream[position : position + count], in order."""
         group = int(np.searchsorted(self._prefix, position, side="right")) - 1
         before = self._group(group)[3]
         number = int(np.searchsorted(before, position, side="right")) - 1
@@ -121,7 +121,7 @@ class Stream:
         return found
 
     def _make_group(self, number: int) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
-        """Of its blocks int64 [k] in order: first document, size, where passes begin; then tokens before each round."""
+        """(first document, size, start offset) of its blocks in order, int64 [k] each; tokens before each round."""
         blocks = self._order[number * self._group_blocks : (number + 1) * self._group_blocks]
         first, size = self._first[blocks], np.diff(self._first)[blocks]
         offset = (derive_each(self._document_key, blocks) % size.astype(np.uint64)).astype(np.int64)
@@ -133,7 +133,7 @@ class Stream:
         return first, size, offset, np.concatenate((self._prefix[number : number + 1], ends))
 
     def _round(self, group: int, number: int) -> list[int]:
-        """The documents of a round, in order."""
+        """Documents of a round, in order."""
         first, size, offset = (part[_quarter(number % QUARTERS, len(part))] for part in self._group(group)[:3])
         if not len(first):
             return []

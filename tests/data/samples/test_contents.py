@@ -47,7 +47,7 @@ def test_the_command(prefix: Path, capsys: pytest.CaptureFixture[str], tmp_path:
     out = capsys.readouterr().out
     data = IndexedDataset(prefix)
     assert f"120 documents, {data.num_tokens:,} tokens, {2 * data.num_tokens:,} bytes of uint16" in out
-    assert out.count("verified: ") == 3 and "tokenizer_digest are as it says" in out
+    assert out.count("verified: ") == 3 and "tokenizer_digest match the files" in out
     assert out.count("\nsample ") == 2 and "⟦document " in out and "[not a mark] naïve" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert run(prefix, "--output", "x.jpg", "--samples", -1, "--seq-len", 0) == 2
@@ -113,5 +113,5 @@ def test_verify_finds_a_changed_token_and_another_tokenizer(prefix: Path, tokeni
     with raises(DataError, "samples.sidecar-differs", "unigram_entropy is 0, ", "tokenizer_digest is 'other'"):
         verify(IndexedDataset(prefix), tokenizer)
     Path(f"{prefix}.json").unlink()
-    assert "the tokenizer is not known" in verify(IndexedDataset(prefix), tokenizer)[-1]
+    assert "the tokenizer and the digest of the tokens are unknown" in verify(IndexedDataset(prefix), tokenizer)[-1]
     assert "no token < 0" in verify(IndexedDataset(prefix), None)[1]

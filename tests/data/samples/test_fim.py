@@ -358,9 +358,14 @@ def test_faults_of_the_config_are_told_before_anything_starts(corpora: Path, tmp
             corpora, data__fim_tokens="<|fim_prefix|> <|fim_sufix|> x", data__mask_tokens="<|endoftxt|> <|fim_middle|>"
         )
     assert [(f.path, f.value, f.problem.rpartition(" ")[0], f.fix.split(",")[0]) for f in caught.value.errors] == [
-        ("data.mask_tokens", "<|endoftxt|>", "is no token, in", "Nearest special tokens: <|endoftext|>"),
-        ("data.fim_tokens", "<|fim_sufix|>", "is no token, in", "Nearest special tokens: <|fim_suffix|>"),
-        ("data.fim_tokens", "x", "is an ordinary token, which texts have, in", "Nearest special tokens: <|endoftext|>"),
+        ("data.mask_tokens", "<|endoftxt|>", "is no token of", "Nearest special tokens: <|endoftext|>"),
+        ("data.fim_tokens", "<|fim_sufix|>", "is no token of", "Nearest special tokens: <|fim_suffix|>"),
+        (
+            "data.fim_tokens",
+            "x",
+            "is an ordinary token, not a special one, of",
+            "Nearest special tokens: <|endoftext|>",
+        ),
     ]
     with raises(ConfigError, "samples.fim-token-ends-documents", "data.fim_tokens = "):
         opened(corpora, data__fim_tokens="<|fim_prefix|> <|fim_suffix|> <|endoftext|>")

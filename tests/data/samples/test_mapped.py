@@ -68,7 +68,7 @@ def test_without_the_extension_the_next_look_finds_it(data: IndexedDataset) -> N
     order = SampleOrder(data, 32, 0, native=False)
     path = Path(f"{data.prefix}.bin")
     os.truncate(path, path.stat().st_size - 1)  # within a page: no signal tells of it
-    with raises(DataError, "samples.corpus-cut-short", "bytes and has"):
+    with raises(DataError, "samples.corpus-cut-short", "bytes and now has"):
         everything(order)
 
 

@@ -373,5 +373,5 @@ def test_a_short_corpus_is_a_tail(tmp_path: Path) -> None:
     assert sorted(order.gather_tail().tolist()) == list(range(1, 8))
     with raises(DataError, "samples.corpus-too-small", "7 tokens", "seq_len + 1 = 17"):
         SampleOrder(data, 16, 1)
-    with raises(DataError, "samples.corpus-too-small", "1 tokens make no label"):
+    with raises(DataError, "samples.corpus-too-small", "1 tokens are too few for one label"):
         SampleOrder(corpus(tmp_path / "d", [1]), 16, 1, short=True)

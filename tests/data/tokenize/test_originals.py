@@ -222,10 +222,10 @@ def test_a_difference_in_ranks_is_a_refusal(tmp_path: Path, monkeypatch: pytest.
         return right(self, text.replace("\u2603", "*"))
 
     monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary", other)
-    with raises(DataError, "tokenize.not-convertible", "'snow \u2603' token 5 ", [257, 131]):
+    with raises(DataError, "tokenize.not-convertible", "'snow \u2603' from token 5 ", [257, 131]):
         prepare([tmp_path / "in.jsonl"], str(tmp_path / "out"), tokenizer=tmp_path / "r50k_base.tiktoken")
     monkeypatch.setattr(tiktoken_ranks, "texts_for", lambda spellings: ["\u2603"])
-    with raises(DataError, "tokenize.not-convertible", "r50k_base.tiktoken", "'\u2603' token 0 "):
+    with raises(DataError, "tokenize.not-convertible", "r50k_base.tiktoken", "'\u2603' from token 0 "):
         Tokenizer.load(tmp_path / "r50k_base.tiktoken")
 
 

@@ -1,4 +1,4 @@
-// Whose turn each sample of a blend is; engine/data/samples/blend.py has the definition and the reference.
+// Source of each sample of a data blend; engine/data/samples/blend.py has the definition and the reference.
 
 #include <functional>
 #include <queue>
@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t MAX_TOTAL = int64_t(1) << 40;  // of weights; with MAX_BLOCK all products below stay under 2^63
+constexpr int64_t MAX_TOTAL = int64_t(1) << 40;  // sum of weights; with MAX_BLOCK no product below reaches 2^63
 constexpr int64_t MAX_BLOCK = int64_t(1) << 22;  // slots
 constexpr int64_t MAX_SOURCES = int64_t(1) << 20;
 
@@ -16,26 +16,26 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a 
 using Due = std::pair<int64_t, int64_t>;  // (deadline, source)
 using Heap = std::priority_queue<Due, std::vector<Due>, std::greater<Due>>;
 
-struct Border {                   // of a block, at global sample n
+struct BlockState {               // at a block boundary, global sample n
     std::vector<int64_t> counts;  // [K] samples of each source before n
-    std::vector<int64_t> part;    // [K] n * weight mod total: how far the job under way is, times total
-    std::vector<char> ahead;      // [K] is the job under way already done
+    std::vector<int64_t> part;    // [K] n * weight mod total: progress of the open job, times total
+    std::vector<char> ahead;      // [K] whether the open job is already done
 };
 
-Border border_at(const std::vector<int64_t>& weights, int64_t total, int64_t n) {
+BlockState state_at(const std::vector<int64_t>& weights, int64_t total, int64_t n) {
     const int64_t k = int64_t(weights.size());
-    Border at{std::vector<int64_t>(k), std::vector<int64_t>(k), std::vector<char>(k)};
-    std::vector<std::pair<int64_t, int64_t>> under_way;  // (-slots since its release, source)
+    BlockState at{std::vector<int64_t>(k), std::vector<int64_t>(k), std::vector<char>(k)};
+    std::vector<std::pair<int64_t, int64_t>> open_jobs;  // (-slots since its release, source)
     for (int64_t s = 0; s < k; ++s) {
-        const auto product = static_cast<unsigned __int128>(n) * static_cast<unsigned __int128>(weights[s]);
-        at.counts[s] = int64_t(product / uint64_t(total));
-        at.part[s] = int64_t(product % uint64_t(total));
-        if (at.part[s] > 0) under_way.emplace_back(-ceil_div(at.part[s], weights[s]), s);
+        const auto scaled = static_cast<unsigned __int128>(n) * static_cast<unsigned __int128>(weights[s]);
+        at.counts[s] = int64_t(scaled / uint64_t(total));
+        at.part[s] = int64_t(scaled % uint64_t(total));
+        if (at.part[s] > 0) open_jobs.emplace_back(-ceil_div(at.part[s], weights[s]), s);
     }
-    std::sort(under_way.begin(), under_way.end());
+    std::sort(open_jobs.begin(), open_jobs.end());
     Heap candidates;
     int64_t sum = 0, chosen = 0;
-    for (const auto& [release, s] : under_way) {
+    for (const auto& [release, s] : open_jobs) {
         candidates.emplace(ceil_div(total - at.part[s], weights[s]), s);
         sum += at.part[s];
         if (sum / total > chosen) {
@@ -70,13 +70,13 @@ py::tuple blend_block(const py::array& weight_array, int64_t start, int64_t leng
     int32_t *source_out = sources.mutable_data(), *ordinal_out = ordinals.mutable_data();
     {
         py::gil_scoped_release release_gil;
-        const Border first = border_at(weights, total, start), last = border_at(weights, total, start + length);
+        const BlockState first = state_at(weights, total, start), last = state_at(weights, total, start + length);
         const int64_t k = view.size;
-        // lists of the sources whose job begins at a slot
-        std::vector<int64_t> head(length, -1), next(k, -1), made(k, 0);
-        const auto file = [&](int64_t s, int64_t not_before) {  // the next job of source s, unless it has none
-            if (first.counts[s] + made[s] >= last.counts[s]) return;
-            const int64_t job = first.ahead[s] + made[s], reached = job * total - first.part[s];
+        // linked lists of the sources whose next job is released at a slot
+        std::vector<int64_t> head(length, -1), next(k, -1), done(k, 0);
+        const auto release_next = [&](int64_t s, int64_t not_before) {  // the next job of source s, if it has one
+            if (first.counts[s] + done[s] >= last.counts[s]) return;
+            const int64_t job = first.ahead[s] + done[s], reached = job * total - first.part[s];
             const int64_t slot = std::max(not_before, reached > 0 ? reached / weights[s] : 0);
             if (slot >= length) throw py::value_error("blend_block: a share is too small for this block length");
             next[s] = head[slot];
@@ -84,12 +84,12 @@ py::tuple blend_block(const py::array& weight_array, int64_t start, int64_t leng
         };
         for (int64_t s = 0; s < k; ++s) {
             count_out[s] = first.counts[s];
-            file(s, 0);
+            release_next(s, 0);
         }
         Heap waiting;
         for (int64_t i = 0; i < length; ++i) {
             for (int64_t s = head[i]; s >= 0; s = next[s]) {
-                const int64_t end = (first.ahead[s] + made[s] + 1) * total - first.part[s];
+                const int64_t end = (first.ahead[s] + done[s] + 1) * total - first.part[s];
                 waiting.emplace(std::min(ceil_div(end, weights[s]), length), s);
             }
             if (waiting.empty() || waiting.top().first <= i)
@@ -97,8 +97,8 @@ py::tuple blend_block(const py::array& weight_array, int64_t start, int64_t leng
             const int64_t s = waiting.top().second;
             waiting.pop();
             source_out[i] = int32_t(s);
-            ordinal_out[i] = int32_t(made[s]++);
-            file(s, i + 1);
+            ordinal_out[i] = int32_t(done[s]++);
+            release_next(s, i + 1);
         }
     }
     return py::make_tuple(counts, sources, ordinals);

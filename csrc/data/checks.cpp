@@ -1,4 +1,4 @@
-// What is proven of a corpus when it is opened; engine/data/samples/indexed.py has the reference.
+// Consistency checks of a corpus when it is opened; engine/data/samples/indexed.py has the reference.
 
 #include <thread>
 
@@ -6,9 +6,9 @@
 
 namespace {
 
-constexpr int64_t PROVEN = 4096;  // sequences proven at a time: no sum of so many lengths can wrap
+constexpr int64_t CHECKED = 4096;  // sequences checked at a time: the sum of their lengths cannot overflow
 
-// Runs part(t) for t in [0, threads) side by side, part(0) in this thread. part must not throw.
+// Runs part(t) for t in [0, threads) in parallel, part(0) in this thread. part must not throw.
 template <typename Part>
 void in_parallel(int64_t threads, const Part& part) {
     std::vector<std::thread> others;
@@ -17,12 +17,12 @@ void in_parallel(int64_t threads, const Part& part) {
     for (auto& other : others) other.join();
 }
 
-// The first block of PROVEN sequences in [low, high) that is not proven good by pointers alone, or high: lengths that
-// are not negative, and each pointer the one before it and the bytes between. No branches, so that it is vectorised.
+// Start of the first block of CHECKED sequences in [low, high) that fails the fast check, or high. The check: lengths
+// are not negative, and each pointer is the previous one plus its bytes. Branch-free, so that it is vectorised.
 int64_t first_doubt(const View<int32_t>& lengths, const View<int64_t>& pointers, int64_t itemsize, int64_t most,
                     int64_t low, int64_t high) {
-    for (; low < high; low += PROVEN) {
-        const int64_t last = std::min(low + PROVEN, high) - 1;
+    for (; low < high; low += CHECKED) {
+        const int64_t last = std::min(low + CHECKED, high) - 1;
         uint64_t differ = 0, negative = 0;
         for (int64_t i = low; i < last; ++i) {
             const uint64_t length = uint32_t(lengths[i]);
@@ -37,14 +37,14 @@ int64_t first_doubt(const View<int32_t>& lengths, const View<int64_t>& pointers,
     return high;
 }
 
-// (sequence, expected): the first sequence with a negative length, expected -1, or whose pointer is not the sum of the
-// bytes before it, which is `expected`; or (-1, bytes of all). Stops soon after the sum passes `most` bytes.
+// (sequence, expected): the first sequence with a negative length (expected: -1), or whose pointer is not `expected`,
+// the sum of the bytes before it; or (-1, total bytes). Stops soon after the sum exceeds `most` bytes.
 py::tuple check_sequences(const py::array& length_array, const py::array& pointer_array, int64_t itemsize, int64_t most,
                           int64_t threads) {
     const View<int32_t> lengths(length_array, "lengths");
     const View<int64_t> pointers(pointer_array, "pointers");
     if (lengths.size != pointers.size || itemsize < 1 || itemsize > 8 || most < 0 || threads < 1)
-        throw py::value_error("check_sequences: lengths and pointers differ in number, or a size makes no sense");
+        throw py::value_error("check_sequences: lengths and pointers differ in number, or a size is invalid");
     int64_t end = 0, wrong = -1, expected = 0;
     {
         py::gil_scoped_release release;
@@ -54,19 +54,19 @@ py::tuple check_sequences(const py::array& length_array, const py::array& pointe
         in_parallel(threads, [&](int64_t t) {
             doubts[t] = first_doubt(lengths, pointers, itemsize, most, low_of(t), low_of(t + 1));
         });
-        int64_t i = 0;  // all before it is proven, to `end`
+        int64_t i = 0;  // all sequences before it are valid and end at byte `end`
         for (int64_t t = 0; t < threads && i == low_of(t) && i < n && pointers[i] == end; ++t) {
             i = doubts[t];
             end = i == 0 ? 0 : pointers[i - 1] + lengths[i - 1] * itemsize;
         }
-        for (; i < n && end <= most; ++i) {  // the rest one by one
+        for (; i < n && end <= most; ++i) {  // the remaining sequences one by one
             const int64_t length = lengths[i];
             if (length < 0 || pointers[i] != end) {
                 wrong = i;
                 expected = length < 0 ? -1 : end;
                 break;
             }
-            if (length > (MAX - end) / itemsize) {  // no file is as long: as good as past `most`
+            if (length > (MAX - end) / itemsize) {  // no file is that long: treated as more than `most`
                 end = MAX;
                 break;
             }
@@ -84,7 +84,7 @@ int64_t check_rising(const py::array& boundaries, int64_t threads) {
     const int64_t share = view.size / threads + 1;
     std::vector<uint64_t> doubts(threads);
     in_parallel(threads, [&](int64_t t) {
-        uint64_t doubt = 0;  // the sign bit: a fall, or a number below 0, where the difference might wrap
+        uint64_t doubt = 0;  // sign bit: a decrease, or a negative number, for which the difference might overflow
         for (int64_t i = t * share + 1, end = std::min(view.size, (t + 1) * share + 1); i < end; ++i) {
             const uint64_t before = uint64_t(view[i - 1]), here = uint64_t(view[i]);
             doubt |= before | here | (here - before);

@@ -1,7 +1,7 @@
-// Mapped files that another process may cut short. A page that is gone, or that its disk cannot read, raises SIGBUS in
-// whoever touches it, which would end the process without a word. For guarded memory the handler here puts a page of
-// zeros in its place and notes it: the reader goes on, asks `lost` when it is done, and throws away what it has read.
-// Reading costs nothing. What is not guarded goes to the handler that was there before.
+// Protects readers of mapped files that another process may truncate. Access to a page that no longer exists, or that
+// the disk cannot read, raises SIGBUS, which would end the process without a message. For guarded memory the handler
+// below maps a page of zeros in its place and records it: the reader continues, calls `lost` afterwards, and discards
+// the data. Reads have no overhead. Faults in other memory are passed to the previous handler.
 
 #pragma once
 
@@ -17,16 +17,16 @@
 
 namespace guard {
 
-struct Region {  // of the list below; never freed, as the handler may be walking it: end 0 is one to use again
+struct Region {  // in the list below; never freed, as the handler may be reading it; end 0: free for reuse
     std::atomic<uintptr_t> begin{0}, end{0};
-    std::atomic<int64_t> lost{-1};  // offset of the first page that was not there
+    std::atomic<int64_t> lost{-1};  // offset of the first missing page
     Region* next = nullptr;
 };
 
 static_assert(std::atomic<uintptr_t>::is_always_lock_free && std::atomic<int64_t>::is_always_lock_free);
 
 inline std::atomic<Region*> regions{nullptr};
-inline std::mutex changing;  // of the list and the handler; the handler itself takes no lock
+inline std::mutex changing;  // protects changes of the list and the handler; the handler itself takes no lock
 inline struct sigaction before;
 inline const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
 
@@ -44,11 +44,11 @@ inline void on_bus_error(int number, siginfo_t* info, void*) {
         r->lost.compare_exchange_strong(none, int64_t(first < begin ? 0 : first - begin));
         return;
     }
-    sigaction(number, &before, nullptr);    // the access is tried again, and meets that one
-    if (info->si_code <= 0) raise(number);  // sent by a process: there is no access to try again
+    sigaction(number, &before, nullptr);    // the access is repeated, with that handler
+    if (info->si_code <= 0) raise(number);  // sent by a process: no access is repeated
 }
 
-// Guards [begin, begin + size); gives a token for `lost` and `release`.
+// Guards [begin, begin + size); returns a token for `lost` and `release`.
 inline intptr_t add(const void* begin, int64_t size) {
     const std::lock_guard<std::mutex> lock(changing);
     struct sigaction now;

@@ -1,11 +1,11 @@
-// What the parts of engine._index share: arrays as they are given, and the keyed permutation. No torch.
+// Shared parts of engine._index: array views and the keyed permutation. No torch.
 //
-// The definitions, and why they are what they are, stand in engine/data; the Python code there is the reference and tests
-// hold the two equal bit by bit. Here it is only fast, and safe: no input, however wrong, makes it read outside the
-// arrays it was given. Arrays are taken as they are (never converted: a conversion would copy a memory-mapped index of
-// gigabytes) and loaded bytewise, because the .idx header leaves them unaligned.
+// The definitions and their reasons are in engine/data. The Python code there is the reference; tests check that both
+// are bitwise equal. This code is fast and safe: no input, however wrong, makes it read outside the given arrays.
+// Arrays are never converted, since that would copy a memory-mapped index of gigabytes, and are loaded bytewise,
+// because the .idx header leaves them unaligned.
 //
-// Wrong shapes or dtypes raise ValueError, numbers that lead outside raise IndexError. The GIL is released in all loops.
+// Wrong shapes or dtypes raise ValueError, out-of-range numbers IndexError. The GIL is released in all loops.
 
 #pragma once
 
@@ -24,7 +24,7 @@
 namespace py = pybind11;
 
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
-constexpr int ROUNDS = 8;  // even: two are done at a time
+constexpr int ROUNDS = 8;  // even: computed two at a time
 constexpr int64_t MAX = std::numeric_limits<int64_t>::max();
 
 inline uint64_t mix64(uint64_t z) {  // the finaliser of splitmix64
@@ -95,7 +95,7 @@ struct View {
     }
 };
 
-void bind_checks(py::module_& m);  // checks.cpp: what is proven when a corpus is opened
+void bind_checks(py::module_& m);  // checks.cpp: consistency checks when a corpus is opened
 void bind_order(py::module_& m);   // order.cpp: the stream of an epoch, engine/data/samples/stream.py
-void bind_blend(py::module_& m);   // blend.cpp: whose turn it is, engine/data/samples/blend.py
-void bind_pack(py::module_& m);    // pack.cpp: what is written, engine/data/prepare/pack.py
+void bind_blend(py::module_& m);   // blend.cpp: source of each sample, engine/data/samples/blend.py
+void bind_pack(py::module_& m);    // pack.cpp: tokens to write, engine/data/prepare/pack.py

@@ -1,4 +1,4 @@
-// engine._index: the hot half of the data path. See index.h for what holds for all of it.
+// engine._index: the performance-critical part of the data path. See index.h for its conventions.
 
 #include "data/guard.h"
 #include "data/index.h"

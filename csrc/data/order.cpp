@@ -1,14 +1,14 @@
-// The stream of an epoch in random access; engine/data/samples/stream.py has the definition and the reference.
+// Random access to the stream of an epoch; engine/data/samples/stream.py has the definition and the reference.
 //
-// Nearly all of a random sample's time is waiting for memory. So what a row needs is asked for while rows before it are
-// worked on: the lengths of its round two rows ahead, its tokens one row ahead.
+// Reading a random sample is almost entirely memory latency. So the data of a row is prefetched while earlier rows are
+// processed: the lengths of its round two rows ahead, its tokens one row ahead.
 
 #include <memory>
 #include <mutex>
 
 #include "data/index.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)  // taken at run time, where the processor has it
+#if defined(__x86_64__) && defined(__GNUC__)  // used at run time if the processor supports it
 #define TRIDENT_AVX2
 #include <immintrin.h>
 #endif
@@ -25,8 +25,8 @@ inline void prefetch(const char* from, int64_t bytes) {
 #endif
 }
 
-// Permutation(count, key) of at most 256, all at once: halves of 4 bits fit in bytes and what a round adds in a table of
-// 16, so that 128 mixes do instead of 8 for each place, and 32 places go together.
+// Permutation(count, key) for count <= 256, computed for all places at once. The halves have at most 4 bits, so each
+// fits in a byte and a round function in a table of 16: 128 mixes in total instead of 8 per place, 32 places at a time.
 struct RoundOrder {
     static constexpr int SIDE = 16, DOMAIN = SIDE * SIDE;
     const Permutation permutation;
@@ -81,22 +81,22 @@ struct RoundOrder {
     }
 };
 
-struct Block {  // documents [first, first + size) of the corpus, of which the pass begins at first + offset
+struct Block {  // documents [first, first + size) of the corpus; its reading starts at first + offset
     int64_t first;
     int32_t offset, size;
 };
 
 struct Group {
-    std::vector<Block> blocks;    // in their order
+    std::vector<Block> blocks;    // in order
     std::vector<int64_t> before;  // [rounds + 1] tokens of the stream before each round
 };
 
-struct Round {  // its documents in their order
+struct Round {  // its documents in order
     int64_t group = 0, number = 0, count = 0;
     int64_t documents[ROUND_BLOCKS];
 };
 
-struct Piece {  // of a sample: `take` tokens of a document from its token `offset` on, which is tokens[start]
+struct Piece {  // of a sample: `take` tokens of a document from its token `offset`, which is tokens[start]
     int64_t document, offset, start, take;
 };
 
@@ -104,12 +104,12 @@ struct Bad {
     int64_t document = -1, offset = -1, value = 0;
 };
 
-// Copies the pieces to out, one after the other; false when a token is not in [0, limit).
+// Copies the concatenated pieces to out; returns false if a token is not in [0, limit).
 template <typename T>
 bool copy_pieces(const View<T>& tokens, const std::vector<Piece>& pieces, int64_t limit, int64_t* out, Bad* bad) {
     for (const Piece piece : pieces) {              // a copy: through a reference, out might overlap it
-        uint64_t fine = ~uint64_t(0);               // the sign bit: every value >= 0 and value - limit < 0
-        for (int64_t k = 0; k < piece.take; ++k) {  // no early exit and no comparison: it keeps the loop vectorised
+        uint64_t fine = ~uint64_t(0);               // sign bit: every value >= 0 and value - limit < 0
+        for (int64_t k = 0; k < piece.take; ++k) {  // no early exit and no comparison, so that the loop is vectorised
             const int64_t value = int64_t(tokens[piece.start + k]);
             out[k] = value;
             fine &= (uint64_t(value) - uint64_t(limit)) & ~uint64_t(value);
@@ -191,21 +191,21 @@ class Stream {
         return document < documents_ ? pointers_[document] / itemsize_ : total_;
     }
 
-    // Sets prefix_ [groups + 1]: tokens before each group. Reads the corpus in its order, a pointer for each block.
+    // Sets prefix_ [groups + 1]: tokens before each group. Reads one pointer per block, in file order.
     void count_groups() {
         const int64_t groups = (blocks_ + group_blocks_ - 1) / group_blocks_;
         prefix_.assign(groups + 1, 0);
         groups_.resize(groups);
         // first: block * documents / blocks, of which rest is the remainder
         int64_t begin = tokens_before(0), first = 0, rest = 0;
-        if (begin != 0) throw py::index_error("Stream: document 0 does not begin the tokens");
+        if (begin != 0) throw py::index_error("Stream: document 0 does not start at token 0");
         const int64_t whole = documents_ / blocks_, more = documents_ % blocks_;
         for (int64_t block = 0; block < blocks_; ++block) {
             first += whole;
             if ((rest += more) >= blocks_) rest -= blocks_, ++first;
             const int64_t end = tokens_before(first);
             if (end < begin || end > total_)
-                throw py::index_error("Stream: document " + std::to_string(first) + " lies outside the tokens");
+                throw py::index_error("Stream: document " + std::to_string(first) + " is outside the tokens");
             prefix_[1 + order_(uint64_t(block)) / uint64_t(group_blocks_)] += end - begin;
             begin = end;
         }
@@ -222,33 +222,33 @@ class Stream {
 
     Group make_group(int64_t number) const {
         const int64_t place = number * group_blocks_, count = std::min(group_blocks_, blocks_ - place);
-        Group made;
+        Group result;
         int64_t most = 0;
         for (int64_t j = 0; j < count; ++j) {
             const int64_t block = int64_t(order_.inverse(uint64_t(place + j))), first = first_of(block);
             const int64_t size = first_of(block + 1) - first;
             const auto offset = int32_t(derive(document_key_, uint64_t(block)) % uint64_t(size));
-            made.blocks.push_back(Block{first, offset, int32_t(size)});
+            result.blocks.push_back(Block{first, offset, int32_t(size)});
             most = std::max(most, size);
         }
-        made.before.assign(most * QUARTERS + 1, 0);
+        result.before.assign(most * QUARTERS + 1, 0);
         std::vector<int64_t> sums(most);
         int32_t negative = 0;
         for (int64_t quarter = 0; quarter < QUARTERS; ++quarter) {
             std::fill(sums.begin(), sums.end(), 0);
             for (int64_t j = quarter_begin(quarter, count); j < quarter_begin(quarter + 1, count); ++j) {
-                const Block block = made.blocks[j];
+                const Block block = result.blocks[j];
                 const int64_t head = block.size - block.offset;
                 negative |= add_lengths(block.first + block.offset, head, sums.data());
                 negative |= add_lengths(block.first, block.offset, sums.data() + head);
             }
-            for (int64_t pass = 0; pass < most; ++pass) made.before[1 + pass * QUARTERS + quarter] = sums[pass];
+            for (int64_t pass = 0; pass < most; ++pass) result.before[1 + pass * QUARTERS + quarter] = sums[pass];
         }
-        made.before[0] = prefix_[number];
-        for (size_t t = 1; t < made.before.size(); ++t) made.before[t] += made.before[t - 1];
-        if (negative < 0 || made.before.back() != prefix_[number + 1])
+        result.before[0] = prefix_[number];
+        for (size_t t = 1; t < result.before.size(); ++t) result.before[t] += result.before[t - 1];
+        if (negative < 0 || result.before.back() != prefix_[number + 1])
             throw py::index_error("Stream: lengths and pointers do not fit each other");
-        return made;
+        return result;
     }
 
     int32_t add_lengths(int64_t first, int64_t count, int64_t* sums) const {
@@ -278,7 +278,7 @@ class Stream {
         }
     }
 
-    // The round that stream[position] is in, and the lengths that lead to it on their way into the cache.
+    // Finds the round that contains stream[position], and prefetches the lengths needed to locate it in the round.
     void find_round(int64_t position, Round* round) {
         if (position < 0 || position >= total_)
             throw py::index_error("gather: position " + std::to_string(position) + " is outside the stream");
@@ -298,10 +298,10 @@ class Stream {
         return in.before[round.number + 1] - position < position - in.before[round.number];
     }
 
-    // Fills `pieces` with those of stream[position : position + count], which begins in `round`; leaves the last one there.
+    // Fills `pieces` with those of stream[position : position + count], which begins in `round`; `round` ends at the last.
     void find_pieces(Round* round, int64_t position, int64_t count, std::vector<Piece>* pieces) {
         const Group* in = &group(round->group);
-        int64_t i = 0, at = in->before[round->number];  // stream[at] begins the i-th document of the round
+        int64_t i = 0, at = in->before[round->number];  // stream[at] is the start of the i-th document of the round
         if (from_end(*in, *round, position)) {
             at = in->before[round->number + 1];
             for (i = round->count; i > 0 && at > position;) at -= lengths_[round->documents[--i]];
@@ -328,13 +328,13 @@ class Stream {
         }
     }
 
-    // At most `room` tokens of a document from its token `skip` on, on their way into the cache.
-    Piece piece_of(int64_t document, int64_t skip, int64_t room) const {
+    // At most `most` tokens of a document from its token `skip`, which are prefetched.
+    Piece piece_of(int64_t document, int64_t skip, int64_t most) const {
         const int64_t length = lengths_[document], pointer = pointers_[document];
         if (skip < 0 || length < skip || pointer < 0 || pointer % itemsize_ != 0 ||
             pointer / itemsize_ > total_ - length)
-            throw py::index_error("gather: document " + std::to_string(document) + " lies outside the tokens");
-        const Piece piece{document, skip, pointer / itemsize_ + skip, std::min(length - skip, room)};
+            throw py::index_error("gather: document " + std::to_string(document) + " is outside the tokens");
+        const Piece piece{document, skip, pointer / itemsize_ + skip, std::min(length - skip, most)};
         prefetch(static_cast<const char*>(token_array_.data()) + piece.start * itemsize_, piece.take * itemsize_);
         return piece;
     }
@@ -353,15 +353,15 @@ class Stream {
         return bad;
     }
 
-    const py::array token_array_, length_array_, pointer_array_;  // hold the memory that is looked at
+    const py::array token_array_, length_array_, pointer_array_;  // own the memory of the views
     const View<int32_t> lengths_;                                 // [documents] tokens
     const View<int64_t> pointers_;                                // [documents] bytes
     const int64_t documents_, blocks_, group_blocks_, itemsize_, total_;
     const Permutation order_;
     const uint64_t document_key_, round_key_;
     std::vector<int64_t> prefix_;                 // [groups + 1]
-    std::vector<std::unique_ptr<Group>> groups_;  // made when first looked at
-    std::mutex mutex_;                            // of groups_: readers may be several threads
+    std::vector<std::unique_ptr<Group>> groups_;  // created at first use
+    std::mutex mutex_;                            // protects groups_: several threads may read
 };
 
 }  // namespace

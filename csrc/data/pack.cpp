@@ -1,4 +1,4 @@
-// What `engine prepare` writes, in one pass; engine/data/prepare/pack.py has the reference.
+// Packs the tokens that `engine prepare` writes, in one pass; engine/data/prepare/pack.py has the reference.
 
 #include <optional>
 
@@ -25,14 +25,14 @@ std::optional<int32_t> pack_into(const View<int32_t>& tokens, const std::vector<
     return std::nullopt;
 }
 
-// The documents of `tokens` with `eod` (-1: none) behind those that are not empty, to `out`; their histogram is added to
-// `counts`. Returns an id that is not below its size, after which nothing is written.
+// Copies the documents of `tokens` to `out`, with `eod` (-1: none) after each that is not empty, and adds their
+// histogram to `counts`. Returns an id outside [0, size of counts), at which writing stops, or none.
 std::optional<int32_t> pack(const py::array& tokens, const py::array& lengths, int32_t eod, py::array out,
                             py::array_t<int64_t> counts) {
     const View<int32_t> in(tokens, "tokens"), given(lengths, "lengths");
     const View<int64_t> histogram(counts, "counts");
     const bool narrow = py::isinstance<py::array_t<uint16_t>>(out);
-    const int64_t room = narrow ? View<uint16_t>(out, "out").size : View<int32_t>(out, "out").size;
+    const int64_t capacity = narrow ? View<uint16_t>(out, "out").size : View<int32_t>(out, "out").size;
     std::vector<int32_t> sizes(given.size);  // a copy: the sizes checked are the sizes used
     int64_t needed = 0, written = 0;
     for (int64_t d = 0; d < given.size; ++d) {
@@ -41,7 +41,7 @@ std::optional<int32_t> pack(const py::array& tokens, const py::array& lengths, i
         needed += sizes[d];
         written += int64_t(sizes[d]) + (eod >= 0 && sizes[d] > 0);
     }
-    if (needed != in.size || written != room)
+    if (needed != in.size || written != capacity)
         throw py::index_error("pack: the lengths do not sum to the sizes of tokens and out");
     const int64_t vocab_size = histogram.size;
     if (narrow && vocab_size > 65536) throw py::value_error("pack: uint16 does not hold the ids of this vocabulary");

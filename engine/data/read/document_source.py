@@ -69,11 +69,11 @@ class DocumentSource:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         own_files: OwnFiles | None = None,
-        **how: Any,
+        **fields: Any,
     ) -> DocumentSource:
-        """Source of the files that list_inputs finds; `how`: the remaining fields."""
+        """Source of the files that list_inputs finds; `fields`: the remaining fields."""
         listing = list_inputs(inputs, include, exclude, own_files)
-        return cls(listing.files, given=tuple(map(str, inputs)), excluded=listing.excluded, **how)
+        return cls(listing.files, given=tuple(map(str, inputs)), excluded=listing.excluded, **fields)
 
     @property
     def reads_once(self) -> bool:

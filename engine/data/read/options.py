@@ -35,10 +35,10 @@ class ReadOptions:
 
     @property
     def skip_errors(self) -> bool:
-        """Whether documents that cannot be read are left out and counted."""
+        """Whether documents that cannot be read are skipped and counted."""
         return self.on_error == "skip"
 
-    def source(self, own_files: OwnFiles, **how: Any) -> DocumentSource:
-        """The documents. mine: what the call writes, which is no input; how: other fields of DocumentSource."""
-        how = {"keys": tuple(self.json_key), "format": self.format, **how}
-        return DocumentSource.of(self.input, self.include, self.exclude, own_files, **how)
+    def source(self, own_files: OwnFiles, **fields: Any) -> DocumentSource:
+        """The documents. own_files: outputs of this command, which are not read; fields: others of DocumentSource."""
+        fields = {"keys": tuple(self.json_key), "format": self.format, **fields}
+        return DocumentSource.of(self.input, self.include, self.exclude, own_files, **fields)

@@ -95,12 +95,10 @@ def decoded_samples(
     for sample in picked.tolist():
         if fim is not None:
             one = np.array([sample], np.int64)
-            changed = fim(order.gather(one), one, order.sources(one))
-            text, fate = (
-                tokenizer.decode(changed.rows[0, : changed.lengths[0]].tolist()),
-                sorted(changed.outcomes.items()),
-            )
-            yield f"sample {sample} ({', '.join(f'{k} {n}' for k, n in fate if n)}): {text}"
+            result = fim(order.gather(one), one, order.sources(one))
+            text = tokenizer.decode(result.rows[0, : result.lengths[0]].tolist())
+            outcomes = ", ".join(f"{kind} {count}" for kind, count in sorted(result.outcomes.items()) if count)
+            yield f"sample {sample} ({outcomes}): {text}"
             continue
         parts = []
         for document, offset, length in order.parts(sample):

@@ -79,7 +79,7 @@ def train_tokenizer(
     note: Callable[[str], None] = lambda text: None,
     stop: Interrupts | None = None,
 ) -> Trained:
-    """Train a tokenizer on the documents of the inputs and write the folder, whole or not at all.
+    """Train a tokenizer on the documents of the inputs and write its folder atomically.
 
     Raises ConfigError for invalid options; DataError for bad input, for inputs without text, and for an `output` with a
     tokenizer unless `overwrite`; Stopped if `stop` receives a signal.

@@ -1,4 +1,4 @@
-"""`engine clean` keeps the other columns of its input: every JSON value as it is, from every format, none lost."""
+"""`engine clean` keeps the other columns of its input: every JSON value unchanged, from every format, none lost."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_rows_of_tables(tmp_path: Path) -> None:
         "wrong": arrow.Array.from_buffers(
             arrow.string(),
             2,
-            arrow.array([b"\xff\xfe", b"x"]).buffers(),  # says string, and is none
+            arrow.array([b"\xff\xfe", b"x"]).buffers(),  # declared as string, but not UTF-8
         ),
     }
     table = arrow.table(columns)
@@ -131,7 +131,7 @@ def test_rows_of_tables(tmp_path: Path) -> None:
 
 
 def test_no_column_beside_it_costs_a_text(tmp_path: Path) -> None:
-    """Times that Python has none for, zones that nobody knows and bytes that are no UTF-8, at any depth."""
+    """Times without a Python equivalent, unknown time zones and bytes that are not UTF-8, at any depth."""
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -164,7 +164,7 @@ def test_no_column_beside_it_costs_a_text(tmp_path: Path) -> None:
     assert row["text"] == "user: hi" and row["doc"] == {"body": "a text", **expected}
 
 
-def test_columns_of_our_names_are_renamed_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_of_our_names_are_renamed_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"content": "one", "text": 5, "file": "x", "input_file": "y"}, {"content": "two", "record": 1}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.raises(SystemExit) as end:
@@ -176,7 +176,7 @@ def test_columns_of_our_names_are_renamed_and_told(tmp_path: Path, capsys: pytes
     place = {"file": str(tmp_path / "in.jsonl")}
     assert one == {"text": "one", **place, "record": 1, "input_text": 5, "input_input_file": "x", "input_file": "y"}
     assert two == {"text": "two", **place, "record": 2, "input_record": 1}
-    rows, report = cleaned(tmp_path, tmp_path / "a.jsonl")  # once more: where it was before stays too
+    rows, report = cleaned(tmp_path, tmp_path / "a.jsonl")  # cleaned again: the earlier location is kept too
     assert rows[1]["input_file"] == str(tmp_path / "in.jsonl")
     assert (rows[1]["input_record"], rows[1]["input_input_record"]) == (1, 2)
     assert set(report["renamed_columns"]) >= {"file -> input_file", "record -> input_record"}

@@ -1,4 +1,4 @@
-"""Documents from every kind of input: the same texts in the same order, and whatever is left out is told."""
+"""Documents from every kind of input: the same texts in the same order, and everything skipped is reported."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def as_csv(separator: str) -> bytes:
 
 
 def write(folder: Path, name: str) -> Path:
-    """A file of TEXTS, in the format and compression that the name says."""
+    """A file with TEXTS, in the format and compression of its name."""
     path, table = folder / name, pa.table({"text": TEXTS, "id": range(len(TEXTS))})
     if name.endswith(".parquet"):
         pq.write_table(table, path, row_group_size=300)
@@ -107,7 +107,7 @@ def test_every_format_gives_the_same_documents_from_any_point(
 def test_json_of_all_shapes(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     for content, texts in {
-        lines(["a", "b"]): ["a", "b"],  # JSON lines under the name that Megatron's users give them
+        lines(["a", "b"]): ["a", "b"],  # JSON lines in .json, as is usual with Megatron
         b'\xef\xbb\xbf{\n "text": "a"\n}\n{"text":\n"b"}': ["a", "b"],
         b' [ {"text": "a"} , {"text": "b"} ] \n': ["a", "b"],
         b"[]": [],
@@ -127,7 +127,7 @@ def test_json_of_all_shapes(tmp_path: Path) -> None:
         assert words in str(read(file)[1][-1]), content
 
 
-def test_a_number_at_the_end_of_a_block_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_at_the_end_of_a_block_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.data.read.jsontext._BLOCK_BYTES", 3)
     (tmp_path / "a.json").write_bytes(b'[12345, -1.5e+300, {"text": "a"}, 1e5, true]')
     texts, drops = read(tmp_path / "a.json")
@@ -256,7 +256,7 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     for name, content in {"bad.py": b"\xff\xfe", "big.py": b"x" * 50, "good.py": b"\xef\xbb\xbf\xc3\xa4"}.items():
         (tmp_path / name).write_bytes(content)
     texts, drops = read(tmp_path, max_document_bytes=40)
-    assert texts == ["ä"] and not any(drop.stops for drop in drops)  # a folder was named, not these files
+    assert texts == ["ä"] and not any(drop.stops for drop in drops)  # the folder was given, not these files
     assert Counter(drop.reason for drop in drops) == {"not UTF-8": 1, "too large": 1}
     for name, words in {"bad.py": "Byte 0 is 0xff", "big.py": "more than max_document_bytes = 40"}.items():
         (drop,) = read(tmp_path / name, max_document_bytes=40)[1]
@@ -329,7 +329,7 @@ def test_a_table_in_an_archive(tmp_path: Path) -> None:
         assert [t for b in DocumentSource.of([tmp_path / name]).batches() for t in b.texts] == ["a", "b"]
 
 
-# What stands in a field that nobody reads here: json.loads takes all of it but the depth.
+# Values of a field that is not read: json.loads accepts all of them except the depth.
 ODD_FIELDS = {
     "nan": "NaN",
     "infinity": "[Infinity, -Infinity, 1e999]",
@@ -355,14 +355,14 @@ def test_an_odd_field_beside_it_loses_no_text(tmp_path: Path, odd: str, monkeypa
     assert read("-", keys=("text", "meta.text")) == (["before\nafter"], [])
 
 
-def test_json_that_is_made_to_break_readers_is_refused(tmp_path: Path) -> None:
+def test_json_that_is_made_to_break_readers_is_rejected(tmp_path: Path) -> None:
     too_deep = '{"odd": ' + "[" * 100_001 + "]" * 100_001 + ', "text": "a"}'
     (tmp_path / "a.jsonl").write_text(too_deep + '\n{"text": "z"}')
     texts, drops = read(tmp_path / "a.jsonl")
     assert texts == ["z"] and "nested more than 100,000 deep" in str(drops[0])
 
 
-def test_deep_json_is_read_and_refused_as_shallow_json_is() -> None:
+def test_deep_json_is_read_and_rejected_as_shallow_json_is() -> None:
     random, plain = Random(5), json.JSONDecoder()
 
     def value(depth: int) -> Any:
@@ -418,7 +418,7 @@ def test_keys_inside_of_objects_and_structs(tmp_path: Path) -> None:
     assert read(tmp_path / "literal.parquet", keys=("meta.body",))[0] == ["a", "b", "c"]
 
 
-def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_column_that_is_there_twice_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,id,id,text\na,1,2,b\n")
     (tmp_path / "b.csv").write_text("text,id,id\na,1,2\n")
     table = pa.table([["a"], ["b"], ["c"], ["d"]], names=["text", "id", "text", "id"])
@@ -428,7 +428,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "a.parquet", "a.arrow"):
         texts, drops = read(tmp_path / name)
         assert texts == [] and drops[0].stops and "2 columns have the name 'text'" in str(drops[0]), name
-    assert read(tmp_path / "b.csv") == (["a"], [])  # the others are nobody's business
+    assert read(tmp_path / "b.csv") == (["a"], [])  # the other columns do not matter
     assert "no column 'body'. The columns here are: text, id, id;" in str(
         read(tmp_path / "b.csv", keys=("body",))[1][0]
     )
@@ -437,9 +437,9 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 def test_a_zstd_stream_that_refers_far_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 100)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4000)
-    pack = zstandard.ZstdCompressor().compressobj()  # of unknown size: the header has a byte for the window
+    pack = zstandard.ZstdCompressor().compressobj()  # without content size: the header has a byte for the window
     frame = bytearray(pack.compress(lines()) + pack.flush())
-    for log in (28, 31):  # more than the library takes unasked; as `zstd --ultra --long=31` writes
+    for log in (28, 31):  # above the library's default limit; as written by `zstd --ultra --long=31`
         frame[5] = (log - 10) << 3
         assert zstandard.get_frame_parameters(bytes(frame)).window_size == 1 << log
         (tmp_path / "a.jsonl.zst").write_bytes(bytes(frame))

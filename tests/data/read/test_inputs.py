@@ -1,4 +1,4 @@
-"""What a folder, a glob or a list of inputs has: every file is read once, or stands there with the reason."""
+"""Files of folders, globs and lists of inputs: each is read once, or listed with the reason why not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def read(*inputs: str | Path, start: Cursor = START, **how: Any) -> DocumentBatch:
-    """All of it as one batch."""
+    """Read the inputs as one batch."""
     whole = DocumentBatch()
     for batch in DocumentSource.of(list(inputs), **how).batches(start):
         whole.extend(batch)
@@ -61,10 +61,10 @@ def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
     write(tmp_path / "in/a.jsonl", line(text="a"))
     write(tmp_path / "in/sub/s.jsonl", line(text="s"))
     for name, target in {
-        "link": "../real",  # outside
-        "twin": "../real",  # the same again
-        "loop": ".",  # itself
-        "up": "..",  # the parent: its folders are read already, but for none
+        "link": "../real",  # outside the input
+        "twin": "../real",  # a second link to it
+        "loop": ".",  # the folder itself
+        "up": "..",  # the parent: its folders were already visited
         "file.jsonl": "a.jsonl",  # a link to a file is a file
         "broken.jsonl": "nowhere",
         "circle": "circle",
@@ -88,7 +88,7 @@ def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_no_regular_file_is_counted_or_refused_by_its_kind(tmp_path: Path) -> None:
+def test_what_is_no_regular_file_is_counted_or_rejected_by_its_kind(tmp_path: Path) -> None:
     write(tmp_path / "in/a.txt", "text")
     os.mkfifo(tmp_path / "in/pipe.jsonl")
     with socket.socket(socket.AF_UNIX) as server:
@@ -163,11 +163,11 @@ def test_a_pipe_that_is_named_is_read_as_standard_input_is(
 
 
 def test_files_that_may_not_be_read_stop(for_all: Path) -> None:
-    """As another user where the tests run as root."""
+    """As another user if the tests run as root."""
     write(for_all / "in/a.txt", "text")
     write(for_all / "in/secret.txt", "text").chmod(0)
     write(for_all / "in/shut/b.txt", "text")
-    write(for_all / "in/blind/c.txt", "text")  # its names can be listed, its files not be reached
+    write(for_all / "in/blind/c.txt", "text")  # its names can be listed, but its files not opened
     (for_all / "in/shut").chmod(0)
     (for_all / "in/blind").chmod(0o444)
     script = (
@@ -193,19 +193,19 @@ def test_files_that_may_not_be_read_stop(for_all: Path) -> None:
     ], done.stderr
 
 
-def test_a_second_read_of_a_file_is_told(tmp_path: Path) -> None:
+def test_a_second_read_of_a_file_is_reported(tmp_path: Path) -> None:
     a = write(tmp_path / "in/a.jsonl", line(text="a"))
     os.link(a, tmp_path / "hard.jsonl")
     (tmp_path / "soft.jsonl").symlink_to(a)
     write(tmp_path / "in/b.jsonl", line(text="b"))
     given = [tmp_path / "in", a, tmp_path / "hard.jsonl", tmp_path / "soft.jsonl", f"{tmp_path}/in/b*", f"file://{a}"]
     batch = read(*given)
-    assert batch.texts == ["a", "b", "a", "a", "a", "b", "a"]  # on purpose, it may be
+    assert batch.texts == ["a", "b", "a", "a", "a", "b", "a"]  # allowed if given explicitly
     assert Counter(note.kind for note in batch.notes) == {"read once more": 5}
     assert [note.detail.split("/")[-1] for note in batch.notes] == ["a.jsonl"] * 3 + ["b.jsonl", "a.jsonl"]
 
 
-# ---- own files ----
+# ---- files of the engine ----
 
 
 def test_what_the_engine_wrote_is_no_input(tmp_path: Path) -> None:
@@ -219,11 +219,11 @@ def test_what_the_engine_wrote_is_no_input(tmp_path: Path) -> None:
     assert batch.texts == ["a"] and left_out(batch) == dict.fromkeys(names, "own file")
     assert not any(drop.stops for drop in batch.drops)
     assert left_out(read(f"{tmp_path}/*.json*")) == dict.fromkeys([n for n in earlier if ".js" in n], "own file")
-    # What only looks like it is read.
+    # Files that only look like outputs are read.
     write(tmp_path / "other/x.json", line(text="b"))
     write(tmp_path / "other/y-report.json", line(text="c"))
     assert read(tmp_path / "other").texts == ["b", "c"]
-    # What this call writes; the folder it works in is there only if it was killed, and is no news.
+    # Outputs of this command; the work folder of a killed run is skipped without a message.
     own_files = OwnFiles(
         [tmp_path / "other/x.json", tmp_path / "none"], tmp_path / "other/z.model", tmp_path / "other/o.parts"
     )
@@ -248,7 +248,7 @@ def test_a_cleaned_copy_beside_its_source_is_left_out(tmp_path: Path) -> None:
     assert batch.texts == ["a"] and set(left_out(batch)) == {"clean-dropped.jsonl", "clean-report.json"}
 
 
-# ---- what a file is ----
+# ---- format detection ----
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.json.1", "a.data", "a", "a.log.gz", "a.JSONL.bak.zst"])
@@ -262,16 +262,16 @@ def test_json_lines_under_another_name(tmp_path: Path, name: str, monkeypatch: p
     batches = list(DocumentSource.of([file]).batches())
     assert [text for batch in batches for text in batch.texts] == texts
     assert [note.kind for batch in batches for note in batch.notes] == ["read as JSON lines"]
-    for number, batch in enumerate(batches):  # found out again, and told once
+    for number, batch in enumerate(batches):  # detected again, but reported once
         rest = read(file, start=batch.cursor)
         assert [*(text for done in batches[: number + 1] for text in done.texts), *rest.texts] == texts
         assert not rest.notes
     assert len(read(file, format="text").texts) == 1
-    # One torn line is a torn line, not another kind of file.
+    # One truncated line is an error, not another format.
     file.write_bytes(pack("".join([lines[0][:9] + "\n", *lines[1:3]]).encode()))
     batch = read(file)
     assert batch.texts == texts[1:3] and [drop.reason for drop in batch.drops] == ["malformed JSON"]
-    # Without the key it is a text as any other, and that is told too.
+    # Without the key it is read as one text, and a note says so.
     batch = read(file, keys=("body",))
     assert len(batch.texts) == 1
     assert "read as one text: its lines are JSON objects without the key 'body'. The keys here are: id, text" in str(
@@ -295,7 +295,7 @@ def test_json_under_another_name_and_text_that_looks_like_it(tmp_path: Path) -> 
         batch = read(write(tmp_path / "a.md", content))
         assert batch.texts == ([content] if texts is None else texts), content[:40]
         assert [note.kind for note in batch.notes] == notes, content[:40]
-    # .json whose first line alone is torn is still JSON lines
+    # .json in which only the first line is truncated is still JSON lines
     batch = read(write(tmp_path / "a.json", '{"text": "a\n' + line(text="b") + line(text="c")))
     assert batch.texts == ["b", "c"] and [drop.record for drop in batch.drops] == [1]
 
@@ -311,7 +311,7 @@ def test_an_archive_under_another_name_is_unpacked(tmp_path: Path, pack: Callabl
 def test_zero_bytes_are_no_text(tmp_path: Path) -> None:
     for name, content, texts, record in (
         ("a.txt", b"text\n" + b"\0" * 5000, [], 0),
-        ("b.txt", b"\0" * 300_000, [], 0),  # longer than a document may be
+        ("b.txt", b"\0" * 300_000, [], 0),  # longer than the limit
         ("c.txt", b"x" * 500 + b"\0\0" + b"x" * 500, [], 0),
         ("utf16.txt", "a text".encode("utf-16-le"), [], 0),
         ("one.txt", b"one \0 in a text " + b"x" * 100, ["one \0 in a text " + "x" * 100], None),
@@ -329,7 +329,7 @@ def test_zero_bytes_are_no_text(tmp_path: Path) -> None:
     assert not read(tmp_path, include=["b.txt"]).drops[0].stops  # found in a folder
 
 
-def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 10)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)
     for grows in (True, False):
@@ -343,11 +343,11 @@ def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, monkeypatc
             os.truncate(file, file.stat().st_size - 1000)
         for batch in batches:
             whole.extend(batch)
-        told = [*whole.notes, *(drop for drop in whole.drops if drop.record == 0)]
-        assert len(told) == 1 and "changed while it was read: it had" in str(told[0])
+        reported = [*whole.notes, *(drop for drop in whole.drops if drop.record == 0)]
+        assert len(reported) == 1 and "changed while it was read: it had" in str(reported[0])
         assert (whole.texts[-1] == "more") is grows
-        assert bool(whole.notes) is grows  # what is gone is a fault, what came is not
-        assert grows or (whole.drops[0].stops and whole.drops[0] in told)  # before the line that it tore
+        assert bool(whole.notes) is grows  # lost content is an error, appended content is not
+        assert grows or (whole.drops[0].stops and whole.drops[0] in reported)  # reported before the truncated line
 
 
 # ---- globs ----
@@ -385,7 +385,7 @@ def test_a_glob_reads_linked_folders_once_each(tmp_path: Path) -> None:
     assert left_out(batch) == {"up": "linked folder", "c": "linked folder"}
 
 
-# ---- what is counted of tables and arrays ----
+# ---- counts for tables and arrays ----
 
 
 def test_blank_lines_of_a_table_are_counted_and_hide_nothing(tmp_path: Path) -> None:

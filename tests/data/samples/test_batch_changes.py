@@ -1,4 +1,4 @@
-"""A blend whose changes are set in steps, in runs that resume with other batch sizes: every sample in its place."""
+"""Blends with changes at given steps, in runs that resume with other batch sizes: every sample at its position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.data.samples.indexed_writer import IndexedWriter
 from tests.support.command import finish, train
 
 NAMES = ("web", "code", "math")
-Plan = dict[int, tuple[int, int, int]]  # step -> weights from there on
+Plan = dict[int, tuple[int, int, int]]  # step -> weights from that step on
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def mix(corpora: Path, folder: Path, plan: Plan) -> Path:
 
 
 class Run:
-    """A run as far as its data goes: opened, resumed, and what each step read."""
+    """The data side of a run: opens and resumes it, and records the samples of each step."""
 
     def __init__(self) -> None:
         self.step = self.consumed = 0
         self.metadata: dict[str, Any] = {}
-        self.read: list[list[tuple[str, int]]] = []  # of each step (source, number of the sample in it)
+        self.read: list[list[tuple[str, int]]] = []  # per step: (source, sample number in it)
 
     def go(self, path: Path, batch: int, until: int) -> TrainingData:
         values = {"data.train": str(path), "model.vocab_size": "97", "train.seq_len": "32", "train.steps": "50"}
@@ -65,7 +65,7 @@ class Run:
         return data
 
     def check(self, plan: Plan) -> None:
-        """By counting: no sample of a source is left out or read twice; each stretch of steps has its own weights."""
+        """Check by counting: no sample of a source is skipped or read twice; each range of steps has its weights."""
         seen = dict.fromkeys(NAMES, 0)
         for step, batch in enumerate(self.read):
             if step in plan:
@@ -79,7 +79,7 @@ class Run:
 
 
 def test_every_sample_by_brute_force(corpora: Path, tmp_path: Path) -> None:
-    """Runs of 50 steps with changes of the blend at some, resumed up to 6 times with batch sizes of 1 to 16."""
+    """Runs of 50 steps with some changes of the blend, resumed up to 6 times with batch sizes of 1 to 16."""
     draw = random.Random(0)
     for _ in range(40):
         plan: Plan = {0: (3, 1, 0)}
@@ -108,7 +108,7 @@ def test_a_resume_at_the_same_batch_size_changes_nothing(corpora: Path, tmp_path
 
 
 def test_a_resume_tells_the_shares_once(corpora: Path, tmp_path: Path) -> None:
-    """Those of the whole run, with the samples that were read at another batch size."""
+    """The shares are those of the whole run, including samples read with another batch size."""
     run, path = Run(), mix(corpora, tmp_path, {0: (3, 1, 0)})
     run.go(path, 8, 10)
     data = run.go(path, 4, 20)
@@ -120,16 +120,16 @@ def test_a_resume_tells_the_shares_once(corpora: Path, tmp_path: Path) -> None:
 
 
 def test_what_may_be_allowed_repeats_and_skips_nothing(corpora: Path, tmp_path: Path) -> None:
-    """The weights so far are said to be others, or a source is added: what was read stays read."""
+    """Past weights are changed in the config, or a source is added: samples already read are not read again."""
     run = Run()
     run.go(mix(corpora, tmp_path, {0: (3, 1, -1), 10: (1, 1, -1)}), 8, 20)
     run.go(mix(corpora, tmp_path, {0: (1, 7, 0), 30: (1, 1, 1)}), 4, 25)
-    run.go(mix(corpora, tmp_path, {0: (1, 7, 0), 30: (1, 1, 1)}), 2, 50)  # and then it is the run's own
+    run.go(mix(corpora, tmp_path, {0: (1, 7, 0), 30: (1, 1, 1)}), 2, 50)  # from then on it is the blend of the run
     run.check({0: (3, 1, 0), 10: (1, 1, 0), 20: (1, 7, 0), 30: (1, 1, 1)})
 
 
 def test_the_command_keeps_the_step_of_a_change(corpora: Path, tmp_path: Path, warm: Path) -> None:
-    """Batches of 8, then 4 over two data ranks, then 16: the change stays at its step, and nothing is refused."""
+    """Batches of 8, then 4 over two data ranks, then 16: the change stays at its step, and nothing is rejected."""
     path, run = mix(corpora, tmp_path, {0: (1, 0, 0), 3: (0, 1, 0), 5: (0, 0, 1)}), tmp_path / "run"
     for ranks, batch, steps in ((1, 8, 2), (2, 4, 4), (1, 16, 6)):
         options = ("--train.steps", str(steps), "--train.global-batch-size", str(batch))

@@ -1,4 +1,4 @@
-"""Blends: every source within one sample of its share at every prefix, random access, and losses told apart."""
+"""Blends: every source within one sample of its share at every prefix, random access, and losses by source."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EDGE_CASES = [
 
 
 def outside(weights: list[int], start: int, counts: Any, sources: Any) -> int:
-    """How many (prefix, source) of a block are a whole sample or more from the share, in exact integers."""
+    """Number of (prefix, source) in a block that deviate by a sample or more from the share, in exact integers."""
     total, wrong, have = sum(weights), 0, [int(count) for count in counts]
     for i, source in enumerate([None, *sources.tolist()]):
         if source is not None:
@@ -75,7 +75,7 @@ def check_block(weights: list[int], number: int) -> None:
     after = counts + np.bincount(sources, minlength=len(weights))
     assert (
         after.tolist() == block_state(weights, sum(weights), start + assignment.block)[0]
-    )  # the next block goes on from here
+    )  # where the next block starts
     if BUILT:
         native = select_index(True).blend_block(array, start, assignment.block)  # type: ignore[union-attr]
         assert all(np.array_equal(a, b) for a, b in zip(native, (counts, sources, ordinals)))
@@ -96,8 +96,8 @@ def test_every_prefix_of_any_blend(weights: list[int], number: int) -> None:
     check_block([max(w, sum(weights) // 400) for w in weights], number)
 
 
-def test_a_border_that_ignores_releases_is_seen() -> None:
-    """The rule at borders carries the proof: with only the earliest deadlines in mind some block has no schedule."""
+def test_a_boundary_that_ignores_releases_is_seen() -> None:
+    """The rule at block boundaries is necessary: choosing only by deadlines leaves some block without a schedule."""
 
     def by_deadline(weights: list[int], total: int, n: int) -> tuple[list[int], list[int], list[int]]:
         counts = [n * w // total for w in weights]
@@ -128,7 +128,7 @@ def test_a_border_that_ignores_releases_is_seen() -> None:
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_random_access_far_out_and_many_sources() -> None:
     rng = np.random.default_rng(0)
-    weights = rng.integers(1000, 9000, 40_000).tolist()  # more than Megatron's int16 holds
+    weights = rng.integers(1000, 9000, 40_000).tolist()  # more than fit in Megatron's int16
     assignment = SourceAssignment(weights)
     far = np.array([0, 10**8, 2**33 + 5, 2**50], np.int64)
     sources, numbers = assignment.locate(far)
@@ -158,12 +158,12 @@ def test_order_of_reading_does_not_matter(native: bool) -> None:
     sources, numbers = assignment.locate(samples.astype(np.int64))
     straight = SourceAssignment([5, 3, 1], native=native).locate(np.arange(5000))
     assert np.array_equal(sources, straight[0][samples]) and np.array_equal(numbers, straight[1][samples])
-    for k in range(3):  # each source's samples once each, in its own order
+    for k in range(3):  # each sample of a source once, in the source's order
         assert straight[1][straight[0] == k].tolist() == list(range(int((straight[0] == k).sum())))
 
 
 def test_the_turns_are_frozen() -> None:
-    """Resuming an old run needs the old turns."""
+    """Resuming an old run needs the same assignment of samples to sources."""
     turn = SourceAssignment([7, 2, 1], native=False).locate(np.arange(20))[0]
     assert "".join(map(str, turn.tolist())) == "00010010020001001002"
 
@@ -182,13 +182,13 @@ def test_integer_weights() -> None:
     ("weights", "values"),
     [([], [1, "2^40"]), ([0, 1], [1, "2^40"]), ([2**40, 1], [1, "2^40"]), ([1, 2**21], [1, 2097153, "2^21"])],
 )
-def test_weights_that_cannot_be_are_refused(weights: list[int], values: list[object]) -> None:
+def test_invalid_weights_are_rejected(weights: list[int], values: list[object]) -> None:
     with raises(DataError, "samples.blend-weights", *values):
         SourceAssignment(weights, native=False)
 
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
-def test_native_refuses_what_would_overflow() -> None:
+def test_native_rejects_what_would_overflow() -> None:
     make = select_index(True).blend_block  # type: ignore[union-attr]
     one = np.array([1, 1], np.int64)
     for weights, start, length in [
@@ -202,7 +202,7 @@ def test_native_refuses_what_would_overflow() -> None:
         (one, 2**63 - 1, 1024),
         (one, 0, 0),
         (one, 0, 2**23),
-        (np.array([1, 100_000]), 0, 1024),  # no window fits: refused where it matters, never read outside
+        (np.array([1, 100_000]), 0, 1024),  # no window fits: an error, never an out-of-bounds read
         (np.array([1, 100_000]), 99_500, 1024),
     ]:
         try:
@@ -239,8 +239,8 @@ def test_each_source_goes_through_its_own_order_across_changes(tmp_path: Path, n
     assert np.array_equal(BlendedOrder(orders, PHASES[:2]).locate(np.arange(160))[1], numbers[:160])
 
 
-def test_every_source_begins_anew_where_another_order_ended(tmp_path: Path) -> None:
-    """From sample 130 on, inside a phase: each source from its epoch 0 on, whose turn it is stays."""
+def test_every_source_starts_again_where_another_order_ended(tmp_path: Path) -> None:
+    """begin_at sample 130, inside a phase: each source starts at its epoch 0, and the assignment is unchanged."""
     before, blend = two_orders(tmp_path), BlendedOrder(two_orders(tmp_path), PHASES)
     blend.begin_at(130)
     sources, rows, seen = blend.sources(np.arange(130, 400)), blend.gather(np.arange(130, 400)), [0, 0, 0]
@@ -287,7 +287,7 @@ def test_losses_by_source_add_up_to_the_loss_in_every_layout(degrees: tuple[int,
     for loss, by_source in run_ranks(
         layout_of(cfg), lambda ctx: per_source(cfg, ctx), num_kv_heads=cfg.model.num_kv_heads
     ):
-        assert set(by_source) == {0, 2}  # no sample of source 1 in this step, or none that counts
+        assert set(by_source) == {0, 2}  # no sample of source 1 in this step, or only masked ones
         assert by_source == pytest.approx(expected[1], rel=1e-11)
         assert (by_source[0] * 21 + by_source[2] * 5) / 26 == pytest.approx(loss, rel=1e-13)
         assert by_source[0] != pytest.approx(by_source[2], rel=1e-6)
@@ -310,7 +310,7 @@ def per_source(cfg: Any, ctx: ParallelContext) -> tuple[float, dict[int, float]]
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_more_sources_and_samples_than_32_bits_or_int16_hold(tmp_path: Path) -> None:
-    """40,000 orders of one small corpus, each with its own seed: far rows are those of the source that is named."""
+    """40,000 orders of one small corpus, each with its own seed: distant samples have the tokens of their source."""
     data = corpus(tmp_path / "c", [5, 9, 2, 30, 4])
     orders = [SampleOrder(data, 6, seed) for seed in range(40_000)]
     weights = tuple(np.random.default_rng(1).integers(1000, 9000, len(orders)).tolist())

@@ -1,4 +1,4 @@
-"""`engine inspect`: what it prints is true, and --verify finds what opening cannot."""
+"""`engine inspect`: its output is correct, and --verify finds errors that opening does not."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_parts_of_a_sample_are_its_tokens(tmp_path: Path) -> None:
         assert np.concatenate(parts).tolist() == order.gather(np.array([sample]))[0].tolist()
 
 
-def test_samples_show_borders(prefix: Path, tokenizer: Tokenizer) -> None:
+def test_samples_show_boundaries(prefix: Path, tokenizer: Tokenizer) -> None:
     data = IndexedDataset(prefix)
     (text,) = decoded_samples(data, tokenizer, 60, 1, 5)
     marks = text.count("⟦document ")

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: undone it is the same text, it is a function of the sample number, and every fault is told."""
+"""Fill-in-the-middle: it can be undone exactly, depends only on the sample number, and reports every error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KINDS = ("bpe", "unigram", "llama")
 
 @functools.cache
 def tokenizer_of(kind: str) -> Tokenizer:
-    """Over bytes, or like Llama 2: sentencepiece, which puts a space before every text."""
+    """A tokenizer over bytes, or like Llama 2's: sentencepiece, which puts a space before every text."""
     if kind != "llama":
         return Tokenizer.train(iter(CODE), 330, kind=kind, special_tokens=SPECIAL)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,13 +83,13 @@ def change(fim: FillInTheMiddle, rows: Any, first: int = 0) -> Any:
 
 
 def segments(ids: list[int], eod: int) -> list[list[int]]:
-    """What is between the ends of documents."""
+    """Segments between end-of-document tokens."""
     cut = [-1, *(i for i, number in enumerate(ids) if number == eod), len(ids)]
     return [ids[a + 1 : b] for a, b in itertools.pairwise(cut)]
 
 
 def undo(ids: list[int], t: Sentinels) -> list[int]:
-    """The tokens of a segment in the order of the text. PSM without a prefix and SPM look the same, and are."""
+    """The tokens of a segment in the order of the text. PSM with an empty prefix and SPM are identical."""
     if t.middle not in ids:
         return ids
     assert ids[0] == t.prefix and sorted(x for x in ids if x in vars(t).values()) == sorted(vars(t).values())
@@ -99,7 +99,7 @@ def undo(ids: list[int], t: Sentinels) -> list[int]:
 
 @functools.cache
 def bytes_of(kind: str) -> list[bytes]:
-    """What each token stands for, from the spellings of the vocabulary."""
+    """Bytes of each token, from the spellings of the vocabulary."""
     tokenizer = tokenizer_of(kind)
     library = tokenizers.Tokenizer.from_str(tokenizer._definition)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -125,34 +125,34 @@ documents = st.lists(
 @example(texts=TEXTS[-3:], seed=0, ends=(1, 1))
 @settings(max_examples=150, deadline=None)
 def test_undone_it_is_the_same_text(kind: str, texts: list[str], seed: int, ends: tuple[int, int]) -> None:
-    """Byte by byte, whatever the texts, and wherever the sample's borders tear a character."""
+    """Byte by byte, for any text, and if the sample's boundaries split a character."""
     tokenizer, table = tokenizer_of(kind), bytes_of(kind)
     fim, eod = fim_of(tokenizer, seed=seed), eod_of(tokenizer)
     stream = [number for text in texts for number in (*tokenizer.encode(text), eod)]
     row = stream[ends[0] : max(ends[0], len(stream) - 1 - ends[1])]
-    room = [eod] * (6 * len(row) + 6)  # so that nothing is cut off
-    changed = change(fim, [row + room])
+    padding = [eod] * (6 * len(row) + 6)  # so that nothing is truncated
+    changed = change(fim, [row + padding])
     result = changed.rows[0, : changed.lengths[0]].tolist()
     before, after = segments(row, eod), segments(result, eod)
     assert len(before) <= len(after) and not any(after[len(before) :])
     for old, new in zip(before, after):
         assert b"".join(table[i] for i in undo(new, fim.sentinels)) == b"".join(table[i] for i in old)
-    fate = changed.outcomes
-    assert fate["chosen"] == sum(map(bool, before)) == sum(fate.values()) - fate["chosen"]
-    assert fate["left: pieces give another text"] == fate["left: special token"] == 0
+    outcomes = changed.outcomes
+    assert outcomes["chosen"] == sum(map(bool, before)) == sum(outcomes.values()) - outcomes["chosen"]
+    assert outcomes["left: pieces give another text"] == outcomes["left: special token"] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nearly_all_segments_are_changed_torn_ones_too(kind: str) -> None:
-    """Leaving what is difficult as it is would pass the test above."""
+    """The test above would also pass if difficult segments were left unchanged."""
     tokenizer = tokenizer_of(kind)
     for text in TEXTS:
         ids = tokenizer.encode(text)
         for begin in range(6):
-            fate = change(fim_of(tokenizer), [ids[begin : len(ids) - begin]]).outcomes
-            assert fate["PSM"] + fate["SPM"] == 1, (text, begin, fate)
-    fate = change(fim_of(tokenizer), [tokenizer.encode("a genuine \ufffd stays")]).outcomes
-    assert fate["left: not a whole text"] == 1
+            outcomes = change(fim_of(tokenizer), [ids[begin : len(ids) - begin]]).outcomes
+            assert outcomes["PSM"] + outcomes["SPM"] == 1, (text, begin, outcomes)
+    outcomes = change(fim_of(tokenizer), [tokenizer.encode("a genuine \ufffd stays")]).outcomes
+    assert outcomes["left: not a whole text"] == 1
 
 
 def test_the_token_that_begins_documents_stays_before_them() -> None:
@@ -191,7 +191,7 @@ def test_rows_keep_their_length_and_the_filling_does_not_count() -> None:
     long = tokenizer.encode(CODE[0])
     short = [tokenizer.encode(c)[0] for c in CODE[0]][
         : len(long) + 9
-    ]  # a token each character: shorter when encoded anew
+    ]  # one token per character: shorter when encoded again
     rows = [long + [eod] * (len(short) - len(long)), short, (long + [eod] + long)[: len(short)]]
 
     class Order:
@@ -225,19 +225,19 @@ def test_rates_and_cuts_are_those_asked_for() -> None:
     eod, ids = eod_of(tokenizer), tokenizer.encode(CODE[3])
     rows = [[*ids, eod, *ids, eod] + [eod] * 80] * 1500
     changed = change(fim_of(tokenizer, 0.3, 0.25), rows)
-    fate = changed.outcomes
-    assert fate["chosen"] + fate["plain"] == 3000 and fate["PSM"] + fate["SPM"] == fate["chosen"]
-    assert abs(fate["chosen"] / 3000 - 0.3) < 0.03 and abs(fate["SPM"] / fate["chosen"] - 0.25) < 0.05
+    outcomes = changed.outcomes
+    assert outcomes["chosen"] + outcomes["plain"] == 3000 and outcomes["PSM"] + outcomes["SPM"] == outcomes["chosen"]
+    assert abs(outcomes["chosen"] / 3000 - 0.3) < 0.03 and abs(outcomes["SPM"] / outcomes["chosen"] - 0.25) < 0.05
     two = change(fim_of(tokenizer), rows[:300])
     t, lengths = fim_of(tokenizer).sentinels, []
     assert two.outcomes["chosen"] == 600
     for row in two.rows.tolist():
         first, second, *_ = segments(row, eod)
-        assert first != second  # the draws of a row differ
+        assert first != second  # the random numbers of its segments differ
         middle = first[first.index(t.middle) + 1 :]
         if first[1] != t.suffix:
             lengths.append(len(tokenizer.decode(middle)) / len(CODE[3]))
-    assert abs(np.mean(lengths) - 1 / 3) < 0.05  # of two uniform cuts
+    assert abs(np.mean(lengths) - 1 / 3) < 0.05  # expected for two uniform cuts
     assert len({tuple(row) for row in two.rows.tolist()}) > 290  # and those of samples
     assert change(fim_of(tokenizer, 0.0), rows).rows.tolist() == rows
     seeds = [change(fim_of(tokenizer, seed=seed), rows[:1]).rows.tolist() for seed in (1, 2)]
@@ -246,7 +246,7 @@ def test_rates_and_cuts_are_those_asked_for() -> None:
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """code and text with their tokenizer, and a config's worth of options."""
+    """Corpora `code` and `text` with their tokenizer."""
     folder = tmp_path_factory.mktemp("fim")
     tokenizer = tokenizer_of("bpe")
     tokenizer.save(folder / "tokenizer")
@@ -314,7 +314,7 @@ def test_a_source_of_a_blend_may_stay_plain(corpora: Path, tmp_path: Path) -> No
 
 
 def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
-    """Step-1 loss in float64, with everything that hangs on the permuted tokens."""
+    """Step-1 loss in float64, with everything that depends on the permuted tokens."""
 
     def loss(world: int) -> float:
         cfg = config(
@@ -341,7 +341,7 @@ def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
     assert loss(2) == pytest.approx(loss(1), rel=1e-12)
 
 
-def test_faults_of_the_config_are_told_before_anything_starts(corpora: Path, tmp_path: Path, warm: Path) -> None:
+def test_errors_of_the_config_are_reported_before_anything_starts(corpora: Path, tmp_path: Path, warm: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load([], {"data.fim_rate": "0.5", "data.mask_tokens": "<pad>", "data.fim_tokens": "a b"})
     assert [(f.path, f.problem) for f in caught.value.errors] == [
@@ -399,7 +399,7 @@ def test_names_are_found_in_the_tokenizer_or_as_given(corpora: Path) -> None:
         assert vars(sentinels(data, own)) == {"prefix": 1, "suffix": 2, "middle": 3}
 
 
-def test_a_run_goes_on_bit_by_bit_and_refuses_another_setting(corpora: Path, tmp_path: Path, warm: Path) -> None:
+def test_a_run_resumes_bit_by_bit_and_rejects_another_setting(corpora: Path, tmp_path: Path, warm: Path) -> None:
     def run(folder: str, steps: int, rate: float, *more: str) -> tuple[int, str, str]:
         words = [*arguments(corpora, corpora / "tokenizer", rate), "--train.steps", str(steps), *more]
         words += ["--lr-schedule.kind", "constant"]

@@ -1,4 +1,4 @@
-"""Damaged corpora: whatever bytes are changed, opening refuses in words or every read stays inside the files."""
+"""Damaged corpora: for any changed bytes, opening raises a DataError or every read stays inside the files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCAB = 500
 
 
 def mutated(raw: bytes, rng: np.random.Generator) -> bytes:
-    """One to three changes: a bit, a byte, an integer at a likely place, a cut, a repeat, a hole, rubbish."""
+    """One to three changes: a bit, a byte, an integer at a likely place, truncation, a repeat, a gap, random bytes."""
     out = bytearray(raw)
     for _ in range(int(rng.integers(1, 4))):
         kind, at = int(rng.integers(8)), int(rng.integers(max(1, len(out))))
@@ -46,7 +46,7 @@ def mutated(raw: bytes, rng: np.random.Generator) -> bytes:
 
 
 def look(prefix: Path) -> str:
-    """Open and read as training does. Returns what happened; anything but a DataError or inside reads fails."""
+    """Open and read as training does. Returns the outcome; anything but a DataError or valid reads fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -86,14 +86,14 @@ def fuzz(tmp_path: Path, rounds: int, seed: int) -> Counter[str]:
     return seen
 
 
-def test_damage_is_refused_or_harmless(tmp_path: Path) -> None:
+def test_damage_is_rejected_or_harmless(tmp_path: Path) -> None:
     seen = fuzz(tmp_path, 2000, 0)
     assert seen["refused at open"] > 1000 and seen["read, all of it inside"] > 20 and sum(seen.values()) == 2000
 
 
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
-def test_damage_is_refused_or_harmless_at_length(tmp_path: Path) -> None:
+def test_damage_is_rejected_or_harmless_at_length(tmp_path: Path) -> None:
     assert sum(fuzz(tmp_path, 22_000, 1).values()) == 22_000
 
 
@@ -117,7 +117,7 @@ def test_native_checks_say_what_the_reference_says(
     lengths: list[int], itemsize: int, wrong: tuple[int, int] | None, most: int, threads: int, many: bool
 ) -> None:
     array = np.array(lengths, np.int32)
-    if many:  # blocks and threads have borders: 4,096 and 4,100 sequences each, with what is drawn around them
+    if many:  # boundaries of blocks (4,096 sequences) and threads (4,100), and random places around them
         fill = np.arange(4094, dtype=np.int32) % 5
         array = np.concatenate([fill, array, fill, array[:3], fill])
     pointers = (np.cumsum(array, dtype=np.int64) - array) * itemsize
@@ -138,7 +138,7 @@ def test_native_checks_say_what_the_reference_says(
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_every_place_is_looked_at(threads: int) -> None:
-    """One wrong number anywhere, at the borders of blocks and of threads too: found, and where."""
+    """One wrong number anywhere, also at boundaries of blocks and threads, is found at its position."""
     module = indexed.native_index()
     assert module is not None
     lengths = (np.arange(9001) % 7).astype(np.int32)
@@ -151,7 +151,7 @@ def test_every_place_is_looked_at(threads: int) -> None:
         assert module.check_sequences(lengths, pointers, 2, total, threads) == (i, pointers[i] - 2)
         assert module.check_rising(pointers, threads) == (i + 1 if lengths[i : i + 1] == 0 and i < 9000 else -1)
         pointers[i] -= 2
-        pointers[i:] += 2  # a gap: whatever comes after fits again
+        pointers[i:] += 2  # a gap: everything after it is consistent again
         assert module.check_sequences(lengths, pointers, 2, total + 2, threads) == (i, pointers[i] - 2)
         pointers[i:] -= 2
         kept, lengths[i] = lengths[i], -1
@@ -160,7 +160,7 @@ def test_every_place_is_looked_at(threads: int) -> None:
 
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
-def test_native_checks_refuse_wrong_arguments() -> None:
+def test_native_checks_reject_wrong_arguments() -> None:
     module = indexed.native_index()
     assert module is not None
     one, two = np.zeros(1, np.int32), np.zeros(2, np.int64)

@@ -1,4 +1,4 @@
-"""The .bin/.idx format: byte facts of Megatron's, and every way a file can be wrong is refused in words."""
+"""The .bin/.idx format: Megatron's bytes, and a clear error for every kind of invalid file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.data.samples.sidecar import entropy
 from engine.errors import DataError
 from tests.support.errors import raises
 
-# Two documents [1, 2, 3], [7] with an empty one between them, u16, as struct and the format's table give it by hand.
+# Two documents [1, 2, 3], [7] with an empty one between them, u16, built with struct from the format's table.
 GOLDEN_IDX = (
     b"MMIDIDX\x00\x00"
     + struct.pack("<Q", 1)
@@ -124,7 +124,7 @@ def patched(offset: int, fmt: str, value: int | bytes) -> bytes:
         (GOLDEN_IDX, b"", "g.bin: size: found 0 bytes"),
     ],
 )
-def test_every_corruption_is_refused(tmp_path: Path, idx: bytes, tokens: bytes, words: str) -> None:
+def test_every_corruption_is_rejected(tmp_path: Path, idx: bytes, tokens: bytes, words: str) -> None:
     with raises(DataError, "samples.corpus-damaged", words):
         IndexedDataset(golden(tmp_path, idx, tokens))
 
@@ -142,7 +142,7 @@ def test_empty_corpus_opens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_sidecar", [True, False])
-def test_tokens_outside_the_vocabulary_are_refused_at_open(tmp_path: Path, with_sidecar: bool) -> None:
+def test_tokens_outside_the_vocabulary_are_rejected_at_open(tmp_path: Path, with_sidecar: bool) -> None:
     write(tmp_path / "v", [[1, 2], [], [3, 9, 8], [99]], 100)
     if not with_sidecar:
         (tmp_path / "v.json").unlink()
@@ -151,7 +151,7 @@ def test_tokens_outside_the_vocabulary_are_refused_at_open(tmp_path: Path, with_
         IndexedDataset(tmp_path / "v", 9)
 
 
-def test_negative_token_is_refused_at_open(tmp_path: Path) -> None:
+def test_negative_token_is_rejected_at_open(tmp_path: Path) -> None:
     idx = patched(17, "<B", 3)  # i16
     with raises(DataError, "samples.token-outside-vocabulary", "document 1, token 0: id -7"):
         IndexedDataset(golden(tmp_path, idx, struct.pack("<4h", 1, 2, 3, -7)), vocab_size=8)
@@ -172,7 +172,7 @@ def test_sidecar_of_another_file_is_ignored_with_a_warning(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("bad", [[100], [-1], [3, 65536 + 3]])
-def test_writer_refuses_and_leaves_nothing(tmp_path: Path, bad: list[int]) -> None:
+def test_writer_rejects_and_leaves_nothing(tmp_path: Path, bad: list[int]) -> None:
     with (
         raises(DataError, "samples.token-outside-vocabulary", "document 1: id"),
         IndexedWriter(tmp_path / "w", 100) as writer,

@@ -1,4 +1,4 @@
-"""The Loader: the same samples under every layout and restart; its worker neither hides nor outlives anything."""
+"""The Loader: same samples for every layout and restart; its worker hides no error and does not outlive it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class FakeOrder:
         ((8, 0, 0, 1), "samples.sizes-out-of-range"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(sizes: tuple[int, int, int, int], code: str) -> None:
+def test_sizes_that_do_not_fit_are_rejected(sizes: tuple[int, int, int, int], code: str) -> None:
     with raises(DataError, code):
         Loader(RankShare(FakeOrder(), *sizes))
 
@@ -101,7 +101,7 @@ def test_prefetch_is_bounded_and_close_is_prompt() -> None:
     while fake.reads < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert fake.reads == 4 and loader.consumed_samples == 2  # one handed out and three ahead
+    assert fake.reads == 4 and loader.consumed_samples == 2  # one returned and three prefetched
     started = time.monotonic()
     loader.close()
     loader.close()
@@ -122,7 +122,7 @@ def test_forgotten_loader_ends_its_thread() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_order_survives_a_fork(tmp_path: Path) -> None:
-    """Test harness and launchers fork after import: a child reads the same samples, with its own worker."""
+    """Tests and launchers fork after import: a child reads the same samples, with its own worker."""
     order = SampleOrder(corpus(tmp_path / "c", [17] * 20), 8, 1)
     loader = loader_of(order)
     child = os.fork()

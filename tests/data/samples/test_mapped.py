@@ -1,4 +1,4 @@
-"""A corpus that is cut short under its reader is an error in words, not SIGBUS and not zeros taken for tokens."""
+"""A corpus truncated while it is read raises an error; no SIGBUS, and no zeros are read as tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def everything(order: SampleOrder) -> np.ndarray:
 @needs_extension
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 @pytest.mark.parametrize("kept", [0, 5000, -10_000, -1])
-def test_cut_short_while_training(data: IndexedDataset, suffix: str, kept: int) -> None:
+def test_truncated_while_training(data: IndexedDataset, suffix: str, kept: int) -> None:
     """By whole pages (SIGBUS without the guard) and within the last one (zeros that look like tokens)."""
     order = SampleOrder(data, 32, 0)
     before = everything(order)
@@ -55,9 +55,9 @@ def test_cut_short_while_training(data: IndexedDataset, suffix: str, kept: int) 
     with raises(DataError, "samples.corpus-cut-short", f"c.{suffix}", f"{len(whole)} bytes"):
         everything(order)
     with raises(DataError, "samples.corpus-cut-short"):
-        for _ in range(4):  # those that were made before are handed out
+        for _ in range(4):  # batches made before are still returned
             next(loader)
-    with raises(DataError, "samples.corpus-cut-short"):  # nothing that came of a page of zeros is used later either
+    with raises(DataError, "samples.corpus-cut-short"):  # data from a page of zeros is never used, also not later
         everything(order)
     loader.close()
     path.write_bytes(whole)
@@ -67,14 +67,14 @@ def test_cut_short_while_training(data: IndexedDataset, suffix: str, kept: int) 
 def test_without_the_extension_the_next_look_finds_it(data: IndexedDataset) -> None:
     order = SampleOrder(data, 32, 0, native=False)
     path = Path(f"{data.prefix}.bin")
-    os.truncate(path, path.stat().st_size - 1)  # within a page: no signal tells of it
+    os.truncate(path, path.stat().st_size - 1)  # within a page: no signal is raised
     with raises(DataError, "samples.corpus-cut-short", "bytes and now has"):
         everything(order)
 
 
 @needs_extension
 def test_a_page_that_was_lost_is_not_forgotten(tmp_path: Path) -> None:
-    """The file has its size again (another one was copied over it), but zeros were read meanwhile."""
+    """The file has its old size again (it was overwritten), but zeros were read meanwhile."""
     path = tmp_path / "f"
     path.write_bytes(b"x" * 100_000)
     mapped = MappedFile(path, native_index())

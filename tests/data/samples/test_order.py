@@ -1,4 +1,4 @@
-"""The sample order: C++ == numpy == an oracle that writes the whole stream out."""
+"""The sample order: C++ == numpy == an oracle that materialises the whole stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.errors import raises
 
 
 def raw_corpus(prefix: Path, lengths: list[int]) -> IndexedDataset:
-    """As `corpus`, but an empty document is a sequence of length 0, which other writers produce."""
+    """Like `corpus`, but an empty document is a sequence of length 0, as other writers produce it."""
     total = sum(lengths)
     n = len(lengths)
     pointers = (np.cumsum(lengths) - lengths) * 4
@@ -95,19 +95,19 @@ def test_permutation_is_a_bijection_and_native_agrees(n: int, key: int) -> None:
     assert sorted(result.tolist()) == index.tolist()
     assert result[n // 2] == permutation_oracle(n, key, n // 2)
     if BUILT:
-        assert np.array_equal(result, native_index._wanted().permute(n, key, index))  # type: ignore[union-attr]
+        assert np.array_equal(result, native_index._index_or_warn().permute(n, key, index))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("n", [2**31 - 1, 2**32 + 1, 2**40 + 12345, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("native", NATIVE)
 def test_permutation_in_64_bits(n: int, native: bool) -> None:
-    function: Any = native_index._wanted().permute if native else permute  # type: ignore[union-attr]
+    function: Any = native_index._index_or_warn().permute if native else permute  # type: ignore[union-attr]
     index = np.array([0, 1, n // 3, n - 2, n - 1], np.int64)
     assert function(n, 99, index).tolist() == [permutation_oracle(n, 99, int(i)) for i in index]
 
 
 def test_permutation_is_not_far_from_uniform() -> None:
-    """All 24 orders of 4 come up about as often as each other; a missing round or key shows as orders that never do."""
+    """All 24 orders of 4 come up about as often as each other; with a missing round or key some orders never do."""
     seen = [tuple(permute(4, derive(7, i), np.arange(4)).tolist()) for i in range(4800)]
     counts = np.array([seen.count(order) for order in set(seen)])
     assert len(counts) == 24 and ((counts - 200) ** 2 / 200).sum() < 60  # chi-square, 23 degrees: p ~ 4e-5
@@ -119,7 +119,7 @@ def test_permutation_is_not_far_from_uniform() -> None:
 def test_order_is_frozen(tmp_path: Path) -> None:
     """Resuming an old run needs the old order: these digests may only change together with ORDER_VERSION."""
     data = corpus(tmp_path / "c", [(7 * i) % 23 for i in range(3000)])
-    several = corpus(tmp_path / "d", [(7 * i) % 23 for i in range(60_000)])  # 3 or 4 documents a block
+    several = corpus(tmp_path / "d", [(7 * i) % 23 for i in range(60_000)])  # 3 or 4 documents per block
     digests = [SampleOrder(data, 16, 1234, native=False).digest(0, 3000)]
     digests.append(SampleOrder(several, 16, 1234, native=False).digest(0, 1000))
     assert (ORDER_VERSION, digests) == (2, ["ad7188c7bca569e2ffb2375467586784", "60d307da72d1721584fd4ae93ceb1f09"])
@@ -157,7 +157,7 @@ def test_equals_the_oracle(
 
 @pytest.mark.parametrize("native", NATIVE)
 def test_more_documents_than_a_group(tmp_path: Path, native: bool) -> None:
-    """Blocks and groups as they are: a document each for so few, in 3 groups of up to 1,024."""
+    """Default blocks and groups: one document per block for so few, in 3 groups of up to 1,024."""
     data = corpus(tmp_path / "c", [i % 5 for i in range(2700)])
     order = SampleOrder(data, 7, 5, native=native)
     samples = np.array([0, 1, 100, order.samples_per_epoch, 2 * order.samples_per_epoch - 1], np.int64)
@@ -193,12 +193,12 @@ def test_epochs_and_seeds_differ(tmp_path: Path) -> None:
     n = order.samples_per_epoch
     digests = {order.digest(e * n, n) for e in range(4)} | {SampleOrder(data, 10, 4).digest(0, n)}
     assert len(digests) == 5
-    assert order.digest(5, 300) == SampleOrder(data, 10, 3).digest(5, 300)  # whatever was read before
+    assert order.digest(5, 300) == SampleOrder(data, 10, 3).digest(5, 300)  # independent of earlier reads
 
 
 @pytest.mark.parametrize("native", NATIVE)
 def test_positions_beyond_32_bits(tmp_path: Path, native: bool) -> None:
-    """A sparse .bin of 5e9 one-byte tokens: nothing on disk, but tokens and samples pass 2^32, in later epochs too."""
+    """A sparse .bin of 5e9 one-byte tokens without disk usage: token and sample numbers exceed 2^32."""
     lengths = np.array([2**31 - 1, 1_500_000_000, 1_000_000_000, 352_516_353], np.int64)
     total = int(lengths.sum())
     header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 1, 4, 5)
@@ -215,16 +215,16 @@ def test_positions_beyond_32_bits(tmp_path: Path, native: bool) -> None:
         assert n == total - 1 > 2**32
         for epoch in (0, 3, 2**20):
             documents = document_oracle(4, 8, epoch, blocks, 1024)
-            for border, document in list(zip(np.cumsum(lengths[documents]), documents))[:3]:
+            for boundary, document in list(zip(np.cumsum(lengths[documents]), documents))[:3]:
                 key = derive_key(8, "samples", epoch)
-                sample = epoch * n + _inverse(n, key, int(border) - 1)  # the two tokens around the border
+                sample = epoch * n + _inverse(n, key, int(boundary) - 1)  # the two tokens around it
                 assert order.gather(np.array([sample])).tolist() == [[11 * (document + 1), 0]]
 
 
 @pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize("documents", [1, 2, 3, 5, 16, 17, 64, 255, 1000, 1023, 1024, 1025, 1300, 2047, 3000])
 def test_groups_of_every_size(tmp_path: Path, native: bool, documents: int) -> None:
-    """The last group is smaller, its quarters have other networks; one document a row, so that rows name the order."""
+    """The last group is smaller, so its permutations differ; one document per row, so that rows show the order."""
     data = corpus(tmp_path / "c", [4] * documents + [1])
     blocks = documents - documents // 3
     order = SampleOrder(data, 4, 9, native=native, blocks=blocks)
@@ -234,7 +234,7 @@ def test_groups_of_every_size(tmp_path: Path, native: bool, documents: int) -> N
 
 
 def _inverse(n: int, key: int, target: int) -> int:
-    """The j that the permutation takes to `target`: the rounds backwards, cycle walking backwards."""
+    """The j that the permutation maps to `target`: rounds and cycle walking in reverse."""
     half = ((n - 1).bit_length() + 1) // 2
     x = target
     while True:
@@ -262,7 +262,7 @@ def test_lying_sidecar_is_caught_while_gathering(tmp_path: Path, native: bool) -
 def test_negative_token_is_caught_while_gathering(tmp_path: Path, native: bool, vocab_size: int | None) -> None:
     data = raw_corpus(tmp_path / "c", [4, 3])
     changed = data.tokens.copy()
-    changed[5] = -1  # after the checks at open
+    changed[5] = -1  # after the checks of opening
     data.tokens, data.vocab_size = changed, vocab_size
     with raises(DataError, "samples.token-outside-vocabulary", "document 1, token 1: id -1 "):
         SampleOrder(data, 6, 0, native=native).gather(np.array([0]))
@@ -270,7 +270,7 @@ def test_negative_token_is_caught_while_gathering(tmp_path: Path, native: bool, 
 
 @pytest.mark.skipif(not BUILT, reason="engine._index is not built")
 def test_native_never_leaves_its_arrays() -> None:
-    index: Any = native_index._wanted()
+    index: Any = native_index._index_or_warn()
     good: dict[str, Any] = {
         "tokens": np.arange(10, dtype=np.uint16),
         "lengths": np.array([4, 6], np.int32),
@@ -320,7 +320,7 @@ def test_native_never_leaves_its_arrays() -> None:
         there = {**good, name: good[name].copy()}
         stream = index.Stream(**there)
         stream.gather(**asked)
-        there[name][at] = value  # the file changes after its groups were added up
+        there[name][at] = value  # the file changes after its groups were summed
         with pytest.raises(IndexError):
             stream.gather(np.array([0, 0, 4, 5]), 5, 100)
     for n, key, at in [(0, 1, [0]), (5, 1, [5]), (5, 1, [-1]), (2**64 - 1, 1, [0])]:
@@ -334,7 +334,7 @@ def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pyt
     if BUILT:
         assert SampleOrder(data, 8, 1, native=True).digest(0, 100) == expected
     monkeypatch.setitem(sys.modules, "engine._index", None)
-    native_index._wanted.cache_clear()
+    native_index._index_or_warn.cache_clear()
     try:
         with pytest.warns(UserWarning) as caught:
             orders = [SampleOrder(data, 8, 1), SampleOrder(data, 8, 1)]
@@ -343,7 +343,7 @@ def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pyt
         with raises(DataError, "samples.extension-missing"):
             SampleOrder(data, 8, 1, native=True)
     finally:
-        native_index._wanted.cache_clear()
+        native_index._index_or_warn.cache_clear()
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:

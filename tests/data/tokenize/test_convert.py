@@ -1,4 +1,4 @@
-"""Tokenizers in the files that others use: what is found in a folder, under which names, and what is refused."""
+"""Tokenizer files of other libraries: which are found in a folder, under which names, and which are rejected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))[:4]]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are compared with their library on few texts here; test_originals.py is about those."""
+    """Compare files with their library on few texts here; test_originals.py tests that comparison."""
     for module in (sentencepiece_model, tiktoken_ranks):
         monkeypatch.setattr(module, "texts_for", lambda spellings: EDGE_CASES)
 
@@ -94,7 +94,7 @@ def test_bert_files_give_the_ids_of_bert(files: Path, tmp_path: Path, lower: boo
         for text in ("Café THE  don't 今天天气!\u200b e\u0301nd", "\tabcend 123. \u00a0the\ufffd", *EDGE_CASES[:6]):
             assert chosen.encode(text) == theirs.convert_tokens_to_ids(theirs.tokenize(text)), text
         assert chosen.eod == 3 and chosen.unknown == 1
-    assert Tokenizer.load(files / "bert").encode("CAFE") == [chosen.token_id("cafe")]  # no capital in its pieces
+    assert Tokenizer.load(files / "bert").encode("CAFE") == [chosen.token_id("cafe")]  # all pieces are lower case
     with raises(DataError, "tokenize.lower-case-has-no-effect", files / "json"):
         Tokenizer.load(files / "json", lower_case=True)
 
@@ -112,7 +112,7 @@ def test_sentencepiece_models_under_all_their_names(files: Path, tmp_path: Path)
         shutil.copy(files / "spm/tokenizer.model", folder / name)
         for path in (folder, folder / name):
             assert Tokenizer.load(path).encode(TEXTS[1]) == original.encode(TEXTS[1])
-    shutil.copy(files / "spm/tokenizer.model", tmp_path / "tokenizer.model/tokenizer.model.v3")  # as Mistral's hub has
+    shutil.copy(files / "spm/tokenizer.model", tmp_path / "tokenizer.model/tokenizer.model.v3")  # as Mistral has it
     assert Tokenizer.load(tmp_path / "tokenizer.model").eod == 2
     (tmp_path / "tokenizer.model/tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
     with raises(DataError, "tokenize.class-unknown", "XLMRobertaTokenizer"):
@@ -138,7 +138,7 @@ def test_what_tokenizer_config_says_of_a_model(files: Path, tmp_path: Path) -> N
     config.write_text(json.dumps({"bos_token": None}))
     with raises(DataError, "tokenize.no-begin-token"):
         _ = Tokenizer.load(tmp_path).bos
-    for number, content, special in ((1, "<s>", False), (400, "<pad>", True)):  # texts never have special ones
+    for number, content, special in ((1, "<s>", False), (400, "<pad>", True)):  # special: never matched in texts
         config.write_text(json.dumps({"added_tokens_decoder": {number: {"content": content, "special": special}}}))
         assert Tokenizer.load(tmp_path).eod == 2
     config.write_text(json.dumps({"added_tokens_decoder": {"400": {"content": "<tool>", "special": False}}}))
@@ -169,7 +169,7 @@ def test_whispers_rank_files(tmp_path: Path) -> None:
 def test_tekken_files(tmp_path: Path) -> None:
     table, pattern = ranks(), _ENCODINGS["o200k_base"][0]
     entries = [{"rank": r, "token_bytes": base64.b64encode(t).decode(), "token_str": None} for t, r in table.items()]
-    used = len(entries) - 5  # the file holds more than the model has
+    used = len(entries) - 5  # the file has more tokens than the model
     config = {"pattern": pattern, "default_vocab_size": used + 30, "default_num_special_tokens": 30, "version": "v3"}
     content: dict[str, object] = {"config": config, "vocab": entries}
     (tmp_path / "tekken.json").write_text(json.dumps(content))

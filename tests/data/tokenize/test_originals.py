@@ -1,4 +1,4 @@
-"""Tokenizers of sentencepiece and of rank files against the library that the file is for, in prepare too."""
+"""Converted sentencepiece models and files of ranks compared with their original libraries, in prepare too."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def trained(path: Path, **options: object) -> sentencepiece.SentencePieceProcess
 
 
 def tie(path: Path, pieces: list[str], score: float) -> sentencepiece.SentencePieceProcessor:
-    """Give a model these pieces with one score."""
+    """Add pieces with equal scores to a model."""
     proto = pb.ModelProto()
     proto.ParseFromString(path.read_bytes())
     there = {piece.piece for piece in proto.pieces}
@@ -51,7 +51,7 @@ def tie(path: Path, pieces: list[str], score: float) -> sentencepiece.SentencePi
 
 
 def test_blank_pieces_of_one_score_merge_as_sentencepiece_does(tmp_path: Path) -> None:
-    """As in Mistral-7B's model: 2 to 14 and 16 blanks, in the order of its file, and one blank."""
+    """As in Mistral-7B's model: pieces of 2 to 14 and 16 spaces, in the order of its file, and of one space."""
     path = tmp_path / "tokenizer.model.v1"
     trained(path, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
     original = tie(path, ["▁" * n for n in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 1)], -1e9)
@@ -64,7 +64,7 @@ def test_blank_pieces_of_one_score_merge_as_sentencepiece_does(tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_what_no_definition_gives_sentencepiece_encodes(tmp_path: Path, kind: str) -> None:
-    """Ties that no order of merges gives (QX, XQ), and letters that are composed of six bytes and more."""
+    """Ties that no order of merges reproduces (QX, XQ), and composed characters of six or more bytes."""
     path = tmp_path / "m.model"
     options = {"normalization_rule_name": "identity"} if kind == "bpe" else {"user_defined_symbols": ["<sep>"]}
     original = trained(path, model_type=kind, **options)
@@ -99,9 +99,13 @@ def test_what_no_definition_gives_sentencepiece_encodes(tmp_path: Path, kind: st
 @pytest.mark.parametrize(
     ("letters", "pieces", "text"),
     [
-        ("QZXY", {"XY": 1.0, "QXY": 0.0, "XYZ": 0.0}, "QXYZ"),  # they share two letters
-        ("QX", {"▁X": 1.0, "XQ": 0.0, "QX": 0.0}, "\nXQX"),  # not at the beginning, where the blank takes one
-        ("YZQX", {"QXY": 0.0, "YZ": -1.0, "QX": -1.0}, "QXYZ"),  # they share none, but the first makes a better one
+        ("QZXY", {"XY": 1.0, "QXY": 0.0, "XYZ": 0.0}, "QXYZ"),  # they share two characters
+        ("QX", {"▁X": 1.0, "XQ": 0.0, "QX": 0.0}, "\nXQX"),  # not at the beginning, where the space takes one
+        (
+            "YZQX",
+            {"QXY": 0.0, "YZ": -1.0, "QX": -1.0},
+            "QXYZ",
+        ),  # they share none, but the first merge enables a better one
     ],
 )
 def test_ties_that_only_some_texts_show(tmp_path: Path, letters: str, pieces: dict[str, float], text: str) -> None:
@@ -116,7 +120,7 @@ def test_ties_that_only_some_texts_show(tmp_path: Path, letters: str, pieces: di
 
 
 def test_symbols_that_appear_when_a_text_is_normalised(tmp_path: Path) -> None:
-    """The blank that is put before a text is part of one, and so no look at the text finds it."""
+    """A symbol that contains the prepended space cannot be found by searching the text."""
     path = tmp_path / "m.model"
     options = {"normalization_rule_name": "identity", "user_defined_symbols": ["▁[INST]"]}
     original = trained(path, model_type="bpe", remove_extra_whitespaces=False, **options)
@@ -126,7 +130,7 @@ def test_symbols_that_appear_when_a_text_is_normalised(tmp_path: Path) -> None:
 
 
 def test_only_texts_with_symbols_need_sentencepiece(tmp_path: Path) -> None:
-    """As in Mistral's .model.v3: a text that begins with a symbol has a blank before it."""
+    """As in Mistral's .model.v3: a text that begins with a symbol has a space before it."""
     path, options = tmp_path / "m.model", {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     original = trained(path, model_type="bpe", user_defined_symbols=["[REF]"], **options)
     texts = ["[REF] one", "two", "a [REF][REF] b", "", "   three\n", *TEXTS[:5]]
@@ -142,7 +146,7 @@ def test_only_texts_with_symbols_need_sentencepiece(tmp_path: Path) -> None:
     prefixless = trained(
         path, model_type="bpe", user_defined_symbols=["▁▁", "[REF]"], add_dummy_prefix=False, **options
     )
-    exact = Tokenizer.load(path)  # as Gemma's
+    exact = Tokenizer.load(path)  # like Gemma's
     assert exact.sentencepiece is None and [exact.encode(text) for text in texts] == prefixless.encode(texts)
 
 
@@ -163,14 +167,14 @@ def test_texts_to_compare_on_are_what_the_docs_say() -> None:
 
 
 def wrong_at(letter: str) -> normalizers.Normalizer:
-    """As the right one, but for a letter."""
+    """Encodes like the correct tokenizer, except for one character."""
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(letter), "x")]
     return normalizers.Sequence(steps)
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_run_compares_its_own_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
-    """A difference that only a text of the corpus shows: all is encoded anew by sentencepiece, or refused."""
+    """A difference that only a text of the corpus shows: sentencepiece encodes everything again, or it is an error."""
     path, letter = tmp_path / "m.model", "\u4e00"
     original = trained(path, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
     monkeypatch.setattr(sentencepiece_model, "_piece_normalizer", lambda spec: wrong_at(letter))
@@ -189,8 +193,10 @@ def test_a_run_compares_its_own_texts(tmp_path: Path, monkeypatch: pytest.Monkey
     assert np.array_equal(kept.encode(texts[-1]), original.encode(texts[-1]))
 
 
-def test_what_is_compared_is_told_by_the_place_in_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a thread that comes first with a later batch nor a resumption changes it."""
+def test_what_is_compared_is_reported_by_the_place_in_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first texts are compared also if a thread has a later batch first, and after a resume."""
     trained(tmp_path / "m.model", model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
     monkeypatch.setattr(sentencepiece_model, "_piece_normalizer", lambda spec: wrong_at("\u2603"))
     encoder = encoder_module.Encoder(Tokenizer.load(tmp_path / "m.model"))
@@ -211,7 +217,7 @@ def test_models_that_are_none(tmp_path: Path, content: bytes, code: str) -> None
         Tokenizer.load(tmp_path)
 
 
-def test_a_difference_in_ranks_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_in_ranks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {bytes([byte]): byte for byte in range(256)} | {b"an": 256, b"\xe2\x98": 257}
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in table.items())
     (tmp_path / "r50k_base.tiktoken").write_text("".join(lines))
@@ -230,7 +236,7 @@ def test_a_difference_in_ranks_is_a_refusal(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry is used again, but not when anything it follows from is another or when it is damaged; few are kept."""
+    """An entry is reused unless it is damaged or any of its dependencies has changed; old entries are removed."""
     cache, made = tmp_path / "home/cache", []
     monkeypatch.setattr(conversion_cache, "folder", lambda: cache)
     convert = convert_module._convert
@@ -265,7 +271,7 @@ def test_conversions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     loads(1)
     trained(path, model_type="bpe", vocab_size=390)
-    changed = loads(1)  # nmt_nfkc: sentencepiece's own ids
+    changed = loads(1)  # nmt_nfkc: sentencepiece itself encodes
     assert changed.sentencepiece is not None and (loads(0).digest, loads(0).note) == (changed.digest, changed.note)
     monkeypatch.setattr(conversion_cache, "_MOST_ENTRIES", 2)
     trained(path, model_type="unigram")

@@ -1,4 +1,4 @@
-"""Tokenizers of other makers behind the one class, and tokenizers trained here."""
+"""The Tokenizer class with files of other libraries, and with tokenizers trained here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are compared with their library on few texts here; test_originals.py is about those."""
+    """Compare files with their library on few texts here; test_originals.py tests that comparison."""
     for module in (sentencepiece_model, tiktoken_ranks):
         monkeypatch.setattr(module, "texts_for", lambda spellings: EDGE_CASES)
 

@@ -1,4 +1,4 @@
-"""Tokenizers trained here: what the options do, that text survives, how training ends on signals and failures."""
+"""Training tokenizers: effect of the options, lossless decoding, and the end of training on signals and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEXTS = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def chinese(count: int, seed: int = 0) -> list[str]:
-    """Clauses of made-up words without blanks, as Chinese is written, with some rare characters, digits and Latin."""
+    """Clauses of invented words without spaces, like Chinese, with some rare characters, digits and Latin."""
     draw = random.Random(seed)
     letters = [chr(0x4E00 + 7 * number) for number in range(900)]
     letter = lambda: letters[int(900 * draw.random() ** 2)]  # noqa: E731
@@ -66,7 +66,7 @@ def test_trained_tokenizers(tmp_path: Path, kind: str) -> None:
         train_tokenizer([ROOT / "docs"], tmp_path, Recipe(700))
 
 
-def test_training_by_command_and_its_faults(tmp_path: Path) -> None:
+def test_training_by_command_and_its_errors(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "some words and some more"}\n{"text": 5}\n')
     command = [sys.executable, "-m", "engine", "tokenizer", "train", "--input", str(tmp_path / "a.jsonl")]
     command += ["--vocab-size", "270", "--output", str(tmp_path / "t"), "--json-key", "body", "--on-error", "skip"]
@@ -125,7 +125,7 @@ def test_unigram_of_chinese_is_as_good_as_sentencepiece(tmp_path: Path) -> None:
     )
     original = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     assert sum(map(len, map(mine.encode, unseen))) < 1.02 * sum(map(len, map(original.encode, unseen)))
-    # No text becomes a byte, the unknown or a special token by being spelled like one, and none is torn or lost.
+    # No text becomes a byte, unknown or special token because of its spelling, and none is split or lost.
     tricky = "<0x41><0x0A> <unk> <|endoftext|> <｜尾｜> <｜尾｜ ▁ ▅ ⁇ \ufffd \U0010ff01\U0010ff02 a\tb\0c\r\n\n  d"
     assert mine.decode(mine.encode(tricky)) == tricky and not {0, 1, mine.unknown} & set(mine.encode(tricky))
     assert mine.decode(mine.encode("<0x41>")) == "<0x41>" and len(mine.encode("<0x41>")) > 1
@@ -150,7 +150,7 @@ def test_digits(kind: str, pattern: str, digits: str, longest: int) -> None:
     made = Tokenizer.train(iter(texts), 600, kind=kind, split_pattern=pattern, digits=digits)
     runs = [run for token in tokens_of(made) if "<0x" not in token for run in re.findall("[0-9]+", token)]
     assert max(map(len, runs)) == longest
-    assert "1998" in " ".join(tokens_of(Tokenizer.train(iter(texts), 600)))  # which would be one by itself
+    assert "1998" in " ".join(tokens_of(Tokenizer.train(iter(texts), 600)))  # which would be a token otherwise
     assert all(made.decode(made.encode(text)) == text for text in (*texts[:2], *EDGE_CASES))
     if kind == "bpe" and pattern in ("qwen", "deepseek"):
         assert Encoder(made).name.startswith("gigatoken"), Encoder(made).note
@@ -160,7 +160,7 @@ def test_patterns_and_options_do_what_they_say() -> None:
     def train(texts: list[str], **options: Any) -> Tokenizer:
         return Tokenizer.train(iter(texts), 700, **options)
 
-    for kind in ("bpe", "unigram"):  # a pattern of one's own: nothing reaches over a hyphen
+    for kind in ("bpe", "unigram"):  # a custom pattern: no token crosses a hyphen
         own = train(["ab-cd " * 50], kind=kind, split_pattern="[^-]+")
         assert not any("-" in token and len(token) > 1 for token in tokens_of(own)) and own.encode("ab-cd")
     mixed = ["中文GDP中文 " * 20, "中文。GDP" * 20]
@@ -179,8 +179,10 @@ def test_patterns_and_options_do_what_they_say() -> None:
         assert marked.encode("x<think>y")[1] == ids[0] and ids[1] in marked.encode("x<thy")
         assert sorted(ids) == [marked.vocab_size - 2, marked.vocab_size - 1] and marked.special_tokens[0] not in ids
         assert not any("ink" in token or "go<" in token for token in tokens_of(marked))
-    assert "%" in tokens_of(train(["７．８％"] * 9, kind="unigram", normalizer="nfkc"))  # trained on that form too
-    odd = tokens_of(train(["if x:\n\ty ▁ \ufffd\n\n"] * 20, kind="unigram"))  # what sentencepiece takes for its own
+    assert "%" in tokens_of(train(["７．８％"] * 9, kind="unigram", normalizer="nfkc"))  # training uses that form too
+    odd = tokens_of(
+        train(["if x:\n\ty ▁ \ufffd\n\n"] * 20, kind="unigram")
+    )  # characters with a meaning in sentencepiece
     assert {*"\n\t▁\ufffd "} <= {*"".join(odd)} and any("\n\n" in token for token in odd)
     for kind in ("bpe", "wordpiece"):
         rare = ["once upon", "xyzzy xyzzy", *TEXTS[:2]]
@@ -197,7 +199,7 @@ def test_patterns_and_options_do_what_they_say() -> None:
         lengths = Counter(len(t) for t in tokens_of(short) if not t.startswith(("<|end", "<0x", "<unk>")))
         assert max(lengths) == 3 and lengths[3] > 20
     least = next(n for n in range(258, 400) if not list(Recipe(n, "unigram").errors()))
-    for size in (least + 1, least + 9, 400):  # hardly any room: bytes
+    for size in (least + 1, least + 9, 400):  # few pieces: mostly bytes
         small = Tokenizer.train(iter(["中文测试文字"] * 9), size, kind="unigram")
         assert small.vocab_size <= size and small.decode(small.encode("中文测试")) == "中文测试"
     piece = train(["字母很多的一句话，" + chr(0x4E00 + n) for n in range(99)], kind="wordpiece", limit_alphabet=9)
@@ -232,7 +234,7 @@ REFUSED = (
 
 
 @pytest.mark.parametrize(("kind", "options", "words"), REFUSED)
-def test_options_that_would_do_nothing_are_refused(kind: str, options: dict[str, Any], words: str) -> None:
+def test_options_that_would_do_nothing_are_rejected(kind: str, options: dict[str, Any], words: str) -> None:
     assert any(words in str(fault) for fault in Recipe(999, kind, **options).errors())
     with raises(DataError, "tokenize.recipe-faults", words):
         Tokenizer.train(iter(TEXTS), 999, kind=kind, **options)
@@ -249,10 +251,10 @@ def test_a_part_of_the_text_is_taken_evenly(tmp_path: Path) -> None:
         size = sum(map(len, taken))
         assert (sampler.text_bytes, sampler.documents) == (size, len(taken))
         assert taken == texts if most > 10**6 else most <= size < most + 100
-        if most == 9_000:  # a tenth of it from each tenth
+        if most == 9_000:  # a tenth of the selection from each tenth of the input
             places = Counter(int(text[:3]) // 100 for text in taken)
             assert min(places.values()) >= 12 and len(places) == 10
-    first = TextSampler(700, 0)  # of standard input, whose end nobody knows
+    first = TextSampler(700, 0)  # standard input, of unknown size
     assert [*first.take(texts[:9], 0), *first.take(texts[9:], 0)] == texts[:35] and first.is_full
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     events: list[ProgressEvent | StepEvent] = []
@@ -275,7 +277,7 @@ def busy_s(pid: int) -> float:
 
 
 def start_long(folder: Path, how: str) -> tuple[subprocess.Popen[str], int]:
-    """A training of a minute that is past its reading, and the process in which it is."""
+    """A training run of a minute that has read its texts, and its subprocess."""
     draw = random.Random(0)
     letters = [chr(0x4E00 + number) for number in range(3000)]
     lines = ("".join(draw.choices(letters, k=70)) + "\n" for _ in range(20_000))
@@ -319,13 +321,13 @@ def test_a_signal_ends_training_at_once(tmp_path: Path, how: str, number: signal
     process, child = start_long(tmp_path, how)
     began = time.monotonic()
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, message = process.communicate(timeout=30)
     assert time.monotonic() - began < 5 and process.returncode == 128 + number and gone(child)
-    assert "Traceback" not in said and "nothing is written" in said and "same command" in said
+    assert "Traceback" not in message and "nothing is written" in message and "same command" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt"]
 
 
-def test_a_training_that_is_killed_is_told() -> None:
+def test_a_training_that_is_killed_is_reported() -> None:
     with TrainProcess(Recipe(300), None) as apart:
         apart._process.kill()
         with raises(DataError, "tokenize.training-failed", "signal 9", "--max-bytes"):
@@ -359,7 +361,7 @@ def test_a_tokenizer_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch, raises(DataError, "tokenize.not-writable", "No space left"):
         patch.setattr(module.os, "replace", fails_late)
         save_atomically(new, tmp_path / "u")
-    assert not (tmp_path / "u" / "tokenizer.json").exists()  # what makes the folder a tokenizer comes last
+    assert not (tmp_path / "u" / "tokenizer.json").exists()  # tokenizer.json is written last
     shutil.rmtree(tmp_path / "u")
     for place, name in ((module.os, "replace"), (Tokenizer, "save_definition")):
         with monkeypatch.context() as patch, raises(DataError, "tokenize.not-writable", "No space left"):

@@ -338,7 +338,7 @@ def test_fallback_warns_once_and_gives_the_same(tmp_path: Path, monkeypatch: pyt
     try:
         with pytest.warns(UserWarning) as caught:
             orders = [SampleOrder(data, 8, 1), SampleOrder(data, 8, 1)]
-        assert len(caught) == 1 and "runs in numpy" in str(caught[0].message)
+        assert len(caught) == 1 and "computed in numpy" in str(caught[0].message)
         assert not orders[0].native and orders[1].digest(0, 100) == expected
         with raises(DataError, "samples.extension-missing"):
             SampleOrder(data, 8, 1, native=True)

@@ -81,7 +81,7 @@ def test_training_by_command_and_its_errors(tmp_path: Path) -> None:
         (257, {"special_tokens": ("a", "b")}, "need >= 258"),
         (300, {"special_tokens": ()}, "at least one"),
         (300, {"special_tokens": ("a", "a")}, "all different"),
-        (300, {"kind": "word"}, "none of bpe, unigram, wordpiece"),
+        (300, {"kind": "word"}, "not one of bpe, unigram, wordpiece"),
     ):
         with raises(DataError, "tokenize.recipe-faults", words):
             Tokenizer.train(iter(TEXTS), size, **options)  # type: ignore[arg-type]
@@ -217,25 +217,25 @@ REFUSED = (
     ("unigram", {"min_frequency": 3}, "likelihood"),
     ("unigram", {"limit_alphabet": 99}, "--character-coverage"),
     ("unigram", {"max_token_length": 1000}, "above 512"),
-    ("unigram", {"character_coverage": 1.5}, "no share"),
+    ("unigram", {"character_coverage": 1.5}, "not a share"),
     ("wordpiece", {"split_pattern": "qwen"}, "BERT"),
     ("wordpiece", {"digits": "triples"}, "BERT"),
     ("wordpiece", {"character_coverage": 0.9}, "--limit-alphabet"),
     ("wordpiece", {"max_token_length": 9}, "no such limit"),
-    ("bpe", {"split_pattern": "("}, "no regular expression"),
+    ("bpe", {"split_pattern": "("}, "not a regular expression"),
     ("bpe", {"split_pattern": "a|b", "digits": "triples"}, "Write it into the pattern"),
-    ("bpe", {"digits": "two"}, "none of individual, triples"),
-    ("bpe", {"normalizer": "nfd"}, "none of none, nfc, nfkc"),
+    ("bpe", {"digits": "two"}, "not one of individual, triples"),
+    ("bpe", {"normalizer": "nfd"}, "not one of none, nfc, nfkc"),
     ("bpe", {"min_frequency": 0}, "below 1"),
     ("bpe", {"user_tokens": ("<|endoftext|>",)}, "none special"),
     ("unigram", {"special_tokens": ("a", "a")}, "all different"),
-    ("word", {}, "none of bpe, unigram, wordpiece"),
+    ("word", {}, "not one of bpe, unigram, wordpiece"),
 )
 
 
 @pytest.mark.parametrize(("kind", "options", "words"), REFUSED)
 def test_options_that_would_do_nothing_are_rejected(kind: str, options: dict[str, Any], words: str) -> None:
-    assert any(words in str(fault) for fault in Recipe(999, kind, **options).errors())
+    assert any(words in str(error) for error in Recipe(999, kind, **options).errors())
     with raises(DataError, "tokenize.recipe-faults", words):
         Tokenizer.train(iter(TEXTS), 999, kind=kind, **options)
 

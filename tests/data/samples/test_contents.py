@@ -51,7 +51,7 @@ def test_the_command(prefix: Path, capsys: pytest.CaptureFixture[str], tmp_path:
     assert out.count("\nsample ") == 2 and "⟦document " in out and "[not a mark] naïve" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert run(prefix, "--output", "x.jpg", "--samples", -1, "--seq-len", 0) == 2
-    assert "configuration has 3 faults" in capsys.readouterr().err
+    assert "configuration has 3 errors" in capsys.readouterr().err
     assert run(tmp_path / "none") == 1
 
 

@@ -183,7 +183,7 @@ def test_a_run_compares_its_own_texts(tmp_path: Path, monkeypatch: pytest.Monkey
     texts = [*TEXTS[:7], f"one {letter}"] if not late else [f"one {letter}", *TEXTS[:7]]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with pytest.warns(
-        UserWarning, match="differs from it: the ids of .*instead of.*encoded anew by sentencepiece itself"
+        UserWarning, match="differs from it: the ids of .*instead of.*encoded again by sentencepiece itself"
     ):
         report = prepare([tmp_path / "in.jsonl"], str(tmp_path / "out"), tokenizer=path, append_eod=False)
     data = IndexedDataset(tmp_path / "out-train")

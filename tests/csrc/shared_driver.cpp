@@ -239,7 +239,7 @@ Bytes announced(const Segment& segment) {
 }
 
 template <class F>
-std::string refused(F call) {
+std::string error_of(F call) {
     try {
         call();
     } catch (const std::runtime_error& error) {
@@ -249,16 +249,16 @@ std::string refused(F call) {
 }
 
 // Every call must fail with `text`, without accessing the buffer, which has been freed.
-void all_refused(Channel& channel, const std::string& text) {
+void all_fail(Channel& channel, const std::string& text) {
     auto gone = std::make_unique<Bytes>(4096);
     const uint64_t at = address(*gone);
     gone.reset();
-    must(refused([&] { channel.start(ALL_REDUCE, 0, SUM, at, at, 4); }) == text, "start is not refused");
-    must(refused([&] { channel.send(at, 16, 1); }) == text, "send is not refused");
-    must(refused([&] { channel.receive(at, 16, 1); }) == text, "receive is not refused");
-    must(refused([&] { channel.wait(COLLECTIVES, 0, 1, 0.0); }) == text, "wait is not refused");
-    must(refused([&] { channel.completed(COLLECTIVES, 0); }) == text, "completed is not refused");
-    must(refused([&] { channel.missing(COLLECTIVES, 0); }) == text, "missing is not refused");
+    must(error_of([&] { channel.start(ALL_REDUCE, 0, SUM, at, at, 4); }) == text, "start does not fail");
+    must(error_of([&] { channel.send(at, 16, 1); }) == text, "send does not fail");
+    must(error_of([&] { channel.receive(at, 16, 1); }) == text, "receive does not fail");
+    must(error_of([&] { channel.wait(COLLECTIVES, 0, 1, 0.0); }) == text, "wait does not fail");
+    must(error_of([&] { channel.completed(COLLECTIVES, 0); }) == text, "completed does not fail");
+    must(error_of([&] { channel.missing(COLLECTIVES, 0); }) == text, "missing does not fail");
 }
 
 // Ranks 0 and 1 disagree on link `a`. Rank 0 notices it when it starts an operation on `b`, and then uses neither link
@@ -273,16 +273,16 @@ void disagree() {
     };
     sum(b1, *y);
     a0.start(ALL_REDUCE, 0, MAX, address(*x), address(*x), 8);
-    const std::string theirs = refused([&] { a1.start(ALL_GATHER, 0, 0, address(*y), address(*y), 8); });
-    const std::string ours = refused([&] { sum(b0, *x); });
+    const std::string theirs = error_of([&] { a1.start(ALL_GATHER, 0, 0, address(*y), address(*y), 8); });
+    const std::string ours = error_of([&] { sum(b0, *x); });
     must(ours ==
              "ranks disagree: position 1 of the group makes an all-gather of 8 x byte where position 0 makes an "
              "all-reduce of 8 x float32 (max)",
          "the disagreement is not reported");
     x.reset(), y.reset();
     const Bytes before_a = announced(*a), before_b = announced(*b);
-    for (Channel* channel : {&b0, &a0}) all_refused(*channel, ours);
-    for (Channel* channel : {&b1, &a1}) all_refused(*channel, theirs);
+    for (Channel* channel : {&b0, &a0}) all_fail(*channel, ours);
+    for (Channel* channel : {&b1, &a1}) all_fail(*channel, theirs);
     must(before_a == announced(*a) && before_b == announced(*b), "a broken link writes");
 }
 
@@ -299,9 +299,9 @@ void fork_and_use() {
     const pid_t child = fork();
     if (child == 0) {
         alarm(20);
-        all_refused(*first, "this link of shared memory belongs to the process that made it (" +
-                                std::to_string(getppid()) + "); its fork (" + std::to_string(getpid()) +
-                                ") cannot use it");
+        all_fail(*first, "this link of shared memory belongs to the process that made it (" +
+                             std::to_string(getppid()) + "); its fork (" + std::to_string(getpid()) +
+                             ") cannot use it");
         first.reset();
         _exit(0);
     }

@@ -37,7 +37,7 @@ def test_nvcc_compiles(source: str, arch: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
-def test_packs_are_read_and_written_at_once(tmp_path: Path) -> None:
+def test_packs_take_one_instruction(tmp_path: Path) -> None:
     """In the PTX, every access of a kernel on packs of 8 bf16 is 16 bytes wide (nvcc has split stores of structs)."""
     source, ptx = str(ROOT / "csrc/kernels/cuda/model.cu"), tmp_path / "model.ptx"
     run([str(NVCC), "-std=c++17", "-O3", "-arch=sm_90", f"-I{ROOT / 'csrc'}", "-ptx", source, "-o", str(ptx)])

@@ -230,16 +230,16 @@ def test_softmax(kernels: Kernels, dtype: torch.dtype, seed: int) -> None:
         assert torch.equal(stats[2].double(), exact.gather(1, at)[:, 0].where(inside, torch.zeros_like(peak)))
     else:
         assert bool((stats[0] == -torch.inf).all()) and not stats[1:].any()
-    held = t.memory.lend(logits, t.off())
+    in_place = t.memory.lend(logits, t.off())
     peak = t.memory.give(stats[0].where(stats[0] > -torch.inf, torch.zeros_like(stats[0])))
     scale, grad = t.draw(rows, dtype=t.wide), t.draw(rows, dtype=t.wide)
-    t.run("softmax_gradient", held, target, peak, scale, grad, rows, v, valid, results=(held,))
+    t.run("softmax_gradient", in_place, target, peak, scale, grad, rows, v, valid, results=(in_place,))
     expected_values = torch.zeros(rows, v, dtype=torch.float64)
     expected_values[:, :valid] = (exact - peak.double()[:, None]).exp() * scale.double()[:, None]
     if valid:
         expected_values.scatter_add_(1, at, torch.where(inside, -grad, 0).double()[:, None])
-    t.near(held, expected_values)
-    assert not held[:, valid:].any()
+    t.near(in_place, expected_values)
+    assert not in_place[:, valid:].any()
 
 
 @pytest.mark.parametrize("values", TYPES, ids=str)

@@ -103,7 +103,7 @@ def test_no_access_outside_a_tensor(asan_driver: Path, rounds: int) -> None:
 @pytest.mark.parametrize(
     ("file", "ordered"), [pytest.param(*w, marks=[pytest.mark.heavy] * (i > 1)) for i, w in enumerate(WEAKER)]
 )
-def test_a_weaker_order_is_a_race(
+def test_a_weaker_memory_order_is_a_race(
     tsan_objects: list[str], tsan_prefix: list[str], tmp_path: Path, file: str, ordered: str
 ) -> None:
     csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -139,7 +139,7 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
     assert score == pytest.approx(by_hand, rel=1e-12)
 
 
-def test_documents_begin_after_the_last_token_of_the_one_before() -> None:
+def test_documents_start_after_an_eod() -> None:
     documents = Documents.from_eod(torch.tensor([[1, EOD, 2, 3, EOD, EOD, 4], [5, 5, 5, 5, 5, 5, 5]]), EOD)
     assert documents.starts.tolist() == [[0, 0, 2, 2, 2, 5, 6], [0] * 7]
     assert documents.cu_seqlens.tolist() == [0, 2, 5, 6, 7, 14] and documents.cu_seqlens.dtype == torch.int32

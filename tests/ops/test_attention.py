@@ -244,7 +244,7 @@ def test_packages(name: str, module: str, pairs: bool, monkeypatch: pytest.Monke
     attention.missing_packages.cache_clear()
 
 
-def test_a_package_that_breaks_on_import_is_not_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_fails_to_import_is_missing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     attention.missing_packages.cache_clear()
@@ -261,7 +261,7 @@ def test_the_selected_implementation_masks_documents(dtype: torch.dtype) -> None
         assert (out.double() - exact).abs().max() < {torch.float64: 1e-12, torch.float32: 1e-5, BF16: 3e-2}[dtype]
 
 
-def test_setup_refuses_what_cannot_run() -> None:
+def test_setup_rejects_an_unavailable_implementation() -> None:
     def job(ctx: ParallelContext) -> None:
         with raises(ConfigError, "ops.attention-not-available", "train.attention = 'flash'", "cpu"):
             setup(config(2, parallel_data=2, train_attention="flash"), ctx)
@@ -269,7 +269,7 @@ def test_setup_refuses_what_cannot_run() -> None:
     run_ranks(layout_of(config(2, parallel_data=2)), job)
 
 
-def test_ranks_that_choose_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_choose_differently_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(2, parallel_data=2)
 
     def job(ctx: ParallelContext) -> None:

@@ -146,13 +146,13 @@ def test_every_layout_computes_the_same(mode: str) -> None:
     ],
     ids=str,
 )
-def test_refused(changes: dict[str, Any], expected: str) -> None:
+def test_invalid_configs_are_rejected(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         config(1, train_fp8="tensorwise", **(SMALL | changes))
     assert expected in str(error.value)
 
 
-def test_a_checkpoint_is_evaluated_in_bf16_and_in_layouts_that_fp8_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_evaluated_in_bf16_and_in_layouts_that_fp8_rejects(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(1, train_fp8="tensorwise", **SMALL)
     monkeypatch.setattr(inference, "find_checkpoint", lambda *_: Path())
     monkeypatch.setattr(inference, "read_manifest", lambda *_: SimpleNamespace(config=cfg.model_dump()))
@@ -160,7 +160,7 @@ def test_a_checkpoint_is_evaluated_in_bf16_and_in_layouts_that_fp8_refuses(monke
     assert found.train.fp8 == "none" and config_errors(found, 8) == []
 
 
-def test_an_older_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_gpu_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with raises(ConfigError, "ops.fp8-not-available", "train.fp8 = 'rowwise'", "8.9", "8.0"):
         fp8.check_device("rowwise", torch.device("cuda", 0))

@@ -22,17 +22,17 @@ from tests.support.harness import run_ranks
 from tests.support.numbers import CTX, DTYPES, TOLERANCE, ids, like, parameter, randn, relative, token_losses
 
 SELF_AXIS = CTX.self_axis
-WAYS = pytest.mark.parametrize("kernels", [True, False], ids=["own", "torch"])
+BOTH_IMPLEMENTATIONS = pytest.mark.parametrize("kernels", [True, False], ids=["own", "torch"])
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return F.cross_entropy((x @ weight.t()).permute(0, 2, 1), targets, reduction="none") * weights
 
 
-@WAYS
+@BOTH_IMPLEMENTATIONS
 @DTYPES
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (7, 13), (5, 2), (0, 3), (1100, 100)])
-def test_logits_as_given(tokens: int, vocab: int, dtype: torch.dtype, kernels: bool) -> None:
+def test_losses_and_gradients_of_given_logits(tokens: int, vocab: int, dtype: torch.dtype, kernels: bool) -> None:
     """With the identity as weight, the logits are bitwise equal to the input; the last shape has two chunks."""
     logits = randn(tokens, 1, vocab) * 5
     logits[:1] += 1000  # its exp would overflow
@@ -55,7 +55,7 @@ def test_logits_as_given(tokens: int, vocab: int, dtype: torch.dtype, kernels: b
         assert (head.grad.double() - matrix.grad).abs().max() < scale * wide.detach().abs().sum(0).max()
 
 
-@WAYS
+@BOTH_IMPLEMENTATIONS
 @pytest.mark.parametrize(("dtype", "main"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
 def test_chunks_and_main_gradients(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, main: torch.dtype, kernels: bool
@@ -96,8 +96,8 @@ def test_chunks_and_main_gradients(
             assert relative(a, b.double()) < (1e-13 if dtype == torch.float64 else 1e-2)
 
 
-@WAYS
-def test_gradients_are_slopes(kernels: bool) -> None:
+@BOTH_IMPLEMENTATIONS
+def test_gradients_equal_finite_differences(kernels: bool) -> None:
     """Gradients equal central differences of the objective. torch's gradcheck cannot be used: it also tests a result
     gradient of zero, which this op rejects."""
     x, head = like(randn(3, 2, 3), torch.float64), parameter(randn(5, 3, seed=1))
@@ -151,20 +151,20 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("way", ["own", "torch"])
-def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch, way: str, grad: bool) -> None:
+@pytest.mark.parametrize("implementation", ["own", "torch"])
+def test_full_logits_are_never_materialised(monkeypatch: pytest.MonkeyPatch, implementation: str, grad: bool) -> None:
     """300 tokens in 5 chunks of 64: no tensor exceeds a chunk, and only one chunk is alive (in torch, plus a copy)."""
-    if way == "own" and native.load()[0] is None:
+    if implementation == "own" and native.load()[0] is None:
         pytest.skip(native.load()[1])
     monkeypatch.setattr(loss_module, "_CPU_ROWS", 64)
     x, head = like(randn(150, 2, 8), torch.float32), parameter(randn(1000, 8, seed=1), torch.float32, torch.float32)
     chunk = 64 * 1000
-    with native.forced(kernels=way == "own"), torch.set_grad_enabled(grad), Sizes(chunk // 2) as sizes:
+    with native.forced(kernels=implementation == "own"), torch.set_grad_enabled(grad), Sizes(chunk // 2) as sizes:
         losses = token_losses(x, head, ids(1000, 150, 2), torch.ones(150, 2))
         if grad:
             losses.sum().backward()
     assert sizes.largest == chunk
-    assert sizes.most <= chunk * 4 * (1 if way == "own" else 2)
+    assert sizes.most <= chunk * 4 * (1 if implementation == "own" else 2)
 
 
 def parallel(ctx: ParallelContext, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def parallel(ctx: ParallelContext, x: Tensor, weight: Tensor, targets: Tensor, w
     return {name: value.detach().double().numpy() for name, value in found.items()}
 
 
-@WAYS
+@BOTH_IMPLEMENTATIONS
 @pytest.mark.parametrize("sequence", [True, False])
 @pytest.mark.parametrize(
     ("tensor", "vocab", "dtype"),

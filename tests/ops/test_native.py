@@ -44,7 +44,7 @@ def test_attention_equals_the_float64_reference(b: int, n: int, m: int, s: int, 
 
 
 @needs_tiles
-def test_attention_takes_any_strides_and_no_row_depends_on_what_follows() -> None:
+def test_attention_accepts_any_strides_and_is_causal() -> None:
     fused = randn(120, 2, 8, 40).float().permute(1, 2, 0, 3)  # as the projection lays it out
     q, k, v = fused.split([4, 2, 2], dim=1)
     whole = causal_attention(q, k, v)
@@ -94,7 +94,7 @@ def test_attention_with_document_masking(b: int, n: int, m: int, s: int, d: int,
 
 
 @needs_tiles
-def test_attention_does_not_see_other_documents() -> None:
+def test_document_masking_isolates_documents_bitwise() -> None:
     """Other keys and values change no bit of a document's outputs and of its keys' gradients."""
     begin = document_starts(1, 200, "short")
     apart = int(begin[0, 120])
@@ -110,9 +110,9 @@ def test_attention_does_not_see_other_documents() -> None:
     assert apart > 0 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@op_checks.over_cases(op_checks.check_a_norm_after_a_sum_is_the_two_in_turn)
-def test_a_norm_after_a_sum_is_the_two_in_turn(own: bool, dtype: torch.dtype) -> None:
-    op_checks.check_a_norm_after_a_sum_is_the_two_in_turn(own, dtype)
+@op_checks.over_cases(op_checks.check_add_norm_equals_addition_and_norm)
+def test_add_norm_equals_addition_and_norm(own: bool, dtype: torch.dtype) -> None:
+    op_checks.check_add_norm_equals_addition_and_norm(own, dtype)
 
 
 def matrix(rows: int, cols: int, layout: str, seed: int) -> Tensor:
@@ -185,9 +185,9 @@ def test_rows_and_threads_change_no_bit() -> None:
     assert torch.equal(rms_norm(x[5:6], w[0], 1e-5), one[1][5:6]) and torch.equal(gated(x[7:9], "gelu"), one[2][7:9])
 
 
-@op_checks.over_cases(op_checks.check_softmax_ways_agree)
-def test_softmax_ways_agree(dtype: torch.dtype, valid: int) -> None:
-    op_checks.check_softmax_ways_agree(dtype, valid)
+@op_checks.over_cases(op_checks.check_softmax_kernels_equal_references)
+def test_softmax_kernels_equal_references(dtype: torch.dtype, valid: int) -> None:
+    op_checks.check_softmax_kernels_equal_references(dtype, valid)
 
 
 @op_checks.over_cases(op_checks.check_adamw)
@@ -199,8 +199,8 @@ def test_bf16_rounds_as_torch_does() -> None:
     op_checks.check_bf16_rounds_as_torch_does()
 
 
-def test_references_run_where_kernels_are_refused() -> None:
-    op_checks.check_references_run_where_kernels_are_refused()
+def test_references_run_where_kernels_are_unavailable() -> None:
+    op_checks.check_references_run_where_kernels_are_unavailable()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_references_run_where_kernels_are_refused() -> None:
     [op_checks.check_rms_norm_gradcheck, op_checks.check_attention_gradcheck],
     ids=lambda f: f.__name__,
 )
-def test_references_still_pass(test: Callable[[], None]) -> None:
+def test_references_pass_without_kernels(test: Callable[[], None]) -> None:
     with native.forced(kernels=False):
         test()
 

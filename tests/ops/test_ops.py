@@ -70,7 +70,7 @@ def test_part_of_a_head_is_rotated(width: int, dtype: torch.dtype) -> None:
     op_checks.check_part_of_a_head_is_rotated(width, dtype)
 
 
-def test_rope_lays_out_for_attention() -> None:
+def test_rope_output_is_contiguous() -> None:
     """The output is contiguous for the projection's layout [s, b, n, d]."""
     x = randn(5, 2, 3, 4).permute(1, 2, 0, 3)
     assert not x.is_contiguous() and rope_op(x, 100.0).is_contiguous()

@@ -221,7 +221,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("degrees", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 4, 1), (4, 2, 1)], ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_the_norm_is_that_of_the_whole_gradient(model: str, degrees: tuple[int, int, int]) -> None:
+def test_the_norm_equals_that_of_the_unsharded_gradient(model: str, degrees: tuple[int, int, int]) -> None:
     """Replicas and tied embeddings are counted once, padding is not. Summed over ranks here, without processes."""
     cfg = layout_config(degrees, **MODELS[model])
     layout, whole = layout_of(cfg), canonical_gradient(cfg)
@@ -275,7 +275,7 @@ def test_a_pipeline_rank_without_parameters_takes_the_same_branch() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_a_non_finite_gradient_has_a_name(bad: float) -> None:
+def test_a_non_finite_gradient_is_reported_by_name(bad: float) -> None:
     cfg = config(1)
     whole = canonical_gradient(cfg)
     for name in ("layers.1.mlp.up.weight", "layers.3.attention.k.weight", "norm.weight"):
@@ -296,7 +296,7 @@ def test_clipping(norm: float, limit: float, factor: float) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("dtype", "main"), [(F64, F64), (F32, F32), (BF16, F32), (torch.float16, F32)], ids=str)
-def test_a_scale_of_the_gradient_is_that_of_the_update(dtype: torch.dtype, main: torch.dtype, own: bool) -> None:
+def test_grad_scale_scales_the_update(dtype: torch.dtype, main: torch.dtype, own: bool) -> None:
     """step(lr, c) with gradients g equals step(lr) with c g, without modifying g; the model has the rounded masters."""
     found = []
     for scale in (1.0, 0.3):
@@ -350,7 +350,7 @@ def test_flops_of_a_small_model_by_hand() -> None:
     assert flops_per_token(cfg, 5) == 6 * 1088 + 3 * causal == 7248
 
 
-def test_flops_are_what_torch_counts() -> None:
+def test_flops_equal_torch_flop_counter() -> None:
     """The matmul FLOPs equal those that torch's counter finds in a real forward and backward."""
     cfg = config(1, model_qk_norm=True)
     ctx = context(F64)

@@ -161,7 +161,7 @@ def test_the_scale_is_undone_bitwise() -> None:
     assert plain[0] == scaled[0] and max_relative_error(assemble([plain[1]]), assemble([scaled[1]])) == 0
 
 
-def test_an_overflow_on_one_rank_is_one_on_all() -> None:
+def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
     """Only tensor rank 1 has the gradient that overflows."""
     cfg = config(2, model_num_layers=1, parallel_tensor=2, train_precision="fp16")
 

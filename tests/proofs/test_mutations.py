@@ -22,7 +22,7 @@ def test_names_are_unique() -> None:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
-def test_it_fits_and_changes_the_code(mutation: Mutation) -> None:
+def test_every_mutation_fits_and_changes_the_code(mutation: Mutation) -> None:
     """A change of the code that makes a mutation obsolete fails here, quickly and with its name."""
     source = mutation.file(ROOT).read_text()
     faulty = ast.dump(ast.parse(mutation.patch(source)))
@@ -89,7 +89,7 @@ def test_a_patch_changes_what_it_names_and_no_other_text(mutation: Mutation, tex
         (planted("Öfen.total", "return values", "pass"), "engine.kitchen:Öfen.total has 0 of `return values`, not 1"),
     ],
 )
-def test_what_does_not_fit_says_so(mutation: Mutation, complaint: str, tmp_path: Path) -> None:
+def test_a_misfit_is_explained(mutation: Mutation, complaint: str, tmp_path: Path) -> None:
     with pytest.raises(LookupError) as missing:
         mutation.file(tmp_path)
     assert "there is no module engine.kitchen" in str(missing.value)
@@ -100,7 +100,7 @@ def test_what_does_not_fit_says_so(mutation: Mutation, complaint: str, tmp_path:
     assert f"mutation planted: {complaint}" in str(unfit.value)
 
 
-def test_a_function_that_is_there_twice_is_not_guessed() -> None:
+def test_an_ambiguous_function_is_an_error() -> None:
     with pytest.raises(LookupError, match=r"engine\.kitchen has 2 functions Öfen\.total, not one"):
         planted("Öfen.total", "values.sort()", "pass").patch(SOURCE + "    def total(self): ...\n")
 
@@ -113,10 +113,10 @@ def test_a_function_that_is_there_twice_is_not_guessed() -> None:
         ("test_layout_equals_one_process[x]", "test_shapes.py"),
     ],
 )
-def test_a_test_that_is_not_there_once_is_refused(test: str, complaint: str) -> None:
-    with pytest.raises(LookupError) as refused:
+def test_an_unknown_or_ambiguous_test_is_an_error(test: str, complaint: str) -> None:
+    with pytest.raises(LookupError) as error:
         node_id(test)
-    assert complaint in str(refused.value)
+    assert complaint in str(error.value)
 
 
 SCRIPT = """

@@ -161,7 +161,7 @@ def check_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype) -> 
         assert relative(a, c) < 2 * relative(b, c) + units * torch.finfo(dtype).eps
 
 
-def check_a_norm_after_a_sum_is_the_two_in_turn(own: bool, dtype: torch.dtype) -> None:
+def check_add_norm_equals_addition_and_norm(own: bool, dtype: torch.dtype) -> None:
     """Forward bitwise, backward within rounding (1e-12 in float64); the sum has a gradient too, or the only one."""
     x, r, w, b = (randn(*shape, seed=i).to(dtype) for i, shape in enumerate(((70, 3, 33), (70, 3, 33), (33,), (33,))))
     pairs: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] = [
@@ -187,7 +187,7 @@ def check_a_norm_after_a_sum_is_the_two_in_turn(own: bool, dtype: torch.dtype) -
                 assert relative(a, c.double()) < {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 2e-2)
 
 
-def check_softmax_ways_agree(dtype: torch.dtype, valid: int) -> None:
+def check_softmax_kernels_equal_references(dtype: torch.dtype, valid: int) -> None:
     """Huge logits, minus infinity, targets on other ranks, padding, a rank without a part of the vocabulary."""
     logits = randn(30, 70).to(dtype) * 10
     logits[3] += 1000
@@ -241,7 +241,7 @@ def check_bf16_rounds_as_torch_does() -> None:
         assert torch.equal(out.nan_to_num(123.0), x.to(low).nan_to_num(123.0))
 
 
-def check_references_run_where_kernels_are_refused() -> None:
+def check_references_run_where_kernels_are_unavailable() -> None:
     """Kernel and reference differ in their last bits, which shows that `forced` reaches the operators."""
     x, w = randn(64, 500).float(), randn(500, seed=1).float()
     with native.forced(kernels=False):
@@ -261,11 +261,11 @@ CASES: dict[Callable[..., None], list[tuple[Any, ...]]] = {
     check_rope: list(product([(1, 3, 5, 6), (2, 1, 7, 2), (1, 1, 1, 10)], LAYOUTS, TOLERANCE)),
     check_part_of_a_head_is_rotated: list(product([0, 2, 4, 6], TOLERANCE)),
     check_kernels_equal_the_float64_reference: list(product(OPERATORS, TOLERANCE)),
-    check_a_norm_after_a_sum_is_the_two_in_turn: list(product([True, False], REAL)),
-    check_softmax_ways_agree: list(product(TOLERANCE, [66, 0])),
+    check_add_norm_equals_addition_and_norm: list(product([True, False], REAL)),
+    check_softmax_kernels_equal_references: list(product(TOLERANCE, [66, 0])),
     check_adamw: list(product([None, torch.bfloat16, torch.float16], [torch.float32, torch.float64])),
     check_bf16_rounds_as_torch_does: [()],
-    check_references_run_where_kernels_are_refused: [()],
+    check_references_run_where_kernels_are_unavailable: [()],
 }
 
 

@@ -20,10 +20,10 @@ std::string message;
 // kernels.
 template <class F>
 const char* call(int type, F f) {
-    std::vector<void*> held;
+    std::vector<void*> scratch;
     const Queue queue{nullptr, [&](size_t bytes) {
-                          held.push_back(std::memset(std::malloc(bytes + 1), 0xff, bytes + 1));
-                          return held.back();
+                          scratch.push_back(std::memset(std::malloc(bytes + 1), 0xff, bytes + 1));
+                          return scratch.back();
                       }};
     message.clear();
     try {
@@ -36,7 +36,7 @@ const char* call(int type, F f) {
     } catch (const std::exception& error) {
         message = error.what();
     }
-    for (void* memory : held) std::free(memory);
+    for (void* memory : scratch) std::free(memory);
     return message.empty() ? nullptr : message.c_str();
 }
 

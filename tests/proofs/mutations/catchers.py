@@ -23,4 +23,4 @@ def hf(name: str) -> tuple[str, ...]:
 
 def norms(*cases: str) -> tuple[str, ...]:
     """Cases of the test that counts the norm of a known gradient in several layouts."""
-    return tuple(f"test_the_norm_is_that_of_the_whole_gradient[{case}]" for case in cases)
+    return tuple(f"test_the_norm_equals_that_of_the_unsharded_gradient[{case}]" for case in cases)

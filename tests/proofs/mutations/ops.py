@@ -52,7 +52,7 @@ MUTATIONS = [
         "engine.ops.loss:_LinearCrossEntropy.forward",
         "del grad",
         "kept = grad",
-        tuple(f"test_logits_of_all_tokens_never_exist[{way}-True]" for way in ("own", "torch")),
+        tuple(f"test_full_logits_are_never_materialised[{way}-True]" for way in ("own", "torch")),
     ),
     Mutation(
         "last_chunk_left_out_of_the_sum",
@@ -116,7 +116,7 @@ MUTATIONS = [
         "engine.ops.norm:_CustomNorm.backward",
         "grad_sum, grad = grads if ctx.summed else (None, grads[0])",
         "grad_sum, grad = (None, grads[-1])",
-        ("test_a_norm_after_a_sum_is_the_two_in_turn",),
+        ("test_add_norm_equals_addition_and_norm",),
         path="kernels",
     ),
     Mutation(

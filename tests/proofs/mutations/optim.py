@@ -70,7 +70,7 @@ MUTATIONS = [
         "engine.optim.adamw:FlatAdamW.step",
         "custom.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps)",
         "custom.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, 1.0, self.steps)",
-        ("test_a_scale_of_the_gradient_is_that_of_the_update",),
+        ("test_grad_scale_scales_the_update",),
         path="kernels",
     ),
     Mutation(
@@ -79,7 +79,7 @@ MUTATIONS = [
         "engine.optim.adamw:FlatAdamW.step",
         "grads = grads * grad_scale",
         "grads = grads * 1.0",
-        ("test_a_scale_of_the_gradient_is_that_of_the_update",),
+        ("test_grad_scale_scales_the_update",),
         path="torch",
     ),
     Mutation(
@@ -88,7 +88,7 @@ MUTATIONS = [
         "engine.optim.adamw:FlatAdamW.step",
         "custom.adamw_(master, grads, first, second, low, lr, *betas, eps, decay, grad_scale, self.steps)",
         "custom.adamw_(master, grads, first, second, None, lr, *betas, eps, decay, grad_scale, self.steps)",
-        ("test_a_scale_of_the_gradient_is_that_of_the_update",),
+        ("test_grad_scale_scales_the_update",),
         path="kernels",
     ),
     Mutation(
@@ -97,7 +97,7 @@ MUTATIONS = [
         "engine.optim.adamw:FlatAdamW.step",
         "low is not None",
         "False",
-        ("test_a_scale_of_the_gradient_is_that_of_the_update",),
+        ("test_grad_scale_scales_the_update",),
         path="torch",
     ),
 ]

@@ -98,7 +98,7 @@ MUTATIONS = [
         "engine.train.step:train_step",
         "finite = math.isfinite(norms.norm)",
         "finite = bool(torch.isfinite(state.norms.local()).all())",
-        ("test_an_overflow_on_one_rank_is_one_on_all",),
+        ("test_an_overflow_on_one_rank_skips_the_step_on_all",),
     ),
     Mutation(
         "skipped_update_counted_by_adam",

@@ -56,7 +56,7 @@ def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class ComputeBackends:
-    """Compute backends of a block.
+    """The implementations that a block computes with.
 
     attention: implementation name (ops.attention) or "auto". matmul: matmuls of the linear layers. fuse: wrapper for
     the functions between matmuls, attention and collectives: the identity or torch.compile.
@@ -75,8 +75,8 @@ def bias_of(chunk: Chunk) -> Chunk:
 class ColumnLinear(nn.Module):
     """Column-parallel linear: [s, b, h] -> [s, b, local out], weight rows (output features) and bias sharded.
 
-    Under sequence parallelism the input is this rank's part of the sequence; it is gathered, and the output covers the
-    whole sequence.
+    chunks: the canonical tensors that are fused into the weight, such as q, k and v. Under sequence parallelism the
+    input is this rank's part of the sequence; it is gathered, and the output covers the whole sequence.
     """
 
     def __init__(
@@ -175,6 +175,7 @@ class Norm(nn.Module):
             self.add_norm_function = partial(backends.fuse(add_layer_norm), eps=cfg.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape."""
         return self.function(*self._inputs(x))
 
     def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,7 @@ class Block(nn.Module):
         self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std, keep, backends)
 
     def forward(self, x: Tensor, rope_table: Tensor, documents: Documents | None = None) -> Tensor:
+        """x [s, b, h] -> [s, b, h]. rope_table, documents: as for Attention."""
         compute = partial(self._compute, documents=documents)
         return recompute(compute, x, rope_table) if self.recompute == "full" else compute(x, rope_table)
 

@@ -43,7 +43,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """The inputs of the selection.
+    """The inputs of the selection of an attention implementation.
 
     documents: with document masking. capability: compute capability of the CUDA device, such as (9, 0). custom: the
     custom kernel can run.

@@ -39,6 +39,7 @@ class Scaled:
     scale: Tensor
 
     def t(self) -> Scaled:
+        """The transpose, as a view."""
         return Scaled(self.values.t(), self.scale.t() if self.scale.dim() else self.scale)
 
 

@@ -1,6 +1,6 @@
 """Commits a written folder as the checkpoint of its step, and deletes or renames older ones. Runs on one rank only.
 
-The order of operations is what survives crashes: a name is synced before any later operation relies on it, and a folder
+The order of operations makes crashes harmless: a name is synced before any later operation relies on it, and a folder
 is renamed to a hidden name before it is deleted. Hidden names (`.step_...`) are never read; the next save removes those
 that a crash left behind.
 """

@@ -48,7 +48,7 @@ def run_of(disk: MemoryDisk, step: int) -> int:
             assert len(same) == 1, "a mix of two saves"
             if same == {True}:
                 return run
-    raise AssertionError("holds what nobody saved")
+    raise AssertionError("has values that no run saved")
 
 
 def latest(disk: MemoryDisk) -> int | None:
@@ -120,7 +120,7 @@ def enumerate_crashes(scenario: str, samples: int) -> tuple[int, int]:
         if now is not None:
             run_of(state, now)
         if done == len(log):
-            assert now == new, "what was reported as saved is not there"
+            assert now == new, "a checkpoint reported as saved does not exist"
         lossy += {p: f and f.data for p, f in state.tree.items()} != {p: f and f.data for p, f in disk.tree.items()}
         save(state, new or 1, keep=2)
         assert latest(state) == (new or 1) and run_of(state, new or 1) == 0

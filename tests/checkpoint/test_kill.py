@@ -38,10 +38,10 @@ MORE = ["openat", "getdents64", "close"]
 
 
 @contextmanager
-def injected(calls: str, what: str, log: Path) -> Iterator[None]:
-    """Attach strace to this process and all its threads, and inject `what` into the calls."""
+def injected(calls: str, injection: str, log: Path) -> Iterator[None]:
+    """Attach strace to this process and all its threads, and apply `injection` to the calls."""
     names = ",".join(name if name.startswith("?") else f"?{name}" for name in calls.split(","))
-    command = [str(STRACE), "-f", "-o", str(log), "-e", f"trace={names}", "-e", f"inject={names}:{what}"]
+    command = [str(STRACE), "-f", "-o", str(log), "-e", f"trace={names}", "-e", f"inject={names}:{injection}"]
     tracer = subprocess.Popen([*command, "-p", str(os.getpid())], stderr=subprocess.PIPE, text=True)
     assert tracer.stderr is not None
     line = tracer.stderr.readline()

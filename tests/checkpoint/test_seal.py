@@ -54,7 +54,7 @@ def opened(disk: MemoryDisk, begin: int, end: int, secret: bytes = SECRET, file:
     source = SecretStorage(Seal(secret), disk).open(file)
     out, seen = bytearray(end - begin), bytearray()
     source.read_into(begin, memoryview(out), seen.extend)
-    assert seen == out, "what is digested is not what is there"
+    assert seen == out, "the digested bytes differ from the bytes read"
     return bytes(out)
 
 

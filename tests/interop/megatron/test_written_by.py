@@ -51,8 +51,8 @@ def test_a_folder_that_this_python_writes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_protocol(protocol: int) -> None:
-    for what, value in odd_values().items():
-        parse(pickle.dumps(value, protocol), what)
+    for name, value in odd_values().items():
+        parse(pickle.dumps(value, protocol), name)
 
 
 # pickle.dumps(pathlib.PosixPath("/a/b")) and others, as written by the named versions

@@ -245,6 +245,6 @@ def test_names_and_facts() -> None:
     assert found["embed.weight"].spec.chunks[0].sum_over == ("tied_stages",)
 
 
-def test_a_parameter_without_a_spec_is_refused() -> None:
+def test_a_parameter_without_a_spec_is_rejected() -> None:
     with pytest.raises(AssertionError, match=r"is a sharding\.Parameter"):
         parameters(torch.nn.Linear(2, 2))

@@ -196,7 +196,7 @@ def test_ranks_that_disagree_raise_an_error() -> None:
     assert "float32 (max)" in texts[0] and "position 0 of the group makes" in texts[1]
 
 
-def test_ranks_that_disagree_are_refused_from_then_on() -> None:
+def test_ranks_that_disagree_are_rejected_from_then_on() -> None:
     """Every later call on any link raises the same message: the state of the other ranks is not known."""
 
     def job(ctx: ParallelContext) -> list[str]:
@@ -253,11 +253,11 @@ def test_a_fork_cannot_use_its_parents_link() -> None:
             text = pipe.read().replace(str(pid), "CHILD").replace(str(os.getpid()), "PARENT")
         return float(started.wait().sum()), text
 
-    refusal = "this link of shared memory belongs to the process that made it (PARENT); its fork (CHILD) cannot use it"
-    assert run(2, job, ring=4096) == [(18000.0, refusal)] * 2
+    message = "this link of shared memory belongs to the process that made it (PARENT); its fork (CHILD) cannot use it"
+    assert run(2, job, ring=4096) == [(18000.0, message)] * 2
 
 
-def test_a_type_that_cannot_be_added_is_refused() -> None:
+def test_a_type_that_cannot_be_added_is_rejected() -> None:
     def job(ctx: ParallelContext) -> None:
         with pytest.raises(TypeError, match="complex64 are not reduced"):
             all_reduce_(torch.ones(1, dtype=torch.complex64), ctx.data)
@@ -321,7 +321,7 @@ def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pyte
     def job(ctx: ParallelContext) -> str:
         return ctx.describe_transports()
 
-    def refused(_: ParallelContext) -> str:
+    def rejected(_: ParallelContext) -> str:
         with raises(ConfigError, "distributed.no-shared-memory", *why) as error:
             make_context(
                 Layout(2, data=2),
@@ -343,7 +343,7 @@ def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(os, name, fails)
         assert run(2, job, "auto") == ["gloo"] * 2
-        texts = run(2, refused, "gloo")
+        texts = run(2, rejected, "gloo")
         assert texts[0] == texts[1]
     monkeypatch.delattr(os, name)
     assert f"built without os.{name}" in shared_memory.load()[1] and run(2, job, "auto") == ["gloo"] * 2

@@ -92,7 +92,7 @@ def test_non_finite_names_step_rank_and_microbatch(where: str, degrees: tuple[in
         assert set(ranks) <= data_peers, "only ranks of the poisoned data replica may be named"
 
 
-def test_a_batch_without_counted_tokens_is_refused() -> None:
+def test_a_batch_without_counted_tokens_is_rejected() -> None:
     cfg = config(1)
 
     def job(ctx: ParallelContext) -> None:

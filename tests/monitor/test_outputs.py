@@ -176,7 +176,7 @@ NAMES = ("lock", "config.toml", "metrics.jsonl", "exit.json", "spike.json", "tim
 
 
 @pytest.mark.parametrize("name", [*NAMES, "checkpoints", "tensorboard", "tokenizer/tokenizer.json"])
-def test_links_in_a_run_folder_are_refused(name: str, corpus: str, tmp_path: Path) -> None:
+def test_links_in_a_run_folder_are_rejected(name: str, corpus: str, tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     (run / name).parent.mkdir(parents=True)
     if name in ("checkpoints", "tensorboard"):

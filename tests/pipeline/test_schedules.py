@@ -569,7 +569,7 @@ spots = st.sampled_from(RIGHT).flatmap(
 
 @settings(max_examples=200, deadline=None)
 @given(spots, st.integers(0, 100))
-def test_any_drop_is_refused(spot: tuple[Plan, int, int], which: int) -> None:
+def test_any_drop_is_rejected(spot: tuple[Plan, int, int], which: int) -> None:
     plan, rank, position = spot
     program = list(plan.programs[rank])
     step = list(program[position])
@@ -582,7 +582,7 @@ def test_any_drop_is_refused(spot: tuple[Plan, int, int], which: int) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(spots, st.integers(0, 1000), st.integers(0, 1000))
-def test_any_duplicate_is_refused(spot: tuple[Plan, int, int], which: int, target: int) -> None:
+def test_any_duplicate_is_rejected(spot: tuple[Plan, int, int], which: int, target: int) -> None:
     plan, rank, position = spot
     program = list(plan.programs[rank])
     action = program[position][which % len(program[position])]
@@ -592,7 +592,7 @@ def test_any_duplicate_is_refused(spot: tuple[Plan, int, int], which: int, targe
 
 @settings(max_examples=200, deadline=None)
 @given(spots, st.data())
-def test_trading_actions_between_ranks_is_refused(spot: tuple[Plan, int, int], data: st.DataObject) -> None:
+def test_trading_actions_between_ranks_is_rejected(spot: tuple[Plan, int, int], data: st.DataObject) -> None:
     plan, rank, position = spot
     other = data.draw(st.integers(0, plan.num_ranks - 1))
     assume(other != rank)
@@ -605,7 +605,7 @@ def test_trading_actions_between_ranks_is_refused(spot: tuple[Plan, int, int], d
 
 @settings(max_examples=400, deadline=None)
 @given(spots, st.integers(0, 1000))
-def test_a_swap_is_refused_if_and_only_if_it_breaks_something(spot: tuple[Plan, int, int], target: int) -> None:
+def test_a_swap_is_rejected_if_and_only_if_it_breaks_something(spot: tuple[Plan, int, int], target: int) -> None:
     plan, rank, position = spot
     assert_agreement(swap(plan, rank, position, target))
 
@@ -762,7 +762,7 @@ def test_what_the_others_say(make: Callable[[], object], code: str, named: str) 
         make()
 
 
-def test_build_refuses_a_wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_rejects_a_wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(ranks: int, chunks: int, microbatches: int) -> Plan:
         plan = gpipe(ranks, chunks, microbatches)
         return with_program(plan, 0, list(reversed(plan.programs[0])))

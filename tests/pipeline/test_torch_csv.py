@@ -84,7 +84,7 @@ def test_messages_are_taken_as_they_are() -> None:
     assert str(overlap).splitlines()[1] == "rank 0: 0F0 0F1 0B0 0B1 0REDUCE"
 
 
-def test_what_deadlocks_is_refused() -> None:
+def test_a_plan_that_deadlocks_is_rejected() -> None:
     """The order of pytorch#172668: both send first."""
     text = "0F0,0F1,0SEND_F0,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1\n1RECV_F0,1F0,1B0,1SEND_B0,1RECV_F1,1F1,1B1,1SEND_B1"
     plan = read_torch_csv(text, "x")
@@ -93,7 +93,7 @@ def test_what_deadlocks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_cell_less_is_refused(name: str) -> None:
+def test_a_missing_cell_is_rejected(name: str) -> None:
     """A duplicate cell is rejected too; torch itself accepts both silently in files with communication."""
     rng, rows = random.Random(1), [row.split(",") for row in torch_csv(name, "compute_comms").splitlines()]
     for _ in range(40):

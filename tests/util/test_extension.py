@@ -12,7 +12,7 @@ import pytest
 from engine.util import build_notes, extension
 
 
-def test_what_does_not_load_or_was_built_for_another_engine_is_refused(
+def test_what_does_not_load_or_was_built_for_another_engine_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each with its reason in one line; a module that fits is returned."""
@@ -22,14 +22,16 @@ def test_what_does_not_load_or_was_built_for_another_engine_is_refused(
     (tmp_path / "notes.json").write_text(json.dumps({"no_extension": "no compiler"}))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(build_notes, "_NOTES", tmp_path / "notes.json")
-    refused = {
+    rejected = {
         "no_extension": "no_extension is not built (no compiler)",
         "other_extension": "other_extension is not built",
         "broken_extension": "broken_extension cannot be loaded: undefined symbol: x",
         "older_extension": "older_extension was built for interface 3, this is interface 4",
         "silent_extension": "silent_extension was built for interface 0, this is interface 4",
     }
-    assert {name: extension.load(name, "interface 4") for name in refused} == {n: (None, w) for n, w in refused.items()}
+    assert {name: extension.load(name, "interface 4") for name in rejected} == {
+        n: (None, w) for n, w in rejected.items()
+    }
     found, why = extension.load("older_extension", "interface 3")
     assert found is sys.modules["older_extension"] and why == ""
     stand_in = SimpleNamespace()

@@ -101,7 +101,7 @@ def compare(
     original: OriginalLibrary,
     texts: Sequence[str],
 ) -> None:
-    """Raises Difference with the first ids that differ from the original's."""
+    """Raise ConversionMismatch at the first ids that differ from the original's."""
     for at in range(0, len(texts), _BATCH):
         batch = texts[at : at + _BATCH]
         for text, ids, right in zip(batch, encode(batch), original.encode_batch(batch)):

@@ -171,7 +171,7 @@ def test_columns_of_our_names_are_renamed_and_reported(tmp_path: Path, capsys: p
         given = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "a.jsonl"), "--json-key", "content"]
         main(["clean", *given])
     assert not end.value.code
-    assert "renamed, as clean writes one of that name: file -> input_input_file" in capsys.readouterr().out
+    assert "because clean writes a column of that name: file -> input_input_file" in capsys.readouterr().out
     one, two = (json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines())
     place = {"file": str(tmp_path / "in.jsonl")}
     assert one == {"text": "one", **place, "record": 1, "input_text": 5, "input_input_file": "x", "input_file": "y"}

@@ -99,7 +99,7 @@ def test_an_epsilon_is_found_where_activations_are_large(tmp_path: Path) -> None
 
 
 def test_the_command_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in the checkpoint: exit code 1. A value beyond float16: an error, nor a files remain."""
+    """NaN in the checkpoint: exit code 1. A value beyond float16: an error, and no files remain."""
     engine = functools.partial(run_cli, capsys)
     save("llama", tmp_path / "hf")
     rewrite(tmp_path / "hf", lambda t: t[DOWN].view(-1)[5].fill_(float("nan")))
@@ -109,7 +109,7 @@ def test_the_command_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     rewrite(tmp_path / "hf", lambda t: t[DOWN].nan_to_num_().view(-1)[5].fill_(-1e5))
     assert engine("import", tmp_path / "hf", tmp_path / "large")[0] == 0
     code, text = engine("export", tmp_path / "large", tmp_path / "half", "--dtype", "fp16", "--verify")
-    assert code == 1 and "layers.1.mlp.down.weight: holds 1e+05, and float16 ends at 6.55e+04" in text
+    assert code == 1 and "layers.1.mlp.down.weight: has the value 1e+05, and the largest in float16 is 6.55e+04" in text
     assert not (tmp_path / "half").exists() and not list(tmp_path.glob(".*"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, text = engine("export", tmp_path / "large", tmp_path / "bf16", "--dtype", "bf16", "--verify")

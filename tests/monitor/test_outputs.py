@@ -152,7 +152,7 @@ def test_too_little_space_or_a_read_only_folder_is_found_at_the_start(small_disk
     with open(small_disk / "filler", "r+b") as file:
         file.truncate(file.seek(0, 2) - 200_000)
     with pytest.raises(
-        CheckpointError, match=r"checkpoints: a checkpoint of this run takes [\d,]+ bytes, [\d,]+ are free"
+        CheckpointError, match=r"checkpoints: a checkpoint of this run needs [\d,]+ bytes, but only [\d,]+ are free"
     ):
         train(config(small_disk / "run", corpus))
     assert not (small_disk / "run/metrics.jsonl").exists()

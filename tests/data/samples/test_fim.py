@@ -435,4 +435,4 @@ def test_inspect_shows_what_training_sees(corpora: Path, capsys: pytest.CaptureF
     code, _, err = inspect("--fim-rate", "2")
     assert code == 2 and "--fim-rate" in err
     code, _, err = inspect("--fim-tokens", "a b c")
-    assert code == 2 and "has no meaning without --fim-rate" in err
+    assert code == 2 and "has no effect without --fim-rate" in err

@@ -1,4 +1,4 @@
-"""`engine doctor`: a sound installation, a missing extension, and each kind of fault, planted and found."""
+"""`engine doctor`: a correct installation, a missing extension, and each kind of error, injected and found."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(**environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Exit code and output of the verb in this process; gloo: what its test finds."""
+    """Exit code and output of the command in this process; gloo: result of its test."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -79,7 +79,7 @@ def test_a_sound_installation() -> None:
 
 
 def test_without_gloo_it_is_broken() -> None:
-    """An interface that this machine does not have, named where users name theirs."""
+    """A network interface that does not exist, set in the variable where users set theirs."""
     done = run(GLOO_SOCKET_IFNAME="nowhere0")
     assert done.returncode == 1, done.stdout
     lines = done.stdout.splitlines()
@@ -110,7 +110,7 @@ def test_why_memory_is_not_shared_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class Liar:
-    """An operator whose results are wrong by a factor; torch itself looks for `default` at this name."""
+    """An operator whose results are wrong by a factor; `default` is the name that torch looks up."""
 
     def __init__(self, true: Any, factor: float) -> None:
         self.true, self.default, self.factor = true, true.default, factor
@@ -196,8 +196,8 @@ def test_an_apex_that_is_not_nvidias_is_not_apex(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("words", "said"), [(["--timeout-s", "0"], "--timeout-s = 0.0"), (["--nonsense"], "nonsense")])
-def test_wrong_options(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options(words: list[str], output: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["doctor", *words])
     assert end.value.code == 2
-    assert said in "".join(capsys.readouterr())
+    assert output in "".join(capsys.readouterr())

@@ -1,4 +1,4 @@
-"""Signals that end verbs which make or show data: one line on how to go on, 128 + n, what is finished is kept."""
+"""Signals that end data commands: one line on how to resume, exit code 128 + n, and finished work is kept."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def start(command: list[str], **pipes: int) -> subprocess.Popen[str]:
         ("hung", ["SIGTERM", "SIGINT"], 130, "", 0),
     ],
 )
-def test_a_signal_ends_it(doing: str, sent: list[str], code: int, said: str, least_s: float) -> None:
+def test_a_signal_ends_it(doing: str, sent: list[str], code: int, output: str, least_s: float) -> None:
     process = start(["-c", BUSY, doing])
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(0.1)  # it is at work
@@ -90,7 +90,7 @@ def test_a_signal_ends_it(doing: str, sent: list[str], code: int, said: str, lea
         process.send_signal(getattr(signal, name))
         time.sleep(0.05)
     out, errors = process.communicate(timeout=20)
-    assert (process.returncode, out, errors) == (code, said, LINE.format(sent[0]) if code else "")
+    assert (process.returncode, out, errors) == (code, output, LINE.format(sent[0]) if code else "")
     assert time.monotonic() - began >= least_s
 
 
@@ -103,7 +103,7 @@ def test_a_signal_ends_it(doing: str, sent: list[str], code: int, said: str, lea
     ],
 )
 def test_a_signal_that_came_while_modules_were_loaded(program: str, code: int, line: str) -> None:
-    """It is answered as soon as somebody listens, or does what it always does."""
+    """It is handled when a handler is installed, or has its default effect."""
     early = (
         "import os, runpy, sys, engine.util.signals, signal as s; block = s.pthread_sigmask\n"
         "s.pthread_sigmask = lambda *a: (block(*a), a[0] == s.SIG_BLOCK and os.kill(os.getpid(), 15))\n"
@@ -115,13 +115,13 @@ def test_a_signal_that_came_while_modules_were_loaded(program: str, code: int, l
 
 
 def test_a_worker_that_imports_the_command_hears_signals() -> None:
-    """As multiprocessing's do of an installed `engine`; one that does not hear SIGTERM is waited for for ever."""
+    """Like the workers of multiprocessing in an installed `engine`: a worker that blocks SIGTERM would never end."""
     asked = "import signal, engine.__main__; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     assert start(["-c", asked]).communicate(timeout=20) == ("set()\n", "")
 
 
 def test_an_import_is_finished_before_the_end(tmp_path: Path) -> None:
-    """Native modules (orjson's is one) crash when their initialisation ends by an exception."""
+    """Native modules such as orjson crash if an exception interrupts their initialisation."""
     (tmp_path / "slow.py").write_text("import os, time\nos.kill(os.getpid(), 15)\ntime.sleep(0.1)\nprint('imported')")
     out, errors = (process := start(["-c", BUSY, "import", str(tmp_path)])).communicate(timeout=20)
     assert (process.returncode, errors) == (143, LINE.format("SIGTERM"))
@@ -163,7 +163,7 @@ def lines(folder: Path, texts: list[str]) -> bytes:
 
 
 def fed(command: list[str], data: bytes, grown: Path) -> subprocess.Popen[str]:
-    """Started with `data` on standard input, which stays open; returns when `grown` has content."""
+    """Start with `data` on standard input, which stays open; return when the file `grown` has content."""
     read_end, write_end = os.pipe()
     process = start(["-c", SMALL, *command], stdin=read_end)
     os.close(read_end)
@@ -181,7 +181,7 @@ def fed(command: list[str], data: bytes, grown: Path) -> subprocess.Popen[str]:
 
 
 def test_prepare_seals_what_it_has_and_goes_on_to_the_same_bytes(tokenizer: Path, tmp_path: Path) -> None:
-    """While it waits for a pipe that gives nothing more."""
+    """Signal while the command waits for a pipe that has no more data."""
     draw = random.Random(2)
     data = lines(tmp_path, [document(draw, 200) for _ in range(400)])
     assert len(data) > 300_000
@@ -248,7 +248,7 @@ def test_clean_keeps_its_finished_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("group", [False, True])
 def test_workers_end_with_clean(name: str, group: bool, tmp_path: Path) -> None:
-    """Whether the signal reaches them too or not, without a word of theirs."""
+    """Workers end silently, whether the signal reaches them or not."""
     draw = random.Random(4)
     names = [jsonl(tmp_path / f"{i}.jsonl", [document(draw, 60) for _ in range(8000)]) for i in range(3)]
     command = ["clean", "--input", *names, "--output", str(tmp_path / "o.jsonl"), "--tasks", "3"]

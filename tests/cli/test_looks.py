@@ -1,4 +1,4 @@
-"""What a user sees: dry run, plot, errors of memory, evaluation from another folder, and what the script ends with."""
+"""Output for users: dry run, plot, out-of-memory errors, evaluation from another folder, exit code of the script."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_a_dry_run_shows_what_was_changed_in_80_columns(
     assert max(map(len, out.splitlines())) <= 80
     assert "optimizer.lr" in out and "optimizer.beta1" not in out and "--full" in out
     assert "optimizer.beta1" in shown(capsys, "--config", str(CONFIG), "--full")
-    told = " ".join(out.split())
-    assert "data.train: data/corpus-train: missing" in told and "data.tokenizer: data/tokenizer: missing" in told
+    text = " ".join(out.split())
+    assert "data.train: data/corpus-train: missing" in text and "data.tokenizer: data/tokenizer: missing" in text
     (tmp_path / "data/tokenizer").mkdir(parents=True)
     for name in ("corpus-train.bin", "corpus-train.idx", "tokenizer/tokenizer.json"):
         (tmp_path / "data" / name).touch()
-    told = " ".join(shown(capsys, "--config", str(CONFIG)).split())
-    assert "data.train: data/corpus-train: found" in told and "data.tokenizer: data/tokenizer: found" in told
+    text = " ".join(shown(capsys, "--config", str(CONFIG)).split())
+    assert "data.train: data/corpus-train: found" in text and "data.tokenizer: data/tokenizer: found" in text
 
 
 def test_a_dry_run_says_that_a_long_model_trains_on_short_sequences(capsys: pytest.CaptureFixture[str]) -> None:

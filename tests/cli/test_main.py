@@ -65,11 +65,11 @@ def test_sigterm_saves_and_the_run_goes_on_in_another_layout(corpus: Path, tmp_p
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGUSR1)
     finish(process, timeout=30)
-    facts = json.loads((run / "exit.json").read_text())
-    assert facts["code"] == 75 and facts["step"] == records(run)[-1]["step"]
-    more = str(facts["step"] + 2)
+    fields = json.loads((run / "exit.json").read_text())
+    assert fields["code"] == 75 and fields["step"] == records(run)[-1]["step"]
+    more = str(fields["step"] + 2)
     code, out, err = finish(train(corpus, run, 2, "--parallel.pipeline", "2", "--train.steps", more, *constant))
-    assert code == 0 and f"resuming from {run}/checkpoints/step_{facts['step']:08d}" in out, err
+    assert code == 0 and f"resuming from {run}/checkpoints/step_{fields['step']:08d}" in out, err
     assert [r["step"] for r in records(run)] == list(range(1, int(more) + 1))
 
 

@@ -1,4 +1,4 @@
-"""Output that nobody reads any more, or that finds no room: verbs end in silence, training goes on."""
+"""Output whose reader has gone or whose disk is full: commands end (silently without a reader), training continues."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unread(words: list[str], cwd: Path, until: bytes, merged: bool = False) -> tuple[int, str]:
-    """Exit code and standard error of a verb whose reader leaves once it has seen `until`."""
+    """Exit code and standard error of a command whose reader closes the pipe after it has read `until`."""
     error = subprocess.STDOUT if merged else subprocess.PIPE
     process = subprocess.Popen([*ENGINE, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=error)
     assert process.stdout is not None
     if until:
         process.stdout.readline()
     process.stdout.close()
-    told = b"" if process.stderr is None else process.stderr.read()
-    return process.wait(timeout=120), told.decode()
+    text = b"" if process.stderr is None else process.stderr.read()
+    return process.wait(timeout=120), text.decode()
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_a_reader_that_leaves_ends_a_verb_in_silence(
     words: list[str], until: bytes, corpus: Path, tmp_path: Path
 ) -> None:
     words = [str(corpus) if word == "CORPUS" else word for word in words]
-    code, told = unread(words, tmp_path, until)
-    assert told == "" and (code == 141 or (until and code == 0)), (code, told)
+    code, text = unread(words, tmp_path, until)
+    assert text == "" and (code == 141 or (until and code == 0)), (code, text)
 
 
 def test_errors_into_a_closed_pipe_are_silent_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Configuration: every fault said once and in full, sources, presets, the TOML that loads back, dry run and help."""
+"""Configuration: every error is reported once and completely; sources, presets, TOML round trip, dry run and help."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from engine.planner.flops import balanced_layers, flops_per_token, stage_flops
 from tests.support.errors import raises
 
 NAMED = re.compile(r"[\w.,/:-]*[\w]")
-# what the user gives, number of ranks, then the one fault: its path, its code, and what its relation and repair name
-# (numbers, settings, files)
-RELATIONS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
+# overrides, number of ranks, then the single expected error: its path, its code, and the numbers, settings or files
+# that its problem and fix name
+ERROR_CASES: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
     "fim without tokenizer": ({"data.fim_rate": 0.5}, 1, "data.fim_rate", "config.setting-missing", "data.tokenizer"),
     "fim tokens alone": (
         {"data.fim_tokens": "<p> <s> <m>"},
@@ -385,15 +385,15 @@ def plans(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     for name, fim in (("plain", "false"), ("fim", "true")):
         (folder / f"{name}.toml").write_text(f'[[source]]\nprefix = "a"\nweight = 1\nfim = {fim}\n')
     for name, theta in (("hf", 10000.0), ("bad", -1.0)):
-        facts: dict[str, Any] = {
+        values: dict[str, Any] = {
             "hidden_size": 256,
             "intermediate_size": 48,
             "num_hidden_layers": 4,
             "rope_theta": theta,
         }
-        facts |= {"model_type": "llama", "num_attention_heads": 8, "vocab_size": 4096}
+        values |= {"model_type": "llama", "num_attention_heads": 8, "vocab_size": 4096}
         (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(facts))
+        (folder / name / "config.json").write_text(json.dumps(values))
     monkeypatch.chdir(folder)
 
 
@@ -404,9 +404,9 @@ def faults_of(overrides: dict[str, Any], world: int | None = 1, files: tuple[Pat
 
 
 @pytest.mark.usefixtures("plans")
-@pytest.mark.parametrize("case", RELATIONS)
+@pytest.mark.parametrize("case", ERROR_CASES)
 def test_each_fault_is_said_in_full(case: str) -> None:
-    overrides, world, path, code, named = RELATIONS[case]
+    overrides, world, path, code, named = ERROR_CASES[case]
     (fault,) = faults_of(overrides, world)
     assert (fault.path, fault.code) == (path, code)
     assert set(named.split()) <= set(NAMED.findall(f"{fault.problem}. {fault.fix}"))
@@ -417,7 +417,7 @@ def test_each_fault_is_said_in_full(case: str) -> None:
 
 @pytest.mark.usefixtures("plans")
 def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A fault added to one of these modules without a case above fails here."""
+    """Every error code in the sources of these modules has a case above."""
     modules = (schema_module, checks_module, model_checks_module, load_module)
     seen: set[tuple[str, int]] = set()
 
@@ -429,7 +429,7 @@ def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, 
     for module in modules:
         if hasattr(module, "FieldError"):
             monkeypatch.setattr(module, "FieldError", note)
-    for overrides, world, *_ in RELATIONS.values():
+    for overrides, world, *_ in ERROR_CASES.values():
         faults_of(overrides, world)
     (tmp_path / "bad.toml").write_text("[model\n")
     for file in (tmp_path / "bad.toml", tmp_path / "none.toml"):
@@ -449,7 +449,7 @@ def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("world", [2, 3, 4, 6, 8, 12, 16])
 @pytest.mark.parametrize(("heads", "kv", "ffn"), [(6, 2, 688), (12, 6, 690), (8, 8, 44), (12, 4, 30)])
 def test_the_repair_of_a_tensor_degree_works(world: int, heads: int, kv: int, ffn: int) -> None:
-    """Following the advice leaves no fault about the tensor degree."""
+    """The tensor degree that the fix suggests has no error."""
     model = {"model.num_heads": heads, "model.num_kv_heads": kv, "model.head_dim": 8, "model.ffn_size": ffn}
     batch = {"train.seq_len": 48}
     try:
@@ -484,12 +484,12 @@ def test_all_faults_at_once_and_exit_code_2(capsys: pytest.CaptureFixture[str], 
 
 
 def test_a_fault_does_not_cause_others() -> None:
-    """What follows from a wrong value is not held against the user as well."""
+    """Errors that only follow from an invalid value are not reported."""
     assert [f.path for f in faults_of({"parallel.tensor": "two", "parallel.data": 2}, 4)] == ["parallel.tensor"]
     assert [f.path for f in faults_of({"train.global_batch_size": 2, "parallel.pipeline": "x"}, 4)] == [
         "parallel.pipeline"
     ]
-    # the unknown preset might well have 32 heads and long sequences
+    # the unknown preset could have 32 heads and long sequences
     unknown = {"model.preset": "llama-3b", "parallel.tensor": 16, "train.seq_len": 4096}
     assert [f.path for f in faults_of(unknown, 16)] == ["model.preset"]
 
@@ -669,7 +669,7 @@ def run_cli(*args: str) -> int:
 
 @pytest.mark.usefixtures("wide")
 def test_dry_run_for_4096_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    """Hand-computed figures of Llama-3-8B on 8 x 8 x 64 ranks; no process group is made for it."""
+    """Hand-computed numbers of Llama-3-8B on 8 x 8 x 64 ranks, without process groups."""
     degrees = ["--parallel.tensor", "8", "--parallel.pipeline", "8", "--world-size", "4096"]
     batch = ["--train.global-batch-size", "1024", "--train.seq-len", "4096", "--train.precision", "bf16"]
     assert run_cli("train", "--dry-run", "--model.preset", "llama-3-8b", *degrees, *batch) == EXIT_OK
@@ -746,13 +746,13 @@ def test_balanced_is_resolved_and_a_run_that_would_gain_says_so(capsys: pytest.C
     assert balanced.sources["parallel.layers"] == "derived"
     words = [f"--{key}={value}" for key, value in sizes.items()]
     note = "the heaviest pipeline rank computes 1.49 times the mean; --parallel.layers balanced (4,4,4,4,4,5,5,2)"
-    for more, told in (
+    for more, output in (
         ([], True),
         (["--parallel.layers=balanced"], False),
         (["--parallel.layers=4,4,4,4,4,4,5,3"], False),
     ):
         assert run_cli("train", "--dry-run", *words, *more) == EXIT_OK
-        assert (note in " ".join(capsys.readouterr().out.split())) is told
+        assert (note in " ".join(capsys.readouterr().out.split())) is output
 
 
 def test_help_lists_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -832,7 +832,7 @@ def test_cuda_without_enough_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Give back the signal handlers that `engine train` takes."""
+    """Restore the signal handlers that `engine train` replaces."""
     before = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     }
@@ -873,7 +873,7 @@ def test_faults_found_later_end_with_2_too(
 def test_one_rank_speaks_of_faults_that_all_have(
     bare_env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 0 speaks at once and leaves; torchrun ends the others while they still wait."""
+    """Rank 0 reports immediately and exits; torchrun ends the others while they still wait."""
     waits: list[float] = []
     bare_env.setattr("time.sleep", waits.append)
     torchrun_env(bare_env)

@@ -1,4 +1,4 @@
-"""Facts that follow from a config are worked out once a start, and names that several rooms know are the same names."""
+"""Derived values are computed once per start, and lists of names that several packages have are equal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRAINING = (ROOT / "docs/training.md").read_text()
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The plan files that were read, in order."""
+    """List of the plan files that were read, in order."""
     found: list[Path] = []
 
     def note(path: Path) -> Any:

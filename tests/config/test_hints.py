@@ -1,4 +1,4 @@
-"""What an unknown setting, verb or key is taken for: names of other engines, misspellings, or nothing."""
+"""Hints for an unknown setting, command or key: names of other engines, misspellings, or no hint."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ sys.path.insert(0, str(ROOT / "tools"))
 import coming_from
 
 KNOWN = [f"{section}.{name}" for section, name, _ in fields()]
-OPTIONS = ("--config", "--dry-run")  # of engine train, beside the settings
+OPTIONS = ("--config", "--dry-run")  # of engine train, in addition to the settings
 
 
-def told(word: str) -> str:
-    """What the error says at its end for an unknown option of the command line."""
+def fix_of(word: str) -> str:
+    """The fix in the error for an unknown option of the command line."""
     with pytest.raises(ConfigError) as caught:
         load([], {}, unknown=[word])
     (fault,) = caught.value.errors
@@ -66,7 +66,7 @@ def told(word: str) -> str:
     ],
 )
 def test_names_of_others_and_misspellings_find_ours(option: str, ours: str) -> None:
-    assert told(option) == f"Did you mean {ours}?"
+    assert fix_of(option) == f"Did you mean {ours}?"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_names_of_others_and_misspellings_find_ours(option: str, ours: str) -> N
     ],
 )
 def test_what_has_no_counterpart_says_so_and_why(option: str) -> None:
-    assert told(option) == "It has no counterpart here; see docs/coming_from.md."
+    assert fix_of(option) == "It has no counterpart here; see docs/coming_from.md."
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_what_has_no_counterpart_says_so_and_why(option: str) -> None:
     ],
 )
 def test_no_hint_rather_than_a_wrong_one(option: str) -> None:
-    assert told(option) == "`engine train --help` lists all settings."
+    assert fix_of(option) == "`engine train --help` lists all settings."
 
 
 def test_random_words_get_no_hint() -> None:
@@ -181,4 +181,4 @@ def test_other_words_are_no_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main([word])
         assert capsys.readouterr().err.startswith(f"error: unknown command {word!r}\n")
-    assert all(verb in _VERBS for meant in _SYNONYMS.values() for verb in meant.split(" or "))
+    assert all(verb in _VERBS for suggestion in _SYNONYMS.values() for verb in suggestion.split(" or "))

@@ -1,4 +1,4 @@
-"""Settings that would do nothing are refused where somebody gave them, and only there."""
+"""Settings without effect are errors if they were given, and only then."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "monitor.timeline_step": (101, {"train.steps": 101}),
     "train.recompute_layers": (5, {"model.num_layers": 5}),
 }
-BESIDE = {  # what makes it idle where the defaults do not
+OTHER_SETTINGS = {  # what makes it idle where the defaults do not
     "lr_schedule.min_lr_ratio": {"lr_schedule.kind": "constant"},
     "checkpoint.keep_every": {"checkpoint.keep": 2},
     "checkpoint.allow": {"checkpoint.resume": "never"},
@@ -53,15 +53,15 @@ def paths(values: dict[str, Any], files: tuple[Path, ...] = ()) -> list[str]:
 @pytest.mark.parametrize("path", [path for path in RULES if path != "checkpoint.init"])
 def test_a_setting_without_effect_is_refused_where_it_was_given(path: str, tmp_path: Path) -> None:
     value, effective = CASES[path]
-    beside = BESIDE.get(path, {})
-    assert path in paths({path: value} | beside)
-    assert path not in paths(beside), "a default is nobody's mistake"
-    assert path not in paths(beside | {path: value} | effective)
+    others = OTHER_SETTINGS.get(path, {})
+    assert path in paths({path: value} | others)
+    assert path not in paths(others), "a default is nobody's mistake"
+    assert path not in paths(others | {path: value} | effective)
     section, name = path.split(".")
     text = f'"{value}"' if isinstance(value, str) else str(value).lower()
     file = tmp_path / "run.toml"
     file.write_text(f"[{section}]\n{name} = {text}\n")
-    assert path in paths(beside, (file,))
+    assert path in paths(others, (file,))
 
 
 def test_every_rule_has_a_case() -> None:
@@ -74,8 +74,8 @@ def test_weights_to_start_from_contradict_a_checkpoint_to_go_on_from() -> None:
     start = config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"init": "w", "resume": "latest"})}
     )
-    told = list(idle(start, dict.fromkeys(given, "command line"), given_by={"command line"}))
-    assert [fault.path for fault in told] == ["checkpoint.init"]
+    reported = list(idle(start, dict.fromkeys(given, "command line"), given_by={"command line"}))
+    assert [fault.path for fault in reported] == ["checkpoint.init"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,4 +1,4 @@
-"""What data.train may say: weights, budgets, epochs, changes; every fault in full; runs that go on, or are refused."""
+"""data.train: weights, budgets, epochs, changes; every error completely; runs that resume, or must not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that have another name now: refused by their old one in what people write, read in what the engine wrote."""
+"""Renamed settings: the old name is an error in user input and is translated in files that the engine wrote."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_a_run_saved_is_read_as_it_is_meant(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(OLD_TOML)
     with raises(ConfigError, "config.renamed", "train.eval_every", "eval.every"):
-        load([file], {})  # somebody's own file of that name
+        load([file], {})  # a user's file of that name
     (tmp_path / "metrics.jsonl").touch()
     config = load([file], {}).config
     assert (config.lr_schedule.kind, config.lr_schedule.warmup_steps) == ("linear", 7)

@@ -1,4 +1,4 @@
-"""Leaving out samples and steps: the same in every layout, what a run that never saw them would do, and remembered."""
+"""Skipped samples and steps: equal in every layout and to a run without them, and recorded in checkpoints."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def loader_of(cfg: Config, ctx: ParallelContext, prefix: str, skip: str) -> Load
 
 
 def test_left_out_samples_count_nothing_in_every_layout(corpus: str) -> None:
-    """Against one process whose loss is computed over the other samples alone, one at a time, by torch."""
+    """Equal to one process where torch computes the loss over the other samples only, one at a time."""
     skip, results = "1 4-5 9", []
     for degrees in ({}, {"parallel_data": 2}, {"parallel_tensor": 2, "parallel_pipeline": 2}):
         world = 4 if "parallel_tensor" in degrees else 2 if degrees else 1
@@ -98,7 +98,7 @@ def test_left_out_samples_count_nothing_in_every_layout(corpus: str) -> None:
 
 
 def run(corpus: str, folder: Path, world: int = 1, **overrides: Any) -> list[Any]:
-    """Train in one process or more, in float64; what `train` returned or raised on each rank."""
+    """Train on one process or more, in float64; returns the result or exception of each rank."""
     resolved = resolve(
         world, data_train=corpus, train_global_batch_size=BATCH, run_dir=folder, monitor_tensorboard=False, **overrides
     )
@@ -113,7 +113,7 @@ def run(corpus: str, folder: Path, world: int = 1, **overrides: Any) -> list[Any
 
 
 def test_a_left_out_step_consumes_its_batch_and_changes_nothing(corpus: str, tmp_path: Path) -> None:
-    """Of one process and of two, with a restart between; and the past cannot be rewritten in silence."""
+    """On one and on two processes, with a restart in between; a changed past is an error, not silent."""
     options = {"train_skip_steps": "2 4", "checkpoint_every": 1, "lr_schedule_kind": "constant"}
     assert run(corpus, tmp_path / "one", train_steps=5, **options) == [0]
     assert run(corpus, tmp_path / "two", 2, parallel_data=2, train_steps=3, **options) == [0, 0]
@@ -154,7 +154,7 @@ def test_a_left_out_step_consumes_its_batch_and_changes_nothing(corpus: str, tmp
 
 
 def test_a_step_that_is_left_out_later_has_no_loss_and_is_validated(tmp_path: Path) -> None:
-    """The lines of a run that went back before a spike, and of one that was stopped before a validation."""
+    """The metrics of a run that went back before a spike, and of one that was stopped before a validation."""
 
     def write(*records: dict[str, float]) -> None:
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

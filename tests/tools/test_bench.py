@@ -1,4 +1,4 @@
-"""`make bench` at sizes that mean nothing: every script runs, and its rows reach the one table and the JSON."""
+"""`make bench` at tiny sizes: every script runs, and its rows are in the table and the JSON."""
 
 from __future__ import annotations
 

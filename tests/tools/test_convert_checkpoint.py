@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py: Megatron's argument names, the functions of the `engine` command, a word on the rest."""
+"""tools/convert_checkpoint.py: Megatron's argument names, the functions of `engine`, an error for all others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_there_and_back(tmp_path: Path, warm: Path) -> None:
 
 
 def test_from_megatron(tmp_path: Path, warm: Path) -> None:
-    """The documented command: a torch_dist checkpoint becomes a run, bit by bit, without its vocabulary's padding."""
+    """The documented command converts a torch_dist checkpoint bit-exactly to a run, without vocabulary padding."""
     wanted = save_dist(tmp_path / "core" / "iter_0000007", LLAMA)
     (tmp_path / "core" / "latest_checkpointed_iteration.txt").write_text("7")
     words = ["--loader", "core", "--load-dir", "core", "--save-dir", "run", "--true-vocab-size", "40"]

@@ -1,4 +1,4 @@
-"""tools/bench/gpu.py in its tiny form on the CPU: every line of its logic runs, and what it writes can be read."""
+"""tools/bench/gpu.py at tiny sizes on the CPU: all its logic runs, and its files can be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py: Megatron's argument names, Megatron's files, and a word on everything that differs."""
+"""tools/preprocess_data.py: Megatron's argument names and files, and an error or note for every difference."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_command_of_megatron_works_as_it_is(
 
 
 def test_a_reader_that_leaves(corpus: Path) -> None:
-    """As of the verbs: in silence, with 141, and all is written."""
+    """As for other commands: silently, with exit code 141, after all files are written."""
     read, out = os.pipe()
     os.close(read)
     options = ["--input", corpus / "in.json", "--output-prefix", corpus / "my", "--tokenizer-model", corpus / "tok"]
@@ -101,8 +101,8 @@ def test_a_reader_that_leaves(corpus: Path) -> None:
 
 
 def test_the_commands_of_the_readme(corpus: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    """GPT-2's and BERT's files under their names there, and input under any name, as JSON lines."""
-    (corpus / "in.json").rename(corpus / "my-corpus.csv")  # whatever it is called
+    """GPT-2's and BERT's files under Megatron's names, and input of any name, read as JSON lines."""
+    (corpus / "in.json").rename(corpus / "my-corpus.csv")  # with any name
     head = ["--input", str(corpus / "my-corpus.csv"), "--output-prefix", str(corpus / "my"), "--workers", "2"]
     made = Tokenizer.train(iter(TEXTS), 300)
     made.save(corpus / "tok")
@@ -144,7 +144,7 @@ def test_a_begin_token_as_the_template_has_it(
 
 
 def errors(script: ModuleType, *arguments: Any) -> dict[str, str]:
-    """The code of the fault of each option."""
+    """The error code of each option."""
     with pytest.raises(ConfigError) as error:
         script.parse([*map(str, arguments)])
     return {fault.path: fault.code for fault in error.value.errors}

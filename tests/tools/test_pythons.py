@@ -1,4 +1,4 @@
-"""`make test-pythons`: which interpreters it finds, what it copies, and how it tells; with stand-ins for Pythons."""
+"""`make test-pythons` with fake interpreters: those it finds, the files it copies, and its report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 
 @pytest.fixture
 def pythons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The tool, beside a small tree, a PATH with two interpreters of which one refuses to run, and a home with one."""
+    """The tool in a small tree, with two interpreters in PATH, one of which fails to run, and one in the home."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tool = importlib.import_module("pythons")
     monkeypatch.setattr(tool, "ROOT", tmp_path / "tree")
@@ -66,7 +66,7 @@ def test_those_found_are_tried_and_the_rest_is_told(
 def test_the_oldest_torch_that_is_allowed(
     pythons: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In a copy pinned to it; where it cannot be installed, that is said, and no test runs."""
+    """Tests run in a copy pinned to it; if it cannot be installed, this is reported and no test runs."""
     (pythons.ROOT / "Makefile").write_text("venv:\n\t@test ! -e fail\nquick:\n\t@grep torch constraints.txt\n")
     (pythons.ROOT / "pyproject.toml").write_text('dependencies = [\n  "torch>=2.3",\n  "torchdata>=1",\n]\n')
     (pythons.ROOT / "constraints.txt").write_text("numpy==2.4\ntorch==2.9.0\ntorchdata==2\n")

@@ -1,4 +1,4 @@
-"""Documents of a sorted corpus are spread over batches as a full shuffle spreads them."""
+"""Documents of a sorted corpus are distributed over batches as by a full shuffle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shuffle import MIXES, measure
 def test_a_label_spreads_as_with_a_full_shuffle(
     documents: int, mix: tuple[int, int, int], seeds: int, batches: int, within: float
 ) -> None:
-    """What is left of `within` is chance: of so many batches, and of the epochs drawn."""
+    """The remaining part of `within` is chance: it depends on the number of batches and of epochs."""
     ours, full = measure(documents, mix, seeds, batches)
     assert ours.sd / full.sd == pytest.approx(1, abs=within)
     assert ours.labels / full.labels == pytest.approx(1, abs=0.02)

@@ -4,8 +4,8 @@
     --loader core --saver trident   a checkpoint of Megatron-LM -> the same                    (engine import)
     --loader trident --saver hf     a checkpoint or run folder -> a Hugging Face folder        (engine export)
 
-Layouts have no part in this: a checkpoint holds whole, unfused tensors as rectangles and loads in any layout, so the
-target sizes of Megatron's command are accepted and named, and change nothing.
+A checkpoint contains whole, unfused tensors as rectangles and loads in any layout, so the target sizes of Megatron's
+command are accepted, named in a note, and have no effect.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ REFUSED = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; raises ConfigError with all that is refused or unknown."""
+    """Parse the arguments; raises ConfigError with all unsupported or unknown ones."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model-type", required=True, help="GPT")
     parser.add_argument("--loader", required=True, help=f"{', '.join((*HF, *MEGATRON))}, or {OURS[0]}")
-    parser.add_argument("--saver", default="", help=f"{OURS[0]}, or {', '.join(HF)}; left out: the other of the two")
+    parser.add_argument("--saver", default="", help=f"{OURS[0]}, or {', '.join(HF)}; default: the other of the two")
     parser.add_argument("--load-dir", required=True, help="folder to read")
     parser.add_argument("--save-dir", required=True, help="new folder to write")
     parser.add_argument("--tokenizer-model", default="", help="export: folder with tokenizer.json")
-    parser.add_argument("--true-vocab-size", type=int, default=0, help="loader core: leave out the padding")
+    parser.add_argument("--true-vocab-size", type=int, default=0, help="loader core: vocabulary size without padding")
     for name, kind in WITHOUT_MEANING.items():
         action = {"action": "store_true", "default": None} if kind is None else {"type": kind}
-        parser.add_argument(name, help="accepted; has no meaning here", **action)
+        parser.add_argument(name, help="accepted, without effect", **action)
     parsed, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings]
     errors = [_fault(word.partition("=")[0], known) for word in rest if word.startswith("--")]
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_CONFIG)
     for name in WITHOUT_MEANING:
         if getattr(args, name[2:].replace("-", "_")) is not None:
-            print(f"note: {name} has no meaning here: a checkpoint loads in any layout")
+            print(f"note: {name} has no effect here: a checkpoint loads in any layout")
     words = ["export" if args.loader in OURS else "import", args.load_dir, args.save_dir]
     if args.tokenizer_model and args.loader in OURS:
         words += ["--tokenizer", args.tokenizer_model]

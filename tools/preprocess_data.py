@@ -1,7 +1,7 @@
 """`engine prepare` under the argument names of Megatron-LM's preprocess_data.py, for commands and scripts that exist.
 
-Writes PREFIX_KEY_document.bin/.idx for every key, as Megatron does and reads. Options without a meaning here are
-accepted and named; those that would change the result are refused, with what to do instead.
+Writes PREFIX_KEY_document.bin/.idx for every key, in Megatron's format. Options without effect here are accepted and
+named in a note; options that would change the result are errors that give an alternative.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ REFUSED_TYPES = {
     "MultimodalTokenizer": "Images are not prepared here; for the text alone give HuggingFaceTokenizer.",
     "SFTTokenizer": "Chat templates are not applied: write the conversations as text first.",
 }
-# Every core is used, the order is the input order, and gigatoken encodes what it can, whatever these say.
+# Always: all cores are used, the order is the input order, and gigatoken encodes if it supports the tokenizer.
 WITHOUT_MEANING = {
     **{"--partitions": int, "--log-interval": int, "--keep-sequential-samples": None, "--chunk-size": int},
     **{"--use-gigatoken": None, "--tokenizer-hf-no-use-fast": None, "--keep-newlines": None, "--lang": str},
 }
-_TIKTOKEN = "Write NAME.json with the pattern and the special tokens beside NAME.tiktoken (docs/tokenizers.md)."
+_TIKTOKEN = "Write NAME.json with the pattern and the special tokens next to NAME.tiktoken (docs/tokenizers.md)."
 _SIZES = "Leave it out: a corpus does not depend on it, and the tokenizer says how many tokens it has."
 _OPTIMAL = "Leave it out: all cores are used."
 REFUSED = {
@@ -62,8 +62,8 @@ REFUSED = {
     **dict.fromkeys(("--tiktoken-pattern", "--tiktoken-special-tokens", "--tiktoken-num-special-tokens"), _TIKTOKEN),
     **dict.fromkeys(("--find-optimal-num-workers", "--workers-to-check"), _OPTIMAL),
     "--max-documents": "Give an input of that many lines, such as `head -n N FILE | ... --input -`.",
-    "--num-docs": "Leave it out: progress is told in bytes.",
-    "--performance-dir": "Leave it out: the rate is printed and stands in PREFIX_KEY_document-report.json.",
+    "--num-docs": "Leave it out: progress is reported in bytes.",
+    "--performance-dir": "Leave it out: the rate is printed and written to PREFIX_KEY_document-report.json.",
     "--trust-remote-code": "Code from a model repository is never run here; a tokenizer.json does without.",
     "--chat-template": "Chat templates are not applied: write the conversations as text first.",
     "--tokenizer-metadata": "Leave it out: the tokenizer's file says what it is.",
@@ -73,7 +73,7 @@ REFUSED = {
     "--tokenizer-sentencepiece-legacy": "Give a .model that was trained with its special tokens.",
     "--tokenizer-sentencepiece-ignore-extra-whitespaces": "Leave it out: the .model says what happens to blanks.",
     **dict.fromkeys(
-        ("--null-tokenizer-eod-id", "--null-tokenizer-pad-id"), "They belong to NullTokenizer, which is not there."
+        ("--null-tokenizer-eod-id", "--null-tokenizer-pad-id"), "They belong to NullTokenizer, which is not supported."
     ),
     "--tokenizer-name-or-path": "Give --tokenizer-model its folder; nothing is downloaded.",
     "--jsonl-keys": "Give --json-keys.",
@@ -83,22 +83,22 @@ REFUSED = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are faults like all others."""
+    """An ArgumentParser that raises ConfigError."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError([FieldError("preprocess.bad-arguments", "arguments", "given", message, "See --help.")])
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; raises ConfigError with all that is refused, missing or unknown."""
+    """Parse the arguments; raises ConfigError with all unsupported, missing or unknown ones."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     types = ", ".join(TOKENIZER_TYPES)
-    parser.add_argument("--input", nargs="+", default=[], help="JSON lines, whatever the names; also .gz .zst .bz2 .xz")
+    parser.add_argument("--input", nargs="+", default=[], help="JSON lines with any file name; also .gz .zst .bz2 .xz")
     parser.add_argument("--output-prefix", default="", help="writes PREFIX_KEY_document.bin, .idx, .json")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="one corpus is written for each of these keys")
     parser.add_argument("--tokenizer-model", type=Path, help="a file or folder that `engine prepare --tokenizer` takes")
     parser.add_argument("--tokenizer-type", default="", help=f"{types}; checked, but the file itself decides")
-    parser.add_argument("--vocab-file", type=Path, help="GPT-2's vocab.json or BERT's vocab.txt, whatever their names")
+    parser.add_argument("--vocab-file", type=Path, help="GPT-2's vocab.json or BERT's vocab.txt, with any name")
     parser.add_argument("--merge-file", type=Path, help="GPT-2's merges.txt")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the tokenizer's BOS")
@@ -113,7 +113,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="as in `engine prepare`")
     for name, kind in WITHOUT_MEANING.items():
         action = {"action": "store_true"} if kind is None else {"type": kind}
-        parser.add_argument(name, help="accepted; has no meaning here", default=None, **action)  # type: ignore[arg-type]
+        parser.add_argument(name, help="accepted; has no effect here", default=None, **action)  # type: ignore[arg-type]
     parsed, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings]
     errors = [_unsupported(word.partition("=")[0], known) for word in rest if word.startswith("--")]
@@ -215,11 +215,11 @@ def _tokenizer_faults(args: argparse.Namespace) -> Iterator[FieldError]:
             "preprocess.two-tokenizers",
             "--vocab-file",
             str(args.vocab_file),
-            "stands beside --tokenizer-model",
+            "excludes --tokenizer-model",
             "Give one of them.",
         )
     elif there and there[0] not in wanted:
-        text = f"is not what {args.tokenizer_type} is made of"
+        text = f"is not a file of {args.tokenizer_type}"
         yield FieldError("preprocess.wrong-tokenizer-file", there[0], str(given[there[0]]), text, f"Give {wanted[0]}.")
     elif not there:
         how = f"Give {wanted[0]} a file; nothing is downloaded."
@@ -233,7 +233,7 @@ def _tokenizer_faults(args: argparse.Namespace) -> Iterator[FieldError]:
             "preprocess.merges-without-vocabulary",
             "--merge-file",
             str(args.merge_file),
-            "stands without --vocab-file",
+            "needs --vocab-file",
             "Give both, or neither.",
         )
     if args.tokenizer_type == "GPT2BPETokenizer" and args.vocab_file is not None and args.merge_file is None:
@@ -280,13 +280,13 @@ def _bos(tokenizer: Tokenizer) -> int | None:
 
 
 def _keys_left(args: argparse.Namespace, bos: bool) -> list[str]:
-    """All keys; where the same command was interrupted behind some of them, those that are not done."""
+    """All keys; if the same command was interrupted after some of them, only the remaining ones."""
     prefixes = {key: f"{args.output_prefix}_{key}_document" for key in args.json_keys}
     done = [key for key, prefix in prefixes.items() if Path(f"{prefix}-report.json").exists()]
     if args.overwrite or len(done) in (0, len(prefixes)) or not all(_same(args, bos, prefixes[key]) for key in done):
         return list(prefixes)
     for key in done:
-        print(f"note: {prefixes[key]} is there already: going on with the keys that are missing")
+        print(f"note: {prefixes[key]} exists already: continuing with the missing keys")
     return [key for key in prefixes if key not in done]
 
 
@@ -329,7 +329,7 @@ def _prepare(args: argparse.Namespace, key: str, bos: bool, stop: Interrupts) ->
 def _run(args: argparse.Namespace) -> None:
     for name in WITHOUT_MEANING:
         if getattr(args, name[2:].replace("-", "_")) is not None:
-            print(f"note: {name} has no meaning here: all cores are used, and the order is the input order")
+            print(f"note: {name} has no effect here: all cores are used, and the order is the input order")
     if args.tokenizer_type.startswith("BertWordPiece"):
         print("note: texts alone are stored, without [CLS] and [SEP] around them and without <extra_id_N> tokens")
     if args.workers:

@@ -1,10 +1,9 @@
-"""The suite in other environments: `make test-pythons`, each Python from 3.11 on that is here; `make test-torch`, the
-oldest torch that pyproject.toml allows.
+"""Run the tests in other environments: each installed Python from 3.11 on (`make test-pythons`), or the oldest torch
+that pyproject.toml allows (`make test-torch`).
 
-For each, a copy of the working tree in build/, and there the README's second command, `make test`, which sets up that
-copy's own environment under the pins of constraints.txt (for an old torch: but torch's, and without lint and types).
-What is found and what is not is told first, the results last. Interpreters are looked for as pythonX.Y in PATH, and
-below the folders of pyenv and uv.
+For each, the working tree is copied to build/, and `make test` runs there in a separate environment with the pins of
+constraints.txt (for the old torch: without torch's pin, lint and types). The interpreters found are printed first, the
+results last. Interpreters are searched as pythonX.Y in PATH, and in the folders of pyenv and uv.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def find(version: str) -> Path | None:
         folders = sorted(Path.home().glob(pattern.format(version)), key=lambda p: [int(x) for x in _digits(p)])
         found += [folder / f"python{version}" for folder in reversed(folders)]
     wanted = f"import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != {version!r})"
-    for path in found:  # a manager's stand-in in PATH may refuse to run, and Debian's python3 may lack venv
+    for path in found:  # a version manager's shim in PATH may fail, and Debian's python3 may lack venv
         if path.exists() and not subprocess.run([path, "-c", wanted], capture_output=True, check=False).returncode:
             return path
     return None
@@ -48,10 +47,10 @@ def _listed(folder: Path, *options: str) -> list[str]:
 
 
 def copy(target: Path) -> None:
-    """The files of the working tree that git knows or does not ignore, as a repository of their own in `target`."""
+    """Copy the files of the working tree that git tracks or does not ignore to a new repository in `target`."""
     target.mkdir(parents=True, exist_ok=True)
     subprocess.run(["git", "init", "-q"], cwd=target, check=True)
-    for old in _listed(target, "--cached"):  # what was built there stays
+    for old in _listed(target, "--cached"):  # build outputs stay
         (target / old).unlink(missing_ok=True)
     for name in _listed(ROOT, "--cached", "--others", "--exclude-standard"):
         if (ROOT / name).is_file():  # it may be deleted and not yet committed
@@ -62,41 +61,47 @@ def copy(target: Path) -> None:
         subprocess.run(["git", *command], cwd=target, check=True)
 
 
-def attempt(what: str, target: str, folder: Path, python: Path | str) -> tuple[bool, str]:
-    """`make TARGET` in a copy with this interpreter: whether it passed, and a line that tells."""
+def attempt(title: str, target: str, folder: Path, python: Path | str) -> tuple[bool, str]:
+    """Run `make TARGET` in a copy with this interpreter; returns (passed, summary line)."""
     begin = time.monotonic()
-    print(f"\n== {what}: make {target} in {folder}", flush=True)
+    print(f"\n== {title}: make {target} in {folder}", flush=True)
     command = ["make", target, f"PYTHON={python}", f"PIP_ARGS={os.environ.get('PIP_ARGS', '')}"]
     code = subprocess.run(command, cwd=folder, check=False).returncode
-    told = "passed" if code == 0 else f"FAILED (make ended with exit code {code})"
-    return code == 0, f"{what}: make {target} {told} in {(time.monotonic() - begin) / 60:.1f} min"
+    summary = "passed" if code == 0 else f"FAILED (make ended with exit code {code})"
+    return code == 0, f"{title}: make {target} {summary} in {(time.monotonic() - begin) / 60:.1f} min"
 
 
 def oldest_torch(build: Path) -> int:
     """The quick suite in a copy with the first release of torch that pyproject.toml allows."""
     found = re.search(r'"torch>=(\d+\.\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert found, "pyproject.toml asks for no torch"
-    what, folder = f"torch {found[1]}", build / f"torch-{found[1]}"
+    title, folder = f"torch {found[1]}", build / f"torch-{found[1]}"
     copy(folder)
     pins = folder / "constraints.txt"
     text = re.sub(r"^torch==.*$", f"torch=={found[1]}.*", pins.read_text(encoding="utf-8"), flags=re.M)
     pins.write_text(text, encoding="utf-8")
-    passed, told = attempt(what, "venv", folder, sys.executable)
+    passed, summary = attempt(title, "venv", folder, sys.executable)
     if passed:
-        passed, told = attempt(what, "quick", folder, sys.executable)
+        passed, summary = attempt(title, "quick", folder, sys.executable)
     else:
         python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
-        told += f"\n{what} could not be installed: is there a wheel of it for {python} where pip looks? (PIP_ARGS)"
-    print("", told, sep="\n")
+        summary += f"\n{title} could not be installed: is there a wheel of it for {python} where pip looks? (PIP_ARGS)"
+    print("", summary, sep="\n")
     return int(not passed)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"of {', '.join(VERSIONS)}; by default all")
-    parser.add_argument("--target", default="test", help="what is made in each copy (test, demo, test-all, ...)")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where the copies lie")
-    parser.add_argument("--oldest-torch", action="store_true", help="not other Pythons: this one with an old torch")
+    parser.add_argument(
+        "--target", default="test", help="make target in each copy: test (default), demo, test-all, ..."
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "build", help="folder of the copies (default: build)")
+    parser.add_argument(
+        "--oldest-torch",
+        action="store_true",
+        help="use this Python with the oldest supported torch instead of other Pythons",
+    )
     options = parser.parse_args()
     if options.oldest_torch:
         return oldest_torch(options.folder)
@@ -109,14 +114,14 @@ def main() -> int:
     results, failed = [], not any(found.values())
     for version, path in found.items():
         if path is None:
-            results.append(f"Python {version}: not tried, for it is not installed")
+            results.append(f"Python {version}: not tested, because it is not installed")
             failed = failed or bool(options.versions)  # it was asked for by name
             continue
         target = options.folder / "pythons" / version
         copy(target)
-        passed, told = attempt(f"Python {version}", options.target, target, path)
+        passed, summary = attempt(f"Python {version}", options.target, target, path)
         failed = failed or not passed
-        results.append(told)
+        results.append(summary)
     print("", *results, sep="\n")
     return int(failed)
 

@@ -67,7 +67,7 @@ def start(command: list[str], **pipes: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("doing", "sent", "code", "said", "least_s"),
+    ("doing", "sent", "code", "output", "least_s"),
     [
         ("python", ["SIGINT"], 130, "", 0),
         ("python", ["SIGTERM"], 143, "", 0),

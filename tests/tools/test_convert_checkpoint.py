@@ -33,7 +33,7 @@ def test_there_and_back(tmp_path: Path, warm: Path) -> None:
         command = [str(warm / "python"), str(ROOT / "tools/convert_checkpoint.py"), "--model-type", "GPT", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "has no meaning here: a checkpoint loads in any layout" in done.stdout
+        assert "has no effect here: a checkpoint loads in any layout" in done.stdout
     assert same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
 
 

@@ -69,7 +69,7 @@ def test_a_command_of_megatron_works_as_it_is(
     options += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", corpus / "tok", "--append-eod"]
     done = call(*options, "--workers", "1", "--partitions", "2", "--log-interval", "10", "--dataset-impl", "mmap")
     assert done.returncode == 0, done.stderr
-    assert "note: --partitions has no meaning here" in done.stdout
+    assert "note: --partitions has no effect here" in done.stdout
     chosen = Tokenizer.load(corpus / "tok")
     Tokenizer.train(iter(TEXTS), 300, special_tokens=("</s>", "<s>")).save(corpus / "bos")
     for key, texts in {"text": TEXTS, "title": [f"{text[:6]}\nx" for text in TEXTS]}.items():

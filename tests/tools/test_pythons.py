@@ -51,7 +51,7 @@ def test_those_found_are_tried_and_the_rest_is_told(
     assert run(pythons, monkeypatch) == 0
     out = capfd.readouterr().out
     assert "Python 3.11: make test passed" in out and "Python 3.13: make test passed" in out
-    assert "Python 3.12: not tried, for it is not installed" in out
+    assert "Python 3.12: not tested, because it is not installed" in out
     copied = pythons.ROOT / "built/pythons/3.11"
     (copied / "kept.so").touch()
     (copied / ".git/info/exclude").write_text("kept.so\n")

@@ -1,11 +1,11 @@
-"""All benchmarks of this folder, gathered into one table and one JSON: what `make bench` runs.
+"""Run all benchmarks of this folder (`make bench`) and print one table; also writes one JSON file.
 
-    python tools/bench/all.py                          # more than an hour, on a machine left alone
-    python tools/bench/all.py --quick                  # about 3 minutes, to see the table: too few figures to quote
+    python tools/bench/all.py                          # more than an hour, on an idle machine
+    python tools/bench/all.py --quick                  # about 3 minutes: too few repetitions to quote the numbers
     python tools/bench/all.py --only train checkpoint
 
-What the scripts print themselves, tables with more of what they saw, goes to a .log beside the JSON. A script that
-fails leaves a line in the table, and this one then ends with 1.
+The output of the scripts, with more detailed tables, is written to a .log file next to the JSON. A script that fails
+has a line in the table, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class Options:
     only: tuple[str, ...] = tuple(SCRIPTS)
     """train, startup, prepare, checkpoint, order"""
     quick: bool = False
-    """small and few, without what is not installed with the engine"""
+    """small sizes and few repetitions, without optional peers"""
     tiny: bool = False
-    """figures that mean nothing, in half a minute: to see that the scripts run"""
+    """tiny sizes, in half a minute: only checks that the scripts run"""
     rounds: int = 3
     """of the training rows: about 20 minutes each"""
     peers_env: Path = field(default_factory=lambda: HERE.parents[1] / "build/bench-peers")
     """folder of the peers' packages; made on first use"""
     json: Path = Path("bench.json")
-    """write every number here; the scripts' own output into a .log beside it"""
+    """write every number here; the scripts' output goes to a .log file next to it"""
 
 
 def arguments(o: Options, name: str, python: Path | None) -> list[str]:
@@ -79,7 +79,7 @@ def arguments(o: Options, name: str, python: Path | None) -> list[str]:
 
 
 def run(o: Options, name: str, python: Path | None, folder: Path) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of one script and all it has written; a row that says why there are none."""
+    """(rows, output) of one script; if it failed, one row with the reason."""
     out = folder / f"{name}.json"
     command = [sys.executable, str(HERE / SCRIPTS[name]), *arguments(o, name, python), "--json", str(out)]
     begin = time.monotonic()

@@ -1,13 +1,13 @@
-"""Saving and loading beside plain parallel write + fsync and read of the same bytes, and beside torch's DCP.
+"""Saving and loading compared with plain parallel write + fsync and read of the same bytes, and with torch's DCP.
 
     python tools/bench/checkpoint.py --gib 1 --ranks 1 2 --repeats 5
 
-Every repetition does all of it in another order, so that a busy disk hits all alike; a time is that of the
-slowest rank. Written files are synced by all three. Before a read the files are dropped from the page cache
-(posix_fadvise), so that it comes from the device as far as that has no cache of its own; the tensors to fill exist
-already. State: float32 matrices, and two moments for each, split over the data ranks as ZeRO-1 does. DCP has the same
-tensors as entries of a state dict. "blocked" is how long training stands still: the call, and what is left of the copy
-after `step_s` seconds of arithmetic that stand for the next forward and backward.
+Every repetition runs all cases in another order, so that a busy disk affects all equally; a time is that of the
+slowest rank. All three sync the written files. Before a read the files are dropped from the page cache
+(posix_fadvise), so that it comes from the device, unless that has a cache; the tensors to fill are already allocated.
+State: float32 matrices with two moments each, sharded across the data ranks as by ZeRO-1. DCP has the same tensors as
+entries of a state dict. "blocked" is how long training waits: the call, and the rest of the copy after `step_s` seconds
+of arithmetic that replace the next forward and backward.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tests.support.harness import run_ranks
 ROWS, WIDTH, BLOCK = 4096, 1024, 16 << 20
 NAMES = ["plain write", "save", "async, blocked", "async, copy alone", "async, whole", "dcp save", "dcp async, blocked"]
 NAMES += ["dcp async, whole", "plain read", "load", "dcp load"]
-FACTS: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
+MANIFEST: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def states(ctx: ParallelContext, gib: float) -> list[StateShard]:
 
 
 def plain_write(file: Path, held: list[StateShard]) -> None:
-    """The bytes of the state, one after another into room reserved for them, and a sync."""
+    """Write the bytes of the state sequentially into preallocated files, and sync."""
     fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.posix_fallocate(fd, 0, sum(one.flat.nbytes for one in held))
     for one in held:
@@ -102,19 +102,21 @@ def plain_read(file: Path, held: list[StateShard]) -> None:
 
 
 def compute(seconds: float) -> None:
-    """Stands for a forward and backward: arithmetic on one thread for so long."""
+    """Replaces a forward and backward: arithmetic on one thread for that time."""
     end, x = time.perf_counter() + seconds, torch.randn(256, 256)
     while time.perf_counter() < end:
         torch.mm(x, x)
 
 
 def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
-    """All repetitions on one rank: [{what: seconds of the slowest rank}]."""
+    """All repetitions on one rank: [{case: seconds of the slowest rank}]."""
     held, alone = states(ctx, o.gib), ctx.world.size == 1
     theirs = {f"{h.kind}/{h.param.name}/{ctx.rank}": h.flat for h in held}
     saver = Saver(root / "engine", ctx)
     saver.reserve(held)
-    group = None if alone else dist.new_group()  # DCP's thread has collectives of its own, which must not meet ours
+    group = (
+        None if alone else dist.new_group()
+    )  # DCP's thread uses a separate group, so that its collectives do not mix with ours
 
     def together() -> None:
         if not alone:
@@ -130,7 +132,7 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
         return float(seconds)
 
     def start(step: int, background: bool) -> None:
-        saver.start(held, step=step, metadata=FACTS, background=background)
+        saver.start(held, step=step, metadata=MANIFEST, background=background)
 
     def save() -> None:
         start(1, False)
@@ -193,7 +195,7 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
     results, order = [], [plain, ours, ours_async, ours_copy, dcp_waits, dcp_async]
     for number in range(o.repeats + 1):
         now: dict[str, float] = {}
-        random.Random(number).shuffle(order)  # what one deletes slows the disk for the next: no fixed neighbours
+        random.Random(number).shuffle(order)  # deleting files of one case slows the disk for the next: random order
         for work in order:
             fresh()
             work(now)
@@ -204,12 +206,12 @@ def job(ctx: ParallelContext, o: Options, root: Path) -> list[dict[str, float]]:
 AGAINST = {  # ours -> (title, DCP's, the limit)
     "save": ("save", "dcp save", "plain write"),
     "load": ("load", "dcp load", "plain read"),
-    "async, blocked": ("background save, stands still", "dcp async, blocked", ""),
+    "async, blocked": ("background save, training blocked", "dcp async, blocked", ""),
 }
 
 
 def rows_of(world: int, found: list[dict[str, float]]) -> list[Row]:
-    """What training waits for, beside DCP and plain input and output."""
+    """Rows of the times that training waits, compared with DCP and plain I/O."""
     rows = []
     for name, (title, peer, limit) in AGAINST.items():
         ours, peers, limits = ([one[key] for one in found if key] for key in (name, peer, limit))
@@ -229,16 +231,16 @@ def main(o: Options) -> None:
             found = run_ranks(Layout(world, data=world), partial(job, o=o, root=root), timeout_s=900)[0]
         details[str(world)] = found
         lines = []
-        for what in sorted(found[0], key=NAMES.index):
-            times = [one[what] for one in found]
-            base = "plain read" if "load" in what or "read" in what else "plain write"
-            ratio = statistics.median(one[base] / one[what] for one in found)
+        for case in sorted(found[0], key=NAMES.index):
+            times = [one[case] for one in found]
+            base = "plain read" if "load" in case or "read" in case else "plain write"
+            ratio = statistics.median(one[base] / one[case] for one in found)
             speed = f"{size / 1e9 / statistics.median(times):.2f}"
-            lines.append((what, spread(times, 4), speed, f"{ratio:.2f} of {base}"))
+            lines.append((case, spread(times, 4), speed, f"{ratio:.2f} of {base}"))
         blocked = statistics.median(one["async, blocked"] / one["save"] for one in found)
         theirs = statistics.median(one["dcp async, blocked"] / one["dcp save"] for one in found)
-        note = f"async blocks for {blocked:.1%} of a save; dcp {theirs:.1%} of its own"
-        show(f"{world} ranks, {size / 1e9:.2f} GB", ("what", "s", "GB/s", "ratio"), lines, note)
+        note = f"async blocks for {blocked:.1%} of a save; dcp for {theirs:.1%} of its save"
+        show(f"{world} ranks, {size / 1e9:.2f} GB", ("case", "s", "GB/s", "ratio"), lines, note)
         rows += rows_of(world, found)
     finish(rows, details, o.json, f"Checkpoints of {size / 1e9:.2f} GB", machine)
 

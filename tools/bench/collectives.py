@@ -2,8 +2,8 @@
 
     python tools/bench/collectives.py                        # the whole table, about two minutes on two cores
 
-Each cell: the median over many rounds, of the slowest rank of each round, and processor milliseconds a rank. Ranks have
-one thread. All ranks start an operation together, after an all-reduce that is not counted.
+Each cell: the median over many rounds of the slowest rank's time, and CPU milliseconds per rank. Ranks have one thread.
+All ranks start an operation together, after an all-reduce that is not timed.
 """
 
 from __future__ import annotations

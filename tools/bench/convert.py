@@ -1,10 +1,10 @@
-"""`engine import` and `engine export` beside a plain copy of the same folder.
+"""`engine import` and `engine export` compared with a plain copy of the same folder.
 
     python tools/bench/convert.py --layers 32 --repeats 1      # 7B: 13.5 GB, needs three times that on the disk
 
-A Llama of Llama-2-7B's widths in bf16, as many layers as asked for. Each of the three is a process of its own that
-reads files which are not in the page cache and syncs what it writes; the copy reads and writes 16 MiB at a time, in
-one thread. Peak: the largest resident set of the process.
+The model has Llama-2-7B's widths in bf16 and `--layers` layers. Each of the three runs in a fresh process that reads
+files outside the page cache and syncs its files; the copy reads and writes 16 MiB at a time, in one thread. Peak: the
+largest resident set of the process.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def copy(source: Path, target: Path) -> None:
 def work(o: Options) -> None:
     """One of the three in this process: prints seconds and MiB."""
     what, source, target = o.work
-    from engine.cli.main import main as engine  # what it imports is no part of the time
+    from engine.cli.main import main as engine  # its imports are not timed
 
     torch.empty(1).bfloat16()
     before = time.perf_counter()
@@ -130,7 +130,7 @@ def work(o: Options) -> None:
 
 
 def measure(o: Options, what: str, source: Path, target: Path) -> dict[str, float]:
-    """One of the three in a process of its own."""
+    """Run one of the three in a fresh process."""
     shutil.rmtree(target, ignore_errors=True)
     drop_cache(source)
     os.sync()

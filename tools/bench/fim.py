@@ -1,7 +1,7 @@
-"""Samples a second of fill-in-the-middle, beside reading them without: tools/bench/fim.py [FILES...]
+"""Samples per second with fill-in-the-middle, compared with reading without it: tools/bench/fim.py [FILES...]
 
 Trains a byte-level BPE of 4,096 tokens on the files (by default this repository's Python), writes a corpus, and reads
-batches of 8 samples of seq 2048, by turns with and without. One process; the tokenizer uses all cores.
+batches of 8 samples of 2048 tokens, alternately with and without it. One process; the tokenizer uses all cores.
 """
 
 from __future__ import annotations

@@ -41,16 +41,18 @@ def main() -> None:
     }
     tail = max(1, o.steps // 10)
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, beside = figure.subplots(1, 2)
+    axes, difference = figure.subplots(1, 2)
     for fp8, losses in curves.items():
         name = "bf16" if fp8 == "none" else f"fp8 {fp8}"
         last = sum(losses[-tail:]) / tail
-        off = max(abs(a - b) for a, b in zip(losses, curves["none"]))
-        print(f"{name}: mean loss of the last {tail} steps {last:.4f}, furthest from bf16 {off:.4f}", flush=True)
+        error = max(abs(a - b) for a, b in zip(losses, curves["none"]))
+        print(
+            f"{name}: mean loss of the last {tail} steps {last:.4f}, max difference from bf16 {error:.4f}", flush=True
+        )
         axes.plot(smooth(losses), label=name)
-        beside.plot([a - b for a, b in zip(smooth(losses), smooth(curves["none"]))], label=name)
-    axes.set(xlabel="step", ylabel="loss, nats a byte")
-    beside.set(xlabel="step", ylabel="loss less that of bf16, nats a byte")
+        difference.plot([a - b for a, b in zip(smooth(losses), smooth(curves["none"]))], label=name)
+    axes.set(xlabel="step", ylabel="loss, nats per byte")
+    difference.set(xlabel="step", ylabel="loss minus that of bf16, nats per byte")
     axes.legend()
     figure.suptitle("mean of 10 steps")
     figure.savefig(o.picture, dpi=120)

@@ -1,11 +1,11 @@
-"""Everything to be known of one GPU in one call, under ten minutes, from a bare machine and a checkout.
+"""All measurements of one GPU in one call, in less than ten minutes, from a new machine and a checkout.
 
     python tools/bench/gpu.py                      # on the GPU machine, from the repository's root
-    python tools/bench/gpu.py --device cpu --tiny  # every line of it on a CPU, in seconds; figures mean nothing
+    python tools/bench/gpu.py --device cpu --tiny  # runs all code on a CPU in seconds; the numbers mean nothing
 
-It builds the extension, runs the checks, measures this machine's two limits (a large bf16 product of random values, a
+It builds the extension, runs the checks, measures this machine's two limits (a large bf16 matmul of random values, a
 large copy), then times each operation against them, every attention that can run, and whole steps of Llama-2-7B's
-shape. Results go to $OUT/gpu.json (else ./gpu.json) after every figure, so an end of time loses nothing.
+shape. Results are written to $OUT/gpu.json (else ./gpu.json) after every measurement, so a time limit loses nothing.
 --wheels installs missing packages from a folder of wheels, for a machine without a network.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 AIM = 0.80
-BUDGET_S = {  # about 9 minutes on an H200; what is started is finished, so each section may run over by one measurement
+BUDGET_S = {  # about 9 minutes on an H200; a section may exceed its budget by one measurement
     "checks": 100.0,
     "limits": 20.0,
     "step": 150.0,
@@ -42,7 +42,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels to install first, into a folder of its own")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to install first, into a separate folder")
     parser.add_argument("--sections", nargs="+", default=list(BUDGET_S), choices=list(BUDGET_S))
     parser.add_argument("--out", type=Path, help="file of the results; else $OUT/gpu.json or gpu.json")
     parser.add_argument("--no-build", action="store_true", help="take the extension as it is")
@@ -50,7 +50,7 @@ def options() -> argparse.Namespace:
 
 
 def prepare(o: argparse.Namespace) -> None:
-    """What a bare machine lacks: packages that travelled with the call, and our extension. Then imports work."""
+    """Install the packages of --wheels and build the extension, so that imports work on a new machine."""
     if o.wheels is not None:
         site = ROOT / "build" / "site"
         shutil.rmtree(site, ignore_errors=True)
@@ -65,7 +65,7 @@ def prepare(o: argparse.Namespace) -> None:
         try:
             built = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
         except subprocess.TimeoutExpired:
-            print("the extension was not built within 300 s: what follows runs without it", flush=True)
+            print("the extension was not built within 300 s: continuing without it", flush=True)
             return
         print(f"built the extension: code {built.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         if built.returncode:
@@ -120,11 +120,11 @@ def _check(session: Session, name: str, words: list[str]) -> None:
     command = [sys.executable, "-m", *words]
     left = max(10.0, session.deadline - began)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=left)
-    session.record(name, code=done.returncode, s=time.monotonic() - began, said=done.stdout.splitlines()[-40:])
+    session.record(name, code=done.returncode, s=time.monotonic() - began, output=done.stdout.splitlines()[-40:])
 
 
 def summary(results: dict[str, list[dict[str, float]]]) -> str:
-    """The line that counts."""
+    """The summary line."""
     steps = [row for row in results.get("step", []) if "share" in row]
     if not steps:
         return "no step was measured"

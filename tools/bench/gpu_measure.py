@@ -1,4 +1,4 @@
-"""What the parts of gpu.py share: the clock, a section's budget, and the results, written after every figure."""
+"""Shared by the parts of gpu.py: timing, time budgets, and results, written after every measurement."""
 
 from __future__ import annotations
 
@@ -78,33 +78,33 @@ class Session:
         self.save()
 
     def save(self) -> None:
-        """Write what is known, whole or not at all."""
-        facts = {"machine": self.machine, "command": shlex.join(sys.argv)}
-        facts["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        """Write all results so far, atomically."""
+        device_info = {"machine": self.machine, "command": shlex.join(sys.argv)}
+        device_info["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [as_json(row) for row in rows_of(self.results)]
-        beside = self.out.with_suffix(".part")
-        beside.write_text(
-            json.dumps(facts | {"rows": rows, "details": self.results}, indent=1) + "\n", encoding="utf-8"
+        part = self.out.with_suffix(".part")
+        part.write_text(
+            json.dumps(device_info | {"rows": rows, "details": self.results}, indent=1) + "\n", encoding="utf-8"
         )
-        beside.replace(self.out)
+        part.replace(self.out)
 
     def attempt(self, what: str, measure: Callable[..., None], *arguments: Any, **more: Any) -> None:
-        """Run a measurement if there is time; a fault is a result, and the next one still runs."""
+        """Run a measurement if there is time; an error is recorded, and the next one still runs."""
         if time.monotonic() > self.deadline:
             self.record(what, skipped="out of time")
             return
         try:
             measure(*arguments, **more)
-        except Exception as error:  # whatever it is: hours of waiting for a machine must not be lost to one kernel
+        except Exception as error:  # any error: one kernel must not end the whole run
             last = traceback.extract_tb(error.__traceback__)[-1]
             at = f"{Path(last.filename).name}:{last.lineno}"
             self.record(what, failed=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]} ({at})")
-        self.forget()  # out here: the error holds what was there when it came
+        self.forget()  # outside the except block: the error keeps tensors alive
 
     def forget(self) -> None:
-        """Free what is done with, and give it back: one measurement must not starve the next.
+        """Free unused memory and return it to the device, so that the next measurement has all of it.
 
-        A training state is a circle (parameters know their buckets, these their parameters): only gc frees it.
+        A training state has reference cycles (parameters and buckets), which only gc frees.
         """
         gc.collect()
         if self.cuda:
@@ -159,13 +159,13 @@ class Session:
 
 
 def rows_of(results: dict[str, Any]) -> list[Row]:
-    """The figures as every script of this folder has them: ours, a peer's, the machine's limit."""
+    """Rows in the format of all scripts of this folder: ours, a peer's, the machine's limit."""
     rows = []
     for found in (row for section in ("step", "variants", "ops") for row in results.get(section, ())):
         if "tokens_per_s" in found:
             rate, middle = found["tokens_per_s"], statistics.median(found["step_s"])
             rates, limits = [rate * middle / seconds for seconds in found["step_s"]], [rate / found["share"]]
-            rows.append(Row(found["what"], "tokens/s", rates, limit="large product", limits=limits))
+            rows.append(Row(found["what"], "tokens/s", rates, limit="large matmul", limits=limits))
         elif "us" in found:
             ours, theirs, floor = found["us"], found["us"] * found["torch_ratio"], found["us"] * found["share"]
             limit = "bytes or FLOPs"
@@ -174,7 +174,7 @@ def rows_of(results: dict[str, Any]) -> list[Row]:
 
 
 def measure_limits(session: Session) -> None:
-    """Both ceilings, of this very machine in this very call."""
+    """Measure both limits of this machine."""
 
     def measure() -> None:
         n = session.sizes.gemm

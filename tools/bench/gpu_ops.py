@@ -38,14 +38,14 @@ def both_ways(op: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:
 
 
 def by_bytes(session: Session, name: str, num_bytes: float, ours: Callable[[], Any], peer: Callable[[], Any]) -> None:
-    """Record an op that moves memory, beside torch's own."""
+    """Record a memory-bound op and torch's version of it."""
     seconds, theirs = session.time_s(ours), session.time_s(peer)
     floor = num_bytes / session.limit("copy")
     session.record(name, us=seconds * 1e6, floor_us=floor * 1e6, share=floor / seconds, torch_ratio=theirs / seconds)
 
 
 def element_wise(session: Session) -> None:
-    """Norms, gated products and RoPE of one layer's shapes, forward and both ways."""
+    """Norms, gated activations and RoPE at one layer's shapes, forward, and forward plus backward."""
     z = session.sizes
     t, h, f, d, n = z.tokens, z.hidden, z.ffn, z.head_dim, z.heads
     row = 2.0 * t * h
@@ -101,8 +101,8 @@ def _two_ways(
     by_bytes(session, f"{name}, both ways", num_bytes, both_ways(ours, *x), both_ways(peer, *x))
 
 
-def products(session: Session) -> None:
-    """Products of a block and the head, three ways each, in bf16 and fp8 (rounding included): shares of the limit."""
+def matmuls(session: Session) -> None:
+    """Matmuls of a block and the head (forward and both gradients) in bf16 and fp8 (rounding included)."""
     z = session.sizes
     width = z.heads * z.head_dim
     shapes = {"q,k,v": (z.hidden, 3 * width), "out": (width, z.hidden), "gate,up": (z.hidden, 2 * z.ffn)}
@@ -169,7 +169,7 @@ def _head(session: Session) -> None:
 def ops(session: Session) -> None:
     """All of the above."""
     element_wise(session)
-    products(session)
+    matmuls(session)
     head(session)
     session.forget()
 
@@ -205,6 +205,6 @@ def _attention(session: Session, what: str, name: str, seq: int, documents: bool
     with torch.no_grad():
         forward = session.time_s(lambda: run(q, k, v, apart))
     whole = session.time_s(both_ways(lambda *heads: run(*heads, apart), q, k, v))
-    flops = 2.0 * b * z.heads * seq * length * z.head_dim  # two products, half of the square
+    flops = 2.0 * b * z.heads * seq * length * z.head_dim  # two matmuls, half of the square
     reached = flops / forward / 1e12, 2.5 * flops / max(whole - forward, 1e-9) / 1e12
     session.record(what, forward_tflops=reached[0], backward_tflops=reached[1], both_ms=whole * 1e3)

@@ -109,16 +109,16 @@ def run(session: Session, what: str, layers: int, seq: int, steps: int = 3, **ch
 
 
 def most_layers(session: Session, recompute: str) -> int:
-    """How many layers ought to fit: states, activations of a microbatch, and room for the products' temporaries."""
+    """Estimated number of layers that fit: states, activations of a micro-batch, and temporaries of matmuls."""
     z = session.sizes
     if not session.cuda:
         return z.layers
     width = z.heads * z.head_dim
     layer = 4 * z.hidden * width + 3 * z.hidden * z.ffn
     kept = 2 * z.hidden if recompute == "full" else 2 * (3 * z.hidden + 7 * width + 3 * z.ffn)
-    room = torch.cuda.get_device_properties(session.device).total_memory * 0.95 - 10 * 2**30
-    room -= STATE_BYTES * 2 * z.vocab * z.hidden
-    return max(2, min(z.layers, int(room / (STATE_BYTES * layer + kept * z.tokens))))
+    available = torch.cuda.get_device_properties(session.device).total_memory * 0.95 - 10 * 2**30
+    available -= STATE_BYTES * 2 * z.vocab * z.hidden
+    return max(2, min(z.layers, int(available / (STATE_BYTES * layer + kept * z.tokens))))
 
 
 def step(session: Session) -> None:
@@ -142,7 +142,7 @@ def _fitting(session: Session, seq: int, recompute: str) -> None:
 
 
 def variants(session: Session) -> None:
-    """A few layers: what torch.compile, fp8 and the choice of attention change."""
+    """A few layers with torch.compile, fp8 and each attention."""
     z = session.sizes
     compiled = {"compile": "true"}
     cases: dict[str, dict[str, Any]] = {
@@ -162,7 +162,7 @@ def variants(session: Session) -> None:
 
 KINDS = {
     "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),
-    "products": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "mm", "trident::mm"),
+    "matmuls": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "mm", "trident::mm"),
     "loss": ("softmax", "cross_entropy", "nll", "scatter"),
     "norm, RoPE, gated": ("norm", "rope", "gated", "silu", "gelu"),
     "optimizer": ("adam", "sum_squares"),
@@ -171,13 +171,13 @@ KINDS = {
 
 
 def kind_of(kernel: str) -> str:
-    """What sort of work a kernel (or, on a CPU, an operator) does, by its name."""
+    """The kind of a kernel (or, on a CPU, an operator), by its name."""
     low = kernel.lower()
     return next((kind for kind, words in KINDS.items() if any(word in low for word in words)), "other")
 
 
 def profile(session: Session) -> None:
-    """Time of one step by kind of kernel, and the dearest kernels."""
+    """Time of one step by kind of kernel, and the most expensive kernels."""
 
     def measure() -> None:
         from torch.profiler import ProfilerActivity
@@ -219,7 +219,7 @@ def text_rows(seq: int, count: int) -> Tensor:
 def loss_curve(
     device: torch.device, *, hidden: int, steps: int, fp8: str, layers: int = 4, seq: int = 128, batch: int = 16
 ) -> list[float]:
-    """Losses of a small model over bytes of text, the same batches and first weights whatever fp8 is."""
+    """Losses of a small model over bytes of text, with equal batches and initial weights for every fp8 mode."""
     values = {
         "model.vocab_size": 256,
         "model.hidden_size": hidden,

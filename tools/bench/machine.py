@@ -1,4 +1,4 @@
-"""What a measurement is made on, and whether others were using the machine meanwhile."""
+"""Description of the machine, and whether other programs used it during a measurement."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def wait_until_quiet(cores: float, patience_s: float) -> None:
             return
 
 
-# ---- what order.py and order_megatron.py measure alike ----
+# ---- shared by order.py and order_megatron.py ----
 
 SEQ_LEN, BATCH, SEED = 2048, 8, 1234
 SAMPLES = 4096  # read in random order; their pages are read once before

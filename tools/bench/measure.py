@@ -1,7 +1,7 @@
-"""What all workers of train_cpu.py have alike: the cases, their sizes and data, and the clock.
+"""Shared by all workers of train_cpu.py: the cases, their sizes and data, and timing.
 
-A worker is a fresh process a rank (worker.py). It may run in another interpreter than the table, one that has a peer
-but not the engine; so nothing here needs more than torch.
+Every rank is a fresh worker process (worker.py). It may run in another interpreter, which has a peer but not the
+engine, so this module needs only torch.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ class Options:
     peers_env: Path = field(default_factory=lambda: Path(__file__).resolve().parents[2] / "build/bench-peers")
     """folder of the peers' packages; made on first use"""
     peers: bool = True
-    """compare with what is not installed with the engine"""
+    """also compare with peers that are not installed with the engine"""
     gemm_size: int = 4096
-    """rows and columns of the matrix product whose speed is the limit"""
+    """rows and columns of the matmul whose speed is the limit"""
     json: Path | None = None
     """write every number here"""
     hidden: int = 512
@@ -129,12 +129,12 @@ class Options:
         return 2 * self.vocab * self.hidden + self.layers * layer + self.hidden
 
     def flops_per_token(self) -> int:
-        """Forward and backward: 6 a weight of the matrices, and attention's two products, not halved for the mask."""
+        """Forward and backward: 6 per weight of the matrices, and attention's two matmuls, not halved for the mask."""
         layer = 4 * self.hidden**2 + 3 * self.hidden * self.ffn
         return 6 * (self.layers * layer + self.vocab * self.hidden) + 12 * self.layers * self.hidden * self.seq
 
     def stages(self) -> tuple[int, int]:
-        """Layers of the two pipeline stages, as equal in FLOPs as can be, the head on the last; for all alike."""
+        """Layers of the two pipeline stages, with FLOPs as equal as possible; the head is on the last. Same for all."""
         layer = 6 * (4 * self.hidden**2 + 3 * self.hidden * self.ffn) + 12 * self.hidden * self.seq
         head = 6 * self.vocab * self.hidden
         cuts = range(1, self.layers)
@@ -161,8 +161,8 @@ def mine(o: Options, case: Case, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class Meter:
-    """Times steps until enough of them were undisturbed. `total` sums a tensor over the case's ranks, so that all of
-    them judge a step alike."""
+    """Times steps until enough of them were undisturbed. `total` sums a tensor over the case's ranks, so that all ranks
+    make the same decisions."""
 
     def __init__(self, o: Options, case: Case, parameters: int, total: Callable[[Tensor], Tensor] = lambda x: x):
         self.o, self.case, self.parameters, self.total = o, case, parameters, total
@@ -199,14 +199,14 @@ class Meter:
         self.taken.append((others, seconds, float(spent[0])))
 
     def run(self, step: Callable[[], float]) -> dict[str, Any]:
-        """Make all steps; what was measured, as JSON."""
+        """Run all steps; returns the measurements as JSON."""
         while not self.done:
             self.begin()
             self.end(step())
         return self.result()
 
     def result(self) -> dict[str, Any]:
-        """What was measured. Page faults and peak are this rank's, peak_sum_mib all ranks'."""
+        """The measurements. Page faults and peak are this rank's, peak_sum_mib all ranks'."""
         counted = sorted(self.taken)[: self.steps]
         after = resource.getrusage(resource.RUSAGE_SELF)
         peak = after.ru_maxrss / 1024

@@ -1,11 +1,11 @@
-"""Parts of a training step on the CPU, each beside the way it was done before, in turns, in processor seconds.
+"""Parts of a training step on the CPU compared with the earlier implementation, in turns, in CPU seconds.
 
     python tools/bench/ops_cpu.py
 
 update: gradient norm, clipping, AdamW and zeroing over the 58 M parameters of train_cpu.py, fp32, in the engine's
 buckets. Before: a norm by torch in blocks, a pass that scales the gradients, AdamW. Now: `sum_squares`, AdamW scales.
-documents: attention over 8 documents a sequence, forward and backward, beside SDPA with a mask and one whole sequence.
-lengths: attention over whole sequences of 512 to 8,192, beside SDPA.
+documents: attention over 8 documents per sequence, forward and backward, against SDPA with a mask and one document.
+lengths: attention over whole sequences of 512 to 8,192 tokens, against SDPA.
 """
 
 from __future__ import annotations

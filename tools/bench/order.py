@@ -1,4 +1,4 @@
-"""Sample order and blends: start-up, memory and random samples/s, beside Megatron-LM's own code. Prints tables.
+"""Sample order and blends: start-up, memory and random samples/s, compared with Megatron-LM's code. Prints tables.
 
     python tools/bench/order.py [--documents 1000000 10000000] [--megatron-python PYTHON] [--folder /tmp/order_bench]
 
@@ -73,7 +73,7 @@ def corpus(prefix: str, small: str) -> dict[str, float]:
 
 
 def blend(sources: int) -> dict[str, float]:
-    """A blend that is ready, has told whose its first batch is, and the counts at sample 10^8."""
+    """Time until a blend has returned the sources of its first batch, and its counts at sample 10^8."""
     weights = blend_weights(sources).tolist()
     SourceAssignment([1, 1]).counts(1)  # imports
 
@@ -104,7 +104,7 @@ def prefix_of(folder: Path, documents: int) -> str:
     return str(folder / f"documents_{documents}")
 
 
-FIGURES = {  # what -> (key, unit, more is better)
+FIGURES = {  # label -> (key, unit, more is better)
     "first batch": ("seconds", "s", False),
     "memory": ("memory", "MiB", False),
     "random": ("rate", "samples/s", True),
@@ -112,11 +112,11 @@ FIGURES = {  # what -> (key, unit, more is better)
 
 
 def rows_of(title: str, seen: Seen) -> list[Row]:
-    """Ours beside Megatron's, where it was measured."""
+    """Rows with ours and, if measured, Megatron's numbers."""
     theirs = seen.get("megatron", {})
     return [
-        Row(f"{title}: {what}", unit, seen["engine"][key], "Megatron" * bool(theirs), theirs.get(key, []), more=more)
-        for what, (key, unit, more) in FIGURES.items()
+        Row(f"{title}: {label}", unit, seen["engine"][key], "Megatron" * bool(theirs), theirs.get(key, []), more=more)
+        for label, (key, unit, more) in FIGURES.items()
         if key in seen["engine"]
     ]
 

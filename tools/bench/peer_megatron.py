@@ -1,8 +1,8 @@
-"""Megatron-core on a CPU: its GPTModel, DDP, schedules and optimizer, with the CUDA calls on their way turned aside.
+"""Megatron-core on a CPU: its GPTModel, DDP, schedules and optimizer, with its CUDA calls replaced.
 
 Megatron-core has no CPU path. What a step needs: new tensors on "cuda" are made on the CPU, streams and
 synchronisation do nothing, the CUDA random states are the CPU's. Its layers are those of its "local" specification
-(torch norms and products); attention is its DotProductAttention, since Transformer Engine needs a GPU.
+(torch norms and matmuls); attention is its DotProductAttention, since Transformer Engine needs a GPU.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def restart(model: nn.Module) -> int:
-    """Give every matrix the same kind of start, so that all losses should fall alike; the number of parameters."""
+    """Initialise all matrices in the same way, so that all losses fall equally; returns the number of parameters."""
     for p in model.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=0.02)
@@ -62,7 +62,7 @@ def llama(o: Options) -> nn.Module:
 
 
 def loop(o: Options, case: Case, compiled: bool = False) -> dict[str, Any]:
-    """The yardstick: what a careful person writes by hand in an afternoon; as it is, or through torch.compile."""
+    """The baseline: a short hand-written training loop, eager or with torch.compile."""
     rank = connect(case)
     model = llama(o)
     parameters = restart(model)
@@ -103,7 +103,7 @@ def trainer(o: Options, case: Case) -> dict[str, Any]:
             return {"input_ids": row, "labels": row}
 
     class Clock(TrainerCallback):
-        """Tells the meter when steps begin and end."""
+        """Reports the start and end of each step to the meter."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             meter.begin()
@@ -221,7 +221,7 @@ def olmo(o: Options, case: Case) -> dict[str, Any]:
     )
     parameters = restart(model)  # the module has initialised it
     losses: list[Tensor] = []
-    module._trainer = SimpleNamespace(  # what the module tells a trainer; the others are recorded for logs only
+    module._trainer = SimpleNamespace(  # metrics that the module needs; others are only logged
         record_metric=lambda *_, **__: None, record_ce_loss=lambda loss, **__: losses.append(loss)
     )
     tokens, labels = mine(o, case, rank)

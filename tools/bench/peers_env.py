@@ -1,9 +1,9 @@
-"""An environment of its own for the peers: a venv that borrows the running interpreter's torch.
+"""Create a separate environment for the peers: a venv that uses the running interpreter's torch.
 
     python tools/bench/peers_env.py build/bench-peers
 
-Peers are installed with --no-deps, so none can bring another torch; what they need besides is in peers.txt, or comes
-from the running interpreter by a .pth file. Both sides thus run the very same torch and transformers.
+Peers are installed with --no-deps, so none can install another torch; their other requirements are in peers.txt, or
+come from the running interpreter by a .pth file. So both sides run the same torch and transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PINS = Path(__file__).with_name("peers.txt")
 
 
 def python_of(folder: Path) -> tuple[Path | None, str]:
-    """(interpreter with the peers, "") or (None, why it cannot be had). Installs them on first use."""
+    """(interpreter with the peers, "") or (None, reason). Installs the peers on first use."""
     python, marker = folder / "bin/python", folder / "installed.txt"
     wanted = "\n".join([sys.executable, sys.version, PINS.read_text(encoding="utf-8")])
     if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
@@ -31,8 +31,8 @@ def python_of(folder: Path) -> tuple[Path | None, str]:
     for command in commands:
         done = subprocess.run(command, capture_output=True, encoding="utf-8")
         if done.returncode:
-            said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            errors = [line for line in said if line.startswith("ERROR")] or said[-1:]
+            output = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            errors = [line for line in output if line.startswith("ERROR")] or output[-1:]
             return None, f"peers cannot be installed: {errors[0] if errors else 'no message'}"
     (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
     marker.write_text(wanted, encoding="utf-8")

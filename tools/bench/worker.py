@@ -71,7 +71,7 @@ def engine(o: Options, case: Case) -> dict[str, Any]:
 
 
 def gemm(o: Options) -> dict[str, float]:
-    """GFLOP/s of a square fp32 matrix product, torch's and ours: each the best of 6, in turns."""
+    """GFLOP/s of a square fp32 matmul, torch's and ours: each the best of 6, in turns."""
     from engine.ops import native
 
     n, (ours, _) = o.gemm_size, native.load()

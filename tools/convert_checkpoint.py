@@ -21,7 +21,7 @@ from engine.errors import EXIT_CONFIG, ConfigError, FieldError
 HF = ("hf", "huggingface", "llama_mistral")
 OURS = ("trident",)
 MEGATRON = ("core", "mcore", "legacy", "megatron")
-WITHOUT_MEANING = {
+WITHOUT_EFFECT = {
     "--target-tensor-parallel-size": int,
     "--target-pipeline-parallel-size": int,
     "--target-expert-parallel-size": int,
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--save-dir", required=True, help="new folder to write")
     parser.add_argument("--tokenizer-model", default="", help="export: folder with tokenizer.json")
     parser.add_argument("--true-vocab-size", type=int, default=0, help="loader core: vocabulary size without padding")
-    for name, kind in WITHOUT_MEANING.items():
+    for name, kind in WITHOUT_EFFECT.items():
         action = {"action": "store_true", "default": None} if kind is None else {"type": kind}
         parser.add_argument(name, help="accepted, without effect", **action)
     parsed, rest = parser.parse_known_args(argv)
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         print(f"error: {error.report()}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
-    for name in WITHOUT_MEANING:
+    for name in WITHOUT_EFFECT:
         if getattr(args, name[2:].replace("-", "_")) is not None:
             print(f"note: {name} has no effect here: a checkpoint loads in any layout")
     words = ["export" if args.loader in OURS else "import", args.load_dir, args.save_dir]

@@ -48,7 +48,7 @@ REFUSED_TYPES = {
     "SFTTokenizer": "Chat templates are not applied: write the conversations as text first.",
 }
 # Always: all cores are used, the order is the input order, and gigatoken encodes if it supports the tokenizer.
-WITHOUT_MEANING = {
+WITHOUT_EFFECT = {
     **{"--partitions": int, "--log-interval": int, "--keep-sequential-samples": None, "--chunk-size": int},
     **{"--use-gigatoken": None, "--tokenizer-hf-no-use-fast": None, "--keep-newlines": None, "--lang": str},
 }
@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dataset-impl", default="mmap", help="mmap, the only one")
     parser.add_argument("--on-error", default="stop", help="stop or skip, as in `engine prepare`")
     parser.add_argument("--overwrite", action="store_true", help="as in `engine prepare`")
-    for name, kind in WITHOUT_MEANING.items():
+    for name, kind in WITHOUT_EFFECT.items():
         action = {"action": "store_true"} if kind is None else {"type": kind}
         parser.add_argument(name, help="accepted; has no effect here", default=None, **action)  # type: ignore[arg-type]
     parsed, rest = parser.parse_known_args(argv)
@@ -327,7 +327,7 @@ def _prepare(args: argparse.Namespace, key: str, bos: bool, stop: Interrupts) ->
 
 
 def _run(args: argparse.Namespace) -> None:
-    for name in WITHOUT_MEANING:
+    for name in WITHOUT_EFFECT:
         if getattr(args, name[2:].replace("-", "_")) is not None:
             print(f"note: {name} has no effect here: all cores are used, and the order is the input order")
     if args.tokenizer_type.startswith("BertWordPiece"):

@@ -195,7 +195,9 @@ def test_an_apex_that_is_not_nvidias_is_not_apex(tmp_path: Path, monkeypatch: py
     assert diagnosis._version("apex", *diagnosis.OPTIONAL["apex"]) == "of unknown version"
 
 
-@pytest.mark.parametrize(("words", "said"), [(["--timeout-s", "0"], "--timeout-s = 0.0"), (["--nonsense"], "nonsense")])
+@pytest.mark.parametrize(
+    ("words", "output"), [(["--timeout-s", "0"], "--timeout-s = 0.0"), (["--nonsense"], "nonsense")]
+)
 def test_wrong_options(words: list[str], output: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["doctor", *words])

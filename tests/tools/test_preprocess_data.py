@@ -85,7 +85,7 @@ def test_a_command_of_megatron_works_as_it_is(
     assert script.main([*map(str, options)]) == 1, "the input has changed"
     os.utime(corpus / "in.json", (0, 0))
     assert script.main([*map(str, options)]) == 0, "an interrupted command goes on"
-    assert "with the keys that are missing" in capsys.readouterr().out
+    assert "with the missing keys" in capsys.readouterr().out
     assert stored(corpus / "my_title_document") == before
 
 

@@ -83,7 +83,7 @@ def test_without_gloo_it_is_broken() -> None:
     done = run(GLOO_SOCKET_IFNAME="nowhere0")
     assert done.returncode == 1, done.stdout
     lines = done.stdout.splitlines()
-    assert lines[-2] == "broken:" and "gloo: two processes on this machine cannot sum" in lines[-1]
+    assert lines[-2] == "broken:" and "gloo: two processes on this machine could not sum" in lines[-1]
     assert "nowhere0" in lines[-1] and "nothing is broken" not in done.stdout
 
 
@@ -192,7 +192,7 @@ def test_an_apex_that_is_not_nvidias_is_not_apex(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(tmp_path))
     assert diagnosis._version("apex", *diagnosis.OPTIONAL["apex"]) == ""
     (tmp_path / "apex/normalization").mkdir()
-    assert diagnosis._version("apex", *diagnosis.OPTIONAL["apex"]) == "of unknown version"
+    assert diagnosis._version("apex", *diagnosis.OPTIONAL["apex"]) == "(unknown version)"
 
 
 @pytest.mark.parametrize(

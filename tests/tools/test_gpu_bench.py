@@ -34,4 +34,4 @@ def test_tiny_on_a_cpu(tmp_path: Path) -> None:
     assert {row["what"].split(",")[0] for row in found["attention"] if "refused" not in row} >= {"sdpa"}
     assert all(row["losses"] for row in found["curve"]) and found["seconds"].keys() == set(SECTIONS)
     kinds = found["profile"][0]
-    assert kinds["products"] > 0 and kinds["attention"] > 0
+    assert kinds["matmuls"] > 0 and kinds["attention"] > 0

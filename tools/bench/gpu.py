@@ -132,7 +132,7 @@ def summary(results: dict[str, list[dict[str, float]]]) -> str:
     share = best["share"]
     return (
         f"best: {best['what']}, {best['layers']} layers: {best['tokens_per_s']:,.0f} tokens/s, {best['tflops']:,.3g} "
-        f"TFLOP/s = {share:.3f} of the large product in this call; aim {AIM:.2f}: {'met' if share >= AIM else 'missed'}"
+        f"TFLOP/s = {share:.3f} of the large matmul in this call; aim {AIM:.2f}: {'met' if share >= AIM else 'missed'}"
     )
 
 

@@ -7,6 +7,9 @@ error, and so is one that has grown. Rules about imports and forbidden calls: te
 from __future__ import annotations
 
 import ast
+import io
+import re
+import tokenize
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +30,55 @@ ALLOWED: dict[str, dict[str, int]] = {
     "files are short": {},
     "functions are short": {},
     "functions take few arguments": {},
-    "a class name stands once": {},
-    "a module name stands once": {},
+    "a class name is unique": {},
+    "a module name is unique": {},
     "no loose files": {},
     "packages state their purpose": {},
+    "words are plain": {},
 }
 # Module names that may occur in several packages. A command's module in cli/ may have the name of the code it runs.
 SAME_NAME = {"attention", "convert", "job", "load", "options", "progress", "report", "run"}
+
+# Words that a reader of this field would have to translate, and what to write instead. A sample text in a string of
+# tests/ may have them, and so may a list of top-level domains.
+IDIOM = {
+    r"products|matrix product": "matmul",
+    r"cut (?:over|along|across|among)": "sharded across",
+    r"kernels? of (?:our|one's) own|(?:our )?own kernels?": "custom kernels",
+    r"remakes?": "recompute, recipe",
+    r"settles?|settled": "wait for (the weights)",
+    r"speaks?|spoken": "contribute, transport",
+    r"(?:kept|keeps?|told|tells?) apart": "document masking; separate, distinguish",
+    r"borders?": "boundaries, cu_seqlens",
+    r"(?:go|goes|going|gone|went) on": "continue, resume",
+    r"facts?": "fields, metadata",
+    r"strangers?": "unexpected files",
+    r"(?:leaves?|left|leaving) out": "skip, omit",
+    r"tells?|told|telling|said": "report, print, state",
+    r"anew": "again",
+    r"whatever|whoever": "any, the caller",
+    r"for ever": "indefinitely",
+    r"of then": "of that time",
+    r"besides?": "next to, alongside, compared with",
+    r"(?:no|every|some)body|everyone|someone": "no rank, all ranks, a caller",
+    r"husks?": "empty folder",
+    r"off by [0-9<{]": "max error",
+    r"in silence": "silently",
+    r"of (?:one's|our|its|their) own": "separate, custom",
+    r"to the bit": "bitwise",
+    r"stands?|stood|standing": "is",
+    r"lies?|lying": "is in, is contained in",
+    r"in vain": "without success",
+    r"alike": "the same way, identical",
+    r"rooms?": "package (of code), space (on a disk)",
+    r"at last": "finally",
+    r"meant": "intended",
+    r"repairs?|repaired": "fix",
+    r"whence|thereof|hereby|betimes|ere": "a plain word",
+}
+# Not matched: words with hyphens, such as error codes.
+_OLD_WORDS = re.compile(r"(?<![-\w])(?:" + "|".join(f"({pattern})" for pattern in IDIOM) + r")(?![-\w])", re.I)
+WORD_LISTS = {"engine/data/clean/pii/domains.py"}
 
 Tree = dict[str, str]  # path from the root -> text
 Rule = Callable[[Tree], Iterator[tuple[str, int]]]
@@ -127,20 +172,44 @@ def packages_state_purpose(tree: Tree) -> Iterator[tuple[str, int]]:
             yield folder, 1
 
 
+def plain_words(tree: Tree) -> Iterator[tuple[str, int]]:
+    """Places with a word of IDIOM: in pages and csrc all text, in Python comments, docstrings, names and messages."""
+    for path, text in tree.items():
+        for line, part in _texts(path, text) if path not in WORD_LISTS else ():
+            for found in _OLD_WORDS.finditer(part):
+                instead = list(IDIOM.values())[(found.lastindex or 1) - 1]
+                yield f"{path}:{line + part.count(chr(10), 0, found.start())}: {found[0]!r} (write: {instead})", 1
+
+
+def _texts(path: str, text: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of what a person reads of a file."""
+    if not path.endswith(".py"):
+        yield 1, text
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]
+        docstring = kind == "STRING" and token.line.lstrip().startswith('"""')
+        message = kind in ("STRING", "FSTRING_MIDDLE") and not path.startswith("tests/")
+        name = kind == "NAME" and token.string != "tell"  # the position in a file
+        if name or kind == "COMMENT" or docstring or message:
+            yield token.start[0], token.string
+
+
 RULES: dict[str, Rule] = {
     "files are short": short_files,
     "functions are short": short_functions,
     "functions take few arguments": few_arguments,
-    "a class name stands once": class_names,
-    "a module name stands once": module_names,
+    "a class name is unique": class_names,
+    "a module name is unique": module_names,
     "no loose files": no_loose_files,
     "packages state their purpose": packages_state_purpose,
+    "words are plain": plain_words,
 }
 
 
 def house(*folders: str) -> Tree:
     """The sources below these folders of the repository."""
-    ends = {".py", ".cpp", ".cu", ".h"}
+    ends = {".py", ".cpp", ".cu", ".h", ".md"}
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in ends]
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
@@ -158,6 +227,14 @@ def test_the_house_keeps_the_rule(rule: str) -> None:
     assert not stale, f"{rule}: these have improved, remove them from ALLOWED: {stale}"
 
 
+def test_words_are_plain() -> None:
+    """In the whole repository; CHANGELOG.md names old words."""
+    tree = HOUSE | house("docs", "tests", "examples", "tools")
+    tree |= {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "setup.py")}
+    found = [place for place, _ in plain_words(tree)]
+    assert len(tree) > 500 and not found, "\n".join(found)
+
+
 def test_the_core_keeps_its_budget() -> None:
     lines = sum(text.count("\n") for path, text in HOUSE.items() if path.startswith(tuple(f"engine/{h}" for h in CORE)))
     assert 5_000 < lines <= CORE_LINES, f"{lines:,} lines from the config to the optimizer"
@@ -169,14 +246,20 @@ def test_the_repository_has_six_folders() -> None:
 
 
 PLANTED: list[tuple[str, Tree]] = [
+    ("words are plain", {"engine/a/b.py": "x = 1  # the run goes on\n"}),
+    ("words are plain", {"engine/a/b.py": 'raise E(f"{x} stands beside {y}")\n'}),
+    ("words are plain", {"tests/a/b.py": 'def f():\n    """Said anew."""\n'}),
+    ("words are plain", {"tests/a/b.py": "told = 1\n"}),
+    ("words are plain", {"docs/a.md": "the same to\nthe bit, to the bit"}),
+    ("words are plain", {"csrc/ops/b.h": "// our own kernels\n"}),
     ("files are short", {"engine/a/b.py": "x = 1\n" * 401}),
     ("files are short", {"csrc/ops/b.cpp": "\n" * 401}),
     ("functions are short", {"engine/a/b.py": "def f():\n" + "    x = 1\n" * 60}),
     ("functions are short", {"engine/a/b.py": "class A:\n    async def f(self):\n" + "        x = 1\n" * 60}),
     ("functions take few arguments", {"engine/a/b.py": "def f(a, b, c, d, *, e, f, g, h, i): ..."}),
     ("functions take few arguments", {"engine/a/b.py": "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ..."}),
-    ("a class name stands once", {"engine/a/b.py": "class A: ...", "engine/c.py": "def f():\n    class A: ..."}),
-    ("a module name stands once", {"engine/a/b.py": "", "engine/c/b.py": ""}),
+    ("a class name is unique", {"engine/a/b.py": "class A: ...", "engine/c.py": "def f():\n    class A: ..."}),
+    ("a module name is unique", {"engine/a/b.py": "", "engine/c/b.py": ""}),
     ("no loose files", {f"engine/m{k}.py": "" for k in range(9)}),
     ("no loose files", {"csrc/a.cpp": ""}),
     ("no loose files", {"scripts/a.py": ""}),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")  # for which there are wheels of torch
+OLD_SETUPTOOLS = "81"  # the newest that torch 2.11 allows
 FOLDERS = (".pyenv/versions/{}.*/bin", ".local/share/uv/python/cpython-{}.*/bin")
 
 
@@ -78,7 +79,9 @@ def oldest_torch(build: Path) -> int:
     title, folder = f"torch {found[1]}", build / f"torch-{found[1]}"
     copy(folder)
     pins = folder / "constraints.txt"
-    text = re.sub(r"^torch==.*$", f"torch=={found[1]}.*", pins.read_text(encoding="utf-8"), flags=re.M)
+    text = pins.read_text(encoding="utf-8")
+    for package, version in {"torch": found[1], "setuptools": OLD_SETUPTOOLS}.items():
+        text = re.sub(rf"^{package}==.*$", f"{package}=={version}.*", text, flags=re.M)
     pins.write_text(text, encoding="utf-8")
     passed, summary = attempt(title, "venv", folder, sys.executable)
     if passed:

@@ -17,8 +17,8 @@ SECTIONS = ["limits", "step", "attention", "ops", "profile", "curve"]
 
 @pytest.mark.heavy
 def test_tiny_on_a_cpu(tmp_path: Path) -> None:
-    words = ["--device", "cpu", "--tiny", "--no-build", "--sections", *SECTIONS]
-    env = os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    words = ["--device", "cpu", "--tiny", "--no-build", "--out", str(tmp_path / "gpu.json"), "--sections", *SECTIONS]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     script = str(ROOT / "tools/bench/gpu.py")
     done = subprocess.run([sys.executable, script, *words], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -67,12 +67,12 @@ def test_the_oldest_torch_that_is_allowed(
     pythons: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Tests run in a copy pinned to it; if it cannot be installed, this is reported and no test runs."""
-    (pythons.ROOT / "Makefile").write_text("venv:\n\t@test ! -e fail\nquick:\n\t@grep torch constraints.txt\n")
+    (pythons.ROOT / "Makefile").write_text("venv:\n\t@test ! -e fail\nquick:\n\t@grep tools -B2 constraints.txt\n")
     (pythons.ROOT / "pyproject.toml").write_text('dependencies = [\n  "torch>=2.3",\n  "torchdata>=1",\n]\n')
-    (pythons.ROOT / "constraints.txt").write_text("numpy==2.4\ntorch==2.9.0\ntorchdata==2\n")
+    (pythons.ROOT / "constraints.txt").write_text("numpy==2.4\ntorch==2.9.0\ntorchdata==2\nsetuptools==84.2.1\n")
     assert run(pythons, monkeypatch, "--oldest-torch") == 0
     out = capfd.readouterr().out
-    assert "\ntorch==2.3.*\ntorchdata==2\n" in out and "torch 2.3: make quick passed" in out
+    assert "torch==2.3.*\ntorchdata==2\nsetuptools==81.*\n" in out and "torch 2.3: make quick passed" in out
     (pythons.ROOT / "fail").touch()
     assert run(pythons, monkeypatch, "--oldest-torch") == 1
     out = capfd.readouterr().out

@@ -5,7 +5,7 @@
 
 It builds the extension, runs the checks, measures this machine's two limits (a large bf16 matmul of random values, a
 large copy), then times each operation against them, every attention that can run, and whole steps of Llama-2-7B's
-shape. Results are written to $OUT/gpu.json (else ./gpu.json) after every measurement, so a time limit loses nothing.
+shape. Results are written to gpu.json (--out) after every measurement, so a time limit loses nothing.
 --wheels installs missing packages from a folder of wheels, for a machine without a network.
 """
 
@@ -44,7 +44,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first, into a separate folder")
     parser.add_argument("--sections", nargs="+", default=list(BUDGET_S), choices=list(BUDGET_S))
-    parser.add_argument("--out", type=Path, help="file of the results; else $OUT/gpu.json or gpu.json")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="file of the results")
     parser.add_argument("--no-build", action="store_true", help="take the extension as it is")
     return parser.parse_args()
 
@@ -84,7 +84,7 @@ def main() -> None:
     from report import header, show_rows
 
     device = torch.device(o.device, 0) if o.device == "cuda" else torch.device("cpu")
-    out = o.out or Path(os.environ.get("OUT", ".")) / "gpu.json"
+    out = o.out
     machine = describe() | {"gpu": torch.cuda.get_device_name() if o.device == "cuda" else "none"}
     session = Session(device, TINY if o.tiny else Sizes(), out, machine)
     sections = {

@@ -204,7 +204,7 @@ def test_tokens_and_epochs_become_shares(corpora: Path, tmp_path: Path) -> None:
     data = opened(mix("epochs", 1, 4))
     web, code = (one.samples_per_epoch for one in data.order.orders)  # type: ignore[union-attr]
     assert data.order.counts(web + 4 * code).tolist() == [web, 4 * code]  # type: ignore[union-attr]
-    assert f"make {round((web + 4 * code) / 8):,} steps, the run has 10: each source gets" in data.shares[2]
+    assert f"need {round((web + 4 * code) / 8):,} steps, the run has 10: each source gets" in data.shares[2]
 
 
 def test_one_corpus_stays_as_it_was(corpora: Path) -> None:

@@ -300,7 +300,7 @@ def test_slurm_dry_run_needs_no_slurm() -> None:
     assert re.search(r"srun .* bash \S*examples/pretrain_7b.sh --dry-run --train.steps 7000", done.stdout)
     assert "torchrun --nnodes 4 --node-rank 0" in done.stdout and "\nranks: 32\n" in done.stdout
     done = bash(str(SLURM))
-    assert done.returncode == 2 and "error: this is no Slurm job" in done.stderr
+    assert done.returncode == 2 and "error: this is not a Slurm job" in done.stderr
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])

@@ -70,7 +70,7 @@ def test_a_compiler_error_is_kept(tree: Path) -> None:
     notes.pop("cuda", None)  # a torch with CUDA and no nvcc that fits it
     assert list(notes) == ["engine._ops"] and there == ["_index", "_shared"]
     assert notes["engine._ops"].startswith("csrc/ops/cpu_only.cpp:") and "error:" in notes["engine._ops"]
-    assert f"warning: engine._ops is not built: {notes['engine._ops']}" in printed
+    assert f"warning: engine._ops was not built: {notes['engine._ops']}" in printed
 
 
 def test_no_compiler(tree: Path) -> None:
@@ -119,7 +119,7 @@ def test_without_cuda_kernels_the_reason_is_printed(tree: Path, release: str | N
         (tree / "cuda/bin/nvcc").chmod(0o755)
     path = {"PYTHONPATH": str(tree / "hidden"), "CUDA_HOME": str(tree / "cuda")}
     notes, printed, _ = build(tree, **path, CC="false", CXX="false")
-    assert re.fullmatch(why, notes["cuda"]) and f"warning: cuda is not built: {notes['cuda']}" in printed
+    assert re.fullmatch(why, notes["cuda"]) and f"warning: cuda was not built: {notes['cuda']}" in printed
     assert "engine._ops" in notes  # it was also tried without CUDA
 
 

@@ -46,7 +46,7 @@ def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize(
     "layout",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.heavy),
         {"model_qk_norm": True, "train_recompute": "selective"},
         pytest.param({"parallel_tensor": 2, "train_recompute": "selective"}, marks=pytest.mark.heavy),
         pytest.param(

@@ -139,10 +139,10 @@ def test_every_layout_computes_the_same(mode: str) -> None:
     ("changes", "expected"),
     [
         ({"train_precision": "fp32"}, "train.fp8 = 'tensorwise': needs train.precision bf16, not fp32"),
-        ({"model_hidden_size": 40}, "model.hidden_size = 40: gives 40 columns of matrices, no multiple of 16"),
+        ({"model_hidden_size": 40}, "model.hidden_size = 40: gives 40 columns of matrices, not a multiple of 16"),
         ({"model_ffn_size": 40}, "model.ffn_size = 40: gives 40 columns of down on a rank"),
         ({"model_head_dim": 6}, "model.head_dim = 6: gives 72 rows of q, k and v on a rank"),
-        ({"train_seq_len": 15}, "train.seq_len = 15: gives 15 tokens of a microbatch"),
+        ({"train_seq_len": 15}, "train.seq_len = 15: gives 15 tokens of a micro-batch"),
     ],
     ids=str,
 )

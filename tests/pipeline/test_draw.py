@@ -221,8 +221,8 @@ BAD_OPTIONS = [
     ),
     ("--memory-cap 0", r"--memory-cap = 0\.0: is not above 0"),
     ("--output a.pdf", r"--output = 'a\.pdf': is neither"),
-    ("--name 1f1b --compare zb-v", r"--name = '1f1b': stands beside --compare"),
-    ("--from run --costs f=1", r"--costs = 'f=1': stands beside --from"),
+    ("--name 1f1b --compare zb-v", r"--name = '1f1b': excludes --compare"),
+    ("--from run --costs f=1", r"--costs = 'f=1': excludes --from"),
     ("--compare 1f1b zb-v --save a.plan", r"--save = 'a\.plan': takes one plan"),
 ]
 
@@ -267,4 +267,4 @@ def test_faulty_files_are_reported(words: str, message: str, here: Path, capsys:
 def test_the_overview_names_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert re.search(r"schedule +prove, simulate, draw", capsys.readouterr().out)
+    assert re.search(r"schedule +check, simulate, draw", capsys.readouterr().out)

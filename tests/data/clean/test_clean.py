@@ -519,7 +519,7 @@ def test_skipped_inputs_and_notes_are_reported(tmp_path: Path, capsys: pytest.Ca
         assert report["dropped"] == {"input: broken link": 1, "input: no regular file": 1, **own}
         assert report["noticed"] == {"read as JSON lines": 1}
         show_clean_report(report)
-        assert f"noticed: 1 read as JSON lines, the first: {tmp_path}/in/a.txt its first" in capsys.readouterr().out
+        assert f"noticed: 1 read as JSON lines; the first: {tmp_path}/in/a.txt its first" in capsys.readouterr().out
         files = [json.loads(line)["file"] for line in Path(output).read_text().splitlines()]
         assert files == [f"{tmp_path}/in/a.txt", f"{tmp_path}/in/\\udcff.txt"]
     # Where both exist, only the cleaned file is read.

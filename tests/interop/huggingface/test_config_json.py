@@ -335,7 +335,7 @@ def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     code, text = engine("import", folder, run)
     assert code == 1 and "already has checkpoints; choose another folder" in text
     code, text = engine("export", run, tmp_path / "back", "--verify")
-    assert code == 0 and "LlamaForCausalLM" in text and "transformers gives the same logits" in text
+    assert code == 0 and "LlamaForCausalLM" in text and "transformers computes the same logits" in text
     assert engine("export", run, tmp_path / "back")[0] == 1
     assert engine("import", folder, tmp_path / "x", "--shard-mib", 0)[0] == 2
     assert engine("import", folder, tmp_path / "x", "--max-seq-len", -1)[0] == 2

@@ -253,7 +253,9 @@ print(first, peak[0] - base)
 """
 
 
-@pytest.mark.parametrize("name", ["llama", "neox", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "phi3", *(pytest.param(n, marks=pytest.mark.heavy) for n in ("neox", "gpt2"))]
+)
 def test_memory_is_a_shard_and_a_tensor(tmp_path: Path, name: str) -> None:
     """A model of 50 or 60 MiB in float32, shards of 4 MiB, tensors of up to 2 MiB; measured every half millisecond."""
     wide = {"vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 16, "intermediate_size": 1024}

@@ -106,7 +106,7 @@ class CheckpointError(EngineError):
 
 
 class DamageError(CheckpointError):
-    """A checkpoint is corrupt: torn, truncated, bytes changed or files missing. An older one may still be whole."""
+    """A checkpoint is corrupt: torn, truncated, bytes changed or files missing. An older one may be intact."""
 
 
 class SecretError(CheckpointError):

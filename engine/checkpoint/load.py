@@ -147,7 +147,7 @@ class TensorSource(ABC, Generic[E]):
         if covered != math.prod(shape) or _any_overlap([(low, high) for _, low, high in found]):
             raise CheckpointError(
                 "checkpoint.values-missing",
-                f"{self.folder}: {name}: only {covered} of {math.prod(shape)} values exist, or some twice; damaged",
+                f"{self.folder}: {name}: its parts have {covered} of {math.prod(shape)} values, or overlap; damaged",
             )
         return found
 

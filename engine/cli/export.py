@@ -123,6 +123,6 @@ def _dtype(name: str) -> torch.dtype:
 
     if name not in PRECISIONS:
         raise ConfigError(
-            [FieldError("cli.unknown-choice", "--dtype", name, f"is none of {', '.join(PRECISIONS)}", "Choose one.")]
+            [FieldError("cli.unknown-choice", "--dtype", name, f"is not one of {', '.join(PRECISIONS)}", "Choose one.")]
         )
     return PRECISIONS[name].compute

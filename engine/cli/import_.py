@@ -77,7 +77,11 @@ def run(args: list[str]) -> int:
         raise ConfigError(
             [
                 FieldError(
-                    "cli.missing-option", "--encrypt", True, "needs --secret", "Such as --secret file:/home/me/run.key."
+                    "cli.missing-option",
+                    "--encrypt",
+                    True,
+                    "needs --secret",
+                    "Give one, such as --secret file:/home/me/run.key.",
                 )
             ]
         )

@@ -63,7 +63,7 @@ HELP = Help(
             "engine schedule --compare gpipe 1f1b interleaved zb-v --ranks 4 --microbatches 16",
         ),
         (
-            "Search a plan that stays below 4 micro-batches of activations and save it for training",
+            "Search a plan that keeps at most 4 micro-batches of activations, and save it for training",
             "engine schedule --name searched --memory-cap 4 --save plan.txt",
         ),
     ),

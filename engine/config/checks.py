@@ -253,7 +253,7 @@ def _checkpoint_errors(c: CheckpointConfig) -> Iterator[FieldError]:
             "checkpoint.encrypt",
             True,
             "needs checkpoint.secret",
-            "Such as file:/home/me/run.key.",
+            "Set it, for example to file:/home/me/run.key.",
         )
     if c.secret and not c.secret.startswith(("file:", "env:")):
         problem, fix = "is neither file:PATH nor env:NAME", "Give where the secret is, never the secret itself."
@@ -268,7 +268,7 @@ def _checkpoint_errors(c: CheckpointConfig) -> Iterator[FieldError]:
         )
     if c.keep_every and c.every and c.keep_every % c.every:
         near = max(1, round(c.keep_every / c.every)) * c.every
-        problem = f"is no multiple of checkpoint.every {c.every}, so few such steps are saved"
+        problem = f"is not a multiple of checkpoint.every {c.every}, so few such steps are saved"
         yield FieldError(
             "config.keep-every-not-a-multiple", "checkpoint.keep_every", c.keep_every, problem, f"Nearest: {near}."
         )

@@ -259,7 +259,7 @@ def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], erro
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         known = ", ".join(PRESETS)
         errors.append(
-            FieldError("config.unknown-choice", "model.preset", name, f"is none of {known}", f"Did you mean {near}?")
+            FieldError("config.unknown-choice", "model.preset", name, f"is not one of {known}", f"Did you mean {near}?")
         )
         return
     for key, value in PRESETS[name].items():

@@ -136,7 +136,7 @@ class ParallelConfig(Section):
     """ranks that split the experts (expert parallelism); only 1 so far"""
     sequence: bool = True
     """with tensor above 1: also shard the sequence outside the matmuls (sequence parallelism), which saves activation
-    memory; false if train.seq_len is not a multiple of tensor"""
+    memory; set false if train.seq_len is not a multiple of tensor"""
     keep_gathered: bool = False
     """with sequence: save the gathered inputs of column-parallel matmuls instead of gathering again in the backward;
     less communication, more memory"""

@@ -45,7 +45,7 @@ def read_env() -> Env:
 
 
 def pick_device(wanted: str, env: Env) -> torch.device:
-    """The device of this rank for train.device auto, cpu or cuda. ConfigError for cuda with fewer GPUs than ranks."""
+    """The device of this rank for train.device auto, cpu or cuda. ConfigError for cuda without a GPU per local rank."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and gpus < env.local_world):
         return torch.device("cpu")

@@ -142,7 +142,7 @@ def end_with_launcher(env: Env) -> None:
             time.sleep(_POLL_S)
         with suppress(OSError):
             if env.local_rank == 0:
-                text = f"torchrun (process {LAUNCHER}) exited without an error (killed?), so its ranks end too"
+                text = f"torchrun (process {LAUNCHER}) exited without an error message (killed?), so its ranks end too"
                 print(f"error: rank {env.rank}: {text}; the same command resumes", file=sys.stderr, flush=True)
         os._exit(EXIT_ERROR)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.util.files import open_no_follow, replace_synced, sync_file
 
 _RESERVED_BYTES = 4096  # reserved at the start, so that the final record needs no space
-_RUNNING = "running, or ended without an error (killed, power cut)"
+_RUNNING = "running, or ended without a final record (killed, power cut)"
 
 
 class ExitRecord:

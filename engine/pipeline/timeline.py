@@ -64,7 +64,7 @@ def read_timeline(run: Path) -> tuple[Timeline, int]:
     if not path.exists():
         raise DataError(
             "pipeline.timeline-missing",
-            f"{run}: no {TIMELINE_FILE}; give the folder of a run that has done its monitor.timeline_step-th step",
+            f"{run}: no {TIMELINE_FILE}; give the folder of a run that recorded a timeline (monitor.timeline_step)",
         )
     try:
         return from_json(read_json(path, links=False))

@@ -82,7 +82,7 @@ class Interrupts(StopRequest):
     because native modules crash when an exception ends their initialisation. If the main thread is blocked (a native
     call, a pipe without a reader) for three seconds, a watcher thread ends the process, except inside `committing`. So
     does a second signal. resume_hint: returns which work is kept and which command to give; called from either thread.
-    A process forked meanwhile handles signals as before. listen=False (the caller handles signals itself) ignores all.
+    A process forked meanwhile handles signals as before. listen=False installs no handlers: the caller has its own.
     """
 
     def __init__(self, resume_hint: str = "", listen: bool = True) -> None:

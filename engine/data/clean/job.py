@@ -85,7 +85,7 @@ class CleanJob:
         if self.source.reads_once:
             return f"nothing is kept of standard input; {again}"
         if missing == tasks == 1:
-            return f"nothing is kept yet; {again} (with --tasks N, finished parts of N are kept)"
+            return f"nothing is kept yet; {again} (with --tasks N, each of the N parts is kept once it is finished)"
         if missing == tasks:
             return f"nothing is kept yet; {again}"
         return f"{tasks - missing} of {tasks} parts are kept in {self.work_folder}; {again} to resume with the rest"

@@ -98,7 +98,7 @@ class PrepareOptions(ReadOptions):
         shares = {"--valid-fraction": self.valid_fraction, "--test-fraction": self.test_fraction}
         wrong = {option: share for option, share in shares.items() if not 0 <= share < 1}
         for option, share in wrong.items():
-            fix = "Use 0.01 for a hundredth, 0 for none."
+            fix = "Use a fraction such as 0.01, or 0 for none."
             yield FieldError("prepare.fraction-out-of-range", option, share, "is not in [0, 1)", fix)
         if not wrong and sum(shares.values()) >= 1:
             problem = f"and --valid-fraction {self.valid_fraction} leave no documents to train on"

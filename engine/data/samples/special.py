@@ -113,7 +113,7 @@ def _fim_errors(data: DataConfig, tokenizer: Tokenizer) -> Iterator[FieldError]:
             "data.fim_rate",
             data.fim_rate,
             problem,
-            "Use a tokenizer of kind bpe or unigram, or omit it.",
+            "Use a tokenizer of kind bpe or unigram, or set data.fim_rate to 0.",
         )
 
 

@@ -69,7 +69,7 @@ class TokenizerOptions(ReadOptions):
     def errors(self) -> Iterator[FieldError]:
         """All errors in the options, before any work starts."""
         if not self.input:
-            problem = "names nothing to read"
+            problem = "names no input"
             yield FieldError("tokenize.no-input", "--input", "", problem, "Give files, folders, globs, URLs or -.")
         if self.max_bytes < 0:
             yield FieldError(

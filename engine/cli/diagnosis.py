@@ -116,9 +116,9 @@ def _gpus() -> Iterator[Finding]:
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if backends()["nccl"] else "not built in"
     yield Finding("GPUs", f"{torch.cuda.device_count()}; {built}, NCCL {nccl}")
     for index in range(torch.cuda.device_count()):
-        fields = torch.cuda.get_device_properties(index)
-        memory = f"{fields.total_memory / 2**30:.1f} GiB, compute capability {fields.major}.{fields.minor}"
-        yield Finding(f"GPU {index}", f"{fields.name}, {memory}")
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.1f} GiB, compute capability {device.major}.{device.minor}"
+        yield Finding(f"GPU {index}", f"{device.name}, {memory}")
 
 
 def _communication(timeout_s: float) -> Iterator[Finding]:

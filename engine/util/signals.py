@@ -89,7 +89,7 @@ class Interrupts(StopRequest):
         self.resume_hint: Callable[[], str] = lambda: resume_hint
         self.signal, self._since, self._before = None, 0.0, {}
         self._deferred = listen  # until `interruptible` is ready for Stopped
-        self._sealing = self._raised = self._reported = self._ended = False
+        self._committing = self._raised = self._reported = self._ended = False
         self._ends_at = math.inf
         if listen:
             self._heard, self._wakeup = os.pipe()
@@ -117,12 +117,12 @@ class Interrupts(StopRequest):
     @contextmanager
     def committing(self) -> Iterator[None]:
         """Inside the block, results are made durable, so the time limit for a blocked main thread is suspended."""
-        self._sealing = True
+        self._committing = True
         try:
             yield
         finally:
             self._ends_at = max(self._ends_at, time.monotonic() + _GRACE_S)
-            self._sealing = False
+            self._committing = False
 
     def leave(self, forced_by: int | None = None) -> NoReturn:
         """Print once how to resume, and exit the process even if other threads are running."""
@@ -166,7 +166,7 @@ class Interrupts(StopRequest):
                     if self._is_second(number):
                         self.leave(number)
                     self._ends_at = min(self._ends_at, self._since + _GRACE_S)
-            elif time.monotonic() > self._ends_at and not (self._sealing or self._ended):
+            elif time.monotonic() > self._ends_at and not (self._committing or self._ended):
                 self.leave(self.signal)
         os.close(self._heard)
 

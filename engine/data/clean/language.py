@@ -16,7 +16,7 @@ from engine.data.clean.libraries import require_package
 from engine.data.clean.width import fold_width
 
 _CHARS = 2000  # only the first characters of a document are classified
-_LONG = 100  # with so many Chinese characters the model distinguishes Chinese languages (zh, yue, wuu)
+_LONG = 100  # from this many Chinese characters on, the model distinguishes Chinese languages (zh, yue, wuu)
 _HAN = r"\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _KANA = r"\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
 _HANGUL = r"\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3"

@@ -35,8 +35,8 @@ from engine.util.prefetch import map_ahead
 from engine.util.signals import Stopped
 
 EncodedBatch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]
-SHARD_BYTES = 256 << 20  # a shard is committed after so many bytes written
-SHARD_S = 30.0  # or after so many seconds; a kill loses at most the uncommitted rest
+SHARD_BYTES = 256 << 20  # a shard is committed after this many bytes of data
+SHARD_S = 30.0  # or this many seconds, whichever comes first; a kill loses only the uncommitted rest
 MAX_THREADS = 8  # default limit: one reader feeds no more encoder threads, and each of them holds a batch
 
 

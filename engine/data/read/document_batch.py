@@ -34,7 +34,7 @@ class DroppedItem:
     def error(self) -> DataError:
         """The error to raise for it under `--on-error stop`."""
         return DataError(
-            "read.document-refused", f"{self} (--on-error skip skips such documents, and counts and lists them.)"
+            "read.document-refused", f"{self} (With --on-error skip such documents are skipped, counted and listed.)"
         )
 
 

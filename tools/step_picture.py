@@ -67,7 +67,7 @@ ARROWS = (
     Arrow(((330, 262), (126, 262), (126, 380)), "over all micro-batches", (150, 254)),
     Arrow(((232, 422), (330, 422)), "reduce-scatter|over data", (238, 400)),
     Arrow(((542, 422), (640, 422)), "scale", (574, 414)),
-    Arrow(((852, 422), (940, 422)), "own range", (866, 414)),
+    Arrow(((852, 422), (940, 422)), "owned range", (862, 414)),
     Arrow(
         ((1152, 422), (1170, 422), (1170, 18), (436, 18), (436, 60)),
         "all-gather over data (ZeRO-1), while the next forward already runs",

@@ -93,7 +93,7 @@ def _lost_contact(error: str, silent_s: float | None, peers: PeerStatus, *, stor
         )
     else:
         who = f"rank {_joined(peers.ended)}" if peers.ended else "another rank"
-        text = f"lost contact with {who}, which exited without an error (killed? out of memory?)"
+        text = f"lost contact with {who}, which exited without an error message (killed? out of memory?)"
     return (
         f"{text}: {error}\n  Check the network of {here} and the logs of the other nodes, then start the same command "
         "again: it resumes from the last checkpoint."

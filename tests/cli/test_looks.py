@@ -103,8 +103,8 @@ def test_evaluation_finds_the_data_from_another_folder(tmp_path: Path, warm: Pat
     assert done.returncode == 0 and str(tmp_path / "valid") in done.stdout, done.stderr
 
 
-def test_the_script_ends_with_2_for_a_fault_of_the_configuration(tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+def test_the_script_ends_with_2_for_a_fault_of_the_configuration(tmp_path: Path, warm: Path) -> None:
+    path = f"{warm}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(ROOT / "examples/pretrain_7b.sh"), "--optimizer.lr", "-1", "--run.dir", str(tmp_path / "run")],
         env=os.environ | {"PATH": path, "GPUS_PER_NODE": "1"},

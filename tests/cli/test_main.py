@@ -34,7 +34,7 @@ def records(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_process_learns_and_leaves_a_whole_run_folder(corpus: Path, tmp_path: Path) -> None:
+def test_one_process_learns_and_leaves_a_whole_run_folder(corpus: Path, tmp_path: Path, warm: Path) -> None:
     options = ("--train.steps", "60", "--data.valid", str(corpus), "--monitor.tensorboard", "true")
     code, out, err = finish(train(corpus, tmp_path / "run", 1, *options, "--eval.every", "30"))
     assert code == 0, err
@@ -47,12 +47,15 @@ def test_one_process_learns_and_leaves_a_whole_run_folder(corpus: Path, tmp_path
     assert "step 60/60  loss" in out and "validation loss" in out and "saved" in out
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert events.Scalars("train/loss")[-1].step == 60 and events.Scalars("val/loss")[-1].step == 60
-    again = finish(train(corpus, tmp_path / "run", 1, "--config", str(tmp_path / "run/config.toml")))
+    options = ("--config", str(tmp_path / "run/config.toml"))
+    again = finish(train(corpus, tmp_path / "run", 1, *options, commands=warm))
     assert again[0] == 0 and "nothing left to do: step 60 of 60 is done, resuming from" in again[1], again
 
 
 @pytest.mark.parametrize("target", ["launcher", "one rank"])
-def test_sigterm_saves_and_the_run_goes_on_in_another_layout(corpus: Path, tmp_path: Path, target: str) -> None:
+def test_sigterm_saves_and_the_run_resumes_in_another_layout(
+    corpus: Path, tmp_path: Path, warm: Path, target: str
+) -> None:
     run = tmp_path / "run"
     constant = ("--lr-schedule.kind", "constant")  # so that the rate stays when the run is made shorter
     process = train(corpus, run, 2, "--parallel.tensor", "2", "--train.steps", "100000", *constant)
@@ -68,7 +71,8 @@ def test_sigterm_saves_and_the_run_goes_on_in_another_layout(corpus: Path, tmp_p
     fields = json.loads((run / "exit.json").read_text())
     assert fields["code"] == 75 and fields["step"] == records(run)[-1]["step"]
     more = str(fields["step"] + 2)
-    code, out, err = finish(train(corpus, run, 2, "--parallel.pipeline", "2", "--train.steps", more, *constant))
+    options = ("--parallel.pipeline", "2", "--train.steps", more, *constant)
+    code, out, err = finish(train(corpus, run, 2, *options, commands=warm))
     assert code == 0 and f"resuming from {run}/checkpoints/step_{fields['step']:08d}" in out, err
     assert [r["step"] for r in records(run)] == list(range(1, int(more) + 1))
 

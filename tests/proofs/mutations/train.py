@@ -105,7 +105,7 @@ MUTATIONS = [
         "a skipped step advances the bias correction (OLMo-core's SkipStep)",
         "engine.train.step:train_step",
         "advance_counters(state)",
-        "state.optimizer.steps += not finite\nleave_behind(state)",
+        "state.optimizer.steps += not finite\nadvance_counters(state)",
         OVERFLOW,
     ),
     Mutation(

@@ -130,7 +130,7 @@ def serve(path: str) -> tuple[str, list[str]]:
                 with suppress(OSError):
                     caller.sendall(code.to_bytes(8, "little", signed=True))
                 caller.close()
-            else:  # its caller has
+            elif key.data in running and running[key.data][1] is key.fileobj:  # its caller has, and it has not
                 requests.unregister(key.fileobj)
                 os.kill(running[key.data][0], signal.SIGKILL)
 

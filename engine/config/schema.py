@@ -8,6 +8,7 @@ computed in engine.config.derived.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -66,8 +67,9 @@ class ModelConfig(Section):
     """epsilon of the norms"""
     norm_offset: bool = False
     """RMSNorm scales by 1 + weight (Gemma)"""
-    norm_position: Literal["pre", "post"] = "pre"
-    """pre: normalise the input of attention and MLP; post: normalise their output before the residual sum (OLMo-2)"""
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    """pre: normalise the input of attention and MLP; post: normalise their output before the residual sum (OLMo-2);
+    sandwich: both, with two norms each (Gemma 2)"""
     parallel_residual: bool = False
     """attention and MLP of a block read the same input (GPT-NeoX)"""
     qk_norm: bool = False
@@ -118,6 +120,21 @@ class ModelConfig(Section):
     def rotary_dim(self) -> int:
         """Number of values of a head that are rotated; 0 for learned positions. Only for a resolved config."""
         return int(self.head_dim * self.rotary_fraction) if self.positions == "rope" else 0
+
+    def layer(self, index: int) -> LayerConfig:
+        """The settings of layer `index`, from 0. Only for a resolved config."""
+        return LayerConfig(self, index)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """A view of one layer of a model; `ModelConfig.layer` makes it, and the layer's modules read it.
+
+    model: the settings that all layers share. index: the layer's number in the whole model, from 0.
+    """
+
+    model: ModelConfig
+    index: int
 
 
 class ParallelConfig(Section):

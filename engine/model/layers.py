@@ -174,12 +174,10 @@ class Norm(nn.Module):
             self.function = partial(backends.fuse(layer_norm), eps=cfg.norm_eps)
             self.add_norm_function = partial(backends.fuse(add_layer_norm), eps=cfg.norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> the same shape."""
-        return self.function(*self._inputs(x))
-
-    def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual sum x + residual, and its norm, fused: x, residual [..., size] -> (sum, norm of the sum)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x [..., size] -> the same shape. With a residual: the sum x + residual and the norm of the sum, fused."""
+        if residual is None:
+            return self.function(*self._inputs(x))
         return self.add_norm_function(*self._inputs(x, residual))
 
     def _inputs(self, *x: Tensor) -> tuple[Tensor, ...]:

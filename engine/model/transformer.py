@@ -10,14 +10,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.batch import Documents
 from engine.config.derived import Derived
-from engine.config.schema import Config, ModelConfig, TrainConfig
+from engine.config.schema import Config, LayerConfig, ModelConfig, TrainConfig
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter, parameters
@@ -32,9 +31,9 @@ from engine.model.layers import (
     VocabHead,
     vocab_weight,
 )
+from engine.model.residual import BRANCHES, Branch, in_parallel, in_sequence
 from engine.ops.compile import compiled
 from engine.ops.fp8 import Fp8
-from engine.ops.linear import RecomputeRecipe
 from engine.ops.matmul import PLAIN_MATMUL
 from engine.ops.recompute import recompute
 from engine.ops.rope import RopeScaling, rope_table
@@ -67,28 +66,32 @@ def stage_shapes(counts: Sequence[int]) -> list[StageShape]:
 class Block(nn.Module):
     """One Transformer block, [s, b, h] -> [s, b, h]: x = x + attention(norm(x)), then x = x + mlp(norm(x)).
 
-    cfg.norm_position "post" normalises the outputs instead, x + norm(attention(x)). cfg.parallel_residual computes
-    attention and MLP from the same x. recompute: "none", "selective" or "full" (RecomputePolicy).
+    cfg.norm_position and cfg.parallel_residual select another residual form (engine.model.residual).
+    recompute: "none", "selective" or "full" (RecomputePolicy).
     """
 
     def __init__(
         self,
-        cfg: ModelConfig,
+        layer: LayerConfig,
         ctx: ParallelContext,
-        layer: int,
         policy: RecomputePolicy,
         recompute: str,
         backends: ComputeBackends,
     ):
         super().__init__()
-        name, keep = f"layers.{layer}", policy.keep_gathered
+        cfg, name, keep = layer.model, f"layers.{layer.index}", policy.keep_gathered
         self.recompute = recompute
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # GPT-2: residual sums keep their variance with depth
-        self.post, self.parallel = cfg.norm_position == "post", cfg.parallel_residual
-        self.attention_norm = Norm(f"{name}.attention_norm", cfg.hidden_size, cfg, ctx, backends)
-        self.attention = Attention(cfg, ctx, f"{name}.attention", out_std, keep, backends)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", cfg.hidden_size, cfg, ctx, backends)
-        self.mlp = MLP(cfg, ctx, f"{name}.mlp", out_std, keep, backends)
+        self.residual = in_parallel if cfg.parallel_residual else in_sequence
+        form = BRANCHES[cfg.norm_position]
+
+        def branch(sublayer: str, module: nn.Module) -> Branch:
+            names = (f"{name}.{sublayer}_{norm}" for norm in form.norm_names)
+            norms = tuple(Norm(norm, cfg.hidden_size, cfg, ctx, backends) for norm in names)
+            return form(norms, module, recompute == "selective")
+
+        self.attention = branch("attention", Attention(cfg, ctx, f"{name}.attention", out_std, keep, backends))
+        self.mlp = branch("mlp", MLP(cfg, ctx, f"{name}.mlp", out_std, keep, backends))
 
     def forward(self, x: Tensor, rope_table: Tensor, documents: Documents | None = None) -> Tensor:
         """x [s, b, h] -> [s, b, h]. rope_table, documents: as for Attention."""
@@ -96,28 +99,7 @@ class Block(nn.Module):
         return recompute(compute, x, rope_table) if self.recompute == "full" else compute(x, rope_table)
 
     def _compute(self, x: Tensor, rope_table: Tensor, documents: Documents | None) -> Tensor:
-        attended = self._branch(self.attention_norm, self.attention, x, rope_table, documents)
-        if self.parallel:
-            return x + attended + self._branch(self.mlp_norm, self.mlp, x)
-        if self.post:
-            x = x + attended
-            return x + self._branch(self.mlp_norm, self.mlp, x)
-        x, normed = self.mlp_norm.add_and_norm(x, attended)
-        return x + self.mlp(normed, self._recipe(self.mlp_norm, x))
-
-    def _branch(self, norm: Norm, sublayer: Attention | MLP, x: Tensor, *rest: Any) -> Tensor:
-        """sublayer(norm(x)), or norm(sublayer(x)) with post-norm."""
-        if self.post:
-            recipe = RecomputeRecipe(_identity, (x,)) if self.recompute == "selective" else None
-            return norm(sublayer(x, *rest, recipe=recipe))
-        return sublayer(norm(x), *rest, recipe=self._recipe(norm, x))
-
-    def _recipe(self, norm: Norm, x: Tensor) -> RecomputeRecipe | None:
-        return norm.recipe(x) if self.recompute == "selective" else None
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
+        return self.residual(self.attention, self.mlp, x, rope_table, documents)
 
 
 class Transformer(nn.Module):
@@ -143,7 +125,7 @@ class Transformer(nn.Module):
             weight = vocab_weight(EMBED, *matrix)
             self.embed = VocabEmbedding(weight, ctx, cfg.hidden_size**0.5 if cfg.scale_embeddings else 1.0)
             self.positions = PositionEmbedding(POSITIONS, cfg, ctx) if cfg.positions == "learned" else None
-        blocks = (Block(cfg, ctx, n, policy, policy.mode_of(i), backends) for i, n in enumerate(shape.layers))
+        blocks = (Block(cfg.layer(n), ctx, policy, policy.mode_of(i), backends) for i, n in enumerate(shape.layers))
         self.layers = nn.ModuleDict(dict(zip(map(str, shape.layers), blocks)))
         if shape.last:
             self.norm = Norm(FINAL_NORM, cfg.hidden_size, cfg, ctx, backends)

@@ -63,6 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_tie_embeddings": True,
     },
     "llama3": {"model_rope_scaling": "llama3", "model_rope_factor": 8, "model_rope_original_seq_len": 8},
+    "gemma2": {"model_norm_position": "sandwich", "model_norm_offset": True, "model_tie_embeddings": True},
     # options that no family combines
     "all": {
         "model_norm": "layernorm",
@@ -73,6 +74,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_rope_scaling": "yarn",
         "model_rope_factor": 4,
         "model_rope_original_seq_len": 8,
+        **BIASES,
+    },
+    "sandwich": {
+        "model_norm": "layernorm",
+        "model_norm_position": "sandwich",
+        "model_parallel_residual": True,
         **BIASES,
     },
 }

@@ -76,9 +76,10 @@ def reference(**overrides: Any) -> dict[str, Any]:
 
 MODELS: dict[str, dict[str, Any]] = {
     "gqa": {},
-    "mha": {"model_num_kv_heads": 8},
+    "mha_parallel": {"model_num_kv_heads": 8, "model_parallel_residual": True},
     "tied": {"model_tie_embeddings": True},
-    "qk_norm": {"model_qk_norm": True},
+    "qk_norm_post": {"model_qk_norm": True, "model_norm_position": "post"},
+    "sandwich": {"model_norm_position": "sandwich"},
     "tied_qk": {"model_tie_embeddings": True, "model_qk_norm": True},
 }
 
@@ -297,10 +298,11 @@ class SlowCollective:
         return self.start(self.x, self.axis).wait()
 
 
+@pytest.mark.parametrize("bucket_mib", [0.01, 1e-5])  # 1e-5: a bucket for each parameter
 @pytest.mark.parametrize("zero", [1, 0])
-def test_pending_collectives_are_waited_for(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_collectives_are_waited_for(zero: int, bucket_mib: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum or all-gather without a `wait` may finish in time on an idle machine; here it never does."""
-    cfg = config(2, **TINY, parallel_data=2, parallel_zero=zero)
+    cfg = config(2, **TINY, parallel_data=2, parallel_zero=zero, parallel_bucket_mib=bucket_mib)
     expected = run(cfg, 3)
     for start in (all_gather_into_start, all_reduce_start, reduce_scatter_start):
         late = lambda x, axis, start=start: SlowCollective(start, x, axis)  # noqa: E731
@@ -318,18 +320,23 @@ def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any) -> torc
     b, s = batch.tokens.shape
     norm = lambda x, name: rms_norm_reference(x, w[f"{name}.weight"], cfg.norm_eps)  # noqa: E731
     x = w["embed.weight"][batch.tokens.t()]
+    after = "norm" if cfg.norm_position == "post" else "post_norm"
     for layer in range(cfg.num_layers):
         at = f"layers.{layer}"
-        y = norm(x, f"{at}.attention_norm")
+        y = x if cfg.norm_position == "post" else norm(x, f"{at}.attention_norm")
         q, k, v = ((y @ w[f"{at}.attention.{part}.weight"].t()).view(s, b, -1, cfg.head_dim) for part in "qkv")
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         if cfg.qk_norm:
             q, k = norm(q, f"{at}.attention.q_norm"), norm(k, f"{at}.attention.k_norm")
         heads = attention_reference(rope_reference(q, cfg.rope_theta), rope_reference(k, cfg.rope_theta), v)
-        x = x + heads @ w[f"{at}.attention.out.weight"].t()
-        y = norm(x, f"{at}.mlp_norm")
+        attended = heads @ w[f"{at}.attention.out.weight"].t()
+        if cfg.norm_position != "pre":
+            attended = norm(attended, f"{at}.attention_{after}")
+        between = x if cfg.parallel_residual else x + attended
+        y = between if cfg.norm_position == "post" else norm(between, f"{at}.mlp_norm")
         fused = torch.cat([y @ w[f"{at}.mlp.{part}.weight"].t() for part in ("gate", "up")], -1)
-        x = x + swiglu_reference(fused) @ w[f"{at}.mlp.down.weight"].t()
+        added = swiglu_reference(fused) @ w[f"{at}.mlp.down.weight"].t()
+        x = x + attended + (added if cfg.norm_position == "pre" else norm(added, f"{at}.mlp_{after}"))
     logits = norm(x, "norm") @ w["embed.weight" if cfg.tie_embeddings else "head.weight"].t()
     losses = torch.nn.functional.cross_entropy(logits.permute(1, 2, 0), batch.labels, reduction="none")
     return (losses * batch.mask).sum()
@@ -363,6 +370,19 @@ def test_one_process_equals_plain_torch(tied: bool) -> None:
         if step == 0:
             assert max_relative_error(found["grads"], grads) < 1e-10
     assert max_relative_error(found["weights"], {name: x.detach().numpy() for name, x in w.items()}) < 1e-7
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("position", ["pre", "post", "sandwich"])
+def test_residual_forms_equal_plain_torch(position: str, parallel: bool) -> None:
+    cfg = config(1, **TINY, model_norm_position=position, model_parallel_residual=parallel)
+    found = run(cfg, 1)
+    w = {name: torch.from_numpy(x.copy()).requires_grad_() for name, x in found["init"].items()}
+    batches = random_batches(cfg, make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64), 0)
+    loss = sum(plain_loss(cfg.model, w, b) for b in batches) / sum(int(b.mask.sum()) for b in batches)
+    loss.backward()
+    assert found["losses"][0] == pytest.approx(loss.item(), rel=1e-11)
+    assert max_relative_error(found["grads"], {f"grad/{name}": x.grad.numpy() for name, x in w.items()}) < 1e-10
 
 
 def write_table(path: Path) -> None:

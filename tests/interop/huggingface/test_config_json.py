@@ -253,6 +253,11 @@ def test_fields_that_no_family_can_express_are_never_lost(changed: set[str]) -> 
     assert DEFAULTS | parsed.model_fields == fields
 
 
+def test_no_family_has_sandwich_norms() -> None:
+    with raises(CheckpointError, "interop.no-architecture-fits", "model.norm_position = 'sandwich'"):
+        write_config(DEFAULTS | {"num_kv_heads": 8, "head_dim": 32, "norm_position": "sandwich"}, DEFAULTS)
+
+
 # -- damaged and foreign folders --------------------------------------------------------------------------------------
 
 

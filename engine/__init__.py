@@ -10,12 +10,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the names of _HOMES for type checkers and editors
-    from engine.batch import Collator, LossMask, MicroBatch
+    from engine.batch import MicroBatch, Rows, micro_batches
     from engine.config.load import Resolved
     from engine.config.load import load as load_config
     from engine.config.schema import Config
     from engine.data.samples.indexed import IndexedDataset
     from engine.data.samples.indexed_writer import IndexedWriter
+    from engine.data.samples.transforms import LossMask
     from engine.data.tokenize.tokenizer import Tokenizer
     from engine.distributed.context import ParallelContext, make_context
     from engine.distributed.env import Env, read_env
@@ -35,7 +36,6 @@ if TYPE_CHECKING:  # the names of _HOMES for type checkers and editors
 __version__ = "0.1.0"
 
 __all__ = [
-    "Collator",
     "Config",
     "ConfigError",
     "EngineError",
@@ -48,6 +48,7 @@ __all__ = [
     "MicroBatch",
     "ParallelContext",
     "Resolved",
+    "Rows",
     "Run",
     "Score",
     "StepReport",
@@ -64,6 +65,7 @@ __all__ = [
     "load_tokenizer",
     "make_context",
     "mesh_of",
+    "micro_batches",
     "open_run",
     "read_env",
     "resume",
@@ -76,11 +78,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "batch": ("Collator", "LossMask", "MicroBatch"),
+    "batch": ("MicroBatch", "Rows", "micro_batches"),
     "config.load": ("Resolved", "load_config"),
     "config.schema": ("Config",),
     "data.samples.indexed": ("IndexedDataset",),
     "data.samples.indexed_writer": ("IndexedWriter",),
+    "data.samples.transforms": ("LossMask",),
     "data.tokenize.tokenizer": ("Tokenizer",),
     "distributed.context": ("ParallelContext", "make_context"),
     "distributed.env": ("Env", "read_env"),

@@ -1,6 +1,6 @@
-"""Micro-batches: tokens, labels, the loss mask, and the document boundaries of packed sequences.
+"""Micro-batches: tokens, labels, the weight of each label, and the document boundaries of packed sequences.
 
-`Collator` is the only place where rows of tokens become micro-batches, in training and in validation.
+Samples are read as `Rows`. Transforms change rows (masks, fill-in-the-middle); `micro_batches` cuts them.
 
 Document boundaries are computed once, with the batch, on the host: reading a length back from a GPU would make the host
 wait for it. Each attention kernel reads the form that it needs: document starts, cu_seqlens, or a mask.
@@ -10,6 +10,7 @@ Legend: b micro_batch_size, s seq_len.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,13 +67,19 @@ class Documents:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The data of one forward pass. Read only: `tokens` and `labels` may be overlapping views of one [b, s + 1]."""
+    """The data of one forward pass. Read only: `tokens` and `labels` may be overlapping views of one [b, s + 1].
 
-    tokens: Tensor  # int64 [b, s]
-    labels: Tensor  # int64 [b, s], the next token of each position
-    mask: Tensor  # bool [b, s], the loss mask: True where the label counts in the loss
-    sources: Tensor | None = None  # int64 [b], the index of each sample's corpus in the data blend
-    documents: Documents | None = None  # boundaries for document masking; None: each row is one document
+    tokens: int64 [b, s]. labels: int64 [b, s], the next token of each position. weights: float64 [b, s], of each
+    label's loss; 0: not counted. samples: int64 [b], global sample numbers. sources: int64 [b], the index of each
+    sample's corpus in the data blend. documents: boundaries for document masking; None: each row is one document.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    weights: Tensor
+    samples: Tensor
+    sources: Tensor | None = None
+    documents: Documents | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same data on a device. To a GPU through pinned memory, as only such copies are asynchronous.
@@ -88,37 +95,53 @@ class MicroBatch:
         documents = None
         if self.documents is not None:
             documents = Documents(move(self.documents.starts), move(self.documents.cu_seqlens))
-        return MicroBatch(move(self.tokens), move(self.labels), move(self.mask), sources, documents)
+        tokens, labels, weights, samples = map(move, (self.tokens, self.labels, self.weights, self.samples))
+        return MicroBatch(tokens, labels, weights, samples, sources, documents)
 
 
 @dataclass(frozen=True)
-class LossMask:
-    """Labels to exclude from the loss, by token id: those that follow a token of `after`, and those in `labels`."""
+class Rows:
+    """Samples on their way to micro-batches: what a transform changes. n: any number of samples.
 
-    after: tuple[int, ...] = ()
-    labels: tuple[int, ...] = ()
-
-    def __call__(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The loss mask of tokens and labels int64 [b, s]: bool [b, s], True where the label counts."""
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        for values, excluded in ((tokens, self.after), (labels, self.labels)):
-            if excluded:
-                mask &= ~torch.isin(values, torch.tensor(excluded))
-        return mask
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Turns rows of tokens into micro-batches.
-
-    separate_eod: the token that ends a document, for document masking; None: tokens attend across documents.
+    tokens: int64 [n, s + 1]; the label of position i is token i + 1. weights: float64 [n, s], of each label's loss;
+    0: not counted. samples: int64 [n], global sample numbers. sources: int64 [n], index in the data blend. starts:
+    int64 [n, s], for each position, the index at which its document starts; None: tokens attend across documents.
     """
 
-    mask: LossMask = LossMask()
-    separate_eod: int | None = None
+    tokens: Tensor
+    weights: Tensor
+    samples: Tensor
+    sources: Tensor
+    starts: Tensor | None = None
 
-    def __call__(self, rows: Tensor, present: Tensor, sources: Tensor | None = None) -> MicroBatch:
-        """rows int64 [b, s + 1]; present bool [b, s], False where the label is padding; sources int64 [b]."""
-        tokens, labels = rows[:, :-1], rows[:, 1:]
-        documents = None if self.separate_eod is None else Documents.from_eod(tokens, self.separate_eod)
-        return MicroBatch(tokens, labels, self.mask(tokens, labels) & present, sources, documents)
+    @staticmethod
+    def from_tokens(tokens: Tensor, samples: Tensor, sources: Tensor) -> Rows:
+        """Rows of whole samples: every label has weight 1."""
+        n, length = tokens.shape
+        return Rows(tokens, torch.ones(n, length - 1, dtype=torch.float64), samples, sources)
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [n, s], a view of `tokens`."""
+        return self.tokens[:, 1:]
+
+
+Transform = Callable[[Rows], Rows]
+
+
+def micro_batches(rows: Rows, size: int, transforms: Sequence[Transform] = ()) -> list[MicroBatch]:
+    """Apply the transforms to all rows in order, then cut the rows into micro-batches of `size` samples.
+
+    The only place where rows of tokens become micro-batches, in training and in validation.
+    """
+    for transform in transforms:
+        rows = transform(rows)
+    batches = []
+    for begin in range(0, len(rows.tokens), size):
+        part = slice(begin, begin + size)
+        documents = None if rows.starts is None else Documents.from_starts(rows.starts[part])
+        tokens, labels = rows.tokens[part, :-1], rows.labels[part]
+        batches.append(
+            MicroBatch(tokens, labels, rows.weights[part], rows.samples[part], rows.sources[part], documents)
+        )
+    return batches

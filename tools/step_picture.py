@@ -39,7 +39,7 @@ class Arrow:
 
 FORWARD, BACKWARD, UPDATE = "#dcebf7", "#fbe3d0", "#dff0df"
 BOXES = (
-    Box("micro-batch", "tokens, labels, mask [b, s]", ("batch.py", "Collator"), 20, 60, FORWARD),
+    Box("micro-batch", "tokens, labels, weights [b, s]", ("batch.py", "micro_batches"), 20, 60, FORWARD),
     Box("embedding", "[b, s] -> [s/t, b, h]", ("model/layers.py", "VocabEmbedding"), 330, 60, FORWARD),
     Box("blocks, stage by stage", "norm, attention, norm, MLP", ("model/transformer.py", "Block"), 640, 60, FORWARD),
     Box("head and loss", "chunk by chunk, no full logits", ("ops/loss.py", "linear_cross_entropy"), 940, 60, FORWARD),

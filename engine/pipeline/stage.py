@@ -46,7 +46,7 @@ class Stage:
         else:
             assert x is not None
             x.requires_grad_(torch.is_grad_enabled())
-        weights = batch.mask * torch.tensor(token_weight, dtype=torch.float64)
+        weights = batch.weights * token_weight
         out = self.module(x, batch.labels, weights, batch.documents)
         if torch.is_grad_enabled():
             self.live[index] = (x, out)

@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from engine.batch import Collator, LossMask
+from engine.batch import Rows, micro_batches
 from engine.checkpoint.format import find_checkpoint, read_manifest
 from engine.checkpoint.storage import DISK, Storage
 from engine.config.derived import Derived
 from engine.config.schema import Config
-from engine.data.samples.corpora import end_of_document, loss_mask
+from engine.data.samples.corpora import end_of_document, scoring_transforms
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.order import SampleOrder
 from engine.distributed.collectives import all_reduce_
@@ -59,7 +60,7 @@ class Evaluator:
     """Scores samples of one corpus with the loss mask of training.
 
     The samples, and so the score, do not depend on the layout. plan: any plan with the placement of `stages`.
-    mask: the loss mask. batch: sequences per global batch of `run`; 0: as in `cfg`.
+    metadata: data metadata of the run, with the loss mask. batch: sequences per global batch of `run`; 0: as in `cfg`.
     """
 
     def __init__(
@@ -69,15 +70,14 @@ class Evaluator:
         ctx: ParallelContext,
         dataset: IndexedDataset,
         cfg: Config,
-        *,
-        mask: LossMask,
+        metadata: Mapping[str, Any],
         batch: int = 0,
     ):
         self.batch = batch or cfg.train.global_batch_size
         self.plan, self.stages, self.ctx, self.dataset, self.cfg = plan, stages, ctx, dataset, cfg
         self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed, short=True)
         separate = end_of_document([dataset], "separate_documents") if cfg.data.separate_documents else None
-        self.collate = Collator(mask, separate)
+        self.transforms = scoring_transforms(metadata, separate)
 
     def run(self, batches: int) -> Score:
         """Score the first `batches` global batches of the sample order; 0: the whole corpus once. Collective."""
@@ -112,17 +112,18 @@ class Evaluator:
         mbs = self.cfg.train.micro_batch_size
         padded = -(-count // mbs) * mbs
         rows = torch.zeros(padded, self.cfg.train.seq_len + 1, dtype=torch.int64)
-        present = torch.zeros(padded, self.cfg.train.seq_len, dtype=torch.bool)
+        weights = torch.zeros(padded, self.cfg.train.seq_len, dtype=torch.float64)
+        numbers = torch.zeros(padded, dtype=torch.int64)
+        numbers[: len(samples)] = torch.from_numpy(samples)
         whole = samples[samples < self.order.samples_per_epoch]
         if len(whole):
             rows[: len(whole)] = torch.from_numpy(self.order.gather(whole))
-            present[: len(whole)] = True
+            weights[: len(whole)] = 1
         if len(whole) < len(samples):
             rows[len(whole), : self.order.tail + 1] = torch.from_numpy(self.order.gather_tail())
-            present[len(whole), : self.order.tail] = True
-        parts = [slice(i, i + mbs) for i in range(0, padded, mbs)]
-        batches = [self.collate(rows[part], present[part]) for part in parts]
-        scored = sum(int(batch.mask.sum()) for batch in batches)
+            weights[len(whole), : self.order.tail] = 1
+        batches = micro_batches(Rows(rows, weights, numbers, torch.zeros_like(numbers)), mbs, self.transforms)
+        scored = sum(float(batch.weights.sum()) for batch in batches)
         there = [batch.to(self.ctx.device) for batch in batches]
         losses = execute(forward_only(self.plan, len(there)), self.stages, self.ctx, there, token_weight=1.0)
         return torch.stack((losses.sum(), torch.tensor(scored, dtype=losses.dtype, device=losses.device)))
@@ -157,9 +158,9 @@ def evaluate(
     stage = Stage(model, (), None, cfg.model.hidden_size, model.shape.first, model.shape.last)
     folder = find_checkpoint(checkpoint, storage)
     manifest = read_manifest(folder, storage)
-    batch, mask = int(manifest.config["train"]["global_batch_size"]), loss_mask(manifest.data)
+    batch = int(manifest.config["train"]["global_batch_size"])
     stages = {ctx.pipeline.rank: stage}
-    score = Evaluator(derived.plan, stages, ctx, dataset, cfg, mask=mask, batch=batch).run(batches)
+    score = Evaluator(derived.plan, stages, ctx, dataset, cfg, manifest.data, batch).run(batches)
     if ctx.rank == 0:
         print(f"{folder} on {data}: {score}")
     return EXIT_OK

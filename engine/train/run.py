@@ -10,7 +10,6 @@ from engine.checkpoint.format import read_manifest
 from engine.checkpoint.seal import open_storage
 from engine.config.derived import Derived
 from engine.config.load import Resolved
-from engine.config.skips import read_ranges
 from engine.data.samples.corpora import TrainingData, open_data, open_training, resume_data
 from engine.data.samples.loader import Loader, RankShare
 from engine.data.tokenize.tokenizer import Tokenizer
@@ -69,7 +68,7 @@ def open_run(resolved: Resolved, ctx: ParallelContext) -> Run:
     evaluator = None
     if cfg.data.valid:
         valid = open_data(cfg.data.valid, cfg, tokenizer)
-        evaluator = Evaluator(state.plan, state.stages, ctx, valid, cfg, mask=data.collate.mask)
+        evaluator = Evaluator(state.plan, state.stages, ctx, valid, cfg, data.metadata)
     return Run(state, resolved.derived, data, _loader(state, data), evaluator, tokenizer, source, tuple(notes))
 
 
@@ -81,8 +80,6 @@ def _loader(state: TrainState, data: TrainingData) -> Loader:
         cfg.train.micro_batch_size,
         data_rank=ctx.data.rank,
         data_size=ctx.data.size,
-        collate=data.collate,
-        fim=data.fim,
-        skip=read_ranges(cfg.data.skip_samples),
+        transforms=data.transforms,
     )
     return Loader(share, start_sample=state.consumed_samples, prefetch=cfg.data.prefetch)

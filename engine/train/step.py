@@ -85,7 +85,7 @@ def advance_counters(state: TrainState) -> None:
 
 def count_tokens(batches: Sequence[MicroBatch], plan: Plan, ctx: ParallelContext) -> int:
     """Number of tokens that the loss mask counts, over the microbatches of all data ranks. Collective."""
-    total = sum(int(b.mask.sum()) for b in batches)
+    total = sum(int(b.weights.sum()) for b in batches)
     if ctx.data.size > 1:  # over the world: the data axis may still be gathering the weights of the previous step
         mine = total * contributes_loss(plan, ctx)
         total = int(all_reduce_(torch.tensor(mine, device=ctx.device), ctx.world).item())
@@ -116,6 +116,6 @@ def losses_by_source(
         for row, batch in zip(losses, batches):
             assert batch.sources is not None
             sums[0].index_add_(0, batch.sources, row)
-            sums[1].index_add_(0, batch.sources, batch.mask.sum(1).double())
+            sums[1].index_add_(0, batch.sources, batch.weights.sum(1))
     total, counted = all_reduce_(sums, ctx.world).tolist()
     return {k: total[k] / counted[k] for k in range(num_sources) if counted[k]}

@@ -17,6 +17,7 @@ from engine.data.samples.corpora import TrainingData, open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader, RankShare
+from engine.data.samples.transforms import LossMask
 from engine.errors import ConfigError, DataError, FieldError
 from tests.support.command import finish, train
 from tests.support.errors import raises
@@ -237,16 +238,15 @@ def test_the_end_of_document_is_left_out_of_the_loss_if_asked(corpora: Path, tmp
                 writer.add(np.append(np.arange(7, 7 + length), eod))
             writer.finish({"eod": eod})
     data = opened(str(tmp_path / "a"), **{"data.mask_eod": "true"})
-    assert (data.collate.mask.after, data.metadata["mask_eod"]) == ((5,), 5) and opened(
-        str(tmp_path / "a")
-    ).collate.mask.after == ()
+    assert (data.transforms, data.metadata["mask_eod"]) == ((LossMask(after=(5,)),), 5)
+    assert opened(str(tmp_path / "a")).transforms == ()
     sizes = {"global_batch_size": 20, "micro_batch_size": 20, "data_rank": 0, "data_size": 1}
-    share, plain_share = RankShare(data.order, **sizes, collate=data.collate), RankShare(data.order, **sizes)
+    share, plain_share = RankShare(data.order, **sizes, transforms=data.transforms), RankShare(data.order, **sizes)
     with Loader(share) as loader, Loader(plain_share) as plain:
         (masked,), (whole,) = next(loader), next(plain)
-    assert torch.equal(masked.tokens, whole.tokens) and torch.equal(masked.labels, whole.labels) and whole.mask.all()
-    assert torch.equal(masked.mask, masked.tokens != 5) and not masked.mask.all()
-    assert masked.mask[masked.labels == 5].all()  # the end itself is learned, what follows it is not
+    assert torch.equal(masked.tokens, whole.tokens) and torch.equal(masked.labels, whole.labels) and whole.weights.all()
+    assert torch.equal(masked.weights, (masked.tokens != 5).double()) and not masked.weights.all()
+    assert masked.weights[masked.labels == 5].all()  # the end itself is learned, what follows it is not
     with pytest.raises(
         ConfigError, match=r"data.mask_eod = True: needs the end-of-document token, and .*web\.json names"
     ):

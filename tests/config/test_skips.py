@@ -17,6 +17,7 @@ from engine.config.skips import contains, format_ranges, ranges_below, read_rang
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader, RankShare
 from engine.data.samples.order import SampleOrder
+from engine.data.samples.transforms import SkipSamples
 from engine.distributed.context import ParallelContext
 from engine.errors import EngineError
 from engine.monitor.metrics import lacks_validation, read_metrics
@@ -61,8 +62,9 @@ def loader_of(cfg: Config, ctx: ParallelContext, prefix: str, skip: str) -> Load
     from engine.data.samples.indexed import IndexedDataset
 
     order = SampleOrder(IndexedDataset(prefix, 61), cfg.train.seq_len, cfg.train.seed)
+    transforms = (SkipSamples(read_ranges(skip)),)
     sizes = {"global_batch_size": BATCH, "micro_batch_size": cfg.train.micro_batch_size}
-    return Loader(RankShare(order, **sizes, data_rank=ctx.data.rank, data_size=ctx.data.size, skip=read_ranges(skip)))
+    return Loader(RankShare(order, **sizes, data_rank=ctx.data.rank, data_size=ctx.data.size, transforms=transforms))
 
 
 def test_left_out_samples_count_nothing_in_every_layout(corpus: str) -> None:
@@ -88,7 +90,9 @@ def test_left_out_samples_count_nothing_in_every_layout(corpus: str) -> None:
     def oracle(ctx: ParallelContext) -> list[int]:
         whole, some = (next(loader_of(cfg, ctx, corpus, text)) for text in ("", skip))
         rows = [
-            torch.cat([getattr(b, name) for b in batches]) for name in ("tokens", "mask") for batches in (whole, some)
+            torch.cat([getattr(b, name) for b in batches])
+            for name in ("tokens", "weights")
+            for batches in (whole, some)
         ]
         kept = [k for k in range(BATCH) if k not in (1, 4, 5)]
         assert torch.equal(rows[0][kept], rows[1][kept]) and rows[3][kept].all() and rows[2].all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from engine.data.samples.corpora import open_training
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader, RankShare
+from engine.data.samples.transforms import SeparateDocuments
 from engine.distributed.context import ParallelContext
 from engine.train.evaluate import Evaluator
 from engine.train.state import setup
 from engine.train.step import train_step
-from tests.support.cases import assemble, config, gradients_of, layout_of, max_relative_error
+from tests.support.cases import assemble, config, gradients_of, layout_of, max_relative_error, micro_batch
 from tests.support.harness import run_ranks
 
 S, EOD = 16, 60
@@ -43,7 +45,7 @@ def packed_batches(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
     local, mbs = len(LENGTHS) // ctx.data.size, cfg.train.micro_batch_size
     begin = ctx.data.rank * local
     parts = [slice(i, i + mbs) for i in range(begin, begin + local, mbs)]
-    return [MicroBatch(tokens[p], labels[p], mask[p], documents=Documents.from_eod(tokens[p], EOD)) for p in parts]
+    return [micro_batch(tokens[p], labels[p], mask[p], documents=Documents.from_eod(tokens[p], EOD)) for p in parts]
 
 
 def separate_batches(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
@@ -55,7 +57,7 @@ def separate_batches(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
             tokens = torch.full((1, S + 1), 3)
             tokens[0, :length] = row[begin : begin + length]
             mask = (torch.arange(S) < length - 1)[None]
-            batches.append(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask))
+            batches.append(micro_batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask))
             begin += length
     return batches
 
@@ -97,7 +99,7 @@ def test_without_masking_tokens_attend_across_documents() -> None:
     """The check above can fail."""
 
     def crossing(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
-        return [MicroBatch(b.tokens, b.labels, b.mask) for b in packed_batches(cfg, ctx)]
+        return [replace(b, documents=None) for b in packed_batches(cfg, ctx)]
 
     loss, _ = result(config(1), crossing)
     assert abs(loss / result(config(1), packed_batches)[0] - 1) > 1e-6
@@ -112,9 +114,9 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
         writer.finish({"eod": EOD})
     cfg = config(1, data_train=str(tmp_path / "packed"), data_separate_documents=True)
     data = open_training(cfg, None)
-    assert data.collate.separate_eod == EOD and data.metadata["separate_documents"] == EOD
+    assert data.transforms == (SeparateDocuments(EOD),) and data.metadata["separate_documents"] == EOD
     sizes = {"global_batch_size": 2, "micro_batch_size": 2, "data_rank": 0, "data_size": 1}
-    with Loader(RankShare(data.order, **sizes, collate=data.collate)) as loader:
+    with Loader(RankShare(data.order, **sizes, transforms=data.transforms)) as loader:
         (batch,) = next(loader)
     assert batch.documents is not None
     assert torch.equal(batch.documents.starts, Documents.from_eod(batch.tokens, EOD).starts)
@@ -122,7 +124,7 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
     def job(ctx: ParallelContext) -> tuple[float, float]:
         state = setup(cfg, ctx)
         dataset = IndexedDataset(tmp_path / "packed")
-        score = Evaluator(state.plan, state.stages, ctx, dataset, cfg, mask=data.collate.mask).run(0)
+        score = Evaluator(state.plan, state.stages, ctx, dataset, cfg, data.metadata).run(0)
         count = data.order.samples_per_epoch
         whole, tail = data.order.gather(np.arange(count)), data.order.gather_tail()[None]
         assert tail.shape == (1, data.order.tail + 1) and data.order.tail > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_non_finite_names_step_rank_and_microbatch(where: str, degrees: tuple[in
         state = setup(cfg, ctx)
         train_step(state, random_batches(cfg, ctx, 0))
         batches = random_batches(cfg, ctx, 1)
-        batches = [MicroBatch(b.tokens, b.labels, torch.ones_like(b.mask)) for b in batches]
+        batches = [replace(b, weights=torch.ones_like(b.weights)) for b in batches]
         if ctx.rank == last:
             poison(state, batches[2], where)
         before = weights_of(state)
@@ -97,7 +98,7 @@ def test_a_batch_without_counted_tokens_is_rejected() -> None:
 
     def job(ctx: ParallelContext) -> None:
         state = setup(cfg, ctx)
-        batches = [MicroBatch(b.tokens, b.labels, torch.zeros_like(b.mask)) for b in random_batches(cfg, ctx, 0)]
+        batches = [replace(b, weights=torch.zeros_like(b.weights)) for b in random_batches(cfg, ctx, 0)]
         with raises(DataError, "train.no-token-counts"):
             train_step(state, batches)
 

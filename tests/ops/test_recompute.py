@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine.batch import MicroBatch
 from engine.distributed.context import ParallelContext
 from engine.model.transformer import Block
 from engine.train.state import setup
 from engine.train.step import train_step
-from tests.support.cases import config, layout_of, random_batches
+from tests.support.cases import config, layout_of, micro_batch, random_batches
 from tests.support.harness import run_ranks
 
 S, B, H, F, LAYERS = 32, 2, 64, 192, 4
@@ -38,7 +37,7 @@ def saved_bytes(tensor: int = 1, **change: Any) -> int:
         (stage,) = state.stages.values()
         weights = {p.untyped_storage().data_ptr() for p in state.params}
         tokens = torch.zeros(B, S, dtype=torch.int64)
-        batch = MicroBatch(tokens, tokens, torch.ones(B, S, dtype=torch.bool))
+        batch = micro_batch(tokens, tokens)
         storages: dict[int, torch.UntypedStorage] = {}
 
         def pack(x: torch.Tensor) -> torch.Tensor:

@@ -274,7 +274,7 @@ def test_custom_float32_kernels_in_a_layout(norm: str) -> None:
 
 
 def test_a_step_does_not_modify_its_batches() -> None:
-    """A batch whose mask is modified in a forward would be a different batch when it is used again."""
+    """A batch whose weights are modified in a forward would be a different batch when it is used again."""
     cfg = config(1, **TINY)
 
     def job(ctx: ParallelContext) -> bool:
@@ -339,7 +339,7 @@ def plain_loss(cfg: ModelConfig, w: dict[str, torch.Tensor], batch: Any) -> torc
         x = x + attended + (added if cfg.norm_position == "pre" else norm(added, f"{at}.mlp_{after}"))
     logits = norm(x, "norm") @ w["embed.weight" if cfg.tie_embeddings else "head.weight"].t()
     losses = torch.nn.functional.cross_entropy(logits.permute(1, 2, 0), batch.labels, reduction="none")
-    return (losses * batch.mask).sum()
+    return (losses * batch.weights).sum()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -357,7 +357,7 @@ def test_one_process_equals_plain_torch(tied: bool) -> None:
     ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
     for step in range(3):
         batches = random_batches(cfg, ctx, step)
-        loss = sum(plain_loss(cfg.model, w, b) for b in batches) / sum(int(b.mask.sum()) for b in batches)
+        loss = sum(plain_loss(cfg.model, w, b) for b in batches) / sum(int(b.weights.sum()) for b in batches)
         optimizer.zero_grad()
         loss.backward()
         grads = {f"grad/{name}": x.grad.numpy().copy() for name, x in w.items()}

@@ -85,7 +85,21 @@ def random_batches(cfg: Config, ctx: ParallelContext, step: int) -> list[MicroBa
     mask = torch.arange(s)[None, :] < counted[:, None]
     local, mbs = g // ctx.data.size, cfg.train.micro_batch_size
     parts = [slice(i, i + mbs) for i in range(ctx.data.rank * local, (ctx.data.rank + 1) * local, mbs)]
-    return [MicroBatch(rows[p, :-1].contiguous(), rows[p, 1:].contiguous(), mask[p]) for p in parts]
+    numbers = torch.arange(step * g, (step + 1) * g)
+    return [micro_batch(rows[p, :-1].contiguous(), rows[p, 1:].contiguous(), mask[p], numbers[p]) for p in parts]
+
+
+def micro_batch(
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
+    **more: Any,
+) -> MicroBatch:
+    """A micro-batch; by default every label counts, and samples are numbered from 0. weights: of any dtype."""
+    weights = torch.ones(tokens.shape) if weights is None else weights
+    samples = torch.arange(len(tokens)) if samples is None else samples
+    return MicroBatch(tokens, labels, weights.double(), samples, **more)
 
 
 def pieces_of(params: Iterable[tuple[Parameter, torch.Tensor]], ctx: ParallelContext) -> list[Any]:
@@ -155,6 +169,7 @@ __all__ = [
     "gradients_of",
     "layout_of",
     "max_relative_error",
+    "micro_batch",
     "pieces_of",
     "random_batches",
     "resolve",

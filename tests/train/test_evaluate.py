@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import Collator, LossMask
 from engine.config.checks import config_errors
 from engine.config.derived import derive
 from engine.config.schema import Config
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.order import SampleOrder
+from engine.data.samples.transforms import LossMask
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
@@ -36,7 +36,7 @@ from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
 TEXT_BYTES = 5000
-ALL = LossMask()
+EVERY_LABEL: dict[str, Any] = {}  # data metadata of a run that masks nothing
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prefix
 
 
-def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int, mask: LossMask = ALL) -> Score:
+def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int, metadata: Any = EVERY_LABEL) -> Score:
     tensor, pipeline, data = degrees
     cfg = config(
         tensor * pipeline * data,
@@ -63,7 +63,7 @@ def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int, m
 
     def job(ctx: ParallelContext) -> Score:
         state = setup(cfg, ctx)
-        return Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg, mask=mask).run(batches)
+        return Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg, metadata).run(batches)
 
     scores = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
     assert all(s == scores[0] for s in scores), "all ranks report the same"
@@ -114,14 +114,13 @@ def masked_by_hand(cfg: Config, prefix: Path, mask: LossMask) -> tuple[float, in
 
 def test_validation_counts_the_labels_that_training_counts(corpus: Path, tmp_path: Path) -> None:
     """data.mask_eod and data.mask_tokens apply to validation, in every layout, and to `engine evaluate`."""
-    mask = LossMask(after=(5,), labels=(7, 9))
-    expected, count = masked_by_hand(config(1), corpus, mask)
+    metadata = {"mask_eod": 5, "mask_tokens": [7, 9]}
+    expected, count = masked_by_hand(config(1), corpus, LossMask(after=(5,), labels=(7, 9)))
     assert count < IndexedDataset(corpus).num_tokens - 30
     for degrees, mbs in [((1, 1, 1), 1), ((2, 1, 1), 2), ((1, 2, 2), 2)]:
-        found = score(corpus, degrees, mbs, 0, mask)
+        found = score(corpus, degrees, mbs, 0, metadata)
         assert found.tokens == count and found.loss == pytest.approx(expected, rel=1e-11)
         assert found.bpb == pytest.approx(expected / math.log(2) * IndexedDataset(corpus).num_tokens / TEXT_BYTES)
-    metadata = {"mask_eod": 5, "mask_tokens": [7, 9]}
     cfg = config(1)
     made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, metadata)), num_kv_heads=2)[
         0
@@ -131,9 +130,9 @@ def test_validation_counts_the_labels_that_training_counts(corpus: Path, tmp_pat
         used = config_of(Path(made))
         evaluate(used, derive(used), ctx, Path(made), str(corpus), 0)
     assert f"loss {expected:.4f} nats/token" in out.getvalue() and f"over {count:,} tokens" in out.getvalue()
-    state, nothing = setup(cfg, ctx), LossMask(labels=tuple(range(61)))
+    state, nothing = setup(cfg, ctx), {"mask_tokens": list(range(61))}
     with raises(DataError, "train.nothing-to-score", corpus):
-        Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg, mask=nothing).run(1)
+        Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg, nothing).run(1)
 
 
 def test_a_run_validates_with_the_mask_it_trains_with(tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_a_run_validates_with_the_mask_it_trains_with(tmp_path: Path) -> None:
     ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
     with open_run(resolved, ctx) as run:
         assert run.evaluator is not None
-        assert run.evaluator.collate == run.data.collate == Collator(LossMask(after=(5,)))
+        assert run.evaluator.transforms == run.data.transforms == (LossMask(after=(5,)),)
 
 
 def test_logits_do_not_depend_on_the_layout() -> None:

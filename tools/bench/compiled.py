@@ -57,7 +57,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for step in range(o.rounds + 2):
         rows = torch.randint(4096, (o.batch, o.seq + 1), generator=torch.Generator().manual_seed(step))
-        batch = MicroBatch(rows[:, :-1], rows[:, 1:], torch.ones(o.batch, o.seq, dtype=torch.bool))
+        batch = MicroBatch(rows[:, :-1], rows[:, 1:], torch.ones(o.batch, o.seq).double(), torch.arange(o.batch))
         for name, (state, kernels) in ways.items():
             began = time.perf_counter()
             with native.forced(kernels=kernels):

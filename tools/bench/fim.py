@@ -38,7 +38,7 @@ def main(files: list[Path]) -> None:
             samples = np.arange(k * BATCH, (k + 1) * BATCH)
             for fim, found in zip(fims, seconds):
                 begin = time.perf_counter()
-                fim(order.gather(samples), samples, order.sources(samples))
+                fim.transform(order.gather(samples), samples, order.sources(samples))
                 found.append(time.perf_counter() - begin)
     for fim, found in zip(fims, seconds):
         per_second = BATCH / np.array(found[2:])

@@ -11,7 +11,7 @@ import torch
 from gpu_measure import Session
 from torch import Tensor
 
-from engine.batch import MicroBatch
+from engine.batch import MicroBatch, Rows, micro_batches
 from engine.config.derived import derive
 from engine.config.load import load
 from engine.config.schema import Config
@@ -63,9 +63,8 @@ def random_batches(cfg: Config, step: int) -> list[MicroBatch]:
     t = cfg.train
     draw = torch.Generator().manual_seed(step)
     rows = torch.randint(cfg.model.vocab_size, (t.global_batch_size, t.seq_len + 1), generator=draw)
-    mask = torch.ones(t.micro_batch_size, t.seq_len, dtype=torch.bool)
-    parts = rows.split(t.micro_batch_size)
-    return [MicroBatch(part[:, :-1], part[:, 1:], mask) for part in parts]
+    numbers = torch.arange(len(rows))
+    return micro_batches(Rows.from_tokens(rows, numbers, torch.zeros_like(numbers)), t.micro_batch_size)
 
 
 def timed_steps(session: Session, state: TrainState, steps: int) -> list[float]:
@@ -239,9 +238,9 @@ def loss_curve(
     cfg = load([], {name: str(value) for name, value in values.items()}, world=1).config
     ctx = make_context(derive(cfg).layout, 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.bfloat16, device=device)
     state = setup(cfg, ctx)
-    mask = torch.ones(batch, seq, dtype=torch.bool)
-    parts = text_rows(seq, batch * steps).split(batch)
-    return [train_step(state, [MicroBatch(part[:, :-1], part[:, 1:], mask)]).loss for part in parts]
+    numbers = torch.arange(batch * steps)
+    rows = Rows.from_tokens(text_rows(seq, batch * steps), numbers, torch.zeros_like(numbers))
+    return [train_step(state, [part]).loss for part in micro_batches(rows, batch)]
 
 
 def curve(session: Session) -> None:

@@ -53,9 +53,9 @@ def engine(o: Options, case: Case) -> dict[str, Any]:
     def main(ctx: ParallelContext) -> int:
         state = setup(cfg, ctx)
         tokens, labels = mine(o, case, ctx.data.rank)
-        mask = torch.ones(o.micro_batch, o.seq, dtype=torch.bool)
+        weights, samples = torch.ones(o.micro_batch, o.seq, dtype=torch.float64), torch.arange(o.micro_batch)
         rows = zip(tokens.split(o.micro_batch), labels.split(o.micro_batch))
-        batches = [MicroBatch(t, one, mask) for t, one in rows]
+        batches = [MicroBatch(t, one, weights, samples) for t, one in rows]
         parameters = torch.tensor(float(sum(p.numel() for p in state.params)))
         if case.column in ("tensor", "pipeline"):
             all_reduce_(parameters, ctx.world)

@@ -95,7 +95,7 @@ def decoded_samples(
     for sample in picked.tolist():
         if fim is not None:
             one = np.array([sample], np.int64)
-            result = fim(order.gather(one), one, order.sources(one))
+            result = fim.transform(order.gather(one), one, order.sources(one))
             text = tokenizer.decode(result.rows[0, : result.lengths[0]].tolist())
             outcomes = ", ".join(f"{kind} {count}" for kind, count in sorted(result.outcomes.items()) if count)
             yield f"sample {sample} ({outcomes}): {text}"

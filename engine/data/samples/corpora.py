@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from engine.batch import Collator, LossMask
+from engine.batch import Transform
 from engine.config.mixture import PATH, Mixture, read_mixture
 from engine.config.schema import Config
+from engine.config.skips import read_ranges
 from engine.data.samples.blend import BlendedOrder, Phase, integer_weights, smallest_share
-from engine.data.samples.fim import FillInTheMiddle
 from engine.data.samples.indexed import IndexedDataset
 from engine.data.samples.keyed import derive_key
 from engine.data.samples.order import ORDER_VERSION, SampleOrder
 from engine.data.samples.special import fill_in_the_middle, masked_labels
+from engine.data.samples.transforms import LossMask, SeparateDocuments, SkipSamples
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError, FieldError
 
@@ -33,17 +34,16 @@ class TrainingData:
     """The training data of a run.
 
     order: the samples. names: those of the sources of a blend, () for one corpus. metadata: stored in checkpoints.
-    notes: messages about fill-in-the-middle and validation. collate: applies data.mask_eod, mask_tokens and
-    separate_documents. fim: None if data.fim_rate is 0. planned: for a blend, (step, weights from that step on), the
-    first at step 0; () for one corpus. shares: messages about the blend.
+    notes: messages about fill-in-the-middle and validation. transforms: of the rows, in order: fill-in-the-middle,
+    data.skip_samples, separate_documents, mask_eod and mask_tokens. planned: for a blend, (step, weights from that step
+    on), the first at step 0; () for one corpus. shares: messages about the blend.
     """
 
     order: SampleOrder | BlendedOrder
     names: tuple[str, ...]
     metadata: dict[str, Any]
     notes: tuple[str, ...]
-    collate: Collator
-    fim: FillInTheMiddle | None
+    transforms: tuple[Transform, ...]
     mixture: Mixture
     planned: tuple[tuple[int, tuple[int, ...]], ...] = ()
     shares: tuple[str, ...] = ()
@@ -74,14 +74,14 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     datasets = [open_data(prefix, cfg, tokenizer) for prefix in mixture.prefixes]
     _check_same_tokenizer(datasets)
     metadata = data_metadata(cfg.data.train, datasets)
-    collate, fim, read_metadata = _reading(cfg, tokenizer, datasets, mixture)
+    transforms, read_metadata = _reading(cfg, tokenizer, datasets, mixture)
     metadata |= read_metadata
-    notes = [f"fill-in-the-middle: {read_metadata['fim']}"] if fim is not None else []
+    notes = [f"fill-in-the-middle: {read_metadata['fim']}"] if "fim" in read_metadata else []
     if cfg.data.valid and fingerprint(open_data(cfg.data.valid, cfg, tokenizer)) in map(fingerprint, datasets):
         notes.append("validation uses the training corpus (data.valid), so its loss does not measure new text")
     if len(datasets) == 1:
         order = SampleOrder(datasets[0], cfg.train.seq_len, cfg.train.seed)
-        return TrainingData(order, (), metadata, tuple(notes), collate, fim, mixture)
+        return TrainingData(order, (), metadata, tuple(notes), transforms, mixture)
     orders = [
         SampleOrder(dataset, cfg.train.seq_len, derive_key(cfg.train.seed, "source", k))
         for k, dataset in enumerate(datasets)
@@ -92,7 +92,7 @@ def open_training(cfg: Config, tokenizer: Tokenizer | None) -> TrainingData:
     for step, weights in planned:
         metadata[f"{DECLARED_MIXTURE}{step}"] = _format_weights(mixture.names, weights)
     blend = BlendedOrder(orders, [Phase(0, planned[0][1])])
-    return resume_data(TrainingData(blend, mixture.names, metadata, tuple(notes), collate, fim, mixture, planned), cfg)
+    return resume_data(TrainingData(blend, mixture.names, metadata, tuple(notes), transforms, mixture, planned), cfg)
 
 
 def resume_data(
@@ -149,9 +149,10 @@ def _drawn(names: Sequence[str], past: Mapping[str, Any]) -> list[Phase]:
 
 def _reading(
     cfg: Config, tokenizer: Tokenizer | None, datasets: Sequence[IndexedDataset], mixture: Mixture
-) -> tuple[Collator, FillInTheMiddle | None, dict[str, Any]]:
-    """(collator with loss mask and document masking, fill-in-the-middle transform, their metadata)."""
-    data, fim = cfg.data, None
+) -> tuple[tuple[Transform, ...], dict[str, Any]]:
+    """(the transforms of the rows, their metadata)."""
+    data = cfg.data
+    transforms: list[Transform] = []
     needed = [name for name in ("mask_eod", "separate_documents", "fim_rate") if getattr(data, name)]
     eods = {name: end_of_document(datasets, name, getattr(data, name)) for name in needed}
     metadata: dict[str, Any] = {name: eod for name, eod in eods.items() if name != "fim_rate"}
@@ -165,13 +166,25 @@ def _reading(
         metadata["fim"] = f"rate {data.fim_rate}, of that SPM {data.fim_spm_rate}, tokens {spelled}"
         if not all(active):
             metadata["fim"] += f", in {', '.join(n for n, wanted in zip(mixture.names, active) if wanted)}"
-    return Collator(loss_mask(metadata), eods.get("separate_documents")), fim, metadata
+        transforms.append(fim)
+    if data.skip_samples:
+        transforms.append(SkipSamples(read_ranges(data.skip_samples)))
+    return (*transforms, *scoring_transforms(metadata, eods.get("separate_documents"))), metadata
 
 
-def loss_mask(metadata: Mapping[str, Any]) -> LossMask:
-    """Loss mask from the data metadata of a run (data.mask_eod and data.mask_tokens)."""
+def scoring_transforms(metadata: Mapping[str, Any], separate_eod: int | None) -> tuple[Transform, ...]:
+    """The transforms that validation applies too: document masking and the loss mask.
+
+    metadata: the data metadata of a run, which says what data.mask_eod and data.mask_tokens exclude. separate_eod: the
+    token that ends a document of this corpus; None: without document masking.
+    """
+    transforms: list[Transform] = []
+    if separate_eod is not None:
+        transforms.append(SeparateDocuments(separate_eod))
     after = (metadata["mask_eod"],) if "mask_eod" in metadata else ()
-    return LossMask(after, tuple(metadata.get("mask_tokens", ())))
+    if after or metadata.get("mask_tokens"):
+        transforms.append(LossMask(after, tuple(metadata.get("mask_tokens", ()))))
+    return tuple(transforms)
 
 
 def data_metadata(prefix: str, datasets: list[IndexedDataset]) -> dict[str, Any]:

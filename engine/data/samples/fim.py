@@ -8,7 +8,7 @@ text is cut at two characters into prefix p, middle m and suffix s, which are en
 
 Cuts are between characters, not tokens: when code is completed, the cursor is often in the middle of a token. The row
 keeps its length: a longer result is truncated, a shorter one is padded with the end-of-document token from position
-`FimResult.lengths` (labels there are masked).
+`FimResult.lengths` (labels there have weight 0).
 
 All random numbers come from derive_key(seed, "fim", sample, segment), so the result does not depend on which rank reads
 a sample or in which order (Megatron draws from one generator in the order of access, so more workers or a resume change
@@ -29,11 +29,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from engine.batch import Rows
 from engine.data.samples.keyed import Int64Array, derive, derive_key
 from engine.data.tokenize.tokenizer import Tokenizer
 
@@ -128,7 +130,14 @@ class FillInTheMiddle:
         reserved = tokenizer.special_ids | {eod, sentinels.prefix, sentinels.suffix, sentinels.middle}
         self._reserved = np.array(sorted(reserved), np.int64)
 
-    def __call__(self, rows: Int64Array, samples: Int64Array, sources: Int64Array) -> FimResult:
+    def __call__(self, rows: Rows) -> Rows:
+        """The transform of rows: labels in the padding of a shorter row do not count."""
+        result = self.transform(rows.tokens.numpy(), rows.samples.numpy(), rows.sources.numpy())
+        padding = np.arange(1, result.rows.shape[1]) >= result.lengths[:, None]
+        weights = rows.weights.masked_fill(torch.from_numpy(padding), 0)
+        return replace(rows, tokens=torch.from_numpy(result.rows), weights=weights)
+
+    def transform(self, rows: Int64Array, samples: Int64Array, sources: Int64Array) -> FimResult:
         """Transformed copy of the rows int64 [n, seq_len + 1] of global samples int64 [n] from sources int64 [n]."""
         outcomes: Counter[str] = Counter()
         active = self._active[sources]

@@ -13,16 +13,14 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from engine.batch import Collator, MicroBatch
-from engine.config.skips import Ranges, contains
-from engine.data.samples.fim import FillInTheMiddle
+from engine.batch import MicroBatch, Rows, Transform, micro_batches
 from engine.data.samples.keyed import Int64Array
 from engine.errors import DataError
 
@@ -41,37 +39,22 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class RankShare:
-    """One data rank's slice of every global batch, and how to read it.
-
-    collate: makes micro-batches; fim: applied to the rows before; skip: ranges of samples whose labels are masked.
-    """
+    """One data rank's slice of every global batch, and the transforms of its rows, in order."""
 
     order: Order
     global_batch_size: int
     micro_batch_size: int
     data_rank: int
     data_size: int
-    collate: Collator = field(default_factory=Collator)
-    fim: FillInTheMiddle | None = None
-    skip: Ranges = ()
+    transforms: tuple[Transform, ...] = ()
 
     def read(self, consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch [consumed, consumed + global_batch_size)."""
         local = self.global_batch_size // self.data_size
         first = consumed + self.data_rank * local
         samples = np.arange(first, first + local, dtype=np.int64)
-        rows, sources = self.order.gather(samples), self.order.sources(samples)
-        lengths = np.full(local, rows.shape[1])
-        if self.fim is not None:  # for all micro-batches at once: a single call of the tokenizer
-            result = self.fim(rows, samples, sources)
-            rows, lengths = result.rows, result.lengths
-        skipped = np.array([contains(self.skip, sample) for sample in samples.tolist()])
-        rows[skipped] = 0  # not only masked: a token that makes an activation infinite would do so with weight 0 too
-        # labels after the end of the row are padding
-        present = (np.arange(1, rows.shape[1]) < lengths[:, None]) & ~skipped[:, None]
-        parts = [slice(low, low + self.micro_batch_size) for low in range(0, local, self.micro_batch_size)]
-        columns = [torch.from_numpy(column) for column in (rows, present, sources)]
-        return [self.collate(*(column[part] for column in columns)) for part in parts]
+        columns = self.order.gather(samples), samples, self.order.sources(samples)
+        return micro_batches(Rows.from_tokens(*map(torch.from_numpy, columns)), self.micro_batch_size, self.transforms)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from engine.distributed.context import ParallelContext
 from engine.errors import DataError
 from engine.train.state import setup
 from engine.train.step import train_step
-from tests.support.cases import MODEL, config, layout_of
+from tests.support.cases import MODEL, config, layout_of, micro_batch
 from tests.support.corpora import BUILT, NATIVE, corpus
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
@@ -295,15 +295,14 @@ def test_losses_by_source_add_up_to_the_loss_in_every_layout(degrees: tuple[int,
 
 def per_source(cfg: Any, ctx: ParallelContext) -> tuple[float, dict[int, float]]:
     """Loss and losses by source of one step on four samples with 16, 5, 0 and 5 counted tokens."""
-    from engine.batch import MicroBatch
-
     rows = torch.from_numpy(np.random.default_rng(3).integers(0, MODEL["vocab_size"], (4, 17)))
     mask = torch.arange(16)[None, :] < torch.tensor([16, 5, 0, 5])[:, None]
     sources = torch.tensor([0, 2, 1, 0])
     batches = []
     for i in range(ctx.data.rank * 4 // ctx.data.size, (ctx.data.rank + 1) * 4 // ctx.data.size):
         part = slice(i, i + 1)
-        batches.append(MicroBatch(rows[part, :-1].contiguous(), rows[part, 1:].contiguous(), mask[part], sources[part]))
+        tokens, labels = rows[part, :-1].contiguous(), rows[part, 1:].contiguous()
+        batches.append(micro_batch(tokens, labels, mask[part], sources=sources[part]))
     result = train_step(setup(cfg, ctx), batches, num_sources=3)
     return result.loss, result.by_source
 

@@ -17,7 +17,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.batch import Collator, Documents, LossMask
+from engine.batch import Documents
 from engine.cli.main import main
 from engine.config.load import load
 from engine.data.samples.corpora import TrainingData, open_training
@@ -25,6 +25,7 @@ from engine.data.samples.fim import FillInTheMiddle, Sentinels
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.data.samples.loader import Loader, RankShare
 from engine.data.samples.special import FAMILIES, check, fill_in_the_middle, sentinels
+from engine.data.samples.transforms import LossMask, SeparateDocuments
 from engine.data.tokenize.tokenizer import END_OF_TEXT, Tokenizer
 from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
@@ -79,7 +80,7 @@ def fim_of(
 
 def change(fim: FillInTheMiddle, rows: Any, first: int = 0) -> Any:
     rows = np.array(rows, np.int64)
-    return fim(rows, np.arange(first, first + len(rows)), np.zeros(len(rows), np.int64))
+    return fim.transform(np.array(rows), np.arange(first, first + len(rows)), np.zeros(len(rows), np.int64))
 
 
 def segments(ids: list[int], eod: int) -> list[list[int]]:
@@ -206,15 +207,16 @@ def test_rows_keep_their_length_and_the_filling_does_not_count() -> None:
     changed = change(fim, rows)
     assert changed.rows.shape == (3, len(short)) and changed.lengths[1] < len(short) == changed.lengths[2]
     mask = LossMask(after=(eod,), labels=(fim.sentinels.middle,))
+    transforms = fim, SeparateDocuments(eod), mask
     sizes = {"global_batch_size": 3, "micro_batch_size": 3, "data_rank": 0, "data_size": 1}
-    with Loader(RankShare(Order(), **sizes, fim=fim, collate=Collator(mask, eod))) as loader:
+    with Loader(RankShare(Order(), **sizes, transforms=transforms)) as loader:
         (batch,) = next(loader)
     whole = torch.cat((batch.tokens, batch.labels[:, -1:]), 1)
     assert np.array_equal(whole.numpy(), changed.rows)
     assert (whole[1, changed.lengths[1] :] == eod).all()
     expected = (batch.tokens != eod) & (batch.labels != fim.sentinels.middle)
     expected &= torch.arange(1, len(short))[None] < torch.from_numpy(changed.lengths)[:, None]
-    assert torch.equal(batch.mask, expected) and not batch.mask[1, changed.lengths[1] - 1 :].any()
+    assert torch.equal(batch.weights, expected.double()) and not batch.weights[1, changed.lengths[1] - 1 :].any()
     assert batch.documents is not None
     assert torch.equal(batch.documents.starts, Documents.from_eod(batch.tokens, eod).starts)
     assert (batch.labels == fim.sentinels.middle).any() and (batch.labels == fim.sentinels.prefix).any()
@@ -278,7 +280,7 @@ def test_layout_and_restarts_do_not_change_it(corpora: Path) -> None:
         out: list[Any] = [[] for _ in range(steps)]
         for rank in range(data_size):
             sizes = {"global_batch_size": 12, "micro_batch_size": micro, "data_rank": rank, "data_size": data_size}
-            with Loader(RankShare(data.order, **sizes, fim=data.fim), start_sample=begin) as loader:
+            with Loader(RankShare(data.order, **sizes, transforms=data.transforms), start_sample=begin) as loader:
                 for step in range(steps):
                     out[step] += [row for batch in next(loader) for row in batch.labels.tolist()]
         return out
@@ -296,10 +298,12 @@ def test_a_source_of_a_blend_may_stay_plain(corpora: Path, tmp_path: Path) -> No
     text = "".join(f'[[source]]\nprefix = "{corpora / n}"\nweight = 1\n{fim}' for n, fim in parts.items())
     (tmp_path / "mix.toml").write_text(text)
     data = opened(corpora, data__train=tmp_path / "mix.toml")
-    assert data.metadata["fim"].endswith(", in code") and data.notes[-1].endswith(", in code") and data.fim is not None
+    assert data.metadata["fim"].endswith(", in code") and data.notes[-1].endswith(", in code")
+    (fim,) = data.transforms
+    assert isinstance(fim, FillInTheMiddle)
     samples = np.arange(60)
     rows, sources = data.order.gather(samples), data.order.sources(samples)
-    differs = (data.fim(rows, samples, sources).rows != rows).any(1)
+    differs = (fim.transform(rows, samples, sources).rows != rows).any(1)
     assert differs[sources == 0].sum() > 20 and not differs[sources == 1].any()
     for change_, rate, code, value in (
         ("fim = true", 0, "config.settings-contradict", "data.train"),
@@ -333,7 +337,7 @@ def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
         def job(ctx: ParallelContext) -> float:
             data = open_training(cfg, tokenizer_of("bpe"))
             sizes = {"global_batch_size": 4, "micro_batch_size": 1, "data_rank": ctx.data.rank, "data_size": world}
-            with Loader(RankShare(data.order, **sizes, collate=data.collate, fim=data.fim)) as loader:
+            with Loader(RankShare(data.order, **sizes, transforms=data.transforms)) as loader:
                 return train_step(setup(cfg, ctx), next(loader)).loss
 
         return float(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0])
@@ -428,8 +432,9 @@ def test_inspect_shows_what_training_sees(corpora: Path, capsys: pytest.CaptureF
     code, out, _ = inspect("--fim-rate", "0.7", "--seed", "3")
     data = opened(corpora)
     sample = np.array([int(out.split("\nsample ")[1].split()[0])])
-    assert code == 0 and data.fim is not None
-    changed = data.fim(data.order.gather(sample), sample, np.zeros(1, np.int64))
+    (fim,) = data.transforms
+    assert code == 0 and isinstance(fim, FillInTheMiddle)
+    changed = fim.transform(data.order.gather(sample), sample, np.zeros(1, np.int64))
     shown = tokenizer_of("bpe").decode(changed.rows[0].tolist()).split("\t")[0]  # a terminal has no tabs
     assert shown in out and f"chosen {changed.outcomes['chosen']}" in out
     code, _, err = inspect("--fim-rate", "2")

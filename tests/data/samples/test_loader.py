@@ -22,17 +22,20 @@ from tests.support.errors import raises
 def batches(order: SampleOrder, steps: int, micro: int, data_size: int, start: int = 0) -> list[list[list[int]]]:
     """The rows of each of `steps` global batches of 12, over all data ranks."""
     out: list[list[list[int]]] = [[] for _ in range(steps)]
+    numbers: list[list[int]] = [[] for _ in range(steps)]
     for rank in range(data_size):
         sizes = {"global_batch_size": 12, "micro_batch_size": micro, "data_rank": rank, "data_size": data_size}
         with Loader(RankShare(order, **sizes), start_sample=start) as loader:
             for step in range(steps):
                 for batch in next(loader):
-                    assert batch.tokens.shape == batch.labels.shape == batch.mask.shape == (micro, order.seq_len)
+                    assert batch.tokens.shape == batch.labels.shape == batch.weights.shape == (micro, order.seq_len)
                     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
-                    assert batch.mask.dtype == torch.bool and bool(batch.mask.all())
+                    assert batch.weights.dtype == torch.float64 and bool((batch.weights == 1).all())
                     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+                    numbers[step] += batch.samples.tolist()
                     out[step] += torch.cat([batch.tokens, batch.labels[:, -1:]], 1).tolist()
             assert loader.consumed_samples == start + 12 * steps
+    assert [n for step in numbers for n in sorted(step)] == list(range(start, start + 12 * steps))
     return out
 
 

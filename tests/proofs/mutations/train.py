@@ -30,8 +30,8 @@ MUTATIONS = [
         "loss_counts_masked_tokens",
         "the loss is divided by the sequence length instead of the number of unmasked tokens (nanochat#59)",
         "engine.train.step:count_tokens",
-        "total = sum(int(b.mask.sum()) for b in batches)",
-        "total = sum(b.mask.numel() for b in batches)",
+        "total = sum(int(b.weights.sum()) for b in batches)",
+        "total = sum(b.weights.numel() for b in batches)",
         PLAIN_MATMUL,
     ),
     Mutation(
@@ -72,8 +72,8 @@ MUTATIONS = [
         "validation_counts_masked_labels",
         "validation scores other labels than training optimises",
         "engine.train.evaluate:Evaluator.__init__",
-        "Collator(mask, separate)",
-        "Collator(LossMask(), separate)",
+        "scoring_transforms(metadata, separate)",
+        "scoring_transforms({}, separate)",
         ("test_validation_counts_the_labels_that_training_counts",),
     ),
     Mutation(

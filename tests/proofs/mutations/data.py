@@ -42,9 +42,9 @@ MUTATIONS = [
     Mutation(
         "fim_filling_counts",
         "padding tokens are in the loss",
-        "engine.data.samples.loader:RankShare.read",
-        "np.arange(1, rows.shape[1]) < lengths[:, None]",
-        "np.arange(1, rows.shape[1]) < rows.shape[1]",
+        "engine.data.samples.fim:FillInTheMiddle.__call__",
+        "np.arange(1, result.rows.shape[1]) >= result.lengths[:, None]",
+        "np.arange(1, result.rows.shape[1]) >= result.rows.shape[1] + 0 * result.lengths[:, None]",
         ("test_rows_keep_their_length_and_the_filling_does_not_count",),
     ),
 ]

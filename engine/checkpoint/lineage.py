@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +125,29 @@ def _horizon_hint(manifest: Manifest, cfg: Config) -> str:
 
 def changes(manifest: Manifest, cfg: Config) -> Differences:
     """Changed fields that may change but affect the results: name -> (value in the checkpoint, value now)."""
-    old, now = (
-        {f"{section}.{k}": v for section, values in config.items() for k, v in values.items()}
-        for config in _configs(manifest, cfg)
-    )
-    reported = [*_REPORTED, *(name for name in now if name.partition(".")[0] in _REPORTED_SECTIONS)]
-    return {name: (old[name], now[name]) for name in reported if old[name] != now[name]}
+    old, now = (dict(_flat(config)) for config in _configs(manifest, cfg))
+    reported = [*_REPORTED, *(name for name in old | now if name.partition(".")[0] in _REPORTED_SECTIONS)]
+    return {name: (old.get(name), now.get(name)) for name in reported if old.get(name) != now.get(name)}
 
 
-def _configs(manifest: Manifest, cfg: Config) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """(config of the checkpoint, config of this run), each as section -> name -> value."""
-    old = {name: section | manifest.config.get(name, {}) for name, section in Config().model_dump().items()}
+def _configs(manifest: Manifest, cfg: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config of the checkpoint, config of this run), each as section -> name -> value, or a list of rows."""
+    old = {
+        name: values | manifest.config.get(name, {}) if isinstance(values, dict) else manifest.config.get(name, values)
+        for name, values in Config().model_dump().items()
+    }
     return old, cfg.model_dump()
+
+
+def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every value of a config as stored in the manifest; rows of tables count from 1."""
+    if isinstance(values, list | tuple):
+        values = {str(number): row for number, row in enumerate(values, 1)}
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _flat(value, f"{path}.{name}" if path else name)
+    elif values is not None:  # a value of a row that is not given
+        yield path, values
 
 
 def _past_fields(fields: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -242,7 +253,7 @@ def extend_lineage(
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """XXH3-64 digest of a config as stored in the manifest."""
-    lines = (f"{section}.{k}={v!r}" for section, values in config.items() for k, v in values.items())
+    lines = (f"{path}={value!r}" for path, value in _flat(config))
     return xxhash.xxh3_64("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from engine.config.load import Resolved
 from engine.config.mixture import read_mixture
 from engine.config.schema import Config, fields
+from engine.config.tree import value_at
 from engine.distributed.context import make_context
 from engine.distributed.layout import Coords
 from engine.model.transformer import build_stages, num_parameters
@@ -70,11 +71,10 @@ def _settings(resolved: Resolved, full: bool) -> Table:
     )
     table.title_justify = "left"
     for path, source in resolved.sources.items():
-        section, name = path.split(".")
-        value = getattr(getattr(resolved.config, section), name)
+        value = value_at(resolved.config, path)
         if source.startswith("file "):
             source = f"file {Path(source[5:]).name}"  # the whole path would not fit into the column
-        if full or value != defaults[path]:
+        if full or path not in defaults or value != defaults[path]:
             table.add_row(escape(path), escape(str(value)), escape(source), style="" if source != "default" else "dim")
     if not full:
         table.caption = "All other settings have their defaults; --full lists them."

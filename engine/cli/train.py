@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,20 +42,14 @@ def parse_train(args: Sequence[str], prog: str) -> TrainOptions:
     parsed: Any
     try:
         parsed, rest = tyro.cli(
-            _train_type(), args=list(args), prog=prog, description=_SUMMARY, return_unknown_args=True
+            _train_type(args), args=list(args), prog=prog, description=_SUMMARY, return_unknown_args=True
         )
     except SystemExit as end:
         if end.code == 0:  # after --help
             print_end_of_help(_NOTES, HELP)
         raise
     given = dataclasses.asdict(parsed)
-    overrides = {
-        f"{section}.{name}": value
-        for section, values in given.items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-        if value != _UNSET
-    }
+    overrides = dict(_flat({name: value for name, value in given.items() if isinstance(value, dict)}))
     unknown = _unknown(rest)
     return TrainOptions(
         tuple(given["config"]), overrides, unknown, given["dry_run"], given["full"], given["world_size"]
@@ -95,24 +90,25 @@ HELP = Help(
 )
 
 
-def _train_type() -> type:
+def _train_type(args: Sequence[str]) -> type:
     # pydantic and all checks: a tenth of a second that only training needs
-    from engine.config.schema import Config, fields, type_name
+    from engine.config.schema import Config, fields, tables
 
     sections: dict[str, list[Any]] = {}
     for section, name, field in fields():
-        text = field.description or ""
-        if name == "preset":
-            text += f": {', '.join(PRESETS)}"
-        kind_name = type_name(field.annotation)
         default = json.dumps(field.default) if isinstance(field.default, str | bool) else field.default
-        note = tyro.conf.arg(
-            help=text.replace("\n", " "),
-            help_behavior_hint=f"(default: {default})",
-            metavar=kind_name if "|" in kind_name else kind_name.upper(),
-        )
-        kind: Any = Annotated[str, note]
-        sections.setdefault(section, []).append((name, kind, dataclasses.field(default=_UNSET)))
+        sections.setdefault(section, []).append(_option(name, field, f"(default: {default})"))
+    docs = {section: info.annotation.__doc__ or "" for section, info in Config.model_fields.items() if info.annotation}
+    for table, row in tables().items():
+        section, _, name = table.partition(".")
+        docs[table] = row.__doc__ or ""
+        options = [_option(name, field, "(default: not given)") for name, field in row.model_fields.items()]
+        kind = _options_type(table, options, docs[table])
+        rows = [_part(f"row{place}", kind, place) for place in _row_places(table, args)]
+        if name:
+            sections[section].append(_part(name, _options_type(f"{table} rows", rows, "")))
+        else:
+            sections[section] = rows
     members: list[Any] = [
         ("config", tyro.conf.UseAppendAction[tuple[Annotated[Path, tyro.conf.arg(metavar="FILE")], ...]], ()),
         ("dry_run", tyro.conf.FlagCreatePairsOff[bool], False),
@@ -129,11 +125,51 @@ def _train_type() -> type:
         (name, Annotated[kind, tyro.conf.arg(help=texts[name])], dataclasses.field(default=default))
         for name, kind, default in members
     ]
-    for section, entries in sections.items():
-        part = dataclasses.make_dataclass(f"{section.title()}Options", entries)
-        part.__doc__ = Config.model_fields[section].annotation.__doc__
-        named.append((section, part, dataclasses.field(default_factory=part)))
+    named += [
+        _part(section, _options_type(section, sections[section], docs[section])) for section in Config.model_fields
+    ]
     return dataclasses.make_dataclass("TrainArguments", named)
+
+
+def _option(name: str, field: Any, hint: str) -> Any:
+    """Field of a dataclass for tyro: one setting, read as text. field: pydantic's FieldInfo."""
+    from engine.config.section import type_name
+
+    text = field.description or ""
+    if name == "preset":
+        text += f": {', '.join(PRESETS)}"
+    kind = type_name(field.annotation)
+    metavar = kind if "|" in kind else kind.upper()
+    note = tyro.conf.arg(help=text.replace("\n", " "), help_behavior_hint=hint, metavar=metavar)
+    return name, Annotated[str, note], dataclasses.field(default=_UNSET)
+
+
+def _options_type(name: str, entries: list[Any], doc: str) -> type:
+    made = dataclasses.make_dataclass(f"{name.title().replace('.', ' ').replace(' ', '')}Options", entries)
+    made.__doc__ = doc
+    return made
+
+
+def _part(name: str, kind: type, shown: str = "") -> Any:
+    """Field of a dataclass for tyro: a group of options. shown: its part of the option's name if not `name`."""
+    noted = Annotated[kind, tyro.conf.arg(name=shown)] if shown else kind
+    return name, noted, dataclasses.field(default_factory=kind)
+
+
+def _row_places(table: str, args: Sequence[str]) -> list[str]:
+    """Numbers of the rows of a table that the words name, in order; N, for the help text, if they name none."""
+    found = {number for word in args for number in re.findall(rf"^--{re.escape(table)}\.(\d+)\.", word)}
+    return sorted(found, key=int) or ["N"]
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted path, text) of each given setting. values: as parsed by tyro, nested; row1 is row 1 of a table."""
+    for name, value in values.items():
+        name = name.removeprefix("row") if name[3:].isdecimal() or name == "rowN" else name
+        if isinstance(value, dict):
+            yield from ((f"{name}.{path}", text) for path, text in _flat(value))
+        elif value != _UNSET:
+            yield name, value
 
 
 def run(args: list[str]) -> int:

@@ -23,7 +23,13 @@ def config_errors(cfg: Config, world: int, plan: Plan | PlanError | None = None)
         *_train_errors(cfg),
         *_checkpoint_errors(cfg.checkpoint),
         *_skip_errors(cfg),
+        *_phase_errors(cfg),
     ]
+
+
+def _phase_errors(cfg: Config) -> Iterator[FieldError]:
+    if cfg.phase:
+        yield FieldError("config.not-built", "phase", len(cfg.phase), "phases are not built yet", "Leave them out.")
 
 
 def _skip_errors(cfg: Config) -> Iterator[FieldError]:

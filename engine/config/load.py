@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engine.config import hints, renames
 from engine.config.checks import config_errors
 from engine.config.derived import (
     BALANCED,
@@ -32,7 +30,8 @@ from engine.config.idle import idle
 from engine.config.mixture import read_mixture
 from engine.config.model_checks import ROPE_SCALES
 from engine.config.presets import PRESETS
-from engine.config.schema import Config, ModelConfig, fields, type_name
+from engine.config.schema import Config, ModelConfig, fields, tables
+from engine.config.tree import ConfigTree, given_rows, rows_of, unknown_setting, value_at
 from engine.errors import CheckpointError, ConfigError, FieldError, PlanError
 from engine.interop.huggingface.config_json import read_model_fields
 from engine.pipeline.actions import Plan
@@ -58,12 +57,19 @@ class Resolved:
     def toml(self) -> str:
         """The whole config as TOML that loads back to itself, each value with its source as a comment."""
         lines = []
-        for section, values in self.config.model_dump().items():
-            lines.append(f"[{section}]")
-            for key, value in values.items():
-                lines.append(f"{key} = {_toml_value(value)}  # {self.sources[f'{section}.{key}']}")
-            lines.append("")
+        for section in Config.model_fields:
+            if section not in tables():
+                lines.append(f"[{section}]")
+                lines += [self._line(f"{section}.{name}") for part, name, _ in fields() if part == section] + [""]
+            for table in (table for table in tables() if table.partition(".")[0] == section):
+                for number in range(1, len(rows_of(self.config, table)) + 1):
+                    lines.append(f"[[{table}]]")
+                    lines += [self._line(path) for path in self.sources if path.startswith(f"{table}.{number}.")] + [""]
         return "\n".join(lines)
+
+    def _line(self, path: str) -> str:
+        name, value = path.rpartition(".")[2], _toml_value(value_at(self.config, path))
+        return f"{name} = {value}  # {self.sources[path]}"
 
 
 def load(
@@ -79,19 +85,19 @@ def load(
     overrides: dotted path -> text from the command line. unknown: words of the command line that are not options.
     reject_idle: given settings without effect are errors too (engine.config.idle). Raises ConfigError with all errors.
     """
-    errors: list[FieldError] = []
-    tree: dict[str, dict[str, Any]] = {section: {} for section in Config.model_fields}
-    sources: dict[str, str] = {}
+    tree = ConfigTree()
     for file in files:
-        for path, value in _read_toml(file, errors):
-            _put(tree, sources, path, value, f"file {file}", errors)
+        tree.read_file(file)
     for path, text in overrides.items():
-        _put(tree, sources, path, text, "command line", errors)
-    errors += [_unknown(word[2:], "", "command line") if word.startswith("--") else _stray(word) for word in unknown]
-    _apply_preset(tree, sources, errors)
-    given = set(tree["model"])
-    start = _apply_init(tree, sources, errors)
-    config, wrong = _parse(tree, errors)
+        tree.put(path, text, "command line")
+    for word in unknown:
+        option = word.startswith("--")
+        tree.errors.append(unknown_setting(word[2:], "", "command line") if option else _stray(word))
+    errors, sources, model = tree.errors, tree.sources, tree.sections["model"]
+    _apply_preset(model, sources, errors)
+    given = set(model)
+    start = _apply_init(model, tree.sections["checkpoint"].get("init"), sources, errors)
+    config, wrong = tree.parse()
     errors += _contradictions(config.model, start, given - {path.removeprefix("model.") for path in wrong}, sources)
     p = config.parallel
     world = world or model_ranks(p.model_copy(update={"context": 1})) * max(
@@ -113,7 +119,9 @@ def load(
         raise ConfigError(errors)
     assert not isinstance(plan, PlanError)  # already raised as an error
     config = _fill_in(config, world, plan, sources)
-    sources = {f"{s}.{n}": sources.get(f"{s}.{n}", "default") for s, n, _ in fields()}
+    sources = {
+        path: sources.get(path, "default") for path in (*(f"{s}.{n}" for s, n, _ in fields()), *given_rows(tree))
+    }
     return Resolved(config, sources, derive(config, plan))
 
 
@@ -193,66 +201,13 @@ def _with(config: Config, section: str, name: str, value: object, sources: dict[
     return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
 
 
-def _known_paths() -> list[str]:
-    return [f"{s}.{n}" for s, n, _ in fields()]
-
-
-def _unknown(path: str, value: object, source: str) -> FieldError:
-    path = path.replace("-", "_")
-    if new := renames.SETTINGS.get(path):
-        return FieldError("config.renamed", path, value, f"was renamed ({source})", f"Use {new}.")
-    problem, fix = f"no such setting ({source})", "`engine train --help` lists all settings."
-    if hint := hints.suggest(path, _known_paths()):
-        problem += f"; an option of {hint.engine}" if hint.engine else ""
-        problem += f": {hint.remark}" if hint.remark else ""
-        fix = f"Did you mean {hint.ours}?" if hint.ours else "It has no counterpart here; see docs/coming_from.md."
-    return FieldError("config.unknown-setting", path, value, problem, fix)
-
-
 def _stray(word: str) -> FieldError:
     fix = "Options start with two dashes." if word.startswith("-") else f"Give a config file as --config {word}."
     return FieldError("config.unknown-word", "command line", word, "belongs to no option", fix)
 
 
-def _read_toml(file: Path, errors: list[FieldError]) -> Iterator[tuple[str, Any]]:
-    try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        errors.append(
-            FieldError(
-                "config.file-not-readable",
-                "--config",
-                str(file),
-                f"cannot be read ({error})",
-                "Give the path of a TOML file.",
-            )
-        )
-        return
-    except tomllib.TOMLDecodeError as error:
-        errors.append(
-            FieldError("config.file-not-toml", "--config", str(file), f"is not valid TOML: {error}", "Fix that line.")
-        )
-        return
-    for section, values in (renames.to_current_names(tree) if renames.is_run_folder_config(file) else tree).items():
-        if isinstance(values, dict):
-            yield from ((f"{section}.{name}", value) for name, value in values.items())
-        else:
-            errors.append(_unknown(section, values, f"file {file}"))
-
-
-def _put(
-    tree: dict[str, Any], sources: dict[str, str], path: str, value: Any, source: str, errors: list[FieldError]
-) -> None:
-    if path not in _known_paths():
-        errors.append(_unknown(path, value, source))
-        return
-    section, name = path.split(".")
-    tree[section][name] = value
-    sources[path] = source
-
-
-def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], errors: list[FieldError]) -> None:
-    name = tree["model"].get("preset", "")
+def _apply_preset(model: dict[str, Any], sources: dict[str, str], errors: list[FieldError]) -> None:
+    name = model.get("preset", "")
     if not name or not isinstance(name, str):  # reported by the type check
         return
     if name not in PRESETS:
@@ -263,8 +218,8 @@ def _apply_preset(tree: dict[str, dict[str, Any]], sources: dict[str, str], erro
         )
         return
     for key, value in PRESETS[name].items():
-        if key not in tree["model"]:
-            tree["model"][key] = value
+        if key not in model:
+            model[key] = value
             sources[f"model.{key}"] = f"preset {name}"
 
 
@@ -284,12 +239,13 @@ def model_config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
         ) from None
 
 
-def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], errors: list[FieldError]) -> dict[str, Any]:
-    """Fill in unset model.* from the folder checkpoint.init; returns the folder's model fields."""
-    path = tree["checkpoint"].get("init")
+def _apply_init(
+    model: dict[str, Any], path: object, sources: dict[str, str], errors: list[FieldError]
+) -> dict[str, Any]:
+    """Fill in unset model.* from the folder checkpoint.init (`path`); returns the folder's model fields."""
     if not path or not isinstance(path, str):
         return {}
-    wanted = str(tree["model"].get("max_seq_len", ""))
+    wanted = str(model.get("max_seq_len", ""))
     try:
         values, file = read_model_fields(Path(path), int(wanted) if wanted.isdecimal() else None)
         values = model_config(Path(file), values).model_dump(exclude={"preset"})
@@ -302,8 +258,8 @@ def _apply_init(tree: dict[str, dict[str, Any]], sources: dict[str, str], errors
         )
         return {}
     for key, value in values.items():
-        if key not in tree["model"]:
-            tree["model"][key] = value
+        if key not in model:
+            model[key] = value
             sources[f"model.{key}"] = f"file {file}"
     return values
 
@@ -321,28 +277,11 @@ def _contradictions(
             yield FieldError("config.init-contradicts", f"model.{name}", value, problem, "Leave it out.")
 
 
-def _parse(tree: dict[str, dict[str, Any]], errors: list[FieldError]) -> tuple[Config, set[str]]:
-    """(config, paths of invalid values): invalid values get their defaults, so that the others can be checked."""
-    try:
-        return Config.model_validate(tree), set()
-    except ValidationError as error:
-        by_path = {f"{s}.{n}": f for s, n, f in fields()}
-        good = {section: dict(values) for section, values in tree.items()}
-        wrong = set()
-        for item in error.errors():
-            section, name = map(str, item["loc"])
-            field = by_path[f"{section}.{name}"]
-            problem = item["msg"][0].lower() + item["msg"][1:]
-            fix = f"Give {type_name(field.annotation)}; the default is {field.default!r}."
-            errors.append(FieldError("config.value-not-valid", f"{section}.{name}", item["input"], problem, fix))
-            wrong.add(f"{section}.{name}")
-            good[section].pop(name, None)
-        return Config.model_validate(good), wrong
-
-
 def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{_toml_value(key)} = {_toml_value(part)}' for key, part in value.items())} }}"
     return repr(value)

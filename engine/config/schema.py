@@ -11,23 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
+from engine.config.phase_table import PhaseConfig
+from engine.config.section import Section
 from engine.pipeline.schedules import SCHEDULES
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_not_one(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise PydanticCustomError("bool", "is neither a number nor a string")
-        return value
 
 
 class RunConfig(Section):
@@ -347,6 +335,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
+    phase: tuple[PhaseConfig, ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     data: DataConfig = DataConfig()
@@ -356,15 +345,30 @@ class Config(Section):
 
 
 def fields() -> Iterator[tuple[str, str, Any]]:
-    """(section, name, pydantic FieldInfo) of every setting; the command line is generated from it."""
+    """(section, name, pydantic FieldInfo) of every setting of a section; arrays of tables are not among them."""
     for section, info in Config.model_fields.items():
-        assert isinstance(info.annotation, type)
-        for name, field in info.annotation.model_fields.items():
-            yield section, name, field
+        if isinstance(info.annotation, type):
+            for name, field in info.annotation.model_fields.items():
+                if _row_class(field.annotation) is None:
+                    yield section, name, field
 
 
-def type_name(annotation: Any) -> str:
-    """Name of a field's type in help and error texts: `int`, or `a|b|c` for a choice."""
-    if get_origin(annotation) is Literal:
-        return "|".join(map(str, get_args(annotation)))
-    return {"bool": "true|false"}.get(annotation.__name__, annotation.__name__)
+def tables() -> dict[str, type[Section]]:
+    """Every array of tables: its path, such as `phase` for [[phase]], -> the class of its rows."""
+    found = {}
+    for section, info in Config.model_fields.items():
+        if row := _row_class(info.annotation):
+            found[section] = row
+        elif isinstance(info.annotation, type):
+            found |= {
+                f"{section}.{name}": row
+                for name, field in info.annotation.model_fields.items()
+                if (row := _row_class(field.annotation))
+            }
+    return found
+
+
+def _row_class(annotation: Any) -> type[Section] | None:
+    """Class of the rows of an array of tables; None for any other type of a field."""
+    row = get_args(annotation)[0] if get_origin(annotation) is tuple else None
+    return row if isinstance(row, type) and issubclass(row, Section) else None

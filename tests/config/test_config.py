@@ -25,6 +25,7 @@ from engine.config import checks as checks_module
 from engine.config import load as load_module
 from engine.config import model_checks as model_checks_module
 from engine.config import schema as schema_module
+from engine.config import tree as tree_module
 from engine.config.derived import derive
 from engine.config.load import Resolved, load
 from engine.config.presets import PRESETS
@@ -198,6 +199,8 @@ ERROR_CASES: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
         "config.tensor-does-not-divide",
         "model.ffn_size 690 688 692 2",
     ),
+    "phases": ({"phase.1.from_step": 3}, 1, "phase", "config.not-built", ""),
+    "rows out of order": ({"phase.3.from_step": 3}, 1, "phase.3.from_step", "config.row-out-of-order", "0 phase.1"),
     "context": ({"parallel.context": 2}, 1, "parallel.context", "config.not-built", "1"),
     "expert": ({"parallel.expert": 2}, 1, "parallel.expert", "config.not-built", "1"),
     "too few ranks": (
@@ -418,7 +421,7 @@ def test_each_fault_is_said_in_full(case: str) -> None:
 @pytest.mark.usefixtures("plans")
 def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every error code in the sources of these modules has a case above."""
-    modules = (schema_module, checks_module, model_checks_module, load_module)
+    modules = (schema_module, checks_module, model_checks_module, load_module, tree_module)
     seen: set[tuple[str, int]] = set()
 
     def note(*args: Any) -> FieldError:
@@ -432,7 +435,8 @@ def test_every_fault_of_the_modules_has_a_case(monkeypatch: pytest.MonkeyPatch, 
     for overrides, world, *_ in ERROR_CASES.values():
         faults_of(overrides, world)
     (tmp_path / "bad.toml").write_text("[model\n")
-    for file in (tmp_path / "bad.toml", tmp_path / "none.toml"):
+    (tmp_path / "rows.toml").write_text("[phase]\nfrom_step = 3\n")
+    for file in (tmp_path / "bad.toml", tmp_path / "none.toml", tmp_path / "rows.toml"):
         faults_of({}, files=(file,))
     with pytest.raises(ConfigError):
         load([], {}, unknown=["run.toml", "--train.eval-every"])

@@ -16,7 +16,8 @@ from engine.config import derived
 from engine.config.derived import derive, with_heads
 from engine.config.dtypes import DTYPE_BYTES, MAIN_DTYPE, SAFETENSORS_DTYPES
 from engine.config.load import load
-from engine.config.schema import ModelConfig, ParallelConfig, Section, TrainConfig
+from engine.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from engine.config.section import Section
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError

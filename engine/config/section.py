@@ -1,0 +1,39 @@
+"""Base class of all config sections and table rows, and the names of types in help and error texts."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel):
+    """Base of all sections and rows: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and value_type(cls.model_fields[info.field_name or ""].annotation) is not bool:
+            raise PydanticCustomError("bool", "is neither a number nor a string")
+        return value
+
+
+def value_type(annotation: Any) -> Any:
+    """The type of a value that is given: `int` for `int | None`, where None is a value that is not given."""
+    if get_origin(annotation) is types.UnionType:
+        return next(kind for kind in get_args(annotation) if kind is not types.NoneType)
+    return annotation
+
+
+def type_name(annotation: Any) -> str:
+    """Name of a field's type in help and error texts: `int`, or `a|b|c` for a choice."""
+    annotation = value_type(annotation)
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is dict:
+        return "number name ..."
+    return {"bool": "true|false"}.get(annotation.__name__, annotation.__name__)

@@ -38,7 +38,7 @@ from engine.checkpoint.storage import DISK, PROCESS_ERRNOS, Storage
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block, tensor_bytes
 from engine.distributed.collectives import raise_together
 from engine.distributed.context import ParallelContext
-from engine.distributed.sharding import Piece
+from engine.distributed.specs import Piece
 from engine.errors import CheckpointError, EngineError
 from engine.optim.adamw import StateShard
 

@@ -110,7 +110,7 @@ def _stages(resolved: Resolved) -> Table:
     for rank in range(layout.pipeline):
         first = layout.rank(Coords(rank, 0, 0, 0))
         last = first + layout.world // layout.pipeline - 1
-        ctx = make_context(layout, first, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype, device="meta")
+        ctx = make_context(layout, first, dtype=dtype, device="meta")
         count, texts = 0, []
         for _, model, params in build_stages(cfg, ctx, resolved.derived):
             shape = model.shape

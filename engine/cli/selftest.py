@@ -18,7 +18,8 @@ from engine.batch import Documents
 from engine.config.schema import OptimizerConfig
 from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec
+from engine.distributed.sharding import Parameter
+from engine.distributed.specs import Chunk, ShardSpec
 from engine.ops import native
 from engine.ops.activation import activation
 from engine.ops.attention import causal_attention
@@ -33,7 +34,7 @@ from engine.parallel.gradients import make_buckets
 # relative to the largest reference value, at least 1; roundoff is 6e-8 (float32), 4e-3 (bf16), and sums are short
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
-_SELF = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64).self_axis
+_SELF = make_context(Layout(), 0, dtype=torch.float64).self_axis
 _S, _B, _N, _M, _D = 40, 2, 4, 2, 16  # sequence, batch, heads, KV heads, head width
 
 
@@ -79,7 +80,7 @@ def _documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     x = x.detach().requires_grad_()
-    head = Parameter(weight.detach(), ShardSpec((Chunk("head", len(weight)),), other=weight.shape[1]))
+    head = Parameter(weight.detach(), ShardSpec((Chunk("head", tuple(weight.shape)),)))
     targets = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]) * 7
     part, weights = VocabSlice(0, len(weight) - 3, _SELF), torch.linspace(0, 1, targets.numel(), device=x.device)
     losses = linear_cross_entropy(x, head, targets, weights.view(targets.shape), part, _SELF, _SELF)
@@ -97,7 +98,7 @@ def _matmul(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
 
 
 def _embedding(weight: Tensor) -> tuple[Tensor, ...]:
-    table = Parameter(weight.detach(), ShardSpec((Chunk("table", len(weight)),), other=weight.shape[1]))
+    table = Parameter(weight.detach(), ShardSpec((Chunk("table", tuple(weight.shape)),)))
     out = embedding(table, torch.arange(12, device=weight.device) % 5, 2)
     out.backward(0.3 * out.detach())
     assert table.grad is not None
@@ -113,8 +114,8 @@ def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -
 
 
 def _gradient_norm(values: Tensor) -> Tensor:
-    weight = Parameter(values.detach().clone(), ShardSpec((Chunk("weight", len(values)),), other=values.shape[1]))
-    ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=values.dtype, device=values.device)
+    weight = Parameter(values.detach().clone(), ShardSpec((Chunk("weight", tuple(values.shape)),)))
+    ctx = make_context(Layout(), 0, dtype=values.dtype, device=values.device)
     main = torch.promote_types(values.dtype, torch.float32)
     buckets = make_buckets([weight], ctx, grad_dtype=main, bucket_bytes=1 << 20, overlap=False)
     assert weight.main_grad is not None
@@ -123,8 +124,8 @@ def _gradient_norm(values: Tensor) -> Tensor:
 
 
 def _adamw(values: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-    ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=values.dtype, device=values.device)
-    weight = Parameter(values.detach().clone(), ShardSpec((Chunk("weight", len(values)),), other=values.shape[1]))
+    ctx = make_context(Layout(), 0, dtype=values.dtype, device=values.device)
+    weight = Parameter(values.detach().clone(), ShardSpec((Chunk("weight", tuple(values.shape)),)))
     main = torch.promote_types(values.dtype, torch.float32)
     buckets = make_buckets([weight], ctx, grad_dtype=main, bucket_bytes=1 << 20, overlap=False)
     optimizer = FlatAdamW([buckets], OptimizerConfig(lr=1e-2), overlap=False)

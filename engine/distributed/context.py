@@ -7,6 +7,7 @@ global. Two contexts can live in one process (the tests use that).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -19,6 +20,9 @@ from engine.distributed.layout import Layout
 from engine.distributed.shared_memory import Link
 from engine.distributed.shared_memory import connect as connect_shared
 from engine.errors import ConfigError, FieldError
+
+# Name under which an axis counts its traffic, for axes that are another one's ranks or a part of them.
+_SHOWN = {"sequence": "tensor", "replicated": "tensor", "data_context": "data"}
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,12 @@ class Axis:
 class ParallelContext:
     """A rank's place in the grid, and the device and dtype of its parameters.
 
-    tensor, pipeline, data, context: the axes of the grid. kv: the tensor ranks that hold the same KV heads.
-    sequence: the tensor ranks over which activations outside the matrices are sharded along the sequence (sequence
-    parallelism); replicated: those that hold the same activations there. One of the two is the tensor axis, the other
-    only this rank, so code applies collectives of both without branching. tied_stages: the ranks of the first and last
-    stage (tied embeddings). world: all ranks. self_axis: only this rank.
+    tensor, pipeline, data, context: the axes of the grid. data_context: the data and context ranks together, which
+    hold the same weights. sequence: the tensor ranks over which activations outside the matrices are sharded along the
+    sequence (sequence parallelism); replicated: those that hold the same activations there. One of the two is the
+    tensor axis, the other only this rank, so code applies collectives of both without branching. tied_stages: the ranks
+    of the first and last stage (tied embeddings). world: all ranks. self_axis: only this rank. tensor_parts: "tensor/P"
+    -> the tensor ranks that hold the same part of a tensor sharded into P parts (KV heads that ranks share).
     """
 
     layout: Layout
@@ -57,18 +62,19 @@ class ParallelContext:
     pipeline: Axis
     data: Axis
     context: Axis
-    kv: Axis
+    data_context: Axis
     sequence: Axis
     replicated: Axis
     tied_stages: Axis
     world: Axis
     self_axis: Axis
+    tensor_parts: Mapping[str, Axis]
     device: torch.device
     dtype: torch.dtype
 
     def axis(self, name: str) -> Axis:
         """The axis of that name (a ShardSpec names axes, because it is created before any process group exists)."""
-        found = getattr(self, name)
+        found = self.tensor_parts.get(name) or getattr(self, name)
         assert isinstance(found, Axis), name
         return found
 
@@ -86,7 +92,6 @@ def make_context(
     layout: Layout,
     rank: int,
     *,
-    num_kv_heads: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     connect: bool = False,
@@ -103,15 +108,7 @@ def make_context(
     shared: ConfigError on every rank if any axis cannot use shared memory.
     """
     made: dict[tuple[tuple[int, ...], bool], dist.ProcessGroup | None] = {}
-    members = {
-        "world": tuple(range(layout.world)),
-        **{axis: layout.group(axis, rank) for axis in ("tensor", "data", "context", "pipeline")},
-        "kv": layout.replica_group(rank, num_kv_heads),
-        "sequence": layout.group("tensor", rank) if layout.sequence else (rank,),
-        "replicated": (rank,) if layout.sequence else layout.group("tensor", rank),
-        "tied_stages": layout.tied_stages_group(rank),
-        "self_axis": (rank,),
-    }
+    members = layout.axes(rank)
     # NCCL runs the operations of a group in order. On GPUs, an axis with all ranks gets a separate group; else each
     # small agreement of the world would wait until that axis has gathered all weights.
     on_gpu = torch.device(device).type == "cuda"
@@ -130,10 +127,13 @@ def make_context(
     links = _connect_shared(members, rank, layout.world, torch.device(device), timeout_s, transport) if made else {}
     board = connect_board(rank, _gather(layout.world)) if made and not on_gpu else None
     for name, ranks in members.items():
-        shown = "tensor" if name in ("sequence", "replicated") else name
+        shown = "tensor_parts" if "/" in name else _SHOWN.get(name, name)
         group, link = made.get(groups[name]), links.get(ranks)
         axes[name] = Axis(shown, len(ranks), ranks.index(rank), ranks, group, traffic, link, board)
-    return ParallelContext(layout=layout, rank=rank, device=torch.device(device), dtype=dtype, **axes)
+    parts = {name: axes.pop(name) for name in members if "/" in name}
+    return ParallelContext(
+        layout=layout, rank=rank, tensor_parts=parts, device=torch.device(device), dtype=dtype, **axes
+    )
 
 
 def _connect_nccl(groups: list[dist.ProcessGroup | None], device: torch.device) -> None:

@@ -35,7 +35,6 @@ class Mesh:
     """Arguments of `make_context` except the rank; the same on all ranks, except for the device index."""
 
     layout: Layout
-    num_kv_heads: int
     dtype: torch.dtype
     device: torch.device
     timeout_s: float
@@ -71,7 +70,6 @@ def run(
         ctx = make_context(
             mesh.layout,
             env.rank,
-            num_kv_heads=mesh.num_kv_heads,
             dtype=mesh.dtype,
             device=mesh.device,
             connect=env.world > 1,

@@ -14,6 +14,26 @@ from engine.errors import LayoutError
 AXES = ("pipeline", "data", "context", "tensor")  # slowest to fastest
 
 
+class AxisPlace(NamedTuple):
+    """Size of an axis, and the position of one rank in it."""
+
+    size: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's place in a layout without processes, enough for ShardSpec.pieces."""
+
+    layout: Layout
+    index: int
+
+    def axis(self, name: str) -> AxisPlace:
+        """The axis of that name, of the grid or derived (Layout.axes)."""
+        ranks = self.layout.axes(self.index)[name]
+        return AxisPlace(len(ranks), ranks.index(self.index))
+
+
 class Coords(NamedTuple):
     """Coordinates of one rank in the grid."""
 
@@ -75,12 +95,12 @@ class Layout:
         """All groups of an axis; they partition the ranks."""
         return tuple(self.group(axis, r) for r in range(self.world) if getattr(self.coords(r), axis) == 0)
 
-    def replica_group(self, rank: int, num_kv_heads: int) -> tuple[int, ...]:
-        """The tensor ranks that hold the same key/value heads as `rank`: only itself unless heads < tensor ranks.
+    def tensor_replicas(self, rank: int, parts: int) -> tuple[int, ...]:
+        """The tensor ranks that hold the same part as `rank` of a tensor sharded into `parts` over the tensor axis.
 
-        With fewer KV heads than tensor ranks, head i is held by the contiguous ranks [i*t/n, (i+1)*t/n).
+        parts divides the tensor degree t. Part i is held by the contiguous ranks [i * t / parts, (i + 1) * t / parts).
         """
-        replicas = max(1, self.tensor // num_kv_heads)
+        replicas = self.tensor // parts
         first = self.coords(rank).tensor // replicas * replicas
         return self.group("tensor", rank)[first : first + replicas]
 
@@ -92,6 +112,29 @@ class Layout:
         column = self.group("pipeline", rank)
         holders = (column[0], column[self.tail])
         return tuple(dict.fromkeys(holders)) if rank in holders else (rank,)
+
+    def axes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The ranks of every axis of this rank: those of the grid and the derived ones, see ParallelContext.
+
+        "tensor/P", for each divisor P of the tensor degree: `tensor_replicas(rank, P)`.
+        """
+        sequence = self.group("tensor", rank) if self.sequence else (rank,)
+        at = self.coords(rank)
+        data_context = [at._replace(data=d, context=c) for d in range(self.data) for c in range(self.context)]
+        return {
+            "world": tuple(range(self.world)),
+            **{axis: self.group(axis, rank) for axis in ("tensor", "data", "context", "pipeline")},
+            "data_context": tuple(map(self.rank, data_context)),
+            "sequence": sequence,
+            "replicated": (rank,) if self.sequence else self.group("tensor", rank),
+            "tied_stages": self.tied_stages_group(rank),
+            "self_axis": (rank,),
+            **{
+                f"tensor/{parts}": self.tensor_replicas(rank, parts)
+                for parts in range(1, self.tensor + 1)
+                if self.tensor % parts == 0
+            },
+        }
 
     def table(self) -> str:
         """The grid as text, one line per pipeline rank and data rank."""

@@ -74,7 +74,6 @@ def _one_of_two(pipe: Connection, rank: int, file: str, transport: str, timeout_
         ctx = make_context(
             Layout(2, data=2),
             rank,
-            num_kv_heads=1,
             dtype=number.dtype,
             connect=True,
             timeout_s=timeout_s,

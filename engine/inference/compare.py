@@ -74,7 +74,7 @@ def compare_with_transformers(
     """
     theirs = _load_theirs(folder)
     cfg = config_of(checkpoint, storage)
-    ctx = make_context(Layout(), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    ctx = make_context(Layout(), 0, dtype=torch.float32)
     ours = load_stage(checkpoint, cfg, ctx, storage)
     if dtype is not None:
         for parameter in parameters(ours):

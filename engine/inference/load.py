@@ -61,7 +61,7 @@ def load_model(checkpoint: Path, storage: Storage = DISK) -> Transformer:
     """Load the whole model on this process, on the CPU, in the precision it was trained in."""
     cfg = config_of(checkpoint, storage)
     dtype = PRECISIONS[cfg.train.precision].compute
-    ctx = make_context(Layout(), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
+    ctx = make_context(Layout(), 0, dtype=dtype)
     return load_stage(checkpoint, cfg, ctx, storage)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.batch import Documents
 from engine.config.schema import ModelConfig
 from engine.distributed.context import ParallelContext
-from engine.distributed.sharding import Chunk
+from engine.distributed.specs import Chunk, Cut
 from engine.model.layers import ColumnLinear, ComputeBackends, Norm, RowLinear, ShardedRMSNorm
 from engine.ops.attention import causal_attention
 from engine.ops.linear import RecomputeRecipe
@@ -23,7 +23,7 @@ class Attention(nn.Module):
     """Causal self-attention: fused q|k|v projection, QK-norms if configured, RoPE, attention core, output projection.
 
     With fewer KV heads than tensor ranks, the ranks that share a KV head hold replicas of its weights. Each replica
-    gets only the gradient of its local query heads, so the k and v chunks are summed over the `kv` axis.
+    gets only the gradient of its local query heads, so the k and v chunks are summed over these ranks.
     """
 
     def __init__(
@@ -39,12 +39,13 @@ class Attention(nn.Module):
         t, d, h, matmul = ctx.tensor.size, cfg.head_dim, cfg.hidden_size, backends.matmul
         kv_parts = min(cfg.num_kv_heads, t)
         self.n, self.m, self.d = cfg.num_heads // t, cfg.num_kv_heads // kv_parts, d
+        kv = (cfg.num_kv_heads * d, h), (Cut(0, kv_parts),), (f"tensor/{kv_parts}",)
         chunks = (
-            Chunk(f"{name}.q.weight", cfg.num_heads * d, parts=t),
-            Chunk(f"{name}.k.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
-            Chunk(f"{name}.v.weight", cfg.num_kv_heads * d, parts=kv_parts, sum_over=("kv",)),
+            Chunk(f"{name}.q.weight", (cfg.num_heads * d, h), (Cut(0, t),)),
+            Chunk(f"{name}.k.weight", *kv),
+            Chunk(f"{name}.v.weight", *kv),
         )
-        self.qkv = ColumnLinear(chunks, h, cfg.init_std, ctx, keep_gathered, matmul, cfg.qkv_bias)
+        self.qkv = ColumnLinear(chunks, cfg.init_std, ctx, keep_gathered, matmul, cfg.qkv_bias)
         bias = cfg.attention_out_bias
         self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx, matmul, bias)
         self.implementation = backends.attention
@@ -56,7 +57,7 @@ class Attention(nn.Module):
             )
         elif cfg.qk_norm:
             self.projection_norms = nn.ModuleList(
-                ShardedRMSNorm(replace(chunk, name=f"{name}.{part}_norm.weight"), cfg, ctx)
+                ShardedRMSNorm(replace(chunk, name=f"{name}.{part}_norm.weight", shape=chunk.shape[:1]), cfg, ctx)
                 for part, chunk in zip("qk", chunks)
             )
 

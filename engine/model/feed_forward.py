@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from engine.config.schema import ModelConfig
 from engine.distributed.context import ParallelContext
-from engine.distributed.sharding import Chunk
+from engine.distributed.specs import Chunk, Cut
 from engine.model.layers import ColumnLinear, ComputeBackends, RowLinear
 from engine.ops.activation import activation
 from engine.ops.linear import RecomputeRecipe
@@ -26,9 +26,10 @@ class MLP(nn.Module):
     ):
         super().__init__()
         parts = ("gate", "up") if cfg.gated_mlp else ("up",)
-        chunks = tuple(Chunk(f"{name}.{part}.weight", cfg.ffn_size, parts=ctx.tensor.size) for part in parts)
+        shape, rows = (cfg.ffn_size, cfg.hidden_size), Cut(0, ctx.tensor.size)
+        chunks = tuple(Chunk(f"{name}.{part}.weight", shape, (rows,)) for part in parts)
         matmul, bias = backends.matmul, cfg.mlp_bias
-        self.up = ColumnLinear(chunks, cfg.hidden_size, cfg.init_std, ctx, keep_gathered, matmul, bias)
+        self.up = ColumnLinear(chunks, cfg.init_std, ctx, keep_gathered, matmul, bias)
         self.down = RowLinear(f"{name}.down.weight", cfg.ffn_size, cfg.hidden_size, out_std, ctx, matmul, bias)
         self.activation = backends.fuse(activation(cfg.activation, cfg.gated_mlp))
 

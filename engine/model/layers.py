@@ -24,7 +24,8 @@ from engine.batch import Documents
 from engine.config.schema import ModelConfig
 from engine.distributed.collectives import all_gather, reduce_partial_sums
 from engine.distributed.context import ParallelContext
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec, new_parameter
+from engine.distributed.sharding import Parameter, new_parameter
+from engine.distributed.specs import Chunk, Cut, Role, ShardSpec
 from engine.ops.embedding import embedding
 from engine.ops.linear import RecomputeRecipe, linear
 from engine.ops.loss import VocabSlice, linear_cross_entropy
@@ -68,8 +69,8 @@ class ComputeBackends:
 
 
 def bias_of(chunk: Chunk) -> Chunk:
-    """The bias chunk of a weight chunk: named `...bias`, sharded and summed the same way."""
-    return replace(chunk, name=chunk.name.removesuffix("weight") + "bias")
+    """The bias chunk of a weight chunk: named `...bias`, sharded and summed the same way as its rows."""
+    return replace(chunk, name=chunk.name.removesuffix("weight") + "bias", shape=chunk.shape[:1])
 
 
 class ColumnLinear(nn.Module):
@@ -82,7 +83,6 @@ class ColumnLinear(nn.Module):
     def __init__(
         self,
         chunks: tuple[Chunk, ...],
-        in_size: int,
         init_std: float,
         ctx: ParallelContext,
         keep_gathered: bool,
@@ -92,10 +92,10 @@ class ColumnLinear(nn.Module):
         super().__init__()
         self.replicated, self.sequence, self.keep_gathered = ctx.replicated, ctx.sequence, keep_gathered
         self.matmul = matmul
-        self.weight = new_parameter(ShardSpec(chunks, dim=0, other=in_size, init_std=init_std), ctx)
+        self.weight = new_parameter(ShardSpec(chunks, init_std=init_std), ctx)
         self.bias: Parameter | None = None
         if bias:
-            self.bias = new_parameter(ShardSpec(tuple(map(bias_of, chunks)), init_value=0.0, decay=False), ctx)
+            self.bias = new_parameter(ShardSpec(tuple(map(bias_of, chunks)), init_value=0.0, role=Role.VECTOR), ctx)
 
     def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
         """recipe: recompute x in the backward instead of saving it."""
@@ -131,12 +131,12 @@ class RowLinear(nn.Module):
         super().__init__()
         self.replicated, self.sequence, self.self_axis = ctx.replicated, ctx.sequence, ctx.self_axis
         self.matmul = matmul
-        chunk = Chunk(name, in_size, parts=ctx.tensor.size)
-        self.weight = new_parameter(ShardSpec((chunk,), dim=1, other=out_size, init_std=init_std), ctx)
+        chunk = Chunk(name, (out_size, in_size), (Cut(1, ctx.tensor.size),))
+        self.weight = new_parameter(ShardSpec((chunk,), init_std=init_std), ctx)
         self.bias: Parameter | None = None
         if bias:
-            whole = bias_of(Chunk(name, out_size, sum_over=("sequence",)))
-            self.bias = new_parameter(ShardSpec((whole,), init_value=0.0, decay=False), ctx)
+            whole = bias_of(Chunk(name, (out_size,), sum_over=("sequence",)))
+            self.bias = new_parameter(ShardSpec((whole,), init_value=0.0, role=Role.VECTOR), ctx)
 
     def forward(self, x: Tensor, recipe: RecomputeRecipe | None = None) -> Tensor:
         """recipe: recompute x in the backward instead of saving it."""
@@ -162,15 +162,15 @@ class Norm(nn.Module):
         sum_over: str = "sequence",
     ):
         super().__init__()
-        chunk = Chunk(f"{name}.weight", size, sum_over=(sum_over,))
+        chunk = Chunk(f"{name}.weight", (size,), sum_over=(sum_over,))
         offset = float(cfg.norm_offset)
-        self.weight = new_parameter(ShardSpec((chunk,), init_value=1.0 - offset, decay=False), ctx)
+        self.weight = new_parameter(ShardSpec((chunk,), init_value=1.0 - offset, role=Role.VECTOR), ctx)
         self.bias: Parameter | None = None
         rms: dict[str, float] = {"eps": cfg.norm_eps, "offset": offset}
         self.function: Callable[..., Tensor] = partial(backends.fuse(rms_norm), **rms)
         self.add_norm_function: Callable[..., tuple[Tensor, Tensor]] = partial(backends.fuse(add_rms_norm), **rms)
         if cfg.norm == "layernorm":
-            self.bias = new_parameter(ShardSpec((bias_of(chunk),), init_value=0.0, decay=False), ctx)
+            self.bias = new_parameter(ShardSpec((bias_of(chunk),), init_value=0.0, role=Role.VECTOR), ctx)
             self.function = partial(backends.fuse(layer_norm), eps=cfg.norm_eps)
             self.add_norm_function = partial(backends.fuse(add_layer_norm), eps=cfg.norm_eps)
 
@@ -193,21 +193,24 @@ class ShardedRMSNorm(nn.Module):
 
     def __init__(self, chunk: Chunk, cfg: ModelConfig, ctx: ParallelContext):
         super().__init__()
-        self.axis, self.replicas, self.eps = ctx.tensor, ctx.tensor.size // chunk.parts, cfg.norm_eps
-        self.weight = new_parameter(ShardSpec((chunk,), decay=False), ctx)
+        (cut,) = chunk.cuts
+        self.axis, self.replicas, self.eps = ctx.tensor, ctx.tensor.size // cut.parts, cfg.norm_eps
+        self.weight = new_parameter(ShardSpec((chunk,), role=Role.VECTOR), ctx)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., local features] -> the same shape."""
         return sharded_rms_norm(x, self.weight, self.eps, self.axis, self.replicas)
 
 
-def vocab_weight(name: str, vocab_size: int, hidden: int, std: float, tied: bool, ctx: ParallelContext) -> Parameter:
+def vocab_weight(name: str, role: Role, cfg: ModelConfig, ctx: ParallelContext) -> Parameter:
     """This rank's slice [v, h] of an embedding or head matrix.
 
-    tied: the first and last pipeline stage hold replicas under one canonical name, and their gradients are summed.
+    With cfg.tie_embeddings the first and last pipeline stage hold replicas under one canonical name, and their
+    gradients are summed.
     """
-    chunk = Chunk(name, vocab_size, parts=ctx.tensor.size, sum_over=("tied_stages",) if tied else ())
-    return new_parameter(ShardSpec((chunk,), dim=0, other=hidden, init_std=std), ctx)
+    shape, tied = (cfg.vocab_size, cfg.hidden_size), ("tied_stages",) if cfg.tie_embeddings else ()
+    chunk = Chunk(name, shape, (Cut(0, ctx.tensor.size),), tied)
+    return new_parameter(ShardSpec((chunk,), init_std=cfg.init_std, role=role), ctx)
 
 
 class VocabEmbedding(nn.Module):
@@ -232,8 +235,8 @@ class PositionEmbedding(nn.Module):
     def __init__(self, name: str, cfg: ModelConfig, ctx: ParallelContext):
         super().__init__()
         self.sequence = ctx.sequence
-        chunk = Chunk(name, cfg.max_seq_len, sum_over=("sequence",))
-        self.weight = new_parameter(ShardSpec((chunk,), dim=0, other=cfg.hidden_size, init_std=cfg.init_std), ctx)
+        chunk = Chunk(name, (cfg.max_seq_len, cfg.hidden_size), sum_over=("sequence",))
+        self.weight = new_parameter(ShardSpec((chunk,), init_std=cfg.init_std, role=Role.EMBEDDING), ctx)
 
     def forward(self, x: Tensor, documents: Documents | None) -> Tensor:
         """Add the position embeddings to x [s, b, h]. documents (of the whole sequence): positions restart in each."""

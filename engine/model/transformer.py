@@ -20,6 +20,7 @@ from engine.config.schema import Config, LayerConfig, ModelConfig, TrainConfig
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter, parameters
+from engine.distributed.specs import Role
 from engine.model.attention import Attention
 from engine.model.feed_forward import MLP
 from engine.model.layers import (
@@ -119,10 +120,9 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.cfg, self.ctx, self.shape = cfg, ctx, shape
-        matrix = (cfg.vocab_size, cfg.hidden_size, cfg.init_std, cfg.tie_embeddings, ctx)
         weight = tied
         if shape.first:
-            weight = vocab_weight(EMBED, *matrix)
+            weight = vocab_weight(EMBED, Role.EMBEDDING, cfg, ctx)
             self.embed = VocabEmbedding(weight, ctx, cfg.hidden_size**0.5 if cfg.scale_embeddings else 1.0)
             self.positions = PositionEmbedding(POSITIONS, cfg, ctx) if cfg.positions == "learned" else None
         blocks = (Block(cfg.layer(n), ctx, policy, policy.mode_of(i), backends) for i, n in enumerate(shape.layers))
@@ -130,9 +130,9 @@ class Transformer(nn.Module):
         if shape.last:
             self.norm = Norm(FINAL_NORM, cfg.hidden_size, cfg, ctx, backends)
             if not cfg.tie_embeddings:
-                weight = vocab_weight(HEAD, *matrix)
+                weight = vocab_weight(HEAD, Role.HEAD, cfg, ctx)
             elif weight is None:  # the embedding is on another rank: hold a replica under its name
-                weight = vocab_weight(EMBED, *matrix)
+                weight = vocab_weight(EMBED, Role.EMBEDDING, cfg, ctx)
             self.head = VocabHead(weight, ctx)
         self.rope: Tensor = torch.empty(2, 0, cfg.rotary_dim // 2)
 
@@ -216,7 +216,7 @@ def build_stages(
 
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name -> global shape of every tensor of a model, in canonical order. Allocates no memory."""
-    ctx = make_context(Layout(), 0, num_kv_heads=cfg.num_kv_heads, dtype=torch.float32, device="meta")
+    ctx = make_context(Layout(), 0, dtype=torch.float32, device="meta")
     model = Transformer(cfg, ctx, StageShape(range(cfg.num_layers), True, True))
     return {piece.name: piece.global_shape for p in parameters(model) for piece in p.spec.pieces(ctx)}
 

@@ -16,7 +16,7 @@ from engine.batch import MicroBatch
 from engine.config.skips import format_ranges, read_ranges
 from engine.distributed.collectives import gather_json
 from engine.distributed.context import ParallelContext
-from engine.distributed.sharding import Parameter
+from engine.distributed.sharding import Parameter, piece_of
 from engine.errors import TrainingError
 from engine.pipeline.actions import Plan
 from engine.pipeline.executor import execute
@@ -73,7 +73,7 @@ def _non_finite_gradients(params: Sequence[Parameter], ctx: ParallelContext) -> 
     for p in params:
         assert p.main_grad is not None
         for piece in p.spec.pieces(ctx):
-            if not bool(torch.isfinite(piece.of(p.main_grad)).all()):
+            if not bool(torch.isfinite(piece_of(piece, p.main_grad)).all()):
                 names.append(piece.name)
     return names
 

@@ -54,8 +54,7 @@ def _counted_ranges(bucket: Bucket, ctx: ParallelContext, slot: Mapping[str, int
     for index, p in enumerate(bucket.params):
         low, high = bucket.intersection(index, bucket.owned_range)
         for piece in p.spec.pieces(ctx):
-            begin, end = piece.flat_range()
-            begin, end = max(begin, low), min(end, high)
+            begin, end = max(piece.begin, low), min(piece.end, high)
             if piece.counted and begin < end:
                 start = bucket.starts[index]
                 ranges.append((start + begin, start + end))

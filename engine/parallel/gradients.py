@@ -5,10 +5,11 @@ of later layers overlaps the forward of earlier ones. Invariants:
 
 * A bucket's `values` hold the parameters (each parameter is a view into it) and `grads` their main gradients, in the
   same order at the same offsets, so the optimizer works on flat tensors.
-* Every data rank *owns* an equal flat range of each bucket (`owned_range`): it counts this range in the gradient norm
-  and writes it to checkpoints. Under ZeRO-1 (Rajbhandari et al. 2020) this is also the only range whose gradients it
-  reduces and whose weights it updates (`update_range`).
-* Gradients accumulate over micro-batches and are *summed*, not averaged, over data ranks: the loss is already divided
+* A bucket has one axis of replicas, the ranks that hold the same weights (ShardSpec.replicas: the data and context
+  ranks). Each of them *owns* an equal flat range of the bucket (`owned_range`): it counts this range in the gradient
+  norm and writes it to checkpoints. Under ZeRO-1 (Rajbhandari et al. 2020) this is also the only range whose gradients
+  it reduces and whose weights it updates (`update_range`).
+* Gradients accumulate over micro-batches and are *summed*, not averaged, over the replicas: the loss is already divided
   by the global token count.
 * Communication order is the order in which buckets complete. Autograd runs the same graph on every rank of an axis, so
   the order is the same on all of them. Buckets of tied embeddings ("late" buckets) are summed over the first and last
@@ -35,8 +36,9 @@ from engine.distributed.collectives import (
     all_reduce_start,
     reduce_scatter_start,
 )
-from engine.distributed.context import ParallelContext
-from engine.distributed.sharding import Parameter
+from engine.distributed.context import Axis, ParallelContext
+from engine.distributed.sharding import Parameter, piece_of
+from engine.distributed.specs import Role
 
 _ALIGN = 64  # elements, so that every parameter and every rank's range starts on its own cache line for any dtype
 
@@ -46,8 +48,9 @@ class Bucket:
     """Parameters that are stored, reduced and updated together, as flat tensors.
 
     starts: offset of each parameter in the flat tensors, in elements. decay: apply weight decay to all of them. late:
-    holds tied embeddings. owned_range, update_range: ranges of the flat tensors, see the module docstring.
-    missing_grads: parameters whose last gradient of the step has not arrived. gathering: the all-gather in flight.
+    holds tied embeddings. axis: the replicas. owned_range, update_range: ranges of the flat tensors, see the module
+    docstring. missing_grads: parameters whose last gradient of the step has not arrived. gathering: the all-gather in
+    flight.
     """
 
     params: list[Parameter]
@@ -56,6 +59,7 @@ class Bucket:
     grads: Tensor
     decay: bool
     late: bool
+    axis: Axis
     owned_range: range
     update_range: range
     missing_grads: int = 0
@@ -88,7 +92,7 @@ class Bucket:
 class GradBuckets:
     """All gradient buckets of one pipeline stage. Order and invariants: see the module docstring.
 
-    overlap: reduce buckets as they complete, not at the end. zero: ZeRO-1. reduce_dtype: dtype of the reductions.
+    overlap: reduce buckets as they complete, not at the end. zero: ZeRO-1. reduce_dtype: dtype of sums over replicas.
     expecting: the gradients that arrive now are the last of this step.
     """
 
@@ -145,7 +149,7 @@ class GradBuckets:
         """
         if self.zero:
             for b in reversed(self.buckets):
-                b.gathering = all_gather_into_start(b.values, self.ctx.data)
+                b.gathering = all_gather_into_start(b.values, b.axis)
                 if not overlap:
                     b.wait_for_weights()
 
@@ -163,8 +167,10 @@ class GradBuckets:
     def _start(self, bucket: Bucket) -> None:
         bucket.started = True
         self._sum_replicated(bucket)
-        x = bucket.grads.to(self.reduce_dtype)
-        bucket.reducing = reduce_scatter_start(x, self.ctx.data) if self.zero else all_reduce_start(x, self.ctx.data)
+        x = bucket.grads
+        if bucket.axis.size > 1:  # one rank sums nothing, so it must not round either
+            x = x.to(self.reduce_dtype)
+        bucket.reducing = (reduce_scatter_start if self.zero else all_reduce_start)(x, bucket.axis)
 
     def _sum_replicated(self, bucket: Bucket) -> None:
         """All-reduce the partial gradients of replicated values, in one message per axis."""
@@ -174,7 +180,7 @@ class GradBuckets:
             for piece in p.spec.pieces(self.ctx):
                 for name in piece.sum_over:
                     if self.ctx.axis(name).size > 1:
-                        parts.setdefault(name, []).append(piece.of(main))
+                        parts.setdefault(name, []).append(piece_of(piece, main))
         for name, views in parts.items():
             total = all_reduce_(torch.cat([view.reshape(-1) for view in views]), self.ctx.axis(name))
             for view, values in zip(views, total.split([view.numel() for view in views])):
@@ -194,20 +200,19 @@ def make_buckets(
     """Move parameters into flat buckets, in reverse order (the order of the backward), and route their gradients there.
 
     Parameters without weight decay (biases, norms) and tied embeddings get separate buckets. bucket_bytes: a bucket is
-    closed when its gradients reach this size. reduce_dtype: dtype of sums over several data ranks; None: grad_dtype.
+    closed when its gradients reach this size. reduce_dtype: dtype of sums over several replicas; None: grad_dtype.
     """
-    groups: dict[tuple[bool, bool], list[list[Parameter]]] = {}
+    groups: dict[tuple[bool, bool, str], list[list[Parameter]]] = {}
     for p in reversed(params):
         late = any("tied_stages" in c.sum_over for c in p.spec.chunks)
-        runs = groups.setdefault((p.spec.decay, late), [[]])
+        runs = groups.setdefault((p.spec.role is not Role.VECTOR, late, p.spec.replicas), [[]])
         if runs[-1] and sum(q.numel() for q in runs[-1]) * grad_dtype.itemsize >= bucket_bytes:
             runs.append([])
         runs[-1].append(p)
-    if reduce_dtype is None or ctx.data.size == 1:  # one rank sums nothing, so it must not round either
-        reduce_dtype = grad_dtype
-    stage = GradBuckets(ctx, [], overlap, zero and ctx.data.size > 1, reduce_dtype)
-    for (decay, late), runs in groups.items():
-        stage.buckets += [_make_bucket(run, ctx, grad_dtype, decay, late, stage.zero) for run in runs]
+    stage = GradBuckets(ctx, [], overlap, zero, reduce_dtype or grad_dtype)
+    for (decay, late, replicas), runs in groups.items():
+        axis = ctx.axis(replicas)
+        stage.buckets += [_make_bucket(run, ctx, axis, grad_dtype, decay, late, zero) for run in runs]
     for bucket in stage.buckets:
         for index, p in enumerate(bucket.params):
             _route_gradient(p, bucket, index, stage)
@@ -216,7 +221,8 @@ def make_buckets(
 
 def wait_before_use(modules: Iterable[nn.Module], stages: Iterable[GradBuckets]) -> None:
     """Make each module wait for its weights just before its forward, so that all-gathers overlap earlier modules."""
-    holder = {id(p): bucket for stage in stages if stage.zero for bucket in stage.buckets for p in bucket.params}
+    gathered = (bucket for stage in stages if stage.zero for bucket in stage.buckets if bucket.axis.size > 1)
+    holder = {id(p): bucket for bucket in gathered for p in bucket.params}
     for module in modules:
         for part in module.modules():
             for p in part.parameters(recurse=False):
@@ -229,18 +235,24 @@ def _wait_hook(bucket: Bucket) -> Callable[[nn.Module, Any], None]:
 
 
 def _make_bucket(
-    params: list[Parameter], ctx: ParallelContext, grad_dtype: torch.dtype, decay: bool, late: bool, zero: bool
+    params: list[Parameter],
+    ctx: ParallelContext,
+    axis: Axis,
+    grad_dtype: torch.dtype,
+    decay: bool,
+    late: bool,
+    zero: bool,
 ) -> Bucket:
     starts, total = [], 0
     for p in params:
         starts.append(total)
         total += -(-p.numel() // _ALIGN) * _ALIGN
-    share = -(-total // (_ALIGN * ctx.data.size)) * _ALIGN
-    total = share * ctx.data.size
-    own = range(ctx.data.rank * share, (ctx.data.rank + 1) * share)
+    share = -(-total // (_ALIGN * axis.size)) * _ALIGN
+    total = share * axis.size
+    own = range(axis.rank * share, (axis.rank + 1) * share)
     values = torch.zeros(total, dtype=ctx.dtype, device=ctx.device)
     grads = torch.zeros(total, dtype=grad_dtype, device=ctx.device)
-    bucket = Bucket(params, starts, values, grads, decay, late, own, own if zero else range(total))
+    bucket = Bucket(params, starts, values, grads, decay, late, axis, own, own if zero else range(total))
     for index, p in enumerate(params):
         view = bucket.view(values, index)
         view.copy_(p.detach())

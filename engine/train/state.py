@@ -63,7 +63,6 @@ def mesh_of(cfg: Config, derived: Derived, env: Env) -> Mesh:
     """The mesh of a run, for `engine.launch`. ConfigError if it needs a GPU that is not there."""
     return Mesh(
         derived.layout,
-        num_kv_heads=cfg.model.num_kv_heads,
         dtype=PRECISIONS[cfg.train.precision].compute,
         device=pick_device(cfg.train.device, env),
         timeout_s=cfg.parallel.timeout_s,

@@ -92,7 +92,7 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path, case: str) -> 
                     held.flat.copy_(copy)
                 state.optimizer.masters_to_weights()
 
-    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
+    run_ranks(layout_of(cfg), job, dtype=dtype)
     different = []
     for step in (1, 2):
         a, b = (step_dir(tmp_path / name, step) for name in ("waits", "background"))
@@ -131,7 +131,7 @@ def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.Monkey
             background.finish()
         return blocked
 
-    assert max(run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads)) < 0.4
+    assert max(run_ranks(layout_of(TWO), job)) < 0.4
     for name in os.listdir(tmp_path / "waits/step_00000001"):
         a, b = (tmp_path / root / "step_00000001" / name for root in ("waits", "background"))
         same_bytes(a, b)
@@ -198,7 +198,7 @@ def test_an_error_surfaces_at_the_next_step_on_all_ranks(tmp_path: Path, failing
             saver.finish()
         return message, time.monotonic() - begin
 
-    results = run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads)
+    results = run_ranks(layout_of(TWO), job)
     for message, seconds in results:
         assert "checkpoint not saved" in message and "No space left on device" in message and where in message
         assert "bytes needed here" in message and seconds < 10
@@ -269,7 +269,7 @@ def test_stopped_at_random_moments(tmp_path: Path, moments: int) -> None:
             seen.append((*run(cfg_of("stopped"), ctx, delay, disk_delay), time.monotonic() - begin - delay))
         return seen
 
-    ranks = run_ranks(layout_of(cfg_of("stopped").config), stopped, num_kv_heads=2, timeout_s=550)
+    ranks = run_ranks(layout_of(cfg_of("stopped").config), stopped, timeout_s=550)
     assert all(code == 75 and most == 1 and seconds < 30 for rank in ranks for code, most, seconds in rank)
     root = tmp_path / "stopped/checkpoints"
     steps = complete_steps(root)
@@ -291,7 +291,7 @@ def test_stopped_at_random_moments(tmp_path: Path, moments: int) -> None:
         )
         return reference(cfg, ctx, steps[-1])
 
-    run_ranks(layout_of(cfg_of("stopped").config), undisturbed, num_kv_heads=2, timeout_s=500)
+    run_ranks(layout_of(cfg_of("stopped").config), undisturbed, timeout_s=500)
     ours, _, _ = read_metrics(tmp_path / "stopped")
     theirs, _, _ = read_metrics(tmp_path / "undisturbed")
     assert len(ours) == steps[-1] and [ours[s]["loss"] for s in ours] == [theirs[s]["loss"] for s in ours]
@@ -321,7 +321,7 @@ def test_the_next_save_waits_and_progress_says_so(tmp_path: Path, capfd: pytest.
     cfg = resolve(
         2, parallel_data=2, train_steps=4, data_train=corpus(tmp_path), run_dir=tmp_path / "run", checkpoint_every=1
     )
-    ranks = run_ranks(layout_of(cfg.config), lambda ctx: run(cfg, ctx, 0, 0.3), num_kv_heads=2)
+    ranks = run_ranks(layout_of(cfg.config), lambda ctx: run(cfg, ctx, 0, 0.3))
     assert ranks == [(0, 1), (0, 1)] and complete_steps(tmp_path / "run/checkpoints") == [1, 2, 3, 4]
     output = capfd.readouterr().out
     for step in (1, 2, 3):
@@ -345,9 +345,9 @@ def test_two_runs_in_one_folder_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run/lock") as holder:
         assert not holder
-        for output in run_ranks(layout_of(cfg.config), rejected, num_kv_heads=2):
+        for output in run_ranks(layout_of(cfg.config), rejected):
             assert f"another run (process {os.getpid()} on " in output and "choose another --run.dir" in output
-    assert run_ranks(layout_of(cfg.config), rejected, num_kv_heads=2) == ["", ""]
+    assert run_ranks(layout_of(cfg.config), rejected) == ["", ""]
 
 
 def test_host_memory_is_allocated_once() -> None:
@@ -361,4 +361,4 @@ def test_host_memory_is_allocated_once() -> None:
             assert not ordered  # on a CPU this call does the copying
             return before == [h.flat.data_ptr() for h in copies] and sum(len(h.flat) for h in copies) > 0
 
-    assert all(run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads))
+    assert all(run_ranks(layout_of(TWO), job))

@@ -41,7 +41,7 @@ def load(folder: Path, cfg: Config = TWO, data: dict[str, Any] = METADATA) -> No
             return error.code, str(error)
         return None
 
-    errors = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    errors = run_ranks(layout_of(cfg), job)
     assert all(errors) or not any(errors), "one rank failed and another did not"
     if errors[0]:
         raise CheckpointError(*errors[0])
@@ -192,7 +192,7 @@ def test_a_failed_save_is_an_error_on_all_ranks_and_leaves_the_old_one(
                 messages.append(str(error))
         return messages
 
-    for messages in run_ranks(layout_of(TWO), job, num_kv_heads=TWO.model.num_kv_heads):
+    for messages in run_ranks(layout_of(TWO), job):
         assert messages[0] == messages[2] == ""
         assert "No space left on device" in messages[1] and "rank00001.safetensors" in messages[1]
         assert "bytes free" in messages[1] and "earlier checkpoints are unchanged" in messages[1]

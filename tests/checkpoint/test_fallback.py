@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train_step(state, random_batches(cfg, ctx, step))
             save_state(state, whole / "checkpoints", METADATA)
 
-    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    run_ranks(layout_of(cfg), job)
     for name, (damage, _) in DAMAGES.items():
         shutil.copytree(whole, folder / name)
         damage(step_dir(folder / name / "checkpoints", 3))
@@ -104,7 +104,7 @@ def test_the_previous_checkpoint_is_used_and_the_damage_reported(runs: Path) -> 
             messages.append(str(rejected.value))
         return messages
 
-    messages, _ = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    messages, _ = run_ranks(layout_of(cfg), job)
     assert len(messages) == 2 * len(DAMAGES)
     for (name, (_, words)), skipped, rejected in zip(DAMAGES.items(), messages[::2], messages[1::2]):
         assert skipped.startswith("skipped: "), name
@@ -138,7 +138,7 @@ def test_the_damaged_step_is_saved_again(runs: Path, tmp_path: Path) -> None:
         assert not isinstance(rejected.value, DamageError)
         return state.step, str(rejected.value)
 
-    for step, message in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads):
+    for step, message in run_ranks(layout_of(cfg), job):
         assert step == 3 and "holds checkpoints, but none that is complete" in message
     assert steps_descending(again / "checkpoints") == [3, 2]  # keep 2
     names = sorted(p.name for p in (aside / "checkpoints").iterdir())
@@ -154,7 +154,7 @@ def test_a_broken_manifest_never_restarts_the_run(runs: Path, tmp_path: Path) ->
         with raises(EngineError, "train.no-whole-checkpoint", run):
             resumed(run, ctx)
 
-    run_ranks(layout_of(config(2, parallel_tensor=2)), job, num_kv_heads=2)
+    run_ranks(layout_of(config(2, parallel_tensor=2)), job)
 
 
 def test_errors_of_the_process_are_not_damage(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,4 +174,4 @@ def test_errors_of_the_process_are_not_damage(runs: Path, monkeypatch: pytest.Mo
             resume_run(state, METADATA)
         return str(caught.value)
 
-    assert "step_00000003" in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0]
+    assert "step_00000003" in run_ranks(layout_of(cfg), job)[0]

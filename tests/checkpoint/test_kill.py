@@ -23,7 +23,8 @@ from engine.checkpoint.storage import DISK
 from engine.distributed.collectives import gather_json
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec
+from engine.distributed.sharding import Parameter
+from engine.distributed.specs import Chunk, ShardSpec
 from engine.errors import EngineError
 from engine.optim.adamw import StateShard
 from tests.support.harness import run_ranks
@@ -204,7 +205,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         root, ctx = tmp_path / "checkpoints", context()
         save(root, 1, ctx)
         free = DISK.free_bytes(tmp_path)
-        p = Parameter(torch.empty(100_000, dtype=torch.float64), ShardSpec((Chunk("a.weight", 100_000),)))
+        p = Parameter(torch.empty(100_000, dtype=torch.float64), ShardSpec((Chunk("a.weight", (100_000,)),)))
         with Saver(root, ctx) as saver:
             saver.start([StateShard("model", p, 0, p.data)], step=2, metadata=METADATA, background=False)
             with pytest.raises(

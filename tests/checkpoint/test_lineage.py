@@ -52,7 +52,7 @@ def go(
             train_step(state, random_batches(cfg, ctx, state.step))
         return "", str(save_state(state, root, data))
 
-    ((code, text),) = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    ((code, text),) = run_ranks(layout_of(cfg), job)
     if code:
         raise EngineError(code, text)
     return Path(text)

@@ -147,7 +147,7 @@ def save_in(root: Path, storage: Any, steps: int = 1) -> None:
             save(root, state.optimizer.states(owned=True), ctx, step=step + 1, storage=storage,
                  metadata=manifest_fields(state, METADATA))  # fmt: skip
 
-    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    run_ranks(layout_of(cfg), job)
 
 
 def resumed(folder: Path, storage: Any) -> int:
@@ -158,7 +158,7 @@ def resumed(folder: Path, storage: Any) -> int:
         resume(state, folder, METADATA, storage)
         return state.step
 
-    return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0]
+    return run_ranks(layout_of(cfg), job)[0]
 
 
 @pytest.mark.parametrize("encrypt", [False, True], ids=["signed", "encrypted"])
@@ -228,6 +228,6 @@ def test_a_run_starts_from_a_signed_one_and_is_told_what_to_do_with_an_encrypted
         folder, _ = start_from(state, Path(cfg.checkpoint.init))
         return f"{folder.name} {state.lineage[0].step}"
 
-    assert run_ranks(layout_of(cfg), job, num_kv_heads=2) == ["step_00000001 1"]
+    assert run_ranks(layout_of(cfg), job) == ["step_00000001 1"]
     with raises(ConfigError, "config.init-not-readable", "checkpoint.init", tmp_path / "encrypted", "engine export"):
         config(checkpoint_init=tmp_path / "encrypted", checkpoint_secret=f"file:{key}")

@@ -72,7 +72,7 @@ def test_a_plan_file_is_read_and_proven_once_a_start(tmp_path: Path, corpus: str
     def job(ctx: ParallelContext) -> tuple[int, int]:
         return train(resolved, ctx, StopRequest()), len(reads)
 
-    assert run_ranks(resolved.derived.layout, job, num_kv_heads=2) == [(0, 1)] * 2
+    assert run_ranks(resolved.derived.layout, job) == [(0, 1)] * 2
 
 
 def test_a_plan_file_that_is_none_is_read_once_too(tmp_path: Path, reads: list[Path]) -> None:

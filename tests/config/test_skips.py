@@ -80,7 +80,7 @@ def test_left_out_samples_count_nothing_in_every_layout(corpus: str) -> None:
                 losses = [train_step(state, next(loader)).loss for _ in range(2)]
             return losses, weights_of(state)
 
-        ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+        ranks = run_ranks(layout_of(cfg), job)
         results.append((ranks[0][0], assemble([held for _, held in ranks])))
     for losses, weights in results[1:]:
         assert losses == pytest.approx(results[0][0], abs=1e-11) and max_relative_error(weights, results[0][1]) < 1e-11
@@ -98,7 +98,7 @@ def test_left_out_samples_count_nothing_in_every_layout(corpus: str) -> None:
         assert torch.equal(rows[0][kept], rows[1][kept]) and rows[3][kept].all() and rows[2].all()
         return [int(rows[3].sum()), int(rows[1][[1, 4, 5]].abs().sum())]
 
-    assert run_ranks(layout_of(cfg), oracle, num_kv_heads=2)[0] == [5 * cfg.train.seq_len, 0]
+    assert run_ranks(layout_of(cfg), oracle)[0] == [5 * cfg.train.seq_len, 0]
 
 
 def run(corpus: str, folder: Path, world: int = 1, **overrides: Any) -> list[Any]:
@@ -113,7 +113,7 @@ def run(corpus: str, folder: Path, world: int = 1, **overrides: Any) -> list[Any
         except EngineError as error:
             return str(error)
 
-    return run_ranks(layout_of(resolved.config), job, num_kv_heads=2)
+    return run_ranks(layout_of(resolved.config), job)
 
 
 def test_a_left_out_step_consumes_its_batch_and_changes_nothing(corpus: str, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_left_out_step_consumes_its_batch_and_changes_nothing(corpus: str, tmp
                     losses.append(train_step(state, batches).loss)
         return losses
 
-    (losses,) = run_ranks(layout_of(cfg), by_hand, num_kv_heads=2)
+    (losses,) = run_ranks(layout_of(cfg), by_hand)
     assert losses == pytest.approx([one[s]["loss"] for s in one], abs=1e-11)
 
     refused = run(corpus, tmp_path / "one", train_steps=6, lr_schedule_kind="constant", train_skip_steps="4 6")[0]

@@ -452,9 +452,7 @@ def test_on_gpus_the_world_does_not_queue_behind_an_axis(monkeypatch: pytest.Mon
     monkeypatch.setattr(context, "_connect_nccl", lambda groups, device: connected.extend(groups))
 
     def job(ctx: ParallelContext) -> bool:
-        on_gpu = make_context(
-            ctx.layout, ctx.rank, num_kv_heads=1, dtype=torch.bfloat16, device="cuda:0", connect=True, timeout_s=30.0
-        )
+        on_gpu = make_context(ctx.layout, ctx.rank, dtype=torch.bfloat16, device="cuda:0", connect=True, timeout_s=30.0)
         assert ctx.world.group is ctx.data.group and not ctx.tensor.group
         assert connected == [on_gpu.world.group, on_gpu.data.group]
         all_reduce_(torch.ones(1), ctx.world)  # the other rank may still be connecting to this one

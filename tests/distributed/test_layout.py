@@ -51,12 +51,12 @@ def test_groups_partition_the_ranks(layout: Layout) -> None:
 
 @quick
 @given(layouts(), st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 24]))
-def test_replica_groups_hold_the_same_heads(layout: Layout, num_kv_heads: int) -> None:
+def test_tensor_replicas_hold_the_same_heads(layout: Layout, num_kv_heads: int) -> None:
     t, n = layout.tensor, num_kv_heads
     if n % t and t % n:
         return  # the config rejects it
     for rank in range(layout.world):
-        group = layout.replica_group(rank, n)
+        group = layout.axes(rank)[f"tensor/{min(n, t)}"]
 
         def heads(r: int) -> range:
             at = layout.coords(r).tensor
@@ -64,6 +64,19 @@ def test_replica_groups_hold_the_same_heads(layout: Layout, num_kv_heads: int) -
 
         assert group == tuple(r for r in layout.group("tensor", rank) if heads(r) == heads(rank))
         assert rank in group and len(group) == max(1, t // n)
+
+
+@quick
+@given(layouts())
+def test_every_axis_partitions_the_ranks(layout: Layout) -> None:
+    views = [layout.axes(rank) for rank in range(layout.world)]
+    for name in views[0]:
+        for rank, view in enumerate(views):
+            assert rank in view[name] and all(views[other][name] == view[name] for other in view[name])
+    for rank, view in enumerate(views):
+        at = layout.coords(rank)
+        same = [r for r in range(layout.world) if layout.coords(r)[::3] == at[::3]]  # pipeline and tensor
+        assert list(view["data_context"]) == same
 
 
 @quick

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -14,30 +15,35 @@ from hypothesis import strategies as st
 from engine.config.derived import derive
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext, make_context
-from engine.distributed.layout import Layout
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec, initialise_, new_parameter, parameters
+from engine.distributed.layout import Layout, Place
+from engine.distributed.sharding import Parameter, cut_piece, initialise_, new_parameter, parameters, piece_of
+from engine.distributed.specs import Chunk, Cut, Role, ShardSpec
 from engine.model.transformer import Transformer, stage_shapes, tensor_shapes
 from tests.support.cases import assemble, config, max_relative_error, pieces_of
 
 
-def contexts(layout: Layout, num_kv_heads: int = 1 << 20, **options: Any) -> list[ParallelContext]:
+def contexts(layout: Layout, **options: Any) -> list[ParallelContext]:
     """The context of every rank, without processes."""
     options = {"dtype": torch.float64} | options
-    return [make_context(layout, rank, num_kv_heads=num_kv_heads, **options) for rank in range(layout.world)]
+    return [make_context(layout, rank, **options) for rank in range(layout.world)]
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> tuple[int, ShardSpec]:
-    """A tensor degree and a spec. The parts of each chunk divide the degree; its size may be smaller than the parts."""
+    """A tensor degree and a spec. The parts of each chunk divide the degree; a dim 0 may be smaller than its parts."""
     tensor = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     divisors = [d for d in range(1, tensor + 1) if tensor % d == 0]
-    chunks = tuple(
-        Chunk(f"chunk{i}", draw(st.integers(1, 20)), parts=draw(st.sampled_from(divisors)))
-        for i in range(draw(st.integers(1, 3)))
-    )
-    other = draw(st.none() | st.integers(1, 3))
-    dim = 0 if other is None else draw(st.integers(0, 1))
-    return tensor, ShardSpec(chunks, dim=dim, other=other)
+    dims = draw(st.integers(1, 3))
+    parts = [draw(st.sampled_from(divisors)) for _ in range(draw(st.integers(1, 3)))]
+    other = [draw(st.integers(1, 3)) for _ in range(dims - 1)]
+    chunks = []
+    for i, n in enumerate(parts):
+        dim = draw(st.integers(0, dims - 1))
+        shape = [draw(st.integers(1, 20)), *other]
+        if dim > 0:
+            shape[dim] *= n
+        chunks.append(Chunk(f"chunk{i}", tuple(shape), (Cut(dim, n),)))
+    return tensor, ShardSpec(tuple(chunks))
 
 
 @settings(deadline=None, max_examples=200)
@@ -47,71 +53,107 @@ def test_counted_pieces_tile_every_tensor_once(case: tuple[int, ShardSpec]) -> N
     counts: dict[str, np.ndarray] = {}
     owner: dict[tuple[str, tuple[int, ...], tuple[int, ...]], int] = {}
     held: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
-    for ctx in contexts(Layout(tensor, tensor=tensor)):
+    layout = Layout(tensor, tensor=tensor)
+    for ctx in contexts(layout):
         local = torch.zeros(spec.local_shape())
+        assert spec.pieces(ctx) == spec.pieces(Place(layout, ctx.rank))
         for piece, chunk in zip(spec.pieces(ctx), spec.chunks, strict=True):
-            assert piece.name == chunk.name and piece.global_shape[spec.dim] == chunk.size
-            view = piece.of(local)
+            assert piece.name == chunk.name and piece.global_shape == chunk.shape
+            view = piece_of(piece, local)
             assert view.shape == piece.shape
             view += 1
             whole = torch.from_numpy(counts.setdefault(piece.name, np.zeros(piece.global_shape)))
-            assert piece.cut(whole).shape == piece.shape
+            assert cut_piece(piece, whole).shape == piece.shape
             rectangle = (piece.name, piece.offset, piece.shape)
             held.add(rectangle)
             if piece.counted:
-                piece.cut(whole).add_(1)
+                cut_piece(piece, whole).add_(1)
                 if 0 not in piece.shape:
                     assert rectangle not in owner
                     owner[rectangle] = ctx.rank
-        assert local.max() <= 1, "two pieces share local rows"
+        assert local.max() <= 1, "two pieces share local elements"
     for name, count in counts.items():
         assert (count == 1).all(), name
     assert {r for r in held if 0 not in r[2]} == set(owner), "a replica holds values that no rank counts"
 
 
+@settings(deadline=None, max_examples=200)
+@given(specs(), st.data())
+def test_rectangles_are_the_elements_of_a_flat_range(case: tuple[int, ShardSpec], data: st.DataObject) -> None:
+    """Each rectangle, read in order, holds the next elements of the flat parameter."""
+    tensor, spec = case
+    numel = math.prod(spec.local_shape())
+    begin, end = sorted(data.draw(st.tuples(st.integers(0, numel), st.integers(0, numel))))
+    for piece in spec.pieces(contexts(Layout(tensor, tensor=tensor))[data.draw(st.integers(0, tensor - 1))]):
+        element = np.full(piece.global_shape, -1)
+        cut_piece(piece, torch.from_numpy(element)).copy_(torch.arange(piece.begin, piece.end).view(piece.shape))
+        expected = max(begin, piece.begin)
+        found = piece.rectangles(begin, end)
+        for offset, shape, first in found:
+            values = element[tuple(slice(o, o + n) for o, n in zip(offset, shape))].reshape(-1)
+            assert first == expected and list(values) == list(range(expected, expected + len(values)))
+            expected += len(values)
+        assert expected == max(min(end, piece.end), max(begin, piece.begin))
+        assert len(found) <= 2 * len(piece.shape) - 1
+
+
 @settings(deadline=None, max_examples=100)
 @given(specs())
 def test_local_shapes(case: tuple[int, ShardSpec]) -> None:
-    """The shape is the same on every rank, with less than one part of padding."""
+    """The shape is the same on every rank, with less than one part of padding, and each chunk is a contiguous run."""
     tensor, spec = case
-    shape = spec.local_shape()
-    assert len(shape) == (1 if spec.other is None else 2)
-    assert shape[spec.dim] == sum(-(-chunk.size // chunk.parts) for chunk in spec.chunks)
-    if spec.other is not None:
-        assert shape[1 - spec.dim] == spec.other
     first = contexts(Layout(tensor, tensor=tensor))[0]
-    pieces = spec.pieces(first)
-    assert new_parameter(spec, first).shape == shape
-    assert [p.start for p in pieces] == [
-        sum(-(-c.size // c.parts) for c in spec.chunks[:i]) for i in range(len(spec.chunks))
-    ]
+    assert new_parameter(spec, first).shape == spec.local_shape()
+    assert spec.local_shape()[0] == sum(
+        -(-c.shape[0] // (c.cuts[0].parts if not c.cuts[0].dim else 1)) for c in spec.chunks
+    )
+    begin = 0
+    for piece, chunk in zip(spec.pieces(first), spec.chunks):
+        assert piece.begin == begin
+        begin += math.prod(chunk.local_shape())
+    assert begin == math.prod(spec.local_shape())
 
 
 def test_fused_kv_with_fewer_heads_than_ranks() -> None:
     """8 query heads and 2 KV heads of width 3 on 4 ranks: ranks 0 and 1 share KV head 0. Expected values by hand."""
-    spec = ShardSpec(
-        (
-            Chunk("q", 24, parts=4),
-            Chunk("k", 6, parts=2, sum_over=("kv",)),
-            Chunk("v", 6, parts=2, sum_over=("kv",)),
-        ),
-        other=5,
-    )
+    kv = (6, 5), (Cut(0, 2),), ("tensor/2",)
+    spec = ShardSpec((Chunk("q", (24, 5), (Cut(0, 4),)), Chunk("k", *kv), Chunk("v", *kv)))
     assert spec.local_shape() == (12, 5)
     rows = []
-    for ctx in contexts(Layout(4, tensor=4), num_kv_heads=2):
-        assert ctx.kv.ranks == ((0, 1) if ctx.rank < 2 else (2, 3))
-        rows.append([(p.name, p.offset[0], p.shape[0], p.start, p.counted) for p in spec.pieces(ctx)])
+    for ctx in contexts(Layout(4, tensor=4)):
+        assert ctx.axis("tensor/2").ranks == ((0, 1) if ctx.rank < 2 else (2, 3))
+        rows.append([(p.name, p.offset[0], p.shape[0], p.begin, p.counted) for p in spec.pieces(ctx)])
     assert rows == [
-        [("q", 0, 6, 0, True), ("k", 0, 3, 6, True), ("v", 0, 3, 9, True)],
-        [("q", 6, 6, 0, True), ("k", 0, 3, 6, False), ("v", 0, 3, 9, False)],
-        [("q", 12, 6, 0, True), ("k", 3, 3, 6, True), ("v", 3, 3, 9, True)],
-        [("q", 18, 6, 0, True), ("k", 3, 3, 6, False), ("v", 3, 3, 9, False)],
+        [("q", 0, 6, 0, True), ("k", 0, 3, 30, True), ("v", 0, 3, 45, True)],
+        [("q", 6, 6, 0, True), ("k", 0, 3, 30, False), ("v", 0, 3, 45, False)],
+        [("q", 12, 6, 0, True), ("k", 3, 3, 30, True), ("v", 3, 3, 45, True)],
+        [("q", 18, 6, 0, True), ("k", 3, 3, 30, False), ("v", 3, 3, 45, False)],
     ]
 
 
+def test_a_stack_of_matrices_cut_along_two_axes() -> None:
+    """4 stacked matrices [3, 6]: the stack is sharded across the data axis, their columns across tensor."""
+    spec = ShardSpec((Chunk("stack", (4, 3, 6), (Cut(0, 2, "data"), Cut(2, 2))),))
+    assert spec.local_shape() == (2, 3, 3)
+    last = spec.pieces(contexts(Layout(4, tensor=2, data=2))[3])[0]
+    assert (last.offset, last.shape, last.begin, last.end) == ((2, 0, 3), (2, 3, 3), 0, 18)
+    assert last.rectangles(4, 16) == [
+        ((2, 1, 4), (1, 1, 2), 4),
+        ((2, 2, 3), (1, 1, 3), 6),
+        ((3, 0, 3), (1, 2, 3), 9),
+        ((3, 2, 3), (1, 1, 1), 15),
+    ]
+
+
+def test_what_cannot_be_a_contiguous_run_is_rejected() -> None:
+    with pytest.raises(AssertionError, match="only dim 0 can be padded"):
+        Chunk("out", (4, 5), (Cut(1, 2),))
+    with pytest.raises(AssertionError, match="chunks of different widths"):
+        ShardSpec((Chunk("a", (4, 5)), Chunk("b", (4, 6)))).local_shape()
+
+
 def test_padded_vocabulary_with_a_rank_that_holds_nothing() -> None:
-    spec = ShardSpec((Chunk("embed", 5, parts=4),), other=2)
+    spec = ShardSpec((Chunk("embed", (5, 2), (Cut(0, 4),)),))
     pieces = [spec.pieces(ctx)[0] for ctx in contexts(Layout(4, tensor=4))]
     assert [(p.offset, p.shape) for p in pieces] == [
         ((0, 0), (2, 2)),
@@ -120,18 +162,18 @@ def test_padded_vocabulary_with_a_rank_that_holds_nothing() -> None:
         ((5, 0), (0, 2)),
     ]
     assert spec.local_shape() == (2, 2)
-    far = ShardSpec((Chunk("embed", 3, parts=8),)).pieces(contexts(Layout(8, tensor=8))[7])[0]
+    far = ShardSpec((Chunk("embed", (3,), (Cut(0, 8),)),)).pieces(contexts(Layout(8, tensor=8))[7])[0]
     assert far.offset == (3,) and far.shape == (0,), "an offset is never outside the tensor"
 
 
 def test_row_split() -> None:
-    spec = ShardSpec((Chunk("out", 6, parts=2),), dim=1, other=4)
+    spec = ShardSpec((Chunk("out", (4, 6), (Cut(1, 2),)),))
     assert spec.local_shape() == (4, 3)
     left, right = (spec.pieces(ctx)[0] for ctx in contexts(Layout(2, tensor=2)))
     assert left.global_shape == right.global_shape == (4, 6)
     assert (left.offset, left.shape) == ((0, 0), (4, 3)) and (right.offset, right.shape) == ((0, 3), (4, 3))
     whole = torch.arange(24).view(4, 6)
-    assert torch.equal(right.cut(whole), whole[:, 3:])
+    assert torch.equal(cut_piece(right, whole), whole[:, 3:])
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -158,12 +200,12 @@ def laid_out(degrees: tuple[int, int, int], **model: Any) -> Config:
 def test_the_model_is_counted_once_for_each_data_replica(model: str, degrees: tuple[int, int, int]) -> None:
     cfg = laid_out(degrees, **MODELS[model])
     counts = {name: np.zeros((degrees[2], *shape)) for name, shape in tensor_shapes(cfg.model).items()}
-    for ctx in contexts(derive(cfg).layout, cfg.model.num_kv_heads, device="meta"):
+    for ctx in contexts(derive(cfg).layout, device="meta"):
         for p in parameters(model_on(cfg, ctx)):
             for piece in p.spec.pieces(ctx):
                 assert piece.global_shape == counts[piece.name].shape[1:]
                 if piece.counted:
-                    piece.cut(torch.from_numpy(counts[piece.name][ctx.data.rank])).add_(1)
+                    cut_piece(piece, torch.from_numpy(counts[piece.name][ctx.data.rank])).add_(1)
     for name, count in counts.items():
         assert (count == 1).all(), name
 
@@ -175,7 +217,7 @@ def initialised(cfg: Config, ctx: ParallelContext) -> list[Parameter]:
 
 
 def assembled(cfg: Config) -> dict[str, np.ndarray]:
-    ranks = contexts(derive(cfg).layout, cfg.model.num_kv_heads)
+    ranks = contexts(derive(cfg).layout)
     return assemble([pieces_of(((p, p) for p in initialised(cfg, ctx)), ctx) for ctx in ranks])
 
 
@@ -202,7 +244,7 @@ def test_initial_values_are_what_the_config_says() -> None:
 
 def test_bf16_starts_from_the_rounded_values() -> None:
     cfg = config(1)
-    wide, narrow = (make_context(Layout(), 0, num_kv_heads=2, dtype=d) for d in (torch.float32, torch.bfloat16))
+    wide, narrow = (make_context(Layout(), 0, dtype=d) for d in (torch.float32, torch.bfloat16))
     for a, b in zip(initialised(cfg, wide), initialised(cfg, narrow), strict=True):
         assert torch.equal(a.to(torch.bfloat16), b)
 
@@ -211,11 +253,11 @@ def test_bf16_starts_from_the_rounded_values() -> None:
 def test_padding_is_zero(tensor: int) -> None:
     cfg = laid_out((tensor, 1, 1), model_vocab_size=5)
     padded = 0
-    for ctx in contexts(derive(cfg).layout, cfg.model.num_kv_heads):
+    for ctx in contexts(derive(cfg).layout):
         for p in initialised(cfg, ctx):
             rest = torch.ones_like(p)
             for piece in p.spec.pieces(ctx):
-                piece.of(rest).zero_()
+                piece_of(piece, rest).zero_()
             padded += int(rest.sum())
             assert (p[rest.bool()] == 0).all(), p.name
             assert (p[~rest.bool()] != 0).all(), p.name
@@ -238,8 +280,8 @@ def test_names_and_facts() -> None:
     model = model_on(config(1, model_tie_embeddings=True, model_qk_norm=True), ctx)
     found = {p.name: p for p in parameters(model)}
     qkv = found["+".join(f"layers.0.attention.{part}.weight" for part in "qkv")]
-    assert qkv.spec.decay and qkv.main_grad is None and qkv.on_grad is None and qkv.requires_grad
-    assert not found["norm.weight"].spec.decay
+    assert qkv.spec.role is Role.MATRIX and qkv.main_grad is None and qkv.on_grad is None and qkv.requires_grad
+    assert found["norm.weight"].spec.role is Role.VECTOR
     assert found["layers.0.attention.q_norm.weight"].spec.chunks[0].sum_over == ("tensor",)
     assert model.head.weight is model.embed.weight, "tied on one stage: one parameter"
     assert found["embed.weight"].spec.chunks[0].sum_over == ("tied_stages",)

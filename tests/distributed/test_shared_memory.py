@@ -327,7 +327,6 @@ def test_every_rank_knows_why(name: str, why: tuple[str, ...], monkeypatch: pyte
                 Layout(2, data=2),
                 dist.get_rank(),
                 connect=True,
-                num_kv_heads=1,
                 dtype=torch.float64,
                 transport="shared",
             )

@@ -31,6 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "config.section",
         "config.phase_table",
         "distributed.layout",
+        "distributed.specs",
         "interop.huggingface.families",
         "pipeline.actions",
         "cli.output",
@@ -481,7 +482,7 @@ def test_a_planted_violation_is_found(rule: Rule, module: str, source: str) -> N
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("model.layers", "from engine.ops.norm import rms_norm\nfrom engine.distributed.sharding import Chunk"),
+        ("model.layers", "from engine.ops.norm import rms_norm\nfrom engine.distributed.specs import Chunk"),
         ("data.samples.loader", "from engine.data.samples.order import SampleOrder"),
         ("train.loop", "from engine.data.samples.loader import Loader\nimport engine.data.tokenize.tokenizer"),
         ("interop.convert", "from engine.data.tokenize.convert import find"),

@@ -68,7 +68,7 @@ def result(cfg: Config, batches: Any) -> tuple[float, dict[str, Any]]:
         found = train_step(state, batches(cfg, ctx))
         return found.loss, gradients_of(state)
 
-    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    ranks = run_ranks(layout_of(cfg), job)
     return ranks[0][0], assemble([r[1] for r in ranks])
 
 
@@ -137,7 +137,7 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
             total, number = total + float(losses.sum()), number + tokens.numel()
         return score.loss, total / number
 
-    ((score, by_hand),) = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    ((score, by_hand),) = run_ranks(layout_of(cfg), job)
     assert score == pytest.approx(by_hand, rel=1e-12)
 
 

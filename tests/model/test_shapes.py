@@ -16,6 +16,7 @@ import torch
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.distributed.rng import generator
+from engine.distributed.sharding import cut_piece, piece_of
 from engine.model.transformer import num_parameters, tensor_shapes
 from engine.planner.flops import flops_per_token
 from engine.train.state import TrainState, setup
@@ -106,7 +107,7 @@ def draw(state: TrainState) -> None:
                 middle = 0.0 if p.spec.init_std is not None else p.spec.init_value
                 whole = torch.empty(piece.global_shape, dtype=torch.float64)
                 whole.normal_(middle, 0.2, generator=generator(5, "draw", piece.name))
-                piece.of(p).copy_(piece.cut(whole))
+                piece_of(piece, p).copy_(cut_piece(piece, whole))
 
 
 def run(cfg: Config) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def run(cfg: Config) -> dict[str, Any]:
         results += [train_step(state, random_batches(cfg, ctx, step)) for step in range(1, STEPS)]
         return {"losses": [r.loss for r in results], "grads": grads, "weights": weights_of(state)}
 
-    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, timeout_s=120)
+    ranks = run_ranks(layout_of(cfg), job, timeout_s=120)
     merged = {key: assemble([r[key] for r in ranks]) for key in ("grads", "weights")}
     return {"losses": ranks[0]["losses"], **merged}
 

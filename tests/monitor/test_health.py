@@ -79,7 +79,7 @@ def test_non_finite_names_step_rank_and_microbatch(where: str, degrees: tuple[in
             return str(error), all((a[3] == b[3]).all() for a, b in zip(before, after)), state.step
         raise AssertionError("the step went through")
 
-    for message, unchanged, step in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads):
+    for message, unchanged, step in run_ranks(layout_of(cfg), job):
         assert unchanged and step == 1
         assert message.startswith("step 2: ") and "microbatch 2 of rank" in message
         ranks = message.split("of rank ")[1].split(" (")[0].split(", ")
@@ -102,7 +102,7 @@ def test_a_batch_without_counted_tokens_is_rejected() -> None:
         with raises(DataError, "train.no-token-counts"):
             train_step(state, batches)
 
-    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    run_ranks(layout_of(cfg), job)
 
 
 def diverge(state: TrainState) -> None:
@@ -121,5 +121,5 @@ def test_diverged_weights_are_distinguished_from_a_bad_sample() -> None:
             train_step(state, random_batches(cfg, ctx, 0))
         return str(error.value)
 
-    for message in run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads):
+    for message in run_ranks(layout_of(cfg), job):
         assert "in samples 0-3; its samples are 0-3" in message and "the weights diverged before it" in message

@@ -71,7 +71,7 @@ def train(resolved: Any, during: Callable[[TrainState], None] = lambda state: No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", step)
-        ctx = make_context(layout_of(resolved.config), 0, num_kv_heads=2, dtype=torch.float64)
+        ctx = make_context(layout_of(resolved.config), 0, dtype=torch.float64)
         return loop.train(resolved, ctx, False)  # type: ignore[arg-type]
 
 

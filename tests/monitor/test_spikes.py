@@ -129,7 +129,7 @@ def test_of_a_run(corpus: str, tmp_path: Path, background: bool, monkeypatch: py
             loop.train_step = train_step
         return errors
 
-    assert run_ranks(layout_of(cfg(20).config), job, num_kv_heads=2) == [["killed"]] * 2
+    assert run_ranks(layout_of(cfg(20).config), job) == [["killed"]] * 2
     records, _, _ = read_metrics(tmp_path / "run")
     spikes = [step for step, record in records.items() if record.get("spike")]
     assert spikes[0] == 8 and json.loads((tmp_path / "run/spike.json").read_text())["step"] == 8
@@ -151,7 +151,7 @@ def test_it_is_kept_when_the_next_start_skips_its_first_steps(corpus: str, tmp_p
             lr_schedule_kind="constant",
         )
         job = lambda ctx: loop.train(cfg, ctx, False)  # type: ignore[arg-type]  # noqa: E731
-        assert run_ranks(layout_of(cfg.config), job, num_kv_heads=2) == [0]
+        assert run_ranks(layout_of(cfg.config), job) == [0]
 
     start(4, "")
     (tmp_path / "spike.json").write_text('{"step": 3}')

@@ -39,7 +39,7 @@ def trained(cfg: Config) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
         scored = execute(forward_only(state.plan, len(batches)), state.stages, ctx, batches, token_weight=1.0)
         return [*found, float(all_reduce_(scored.sum(), ctx.world))], grads, weights_of(state)
 
-    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, timeout_s=400)
+    ranks = run_ranks(layout_of(cfg), job, timeout_s=400)
     return ranks[0][0], assemble([r[1] for r in ranks]), assemble([r[2] for r in ranks])
 
 
@@ -90,7 +90,7 @@ def test_rounding_to_fp8_compiled() -> None:
         def job(ctx: ParallelContext, cfg: Config = cfg) -> float:
             return train_step(setup(cfg, ctx), random_batches(cfg, ctx, 1)).loss
 
-        losses += run_ranks(layout_of(cfg), job, num_kv_heads=2, dtype=torch.bfloat16, timeout_s=400)
+        losses += run_ranks(layout_of(cfg), job, dtype=torch.bfloat16, timeout_s=400)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -120,7 +120,7 @@ def test_a_run_prints_its_compute_backends(
     changes: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = config(1, **changes)
-    ctx = make_context(layout_of(cfg), 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float64)
+    ctx = make_context(layout_of(cfg), 0, dtype=torch.float64)
     Progress(cfg, ctx, 1).start(0, "", 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " kernels: " in line]
     assert line.partition("attention: ")[2].partition(";")[0] in ("own", "sdpa") and line.endswith(expected or "sdpa")

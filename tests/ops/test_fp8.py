@@ -114,7 +114,7 @@ def step(cfg: Config) -> tuple[float, dict[str, Any]]:
         found = train_step(state, random_batches(cfg, ctx, 1))
         return found.loss, gradients_of(state)
 
-    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=BF16)
+    ranks = run_ranks(layout_of(cfg), job, dtype=BF16)
     return ranks[0][0], assemble([r[1] for r in ranks])
 
 

@@ -50,7 +50,7 @@ def saved_bytes(tensor: int = 1, **change: Any) -> int:
             stage.forward(0, None, batch, 1.0)
         return sum(storage.nbytes() for storage in storages.values())
 
-    return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0]
+    return run_ranks(layout_of(cfg), job)[0]
 
 
 def test_each_recompute_mode_saves_less() -> None:
@@ -96,4 +96,4 @@ def test_split_backwards_recompute_once(monkeypatch: pytest.MonkeyPatch) -> None
         return len(calls)
 
     blocks = B * LAYERS // 2  # microbatches times blocks of a stage
-    assert run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads) == [2 * blocks, 2 * blocks]
+    assert run_ranks(layout_of(cfg), job) == [2 * blocks, 2 * blocks]

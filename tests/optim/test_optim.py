@@ -21,7 +21,8 @@ from engine.config.schema import Config, LrScheduleConfig, ModelConfig, Optimize
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.rng import generator
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec, parameters
+from engine.distributed.sharding import Parameter, cut_piece, parameters, piece_of
+from engine.distributed.specs import Chunk, Role, ShardSpec
 from engine.model.transformer import StageShape, Transformer, num_parameters, stage_shapes, tensor_shapes
 from engine.ops import native
 from engine.optim.adamw import STATES, FlatAdamW
@@ -38,7 +39,7 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
 def context(dtype: torch.dtype) -> ParallelContext:
-    return make_context(Layout(), 0, num_kv_heads=1, dtype=dtype)
+    return make_context(Layout(), 0, dtype=dtype)
 
 
 def make(dtype: torch.dtype, grad_dtype: torch.dtype, values: dict[str, Tensor]) -> tuple[list[Parameter], GradBuckets]:
@@ -46,8 +47,7 @@ def make(dtype: torch.dtype, grad_dtype: torch.dtype, values: dict[str, Tensor])
     ctx = context(dtype)
     params = []
     for name, x in values.items():
-        other = x.shape[1] if x.dim() == 2 else None
-        spec = ShardSpec((Chunk(name, x.shape[0]),), other=other, decay=other is not None)
+        spec = ShardSpec((Chunk(name, tuple(x.shape)),), role=Role.VECTOR if x.dim() == 1 else Role.MATRIX)
         params.append(Parameter(x.to(dtype, copy=True), spec))
     return params, make_buckets(params, ctx, grad_dtype=grad_dtype, bucket_bytes=512, overlap=False)
 
@@ -197,7 +197,7 @@ def with_gradient(cfg: Config, ctx: ParallelContext, whole: dict[str, Tensor]) -
         assert p.main_grad is not None
         p.main_grad.fill_(1e6)
         for piece in p.spec.pieces(ctx):
-            piece.of(p.main_grad).copy_(piece.cut(whole[piece.name]))
+            piece_of(piece, p.main_grad).copy_(cut_piece(piece, whole[piece.name]))
     return params, buckets
 
 
@@ -227,7 +227,7 @@ def test_the_norm_equals_that_of_the_unsharded_gradient(model: str, degrees: tup
     layout, whole = layout_of(cfg), canonical_gradient(cfg)
     total = torch.zeros(len(whole), dtype=F64)
     for rank in range(layout.world):
-        ctx = make_context(layout, rank, num_kv_heads=cfg.model.num_kv_heads, dtype=F64)
+        ctx = make_context(layout, rank, dtype=F64)
         total += NormCounter([with_gradient(cfg, ctx, whole)[1]], ctx, list(whole), F64).local()
     for name, squared in zip(whole, total.tolist(), strict=True):
         assert squared == pytest.approx(float(whole[name].square().sum()), rel=1e-12), name
@@ -245,7 +245,7 @@ def test_all_ranks_know_the_same_norm(degrees: tuple[int, int, int]) -> None:
         assert found.non_finite() == [] and count(scale=4.0).norm == found.norm / 4
         return found.norm, found.squared
 
-    results = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    results = run_ranks(layout_of(cfg), job)
     assert all(r == results[0] for r in results)
     norm, squared = results[0]
     assert norm == pytest.approx(norm_of(whole), rel=1e-12)
@@ -269,7 +269,7 @@ def test_a_pipeline_rank_without_parameters_takes_the_same_branch() -> None:
         result = train_step(state, random_batches(cfg, ctx, 0))
         return result.norms.norm, state.optimizer.steps, len(state.params)
 
-    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    ranks = run_ranks(layout_of(cfg), job)
     assert [count > 0 for *_, count in ranks] == [True, False, True]
     assert len({(norm, steps) for norm, steps, _ in ranks}) == 1 and 1e40 < ranks[0][0] < math.inf
 

@@ -63,7 +63,7 @@ def fp16(**change: Any) -> Any:
 
 
 def run(cfg: Any, job: Any) -> list[Any]:
-    return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float16)
+    return run_ranks(layout_of(cfg), job, dtype=torch.float16)
 
 
 def test_fp16_learns_what_fp32_learns() -> None:
@@ -76,7 +76,7 @@ def test_fp16_learns_what_fp32_learns() -> None:
     half = run(cfg, losses)
     assert all(r == half[0] for r in half)
     cfg = fp16(train_precision="fp32")
-    whole = run_ranks(layout_of(cfg), losses, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    whole = run_ranks(layout_of(cfg), losses, dtype=torch.float32)
     assert half[0] == pytest.approx(whole[0], rel=5e-3) and half[0][-1] < half[0][0] - 0.2
 
 
@@ -137,7 +137,7 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(zero: int) -> None:
             train_step(state, random_batches(cfg, ctx, 0))
             return gradients_of(state)
 
-        return assemble(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
+        return assemble(run_ranks(layout_of(cfg), job, dtype=torch.float32))
 
     difference = max_relative_error(grads("bf16"), grads("main"))
     assert 1e-5 < difference < 3 * 2**-8  # each part and the sum are rounded to eight bits
@@ -240,6 +240,6 @@ def test_one_data_rank_sums_nothing_and_rounds_nothing() -> None:
             train_step(state, random_batches(cfg, ctx, 0))
             return gradients_of(state)
 
-        return assemble(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
+        return assemble(run_ranks(layout_of(cfg), job, dtype=torch.float32))
 
     assert max_relative_error(grads("bf16"), grads("main")) == 0

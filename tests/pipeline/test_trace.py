@@ -36,7 +36,7 @@ def test_ranks_with_wrong_clocks_are_drawn_on_one(schedule: str, tmp_path: Path)
         write_timeline(tmp_path, state.plan, trace, ctx, step=2)
         return clock_offset(ctx)
 
-    offsets = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    offsets = run_ranks(layout_of(cfg), job)
     assert offsets[:2] == [0.0, 0.0]
     assert offsets[2:] == pytest.approx([1000.0, 1000.0], abs=0.05)
     timeline, step = read_timeline(tmp_path)  # this verifies the order on each rank

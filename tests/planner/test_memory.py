@@ -34,6 +34,6 @@ def test_the_estimate_equals_the_state_of_a_run(precision: str) -> None:
         return sum(p.numel() for p in state.params), sum(storages.values())
 
     dtype = PRECISIONS[precision].compute
-    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
+    ranks = run_ranks(layout_of(cfg), job, dtype=dtype)
     count, total = ranks[0][0], sum(size for _, size in ranks)
     assert total / 2 / count == pytest.approx(bytes_per_parameter(cfg, 2), rel=0.02)

@@ -35,7 +35,7 @@ def run(cfg: Config, dtype: torch.dtype = torch.float32, count: int = 4) -> tupl
         state = setup(cfg, ctx)
         return steps(state, ctx, count), digest(state, ctx)
 
-    ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype)
+    ranks = run_ranks(layout_of(cfg), job, dtype=dtype)
     return ranks[0][0], assemble([r[1] for r in ranks])
 
 
@@ -120,9 +120,8 @@ def test_resume_in_the_same_layout_changes_no_bit(tmp_path: Path, precision: str
         assert state.consumed_samples == stop * cfg.train.global_batch_size
         return steps(state, ctx, 5 - stop), digest(state, ctx)
 
-    kv = cfg.model.num_kv_heads
-    a = run_ranks(layout_of(cfg), through, num_kv_heads=kv, dtype=dtype)
-    b = run_ranks(layout_of(cfg), resumed, num_kv_heads=kv, dtype=dtype)
+    a = run_ranks(layout_of(cfg), through, dtype=dtype)
+    b = run_ranks(layout_of(cfg), resumed, dtype=dtype)
     assert a[0][0][stop:] == b[0][0]
     assert same(assemble([r[1] for r in a]), assemble([r[1] for r in b]))
 
@@ -157,7 +156,7 @@ def test_resume_in_another_layout_holds_the_same_state(tmp_path: Path, tied: boo
             save_state(state, tmp_path, METADATA)
             return before, digest(state, ctx), losses[0][0]
 
-        ranks = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+        ranks = run_ranks(layout_of(cfg), job)
         return assemble([r[0] for r in ranks]), assemble([r[1] for r in ranks]), ranks[0][2]
 
     losses, after = [], None

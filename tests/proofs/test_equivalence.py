@@ -58,7 +58,6 @@ def run(cfg: Config, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> 
     ranks = run_ranks(
         layout_of(cfg),
         lambda ctx: trajectory(ctx, cfg, steps),
-        num_kv_heads=cfg.model.num_kv_heads,
         timeout_s=240,
         dtype=dtype,
         transport=cfg.parallel.transport,
@@ -354,7 +353,7 @@ def test_one_process_equals_plain_torch(tied: bool) -> None:
     ]
     o = cfg.optimizer
     optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
-    ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
+    ctx = make_context(Layout(), 0, dtype=torch.float64)
     for step in range(3):
         batches = random_batches(cfg, ctx, step)
         loss = sum(plain_loss(cfg.model, w, b) for b in batches) / sum(int(b.weights.sum()) for b in batches)
@@ -378,7 +377,7 @@ def test_residual_forms_equal_plain_torch(position: str, parallel: bool) -> None
     cfg = config(1, **TINY, model_norm_position=position, model_parallel_residual=parallel)
     found = run(cfg, 1)
     w = {name: torch.from_numpy(x.copy()).requires_grad_() for name, x in found["init"].items()}
-    batches = random_batches(cfg, make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64), 0)
+    batches = random_batches(cfg, make_context(Layout(), 0, dtype=torch.float64), 0)
     loss = sum(plain_loss(cfg.model, w, b) for b in batches) / sum(int(b.mask.sum()) for b in batches)
     loss.backward()
     assert found["losses"][0] == pytest.approx(loss.item(), rel=1e-11)

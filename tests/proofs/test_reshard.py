@@ -79,7 +79,7 @@ def pairs(tmp_path: Path, names: list[str], dtype: torch.dtype, **overrides: Any
             save_state(state, tmp_path / name, METADATA)
             return *snapshot(state), steps(state, ctx, NEXT)
 
-        return outcome(run_ranks(layout_of(cfg_of(name)), job, num_kv_heads=2, dtype=dtype))
+        return outcome(run_ranks(layout_of(cfg_of(name)), job, dtype=dtype))
 
     def loads(name: str) -> list[Outcome]:
         def job(ctx: ParallelContext) -> list[Any]:
@@ -93,7 +93,7 @@ def pairs(tmp_path: Path, names: list[str], dtype: torch.dtype, **overrides: Any
                 results.append((*before, steps(state, ctx, NEXT)))
             return results
 
-        ranks = run_ranks(layout_of(cfg_of(name)), job, num_kv_heads=2, dtype=dtype)
+        ranks = run_ranks(layout_of(cfg_of(name)), job, dtype=dtype)
         return [outcome([rank[i] for rank in ranks]) for i in range(len(names))]
 
     saved, compared = {name: saves(name) for name in names}, 0
@@ -171,8 +171,8 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
         whole = sum(x.numel() * x.element_size() for x in everything)
         return grown, whole, resident_peak() - before
 
-    most_saving = max(run_ranks(layout_of(saved), save, num_kv_heads=2))
-    results = run_ranks(layout_of(loaded), load, num_kv_heads=2)
+    most_saving = max(run_ranks(layout_of(saved), save))
+    results = run_ranks(layout_of(loaded), load)
     grown, whole = max(r[0] for r in results), results[0][1]
     print(
         f"state of {whole / 1e6:.0f} MB: memory grows by {grown / 1e6:.1f} MB loading, {most_saving / 1e6:.1f} saving"

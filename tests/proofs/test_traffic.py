@@ -44,9 +44,9 @@ def measured(cfg: Config) -> list[dict[tuple[str, str], float]]:
         ctx.world.traffic.clear()
         train_step(state, batches)
         state.wait_for_weights()
-        return {key: count for key, count in ctx.world.traffic.items() if key[0] not in ("world", "kv")}
+        return {key: count for key, count in ctx.world.traffic.items() if key[0] not in ("world", "tensor_parts")}
 
-    return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.bfloat16)
+    return run_ranks(layout_of(cfg), job, dtype=torch.bfloat16)
 
 
 def tensor_bytes(cfg: Config, layers: int, *, first: bool, last: bool) -> dict[tuple[str, str], float]:

@@ -16,7 +16,7 @@ from engine.config.load import Resolved, load
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import Parameter
+from engine.distributed.sharding import Parameter, piece_of
 from engine.optim.adamw import StateShard
 from engine.train.state import TrainState
 
@@ -105,7 +105,7 @@ def micro_batch(
 def pieces_of(params: Iterable[tuple[Parameter, torch.Tensor]], ctx: ParallelContext) -> list[Any]:
     """[(name, global shape, offset, values)] of every piece this rank holds, replicas included."""
     return [
-        (piece.name, piece.global_shape, piece.offset, piece.of(x).detach().double().numpy().copy())
+        (piece.name, piece.global_shape, piece.offset, piece_of(piece, x.detach()).double().numpy().copy())
         for p, x in params
         for piece in p.spec.pieces(ctx)
     ]

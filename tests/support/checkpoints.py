@@ -40,7 +40,7 @@ def save_one(root: Path, cfg: Config = TWO, steps: int = 1) -> Path:
             train_step(state, random_batches(cfg, ctx, step))
             save_state(state, root, METADATA)
 
-    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    run_ranks(layout_of(cfg), job)
     return root / f"step_{steps:08d}"
 
 

@@ -33,7 +33,6 @@ def run_ranks(
     layout: Layout,
     function: Callable[[ParallelContext], Any],
     *,
-    num_kv_heads: int = 1 << 20,
     dtype: torch.dtype = torch.float64,
     timeout_s: float = 60.0,
     transport: str = "auto",
@@ -43,7 +42,7 @@ def run_ranks(
         pipes, processes = [], []
         for rank in range(layout.world):
             ours, theirs = _FORK.Pipe(duplex=False)
-            args = (theirs, layout, rank, function, os.path.join(folder, "store"), num_kv_heads, dtype)
+            args = (theirs, layout, rank, function, os.path.join(folder, "store"), dtype)
             args += (timeout_s, transport)
             process = _FORK.Process(target=_child, args=args)
             process.start()
@@ -82,7 +81,6 @@ def _child(
     rank: int,
     function: Callable[[ParallelContext], Any],
     store: str,
-    num_kv_heads: int,
     dtype: torch.dtype,
     timeout_s: float,
     transport: str,
@@ -100,7 +98,6 @@ def _child(
         ctx = make_context(
             layout,
             rank,
-            num_kv_heads=num_kv_heads,
             dtype=dtype,
             connect=True,
             timeout_s=timeout_s,

@@ -33,7 +33,7 @@ RankFunction = Callable[[ParallelContext], int]
 
 def start(job: RankFunction, env: Env, layout: Layout, timeout_s: float = 20.0, transport: str = "auto") -> int:
     """launch.run as the command line calls it."""
-    return run(job, env, Mesh(layout, 1, torch.float32, CPU, timeout_s, transport))
+    return run(job, env, Mesh(layout, torch.float32, CPU, timeout_s, transport))
 
 
 def last_rank_fails(ctx: ParallelContext) -> int:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec
+from engine.distributed.sharding import Parameter
+from engine.distributed.specs import Chunk, ShardSpec
 from engine.ops.loss import VocabSlice, linear_cross_entropy
 
-CTX = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float64)
+CTX = make_context(Layout(), 0, dtype=torch.float64)
 SELF_AXIS = CTX.self_axis
 # max error allowed, relative to the largest value of the reference
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
@@ -112,7 +113,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def parameter(values: Tensor, dtype: torch.dtype = torch.float64, main: torch.dtype | None = None) -> Parameter:
     """A parameter with, if `main` is given, a main gradient of that dtype that holds ones."""
-    p = Parameter(values.to(dtype), ShardSpec((Chunk("w", values.shape[0]),), other=values.shape[1]))
+    p = Parameter(values.to(dtype), ShardSpec((Chunk("w", tuple(values.shape)),)))
     p.main_grad = None if main is None else torch.ones(values.shape, dtype=main)
     return p
 

@@ -14,7 +14,8 @@ from engine.checkpoint.save import build_manifest, build_part, write_part
 from engine.checkpoint.storage import make_folders
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec
+from engine.distributed.sharding import Parameter
+from engine.distributed.specs import Chunk, ShardSpec
 from engine.optim.adamw import StateShard
 from tests.support.disk_double import MemoryDisk
 
@@ -25,7 +26,7 @@ BLOCK = 100  # bytes: several blocks a tensor
 
 
 def context(world: int = 1, rank: int = 0) -> ParallelContext:
-    return make_context(Layout(world, data=world), rank, num_kv_heads=1, dtype=torch.float64)
+    return make_context(Layout(world, data=world), rank, dtype=torch.float64)
 
 
 def values(step: int, kind: str, name: str, run: int) -> torch.Tensor:
@@ -37,7 +38,7 @@ def states(step: int, part: int = 0, parts: int = 1, run: int = 0) -> list[State
     """State shards of data rank `part` of `parts` of a tiny model at a step. run: other runs have other values."""
     found = []
     for name, shape in SHAPES.items():
-        spec = ShardSpec((Chunk(name, shape[0]),), other=shape[1] if len(shape) > 1 else None)
+        spec = ShardSpec((Chunk(name, tuple(shape)),))
         p = Parameter(torch.empty(shape, dtype=torch.float64), spec)
         begin, end = part * p.numel() // parts, (part + 1) * p.numel() // parts
         for kind in ("model", "exp_avg", "exp_avg_sq"):

@@ -65,7 +65,7 @@ def score(corpus: Path, degrees: tuple[int, int, int], mbs: int, batches: int, m
         state = setup(cfg, ctx)
         return Evaluator(state.plan, state.stages, ctx, IndexedDataset(corpus), cfg, metadata).run(batches)
 
-    scores = run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+    scores = run_ranks(layout_of(cfg), job)
     assert all(s == scores[0] for s in scores), "all ranks report the same"
     return scores[0]
 
@@ -99,7 +99,7 @@ def test_a_corpus_shorter_than_a_sample_is_scored(tmp_path: Path) -> None:
 
 def masked_by_hand(cfg: Config, prefix: Path, mask: LossMask) -> tuple[float, int]:
     """(mean loss of the counted labels, their number) over a whole corpus, row by row with torch's cross-entropy."""
-    ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
+    ctx = make_context(Layout(), 0, dtype=torch.float64)
     model = setup(cfg, ctx).stages[0].module
     order = SampleOrder(IndexedDataset(prefix), 16, cfg.train.seed, short=True)
     losses = []
@@ -122,10 +122,8 @@ def test_validation_counts_the_labels_that_training_counts(corpus: Path, tmp_pat
         assert found.tokens == count and found.loss == pytest.approx(expected, rel=1e-11)
         assert found.bpb == pytest.approx(expected / math.log(2) * IndexedDataset(corpus).num_tokens / TEXT_BYTES)
     cfg = config(1)
-    made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, metadata)), num_kv_heads=2)[
-        0
-    ]
-    ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
+    made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, metadata)))[0]
+    ctx = make_context(Layout(), 0, dtype=torch.float64)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         used = config_of(Path(made))
         evaluate(used, derive(used), ctx, Path(made), str(corpus), 0)
@@ -142,7 +140,7 @@ def test_a_run_validates_with_the_mask_it_trains_with(tmp_path: Path) -> None:
         writer.finish({"eod": 5})
     corpus = str(tmp_path / "c")
     resolved = resolve(1, data_train=corpus, data_valid=corpus, data_mask_eod="true", run_dir=tmp_path / "run")
-    ctx = make_context(Layout(), 0, num_kv_heads=2, dtype=torch.float64)
+    ctx = make_context(Layout(), 0, dtype=torch.float64)
     with open_run(resolved, ctx) as run:
         assert run.evaluator is not None
         assert run.evaluator.transforms == run.data.transforms == (LossMask(after=(5,)),)
@@ -159,7 +157,7 @@ def test_logits_do_not_depend_on_the_layout() -> None:
             with torch.no_grad():
                 return setup(cfg, ctx).stages[0].module.logits(tokens).numpy()  # type: ignore[attr-defined]
 
-        return run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)
+        return run_ranks(layout_of(cfg), job)
 
     (one,), two = logits(1), logits(2)
     assert one.shape == (2, 6, 61)
@@ -175,7 +173,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> Transformer:
     cfg = config(1, model_vocab_size=tokenizer.vocab_size + 5, model_max_seq_len=24, train_seq_len=16).model
-    ctx = make_context(Layout(), 0, num_kv_heads=cfg.num_kv_heads, dtype=torch.float64)
+    ctx = make_context(Layout(), 0, dtype=torch.float64)
     made = Transformer(cfg, ctx, StageShape(range(cfg.num_layers), True, True))
     initialise_(parameters(made), ctx, 0)
     return made
@@ -222,7 +220,7 @@ def test_draws_follow_from_the_seed_and_stay_in_the_model(model: Transformer, to
 def test_batches_are_those_of_the_run_in_every_layout(corpus: Path, tmp_path: Path) -> None:
     """4 sequences of the run's global batch do not divide over 3 data ranks; the score is still over 2 x 4."""
     cfg = config(1)
-    made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, {})), num_kv_heads=2)[0]
+    made = run_ranks(layout_of(cfg), lambda ctx: str(save_state(setup(cfg, ctx), tmp_path, {})))[0]
 
     def printed(tensor: int, pipeline: int, world: int, batches: int) -> str:
         found = config_of(Path(made), tensor=tensor, pipeline=pipeline, world=world)
@@ -233,7 +231,7 @@ def test_batches_are_those_of_the_run_in_every_layout(corpus: Path, tmp_path: Pa
                 evaluate(found, derive(found), ctx, Path(made), str(corpus), batches)
             return out.getvalue()
 
-        return run_ranks(layout_of(found), job, num_kv_heads=found.model.num_kv_heads)[0]
+        return run_ranks(layout_of(found), job)[0]
 
     for batches in (2, 0):
         one = printed(1, 1, 1, batches)

@@ -75,8 +75,7 @@ def lines_of(module: Any, folder: Path, world: int, options: dict[str, str], cap
     """The lines that an example prints on `world` ranks."""
     small = {"model.num_layers": "2", "train.seq_len": "16", "train.precision": "fp64", "train.device": "cpu"}
     resolved = engine.load_config([], module.OPTIONS | small | {"run.dir": str(folder)} | options, world=world)
-    kv_heads = resolved.config.model.num_kv_heads
-    codes = run_ranks(resolved.derived.layout, lambda ctx: module.main(resolved, ctx), num_kv_heads=kv_heads)
+    codes = run_ranks(resolved.derived.layout, lambda ctx: module.main(resolved, ctx))
     assert codes == [0] * world
     return [line for line in capfd.readouterr().out.splitlines() if line.startswith("step ")]
 

@@ -98,7 +98,7 @@ def test_a_signal_during_validation_finds_the_step_saved(degrees: dict[str, int]
         return [seen, job(cfg_of("undisturbed"), ctx, 0)]
 
     cfg = cfg_of("run")
-    for seen, undisturbed in run_ranks(layout_of(cfg.config), all_starts, num_kv_heads=cfg.config.model.num_kv_heads):
+    for seen, undisturbed in run_ranks(layout_of(cfg.config), all_starts):
         # 2: in the validation of step 2, twice (the second start begins with it); 5: that one whole, then in the next
         assert seen == [
             (75, 2, 2),
@@ -151,7 +151,7 @@ def test_all_ranks_stay_until_exit_json_is_written(
 
     monkeypatch.setattr(ExitRecord, "write", slow)
     code = 75 if early else 0
-    assert run_ranks(layout_of(cfg.config), one, num_kv_heads=cfg.config.model.num_kv_heads) == [(code, code)] * 2
+    assert run_ranks(layout_of(cfg.config), one) == [(code, code)] * 2
 
 
 def test_a_spoiled_line_of_metrics_stops_no_start(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ from engine.checkpoint.save import Saver
 from engine.checkpoint.tensorfile import tensor_bytes
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec
+from engine.distributed.sharding import Parameter
+from engine.distributed.specs import Chunk, ShardSpec
 from engine.optim.adamw import StateShard
 from tests.support.harness import run_ranks
 
@@ -71,7 +72,7 @@ def states(ctx: ParallelContext, gib: float) -> list[StateShard]:
     """This rank's part of matrices of 16 MiB and their moments."""
     found = []
     for number in range(round(gib * 2**30 / (3 * 4 * ROWS * WIDTH))):
-        spec = ShardSpec((Chunk(f"layers.{number}.weight", ROWS),), other=WIDTH)
+        spec = ShardSpec((Chunk(f"layers.{number}.weight", (ROWS, WIDTH)),))
         p = Parameter(torch.empty(ROWS, WIDTH, device="meta"), spec)
         begin, end = (ROWS * WIDTH * r // ctx.data.size for r in (ctx.data.rank, ctx.data.rank + 1))
         for kind in ("model", "exp_avg", "exp_avg_sq"):

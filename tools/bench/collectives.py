@@ -90,7 +90,7 @@ def measure(o: Options) -> Result:
         return 0
 
     layout = Layout(env.world, pipeline=env.world)
-    mesh = Mesh(layout, 1, torch.float32, torch.device("cpu"), timeout_s=120.0, transport=sys.argv[2])
+    mesh = Mesh(layout, torch.float32, torch.device("cpu"), timeout_s=120.0, transport=sys.argv[2])
     code = run(main, env, mesh)
     if code:
         sys.exit(code)

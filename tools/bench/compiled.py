@@ -44,7 +44,7 @@ def make(o: Options, *, compile: bool) -> TrainState:
         "train.compile": str(compile).lower(),
     }
     cfg = load([], {name: str(value) for name, value in values.items()}, world=1).config
-    return setup(cfg, make_context(derive(cfg).layout, 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32))
+    return setup(cfg, make_context(derive(cfg).layout, 0, dtype=torch.float32))
 
 
 def main() -> None:

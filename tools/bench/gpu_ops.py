@@ -139,7 +139,7 @@ def _head(session: Session) -> None:
     z = session.sizes
     shape = {"vocab_size": z.vocab, "hidden_size": z.hidden, "num_heads": z.heads, "num_kv_heads": z.heads}
     cfg = ModelConfig(**shape, head_dim=z.head_dim, num_layers=1)
-    ctx = make_context(Layout(), 0, num_kv_heads=z.heads, dtype=session.dtype, device=session.device)
+    ctx = make_context(Layout(), 0, dtype=session.dtype, device=session.device)
     model = Transformer(cfg, ctx, StageShape(range(0), False, True))
     weight, gain = model.head.weight, model.norm.weight
     weight.data.normal_(0, 0.02)

@@ -48,7 +48,7 @@ def make(session: Session, layers: int, seq: int, **changes: Any) -> TrainState:
     checkpoint = cfg.checkpoint.model_copy(update={"init": "made below"})  # else billions are drawn on the host
     cfg = cfg.model_copy(update={"checkpoint": checkpoint})
     dtype = PRECISIONS[cfg.train.precision].compute
-    ctx = make_context(derive(cfg).layout, 0, num_kv_heads=cfg.model.num_kv_heads, dtype=dtype, device=session.device)
+    ctx = make_context(derive(cfg).layout, 0, dtype=dtype, device=session.device)
     state = setup(cfg, ctx)
     with torch.no_grad():
         for p in state.params:
@@ -236,7 +236,7 @@ def loss_curve(
         "lr_schedule.warmup_steps": max(1, steps // 20),
     }
     cfg = load([], {name: str(value) for name, value in values.items()}, world=1).config
-    ctx = make_context(derive(cfg).layout, 0, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.bfloat16, device=device)
+    ctx = make_context(derive(cfg).layout, 0, dtype=torch.bfloat16, device=device)
     state = setup(cfg, ctx)
     numbers = torch.arange(batch * steps)
     rows = Rows.from_tokens(text_rows(seq, batch * steps), numbers, torch.zeros_like(numbers))

@@ -22,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from engine.config.schema import OptimizerConfig
 from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import Chunk, Parameter, ShardSpec
+from engine.distributed.sharding import Parameter
+from engine.distributed.specs import Chunk, Role, ShardSpec
 from engine.ops import native
 from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import NormCounter, sum_squares
@@ -49,9 +50,9 @@ def model_buckets() -> tuple[GradBuckets, NormCounter, FlatAdamW]:
     shapes |= {"embed": (32000, 512), "head": (32000, 512)}
     params = []
     for name, (rows, *columns) in shapes.items():
-        spec = ShardSpec((Chunk(name, rows),), other=columns[0] if columns else None, decay=bool(columns))
+        spec = ShardSpec((Chunk(name, (rows, *columns)),), role=Role.MATRIX if columns else Role.VECTOR)
         params.append(Parameter(torch.randn(rows, *columns) / 50, spec))
-    ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=torch.float32)
+    ctx = make_context(Layout(), 0, dtype=torch.float32)
     buckets = make_buckets(params, ctx, grad_dtype=torch.float32, bucket_bytes=64 << 20, overlap=False)
     for bucket in buckets.buckets:
         bucket.grads.normal_()

@@ -63,7 +63,7 @@ def engine(o: Options, case: Case) -> dict[str, Any]:
         measured.update(meter.run(lambda: train_step(state, batches).loss))
         return 0
 
-    mesh = Mesh(derive(cfg).layout, cfg.model.num_kv_heads, torch.float32, torch.device("cpu"), timeout_s=600.0)
+    mesh = Mesh(derive(cfg).layout, torch.float32, torch.device("cpu"), timeout_s=600.0)
     code = run(main, env, mesh)
     if code:
         sys.exit(code)

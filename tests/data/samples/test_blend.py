@@ -283,10 +283,8 @@ def test_losses_by_source_add_up_to_the_loss_in_every_layout(degrees: tuple[int,
         math.prod(degrees), parallel_tensor=tensor, parallel_pipeline=pipeline, parallel_data=data, train_steps=1
     )
     one = config(1)
-    expected = run_ranks(layout_of(one), lambda ctx: per_source(one, ctx), num_kv_heads=one.model.num_kv_heads)[0]
-    for loss, by_source in run_ranks(
-        layout_of(cfg), lambda ctx: per_source(cfg, ctx), num_kv_heads=cfg.model.num_kv_heads
-    ):
+    expected = run_ranks(layout_of(one), lambda ctx: per_source(one, ctx))[0]
+    for loss, by_source in run_ranks(layout_of(cfg), lambda ctx: per_source(cfg, ctx)):
         assert set(by_source) == {0, 2}  # no sample of source 1 in this step, or only masked ones
         assert by_source == pytest.approx(expected[1], rel=1e-11)
         assert (by_source[0] * 21 + by_source[2] * 5) / 26 == pytest.approx(loss, rel=1e-13)

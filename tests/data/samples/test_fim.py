@@ -340,7 +340,7 @@ def test_two_data_ranks_learn_as_one(corpora: Path) -> None:
             with Loader(RankShare(data.order, **sizes, transforms=data.transforms)) as loader:
                 return train_step(setup(cfg, ctx), next(loader)).loss
 
-        return float(run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads)[0])
+        return float(run_ranks(layout_of(cfg), job)[0])
 
     assert loss(2) == pytest.approx(loss(1), rel=1e-12)
 

@@ -20,7 +20,7 @@ from engine.config.schema import ModelConfig
 from engine.data.tokenize.tokenizer import Tokenizer
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
-from engine.distributed.sharding import parameters
+from engine.distributed.sharding import parameters, piece_of
 from engine.errors import CheckpointError
 from engine.inference.compare import compare_with_transformers
 from engine.inference.load import load_model
@@ -64,7 +64,7 @@ def test_import_gives_transformers_logits_and_gradients(tmp_path: Path, name: st
     ours(TOKENS, labels, mask).sum().backward()
     losses = torch.nn.functional.cross_entropy(theirs(TOKENS).logits.transpose(1, 2), labels, reduction="none")
     (losses * mask).sum().backward()
-    grads = {piece.name: piece.of(p.grad) for p in parameters(ours) for piece in p.spec.pieces(ours.ctx)}
+    grads = {piece.name: piece_of(piece, p.grad) for p in parameters(ours) for piece in p.spec.pieces(ours.ctx)}
     for p in theirs.parameters():  # transformers' gradients, read through the same mapping as weights
         p.data = p.grad
     theirs.save_pretrained(tmp_path / "grads")
@@ -113,7 +113,7 @@ def test_starting_from_a_folder_in_any_layout_and_exporting_from_it(tmp_path: Pa
         train_step(state, random_batches(cfg, ctx, 0))
         save_state(state, tmp_path / "run/checkpoints", METADATA)
 
-    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    run_ranks(layout_of(cfg), job, dtype=torch.float32)
     copy_companions(tmp_path / "hf", tmp_path / "run")  # as `train` does: Phi-3 is a Llama whose matrices are fused
     for step in (0, 1):
         folder = tmp_path / f"run/checkpoints/step_{step:08d}"
@@ -138,7 +138,7 @@ def test_starting_from_our_own_checkpoint_of_another_layout(tmp_path: Path) -> N
         assert (state.step, state.optimizer.steps) == (0, 0)
         save_state(state, tmp_path / "run", METADATA)
 
-    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    run_ranks(layout_of(cfg), job, dtype=torch.float32)
     with Reader(folder) as a, Reader(tmp_path / "run/step_00000000") as b:
         assert a.shapes(MODEL) == b.shapes(MODEL)
         assert all(torch.equal(a.read_whole(MODEL, name), b.read_whole(MODEL, name)) for name in a.shapes(MODEL))
@@ -153,7 +153,7 @@ def test_own_models_are_exported_with_their_tokenizer(tmp_path: Path) -> None:
         train_step(state, random_batches(cfg, ctx, 0))
         save_state(state, tmp_path / "run/checkpoints", METADATA)
 
-    run_ranks(layout_of(cfg), job, num_kv_heads=cfg.model.num_kv_heads, dtype=torch.float32)
+    run_ranks(layout_of(cfg), job, dtype=torch.float32)
     tokenizer = Tokenizer.train(iter(["some text to learn from"]), 300)
     tokenizer.save(tmp_path / "tokenizer")
     folder = tmp_path / "run/checkpoints/step_00000001"
@@ -225,7 +225,7 @@ def test_a_shorter_context_makes_a_sliding_window_idle(tmp_path: Path) -> None:
 def test_embeddings_are_scaled_as_gemma_rounds_them() -> None:
     """sqrt(3072) is 55.4256 in float32 and 55.5 in bfloat16."""
     for dtype, scale in ((torch.float32, 55.4256), (torch.bfloat16, 55.5)):
-        ctx = make_context(Layout(), 0, num_kv_heads=1, dtype=dtype, device="meta")
+        ctx = make_context(Layout(), 0, dtype=dtype, device="meta")
         cfg = ModelConfig(hidden_size=3072, num_heads=1, num_kv_heads=1, head_dim=2, scale_embeddings=True)
         model = Transformer(cfg, ctx, StageShape(range(0), True, False))
         assert model.embed.scale == pytest.approx(scale, rel=1e-6)

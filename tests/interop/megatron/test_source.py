@@ -243,7 +243,7 @@ def test_a_model_is_filled_from_it(tmp_path: Path) -> None:
     """`load_into` on tensor rank 1 of 2 (a context without processes)."""
     wanted = save_dist(tmp_path, LLAMA)
     with open_megatron(tmp_path) as source:
-        alone = make_context(Layout(1), 0, num_kv_heads=source.cfg.num_kv_heads, dtype=torch.float32)
+        alone = make_context(Layout(1), 0, dtype=torch.float32)
         model = Transformer(source.cfg, alone, StageShape(range(4), True, True))
         load_into(source, (StateShard("model", p, 0, p.data.view(-1)) for p in parameters(model)), alone)
     assert torch.equal(model.layers["3"].attention.sublayer.qkv.weight[:24], wanted["layers.3.attention.q.weight"])

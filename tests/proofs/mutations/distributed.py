@@ -9,28 +9,26 @@ MUTATIONS = [
     Mutation(
         "tied_gradient_counted_twice",
         "the norm counts the tied weight on both the first and last stage: 40 instead of 28.28 (Megatron#7227)",
-        "engine.distributed.sharding:ShardSpec.pieces",
-        "counted = ctx.tensor.rank % replicas == 0"
-        ' and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
-        "counted = ctx.tensor.rank % replicas == 0",
+        "engine.distributed.specs:ShardSpec._counts",
+        'return first and ("tied_stages" not in chunk.sum_over or grid.axis("tied_stages").rank == 0)',
+        "return first",
         norms("tied-(1, 4, 1)"),
     ),
     Mutation(
         "norm_counts_replicas",
         "weights replicated across tensor ranks are counted by each of them (ROCm/TransformerEngine#715)",
-        "engine.distributed.sharding:ShardSpec.pieces",
-        "counted = ctx.tensor.rank % replicas == 0"
-        ' and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
-        'counted = "tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0',
+        "engine.distributed.specs:ShardSpec._counts",
+        'return first and ("tied_stages" not in chunk.sum_over or grid.axis("tied_stages").rank == 0)',
+        'return "tied_stages" not in chunk.sum_over or grid.axis("tied_stages").rank == 0',
         norms("gqa-(2, 1, 1)"),
     ),
     Mutation(
         "norm_misses_tensor_shards",
         "only the first tensor rank's shards are counted (Megatron#5916)",
-        "engine.distributed.sharding:ShardSpec.pieces",
-        "counted = ctx.tensor.rank % replicas == 0"
-        ' and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
-        'counted = ctx.tensor.rank == 0 and ("tied_stages" not in chunk.sum_over or ctx.tied_stages.rank == 0)',
+        "engine.distributed.specs:ShardSpec._counts",
+        'return first and ("tied_stages" not in chunk.sum_over or grid.axis("tied_stages").rank == 0)',
+        'return first and grid.axis("tensor").rank == 0'
+        ' and ("tied_stages" not in chunk.sum_over or grid.axis("tied_stages").rank == 0)',
         norms("gqa-(2, 1, 1)"),
     ),
     Mutation(

@@ -10,8 +10,8 @@ MUTATIONS = [
         "norm_counts_padding",
         "values in the vocabulary padding are included in the norm",
         "engine.optim.clip:_counted_ranges",
-        "begin, end = piece.flat_range()",
-        "begin, end = piece.flat_range() if len(p.spec.chunks) > 1 else (0, p.numel())",
+        "begin, end = max(piece.begin, low), min(piece.end, high)",
+        "begin, end = max(piece.begin, low), min(piece.end if len(p.spec.chunks) > 1 else p.numel(), high)",
         norms("gqa-(2, 1, 1)"),
     ),
     Mutation(

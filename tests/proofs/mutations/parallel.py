@@ -21,15 +21,15 @@ MUTATIONS = [
         "ranks that share a KV head each keep the gradient of their local query heads (bigcode Megatron-LM#35)",
         "engine.parallel.gradients:GradBuckets._sum_replicated",
         "self.ctx.axis(name).size > 1",
-        'name != "kv" and self.ctx.axis(name).size > 1',
+        'not name.startswith("tensor/") and self.ctx.axis(name).size > 1',
         small("replicated"),
     ),
     Mutation(
         "gradient_averaged_over_data_ranks",
         "gradients are divided by the data degree although the loss is already global (Megatron#673, #906)",
         "engine.parallel.gradients:GradBuckets._start",
-        "x = bucket.grads.to(self.reduce_dtype)",
-        "x = bucket.grads.to(self.reduce_dtype) / self.ctx.data.size",
+        "x = bucket.grads",
+        "x = bucket.grads / bucket.axis.size",
         small("data"),
     ),
     Mutation(

@@ -10,9 +10,9 @@ Legend: b micro_batch_size, s seq_len.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,20 +49,86 @@ class Documents:
         is_start[:, 1:] = tokens[:, :-1] == eod
         return Documents.from_starts((position * is_start).cummax(1).values)
 
-    def without_mask(self) -> Documents:
-        """A copy without the cached mask, for one forward: its mask is then freed with the autograd graph."""
-        return Documents(self.starts, self.cu_seqlens)
 
-    @property
-    def positions(self) -> Tensor:
-        """The position of each token in its document, from 0: int64 [b, s]."""
-        return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """What attends to what in a micro-batch: read by RoPE, learned positions and every attention.
 
-    @cached_property
-    def mask(self) -> Tensor:
-        """The causal mask within documents, bool [b, 1, s, s]: True where query i attends to key j. Cached."""
-        column = torch.arange(self.starts.shape[1], device=self.starts.device)
-        return ((column >= self.starts[..., None]) & (column <= column[:, None]))[:, None]
+    positions: int64 [1 or b, s], the position of each token, for RoPE and learned positions. documents: boundaries for
+    document masking; None: each row is one document. causal: tokens attend to themselves and to earlier tokens only.
+    window: sliding window, tokens attend only to tokens less than `window` positions away; 0: no limit. An attention
+    may have fewer queries than keys: the queries are the last ones.
+    """
+
+    positions: Tensor
+    documents: Documents | None = None
+    causal: bool = True
+    window: int = 0
+    _derived: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of_rows(seq_len: int, documents: Documents | None = None, *, device: torch.device | None = None) -> Sequence:
+        """A causal sequence with positions 0 .. seq_len - 1 in every row."""
+        return Sequence(torch.arange(seq_len, device=device)[None], documents)
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Sequence:
+        """The same sequence with each tensor changed by `move`, such as to another device."""
+        documents = self.documents
+        if documents is not None:
+            documents = Documents(move(documents.starts), move(documents.cu_seqlens))
+        return replace(self, positions=move(self.positions), documents=documents, _derived={})
+
+    def for_one_forward(self) -> Sequence:
+        """A copy that caches masks by itself: they are then freed with the autograd graph of one forward."""
+        return replace(self, _derived={})
+
+    def with_window(self, window: int) -> Sequence:
+        """The sequence as a layer with this sliding window sees it. Cached, so that such layers share their masks."""
+        if window == self.window:
+            return self
+        return self._cached(lambda: replace(self, window=window, _derived={}), "window", window)
+
+    def mask(self, queries: int, keys: int) -> Tensor:
+        """The attention mask, bool [1 or b, 1, queries, keys]: True where query i attends to key j. Cached."""
+        return self._cached(lambda: self._mask(keys - queries, keys), "mask", queries, keys)
+
+    def _mask(self, before: int, keys: int) -> Tensor:
+        key = torch.arange(keys, device=self.positions.device)
+        distance = key[before:, None] - key  # from the key to the query
+        seen = (distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool))[None]
+        if self.window:
+            seen = seen & (distance.abs() < self.window)
+        if self.documents is not None:
+            starts = self.documents.starts
+            seen = seen & (starts[:, before:, None] == starts[:, None])
+        return seen[:, None]
+
+    def first_keys(self, batch: int, queries: int, keys: int) -> Tensor | None:
+        """The first key that each query attends to: int64 [batch, queries]; None if it is key 0 for all. Cached."""
+        return self._cached(lambda: self._first_keys(batch, queries, keys), "first key", queries, keys)
+
+    def _first_keys(self, batch: int, queries: int, keys: int) -> Tensor | None:
+        starts = None if self.documents is None else self.documents.starts[:, keys - queries :]
+        if not self.window:
+            return starts if starts is None else starts.contiguous()
+        query = torch.arange(keys - queries, keys, device=self.positions.device)
+        first = (query - (self.window - 1)).clamp_min(0)
+        return first.expand(batch, -1).contiguous() if starts is None else torch.maximum(starts, first)
+
+    def cu_seqlens(self, batch: int, seq_len: int) -> Tensor:
+        """The starts of all documents (of all rows, without document masking) in the concatenated rows: int32 [k + 1].
+
+        The last entry is batch * seq_len.
+        """
+        if self.documents is not None:
+            return self.documents.cu_seqlens
+        device = self.positions.device
+        return torch.arange(0, (batch + 1) * seq_len, seq_len, dtype=torch.int32, device=device)
+
+    def _cached(self, make: Callable[[], Any], *key: Any) -> Any:
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
 
 @dataclass(frozen=True)
@@ -70,16 +136,16 @@ class MicroBatch:
     """The data of one forward pass. Read only: `tokens` and `labels` may be overlapping views of one [b, s + 1].
 
     tokens: int64 [b, s]. labels: int64 [b, s], the next token of each position. weights: float64 [b, s], of each
-    label's loss; 0: not counted. samples: int64 [b], global sample numbers. sources: int64 [b], the index of each
-    sample's corpus in the data blend. documents: boundaries for document masking; None: each row is one document.
+    label's loss; 0: not counted. samples: int64 [b], global sample numbers. sequence: positions, and what attends to
+    what. sources: int64 [b], the index of each sample's corpus in the data blend.
     """
 
     tokens: Tensor
     labels: Tensor
     weights: Tensor
     samples: Tensor
+    sequence: Sequence
     sources: Tensor | None = None
-    documents: Documents | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same data on a device. To a GPU through pinned memory, as only such copies are asynchronous.
@@ -92,11 +158,8 @@ class MicroBatch:
             return pinned.to(device, non_blocking=True)
 
         sources = None if self.sources is None else move(self.sources)
-        documents = None
-        if self.documents is not None:
-            documents = Documents(move(self.documents.starts), move(self.documents.cu_seqlens))
         tokens, labels, weights, samples = map(move, (self.tokens, self.labels, self.weights, self.samples))
-        return MicroBatch(tokens, labels, weights, samples, sources, documents)
+        return MicroBatch(tokens, labels, weights, samples, self.sequence.map(move), sources)
 
 
 @dataclass(frozen=True)
@@ -106,6 +169,7 @@ class Rows:
     tokens: int64 [n, s + 1]; the label of position i is token i + 1. weights: float64 [n, s], of each label's loss;
     0: not counted. samples: int64 [n], global sample numbers. sources: int64 [n], index in the data blend. starts:
     int64 [n, s], for each position, the index at which its document starts; None: tokens attend across documents.
+    positions: int64 [n, s], for RoPE and learned positions; None: 0 .. s - 1 in every row.
     """
 
     tokens: Tensor
@@ -113,6 +177,7 @@ class Rows:
     samples: Tensor
     sources: Tensor
     starts: Tensor | None = None
+    positions: Tensor | None = None
 
     @staticmethod
     def from_tokens(tokens: Tensor, samples: Tensor, sources: Tensor) -> Rows:
@@ -129,7 +194,7 @@ class Rows:
 Transform = Callable[[Rows], Rows]
 
 
-def micro_batches(rows: Rows, size: int, transforms: Sequence[Transform] = ()) -> list[MicroBatch]:
+def micro_batches(rows: Rows, size: int, transforms: Iterable[Transform] = ()) -> list[MicroBatch]:
     """Apply the transforms to all rows in order, then cut the rows into micro-batches of `size` samples.
 
     The only place where rows of tokens become micro-batches, in training and in validation.
@@ -141,7 +206,8 @@ def micro_batches(rows: Rows, size: int, transforms: Sequence[Transform] = ()) -
         part = slice(begin, begin + size)
         documents = None if rows.starts is None else Documents.from_starts(rows.starts[part])
         tokens, labels = rows.tokens[part, :-1], rows.labels[part]
-        batches.append(
-            MicroBatch(tokens, labels, rows.weights[part], rows.samples[part], rows.sources[part], documents)
-        )
+        sequence = Sequence.of_rows(tokens.shape[1], documents)
+        if rows.positions is not None:
+            sequence = replace(sequence, positions=rows.positions[part])
+        batches.append(MicroBatch(tokens, labels, rows.weights[part], rows.samples[part], sequence, rows.sources[part]))
     return batches

@@ -179,7 +179,8 @@ def _attention(device: torch.device) -> Finding:
     """The attention implementation that `auto` selects, and why faster ones are not available."""
     name, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
     with native.forced(kernels=native.load()[0] is not None):  # else it would warn about a missing extension again
-        plain, masked = (attention.attention_name(device, dtype, 128, documents=mask) for mask in (False, True))
+        cases = (attention.attention_case(device, dtype, 128, documents=mask) for mask in (False, True))
+        plain, masked = (attention.select_implementation("auto", case) for case in cases)
     text = f"{name} on {device.type}: {plain}; with document masking: {masked}"
     return Finding(
         "attention", "; ".join([text, *(attention.missing_packages().values() if device.type == "cuda" else ())])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.batch import Documents
+from engine.batch import Documents, Sequence
 from engine.config.schema import OptimizerConfig
 from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
@@ -22,7 +23,7 @@ from engine.distributed.sharding import Parameter
 from engine.distributed.specs import Chunk, ShardSpec
 from engine.ops import native
 from engine.ops.activation import activation
-from engine.ops.attention import causal_attention
+from engine.ops.attention import attention_case, select_core
 from engine.ops.embedding import embedding
 from engine.ops.loss import VocabSlice, linear_cross_entropy
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -73,9 +74,11 @@ def _rope(fused: Tensor) -> tuple[Tensor, ...]:
     return split_and_rope(fused, rope_table(_S, _D, 1e4, fused.device, fused.dtype), _N, _M)
 
 
-def _documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, documents: bool = False, window: int = 0) -> Tensor:
     begin = torch.arange(_S, device=q.device) // 15 * 15
-    return causal_attention(q, k, v, Documents.from_starts(begin.expand(_B, _S)))
+    sequence = Sequence.of_rows(_S, Documents.from_starts(begin.expand(_B, _S)) if documents else None, device=q.device)
+    case = attention_case(q.device, q.dtype, _D, documents=documents, window=window)
+    return select_core("auto", case)(q, k, v, sequence.with_window(window))
 
 
 def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -145,8 +148,9 @@ OPS: dict[str, tuple[Op, Shapes]] = {
     "residual sum with RMSNorm": (_add_rms_norm, [(_S, _B, 70), (_S, _B, 70), (70,)]),
     "residual sum with LayerNorm": (_add_layer_norm, [(_S, _B, 70), (_S, _B, 70), (70,), (70,)]),
     "RoPE": (_rope, [(_S, _B, (_N + 2 * _M) * _D)]),
-    "attention": (causal_attention, _HEADS),
-    "attention with document masking": (_documents, _HEADS),
+    "attention": (_attention, _HEADS),
+    "attention with document masking": (partial(_attention, documents=True), _HEADS),
+    "attention with a sliding window": (partial(_attention, documents=True, window=7), _HEADS),
     "SwiGLU": (activation("silu", True), [(_S, _B, 130)]),
     "gated GeLU": (activation("gelu_tanh", True), [(_S, _B, 130)]),
     "matmul": (_matmul, [(37, 90), (70, 90)]),

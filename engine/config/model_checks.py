@@ -37,6 +37,7 @@ def model_errors(cfg: Config) -> Iterator[FieldError]:
             f"Use {multiples_near(m.hidden_size, m.num_heads)}, or set model.head_dim.",
         )
     yield from _position_errors(m)
+    yield from _window_errors(m)
     if m.norm_offset and m.norm == "layernorm":
         yield FieldError(
             "config.without-effect",
@@ -139,6 +140,24 @@ def _position_errors(m: ModelConfig) -> Iterator[FieldError]:
             problem,
             "The usual values are 1 and 32.",
         )
+
+
+def _window_errors(m: ModelConfig) -> Iterator[FieldError]:
+    path, pattern = "model.window_layers", m.window_layers
+    if not pattern:
+        return
+    if not m.window:
+        fix = "Set model.window, or leave it out."
+        yield FieldError("config.without-effect", path, pattern, "has no effect without model.window", fix)
+    elif set(pattern) - set("wf"):
+        fix = "Write w for a layer with the window and f for full attention, such as wwwwwf."
+        yield FieldError("config.window-pattern-not-valid", path, pattern, "has other letters than w and f", fix)
+    elif "w" not in pattern[: m.num_layers]:
+        problem = f"gives none of the {m.num_layers} layers the window of model.window = {m.window}"
+        yield FieldError("config.without-effect", path, pattern, problem, "Leave both out for full attention.")
+    elif len(pattern) > m.num_layers:
+        problem = f"is longer than model.num_layers = {m.num_layers}"
+        yield FieldError("config.window-pattern-too-long", path, pattern, problem, f"Use {pattern[: m.num_layers]}.")
 
 
 def _nearest_tensor(m: ModelConfig, to: int) -> int:

@@ -71,6 +71,11 @@ class ModelConfig(Section):
     """add a bias to the output projection of attention"""
     mlp_bias: bool = False
     """add biases to the MLP"""
+    window: int = Field(0, ge=0)
+    """sliding window, in tokens: each token attends to itself and to the window - 1 tokens before it; 0: to all"""
+    window_layers: str = ""
+    """with window: the layers that have it, as a pattern that repeats over the layers, w: window, f: full attention;
+    wwwwwf: every sixth layer attends to all tokens (Gemma 3); empty: all have it (Mistral)"""
     positions: Literal["rope", "learned"] = "rope"
     """rope: rotary positions; learned: one learned vector for each of max_seq_len positions (GPT-2), of which training
     updates the first train.seq_len; learned positions restart at each document with data.separate_documents"""
@@ -123,6 +128,12 @@ class LayerConfig:
 
     model: ModelConfig
     index: int
+
+    @property
+    def window(self) -> int:
+        """The layer's sliding window in tokens; 0: full attention."""
+        pattern = self.model.window_layers or "w"
+        return self.model.window if pattern[self.index % len(pattern)] == "w" else 0
 
 
 class ParallelConfig(Section):

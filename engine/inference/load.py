@@ -16,6 +16,7 @@ from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
+from engine.model.layers import ComputeBackends
 from engine.model.transformer import Transformer, stage_shapes
 from engine.optim.adamw import StateShard
 from engine.optim.precision import PRECISIONS
@@ -51,7 +52,8 @@ def config_of(
 
 def load_stage(checkpoint: Path, cfg: Config, ctx: ParallelContext, storage: Storage = DISK) -> Transformer:
     """Load this rank's stage of the model from a checkpoint, without optimizer state. Collective."""
-    model = Transformer(cfg.model, ctx, stage_shapes(layers_per_stage(cfg))[ctx.pipeline.rank])
+    backends = ComputeBackends(documents=cfg.data.separate_documents)
+    model = Transformer(cfg.model, ctx, stage_shapes(layers_per_stage(cfg))[ctx.pipeline.rank], backends=backends)
     with Reader(find_checkpoint(checkpoint, storage), storage) as reader:
         load_into(reader, (StateShard(MODEL, p, 0, p.data.view(-1)) for p in parameters(model)), ctx)
     return model

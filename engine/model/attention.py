@@ -8,19 +8,28 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from engine.batch import Documents
-from engine.config.schema import ModelConfig
+from engine.batch import Sequence
+from engine.config.schema import Config, LayerConfig
 from engine.distributed.context import ParallelContext
 from engine.distributed.specs import Chunk, Cut
 from engine.model.layers import ColumnLinear, ComputeBackends, Norm, RowLinear, ShardedRMSNorm
-from engine.ops.attention import causal_attention
+from engine.ops.attention import attention_case, select_core, select_implementation
 from engine.ops.linear import RecomputeRecipe
 from engine.ops.recompute import recompute
 from engine.ops.rope import rope, split_and_rope
 
 
+def attention_names(cfg: Config, ctx: ParallelContext) -> tuple[str, ...]:
+    """The attention implementations that the layers use on this rank, each once. ConfigError if one cannot run."""
+    cases = (
+        attention_case(ctx.device, ctx.dtype, cfg.model.head_dim, documents=cfg.data.separate_documents, window=window)
+        for window in dict.fromkeys(cfg.model.layer(i).window for i in range(cfg.model.num_layers))
+    )
+    return tuple(dict.fromkeys(select_implementation(cfg.train.attention, case) for case in cases))
+
+
 class Attention(nn.Module):
-    """Causal self-attention: fused q|k|v projection, QK-norms if configured, RoPE, attention core, output projection.
+    """Self-attention: fused q|k|v projection, QK-norms if configured, RoPE, attention core, output projection.
 
     With fewer KV heads than tensor ranks, the ranks that share a KV head hold replicas of its weights. Each replica
     gets only the gradient of its local query heads, so the k and v chunks are summed over these ranks.
@@ -28,7 +37,7 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        cfg: ModelConfig,
+        layer: LayerConfig,
         ctx: ParallelContext,
         name: str,
         out_std: float,
@@ -36,6 +45,7 @@ class Attention(nn.Module):
         backends: ComputeBackends,
     ):
         super().__init__()
+        cfg = layer.model
         t, d, h, matmul = ctx.tensor.size, cfg.head_dim, cfg.hidden_size, backends.matmul
         kv_parts = min(cfg.num_kv_heads, t)
         self.n, self.m, self.d = cfg.num_heads // t, cfg.num_kv_heads // kv_parts, d
@@ -48,7 +58,8 @@ class Attention(nn.Module):
         self.qkv = ColumnLinear(chunks, cfg.init_std, ctx, keep_gathered, matmul, cfg.qkv_bias)
         bias = cfg.attention_out_bias
         self.out = RowLinear(f"{name}.out.weight", cfg.num_heads * d, h, out_std, ctx, matmul, bias)
-        self.implementation = backends.attention
+        case = attention_case(ctx.device, ctx.dtype, d, documents=backends.documents, window=layer.window)
+        self.window, self.attend = layer.window, select_core(backends.attention, case)
         self.rope, self.split_and_rope = backends.fuse(rope), backends.fuse(split_and_rope)
         self.head_norms = self.projection_norms = None
         if cfg.qk_norm and cfg.qk_norm_span == "head":
@@ -62,16 +73,16 @@ class Attention(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, rope_table: Tensor, documents: Documents | None = None, recipe: RecomputeRecipe | None = None
+        self, x: Tensor, rope_table: Tensor, sequence: Sequence, recipe: RecomputeRecipe | None = None
     ) -> Tensor:
-        """x [s, b, h] -> [s, b, h]. rope_table: from ops.rope. documents: boundaries for document masking.
+        """x [s, b, h] -> [s, b, h]. rope_table: cos and sin of the sequence's positions, from ops.rope.
 
         recipe: recompute x in the backward instead of saving it; the attention core is then recomputed too.
         """
-        fused, core = self.qkv(x, recipe), partial(self._core, documents=documents)
+        fused, core = self.qkv(x, recipe), partial(self._core, sequence=sequence.with_window(self.window))
         return self.out(recompute(core, fused, rope_table) if recipe else core(fused, rope_table))
 
-    def _core(self, fused: Tensor, rope_table: Tensor, documents: Documents | None) -> Tensor:
+    def _core(self, fused: Tensor, rope_table: Tensor, sequence: Sequence) -> Tensor:
         """QK-norms, RoPE and attention: q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""
         s, b, _ = fused.shape
         if self.projection_norms is not None:
@@ -82,7 +93,7 @@ class Attention(nn.Module):
             heads = fused.view(s, b, self.n + 2 * self.m, self.d).permute(1, 2, 0, 3)
             q, k, v = heads.split([self.n, self.m, self.m], dim=1)
             q, k = (self.rope(norm(x), rope_table) for norm, x in zip(self.head_norms, (q, k)))
-        return causal_attention(q, k, v, documents, self.implementation)
+        return self.attend(q, k, v, sequence)
 
     def _norm_projections(self, fused: Tensor) -> Tensor:
         assert self.projection_norms is not None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.batch import Documents
+from engine.batch import Sequence
 from engine.config.schema import ModelConfig
 from engine.distributed.collectives import all_gather, reduce_partial_sums
 from engine.distributed.context import ParallelContext
@@ -59,11 +59,13 @@ def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class ComputeBackends:
     """The implementations that a block computes with.
 
-    attention: implementation name (ops.attention) or "auto". matmul: matmuls of the linear layers. fuse: wrapper for
-    the functions between matmuls, attention and collectives: the identity or torch.compile.
+    attention: implementation name (ops.attention) or "auto", by which each layer chooses its core. documents: with
+    document masking. matmul: matmuls of the linear layers. fuse: wrapper for the functions between matmuls, attention
+    and collectives: the identity or torch.compile.
     """
 
     attention: str = "auto"
+    documents: bool = False
     matmul: MatmulBackend = PLAIN_MATMUL
     fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = _identity
 
@@ -238,14 +240,10 @@ class PositionEmbedding(nn.Module):
         chunk = Chunk(name, (cfg.max_seq_len, cfg.hidden_size), sum_over=("sequence",))
         self.weight = new_parameter(ShardSpec((chunk,), init_std=cfg.init_std, role=Role.EMBEDDING), ctx)
 
-    def forward(self, x: Tensor, documents: Documents | None) -> Tensor:
-        """Add the position embeddings to x [s, b, h]. documents (of the whole sequence): positions restart in each."""
-        if documents is None:
-            positions = torch.arange(x.shape[0] * self.sequence.size, device=x.device)[None]
-        else:
-            positions = documents.positions
-        position = positions.t().chunk(self.sequence.size)[self.sequence.rank]
-        return x + embedding(self.weight, position.contiguous(), 0)
+    def forward(self, x: Tensor, sequence: Sequence) -> Tensor:
+        """Add the position embeddings to x [s, b, h]. sequence: the whole one, of all ranks."""
+        positions = sequence.positions.t().chunk(self.sequence.size)[self.sequence.rank]
+        return x + embedding(self.weight, positions.contiguous(), 0)
 
 
 class VocabHead(nn.Module):

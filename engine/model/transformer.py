@@ -7,16 +7,16 @@ model, so canonical parameter names do not depend on the layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from engine.batch import Documents
+from engine.batch import Sequence
 from engine.config.derived import Derived
-from engine.config.schema import Config, LayerConfig, ModelConfig, TrainConfig
+from engine.config.schema import Config, LayerConfig, ModelConfig
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter, parameters
@@ -37,7 +37,7 @@ from engine.ops.compile import compiled
 from engine.ops.fp8 import Fp8
 from engine.ops.matmul import PLAIN_MATMUL
 from engine.ops.recompute import recompute
-from engine.ops.rope import RopeScaling, rope_table
+from engine.ops.rope import RopeScaling, rope_at, rope_table
 
 EMBED = "embed.weight"
 HEAD = "head.weight"
@@ -55,7 +55,7 @@ class StageShape:
     last: bool
 
 
-def stage_shapes(counts: Sequence[int]) -> list[StageShape]:
+def stage_shapes(counts: Collection[int]) -> list[StageShape]:
     """The stages of a pipeline, in order, given the number of blocks of each."""
     shapes, begin = [], 0
     for stage, count in enumerate(counts):
@@ -91,16 +91,16 @@ class Block(nn.Module):
             norms = tuple(Norm(norm, cfg.hidden_size, cfg, ctx, backends) for norm in names)
             return form(norms, module, recompute == "selective")
 
-        self.attention = branch("attention", Attention(cfg, ctx, f"{name}.attention", out_std, keep, backends))
+        self.attention = branch("attention", Attention(layer, ctx, f"{name}.attention", out_std, keep, backends))
         self.mlp = branch("mlp", MLP(cfg, ctx, f"{name}.mlp", out_std, keep, backends))
 
-    def forward(self, x: Tensor, rope_table: Tensor, documents: Documents | None = None) -> Tensor:
-        """x [s, b, h] -> [s, b, h]. rope_table, documents: as for Attention."""
-        compute = partial(self._compute, documents=documents)
+    def forward(self, x: Tensor, rope_table: Tensor, sequence: Sequence) -> Tensor:
+        """x [s, b, h] -> [s, b, h]. rope_table, sequence: as for Attention."""
+        compute = partial(self._compute, sequence=sequence)
         return recompute(compute, x, rope_table) if self.recompute == "full" else compute(x, rope_table)
 
-    def _compute(self, x: Tensor, rope_table: Tensor, documents: Documents | None) -> Tensor:
-        return self.residual(self.attention, self.mlp, x, rope_table, documents)
+    def _compute(self, x: Tensor, rope_table: Tensor, sequence: Sequence) -> Tensor:
+        return self.residual(self.attention, self.mlp, x, rope_table, sequence)
 
 
 class Transformer(nn.Module):
@@ -140,36 +140,37 @@ class Transformer(nn.Module):
         if self.rope.shape[1] < seq_len:
             cfg, ctx = self.cfg, self.ctx
             self.rope = rope_table(seq_len, cfg.rotary_dim, cfg.rope_theta, ctx.device, ctx.dtype, rope_scaling_of(cfg))
-        return self.rope[:, :seq_len]
+        return self.rope
 
-    def hidden(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+    def hidden(self, x: Tensor, sequence: Sequence) -> Tensor:
         """Hidden states: tokens [b, s] on the first stage, else [s, b, h] -> [s, b, h] (normalised on the last stage).
 
-        documents: boundaries of the whole sequence, for document masking.
+        sequence: the whole one, of all ranks that shard it.
         """
         if self.shape.first:
             x = self.embed(x)
             if self.positions is not None:
-                x = self.positions(x, documents)
-        table = self._rope_for(x.shape[0] * self.ctx.sequence.size)
-        documents = None if documents is None else documents.without_mask()
+                x = self.positions(x, sequence)
+        table = rope_at(self._rope_for(sequence.positions.shape[1]), sequence.positions)
+        sequence = sequence.for_one_forward()
         for block in self.layers.values():
-            x = block(x, table, documents)
+            x = block(x, table, sequence)
         return self.norm(x) if self.shape.last else x
 
-    def forward(self, x: Tensor, labels: Tensor, weights: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor, weights: Tensor, sequence: Sequence) -> Tensor:
         """Hidden states [s, b, h]; on the last stage [b], each sample's weighted sum of token losses in nats.
 
         x as for `hidden`; labels int64 [b, s]; weights float [b, s], of each token's loss. The training objective is
         the sum over the samples. Every factor of it, such as 1 / tokens or a loss scale, has to be in the weights,
         because gradients are computed in the forward (ops.loss).
         """
-        x = self.hidden(x, documents)
+        x = self.hidden(x, sequence)
         return self.head(x, labels, weights) if self.shape.last else x
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits: tokens [b, s] -> [b, s, vocab_size]. Only for a model whose stages are all on this pipeline rank."""
-        return self.head.logits(self.hidden(tokens)).transpose(0, 1)
+        sequence = Sequence.of_rows(tokens.shape[1], device=tokens.device)
+        return self.head.logits(self.hidden(tokens, sequence)).transpose(0, 1)
 
 
 def rope_scaling_of(cfg: ModelConfig) -> RopeScaling:
@@ -186,12 +187,12 @@ def rope_scaling_of(cfg: ModelConfig) -> RopeScaling:
     )
 
 
-def compute_backends(train: TrainConfig) -> ComputeBackends:
-    """The backends selected by train.attention, train.fp8 and train.compile."""
+def compute_backends(cfg: Config) -> ComputeBackends:
+    """The backends selected by train.attention, train.fp8, train.compile and data.separate_documents."""
+    train = cfg.train
     matmul = PLAIN_MATMUL if train.fp8 == "none" else Fp8(rowwise=train.fp8 == "rowwise", compile=train.compile)
-    if train.compile:
-        return ComputeBackends(train.attention, matmul, compiled)
-    return ComputeBackends(train.attention, matmul)
+    backends = ComputeBackends(train.attention, cfg.data.separate_documents, matmul)
+    return replace(backends, fuse=compiled) if train.compile else backends
 
 
 def build_stages(
@@ -203,7 +204,7 @@ def build_stages(
     once if the first and the last stage are both on this rank.
     """
     policy = RecomputePolicy(cfg.train.recompute, cfg.train.recompute_layers, cfg.parallel.keep_gathered)
-    backends = compute_backends(cfg.train)
+    backends = compute_backends(cfg)
     shapes, tied, listed = stage_shapes(derived.layers), None, set()
     for number in derived.plan.stages_of(ctx.pipeline.rank):
         model = Transformer(cfg.model, ctx, shapes[number], policy, tied, backends)

@@ -13,8 +13,8 @@ from rich.table import Column
 
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
+from engine.model.attention import attention_names
 from engine.ops.apex import fused_norms
-from engine.ops.attention import attention_name
 from engine.ops.native import describe_kernels, kernels
 
 
@@ -57,10 +57,12 @@ class Progress:
         return f"{text}; norms: apex" if fused_norms(probe) and not kernels(probe) else text
 
     def _attention(self) -> str:
-        c, ctx = self.cfg, self.ctx
-        masked = c.data.separate_documents
-        name = attention_name(ctx.device, ctx.dtype, c.model.head_dim, documents=masked, requested=c.train.attention)
-        return name + ", document masking" * masked
+        model = self.cfg.model
+        text = " and ".join(attention_names(self.cfg, self.ctx))
+        text += ", document masking" * self.cfg.data.separate_documents
+        windowed = sum(model.layer(i).window > 0 for i in range(model.num_layers))
+        layers = "all" if windowed == model.num_layers else f"{windowed} of {model.num_layers}"
+        return text + f", sliding window of {model.window} tokens in {layers} layers" * (windowed > 0)
 
     def __enter__(self) -> Progress:
         self.began = self.shown_at = time.perf_counter()

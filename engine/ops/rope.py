@@ -89,6 +89,16 @@ def rope_table(
     return torch.stack((angle.cos(), angle.sin())).mul_(scaling.magnitude).to(dtype)
 
 
+def rope_at(table: Tensor, positions: Tensor) -> Tensor:
+    """The rows of a RoPE table [2, seq_len, width/2] at positions, int64 [1 or b, s].
+
+    [2, s, width/2] for one row of positions, which all samples share; else [2, b, 1, s, width/2]. IndexError if a
+    position is outside the table.
+    """
+    rows = table[:, positions]
+    return rows[:, 0] if len(positions) == 1 else rows[:, :, None]
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = 2 * cos.shape[-1]
     if torch.compiler.is_compiling():  # it fuses the plain formula, but not writes into views
@@ -116,7 +126,7 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
-    """Apply RoPE to x [b, heads, s, d] at positions 0..s-1; table [2, s, width/2] from `rope_table`, width <= d.
+    """Apply RoPE to x [b, heads, s, d]; table: cos and sin at its positions, from `rope_at`, width <= d.
 
     The result is contiguous for any strides of x, as attention needs it.
     """
@@ -136,8 +146,11 @@ class _FusedRope(torch.autograd.Function):
 
 
 def split_and_rope(fused: Tensor, table: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split fused q|k|v and apply RoPE to q and k: [s, b, (n + 2 m) d] -> q [b, n, s, d], k and v [b, m, s, d]."""
-    if kernels(fused, table):
+    """Split fused q|k|v and apply RoPE to q and k: [s, b, (n + 2 m) d] -> q [b, n, s, d], k and v [b, m, s, d].
+
+    table: as for `rope`. The custom kernel runs if all samples share their positions.
+    """
+    if table.dim() == 3 and kernels(fused, table):
         return _FusedRope.apply(fused.contiguous(), table.contiguous(), n, m)
     s, b, _ = fused.shape
     heads = fused.view(s, b, n + 2 * m, -1).permute(1, 2, 0, 3)

@@ -1,6 +1,6 @@
 """One pipeline stage on one rank: runs a module forward and backward per microbatch and saves tensors in between.
 
-The module maps (x, labels, weights, documents) to an activation, or on the last stage to the weighted loss of each
+The module maps (x, labels, weights, sequence) to an activation, or on the last stage to the weighted loss of each
 sample. The objective is the sum of these over samples and microbatches. Nothing else is assumed about the module.
 """
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.batch import Documents, MicroBatch
+from engine.batch import MicroBatch
+from engine.batch import Sequence as TokenSequence
 from engine.distributed.sharding import Parameter
 from engine.ops.linear import WeightGrad
 from engine.parallel.gradients import GradBuckets
@@ -20,14 +21,14 @@ from engine.parallel.gradients import GradBuckets
 
 @dataclass
 class Stage:
-    """A module on one rank: module(x, labels, weights, documents) with activations [s, b, width].
+    """A module on one rank: module(x, labels, weights, sequence) with activations [s, b, width].
 
     first: x is tokens [b, s]. last: the output is losses [b]. params: the module's parameters, which may defer their
     gradients. buckets: None for a stage that only runs forward. live: microbatch -> (input, output) between F and its
     backward. deferred: microbatch -> weight gradients between I and W.
     """
 
-    module: Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
+    module: Callable[[Tensor, Tensor, Tensor, TokenSequence], Tensor]
     params: Sequence[Parameter]
     buckets: GradBuckets | None
     width: int
@@ -47,7 +48,7 @@ class Stage:
             assert x is not None
             x.requires_grad_(torch.is_grad_enabled())
         weights = batch.weights * token_weight
-        out = self.module(x, batch.labels, weights, batch.documents)
+        out = self.module(x, batch.labels, weights, batch.sequence)
         if torch.is_grad_enabled():
             self.live[index] = (x, out)
         return out.detach()

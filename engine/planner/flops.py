@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from engine.config.derived import Derived
 from engine.config.schema import Config, ModelConfig
@@ -20,8 +21,10 @@ def matmul_parameters(cfg: ModelConfig) -> int:
     return cfg.num_layers * _matmul_parameters_of_layer(cfg) + cfg.vocab_size * cfg.hidden_size
 
 
-def _attention_of_layer(cfg: ModelConfig, seq_len: int) -> int:
-    return 12 * seq_len * cfg.num_heads * cfg.head_dim // 2
+def _attention_of_layer(cfg: ModelConfig, seq_len: int, layer: int) -> int:
+    window = min(cfg.layer(layer).window or seq_len, seq_len)
+    pairs = window * (2 * seq_len - window)  # twice the pairs of a query and a key in a sequence
+    return 12 * pairs * cfg.num_heads * cfg.head_dim // (2 * seq_len)
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> int:
@@ -29,15 +32,19 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> int:
 
     Attention (scores and values): 2 matmuls of 2 * seq_len * width FLOPs in the forward and twice that in the backward,
     12 * seq_len * width in all; half of it, because attention is causal (Megatron-LM counts the same way since 2024).
-    Recomputation is not counted.
+    With a window w, the part of the square that is attended to: w - w^2 / (2 seq_len) keys per query instead of
+    seq_len / 2. Recomputation is not counted.
     """
-    return 6 * matmul_parameters(cfg) + cfg.num_layers * _attention_of_layer(cfg, seq_len)
+    attention = sum(_attention_of_layer(cfg, seq_len, layer) for layer in range(cfg.num_layers))
+    return 6 * matmul_parameters(cfg) + attention
 
 
 def stage_flops(cfg: ModelConfig, seq_len: int, layers: Sequence[int]) -> list[int]:
     """`flops_per_token` of each pipeline stage. layers: number of layers per stage; the last stage has the head."""
-    layer = 6 * _matmul_parameters_of_layer(cfg) + _attention_of_layer(cfg, seq_len)
-    flops = [count * layer for count in layers]
+    attention = [_attention_of_layer(cfg, seq_len, layer) for layer in range(cfg.num_layers)]
+    ends = list(accumulate(layers))
+    matmuls = 6 * _matmul_parameters_of_layer(cfg)
+    flops = [count * matmuls + sum(attention[end - count : end]) for count, end in zip(layers, ends)]
     flops[-1] += 6 * cfg.vocab_size * cfg.hidden_size
     return flops
 

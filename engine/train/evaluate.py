@@ -77,7 +77,7 @@ class Evaluator:
         self.plan, self.stages, self.ctx, self.dataset, self.cfg = plan, stages, ctx, dataset, cfg
         self.order = SampleOrder(dataset, cfg.train.seq_len, cfg.train.seed, short=True)
         separate = end_of_document([dataset], "separate_documents") if cfg.data.separate_documents else None
-        self.transforms = scoring_transforms(metadata, separate)
+        self.transforms = scoring_transforms(cfg, metadata, separate)
 
     def run(self, batches: int) -> Score:
         """Score the first `batches` global batches of the sample order; 0: the whole corpus once. Collective."""

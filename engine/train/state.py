@@ -16,8 +16,8 @@ from engine.distributed.env import Env, pick_device
 from engine.distributed.launch import Mesh
 from engine.distributed.sharding import Parameter, initialise_, parameters
 from engine.errors import ConfigError, FieldError
+from engine.model.attention import attention_names
 from engine.model.transformer import Transformer, build_stages, tensor_shapes
-from engine.ops.attention import attention_name
 from engine.ops.fp8 import check_device
 from engine.ops.native import keep_freed_memory
 from engine.optim.adamw import FlatAdamW
@@ -110,18 +110,16 @@ def check_backends(cfg: Config, ctx: ParallelContext) -> None:
     ConfigError if it does not, or if ranks choose differently because one has a package that another lacks.
     """
     check_device(cfg.train.fp8, ctx.device)
-    masked, wanted = cfg.data.separate_documents, cfg.train.attention
-    mine = attention_name(ctx.device, ctx.dtype, cfg.model.head_dim, documents=masked, requested=wanted)
-    names = gather_json(mine, ctx.world, ctx.device)
+    names = gather_json(" and ".join(attention_names(cfg, ctx)), ctx.world, ctx.device)
     if len(set(names)) > 1:
         found = ", ".join(f"{name} on rank {names.index(name)}" for name in dict.fromkeys(names))
-        fix = f"Install the same packages on all hosts, or set train.attention {sorted(set(names))[0]}."
+        fix = f"Install the same packages on all hosts, or set train.attention {sorted(set(names))[0].split()[0]}."
         raise ConfigError(
             [
                 FieldError(
                     "train.ranks-choose-differently",
                     "train.attention",
-                    wanted,
+                    cfg.train.attention,
                     f"ranks choose differently: {found}",
                     fix,
                 )

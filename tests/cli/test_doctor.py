@@ -20,7 +20,7 @@ from engine.cli.main import main
 from engine.distributed import pair, shared_memory
 from engine.distributed.pair import try_pair
 from engine.ops import native
-from engine.ops.attention import attention_name
+from engine.ops.attention import attention_case, select_implementation
 
 CPU = torch.device("cpu")
 needs_ops = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
@@ -177,7 +177,8 @@ def test_what_ran_is_what_was_asked_for() -> None:
     assert {"RMSNorm", "LayerNorm", "RoPE", "SwiGLU", "gated GeLU", "cross entropy", "AdamW"} <= own
     assert "embedding" not in own and ("attention" in own) == ("attention with document masking" in own)
     words = native.describe_kernels(CPU, torch.float32)
-    assert (attention_name(CPU, torch.float32, 16, documents=False) == "own") == ("attention" in own)
+    name = select_implementation("auto", attention_case(CPU, torch.float32, 16))
+    assert (name == "own") == ("attention" in own) == ("attention with a sliding window" in own)
     assert ("matmul: custom" in words) == ("matmul" in own)
     assert native.describe_kernels(CPU, torch.float64).endswith("matmul: torch")
     assert (

@@ -21,7 +21,7 @@ from engine.config.section import Section
 from engine.data.samples.indexed_writer import IndexedWriter
 from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
-from engine.ops.attention import IMPLEMENTATIONS
+from engine.ops.attention_cores import CORES
 from engine.optim.precision import PRECISIONS
 from engine.pipeline.schedules import SCHEDULES, build, load_plan
 from engine.train.loop import train
@@ -114,8 +114,8 @@ def test_every_list_of_names_is_the_same_list() -> None:
     }
     for name, precision in PRECISIONS.items():
         assert (precision.compute.itemsize, precision.main) == (DTYPE_BYTES[name], PRECISIONS[MAIN_DTYPE[name]].compute)
-    assert choices(TrainConfig, "attention") == {"auto", *IMPLEMENTATIONS}
+    assert choices(TrainConfig, "attention") == {"auto", *CORES}
     listed = ", ".join(SCHEDULES)
     assert f": {listed}, or a file" in str(ParallelConfig.model_fields["schedule"].description)
     assert (*SCHEDULES, "searched") == NAMES
-    assert {"auto", *IMPLEMENTATIONS} - {"auto", "own", "sdpa"} <= set(re.findall(r"`([a-z0-9-]+)`", TRAINING))
+    assert {"auto", *CORES} - {"auto", "own", "sdpa"} <= set(re.findall(r"`([a-z0-9-]+)`", TRAINING))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import Documents, MicroBatch
+from engine.batch import Documents, MicroBatch, Rows, Sequence, micro_batches
 from engine.config.schema import Config
 from engine.data.samples.corpora import open_training
 from engine.data.samples.indexed import IndexedDataset
@@ -39,13 +39,12 @@ def rows() -> torch.Tensor:
 
 def packed_batches(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
     """The rows as packed sequences with document boundaries; the loss mask excludes labels in the next document."""
-    whole = rows()
-    tokens, labels = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
-    mask = tokens != EOD
-    local, mbs = len(LENGTHS) // ctx.data.size, cfg.train.micro_batch_size
-    begin = ctx.data.rank * local
-    parts = [slice(i, i + mbs) for i in range(begin, begin + local, mbs)]
-    return [micro_batch(tokens[p], labels[p], mask[p], documents=Documents.from_eod(tokens[p], EOD)) for p in parts]
+    local = len(LENGTHS) // ctx.data.size
+    tokens = rows()[ctx.data.rank * local : (ctx.data.rank + 1) * local]
+    numbers = torch.arange(local)
+    whole = Rows(tokens, (tokens[:, :-1] != EOD).double(), numbers, torch.zeros_like(numbers))
+    masking = SeparateDocuments(EOD, restart=cfg.model.positions == "learned")
+    return micro_batches(whole, cfg.train.micro_batch_size, [masking])
 
 
 def separate_batches(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
@@ -99,7 +98,7 @@ def test_without_masking_tokens_attend_across_documents() -> None:
     """The check above can fail."""
 
     def crossing(cfg: Config, ctx: ParallelContext) -> list[MicroBatch]:
-        return [replace(b, documents=None) for b in packed_batches(cfg, ctx)]
+        return [replace(b, sequence=Sequence.of_rows(S)) for b in packed_batches(cfg, ctx)]
 
     loss, _ = result(config(1), crossing)
     assert abs(loss / result(config(1), packed_batches)[0] - 1) > 1e-6
@@ -118,8 +117,8 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
     sizes = {"global_batch_size": 2, "micro_batch_size": 2, "data_rank": 0, "data_size": 1}
     with Loader(RankShare(data.order, **sizes, transforms=data.transforms)) as loader:
         (batch,) = next(loader)
-    assert batch.documents is not None
-    assert torch.equal(batch.documents.starts, Documents.from_eod(batch.tokens, EOD).starts)
+    assert batch.sequence.documents is not None
+    assert torch.equal(batch.sequence.documents.starts, Documents.from_eod(batch.tokens, EOD).starts)
 
     def job(ctx: ParallelContext) -> tuple[float, float]:
         state = setup(cfg, ctx)
@@ -133,7 +132,8 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
         for part in (torch.from_numpy(whole), torch.from_numpy(tail)):
             tokens, labels = part[:, :-1].contiguous(), part[:, 1:].contiguous()
             with torch.no_grad():
-                losses = stage.module(tokens, labels, torch.ones_like(tokens), Documents.from_eod(tokens, EOD))
+                sequence = Sequence.of_rows(tokens.shape[1], Documents.from_eod(tokens, EOD))
+                losses = stage.module(tokens, labels, torch.ones_like(tokens), sequence)
             total, number = total + float(losses.sum()), number + tokens.numel()
         return score.loss, total / number
 
@@ -142,10 +142,14 @@ def test_loader_and_validation_mask_documents(tmp_path: Path) -> None:
 
 
 def test_documents_start_after_an_eod() -> None:
-    documents = Documents.from_eod(torch.tensor([[1, EOD, 2, 3, EOD, EOD, 4], [5, 5, 5, 5, 5, 5, 5]]), EOD)
+    tokens = torch.tensor([[1, EOD, 2, 3, EOD, EOD, 4], [5, 5, 5, 5, 5, 5, 5]])
+    documents = Documents.from_eod(tokens, EOD)
     assert documents.starts.tolist() == [[0, 0, 2, 2, 2, 5, 6], [0] * 7]
     assert documents.cu_seqlens.tolist() == [0, 2, 5, 6, 7, 14] and documents.cu_seqlens.dtype == torch.int32
-    assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], list(range(7))]
-    seen = documents.mask[0, 0].long()
-    assert seen.sum(1).tolist() == [p + 1 for p in documents.positions[0].tolist()]
+    found = Rows.from_tokens(torch.cat((tokens, tokens[:, :1]), 1), *[torch.arange(2)] * 2)
+    for restart, expected in ((True, [[0, 1, 0, 1, 2, 0, 0], list(range(7))]), (False, [list(range(7))])):
+        (batch,) = micro_batches(found, 2, [SeparateDocuments(EOD, restart)])
+        assert batch.sequence.positions.tolist() == expected
+    seen = batch.sequence.mask(7, 7)[0, 0].long()
+    assert seen.sum(1).tolist() == [1, 2, 1, 2, 3, 1, 1]
     assert torch.equal(seen, seen.tril()) and seen[4].tolist() == [0, 0, 1, 1, 1, 0, 0]

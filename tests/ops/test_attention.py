@@ -15,24 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import Documents
+from engine.batch import Documents, Sequence
 from engine.distributed.context import ParallelContext
 from engine.errors import ConfigError
-from engine.ops import attention
-from engine.ops.attention import (
-    IMPLEMENTATIONS,
-    AttentionCase,
-    causal_attention,
-    select_implementation,
-    why_unavailable,
-)
+from engine.ops import attention, attention_cores
+from engine.ops.attention import AttentionCase, attention_case, select_core, select_implementation, why_unavailable
+from engine.ops.attention_cores import CORES
 from engine.train import state
 from engine.train.state import setup
 from tests.support.cases import config, layout_of
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 
-BF16, HOPPER, AMPERE = torch.bfloat16, (9, 0), (8, 0)
+CPU, BF16, HOPPER, AMPERE = torch.device("cpu"), torch.bfloat16, (9, 0), (8, 0)
 ALL_INSTALLED: dict[str, str] = {}
 NO_PACKAGES = {"flash-attn-3": "no 3", "flash-attn-2": "no 2"}
 NOTHING_INSTALLED = NO_PACKAGES | {"varlen": "no varlen"}
@@ -58,11 +53,16 @@ def _no_cache() -> Iterator[None]:
         (AttentionCase("cuda", torch.float32, 128, capability=HOPPER), ALL_INSTALLED, "sdpa"),
         (AttentionCase("cuda", BF16, 128, capability=AMPERE), ALL_INSTALLED, "flash"),
         (AttentionCase("cuda", BF16, 128, capability=(7, 5)), ALL_INSTALLED, "sdpa"),
-        (AttentionCase("cuda", BF16, 128, True, HOPPER), ALL_INSTALLED, "flash-attn-3"),
-        (AttentionCase("cuda", BF16, 128, True, HOPPER), {"flash-attn-3": "no"}, "flash-attn-2"),
-        (AttentionCase("cuda", BF16, 128, True, HOPPER), NO_PACKAGES, "varlen"),
-        (AttentionCase("cuda", BF16, 128, True, (12, 0)), ALL_INSTALLED, "flash-attn-2"),
-        (AttentionCase("cuda", BF16, 128, True, AMPERE), NOTHING_INSTALLED, "sdpa"),
+        (AttentionCase("cuda", BF16, 128, documents=True, capability=HOPPER), ALL_INSTALLED, "flash-attn-3"),
+        (AttentionCase("cuda", BF16, 128, documents=True, capability=HOPPER), {"flash-attn-3": "no"}, "flash-attn-2"),
+        (AttentionCase("cuda", BF16, 128, documents=True, capability=HOPPER), NO_PACKAGES, "varlen"),
+        (AttentionCase("cuda", BF16, 128, documents=True, capability=(12, 0)), ALL_INSTALLED, "flash-attn-2"),
+        (AttentionCase("cuda", BF16, 128, documents=True, capability=AMPERE), NOTHING_INSTALLED, "sdpa"),
+        (AttentionCase("cpu", torch.float32, 64, window=9, custom=True), NOTHING_INSTALLED, "own"),
+        (AttentionCase("cpu", torch.float32, 64, causal=False, custom=True), NOTHING_INSTALLED, "sdpa"),
+        (AttentionCase("cuda", BF16, 128, window=9, capability=HOPPER), ALL_INSTALLED, "flash-attn-3"),
+        (AttentionCase("cuda", BF16, 128, window=9, capability=AMPERE), NO_PACKAGES, "varlen"),
+        (AttentionCase("cuda", BF16, 128, causal=False, capability=HOPPER), NO_PACKAGES, "cudnn"),
         (AttentionCase("meta", BF16, 128), ALL_INSTALLED, "sdpa"),
     ],
     ids=str,
@@ -82,10 +82,11 @@ def test_auto(case: AttentionCase, missing: dict[str, str], expected: str, monke
         ("flash", AttentionCase("cuda", torch.float32, 128, capability=HOPPER), "bf16 or fp16"),
         ("cudnn", AttentionCase("cuda", BF16, 192, capability=HOPPER), "multiple of 8 and at most 128, not 192"),
         ("flash", AttentionCase("cuda", BF16, 260, capability=HOPPER), "multiple of 8 and at most 256, not 260"),
-        ("cudnn", AttentionCase("cuda", BF16, 128, True, HOPPER), "has no document masking"),
-        ("varlen", AttentionCase("cuda", BF16, 128, False, HOPPER), "needs document masking"),
-        ("flash-attn-3", AttentionCase("cuda", BF16, 128, False, AMPERE), "runs on Hopper only"),
-        ("flash-attn-2", AttentionCase("cuda", BF16, 128, False, HOPPER), "no 2"),
+        ("cudnn", AttentionCase("cuda", BF16, 128, documents=True, capability=HOPPER), "has no document masking"),
+        ("flash", AttentionCase("cuda", BF16, 128, window=9, capability=HOPPER), "no sliding window (model.window)"),
+        ("own", AttentionCase("cpu", torch.float32, 64, causal=False, custom=True), "is causal only"),
+        ("flash-attn-3", AttentionCase("cuda", BF16, 128, capability=AMPERE), "runs on Hopper only"),
+        ("flash-attn-2", AttentionCase("cuda", BF16, 128, capability=HOPPER), "no 2"),
     ],
     ids=str,
 )
@@ -103,54 +104,95 @@ def heads(b: int, n: int, m: int, s: int, d: int, dtype: torch.dtype = torch.flo
     return [x.requires_grad_() for x in (q, k, v)]
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-    """Attention as in the formula: scores, softmax, weighted sum of values."""
+def visible(s: int, keys: int, starts: list[list[int]] | None, causal: bool = True, window: int = 0) -> Tensor:
+    """bool [rows, s, keys], element by element: the key that each of the last s positions of each row attends to."""
+    rows = []
+    for begin in starts or [[0] * keys]:
+        row = torch.zeros(s, keys, dtype=torch.bool)
+        for i in range(s):
+            p = keys - s + i
+            for j in range(keys):
+                near = not window or abs(p - j) < window
+                row[i, j] = near and begin[p] == begin[j] and (j <= p or not causal)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Attention as in the formula: scores, softmax, weighted sum of values. seen: from `visible`."""
     b, n, s, d = q.shape
     k, v = (x.repeat_interleave(n // x.shape[1], dim=1) for x in (k, v))
-    seen = torch.ones(s, s, dtype=torch.bool).tril() if documents is None else documents.mask
-    scores = (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(~seen, -math.inf)
+    scores = (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(~seen[:, None], -math.inf)
     return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).reshape(s, b, n * d)
 
 
-def varlen_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+def flash_reference(q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """FlashAttention of [b, n, s, d]: keys from `left` before a query's position to `right` after it, -1: all."""
+    s, (left, right) = q.shape[2], window_size
+    seen = [[(left < 0 or i - j <= left) and (right < 0 or j - i <= right) for j in range(s)] for i in range(s)]
+    return by_hand(q, k, v, torch.tensor(seen)[None])
+
+
+def varlen_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window_size: tuple[int, int]) -> Tensor:
     """Reference of a variable-length kernel, [total, n, d], one document at a time."""
     out = []
     for low, high in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
         part = [x[low:high].transpose(0, 1)[None] for x in (q, k, v)]
-        out.append(by_hand(*part, None).view(high - low, *q.shape[1:]))
+        out.append(flash_reference(*part, window_size).view(high - low, *q.shape[1:]))
     return torch.cat(out)
 
 
-DOCUMENTS = Documents.from_starts(torch.tensor([[0, 0, 2, 2, 2, 5, 6], [0] * 7]))
+STARTS = [[0, 0, 2, 2, 2, 5, 6], [0] * 7]
+KINDS = [(starts, causal, window) for starts in (None, STARTS) for causal in (True, False) for window in (0, 1, 3)]
+kinds = pytest.mark.parametrize(("starts", "causal", "window"), KINDS, ids=str)
 
 
-def assert_equals_reference(name: str, documents: Documents | None, m: int = 2) -> None:
-    inputs = heads(2, 4, m, 7, 8)
-    out, expected = IMPLEMENTATIONS[name](*inputs, documents), by_hand(*inputs, documents)
+def sequence_of(starts: list[list[int]] | None, causal: bool = True, window: int = 0, keys: int = 7) -> Sequence:
+    documents = None if starts is None else Documents.from_starts(torch.tensor(starts))
+    return Sequence(torch.arange(keys)[None], documents, causal, window)
+
+
+def assert_equals_reference(
+    name: str,
+    starts: list[list[int]] | None,
+    causal: bool = True,
+    window: int = 0,
+    m: int = 2,
+    s: int = 7,
+) -> None:
+    """Output and gradients of the last s of 7 positions."""
+    q, k, v = heads(2, 4, m, 7, 8)
+    inputs = [q.detach()[:, :, 7 - s :].requires_grad_(), k, v]
+    out = CORES[name](*inputs, sequence_of(starts, causal, window))
+    expected = by_hand(*inputs, visible(s, 7, starts, causal, window))
     grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    assert out.shape == (7, 2, 32) and torch.allclose(out, expected, rtol=0, atol=1e-12)
+    assert out.shape == (s, 2, 32) and torch.allclose(out, expected, rtol=0, atol=1e-12)
     for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("m", [1, 2, 4])
-@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
-def test_reference(documents: Documents | None, m: int) -> None:
-    assert_equals_reference("sdpa", documents, m)
+@kinds
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("s", [7, 3, 1])
+def test_reference(starts: list[list[int]] | None, causal: bool, window: int, m: int, s: int) -> None:
+    """Also with fewer queries than keys: the queries are the last positions."""
+    assert_equals_reference("sdpa", starts, causal, window, m, s)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash"])
 def test_torch_kernels_are_restricted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SDPA is called with the right backends in the right order, and handles grouped queries itself."""
     seen: list[Any] = []
-    monkeypatch.setattr(attention, "sdpa_kernel", lambda order, set_priority: FakeSdpaKernel(seen, order, set_priority))
+    fake = lambda order, set_priority: FakeSdpaKernel(seen, order, set_priority)  # noqa: E731
+    monkeypatch.setattr(attention_cores, "sdpa_kernel", fake)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gqa: bool) -> Tensor:
-        assert is_causal and enable_gqa == (q.shape[1] != k.shape[1]) and seen[-1] == "in"
-        return by_hand(q, k, v, None).view(7, 2, 4, 8).permute(1, 2, 0, 3)
+        assert enable_gqa == (q.shape[1] != k.shape[1]) and seen[-1] == "in"
+        return flash_reference(q, k, v, (-1, 0 if is_causal else -1)).view(7, 2, 4, 8).permute(1, 2, 0, 3)
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", sdpa)
+    monkeypatch.setattr(attention_cores, "scaled_dot_product_attention", sdpa)
     assert_equals_reference(name, None)
+    assert_equals_reference(name, None, causal=False)
     assert_equals_reference(name, None, m=4)
     assert [b.name for b in seen[0]] == ["CUDNN_ATTENTION", "FLASH_ATTENTION"][name == "flash" :] and seen[1] is True
 
@@ -180,9 +222,9 @@ def varlen_of_2_11(
     *,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    assert window_size == (-1, 0) and key.shape == query.shape and cu_q is cu_k and cu_q.dtype == torch.int32
+    assert key.shape == query.shape and cu_q is cu_k and cu_q.dtype == torch.int32
     assert max_q == max_k >= int(cu_q.diff().max())
-    return varlen_reference(query, key, value, cu_q)
+    return varlen_reference(query, key, value, cu_q, window_size)
 
 
 def varlen_of_2_12(
@@ -197,21 +239,31 @@ def varlen_of_2_12(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    assert window_size == (-1, 0) and enable_gqa == (key.shape != query.shape)
-    return varlen_reference(query, key, value, cu_q)
+    assert enable_gqa == (key.shape != query.shape)
+    return varlen_reference(query, key, value, cu_q, window_size)
 
 
+@kinds
 @pytest.mark.parametrize("function", [varlen_of_2_11, varlen_of_2_12])
-@pytest.mark.parametrize("m", [2, 4])
-def test_varlen_of_two_torches(function: Any, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_of_two_torches(
+    function: Any, starts: list[list[int]] | None, causal: bool, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
-    assert_equals_reference("varlen", DOCUMENTS, m)
+    for m in (2, 4):
+        assert_equals_reference("varlen", starts, causal, window, m)
 
 
-def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
-    assert causal
+def _within(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+    """The keys that FlashAttention's two arguments leave: the causal mask and the window."""
+    return window_size[0], 0 if causal else window_size[1]
+
+
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window_size: tuple[int, int] = (-1, -1)
+) -> Tensor:
     b, s, n, d = q.shape
-    return by_hand(*(x.transpose(1, 2) for x in (q, k, v)), None).view(s, b, n, d).transpose(0, 1)
+    out = flash_reference(*(x.transpose(1, 2) for x in (q, k, v)), _within(window_size, causal))
+    return out.view(s, b, n, d).transpose(0, 1)
 
 
 def flash_attn_varlen_func(
@@ -224,9 +276,10 @@ def flash_attn_varlen_func(
     max_seqlen_k: int,
     *,
     causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    assert causal and max_seqlen_q == max_seqlen_k == 7 and cu_seqlens_q is cu_seqlens_k
-    return varlen_reference(q, k, v, cu_seqlens_q)
+    assert max_seqlen_q == max_seqlen_k == 7 and cu_seqlens_q is cu_seqlens_k
+    return varlen_reference(q, k, v, cu_seqlens_q, _within(window_size, causal))
 
 
 @pytest.mark.parametrize(("name", "module"), [("flash-attn-3", "flash_attn_interface"), ("flash-attn-2", "flash_attn")])
@@ -237,11 +290,30 @@ def test_packages(name: str, module: str, pairs: bool, monkeypatch: pytest.Monke
         given = (lambda *a, f=function, **k: (f(*a, **k), None)) if pairs else function
         setattr(fake, function.__name__, given)
     monkeypatch.setitem(sys.modules, module, fake)
-    for documents in (None, DOCUMENTS):
-        assert_equals_reference(name, documents)
+    for starts, causal, window in KINDS:
+        assert_equals_reference(name, starts, causal, window)
     attention.missing_packages.cache_clear()
     assert name not in attention.missing_packages()
     attention.missing_packages.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "sequence", "why"),
+    [
+        ("cudnn", sequence_of(STARTS), "has no document masking"),
+        ("flash", sequence_of(None, window=3), "has no sliding window"),
+        ("own", sequence_of(None, causal=False), "is causal only"),
+        ("varlen", sequence_of(None), "needs as many queries as keys"),
+        ("flash-attn-3", sequence_of(STARTS), "needs as many queries as keys"),
+    ],
+    ids=str,
+)
+def test_a_core_refuses_what_it_cannot_compute(name: str, sequence: Sequence, why: str) -> None:
+    q, k, v = heads(2, 4, 2, 7, 8)
+    if "queries" in why:
+        q = q[:, :, 2:]
+    with raises(ConfigError, "ops.attention-cannot", f"train.attention = '{name}'", why, "sdpa"):
+        CORES[name](q, k, v, sequence)
 
 
 def test_a_package_that_fails_to_import_is_missing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,11 +325,12 @@ def test_a_package_that_fails_to_import_is_missing(tmp_path: Any, monkeypatch: p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, BF16], ids=str)
-def test_the_selected_implementation_masks_documents(dtype: torch.dtype) -> None:
+def test_the_selected_core_computes_every_kind(dtype: torch.dtype) -> None:
     inputs = heads(2, 4, 2, 7, 8, dtype)
-    for documents in (None, DOCUMENTS):
-        out = causal_attention(*inputs, documents)
-        exact = by_hand(*(x.double() for x in inputs), documents)
+    for starts, causal, window in KINDS:
+        case = attention_case(CPU, dtype, 8, documents=starts is not None, causal=causal, window=window)
+        out = select_core("auto", case)(*inputs, sequence_of(starts, causal, window))
+        exact = by_hand(*(x.double() for x in inputs), visible(7, 7, starts, causal, window))
         assert (out.double() - exact).abs().max() < {torch.float64: 1e-12, torch.float32: 1e-5, BF16: 3e-2}[dtype]
 
 
@@ -273,7 +346,7 @@ def test_ranks_that_choose_differently_are_rejected(monkeypatch: pytest.MonkeyPa
     cfg = config(2, parallel_data=2)
 
     def job(ctx: ParallelContext) -> None:
-        monkeypatch.setattr(state, "attention_name", lambda *a, **k: ["varlen", "sdpa"][ctx.rank])
+        monkeypatch.setattr(state, "attention_names", lambda *_: (["varlen", "sdpa"][ctx.rank],))
         with raises(ConfigError, "train.ranks-choose-differently", "varlen on rank 0", "sdpa on rank 1"):
             setup(cfg, ctx)
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.batch import Documents
 from engine.ops import native
 from engine.ops.activation import gated
-from engine.ops.attention import causal_attention
 from engine.ops.norm import rms_norm
 from tests.support import op_checks
 from tests.support.numbers import ids, like, parameter, randn, relative, token_losses
-from tests.support.op_checks import OPS, both, reference
+from tests.support.op_checks import OPS, attention, both, reference
 
 pytestmark = pytest.mark.skipif(OPS is None, reason=native.load()[1])
 needs_tiles = pytest.mark.skipif(OPS is None or not OPS.attention_runs(), reason="needs AVX2")
@@ -38,7 +38,7 @@ def test_kernels_equal_the_float64_reference(name: str, dtype: torch.dtype) -> N
 def test_attention_equals_the_float64_reference(b: int, n: int, m: int, s: int, d: int) -> None:
     """Sizes around those of tiles and blocks of rows; scores up to 20, so that the softmax is peaked."""
     inputs = [randn(b, heads, s, d, seed=i).float() * 2 for i, heads in enumerate((n, m, m))]
-    exact, (own, torchs) = reference(*inputs, op=causal_attention), both(causal_attention, *inputs)
+    exact, (own, torchs) = reference(*inputs, op=attention), both(attention, *inputs)
     for a, c, e in zip(own, torchs, exact, strict=True):
         assert relative(a, e, floor=1.0) < max(3e-6, 3 * relative(c, e, floor=1.0))
 
@@ -47,10 +47,10 @@ def test_attention_equals_the_float64_reference(b: int, n: int, m: int, s: int, 
 def test_attention_accepts_any_strides_and_is_causal() -> None:
     fused = randn(120, 2, 8, 40).float().permute(1, 2, 0, 3)  # as the projection lays it out
     q, k, v = fused.split([4, 2, 2], dim=1)
-    whole = causal_attention(q, k, v)
-    assert torch.equal(whole, causal_attention(*(x.contiguous() for x in (q, k, v))))
-    assert torch.equal(whole[:50], causal_attention(*(x[:, :, :50] for x in (q, k, v))))
-    assert torch.equal(whole[:, 1:], causal_attention(q[1:], k[1:], v[1:]))
+    whole = attention(q, k, v)
+    assert torch.equal(whole, attention(*(x.contiguous() for x in (q, k, v))))
+    assert torch.equal(whole[:50], attention(*(x[:, :, :50] for x in (q, k, v))))
+    assert torch.equal(whole[:, 1:], attention(q[1:], k[1:], v[1:]))
 
 
 def document_starts(b: int, s: int, kind: str) -> Tensor:
@@ -91,6 +91,30 @@ def test_attention_with_document_masking(b: int, n: int, m: int, s: int, d: int,
     if kind == "one":
         whole = OPS.attention(q, k, v, None, scale)
         assert torch.equal(whole[0], out) and torch.equal(whole[1], lse)
+
+
+@needs_tiles
+@pytest.mark.parametrize("window", [1, 5, 64, 500])
+@pytest.mark.parametrize("kind", ["one", "short", "long"])
+@pytest.mark.parametrize(("b", "n", "m", "s", "d"), [(2, 4, 2, 33, 5), (1, 2, 2, 513, 64), (2, 3, 1, 700, 48)])
+def test_attention_with_a_window(b: int, n: int, m: int, s: int, d: int, kind: str, window: int) -> None:
+    """Forward and backward, with and without document masking, against a float64 softmax with an explicit mask."""
+    starts = None if kind == "one" else document_starts(b, s, kind)
+    inputs = [randn(b, heads, s, d, seed=i).float() * 2 for i, heads in enumerate((n, m, m))]
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (x.repeat_interleave(n // m, 1) for x in (k, v))
+        column = torch.arange(s)
+        seen = (column <= column[:, None]) & (column > column[:, None] - window)
+        if starts is not None:
+            seen = seen & (column >= starts[:, None, :, None])
+        scores = (q @ keys.transpose(2, 3) * d**-0.5).masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ values).permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+    documents = None if starts is None else Documents.from_starts(starts)
+    found = both(lambda q, k, v: attention(q, k, v, documents, window), *inputs)[0]
+    for x, e in zip(found, reference(*inputs, op=dense), strict=True):
+        assert relative(x, e, floor=10.0 if window == 1 else 1.0) < 4e-6  # 1: terms that cancel to 0 are this large
 
 
 @needs_tiles
@@ -162,7 +186,7 @@ def test_rows_and_threads_change_no_bit() -> None:
     def everything() -> list[Tensor]:
         with native.forced(gemm=True):
             leaf = heads[0].clone().requires_grad_()
-            out = causal_attention(leaf, *heads[1:])
+            out = attention(leaf, *heads[1:])
             out.backward(torch.ones_like(out))
             tokens, head = like(x[:, None], torch.float32), parameter(randn(3000, 600, seed=3), torch.float32)
             losses = token_losses(tokens, head, ids(3000, 200, 1), torch.ones(200, 1))

@@ -14,7 +14,6 @@ from torch.autograd import gradcheck
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.ops.activation import activation, gated
-from engine.ops.attention import causal_attention
 from engine.ops.embedding import embedding
 from engine.ops.linear import linear
 from engine.ops.rope import rope_table
@@ -33,7 +32,7 @@ from tests.support.numbers import (
     rope_reference,
     swiglu_reference,
 )
-from tests.support.op_checks import rope_op
+from tests.support.op_checks import attention, rope_op
 
 # -- RMSNorm ----------------------------------------------------------------------------------------------------------
 
@@ -145,15 +144,15 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
 )
 def test_causal_attention(b: int, n: int, m: int, s: int, d: int, layout: str, dtype: torch.dtype) -> None:
     inputs = [randn(b, heads, s, d, seed=i, layout=layout) for i, heads in enumerate((n, m, m))]
-    agree(causal_attention, attention_reference, inputs, dtype, layout, floor=1.0)  # of one position, q has none
+    agree(attention, attention_reference, inputs, dtype, layout, floor=1.0)  # of one position, q has none
 
 
 def test_attention_does_not_look_ahead() -> None:
     q, k, v = (randn(1, 2, 6, 4, seed=i) for i in range(3))
-    before = causal_attention(q, k, v)
+    before = attention(q, k, v)
     k[:, :, 4:] += 5
     v[:, :, 4:] -= 7
-    after = causal_attention(q, k, v)
+    after = attention(q, k, v)
     assert torch.equal(before[:4], after[:4]) and not torch.equal(before[4:], after[4:])
 
 

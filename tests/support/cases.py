@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.batch import MicroBatch
+from engine.batch import MicroBatch, Sequence
 from engine.config.derived import derive
 from engine.config.load import Resolved, load
 from engine.config.schema import Config
@@ -94,12 +94,14 @@ def micro_batch(
     labels: torch.Tensor,
     weights: torch.Tensor | None = None,
     samples: torch.Tensor | None = None,
+    sequence: Sequence | None = None,
     **more: Any,
 ) -> MicroBatch:
     """A micro-batch; by default every label counts, and samples are numbered from 0. weights: of any dtype."""
     weights = torch.ones(tokens.shape) if weights is None else weights
     samples = torch.arange(len(tokens)) if samples is None else samples
-    return MicroBatch(tokens, labels, weights.double(), samples, **more)
+    sequence = Sequence.of_rows(tokens.shape[1]) if sequence is None else sequence
+    return MicroBatch(tokens, labels, weights.double(), samples, sequence, **more)
 
 
 def pieces_of(params: Iterable[tuple[Parameter, torch.Tensor]], ctx: ParallelContext) -> list[Any]:

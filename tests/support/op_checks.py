@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from engine.batch import Documents, Sequence
 from engine.distributed.context import Axis
 from engine.ops import loss as loss_module
 from engine.ops import native
 from engine.ops.activation import gated
-from engine.ops.attention import causal_attention
+from engine.ops.attention import attention_case, select_core
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, sharded_rms_norm
 from engine.ops.rope import rope, rope_table, split_and_rope
 from tests.support.numbers import (
@@ -93,8 +94,15 @@ def check_part_of_a_head_is_rotated(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(op(x)[..., width:], x[..., width:])
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, window: int = 0) -> Tensor:
+    """Causal attention with the core that `auto` selects for these tensors."""
+    case = attention_case(q.device, q.dtype, q.shape[-1], documents=documents is not None, window=window)
+    sequence = Sequence.of_rows(k.shape[2], documents, device=q.device).with_window(window)
+    return select_core("auto", case)(q, k, v, sequence)
+
+
 def check_attention_gradcheck() -> None:
-    assert gradcheck(causal_attention, tuple(like(randn(1, n, 3, 2, seed=n), torch.float64) for n in (2, 1, 1)))
+    assert gradcheck(attention, tuple(like(randn(1, n, 3, 2, seed=n), torch.float64) for n in (2, 1, 1)))
 
 
 OPS = native.load()[0]

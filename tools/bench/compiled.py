@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import tyro
 
-from engine.batch import MicroBatch
+from engine.batch import Rows, micro_batches
 from engine.config.derived import derive
 from engine.config.load import load
 from engine.distributed.context import make_context
@@ -50,14 +50,16 @@ def make(o: Options, *, compile: bool) -> TrainState:
 def main() -> None:
     o = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(o.threads)
-    plain, compiled, own = make(o, compile=False), make(o, compile=True), make(o, compile=False)
+    with native.forced(kernels=False):  # the attention cores are chosen when the model is built
+        plain, compiled = make(o, compile=False), make(o, compile=True)
+    own = make(o, compile=False)
     ways = {"plain torch": (plain, False), "train.compile": (compiled, False), "custom kernels": (own, True)}
     if native.load()[0] is None:
         del ways["custom kernels"]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for step in range(o.rounds + 2):
         rows = torch.randint(4096, (o.batch, o.seq + 1), generator=torch.Generator().manual_seed(step))
-        batch = MicroBatch(rows[:, :-1], rows[:, 1:], torch.ones(o.batch, o.seq).double(), torch.arange(o.batch))
+        (batch,) = micro_batches(Rows.from_tokens(rows, *[torch.arange(o.batch)] * 2), o.batch)
         for name, (state, kernels) in ways.items():
             began = time.perf_counter()
             with native.forced(kernels=kernels):

@@ -11,13 +11,14 @@ from gpu_measure import Session
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.batch import Documents
+from engine.batch import Documents, Sequence
 from engine.config.schema import ModelConfig
 from engine.distributed.context import make_context
 from engine.distributed.layout import Layout
 from engine.model.transformer import StageShape, Transformer
 from engine.ops.activation import activation
-from engine.ops.attention import IMPLEMENTATIONS, attention_case, attention_name, missing_packages, why_unavailable
+from engine.ops.attention import attention_case, missing_packages, select_implementation, why_unavailable
+from engine.ops.attention_cores import CORES
 from engine.ops.fp8 import Fp8
 from engine.ops.matmul import PLAIN_MATMUL, MatmulBackend
 from engine.ops.norm import add_rms_norm, rms_norm
@@ -177,12 +178,11 @@ def ops(session: Session) -> None:
 def attention(session: Session) -> None:
     """Forward, and backward with its 2.5 times as many FLOPs, of every implementation that runs here."""
     z = session.sizes
-    probe = session.randn(1, 1, 1, z.head_dim)
     for documents in (False, True):
-        picked = attention_name(session.device, session.dtype, z.head_dim, documents=documents)
+        case = attention_case(session.device, session.dtype, z.head_dim, documents=documents)
+        picked = select_implementation("auto", case)
         for seq in z.seqs:
-            for name in IMPLEMENTATIONS:
-                case = attention_case(probe, documents=documents)
+            for name in CORES:
                 what = f"{name}, sequence {seq}" + ", 8 documents" * documents + " (auto)" * (name == picked)
                 if why := why_unavailable(name, case, missing_packages() if session.cuda else {}):
                     session.record(what, refused=why)
@@ -201,10 +201,10 @@ def _attention(session: Session, what: str, name: str, seq: int, documents: bool
     if documents:
         begin = torch.arange(seq, device=session.device) // length * length
         apart = Documents.from_starts(begin.expand(b, seq))
-    run = IMPLEMENTATIONS[name]
+    sequence, run = Sequence.of_rows(seq, apart, device=session.device), CORES[name]
     with torch.no_grad():
-        forward = session.time_s(lambda: run(q, k, v, apart))
-    whole = session.time_s(both_ways(lambda *heads: run(*heads, apart), q, k, v))
+        forward = session.time_s(lambda: run(q, k, v, sequence))
+    whole = session.time_s(both_ways(lambda *heads: run(*heads, sequence), q, k, v))
     flops = 2.0 * b * z.heads * seq * length * z.head_dim  # two matmuls, half of the square
     reached = flops / forward / 1e12, 2.5 * flops / max(whole - forward, 1e-9) / 1e12
     session.record(what, forward_tflops=reached[0], backward_tflops=reached[1], both_ms=whole * 1e3)

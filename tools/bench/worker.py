@@ -18,7 +18,7 @@ from measure import Case, Meter, Options, mine
 
 def engine(o: Options, case: Case) -> dict[str, Any]:
     """The engine in this process."""
-    from engine.batch import MicroBatch
+    from engine.batch import MicroBatch, Sequence
     from engine.config.derived import derive
     from engine.config.load import load
     from engine.distributed.collectives import all_reduce_
@@ -55,7 +55,7 @@ def engine(o: Options, case: Case) -> dict[str, Any]:
         tokens, labels = mine(o, case, ctx.data.rank)
         weights, samples = torch.ones(o.micro_batch, o.seq, dtype=torch.float64), torch.arange(o.micro_batch)
         rows = zip(tokens.split(o.micro_batch), labels.split(o.micro_batch))
-        batches = [MicroBatch(t, one, weights, samples) for t, one in rows]
+        batches = [MicroBatch(t, one, weights, samples, Sequence.of_rows(o.seq)) for t, one in rows]
         parameters = torch.tensor(float(sum(p.numel() for p in state.params)))
         if case.column in ("tensor", "pipeline"):
             all_reduce_(parameters, ctx.world)

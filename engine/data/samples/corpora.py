@@ -169,10 +169,10 @@ def _reading(
         transforms.append(fim)
     if data.skip_samples:
         transforms.append(SkipSamples(read_ranges(data.skip_samples)))
-    return (*transforms, *scoring_transforms(metadata, eods.get("separate_documents"))), metadata
+    return (*transforms, *scoring_transforms(cfg, metadata, eods.get("separate_documents"))), metadata
 
 
-def scoring_transforms(metadata: Mapping[str, Any], separate_eod: int | None) -> tuple[Transform, ...]:
+def scoring_transforms(cfg: Config, metadata: Mapping[str, Any], separate_eod: int | None) -> tuple[Transform, ...]:
     """The transforms that validation applies too: document masking and the loss mask.
 
     metadata: the data metadata of a run, which says what data.mask_eod and data.mask_tokens exclude. separate_eod: the
@@ -180,7 +180,7 @@ def scoring_transforms(metadata: Mapping[str, Any], separate_eod: int | None) ->
     """
     transforms: list[Transform] = []
     if separate_eod is not None:
-        transforms.append(SeparateDocuments(separate_eod))
+        transforms.append(SeparateDocuments(separate_eod, restart=cfg.model.positions == "learned"))
     after = (metadata["mask_eod"],) if "mask_eod" in metadata else ()
     if after or metadata.get("mask_tokens"):
         transforms.append(LossMask(after, tuple(metadata.get("mask_tokens", ()))))

@@ -30,12 +30,19 @@ class SkipSamples:
 
 @dataclass(frozen=True)
 class SeparateDocuments:
-    """Document masking (data.separate_documents): a new document starts after each token `eod` (end of document)."""
+    """Document masking (data.separate_documents): a new document starts after each token `eod` (end of document).
+
+    restart: positions restart in each document, for learned positions. RoPE does not need it: its scores depend on the
+    difference of two positions.
+    """
 
     eod: int
+    restart: bool = False
 
     def __call__(self, rows: Rows) -> Rows:
-        return replace(rows, starts=Documents.from_eod(rows.tokens[:, :-1], self.eod).starts)
+        starts = Documents.from_eod(rows.tokens[:, :-1], self.eod).starts
+        positions = torch.arange(starts.shape[1]) - starts if self.restart else None
+        return replace(rows, starts=starts, positions=positions)
 
 
 @dataclass(frozen=True)

@@ -217,8 +217,8 @@ def test_rows_keep_their_length_and_the_filling_does_not_count() -> None:
     expected = (batch.tokens != eod) & (batch.labels != fim.sentinels.middle)
     expected &= torch.arange(1, len(short))[None] < torch.from_numpy(changed.lengths)[:, None]
     assert torch.equal(batch.weights, expected.double()) and not batch.weights[1, changed.lengths[1] - 1 :].any()
-    assert batch.documents is not None
-    assert torch.equal(batch.documents.starts, Documents.from_eod(batch.tokens, eod).starts)
+    assert batch.sequence.documents is not None
+    assert torch.equal(batch.sequence.documents.starts, Documents.from_eod(batch.tokens, eod).starts)
     assert (batch.labels == fim.sentinels.middle).any() and (batch.labels == fim.sentinels.prefix).any()
 
 

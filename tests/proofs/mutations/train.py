@@ -72,8 +72,8 @@ MUTATIONS = [
         "validation_counts_masked_labels",
         "validation scores other labels than training optimises",
         "engine.train.evaluate:Evaluator.__init__",
-        "scoring_transforms(metadata, separate)",
-        "scoring_transforms({}, separate)",
+        "scoring_transforms(cfg, metadata, separate)",
+        "scoring_transforms(cfg, {}, separate)",
         ("test_validation_counts_the_labels_that_training_counts",),
     ),
     Mutation(

@@ -54,7 +54,7 @@ BOXES = (
         BACKWARD,
     ),
     Box("norm and clipping", "one float64 per tensor", ("optim/clip.py", "NormCounter"), 330, 380, UPDATE),
-    Box("optimizer", "master weights, two moments", ("optim/adamw.py", "FlatAdamW"), 640, 380, UPDATE),
+    Box("optimizer", "master weights, two moments", ("optim/optimizer.py", "Optimizer"), 640, 380, UPDATE),
     Box("weights", "flat, in the compute dtype", ("parallel/gradients.py", "wait_before_use"), 940, 380, UPDATE),
 )
 ARROWS = (

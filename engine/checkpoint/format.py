@@ -4,15 +4,13 @@
         manifest.json            schema, step, config, data, and the location of every tensor
         rank00000.safetensors    one file for each rank: rectangles of canonical tensors
 
-Tensors are *canonical* (unfused, global; engine.distributed.sharding) and of three kinds: "model" (master weights),
-"exp_avg" and "exp_avg_sq". For each tensor the manifest lists the global shape, the dtype and the rectangles that make
-it up, so any layout can load a checkpoint of any other. The folder is written under a temporary name, synced, and then
-renamed; it is complete if its manifest exists. "Latest" is the highest complete step: there is no pointer file that
-could become stale. Nothing is pickled.
-
-Every byte of the folder is covered by a digest: the manifest starts with the digest of its remaining bytes, and lists
-the digests of every file's header and of every rectangle's blocks (engine.checkpoint.tensorfile). Schema 1, which is
-still read, had one digest per file and none for the manifest.
+Tensors are *canonical* (unfused, global; engine.distributed.specs) and of several kinds: MODEL (master weights), and
+the kinds of optimizer state that the manifest lists, such as "exp_avg" and "exp_avg_sq". For each tensor the manifest
+lists the global shape, the dtype and the rectangles that make it up, so any layout can load a checkpoint of any other.
+The folder is written under a temporary name, synced, and then renamed; it is complete if its manifest exists. "Latest"
+is the highest complete step. Nothing is pickled. Every byte of the folder is covered by a digest: the manifest starts
+with the digest of its remaining bytes, and lists the digests of every file's header and of every rectangle's blocks
+(engine.checkpoint.tensorfile). Schemas 1 and 2 are still read: 1 has only one digest per file, both list no `kinds`.
 """
 
 from __future__ import annotations
@@ -33,11 +31,11 @@ from engine.checkpoint.storage import DISK, PROCESS_ERRNOS, Storage, read_file
 from engine.checkpoint.tensorfile import DTYPES, TensorFile, rows_per_block
 from engine.config.renames import to_current_names
 from engine.errors import CheckpointError, SecretError, WrongSecretError
+from engine.optim.update_rules import MODEL
 from engine.util.files import SEALED
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
-MODEL = "model"
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _STEP_DIR = re.compile(r"step_(\d{8,})")
@@ -94,8 +92,7 @@ class Manifest(_Entry):
     """Metadata of a checkpoint; see the module docstring. data: identifies corpus and tokenizer.
 
     optimizer: "steps", the number of updates (less than `step` if fp16 skipped some), and in fp16 the loss-scale state.
-    lineage: the checkpoints that the run resumed from, oldest first.
-    block_bytes: see `tensorfile.rows_per_block`.
+    lineage: ancestors of the run, oldest first. state_kinds: see `kinds`. block_bytes: see `tensorfile.rows_per_block`.
     """
 
     schema_version: int = SCHEMA
@@ -103,6 +100,7 @@ class Manifest(_Entry):
     consumed_samples: int
     consumed_tokens: int
     optimizer: dict[str, float] = {}
+    state_kinds: tuple[str, ...] | None = None
     config: dict[str, Any]
     data: dict[str, Any]
     layout: dict[str, int]
@@ -111,6 +109,12 @@ class Manifest(_Entry):
     block_bytes: int = 0
     tensors: dict[str, dict[str, TensorEntry]]
     files: dict[str, FileEntry]
+
+    @property
+    def kinds(self) -> tuple[str, ...] | None:
+        """The kinds of optimizer state in this checkpoint; None if it holds only weights, such as an imported model."""
+        older = tuple(kind for kind in self.tensors if kind != MODEL) or (None if self.tensors else ())
+        return self.state_kinds if self.schema_version >= 3 else older
 
     def encode(self, storage: Storage = DISK) -> bytes:
         """The bytes of the manifest file."""
@@ -218,6 +222,8 @@ def read_manifest(folder: Path, storage: Storage = DISK) -> Manifest:
 
 def _check_entries(manifest: Manifest) -> None:
     """Raise ValueError if entries of a manifest are inconsistent, even when its digest is right."""
+    if unlisted := manifest.tensors.keys() - {MODEL, *(manifest.kinds or ())}:
+        raise ValueError(f"it has tensors of kinds that it does not list: {', '.join(sorted(unlisted))}")
     for kind, entries in manifest.tensors.items():
         for name, entry in entries.items():
             if entry.dtype not in DTYPES:

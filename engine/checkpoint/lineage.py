@@ -3,8 +3,8 @@
 Resuming with another model, corpus, tokenizer, blend, sequence length or seed would silently continue a different run.
 Each such difference is an error that shows the old and the new value, unless its field is named in `checkpoint.allow`.
 Allowed differences are recorded in the lineage of every later checkpoint, and so are changes that need no permission,
-such as the precision. Steps, optimizer and lr_schedule may change as long as the learning rate of the next step does
-not.
+such as the precision. Steps, optimizer (except rule and groups) and lr_schedule may change as long as the learning rate
+of the next step does not.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ import xxhash
 
 import engine
 from engine.checkpoint.format import Ancestor, Manifest
+from engine.config.group_table import GroupConfig
 from engine.config.schema import Config, LrScheduleConfig, OptimizerConfig
 from engine.config.skips import ranges_below, read_ranges
 from engine.data.samples.corpora import DECLARED_MIXTURE, USED_MIXTURE
+from engine.distributed.specs import ShardSpec
 from engine.errors import CheckpointError, ConfigError, FieldError
+from engine.optim.groups import group_of
 from engine.optim.lr import learning_rate
 
 _NOT_COMPARED = {"preset"}  # model.preset names values that are compared one by one
 _TRAIN = ("seq_len", "seed")
+_RULES = ("optimizer.rule", "optimizer.groups")
+_NEW_STATE = "optimizer.state"  # the word that allows tensors without state in the checkpoint to start with zero state
 _SKIPS = ("train.skip_steps", "data.skip_samples")  # may change for future steps and samples
 # May change, but affects the results, so changes are reported.
 _REPORTED = ("train.steps", "train.global_batch_size", "train.precision", "train.fp8", *_SKIPS)
@@ -89,6 +94,7 @@ def differences(manifest: Manifest, cfg: Config, data_metadata: Mapping[str, Any
         data_then.setdefault("order", 1)  # older checkpoints do not record it
     pairs = {f"model.{k}": (old["model"][k], v) for k, v in now["model"].items() if k not in _NOT_COMPARED}
     pairs |= {f"train.{k}": (old["train"][k], now["train"][k]) for k in _TRAIN}
+    pairs |= {name: (then, new) for name, then, new in zip(_RULES, _rules(old), _rules(now))}
     ignored = ("prefix", ORDER_BEGIN)
     pairs |= {f"data.{k}": (data_then.get(k), data_now.get(k)) for k in (data_then | data_now) if k not in ignored}
     rates = _next_rates(manifest, cfg)
@@ -99,6 +105,33 @@ def differences(manifest: Manifest, cfg: Config, data_metadata: Mapping[str, Any
         before, after = (ranges_below(read_ranges(config[section][key]), done) for config in (old, now))
         pairs[name] = (before, after)
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _rules(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Update rule and parameter groups of a config as stored in the manifest, as text."""
+    usual = GroupConfig().model_dump()
+    rows = (
+        ", ".join(f"{name} {value}" for name, value in row.items() if value != usual[name])
+        for row in config["optimizer"]["groups"]
+    )
+    return config["optimizer"]["rule"], "; ".join(rows)
+
+
+def old_optimizer(manifest: Manifest) -> OptimizerConfig:
+    """The optimizer settings of the run that wrote a checkpoint."""
+    return OptimizerConfig.model_validate(manifest.config.get("optimizer", {}))
+
+
+def missing_states(manifest: Manifest, cfg: Config, specs: Sequence[ShardSpec]) -> Differences:
+    """Tensors whose optimizer state is not in the checkpoint, because they were frozen or had another update rule.
+
+    specs: of all parameters of the model.
+    """
+    old = old_optimizer(manifest)
+    new = [spec for spec in specs if not set(group_of(spec, cfg.optimizer).states) <= set(group_of(spec, old).states)]
+    names = [chunk.name for spec in new for chunk in spec.chunks]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return {f"{_NEW_STATE} of {', '.join(names[:3])}{more}": ("none", "zero")} if names else {}
 
 
 def _next_rates(manifest: Manifest, cfg: Config) -> tuple[float, float]:
@@ -193,7 +226,7 @@ def require_resumable(folder: Path, manifest: Manifest, found: Differences, cfg:
     known = {f"model.{k}" for k in type(cfg.model).model_fields if k not in _NOT_COMPARED} | {
         f"train.{k}" for k in _TRAIN
     }
-    known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE, *_SKIPS}
+    known |= {f"data.{k}" for k in DATA_FIELDS} | {_RATE, _NEW_STATE, *_RULES, *_SKIPS}
     errors = [
         FieldError(
             "checkpoint.allow-unknown-field",

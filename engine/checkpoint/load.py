@@ -40,7 +40,7 @@ from engine.distributed.collectives import raise_together
 from engine.distributed.context import ParallelContext
 from engine.distributed.specs import Piece
 from engine.errors import CheckpointError, EngineError
-from engine.optim.adamw import StateShard
+from engine.optim.optimizer import StateShard
 
 _THREADS = 2  # one thread digests or copies while the other waits for the disk
 

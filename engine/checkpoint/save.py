@@ -46,7 +46,7 @@ from engine.distributed.collectives import all_reduce_, gather_json, on_first_ra
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.errors import CheckpointError
-from engine.optim.adamw import StateShard
+from engine.optim.optimizer import StateShard
 
 _POLL_S = 0.05  # interval at which a rank that waits for its thread polls the other ranks
 _STOP_S = 5.0  # time for a stopped thread to end: it may be inside one slow write
@@ -142,7 +142,7 @@ class Saver:
     ) -> None:
         """Start a save; no other save may be in flight. Does not wait for the disk or other ranks.
 
-        states: the shards that this rank writes, FlatAdamW.states(owned=True). metadata: the manifest's other fields.
+        states: the shards that this rank writes, Optimizer.states(owned=True). metadata: the manifest's other fields.
         background: write a copy, so that the states may change once `wait_copied` returns; otherwise they must not
         change until `finish` returns.
         loss_unknown: the loss with these weights is not known before the commit, so an older checkpoint is kept too.

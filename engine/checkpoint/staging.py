@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from engine.optim.adamw import StateShard
+from engine.optim.optimizer import StateShard
 
 
 class Staging:

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.checkpoint.format import MODEL
 from engine.checkpoint.lineage import config_digest, format_lineage
 from engine.checkpoint.load import Reader
+from engine.optim.update_rules import MODEL
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def summary(reader: Reader) -> Iterator[str]:
     yield f"data position: {m.consumed_samples:,} samples, {m.consumed_tokens:,} tokens"
     yield f"data: {', '.join(f'{name} {value}' for name, value in m.data.items() if value is not None)}"
     optimizer = ", ".join(f"{name} {value:g}" for name, value in m.optimizer.items())
-    yield f"optimizer: {optimizer or 'no state, weights only'}"
+    state = "none, weights only" if m.kinds is None else f"{', '.join(m.kinds) or 'none needed'} ({optimizer})"
+    yield f"optimizer state: {state}"
     yield f"written by {degrees}: {', '.join(f'{name} {v}' for name, v in m.versions.items())}"
     yield f"config {config_digest(m.config)}"
     yield from format_lineage(m.lineage) or ["no earlier checkpoint: the run started from initial weights"]

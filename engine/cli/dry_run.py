@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from engine.config.schema import Config, fields
 from engine.config.tree import value_at
 from engine.distributed.context import make_context
 from engine.distributed.layout import Coords
-from engine.model.transformer import build_stages, num_parameters
+from engine.model.transformer import build_stages, num_parameters, parameter_specs
+from engine.optim.groups import ParameterGroup, group_of
 from engine.optim.precision import PRECISIONS
 from engine.pipeline.simulate import peak_memory, simulate
 from engine.planner.flops import flops_per_token, uneven_pipeline
@@ -31,6 +33,8 @@ def show(resolved: Resolved, console: Console, *, full: bool = False) -> None:
     for line in _data_status(cfg):
         console.print(line, markup=False, highlight=False)
     console.print(_stages(resolved))
+    if cfg.optimizer.groups:
+        console.print(_groups(cfg))
     if layout.world <= _MAX_GRID_RANKS:
         console.print(layout.table(), markup=False, highlight=False)
     else:
@@ -103,7 +107,6 @@ def _data_status(cfg: Config) -> Iterator[str]:
 
 def _stages(resolved: Resolved) -> Table:
     cfg, layout = resolved.config, resolved.derived.layout
-    per_parameter = bytes_per_parameter(cfg, layout.data)
     dtype = PRECISIONS[cfg.train.precision].compute
     table = Table("ranks", "stages", "parameters per rank", "weights, gradients and optimizer", title="Layout")
     table.title_justify = "left"
@@ -111,12 +114,32 @@ def _stages(resolved: Resolved) -> Table:
         first = layout.rank(Coords(rank, 0, 0, 0))
         last = first + layout.world // layout.pipeline - 1
         ctx = make_context(layout, first, dtype=dtype, device="meta")
-        count, texts = 0, []
+        count, size, texts = 0, 0.0, []
         for _, model, params in build_stages(cfg, ctx, resolved.derived):
             shape = model.shape
             count += sum(p.numel() for p in params)
+            groups = ((p.numel(), group_of(p.spec, cfg.optimizer)) for p in params)
+            size += sum(n * bytes_per_parameter(cfg, layout.data, group) for n, group in groups)
             layers = f"layers {shape.layers.start}..{shape.layers.stop - 1}" if shape.layers else "no layers"
             texts.append(("embedding, " if shape.first else "") + layers + (", head" if shape.last else ""))
-        size = f"{count * per_parameter / 2**30:,.3f} GiB"
-        table.add_row(f"{first}..{last}", "; ".join(texts), f"{count:,}", size)
+        table.add_row(f"{first}..{last}", "; ".join(texts), f"{count:,}", f"{size / 2**30:,.3f} GiB")
+    return table
+
+
+def _groups(cfg: Config) -> Table:
+    """What is trained how: one line for each row of optimizer.groups, or two if its vectors have no weight decay."""
+    counts: dict[ParameterGroup, int] = {}
+    for spec in parameter_specs(cfg.model):
+        group = group_of(spec, cfg.optimizer)
+        counts[group] = counts.get(group, 0) + sum(math.prod(chunk.shape) for chunk in spec.chunks)
+    columns = ("group", "selects", "parameters", "peak learning rate", "weight decay", "rule")
+    table = Table(*columns, title="Parameter groups")
+    table.title_justify = "left"
+    for group in sorted(counts, key=lambda g: (g.row or len(cfg.optimizer.groups) + 1, -g.weight_decay)):
+        name, selects = "others", ""
+        if group.row:
+            row = cfg.optimizer.groups[group.row - 1]
+            name, selects = f"optimizer.groups.{group.row}", " ".join(filter(None, (row.names, row.role)))
+        trained = (f"{cfg.optimizer.lr * group.lr_factor:g}", f"{group.weight_decay:g}", group.rule)
+        table.add_row(name, escape(selects), f"{counts[group]:,}", *(("frozen", "", "") if group.frozen else trained))
     return table

@@ -73,7 +73,7 @@ def run(args: list[str]) -> int:
         need_transformers()
     storage = open_storage(o.secret)
     cfg, folder = config_of(o.checkpoint, storage), find_checkpoint(o.checkpoint, storage)
-    imported = "exp_avg" not in read_manifest(folder, storage).tensors
+    imported = read_manifest(folder, storage).kinds is None
     tokenizer: Path | None = None
     eod, notes = None, list[str]()
     try:

@@ -28,8 +28,8 @@ from engine.ops.embedding import embedding
 from engine.ops.loss import VocabSlice, linear_cross_entropy
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from engine.ops.rope import rope_table, split_and_rope
-from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import NormCounter
+from engine.optim.optimizer import Optimizer
 from engine.parallel.gradients import make_buckets
 
 # relative to the largest reference value, at least 1; roundoff is 6e-8 (float32), 4e-3 (bf16), and sums are short
@@ -120,7 +120,7 @@ def _gradient_norm(values: Tensor) -> Tensor:
     weight = Parameter(values.detach().clone(), ShardSpec((Chunk("weight", tuple(values.shape)),)))
     ctx = make_context(Layout(), 0, dtype=values.dtype, device=values.device)
     main = torch.promote_types(values.dtype, torch.float32)
-    buckets = make_buckets([weight], ctx, grad_dtype=main, bucket_bytes=1 << 20, overlap=False)
+    buckets = make_buckets([[weight]], ctx, grad_dtype=main, bucket_bytes=1 << 20, overlap=False)
     assert weight.main_grad is not None
     weight.main_grad.copy_(values.detach())
     return NormCounter([buckets], ctx, ["weight"], main).local()
@@ -130,8 +130,8 @@ def _adamw(values: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
     ctx = make_context(Layout(), 0, dtype=values.dtype, device=values.device)
     weight = Parameter(values.detach().clone(), ShardSpec((Chunk("weight", tuple(values.shape)),)))
     main = torch.promote_types(values.dtype, torch.float32)
-    buckets = make_buckets([weight], ctx, grad_dtype=main, bucket_bytes=1 << 20, overlap=False)
-    optimizer = FlatAdamW([buckets], OptimizerConfig(lr=1e-2), overlap=False)
+    buckets = make_buckets([[weight]], ctx, grad_dtype=main, bucket_bytes=1 << 20, overlap=False)
+    optimizer = Optimizer([buckets], OptimizerConfig(lr=1e-2), overlap=False)
     for gradient in gradients:
         assert weight.main_grad is not None
         weight.main_grad.copy_(gradient.detach())

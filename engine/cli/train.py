@@ -204,7 +204,7 @@ def run(args: list[str]) -> int:
     from engine.distributed.launch import run as run_on_ranks
     from engine.monitor.ending import ExitRecord
     from engine.train.loop import train
-    from engine.train.state import mesh_of
+    from engine.train.state import check_groups, mesh_of
 
     survive_lost_output()  # a run of weeks must survive the closing of its terminal
     env = read_env()
@@ -213,6 +213,7 @@ def run(args: list[str]) -> int:
         resolved = resolved.with_absolute_paths()
         mesh = mesh_of(resolved.config, resolved.derived, env)
         check(resolved.config)
+        check_groups(resolved.config)
     except ConfigError as error:
         write_exit_code(error.exit_code)
         if env.rank > 0:  # every rank finds the same errors: rank 0 reports them, then torchrun ends the others
@@ -233,7 +234,9 @@ def _dry_run(options: TrainOptions) -> int:
 
     from engine.cli.dry_run import show  # needs torch, so config errors are reported first
     from engine.data.samples.special import check
+    from engine.train.state import check_groups
 
     check(resolved.config)
+    check_groups(resolved.config)
     show(resolved, Console(), full=options.full)
     return EXIT_OK

@@ -11,6 +11,7 @@ from engine.config.model_checks import fp8_errors, model_errors, multiples_near
 from engine.config.schema import CheckpointConfig, Config
 from engine.config.skips import read_ranges
 from engine.errors import FieldError, PlanError
+from engine.optim.groups import row_errors
 from engine.pipeline.actions import Plan
 from engine.pipeline.schedules import SCHEDULES
 
@@ -23,6 +24,7 @@ def config_errors(cfg: Config, world: int, plan: Plan | PlanError | None = None)
         *_train_errors(cfg),
         *_checkpoint_errors(cfg.checkpoint),
         *_skip_errors(cfg),
+        *row_errors(cfg.optimizer),
         *_phase_errors(cfg),
     ]
 

@@ -13,8 +13,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import Field
 
+from engine.config.group_table import GroupConfig
 from engine.config.phase_table import PhaseConfig
 from engine.config.section import Section
+from engine.optim.update_rules import RULES
 from engine.pipeline.schedules import SCHEDULES
 
 
@@ -226,8 +228,9 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and gradient clipping."""
+    """Update rule, parameter groups and gradient clipping."""
 
+    rule: str = Field("adamw", description=f"update rule of the weights: {', '.join(RULES)}")
     lr: float = Field(1e-3, gt=0)
     """peak learning rate"""
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -240,6 +243,8 @@ class OptimizerConfig(Section):
     """decoupled weight decay of matrices, embeddings and learned positions; norms and biases have none"""
     clip_norm: float = Field(1.0, ge=0)
     """maximum global gradient norm; 0: no clipping"""
+    groups: tuple[GroupConfig, ...] = ()
+    """parameters with other settings"""
 
 
 class LrScheduleConfig(Section):

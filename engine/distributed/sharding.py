@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,12 @@ class Parameter(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
         raise TypeError("a sharded Parameter is not copied: build the module again from its config")
 
+    def freeze(self) -> None:
+        """Make the parameter untrainable: no gradient, no optimizer state. Call before it is in a gradient bucket."""
+        assert self.main_grad is None, self.name
+        self.spec = replace(self.spec, trainable=False)
+        self.requires_grad_(False)
+
     @property
     def name(self) -> str:
         """The canonical names of its chunks, for messages: `layers.0.attention.q.weight+...k.weight`."""
@@ -70,6 +77,29 @@ def parameters(module: nn.Module) -> list[Parameter]:
     for p in found:
         assert isinstance(p, Parameter), "every parameter of a parallel model is a sharding.Parameter"
     return found  # type: ignore[return-value]
+
+
+def units(module: nn.Module) -> list[list[Parameter]]:
+    """The module's parameters by unit, each once, in module order.
+
+    A unit is an entry of one of the module's own lists or dicts of modules (a block), or everything between two such
+    entries (the embeddings; the final norm and the head).
+    """
+    found: list[list[Parameter]] = [[]]
+    seen: set[int] = set()
+    for child in module.children():
+        blocks = isinstance(child, nn.ModuleDict | nn.ModuleList)
+        for part in child.children() if blocks else (child,):
+            if blocks:
+                found.append([])
+            for p in parameters(part):
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    found[-1].append(p)
+        if blocks:
+            found.append([])
+    assert len(seen) == len(list(module.parameters())), "a parameter that is in no child module"
+    return [unit for unit in found if unit]
 
 
 def initialise_(params: Iterable[Parameter], ctx: ParallelContext, seed: int) -> None:

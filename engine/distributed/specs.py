@@ -18,6 +18,7 @@ conversion and memory estimates all use. Invariants:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -183,3 +184,8 @@ class ShardSpec:
         parts = {"tensor": 1} | {cut.axis: cut.parts for cut in chunk.cuts}
         first = all(grid.axis(name).rank % (grid.axis(name).size // n) == 0 for name, n in parts.items())
         return first and ("tied_stages" not in chunk.sum_over or grid.axis("tied_stages").rank == 0)
+
+
+def tensor_names(specs: Iterable[ShardSpec]) -> list[str]:
+    """The canonical names of the tensors of these parameters, each once (tied ones have two parameters)."""
+    return list(dict.fromkeys(chunk.name for spec in specs for chunk in spec.chunks))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.checkpoint.format import MODEL, find_checkpoint, read_manifest
+from engine.checkpoint.format import find_checkpoint, read_manifest
 from engine.checkpoint.links import reject_links
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.storage import DISK, Storage
@@ -18,8 +18,9 @@ from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
 from engine.model.layers import ComputeBackends
 from engine.model.transformer import Transformer, stage_shapes
-from engine.optim.adamw import StateShard
+from engine.optim.optimizer import StateShard
 from engine.optim.precision import PRECISIONS
+from engine.optim.update_rules import MODEL
 
 
 def config_of(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint.format import MODEL, find_checkpoint, step_dir
+from engine.checkpoint.format import find_checkpoint, step_dir
 from engine.checkpoint.lineage import code_versions
 from engine.checkpoint.load import Reader, TensorSource
 from engine.checkpoint.retention import commit, remove_leftovers
@@ -57,6 +57,7 @@ from engine.interop.huggingface.weights import (
 )
 from engine.interop.megatron.folder import is_megatron
 from engine.interop.megatron.source import MegatronSource, open_megatron
+from engine.optim.update_rules import MODEL
 from engine.util.files import sync_folder, write_synced
 
 MAX_SHARD_BYTES = 4 << 30

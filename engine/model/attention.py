@@ -80,7 +80,10 @@ class Attention(nn.Module):
         recipe: recompute x in the backward instead of saving it; the attention core is then recomputed too.
         """
         fused, core = self.qkv(x, recipe), partial(self._core, sequence=sequence.with_window(self.window))
-        return self.out(recompute(core, fused, rope_table) if recipe else core(fused, rope_table))
+        if recipe is None:
+            return self.out(core(fused, rope_table))
+        norms = [m for m in (self.head_norms, self.projection_norms) if m is not None]
+        return self.out(recompute(core, fused, rope_table, params=[p for m in norms for p in m.parameters()]))
 
     def _core(self, fused: Tensor, rope_table: Tensor, sequence: Sequence) -> Tensor:
         """QK-norms, RoPE and attention: q|k|v [s, b, (n + 2 m) d] -> [s, b, n d]."""

@@ -20,7 +20,7 @@ from engine.config.schema import Config, LayerConfig, ModelConfig
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter, parameters
-from engine.distributed.specs import Role
+from engine.distributed.specs import Role, ShardSpec
 from engine.model.attention import Attention
 from engine.model.feed_forward import MLP
 from engine.model.layers import (
@@ -97,7 +97,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope_table: Tensor, sequence: Sequence) -> Tensor:
         """x [s, b, h] -> [s, b, h]. rope_table, sequence: as for Attention."""
         compute = partial(self._compute, sequence=sequence)
-        return recompute(compute, x, rope_table) if self.recompute == "full" else compute(x, rope_table)
+        if self.recompute == "full":
+            return recompute(compute, x, rope_table, params=self.parameters())
+        return compute(x, rope_table)
 
     def _compute(self, x: Tensor, rope_table: Tensor, sequence: Sequence) -> Tensor:
         return self.residual(self.attention, self.mlp, x, rope_table, sequence)
@@ -215,11 +217,15 @@ def build_stages(
         yield number, model, params
 
 
+def parameter_specs(cfg: ModelConfig) -> list[ShardSpec]:
+    """The specs of all parameters of a model without sharding, in canonical order. Allocates no memory."""
+    ctx = make_context(Layout(), 0, dtype=torch.float32, device="meta")
+    return [p.spec for p in parameters(Transformer(cfg, ctx, StageShape(range(cfg.num_layers), True, True)))]
+
+
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name -> global shape of every tensor of a model, in canonical order. Allocates no memory."""
-    ctx = make_context(Layout(), 0, dtype=torch.float32, device="meta")
-    model = Transformer(cfg, ctx, StageShape(range(cfg.num_layers), True, True))
-    return {piece.name: piece.global_shape for p in parameters(model) for piece in p.spec.pieces(ctx)}
+    return {chunk.name: chunk.shape for spec in parameter_specs(cfg) for chunk in spec.chunks}
 
 
 def num_parameters(cfg: ModelConfig) -> int:

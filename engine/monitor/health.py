@@ -71,7 +71,8 @@ def raise_non_finite(
 def _non_finite_gradients(params: Sequence[Parameter], ctx: ParallelContext) -> list[str]:
     names = []
     for p in params:
-        assert p.main_grad is not None
+        if p.main_grad is None:  # frozen
+            continue
         for piece in p.spec.pieces(ctx):
             if not bool(torch.isfinite(piece_of(piece, p.main_grad)).all()):
                 names.append(piece.name)

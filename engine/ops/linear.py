@@ -92,7 +92,7 @@ class _Linear(torch.autograd.Function):
         grad_w = None
         if full is not None:
             grad_w = accumulate(weight, grad, full.wait(), matmul)
-        elif deferred is not None:
+        elif deferred is not None and ctx.needs_input_grad[1]:
             deferred.append(WeightGrad(weight, grad, restore, matmul))
         # The bias gradient is cheap, so it is never deferred and takes autograd's usual path into the bucket.
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None

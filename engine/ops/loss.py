@@ -62,19 +62,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sequence: Axis,
     ) -> Tensor:
         full = all_gather(x, sequence).contiguous()
-        grad_x = torch.empty_like(full)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(full) if needs_x else full.new_empty(0)
         rows_x, rows_grad = full.view(-1, full.shape[-1]), grad_x.view(-1, full.shape[-1])
-        into = torch.zeros_like(weight) if weight.main_grad is None else weight.main_grad
+        into = None
+        if needs_weight:
+            into = torch.zeros_like(weight) if weight.main_grad is None else weight.main_grad
         losses, summed = torch.empty_like(weights), Pending(grad_x)
         for rows in _chunks(rows_x):
             losses[rows], grad = _chunk(rows_x[rows], weight, targets[rows], weights[rows], vocab_slice)
-            rows_grad[rows] = matmul(grad, weight)
-            if rows.stop == len(rows_x):  # so that the sum overlaps the last matmul
-                summed = reduce_partial_sums_start(grad_x, replicated, sequence)
-            add_outer_(into, grad, rows_x[rows])
+            if needs_x:
+                rows_grad[rows] = matmul(grad, weight)
+                if rows.stop == len(rows_x):  # so that the sum overlaps the last matmul
+                    summed = reduce_partial_sums_start(grad_x, replicated, sequence)
+            if into is not None:
+                add_outer_(into, grad, rows_x[rows])
             del grad  # free it before the next chunk's logits are allocated
         ctx.weight = weight
-        ctx.save_for_backward(summed.wait(), into if weight.main_grad is None else None)
+        ctx.save_for_backward(summed.wait() if needs_x else None, into if weight.main_grad is None else None)
         return losses * weights
 
     @staticmethod

@@ -6,7 +6,7 @@ engine draws no random numbers in a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,24 +15,29 @@ from torch import Tensor
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.function = function
+    def forward(ctx: Any, function: Callable[..., Tensor], num_inputs: int, *tensors: Tensor) -> Tensor:
+        ctx.function, ctx.num_params = function, len(tensors) - num_inputs
+        inputs = tensors[:num_inputs]
         ctx.save_for_backward(*inputs)
         return function(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
+        wanted = ctx.needs_input_grad[2:]
         inputs = [x.detach().requires_grad_(wants) for x, wants in zip(ctx.saved_tensors, wanted)]
         with torch.enable_grad():
             out = ctx.function(*inputs)
         torch.autograd.backward(out, grad)
-        return (None, *(x.grad for x in inputs))
+        return (None, None, *(x.grad for x in inputs), *(None,) * ctx.num_params)
 
 
-def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recompute(function: Callable[..., Tensor], *inputs: Tensor, params: Iterable[Tensor] = ()) -> Tensor:
     """function(*inputs), saving only the inputs for backward.
 
-    Gradients flow to the inputs and to the parameters that the function uses.
+    Gradients flow to the inputs and to the parameters that the function uses. params: these parameters; autograd has to
+    know them, because the inputs may need no gradient where everything before them is frozen.
     """
-    return _Recompute.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    trainable = (p for p in params if p.requires_grad)
+    return _Recompute.apply(function, len(inputs), *inputs, *trainable)

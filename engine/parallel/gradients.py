@@ -5,10 +5,13 @@ of later layers overlaps the forward of earlier ones. Invariants:
 
 * A bucket's `values` hold the parameters (each parameter is a view into it) and `grads` their main gradients, in the
   same order at the same offsets, so the optimizer works on flat tensors.
-* A bucket has one axis of replicas, the ranks that hold the same weights (ShardSpec.replicas: the data and context
-  ranks). Each of them *owns* an equal flat range of the bucket (`owned_range`): it counts this range in the gradient
-  norm and writes it to checkpoints. Under ZeRO-1 (Rajbhandari et al. 2020) this is also the only range whose gradients
-  it reduces and whose weights it updates (`update_range`).
+* A bucket belongs to one unit of the model (a block, or what is before or after the blocks) and one axis of
+  replicas, the ranks that hold the same weights (ShardSpec.replicas). In it, parameters of one group (optimizer) are
+  adjacent. A frozen parameter is in no bucket.
+* Each replica *owns* a range of each bucket (`shares`): it counts this range in the gradient norm and writes it to
+  checkpoints. Under ZeRO-1 (Rajbhandari et al. 2020) this is also the only range whose gradients it needs and whose
+  weights it updates (`update_range`). The ranges are equal, and gradients are reduce-scattered; or, if an update rule
+  needs whole matrices, they hold whole parameters, and gradients are all-reduced.
 * Gradients accumulate over micro-batches and are *summed*, not averaged, over the replicas: the loss is already divided
   by the global token count.
 * Communication order is the order in which buckets complete. Autograd runs the same graph on every rank of an axis, so
@@ -24,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,38 +37,64 @@ from engine.distributed.collectives import (
     all_gather_into_start,
     all_reduce_,
     all_reduce_start,
+    post,
     reduce_scatter_start,
 )
 from engine.distributed.context import Axis, ParallelContext
 from engine.distributed.sharding import Parameter, piece_of
-from engine.distributed.specs import Role
+from engine.distributed.specs import ShardSpec
 
 _ALIGN = 64  # elements, so that every parameter and every rank's range starts on its own cache line for any dtype
+
+
+class Group(Protocol):
+    """Parameters with the same update rule and settings; hashable. whole_matrices: a replica owns whole parameters."""
+
+    @property
+    def whole_matrices(self) -> bool: ...
+
+
+class _Ungrouped(NamedTuple):
+    whole_matrices: bool = False
+
+
+def _ungrouped(spec: ShardSpec) -> Group:
+    return _Ungrouped()
 
 
 @dataclass
 class Bucket:
     """Parameters that are stored, reduced and updated together, as flat tensors.
 
-    starts: offset of each parameter in the flat tensors, in elements. decay: apply weight decay to all of them. late:
-    holds tied embeddings. axis: the replicas. owned_range, update_range: ranges of the flat tensors, see the module
-    docstring. missing_grads: parameters whose last gradient of the step has not arrived. gathering: the all-gather in
-    flight.
+    starts: offset of each parameter in the flat tensors, in elements. late: holds tied embeddings. axis: the replicas.
+    shares: range of the flat tensors that each replica owns. even: they are equal. zero: ZeRO-1 over several replicas.
+    missing_grads: parameters whose last gradient of the step has not arrived. gathering: the transfers of updated
+    weights in flight.
     """
 
     params: list[Parameter]
     starts: list[int]
     values: Tensor
     grads: Tensor
-    decay: bool
     late: bool
     axis: Axis
-    owned_range: range
-    update_range: range
+    shares: list[range]
+    even: bool
+    zero: bool
     missing_grads: int = 0
     started: bool = False
     reducing: Pending | None = None
-    gathering: Pending | None = None
+    gathering: list[Pending] = field(default_factory=list)
+
+    @property
+    def owned_range(self) -> range:
+        """The range that this rank, and no other replica, counts in norms and saves."""
+        return self.shares[self.axis.rank]
+
+    @property
+    def update_range(self) -> range:
+        """The range whose gradients this rank reduces and whose weights it updates."""
+        return self.owned_range if self.zero else range(len(self.values))
 
     def view(self, flat: Tensor, index: int) -> Tensor:
         """The parameter at `index` as a view of a flat tensor with this bucket's layout."""
@@ -81,26 +110,52 @@ class Bucket:
         start = self.starts[index]
         return max(span.start - start, 0), min(span.stop - start, self.params[index].numel())
 
+    def start_reduction(self, dtype: torch.dtype) -> None:
+        """Start summing the gradients over the replicas, in `dtype`."""
+        x = self.grads
+        if self.axis.size > 1:  # one rank sums nothing, so it must not round either
+            x = x.to(dtype)
+        self.reducing = (reduce_scatter_start if self.zero and self.even else all_reduce_start)(x, self.axis)
+
+    def wait_for_gradients(self) -> None:
+        """Wait until the gradients in `update_range` are global sums."""
+        if self.reducing is not None:
+            total, target = self.reducing.wait(), self.view_range(self.grads, self.update_range)
+            if len(total) > len(target):
+                total = self.view_range(total, self.update_range)
+            if total.data_ptr() != target.data_ptr():
+                target.copy_(total)
+            self.reducing = None
+
+    def start_gather(self) -> None:
+        """ZeRO-1: start gathering the updated weights of all replicas."""
+        if self.even:
+            self.gathering = [all_gather_into_start(self.values, self.axis)]
+            return
+        peers, mine = [i for i in range(self.axis.size) if i != self.axis.rank], self.owned_range
+        sends = [(self.view_range(self.values, mine), peer) for peer in peers if len(mine)]
+        receives = [(self.view_range(self.values, self.shares[i]), i) for i in peers if len(self.shares[i])]
+        self.gathering = [pending for many in post(sends, receives, self.axis) for pending in many]
+
     def wait_for_weights(self) -> None:
-        """Wait until the all-gather of this bucket's weights is complete."""
-        if self.gathering is not None:
-            self.gathering.wait()
-            self.gathering = None
+        """Wait until the weights of this bucket are gathered."""
+        while self.gathering:
+            self.gathering.pop().wait()
 
 
 @dataclass
 class GradBuckets:
     """All gradient buckets of one pipeline stage. Order and invariants: see the module docstring.
 
-    overlap: reduce buckets as they complete, not at the end. zero: ZeRO-1. reduce_dtype: dtype of sums over replicas.
-    expecting: the gradients that arrive now are the last of this step.
+    overlap: reduce buckets as they complete, not at the end. reduce_dtype: dtype of sums over replicas. frozen: the
+    parameters that are in no bucket. expecting: the gradients that arrive now are the last of this step.
     """
 
     ctx: ParallelContext
     buckets: list[Bucket]
     overlap: bool
-    zero: bool
     reduce_dtype: torch.dtype
+    frozen: list[Parameter]
     expecting: bool = field(default=False)
 
     def zero_grad(self) -> None:
@@ -136,25 +191,21 @@ class GradBuckets:
             if not b.started:
                 self._start(b)
         for b in self.buckets:
-            if b.reducing is not None:
-                total, target = b.reducing.wait(), b.view_range(b.grads, b.update_range)
-                if total.data_ptr() != target.data_ptr():
-                    target.copy_(total)
-                b.reducing = None
+            b.wait_for_gradients()
 
     def gather(self, *, overlap: bool) -> None:
-        """ZeRO-1: all-gather the updated weights, first layers first; a no-op without ZeRO-1.
+        """ZeRO-1: gather the updated weights, first layers first; a no-op without ZeRO-1.
 
-        overlap: return while the all-gathers are in flight.
+        overlap: return while the transfers are in flight.
         """
-        if self.zero:
-            for b in reversed(self.buckets):
-                b.gathering = all_gather_into_start(b.values, b.axis)
+        for b in reversed(self.buckets):
+            if b.zero:
+                b.start_gather()
                 if not overlap:
                     b.wait_for_weights()
 
     def wait_for_weights(self) -> None:
-        """Wait for all all-gathers; call before weights are read outside a forward."""
+        """Wait for all gathers; call before weights are read outside a forward."""
         for b in self.buckets:
             b.wait_for_weights()
 
@@ -167,10 +218,7 @@ class GradBuckets:
     def _start(self, bucket: Bucket) -> None:
         bucket.started = True
         self._sum_replicated(bucket)
-        x = bucket.grads
-        if bucket.axis.size > 1:  # one rank sums nothing, so it must not round either
-            x = x.to(self.reduce_dtype)
-        bucket.reducing = (reduce_scatter_start if self.zero else all_reduce_start)(x, bucket.axis)
+        bucket.start_reduction(self.reduce_dtype)
 
     def _sum_replicated(self, bucket: Bucket) -> None:
         """All-reduce the partial gradients of replicated values, in one message per axis."""
@@ -188,7 +236,7 @@ class GradBuckets:
 
 
 def make_buckets(
-    params: Sequence[Parameter],
+    units: Sequence[Sequence[Parameter]],
     ctx: ParallelContext,
     *,
     grad_dtype: torch.dtype,
@@ -196,32 +244,50 @@ def make_buckets(
     overlap: bool,
     zero: bool = False,
     reduce_dtype: torch.dtype | None = None,
+    group_of: Callable[[ShardSpec], Group] = _ungrouped,
 ) -> GradBuckets:
     """Move parameters into flat buckets, in reverse order (the order of the backward), and route their gradients there.
 
-    Parameters without weight decay (biases, norms) and tied embeddings get separate buckets. bucket_bytes: a bucket is
-    closed when its gradients reach this size. reduce_dtype: dtype of sums over several replicas; None: grad_dtype.
+    units: the parameters of each block, and of what is before and after the blocks (`sharding.units`). A unit has one
+    bucket, and another for tied embeddings and for each further axis of replicas; a bucket is closed when its gradients
+    reach bucket_bytes. reduce_dtype: dtype of sums over several replicas; None: grad_dtype.
     """
-    groups: dict[tuple[bool, bool, str], list[list[Parameter]]] = {}
-    for p in reversed(params):
-        late = any("tied_stages" in c.sum_over for c in p.spec.chunks)
-        runs = groups.setdefault((p.spec.role is not Role.VECTOR, late, p.spec.replicas), [[]])
-        if runs[-1] and sum(q.numel() for q in runs[-1]) * grad_dtype.itemsize >= bucket_bytes:
-            runs.append([])
-        runs[-1].append(p)
-    stage = GradBuckets(ctx, [], overlap, zero, reduce_dtype or grad_dtype)
-    for (decay, late, replicas), runs in groups.items():
-        axis = ctx.axis(replicas)
-        stage.buckets += [_make_bucket(run, ctx, axis, grad_dtype, decay, late, zero) for run in runs]
+    frozen = [p for unit in units for p in unit if not p.spec.trainable]
+    stage = GradBuckets(ctx, [], overlap, reduce_dtype or grad_dtype, frozen)
+    loads: dict[str, list[int]] = {}
+    for unit in reversed(units):
+        kinds: dict[tuple[str, bool], dict[Group, list[Parameter]]] = {}
+        for p in reversed(unit):
+            if p.spec.trainable:
+                late = any("tied_stages" in c.sum_over for c in p.spec.chunks)
+                kinds.setdefault((p.spec.replicas, late), {}).setdefault(group_of(p.spec), []).append(p)
+        for (replicas, late), groups in kinds.items():
+            axis = ctx.axis(replicas)
+            for run in _runs(groups, bucket_bytes // grad_dtype.itemsize):
+                whole = any(group.whole_matrices for group, _ in run)
+                params = [p for _, p in run]
+                load = loads.setdefault(replicas, [0] * axis.size) if whole else None
+                stage.buckets.append(_make_bucket(params, ctx, axis, grad_dtype, late, zero, load))
     for bucket in stage.buckets:
         for index, p in enumerate(bucket.params):
             _route_gradient(p, bucket, index, stage)
     return stage
 
 
+def _runs(groups: dict[Group, list[Parameter]], elements: int) -> list[list[tuple[Group, Parameter]]]:
+    """The parameters group by group, with a new run after `elements` elements."""
+    runs: list[list[tuple[Group, Parameter]]] = [[]]
+    for group, params in groups.items():
+        for p in params:
+            if runs[-1] and sum(q.numel() for _, q in runs[-1]) >= elements:
+                runs.append([])
+            runs[-1].append((group, p))
+    return runs
+
+
 def wait_before_use(modules: Iterable[nn.Module], stages: Iterable[GradBuckets]) -> None:
     """Make each module wait for its weights just before its forward, so that all-gathers overlap earlier modules."""
-    gathered = (bucket for stage in stages if stage.zero for bucket in stage.buckets if bucket.axis.size > 1)
+    gathered = (bucket for stage in stages for bucket in stage.buckets if bucket.zero)
     holder = {id(p): bucket for bucket in gathered for p in bucket.params}
     for module in modules:
         for part in module.modules():
@@ -239,25 +305,58 @@ def _make_bucket(
     ctx: ParallelContext,
     axis: Axis,
     grad_dtype: torch.dtype,
-    decay: bool,
     late: bool,
     zero: bool,
+    load: list[int] | None,
 ) -> Bucket:
-    starts, total = [], 0
-    for p in params:
-        starts.append(total)
-        total += -(-p.numel() // _ALIGN) * _ALIGN
-    share = -(-total // (_ALIGN * axis.size)) * _ALIGN
-    total = share * axis.size
-    own = range(axis.rank * share, (axis.rank + 1) * share)
+    """Store parameters in a new bucket. load: elements that each replica owns so far, if it owns whole parameters."""
+    shares, starts = [], []
+    if load is None:
+        total = 0
+        for p in params:
+            starts.append(total)
+            total += _aligned(p.numel())
+        share = -(-total // (_ALIGN * axis.size)) * _ALIGN
+        total = share * axis.size
+        shares = [range(i * share, (i + 1) * share) for i in range(axis.size)]
+    else:
+        params, shares, starts = _whole_shares(params, load)
+        total = shares[-1].stop
     values = torch.zeros(total, dtype=ctx.dtype, device=ctx.device)
     grads = torch.zeros(total, dtype=grad_dtype, device=ctx.device)
-    bucket = Bucket(params, starts, values, grads, decay, late, axis, own, own if zero else range(total))
+    bucket = Bucket(params, starts, values, grads, late, axis, shares, load is None, zero and axis.size > 1)
     for index, p in enumerate(params):
         view = bucket.view(values, index)
         view.copy_(p.detach())
         p.data = view
     return bucket
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // _ALIGN) * _ALIGN
+
+
+def _whole_shares(params: list[Parameter], load: list[int]) -> tuple[list[Parameter], list[range], list[int]]:
+    """Give each parameter to the replica that owns least, the largest first: (parameters by owner, shares, starts).
+
+    load is updated. The result depends only on sizes, so that all tensor ranks of a replica own the same parameters.
+    """
+    owners: list[list[Parameter]] = [[] for _ in load]
+    owner_of: dict[int, int] = {}
+    for p in sorted(params, key=lambda p: -p.numel()):
+        owner = load.index(min(load))
+        load[owner] += p.numel()
+        owner_of[id(p)] = owner
+    for p in params:
+        owners[owner_of[id(p)]].append(p)
+    shares, starts, at = [], [], 0
+    for owned in owners:
+        begin = at
+        for p in owned:
+            starts.append(at)
+            at += _aligned(p.numel())
+        shares.append(range(begin, at))
+    return [p for owned in owners for p in owned], shares, starts
 
 
 def _route_gradient(p: Parameter, bucket: Bucket, index: int, owner: GradBuckets) -> None:

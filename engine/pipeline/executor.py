@@ -166,7 +166,9 @@ def _forward(run: Execution, action: Action) -> None:
 def _backward(run: Execution, action: Action, *, final: bool) -> None:
     """Run B, or I, which is B without the gradients of matrices."""
     stage = run.stages[action.stage]
-    grad = None if stage.last else run.inbox.pop((Op.B, action.stage, action.microbatch)).wait()
+    grad = None
+    if stage.has_backward and not stage.last:
+        grad = run.inbox.pop((Op.B, action.stage, action.microbatch)).wait()
     with run.span(action):
         if action.op is Op.B:
             grad_x = stage.backward(action.microbatch, grad, final=final)
@@ -177,13 +179,18 @@ def _backward(run: Execution, action: Action, *, final: bool) -> None:
 
 
 def _communicate(run: Execution, step: Step) -> None:
-    """Post a step's sends and receives together; the module docstring says when each is waited for."""
+    """Post a step's sends and receives together; the module docstring says when each is waited for.
+
+    Where all parameters of a stage and of those before it are frozen, no gradient is computed or sent to it.
+    """
     for sent in run.sending:
         sent.wait()
     sends, recvs, keys = [], [], []
     for action in step:
         op, stage, index = action
         forward, peer = op in _TO_NEXT, run.plan.peer_of(action)
+        if not forward and not (run.stages[stage].input_grad if op in SENDS else run.stages[stage].has_backward):
+            continue
         if op in SENDS:
             consumer = (Op.F if forward else Op.B, stage + 1 if forward else stage - 1, index)
             sends.append((run.outbox.pop(consumer).contiguous(), peer))
@@ -192,5 +199,5 @@ def _communicate(run: Execution, step: Step) -> None:
             shape = (s // run.ctx.sequence.size, b, run.stages[stage].width)
             recvs.append((torch.empty(shape, dtype=run.ctx.dtype, device=run.ctx.device), peer))
             keys.append((Op.F if forward else Op.B, stage, index))
-    run.sending, received = post(sends, recvs, run.ctx.pipeline)
+    run.sending, received = post(sends, recvs, run.ctx.pipeline) if sends or recvs else ([], [])
     run.inbox.update(zip(keys, received))

@@ -24,8 +24,9 @@ class Stage:
     """A module on one rank: module(x, labels, weights, sequence) with activations [s, b, width].
 
     first: x is tokens [b, s]. last: the output is losses [b]. params: the module's parameters, which may defer their
-    gradients. buckets: None for a stage that only runs forward. live: microbatch -> (input, output) between F and its
-    backward. deferred: microbatch -> weight gradients between I and W.
+    gradients. buckets: None for a stage that only runs forward. input_grad: x needs a gradient, because an earlier
+    stage has trainable parameters. live: microbatch -> (input, output) between F and its backward. deferred: microbatch
+    -> weight gradients between I and W.
     """
 
     module: Callable[[Tensor, Tensor, Tensor, TokenSequence], Tensor]
@@ -34,8 +35,14 @@ class Stage:
     width: int
     first: bool
     last: bool
+    input_grad: bool = True
     live: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     deferred: dict[int, list[WeightGrad]] = field(default_factory=dict)
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether this stage has a backward: it or an earlier stage has trainable parameters."""
+        return self.input_grad or any(p.requires_grad for p in self.params)
 
     def forward(self, index: int, x: Tensor | None, batch: MicroBatch, token_weight: float) -> Tensor:
         """Run microbatch `index` on the received x (None on the first stage); saves tensors for its backward.
@@ -46,17 +53,17 @@ class Stage:
             x = batch.tokens
         else:
             assert x is not None
-            x.requires_grad_(torch.is_grad_enabled())
+            x.requires_grad_(torch.is_grad_enabled() and self.input_grad)
         weights = batch.weights * token_weight
         out = self.module(x, batch.labels, weights, batch.sequence)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.has_backward:
             self.live[index] = (x, out)
         return out.detach()
 
     def backward(self, index: int, grad: Tensor | None, *, final: bool) -> Tensor | None:
         """B: back-propagate `grad` of the forward's result; returns the gradient of x (None on the first stage).
 
-        grad: None on the last stage, whose result is the loss itself.
+        grad: None on the last stage, whose result is the loss itself. Without a backward this does nothing.
         final: this is the last backward of this stage in the step, so its gradient buckets may be reduced as they
         complete.
         """
@@ -89,6 +96,8 @@ class Stage:
             queue.pop().run()
 
     def _propagate(self, index: int, grad: Tensor | None) -> Tensor | None:
+        if not self.has_backward:
+            return None
         x, out = self.live.pop(index)
         torch.autograd.backward(out, torch.ones_like(out) if grad is None else grad)
         return None if self.first else x.grad

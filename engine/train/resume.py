@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.format import MODEL, find_checkpoint, newest_step, step_dir, steps_descending
+from engine.checkpoint.format import Manifest, find_checkpoint, newest_step, step_dir, steps_descending
 from engine.checkpoint.lineage import (
     ORDER_BEGIN,
     changes,
     code_versions,
     differences,
     extend_lineage,
+    missing_states,
+    old_optimizer,
     order_begin,
     require_resumable,
 )
@@ -28,7 +30,10 @@ from engine.distributed.context import ParallelContext
 from engine.errors import CheckpointError, DamageError, EngineError, SecretError
 from engine.interop.convert import open_source
 from engine.interop.huggingface.weights import HfReader
+from engine.optim.groups import group_of
+from engine.optim.optimizer import StateShard
 from engine.optim.precision import LossScale
+from engine.optim.update_rules import MODEL
 from engine.train.state import TrainState
 
 
@@ -51,6 +56,7 @@ def manifest_fields(state: TrainState, data_metadata: dict[str, Any]) -> dict[st
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
         "optimizer": {"steps": state.optimizer.steps, **state.scale.state_dict()},
+        "state_kinds": sorted({kind for spec in state.specs for kind in group_of(spec, state.cfg.optimizer).states}),
         "config": state.cfg.model_dump(),
         "data": data_metadata | ({ORDER_BEGIN: state.order_begin} if state.order_begin else {}),
         "versions": code_versions(),
@@ -88,15 +94,16 @@ def resume(state: TrainState, folder: Path, data_metadata: dict[str, Any], stora
     """
     with _opened(folder, storage, state.ctx) as reader:
         manifest = reader.manifest
-        if reader.shapes(MODEL) and not reader.shapes("exp_avg"):
+        if manifest.kinds is None:
             raise CheckpointError(
                 "train.weights-only",
                 f"{folder} holds only weights, such as an imported model: start a new run from it with "
                 f"--checkpoint.init {folder} and another --run.dir",
             )
-        allowed = require_resumable(folder, manifest, differences(manifest, state.cfg, data_metadata), state.cfg)
+        found = differences(manifest, state.cfg, data_metadata) | missing_states(manifest, state.cfg, state.specs)
+        allowed = require_resumable(folder, manifest, found, state.cfg)
         try:
-            load_into(reader, state.optimizer.states(), state.ctx)
+            load_into(reader, _saved_states(state, manifest), state.ctx)
         except EngineError as error:
             if any(name.startswith("model.") for name in allowed):  # a changed model was allowed: tensors may not fit
                 raise
@@ -108,6 +115,16 @@ def resume(state: TrainState, folder: Path, data_metadata: dict[str, Any], stora
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
     state.order_begin = order_begin(manifest, data_metadata)
     state.lineage = extend_lineage(folder, manifest, allowed, changes(manifest, state.cfg))
+
+
+def _saved_states(state: TrainState, manifest: Manifest) -> Iterator[StateShard]:
+    """This rank's state shards except those that start at zero, because the checkpoint's run had no such state."""
+    old = old_optimizer(manifest)
+    for shard in state.optimizer.states():
+        if shard.kind == MODEL or shard.kind in group_of(shard.param.spec, old).states:
+            yield shard
+        else:
+            shard.flat.zero_()
 
 
 def changed_since(changed: Mapping[str, tuple[str, str]], scale: LossScale) -> str:

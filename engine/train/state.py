@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,14 +15,16 @@ from engine.distributed.collectives import gather_json
 from engine.distributed.context import ParallelContext
 from engine.distributed.env import Env, pick_device
 from engine.distributed.launch import Mesh
-from engine.distributed.sharding import Parameter, initialise_, parameters
+from engine.distributed.sharding import Parameter, initialise_, parameters, units
+from engine.distributed.specs import ShardSpec, tensor_names
 from engine.errors import ConfigError, FieldError
 from engine.model.attention import attention_names
-from engine.model.transformer import Transformer, build_stages, tensor_shapes
+from engine.model.transformer import Transformer, build_stages, parameter_specs
 from engine.ops.fp8 import check_device
 from engine.ops.native import keep_freed_memory
-from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import NormCounter
+from engine.optim.groups import group_errors, group_of
+from engine.optim.optimizer import Optimizer
 from engine.optim.precision import PRECISIONS, LossScale
 from engine.parallel.gradients import GradBuckets, make_buckets, wait_before_use
 from engine.pipeline.actions import Plan
@@ -33,7 +36,8 @@ class TrainState:
     """One rank's part of the training state. step: steps done. consumed_*: over all ranks since the start of the run.
 
     order_begin: the sample at which epoch 0 of the current sample order began; above 0 if the order changed. stages:
-    this rank's pipeline stages by number. params: parameters of all of them, each once. before_update: returns when
+    this rank's pipeline stages by number. specs: of all parameters of the model. params: parameters of this rank's
+    stages, each once. before_update: returns when
     weights and moments may change (a background save may still be copying them).
     """
 
@@ -41,9 +45,10 @@ class TrainState:
     ctx: ParallelContext
     plan: Plan
     stages: dict[int, Stage]
+    specs: list[ShardSpec]
     params: list[Parameter]
     buckets: list[GradBuckets]
-    optimizer: FlatAdamW
+    optimizer: Optimizer
     norms: NormCounter
     scale: LossScale
     step: int = 0
@@ -77,31 +82,55 @@ def setup(cfg: Config, ctx: ParallelContext, derived: Derived | None = None) -> 
     """
     keep_freed_memory()
     check_backends(cfg, ctx)
+    specs = check_groups(cfg)
     derived = derived or derive(cfg)
     stages: dict[int, Stage] = {}
     params: list[Parameter] = []
+    group = partial(group_of, cfg=cfg.optimizer)
     for number, model, fresh in build_stages(cfg, ctx, derived):
         if not cfg.checkpoint.init:  # else `start_from` loads them
             initialise_(fresh, ctx, cfg.train.seed)
+        own = {id(p) for p in fresh}
+        for p in fresh:
+            if group(p.spec).frozen:
+                p.freeze()
         buckets = make_buckets(
-            fresh,
+            [[p for p in unit if id(p) in own] for unit in units(model)],
             ctx,
             grad_dtype=PRECISIONS[cfg.train.precision].main,
             bucket_bytes=int(cfg.parallel.bucket_mib * 2**20),
             overlap=cfg.parallel.overlap,
             zero=cfg.parallel.zero == 1,
             reduce_dtype=torch.bfloat16 if cfg.parallel.reduce_dtype == "bf16" else None,
+            group_of=group,
         )
         shape = model.shape
         stages[number] = Stage(model, parameters(model), buckets, cfg.model.hidden_size, shape.first, shape.last)
         params += fresh
+    _find_input_gradients(stages, ctx)
     all_buckets = [stage.buckets for stage in stages.values() if stage.buckets is not None]
     wait_before_use([stage.module for stage in stages.values() if isinstance(stage.module, Transformer)], all_buckets)
-    optimizer = FlatAdamW(all_buckets, cfg.optimizer, overlap=cfg.parallel.overlap_gather)
-    norms = NormCounter(all_buckets, ctx, list(tensor_shapes(cfg.model)), PRECISIONS[cfg.train.precision].main)
+    optimizer = Optimizer(all_buckets, cfg.optimizer, overlap=cfg.parallel.overlap_gather)
+    norms = NormCounter(all_buckets, ctx, tensor_names(specs), PRECISIONS[cfg.train.precision].main)
     fp16 = cfg.train.precision == "fp16"
     scale = LossScale(cfg.train.loss_scale, cfg.train.loss_scale_window) if fp16 else LossScale()
-    return TrainState(cfg, ctx, derived.plan, stages, params, all_buckets, optimizer, norms, scale)
+    return TrainState(cfg, ctx, derived.plan, stages, specs, params, all_buckets, optimizer, norms, scale)
+
+
+def _find_input_gradients(stages: Mapping[int, Stage], ctx: ParallelContext) -> None:
+    """Set `input_grad` of this rank's stages: false if everything in the stages before is frozen. Collective."""
+    mine = [number for number, stage in stages.items() if any(p.requires_grad for p in stage.params)]
+    first = min((number for trained in gather_json(mine, ctx.world, ctx.device) for number in trained), default=0)
+    for number, stage in stages.items():
+        stage.input_grad = number > first
+
+
+def check_groups(cfg: Config) -> list[ShardSpec]:
+    """Check optimizer.groups against the model; returns the specs of all its parameters. Raises ConfigError."""
+    specs = parameter_specs(cfg.model)
+    if errors := list(group_errors(specs, cfg.optimizer)):
+        raise ConfigError(errors)
+    return specs
 
 
 def check_backends(cfg: Config, ctx: ParallelContext) -> None:

@@ -80,7 +80,7 @@ def test_torn_missing_and_foreign_files_are_rejected(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "code", "values"),
     [
-        (lambda m: m.update(schema_version=99), "schema-unknown", (99, 2)),
+        (lambda m: m.update(schema_version=99), "schema-unknown", (99, 3)),
         (
             lambda m: m.update(files={"../rank00000.safetensors": m["files"]["rank00000.safetensors"]}),
             "file-name-not-plain",

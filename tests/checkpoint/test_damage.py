@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.format import MODEL, find_checkpoint, find_damage, read_manifest, step_dir, with_digest
+from engine.checkpoint.format import find_checkpoint, find_damage, read_manifest, step_dir, with_digest
 from engine.checkpoint.load import Reader, load_into
 from engine.checkpoint.save import save
 from engine.checkpoint.storage import DISK
 from engine.checkpoint.tensorfile import write_safetensors
 from engine.cli.main import main
 from engine.errors import CheckpointError
+from engine.optim.update_rules import MODEL
 from tests.support.disk_double import File, MemoryDisk
 from tests.support.errors import raises
 from tests.support.tiny_states import BLOCK, FOLDER, METADATA, SHAPES, context, save_by_two_ranks, states, values
@@ -288,6 +289,6 @@ def test_schema_1_still_loads(tmp_path: Path) -> None:
     file.write_bytes(data)
     with raises(CheckpointError, "checkpoint.digest-differs", file):
         load(DISK, folder)
-    (folder / "manifest.json").write_bytes(with_digest(json.dumps({**manifest, "schema_version": 3}).encode()))
-    with raises(CheckpointError, "checkpoint.schema-unknown", folder, 3, 2):
+    (folder / "manifest.json").write_bytes(with_digest(json.dumps({**manifest, "schema_version": 4}).encode()))
+    with raises(CheckpointError, "checkpoint.schema-unknown", folder, 4, 3):
         load(DISK, folder)

@@ -26,7 +26,7 @@ from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
 from engine.distributed.specs import Chunk, ShardSpec
 from engine.errors import EngineError
-from engine.optim.adamw import StateShard
+from engine.optim.optimizer import StateShard
 from tests.support.harness import run_ranks
 from tests.support.tiny_states import METADATA, SHAPES, context, states, values
 

@@ -30,6 +30,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "config.dtypes",
         "config.section",
         "config.phase_table",
+        "config.group_table",
+        "optim.update_rules",
         "distributed.layout",
         "distributed.specs",
         "interop.huggingface.families",
@@ -41,6 +43,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.shares", "pipeline.list_schedules", "pipeline.improve", "pipeline.search"),
     ("pipeline.timeline", "pipeline.draw"),
     ("config.schema", "config.derived", "config.tree"),
+    ("optim.groups",),
     ("config.checks", "config.model_checks", "config.idle", "planner", "interop.huggingface.config_json"),
     ("config.load",),
     ("cli.schedule_pages",),
@@ -70,7 +73,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 _LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-_TORCH_FREE_LEVELS = 12
+_TORCH_FREE_LEVELS = 13
 
 # module or package -> packages that it must not import, even if the levels allow it
 MUST_NOT_KNOW = {

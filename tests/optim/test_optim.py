@@ -21,13 +21,14 @@ from engine.config.schema import Config, LrScheduleConfig, ModelConfig, Optimize
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.rng import generator
-from engine.distributed.sharding import Parameter, cut_piece, parameters, piece_of
+from engine.distributed.sharding import Parameter, cut_piece, parameters, piece_of, units
 from engine.distributed.specs import Chunk, Role, ShardSpec
 from engine.model.transformer import StageShape, Transformer, num_parameters, stage_shapes, tensor_shapes
 from engine.ops import native
-from engine.optim.adamw import STATES, FlatAdamW
 from engine.optim.clip import NormCounter, clip_factor, sum_squares
 from engine.optim.lr import learning_rate
+from engine.optim.optimizer import Optimizer
+from engine.optim.update_rules import RULES
 from engine.parallel.gradients import GradBuckets, make_buckets
 from engine.planner.flops import flops_per_token, matmul_parameters
 from engine.train.state import setup
@@ -43,13 +44,13 @@ def context(dtype: torch.dtype) -> ParallelContext:
 
 
 def make(dtype: torch.dtype, grad_dtype: torch.dtype, values: dict[str, Tensor]) -> tuple[list[Parameter], GradBuckets]:
-    """Parameters with the given values, in buckets of at least 512 bytes; vectors have no weight decay."""
+    """Parameters with the given values, in two units and buckets of at least 512 bytes; vectors have no decay."""
     ctx = context(dtype)
     params = []
     for name, x in values.items():
         spec = ShardSpec((Chunk(name, tuple(x.shape)),), role=Role.VECTOR if x.dim() == 1 else Role.MATRIX)
         params.append(Parameter(x.to(dtype, copy=True), spec))
-    return params, make_buckets(params, ctx, grad_dtype=grad_dtype, bucket_bytes=512, overlap=False)
+    return params, make_buckets([params[:2], params[2:]], ctx, grad_dtype=grad_dtype, bucket_bytes=512, overlap=False)
 
 
 def values(seed: int) -> dict[str, Tensor]:
@@ -63,8 +64,8 @@ def test_adamw_equals_torch() -> None:
     """Ten steps with a changing rate, matrices with and vectors without weight decay, several buckets with padding."""
     cfg = OptimizerConfig(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.3)
     params, buckets = make(F64, F64, values(0))
-    assert len(buckets.buckets) >= 3 and {b.decay for b in buckets.buckets} == {True, False}
-    optimizer = FlatAdamW([buckets], cfg)
+    optimizer = Optimizer([buckets], cfg)
+    assert len(buckets.buckets) == 2 and len({run.group for run in optimizer.runs}) == 2
     theirs = [x.requires_grad_() for x in values(0).values()]
     groups = [
         {"params": [x for x in theirs if x.dim() == 2], "weight_decay": 0.3},
@@ -87,7 +88,7 @@ def test_adamw_equals_torch() -> None:
     found = {(shard.kind, shard.param.name): shard.flat.view(shard.param.shape) for shard in optimizer.states()}
     assert len(found) == 3 * len(params)
     for x, name in zip(theirs, values(0), strict=True):
-        for kind in STATES:
+        for kind in RULES["adamw"].states:
             assert torch.allclose(found[kind, name], reference.state[x][kind], rtol=1e-13)
         assert torch.equal(found["model", name], params[list(values(0)).index(name)])
     for bucket in buckets.buckets:
@@ -99,17 +100,18 @@ def test_adamw_equals_torch() -> None:
 
 def test_wide_precisions_have_no_second_copy() -> None:
     _, buckets = make(F32, F32, values(0))
-    optimizer = FlatAdamW([buckets], OptimizerConfig())
-    assert all(m.data_ptr() == b.values.data_ptr() for m, b in zip(optimizer.masters, buckets.buckets, strict=True))
+    optimizer = Optimizer([buckets], OptimizerConfig())
+    for run in optimizer.runs:
+        assert run.master.data_ptr() == run.bucket.values[run.span.start :].data_ptr()
 
 
 def test_bf16_does_not_lose_tiny_updates() -> None:
     """A hundred updates of 1e-4 near 1, where bf16 has steps of 4e-3: the master weights keep them."""
     params, buckets = make(BF16, F32, {"w": torch.ones(4, 3)})
-    optimizer = FlatAdamW([buckets], OptimizerConfig(weight_decay=0.0))
+    optimizer = Optimizer([buckets], OptimizerConfig(weight_decay=0.0))
     (p,) = params
     assert p.dtype == BF16 and p.main_grad is not None and p.main_grad.dtype == F32
-    assert optimizer.masters[0].dtype == F32 and optimizer.moments["exp_avg"][0].dtype == F32
+    assert all(x.dtype == F32 for x in (optimizer.runs[0].master, *optimizer.runs[0].states.values()))
     for step in range(100):
         p.main_grad.fill_(1.0)
         optimizer.step(1e-4)
@@ -192,7 +194,7 @@ def with_gradient(cfg: Config, ctx: ParallelContext, whole: dict[str, Tensor]) -
     """This rank's stage with its part of a gradient; the padding has values that must not be counted."""
     model = Transformer(cfg.model, ctx, stage_shapes(derive(cfg).layers)[ctx.pipeline.rank])
     params = parameters(model)
-    buckets = make_buckets(params, ctx, grad_dtype=F64, bucket_bytes=1 << 14, overlap=False)
+    buckets = make_buckets(units(model), ctx, grad_dtype=F64, bucket_bytes=1 << 14, overlap=False)
     for p in params:
         assert p.main_grad is not None
         p.main_grad.fill_(1e6)
@@ -301,7 +303,7 @@ def test_grad_scale_scales_the_update(dtype: torch.dtype, main: torch.dtype, own
     found = []
     for scale in (1.0, 0.3):
         params, buckets = make(dtype, main, values(0))
-        optimizer = FlatAdamW(
+        optimizer = Optimizer(
             [buckets], OptimizerConfig(eps=1e-3)
         )  # a large eps, so that the scale affects every update
         with native.forced(kernels=own):
@@ -312,9 +314,10 @@ def test_grad_scale_scales_the_update(dtype: torch.dtype, main: torch.dtype, own
                 before = [b.grads.clone() for b in buckets.buckets]
                 optimizer.step(1e-2, scale)
                 assert all(torch.equal(b.grads, old) for b, old in zip(buckets.buckets, before, strict=True))
-        for bucket, master in zip(buckets.buckets, optimizer.masters, strict=True):
-            assert torch.equal(bucket.values, master.to(dtype))
-        found.append(torch.cat([m.double() for m in optimizer.masters]))
+        for run in optimizer.runs:
+            assert torch.equal(run.bucket.view_range(run.bucket.values, run.span), run.master.to(dtype))
+        assert sum(len(run.master) for run in optimizer.runs) == sum(len(b.values) for b in buckets.buckets)
+        found.append(torch.cat([run.master.double() for run in optimizer.runs]))
     assert torch.allclose(*found, rtol=1e-14 if main == F64 else 2e-6, atol=1e-14 if main == F64 else 1e-7)
 
 
@@ -355,7 +358,7 @@ def test_flops_equal_torch_flop_counter() -> None:
     cfg = config(1, model_qk_norm=True)
     ctx = context(F64)
     model = Transformer(cfg.model, ctx, StageShape(range(cfg.model.num_layers), True, True))
-    make_buckets(parameters(model), ctx, grad_dtype=F64, bucket_bytes=1 << 20, overlap=False)
+    make_buckets(units(model), ctx, grad_dtype=F64, bucket_bytes=1 << 20, overlap=False)
     tokens = torch.zeros(3, 12, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens, torch.ones(3, 12, dtype=torch.bool)).sum().backward()

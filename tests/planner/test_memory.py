@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 
 from engine.distributed.context import ParallelContext
+from engine.optim.groups import ParameterGroup
 from engine.optim.precision import PRECISIONS
 from engine.planner.memory import bytes_per_parameter
 from engine.train.state import setup
 from tests.support.cases import config, layout_of
 from tests.support.harness import run_ranks
+
+GROUP = ParameterGroup(0, "adamw", 1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +21,7 @@ from tests.support.harness import run_ranks
 )
 def test_bytes_of_a_parameter_on_two_data_ranks(precision: str, zero: int, expected: float) -> None:
     cfg = config(2, parallel_zero=zero, train_precision=precision)
-    assert bytes_per_parameter(cfg, 2) == expected
+    assert bytes_per_parameter(cfg, 2, GROUP) == expected
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -36,4 +39,4 @@ def test_the_estimate_equals_the_state_of_a_run(precision: str) -> None:
     dtype = PRECISIONS[precision].compute
     ranks = run_ranks(layout_of(cfg), job, dtype=dtype)
     count, total = ranks[0][0], sum(size for _, size in ranks)
-    assert total / 2 / count == pytest.approx(bytes_per_parameter(cfg, 2), rel=0.02)
+    assert total / 2 / count == pytest.approx(bytes_per_parameter(cfg, 2, GROUP), rel=0.02)

@@ -17,7 +17,7 @@ from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter, piece_of
-from engine.optim.adamw import StateShard
+from engine.optim.optimizer import StateShard
 from engine.train.state import TrainState
 
 MODEL = {

@@ -16,12 +16,13 @@ from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
 from engine.distributed.specs import Chunk, ShardSpec
-from engine.optim.adamw import StateShard
+from engine.optim.optimizer import StateShard
 from tests.support.disk_double import MemoryDisk
 
 FOLDER = Path("/run/checkpoints")
 SHAPES = {"a.weight": (5, 6), "b.weight": (7,)}
 METADATA: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
+METADATA["state_kinds"] = ("exp_avg", "exp_avg_sq")
 BLOCK = 100  # bytes: several blocks a tensor
 
 

@@ -43,13 +43,14 @@ from engine.distributed.context import ParallelContext
 from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
 from engine.distributed.specs import Chunk, ShardSpec
-from engine.optim.adamw import StateShard
+from engine.optim.optimizer import StateShard
 from tests.support.harness import run_ranks
 
 ROWS, WIDTH, BLOCK = 4096, 1024, 16 << 20
 NAMES = ["plain write", "save", "async, blocked", "async, copy alone", "async, whole", "dcp save", "dcp async, blocked"]
 NAMES += ["dcp async, whole", "plain read", "load", "dcp load"]
 MANIFEST: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "config": {}, "data": {}, "versions": {}}
+MANIFEST["state_kinds"] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

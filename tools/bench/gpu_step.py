@@ -53,8 +53,8 @@ def make(session: Session, layers: int, seq: int, **changes: Any) -> TrainState:
     with torch.no_grad():
         for p in state.params:
             p.fill_(1.0) if p.dim() == 1 else p.normal_(0.0, cfg.model.init_std)
-        for bucket, master in zip(state.optimizer.buckets, state.optimizer.masters):
-            master.copy_(bucket.view_range(bucket.values, bucket.update_range))
+        for run in state.optimizer.runs:
+            run.master.copy_(run.bucket.view_range(run.bucket.values, run.span))
     return state
 
 

@@ -25,8 +25,8 @@ from engine.distributed.layout import Layout
 from engine.distributed.sharding import Parameter
 from engine.distributed.specs import Chunk, Role, ShardSpec
 from engine.ops import native
-from engine.optim.adamw import FlatAdamW
 from engine.optim.clip import NormCounter, sum_squares
+from engine.optim.optimizer import Optimizer
 from engine.parallel.gradients import GradBuckets, make_buckets
 
 
@@ -43,7 +43,7 @@ def in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> None:
         print(f"  {name:34} {statistics.median(times):8.1f} ({min(times):.1f}-{max(times):.1f}) ms")
 
 
-def model_buckets() -> tuple[GradBuckets, NormCounter, FlatAdamW]:
+def model_buckets() -> tuple[GradBuckets, NormCounter, Optimizer]:
     """Matrices and norms of the 58 M model; gradients are random numbers."""
     layer = {"qkv": (1536, 512), "out": (512, 512), "up": (2752, 512), "down": (512, 1376), "a": (512,), "b": (512,)}
     shapes: dict[str, tuple[int, ...]] = {f"{i}.{name}": x for i in range(8) for name, x in layer.items()}
@@ -53,10 +53,10 @@ def model_buckets() -> tuple[GradBuckets, NormCounter, FlatAdamW]:
         spec = ShardSpec((Chunk(name, (rows, *columns)),), role=Role.MATRIX if columns else Role.VECTOR)
         params.append(Parameter(torch.randn(rows, *columns) / 50, spec))
     ctx = make_context(Layout(), 0, dtype=torch.float32)
-    buckets = make_buckets(params, ctx, grad_dtype=torch.float32, bucket_bytes=64 << 20, overlap=False)
+    buckets = make_buckets([params], ctx, grad_dtype=torch.float32, bucket_bytes=64 << 20, overlap=False)
     for bucket in buckets.buckets:
         bucket.grads.normal_()
-    return buckets, NormCounter([buckets], ctx, list(shapes), torch.float32), FlatAdamW([buckets], OptimizerConfig())
+    return buckets, NormCounter([buckets], ctx, list(shapes), torch.float32), Optimizer([buckets], OptimizerConfig())
 
 
 def update(repeats: int) -> None:

@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.format import MODEL
 from engine.checkpoint.load import TensorSource
 from engine.checkpoint.tensorfile import DTYPES
 from engine.config.load import model_config
@@ -30,6 +29,7 @@ from engine.errors import CheckpointError, truncate
 from engine.interop.huggingface.config_json import ParsedConfig, read_config, read_json_object
 from engine.interop.huggingface.families import Family
 from engine.model.transformer import tensor_shapes
+from engine.optim.update_rules import MODEL
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

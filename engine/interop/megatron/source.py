@@ -17,7 +17,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine.checkpoint.format import MODEL
 from engine.checkpoint.load import TensorSource
 from engine.checkpoint.tensorfile import DTYPE_NAMES
 from engine.config.schema import ModelConfig
@@ -26,6 +25,7 @@ from engine.interop.megatron.folder import open_folder, require_same
 from engine.interop.megatron.names import RowPattern, TensorMapping, map_tensors, model_fields_from_args
 from engine.interop.megatron.sharded_tensor import ShardedTensor
 from engine.interop.megatron.symbolic import shown
+from engine.optim.update_rules import MODEL
 
 
 @dataclass(frozen=True)

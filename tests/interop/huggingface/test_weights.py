@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.checkpoint.format import MODEL, read_manifest, verify_all
+from engine.checkpoint.format import read_manifest, verify_all
 from engine.checkpoint.load import Reader
 from engine.config.load import load
 from engine.config.schema import ModelConfig
@@ -28,6 +28,7 @@ from engine.interop.convert import export, import_folder
 from engine.interop.huggingface.companions import copy_companions
 from engine.interop.huggingface.weights import HfReader
 from engine.model.transformer import StageShape, Transformer
+from engine.optim.update_rules import MODEL
 from engine.train.resume import save_state, start_from
 from engine.train.state import setup
 from engine.train.step import train_step

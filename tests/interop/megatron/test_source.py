@@ -21,7 +21,7 @@ from engine.distributed.sharding import parameters
 from engine.errors import CheckpointError
 from engine.interop.megatron.source import MegatronSource, open_megatron
 from engine.model.transformer import StageShape, Transformer
-from engine.optim.adamw import StateShard
+from engine.optim.optimizer import StateShard
 from tests.support.errors import raises
 from tests.support.harness import run_ranks
 from tests.support.megatron_cases import (

@@ -121,7 +121,7 @@ MUTATIONS = [
         "moments_not_loaded",
         "weights come from the checkpoint, the optimizer state is reset (DeepSpeed#7786)",
         "engine.train.resume:resume",
-        "load_into(reader, state.optimizer.states(), state.ctx)",
+        "load_into(reader, _saved_states(state, manifest), state.ctx)",
         'load_into(reader, (held for held in state.optimizer.states() if held.kind == "model"), state.ctx)',
         RESUME,
     ),

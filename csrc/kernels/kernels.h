@@ -115,4 +115,25 @@ void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how
 template <class T>
 void sum_squares(const T* x, int64_t n, const int64_t* bounds, double* out, int64_t k, int threads);
 
+// ---- keyed draws: Philox4x32-10, see draws.h
+
+// The words of a key and a stream: key is Philox's key, stream the upper half of its counter.
+struct DrawKey {
+    uint64_t key, stream;
+};
+
+// What a draw is: a uint32; a float32 in [0, 1); a standard normal float32; whether its word is at least a threshold
+// (a bool). The numbers in engine/ops/draws.py.
+enum Draw : int { BITS, UNIFORM, NORMAL, KEEP, DRAWS };
+
+// out[r][i], for rows of n elements: the draw of the element at place starts[r] + i, which depends on key, kind and place
+// alone. Places are not negative. out: uint32_t, float or bool, according to kind.
+void draw(const int64_t* starts, int64_t rows, int64_t n, DrawKey key, int kind, uint32_t threshold, void* out,
+          int threads);
+
+// y = x * scale, rounded to T, where KEEP is true, else 0. Places as for `draw`. In place if y is x.
+template <class T>
+void dropout(const T* x, const int64_t* starts, int64_t rows, int64_t n, DrawKey key, uint32_t threshold, double scale,
+             T* y, int threads);
+
 }  // namespace trident

@@ -155,4 +155,9 @@ void adamw_(Tensor& master, const Tensor& grad, Tensor& exp_avg, Tensor& exp_avg
             double beta1, double beta2, double eps, double weight_decay, double grad_scale, int64_t step);
 Tensor sum_squares(const Tensor& flat, const Tensor& bounds);
 
+// ---- draws.cpp: keyed draws, dropout
+
+Tensor draw(const Tensor& starts, int64_t n, int64_t key, int64_t stream, int64_t kind, int64_t threshold);
+Tensor dropout(const Tensor& x, const Tensor& starts, int64_t key, int64_t stream, int64_t threshold, double scale);
+
 }  // namespace trident::ops

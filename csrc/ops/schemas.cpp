@@ -82,6 +82,9 @@ TORCH_LIBRARY(trident, lib) {
         "adamw_(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? values, float lr, "
         "float beta1, float beta2, float eps, float weight_decay, float grad_scale, int step) -> ()");
     lib.def("sum_squares(Tensor flat, Tensor bounds) -> Tensor");
+
+    lib.def("draw(Tensor starts, int n, int key, int stream, int kind, int threshold) -> Tensor");
+    lib.def("dropout(Tensor x, Tensor starts, int key, int stream, int threshold, float scale) -> Tensor");
 }
 
 namespace {
@@ -103,6 +106,8 @@ void implement_all_devices(torch::Library& lib) {
     lib.impl("softmax_gradient_", ops::softmax_gradient_);
     lib.impl("adamw_", ops::adamw_);
     lib.impl("sum_squares", ops::sum_squares);
+    lib.impl("draw", ops::draw);
+    lib.impl("dropout", ops::dropout);
 }
 
 }  // namespace

@@ -74,6 +74,10 @@ def _register_shapes() -> None:
         b, n, s, d = q.shape
         return q.new_empty(s, b, n * d), q.new_empty(b, n, s)
 
+    def draw(starts: Tensor, n: int, key: int, stream: int, kind: int, threshold: int) -> Tensor:
+        dtype = {0: torch.int32, 3: torch.bool}.get(kind, torch.float32)
+        return starts.new_empty(starts.numel(), n, dtype=dtype)
+
     fakes: dict[str, Callable[..., Any]] = {
         "mm_": lambda out, a, b, add: None,
         "rms_norm": lambda x, weight, eps, offset: (*same(x), stats(x, rows(x))),
@@ -92,6 +96,8 @@ def _register_shapes() -> None:
         "softmax_gradient_": lambda logits, target, peak, scale, grad, valid: None,
         "adamw_": lambda *_: None,
         "sum_squares": lambda flat, bounds: flat.new_empty(len(bounds), dtype=torch.float64),
+        "draw": draw,
+        "dropout": lambda x, starts, key, stream, threshold, scale: torch.empty_like(x),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"trident::{name}", _on_one_device(name, fake))
@@ -130,20 +136,24 @@ def _cuda_library(device: torch.device) -> Any:
     return load()[0]
 
 
-def kernels(*tensors: Tensor) -> Any:
-    """torch.ops.trident if custom kernels are to run on these tensors, else None: then the op runs its torch code.
+def kernels_on(device: torch.device) -> Any:
+    """torch.ops.trident if custom kernels are to run on this device, else None: then the op runs its torch code.
 
-    The tensors must have the same device and the same floating-point dtype. CPU: if the extension is built. GPU: if it
-    was built with CUDA kernels for this compute capability.
+    CPU: if the extension is built. GPU: if it was built with CUDA kernels for this compute capability.
     """
     if references_only():
         return None
+    if device.type == "cuda":
+        return _cuda_library(device)
+    return _library() if device.type == "cpu" else None
+
+
+def kernels(*tensors: Tensor) -> Any:
+    """`kernels_on` the device of these tensors, if they have the same device and the same floating-point dtype."""
     first = tensors[0]
     if first.dtype not in _TYPES or any(x.device != first.device or x.dtype != first.dtype for x in tensors):
         return None
-    if first.device.type == "cuda":
-        return _cuda_library(first.device)
-    return _library() if first.device.type == "cpu" else None
+    return kernels_on(first.device)
 
 
 @functools.cache

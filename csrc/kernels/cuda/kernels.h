@@ -54,4 +54,10 @@ void adamw(W* master, const W* grad, W* m, W* v, T* values, int64_t n, AdamW how
 template <class T>
 void sum_squares(const T* x, int64_t n, const int64_t* bounds, double* out, int64_t k, const Queue& queue);
 
+void draw(const int64_t* starts, int64_t rows, int64_t n, DrawKey key, int kind, uint32_t threshold, void* out,
+          const Queue& queue);
+template <class T>
+void dropout(const T* x, const int64_t* starts, int64_t rows, int64_t n, DrawKey key, uint32_t threshold, double scale,
+             T* y, const Queue& queue);
+
 }  // namespace trident

@@ -151,4 +151,21 @@ const char* sum_squares(int type, void* x, int64_t n, const int64_t* bounds, dou
     });
 }
 
+// key: key, stream.
+const char* draw(int type, const int64_t* starts, int64_t rows, int64_t n, const int64_t* key, int kind,
+                 int64_t threshold, void* out) {
+    return call(type, [&](auto*, const Queue& queue) {
+        trident::draw(starts, rows, n, {uint64_t(key[0]), uint64_t(key[1])}, kind, uint32_t(threshold), out, queue);
+    });
+}
+
+const char* dropout(int type, void* x, const int64_t* starts, int64_t rows, int64_t n, const int64_t* key,
+                    int64_t threshold, double scale, void* y) {
+    return call(type, [&](auto* tag, const Queue& queue) {
+        TYPES;
+        trident::dropout<T>(IN(x), starts, rows, n, {uint64_t(key[0]), uint64_t(key[1])}, uint32_t(threshold), scale,
+                            OUT(y), queue);
+    });
+}
+
 }  // extern "C"

@@ -67,7 +67,7 @@ EXACT float polynomial(const float (&c)[N], float x) {
 EXACT float uniform(uint32_t word) { return mul(float(int32_t(word >> 8)), 0x1p-24f); }
 
 // The standard normal quantile of (word + 1/2) / 2^32 (word as a signed number: symmetric about 0), relative error below
-// 4e-7, at most 6.23. With a tail of probability t on each side, w = -log(4 t (1 - t)), z = (1 - 2 t) P(w), where P is a
+// 4e-7, at most 6.34. With a tail of probability t on each side, w = -log(4 t (1 - t)), z = (1 - 2 t) P(w), where P is a
 // polynomial of w in the middle and of sqrt(w) in the tails (Giles 2010; coefficients fitted to 32-bit words).
 EXACT float normal(uint32_t word) {
     constexpr float LOG[] = {0.9999999403953552f, -0.5000036358833313f,  0.33335059881210327f, -0.24969908595085144f,

@@ -92,7 +92,9 @@ class Manifest(_Entry):
     """Metadata of a checkpoint; see the module docstring. data: identifies corpus and tokenizer.
 
     optimizer: "steps", the number of updates (less than `step` if fp16 skipped some), and in fp16 the loss-scale state.
-    lineage: ancestors of the run, oldest first. state_kinds: see `kinds`. block_bytes: see `tensorfile.rows_per_block`.
+    lineage: ancestors of the run, oldest first. initial_values: the generator of the run's initial weights ("mt19937":
+    torch's, of older engines); "" if they were loaded. state_kinds: see `kinds`. block_bytes: see
+    `tensorfile.rows_per_block`.
     """
 
     schema_version: int = SCHEMA
@@ -106,6 +108,7 @@ class Manifest(_Entry):
     layout: dict[str, int]
     versions: dict[str, str]
     lineage: tuple[Ancestor, ...] = ()
+    initial_values: str = "mt19937"
     block_bytes: int = 0
     tensors: dict[str, dict[str, TensorEntry]]
     files: dict[str, FileEntry]

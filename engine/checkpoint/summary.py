@@ -38,6 +38,7 @@ def summary(reader: Reader) -> Iterator[str]:
     yield f"optimizer state: {state}"
     yield f"written by {degrees}: {', '.join(f'{name} {v}' for name, v in m.versions.items())}"
     yield f"config {config_digest(m.config)}"
+    yield f"initial weights: {f'drawn by {m.initial_values}' if m.initial_values else 'loaded'}"
     yield from format_lineage(m.lineage) or ["no earlier checkpoint: the run started from initial weights"]
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.distributed.context import ParallelContext
-from engine.distributed.rng import generator
 from engine.distributed.specs import Piece, ShardSpec
+from engine.ops.draws import Key, normal, rectangle
+
+_SLAB = 1 << 22  # initial values drawn at a time: 16 MiB
 
 
 def piece_of(piece: Piece, local: Tensor) -> Tensor:
@@ -105,16 +107,19 @@ def units(module: nn.Module) -> list[list[Parameter]]:
 def initialise_(params: Iterable[Parameter], ctx: ParallelContext, seed: int) -> None:
     """Initialise parameters in place, with values that do not depend on layout, device or dtype.
 
-    Each canonical tensor is drawn whole in float32 from (seed, name), and each rank keeps its piece. Peak extra memory:
-    one canonical tensor.
+    A value is drawn in float32 from (seed, name) at its place in the canonical tensor (engine.ops.draws), so each rank
+    draws only the pieces that it holds.
     """
     with torch.no_grad():
         for p in params:
             p.zero_()
             for piece in p.spec.pieces(ctx):
-                whole = torch.empty(piece.global_shape, dtype=torch.float32)
-                if p.spec.init_std is None:
-                    whole.fill_(p.spec.init_value)
-                else:
-                    whole.normal_(0.0, p.spec.init_std, generator=generator(seed, "init", piece.name))
-                piece_of(piece, p).copy_(cut_piece(piece, whole))
+                local, std = piece_of(piece, p), p.spec.init_std
+                if std is None:
+                    local.fill_(p.spec.init_value)
+                    continue
+                key, width = Key.of(seed, "init", name=piece.name), piece.shape[-1]
+                places = rectangle(piece.global_shape, piece.offset, piece.shape, ctx.device)
+                rows = max(1, _SLAB // width)
+                for part, drawn in zip(local.view(-1, width).split(rows), places.split(rows)):
+                    part.copy_(normal(key, drawn).mul_(std))

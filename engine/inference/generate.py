@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 
 from engine.data.tokenize.tokenizer import Tokenizer
-from engine.distributed.rng import generator
 from engine.errors import ConfigError, FieldError
 from engine.model.transformer import Transformer
+from engine.ops.draws import Key, rectangle, uniform
 
 
 def sample(
@@ -41,9 +41,10 @@ def sample(
         raise ConfigError(
             [FieldError("inference.prompt-too-long", "--prompt", f"{len(ids)} tokens", problem, "Shorten the prompt.")]
         )
-    draws = generator(seed, "sample", prompt)
+    places = rectangle((limit,), (len(ids),), (limit - len(ids),), torch.device("cpu"))
+    draws = uniform(Key.of(seed, "sample", name=prompt), places)[0].double()  # of the positions to come
     shown = tokenizer.decode(ids)
-    for _ in range(min(max_tokens, limit - len(ids))):
+    for draw in draws[:max_tokens]:
         with torch.no_grad():
             logits = model.logits(torch.tensor([ids], device=model.ctx.device))[0, -1].double().cpu()
         logits = logits[: tokenizer.vocab_size]
@@ -51,7 +52,8 @@ def sample(
             token = int(logits.argmax())
         else:
             values, choices = logits.topk(min(top_k or len(logits), len(logits)))
-            token = int(choices[torch.multinomial((values / temperature).softmax(0), 1, generator=draws)])
+            below = (values / temperature).softmax(0).cumsum(0)  # the last is 1, or nearly
+            token = int(choices[min(int((below <= draw * below[-1]).sum()), len(choices) - 1)])
         if token == tokenizer.eod:
             return
         ids.append(token)

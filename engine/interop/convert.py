@@ -147,6 +147,7 @@ def import_folder(
             "data": {"imported_from": str(folder), "architecture": architecture}
             | ({"ignored_keys": list(ignore_keys)} if ignore_keys else {}),
             "versions": code_versions(),
+            "initial_values": "",
         }
         manifest = build_manifest(parts, Layout(), 0, metadata, BLOCK_BYTES)
         if isinstance(reader, HfReader):

@@ -7,8 +7,8 @@ global tensor. Element i takes word i // 16 % 4 of counter i // 64 * 16 + i % 16
 elements that it holds and gets exactly their values.
 
 A normal value is the quantile of one 32-bit word, computed by float32 operations that IEEE 754 rounds exactly, so that
-processors and GPUs agree in all bits; libm's log and cos do not. The kernels: csrc/kernels/draws.h. If this file and the
-kernels differ in one operation, a run continues with other values on other machines.
+processors and GPUs agree in all bits; libm's log and cos do not. The kernels: csrc/kernels/draws.h. If this file and
+the kernels differ in one operation, a run continues with other values on other machines.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Key:
 
     @staticmethod
     def of(seed: int, purpose: str, step: int = 0, name: str = "") -> Key:
-        """The key of a run's seed (all of its bits), a purpose, a step, and the name of a tensor or place in the model."""
+        """The key of a run's seed (all of its bits), a purpose, a step, and the name of a tensor or layer."""
         digest = hashlib.blake2b(f"{seed}\0{purpose}\0{step}\0{name}".encode(), digest_size=16).digest()
         return Key(*(int.from_bytes(half, "little", signed=True) for half in (digest[:8], digest[8:])))
 
@@ -83,7 +83,7 @@ def uniform(key: Key, places: Places) -> Tensor:
 
 
 def normal(key: Key, places: Places) -> Tensor:
-    """Standard normal values, float32 [rows, width], of magnitude at most 6.23."""
+    """Standard normal values, float32 [rows, width], of magnitude at most 6.34."""
     return _draw(key, places, _NORMAL, 0)
 
 
@@ -202,6 +202,7 @@ def _normal(words: Tensor) -> Tensor:
     above = (t * (t * -4.0 + 4.0)).view(torch.int32) - _SQRT_HALF
     f = ((above & 0x7FFFFF) + _SQRT_HALF).view(torch.float32) - 1.0
     w = -((above >> 23).float() * math.log(2) + f * _polynomial(_LOG, f))
-    tail = _polynomial(_TAIL, w.clamp(min=_CUT).sqrt() - 3.5)
+    root = w.clamp(min=_CUT).double().sqrt().float()  # torch's float32 sqrt (MKL) is not always rounded correctly
+    tail = _polynomial(_TAIL, root - 3.5)
     z = x * torch.where(w < _CUT, _polynomial(_MIDDLE, w - 2.5), tail)
     return torch.where(negative, -z, z)

@@ -61,6 +61,7 @@ def manifest_fields(state: TrainState, data_metadata: dict[str, Any]) -> dict[st
         "data": data_metadata | ({ORDER_BEGIN: state.order_begin} if state.order_begin else {}),
         "versions": code_versions(),
         "lineage": state.lineage,
+        "initial_values": state.initial_values,
     }
 
 
@@ -114,6 +115,7 @@ def resume(state: TrainState, folder: Path, data_metadata: dict[str, Any], stora
     state.scale.load_state_dict(manifest.optimizer, manifest.config["train"]["precision"])
     state.consumed_samples, state.consumed_tokens = manifest.consumed_samples, manifest.consumed_tokens
     state.order_begin = order_begin(manifest, data_metadata)
+    state.initial_values = manifest.initial_values
     state.lineage = extend_lineage(folder, manifest, allowed, changes(manifest, state.cfg))
 
 
@@ -169,8 +171,10 @@ def start_from(state: TrainState, path: Path) -> tuple[Path, list[str]]:
         error = raised
     raise_together(error, ctx.world, ctx.device)
     assert source is not None
+    state.initial_values = ""
     with source:
         if isinstance(source, Reader):
+            state.initial_values = source.manifest.initial_values
             state.lineage = extend_lineage(source.folder, source.manifest, {"optimizer state": ("there", "new")})
         load_into(source, (held for held in state.optimizer.states() if held.kind == MODEL), ctx)
     state.optimizer.masters_to_weights()

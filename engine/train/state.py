@@ -20,6 +20,7 @@ from engine.distributed.specs import ShardSpec, tensor_names
 from engine.errors import ConfigError, FieldError
 from engine.model.attention import attention_names
 from engine.model.transformer import Transformer, build_stages, parameter_specs
+from engine.ops.draws import GENERATOR
 from engine.ops.fp8 import check_device
 from engine.ops.native import keep_freed_memory
 from engine.optim.clip import NormCounter
@@ -37,8 +38,8 @@ class TrainState:
 
     order_begin: the sample at which epoch 0 of the current sample order began; above 0 if the order changed. stages:
     this rank's pipeline stages by number. specs: of all parameters of the model. params: parameters of this rank's
-    stages, each once. before_update: returns when
-    weights and moments may change (a background save may still be copying them).
+    stages, each once. initial_values: the generator of the initial weights, "" if they were loaded. before_update:
+    returns when weights and moments may change (a background save may still be copying them).
     """
 
     cfg: Config
@@ -56,6 +57,7 @@ class TrainState:
     consumed_tokens: int = 0
     order_begin: int = 0
     lineage: tuple[Ancestor, ...] = ()
+    initial_values: str = GENERATOR
     before_update: Callable[[], None] = lambda: None
 
     def wait_for_weights(self) -> None:

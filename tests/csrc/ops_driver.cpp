@@ -164,6 +164,34 @@ void squares() {
     check(out, "sums of squares");
 }
 
+template <class T>
+void drops(int64_t rows, int64_t n, const int64_t* starts, DrawKey key) {
+    const auto x = draw<T>(rows * n);
+    auto y = output<T>(rows * n);
+    dropout<T>(x.data(), starts, rows, n, key, 1u << 30, 1.5, y.data(), threads);
+    check(y, "dropout");
+}
+
+void draws() {
+    const int64_t rows = pick(0, 9), n = pick(0, 3) ? pick(0, 300) : pick(9000, 20'000);
+    std::vector<int64_t> starts;
+    for (int64_t i = 0; i < rows; i++) starts.push_back(pick(0, 3) ? pick(0, 500) : INT64_MAX - 40'000);
+    const DrawKey key{uint64_t(pick(INT64_MIN, INT64_MAX)), uint64_t(pick(0, 9))};
+    for (const int kind : {UNIFORM, NORMAL}) {
+        auto out = output<float>(rows * n);
+        trident::draw(starts.data(), rows, n, key, kind, 0, out.data(), threads);
+        check(out, "draws");
+    }
+    std::vector<uint32_t> bits(size_t(rows * n));
+    std::vector<unsigned char> kept(size_t(rows * n), 2);
+    trident::draw(starts.data(), rows, n, key, BITS, 0, bits.data(), threads);
+    trident::draw(starts.data(), rows, n, key, KEEP, 1u << 30, kept.data(), threads);
+    for (size_t i = 0; i < bits.size(); i++)
+        if (kept[i] != (bits[i] >= 1u << 30)) std::fprintf(stderr, "a mask is not that of its bits\n"), std::abort();
+    drops<float>(rows, n, starts.data(), key), drops<double>(rows, n, starts.data(), key);
+    drops<bf16>(rows, n, starts.data(), key), drops<f16>(rows, n, starts.data(), key);
+}
+
 // The tiles that this processor supports.
 std::vector<const Tiles*> all_tiles() {
     std::vector<const Tiles*> found;
@@ -240,7 +268,7 @@ int main(int, char** words) {
         optimizer<float, float>(false), optimizer<double, double>(false);
         optimizer<float, bf16>(true), optimizer<float, f16>(true);
         squares<float>(), squares<double>(), squares<bf16>(), squares<f16>();
-        attentions(), gemms();
+        draws(), attentions(), gemms();
     }
     std::printf("%d rounds", rounds);
     for (const Tiles* tiles : all_tiles()) std::printf(", %s", tiles->name);

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.ops import draws, native
 from tests.csrc.emulated import ALL_CHECKED, CHECKED, ROOT, TYPES, Kernels, Memory, compile_emulated
 from tests.support.numbers import relative
 
@@ -309,6 +310,35 @@ def test_a_row_has_the_same_bits_alone(kernels: Kernels) -> None:
     assert torch.equal(found[0][4:5], found[1])
 
 
+@pytest.mark.parametrize("kind", range(4), ids=["bits", "uniform", "normal", "keep"])
+@pytest.mark.parametrize("seed", range(4))
+def test_draw(kernels: Kernels, kind: int, seed: int) -> None:
+    """The bits of the reference: rows of any alignment, longer than all threads take at once, at places above 2^32."""
+    t = Trial(kernels, torch.float32, seed)
+    rows, n = t.pick(0, 1, 7), t.pick(1, 63, 64, 200, 70_000)
+    starts = t.memory.give(torch.randint(0, t.pick(200, 2**62), (rows,), generator=t.generator))
+    key, threshold = draws.Key.of(seed, "test"), draws._threshold(0.3)
+    with native.forced(kernels=False):
+        exact = draws._draw(key, draws.Places(starts, n), kind, threshold)
+    # guards are compared in words of 32 bits
+    out = t.memory.take((rows, n), torch.float32) if kind in (1, 2) else torch.full((rows, n), 1, dtype=exact.dtype)
+    t.run("draw", starts, rows, n, [key.key, key.stream], kind, threshold, out, results=(out,))
+    assert torch.equal(out, exact)
+
+
+@ALL_TYPES
+@pytest.mark.parametrize("seed", range(3))
+def test_dropout(kernels: Kernels, dtype: torch.dtype, seed: int) -> None:
+    t = Trial(kernels, dtype, seed)
+    rows, n = t.pick(0, 3, 40), t.pick(1, 70, 128, 1000)
+    x, y = t.draw(rows, n), t.buffer(rows, n)
+    starts = t.memory.give(torch.randint(0, 2**40, (rows,), generator=t.generator))
+    key, threshold = draws.Key.of(seed, "test"), draws._threshold(0.3)
+    t.run("dropout", x, starts, rows, n, [key.key, key.stream], threshold, 1 / 0.7, y, results=(y,))
+    with native.forced(kernels=False):
+        assert torch.equal(y, draws._dropped(x, starts, key, 0.3))
+
+
 # -- faults that the emulator finds -----------------------------------------------------------------------------------
 
 SOUND: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
@@ -390,6 +420,14 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
     "the tail of a flat": ("optim.cu", "if (i < a.n - packs * N) update", "if (false) update", "adamw"),
     "no decay": ("optim.cu", "p.at[j] * f.decay", "p.at[j]", "adamw"),
     "both ends of a range": ("optim.cu", "if (tail + threadIdx.x < count)", "if (false)", "sum_squares"),
+    "a word of another lane": (
+        "draws.cu",
+        "uint64_t(w * LANES) + lane - start",
+        "uint64_t(w + lane * WORDS) - start",
+        "draw",
+    ),
+    "a group too few": ("draws.cu", "(n + 2 * (GROUP - 1)) / GROUP", "(n + GROUP - 1) / GROUP", "draw"),
+    "the next row": ("draws.cu", "0 <= at && at < x.n", "0 <= at && at <= x.n", "dropout"),
     "a range twice": ("optim.cu", "i += AHEAD * step", "i += step", "a_range"),
 }
 

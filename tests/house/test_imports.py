@@ -48,7 +48,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config.load",),
     ("cli.schedule_pages",),
     ("distributed.board",),  # no torch up to here
-    ("distributed.rng", "distributed.shared_memory", "distributed.env", "batch"),
+    ("distributed.shared_memory", "distributed.env", "batch", "ops.native", "ops.draws"),
     ("distributed.context", "distributed.network", "distributed.failure"),
     ("distributed.sharding",),
     ("distributed.collectives", "distributed.launch"),

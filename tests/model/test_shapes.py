@@ -15,7 +15,6 @@ import torch
 
 from engine.config.schema import Config
 from engine.distributed.context import ParallelContext
-from engine.distributed.rng import generator
 from engine.distributed.sharding import cut_piece, piece_of
 from engine.model.transformer import num_parameters, tensor_shapes
 from engine.planner.flops import flops_per_token
@@ -31,6 +30,7 @@ from tests.support.cases import (
     weights_of,
 )
 from tests.support.harness import run_ranks
+from tests.support.numbers import named
 
 STEPS = 3
 BIASES = {"model_qkv_bias": True, "model_attention_out_bias": True, "model_mlp_bias": True}
@@ -105,8 +105,7 @@ def draw(state: TrainState) -> None:
         for p in state.params:
             for piece in p.spec.pieces(state.ctx):
                 middle = 0.0 if p.spec.init_std is not None else p.spec.init_value
-                whole = torch.empty(piece.global_shape, dtype=torch.float64)
-                whole.normal_(middle, 0.2, generator=generator(5, "draw", piece.name))
+                whole = middle + 0.2 * named(piece.global_shape, 5, piece.name)
                 piece_of(piece, p).copy_(cut_piece(piece, whole))
 
 

@@ -44,6 +44,8 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "softmax_gradient_": (draw(5, 8), torch.arange(5), draw(5), draw(5), draw(5), 7),
         "adamw_": (*flat, low, 0.1, 0.9, 0.9, 1e-8, 0.1, 1.0, 3),
         "sum_squares": (draw(50), torch.tensor([[0, 7], [7, 50]])),
+        "draw": (torch.arange(5), 7, -3, 5, 2, 0),
+        "dropout": (x, torch.arange(5), 1, 2, 2**31, 2.0),
     }
     if OPS.attention_runs():
         begin = torch.tensor([[0, 0, 0, 3, 3, 5, 6, 6, 6]] * 2)
@@ -56,7 +58,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
 
 NAMES = [] if OPS is None else list(calls())
 # still valid: one more column of logits or values, one more dimension of rows
-FREE = {(0, "softmax_stats", 0), (0, "softmax_gradient_", 0), (0, "sum_squares", 0)}
+FREE = {(0, "softmax_stats", 0), (0, "softmax_gradient_", 0), (0, "sum_squares", 0), (0, "draw", 0), (0, "dropout", 0)}
 FREE |= {(1, "rms_norm", 0), (1, "layer_norm", 0), (1, "gated", 0)}
 STRIDED = {"rope_backward": (0, 1, 2), "attention": (0, 1, 2), "attention_backward": (1, 2, 3), "mm_": (0, 1, 2)}
 
@@ -88,7 +90,7 @@ def test_another_type_is_an_error(name: str) -> None:
             getattr(OPS, name)(*arguments)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "gated"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("gated", "draw")])
 def test_another_device_is_an_error(name: str) -> None:
     for _, arguments in with_one_changed(name, lambda x: x.to("meta")):
         with pytest.raises(ValueError, match=f"trident::{name}: .*(cpu and meta|on meta)"):

@@ -20,7 +20,6 @@ from engine.config.load import load
 from engine.config.schema import Config, LrScheduleConfig, ModelConfig, OptimizerConfig
 from engine.distributed.context import ParallelContext, make_context
 from engine.distributed.layout import Layout
-from engine.distributed.rng import generator
 from engine.distributed.sharding import Parameter, cut_piece, parameters, piece_of, units
 from engine.distributed.specs import Chunk, Role, ShardSpec
 from engine.model.transformer import StageShape, Transformer, num_parameters, stage_shapes, tensor_shapes
@@ -35,6 +34,7 @@ from engine.train.state import setup
 from engine.train.step import train_step
 from tests.support.cases import config, layout_of, random_batches
 from tests.support.harness import run_ranks
+from tests.support.numbers import named
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -55,9 +55,7 @@ def make(dtype: torch.dtype, grad_dtype: torch.dtype, values: dict[str, Tensor])
 
 def values(seed: int) -> dict[str, Tensor]:
     shapes = {"a": (7, 5), "b": (13,), "c": (3, 67), "d": (1,), "e": (9, 2)}
-    return {
-        name: torch.randn(shape, generator=generator(seed, "test", name), dtype=F64) for name, shape in shapes.items()
-    }
+    return {name: named(shape, seed, name) for name, shape in shapes.items()}
 
 
 def test_adamw_equals_torch() -> None:
@@ -184,10 +182,7 @@ def test_learning_rate_has_the_right_shape(kind: str, steps: int, warmup: int, d
 
 
 def canonical_gradient(cfg: Config) -> dict[str, Tensor]:
-    return {
-        name: torch.randn(shape, generator=generator(3, "gradient", name), dtype=F64)
-        for name, shape in tensor_shapes(cfg.model).items()
-    }
+    return {name: named(shape, 3, name) for name, shape in tensor_shapes(cfg.model).items()}
 
 
 def with_gradient(cfg: Config, ctx: ParallelContext, whole: dict[str, Tensor]) -> tuple[list[Parameter], GradBuckets]:
@@ -325,7 +320,7 @@ def test_grad_scale_scales_the_update(dtype: torch.dtype, main: torch.dtype, own
 @pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
 def test_sums_of_squares(dtype: torch.dtype) -> None:
     """Ranges of every size, empty and overlapping ones too; no bit depends on threads or on the place of a range."""
-    flat = torch.randn(70_001, generator=generator(1, "test", "squares"), dtype=F64).to(dtype)
+    flat = named((70_001,), 1, "squares").to(dtype)
     ranges = [(0, 0), (0, 1), (3, 70_001), (70_001, 70_001), (5, 8197), (5, 8198), (60_000, 60_007)]
     exact = [float(flat[a:b].double().square().sum()) for a, b in ranges]
     before, found = torch.get_num_threads(), []

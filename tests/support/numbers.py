@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ def randn(*shape: int, seed: int = 0, layout: str = "plain") -> Tensor:
             x = numbers(*shape)
     device = torch.get_default_device()
     return x if device.type == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+
+
+def named(shape: Sequence[int], seed: int, name: str) -> Tensor:
+    """float64 normal numbers, determined by a seed and a name."""
+    return randn(*shape, seed=zlib.crc32(f"{seed} {name}".encode()))
 
 
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -18,8 +19,8 @@ from torch.autograd import gradcheck
 
 from engine.batch import Documents, Sequence
 from engine.distributed.context import Axis
+from engine.ops import draws, native
 from engine.ops import loss as loss_module
-from engine.ops import native
 from engine.ops.activation import gated
 from engine.ops.attention import attention_case, select_core
 from engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, sharded_rms_norm
@@ -259,6 +260,37 @@ def check_references_run_where_kernels_are_unavailable() -> None:
     assert not torch.equal(slow, rms_norm(x, w, 1e-5)) and relative(slow, rms_norm(x, w, 1e-5)) < 1e-6
 
 
+def places(shape: tuple[int, int]) -> draws.Places:
+    """Rows of any alignment, some in parts of the same group, one at a place above 2^32."""
+    rows, width = shape
+    starts = torch.arange(rows) * (width + 3) + 61
+    return draws.Places(torch.where(torch.arange(rows) % 4 == 3, starts + 2**40 + 5, starts), width)
+
+
+def check_draws_have_the_bits_of_the_reference(kind: str, shape: tuple[int, int]) -> None:
+    key, where = draws.Key.of(2**62 + 1, "check", 7, kind), places(shape)
+    found = draws.keep(key, where, 0.3) if kind == "keep" else getattr(draws, kind)(key, where)
+    on_cpu = draws.Places(where.starts.cpu(), where.width)
+    with native.forced(kernels=False):
+        expected = draws.keep(key, on_cpu, 0.3) if kind == "keep" else getattr(draws, kind)(key, on_cpu)
+    assert found.shape == shape and found.dtype == expected.dtype and torch.equal(found.cpu(), expected)
+
+
+def check_dropout_has_the_bits_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Forward and backward; a value that is not finite is dropped too."""
+    key, where = draws.Key.of(1, "check"), places((math.prod(shape[:-1]), shape[-1]))
+    x, results = randn(*shape).to(dtype), []
+    x.view(-1)[:90:7] = torch.inf
+    for kernels in (True, False):
+        with native.forced(kernels=kernels):
+            leaf = like(x, dtype)
+            y = draws.dropout(leaf, key, where, 0.3)
+            results.append((y, *torch.autograd.grad(y, leaf, randn(*shape, seed=1).to(dtype))))
+    for own, torchs in zip(*results, strict=True):
+        assert own.dtype == dtype and own.shape == shape and torch.equal(own, torchs)
+    assert not torch.isnan(results[0][0]).any()
+
+
 LAYOUTS = ("plain", "transposed", "sliced")
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # check -> the arguments that it is called with
@@ -274,6 +306,10 @@ CASES: dict[Callable[..., None], list[tuple[Any, ...]]] = {
     check_adamw: list(product([None, torch.bfloat16, torch.float16], [torch.float32, torch.float64])),
     check_bf16_rounds_as_torch_does: [()],
     check_references_run_where_kernels_are_unavailable: [()],
+    check_draws_have_the_bits_of_the_reference: list(
+        product(["bits", "uniform", "normal", "keep"], [(0, 5), (1, 1), (9, 70), (3, 128), (40, 3), (1, 600_001)])
+    ),
+    check_dropout_has_the_bits_of_the_reference: list(product([(0, 2, 6), (5, 3, 34), (2, 64), (70, 2, 300)], REAL)),
 }
 
 

@@ -72,11 +72,7 @@ class FileEntry(_Entry):
 
 
 class Ancestor(_Entry):
-    """A checkpoint that this run resumed from.
-
-    allowed: differences that checkpoint.allow permitted. changed: changes that needed no permission but affect the
-    results. Both: name -> (old, new). config: digest of the config.
-    """
+    """A checkpoint that this run resumed from. name -> (old, new): differences that were allowed, other changes."""
 
     checkpoint: str
     step: int
@@ -92,9 +88,8 @@ class Manifest(_Entry):
     """Metadata of a checkpoint; see the module docstring. data: identifies corpus and tokenizer.
 
     optimizer: "steps", the number of updates (less than `step` if fp16 skipped some), and in fp16 the loss-scale state.
-    lineage: ancestors of the run, oldest first. initial_values: the generator of the run's initial weights ("mt19937":
-    torch's, of older engines); "" if they were loaded. state_kinds: see `kinds`. block_bytes: see
-    `tensorfile.rows_per_block`.
+    lineage: ancestors of the run, oldest first. initial_values: the generator of the initial weights ("mt19937" is
+    torch's), "" if they were loaded. state_kinds: see `kinds`. block_bytes: see `tensorfile.rows_per_block`.
     """
 
     schema_version: int = SCHEMA

@@ -366,7 +366,9 @@ def test_one_process_equals_plain_torch(tied: bool) -> None:
             group["lr"] = learning_rate(step + 1, cfg.train.steps, o, cfg.lr_schedule)
         optimizer.step()
         assert found["losses"][step] == pytest.approx(loss.item(), rel=1e-11)
-        assert found["norms"][step] == pytest.approx(norm, rel=1e-9 if step else 1e-11)  # AdamW divides tiny gradients by themselves
+        assert found["norms"][step] == pytest.approx(
+            norm, rel=1e-9 if step else 1e-11
+        )  # AdamW divides tiny gradients by themselves
         if step == 0:
             assert max_relative_error(found["grads"], grads) < 1e-10
     assert max_relative_error(found["weights"], {name: x.detach().numpy() for name, x in w.items()}) < 1e-7

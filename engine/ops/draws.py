@@ -164,7 +164,7 @@ def _words(key: Key, starts: Tensor, width: int) -> Tensor:
 
 
 def _philox(counter: Tensor, key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words of each 64-bit counter. Products wrap at 2^64, which keeps both of their halves."""
+    """The four words of each 64-bit counter. int64 wraps at 2^64, which keeps both halves of a multiplication."""
     a, b = counter & _MASK, counter >> 32 & _MASK
     c, d = (torch.full_like(counter, half & _MASK) for half in (key.stream, key.stream >> 32))
     k0, k1 = key.key & _MASK, key.key >> 32 & _MASK
